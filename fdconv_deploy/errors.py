@@ -1,0 +1,33 @@
+"""Errors a user can act on.
+
+Each message says what was expected, what was found and what to do. The command
+line prints the message alone, without a traceback.
+"""
+
+
+class FDConvError(Exception):
+    """Base of every error this project raises for a mistake outside its own code."""
+
+
+class UnsupportedLayerError(FDConvError, ValueError):
+    """An FDConv layer's arguments describe something that cannot be built."""
+
+
+class CheckpointError(FDConvError):
+    """A checkpoint cannot be read, or is not of a network known here."""
+
+
+class BundleError(FDConvError):
+    """A bundle is damaged, incomplete, unsafe or of a newer format."""
+
+
+class ImageError(FDConvError, ValueError):
+    """An image cannot be decoded or is outside the accepted limits."""
+
+
+class ExportError(FDConvError):
+    """A network cannot be exported, or its export is not equal to it."""
+
+
+class BackendError(FDConvError):
+    """An inference backend is not installed or cannot run this bundle."""
