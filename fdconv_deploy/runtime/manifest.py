@@ -1,0 +1,163 @@
+"""What a bundle says about itself: the models behind ``manifest.json``.
+
+A key that this file does not know is refused rather than ignored, so adding one means
+raising ``FORMAT_VERSION``; an older reader then says that the bundle is newer than it.
+``graph``, ``versions`` are free dictionaries for facts that change no behaviour.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from fdconv_deploy.architecture import Architecture
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+BatchSize = Annotated[int, Field(ge=1)]
+Fit = Literal["stretch", "pad"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(_Model):
+    """One input or output of a graph: static ``shape``, numpy ``dtype`` name."""
+
+    name: str
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+    dtype: str = "float32"
+
+
+class InputSize(_Model):
+    """Height and width in pixels of the images a segmentor's graphs take."""
+
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+
+
+class CheckpointInfo(_Model):
+    """The checkpoint a bundle was exported from: its file name and hash, no folder."""
+
+    name: str
+    sha256: Sha256
+
+
+class FileInfo(_Model):
+    """Hash and size of one file of the bundle."""
+
+    sha256: Sha256
+    bytes: int = Field(ge=0)
+
+
+class OutputParity(_Model):
+    """How far one output of the exported graph is from the network it came from.
+
+    ``max_abs`` is max|graph − reference|, ``max_rel`` that divided by max|reference|, and
+    ``argmax_agreement`` the share (0–1) of positions with the same highest class, for
+    outputs where a class is chosen.
+    """
+
+    name: str
+    max_abs: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    max_rel: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    argmax_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class ParityReport(_Model):
+    """The comparison made at export: per batch size, one entry per output.
+
+    ``reference`` and ``backend`` name the two sides, ``inputs`` what they were fed.
+    """
+
+    batches: dict[BatchSize, tuple[OutputParity, ...]]
+    reference: str = ""
+    backend: str = ""
+    inputs: str = ""
+
+    @property
+    def max_rel(self) -> float:
+        """The largest relative error over all outputs and batch sizes."""
+        return max((o.max_rel for outputs in self.batches.values() for o in outputs), default=0.0)
+
+
+class Manifest(_Model):
+    """The contents of ``manifest.json``.
+
+    ``models`` maps a batch size to its graph's file name; ``inputs`` and ``outputs`` give
+    those graphs' tensors, batch size by batch size. A ``segmentor`` has one input
+    ``images`` (B, 3, H, W) float32, normalised, and one output ``logits``
+    (B, classes, h, w) float32 at the head's resolution. A ``module`` may have any.
+
+    ``group_maps`` holds the sha256 of each dynamic layer's frequency group map: the maps
+    themselves are in the graphs, since a checkpoint does not tell them. ``files`` lists
+    every file but the manifest itself; ``BundleWriter.commit`` fills it in.
+    """
+
+    format_version: int = FORMAT_VERSION
+    created_by: str
+    created_at: datetime
+    kind: Literal["segmentor", "module"]
+    architecture: Architecture | None = None
+    input: InputSize | None = None
+    fit: Fit = "stretch"
+    precision: Literal["fp32", "fp16"] = "fp32"
+    models: dict[BatchSize, str] = Field(min_length=1)
+    weights: str | None = None
+    inputs: dict[BatchSize, tuple[TensorSpec, ...]]
+    outputs: dict[BatchSize, tuple[TensorSpec, ...]]
+    group_maps: dict[str, Sha256] = {}
+    checkpoint: CheckpointInfo | None = None
+    parity: ParityReport | None = None
+    graph: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    files: dict[str, FileInfo] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        if not set(self.models) == set(self.inputs) == set(self.outputs):
+            raise ValueError(
+                "'models', 'inputs' and 'outputs' must be given for the same batch sizes, found "
+                f"{sorted(self.models)}, {sorted(self.inputs)} and {sorted(self.outputs)}"
+            )
+        if self.kind == "segmentor":
+            self._check_segmentor()
+        return self
+
+    def _check_segmentor(self) -> None:
+        if self.architecture is None or self.input is None:
+            raise ValueError("a segmentor's manifest must hold 'architecture' and 'input'")
+        classes = self.architecture.decode_head.num_classes
+        for given, what in (
+            (self.architecture.classes, "class names"),
+            (self.architecture.palette, "palette colours"),
+        ):
+            if given and len(given) != classes:
+                raise ValueError(
+                    f"the head has {classes} classes but there are {len(given)} {what}"
+                )
+        size = self.input
+        for batch in self.models:
+            inputs, outputs = self.inputs[batch], self.outputs[batch]
+            expected = (batch, 3, size.height, size.width)
+            if [(t.name, t.shape, t.dtype) for t in inputs] != [("images", expected, "float32")]:
+                raise ValueError(
+                    f"a segmentor's graph of batch {batch} must take one input images {expected} "
+                    f"float32, found {_listed(inputs)}"
+                )
+            if [(t.name, len(t.shape), t.shape[:2], t.dtype) for t in outputs] != [
+                ("logits", 4, (batch, classes), "float32")
+            ]:
+                raise ValueError(
+                    f"a segmentor's graph of batch {batch} must give one output logits "
+                    f"({batch}, {classes}, h, w) float32, found {_listed(outputs)}"
+                )
+
+
+def _listed(tensors: tuple[TensorSpec, ...]) -> str:
+    return ", ".join(f"{t.name} {t.shape} {t.dtype}" for t in tensors) or "none"

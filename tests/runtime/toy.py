@@ -1,0 +1,179 @@
+"""Small ONNX bundles, made in a moment: what the runtime and the service are tested on."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from fdconv_deploy.architecture import (
+    Architecture,
+    BackboneConfig,
+    HeadConfig,
+    Preprocessing,
+    TestMode,
+)
+from fdconv_deploy.runtime.bundle import (
+    Bundle,
+    BundleWriter,
+    InputSize,
+    Manifest,
+    OutputParity,
+    ParityReport,
+    TensorSpec,
+)
+
+WEIGHTS = "weights.bin"
+
+
+def architecture(
+    classes: int = 5,
+    *,
+    align_corners: bool = False,
+    test: TestMode | None = None,
+    preprocessing: Preprocessing | None = None,
+    palette: tuple[tuple[int, int, int], ...] = (),
+    named: bool = True,
+) -> Architecture:
+    return Architecture(
+        backbone=BackboneConfig(depth=18, base_channels=8),
+        decode_head=HeadConfig(
+            type="FCNHead",
+            in_channels=(64,),
+            in_index=(3,),
+            channels=8,
+            num_classes=classes,
+            align_corners=align_corners,
+        ),
+        test=test or TestMode(),
+        preprocessing=preprocessing or Preprocessing(),
+        classes=tuple(f"class {i}" for i in range(classes)) if named else (),
+        palette=palette,
+    )
+
+
+def weight(classes: int, seed: int = 0) -> np.ndarray:
+    """(classes, 3, 4, 4) float32, the toy network's one convolution."""
+    return np.random.default_rng(seed).normal(size=(classes, 3, 4, 4)).astype(np.float32)
+
+
+def reference_logits(images: np.ndarray, seed: int = 0, classes: int = 5) -> np.ndarray:
+    """What the toy network answers: (B, 3, H, W) float32 -> (B, classes, H/4, W/4).
+
+    Conv 4×4 with stride 4, plus each image's own mean, so that padding an image changes its
+    answer everywhere, as it does in an FDConv network.
+    """
+    b, c, h, w = images.shape
+    patches = images.reshape(b, c, h // 4, 4, w // 4, 4).astype(np.float64)
+    out = np.einsum("bcyixj,ocij->boyx", patches, weight(classes, seed).astype(np.float64))
+    return (out + images.astype(np.float64).mean(axis=(1, 2, 3))[:, None, None, None]).astype(
+        np.float32
+    )
+
+
+def segmentor_model(batch: int, height: int, width: int, classes: int, *, seed: int = 0):
+    """The toy network as a ModelProto whose weight lies in ``weights.bin``."""
+    tensor = numpy_helper.from_array(weight(classes, seed), "weight")
+    external(tensor, WEIGHTS)
+    nodes = [
+        helper.make_node("Conv", ["images", "weight"], ["local"], strides=[4, 4]),
+        helper.make_node("ReduceMean", ["images", "axes"], ["mean"], keepdims=1),
+        helper.make_node("Add", ["local", "mean"], ["logits"]),
+    ]
+    axes = numpy_helper.from_array(np.array([1, 2, 3], dtype=np.int64), "axes")
+    shapes = (batch, 3, height, width), (batch, classes, height // 4, width // 4)
+    graph = helper.make_graph(
+        nodes,
+        "toy",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, shapes[0])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shapes[1])],
+        [tensor, axes],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def external(tensor: TensorProto, location: str) -> None:
+    """Say that a tensor's data lies at the start of the file ``location``."""
+    length = len(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", "0"), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+
+
+def manifest(
+    height: int, width: int, batches: tuple[int, ...], arch: Architecture, **changes: object
+) -> Manifest:
+    classes = arch.decode_head.num_classes
+    values: dict[str, object] = {
+        "created_by": "tests",
+        "created_at": datetime(2026, 1, 1, tzinfo=timezone.utc),
+        "kind": "segmentor",
+        "architecture": arch,
+        "input": InputSize(height=height, width=width),
+        "models": {b: f"model.b{b}.onnx" for b in batches},
+        "weights": WEIGHTS,
+        "inputs": {b: (TensorSpec(name="images", shape=(b, 3, height, width)),) for b in batches},
+        "outputs": {
+            b: (TensorSpec(name="logits", shape=(b, classes, height // 4, width // 4)),)
+            for b in batches
+        },
+        "parity": ParityReport(
+            batches={
+                b: (OutputParity(name="logits", max_abs=1e-6, max_rel=1e-7, argmax_agreement=1),)
+                for b in batches
+            }
+        ),
+    }
+    return Manifest.model_validate({**values, **changes})
+
+
+def make_bundle(
+    path: Path,
+    *,
+    height: int = 32,
+    width: int = 48,
+    batches: tuple[int, ...] = (1, 4),
+    arch: Architecture | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    **changes: object,
+) -> Bundle:
+    """Write a toy segmentor's bundle to ``path``."""
+    arch = arch or architecture()
+    classes = arch.decode_head.num_classes
+    with BundleWriter(path, overwrite=overwrite) as writer:
+        (writer.path / WEIGHTS).write_bytes(weight(classes, seed).tobytes())
+        for batch in batches:
+            model = segmentor_model(batch, height, width, classes, seed=seed)
+            onnx.save(model, str(writer.path / f"model.b{batch}.onnx"))
+        return writer.commit(manifest(height, width, batches, arch, **changes))
+
+
+def make_module_bundle(path: Path) -> Bundle:
+    """A bundle of kind "module": total, product = a + b, a · b over (2, 3) float32."""
+    nodes = [
+        helper.make_node("Add", ["a", "b"], ["total"]),
+        helper.make_node("Mul", ["a", "b"], ["product"]),
+    ]
+    values = {n: helper.make_tensor_value_info(n, TensorProto.FLOAT, (2, 3)) for n in "ab"}
+    results = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, (2, 3)) for n in ("total", "product")
+    ]
+    graph = helper.make_graph(nodes, "module", list(values.values()), results)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    with BundleWriter(path) as writer:
+        onnx.save(model, str(writer.path / "model.b1.onnx"))
+        return writer.commit(
+            Manifest(
+                created_by="tests",
+                created_at=datetime(2026, 1, 1, tzinfo=timezone.utc),
+                kind="module",
+                models={1: "model.b1.onnx"},
+                inputs={1: tuple(TensorSpec(name=n, shape=(2, 3)) for n in "ab")},
+                outputs={1: tuple(TensorSpec(name=n, shape=(2, 3)) for n in ("total", "product"))},
+            )
+        )
