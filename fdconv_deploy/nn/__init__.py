@@ -1,0 +1,8 @@
+"""The published network, exact, in PyTorch."""
+
+from fdconv_deploy.nn.fdconv import FDConv2d
+from fdconv_deploy.nn.fdlinear import FDLinear
+from fdconv_deploy.nn.resnet import ResNet
+from fdconv_deploy.nn.segmentor import Segmentor, build_segmentor
+
+__all__ = ["FDConv2d", "FDLinear", "ResNet", "Segmentor", "build_segmentor"]

@@ -1,0 +1,334 @@
+"""The published FDConv layer, exact: arguments, state-dict keys, arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from fdconv_deploy.architecture import BandModulationConfig
+from fdconv_deploy.errors import UnsupportedLayerError
+from fdconv_deploy.nn.band_modulation import BandModulation
+from fdconv_deploy.nn.modulation import GlobalAttention, GlobalModulation, LocalModulation
+from fdconv_deploy.nn.spectrum import FrequencyOrder, assemble_spectrum, frequency_indices
+
+Size = int | tuple[int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+def band_config(
+    fbm_cfg: Mapping[str, Any] | BandModulationConfig | None,
+) -> BandModulationConfig:
+    """The published ``fbm_cfg`` dict, as the published code reads it.
+
+    ``None`` stands for the layer's own default (bands 2, 4, 8); a dict without
+    ``k_list`` means one band, ``[2]``. Keys the published code never reads are dropped.
+    """
+    if fbm_cfg is None:
+        return BandModulationConfig()
+    if isinstance(fbm_cfg, BandModulationConfig):
+        return fbm_cfg
+    if fbm_cfg.get("spatial", "conv") != "conv":
+        raise UnsupportedLayerError(
+            f"fbm_cfg.spatial must be 'conv', the one kind there is, got {fbm_cfg['spatial']!r}."
+        )
+    known = {k: v for k, v in fbm_cfg.items() if k in BandModulationConfig.model_fields}
+    try:
+        return BandModulationConfig(**({"k_list": (2,)} | known))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UnsupportedLayerError(
+            f"fbm_cfg.{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}."
+        ) from None
+
+
+class FDConv2d(nn.Conv2d):
+    """Frequency Dynamic Convolution: each image's kernels from a learned spectrum.
+
+    ``forward``: ``(B, I, H, W)`` -> ``(B, O, H', W')``, as ``nn.Conv2d``. A layer is
+    dynamic if ``min(I, O) > use_fdconv_if_c_gt`` and its kernel height is in
+    ``use_fdconv_if_k_in``; otherwise it is the plain convolution with a ``weight``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+        padding_mode: as ``nn.Conv2d``. A dynamic layer pads with zeros whatever
+            ``padding_mode`` says, and takes ``groups=1`` only.
+        reduction … fbm_cfg: as published. ``use_fdconv_if_stride_in``, ``att_grid`` and
+            ``spatial_freq_decompose`` (where it has no effect) are accepted and unread.
+        frequency_order: how equal radii are ordered, ``"torch"`` (the published code),
+            ``"stable"``, or the indices themselves, ``(param_ratio, 2, kernel_num, M)``.
+
+    Raises:
+        UnsupportedLayerError: arguments the published code breaks on, with what to change.
+
+    Source: paper equations 3 to 8; ``FDConv`` of the published code.
+    """
+
+    indices: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        reduction: float = 0.0625,
+        kernel_num: int | None = 4,
+        use_fdconv_if_c_gt: int = 16,
+        use_fdconv_if_k_in: Sequence[int] = (1, 3),
+        use_fdconv_if_stride_in: Sequence[int] = (1,),
+        use_fbm_if_k_in: Sequence[int] = (3,),
+        use_fbm_for_stride: bool = False,
+        kernel_temp: float | None = 1.0,
+        temp: float | None = None,
+        att_multi: float = 2.0,
+        param_ratio: int = 1,
+        param_reduction: float = 1.0,
+        ksm_only_kernel_att: bool = False,
+        att_grid: int = 1,
+        use_ksm_local: bool = True,
+        ksm_local_act: str = "sigmoid",
+        ksm_global_act: str = "sigmoid",
+        spatial_freq_decompose: bool = False,
+        convert_param: bool = True,
+        linear_mode: bool = False,
+        fbm_cfg: Mapping[str, Any] | BandModulationConfig | None = None,
+        frequency_order: FrequencyOrder = "torch",
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            cast(PaddingMode, padding_mode),
+        )
+        height, width = self.kernel_size
+        channels = min(in_channels, out_channels)
+        self.is_dynamic = channels > use_fdconv_if_c_gt and height in use_fdconv_if_k_in
+        if not self.is_dynamic:
+            return
+
+        if kernel_num is None:
+            kernel_num = out_channels // 2
+            kernel_temp = math.sqrt(kernel_num * param_ratio)
+        self.kernel_num, self.param_ratio = kernel_num, param_ratio
+        self.param_reduction, self.convert_param = param_reduction, convert_param
+        self.rows, self.columns = out_channels * height, in_channels * width
+        self._refuse_what_cannot_work(
+            ksm_only_kernel_att, spatial_freq_decompose, kernel_temp, ksm_global_act, linear_mode
+        )
+        assert kernel_temp is not None
+        # Spectra are stored divided by this, so that their entries are of order one.
+        self.spectrum_scale = channels // 2
+        self.alpha = 1.0
+        if param_reduction >= 1:
+            self.alpha = self.spectrum_scale * kernel_num * param_ratio / param_reduction
+
+        self.KSM_Global = GlobalModulation(
+            in_channels,
+            out_channels,
+            (height, width),
+            kernel_num * param_ratio,
+            reduction=reduction,
+            temp=kernel_temp if temp is None else temp,
+            kernel_temp=kernel_temp,
+            att_multi=att_multi,
+            act=ksm_global_act,
+            only_kernel=ksm_only_kernel_att,
+        )
+        self.FBM: BandModulation | None = None
+        if height in use_fbm_if_k_in or (use_fbm_for_stride and self.stride[0] > 1):
+            self.FBM = BandModulation(in_channels, band_config(fbm_cfg))
+        self.KSM_Local: LocalModulation | None = None
+        if use_ksm_local:
+            self.KSM_Local = LocalModulation(
+                in_channels,
+                out_channels,
+                (height, width),
+                att_multi=att_multi,
+                act=ksm_local_act,
+            )
+        indices = frequency_indices(
+            self.rows,
+            self.columns,
+            kernel_num,
+            ratio=param_ratio,
+            reduction=param_reduction,
+            order=frequency_order,
+        )
+        self.register_buffer("indices", indices, persistent=False)
+        if convert_param:
+            self._convert_weight()
+        elif linear_mode:
+            self.weight = nn.Parameter(self.weight.detach()[:, :, 0, 0].contiguous())
+
+    def _refuse_what_cannot_work(
+        self,
+        only_kernel: bool,
+        decompose: bool,
+        kernel_temp: float | None,
+        act: str,
+        linear_mode: bool,
+    ) -> None:
+        """Turn what the published code breaks on, often much later, into sentences."""
+        layer = f"FDConv layer {self.in_channels}→{self.out_channels}, kernel {self.kernel_size}"
+
+        def refuse(problem: str) -> None:
+            raise UnsupportedLayerError(f"{layer}: {problem}")
+
+        if self.groups != 1:
+            refuse(
+                f"groups={self.groups} is not possible for a dynamic layer. Use groups=1, or raise "
+                "use_fdconv_if_c_gt so that it stays a plain convolution."
+            )
+        if self.columns % 2:
+            refuse(
+                f"in_channels × kernel width must be even (the half spectrum of {self.columns} "
+                "columns cannot be inverted to an odd width). Use an even number of channels."
+            )
+        if self.kernel_num * self.param_ratio == 1:
+            refuse(
+                "kernel_num=1 with param_ratio=1 leaves no kernel attention. "
+                "Use kernel_num ≥ 2 or param_ratio ≥ 2."
+            )
+        if kernel_temp is None:
+            refuse(
+                "kernel_temp=None is only defined with kernel_num=None. Give a number, e.g. 1.0."
+            )
+        if act not in ("sigmoid", "tanh", "softmax"):
+            refuse(f"ksm_global_act must be 'sigmoid', 'tanh' or 'softmax', got {act!r}.")
+        if decompose and not only_kernel:
+            refuse(
+                "spatial_freq_decompose=True gives channel and filter attentions twice the "
+                "channels, which the published layer cannot apply. Set it to False."
+            )
+        height, width = self.kernel_size
+        if height != width and height > 1 and not only_kernel:
+            refuse(
+                "spatial attention is defined for square kernels and for height 1. "
+                "Use ksm_only_kernel_att=True or a square kernel."
+            )
+        if linear_mode and not self.convert_param and self.kernel_size != (1, 1):
+            refuse("linear_mode=True with convert_param=False takes 1×1 kernels only.")
+        if self.param_reduction < 1 and not self.convert_param:
+            refuse("param_reduction < 1 drops spectrum bins, so it needs convert_param=True.")
+
+    def _spectrum_of_weight(self) -> Tensor:
+        weight = self.weight.reshape(self.out_channels, self.in_channels, *self.kernel_size)
+        matrix = weight.transpose(1, 2).reshape(self.rows, self.columns)
+        spectrum = torch.view_as_real(torch.fft.rfft2(matrix.float())) / self.spectrum_scale
+        return spectrum.expand(self.param_ratio, *spectrum.shape)
+
+    def _convert_weight(self) -> None:
+        spectrum = self._spectrum_of_weight().detach()
+        if self.param_reduction < 1:
+            rows, columns = self.indices[0].flatten(1).to(spectrum.device)
+            spectrum = spectrum[:, rows, columns]
+        self.dft_weight = nn.Parameter(spectrum.contiguous())
+        del self.weight
+        self.register_parameter("weight", None)
+
+    def modulated_spectrum(self, kernel_attention: Tensor) -> Tensor:
+        """``(B, P·G)`` kernel attention -> the kernels' half spectra.
+
+        Returns:
+            ``(B, R, C/2 + 1, 2)`` float32, last axis real and imaginary.
+        """
+        return assemble_spectrum(
+            self.dft_weight if self.convert_param else self._spectrum_of_weight(),
+            kernel_attention,
+            self.indices,
+            (self.rows, self.columns // 2 + 1),
+            alpha=self.alpha,
+            sorted_bins=self.param_reduction < 1,
+        )
+
+    def kernel_matrix(self, kernel_attention: Tensor) -> Tensor:
+        """The inverse transform of `modulated_spectrum`: ``(B, R, C)`` float32.
+
+        ``irfft2`` inverts the rows first and then drops what is imaginary in column 0 and
+        in the Nyquist column; attention breaks the symmetry there, so this order matters.
+        """
+        spectrum = self.modulated_spectrum(kernel_attention)
+        if spectrum.dtype in (torch.float16, torch.bfloat16):
+            spectrum = spectrum.float()
+        return torch.fft.irfft2(torch.view_as_complex(spectrum), dim=(1, 2))
+
+    def attention(self, x: Tensor) -> tuple[GlobalAttention, Tensor | None]:
+        """Global attentions and the local one, ``(B, O, I, kh, kw)``, of an input."""
+        average = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        local = self.KSM_Local(average) if self.KSM_Local is not None else None
+        return self.KSM_Global(average), local
+
+    def kernels(self, attention: GlobalAttention, local: Tensor | None, *, full: bool) -> Tensor:
+        """One kernel per image, ``(B, O, I, kh, kw)`` float32.
+
+        ``full=False`` leaves channel and filter attention out, for a caller that scales
+        the convolution's input and output instead.
+        """
+        kernel = self.kernel_matrix(attention.kernel)
+        kernel = kernel.reshape(
+            -1, self.out_channels, self.kernel_size[0], self.in_channels, self.kernel_size[1]
+        ).transpose(2, 3)
+        if attention.spatial is not None:
+            kernel = kernel * attention.spatial[:, None, None]
+        if local is not None:
+            kernel = kernel * local
+        if full and attention.channel is not None and attention.filter is not None:
+            kernel = kernel * attention.channel[:, None, :, None, None]
+            kernel = kernel * attention.filter[:, :, None, None, None]
+        return kernel
+
+    def modulates_kernel(self, height: int, width: int) -> bool:
+        """Whether channel and filter attention scale the kernel (else input and output).
+
+        The published code takes whichever touches fewer numbers; both are equal.
+        """
+        weights = self.out_channels * self.in_channels * self.kernel_size[0] * self.kernel_size[1]
+        return weights < (self.in_channels + self.out_channels) * height * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, I, H, W)`` float -> ``(B, O, H', W')``, of the input's dtype."""
+        if not self.is_dynamic:
+            return super().forward(x)
+        if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[0] == 0:
+            raise ValueError(
+                f"FDConv2d expects a non-empty (B, {self.in_channels}, H, W) input, "
+                f"got {tuple(x.shape)}."
+            )
+        batch, _, height, width = x.shape
+        attention, local = self.attention(x)
+        if self.FBM is not None:
+            x = self.FBM(x)
+        full = self.modulates_kernel(height, width)
+        kernel = self.kernels(attention, local, full=full).to(x.dtype)
+        if not full and attention.channel is not None:
+            x = x * attention.channel[:, :, None, None].to(x.dtype)
+        y = F.conv2d(
+            x.reshape(1, -1, height, width),
+            kernel.reshape(-1, self.in_channels, *self.kernel_size),
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            batch,
+        )
+        y = y.reshape(batch, self.out_channels, *y.shape[-2:])
+        if not full and attention.filter is not None:
+            y = y * attention.filter[:, :, None, None].to(y.dtype)
+        return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)

@@ -1,0 +1,178 @@
+"""Kernel Spatial Modulation: four small attentions and one dense one, from a global average.
+
+Source: paper section 3.2 and the published ``KSM_Global`` and ``KSM_Local``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdconv_deploy.errors import UnsupportedLayerError
+
+# The standard deviation (and, for the local convolution, the value) of a head that
+# starts as good as zero but can still learn.
+NEAR_ZERO = 1e-6
+
+
+class StarReLU(nn.Module):
+    """``scale · relu(z)² + bias`` with learned scalars, each ``(1,)`` float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Any shape in, the same shape out."""
+        return self.scale * F.relu(z) ** 2 + self.bias
+
+
+class GlobalAttention(NamedTuple):
+    """What `GlobalModulation` gives. ``None`` stands for a constant 1.
+
+    channel ``(B, I)``, filter ``(B, O)``, spatial ``(B, kh, kw)``, kernel ``(B, P·G)``.
+    """
+
+    channel: Tensor | None
+    filter: Tensor | None
+    spatial: Tensor | None
+    kernel: Tensor
+
+
+def attention_channels(in_channels: int, reduction: float, minimum: int = 16) -> int:
+    """Width of the attention's hidden layer."""
+    return max(int(in_channels * reduction), minimum)
+
+
+class GlobalModulation(nn.Module):
+    """``KSM_Global``: channel, filter, spatial and kernel attention.
+
+    Args:
+        in_channels, out_channels: of the convolution.
+        kernel_size: (height, width); a height of 1 has no spatial attention.
+        groups: number of kernel attentions, ``kernel_num · param_ratio``.
+        reduction, temp, kernel_temp, att_multi, act, only_kernel: as published.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        groups: int,
+        *,
+        reduction: float,
+        temp: float,
+        kernel_temp: float,
+        att_multi: float,
+        act: str,
+        only_kernel: bool,
+    ) -> None:
+        super().__init__()
+        if act == "softmax" and not only_kernel:
+            raise UnsupportedLayerError(
+                "ksm_global_act='softmax' is defined for the kernel attention alone: "
+                "set ksm_only_kernel_att=True, or use 'sigmoid' or 'tanh'."
+            )
+        hidden = attention_channels(in_channels, reduction)
+        self.kernel_size = kernel_size
+        self.groups = groups
+        self.temp, self.kernel_temp = temp, kernel_temp
+        self.att_multi, self.act = att_multi, act
+        self.fc = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.bn = nn.BatchNorm2d(hidden)
+        self.relu = StarReLU()
+        self.channel_fc = self.filter_fc = self.spatial_fc = None
+        if not only_kernel:
+            self.channel_fc = nn.Conv2d(hidden, in_channels, 1)
+            self.filter_fc = nn.Conv2d(hidden, out_channels, 1)
+            if kernel_size[0] > 1:
+                self.spatial_fc = nn.Conv2d(hidden, kernel_size[0] * kernel_size[1], 1)
+        self.kernel_fc = nn.Conv2d(hidden, groups, 1)
+        self._reset()
+
+    def _reset(self) -> None:
+        for module in self.children():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # filter_fc is left far from zero: a slip of the published code that trained
+        # checkpoints started from.
+        for head in (self.channel_fc, self.spatial_fc, self.kernel_fc):
+            if head is not None:
+                nn.init.normal_(head.weight, std=NEAR_ZERO)
+
+    def _gate(self, logits: Tensor, temp: float) -> Tensor:
+        logits = logits.flatten(1) / temp
+        if self.act == "sigmoid":
+            return torch.sigmoid(logits) * self.att_multi
+        return 1 + torch.tanh(logits)
+
+    def _kernel(self, logits: Tensor) -> Tensor:
+        logits = logits.flatten(1) / self.kernel_temp
+        if self.act == "softmax":
+            return torch.softmax(logits, dim=1)
+        if self.act == "sigmoid":
+            return torch.sigmoid(logits) * (2 / self.groups)
+        return (1 + torch.tanh(logits)) / self.groups
+
+    def forward(self, average: Tensor) -> GlobalAttention:
+        """``average``: ``(B, I)`` float32, the input's global average."""
+        h = self.relu(self.bn(self.fc(average[:, :, None, None])))
+        channel = filter_ = spatial = None
+        if self.channel_fc is not None and self.filter_fc is not None:
+            channel = self._gate(self.channel_fc(h), self.temp)
+            filter_ = self._gate(self.filter_fc(h), self.temp)
+            if self.spatial_fc is not None:
+                spatial = self._gate(self.spatial_fc(h), self.temp)
+                spatial = spatial.unflatten(1, self.kernel_size)
+        return GlobalAttention(channel, filter_, spatial, self._kernel(self.kernel_fc(h)))
+
+
+def local_kernel_size(in_channels: int) -> int:
+    """Odd width of the local attention's 1-d convolution over channels."""
+    return 2 * (round(math.log2(in_channels) / 2 + 0.5) // 2) + 1
+
+
+class LocalModulation(nn.Module):
+    """``KSM_Local``: one attention per weight, by a 1-d convolution along the channels."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        *,
+        att_multi: float,
+        act: str,
+    ) -> None:
+        super().__init__()
+        if act not in ("sigmoid", "tanh"):
+            raise UnsupportedLayerError(f"ksm_local_act must be 'sigmoid' or 'tanh', got {act!r}.")
+        self.att_multi, self.act = att_multi, act
+        self.shape = (out_channels, in_channels, *kernel_size)
+        width = local_kernel_size(in_channels)
+        self.conv = nn.Conv1d(
+            1, out_channels * kernel_size[0] * kernel_size[1], width, padding=width // 2, bias=False
+        )
+        nn.init.constant_(self.conv.weight, NEAR_ZERO)
+        self.norm = nn.LayerNorm(in_channels)
+
+    def logits(self, average: Tensor) -> Tensor:
+        """``(B, I)`` -> ``(B, I, O·kh·kw)``, before the activation."""
+        return self.conv(self.norm(average)[:, None]).transpose(1, 2)
+
+    def forward(self, average: Tensor) -> Tensor:
+        """``average``: ``(B, I)`` float32 -> attention ``(B, O, I, kh, kw)``."""
+        out_channels, in_channels, *kernel = self.shape
+        logits = self.logits(average).reshape(-1, in_channels, out_channels, *kernel)
+        logits = logits.transpose(1, 2)
+        if self.act == "sigmoid":
+            return torch.sigmoid(logits) * self.att_multi
+        return 1 + torch.tanh(logits)

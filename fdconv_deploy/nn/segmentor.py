@@ -1,0 +1,80 @@
+"""A backbone and its heads: the network that is exported."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fdconv_deploy.architecture import Architecture, TestMode
+from fdconv_deploy.nn.heads import build_head, resize
+from fdconv_deploy.nn.resnet import ResNet
+from fdconv_deploy.nn.spectrum import FrequencyOrder
+
+
+class Segmentor(nn.Module):
+    """mmsegmentation's EncoderDecoder, for inference.
+
+    ``forward``: normalised ``(B, 3, H, W)`` float32 -> logits ``(B, classes, h, w)`` at the
+    head's own size. `predict` adds the published test modes.
+    """
+
+    def __init__(
+        self, architecture: Architecture, frequency_order: FrequencyOrder = "torch"
+    ) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.backbone = ResNet(architecture.backbone, frequency_order)
+        self.decode_head = build_head(architecture.decode_head)
+        self.auxiliary_head = None
+        if architecture.auxiliary_head is not None:
+            self.auxiliary_head = build_head(architecture.auxiliary_head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: ``(B, 3, H, W)`` float32, normalised."""
+        return self.decode_head(self.backbone(x))
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, mode: TestMode | None = None) -> Tensor:
+        """Logits at the input's size, ``(B, classes, H, W)``, by ``whole`` or ``slide``.
+
+        Args:
+            x: ``(B, 3, H, W)`` float32, normalised.
+            mode: the network's own test mode if not given.
+        """
+        mode = mode or self.architecture.test
+        if mode.mode == "whole":
+            return self._whole(x)
+        if mode.crop_size is None or mode.stride is None:
+            raise ValueError(
+                "slide mode needs crop_size and stride, (height, width) each; "
+                f"got crop_size={mode.crop_size} and stride={mode.stride}."
+            )
+        return self._slide(x, mode.crop_size, mode.stride)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        return resize(self(x), x.shape[-2:], self.architecture.decode_head.align_corners)
+
+    def _slide(self, x: Tensor, crop: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+        height, width = x.shape[-2:]
+        classes = self.architecture.decode_head.num_classes
+        total = x.new_zeros((x.shape[0], classes, height, width))
+        count = x.new_zeros((1, 1, height, width))
+        for top in window_starts(height, crop[0], stride[0]):
+            for left in window_starts(width, crop[1], stride[1]):
+                window = (..., slice(top, top + crop[0]), slice(left, left + crop[1]))
+                total[window] += self._whole(x[window])
+                count[window] += 1
+        return total / count
+
+
+def window_starts(length: int, crop: int, stride: int) -> list[int]:
+    """Where the windows of ``slide`` mode begin: the last one is moved back to fit."""
+    windows = max(length - crop + stride - 1, 0) // stride + 1
+    return [max(min(i * stride, length - crop), 0) for i in range(windows)]
+
+
+def build_segmentor(
+    architecture: Architecture, frequency_order: FrequencyOrder = "torch"
+) -> Segmentor:
+    """A freshly initialised network of an architecture, in training mode."""
+    return Segmentor(architecture, frequency_order)
