@@ -1,0 +1,81 @@
+"""An :class:`Architecture` → the mmsegmentation config that describes the same network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fdconv_deploy.architecture import Architecture, BackboneConfig, HeadConfig, Preprocessing
+
+_HEAD_FIELDS = {
+    "UPerHead": ("pool_scales",),
+    "FCNHead": ("num_convs", "kernel_size", "concat_input", "dilation"),
+}
+
+
+def config_text(architecture: Architecture) -> str:
+    """Python config text in mmsegmentation 1.x's form, which :func:`parse_config` reads back.
+
+    Everything the network depends on is written out, defaults too, so that the text
+    stays true if a default changes.
+    """
+    preprocessing = architecture.preprocessing
+    model = {
+        "type": "EncoderDecoder",
+        "data_preprocessor": {
+            "type": "SegDataPreProcessor",
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "bgr_to_rgb": preprocessing.bgr_to_rgb,
+        },
+        "backbone": _backbone(architecture.backbone),
+        "decode_head": _head(architecture.decode_head),
+    }
+    if architecture.auxiliary_head is not None:
+        model["auxiliary_head"] = _head(architecture.auxiliary_head)
+    test = architecture.test
+    sliding = {"crop_size": test.crop_size, "stride": test.stride}
+    model["test_cfg"] = {"mode": test.mode} | {k: v for k, v in sliding.items() if v is not None}
+    sections = {"model": model, "test_pipeline": _pipeline(preprocessing)}
+    return "".join(f"{name} = {_source(value)}\n" for name, value in sections.items())
+
+
+def _backbone(config: BackboneConfig) -> dict[str, Any]:
+    values = config.model_dump()
+    conv = values.pop("conv")
+    if conv is not None:
+        values["conv_cfg"] = {"type": "FDConv", **conv}
+    kind = "ResNet" if conv is None else "ResNet_FDConv"
+    return {"type": kind, **values, "norm_cfg": {"type": "SyncBN", "requires_grad": True}}
+
+
+def _head(config: HeadConfig) -> dict[str, Any]:
+    values = config.model_dump()
+    for kind, fields in _HEAD_FIELDS.items():
+        if kind != config.type:
+            for name in fields:
+                del values[name]
+    if len(config.in_index) == 1 and config.type == "FCNHead":
+        values |= {"in_channels": config.in_channels[0], "in_index": config.in_index[0]}
+    else:
+        values |= {"in_channels": list(config.in_channels), "in_index": list(config.in_index)}
+    return values | {"norm_cfg": {"type": "SyncBN", "requires_grad": True}}
+
+
+def _pipeline(preprocessing: Preprocessing) -> list[dict[str, Any]]:
+    steps: list[dict[str, Any]] = [{"type": "LoadImageFromFile"}]
+    if preprocessing.scale is not None or not preprocessing.keep_ratio:
+        resize = {"scale": preprocessing.scale, "keep_ratio": preprocessing.keep_ratio}
+        steps.append({"type": "Resize", **resize})
+    return [*steps, {"type": "PackSegInputs"}]
+
+
+def _source(value: Any, indent: int = 0) -> str:
+    """Python source: ``dict(…)`` over several lines, everything else as its repr."""
+    inner = " " * (indent + 4)
+    if isinstance(value, dict):
+        items = [f"{inner}{key}={_source(item, indent + 4)},\n" for key, item in value.items()]
+        return f"dict(\n{''.join(items)}{' ' * indent})"
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        lines = [f"{inner}{_source(item, indent + 4)},\n" for item in value]
+        return f"[\n{''.join(lines)}{' ' * indent}]"
+    return repr(value)
