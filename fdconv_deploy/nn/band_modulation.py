@@ -46,9 +46,7 @@ class BandModulation(nn.Module):
     def __init__(self, in_channels: int, config: BandModulationConfig) -> None:
         super().__init__()
         if not config.k_list:
-            raise UnsupportedLayerError(
-                "fbm_cfg.k_list is empty: name one band at least, e.g. [2]."
-            )
+            raise UnsupportedLayerError("fbm_cfg.k_list is empty: name one band at least, as [2].")
         if config.spatial_kernel % 2 == 0:
             raise UnsupportedLayerError(
                 f"fbm_cfg.spatial_kernel must be odd, got {config.spatial_kernel}: an even kernel "
@@ -72,9 +70,11 @@ class BandModulation(nn.Module):
             )
             for _ in range(len(config.k_list) + config.lowfreq_att)
         )
-        for conv in self.freq_weight_conv_list:
-            nn.init.normal_(conv.weight, std=NEAR_ZERO)
-            nn.init.zeros_(conv.bias)
+        for name, parameter in self.freq_weight_conv_list.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(parameter, std=NEAR_ZERO)
+            else:
+                nn.init.zeros_(parameter)
 
     def _weight(self, band: int, x: Tensor) -> Tensor:
         logits = self.freq_weight_conv_list[band](x)

@@ -207,9 +207,7 @@ class FDConv2d(nn.Conv2d):
                 "Use kernel_num ≥ 2 or param_ratio ≥ 2."
             )
         if kernel_temp is None:
-            refuse(
-                "kernel_temp=None is only defined with kernel_num=None. Give a number, e.g. 1.0."
-            )
+            refuse("kernel_temp=None is only defined with kernel_num=None. Give a number, as 1.0.")
         if act not in ("sigmoid", "tanh", "softmax"):
             refuse(f"ksm_global_act must be 'sigmoid', 'tanh' or 'softmax', got {act!r}.")
         if decompose and not only_kernel:
