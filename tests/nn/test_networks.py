@@ -165,7 +165,10 @@ def test_linear_takes_odd_features_and_rows():
     torch.testing.assert_close(layer(rows), layer(rows[:, None])[:, 0])
 
 
-def small(test: TestMode = TestMode()) -> Architecture:
+WHOLE = TestMode()
+
+
+def small(test: TestMode = WHOLE) -> Architecture:
     return Architecture(
         backbone=BackboneConfig(
             depth=18, base_channels=12, conv=FDConvConfig(kernel_num=4), num_stages=2,
