@@ -12,21 +12,24 @@ Files the manifest does not list are left alone: nothing here opens them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import secrets
 import shutil
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from types import TracebackType
-
-from pydantic import ValidationError
 
 from fdconv_deploy.errors import BundleError
 
+from .bundle_checks import (
+    check_external_data,
+    check_file,
+    check_listed,
+    inside,
+    read_manifest,
+    sha256_of,
+)
 from .exchange import exchange_folders
-from .external_data import external_locations
 from .manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -54,8 +57,6 @@ __all__ = [
     "sha256_of",
 ]
 
-_MANIFEST_LIMIT = 64 << 20  # bytes; a real one has some tens of kilobytes
-
 
 @dataclass(frozen=True)
 class Bundle:
@@ -75,15 +76,15 @@ class Bundle:
             naming a path outside itself.
         """
         root = Path(path)
-        manifest = _read_manifest(root)
+        manifest = read_manifest(root)
         for name, info in manifest.files.items():
-            _check_file(root, name, info, hashed=verify)
+            check_file(root, name, info, hashed=verify)
         for batch, name in manifest.models.items():
-            _check_listed(root, manifest, name, f"the graph of batch {batch}")
+            check_listed(root, manifest, name, f"the graph of batch {batch}")
         if manifest.weights is not None:
-            _check_listed(root, manifest, manifest.weights, "the weights")
+            check_listed(root, manifest, manifest.weights, "the weights")
         for name in manifest.models.values():
-            _check_external_data(root, manifest, name)
+            check_external_data(root, manifest, name)
         return cls(root, manifest)
 
     @property
@@ -102,7 +103,7 @@ class Bundle:
         """
         if name not in self.manifest.files:
             raise BundleError(f"{name!r} is not listed in the manifest of the bundle {self.path}.")
-        return _inside(self.path, name)
+        return inside(self.path, name)
 
 
 class BundleWriter:
@@ -187,144 +188,3 @@ class BundleWriter:
         else:
             # Afterwards self.path holds the old bundle, which __exit__ removes.
             exchange_folders(self.path, self.destination)
-
-
-def sha256_of(path: Path) -> str:
-    """The hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _read_manifest(root: Path) -> Manifest:
-    if not root.is_dir():
-        found = "is a file" if root.exists() else "does not exist"
-        raise BundleError(
-            f"A bundle is a folder made by `fdconv export`, but {root} {found}. "
-            "Give the folder that holds manifest.json."
-        )
-    if not (root / MANIFEST_NAME).exists():
-        raise BundleError(
-            f"{root} has no {MANIFEST_NAME}, so it is not a bundle, or its export was cut "
-            "short. Give a folder made by `fdconv export`."
-        )
-    file = _inside(root, MANIFEST_NAME)
-    try:
-        if file.stat().st_size > _MANIFEST_LIMIT:
-            raise BundleError(f"The {MANIFEST_NAME} of {root} is too large to be one.")
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        version = raw["format_version"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BundleError(
-            f"The {MANIFEST_NAME} of {root} cannot be read as a bundle's manifest "
-            f"({_reason(error)}). Export the bundle again."
-        ) from error
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise BundleError(
-            f"The {MANIFEST_NAME} of {root} gives {version!r} as its format version, where a "
-            "number from 1 was expected. Export the bundle again."
-        )
-    if version > FORMAT_VERSION:
-        raise BundleError(
-            f"The bundle {root} is of format {version}, newer than the {FORMAT_VERSION} this "
-            "version of fdconv-deploy reads. Update fdconv-deploy, or export again with this one."
-        )
-    try:
-        return Manifest.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "its contents"
-        raise BundleError(
-            f"The {MANIFEST_NAME} of {root} is not valid at {where}: {first['msg']}. "
-            "Export the bundle again."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"it has no {error.args[0]!r}"
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON at line {error.lineno}"
-    return "it is not a JSON object in UTF-8" if not isinstance(error, OSError) else "no access"
-
-
-def _inside(root: Path, name: str) -> Path:
-    """``root / name`` with links followed, which must end up inside ``root``."""
-    windows = PureWindowsPath(name)
-    if (
-        not name
-        or "\0" in name
-        or PurePosixPath(name).is_absolute()
-        or windows.drive
-        or windows.root
-        or ".." in windows.parts
-    ):
-        raise BundleError(
-            f"The bundle {root} names {name!r}, which leads outside it; such a bundle is not "
-            "opened. Get it from a source you trust."
-        )
-    try:
-        real = (root / name).resolve(strict=True)
-    except FileNotFoundError as error:
-        raise BundleError(
-            f"The bundle {root} lacks the file {name!r} that its manifest lists. Copy the whole "
-            "folder, or export it again."
-        ) from error
-    except (OSError, RuntimeError) as error:
-        raise BundleError(f"The file {name!r} of the bundle {root} cannot be reached.") from error
-    if not real.is_relative_to(root.resolve()):
-        raise BundleError(
-            f"The file {name!r} of the bundle {root} is a link that leads outside it; such a "
-            "bundle is not opened. Replace the link by the file."
-        )
-    if not real.is_file():
-        raise BundleError(f"{name!r} in the bundle {root} is not a file.")
-    return real
-
-
-def _check_file(root: Path, name: str, info: FileInfo, *, hashed: bool) -> None:
-    real = _inside(root, name)
-    size = real.stat().st_size
-    if size != info.bytes:
-        raise BundleError(
-            f"The file {name!r} of the bundle {root} has {size} bytes where its manifest says "
-            f"{info.bytes}. Copy the folder again, or export it again."
-        )
-    try:
-        changed = hashed and sha256_of(real) != info.sha256
-    except OSError as error:
-        raise BundleError(f"The file {name!r} of the bundle {root} cannot be read.") from error
-    if changed:
-        raise BundleError(
-            f"The file {name!r} of the bundle {root} is not the one that was exported: its "
-            "sha256 differs from the manifest's. Copy the folder again, or export it again."
-        )
-
-
-def _check_listed(root: Path, manifest: Manifest, name: str, what: str) -> None:
-    if name not in manifest.files:
-        _inside(root, name)  # a path outside, or a missing file, is the better sentence
-        raise BundleError(
-            f"The manifest of the bundle {root} names {name!r} as {what} without listing its "
-            "sha256. Export the bundle again."
-        )
-
-
-def _check_external_data(root: Path, manifest: Manifest, model: str) -> None:
-    try:
-        locations = external_locations(_inside(root, model))
-    except (ValueError, OSError) as error:
-        raise BundleError(
-            f"The file {model!r} of the bundle {root} is not an ONNX graph ({error}). "
-            "Export the bundle again."
-        ) from error
-    for location in sorted(locations):
-        name = (PurePosixPath(model).parent / location).as_posix() if location else location
-        _inside(root, name)
-        if name not in manifest.files:
-            raise BundleError(
-                f"The graph {model!r} of the bundle {root} keeps data in {name!r}, which the "
-                "manifest does not list. Export the bundle again."
-            )

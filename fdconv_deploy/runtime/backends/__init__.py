@@ -1,1 +1,52 @@
-"""One file per inference backend."""
+"""The inference backends, one file each, and the choice between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fdconv_deploy.errors import BackendError
+from fdconv_deploy.runtime.bundle import Bundle
+
+from .base import Backend, BackendOptions, Graph, Tensors, feeds_problem
+from .onnxruntime_backend import CPU, CUDA, OnnxRuntimeBackend, cuda_problem
+
+__all__ = ["BACKENDS", "Backend", "BackendOptions", "Graph", "Tensors", "feeds_problem", "select"]
+
+# Name -> maker, the fastest first. Making one is cheap and loads no graph.
+BACKENDS: dict[str, Callable[[BackendOptions], Backend]] = {
+    "onnxruntime-cuda": lambda options: OnnxRuntimeBackend(CUDA, options),
+    "onnxruntime-cpu": lambda options: OnnxRuntimeBackend(CPU, options),
+}
+
+
+def select(
+    bundle: Bundle, name: str, options: BackendOptions
+) -> tuple[Backend, str, dict[int, Graph]]:
+    """Choose and make a backend.
+
+    :param name: a key of ``BACKENDS``, or "auto": CUDA where it really starts, else CPU.
+    :returns: the backend, a sentence on why it was chosen, and graphs already loaded in
+        finding out, by batch size.
+    :raises BackendError: no such backend, or it cannot be used here.
+    """
+    if name != "auto":
+        if name not in BACKENDS:
+            raise BackendError(
+                f"There is no backend {name!r}; there are auto, {', '.join(BACKENDS)}."
+            )
+        return BACKENDS[name](options), f"{name} was asked for.", {}
+    cpu = "onnxruntime-cpu"
+    if options.providers is not None:
+        return BACKENDS[cpu](options), "The ONNX Runtime providers were given.", {}
+    reason = cuda_problem()
+    if reason is None:
+        try:
+            # Only loading a graph shows whether a GPU, its driver and libraries are there.
+            backend = BACKENDS["onnxruntime-cuda"](options)
+            first = min(bundle.manifest.models)
+            graphs = {first: backend.load(bundle, first)}
+        except BackendError as error:
+            reason = f"CUDA did not start ({error})"
+        else:
+            return backend, "onnxruntime-cuda, since its CUDA provider started.", graphs
+    return BACKENDS[cpu](options), f"{cpu}, since {reason.rstrip('.')}.", {}

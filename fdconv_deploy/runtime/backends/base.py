@@ -1,0 +1,68 @@
+"""What a backend is: something that loads a bundle's graphs and runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fdconv_deploy.runtime.bundle import Bundle
+from fdconv_deploy.runtime.manifest import TensorSpec
+
+Tensors = Mapping[str, npt.NDArray[Any]]
+
+
+class Graph(Protocol):
+    """One loaded graph. ``run`` may be called from several threads at once."""
+
+    def run(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
+        """Every output by name, for every input by name; the arrays are the caller's own.
+
+        :raises BackendError: the backend failed.
+        """
+
+
+class Backend(Protocol):
+    """A way to run a bundle on a device."""
+
+    name: str
+    device: str
+
+    def load(self, bundle: Bundle, batch: int) -> Graph:
+        """Load the graph of one batch size, whose files the bundle has checked.
+
+        :raises BackendError: the backend cannot run this graph.
+        """
+
+    def batch_cost(self, batch: int) -> float:
+        """The cost of one run at this batch size, in any unit; see ``plan_batches``."""
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What a caller may set. ``None`` leaves it to the backend.
+
+    ``threads``: CPU threads per run. ``providers``: ONNX Runtime execution providers, in
+    its own notation, in place of those the backend stands for.
+    """
+
+    threads: int | None = None
+    providers: tuple[Any, ...] | None = None
+
+
+def feeds_problem(specs: tuple[TensorSpec, ...], feeds: Tensors) -> str | None:
+    """Why ``feeds`` are not the inputs ``specs`` ask for, as a clause; None when they are."""
+    expected = {spec.name: spec for spec in specs}
+    if set(feeds) != set(expected):
+        return f"the inputs are {sorted(expected)}, given were {sorted(feeds)}"
+    for name, spec in expected.items():
+        value = feeds[name]
+        if tuple(value.shape) != spec.shape or value.dtype != np.dtype(spec.dtype):
+            return (
+                f"{name} must be {spec.shape} {spec.dtype}, given was "
+                f"{tuple(value.shape)} {value.dtype}"
+            )
+    return None

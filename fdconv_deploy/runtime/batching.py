@@ -1,0 +1,52 @@
+"""How a number of images is divided over the batch sizes a bundle has graphs for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+
+def linear_cost(batch: int) -> float:
+    """What running a batch costs, in images: its size, and a little for the call.
+
+    FDConv makes one set of kernels per image, so a larger batch saves next to nothing on a
+    CPU; a slot filled with a repeated image is paid for in full.
+    """
+    return batch + 0.05
+
+
+def plan_batches(
+    images: int, sizes: Sequence[int], cost: Callable[[int], float] = linear_cost
+) -> list[int]:
+    """The batch sizes to run, in order, so that their sum is at least ``images``.
+
+    Chosen for the least total ``cost``, and among equals for the fewest repeated images.
+    Members of a batch do not influence each other, so the slots that are too many may be
+    filled with any image; they are in the last batch.
+
+    >>> plan_batches(6, (1, 4))
+    [4, 1, 1]
+    """
+    if images < 1:
+        return []
+    # Largest first, so that the last run is the smallest and any slots left over are there.
+    return sorted(_plan(images, tuple(sorted(set(sizes))), cost), reverse=True)
+
+
+@lru_cache(maxsize=4096)
+def _plan(images: int, sizes: tuple[int, ...], cost: Callable[[int], float]) -> tuple[int, ...]:
+    # Beyond a few of the largest, the best plan only adds more of the cheapest per image.
+    bulk = min(sizes, key=lambda size: (cost(size) / size, -size))
+    many = max((images - 4 * sizes[-1]) // bulk, 0)
+    rest = images - many * bulk
+    # best[n]: (cost, slots, runs) to answer n images.
+    best: list[tuple[float, int, tuple[int, ...]]] = [(0.0, 0, ())]
+    for n in range(1, rest + 1):
+        best.append(
+            min(
+                (before[0] + cost(size), before[1] + size, (*before[2], size))
+                for size in sizes
+                for before in [best[max(n - size, 0)]]
+            )
+        )
+    return (bulk,) * many + best[rest][2]

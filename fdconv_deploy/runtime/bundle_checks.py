@@ -1,0 +1,164 @@
+"""What a bundle must stand before it is used: the checks behind ``Bundle.open``.
+
+Each failure is one ``BundleError`` that says what was expected, found, and what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from pydantic import ValidationError
+
+from fdconv_deploy.errors import BundleError
+
+from .external_data import external_locations
+from .manifest import FORMAT_VERSION, MANIFEST_NAME, FileInfo, Manifest
+
+_MANIFEST_LIMIT = 64 << 20  # bytes; a real one has some tens of kilobytes
+
+
+def sha256_of(path: Path) -> str:
+    """The hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of the bundle folder ``root``, of a format known here and consistent."""
+    if not root.is_dir():
+        found = "is a file" if root.exists() else "does not exist"
+        raise BundleError(
+            f"A bundle is a folder made by `fdconv export`, but {root} {found}. "
+            "Give the folder that holds manifest.json."
+        )
+    if not (root / MANIFEST_NAME).exists():
+        raise BundleError(
+            f"{root} has no {MANIFEST_NAME}, so it is not a bundle, or its export was cut "
+            "short. Give a folder made by `fdconv export`."
+        )
+    file = inside(root, MANIFEST_NAME)
+    try:
+        if file.stat().st_size > _MANIFEST_LIMIT:
+            raise BundleError(f"The {MANIFEST_NAME} of {root} is too large to be one.")
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        version = raw["format_version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BundleError(
+            f"The {MANIFEST_NAME} of {root} cannot be read as a bundle's manifest "
+            f"({_reason(error)}). Export the bundle again."
+        ) from error
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BundleError(
+            f"The {MANIFEST_NAME} of {root} gives {version!r} as its format version, where a "
+            "number from 1 was expected. Export the bundle again."
+        )
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"The bundle {root} is of format {version}, newer than the {FORMAT_VERSION} this "
+            "version of fdconv-deploy reads. Update fdconv-deploy, or export again with this one."
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "its contents"
+        raise BundleError(
+            f"The {MANIFEST_NAME} of {root} is not valid at {where}: {first['msg']}. "
+            "Export the bundle again."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]!r}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON at line {error.lineno}"
+    return "it is not a JSON object in UTF-8" if not isinstance(error, OSError) else "no access"
+
+
+def inside(root: Path, name: str) -> Path:
+    """``root / name`` with links followed, which must end up inside ``root``."""
+    windows = PureWindowsPath(name)
+    if (
+        not name
+        or "\0" in name
+        or PurePosixPath(name).is_absolute()
+        or windows.drive
+        or windows.root
+        or ".." in windows.parts
+    ):
+        raise BundleError(
+            f"The bundle {root} names {name!r}, which leads outside it; such a bundle is not "
+            "opened. Get it from a source you trust."
+        )
+    try:
+        real = (root / name).resolve(strict=True)
+    except FileNotFoundError as error:
+        raise BundleError(
+            f"The bundle {root} lacks the file {name!r} that its manifest lists. Copy the whole "
+            "folder, or export it again."
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise BundleError(f"The file {name!r} of the bundle {root} cannot be reached.") from error
+    if not real.is_relative_to(root.resolve()):
+        raise BundleError(
+            f"The file {name!r} of the bundle {root} is a link that leads outside it; such a "
+            "bundle is not opened. Replace the link by the file."
+        )
+    if not real.is_file():
+        raise BundleError(f"{name!r} in the bundle {root} is not a file.")
+    return real
+
+
+def check_file(root: Path, name: str, info: FileInfo, *, hashed: bool) -> None:
+    """A listed file is inside the bundle, of the listed size and, if asked, of its hash."""
+    real = inside(root, name)
+    size = real.stat().st_size
+    if size != info.bytes:
+        raise BundleError(
+            f"The file {name!r} of the bundle {root} has {size} bytes where its manifest says "
+            f"{info.bytes}. Copy the folder again, or export it again."
+        )
+    try:
+        changed = hashed and sha256_of(real) != info.sha256
+    except OSError as error:
+        raise BundleError(f"The file {name!r} of the bundle {root} cannot be read.") from error
+    if changed:
+        raise BundleError(
+            f"The file {name!r} of the bundle {root} is not the one that was exported: its "
+            "sha256 differs from the manifest's. Copy the folder again, or export it again."
+        )
+
+
+def check_listed(root: Path, manifest: Manifest, name: str, what: str) -> None:
+    """A file the manifest names is one whose hash it lists."""
+    if name not in manifest.files:
+        inside(root, name)  # a path outside, or a missing file, is the better sentence
+        raise BundleError(
+            f"The manifest of the bundle {root} names {name!r} as {what} without listing its "
+            "sha256. Export the bundle again."
+        )
+
+
+def check_external_data(root: Path, manifest: Manifest, model: str) -> None:
+    """Every file an ONNX graph keeps data in is inside the bundle, and listed."""
+    try:
+        locations = external_locations(inside(root, model))
+    except (ValueError, OSError) as error:
+        raise BundleError(
+            f"The file {model!r} of the bundle {root} is not an ONNX graph ({error}). "
+            "Export the bundle again."
+        ) from error
+    for location in sorted(locations):
+        name = (PurePosixPath(model).parent / location).as_posix() if location else location
+        inside(root, name)
+        if name not in manifest.files:
+            raise BundleError(
+                f"The graph {model!r} of the bundle {root} keeps data in {name!r}, which the "
+                "manifest does not list. Export the bundle again."
+            )
