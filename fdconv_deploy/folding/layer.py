@@ -1,0 +1,199 @@
+"""One FDConv layer at one input size, folded: the constants of a static-shape graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from fdconv_deploy.errors import ExportError
+from fdconv_deploy.folding.bands import FoldedBands, fold_bands
+from fdconv_deploy.folding.constant import constant_kernel
+from fdconv_deploy.folding.inverse_transform import (
+    ComplexInverse,
+    RealInverse,
+    complex_inverse,
+    real_inverse,
+)
+from fdconv_deploy.folding.modulation import (
+    FoldedLocal,
+    FoldedModulation,
+    array,
+    fold_local,
+    fold_modulation,
+)
+from fdconv_deploy.folding.spectrum import FoldedSpectrum, fold_spectrum
+from fdconv_deploy.nn.fdconv import FDConv2d
+from fdconv_deploy.nn.spectrum import group_map
+
+Side = Literal["kernel", "feature"]
+
+
+@dataclass(frozen=True)
+class FoldedConv:
+    """What a folded layer is made of. ``constant_weight`` stands for everything dynamic.
+
+    padding: (top, left, bottom, right) pixels. output_scale ``(O,)`` float32 is a following
+    BatchNorm's; its shift is in ``bias`` ``(O,)``. channel_side, filter_side: whether that
+    attention scales the kernel or the convolution's input or output, whichever is smaller.
+    """
+
+    name: str
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    input_size: tuple[int, int]
+    modulation: FoldedModulation
+    local: FoldedLocal | None
+    bands: FoldedBands | None
+    spectrum: FoldedSpectrum | None
+    constant_weight: NDArray[np.float32] | None
+    output_scale: NDArray[np.float32] | None
+    bias: NDArray[np.float32] | None
+    channel_side: Side
+    filter_side: Side
+
+    @property
+    def columns(self) -> ComplexInverse:
+        """The transform over the kernel matrix's columns."""
+        return complex_inverse(self.in_channels * self.kernel_size[1])
+
+    @property
+    def rows(self) -> RealInverse:
+        """The transform over the kernel matrix's rows."""
+        return real_inverse(self.out_channels * self.kernel_size[0])
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of the convolution's output."""
+        top, left, bottom, right = self.padding
+        height, width = (
+            (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+            for size, before, after, dilation, kernel, stride in zip(
+                self.input_size,
+                (top, left),
+                (bottom, right),
+                self.dilation,
+                self.kernel_size,
+                self.stride,
+                strict=True,
+            )
+        )
+        return height, width
+
+
+def _padding(layer: FDConv2d) -> tuple[int, int, int, int]:
+    if isinstance(layer.padding, str):
+        if layer.padding == "valid":
+            return 0, 0, 0, 0
+        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        top, left = total[0] // 2, total[1] // 2
+        return top, left, total[0] - top, total[1] - left
+    vertical, horizontal = layer.padding
+    return vertical, horizontal, vertical, horizontal
+
+
+def _cheaper_sides(folded: FoldedConv) -> dict[str, Side]:
+    """Where channel and filter attention touch fewer numbers.
+
+    With spatial attention the kernel is multiplied along its columns anyway, and channel
+    attention joins for nothing. A scaled output loses its bias to a pass of its own.
+    """
+    weights = folded.out_channels * folded.in_channels * int(np.prod(folded.kernel_size))
+    inputs = folded.in_channels * int(np.prod(folded.input_size))
+    outputs = folded.out_channels * int(np.prod(folded.output_size))
+    with_spatial = folded.modulation.spatial > 0
+    return {
+        "channel_side": "kernel" if with_spatial or weights <= inputs else "feature",
+        "filter_side": "kernel" if weights <= 2 * outputs else "feature",
+    }
+
+
+def _spectra(layer: FDConv2d) -> tuple[NDArray[np.complex128], NDArray[np.int64]]:
+    """A layer's spectra and groups, ``(P, R, C//2+1)``, alpha folded in."""
+    groups = group_map(layer.indices.cpu(), layer.rows, layer.columns).numpy()
+    offset = np.arange(layer.param_ratio)[:, None, None] * layer.kernel_num
+    groups = np.where(groups >= 0, groups + offset, -1)
+    if layer.convert_param:
+        stored = array(layer.dft_weight)
+    else:
+        weight = array(layer.weight).reshape(
+            layer.out_channels, layer.in_channels, *layer.kernel_size
+        )
+        matrix = weight.transpose(0, 2, 1, 3).reshape(layer.rows, layer.columns)
+        spectrum = np.fft.rfft2(matrix) / layer.spectrum_scale
+        stored = np.stack([spectrum.real, spectrum.imag], -1)[None]
+        stored = np.repeat(stored, layer.param_ratio, 0)
+    if layer.param_reduction < 1:
+        full = np.zeros((*groups.shape, 2))
+        indices = layer.indices.cpu().numpy().reshape(layer.param_ratio, 2, -1)
+        for p in range(layer.param_ratio):
+            full[p, indices[p, 0], indices[p, 1]] = stored[p]
+        stored = full
+    return (stored[..., 0] + 1j * stored[..., 1]) * layer.alpha, groups
+
+
+def fold_layer(
+    layer: FDConv2d,
+    input_size: tuple[int, int],
+    *,
+    name: str = "",
+    scale: NDArray[np.float64] | None = None,
+    shift: NDArray[np.float64] | None = None,
+) -> FoldedConv:
+    """Fold a dynamic layer for inputs of one height and width.
+
+    Args:
+        layer: in eval mode.
+        input_size: height and width of the layer's input.
+        name: for the graph's names.
+        scale, shift: ``(O,)``, a BatchNorm after the layer, see `fold_batch_norm`.
+
+    Raises:
+        ExportError: the layer is plain, or the kernel does not fit the padded input.
+    """
+    if not layer.is_dynamic:
+        raise ExportError(f"layer {name!r} is a plain convolution; there is nothing to fold.")
+    modulation = fold_modulation(layer.KSM_Global)
+    local = fold_local(layer.KSM_Local) if layer.KSM_Local is not None else None
+    bands = fold_bands(layer.FBM, *input_size) if layer.FBM is not None else None
+    constant = constant_kernel(layer, modulation, local)
+    spectrum = None
+    if constant is None:
+        spectra, groups = _spectra(layer)
+        gain = modulation.gain * (1.0 if local is None else local.gain)
+        spectrum = fold_spectrum(spectra * gain, groups, layer.columns)
+
+    bias = array(layer.bias) if layer.bias is not None else None
+    if scale is not None and shift is not None:
+        bias = shift if bias is None else bias * scale + shift
+    folded = FoldedConv(
+        name=name,
+        in_channels=layer.in_channels,
+        out_channels=layer.out_channels,
+        kernel_size=(layer.kernel_size[0], layer.kernel_size[1]),
+        stride=(layer.stride[0], layer.stride[1]),
+        padding=_padding(layer),
+        dilation=(layer.dilation[0], layer.dilation[1]),
+        input_size=input_size,
+        modulation=modulation,
+        local=local,
+        bands=bands,
+        spectrum=spectrum,
+        constant_weight=constant,
+        output_scale=None if scale is None else scale.astype(np.float32),
+        bias=None if bias is None else bias.astype(np.float32),
+        channel_side="kernel",
+        filter_side="kernel",
+    )
+    height, width = folded.output_size
+    if height < 1 or width < 1:
+        raise ExportError(
+            f"layer {name!r}: a {layer.kernel_size} kernel does not fit its "
+            f"{input_size[0]}×{input_size[1]} input. Export at a larger size."
+        )
+    return replace(folded, **_cheaper_sides(folded))

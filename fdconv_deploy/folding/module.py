@@ -1,0 +1,214 @@
+"""A folded layer as a PyTorch module: the same constants as in the exported graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdconv_deploy.folding.bands import FoldedBands
+from fdconv_deploy.folding.layer import FoldedConv
+
+
+class FoldedBandModulation(nn.Module):
+    """Band modulation at one size: ``(B, I, H, W)`` float -> the same shape."""
+
+    def __init__(self, bands: FoldedBands) -> None:
+        super().__init__()
+        self.bands = bands
+        for name in ("to_columns", "to_rows", "conv_weight", "conv_bias", "mix", "mix_bias"):
+            self.register_buffer(name, torch.from_numpy(getattr(bands, name)))
+        for index, band in enumerate(bands.bands):
+            self.register_buffer(f"from_rows{index}", torch.from_numpy(band.from_rows))
+            self.register_buffer(f"from_columns{index}", torch.from_numpy(band.from_columns))
+
+    def low_passes(self, x: Tensor) -> list[Tensor]:
+        """The input seen through each mask, ``(B, I, H, W)`` each."""
+        batch, channels, height, _ = x.shape
+        rows = 2 * height if self.bands.complex_rows else height
+        projected = (x @ self.get_buffer("to_columns")).reshape(batch, channels, rows, -1)
+        coefficients = self.get_buffer("to_rows") @ projected
+        result = []
+        for index, band in enumerate(self.bands.bands):
+            kept = coefficients[..., : band.rows, : band.columns]
+            back = self.get_buffer(f"from_rows{index}") @ kept
+            back = back.reshape(batch, channels, height, -1)
+            result.append(back @ self.get_buffer(f"from_columns{index}"))
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: ``(B, I, H, W)`` at the folded size."""
+        bands = self.bands
+        batch, _, height, width = x.shape
+        weight, groups = self.get_buffer("conv_weight"), bands.groups
+        logits = F.conv2d(
+            x, weight, self.get_buffer("conv_bias"), padding=weight.shape[-1] // 2, groups=groups
+        )
+        if bands.softmax:
+            logits = logits.reshape(batch, groups, -1, height, width)
+            active = logits.softmax(1).reshape(batch, -1, height, width)
+        else:
+            active = logits.sigmoid()
+        mix = self.get_buffer("mix")[:, :, None, None]
+        factors = F.conv2d(active, mix, self.get_buffer("mix_bias"), groups=groups)
+        factors = factors.reshape(batch, groups, bands.terms, 1, height, width)
+
+        def term(index: int, part: Tensor) -> Tensor:
+            return factors[:, :, index] * part.reshape(batch, groups, -1, height, width)
+
+        total = term(0, x)
+        for index, low in enumerate(self.low_passes(x)):
+            total = total + term(index + 1, low)
+        return total.reshape(x.shape)
+
+
+class FoldedConv2d(nn.Module):
+    """A folded FDConv layer: ``(B, I, H, W)`` float at the folded size -> ``(B, O, H', W')``.
+
+    Includes a BatchNorm that was folded in. Any batch size.
+    """
+
+    def __init__(self, folded: FoldedConv) -> None:
+        super().__init__()
+        self.folded = folded
+        self.bands = FoldedBandModulation(folded.bands) if folded.bands is not None else None
+        constants: dict[str, np.ndarray | None] = {
+            "bias": folded.bias,
+            "output_scale": folded.output_scale,
+            "constant_weight": folded.constant_weight,
+        }
+        if folded.constant_weight is None and folded.spectrum is not None:
+            modulation = folded.modulation
+            constants |= {
+                "hidden": modulation.hidden,
+                "hidden_bias": modulation.hidden_bias,
+                "heads": modulation.heads,
+                "head_bias": modulation.head_bias,
+                "spectrum": folded.spectrum.values,
+                "groups": folded.spectrum.groups.astype(np.int32),
+                "column_inner": folded.columns.inner.astype(np.float32),
+                "column_outer": folded.columns.outer.astype(np.float32),
+                "row_inner": folded.rows.inner.astype(np.float32),
+                "row_outer": folded.rows.outer.astype(np.float32),
+            }
+            if folded.local is not None:
+                constants["local"] = folded.local.weight
+                constants["norm_weight"] = folded.local.norm_weight
+                constants["norm_bias"] = folded.local.norm_bias
+        for name, value in constants.items():
+            self.register_buffer(name, None if value is None else torch.from_numpy(value))
+
+    def attention(self, average: Tensor) -> dict[str, Tensor]:
+        """``(B, I)`` averages -> kernel, filter, spatial and channel attention, ``(B, n)`` each.
+
+        Their constant factors are in the spectrum. Absent ones are empty.
+        """
+        modulation = self.folded.modulation
+        hidden = F.linear(average, self.get_buffer("hidden"), self.get_buffer("hidden_bias"))
+        logits = F.linear(
+            hidden.relu().square(), self.get_buffer("heads"), self.get_buffer("head_bias")
+        )
+        sizes = [modulation.kernel, modulation.filter, modulation.spatial, modulation.channel]
+        kernel, *gates = logits.split(sizes, 1)
+        kernel = kernel.softmax(1) if modulation.softmax else kernel.sigmoid()
+        names = ("kernel", "filter", "spatial", "channel")
+        return dict(zip(names, [kernel, *(g.sigmoid() for g in gates)], strict=True))
+
+    def kernel_matrix(self, kernel_attention: Tensor) -> Tensor:
+        """``(B, P·G)`` -> kernel matrices ``(B, R, C)``, by four constant products."""
+        folded = self.folded
+        columns, rows = folded.columns, folded.rows
+        first, second = columns.factors.first, columns.factors.second
+        batch = kernel_attention.shape[0]
+        weights = kernel_attention[:, self.get_buffer("groups")]  # (B, planes, f1, f2, slots)
+        spectrum = (weights[:, :, :, None] * self.get_buffer("spectrum")).sum(1)
+        x = spectrum.reshape(batch, first, 2 * second, -1)
+        x = self.get_buffer("column_inner") @ x
+        x = self.get_buffer("column_outer") @ x.reshape(batch, 2 * first, -1)
+        x = x.reshape(batch, 2 * columns.factors.length, -1).transpose(1, 2)
+        x = x.reshape(batch, rows.classes, 2 * rows.factors.first, -1)
+        x = self.get_buffer("row_inner") @ x
+        x = self.get_buffer("row_outer") @ x.reshape(batch, 2 * rows.classes, -1)
+        return x.reshape(batch, rows.factors.length, -1)
+
+    def local_attention(self, average: Tensor) -> Tensor:
+        """``(B, I)`` averages -> local attention ``(B, R, C)``, its factor in the spectrum."""
+        local = self.folded.local
+        assert local is not None
+        batch, channels = average.shape
+        width, taps = self.folded.kernel_size[1], local.taps
+        normalised = F.layer_norm(
+            average,
+            (channels,),
+            self.get_buffer("norm_weight"),
+            self.get_buffer("norm_bias"),
+            local.epsilon,
+        )
+        windows = F.pad(normalised, (taps // 2, taps // 2)).unfold(1, taps, 1).transpose(1, 2)
+        diagonal = torch.eye(width, dtype=average.dtype, device=average.device)
+        taken = windows[:, None, :, :, None] * diagonal[:, None, None, :]
+        taken = taken.reshape(batch, width * taps, channels * width)
+        return (self.get_buffer("local") @ taken).sigmoid()
+
+    def kernels(self, average: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """One kernel per image, ``(B, O, I, kh, kw)``, and the attentions."""
+        folded = self.folded
+        out_channels, in_channels = folded.out_channels, folded.in_channels
+        height, width = folded.kernel_size
+        attention = self.attention(average)
+        batch = average.shape[0]
+        kernel = self.kernel_matrix(attention["kernel"])
+        if folded.local is not None:
+            kernel = kernel * self.local_attention(average)
+        kernel = kernel.reshape(batch, out_channels, height, in_channels, width)
+        if folded.modulation.spatial:
+            kernel = kernel * attention["spatial"].reshape(batch, 1, height, 1, width)
+        if folded.modulation.channel and folded.channel_side == "kernel":
+            kernel = kernel * attention["channel"][:, None, None, :, None]
+        scale = self._filter(attention)
+        if scale is not None and folded.filter_side == "kernel":
+            kernel = kernel * scale[:, :, None, None, None]
+        return kernel.transpose(2, 3), attention
+
+    def _filter(self, attention: dict[str, Tensor]) -> Tensor | None:
+        scale = None if self.output_scale is None else self.get_buffer("output_scale")[None]
+        if self.folded.modulation.filter == 0:
+            return scale
+        return attention["filter"] if scale is None else attention["filter"] * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: ``(B, I, H, W)`` at the folded size."""
+        folded = self.folded
+        if tuple(x.shape[1:]) != (folded.in_channels, *folded.input_size):
+            raise ValueError(
+                f"layer {folded.name!r} was folded for inputs (B, {folded.in_channels}, "
+                f"{folded.input_size[0]}, {folded.input_size[1]}), got {tuple(x.shape)}. "
+                "Fold the network again for this size."
+            )
+        batch = x.shape[0]
+        average = x.mean((2, 3))
+        if self.bands is not None:
+            x = self.bands(x)
+        top, left, bottom, right = folded.padding
+        scale = None
+        if self.constant_weight is not None:
+            weight, groups = self.get_buffer("constant_weight"), 1
+            scale = None if self.output_scale is None else self.get_buffer("output_scale")[None]
+        else:
+            kernel, attention = self.kernels(average)
+            if folded.modulation.channel and folded.channel_side == "feature":
+                x = x * attention["channel"][:, :, None, None]
+            if folded.filter_side == "feature":
+                scale = self._filter(attention)
+            weight, groups = kernel.reshape(-1, folded.in_channels, *folded.kernel_size), batch
+            x = x.reshape(1, -1, *folded.input_size)
+        if top == bottom and left == right:
+            padding = (top, left)
+        else:
+            x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+        y = F.conv2d(x, weight, None, folded.stride, padding, folded.dilation, groups)
+        y = y.reshape(batch, folded.out_channels, *folded.output_size)
+        if scale is not None:
+            y = y * scale[:, :, None, None]
+        return y if self.bias is None else y + self.get_buffer("bias")[:, None, None]

@@ -1,0 +1,82 @@
+"""Any network with FDConv layers -> the same network for one input shape, layers folded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fdconv_deploy.errors import ExportError
+from fdconv_deploy.folding.layer import FoldedConv, fold_layer
+from fdconv_deploy.folding.module import FoldedConv2d
+from fdconv_deploy.nn.fdconv import FDConv2d
+
+
+def dynamic_layers(network: nn.Module) -> dict[str, FDConv2d]:
+    """A network's dynamic layers by name, each once though it be shared."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, FDConv2d) and module.is_dynamic
+    }
+
+
+def input_sizes(network: nn.Module, example: Tensor) -> dict[str, tuple[int, int]]:
+    """Height and width that each dynamic layer sees when the network runs on ``example``.
+
+    Raises:
+        ExportError: a layer is never run, or runs at two sizes (it has no one static shape).
+    """
+    layers = dynamic_layers(network)
+    seen: dict[str, set[tuple[int, int]]] = {name: set() for name in layers}
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[name].add((inputs[0].shape[-2], inputs[0].shape[-1]))
+
+        return record
+
+    hooks = [m.register_forward_pre_hook(recorder(n)) for n, m in layers.items()]
+    try:
+        with torch.no_grad():
+            network(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, sizes in seen.items():
+        if not sizes:
+            raise ExportError(
+                f"FDConv layer {name!r} is not used by the network's forward pass, so it has no "
+                "input size. Remove it, or call it in forward."
+            )
+        if len(sizes) > 1:
+            raise ExportError(
+                f"FDConv layer {name!r} is used at several input sizes, {sorted(sizes)}: a static "
+                "graph needs one. Give each use a layer of its own (weights may be shared)."
+            )
+    return {name: sizes.pop() for name, sizes in seen.items()}
+
+
+def fold_network(network: nn.Module, example: Tensor) -> nn.Module:
+    """A copy of ``network`` whose FDConv layers are folded for ``example``'s shape.
+
+    Args:
+        network: in eval mode; not changed.
+        example: one input, e.g. ``(1, 3, H, W)`` float32. The batch size is free afterwards.
+
+    Returns:
+        The copy. Its folded layers take inputs of the recorded sizes only.
+    """
+    if network.training:
+        raise ExportError("the network is in training mode; call .eval() before folding.")
+    sizes = input_sizes(network, example)
+    # The layers themselves are replaced, so that their spectra are never copied.
+    memo = {id(m): nn.Identity() for m in dynamic_layers(network).values()}
+    result = copy.deepcopy(network, memo)  # type: ignore[arg-type]
+    for name, layer in dynamic_layers(network).items():
+        folded: FoldedConv = fold_layer(layer, sizes[name], name=name)
+        parent, _, child = name.rpartition(".")
+        setattr(result.get_submodule(parent), child, FoldedConv2d(folded))
+    return result
