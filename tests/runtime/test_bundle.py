@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from pathlib import Path
+
+import onnx
+import pytest
+
+from fdconv_deploy.errors import BundleError
+from fdconv_deploy.runtime import Bundle, BundleWriter, Manifest
+from fdconv_deploy.runtime import exchange as exchange_module
+from fdconv_deploy.runtime.bundle import FORMAT_VERSION, OutputParity, sha256_of
+from tests.runtime import toy
+
+
+def edit(bundle: Path, change) -> None:
+    file = bundle / "manifest.json"
+    raw = json.loads(file.read_text())
+    change(raw)
+    file.write_text(json.dumps(raw))
+
+
+def relist(bundle: Path, name: str) -> None:
+    """Make the manifest agree with a file again, as whoever forges a bundle would."""
+    file = bundle / name
+    info = {"sha256": sha256_of(file), "bytes": file.stat().st_size}
+    edit(bundle, lambda m: m["files"].__setitem__(name, info))
+
+
+def refusal(bundle: Path, **options) -> str:
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    return text
+
+
+def test_round_trip(toy_bundle: Path) -> None:
+    bundle = Bundle.open(toy_bundle)
+    manifest = bundle.manifest
+    assert bundle.batch_sizes == (1, 4)
+    assert manifest.format_version == FORMAT_VERSION
+    assert set(manifest.files) == {"model.b1.onnx", "model.b4.onnx", "weights.bin"}
+    assert manifest.files["weights.bin"].bytes == (toy_bundle / "weights.bin").stat().st_size
+    assert manifest.architecture is not None
+    assert manifest.architecture.decode_head.num_classes == 5
+    assert manifest.parity is not None
+    assert manifest.parity.max_rel == 1e-7
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+    assert bundle.model_path(4) == (toy_bundle / "model.b4.onnx").resolve()
+
+
+def test_unknown_files_are_left_alone(bundle_copy: Path) -> None:
+    (bundle_copy / "notes.txt").write_text("mine")
+    (bundle_copy / "away").symlink_to("/etc")
+    bundle = Bundle.open(bundle_copy)
+    with pytest.raises(BundleError, match="not listed"):
+        bundle.file("notes.txt")
+
+
+def test_a_link_to_the_bundle_folder_opens(toy_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(toy_bundle)
+    assert Bundle.open(tmp_path / "link").batch_sizes == (1, 4)
+
+
+class TestRefused:
+    def test_missing_folder(self, tmp_path: Path) -> None:
+        assert "does not exist" in refusal(tmp_path / "none")
+
+    def test_file(self, tmp_path: Path) -> None:
+        (tmp_path / "a.onnx").write_bytes(b"x")
+        assert "is a file" in refusal(tmp_path / "a.onnx")
+
+    def test_no_manifest(self, tmp_path: Path) -> None:
+        assert "has no manifest.json" in refusal(tmp_path)
+
+    @pytest.mark.parametrize(
+        "text",
+        ["", "{", "[]", "7", "null", '"x"', "{}", "\x00", "[" * 100_000, '{"format_version": 1}'],
+    )
+    def test_manifest_not_one(self, bundle_copy: Path, text: str) -> None:
+        (bundle_copy / "manifest.json").write_text(text)
+        assert "manifest.json" in refusal(bundle_copy)
+
+    def test_manifest_not_text(self, bundle_copy: Path) -> None:
+        (bundle_copy / "manifest.json").write_bytes(b"\xff\xfe{}")
+        assert "cannot be read" in refusal(bundle_copy)
+
+    def test_newer_format(self, bundle_copy: Path) -> None:
+        edit(bundle_copy, lambda m: m.update(format_version=2, later={"x": 1}))
+        text = refusal(bundle_copy)
+        assert "format 2" in text
+        assert "Update fdconv-deploy" in text
+
+    @pytest.mark.parametrize("version", [0, -1, "1", 1.5, True, None])
+    def test_format_not_a_number(self, bundle_copy: Path, version) -> None:
+        edit(bundle_copy, lambda m: m.update(format_version=version))
+        assert "format version" in refusal(bundle_copy)
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (lambda m: m.update(surprise=1), "surprise"),
+            (lambda m: m.update(models={}), "models"),
+            (lambda m: m.update(models={"0": "model.b1.onnx"}), "models"),
+            (lambda m: m.update(kind="detector"), "kind"),
+            (lambda m: m.update(architecture=None), "architecture"),
+            (lambda m: m.update(input={"height": 16, "width": 48}), "images"),
+            (lambda m: m["inputs"]["1"].append(dict(m["inputs"]["1"][0])), "one input"),
+            (lambda m: m.update(outputs={"1": []}), "same batch sizes"),
+            (lambda m: m["outputs"].__setitem__("4", []), "found none"),
+            (lambda m: m["outputs"]["4"][0].update(shape=[4, 6, 8, 12]), r"\(4, 5, h, w\)"),
+            (lambda m: m["architecture"].update(classes=["a", "b"]), "2 class names"),
+            (lambda m: m["architecture"].update(palette=[[1, 2, 3]]), "1 palette colours"),
+            (lambda m: m["files"]["weights.bin"].update(sha256="00"), "sha256"),
+            (lambda m: m["parity"]["batches"]["1"][0].update(max_abs=float("nan")), "max_abs"),
+        ],
+    )
+    def test_inconsistent_manifest(self, bundle_copy: Path, change, says: str) -> None:
+        edit(bundle_copy, change)
+        assert re.search(says, refusal(bundle_copy))
+
+    @pytest.mark.parametrize("name", ["weights.bin", "model.b1.onnx", "model.b4.onnx"])
+    def test_missing_file(self, bundle_copy: Path, name: str) -> None:
+        (bundle_copy / name).unlink()
+        assert f"lacks the file '{name}'" in refusal(bundle_copy)
+        assert name in refusal(bundle_copy, verify=False)
+
+    @pytest.mark.parametrize("name", ["weights.bin", "model.b1.onnx", "model.b4.onnx"])
+    @pytest.mark.parametrize("position", [0, -1])
+    def test_changed_byte(self, bundle_copy: Path, name: str, position: int) -> None:
+        data = bytearray((bundle_copy / name).read_bytes())
+        data[position] ^= 1
+        (bundle_copy / name).write_bytes(data)
+        text = refusal(bundle_copy)
+        assert name in text
+        assert "sha256 differs" in text
+
+    @pytest.mark.parametrize("cut", [0, 1, 100])
+    def test_cut_off_file_even_unverified(self, bundle_copy: Path, cut: int) -> None:
+        file = bundle_copy / "weights.bin"
+        file.write_bytes(file.read_bytes()[:cut])
+        assert f"has {cut} bytes" in refusal(bundle_copy, verify=False)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "/etc/passwd",
+            "../outside.bin",
+            "a/../../outside.bin",
+            "",
+            "C:\\x",
+            "\\x",
+            "..\\o",
+            "a\0b",
+        ],
+    )
+    @pytest.mark.parametrize("verify", [True, False])
+    def test_path_that_leads_outside(self, bundle_copy: Path, name: str, verify: bool) -> None:
+        outside = bundle_copy.parent / "outside.bin"
+        outside.write_bytes(b"secret")
+        info = {"sha256": sha256_of(outside), "bytes": 6}
+        edit(bundle_copy, lambda m: m["files"].__setitem__(name, info))
+        assert "leads outside" in refusal(bundle_copy, verify=verify)
+
+    @pytest.mark.parametrize("place", ["models", "weights"])
+    def test_unlisted_path_that_leads_outside(self, bundle_copy: Path, place: str) -> None:
+        (bundle_copy.parent / "outside.bin").write_bytes(b"secret")
+        value = {"1": "../outside.bin", "4": "model.b4.onnx"}
+        edit(bundle_copy, lambda m: m.update({place: value if place == "models" else value["1"]}))
+        assert "leads outside" in refusal(bundle_copy)
+
+    def test_link_to_outside(self, bundle_copy: Path) -> None:
+        weights = bundle_copy / "weights.bin"
+        outside = bundle_copy.parent / "same.bin"
+        outside.write_bytes(weights.read_bytes())  # the hash even matches
+        weights.unlink()
+        weights.symlink_to(outside)
+        assert "link that leads outside" in refusal(bundle_copy)
+
+    def test_linked_folder_to_outside(self, bundle_copy: Path) -> None:
+        outside = bundle_copy.parent / "there"
+        outside.mkdir()
+        (outside / "x.bin").write_bytes(b"")
+        (bundle_copy / "sub").symlink_to(outside)
+        relist(bundle_copy, "sub/x.bin")
+        assert "link that leads outside" in refusal(bundle_copy)
+
+    def test_manifest_that_is_a_link_to_outside(self, bundle_copy: Path) -> None:
+        manifest = bundle_copy / "manifest.json"
+        manifest.rename(bundle_copy.parent / "m.json")
+        manifest.symlink_to(bundle_copy.parent / "m.json")
+        assert "link that leads outside" in refusal(bundle_copy)
+
+    def test_link_loop(self, bundle_copy: Path) -> None:
+        (bundle_copy / "weights.bin").unlink()
+        (bundle_copy / "weights.bin").symlink_to("weights.bin")
+        assert "weights.bin" in refusal(bundle_copy)
+
+    def test_named_pipe_does_not_hang(self, bundle_copy: Path) -> None:
+        (bundle_copy / "weights.bin").unlink()
+        os.mkfifo(bundle_copy / "weights.bin")
+        assert "is not a file" in refusal(bundle_copy)
+
+    @pytest.mark.parametrize("location", ["/etc/passwd", "../outside.bin", "x/../../outside.bin"])
+    def test_external_data_outside(self, bundle_copy: Path, location: str) -> None:
+        (bundle_copy.parent / "outside.bin").write_bytes(bytes(4096))
+        self._point_weights_at(bundle_copy, location)
+        assert "leads outside" in refusal(bundle_copy, verify=False)
+
+    def test_external_data_unlisted(self, bundle_copy: Path) -> None:
+        (bundle_copy / "other.bin").write_bytes((bundle_copy / "weights.bin").read_bytes())
+        self._point_weights_at(bundle_copy, "other.bin")
+        assert "does not list" in refusal(bundle_copy)
+
+    def test_external_data_missing(self, bundle_copy: Path) -> None:
+        self._point_weights_at(bundle_copy, "other.bin")
+        assert "lacks the file 'other.bin'" in refusal(bundle_copy)
+
+    def _point_weights_at(self, bundle: Path, location: str) -> None:
+        file = bundle / "model.b1.onnx"
+        model = onnx.load(str(file), load_external_data=False)
+        model.graph.initializer[0].external_data[0].value = location
+        file.write_bytes(model.SerializeToString())
+        relist(bundle, "model.b1.onnx")
+
+    def test_graph_that_is_not_onnx(self, bundle_copy: Path) -> None:
+        (bundle_copy / "model.b1.onnx").write_bytes(b"not a graph at all")
+        relist(bundle_copy, "model.b1.onnx")
+        assert "not an ONNX graph" in refusal(bundle_copy)
+
+    def test_weights_not_listed(self, bundle_copy: Path) -> None:
+        edit(bundle_copy, lambda m: m["files"].pop("weights.bin"))
+        assert "without listing" in refusal(bundle_copy)
+
+
+class TestWriter:
+    def test_leaves_nothing_after_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(KeyboardInterrupt), BundleWriter(tmp_path / "b") as writer:
+            (writer.path / "weights.bin").write_bytes(b"x")
+            assert writer.path.parent == tmp_path
+            raise KeyboardInterrupt
+        assert list(tmp_path.iterdir()) == []
+
+    def test_leaves_nothing_without_commit(self, tmp_path: Path) -> None:
+        with BundleWriter(tmp_path / "b") as writer:
+            (writer.path / "weights.bin").write_bytes(b"x")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_refuses_what_would_not_open(self, tmp_path: Path) -> None:
+        with (
+            pytest.raises(BundleError, match="lacks the file"),
+            BundleWriter(tmp_path / "b") as writer,
+        ):
+            writer.commit(toy.manifest(32, 48, (1,), toy.architecture()))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_refuses_links(self, tmp_path: Path) -> None:
+        with pytest.raises(BundleError, match="is a link"), BundleWriter(tmp_path / "b") as writer:
+            (writer.path / "weights.bin").symlink_to("/etc/passwd")
+            writer.commit(toy.manifest(32, 48, (1,), toy.architecture()))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_existing_bundle_needs_overwrite(self, tmp_path: Path) -> None:
+        toy.make_bundle(tmp_path / "b", seed=0)
+        before = (tmp_path / "b" / "weights.bin").read_bytes()
+        with pytest.raises(BundleError, match="exists already"):
+            toy.make_bundle(tmp_path / "b", seed=1)
+        assert (tmp_path / "b" / "weights.bin").read_bytes() == before
+        toy.make_bundle(tmp_path / "b", seed=1, overwrite=True)
+        assert (tmp_path / "b" / "weights.bin").read_bytes() != before
+        assert Bundle.open(tmp_path / "b")
+        assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+    def test_failed_overwrite_keeps_the_old_bundle(self, tmp_path: Path) -> None:
+        toy.make_bundle(tmp_path / "b")
+        with pytest.raises(RuntimeError), BundleWriter(tmp_path / "b", overwrite=True):
+            raise RuntimeError
+        assert Bundle.open(tmp_path / "b")
+        assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+    def test_never_replaces_another_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "thesis.tex").write_text("years")
+        with pytest.raises(BundleError, match="other things in it"):
+            toy.make_bundle(tmp_path / "b", overwrite=True)
+        assert (tmp_path / "b" / "thesis.tex").read_text() == "years"
+
+    def test_never_replaces_a_file_or_link(self, tmp_path: Path) -> None:
+        (tmp_path / "f").write_text("x")
+        (tmp_path / "l").symlink_to("nowhere")
+        for name in ("f", "l"):
+            with pytest.raises(BundleError, match="a file or a link"):
+                toy.make_bundle(tmp_path / name, overwrite=True)
+
+    def test_empty_folder_and_new_parents(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        assert toy.make_bundle(tmp_path / "empty")
+        assert toy.make_bundle(tmp_path / "a" / "b" / "c")
+
+    def test_relative_destination_survives_chdir(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        writer = BundleWriter("b")
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert writer.destination == tmp_path / "b"
+
+    def test_others_may_read_it(self, tmp_path: Path) -> None:
+        bundle = toy.make_bundle(tmp_path / "b").path
+        mask = os.umask(0)
+        os.umask(mask)
+        assert bundle.stat().st_mode & 0o777 == 0o777 & ~mask
+
+    def test_overwriting_never_shows_a_missing_bundle(self, tmp_path: Path) -> None:
+        toy.make_bundle(tmp_path / "b")
+        done, seen_missing = threading.Event(), []
+
+        def watch() -> None:
+            while not done.is_set():
+                if not (tmp_path / "b" / "manifest.json").exists():
+                    seen_missing.append(1)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        for seed in range(8):
+            toy.make_bundle(tmp_path / "b", seed=seed, overwrite=True)
+        done.set()
+        watcher.join()
+        assert not seen_missing
+
+    def test_exchange_without_the_system_call(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(exchange_module, "_exchange_in_one_step", lambda *_: False)
+        toy.make_bundle(tmp_path / "b", seed=0)
+        before = (tmp_path / "b" / "weights.bin").read_bytes()
+        toy.make_bundle(tmp_path / "b", seed=1, overwrite=True)
+        assert (tmp_path / "b" / "weights.bin").read_bytes() != before
+        assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_parity_that_is_not_a_number_is_no_parity() -> None:
+    with pytest.raises(ValueError):
+        OutputParity(name="logits", max_abs=float("nan"), max_rel=0)
