@@ -240,10 +240,14 @@ class TestRefused:
 
 class TestWriter:
     def test_leaves_nothing_after_an_error(self, tmp_path: Path) -> None:
-        with pytest.raises(KeyboardInterrupt), BundleWriter(tmp_path / "b") as writer:
-            (writer.path / "weights.bin").write_bytes(b"x")
-            assert writer.path.parent == tmp_path
-            raise KeyboardInterrupt
+        def interrupted() -> None:
+            with BundleWriter(tmp_path / "b") as writer:
+                (writer.path / "weights.bin").write_bytes(b"x")
+                assert writer.path.parent == tmp_path
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
         assert list(tmp_path.iterdir()) == []
 
     def test_leaves_nothing_without_commit(self, tmp_path: Path) -> None:
@@ -260,9 +264,10 @@ class TestWriter:
         assert list(tmp_path.iterdir()) == []
 
     def test_refuses_links(self, tmp_path: Path) -> None:
-        with pytest.raises(BundleError, match="is a link"), BundleWriter(tmp_path / "b") as writer:
+        with BundleWriter(tmp_path / "b") as writer:
             (writer.path / "weights.bin").symlink_to("/etc/passwd")
-            writer.commit(toy.manifest(32, 48, (1,), toy.architecture()))
+            with pytest.raises(BundleError, match="is a link"):
+                writer.commit(toy.manifest(32, 48, (1,), toy.architecture()))
         assert list(tmp_path.iterdir()) == []
 
     def test_existing_bundle_needs_overwrite(self, tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ class TestSegment:
 
     @pytest.mark.parametrize("options", [{"fit": "crop"}, {"mode": "tiles"}])
     def test_unknown_options(self, session: Session, image, options) -> None:
-        with pytest.raises(ImageError, match="crop|tiles"):
+        with pytest.raises(ImageError, match=r"crop|tiles"):
             session.segment(image, **options)
 
     def test_not_an_image(self, session: Session) -> None:
