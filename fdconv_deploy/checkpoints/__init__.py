@@ -13,16 +13,56 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fdconv_deploy.checkpoints.architecture import infer_architecture
+    from fdconv_deploy.checkpoints.config_text import Config, parse_config, read_config
+    from fdconv_deploy.checkpoints.conversion import convert_state_dict
+    from fdconv_deploy.checkpoints.facts import Fact, Inference
+    from fdconv_deploy.checkpoints.inspection import Report, inspect_checkpoint, report_on
+    from fdconv_deploy.checkpoints.loading import LoadedSegmentor, load_checkpoint
+    from fdconv_deploy.checkpoints.mmseg_config import format_config
     from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
+    from fdconv_deploy.checkpoints.rendering import render
     from fdconv_deploy.checkpoints.saving import save_checkpoint
 
 _HOMES = {
     "Checkpoint": "reading",
+    "Config": "config_text",
+    "Fact": "facts",
+    "Inference": "facts",
+    "LoadedSegmentor": "loading",
+    "Report": "inspection",
+    "format_config": "mmseg_config",
+    "convert_state_dict": "conversion",
+    "infer_architecture": "architecture",
+    "inspect_checkpoint": "inspection",
+    "load_checkpoint": "loading",
+    "parse_config": "config_text",
     "read_checkpoint": "reading",
+    "read_config": "config_text",
+    "render": "rendering",
+    "report_on": "inspection",
     "save_checkpoint": "saving",
 }
 
-__all__ = ["Checkpoint", "read_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Config",
+    "Fact",
+    "Inference",
+    "LoadedSegmentor",
+    "Report",
+    "convert_state_dict",
+    "format_config",
+    "infer_architecture",
+    "inspect_checkpoint",
+    "load_checkpoint",
+    "parse_config",
+    "read_checkpoint",
+    "read_config",
+    "render",
+    "report_on",
+    "save_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:

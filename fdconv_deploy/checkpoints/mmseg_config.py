@@ -12,7 +12,7 @@ _HEAD_FIELDS = {
 }
 
 
-def config_text(architecture: Architecture) -> str:
+def format_config(architecture: Architecture) -> str:
     """Python config text in mmsegmentation 1.x's form, which :func:`parse_config` reads back.
 
     Everything the network depends on is written out, defaults too, so that the text

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fdconv_deploy
 from fdconv_deploy.architecture import Architecture
-from fdconv_deploy.checkpoints.mmseg_config import config_text as text_of
+from fdconv_deploy.checkpoints.mmseg_config import format_config
 from fdconv_deploy.errors import CheckpointError
 
 
@@ -45,7 +45,7 @@ def save_checkpoint(
     _check(weights, architecture)
     content = {
         "meta": {
-            "cfg": text_of(architecture) if config_text is None else config_text,
+            "cfg": format_config(architecture) if config_text is None else config_text,
             "dataset_meta": {
                 "classes": architecture.classes,
                 "palette": [list(colour) for colour in architecture.palette],

@@ -1,0 +1,287 @@
+"""A checkpoint file → a report on what is in it. Builds no network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from fdconv_deploy.architecture import Architecture, BackboneConfig
+from fdconv_deploy.checkpoints import costs
+from fdconv_deploy.checkpoints.architecture import infer_architecture, infer_backbone_only
+from fdconv_deploy.checkpoints.config_text import Config
+from fdconv_deploy.checkpoints.facts import Fact
+from fdconv_deploy.checkpoints.layers import (
+    Kind,
+    Layer,
+    Shapes,
+    backbone_prefix,
+    conv_layers,
+    kind_of,
+    parameters,
+    part,
+)
+from fdconv_deploy.checkpoints.loading import config_for
+from fdconv_deploy.checkpoints.reading import read_checkpoint
+from fdconv_deploy.errors import CheckpointError
+
+FDCONV_PARTS = ("dft_weight", "KSM_Global", "KSM_Local", "FBM")
+
+
+class LayerReport(BaseModel):
+    """One convolution. Byte counts are of float32; ``macs`` is None where no size is known."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    dynamic: bool
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    kernel_num: int | None
+    parameters: int
+    spectrum_bytes: int
+    macs: int | None
+
+
+class Report(BaseModel):
+    """What a checkpoint holds.
+
+    Attributes:
+        path: the file.
+        format: its layout, see :class:`Checkpoint`.
+        kind: what network it is of.
+        dynamic_layers: how many FDConv layers it has; 0 for a plain network.
+        size: (height, width) in pixels that ``macs`` is for.
+        parameters: trained numbers by part, and ``total``.
+        fdconv_parameters: those of the FDConv layers by what they do.
+        macs: multiply-adds of convolutions per image, by part. Convolutions of the backbone
+            are ``main``; what FDConv adds to them is under its own names.
+        spectrum_bytes: of all stored spectra, float32.
+        published_buffer_bytes: what the published code holds beside the weights: the bin
+            order as int64 and the band masks.
+        architecture: None for anything but a segmentation network told without contradiction.
+        backbone: None if it is not a ResNet known here.
+        told, assumed, notes, dropped: see :class:`Inference` and :class:`Checkpoint`.
+        problem: why there is no architecture, or None.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    format: str
+    kind: Kind
+    dynamic_layers: int
+    tensors: int
+    dtypes: tuple[str, ...]
+    size: tuple[int, int]
+    parameters: dict[str, int]
+    fdconv_parameters: dict[str, int]
+    macs: dict[str, int] | None
+    spectrum_bytes: int
+    published_buffer_bytes: int
+    architecture: Architecture | None
+    backbone: BackboneConfig | None
+    told: tuple[Fact, ...]
+    assumed: tuple[Fact, ...]
+    notes: tuple[str, ...]
+    dropped: tuple[str, ...]
+    problem: str | None
+    layers: tuple[LayerReport, ...]
+
+
+def inspect_checkpoint(
+    path: str | Path,
+    config: str | Path | Config | None = None,
+    size: tuple[int, int] = (512, 512),
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+) -> Report:
+    """Read a checkpoint and report on it: segmentors, detectors, backbones, plain networks.
+
+    Args:
+        path: any file :func:`read_checkpoint` takes.
+        config: a config file, by default the one in the checkpoint.
+        size: (height, width) in pixels to count multiply-adds for.
+        overrides: fields the weights do not tell.
+        weights: the entry to take weights from.
+
+    Raises:
+        CheckpointError: the file or the config cannot be read. A network that is not
+            understood is not an error here: the report's ``problem`` says what is wrong.
+    """
+    checkpoint = read_checkpoint(path, weights=weights)
+    return report_on(
+        checkpoint.state_dict,
+        path=str(path),
+        format=checkpoint.format,
+        dropped=checkpoint.dropped,
+        config=config_for(checkpoint, config),
+        meta=checkpoint.meta,
+        overrides=overrides,
+        size=size,
+    )
+
+
+def report_on(
+    state: Shapes,
+    *,
+    path: str = "",
+    format: str = "plain",  # noqa: A002 - the report's own word
+    dropped: Sequence[str] = (),
+    config: Config | None = None,
+    meta: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    size: tuple[int, int] = (512, 512),
+) -> Report:
+    """:func:`inspect_checkpoint` for tensors at hand; tensors on the meta device do."""
+    architecture: Architecture | None = None
+    backbone: BackboneConfig | None = None
+    told: tuple[Fact, ...] = ()
+    assumed: tuple[Fact, ...] = ()
+    notes: tuple[str, ...] = ()
+    problem: str | None = None
+    kind = kind_of(state)
+    try:
+        if kind == "segmentor":
+            found = infer_architecture(state, config=config, meta=meta, overrides=overrides)
+            architecture, backbone = found.architecture, found.architecture.backbone
+            told, assumed, notes = found.told, found.assumed, found.notes
+        elif kind != "unknown":
+            backbone, facts = infer_backbone_only(state, config=config, overrides=overrides)
+            told = tuple(fact for fact in facts if fact.source != "published default")
+            assumed = tuple(fact for fact in facts if fact.source == "published default")
+        else:
+            names = ", ".join(list(state)[:3])
+            problem = f"None of its names is of a network known here: {names}…"
+    except CheckpointError as error:
+        problem = str(error)
+    try:
+        layers = conv_layers(state)
+    except CheckpointError as error:
+        layers, problem = [], problem or str(error)
+    sizes = _sizes(state, architecture, backbone, size)
+    ratio = backbone.conv.param_ratio if backbone and backbone.conv else 1
+    masks = _mask_bytes(layers, backbone)
+    return Report(
+        path=path,
+        format=format,
+        kind=kind,
+        dynamic_layers=sum(layer.dynamic for layer in layers),
+        tensors=len(state),
+        dtypes=tuple(sorted({str(v.dtype).removeprefix("torch.") for v in state.values()})),
+        size=size,
+        parameters=_by_part(state),
+        fdconv_parameters=_by_role(state),
+        macs=_macs(state, layers, sizes) if sizes else None,
+        spectrum_bytes=sum(_spectrum_bytes(layer, ratio) for layer in layers),
+        published_buffer_bytes=masks + sum(_index_bytes(layer, ratio) for layer in layers),
+        architecture=architecture,
+        backbone=backbone,
+        told=told,
+        assumed=assumed,
+        notes=notes,
+        dropped=tuple(dropped),
+        problem=problem,
+        layers=tuple(_layer(state, layer, ratio, sizes) for layer in layers),
+    )
+
+
+Sizes = dict[str, tuple[costs.Size, costs.Size]]
+
+
+def _sizes(
+    state: Shapes,
+    architecture: Architecture | None,
+    backbone: BackboneConfig | None,
+    size: costs.Size,
+) -> Sizes:
+    """Input and output size of every layer that runs at inference and is understood."""
+    if backbone is None:
+        return {}
+    prefix = backbone_prefix(state)
+    sizes = {f"{prefix}{k}": v for k, v in costs.backbone_sizes(backbone, size).items()}
+    if architecture is not None:
+        features = costs.stage_sizes(backbone, size)
+        for name, out in costs.head_sizes(architecture.decode_head, features):
+            sizes[f"decode_head.{name}"] = (out, out)
+    return sizes
+
+
+def _by_part(state: Shapes) -> dict[str, int]:
+    """Parameters under each first word of the names; bare backbones as ``backbone``."""
+    bare = kind_of(state) in ("backbone", "classifier") and not backbone_prefix(state)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        first = key.split(".")[0]
+        name = "backbone" if bare and first not in ("fc", "head", "cls_head") else first
+        parts.setdefault(name, {})[key] = value
+    return {name: parameters(tensors) for name, tensors in parts.items()} | {
+        "total": parameters(state)
+    }
+
+
+def _by_role(state: Shapes) -> dict[str, int]:
+    return {
+        role: parameters({k: v for k, v in state.items() if f".{role}" in f".{k}"})
+        for role in FDCONV_PARTS
+    }
+
+
+def _macs(state: Shapes, layers: Sequence[Layer], sizes: Sizes) -> dict[str, int]:
+    totals = dict.fromkeys(("main", "KSM_Global", "KSM_Local", "FBM"), 0)
+    for layer in layers:
+        if layer.name in sizes:
+            for name, count in _layer_macs(state, layer, sizes).items():
+                head = layer.name.startswith("decode_head.")
+                place = "decode_head" if head else name
+                totals[place] = totals.get(place, 0) + count
+    return totals | {"total": sum(totals.values())}
+
+
+def _layer_macs(state: Shapes, layer: Layer, sizes: Sizes) -> dict[str, int]:
+    into, out = sizes[layer.name]
+    macs = {"main": costs.main_macs(layer, out)}
+    if layer.dynamic:
+        local = state.get(f"{layer.name}.KSM_Local.conv.weight")
+        macs |= costs.attention_macs(layer, 0 if local is None else local.shape[-1])
+        macs["FBM"] = costs.band_macs(layer, into)
+    return macs
+
+
+def _layer(state: Shapes, layer: Layer, ratio: int, sizes: Sizes) -> LayerReport:
+    macs = sum(_layer_macs(state, layer, sizes).values()) if layer.name in sizes else None
+    return LayerReport(
+        name=layer.name,
+        dynamic=layer.dynamic,
+        in_channels=layer.in_channels,
+        out_channels=layer.out_channels,
+        kernel=layer.kernel,
+        kernel_num=layer.attentions // (layer.ratio or ratio) if layer.dynamic else None,
+        parameters=parameters(part(state, f"{layer.name}.")),
+        spectrum_bytes=_spectrum_bytes(layer, ratio),
+        macs=macs,
+    )
+
+
+def _spectrum_bytes(layer: Layer, ratio: int) -> int:
+    return (layer.ratio or ratio) * layer.kept_bins * 2 * 4 if layer.dynamic else 0
+
+
+def _index_bytes(layer: Layer, ratio: int) -> int:
+    """Row and column of every bin, int64 each, as the published layer keeps them."""
+    return (layer.ratio or ratio) * layer.kept_bins * 2 * 8 if layer.dynamic else 0
+
+
+def _mask_bytes(layers: Sequence[Layer], backbone: BackboneConfig | None) -> int:
+    """One boolean half-spectrum mask per band, in every layer that modulates bands."""
+    if backbone is None or backbone.conv is None:
+        return 0
+    bands = backbone.conv.fbm_cfg
+    height, width = bands.max_size
+    mask = len(bands.k_list) * height * (width // 2 + 1)
+    return mask * sum(1 for layer in layers if layer.bands)

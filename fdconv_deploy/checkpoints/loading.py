@@ -1,0 +1,149 @@
+"""A checkpoint file → the network in it, ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdconv_deploy.checkpoints.architecture import infer_architecture
+from fdconv_deploy.checkpoints.config_text import Config, config_of, read_config
+from fdconv_deploy.checkpoints.facts import Inference
+from fdconv_deploy.checkpoints.layers import dynamic_names
+from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
+from fdconv_deploy.errors import CheckpointError
+from fdconv_deploy.nn import Segmentor
+from fdconv_deploy.nn.spectrum import FrequencyOrder
+
+
+class LoadedSegmentor(Segmentor):
+    """A :class:`Segmentor` from a checkpoint. ``inference`` says who told its architecture."""
+
+    inference: Inference
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    config: str | Path | Config | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    frequency_order: FrequencyOrder = "torch",
+    auxiliary: bool = False,
+    require_fdconv: bool = True,
+    weights: str | None = None,
+) -> LoadedSegmentor:
+    """Load a segmentation network from a checkpoint, without running anything in the file.
+
+    Args:
+        path: a checkpoint of mmcv 1.x, mmengine or plain PyTorch, or ``.safetensors``.
+        config: the network's config (a ``.py`` or ``.json`` file), read without running it.
+            By default the one the checkpoint carries.
+        overrides: fields the weights do not tell, e.g. ``{"backbone.style": "caffe"}``.
+        frequency_order: how bins of equal radius are ordered, see :class:`FDConv2d`.
+        auxiliary: keep the auxiliary head, which only training needs.
+        require_fdconv: refuse a network without a single FDConv layer.
+        weights: the entry to take weights from, see :func:`read_checkpoint`.
+
+    Returns:
+        The network in eval mode, float32, on the CPU. ``.architecture`` is what was built,
+        ``.inference`` how it was told.
+
+    Raises:
+        CheckpointError: the file can't be read, is no segmentation network known here, its
+            config contradicts it, or tensors are left over, missing or not finite.
+        UnsupportedLayerError: an FDConv layer of it cannot be built.
+    """
+    checkpoint = read_checkpoint(path, weights=weights)
+    inference = infer_architecture(
+        checkpoint.state_dict,
+        config=config_for(checkpoint, config),
+        meta=checkpoint.meta,
+        overrides=overrides,
+    )
+    state = dict(checkpoint.state_dict)
+    if require_fdconv and not dynamic_names(state):
+        raise CheckpointError(
+            f"{path} is not an FDConv checkpoint: no layer in it is one (no …KSM_Global… among its "
+            "names). Expected a network trained with conv_cfg type FDConv. To load a plain network "
+            "all the same, pass require_fdconv=False."
+        )
+    architecture = inference.architecture
+    if auxiliary and architecture.auxiliary_head is None:
+        raise CheckpointError(
+            f"{path} has no auxiliary head that can be used. Load it with auxiliary=False."
+        )
+    if not auxiliary:
+        architecture = architecture.model_copy(update={"auxiliary_head": None})
+        state = {k: v for k, v in state.items() if not k.startswith("auxiliary_head.")}
+        inference = inference.model_copy(update={"architecture": architecture})
+    # On the meta device nothing is initialised: all that has data comes from the file.
+    with torch.device("meta"):
+        network = LoadedSegmentor(architecture, frequency_order)
+    _fill(network, state, path)
+    network.inference = inference
+    return network.eval()
+
+
+def config_for(checkpoint: Checkpoint, config: str | Path | Config | None) -> Config | None:
+    """The config the user gave, else the one in the checkpoint, else None."""
+    if isinstance(config, Config):
+        return config
+    return config_of(checkpoint.meta) if config is None else read_config(config)
+
+
+def _fill(network: Segmentor, state: dict[str, Tensor], path: str | Path) -> None:
+    expected = network.state_dict()
+    for key, value in expected.items():
+        # Only training counts batches, and old files don't have the count.
+        if key.endswith(".num_batches_tracked"):
+            state.setdefault(key, torch.zeros(value.shape, dtype=value.dtype))
+    missing = [key for key in expected if key not in state]
+    extra = [k for k in state if k not in expected and not k.endswith(".num_batches_tracked")]
+    wrong = [k for k, v in expected.items() if k in state and state[k].shape != v.shape]
+    if missing or extra or wrong:
+        shapes = [
+            f"{k} {tuple(state[k].shape)} instead of {tuple(expected[k].shape)}" for k in wrong
+        ]
+        parts = [*_grouped("missing", missing), *_grouped("left over", extra)]
+        if shapes:
+            parts.append(f"{len(shapes)} of another shape: {_some(shapes)}")
+        raise CheckpointError(
+            f"{path} does not fit the network its names and shapes tell. "
+            + "; ".join(parts)
+            + ". Expected exactly the tensors of mmsegmentation's ResNet and heads; if the network "
+            "has parts of its own, it cannot be loaded."
+        )
+    weights: dict[str, Tensor] = {}
+    for key, value in expected.items():
+        tensor = state[key].to(value.dtype)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{path}: {key} holds values that are not finite. Expected trained weights; "
+                "training probably diverged, so use an earlier checkpoint."
+            )
+        weights[key] = tensor
+    network.load_state_dict(weights, strict=True, assign=True)
+
+
+_CAUSES = (
+    (("conv_offset",), "of deformable convolutions"),
+    ((".running_mean", ".running_var"), "normalisation statistics (not a BatchNorm)"),
+    ((".dft_weight", ".KSM_Global.", ".KSM_Local.", ".FBM."), "of FDConv layers"),
+    ((".conv.bias", ".conv1.bias", ".conv2.bias", ".conv3.bias"), "biases of convolutions"),
+)
+
+
+def _grouped(what: str, keys: Iterable[str]) -> list[str]:
+    """One phrase per cause, naming up to ten keys."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        cause = next((name for marks, name in _CAUSES if any(m in key for m in marks)), "tensors")
+        groups.setdefault(cause, []).append(key)
+    return [f"{len(found)} {cause} {what}: {_some(found)}" for cause, found in groups.items()]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -1,0 +1,116 @@
+"""A checkpoint report on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fdconv_deploy.checkpoints.facts import Fact
+from fdconv_deploy.checkpoints.inspection import LayerReport, Report
+
+_KINDS = {
+    "segmentor": "segmentation network",
+    "detector": "detector (can be inspected, not exported)",
+    "classifier": "classifier (can be inspected, not exported)",
+    "backbone": "backbone alone (can be inspected, not exported)",
+    "unknown": "unknown network",
+}
+
+
+def render(report: Report, console: Console, *, layers: bool = True) -> None:
+    """Print a report: what it is, what was told and assumed, layers, sizes.
+
+    Args:
+        report: of :func:`inspect_checkpoint`.
+        console: where to print.
+        layers: print the table of all FDConv layers too.
+    """
+    fdconv = (
+        f"{report.dynamic_layers} FDConv layers" if report.dynamic_layers else "no FDConv layer"
+    )
+    console.print(f"[bold]{escape(report.path or 'state dict')}[/bold]")
+    console.print(f"{_KINDS[report.kind]}, {fdconv}; file format: {report.format}")
+    console.print(f"{report.tensors} tensors, {', '.join(report.dtypes)}")
+    if report.problem:
+        console.print(f"[bold red]Not understood:[/bold red] {escape(report.problem)}")
+    for note in report.notes:
+        console.print(f"[yellow]Note:[/yellow] {escape(note)}")
+    if report.dropped:
+        console.print(f"Left out: {escape('; '.join(report.dropped))}")
+    if report.told:
+        console.print(_facts("Told", report.told))
+    if report.assumed:
+        title = "Assumed: published defaults that nothing in the file confirms"
+        console.print(_facts(title, report.assumed))
+    if layers and report.dynamic_layers:
+        console.print(_layers(layer for layer in report.layers if layer.dynamic))
+    console.print(_sizes(report))
+
+
+def _facts(title: str, facts: Iterable[Fact]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    for column in ("field", "value", "from"):
+        table.add_column(column, overflow="fold")
+    for fact in facts:
+        value = f"{_short(fact.value)}  ({fact.note})" if fact.note else _short(fact.value)
+        table.add_row(fact.field, escape(value), fact.source)
+    return table
+
+
+def _layers(layers: Iterable[LayerReport]) -> Table:
+    table = Table(title="FDConv layers", title_justify="left", box=None, header_style="bold")
+    table.add_column("layer", overflow="fold")
+    for column in ("in", "out", "kernel", "kernel_num", "parameters", "spectrum", "MMAC"):
+        table.add_column(column, justify="right")
+    for layer in layers:
+        table.add_row(
+            layer.name,
+            str(layer.in_channels),
+            str(layer.out_channels),
+            "×".join(map(str, layer.kernel)),
+            str(layer.kernel_num),
+            f"{layer.parameters:,}",
+            f"{layer.spectrum_bytes / 1e6:.2f} MB",
+            "" if layer.macs is None else f"{layer.macs / 1e6:,.1f}",
+        )
+    return table
+
+
+def _sizes(report: Report) -> Table:
+    height, width = report.size
+    table = Table(title="Sizes", title_justify="left", box=None, header_style="bold")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    table.add_column(f"GMAC at {height}×{width}", justify="right")
+    macs = report.macs or {}
+    inside = {"main", *report.fdconv_parameters} if report.dynamic_layers else {"main"}
+    names = dict.fromkeys([*report.parameters, *macs, *sorted(inside - {"main"})])
+    for name in [*(n for n in names if n != "total"), "total"]:
+        count = report.parameters.get(name, report.fdconv_parameters.get(name))
+        if count is None and name not in macs:
+            continue
+        shown = "convolutions of the backbone" if name == "main" else name
+        shown = f"  {shown}" if name in inside else shown
+        table.add_row(
+            shown,
+            "" if count is None else f"{count:,}",
+            f"{macs[name] / 1e9:,.3f}" if name in macs else "",
+            style="bold" if name == "total" else None,
+        )
+    if report.dynamic_layers:
+        mega = report.spectrum_bytes / 1e6
+        table.add_row("spectra", f"{mega:,.1f} MB", "")
+        published = report.published_buffer_bytes / 1e6
+        table.add_row("published code's bin order and masks", f"{published:,.1f} MB", "")
+    return table
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        shown = ", ".join(_short(item) for item in value[:8])
+        return f"({shown}{f', … {len(value)} in all' if len(value) > 8 else ''})"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,230 @@
+"""What no weight tells: test mode, preprocessing, class names, palette."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from fdconv_deploy.architecture import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, TestMode
+from fdconv_deploy.checkpoints.config_text import Config
+from fdconv_deploy.checkpoints.facts import UNSET, Evidence, stated, type_of
+from fdconv_deploy.errors import CheckpointError
+
+Triple = tuple[float, float, float]
+Pair = tuple[int, int]
+# Steps that load, pack or flip leave the pixels the network sees as they are.
+_HARMLESS = (
+    "LoadImageFromFile",
+    "LoadAnnotations",
+    "PackSegInputs",
+    "Resize",
+    "Normalize",
+    "RandomFlip",
+    "ImageToTensor",
+    "DefaultFormatBundle",
+    "Collect",
+    "MultiScaleFlipAug",
+    "TestTimeAug",
+)
+
+
+def infer_test_mode(config: Config, evidence: Evidence) -> TestMode:
+    """Whole images or sliding crops: ``model.test_cfg``, or mmseg 0.x's own ``test_cfg``."""
+    section = config.section("model", "test_cfg")
+    old = config.section("test_cfg")
+    if "mode" not in section and "mode" in old:
+        section = old
+
+    def settle(name: str, kind: Any, **knowledge: Any) -> Any:
+        return evidence.settle(f"test.{name}", kind, **knowledge)
+
+    mode = settle(
+        "mode", Literal["whole", "slide"], config=stated(section, "mode"), default="whole"
+    )
+    slides = mode == "slide"
+    sizes = {
+        name: settle(
+            name,
+            Pair | None,
+            config=_pair(stated(section, name)),
+            default=UNSET if slides else None,
+            accepts=lambda value: value is None or min(value) > 0,
+            tells="test mode slide needs a (height, width) in pixels",
+            matters=slides,
+        )
+        for name in ("crop_size", "stride")
+    }
+    return TestMode(mode=mode, **sizes)
+
+
+def infer_preprocessing(config: Config, evidence: Evidence) -> Preprocessing:
+    """Mean, deviation, channel order and resize of the test pipeline.
+
+    They stand in mmseg 1.x's ``data_preprocessor`` or 0.x's ``Normalize`` step
+    (``img_norm_cfg``). ImageNet's, in RGB, are the published default.
+    """
+    steps = _steps(config)
+    processor = config.section("model", "data_preprocessor") or config.section("data_preprocessor")
+    normalize = next((step for step in steps if type_of(step) == "Normalize"), {})
+    old = normalize or config.section("img_norm_cfg")
+    section = processor or old
+    mean, std = stated(section, "mean"), stated(section, "std")
+    if processor and processor.get("mean") is None and "mean" not in old:
+        mean, std = (0.0,) * 3, (1.0,) * 3  # mmseg 1.x does not normalise without a mean
+
+    def settle(name: str, kind: Any, **knowledge: Any) -> Any:
+        return evidence.settle(f"preprocessing.{name}", kind, **knowledge)
+
+    values = {
+        "mean": settle("mean", Triple, config=mean, default=IMAGENET_MEAN),
+        "std": settle(
+            "std",
+            Triple,
+            config=std,
+            default=IMAGENET_STD,
+            accepts=lambda value: min(value) > 0,
+            tells="a deviation is above 0",
+        ),
+        "bgr_to_rgb": settle(
+            "bgr_to_rgb", bool, config=stated(section, "bgr_to_rgb", "to_rgb"), default=True
+        ),
+    }
+    resize = next((step for step in steps if type_of(step) == "Resize"), {})
+    outer = next((step for step in steps if type_of(step) == "MultiScaleFlipAug"), {})
+    keep_ratio = settle(
+        "keep_ratio", bool, config=stated(resize, "keep_ratio"), default=True, matters=bool(resize)
+    )
+    scale = stated(resize, "scale", "img_scale")
+    if scale in (UNSET, None):
+        scale = stated(outer, "img_scale")
+    scale = settle("scale", Pair | None, config=_scale(scale, keep_ratio, evidence), default=None)
+    for step in steps:
+        if type_of(step) and type_of(step) not in _HARMLESS:
+            evidence.notes.append(
+                f"The config's test pipeline has a {type_of(step)} step, which is not reproduced."
+            )
+    return Preprocessing(**values, keep_ratio=keep_ratio, scale=scale)
+
+
+def _scale(value: Any, keep_ratio: bool, evidence: Evidence) -> Any:
+    if isinstance(value, list) and value and isinstance(value[0], (list, tuple)):
+        if len(value) > 1:
+            evidence.notes.append(f"The test pipeline has {len(value)} scales; the first is used.")
+        value = value[0]
+    two = isinstance(value, (list, tuple)) and len(value) == 2
+    if two and keep_ratio and all(isinstance(side, int) for side in value):
+        return max(value), min(value)
+    return value
+
+
+def infer_classes(
+    classes: int, config: Config, meta: Mapping[str, Any], evidence: Evidence
+) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+    """Class names and their colours, from the checkpoint's meta, else the config's dataset.
+
+    Raises:
+        CheckpointError: there are not as many names as the head has classes.
+    """
+    names, origin = _labels("classes", config, meta)
+    palette, painted = _labels("palette", config, meta)
+    settled = evidence.settle(
+        "classes",
+        tuple[str, ...],
+        config=names,
+        config_name=origin,
+        default=(),
+        accepts=lambda value: len(value) in (0, classes),
+        tells=f"the decode head makes {classes} classes",
+    )
+    if palette is not UNSET and not _is_palette(palette, classes):
+        evidence.notes.append(
+            f"The palette in {painted} is not one RGB colour for each of the {classes} classes; "
+            "it was left out."
+        )
+        palette = UNSET
+    colours = evidence.settle(
+        "palette",
+        tuple[tuple[int, int, int], ...],
+        config=palette,
+        config_name=painted,
+        default=(),
+        accepts=lambda value: _is_palette(value, classes) or not value,
+        tells=f"a palette has one RGB triple, 0 to 255, for each of the {classes} classes",
+    )
+    return settled, colours
+
+
+def _labels(name: str, config: Config, meta: Mapping[str, Any]) -> tuple[Any, str]:
+    dataset = meta.get("dataset_meta")
+    for place in (dataset, meta):
+        if isinstance(place, Mapping):
+            for key in (name, name.upper()):
+                if isinstance(place.get(key), (list, tuple)):
+                    return place[key], "the checkpoint's meta"
+    places = (
+        config.section("test_dataloader", "dataset", "metainfo"),
+        config.section("val_dataloader", "dataset", "metainfo"),
+        config.section("data", "test"),
+        config.section("data", "val"),
+        config.section("metainfo"),
+    )
+    for section in places:
+        value = stated(section, name, name.upper())
+        if isinstance(value, (list, tuple)):
+            return value, "the config"
+    return UNSET, "the config"
+
+
+def _is_palette(value: Any, classes: int) -> bool:
+    return len(value) == classes and all(
+        isinstance(colour, (list, tuple))
+        and len(colour) == 3
+        and all(isinstance(part, int) and 0 <= part <= 255 for part in colour)
+        for colour in value
+    )
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+def _steps(config: Config) -> list[dict[str, Any]]:
+    """The test pipeline's steps, those inside a MultiScaleFlipAug too."""
+    found: list[dict[str, Any]] = []
+    places = (
+        config.values,
+        config.section("test_dataloader", "dataset"),
+        config.section("data", "test"),
+    )
+    for section, name in zip(places, ("test_pipeline", "pipeline", "pipeline"), strict=True):
+        value = section.get(name)
+        if isinstance(value, (list, tuple)):
+            for step in value:
+                if isinstance(step, dict):
+                    found.append(step)
+                    inner = step.get("transforms")
+                    if isinstance(inner, (list, tuple)):
+                        found += [item for item in inner if isinstance(item, dict)]
+            break
+    return found
+
+
+def refuse_other_normalisation(config: Config) -> None:
+    """Refuse a batch normalisation epsilon that the network here would not use.
+
+    Raises:
+        CheckpointError: some ``norm_cfg`` of the model has another ``eps``, or is no BN.
+    """
+    for part in ("backbone", "decode_head"):
+        norm = config.section("model", part, "norm_cfg")
+        kind, epsilon = type_of(norm), stated(norm, "eps")
+        if kind and kind not in ("BN", "BN2d", "SyncBN", "MMSyncBN", "BatchNorm2d"):
+            raise CheckpointError(
+                f"The config's {part} normalises with {kind}. Expected BN or SyncBN; other "
+                "normalisations are not supported."
+            )
+        if epsilon not in (UNSET, 1e-5):
+            raise CheckpointError(
+                f"The config's {part} has norm_cfg.eps={epsilon!r}. Expected 1e-5, which the "
+                "network here uses; another would change every output."
+            )
