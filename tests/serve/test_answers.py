@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve.answers import run_lengths
+from serve.negotiation import best_type
+
+
+@given(
+    st.integers(1, 30),
+    st.integers(1, 30),
+    st.sampled_from([np.uint8, np.uint16]),
+    st.integers(0, 99),
+)
+def test_run_lengths_round_trip(height: int, width: int, dtype, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, rng.integers(1, 5), (height, width)).astype(dtype)
+    found = run_lengths(labels)
+    assert np.array_equal(
+        np.repeat(found["values"], found["counts"]).reshape(found["size"]), labels
+    )
+    assert all(count > 0 for count in found["counts"])
+    assert all(a != b for a, b in zip(found["values"], found["values"][1:], strict=False))
+
+
+def test_run_lengths_go_along_rows() -> None:
+    found = run_lengths(np.array([[0, 0, 0, 0], [0, 2, 2, 2]], np.uint8))
+    assert found == {"size": [2, 4], "counts": [5, 3], "values": [0, 2]}
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        ("", "a/x"),
+        (",", "a/x"),
+        ("*/*", "a/x"),
+        ("a/*", "a/x"),
+        ("b/*", "b/y"),
+        ("b/y, a/x", "a/x"),
+        ("a/x;q=0.4, b/y;q=0.6", "b/y"),
+        ("a/x;q=0, */*", "b/y"),
+        ("A/X", "a/x"),
+        ("a/x; version=1; q=1", "a/x"),
+        ("c/z", None),
+        ("a/x;q=0", None),
+        ("*/*;q=0.000", None),
+        (";;;", None),
+    ],
+)
+def test_best_type(accept: str, expected: str | None) -> None:
+    assert best_type(accept, ["a/x", "b/y"]) == expected
+
+
+@given(st.text(max_size=60))
+def test_any_accept_header_is_read(accept: str) -> None:
+    assert best_type(accept, ["a/x"]) in ("a/x", None)
