@@ -36,20 +36,21 @@ class Factors:
 
 
 def _best(length: int, cost: tuple[int, int]) -> Factors:
-    """The factor pair of least multiplications, ``cost[0]·first + cost[1]·second`` per point."""
-    pairs = [(a, length // a) for a in range(1, length + 1) if length % a == 0]
-    return Factors(*min(pairs, key=lambda p: (cost[0] * p[0] + cost[1] * p[1], p[0])))
+    """The factor pair of least multiplications, ``cost[0]·first + cost[1]·second`` per point.
+
+    The second factor of an even length is even, so that frequency length/2 falls on the
+    second index alone. Ties go to the shorter second stage of a complex transform and the
+    shorter first stage of a real one: the matrices of those differ per batch entry.
+    """
+    pairs = [Factors(a, length // a) for a in range(1, length + 1) if length % a == 0]
+    if length % 2 == 0:
+        pairs = [pair for pair in pairs if pair.second % 2 == 0]
+    return min(pairs, key=lambda p: (cost[0] * p.first + cost[1] * p.second, cost[1] * p.second))
 
 
 def complex_factors(length: int) -> Factors:
-    """Factors of the complex transform; both stages cost the same per point.
-
-    Of two equally cheap pairs the one with the shorter first stage is taken: that stage's
-    matrices differ per batch entry and take the room.
-    """
-    first_stage = _best(length, (1, 1))
-    small, large = sorted((first_stage.first, first_stage.second))
-    return Factors(large, small)
+    """Factors of the complex transform; both stages cost the same per point."""
+    return _best(length, (1, 1))
 
 
 def real_factors(length: int) -> Factors:
@@ -106,7 +107,8 @@ class RealInverse:
 
     Position r = first·r2 + r1; without the 1/N. The half spectrum's frequencies
     q = 0 … N//2 are grouped into classes of equal ±q modulo second; `slots` tells where
-    each is: ``(classes, first)`` int64, -1 where a class has fewer than ``first``.
+    each is: ``(classes, first)`` int64, -1 where a class has fewer than ``first``. A
+    frequency may have a second slot, in which case the transform adds the two.
 
     Input ``(classes, first, 2, …)`` = (class, slot, real/imaginary, …). `inner`, one matrix
     per class, takes (slot, real/imaginary) to (real/imaginary, r1); `outer` takes (class,
@@ -123,46 +125,52 @@ class RealInverse:
 
     @property
     def classes(self) -> int:
-        """Number of frequency classes, ``second // 2 + 1``."""
+        """Number of frequency classes: ``second // 2 + 1``, and more to hold second slots."""
         return self.slots.shape[0]
 
 
+def _frequency_classes(
+    length: int, factors: Factors, repeated: tuple[int, ...]
+) -> list[tuple[int, list[int]]]:
+    """(residue, frequencies) of each class, none with more than ``first`` frequencies."""
+    members: list[list[int]] = [[] for _ in range(factors.second // 2 + 1)]
+    for q in [*range(length // 2 + 1), *repeated]:
+        residue = q % factors.second
+        members[min(residue, factors.second - residue)].append(q)
+    classes = [(residue, some[: factors.first]) for residue, some in enumerate(members)]
+    for residue, some in enumerate(members):
+        for start in range(factors.first, len(some), factors.first):
+            classes.append((residue, some[start : start + factors.first]))
+    return classes
+
+
 @lru_cache(maxsize=128)
-def real_inverse(length: int) -> RealInverse:
-    """The matrices for one length."""
+def real_inverse(length: int, repeated: tuple[int, ...] = ()) -> RealInverse:
+    """The matrices for one length, with second slots for the ``repeated`` frequencies."""
     factors = real_factors(length)
     first, second = factors.first, factors.second
-    classes = second // 2 + 1
+    classes = _frequency_classes(length, factors, repeated)
     r1, r2 = np.arange(first), np.arange(second)
-    slots = np.full((classes, first), -1, dtype=np.int64)
-    inner = np.zeros((classes, first, 2, 2, first))  # (class, slot, ri, ri', r1)
-    for group in range(classes):
-        members = [
-            q for q in range(length // 2 + 1) if q % second in (group, (second - group) % second)
-        ]
-        slots[group, : len(members)] = members
+    slots = np.full((len(classes), first), -1, dtype=np.int64)
+    inner = np.zeros((len(classes), first, 2, 2, first))  # (class, slot, ri, ri', r1)
+    for row, (residue, members) in enumerate(classes):
+        slots[row, : len(members)] = members
         for slot, q in enumerate(members):
             # A stored frequency stands for itself and for its mirror image; each adds to
             # the class's sum if it is in this residue class (of q, not of ±q).
             self_mirrored = q in (0, length - q)
             images = [(q, 1)] if self_mirrored else [(q, 1), (length - q, -1)]
             for frequency, sign in images:
-                if frequency % second != group:
+                if frequency % second != residue:
                     continue
                 wave = np.exp(2j * np.pi * (frequency * r1 % length) / length)
-                inner[group, slot, 0] += np.stack([wave.real, wave.imag])
+                inner[row, slot, 0] += np.stack([wave.real, wave.imag])
                 if not self_mirrored:  # times i, or -i for the mirror image
-                    inner[group, slot, 1] += sign * np.stack([-wave.imag, wave.real])
-    inner = inner.reshape(classes, 2 * first, 2 * first).transpose(0, 2, 1)
-    group = np.arange(classes)
-    angle = 2 * np.pi * (r2[:, None] * group[None, :] % second) / second
+                    inner[row, slot, 1] += sign * np.stack([-wave.imag, wave.real])
+    inner = inner.reshape(len(classes), 2 * first, 2 * first).transpose(0, 2, 1)
+    residues = np.array([residue for residue, _ in classes])
+    angle = 2 * np.pi * (r2[:, None] * residues[None, :] % second) / second
     # Every class but the self-mirrored ones stands for two of the `second` residues.
-    twice = np.where((group == 0) | (2 * group == second), 1.0, 2.0)
+    twice = np.where((residues == 0) | (2 * residues == second), 1.0, 2.0)
     outer = np.stack([twice * np.cos(angle), -twice * np.sin(angle)], -1)
-    return RealInverse(factors, slots, inner.copy(), outer.reshape(second, 2 * classes))
-
-
-def half_spectrum_slots(length: int) -> int:
-    """How many half-spectrum places `RealInverse` works on, empty ones included."""
-    transform = real_inverse(length)
-    return int(transform.slots.size)
+    return RealInverse(factors, slots, inner.copy(), outer.reshape(second, 2 * len(classes)))

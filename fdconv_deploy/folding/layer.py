@@ -7,15 +7,10 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.bands import FoldedBands, fold_bands
 from fdconv_deploy.folding.constant import constant_kernel
-from fdconv_deploy.folding.inverse_transform import (
-    ComplexInverse,
-    RealInverse,
-    complex_inverse,
-    real_inverse,
-)
 from fdconv_deploy.folding.modulation import (
     FoldedLocal,
     FoldedModulation,
@@ -56,16 +51,6 @@ class FoldedConv:
     bias: NDArray[np.float32] | None
     channel_side: Side
     filter_side: Side
-
-    @property
-    def columns(self) -> ComplexInverse:
-        """The transform over the kernel matrix's columns."""
-        return complex_inverse(self.in_channels * self.kernel_size[1])
-
-    @property
-    def rows(self) -> RealInverse:
-        """The transform over the kernel matrix's rows."""
-        return real_inverse(self.out_channels * self.kernel_size[0])
 
     @property
     def output_size(self) -> tuple[int, int]:

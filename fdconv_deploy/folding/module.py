@@ -87,10 +87,10 @@ class FoldedConv2d(nn.Module):
                 "head_bias": modulation.head_bias,
                 "spectrum": folded.spectrum.values,
                 "groups": folded.spectrum.groups.astype(np.int32),
-                "column_inner": folded.columns.inner.astype(np.float32),
-                "column_outer": folded.columns.outer.astype(np.float32),
-                "row_inner": folded.rows.inner.astype(np.float32),
-                "row_outer": folded.rows.outer.astype(np.float32),
+                "column_inner": folded.spectrum.column_transform.inner.astype(np.float32),
+                "column_outer": folded.spectrum.column_transform.outer.astype(np.float32),
+                "row_inner": folded.spectrum.row_transform.inner.astype(np.float32),
+                "row_outer": folded.spectrum.row_transform.outer.astype(np.float32),
             }
             if folded.local is not None:
                 constants["local"] = folded.local.weight
@@ -117,8 +117,9 @@ class FoldedConv2d(nn.Module):
 
     def kernel_matrix(self, kernel_attention: Tensor) -> Tensor:
         """``(B, P·G)`` -> kernel matrices ``(B, R, C)``, by four constant products."""
-        folded = self.folded
-        columns, rows = folded.columns, folded.rows
+        assert self.folded.spectrum is not None
+        columns = self.folded.spectrum.column_transform
+        rows = self.folded.spectrum.row_transform
         first, second = columns.factors.first, columns.factors.second
         batch = kernel_attention.shape[0]
         weights = kernel_attention[:, self.get_buffer("groups")]  # (B, planes, f1, f2, slots)

@@ -15,30 +15,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fdconv_deploy.errors import UnsupportedLayerError
-from fdconv_deploy.folding.inverse_transform import complex_inverse, real_inverse
-
-# (plane, bin): a bin's value and the kernel attention that weighs it, or -1 for none.
-_Half = tuple[NDArray[np.complex128], NDArray[np.int64]]
+from fdconv_deploy.folding.inverse_transform import (
+    ComplexInverse,
+    RealInverse,
+    complex_inverse,
+    real_inverse,
+)
 
 
 @dataclass(frozen=True)
 class FoldedSpectrum:
     """Spectra of a layer's kernel matrix of R rows and C columns.
 
-    The kernels' spectrum is the sum over planes of ``values · attention[groups]``. Axes, in
-    the terms of `ComplexInverse` (frequency f1 + first·f2 along the columns) and
+    The kernels' spectrum is the sum over ``param_ratio`` of ``values · attention[groups]``.
+    Axes, in the terms of `ComplexInverse` (frequency f1 + first·f2 along the columns) and
     `RealInverse` (rows, by class and slot; empty slots hold zero):
 
-    values: ``(planes, f1, 2, f2, row slots)`` float32.
-    groups: ``(planes, f1, f2, row slots)`` uint8, index into the ``P·G`` kernel attentions.
+    values: ``(P, f1, 2, f2, row slots)`` float32.
+    groups: ``(P, f1, f2, row slots)`` uint8, index into the ``P·G`` kernel attentions.
     group_map_sha256: of the checkpoint's own grouping, ``(P, R, C//2+1)`` int16.
     """
 
-    rows: int
-    columns: int
+    row_transform: RealInverse
+    column_transform: ComplexInverse
     values: NDArray[np.float32]
     groups: NDArray[np.uint8]
     group_map_sha256: str
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.row_transform.factors.length
+
+    @property
+    def columns(self) -> int:
+        """C."""
+        return self.column_transform.factors.length
 
 
 def _mirror(array: NDArray, axis: int) -> NDArray:
@@ -46,33 +58,56 @@ def _mirror(array: NDArray, axis: int) -> NDArray:
     return np.roll(np.flip(array, axis), 1, axis)
 
 
-def _half_rows(spectrum: NDArray[np.complex128], groups: NDArray[np.int64], columns: int) -> _Half:
-    """One ``(R, C//2+1)`` plane -> planes of ``(R//2+1, C)``.
+def _self_mirrored_columns(columns: int) -> list[int]:
+    """Column 0 and, of an even number of columns, the Nyquist column."""
+    return [0] if columns % 2 else [0, columns // 2]
 
-    In column 0 and the Nyquist column a bin and its mirror image are both stored, and the
-    inverse takes the mean of one and the other's conjugate. Where a tie across a group
-    border left the two in different groups, the mirror image goes to a plane of its own.
+
+def straddling_rows(groups: NDArray[np.int64], columns: int) -> tuple[int, ...]:
+    """Rows q ≤ R//2 where a bin and its mirror image are weighed by different attentions.
+
+    That can be in column 0 and the Nyquist column only, where both are stored: their radii
+    tie, and the sort may have left them on two sides of a group border.
     """
-    rows = spectrum.shape[0]
-    half = columns // 2 + 1
-    full = np.zeros((2, rows, columns), dtype=np.complex128)
-    owner = np.full((2, rows, columns), -1, dtype=np.int64)
-    full[0, :, :half], owner[0, :, :half] = spectrum, groups
-    interior = slice(1, (columns + 1) // 2)
-    image = _mirror(spectrum, 0)[:, interior]
-    full[0, :, half:] = np.conj(image[:, ::-1])
-    owner[0, :, half:] = _mirror(groups, 0)[:, interior][:, ::-1]
+    rows = groups.shape[1]
+    differs = np.zeros(rows, dtype=bool)
+    for column in _self_mirrored_columns(columns):
+        single = groups[:, :, column]
+        differs |= (single != _mirror(single, 1)).any(0)
+    return tuple(int(q) for q in np.flatnonzero(differs[: rows // 2 + 1]))
 
-    for column in {0, columns // 2} if columns % 2 == 0 else {0}:
-        value, group = spectrum[:, column] / 2, groups[:, column]
-        image, image_group = np.conj(_mirror(value, 0)), _mirror(group, 0)
+
+def _half_rows(
+    spectra: NDArray[np.complex128], groups: NDArray[np.int64], columns: int, repeated: list[int]
+) -> tuple[NDArray[np.complex128], NDArray[np.int64]]:
+    """``(P, R, C//2+1)`` values and groups -> ``(P, R//2+1 and the repeated rows, C)``.
+
+    In column 0 and the Nyquist column the inverse takes the mean of a bin and its mirror
+    image's conjugate. Where the two are in different groups, the image goes to the row's
+    second slot.
+    """
+    ratio, rows, half = spectra.shape
+    full = np.zeros((ratio, rows, columns), dtype=np.complex128)
+    owner = np.full((ratio, rows, columns), -1, dtype=np.int64)
+    full[:, :, :half], owner[:, :, :half] = spectra, groups
+    interior = slice(1, (columns + 1) // 2)
+    full[:, :, half:] = np.conj(_mirror(spectra, 1)[:, :, interior][:, :, ::-1])
+    owner[:, :, half:] = _mirror(groups, 1)[:, :, interior][:, :, ::-1]
+
+    second = np.zeros_like(full)
+    second_owner = np.full_like(owner, -1)
+    for column in _self_mirrored_columns(columns):
+        value, group = spectra[:, :, column] / 2, groups[:, :, column]
+        image, image_group = np.conj(_mirror(value, 1)), _mirror(group, 1)
         same = group == image_group
-        full[0, :, column] = value + np.where(same, image, 0)
-        full[1, :, column] = np.where(same, 0, image)
-        owner[1, :, column] = np.where(same, -1, image_group)
-    planes = 2 if (full[1] != 0).any() else 1
+        full[:, :, column] = value + np.where(same, image, 0)
+        second[:, :, column] = np.where(same, 0, image)
+        second_owner[:, :, column] = np.where(same, -1, image_group)
     keep = rows // 2 + 1
-    return full[:planes, :keep], owner[:planes, :keep]
+    return (
+        np.concatenate([full[:, :keep], second[:, repeated]], 1),
+        np.concatenate([owner[:, :keep], second_owner[:, repeated]], 1),
+    )
 
 
 def fold_spectrum(
@@ -93,23 +128,36 @@ def fold_spectrum(
             f"layer has {groups.max() + 1}."
         )
     digest = hashlib.sha256(groups.astype("<i2").tobytes()).hexdigest()
-    halves = [_half_rows(spectra[p], groups[p], columns) for p in range(ratio)]
-    values = np.concatenate([h[0] for h in halves]) / (rows * columns)
-    owner = np.concatenate([h[1] for h in halves])
+    repeated = straddling_rows(groups, columns)
+    row_transform = real_inverse(rows, repeated)
+    column_transform = complex_inverse(columns)
+    values, owner = _half_rows(spectra, groups, columns, list(repeated))
+    values = values / (rows * columns)
 
-    factors = complex_inverse(columns).factors
-    slots = real_inverse(rows).slots.reshape(-1)
+    slots = _places(row_transform, rows, repeated)
     values = np.where(slots[:, None] >= 0, values[:, slots], 0)
     owner = np.maximum(np.where(slots[:, None] >= 0, owner[:, slots], 0), 0)
     # (plane, slot, f) -> (plane, f1, f2, slot), with f = f1 + first·f2
-    split = (len(values), len(slots), factors.second, factors.first)
+    factors = column_transform.factors
+    split = (ratio, len(slots), factors.second, factors.first)
     values = values.reshape(split).transpose(0, 3, 2, 1)
     owner = owner.reshape(split).transpose(0, 3, 2, 1)
     pair = np.stack([values.real, values.imag], axis=2)
     return FoldedSpectrum(
-        rows,
-        columns,
+        row_transform,
+        column_transform,
         np.ascontiguousarray(pair, dtype=np.float32),
         np.ascontiguousarray(owner, dtype=np.uint8),
         digest,
     )
+
+
+def _places(transform: RealInverse, rows: int, repeated: tuple[int, ...]) -> NDArray[np.int64]:
+    """For each slot of a transform, its row in `_half_rows`' arrays, or -1."""
+    seen: set[int] = set()
+    places = []
+    for q in transform.slots.reshape(-1).tolist():
+        places.append(rows // 2 + 1 + repeated.index(q) if q in seen else q)
+        if q >= 0:
+            seen.add(q)
+    return np.array(places)

@@ -1,0 +1,119 @@
+"""A captured network and its folded layers -> one complete ONNX model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import ModelProto, helper
+from torch import nn
+
+import fdconv_deploy
+from export.capture import PLACEHOLDER
+from export.layer_graph import LayerWriter
+from export.passes.batch_norm import fold_batch_norms
+from fdconv_deploy.errors import ExportError
+from fdconv_deploy.folding.layer import FoldedConv, fold_layer
+from fdconv_deploy.folding.network import dynamic_layers
+from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET
+from fdconv_deploy.ops.body import functions_checked
+
+# Of the ONNX file format: 8 brought functions, 10 is what torch's exporter writes.
+IR_VERSION = 10
+
+
+@dataclass(frozen=True)
+class StaticGraph:
+    """A model for one batch size, and what its layers' group maps hash to."""
+
+    model: ModelProto
+    group_maps: dict[str, str]
+
+
+def build_graph(
+    captured: ModelProto,
+    network: nn.Module,
+    sizes: Mapping[str, tuple[int, int]],
+    batch: int,
+) -> StaticGraph:
+    """Write the folded layers in place of a captured graph's placeholders.
+
+    Args:
+        captured: from `export.capture.capture`.
+        network: the network it was captured from.
+        sizes: height and width of each FDConv layer's input, see `input_sizes`.
+        batch: the graph's batch size.
+    """
+    layers = dynamic_layers(network)
+    graph = gs.import_onnx(captured)
+    affines = fold_batch_norms(graph)
+    writer = LayerWriter(graph, batch)
+    group_maps: dict[str, str] = {}
+    folds: dict[str, FoldedConv] = {}
+    placeholders = [node for node in graph.nodes if node.op == PLACEHOLDER]
+    for node in placeholders:
+        name, output = node.attrs["layer"], node.outputs[0]
+        affine = affines.get(output.name)
+        if name not in folds:
+            folds[name] = fold_layer(
+                layers[name],
+                sizes[name],
+                name=name,
+                scale=None if affine is None else affine.scale,
+                shift=None if affine is None else affine.shift,
+            )
+        elif affine is not None:
+            raise ExportError(
+                f"FDConv layer {name!r} is used more than once, each time before a BatchNorm. "
+                "Give each use a layer of its own (weights may be shared)."
+            )
+        folded = folds[name]
+        if folded.spectrum is not None:
+            group_maps[name] = folded.spectrum.group_map_sha256
+        result = writer.write(folded, node.inputs[0])
+        node.outputs.clear()
+        node.inputs.clear()
+        _take_over(graph, output, result)
+    graph.cleanup().toposort()
+    model = gs.export_onnx(graph)
+    _finish(model, writer)
+    return StaticGraph(model, group_maps)
+
+
+def _take_over(graph: gs.Graph, old: gs.Variable, new: gs.Variable) -> None:
+    """Let ``new``'s producer produce ``old``, with its name, shape and readers."""
+    producer = new.inputs[0]
+    producer.outputs[producer.outputs.index(new)] = old
+
+
+def _finish(model: ModelProto, writer: LayerWriter) -> None:
+    model.functions.extend(functions_checked(list(writer.functions.values())))
+    del model.opset_import[:]
+    model.opset_import.append(helper.make_opsetid("", OPSET))
+    model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+    model.ir_version = IR_VERSION
+    model.producer_name = "fdconv-deploy"
+    model.producer_version = fdconv_deploy.__version__
+    model.doc_string = ""
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    domains = {node.domain for node in model.graph.node}
+    if not domains <= {"", DOMAIN}:
+        raise ExportError(
+            f"the exported graph uses operators outside ONNX and {DOMAIN!r}: "
+            f"{sorted(domains - {'', DOMAIN})}. Replace the module they come from."
+        )
+
+
+def check_model(path: str) -> None:
+    """ONNX's full check of a written model, shapes and function bodies included.
+
+    Raises:
+        ExportError: with what the checker says.
+    """
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the exported graph is not valid ONNX: {error}") from error

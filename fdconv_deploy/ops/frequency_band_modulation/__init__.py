@@ -1,0 +1,23 @@
+"""``fdconv::FrequencyBandModulation``: each band of an input weighted by its own map.
+
+    y = sum over terms t of factor[t] ∘ low[t],  low[0] = x, factor = mix · act(conv(x)) + bias
+
+Inputs, in order (B images, I channels in g groups, H × W; see `fdconv_deploy.folding.bands`):
+
+    x               (B, I, H, W) float32
+    conv_weight     (g·weighted, I/g, s, s) float32
+    conv_bias       (g·weighted,) float32
+    mix             (g·terms, weighted, 1, 1) float32
+    mix_bias        (g·terms,) float32
+    to_columns      (W, 2·frequencies) float32
+    to_rows         (rows, H') float32
+    from_rows…      per band: (H', rows of the band) float32
+    from_columns…   per band: (columns of the band, W) float32
+
+Output: ``(B, I, H, W)`` float32.
+"""
+
+from fdconv_deploy.ops.frequency_band_modulation.function import BandForm, band_function
+from fdconv_deploy.ops.frequency_band_modulation.reference import frequency_band_modulation
+
+__all__ = ["BandForm", "band_function", "frequency_band_modulation"]
