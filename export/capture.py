@@ -123,7 +123,7 @@ def capture(
     """
     layers = dynamic_layers(network)
     memo = {id(m): nn.Identity() for m in layers.values()}
-    stripped = copy.deepcopy(network, memo)  # type: ignore[arg-type]
+    stripped = copy.deepcopy(network, memo)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(stripped.get_submodule(parent), child, _Placeholder(name, layer))

@@ -57,12 +57,12 @@ class _Recipe:
 
 
 def export_checkpoint(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | Path,
     destination: str | os.PathLike[str],
     *,
     size: tuple[int, int] | None = None,
     batches: Sequence[int] = (1,),
-    config: str | os.PathLike[str] | None = None,
+    config: str | Path | None = None,
     overrides: dict[str, Any] | None = None,
     fit: Literal["stretch", "pad"] = "stretch",
     tolerance: float = TOLERANCE,

@@ -76,7 +76,7 @@ class FoldedBands:
 
 
 def _separate(mask: Float64) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    rows, columns = mask.any(1), mask.any(0)
+    rows, columns = np.any(mask > 0, axis=1), np.any(mask > 0, axis=0)
     assert np.array_equal(mask > 0, rows[:, None] & columns[None, :])
     return rows, columns
 

@@ -139,8 +139,8 @@ def _frequency_classes(
         members[min(residue, factors.second - residue)].append(q)
     classes = [(residue, some[: factors.first]) for residue, some in enumerate(members)]
     for residue, some in enumerate(members):
-        for start in range(factors.first, len(some), factors.first):
-            classes.append((residue, some[start : start + factors.first]))
+        starts = range(factors.first, len(some), factors.first)
+        classes += [(residue, some[start : start + factors.first]) for start in starts]
     return classes
 
 
@@ -167,10 +167,10 @@ def real_inverse(length: int, repeated: tuple[int, ...] = ()) -> RealInverse:
                 inner[row, slot, 0] += np.stack([wave.real, wave.imag])
                 if not self_mirrored:  # times i, or -i for the mirror image
                     inner[row, slot, 1] += sign * np.stack([-wave.imag, wave.real])
-    inner = inner.reshape(len(classes), 2 * first, 2 * first).transpose(0, 2, 1)
+    matrices = inner.reshape(len(classes), 2 * first, 2 * first).transpose(0, 2, 1)
     residues = np.array([residue for residue, _ in classes])
     angle = 2 * np.pi * (r2[:, None] * residues[None, :] % second) / second
     # Every class but the self-mirrored ones stands for two of the `second` residues.
     twice = np.where((residues == 0) | (2 * residues == second), 1.0, 2.0)
     outer = np.stack([twice * np.cos(angle), -twice * np.sin(angle)], -1)
-    return RealInverse(factors, slots, inner.copy(), outer.reshape(second, 2 * len(classes)))
+    return RealInverse(factors, slots, matrices.copy(), outer.reshape(second, 2 * len(classes)))

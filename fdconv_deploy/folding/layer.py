@@ -82,7 +82,7 @@ def _padding(layer: FDConv2d) -> tuple[int, int, int, int]:
     return vertical, horizontal, vertical, horizontal
 
 
-def _cheaper_sides(folded: FoldedConv) -> dict[str, Side]:
+def _cheaper_sides(folded: FoldedConv) -> tuple[Side, Side]:
     """Where channel and filter attention touch fewer numbers.
 
     With spatial attention the kernel is multiplied along its columns anyway, and channel
@@ -92,10 +92,9 @@ def _cheaper_sides(folded: FoldedConv) -> dict[str, Side]:
     inputs = folded.in_channels * int(np.prod(folded.input_size))
     outputs = folded.out_channels * int(np.prod(folded.output_size))
     with_spatial = folded.modulation.spatial > 0
-    return {
-        "channel_side": "kernel" if with_spatial or weights <= inputs else "feature",
-        "filter_side": "kernel" if weights <= 2 * outputs else "feature",
-    }
+    channel: Side = "kernel" if with_spatial or weights <= inputs else "feature"
+    filter_: Side = "kernel" if weights <= 2 * outputs else "feature"
+    return channel, filter_
 
 
 def _spectra(layer: FDConv2d) -> tuple[NDArray[np.complex128], NDArray[np.int64]]:
@@ -119,7 +118,8 @@ def _spectra(layer: FDConv2d) -> tuple[NDArray[np.complex128], NDArray[np.int64]
         for p in range(layer.param_ratio):
             full[p, indices[p, 0], indices[p, 1]] = stored[p]
         stored = full
-    return (stored[..., 0] + 1j * stored[..., 1]) * layer.alpha, groups
+    spectra: NDArray[np.complex128] = (stored[..., 0] + 1j * stored[..., 1]) * layer.alpha
+    return spectra, groups
 
 
 def fold_layer(
@@ -181,4 +181,5 @@ def fold_layer(
             f"layer {name!r}: a {layer.kernel_size} kernel does not fit its "
             f"{input_size[0]}×{input_size[1]} input. Export at a larger size."
         )
-    return replace(folded, **_cheaper_sides(folded))
+    channel_side, filter_side = _cheaper_sides(folded)
+    return replace(folded, channel_side=channel_side, filter_side=filter_side)

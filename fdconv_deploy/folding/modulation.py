@@ -91,7 +91,10 @@ def fold_modulation(ksm: GlobalModulation) -> FoldedModulation:
         shift.astype(np.float32),
         np.concatenate(weights).astype(np.float32),
         np.concatenate(biases).astype(np.float32),
-        *sizes,
+        kernel=sizes[0],
+        filter=sizes[1],
+        spatial=sizes[2],
+        channel=sizes[3],
         softmax=ksm.act == "softmax",
         gain=gain,
     )

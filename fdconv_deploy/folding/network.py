@@ -74,7 +74,7 @@ def fold_network(network: nn.Module, example: Tensor) -> nn.Module:
     sizes = input_sizes(network, example)
     # The layers themselves are replaced, so that their spectra are never copied.
     memo = {id(m): nn.Identity() for m in dynamic_layers(network).values()}
-    result = copy.deepcopy(network, memo)  # type: ignore[arg-type]
+    result = copy.deepcopy(network, memo)
     for name, layer in dynamic_layers(network).items():
         folded: FoldedConv = fold_layer(layer, sizes[name], name=name)
         parent, _, child = name.rpartition(".")

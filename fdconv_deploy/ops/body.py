@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import onnx
 from onnx import AttributeProto, FunctionProto, NodeProto, helper
 
 from fdconv_deploy.ops import DOMAIN, OPSET
-
-AttributeValue = int | float | Sequence[int]
 
 
 class FunctionBody:
@@ -29,15 +28,13 @@ class FunctionBody:
     def _fresh(self, stem: str) -> str:
         return f"{stem}_{len(self.nodes)}"
 
-    def add(
-        self, op_type: str, *inputs: str, outputs: int = 1, **attributes: AttributeValue
-    ) -> list[str]:
+    def add(self, op_type: str, *inputs: str, outputs: int = 1, **attributes: Any) -> list[str]:
         """Append a standard operator; the names of its outputs."""
         names = [self._fresh(op_type.lower()) + (f"_{i}" if i else "") for i in range(outputs)]
         self.nodes.append(helper.make_node(op_type, inputs, names, **attributes))
         return names
 
-    def __call__(self, op_type: str, *inputs: str, **attributes: AttributeValue) -> str:
+    def __call__(self, op_type: str, *inputs: str, **attributes: Any) -> str:
         """Append a standard operator of one output; its name."""
         return self.add(op_type, *inputs, **attributes)[0]
 
