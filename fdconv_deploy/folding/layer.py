@@ -118,7 +118,7 @@ def _spectra(layer: FDConv2d) -> tuple[NDArray[np.complex128], NDArray[np.int64]
         for p in range(layer.param_ratio):
             full[p, indices[p, 0], indices[p, 1]] = stored[p]
         stored = full
-    spectra: NDArray[np.complex128] = (stored[..., 0] + 1j * stored[..., 1]) * layer.alpha
+    spectra = np.ascontiguousarray(stored).view(np.complex128)[..., 0] * layer.alpha
     return spectra, groups
 
 
