@@ -124,7 +124,7 @@ def export_segmentor(
         # A plain twin is exported all the same: benchmarks need both sides.
         (progress or (lambda _: None))("note: this network has no FDConv layer")
     channels = architecture.backbone.in_channels
-    examples = {batch: _images(batch, channels, size) for batch in _batch_sizes(batches)}
+    examples = {batch: structured_noise(batch, channels, size) for batch in _batch_sizes(batches)}
     manifest = {
         "kind": "segmentor",
         "architecture": architecture,
@@ -217,7 +217,7 @@ def _graph_size(network: Segmentor, size: tuple[int, int] | None) -> tuple[int, 
     return size
 
 
-def _images(batch: int, channels: int, size: tuple[int, int]) -> Tensor:
+def structured_noise(batch: int, channels: int, size: tuple[int, int]) -> Tensor:
     """Inputs with structure at all scales, as images have: ``(B, C, H, W)`` float32."""
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(batch, channels, *size)

@@ -1,0 +1,66 @@
+"""A finished bundle against the PyTorch network, on real images or made-up ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from export.parity import compare
+from export.pipeline import structured_noise
+from fdconv_deploy.errors import ExportError
+from fdconv_deploy.nn.segmentor import Segmentor
+from fdconv_deploy.runtime import Session
+from fdconv_deploy.runtime.manifest import OutputParity
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One comparison: what went in, at which batch size, and how far the answers are apart."""
+
+    source: str
+    batch: int
+    parity: OutputParity
+
+
+def verify_bundle(
+    session: Session, network: Segmentor, images: Sequence[tuple[str, np.ndarray]] = ()
+) -> list[Verified]:
+    """Compare logits on each image, or on made-up inputs at every batch size.
+
+    Args:
+        session: on the bundle.
+        network: the segmentor it was exported from, in eval mode.
+        images: (name, HxWx3 uint8 RGB); each is brought to the bundle's size as `segment`
+            does it, and both sides get the same tensor.
+
+    Raises:
+        ExportError: the bundle is of another network.
+    """
+    theirs, ours = session.bundle.manifest.architecture, network.architecture
+    if theirs != ours:
+        assert theirs is not None
+        fields = type(theirs).model_fields
+        other = [name for name in fields if getattr(theirs, name) != getattr(ours, name)]
+        raise ExportError(
+            f"the bundle was exported from another network than this checkpoint's: they differ "
+            f"in {', '.join(other)}. If it was exported with --config or --set, give the same."
+        )
+    height, width = session.input_size
+    if images:
+        inputs = [(name, session.prepare(image).input[None]) for name, image in images]
+    else:
+        channels = ours.backbone.in_channels
+        inputs = [
+            (f"noise, batch {batch}", structured_noise(batch, channels, (height, width)).numpy())
+            for batch in session.batch_sizes
+        ]
+    results = []
+    for name, tensor in inputs:
+        with torch.no_grad():
+            expected = network(torch.from_numpy(tensor)).numpy()
+        parity = compare("logits", session.run(tensor), expected, classes=True)
+        results.append(Verified(name, len(tensor), parity))
+    return results

@@ -1,0 +1,5 @@
+"""``python -m fdconv_deploy`` is the ``fdconv`` command."""
+
+from fdconv_deploy.cli import main
+
+main()

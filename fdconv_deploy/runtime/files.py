@@ -1,0 +1,105 @@
+"""Image files in, mask and overlay files out."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from fdconv_deploy.errors import ImageError
+
+from .decoding import read_image
+from .manifest import Fit
+from .rendering import encode
+from .segmentation import Segmentation
+from .session import Session
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """What was written for one image."""
+
+    image: Path
+    mask: Path
+    overlay: Path
+    segmentation: Segmentation
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: paths, size, how the image was fitted, seconds, and each class's share."""
+        labels = self.segmentation.labels
+        shares = self.segmentation.areas() / labels.size
+        return {
+            "image": str(self.image),
+            "mask": str(self.mask),
+            "overlay": str(self.overlay),
+            "height": labels.shape[0],
+            "width": labels.shape[1],
+            "fit": self.segmentation.fit,
+            "mode": self.segmentation.mode,
+            "seconds": {k: round(v, 4) for k, v in self.segmentation.timings.items()},
+            "classes": {
+                name: round(float(share), 4)
+                for name, share in zip(self.segmentation.classes, shares, strict=True)
+                if share
+            },
+        }
+
+    def as_line(self) -> str:
+        """For a person: the largest classes, how the image was fitted, and the time."""
+        facts = self.as_dict()
+        largest = sorted(facts["classes"].items(), key=lambda item: -item[1])[:4]
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in largest)
+        milliseconds = sum(self.segmentation.timings.values()) * 1e3
+        return f"{self.mask}: {shares} ({facts['fit']}, {milliseconds:.0f} ms)"
+
+
+def segment_files(
+    session: Session,
+    images: Sequence[Path],
+    folder: Path,
+    *,
+    fit: str | None = None,
+    opacity: float = 0.5,
+) -> Iterator[FileResult]:
+    """Segment images one by one and write ``NAME.png`` and ``NAME_overlay.png`` for each.
+
+    :raises ImageError: an image cannot be read, or two would be written to one name.
+    """
+    _check_names(images)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in images:
+        picture = read_image(path)
+        result = session.segment(picture, fit=cast("Fit | None", fit))
+        mask, overlay = folder / f"{path.stem}.png", folder / f"{path.stem}_overlay.png"
+        if path.resolve() in (mask.resolve(), overlay.resolve()):
+            raise ImageError(
+                f"{path} would be overwritten by its own mask. Give another output folder."
+            )
+        write_whole(mask, result.mask_png())
+        write_whole(overlay, encode(result.overlay(picture, opacity), "PNG"))
+        yield FileResult(path, mask, overlay, result)
+
+
+def _check_names(images: Sequence[Path]) -> None:
+    seen: dict[str, Path] = {}
+    for path in images:
+        for name in (path.stem, f"{path.stem}_overlay"):
+            if name in seen:
+                raise ImageError(
+                    f"{seen[name]} and {path} would both be written to {name}.png. "
+                    "Segment them into two folders."
+                )
+            seen[name] = path
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: under a temporary name, then renamed."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
