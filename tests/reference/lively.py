@@ -1,0 +1,83 @@
+"""Layers and networks whose every branch is alive, as after training, without training."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fdconv_deploy.nn import FDConv2d
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def enliven(layer: FDConv2d, seed: int = 0) -> FDConv2d:
+    """Draw weights that leave no attention constant and no spectrum symmetric; eval mode."""
+    generator = seeded(seed)
+
+    def normal(tensor: Tensor, deviation: float, mean: float = 0.0) -> None:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * deviation + mean)
+
+    for name, parameter in layer.named_parameters():
+        fan_in = math.prod(parameter.shape[1:])
+        if name == "dft_weight":
+            normal(parameter, float(parameter.std()))
+        elif name == "weight" or name.endswith("fc.weight") or "freq_weight" in name:
+            normal(parameter, 0.3 if parameter.ndim == 1 else 1.5 / math.sqrt(fan_in))
+        elif name == "KSM_Local.conv.weight":
+            normal(parameter, 0.6)
+        elif name.endswith(("norm.weight", "bn.weight", "relu.scale")):
+            normal(parameter, 0.2, mean=1.0)
+        else:
+            normal(parameter, 0.3)
+    if layer.is_dynamic:
+        normal(layer.KSM_Global.bn.running_mean, 0.3)
+        normal(layer.KSM_Global.bn.running_var, 0.1, mean=0.5)
+    return layer.eval()
+
+
+def lively_input(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Images whose averages differ, so that their kernels do: ``(B, C, H, W)`` float32."""
+    generator = seeded(seed)
+    offsets = torch.randn(*shape[:2], 1, 1, generator=generator)
+    return torch.randn(shape, generator=generator) + offsets
+
+
+@torch.no_grad()
+def enliven_network(network: nn.Module, seed: int = 0, size: int = 96) -> nn.Module:
+    """Enliven every FDConv layer, then measure each BatchNorm's statistics; eval mode."""
+    generator = seeded(seed)
+    modules = dict(network.named_modules())
+    layers = [m for m in modules.values() if isinstance(m, FDConv2d) and m.is_dynamic]
+    for index, layer in enumerate(layers):
+        # The spectrum keeps its scale: each branch is alive and none explodes with depth.
+        spectrum = layer.dft_weight.detach().clone() if layer.convert_param else None
+        enliven(layer, seed + index)
+        if spectrum is not None:
+            layer.dft_weight.copy_(spectrum)
+    norms = [m for m in modules.values() if isinstance(m, nn.BatchNorm2d)]
+    inner = {id(layer.KSM_Global.bn) for layer in layers}
+    for norm in norms:
+        norm.momentum = None  # the mean over the batches seen
+        norm.reset_running_stats()
+        if id(norm) not in inner:
+            norm.weight.copy_(torch.rand(norm.weight.shape, generator=generator) * 0.5 + 0.5)
+            norm.bias.copy_(torch.randn(norm.bias.shape, generator=generator) * 0.2)
+    network.train()
+    for _ in range(2):
+        network(lively_input((4, 3, size, size), int(torch.randint(999, (), generator=generator))))
+    for norm in norms:
+        norm.momentum = 0.1
+    return network.eval()
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected value."""
+    assert actual.shape == expected.shape
+    difference = float((actual.double() - expected.double()).abs().max())
+    # Where a stride sees nothing but padding, all is zero and stays so.
+    return difference / (float(expected.double().abs().max()) or 1)
