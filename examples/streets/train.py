@@ -1,12 +1,14 @@
 """Train the packaged FDConv segmentor and its plain twin on drawn streets.
 
-    python examples/streets/train.py                     # both, then the comparison
-    python examples/streets/train.py --only fdconv       # one of them: two processes, two cores
-    python examples/streets/train.py --steps 50 --scenes 64 --out /tmp/try
+    python examples/streets/train.py                     # all of it, then the comparison
+    python examples/streets/train.py --only fdconv       # one network: two processes, two cores
+    python examples/streets/train.py --steps 60 --scenes 64 --out /tmp/try
 
-The twins get the same seed, scenes, order, augmentation, schedule and number of steps; the
-one difference is `BackboneConfig.conv`. Training can be stopped and started again: it goes
-on from the last state in --work. Runs on a CPU; the packaged pair took under an hour.
+As FDConv networks are made in practice: a plain network is trained first (`base`), its
+kernels become spectra, and training goes on. The twins both start from that base and get the
+same seed, scenes, order, augmentation, schedule and number of steps; the one difference is
+`BackboneConfig.conv`. Training can be stopped and started again: it goes on from the last
+state in --work. Runs on a CPU; the packaged networks took about an hour.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from fdconv_deploy.architecture import (
     FDConvConfig,
     HeadConfig,
 )
+from fdconv_deploy.checkpoints import convert_state_dict, save_checkpoint
 from fdconv_deploy.demo import HELD_OUT_SEEDS
 from fdconv_deploy.demo.metrics import Scores, confusion_matrix, scores
 from fdconv_deploy.demo.scenes import CLASSES, PALETTE, draw_scene
@@ -51,7 +54,7 @@ TRAINING_SEEDS = range(1_000_000, 9_000_000)
 # The packaged held-out scenes and as many again and more, for a steadier number.
 EVALUATION_SEEDS = range(HELD_OUT_SEEDS.start, HELD_OUT_SEEDS.start + 200)
 SIZE = (192, 256)
-NETWORKS = ("fdconv", "plain")
+TWINS = ("fdconv", "plain")
 FILES = {"fdconv": "streets.pth", "plain": "streets_plain.pth"}
 
 Scenes = tuple[NDArray[np.uint8], NDArray[np.uint8]]
@@ -60,21 +63,39 @@ console = Console()
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides how a network comes out, the architecture apart."""
+    """All that decides how a network comes out, the architecture apart.
 
-    steps: int = 2600
+    Two cycles of falling learning rate. The base learns from small crops, by cross-entropy
+    that favours rare classes. The twins' cycle, the last third of the steps, sees larger
+    crops and adds a soft Jaccard loss: favouring made people and poles fat, and IoU is what
+    is scored.
+    """
+
+    steps: int = 3900
     batch: int = 8
     crop: tuple[int, int] = (128, 176)
     learning_rate: float = 2e-3
+    second_crop: tuple[int, int] = (160, 224)
+    second_learning_rate: float = 1e-3
+    attention_factor: float = 3.0
     weight_decay: float = 0.01
     warm_up: int = 100
     auxiliary_weight: float = 0.4
     scenes: int = 2000
     seed: int = 0
 
+    @property
+    def turn(self) -> int:
+        """The twins' first step."""
+        return 2 * self.steps // 3
+
+    def span(self, name: str) -> tuple[int, int]:
+        """A network's first step and the one after its last."""
+        return (0, self.turn) if name == "base" else (self.turn, self.steps)
+
 
 def architecture(name: str) -> Architecture:
-    """A slim three-stage ResNet-50 under UPerHead; `name` is one of NETWORKS."""
+    """A slim three-stage ResNet-50 under UPerHead; `name` is ``base``, ``plain`` or ``fdconv``."""
     base = 16
     widths = tuple(base * 4 * 2**stage for stage in range(3))
     return Architecture(
@@ -122,11 +143,12 @@ def batch_of(recipe: Recipe, step: int, scenes: Scenes) -> tuple[Tensor, Tensor]
     Returns RGB 0..255 float32 ``(B, 3, h, w)`` and labels int64 ``(B, h, w)``.
     """
     rng = np.random.default_rng([recipe.seed, step])
-    height, width = recipe.crop
+    crop = recipe.crop if step < recipe.turn else recipe.second_crop
+    height, width = crop
     images, labels = [], []
     for index in rng.integers(0, len(scenes[0]), recipe.batch):
         rgb, truth = scenes[0][index], scenes[1][index]
-        zoom = min(rng.uniform(0.75, 1.3), *(np.array(truth.shape) / recipe.crop))
+        zoom = min(rng.uniform(0.75, 1.3), *(np.array(truth.shape) / crop))
         h, w = int(height * zoom), int(width * zoom)
         top = rng.integers(0, truth.shape[0] - h + 1)
         left = rng.integers(0, truth.shape[1] - w + 1)
@@ -183,16 +205,18 @@ def dynamic_layers(network: nn.Module) -> dict[str, FDConv2d]:
 
 
 def parameter_groups(network: Segmentor, recipe: Recipe) -> list[dict[str, Any]]:
-    """AdamW's groups: no decay on vectors, and a spectrum's steps as long as a kernel's.
+    """AdamW's groups: no decay on vectors; rates that let the twins learn alike.
 
     AdamW moves each number by about the learning rate. Moving every bin of a stored spectrum
     by r moves its kernel's weights by r · scale / sqrt(R·C / 2) only, three to four times
-    less than r; the group's rate makes up for it, so that the twins learn alike.
+    less than r; the group's rate makes up for it. Attention and band modulation start from
+    nothing where all else is trained: they get `attention_factor` times the rate.
     """
-    factors = {
-        id(layer.dft_weight): math.sqrt(layer.rows * layer.columns / 2) / layer.spectrum_scale
-        for layer in dynamic_layers(network).values()
-    }
+    factors: dict[int, float] = {}
+    for layer in dynamic_layers(network).values():
+        factors |= {id(p): recipe.attention_factor for p in layer.parameters()}
+        scale = math.sqrt(layer.rows * layer.columns / 2) / layer.spectrum_scale
+        factors[id(layer.dft_weight)] = scale
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for parameter in network.parameters():
         factor = round(factors.get(id(parameter), 1.0), 1)
@@ -205,11 +229,14 @@ def parameter_groups(network: Segmentor, recipe: Recipe) -> list[dict[str, Any]]
 
 
 def rate(recipe: Recipe, step: int) -> float:
-    """Learning rate: linear warm-up, then half a cosine down to nothing."""
-    if step < recipe.warm_up:
-        return recipe.learning_rate * (step + 1) / recipe.warm_up
-    share = (step - recipe.warm_up) / max(recipe.steps - recipe.warm_up, 1)
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+    """Learning rate: in each cycle a linear warm-up, then half a cosine down to nothing."""
+    peak, (start, end) = recipe.learning_rate, recipe.span("base")
+    if step >= recipe.turn:
+        peak, (start, end) = recipe.second_learning_rate, recipe.span("twins")
+    if step - start < recipe.warm_up:
+        return peak * (step - start + 1) / recipe.warm_up
+    share = (step - start - recipe.warm_up) / max(end - start - recipe.warm_up, 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def class_weights(scenes: Scenes) -> Tensor:
@@ -221,17 +248,21 @@ def class_weights(scenes: Scenes) -> Tensor:
 
 
 def train(name: str, recipe: Recipe, scenes: Scenes, work: Path, minutes: float) -> bool:
-    """Train one network to the recipe's end, or for `minutes`. True when it is done.
+    """Train one network to the end of its span, or for `minutes`. True when it is done.
 
-    The state goes to ``work/<name>.state`` every two minutes and at the end.
+    The state goes to ``work/<name>.state`` every two minutes and at the end; a twin starts
+    from ``work/base.state``.
     """
     torch.manual_seed(recipe.seed)
     network = build_segmentor(architecture(name))
+    start, end = recipe.span(name)
+    if name in TWINS:
+        continue_from(network, load_state(work / "base.state")["network"])
     for layer in dynamic_layers(network).values():
         object.__setattr__(layer, "modulated_spectrum", FastSpectrum(layer))
     optimiser = torch.optim.AdamW(parameter_groups(network, recipe), lr=recipe.learning_rate)
     weights = class_weights(scenes)
-    path, step, seconds = work / f"{name}.state", 0, 0.0
+    path, step, seconds = work / f"{name}.state", start, 0.0
     if path.exists():
         state = load_state(path)
         if state["recipe"] != describe(recipe):
@@ -255,25 +286,27 @@ def train(name: str, recipe: Recipe, scenes: Scenes, work: Path, minutes: float)
         torch.save(content, partial_path)
         partial_path.replace(path)
 
-    while step < recipe.steps and time.monotonic() - began < 60 * minutes:
+    while step < end and time.monotonic() - began < 60 * minutes:
         for group in optimiser.param_groups:
             group["lr"] = rate(recipe, step) * group["factor"]
         rgb, labels = batch_of(recipe, step, scenes)
         features = network.backbone(normalise(network, rgb))
-        loss = segmentation_loss(network.decode_head(features), labels, weights)
+        first = step < recipe.turn
+        favour = weights if first else None
+        loss = segmentation_loss(network.decode_head(features), labels, favour, jaccard=not first)
         assert network.auxiliary_head is not None
-        auxiliary = segmentation_loss(network.auxiliary_head(features), labels, weights)
+        auxiliary = segmentation_loss(network.auxiliary_head(features), labels, favour)
         optimiser.zero_grad(set_to_none=True)
         (loss + recipe.auxiliary_weight * auxiliary).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 5.0)
         optimiser.step()
         step += 1
         recent.append(loss.item())
-        if step % 50 == 0 or step == recipe.steps:
+        if step % 50 == 0 or step == end:
             pace = (time.monotonic() - began) / len(recent)
             last = sum(recent[-50:]) / len(recent[-50:])
             console.print(
-                f"{name} step {step}/{recipe.steps}  loss {last:.3f}  {pace:.2f} s/step",
+                f"{name} step {step}/{end}  loss {last:.3f}  {pace:.2f} s/step",
                 highlight=False,
             )
         if time.monotonic() - saved > 120:
@@ -281,13 +314,47 @@ def train(name: str, recipe: Recipe, scenes: Scenes, work: Path, minutes: float)
             saved = time.monotonic()
     if recent:
         save()
-    return step >= recipe.steps
+    return step >= end
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Cross-entropy at the labels' size, where thin structures still exist."""
+def continue_from(network: Segmentor, base: dict[str, Tensor]) -> None:
+    """Start a twin where the base ended; an FDConv network computes the same at first.
+
+    Kernels become spectra by the published conversion. The published layer leaves one
+    attention head, `filter_fc`, far from zero, which would spoil what the base has learnt:
+    here it starts near zero as its sisters do.
+    """
+    layers = dynamic_layers(network)
+    if not layers:
+        network.load_state_dict(base)
+        return
+    conv = network.architecture.backbone.conv
+    assert conv is not None
+    converted = convert_state_dict(base, use_fdconv_if_c_gt=conv.use_fdconv_if_c_gt)
+    missing, unexpected = network.load_state_dict(converted, strict=False)
+    assert not unexpected, unexpected
+    assert all(".KSM_" in key or ".FBM." in key for key in missing), missing
+    for layer in layers.values():
+        assert layer.KSM_Global.filter_fc is not None
+        nn.init.normal_(layer.KSM_Global.filter_fc.weight, std=1e-6)
+
+
+def segmentation_loss(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, jaccard: bool = False
+) -> Tensor:
+    """Cross-entropy at the labels' size, where thin structures still exist.
+
+    With ``jaccard``, plus one minus the batch's mean IoU, counted with probabilities.
+    """
     full = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(full, labels, weights)
+    loss = F.cross_entropy(full, labels, weights)
+    if jaccard:
+        guess = full.softmax(1)
+        truth = torch.zeros_like(guess).scatter_(1, labels[:, None], 1.0)
+        shared = (guess * truth).sum((0, 2, 3))
+        union = (guess + truth).sum((0, 2, 3)) - shared
+        loss = loss + 1 - (shared / union).mean()
+    return loss
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -339,7 +406,7 @@ def attention_spread(network: Segmentor, scenes: Scenes) -> dict[str, dict[str, 
             hooks.append(layer.KSM_Local.register_forward_hook(keep_local))
         if layer.FBM is not None:
             hooks.append(layer.FBM.register_forward_hook(keep_bands))
-    for rgb in scenes[0][:24]:
+    for rgb in scenes[0][:64]:
         network(
             normalise(network, torch.from_numpy(rgb.transpose(2, 0, 1).astype(np.float32))[None])
         )
@@ -357,8 +424,6 @@ def attention_spread(network: Segmentor, scenes: Scenes) -> dict[str, dict[str, 
 
 def evaluate(recipe: Recipe, work: Path, out: Path) -> None:
     """Score both networks on the same scenes, package them, write the record."""
-    from fdconv_deploy.checkpoints import save_checkpoint
-
     console.print(f"drawing {len(EVALUATION_SEEDS)} held-out scenes")
     scenes = draw_many(EVALUATION_SEEDS)
     record: dict[str, Any] = {
@@ -380,8 +445,9 @@ def evaluate(recipe: Recipe, work: Path, out: Path) -> None:
         "networks": {},
     }
     found: dict[str, Scores] = {}
+    base_seconds = load_state(work / "base.state")["seconds"]
     out.mkdir(parents=True, exist_ok=True)
-    for name in NETWORKS:
+    for name in TWINS:
         state = load_state(work / f"{name}.state")
         network = build_segmentor(architecture(name))
         network.load_state_dict(state["network"])
@@ -395,7 +461,9 @@ def evaluate(recipe: Recipe, work: Path, out: Path) -> None:
             "parameters": sum(p.numel() for p in network.parameters()),
             "dynamic_layers": len(dynamic_layers(network)),
             "steps": state["step"],
+            "base_steps": recipe.turn,
             "training_seconds": round(state["seconds"], 1),
+            "base_training_seconds": round(base_seconds, 1),
             "evaluation": summary(found[name]),
             "held_out": summary(packaged),
         }
@@ -456,7 +524,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=standard.seed)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop each network after")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", choices=NETWORKS, help="train this one, compare nothing")
+    parser.add_argument("--only", choices=("base", *TWINS), help="and compare nothing")
     parser.add_argument("--work", type=Path, default=Path("/tmp/fdconv-streets"))
     parser.add_argument(
         "--out", type=Path, default=Path(fdconv_deploy.demo.__file__).parent / "assets"
@@ -468,8 +536,8 @@ def main() -> None:
     console.print(f"drawing {recipe.scenes} training scenes")
     scenes = draw_many(TRAINING_SEEDS[: recipe.scenes])
     done = True
-    for name in [arguments.only] if arguments.only else NETWORKS:
-        done = train(name, recipe, scenes, arguments.work, arguments.minutes) and done
+    for name in [arguments.only] if arguments.only else ("base", *TWINS):
+        done = done and train(name, recipe, scenes, arguments.work, arguments.minutes)
     if not done:
         console.print("stopped before the end; the same command goes on from here")
     elif not arguments.only:
