@@ -129,10 +129,10 @@ def _conv(
     if not dynamic:
         if not (fdconv and isinstance(conv_cfg, Mapping)):
             evidence.settle("backbone.conv", Any, exact=None, source="names")
-            return None, set(styles)
+            return None, {"pytorch", "caffe"}
         _check_all_plain(scope, conv_cfg)
     conv_section: Mapping[str, Any] = conv_cfg if isinstance(conv_cfg, Mapping) else {}
-    strided = {style: _strided(values, bottleneck, style) for style in styles}
+    strided = {style: _strided(values, bottleneck, style) for style in ("pytorch", "caffe")}
     sizes, by_stride, agreeing = places_of_bands(scope, strided, styles, conv_section, evidence)
     conv = infer_conv(scope, conv_section, evidence)
     places = {"use_fbm_if_k_in": sizes, "use_fbm_for_stride": by_stride}

@@ -177,4 +177,4 @@ def places_of_bands(
         tells=tells,
         matters=bool(dynamic),
     )
-    return sizes, by_stride, {style for style in styles if explain(sizes, by_stride, style)}
+    return sizes, by_stride, {style for style in strided if explain(sizes, by_stride, style)}

@@ -76,7 +76,7 @@ def read_config(path: str | Path) -> Config:
         raise CheckpointError(
             f"{path} is not UTF-8 text. Expected a .py or .json config."
         ) from None
-    return parse_config(text, name=str(path))
+    return _json(text, str(path)) if path.suffix == ".json" else parse_config(text, name=str(path))
 
 
 def parse_config(text: str, *, name: str = "the config") -> Config:
@@ -103,6 +103,8 @@ def _json(text: str, name: str) -> Config:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} is not valid JSON: {str(error)[:100]}.") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{name} is not a config: expected a JSON object {{…}} at the top.")
     return Config(values)
 
 

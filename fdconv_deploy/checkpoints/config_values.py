@@ -130,7 +130,7 @@ def _items(nodes: list[ast.expr], names: dict[str, Any], depth: int) -> list[Any
                 raise _NotReadableError("a * of something that is not a list", node)
             result.extend(spread)
         else:
-            result.append(_value(node, names, depth + 1))
+            result.append(_data(_value(node, names, depth + 1), node))
         if len(result) > MAX_ITEMS:
             raise _NotReadableError(f"a list of more than {MAX_ITEMS} items", node)
     return result
@@ -148,10 +148,16 @@ def _pairs(
             result |= dict(needed(value))
             continue
         name = key.value if isinstance(key, ast.Constant) else needed(key)
-        result[name] = _value(value, names, depth + 1)
-        if isinstance(result[name], ImportedName) and name != "type":
-            result[name] = Unreadable(f"the imported {result[name]} is code", value.lineno)
+        item = _value(value, names, depth + 1)
+        result[name] = item if name == "type" else _data(item, value)
     return result
+
+
+def _data(value: Any, node: ast.expr) -> Any:
+    """``value``, unless it is an imported name: those are only read as a ``type``."""
+    if isinstance(value, ImportedName):
+        return Unreadable(f"the imported {value} is code", node.lineno)
+    return value
 
 
 def _arithmetic(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
@@ -181,4 +187,6 @@ def _arithmetic(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> 
 def _item(owner: Any, key: Any) -> Any:
     if isinstance(owner, (dict, list, tuple)):
         return owner[key]
+    if isinstance(owner, ImportedName):
+        raise TypeError(f"the imported {owner} is code")
     raise TypeError(f"{type(owner).__name__} has no items")

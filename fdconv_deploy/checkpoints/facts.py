@@ -104,6 +104,8 @@ class Evidence:
             derived, default, accepts = exact, UNSET, lambda value: value == exact
             tells = tells or f"the weights' {source} give {exact!r}"
         asked = self._converted(field, kind, self.overrides.get(field, UNSET), "the command line")
+        # What the user says settles a quarrel between config and weights.
+        config = config if asked is UNSET else UNSET
         written = self._converted(field, kind, config, config_name)
         for witness, value in (("the command line", asked), (config_name, written)):
             if value is not UNSET and accepts is not None and not accepts(value):

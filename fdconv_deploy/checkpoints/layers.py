@@ -148,7 +148,10 @@ def _dynamic_layer(state: Shapes, name: str) -> Layer:
     elif spectrum is not None and len(spectrum) == 3:
         ratio = spectrum[0]
         out = (shape("KSM_Global.filter_fc.weight") or (0,))[0] or _out_channels(state, name)
-        side = _square_root(taps) if taps > 1 else _square_root((local or (out,))[0] // max(out, 1))
+        if local is not None:
+            side = _square_root(local[0] // max(out, 1))
+        else:
+            side = _side_in_resnet(state, name) if only_kernel else _square_root(taps)
         kernel = (side, side)
     elif weight is not None and len(weight) == 4:
         out, kernel = weight[0], (weight[2], weight[3])
@@ -196,6 +199,13 @@ def _out_channels(state: Shapes, name: str) -> int:
     if tensor is None:
         raise _misfit(name, "its number of output channels stands nowhere")
     return int(tensor.shape[0])
+
+
+def _side_in_resnet(state: Shapes, name: str) -> int:
+    """Kernel size of a layer that does not tell itself: from its place in a ResNet's block."""
+    block, _, last = name.rpartition(".")
+    bottleneck = any(key.startswith(f"{block}.conv3.") for key in state)
+    return 1 if bottleneck and last in ("conv1", "conv3") else 3
 
 
 def _square_root(value: int) -> int:

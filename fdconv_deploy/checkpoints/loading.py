@@ -57,12 +57,13 @@ def load_checkpoint(
         UnsupportedLayerError: an FDConv layer of it cannot be built.
     """
     checkpoint = read_checkpoint(path, weights=weights)
-    inference = infer_architecture(
-        checkpoint.state_dict,
-        config=config_for(checkpoint, config),
-        meta=checkpoint.meta,
-        overrides=overrides,
-    )
+    settings = config_for(checkpoint, config)
+    try:
+        inference = infer_architecture(
+            checkpoint.state_dict, config=settings, meta=checkpoint.meta, overrides=overrides
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     state = dict(checkpoint.state_dict)
     if require_fdconv and not dynamic_names(state):
         raise CheckpointError(
@@ -119,13 +120,19 @@ def _fill(network: Segmentor, state: dict[str, Tensor], path: str | Path) -> Non
     weights: dict[str, Tensor] = {}
     for key, value in expected.items():
         tensor = state[key].to(value.dtype)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not _is_finite(tensor):
             raise CheckpointError(
                 f"{path}: {key} holds values that are not finite. Expected trained weights; "
                 "training probably diverged, so use an earlier checkpoint."
             )
         weights[key] = tensor
     network.load_state_dict(weights, strict=True, assign=True)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum is several times quicker than looking at each number, and not finite if one of
+    # them is not. If it is for another reason (an overflow), each is looked at.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 _CAUSES = (

@@ -159,7 +159,7 @@ def _labels(name: str, config: Config, meta: Mapping[str, Any]) -> tuple[Any, st
     for place in (dataset, meta):
         if isinstance(place, Mapping):
             for key in (name, name.upper()):
-                if isinstance(place.get(key), (list, tuple)):
+                if place.get(key) and isinstance(place[key], (list, tuple)):
                     return place[key], "the checkpoint's meta"
     places = (
         config.section("test_dataloader", "dataset", "metainfo"),
@@ -170,7 +170,7 @@ def _labels(name: str, config: Config, meta: Mapping[str, Any]) -> tuple[Any, st
     )
     for section in places:
         value = stated(section, name, name.upper())
-        if isinstance(value, (list, tuple)):
+        if value and isinstance(value, (list, tuple)):
             return value, "the config"
     return UNSET, "the config"
 

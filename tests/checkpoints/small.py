@@ -1,0 +1,85 @@
+"""Small networks and their weights, and key lists of big ones without data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fdconv_deploy.architecture import (
+    Architecture,
+    BackboneConfig,
+    FDConvConfig,
+    HeadConfig,
+    Preprocessing,
+    TestMode,
+)
+from fdconv_deploy.nn import build_segmentor
+
+CLASSES = ("sky", "road", "tree")
+PALETTE = ((70, 130, 180), (128, 64, 128), (107, 142, 35))
+
+
+def small_architecture(*, auxiliary: bool = False, **backbone: object) -> Architecture:
+    """A ResNet-18 with base 8 and two dynamic stages, UPerHead, three classes."""
+    fields: dict[str, object] = {"depth": 18, "base_channels": 8, "conv": FDConvConfig()}
+    config = BackboneConfig(**(fields | backbone))
+    widths = tuple(config.base_channels * 2**i * expansion(config) for i in config.out_indices)
+    index = tuple(range(len(widths)))
+    head = HeadConfig(
+        type="UPerHead", in_channels=widths, in_index=index, channels=8, num_classes=3
+    )
+    second = HeadConfig(
+        type="FCNHead",
+        in_channels=widths[-1:],
+        in_index=index[-1:],
+        channels=8,
+        num_classes=3,
+        num_convs=1,
+        concat_input=False,
+    )
+    return Architecture(
+        backbone=config,
+        decode_head=head,
+        auxiliary_head=second if auxiliary else None,
+        test=TestMode(mode="slide", crop_size=(64, 64), stride=(48, 48)),
+        preprocessing=Preprocessing(scale=(256, 128)),
+        classes=CLASSES,
+        palette=PALETTE,
+    )
+
+
+def expansion(config: BackboneConfig) -> int:
+    return 1 if config.depth in (18, 34) else 4
+
+
+def shapes_of(architecture: Architecture) -> dict[str, Tensor]:
+    """The network's state dict on the meta device: names and shapes without data."""
+    with torch.device("meta"):
+        return dict(build_segmentor(architecture).state_dict())
+
+
+def weights_of(architecture: Architecture, seed: int = 0) -> dict[str, Tensor]:
+    """Random weights for a network."""
+    generator = torch.Generator().manual_seed(seed)
+    weights: dict[str, Tensor] = {}
+    for key, value in shapes_of(architecture).items():
+        if not value.is_floating_point():
+            weights[key] = torch.zeros(value.shape, dtype=value.dtype)
+            continue
+        numbers = torch.rand(value.shape, generator=generator)
+        # Scales and variances around 1, the rest small and of both signs.
+        norm = value.ndim == 1 and key.endswith((".weight", ".running_var", ".scale"))
+        weights[key] = numbers + 0.5 if norm else (numbers - 0.5) * 0.5
+    return weights
+
+
+def key_list(path: Path) -> dict[str, Tensor]:
+    """A reference key list as tensors on the meta device."""
+    keys = json.loads(path.read_text())["keys"]
+    return {
+        key["key"]: torch.empty(key["shape"], dtype=getattr(torch, key["dtype"]), device="meta")
+        for key in keys
+    }

@@ -1,0 +1,186 @@
+"""Config text is read without running it; what cannot be read is said, not guessed."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fdconv_deploy.checkpoints import parse_config, read_checkpoint, read_config
+from fdconv_deploy.checkpoints.config_text import config_of
+from fdconv_deploy.checkpoints.config_values import Unreadable
+from fdconv_deploy.errors import CheckpointError
+
+
+@pytest.mark.parametrize("name", ["mmcv1", "mmengine_published"])
+def test_reference_checkpoints_carry_a_whole_config(oracle: Path, name: str) -> None:
+    reference = json.loads((oracle / "segmentor" / "index.json").read_text())["models"]["B"]
+    found = config_of(read_checkpoint(oracle / "segmentor" / f"B_r18b14_{name}.pth").meta)
+    assert found is not None
+    assert found.notes == ()
+    for part in ("backbone", "decode_head", "auxiliary_head", "test_cfg"):
+        section = json.loads(json.dumps(found.section("model", part)))
+        assert section == reference["model"][part]
+
+
+def test_what_configs_use() -> None:
+    found = parse_config(
+        """
+'''A config.'''
+norm_cfg = dict(type='SyncBN', requires_grad=True)
+crop = (512, 1024)
+n, (a, b) = 19, (1, 2)
+lr: float = 1e-4 * 2 ** 3
+model = dict(
+    type='EncoderDecoder', pretrained=None,
+    backbone=dict(depth=50, out_indices=[0] + [1, 2] + [3], norm_cfg=norm_cfg, k=-1, t=not True),
+    decode_head=dict(num_classes=n + 1, **dict(channels=512), scale=crop[1], size=(*crop, 3)),
+    test_cfg={'mode': 'slide', 'crop_size': crop, **{'stride': (crop[0] // 2,) * 2}})
+model['decode_head']['num_classes'] += 2
+model.backbone.depth = 18
+model['backbone']['out_indices'][0] = 7
+name = 'a' 'b' + 'c'
+"""
+    )
+    assert found.notes == ()
+    assert found.values["lr"] == pytest.approx(8e-4)
+    assert (found.values["a"], found.values["b"], found.values["name"]) == (1, 2, "abc")
+    assert found.section("model", "backbone") == {
+        "depth": 18,
+        "out_indices": [7, 1, 2, 3],
+        "norm_cfg": {"type": "SyncBN", "requires_grad": True},
+        "k": -1,
+        "t": False,
+    }
+    assert found.section("model", "decode_head") == {
+        "num_classes": 22,
+        "channels": 512,
+        "scale": 1024,
+        "size": (512, 1024, 3),
+    }
+    assert found.section("model", "test_cfg")["stride"] == (256, 256)
+    assert found.section("model", "nothing", "here") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "says"),
+    [
+        ("x = open('/etc/passwd').read()", "x", "a call of open"),
+        ("import os\nx = os.environ['HOME']", "x", "the imported os is code"),
+        ("x = __import__('os').system('true')", "x", "a call of"),
+        ("x = lambda: 1", "x", "Lambda is code"),
+        ("x = [i for i in (1, 2)]", "x", "ListComp is code"),
+        ("x = y", "x", "'y' is not assigned"),
+        ("x = {{_base_.num_classes}}", "x", "reference to another file"),
+        ("x = '{{ fileDirname }}/a'", "x", "reference to another file"),
+        ("x = 10 ** 10 ** 10", "x", "power out of bounds"),
+        ("x = 2 ** 62 * 1000", "x", "64 bits"),
+        ("x = 'a' * 10 ** 6 * 10 ** 6", "x", "100000 items"),
+        ("x = 1 / 0", "x", "ZeroDivisionError"),
+        ("x = 1\nfor i in (1, 2):\n    x = i", "x", "changed by a For statement"),
+        ("x = dict(a=1)\nx.update(dict(a=2))", "x", "changed by a Expr statement"),
+        ("x = 1\ndel x", "x", "changed by a Delete statement"),
+        ("x = f'{1}'", "x", "JoinedStr is code"),
+        ("def f():\n    return 1\nx = f()", "x", "a call of f"),
+    ],
+)
+def test_code_is_reported_and_not_run(text: str, value: str, says: str) -> None:
+    found = parse_config(text, name="cfg")
+    assert isinstance(found.values[value], Unreadable)
+    assert any(says in note for note in found.notes), found.notes
+
+
+def test_only_the_unreadable_part_is_lost() -> None:
+    found = parse_config("model = dict(backbone=dict(depth=50, x=f()), head=[1, g(), 3])", name="c")
+    assert found.section("model", "backbone")["depth"] == 50
+    assert found.section("model")["head"][2] == 3
+    assert [note.split(":")[0] for note in found.notes] == ["c, line 1"] * 2
+    assert "model.backbone.x" in found.notes[0]
+    assert "model.head.1" in found.notes[1]
+
+
+def test_reprs_of_objects_cost_one_assignment() -> None:
+    found = parse_config("a = 1\nhook = <function f at 0x7f>\nb = dict(\n    c=2)\n")
+    assert found.values == {"a": 1, "b": {"c": 2}}
+    assert "line 2" in found.notes[0]
+
+
+def test_base_files_are_named_as_missing() -> None:
+    for text in (
+        "_base_ = ['../_base_/models/upernet_r50.py']\nmodel = dict(backbone=dict(depth=18))",
+        "from mmengine.config import read_base\nwith read_base():\n    from .base import *\n"
+        "model = dict(backbone=dict(depth=18))",
+    ):
+        found = parse_config(text)
+        assert found.section("model", "backbone")["depth"] == 18
+        assert any("base config files, which are not read" in note for note in found.notes)
+    inherited = parse_config("_base_ = './a.py'\nx = _base_.model.depth")
+    assert isinstance(inherited.values["x"], Unreadable)
+
+
+def test_imported_classes_are_types_and_nothing_else() -> None:
+    found = parse_config("from mmseg.models import UPerHead as U\nh = dict(type=U, other=U)")
+    assert found.values["h"]["type"] == "mmseg.models.UPerHead"
+    assert isinstance(found.values["h"]["other"], Unreadable)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = " + "[" * 90 + "]" * 90,
+        "x = " + "[" * 5000 + "]" * 5000,
+        "x = " + "-" * 20000 + "1",
+        "x = " + "1+" * 20000 + "1",
+        "a = {}\n" + "a = dict(a=a)\n" * 5000,
+        "a = [1] * 1000\n" + "a = [a, a, a, a]\n" * 60,
+        "a = [1]\n" + "a = a + a\n" * 60,
+        "a = []\na = [a]\na[0] = a",
+        "x = " + "9" * 10000,
+        "\x00 = 1",
+        "x = (" * 200,
+        '{"a": ' * 100000,
+    ],
+)
+def test_hostile_texts_end_quickly(text: str) -> None:
+    began = time.monotonic()
+    try:
+        parse_config(text)
+    except CheckpointError as error:
+        assert "JSON" in str(error)  # noqa: PT017 - either outcome is right
+    assert time.monotonic() - began < 5
+
+
+@given(st.text(max_size=300))
+def test_any_text_is_read_or_reported(text: str) -> None:
+    try:
+        parse_config(text)
+    except CheckpointError:
+        assert text.lstrip().startswith("{")
+
+
+def test_files(tmp_path: Path) -> None:
+    path = tmp_path / "config.py"
+    path.write_text("model = dict(depth=50)")
+    assert read_config(path).section("model") == {"depth": 50}
+    (tmp_path / "config.json").write_text('{"model": {"depth": 50}}')
+    assert read_config(str(tmp_path / "config.json")).section("model") == {"depth": 50}
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="expected a JSON object"):
+        read_config(tmp_path / "list.json")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_config(tmp_path / "missing.py")
+    with pytest.raises(CheckpointError, match=r"expected a \.py or \.json"):
+        read_config(tmp_path / "config.yaml")
+    path.write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(CheckpointError, match="not UTF-8"):
+        read_config(path)
+    path.write_text("#" * (5 << 20))
+    with pytest.raises(CheckpointError, match="larger than 4 MiB"):
+        read_config(path)
+    (tmp_path / "bad.json").write_text('{"model": ')
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        read_config(tmp_path / "bad.json")
