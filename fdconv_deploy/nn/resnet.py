@@ -115,7 +115,8 @@ def _downsample(
     if stride == 1 and in_channels == out_channels:
         return None
     layers: list[nn.Module] = []
-    if average and stride != 1:
+    if average:
+        # At stride 1 too, where it does nothing but shift the names in the checkpoint.
         layers.append(nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False))
         stride = 1
     # The published network keeps shortcuts plain.
