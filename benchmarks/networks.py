@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from export.pipeline import structured_noise
+from export.inputs import made_up_images
 from fdconv_deploy.architecture import Architecture, BackboneConfig, FDConvConfig, HeadConfig
 from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
 from fdconv_deploy.nn.resnet import BasicBlock, Bottleneck
@@ -40,7 +40,7 @@ def trained_like(network: nn.Module, seed: int = 0, size: int = 128) -> nn.Modul
     """Wake every branch up and let BatchNorm settle on what it sees. In place, eval mode.
 
     Attention heads get weights that make attentions differ by several percent from image to
-    image, as in trained checkpoints; running statistics are those of a batch of image-like noise.
+    image, as in trained checkpoints; running statistics are those of a batch of made-up images.
     """
     torch.manual_seed(seed)
     for module in network.modules():
@@ -57,8 +57,7 @@ def trained_like(network: nn.Module, seed: int = 0, size: int = 128) -> nn.Modul
         if isinstance(module, BasicBlock | Bottleneck):
             last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
             last.weight.fill_(0.2)
-    contrast = torch.linspace(0.3, 1.5, 6)[:, None, None, None]
-    images = structured_noise(6, 3, (size, size)) * contrast
+    images = made_up_images(6, (size, size))
     norms = {n: m for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
     pooled = [m for n, m in norms.items() if "KSM_Global" in n or "psp_modules" in n]
     for module in norms.values():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fdconv_deploy
 from export.capture import capture
 from export.graph import build_graph, check_model
+from export.inputs import SAID, made_up_images
 from export.parity import measure
 from export.weights import WeightsFile
 from fdconv_deploy.checkpoints import load_checkpoint
@@ -124,7 +125,10 @@ def export_segmentor(
         # A plain twin is exported all the same: benchmarks need both sides.
         (progress or (lambda _: None))("note: this network has no FDConv layer")
     channels = architecture.backbone.in_channels
-    examples = {batch: structured_noise(batch, channels, size) for batch in _batch_sizes(batches)}
+    examples = {
+        batch: made_up_images(batch, size, architecture.preprocessing, channels=channels)
+        for batch in _batch_sizes(batches)
+    }
     manifest = {
         "kind": "segmentor",
         "architecture": architecture,
@@ -132,8 +136,7 @@ def export_segmentor(
         "fit": fit,
         "checkpoint": checkpoint,
     }
-    said = "smoothed normal noise, normalised to mean 0 and deviation 1, seed 0"
-    recipe = _Recipe(network, examples, "images", ["logits"], True, manifest, said, tolerance)
+    recipe = _Recipe(network, examples, "images", ["logits"], True, manifest, SAID, tolerance)
     if progress is not None:
         recipe.progress = progress
     return _export(recipe, destination, overwrite)
@@ -215,17 +218,6 @@ def _graph_size(network: Segmentor, size: tuple[int, int] | None) -> tuple[int, 
     if min(size) < 1 or max(size) > 16384:
         raise ExportError(f"height and width must be 1 to 16384 pixels, got {size[0]}x{size[1]}.")
     return size
-
-
-def structured_noise(batch: int, channels: int, size: tuple[int, int]) -> Tensor:
-    """Inputs with structure at all scales, as images have: ``(B, C, H, W)`` float32."""
-    generator = torch.Generator().manual_seed(0)
-    total = torch.zeros(batch, channels, *size)
-    for scale in (1, 4, 16, 64):
-        coarse = [max(length // scale, 1) for length in size]
-        noise = torch.randn(batch, channels, *coarse, generator=generator)
-        total += nn.functional.interpolate(noise, size=list(size), mode="bilinear")
-    return (total - total.mean()) / total.std().clamp_min(1e-6)
 
 
 def _run(recipe: _Recipe, example: Tensor) -> dict[str, np.ndarray]:

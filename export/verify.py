@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
+from export.inputs import made_up_images
 from export.parity import compare
-from export.pipeline import structured_noise
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime import Session
@@ -48,13 +49,17 @@ def verify_bundle(
             f"the bundle was exported from another network than this checkpoint's: they differ "
             f"in {', '.join(other)}. If it was exported with --config or --set, give the same."
         )
-    height, width = session.input_size
     if images:
         inputs = [(name, session.prepare(image).input[None]) for name, image in images]
     else:
-        channels = ours.backbone.in_channels
+        made_up = partial(
+            made_up_images,
+            size=session.input_size,
+            preprocessing=ours.preprocessing,
+            channels=ours.backbone.in_channels,
+        )
         inputs = [
-            (f"noise, batch {batch}", structured_noise(batch, channels, (height, width)).numpy())
+            (f"made-up images, batch {batch}", made_up(batch).numpy())
             for batch in session.batch_sizes
         ]
     results = []

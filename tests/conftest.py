@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# Small layers on two busy cores would spend their time waiting for each other's threads.
+# Before torch is first imported, since it reads this once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
