@@ -27,15 +27,15 @@ def layer_arguments(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[int, int], i
     convert = draw(st.integers(0, 3)) > 0
     ins, outs = draw(st.sampled_from([18, 20, 24])), draw(st.sampled_from([17, 18, 21, 24]))
     reduction = draw(st.sampled_from([1.0, 2.0, *([0.5] if convert else [])]))
-    ratio = draw(st.sampled_from([1, 2]))
     kept = int(outs * height * (ins * width // 2 + 1) * min(reduction, 1))
-    groups = [g for g in range(1, 25) if kept % g == 0 and g * ratio > 1] or [kept]
+    groups = draw(st.sampled_from([g for g in range(1, 25) if kept % g == 0]))
+    ratio = draw(st.sampled_from([1, 2])) if groups > 1 else 2
     dilation, stride = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, (2, 1)]))
     paddings = [0, 1, (2, 1), "valid", *(["same"] if stride == 1 else [])]
     arguments = dict(
         in_channels=ins, out_channels=outs, kernel_size=kernel, stride=stride,
         padding=draw(st.sampled_from(paddings)), dilation=dilation, bias=draw(st.booleans()),
-        kernel_num=draw(st.sampled_from(groups)), use_fdconv_if_k_in=[1, 2, 3, 5],
+        kernel_num=groups, use_fdconv_if_k_in=[1, 2, 3, 5],
         use_fbm_if_k_in=draw(st.sampled_from([[3], [1, 2, 5], []])),
         use_fbm_for_stride=draw(st.booleans()), kernel_temp=draw(st.sampled_from([1.0, 0.7])),
         temp=draw(st.sampled_from([None, 1.5])), att_multi=draw(st.sampled_from([2.0, 1.5])),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.nn.resnet import BasicBlock, Bottleneck
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -26,11 +27,13 @@ def enliven(layer: FDConv2d, seed: int = 0) -> FDConv2d:
         fan_in = math.prod(parameter.shape[1:])
         if name == "dft_weight":
             normal(parameter, float(parameter.std()))
-        elif name == "weight" or name.endswith("fc.weight") or "freq_weight" in name:
-            normal(parameter, 0.3 if parameter.ndim == 1 else 1.5 / math.sqrt(fan_in))
+        elif name.endswith("fc.weight"):
+            normal(parameter, 0.7 / math.sqrt(fan_in))
+        elif name.endswith("weight") and parameter.ndim > 1 and "Local" not in name:
+            normal(parameter, 1.5 / math.sqrt(fan_in))
         elif name == "KSM_Local.conv.weight":
             normal(parameter, 0.6)
-        elif name.endswith(("norm.weight", "bn.weight", "relu.scale")):
+        elif name.endswith(("weight", "scale")):
             normal(parameter, 0.2, mean=1.0)
         else:
             normal(parameter, 0.3)
@@ -49,29 +52,38 @@ def lively_input(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def enliven_network(network: nn.Module, seed: int = 0, size: int = 96) -> nn.Module:
-    """Enliven every FDConv layer, then measure each BatchNorm's statistics; eval mode."""
+    """Enliven every FDConv layer, then measure each BatchNorm's statistics; eval mode.
+
+    As in a trained network, no image drives an attention to its end and a block adds less
+    than it passes on. Otherwise depth amplifies any difference, a rounding error's too, until
+    two float32 networks of the same weights have nothing in common.
+    """
     generator = seeded(seed)
     modules = dict(network.named_modules())
     layers = [m for m in modules.values() if isinstance(m, FDConv2d) and m.is_dynamic]
     for index, layer in enumerate(layers):
-        # The spectrum keeps its scale: each branch is alive and none explodes with depth.
         spectrum = layer.dft_weight.detach().clone() if layer.convert_param else None
         enliven(layer, seed + index)
         if spectrum is not None:
             layer.dft_weight.copy_(spectrum)
+        for name, parameter in layer.named_parameters():
+            if name.endswith("_fc.weight"):
+                parameter *= 0.3
     norms = [m for m in modules.values() if isinstance(m, nn.BatchNorm2d)]
     inner = {id(layer.KSM_Global.bn) for layer in layers}
+    last = {id(m.bn2) for m in modules.values() if isinstance(m, BasicBlock)}
+    last |= {id(m.bn3) for m in modules.values() if isinstance(m, Bottleneck)}
     for norm in norms:
-        norm.momentum = None  # the mean over the batches seen
         norm.reset_running_stats()
+        gain = 0.4 if id(norm) in inner else 0.15 if id(norm) in last else 1.0
+        norm.weight.copy_(torch.rand(norm.weight.shape, generator=generator) * gain + gain / 2)
         if id(norm) not in inner:
-            norm.weight.copy_(torch.rand(norm.weight.shape, generator=generator) * 0.5 + 0.5)
             norm.bias.copy_(torch.randn(norm.bias.shape, generator=generator) * 0.2)
     network.train()
-    for _ in range(2):
-        network(lively_input((4, 3, size, size), int(torch.randint(999, (), generator=generator))))
-    for norm in norms:
-        norm.momentum = 0.1
+    for step in range(3):
+        for norm in norms:
+            norm.momentum = 1 / (step + 1)  # the mean over the batches seen
+        network(lively_input((8, 3, size, size), seed * 10 + step))
     return network.eval()
 
 
