@@ -322,5 +322,7 @@ def main() -> None:
         sys.exit(130)
     else:
         return
-    err.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+    err.print("[bold red]error:[/] ", end="")
+    # As it is: a path may look like markup.
+    err.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
     sys.exit(1)

@@ -18,7 +18,7 @@ from rich.table import Table
 from export.pipeline import export_checkpoint
 from export.verify import verify_bundle
 from fdconv_deploy.checkpoints import load_checkpoint
-from fdconv_deploy.demo import held_out, packaged_checkpoint, training_record
+from fdconv_deploy.demo import held_out, packaged_checkpoint, plain_checkpoint, training_record
 from fdconv_deploy.demo.metrics import Scores, confusion_matrix, scores
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime import Session, open_session, read_image
@@ -67,14 +67,15 @@ def walk(folder: Path, console: Console) -> None:
             named = [(path.name, p) for (path, _), p in zip(held_out(), pictures, strict=True)]
             checks = verify_bundle(session, network, named[:SHOWN])
         rows.append(("largest error, of the largest logit", f"{_worst(checks):.1e}"))
-        record = training_record()
-        with step(f"score PyTorch and the bundle on {len(pictures)} held-out images"):
+        with step(f"score all on {len(pictures)} held-out images, and the plain twin"):
+            twin = load_checkpoint(plain_checkpoint(), require_fdconv=False)
+            plain = _score(lambda p: _torch_labels(twin, session, p), pictures, truths)
             eager = _score(lambda p: _torch_labels(network, session, p), pictures, truths)
             exported = _score(lambda p: session.segment(p).labels, pictures, truths)
         rows += [
             ("held-out mIoU, PyTorch", f"{eager.mean_iou:.4f}"),
             ("held-out mIoU, bundle", f"{exported.mean_iou:.4f}"),
-            ("held-out mIoU, plain twin at training", f"{record['plain']['miou']:.4f}"),
+            ("held-out mIoU, plain twin in PyTorch", f"{plain.mean_iou:.4f}"),
         ]
         with step("time both, one image at a time, taking turns"):
             eager_ms, exported_ms = _race(network, session, pictures[0])

@@ -1,0 +1,219 @@
+"""The ``fdconv`` command: what it prints, what it refuses, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fdconv_deploy import cli
+from fdconv_deploy.demo import held_out, packaged_checkpoint
+
+
+def fdconv(monkeypatch, capfd, *arguments: object) -> tuple[int, str, str]:
+    """Run the command in this process: exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["fdconv", *map(str, arguments)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capfd.readouterr()
+    return code, out, " ".join(err.split())
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "streets"
+    command = [sys.executable, "-m", "fdconv_deploy", "export", packaged_checkpoint()]
+    command += ["-o", path, "--size", "64x96", "--batch", "1", "--batch", "2"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    return path
+
+
+def test_export_proves_what_it_wrote(bundle):
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert sorted(manifest["models"]) == ["1", "2"]
+    assert manifest["input"] == {"height": 64, "width": 96}
+    for outputs in manifest["parity"]["batches"].values():
+        assert outputs[0]["max_rel"] < 1e-5
+        assert outputs[0]["argmax_agreement"] > 0.999
+    assert len(manifest["group_maps"]) == manifest["graph"]["fdconv_layers"] > 10
+
+
+def test_verify_on_images(bundle, monkeypatch, capfd):
+    images = [path for path, _ in held_out()[:2]]
+    code, out, err = fdconv(
+        monkeypatch, capfd, "verify", bundle, packaged_checkpoint(), *images, "--json"
+    )
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [row["source"] for row in rows] == [path.name for path in images]
+    assert all(row["max_rel"] < 1e-5 for row in rows)
+
+
+def test_verify_refuses_another_network(bundle, monkeypatch, capfd, oracle):
+    other = oracle / "segmentor/B_r18b14_mmcv1.pth"
+    code, _, err = fdconv(monkeypatch, capfd, "verify", bundle, other)
+    assert code == 1
+    assert "another network" in err
+
+
+def test_verify_fails_past_its_tolerance(bundle, monkeypatch, capfd):
+    arguments = ["verify", bundle, packaged_checkpoint(), "--tolerance", "1e-12"]
+    code, _, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 1
+    assert "differs from the network" in err
+
+
+def test_segment_writes_mask_and_overlay(bundle, monkeypatch, capfd, tmp_path):
+    image = held_out()[0][0]
+    code, out, err = fdconv(monkeypatch, capfd, "segment", bundle, image, "-o", tmp_path, "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    mask = Image.open(tmp_path / f"{image.stem}.png")
+    assert mask.mode == "P"
+    assert mask.size == Image.open(image).size == (facts["width"], facts["height"])
+    assert facts["fit"] in ("exact", "stretch")
+    assert sum(facts["classes"].values()) == pytest.approx(1, abs=0.01)
+    assert Image.open(tmp_path / f"{image.stem}_overlay.png").size == mask.size
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_segment_keeps_an_image_in_the_output_folder(bundle, monkeypatch, capfd, tmp_path):
+    image = tmp_path / "street.png"
+    image.write_bytes(held_out()[0][0].read_bytes())
+    before = image.read_bytes()
+    code, _, err = fdconv(monkeypatch, capfd, "segment", bundle, image, "-o", tmp_path)
+    assert code == 1
+    assert "overwritten" in err
+    assert image.read_bytes() == before
+
+
+def test_segment_refuses_two_images_of_one_name(bundle, monkeypatch, capfd, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (40, 30)).save(tmp_path / folder / "x.png")
+    images = [tmp_path / "a/x.png", tmp_path / "b/x.png"]
+    code, _, err = fdconv(monkeypatch, capfd, "segment", bundle, *images, "-o", tmp_path / "out")
+    assert code == 1
+    assert "both be written" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_as_json(monkeypatch, capfd):
+    code, out, err = fdconv(monkeypatch, capfd, "inspect", packaged_checkpoint(), "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["dynamic_layers"] > 10
+    assert report["architecture"]["decode_head"]["num_classes"] == len(
+        report["architecture"]["classes"]
+    )
+
+
+def test_inspect_for_people(monkeypatch, capfd):
+    code, out, _ = fdconv(monkeypatch, capfd, "inspect", packaged_checkpoint())
+    assert code == 0
+    assert "FDConv layers" in out
+
+
+class Evil:
+    """A pickle that would write a file when it is loaded the careless way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def bad_checkpoint(kind: str, folder: Path) -> Path:
+    path = folder / "bad.pth"
+    whole = packaged_checkpoint().read_bytes()
+    if kind == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "malicious":
+        torch.save({"state_dict": {"x": torch.zeros(1)}, "meta": Evil(folder / "ran")}, path)
+    elif kind == "not FDConv":
+        torch.save({"fc.weight": torch.zeros(3, 4)}, path)
+    else:
+        content = torch.load(packaged_checkpoint(), weights_only=True)  # noqa: TID251 - our own
+        state = content["state_dict"]
+        if kind == "class count":
+            for key in [k for k in state if "conv_seg" in k]:
+                state[key] = state[key][:-1].clone()
+        elif kind == "unknown head":
+            renamed = {k.replace("psp_modules", "aspp_modules"): v for k, v in state.items()}
+            content["state_dict"] = renamed
+        torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["truncated", "malicious", "not FDConv", "class count", "unknown head"]
+)
+def test_bad_checkpoints_end_in_a_sentence(kind, monkeypatch, capfd, tmp_path):
+    checkpoint = bad_checkpoint(kind, tmp_path)
+    destination = tmp_path / "out"
+    arguments = ["export", checkpoint, "-o", destination, "--size", "64x64"]
+    code, out, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 1
+    assert err.startswith("error: ")
+    assert "Traceback" not in out + err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.pth"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "hint"),
+    [
+        (["export", "CHECKPOINT", "-o", "OUT"], 1, "--size 512x512"),
+        (["export", "CHECKPOINT", "-o", "OUT", "--size", "0x5"], 2, "HEIGHTxWIDTH"),
+        (["export", "CHECKPOINT", "-o", "OUT", "--size", "99999"], 1, "16384"),
+        (["export", "CHECKPOINT", "-o", "OUT", "--size", "64", "--batch", "0"], 1, "batch sizes"),
+        (["export", "CHECKPOINT", "-o", "OUT", "--size", "64", "--set", "style"], 2, "FIELD=VALUE"),
+        (["export", "CHECKPOINT", "-o", "OUT", "--size", "64", "--fit", "crop"], 2, "stretch"),
+        (["export", "nowhere.pth", "-o", "OUT", "--size", "64"], 1, "does not exist"),
+        (["segment", "nowhere", "x.png", "-o", "OUT"], 1, "does not exist"),
+        (["serve", "nowhere"], 1, "does not exist"),
+    ],
+)
+def test_wrong_arguments_end_in_a_sentence(arguments, code, hint, monkeypatch, capfd, tmp_path):
+    names = {"CHECKPOINT": packaged_checkpoint(), "OUT": tmp_path / "out"}
+    got, out, err = fdconv(monkeypatch, capfd, *(names.get(a, a) for a in arguments))
+    assert got == code
+    assert hint in err
+    assert "Traceback" not in out + err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_is_instant_and_loads_nothing_heavy():
+    program = (
+        "import sys; sys.argv = ['fdconv', '--help']\n"
+        "from fdconv_deploy.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy', 'cv2'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_segmenting_loads_no_torch(bundle, tmp_path):
+    image = tmp_path / "x.png"
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(image)
+    arguments = ["fdconv", "segment", str(bundle), str(image), "-o", str(tmp_path / "out")]
+    program = (
+        f"import sys; sys.argv = {arguments!r}\n"
+        "from fdconv_deploy.cli import main\n"
+        "main()\n"
+        "sys.exit('torch was loaded' if 'torch' in sys.modules else 0)"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
