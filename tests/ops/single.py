@@ -1,0 +1,70 @@
+"""One folded layer as a graph whose ``fdconv`` nodes show what goes in and comes out."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import ModelProto, helper
+
+from export.layer_graph import LayerWriter
+from fdconv_deploy.folding.layer import FoldedConv
+from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET
+from fdconv_deploy.ops.body import functions_checked
+
+Arrays = dict[str, NDArray]
+
+
+def layer_model(folded: FoldedConv, batch: int) -> ModelProto:
+    """Input ``x``, output ``y``, and every tensor between that an ``fdconv`` node touches."""
+    shape = batch, folded.in_channels, *folded.input_size
+    x = gs.Variable("x", np.float32, shape)
+    graph = gs.Graph(inputs=[x], opset=OPSET)
+    writer = LayerWriter(graph, batch)
+    y = writer.write(folded, x)
+    y.name, y.shape = "y", (batch, folded.out_channels, *folded.output_size)
+    shown: dict[int, gs.Tensor] = {}
+    for node in graph.nodes:
+        if node.domain == DOMAIN:
+            function = writer.functions[node.op]
+            names = *function.input, *function.output
+            named = zip(names, (*node.inputs, *node.outputs), strict=True)
+            for name, tensor in named:
+                if isinstance(tensor, gs.Variable) and tensor is not x:
+                    rank = 2 if name in ("attention", "local_input") else 4
+                    tensor.shape = [f"{tensor.name}.{axis}" for axis in range(rank)]
+                    shown[id(tensor)] = tensor
+    graph.outputs = [y, *shown.values()]
+    model = gs.export_onnx(graph.toposort())
+    model.functions.extend(functions_checked(list(writer.functions.values())))
+    del model.opset_import[:]
+    model.opset_import.append(helper.make_opsetid("", OPSET))
+    model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+    model.ir_version = 10
+    return model
+
+
+def run(model: ModelProto, x: NDArray) -> Arrays:
+    """All outputs by name, in stock ONNX Runtime."""
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"x": x}), strict=True))
+
+
+def fdconv_node(model: ModelProto, name: str) -> onnx.NodeProto:
+    """The one node of an operator, whatever its form."""
+    (node,) = [n for n in model.graph.node if n.domain == DOMAIN and n.op_type.startswith(name)]
+    return node
+
+
+def inputs_of(model: ModelProto, node: onnx.NodeProto, values: Arrays) -> Arrays:
+    """A node's inputs by the names its function gives them."""
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    (function,) = [f for f in model.functions if f.name == node.op_type]
+    known = constants | values
+    return {ours: known[theirs] for ours, theirs in zip(function.input, node.input, strict=True)}

@@ -1,0 +1,152 @@
+"""``fdconv::FrequencyAssembly``: body, reference and torch module, in every form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import onnx.reference
+import pytest
+import torch
+
+from fdconv_deploy.folding.layer import FoldedConv, fold_layer
+from fdconv_deploy.folding.module import FoldedConv2d
+from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.ops.frequency_assembly import AssemblyForm, frequency_assembly
+from tests.ops.single import fdconv_node, inputs_of, layer_model, run
+from tests.reference.lively import enliven, error, lively_input
+
+FORMS = [AssemblyForm(*flags) for flags in product([False, True], repeat=5)]
+CHANNELS = 18
+
+
+def with_scale(layer: FDConv2d, **arguments: Any) -> FoldedConv:
+    generator = np.random.default_rng(0)
+    scale, shift = generator.normal(size=(2, layer.out_channels))
+    return fold_layer(layer, (7, 9), name="layer", scale=scale, shift=shift, **arguments)
+
+
+def folded_in(form: AssemblyForm, kernel: Any = None) -> tuple[FDConv2d, FoldedConv]:
+    """A layer that takes this form."""
+    kernel = kernel or (3 if form.spatial_kernel else 1)
+    only = form.spatial_kernel and not form.column_scale
+    layer = FDConv2d(
+        CHANNELS, 20, kernel, padding=1, kernel_num=5, param_ratio=1 + form.planes,
+        use_ksm_local=form.local, use_fbm_if_k_in=[], ksm_only_kernel_att=only,
+        use_fdconv_if_k_in=[1, 2, 3, 5],
+    )  # fmt: skip
+    enliven(layer)
+    folded = with_scale(layer) if form.row_scale else fold_layer(layer, (7, 9), name="layer")
+    return layer, replace(
+        folded,
+        channel_side="kernel" if form.column_scale else "feature",
+        filter_side="kernel" if form.row_scale else "feature",
+    )
+
+
+def by_reference(folded: FoldedConv, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """``(B·O, I, kh, kw)`` float64 from the node's own inputs, by FFT and plain loops."""
+    (kh, kw), outs, ins = folded.kernel_size, folded.out_channels, folded.in_channels
+    matrix = frequency_assembly(inputs["attention"].astype(np.float64), folded.spectrum)
+    if folded.local is not None:
+        taps = folded.local.taps
+        average = np.pad(inputs["local_input"].astype(np.float64), ((0, 0), (taps // 2, taps // 2)))
+        weight = folded.local.weight.reshape(outs * kh, kw, taps)
+        logits = np.zeros((len(average), outs * kh, ins, kw))
+        for v, t in np.ndindex(kw, taps):
+            logits[..., v] += weight[:, v, t, None] * average[:, None, t : t + ins]
+        matrix = matrix / (1 + np.exp(-logits.reshape(matrix.shape)))
+    kernel = matrix.reshape(-1, outs, kh, ins * kw)
+    kernel = kernel * inputs.get("column_scale", 1) * inputs.get("row_scale", 1)
+    return kernel.reshape(-1, outs, kh, ins, kw).swapaxes(2, 3).reshape(-1, ins, kh, kw)
+
+
+def check(form: AssemblyForm, layer: FDConv2d, folded: FoldedConv, batch: int) -> None:
+    x = lively_input((batch, CHANNELS, 7, 9))
+    model = layer_model(folded, batch)
+    node = fdconv_node(model, "FrequencyAssembly")
+    assert node.op_type == form.name
+    values = run(model, x.numpy())
+    inputs = inputs_of(model, node, values)
+    assert list(inputs) == form.inputs
+    expected = by_reference(folded, inputs)
+    actual = values[node.output[0]]
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= 1e-6 * np.abs(expected).max()
+
+    # The whole layer, in the graph and in torch, against the layer itself.
+    whole = torch.from_numpy(values["y"])
+    with torch.no_grad():
+        assert error(FoldedConv2d(folded)(x), whole) <= 2e-6
+        y = layer.double()(x.double())
+    if folded.output_scale is not None:
+        scale, shift = np.random.default_rng(0).normal(size=(2, layer.out_channels))
+        y = y * torch.from_numpy(scale)[:, None, None] + torch.from_numpy(shift)[:, None, None]
+    assert error(whole, y) <= 2e-6
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_form(form, batch):
+    check(form, *folded_in(form), batch)
+
+
+def test_forms_have_names_of_their_own():
+    assert len({form.name for form in FORMS}) == len(FORMS)
+    published = AssemblyForm(
+        planes=False, local=True, column_scale=True, row_scale=True, spatial_kernel=True
+    )
+    assert published.name == "FrequencyAssembly"
+
+
+KERNELS: list[Any] = [
+    (2, {}),
+    (5, {}),
+    ((1, 3), {}),
+    ((1, 3), {"channel_side": "feature"}),
+    pytest.param(
+        (3, 1),
+        {"ksm_only_kernel_att": True},
+        marks=pytest.mark.xfail(
+            strict=True, reason="LayerWriter does not transpose a (k, 1) kernel"
+        ),
+    ),
+    ((2, 3), {"ksm_only_kernel_att": True}),
+]
+
+
+@pytest.mark.parametrize(("kernel", "arguments"), KERNELS, ids=str)
+@pytest.mark.parametrize("use_ksm_local", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_other_kernels(kernel, arguments, use_ksm_local, batch):
+    arguments = dict(arguments)
+    side = arguments.pop("channel_side", None)
+    layer = FDConv2d(
+        CHANNELS, 20, kernel, padding=1, kernel_num=5, use_fbm_if_k_in=[],
+        use_fdconv_if_k_in=[1, 2, 3, 5], use_ksm_local=use_ksm_local, **arguments,
+    )  # fmt: skip
+    folded = fold_layer(enliven(layer), (7, 9), name="layer")
+    if side is not None:
+        folded = replace(folded, channel_side=side)
+    model = layer_model(folded, batch)
+    node = fdconv_node(model, "FrequencyAssembly")
+    x = lively_input((batch, CHANNELS, 7, 9))
+    values = run(model, x.numpy())
+    expected = by_reference(folded, inputs_of(model, node, values))
+    actual = values[node.output[0]]
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= 1e-6 * np.abs(expected).max()
+    with torch.no_grad():
+        assert error(torch.from_numpy(values["y"]), layer.double()(x.double())) <= 2e-6
+
+
+def test_another_runtime():
+    """onnx's own evaluator knows nothing of ``fdconv`` but the bodies in the file."""
+    _, folded = folded_in(FORMS[-1])
+    model = layer_model(folded, 2)
+    x = lively_input((2, CHANNELS, 7, 9)).numpy()
+    (y, *_) = onnx.reference.ReferenceEvaluator(model).run(None, {"x": x})
+    expected = run(model, x)["y"]
+    assert np.abs(y - expected).max() <= 2e-6 * np.abs(expected).max()
