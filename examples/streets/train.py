@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import platform
 import time
@@ -132,7 +133,9 @@ def architecture(name: str) -> Architecture:
 def draw_many(seeds: range, size: tuple[int, int] = SIZE) -> Scenes:
     """Images ``(N, H, W, 3)`` and labels ``(N, H, W)`` uint8, drawn by a process per core."""
     draw = partial(draw_scene, height=size[0], width=size[1])
-    with ProcessPoolExecutor(os.cpu_count(), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    # Fresh processes: a fork of one that has run torch's threads can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context, cv2.setNumThreads, (1,)) as pool:
         drawn = list(pool.map(draw, seeds, chunksize=16))
     return np.stack([rgb for rgb, _ in drawn]), np.stack([labels for _, labels in drawn])
 
@@ -436,6 +439,7 @@ def evaluate(recipe: Recipe, work: Path, out: Path) -> None:
         },
         "scene_size": list(SIZE),
         "machine": machine(),
+        "seconds": "wall-clock time, whatever else the machine was doing",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -512,7 +516,7 @@ def machine() -> str:
     if cpuinfo.exists():
         lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
         model = lines[0].split(":", 1)[1].strip() if lines else model
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads for training"
+    return f"{model}, {os.cpu_count()} cores"
 
 
 def main() -> None:
