@@ -7,25 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.modulation import fold_batch_norm
 from fdconv_deploy.folding.module import FoldedConv2d
 from fdconv_deploy.nn import FDConv2d
-from tests.reference.lively import enliven, error, lively_input, seeded
-
-
-def batch_norm(channels: int, *, affine: bool = True, seed: int = 0) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(channels, eps=1e-3, affine=affine).eval()
-    generator = seeded(seed)
-    norm.running_mean.copy_(torch.randn(channels, generator=generator))
-    norm.running_var.copy_(torch.rand(channels, generator=generator) + 0.1)
-    if affine:
-        with torch.no_grad():
-            norm.weight.copy_(torch.randn(channels, generator=generator))
-            norm.bias.copy_(torch.randn(channels, generator=generator))
-    return norm
+from tests.reference.lively import enliven, error, lively_input
+from tests.reference.networks import batch_norm
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fdconv_deploy.architecture import FDConvConfig
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers, fold_network, input_sizes
 from fdconv_deploy.nn import FDConv2d
-from tests.reference.lively import enliven, error, lively_input
-from tests.reference.networks import small_segmentor
+from tests.reference.lively import error, lively_input
+from tests.reference.networks import Wired, dynamic, small_segmentor
 
 KNOWN = pytest.mark.xfail(
     strict=True, reason="fold_network finds layers by one name: the others become Identity"
@@ -87,25 +87,6 @@ def test_the_network_is_left_as_it_was(network):
     assert not dynamic_layers(folded)
 
 
-class Tower(nn.Module):
-    """Layers called as ``route`` says."""
-
-    def __init__(self, route: str, **layers: nn.Module) -> None:
-        super().__init__()
-        self.route = route.split()
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for step in self.route:
-            x = getattr(self, step)(x)
-        return x
-
-
-def layer(seed: int = 0, stride: int = 1) -> FDConv2d:
-    return enliven(FDConv2d(18, 18, 3, stride, 1, kernel_num=3), seed)
-
-
 @torch.no_grad()
 def folded_error(network: nn.Module) -> float:
     x = lively_input((2, 18, 12, 14))
@@ -114,35 +95,34 @@ def folded_error(network: nn.Module) -> float:
 
 
 def test_a_layer_used_twice_at_one_size():
-    assert folded_error(Tower("first first", first=layer())) <= 2e-6
+    assert folded_error(Wired(lambda s, x: s.a(s.a(x)), a=dynamic())) <= 2e-6
 
 
 @KNOWN
 def test_a_layer_under_two_names():
-    shared = layer()
-    assert folded_error(Tower("first norm again", first=shared, norm=nn.Tanh(), again=shared)) <= (
-        2e-6
-    )
+    shared = dynamic()
+    assert folded_error(Wired(lambda s, x: s.b(s.a(x).tanh()), a=shared, b=shared)) <= 2e-6
 
 
 @KNOWN
 def test_a_network_that_is_one_layer():
-    assert folded_error(layer()) <= 2e-6
+    assert folded_error(dynamic()) <= 2e-6
 
 
 def test_layers_in_containers():
-    inner = nn.Sequential(layer(0), nn.ModuleDict({"a": layer(1)})["a"], nn.Sequential(layer(2, 2)))
-    assert folded_error(nn.Sequential(inner, nn.Tanh(), layer(3))) <= 2e-6
+    inner = nn.Sequential(dynamic(0), nn.Sequential(dynamic(1), dynamic(2, 2)))
+    assert folded_error(nn.Sequential(inner, nn.Tanh(), dynamic(3))) <= 2e-6
 
 
 def test_a_plain_layer_stays():
     plain = FDConv2d(18, 18, 5, padding=2)
-    folded = fold_network(Tower("a b", a=plain, b=layer()).eval(), torch.zeros(1, 18, 9, 9))
+    network = Wired(lambda s, x: s.b(s.a(x)), a=plain, b=dynamic()).eval()
+    folded = fold_network(network, torch.zeros(1, 18, 9, 9))
     assert isinstance(folded.a, FDConv2d)
 
 
 def test_sizes_are_those_the_layers_see():
-    network = Tower("a b c", a=layer(0, 2), b=layer(1), c=layer(2, 2))
+    network = Wired(lambda s, x: s.c(s.b(s.a(x))), a=dynamic(0, 2), b=dynamic(1), c=dynamic(2, 2))
     assert input_sizes(network, torch.zeros(1, 18, 13, 30)) == {
         "a": (13, 30),
         "b": (7, 15),
@@ -152,17 +132,17 @@ def test_sizes_are_those_the_layers_see():
 
 def test_training_mode_is_a_sentence():
     with pytest.raises(ExportError, match=r"training mode; call \.eval\(\)"):
-        fold_network(Tower("a", a=layer()).train(), torch.zeros(1, 18, 9, 9))
+        fold_network(Wired(lambda s, x: s.a(x), a=dynamic()).train(), torch.zeros(1, 18, 9, 9))
 
 
 def test_an_unused_layer_is_a_sentence():
-    network = Tower("a", a=layer(), spare=layer()).eval()
+    network = Wired(lambda s, x: s.a(x), a=dynamic(), spare=dynamic()).eval()
     with pytest.raises(ExportError, match="'spare' is not used"):
         fold_network(network, torch.zeros(1, 18, 9, 9))
 
 
 def test_a_layer_at_two_sizes_is_a_sentence():
-    network = Tower("a a", a=layer(0, 2)).eval()
+    network = Wired(lambda s, x: s.a(s.a(x)), a=dynamic(0, 2)).eval()
     with pytest.raises(
         ExportError, match=r"'a' is used at several input sizes.*\(5, 6\), \(9, 11\)"
     ):
@@ -170,7 +150,7 @@ def test_a_layer_at_two_sizes_is_a_sentence():
 
 
 def test_a_failing_network_keeps_no_hooks():
-    network = Tower("a broken", a=layer(), broken=nn.Conv2d(3, 3, 1)).eval()
+    network = Wired(lambda s, x: s.broken(s.a(x)), a=dynamic(), broken=nn.Conv2d(3, 3, 1)).eval()
     with pytest.raises(RuntimeError):
         fold_network(network, torch.zeros(1, 18, 9, 9))
     assert not network.a._forward_pre_hooks

@@ -1,33 +1,87 @@
-"""Small segmentors of the published kinds, every branch alive."""
+"""Small networks, every branch alive: segmentors of the published kinds, and any wiring."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from fdconv_deploy.architecture import Architecture, BackboneConfig, FDConvConfig, HeadConfig
-from fdconv_deploy.nn import Segmentor, build_segmentor
-from tests.reference.lively import enliven_network
+from fdconv_deploy.architecture import (
+    Architecture,
+    BackboneConfig,
+    FDConvConfig,
+    HeadConfig,
+    TestMode,
+)
+from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
+from tests.reference.lively import enliven, enliven_network, seeded
 
 
 def small_segmentor(
-    depth: int = 18, base: int = 18, *, seed: int = 0, classes: int = 7, **backbone: Any
+    depth: int = 18,
+    base: int = 18,
+    *,
+    seed: int = 0,
+    stages: int = 4,
+    test: TestMode | None = None,
+    **backbone: Any,
 ) -> Segmentor:
-    """A narrow UPerNet; its first stage has plain 3×3 convolutions where ``base`` ≤ 16."""
+    """A narrow UPerNet of 7 classes."""
     conv = backbone.pop("conv", FDConvConfig(kernel_num=4))
-    widths = [base * 2**stage * (1 if depth < 50 else 4) for stage in range(4)]
+    widths = [base * 2**stage * (1 if depth < 50 else 4) for stage in range(stages)]
+    indices = tuple(range(stages))
     architecture = Architecture(
-        backbone=BackboneConfig(depth=depth, base_channels=base, conv=conv, **backbone),
+        backbone=BackboneConfig(
+            depth=depth,
+            base_channels=base,
+            conv=conv,
+            num_stages=stages,
+            out_indices=indices,
+            **backbone,
+        ),
         decode_head=HeadConfig(
             type="UPerHead",
             in_channels=tuple(widths),
-            in_index=(0, 1, 2, 3),
+            in_index=indices,
             channels=16,
-            num_classes=classes,
+            num_classes=7,
         ),
+        test=test or TestMode(),
     )
     torch.manual_seed(seed)
     network = build_segmentor(architecture)
     enliven_network(network, seed)
     return network
+
+
+class Wired(nn.Module):
+    """Modules and a function of them: ``wiring(self, x)``."""
+
+    def __init__(self, wiring: Callable[[Any, Tensor], Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self.wiring = wiring
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wiring(self, x)
+
+
+def dynamic(seed: int = 0, stride: int = 1, channels: int = 18) -> FDConv2d:
+    """A 3×3 layer that keeps ``channels``."""
+    return enliven(FDConv2d(channels, channels, 3, stride, 1, kernel_num=3), seed)
+
+
+@torch.no_grad()
+def batch_norm(channels: int, *, affine: bool = True, seed: int = 0) -> nn.BatchNorm2d:
+    """One that does something, in eval mode."""
+    norm = nn.BatchNorm2d(channels, eps=1e-3, affine=affine).eval()
+    generator = seeded(seed)
+    norm.running_mean.copy_(torch.randn(channels, generator=generator))
+    norm.running_var.copy_(torch.rand(channels, generator=generator) + 0.1)
+    if affine:
+        norm.weight.copy_(torch.randn(channels, generator=generator))
+        norm.bias.copy_(torch.randn(channels, generator=generator))
+    return norm
