@@ -128,6 +128,10 @@ def export(
     fit: Annotated[
         str, typer.Option(help="How images of another shape are fitted: stretch or pad.")
     ] = "stretch",
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="Compare on this image; may be repeated. Drawn scenes if none."),
+    ] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Largest error kept, relative to the largest logit.")
     ] = None,
@@ -137,6 +141,7 @@ def export(
 ) -> None:
     """Export a checkpoint to a bundle and prove the bundle equal to the network."""
     from export.pipeline import TOLERANCE, export_checkpoint
+    from fdconv_deploy.runtime import read_image
 
     if fit not in ("stretch", "pad"):
         raise typer.BadParameter(f"--fit is 'stretch' or 'pad', not {fit!r}.")
@@ -155,6 +160,7 @@ def export(
             config=config,
             overrides=overrides,
             fit="stretch" if fit == "stretch" else "pad",
+            pictures=[read_image(path) for path in image or []],
             tolerance=TOLERANCE if tolerance is None else tolerance,
             overwrite=overwrite,
             progress=None if quiet or as_json else status.update,
