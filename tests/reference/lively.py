@@ -51,7 +51,9 @@ def lively_input(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def enliven_network(network: nn.Module, seed: int = 0, size: int = 96) -> nn.Module:
+def enliven_network(
+    network: nn.Module, seed: int = 0, *, size: int = 96, batch: int = 8
+) -> nn.Module:
     """Enliven every FDConv layer, then measure each BatchNorm's statistics; eval mode.
 
     As in a trained network, no image drives an attention to its end and a block adds less
@@ -83,7 +85,7 @@ def enliven_network(network: nn.Module, seed: int = 0, size: int = 96) -> nn.Mod
     for step in range(3):
         for norm in norms:
             norm.momentum = 1 / (step + 1)  # the mean over the batches seen
-        network(lively_input((8, 3, size, size), seed * 10 + step))
+        network(lively_input((batch, 3, size, size), seed * 10 + step))
     return network.eval()
 
 
