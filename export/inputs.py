@@ -44,13 +44,12 @@ def made_up_images(
     Returns:
         ``(batch, channels, height, width)`` float32. The same for the same arguments.
     """
-    height, width = size
-    drawn = max(height, SMALLEST_SCENE), max(width, SMALLEST_SCENE)
+    drawn = max(size[0], SMALLEST_SCENE), max(size[1], SMALLEST_SCENE)
     scenes = []
     for number in range(batch):
         picture, _ = draw_scene(1_000 * seed + number, *drawn)
         if drawn != size:
-            picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+            picture = _resized(picture, size, cv2.INTER_AREA)
         scenes.append(picture)
     tensor = normalised(scenes, size, preprocessing)
     return tensor[:, torch.arange(channels) % 3].contiguous()
@@ -60,7 +59,10 @@ def normalised(
     pictures: Sequence[Picture], size: tuple[int, int], preprocessing: Preprocessing | None = None
 ) -> Tensor:
     """HxWx3 uint8 RGB pictures of any size -> ``(B, 3, height, width)`` float32."""
-    height, width = size
-    resized = [cv2.resize(p, (width, height), interpolation=cv2.INTER_LINEAR) for p in pictures]
-    planes = [normalise(p, preprocessing or Preprocessing()) for p in resized]
+    resized = [_resized(picture, size, cv2.INTER_LINEAR) for picture in pictures]
+    planes = [normalise(picture, preprocessing or Preprocessing()) for picture in resized]
     return torch.from_numpy(np.stack(planes))
+
+
+def _resized(picture: Picture, size: tuple[int, int], method: int) -> Picture:
+    return np.asarray(cv2.resize(picture, size[::-1], interpolation=method), dtype=np.uint8)
