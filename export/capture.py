@@ -6,7 +6,6 @@ the folded layers are written directly (`export.layer_graph`), once per graph.
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.folding.network import dynamic_layers
+from fdconv_deploy.folding.network import replace_layers
 from fdconv_deploy.folding.pooling import FoldedAdaptivePool
 from fdconv_deploy.nn.fdconv import FDConv2d
 from fdconv_deploy.ops import OPSET
@@ -121,12 +120,7 @@ def capture(
     Raises:
         ExportError: torch's exporter does not take the rest of the network.
     """
-    layers = dynamic_layers(network)
-    memo = {id(m): nn.Identity() for m in layers.values()}
-    stripped = copy.deepcopy(network, memo)
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(stripped.get_submodule(parent), child, _Placeholder(name, layer))
+    stripped = replace_layers(network, _Placeholder)
     for name, module in list(stripped.named_modules()):
         if isinstance(module, nn.AdaptiveAvgPool2d):
             parent, _, child = name.rpartition(".")

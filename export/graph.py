@@ -15,7 +15,7 @@ from export.capture import PLACEHOLDER
 from export.layer_graph import LayerWriter
 from export.passes.batch_norm import fold_batch_norms
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.folding.layer import FoldedConv, fold_layer
+from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET
 from fdconv_deploy.ops.body import functions_checked
@@ -51,25 +51,18 @@ def build_graph(
     affines = fold_batch_norms(graph)
     writer = LayerWriter(graph, batch)
     group_maps: dict[str, str] = {}
-    folds: dict[str, FoldedConv] = {}
     placeholders = [node for node in graph.nodes if node.op == PLACEHOLDER]
     for node in placeholders:
         name, output = node.attrs["layer"], node.outputs[0]
         affine = affines.get(output.name)
-        if name not in folds:
-            folds[name] = fold_layer(
-                layers[name],
-                sizes[name],
-                name=name,
-                scale=None if affine is None else affine.scale,
-                shift=None if affine is None else affine.shift,
-            )
-        elif affine is not None:
-            raise ExportError(
-                f"FDConv layer {name!r} is used more than once, each time before a BatchNorm. "
-                "Give each use a layer of its own (weights may be shared)."
-            )
-        folded = folds[name]
+        # Anew for each use: what follows may differ. Equal constants are stored once.
+        folded = fold_layer(
+            layers[name],
+            sizes[name],
+            name=name,
+            scale=None if affine is None else affine.scale,
+            shift=None if affine is None else affine.shift,
+        )
         if folded.spectrum is not None:
             group_maps[name] = folded.spectrum.group_map_sha256
         result = writer.write(folded, node.inputs[0])
@@ -115,5 +108,5 @@ def check_model(path: str) -> None:
     """
     try:
         onnx.checker.check_model(path, full_check=True)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the exported graph is not valid ONNX: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class LayerWriter:
         self.graph, self.batch = graph, batch
         self.functions: dict[str, FunctionProto] = {}
         self._constants: dict[str, gs.Constant] = {}
+        self._uses: Counter[str] = Counter()
         self._layer = ""
 
     def _constant(self, name: str, values: Array) -> gs.Constant:
@@ -65,7 +67,11 @@ class LayerWriter:
         Returns:
             ``(batch, O, H', W')`` float32.
         """
-        self._layer = layer.name
+        # A layer may be used more than once, and a network may be nothing but a layer.
+        self._layer = layer.name or "layer"
+        self._uses[self._layer] += 1
+        if self._uses[self._layer] > 1:
+            self._layer += f".use{self._uses[self._layer]}"
         average = self._op("GlobalAveragePool", "average", x)
         average = self._op("Flatten", "average.flat", average, axis=1)
         if layer.bands is not None:
@@ -178,7 +184,7 @@ class LayerWriter:
             local=local is not None,
             column_scale=column_scale is not None,
             row_scale=row_scale is not None,
-            spatial_kernel=height > 1 and width > 1,
+            spatial_kernel=height > 1,
         )
         lead = (planes,) if planes > 1 else ()
         values = layer.spectrum.values.reshape(*lead, f1, 2, f2 * slots)

@@ -125,6 +125,7 @@ def export_segmentor(
     checkpoint: CheckpointInfo | None = None,
 ) -> Bundle:
     """Export a segmentor; arguments as `export_checkpoint`'s."""
+    _refuse_training(network)
     architecture = network.architecture
     size = _graph_size(network, size)
     if not dynamic_layers(network):
@@ -179,11 +180,13 @@ def export_module(
     Raises:
         ExportError: the module cannot be exported, or the graph is not equal to it.
     """
-    if module.training:
-        raise ExportError("the module is in training mode; call .eval() before exporting.")
-    with torch.no_grad():
-        answer = module(example)
-    count = 1 if isinstance(answer, Tensor) else len(answer)
+    _refuse_training(module)
+    if example.dtype != torch.float32:
+        raise ExportError(
+            f"the example must be float32, got {str(example.dtype).removeprefix('torch.')}. "
+            "Convert it and the module with .float()."
+        )
+    count = len(_answers(module, example))
     names = list(output_names or (["output"] if count == 1 else _numbered(count)))
     if len(names) != count:
         raise ExportError(f"the module has {count} outputs, output_names names {len(names)}.")
@@ -232,21 +235,37 @@ def _graph_size(network: Segmentor, size: tuple[int, int] | None) -> tuple[int, 
     return size
 
 
-def _run(recipe: _Recipe, example: Tensor) -> dict[str, np.ndarray]:
+def _refuse_training(network: nn.Module) -> None:
+    if network.training:
+        raise ExportError("the network is in training mode; call .eval() before exporting.")
+
+
+def _answers(network: nn.Module, example: Tensor) -> list[Tensor]:
+    """The network's outputs, one or several."""
     try:
         with torch.no_grad():
-            answer = recipe.network(example)
-    except (RuntimeError, ValueError) as error:
+            answer = network(example)
+    except (RuntimeError, ValueError, TypeError) as error:
         raise ExportError(
             f"the network does not take inputs of shape {tuple(example.shape)}: {error}"
         ) from error
-    outputs = [answer] if isinstance(answer, Tensor) else list(answer)
+    outputs = [answer] if isinstance(answer, Tensor) else answer
+    if not isinstance(outputs, list | tuple) or not all(isinstance(o, Tensor) for o in outputs):
+        raise ExportError(
+            f"the network must give a tensor, or a tuple or list of tensors, and gave "
+            f"{type(answer).__name__}. Wrap it in a module that does."
+        )
+    return list(outputs)
+
+
+def _run(recipe: _Recipe, example: Tensor) -> dict[str, np.ndarray]:
+    outputs = _answers(recipe.network, example)
     return {n: o.numpy() for n, o in zip(recipe.output_names, outputs, strict=True)}
 
 
 def _export(recipe: _Recipe, destination: str | os.PathLike[str], overwrite: bool) -> Bundle:
     started = time.perf_counter()
-    network = recipe.network.eval()
+    network = recipe.network
     parity: dict[int, tuple[OutputParity, ...]] = {}
     inputs: dict[int, tuple[TensorSpec, ...]] = {}
     outputs: dict[int, tuple[TensorSpec, ...]] = {}
@@ -325,9 +344,7 @@ def _refuse_if_far(
     worst = max(far, key=lambda output: output.max_rel)
     # Whose fault it is: what rounding alone does to the network on these inputs.
     double = copy.deepcopy(recipe.network).double()
-    with torch.no_grad():
-        exact = double(recipe.examples[batch].double())
-    exact = [exact] if isinstance(exact, Tensor) else list(exact)
+    exact = _answers(double, recipe.examples[batch].double())
     reference = exact[recipe.output_names.index(worst.name)].numpy()
     own = float(np.abs(answers[worst.name] - reference).max() / np.abs(reference).max())
     raise ExportError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.folding.layer import FoldedConv, fold_layer
+from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.module import FoldedConv2d
 from fdconv_deploy.nn.fdconv import FDConv2d
 
@@ -59,6 +59,17 @@ def input_sizes(network: nn.Module, example: Tensor) -> dict[str, tuple[int, int
     return {name: sizes.pop() for name, sizes in seen.items()}
 
 
+def replace_layers(network: nn.Module, make: Callable[[str, FDConv2d], nn.Module]) -> nn.Module:
+    """A copy of ``network`` with each dynamic layer replaced, wherever it is referred to.
+
+    The layers themselves, and so their spectra, are never copied.
+    """
+    layers = dynamic_layers(network)
+    # deepcopy takes what is in the memo for what was copied already.
+    memo: dict[int, object] = {id(layer): make(name, layer) for name, layer in layers.items()}
+    return copy.deepcopy(network, memo)
+
+
 def fold_network(network: nn.Module, example: Tensor) -> nn.Module:
     """A copy of ``network`` whose FDConv layers are folded for ``example``'s shape.
 
@@ -72,11 +83,7 @@ def fold_network(network: nn.Module, example: Tensor) -> nn.Module:
     if network.training:
         raise ExportError("the network is in training mode; call .eval() before folding.")
     sizes = input_sizes(network, example)
-    # The layers themselves are replaced, so that their spectra are never copied.
-    memo = {id(m): nn.Identity() for m in dynamic_layers(network).values()}
-    result = copy.deepcopy(network, memo)
-    for name, layer in dynamic_layers(network).items():
-        folded: FoldedConv = fold_layer(layer, sizes[name], name=name)
-        parent, _, child = name.rpartition(".")
-        setattr(result.get_submodule(parent), child, FoldedConv2d(folded))
-    return result
+    return replace_layers(
+        network,
+        lambda name, layer: FoldedConv2d(fold_layer(layer, sizes[name], name=name)),
+    )

@@ -15,9 +15,6 @@ from tests.export.graphs import relative, run_file
 from tests.reference.lively import lively_input
 from tests.reference.networks import Wired, batch_norm, dynamic
 
-SHARED = "a module under two names, or that is the network, is exported as the identity"
-TWICE = "a layer's second use is written with the tensor names of its first"
-
 
 @pytest.mark.parametrize("batch", [1, 5])
 @torch.no_grad()
@@ -101,19 +98,16 @@ def test_outputs_that_are_read_inside_and_inputs_that_are_outputs(tmp_path):
     assert names == ["output0", "output1", "output2", "output3"]
 
 
-@pytest.mark.xfail(strict=True, reason=SHARED)
 def test_a_network_that_is_one_layer(tmp_path):
     assert exported_error(dynamic(), tmp_path / "bundle") <= 2e-6
 
 
-@pytest.mark.xfail(strict=True, reason=SHARED)
 def test_a_layer_under_two_names(tmp_path):
     shared = dynamic()
     network = Wired(lambda s, x: s.b(s.a(x).tanh()), a=shared, b=shared)
     assert exported_error(network, tmp_path / "bundle") <= 2e-6
 
 
-@pytest.mark.xfail(strict=True, reason=TWICE)
 @pytest.mark.parametrize("norms", ["", "first", "last", "both"])
 def test_a_layer_used_twice(tmp_path, norms):
     """With a BatchNorm after either use, both or none, each use has its own."""
@@ -144,7 +138,6 @@ def test_refusals_are_sentences_and_leave_nothing(tmp_path, change, hint):
     assert not list(tmp_path.rglob("*.*"))
 
 
-@pytest.mark.xfail(strict=True, reason="ends in another exception than ExportError")
 @pytest.mark.parametrize(
     ("wiring", "example"),
     [

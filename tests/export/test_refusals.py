@@ -54,7 +54,6 @@ def test_batches(network, tmp_path, batches):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="export puts the caller's network into eval mode instead")
 def test_training_mode(tmp_path):
     network = small_segmentor(50, 20, stages=1).train()
     with pytest.raises(ExportError, match="training mode"):

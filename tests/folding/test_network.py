@@ -16,9 +16,6 @@ from fdconv_deploy.nn import FDConv2d
 from tests.reference.lively import error, lively_input
 from tests.reference.networks import Wired, dynamic, small_segmentor
 
-KNOWN = pytest.mark.xfail(
-    strict=True, reason="fold_network finds layers by one name: the others become Identity"
-)
 SIZES = [(65, 97), (128, 256), (200, 336), (512, 512), (33, 31)]
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: small_segmentor(18, 18, seed=2),
@@ -98,13 +95,11 @@ def test_a_layer_used_twice_at_one_size():
     assert folded_error(Wired(lambda s, x: s.a(s.a(x)), a=dynamic())) <= 2e-6
 
 
-@KNOWN
 def test_a_layer_under_two_names():
     shared = dynamic()
     assert folded_error(Wired(lambda s, x: s.b(s.a(x).tanh()), a=shared, b=shared)) <= 2e-6
 
 
-@KNOWN
 def test_a_network_that_is_one_layer():
     assert folded_error(dynamic()) <= 2e-6
 

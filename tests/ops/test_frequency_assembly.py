@@ -106,13 +106,7 @@ KERNELS: list[Any] = [
     (5, {}),
     ((1, 3), {}),
     ((1, 3), {"channel_side": "feature"}),
-    pytest.param(
-        (3, 1),
-        {"ksm_only_kernel_att": True},
-        marks=pytest.mark.xfail(
-            strict=True, reason="LayerWriter does not transpose a (k, 1) kernel"
-        ),
-    ),
+    ((3, 1), {"ksm_only_kernel_att": True}),
     ((2, 3), {"ksm_only_kernel_att": True}),
 ]
 

@@ -13,8 +13,8 @@ from fdconv_deploy.ops.body import FunctionBody
 class AssemblyForm:
     """Which parts a layer's assembly has.
 
-    planes: more than one spectrum is summed. spatial_kernel: the kernel has height and
-    width both above 1, so its rows and columns interleave and must be moved.
+    planes: more than one spectrum is summed. spatial_kernel: the kernel is higher than 1,
+    so that its rows and the input channels must change places.
     """
 
     planes: bool
