@@ -7,16 +7,22 @@ import copy
 import pytest
 import torch
 
-from benchmarks.networks import build, upernet
+from benchmarks.networks import upernet
 from export.inputs import made_up_images
 from export.pipeline import export_segmentor
+from fdconv_deploy.nn import build_segmentor
 from tests.export.graphs import relative, run_file
+from tests.reference.lively import enliven_network
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_upernet_r50(tmp_path):
-    network = build(upernet())
+    torch.manual_seed(0)
+    network = build_segmentor(upernet())
+    sizes = [(256, 256), (256, 256), (512, 512)]
+    images = [made_up_images(2, size, seed=2 + i) for i, size in enumerate(sizes)]
+    enliven_network(network, images=images)
     bundle = export_segmentor(network, tmp_path / "bundle", size=(512, 512), batches=(1, 2))
 
     weights = [v for k, v in network.state_dict().items() if "num_batches_tracked" not in k]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +53,12 @@ def lively_input(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def enliven_network(
-    network: nn.Module, seed: int = 0, *, size: int = 96, batch: int = 8
+    network: nn.Module, seed: int = 0, images: Sequence[Tensor] | None = None
 ) -> nn.Module:
     """Enliven every FDConv layer, then measure each BatchNorm's statistics; eval mode.
+
+    Args:
+        images: batches to measure on, as what the network will see; `lively_input` if not given.
 
     As in a trained network, no image drives an attention to its end and a block adds less
     than it passes on. Otherwise depth amplifies any difference, a rounding error's too, until
@@ -81,11 +85,13 @@ def enliven_network(
         norm.weight.copy_(torch.rand(norm.weight.shape, generator=generator) * gain + gain / 2)
         if id(norm) not in inner:
             norm.bias.copy_(torch.randn(norm.bias.shape, generator=generator) * 0.2)
+    if images is None:
+        images = [lively_input((8, 3, 96, 96), seed * 10 + step) for step in range(3)]
     network.train()
-    for step in range(3):
+    for step, batch in enumerate(images):
         for norm in norms:
             norm.momentum = 1 / (step + 1)  # the mean over the batches seen
-        network(lively_input((batch, 3, size, size), seed * 10 + step))
+        network(batch)
     return network.eval()
 
 
