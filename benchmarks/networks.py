@@ -70,7 +70,7 @@ def trained_like(network: nn.Module, seed: int = 0, size: int = 128) -> nn.Modul
         assert module.running_mean is not None
         assert module.running_var is not None
         mean_square = module.running_mean.square() + module.running_var
-        module.running_var.copy_(module.running_var.clamp_min(0.25 * mean_square.mean()))
+        module.running_var.copy_(module.running_var.clamp_min(mean_square.mean()))
         module.eval()
     for module in norms.values():
         if module.training:

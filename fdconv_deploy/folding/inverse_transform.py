@@ -35,27 +35,31 @@ class Factors:
         return self.first * self.second
 
 
-def _best(length: int, cost: tuple[int, int]) -> Factors:
-    """The factor pair of least multiplications, ``cost[0]·first + cost[1]·second`` per point.
+def _pairs(length: int) -> list[Factors]:
+    """All factor pairs; the second of an even length is even.
 
-    The second factor of an even length is even, so that frequency length/2 falls on the
-    second index alone. Ties go to the shorter second stage of a complex transform and the
-    shorter first stage of a real one: the matrices of those differ per batch entry.
+    So frequency length/2 falls on the second index alone.
     """
     pairs = [Factors(a, length // a) for a in range(1, length + 1) if length % a == 0]
-    if length % 2 == 0:
-        pairs = [pair for pair in pairs if pair.second % 2 == 0]
-    return min(pairs, key=lambda p: (cost[0] * p.first + cost[1] * p.second, cost[1] * p.second))
+    return pairs if length % 2 else [pair for pair in pairs if pair.second % 2 == 0]
 
 
 def complex_factors(length: int) -> Factors:
-    """Factors of the complex transform; both stages cost the same per point."""
-    return _best(length, (1, 1))
+    """Factors of the complex transform: both stages cost the same per point.
+
+    Of equally cheap pairs, the one with the shorter second stage, which is `inner`'s: its
+    matrices differ per batch entry and take the room.
+    """
+    return min(_pairs(length), key=lambda p: (p.first + p.second, p.second))
 
 
 def real_factors(length: int) -> Factors:
-    """Factors of the real transform: a point of the first stage is complex and costs double."""
-    return _best(length, (2, 1))
+    """Factors of the real transform.
+
+    A point of the first stage is complex and costs double, and the longer that stage is, the
+    more of a spectrum's slots stay empty; hence the weight of three.
+    """
+    return min(_pairs(length), key=lambda p: (3 * p.first + p.second, p.first))
 
 
 def _as_real(matrix: NDArray[np.complex128]) -> Float64:

@@ -20,8 +20,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 def test_upernet_r50(tmp_path):
     torch.manual_seed(0)
     network = build_segmentor(upernet())
-    sizes = [(256, 256), (256, 256), (512, 512)]
-    images = [made_up_images(2, size, seed=2 + i) for i, size in enumerate(sizes)]
+    # Of very few images' averages the deviation would be far too small for another's.
+    images = [made_up_images(4, (256, 256), seed=seed) for seed in (2, 3)]
+    images.append(made_up_images(2, (512, 512), seed=4))
     enliven_network(network, images=images)
     bundle = export_segmentor(network, tmp_path / "bundle", size=(512, 512), batches=(1, 2))
 
