@@ -1,7 +1,7 @@
 """PyTorch network -> ONNX graph in which each FDConv layer is one placeholder node.
 
-torch's exporter never sees a layer's inside: it takes a second per ten thousand nodes, and
-the folded layers are written directly (`export.layer_graph`), once per graph.
+torch's exporter never sees a layer's inside: its time grows with every node, and the folded
+layers are written directly (`export.layer_graph`) instead.
 """
 
 from __future__ import annotations
