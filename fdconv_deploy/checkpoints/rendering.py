@@ -54,7 +54,8 @@ def render(report: Report, console: Console, *, layers: bool = True) -> None:
 def _facts(title: str, facts: Iterable[Fact]) -> Table:
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
     for column in ("field", "value", "from"):
-        table.add_column(column, overflow="fold")
+        # Names stay whole: a reader copies them into --set.
+        table.add_column(column, overflow="fold", no_wrap=column == "field")
     for fact in facts:
         value = f"{_short(fact.value)}  ({fact.note})" if fact.note else _short(fact.value)
         table.add_row(fact.field, escape(value), fact.source)
