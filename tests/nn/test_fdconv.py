@@ -24,8 +24,8 @@ k3_pad_str_same kn1_pr2_k1 kn64_k1_64to64_branch2 kn64_k1_b3 kn64_k3 kn8_k1_b3 k
 ksize5_local_in64_k1 linear_mode_converted_k1 linear_mode_k1 localtanh_k3 min18 noconvert_k1_b3
 noconvert_k3 noconvert_pr2_k3 nolocal_k1_branch2 nolocal_k3 official_init_k1_kn64 official_init_k3
 official_init_pr2_k1 onlykernel_branch2_k3 onlykernel_nolocal_k1 onlykernel_softmax_k3
-plain_groups2_c16 plain_k5 plain_k7_s2_stem plain_kin_only3 plain_thr32 pred0.5_k1 pred0.5_pr2_k3 reduction0.9_k3
-temp_default_follows_kernel_temp_k3 temps_k3
+plain_groups2_c16 plain_k5 plain_k7_s2_stem plain_kin_only3 plain_thr32 pred0.5_k1 pred0.5_pr2_k3
+reduction0.9_k3 temp_default_follows_kernel_temp_k3 temps_k3
 """.split()
 TOLERANCE = 1e-5  # of the largest absolute value, as the fixtures' own note asks
 
