@@ -140,10 +140,14 @@ def capture(
                 verbose=False,
             )
     except Exception as error:
-        reason = str(error).strip().splitlines()
+        # The exporter wraps what went wrong; the innermost error says it best.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).strip().splitlines()
         raise ExportError(
             "torch's ONNX exporter does not take this network (the FDConv layers were left out "
-            f"of it, so the reason lies elsewhere): {reason[-1] if reason else type(error)}"
+            f"of it, so the reason lies elsewhere): {reason[0] if reason else type(cause).__name__}"
         ) from error
     assert program is not None
     model = program.model_proto

@@ -260,6 +260,13 @@ def _answers(network: nn.Module, example: Tensor) -> list[Tensor]:
 
 def _run(recipe: _Recipe, example: Tensor) -> dict[str, np.ndarray]:
     outputs = _answers(recipe.network, example)
+    for name, output in zip(recipe.output_names, outputs, strict=True):
+        if not torch.isfinite(output).all():
+            raise ExportError(
+                f"the PyTorch network's own output {name!r} on {recipe.inputs_said} holds values "
+                "that are not finite, so there is nothing to compare a graph with. Check the "
+                "checkpoint, or give pictures of the kind it was trained on (--image)."
+            )
     return {n: o.numpy() for n, o in zip(recipe.output_names, outputs, strict=True)}
 
 

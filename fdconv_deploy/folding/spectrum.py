@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.folding.inverse_transform import (
     ComplexInverse,
     RealInverse,
@@ -32,14 +31,15 @@ class FoldedSpectrum:
     `RealInverse` (rows, by class and slot; empty slots hold zero):
 
     values: ``(P, f1, 2, f2, row slots)`` float32.
-    groups: ``(P, f1, f2, row slots)`` uint8, index into the ``P·G`` kernel attentions.
+    groups: ``(P, f1, f2, row slots)`` uint8, or int32 for more than 256 attentions; index
+        into the ``P·G`` kernel attentions.
     group_map_sha256: of the checkpoint's own grouping, ``(P, R, C//2+1)`` int16.
     """
 
     row_transform: RealInverse
     column_transform: ComplexInverse
     values: NDArray[np.float32]
-    groups: NDArray[np.uint8]
+    groups: NDArray[np.uint8] | NDArray[np.int32]
     group_map_sha256: str
 
     @property
@@ -122,11 +122,8 @@ def fold_spectrum(
         columns: C.
     """
     ratio, rows, _ = spectra.shape
-    if groups.max() > 255:
-        raise UnsupportedLayerError(
-            f"at most 256 kernel attentions (kernel_num × param_ratio) can be exported, this "
-            f"layer has {groups.max() + 1}."
-        )
+    # One byte a bin is enough for 256 attentions; runtimes know no type between that and int32.
+    small = groups.max() <= 255
     digest = hashlib.sha256(groups.astype("<i2").tobytes()).hexdigest()
     repeated = straddling_rows(groups, columns)
     row_transform = real_inverse(rows, repeated)
@@ -147,7 +144,7 @@ def fold_spectrum(
         row_transform,
         column_transform,
         np.ascontiguousarray(pair, dtype=np.float32),
-        np.ascontiguousarray(owner, dtype=np.uint8),
+        np.ascontiguousarray(owner.astype(np.uint8) if small else owner.astype(np.int32)),
         digest,
     )
 

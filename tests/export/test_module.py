@@ -11,8 +11,9 @@ from torch import nn
 from export.pipeline import export_module
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers
+from fdconv_deploy.nn import FDConv2d
 from tests.export.graphs import relative, run_file
-from tests.reference.lively import lively_input
+from tests.reference.lively import enliven, lively_input
 from tests.reference.networks import Wired, batch_norm, dynamic
 
 
@@ -150,3 +151,16 @@ def test_refusals_are_sentences_and_leave_nothing(tmp_path, change, hint):
 def test_what_cannot_be_a_graph_is_a_sentence(tmp_path, wiring, example):
     with pytest.raises(ExportError):
         export_module(Wired(wiring, a=dynamic()).eval(), example, tmp_path / "bundle")
+
+
+def test_more_attentions_than_a_byte_counts(tmp_path):
+    """The published ``kernel_num=None`` has that many in wide layers."""
+    wide = enliven(FDConv2d(32, 32, 1, kernel_num=272))
+    network = nn.Sequential(wide, nn.ReLU())
+    assert exported_error(network, tmp_path / "bundle", lively_input((1, 32, 5, 6))) <= 2e-6
+
+
+def test_a_network_that_is_not_finite_is_told_so(tmp_path):
+    network = Wired(lambda s, x: s.a(x) / 0.0, a=dynamic())
+    with pytest.raises(ExportError, match=r"network's own output 'output'.*not finite"):
+        export_module(network.eval(), lively_input((1, 18, 9, 11)), tmp_path / "bundle")

@@ -7,7 +7,7 @@ Inputs, in order (B images, O·I kernels of kh × kw, R = O·kh, C = I·kw; see
 
     attention       (B, n) float32: kernel attentions
     spectrum        ([planes,] f1, 2, f2·slots) float32
-    groups          ([planes,] f1, f2·slots) uint8: which attention weighs a bin
+    groups          ([planes,] f1, f2·slots) uint8 or int32: which attention weighs a bin
     column_inner    (f1, 2·f2, 2·f2) float32
     column_outer    (2·f1, 2·f1) float32
     row_inner       (classes, 2·r1, 2·r1) float32
