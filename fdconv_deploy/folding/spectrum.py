@@ -122,8 +122,6 @@ def fold_spectrum(
         columns: C.
     """
     ratio, rows, _ = spectra.shape
-    # One byte a bin is enough for 256 attentions; runtimes know no type between that and int32.
-    small = groups.max() <= 255
     digest = hashlib.sha256(groups.astype("<i2").tobytes()).hexdigest()
     repeated = straddling_rows(groups, columns)
     row_transform = real_inverse(rows, repeated)
@@ -140,11 +138,17 @@ def fold_spectrum(
     values = values.reshape(split).transpose(0, 3, 2, 1)
     owner = owner.reshape(split).transpose(0, 3, 2, 1)
     pair = np.stack([values.real, values.imag], axis=2)
+    # One byte a bin is enough for 256 attentions; runtimes know no type between that and int32.
+    compact: NDArray[np.uint8] | NDArray[np.int32]
+    if owner.max() <= 255:
+        compact = np.ascontiguousarray(owner, dtype=np.uint8)
+    else:
+        compact = np.ascontiguousarray(owner, dtype=np.int32)
     return FoldedSpectrum(
         row_transform,
         column_transform,
         np.ascontiguousarray(pair, dtype=np.float32),
-        np.ascontiguousarray(owner.astype(np.uint8) if small else owner.astype(np.int32)),
+        compact,
         digest,
     )
 
