@@ -8,6 +8,7 @@ explains, 2 a wrong command line, 130 interrupted.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -318,6 +319,8 @@ def _needed(error: ImportError) -> str:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one sentence, not in a traceback."""
+    # Being stopped unwinds like an error does, so that nothing half-written stays behind.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         app()
     except FDConvError as error:

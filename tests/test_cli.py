@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -217,3 +218,17 @@ def test_segmenting_loads_no_torch(bundle, tmp_path):
     )
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_a_stopped_export_leaves_nothing(tmp_path):
+    command = [sys.executable, "-m", "fdconv_deploy", "export", packaged_checkpoint()]
+    command += ["-o", tmp_path / "bundle", "--size", "64x96"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()):  # until it has begun to write
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert not list(tmp_path.iterdir())
