@@ -7,7 +7,7 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -96,6 +96,7 @@ def export_checkpoint(
     say = progress or (lambda _: None)
     say("reading the checkpoint")
     network = load_checkpoint(checkpoint, config=config, overrides=overrides)
+    assumed = {fact.field: fact.value for fact in network.inference.assumed}
     source = CheckpointInfo(name=Path(checkpoint).name, sha256=sha256_of(Path(checkpoint)))
     return export_segmentor(
         network,
@@ -108,6 +109,7 @@ def export_checkpoint(
         overwrite=overwrite,
         progress=progress,
         checkpoint=source,
+        assumed=assumed,
     )
 
 
@@ -123,8 +125,12 @@ def export_segmentor(
     overwrite: bool = False,
     progress: Progress | None = None,
     checkpoint: CheckpointInfo | None = None,
+    assumed: Mapping[str, Any] | None = None,
 ) -> Bundle:
-    """Export a segmentor; arguments as `export_checkpoint`'s."""
+    """Export a segmentor; arguments as `export_checkpoint`'s.
+
+    ``assumed``: fields of the architecture that nothing told, for the manifest.
+    """
     _refuse_training(network)
     architecture = network.architecture
     size = _graph_size(network, size)
@@ -148,6 +154,7 @@ def export_segmentor(
         "input": InputSize(height=size[0], width=size[1]),
         "fit": fit,
         "checkpoint": checkpoint,
+        "graph": {"assumed": {k: str(v) for k, v in (assumed or {}).items()}},
     }
     recipe = _Recipe(network, examples, "images", ["logits"], True, manifest, said, tolerance)
     if progress is not None:
@@ -181,10 +188,11 @@ def export_module(
         ExportError: the module cannot be exported, or the graph is not equal to it.
     """
     _refuse_training(module)
-    if example.dtype != torch.float32:
+    if not isinstance(example, Tensor) or example.dtype != torch.float32:
+        found = f"a tensor of {example.dtype}" if isinstance(example, Tensor) else type(example)
         raise ExportError(
-            f"the example must be float32, got {str(example.dtype).removeprefix('torch.')}. "
-            "Convert it and the module with .float()."
+            f"the example must be one float32 torch tensor, got {found}. Convert it, and the "
+            "module, with .float(); a module of several inputs needs a wrapper of one."
         )
     count = len(_answers(module, example))
     names = list(output_names or (["output"] if count == 1 else _numbered(count)))
@@ -331,13 +339,14 @@ def _export(recipe: _Recipe, destination: str | os.PathLike[str], overwrite: boo
                 inputs=recipe.inputs_said,
             ),
             graph={
+                **recipe.manifest.get("graph", {}),
                 **nodes,
                 "fdconv_layers": len(dynamic_layers(network)),
                 "export_seconds": round(time.perf_counter() - started, 1),
                 "export_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             },
             versions={n: _version(n) for n in ("torch", "onnx", "onnxruntime", "numpy")},
-            **recipe.manifest,
+            **{k: v for k, v in recipe.manifest.items() if k != "graph"},
         )
         return writer.commit(manifest)
 

@@ -41,8 +41,12 @@ def verify_bundle(
         ExportError: the bundle is of another network.
     """
     theirs, ours = session.bundle.manifest.architecture, network.architecture
+    if theirs is None:
+        raise ExportError(
+            "the bundle is of a module, not of a segmentor that a checkpoint could be compared "
+            "with. Its own parity report is in its manifest.json."
+        )
     if theirs != ours:
-        assert theirs is not None
         fields = type(theirs).model_fields
         other = [name for name in fields if getattr(theirs, name) != getattr(ours, name)]
         raise ExportError(

@@ -192,6 +192,16 @@ def _print_export(bundle: Any) -> None:
         f"{manifest.graph['fdconv_layers']} FDConv layers, {size / 1e6:.1f} MB, exported in "
         f"{manifest.graph['export_seconds']} s. Compared with {manifest.parity.reference}."
     )
+    height, width = manifest.input.height, manifest.input.width
+    how = "stretched" if manifest.fit == "stretch" else "padded"
+    console.print(f"Images of other proportions than {height}x{width} are {how} (see --fit).")
+    assumed = manifest.graph.get("assumed", {})
+    if assumed:
+        console.print(
+            f"[yellow]Assumed[/], because the file does not tell ({len(assumed)} fields; check "
+            "them, and give --config or --set where they are wrong):"
+        )
+        console.print(", ".join(f"{name}={value}" for name, value in assumed.items()), markup=False)
     console.print(f"Next: fdconv segment {bundle.path} IMAGE -o results")
 
 
@@ -289,6 +299,10 @@ def serve(
             f"the service needs {error.name}, which is not installed: "
             "pip install 'fdconv-deploy[serve]'."
         ) from error
+    if log_level not in ("debug", "info", "warning", "error"):
+        raise typer.BadParameter(
+            f"--log-level is debug, info, warning or error, not {log_level!r}."
+        )
     settings = ServiceSettings(backend=backend, workers=workers, queue_limit=queue)
     service.run(bundles, host, port, settings, log_level=log_level)
 
@@ -325,6 +339,9 @@ def main() -> None:
         app()
     except FDConvError as error:
         message = str(error)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        message = f"{place}{error.strerror or error}. Give another path, or free that one."
     except ImportError as error:
         message = _needed(error)
     except KeyboardInterrupt:

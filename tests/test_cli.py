@@ -182,10 +182,18 @@ def test_bad_checkpoints_end_in_a_sentence(kind, monkeypatch, capfd, tmp_path):
         (["export", "nowhere.pth", "-o", "OUT", "--size", "64"], 1, "does not exist"),
         (["segment", "nowhere", "x.png", "-o", "OUT"], 1, "does not exist"),
         (["serve", "nowhere"], 1, "does not exist"),
+        (["serve", "nowhere", "--log-level", "loud"], 2, "log-level"),
+        (
+            ["export", "CHECKPOINT", "-o", "OUT", "--size", "64", "--config", "EMPTY"],
+            1,
+            "no network",
+        ),
+        (["export", "CHECKPOINT", "-o", "/proc/none", "--size", "64"], 1, "/proc"),
     ],
 )
 def test_wrong_arguments_end_in_a_sentence(arguments, code, hint, monkeypatch, capfd, tmp_path):
-    names = {"CHECKPOINT": packaged_checkpoint(), "OUT": tmp_path / "out"}
+    # A test file of ours is valid Python and describes no network.
+    names = {"CHECKPOINT": packaged_checkpoint(), "OUT": tmp_path / "out", "EMPTY": __file__}
     got, out, err = fdconv(monkeypatch, capfd, *(names.get(a, a) for a in arguments))
     assert got == code
     assert hint in err
@@ -232,3 +240,15 @@ def test_a_stopped_export_leaves_nothing(tmp_path):
     process.terminate()
     assert process.wait(timeout=60) == 143
     assert not list(tmp_path.iterdir())
+
+
+def test_export_says_what_it_assumed(monkeypatch, capfd, tmp_path):
+    state = torch.load(packaged_checkpoint(), weights_only=True)["state_dict"]  # noqa: TID251
+    torch.save(state, tmp_path / "plain.pth")
+    arguments = ["export", tmp_path / "plain.pth", "-o", tmp_path / "bundle", "--size", "64x96"]
+    code, out, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 0, err
+    assert "Assumed" in out
+    assert "preprocessing.mean" in " ".join(out.split())
+    manifest = json.loads((tmp_path / "bundle/manifest.json").read_text())
+    assert "backbone.strides" in manifest["graph"]["assumed"]

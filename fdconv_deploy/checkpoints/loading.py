@@ -92,7 +92,18 @@ def config_for(checkpoint: Checkpoint, config: str | Path | Config | None) -> Co
     """The config the user gave, else the one in the checkpoint, else None."""
     if isinstance(config, Config):
         return config
-    return config_of(checkpoint.meta) if config is None else read_config(config)
+    if config is None:
+        return config_of(checkpoint.meta)
+    given = read_config(config)
+    if not given.section("model", "backbone"):
+        # It takes the place of the checkpoint's own config, so it must not be an empty one.
+        why = f" What could not be read: {'; '.join(given.notes)}." if given.notes else ""
+        raise CheckpointError(
+            f"{config} describes no network: expected a config with model = dict(backbone=dict(…), "
+            f"…), as mmsegmentation's.{why} Give another file, or leave --config out to use the "
+            "checkpoint's own."
+        )
+    return given
 
 
 def _fill(network: Segmentor, state: dict[str, Tensor], path: str | Path) -> None:

@@ -201,6 +201,11 @@ class FDConv2d(nn.Conv2d):
                 f"in_channels × kernel width must be even (the half spectrum of {self.columns} "
                 "columns cannot be inverted to an odd width). Use an even number of channels."
             )
+        if self.kernel_num < 1 or self.param_ratio < 1:
+            refuse(
+                f"kernel_num and param_ratio must be 1 or more, got {self.kernel_num} and "
+                f"{self.param_ratio}."
+            )
         if self.kernel_num * self.param_ratio == 1:
             refuse(
                 "kernel_num=1 with param_ratio=1 leaves no kernel attention. "

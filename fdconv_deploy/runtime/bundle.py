@@ -178,7 +178,7 @@ class BundleWriter:
             )
         if not self.overwrite:
             raise BundleError(
-                f"The bundle {target} exists already. Ask for it to be overwritten, or give "
+                f"The bundle {target} exists already. Say --overwrite to replace it, or give "
                 "another name."
             )
 
