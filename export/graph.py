@@ -68,14 +68,14 @@ def build_graph(
         result = writer.write(folded, node.inputs[0])
         node.outputs.clear()
         node.inputs.clear()
-        _take_over(graph, output, result)
+        _take_over(output, result)
     graph.cleanup().toposort()
     model = gs.export_onnx(graph)
     _finish(model, writer)
     return StaticGraph(model, group_maps)
 
 
-def _take_over(graph: gs.Graph, old: gs.Variable, new: gs.Variable) -> None:
+def _take_over(old: gs.Variable, new: gs.Variable) -> None:
     """Let ``new``'s producer produce ``old``, with its name, shape and readers."""
     producer = new.inputs[0]
     producer.outputs[producer.outputs.index(new)] = old

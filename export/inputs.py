@@ -1,9 +1,8 @@
 """Inputs to compare networks on: pictures of something, as a camera could have taken them.
 
 Comparing on noise would not do. Its global averages lie far from those of any photograph,
-the attentions they drive run to their ends, and a trained network may then amplify rounding
-until it hides errors (the demo's network: 1e-2 of its largest logit on 1/f noise, 4e-7 on
-scenes of the kind it was trained on).
+the attentions they drive run to their ends, and a trained network (the demo's, for one) may
+then amplify rounding until it hides errors.
 """
 
 from __future__ import annotations

@@ -287,6 +287,7 @@ def _export(recipe: _Recipe, destination: str | os.PathLike[str], overwrite: boo
     models: dict[int, str] = {}
     group_maps: dict[str, str] = {}
     nodes: dict[str, int] = {}
+    sizes: dict[str, tuple[int, int]] | None = None
     with (
         BundleWriter(destination, overwrite=overwrite) as writer,
         tempfile.TemporaryDirectory(prefix="fdconv-export-") as scratch,
@@ -303,7 +304,8 @@ def _export(recipe: _Recipe, destination: str | os.PathLike[str], overwrite: boo
                     input_names=[recipe.input_name],
                     output_names=recipe.output_names,
                 )
-                sizes = input_sizes(network, example[:1])
+                if sizes is None:  # the same for every batch size
+                    sizes = input_sizes(network, example[:1])
                 graph = build_graph(captured, network, sizes, batch)
                 del captured
                 weights.take(graph.model)

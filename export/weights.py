@@ -50,17 +50,14 @@ class WeightsFile:
         """Move a model's large initializers here; it then refers to this file by name."""
         for tensor in model.graph.initializer:
             if not tensor.HasField("raw_data"):
-                tensor.CopyFrom(onnx.numpy_helper.from_array(_array(tensor), tensor.name))
+                values = onnx.numpy_helper.to_array(tensor)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
             if len(tensor.raw_data) <= INLINE_BYTES:
                 continue
             offset, length = self._place(tensor.raw_data)
             tensor.ClearField("raw_data")
             tensor.data_location = TensorProto.EXTERNAL
             del tensor.external_data[:]
-            values = {"location": self.path.name, "offset": str(offset), "length": str(length)}
-            for key, value in values.items():
+            place = {"location": self.path.name, "offset": str(offset), "length": str(length)}
+            for key, value in place.items():
                 tensor.external_data.add(key=key, value=value)
-
-
-def _array(tensor: TensorProto):  # type: ignore[no-untyped-def] # numpy array of any type
-    return onnx.numpy_helper.to_array(tensor)
