@@ -52,6 +52,26 @@ class FoldedSpectrum:
         """C."""
         return self.column_transform.factors.length
 
+    def by_frequency(
+        self,
+    ) -> tuple[NDArray[np.int64], NDArray[np.complex64], NDArray[np.int64]]:
+        """The half spectrum in plain order, whatever the layout: rows, values, groups.
+
+        Returns:
+            rows ``(S,)``: the row frequency q of each stored row, 0 … R//2, a second time
+            where a row has bins in two groups (the transform adds the two); values
+            ``(P, S, C)``: column frequencies 0 … C-1 in natural order; groups ``(P, S, C)``.
+        """
+        slots = self.row_transform.slots.reshape(-1)
+        used = np.flatnonzero(slots >= 0)
+        ratio, first, _, second, _ = self.values.shape
+
+        def natural(array: NDArray) -> NDArray:  # (P, f1, f2, slot) -> (P, used slot, f)
+            return array.transpose(0, 3, 2, 1).reshape(ratio, -1, first * second)[:, used]
+
+        values = natural(self.values[:, :, 0] + 1j * self.values[:, :, 1])
+        return slots[used], values.astype(np.complex64), natural(self.groups).astype(np.int64)
+
 
 def _mirror(array: NDArray, axis: int) -> NDArray:
     """Index i -> -i modulo the length."""
