@@ -1,0 +1,55 @@
+"""Arguments and options that several commands take, and how their text is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Checkpoint = Annotated[Path, typer.Argument(help="A .pth or .safetensors file.")]
+BundlePath = Annotated[Path, typer.Argument(help="A bundle's folder.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="The network's config (.py or .json; read, never run), if the file has none."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="What the file does not tell, e.g. backbone.style=caffe.",
+    ),
+]
+Size = Annotated[
+    str | None, typer.Option(metavar="HEIGHTxWIDTH", help="Of the input, in pixels: 512x1024.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Backend = Annotated[str, typer.Option(help="auto, onnxruntime-cpu or onnxruntime-cuda.")]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``"512x1024"`` -> (512, 1024), height first; one number stands for a square."""
+    parts = text.lower().replace("×", "x").split("x")
+    if len(parts) not in (1, 2) or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise typer.BadParameter(f"{text!r} is not HEIGHTxWIDTH in pixels, e.g. 512x1024.")
+    height, width = (parts * 2)[:2]
+    return int(height), int(width)
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    """``["backbone.style=caffe", …]`` -> a dict; values are JSON where they parse as such."""
+    result: dict[str, Any] = {}
+    for setting in settings or []:
+        field, equals, value = setting.partition("=")
+        if not equals or not field:
+            raise typer.BadParameter(f"{setting!r} is not FIELD=VALUE, e.g. backbone.style=caffe.")
+        try:
+            result[field] = json.loads(value)
+        except json.JSONDecodeError:
+            result[field] = value
+    return result
