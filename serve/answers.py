@@ -1,28 +1,38 @@
-"""Labels as the body of a response: JSON with run lengths, an indexed PNG, or an overlay."""
+"""Labels as the body of a response: JSON, an indexed PNG, an overlay, or logits."""
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from fdconv_deploy.runtime import Segmentation
-from fdconv_deploy.runtime.rendering import encode
+from fdconv_deploy.runtime.rendering import encode, overlay
 
 from .negotiation import best_type
+from .polygons import class_rings
 from .problems import RefusedError
 
-Output = Literal["json", "mask", "overlay"]
+Output = Literal["json", "mask", "overlay", "logits"]
+MaskForm = Literal["rle", "polygons", "none"]
 JSON, PNG, JPEG = "application/json", "image/png", "image/jpeg"
+NPZ, ZIP = "application/x-npz", "application/zip"
+# Masks show this where a class was not asked for; the value mmsegmentation ignores.
+OTHER = 255
 # What each output can be sent as, the preferred first.
 _TYPES: dict[Output, tuple[str, ...]] = {
     "json": (JSON,),
     "mask": (PNG,),
     "overlay": (PNG, JPEG),
+    "logits": (NPZ,),
 }
+_SUFFIXES = {PNG: "png", JPEG: "jpg", NPZ: "npz"}
 
 
 @dataclass(frozen=True)
@@ -33,22 +43,60 @@ class Form:
     media_type: str
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One image's answer, to be written down.
+
+    ``segmentation`` has its labels at the size asked for, and ``image`` (H, W, 3) uint8 is of
+    that size. ``kept`` are the classes asked for, all when None. ``logits`` is
+    (classes, h, w) float32 where they were asked for, with what they cover beside them.
+    """
+
+    model: str
+    segmentation: Segmentation
+    image: npt.NDArray[np.uint8] | None
+    name: str | None
+    timings_ms: dict[str, float]
+    kept: tuple[int, ...] | None = None
+    logits: npt.NDArray[np.float32] | None = None
+    size: tuple[int, int] = (0, 0)
+
+
 def choose_form(accept: str, output: Output | None) -> Form:
     """Settle the form of the answer from the ``Accept`` header and ``?output=``.
 
-    Without ``output``, image/png asks for the mask and application/json, or anything at
-    all, for JSON.
+    Without ``output``, image/png asks for the mask, application/x-npz for logits, and
+    application/json, or anything at all, for JSON. application/zip takes what ``output`` says
+    (masks, if nothing), one file per image.
 
     :raises RefusedError: 406, none of it is to be had.
     """
-    offers = _TYPES[output] if output else (JSON, PNG)
+    offers = _TYPES[output] if output else (JSON, PNG, NPZ)
+    if output != "json":
+        offers = (*offers, ZIP)
     chosen = best_type(accept, offers)
     if chosen is None:
         wanted = f"The output {output!r} comes" if output else "Answers come"
         raise RefusedError(
             406, f"{wanted} as {' or '.join(offers)}, which the Accept header rules out."
         )
-    return Form(output or ("mask" if chosen == PNG else "json"), chosen)
+    by_type: dict[str, Output] = {PNG: "mask", ZIP: "mask", NPZ: "logits"}
+    return Form(output or by_type.get(chosen, "json"), chosen)
+
+
+def form_for_several(accept: str, form: Form) -> Form:
+    """As :func:`choose_form` settled it, for more than one image: JSON, or a zip of files.
+
+    :raises RefusedError: 406.
+    """
+    if form.media_type in (JSON, ZIP):
+        return form
+    if best_type(accept, [ZIP]) is None:
+        raise RefusedError(
+            406,
+            f"Several images are answered in {JSON} or {ZIP}, which the Accept header rules out.",
+        )
+    return Form(form.output, ZIP)
 
 
 def run_lengths(labels: npt.NDArray[Any]) -> dict[str, list[int]]:
@@ -63,44 +111,107 @@ def run_lengths(labels: npt.NDArray[Any]) -> dict[str, list[int]]:
     }
 
 
-def render(
-    form: Form,
-    model: str,
-    answer: Segmentation,
-    image: npt.NDArray[np.uint8],
-    opacity: float,
-    timings_ms: dict[str, float],
-) -> bytes:
-    """The response's body."""
-    if form.output == "mask":
-        return answer.mask_png()
-    if form.output == "overlay":
-        kind: Literal["PNG", "JPEG"] = "JPEG" if form.media_type == JPEG else "PNG"
-        return encode(answer.overlay(image, opacity), kind)
-    height, width = answer.labels.shape
-    areas = answer.areas().tolist()
-    # As schemas.Segmentation; not through pydantic, which would check every run.
-    return json.dumps(
-        {
-            "model": model,
-            "height": height,
-            "width": width,
-            "fit": answer.fit,
-            "mode": answer.mode,
-            "classes": [
-                {
-                    "id": number,
-                    "name": name,
-                    "color": colour,
-                    "area": areas[number],
-                    "share": areas[number] / (height * width),
-                }
-                for number, (name, colour) in enumerate(
-                    zip(answer.classes, answer.palette, strict=True)
-                )
+def render(form: Form, answers: list[Answer], opacity: float, mask: MaskForm) -> tuple[bytes, str]:
+    """The response's body and its media type."""
+    if form.output == "json":
+        documents = [_document(answer, mask) for answer in answers]
+        found = documents[0] if len(answers) == 1 else {"results": documents}
+        # Not through pydantic, which would check every run.
+        return json.dumps(found, separators=(",", ":")).encode(), JSON
+    kind = _TYPES[form.output][0] if form.media_type == ZIP else form.media_type
+    if len(answers) == 1 and form.media_type != ZIP:
+        return _file(form.output, kind, answers[0], opacity), kind
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for number, answer in enumerate(answers):
+            stem = (answer.name or "image").rpartition(".")[0] or (answer.name or "image")
+            archive.writestr(
+                f"{number:03d}-{stem}.{_SUFFIXES[kind]}",
+                _file(form.output, kind, answer, opacity),
+            )
+    return buffer.getvalue(), ZIP
+
+
+def _file(output: Output, kind: str, answer: Answer, opacity: float) -> bytes:
+    found = answer.segmentation
+    if output == "logits":
+        return _npz(answer)
+    if output == "overlay":
+        assert answer.image is not None
+        picture = overlay(answer.image, found.labels, found.palette, opacity)
+        if answer.kept is not None:
+            picture = np.where(_keeps(answer)[..., None], picture, answer.image)
+        return encode(picture, "JPEG" if kind == JPEG else "PNG")
+    if answer.kept is None:
+        return found.mask_png()
+    image = Image.fromarray(np.where(_keeps(answer), found.labels, OTHER).astype(np.uint8))
+    image.putpalette([value for colour in found.palette for value in colour])
+    return encode(image, "PNG", transparency=OTHER)
+
+
+def _npz(answer: Answer) -> bytes:
+    assert answer.logits is not None
+    found = answer.segmentation
+    kept = answer.kept if answer.kept is not None else tuple(range(len(found.classes)))
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        logits=answer.logits if answer.kept is None else answer.logits[list(kept)],
+        class_ids=np.array(kept, np.int64),
+        classes=np.array([found.classes[number] for number in kept]),
+        image_size=np.array(answer.size, np.int64),
+    )
+    return buffer.getvalue()
+
+
+def _keeps(answer: Answer) -> npt.NDArray[np.bool_]:
+    table = np.zeros(len(answer.segmentation.classes), np.bool_)
+    table[list(answer.kept or ())] = True
+    return table[answer.segmentation.labels]
+
+
+def _document(answer: Answer, mask: MaskForm) -> dict[str, Any]:
+    """As ``schemas.Segmentation``."""
+    found = answer.segmentation
+    height, width = found.labels.shape
+    areas = found.areas().tolist()
+    kept = answer.kept if answer.kept is not None else range(len(found.classes))
+    return {
+        "model": answer.model,
+        "file": answer.name,
+        "height": height,
+        "width": width,
+        "fit": found.fit,
+        "mode": found.mode,
+        "classes": [
+            {
+                "id": number,
+                "name": found.classes[number],
+                "color": found.palette[number],
+                "area": areas[number],
+                "share": areas[number] / (height * width),
+            }
+            for number in kept
+        ],
+        "mask": _mask(answer, mask, areas),
+        "timings_ms": answer.timings_ms,
+    }
+
+
+def _mask(answer: Answer, form: MaskForm, areas: list[int]) -> dict[str, Any] | None:
+    labels = answer.segmentation.labels
+    if form == "none":
+        return None
+    kept = answer.kept if answer.kept is not None else range(len(areas))
+    if form == "polygons":
+        return {
+            "size": list(labels.shape),
+            "polygons": [
+                {"id": number, "rings": class_rings(labels, number)}
+                for number in kept
+                if areas[number]
             ],
-            "mask": run_lengths(answer.labels),
-            "timings_ms": timings_ms,
-        },
-        separators=(",", ":"),
-    ).encode()
+        }
+    if answer.kept is None:
+        return run_lengths(labels)
+    return run_lengths(np.where(_keeps(answer), labels.astype(np.int32), -1))

@@ -2,71 +2,85 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI
+from starlette.middleware import Middleware
 
 from fdconv_deploy import __version__
+from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import Session
 
-from . import problems
-from .middleware import RequestId
-from .models import Models
-from .routes import router
+from . import openapi, problems
+from .middleware import Edge
+from .routes import ROUTERS
+from .security import Keys
+from .service import Service
 from .settings import Settings
-from .state import ServiceState
-
-_DESCRIPTION = """\
-Semantic segmentation with FDConv networks.
-
-```
-curl -F image=@street.jpg -H 'Accept: image/png' http://localhost:8000/v1/segment -o mask.png
-curl --data-binary @street.jpg -H 'Content-Type: image/jpeg' http://localhost:8000/v1/segment
-curl -F image=@street.jpg 'http://localhost:8000/v1/segment?output=overlay' -o overlay.png
-```
-
-Errors are problem documents (RFC 9457) with a sentence in `detail`. Every answer carries an
-`X-Request-ID`, the client's own if it sent one.
-"""
 
 
 def create_app(
-    bundles: Sequence[Path | str | Session], settings: Settings | None = None
+    bundles: Sequence[Path | str | Session],
+    settings: Settings | None = None,
+    *,
+    host: str = "127.0.0.1",
 ) -> FastAPI:
     """Make the service's application.
 
-    :param bundles: bundle folders, each served under its folder's name, or sessions already
-        open, which stay the caller's to close. The first is the default model.
+    :param bundles: bundle folders, each served under its folder's name; folders of bundles; or
+        sessions already open, which stay the caller's to close. The first is the default model.
+    :param host: where gRPC listens, if ``settings.grpc_port`` is set.
     :raises BundleError: a bundle is damaged, unsafe, no segmentor of two classes or more, or
         of the same name as another.
     :raises BackendError: the backend cannot be used.
+    :raises FDConvError: what a setting needs is not installed.
     """
     settings = settings or Settings()
-    models = Models(bundles, settings)
+    keys = Keys(settings)
+    service = Service(bundles, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        state = ServiceState(models, settings)
-        app.state.service = state
-        # Beside the event loop, so that /healthz answers while large models load.
-        warming = asyncio.create_task(state.warm_up())
+        # Models load beside the event loop, so that /healthz answers while large ones do.
+        await service.start()
+        grpc = None
         try:
+            if settings.grpc_port is not None:
+                grpc = _grpc_server(service, keys)
+                await grpc.start(host, settings.grpc_port)
+                app.state.grpc_port = grpc.port
             yield
         finally:
-            await warming
-            state.close()
+            service.drain()
+            if grpc is not None:
+                await grpc.stop(settings.drain_seconds)
+            await service.close()
 
     app = FastAPI(
         title="FDConv Deploy",
         version=__version__,
-        description=_DESCRIPTION,
+        description=openapi.DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,  # a page of our own: FastAPI's loads its scripts from elsewhere
         redoc_url=None,
+        middleware=[Middleware(Edge, keys=keys)],
     )
-    app.add_middleware(RequestId)
+    app.state.service = service
     problems.install(app)
-    app.include_router(router)
+    for router in ROUTERS:
+        app.include_router(router)
+    openapi.install(app, keys_needed=keys.needed)
     return app
+
+
+def _grpc_server(service: Service, keys: Keys):  # type: ignore[no-untyped-def]
+    try:
+        from .kserve.grpc_server import GrpcServer
+    except ImportError as error:
+        raise FDConvError(
+            f"The gRPC service needs {error.name}, which is not installed: "
+            "pip install 'fdconv-deploy[grpc]'."
+        ) from error
+    return GrpcServer(service, keys)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import asyncio
 import logging
 import socket
+import ssl
 import threading
 import time
 import urllib.error
@@ -12,15 +13,15 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import uvicorn
-from uvicorn.config import LOGGING_CONFIG
 
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import Session
 
 from .app import create_app
+from .logs import log_config
+from .protocol import guarded
 from .settings import Settings
 
 log = logging.getLogger("fdconv.serve")
@@ -28,6 +29,22 @@ log = logging.getLogger("fdconv.serve")
 
 class ServerError(FDConvError):
     """The server cannot listen, or did not become ready."""
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, which on its way down is first unready, then stops listening, then drains."""
+
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
+        super().__init__(config)
+        self._settings = settings
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See ``uvicorn.Server``; a second signal ends it without waiting."""
+        self.config.app.state.service.drain()  # type: ignore[union-attr]
+        end = time.monotonic() + self._settings.shutdown_delay_seconds
+        while time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(0.05)
+        await super().shutdown(sockets)
 
 
 def run(
@@ -43,11 +60,12 @@ def run(
     :param host: "127.0.0.1" is this machine only, "0.0.0.0" everyone who can reach it.
     :param port: 0 lets the system choose one, which the log names.
     :raises ServerError: the port is taken, or the host not this machine's.
-    :raises BundleError, BackendError: see ``create_app``.
+    :raises BundleError, BackendError, FDConvError: see ``create_app``.
     """
+    settings = settings or Settings()
     with _bound(host, port) as listener:
-        server = _server(bundles, settings or Settings(), log_level)
-        log.info("listening on %s (documentation at /docs)", _address(listener))
+        server = _server(bundles, settings, log_level, host)
+        log.info("listening on %s (try it at /, API at /docs)", _address(listener, settings))
         server.run([listener])
 
 
@@ -65,9 +83,10 @@ def running(
     :returns: the server's address, ``http://host:port``, once it is ready.
     :raises ServerError: as for ``run``, or it was not ready within ``ready_within`` seconds.
     """
+    settings = settings or Settings()
     with _bound(host, port) as listener:
-        server = _server(bundles, settings or Settings(), "warning")
-        address = _address(listener)
+        server = _server(bundles, settings, "warning", host)
+        address = _address(listener, settings)
         thread = threading.Thread(
             target=server.run, args=([listener],), name="fdconv-serve", daemon=True
         )
@@ -81,23 +100,35 @@ def running(
 
 
 def _server(
-    bundles: Sequence[Path | str | Session], settings: Settings, log_level: str
-) -> uvicorn.Server:
-    config = uvicorn.Config(
-        create_app(bundles, settings),
-        log_level=log_level,
-        log_config=_log_config(log_level),
-        server_header=False,
-        timeout_graceful_shutdown=settings.drain_seconds,
-    )
-    return uvicorn.Server(config)
-
-
-def _log_config(level: str) -> dict[str, Any]:
-    """Uvicorn's logging, with the service's own log beside it."""
-    config = copy.deepcopy(LOGGING_CONFIG)
-    config["loggers"]["fdconv.serve"] = {"handlers": ["default"], "level": level.upper()}
-    return config
+    bundles: Sequence[Path | str | Session], settings: Settings, log_level: str, host: str
+) -> Server:
+    certificate, key = settings.tls_certificate, settings.tls_key
+    for path in (certificate, key, settings.tls_client_ca):
+        if path is not None and not path.is_file():
+            raise ServerError(f"TLS needs the file {path}, which does not exist.")
+    try:
+        config = uvicorn.Config(
+            create_app(bundles, settings, host=host),
+            http=guarded(settings),  # type: ignore[arg-type]
+            ws="none",
+            log_level=log_level,
+            log_config=log_config(log_level, settings.log_format),
+            access_log=False,
+            server_header=False,
+            limit_concurrency=settings.max_connections,
+            timeout_graceful_shutdown=settings.drain_seconds,
+            ssl_certfile=None if certificate is None else str(certificate),
+            ssl_keyfile=None if key is None else str(key),
+            ssl_ca_certs=None if settings.tls_client_ca is None else str(settings.tls_client_ca),
+            ssl_cert_reqs=ssl.CERT_REQUIRED if settings.tls_client_ca else ssl.CERT_NONE,
+        )
+        config.load()
+    except (ssl.SSLError, ValueError) as error:
+        raise ServerError(
+            f"The TLS certificate and key cannot be used ({error}). Give a matching pair in PEM "
+            "form."
+        ) from error
+    return Server(config, settings)
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -113,15 +144,20 @@ def _bound(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _address(listener: socket.socket) -> str:
+def _address(listener: socket.socket, settings: Settings) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    scheme = "http" if settings.tls_certificate is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _wait_until_ready(address: str, thread: threading.Thread, deadline: float) -> None:
+    # Our own server on this machine, whose certificate may be for another name.
+    context = ssl._create_unverified_context() if address.startswith("https") else None  # noqa: S323
     while thread.is_alive() and time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"{address}/readyz", timeout=1):  # noqa: S310 - http
+            with urllib.request.urlopen(  # noqa: S310 - http
+                f"{address}/readyz", timeout=1, context=context
+            ):
                 return
         except urllib.error.HTTPError as error:
             error.close()  # 503: not ready yet

@@ -1,38 +1,116 @@
-"""A name for every request, in its answer and in the log."""
+"""Around every request: its id, the API key, the access log, the counters, the clean-up."""
 
 from __future__ import annotations
 
+import json
+import logging
 import re
+import time
 import uuid
+from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-HEADER = "X-Request-ID"
+from .problems import REQUEST_ID, RefusedError, problem_response
+from .security import Keys
+
 # What a client may choose: short, and of nothing that could break a log line or a header.
 _ACCEPTED = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# Open to all: whether the service lives, and the page, which holds no data and asks for a key.
+_OPEN = {
+    "/",
+    "/docs",
+    "/openapi.json",
+    "/healthz",
+    "/readyz",
+    "/v2/health/live",
+    "/v2/health/ready",
+}
+_OPEN_FOLDERS = ("/static/", "/samples")
+_SECURITY = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
+access = logging.getLogger("fdconv.access")
 
 
-class RequestId:
-    """Keeps the client's X-Request-ID when it is sane, else makes one; answers carry it."""
+class Edge:
+    """The outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        self.app, self._keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI event."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(HEADER, "")
+        start = time.perf_counter()
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID, "")
         request_id = given if _ACCEPTED.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["start"] = start
+        service = getattr(scope["app"].state, "service", None) if "app" in scope else None
+        status = 0
 
         async def send_named(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers[HEADER] = request_id
-                headers["X-Content-Type-Options"] = "nosniff"
+                status = message["status"]
+                named = (REQUEST_ID.lower().encode(), request_id.encode())
+                # Answers to unforeseen errors carry it already.
+                kept = [pair for pair in message.get("headers", ()) if pair[0] != named[0]]
+                message["headers"] = [*kept, named, *_SECURITY]
+                if service is not None and service.draining:
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
-        await self.app(scope, receive, send_named)
+        try:
+            refusal = self._refusal(scope, headers, state)
+            if refusal is not None:
+                await refusal(scope, receive, send_named)
+            else:
+                await self.app(scope, receive, send_named)
+        finally:
+            self._record(scope, service, status, time.perf_counter() - start)
+
+    def _refusal(self, scope: Scope, headers: Headers, state: dict[str, Any]) -> Any:
+        """The answer to a request without the key it needs."""
+        address = scope.get("client")
+        state["client"] = address[0] if address else ""
+        path = scope["path"]
+        if not self._keys.needed or path in _OPEN or path.startswith(_OPEN_FOLDERS):
+            return None
+        try:
+            name = self._keys.check(headers.get("authorization", ""), headers.get("x-api-key", ""))
+        except RefusedError as error:
+            named = {**(error.headers or {}), "Connection": "close"}
+            return problem_response(Request(scope), error.status, error.detail, named)
+        state["client"] = name
+        return None
+
+    def _record(self, scope: Scope, service: Any, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        state = scope["state"]
+        if service is not None:
+            metrics = service.metrics
+            metrics.requests.labels(route, str(status)).inc()
+            metrics.request_seconds.labels(route).observe(seconds)
+        if not access.isEnabledFor(logging.INFO):
+            return
+        fields = {
+            "request_id": state["request_id"],
+            "client": state.get("client", ""),
+            "method": scope["method"],
+            # As sent, in ASCII: a decoded path could hold a line break.
+            "path": scope.get("raw_path", b"").decode("ascii", "replace")[:400],
+            "status": status,
+            "ms": round(seconds * 1e3, 3),
+            **state.get("facts", {}),
+        }
+        text = " ".join(f"{k}={json.dumps(v)}" for k, v in fields.items())
+        access.info("%s", text, extra={"fields": fields})

@@ -15,11 +15,18 @@ from starlette.requests import ClientDisconnect
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime.preprocessing import ImageTooLargeError, UnsupportedImageError
 
-from .middleware import HEADER as REQUEST_ID
+from .scheduling import DeadlineError, WorkerDiedError
 from .schemas import Problem
 
 log = logging.getLogger("fdconv.serve")
+REQUEST_ID = "X-Request-ID"
 MEDIA_TYPE = "application/problem+json"
+LATE = "The request was not answered by its deadline. Try again later, or allow more time."
+DIED = "The worker that had this request ended before answering. Send the request again."
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before it had its answer."""
 
 
 class RefusedError(Exception):
@@ -39,11 +46,13 @@ def problem_response(
         status=status,
         detail=detail,
         request_id=request_id_of(request),
+        error=detail if request.url.path.startswith("/v2") else None,
     )
     # The header is set here as well, because answers to unforeseen errors are made outside
     # of the middleware that sets it.
     named = {**(headers or {}), REQUEST_ID: problem.request_id}
-    return JSONResponse(problem.model_dump(), status, named, media_type=MEDIA_TYPE)
+    body = problem.model_dump(exclude_none=True)
+    return JSONResponse(body, status, named, media_type=MEDIA_TYPE)
 
 
 def problem_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -70,6 +79,9 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(ClientGoneError, _gone)
+    app.add_exception_handler(DeadlineError, _late)
+    app.add_exception_handler(WorkerDiedError, _died)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -78,13 +90,16 @@ def _request_problem(request: Request, error: Exception) -> Response:
     return problem_response(request, found.status, found.detail, found.headers)
 
 
-def _image_error(request: Request, error: Exception) -> Response:
+def image_problem(error: ImageError) -> tuple[int, str]:
+    """The status and sentence for an image that is not accepted."""
     # Images come as bytes here, so no message of read_image can name a path.
     if isinstance(error, ImageTooLargeError):
-        return problem_response(request, 413, str(error))
-    return problem_response(
-        request, 415 if isinstance(error, UnsupportedImageError) else 422, str(error)
-    )
+        return 413, str(error)
+    return 415 if isinstance(error, UnsupportedImageError) else 422, str(error)
+
+
+def _image_error(request: Request, error: Exception) -> Response:
+    return problem_response(request, *image_problem(cast(ImageError, error)))
 
 
 def _invalid(request: Request, error: Exception) -> Response:
@@ -104,8 +119,16 @@ def _http(request: Request, error: Exception) -> Response:
     return problem_response(request, found.status_code, detail, headers)
 
 
+def _late(request: Request, error: Exception) -> Response:
+    return problem_response(request, 504, LATE)
+
+
+def _died(request: Request, error: Exception) -> Response:
+    return problem_response(request, 503, DIED, {"Retry-After": "1"})
+
+
 def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=400)  # nobody is there to read it
+    return Response(status_code=499)  # nobody is there to read it; the log shows it
 
 
 def _unexpected(request: Request, error: Exception) -> Response:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,6 +24,9 @@ class Problem(BaseModel):
         ],
     )
     request_id: str = Field(description="As in the X-Request-ID header and the server's log.")
+    error: str | None = Field(
+        default=None, description="As `detail`; KServe's clients (/v2) read it here."
+    )
 
 
 class ClassArea(BaseModel):
@@ -53,11 +56,38 @@ class RunLengthMask(BaseModel):
     values: list[int] = Field(description="The class of each run.")
 
 
+class ClassPolygons(BaseModel):
+    """The outlines of one class."""
+
+    id: int = Field(description="The class.")
+    rings: list[list[int]] = Field(
+        description="Closed rings x0, y0, x1, y1, ... of pixel corners: (0, 0) is the image's "
+        "top left corner, (width, height) its bottom right one. Filled by the even-odd rule "
+        "they give exactly the class's pixels."
+    )
+
+
+class PolygonMask(BaseModel):
+    """A label map as polygons along the pixels' edges, of the classes that occur."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"size": [2, 4], "polygons": [{"id": 2, "rings": [[1, 0, 4, 0, 4, 2, 1, 2]]}]}
+            ]
+        }
+    )
+
+    size: tuple[int, int] = Field(description="Height and width in pixels.")
+    polygons: list[ClassPolygons]
+
+
 class Segmentation(BaseModel):
     """The answer to one image."""
 
     model: str = Field(examples=["street"])
-    height: int = Field(description="Of the image and its mask, in pixels.")
+    file: str | None = Field(description="The file's name in the form, if it came with one.")
+    height: int = Field(description="Of the mask, in pixels; the image's unless size=network.")
     width: int
     fit: Literal["exact", "stretch", "pad"] = Field(
         description="How the image was brought to the network's size. 'exact': in its own "
@@ -67,11 +97,19 @@ class Segmentation(BaseModel):
         description="The network saw the whole image at once, or crops whose answers were averaged."
     )
     classes: list[ClassArea]
-    mask: RunLengthMask
+    mask: RunLengthMask | PolygonMask | None = Field(
+        description="As ?mask= asks: run lengths, polygons, or null for none."
+    )
     timings_ms: dict[str, float] = Field(
         description="Milliseconds by stage.",
         examples=[{"decode": 4.1, "queue": 0.1, "preprocess": 2.0, "inference": 35.2}],
     )
+
+
+class Segmentations(BaseModel):
+    """The answers to several images, in the order they were sent."""
+
+    results: list[Segmentation]
 
 
 class ModelClass(BaseModel):
@@ -99,22 +137,38 @@ class OutputParity(BaseModel):
     argmax_agreement: float | None = Field(description="Share of positions of the same class.")
 
 
+class Benchmark(BaseModel):
+    """One run of one graph on this machine, timed when the model was loaded."""
+
+    batch: int
+    milliseconds: float
+
+
 class ModelCard(BaseModel):
     """What a model is and how it runs here."""
 
     name: str
     default: bool = Field(description="Whether /v1/segment uses this model.")
+    state: Literal["ready", "unloaded", "loading", "failed"] = Field(
+        description="Models that are not loaded are at their first request, if they can be."
+    )
+    version: str = Field(description="Counts the times the model was loaded; '0' not yet.")
     classes: list[ModelClass]
-    input: InputSize
+    input: InputSize = Field(description="Of the network's input.")
+    output: InputSize = Field(description="Of the network's logits.")
     batch_sizes: list[int]
     mode: Literal["whole", "slide"] = Field(description="Used when a request names none.")
     modes: list[Literal["whole", "slide"]]
     fit: Literal["stretch", "pad"] = Field(description="Used when a request names none.")
     precision: str
-    backend: str = Field(examples=["onnxruntime-cpu"])
+    backend: str | None = Field(
+        description="What runs it; null while it is not loaded.", examples=["onnxruntime-cpu"]
+    )
+    bytes: int = Field(description="Memory the loaded model holds at least: graphs and weights.")
     checkpoint: str | None = Field(description="File name of the checkpoint it was made from.")
     checkpoint_sha256: str | None
     parity: list[OutputParity]
+    benchmark: list[Benchmark]
     created_at: datetime
     created_by: str
 
@@ -129,3 +183,104 @@ class Health(BaseModel):
     """Whether the service lives, or is ready."""
 
     status: Literal["ok", "ready"]
+
+
+class ServerLive(BaseModel):
+    """KServe v2: whether the process lives."""
+
+    live: bool
+
+
+class ServerReady(BaseModel):
+    """KServe v2: whether the server, or a model, is ready."""
+
+    ready: bool
+
+
+class ServerMetadata(BaseModel):
+    """KServe v2: what this server is."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class TensorMetadata(BaseModel):
+    """KServe v2: one input or output of a model; -1 in its shape is any size."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """KServe v2: a model's inputs and outputs."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ModelIndexEntry(BaseModel):
+    """KServe v2: a model and its state."""
+
+    name: str
+    version: str
+    state: Literal["READY", "LOADING", "UNAVAILABLE"]
+    reason: str
+
+
+class InferTensor(BaseModel):
+    """KServe v2: a tensor of a request or an answer."""
+
+    name: str
+    shape: list[int]
+    datatype: Literal["FP32", "UINT8", "UINT16"]
+    parameters: dict[str, Any] = {}
+    data: list[Any] | None = Field(default=None, description="Row by row; absent in binary.")
+
+
+class RequestedOutput(BaseModel):
+    """KServe v2: an output that is wanted."""
+
+    name: Literal["logits", "labels"]
+    parameters: dict[str, Any] = Field(default={}, examples=[{"binary_data": True}])
+
+
+class InferCall(BaseModel):
+    """KServe v2: an inference request."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "42",
+                    "inputs": [
+                        {
+                            "name": "images",
+                            "shape": [1, 2, 2, 3],
+                            "datatype": "UINT8",
+                            "data": [90, 90, 90, 91, 92, 90, 20, 30, 90, 91, 92, 94],
+                        }
+                    ],
+                    "outputs": [{"name": "labels"}],
+                }
+            ]
+        }
+    )
+
+    id: str = ""
+    parameters: dict[str, Any] = {}
+    inputs: list[InferTensor] = Field(min_length=1, max_length=1)
+    outputs: list[RequestedOutput] = []
+
+
+class InferAnswer(BaseModel):
+    """KServe v2: the answer to an inference request."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[InferTensor]

@@ -105,9 +105,9 @@ class TestBodies:
     def test_form_without_the_field(self, client: TestClient, files, says: str) -> None:
         assert says in refused(client.post("/v1/segment", files=files), 422)
 
-    def test_two_images(self, client: TestClient, png: bytes) -> None:
-        files = [("image", ("a.png", png)), ("image", ("b.png", png))]
-        assert "One image per request" in refused(client.post("/v1/segment", files=files), 422)
+    def test_too_many_images(self, client: TestClient, png: bytes) -> None:
+        files = [("image", (f"{n}.png", b"x")) for n in range(17)]
+        assert "At most 16 images" in refused(client.post("/v1/segment", files=files), 422)
 
     @pytest.mark.parametrize(
         ("kind", "body"),
@@ -197,7 +197,7 @@ def test_a_failure_inside_names_no_path(bundles: list[Path], png: bytes, caplog)
         def fail(*_, **__):
             raise BackendError("/work/secret.onnx exploded")
 
-        session.segment = fail  # type: ignore[method-assign]
+        session.run = fail  # type: ignore[method-assign]
         with caplog.at_level(logging.ERROR, "fdconv.serve"):
             found = refused(post(client, png, {**PNG, "X-Request-ID": "find-me"}), 500)
     assert "find-me" in found
@@ -205,7 +205,9 @@ def test_a_failure_inside_names_no_path(bundles: list[Path], png: bytes, caplog)
     session.close()
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     st.binary(max_size=200),
     st.integers(0, 10_000),
@@ -252,10 +254,10 @@ def test_client_that_leaves_while_sending(bundles: list[Path]) -> None:
             sent.append(message)
 
         async with app.router.lifespan_context(app):
-            while not app.state.service._ready:
+            while not app.state.service.ready:
                 await asyncio.sleep(0.01)
             await app(scope, receive, send)
-            assert app.state.service.workers.admitted == 0
+            assert app.state.service.admission.in_hand == 0
         return sent
 
-    assert asyncio.run(leave())[0]["status"] == 400
+    assert asyncio.run(leave())[0]["status"] == 499

@@ -1,0 +1,187 @@
+"""Reading a request's body within its limits: size, decompressed size, and memory."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from .problems import RefusedError
+from .settings import Settings
+
+FIELD = "image"
+_HOW = (
+    "Send an image as the body with its content type (for instance image/jpeg), or as the field "
+    f"'{FIELD}' of a multipart/form-data request."
+)
+# zlib's notation for "gzip only" and "zlib format", what HTTP calls deflate.
+_WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One image as it was sent; ``name`` is the form's file name, without folders."""
+
+    data: bytes
+    name: str | None = None
+
+
+class _Parser(MultiPartParser):
+    # Bodies are limited before they get here, so files stay in memory, never on disk.
+    spool_max_size = 1 << 62
+
+
+class BodyBudget:
+    """How many bytes of bodies are in hand, in all requests together."""
+
+    def __init__(self, limit: int, retry_after: int) -> None:
+        self._limit, self._retry_after = limit, retry_after
+        self.used = 0
+
+    def take(self, size: int) -> None:
+        """Count bytes in.
+
+        :raises RefusedError: 503, they are too many for now.
+        """
+        if self.used + size > self._limit:
+            raise RefusedError(
+                503,
+                "The service has as many bytes of requests in hand as it takes. Try again in a "
+                "moment.",
+                {"Retry-After": str(self._retry_after), "Connection": "close"},
+            )
+        self.used += size
+
+    def give(self, size: int) -> None:
+        """Count bytes out."""
+        self.used -= size
+
+
+class Body:
+    """A request's body; a context manager that holds its bytes' share of the budget.
+
+    :raises RefusedError: on entering, 413 announced too large, 415 an unknown encoding.
+    """
+
+    def __init__(self, request: Request, settings: Settings, budget: BodyBudget) -> None:
+        self._request, self._settings, self._budget = request, settings, budget
+        self._taken = 0
+
+    def __enter__(self) -> Body:
+        announced = self._request.headers.get("content-length", "")
+        limit = self._settings.max_body_bytes
+        if announced.isascii() and announced.isdigit() and int(announced[:20]) > limit:
+            raise self._too_large()
+        encoding = self._request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("identity", *_WINDOWS):
+            raise RefusedError(
+                415,
+                f"The content encoding {encoding[:40]!r} is not understood. Send the body as it "
+                "is, or with gzip or deflate.",
+                {"Accept-Encoding": "gzip, deflate", "Connection": "close"},
+            )
+        self._window = _WINDOWS.get(encoding)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._budget.give(self._taken)
+
+    async def read(self) -> bytes:
+        """The whole body, decompressed.
+
+        :raises RefusedError: 413, 422 or 503.
+        """
+        chunks = [chunk async for chunk in self._chunks()]
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def images(self) -> list[Upload]:
+        """The images in it, one or more.
+
+        :raises RefusedError: as :meth:`read`; 415 another content type, 422 no image.
+        """
+        kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "multipart/form-data":
+            return await self._form()
+        if kind.startswith("image/") or kind == "application/octet-stream":
+            return [Upload(await self.read())]
+        found = f"the content type {kind[:80]!r}" if kind else "no content type"
+        raise RefusedError(415, f"The request has {found}. {_HOW}", {"Connection": "close"})
+
+    async def _form(self) -> list[Upload]:
+        most = self._settings.max_images
+        parser = _Parser(
+            self._request.headers,
+            self._chunks(),
+            max_files=most,
+            max_fields=8,
+            max_part_size=1 << 16,
+        )
+        try:
+            form = await parser.parse()
+        except MultiPartException as error:
+            raise RefusedError(
+                422,
+                f"The form cannot be read ({str(error.message).rstrip('.')}). {_HOW} At most "
+                f"{most} images per request.",
+                {"Connection": "close"},
+            ) from error
+        try:
+            fields = form.getlist(FIELD)
+            files = [field for field in fields if isinstance(field, UploadFile)]
+            if files and len(files) == len(fields):
+                return [Upload(await file.read(), _base_name(file.filename)) for file in files]
+        finally:
+            await form.close()
+        found = "that field holds text, not a file" if fields else "no such field was found"
+        raise RefusedError(
+            422, f"The form must hold one file or more in the field '{FIELD}'; {found}."
+        )
+
+    async def _chunks(self) -> AsyncGenerator[bytes, None]:
+        # Not timed here: serve.protocol ends a connection whose body does not come in time.
+        unpack = None if self._window is None else zlib.decompressobj(self._window)
+        received = 0
+        async for chunk in self._request.stream():
+            if unpack is not None:
+                chunk = self._unpacked(unpack, chunk, received)
+            received += len(chunk)
+            if received > self._settings.max_body_bytes:
+                raise self._too_large()
+            self._budget.take(len(chunk))
+            self._taken += len(chunk)
+            if chunk:
+                yield chunk
+        if unpack is not None and not unpack.eof:
+            raise RefusedError(422, "The compressed body is cut off or damaged. Send it whole.")
+
+    def _unpacked(self, unpack: zlib._Decompress, chunk: bytes, received: int) -> bytes:
+        try:
+            # One byte more than may be, to see that it is too much without unpacking it all.
+            return unpack.decompress(chunk, self._settings.max_body_bytes - received + 1)
+        except zlib.error as error:
+            raise RefusedError(
+                422,
+                "The body is not compressed as its content encoding says. Send it as it is.",
+                {"Connection": "close"},
+            ) from error
+
+    def _too_large(self) -> RefusedError:
+        return RefusedError(
+            413,
+            f"The request's body is larger than the {self._settings.max_body_bytes:,} bytes "
+            "accepted. Send a smaller or more strongly compressed image.",
+            # The rest of the body is not read, so the connection cannot be used again.
+            {"Connection": "close"},
+        )
+
+
+def _base_name(name: str | None) -> str | None:
+    """A client's file name for answers: no folders, no control characters, not long."""
+    if not name:
+        return None
+    last = name.replace("\\", "/").rsplit("/", 1)[-1]
+    return "".join(c for c in last if c.isprintable())[:200] or None

@@ -1,0 +1,1 @@
+"""KServe's Open Inference Protocol, version 2: tensors in, tensors out, over REST and gRPC."""

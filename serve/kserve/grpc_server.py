@@ -1,0 +1,228 @@
+"""The protocol over gRPC, on the same event loop, models and queue as HTTP."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import numpy as np
+
+from fdconv_deploy import __version__
+from fdconv_deploy.errors import FDConvError
+from serve.problems import DIED, LATE, RefusedError
+from serve.scheduling import DeadlineError, WorkerDiedError
+from serve.security import Keys
+from serve.service import Service
+
+from .inference import (
+    EXTENSIONS,
+    INPUT,
+    TYPES,
+    InferRequest,
+    check_images,
+    check_outputs,
+    infer,
+    model_metadata,
+)
+from .messages import MESSAGES, METHODS, SERVICE
+from .repository_index import index_of, require_control
+from .rest import timeout_ms
+
+log = logging.getLogger("fdconv.serve")
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_OPEN = ("ServerLive", "ServerReady")
+
+
+class GrpcServer:
+    """Answers gRPC beside the application; needs ``grpcio`` and ``protobuf``."""
+
+    def __init__(self, service: Service, keys: Keys) -> None:
+        self._service, self._keys = service, keys
+        limit = service.settings.max_body_bytes
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SERVICE, self._handlers()),)
+        )
+        self.port: int | None = None
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen; port 0 lets the system choose, ``port`` then says which."""
+        settings = self._service.settings
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if settings.tls_certificate is None or settings.tls_key is None:
+            self.port = self._server.add_insecure_port(address)
+        else:
+            authority = settings.tls_client_ca
+            credentials = grpc.ssl_server_credentials(
+                [(settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())],
+                authority.read_bytes() if authority else None,
+                authority is not None,
+            )
+            self.port = self._server.add_secure_port(address, credentials)
+        await self._server.start()
+        log.info("listening for gRPC on %s, port %d", host, self.port)
+
+    async def stop(self, grace: float) -> None:
+        """Take no more requests, and finish those under way within ``grace`` seconds."""
+        await self._server.stop(grace)
+
+    def _handlers(self) -> dict[str, Any]:
+        return {
+            method: grpc.unary_unary_rpc_method_handler(
+                self._guarded(method, getattr(self, f"_{method}")),
+                request_deserializer=MESSAGES[f"{method}Request"].FromString,
+                response_serializer=lambda message: message.SerializeToString(),
+            )
+            for method in METHODS
+        }
+
+    def _guarded(
+        self, method: str, call: Callable[[Any, Any], Awaitable[Any]]
+    ) -> Callable[[Any, Any], Awaitable[Any]]:
+        route = f"grpc/{method}"
+
+        async def handle(request: Any, context: Any) -> Any:
+            start = time.perf_counter()
+            code, detail = grpc.StatusCode.OK, ""
+            answer = None
+            try:
+                if method not in _OPEN:
+                    self._authorise(context)
+                answer = await call(request, context)
+            except RefusedError as error:
+                code = _CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
+                detail = error.detail
+            except DeadlineError:
+                code, detail = grpc.StatusCode.DEADLINE_EXCEEDED, LATE
+            except WorkerDiedError:
+                code, detail = grpc.StatusCode.UNAVAILABLE, DIED
+            except Exception:
+                log.exception("a gRPC request (%s) failed", method)
+                code = grpc.StatusCode.INTERNAL
+                detail = "The service failed to answer this request; its log says why."
+            metrics = self._service.metrics
+            metrics.requests.labels(route, code.name).inc()
+            metrics.request_seconds.labels(route).observe(time.perf_counter() - start)
+            if code is not grpc.StatusCode.OK:
+                await context.abort(code, detail)
+            return answer
+
+        return handle
+
+    def _authorise(self, context: Any) -> None:
+        metadata = dict(context.invocation_metadata() or ())
+        self._keys.check(metadata.get("authorization", ""), metadata.get("x-api-key", ""))
+
+    async def _ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return MESSAGES["ServerLiveResponse"](live=True)
+
+    async def _ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return MESSAGES["ServerReadyResponse"](ready=self._service.ready)
+
+    async def _ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
+        model = self._service.repository.get(request.name)
+        return MESSAGES["ModelReadyResponse"](ready=model.version is not None)
+
+    async def _ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return MESSAGES["ServerMetadataResponse"](
+            name="fdconv-deploy", version=__version__, extensions=EXTENSIONS
+        )
+
+    async def _ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+        repository = self._service.repository
+        model = repository.get_version(request.name, request.version)
+        return MESSAGES["ModelMetadataResponse"](
+            **model_metadata(model.version, repository.card(model))
+        )
+
+    async def _ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+        service = self._service
+        service.check_loaded()
+        model = service.repository.get_version(request.model_name, request.model_version)
+        wanted = _read(request, service.repository.card(model), service.settings.max_images)
+        left = context.time_remaining()
+        limits = [ms for ms in (wanted.timeout_ms, left and left * 1e3) if ms]
+        deadline = service.deadline(min(limits) if limits else None)
+        client = context.peer().rpartition(":")[0]
+        count = len(wanted.images)
+        with service.admission.admit(client, count):
+            async with service.repository.lease(model) as version:
+                outputs, stages = await infer(service, version, wanted, deadline)
+                service.count(version.name, stages, count)
+                return _written(version, wanted, outputs)
+
+    async def _RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
+        found = index_of(self._service.repository, ready=request.ready)
+        entry = MESSAGES["RepositoryIndexResponse.ModelIndex"]
+        return MESSAGES["RepositoryIndexResponse"](models=[entry(**model) for model in found])
+
+    async def _RepositoryModelLoad(self, request: Any, context: Any) -> Any:  # noqa: N802
+        require_control(self._service)
+        repository = self._service.repository
+        try:
+            await repository.load(repository.get(request.model_name))
+        except FDConvError as error:
+            raise RefusedError(400, "The model does not load; the log says why.") from error
+        return MESSAGES["RepositoryModelLoadResponse"]()
+
+    async def _RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802
+        require_control(self._service)
+        repository = self._service.repository
+        await repository.unload(repository.get(request.model_name))
+        return MESSAGES["RepositoryModelUnloadResponse"]()
+
+
+def _read(request: Any, card: Any, most: int) -> InferRequest:
+    if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
+        raise RefusedError(400, f"The request must have exactly one input, {INPUT!r}.")
+    given = request.inputs[0]
+    shape = list(given.shape)
+    check_images(card, given.datatype, shape, most)
+    dtype = TYPES[given.datatype]
+    if request.raw_input_contents:
+        raw = request.raw_input_contents
+        if len(raw) != 1 or len(raw[0]) != int(np.prod(shape)) * dtype.itemsize:
+            raise RefusedError(400, "raw_input_contents must hold the one input's bytes.")
+        array = np.frombuffer(raw[0], dtype)
+    else:
+        contents = given.contents
+        field = contents.fp32_contents if given.datatype == "FP32" else contents.uint_contents
+        array = np.array(field, np.float64 if given.datatype == "FP32" else np.int64)
+        if array.size != int(np.prod(shape)) or (dtype == np.uint8 and array.max() > 255):
+            raise RefusedError(400, "The input's contents do not fit its shape and datatype.")
+        array = array.astype(dtype)
+    parameter = request.parameters.get("timeout") if "timeout" in request.parameters else None
+    limit = None if parameter is None else timeout_ms(parameter.int64_param)
+    names = check_outputs([output.name for output in request.outputs])
+    return InferRequest(
+        request.id, np.require(array, requirements="A").reshape(shape), names, limit
+    )
+
+
+def _written(version: Any, request: InferRequest, outputs: dict[str, Any]) -> Any:
+    answer = MESSAGES["ModelInferResponse"](
+        model_name=version.name, model_version=version.card.version, id=request.id
+    )
+    for name, array in outputs.items():
+        kind = next(k for k, dtype in TYPES.items() if dtype == array.dtype)
+        answer.outputs.add(name=name, datatype=kind, shape=array.shape)
+        answer.raw_output_contents.append(np.ascontiguousarray(array).tobytes())
+    return answer

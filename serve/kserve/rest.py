@@ -1,0 +1,162 @@
+"""The protocol's JSON, and its binary tensor extension."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from serve.problems import RefusedError
+
+from .inference import INPUT, TYPES, InferRequest, check_images, check_outputs
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+
+
+def read_request(body: bytes, header_length: str | None, card: Any, most: int) -> InferRequest:
+    """The request in a body.
+
+    :param header_length: of the JSON before the binary tensors; the body is all JSON if None.
+    :raises RefusedError: 400, it is not one this model can answer.
+    """
+    length = _length(header_length, len(body))
+    try:
+        found = json.loads(body[:length] if length < len(body) else body)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(400, "The request's JSON cannot be read.") from error
+    if not isinstance(found, dict):
+        raise RefusedError(400, "The request must be a JSON object.")
+    inputs = found.get("inputs")
+    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
+        raise RefusedError(400, f"The request must have exactly one input, {INPUT!r}.")
+    outputs = found.get("outputs") or []
+    if not isinstance(outputs, list) or not all(
+        isinstance(o, dict) and isinstance(o.get("name"), str) for o in outputs
+    ):
+        raise RefusedError(400, "'outputs' must be a list of objects with a 'name'.")
+    given = found.get("id", "")
+    return InferRequest(
+        given if isinstance(given, str) else "",
+        _tensor(inputs[0], memoryview(body)[length:], card, most),
+        check_outputs([o["name"] for o in outputs]),
+        timeout_ms(_parameters(found).get("timeout")),
+    )
+
+
+def wants_binary(body: bytes, header_length: str | None) -> dict[str, bool]:
+    """Which outputs the client wants in binary; "" stands for those it does not name."""
+    found = json.loads(body[: _length(header_length, len(body))])
+    wanted = {"": bool(_parameters(found).get("binary_data_output", False))}
+    for output in found.get("outputs") or []:
+        wanted[output["name"]] = bool(_parameters(output).get("binary_data", wanted[""]))
+    return wanted
+
+
+def write_answer(
+    model: str,
+    version: str,
+    request: InferRequest,
+    outputs: dict[str, npt.NDArray[Any]],
+    binary: dict[str, bool],
+) -> tuple[list[Any], int | None]:
+    """The answer's parts, and the length of its JSON where binary tensors follow it."""
+    described, tail = [], []
+    for name, array in outputs.items():
+        kind = next(k for k, dtype in TYPES.items() if dtype == array.dtype)
+        entry: dict[str, Any] = {"name": name, "datatype": kind, "shape": list(array.shape)}
+        if binary.get(name, binary[""]):
+            entry["parameters"] = {"binary_data_size": array.nbytes}
+            tail.append(np.ascontiguousarray(array).data.cast("B"))
+        else:
+            if not np.isfinite(array).all():
+                raise RefusedError(
+                    400,
+                    f"The output {name!r} is not finite, which JSON cannot say. Ask for it "
+                    "in binary.",
+                )
+            entry["data"] = array.reshape(-1).tolist()
+        described.append(entry)
+    header = {"model_name": model, "model_version": version, "outputs": described}
+    if request.id:
+        header["id"] = request.id
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return [text, *tail], len(text) if tail else None
+
+
+def timeout_ms(microseconds: Any) -> float | None:
+    """The request's own time limit, as Triton's clients give it.
+
+    :raises RefusedError: 400, not a number above 0.
+    """
+    if microseconds is None or microseconds == 0:
+        return None
+    if isinstance(microseconds, int) and not isinstance(microseconds, bool) and microseconds > 0:
+        return microseconds / 1e3
+    raise RefusedError(400, "The parameter 'timeout' is a whole number of microseconds above 0.")
+
+
+def _length(given: str | None, size: int) -> int:
+    if given is None:
+        return size
+    if not (given.isascii() and given.isdigit()) or int(given[:20]) > size:
+        raise RefusedError(
+            400, f"{HEADER_LENGTH} must be the length of the JSON at the body's start, in bytes."
+        )
+    return int(given)
+
+
+def _parameters(of: Any) -> dict[str, Any]:
+    found = of.get("parameters") if isinstance(of, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _tensor(given: dict[str, Any], tail: memoryview, card: Any, most: int) -> npt.NDArray[Any]:
+    name, datatype, shape = given.get("name"), given.get("datatype"), given.get("shape")
+    if name != INPUT:
+        raise RefusedError(400, f"The input is called {INPUT!r}, not {str(name)[:60]!r}.")
+    if not isinstance(datatype, str) or not isinstance(shape, list):
+        raise RefusedError(400, "An input must have a 'datatype' and a 'shape'.")
+    if not all(isinstance(side, int) and not isinstance(side, bool) for side in shape):
+        raise RefusedError(400, "A 'shape' is a list of whole numbers.")
+    check_images(card, datatype, shape, most)
+    dtype, count = TYPES[datatype], math.prod(shape)
+    size = _parameters(given).get("binary_data_size")
+    if size is None:
+        if len(tail):
+            raise RefusedError(400, "Bytes follow the JSON that no input's parameters speak of.")
+        return _from_json(given.get("data"), dtype, count).reshape(shape)
+    if "data" in given:
+        raise RefusedError(400, "An input has 'data' or 'binary_data_size', not both.")
+    if size != count * dtype.itemsize or size != len(tail):
+        raise RefusedError(
+            400,
+            f"A {datatype} tensor of the shape {shape} has {count * dtype.itemsize} bytes; "
+            f"'binary_data_size' says {str(size)[:20]} and {len(tail)} follow the JSON.",
+        )
+    return aligned(np.frombuffer(tail, dtype)).reshape(shape)
+
+
+def aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array itself, or a copy where it does not start at a multiple of its item's size."""
+    return np.require(array, requirements="A")
+
+
+def _from_json(data: Any, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
+    wrong = RefusedError(
+        400, f"'data' must be a list of {count} numbers within the range of the datatype."
+    )
+    if not isinstance(data, list):
+        raise wrong
+    try:
+        numbers = np.array(data, np.float64).reshape(-1)
+        if numbers.size != count or (
+            dtype == np.uint8 and not ((numbers >= 0) & (numbers <= 255) & (numbers % 1 == 0)).all()
+        ):
+            raise wrong
+        with np.errstate(over="ignore"):
+            return numbers.astype(dtype)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise wrong from error

@@ -1,0 +1,59 @@
+"""What the routes share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Header, Request
+
+from serve.problems import ClientGoneError
+from serve.service import Service
+
+T = TypeVar("T")
+TimeoutMs = Annotated[
+    float | None,
+    Header(
+        alias="X-Timeout-Ms",
+        gt=0,
+        le=1e9,
+        description="Milliseconds in which an answer is of use; then a 504. The service's own "
+        "limit holds too.",
+    ),
+]
+
+
+def service_of(request: Request) -> Service:
+    """The application's service."""
+    service: Service = request.app.state.service
+    return service
+
+
+def note(request: Request, **facts: Any) -> None:
+    """Add facts to the request's line in the access log."""
+    request.scope["state"].setdefault("facts", {}).update(facts)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await ``work``, and cancel it when the client goes away.
+
+    :raises ClientGoneError: it did.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,49 @@
+"""Whether the service lives and is ready, and what it counts."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from serve.metrics import CONTENT_TYPE_LATEST
+from serve.problems import problem_docs
+from serve.schemas import Health
+
+from .common import service_of
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", summary="Is the process alive?")
+async def healthz() -> Health:
+    """Always 200 while the process can answer at all."""
+    return Health(status="ok")
+
+
+@router.get("/readyz", summary="Is it ready for requests?", responses=problem_docs(503))
+async def readyz(request: Request) -> Health:
+    """200 once every model that is loaded at the start has been run; 503 before and at the end."""
+    service_of(request).check_ready()
+    return Health(status="ready")
+
+
+@router.get(
+    "/metrics",
+    summary="Counters for Prometheus",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "Requests, latency by stage, queue, batch sizes, rejections, memory.",
+            "content": {
+                "text/plain": {
+                    "schema": {"type": "string"},
+                    "example": 'fdconv_requests_total{route="/v1/segment",status="200"} 12.0\n',
+                }
+            },
+        }
+    },
+)
+async def metrics(request: Request) -> Response:
+    """In Prometheus' text format. Needs the API key where there is one."""
+    text = service_of(request).metrics.text()
+    return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -1,0 +1,268 @@
+"""Images in, segmentations out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from serve.answers import (
+    JPEG,
+    JSON,
+    NPZ,
+    PNG,
+    ZIP,
+    Form,
+    MaskForm,
+    Output,
+    choose_form,
+    form_for_several,
+)
+from serve.bodies import FIELD, Body
+from serve.problems import RefusedError, problem_docs
+from serve.repository import Model
+from serve.schemas import ModelCard, Segmentation, Segmentations
+from serve.segmenting import Wanted, segment
+
+from .common import TimeoutMs, note, service_of, while_connected
+
+router = APIRouter(tags=["segmentation"])
+
+
+class SegmentOptions(BaseModel):
+    """The query of a segment request."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    output: Output | None = Field(
+        default=None,
+        description="'json', 'mask' (indexed PNG), 'overlay' (PNG, or JPEG if accepted rather) "
+        "or 'logits' (npz). When not given, the Accept header chooses.",
+    )
+    mask: MaskForm = Field(
+        default="rle", description="How JSON holds the mask: run lengths, polygons, or not at all."
+    )
+    classes: list[str] | None = Field(
+        default=None,
+        max_length=1000,
+        description="Only these classes, by name or number, several times or with commas. "
+        "Elsewhere masks hold 255 (transparent), run lengths -1, and overlays the image.",
+        examples=[["road", "3"]],
+    )
+    opacity: float = Field(default=0.5, ge=0, le=1, description="Of the colours in an overlay.")
+    size: Literal["original", "network"] | None = Field(
+        default=None,
+        description="Of the answer: the image's own, or the network's input as far as the image "
+        "covers it. When not given: the image's own; for logits, as the network gives them.",
+    )
+    fit: Literal["stretch", "pad"] | None = Field(
+        default=None,
+        description="How an image of other proportions is fitted; see the model's card.",
+    )
+    mode: Literal["whole", "slide"] | None = Field(
+        default=None, description="Whole image or sliding crop; see the model's card."
+    )
+
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
+_REQUEST_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "A JPEG, PNG, WebP, BMP or TIFF image, or several in one form; EXIF "
+        "orientation is applied. May be compressed with Content-Encoding gzip or deflate.",
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": [FIELD],
+                    "properties": {FIELD: {**_FILES, "minItems": 1}},
+                }
+            },
+            **{f"image/{k}": _BINARY for k in ("jpeg", "png", "webp", "bmp", "tiff")},
+            "application/octet-stream": _BINARY,
+        },
+    }
+}
+_EXAMPLE = {
+    "model": "street",
+    "file": None,
+    "height": 2,
+    "width": 4,
+    "fit": "stretch",
+    "mode": "whole",
+    "classes": [
+        {"id": 0, "name": "road", "color": [128, 64, 128], "area": 5, "share": 0.625},
+        {"id": 1, "name": "car", "color": [0, 0, 142], "area": 3, "share": 0.375},
+    ],
+    "mask": {"size": [2, 4], "counts": [5, 3], "values": [0, 1]},
+    "timings_ms": {
+        "decode": 4.1,
+        "preprocess": 2.0,
+        "queue": 0.1,
+        "inference": 35.2,
+        "postprocess": 3.9,
+    },
+}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": Segmentation | Segmentations,
+        "description": "The image's labels, or `results` for several images. As image/png: each "
+        "pixel's value is its class, and the palette holds the classes' colours. "
+        "As application/zip: one file per image.",
+        "content": {
+            JSON: {"example": _EXAMPLE},
+            PNG: _BINARY,
+            JPEG: _BINARY,
+            NPZ: _BINARY,
+            ZIP: _BINARY,
+        },
+    },
+    **problem_docs(401, 406, 408, 413, 415, 422, 429, 500, 503, 504),
+}
+
+
+@router.post(
+    "/v1/segment",
+    summary="Segment images with the default model",
+    response_class=Response,
+    responses=_RESPONSES,
+    openapi_extra=_REQUEST_BODY,
+)
+async def segment_with_default(
+    request: Request,
+    options: Annotated[SegmentOptions, Query()],
+    timeout_ms: TimeoutMs = None,
+) -> Response:
+    """`curl -F image=@street.jpg -H 'Accept: image/png' localhost:8000/v1/segment -o mask.png`."""
+    model = service_of(request).repository.default
+    return await _segment(request, model, options, timeout_ms)
+
+
+@router.post(
+    "/v1/models/{name}/segment",
+    summary="Segment images with one model",
+    response_class=Response,
+    responses={**_RESPONSES, **problem_docs(404)},
+    openapi_extra=_REQUEST_BODY,
+)
+async def segment_with(
+    request: Request,
+    name: str,
+    options: Annotated[SegmentOptions, Query()],
+    timeout_ms: TimeoutMs = None,
+) -> Response:
+    """As `/v1/segment`, with the model called `name`."""
+    model = service_of(request).repository.get(name)
+    return await _segment(request, model, options, timeout_ms)
+
+
+async def _segment(
+    request: Request, model: Model, options: SegmentOptions, timeout_ms: float | None
+) -> Response:
+    service = service_of(request)
+    client = request.state.client
+    accept = request.headers.get("accept", "")
+    # Everything that can be refused without the body is refused before it is read.
+    card = service.repository.card(model)
+    wanted = _wanted(card, options, choose_form(accept, options.output))
+    deadline = service.deadline(timeout_ms)
+    service.check_loaded()
+    service.admission.check_room(client)
+    with Body(request, service.settings, service.budget) as body:
+        uploads = await body.images()
+        count = len(uploads)
+        if count > 1:
+            wanted = replace(wanted, form=form_for_several(accept, wanted.form))
+        with service.admission.admit(client, count):
+            async with service.repository.lease(model) as version:
+                if version.card is not card:  # loaded, or replaced, in the meantime
+                    wanted = _wanted(version.card, options, wanted.form)
+                work = segment(service, version, uploads, wanted, deadline)
+                found = await while_connected(request, work)
+    service.count(version.name, found.stages, count)
+    timings = {name: round(seconds * 1e3, 3) for name, seconds in found.stages}
+    note(request, model=version.name, images=count, timings_ms=timings)
+    service.tracing.record(
+        "segment",
+        request.headers,
+        found.stages,
+        {"fdconv.model": version.name, "fdconv.request_id": request.state.request_id},
+    )
+    headers = {
+        "Vary": "Accept",
+        "X-Model": version.name,
+        "X-Fit": ", ".join(dict.fromkeys(part.fit for part in found.answers)),
+        "X-Mode": wanted.mode,
+        "Server-Timing": ", ".join(f"{k};dur={v}" for k, v in timings.items()),
+    }
+    return Response(found.body, media_type=found.media_type, headers=headers)
+
+
+def _wanted(card: ModelCard, options: SegmentOptions, form: Form) -> Wanted:
+    wanted = Wanted(
+        form=form,
+        mask=options.mask,
+        opacity=options.opacity,
+        kept=_kept(card, options.classes),
+        fit=options.fit,
+        mode=_mode(card, options, form.output),
+        size=options.size,
+    )
+    _check_mask(card, wanted)
+    return wanted
+
+
+def _mode(card: ModelCard, options: SegmentOptions, output: Output) -> Literal["whole", "slide"]:
+    mode = options.mode or card.mode
+    if mode not in card.modes:
+        raise RefusedError(
+            422,
+            f"The model {card.name!r} does not run in mode {mode!r}, only in "
+            f"{', '.join(card.modes)}: its bundle records no stride that fits its input.",
+        )
+    if mode == "slide" and (options.size == "network" or output == "logits"):
+        raise RefusedError(
+            422,
+            "In mode 'slide' the network sees many crops, so there are no logits of one run and "
+            "no one network size. Ask for mode=whole, or for labels at the original size.",
+        )
+    return mode
+
+
+def _kept(card: ModelCard, wanted: list[str] | None) -> tuple[int, ...] | None:
+    if wanted is None:
+        return None
+    by_name = {kind.name: kind.id for kind in card.classes}
+    found: set[int] = set()
+    for text in wanted:
+        for part in [text] if text in by_name else text.split(","):
+            name = part.strip()
+            number = by_name.get(name)
+            if number is None and name.isascii() and name.isdigit() and len(name) < 6:
+                number = int(name) if int(name) < len(card.classes) else None
+            if number is None:
+                raise RefusedError(
+                    422,
+                    f"The model {card.name!r} has no class {name[:60]!r}; its card lists them, by "
+                    "name and number.",
+                )
+            found.add(number)
+    return tuple(sorted(found))
+
+
+def _check_mask(card: ModelCard, wanted: Wanted) -> None:
+    if wanted.form.output != "mask":
+        return
+    most = 256 if wanted.kept is None else 255
+    if len(card.classes) > most:
+        raise RefusedError(
+            406,
+            f"An indexed PNG holds at most {most} classes"
+            + ("" if wanted.kept is None else " beside the value for the others")
+            + f", and the model {card.name!r} has {len(card.classes)}. Ask for {JSON} or "
+            "?output=overlay.",
+        )

@@ -1,0 +1,312 @@
+"""Inference threads fed from a :class:`BatchQueue`, awaited from one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fdconv_deploy.runtime.batching import linear_cost
+
+from .queue import Batch, BatchQueue, Item
+
+T = TypeVar("T")
+Array = npt.NDArray[np.float32]
+# (inputs (n, 3, H, W)) -> logits (n, classes, h, w), on an inference thread.
+Run = Callable[[Array], Array]
+log = logging.getLogger("fdconv.serve")
+
+
+class WorkerDiedError(Exception):
+    """The worker that had this request ended before it had answered; asking again may help."""
+
+
+class DeadlineError(Exception):
+    """The request's deadline passed before it was answered."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request: ``rows`` are (classes, h, w) logits, one per image.
+
+    Seconds are those of the image that waited and ran longest; ``batch_sizes`` say how many
+    images ran with each of these.
+    """
+
+    rows: list[Any]
+    queue_seconds: float
+    run_seconds: float
+    batch_sizes: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Request:
+    future: asyncio.Future[None]
+    rows: list[Any]
+    missing: int
+    queue_seconds: float = 0.0
+    run_seconds: float = 0.0
+    batch_sizes: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Row:
+    """An item's payload: row ``index`` of ``source``, for place ``index`` of the request."""
+
+    request: _Request
+    source: Array
+    index: int
+
+
+@dataclass(eq=False)
+class _Call:
+    request: _Request
+    call: Callable[[], Any]
+
+
+class Scheduler:
+    """The queue, its workers, and the codec threads; used from one event loop.
+
+    :param workers: inference threads. One that ends, whatever ended it, is replaced.
+    :param on_batch: told (lane, images, seconds) after each run, on an inference thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        workers: int = 1,
+        codec_threads: int = 2,
+        max_batch: int | None = None,
+        delay: float = 0.0,
+        on_batch: Callable[[Hashable, int, float], None] | None = None,
+        on_death: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._queue = BatchQueue(max_batch=max_batch, delay=delay)
+        self._runs: dict[Hashable, Run] = {}
+        self._changed = threading.Condition()
+        self._clock = clock
+        self._on_batch, self._on_death = on_batch, on_death
+        self._workers = workers
+        self._threads: dict[int, threading.Thread] = {}
+        self._closing = False
+        self._codecs = ThreadPoolExecutor(codec_threads, "codec")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.running = 0
+
+    def start(self) -> None:
+        """Start the threads; called on the event loop that will await the answers."""
+        self._loop = asyncio.get_running_loop()
+        for number in range(self._workers):
+            self._start_thread(number)
+
+    def add_lane(
+        self,
+        key: Hashable,
+        run: Run,
+        sizes: Sequence[int],
+        *,
+        cost: Callable[[int], float] = linear_cost,
+        weight: float = 1.0,
+    ) -> None:
+        """Open a lane whose batches ``run`` answers."""
+        with self._changed:
+            self._runs[key] = run
+            self._queue.add_lane(key, sizes, cost=cost, weight=weight)
+
+    def remove_lane(self, key: Hashable) -> None:
+        """Close a lane in which nothing waits any more."""
+        with self._changed:
+            self._queue.remove_lane(key)
+            del self._runs[key]
+
+    @property
+    def waiting(self) -> int:
+        """Images queued and not yet running."""
+        return self._queue.waiting
+
+    @property
+    def alive(self) -> int:
+        """Inference threads that live."""
+        return sum(thread.is_alive() for thread in self._threads.values())
+
+    def backlog_seconds(self) -> float:
+        """How long what waits will take, as far as is known."""
+        with self._changed:
+            return self._queue.backlog_seconds() / self._workers
+
+    async def run(self, key: Hashable, inputs: Array, deadline: float = float("inf")) -> Outcome:
+        """Run each row of ``inputs`` (n, 3, H, W), batched with whatever else waits.
+
+        :param deadline: in seconds of the scheduler's clock.
+        :raises DeadlineError: it passed first.
+        :raises WorkerDiedError: the worker ended; the request may be sent again.
+        """
+        request = self._request(len(inputs))
+        now = self._clock()
+        items = [Item(_Row(request, inputs, index), now, deadline) for index in range(len(inputs))]
+        return await self._wait(key, request, items, deadline)
+
+    async def call(
+        self, key: Hashable, call: Callable[[], Any], deadline: float = float("inf")
+    ) -> Outcome:
+        """Run ``call`` by itself on an inference thread, in turn; ``rows[0]`` is its result."""
+        request = self._request(1)
+        item = Item(_Call(request, call), self._clock(), deadline, alone=True)
+        return await self._wait(key, request, [item], deadline)
+
+    async def code(self, call: Callable[[], T]) -> T:
+        """Run ``call`` on a codec thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._codecs, call)
+
+    def close(self) -> None:
+        """Run what waits, then end the threads."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        while self._threads:
+            _, thread = self._threads.popitem()
+            thread.join()
+        self._codecs.shutdown(wait=True)
+
+    def _request(self, size: int) -> _Request:
+        return _Request(asyncio.get_running_loop().create_future(), [None] * size, size)
+
+    async def _wait(
+        self, key: Hashable, request: _Request, items: list[Item], deadline: float
+    ) -> Outcome:
+        with self._changed:
+            for item in items:
+                self._queue.push(key, item)
+            self._changed.notify(min(len(items), self._workers))
+        timer = None
+        if deadline != float("inf"):
+            loop = asyncio.get_running_loop()
+            left = max(deadline - self._clock(), 0.0)
+            timer = loop.call_later(left, _fail, request, DeadlineError())
+        try:
+            await request.future
+        except BaseException:
+            # Cancelled by the client's leaving, late, or lost: what still waits is not run.
+            with self._changed:
+                for item in items:
+                    self._queue.cancel(key, item)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        return Outcome(
+            request.rows, request.queue_seconds, request.run_seconds, tuple(request.batch_sizes)
+        )
+
+    def _start_thread(self, number: int) -> None:
+        thread = threading.Thread(
+            target=self._work, args=(number,), name=f"inference-{number}", daemon=True
+        )
+        self._threads[number] = thread
+        thread.start()
+
+    def _work(self, number: int) -> None:
+        while (batch := self._take()) is not None:
+            start = self._clock()
+            try:
+                results = self._answers(batch)
+            except Exception as error:
+                self._finish(batch, start, error=error)
+            except BaseException as error:
+                # Something ended this thread: another takes its place.
+                log.exception("the inference thread %d ended", number)
+                lost = WorkerDiedError(f"the inference thread ended ({type(error).__name__})")
+                self._finish(batch, start, error=lost)
+                if not self._closing:
+                    self._start_thread(number)
+                return
+            else:
+                self._finish(batch, start, results=results)
+
+    def _take(self) -> Batch | None:
+        with self._changed:
+            while True:
+                found = self._queue.pop(self._clock())
+                if isinstance(found, Batch):
+                    self.running += len(found.items)
+                    if self._queue.waiting:
+                        self._changed.notify()
+                    return found
+                if found is None and self._closing:
+                    return None
+                self._changed.wait(None if found is None else max(found - self._clock(), 0.0))
+
+    def _answers(self, batch: Batch) -> list[Any]:
+        first = batch.items[0].payload
+        if isinstance(first, _Call):
+            return [first.call()]
+        logits = self._runs[batch.lane](_stack([item.payload for item in batch.items]))
+        return list(logits)
+
+    def _finish(
+        self,
+        batch: Batch,
+        start: float,
+        *,
+        results: list[Any] | None = None,
+        error: Exception | None = None,
+    ) -> None:
+        seconds = self._clock() - start
+        with self._changed:
+            self.running -= len(batch.items)
+            self._queue.done(batch, seconds)
+        if isinstance(error, WorkerDiedError) and self._on_death:
+            self._on_death()
+        if error is None and self._on_batch:
+            self._on_batch(batch.lane, len(batch.items), seconds)
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop has ended; nobody waits any more
+            self._loop.call_soon_threadsafe(_deliver, batch, start, seconds, results, error)
+
+
+def _stack(rows: list[_Row]) -> Array:
+    """The rows as one array; a view where they lie one after another in one already."""
+    first = rows[0]
+    if all(
+        row.source is first.source and row.index == first.index + place
+        for place, row in enumerate(rows)
+    ):
+        return first.source[first.index : first.index + len(rows)]
+    return np.stack([row.source[row.index] for row in rows])
+
+
+def _deliver(
+    batch: Batch,
+    start: float,
+    seconds: float,
+    results: list[Any] | None,
+    error: Exception | None,
+) -> None:
+    for place, item in enumerate(batch.items):
+        request = item.payload.request
+        if error is not None:
+            _fail(request, error)
+            continue
+        assert results is not None
+        request.rows[getattr(item.payload, "index", 0)] = results[place]
+        request.queue_seconds = max(request.queue_seconds, start - item.enqueued)
+        request.run_seconds = max(request.run_seconds, seconds)
+        request.batch_sizes.append(len(batch.items))
+        request.missing -= 1
+        if not request.missing and not request.future.done():
+            request.future.set_result(None)
+
+
+def _fail(request: _Request, error: Exception) -> None:
+    if not request.future.done():
+        request.future.set_exception(error)

@@ -1,0 +1,179 @@
+"""What one application holds while it runs, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+
+from fdconv_deploy.runtime import Bundle, Session, open_session
+from fdconv_deploy.runtime.batching import linear_cost
+
+from .admission import Admission
+from .bodies import BodyBudget
+from .isolation import Children, IsolatedSession
+from .metrics import Metrics
+from .problems import RefusedError
+from .repository import Repository, Version
+from .scheduling import Scheduler
+from .settings import Settings
+from .tracing import Tracing
+
+log = logging.getLogger("fdconv.serve")
+
+
+class Service:
+    """The models, the threads, the counters, and whether they are ready.
+
+    :raises BundleError, BackendError: a bundle cannot be served.
+    """
+
+    def __init__(self, sources: Sequence[Path | str | Session], settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.tracing = Tracing(settings.tracing)
+        self.children = Children(settings) if settings.isolation == "process" else None
+        self.scheduler = Scheduler(
+            workers=settings.workers,
+            codec_threads=settings.codec_threads,
+            max_batch=settings.max_batch,
+            delay=settings.batch_delay_ms / 1e3,
+            on_batch=self._count_batch,
+            on_death=self.metrics.deaths.inc,
+        )
+        self.repository = Repository(
+            sources,
+            settings,
+            open_version=self._open,
+            on_load=self._loaded,
+            on_close=self._closing,
+        )
+        self.admission = Admission(
+            settings,
+            backlog_seconds=self.scheduler.backlog_seconds,
+            on_reject=lambda reason: self.metrics.rejected.labels(reason).inc(),
+        )
+        self.budget = BodyBudget(settings.max_bytes_in_hand, settings.retry_after_seconds)
+        self._unready = "The models are still being loaded. Try again in a moment."
+        self._ready = False
+        self.draining = False  # then still answering, and closing connections after answers
+        self._tasks: list[asyncio.Task[None]] = []
+        watch = self.metrics.watch
+        watch("fdconv_queue_images", "Images waiting to run.", lambda: self.scheduler.waiting)
+        watch("fdconv_running_images", "Images being run.", lambda: self.scheduler.running)
+        watch("fdconv_in_hand_images", "Images admitted.", lambda: self.admission.in_hand)
+        watch("fdconv_body_bytes", "Bytes of requests in hand.", lambda: self.budget.used)
+        watch("fdconv_ready", "1 when ready for requests.", lambda: self._ready)
+
+    async def start(self) -> None:
+        """Start the threads, and load models beside the event loop."""
+        if self.children is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self.children.start)
+        self.scheduler.start()
+        self._tasks.append(asyncio.create_task(self._warm_up()))
+        if self.settings.reload_seconds:
+            self._tasks.append(asyncio.create_task(self._watch_bundles()))
+
+    def check_ready(self) -> None:
+        """Refuse while models are loading, or when one did not.
+
+        :raises RefusedError: 503.
+        """
+        if not self._ready:
+            raise RefusedError(503, self._unready, self.admission.retry_after())
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model that is to be is loaded, and the service is not stopping."""
+        return self._ready
+
+    def count(self, model: str, stages: list[tuple[str, float]], images: int = 1) -> None:
+        """Count an answered request and its seconds by stage."""
+        self.metrics.images.labels(model).inc(images)
+        for stage, seconds in stages:
+            self.metrics.stage_seconds.labels(model, stage).observe(seconds)
+
+    def check_loaded(self) -> None:
+        """As :meth:`check_ready`, but a service about to stop still answers.
+
+        :raises RefusedError: 503.
+        """
+        if not self.draining:
+            self.check_ready()
+
+    def drain(self) -> None:
+        """Become unready, so that nobody sends more; what comes all the same is answered."""
+        self._ready, self._unready = False, "The service is stopping."
+        self.draining = True
+
+    def deadline(self, wanted_ms: float | None) -> float:
+        """When a request that arrives now must be answered, on the scheduler's clock."""
+        most = float(self.settings.deadline_ms)
+        return time.perf_counter() + min(most, wanted_ms or most) / 1e3
+
+    async def close(self) -> None:
+        """Finish what was begun; let go of models and threads."""
+        self._ready, self._unready = False, "The service is stopping."
+        for task in self._tasks[1:]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.scheduler.close()
+        await self.repository.close()
+        if self.children is not None:
+            self.children.close()
+
+    async def _warm_up(self) -> None:
+        try:
+            await self.repository.start()
+        except Exception as error:
+            # The process stays up and unready: whoever runs it sees why, in its log.
+            log.error("a model failed to start: %s", error, exc_info=error)
+            self._unready = "A model failed to start; the server's log says why."
+        else:
+            self._ready = not self.draining
+
+    async def _watch_bundles(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.reload_seconds)
+            try:
+                await self.repository.poll()
+            except Exception:
+                log.exception("looking for changed bundles failed")
+
+    def _open(self, bundle: Bundle) -> Session:
+        if self.children is not None:
+            return IsolatedSession(bundle, self.settings, self.children)
+        return open_session(
+            bundle, self.settings.backend, threads=self.settings.threads, verify=False
+        )
+
+    def _loaded(self, version: Version) -> None:
+        session = version.session
+        self.scheduler.add_lane(
+            version,
+            lambda inputs: session.run(inputs),
+            session.batch_sizes,
+            cost=batch_cost(session),
+            weight=self.settings.weights.get(version.name, 1.0),
+        )
+        self.metrics.loads.labels(version.name).inc()
+        self.metrics.model_bytes.labels(version.name).set(version.card.bytes)
+
+    def _closing(self, version: Version) -> None:
+        self.scheduler.remove_lane(version)
+        model = next((m for m in self.repository if m.name == version.name), None)
+        if model is None or model.version is None:
+            self.metrics.model_bytes.remove(version.name)
+
+    def _count_batch(self, lane: Hashable, images: int, seconds: float) -> None:
+        assert isinstance(lane, Version)
+        self.metrics.batch_size.labels(lane.name).observe(images)
+
+
+def batch_cost(session: Session) -> Callable[[int], float]:
+    """What a batch costs on the session's backend, for planning."""
+    backend = getattr(session, "_backend", None)
+    cost: Callable[[int], float] = getattr(backend, "batch_cost", linear_cost)
+    return cost
