@@ -145,7 +145,9 @@ def _file(output: Output, kind: str, answer: Answer, opacity: float) -> bytes:
     if answer.kept is None:
         return found.mask_png()
     image = Image.fromarray(np.where(_keeps(answer), found.labels, OTHER).astype(np.uint8))
-    image.putpalette([value for colour in found.palette for value in colour])
+    # All 256 colours: with fewer, Pillow would store fewer bits than 255 needs.
+    colours = [*found.palette, *[(0, 0, 0)] * (256 - len(found.palette))]
+    image.putpalette([value for colour in colours for value in colour])
     return encode(image, "PNG", transparency=OTHER)
 
 

@@ -16,13 +16,12 @@ from .inference import INPUT, TYPES, InferRequest, check_images, check_outputs
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
-def read_request(body: bytes, header_length: str | None, card: Any, most: int) -> InferRequest:
+def read_request(body: bytes, length: int, card: Any, most: int) -> InferRequest:
     """The request in a body.
 
-    :param header_length: of the JSON before the binary tensors; the body is all JSON if None.
+    :param length: of the JSON before the binary tensors, as :func:`json_length` gives it.
     :raises RefusedError: 400, it is not one this model can answer.
     """
-    length = _length(header_length, len(body))
     try:
         found = json.loads(body[:length] if length < len(body) else body)
     except (ValueError, RecursionError) as error:
@@ -46,9 +45,9 @@ def read_request(body: bytes, header_length: str | None, card: Any, most: int) -
     )
 
 
-def wants_binary(body: bytes, header_length: str | None) -> dict[str, bool]:
+def wants_binary(body: bytes, length: int) -> dict[str, bool]:
     """Which outputs the client wants in binary; "" stands for those it does not name."""
-    found = json.loads(body[: _length(header_length, len(body))])
+    found = json.loads(body[:length])
     wanted = {"": bool(_parameters(found).get("binary_data_output", False))}
     for output in found.get("outputs") or []:
         wanted[output["name"]] = bool(_parameters(output).get("binary_data", wanted[""]))
@@ -98,7 +97,11 @@ def timeout_ms(microseconds: Any) -> float | None:
     raise RefusedError(400, "The parameter 'timeout' is a whole number of microseconds above 0.")
 
 
-def _length(given: str | None, size: int) -> int:
+def json_length(given: str | None, size: int) -> int:
+    """How many of a body's bytes are JSON, as the client's header says; all without one.
+
+    :raises RefusedError: 400.
+    """
     if given is None:
         return size
     if not (given.isascii() and given.isdigit()) or int(given[:20]) > size:

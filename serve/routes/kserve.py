@@ -12,7 +12,7 @@ from fdconv_deploy.errors import FDConvError
 from serve.bodies import Body
 from serve.kserve.inference import EXTENSIONS, infer, model_metadata
 from serve.kserve.repository_index import index_of, require_control
-from serve.kserve.rest import HEADER_LENGTH, read_request, wants_binary, write_answer
+from serve.kserve.rest import HEADER_LENGTH, json_length, read_request, wants_binary, write_answer
 from serve.problems import RefusedError, problem_docs
 from serve.schemas import (
     InferAnswer,
@@ -141,14 +141,13 @@ async def run(request: Request, name: str, version: str = "") -> Response:
     model = repository.get_version(name, version)
     service.check_loaded()
     service.admission.check_room(client)
-    length = request.headers.get(HEADER_LENGTH)
     with Body(request, service.settings, service.budget) as body:
         data = await body.read()
+        length = json_length(request.headers.get(HEADER_LENGTH), len(data))
         async with repository.lease(model) as leased:
             most = service.settings.max_images
             # Whether to leave the event loop: for the JSON's size, not the tensors'.
-            small = len(data) < _SMALL or (length or "").isdigit()
-            if small and int((length or "0")[:20]) < _SMALL:
+            if length < _SMALL:
                 wanted = read_request(data, length, leased.card, most)
                 binary = wants_binary(data, length)
             else:

@@ -18,6 +18,9 @@ from fdconv_deploy.runtime.batching import linear_cost, plan_batches
 
 # Of a new measurement of a lane's seconds per image, against those before.
 _SMOOTHING = 0.2
+# Seconds per image that a lane is charged in advance before it was ever measured: enough that
+# workers take turns.
+_UNKNOWN = 0.001
 
 
 @dataclass(eq=False)
@@ -124,7 +127,7 @@ class BatchQueue:
         items = self._take(chosen)
         # Charged in advance by what it cost before, so that several workers do not all
         # choose the lane whose bill has not come yet; `done` settles the difference.
-        charged = (chosen.seconds_per_item or 0.0) * len(items)
+        charged = (chosen.seconds_per_item or _UNKNOWN) * len(items)
         chosen.used += charged / chosen.weight
         chosen.running += 1
         return Batch(chosen_key, items, charged)

@@ -1,0 +1,145 @@
+"""The protocol's REST form by hand, and what of it is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from serve import schemas
+from tests.serve.test_refusals import refused
+
+URL = "/v2/models/street/infer"
+
+
+@pytest.fixture
+def call(pixels) -> dict:
+    return {
+        "id": "7",
+        "inputs": [
+            {
+                "name": "images",
+                "shape": [1, 32, 48, 3],
+                "datatype": "UINT8",
+                "data": pixels[0].reshape(-1).tolist(),
+            }
+        ],
+        "outputs": [{"name": "labels"}],
+    }
+
+
+def test_json(client: TestClient, session, pixels, call) -> None:
+    answer = client.post(URL, json=call)
+    found = schemas.InferAnswer.model_validate(answer.json())
+    assert (found.model_name, found.model_version, found.id) == ("street", "1", "7")
+    labels = np.array(found.outputs[0].data).reshape(found.outputs[0].shape)
+    assert np.array_equal(labels[0], session.segment(pixels[0]).labels)
+
+
+def test_nested_data(client: TestClient, pixels, call) -> None:
+    flat = client.post(URL, json=call).json()["outputs"]
+    call["inputs"][0]["data"] = pixels[:1].tolist()
+    assert client.post(URL, json=call).json()["outputs"] == flat
+
+
+def test_documented_examples_are_of_the_form(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()["components"]["schemas"]["InferCall"]
+    assert schemas.InferCall.model_validate(schema["examples"][0])
+
+
+def change(call: dict, **changes) -> dict:
+    return {**call, "inputs": [{**call["inputs"][0], **changes}]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "x"},
+        {"name": None},
+        {"shape": [1, 32, 48]},
+        {"shape": "1"},
+        {"shape": [True, 32, 48, 3]},
+        {"shape": [0, 32, 48, 3]},
+        {"shape": [-1, 32, 48, 3]},
+        {"shape": [10**30, 32, 48, 3]},
+        {"datatype": "FP16"},
+        {"datatype": 3},
+        {"data": None},
+        {"data": [1, 2, 3]},
+        {"data": [256] * 4608},
+        {"data": [0.5] * 4608},
+        {"data": ["x"] * 4608},
+        {"data": [[1], [1, 2]] * 2000},
+        {"data": {"a": 1}},
+        {"parameters": {"binary_data_size": 4608}},
+    ],
+)
+def test_wrong_inputs(client: TestClient, call, changes) -> None:
+    answer = client.post(URL, json=change(call, **changes))
+    assert answer.json()["error"] == refused(answer, 400)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"inputs": []}',
+        b'{"inputs": [1]}',
+        b'{"inputs": [{}, {}]}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+    ],
+)
+def test_wrong_bodies(client: TestClient, body: bytes) -> None:
+    refused(client.post(URL, content=body), 400)
+
+
+@pytest.mark.parametrize("outputs", [1, [1], [{}], [{"name": 3}], [{"name": "x"}]])
+def test_wrong_outputs(client: TestClient, call, outputs) -> None:
+    refused(client.post(URL, json={**call, "outputs": outputs}), 400)
+
+
+@pytest.mark.parametrize("timeout", ["1", -1, 1.5, True])
+def test_wrong_timeout(client: TestClient, call, timeout) -> None:
+    refused(client.post(URL, json={**call, "parameters": {"timeout": timeout}}), 400)
+
+
+@pytest.mark.parametrize("length", ["x", "-1", "99999999", "1e3", "9" * 50, "²"])
+def test_wrong_header_length(client: TestClient, call, length: str) -> None:
+    headers = {"Inference-Header-Content-Length": length.encode("utf-8")}
+    refused(client.post(URL, content=json.dumps(call), headers=headers), 400)
+
+
+@pytest.mark.parametrize("size", [0, 4607, 4609, -1, "4608", None])
+def test_wrong_binary_size(client: TestClient, call, size) -> None:
+    wanted = change(call, parameters={"binary_data_size": size})
+    del wanted["inputs"][0]["data"]
+    head = json.dumps(wanted).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    refused(client.post(URL, content=head + bytes(4608), headers=headers), 400)
+
+
+def test_not_finite(client: TestClient) -> None:
+    """JSON has no NaN; the answer says to ask in binary, which works."""
+    tensor = np.full((1, 3, 32, 48), np.nan, np.float32)
+    given = {"name": "images", "shape": [1, 3, 32, 48], "datatype": "FP32"}
+    given["parameters"] = {"binary_data_size": tensor.nbytes}  # type: ignore[assignment]
+    for binary, status in ((False, 400), (True, 200)):
+        head = json.dumps(
+            {"inputs": [given], "parameters": {"binary_data_output": binary}}
+        ).encode()
+        headers = {"Inference-Header-Content-Length": str(len(head))}
+        answer = client.post(URL, content=head + tensor.tobytes(), headers=headers)
+        assert answer.status_code == status, answer.text
+
+
+def test_control_is_the_operators(client: TestClient) -> None:
+    for what in ("load", "unload"):
+        answer = client.post(f"/v2/repository/models/street/{what}")
+        assert "--model-control" in refused(answer, 403)
+    assert client.post("/v2/repository/index").json()[0]["state"] == "READY"

@@ -1,0 +1,172 @@
+"""The service to NVIDIA's own clients, over HTTP and gRPC."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+http = pytest.importorskip("tritonclient.http")
+grpc = pytest.importorskip("tritonclient.grpc")
+
+
+@pytest.fixture(params=["http", "grpc"])
+def triton(request, served) -> Any:
+    module: ModuleType = http if request.param == "http" else grpc
+    client = module.InferenceServerClient(getattr(served, request.param))
+    client.module = module
+    yield client
+    client.close()
+
+
+def given(triton, array: np.ndarray, kind: str = "FP32"):
+    tensor = triton.module.InferInput("images", array.shape, kind)
+    tensor.set_data_from_numpy(array)
+    return [tensor]
+
+
+def wanted(triton, *names: str):
+    return [triton.module.InferRequestedOutput(name) for name in names]
+
+
+def close(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Equal but for ONNX Runtime's order of sums, which depends on where a tensor lies."""
+    return bool(np.allclose(found, expected, rtol=1e-5, atol=1e-5))
+
+
+def as_dict(triton, found) -> Any:
+    if triton.module is http:
+        return found
+    from google.protobuf.json_format import MessageToDict
+
+    return MessageToDict(found, preserving_proto_field_name=True)
+
+
+def test_health(triton) -> None:
+    assert triton.is_server_live()
+    assert triton.is_server_ready()
+    assert triton.is_model_ready("street")
+    assert triton.is_model_ready("street", "1")
+
+
+def test_server_metadata(triton) -> None:
+    found = as_dict(triton, triton.get_server_metadata())
+    assert found["name"] == "fdconv-deploy"
+    assert "binary_tensor_data" in found["extensions"]
+
+
+def test_model_metadata(triton) -> None:
+    found = as_dict(triton, triton.get_model_metadata("street"))
+    assert found["name"] == "street"
+    assert found["versions"] == ["1"]
+    inputs = [(t["name"], t["datatype"], [int(s) for s in t["shape"]]) for t in found["inputs"]]
+    outputs = [(t["name"], t["datatype"], [int(s) for s in t["shape"]]) for t in found["outputs"]]
+    assert inputs == [("images", "FP32", [-1, 3, 32, 48])]
+    assert outputs == [("logits", "FP32", [-1, 5, 8, 12]), ("labels", "UINT8", [-1, 32, 48])]
+
+
+def test_infer_float(triton, session, tensor) -> None:
+    found = triton.infer("street", given(triton, tensor), outputs=wanted(triton, "logits"))
+    assert close(found.as_numpy("logits"), session.run(tensor))
+    assert found.as_numpy("labels") is None
+
+
+def test_infer_pixels(triton, session, pixels) -> None:
+    found = triton.infer("street", given(triton, pixels, "UINT8"), request_id="abc")
+    assert close(found.as_numpy("logits"), session.run(pixels))
+    expected = [session.segment(image).labels for image in pixels]
+    assert np.array_equal(found.as_numpy("labels"), np.stack(expected))
+    assert as_dict(triton, found.get_response())["id"] == "abc"
+
+
+def test_asynchronous(triton, session, tensor) -> None:
+    import queue
+
+    done: queue.Queue = queue.Queue()
+    asked = [tensor[:1] + n for n in range(4)]
+    if triton.module is http:
+        pending = [triton.async_infer("street", given(triton, x)) for x in asked]
+        found = [p.get_result() for p in pending]
+    else:
+        for n, x in enumerate(asked):
+            triton.async_infer(
+                "street",
+                given(triton, x),
+                callback=lambda result, error, n=n: done.put((n, error or result)),
+            )
+        by_number = dict(done.get(timeout=20) for _ in asked)
+        found = [by_number[n] for n in range(4)]
+    for x, answer in zip(asked, found, strict=True):
+        assert close(answer.as_numpy("logits"), session.run(x))
+
+
+def test_json_tensors(served, session, pixels) -> None:
+    client = http.InferenceServerClient(served.http)
+    tensor = http.InferInput("images", pixels.shape, "UINT8")
+    tensor.set_data_from_numpy(pixels, binary_data=False)
+    outputs = [http.InferRequestedOutput(name, binary_data=False) for name in ("labels", "logits")]
+    found = client.infer("street", [tensor], outputs=outputs)
+    assert np.allclose(found.as_numpy("logits"), session.run(pixels), rtol=1e-6)
+    assert found.as_numpy("labels").dtype == np.uint8
+
+
+@pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+def test_compressed(served, session, tensor, algorithm: str) -> None:
+    client = http.InferenceServerClient(served.http)
+    x = http.InferInput("images", tensor.shape, "FP32")
+    x.set_data_from_numpy(tensor)
+    found = client.infer("street", [x], request_compression_algorithm=algorithm)
+    assert close(found.as_numpy("logits"), session.run(tensor))
+
+
+@pytest.mark.parametrize(
+    ("array", "kind", "says"),
+    [
+        (np.zeros((1, 3, 32, 47), np.float32), "FP32", "shape"),
+        (np.zeros((9, 3, 32, 48), np.float32), "FP32", "from 1 to 8"),
+        (np.zeros((1, 3, 32, 48), np.float64), "FP64", "FP32"),
+        (np.zeros((1, 3, 32, 48), np.uint8), "UINT8", "shape"),
+        (np.zeros((3, 32, 48), np.float32), "FP32", "shape"),
+    ],
+)
+def test_other_tensors_are_refused(triton, array, kind: str, says: str) -> None:
+    with pytest.raises(triton.module.InferenceServerException, match=says):
+        triton.infer("street", given(triton, array, kind))
+
+
+def test_other_names_are_refused(triton, tensor) -> None:
+    error = triton.module.InferenceServerException
+    with pytest.raises(error, match="no model of that name"):
+        triton.infer("none", given(triton, tensor))
+    with pytest.raises(error, match="no version '7'"):
+        triton.infer("street", given(triton, tensor), model_version="7")
+    with pytest.raises(error, match="no output 'scores'"):
+        triton.infer("street", given(triton, tensor), outputs=wanted(triton, "scores"))
+    with pytest.raises(error, match="'images'"):
+        other = triton.module.InferInput("x", tensor.shape, "FP32")
+        other.set_data_from_numpy(tensor)
+        triton.infer("street", [other])
+
+
+def test_deadline(triton, tensor) -> None:
+    with pytest.raises(triton.module.InferenceServerException, match=r"deadline|Deadline"):
+        triton.infer("street", given(triton, tensor), timeout=1)
+
+
+def test_repository(triton, tensor) -> None:
+    def states() -> dict[str, str]:
+        found = as_dict(triton, triton.get_model_repository_index())
+        entries = found if isinstance(found, list) else found["models"]
+        return {entry["name"]: entry["state"] for entry in entries}
+
+    assert states() == {"street": "READY", "sliding": "READY"}
+    triton.unload_model("sliding")
+    assert states()["sliding"] == "UNAVAILABLE"
+    assert not triton.is_model_ready("sliding")
+    with pytest.raises(triton.module.InferenceServerException, match="unloaded"):
+        triton.infer("sliding", given(triton, tensor))
+    triton.load_model("sliding")
+    assert triton.is_model_ready("sliding")
+    triton.infer("sliding", given(triton, tensor))

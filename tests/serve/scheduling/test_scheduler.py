@@ -1,0 +1,224 @@
+"""The threads: what is awaited gets its answer, whatever happens to a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve.scheduling import DeadlineError, Scheduler, WorkerDiedError
+
+
+def image(value: float, count: int = 1) -> np.ndarray:
+    return np.full((count, 3, 2, 2), value, np.float32)
+
+
+class Model:
+    """Answers each image with its first value doubled; runs when told to."""
+
+    def __init__(self, *, held: bool = False) -> None:
+        self.batches: list[list[float]] = []
+        self.started, self.go_on = threading.Semaphore(0), threading.Semaphore(0)
+        self.held = held
+
+    def __call__(self, inputs: np.ndarray) -> np.ndarray:
+        self.batches.append(inputs[:, 0, 0, 0].tolist())
+        self.started.release()
+        if self.held:
+            assert self.go_on.acquire(timeout=20)
+        return inputs[:, :1] * 2
+
+
+def on_loop(test: Callable[[Scheduler], Coroutine[Any, Any, None]], **options: Any) -> None:
+    async def main() -> None:
+        scheduler = Scheduler(**options)
+        scheduler.start()
+        try:
+            await test(scheduler)
+        finally:
+            await asyncio.get_running_loop().run_in_executor(None, scheduler.close)
+
+    asyncio.run(main())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(4000):
+        if condition():
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError("it did not come about")
+
+
+def test_each_gets_its_own_answer() -> None:
+    async def test(scheduler: Scheduler) -> None:
+        model = Model()
+        scheduler.add_lane("m", model, (1, 4))
+        found = await asyncio.gather(*(scheduler.run("m", image(n)) for n in range(50)))
+        assert [outcome.rows[0][0, 0, 0] for outcome in found] == [2 * n for n in range(50)]
+        assert sorted(sum(model.batches, [])) == list(range(50))
+
+    on_loop(test, workers=2)
+
+
+def test_what_waits_while_a_worker_is_busy_runs_together() -> None:
+    async def test(scheduler: Scheduler) -> None:
+        model = Model(held=True)
+        scheduler.add_lane("m", model, (1, 4))
+        first = asyncio.ensure_future(scheduler.run("m", image(0)))
+        await until(lambda: scheduler.running == 1)
+        rest = [asyncio.ensure_future(scheduler.run("m", image(n))) for n in range(1, 5)]
+        await until(lambda: scheduler.waiting == 4)
+        model.held = False
+        model.go_on.release()
+        found = await asyncio.gather(first, *rest)
+        assert model.batches == [[0], [1, 2, 3, 4]]
+        assert [outcome.batch_sizes for outcome in found] == [(1,)] + [(4,)] * 4
+
+    on_loop(test)
+
+
+def test_several_images_of_one_request() -> None:
+    async def test(scheduler: Scheduler) -> None:
+        model = Model()
+        scheduler.add_lane("m", model, (1, 4))
+        batch = np.concatenate([image(n) for n in range(6)])
+        found = await scheduler.run("m", batch)
+        assert [row[0, 0, 0] for row in found.rows] == [0, 2, 4, 6, 8, 10]
+        assert sorted(found.batch_sizes) == [1, 1, 4, 4, 4, 4]
+
+    on_loop(test)
+
+
+def test_a_whole_batch_is_not_copied() -> None:
+    seen = []
+
+    async def test(scheduler: Scheduler) -> None:
+        batch = image(1, 4)
+        scheduler.add_lane("m", lambda x: seen.append(x) or x, (4,))
+        await scheduler.run("m", batch)
+        assert np.shares_memory(seen[0], batch)
+
+    on_loop(test)
+
+
+def test_workers_run_at_the_same_time() -> None:
+    async def test(scheduler: Scheduler) -> None:
+        together = threading.Barrier(2, timeout=20)
+        scheduler.add_lane("m", lambda x: (together.wait(), x)[1], (1,))
+        await asyncio.gather(scheduler.run("m", image(0)), scheduler.run("m", image(1)))
+
+    on_loop(test, workers=2)
+
+
+def test_a_deadline_that_passes_while_waiting() -> None:
+    async def test(scheduler: Scheduler) -> None:
+        model = Model(held=True)
+        scheduler.add_lane("m", model, (1,))
+        first = asyncio.ensure_future(scheduler.run("m", image(0)))
+        await until(lambda: scheduler.running == 1)
+        with pytest.raises(DeadlineError):
+            await scheduler.run("m", image(1), scheduler._clock() + 0.02)
+        assert scheduler.waiting == 0
+        model.go_on.release()
+        await first
+        assert model.batches == [[0]]  # the late one was never run
+
+    on_loop(test)
+
+
+def test_one_whose_client_left_is_not_run() -> None:
+    async def test(scheduler: Scheduler) -> None:
+        model = Model(held=True)
+        scheduler.add_lane("m", model, (1,))
+        first = asyncio.ensure_future(scheduler.run("m", image(0)))
+        await until(lambda: scheduler.running == 1)
+        left = asyncio.ensure_future(scheduler.run("m", image(1)))
+        await until(lambda: scheduler.waiting == 1)
+        left.cancel()
+        await until(lambda: scheduler.waiting == 0)
+        model.go_on.release()
+        await first
+        assert model.batches == [[0]]
+
+    on_loop(test)
+
+
+def test_an_error_reaches_those_of_its_batch_only() -> None:
+    async def test(scheduler: Scheduler) -> None:
+        def run(inputs: np.ndarray) -> np.ndarray:
+            if inputs[0, 0, 0, 0] == 1:
+                raise ValueError("no")
+            return inputs
+
+        scheduler.add_lane("m", run, (1,))
+        found = await asyncio.gather(
+            *(scheduler.run("m", image(n)) for n in range(3)), return_exceptions=True
+        )
+        assert [isinstance(outcome, ValueError) for outcome in found] == [False, True, False]
+
+    on_loop(test)
+
+
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_a_thread_that_ends_is_replaced(end: type[BaseException]) -> None:
+    deaths = []
+
+    async def test(scheduler: Scheduler) -> None:
+        def run(inputs: np.ndarray) -> np.ndarray:
+            if inputs[0, 0, 0, 0] == 1:
+                raise end
+            return inputs
+
+        scheduler.add_lane("m", run, (1,))
+        found = await asyncio.gather(
+            *(scheduler.run("m", image(n)) for n in range(4)), return_exceptions=True
+        )
+        assert [isinstance(o, WorkerDiedError) for o in found] == [False, True, False, False]
+        assert scheduler.alive == 1
+
+    on_loop(test, on_death=lambda: deaths.append(1))
+    assert deaths == [1]
+
+
+def test_calls_run_in_turn() -> None:
+    async def test(scheduler: Scheduler) -> None:
+        scheduler.add_lane("m", Model(), (1, 4))
+        outcome = await scheduler.call("m", lambda: threading.current_thread().name)
+        assert outcome.rows == ["inference-0"]
+
+    on_loop(test)
+
+
+def test_codecs_run_beside_inference() -> None:
+    async def test(scheduler: Scheduler) -> None:
+        model = Model(held=True)
+        scheduler.add_lane("m", model, (1,))
+        first = asyncio.ensure_future(scheduler.run("m", image(0)))
+        await until(lambda: scheduler.running == 1)
+        name = await scheduler.code(lambda: threading.current_thread().name)
+        assert name.startswith("codec")
+        model.go_on.release()
+        await first
+
+    on_loop(test)
+
+
+def test_closing_runs_what_waits() -> None:
+    async def main() -> None:
+        scheduler = Scheduler()
+        scheduler.start()
+        model = Model(held=True)
+        scheduler.add_lane("m", model, (1,))
+        asked = [asyncio.ensure_future(scheduler.run("m", image(n))) for n in range(3)]
+        await until(lambda: scheduler.waiting == 2)
+        closing = asyncio.get_running_loop().run_in_executor(None, scheduler.close)
+        model.held = False
+        model.go_on.release()
+        await closing
+        assert len(await asyncio.gather(*asked)) == 3
+
+    asyncio.run(main())
