@@ -2,60 +2,43 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import resource
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import fdconv_deploy
-from export.capture import capture
-from export.graph import build_graph, check_model
+from export.checks import TOLERANCES, Activations, PrecisionName, batch_sizes, check_precision
+from export.evaluation import Evaluation
 from export.inputs import Picture, made_up_images, normalised
-from export.parity import measure
-from export.weights import WeightsFile
+from export.production import produce
+from export.recipe import (
+    Precision,
+    Progress,
+    Recipe,
+    graph_size,
+    outputs_of,
+    refuse_training,
+)
+from export.recipe import output_names as checked_names
+from fdconv_deploy.architecture import Preprocessing
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.folding.network import dynamic_layers, input_sizes
+from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.nn.segmentor import Segmentor
-from fdconv_deploy.runtime.bundle import Bundle, BundleWriter, sha256_of
-from fdconv_deploy.runtime.manifest import (
-    CheckpointInfo,
-    InputSize,
-    Manifest,
-    OutputParity,
-    ParityReport,
-    TensorSpec,
-)
+from fdconv_deploy.runtime.bundle import Bundle, sha256_of
+from fdconv_deploy.runtime.manifest import CheckpointInfo, InputSize
 
-# A graph further from its network than this, relative to the largest value, is not kept.
-TOLERANCE = 1e-4
-Progress = Callable[[str], None]
+__all__ = ["TOLERANCE", "export_checkpoint", "export_module", "export_segmentor"]
 
-
-@dataclass
-class _Recipe:
-    """What to export: filled in by the public functions, carried out by `_export`."""
-
-    network: nn.Module
-    examples: dict[int, Tensor]
-    input_name: str
-    output_names: list[str]
-    classes: bool
-    manifest: dict[str, Any]
-    inputs_said: str
-    tolerance: float
-    progress: Progress = field(default=lambda _: None)
+# A float32 graph further from its network than this, relative to the largest value, is not kept.
+TOLERANCE = TOLERANCES["fp32"]
+Labels = NDArray[np.integer]
 
 
 def export_checkpoint(
@@ -68,7 +51,13 @@ def export_checkpoint(
     overrides: dict[str, Any] | None = None,
     fit: Literal["stretch", "pad"] = "stretch",
     pictures: Sequence[Picture] = (),
-    tolerance: float = TOLERANCE,
+    precision: PrecisionName = "fp32",
+    tolerance: float | None = None,
+    keep_fp32: Sequence[str] = (),
+    calibration: Sequence[Picture] = (),
+    activations: Activations = "unsigned",
+    evaluation: Sequence[Picture] = (),
+    masks: Sequence[Labels | None] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -84,7 +73,18 @@ def export_checkpoint(
         fit: how images of another shape are brought to ``size``.
         pictures: HxWx3 uint8 RGB images of any size to compare the graphs with the network
             on; drawn street scenes if none are given.
-        tolerance: the largest error, relative to the largest logit, that is kept.
+        precision: ``fp16`` computes plain parts in float16, ``int8`` plain convolutions in
+            eight bits; what makes FDConv's kernels stays float32. The graphs take and give
+            float32 all the same.
+        tolerance: fp32, fp16: the largest error, relative to the largest value, that is kept,
+            in fp16 of each layer's output too. int8: the largest share of positions of
+            another class. `export.checks.TOLERANCES` if not given.
+        keep_fp32: paths of modules, or shell patterns of them, that stay float32.
+        calibration: pictures to learn the ranges of activations from, for int8.
+        activations: ``unsigned`` for ONNX Runtime, ``signed`` for TensorRT, in int8.
+        evaluation: pictures to compare the classes of pixels on, lower precision with float32.
+        masks: ``(H, W)`` classes (255: does not count) or None for each of them; the mean
+            IoU is reported of those that have one.
         overwrite: replace a bundle that is there.
         progress: told of each step as it begins.
 
@@ -105,7 +105,13 @@ def export_checkpoint(
         batches=batches,
         fit=fit,
         pictures=pictures,
+        precision=precision,
         tolerance=tolerance,
+        keep_fp32=keep_fp32,
+        calibration=calibration,
+        activations=activations,
+        evaluation=evaluation,
+        masks=masks,
         overwrite=overwrite,
         progress=progress,
         checkpoint=source,
@@ -121,7 +127,13 @@ def export_segmentor(
     batches: Sequence[int] = (1,),
     fit: Literal["stretch", "pad"] = "stretch",
     pictures: Sequence[Picture] = (),
-    tolerance: float = TOLERANCE,
+    precision: PrecisionName = "fp32",
+    tolerance: float | None = None,
+    keep_fp32: Sequence[str] = (),
+    calibration: Sequence[Picture] = (),
+    activations: Activations = "unsigned",
+    evaluation: Sequence[Picture] = (),
+    masks: Sequence[Labels | None] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     checkpoint: CheckpointInfo | None = None,
@@ -131,23 +143,32 @@ def export_segmentor(
 
     ``assumed``: fields of the architecture that nothing told, for the manifest.
     """
-    _refuse_training(network)
+    refuse_training(network)
     architecture = network.architecture
-    size = _graph_size(network, size)
+    size = graph_size(network, size)
     if not dynamic_layers(network):
         # A plain twin is exported all the same: benchmarks need both sides.
         (progress or (lambda _: None))("note: this network has no FDConv layer")
-    channels = architecture.backbone.in_channels
+    channels, preprocessing = architecture.backbone.in_channels, architecture.preprocessing
     if pictures:
         said = f"{len(pictures)} pictures given"
-        given = normalised(pictures, size, architecture.preprocessing)
-        examples = {b: given[torch.arange(b) % len(given)] for b in _batch_sizes(batches)}
+        given = normalised(pictures, size, preprocessing)
+        examples = {b: given[torch.arange(b) % len(given)] for b in batch_sizes(batches)}
     else:
         said = "drawn street scenes"
         examples = {
-            batch: made_up_images(batch, size, architecture.preprocessing, channels=channels)
-            for batch in _batch_sizes(batches)
+            batch: made_up_images(batch, size, preprocessing, channels=channels)
+            for batch in batch_sizes(batches)
         }
+    allowed = check_precision(
+        precision,
+        tolerance=tolerance,
+        keep_fp32=keep_fp32,
+        calibration=calibration,
+        evaluation=evaluation,
+        activations=activations,
+    )
+    masks = [None] * len(evaluation) if masks is None else masks
     manifest = {
         "kind": "segmentor",
         "architecture": architecture,
@@ -156,10 +177,31 @@ def export_segmentor(
         "checkpoint": checkpoint,
         "graph": {"assumed": {k: str(v) for k, v in (assumed or {}).items()}},
     }
-    recipe = _Recipe(network, examples, "images", ["logits"], True, manifest, said, tolerance)
+    recipe = Recipe(
+        network, examples, "images", ["logits"], True, manifest, said,
+        Precision(
+            precision, allowed, tuple(keep_fp32), activations,
+            _Prepared(calibration, size, preprocessing),
+            Evaluation(evaluation, masks, architecture, size) if len(evaluation) else None,
+        ),
+    )  # fmt: skip
     if progress is not None:
         recipe.progress = progress
-    return _export(recipe, destination, overwrite)
+    return produce(recipe, destination, overwrite)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Pictures as a segmentor's inputs, each prepared when it is its turn."""
+
+    pictures: Sequence[Picture]
+    size: tuple[int, int]
+    preprocessing: Preprocessing
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        # By index: a sequence that reads files need not hold all of them.
+        for index in range(len(self.pictures)):
+            yield normalised([self.pictures[index]], self.size, self.preprocessing).numpy()
 
 
 def export_module(
@@ -170,7 +212,11 @@ def export_module(
     batches: Sequence[int] | None = None,
     input_name: str = "input",
     output_names: Sequence[str] | None = None,
-    tolerance: float = TOLERANCE,
+    precision: PrecisionName = "fp32",
+    tolerance: float | None = None,
+    keep_fp32: Sequence[str] = (),
+    calibration: Sequence[Tensor] = (),
+    activations: Activations = "unsigned",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -183,202 +229,43 @@ def export_module(
             graphs are checked on.
         batches: one graph each; if not given, the example's own batch size.
         output_names: one per output; ``output`` or ``output0``, ``output1``… if not given.
+        precision, tolerance, keep_fp32, activations: as `export_checkpoint`'s, except that
+            no class is chosen, so that the tolerance is about errors in int8, too.
+        calibration: for int8, inputs of the example's shape, any batch.
 
     Raises:
         ExportError: the module cannot be exported, or the graph is not equal to it.
     """
-    _refuse_training(module)
+    refuse_training(module)
     if not isinstance(example, Tensor) or example.dtype != torch.float32:
         found = f"a tensor of {example.dtype}" if isinstance(example, Tensor) else type(example)
         raise ExportError(
             f"the example must be one float32 torch tensor, got {found}. Convert it, and the "
             "module, with .float(); a module of several inputs needs a wrapper of one."
         )
-    count = len(_answers(module, example))
-    names = list(output_names or (["output"] if count == 1 else _numbered(count)))
-    if len(names) != count:
-        raise ExportError(f"the module has {count} outputs, output_names names {len(names)}.")
-    sizes = _batch_sizes(batches if batches is not None else [example.shape[0]])
+    allowed = check_precision(
+        precision,
+        tolerance=tolerance,
+        keep_fp32=keep_fp32,
+        calibration=calibration,
+        activations=activations,
+    )
+    for tensor in calibration:
+        if tensor.shape[1:] != example.shape[1:] or tensor.dtype != torch.float32:
+            raise ExportError(
+                f"calibration inputs must be float32 of the example's shape past the batch, "
+                f"{tuple(example.shape[1:])}, got {tensor.dtype} {tuple(tensor.shape)}."
+            )
+    names = checked_names(len(outputs_of(module, example)), output_names)
+    sizes = batch_sizes(batches if batches is not None else [example.shape[0]])
     examples = {
         batch: example[torch.arange(batch) % example.shape[0]].contiguous() for batch in sizes
     }
-    recipe = _Recipe(
+    inputs = [image[None].numpy() for tensor in calibration for image in tensor]
+    recipe = Recipe(
         module, examples, input_name, names, False, {"kind": "module"}, "the example given",
-        tolerance,
+        Precision(precision, allowed, tuple(keep_fp32), activations, inputs),
     )  # fmt: skip
     if progress is not None:
         recipe.progress = progress
-    return _export(recipe, destination, overwrite)
-
-
-def _numbered(count: int) -> list[str]:
-    return [f"output{i}" for i in range(count)]
-
-
-def _batch_sizes(batches: Sequence[int]) -> list[int]:
-    unique = sorted(set(batches))
-    if not unique or unique[0] < 1:
-        raise ExportError(f"batch sizes must be 1 or more, got {list(batches)}.")
-    return unique
-
-
-def _graph_size(network: Segmentor, size: tuple[int, int] | None) -> tuple[int, int]:
-    test = network.architecture.test
-    crop = test.crop_size if test.mode == "slide" else None
-    if size is None:
-        if crop is None:
-            raise ExportError(
-                "a network tested on whole images has no size of its own: give the graph's, "
-                "e.g. --size 512x512."
-            )
-        return crop
-    if crop is not None and size != crop:
-        raise ExportError(
-            f"this network was tested by sliding a {crop[0]}x{crop[1]} crop (height x width), "
-            f"and its answers depend on the crop, but --size is {size[0]}x{size[1]}. Leave "
-            "--size out, or say --mode whole to run it on whole images at that size."
-        )
-    if min(size) < 1 or max(size) > 16384:
-        raise ExportError(f"height and width must be 1 to 16384 pixels, got {size[0]}x{size[1]}.")
-    return size
-
-
-def _refuse_training(network: nn.Module) -> None:
-    if network.training:
-        raise ExportError("the network is in training mode; call .eval() before exporting.")
-
-
-def _answers(network: nn.Module, example: Tensor) -> list[Tensor]:
-    """The network's outputs, one or several."""
-    try:
-        with torch.no_grad():
-            answer = network(example)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ExportError(
-            f"the network does not take inputs of shape {tuple(example.shape)}: {error}"
-        ) from error
-    outputs = [answer] if isinstance(answer, Tensor) else answer
-    if not isinstance(outputs, list | tuple) or not all(isinstance(o, Tensor) for o in outputs):
-        raise ExportError(
-            f"the network must give a tensor, or a tuple or list of tensors, and gave "
-            f"{type(answer).__name__}. Wrap it in a module that does."
-        )
-    return list(outputs)
-
-
-def _run(recipe: _Recipe, example: Tensor) -> dict[str, np.ndarray]:
-    outputs = _answers(recipe.network, example)
-    for name, output in zip(recipe.output_names, outputs, strict=True):
-        if not torch.isfinite(output).all():
-            raise ExportError(
-                f"the PyTorch network's own output {name!r} on {recipe.inputs_said} holds values "
-                "that are not finite, so there is nothing to compare a graph with. Check the "
-                "checkpoint, or give pictures of the kind it was trained on (--image)."
-            )
-    return {n: o.numpy() for n, o in zip(recipe.output_names, outputs, strict=True)}
-
-
-def _export(recipe: _Recipe, destination: str | os.PathLike[str], overwrite: bool) -> Bundle:
-    started = time.perf_counter()
-    network = recipe.network
-    parity: dict[int, tuple[OutputParity, ...]] = {}
-    inputs: dict[int, tuple[TensorSpec, ...]] = {}
-    outputs: dict[int, tuple[TensorSpec, ...]] = {}
-    models: dict[int, str] = {}
-    group_maps: dict[str, str] = {}
-    nodes: dict[str, int] = {}
-    sizes: dict[str, tuple[int, int]] | None = None
-    with (
-        BundleWriter(destination, overwrite=overwrite) as writer,
-        tempfile.TemporaryDirectory(prefix="fdconv-export-") as scratch,
-    ):
-        answers: dict[int, dict[str, np.ndarray]] = {}
-        with WeightsFile(writer.path / "weights.bin") as weights:
-            for batch, example in recipe.examples.items():
-                recipe.progress(f"batch {batch}: running the network")
-                answers[batch] = _run(recipe, example)
-                recipe.progress(f"batch {batch}: writing the graph")
-                captured = capture(
-                    network,
-                    example,
-                    input_names=[recipe.input_name],
-                    output_names=recipe.output_names,
-                )
-                if sizes is None:  # the same for every batch size
-                    sizes = input_sizes(network, example[:1])
-                graph = build_graph(captured, network, sizes, batch)
-                del captured
-                weights.take(graph.model)
-                models[batch] = f"model.b{batch}.onnx"
-                onnx.save(graph.model, str(writer.path / models[batch]))
-                group_maps |= graph.group_maps
-                nodes[f"nodes.b{batch}"] = len(graph.model.graph.node)
-                inputs[batch] = (_spec(recipe.input_name, example.numpy()),)
-                outputs[batch] = tuple(_spec(n, a) for n, a in answers[batch].items())
-        for batch, example in recipe.examples.items():
-            recipe.progress(f"batch {batch}: checking it against the network")
-            check_model(str(writer.path / models[batch]))
-            parity[batch] = measure(
-                writer.path / models[batch],
-                {recipe.input_name: example.numpy()},
-                answers[batch],
-                Path(scratch),
-                classes=recipe.classes,
-            )
-            _refuse_if_far(recipe, batch, parity[batch], answers[batch])
-        manifest = Manifest(
-            created_by=f"fdconv-deploy {fdconv_deploy.__version__}",
-            created_at=datetime.now(timezone.utc),
-            models=models,
-            weights="weights.bin",
-            inputs=inputs,
-            outputs=outputs,
-            group_maps=group_maps,
-            parity=ParityReport(
-                batches=parity,
-                reference=f"PyTorch {torch.__version__}, float32, CPU",
-                backend=f"ONNX Runtime {_version('onnxruntime')}, CPU",
-                inputs=recipe.inputs_said,
-            ),
-            graph={
-                **recipe.manifest.get("graph", {}),
-                **nodes,
-                "fdconv_layers": len(dynamic_layers(network)),
-                "export_seconds": round(time.perf_counter() - started, 1),
-                "export_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            },
-            versions={n: _version(n) for n in ("torch", "onnx", "onnxruntime", "numpy")},
-            **{k: v for k, v in recipe.manifest.items() if k != "graph"},
-        )
-        return writer.commit(manifest)
-
-
-def _refuse_if_far(
-    recipe: _Recipe, batch: int, outputs: tuple[OutputParity, ...], answers: dict[str, np.ndarray]
-) -> None:
-    far = [output for output in outputs if output.max_rel > recipe.tolerance]
-    if not far:
-        return
-    worst = max(far, key=lambda output: output.max_rel)
-    # Whose fault it is: what rounding alone does to the network on these inputs.
-    double = copy.deepcopy(recipe.network).double()
-    exact = _answers(double, recipe.examples[batch].double())
-    reference = exact[recipe.output_names.index(worst.name)].numpy()
-    own = float(np.abs(answers[worst.name] - reference).max() / np.abs(reference).max())
-    raise ExportError(
-        f"the exported graph of batch {batch} is not equal to the network: output "
-        f"{worst.name!r} differs by {worst.max_rel:.1e} of its largest value, "
-        f"{recipe.tolerance:.0e} is allowed. Nothing was kept. The PyTorch network's own rounding "
-        f"error on these inputs ({recipe.inputs_said}) is {own:.1e}: if that is much, compare on "
-        "pictures of the kind it was trained on (--image), or raise the tolerance."
-    )
-
-
-def _spec(name: str, array: np.ndarray) -> TensorSpec:
-    return TensorSpec(name=name, shape=array.shape, dtype=str(array.dtype))
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
+    return produce(recipe, destination, overwrite)

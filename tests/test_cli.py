@@ -170,16 +170,53 @@ def test_bad_checkpoints_end_in_a_sentence(kind, monkeypatch, capfd, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.pth"]
 
 
+def stand_ins(folder: Path, out: Path) -> dict[str, Path]:
+    """What the words in capitals in the argument lists below stand for."""
+    (folder / "notes").mkdir()
+    (folder / "notes" / "readme.txt").write_text("no image")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "street.png").write_bytes(b"not a PNG")
+    return {
+        "CHECKPOINT": packaged_checkpoint(),
+        "OUT": out,
+        "EMPTY": Path(__file__),  # valid Python that describes no network, and no image
+        "NO IMAGES": folder / "notes",
+        "BROKEN": folder / "broken",
+        "HELD OUT": held_out()[0][0].parent,
+    }
+
+
+GOOD = ["export", "CHECKPOINT", "-o", "OUT", "--size", "64"]
+# Mistakes that are found before torch is imported.
+USAGE = [
+    ([*GOOD[:4], "--size", "4x"], 2, "HEIGHTxWIDTH"),
+    ([*GOOD[:4], "--size", "99999"], 1, "16384"),
+    ([*GOOD, "--batch", "0"], 1, "batch sizes"),
+    (["export", "nowhere.pth", "-o", "OUT", "--size", "64"], 1, "does not exist"),
+    ([*GOOD, "--config", "nowhere.py"], 1, "does not exist"),
+    (["export", "CHECKPOINT", "-o", "EMPTY", "--size", "64"], 1, "is a file"),
+    ([*GOOD, "--precision", "fp8"], 2, "'fp32', 'fp16' or 'int8'"),
+    ([*GOOD, "--activations", "both"], 2, "'unsigned' or 'signed'"),
+    ([*GOOD, "--tolerance", "-1"], 1, "0 or more, e.g. 0.0001; got -1"),
+    ([*GOOD, "--precision", "fp16", "--tolerance", "nan"], 1, "or more, e.g. 0.02; got nan"),
+    ([*GOOD, "--precision", "int8"], 1, "--calibrate FOLDER"),
+    ([*GOOD, "--precision", "int8", "--calibrate", "nowhere"], 1, "does not exist"),
+    ([*GOOD, "--precision", "int8", "--calibrate", "NO IMAGES"], 1, "holds no images"),
+    ([*GOOD, "--precision", "int8", "--calibrate", "BROKEN"], 1, "cannot be read"),
+    ([*GOOD, "--calibrate", "HELD OUT"], 1, "--precision is fp32"),
+    ([*GOOD, "--evaluate", "HELD OUT"], 1, "--evaluate compares"),
+    ([*GOOD, "--keep-fp32", "decode_head"], 1, "--keep-fp32 names"),
+    ([*GOOD, "--image", "EMPTY"], 1, "is not a JPEG"),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "hint"),
     [
         (["export", "CHECKPOINT", "-o", "OUT"], 1, "--size 512x512"),
         (["export", "CHECKPOINT", "-o", "OUT", "--size", "0x5"], 2, "HEIGHTxWIDTH"),
-        (["export", "CHECKPOINT", "-o", "OUT", "--size", "99999"], 1, "16384"),
-        (["export", "CHECKPOINT", "-o", "OUT", "--size", "64", "--batch", "0"], 1, "batch sizes"),
         (["export", "CHECKPOINT", "-o", "OUT", "--size", "64", "--set", "style"], 2, "FIELD=VALUE"),
         (["export", "CHECKPOINT", "-o", "OUT", "--size", "64", "--fit", "crop"], 2, "stretch"),
-        (["export", "nowhere.pth", "-o", "OUT", "--size", "64"], 1, "does not exist"),
         (["segment", "nowhere", "x.png", "-o", "OUT"], 1, "does not exist"),
         (["serve", "nowhere"], 1, "does not exist"),
         (["serve", "nowhere", "--log-level", "loud"], 2, "log-level"),
@@ -189,16 +226,36 @@ def test_bad_checkpoints_end_in_a_sentence(kind, monkeypatch, capfd, tmp_path):
             "no network",
         ),
         (["export", "CHECKPOINT", "-o", "/proc/none", "--size", "64"], 1, "/proc"),
+        (["export", "CHECKPOINT", "-o", "OUT", "--size", "4x4"], 1, "shrinks its input"),
+        *USAGE,
     ],
 )
-def test_wrong_arguments_end_in_a_sentence(arguments, code, hint, monkeypatch, capfd, tmp_path):
-    # A test file of ours is valid Python and describes no network.
-    names = {"CHECKPOINT": packaged_checkpoint(), "OUT": tmp_path / "out", "EMPTY": __file__}
+def test_wrong_arguments_end_in_a_sentence(
+    arguments, code, hint, monkeypatch, capfd, tmp_path, tmp_path_factory
+):
+    names = stand_ins(tmp_path_factory.mktemp("given"), tmp_path / "out")
     got, out, err = fdconv(monkeypatch, capfd, *(names.get(a, a) for a in arguments))
     assert got == code
     assert hint in err
     assert "Traceback" not in out + err
     assert not list(tmp_path.iterdir())
+
+
+def test_usage_mistakes_are_found_before_torch_is_imported(tmp_path):
+    names = stand_ins(tmp_path, tmp_path / "out")
+    lists = [[str(names.get(a, a)) for a in arguments] for arguments, _, _ in USAGE]
+    program = (
+        "import sys\n"
+        "from fdconv_deploy.cli import main\n"
+        f"for arguments in {lists!r}:\n"
+        "    sys.argv = ['fdconv', *arguments]\n"
+        "    try: main()\n"
+        "    except SystemExit as stop: assert stop.code, arguments\n"
+        "    else: sys.exit(f'{arguments} was accepted')\n"
+        "    assert 'torch' not in sys.modules, arguments\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_help_is_instant_and_loads_nothing_heavy():

@@ -20,16 +20,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.calibration import Magnitudes
+from export.checks import Activations
 from export.passes.element_types import tensor_types
 from export.passes.labels import Label, label_nodes, matches, unknown_pattern
 
-Activations = Literal["unsigned", "signed"]
 WEIGHT_LEVELS = 127
 # A convolution with less than this share of all multiplications stays float32: pooled
 # branches cost nothing, and what they lose, every pixel sees.
@@ -45,9 +44,11 @@ KEEP_SIGN = frozenset(
 class QuantizedConv:
     """A convolution to be computed in eight bits; tensors by name.
 
-    output: after the Relu, if that alone reads the convolution.
+    output: after the Relu, if that alone reads the convolution. key: the same in the graphs
+    of all batch sizes.
     """
 
+    key: str
     node: str
     module: str
     input: str
@@ -77,7 +78,7 @@ def quantizable(
     outputs = {output.name for output in model.graph.output}
     work = _multiplications(model)
     ends = _first(nodes, model) | _last(nodes, outputs)
-    found = []
+    found: list[QuantizedConv] = []
     for index, (node, label) in enumerate(zip(nodes, labels, strict=True)):
         if node.op_type != "Conv" or index in ends or _stays(label, patterns):
             continue
@@ -89,7 +90,12 @@ def quantizable(
         after = readers.get(output, [])
         if len(after) == 1 and after[0].op_type == "Relu" and output not in outputs:
             output = after[0].output[0]
-        found.append(QuantizedConv(node.name, label.module, node.input[0], node.input[1], output))
+        # A module may be used more than once.
+        uses = sum(conv.module == label.module for conv in found)
+        key = f"{label.module}.use{uses}"
+        found.append(
+            QuantizedConv(key, node.name, label.module, node.input[0], node.input[1], output)
+        )
     return found
 
 

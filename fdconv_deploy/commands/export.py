@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -19,6 +19,10 @@ from fdconv_deploy.commands.options import (
     parse_settings,
     parse_size,
 )
+from fdconv_deploy.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from export.checks import Activations, PrecisionName
 
 err = Console(stderr=True)
 
@@ -42,36 +46,101 @@ def export(
         list[Path] | None,
         typer.Option(help="Compare on this image; may be repeated. Drawn scenes if none."),
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16 or int8. FDConv's kernels are made in fp32 always.")
+    ] = "fp32",
     tolerance: Annotated[
-        float | None, typer.Option(help="Largest error kept, relative to the largest logit.")
+        float | None,
+        typer.Option(
+            help="Largest error kept, relative to the largest value (1e-4; fp16: 2e-2, of each "
+            "layer too). int8: largest share of pixels of another class (0.1)."
+        ),
+    ] = None,
+    keep_fp32: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE",
+            help="Keep this module, or those of a pattern, in float32; may be repeated.",
+        ),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Images to learn int8's ranges from."),
+    ] = None,
+    activations: Annotated[
+        str, typer.Option(help="Form of int8: unsigned (ONNX Runtime) or signed (TensorRT).")
+    ] = "unsigned",
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Images to compare fp16 or int8 answers with fp32's on; mean IoU where there "
+            "is a NAME_labels.png.",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a bundle that is there.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle and prove the bundle equal to the network."""
-    from export.pipeline import TOLERANCE, export_checkpoint
-    from fdconv_deploy.runtime import read_image
+    # All that can be refused without the network is refused before torch is imported.
+    from export.checks import batch_sizes, check_precision, check_size
+    from export.folders import Pictures
+    from fdconv_deploy.runtime import BundleWriter, read_image
 
-    if fit not in ("stretch", "pad"):
-        raise typer.BadParameter(f"--fit is 'stretch' or 'pad', not {fit!r}.")
+    for option, given, choices in (
+        ("--fit", fit, ("stretch", "pad")),
+        ("--precision", precision, ("fp32", "fp16", "int8")),
+        ("--activations", activations, ("unsigned", "signed")),
+    ):
+        if given not in choices:
+            expected = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
+            raise typer.BadParameter(f"{option} is {expected}, not {given!r}.")
     overrides = parse_settings(settings)
     if mode is not None:
         if mode not in ("whole", "slide"):
             raise typer.BadParameter(f"--mode is 'whole' or 'slide', not {mode!r}.")
         overrides["test.mode"] = mode
     pixels = parse_size(size) if size else None
+    if pixels is not None:
+        check_size(pixels)
+    batches = batch_sizes(batch or [1])
+    for path in (checkpoint, config):
+        if path is not None and not path.exists():
+            raise CheckpointError(f"{path} does not exist. Check the path.")
+    calibration = Pictures(calibrate) if calibrate is not None else ()
+    evaluation = Pictures(evaluate) if evaluate is not None else ()
+    check_precision(
+        precision,
+        tolerance=tolerance,
+        keep_fp32=keep_fp32 or (),
+        calibration=calibration,
+        evaluation=evaluation,
+        activations=activations,
+    )
+    pictures = [read_image(path) for path in image or []]
+    with BundleWriter(output, overwrite=overwrite):
+        pass  # nothing is in the way, and the place can be written to
+
+    from export.pipeline import export_checkpoint
+
     with err.status("starting", spinner="dots") as status:
         bundle = export_checkpoint(
             checkpoint,
             output,
             size=pixels,
-            batches=batch or [1],
+            batches=batches,
             config=config,
             overrides=overrides,
             fit="stretch" if fit == "stretch" else "pad",
-            pictures=[read_image(path) for path in image or []],
-            tolerance=TOLERANCE if tolerance is None else tolerance,
+            pictures=pictures,
+            precision=cast("PrecisionName", precision),
+            tolerance=tolerance,
+            keep_fp32=keep_fp32 or (),
+            calibration=calibration,
+            activations=cast("Activations", activations),
+            evaluation=evaluation,
+            masks=evaluation.masks() if isinstance(evaluation, Pictures) else None,
             overwrite=overwrite,
             progress=None if quiet or as_json else status.update,
         )
@@ -101,6 +170,8 @@ def _print_export(bundle: Any) -> None:
         f"{manifest.graph['fdconv_layers']} FDConv layers, {size / 1e6:.1f} MB, exported in "
         f"{manifest.graph['export_seconds']} s. Compared with {manifest.parity.reference}."
     )
+    if manifest.precision != "fp32":
+        _print_precision(console, manifest.precision, manifest.graph["precision"])
     height, width = manifest.input.height, manifest.input.width
     how = "stretched" if manifest.fit == "stretch" else "padded"
     console.print(f"Images of other proportions than {height}x{width} are {how} (see --fit).")
@@ -112,3 +183,32 @@ def _print_export(bundle: Any) -> None:
         )
         console.print(", ".join(f"{name}={value}" for name, value in assumed.items()), markup=False)
     console.print(f"Next: fdconv segment {bundle.path} IMAGE -o results")
+
+
+def _print_precision(console: Console, name: str, report: dict[str, Any]) -> None:
+    """What lower precision changed, and where most."""
+    if name == "fp16":
+        lost = report["flushed"] + report["subnormal"]
+        console.print(
+            f"fp16: {report['half_nodes']} nodes in float16, {report['single_nodes']} in float32; "
+            f"{lost} of {report['values']} float16 weights too small for full precision, "
+            f"{report['flushed']} of them now 0."
+        )
+    else:
+        console.print(
+            f"int8: {len(report['quantized'])} plain convolutions in eight bits, ranges from "
+            f"{report['calibration_images']} images."
+        )
+    worst = ", ".join(f"{name} {report['layers'][name][0]:.1e}" for name in report["worst"])
+    console.print(f"Furthest from float32: {worst} (of the layer's largest value).")
+    found = report.get("evaluation")
+    if found:
+        console.print(
+            f"Same class as float32: {found['argmax_agreement']:.4%} of the pixels of "
+            f"{found['images']} images."
+        )
+        if "mean_iou" in found:
+            console.print(
+                f"Mean IoU of {found['labelled']} labelled images: {found['mean_iou']:.4f}, "
+                f"float32 {found['mean_iou_fp32']:.4f} ({found['mean_iou_change']:+.4f})."
+            )

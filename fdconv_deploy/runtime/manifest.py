@@ -97,6 +97,10 @@ class Manifest(_Model):
     ``group_maps`` holds the sha256 of each dynamic layer's frequency group map: the maps
     themselves are in the graphs, since a checkpoint does not tell them. ``files`` lists
     every file but the manifest itself; ``BundleWriter.commit`` fills it in.
+
+    ``precision`` says what the graphs compute in: all in float32, plain parts in float16, or
+    plain convolutions in eight bits. Inputs and outputs are float32 in each.
+    ``graph["precision"]`` then tells what it cost, layer by layer.
     """
 
     format_version: int = FORMAT_VERSION
@@ -106,7 +110,7 @@ class Manifest(_Model):
     architecture: Architecture | None = None
     input: InputSize | None = None
     fit: Fit = "stretch"
-    precision: Literal["fp32", "fp16"] = "fp32"
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
     models: dict[BatchSize, str] = Field(min_length=1)
     weights: str | None = None
     inputs: dict[BatchSize, tuple[TensorSpec, ...]]

@@ -29,6 +29,7 @@ SIZES = [
     ((0, 64), "1 to 16384 pixels, got 0x64"),
     ((64, -1), "1 to 16384 pixels"),
     ((16385, 64), "1 to 16384 pixels, got 16385x64"),
+    ((3, 64), "shrinks its input 4 times, so that of 3x64"),
 ]
 
 
@@ -51,6 +52,13 @@ def test_a_size_that_is_not_the_crop(tmp_path):
 def test_batches(network, tmp_path, batches):
     with pytest.raises(ExportError, match="batch sizes must be 1 or more"):
         export_segmentor(network, tmp_path / "bundle", size=(32, 32), batches=batches)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, float("nan"), float("inf")])
+def test_tolerances(network, tmp_path, tolerance):
+    with pytest.raises(ExportError, match=r"0 or more, e\.g\. 0\.0001; got"):
+        export_segmentor(network, tmp_path / "bundle", size=(32, 32), tolerance=tolerance)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,157 @@
+"""What to export, and the network's own answers to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from export.checks import TOLERANCES, Activations, PrecisionName, check_size
+from export.evaluation import Evaluation
+from fdconv_deploy.errors import ExportError
+from fdconv_deploy.nn.segmentor import Segmentor
+from fdconv_deploy.runtime.manifest import OutputParity
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In which numbers the graphs compute, and what it takes to get there.
+
+    calibration: inputs ``(1, …)`` float32, for int8. It may be read more than once.
+    """
+
+    name: PrecisionName = "fp32"
+    tolerance: float = TOLERANCES["fp32"]
+    keep_fp32: tuple[str, ...] = ()
+    activations: Activations = "unsigned"
+    calibration: Iterable[NDArray[np.float32]] = ()
+    evaluation: Evaluation | None = None
+
+    def counts_classes(self, output: OutputParity) -> bool:
+        """Whether the tolerance is about classes, not about errors."""
+        return self.name == "int8" and output.argmax_agreement is not None
+
+    def distance(self, output: OutputParity) -> float:
+        """What the tolerance is held against."""
+        if self.name == "int8" and output.argmax_agreement is not None:
+            return 1 - output.argmax_agreement
+        return output.max_rel
+
+
+@dataclass
+class Recipe:
+    """What to export: filled in by the public functions, carried out by `produce`."""
+
+    network: nn.Module
+    examples: dict[int, Tensor]
+    input_name: str
+    output_names: list[str]
+    classes: bool
+    manifest: dict[str, Any]
+    inputs_said: str
+    precision: Precision
+    progress: Progress = field(default=lambda _: None)
+
+
+def graph_size(network: Segmentor, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of the graphs: those given, or the crop of a sliding network.
+
+    Raises:
+        ExportError: there are none, or they do not suit the network.
+    """
+    test = network.architecture.test
+    crop = test.crop_size if test.mode == "slide" else None
+    if size is None:
+        if crop is None:
+            raise ExportError(
+                "a network tested on whole images has no size of its own: give the graph's, "
+                "e.g. --size 512x512."
+            )
+        return crop
+    check_size(size)
+    if crop is not None and size != crop:
+        raise ExportError(
+            f"this network was tested by sliding a {crop[0]}x{crop[1]} crop (height x width), "
+            f"and its answers depend on the crop, but --size is {size[0]}x{size[1]}. Leave "
+            "--size out, or say --mode whole to run it on whole images at that size."
+        )
+    smallest = _stride(network)
+    if min(size) < smallest:
+        raise ExportError(
+            f"this network shrinks its input {smallest} times, so that of {size[0]}x{size[1]} "
+            f"pixels (height x width) nothing would be left to tell apart. Give {smallest} or "
+            "more each way; networks do best near the size they were trained at."
+        )
+    return size
+
+
+def _stride(network: Segmentor) -> int:
+    """How many pixels of the input one position of the deepest feature map used covers."""
+    backbone, head = network.architecture.backbone, network.architecture.decode_head
+    deepest = max(backbone.out_indices[i] for i in head.in_index)
+    return 4 * int(np.prod(backbone.strides[: deepest + 1]))
+
+
+def refuse_training(network: nn.Module) -> None:
+    """Raise an `ExportError` for a network in training mode."""
+    if network.training:
+        raise ExportError("the network is in training mode; call .eval() before exporting.")
+
+
+def outputs_of(network: nn.Module, example: Tensor) -> list[Tensor]:
+    """The network's outputs, one or several.
+
+    Raises:
+        ExportError: it does not take the example, or gives something else than tensors.
+    """
+    try:
+        with torch.no_grad():
+            answer = network(example)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ExportError(
+            f"the network does not take inputs of shape {tuple(example.shape)}: {error}"
+        ) from error
+    outputs = [answer] if isinstance(answer, Tensor) else answer
+    if not isinstance(outputs, list | tuple) or not all(isinstance(o, Tensor) for o in outputs):
+        raise ExportError(
+            f"the network must give a tensor, or a tuple or list of tensors, and gave "
+            f"{type(answer).__name__}. Wrap it in a module that does."
+        )
+    return list(outputs)
+
+
+def output_names(count: int, given: Sequence[str] | None) -> list[str]:
+    """A name for each of ``count`` outputs.
+
+    Raises:
+        ExportError: there are more or fewer names than outputs.
+    """
+    numbered = ["output"] if count == 1 else [f"output{i}" for i in range(count)]
+    names = list(given or numbered)
+    if len(names) != count:
+        raise ExportError(f"the module has {count} outputs, output_names names {len(names)}.")
+    return names
+
+
+def finite_answers(recipe: Recipe, example: Tensor) -> dict[str, NDArray]:
+    """What the network answers, by output name.
+
+    Raises:
+        ExportError: some of it is not finite.
+    """
+    outputs = outputs_of(recipe.network, example)
+    for name, output in zip(recipe.output_names, outputs, strict=True):
+        if not torch.isfinite(output).all():
+            raise ExportError(
+                f"the PyTorch network's own output {name!r} on {recipe.inputs_said} holds values "
+                "that are not finite, so there is nothing to compare a graph with. Check the "
+                "checkpoint, or give pictures of the kind it was trained on (--image)."
+            )
+    return {n: o.numpy() for n, o in zip(recipe.output_names, outputs, strict=True)}

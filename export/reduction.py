@@ -1,0 +1,137 @@
+"""A finished float32 graph to lower precision, with the report of what that cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+
+from export.calibration import Magnitudes, magnitudes
+from export.divergence import Divergence, Point, divergences, exposed, points_of
+from export.passes.half_precision import to_half_precision
+from export.passes.quantization import QuantizedConv, activation_steps, quantizable, quantize
+from export.passes.rounding import rounding_model
+from export.recipe import Recipe
+from fdconv_deploy.errors import ExportError
+from fdconv_deploy.folding.network import dynamic_layers
+
+NAMED = 3
+
+
+class Reduction:
+    """Converts the graphs of one export, one batch size after the other.
+
+    The first graph is compared with its float32 form, layer by layer; `report` holds what
+    was found, for the manifest. Ranges of activations are learned on it, too.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.precision, self.folder = recipe, recipe.precision, folder
+        self.layers = list(dynamic_layers(recipe.network))
+        self.report: dict[str, Any] = {}
+        self._seen: dict[tuple[str, str], Magnitudes] = {}
+
+    def apply(self, model: ModelProto, batch: int) -> None:
+        """Convert a float32 graph in place.
+
+        Raises:
+            ExportError: the conversion is not possible, or float16 goes too far astray.
+        """
+        if self.precision.name == "fp32":
+            return
+        first = not self.report
+        reference = ModelProto()
+        if first:
+            reference.CopyFrom(model)
+        if self.precision.name == "fp16":
+            self.recipe.progress(f"batch {batch}: converting to float16")
+            done = to_half_precision(model, self.layers, self.precision.keep_fp32)
+            if first:
+                self.report = asdict(done)
+        else:
+            self._quantize(model, reference if first else None, batch)
+        if first:
+            measured = rounding_model(model) if self.precision.name == "fp16" else model
+            self._measure(reference, measured, batch)
+
+    def _quantize(self, model: ModelProto, reference: ModelProto | None, batch: int) -> None:
+        convs = quantizable(model, self.layers, self.precision.keep_fp32)
+        if not convs:
+            raise ExportError(
+                "this network has no plain convolution to compute in eight bits, besides its "
+                "first and last. Export it in fp16, or keep fewer modules in float32."
+            )
+        if reference is not None:
+            self._calibrate(reference, convs, batch)
+            self.report = {
+                "quantized": [conv.module for conv in convs],
+                "activations": self.precision.activations,
+                "calibration_images": self._images,
+                "kept": list(self.precision.keep_fp32),
+            }
+        self.recipe.progress(f"batch {batch}: quantising {len(convs)} convolutions")
+        # By the convolution's place, since another batch size may name its tensors otherwise.
+        seen: dict[str, Magnitudes] = {}
+        for conv in convs:
+            for place, tensor in (("input", conv.input), ("output", conv.output)):
+                seen.setdefault(tensor, self._seen[conv.key, place])
+        quantize(model, convs, activation_steps(model, seen, self.precision.activations))
+
+    def _calibrate(self, model: ModelProto, convs: list[QuantizedConv], batch: int) -> None:
+        tensors = {
+            (c.key, p): t for c in convs for p, t in (("input", c.input), ("output", c.output))
+        }
+        names = list(dict.fromkeys(tensors.values()))
+        path = self.folder / "calibrated.onnx"
+        onnx.save(exposed(model, [Point(name, name) for name in names]), str(path))
+        self._images = 0
+
+        def feeds() -> Any:
+            for image in self.precision.calibration:
+                self._images += 1
+                self.recipe.progress(f"learning the ranges of activations: image {self._images}")
+                yield {self.recipe.input_name: np.repeat(image, batch, axis=0)}
+
+        seen = magnitudes(path, names, feeds())
+        path.unlink()
+        self._seen = {key: seen[tensor] for key, tensor in tensors.items()}
+
+    def _measure(self, reference: ModelProto, model: ModelProto, batch: int) -> None:
+        self.recipe.progress(f"batch {batch}: comparing it with float32, layer by layer")
+        example = self.recipe.examples[batch].numpy()
+        points = points_of(reference, self.layers)
+        feed = {self.recipe.input_name: example}
+        found = list(divergences(reference, model, points, feed, self.folder))
+        self.report["layers"] = {
+            d.name: [float(f"{d.max_rel:.2e}"), float(f"{1 - d.cosine:.1e}")] for d in found
+        }
+        worst = sorted(found, key=lambda d: -d.max_rel)
+        self.report["worst"] = [d.name for d in worst[:NAMED]]
+        if self.precision.name == "fp16":
+            self._refuse_if_far(found)
+        if self.precision.evaluation is not None:
+            self.recipe.progress("comparing answers with float32's")
+            paths = self.folder / "reference.onnx", self.folder / "reduced.onnx"
+            for path, graph in zip(paths, (reference, model), strict=True):
+                onnx.save(graph, str(path))
+            self.report["evaluation"] = self.precision.evaluation.compare(*paths, batch)
+            for path in paths:
+                path.unlink()
+
+    def _refuse_if_far(self, found: list[Divergence]) -> None:
+        far = [d for d in found if d.max_rel > self.precision.tolerance]
+        if not far:
+            return
+        worst = sorted(far, key=lambda d: -d.max_rel)[:NAMED]
+        named = ", ".join(f"{d.name} ({d.max_rel:.1e})" for d in worst)
+        start = far[0].name.removesuffix(" (sum)")
+        raise ExportError(
+            f"in fp16, {len(far)} of {len(found)} layers' outputs are further from float32's than "
+            f"{self.precision.tolerance:.0e} of their largest value. Worst: {named}. The first is "
+            f"{start}: keep it in float32 (--keep-fp32 {start!r}; may be repeated), or raise the "
+            "tolerance. Nothing was kept."
+        )
