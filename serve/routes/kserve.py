@@ -163,7 +163,7 @@ async def run(request: Request, name: str, version: str = "") -> Response:
                     return write_answer(leased.name, leased.card.version, wanted, outputs, binary)
 
                 textual = any(not binary.get(k, binary[""]) for k in outputs)
-                parts, json_length = await code(write) if textual else write()
+                parts, head = await code(write) if textual else write()
     service.count(leased.name, stages, count)
     note(request, model=leased.name, images=count)
     service.tracing.record(
@@ -172,12 +172,12 @@ async def run(request: Request, name: str, version: str = "") -> Response:
         stages,
         {"fdconv.model": leased.name, "fdconv.request_id": request.state.request_id},
     )
-    if json_length is None:
+    if head is None:
         return Response(parts[0], media_type="application/json")
     return Response(
         b"".join(parts),
         media_type="application/octet-stream",
-        headers={HEADER_LENGTH: str(json_length)},
+        headers={HEADER_LENGTH: str(head)},
     )
 
 

@@ -144,9 +144,9 @@ def test_other_names_are_refused(triton, tensor) -> None:
         triton.infer("street", given(triton, tensor), model_version="7")
     with pytest.raises(error, match="no output 'scores'"):
         triton.infer("street", given(triton, tensor), outputs=wanted(triton, "scores"))
+    other = triton.module.InferInput("x", tensor.shape, "FP32")
+    other.set_data_from_numpy(tensor)
     with pytest.raises(error, match="'images'"):
-        other = triton.module.InferInput("x", tensor.shape, "FP32")
-        other.set_data_from_numpy(tensor)
         triton.infer("street", [other])
 
 

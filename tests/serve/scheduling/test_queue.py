@@ -54,7 +54,7 @@ class TestBatches:
         while isinstance(batch := queue.pop(0.0), Batch):
             found.append(batch)
         assert [len(batch.items) for batch in found] == batches
-        assert sum([names(batch) for batch in found], []) == list(map(str, range(waiting)))
+        assert [name for batch in found for name in names(batch)] == list(map(str, range(waiting)))
         assert queue.waiting == 0
 
     def test_cost_decides_whether_a_batch_is_padded(self) -> None:

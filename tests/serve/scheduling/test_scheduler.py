@@ -59,7 +59,7 @@ def test_each_gets_its_own_answer() -> None:
         scheduler.add_lane("m", model, (1, 4))
         found = await asyncio.gather(*(scheduler.run("m", image(n)) for n in range(50)))
         assert [outcome.rows[0][0, 0, 0] for outcome in found] == [2 * n for n in range(50)]
-        assert sorted(sum(model.batches, [])) == list(range(50))
+        assert sorted(value for batch in model.batches for value in batch) == list(range(50))
 
     on_loop(test, workers=2)
 
