@@ -65,6 +65,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # a page of our own: FastAPI's loads its scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
         middleware=[Middleware(Edge, keys=keys)],
     )
     app.state.service = service

@@ -1,0 +1,123 @@
+"""Inference in worker processes: the same answers, and a crash that costs one request."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from fdconv_deploy.errors import BackendError
+from fdconv_deploy.runtime import Bundle, open_session
+from serve import Settings, create_app
+from serve.isolation import Children, IsolatedSession
+from serve.scheduling import WorkerDiedError
+from tests.runtime import toy
+from tests.serve.conftest import wait_until_ready
+from tests.serve.test_refusals import refused
+from tests.serve.test_segment import decode
+
+PNG = {"Content-Type": "image/png"}
+
+
+@pytest.fixture(scope="module")
+def isolated(bundles: list[Path]) -> Iterator[TestClient]:
+    settings = Settings(threads=1, isolation="process", backend="onnxruntime-cpu")
+    with TestClient(create_app(bundles, settings)) as client:
+        wait_until_ready(client)
+        yield client
+
+
+def children(client: TestClient) -> Children:
+    return client.app.state.service.children  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["street", "sliding"])
+def test_the_same_answers(isolated, client, png: bytes, name: str) -> None:
+    url = f"/v1/models/{name}/segment"
+    here = client.post(url, content=png, headers=PNG).json()
+    there = isolated.post(url, content=png, headers=PNG).json()
+    assert np.array_equal(decode(there["mask"]), decode(here["mask"]))
+
+
+def test_the_card_says_so(isolated: TestClient) -> None:
+    assert "worker processes" in isolated.get("/v1/models/street").json()["backend"]
+
+
+def test_a_killed_worker_is_replaced(isolated: TestClient, png: bytes) -> None:
+    before = next(iter(children(isolated))).pid
+    os.kill(before, signal.SIGKILL)
+    answer = isolated.post("/v1/segment", content=png, headers=PNG)
+    assert "Send the request again" in refused(answer, 503)
+    assert answer.headers["retry-after"] == "1"
+    assert next(iter(children(isolated))).pid != before
+    for name in ("street", "sliding"):
+        again = isolated.post(f"/v1/models/{name}/segment", content=png, headers=PNG)
+        assert again.status_code == 200
+    assert "fdconv_worker_deaths_total 1.0" in isolated.get("/metrics").text
+
+
+def test_a_terminals_signals_do_not_end_workers(isolated: TestClient, png: bytes) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(next(iter(children(isolated))).pid, number)
+    assert isolated.post("/v1/segment", content=png, headers=PNG).status_code == 200
+
+
+class TestDirectly:
+    @pytest.fixture
+    def started(self) -> Iterator[Children]:
+        made = Children(Settings(threads=1, backend="onnxruntime-cpu", run_timeout_seconds=2))
+        made.start()
+        yield made
+        made.close()
+
+    def test_sizes_of_all_kinds(self, started: Children, bundles: list[Path]) -> None:
+        bundle = Bundle.open(bundles[0])
+        session = IsolatedSession(bundle, Settings(backend="onnxruntime-cpu"), started)
+        session.warm_up()
+        with open_session(bundle, threads=1) as here:
+            for count in (1, 7, 4, 2):
+                x = np.random.default_rng(count).normal(size=(count, 3, 32, 48))
+                x = x.astype(np.float32)
+                assert np.allclose(session.run(x), here.run(x), rtol=1e-5, atol=1e-5)
+
+    def test_an_answer_larger_than_its_question(self, started: Children, tmp_path: Path) -> None:
+        bundle = toy.make_bundle(tmp_path / "b", arch=toy.architecture(90))
+        session = IsolatedSession(bundle, Settings(backend="onnxruntime-cpu"), started)
+        session.warm_up()
+        assert session.run(np.zeros((1, 3, 32, 48), np.float32)).shape == (1, 90, 8, 12)
+
+    def test_one_that_hangs_is_replaced(self, started: Children, bundles: list[Path]) -> None:
+        session = IsolatedSession(
+            Bundle.open(bundles[0]), Settings(backend="onnxruntime-cpu"), started
+        )
+        session.warm_up()
+        zeros = np.zeros((1, 3, 32, 48), np.float32)
+        pid = next(iter(started)).pid
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(WorkerDiedError, match="within 2 s"):
+            session.run(zeros)
+        assert session.run(zeros).shape == (1, 5, 8, 12)
+
+    def test_errors_come_through(self, started: Children, tmp_path: Path) -> None:
+        bundle = toy.make_bundle(tmp_path / "b")
+        session = IsolatedSession(bundle, Settings(backend="onnxruntime-cpu"), started)
+        toy.make_bundle(tmp_path / "b", seed=1, arch=toy.architecture(7), overwrite=True)
+        with pytest.raises(BackendError, match="no longer the one"):
+            session.warm_up()
+
+    def test_processes_end_with_their_pipe(self, bundles: list[Path]) -> None:
+        made = Children(Settings(threads=1, backend="onnxruntime-cpu"))
+        made.start()
+        child = next(iter(made))
+        process = child._process
+        assert process is not None
+        child._pipe.close()
+        assert process.wait(20) == 0
+        time.sleep(0)
+        os.close(child._file)
