@@ -1,7 +1,7 @@
 """PyTorch network -> ONNX graph in which each FDConv layer is one placeholder node.
 
 torch's exporter never sees a layer's inside: its time grows with every node, and the folded
-layers are written directly (`export.layer_graph`) instead.
+layers are written directly (`export.layers`) instead.
 """
 
 from __future__ import annotations

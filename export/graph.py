@@ -12,7 +12,7 @@ from torch import nn
 
 import fdconv_deploy
 from export.capture import PLACEHOLDER
-from export.layer_graph import LayerWriter
+from export.layers import LayerWriter
 from export.passes.batch_norm import fold_batch_norms
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.layer import fold_layer

@@ -74,6 +74,14 @@ class FoldedBands:
         """Of the sum: the input itself and each low-pass."""
         return len(self.bands) + 1
 
+    @property
+    def transposed_weight(self) -> NDArray[np.float32]:
+        """``conv_weight`` as that of an equal transposed convolution, ``(I, weighted, s, s)``."""
+        weight = self.conv_weight
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
+        turned = grouped.transpose(0, 2, 1, 3, 4)[..., ::-1, ::-1]
+        return turned.reshape(-1, *turned.shape[2:])
+
 
 def _separate(mask: Float64) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     rows, columns = np.any(mask > 0, axis=1), np.any(mask > 0, axis=0)

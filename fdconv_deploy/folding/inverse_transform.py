@@ -1,10 +1,10 @@
-"""The inverse 2-d real Fourier transform as four small constant matrix products.
+"""The inverse 2-d real Fourier transform as a few small constant matrix products.
 
-A length N = N1·N2 inverse transform is N2 transforms of length N1, a twiddle, and N1 of
-length N2 (Cooley and Tukey 1965). Here the twiddle is folded into the first stage, whose
-matrices then differ per batch entry, real and imaginary parts are two more rows of every
-matrix, and the data is laid out so that each product finds its contraction axis where it
-needs it: no transposition but one between the two axes, no elementwise pass, no FFT.
+A length N = N1·N2·… inverse transform is a stage of transforms per factor with twiddles
+between (Cooley and Tukey 1965). Here every twiddle is folded into the stage before it,
+whose matrices then differ per batch entry, real and imaginary parts are two more rows of
+every matrix, and the data is laid out so that each product finds its contraction axis where
+it needs it: no transposition but one between the two axes, no elementwise pass, no FFT.
 
 The columns of the kernel matrix are inverted first, as complex numbers; the rows last,
 onto real numbers, where Hermitian symmetry halves the work. ``folding/spectrum.py`` lays
@@ -13,6 +13,7 @@ the constant spectrum out to match.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,44 +23,54 @@ from numpy.typing import NDArray
 Float64 = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Factors:
-    """``length = first · second``: the sizes of the two stages."""
-
-    first: int
-    second: int
-
-    @property
-    def length(self) -> int:
-        """Of the whole transform."""
-        return self.first * self.second
+# A product with a 2n × 2n matrix costs per number of its output about as much as OVERHEAD + 2n
+# multiplications: reading and writing outweigh short rows. Measured in ONNX Runtime on two
+# AVX-512 cores, 16 ≤ 2n ≤ 96, 2.4 million numbers (benchmarks/transform_stages.py).
+OVERHEAD = 11
+MOST_STAGES = 3
 
 
-def _pairs(length: int) -> list[Factors]:
-    """All factor pairs; the second of an even length is even.
+def _products(length: int, most: int) -> list[tuple[int, ...]]:
+    """All ways to write ``length`` as an ordered product of at most ``most`` factors > 1."""
+    if most == 1 or length == 1:
+        return [(length,)]
+    ways = [(length,)]
+    for first in range(2, length // 2 + 1):
+        if length % first == 0:
+            ways += [(first, *rest) for rest in _products(length // first, most - 1)]
+    return ways
 
-    So frequency length/2 falls on the second index alone.
+
+@lru_cache(maxsize=128)
+def complex_factors(length: int) -> tuple[int, ...]:
+    """Factors of the complex transform: the cheapest, a single dense stage if that is it.
+
+    Of equally cheap ones, that with the smallest last factor: the last one's matrices differ
+    per batch entry and take the most room.
     """
-    pairs = [Factors(a, length // a) for a in range(1, length + 1) if length % a == 0]
-    return pairs if length % 2 else [pair for pair in pairs if pair.second % 2 == 0]
+
+    def cost(factors: tuple[int, ...]) -> tuple[int, int]:
+        return sum(OVERHEAD + 2 * factor for factor in factors), factors[-1]
+
+    return min(_products(length, MOST_STAGES), key=cost)
 
 
-def complex_factors(length: int) -> Factors:
-    """Factors of the complex transform: both stages cost the same per point.
-
-    Of equally cheap pairs, the one with the shorter second stage, which is `inner`'s: its
-    matrices differ per batch entry and take the room.
-    """
-    return min(_pairs(length), key=lambda p: (p.first + p.second, p.second))
+# What a number costs before the rows' transform, in the same unit: its attention, the columns'
+# stages, a transposition. A shorter first factor leaves more slots empty, which cost all that.
+BEFORE_ROWS = 280
 
 
-def real_factors(length: int) -> Factors:
-    """Factors of the real transform.
+@lru_cache(maxsize=128)
+def real_factors(length: int) -> tuple[int, ...]:
+    """Factors of the real transform; the first is that of the last, real stage."""
 
-    A point of the first stage is complex and costs double, and the longer that stage is, the
-    more of a spectrum's slots stay empty; hence the weight of three.
-    """
-    return min(_pairs(length), key=lambda p: (3 * p.first + p.second, p.first))
+    def cost(factors: tuple[int, ...]) -> float:
+        classes = factors[0] // 2 + 1
+        stored = 2 * classes / factors[0]
+        inner = sum(OVERHEAD + 2 * factor for factor in factors[1:])
+        return stored * (BEFORE_ROWS + inner) + OVERHEAD + 2 * classes
+
+    return min(_products(length, MOST_STAGES), key=cost)
 
 
 def _as_real(matrix: NDArray[np.complex128]) -> Float64:
@@ -71,110 +82,140 @@ def _as_real(matrix: NDArray[np.complex128]) -> Float64:
 
 @dataclass(frozen=True)
 class ComplexInverse:
-    """Length N inverse transform of complex data on the outermost axis.
+    """Length N inverse transform of complex data on the outermost axes, without the 1/N.
 
-    Frequency f = f1 + first·f2 and position c = second·c1 + c2; without the 1/N.
+    With N = n1·n2·…·nm, frequency f = f1 + n1·(f2 + n2·(f3 + …)) and position
+    c = cm + nm·(c(m-1) + …). The input is ``(f1, …, f(m-1), real/imaginary, fm, …)``.
 
-    Input ``(first, 2, second, …)`` = (f1, real/imaginary, f2, …). `inner`, one matrix per
-    f1, takes (real/imaginary, f2) to (real/imaginary, c2); `outer` takes (f1,
-    real/imaginary) to (real/imaginary, c1). The output is ``(2, N, …)`` in natural order.
-
-    inner: ``(first, 2·second, 2·second)``; outer: ``(2·first, 2·first)``; float64.
+    stages: in the order of their application, from the last factor to the first; that of
+    factor j is ``(n1·…·n(j-1), 2·nj, 2·nj)`` float64, one matrix per (f1, …, f(j-1)), and
+    takes (fj, real/imaginary), the last factor's (real/imaginary, fm), to
+    (real/imaginary, cj). The output is ``(2, N, …)`` in natural order.
     """
 
-    factors: Factors
-    inner: Float64
-    outer: Float64
+    factors: tuple[int, ...]
+    stages: tuple[Float64, ...]
+
+    @property
+    def length(self) -> int:
+        """N."""
+        return math.prod(self.factors)
+
+    @property
+    def leading(self) -> int:
+        """Size of the frequency axes before the last: n1·…·n(m-1)."""
+        return self.length // self.factors[-1]
+
+
+def _digits(start: NDArray[np.int64], factors: tuple[int, ...], first: int) -> NDArray[np.int64]:
+    """Frequencies of the axes (start, f_first, …) of ``factors[first:]``, in one axis."""
+    result = start
+    for j in range(first, len(factors)):
+        digit = np.arange(factors[j]) * math.prod(factors[:j])
+        result = (result[:, None] + digit[None, :]).reshape(-1)
+    return result
+
+
+def _stage(factors: tuple[int, ...], j: int, lower: NDArray[np.int64]) -> Float64:
+    """Matrices of factor j for each lower frequency, ``(len(lower), ri', cj, ri, fj)``.
+
+    The phase is that of position digit cj with frequency digits f1 … fj; with later ones it
+    makes whole turns. Turns are reduced in integers so that the angles stay exact.
+    """
+    length, size = math.prod(factors), factors[j]
+    frequency = lower[:, None] + math.prod(factors[:j]) * np.arange(size)[None, :]
+    position = np.arange(size) * math.prod(factors[j + 1 :])
+    turns = frequency[:, None, :] * position[None, :, None] % length
+    return _as_real(np.exp(2j * np.pi * turns / length))
+
+
+def _flat(stage: Float64) -> Float64:
+    return np.ascontiguousarray(stage).reshape(len(stage), 2 * stage.shape[2], -1)
 
 
 @lru_cache(maxsize=128)
 def complex_inverse(length: int) -> ComplexInverse:
     """The matrices for one length."""
     factors = complex_factors(length)
-    first, second = factors.first, factors.second
-    f1, f2 = np.arange(first), np.arange(second)
-    c1, c2 = f1, f2
-    # exp(2πi·f·c/N) with f = f1 + first·f2, c = second·c1 + c2; the turns are reduced
-    # in integers so that the angles stay exact.
-    turns = (f1[:, None, None] + first * f2[None, None, :]) * c2[None, :, None] % length
-    inner = _as_real(np.exp(2j * np.pi * turns / length))
-    inner = inner.reshape(first, 2 * second, 2 * second)
-    turns = c1[:, None] * f1[None, :] % first
-    outer = _as_real(np.exp(2j * np.pi * turns / first))  # (ri', c1, ri, f1)
-    outer = outer.transpose(0, 1, 3, 2).reshape(2 * first, 2 * first)
-    return ComplexInverse(factors, inner, outer)
+    stages = []
+    for j in reversed(range(len(factors))):
+        stage = _stage(factors, j, _digits(np.zeros(1, dtype=np.int64), factors[:j], 0))
+        last = j == len(factors) - 1
+        stages.append(_flat(stage if last else np.swapaxes(stage, -1, -2)))
+    return ComplexInverse(factors, tuple(stages))
 
 
 @dataclass(frozen=True)
 class RealInverse:
-    """Length N inverse transform of a Hermitian half spectrum, onto real numbers.
+    """Length N inverse transform of a Hermitian spectrum, onto real numbers, without the 1/N.
 
-    Position r = first·r2 + r1; without the 1/N. The half spectrum's frequencies
-    q = 0 … N//2 are grouped into classes of equal ±q modulo second; `slots` tells where
-    each is: ``(classes, first)`` int64, -1 where a class has fewer than ``first``. A
-    frequency may have a second slot, in which case the transform adds the two.
+    As `ComplexInverse`, with N = n1·…·nm, but of the first digit f1 only the values 0 … n1//2
+    are stored: the classes. The mirror image of any frequency q, N - q, is in the rest, or in
+    the same class where that is 0 or n1/2. `slots` tells which frequency is where:
+    ``(classes, n2·…·nm)`` int64, -1 where nothing is stored. There may be further classes for
+    second slots of a frequency; the transform adds the two.
 
-    Input ``(classes, first, 2, …)`` = (class, slot, real/imaginary, …). `inner`, one matrix
-    per class, takes (slot, real/imaginary) to (real/imaginary, r1); `outer` takes (class,
-    real/imaginary) to r2. The output is ``(N, …)`` in natural order.
-
-    inner: ``(classes, 2·first, 2·first)``; outer: ``(second, 2·classes)``; float64.
-    The imaginary parts of frequency 0 and of the Nyquist frequency are ignored.
+    The input is ``(classes, f2, …, fm, real/imaginary, …)``, each frequency's value times
+    `weight`. stages: in the order of their application, for the factors m … 2: one matrix
+    ``2·nj × 2·nj`` per (class, f2, …, f(j-1)), takes (fj, real/imaginary) to (real/imaginary,
+    cj). outer: ``(n1, 2·classes)``, takes (class, real/imaginary) to c1; float64. The output
+    is ``(N, …)`` in natural order. The imaginary parts of frequency 0 and of the Nyquist
+    frequency are ignored.
     """
 
-    factors: Factors
+    factors: tuple[int, ...]
     slots: NDArray[np.int64]
-    inner: Float64
+    stages: tuple[Float64, ...]
     outer: Float64
 
     @property
+    def length(self) -> int:
+        """N."""
+        return math.prod(self.factors)
+
+    @property
     def classes(self) -> int:
-        """Number of frequency classes: ``second // 2 + 1``, and more to hold second slots."""
+        """Number of values of the first digit that are stored, with those of second slots."""
         return self.slots.shape[0]
 
+    @property
+    def weight(self) -> Float64:
+        """``slots``' shape: 2 where a frequency stands for its mirror image too, else 1."""
+        return np.where((self.slots == 0) | (2 * self.slots == self.length), 1.0, 2.0)
 
-def _frequency_classes(
-    length: int, factors: Factors, repeated: tuple[int, ...]
-) -> list[tuple[int, list[int]]]:
-    """(residue, frequencies) of each class, none with more than ``first`` frequencies."""
-    members: list[list[int]] = [[] for _ in range(factors.second // 2 + 1)]
-    for q in [*range(length // 2 + 1), *repeated]:
-        residue = q % factors.second
-        members[min(residue, factors.second - residue)].append(q)
-    classes = [(residue, some[: factors.first]) for residue, some in enumerate(members)]
-    for residue, some in enumerate(members):
-        starts = range(factors.first, len(some), factors.first)
-        classes += [(residue, some[start : start + factors.first]) for start in starts]
-    return classes
+
+def _slots(
+    factors: tuple[int, ...], repeated: tuple[int, ...]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Residues of the classes, and `RealInverse.slots`."""
+    length, first = math.prod(factors), factors[0]
+    residues = list(range(first // 2 + 1))
+    higher = _digits(np.zeros(1, dtype=np.int64), factors, 1)
+    frequency = np.array(residues)[:, None] + higher[None, :]
+    # A class of its own mirror images needs one of each two.
+    own = np.array([residue in (0, first - residue) for residue in residues])
+    slots = [np.where(own[:, None] & (2 * frequency > length), -1, frequency)]
+    place = {int(q): i for i, q in enumerate(higher)}
+    further: dict[int, NDArray[np.int64]] = {}
+    for row in repeated:
+        q = row if row % first <= first // 2 else length - row
+        residue = q % first
+        empty = np.full(len(higher), -1, dtype=np.int64)
+        further.setdefault(residue, empty)[place[q - residue]] = q
+    residues += further
+    return np.array(residues), np.concatenate([*slots, *(row[None] for row in further.values())])
 
 
 @lru_cache(maxsize=128)
 def real_inverse(length: int, repeated: tuple[int, ...] = ()) -> RealInverse:
-    """The matrices for one length, with second slots for the ``repeated`` frequencies."""
+    """The matrices for one length, with second slots for ``repeated`` frequencies ≤ N/2."""
     factors = real_factors(length)
-    first, second = factors.first, factors.second
-    classes = _frequency_classes(length, factors, repeated)
-    r1, r2 = np.arange(first), np.arange(second)
-    slots = np.full((len(classes), first), -1, dtype=np.int64)
-    inner = np.zeros((len(classes), first, 2, 2, first))  # (class, slot, ri, ri', r1)
-    for row, (residue, members) in enumerate(classes):
-        slots[row, : len(members)] = members
-        for slot, q in enumerate(members):
-            # A stored frequency stands for itself and for its mirror image; each adds to
-            # the class's sum if it is in this residue class (of q, not of ±q).
-            self_mirrored = q in (0, length - q)
-            images = [(q, 1)] if self_mirrored else [(q, 1), (length - q, -1)]
-            for frequency, sign in images:
-                if frequency % second != residue:
-                    continue
-                wave = np.exp(2j * np.pi * (frequency * r1 % length) / length)
-                inner[row, slot, 0] += np.stack([wave.real, wave.imag])
-                if not self_mirrored:  # times i, or -i for the mirror image
-                    inner[row, slot, 1] += sign * np.stack([-wave.imag, wave.real])
-    matrices = inner.reshape(len(classes), 2 * first, 2 * first).transpose(0, 2, 1)
-    residues = np.array([residue for residue, _ in classes])
-    angle = 2 * np.pi * (r2[:, None] * residues[None, :] % second) / second
-    # Every class but the self-mirrored ones stands for two of the `second` residues.
-    twice = np.where((residues == 0) | (2 * residues == second), 1.0, 2.0)
-    outer = np.stack([twice * np.cos(angle), -twice * np.sin(angle)], -1)
-    return RealInverse(factors, slots, matrices.copy(), outer.reshape(second, 2 * len(classes)))
+    first = factors[0]
+    residues, slots = _slots(factors, repeated)
+    stages = []
+    for j in reversed(range(1, len(factors))):
+        stage = _stage(factors, j, _digits(residues, factors[:j], 1))
+        stages.append(_flat(np.swapaxes(stage, -1, -2)))
+    angle = 2 * np.pi * (np.arange(first)[:, None] * residues[None, :] % first) / first
+    outer = np.stack([np.cos(angle), -np.sin(angle)], -1).reshape(first, -1)
+    return RealInverse(factors, slots, tuple(stages), outer)

@@ -32,6 +32,8 @@ class FoldedConv:
     padding: (top, left, bottom, right) pixels. output_scale ``(O,)`` float32 is a following
     BatchNorm's; its shift is in ``bias`` ``(O,)``. channel_side, filter_side: whether that
     attention scales the kernel or the convolution's input or output, whichever is smaller.
+    by_rows: in a graph, convolve with each row of the kernels by itself and add; see
+    ``export/layers/convolution.py``.
     """
 
     name: str
@@ -51,6 +53,7 @@ class FoldedConv:
     bias: NDArray[np.float32] | None
     channel_side: Side
     filter_side: Side
+    by_rows: bool = False
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -95,6 +98,18 @@ def _cheaper_sides(folded: FoldedConv) -> tuple[Side, Side]:
     channel: Side = "kernel" if with_spatial or weights <= inputs else "feature"
     filter_: Side = "kernel" if weights <= 2 * outputs else "feature"
     return channel, filter_
+
+
+def _cheaper_by_rows(folded: FoldedConv) -> bool:
+    """Whether kernels are larger than what cutting the feature maps moves instead.
+
+    Per number, moving runs of a kernel row's width apart costs about four times a plain copy.
+    """
+    height = folded.kernel_size[0]
+    weights = folded.out_channels * folded.in_channels * int(np.prod(folded.kernel_size))
+    inputs = folded.in_channels * int(np.prod(folded.input_size))
+    outputs = folded.out_channels * int(np.prod(folded.output_size))
+    return height > 1 and 4 * weights > (height - 1) * (inputs + outputs)
 
 
 def _spectra(layer: FDConv2d) -> tuple[NDArray[np.complex128], NDArray[np.int64]]:
@@ -182,4 +197,5 @@ def fold_layer(
             f"{input_size[0]}×{input_size[1]} input. Export at a larger size."
         )
     channel_side, filter_side = _cheaper_sides(folded)
-    return replace(folded, channel_side=channel_side, filter_side=filter_side)
+    by_rows = spectrum is not None and _cheaper_by_rows(folded)
+    return replace(folded, channel_side=channel_side, filter_side=filter_side, by_rows=by_rows)

@@ -87,9 +87,14 @@ class FoldedConv2d(nn.Module):
                 "head_bias": modulation.head_bias,
                 "spectrum": folded.spectrum.values,
                 "groups": folded.spectrum.groups.astype(np.int32),
-                "column_inner": folded.spectrum.column_transform.inner.astype(np.float32),
-                "column_outer": folded.spectrum.column_transform.outer.astype(np.float32),
-                "row_inner": folded.spectrum.row_transform.inner.astype(np.float32),
+                **{
+                    f"column_stage{i}": stage.astype(np.float32)
+                    for i, stage in enumerate(folded.spectrum.column_transform.stages)
+                },
+                **{
+                    f"row_stage{i}": stage.astype(np.float32)
+                    for i, stage in enumerate(folded.spectrum.row_transform.stages)
+                },
                 "row_outer": folded.spectrum.row_transform.outer.astype(np.float32),
             }
             if folded.local is not None:
@@ -116,22 +121,22 @@ class FoldedConv2d(nn.Module):
         return dict(zip(names, [kernel, *(g.sigmoid() for g in gates)], strict=True))
 
     def kernel_matrix(self, kernel_attention: Tensor) -> Tensor:
-        """``(B, P·G)`` -> kernel matrices ``(B, R, C)``, by four constant products."""
+        """``(B, P·G)`` -> kernel matrices ``(B, R, C)``, by constant products."""
         assert self.folded.spectrum is not None
         columns = self.folded.spectrum.column_transform
         rows = self.folded.spectrum.row_transform
-        first, second = columns.factors.first, columns.factors.second
         batch = kernel_attention.shape[0]
-        weights = kernel_attention[:, self.get_buffer("groups")]  # (B, planes, f1, f2, slots)
-        spectrum = (weights[:, :, :, None] * self.get_buffer("spectrum")).sum(1)
-        x = spectrum.reshape(batch, first, 2 * second, -1)
-        x = self.get_buffer("column_inner") @ x
-        x = self.get_buffer("column_outer") @ x.reshape(batch, 2 * first, -1)
-        x = x.reshape(batch, 2 * columns.factors.length, -1).transpose(1, 2)
-        x = x.reshape(batch, rows.classes, 2 * rows.factors.first, -1)
-        x = self.get_buffer("row_inner") @ x
+        weights = kernel_attention[:, self.get_buffer("groups")]  # (B, planes, F, fm, slots)
+        x = (weights[:, :, :, None] * self.get_buffer("spectrum")).sum(1)
+        for i in range(len(columns.stages)):
+            stage = self.get_buffer(f"column_stage{i}")
+            x = stage @ x.reshape(batch, len(stage), stage.shape[2], -1)
+        x = x.reshape(batch, 2 * columns.length, -1).transpose(1, 2)
+        for i in range(len(rows.stages)):
+            stage = self.get_buffer(f"row_stage{i}")
+            x = stage @ x.reshape(batch, len(stage), stage.shape[2], -1)
         x = self.get_buffer("row_outer") @ x.reshape(batch, 2 * rows.classes, -1)
-        return x.reshape(batch, rows.factors.length, -1)
+        return x.reshape(batch, rows.length, -1)
 
     def local_attention(self, average: Tensor) -> Tensor:
         """``(B, I)`` averages -> local attention ``(B, R, C)``, its factor in the spectrum."""

@@ -1,8 +1,8 @@
 """Constant spectra and their group map, laid out for the inverse transform.
 
 The published layer stores half of the columns of a spectrum, all rows. Here it is half of
-the rows, all columns: the mirror image supplies the rest, so that the last, real transform
-runs over rows and leaves the kernels in their natural order. All constant factors (alpha,
+the rows, one of each mirrored two, all columns, so that the last, real transform runs over
+rows and leaves the kernels in their natural order. All constant factors (alpha,
 the transform's 1/(R·C), those of the attentions) are folded in.
 """
 
@@ -27,11 +27,12 @@ class FoldedSpectrum:
     """Spectra of a layer's kernel matrix of R rows and C columns.
 
     The kernels' spectrum is the sum over ``param_ratio`` of ``values · attention[groups]``.
-    Axes, in the terms of `ComplexInverse` (frequency f1 + first·f2 along the columns) and
-    `RealInverse` (rows, by class and slot; empty slots hold zero):
+    Axes, in the terms of `ComplexInverse` (frequency digits f1, …, fm along the columns, all
+    but the last in one axis F) and `RealInverse` (rows, by class and slot; empty slots hold
+    zero):
 
-    values: ``(P, f1, 2, f2, row slots)`` float32.
-    groups: ``(P, f1, f2, row slots)`` uint8, or int32 for more than 256 attentions; index
+    values: ``(P, F, 2, fm, row slots)`` float32.
+    groups: ``(P, F, fm, row slots)`` uint8, or int32 for more than 256 attentions; index
         into the ``P·G`` kernel attentions.
     group_map_sha256: of the checkpoint's own grouping, ``(P, R, C//2+1)`` int16.
     """
@@ -45,12 +46,12 @@ class FoldedSpectrum:
     @property
     def rows(self) -> int:
         """R."""
-        return self.row_transform.factors.length
+        return self.row_transform.length
 
     @property
     def columns(self) -> int:
         """C."""
-        return self.column_transform.factors.length
+        return self.column_transform.length
 
     def by_frequency(
         self,
@@ -62,15 +63,38 @@ class FoldedSpectrum:
             where a row has bins in two groups (the transform adds the two); values
             ``(P, S, C)``: column frequencies 0 … C-1 in natural order; groups ``(P, S, C)``.
         """
-        slots = self.row_transform.slots.reshape(-1)
+        transform = self.row_transform
+        slots = transform.slots.reshape(-1)
         used = np.flatnonzero(slots >= 0)
-        ratio, first, _, second, _ = self.values.shape
+        order = _digit_order(self.column_transform)
 
-        def natural(array: NDArray) -> NDArray:  # (P, f1, f2, slot) -> (P, used slot, f)
-            return array.transpose(0, 3, 2, 1).reshape(ratio, -1, first * second)[:, used]
+        def natural(array: NDArray) -> NDArray:  # (P, F, fm, slot) -> (P, used slot, f)
+            digits = array.reshape(len(array), len(order), -1)[:, :, used]
+            result = np.empty_like(digits)
+            result[:, order] = digits
+            return result.transpose(0, 2, 1)
 
         values = natural(self.values[:, :, 0] + 1j * self.values[:, :, 1])
-        return slots[used], values.astype(np.complex64), natural(self.groups).astype(np.int64)
+        values = values / transform.weight.reshape(-1)[used, None]
+        groups = natural(self.groups).astype(np.int64)
+        rows = slots[used]
+        image = 2 * rows > self.rows
+        values[:, image] = np.conj(_mirror(values[:, image], 2))
+        groups[:, image] = _mirror(groups[:, image], 2)
+        rows = np.where(image, self.rows - rows, rows)
+        # Of a frequency's two slots the further one comes last, as it does in the layout.
+        by_row = np.argsort(rows, kind="stable")
+        return rows[by_row], values[:, by_row].astype(np.complex64), groups[:, by_row]
+
+
+def _digit_order(transform: ComplexInverse) -> NDArray[np.int64]:
+    """The frequency at each place of the axes (f1, …, fm), ``(N,)``."""
+    order = np.zeros(1, dtype=np.int64)
+    weight = 1
+    for factor in transform.factors:
+        order = (order[:, None] + weight * np.arange(factor)[None, :]).reshape(-1)
+        weight *= factor
+    return order
 
 
 def _mirror(array: NDArray, axis: int) -> NDArray:
@@ -97,10 +121,10 @@ def straddling_rows(groups: NDArray[np.int64], columns: int) -> tuple[int, ...]:
     return tuple(int(q) for q in np.flatnonzero(differs[: rows // 2 + 1]))
 
 
-def _half_rows(
-    spectra: NDArray[np.complex128], groups: NDArray[np.int64], columns: int, repeated: list[int]
+def _all_rows(
+    spectra: NDArray[np.complex128], groups: NDArray[np.int64], columns: int
 ) -> tuple[NDArray[np.complex128], NDArray[np.int64]]:
-    """``(P, R, C//2+1)`` values and groups -> ``(P, R//2+1 and the repeated rows, C)``.
+    """``(P, R, C//2+1)`` values and groups -> ``(P, 2·R, C)``: each row, and its second slot.
 
     In column 0 and the Nyquist column the inverse takes the mean of a bin and its mirror
     image's conjugate. Where the two are in different groups, the image goes to the row's
@@ -123,11 +147,7 @@ def _half_rows(
         full[:, :, column] = value + np.where(same, image, 0)
         second[:, :, column] = np.where(same, 0, image)
         second_owner[:, :, column] = np.where(same, -1, image_group)
-    keep = rows // 2 + 1
-    return (
-        np.concatenate([full[:, :keep], second[:, repeated]], 1),
-        np.concatenate([owner[:, :keep], second_owner[:, repeated]], 1),
-    )
+    return np.concatenate([full, second], 1), np.concatenate([owner, second_owner], 1)
 
 
 def fold_spectrum(
@@ -146,17 +166,17 @@ def fold_spectrum(
     repeated = straddling_rows(groups, columns)
     row_transform = real_inverse(rows, repeated)
     column_transform = complex_inverse(columns)
-    values, owner = _half_rows(spectra, groups, columns, list(repeated))
-    values = values / (rows * columns)
+    values, owner = _all_rows(spectra, groups, columns)
 
-    slots = _places(row_transform, rows, repeated)
-    values = np.where(slots[:, None] >= 0, values[:, slots], 0)
+    slots = _places(row_transform)
+    weight = row_transform.weight.reshape(-1, 1) / (rows * columns)
+    values = np.where(slots[:, None] >= 0, values[:, slots] * weight, 0)
     owner = np.maximum(np.where(slots[:, None] >= 0, owner[:, slots], 0), 0)
-    # (plane, slot, f) -> (plane, f1, f2, slot), with f = f1 + first·f2
-    factors = column_transform.factors
-    split = (ratio, len(slots), factors.second, factors.first)
-    values = values.reshape(split).transpose(0, 3, 2, 1)
-    owner = owner.reshape(split).transpose(0, 3, 2, 1)
+    # (plane, slot, f) -> (plane, F, fm, slot)
+    order = _digit_order(column_transform)
+    split = (ratio, column_transform.leading, column_transform.factors[-1], len(slots))
+    values = values[:, :, order].transpose(0, 2, 1).reshape(split)
+    owner = owner[:, :, order].transpose(0, 2, 1).reshape(split)
     pair = np.stack([values.real, values.imag], axis=2)
     # One byte a bin is enough for 256 attentions; runtimes know no type between that and int32.
     compact: NDArray[np.uint8] | NDArray[np.int32]
@@ -173,12 +193,12 @@ def fold_spectrum(
     )
 
 
-def _places(transform: RealInverse, rows: int, repeated: tuple[int, ...]) -> NDArray[np.int64]:
-    """For each slot of a transform, its row in `_half_rows`' arrays, or -1."""
+def _places(transform: RealInverse) -> NDArray[np.int64]:
+    """For each slot of a transform, its row in `_all_rows`' arrays, or -1."""
     seen: set[int] = set()
     places = []
     for q in transform.slots.reshape(-1).tolist():
-        places.append(rows // 2 + 1 + repeated.index(q) if q in seen else q)
+        places.append(transform.length + q if q in seen else q)
         if q >= 0:
             seen.add(q)
     return np.array(places)

@@ -13,23 +13,25 @@ LENGTHS = st.integers(1, 400)
 
 
 def apply_complex(values: np.ndarray) -> np.ndarray:
-    """``(N,)`` complex through the two stages, as documented."""
+    """``(N,)`` complex through the stages, as documented."""
     transform = complex_inverse(len(values))
-    first, second = transform.factors.first, transform.factors.second
-    # frequency f1 + first·f2, so f2 is the slow axis of the natural order
-    split = values.reshape(second, first).T
-    x = np.stack([split.real, split.imag], 1).reshape(first, 2 * second, 1)
-    x = transform.inner @ x
-    x = transform.outer @ x.reshape(2 * first, second)
+    # frequency f1 + n1·(f2 + …): the first digit is the fastest of the natural order
+    digits = values.reshape(transform.factors[::-1]).transpose()
+    pair = np.stack([digits.real, digits.imag], -2)  # (f1, …, f(m-1), ri, fm)
+    x = pair.reshape(-1)
+    for stage in transform.stages:
+        x = stage @ x.reshape(len(stage), stage.shape[2], -1)
     x = x.reshape(2, len(values))
     return x[0] + 1j * x[1]
 
 
 def apply_real(slotted: np.ndarray, length: int, repeated: tuple[int, ...]) -> np.ndarray:
-    """``(classes, first)`` complex slots through the two stages, as documented."""
+    """Complex values in a transform's slots through the stages, as documented."""
     transform = real_inverse(length, repeated)
-    x = np.stack([slotted.real, slotted.imag], -1).reshape(transform.classes, -1, 1)
-    x = transform.inner @ x
+    weighted = slotted * transform.weight
+    x = np.stack([weighted.real, weighted.imag], -1)
+    for stage in transform.stages:
+        x = stage @ x.reshape(len(stage), stage.shape[2], -1)
     return (transform.outer @ x.reshape(2 * transform.classes, -1)).reshape(-1)
 
 
@@ -53,11 +55,14 @@ def test_real_inverse_is_the_inverse_transform(data, length, seed):
     repeated = tuple(sorted(data.draw(st.sets(frequencies, max_size=12))))
     slots = real_inverse(length, repeated).slots
     named = slots[slots >= 0]
-    assert sorted(named) == sorted([*range(length // 2 + 1), *repeated])
+    row = np.minimum(named, length - named)  # of a frequency or its mirror image
+    assert sorted(row) == sorted([*range(length // 2 + 1), *repeated])
     rng = np.random.default_rng(seed)
     slotted = rng.normal(size=slots.shape) + 1j * rng.normal(size=slots.shape)
+    slotted[slots < 0] = 0
+    stored = slotted[slots >= 0]
     half = np.zeros(length // 2 + 1, dtype=complex)
-    np.add.at(half, named, slotted[slots >= 0])  # a frequency's slots add up
+    np.add.at(half, row, np.where(named == row, stored, stored.conj()))  # its slots add up
     expected = np.fft.irfft(half, n=length) * length
     assert close(apply_real(slotted, length, repeated), expected)
 
@@ -71,8 +76,16 @@ def test_imaginary_parts_of_self_mirrored_frequencies_are_ignored():
 
 
 @pytest.mark.parametrize("length", [96, 144, 768, 1536, 2304, 4608])
-def test_lengths_of_published_layers_take_two_short_stages(length):
+def test_lengths_of_published_layers_take_a_few_short_stages(length):
     """Far from the ``length`` multiplications per point of a plain matrix."""
-    for factors in (complex_inverse(length).factors, real_inverse(length).factors):
-        assert factors.length == length
-        assert factors.first + factors.second <= 4 * np.sqrt(length)
+    factors = complex_inverse(length).factors
+    assert np.prod(factors) == length
+    assert sum(factors) <= 4 * np.sqrt(length)
+    factors = real_inverse(length).factors
+    assert np.prod(factors) == length
+    assert sum(factors) <= 4 * np.sqrt(length)
+
+
+def test_short_and_prime_lengths_take_one_dense_stage():
+    for length in (1, 2, 3, 7, 31, 127):
+        assert complex_inverse(length).factors == (length,)

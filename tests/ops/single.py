@@ -9,7 +9,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
-from export.layer_graph import LayerWriter
+from export.layers import LayerWriter
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET
 from fdconv_deploy.ops.body import functions_checked

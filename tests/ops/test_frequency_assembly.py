@@ -11,6 +11,7 @@ import onnx.reference
 import pytest
 import torch
 
+from fdconv_deploy.folding.inverse_transform import complex_factors, real_factors
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.folding.module import FoldedConv2d
 from fdconv_deploy.nn import FDConv2d
@@ -18,8 +19,20 @@ from fdconv_deploy.ops.frequency_assembly import AssemblyForm, frequency_assembl
 from tests.ops.single import fdconv_node, inputs_of, layer_model, run
 from tests.reference.lively import enliven, error, lively_input
 
-FORMS = [AssemblyForm(*flags) for flags in product([False, True], repeat=5)]
-CHANNELS = 18
+CHANNELS, FILTERS = 18, 20
+KINDS = [dict(spatial_kernel=False), dict(spatial_kernel=True)]
+KINDS += [dict(spatial_kernel=True, by_rows=True)]
+
+
+def stages(channels: int, filters: int, kernel: int) -> tuple[int, int]:
+    return len(complex_factors(channels * kernel)), len(real_factors(filters * kernel))
+
+
+FORMS = [
+    AssemblyForm(stages(CHANNELS, FILTERS, 3 if kind["spatial_kernel"] else 1), *flags, **kind)
+    for flags in product([False, True], repeat=4)
+    for kind in KINDS
+]
 
 
 def with_scale(layer: FDConv2d, **arguments: Any) -> FoldedConv:
@@ -28,14 +41,20 @@ def with_scale(layer: FDConv2d, **arguments: Any) -> FoldedConv:
     return fold_layer(layer, (7, 9), name="layer", scale=scale, shift=shift, **arguments)
 
 
-def folded_in(form: AssemblyForm, kernel: Any = None) -> tuple[FDConv2d, FoldedConv]:
+def folded_in(
+    form: AssemblyForm,
+    kernel: Any = None,
+    channels: int = CHANNELS,
+    filters: int = FILTERS,
+    kernel_num: int = 5,
+) -> tuple[FDConv2d, FoldedConv]:
     """A layer that takes this form."""
     kernel = kernel or (3 if form.spatial_kernel else 1)
     only = form.spatial_kernel and not form.column_scale
     layer = FDConv2d(
-        CHANNELS, 20, kernel, padding=1, kernel_num=5, param_ratio=1 + form.planes,
+        channels, filters, kernel, padding=1, kernel_num=kernel_num, param_ratio=1 + form.planes,
         use_ksm_local=form.local, use_fbm_if_k_in=[], ksm_only_kernel_att=only,
-        use_fdconv_if_k_in=[1, 2, 3, 5],
+        use_fdconv_if_k_in=[1, 2, 3, 5], use_fdconv_if_c_gt=8,
     )  # fmt: skip
     enliven(layer)
     folded = with_scale(layer) if form.row_scale else fold_layer(layer, (7, 9), name="layer")
@@ -43,11 +62,12 @@ def folded_in(form: AssemblyForm, kernel: Any = None) -> tuple[FDConv2d, FoldedC
         folded,
         channel_side="kernel" if form.column_scale else "feature",
         filter_side="kernel" if form.row_scale else "feature",
+        by_rows=form.by_rows,
     )
 
 
 def by_reference(folded: FoldedConv, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """``(B·O, I, kh, kw)`` float64 from the node's own inputs, by FFT and plain loops."""
+    """The node's output in float64 from its own inputs, by FFT and plain loops."""
     (kh, kw), outs, ins = folded.kernel_size, folded.out_channels, folded.in_channels
     matrix = frequency_assembly(inputs["attention"].astype(np.float64), folded.spectrum)
     if folded.local is not None:
@@ -60,11 +80,13 @@ def by_reference(folded: FoldedConv, inputs: dict[str, np.ndarray]) -> np.ndarra
         matrix = matrix / (1 + np.exp(-logits.reshape(matrix.shape)))
     kernel = matrix.reshape(-1, outs, kh, ins * kw)
     kernel = kernel * inputs.get("column_scale", 1) * inputs.get("row_scale", 1)
+    if folded.by_rows:
+        return kernel
     return kernel.reshape(-1, outs, kh, ins, kw).swapaxes(2, 3).reshape(-1, ins, kh, kw)
 
 
 def check(form: AssemblyForm, layer: FDConv2d, folded: FoldedConv, batch: int) -> None:
-    x = lively_input((batch, CHANNELS, 7, 9))
+    x = lively_input((batch, layer.in_channels, 7, 9))
     model = layer_model(folded, batch)
     node = fdconv_node(model, "FrequencyAssembly")
     assert node.op_type == form.name
@@ -95,10 +117,64 @@ def test_every_form(form, batch):
 
 def test_forms_have_names_of_their_own():
     assert len({form.name for form in FORMS}) == len(FORMS)
-    published = AssemblyForm(
-        planes=False, local=True, column_scale=True, row_scale=True, spatial_kernel=True
+    published = FDConv2d(256, 256, 3, padding=1, kernel_num=5, use_fbm_if_k_in=[])
+    folded = replace(fold_layer(enliven(published), (7, 9)), by_rows=False)
+    assert fdconv_node(layer_model(folded, 1), "FrequencyAssembly").op_type.startswith(
+        "FrequencyAssembly_NoRowScale"
     )
-    assert published.name == "FrequencyAssembly"
+
+
+@pytest.mark.parametrize(
+    ("channels", "filters", "kernel"),
+    [(14, 20, 1), (18, 20, 3), (64, 64, 3), (20, 14, 1), (20, 192, 1), (32, 512, 1)],
+)
+def test_one_two_and_three_stages(channels, filters, kernel):
+    form = AssemblyForm(
+        stages(channels, filters, kernel), False, True, True, True, spatial_kernel=kernel > 1
+    )
+    check(form, *folded_in(form, channels=channels, filters=filters, kernel_num=2), 2)
+
+
+def test_every_number_of_stages_is_met():
+    columns = {stages(channels, 1, kernel)[0] for channels, kernel in [(14, 1), (18, 3), (64, 3)]}
+    rows = {stages(1, filters, 1)[1] for filters in (14, 192, 512)}
+    assert columns == {1, 2, 3}
+    assert rows == {1, 2, 3}
+
+
+SHAPES = [
+    dict(stride=2),
+    dict(dilation=2, padding=2),
+    dict(padding=0),
+    dict(stride=(3, 2), padding=(2, 1)),
+    dict(dilation=(5, 1), padding=(5, 0)),  # outer kernel rows meet few rows or none
+    dict(kernel_size=5, padding=2, stride=2),
+    dict(kernel_size=(2, 3), padding=0, ksm_only_kernel_att=True),
+    dict(kernel_size=3, padding="same", dilation=(8, 1)),  # the outer rows meet padding only
+]
+
+
+@pytest.mark.parametrize("arguments", SHAPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_convolution_by_kernel_rows(arguments, batch):
+    arguments = dict(kernel_size=3, padding=1) | arguments
+    layer = enliven(
+        FDConv2d(
+            CHANNELS, 20, kernel_num=5, use_fdconv_if_k_in=[1, 2, 3, 5], use_fbm_if_k_in=[],
+            **arguments,
+        )
+    )  # fmt: skip
+    scale, shift = np.random.default_rng(0).normal(size=(2, 20))
+    folded = fold_layer(layer, (7, 9), name="layer", scale=scale, shift=shift)
+    x = lively_input((batch, CHANNELS, 7, 9))
+    with torch.no_grad():
+        expected = layer.double()(x.double())
+    expected = expected * torch.from_numpy(scale)[:, None, None]
+    expected = expected + torch.from_numpy(shift)[:, None, None]
+    for side in ("kernel", "feature"):
+        turned = replace(folded, by_rows=True, filter_side=side)
+        actual = run(layer_model(turned, batch), x.numpy())["y"]
+        assert error(torch.from_numpy(actual), expected) <= 2e-6
 
 
 KERNELS: list[Any] = [

@@ -6,26 +6,34 @@ Inputs, in order (B images, O·I kernels of kh × kw, R = O·kh, C = I·kw; see
 `fdconv_deploy.folding` for the layouts):
 
     attention       (B, n) float32: kernel attentions
-    spectrum        ([planes,] f1, 2, f2·slots) float32
-    groups          ([planes,] f1, f2·slots) uint8 or int32: which attention weighs a bin
-    column_inner    (f1, 2·f2, 2·f2) float32
-    column_outer    (2·f1, 2·f1) float32
-    row_inner       (classes, 2·r1, 2·r1) float32
-    row_outer       (r2, 2·classes) float32
+    spectrum        ([planes,] F, 2, fm·slots) float32
+    patterns        (N, L) uint8 or int32: which attentions weigh L bins in a row
+    blocks          (planes·F·fm·slots/L,) int32: each block of L bins' pattern
+    column_stage…   ([batch,] 2·factor, 2·factor) float32, one per factor of C
+    row_stage…      (batch, 2·factor, 2·factor) float32, one per factor of R but the first
+    row_outer       (factor, 2·classes) float32
     local_input     (B, I) float32, local only: the normalised average
     local_window    (kw·taps, 1, kw·taps) float32, local only: the identity
     local_weight    (R, kw·taps) float32, local only
     column_scale    (B, 1, kh, C) float32, if any: spatial and channel attention
     row_scale       (B or 1, O, 1, 1) float32, if any: filter attention, BatchNorm's scale
 
-Output: ``(B·O, I, kh, kw)`` float32, the weight of a convolution of B groups.
+Output: ``(B·O, I, kh, kw)`` float32, the weight of a convolution of B groups; by rows
+``(B, O, kh, I·kw)``.
 
 An attribute ``kernel_shape`` and the shapes its body reshapes to are on each node.
 Layers differ in which inputs they have; each form is a function of its own, named after
 what it departs in from the published 3×3 layer.
 """
 
+from fdconv_deploy.ops.frequency_assembly.blocks import GroupBlocks, group_blocks
 from fdconv_deploy.ops.frequency_assembly.function import AssemblyForm, assembly_function
 from fdconv_deploy.ops.frequency_assembly.reference import frequency_assembly
 
-__all__ = ["AssemblyForm", "assembly_function", "frequency_assembly"]
+__all__ = [
+    "AssemblyForm",
+    "GroupBlocks",
+    "assembly_function",
+    "frequency_assembly",
+    "group_blocks",
+]

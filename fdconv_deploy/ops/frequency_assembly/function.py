@@ -8,26 +8,34 @@ from onnx import FunctionProto
 
 from fdconv_deploy.ops.body import FunctionBody
 
+# In how many stages the published 3×3 layer's columns and rows are inverted.
+USUAL_STAGES = (3, 3)
+
 
 @dataclass(frozen=True)
 class AssemblyForm:
     """Which parts a layer's assembly has.
 
-    planes: more than one spectrum is summed. spatial_kernel: the kernel is higher than 1,
-    so that its rows and the input channels must change places.
+    stages: products that invert the columns, and the rows. planes: more than one spectrum is
+    summed. spatial_kernel: the kernel is higher than 1, so that its rows and the input channels
+    must change places. by_rows: they do not, the answer is a matrix per kernel row instead.
     """
 
+    stages: tuple[int, int]
     planes: bool
     local: bool
     column_scale: bool
     row_scale: bool
     spatial_kernel: bool
+    by_rows: bool = False
 
     @property
     def name(self) -> str:
         """Of the function; the published 3×3 layer's is plain ``FrequencyAssembly``."""
         departures = [
-            ("Pointwise", not self.spatial_kernel),
+            ("Pointwise", not self.spatial_kernel and not self.by_rows),
+            ("ByRows", self.by_rows),
+            ("Stages{}x{}".format(*self.stages), self.stages != USUAL_STAGES),
             ("Planes", self.planes),
             ("NoLocal", not self.local),
             ("NoColumnScale", not self.column_scale),
@@ -39,8 +47,9 @@ class AssemblyForm:
     @property
     def inputs(self) -> list[str]:
         """Names of the inputs, in order."""
-        names = ["attention", "spectrum", "groups"]
-        names += ["column_inner", "column_outer", "row_inner", "row_outer"]
+        names = ["attention", "spectrum", "patterns", "blocks"]
+        names += [f"column_stage{i}" for i in range(self.stages[0])]
+        names += [f"row_stage{i}" for i in range(self.stages[1] - 1)] + ["row_outer"]
         if self.local:
             names += ["local_input", "local_window", "local_weight"]
         if self.column_scale:
@@ -53,18 +62,19 @@ class AssemblyForm:
 def assembly_function(form: AssemblyForm) -> FunctionProto:
     """The body for one form. Its attributes are the shapes named in `reshape` calls."""
     f = FunctionBody(form.name, form.inputs)
-    planes_axis = 1 if form.planes else 0
-    index = f("Cast", "groups", to=6)  # int32
-    weights = f("Gather", "attention", index, axis=1)
-    weights = f("Unsqueeze", weights, f.constant([2 + planes_axis]))
-    spectrum = f("Mul", weights, "spectrum")
+    # Attention by bin in two steps: first by the few patterns of groups that blocks of
+    # neighbouring bins have, then whole blocks, which are copied several numbers at a time.
+    index = f("Cast", "patterns", to=6)  # int32
+    weights = f("Gather", f("Gather", "attention", index, axis=1), "blocks", axis=1)
+    x = f("Mul", f.reshape(weights, "weights_shape"), "spectrum")
     if form.planes:
-        spectrum = f("ReduceSum", spectrum, f.constant([1]), keepdims=0)
+        x = f("ReduceSum", x, f.constant([1]), keepdims=0)
 
-    x = f("MatMul", "column_inner", f.reshape(spectrum, "column_inner_shape"))
-    x = f("MatMul", "column_outer", f.reshape(x, "column_outer_shape"))
+    for stage in range(form.stages[0]):
+        x = f("MatMul", f"column_stage{stage}", f.reshape(x, f"column_stage{stage}_shape"))
     x = f("Transpose", f.reshape(x, "columns_shape"), perm=[0, 2, 1])
-    x = f("MatMul", "row_inner", f.reshape(x, "row_inner_shape"))
+    for stage in range(form.stages[1] - 1):
+        x = f("MatMul", f"row_stage{stage}", f.reshape(x, f"row_stage{stage}_shape"))
     x = f("MatMul", "row_outer", f.reshape(x, "row_outer_shape"))
     kernel = f.reshape(x, "matrix_shape")
 
@@ -84,7 +94,7 @@ def assembly_function(form: AssemblyForm) -> FunctionProto:
         kernel = f("Mul", kernel, "column_scale")
     if form.row_scale:
         kernel = f("Mul", kernel, "row_scale")
-    if form.spatial_kernel:
+    if form.spatial_kernel and not form.by_rows:
         kernel = f("Transpose", f.reshape(kernel, "interleaved_shape"), perm=[0, 1, 3, 2, 4])
     kernel = f.reshape(kernel, "kernel_shape")
     return f.finish(kernel, "One kernel per image from kernel attention and constant spectra.")

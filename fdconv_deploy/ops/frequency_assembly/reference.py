@@ -21,15 +21,11 @@ def frequency_assembly(attention: Float64, spectrum: FoldedSpectrum) -> Float64:
         ``(B, R, C)`` float64.
     """
     rows, columns = spectrum.rows, spectrum.columns
-    factors = spectrum.column_transform.factors
-    slots = spectrum.row_transform.slots.reshape(-1)
-    values = spectrum.values[:, :, 0].astype(np.float64) + 1j * spectrum.values[:, :, 1]
-    total = (values * attention[:, spectrum.groups]).sum(1)  # (B, f1, f2, slot)
-    by_slot = total.transpose(0, 3, 2, 1).reshape(len(attention), len(slots), factors.length)
+    frequencies, values, groups = spectrum.by_frequency()
+    by_slot = (values.astype(np.complex128) * attention[:, groups]).sum(1)
     half = np.zeros((len(attention), rows // 2 + 1, columns), dtype=np.complex128)
-    for place, q in enumerate(slots):
-        if q >= 0:
-            half[:, q] += by_slot[:, place]
+    for place, q in enumerate(frequencies):
+        half[:, q] += by_slot[:, place]
     # numpy normalises, the folded spectrum already is.
     matrix = np.fft.irfft(np.fft.ifft(half, axis=2), n=rows, axis=1)
     return matrix * (rows * columns)

@@ -5,10 +5,10 @@
 Inputs, in order (B images, I channels in g groups, H × W; see `fdconv_deploy.folding.bands`):
 
     x               (B, I, H, W) float32
-    conv_weight     (g·weighted, I/g, s, s) float32
+    conv_weight     (I, weighted, s, s) float32, of a transposed convolution
     conv_bias       (g·weighted,) float32
-    mix             (g·terms, weighted, 1, 1) float32
-    mix_bias        (g·terms,) float32
+    mix             (terms, weighted) float32
+    mix_bias        (terms, 1) float32
     to_columns      (W, 2·frequencies) float32
     to_rows         (rows, H') float32
     from_rows…      per band: (H', rows of the band) float32

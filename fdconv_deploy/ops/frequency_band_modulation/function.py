@@ -11,10 +11,14 @@ from fdconv_deploy.ops.body import FunctionBody
 
 @dataclass(frozen=True)
 class BandForm:
-    """Which parts a layer's band modulation has: how many bands, and the activation."""
+    """Which parts a layer's band modulation has.
+
+    grouped: groups of channels have maps of their own.
+    """
 
     bands: int
     softmax: bool
+    grouped: bool
 
     @property
     def name(self) -> str:
@@ -22,7 +26,8 @@ class BandForm:
         name = "FrequencyBandModulation"
         if self.bands != 3:
             name += f"_{self.bands}Bands"
-        return name + ("_Softmax" if self.softmax else "")
+        name += "_Softmax" if self.softmax else ""
+        return name + ("_Grouped" if self.grouped else "")
 
     @property
     def inputs(self) -> list[str]:
@@ -36,29 +41,36 @@ class BandForm:
 def band_function(form: BandForm) -> FunctionProto:
     """The body for one form.
 
-    Attributes: ``groups``, ``pads`` of the band convolution (four ints), and the shapes and
-    slice ends named below.
+    Attributes: ``groups``, ``conv_pads`` of the band convolution (four ints), and the shapes
+    and slice ends named below.
     """
     f = FunctionBody(form.name, form.inputs)
-    logits = f.passed("Conv", "x", "conv_weight", "conv_bias", group="groups", pads="conv_pads")
-    if form.softmax:
-        active = f("Softmax", f.reshape(logits, "bands_shape"), axis=1)
-        active = f.reshape(active, "flat_shape")
-    else:
-        active = f("Sigmoid", logits)
-    factors = f.passed("Conv", active, "mix", "mix_bias", group="groups")
-    factors = f.reshape(factors, "factors_shape")  # (B, g, terms, H, W)
-    split = f.add("Split", factors, outputs=form.bands + 1, axis=2, num_outputs=form.bands + 1)
+    # A convolution onto a few maps, as its transpose: one small product that reads the input
+    # once, then overlapping sums of a few maps. Runtimes gather nine copies of the input for
+    # the other form.
+    logits = f.passed(
+        "ConvTranspose", "x", "conv_weight", "conv_bias", group="groups", pads="conv_pads"
+    )
+    active = f.reshape(logits, "active_shape")  # (B, [g,] weighted, H·W)
+    active = f("Softmax", active, axis=1) if form.softmax else f("Sigmoid", active)
+    factors = f("Add", f("MatMul", "mix", active), "mix_bias")
+    factors = f.reshape(factors, "factors_shape")  # (B, [g,] terms, H, W)
+    terms = form.bands + 1
+    axis = 2 if form.grouped else 1
+    split = f.add("Split", factors, outputs=terms, axis=axis, num_outputs=terms)
+
+    def grouped(feature: str) -> str:
+        return f.reshape(feature, "grouped_shape") if form.grouped else feature
 
     projected = f.reshape(f("MatMul", "x", "to_columns"), "rows_shape")
     coefficients = f("MatMul", "to_rows", projected)
-    total = f("Mul", split[0], f.reshape("x", "grouped_shape"))
+    total = f("Mul", split[0], grouped("x"))
     starts, axes = f.constant([0, 0]), f.constant([2, 3])
     for band in range(form.bands):
         kept = f("Slice", coefficients, starts, f.attribute(f"band{band}_ends"), axes)
         back = f.reshape(f("MatMul", f"from_rows{band}", kept), f"band{band}_shape")
-        low = f.reshape(f("MatMul", back, f"from_columns{band}"), "grouped_shape")
+        low = grouped(f("MatMul", back, f"from_columns{band}"))
         total = f("Add", total, f("Mul", split[band + 1], low))
-    return f.finish(
-        f.reshape(total, "feature_shape"), "Each band of the input weighted by its own map."
-    )
+    if form.grouped:
+        total = f.reshape(total, "feature_shape")
+    return f.finish(total, "Each band of the input weighted by its own map.")

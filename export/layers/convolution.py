@@ -1,0 +1,98 @@
+"""The convolution itself, with kernels made at run time."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from export.layers.attention import Attention, write_row_scale
+from export.layers.nodes import Nodes, geometry
+from fdconv_deploy.folding.layer import FoldedConv
+
+
+def write_convolution(
+    nodes: Nodes, layer: FoldedConv, x: gs.Tensor, kernel: gs.Tensor, attention: Attention
+) -> gs.Variable:
+    """``(B, I, H, W)`` and `write_assembly`'s kernels -> ``(B, O, H', W')``."""
+    batch = nodes.batch
+    scale = write_row_scale(nodes, layer, attention) if layer.filter_side == "feature" else None
+    bias = None
+    if scale is None and layer.bias is not None:
+        bias = nodes.constant("bias", np.tile(layer.bias, batch))
+    if batch > 1:
+        # One kernel per image: a convolution of as many groups as images.
+        x = nodes.reshape("input", x, 1, batch * layer.in_channels, *layer.input_size)
+    if layer.by_rows:
+        y = _by_rows(nodes, layer, x, kernel, bias)
+    else:
+        inputs = [x, kernel] if bias is None else [x, kernel, bias]
+        y = nodes("Conv", "convolution", *inputs, group=batch, **geometry(layer))
+    if batch > 1:
+        y = nodes.reshape("output", y, batch, layer.out_channels, *layer.output_size)
+    if scale is not None:
+        y = nodes("Mul", "output.scaled", y, scale)
+        if layer.bias is not None:
+            shift = nodes.constant("bias.map", layer.bias.reshape(1, -1, 1, 1))
+            y = nodes("Add", "output.shifted", y, shift)
+    return y
+
+
+def _by_rows(
+    nodes: Nodes, layer: FoldedConv, x: gs.Tensor, kernels: gs.Tensor, bias: gs.Tensor | None
+) -> gs.Variable:
+    """The sum of one convolution per kernel row, each seeing the rows of x that are its own.
+
+    That takes kernels in the order in which they are made, (o, u, i, v); to bring them into
+    (o, i, u, v) for a single convolution costs more than the convolution of small feature maps.
+    """
+    channels, (height, width) = layer.in_channels, layer.kernel_size
+    parts = [kernels]
+    if height > 1:
+        sizes = nodes.shape(*[1] * height)
+        parts = nodes.add("Split", "kernel.rows", kernels, sizes, outputs=height, axis=2)
+    top, left, _, right = layer.padding
+    total = None
+    for row, kernel in enumerate(parts):
+        # The rows of x that this kernel row meets: first, then every stride, to last.
+        first = row * layer.dilation[0] - top
+        last = first + layer.stride[0] * (layer.output_size[0] - 1)
+        begin, end = max(first, 0), min(last + 1, layer.input_size[0])
+        if begin >= end:
+            continue  # it meets nothing but padding
+        name = f"row{row}"
+        seen = x
+        if (begin, end) != (0, layer.input_size[0]):
+            seen = nodes(
+                "Slice", f"{name}.input", x, nodes.shape(begin), nodes.shape(end), nodes.shape(2)
+            )
+        inputs = [
+            seen,
+            nodes.reshape(f"{name}.kernel", kernel, -1, channels, 1, width),
+        ]
+        if bias is not None and total is None:
+            inputs.append(bias)
+        part = nodes(
+            "Conv",
+            f"{name}.convolution",
+            *inputs,
+            group=nodes.batch,
+            kernel_shape=[1, width],
+            strides=list(layer.stride),
+            dilations=list(layer.dilation),
+            pads=[max(-first, 0), left, max(last + 1 - layer.input_size[0], 0), right],
+        )
+        total = part if total is None else nodes("Add", f"{name}.sum", total, part)
+    assert total is not None
+    return total
+
+
+def write_constant_convolution(nodes: Nodes, layer: FoldedConv, x: gs.Tensor) -> gs.Variable:
+    """A layer whose kernel does not depend on the image: a plain convolution."""
+    weight = layer.constant_weight
+    assert weight is not None
+    if layer.output_scale is not None:
+        weight = weight * layer.output_scale[:, None, None, None]
+    inputs = [x, nodes.constant("weight", weight)]
+    if layer.bias is not None:
+        inputs.append(nodes.constant("bias", layer.bias))
+    return nodes("Conv", "convolution", *inputs, **geometry(layer))

@@ -1,0 +1,55 @@
+"""The group map as blocks of neighbouring bins that repeat a few patterns.
+
+Groups are rings around frequency zero, so that bins side by side mostly share one, and the
+patterns of groups in a short block of bins repeat over and over. Runtimes gather blocks
+several times faster than single numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LENGTHS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class GroupBlocks:
+    """``groups.reshape(-1) == patterns[blocks].reshape(-1)``.
+
+    patterns: ``(N, L)``, of the type of the group map; blocks: ``(bins / L,)`` int32.
+    """
+
+    patterns: NDArray[Any]
+    blocks: NDArray[np.int32]
+
+
+def _cost(patterns: int, length: int, bins: int) -> float:
+    """Nanoseconds of gathering: measured in ONNX Runtime, benchmarks/gather_blocks.py."""
+    return 3.0 * patterns * length + (2.6 + 0.4 * length) * bins / length
+
+
+def group_blocks(groups: NDArray[Any]) -> GroupBlocks:
+    """Blocks of the length that is fastest to gather.
+
+    Args:
+        groups: a group map of any shape, integer.
+    """
+    flat = np.ascontiguousarray(groups).reshape(-1)
+    best: tuple[float, GroupBlocks] | None = None
+    for length in LENGTHS:
+        if flat.size % length:
+            continue
+        rows = flat.reshape(-1, length)
+        # One bytes-like key per block: sorting those is much faster than sorting rows.
+        keys = rows.view(np.dtype((np.void, rows.itemsize * length))).reshape(-1)
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        found = GroupBlocks(rows[first], inverse.reshape(-1).astype(np.int32))
+        cost = _cost(len(first), length, flat.size)
+        if best is None or cost < best[0]:
+            best = cost, found
+    assert best is not None
+    return best[1]
