@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
@@ -19,12 +18,13 @@ from fdconv_deploy.errors import BackendError, BundleError, ImageError
 from .backends import Backend, BackendOptions, Graph, feeds_problem, select
 from .batching import plan_batches
 from .bundle import Bundle
+from .graphs import LazyGraphs
 from .interpolation import Labels, Logits
 from .manifest import Fit
 from .postprocessing import check_classes, label_map
-from .preprocessing import Placement, check_image, normalise, place, published_size, resize
+from .preprocessing import FitDone, Placement, check_image, normalise, place, resize
 from .segmentation import Segmentation, class_names, class_palette
-from .tiling import SlidingRows, slide_labels, slide_stride
+from .sliding import slide
 
 Mode = Literal["whole", "slide"]
 
@@ -44,6 +44,7 @@ def open_session(
     backend: str = "auto",
     *,
     threads: int | None = None,
+    spinning: bool = True,
     providers: Sequence[Any] | None = None,
     verify: bool = True,
 ) -> Session:
@@ -51,7 +52,11 @@ def open_session(
 
     :param bundle: the bundle's folder, or a ``Bundle`` already opened.
     :param backend: "auto", "onnxruntime-cpu" or "onnxruntime-cuda".
-    :param threads: CPU threads per run; all cores when not given.
+    :param threads: CPU threads per run. When not given, as many as there are physical cores
+        this process may use, by its affinity and its cgroup's quota.
+    :param spinning: threads wait for each other busily within a run, which saves their waking
+        up after every operator. Between runs they always sleep. False suits a machine whose
+        cores several runs share at a time.
     :param providers: ONNX Runtime execution providers, in its own notation.
     :param verify: False skips hashing the bundle's files.
     :raises BundleError: the bundle is damaged, unsafe or of a newer format.
@@ -60,7 +65,8 @@ def open_session(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
     if threads is not None and threads < 1:
         raise BackendError(f"A run takes 1 thread or more, not {threads}.")
-    options = BackendOptions(threads, None if providers is None else tuple(providers))
+    given = None if providers is None else tuple(providers)
+    options = BackendOptions(threads, given, spinning)
     return Session(opened, *select(opened, backend, options))
 
 
@@ -77,9 +83,7 @@ class Session:
         self.bundle = bundle
         self.choice = choice
         self._backend = backend
-        self._graphs = dict(graphs)
-        self._lock = threading.Lock()
-        self._closed = False
+        self._graphs = LazyGraphs(lambda batch: backend.load(bundle, batch), graphs)
 
     @property
     def backend(self) -> str:
@@ -90,6 +94,16 @@ class Session:
     def batch_sizes(self) -> tuple[int, ...]:
         """The batch sizes there is a graph for, ascending."""
         return self.bundle.batch_sizes
+
+    @property
+    def loaded_batch_sizes(self) -> tuple[int, ...]:
+        """The batch sizes whose graphs are in memory, ascending."""
+        return self._graphs.loaded
+
+    @property
+    def batch_cost(self) -> Callable[[int], float]:
+        """What one run costs by its batch size, in any unit; see ``plan_batches``."""
+        return self._backend.batch_cost
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -143,7 +157,9 @@ class Session:
         """
         mode = mode or self.mode
         if mode == "slide":
-            return self._slide(image)
+            arguments = self._architecture, self.input_size, self.run, self.batch_sizes[-1]
+            labels, fitted, timings = slide(image, *arguments)
+            return self._answer(labels, fitted, "slide", timings)
         if mode != "whole":
             raise ImageError(f"An image is segmented in mode 'whole' or 'slide', not {mode!r}.")
         prepared = self.prepare(image, fit=fit)
@@ -181,10 +197,12 @@ class Session:
             prepared.image_size,
             align_corners=self._architecture.decode_head.align_corners,
         )
-        after = time.perf_counter() - start
-        return self._answer(
-            labels, prepared.placement.fit, "whole", prepared.seconds, inference_seconds, after
-        )
+        timings = {
+            "preprocess": prepared.seconds,
+            "inference": inference_seconds,
+            "postprocess": time.perf_counter() - start,
+        }
+        return self._answer(labels, prepared.placement.fit, "whole", timings)
 
     def run(self, batch: npt.NDArray[np.uint8] | Logits) -> Logits:
         """A segmentor's logits for a batch of images of exactly the bundle's size.
@@ -197,11 +215,11 @@ class Session:
         """
         inputs = self._as_input(batch)
         count, position, parts = len(inputs), 0, []
-        for size in plan_batches(count, self.batch_sizes, self._backend.batch_cost):
+        for size in plan_batches(count, self.batch_sizes, self.batch_cost):
             part = inputs[position : position + size]
             if len(part) < size:
                 part = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-            logits = self._graph(size).run({"images": np.ascontiguousarray(part)})["logits"]
+            logits = self._graphs.get(size).run({"images": np.ascontiguousarray(part)})["logits"]
             parts.append(logits[: count - position])
             position += size
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -215,12 +233,14 @@ class Session:
         for batch in self.batch_sizes:
             problem = feeds_problem(self.bundle.manifest.inputs[batch], feeds)
             if problem is None:
-                return self._graph(batch).run(feeds)
+                return self._graphs.get(batch).run(feeds)
             problems.append(f"at batch {batch}, {problem}")
         raise BackendError(f"No graph of this bundle takes these inputs: {'; '.join(problems)}.")
 
     def warm_up(self, batch_sizes: Sequence[int] | None = None) -> float:
         """Load the graphs and run each once, so that the first request is as fast as any.
+
+        A segmentor's pre- and postprocessing run once as well.
 
         :param batch_sizes: those to warm up; all when not given.
         :returns: the seconds it took.
@@ -232,14 +252,23 @@ class Session:
                 raise BackendError(
                     f"The bundle has no graph of batch {batch}, only {list(self.batch_sizes)}."
                 )
-            self._graph(batch).run({s.name: np.zeros(s.shape, dtype=s.dtype) for s in specs})
+            feeds = {s.name: np.zeros(s.shape, dtype=s.dtype) for s in specs}
+            answers = self._graphs.get(batch).run(feeds)
+        if self.bundle.manifest.kind == "segmentor" and len(self.classes) > 1:
+            black = self.prepare(np.zeros((*self.input_size, 3), np.uint8))
+            self.finish(black, answers["logits"][0])
         return time.perf_counter() - start
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._graphs.closed
+
+    _closed = closed  # read by tests of the service
 
     def close(self) -> None:
         """Let go of the graphs and their memory. Runs under way end first."""
-        with self._lock:
-            self._closed = True
-            self._graphs.clear()
+        self._graphs.close()
 
     def __enter__(self) -> Session:
         return self
@@ -251,20 +280,6 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _graph(self, batch: int) -> Graph:
-        graph = self._graphs.get(batch)
-        if graph is None and not self._closed:
-            # Only what is not loaded yet waits for the lock, so that one batch size can
-            # load while another answers.
-            with self._lock:
-                if not self._closed:
-                    if batch not in self._graphs:
-                        self._graphs[batch] = self._backend.load(self.bundle, batch)
-                    graph = self._graphs[batch]
-        if graph is None or self._closed:
-            raise BackendError("The session is closed; open the bundle again.")
-        return graph
 
     def _as_input(self, batch: npt.NDArray[Any]) -> Logits:
         height, width = self.input_size
@@ -284,41 +299,9 @@ class Session:
             "an image of any size."
         )
 
-    def _slide(self, image: npt.NDArray[np.uint8]) -> Segmentation:
-        start = time.perf_counter()
-        head = self._architecture.decode_head
-        check_classes(head.num_classes)
-        image = check_image(image)
-        size, crop = (image.shape[0], image.shape[1]), self.input_size
-        stride = slide_stride(self._architecture.test, crop)
-        resized = resize(image, *published_size(*size, self._preprocessing))
-        spent = _Stopwatch()
-        source = SlidingRows(
-            resized,
-            self._preprocessing,
-            crop,
-            stride,
-            lambda inputs: spent.measure(lambda: self.run(inputs)),
-            classes=head.num_classes,
-            batch=self.batch_sizes[-1],
-            align_corners=head.align_corners,
-        )
-        before = time.perf_counter() - start
-        labels = slide_labels(source, size, align_corners=head.align_corners)
-        after = time.perf_counter() - start - before - spent.seconds
-        fit: Literal["pad", "exact"] = "pad" if source.padded else "exact"
-        return self._answer(labels, fit, "slide", before, spent.seconds, after)
-
     def _answer(
-        self,
-        labels: Labels,
-        fit: Literal["exact", "stretch", "pad"],
-        mode: Mode,
-        before: float,
-        inference: float,
-        after: float,
+        self, labels: Labels, fit: FitDone, mode: Mode, timings: dict[str, float]
     ) -> Segmentation:
-        timings = {"preprocess": before, "inference": inference, "postprocess": after}
         return Segmentation(labels, self.classes, self.palette, fit, mode, timings)
 
     def _not_a_segmentor(self) -> BundleError:
@@ -326,15 +309,3 @@ class Session:
             f"The bundle {self.bundle.path} is of a {self.bundle.manifest.kind}, which does not "
             "segment images. Use run_raw with its own inputs."
         )
-
-
-@dataclass
-class _Stopwatch:
-    seconds: float = field(default=0.0)
-
-    def measure(self, call: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return call()
-        finally:
-            self.seconds += time.perf_counter() - start

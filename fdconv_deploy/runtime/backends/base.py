@@ -46,11 +46,13 @@ class BackendOptions:
     """What a caller may set. ``None`` leaves it to the backend.
 
     ``threads``: CPU threads per run. ``providers``: ONNX Runtime execution providers, in
-    its own notation, in place of those the backend stands for.
+    its own notation, in place of those the backend stands for. ``spinning``: threads wait
+    busily within a run.
     """
 
     threads: int | None = None
     providers: tuple[Any, ...] | None = None
+    spinning: bool = True
 
 
 def feeds_problem(specs: tuple[TensorSpec, ...], feeds: Tensors) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.bundle import Bundle
 
 from .base import BackendOptions, Tensors
+from .cores import available_cores
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -19,6 +21,8 @@ _INSTALL = {
     CPU: "pip install 'fdconv-deploy[cpu]'",
     CUDA: "pip install 'fdconv-deploy[gpu]'",
 }
+_MARK = re.compile(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
+_NO_MEMORY = re.compile(r"bad_?alloc|bad allocation|[Ff]ailed to allocate memory|out of memory")
 _NUMPY_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -41,7 +45,8 @@ class OnnxRuntimeBackend:
         self.name = "onnxruntime-cuda" if provider == CUDA else "onnxruntime-cpu"
         self.device = "cuda" if provider == CUDA else "cpu"
         self._provider = provider
-        self._threads = options.threads
+        self._threads = options.threads or available_cores()
+        self._spinning = options.spinning
         if options.providers is not None:
             self._providers: list[Any] = list(options.providers)
             self._provider = first_name(self._providers)
@@ -62,17 +67,15 @@ class OnnxRuntimeBackend:
 
     def load(self, bundle: Bundle, batch: int) -> OnnxRuntimeGraph:
         """Load the graph of one batch size. See :class:`Backend`."""
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 3  # errors; they are raised as well
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
+        options = self._session_options()
         name = bundle.manifest.models[batch]
         try:
             session = self._ort.InferenceSession(
                 str(bundle.model_path(batch)), options, providers=self._providers
             )
         except Exception as error:
-            raise BackendError(
+            doing = f"loading {name!r} of the bundle {bundle.path}"
+            raise _out_of_memory(error, doing) or BackendError(
                 f"ONNX Runtime cannot load {name!r} of the bundle {bundle.path}: "
                 f"{first_line(error)}. Update onnxruntime, or export the bundle again."
             ) from error
@@ -87,6 +90,26 @@ class OnnxRuntimeBackend:
         _check_signature(bundle, batch, session)
         return OnnxRuntimeGraph(session, name)
 
+    def _session_options(self) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3  # errors; they are raised as well
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        # A number, since with none ONNX Runtime counts the machine's cores and pins a thread
+        # to each, whatever share of them this process has.
+        options.intra_op_num_threads = self._threads
+        options.add_session_config_entry(
+            "session.intra_op.allow_spinning", "1" if self._spinning else "0"
+        )
+        # Threads that go on spinning after a run take a core from whatever comes next:
+        # postprocessing, or another model's run.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # A memory pattern is a second, contiguous arena block as large as a run's peak, and is
+        # taken at the second run only. Without it UPerNet-R50 at 512×512 holds 775 MB rather
+        # than 1112 at batch 1, and the run after warm-up is like any later one; the time is the
+        # same (benchmarks.session --variants).
+        options.enable_mem_pattern = False
+        return options
+
     def batch_cost(self, batch: int) -> float:
         """The cost of one run at this batch size. See :class:`Backend`."""
         # A GPU answers a small batch in little more time than one image.
@@ -94,7 +117,13 @@ class OnnxRuntimeBackend:
 
 
 class OnnxRuntimeGraph:
-    """One loaded graph. See :class:`Graph`."""
+    """One loaded graph. See :class:`Graph`.
+
+    No IO binding: ONNX Runtime reads contiguous numpy inputs where they lie, and binding an
+    output to a caller's fresh array instead of copying it there saves less than a millisecond
+    of a run (benchmarks.session --binding). Outputs kept for reuse would have to be copied
+    anyway, since answers belong to their callers.
+    """
 
     def __init__(self, session: Any, name: str) -> None:
         self._session = session
@@ -106,8 +135,9 @@ class OnnxRuntimeGraph:
         try:
             values = self._session.run(self._outputs, dict(feeds))
         except Exception as error:
-            raise BackendError(
-                f"ONNX Runtime failed while running {self._name!r}: {first_line(error)}."
+            raise _out_of_memory(error, f"running {self._name!r}") or BackendError(
+                f"ONNX Runtime failed while running {self._name!r}: {first_line(error)}. If it "
+                "fails again, update onnxruntime, or export the bundle again."
             ) from error
         return dict(zip(self._outputs, values, strict=True))
 
@@ -150,9 +180,21 @@ def first_name(providers: list[Any]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, without its full stop."""
-    lines = str(error).strip().splitlines()
+    """The first line of an error's text, without ONNX Runtime's mark and the full stop."""
+    lines = _MARK.sub("", str(error).strip()).splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(". ")
+
+
+def _out_of_memory(error: Exception, doing: str) -> BackendError | None:
+    text = str(error)
+    if not isinstance(error, MemoryError) and not _NO_MEMORY.search(text):
+        return None
+    asked = re.search(r"buffer of size (\d+)", text)
+    found = f" It asked for {int(asked[1]) / 1e6:,.0f} MB more." if asked else ""
+    return BackendError(
+        f"ONNX Runtime ran out of memory while {doing}.{found} Free some, or use a bundle of a "
+        "smaller batch size or input."
+    )
 
 
 def _check_signature(bundle: Bundle, batch: int, session: Any) -> None:
