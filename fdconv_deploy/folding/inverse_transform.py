@@ -25,7 +25,7 @@ Float64 = NDArray[np.float64]
 
 # A product with a 2n × 2n matrix costs per number of its output about as much as OVERHEAD + 2n
 # multiplications: reading and writing outweigh short rows. Measured in ONNX Runtime on two
-# AVX-512 cores, 16 ≤ 2n ≤ 96, 2.4 million numbers (benchmarks/transform_stages.py).
+# AVX-512 cores, 16 ≤ 2n ≤ 96, 2.4 million numbers (benchmarks/primitives.py).
 OVERHEAD = 11
 MOST_STAGES = 3
 

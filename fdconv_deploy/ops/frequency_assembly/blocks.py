@@ -28,7 +28,7 @@ class GroupBlocks:
 
 
 def _cost(patterns: int, length: int, bins: int) -> float:
-    """Nanoseconds of gathering: measured in ONNX Runtime, benchmarks/gather_blocks.py."""
+    """Nanoseconds of gathering: measured in ONNX Runtime, benchmarks/primitives.py."""
     return 3.0 * patterns * length + (2.6 + 0.4 * length) * bins / length
 
 
