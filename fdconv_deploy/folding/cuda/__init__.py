@@ -1,0 +1,20 @@
+"""The folded network on an NVIDIA GPU: fused kernels, channels-last half precision, CUDA graph.
+
+Needs Triton (``pip install 'fdconv-deploy[gpu]'``) and a CUDA build of PyTorch.
+"""
+
+from fdconv_deploy.errors import BackendError
+
+try:
+    import triton as _triton  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+except ImportError:
+    raise BackendError(
+        "the fused GPU kernels need Triton, which is not installed. Install it with "
+        "pip install 'fdconv-deploy[gpu]', or use fold_network."
+    ) from None
+
+from fdconv_deploy.folding.cuda.capture import CapturedNetwork
+from fdconv_deploy.folding.cuda.layer import FusedConv2d
+from fdconv_deploy.folding.cuda.network import FusedNetwork, fuse_network, require_cuda
+
+__all__ = ["CapturedNetwork", "FusedConv2d", "FusedNetwork", "fuse_network", "require_cuda"]

@@ -1,0 +1,196 @@
+"""A folded layer whose kernels are assembled by two GPU kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdconv_deploy.errors import BackendError
+from fdconv_deploy.folding.cuda.bands import FusedBandModulation
+from fdconv_deploy.folding.layer import FoldedConv
+from fdconv_deploy.ops.frequency_assembly.kernel_launch import assembly_sizes
+from fdconv_deploy.ops.frequency_assembly.kernel_layout import (
+    column_transform,
+    kernel_spectrum,
+    root_table,
+    transform_of,
+)
+from fdconv_deploy.ops.frequency_assembly.torch_op import assemble_kernels
+
+
+class FusedConv2d(nn.Module):
+    """A folded FDConv layer on a GPU: ``(B, I, H, W)`` -> ``(B, O, H', W')``, any batch.
+
+    Attentions and kernels are computed in float32 and the kernels written in ``dtype``, which
+    inputs and outputs have too. Its float32 constants stay so: do not cast the module.
+
+    Args:
+        folded: the layer at its input size.
+        dtype: float32, float16 or bfloat16.
+        channels_last: the memory format of input, kernels and output.
+    """
+
+    def __init__(
+        self,
+        folded: FoldedConv,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.folded, self.dtype, self.channels_last = folded, dtype, channels_last
+        self.bands = (
+            FusedBandModulation(folded.bands, dtype, channels_last)
+            if folded.bands is not None
+            else None
+        )
+        constants: dict[str, np.ndarray | None] = {
+            "bias": folded.bias,
+            "output_scale": folded.output_scale,
+            "constant_weight": folded.constant_weight,
+            "local_weight": None,
+        }
+        self.sizes: list[int] = []
+        if folded.constant_weight is None and folded.spectrum is not None:
+            modulation, spectrum = folded.modulation, kernel_spectrum(folded.spectrum)
+            sizes = assembly_sizes(folded, spectrum)
+            self.sizes = sizes.numbers()
+            constants |= {
+                "hidden": modulation.hidden,
+                "hidden_bias": modulation.hidden_bias,
+                "heads": modulation.heads,
+                "head_bias": modulation.head_bias,
+                "values": spectrum.values,
+                "groups": spectrum.groups,
+                "row_table": root_table(sizes.rows, transform_of(sizes.rows)),
+                "column_table": root_table(
+                    sizes.columns, column_transform(sizes.columns, folded.kernel_size[1])
+                ),
+            }
+            if folded.local is not None:
+                constants["local_weight"] = folded.local.weight
+                constants["norm_weight"] = folded.local.norm_weight
+                constants["norm_bias"] = folded.local.norm_bias
+        for name, value in constants.items():
+            tensor = None if value is None else torch.tensor(value)
+            if tensor is not None and name == "constant_weight":
+                tensor = self._laid_out(tensor.to(dtype))
+            self.register_buffer(name, tensor)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+    def gates(self, average: Tensor) -> Tensor:
+        """``(B, I)`` float32 averages -> all attentions ``(B, heads)``, as `FoldedModulation`."""
+        modulation = self.folded.modulation
+        hidden = F.linear(average, self.get_buffer("hidden"), self.get_buffer("hidden_bias"))
+        logits = F.linear(
+            hidden.relu().square(), self.get_buffer("heads"), self.get_buffer("head_bias")
+        )
+        if not modulation.softmax:
+            return logits.sigmoid()
+        kernel, others = logits.tensor_split([modulation.kernel], 1)
+        return torch.cat([kernel.softmax(1), others.sigmoid()], 1)
+
+    def kernels(self, average: Tensor, gates: Tensor) -> Tensor:
+        """One kernel per image, ``(B·O, I, kh, kw)`` of ``dtype``."""
+        local = self.folded.local
+        normalised = None
+        if local is not None:
+            weight, bias = self.get_buffer("norm_weight"), self.get_buffer("norm_bias")
+            normalised = F.layer_norm(average, average.shape[1:], weight, bias, local.epsilon)
+        scale = self.output_scale if self.folded.filter_side == "kernel" else None
+        return assemble_kernels(
+            gates,
+            normalised,
+            self.get_buffer("values"),
+            self.get_buffer("groups"),
+            self.get_buffer("row_table"),
+            self.get_buffer("column_table"),
+            self.local_weight,
+            scale,
+            self.sizes,
+            self.dtype,
+            self.channels_last,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: ``(B, I, H, W)`` of ``dtype`` at the folded size.
+
+        Raises:
+            BackendError: x is of another shape or type, or not on a GPU.
+        """
+        folded = self.folded
+        expected = folded.in_channels, *folded.input_size
+        if tuple(x.shape[1:]) != expected or x.dtype != self.dtype:
+            raise BackendError(
+                f"layer {folded.name!r} was folded for {self.dtype} inputs (B, "
+                f"{', '.join(map(str, expected))}), got {x.dtype} {tuple(x.shape)}. "
+                "Fold the network again for this size and type."
+            )
+        average = x.mean((2, 3), dtype=torch.float32)
+        if self.bands is not None:
+            x = self.bands(x)
+        scale = None
+        if self.constant_weight is not None:
+            y = self._convolved(x, self.get_buffer("constant_weight"), shared=True)
+            scale = None if self.output_scale is None else self.get_buffer("output_scale")[None]
+        else:
+            gates = self.gates(average)
+            kernels = self.kernels(average, gates)
+            if folded.modulation.channel and folded.channel_side == "feature":
+                start = len(folded.modulation.heads) - folded.modulation.channel
+                x = x * gates[:, start:, None, None].to(self.dtype)
+            y = self._convolved(x, kernels, shared=False)
+            if folded.filter_side == "feature":
+                scale = self._filter(gates)
+        if scale is not None:
+            y = y * scale[:, :, None, None].to(self.dtype)
+        if self.bias is not None:
+            y = y + self.get_buffer("bias")[:, None, None].to(self.dtype)
+        return y
+
+    def _filter(self, gates: Tensor) -> Tensor | None:
+        modulation = self.folded.modulation
+        scale = None if self.output_scale is None else self.get_buffer("output_scale")[None]
+        if modulation.filter == 0:
+            return scale
+        filter_ = gates[:, modulation.kernel : modulation.kernel + modulation.filter]
+        return filter_ if scale is None else filter_ * scale
+
+    def _convolved(self, x: Tensor, weight: Tensor, shared: bool) -> Tensor:
+        """Each image with its own kernel; with the one kernel if ``shared``."""
+        folded = self.folded
+        batch = len(x)
+        top, left, bottom, right = folded.padding
+        if folded.kernel_size == (1, 1) and folded.padding == (0, 0, 0, 0) and not shared:
+            return self._pointwise(x, weight)
+        if (top, left) != (bottom, right):
+            x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
+        x = self._laid_out(x)
+        stride, dilation = folded.stride, folded.dilation
+        if shared or batch == 1:
+            return F.conv2d(x, weight, None, stride, (top, left), dilation)
+        if self.channels_last:
+            # Channels of several images do not lie side by side there, as one convolution of
+            # B groups would need them.
+            images = zip(x.split(1), weight.split(folded.out_channels), strict=True)
+            results = [F.conv2d(i, w, None, stride, (top, left), dilation) for i, w in images]
+            return self._laid_out(torch.cat(results))
+        joined = x.reshape(1, -1, *x.shape[2:])
+        y = F.conv2d(joined, weight, None, stride, (top, left), dilation, batch)
+        return y.reshape(batch, folded.out_channels, *folded.output_size)
+
+    def _pointwise(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A 1×1 convolution is one batched matrix product."""
+        folded = self.folded
+        batch, (height, width) = len(x), folded.output_size
+        x = x[:, :, :: folded.stride[0], :: folded.stride[1]]
+        matrices = weight.view(batch, folded.out_channels, folded.in_channels)
+        if self.channels_last:
+            pixels = x.permute(0, 2, 3, 1).reshape(batch, height * width, -1)
+            y = torch.bmm(pixels, matrices.transpose(1, 2))
+            return y.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        y = torch.bmm(matrices, x.reshape(batch, folded.in_channels, -1))
+        return y.view(batch, -1, height, width)

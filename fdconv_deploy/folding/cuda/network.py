@@ -1,0 +1,93 @@
+"""Any network with FDConv layers -> the same network on a GPU for one input shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fdconv_deploy.errors import BackendError, ExportError
+from fdconv_deploy.folding.cuda.layer import FusedConv2d
+from fdconv_deploy.folding.layer import fold_layer
+from fdconv_deploy.folding.network import dynamic_layers, input_sizes, replace_layers
+from fdconv_deploy.ops.torch_launch import interpreting
+
+
+def require_cuda() -> None:
+    """Raise where the fused network cannot run.
+
+    Raises:
+        BackendError: PyTorch sees no CUDA device.
+    """
+    if torch.cuda.is_available():
+        return
+    build = torch.version.cuda
+    found = "this PyTorch is built without CUDA" if build is None else "PyTorch sees no CUDA device"
+    raise BackendError(
+        f"the fused kernels need an NVIDIA GPU, and {found} ({torch.__version__}). Use "
+        "fold_network for PyTorch on the CPU, or an exported bundle with ONNX Runtime."
+    )
+
+
+class FusedNetwork(nn.Module):
+    """A network on the GPU whose FDConv layers are fused. See `fuse_network`."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype, channels_last: bool) -> None:
+        super().__init__()
+        self.network, self.dtype, self.channels_last = network, dtype, channels_last
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Any:
+        """``x``: as the example the network was folded for, float32 or ``dtype``."""
+        memory = torch.channels_last if self.channels_last else torch.contiguous_format
+        return self.network(x.to(self.dtype).contiguous(memory_format=memory))
+
+
+class _Place(nn.Module):
+    """Where a fused layer goes once everything around it has its type."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
+def fuse_network(
+    network: nn.Module,
+    example: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> FusedNetwork:
+    """A copy of ``network`` on the GPU, its FDConv layers fused for ``example``'s shape.
+
+    Args:
+        network: in eval mode, on the CPU; not changed.
+        example: one input, e.g. ``(1, 3, H, W)`` float32. The batch size is free afterwards.
+        dtype: of weights and features: float32, float16 or bfloat16. Kernel assembly is
+            float32 in any case. Outputs are of this type.
+        channels_last: the memory format; the faster one with float16.
+
+    Raises:
+        BackendError: PyTorch sees no CUDA device.
+        ExportError: the network is in training mode, or a layer has no one input size.
+    """
+    if network.training:
+        raise ExportError("the network is in training mode; call .eval() before fusing it.")
+    if not interpreting():
+        require_cuda()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = input_sizes(network, example)
+    copy = replace_layers(network, lambda name, _layer: _Place(name)).to(device, dtype)
+    if channels_last:
+        copy = copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fused = {
+        name: FusedConv2d(fold_layer(layer, sizes[name], name=name), dtype, channels_last)
+        for name, layer in dynamic_layers(network).items()
+    }
+    holder = FusedNetwork(copy, dtype, channels_last)
+    for parent in list(holder.modules()):
+        for key, child in parent.named_children():
+            if isinstance(child, _Place):
+                parent.register_module(key, fused[child.name].to(device))
+    return holder.eval()

@@ -1,0 +1,98 @@
+"""``torch.ops.fdconv.assemble_kernels``: the two assembly kernels as a PyTorch operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdconv_deploy.ops.frequency_assembly import kernel_columns, kernel_rows
+from fdconv_deploy.ops.frequency_assembly.kernel_launch import (
+    AssemblySizes,
+    column_launch,
+    half_shape,
+    row_launch,
+)
+from fdconv_deploy.ops.torch_launch import launch, require_device
+
+
+@torch.library.custom_op("fdconv::assemble_kernels", mutates_args=())
+def assemble_kernels(
+    gates: Tensor,
+    average: Tensor | None,
+    values: Tensor,
+    groups: Tensor,
+    row_table: Tensor,
+    column_table: Tensor,
+    local_weight: Tensor | None,
+    output_scale: Tensor | None,
+    sizes: list[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    """One kernel per image from its attentions.
+
+    Args:
+        gates: ``(B, heads)`` float32, all attentions after their activations.
+        average: ``(B, I)`` float32, the normalised average, with local attention only.
+        values, groups: a `KernelSpectrum`'s.
+        row_table, column_table: ``(2, n)`` float32, of `kernel_layout`.
+        local_weight: ``(R, kernel width · taps)`` float32, with local attention only.
+        output_scale: ``(O,)`` float32, with a following BatchNorm only.
+        sizes: `AssemblySizes.numbers`.
+        dtype: of the result; arithmetic is float32.
+        channels_last: the result's memory format.
+
+    Returns:
+        ``(B·O, I, kh, kw)``, the weight of a convolution of B groups. No gradients.
+
+    Raises:
+        BackendError: the tensors are not on a GPU (and Triton does not interpret).
+    """
+    require_device(gates, "fdconv::assemble_kernels")
+    layer = AssemblySizes.of(sizes)
+    gates = gates.contiguous()
+    batch = gates.shape[0]
+    half = gates.new_empty((batch, *half_shape(layer)))
+    weight = _result(gates, layer, dtype, channels_last)
+    launch(kernel_rows, row_launch(layer), batch, gates, values, groups, row_table, half)
+    columns = column_launch(layer, channels_last=channels_last, dtype=str(dtype).split(".")[1])
+    # A pointer that a kernel never follows may point anywhere.
+    launch(
+        kernel_columns,
+        columns,
+        batch,
+        half,
+        gates,
+        column_table,
+        gates if average is None else average.contiguous(),
+        gates if local_weight is None else local_weight,
+        gates if output_scale is None else output_scale,
+        weight,
+    )
+    return weight
+
+
+def _result(gates: Tensor, layer: AssemblySizes, dtype: torch.dtype, last: bool) -> Tensor:
+    return torch.empty(
+        (gates.shape[0] * layer.out_channels, layer.in_channels, *layer.kernel_size),
+        dtype=dtype,
+        device=gates.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+
+
+@assemble_kernels.register_fake
+def _(
+    gates: Tensor,
+    average: Tensor | None,
+    values: Tensor,
+    groups: Tensor,
+    row_table: Tensor,
+    column_table: Tensor,
+    local_weight: Tensor | None,
+    output_scale: Tensor | None,
+    sizes: list[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    return _result(gates, AssemblySizes.of(sizes), dtype, channels_last)
