@@ -29,7 +29,7 @@ class GroupBlocks:
 
 def _cost(patterns: int, length: int, bins: int) -> float:
     """Nanoseconds of gathering: measured in ONNX Runtime, benchmarks/primitives.py."""
-    return 3.0 * patterns * length + (2.6 + 0.4 * length) * bins / length
+    return 2.9 * patterns * length + (2.8 + 0.11 * length) * bins / length
 
 
 def group_blocks(groups: NDArray[Any]) -> GroupBlocks:
