@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,18 +13,45 @@ from fdconv_deploy.errors import FDConvError
 
 
 def serve(
-    bundles: Annotated[list[Path], typer.Argument(help="Bundles to serve.")],
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles, or folders of bundles.")],
     host: Annotated[str, typer.Option(help="0.0.0.0 listens to other machines too.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     backend: Backend = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per run.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Inference runs at a time.")] = 1,
-    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 503.")] = 16,
+    isolation: Annotated[
+        str, typer.Option(help="Run in 'thread's, or a 'process' each.")
+    ] = "thread",
+    queue: Annotated[int, typer.Option(min=0, help="Images that may wait; more get 503.")] = 16,
+    batch_delay_ms: Annotated[float, typer.Option(min=0, help="Wait so long for company.")] = 0.0,
+    load: Annotated[str, typer.Option(help="Load models at the 'start' or on 'demand'.")] = "start",
+    memory_budget_mb: Annotated[
+        int | None, typer.Option(min=1, help="Unload models beyond it, least used first.")
+    ] = None,
+    reload_seconds: Annotated[
+        float, typer.Option(min=0, help="Look for changed bundles so often; 0 never.")
+    ] = 0.0,
+    model_control: Annotated[
+        bool, typer.Option("--model-control", help="Clients may load and unload models.")
+    ] = False,
+    grpc_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve KServe's gRPC there too.")
+    ] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="One key a line; then one is needed.")
+    ] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(metavar="PEM")] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="PEM")] = None,
+    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    settings: Annotated[
+        Path | None,
+        typer.Option(metavar="JSON", help="A file of any settings; see docs/serving.md."),
+    ] = None,
 ) -> None:
-    """Serve bundles over HTTP: POST an image to /v1/segment."""
+    """Serve bundles over HTTP: POST an image to /v1/segment, or try it in a browser at /."""
     try:
         import serve as service
-        from serve.settings import Settings as ServiceSettings
     except ImportError as error:
         raise FDConvError(
             f"the service needs {error.name}, which is not installed: "
@@ -33,5 +61,50 @@ def serve(
         raise typer.BadParameter(
             f"--log-level is debug, info, warning or error, not {log_level!r}."
         )
-    settings = ServiceSettings(backend=backend, workers=workers, queue_limit=queue)
-    service.run(bundles, host, port, settings, log_level=log_level)
+    given: dict[str, Any] = {
+        "backend": backend,
+        "threads": threads,
+        "workers": workers,
+        "isolation": isolation,
+        "queue_limit": queue,
+        "batch_delay_ms": batch_delay_ms,
+        "load": load,
+        "memory_budget_bytes": memory_budget_mb and memory_budget_mb << 20,
+        "reload_seconds": reload_seconds,
+        "model_control": model_control,
+        "grpc_port": grpc_port,
+        "tls_certificate": tls_certificate,
+        "tls_key": tls_key,
+        "log_format": log_format,
+    }
+    if api_keys is not None:
+        given["api_keys"] = [key for key in api_keys.read_text().split() if key]
+    # The command line wins over the file, where it says anything of its own.
+    defaults = {name: field.default for name, field in service.Settings.model_fields.items()}
+    said = {name: value for name, value in given.items() if value != defaults[name]}
+    service.run(bundles, host, port, _checked({**_read(settings), **said}), log_level=log_level)
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FDConvError(f"the settings in {path} are not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise FDConvError(f"the settings in {path} must be a JSON object.")
+    return found
+
+
+def _checked(values: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    from serve import Settings
+
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "they"
+        raise FDConvError(f"the settings are not valid: {where}: {first['msg']}.") from error

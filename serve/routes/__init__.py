@@ -2,6 +2,14 @@
 
 from . import health, kserve, models, pages, segment
 
-ROUTERS = (segment.router, models.router, kserve.router, health.router, pages.router)
+# In the order in which they are tried: what is asked most comes first.
+ROUTERS = (
+    kserve.infer_router,
+    segment.router,
+    health.router,
+    models.router,
+    kserve.router,
+    pages.router,
+)
 
 __all__ = ["ROUTERS"]

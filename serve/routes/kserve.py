@@ -26,6 +26,8 @@ from serve.schemas import (
 from .common import note, service_of, while_connected
 
 router = APIRouter(prefix="/v2", tags=["KServe v2"])
+# By itself and matched before all others: every route tried before the right one costs time.
+infer_router = APIRouter(prefix="/v2", tags=["KServe v2"])
 # JSON larger than this is read and written beside the event loop.
 _SMALL = 64 << 10
 _NOT_FOUND = problem_docs(401, 404)
@@ -116,14 +118,14 @@ _INFER_ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post(
+@infer_router.post(
     "/models/{name}/infer",
     summary="Run a model on a tensor",
     response_class=Response,
     responses=_INFER_ANSWERS,
     openapi_extra=_INFER_BODY,
 )
-@router.post(
+@infer_router.post(
     "/models/{name}/versions/{version}/infer",
     summary="Run a model of one version on a tensor",
     response_class=Response,

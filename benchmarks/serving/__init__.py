@@ -1,0 +1,1 @@
+"""Load on the service, over loopback, both sides of every comparison in one run."""

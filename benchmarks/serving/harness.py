@@ -1,0 +1,266 @@
+"""What the load scripts share: servers as child processes, a thin client, loops, numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+class Connection:
+    """One kept-alive HTTP/1.1 connection, with next to no work of its own."""
+
+    def __init__(self, port: int, timeout: float = 60.0) -> None:
+        self._port, self._timeout = port, timeout
+        self._connect()
+
+    def _connect(self) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", self._port), self._timeout)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._file = self._socket.makefile("rb", 1 << 20)
+
+    def post(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, dict, bytes]:
+        """Status, lower-case headers, body. A ``ConnectionError`` if it ends before that."""
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        head += "".join(f"{k}: {v}\r\n" for k, v in headers.items()) + "\r\n"
+        if len(body) < 1 << 16:
+            self._socket.sendall(head.encode() + body)
+        else:
+            self._socket.sendall(head.encode())
+            self._socket.sendall(body)
+        line = self._file.readline()
+        if not line:
+            raise ConnectionResetError("closed before an answer")
+        found: dict[str, str] = {}
+        while (text := self._file.readline()) not in (b"\r\n", b""):
+            name, _, value = text.decode("latin-1").partition(":")
+            found[name.strip().lower()] = value.strip()
+        size = int(found.get("content-length", 0))
+        data = self._file.read(size)
+        if len(data) != size:
+            raise ConnectionResetError("the answer was cut off")
+        if found.get("connection") == "close":
+            self._socket.close()
+            self._connect()
+        return int(line.split()[1]), found, data
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@dataclass
+class Load:
+    """What a closed or open loop saw. ``seconds`` by status; 0 stands for a broken connection."""
+
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+    wall: float = 0.0
+
+    def add(self, status: int, took: float) -> None:
+        self.seconds.setdefault(status, []).append(took)
+
+    def count(self, status: int = 200) -> int:
+        return len(self.seconds.get(status, []))
+
+    def per_second(self, each: int = 1) -> float:
+        return self.count() * each / self.wall
+
+    def percentile(self, share: float, status: int = 200) -> float:
+        found = sorted(self.seconds.get(status, [float("nan")]))
+        return found[min(int(share * len(found)), len(found) - 1)] * 1e3
+
+    def statuses(self) -> dict[int, int]:
+        return {status: len(times) for status, times in sorted(self.seconds.items())}
+
+
+def closed_loop(
+    port: int,
+    ask: Callable[[Connection], int],
+    *,
+    connections: int,
+    seconds: float,
+    keep_on: bool = False,
+) -> Load:
+    """``connections`` clients that each ask, wait for the answer, and ask again.
+
+    :param keep_on: a broken connection is counted and opened again, else it ends the load.
+    """
+    load, lock = Load(), threading.Lock()
+    start = time.perf_counter()
+    end = start + seconds
+
+    def client() -> None:
+        plug: Connection | None = None
+        while (begin := time.perf_counter()) < end:
+            try:
+                plug = plug or Connection(port)
+                status = ask(plug)
+            except OSError:
+                status = 0
+                if not keep_on:
+                    return
+                plug = None
+                time.sleep(0.01)
+            with lock:
+                load.add(status, time.perf_counter() - begin)
+        if plug:
+            plug.close()
+
+    threads = [threading.Thread(target=client) for _ in range(connections)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    load.wall = time.perf_counter() - start
+    if not load.count():
+        raise SystemExit(f"port {port} answered nothing with 200, but {load.statuses()}")
+    return load
+
+
+@dataclass
+class Server:
+    """A server under load."""
+
+    port: int
+    process: psutil.Popen
+
+    def rss(self) -> float:
+        """Resident memory in MB, of it and its children."""
+        everyone = [self.process, *self.process.children(recursive=True)]
+        return sum(p.memory_info().rss for p in everyone) / 2**20
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as r:
+                return r.status, r.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+
+@contextmanager
+def server(
+    command: list[str], *, ready: str = "/readyz", within: float = 120.0
+) -> Iterator[Server]:
+    """Run ``command``, in which ``{port}`` is replaced by a free port, until it is ready."""
+    port = free_port()
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = psutil.Popen(
+        [part.replace("{port}", str(port)) for part in command],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    found = Server(port, process)
+    try:
+        end = time.monotonic() + within
+        while True:
+            if process.poll() is not None or time.monotonic() > end:
+                raise SystemExit(f"{' '.join(command)} did not start")
+            try:
+                if found.get(ready)[0] == 200:
+                    break
+            except OSError:
+                pass
+            time.sleep(0.05)
+        yield found
+    finally:
+        stop(process)
+
+
+def stop(process: psutil.Popen) -> None:
+    """End a server and what it started."""
+    try:
+        family = process.children(recursive=True)
+        process.terminate()
+        process.wait(20)
+    except psutil.TimeoutExpired:
+        process.kill()
+    except psutil.NoSuchProcess:
+        return
+    for child in family:
+        if child.is_running():
+            child.kill()
+
+
+def ours(bundle: Path, *options: str) -> list[str]:
+    """The command that serves a bundle with one thread a run, as all sides here have."""
+    return [
+        *(sys.executable, "-m", "fdconv_deploy", "serve", str(bundle), "--port", "{port}"),
+        *("--threads", "1", "--log-level", "warning", *options),
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def demo_bundle(given: Path | None) -> Path:
+    """The bundle to serve: the one given, else the one `make demo` made."""
+    path = given or ROOT / "demo-output" / "bundle"
+    if not (path / "manifest.json").is_file():
+        raise SystemExit(f"There is no bundle at {path}: run `make demo`, or give --bundle.")
+    return path
+
+
+def scene(quality: int = 90) -> bytes:
+    """A packaged scene as a JPEG."""
+    path = ROOT / "fdconv_deploy" / "demo" / "assets" / "heldout" / "000.png"
+    buffer = io.BytesIO()
+    Image.open(path).convert("RGB").save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def machine() -> dict[str, Any]:
+    import onnxruntime
+
+    return {
+        "date": date.today().isoformat(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "onnxruntime": onnxruntime.__version__,
+        "load_average_before": os.getloadavg()[0],
+    }
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """Print a result, and keep it with the date in its name."""
+    text = json.dumps(result, indent=2)
+    print(text)
+    path = RESULTS / f"{date.today().isoformat()}-serving-{name}.json"
+    path.write_text(text + "\n", encoding="utf-8")
+    print(f"written to {path.relative_to(ROOT)}", file=sys.stderr)
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
