@@ -1,63 +1,81 @@
-"""Where an exported FDConv backbone's time goes, by operator: ONNX Runtime's own profile.
+"""Where an exported network's time goes: ``python -m benchmarks.profile_operators``.
 
-``python -m benchmarks.profile_operators`` prints milliseconds per run of each operator type in
-the R50 backbone at 512×512, FDConv beside its plain twin, both profiled in one process.
-Profiling itself adds a few percent.
+Milliseconds per run by part (convolutions, kernel assembly, band modulation, attention, the
+rest) and by operator, FDConv beside its plain twin, both profiled in one process by ONNX
+Runtime; by default the R50 backbone at 512×512.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import tempfile
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
-import onnxruntime as ort
+from benchmarks import machine
+from benchmarks.attribution import PARTS, as_json, profile
+from benchmarks.cases import NETWORKS, Case, parse_size
+from benchmarks.export_size import TOLERANCE
+from benchmarks.records import write_json
+from export import export_module
+from fdconv_deploy.runtime.backends.cores import available_cores
 
-from benchmarks.speed import make
-from export.inputs import made_up_images
-from export.pipeline import export_module
 
-RUNS = 10
+def measure(case: Case, folder: Path, *, threads: int, runs: int = 10) -> dict[str, Any]:
+    """Export both networks and profile them: JSON with ``fdconv`` and ``plain``."""
+    x = case.images()
+    result: dict[str, Any] = {"title": case.title, "case": case.as_dict()}
+    for name, dynamic in (("fdconv", True), ("plain", False)):
+        place = folder / name
+        place.mkdir()
+        network = case.make(dynamic=dynamic)
+        bundle = export_module(network, x, place / "bundle", tolerance=TOLERANCE)
+        model = bundle.model_path(case.batch)
+        costs = profile(model, {"input": x.numpy()}, place, threads=threads, runs=runs)
+        result[name] = as_json(costs)
+    return result
 
 
-def profile(kernel_num: int | None, folder: Path, depth: int, threads: int) -> dict[str, float]:
-    """Milliseconds per run by operator type."""
-    x = made_up_images(1, (512, 512), seed=1)
-    bundle = export_module(make("backbone", depth, kernel_num), x, folder, tolerance=1e-2)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.enable_profiling = True
-    options.profile_file_prefix = str(folder / "profile")
-    path = str(bundle.model_path(1))
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    for _ in range(RUNS + 2):
-        session.run(None, {"input": x.numpy()})
-    events = json.loads(Path(session.end_profiling()).read_text())
-    kernels = [e for e in events if e["name"].endswith("_kernel_time")]
-    kernels = kernels[2 * len(kernels) // (RUNS + 2) :]  # without the two that warm up
-    times: Counter[str] = Counter()
-    for event in kernels:
-        times[event["args"]["op_name"]] += event["dur"] / RUNS / 1e3
-    return dict(times)
+def show(result: dict[str, Any]) -> None:
+    """Print a result for people."""
+    fdconv, plain = result["fdconv"], result["plain"]
+    print(f"{result['title']}: milliseconds per run")
+    print(f"{'':24} {'FDConv':>10} {'plain':>10}   of FDConv's, the largest operators")
+    for part in PARTS:
+        largest = list(fdconv["operators_by_part"][part].items())[:5]
+        said = ", ".join(f"{operator} {spent:.1f}" for operator, spent in largest if spent >= 0.1)
+        print(f"{part:24} {fdconv['parts'][part]:10.1f} {plain['parts'][part]:10.1f}   {said}")
+    print(f"{'sum':24} {fdconv['total']:10.1f} {plain['total']:10.1f}\n")
+    print(f"{'operator':24} {'FDConv':>10} {'plain':>10}")
+    mine, others = fdconv["operators"], plain["operators"]
+    for operator in sorted(mine | others, key=lambda o: -mine.get(o, 0)):
+        print(f"{operator:24} {mine.get(operator, 0):10.2f} {others.get(operator, 0):10.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", choices=NETWORKS, default="backbone")
     parser.add_argument("--depth", type=int, default=50)
     parser.add_argument("--kernel-num", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--size", type=parse_size, default=(512, 512), help="HEIGHTxWIDTH")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--channels", type=int, default=64, help="the first stage's; narrower")
+    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="write the result here too")
     options = parser.parse_args()
+    machine.warn_if_busy()
+    case = Case(
+        options.network, options.depth, *options.size, options.batch, options.kernel_num,
+        options.channels,
+    )  # fmt: skip
+    where = machine.describe(options.threads)
     with tempfile.TemporaryDirectory() as name:
-        arguments = (options.depth, options.threads)
-        dynamic = profile(options.kernel_num, Path(name) / "fdconv", *arguments)
-        plain = profile(None, Path(name) / "plain", *arguments)
-    print(f"{'operator':24} {'FDConv ms':>10} {'plain ms':>10}")
-    for operator in sorted(dynamic | plain, key=lambda o: -dynamic.get(o, 0)):
-        print(f"{operator:24} {dynamic.get(operator, 0):10.2f} {plain.get(operator, 0):10.2f}")
-    print(f"{'sum':24} {sum(dynamic.values()):10.2f} {sum(plain.values()):10.2f}")
+        result = measure(case, Path(name), threads=options.threads, runs=options.runs)
+    show(result)
+    print(machine.say(where))
+    if options.json:
+        write_json(options.json, {"kind": "profile", "machine": where, **result})
 
 
 if __name__ == "__main__":

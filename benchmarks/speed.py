@@ -1,119 +1,167 @@
-"""What FDConv costs, side by side in one run: ``python -m benchmarks.speed``.
+"""What FDConv costs, side by side in one process: ``python -m benchmarks.speed``.
 
-Eager PyTorch as published, the folded network in PyTorch, the exported graph in ONNX Runtime,
+Eager PyTorch as published, the folded network in PyTorch, the exported bundle in ONNX Runtime,
 and the plain twin in both, one run of each in turn so that a machine's drift hits all alike.
-Medians; quote the ratios.
+Medians with quartiles; quote the ratios. The exports are made, and measured, in fresh processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
+import sys
 import tempfile
-import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
-from torch import Tensor, nn
 
-from benchmarks.networks import backbone, build, trained_like, upernet
-from export.inputs import made_up_images
-from export.pipeline import export_module
+from benchmarks import machine
+from benchmarks.cases import NETWORKS, Case, parse_size
+from benchmarks.export_size import measure as measure_export
+from benchmarks.records import write_json
+from benchmarks.timing import interleave, ratio, spread
 from fdconv_deploy.folding.network import fold_network
-from fdconv_deploy.nn import ResNet
+from fdconv_deploy.runtime import Session, open_session
+from fdconv_deploy.runtime.backends.cores import available_cores
+
+SIDES = {
+    "eager": "FDConv, PyTorch as published",
+    "folded": "FDConv, folded, PyTorch",
+    "exported": "FDConv, exported, ONNX Runtime",
+    "plain_eager": "plain twin, PyTorch",
+    "plain": "plain twin, ONNX Runtime",
+}
+RATIOS = (
+    ("exported", "eager"),
+    ("exported", "plain"),
+    ("folded", "eager"),
+    ("eager", "plain_eager"),
+)
 
 
-class LastFeature(nn.Module):
-    """A backbone that gives its last feature map alone."""
+def measure(
+    case: Case,
+    folder: Path,
+    *,
+    threads: int,
+    rounds: int = 15,
+    seconds: float = 120.0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Export both networks into ``folder``, then time all sides.
 
-    def __init__(self, network: ResNet) -> None:
-        super().__init__()
-        self.network = network
+    :returns: JSON: milliseconds by side, ratios, what the exports took, the exported graph's
+        error on the timed images, and how much of the machine others had.
+    """
+    torch.set_num_threads(threads)
+    progress("making the networks")
+    x = case.images()
+    dynamic, plain = case.make(), case.make(dynamic=False)
+    progress("exporting")
+    export = measure_export(case, dynamic, folder / "fdconv")
+    plain_export = measure_export(case, plain, folder / "plain", dynamic=False)
+    # Outside inference mode PyTorch would keep every layer's input for a backward pass.
+    with (
+        torch.inference_mode(),
+        open_session(folder / "fdconv", "onnxruntime-cpu", threads=threads) as fdconv_session,
+        open_session(folder / "plain", "onnxruntime-cpu", threads=threads) as plain_session,
+    ):
+        folded = fold_network(dynamic, x)
+        sides: dict[str, Callable[[], Any]] = {
+            "eager": lambda: dynamic(x),
+            "folded": lambda: folded(x),
+            "exported": _run(fdconv_session, x.numpy()),
+            "plain_eager": lambda: plain(x),
+            "plain": _run(plain_session, x.numpy()),
+        }
+        expected = sides["eager"]().numpy()
+        error = float(np.abs(sides["exported"]() - expected).max() / np.abs(expected).max())
+        with machine.Bystanders() as others:
+            times = interleave(sides, rounds=rounds, seconds=seconds, progress=progress)
+    return {
+        "title": case.title,
+        "case": case.as_dict(),
+        "commit": machine.commit(),
+        "ms": {side: spread(values) for side, values in times.items()},
+        "ratios": {f"{a}/{b}": ratio(times[a], times[b]) for a, b in RATIOS},
+        "max_rel_error": error,
+        "others_cpu": others.share,
+        "export": export,
+        "plain_export": plain_export,
+    }
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x)[-1]
+
+def _run(session: Session, x: np.ndarray) -> Callable[[], np.ndarray]:
+    """A call that runs a bundle the way a service does."""
+    (specs,) = session.bundle.manifest.inputs.values()
+    (name,) = (spec.name for spec in specs)
+    return lambda: next(iter(session.run_raw({name: x}).values()))
 
 
-def make(kind: str, depth: int, kernel_num: int | None) -> nn.Module:
-    if kind == "upernet":
-        return build(upernet(depth, kernel_num))
-    torch.manual_seed(0)
-    return trained_like(LastFeature(ResNet(backbone(depth, kernel_num))))
+def show(result: dict[str, Any]) -> None:
+    """Print a result for people."""
+    print(result["title"])
+    for side, name in SIDES.items():
+        ms = result["ms"][side]
+        print(
+            f"  {name:32} {ms['median']:9.1f} ms  [{ms['q1']:.1f} to {ms['q3']:.1f}], "
+            f"fastest {ms['min']:.1f}, {ms['runs']} runs"
+        )
+    for name, value in result["ratios"].items():
+        print(f"  {name:32} {value['value']:9.3f}     [{value['q1']:.3f} to {value['q3']:.3f}]")
+    export = result["export"]
+    print(
+        f"  export {export['export_seconds']} s, {export['peak_mb']} MB peak, {export['nodes']} "
+        f"nodes, {export['bundle_mb']} MB bundle; error {result['max_rel_error']:.1e}"
+    )
+    others = result["others_cpu"]
+    if others is not None and others > machine.QUIET:
+        print(f"  Others had {others:.0%} of the CPUs meanwhile: measure again before quoting.")
 
 
-def in_onnxruntime(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Callable:
-    # Parity has tests of its own; here a random network's rounding must not stop the clock.
-    bundle = export_module(network, x, folder, tolerance=1e-2)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    path = str(bundle.model_path(len(x)))
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {"input": x.numpy()}
-    return lambda: session.run(None, feed)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to measure, the same for one case and for many."""
+    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--rounds", type=int, default=15, help="runs of each side, at most")
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, help="timing per case; 5 rounds are run anyway"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--network", choices=["backbone", "upernet"], default="backbone")
+    parser.add_argument("--network", choices=NETWORKS, default="backbone")
     parser.add_argument("--depth", type=int, default=50)
     parser.add_argument("--kernel-num", type=int, default=64)
-    parser.add_argument("--size", default="512x512", help="HEIGHTxWIDTH")
+    parser.add_argument("--size", type=parse_size, default=(512, 512), help="HEIGHTxWIDTH")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--channels", type=int, default=64, help="the first stage's; narrower")
+    add_arguments(parser)
     parser.add_argument("--json", type=Path, help="write the result here too")
+    parser.add_argument("--of-many", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    height, width = map(int, options.size.split("x"))
-    x = made_up_images(options.batch, (height, width), seed=1)
-    dynamic = make(options.network, options.depth, options.kernel_num)
-    plain = make(options.network, options.depth, None)
-    with tempfile.TemporaryDirectory() as name, torch.no_grad():
-        folder = Path(name)
-        folded = fold_network(dynamic, x)
-        sides: dict[str, Callable] = {
-            "FDConv, PyTorch as published": lambda: dynamic(x),
-            "FDConv, folded in PyTorch": lambda: folded(x),
-            "FDConv, exported, ONNX Runtime": in_onnxruntime(
-                dynamic, x, folder / "fdconv", options.threads
-            ),
-            "plain twin, PyTorch": lambda: plain(x),
-            "plain twin, ONNX Runtime": in_onnxruntime(plain, x, folder / "plain", options.threads),
-        }
-        times: dict[str, list[float]] = {side: [] for side in sides}
-        for turn in range(options.rounds + 2):
-            for side, run in sides.items():
-                start = time.perf_counter()
-                run()
-                if turn >= 2:  # the first two warm caches and thread pools
-                    times[side].append(time.perf_counter() - start)
-    median = {side: float(np.median(t)) * 1e3 for side, t in times.items()}
-    fastest = {side: min(t) * 1e3 for side, t in times.items()}
-    exported = median["FDConv, exported, ONNX Runtime"]
-    result = {
-        "network": f"{options.network} R{options.depth}, kernel_num {options.kernel_num}, "
-        f"{options.size}, batch {options.batch}",
-        "date": date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {options.threads} threads",
-        "versions": {"torch": torch.__version__, "onnxruntime": ort.__version__},
-        "median_ms": {k: round(v, 1) for k, v in median.items()},
-        "fastest_ms": {k: round(v, 1) for k, v in fastest.items()},
-        "exported_over_published": round(exported / median["FDConv, PyTorch as published"], 3),
-        "exported_over_plain": round(exported / median["plain twin, ONNX Runtime"], 3),
-    }
-    print(result["network"])
-    for side in sides:
-        print(f"  {side:32} {median[side]:8.1f} ms   fastest {fastest[side]:8.1f}")
-    print(f"  exported / published {result['exported_over_published']}")
-    print(f"  exported / plain twin {result['exported_over_plain']}")
+    if not options.of_many:  # then the load is the case's before
+        machine.warn_if_busy()
+    case = Case(
+        options.network, options.depth, *options.size, options.batch, options.kernel_num,
+        options.channels,
+    )  # fmt: skip
+    where = machine.describe(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(
+            case,
+            Path(folder),
+            threads=options.threads,
+            rounds=options.rounds,
+            seconds=options.seconds,
+            progress=lambda step: print(f"  {case.key}: {step}", file=sys.stderr, flush=True),
+        )
+    show(result)
+    print(machine.say(where))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(options.json, {"kind": "speed", "machine": where, **result})
 
 
 if __name__ == "__main__":

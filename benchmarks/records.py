@@ -1,0 +1,29 @@
+"""Results as files: JSON, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fdconv_deploy.runtime.files import write_whole
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a record; an older file of that name is replaced at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def newest(kind: str, folder: Path = FOLDER) -> dict[str, Any] | None:
+    """The record of a kind that was measured last; None where there is none."""
+    found = [record for path in folder.glob("*.json") for record in [_read(path)]]
+    found = [record for record in found if record.get("kind") == kind]
+    return max(found, key=lambda record: record["machine"]["date"], default=None)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,268 @@
+"""What opening and running a bundle takes: ``python -m benchmarks.session [BUNDLE]``.
+
+Seconds to import the runtime, to open a bundle with and without hashing it, and to warm up; the
+first request after that beside the tenth; the memory held at each step beside the weights' size;
+the CPU time burnt after a run. Each in fresh processes. Without BUNDLE, UPerNet-R50 at 512×512,
+batches 1 and 4, is exported first.
+
+``--variants`` runs ONNX Runtime with other settings than the runtime's, side by side;
+``--binding`` compares bound outputs with returned ones. They are why the settings are as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import machine
+from benchmarks.records import write_json
+from benchmarks.timing import interleave, spread
+from fdconv_deploy.runtime import Bundle
+from fdconv_deploy.runtime.backends.cores import available_cores
+
+REQUESTS = 10
+# Changes to ONNX Runtime's own defaults; "runtime" is what fdconv_deploy.runtime sets.
+VARIANTS = (
+    "onnxruntime", "runtime", "pattern", "no-arena", "no-spinning", "spinning-on",
+    "no-prepacking", "no-optimisation",
+)  # fmt: skip
+
+IMPORT = """
+import time
+start = time.perf_counter()
+import fdconv_deploy.runtime
+print(time.perf_counter() - start)
+"""
+
+LIFE = """
+import json, sys, time
+import numpy as np, psutil
+from fdconv_deploy.runtime import open_session
+bundle, threads, verify, batch, requests = sys.argv[1:]
+process, found = psutil.Process(), {}
+def step(name, since):
+    found[name + "_seconds"] = time.perf_counter() - since
+    found[name + "_mb"] = process.memory_info().rss / 1e6
+start = time.perf_counter()
+session = open_session(bundle, "onnxruntime-cpu", threads=int(threads), verify=verify == "yes")
+step("open", start)
+batch = int(batch)
+start = time.perf_counter()
+session._graphs.get(batch)
+step("load", start)
+start = time.perf_counter()
+session.warm_up([batch])
+step("warm_up", start)
+specs = session.bundle.manifest.inputs[batch]
+times = []
+for number in range(int(requests)):
+    random = np.random.default_rng(number)
+    feeds = {s.name: random.standard_normal(s.shape, dtype=np.float32) for s in specs}
+    start = time.perf_counter()
+    session.run_raw(feeds)
+    times.append(time.perf_counter() - start)
+found["requests_seconds"] = times
+found["settled_mb"] = process.memory_info().rss / 1e6
+burnt = time.process_time()
+time.sleep(0.5)
+found["cpu_after_run_seconds"] = time.process_time() - burnt
+print(json.dumps(found))
+"""
+
+MEMORY = """
+import json, resource, sys
+import numpy as np, psutil
+from benchmarks.session import load
+path, variant, threads = sys.argv[1:]
+session = load(path, variant, int(threads))
+loaded = psutil.Process().memory_info().rss
+feeds = {i.name: np.zeros(i.shape, np.float32) for i in session.get_inputs()}
+for _ in range(3):
+    session.run(None, feeds)
+print(json.dumps({
+    "loaded_mb": round(loaded / 1e6),
+    "settled_mb": round(psutil.Process().memory_info().rss / 1e6),
+    "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
+}))
+"""
+
+
+def fresh(program: str, *arguments: object) -> Any:
+    """The JSON that a program prints, run in a process of its own."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    output = subprocess.check_output(command, text=True, cwd=machine.ROOT)
+    return json.loads(output.splitlines()[-1])
+
+
+def measure(bundle: Path, *, threads: int, repeats: int = 5) -> dict[str, Any]:
+    """A session's life, for each of the bundle's batch sizes."""
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    lives: dict[str, Any] = {}
+    for batch in opened.batch_sizes:
+        runs = [fresh(LIFE, bundle, threads, "yes", batch, REQUESTS) for _ in range(repeats)]
+        quick = [fresh(LIFE, bundle, threads, "no", batch, 0) for _ in range(repeats)]
+        firsts, tenths = ([run["requests_seconds"][n] for run in runs] for n in (0, -1))
+        keys = ("open_seconds", "load_seconds", "warm_up_seconds", "cpu_after_run_seconds")
+        lives[str(batch)] = {
+            **{key: spread([run[key] for run in runs], 3, 1.0) for key in keys},
+            "open_unhashed_seconds": spread([run["open_seconds"] for run in quick], 3, 1.0),
+            "first_request_ms": spread(firsts),
+            "tenth_request_ms": spread(tenths),
+            **{
+                key: round(float(np.median([run[key] for run in runs])))
+                for key in ("open_mb", "load_mb", "warm_up_mb", "settled_mb")
+            },
+        }
+    size = manifest.files[manifest.weights].bytes if manifest.weights else 0
+    imports = [fresh(IMPORT) for _ in range(repeats)]
+    return {
+        "weights_mb": round(size / 1e6, 1),
+        "import_seconds": spread(imports, 3, 1.0),
+        "batches": lives,
+    }
+
+
+def load(path: str | Path, variant: str, threads: int) -> Any:
+    """An ONNX Runtime session of one of ``VARIANTS``."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    if variant != "onnxruntime":
+        options.enable_mem_pattern = variant == "pattern"
+        stop = "0" if variant == "spinning-on" else "1"
+        options.add_session_config_entry("session.force_spinning_stop", stop)
+    if variant == "no-arena":
+        options.enable_cpu_mem_arena = False
+    if variant == "no-spinning":
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if variant == "no-prepacking":
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if variant == "no-optimisation":
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def variants(model: Path, *, threads: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Load time, run time (interleaved in this process) and memory (fresh ones) by variant."""
+    sides, loads = {}, {}
+    for variant in VARIANTS:
+        start = time.perf_counter()
+        session = load(model, variant, threads)
+        loads[variant] = round(time.perf_counter() - start, 2)
+        feeds = {i.name: np.zeros(i.shape, np.float32) for i in session.get_inputs()}
+        sides[variant] = lambda session=session, feeds=feeds: session.run(None, feeds)
+    times = interleave(sides, rounds=rounds, seconds=seconds)
+    return {
+        variant: {
+            "load_seconds": loads[variant],
+            "ms": spread(times[variant]),
+            **fresh(MEMORY, model, variant, threads),
+        }
+        for variant in VARIANTS
+    }
+
+
+def binding(model: Path, *, threads: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Runs whose outputs ONNX Runtime returns, or writes into a new or a kept array."""
+    session = load(model, "runtime", threads)
+    inputs = {i.name: np.zeros(i.shape, np.float32) for i in session.get_inputs()}
+    shapes = {o.name: tuple(o.shape) for o in session.get_outputs()}
+    kept = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+
+    def bound(outputs: dict[str, np.ndarray]) -> None:
+        bind = session.io_binding()
+        for name, array in inputs.items():
+            bind.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, array in outputs.items():
+            bind.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        session.run_with_iobinding(bind)
+
+    sides = {
+        "returned": lambda: session.run(None, inputs),
+        "new": lambda: bound({n: np.empty(s, np.float32) for n, s in shapes.items()}),
+        "kept": lambda: bound(kept),
+    }
+    times = interleave(sides, rounds=rounds, seconds=seconds)
+    megabytes = round(sum(array.nbytes for array in kept.values()) / 1e6, 1)
+    return {
+        "outputs_mb": megabytes,
+        "ms": {side: spread(values, 2) for side, values in times.items()},
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a result for people."""
+    print(f"weights {result['weights_mb']} MB; import {result['import_seconds']['median']} s")
+    for batch, life in result["batches"].items():
+        print(f"batch {batch}")
+        for key, value in life.items():
+            if isinstance(value, dict):
+                print(f"  {key:24} {value['median']:9} [{value['q1']} to {value['q3']}]")
+            else:
+                print(f"  {key:24} {value:9}")
+    for variant, found in result.get("variants", {}).items():
+        ms = found["ms"]
+        print(
+            f"  {variant:16} load {found['load_seconds']:5.2f} s, run {ms['median']:8.1f} ms "
+            f"[{ms['q1']} to {ms['q3']}], memory {found['loaded_mb']} MB loaded, "
+            f"{found['settled_mb']} after three runs, {found['peak_mb']} at most"
+        )
+    if "binding" in result:
+        print(f"outputs of {result['binding']['outputs_mb']} MB")
+        for side, ms in result["binding"]["ms"].items():
+            print(f"  {side:16} {ms['median']:8.2f} ms [{ms['q1']} to {ms['q3']}]")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path, nargs="?")
+    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--repeats", type=int, default=5, help="fresh processes for each figure")
+    parser.add_argument("--variants", action="store_true", help="compare other settings too")
+    parser.add_argument("--binding", action="store_true", help="compare IO binding too")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--json", type=Path, help="write the result here too")
+    options = parser.parse_args()
+    machine.warn_if_busy()
+    where = machine.describe(options.threads)
+    with tempfile.TemporaryDirectory(prefix="fdconv-bench-") as folder:
+        bundle = options.bundle or _export(Path(folder) / "upernet-r50")
+        name = "UPerNet-R50, 512×512" if options.bundle is None else bundle.name
+        result = measure(bundle, threads=options.threads, repeats=options.repeats)
+        model = Bundle.open(bundle).model_path(min(Bundle.open(bundle).batch_sizes))
+        how = dict(threads=options.threads, rounds=options.rounds, seconds=options.seconds)
+        if options.variants:
+            result["variants"] = variants(model, **how)
+        if options.binding:
+            result["binding"] = binding(model, **how)
+    print(name)
+    show(result)
+    print(machine.say(where))
+    if options.json:
+        record = {"kind": "session", "title": name, "machine": where, **result}
+        write_json(options.json, record)
+
+
+def _export(destination: Path) -> Path:
+    from benchmarks.networks import build, upernet
+    from export.pipeline import export_segmentor
+
+    network = build(upernet(50))
+    export_segmentor(network, destination, size=(512, 512), batches=(1, 4), tolerance=1e-2)
+    return destination
+
+
+if __name__ == "__main__":
+    main()
