@@ -80,7 +80,7 @@ def test_refusals(client: Client, png: bytes) -> None:
         client.segment(png, "../none")
     assert caught.value.status == 404
     assert len(caught.value.request_id) == 32
-    with pytest.raises(ServiceError, match="not a JPEG"):
+    with pytest.raises(ServiceError, match="is not a JPEG"):
         client.segment(b"junk")
     with pytest.raises(ServiceError, match="uint8"):
         client.segment(np.zeros((4, 4), np.uint8))
