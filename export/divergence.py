@@ -6,7 +6,7 @@ plain convolutions and of the blocks they add up to tell.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,42 +61,47 @@ def points_of(model: ModelProto, layers: Collection[str]) -> list[Point]:
     return list(found.values())
 
 
-def exposed(model: ModelProto, points: Sequence[Point]) -> ModelProto:
-    """The model with every point among its outputs. It shares nothing with the one given."""
-    result = ModelProto()
-    result.CopyFrom(model)
-    there = {output.name for output in result.graph.output}
-    for point in points:
-        if point.tensor not in there:
-            result.graph.output.append(onnx.ValueInfoProto(name=point.tensor))
-    return result
+def save_exposed(model: ModelProto, tensors: Iterable[str], path: Path) -> None:
+    """Write a model with these tensors among its outputs; the model itself stays as it is."""
+    own = len(model.graph.output)
+    there = {output.name for output in model.graph.output}
+    for name in dict.fromkeys(tensors):
+        if name not in there:
+            model.graph.output.append(onnx.ValueInfoProto(name=name))
+    try:
+        onnx.save(model, str(path))
+    finally:
+        del model.graph.output[own:]
 
 
-def divergences(
-    reference: ModelProto,
-    other: ModelProto,
-    points: Sequence[Point],
-    inputs: dict[str, NDArray],
-    folder: Path,
-) -> Iterator[Divergence]:
-    """Run both models on the same inputs and compare them at every point, in order.
+class Answers:
+    """What a model gives at every point, kept in files: together they may be gigabytes.
 
     Args:
-        folder: for the models' files, which may be too large to hand over in memory.
+        model: with every point among its outputs.
+        folder: for the files, one per point.
     """
-    if not points:
-        return
-    names = [point.tensor for point in points]
-    answers = []
-    for model in (reference, other):
-        path = folder / "compared.onnx"
-        onnx.save(exposed(model, points), str(path))
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        answers.append(session.run(names, inputs))
-        del session
-        path.unlink()
-    for point, exact, found in zip(points, *answers, strict=True):
-        yield _between(point.name, exact, found)
+
+    def __init__(
+        self, model: Path, points: Sequence[Point], inputs: dict[str, NDArray], folder: Path
+    ) -> None:
+        self.points, self.folder = points, folder
+        for place, values in enumerate(_run(model, points, inputs)):
+            np.save(folder / f"{place}.npy", values)
+
+    def divergences(self, model: Path, inputs: dict[str, NDArray]) -> list[Divergence]:
+        """Another model's answers at the same points to the same inputs, beside these."""
+        found = _run(model, self.points, inputs)
+        return [
+            _between(point.name, np.load(self.folder / f"{place}.npy"), values)
+            for place, (point, values) in enumerate(zip(self.points, found, strict=True))
+        ]
+
+
+def _run(model: Path, points: Sequence[Point], inputs: dict[str, NDArray]) -> list[NDArray]:
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    answers: list[NDArray] = session.run([point.tensor for point in points], inputs)
+    return answers
 
 
 def _between(name: str, exact: NDArray, found: NDArray) -> Divergence:

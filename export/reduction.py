@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 from export.calibration import Magnitudes, magnitudes
-from export.divergence import Divergence, Point, divergences, exposed, points_of
+from export.divergence import Answers, Divergence, points_of, save_exposed
 from export.passes.half_precision import to_half_precision
 from export.passes.quantization import QuantizedConv, activation_steps, quantizable, quantize
 from export.passes.rounding import rounding_model
@@ -33,7 +35,8 @@ class Reduction:
         self.recipe, self.precision, self.folder = recipe, recipe.precision, folder
         self.layers = list(dynamic_layers(recipe.network))
         self.report: dict[str, Any] = {}
-        self._seen: dict[tuple[str, str], Magnitudes] = {}
+        self._seen: dict[tuple[str, int], Magnitudes] = {}
+        self._images = 0
 
     def apply(self, model: ModelProto, batch: int) -> None:
         """Convert a float32 graph in place.
@@ -43,69 +46,32 @@ class Reduction:
         """
         if self.precision.name == "fp32":
             return
-        first = not self.report
-        reference = ModelProto()
-        if first:
-            reference.CopyFrom(model)
-        if self.precision.name == "fp16":
-            self.recipe.progress(f"batch {batch}: converting to float16")
-            done = to_half_precision(model, self.layers, self.precision.keep_fp32)
-            if first:
-                self.report = asdict(done)
+        if self.report:
+            self._convert(model, batch)
         else:
-            self._quantize(model, reference if first else None, batch)
-        if first:
-            measured = rounding_model(model) if self.precision.name == "fp16" else model
-            self._measure(reference, measured, batch)
+            with tempfile.TemporaryDirectory(dir=self.folder) as name:
+                self._first(model, batch, Path(name))
 
-    def _quantize(self, model: ModelProto, reference: ModelProto | None, batch: int) -> None:
-        convs = quantizable(model, self.layers, self.precision.keep_fp32)
-        if not convs:
-            raise ExportError(
-                "this network has no plain convolution to compute in eight bits, besides its "
-                "first and last. Export it in fp16, or keep fewer modules in float32."
-            )
-        if reference is not None:
-            self._calibrate(reference, convs, batch)
-            self.report = {
-                "quantized": [conv.module for conv in convs],
-                "activations": self.precision.activations,
-                "calibration_images": self._images,
-                "kept": list(self.precision.keep_fp32),
-            }
-        self.recipe.progress(f"batch {batch}: quantising {len(convs)} convolutions")
-        # By the convolution's place, since another batch size may name its tensors otherwise.
-        seen: dict[str, Magnitudes] = {}
-        for conv in convs:
-            for place, tensor in (("input", conv.input), ("output", conv.output)):
-                seen.setdefault(tensor, self._seen[conv.key, place])
-        quantize(model, convs, activation_steps(model, seen, self.precision.activations))
-
-    def _calibrate(self, model: ModelProto, convs: list[QuantizedConv], batch: int) -> None:
-        tensors = {
-            (c.key, p): t for c in convs for p, t in (("input", c.input), ("output", c.output))
-        }
-        names = list(dict.fromkeys(tensors.values()))
-        path = self.folder / "calibrated.onnx"
-        onnx.save(exposed(model, [Point(name, name) for name in names]), str(path))
-        self._images = 0
-
-        def feeds() -> Any:
-            for image in self.precision.calibration:
-                self._images += 1
-                self.recipe.progress(f"learning the ranges of activations: image {self._images}")
-                yield {self.recipe.input_name: np.repeat(image, batch, axis=0)}
-
-        seen = magnitudes(path, names, feeds())
-        path.unlink()
-        self._seen = {key: seen[tensor] for key, tensor in tensors.items()}
-
-    def _measure(self, reference: ModelProto, model: ModelProto, batch: int) -> None:
+    def _first(self, model: ModelProto, batch: int, folder: Path) -> None:
+        """Convert and compare. One copy of the weights at a time is kept in memory."""
+        reference, reduced = folder / "reference.onnx", folder / "reduced.onnx"
+        points = points_of(model, self.layers)
+        tensors = [point.tensor for point in points]
+        if self.precision.name == "int8":
+            convs = self._convolutions(model)
+            seen = {(c.key, i): t for c in convs for i, t in enumerate((c.input, c.output))}
+            save_exposed(model, [*tensors, *seen.values()], reference)
+            self._calibrate(reference, seen, batch)
+        else:
+            save_exposed(model, tensors, reference)
+        feed = {self.recipe.input_name: self.recipe.examples[batch].numpy()}
+        exact = Answers(reference, points, feed, folder)
+        self._convert(model, batch)
+        measured = rounding_model(model) if self.precision.name == "fp16" else model
+        save_exposed(measured, tensors, reduced)
+        del measured
         self.recipe.progress(f"batch {batch}: comparing it with float32, layer by layer")
-        example = self.recipe.examples[batch].numpy()
-        points = points_of(reference, self.layers)
-        feed = {self.recipe.input_name: example}
-        found = list(divergences(reference, model, points, feed, self.folder))
+        found = exact.divergences(reduced, feed)
         self.report["layers"] = {
             d.name: [float(f"{d.max_rel:.2e}"), float(f"{1 - d.cosine:.1e}")] for d in found
         }
@@ -115,12 +81,48 @@ class Reduction:
             self._refuse_if_far(found)
         if self.precision.evaluation is not None:
             self.recipe.progress("comparing answers with float32's")
-            paths = self.folder / "reference.onnx", self.folder / "reduced.onnx"
-            for path, graph in zip(paths, (reference, model), strict=True):
-                onnx.save(graph, str(path))
-            self.report["evaluation"] = self.precision.evaluation.compare(*paths, batch)
-            for path in paths:
-                path.unlink()
+            compared = self.precision.evaluation.compare(reference, reduced, batch)
+            self.report["evaluation"] = compared
+
+    def _convert(self, model: ModelProto, batch: int) -> None:
+        if self.precision.name == "fp16":
+            self.recipe.progress(f"batch {batch}: converting to float16")
+            done = to_half_precision(model, self.layers, self.precision.keep_fp32)
+            self.report = self.report or asdict(done)
+            return
+        convs = self._convolutions(model)
+        self.recipe.progress(f"batch {batch}: quantising {len(convs)} convolutions")
+        # By the convolution's place, since another batch size may name its tensors otherwise.
+        seen: dict[str, Magnitudes] = {}
+        for conv in convs:
+            for place, tensor in enumerate((conv.input, conv.output)):
+                seen.setdefault(tensor, self._seen[conv.key, place])
+        quantize(model, convs, activation_steps(model, seen, self.precision.activations))
+        self.report = self.report or {
+            "quantized": [conv.module for conv in convs],
+            "activations": self.precision.activations,
+            "calibration_images": self._images,
+            "kept": list(self.precision.keep_fp32),
+        }
+
+    def _convolutions(self, model: ModelProto) -> list[QuantizedConv]:
+        convs = quantizable(model, self.layers, self.precision.keep_fp32)
+        if not convs:
+            raise ExportError(
+                "this network has no plain convolution to compute in eight bits, besides its "
+                "first and last. Export it in fp16, or keep fewer modules in float32."
+            )
+        return convs
+
+    def _calibrate(self, model: Path, tensors: dict[tuple[str, int], str], batch: int) -> None:
+        def feeds() -> Iterator[dict[str, NDArray]]:
+            for image in self.precision.calibration:
+                self._images += 1
+                self.recipe.progress(f"learning the ranges of activations: image {self._images}")
+                yield {self.recipe.input_name: np.repeat(image, batch, axis=0)}
+
+        seen = magnitudes(model, dict.fromkeys(tensors.values()), feeds())
+        self._seen = {key: seen[tensor] for key, tensor in tensors.items()}
 
     def _refuse_if_far(self, found: list[Divergence]) -> None:
         far = [d for d in found if d.max_rel > self.precision.tolerance]
