@@ -1,0 +1,37 @@
+"""The band combination kernel as a function of standard ONNX operators."""
+
+from __future__ import annotations
+
+from onnx import FunctionProto, TensorProto
+
+from fdconv_deploy.ops.body import FunctionBody
+
+COMBINATION = "FrequencyBandCombination"
+INPUTS = ["x", "logits", "mix", "mix_bias", "lows"]
+
+
+def combination_name(sigmoid: bool, half: bool) -> str:
+    """sigmoid: the operator applies it; half: features are float16."""
+    return "_".join([COMBINATION, *["Activated"][: not sigmoid], *["Half"][:half]])
+
+
+def combination_function(sigmoid: bool, half: bool) -> FunctionProto:
+    """The weighted sum of the input and its low-passes; inputs as `kernel_combination`'s."""
+    f = FunctionBody(combination_name(sigmoid, half), INPUTS)
+
+    def single(name: str) -> str:
+        return f("Cast", name, to=1) if half else name
+
+    active = f("Sigmoid", single("logits")) if sigmoid else single("logits")
+    active = f.reshape(active, "maps_shape")  # (B, g, weighted, H·W)
+    factors = f("MatMul", f.reshape("mix", "mix_shape"), active)
+    factors = f("Add", factors, f.reshape("mix_bias", "mix_bias_shape"))
+    factors = f.reshape(factors, "factors_shape")  # (B, g, terms, 1, H·W)
+    terms = f("Concat", f("Unsqueeze", "x", f.constant([0])), "lows", axis=0)
+    terms = f.reshape(single(terms), "terms_shape")  # (terms, B, g, I/g, H·W)
+    terms = f("Transpose", terms, perm=[1, 2, 0, 3, 4])
+    total = f("ReduceSum", f("Mul", terms, factors), f.constant([2]), keepdims=0)
+    total = f.reshape(total, "feature_shape")
+    if half:
+        total = f("Cast", total, to=TensorProto.FLOAT16)
+    return f.finish(total, "Each band of the input weighted by its own map: the weighted sum.")
