@@ -81,13 +81,15 @@ def fuse_network(
     copy = replace_layers(network, lambda name, _layer: _Place(name)).to(device, dtype)
     if channels_last:
         copy = copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    fused = {
-        name: FusedConv2d(fold_layer(layer, sizes[name], name=name), dtype, channels_last)
+    placed = {
+        name: FusedConv2d(fold_layer(layer, sizes[name], name=name), dtype, channels_last).to(
+            device
+        )
         for name, layer in dynamic_layers(network).items()
     }
     holder = FusedNetwork(copy, dtype, channels_last)
     for parent in list(holder.modules()):
-        for key, child in parent.named_children():
+        for key, child in parent._modules.items():  # a layer may have several names
             if isinstance(child, _Place):
-                parent.register_module(key, fused[child.name].to(device))
+                parent._modules[key] = placed[child.name]
     return holder.eval()

@@ -16,18 +16,29 @@ from fdconv_deploy.ops.frequency_assembly.kernel_transform import odd_output
 
 @triton.jit
 def _row_pairs(
-    half, frequency, columns: tl.constexpr, stored_columns: tl.constexpr, pairs: tl.constexpr
-):
-    """Spectrum of rows 2q + i·(rows 2q + 1), ``frequency`` and q flat; half: the row block's."""
+    half, first, frequency,
+    rows: tl.constexpr, columns: tl.constexpr, stored_columns: tl.constexpr, pairs: tl.constexpr,
+):  # fmt: skip
+    """Spectrum of rows 2q + i·(rows 2q + 1), ``frequency`` and q flat.
+
+    half: the row block's entries; first: its first row. Rows past the last are zero: nothing
+    was stored for them, and they would share a transform with one that counts.
+    """
     mirrored = frequency > columns // 2
     column = tl.where(mirrored, columns - frequency, frequency)
-    # Imaginary parts of columns 0 and C/2 are dropped.
-    complex_ = (frequency > 0) & (2 * frequency != columns)
     slot = tl.arange(0, frequency.shape[0]) % pairs * 2
-    at = half + (column * (2 * pairs) + slot)[:, None] + tl.arange(0, 2)[None, :]
-    both = tl.broadcast_to(complex_[:, None], at.shape)
-    ar, br = tl.split(tl.load(at))
-    ai, bi = tl.split(tl.load(at + stored_columns * 2 * pairs, mask=both, other=0.0))
+    slots = slot[:, None] + tl.arange(0, 2)[None, :]
+    at = half + (column * (2 * pairs))[:, None] + slots
+    # Imaginary parts of columns 0 and C/2 are dropped.
+    complex_ = tl.broadcast_to(((frequency > 0) & (2 * frequency != columns))[:, None], at.shape)
+    if rows % (2 * pairs) == 0:
+        real = tl.load(at)
+    else:
+        inside = first + slots < rows
+        complex_ = complex_ & inside
+        real = tl.load(at, mask=inside, other=0.0)
+    ar, br = tl.split(real)
+    ai, bi = tl.split(tl.load(at + stored_columns * 2 * pairs, mask=complex_, other=0.0))
     ai = tl.where(mirrored, -ai, ai)
     bi = tl.where(mirrored, -bi, bi)
     return ar - bi, ai + br
@@ -145,7 +156,10 @@ def column_kernel(
     xr = ()
     xi = ()
     for t in tl.static_range(odd):
-        real, imaginary = _row_pairs(half, t * power + point, odd * power, stored_columns, pairs)
+        real, imaginary = _row_pairs(
+            half, block * (2 * pairs), t * power + point,
+            rows, odd * power, stored_columns, pairs,
+        )  # fmt: skip
         xr = xr + (real,)
         xi = xi + (imaginary,)
     # Column odd·c + k = kernel_width · i + v: each k is of one v, and of every `near`-th i.

@@ -52,7 +52,7 @@ def assemble_kernels(
     layer = AssemblySizes.of(sizes)
     gates = gates.contiguous()
     batch = gates.shape[0]
-    half = gates.new_empty((batch, *half_shape(layer)))
+    half = torch.empty((batch, *half_shape(layer)), device=gates.device)
     weight = _result(gates, layer, dtype, channels_last)
     launch(kernel_rows, row_launch(layer), batch, gates, values, groups, row_table, half)
     columns = column_launch(layer, channels_last=channels_last, dtype=str(dtype).split(".")[1])

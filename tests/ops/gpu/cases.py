@@ -1,0 +1,276 @@
+"""Layers run through the GPU kernels in Triton's interpreter, one process for all.
+
+    TRITON_INTERPRET=1 python -m tests.ops.gpu.cases NAME…
+
+Prints one JSON object: for each case its errors against the float64 layer, as shares of the
+largest value. Triton reads the variable when it is imported, so tests run this apart.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fdconv_deploy.folding.cuda import FusedConv2d, fuse_network
+from fdconv_deploy.folding.layer import FoldedConv, fold_layer
+from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.ops.frequency_assembly.kernel_layout import column_transform, transform_of
+from tests.reference.lively import enliven, error, lively_input
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, an input, and what the kernels are asked for."""
+
+    channels: tuple[int, int]
+    kernel: int | tuple[int, int] = 1
+    groups: int = 4
+    batch: int = 1
+    size: tuple[int, int] = (5, 6)
+    dtype: str = "float32"
+    channels_last: bool = False
+    normed: bool = False
+    slow: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def layer(self) -> FDConv2d:
+        ins, outs = self.channels
+        given = {"use_fbm_if_k_in": [], "use_fdconv_if_k_in": [1, 2, 3, 5]} | self.arguments
+        return enliven(FDConv2d(ins, outs, self.kernel, kernel_num=self.groups, **given))
+
+    def folded(self, layer: FDConv2d) -> FoldedConv:
+        if not self.normed:
+            return fold_layer(layer, self.size, name="layer")
+        scale, shift = self.normalisation()
+        return fold_layer(layer, self.size, name="layer", scale=scale, shift=shift)
+
+    def normalisation(self) -> np.ndarray:
+        return np.random.default_rng(0).normal(size=(2, self.channels[1]))
+
+
+LAST_HALF: dict[str, Any] = {"channels_last": True, "dtype": "float16"}
+ONLY = {"ksm_only_kernel_att": True}
+LAYERS: dict[str, Case] = {
+    "pointwise": Case((32, 32)),
+    "pointwise, more out, batch 3": Case((18, 64), batch=3),
+    "pointwise, more in, features scaled": Case((128, 32), size=(2, 3)),
+    "3x3": Case((32, 32), 3, arguments={"padding": 1}),
+    "3x3, half, last": Case((32, 32), 3, arguments={"padding": 1}, **LAST_HALF),
+    "bfloat16": Case((32, 32), dtype="bfloat16"),
+    "3x3, batch 2, stride 2, last": Case(
+        (32, 32), 3, batch=2, channels_last=True, arguments={"stride": 2}, slow=True
+    ),
+    "1x3, batch 2, stride 2, last": Case(
+        (24, 20), (1, 3), batch=2, channels_last=True, arguments={"stride": 2}
+    ),
+    "no local": Case((32, 32), 3, arguments={"use_ksm_local": False}),
+    "no spatial, softmax": Case((24, 24), (3, 1), arguments={**ONLY, "ksm_global_act": "softmax"}),
+    "no gates, no local": Case((32, 24), arguments={**ONLY, "use_ksm_local": False}),
+    "tanh, other gain": Case((24, 24), arguments={"ksm_global_act": "tanh", "att_multi": 1.5}),
+    "planes": Case((32, 24), arguments={"param_ratio": 3}),
+    "half of the bins": Case((32, 32), arguments={"param_reduction": 0.5}),
+    "second slots": Case((24, 24), groups=12),
+    "more than 256 attentions": Case((32, 32), groups=272),
+    "odd part 27": Case((54, 18)),
+    "odd channels out": Case((18, 21), groups=2),
+    "dense rows": Case((32, 29), groups=17),
+    "dense columns": Case((58, 24)),
+    "dense both": Case((58, 29), groups=3),
+    "2x2": Case((18, 20), 2, groups=5),
+    "1x3": Case((24, 20), (1, 3)),
+    "5x5": Case((20, 20), 5, groups=17, slow=True),
+    "normed": Case((32, 32), normed=True, size=(9, 9)),
+    "normed, features scaled": Case((32, 32), normed=True, size=(1, 2), batch=2),
+    "asymmetric padding": Case((24, 24), 2, arguments={"padding": "same"}),
+    "odd channels out, 3x3": Case((18, 21), 3, slow=True),
+    "dense both, 3x3": Case((58, 29), 3, groups=2, slow=True),
+    "layer of R50, 64 to 64, 3x3": Case((64, 64), 3, 64, slow=True, **LAST_HALF),
+    "layer of R50, 512 to 128": Case((512, 128), 1, 64, slow=True),
+    "layer of R50, 128 to 512": Case((128, 512), 1, 64, slow=True),
+    "layer of R50, 512 to 512, 3x3": Case((512, 512), 3, 64, slow=True, **LAST_HALF),
+}
+
+
+def bands(channels: int, size: tuple[int, int], **given: Any) -> Case:
+    options = {k: given.pop(k) for k in ("dtype", "channels_last", "batch") if k in given}
+    arguments = {"use_fbm_if_k_in": [1], "fbm_cfg": given, "use_ksm_local": False}
+    return Case((channels, 20), size=size, groups=5, arguments=arguments, **options)
+
+
+BANDS: dict[str, Case] = {
+    "symmetric rows": bands(18, (12, 8), k_list=[2, 4, 8]),
+    "symmetric rows, last, batch 2": bands(
+        18, (12, 8), k_list=[2, 4, 8], channels_last=True, batch=2
+    ),
+    "complex rows, batch 2": bands(18, (13, 15), k_list=[2, 4, 8], batch=2),
+    "complex rows, half, last": bands(18, (13, 15), k_list=[2, 4, 8], **LAST_HALF),
+    "one band, weighted low-pass": bands(18, (9, 9), k_list=[2], lowfreq_att=True),
+    "softmax over groups": bands(18, (8, 9), k_list=[2, 4], act="softmax", spatial_group=2),
+    "a map per channel, last": bands(
+        24, (8, 9), k_list=[8, 2], spatial_group=65, channels_last=True
+    ),
+    "tanh, wide conv": bands(18, (11, 7), k_list=[2, 3, 4, 8], act="tanh", spatial_kernel=5),
+}
+
+
+def memory(x: torch.Tensor, case: Case) -> torch.Tensor:
+    x = x.to(getattr(torch, case.dtype))
+    return x.contiguous(memory_format=torch.channels_last) if case.channels_last else x
+
+
+@torch.no_grad()
+def layer_errors(case: Case) -> dict[str, Any]:
+    layer = case.layer()
+    folded = case.folded(layer)
+    x = lively_input((case.batch, case.channels[0], *case.size))
+    fused = FusedConv2d(folded, getattr(torch, case.dtype), case.channels_last)
+    made: list[torch.Tensor] = []
+    assemble = fused.kernels
+    fused.kernels = lambda *a: made.append(assemble(*a)) or made[0]  # type: ignore[method-assign]
+    y = fused(memory(x, case))
+    result: dict[str, Any] = {}
+    kernels = made[0]
+    if (folded.channel_side, folded.filter_side) != ("kernel", "kernel"):
+        # The kernels with every modulation on them.
+        on_kernel = replace(folded, channel_side="kernel", filter_side="kernel")
+        alone = FusedConv2d(on_kernel, getattr(torch, case.dtype), case.channels_last)
+        average = x.mean((2, 3))
+        kernels = alone.kernels(average, alone.gates(average))
+    layer.double()
+    seen = x.double().mean((2, 3))
+    local = layer.KSM_Local(seen) if layer.KSM_Local is not None else None
+    expected = layer.kernels(layer.KSM_Global(seen), local, full=True)
+    output = layer(x.double())
+    if case.normed:
+        scale, shift = torch.from_numpy(case.normalisation())
+        expected = expected * scale[:, None, None, None]
+        output = output * scale[:, None, None] + shift[:, None, None]
+    assert folded.spectrum is not None
+    stored, _, _ = folded.spectrum.by_frequency()
+    result["kernel"] = error(kernels, expected.reshape(kernels.shape))
+    result["layer"] = error(y, output)
+    result["memory format"] = (
+        kernels.is_contiguous(memory_format=torch.channels_last) and y.shape == output.shape
+        if case.channels_last
+        else kernels.is_contiguous()
+    )
+    result["second slots"] = len(stored) > len(set(stored.tolist()))
+    result["dense"] = (
+        transform_of(folded.spectrum.rows) is None,
+        column_transform(folded.spectrum.columns, folded.kernel_size[1]) is None,
+    )
+    result["sides"] = folded.channel_side, folded.filter_side
+    result["wide"] = fused.get_buffer("groups").dtype == torch.int32
+    return result
+
+
+@torch.no_grad()
+def band_errors(case: Case) -> dict[str, Any]:
+    layer = case.layer()
+    folded = case.folded(layer)
+    x = lively_input((case.batch, case.channels[0], *case.size))
+    fused = FusedConv2d(folded, getattr(torch, case.dtype), case.channels_last)
+    assert fused.bands is not None
+    assert folded.bands is not None
+    seen = fused.bands(memory(x, case))
+    expected = layer.double().FBM(x.double())
+    return {
+        "bands": error(seen, expected),
+        "memory format": seen.is_contiguous(
+            memory_format=torch.channels_last if case.channels_last else torch.contiguous_format
+        ),
+        "complex rows": folded.bands.complex_rows,
+    }
+
+
+@torch.no_grad()
+def network_errors(dtype: torch.dtype, channels_last: bool) -> dict[str, Any]:
+    """A layer used under two names, one that is constant, plain ones between."""
+    shared = enliven(FDConv2d(24, 24, 1, kernel_num=4))
+    constant = enliven(FDConv2d(24, 24, 3, padding=1, kernel_num=4))
+    for name, parameter in constant.named_parameters():
+        if "_fc" in name or "KSM_Local.conv" in name:
+            parameter.zero_()
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 24, 3, padding=1), shared, torch.nn.ReLU(), constant,
+        torch.nn.BatchNorm2d(24), torch.nn.ReLU(), shared,
+    ).eval()  # fmt: skip
+    x = lively_input((2, 3, 8, 6))
+    fused = fuse_network(network, x[:1], dtype=dtype, channels_last=channels_last)
+    actual = fused(x)
+    kinds = [type(m).__name__ for m in fused.network]
+    same = fused.network[1] is fused.network[6]
+    return {
+        "network": error(actual, network.double()(x.double())),
+        "kinds": kinds,
+        "shared": same,
+        "dtype": str(actual.dtype),
+    }
+
+
+@torch.no_grad()
+def operator_checks() -> dict[str, Any]:
+    """What PyTorch asks of an operator: a true schema, a fake that tells shape and strides."""
+    case = Case((18, 20), groups=5)
+    folded = case.folded(case.layer())
+    given: list[tuple[Any, tuple[Any, ...]]] = []
+    import fdconv_deploy.folding.cuda.layer as module
+
+    assemble = module.assemble_kernels
+    for last in (False, True):
+        fused = FusedConv2d(folded, torch.float16, last)
+        average = torch.randn(1, 18)
+        module.assemble_kernels = lambda *a: given.append((assemble, a))  # type: ignore[assignment]
+        fused.kernels(average, fused.gates(average))
+        module.assemble_kernels = assemble
+    from fdconv_deploy.ops.frequency_band_modulation.torch_op import combine_bands
+
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x, lows = torch.randn(2, 6, 4, 5), torch.randn(2, 2, 6, 4, 5)
+        logits = torch.randn(2, 2, 4, 5)
+        x, logits = (t.contiguous(memory_format=memory_format) for t in (x, logits))
+        given.append((combine_bands, (x, logits, torch.randn(3, 2), torch.randn(3), lows, True)))
+    for operator, arguments in given:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    return {"operators": len(given)}
+
+
+NETWORKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "network": lambda: network_errors(torch.float32, channels_last=False),
+    "network, half, last": lambda: network_errors(torch.float16, channels_last=True),
+    "operators": operator_checks,
+}
+
+
+def run(name: str) -> dict[str, Any]:
+    if name in LAYERS:
+        return layer_errors(LAYERS[name])
+    if name in BANDS:
+        return band_errors(BANDS[name])
+    return NETWORKS[name]()
+
+
+def main() -> None:
+    # Also fills new memory with NaN, so that nothing reads what nothing wrote.
+    torch.use_deterministic_algorithms(True)
+    results = {}
+    for name in sys.argv[1:]:
+        start = time.perf_counter()
+        try:
+            results[name] = run(name)
+        except Exception:
+            results[name] = {"failed": traceback.format_exc(limit=-6)}
+        results[name]["seconds"] = round(time.perf_counter() - start, 2)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

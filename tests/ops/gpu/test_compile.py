@@ -1,0 +1,151 @@
+"""GPU kernels compiled to PTX and machine code for every supported GPU, without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed (pip install triton)", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip("Triton interprets here (TRITON_INTERPRET=1)", allow_module_level=True)
+
+from benchmarks.gpu.shapes import RESNET50, layer_sizes
+from fdconv_deploy.errors import BackendError
+from fdconv_deploy.folding.cuda import CapturedNetwork, FusedConv2d, FusedNetwork, fuse_network
+from fdconv_deploy.folding.layer import fold_layer
+from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.ops.compile import (
+    CAPABILITIES,
+    CompiledKernel,
+    compile_kernel,
+    without_hidden_parameters,
+)
+from fdconv_deploy.ops.frequency_assembly.kernel_launch import column_launch, row_launch
+from fdconv_deploy.ops.frequency_band_modulation.kernel_launch import combination_launch
+from fdconv_deploy.ops.launch import KernelLaunch
+from tests.reference.lively import enliven, lively_input
+
+# Without opting in to more, which TensorRT's plugins cannot.
+SHARED_MEMORY = 48 * 1024
+BANDS = combination_launch(
+    channels=64, pixels=128 * 128, groups=1, weighted=3, terms=4, sigmoid=True,
+    channels_last=True, dtype="float16",
+)  # fmt: skip
+SMALL = {
+    "rows": row_launch(layer_sizes(64, 64, 1)),
+    "columns": column_launch(layer_sizes(64, 64, 1), channels_last=True, dtype="float16"),
+    "bands": BANDS,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once(request):
+    """Triton keeps what it compiled; here, between test runs, with pytest's own cache."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(request.config.cache.mkdir("triton")))
+    yield
+    if before is None:
+        os.environ.pop("TRITON_CACHE_DIR", None)
+
+
+def check(launch: KernelLaunch, capability: int) -> CompiledKernel:
+    kernel = compile_kernel(launch, capability)
+    assert kernel.parameters == ("u64",) * len(launch.arguments)
+    entry = re.search(r"\.entry .*?\{", kernel.ptx, re.DOTALL)
+    assert entry is not None
+    assert entry.group().count(".param") == len(launch.arguments)
+    assert kernel.threads == launch.threads
+    assert kernel.shared <= SHARED_MEMORY
+    assert f".target sm_{capability}" in kernel.ptx
+    resources = kernel.resources()  # ptxas takes it
+    assert resources.registers * kernel.threads <= 65536
+    print(
+        f"{launch.kernel} sm_{capability}: {len(kernel.parameters)} parameters, "
+        f"{kernel.threads} threads, {kernel.shared} bytes shared, {resources}"
+    )
+    return kernel
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", SMALL)
+def test_every_kernel_on_every_gpu(name, capability):
+    kernel = check(SMALL[name], capability)
+    assert kernel.resources().spill_stores == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("shape", RESNET50, ids=str)
+def test_every_layer_of_a_resnet50_without_spills(shape, capability):
+    sizes = layer_sizes(shape.out_channels, shape.in_channels, shape.kernel)
+    for launch in (
+        row_launch(sizes),
+        column_launch(sizes),
+        column_launch(sizes, channels_last=True, dtype="float16"),
+    ):
+        assert check(launch, capability).resources().spill_stores == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("shape", [(29, 58, 1), (20, 18, 3), (21, 18, 1), (2048, 2048, 3)], ids=str)
+def test_odd_and_large_layers(shape):
+    for launch in (row_launch(layer_sizes(*shape)), column_launch(layer_sizes(*shape))):
+        check(launch, 90)
+
+
+def test_an_older_instruction_set_on_request():
+    newest = compile_kernel(BANDS, 80)
+    older = compile_kernel(BANDS, 80, ptx_version=80)
+    assert older.ptx_version == "8.0"
+    assert newest.ptx_version > "8.0"
+    assert older.resources().registers > 0
+
+
+HEAD = ".visible .entry kernel(\n\t.param .u64 .ptr a,\n\t.param .u64 b,\n\t.param .u64 c\n)\n"
+
+
+def test_hidden_parameters_go():
+    ptx, types = without_hidden_parameters(HEAD + "{ ld.param.b64 %r, [a]; }", "kernel")
+    assert types == ("u64",)
+    assert " b" not in ptx
+    assert "[a]" in ptx
+
+
+def test_a_kernel_that_reads_its_hidden_parameters_is_refused():
+    with pytest.raises(BackendError, match="scratch pointer c"):
+        without_hidden_parameters(HEAD + "{ ld.param.b64 %r, [c]; }", "kernel")
+
+
+def fused_layer() -> FusedConv2d:
+    return FusedConv2d(fold_layer(enliven(FDConv2d(18, 20, 1)), (5, 5), name="deep"))
+
+
+def test_a_layer_on_the_cpu_is_refused_in_a_sentence():
+    with pytest.raises(BackendError, match=r"assemble_kernels runs on an NVIDIA GPU.*on cpu"):
+        fused_layer()(lively_input((1, 18, 5, 5)))
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(1, 18, 5, 6), torch.zeros(1, 18, 5, 5, dtype=torch.float16)]
+)
+def test_a_layer_takes_its_own_size_and_type_only(x):
+    with pytest.raises(BackendError, match=r"'deep'.*torch\.float32 inputs \(B, 18, 5, 5\)"):
+        fused_layer()(x)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_networks_are_refused_in_a_sentence():
+    network = torch.nn.Sequential(enliven(FDConv2d(18, 20, 1)))
+    x = lively_input((1, 18, 5, 5))
+    with pytest.raises(BackendError, match=r"need an NVIDIA GPU.*fold_network"):
+        fuse_network(network.eval(), x)
+    fused = FusedNetwork(network, torch.float32, channels_last=False)
+    with pytest.raises(BackendError, match="need an NVIDIA GPU"):
+        CapturedNetwork(fused, x)

@@ -1,0 +1,101 @@
+"""The GPU kernels' numbers, in Triton's interpreter, against the float64 layer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed (pip install triton)", allow_module_level=True)
+
+from tests.ops.gpu.cases import BANDS, LAYERS, NETWORKS
+
+ROOT = Path(__file__).parents[3]
+TOLERANCE = {"float32": 2e-6, "float16": 1.5e-3, "bfloat16": 1.2e-2}
+FAST = [name for name, case in LAYERS.items() if not case.slow]
+SLOW = [name for name, case in LAYERS.items() if case.slow]
+
+
+def interpreted(*names: str) -> dict[str, Any]:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.ops.gpu.cases", *names]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    return interpreted(*FAST, *BANDS, *NETWORKS)
+
+
+def check_layer(name: str, result: dict[str, Any]) -> None:
+    assert "failed" not in result, result["failed"]
+    case = LAYERS[name]
+    assert result["kernel"] <= TOLERANCE[case.dtype]
+    assert result["layer"] <= TOLERANCE[case.dtype]
+    assert result["memory format"]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", FAST)
+def test_a_layer(results, name):
+    check_layer(name, results[name])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", SLOW)
+def test_a_large_layer(name):
+    check_layer(name, interpreted(name)[name])
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", BANDS)
+def test_band_modulation(results, name):
+    result = results[name]
+    assert "failed" not in result, result["failed"]
+    assert result["bands"] <= TOLERANCE[BANDS[name].dtype]
+    assert result["memory format"]
+
+
+@pytest.mark.timeout(900)
+def test_the_cases_meet_what_they_are_named_for(results):
+    assert results["second slots"]["second slots"]
+    assert results["more than 256 attentions"]["wide"]
+    assert results["dense rows"]["dense"] == [True, False]
+    assert results["dense columns"]["dense"] == [False, True]
+    assert results["dense both"]["dense"] == [True, True]
+    assert results["2x2"]["dense"] == [False, True]
+    assert results["pointwise, more in, features scaled"]["sides"] == ["feature", "feature"]
+    assert results["complex rows, batch 2"]["complex rows"]
+    assert not results["symmetric rows"]["complex rows"]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["network", "network, half, last"])
+def test_a_network(results, name):
+    result = results[name]
+    assert "failed" not in result, result["failed"]
+    half = "half" in name
+    assert result["network"] <= (5e-3 if half else 4e-6)
+    assert result["dtype"] == ("torch.float16" if half else "torch.float32")
+    assert (
+        result["kinds"]
+        == "Conv2d FusedConv2d ReLU FusedConv2d BatchNorm2d ReLU FusedConv2d".split()
+    )
+    assert result["shared"]
+
+
+@pytest.mark.timeout(900)
+def test_the_operators_are_what_they_tell_pytorch(results):
+    assert results["operators"].get("operators") == 4, results["operators"]
