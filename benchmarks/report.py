@@ -1,0 +1,290 @@
+"""Tables and a plot of what was measured: ``python -m benchmarks.report``.
+
+Reads the newest record of each kind in ``benchmarks/results`` and writes
+``docs/performance-cpu.md`` and ``docs/cost.svg``. Nothing is measured here, and what was not
+measured is left out or said to be missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.attribution import PARTS
+from benchmarks.cases import BATCHES, DEPTHS, NETWORKS, SIZES, Case, grid, sweep
+from benchmarks.plot import draw
+from benchmarks.records import FOLDER, newest
+from benchmarks.speed import SIDES
+from fdconv_deploy.runtime.files import write_whole
+
+DOCS = machine.ROOT / "docs"
+NAMES = {"backbone": "ResNet backbone", "upernet": "UPerNet, 150 classes"}
+_SMALL = dict(height=512, width=512, batch=1)
+BACKBONE, UPERNET = Case("backbone", 50, **_SMALL), Case("upernet", 50, **_SMALL)
+
+Cases = dict[str, dict[str, Any]]
+
+
+def markdown(
+    matrix: dict[str, Any],
+    profile: dict[str, Any] | None = None,
+    session: dict[str, Any] | None = None,
+) -> str:
+    """The report of a matrix record, with a profile and a session record where there are any."""
+    cases: Cases = matrix["cases"]
+    commits = sorted({result["commit"] for result in cases.values() if "commit" in result})
+    parts = [
+        "# What FDConv costs on a CPU\n",
+        f"{machine.say(matrix['machine'])}. Written by `python -m benchmarks.report` from "
+        "`benchmarks.matrix`.\n",
+        "Milliseconds are medians of interleaved runs in one process, quartiles in brackets; "
+        "ratios are of medians. Random weights that behave as trained ones, kernel_num 64. "
+        "\\* marks cases during which other processes had over "
+        f"{machine.QUIET:.0%} of the CPUs. Measured at commit {', '.join(commits)}; a + is a tree "
+        "with changes of its own.\n",
+        "![Milliseconds of one image through FDConv as published, exported, and the plain "
+        "twin](cost.svg)\n",
+        *_section("Limits set beforehand", _limits(cases)),
+    ]
+    for network in NETWORKS:
+        parts += _section(NAMES[network], _costs(cases, network))
+    parts += _section("Batch 4 beside batch 1", _batches(cases))
+    parts += _section("Image size (R50 backbone, batch 1)", _sizes(cases))
+    parts += _section("kernel_num (R50 backbone, 512×512, batch 1)", _kernel_nums(cases))
+    parts += _section("Exports", _exports(cases))
+    parts += _section("Not measured", _missing(cases))
+    if profile is not None:
+        parts += _section(f"Where the time goes ({profile['title']})", _parts(profile))
+    if session is not None:
+        parts += _section(f"A session's life ({session['title']})", _session(session))
+    return "\n".join(parts)
+
+
+def _section(title: str, lines: Iterator[str]) -> list[str]:
+    """A heading and its table; nothing where there is nothing to show."""
+    found = list(lines)
+    return [f"## {title}\n", *found, ""] if found else []
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _head(*titles: str) -> Iterator[str]:
+    yield _row(*titles)
+    yield "|" + "|".join(["---"] * len(titles)) + "|"
+
+
+def _measured(cases: Cases, wanted: Sequence[Case]) -> list[dict[str, Any]]:
+    found = (cases.get(case.key, {}) for case in wanted)
+    return [result for result in found if "ms" in result]
+
+
+def _ms(result: dict[str, Any], side: str) -> str:
+    ms = result["ms"][side]
+    return f"{ms['median']:.0f} [{ms['q1']:.0f}–{ms['q3']:.0f}]"
+
+
+def _ratio(result: dict[str, Any], name: str) -> str:
+    return f"{result['ratios'][name]['value']:.2f}"
+
+
+def _noise(result: dict[str, Any]) -> str:
+    return "\\*" if (result["others_cpu"] or 0) > machine.QUIET else ""
+
+
+def _limits(cases: Cases) -> Iterator[str]:
+    rows = []
+    for case, limits in (
+        (BACKBONE, {"exported/eager": 0.33, "exported/plain": 2.0}),
+        (UPERNET, {"exported/eager": 0.65, "exported/plain": 1.12}),
+    ):
+        for result in _measured(cases, [case]):
+            for name, limit in limits.items():
+                value = result["ratios"][name]["value"]
+                rows.append(
+                    (f"{result['title']}: {name}", f"{limit}×", f"{value}×", value <= limit)
+                )
+            export = result["export"]
+            for what, key, limit, unit in (
+                ("export seconds", "export_seconds", 45, "s"),
+                ("export peak memory", "peak_mb", 4096, "MB"),
+            ):
+                if case is UPERNET:
+                    value = export[key]
+                    asked, found = f"{limit} {unit}", f"{value} {unit}"
+                    rows.append((f"{result['title']}: {what}", asked, found, value <= limit))
+    for network in NETWORKS:
+        pair = _pair(cases, network, 50, (512, 512))
+        if pair:
+            times = pair[1]["ms"]["exported"]["median"] / pair[0]["ms"]["exported"]["median"]
+            name = f"{pair[0]['title'].rsplit(',', 1)[0]}: batch 4 over batch 1"
+            rows.append((name, "4.0×", f"{times:.3f}×", times <= 4.0))
+    if rows:
+        yield from _head("", "at most", "measured", "")
+        for name, limit, found, held in rows:
+            yield _row(name, limit, found, "held" if held else "**missed**")
+
+
+def _costs(cases: Cases, network: str) -> Iterator[str]:
+    results = _measured(cases, grid([network], DEPTHS, SIZES, BATCHES))
+    if not results:
+        return
+    yield from _head("", *SIDES.values(), "exported / eager", "exported / plain")
+    order = ("depth", "height", "width", "batch")
+    for result in sorted(results, key=lambda found: [found["case"][key] for key in order]):
+        case = result["case"]
+        size = f"{case['height']}×{case['width']}"
+        name = f"R{case['depth']}, {size}, batch {case['batch']}{_noise(result)}"
+        ratios = (_ratio(result, f"exported/{side}") for side in ("eager", "plain"))
+        yield _row(name, *(_ms(result, side) for side in SIDES), *ratios)
+
+
+def _pair(
+    cases: Cases, network: str, depth: int, size: tuple[int, int]
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    found = [_measured(cases, [Case(network, depth, *size, batch)]) for batch in (1, 4)]
+    return (found[0][0], found[1][0]) if all(found) else None
+
+
+def _batches(cases: Cases) -> Iterator[str]:
+    pairs = [
+        pair
+        for network in NETWORKS
+        for depth in DEPTHS
+        for size in SIZES
+        for pair in [_pair(cases, network, depth, size)]
+        if pair
+    ]
+    if not pairs:
+        return
+    yield from _head("", "exported, batch 1", "batch 4", "ratio", "plain twin's ratio")
+    for one, four in pairs:
+        times = (
+            f"{four['ms'][side]['median'] / one['ms'][side]['median']:.2f}"
+            for side in ("exported", "plain")
+        )
+        title = one["title"].rsplit(",", 1)[0] + (_noise(one) or _noise(four))
+        yield _row(title, _ms(one, "exported"), _ms(four, "exported"), *times)
+
+
+def _sizes(cases: Cases) -> Iterator[str]:
+    results = _measured(cases, sweep("size"))
+    if len(results) < 2:
+        return
+    yield from _head("image", "eager", "exported", "plain twin", "exported − plain", "/ plain")
+    for result in results:
+        exported, plain = (result["ms"][side]["median"] for side in ("exported", "plain"))
+        case = result["case"]
+        yield _row(
+            f"{case['height']}×{case['width']}{_noise(result)}",
+            *(_ms(result, side) for side in ("eager", "exported", "plain")),
+            f"{exported - plain:.0f}",
+            _ratio(result, "exported/plain"),
+        )
+
+
+def _kernel_nums(cases: Cases) -> Iterator[str]:
+    results = _measured(cases, sweep("kernel_num"))
+    if len(results) < 2:
+        return
+    yield from _head("kernel_num", "eager", "exported", "exported / plain", "nodes", "bundle")
+    for result in results:
+        export = result["export"]
+        yield _row(
+            f"{result['case']['kernel_num']}{_noise(result)}",
+            _ms(result, "eager"),
+            _ms(result, "exported"),
+            _ratio(result, "exported/plain"),
+            export["nodes"],
+            f"{export['bundle_mb']:.0f} MB",
+        )
+
+
+def _exports(cases: Cases) -> Iterator[str]:
+    results = _measured(cases, grid())
+    if not results:
+        return
+    yield from _head("", "seconds", "peak memory", "nodes", "bundle", "/ weights", "largest error")
+    for result in results:
+        export = result["export"]
+        yield _row(
+            result["title"],
+            export["export_seconds"],
+            f"{export['peak_mb']} MB",
+            export["nodes"],
+            f"{export['bundle_mb']:.0f} MB",
+            f"{export['bundle_over_weights']:.3f}×",
+            f"{result['max_rel_error']:.1e}",
+        )
+
+
+def _missing(cases: Cases) -> Iterator[str]:
+    for case in (*grid(), *sweep("size"), *sweep("kernel_num")):
+        result = cases.get(case.key, {})
+        for what in ("skipped", "failed"):
+            if what in result:
+                yield f"- {case.title}, kernel_num {case.kernel_num}: {what}, {result[what]}"
+
+
+def _parts(profile: dict[str, Any]) -> Iterator[str]:
+    fdconv, plain = profile["fdconv"], profile["plain"]
+    commit = profile["machine"]["commit"]
+    yield f"By ONNX Runtime's own profile, milliseconds per run; commit {commit}.\n"
+    yield from _head("part", "FDConv", "plain twin", "of FDConv's, the largest operators")
+    for part in PARTS:
+        largest = list(fdconv["operators_by_part"][part].items())[:4]
+        said = ", ".join(f"{operator} {spent:.1f}" for operator, spent in largest if spent >= 0.1)
+        yield _row(part, f"{fdconv['parts'][part]:.1f}", f"{plain['parts'][part]:.1f}", said)
+    yield _row("sum", f"{fdconv['total']:.1f}", f"{plain['total']:.1f}", "")
+
+
+def _session(session: dict[str, Any]) -> Iterator[str]:
+    def seconds(found: dict[str, Any]) -> str:
+        return f"{found['median']:.2f} s"
+
+    batches = session["batches"]
+    yield f"Importing the runtime: {seconds(session['import_seconds'])}.\n"
+    yield from _head("", *(f"batch {batch}" for batch in batches))
+    for name, key in (
+        ("opening, files hashed", "open_seconds"),
+        ("opening, not hashed", "open_unhashed_seconds"),
+        ("loading the graph", "load_seconds"),
+        ("warm-up after that", "warm_up_seconds"),
+        ("CPU time burnt after a run", "cpu_after_run_seconds"),
+    ):
+        yield _row(name, *(seconds(life[key]) for life in batches.values()))
+    for name, key in (("first request", "first_request_ms"), ("tenth", "tenth_request_ms")):
+        yield _row(name, *(f"{life[key]['median']:.0f} ms" for life in batches.values()))
+    weights = session["weights_mb"]
+    for name, key in (("memory, loaded", "load_mb"), ("memory, after ten runs", "settled_mb")):
+        cells = (
+            f"{life[key]} MB ({life[key] / weights:.1f}× weights)" for life in batches.values()
+        )
+        yield _row(name, *cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of records")
+    parser.add_argument("--output", type=Path, default=DOCS, help="folder to write to")
+    options = parser.parse_args()
+    matrix = newest("matrix", options.results)
+    if matrix is None:
+        parser.error(f"{options.results} has no matrix; run python -m benchmarks.matrix first.")
+    text = markdown(matrix, *(newest(kind, options.results) for kind in ("profile", "session")))
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_whole(options.output / "performance-cpu.md", text.encode())
+    written = [options.output / "performance-cpu.md"]
+    bars = [r for case in (BACKBONE, UPERNET) for r in _measured(matrix["cases"], [case])]
+    if bars:
+        write_whole(options.output / "cost.svg", draw(bars).encode())
+        written.append(options.output / "cost.svg")
+    print(*written, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
