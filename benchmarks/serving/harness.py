@@ -86,7 +86,8 @@ class Load:
         return self.count() * each / self.wall
 
     def percentile(self, share: float, status: int = 200) -> float:
-        found = sorted(self.seconds.get(status, [float("nan")]))
+        """Milliseconds; 0 when there was none."""
+        found = sorted(self.seconds.get(status, [0.0]))
         return found[min(int(share * len(found)), len(found) - 1)] * 1e3
 
     def statuses(self) -> dict[int, int]:

@@ -12,12 +12,13 @@ from serve.problems import ClientGoneError
 from serve.service import Service
 
 T = TypeVar("T")
+NO_LIMIT = 1e9
 TimeoutMs = Annotated[
-    float | None,
+    float,
     Header(
         alias="X-Timeout-Ms",
-        gt=0,
-        le=1e9,
+        ge=1,
+        le=NO_LIMIT,
         description="Milliseconds in which an answer is of use; then a 504. The service's own "
         "limit holds too.",
     ),

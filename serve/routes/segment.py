@@ -27,7 +27,7 @@ from serve.repository import Model
 from serve.schemas import ModelCard, Segmentation, Segmentations
 from serve.segmenting import Wanted, segment
 
-from .common import TimeoutMs, note, service_of, while_connected
+from .common import NO_LIMIT, TimeoutMs, note, service_of, while_connected
 
 router = APIRouter(tags=["segmentation"])
 
@@ -47,7 +47,7 @@ class SegmentOptions(BaseModel):
     )
     classes: list[str] | None = Field(
         default=None,
-        max_length=1000,
+        max_length=200,
         description="Only these classes, by name or number, several times or with commas. "
         "Elsewhere masks hold 255 (transparent), run lengths -1, and overlays the image.",
         examples=[["road", "3"]],
@@ -121,7 +121,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
             ZIP: _BINARY,
         },
     },
-    **problem_docs(401, 406, 408, 413, 415, 422, 429, 500, 503, 504),
+    **problem_docs(401, 406, 408, 413, 414, 415, 422, 429, 431, 500, 503, 504),
 }
 
 
@@ -135,7 +135,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 async def segment_with_default(
     request: Request,
     options: Annotated[SegmentOptions, Query()],
-    timeout_ms: TimeoutMs = None,
+    timeout_ms: TimeoutMs = NO_LIMIT,
 ) -> Response:
     """`curl -F image=@street.jpg -H 'Accept: image/png' localhost:8000/v1/segment -o mask.png`."""
     model = service_of(request).repository.default
@@ -153,7 +153,7 @@ async def segment_with(
     request: Request,
     name: str,
     options: Annotated[SegmentOptions, Query()],
-    timeout_ms: TimeoutMs = None,
+    timeout_ms: TimeoutMs = NO_LIMIT,
 ) -> Response:
     """As `/v1/segment`, with the model called `name`."""
     model = service_of(request).repository.get(name)
@@ -161,7 +161,7 @@ async def segment_with(
 
 
 async def _segment(
-    request: Request, model: Model, options: SegmentOptions, timeout_ms: float | None
+    request: Request, model: Model, options: SegmentOptions, timeout_ms: float
 ) -> Response:
     service = service_of(request)
     client = request.state.client

@@ -1,0 +1,24 @@
+# The service on ONNX Runtime's CPU provider. Build from the repository's root:
+#   docker build -f docker/cpu.Dockerfile -t fdconv-deploy:cpu .
+FROM python:3.12-slim-bookworm AS build
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
+COPY fdconv_deploy fdconv_deploy
+COPY serve serve
+COPY export export
+RUN python -m venv /opt/fdconv \
+    && /opt/fdconv/bin/pip install --no-cache-dir '.[cpu,serve,grpc]'
+
+FROM python:3.12-slim-bookworm
+COPY --from=build /opt/fdconv /opt/fdconv
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin fdconv
+USER 10001
+ENV PATH=/opt/fdconv/bin:$PATH PYTHONUNBUFFERED=1
+EXPOSE 8000 8001
+# Bundles are mounted, never baked in: /models holds one folder each.
+VOLUME /models
+HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/healthz', timeout=2)"]
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["fdconv", "serve", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["/models", "--reload-seconds", "5", "--log-format", "json"]
