@@ -1,6 +1,6 @@
 """GPU kernels to PTX and machine code, on a machine that may have no GPU.
 
-Triton, and the ptxas in its wheel, are all this takes. It must not be interpreting
+Triton, and the ptxas in its wheel, are all this takes; no torch. It must not be interpreting
 (``TRITON_INTERPRET``), for then its functions are Python.
 """
 
@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.ops.launch import THREADS_PER_WARP, KernelLaunch
-from fdconv_deploy.ops.torch_launch import interpreting
+from fdconv_deploy.ops.launch import THREADS_PER_WARP, KernelLaunch, interpreting
 
 # Turing, Ampere (data centre and consumer), Ada, Hopper, Blackwell (both).
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
@@ -69,7 +68,7 @@ class CompiledKernel:
 
 def _triton() -> Any:
     try:
-        import triton  # type: ignore[import-not-found,unused-ignore]
+        import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError:
         raise BackendError(
             "compiling GPU kernels needs Triton, which is not installed. "
@@ -107,10 +106,10 @@ def compile_kernel(
         BackendError: no Triton, Triton interprets, or a kernel would need scratch memory.
     """
     triton = _triton()
-    from triton.backends.compiler import (  # type: ignore[import-not-found,unused-ignore]
+    from triton.backends.compiler import (  # type: ignore[import-untyped,import-not-found,unused-ignore]
         GPUTarget,
     )
-    from triton.compiler import ASTSource  # type: ignore[import-not-found,unused-ignore]
+    from triton.compiler import ASTSource  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     function = kernel_function(launch.kernel)
     places = {name: (i,) for i, name in enumerate(function.arg_names)}

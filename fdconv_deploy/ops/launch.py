@@ -6,6 +6,7 @@ Kernels take pointers only; everything else is a constant of the specialisation.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,3 +55,8 @@ class KernelLaunch:
 def warps_for(elements: int, most: int) -> int:
     """Warps that give each thread one of ``elements`` (a power of two), within 1 to ``most``."""
     return max(1, min(most, elements // THREADS_PER_WARP))
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels on the CPU (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

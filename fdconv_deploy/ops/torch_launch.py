@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.ops.launch import KernelLaunch
-
-
-def interpreting() -> bool:
-    """Whether Triton runs kernels on the CPU (``TRITON_INTERPRET=1``)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+from fdconv_deploy.ops.launch import KernelLaunch, interpreting
 
 
 def require_device(tensor: Tensor, what: str) -> None:

@@ -6,7 +6,7 @@ Needs Triton (``pip install 'fdconv-deploy[gpu]'``) and a CUDA build of PyTorch.
 from fdconv_deploy.errors import BackendError
 
 try:
-    import triton as _triton  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+    import triton as _triton  # type: ignore[import-untyped,import-not-found,unused-ignore]  # noqa: F401
 except ImportError:
     raise BackendError(
         "the fused GPU kernels need Triton, which is not installed. Install it with "

@@ -11,7 +11,7 @@ from fdconv_deploy.errors import BackendError, ExportError
 from fdconv_deploy.folding.cuda.layer import FusedConv2d
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.network import dynamic_layers, input_sizes, replace_layers
-from fdconv_deploy.ops.torch_launch import interpreting
+from fdconv_deploy.ops.launch import interpreting
 
 
 def require_cuda() -> None:

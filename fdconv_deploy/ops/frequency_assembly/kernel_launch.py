@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.ops.frequency_assembly.kernel_layout import (
     KernelSpectrum,
     Transform,
@@ -14,6 +14,9 @@ from fdconv_deploy.ops.frequency_assembly.kernel_layout import (
     transform_of,
 )
 from fdconv_deploy.ops.launch import THREADS_PER_WARP, KernelLaunch, warps_for
+
+if TYPE_CHECKING:  # it imports torch, which compiling kernels does without
+    from fdconv_deploy.folding.layer import FoldedConv
 
 F32 = "*fp32"
 DENSE_BLOCK = 32

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,6 +108,19 @@ def test_an_older_instruction_set_on_request():
     assert older.ptx_version == "8.0"
     assert newest.ptx_version > "8.0"
     assert older.resources().registers > 0
+
+
+def test_compiling_takes_no_torch():
+    """`fdconv build` compiles plugins where torch need not be."""
+    code = (
+        "import sys, fdconv_deploy.ops.compile as c;"
+        "import fdconv_deploy.ops.frequency_assembly.kernel_launch;"
+        "import fdconv_deploy.ops.frequency_band_modulation.kernel_launch;"
+        "[c.kernel_function(n) for n in ('row_kernel', 'column_kernel', 'combination_kernel')];"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 HEAD = ".visible .entry kernel(\n\t.param .u64 .ptr a,\n\t.param .u64 b,\n\t.param .u64 c\n)\n"
