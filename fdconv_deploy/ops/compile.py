@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.ops.launch import THREADS_PER_WARP, KernelLaunch, interpreting
+from fdconv_deploy.ops.launch import OPTIONS, THREADS_PER_WARP, KernelLaunch, interpreting
 
 # Turing, Ampere (data centre and consumer), Ada, Hopper, Blackwell (both).
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
@@ -119,7 +119,7 @@ def compile_kernel(
         constexprs={places[name]: value for name, value in launch.constants.items()},
         attrs={places[name]: [["tt.divisibility", 16]] for name, _ in launch.arguments},
     )
-    options: dict[str, Any] = {"num_warps": launch.warps, "num_stages": 1}
+    options: dict[str, Any] = {"num_warps": launch.warps} | OPTIONS
     if ptx_version is not None:
         options["ptx_version"] = ptx_version
     target = GPUTarget("cuda", capability, THREADS_PER_WARP)
@@ -171,12 +171,12 @@ def without_hidden_parameters(ptx: str, name: str) -> tuple[str, tuple[str, ...]
 
 
 @lru_cache(maxsize=1)
-def _ptxas(blackwell: bool) -> Path:
-    from triton import backends
+def _assemblers() -> list[Path]:
+    """The versions of ptxas in Triton's wheel, oldest first."""
+    from triton import backends  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     folder = Path(next(iter(backends.__path__))) / "nvidia" / "bin"
-    newer = folder / "ptxas-blackwell"
-    return newer if blackwell and newer.is_file() else folder / "ptxas"
+    return [p for name in ("ptxas", "ptxas-blackwell") if (p := folder / name).is_file()]
 
 
 def _assembled(ptx: str, capability: int) -> Resources:
@@ -184,11 +184,18 @@ def _assembled(ptx: str, capability: int) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [str(_ptxas(capability >= 100)), "-v", f"--gpu-name={architecture}"]
-        command += [str(source), "-o", str(Path(folder) / "kernel.cubin")]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    if result.returncode:
-        raise BackendError(f"ptxas refuses a kernel for {architecture}: {result.stderr.strip()}")
+        options = ["-v", f"--gpu-name={architecture}", str(source)]
+        options += ["-o", str(Path(folder) / "kernel.cubin")]
+        for assembler in _assemblers():
+            result = subprocess.run(  # noqa: S603
+                [str(assembler), *options], capture_output=True, text=True, check=False
+            )
+            # Only the newest knows the newest GPUs and instruction sets.
+            if result.returncode == 0:
+                break
+        else:
+            reason = result.stderr.strip()
+            raise BackendError(f"ptxas refuses a kernel for {architecture}: {reason}")
     report = result.stderr
 
     def number(pattern: str) -> int:

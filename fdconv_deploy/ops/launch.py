@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 FLOAT_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 THREADS_PER_WARP = 32
+# Of the compiler. No loop here feeds on loads that could be issued ahead; products and sums may
+# be fused.
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.ops.launch import KernelLaunch, interpreting
+from fdconv_deploy.ops.launch import OPTIONS, KernelLaunch, interpreting
 
 
 def require_device(tensor: Tensor, what: str) -> None:
@@ -28,4 +28,4 @@ def launch(module: ModuleType, kernel: KernelLaunch, batch: int, *tensors: Any) 
     """Run a kernel of ``module`` for ``batch`` images, on the current stream."""
     assert len(tensors) == len(kernel.arguments)
     function = getattr(module, kernel.kernel)
-    function[kernel.grid(batch)](*tensors, **kernel.constants, num_warps=kernel.warps, num_stages=1)
+    function[kernel.grid(batch)](*tensors, **kernel.constants, num_warps=kernel.warps, **OPTIONS)
