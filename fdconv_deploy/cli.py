@@ -16,6 +16,7 @@ from rich.console import Console
 
 from fdconv_deploy import __version__
 from fdconv_deploy.commands.demo import demo
+from fdconv_deploy.commands.evaluate import evaluate
 from fdconv_deploy.commands.export import export
 from fdconv_deploy.commands.inspect import inspect
 from fdconv_deploy.commands.segment import segment
@@ -48,7 +49,7 @@ def _options(
     pass
 
 
-for _command in (inspect, export, verify, segment, serve, demo):
+for _command in (inspect, export, verify, segment, evaluate, serve, demo):
     app.command()(_command)
 
 

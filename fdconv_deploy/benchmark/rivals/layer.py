@@ -63,7 +63,10 @@ class RivalConv2d(nn.Module):
         )
 
     def convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
-        """``x`` (B, I, H, W) with ``kernels`` (B, O, I, k, k), image by image: (B, O, h, w)."""
+        """``x`` (B, I, H, W) with B kernels (O, I, k, k), image by image: (B, O, h, w).
+
+        ``kernels`` is of any shape that holds them in this order.
+        """
         batch, _, height, width = x.shape
         y = F.conv2d(
             x.reshape(1, batch * self.in_channels, height, width),

@@ -12,7 +12,9 @@ class OmniDimensionalConv2d(RivalConv2d):
     """Kernel = Σ_i α_w,i α_f α_c α_s W_i: per kernel, output channel, input channel and tap.
 
     As published the channel and output attentions scale the features instead of the kernels,
-    which is the same; 1×1 kernels have no attention per tap.
+    which is the same; 1×1 kernels have no attention per tap. The published code scales each
+    of the n kernels before it sums them; here they are mixed by one matrix product, which is
+    the same, too, and several times as fast.
 
     Args:
         geometry: as of `RivalConv2d`.
@@ -41,10 +43,11 @@ class OmniDimensionalConv2d(RivalConv2d):
         pooled = pool(x).reshape(batch, self.in_channels, 1, 1)
         hidden = torch.relu(self.norm(self.squeeze(pooled))).flatten(1)
         x = x * torch.sigmoid(self.channel(hidden)).reshape(batch, self.in_channels, 1, 1)
-        weights = torch.softmax(self.kernel(hidden), dim=1).reshape(batch, -1, 1, 1, 1, 1)
+        weights = torch.softmax(self.kernel(hidden), dim=1)
+        kernels = torch.mm(weights, self.weight.flatten(1))
         if self.tap is not None:
-            taps = torch.sigmoid(self.tap(hidden))
-            weights = weights * taps.reshape(batch, 1, 1, 1, size, size)
-        kernels = (weights * self.weight).sum(1)
+            # The same for all kernels, so that it may follow their sum.
+            taps = torch.sigmoid(self.tap(hidden)).reshape(batch, 1, size * size)
+            kernels = kernels.reshape(batch, -1, size * size) * taps
         outputs = torch.sigmoid(self.filter(hidden)).reshape(batch, self.out_channels, 1, 1)
         return self.convolve(x, kernels) * outputs

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fdconv_deploy.demo.metrics import confusion_matrix, scores
+from fdconv_deploy.benchmark.metrics import confusion_matrix, scores
 
 
 def test_by_hand():
@@ -54,3 +54,27 @@ def test_what_cannot_be_scored_is_refused(truth, prediction, message):
 def test_nothing_to_score_is_refused():
     with pytest.raises(ValueError, match="no pixels"):
         scores(np.zeros((3, 3), np.int64))
+
+
+def test_against_a_loop_over_pixels():
+    rng = np.random.default_rng(1)
+    truth = rng.choice([0, 1, 2, 4, 255], (20, 30))  # class 3 is never true, 5 in neither
+    prediction = rng.integers(0, 5, (20, 30))
+    hits, true, found, right, counted = [0] * 6, [0] * 6, [0] * 6, 0, 0
+    for t, p in zip(truth.ravel().tolist(), prediction.ravel().tolist(), strict=True):
+        if t == 255:
+            continue
+        counted += 1
+        right += t == p
+        true[t] += 1
+        found[p] += 1
+        hits[t] += t == p
+    result = scores(confusion_matrix(truth, prediction, 6))
+    ious = [hits[c] / (true[c] + found[c] - hits[c]) for c in range(5)]
+    accuracies = [hits[c] / true[c] for c in (0, 1, 2, 4)]
+    assert result.iou[:5] == pytest.approx(ious)
+    assert math.isnan(result.iou[5])
+    assert math.isnan(result.accuracy[3])
+    assert result.mean_iou == pytest.approx(sum(ious) / 5)
+    assert result.mean_accuracy == pytest.approx(sum(accuracies) / 4)
+    assert result.pixel_accuracy == pytest.approx(right / counted)

@@ -1,0 +1,176 @@
+"""Folders of images and masks, as the data sets have them on disk.
+
+ADE20K: ``images/validation/NAME.jpg`` with ``annotations/validation/NAME.png``. Cityscapes:
+``leftImg8bit/val/CITY/NAME_leftImg8bit.png`` with ``gtFine/val/CITY/NAME_gtFine_….png``.
+Otherwise a mask has its image's name, or that name and ``_labels``, and lies in the same
+subfolder of the masks' folder as the image of the images' folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fdconv_deploy.benchmark.labels import LabelRule, cityscapes_classes
+from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.runtime.decoding import read_image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_CITY_IMAGE, _CITY_TRAIN, _CITY_IDS = (
+    "_leftImg8bit", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
+)  # fmt: skip
+# Below a data set's folder: its validation images and their masks.
+_LAYOUTS = {
+    "ADE20K": ("images/validation", "annotations/validation"),
+    "Cityscapes": ("leftImg8bit/val", "gtFine/val"),
+}
+
+
+class DatasetError(FDConvError):
+    """Images and masks do not belong together, or cannot be read as such."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image file and its mask's. ``city_ids``: the mask holds Cityscapes' own label ids."""
+
+    image: Path
+    mask: Path
+    city_ids: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """``image`` (H, W, 3) uint8 RGB; ``truth`` (H, W) int64, classes or -1 where none counts."""
+
+    name: str
+    image: NDArray[np.uint8]
+    truth: NDArray[np.int64]
+
+
+class Samples(Sequence[Sample]):
+    """Pairs, decoded and checked when they are asked for."""
+
+    def __init__(self, pairs: Sequence[Pair], rule: LabelRule) -> None:
+        self.pairs, self.rule = tuple(pairs), rule
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Samples: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | Samples:
+        """One sample, or a slice of the samples without reading them.
+
+        :raises ImageError: an image cannot be read.
+        :raises DatasetError: a mask cannot be read, is not of its image's size, or names what
+            is no class.
+        """
+        if isinstance(index, slice):
+            return Samples(self.pairs[index], self.rule)
+        pair = self.pairs[index]
+        image, raw = read_image(pair.image), read_mask(pair.mask)
+        if raw.shape != image.shape[:2]:
+            found, expected = (f"{h}x{w}" for h, w in (raw.shape, image.shape[:2]))
+            raise DatasetError(
+                f"The mask {pair.mask} is {found} (height x width), its image {pair.image} "
+                f"{expected}. Scores are taken at the image's own size: give masks of that size."
+            )
+        try:
+            # A label map is of the numbers in the file, whatever their names say.
+            if pair.city_ids and self.rule.label_map is None:
+                raw = cityscapes_classes(raw)
+            truth = self.rule.apply(raw)
+        except ValueError as error:
+            raise DatasetError(f"The mask {pair.mask} {error}") from None
+        return Sample(pair.image.name, image, truth)
+
+
+def layout_of(root: Path) -> tuple[Path, Path]:
+    """The folders of validation images and masks of a data set.
+
+    :param root: such as ``ADEChallengeData2016`` or ``cityscapes``, as unpacked.
+    :raises DatasetError: it has neither layout.
+    """
+    for images, masks in _LAYOUTS.values():
+        if (root / images).is_dir() and (root / masks).is_dir():
+            return root / images, root / masks
+    known = "; ".join(f"{name}: {images} and {masks}" for name, (images, masks) in _LAYOUTS.items())
+    raise DatasetError(
+        f"{root} has no folders of a known data set ({known}). Give them with --images and --masks."
+    )
+
+
+def find_pairs(images: Path, masks: Path) -> list[Pair]:
+    """Every image below a folder with its mask, sorted by path.
+
+    :raises DatasetError: a folder is missing or holds no images, or an image has no mask.
+    """
+    for folder, what in ((images, "images"), (masks, "masks")):
+        if not folder.is_dir():
+            found = "is a file" if folder.exists() else "does not exist"
+            raise DatasetError(f"A folder of {what} was expected, but {folder} {found}.")
+    files = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    pairs = []
+    for path in files:
+        if _is_mask(path):
+            continue
+        where = masks / path.relative_to(images).parent
+        candidates = [c for c in _candidates(path, where) if c.mask != path]
+        pair = next((c for c in candidates if c.mask.is_file()), None)
+        if pair is None:
+            names = " or ".join(c.mask.name for c in candidates)
+            raise DatasetError(
+                f"The image {path} has no mask: expected {names} in {where}. Add it, or remove "
+                "the image."
+            )
+        pairs.append(pair)
+    if not pairs:
+        raise DatasetError(f"{images} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+    return pairs
+
+
+def read_mask(path: Path) -> NDArray[np.int64]:
+    """A mask's numbers, (H, W) int64: gray levels of 8 or 16 bits, or indices of a palette.
+
+    :raises DatasetError: it cannot be read, or has colours in place of numbers.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            mode, pixels = opened.mode, np.asarray(opened)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DatasetError(f"The mask {path} cannot be read: {error}.") from error
+    if pixels.ndim != 2 or mode == "F":
+        raise DatasetError(
+            f"The mask {path} holds {mode} pixels. A mask holds one number a pixel: gray levels "
+            "or palette indices. Convert its colours to class indices."
+        )
+    return pixels.astype(np.int64)
+
+
+def _is_mask(path: Path) -> bool:
+    """Whether a file beside images is another's mask."""
+    base, suffix = path.stem.removesuffix("_labels"), path.stem.endswith("_labels")
+    return suffix and any((path.parent / (base + end)).is_file() for end in IMAGE_SUFFIXES)
+
+
+def _candidates(image: Path, where: Path) -> list[Pair]:
+    """Where an image's mask may be, the likeliest first."""
+    if image.stem.endswith(_CITY_IMAGE):
+        base = image.stem.removesuffix(_CITY_IMAGE)
+        return [
+            Pair(image, where / (base + _CITY_TRAIN)),
+            Pair(image, where / (base + _CITY_IDS), city_ids=True),
+        ]
+    return [Pair(image, where / f"{image.stem}{end}.png") for end in ("", "_labels")]

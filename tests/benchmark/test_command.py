@@ -1,0 +1,131 @@
+"""``fdconv evaluate``, from folders on disk to a report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from fdconv_deploy.demo import held_out, packaged_checkpoint
+from tests.benchmark import layouts
+from tests.test_cli import fdconv
+
+
+@pytest.fixture
+def scenes():
+    return held_out()[0][0].parent
+
+
+def scored(monkeypatch, capfd, *arguments: object) -> dict:
+    code, out, err = fdconv(monkeypatch, capfd, "evaluate", *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_every_layout_gives_the_same_scores(streets, tmp_path, scenes, monkeypatch, capfd):
+    reports = [
+        scored(monkeypatch, capfd, streets, "--images", scenes, "--masks", scenes),
+        scored(
+            monkeypatch, capfd, streets, "--data", layouts.ade20k(tmp_path / "ade"),
+            "--reduce-zero-label",
+        ),
+        *(
+            scored(monkeypatch, capfd, streets, "--data", layouts.cityscapes(tmp_path / kind, kind))
+            for kind in ("labelTrainIds", "labelIds")
+        ),
+    ]  # fmt: skip
+    sides = [report["sides"][0] for report in reports]
+    assert all(report["images"] == 16 for report in reports)
+    for side in sides:
+        assert side["backend"] == "onnxruntime-cpu"
+        assert side["mode"] == "whole"
+        assert side["images_per_second"] > 0
+        for key in ("mean_iou", "pixel_accuracy", "mean_accuracy", "classes"):
+            assert side[key] == sides[0][key]
+    assert [row["name"] for row in sides[0]["classes"]][:2] == ["road", "lane marking"]
+
+
+def test_against_a_checkpoint(streets, scenes, monkeypatch, capfd):
+    report = scored(
+        monkeypatch, capfd, streets, "--images", scenes, "--masks", scenes,
+        "--limit", 3, "--against", packaged_checkpoint(), "--threads", 1,
+    )  # fmt: skip
+    bundle, eager = report["sides"]
+    assert report["images"] == 3
+    assert eager["backend"] == "pytorch"
+    assert eager["agreement"] > 0.9999
+    assert abs(bundle["mean_iou"] - eager["mean_iou"]) < 1e-4
+    assert eager["size"] == bundle["size"] == [96, 128]
+
+
+def test_a_checkpoint_alone_as_a_table(scenes, monkeypatch, capfd):
+    code, out, err = fdconv(
+        monkeypatch, capfd, "evaluate", packaged_checkpoint(),
+        "--images", scenes, "--masks", scenes, "--limit", 2,
+    )  # fmt: skip
+    assert code == 0, err
+    for word in ("lane marking", "mIoU", "pixel accuracy", "images/s", "2 images, whole"):
+        assert word in out
+
+
+def test_slide(sliding, tmp_path, monkeypatch, capfd):
+    checkpoint, bundle = sliding
+    root = layouts.cityscapes(tmp_path, "labelTrainIds")
+    mapping = tmp_path / "map.json"
+    mapping.write_text(json.dumps({str(n): ("road", "tree", None)[n % 3] for n in range(11)}))
+    report = scored(
+        monkeypatch, capfd, bundle, "--data", root, "--limit", 2,
+        "--label-map", mapping, "--against", checkpoint,
+    )  # fmt: skip
+    assert {side["mode"] for side in report["sides"]} == {"slide"}
+    assert report["sides"][1]["agreement"] > 0.999
+    assert report["sides"][0]["classes"][0]["pixels"] == 0  # sky is nowhere in the map
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--images", "."], 2, "give --images and --masks, or --data alone"),
+        ([], 2, "give --images and --masks, or --data alone"),
+        (["--data", ".", "--images", ".", "--masks", "."], 2, "or --data alone"),
+        (["--data", ".", "--mode", "half"], 2, "--mode is whole or slide, not 'half'"),
+        (["--data", "."], 1, "no folders of a known data set"),
+    ],
+)
+def test_mistakes(streets, tmp_path, arguments, code, message, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    found, _, err = fdconv(monkeypatch, capfd, "evaluate", streets, *arguments)
+    assert found == code
+    # rich draws a box around it
+    assert message in " ".join(err.replace("│", " ").split())
+
+
+def test_mistakes_about_masks(streets, scenes, tmp_path, monkeypatch, capfd):
+    shutil.copytree(scenes, tmp_path / "scenes")
+    (tmp_path / "scenes" / "004_labels.png").unlink()
+    folder = tmp_path / "scenes"
+    arguments = ("evaluate", streets, "--images", folder, "--masks", folder)
+    code, _, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 1
+    assert "004.png has no mask: expected 004_labels.png" in err
+    code, _, err = fdconv(
+        monkeypatch, capfd, "evaluate", tmp_path / "none", "--images", scenes, "--masks", scenes
+    )
+    assert code == 1
+    assert "none does not exist. Give a bundle's folder or a checkpoint." in err
+
+
+def test_a_bundle_is_scored_without_torch(streets, scenes):
+    code = (
+        "import sys; from fdconv_deploy import cli\n"
+        f"sys.argv = ['fdconv', 'evaluate', {str(streets)!r}, '--images', {str(scenes)!r}, "
+        f"'--masks', {str(scenes)!r}, '--limit', '1', '--json']\n"
+        "cli.main()\n"
+        "assert not {'torch', 'onnx'} & set(sys.modules), 'loaded'"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["images"] == 1
