@@ -75,7 +75,8 @@ def replace_bands(nodes: Nodes, node: gs.Node) -> None:
     # One set of factors is given for all groups.
     factors = [np.tile(constant_of(t).reshape(terms, -1), (groups, 1)) for t in (mix, mix_bias)]
     pixels = height * width
-    sizes = dict(zip(SIZES, (channels, pixels, groups, weighted, terms, nodes.batch), strict=True))
+    of = channels, height, width, groups, weighted, terms, nodes.batch
+    sizes = dict(zip(SIZES, of, strict=True))
     name = combination_name(not softmax, half)
     nodes.functions[name] = combination_function(not softmax, half)
     total = plugin_node(

@@ -8,14 +8,21 @@ operators, which TensorRT takes where the plugin is not registered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops.compile import CompiledKernel, compile_kernel
 from fdconv_deploy.ops.launch import KernelLaunch
+from fdconv_deploy.runtime.backends.cores import available_cores
 
 NAMESPACE = "fdconv"
 # TensorRT's types by numpy's names, as TensorRT's plugin layer writes them.
@@ -73,48 +80,131 @@ def _compiled(key: _Key, capability: int) -> CompiledKernel:
     return compile_kernel(key.launch, capability, version)
 
 
-def implement(plugin: Any, launch: KernelLaunch, batch: int) -> tuple[str, str, Any, Any]:
-    """A plugin's answer to TensorRT: entry name, PTX, launch parameters, extra arguments.
+Sizes = npt.NDArray[np.int32]
 
-    Args:
-        plugin: the module ``tensorrt.plugin``.
-        batch: images; the first axis of the grid.
+
+@dataclass(frozen=True)
+class Plugin:
+    """A kernel as a plugin of one output.
+
+    inputs: names, in the kernel's order. kinds: numpy's names of the inputs' types and then the
+    output's. shape: of the output, by a node's ``sizes``; launch: likewise.
     """
+
+    inputs: tuple[str, ...]
+    kinds: tuple[str, ...]
+    shape: Callable[[Sizes], tuple[int, ...]]
+    launch: Callable[[Sizes], KernelLaunch]
+
+
+def _define(trt: Any, trtp: Any, name: str, plugin: Plugin) -> None:
+    """Register one under its operator's name.
+
+    TensorRT reads parameters and types from signatures, so these are made to say them.
+    """
+    identity = f"{NAMESPACE}::{name}"
+    desc: Any = trtp.TensorDesc
+    outputs: Any = tuple[trtp.TensorDesc]
+    given = dict.fromkeys(plugin.inputs, desc) | {"sizes": Sizes}
+    place = len(plugin.inputs)
+
+    def says(returned: Any, **more: Any) -> Callable[[Any], Any]:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(n, kind, annotation=a) for n, a in (given | more).items()]
+
+        def sign(function: Any) -> Any:
+            function.__signature__ = inspect.Signature(parameters, return_annotation=returned)
+            return function
+
+        return sign
+
+    @trtp.register(identity)
+    @says(desc)
+    def describe(*_descs: Any, sizes: Sizes) -> Any:
+        kind = trt.float16 if plugin.kinds[-1] == "float16" else trt.float32
+        return trtp.from_shape_expr(plugin.shape(sizes), kind)
+
+    @trtp.autotune(identity)
+    @says(list[trtp.AutoTuneCombination], outputs=outputs)
+    def types(*_arguments: Any) -> list[Any]:
+        kinds = ", ".join(TYPE_NAMES[kind] for kind in plugin.kinds)
+        return [trtp.AutoTuneCombination(kinds, "LINEAR")]
+
+    answer = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]
+
+    @trtp.aot_impl(identity)
+    @says(answer, outputs=outputs, tactic=int)
+    def kernel(*arguments: Any) -> Any:
+        sizes = arguments[place]
+        return _implementation(trtp, plugin.launch(sizes), int(sizes[-1]))
+
+
+def _implementation(trtp: Any, launch: KernelLaunch, batch: int) -> tuple[str, str, Any, Any]:
+    """Entry name, PTX, launch parameters, extra arguments (none: kernels take pointers only)."""
     kernel = kernel_ptx(launch)
     x, y, z = launch.grid(batch)
-    parameters = plugin.KernelLaunchParams(
-        grid_x=x,
-        grid_y=y,
-        grid_z=z,
-        block_x=kernel.threads,
-        shared_mem=kernel.shared,
+    parameters = trtp.KernelLaunchParams(
+        grid_x=x, grid_y=y, grid_z=z, block_x=kernel.threads, shared_mem=kernel.shared
     )
-    # Kernels take pointers only.
-    return kernel.name, kernel.ptx, parameters, plugin.SymIntExprs(0)
+    return kernel.name, kernel.ptx, parameters, trtp.SymIntExprs(0)
 
 
-def type_name(trt: Any, kind: Any) -> str:
-    """``float32``, ``float16`` or ``int32`` of a TensorRT type."""
-    names = {trt.float32: "float32", trt.float16: "float16", trt.int32: "int32"}
-    if kind not in names:
-        raise BackendError(f"the plugins know float32, float16 and int32, not {kind}.")
-    return names[kind]
+def plugin_of(name: str) -> Plugin | None:
+    """The plugin of an operator, in whatever form; None if there is none."""
+    from fdconv_deploy.ops.frequency_assembly import plugin as assembly
+    from fdconv_deploy.ops.frequency_band_modulation import plugin as bands
+
+    maker = {**assembly.PLUGINS, **bands.PLUGINS}.get(name.partition("_")[0])
+    return None if maker is None else maker(name)
 
 
-def combination(plugin: Any, *kinds: str) -> list[Any]:
-    """The one combination of types a plugin takes, in TensorRT's notation; all tensors linear."""
-    return [plugin.AutoTuneCombination(", ".join(TYPE_NAMES[k] for k in kinds), "LINEAR")]
+def launch_of(name: str, sizes: Sequence[int]) -> KernelLaunch:
+    """The kernel that a node of an operator stands for; ``sizes`` is the node's attribute."""
+    plugin = plugin_of(name)
+    if plugin is None:
+        raise KeyError(name)
+    return plugin.launch(np.array(sizes, np.int32))
 
 
-Registration = Callable[[Any, Any, str], None]
+def precompile(
+    launches: Iterable[KernelLaunch],
+    capability: int,
+    done: Callable[[int, int], None] = lambda _done, _of: None,
+) -> None:
+    """Compile kernels in several processes at once, for Triton's cache to hold.
+
+    A kernel takes seconds, and TensorRT asks for one after another.
+
+    Args:
+        done: told how many are compiled, of how many.
+
+    Raises:
+        BackendError: as `compile_kernel`.
+    """
+    keys = list(dict.fromkeys(_Key(launch) for launch in launches))
+    workers = min(len(keys), 8, available_cores())
+    if workers <= 1:
+        return  # TensorRT's asking does as well
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        jobs = [pool.submit(_compiled_elsewhere, key.launch, capability) for key in keys]
+        for count, job in enumerate(as_completed(jobs), 1):
+            job.result()
+            done(count, len(keys))
+
+
+def _compiled_elsewhere(launch: KernelLaunch, capability: int) -> None:
+    _compiled(_Key(launch), capability)
+
+
 _registered: set[str] = set()
 
 
-def register_plugins(trt: Any, plugin: Any, names: set[str]) -> list[str]:
+def register_plugins(trt: Any, trtp: Any, names: Iterable[str]) -> list[str]:
     """Register a plugin for each operator ``names`` that is one of ours.
 
     Args:
-        trt, plugin: the modules ``tensorrt`` and ``tensorrt.plugin``.
+        trt, trtp: the modules ``tensorrt`` and ``tensorrt.plugin``.
         names: operators of the ``fdconv`` domain in a graph.
 
     Returns:
@@ -123,22 +213,18 @@ def register_plugins(trt: Any, plugin: Any, names: set[str]) -> list[str]:
     Raises:
         BackendError: this TensorRT has no ahead-of-time plugins.
     """
-    from fdconv_deploy.ops.frequency_assembly import plugin as assembly
-    from fdconv_deploy.ops.frequency_band_modulation import plugin as bands
-
-    if not hasattr(plugin, "aot_impl"):
+    if not hasattr(trtp, "aot_impl"):
         raise BackendError(
             f"TensorRT {trt.__version__} has no ahead-of-time plugins; they came with 10.9, and "
             "this package is written for 11. Update TensorRT, or build with --plugins off."
         )
-    makers: dict[str, Registration] = {**assembly.PLUGINS, **bands.PLUGINS}
     done = []
-    for name in sorted(names):
-        base = name.partition("_")[0]
-        if base not in makers:
+    for name in sorted(set(names)):
+        plugin = plugin_of(name)
+        if plugin is None:
             continue
         if name not in _registered:
-            makers[base](trt, plugin, name)
+            _define(trt, trtp, name, plugin)
             _registered.add(name)
         done.append(name)
     return done

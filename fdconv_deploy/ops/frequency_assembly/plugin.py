@@ -1,15 +1,11 @@
 """TensorRT plugins of the two assembly kernels.
 
 Registered under each form's own name, since TensorRT finds plugins, as it finds functions, by a
-node's operator. Which form a plugin is makes no difference to it: all is in ``sizes``.
+node's operator. All that a kernel is specialised to is in ``sizes``: `AssemblySizes.numbers`,
+then the batch size.
 """
 
-# TensorRT reads annotations as types: no `from __future__ import annotations` here.
-
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from __future__ import annotations
 
 from fdconv_deploy.ops.frequency_assembly.kernel_launch import (
     AssemblySizes,
@@ -17,93 +13,42 @@ from fdconv_deploy.ops.frequency_assembly.kernel_launch import (
     half_shape,
     row_launch,
 )
-from fdconv_deploy.ops.frequency_assembly.plugin_function import COLUMNS, ROWS
-from fdconv_deploy.ops.plugins import NAMESPACE, combination, implement
+from fdconv_deploy.ops.frequency_assembly.plugin_function import (
+    COLUMN_INPUTS,
+    COLUMNS,
+    ROW_INPUTS,
+    ROWS,
+)
+from fdconv_deploy.ops.launch import KernelLaunch
+from fdconv_deploy.ops.plugins import Plugin, Sizes
 
-Sizes = npt.NDArray[np.int32]
 
-
-def assembly_sizes_of(sizes: Sizes) -> AssemblySizes:
-    """Of a node's ``sizes``: `AssemblySizes.numbers`, then the batch size."""
+def _layer(sizes: Sizes) -> AssemblySizes:
     return AssemblySizes.of([int(n) for n in sizes[:-1]])
 
 
-def register_rows(trt: Any, trtp: Any, name: str) -> None:
+def rows_plugin(name: str) -> Plugin:
     """The first kernel: gates and constant spectrum -> half-inverted spectra."""
-    identity = f"{NAMESPACE}::{name}"
-    desc = trtp.TensorDesc
-
-    @trtp.register(identity)
-    def describe(gates: desc, values: desc, groups: desc, table: desc, sizes: Sizes) -> desc:
-        shape = int(sizes[-1]), *half_shape(assembly_sizes_of(sizes))
-        return trtp.from_shape_expr(shape, trt.float32)
-
-    @trtp.autotune(identity)
-    def types(
-        gates: desc, values: desc, groups: desc, table: desc, sizes: Sizes, outputs: tuple[desc]
-    ) -> list[trtp.AutoTuneCombination]:
-        return combination(trtp, "float32", "float32", "int32", "float32", "float32")
-
-    @trtp.aot_impl(identity)
-    def kernel(
-        gates: desc,
-        values: desc,
-        groups: desc,
-        table: desc,
-        sizes: Sizes,
-        outputs: tuple[desc],
-        tactic: int,
-    ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
-        return implement(trtp, row_launch(assembly_sizes_of(sizes)), int(sizes[-1]))
+    return Plugin(
+        tuple(ROW_INPUTS),
+        ("float32", "float32", "int32", "float32", "float32"),
+        lambda sizes: (int(sizes[-1]), *half_shape(_layer(sizes))),
+        lambda sizes: row_launch(_layer(sizes)),
+    )
 
 
-def register_columns(trt: Any, trtp: Any, name: str) -> None:
+def columns_plugin(name: str) -> Plugin:
     """The second kernel: half-inverted spectra -> modulated kernels, float32 or float16."""
-    identity = f"{NAMESPACE}::{name}"
-    desc = trtp.TensorDesc
     kind = "float16" if name.endswith("_Half") else "float32"
 
-    @trtp.register(identity)
-    def describe(
-        half: desc,
-        gates: desc,
-        table: desc,
-        average: desc,
-        local_weight: desc,
-        output_scale: desc,
-        sizes: Sizes,
-    ) -> desc:
-        layer = assembly_sizes_of(sizes)
-        shape = int(sizes[-1]) * layer.out_channels, layer.in_channels, *layer.kernel_size
-        return trtp.from_shape_expr(shape, trt.float16 if kind == "float16" else trt.float32)
+    def shape(sizes: Sizes) -> tuple[int, ...]:
+        layer = _layer(sizes)
+        return int(sizes[-1]) * layer.out_channels, layer.in_channels, *layer.kernel_size
 
-    @trtp.autotune(identity)
-    def types(
-        half: desc,
-        gates: desc,
-        table: desc,
-        average: desc,
-        local_weight: desc,
-        output_scale: desc,
-        sizes: Sizes,
-        outputs: tuple[desc],
-    ) -> list[trtp.AutoTuneCombination]:
-        return combination(trtp, *["float32"] * 6, kind)
+    def launch(sizes: Sizes) -> KernelLaunch:
+        return column_launch(_layer(sizes), dtype=kind)
 
-    @trtp.aot_impl(identity)
-    def kernel(
-        half: desc,
-        gates: desc,
-        table: desc,
-        average: desc,
-        local_weight: desc,
-        output_scale: desc,
-        sizes: Sizes,
-        outputs: tuple[desc],
-        tactic: int,
-    ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
-        launch = column_launch(assembly_sizes_of(sizes), dtype=kind)
-        return implement(trtp, launch, int(sizes[-1]))
+    return Plugin(tuple(COLUMN_INPUTS), (*["float32"] * len(COLUMN_INPUTS), kind), shape, launch)
 
 
-PLUGINS = {ROWS: register_rows, COLUMNS: register_columns}
+PLUGINS = {ROWS: rows_plugin, COLUMNS: columns_plugin}

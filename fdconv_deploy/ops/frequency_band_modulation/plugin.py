@@ -1,69 +1,39 @@
 """TensorRT plugin of the band combination kernel."""
 
-# TensorRT reads annotations as types: no `from __future__ import annotations` here.
-
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from __future__ import annotations
 
 from fdconv_deploy.ops.frequency_band_modulation.kernel_launch import combination_launch
-from fdconv_deploy.ops.frequency_band_modulation.plugin_function import COMBINATION
+from fdconv_deploy.ops.frequency_band_modulation.plugin_function import COMBINATION, INPUTS
 from fdconv_deploy.ops.launch import KernelLaunch
-from fdconv_deploy.ops.plugins import NAMESPACE, combination, implement
+from fdconv_deploy.ops.plugins import Plugin, Sizes
 
-Sizes = npt.NDArray[np.int32]
 # What a node's ``sizes`` lists.
-SIZES = "channels pixels groups weighted terms batch".split()
+SIZES = "channels height width groups weighted terms batch".split()
 
 
-def launch_of(name: str, sizes: Sizes) -> KernelLaunch:
-    """The kernel of a form for a node's ``sizes``."""
-    given = dict(zip(SIZES, (int(n) for n in sizes), strict=True))
-    del given["batch"]
-    return combination_launch(
-        **given,
-        sigmoid="_Activated" not in name,
-        dtype="float16" if name.endswith("_Half") else "float32",
-    )
-
-
-def register_combination(trt: Any, trtp: Any, name: str) -> None:
+def combination_plugin(name: str) -> Plugin:
     """Input, logits and low-passes -> modulated input, all of one type."""
-    identity = f"{NAMESPACE}::{name}"
-    desc = trtp.TensorDesc
     kind = "float16" if name.endswith("_Half") else "float32"
 
-    @trtp.register(identity)
-    def describe(
-        x: desc, logits: desc, mix: desc, mix_bias: desc, lows: desc, sizes: Sizes
-    ) -> desc:
-        return x.like()
+    def given(sizes: Sizes) -> dict[str, int]:
+        return dict(zip(SIZES, (int(n) for n in sizes), strict=True))
 
-    @trtp.autotune(identity)
-    def types(
-        x: desc,
-        logits: desc,
-        mix: desc,
-        mix_bias: desc,
-        lows: desc,
-        sizes: Sizes,
-        outputs: tuple[desc],
-    ) -> list[trtp.AutoTuneCombination]:
-        return combination(trtp, kind, kind, "float32", "float32", kind, kind)
+    def shape(sizes: Sizes) -> tuple[int, ...]:
+        return tuple(given(sizes)[n] for n in ("batch", "channels", "height", "width"))
 
-    @trtp.aot_impl(identity)
-    def kernel(
-        x: desc,
-        logits: desc,
-        mix: desc,
-        mix_bias: desc,
-        lows: desc,
-        sizes: Sizes,
-        outputs: tuple[desc],
-        tactic: int,
-    ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
-        return implement(trtp, launch_of(name, sizes), int(sizes[-1]))
+    def launch(sizes: Sizes) -> KernelLaunch:
+        of = given(sizes)
+        return combination_launch(
+            channels=of["channels"],
+            pixels=of["height"] * of["width"],
+            groups=of["groups"],
+            weighted=of["weighted"],
+            terms=of["terms"],
+            sigmoid="_Activated" not in name,
+            dtype=kind,
+        )
+
+    return Plugin(tuple(INPUTS), (kind, kind, "float32", "float32", kind, kind), shape, launch)
 
 
-PLUGINS = {COMBINATION: register_combination}
+PLUGINS = {COMBINATION: combination_plugin}

@@ -1,0 +1,183 @@
+"""TensorRT's plugin layer, as NVIDIA ships it, takes every plugin of every layer of a ResNet-50."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu.shapes import RESNET50, layer_sizes
+from fdconv_deploy.errors import BackendError
+from fdconv_deploy.ops import plugins
+from fdconv_deploy.ops.frequency_assembly.kernel_launch import AssemblySizes, half_shape
+from fdconv_deploy.ops.frequency_assembly.kernel_layout import (
+    column_transform,
+    root_table,
+    transform_of,
+)
+
+BINDINGS = "tensorrt_bindings"
+LIBRARIES = "nvinfer", "nvinfer_plugin", "nvonnxparser"
+FLOAT, HALF, INT = 1, 10, 6
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def node(op: str, sizes: list[int], shapes: list[tuple[int, ...]], kinds: list[int]) -> dict:
+    return {"op": op, "sizes": sizes, "shapes": shapes, "kinds": kinds}
+
+
+def assembly_nodes(sizes: AssemblySizes, batch: int, half: bool) -> list[dict]:
+    numbers = [*sizes.numbers(), batch]
+    gates = batch, sizes.heads
+    tiles = sizes.tiles, sizes.planes, 2, sizes.rows, sizes.width
+    packed = (sizes.tiles * sizes.planes * sizes.rows * sizes.width + 3) // 4
+    rows = root_table(sizes.rows, transform_of(sizes.rows)).shape
+    columns = root_table(sizes.columns, column_transform(sizes.columns, sizes.kernel_size[1])).shape
+    local = sizes.rows, sizes.kernel_size[1] * sizes.taps
+    name = f"FrequencyAssemblyColumns_Local{sizes.taps}_Filter" + ("_Half" if half else "")
+    return [
+        node(
+            "FrequencyAssemblyRows", numbers, [gates, tiles, (packed,), rows],
+            [FLOAT, FLOAT, INT, FLOAT],
+        ),
+        node(
+            name, numbers,
+            [(batch, *half_shape(sizes)), gates, columns, (batch, sizes.in_channels), local, gates],
+            [FLOAT] * 6,
+        ),
+    ]  # fmt: skip
+
+
+def band_nodes(channels: int, size: int, batch: int, half: bool) -> list[dict]:
+    kind = HALF if half else FLOAT
+    x, logits = (batch, channels, size, size), (batch, 3, size, size)
+    name = "FrequencyBandCombination" + ("_Half" if half else "")
+    sizes = [channels, size, size, 1, 3, 4, batch]
+    return [node(name, sizes, [x, logits, (4, 3), (4,), (3, *x)], [kind, kind, FLOAT, FLOAT, kind])]
+
+
+@pytest.fixture(scope="session")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of libraries that NVIDIA's bindings can be imported on."""
+    if importlib.util.find_spec(BINDINGS) is None:
+        pytest.skip(
+            "TensorRT's bindings are not installed (pip install --no-deps tensorrt-cu13-bindings)"
+        )
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler (cc) to make the stub of libnvinfer with")
+    folder = tmp_path_factory.mktemp("nvinfer")
+    source = Path(__file__).with_name("tensorrt_stub.c")
+    major = importlib.metadata.version("tensorrt-cu13-bindings").partition(".")[0]
+    for library in LIBRARIES:
+        target = folder / f"lib{library}.so.{major}"
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", target, source], check=True)
+    return folder
+
+
+def through_bindings(stub: Path, requests: list[dict], real: int = 0, cache: str = "") -> Any:
+    path = stub / "requests.json"
+    path.write_text(json.dumps(requests))
+    command = [sys.executable, "-m", "tests.ops.tensorrt_stub", str(path), "--real", str(real)]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(stub)}
+    environment.pop("TRITON_INTERPRET", None)
+    if cache:
+        environment.setdefault("TRITON_CACHE_DIR", cache)
+    finished = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def check(found: dict, request: dict) -> None:
+    launch = plugins.launch_of(request["op"], request["sizes"])
+    grid = launch.grid(request["sizes"][-1])
+    assert [found["launch"][f"grid_{axis}"] for axis in "xyz"] == list(grid)
+    assert found["launch"]["block_x"] >= launch.threads
+    assert (found["launch"]["block_y"], found["launch"]["block_z"]) == (1, 1)
+    # What a kernel gets without opting in to more, which a plugin cannot.
+    assert found["launch"]["shared_mem"] <= 48 * 1024
+    assert found["formats"], "types of inputs and outputs, as one linear combination"
+    assert found["kernel"] == launch.kernel
+    half = request["op"].endswith("_Half")
+    assert found["type"] == ("DataType.HALF" if half else "DataType.FLOAT")
+
+
+def test_every_layer_of_a_resnet50(stub, capsys):
+    requests = []
+    for shape in RESNET50:
+        sizes = layer_sizes(shape.out_channels, shape.in_channels, shape.kernel)
+        for batch, half in ((1, False), (4, True)):
+            requests += assembly_nodes(sizes, batch, half)
+            if shape.kernel == 3:
+                requests += band_nodes(shape.in_channels, shape.feature, batch, half)
+    answer = through_bindings(stub, requests)
+    assert sorted(answer["registered"]) == sorted({r["op"] for r in requests})
+    assert answer["again"] == answer["registered"], "a second build registers nothing twice"
+    for found, request in zip(answer["nodes"], requests, strict=True):
+        check(found, request)
+    for found, request in zip(answer["nodes"], requests, strict=True):
+        if request["op"].startswith("FrequencyAssemblyRows"):
+            sizes = AssemblySizes.of(request["sizes"][:-1])
+            assert tuple(found["shape"]) == (request["sizes"][-1], *half_shape(sizes))
+        elif request["op"].startswith("FrequencyAssemblyColumns"):
+            sizes = AssemblySizes.of(request["sizes"][:-1])
+            expected = request["sizes"][-1] * sizes.out_channels, sizes.in_channels
+            assert tuple(found["shape"]) == (*expected, *sizes.kernel_size)
+        else:
+            assert tuple(found["shape"]) == tuple(request["shapes"][0])
+    counts = Counter(found["kernel"] for found in answer["nodes"])
+    threes = sum(shape.kernel == 3 for shape in RESNET50)
+    layers = 2 * len(RESNET50)
+    assert counts == {
+        "row_kernel": layers, "column_kernel": layers, "combination_kernel": 2 * threes
+    }  # fmt: skip
+    with capsys.disabled():
+        print(
+            f"\nTensorRT {answer['version']} bindings: {len(answer['registered'])} plugins "
+            f"registered, launch parameters of {len(requests)} nodes evaluated "
+            f"({', '.join(f'{n} {k}' for k, n in sorted(counts.items()))}), "
+            f"{len(RESNET50)} layer shapes"
+        )
+
+
+def test_real_code_reaches_tensorrt(stub, request):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed, and compiles the kernels (pip install triton)")
+    sizes = layer_sizes(64, 64, 1)
+    requests = assembly_nodes(sizes, 2, True) + band_nodes(64, 16, 2, True)
+    cache = str(request.config.cache.mkdir("triton"))
+    answer = through_bindings(stub, requests, real=len(requests), cache=cache)
+    assert answer["compiled"] == {"real": 3, "stood in for": 0}
+    for found, asked in zip(answer["nodes"], requests, strict=True):
+        check(found, asked)
+        assert found["ptx"] > 4000
+        assert ".target sm_90" in found["head"]
+        # Inputs, then the output, nothing else: TensorRT passes no more.
+        assert found["parameters"] == len(asked["shapes"]) + 1
+
+
+class OldTensorRT:
+    __version__ = "10.8.0.43"
+
+
+def test_an_older_tensorrt_is_told_apart():
+    with pytest.raises(BackendError, match=r"10\.8.*10\.9.*--plugins off"):
+        plugins.register_plugins(OldTensorRT, object(), {"FrequencyAssemblyRows"})
+
+
+def test_code_needs_a_target(monkeypatch):
+    monkeypatch.setattr(plugins, "_target", None)
+    launch = plugins.launch_of("FrequencyBandCombination", [8, 4, 4, 1, 3, 4, 1])
+    with pytest.raises(BackendError, match="set_target"):
+        plugins.kernel_ptx(launch)
