@@ -73,6 +73,44 @@ def test_verify_fails_past_its_tolerance(bundle, monkeypatch, capfd):
     assert "differs from the network" in err
 
 
+def test_verify_says_when_it_is_another_checkpoint(bundle, monkeypatch, capfd, tmp_path):
+    other = tmp_path / "other.pth"
+    state = torch.load(packaged_checkpoint(), weights_only=True)  # noqa: TID251
+    weights = state.get("state_dict", state)
+    name = next(n for n in weights if n.endswith("conv_seg.weight"))
+    weights[name] = weights[name] * 1.5
+    torch.save(state, other)
+    code, _, err = fdconv(monkeypatch, capfd, "verify", bundle, other)
+    assert code == 1
+    assert f"exported from another file than this one, {packaged_checkpoint().name}" in err
+
+
+def test_verify_says_that_all_is_well(bundle, monkeypatch, capfd):
+    code, out, _ = fdconv(monkeypatch, capfd, "verify", bundle, packaged_checkpoint())
+    assert code == 0
+    assert "The bundle holds" in out
+
+
+def test_verify_refuses_a_senseless_tolerance(bundle, monkeypatch, capfd):
+    arguments = ["verify", bundle, packaged_checkpoint(), "--tolerance", "-1"]
+    code, _, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 1
+    assert "0 or more" in err
+
+
+def test_segment_passes_over_what_is_no_image(bundle, monkeypatch, capfd, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    good = [path for path, _ in held_out()[:2]]
+    images = [good[0], broken, good[1]]
+    code, _, err = fdconv(monkeypatch, capfd, "segment", bundle, *images, "-o", tmp_path / "out")
+    assert code == 1
+    assert "1 of 3 images" in err
+    assert "broken.png" in err
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {f"{p.stem}{end}.png" for p in good for end in ("", "_overlay")}
+
+
 def test_segment_writes_mask_and_overlay(bundle, monkeypatch, capfd, tmp_path):
     image = held_out()[0][0]
     code, out, err = fdconv(monkeypatch, capfd, "segment", bundle, image, "-o", tmp_path, "--json")
@@ -122,6 +160,14 @@ def test_inspect_for_people(monkeypatch, capfd):
     code, out, _ = fdconv(monkeypatch, capfd, "inspect", packaged_checkpoint())
     assert code == 0
     assert "FDConv layers" in out
+
+
+def test_inspect_of_another_network(monkeypatch, capfd, tmp_path):
+    """The report says what is wrong; the exit code says that there is no exporting it."""
+    torch.save({"some.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
+    code, out, _ = fdconv(monkeypatch, capfd, "inspect", tmp_path / "other.pth", "--json")
+    assert code == 1
+    assert json.loads(out)["problem"]
 
 
 class Evil:

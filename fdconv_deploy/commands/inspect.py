@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typer
 from rich.console import Console
 
 from fdconv_deploy.commands.options import (
@@ -22,7 +23,10 @@ def inspect(
     size: Size = None,
     as_json: Json = False,
 ) -> None:
-    """Say what is in a checkpoint, what was told by it and what was assumed."""
+    """Say what is in a checkpoint, what was told by it and what was assumed.
+
+    Exit code 1 if its network is not one that can be exported as it is.
+    """
     from fdconv_deploy.checkpoints import inspect_checkpoint, render
 
     pixels = parse_size(size) if size else (512, 512)
@@ -33,3 +37,6 @@ def inspect(
         print(report.model_dump_json(indent=2))
     else:
         render(report, Console())
+    if report.problem is not None:
+        # The report has said why; a script must not take this file for one to export.
+        raise typer.Exit(1)

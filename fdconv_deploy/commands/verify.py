@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -21,6 +21,9 @@ from fdconv_deploy.commands.options import (
 )
 from fdconv_deploy.errors import FDConvError
 
+if TYPE_CHECKING:
+    from fdconv_deploy.runtime.manifest import CheckpointInfo
+
 
 def verify(
     bundle: BundlePath,
@@ -31,12 +34,19 @@ def verify(
     config: Config = None,
     settings: Settings = None,
     tolerance: Annotated[
-        float, typer.Option(help="Largest error allowed, relative to the largest logit.")
-    ] = 1e-4,
+        float | None,
+        typer.Option(
+            help="Largest error allowed, relative to the largest logit (int8: largest share of "
+            "positions of another class); what export allows at this precision if not given."
+        ),
+    ] = None,
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
     """Compare a bundle with the PyTorch network, image by image."""
+    if tolerance is not None and not tolerance >= 0:
+        raise FDConvError(f"the tolerance must be 0 or more, got {tolerance}.")
+    from export.checks import TOLERANCES
     from export.verify import verify_bundle
     from fdconv_deploy.checkpoints import load_checkpoint
     from fdconv_deploy.runtime import open_session, read_image
@@ -63,9 +73,26 @@ def verify(
                 f"{r.parity.argmax_agreement or 0:.4%}",
             )
         Console().print(table)
-    worst = max(r.parity.max_rel for r in results)
-    if worst > tolerance:
+    manifest = session.bundle.manifest
+    allowed = TOLERANCES[manifest.precision] if tolerance is None else tolerance
+    if manifest.precision == "int8":
+        worst = max(1 - (r.parity.argmax_agreement or 0) for r in results)
+        what = "of the positions have another class"
+    else:
+        worst = max(r.parity.max_rel for r in results)
+        what = "of the largest logit is how far it is"
+    if not worst <= allowed:
         raise FDConvError(
-            f"the bundle differs from the network by {worst:.1e} of the largest logit; "
-            f"{tolerance:.0e} is allowed. Export it again."
+            f"the bundle differs from the network: {worst:.1e} {what}; {allowed:.0e} is allowed. "
+            f"{_advice(manifest.checkpoint, checkpoint)}"
         )
+    if not as_json:
+        Console().print(f"The bundle holds: {worst:.1e} {what}; {allowed:.0e} is allowed.")
+
+
+def _advice(source: CheckpointInfo | None, checkpoint: Path) -> str:
+    from fdconv_deploy.runtime.bundle import sha256_of
+
+    if source is not None and source.sha256 != sha256_of(checkpoint):
+        return f"It was exported from another file than this one, {source.name}: compare with that."
+    return "Export it again."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -62,15 +62,23 @@ def segment_files(
     *,
     fit: str | None = None,
     opacity: float = 0.5,
+    passed_over: Callable[[Path, ImageError], None] | None = None,
 ) -> Iterator[FileResult]:
     """Segment images one by one and write ``NAME.png`` and ``NAME_overlay.png`` for each.
 
+    :param passed_over: told of an image that cannot be read, instead of ending the rest.
     :raises ImageError: an image cannot be read, or two would be written to one name.
     """
     _check_names(images)
     folder.mkdir(parents=True, exist_ok=True)
     for path in images:
-        picture = read_image(path)
+        try:
+            picture = read_image(path)
+        except ImageError as error:
+            if passed_over is None:
+                raise
+            passed_over(path, error)
+            continue
         result = session.segment(picture, fit=cast("Fit | None", fit))
         mask, overlay = folder / f"{path.stem}.png", folder / f"{path.stem}_overlay.png"
         if path.resolve() in (mask.resolve(), overlay.resolve()):
