@@ -43,42 +43,40 @@ class Evaluation:
             Number of images, share of pixels of the same class, mean IoU of both on those
             images that have a mask, if any have.
         """
-        sessions = [
-            onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-            for path in (reference, other)
-        ]
         classes = self.architecture.decode_head.num_classes
-        confusions = [np.zeros((classes, classes), np.int64) for _ in sessions]
+        for mask in self.masks:
+            if mask is not None:
+                _check_classes(mask, classes)
+        # One after the other: two sessions of a large network may not fit in memory.
+        before = list(self._labels(reference, batch))
+        confusions = [np.zeros((classes, classes), np.int64) for _ in range(2)]
         same = pixels = labelled = 0
-        for picture, mask in zip(self.pictures, self.masks, strict=True):
-            labels = list(self._labels(sessions, picture, batch))
-            same += int((labels[0] == labels[1]).sum())
-            pixels += labels[0].size
-            if mask is None:
-                continue
-            _check_classes(mask, classes)
-            labelled += 1
-            for place, found in enumerate(labels):
-                confusions[place] += confusion_matrix(mask, found, classes)
+        for exact, found, mask in zip(before, self._labels(other, batch), self.masks, strict=True):
+            same += int((exact == found).sum())
+            pixels += exact.size
+            if mask is not None:
+                labelled += 1
+                for confusion, labels in zip(confusions, (exact, found), strict=True):
+                    confusion += confusion_matrix(mask, labels, classes)
         result: dict[str, Any] = {"images": len(self.pictures), "argmax_agreement": same / pixels}
         if labelled:
-            before, after = (scores(c).mean_iou for c in confusions)
+            single, reduced = (scores(c).mean_iou for c in confusions)
             result |= {
                 "labelled": labelled,
-                "mean_iou_fp32": before,
-                "mean_iou": after,
-                "mean_iou_change": after - before,
+                "mean_iou_fp32": single,
+                "mean_iou": reduced,
+                "mean_iou_change": reduced - single,
             }
         return result
 
-    def _labels(
-        self, sessions: Sequence[Any], picture: Picture, batch: int
-    ) -> Iterator[NDArray[np.integer]]:
+    def _labels(self, model: Path, batch: int) -> Iterator[NDArray[np.integer]]:
+        session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
         height, width = self.size
-        tensor = normalise(resize(picture, height, width), self.architecture.preprocessing)
-        feed = np.repeat(tensor[None], batch, axis=0)
-        for session in sessions:
-            (logits,) = session.run(["logits"], {"images": feed})
+        # By index: a sequence that reads files need not hold all of them.
+        for index in range(len(self.pictures)):
+            picture = self.pictures[index]
+            tensor = normalise(resize(picture, height, width), self.architecture.preprocessing)
+            (logits,) = session.run(["logits"], {"images": np.repeat(tensor[None], batch, axis=0)})
             yield label_map(
                 logits[0],
                 self.size,
