@@ -50,8 +50,37 @@ def bin_order(rows: int, columns: int, method: str = "torch") -> Tensor:
         raise UnsupportedLayerError(
             f"frequency_order must be 'torch', 'stable' or an index tensor, got {method!r}."
         )
-    radii = bin_radii(rows, columns).reshape(-1)
-    return torch.sort(radii, stable=method == "stable").indices
+    if method == "torch":
+        _check_sort()
+    return _sorted(rows, columns, stable=method == "stable")
+
+
+def _sorted(rows: int, columns: int, *, stable: bool) -> Tensor:
+    return torch.sort(bin_radii(rows, columns).reshape(-1), stable=stable).indices
+
+
+# The published code's order of the bins of a 64→64 1×1 layer, where three quarters of all bins
+# lie elsewhere than in a stable order: by it, this machine's sort is told from another.
+PROBE = (64, 64)
+PROBE_SHA256 = "0895ece4afe833654820c3567cfd1982610c6105a59d83503ed10885f8936da7"
+
+
+@lru_cache(maxsize=1)
+def _check_sort() -> None:
+    """Refuse a torch whose sort leaves ties otherwise than the published code's did.
+
+    No release promises it; a silent change would give wrong kernels without an error.
+
+    Raises:
+        UnsupportedLayerError: it does.
+    """
+    if order_sha256(_sorted(*PROBE, stable=False)) != PROBE_SHA256:
+        raise UnsupportedLayerError(
+            f"torch {torch.__version__} on this machine sorts equal radii in another order than "
+            "the published FDConv code did, so checkpoints would get wrong frequency groups. "
+            "Install a torch that keeps it (2.13 does on x86-64), or give the order a checkpoint "
+            "was trained with: frequency_order='stable' or a tensor of indices."
+        )
 
 
 @lru_cache(maxsize=256)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fdconv_deploy.errors import UnsupportedLayerError
+from fdconv_deploy.nn import spectrum
 from fdconv_deploy.nn.band_modulation import band_masks
 from fdconv_deploy.nn.spectrum import (
     bin_order,
@@ -28,6 +30,19 @@ def test_orders_and_radii_are_the_published_ones(oracle):
         assert hashlib.sha256(radii.tobytes()).hexdigest() == row["dist_sha256"], row
         assert order_sha256(bin_order(*size)) == row["official_order_sha256_int64"], row
         assert order_sha256(bin_order(*size, "stable")) == row["stable_order_sha256_int64"], row
+
+
+def test_a_torch_that_sorts_otherwise_is_refused(monkeypatch):
+    """Silently, it would group a checkpoint's frequencies wrongly."""
+    bin_order.cache_clear()
+    spectrum._check_sort.cache_clear()
+    stable_sort = torch.sort
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "sort", lambda x, stable=False: stable_sort(x, stable=True))
+        with pytest.raises(UnsupportedLayerError, match="sorts equal radii in another order"):
+            bin_order(48, 32)
+        assert len(bin_order(48, 32, "stable")) == 816
+    assert len(bin_order(48, 32)) == 816
 
 
 def test_band_masks_are_the_published_ones(oracle):
