@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -11,15 +13,20 @@ help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 # torch first and by itself: any other order lets pip pick a CUDA build of several gigabytes.
-$(STAMP): pyproject.toml
+$(RUNS): pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[export,serve]'
+	@touch $@
+
+# Compilers, browsers' drivers and clients that only tests need: the demo does without.
+$(STAMP): $(RUNS)
+	$(PIP) -e '.[dev]'
 	@touch $@
 
 setup: $(STAMP)  ## Make .venv with everything development needs
 
-demo: $(STAMP)  ## Export, verify, measure and serve the packaged checkpoint
+demo: $(RUNS)  ## Export, verify, measure and serve the packaged checkpoint
 	$(BIN)/fdconv demo --output demo-output
 
 test: $(STAMP)  ## Run the test suite (no GPU, no network)
