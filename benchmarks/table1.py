@@ -190,7 +190,7 @@ def markdown(result: dict[str, Any]) -> str:
     height, width = COUNTED_AT
     heads = [
         "", "parameters", "paper", f"multiply-adds, G at {height}×{width}", "paper",
-        "element-wise, G", "Fourier, GFLOP",
+        "element-wise, G", "Fourier transforms, GFLOP",
     ]  # fmt: skip
     if timed:
         where = "×".join(map(str, timed["size"]))

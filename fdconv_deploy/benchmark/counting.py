@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -35,8 +35,9 @@ class Operations:
             together count as one, as the papers' tables count.
         matrix: multiply-adds of matrix products: attention, mixing of kernels.
         elementwise: one for each number that an addition, subtraction, multiplication or
-            division of tensors gives (two where it is complex), or that a sum or average
-            takes in. Activations, normalisation, pooling and copies are not counted.
+            division of tensors gives, two where it is complex. Activations, normalisation,
+            pooling windows and copies are counted nowhere.
+        reduction: one for each number that a sum or an average of a tensor takes in.
         transform: floating-point operations of Fourier transforms, 5 N log₂ N for a complex
             one of N numbers, half of it for a real one.
     """
@@ -44,6 +45,7 @@ class Operations:
     convolution: int
     matrix: int
     elementwise: int
+    reduction: int
     transform: int
 
     @property
@@ -56,6 +58,7 @@ class Operations:
             self.convolution - other.convolution,
             self.matrix - other.matrix,
             self.elementwise - other.elementwise,
+            self.reduction - other.reduction,
             self.transform - other.transform,
         )
 
@@ -77,7 +80,7 @@ def count_operations(network: nn.Module, shape: tuple[int, ...]) -> Operations:
 class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.counts = dict.fromkeys(("convolution", "matrix", "elementwise", "transform"), 0)
+        self.counts = {field.name: 0 for field in fields(Operations)}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -92,7 +95,7 @@ class _Counter(TorchDispatchMode):
         elif packet in _ARITHMETIC:
             self.counts["elementwise"] += _numbers(out)
         elif packet in _REDUCTIONS:
-            self.counts["elementwise"] += _numbers(args[0])
+            self.counts["reduction"] += _numbers(args[0])
         elif packet in _REAL_TRANSFORMS or packet is aten._fft_c2c:
             self.counts["transform"] += _transform(packet, args[0], out, args[1])
         return out
