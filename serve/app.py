@@ -15,7 +15,7 @@ from fdconv_deploy.runtime import Session
 
 from . import openapi, problems
 from .middleware import Edge
-from .routes import ROUTERS
+from .routes import FAST_ROUTES, ROUTERS
 from .security import Keys
 from .service import Service
 from .settings import Settings
@@ -72,6 +72,7 @@ def create_app(
     problems.install(app)
     for router in ROUTERS:
         app.include_router(router)
+    app.router.routes[:0] = FAST_ROUTES
     openapi.install(app, keys_needed=keys.needed)
     return app
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from fdconv_deploy.errors import BundleError, FDConvError
@@ -22,40 +20,11 @@ from fdconv_deploy.runtime.bundle import MANIFEST_NAME
 
 from .cards import model_card, model_name
 from .problems import RefusedError
-from .schemas import Benchmark, ModelCard
+from .schemas import ModelCard
 from .settings import Settings
+from .versions import Model, Version, bundles_in, fingerprint, timed_runs
 
 log = logging.getLogger("fdconv.serve")
-Fingerprint = tuple[int, int, int]
-
-
-@dataclass(eq=False)
-class Version:
-    """One opened state of a model's bundle."""
-
-    name: str
-    session: Session
-    card: ModelCard
-    owned: bool
-    leases: int = 0
-    retired: bool = False
-
-
-@dataclass(eq=False)
-class Model:
-    """A name, the bundle behind it, and the version that is loaded, if one is."""
-
-    name: str
-    path: Path
-    card: ModelCard
-    session: Session | None = None  # the caller's own, already open
-    fingerprint: Fingerprint | None = None
-    version: Version | None = None
-    loading: asyncio.Task[Version] | None = None
-    generation: int = 0
-    last_used: float = 0.0
-    error: str | None = None
-    wanted: bool = True  # False once it was unloaded by hand
 
 
 class Repository:
@@ -188,7 +157,7 @@ class Repository:
     async def poll(self) -> None:
         """Look once for bundles that changed, came or went, and follow them."""
         for folder in self._folders:
-            for path in _bundles_in(folder):
+            for path in bundles_in(folder):
                 if path.name not in self._models:
                     try:
                         self._add_path(path)
@@ -274,7 +243,7 @@ class Repository:
         try:
             card = model_card(model.name, session.bundle, default=model.card.default)
             seconds = session.warm_up()
-            benchmark = _benchmark(session)
+            benchmark = timed_runs(session)
         except BaseException:
             if model.session is None:
                 session.close()
@@ -327,7 +296,7 @@ class Repository:
             return
         path = Path(source)
         if path.is_dir() and not (path / MANIFEST_NAME).exists():
-            found = _bundles_in(path)
+            found = bundles_in(path)
             if found:
                 self._folders.append(path)
                 for bundle in found:
@@ -368,28 +337,3 @@ class Repository:
 
     def _unavailable(self, detail: str) -> RefusedError:
         return RefusedError(503, detail, {"Retry-After": str(self._settings.retry_after_seconds)})
-
-
-def fingerprint(path: Path) -> Fingerprint | None:
-    """What changes when a bundle is written anew; None when there is no bundle."""
-    try:
-        found = os.stat(path / MANIFEST_NAME)  # noqa: PTH116 - the exact fields
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
-
-
-def _bundles_in(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if not path.name.startswith(".") and (path / MANIFEST_NAME).is_file()
-    )
-
-
-def _benchmark(session: Session) -> list[Benchmark]:
-    """One timed run of each graph, after the run that warmed it up."""
-    return [
-        Benchmark(batch=batch, milliseconds=round(session.warm_up([batch]) * 1e3, 3))
-        for batch in session.batch_sizes
-    ]

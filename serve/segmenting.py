@@ -23,10 +23,10 @@ from fdconv_deploy.runtime.preprocessing import resize
 from .answers import Answer, Form, MaskForm, render
 from .bodies import Upload
 from .problems import RefusedError, image_problem
-from .repository import Version
 from .scheduling import Outcome
 from .service import Service
 from .settings import Settings
+from .versions import Version
 
 T = TypeVar("T")
 Picture = npt.NDArray[np.uint8]

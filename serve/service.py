@@ -16,10 +16,11 @@ from .bodies import BodyBudget
 from .isolation import Children, IsolatedSession
 from .metrics import Metrics
 from .problems import RefusedError
-from .repository import Repository, Version
+from .repository import Repository
 from .scheduling import Scheduler
 from .settings import Settings
 from .tracing import Tracing
+from .versions import Version
 
 log = logging.getLogger("fdconv.serve")
 

@@ -1,8 +1,8 @@
 """Resident memory over time: ``python -m benchmarks.serving.soak [--full] [--leak]`` (10 min).
 
 Clients ask for every kind of answer without pause. After a warm-up of a fifth of the time,
-memory may grow by 20 MB at most. ``--leak`` plants one in the service, of 20 kB per request (500 kB in
-the short form, which sees few of them), and the same test must catch it.
+memory may grow by 20 MB at most. ``--leak`` plants one in the service, of 20 kB per request
+(500 kB in the short form, which sees few of them), and the same test must catch it.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from fdconv_deploy.runtime import Session
 from fdconv_deploy.runtime.postprocessing import label_map
 from fdconv_deploy.runtime.preprocessing import normalise
 from serve.problems import RefusedError
-from serve.repository import Version
 from serve.service import Service
+from serve.versions import Version
 
 INPUT = "images"
 OUTPUTS = ("logits", "labels")

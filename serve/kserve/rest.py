@@ -16,14 +16,14 @@ from .inference import INPUT, TYPES, InferRequest, check_images, check_outputs
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
-def read_request(body: bytes, length: int, card: Any, most: int) -> InferRequest:
+def read_request(body: memoryview, length: int, card: Any, most: int) -> InferRequest:
     """The request in a body.
 
     :param length: of the JSON before the binary tensors, as :func:`json_length` gives it.
     :raises RefusedError: 400, it is not one this model can answer.
     """
     try:
-        found = json.loads(body[:length] if length < len(body) else body)
+        found = json.loads(bytes(body[:length]))
     except (ValueError, RecursionError) as error:
         raise RefusedError(400, "The request's JSON cannot be read.") from error
     if not isinstance(found, dict):
@@ -39,15 +39,15 @@ def read_request(body: bytes, length: int, card: Any, most: int) -> InferRequest
     given = found.get("id", "")
     return InferRequest(
         given if isinstance(given, str) else "",
-        _tensor(inputs[0], memoryview(body)[length:], card, most),
+        _tensor(inputs[0], body[length:], card, most),
         check_outputs([o["name"] for o in outputs]),
         timeout_ms(_parameters(found).get("timeout")),
     )
 
 
-def wants_binary(body: bytes, length: int) -> dict[str, bool]:
+def wants_binary(body: memoryview, length: int) -> dict[str, bool]:
     """Which outputs the client wants in binary; "" stands for those it does not name."""
-    found = json.loads(body[:length])
+    found = json.loads(bytes(body[:length]))
     wanted = {"": bool(_parameters(found).get("binary_data_output", False))}
     for output in found.get("outputs") or []:
         wanted[output["name"]] = bool(_parameters(output).get("binary_data", wanted[""]))

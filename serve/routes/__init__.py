@@ -4,7 +4,6 @@ from . import health, kserve, models, pages, segment
 
 # In the order in which they are tried: what is asked most comes first.
 ROUTERS = (
-    kserve.infer_router,
     segment.router,
     health.router,
     models.router,
@@ -12,4 +11,6 @@ ROUTERS = (
     pages.router,
 )
 
-__all__ = ["ROUTERS"]
+FAST_ROUTES = kserve.FAST_ROUTES
+
+__all__ = ["FAST_ROUTES", "ROUTERS"]

@@ -41,18 +41,28 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
     :raises ClientGoneError: it did.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGoneError
-    finally:
-        gone.cancel()
-        if not task.done():
+    task = asyncio.current_task()
+    assert task is not None
+    left = over = False
+
+    def leave(_: Any) -> None:
+        nonlocal left
+        if not over:
+            left = True
             task.cancel()
-            await asyncio.wait({task})
+
+    # One task beside, not the work in a task of its own: most clients stay.
+    gone = asyncio.ensure_future(_disconnected(request))
+    gone.add_done_callback(leave)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if left:
+            raise ClientGoneError from None
+        raise
+    finally:
+        over = True
+        gone.cancel()
 
 
 async def _disconnected(request: Request) -> None:

@@ -23,9 +23,9 @@ from serve.answers import (
 )
 from serve.bodies import FIELD, Body
 from serve.problems import RefusedError, problem_docs
-from serve.repository import Model
 from serve.schemas import ModelCard, Segmentation, Segmentations
 from serve.segmenting import Wanted, segment
+from serve.versions import Model
 
 from .common import NO_LIMIT, TimeoutMs, note, service_of, while_connected
 

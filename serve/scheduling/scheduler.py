@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -93,7 +94,11 @@ class Scheduler:
     ) -> None:
         self._queue = BatchQueue(max_batch=max_batch, delay=delay)
         self._runs: dict[Hashable, Run] = {}
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        # A token for every item: what idle workers wait for. A worker looks at the queue before
+        # it waits for a token, so a token too many is harmless and none can be missed. Not a
+        # Condition, whose lock the woken thread would first have to wait for.
+        self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._clock = clock
         self._on_batch, self._on_death = on_batch, on_death
         self._workers = workers
@@ -119,13 +124,13 @@ class Scheduler:
         weight: float = 1.0,
     ) -> None:
         """Open a lane whose batches ``run`` answers."""
-        with self._changed:
+        with self._lock:
             self._runs[key] = run
             self._queue.add_lane(key, sizes, cost=cost, weight=weight)
 
     def remove_lane(self, key: Hashable) -> None:
         """Close a lane in which nothing waits any more."""
-        with self._changed:
+        with self._lock:
             self._queue.remove_lane(key)
             del self._runs[key]
 
@@ -141,7 +146,7 @@ class Scheduler:
 
     def backlog_seconds(self) -> float:
         """How long what waits will take, as far as is known."""
-        with self._changed:
+        with self._lock:
             return self._queue.backlog_seconds() / self._workers
 
     async def run(self, key: Hashable, inputs: Array, deadline: float = float("inf")) -> Outcome:
@@ -170,9 +175,10 @@ class Scheduler:
 
     def close(self) -> None:
         """Run what waits, then end the threads."""
-        with self._changed:
+        with self._lock:
             self._closing = True
-            self._changed.notify_all()
+        for _ in self._threads:
+            self._tokens.put(None)
         while self._threads:
             _, thread = self._threads.popitem()
             thread.join()
@@ -184,10 +190,11 @@ class Scheduler:
     async def _wait(
         self, key: Hashable, request: _Request, items: list[Item], deadline: float
     ) -> Outcome:
-        with self._changed:
+        with self._lock:
             for item in items:
                 self._queue.push(key, item)
-            self._changed.notify(min(len(items), self._workers))
+        for _ in items:
+            self._tokens.put(None)
         timer = None
         if deadline != float("inf"):
             loop = asyncio.get_running_loop()
@@ -197,7 +204,7 @@ class Scheduler:
             await request.future
         except BaseException:
             # Cancelled by the client's leaving, late, or lost: what still waits is not run.
-            with self._changed:
+            with self._lock:
                 for item in items:
                     self._queue.cancel(key, item)
             raise
@@ -234,17 +241,17 @@ class Scheduler:
                 self._finish(batch, start, results=results)
 
     def _take(self) -> Batch | None:
-        with self._changed:
-            while True:
+        while True:
+            with self._lock:
                 found = self._queue.pop(self._clock())
                 if isinstance(found, Batch):
                     self.running += len(found.items)
-                    if self._queue.waiting:
-                        self._changed.notify()
                     return found
                 if found is None and self._closing:
                     return None
-                self._changed.wait(None if found is None else max(found - self._clock(), 0.0))
+            left = None if found is None else max(found - self._clock(), 0.0)
+            with contextlib.suppress(queue.Empty):
+                self._tokens.get(timeout=left)
 
     def _answers(self, batch: Batch) -> list[Any]:
         first = batch.items[0].payload
@@ -262,7 +269,7 @@ class Scheduler:
         error: Exception | None = None,
     ) -> None:
         seconds = self._clock() - start
-        with self._changed:
+        with self._lock:
             self.running -= len(batch.items)
             self._queue.done(batch, seconds)
         if isinstance(error, WorkerDiedError) and self._on_death:

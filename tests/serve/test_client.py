@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -77,9 +78,12 @@ def test_cards(client: Client) -> None:
 
 def test_refusals(client: Client, png: bytes) -> None:
     with pytest.raises(ServiceError, match="no model of that name") as caught:
-        client.segment(png, "../none")
+        client.segment(png, "none")
     assert caught.value.status == 404
     assert len(caught.value.request_id) == 32
+    with pytest.raises(ServiceError) as caught:
+        client.segment(png, "../none")
+    assert caught.value.status == 404
     with pytest.raises(ServiceError, match="is not a JPEG"):
         client.segment(b"junk")
     with pytest.raises(ServiceError, match="uint8"):
@@ -111,7 +115,8 @@ def test_asks_again_when_turned_away() -> None:
         def do_GET(self) -> None:
             asked.append(self.path)
             if len(asked) == 2:
-                self.connection.close()
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
                 return
             body = b'{"models": []}' if len(asked) == 3 else b'{"detail": "Full."}'
             self.send_response(200 if len(asked) == 3 else 503)
@@ -123,7 +128,7 @@ def test_asks_again_when_turned_away() -> None:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_port}"
