@@ -123,7 +123,8 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
     files = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     pairs = []
     for path in files:
-        if _is_mask(path):
+        # macOS leaves ._NAME.jpg behind in archives.
+        if path.name.startswith(".") or _is_mask(path):
             continue
         where = masks / path.relative_to(images).parent
         candidates = [c for c in _candidates(path, where) if c.mask != path]
@@ -156,7 +157,13 @@ def read_mask(path: Path) -> NDArray[np.int64]:
             f"The mask {path} holds {mode} pixels. A mask holds one number a pixel: gray levels "
             "or palette indices. Convert its colours to class indices."
         )
-    return pixels.astype(np.int64)
+    numbers = pixels.astype(np.int64)
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < 1 << 16:
+        raise DatasetError(
+            f"The mask {path} holds numbers from {numbers.min()} to {numbers.max()}; expected "
+            "16 bits, 0 to 65535."
+        )
+    return numbers
 
 
 def _is_mask(path: Path) -> bool:

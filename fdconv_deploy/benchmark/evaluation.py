@@ -1,7 +1,7 @@
 """Accuracy and speed of networks on labelled images, side by side in one run.
 
 Nothing here imports torch: a side is whatever labels an image. Bundles come from
-`bundle_side`, PyTorch networks from `fdconv_deploy.benchmark.torch_side`.
+`bundle_side`, PyTorch networks from `torch_side`, both opened by `sides.open_sides`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Answer:
 class Side:
     """Something that labels images: (H, W, 3) uint8 RGB -> `Answer` at the image's size.
 
-    ``details``: what it is, for the report: its path, backend, mode.
+    ``name``: its path. ``details``: what it is, for the report: kind, backend, precision,
+    mode, and the (height, width) it computes at, if that is one for all images.
     """
 
     name: str
@@ -130,12 +131,13 @@ def bundle_side(session: Session, *, mode: Mode | None = None, fit: Fit | None =
         return Answer(found.labels, found.timings["inference"])
 
     details = {
-        "bundle": str(session.bundle.path),
+        "kind": "bundle",
         "backend": session.backend,
+        "precision": session.bundle.manifest.precision,
         "mode": mode or session.mode,
         "size": list(session.input_size),
     }
-    return Side("bundle", answer, session.classes, details)
+    return Side(str(session.bundle.path), answer, session.classes, details)
 
 
 def evaluate(

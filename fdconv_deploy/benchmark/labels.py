@@ -44,12 +44,16 @@ class LabelRule:
         :raises ValueError: a number stands for no class. The message goes on after "The mask
             PATH ".
         """
-        numbers, where = np.unique(raw, return_inverse=True)
-        classes = np.array([self._class_of(int(number)) for number in numbers], np.int64)
-        strange = (classes < UNCOUNTED) | (classes >= self.classes)
-        if strange.any():
-            raise ValueError(self._complaint(raw, int(numbers[strange][-1])))
-        return classes[where].reshape(raw.shape)
+        lowest = int(raw.min())
+        # As a table: masks have millions of pixels, and a few numbers.
+        table = np.full(int(raw.max()) - lowest + 1, UNCOUNTED, np.int64)
+        for offset in np.flatnonzero(np.bincount(raw.ravel() - lowest)):
+            number = lowest + int(offset)
+            found = self._class_of(number)
+            if not UNCOUNTED <= found < self.classes:
+                raise ValueError(self._complaint(raw, number))
+            table[offset] = found
+        return table[raw - lowest]
 
     def _class_of(self, number: int) -> int:
         if number in (self.ignore, UNCOUNTED):

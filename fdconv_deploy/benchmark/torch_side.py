@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -81,8 +80,13 @@ def torch_side(
         labels, _, timings = slide(image, architecture, crop, run, batch=1)
         return Answer(labels, timings["inference"])
 
-    details: dict[str, Any] = {"checkpoint": str(path), "backend": "pytorch", "mode": mode}
     fixed = crop if mode == "slide" else size
-    details["size"] = None if fixed is None else list(fixed)
+    details = {
+        "kind": "checkpoint",
+        "backend": "pytorch",
+        "precision": "fp32",
+        "mode": mode,
+        "size": None if fixed is None else list(fixed),
+    }
     answer = sliding if mode == "slide" else whole
-    return Side("checkpoint", answer, class_names(architecture), details)
+    return Side(str(path), answer, class_names(architecture), details)

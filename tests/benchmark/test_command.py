@@ -59,6 +59,19 @@ def test_against_a_checkpoint(streets, scenes, monkeypatch, capfd):
     assert eager["agreement"] > 0.9999
     assert abs(bundle["mean_iou"] - eager["mean_iou"]) < 1e-4
     assert eager["size"] == bundle["size"] == [96, 128]
+    assert (bundle["kind"], eager["kind"]) == ("bundle", "checkpoint")
+    assert (bundle["name"], eager["name"]) == (str(streets), str(packaged_checkpoint()))
+
+
+def test_two_bundles_and_a_checkpoint(streets, scenes, monkeypatch, capfd):
+    report = scored(
+        monkeypatch, capfd, packaged_checkpoint(), "--images", scenes, "--masks", scenes,
+        "--limit", 1, "--against", streets, "--against", streets, "--fit", "pad",
+    )  # fmt: skip
+    eager, *bundles = report["sides"]
+    assert bundles[0]["mean_iou"] == bundles[1]["mean_iou"]
+    assert eager["size"] == [96, 128]  # beside a bundle, wherever it stands
+    assert bundles[0]["agreement"] > 0.9999
 
 
 def test_a_checkpoint_alone_as_a_table(scenes, monkeypatch, capfd):
@@ -67,7 +80,7 @@ def test_a_checkpoint_alone_as_a_table(scenes, monkeypatch, capfd):
         "--images", scenes, "--masks", scenes, "--limit", 2,
     )  # fmt: skip
     assert code == 0, err
-    for word in ("lane marking", "mIoU", "pixel accuracy", "images/s", "2 images, whole"):
+    for word in ("lane marking", "mIoU", "pixel accuracy", "images/s", "2 images", "pytorch, fp32"):
         assert word in out
 
 
@@ -116,6 +129,15 @@ def test_mistakes_about_masks(streets, scenes, tmp_path, monkeypatch, capfd):
     )
     assert code == 1
     assert "none does not exist. Give a bundle's folder or a checkpoint." in err
+
+
+def test_a_fit_without_a_bundle_is_of_no_use(scenes, monkeypatch, capfd):
+    code, _, err = fdconv(
+        monkeypatch, capfd, "evaluate", packaged_checkpoint(),
+        "--images", scenes, "--masks", scenes, "--fit", "pad",
+    )  # fmt: skip
+    assert code == 1
+    assert "a backend are a bundle's, and there is none here" in err
 
 
 def test_a_bundle_is_scored_without_torch(streets, scenes):

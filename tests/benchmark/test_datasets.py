@@ -135,6 +135,20 @@ def test_masks_that_do_not_fit(tmp_path, mask, message):
         list(samples(images, masks))
 
 
+def test_masks_of_more_than_16_bits(tmp_path):
+    images, masks = pair(tmp_path)
+    Image.fromarray(np.full((6, 8), 70000, np.int32)).save(masks / "a.png", "TIFF")
+    with pytest.raises(DatasetError, match="70000"):
+        list(Samples(find_pairs(images, masks), LabelRule(100_000)))
+
+
+def test_what_an_archive_leaves_behind_is_no_image(tmp_path):
+    images, masks = pair(tmp_path)
+    (images / "._a.png").write_bytes(b"resource fork")
+    layouts.save(masks / "a.png", np.zeros((6, 8)))
+    assert [p.image.name for p in find_pairs(images, masks)] == ["a.png"]
+
+
 def test_a_mask_that_cannot_be_read(tmp_path):
     images, masks = pair(tmp_path)
     (masks / "a.png").write_bytes(b"no picture")

@@ -1,0 +1,88 @@
+"""Bundles and checkpoints, opened as the sides of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from fdconv_deploy.benchmark.evaluation import Side, bundle_side
+from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.runtime import Session, open_session
+from fdconv_deploy.runtime.manifest import Fit
+from fdconv_deploy.runtime.session import Mode
+
+
+@contextmanager
+def open_sides(
+    paths: Sequence[Path],
+    *,
+    mode: Mode | None = None,
+    fit: Fit | None = None,
+    backend: str | None = None,
+    threads: int | None = None,
+    config: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Iterator[list[Side]]:
+    """The sides, in order, while the context lasts.
+
+    Checkpoints run in PyTorch, which is not imported where there are none. Beside a bundle
+    they see images at the first bundle's size, fitted as it fits them, so that only the way
+    of computing differs; alone, they see them as the published pipeline resizes them.
+
+    :param paths: bundles' folders and checkpoint files.
+    :param mode: "whole" or "slide"; the one each network was tested in when not given.
+    :param fit: of bundles, and of checkpoints beside them; the first bundle's own when not
+        given.
+    :param backend: of bundles; "auto" when not given.
+    :param threads: CPU threads of every side.
+    :param config: the checkpoints' config.
+    :param overrides: what the checkpoints do not tell.
+    :raises FDConvError: a path is missing, cannot be opened, or an option is of no use here.
+    """
+    for path in paths:
+        if not path.exists():
+            raise FDConvError(f"{path} does not exist. Give a bundle's folder or a checkpoint.")
+    bundles = [path for path in paths if path.is_dir()]
+    if not bundles and (fit or backend):
+        raise FDConvError(
+            "A fit and a backend are a bundle's, and there is none here: checkpoints run in "
+            "PyTorch, with images as the published pipeline resizes them."
+        )
+    with ExitStack() as stack:
+        sessions = {
+            path: stack.enter_context(open_session(path, backend or "auto", threads=threads))
+            for path in bundles
+        }
+        first = next(iter(sessions.values()), None)
+        sides = []
+        for path in paths:
+            if path in sessions:
+                sides.append(bundle_side(sessions[path], mode=mode, fit=fit))
+            else:
+                sides.append(_checkpoint(path, first, mode, fit, threads, config, overrides))
+        yield sides
+
+
+def _checkpoint(
+    path: Path,
+    beside: Session | None,
+    mode: Mode | None,
+    fit: Fit | None,
+    threads: int | None,
+    config: Path | None,
+    overrides: Mapping[str, Any] | None,
+) -> Side:
+    import torch
+
+    from fdconv_deploy.benchmark.torch_side import torch_side
+    from fdconv_deploy.checkpoints import load_checkpoint
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    network = load_checkpoint(path, config=config, overrides=overrides, require_fdconv=False)
+    if beside is None:
+        return torch_side(network, path, mode=mode)
+    fit = fit or beside.bundle.manifest.fit
+    return torch_side(network, path, size=beside.input_size, mode=mode, fit=fit)
