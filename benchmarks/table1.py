@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -242,6 +244,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
+    # The exporter's chatter would bury the progress.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     names = list(rows(options.methods))
     frame = Frame(options.network, options.channels, options.kernel_num)
     result: dict[str, Any] = {"frame": asdict(frame), "counts": count(names, frame)}

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    network: Annotated[Path, typer.Argument(help="A bundle's folder, or a checkpoint file.")],
+    network: Annotated[
+        Path,
+        typer.Argument(metavar="BUNDLE|CHECKPOINT", help="A bundle's folder, or a checkpoint."),
+    ],
     images: Annotated[Path | None, typer.Option(help="Folder of images.")] = None,
     masks: Annotated[Path | None, typer.Option(help="Folder of their masks.")] = None,
     data: Annotated[
@@ -35,7 +38,10 @@ def evaluate(
     ] = None,
     against: Annotated[
         list[Path] | None,
-        typer.Option(help="Another one, beside it; checkpoints run in PyTorch. Repeatable."),
+        typer.Option(
+            metavar="BUNDLE|CHECKPOINT",
+            help="Another one, beside it; checkpoints run in PyTorch. Repeatable.",
+        ),
     ] = None,
     reduce_zero_label: Annotated[
         bool,
@@ -119,10 +125,13 @@ def _progress(*, hidden: bool) -> Progress:
 
 def _show(result: Evaluation, console: Console, quiet: bool) -> None:
     sides = result.results
+    short = [Path(side.side.name).name for side in sides]
+    if len(set(short)) < len(short):
+        short = [side.side.name for side in sides]
     names = [
-        f"{side.side.name}\n{side.side.details['backend']}, {side.side.details['precision']}, "
+        f"{name}\n{side.side.details['backend']}, {side.side.details['precision']}, "
         f"{side.side.details['mode']}"
-        for side in sides
+        for name, side in zip(short, sides, strict=True)
     ]
     if not quiet:
         table = Table("IoU by class", *names)
