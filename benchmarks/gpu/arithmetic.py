@@ -184,7 +184,7 @@ the grid's fastest axis.
 Transforms run in registers, as butterflies on float32, not on tensor cores: a length of 1536
 takes some 60 operations a point as a fast transform; as three-stage matrix products it would
 take 320, and three times that to keep float32's accuracy on TF32 units. Each layer's error
-against float64 stays under 7e-7 of the largest value in the interpreter (2e-6 is asked).
+against float64 stays under 8e-7 of the largest value in the interpreter (2e-6 is asked).
 
 Lengths: T·2^a with T odd up to 27 run in registers, which covers 3·2^a, 9·2^a and every length of
 the published networks. Others (and kernel widths that do not divide T) take a dense product:
