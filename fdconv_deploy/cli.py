@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from fdconv_deploy import __version__
+from fdconv_deploy.commands.build import build
 from fdconv_deploy.commands.demo import demo
 from fdconv_deploy.commands.evaluate import evaluate
 from fdconv_deploy.commands.export import export
@@ -49,7 +50,7 @@ def _options(
     pass
 
 
-for _command in (inspect, export, verify, segment, evaluate, serve, demo):
+for _command in (inspect, export, verify, build, segment, evaluate, serve, demo):
     app.command()(_command)
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fdconv_deploy.errors import BackendError
+from fdconv_deploy.errors import BackendError, FDConvError
 from fdconv_deploy.runtime.bundle import Bundle
+from fdconv_deploy.runtime.engines import find_engine, has_engines
 
 from .base import Backend, BackendOptions, Graph, Tensors, feeds_problem
 from .onnxruntime_backend import CPU, CUDA, OnnxRuntimeBackend, cuda_problem
+from .onnxruntime_tensorrt import OnnxRuntimeTensorRTBackend
+from .tensorrt_backend import TensorRTBackend
 
 __all__ = ["BACKENDS", "Backend", "BackendOptions", "Graph", "Tensors", "feeds_problem", "select"]
 
 # Name -> maker, the fastest first. Making one is cheap and loads no graph.
 BACKENDS: dict[str, Callable[[BackendOptions], Backend]] = {
+    "tensorrt": lambda options: TensorRTBackend(options),
+    "onnxruntime-tensorrt": lambda options: OnnxRuntimeTensorRTBackend(options),
     "onnxruntime-cuda": lambda options: OnnxRuntimeBackend(CUDA, options),
     "onnxruntime-cpu": lambda options: OnnxRuntimeBackend(CPU, options),
 }
@@ -24,7 +29,9 @@ def select(
 ) -> tuple[Backend, str, dict[int, Graph]]:
     """Choose and make a backend.
 
-    :param name: a key of ``BACKENDS``, or "auto": CUDA where it really starts, else CPU.
+    :param name: a key of ``BACKENDS``, or "auto": TensorRT where the bundle has an engine for
+        this machine, else CUDA where it really starts, else CPU. "onnxruntime-tensorrt" is only
+        ever asked for: it builds engines each time a bundle is opened.
     :returns: the backend, a sentence on why it was chosen, and graphs already loaded in
         finding out, by batch size.
     :raises BackendError: no such backend, or it cannot be used here.
@@ -38,6 +45,19 @@ def select(
     cpu = "onnxruntime-cpu"
     if options.providers is not None:
         return BACKENDS[cpu](options), "The ONNX Runtime providers were given.", {}
+    graphs: dict[int, Graph]
+    engines = ""
+    if has_engines(bundle):
+        try:
+            fast = TensorRTBackend(options)
+            for batch in bundle.manifest.models:
+                find_engine(bundle, batch, fast.machine)
+            first = min(bundle.manifest.models)
+            graphs = {first: fast.load(bundle, first)}
+        except FDConvError as error:
+            engines = f"; its TensorRT engines cannot be used: {str(error).rstrip('.')}"
+        else:
+            return fast, "tensorrt, since the bundle has engines for this machine.", graphs
     reason = cuda_problem()
     if reason is None:
         try:
@@ -48,5 +68,6 @@ def select(
         except BackendError as error:
             reason = f"CUDA did not start ({error})"
         else:
-            return backend, "onnxruntime-cuda, since its CUDA provider started.", graphs
-    return BACKENDS[cpu](options), f"{cpu}, since {reason.rstrip('.')}.", {}
+            choice = f"onnxruntime-cuda, since its CUDA provider started{engines}."
+            return backend, choice, graphs
+    return BACKENDS[cpu](options), f"{cpu}, since {reason.rstrip('.')}{engines}.", {}

@@ -1,0 +1,352 @@
+"""TensorRT: a bundle's engines, built for this machine's GPU by ``fdconv build``."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fdconv_deploy.errors import BackendError
+from fdconv_deploy.runtime.bundle import Bundle
+from fdconv_deploy.runtime.cuda import Cuda
+from fdconv_deploy.runtime.engines import EngineRecord, Machine, find_engine, read_engine
+from fdconv_deploy.runtime.manifest import TensorSpec
+
+from .base import BackendOptions, Tensors, feeds_problem
+
+# Runs at a time, each with its own stream and buffers; further callers wait.
+CONTEXTS = 2
+OLDEST = (10, 9)
+_OTHERS = "Backend 'onnxruntime-cuda' or 'onnxruntime-cpu' runs this bundle without it."
+
+
+def import_tensorrt() -> Any:
+    """The module ``tensorrt``, of a version that is known here.
+
+    Raises:
+        BackendError: it is not installed, does not load, or is too old.
+    """
+    try:
+        import tensorrt  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        found = "is not installed"
+        if not isinstance(error, ModuleNotFoundError):
+            found = f"does not load ({str(error).splitlines()[0]})"
+        raise BackendError(
+            f"TensorRT {found}. It needs an NVIDIA GPU; install it with pip install "
+            f"'fdconv-deploy[gpu]'. {_OTHERS}"
+        ) from error
+    version = tuple(int(n) for n in str(tensorrt.__version__).split(".")[:2])
+    if version < OLDEST:
+        raise BackendError(
+            f"TensorRT {tensorrt.__version__} is installed, and 11 is needed (10.9 at the least). "
+            f"Update it: pip install 'tensorrt>=11'. {_OTHERS}"
+        )
+    return tensorrt
+
+
+def find_machine(trt: Any, cuda: Cuda) -> Machine:
+    """This machine, as engines are fitted to it."""
+    gpu, capability = cuda.device()
+    return Machine(
+        gpu=gpu, capability=capability, driver=cuda.driver(), tensorrt=str(trt.__version__)
+    )
+
+
+class Messages:
+    """What TensorRT said last; made into its logger by `logger`."""
+
+    def __init__(self) -> None:
+        self.errors: deque[str] = deque(maxlen=20)
+
+    def logger(self, trt: Any) -> Any:
+        """An object of TensorRT's that collects errors here and prints nothing."""
+        errors = self.errors
+        serious = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
+
+        class Collector(trt.ILogger):  # type: ignore[misc,name-defined,unused-ignore]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in serious:
+                    errors.append(message)
+
+        return Collector()
+
+    @property
+    def last(self) -> str:
+        """The last error, as the end of a sentence."""
+        return self.errors[-1].strip().rstrip(".") if self.errors else "it gave no reason"
+
+    @property
+    def no_memory(self) -> bool:
+        """Whether memory ran out."""
+        text = " ".join(self.errors).lower()
+        return "out of memory" in text or "outofmemory" in text or "memory allocation" in text
+
+
+class TensorRTBackend:
+    """Runs engines. See :class:`Backend`.
+
+    :raises BackendError: no GPU, no driver, no TensorRT, or one that is too old.
+    """
+
+    name = "tensorrt"
+    device = "cuda"
+
+    def __init__(self, options: BackendOptions, trt: Any = None, cuda: Cuda | None = None) -> None:
+        self.trt = import_tensorrt() if trt is None else trt
+        self._cuda = Cuda() if cuda is None else cuda
+        self._messages = Messages()
+        self._logger = self._messages.logger(self.trt)
+        self.machine = find_machine(self.trt, self._cuda)
+        del options  # of threads and providers nothing applies
+
+    def load(self, bundle: Bundle, batch: int) -> TensorRTGraph:
+        """Load the engine of one batch size. See :class:`Backend`."""
+        record = find_engine(bundle, batch, self.machine)
+        specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
+        return self.load_plan(read_engine(bundle, record), record, *specs)
+
+    def load_plan(
+        self,
+        plan: bytes,
+        record: EngineRecord,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+    ) -> TensorRTGraph:
+        """An engine from its bytes, which the caller has checked.
+
+        :raises BackendError: TensorRT does not take it, or memory runs out.
+        """
+        self._messages.errors.clear()
+        runtime = self.trt.Runtime(self._logger)
+        if record.fingerprint.version_compatible:
+            runtime.engine_host_code_allowed = True  # the lean runtime that it carries
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            if self._messages.no_memory:
+                raise BackendError(
+                    f"The GPU has no memory left for the engine {record.name}. Free some (see "
+                    f"`nvidia-smi`), or use a smaller batch size. {_OTHERS}"
+                )
+            raise BackendError(
+                f"TensorRT {self.machine.tensorrt} does not take the engine {record.name}: "
+                f"{self._messages.last}. Build it again: `fdconv build --force`. {_OTHERS}"
+            )
+        return TensorRTGraph(
+            self.trt, self._cuda, runtime, engine, record.name, inputs, outputs, self._messages
+        )
+
+    def batch_cost(self, batch: int) -> float:
+        """The cost of one run at this batch size. See :class:`Backend`."""
+        return batch + 1.0  # a GPU answers a small batch in little more time than one image
+
+
+class TensorRTGraph:
+    """One engine and a pool of contexts to run it in. See :class:`Graph`."""
+
+    def __init__(
+        self,
+        trt: Any,
+        cuda: Cuda,
+        runtime: Any,
+        engine: Any,
+        name: str,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        messages: Messages,
+    ) -> None:
+        self._runtime, self._engine, self._name = runtime, engine, name
+        self._inputs, self._outputs = inputs, outputs
+        self._trt, self._cuda, self._messages = trt, cuda, messages
+        self._check_signature()
+        self._idle: list[_Run] = []
+        self._lock = threading.Lock()
+        self._places = threading.BoundedSemaphore(CONTEXTS)
+        # The first at once: memory that is missing is missed at loading.
+        self._idle.append(self._new_run())
+
+    def inspect(self) -> str:
+        """What TensorRT says of the engine's layers, JSON."""
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
+    def run(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
+        """Every output by name. See :class:`Graph`."""
+        problem = feeds_problem(self._inputs, feeds)
+        if problem is not None:
+            raise BackendError(f"The engine {self._name} does not take these inputs: {problem}.")
+        with self._borrowed() as run:
+            return run(feeds)
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[_Run]:
+        with self._places:
+            with self._lock:
+                run = self._idle.pop() if self._idle else None
+            run = self._new_run() if run is None else run
+            # Not returned after an error: its stream may be in any state.
+            yield run
+            with self._lock:
+                self._idle.append(run)
+
+    def _new_run(self) -> _Run:
+        self._messages.errors.clear()
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise BackendError(
+                f"TensorRT made no execution context for the engine {self._name}"
+                + (": the GPU has no memory left" if self._messages.no_memory else "")
+                + f" ({self._messages.last}). Free memory (see `nvidia-smi`), or use a smaller "
+                f"batch size. {_OTHERS}"
+            )
+        return _Run(self._cuda, context, self._name, self._inputs, self._outputs)
+
+    def _check_signature(self) -> None:
+        engine, mode = self._engine, self._trt.TensorIOMode
+        found = {
+            (
+                engine.get_tensor_mode(name) == mode.INPUT,
+                name,
+                tuple(engine.get_tensor_shape(name)),
+                np.dtype(self._trt.nptype(engine.get_tensor_dtype(name))).name,
+            )
+            for name in map(engine.get_tensor_name, range(engine.num_io_tensors))
+        }
+        expected = {
+            (given, spec.name, tuple(spec.shape), np.dtype(spec.dtype).name)
+            for given, specs in ((True, self._inputs), (False, self._outputs))
+            for spec in specs
+        }
+        if found != expected:
+            raise BackendError(
+                f"The engine {self._name} has the tensors {sorted(found, key=str)}, but the "
+                f"bundle's manifest says {sorted(expected, key=str)}. Build it again: `fdconv "
+                "build --force`."
+            )
+
+
+class _Run:
+    """One context with its stream and buffers; a CUDA graph of copies and engine together.
+
+    Called by one thread at a time. Host buffers are page-locked: copies from and to them need
+    no further copy, and can be part of a graph.
+    """
+
+    def __init__(
+        self,
+        cuda: Cuda,
+        context: Any,
+        name: str,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+    ) -> None:
+        self._cuda, self._context, self._name = cuda, context, name
+        self._inputs = [spec.name for spec in inputs]
+        self._outputs = [spec.name for spec in outputs]
+        self._host: dict[str, npt.NDArray[Any]] = {}
+        self._pinned: dict[str, int] = {}
+        self._device: dict[str, int] = {}
+        self._graph: Any = None
+        self._stream: Any = None
+        try:
+            self._stream = cuda.call("cudaStreamCreateWithFlags", cuda.rt.cudaStreamNonBlocking)
+            for spec in (*inputs, *outputs):
+                self._allocate(spec)
+            self._warm_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self, spec: TensorSpec) -> None:
+        dtype = np.dtype(spec.dtype)
+        count = int(np.prod(spec.shape, dtype=np.int64))
+        size = max(1, count * dtype.itemsize)
+        pinned = int(self._cuda.call("cudaHostAlloc", size, self._cuda.rt.cudaHostAllocDefault))
+        self._pinned[spec.name] = pinned
+        memory: Any = (ctypes.c_byte * size).from_address(pinned)
+        self._host[spec.name] = np.frombuffer(memory, dtype, count).reshape(spec.shape)
+        self._device[spec.name] = int(self._cuda.call("cudaMalloc", size))
+        self._context.set_tensor_address(spec.name, self._device[spec.name])
+
+    def _work(self) -> None:
+        """Copy inputs, run, copy outputs: put on the stream."""
+        kind = self._cuda.rt.cudaMemcpyKind
+        for name in self._inputs:
+            host, device = self._pinned[name], self._device[name]
+            self._copy(device, host, self._host[name].nbytes, kind.cudaMemcpyHostToDevice)
+        if not self._context.execute_async_v3(int(self._stream)):
+            raise BackendError(
+                f"TensorRT failed to run the engine {self._name}. Build it again: `fdconv build "
+                f"--force`. {_OTHERS}"
+            )
+        for name in self._outputs:
+            host, device = self._pinned[name], self._device[name]
+            self._copy(host, device, self._host[name].nbytes, kind.cudaMemcpyDeviceToHost)
+
+    def _copy(self, to: int, source: int, size: int, kind: Any) -> None:
+        self._cuda.call("cudaMemcpyAsync", to, source, size, kind, self._stream)
+
+    def _warm_up(self) -> None:
+        """Run once, as TensorRT asks for before a capture, then record a CUDA graph."""
+        for name in self._inputs:
+            self._host[name].fill(0)
+        self._work()
+        self._cuda.call("cudaStreamSynchronize", self._stream)
+        rt = self._cuda.rt
+        mode = rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        try:
+            self._cuda.call("cudaStreamBeginCapture", self._stream, mode)
+            try:
+                self._work()
+            finally:
+                graph = self._cuda.call("cudaStreamEndCapture", self._stream)
+            self._graph = self._cuda.call("cudaGraphInstantiate", graph, 0)
+            self._cuda.call("cudaGraphDestroy", graph)
+        except BackendError:
+            # Some engines cannot be captured (a shape that is read on the host, say).
+            self._graph = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether runs replay a CUDA graph."""
+        return self._graph is not None
+
+    def __call__(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
+        for name in self._inputs:
+            np.copyto(self._host[name], feeds[name])
+        if self._graph is not None:
+            self._cuda.call("cudaGraphLaunch", self._graph, self._stream)
+        else:
+            self._work()
+        self._cuda.call("cudaStreamSynchronize", self._stream)
+        return {name: self._host[name].copy() for name in self._outputs}
+
+    def close(self) -> None:
+        """Free everything; whatever fails in that is past helping."""
+        rt = self._cuda.rt
+        if self._graph is not None:
+            rt.cudaGraphExecDestroy(self._graph)
+            self._graph = None
+        self._host.clear()
+        for address in self._device.values():
+            rt.cudaFree(address)
+        for address in self._pinned.values():
+            rt.cudaFreeHost(address)
+        self._device.clear()
+        self._pinned.clear()
+        if self._stream is not None:
+            rt.cudaStreamDestroy(self._stream)
+            self._stream = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_cuda", None) is not None and hasattr(self, "_stream"):
+            self.close()
