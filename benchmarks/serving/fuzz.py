@@ -158,7 +158,7 @@ def main() -> None:
             ]
             sys.exit(subprocess.run(command).returncode)
         result = {"machine": machine(), **fuzz(found, 50_000 if arguments.full else 1500)}
-    write("fuzz", result)
+    write("fuzz", result, keep=arguments.full)
     sys.exit(bool(result["failures"]))
 
 

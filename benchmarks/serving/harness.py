@@ -150,6 +150,11 @@ class Server:
         everyone = [self.process, *self.process.children(recursive=True)]
         return sum(p.memory_info().rss for p in everyone) / 2**20
 
+    def cpu_seconds(self) -> float:
+        """Processor time it and its children have used."""
+        everyone = [self.process, *self.process.children(recursive=True)]
+        return sum(sum(p.cpu_times()[:2]) for p in everyone)
+
     def get(self, path: str) -> tuple[int, bytes]:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as r:
@@ -247,10 +252,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(name: str, result: dict[str, Any]) -> None:
-    """Print a result, and keep it with the date in its name."""
+def write(name: str, result: dict[str, Any], *, keep: bool) -> None:
+    """Print a result; of the full form, keep it with the date in its name."""
     text = json.dumps(result, indent=2)
     print(text)
+    if not keep:
+        return
     path = RESULTS / f"{date.today().isoformat()}-serving-{name}.json"
     path.write_text(text + "\n", encoding="utf-8")
     print(f"written to {path.relative_to(ROOT)}", file=sys.stderr)

@@ -100,7 +100,7 @@ def main() -> None:
             "afterwards, at half capacity": described(after),
             "resident MB before, after the flood": [round(before), round(during)],
         }
-    write("overload", result)
+    write("overload", result, keep=arguments.full)
 
 
 if __name__ == "__main__":

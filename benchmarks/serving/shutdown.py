@@ -66,7 +66,11 @@ def main() -> None:
         once(bundle, body, 0.5 + 0.037 * number) for number in range(20 if arguments.full else 3)
     ]
     total = {name: sum(run[name] for run in runs) for name in runs[0]}
-    write("shutdown", {"machine": about, "clients": CLIENTS, "runs": runs, "total": total})
+    write(
+        "shutdown",
+        {"machine": about, "clients": CLIENTS, "runs": runs, "total": total},
+        keep=arguments.full,
+    )
 
 
 if __name__ == "__main__":

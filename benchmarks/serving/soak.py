@@ -100,6 +100,7 @@ def main() -> None:
             "limit MB": LIMIT_MB,
             "verdict": verdict,
         },
+        keep=arguments.full,
     )
     sys.exit((verdict == "leaks") != arguments.leak)
 

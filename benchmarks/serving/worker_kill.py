@@ -66,6 +66,7 @@ def main() -> None:
                 "counted by the service": deaths,
                 "workers at the end": len(found.process.children()),
             },
+            keep=arguments.full,
         )
 
 
