@@ -34,7 +34,7 @@ def _products(length: int, most: int) -> list[tuple[int, ...]]:
     """All ways to write ``length`` as an ordered product of at most ``most`` factors > 1."""
     if most == 1 or length == 1:
         return [(length,)]
-    ways = [(length,)]
+    ways: list[tuple[int, ...]] = [(length,)]
     for first in range(2, length // 2 + 1):
         if length % first == 0:
             ways += [(first, *rest) for rest in _products(length // first, most - 1)]
