@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from fdconv_deploy.demo import held_out
 
 
+@cache
 def truths() -> list[np.ndarray]:
     return [np.asarray(Image.open(labels)).astype(np.int64) for _, labels in held_out()]
 
