@@ -1,0 +1,222 @@
+"""`fdconv build` on a machine with a GPU and TensorRT, played by `fake_tensorrt`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from export.engine import build_engines
+from export.plan import BuildOptions
+from fdconv_deploy.cli import app
+from fdconv_deploy.errors import BackendError, ExportError, FDConvError
+from fdconv_deploy.runtime import open_session
+from fdconv_deploy.runtime.bundle import Bundle
+from fdconv_deploy.runtime.cuda import Cuda
+from fdconv_deploy.runtime.engines import read_index
+from tests.runtime import toy
+from tests.runtime.fake_tensorrt import FakeCuda, FakeTensorRT
+
+
+@pytest.fixture
+def cuda() -> FakeCuda:
+    return FakeCuda()
+
+
+@pytest.fixture
+def trt(cuda, monkeypatch) -> FakeTensorRT:
+    made = FakeTensorRT(cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt", made)
+    bindings = ModuleType("cuda.bindings")
+    bindings.runtime = cuda
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+    return made
+
+
+@pytest.fixture
+def small(tmp_path) -> Bundle:
+    return toy.make_bundle(tmp_path / "bundle")
+
+
+def files(bundle: Bundle) -> list[str]:
+    return sorted(p.name for p in (bundle.path / "engines").iterdir())
+
+
+class TestBuilding:
+    def test_one_engine_per_batch_size(self, small, trt):
+        steps: list[str] = []
+        built = build_engines(small, progress=steps.append)
+        assert [b.record.batch for b in built] == [1, 4]
+        assert all(b.new for b in built)
+        stem = "nvidia-h200-trt11.4.0.106-fp32"
+        ends = ["-b1.layers.json", "-b1.plan", "-b4.layers.json", "-b4.plan", ".timing"]
+        assert files(small) == sorted(["index.json", *(stem + end for end in ends)])
+        assert any("step 20 of 40" in step for step in steps)
+        assert any("TensorRT's own operators, since" in step for step in steps)
+        Bundle.open(small.path)
+        for record in read_index(small).engines:
+            assert record.fingerprint.machine.gpu == "NVIDIA H200"
+            assert record.fingerprint.machine.driver
+            assert max(o.max_rel for o in record.parity) < 1e-5
+            layers = small.path / "engines" / f"{record.name}.layers.json"
+            assert json.loads(layers.read_text())["Layers"]
+        x = np.random.default_rng(0).normal(size=(4, 3, 32, 48)).astype(np.float32)
+        with open_session(small) as session:
+            assert session.backend == "tensorrt"
+            assert np.abs(session.run(x) - toy.reference_logits(x)).max() < 1e-4
+
+    def test_what_fits_is_not_built_again(self, small, trt):
+        build_engines(small)
+        assert not any(b.new for b in build_engines(small))
+        assert len(trt.built) == 2
+        assert all(b.new for b in build_engines(small, force=True))
+        assert not trt.caches[0]
+        assert trt.caches[-1].startswith(b"timing"), "what was measured is used again"
+
+    @pytest.mark.parametrize("change", ["gpu", "tensorrt", "graph", "options"])
+    def test_what_does_not_fit_is_built_again(self, small, trt, cuda, change):
+        build_engines(small, batches=[1])
+        options = BuildOptions()
+        if change == "gpu":
+            cuda.gpu, cuda.capability = "NVIDIA L4", (8, 9)
+        elif change == "tensorrt":
+            trt.__version__ = "11.5.0"
+        elif change == "graph":
+            kept = small.path.with_name("kept")
+            (small.path / "engines").rename(kept)
+            small = toy.make_bundle(small.path, seed=3, overwrite=True)
+            kept.rename(small.path / "engines")
+        else:
+            options = BuildOptions(tf32=True)
+        (again,) = build_engines(small, batches=[1], options=options)
+        assert again.new
+        words = {
+            "gpu": "another GPU", "tensorrt": "TensorRT 11.4", "graph": "another graph",
+            "options": "other options",
+        }  # fmt: skip
+        assert words[change] in again.reason
+        with open_session(small) as session:
+            assert session.backend == "onnxruntime-cpu", "batch 4 has no engine"
+            assert "batch 4" in session.choice
+        with open_session(small, "tensorrt") as session:
+            session.run_raw({"images": np.zeros((1, 3, 32, 48), np.float32)})
+
+    def test_engines_of_several_gpus_lie_side_by_side(self, small, trt, cuda):
+        build_engines(small, batches=[1])
+        cuda.gpu, cuda.capability = "NVIDIA L4", (8, 9)
+        build_engines(small, batches=[1])
+        assert len(read_index(small).engines) == 2
+        cuda.gpu, cuda.capability = "NVIDIA H200", (9, 0)
+        assert not build_engines(small, batches=[1])[0].new
+
+    def test_options_reach_tensorrt(self, small, trt):
+        build_engines(small, batches=[1])
+        assert trt.flags == set(), "float32 stays float32"
+        options = BuildOptions("ampere_plus", True, tf32=True, workspace_mb=64, effort=2)
+        (built,) = build_engines(small, batches=[1], options=options)
+        assert trt.flags == {"TF32", "VERSION_COMPATIBLE"}
+        assert trt.config.workspace == 64 << 20
+        assert trt.config.builder_optimization_level == 2
+        assert trt.config.hardware_compatibility_level.name == "AMPERE_PLUS"
+        assert built.record.fingerprint.hardware == "ampere_plus"
+
+
+class TestRefusals:
+    def test_an_engine_that_differs_is_not_kept(self, small, trt):
+        trt.noise = 0.01
+        with pytest.raises(ExportError, match=r"differs from ONNX Runtime by .* It was not kept"):
+            build_engines(small)
+        assert not any(name.endswith(".plan") for name in files(small))
+        assert not read_index(small).engines
+        build_engines(small, tolerance=0.1)
+
+    def test_no_answer_at_all(self, small, trt):
+        trt.noise = float("nan")
+        with pytest.raises(ExportError, match="not finite"):
+            build_engines(small)
+
+    def test_out_of_memory(self, small, trt):
+        trt.error = "[defaultAllocator.cpp::allocate] Error Code 1: Cuda Runtime (out of memory)"
+        options = BuildOptions(workspace_mb=512)
+        with pytest.raises(BackendError, match=r"memory ran out.*512 MB.*--workspace") as caught:
+            build_engines(small, options=options)
+        assert "onnxruntime-cpu" in str(caught.value)
+
+    def test_not_built(self, small, trt):
+        trt.error = "no implementation for node"
+        with pytest.raises(BackendError, match="could not build the engine: no implementation"):
+            build_engines(small)
+
+    def test_not_parsed(self, small, trt):
+        trt.parse_error = "unsupported operator Foo"
+        with pytest.raises(BackendError, match=r"unsupported operator Foo \(node conv1\)"):
+            build_engines(small)
+
+    def test_old_gpu(self, small, trt, cuda):
+        cuda.gpu, cuda.capability = "Tesla V100", (7, 0)
+        with pytest.raises(BackendError, match=r"Tesla V100 is of compute capability 7\.0.*7\.5"):
+            build_engines(small)
+
+    def test_batch_size_that_is_not_there(self, small, trt):
+        with pytest.raises(ExportError, match=r"graphs of batch 1, 4, not of 3.*--batch 3"):
+            build_engines(small, batches=[3])
+
+    def test_plugins_that_cannot_be_had(self, small, trt):
+        with pytest.raises(BackendError, match="plugins cannot be built"):
+            build_engines(small, plugins="on")
+
+    def test_a_damaged_timing_cache_is_begun_anew(self, small, trt):
+        build_engines(small, batches=[1])
+        (cache,) = (small.path / "engines").glob("*.timing")
+        cache.write_bytes(b"nonsense")
+        build_engines(small, batches=[1], force=True)
+        assert cache.read_bytes().startswith(b"timing")
+
+
+class TestCommand:
+    def run(self, *arguments: str):
+        return CliRunner().invoke(app, ["build", *arguments])
+
+    def test_json(self, small, trt):
+        result = self.run(str(small.path), "--json")
+        assert result.exit_code == 0, result.output
+        told = json.loads(result.stdout)
+        assert [(b["batch"], b["new"]) for b in told] == [(1, True), (4, True)]
+
+    def test_table(self, small, trt):
+        result = self.run(str(small.path), "--batch", "1")
+        assert result.exit_code == 0
+        assert "built" in result.stdout
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--plugins", "maybe"], "--plugins is auto, on, off; not 'maybe'"),
+            (["--hardware", "all"], "--hardware is none, same, ampere-plus; not 'all'"),
+            (["--workspace", "0"], "--workspace is a number of MB"),
+            (["--tolerance", "-1"], "--tolerance is a share"),
+        ],
+    )
+    def test_bad_options(self, small, trt, arguments, said):
+        result = self.run(str(small.path), *arguments)
+        assert isinstance(result.exception, FDConvError)
+        assert said in str(result.exception)
+
+    def test_without_tensorrt(self, small, monkeypatch):
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
+        result = self.run(str(small.path))
+        assert isinstance(result.exception, BackendError)
+        assert "TensorRT is not installed" in str(result.exception)
+        assert "onnxruntime-cpu" in str(result.exception)
+
+    def test_without_a_gpu(self, small, trt, cuda):
+        cuda.devices = 0
+        result = self.run(str(small.path))
+        assert "sees none" in str(result.exception)
+        assert Cuda(FakeCuda()).device() == ("NVIDIA H200", 90)
