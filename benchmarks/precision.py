@@ -37,8 +37,8 @@ from numpy.typing import NDArray
 from export.folders import Pictures
 from export.passes.rounding import rounding_model
 from export.pipeline import export_checkpoint
+from fdconv_deploy.benchmark.metrics import confusion_matrix, scores
 from fdconv_deploy.demo import HELD_OUT_SEEDS, held_out, packaged_checkpoint
-from fdconv_deploy.demo.metrics import confusion_matrix, scores
 from fdconv_deploy.demo.scenes import CLASSES, draw_scene
 from fdconv_deploy.runtime import Bundle, Session, open_session
 from fdconv_deploy.runtime.bundle import sha256_of

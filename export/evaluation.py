@@ -12,7 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from fdconv_deploy.architecture import Architecture
-from fdconv_deploy.demo.metrics import confusion_matrix, scores
+from fdconv_deploy.benchmark.metrics import confusion_matrix, scores
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.runtime.postprocessing import label_map
 from fdconv_deploy.runtime.preprocessing import normalise, resize

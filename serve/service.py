@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from fdconv_deploy.runtime import Bundle, Session, open_session
-from fdconv_deploy.runtime.batching import linear_cost
 
 from .admission import Admission
 from .bodies import BodyBudget
@@ -156,7 +155,7 @@ class Service:
             version,
             lambda inputs: session.run(inputs),
             session.batch_sizes,
-            cost=batch_cost(session),
+            cost=session.batch_cost,
             weight=self.settings.weights.get(version.name, 1.0),
         )
         self.metrics.loads.labels(version.name).inc()
@@ -171,10 +170,3 @@ class Service:
     def _count_batch(self, lane: Hashable, images: int, seconds: float) -> None:
         assert isinstance(lane, Version)
         self.metrics.batch_size.labels(lane.name).observe(images)
-
-
-def batch_cost(session: Session) -> Callable[[int], float]:
-    """What a batch costs on the session's backend, for planning."""
-    backend = getattr(session, "_backend", None)
-    cost: Callable[[int], float] = getattr(backend, "batch_cost", linear_cost)
-    return cost

@@ -24,7 +24,9 @@ class Settings(BaseModel):
     # How models run
     backend: str = Field(default="auto", description="Inference backend, as in open_session.")
     threads: int | None = Field(
-        default=None, ge=1, description="CPU threads per run; all when unset."
+        default=None,
+        ge=1,
+        description="CPU threads per run; as many as there are physical cores to use when unset.",
     )
     workers: int = Field(default=1, ge=1, description="Inference runs at a time.")
     isolation: Literal["thread", "process"] = Field(

@@ -45,9 +45,9 @@ from fdconv_deploy.architecture import (
     FDConvConfig,
     HeadConfig,
 )
+from fdconv_deploy.benchmark.metrics import Scores, confusion_matrix, scores
 from fdconv_deploy.checkpoints import convert_state_dict, save_checkpoint
 from fdconv_deploy.demo import HELD_OUT_SEEDS
-from fdconv_deploy.demo.metrics import Scores, confusion_matrix, scores
 from fdconv_deploy.demo.scenes import CLASSES, PALETTE, draw_scene
 from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
 

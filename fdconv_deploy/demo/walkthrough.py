@@ -17,9 +17,9 @@ from rich.table import Table
 
 from export.pipeline import export_checkpoint
 from export.verify import verify_bundle
+from fdconv_deploy.benchmark.metrics import Scores, confusion_matrix, scores
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.demo import held_out, packaged_checkpoint, plain_checkpoint, training_record
-from fdconv_deploy.demo.metrics import Scores, confusion_matrix, scores
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime import Session, open_session, read_image
 from fdconv_deploy.runtime.files import write_whole

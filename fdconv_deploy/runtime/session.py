@@ -264,8 +264,6 @@ class Session:
         """Whether :meth:`close` was called."""
         return self._graphs.closed
 
-    _closed = closed  # read by tests of the service
-
     def close(self) -> None:
         """Let go of the graphs and their memory. Runs under way end first."""
         self._graphs.close()

@@ -154,7 +154,7 @@ class TestBudget:
                 assert version.leases == 1
                 go_on.set()
                 assert (await asked).status_code == 200
-                assert version.session._closed
+                assert version.session.closed
 
         asyncio.run(test())
 
@@ -190,7 +190,7 @@ class TestReload:
                 stop.set()
                 await asyncio.gather(*asking)
                 assert before is not None
-                assert before.session._closed
+                assert before.session.closed
                 assert found[0] == old
                 assert found[-1] == new
                 assert all(answer in (old, new) for answer in found)
