@@ -167,6 +167,35 @@ def test_real_code_reaches_tensorrt(stub, request):
         assert found["parameters"] == len(asked["shapes"]) + 1
 
 
+KERNEL_CASES = [
+    "pointwise, more out, batch 3", "3x3", "3x3|half", "planes", "second slots",
+    "more than 256 attentions", "odd channels out", "dense both", "normed",
+    "complex rows, batch 2", "softmax over groups", "symmetric rows, last, batch 2|half",
+]  # fmt: skip
+
+
+def test_kernels_compute_what_the_functions_do():
+    """From a plugin node's own inputs, in Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed, and interprets the kernels (pip install triton)")
+    command = [sys.executable, "-m", "tests.ops.plugin_kernels", *KERNEL_CASES]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    finished = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    found = json.loads(finished.stdout.splitlines()[-1])
+    assert list(found) == KERNEL_CASES
+    kinds = set()
+    for name, errors in found.items():
+        assert len(errors) == 3 if "rows" in name or "softmax over" in name else 2
+        for op, error in errors.items():
+            kinds.add(op.partition("_")[0])
+            # Rounded to float16, neighbours may fall to two sides.
+            assert error < (1e-3 if op.endswith("_Half") else 3e-6), (name, op, error)
+    assert len(kinds) == 3
+
+
 class OldTensorRT:
     __version__ = "10.8.0.43"
 
