@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from export.engine import build_engines
 from export.plan import BuildOptions
 from fdconv_deploy.cli import app
 from fdconv_deploy.errors import BackendError, ExportError, FDConvError
+from fdconv_deploy.ops import plugins
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.cuda import Cuda
@@ -125,6 +127,72 @@ class TestBuilding:
         assert trt.config.builder_optimization_level == 2
         assert trt.config.hardware_compatibility_level.name == "AMPERE_PLUS"
         assert built.record.fingerprint.hardware == "ampere_plus"
+
+
+class TestPlugins:
+    """The plugin layer here only takes note; `tests/ops/test_plugins.py` has NVIDIA's own."""
+
+    @pytest.fixture
+    def layer(self, trt, monkeypatch) -> dict[str, list[str]]:
+        noted: dict[str, list[str]] = {"register": [], "autotune": [], "aot_impl": []}
+        module = ModuleType("fake_tensorrt.plugin")
+        for kind, names in noted.items():
+
+            def decorator(identity: str, names: list[str] = names):
+                names.append(identity)
+                return lambda function: function
+
+            setattr(module, kind, decorator)
+        for name in ("TensorDesc", "AutoTuneCombination", "KernelLaunchParams", "SymExprs"):
+            setattr(module, name, type(name, (), {}))
+        monkeypatch.setitem(sys.modules, "fake_tensorrt.plugin", module)
+        monkeypatch.setattr(plugins, "_registered", set())
+        return noted
+
+    @pytest.fixture
+    def compiled(self, monkeypatch) -> list[tuple[int, int]]:
+        asked: list[tuple[int, int]] = []
+
+        def precompile(launches, capability, done):
+            asked.append((len(list(launches)), capability))
+            done(1, 2)
+
+        monkeypatch.setattr("export.engine.precompile", precompile)
+        monkeypatch.setattr("export.engine.importlib.util.find_spec", lambda name: name)
+        return asked
+
+    def test_layers_run_in_plugins(self, bundle, tmp_path, trt, layer, compiled):
+        copy = shutil.copytree(bundle.path, tmp_path / "bundle")
+        opened = Bundle.open(copy)
+        steps: list[str] = []
+        built = build_engines(opened, batches=[1, 2], progress=steps.append)
+        assert all(b.record.fingerprint.plugins for b in built)
+        assert [p.endswith("plugins.onnx") for p in trt.built] == [True, True]
+        counts = built[0].record.kernels
+        assert {name.partition("_")[0] for name in counts} == {
+            "FrequencyAssemblyRows", "FrequencyAssemblyColumns", "FrequencyBandCombination"
+        }  # fmt: skip
+        assert layer["register"] == layer["autotune"] == layer["aot_impl"]
+        assert sorted(layer["register"]) == sorted({f"fdconv::{name}" for name in counts})
+        assert compiled == [(sum(counts.values()), 90)] * 2
+        assert any("compiling kernels: 1 of 2" in step for step in steps)
+        assert max(o.max_rel for o in built[0].record.parity) < 1e-4
+        # Saying off is another engine.
+        (plain,) = build_engines(opened, batches=[1], plugins="off")
+        assert plain.new
+        assert not plain.record.kernels
+
+    def test_for_later_gpus_code_is_for_the_oldest(self, bundle, tmp_path, trt, layer, compiled):
+        opened = Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
+        build_engines(opened, batches=[1], options=BuildOptions("ampere_plus"))
+        assert compiled[0][1] == 80
+
+    def test_without_triton(self, small, trt, layer, monkeypatch):
+        monkeypatch.setattr("export.engine.importlib.util.find_spec", lambda name: None)
+        steps: list[str] = []
+        (built,) = build_engines(small, batches=[1], progress=steps.append)
+        assert not built.record.fingerprint.plugins
+        assert any("since Triton is not installed" in step for step in steps)
 
 
 class TestRefusals:

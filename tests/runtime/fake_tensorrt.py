@@ -24,6 +24,8 @@ import onnxruntime
 FLOAT, HALF, INT32 = "FLOAT", "HALF", "INT32"
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
+_FOLDERS: list[Any] = []  # of engines; removed when the process ends
+
 
 class Status(enum.IntEnum):
     cudaSuccess = 0
@@ -217,7 +219,8 @@ class _Builder:
             self.logger.log(trt.ILogger.Severity.ERROR, trt.error)
             return None
         trt.built.append(network.path)
-        folder = tempfile.mkdtemp(prefix="fake-engine-")
+        _FOLDERS.append(tempfile.TemporaryDirectory(prefix="fake-engine-"))
+        folder = _FOLDERS[-1].name
         for file in Path(network.path).parent.iterdir():
             if file.suffix in (".onnx", ".bin"):
                 shutil.copy(file, folder)
