@@ -82,15 +82,15 @@ def test_a_true_copy_passes(bundle, copied, tmp_path):
     assert found.argmax_agreement == 1
 
 
-@pytest.mark.parametrize("kind", ["spectrum", "groups", "heads.bias"])
+@pytest.mark.parametrize("kind", ["spectrum", "group.patterns", "heads.bias"])
 def test_a_planted_wrong_weight_is_seen(bundle, copied, tmp_path, kind):
     """A few wrong numbers of one tensor among hundreds."""
     path = copied / "model.b2.onnx"
     model = onnx.load(path)
     tensor = next(t for t in model.graph.initializer if t.name.endswith(f".{kind}"))
     values = onnx.numpy_helper.to_array(tensor).copy()
-    if kind == "groups":
-        values[..., :20] = (values[..., :20] + 1) % 4
+    if kind == "group.patterns":
+        values.reshape(-1)[:20] = (values.reshape(-1)[:20] + 1) % 4
     else:
         values.reshape(-1)[:20] += 0.5 * np.abs(values).max()
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))

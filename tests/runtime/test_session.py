@@ -342,7 +342,9 @@ class TestLife:
             for _ in range(3):
                 session.warm_up([4])
             grown = psutil.Process().memory_info().rss - before
-        assert grown < 4e6  # one of the graph's intermediate tensors has 33 MB
+        # One of the graph's intermediate tensors has 33 MB; the C library may keep the 25 MB of
+        # an input for the next one.
+        assert grown < 30e6
 
     def test_a_loading_graph_does_not_hold_up_another(self, toy_bundle: Path) -> None:
         backend = FakeBackend(toy.reference_logits)
@@ -383,7 +385,9 @@ class TestBackends:
             assert asked.choice == "onnxruntime-cpu was asked for."
 
     def test_unknown(self, toy_bundle: Path) -> None:
-        with pytest.raises(BackendError, match="there are auto, onnxruntime-cuda, onnxruntime-cpu"):
+        with pytest.raises(
+            BackendError, match=r"there are auto, .*onnxruntime-cuda, onnxruntime-cpu"
+        ):
             open_session(toy_bundle, "openvino")
 
     @pytest.mark.parametrize("name", ["auto", "onnxruntime-cpu"])
