@@ -333,18 +333,15 @@ class TestLife:
         session.run(inputs(5))
         assert backend.loads == loads
 
-    def test_memory_settles_in_the_first_run(self, tmp_path: Path) -> None:
-        """A second run that took more would make the first request slower than the tenth."""
-        toy.make_bundle(tmp_path / "large", height=512, width=1024, arch=toy.architecture(64))
-        with open_session(tmp_path / "large", threads=1) as session:
-            session.warm_up([4])
-            before = psutil.Process().memory_info().rss
-            for _ in range(3):
-                session.warm_up([4])
-            grown = psutil.Process().memory_info().rss - before
-        # One of the graph's intermediate tensors has 33 MB; the C library may keep the 25 MB of
-        # an input for the next one.
-        assert grown < 30e6
+    def test_no_run_takes_a_second_arena_block(self, toy_bundle: Path) -> None:
+        """A memory pattern would, at the second run (benchmarks.session --variants measures it).
+
+        Resident memory tells it too, but only as far as the C library gives back what is free.
+        """
+        with open_session(toy_bundle) as session:
+            session.warm_up([1])
+            options = session._graphs.get(1)._session.get_session_options()
+        assert not options.enable_mem_pattern
 
     def test_a_loading_graph_does_not_hold_up_another(self, toy_bundle: Path) -> None:
         backend = FakeBackend(toy.reference_logits)
