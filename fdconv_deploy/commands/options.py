@@ -29,7 +29,10 @@ Size = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Backend = Annotated[str, typer.Option(help="auto, onnxruntime-cpu or onnxruntime-cuda.")]
+Backend = Annotated[
+    str,
+    typer.Option(help="auto, tensorrt, onnxruntime-tensorrt, onnxruntime-cuda or onnxruntime-cpu."),
+]
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -28,7 +28,7 @@ NAMESPACE = "fdconv"
 # TensorRT's types by numpy's names, as TensorRT's plugin layer writes them.
 TYPE_NAMES = {"float32": "FP32", "float16": "FP16", "int32": "INT32"}
 # The least instruction set that knows an architecture: any driver that runs the GPU reads it.
-PTX_VERSIONS = {100: 86, 103: 88, 120: 87, 121: 88}
+PTX_VERSIONS = {100: 86, 101: 86, 103: 88, 110: 90, 120: 87, 121: 88}
 OLDEST_PTX = 80
 
 
