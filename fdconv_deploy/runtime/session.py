@@ -51,7 +51,8 @@ def open_session(
     """Open a bundle to answer from it.
 
     :param bundle: the bundle's folder, or a ``Bundle`` already opened.
-    :param backend: "auto", "onnxruntime-cpu" or "onnxruntime-cuda".
+    :param backend: "auto", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt" or
+        "tensorrt" (engines made by ``fdconv build``).
     :param threads: CPU threads per run. When not given, as many as there are physical cores
         this process may use, by its affinity and its cgroup's quota.
     :param spinning: threads wait for each other busily within a run, which saves their waking
