@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,3 +24,34 @@ def oracle() -> Path:
     if not (path / "README.md").is_file():
         pytest.skip(f"no reference tensors at {path} (set FDCONV_ORACLE)")
     return path
+
+
+@pytest.fixture
+def proved(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Say what a test proved, for the run's summary: a sentence, or one more of a kind.
+
+    What tests print is swallowed where several processes share them.
+    """
+
+    def say(what: str, count: int = 0) -> None:
+        record_property("proved", [what, count])
+
+    return say
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    counts: Counter[str] = Counter()
+    sentences = []
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties if report.when == "call" else []:
+            if name == "proved":
+                what, count = value
+                if count:
+                    counts[what] += count
+                else:
+                    sentences.append(what)
+    lines = [*(f"{count} {what}" for what, count in sorted(counts.items())), *sorted(sentences)]
+    if lines:
+        terminalreporter.section("proved without a GPU")
+        for line in lines:
+            terminalreporter.line(line)

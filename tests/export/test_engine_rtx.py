@@ -56,7 +56,7 @@ def build(*graphs: Path) -> list[str]:
     return finished.stdout.splitlines()
 
 
-def test_exported_graphs_and_a_plugin_variant(bundle, exported_module, tmp_path, capsys):
+def test_exported_graphs_and_a_plugin_variant(bundle, exported_module, tmp_path, proved):
     variant = tmp_path / "plugins.onnx"
     onnx.save(ask_for_plugins(onnx.load(str(exported_module.bundle.model_path(1)))).model, variant)
     graphs = bundle.model_path(1), bundle.model_path(5), exported_module.bundle.model_path(5)
@@ -65,8 +65,7 @@ def test_exported_graphs_and_a_plugin_variant(bundle, exported_module, tmp_path,
     assert all(int(line.split()[1]) > 100_000 for line in lines)
     steps, version = last.split()
     assert int(steps) > 0
-    with capsys.disabled():
-        print(f"\nTensorRT-RTX {version} built {len(graphs)} exported graphs and a plugin variant")
+    proved(f"TensorRT-RTX {version} built {len(graphs)} exported graphs and a plugin variant")
 
 
 def test_what_is_no_graph_is_refused(tmp_path):

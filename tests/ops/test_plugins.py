@@ -113,7 +113,7 @@ def check(found: dict, request: dict) -> None:
     assert found["type"] == ("DataType.HALF" if half else "DataType.FLOAT")
 
 
-def test_every_layer_of_a_resnet50(stub, capsys):
+def test_every_layer_of_a_resnet50(stub, proved):
     requests = []
     for shape in RESNET50:
         sizes = layer_sizes(shape.out_channels, shape.in_channels, shape.kernel)
@@ -142,13 +142,12 @@ def test_every_layer_of_a_resnet50(stub, capsys):
     assert counts == {
         "row_kernel": layers, "column_kernel": layers, "combination_kernel": 2 * threes
     }  # fmt: skip
-    with capsys.disabled():
-        print(
-            f"\nTensorRT {answer['version']} bindings: {len(answer['registered'])} plugins "
-            f"registered, launch parameters of {len(requests)} nodes evaluated "
-            f"({', '.join(f'{n} {k}' for k, n in sorted(counts.items()))}), "
-            f"{len(RESNET50)} layer shapes"
-        )
+    proved(
+        f"TensorRT {answer['version']} bindings: {len(answer['registered'])} plugins "
+        f"registered, launch parameters of {len(requests)} nodes evaluated "
+        f"({', '.join(f'{n} {k}' for k, n in sorted(counts.items()))}), "
+        f"{len(RESNET50)} layer shapes"
+    )
 
 
 def test_real_code_reaches_tensorrt(stub, request):

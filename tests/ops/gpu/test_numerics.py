@@ -48,8 +48,9 @@ def check_layer(name: str, result: dict[str, Any]) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", FAST)
-def test_a_layer(results, name):
+def test_a_layer(results, name, proved):
     check_layer(name, results[name])
+    proved("layers through the interpreted GPU kernels, equal to the float64 layer", 1)
 
 
 @pytest.mark.slow
@@ -61,11 +62,12 @@ def test_a_large_layer(name):
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", BANDS)
-def test_band_modulation(results, name):
+def test_band_modulation(results, name, proved):
     result = results[name]
     assert "failed" not in result, result["failed"]
     assert result["bands"] <= TOLERANCE[BANDS[name].dtype]
     assert result["memory format"]
+    proved("band modulations through the interpreted GPU kernel, equal to float64", 1)
 
 
 @pytest.mark.timeout(900)
