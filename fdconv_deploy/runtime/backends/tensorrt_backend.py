@@ -23,7 +23,7 @@ from .base import BackendOptions, Tensors, feeds_problem
 # Runs at a time, each with its own stream and buffers; further callers wait.
 CONTEXTS = 2
 OLDEST = (10, 9)
-_OTHERS = "Backend 'onnxruntime-cuda' or 'onnxruntime-cpu' runs this bundle without it."
+_OTHERS = "Backend 'onnxruntime-cpu' runs this bundle now, 'onnxruntime-cuda' where it starts."
 
 
 def import_tensorrt() -> Any:
