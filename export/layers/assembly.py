@@ -89,7 +89,8 @@ def write_assembly(
     elif form.spatial_kernel:
         shape = [0, layer.out_channels, height, layer.in_channels, width]
         attributes["interleaved_shape"] = shape
-    nodes.functions[form.name] = assembly_function(form)
+    if form.name not in nodes.functions:
+        nodes.functions[form.name] = assembly_function(form)
     return nodes(form.name, "assembly", *inputs, domain=DOMAIN, **attributes)
 
 

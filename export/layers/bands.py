@@ -54,5 +54,6 @@ def write_bands(nodes: Nodes, bands: FoldedBands, x: gs.Tensor) -> gs.Variable:
             EVERYTHING if band.columns == all_columns else band.columns,
         ]
         attributes[f"band{index}_shape"] = [0, channels, height, -1]
-    nodes.functions[form.name] = band_function(form)
+    if form.name not in nodes.functions:
+        nodes.functions[form.name] = band_function(form)
     return nodes(form.name, "bands", *inputs, domain=DOMAIN, **attributes)

@@ -8,6 +8,7 @@ several times faster than single numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,13 @@ def group_blocks(groups: NDArray[Any]) -> GroupBlocks:
     Args:
         groups: a group map of any shape, integer.
     """
-    flat = np.ascontiguousarray(groups).reshape(-1)
+    return _group_blocks(groups.tobytes(), groups.dtype.str)
+
+
+# Layers of one shape share a group map, and so do the graphs of several batch sizes.
+@lru_cache(maxsize=32)
+def _group_blocks(content: bytes, dtype: str) -> GroupBlocks:
+    flat = np.frombuffer(content, dtype)
     best: tuple[float, GroupBlocks] | None = None
     for length in LENGTHS:
         if flat.size % length:
