@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -101,6 +102,24 @@ def parse_size(text: str) -> tuple[int, int]:
     if not found:
         raise ValueError(f"a size is HEIGHTxWIDTH, such as 512x1024, not {text!r}")
     return int(found[1]), int(found[2] or found[1])
+
+
+def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that name one case; see `named_case`."""
+    parser.add_argument("--network", choices=NETWORKS, default="backbone")
+    parser.add_argument("--depth", type=int, default=50)
+    parser.add_argument("--kernel-num", type=int, default=64)
+    parser.add_argument("--size", type=parse_size, default=(512, 512), help="HEIGHTxWIDTH")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--channels", type=int, default=64, help="the first stage's; narrower")
+
+
+def named_case(options: argparse.Namespace) -> Case:
+    """The case that `add_case_arguments`' options name."""
+    return Case(
+        options.network, options.depth, *options.size, options.batch, options.kernel_num,
+        options.channels,
+    )  # fmt: skip
 
 
 def grid(

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.attribution import PARTS, as_json, profile
-from benchmarks.cases import NETWORKS, Case, parse_size
+from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import TOLERANCE
 from benchmarks.records import write_json
 from export import export_module
@@ -54,21 +54,13 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--network", choices=NETWORKS, default="backbone")
-    parser.add_argument("--depth", type=int, default=50)
-    parser.add_argument("--kernel-num", type=int, default=64)
-    parser.add_argument("--size", type=parse_size, default=(512, 512), help="HEIGHTxWIDTH")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--channels", type=int, default=64, help="the first stage's; narrower")
+    add_case_arguments(parser)
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write the result here too")
     options = parser.parse_args()
     machine.warn_if_busy()
-    case = Case(
-        options.network, options.depth, *options.size, options.batch, options.kernel_num,
-        options.channels,
-    )  # fmt: skip
+    case = named_case(options)
     where = machine.describe(options.threads)
     with tempfile.TemporaryDirectory() as name:
         result = measure(case, Path(name), threads=options.threads, runs=options.runs)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks import machine
-from benchmarks.cases import NETWORKS, Case, parse_size
+from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import measure as measure_export
 from benchmarks.records import write_json
 from benchmarks.timing import interleave, ratio, spread
@@ -132,22 +132,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--network", choices=NETWORKS, default="backbone")
-    parser.add_argument("--depth", type=int, default=50)
-    parser.add_argument("--kernel-num", type=int, default=64)
-    parser.add_argument("--size", type=parse_size, default=(512, 512), help="HEIGHTxWIDTH")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--channels", type=int, default=64, help="the first stage's; narrower")
+    add_case_arguments(parser)
     add_arguments(parser)
     parser.add_argument("--json", type=Path, help="write the result here too")
     parser.add_argument("--of-many", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.of_many:  # then the load is the case's before
         machine.warn_if_busy()
-    case = Case(
-        options.network, options.depth, *options.size, options.batch, options.kernel_num,
-        options.channels,
-    )  # fmt: skip
+    case = named_case(options)
     where = machine.describe(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(
