@@ -6,6 +6,10 @@ ground: ``x`` to the right of the camera, ``z`` ahead of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec
+
 import numpy as np
 
 from fdconv_deploy.demo import textures
@@ -39,6 +43,27 @@ PALETTE = (
     (0, 0, 142),
 )
 (ROAD, LANE, SIDEWALK, GRASS, BUILDING, FENCE, POLE, TREE, SKY, PERSON, CAR) = range(len(CLASSES))
+
+# What a detector finds one by one. Lamps are left out: a box of a bar three pixels wide says
+# little, and half a pixel's error makes it another box.
+THINGS = ("person", "car", "sign")
+
+_Rest = ParamSpec("_Rest")
+_Draw = Callable[Concatenate[Canvas, _Rest], None]
+
+
+def _one(kind: str) -> Callable[[_Draw[_Rest]], _Draw[_Rest]]:
+    """Mark a function as drawing one thing of a kind in ``THINGS``."""
+
+    def mark(draw: _Draw[_Rest]) -> _Draw[_Rest]:
+        @wraps(draw)
+        def whole(canvas: Canvas, *rest: _Rest.args, **named: _Rest.kwargs) -> None:
+            with canvas.thing(kind):
+                draw(canvas, *rest, **named)
+
+        return whole
+
+    return mark
 
 
 def masonry(rng: Rng) -> Array:
@@ -199,6 +224,7 @@ def _lights(canvas: Canvas, camera: Camera, rng: Rng, x: float, y: float, z: flo
     canvas.ellipse((middle[0], middle[1] + row * scale), (0.12 * scale,) * 2, colour, POLE, z)
 
 
+@_one("sign")
 def sign(canvas: Canvas, camera: Camera, rng: Rng, x: float, z: float) -> None:
     """A post with one or two hatched boards."""
     scale, height = camera.scale(z), rng.uniform(2.3, 3.2)
@@ -214,6 +240,7 @@ def sign(canvas: Canvas, camera: Camera, rng: Rng, x: float, z: float) -> None:
         canvas.surface([camera.point(a, b, z) for a, b in corners], face, POLE, z)
 
 
+@_one("car")
 def car(canvas: Canvas, camera: Camera, rng: Rng, x: float, z: float, towards: bool) -> None:
     """A car along the street whose near end is at ``z``: body, cabin, glass, wheels, lights."""
     body, length = paint(rng), rng.uniform(3.6, 4.6)
@@ -264,6 +291,7 @@ def car(canvas: Canvas, camera: Camera, rng: Rng, x: float, z: float, towards: b
     canvas.polygon([at(x + a, b, near) for a, b in plate], (225, 225, 205), CAR, z)
 
 
+@_one("person")
 def person(canvas: Canvas, camera: Camera, rng: Rng, x: float, z: float) -> None:
     """Someone walking: legs apart, a plain or striped coat, arms, a head."""
     tall, scale = rng.uniform(1.45, 1.95), camera.scale(z)

@@ -53,6 +53,12 @@ def draw_scene(
     indices into ``CLASSES``. The same seed and size give the same scene; another size gives
     another photograph of a similar street. ValueError when a side is under 16 pixels.
     """
+    rgb, canvas = draw(seed, height, width)
+    return rgb, canvas.labels
+
+
+def draw(seed: int, height: int = HEIGHT, width: int = WIDTH) -> tuple[NDArray[np.uint8], Canvas]:
+    """As `draw_scene`, with the canvas in place of its labels: it tells things apart too."""
     if min(height, width) < 16:
         raise ValueError(f"a scene needs at least 16×16 pixels, not {height}×{width}")
     rng = np.random.default_rng([seed, 0x57EE7])
@@ -77,9 +83,9 @@ def draw_scene(
         _terrace(canvas, camera, rng, street, side, weather, leaves)
     # Everything else stands in front of the houses: farthest first.
     things = _furniture(rng, street, leaves) + _traffic(rng, street)
-    for _, draw in sorted(things, key=lambda thing: -thing[0]):
-        draw(canvas, camera, rng)
-    return _photograph(canvas, rng, weather, unit), canvas.labels
+    for _, put in sorted(things, key=lambda thing: -thing[0]):
+        put(canvas, camera, rng)
+    return _photograph(canvas, rng, weather, unit), canvas
 
 
 def _draw_weather(rng: Rng) -> _Weather:

@@ -6,7 +6,8 @@ World coordinates are metres: X to the right, Y up from the ground, Z ahead of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import cv2
@@ -41,17 +42,34 @@ class Camera:
 
 
 class Canvas:
-    """Image ``rgb (H, W, 3)`` float32 0..255, ``labels (H, W)`` uint8, ``depth (H, W)`` metres."""
+    """Image ``rgb (H, W, 3)`` float32 0..255, ``labels (H, W)`` uint8, ``depth (H, W)`` metres.
+
+    ``things (H, W)`` uint16 tells whose a pixel is: ``n`` for the thing ``kinds[n - 1]``, 0 for
+    what is not counted one by one.
+    """
 
     def __init__(self, height: int, width: int) -> None:
         self.rgb = np.zeros((height, width, 3), np.float32)
         self.labels = np.zeros((height, width), np.uint8)
         self.depth = np.full((height, width), 1e4, np.float32)
+        self.things = np.zeros((height, width), np.uint16)
+        self.kinds: list[str] = []
+        self._thing = 0
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.labels.shape[0], self.labels.shape[1]
+
+    @contextmanager
+    def thing(self, kind: str) -> Iterator[None]:
+        """What is drawn within is one thing, of this kind."""
+        self.kinds.append(kind)
+        self._thing = len(self.kinds)
+        try:
+            yield
+        finally:
+            self._thing = 0
 
     def window(self, points: NDArray[np.float64]) -> tuple[int, int, int, int] | None:
         """The (left, top, right, bottom) box round ``points`` that is on the canvas, if any."""
@@ -84,6 +102,7 @@ class Canvas:
         if label is not None:
             inside = shape > 0.5
             self.labels[area][inside] = label
+            self.things[area][inside] = self._thing
             self.depth[area][inside] = depth[inside] if isinstance(depth, np.ndarray) else depth
 
     def polygon(
