@@ -46,8 +46,8 @@ def draw_instances(
     """
     rgb, canvas = draw(seed, height, width)
     seen = np.bincount(canvas.things.ravel(), minlength=len(canvas.kinds) + 1)[1:]
-    kept = np.flatnonzero(seen >= SMALLEST)
-    masks = np.equal(canvas.things, (kept + 1)[:, None, None])
+    (kept,) = np.nonzero(seen >= SMALLEST)
+    masks = canvas.things == (kept + 1)[:, None, None]
     labels = np.array([CLASSES.index(canvas.kinds[n]) for n in kept], np.int64)
     return rgb, Instances(boxes_of(masks), labels, masks)
 
@@ -56,7 +56,7 @@ def boxes_of(masks: NDArray[np.bool_]) -> NDArray[np.float32]:
     """``(N, H, W)`` masks, none empty -> ``(N, 4)`` float32, x1 y1 x2 y2 round their pixels."""
     ends = []
     for axis in (1, 2):  # over rows: columns, then the other way round
-        some = masks.any(axis)
+        some: NDArray[np.bool_] = np.any(masks, axis)
         ends.append((some.argmax(1), some.shape[1] - some[:, ::-1].argmax(1)))
     (left, right), (top, bottom) = ends
     return np.stack([left, top, right, bottom], 1).astype(np.float32)
