@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks import machine
 from benchmarks.cases import NETWORKS, Case, parse_size
 from benchmarks.records import write_json
+from fdconv_deploy.benchmark import machine
 from fdconv_deploy.checkpoints import save_checkpoint
 from fdconv_deploy.nn import Segmentor
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import psutil
 
-from benchmarks import machine
 from benchmarks.cases import BATCHES, DEPTHS, NETWORKS, SIZES, SWEEPS, Case, grid, parse_size, sweep
 from benchmarks.records import FOLDER, write_json
 from benchmarks.speed import add_arguments
+from fdconv_deploy.benchmark import machine
 
 Measure = Callable[[Case], dict[str, Any]]
 

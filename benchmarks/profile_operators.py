@@ -12,12 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
-from benchmarks.attribution import PARTS, as_json, profile
 from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import TOLERANCE
 from benchmarks.records import write_json
 from export import export_module
+from fdconv_deploy.benchmark import machine
+from fdconv_deploy.benchmark.layers.attribution import PARTS, as_json, profile
 from fdconv_deploy.runtime.backends.cores import available_cores
 
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
-from benchmarks.attribution import PARTS
 from benchmarks.cases import BATCHES, DEPTHS, NETWORKS, SIZES, Case, grid, sweep
 from benchmarks.plot import draw
 from benchmarks.records import FOLDER, newest
 from benchmarks.speed import SIDES
+from fdconv_deploy.benchmark import machine
+from fdconv_deploy.benchmark.layers.attribution import PARTS
 from fdconv_deploy.runtime.files import write_whole
 
 DOCS = machine.ROOT / "docs"

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import machine
 from benchmarks.records import write_json
-from benchmarks.timing import interleave, spread
+from fdconv_deploy.benchmark import machine
+from fdconv_deploy.benchmark.timing import interleave, spread
 from fdconv_deploy.runtime import Bundle
 from fdconv_deploy.runtime.backends.cores import available_cores
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import machine
 from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import measure as measure_export
 from benchmarks.records import write_json
-from benchmarks.timing import interleave, ratio, spread
+from fdconv_deploy.benchmark import machine
+from fdconv_deploy.benchmark.timing import interleave, ratio, spread
 from fdconv_deploy.folding.network import fold_network
 from fdconv_deploy.runtime import Session, open_session
 from fdconv_deploy.runtime.backends.cores import available_cores

@@ -25,15 +25,15 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from benchmarks import machine
 from benchmarks.cases import NETWORKS, LastFeature, parse_size
 from benchmarks.networks import backbone, trained_like, upernet
 from benchmarks.records import write_json
-from benchmarks.timing import interleave, ratio, spread
 from export import export_module
 from export.inputs import made_up_images
+from fdconv_deploy.benchmark import machine
 from fdconv_deploy.benchmark.counting import count_operations
 from fdconv_deploy.benchmark.rivals import METHODS, install
+from fdconv_deploy.benchmark.timing import interleave, ratio, spread
 from fdconv_deploy.nn import ResNet, build_segmentor
 from fdconv_deploy.runtime.backends.cores import available_cores
 

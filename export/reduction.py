@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from export.calibration import Magnitudes, magnitudes
-from export.divergence import Answers, Divergence, points_of, save_exposed
 from export.passes.half_precision import to_half_precision
 from export.passes.quantization import QuantizedConv, activation_steps, quantizable, quantize
 from export.passes.rounding import rounding_model
 from export.recipe import Recipe
+from fdconv_deploy.benchmark.layers.divergence import Answers, Divergence, points_of, save_exposed
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.passes.element_types import Parameter, signature, standard_opset, tensor_types
-from export.passes.labels import Label, label_nodes, matches, unknown_pattern
+from fdconv_deploy.benchmark.layers.labels import Label, label_nodes, matches, unknown_pattern
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.ops import DOMAIN
 

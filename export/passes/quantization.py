@@ -27,7 +27,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from export.calibration import Magnitudes
 from export.checks import Activations
 from export.passes.element_types import tensor_types
-from export.passes.labels import Label, label_nodes, matches, unknown_pattern
+from fdconv_deploy.benchmark.layers.labels import Label, label_nodes, matches, unknown_pattern
 
 WEIGHT_LEVELS = 127
 # A convolution with less than this share of all multiplications stays float32: pooled

@@ -6,10 +6,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import machine, report
+from benchmarks import report
 from benchmarks.cases import Case, grid, sweep
 from benchmarks.records import newest, write_json
 from benchmarks.speed import RATIOS
+from fdconv_deploy.benchmark import machine
 
 
 def result(case: Case, exported: float) -> dict:

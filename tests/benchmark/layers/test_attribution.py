@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.attribution import PARTS, as_json, attribute, optimise, profile
 from export import export_module
+from fdconv_deploy.benchmark.layers.attribution import PARTS, as_json, attribute, optimise, profile
 from fdconv_deploy.nn import FDConv2d
 
 LAYERS = 3

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from benchmarks.machine import Bystanders, describe
-from benchmarks.timing import FEWEST_ROUNDS, interleave, ratio, spread
+from fdconv_deploy.benchmark.machine import Bystanders, describe
+from fdconv_deploy.benchmark.timing import FEWEST_ROUNDS, interleave, ratio, spread
 
 
 class TestInterleave:

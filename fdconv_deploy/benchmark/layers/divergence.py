@@ -16,7 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from export.passes.labels import label_nodes
+from fdconv_deploy.benchmark.layers.labels import label_nodes
 
 
 @dataclass(frozen=True)
