@@ -25,11 +25,13 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """Plain data that cannot be changed and takes no field it does not know."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class BandModulationConfig(_Frozen):
+class BandModulationConfig(Frozen):
     """The published ``fbm_cfg``: Frequency Band Modulation of a layer's input.
 
     ``spatial_group`` above 64 means one group per channel. ``max_size`` is the size the
@@ -44,7 +46,7 @@ class BandModulationConfig(_Frozen):
     max_size: tuple[int, int] = (64, 64)
 
 
-class FDConvConfig(_Frozen):
+class FDConvConfig(Frozen):
     """The published ``conv_cfg=dict(type='FDConv', ...)``, without per-layer arguments.
 
     ``kernel_num=None`` means half the output channels, ``temp=None`` means
@@ -71,7 +73,7 @@ class FDConvConfig(_Frozen):
     fbm_cfg: BandModulationConfig = BandModulationConfig()
 
 
-class BackboneConfig(_Frozen):
+class BackboneConfig(Frozen):
     """A ResNet whose blocks' convolutions are FDConv layers (``conv``) or plain (``None``).
 
     ``strides`` and ``dilations`` have one entry per stage. ``contract_dilation`` halves
@@ -93,7 +95,7 @@ class BackboneConfig(_Frozen):
     conv: FDConvConfig | None = FDConvConfig()
 
 
-class HeadConfig(_Frozen):
+class HeadConfig(Frozen):
     """A UPerHead or FCNHead of mmsegmentation. ``in_index`` names backbone outputs.
 
     The fields after ``align_corners`` belong to one type only: ``pool_scales`` to
@@ -113,7 +115,7 @@ class HeadConfig(_Frozen):
     dilation: int = 1
 
 
-class TestMode(_Frozen):
+class TestMode(Frozen):
     """How the network was tested: on whole images, or sliding a crop over them.
 
     ``crop_size`` and ``stride`` are (height, width) in pixels, for ``slide`` only.
@@ -126,7 +128,7 @@ class TestMode(_Frozen):
     stride: tuple[int, int] | None = None
 
 
-class Preprocessing(_Frozen):
+class Preprocessing(Frozen):
     """From an RGB uint8 image to the network's input: ``(rgb - mean) / std``, float32.
 
     ``scale`` is the (long, short) pixel budget of the published keep-ratio resize, when
@@ -141,7 +143,7 @@ class Preprocessing(_Frozen):
     keep_ratio: bool = True
 
 
-class Architecture(_Frozen):
+class Architecture(Frozen):
     """A whole segmentation network. ``palette`` holds one RGB triple per class."""
 
     backbone: BackboneConfig
