@@ -1,0 +1,286 @@
+"""Train the packaged detector, a small Mask R-CNN with FDConv, on drawn streets.
+
+    python -m examples.instances.train                   # from the repository's root
+    python -m examples.instances.train --minutes 10      # stop; the same command goes on
+
+It starts from the packaged segmentor's backbone, trained on such streets. First the pyramid
+and the heads learn on its features as they are; then all of it learns together. As in the
+published recipe BatchNorm keeps its statistics. Losses, assignment and sampling are
+mmdetection's. Runs on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from examples.instances.data import Truth, altered, draw_many, images_of
+from examples.instances.losses import Regions, box_losses, mask_loss, proposal_losses
+from examples.instances.regions import extract
+from examples.streets.train import FastSpectrum, dynamic_layers, load_state, parameter_groups
+from fdconv_deploy.architecture import BackboneConfig, Preprocessing
+from fdconv_deploy.checkpoints import load_checkpoint
+from fdconv_deploy.demo import packaged_checkpoint
+from fdconv_deploy.demo.instances import CLASSES, COLOURS
+from fdconv_deploy.detector_architecture import (
+    BoxHeadConfig,
+    DetectorArchitecture,
+    DetectorTestConfig,
+    FPNConfig,
+    MaskHeadConfig,
+    RCNNTestConfig,
+    RoIConfig,
+    RPNHeadConfig,
+    RPNTestConfig,
+)
+from fdconv_deploy.nn.detection import Detector, build_detector
+
+TRAINING_SEEDS = range(1_000_000, 9_000_000)
+SIZE = (192, 256)
+STAGES = ("heads", "all")
+console = Console()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides how the network comes out, the architecture apart.
+
+    Two stages, each with a falling learning rate. In the second the backbone learns
+    `backbone_factor` times as fast as the rest.
+    """
+
+    scenes: int = 1500
+    batch: int = 8
+    head_steps: int = 500
+    head_rate: float = 2e-3
+    steps: int = 800
+    rate: float = 6e-4
+    backbone_factor: float = 0.5
+    attention_factor: float = 1.0
+    weight_decay: float = 0.01
+    warm_up: int = 50
+    regions: int = 64
+    seed: int = 0
+
+    def span(self, stage: str) -> tuple[int, int]:
+        """A stage's first step and the one after its last."""
+        return (0, self.head_steps) if stage == "heads" else (self.head_steps, self.end)
+
+    @property
+    def end(self) -> int:
+        """Steps in all."""
+        return self.head_steps + self.steps
+
+
+def architecture(backbone: BackboneConfig) -> DetectorArchitecture:
+    """A slim Mask R-CNN whose anchors and levels suit things of 8 to 80 pixels."""
+    channels, levels = 48, (4, 8, 16)
+    widths = tuple(backbone.base_channels * 4 * 2**stage for stage in range(3))
+    cut = RoIConfig(featmap_strides=levels, finest_scale=14, sampling_ratio=2)
+    return DetectorArchitecture(
+        backbone=backbone,
+        neck=FPNConfig(in_channels=widths, out_channels=channels, num_outs=4),
+        rpn_head=RPNHeadConfig(
+            feat_channels=channels, scales=(3.0,), ratios=(0.8, 1.5, 2.6), strides=(*levels, 32)
+        ),
+        bbox_head=BoxHeadConfig(num_classes=len(CLASSES), fc_out_channels=128, roi=cut),
+        mask_head=MaskHeadConfig(
+            num_classes=len(CLASSES),
+            conv_out_channels=channels,
+            roi=cut.model_copy(update={"output_size": 14}),
+        ),
+        test=DetectorTestConfig(
+            rpn=RPNTestConfig(nms_pre=300, max_per_img=200), rcnn=RCNNTestConfig(max_per_img=50)
+        ),
+        preprocessing=Preprocessing(scale=SIZE[::-1]),
+        classes=CLASSES,
+        palette=COLOURS,
+    )
+
+
+def start() -> Detector:
+    """The network before its training: the packaged segmentor's backbone, heads that know nothing.
+
+    What a head says at first is near nothing, as in mmdetection. In eval mode, where it stays:
+    BatchNorm keeps its statistics, as norm_eval=True has it.
+    """
+    streets = load_checkpoint(packaged_checkpoint())
+    network = build_detector(architecture(streets.architecture.backbone))
+    network.backbone.load_state_dict(streets.backbone.state_dict())
+    box = network.roi_head.bbox_head
+    for last in (network.rpn_head.rpn_cls, network.rpn_head.rpn_reg, box.fc_cls, box.fc_reg):
+        nn.init.normal_(last.weight, std=0.01)
+        nn.init.zeros_(last.bias)
+    return network.eval()
+
+
+def normalise(network: Detector, rgb: Tensor) -> Tensor:
+    """RGB 0..255 to the network's input, as its preprocessing says."""
+    preprocessing = network.architecture.preprocessing
+    mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+    return (rgb - mean[:, None, None]) / std[:, None, None]
+
+
+def losses(
+    network: Detector,
+    levels: Sequence[Tensor],
+    truths: Sequence[Truth],
+    recipe: Recipe,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """The five losses of a batch, given its pyramid."""
+    rpn, heads = network.rpn_head, network.roi_head
+    coder = rpn.config.bbox_coder
+    scores, deltas = (torch.cat(parts, 1) for parts in rpn(levels))
+    anchors = torch.cat(rpn.anchors(levels))
+    found = {}
+    found["rpn class"], found["rpn box"] = proposal_losses(
+        scores, deltas, anchors, truths, coder, generator
+    )
+    sizes = torch.tensor(SIZE, dtype=torch.float32).expand(len(truths), 2)
+    with torch.no_grad():
+        proposals, valid = rpn.propose(levels, sizes)
+    chosen = [
+        Regions(boxes[there], truth, len(CLASSES), recipe.regions, generator)
+        for boxes, there, truth in zip(proposals, valid, truths, strict=True)
+    ]
+    box = heads.bbox_head
+    cut = extract(levels, [region.boxes for region in chosen], box.config.roi)
+    found["class"], found["box"] = box_losses(*box(cut), chosen, box.config.bbox_coder)
+    mask = heads.mask_head
+    assert mask is not None
+    on_things = [region.boxes[: region.positive] for region in chosen]
+    found["mask"] = mask_loss(mask(extract(levels, on_things, mask.config.roi)), chosen)
+    return found
+
+
+def train(recipe: Recipe, work: Path, minutes: float, processes: int) -> bool:
+    """Train to the end, or for so many minutes. True when it is done.
+
+    The state goes to ``work/instances.state`` every minute and at the end.
+    """
+    torch.manual_seed(recipe.seed)
+    network = start()
+    for layer in dynamic_layers(network).values():
+        object.__setattr__(layer, "modulated_spectrum", FastSpectrum(layer))
+    path, step, seconds = work / "instances.state", 0, 0.0
+    optimiser, stage = optimiser_of(network, recipe, STAGES[0]), STAGES[0]
+    if path.exists():
+        state = load_state(path)
+        if state["recipe"] != asdict(recipe):
+            raise SystemExit(f"{path} was trained by another recipe. Move it away, or give its.")
+        network.load_state_dict(state["network"])
+        step, seconds, stage = state["step"], state["seconds"], state["stage"]
+        optimiser = optimiser_of(network, recipe, stage)
+        optimiser.load_state_dict(state["optimiser"])
+    began = saved = time.monotonic()
+    console.print(f"drawing {recipe.scenes} training scenes")
+    scenes = draw_many(TRAINING_SEEDS[: recipe.scenes], processes)
+    console.print(f"ready after {time.monotonic() - began:.0f} s", highlight=False, soft_wrap=True)
+    recent: list[dict[str, float]] = []
+
+    def save() -> None:
+        content = {
+            "recipe": asdict(recipe),
+            "network": network.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "stage": stage,
+            "step": step,
+            "seconds": seconds + time.monotonic() - began,
+        }
+        partial_path = path.with_suffix(".part")
+        torch.save(content, partial_path)
+        partial_path.replace(path)
+
+    while step < recipe.end and time.monotonic() - began < 60 * minutes:
+        if step >= recipe.head_steps and stage == "heads":
+            save()
+            stage = "all"
+            optimiser = optimiser_of(network, recipe, stage)
+        for group in optimiser.param_groups:
+            group["lr"] = rate(recipe, step) * group["factor"]
+        # What a step sees is a function of (seed, step): a stopped training goes on alike.
+        rng = np.random.default_rng([recipe.seed, step])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        chosen = rng.integers(0, len(scenes), recipe.batch)
+        seen = [altered(scenes[i], rng) for i in chosen]
+        features = network.features(normalise(network, images_of(seen)))
+        truths = [scene.truth() for scene in seen]
+        parts = losses(network, features, truths, recipe, generator)
+        optimiser.zero_grad(set_to_none=True)
+        torch.stack(list(parts.values())).sum().backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 10.0)
+        optimiser.step()
+        step += 1
+        recent.append({name: value.item() for name, value in parts.items()})
+        if step % 50 == 0 or step == recipe.end:
+            pace = (time.monotonic() - began) / len(recent)
+            last = recent[-50:]
+            shown = "  ".join(f"{n} {sum(r[n] for r in last) / len(last):.3f}" for n in parts)
+            said = f"{stage} {step}/{recipe.end}  {shown}  {pace:.2f} s"
+            console.print(said, highlight=False, soft_wrap=True)
+        if time.monotonic() - saved > 60:
+            save()
+            saved = time.monotonic()
+    save()
+    return step >= recipe.end
+
+
+def optimiser_of(network: Detector, recipe: Recipe, stage: str) -> torch.optim.Optimizer:
+    """AdamW on what a stage trains; a group's ``factor`` multiplies the learning rate."""
+    heads = [p for name, p in network.named_parameters() if not name.startswith("backbone.")]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in heads if p.ndim > 1], "factor": 1.0},
+        {"params": [p for p in heads if p.ndim == 1], "factor": 1.0, "weight_decay": 0.0},
+    ]
+    if stage == "all":
+        groups += parameter_groups(network.backbone, recipe)
+        for group in groups[2:]:
+            group["factor"] *= recipe.backbone_factor
+    network.backbone.requires_grad_(stage == "all")
+    return torch.optim.AdamW(groups, lr=recipe.rate, weight_decay=recipe.weight_decay)
+
+
+def rate(recipe: Recipe, step: int) -> float:
+    """Learning rate: in each stage a linear warm-up, then half a cosine down to nothing."""
+    stage = "heads" if step < recipe.head_steps else "all"
+    peak = recipe.head_rate if stage == "heads" else recipe.rate
+    first, end = recipe.span(stage)
+    if step - first < recipe.warm_up:
+        return peak * (step - first + 1) / recipe.warm_up
+    share = (step - first - recipe.warm_up) / max(end - first - recipe.warm_up, 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def main() -> None:
+    """Parse the command line and go."""
+    standard = Recipe()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--head-steps", type=int, default=standard.head_steps)
+    parser.add_argument("--steps", type=int, default=standard.steps, help="of all of the network")
+    parser.add_argument("--scenes", type=int, default=standard.scenes, help="training scenes")
+    parser.add_argument("--seed", type=int, default=standard.seed)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after")
+    parser.add_argument("--processes", type=int, default=1, help="that draw the scenes")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/fdconv-instances"))
+    given = parser.parse_args()
+    recipe = Recipe(
+        head_steps=given.head_steps, steps=given.steps, scenes=given.scenes, seed=given.seed
+    )
+    given.work.mkdir(parents=True, exist_ok=True)
+    if not train(recipe, given.work, given.minutes, given.processes):
+        console.print("stopped before the end; the same command goes on from here")
+
+
+if __name__ == "__main__":
+    main()
