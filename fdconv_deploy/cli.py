@@ -56,7 +56,13 @@ for _command in (inspect, export, verify, build, segment, evaluate, serve, demo)
 
 def _needed(error: ImportError) -> str:
     """What to install when a package of another job is missing."""
-    jobs = {"torch": "export", "onnx": "export", "onnxscript": "export", "onnxruntime": "cpu"}
+    jobs = {
+        "torch": "export",
+        "onnx": "export",
+        "onnxscript": "export",
+        "onnxruntime": "cpu",
+        "pycocotools": "coco",
+    }
     package = (error.name or "").partition(".")[0]
     if package not in jobs:
         raise error

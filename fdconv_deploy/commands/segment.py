@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,10 @@ def segment(
     fit: Annotated[
         str | None, typer.Option(help="stretch or pad, if not as the bundle says.")
     ] = None,
+    min_score: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Of a detector's objects; 0.3 if not given, 0 for all."),
+    ] = None,
     opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the overlay's colours.")] = 0.5,
     backend: Backend = "auto",
     quiet: Quiet = False,
@@ -28,10 +33,13 @@ def segment(
 ) -> None:
     """Segment images: a mask (indexed PNG) and an overlay for each.
 
+    A detector's bundle gives its objects as JSON beside them, and its mask numbers the objects.
     An image that cannot be read is named and passed over; the exit code is 1 then.
     """
     from fdconv_deploy.runtime import open_session
-    from fdconv_deploy.runtime.files import segment_files
+    from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE
+    from fdconv_deploy.runtime.detection.files import DetectionResult, detect_files
+    from fdconv_deploy.runtime.files import FileResult, segment_files
 
     failed: list[str] = []
 
@@ -40,9 +48,23 @@ def segment(
         Console(stderr=True).print(f"[yellow]Passed over:[/] {escape(str(error))}")
 
     with open_session(bundle, backend) as session:
-        results = segment_files(
-            session, images, output, fit=fit, opacity=opacity, passed_over=passed_over
-        )
+        results: Iterator[FileResult | DetectionResult]
+        if session.detects:
+            if fit is not None:
+                raise typer.BadParameter(
+                    "--fit is of segmentors; a detector's images keep their proportions and are "
+                    "padded, as published."
+                )
+            least = SHOWN_SCORE if min_score is None else min_score
+            results = detect_files(
+                session, images, output, min_score=least, opacity=opacity, passed_over=passed_over
+            )
+        else:
+            if min_score is not None:
+                raise typer.BadParameter("--min-score is of detectors; this is a segmentor.")
+            results = segment_files(
+                session, images, output, fit=fit, opacity=opacity, passed_over=passed_over
+            )
         for result in results:
             if as_json:
                 print(json.dumps(result.as_dict()))

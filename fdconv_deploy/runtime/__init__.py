@@ -8,6 +8,7 @@
 from .backends import BACKENDS
 from .bundle import Bundle, BundleWriter
 from .decoding import read_image
+from .detection import Detection
 from .manifest import Manifest, ParityReport
 from .segmentation import Segmentation
 from .session import Session, open_session
@@ -16,6 +17,7 @@ __all__ = [
     "BACKENDS",
     "Bundle",
     "BundleWriter",
+    "Detection",
     "Manifest",
     "ParityReport",
     "Segmentation",

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
+
 from fdconv_deploy.errors import ImageError
 
 from .decoding import read_image
@@ -15,6 +18,8 @@ from .manifest import Fit
 from .rendering import encode
 from .segmentation import Segmentation
 from .session import Session
+
+PassedOver = Callable[[Path, ImageError], None]
 
 
 @dataclass(frozen=True)
@@ -62,14 +67,33 @@ def segment_files(
     *,
     fit: str | None = None,
     opacity: float = 0.5,
-    passed_over: Callable[[Path, ImageError], None] | None = None,
+    passed_over: PassedOver | None = None,
 ) -> Iterator[FileResult]:
     """Segment images one by one and write ``NAME.png`` and ``NAME_overlay.png`` for each.
 
     :param passed_over: told of an image that cannot be read, instead of ending the rest.
     :raises ImageError: an image cannot be read, or two would be written to one name.
     """
-    _check_names(images)
+    endings = (".png", "_overlay.png")
+    for path, picture, (mask, overlay) in pictures_in(images, folder, endings, passed_over):
+        result = session.segment(picture, fit=cast("Fit | None", fit))
+        write_whole(mask, result.mask_png())
+        write_whole(overlay, encode(result.overlay(picture, opacity), "PNG"))
+        yield FileResult(path, mask, overlay, result)
+
+
+def pictures_in(
+    images: Sequence[Path],
+    folder: Path,
+    endings: Sequence[str],
+    passed_over: PassedOver | None = None,
+) -> Iterator[tuple[Path, npt.NDArray[np.uint8], list[Path]]]:
+    """Each image's path, its pixels, and where its results go: ``NAME`` and each ending.
+
+    :raises ImageError: an image cannot be read, or would be overwritten, or two images'
+        results would be written to one name.
+    """
+    _check_names(images, endings)
     folder.mkdir(parents=True, exist_ok=True)
     for path in images:
         try:
@@ -79,24 +103,21 @@ def segment_files(
                 raise
             passed_over(path, error)
             continue
-        result = session.segment(picture, fit=cast("Fit | None", fit))
-        mask, overlay = folder / f"{path.stem}.png", folder / f"{path.stem}_overlay.png"
-        if path.resolve() in (mask.resolve(), overlay.resolve()):
+        targets = [folder / f"{path.stem}{ending}" for ending in endings]
+        if path.resolve() in [target.resolve() for target in targets]:
             raise ImageError(
-                f"{path} would be overwritten by its own mask. Give another output folder."
+                f"{path} would be overwritten by its own results. Give another output folder."
             )
-        write_whole(mask, result.mask_png())
-        write_whole(overlay, encode(result.overlay(picture, opacity), "PNG"))
-        yield FileResult(path, mask, overlay, result)
+        yield path, picture, targets
 
 
-def _check_names(images: Sequence[Path]) -> None:
+def _check_names(images: Sequence[Path], endings: Sequence[str]) -> None:
     seen: dict[str, Path] = {}
     for path in images:
-        for name in (path.stem, f"{path.stem}_overlay"):
+        for name in (f"{path.stem}{ending}" for ending in endings):
             if name in seen:
                 raise ImageError(
-                    f"{seen[name]} and {path} would both be written to {name}.png. "
+                    f"{seen[name]} and {path} would both be written to {name}. "
                     "Segment them into two folders."
                 )
             seen[name] = path

@@ -1,7 +1,9 @@
 """What a bundle says about itself: the models behind ``manifest.json``.
 
 A key that this file does not know is refused rather than ignored, so adding one means
-raising ``FORMAT_VERSION``; an older reader then says that the bundle is newer than it.
+raising ``FORMAT_VERSION``; an older reader then says that the bundle is newer than it, and a
+newer one goes on reading older bundles. Version 2 added detectors.
+
 ``graph``, ``versions`` are free dictionaries for facts that change no behaviour.
 """
 
@@ -13,8 +15,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from fdconv_deploy.architecture import Architecture
+from fdconv_deploy.detector_architecture import DetectorArchitecture
 
-FORMAT_VERSION = 1
+from .manifest_checks import check_detector, check_segmentor
+
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -35,7 +40,7 @@ class TensorSpec(_Model):
 
 
 class InputSize(_Model):
-    """Height and width in pixels of the images a segmentor's graphs take."""
+    """Height and width in pixels of the images a segmentor's or detector's graphs take."""
 
     height: int = Field(ge=1)
     width: int = Field(ge=1)
@@ -92,7 +97,13 @@ class Manifest(_Model):
     ``models`` maps a batch size to its graph's file name; ``inputs`` and ``outputs`` give
     those graphs' tensors, batch size by batch size. A ``segmentor`` has one input
     ``images`` (B, 3, H, W) float32, normalised, and one output ``logits``
-    (B, classes, h, w) float32 at the head's resolution. A ``module`` may have any.
+    (B, classes, h, w) float32 at the head's resolution; ``architecture`` describes it. A
+    ``detector``, which ``detector`` describes, takes ``images`` as well, zero at the right and
+    the bottom past each image's own ``sizes`` (B, 2) float32, height and width; and gives
+    ``boxes`` (B, D, 4) float32 x1 y1 x2 y2 in pixels of the input, the best score first,
+    ``scores`` (B, D) float32, ``labels`` (B, D) int64, ``count`` (B,) int64, how many of the D
+    are objects, and with a mask head ``masks`` (B, D, h, w) float32, probabilities over each
+    box. A ``module`` may have any inputs and outputs.
 
     ``group_maps`` holds the sha256 of each dynamic layer's frequency group map: the maps
     themselves are in the graphs, since a checkpoint does not tell them. ``files`` lists
@@ -106,8 +117,9 @@ class Manifest(_Model):
     format_version: int = FORMAT_VERSION
     created_by: str
     created_at: datetime
-    kind: Literal["segmentor", "module"]
+    kind: Literal["segmentor", "detector", "module"]
     architecture: Architecture | None = None
+    detector: DetectorArchitecture | None = None
     input: InputSize | None = None
     fit: Fit = "stretch"
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
@@ -130,38 +142,7 @@ class Manifest(_Model):
                 f"{sorted(self.models)}, {sorted(self.inputs)} and {sorted(self.outputs)}"
             )
         if self.kind == "segmentor":
-            self._check_segmentor()
+            check_segmentor(self)
+        elif self.kind == "detector":
+            check_detector(self)
         return self
-
-    def _check_segmentor(self) -> None:
-        if self.architecture is None or self.input is None:
-            raise ValueError("a segmentor's manifest must hold 'architecture' and 'input'")
-        classes = self.architecture.decode_head.num_classes
-        for given, what in (
-            (self.architecture.classes, "class names"),
-            (self.architecture.palette, "palette colours"),
-        ):
-            if given and len(given) != classes:
-                raise ValueError(
-                    f"the head has {classes} classes but there are {len(given)} {what}"
-                )
-        size = self.input
-        for batch in self.models:
-            inputs, outputs = self.inputs[batch], self.outputs[batch]
-            expected = (batch, 3, size.height, size.width)
-            if [(t.name, t.shape, t.dtype) for t in inputs] != [("images", expected, "float32")]:
-                raise ValueError(
-                    f"a segmentor's graph of batch {batch} must take one input images {expected} "
-                    f"float32, found {_listed(inputs)}"
-                )
-            if [(t.name, len(t.shape), t.shape[:2], t.dtype) for t in outputs] != [
-                ("logits", 4, (batch, classes), "float32")
-            ]:
-                raise ValueError(
-                    f"a segmentor's graph of batch {batch} must give one output logits "
-                    f"({batch}, {classes}, h, w) float32, found {_listed(outputs)}"
-                )
-
-
-def _listed(tensors: tuple[TensorSpec, ...]) -> str:
-    return ", ".join(f"{t.name} {t.shape} {t.dtype}" for t in tensors) or "none"

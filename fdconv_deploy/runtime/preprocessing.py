@@ -36,6 +36,7 @@ __all__ = [
     "Placement",
     "UnsupportedImageError",
     "check_image",
+    "fitting_size",
     "keep_ratio_size",
     "normalise",
     "place",
@@ -106,16 +107,17 @@ def published_size(height: int, width: int, preprocessing: Preprocessing) -> tup
     return keep_ratio_size(height, width, preprocessing.scale)
 
 
+def fitting_size(size: tuple[int, int], network: tuple[int, int]) -> tuple[int, int]:
+    """The largest (H, W) an image of ``size`` can have within ``network``, in its proportions."""
+    factor = min(network[0] / size[0], network[1] / size[1])
+    return min(_scaled(size[0], factor), network[0]), min(_scaled(size[1], factor), network[1])
+
+
 def place(
     size: tuple[int, int], network: tuple[int, int], preprocessing: Preprocessing, fit: Fit
 ) -> Placement:
     """Decide how an image of ``size`` goes into an input of ``network``, both (H, W)."""
-    # One factor for both sides, the largest that stays inside.
-    factor = min(network[0] / size[0], network[1] / size[1])
-    inside = (
-        min(_scaled(size[0], factor), network[0]),
-        min(_scaled(size[1], factor), network[1]),
-    )
+    inside = fitting_size(size, network)
     # Rounding can part the two by a pixel; either way proportions are kept.
     if network in (inside, published_size(*size, preprocessing)):
         return Placement("exact", *network)

@@ -13,6 +13,7 @@ from fdconv_deploy.errors import BackendError
 
 from .backends import BackendOptions, select
 from .bundle import Bundle
+from .detection.detecting import Detecting, as_rows, detector_classes, detector_palette
 from .runner import Tensors
 from .segmentation import class_names, class_palette
 from .segmenting import Mode, Prepared, Segmenting
@@ -52,26 +53,36 @@ def open_session(
     return Session(opened, *select(opened, backend, options))
 
 
-class Session(Segmenting):
+class Session(Segmenting, Detecting):
     """Answers from a bundle. Any method may be called from several threads at once.
 
-    A segmentor's labels images (:meth:`segment`); a module's takes its own inputs
-    (:meth:`run_raw`). Graphs are loaded at their first use, or by :meth:`warm_up`. A context
-    manager; after :meth:`close` every use is a ``BackendError``.
+    A segmentor's labels images (:meth:`segment`), a detector's finds objects in them
+    (:meth:`detect`), and a module's takes its own inputs (:meth:`run_raw`). Graphs are loaded at
+    their first use, or by :meth:`warm_up`. A context manager; after :meth:`close` every use is
+    a ``BackendError``.
     """
 
     @property
+    def detects(self) -> bool:
+        """Whether the bundle is of a detector."""
+        return self.bundle.manifest.kind == "detector"
+
+    @property
     def classes(self) -> tuple[str, ...]:
-        """The names of a segmentor's classes."""
-        return class_names(self._architecture)
+        """The names of a segmentor's or detector's classes."""
+        return detector_classes(self._detector) if self.detects else class_names(self._architecture)
 
     @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
-        """An RGB colour for each of a segmentor's classes."""
+        """An RGB colour for each of a segmentor's or detector's classes."""
+        if self.detects:
+            return detector_palette(self._detector)
         return class_palette(self._architecture)
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """A segmentor's logits for a batch of images of exactly the bundle's size.
+
+        For a detector, :meth:`run_rows`.
 
         :param batch: (N, H, W, 3) uint8 RGB, or (N, 3, H, W) float32 normalised; any N. It
             is divided over the bundle's batch sizes; slots left over in the last run hold
@@ -79,9 +90,12 @@ class Session(Segmenting):
         :returns: (N, classes, h, w) float32 at the head's resolution.
         :raises ImageError: another shape or type.
         """
-        return self._logits(batch)
+        return self.run_rows(batch) if self.detects else self._logits(batch)
 
     def _rehearse(self, answers: Tensors) -> None:
-        if self.bundle.manifest.kind == "segmentor" and len(self.classes) > 1:
-            black = self.prepare(np.zeros((*self.input_size, 3), np.uint8))
-            self.finish(black, answers["logits"][0])
+        if self.detects:
+            black = np.zeros((*self.input_size, 3), np.uint8)
+            self.finish_detection(self.prepare_detection(black), as_rows(answers)[0])
+        elif self.bundle.manifest.kind == "segmentor" and len(self.classes) > 1:
+            blank = self.prepare(np.zeros((*self.input_size, 3), np.uint8))
+            self.finish(blank, answers["logits"][0])

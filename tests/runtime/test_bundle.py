@@ -91,10 +91,19 @@ class TestRefused:
         assert "cannot be read" in refusal(bundle_copy)
 
     def test_newer_format(self, bundle_copy: Path) -> None:
-        edit(bundle_copy, lambda m: m.update(format_version=2, later={"x": 1}))
+        newer = FORMAT_VERSION + 1
+        edit(bundle_copy, lambda m: m.update(format_version=newer, later={"x": 1}))
         text = refusal(bundle_copy)
-        assert "format 2" in text
+        assert f"format {newer}" in text
         assert "Update fdconv-deploy" in text
+
+    def test_the_first_format_is_read(self, bundle_copy: Path) -> None:
+        def as_first(manifest: dict) -> None:
+            manifest.update(format_version=1)
+            del manifest["detector"]
+
+        edit(bundle_copy, as_first)
+        assert Bundle.open(bundle_copy).manifest.format_version == 1
 
     @pytest.mark.parametrize("version", [0, -1, "1", 1.5, True, None])
     def test_format_not_a_number(self, bundle_copy: Path, version) -> None:
@@ -107,7 +116,8 @@ class TestRefused:
             (lambda m: m.update(surprise=1), "surprise"),
             (lambda m: m.update(models={}), "models"),
             (lambda m: m.update(models={"0": "model.b1.onnx"}), "models"),
-            (lambda m: m.update(kind="detector"), "kind"),
+            (lambda m: m.update(kind="oracle"), "kind"),
+            (lambda m: m.update(kind="detector"), "'detector' and 'input'"),
             (lambda m: m.update(architecture=None), "architecture"),
             (lambda m: m.update(input={"height": 16, "width": 48}), "images"),
             (lambda m: m["inputs"]["1"].append(dict(m["inputs"]["1"][0])), "one input"),

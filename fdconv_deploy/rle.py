@@ -1,0 +1,111 @@
+"""COCO's compressed run lengths of a mask, written and read in numpy.
+
+Pixels are read down columns, left column first; the first run is of pixels outside the mask.
+Lengths (from the fourth on their difference from the one before the last) are written in
+groups of five bits, lowest first, each as the character 48 above it; a sixth bit says that
+more groups follow, and the highest bit of the last group is the sign. pycocotools reads the
+result as its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+Mask = npt.NDArray[np.bool_]
+_FIRST = 48  # the character of an empty group of bits
+
+
+class Rle(TypedDict):
+    """A mask: ``size`` [height, width] in pixels, ``counts`` the compressed run lengths."""
+
+    size: list[int]
+    counts: str
+
+
+def encode(mask: Mask) -> Rle:
+    """(H, W) bool to run lengths."""
+    return encode_part(mask, 0, 0, (mask.shape[0], mask.shape[1]))
+
+
+def encode_part(part: Mask, top: int, left: int, size: tuple[int, int]) -> Rle:
+    """A mask that is False outside of ``part``, without making the rest of it.
+
+    :param part: (h, w) bool, whose first pixel is at (``top``, ``left``) of the mask.
+    :param size: (H, W) of the mask.
+    """
+    height, width = size
+    padded = np.zeros((part.shape[0] + 2, part.shape[1]), np.int8)
+    padded[1:-1] = part
+    columns, rows = np.nonzero(np.diff(padded, axis=0).T)
+    edges = (columns + left) * height + rows + top
+    starts, ends = edges[::2], edges[1::2]
+    # A run that reaches the foot of its column may go on at the head of the next one.
+    parted = ends[:-1] != starts[1:]
+    edges = np.empty(2 * int(parted.sum() + min(len(starts), 1)), np.int64)
+    edges[::2] = starts[np.concatenate([[True], parted])] if len(starts) else 0
+    edges[1::2] = ends[np.concatenate([parted, [True]])] if len(ends) else 0
+    counts = np.diff(edges, prepend=0, append=height * width)
+    if len(counts) > 1 and counts[-1] == 0:
+        counts = counts[:-1]
+    return {"size": [height, width], "counts": compress(counts)}
+
+
+def decode(rle: Rle) -> Mask:
+    """Run lengths to (H, W) bool.
+
+    :raises ValueError: they are not a mask of that size.
+    """
+    height, width = rle["size"]
+    counts = decompress(rle["counts"])
+    if (counts < 0).any() or counts.sum() != height * width:
+        raise ValueError(
+            f"the run lengths do not make a mask of {height} x {width} pixels: their sum is "
+            f"{counts.sum()}"
+        )
+    flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    return np.ascontiguousarray(flat.reshape(width, height).T)
+
+
+def area(rle: Rle) -> int:
+    """The mask's pixels."""
+    return int(decompress(rle["counts"])[1::2].sum())
+
+
+def compress(counts: npt.NDArray[Any]) -> str:
+    """Run lengths (n,) as COCO's characters."""
+    left = counts.astype(np.int64)
+    left[3:] -= counts[1:-2]
+    characters, written = [], []
+    more = np.ones(len(left), np.bool_)
+    while more.any():
+        group, left = left & 0x1F, left >> 5
+        follows = np.where(group & 0x10, left != -1, left != 0)
+        characters.append(group + (follows << 5) + _FIRST)
+        written.append(more)
+        more = more & follows
+    text = np.stack(characters, axis=1)[np.stack(written, axis=1)]
+    return text.astype(np.uint8).tobytes().decode("ascii")
+
+
+def decompress(text: str) -> npt.NDArray[np.int64]:
+    """COCO's characters as run lengths (n,).
+
+    :raises ValueError: a character is not one of them, or the last number is cut off.
+    """
+    groups = np.frombuffer(text.encode("latin-1", "replace"), np.uint8).astype(np.int64) - _FIRST
+    if not len(groups) or groups.min() < 0 or groups.max() > 0x3F or groups[-1] & 0x20:
+        raise ValueError("these are not COCO's compressed run lengths")
+    last = np.flatnonzero((groups & 0x20) == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    lengths = last - first + 1
+    if lengths.max() > 12:
+        raise ValueError("these are not COCO's compressed run lengths: a number has over 60 bits")
+    place = np.arange(len(groups)) - np.repeat(first, lengths)
+    counts = np.add.reduceat((groups & 0x1F) << (5 * place), first)
+    counts -= np.where(groups[last] & 0x10, np.int64(1) << (5 * lengths), 0)
+    counts[1::2] = counts[1::2].cumsum()
+    counts[2::2] = counts[2::2].cumsum()
+    return counts

@@ -1,0 +1,166 @@
+"""The answer to one image: its objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from fdconv_deploy.errors import ImageError
+from fdconv_deploy.rle import Rle, encode_part
+from fdconv_deploy.runtime.preprocessing import FitDone
+from fdconv_deploy.runtime.rendering import RGB, encode, mask_png
+
+from .masks import Pasted, Probabilities, paste
+from .rendering import draw_instances, instance_colours
+
+# mmdetection draws objects from this score on; its answers hold those far below, too.
+SHOWN_SCORE = 0.3
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Objects found in an image, the best score first, and how they came about.
+
+    ``boxes``: (N, 4) float32 x1, y1, x2, y2 in pixels of the image, whose top left corner is
+    (0, 0). ``scores``: (N,) float32, 0 to 1. ``labels``: (N,) int64, indices into ``classes``
+    and ``palette``. ``mask_probabilities``: (N, h, w) float32 over each box; None when the
+    network gives no masks. ``image_size``, ``resized_to``: (H, W) of the image, and of the
+    part of the network's input it covered. ``fit``: "exact" when the network saw the image with
+    no more padding than published, "pad" when with more, which changes the answer somewhat.
+    ``timings``: seconds, by stage.
+    """
+
+    boxes: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+    mask_probabilities: Probabilities | None
+    mask_threshold: float
+    image_size: tuple[int, int]
+    resized_to: tuple[int, int]
+    classes: tuple[str, ...]
+    palette: tuple[RGB, ...]
+    fit: FitDone
+    timings: dict[str, float]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the network gives masks."""
+        return self.mask_probabilities is not None
+
+    @cached_property
+    def pasted(self) -> tuple[Pasted, ...]:
+        """Each object's mask about its box: made when first asked for.
+
+        :raises ImageError: the network gives none.
+        """
+        if self.mask_probabilities is None:
+            raise ImageError(
+                "This network finds boxes and no masks (it has no mask head). Ask for its boxes."
+            )
+        return tuple(
+            paste(mask, box, self.image_size, self.mask_threshold)
+            for mask, box in zip(self.mask_probabilities, self.boxes, strict=True)
+        )
+
+    @property
+    def masks(self) -> npt.NDArray[np.bool_] | None:
+        """Every object's pixels, (N, H, W) bool, made anew each time; None without masks."""
+        if not self.has_masks:
+            return None
+        found = np.zeros((len(self), *self.image_size), np.bool_)
+        for canvas, part in zip(found, self.pasted, strict=True):
+            part.into(canvas)
+        return found
+
+    def rle(self) -> list[Rle]:
+        """Every object's pixels as COCO's compressed run lengths.
+
+        :raises ImageError: the network gives no masks.
+        """
+        return [encode_part(p.pixels, p.top, p.left, self.image_size) for p in self.pasted]
+
+    def areas(self) -> npt.NDArray[np.int64]:
+        """How many pixels each object has: (N,) int64.
+
+        :raises ImageError: the network gives no masks.
+        """
+        return np.array([part.pixels.sum() for part in self.pasted], np.int64)
+
+    def kept(
+        self, min_score: float = 0.0, labels: tuple[int, ...] | None = None, most: int | None = None
+    ) -> Detection:
+        """Only objects that score ``min_score`` or more, of some classes, the best ``most``."""
+        chosen = self.scores >= min_score
+        if labels is not None:
+            chosen &= np.isin(self.labels, labels)
+        at = np.flatnonzero(chosen)[:most]
+        masks = self.mask_probabilities
+        return replace(
+            self,
+            boxes=self.boxes[at],
+            scores=self.scores[at],
+            labels=self.labels[at],
+            mask_probabilities=None if masks is None else masks[at],
+        )
+
+    def instance_map(self) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
+        """(H, W): 0 where there is nothing, else the object's place in the answer, plus 1.
+
+        uint8, or uint16 above 255 objects. Where objects overlap, the better score is on top.
+
+        :raises ImageError: the network gives no masks.
+        """
+        canvas = np.zeros(self.image_size, np.uint8 if len(self) < 256 else np.uint16)
+        for number, part in reversed(list(enumerate(self.pasted, 1))):
+            height, width = part.pixels.shape
+            region = canvas[part.top : part.top + height, part.left : part.left + width]
+            region[part.pixels] = number
+        return canvas
+
+    def mask_png(self) -> bytes:
+        """:meth:`instance_map` as an indexed PNG, each object in a colour of its own.
+
+        Above 255 objects, as a gray one of 16 bits.
+        """
+        numbers = self.instance_map()
+        if numbers.dtype == np.uint16:
+            return encode(Image.fromarray(numbers), "PNG")
+        return mask_png(numbers, instance_colours(len(self)))
+
+    def overlay(self, image: npt.NDArray[np.uint8], opacity: float = 0.5) -> npt.NDArray[np.uint8]:
+        """The image (H, W, 3) uint8 RGB with masks, boxes, names and scores, as another such."""
+        if image.shape[:2] != self.image_size:
+            raise ImageError(
+                f"The image {image.shape[:2]} and the one the objects were found in "
+                f"{self.image_size} differ in size."
+            )
+        return draw_instances(image, self, opacity)
+
+    def as_dicts(self, *, masks: bool = True) -> list[dict[str, Any]]:
+        """For JSON, an object each: class, score, box, and its mask's run lengths and area.
+
+        :param masks: False leaves out run lengths and areas, as do networks without masks.
+        """
+        found: list[dict[str, Any]] = [
+            {
+                "label": label,
+                "class": self.classes[label],
+                "score": round(score, 6),
+                "box": [round(edge, 3) for edge in box],
+            }
+            for label, score, box in zip(
+                self.labels.tolist(), self.scores.tolist(), self.boxes.tolist(), strict=True
+            )
+        ]
+        if masks and self.has_masks:
+            for entry, rle, area in zip(found, self.rle(), self.areas().tolist(), strict=True):
+                entry |= {"area": area, "mask": rle}
+        return found
