@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from export.inputs import made_up_images
 from fdconv_deploy.architecture import Architecture, BackboneConfig, FDConvConfig, HeadConfig
 from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
+from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.resnet import BasicBlock, Bottleneck
 
 
@@ -85,3 +86,37 @@ def build(architecture: Architecture, seed: int = 0) -> Segmentor:
     network = build_segmentor(architecture)
     trained_like(network, seed)
     return network
+
+
+@torch.no_grad()
+def lively_heads(network: Detector, images: Tensor) -> Detector:
+    """Scale a detector's last layers until it finds objects, as a trained one does; in place.
+
+    On ``images`` ``(B, 3, H, W)`` each output of those layers then has mean 0 and a spread that
+    makes some anchors likely, some regions one class, boxes that move and masks with edges.
+    """
+    network.eval()
+    features = network.features(images)
+    rpn, roi = network.rpn_head, network.roi_head
+    hidden = [torch.relu(rpn.rpn_conv(x)) for x in features]
+    for layer, spread in ((rpn.rpn_cls, 2.0), (rpn.rpn_reg, 0.2)):
+        found = [layer(x).permute(1, 0, 2, 3).flatten(1) for x in hidden]
+        _spread(layer, torch.cat(found, dim=1), spread)
+    sizes = images.new_tensor(images.shape[-2:]).expand(len(images), 2)
+    proposals, valid = rpn.propose(features, sizes)
+    regions = roi.bbox_roi_extractor(features, proposals)[valid.reshape(-1)]
+    logits, deltas = roi.bbox_head(regions)
+    _spread(roi.bbox_head.fc_cls, logits.T, 3.0)
+    _spread(roi.bbox_head.fc_reg, deltas.flatten(1).T, 1.0)
+    if roi.mask_head is not None and roi.mask_roi_extractor is not None:
+        masks = roi.mask_head(roi.mask_roi_extractor(features, proposals[:, :100]))
+        _spread(roi.mask_head.conv_logits, masks.transpose(0, 1).flatten(1), 3.0)
+    return network
+
+
+def _spread(layer: nn.Conv2d | nn.Linear, outputs: Tensor, deviation: float) -> None:
+    """Let a layer's outputs, ``(O, samples)`` so far, have mean 0 and this deviation each."""
+    assert layer.bias is not None
+    gain = deviation / outputs.std(dim=1).clamp_min(1e-6)
+    layer.weight.mul_(gain.reshape(-1, *(1,) * (layer.weight.ndim - 1)))
+    layer.bias.copy_((layer.bias - outputs.mean(dim=1)) * gain)

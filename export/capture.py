@@ -17,9 +17,9 @@ import onnxscript
 import torch
 from torch import Tensor, nn
 
+from export.detection_nodes import TRANSLATIONS, stand_in
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.folding.network import replace_layers
-from fdconv_deploy.folding.pooling import FoldedAdaptivePool
+from fdconv_deploy.folding.network import Example, replace_layers, tensors_of
 from fdconv_deploy.nn.fdconv import FDConv2d
 from fdconv_deploy.ops import OPSET
 
@@ -106,7 +106,7 @@ def _quiet() -> Iterator[None]:
 
 def capture(
     network: nn.Module,
-    example: Tensor,
+    example: Example,
     *,
     input_names: Sequence[str],
     output_names: Sequence[str],
@@ -115,28 +115,32 @@ def capture(
 
     Args:
         network: in eval mode; not changed.
-        example: one input; its shape, batch size included, is the graph's.
+        example: one input or several; their shapes, batch size included, are the graph's.
 
     Raises:
         ExportError: torch's exporter does not take the rest of the network.
     """
     stripped = replace_layers(network, _Placeholder)
     for name, module in list(stripped.named_modules()):
-        if isinstance(module, nn.AdaptiveAvgPool2d):
+        replacement = stand_in(module)
+        if replacement is not None:
             parent, _, child = name.rpartition(".")
-            setattr(stripped.get_submodule(parent), child, FoldedAdaptivePool(module))
+            setattr(stripped.get_submodule(parent), child, replacement)
     stripped.eval()
     _register_schema()
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 stripped,
-                (example,),
+                tensors_of(example),
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=list(input_names),
                 output_names=list(output_names),
-                custom_translation_table={torch.ops.fdconv_deploy.folded_layer.default: _translate},
+                custom_translation_table={
+                    torch.ops.fdconv_deploy.folded_layer.default: _translate,
+                    **TRANSLATIONS,
+                },
                 verbose=False,
             )
     except Exception as error:

@@ -13,6 +13,14 @@ from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.module import FoldedConv2d
 from fdconv_deploy.nn.fdconv import FDConv2d
 
+# What a network takes: one tensor, or several.
+Example = Tensor | tuple[Tensor, ...]
+
+
+def tensors_of(example: Example) -> tuple[Tensor, ...]:
+    """The tensors of an example, be it one or several."""
+    return (example,) if isinstance(example, Tensor) else example
+
 
 def dynamic_layers(network: nn.Module) -> dict[str, FDConv2d]:
     """A network's dynamic layers by name, each once though it be shared."""
@@ -23,7 +31,7 @@ def dynamic_layers(network: nn.Module) -> dict[str, FDConv2d]:
     }
 
 
-def input_sizes(network: nn.Module, example: Tensor) -> dict[str, tuple[int, int]]:
+def input_sizes(network: nn.Module, example: Example) -> dict[str, tuple[int, int]]:
     """Height and width that each dynamic layer sees when the network runs on ``example``.
 
     Raises:
@@ -41,7 +49,7 @@ def input_sizes(network: nn.Module, example: Tensor) -> dict[str, tuple[int, int
     hooks = [m.register_forward_pre_hook(recorder(n)) for n, m in layers.items()]
     try:
         with torch.no_grad():
-            network(example)
+            network(*tensors_of(example))
     finally:
         for hook in hooks:
             hook.remove()

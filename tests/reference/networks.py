@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.networks import lively_heads
 from fdconv_deploy.architecture import (
     Architecture,
     BackboneConfig,
@@ -15,8 +16,19 @@ from fdconv_deploy.architecture import (
     HeadConfig,
     TestMode,
 )
+from fdconv_deploy.detector_architecture import (
+    BoxHeadConfig,
+    DetectorArchitecture,
+    DetectorTestConfig,
+    FPNConfig,
+    MaskHeadConfig,
+    RCNNTestConfig,
+    RPNHeadConfig,
+    RPNTestConfig,
+)
 from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
-from tests.reference.lively import enliven, enliven_network, seeded
+from fdconv_deploy.nn.detection import Detector, build_detector
+from tests.reference.lively import enliven, enliven_network, lively_input, seeded
 
 
 def small_segmentor(
@@ -54,6 +66,29 @@ def small_segmentor(
     network = build_segmentor(architecture)
     enliven_network(network, seed)
     return network
+
+
+def small_detector(
+    base: int = 18, *, masks: bool = True, classes: int = 5, seed: int = 0, **backbone: Any
+) -> Detector:
+    """A narrow detector over a ResNet-18 that finds something; D = 20."""
+    conv = backbone.pop("conv", FDConvConfig(kernel_num=4))
+    architecture = DetectorArchitecture(
+        backbone=BackboneConfig(depth=18, base_channels=base, conv=conv, **backbone),
+        neck=FPNConfig(in_channels=tuple(base * 2**i for i in range(4)), out_channels=24),
+        rpn_head=RPNHeadConfig(feat_channels=24),
+        bbox_head=BoxHeadConfig(num_classes=classes, fc_out_channels=32),
+        mask_head=MaskHeadConfig(num_classes=classes, num_convs=2, conv_out_channels=12)
+        if masks
+        else None,
+        test=DetectorTestConfig(
+            rpn=RPNTestConfig(nms_pre=100, max_per_img=60), rcnn=RCNNTestConfig(max_per_img=20)
+        ),
+    )
+    torch.manual_seed(seed)
+    network = build_detector(architecture)
+    enliven_network(network.backbone, seed)
+    return lively_heads(network, lively_input((2, 3, 96, 128), seed))
 
 
 class Wired(nn.Module):

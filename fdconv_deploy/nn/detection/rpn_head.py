@@ -71,8 +71,8 @@ class RPNHead(nn.Module):
         anchors = self.anchors(features)
         for level, (logits, deltas) in enumerate(zip(*self(features), strict=True)):
             best, indices = self.best_of_level(logits.sigmoid())
-            own = anchors[level][None].expand(len(logits), -1, -1)
-            boxes.append(decode(rows(own, indices), rows(deltas, indices), self.config.bbox_coder))
+            own = anchors[level][indices]
+            boxes.append(decode(own, rows(deltas, indices), self.config.bbox_coder))
             scores.append(best)
             groups += [level] * best.shape[1]
         every = clip(torch.cat(boxes, dim=1), sizes)
