@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fdconv_deploy.checkpoints.facts import Fact, Inference
     from fdconv_deploy.checkpoints.inspection import Report, inspect_checkpoint, report_on
     from fdconv_deploy.checkpoints.loading import LoadedSegmentor, load_checkpoint
+    from fdconv_deploy.checkpoints.mmdet_config import format_detector_config
     from fdconv_deploy.checkpoints.mmseg_config import format_config
     from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
     from fdconv_deploy.checkpoints.rendering import render
@@ -32,6 +33,7 @@ _HOMES = {
     "LoadedSegmentor": "loading",
     "Report": "inspection",
     "format_config": "mmseg_config",
+    "format_detector_config": "mmdet_config",
     "convert_state_dict": "conversion",
     "infer_architecture": "architecture",
     "inspect_checkpoint": "inspection",
@@ -53,6 +55,7 @@ __all__ = [
     "Report",
     "convert_state_dict",
     "format_config",
+    "format_detector_config",
     "infer_architecture",
     "inspect_checkpoint",
     "load_checkpoint",

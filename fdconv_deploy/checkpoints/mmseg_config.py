@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fdconv_deploy.architecture import Architecture, BackboneConfig, HeadConfig, Preprocessing
@@ -27,7 +28,7 @@ def format_config(architecture: Architecture) -> str:
             "std": list(preprocessing.std),
             "bgr_to_rgb": preprocessing.bgr_to_rgb,
         },
-        "backbone": _backbone(architecture.backbone),
+        "backbone": backbone_section(architecture.backbone),
         "decode_head": _head(architecture.decode_head),
     }
     if architecture.auxiliary_head is not None:
@@ -36,10 +37,11 @@ def format_config(architecture: Architecture) -> str:
     sliding = {"crop_size": test.crop_size, "stride": test.stride}
     model["test_cfg"] = {"mode": test.mode} | {k: v for k, v in sliding.items() if v is not None}
     sections = {"model": model, "test_pipeline": _pipeline(preprocessing)}
-    return "".join(f"{name} = {_source(value)}\n" for name, value in sections.items())
+    return config_source(sections)
 
 
-def _backbone(config: BackboneConfig) -> dict[str, Any]:
+def backbone_section(config: BackboneConfig) -> dict[str, Any]:
+    """A config's ``model.backbone``."""
     values = config.model_dump()
     conv = values.pop("conv")
     if conv is not None:
@@ -67,6 +69,11 @@ def _pipeline(preprocessing: Preprocessing) -> list[dict[str, Any]]:
         resize = {"scale": preprocessing.scale, "keep_ratio": preprocessing.keep_ratio}
         steps.append({"type": "Resize", **resize})
     return [*steps, {"type": "PackSegInputs"}]
+
+
+def config_source(sections: Mapping[str, Any]) -> str:
+    """Python source that assigns each section to its name."""
+    return "".join(f"{name} = {_source(value)}\n" for name, value in sections.items())
 
 
 def _source(value: Any, indent: int = 0) -> str:

@@ -6,24 +6,30 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fdconv_deploy
-from fdconv_deploy.architecture import Architecture
+from fdconv_deploy.architecture import Architecture, HeadConfig
+from fdconv_deploy.checkpoints.mmdet_config import format_detector_config
 from fdconv_deploy.checkpoints.mmseg_config import format_config
+from fdconv_deploy.detector_architecture import DetectorArchitecture, MaskHeadConfig
 from fdconv_deploy.errors import CheckpointError
 
 
 def save_checkpoint(
     path: str | Path,
     state_dict: Mapping[str, Tensor] | nn.Module,
-    architecture: Architecture,
+    architecture: Architecture | DetectorArchitecture,
     *,
     config_text: str | None = None,
 ) -> None:
-    """Write ``{meta: {cfg, dataset_meta}, state_dict}``, the layout mmengine publishes.
+    """Write a segmentor as mmengine publishes one, a detector as mmdetection 2.x saves one.
+
+    The first is ``{meta: {cfg, dataset_meta}, state_dict}``, the second ``{meta: {config,
+    CLASSES, PALETTE}, state_dict}``.
 
     The config text is generated from ``architecture``, and reading the file back infers an
     equal one. The file appears whole or not at all: it is written beside ``path`` under a
@@ -31,8 +37,8 @@ def save_checkpoint(
 
     Args:
         path: where to write. An existing file is replaced; its folder must exist.
-        state_dict: names → tensors as in mmsegmentation (``backbone.…``, ``decode_head.…``),
-            or the network itself.
+        state_dict: names → tensors as in mmsegmentation (``backbone.…``, ``decode_head.…``) or
+            mmdetection (``roi_head.…``), or the network itself.
         architecture: what the weights belong to.
         config_text: Python config text to store in place of the generated one.
 
@@ -44,14 +50,8 @@ def save_checkpoint(
     weights = state_dict.state_dict() if isinstance(state_dict, nn.Module) else state_dict
     _check(weights, architecture)
     content = {
-        "meta": {
-            "cfg": format_config(architecture) if config_text is None else config_text,
-            "dataset_meta": {
-                "classes": architecture.classes,
-                "palette": [list(colour) for colour in architecture.palette],
-            },
-            "fdconv_deploy_version": fdconv_deploy.__version__,
-        },
+        "meta": _meta(architecture, config_text)
+        | {"fdconv_deploy_version": fdconv_deploy.__version__},
         # Copies: a view would drag its whole storage into the file.
         "state_dict": {
             key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -74,24 +74,44 @@ def save_checkpoint(
         temporary.unlink(missing_ok=True)
 
 
-def _check(weights: Mapping[str, Tensor], architecture: Architecture) -> None:
-    name = "decode_head.conv_seg.weight"
+def _meta(
+    architecture: Architecture | DetectorArchitecture, config_text: str | None
+) -> dict[str, Any]:
+    palette = [list(colour) for colour in architecture.palette]
+    if isinstance(architecture, DetectorArchitecture):
+        text = format_detector_config(architecture) if config_text is None else config_text
+        return {"config": text, "CLASSES": architecture.classes, "PALETTE": palette}
+    text = format_config(architecture) if config_text is None else config_text
+    return {"cfg": text, "dataset_meta": {"classes": architecture.classes, "palette": palette}}
+
+
+def _check(
+    weights: Mapping[str, Tensor], architecture: Architecture | DetectorArchitecture
+) -> None:
+    optional: HeadConfig | MaskHeadConfig | None
+    if isinstance(architecture, DetectorArchitecture):
+        kind, library, background = "detector", "mmdetection", 1
+        name, expected = "roi_head.bbox_head.fc_cls.weight", architecture.bbox_head.num_classes
+        part, prefix, optional = "mask head", "roi_head.mask_head.", architecture.mask_head
+    else:
+        kind, library, background = "segmentor", "mmsegmentation", 0
+        name, expected = "decode_head.conv_seg.weight", architecture.decode_head.num_classes
+        part, prefix, optional = "auxiliary head", "auxiliary_head.", architecture.auxiliary_head
     if name not in weights:
         raise CheckpointError(
-            f"The weights to save have no {name}: expected a segmentor's state dict, with names as "
-            f"in mmsegmentation, found {', '.join(list(weights)[:3]) or 'nothing'}…"
+            f"The weights to save have no {name}: expected a {kind}'s state dict, with names as "
+            f"in {library}, found {', '.join(list(weights)[:3]) or 'nothing'}…"
         )
-    found = weights[name].shape[0]
-    expected = architecture.decode_head.num_classes
+    found = weights[name].shape[0] - background
     if found != expected:
         raise CheckpointError(
             f"The weights to save have {found} classes ({name}) and the architecture {expected}. "
             "Give the architecture the network was built from."
         )
-    has_auxiliary = any(key.startswith("auxiliary_head.") for key in weights)
-    if has_auxiliary != (architecture.auxiliary_head is not None):
-        there, wanted = ("an", "none") if has_auxiliary else ("no", "one")
+    has_part = any(key.startswith(prefix) for key in weights)
+    if has_part != (optional is not None):
+        there, wanted = ("a", "none") if has_part else ("no", "one")
         raise CheckpointError(
-            f"The weights to save have {there} auxiliary head and the architecture {wanted}. "
+            f"The weights to save have {there} {part} and the architecture {wanted}. "
             "Give the architecture the network was built from."
         )

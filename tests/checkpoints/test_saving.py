@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fdconv_deploy.architecture import Architecture
-from fdconv_deploy.checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
+from fdconv_deploy.architecture import Architecture, BackboneConfig, FDConvConfig
+from fdconv_deploy.checkpoints import (
+    format_detector_config,
+    load_checkpoint,
+    parse_config,
+    read_checkpoint,
+    save_checkpoint,
+)
+from fdconv_deploy.detector_architecture import (
+    BoxHeadConfig,
+    DetectorArchitecture,
+    FPNConfig,
+    MaskHeadConfig,
+    RPNHeadConfig,
+)
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn import build_segmentor
+from fdconv_deploy.nn.detection import build_detector
 from tests.checkpoints.small import CLASSES, small_architecture, weights_of
 
 
@@ -93,3 +108,67 @@ def test_weights_of_another_network(tmp_path: Path, architecture: Architecture, 
         save_checkpoint(tmp_path / "a.pth", weights_of(small_architecture()), architecture)
     with pytest.raises(CheckpointError, match="expected a segmentor's state dict"):
         save_checkpoint(tmp_path / "a.pth", {"fc.weight": torch.ones(1)}, architecture)
+
+
+def small_detector(classes: int = 3, *, masks: bool = True) -> DetectorArchitecture:
+    backbone = BackboneConfig(depth=18, base_channels=8, conv=None)
+    return DetectorArchitecture(
+        backbone=backbone,
+        neck=FPNConfig(in_channels=(8, 16, 32, 64), out_channels=8),
+        rpn_head=RPNHeadConfig(feat_channels=8),
+        bbox_head=BoxHeadConfig(num_classes=classes, fc_out_channels=8),
+        mask_head=MaskHeadConfig(num_classes=classes, conv_out_channels=8) if masks else None,
+        classes=tuple("abcdefgh"[:classes]),
+        palette=tuple((n, 0, 0) for n in range(classes)),
+    )
+
+
+def test_a_detector_as_mmdetection_saves_one(tmp_path: Path) -> None:
+    architecture = small_detector()
+    network = build_detector(architecture)
+    save_checkpoint(tmp_path / "a.pth", network, architecture)
+    found = read_checkpoint(tmp_path / "a.pth")
+    assert found.state_dict.keys() == network.state_dict().keys()
+    assert tuple(found.meta["CLASSES"]) == architecture.classes
+    assert found.meta["PALETTE"] == [[0, 0, 0], [1, 0, 0], [2, 0, 0]]
+    assert found.meta["config"] == format_detector_config(architecture)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "says"),
+    [
+        (small_detector(masks=False), "a mask head and the architecture none"),
+        (small_detector(4), "have 3 classes .* the architecture 4"),
+        (small_architecture(), "expected a segmentor's state dict"),
+    ],
+)
+def test_weights_of_another_detector(tmp_path: Path, architecture: Any, says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        save_checkpoint(tmp_path / "a.pth", build_detector(small_detector()), architecture)
+
+
+def test_the_published_detector_gets_the_published_config(oracle: Path) -> None:
+    """What both configs state is the same; what ours leaves out concerns training alone."""
+    name = "mask_rcnn_r50_fpn_fdconv_kn64_c80_keys_mmdet2.28.1.json"
+    told = json.loads((oracle / "mmdet" / name).read_text())
+    architecture = DetectorArchitecture(
+        backbone=BackboneConfig(conv=FDConvConfig(kernel_num=64)), mask_head=MaskHeadConfig()
+    )
+    config = parse_config(format_detector_config(architecture))
+    assert not config.notes
+    missing: list[str] = []
+
+    def compare(published: Any, ours: Any, where: str) -> None:
+        if isinstance(published, dict) and isinstance(ours, dict):
+            missing.extend(f"{where}.{key}" for key in published.keys() - ours.keys())
+            for key in published.keys() & ours.keys():
+                compare(published[key], ours[key], f"{where}.{key}")
+        else:
+            plain = [list(v) if isinstance(v, tuple) else v for v in (published, ours)]
+            assert plain[0] == plain[1], where
+
+    compare(told["cfg_model"], config.section("model"), "model")
+    training = ("train_cfg", "loss_", "init", "frozen", "norm_eval", "need_grad", "pretrained")
+    # What the published FDConv ignores, and a head's test settings, which stand in test_cfg.
+    unused = ("spatial_freq_decompose", "fs_feat", ".spatial", "roi_head.test_cfg")
+    assert [name for name in missing if not any(word in name for word in training + unused)] == []
