@@ -30,6 +30,7 @@ from fdconv_deploy.architecture import Preprocessing
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers
+from fdconv_deploy.nn.published import convert_published
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime.bundle import Bundle, sha256_of
 from fdconv_deploy.runtime.manifest import CheckpointInfo, InputSize
@@ -220,11 +221,13 @@ def export_module(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export any module with `FDConv2d` layers in it.
+    """Export any module with FDConv layers in it.
 
     Args:
         module: in eval mode, taking one tensor and giving a tensor or a tuple or list of
-            tensors, batch first.
+            tensors, batch first. Its layers may be `FDConv2d` layers or those of a copy of the
+            published class: those are told by their structure, converted in a copy of the
+            module, and compared with their originals on the example.
         example: an input; its shape past the batch is the graphs', its values are what the
             graphs are checked on.
         batches: one graph each; if not given, the example's own batch size.
@@ -235,6 +238,7 @@ def export_module(
 
     Raises:
         ExportError: the module cannot be exported, or the graph is not equal to it.
+        UnsupportedLayerError: a layer is a variant of the published one, with what differs.
     """
     refuse_training(module)
     if not isinstance(example, Tensor) or example.dtype != torch.float32:
@@ -257,13 +261,18 @@ def export_module(
                 f"{tuple(example.shape[1:])}, got {tensor.dtype} {tuple(tensor.shape)}."
             )
     names = checked_names(len(outputs_of(module, example)), output_names)
+    module, assumed = convert_published(module, example, progress)
+    manifest: dict[str, Any] = {"kind": "module"}
+    if assumed:
+        told = {name: "; ".join(phrases) for name, phrases in assumed.items() if phrases}
+        manifest["graph"] = {"converted_layers": sorted(assumed), "assumed": told}
     sizes = batch_sizes(batches if batches is not None else [example.shape[0]])
     examples = {
         batch: example[torch.arange(batch) % example.shape[0]].contiguous() for batch in sizes
     }
     inputs = [image[None].numpy() for tensor in calibration for image in tensor]
     recipe = Recipe(
-        module, examples, input_name, names, False, {"kind": "module"}, "the example given",
+        module, examples, input_name, names, False, manifest, "the example given",
         Precision(precision, allowed, tuple(keep_fp32), activations, inputs),
     )  # fmt: skip
     if progress is not None:

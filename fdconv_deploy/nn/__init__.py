@@ -2,7 +2,17 @@
 
 from fdconv_deploy.nn.fdconv import FDConv2d
 from fdconv_deploy.nn.fdlinear import FDLinear
+from fdconv_deploy.nn.published import from_published
+from fdconv_deploy.nn.replacement import replace_convolutions
 from fdconv_deploy.nn.resnet import ResNet
 from fdconv_deploy.nn.segmentor import Segmentor, build_segmentor
 
-__all__ = ["FDConv2d", "FDLinear", "ResNet", "Segmentor", "build_segmentor"]
+__all__ = [
+    "FDConv2d",
+    "FDLinear",
+    "ResNet",
+    "Segmentor",
+    "build_segmentor",
+    "from_published",
+    "replace_convolutions",
+]

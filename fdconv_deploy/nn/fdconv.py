@@ -15,7 +15,12 @@ from fdconv_deploy.architecture import BandModulationConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.band_modulation import BandModulation
 from fdconv_deploy.nn.modulation import GlobalAttention, GlobalModulation, LocalModulation
-from fdconv_deploy.nn.spectrum import FrequencyOrder, assemble_spectrum, frequency_indices
+from fdconv_deploy.nn.spectrum import (
+    FrequencyOrder,
+    assemble_spectrum,
+    frequency_indices,
+    kernel_spectrum,
+)
 
 Size = int | tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -233,8 +238,7 @@ class FDConv2d(nn.Conv2d):
 
     def _spectrum_of_weight(self) -> Tensor:
         weight = self.weight.reshape(self.out_channels, self.in_channels, *self.kernel_size)
-        matrix = weight.transpose(1, 2).reshape(self.rows, self.columns)
-        spectrum = torch.view_as_real(torch.fft.rfft2(matrix.float())) / self.spectrum_scale
+        spectrum = kernel_spectrum(weight)
         return spectrum.expand(self.param_ratio, *spectrum.shape)
 
     def _convert_weight(self) -> None:

@@ -149,6 +149,21 @@ def frequency_indices(
     return indices
 
 
+def kernel_spectrum(weight: Tensor) -> Tensor:
+    """The half spectrum a layer stores for a kernel.
+
+    Args:
+        weight: ``(O, I, kh, kw)``, any float.
+
+    Returns:
+        ``(O·kh, I·kw/2 + 1, 2)`` float32, real and imaginary: ``rfft2`` of the matrix
+        ``M[o·kh + u, i·kw + v]``, divided by ``min(I, O) // 2``.
+    """
+    out, into, height, width = weight.shape
+    matrix = weight.transpose(1, 2).reshape(out * height, into * width)
+    return torch.view_as_real(torch.fft.rfft2(matrix.float())) / (min(out, into) // 2)
+
+
 def assemble_spectrum(
     stored: Tensor,
     attention: Tensor,

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from export.pipeline import export_module
-from fdconv_deploy.errors import ExportError
+from fdconv_deploy.errors import ExportError, UnsupportedLayerError
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.nn import FDConv2d
 from tests.export.graphs import relative, run_file
 from tests.reference.lively import enliven, lively_input
 from tests.reference.networks import Wired, batch_norm, dynamic
+from tests.reference.published import FDConv
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -152,6 +153,34 @@ def test_refusals_are_sentences_and_leave_nothing(tmp_path, change, hint):
 def test_what_cannot_be_a_graph_is_a_sentence(tmp_path, wiring, example):
     with pytest.raises(ExportError):
         export_module(Wired(wiring, a=dynamic()).eval(), example, tmp_path / "bundle")
+
+
+def test_copies_of_the_published_class_are_converted(tmp_path):
+    """Known by their structure; their own group order goes into the bundle."""
+    torch.manual_seed(0)
+    order = torch.randperm(54 * 28)
+    copies = [FDConv(18, 18, 3, padding=1, kernel_num=3, order=o) for o in (order, None)]
+    del copies[1].indices
+    network = nn.Sequential(copies[0], nn.ReLU(), copies[1]).eval()
+    x = lively_input((2, 18, 9, 11))
+    said: list[str] = []
+    made = export_module(network, x, tmp_path / "bundle", progress=said.append)
+    assert "2 layers of a copy of the published FDConv" in said[0]
+    assert made.manifest.graph["converted_layers"] == ["0", "2"]
+    assert made.manifest.graph["assumed"] == {"2": "no indices, so 'torch'"}
+    with torch.no_grad():
+        expected = network(x)
+    assert relative(run_file(made.model_path(2), x.numpy())[0], expected.numpy()) <= 2e-6
+    assert isinstance(network[0], FDConv)
+
+
+def test_a_variant_of_the_published_class_is_refused_by_name(tmp_path):
+    network = nn.Sequential(nn.ReLU(), FDConv(18, 18, 3, padding=1, kernel_num=3)).eval()
+    network[1].KSM_Local.complex_weight = nn.Parameter(torch.zeros(1, 10, 2))
+    with pytest.raises(
+        UnsupportedLayerError, match=r"^1 looks like a copy.*beside KSM_Local\.comp"
+    ):
+        export_module(network, lively_input((2, 18, 9, 11)), tmp_path / "bundle")
 
 
 def test_more_attentions_than_a_byte_counts(tmp_path):

@@ -1,0 +1,207 @@
+"""Copies of the published class are known by their structure, and converted exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from safetensors.torch import load_file
+from torch import nn
+
+from fdconv_deploy.errors import UnsupportedLayerError
+from fdconv_deploy.nn import FDConv2d, FDLinear, from_published
+from fdconv_deploy.nn.published import convert_published, is_published
+from tests.reference.arguments import layer_arguments
+from tests.reference.lively import enliven, error, lively_input
+from tests.reference.networks import Wired
+from tests.reference.published import FDConv
+
+
+def copy_of(seed: int = 0, **arguments: Any) -> Any:
+    """A lively layer of a user's class."""
+    torch.manual_seed(seed)
+    given = dict(in_channels=18, out_channels=20, kernel_size=3, padding=1, kernel_num=5)
+    layer: Any = FDConv(**(given | arguments))
+    layer.is_dynamic = True  # for enliven alone
+    enliven(layer, seed)
+    del layer.is_dynamic
+    return layer
+
+
+@torch.no_grad()
+def test_every_published_fixture(oracle: Path) -> None:
+    """The stand-in's structure with the published code's tensors gives the published outputs."""
+    converted = 0
+    for case in json.loads((oracle / "layers/index.json").read_text())["cases"]:
+        tensors = load_file(oracle / "layers" / case["file"])
+        layer = FDConv(**case["ctor"]).eval()
+        layer.load_state_dict(
+            {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
+        )
+        assert is_published(layer) == case["dynamic"], case["file"]
+        if case["dynamic"]:
+            ours = from_published(layer)
+            assert torch.equal(ours.indices, tensors["buf.indices"].long())
+            assert error(ours(tensors["x"]), tensors["y"].reshape(ours(tensors["x"]).shape)) <= 1e-5
+            converted += 1
+    assert converted > 50
+
+
+@settings(deadline=None, max_examples=25)
+@given(layer_arguments())
+@torch.no_grad()
+def test_any_arguments(case: tuple[dict[str, Any], tuple[int, int], int]) -> None:
+    arguments, size, seed = case
+    arguments = arguments | {"fbm_cfg": arguments["fbm_cfg"] or {"k_list": [2, 4]}}
+    layer = copy_of(seed, **arguments)
+    x = lively_input((2, arguments["in_channels"], *size), seed)
+    assert error(from_published(layer)(x), layer(x)) <= 1e-5
+
+
+@torch.no_grad()
+def test_order_is_the_layers_own() -> None:
+    order = torch.randperm(60 * 28, generator=torch.Generator().manual_seed(0))
+    layer = copy_of(order=order)
+    x = lively_input((2, 18, 9, 11))
+    ours = from_published(layer)
+    assert error(ours(x), layer(x)) <= 1e-5
+    other = copy_of()
+    assert error(from_published(other)(x), layer(x)) > 1e-2
+    # The first published version keeps a list.
+    rows = list(layer.indices)
+    del layer.indices
+    layer.indices = rows
+    assert torch.equal(from_published(layer).indices, ours.indices)
+
+
+def test_tensors_are_shared_and_modes_kept() -> None:
+    layer = copy_of()
+    ours = from_published(layer)
+    assert ours.dft_weight.data_ptr() == layer.dft_weight.data_ptr()
+    assert not ours.training
+    assert not layer.training
+    assert from_published(layer.train()).training
+    assert layer.training
+
+
+def test_epsilons_are_the_layers_own() -> None:
+    layer = copy_of()
+    layer.KSM_Global.bn.eps = 1e-3
+    with pytest.raises(UnsupportedLayerError, match="differs"):
+        from_published(layer)  # the stand-in's arithmetic has 1e-5, so the copy contradicts itself
+
+
+def _use_global(layer: Any) -> None:
+    layer.KSM_Local.complex_weight = nn.Parameter(torch.zeros(1, 10, 2))
+
+
+def _no_norm(layer: Any) -> None:
+    layer.KSM_Global.bn = nn.Identity()
+
+
+def _no_relu(layer: Any) -> None:
+    del layer.KSM_Global.relu
+
+
+def _no_kernel_heads(layer: Any) -> None:
+    del layer.KSM_Global.kernel_fc
+
+
+def _other_masks(layer: Any) -> None:
+    layer.FBM.cached_masks = ~layer.FBM.cached_masks
+
+
+def _no_spectrum(layer: Any) -> None:
+    layer.dft_weight = nn.Parameter(layer.dft_weight.detach()[:, :-1])
+
+
+def _other_gates(layer: Any) -> None:
+    layer.att_multi = 3.0
+
+
+def _other_arithmetic(layer: Any) -> None:
+    del layer.KSM_Global.act_type
+    layer.options["ksm_global_act"] = "tanh"
+
+
+def _other_shape(layer: Any) -> None:
+    layer.forward = lambda x: FDConv.forward(layer, x)[:, :5]
+
+
+def _failing(layer: Any) -> None:
+    layer.forward = lambda x: x @ x.flatten()
+
+
+VARIANTS: list[tuple[Callable[[Any], None], str]] = [
+    (_use_global, r"beside KSM_Local\.complex_weight"),
+    (_no_norm, r"KSM_Global\.bn is a Identity, not a BatchNorm2d"),
+    (_no_relu, r"has no KSM_Global\.relu"),
+    (_no_kernel_heads, r"has no KSM_Global\.kernel_fc"),
+    (_other_masks, "cached_masks are not the published ones"),
+    (_no_spectrum, r"dft_weight \(1, 59, 28, 2\) for \(1, 60, 28, 2\)"),
+    (_other_gates, "att_multi differs"),
+    (_other_arithmetic, r"output differs.*no KSM_Global\.act_type, so 'sigmoid'"),
+    (_other_shape, r"gives \(2, 5, 9, 11\) where the published layer gives \(2, 20"),
+    (_failing, "own forward fails"),
+]
+
+
+@pytest.mark.parametrize(("change", "hint"), VARIANTS, ids=[v[0].__name__ for v in VARIANTS])
+def test_variants_are_named(change: Callable[[Any], None], hint: str) -> None:
+    layer = copy_of()
+    change(layer)
+    with pytest.raises(UnsupportedLayerError, match=rf"stem\.conv looks like.*{hint}"):
+        from_published(layer, "stem.conv")
+
+
+def test_a_volume_is_no_image() -> None:
+    layer: Any = nn.Conv3d(18, 18, 3)
+    layer.KSM_Global = copy_of().KSM_Global
+    with pytest.raises(UnsupportedLayerError, match="no 2-d convolution"):
+        from_published(layer)
+
+
+def test_other_layers_are_not_taken_for_it() -> None:
+    for module in (FDConv2d(18, 18, 3), FDLinear(18, 18), FDConv(8, 8, 3), nn.Conv2d(18, 18, 3)):
+        assert not is_published(module)
+    network = nn.Sequential(FDConv2d(18, 18, 3), FDConv(8, 8, 3))
+    assert convert_published(network) == (network, {})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [True, False], ids=["on its example", "on random numbers"])
+def test_a_network_is_copied_with_its_layers_converted(given: bool) -> None:
+    kind = dict(out_channels=18, kernel_num=4)
+    shared = copy_of(0, **kind)
+    network = Wired(
+        lambda s, x: s.twin(s.a(x).tanh()) + s.norm(s.block(x)),
+        a=shared,
+        twin=shared,
+        block=nn.Sequential(copy_of(1, **kind, kernel_size=1, padding=0), nn.ReLU()),
+        norm=nn.BatchNorm2d(18),
+    ).eval()
+    said: list[str] = []
+    x = lively_input((2, 18, 9, 11))
+    converted, assumed = convert_published(network, x if given else None, said.append)
+    assert assumed == {"a": (), "block.0": ()}
+    assert "2 layers of a copy of the published FDConv" in said[0]
+    assert "tests.reference.published.FDConv" in said[0]
+    assert isinstance(network.a, FDConv)
+    assert isinstance(converted.a, FDConv2d)
+    assert converted.a is converted.twin
+    assert not converted.training
+    assert error(converted(x), network(x)) <= 1e-5
+
+
+def test_what_a_copy_does_not_tell_is_assumed_and_said() -> None:
+    layer = copy_of()
+    del layer.indices
+    said: list[str] = []
+    _, assumed = convert_published(nn.Sequential(layer), progress=said.append)
+    assert assumed == {"0": ("no indices, so 'torch'",)}
+    assert "assumed: no indices, so 'torch'" in said[0]
