@@ -24,29 +24,22 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+import fdconv_deploy.demo
 from examples.instances.data import Truth, altered, draw_many, images_of
 from examples.instances.losses import Regions, box_losses, mask_loss, proposal_losses
+from examples.instances.network import SIZE, normalise, start
+from examples.instances.package import package
 from examples.instances.regions import extract
-from examples.streets.train import FastSpectrum, dynamic_layers, load_state, parameter_groups
-from fdconv_deploy.architecture import BackboneConfig, Preprocessing
-from fdconv_deploy.checkpoints import load_checkpoint
-from fdconv_deploy.demo import packaged_checkpoint
-from fdconv_deploy.demo.instances import CLASSES, COLOURS
-from fdconv_deploy.detector_architecture import (
-    BoxHeadConfig,
-    DetectorArchitecture,
-    DetectorTestConfig,
-    FPNConfig,
-    MaskHeadConfig,
-    RCNNTestConfig,
-    RoIConfig,
-    RPNHeadConfig,
-    RPNTestConfig,
+from examples.streets.train import (
+    TRAINING_SEEDS,
+    FastSpectrum,
+    dynamic_layers,
+    load_state,
+    parameter_groups,
 )
-from fdconv_deploy.nn.detection import Detector, build_detector
+from fdconv_deploy.demo.instances import CLASSES
+from fdconv_deploy.nn.detection import Detector
 
-TRAINING_SEEDS = range(1_000_000, 9_000_000)
-SIZE = (192, 256)
 STAGES = ("heads", "all")
 console = Console()
 
@@ -80,55 +73,6 @@ class Recipe:
     def end(self) -> int:
         """Steps in all."""
         return self.head_steps + self.steps
-
-
-def architecture(backbone: BackboneConfig) -> DetectorArchitecture:
-    """A slim Mask R-CNN whose anchors and levels suit things of 8 to 80 pixels."""
-    channels, levels = 48, (4, 8, 16)
-    widths = tuple(backbone.base_channels * 4 * 2**stage for stage in range(3))
-    cut = RoIConfig(featmap_strides=levels, finest_scale=14, sampling_ratio=2)
-    return DetectorArchitecture(
-        backbone=backbone,
-        neck=FPNConfig(in_channels=widths, out_channels=channels, num_outs=4),
-        rpn_head=RPNHeadConfig(
-            feat_channels=channels, scales=(3.0,), ratios=(0.8, 1.5, 2.6), strides=(*levels, 32)
-        ),
-        bbox_head=BoxHeadConfig(num_classes=len(CLASSES), fc_out_channels=128, roi=cut),
-        mask_head=MaskHeadConfig(
-            num_classes=len(CLASSES),
-            conv_out_channels=channels,
-            roi=cut.model_copy(update={"output_size": 14}),
-        ),
-        test=DetectorTestConfig(
-            rpn=RPNTestConfig(nms_pre=300, max_per_img=200), rcnn=RCNNTestConfig(max_per_img=50)
-        ),
-        preprocessing=Preprocessing(scale=SIZE[::-1]),
-        classes=CLASSES,
-        palette=COLOURS,
-    )
-
-
-def start() -> Detector:
-    """The network before its training: the packaged segmentor's backbone, heads that know nothing.
-
-    What a head says at first is near nothing, as in mmdetection. In eval mode, where it stays:
-    BatchNorm keeps its statistics, as norm_eval=True has it.
-    """
-    streets = load_checkpoint(packaged_checkpoint())
-    network = build_detector(architecture(streets.architecture.backbone))
-    network.backbone.load_state_dict(streets.backbone.state_dict())
-    box = network.roi_head.bbox_head
-    for last in (network.rpn_head.rpn_cls, network.rpn_head.rpn_reg, box.fc_cls, box.fc_reg):
-        nn.init.normal_(last.weight, std=0.01)
-        nn.init.zeros_(last.bias)
-    return network.eval()
-
-
-def normalise(network: Detector, rgb: Tensor) -> Tensor:
-    """RGB 0..255 to the network's input, as its preprocessing says."""
-    preprocessing = network.architecture.preprocessing
-    mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-    return (rgb - mean[:, None, None]) / std[:, None, None]
 
 
 def losses(
@@ -273,12 +217,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after")
     parser.add_argument("--processes", type=int, default=1, help="that draw the scenes")
     parser.add_argument("--work", type=Path, default=Path("/tmp/fdconv-instances"))
+    parser.add_argument(
+        "--out", type=Path, default=Path(fdconv_deploy.demo.__file__).parent / "assets"
+    )
     given = parser.parse_args()
     recipe = Recipe(
         head_steps=given.head_steps, steps=given.steps, scenes=given.scenes, seed=given.seed
     )
     given.work.mkdir(parents=True, exist_ok=True)
-    if not train(recipe, given.work, given.minutes, given.processes):
+    if train(recipe, given.work, given.minutes, given.processes):
+        package(given.work / "instances.state", given.out)
+    else:
         console.print("stopped before the end; the same command goes on from here")
 
 

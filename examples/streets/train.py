@@ -21,7 +21,7 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -381,8 +381,8 @@ def confusions(network: Segmentor, scenes: Scenes) -> Iterator[NDArray[np.int64]
 
 
 @torch.no_grad()
-def attention_spread(network: Segmentor, scenes: Scenes) -> dict[str, dict[str, float]]:
-    """How much each attention differs from image to image.
+def attention_spread(network: nn.Module, images: Iterable[Tensor]) -> dict[str, dict[str, float]]:
+    """How much each attention differs from image to image, ``(1, 3, H, W)`` normalised each.
 
     Per kind: the standard deviation over images, averaged over an attention's entries, as
     the smallest, the mean and the largest of the dynamic layers.
@@ -409,10 +409,8 @@ def attention_spread(network: Segmentor, scenes: Scenes) -> dict[str, dict[str, 
             hooks.append(layer.KSM_Local.register_forward_hook(keep_local))
         if layer.FBM is not None:
             hooks.append(layer.FBM.register_forward_hook(keep_bands))
-    for rgb in scenes[0][:64]:
-        network(
-            normalise(network, torch.from_numpy(rgb.transpose(2, 0, 1).astype(np.float32))[None])
-        )
+    for image in images:
+        network(image)
     for hook in hooks:
         hook.remove()
     by_kind: dict[str, list[float]] = defaultdict(list)
@@ -472,7 +470,9 @@ def evaluate(recipe: Recipe, work: Path, out: Path) -> None:
             "held_out": summary(packaged),
         }
         if name == "fdconv":
-            record["networks"][name]["attention_spread"] = attention_spread(network, scenes)
+            images = torch.from_numpy(scenes[0][:64].transpose(0, 3, 1, 2).astype(np.float32))
+            seen = (normalise(network, image[None]) for image in images)
+            record["networks"][name]["attention_spread"] = attention_spread(network, seen)
     folder = out / "heldout"
     folder.mkdir(exist_ok=True)
     for index in range(len(HELD_OUT_SEEDS)):

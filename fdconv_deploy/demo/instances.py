@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fdconv_deploy.demo.objects import CAR, PALETTE, PERSON, POLE, THINGS
 from fdconv_deploy.demo.scenes import HEIGHT, WIDTH, draw
+from fdconv_deploy.rle import encode
 
 __all__ = ["CLASSES", "COLOURS", "SMALLEST", "Instances", "coco_annotations", "draw_instances"]
 
@@ -68,8 +69,8 @@ def coco_annotations(scenes: Iterable[tuple[str, Instances]]) -> dict[str, Any]:
     Args:
         scenes: an image's file name and what is in it, each. Ids count from 1.
 
-    Masks are uncompressed run lengths, as COCO's own of crowds are: parts on both sides of
-    a lamp belong together, which polygons tell less exactly.
+    Masks are compressed run lengths, not polygons: they are exact, and parts on both sides of
+    a lamp belong together.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -86,15 +87,8 @@ def coco_annotations(scenes: Iterable[tuple[str, Instances]]) -> dict[str, Any]:
                     "bbox": [left, top, right - left, bottom - top],
                     "area": int(mask.sum()),
                     "iscrowd": 0,
-                    "segmentation": {"size": [height, width], "counts": run_lengths(mask)},
+                    "segmentation": encode(mask),
                 }
             )
     categories = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
     return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
-    """COCO's uncompressed counts: lengths of runs down the columns, the first of zeros."""
-    flat = np.concatenate([[False], mask.T.ravel()])
-    edges = np.flatnonzero(flat[1:] != flat[:-1])
-    return np.diff(edges, prepend=0, append=mask.size).tolist()

@@ -16,6 +16,8 @@ from examples.instances import train
 from examples.instances.data import Truth, altered, as_scene, draw_scene
 from examples.instances.losses import Regions, box_losses, mask_loss, proposal_losses
 from examples.instances.regions import cut_out, extract
+from fdconv_deploy.checkpoints import load_checkpoint
+from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.demo.instances import CLASSES, draw_instances
 from fdconv_deploy.detector_architecture import BoxCoderConfig, RoIConfig
 from fdconv_deploy.nn.detection.boxes import decode
@@ -130,7 +132,7 @@ def test_it_starts_from_the_segmentors_backbone_and_every_branch_is_alive():
     assert all(
         (layer.FBM is not None) == (layer.kernel_size == (3, 3)) for layer in layers.values()
     )
-    segmentor = train.load_checkpoint(train.packaged_checkpoint())
+    segmentor = load_checkpoint(packaged_checkpoint())
     for name, value in segmentor.backbone.state_dict().items():
         torch.testing.assert_close(network.backbone.state_dict()[name], value, rtol=0, atol=0)
 

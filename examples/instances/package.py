@@ -1,0 +1,74 @@
+"""A trained detector's state → what is packaged: checkpoint, annotations, record."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from examples.instances.data import draw_many, images_of
+from examples.instances.network import SIZE, normalise, start
+from examples.streets.train import (
+    TRAINING_SEEDS,
+    attention_spread,
+    dynamic_layers,
+    load_state,
+    machine,
+)
+from fdconv_deploy.checkpoints import save_checkpoint
+from fdconv_deploy.demo import HELD_OUT_SEEDS
+from fdconv_deploy.demo.instances import CLASSES, coco_annotations, draw_instances
+
+# Scenes after the packaged held-out ones, for a steadier number.
+EVALUATION_SEEDS = range(HELD_OUT_SEEDS.stop, HELD_OUT_SEEDS.stop + 200)
+
+
+def package(state_file: Path, out: Path) -> None:
+    """Write ``instances.pth``, ``heldout/instances.json`` and the record, without scores yet."""
+    state = load_state(state_file)
+    network = start()
+    network.load_state_dict(state["network"])
+    (out / "heldout").mkdir(parents=True, exist_ok=True)
+    save_checkpoint(out / "instances.pth", network, network.architecture)
+    annotations = coco_annotations(
+        (f"{index:03d}.png", draw_instances(seed)[1]) for index, seed in enumerate(HELD_OUT_SEEDS)
+    )
+    write_json(out / "heldout" / "instances.json", annotations, indent=None)
+    seen = images_of(draw_many(EVALUATION_SEEDS[:64], processes=1))
+    record: dict[str, Any] = {
+        "classes": list(CLASSES),
+        "recipe": state["recipe"],
+        "seeds": {
+            "training": [TRAINING_SEEDS.start, TRAINING_SEEDS.start + state["recipe"]["scenes"]],
+            "evaluation": [EVALUATION_SEEDS.start, EVALUATION_SEEDS.stop],
+            "held_out": [HELD_OUT_SEEDS.start, HELD_OUT_SEEDS.stop],
+        },
+        "scene_size": list(SIZE),
+        "machine": machine(),
+        "seconds": "wall-clock time, whatever else the machine was doing",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "opencv": cv2.__version__,
+        },
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "dynamic_layers": len(dynamic_layers(network)),
+        "steps": state["step"],
+        "training_seconds": round(state["seconds"], 1),
+        "attention_spread": attention_spread(
+            network.backbone, (normalise(network, image[None]) for image in seen)
+        ),
+    }
+    write_json(out / "instances_training.json", record)
+
+
+def write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
+    """Write a JSON file; ``indent=None`` for one that nobody reads."""
+    separators = (",", ":") if indent is None else None
+    path.write_text(json.dumps(content, indent=indent, separators=separators) + "\n")
