@@ -15,7 +15,7 @@ from fdconv_deploy.runtime import Session
 
 from . import openapi, problems
 from .middleware import Edge
-from .routes import FAST_ROUTES, ROUTERS
+from .routes import ROUTERS, infer_at_once
 from .security import Keys
 from .service import Service
 from .settings import Settings
@@ -66,13 +66,12 @@ def create_app(
         docs_url=None,  # a page of our own: FastAPI's loads its scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
-        middleware=[Middleware(Edge, keys=keys)],
+        middleware=[Middleware(Edge, keys=keys, shortcut=infer_at_once)],
     )
     app.state.service = service
     problems.install(app)
     for router in ROUTERS:
         app.include_router(router)
-    app.router.routes[:0] = FAST_ROUTES
     openapi.install(app, keys_needed=keys.needed)
     return app
 

@@ -12,6 +12,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from .problems import RefusedError
+from .receiving import exchange_of
 from .settings import Settings
 
 FIELD = "image"
@@ -20,6 +21,8 @@ _HOW = (
     f"'{FIELD}' of a multipart/form-data request."
 )
 _ALIGNMENT = 64  # bytes; what ONNX Runtime's vector code likes
+# Bodies from here on, in bytes, are received right where they are used.
+_LARGE = 32 << 10
 # zlib's notation for "gzip only" and "zlib format", what HTTP calls deflate.
 _WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
@@ -113,6 +116,10 @@ class Body:
             room[:] = body
             return room
         room = _aligned(int(length), start)
+        exchange = exchange_of(self._request.scope)
+        if exchange is not None and len(room) >= _LARGE:
+            await exchange.receive_into(room, self._take)
+            return room
         at = 0
         async for chunk in self._chunks():
             if at + len(chunk) > len(room):
@@ -176,12 +183,15 @@ class Body:
             received += len(chunk)
             if received > self._settings.max_body_bytes:
                 raise self._too_large()
-            self._budget.take(len(chunk))
-            self._taken += len(chunk)
+            self._take(len(chunk))
             if chunk:
                 yield chunk
         if unpack is not None and not unpack.eof:
             raise RefusedError(422, "The compressed body is cut off or damaged. Send it whole.")
+
+    def _take(self, size: int) -> None:
+        self._budget.take(size)
+        self._taken += size
 
     def _unpacked(self, unpack: zlib._Decompress, chunk: bytes, received: int) -> bytes:
         try:

@@ -115,7 +115,6 @@ def _server(
             log_config=log_config(log_level, settings.log_format),
             access_log=False,
             server_header=False,
-            limit_concurrency=settings.max_connections,
             timeout_graceful_shutdown=settings.drain_seconds,
             ssl_certfile=None if certificate is None else str(certificate),
             ssl_keyfile=None if key is None else str(key),

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -37,10 +38,15 @@ access = logging.getLogger("fdconv.access")
 
 
 class Edge:
-    """The outermost layer of the application."""
+    """The outermost layer of the application.
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self.app, self._keys = app, keys
+    :param shortcut: gives the application of a request that needs no other layer, if it is one.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: Keys, shortcut: Callable[[Scope], ASGIApp | None]
+    ) -> None:
+        self.app, self._keys, self._shortcut = app, keys, shortcut
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI event."""
@@ -71,10 +77,8 @@ class Edge:
 
         try:
             refusal = self._refusal(scope, headers, state)
-            if refusal is not None:
-                await refusal(scope, receive, send_named)
-            else:
-                await self.app(scope, receive, send_named)
+            app = refusal or self._shortcut(scope) or self.app
+            await app(scope, receive, send_named)
         finally:
             self._record(scope, service, status, time.perf_counter() - start)
 

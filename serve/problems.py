@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import uuid
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -55,6 +57,15 @@ def problem_response(
     return JSONResponse(body, status, named, media_type=MEDIA_TYPE)
 
 
+def bare_problem(status: int, detail: str) -> tuple[str, bytes]:
+    """A request id and a problem document, for what never became a request."""
+    request_id = uuid.uuid4().hex
+    problem = Problem(
+        title=HTTPStatus(status).phrase, status=status, detail=detail, request_id=request_id
+    )
+    return request_id, problem.model_dump_json(exclude_none=True).encode()
+
+
 def problem_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI description of these statuses' problem documents."""
     schema = Problem.model_json_schema()
@@ -74,15 +85,20 @@ def request_id_of(request: Request) -> str:
 
 def install(app: FastAPI) -> None:
     """Make every error of the application a problem document."""
-    app.add_exception_handler(RefusedError, _request_problem)
-    app.add_exception_handler(ImageError, _image_error)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(ClientDisconnect, _gone)
-    app.add_exception_handler(ClientGoneError, _gone)
-    app.add_exception_handler(DeadlineError, _late)
-    app.add_exception_handler(WorkerDiedError, _died)
+    for kind, answer in _FORESEEN.items():
+        app.add_exception_handler(kind, answer)
     app.add_exception_handler(Exception, _unexpected)
+
+
+def answer_to(request: Request, error: Exception) -> Response:
+    """The answer to an error, where no middleware makes it.
+
+    :raises Exception: ``error`` itself, when it is not one that was foreseen.
+    """
+    for kind in type(error).__mro__:
+        if kind in _FORESEEN:
+            return _FORESEEN[kind](request, error)
+    raise error
 
 
 def _request_problem(request: Request, error: Exception) -> Response:
@@ -140,3 +156,15 @@ def _unexpected(request: Request, error: Exception) -> Response:
         "The service failed to answer this request; that is its fault, not the image's. Its log "
         f"says why, under the request id {request_id}.",
     )
+
+
+_FORESEEN: dict[type[Exception], Callable[[Request, Exception], Response]] = {
+    RefusedError: _request_problem,
+    ImageError: _image_error,
+    RequestValidationError: _invalid,
+    HTTPException: _http,
+    ClientDisconnect: _gone,
+    ClientGoneError: _gone,
+    DeadlineError: _late,
+    WorkerDiedError: _died,
+}

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
+import httptools
+from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from .problems import MEDIA_TYPE, REQUEST_ID, bare_problem
+from .receiving import Exchange, Reader
 from .settings import Settings
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 << 10
 MAX_URL_BYTES = 8 << 10
+# Asked by those who would end a service that does not answer: never turned away.
+_HEALTH = (b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/health/ready")
 # A stopping server gives a connection this long to send the request it may be sending.
 _LAST_REQUEST_SECONDS = 0.5
 
@@ -32,6 +39,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._sending: asyncio.TimerHandle | None = None
         self._reading: asyncio.TimerHandle | None = None
         self._size = self._count = 0
+        # The exchanges not answered yet, with uvicorn's cycles; several when pipelined.
+        self._exchanges: dict[Exchange, Any] = {}
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -39,6 +48,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop("_sending")
         self._stop("_reading")
         super().connection_lost(exc)
+        for exchange in self._exchanges:
+            exchange.lost()
+        self._exchanges.clear()
 
     def data_received(self, data: bytes) -> None:
         """See ``asyncio.Protocol``."""
@@ -57,14 +69,20 @@ class GuardedProtocol(HttpToolsProtocol):
         """A part of the address."""
         super().on_url(url)
         if len(self.url) > MAX_URL_BYTES:
-            self._refuse(b"414 URI Too Long", "The address is too long.")
+            self._refuse(
+                414, f"The address is longer than {MAX_URL_BYTES:,} bytes. Send a shorter one."
+            )
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header."""
         self._count += 1
         self._size += len(name) + len(value)
         if self._count > MAX_HEADERS or self._size > MAX_HEADER_BYTES:
-            self._refuse(b"431 Request Header Fields Too Large", "The headers are too large.")
+            self._refuse(
+                431,
+                f"The request has more than {MAX_HEADERS} headers, or more than "
+                f"{MAX_HEADER_BYTES:,} bytes of them. Send fewer.",
+            )
             return
         super().on_header(name, value)
 
@@ -73,8 +91,18 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop("_sending")
         if self.transport.is_closing():
             return
+        most = self.settings.max_connections
+        if len(self.connections) > most and self.url not in _HEALTH:
+            self._refuse(
+                503,
+                f"The service has {most} connections open, all it takes. Try again in a moment.",
+            )
+            return
         self._sending = self.loop.call_later(self.settings.body_seconds, self._too_slow)
+        exchange = Exchange(self)
+        exchange.offer(self.scope)  # type: ignore[arg-type]
         super().on_headers_complete()
+        self._exchanges[exchange] = self.cycle
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
@@ -90,6 +118,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """The answer is written."""
         super().on_response_complete()
+        # Answers leave in the order of their requests.
+        if self._exchanges:
+            del self._exchanges[next(iter(self._exchanges))]
         if getattr(self, "_last", False) and not self.transport.is_closing():
             self.transport.close()
 
@@ -103,6 +134,46 @@ class GuardedProtocol(HttpToolsProtocol):
         """The client has caught up."""
         self._stop("_reading")
         super().resume_writing()
+
+    def take_received(self, exchange: Exchange) -> tuple[bytearray, bool]:
+        """See ``receiving.Connection``."""
+        cycle = self._exchanges.get(exchange)
+        if cycle is None or cycle.disconnected:
+            raise ClientDisconnect
+        if cycle.waiting_for_100_continue:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            cycle.waiting_for_100_continue = False
+        found, cycle.body = cycle.body, bytearray()
+        return found, cycle.more_body
+
+    def lend(self, reader: Reader) -> None:
+        """See ``receiving.Connection``."""
+        self._let_receive(reader)
+
+    def take_back(self) -> None:
+        """See ``receiving.Connection``."""
+        # The parser still waits for the body it has not seen.
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._let_receive(self)
+        self._stop("_sending")
+        self.cycle.more_body = False
+        self.cycle.message_event.set()
+
+    def stop_receiving(self) -> None:
+        """See ``receiving.Connection``."""
+        self.transport.pause_reading()
+
+    def hang_up(self) -> None:
+        """See ``receiving.Connection``."""
+        self.transport.abort()
+
+    def _let_receive(self, protocol: asyncio.BaseProtocol) -> None:
+        # Transports choose how they read when they begin to.
+        self.transport.pause_reading()
+        self.transport.set_protocol(protocol)
+        self.flow.read_paused = False
+        self.transport.resume_reading()
 
     def shutdown(self) -> None:
         """The server stops: finish what there is, and what is perhaps on its way."""
@@ -125,7 +196,11 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.headers is None:  # not a byte of a request: there is nothing to answer
             self.transport.abort()
         else:
-            self._refuse(b"408 Request Timeout", "The request did not arrive in time.")
+            self._refuse(
+                408,
+                "The request's headers did not arrive within "
+                f"{self.settings.header_seconds:g} s. Send it faster.",
+            )
 
     def _too_slow(self) -> None:
         self._sending = None
@@ -134,17 +209,36 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self.cycle.disconnected = True
         self.cycle.message_event.set()
-        self._refuse(b"408 Request Timeout", "The request's body did not arrive in time.")
+        self._refuse(
+            408,
+            f"The request's body did not arrive within {self.settings.body_seconds:g} s. Send it "
+            "faster, or less of it.",
+        )
 
-    def _refuse(self, status: bytes, sentence: str) -> None:
+    def send_400_response(self, msg: str) -> None:
+        """See uvicorn; what came is no HTTP."""
+        self._refuse(400, "What was sent is not a valid HTTP/1.1 request. Correct it.")
+
+    def _refuse(self, status: int, detail: str) -> None:
+        """Answer before, or instead of, the application."""
         if self.transport.is_closing():
             return
-        text = f"{sentence} Send less, or faster.\n".encode()
-        self.transport.write(
-            b"HTTP/1.1 %s\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n"
-            b"Connection: close\r\n\r\n%s" % (status, len(text), text)
-        )
+        self._stop("_sending")
+        request_id, body = bare_problem(status, detail)
+        retry = self.settings.retry_after_seconds if status == 503 else None
+        head = [
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+            f"Content-Type: {MEDIA_TYPE}",
+            f"Content-Length: {len(body)}",
+            f"{REQUEST_ID}: {request_id}",
+            *([] if retry is None else [f"Retry-After: {retry}"]),
+            "Connection: close\r\n\r\n",
+        ]
+        self.transport.write("\r\n".join(head).encode() + body)
         self.transport.close()
+        service = getattr(getattr(self.config.app, "state", None), "service", None)
+        if service is not None:
+            service.metrics.requests.labels("unmatched", str(status)).inc()
 
     def _stop(self, name: str) -> None:
         timer = getattr(self, name, None)

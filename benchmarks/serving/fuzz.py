@@ -148,7 +148,7 @@ def main() -> None:
         if arguments.schemathesis:
             most = "200" if arguments.full else "15"
             command = [
-                str(Path(sys.executable).with_name("schemathesis")),
+                *(sys.executable, "-m", "schemathesis.cli"),
                 *("--config-file", str(Path(__file__).with_name("schemathesis.toml")), "run"),
                 f"http://127.0.0.1:{found.port}/openapi.json",
                 *("--max-examples", most, "--checks", "all", "--seed", "20261122"),

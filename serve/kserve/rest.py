@@ -16,8 +16,12 @@ from .inference import INPUT, TYPES, InferRequest, check_images, check_outputs
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
-def read_request(body: memoryview, length: int, card: Any, most: int) -> InferRequest:
-    """The request in a body.
+def read_request(
+    body: memoryview, length: int, card: Any, most: int
+) -> tuple[InferRequest, dict[str, bool]]:
+    """The request in a body, and which outputs the client wants in binary.
+
+    "" stands for the outputs it does not name.
 
     :param length: of the JSON before the binary tensors, as :func:`json_length` gives it.
     :raises RefusedError: 400, it is not one this model can answer.
@@ -36,22 +40,17 @@ def read_request(body: memoryview, length: int, card: Any, most: int) -> InferRe
         isinstance(o, dict) and isinstance(o.get("name"), str) for o in outputs
     ):
         raise RefusedError(400, "'outputs' must be a list of objects with a 'name'.")
-    given = found.get("id", "")
-    return InferRequest(
+    given, parameters = found.get("id", ""), _parameters(found)
+    request = InferRequest(
         given if isinstance(given, str) else "",
         _tensor(inputs[0], body[length:], card, most),
         check_outputs([o["name"] for o in outputs]),
-        timeout_ms(_parameters(found).get("timeout")),
+        timeout_ms(parameters.get("timeout")),
     )
-
-
-def wants_binary(body: memoryview, length: int) -> dict[str, bool]:
-    """Which outputs the client wants in binary; "" stands for those it does not name."""
-    found = json.loads(bytes(body[:length]))
-    wanted = {"": bool(_parameters(found).get("binary_data_output", False))}
-    for output in found.get("outputs") or []:
-        wanted[output["name"]] = bool(_parameters(output).get("binary_data", wanted[""]))
-    return wanted
+    binary = {"": bool(parameters.get("binary_data_output", False))}
+    for output in outputs:
+        binary[output["name"]] = bool(_parameters(output).get("binary_data", binary[""]))
+    return request, binary
 
 
 def write_answer(

@@ -11,6 +11,6 @@ ROUTERS = (
     pages.router,
 )
 
-FAST_ROUTES = kserve.FAST_ROUTES
+infer_at_once = kserve.infer_at_once
 
-__all__ = ["FAST_ROUTES", "ROUTERS"]
+__all__ = ["ROUTERS", "infer_at_once"]

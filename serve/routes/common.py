@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Header, Request
+from fastapi import Header, Request, Response
+from starlette.types import Receive, Scope, Send
 
 from serve.problems import ClientGoneError
+from serve.receiving import exchange_of
 from serve.service import Service
 
 T = TypeVar("T")
@@ -23,6 +25,32 @@ TimeoutMs = Annotated[
         "limit holds too.",
     ),
 ]
+
+
+class Parts(Response):
+    """A body in parts, sent one after another as they are, never joined.
+
+    :param record: called once it is sent: what the client need not wait for.
+    """
+
+    def __init__(
+        self,
+        parts: list[Any],
+        media_type: str,
+        headers: dict[str, str],
+        record: Callable[[], None],
+    ) -> None:
+        size = sum(len(part) for part in parts)
+        super().__init__(None, 200, {**headers, "Content-Length": str(size)}, media_type)
+        self._parts, self._record = parts, record
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        last = len(self._parts) - 1
+        for place, part in enumerate(self._parts):
+            await send({"type": "http.response.body", "body": part, "more_body": place < last})
+        self._record()
 
 
 def service_of(request: Request) -> Service:
@@ -45,15 +73,20 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     assert task is not None
     left = over = False
 
-    def leave(_: Any) -> None:
+    def leave(_: Any = None) -> None:
         nonlocal left
         if not over:
             left = True
             task.cancel()
 
-    # One task beside, not the work in a task of its own: most clients stay.
-    gone = asyncio.ensure_future(_disconnected(request))
-    gone.add_done_callback(leave)
+    exchange = exchange_of(request.scope)
+    gone = None
+    if exchange is not None:
+        exchange.watch(leave)
+    else:
+        # One task beside, not the work in a task of its own: most clients stay.
+        gone = asyncio.ensure_future(_disconnected(request))
+        gone.add_done_callback(leave)
     try:
         return await work
     except asyncio.CancelledError:
@@ -62,7 +95,10 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         raise
     finally:
         over = True
-        gone.cancel()
+        if exchange is not None:
+            exchange.watch(None)
+        if gone is not None:
+            gone.cancel()
 
 
 async def _disconnected(request: Request) -> None:

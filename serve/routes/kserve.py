@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fdconv_deploy import __version__
 from fdconv_deploy.errors import FDConvError
 from serve.bodies import Body
 from serve.kserve.inference import EXTENSIONS, infer, model_metadata
 from serve.kserve.repository_index import index_of, require_control
-from serve.kserve.rest import HEADER_LENGTH, json_length, read_request, wants_binary, write_answer
-from serve.problems import RefusedError, problem_docs
+from serve.kserve.rest import HEADER_LENGTH, json_length, read_request, write_answer
+from serve.problems import RefusedError, answer_to, problem_docs
 from serve.schemas import (
     InferAnswer,
     ModelIndexEntry,
@@ -24,7 +26,7 @@ from serve.schemas import (
     ServerReady,
 )
 
-from .common import note, service_of, while_connected
+from .common import Parts, note, service_of, while_connected
 
 router = APIRouter(prefix="/v2", tags=["KServe v2"])
 # JSON larger than this is read and written beside the event loop.
@@ -150,11 +152,9 @@ async def run(request: Request, name: str, version: str = "") -> Response:
             most = service.settings.max_images
             # Whether to leave the event loop: for the JSON's size, not the tensors'.
             if length < _SMALL:
-                wanted = read_request(data, length, leased.card, most)
-                binary = wants_binary(data, length)
+                wanted, binary = read_request(data, length, leased.card, most)
             else:
-                wanted = await code(lambda: read_request(data, length, leased.card, most))
-                binary = await code(lambda: wants_binary(data, length))
+                wanted, binary = await code(lambda: read_request(data, length, leased.card, most))
             count = len(wanted.images)
             with service.admission.admit(client, count):
                 deadline = service.deadline(wanted.timeout_ms)
@@ -166,34 +166,50 @@ async def run(request: Request, name: str, version: str = "") -> Response:
 
                 textual = any(not binary.get(k, binary[""]) for k in outputs)
                 parts, head = await code(write) if textual else write()
-    service.count(leased.name, stages, count)
     note(request, model=leased.name, images=count)
-    service.tracing.record(
-        "infer",
-        request.headers,
-        stages,
-        {"fdconv.model": leased.name, "fdconv.request_id": request.state.request_id},
-    )
+
+    def record() -> None:
+        service.count(leased.name, stages, count)
+        service.tracing.record(
+            "infer",
+            request.headers,
+            stages,
+            {"fdconv.model": leased.name, "fdconv.request_id": request.state.request_id},
+        )
+
     if head is None:
-        return Response(parts[0], media_type="application/json")
-    return Response(
-        b"".join(parts),
-        media_type="application/octet-stream",
-        headers={HEADER_LENGTH: str(head)},
-    )
+        return Parts(parts, "application/json", {}, record)
+    return Parts(parts, "application/octet-stream", {HEADER_LENGTH: str(head)}, record)
 
 
-async def _run_at_once(request: Request) -> Response:
-    found = request.path_params
-    return await run(request, found["name"], found.get("version", ""))
-
-
-# The same, past FastAPI's reading of parameters, which takes longer than the rest of the way.
-# Tried before all others; what FastAPI knows of it is for the documentation.
-FAST_ROUTES = [
-    Route(path, _run_at_once, methods=["POST"], include_in_schema=False)
+# For the routes' names in the metrics.
+_ROUTES = [
+    Route(path, run, methods=["POST"], include_in_schema=False)
     for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer")
 ]
+_INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+
+
+def infer_at_once(scope: Scope) -> ASGIApp | None:
+    """The application that answers an inference request; None when it is none.
+
+    It is the route above without routing, FastAPI's reading of parameters and their
+    middleware, which take longer than the rest of the way.
+    """
+    if scope["method"] != "POST" or (found := _INFER.fullmatch(scope["path"])) is None:
+        return None
+    name, version = found[1], found[2] or ""
+    scope["route"] = _ROUTES[bool(version)]
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        try:
+            response = await run(request, name, version)
+        except Exception as error:
+            response = answer_to(request, error)
+        await response(scope, receive, send)
+
+    return answer
 
 
 @router.post("/repository/index", summary="List models and states", responses=problem_docs(401))

@@ -272,13 +272,14 @@ class Scheduler:
         with self._lock:
             self.running -= len(batch.items)
             self._queue.done(batch, seconds)
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop has ended; nobody waits any more
+            self._loop.call_soon_threadsafe(_deliver, batch, start, seconds, results, error)
+        # Counted while the answer is on its way.
         if isinstance(error, WorkerDiedError) and self._on_death:
             self._on_death()
         if error is None and self._on_batch:
             self._on_batch(batch.lane, len(batch.items), seconds)
-        assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop has ended; nobody waits any more
-            self._loop.call_soon_threadsafe(_deliver, batch, start, seconds, results, error)
 
 
 def _stack(rows: list[_Row]) -> Array:

@@ -1,0 +1,144 @@
+"""What the protocol lends the application beyond ASGI, for one request at a time.
+
+A large body is received where it will be used. By way of the HTTP parser and ASGI every byte
+of it would be copied four times, in pieces, each with a turn of the event loop of its own: for
+a tensor of half a megabyte that costs more than all the rest of a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Scope
+
+_EXTENSION = "fdconv.exchange"
+
+
+class Connection(Protocol):
+    """The side of the connection's protocol that :class:`Exchange` speaks to."""
+
+    def take_received(self, exchange: Exchange) -> tuple[bytes | bytearray, bool]:
+        """What has come of the body and nobody has read, and whether more is to come.
+
+        :raises ClientDisconnect: nothing more will.
+        """
+
+    def lend(self, reader: Reader) -> None:
+        """Let ``reader`` receive."""
+
+    def take_back(self) -> None:
+        """Receive again: the body is complete."""
+
+    def stop_receiving(self) -> None:
+        """Leave the rest of the body where it is."""
+
+    def hang_up(self) -> None:
+        """Close the connection: nobody waits for the body any more."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See ``asyncio.Protocol``."""
+
+    def pause_writing(self) -> None:
+        """See ``asyncio.Protocol``."""
+
+    def resume_writing(self) -> None:
+        """See ``asyncio.Protocol``."""
+
+
+class Exchange:
+    """One request and its answer, as the connection sees them."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._on_lost: Callable[[], None] | None = None
+        self._lost = False
+
+    def offer(self, scope: Scope) -> None:
+        """Let the application find it."""
+        scope.setdefault("extensions", {})[_EXTENSION] = self
+
+    async def receive_into(self, room: memoryview, count: Callable[[int], None]) -> None:
+        """Receive the whole body into ``room``, which is exactly as long.
+
+        :param count: told of bytes as they come; what it raises ends the receiving and is
+            raised here.
+        :raises ClientDisconnect: the client went away first.
+        """
+        received, more = self._connection.take_received(self)
+        at = len(received)
+        room[:at] = received
+        count(at)
+        if more:
+            reader = Reader(self._connection, room, at, count)
+            self._connection.lend(reader)
+            try:
+                await reader.done
+            except asyncio.CancelledError:
+                self._connection.hang_up()
+                raise
+
+    def watch(self, on_lost: Callable[[], None] | None) -> None:
+        """Have ``on_lost`` called when the client goes away; at once, if it has gone."""
+        self._on_lost = on_lost
+        if self._lost and on_lost is not None:
+            on_lost()
+
+    def lost(self) -> None:
+        """The client has gone."""
+        self._lost = True
+        if self._on_lost is not None:
+            self._on_lost()
+
+
+class Reader(asyncio.BufferedProtocol):
+    """Receives the rest of one body; ``done`` is set when it is complete."""
+
+    def __init__(
+        self, connection: Connection, room: memoryview, at: int, count: Callable[[int], None]
+    ) -> None:
+        self._connection, self._room, self._at, self._count = connection, room, at, count
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """See ``asyncio.BufferedProtocol``; never more than the body's, so no byte too many."""
+        return self._room[self._at :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """See ``asyncio.BufferedProtocol``."""
+        self._at += nbytes
+        try:
+            self._count(nbytes)
+        except Exception as error:
+            self._connection.stop_receiving()  # the answer to come closes the connection
+            self._fail(error)
+            return
+        if self._at == len(self._room):
+            self._connection.take_back()
+            if not self.done.done():
+                self.done.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See ``asyncio.BaseProtocol``."""
+        self._fail(ClientDisconnect())
+        self._connection.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """See ``asyncio.BaseProtocol``."""
+        self._connection.pause_writing()
+
+    def resume_writing(self) -> None:
+        """See ``asyncio.BaseProtocol``."""
+        self._connection.resume_writing()
+
+    def _fail(self, error: Exception) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+def exchange_of(scope: Scope) -> Exchange | None:
+    """The request's exchange; None behind another server than this package's."""
+    found: Exchange | None = scope.get("extensions", {}).get(_EXTENSION)
+    return found

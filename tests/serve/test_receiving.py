@@ -1,0 +1,204 @@
+"""Large bodies, which are received right where they are used, by hand over a socket."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+
+from fdconv_deploy.runtime import open_session
+from serve import Settings, receiving, running, schemas
+from tests.serve.test_security import authority  # noqa: F401 - a fixture
+
+COUNT = 8
+
+
+@pytest.fixture(scope="module")
+def tensor() -> np.ndarray:
+    """(8, 3, 32, 48) float32: 147 kB."""
+    return np.random.default_rng(8).normal(size=(COUNT, 3, 32, 48)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def expected(bundles: list[Path], tensor: np.ndarray) -> np.ndarray:
+    with open_session(bundles[0], threads=1) as session:
+        return session.run(tensor)
+
+
+@pytest.fixture(scope="module")
+def request_(tensor: np.ndarray) -> bytes:
+    return asked(tensor)
+
+
+def asked(tensor: np.ndarray, *, headers: str = "") -> bytes:
+    """A whole inference request, tensors in binary both ways."""
+    given = {
+        "name": "images",
+        "datatype": "FP32",
+        "shape": tensor.shape,
+        "parameters": {"binary_data_size": tensor.nbytes},
+    }
+    wanted = {"name": "logits", "parameters": {"binary_data": True}}
+    head = json.dumps({"inputs": [given], "outputs": [wanted]}).encode()
+    size = len(head) + tensor.nbytes
+    lines = f"POST /v2/models/street/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n"
+    lines += f"Inference-Header-Content-Length: {len(head)}\r\n{headers}\r\n"
+    return lines.encode() + head + tensor.tobytes()
+
+
+@pytest.fixture(scope="module")
+def address(bundles: list[Path]) -> Iterator[tuple[str, int]]:
+    with running(bundles, settings=Settings(threads=1, body_seconds=1.0)) as url:
+        yield place(url)
+
+
+def place(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    assert parts.hostname
+    assert parts.port
+    return parts.hostname, parts.port
+
+
+def read_answer(plug: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    file = plug.makefile("rb")
+    status = int(file.readline().split()[1])
+    headers = {}
+    while (line := file.readline()) != b"\r\n":
+        name, _, value = line.decode().partition(":")
+        headers[name.lower()] = value.strip()
+    return status, headers, file.read(int(headers["content-length"]))
+
+
+def logits(answer: tuple[int, dict[str, str], bytes], shape: tuple[int, ...]) -> np.ndarray:
+    status, headers, body = answer
+    assert status == 200, body
+    start = int(headers["inference-header-content-length"])
+    return np.frombuffer(body, np.float32, offset=start).reshape(shape)
+
+
+@pytest.mark.parametrize("cut", [[], [40], [400], [60_000], [300, 400, 20_000, 100_000], [-1]])
+def test_in_pieces(address, request_: bytes, expected: np.ndarray, cut: list[int]) -> None:
+    edges = [0, *(at % len(request_) for at in cut), len(request_)]
+    with socket.create_connection(address, timeout=20) as plug:
+        for start, end in pairwise(edges):
+            plug.sendall(request_[start:end])
+            time.sleep(0.02)
+        assert np.array_equal(logits(read_answer(plug), expected.shape), expected)
+
+
+def test_it_is_the_way_they_come(address, request_: bytes, monkeypatch) -> None:
+    seen = []
+    update = receiving.Reader.buffer_updated
+
+    def watched(self, nbytes: int) -> None:
+        seen.append(nbytes)
+        update(self, nbytes)
+
+    monkeypatch.setattr(receiving.Reader, "buffer_updated", watched)
+    with socket.create_connection(address, timeout=20) as plug:
+        plug.sendall(request_[:500])
+        time.sleep(0.1)
+        plug.sendall(request_[500:])
+        assert read_answer(plug)[0] == 200
+    assert sum(seen) == len(request_) - 500
+
+
+def test_one_after_another_on_a_connection(address, tensor: np.ndarray) -> None:
+    small, large = asked(tensor[:1]), asked(tensor)
+    health = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.create_connection(address, timeout=20) as plug:
+        for request, kept in [(large, COUNT), (health, 0), (small, 1), (large, COUNT), (health, 0)]:
+            plug.sendall(request)
+            status, _, body = read_answer(plug)
+            assert status == 200
+            assert len(body) > kept * 4
+
+
+def test_pipelined(address, request_: bytes, expected: np.ndarray) -> None:
+    """Sent without waiting for answers: they come in order."""
+    health = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.create_connection(address, timeout=20) as plug:
+        plug.sendall(request_ + health + request_)
+        file = plug.makefile("rb")
+        plug_like = type("Plug", (), {"makefile": lambda self, mode: file})()
+        assert np.array_equal(logits(read_answer(plug_like), expected.shape), expected)
+        assert json.loads(read_answer(plug_like)[2]) == {"status": "ok"}
+        assert np.array_equal(logits(read_answer(plug_like), expected.shape), expected)
+
+
+def test_expect_continue(address, tensor: np.ndarray, expected: np.ndarray) -> None:
+    request = asked(tensor, headers="Expect: 100-continue\r\n")
+    head = request.index(b"\r\n\r\n") + 4
+    with socket.create_connection(address, timeout=20) as plug:
+        plug.sendall(request[:head])
+        assert plug.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        plug.sendall(request[head:])
+        assert np.array_equal(logits(read_answer(plug), expected.shape), expected)
+
+
+def test_over_tls(bundles, authority: Path, request_: bytes, expected: np.ndarray) -> None:  # noqa: F811
+    settings = Settings(
+        threads=1, tls_certificate=authority / "127.0.0.1.pem", tls_key=authority / "127.0.0.1.key"
+    )
+    context = ssl.create_default_context(cafile=str(authority / "ca.pem"))
+    with running(bundles, settings=settings) as url:
+        for _ in range(2):
+            with (
+                socket.create_connection(place(url), timeout=20) as plain,
+                context.wrap_socket(plain, server_hostname="127.0.0.1") as plug,
+            ):
+                for _ in range(2):
+                    plug.sendall(request_)
+                    assert np.array_equal(logits(read_answer(plug), expected.shape), expected)
+
+
+def test_a_body_that_stops_coming(address, request_: bytes) -> None:
+    with socket.create_connection(address, timeout=20) as plug:
+        plug.sendall(request_[:-1])
+        status, headers, body = read_answer(plug)
+        assert status == 408
+        assert headers["content-type"] == "application/problem+json"
+        problem = schemas.Problem.model_validate_json(body)
+        assert problem.request_id == headers["x-request-id"]
+        assert plug.recv(1) == b""
+
+
+def test_a_client_that_leaves_half_way(address, request_: bytes) -> None:
+    url = f"http://{address[0]}:{address[1]}/metrics"
+    before = left(httpx.get(url).text)
+    for _ in range(20):
+        with socket.create_connection(address, timeout=20) as plug:
+            plug.sendall(request_[: len(request_) // 2])
+    end = time.monotonic() + 10
+    while left(text := httpx.get(url).text) < before + 20:
+        assert time.monotonic() < end, text
+        time.sleep(0.05)
+    assert "fdconv_body_bytes 0.0" in text
+    assert "fdconv_in_hand_images 0.0" in text
+
+
+def left(metrics: str) -> int:
+    """How many clients left before their answer."""
+    lines = [line for line in metrics.splitlines() if 'infer",status="499"} ' in line]
+    return sum(int(float(line.rpartition(" ")[2])) for line in lines)
+
+
+def test_more_than_may_be_in_hand(bundles: list[Path], request_: bytes) -> None:
+    settings = Settings(threads=1, max_bytes_in_hand=100_000)
+    with running(bundles, settings=settings) as url:
+        with socket.create_connection(place(url), timeout=20) as plug:
+            plug.sendall(request_[:50_000])
+            time.sleep(0.1)
+            plug.sendall(request_[50_000:110_000])
+            status, headers, _ = read_answer(plug)
+            assert (status, headers["connection"]) == (503, "close")
+        assert "fdconv_body_bytes 0.0" in httpx.get(f"{url}/metrics").text
