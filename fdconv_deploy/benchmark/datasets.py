@@ -107,7 +107,8 @@ def layout_of(root: Path) -> tuple[Path, Path]:
             return root / images, root / masks
     known = "; ".join(f"{name}: {images} and {masks}" for name, (images, masks) in _LAYOUTS.items())
     raise DatasetError(
-        f"{root} has no folders of a known data set ({known}). Give them with --images and --masks."
+        f"{root} has no folders of a known data set ({known}; COCO: annotations/instances_….json "
+        "and its images). Give them with --images and --masks, or --annotations."
     )
 
 

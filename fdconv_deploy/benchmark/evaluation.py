@@ -6,7 +6,6 @@ Nothing here imports torch: a side is whatever labels an image. Bundles come fro
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from fdconv_deploy.benchmark.datasets import DatasetError, Sample
 from fdconv_deploy.benchmark.metrics import Scores, confusion_matrix, scores
+from fdconv_deploy.benchmark.turns import Turns, speed
 from fdconv_deploy.runtime import Session
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.session import Mode
@@ -76,12 +76,7 @@ class Result:
             "mean_iou": self.scores.mean_iou,
             "pixel_accuracy": self.scores.pixel_accuracy,
             "mean_accuracy": self.scores.mean_accuracy,
-            "images_per_second": round(self.images_per_second, 3),
-            "milliseconds": {
-                "median": round(float(np.median(self.seconds)) * 1e3, 2),
-                "p90": round(float(np.percentile(self.seconds, 90)) * 1e3, 2),
-                "inference_median": round(float(np.median(self.inference)) * 1e3, 2),
-            },
+            **speed(self.seconds, self.inference),
             "classes": [
                 {
                     "name": name,
@@ -148,9 +143,7 @@ def evaluate(
 ) -> Evaluation:
     """Score sides on labelled images.
 
-    Every image goes through all sides before the next one, and the sides take turns in
-    going first, so that a machine's drift hits all alike. Each side sees the first image
-    once before anything is timed. Decoding files is not timed.
+    They take turns; see `Turns`. Decoding files is not timed.
 
     :param sides: one or more, all of the same classes.
     :param progress: called with the number of images done after each.
@@ -166,25 +159,13 @@ def evaluate(
             )
     count = len(first.classes)
     confusions = [np.zeros((count, count), np.int64) for _ in sides]
-    seconds: list[list[float]] = [[] for _ in sides]
-    inference: list[list[float]] = [[] for _ in sides]
     same = np.zeros(len(sides), np.int64)
+    turns = Turns([side.answer for side in sides])
     images = pixels = 0
-    for number, sample in enumerate(samples):
-        if number == 0:
-            for side in sides:
-                side.answer(sample.image)
-        labels: dict[int, Labels] = {}
-        for turn in range(len(sides)):
-            index = (turn + number) % len(sides)
-            start = time.perf_counter()
-            answer = sides[index].answer(sample.image)
-            seconds[index].append(time.perf_counter() - start)
-            inference[index].append(answer.inference)
-            labels[index] = answer.labels
+    for sample, answers in turns.over(samples):
+        for index, answer in enumerate(answers):
             confusions[index] += confusion_matrix(sample.truth, answer.labels, count)
-        for index in labels:
-            same[index] += int((labels[index] == labels[0]).sum())
+            same[index] += int((answer.labels == answers[0].labels).sum())
         images, pixels = images + 1, pixels + sample.truth.size
         progress(images)
     counted = int(confusions[0].sum())
@@ -195,7 +176,7 @@ def evaluate(
     results = tuple(
         Result(side, confusion, scores(confusion), tuple(spent), tuple(inside))
         for side, confusion, spent, inside in zip(
-            sides, confusions, seconds, inference, strict=True
+            sides, confusions, turns.seconds, turns.inference, strict=True
         )
     )
     return Evaluation(results, images, counted, tuple((same / pixels).tolist()))

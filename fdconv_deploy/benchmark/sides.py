@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from fdconv_deploy.benchmark.detection.evaluation import DetectionSide
+from fdconv_deploy.benchmark.detection.evaluation import bundle_side as detector_side
 from fdconv_deploy.benchmark.evaluation import Side, bundle_side
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import Session, open_session
@@ -41,6 +43,59 @@ def open_sides(
     :param overrides: what the checkpoints do not tell.
     :raises FDConvError: a path is missing, cannot be opened, or an option is of no use here.
     """
+    with _sessions(paths, backend, threads, fit) as sessions:
+        for path, session in sessions.items():
+            if session.detects:
+                raise FDConvError(
+                    f"The bundle {path} is of a detector, which is scored on objects annotated as "
+                    "COCO's: give --annotations and --images, or a --data folder of COCO's layout."
+                )
+        first = next(iter(sessions.values()), None)
+        sides = []
+        for path in paths:
+            if path in sessions:
+                sides.append(bundle_side(sessions[path], mode=mode, fit=fit))
+            else:
+                sides.append(_checkpoint(path, first, mode, fit, threads, config, overrides))
+        yield sides
+
+
+@contextmanager
+def open_detection_sides(
+    paths: Sequence[Path],
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    config: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Iterator[list[DetectionSide]]:
+    """As :func:`open_sides`, of detectors.
+
+    Beside a bundle, checkpoints see images at the first bundle's size; alone, as the published
+    pipeline resizes and pads them.
+    """
+    with _sessions(paths, backend, threads) as sessions:
+        for path, session in sessions.items():
+            if not session.detects:
+                raise FDConvError(
+                    f"The bundle {path} is of a {session.bundle.manifest.kind}, not of a detector, "
+                    "which alone is scored on annotated objects. Give --images and --masks."
+                )
+        size = next((session.input_size for session in sessions.values()), None)
+        sides = []
+        for path in paths:
+            if path in sessions:
+                sides.append(detector_side(sessions[path]))
+            else:
+                sides.append(_detector_checkpoint(path, size, threads, config, overrides))
+        yield sides
+
+
+@contextmanager
+def _sessions(
+    paths: Sequence[Path], backend: str | None, threads: int | None, fit: Fit | None = None
+) -> Iterator[dict[Path, Session]]:
+    """Those of the paths that are bundles, opened."""
     for path in paths:
         if not path.exists():
             raise FDConvError(f"{path} does not exist. Give a bundle's folder or a checkpoint.")
@@ -51,18 +106,41 @@ def open_sides(
             "PyTorch, with images as the published pipeline resizes them."
         )
     with ExitStack() as stack:
-        sessions = {
+        yield {
             path: stack.enter_context(open_session(path, backend or "auto", threads=threads))
             for path in bundles
         }
-        first = next(iter(sessions.values()), None)
-        sides = []
-        for path in paths:
-            if path in sessions:
-                sides.append(bundle_side(sessions[path], mode=mode, fit=fit))
-            else:
-                sides.append(_checkpoint(path, first, mode, fit, threads, config, overrides))
-        yield sides
+
+
+def _detector_checkpoint(
+    path: Path,
+    size: tuple[int, int] | None,
+    threads: int | None,
+    config: Path | None,
+    overrides: Mapping[str, Any] | None,
+) -> DetectionSide:
+    from fdconv_deploy.benchmark.detection.torch_side import torch_side
+    from fdconv_deploy.nn.detection import Detector
+
+    network = _loaded(path, threads, config, overrides)
+    if not isinstance(network, Detector):
+        raise FDConvError(
+            f"{path} is not a detector's checkpoint, which alone is scored on annotated objects. "
+            "Give --images and --masks."
+        )
+    return torch_side(network, path, size=size)
+
+
+def _loaded(
+    path: Path, threads: int | None, config: Path | None, overrides: Mapping[str, Any] | None
+) -> Any:
+    import torch
+
+    from fdconv_deploy.checkpoints import load_checkpoint
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return load_checkpoint(path, config=config, overrides=overrides, require_fdconv=False)
 
 
 def _checkpoint(
@@ -74,14 +152,15 @@ def _checkpoint(
     config: Path | None,
     overrides: Mapping[str, Any] | None,
 ) -> Side:
-    import torch
-
     from fdconv_deploy.benchmark.torch_side import torch_side
-    from fdconv_deploy.checkpoints import load_checkpoint
+    from fdconv_deploy.nn import Segmentor
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    network = load_checkpoint(path, config=config, overrides=overrides, require_fdconv=False)
+    network = _loaded(path, threads, config, overrides)
+    if not isinstance(network, Segmentor):
+        raise FDConvError(
+            f"{path} is a detector's checkpoint, which is scored on objects annotated as COCO's: "
+            "give --annotations and --images, or a --data folder of COCO's layout."
+        )
     if beside is None:
         return torch_side(network, path, mode=mode)
     fit = fit or beside.bundle.manifest.fit

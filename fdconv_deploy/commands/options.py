@@ -56,3 +56,10 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             result[field] = value
     return result
+
+
+def column_names(paths: list[str], details: list[str]) -> list[str]:
+    """Headings for what is compared: short names where they differ, details below."""
+    short = [Path(path).name for path in paths]
+    names = short if len(set(short)) == len(short) else paths
+    return [f"{name}\n{detail}" for name, detail in zip(names, details, strict=True)]

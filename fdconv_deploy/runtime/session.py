@@ -13,7 +13,8 @@ from fdconv_deploy.errors import BackendError
 
 from .backends import BackendOptions, select
 from .bundle import Bundle
-from .detection.detecting import Detecting, as_rows, detector_classes, detector_palette
+from .detection.detecting import Detecting, as_rows
+from .detection.steps import detector_classes, detector_palette
 from .runner import Tensors
 from .segmentation import class_names, class_palette
 from .segmenting import Mode, Prepared, Segmenting

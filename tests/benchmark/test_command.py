@@ -101,8 +101,8 @@ def test_slide(sliding, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--images", "."], 2, "give --images and --masks, or --data alone"),
-        ([], 2, "give --images and --masks, or --data alone"),
+        (["--images", "."], 2, "give --images with --masks"),
+        ([], 2, "give --images with --masks"),
         (["--data", ".", "--images", ".", "--masks", "."], 2, "or --data alone"),
         (["--data", ".", "--mode", "half"], 2, "--mode is whole or slide, not 'half'"),
         (["--data", "."], 1, "no folders of a known data set"),

@@ -11,12 +11,11 @@ import numpy.typing as npt
 
 from fdconv_deploy.detector_architecture import DetectorArchitecture
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.preprocessing import check_image, normalise, resize
-from fdconv_deploy.runtime.rendering import RGB, default_palette
 from fdconv_deploy.runtime.runner import Runner, Tensors
 
 from .detection import Detection
-from .placement import DetectorPlacement, place_whole
+from .placement import DetectorPlacement
+from .steps import finish, prepare
 
 Rows = npt.NDArray[Any]  # of a structured type: a field for each tensor, a row for each image
 
@@ -71,12 +70,9 @@ class Detecting(Runner):
         The ``input`` of several images may be stacked and run together.
         """
         start = time.perf_counter()
-        preprocessing, network = self._detector.preprocessing, self.input_size
-        image = check_image(image)
-        placement = place_whole((image.shape[0], image.shape[1]), network, preprocessing)
-        resized = resize(image, placement.height, placement.width)
         row = np.empty((), self.row_type)
-        normalise(resized, preprocessing, network, out=row["images"])
+        preprocessing = self._detector.preprocessing
+        placement = prepare(image, self.input_size, preprocessing, out=row["images"])
         row["sizes"] = placement.height, placement.width
         return PreparedDetection(row, placement, time.perf_counter() - start)
 
@@ -87,27 +83,10 @@ class Detecting(Runner):
 
         :param row: of what :meth:`run_rows` gives.
         """
-        start = time.perf_counter()
-        detector, placement = self._detector, prepared.placement
-        count = int(row["count"])
-        boxes = placement.to_image(row["boxes"][:count])
         names = row.dtype.names or ()
-        timings = {"preprocess": prepared.seconds, "inference": inference_seconds}
-        found = Detection(
-            boxes,
-            row["scores"][:count].copy(),
-            row["labels"][:count].copy(),
-            row["masks"][:count].copy() if "masks" in names else None,
-            detector.test.rcnn.mask_thr_binary,
-            placement.image,
-            (placement.height, placement.width),
-            detector_classes(detector),
-            detector_palette(detector),
-            placement.fit,
-            timings,
-        )
-        timings["postprocess"] = time.perf_counter() - start
-        return found
+        outputs = {name: row[name] for name in names}
+        seconds = {"preprocess": prepared.seconds, "inference": inference_seconds}
+        return finish(outputs, prepared.placement, self._detector, seconds)
 
     def run_detector(
         self, images: npt.NDArray[np.float32], sizes: npt.NDArray[np.float32]
@@ -155,14 +134,3 @@ def as_rows(tensors: Tensors) -> Rows:
     for name, found in tensors.items():
         rows[name] = found
     return rows
-
-
-def detector_classes(detector: DetectorArchitecture) -> tuple[str, ...]:
-    """The classes' names; numbers where the checkpoint gave none."""
-    count = detector.bbox_head.num_classes
-    return detector.classes or tuple(f"class {number}" for number in range(count))
-
-
-def detector_palette(detector: DetectorArchitecture) -> tuple[RGB, ...]:
-    """The classes' colours; generated where the checkpoint gave none, black not among them."""
-    return detector.palette or default_palette(detector.bbox_head.num_classes + 1)[1:]

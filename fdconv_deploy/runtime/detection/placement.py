@@ -46,6 +46,11 @@ class DetectorPlacement:
         return np.clip(boxes / self.scale_factor, 0, bounds)
 
 
+def published_input(image: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """The (H, W) of the input that the published pipeline makes of an image (H, W)."""
+    return _padded(published_size(*image, preprocessing))
+
+
 def place_whole(
     image: tuple[int, int], network: tuple[int, int], preprocessing: Preprocessing
 ) -> DetectorPlacement:
@@ -57,5 +62,10 @@ def place_whole(
     size = published_size(*image, preprocessing)
     if preprocessing.scale is None or size[0] > network[0] or size[1] > network[1]:
         size = fitting_size(image, network)
-    padded = tuple(-(-length // SIZE_DIVISOR) * SIZE_DIVISOR for length in size)
-    return DetectorPlacement("exact" if network in (size, padded) else "pad", *size, image)
+    exact = network in (size, _padded(size))
+    return DetectorPlacement("exact" if exact else "pad", *size, image)
+
+
+def _padded(size: tuple[int, int]) -> tuple[int, int]:
+    height, width = (-(-length // SIZE_DIVISOR) * SIZE_DIVISOR for length in size)
+    return height, width

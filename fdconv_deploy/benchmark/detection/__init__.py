@@ -1,0 +1,1 @@
+"""Scoring detectors: box and mask AP on data annotated as COCO is."""

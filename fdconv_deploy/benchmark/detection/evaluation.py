@@ -1,0 +1,216 @@
+"""Box and mask AP and speed of detectors, side by side in one run. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fdconv_deploy.benchmark.datasets import DatasetError
+from fdconv_deploy.benchmark.detection.average_precision import (
+    AveragePrecision,
+    average_precision,
+)
+from fdconv_deploy.benchmark.detection.coco_files import CocoSet
+from fdconv_deploy.benchmark.turns import Turns, speed
+from fdconv_deploy.runtime import Detection, Session
+from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE
+
+# Two objects of one class are the same from this intersection over union on.
+_SAME = 0.9
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``found`` in an image, and the seconds that the network itself took of it."""
+
+    found: Detection
+    inference: float
+
+
+@dataclass(frozen=True)
+class DetectionSide:
+    """Something that finds objects: (H, W, 3) uint8 RGB -> `Answer`.
+
+    ``name``: its path. ``details``: what it is, for the report: kind, backend, precision, and
+    the (height, width) it computes at, if that is one for all images.
+    """
+
+    name: str
+    answer: Callable[[NDArray[np.uint8]], Answer]
+    classes: tuple[str, ...]
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DetectionResult:
+    """One side's scores and speed. ``masks`` is None where it or the data has none."""
+
+    side: DetectionSide
+    boxes: AveragePrecision
+    masks: AveragePrecision | None
+    objects: int
+    agreement: float
+    seconds: tuple[float, ...]
+    inference: tuple[float, ...]
+
+    @property
+    def images_per_second(self) -> float:
+        """Images, one after another, over the time they took together."""
+        return len(self.seconds) / sum(self.seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; scores that are not defined are null."""
+        scored = {"box": self.boxes, "mask": self.masks}
+        classes = [
+            {
+                "name": name,
+                **{
+                    f"{kind}_ap": None if np.isnan(score.classes[index]) else score.classes[index]
+                    for kind, score in scored.items()
+                    if score is not None
+                },
+            }
+            for index, name in enumerate(self.side.classes)
+        ]
+        return {
+            "name": self.side.name,
+            **self.side.details,
+            **{kind: score and score.as_dict() for kind, score in scored.items()},
+            "objects": self.objects,
+            "agreement": self.agreement,
+            **speed(self.seconds, self.inference),
+            "classes": classes,
+        }
+
+
+@dataclass(frozen=True)
+class DetectionEvaluation:
+    """All sides on the same images. ``objects``: annotated in them."""
+
+    results: tuple[DetectionResult, ...]
+    images: int
+    objects: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        sides = [result.as_dict() for result in self.results]
+        return {"images": self.images, "objects": self.objects, "sides": sides}
+
+
+def bundle_side(session: Session) -> DetectionSide:
+    """A bundle's side.
+
+    :param session: on a detector's bundle; the caller closes it.
+    """
+
+    def answer(image: NDArray[np.uint8]) -> Answer:
+        found = session.detect(image)
+        return Answer(found, found.timings["inference"])
+
+    details = {
+        "kind": "bundle",
+        "backend": session.backend,
+        "precision": session.bundle.manifest.precision,
+        "size": list(session.input_size),
+    }
+    return DetectionSide(str(session.bundle.path), answer, session.classes, details)
+
+
+def evaluate_detectors(
+    sides: Sequence[DetectionSide],
+    data: CocoSet,
+    *,
+    progress: Callable[[int], None] = lambda _: None,
+) -> DetectionEvaluation:
+    """Score sides on annotated images, all the objects they give.
+
+    They take turns; see `Turns`. Decoding files is not timed. A result's agreement is the
+    share of the objects scored 0.3 or more, its own and the first side's, that have a partner
+    of the same class on the other side with an IoU of 0.9 or more; 1 when there are none.
+
+    :param sides: one or more, all of the same classes.
+    :param progress: called with the number of images done after each.
+    :raises DatasetError: the sides' classes differ, or are not in the data.
+    """
+    first = sides[0]
+    for side in sides[1:]:
+        if side.classes != first.classes:
+            raise DatasetError(
+                f"The {first.name} and the {side.name} find other classes: they cannot be compared "
+                "on the same data."
+            )
+    categories = data.category_ids(first.classes)
+    turns = Turns([side.answer for side in sides])
+    found: list[list[dict[str, Any]]] = [[] for _ in sides]
+    paired, shown = np.zeros(len(sides)), np.zeros(len(sides))
+    masks = [data.has_masks for _ in sides]
+    for number, (sample, answers) in enumerate(turns.over(data), 1):
+        for index, answer in enumerate(answers):
+            masks[index] &= answer.found.has_masks
+            found[index] += coco_results(answer.found, sample.number, categories, masks[index])
+            both = [answer.found.kept(SHOWN_SCORE), answers[0].found.kept(SHOWN_SCORE)]
+            paired[index] += 2 * _pairs(*both)
+            shown[index] += len(both[0]) + len(both[1])
+        progress(number)
+    results = tuple(
+        DetectionResult(
+            side,
+            average_precision(data, found[index], categories, "bbox"),
+            average_precision(data, found[index], categories, "segm") if masks[index] else None,
+            len(found[index]),
+            float(paired[index] / shown[index]) if shown[index] else 1.0,
+            tuple(turns.seconds[index]),
+            tuple(turns.inference[index]),
+        )
+        for index, side in enumerate(sides)
+    )
+    return DetectionEvaluation(results, len(data), len(data.truth["annotations"]))
+
+
+def coco_results(
+    found: Detection, image: int, categories: Sequence[int], masks: bool
+) -> list[dict[str, Any]]:
+    """Objects as COCO's result files have them.
+
+    :param image: the image's id.
+    :param categories: each class's category id.
+    :param masks: whether to add ``segmentation``.
+    """
+    sizes = np.concatenate([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], axis=1)
+    rows: list[dict[str, Any]] = [
+        {"image_id": image, "category_id": categories[label], "bbox": box, "score": score}
+        for label, box, score in zip(
+            found.labels.tolist(), sizes.tolist(), found.scores.tolist(), strict=True
+        )
+    ]
+    if masks:
+        for row, rle in zip(rows, found.rle(), strict=True):
+            row["segmentation"] = rle
+    return rows
+
+
+def _pairs(ours: Detection, theirs: Detection) -> int:
+    """How many objects of one have a partner in the other, each in one pair at most."""
+    if not len(ours) or not len(theirs):
+        return 0
+    overlap = _iou(ours.boxes, theirs.boxes)
+    overlap[ours.labels[:, None] != theirs.labels] = 0
+    pairs = 0
+    while overlap.max() >= _SAME:
+        row, column = np.unravel_index(overlap.argmax(), overlap.shape)
+        overlap[row], overlap[:, column] = 0, 0
+        pairs += 1
+    return pairs
+
+
+def _iou(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
+    a, b = a.astype(np.float64)[:, None], b.astype(np.float64)[None]  # type: ignore[assignment]
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    shared = np.clip(sides, 0, None).prod(-1)
+    areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b)]
+    union = areas[0] + areas[1] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)

@@ -1,0 +1,76 @@
+"""What ``fdconv evaluate`` does with annotated objects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from fdconv_deploy.commands.options import column_names
+
+if TYPE_CHECKING:
+    from fdconv_deploy.benchmark.detection.average_precision import AveragePrecision
+    from fdconv_deploy.benchmark.detection.evaluation import DetectionEvaluation
+
+_ROWS = {
+    "AP": "ap",
+    "AP50": "ap50",
+    "AP75": "ap75",
+    "AP small": "small",
+    "AP medium": "medium",
+    "AP large": "large",
+    "recall, 100 an image": "recall",
+}
+
+
+def coco_folders(
+    data: Path | None, annotations: Path | None, images: Path | None
+) -> tuple[Path, Path] | None:
+    """Where annotated objects and their images are; None where masks are scored instead."""
+    from fdconv_deploy.benchmark.detection.coco_files import find_coco
+
+    if annotations is not None and images is not None:
+        return annotations, images
+    return find_coco(data) if data is not None else None
+
+
+def show(result: DetectionEvaluation, console: Console, quiet: bool) -> None:
+    """The scores as tables."""
+    sides = result.results
+    names = column_names(
+        [side.side.name for side in sides],
+        [f"{side.side.details['backend']}, {side.side.details['precision']}" for side in sides],
+    )
+    kinds: list[tuple[str, Callable[[int], AveragePrecision | None]]] = [
+        ("box", lambda index: sides[index].boxes),
+        ("mask", lambda index: sides[index].masks),
+    ]
+    shown = [
+        (kind, [score(index) for index in range(len(sides))])
+        for kind, score in kinds
+        if any(score(index) for index in range(len(sides)))
+    ]
+    if not quiet:
+        table = Table("AP by class", *names)
+        for index, name in enumerate(sides[0].side.classes):
+            for kind, scores in shown:
+                values = [None if s is None else s.classes[index] for s in scores]
+                table.add_row(f"{name}, {kind}", *map(_text, values))
+        console.print(table)
+    table = Table(f"{result.images} images, {result.objects} objects", *names)
+    for kind, scores in shown:
+        for title, field in _ROWS.items():
+            values = [None if s is None else getattr(s, field) for s in scores]
+            table.add_row(f"{kind} {title}", *map(_text, values))
+    table.add_row("images/s", *(f"{side.images_per_second:.2f}" for side in sides))
+    if len(sides) > 1:
+        table.add_row("same objects as the first", *(f"{side.agreement:.4%}" for side in sides))
+    console.print(table)
+
+
+def _text(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.4f}"
