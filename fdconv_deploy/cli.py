@@ -16,6 +16,7 @@ from rich.console import Console
 
 from fdconv_deploy import __version__
 from fdconv_deploy.commands.build import build
+from fdconv_deploy.commands.convert import convert
 from fdconv_deploy.commands.demo import demo
 from fdconv_deploy.commands.evaluate import evaluate
 from fdconv_deploy.commands.export import export
@@ -50,7 +51,7 @@ def _options(
     pass
 
 
-for _command in (inspect, export, verify, build, segment, evaluate, serve, demo):
+for _command in (inspect, convert, export, verify, build, segment, evaluate, serve, demo):
     app.command()(_command)
 
 

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fdconv_deploy.checkpoints.architecture import infer_architecture
     from fdconv_deploy.checkpoints.config_text import Config, parse_config, read_config
-    from fdconv_deploy.checkpoints.conversion import convert_state_dict
+    from fdconv_deploy.checkpoints.conversion import (
+        Conversion,
+        convert_state_dict,
+        equivalent_state_dict,
+    )
+    from fdconv_deploy.checkpoints.conversion_files import convert_checkpoint
     from fdconv_deploy.checkpoints.facts import Fact, Inference
     from fdconv_deploy.checkpoints.inspection import Report, inspect_checkpoint, report_on
     from fdconv_deploy.checkpoints.loading import LoadedSegmentor, load_checkpoint
@@ -28,13 +33,16 @@ if TYPE_CHECKING:
 _HOMES = {
     "Checkpoint": "reading",
     "Config": "config_text",
+    "Conversion": "conversion",
     "Fact": "facts",
     "Inference": "facts",
     "LoadedSegmentor": "loading",
     "Report": "inspection",
     "format_config": "mmseg_config",
     "format_detector_config": "mmdet_config",
+    "convert_checkpoint": "conversion_files",
     "convert_state_dict": "conversion",
+    "equivalent_state_dict": "conversion",
     "infer_architecture": "architecture",
     "inspect_checkpoint": "inspection",
     "load_checkpoint": "loading",
@@ -49,11 +57,14 @@ _HOMES = {
 __all__ = [
     "Checkpoint",
     "Config",
+    "Conversion",
     "Fact",
     "Inference",
     "LoadedSegmentor",
     "Report",
+    "convert_checkpoint",
     "convert_state_dict",
+    "equivalent_state_dict",
     "format_config",
     "format_detector_config",
     "infer_architecture",

@@ -8,20 +8,52 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from fdconv_deploy.architecture import BackboneConfig, FDConvConfig
+from fdconv_deploy.checkpoints.layers import backbone_prefix, dynamic_names, part
 from fdconv_deploy.errors import CheckpointError
+from fdconv_deploy.nn import ResNet
+from fdconv_deploy.nn.equivalence import set_equivalent
+from fdconv_deploy.nn.fdconv import dynamic_layers
+from fdconv_deploy.nn.spectrum import kernel_spectrum
 
 # What FDConv and FDLinear replace: block and stem convolutions of a ResNet, and the two
 # linear layers of a ViT block's feed-forward network. Shortcuts and heads stay plain.
 _CONV = re.compile(r"(?:^|\.)(?:layer\d+\.\d+\.conv\d|stem\.\d+)\.weight$")
 _LINEAR = re.compile(r"(?:^|\.)layers\.\d+\.ffn\.layers\.(?:0\.0|1)\.weight$")
+# A MiT block's two, which the published converter means to take and whose names it does not know.
+_MIT = re.compile(r"(?:^|\.)layers\.\d+\.1\.\d+\.ffn\.layers\.(?:0|4)\.weight$")
 
 # The published converter takes layers of 32 channels or more. (The published layer's own
 # default is dynamic above 16: a layer between the two starts from random weights.)
 PUBLISHED_THRESHOLD = 31
+
+
+class Conversion(BaseModel):
+    """What was done to a plain network's weights; names of layers, in the file's order.
+
+    Attributes:
+        method: ``published``, the published converter's: spectra in place of kernels, attentions
+            left to training. ``equivalent``: a whole FDConv network that computes the same.
+        conv: the FDConv arguments the weights are meant for.
+        converted: layers that have a spectrum now.
+        left_random: layers that an FDConv network of ``conv`` makes dynamic and that have no
+            spectrum, so that it starts them from random weights.
+        unknown_names: feed-forward layers of a MiT, whose names the published converter lacks.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    method: Literal["published", "equivalent"]
+    conv: FDConvConfig
+    converted: tuple[str, ...]
+    left_random: tuple[str, ...] = ()
+    unknown_names: tuple[str, ...] = ()
 
 
 def convert_state_dict(
@@ -47,35 +79,104 @@ def convert_state_dict(
     Raises:
         CheckpointError: the weights already are of an FDConv network.
     """
-    dynamic = next((key for key in state_dict if key.endswith(".dft_weight")), None)
-    if dynamic is not None:
-        raise CheckpointError(
-            f"These weights are of an FDConv network already ({dynamic}). Expected plain ones."
-        )
+    _refuse_fdconv(state_dict)
     result: dict[str, Tensor] = {}
     for key, weight in state_dict.items():
-        conv = weight.ndim == 4 and _CONV.search(key) and weight.shape[2] in use_fdconv_if_k_in
-        linear = weight.ndim == 2 and _LINEAR.search(key)
-        if (conv or linear) and min(weight.shape[:2]) > use_fdconv_if_c_gt:
+        if _is_replaced(key, weight, use_fdconv_if_c_gt, use_fdconv_if_k_in):
             name = key.removesuffix("weight") + "dft_weight"
-            result[name] = spectrum_of(weight).repeat(param_ratio, 1, 1, 1)
+            kernel = weight if weight.ndim == 4 else weight[:, :, None, None]
+            result[name] = kernel_spectrum(kernel.detach()).repeat(param_ratio, 1, 1, 1)
         else:
             result[key] = weight
     return result
 
 
-def spectrum_of(weight: Tensor) -> Tensor:
-    """The half spectrum a layer stores for a kernel.
+def describe_conversion(
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    conv: FDConvConfig,
+    method: Literal["published", "equivalent"] = "published",
+) -> Conversion:
+    """What :func:`convert_state_dict` or :func:`equivalent_state_dict` did, and passed over."""
+
+    def layer(key: str) -> str:
+        return key.removesuffix(".weight")
+
+    dynamic = [
+        layer(key)
+        for key, weight in before.items()
+        if _is_replaced(key, weight, conv.use_fdconv_if_c_gt, conv.use_fdconv_if_k_in)
+    ]
+    spectra = {key.removesuffix(".dft_weight") for key in after if key.endswith(".dft_weight")}
+    changed = spectra | set(dynamic_names(after))
+    return Conversion(
+        method=method,
+        conv=conv,
+        converted=tuple(layer(key) for key in before if layer(key) in changed),
+        left_random=tuple(name for name in dynamic if name not in changed),
+        unknown_names=tuple(layer(key) for key in before if _MIT.search(key)),
+    )
+
+
+def equivalent_state_dict(
+    state_dict: Mapping[str, Tensor], backbone: BackboneConfig, *, seed: int = 0
+) -> dict[str, Tensor]:
+    """All tensors of an FDConv network that computes what a plain one does.
+
+    Its attentions are at rest, see :func:`set_equivalent`, and training wakes them.
 
     Args:
-        weight: ``(O, I, kh, kw)`` or ``(O, I)``, any float.
+        state_dict: a plain ResNet's tensors, with or without a ``backbone.`` prefix; what
+            else it holds (heads, a classifier) is kept.
+        backbone: of the FDConv network; its ``conv`` says which layers are dynamic.
+        seed: for the attentions' hidden layers, the only numbers drawn.
 
-    Returns:
-        ``(1, O·kh, I·kw/2 + 1, 2)`` float32, real and imaginary: ``rfft2`` of the matrix
-        ``M[o·kh + u, i·kw + v]``, divided by ``min(I, O) // 2``.
+    Raises:
+        CheckpointError: the weights are not those of this ResNet.
+        UnsupportedLayerError: ``conv`` does not suit a layer, or cannot be at rest.
     """
-    out, into = weight.shape[:2]
-    if weight.ndim == 4:
-        weight = weight.transpose(1, 2).reshape(out * weight.shape[2], -1)
-    spectrum = torch.fft.rfft2(weight.detach().float()) / (min(out, into) // 2)
-    return torch.view_as_real(spectrum)[None].contiguous()
+    _refuse_fdconv(state_dict)
+    prefix = backbone_prefix(state_dict)
+    plain = part(state_dict, prefix)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ResNet(backbone)
+    dynamic = dynamic_layers(network)
+    own = {f"{name}.{key}" for name, layer in dynamic.items() for key in layer.state_dict()}
+    expected = network.state_dict()
+    state: dict[str, Tensor] = {}
+    for key, value in expected.items():
+        if key in own:
+            continue
+        given = plain.get(key)
+        if given is None and key.endswith(".num_batches_tracked"):
+            given = value
+        if given is None or given.shape != value.shape:
+            found = "nothing" if given is None else f"{tuple(given.shape)}"
+            raise CheckpointError(
+                f"Expected the weights of a ResNet-{backbone.depth}, with {prefix}{key} "
+                f"{tuple(value.shape)}; found {found}. Give the checkpoint's config (--config)."
+            )
+        state[key] = given
+    network.load_state_dict(state, strict=False)
+    for name, layer in dynamic.items():
+        set_equivalent(layer, plain[f"{name}.weight"].detach().float())
+    taken = {f"{prefix}{name}.weight" for name in dynamic}
+    rest = {key: value for key, value in state_dict.items() if key not in taken}
+    made = {f"{prefix}{key}": value for key, value in network.state_dict().items()}
+    return made | {key: value for key, value in rest.items() if key not in made}
+
+
+def _refuse_fdconv(state_dict: Mapping[str, Tensor]) -> None:
+    dynamic = next((key for key in state_dict if key.endswith(".dft_weight")), None)
+    if dynamic is not None or dynamic_names(state_dict):
+        raise CheckpointError(
+            "These weights are of an FDConv network already "
+            f"({dynamic or dynamic_names(state_dict)[0]}). Expected plain ones."
+        )
+
+
+def _is_replaced(key: str, weight: Tensor, threshold: int, kernels: Collection[int]) -> bool:
+    conv = weight.ndim == 4 and bool(_CONV.search(key)) and weight.shape[2] in kernels
+    linear = weight.ndim == 2 and bool(_LINEAR.search(key))
+    return (conv or linear) and min(weight.shape[:2]) > threshold

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-import fdconv_deploy
 from fdconv_deploy.architecture import Architecture, HeadConfig
 from fdconv_deploy.checkpoints.mmdet_config import format_detector_config
 from fdconv_deploy.checkpoints.mmseg_config import format_config
+from fdconv_deploy.checkpoints.writing import write_checkpoint
 from fdconv_deploy.detector_architecture import DetectorArchitecture, MaskHeadConfig
 from fdconv_deploy.errors import CheckpointError
 
@@ -49,29 +46,7 @@ def save_checkpoint(
     path = Path(path)
     weights = state_dict.state_dict() if isinstance(state_dict, nn.Module) else state_dict
     _check(weights, architecture)
-    content = {
-        "meta": _meta(architecture, config_text)
-        | {"fdconv_deploy_version": fdconv_deploy.__version__},
-        # Copies: a view would drag its whole storage into the file.
-        "state_dict": {
-            key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for key, tensor in weights.items()
-        },
-    }
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written: {error.strerror}. Give a file name in a folder that exists "
-            "and that you may write to."
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_checkpoint(path, weights, _meta(architecture, config_text))
 
 
 def _meta(

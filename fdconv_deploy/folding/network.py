@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.module import FoldedConv2d
-from fdconv_deploy.nn.fdconv import FDConv2d
+from fdconv_deploy.nn.fdconv import FDConv2d, dynamic_layers
 
 # What a network takes: one tensor, or several.
 Example = Tensor | tuple[Tensor, ...]
@@ -20,15 +20,6 @@ Example = Tensor | tuple[Tensor, ...]
 def tensors_of(example: Example) -> tuple[Tensor, ...]:
     """The tensors of an example, be it one or several."""
     return (example,) if isinstance(example, Tensor) else example
-
-
-def dynamic_layers(network: nn.Module) -> dict[str, FDConv2d]:
-    """A network's dynamic layers by name, each once though it be shared."""
-    return {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, FDConv2d) and module.is_dynamic
-    }
 
 
 def input_sizes(network: nn.Module, example: Example) -> dict[str, tuple[int, int]]:

@@ -339,3 +339,12 @@ class FDConv2d(nn.Conv2d):
         if not full and attention.filter is not None:
             y = y * attention.filter[:, :, None, None].to(y.dtype)
         return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
+
+
+def dynamic_layers(network: nn.Module) -> dict[str, FDConv2d]:
+    """A network's dynamic layers by name, each once though it be shared."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, FDConv2d) and module.is_dynamic
+    }

@@ -9,9 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fdconv_deploy.checkpoints import convert_state_dict, read_checkpoint
-from fdconv_deploy.errors import CheckpointError
-from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.architecture import BackboneConfig, FDConvConfig
+from fdconv_deploy.checkpoints import (
+    Conversion,
+    convert_state_dict,
+    equivalent_state_dict,
+    read_checkpoint,
+)
+from fdconv_deploy.checkpoints.conversion import describe_conversion
+from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
+from fdconv_deploy.folding.network import dynamic_layers
+from fdconv_deploy.nn import FDConv2d, ResNet
+from tests.reference.lively import error
 
 NAMES = ("resnet_torchvision_style", "resnet_state_dict_wrapped", "mit_mmseg", "vit_mmseg")
 
@@ -65,3 +74,73 @@ def test_thresholds() -> None:
 def test_converted_weights_are_refused() -> None:
     with pytest.raises(CheckpointError, match="FDConv network already"):
         convert_state_dict({"layer1.0.conv1.dft_weight": torch.ones(1)})
+
+
+def plain_resnet(depth: int = 18, seed: int = 0, **fields: object) -> ResNet:
+    """With statistics and scales that do something."""
+    torch.manual_seed(seed)
+    network = ResNet(BackboneConfig(depth=depth, base_channels=18, conv=None, **fields)).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+    return network
+
+
+CONVS = [
+    FDConvConfig(kernel_num=6),
+    FDConvConfig(kernel_num=3, param_ratio=2, use_ksm_local=False, att_multi=1.5),
+    FDConvConfig(kernel_num=6, use_fbm_for_stride=True, use_fbm_if_k_in=(), kernel_temp=0.5),
+    FDConvConfig(kernel_num=2, convert_param=False, ksm_global_act="tanh"),
+    FDConvConfig(kernel_num=6, param_reduction=2.0, ksm_only_kernel_att=True),
+]
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("conv", CONVS, ids=["published", "gates", "strides", "spatial", "kernel"])
+@torch.no_grad()
+def test_equivalent_network(conv: FDConvConfig, depth: int) -> None:
+    fields: dict[str, object] = {"deep_stem": depth == 50, "avg_down": depth == 50}
+    plain = plain_resnet(depth, num_stages=2, out_indices=(0, 1), **fields)
+    state = {f"backbone.{k}": v for k, v in plain.state_dict().items()} | {"fc.bias": torch.ones(3)}
+    config = plain.config.model_copy(update={"conv": conv})
+    made = equivalent_state_dict(state, config)
+    assert torch.equal(made.pop("fc.bias"), torch.ones(3))
+    network = ResNet(config).eval()
+    network.load_state_dict({k.removeprefix("backbone."): v for k, v in made.items()})
+    assert len(dynamic_layers(network)) >= 8
+    x = torch.randn(2, 3, 64, 80)
+    for ours, theirs in zip(network(x), plain(x), strict=True):
+        assert error(ours, theirs) <= 1e-5
+    report = describe_conversion(state, made, conv, "equivalent")
+    assert len(report.converted) == len(dynamic_layers(network))
+    assert not report.left_random
+
+
+def test_equivalent_weights_are_the_same_each_time() -> None:
+    plain = plain_resnet(num_stages=1, out_indices=(0,))
+    config = plain.config.model_copy(update={"conv": FDConvConfig()})
+    first, second = (equivalent_state_dict(plain.state_dict(), config) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_other_networks_have_no_equivalent() -> None:
+    plain = plain_resnet(num_stages=1, out_indices=(0,))
+    config = plain.config.model_copy(update={"conv": FDConvConfig(), "base_channels": 20})
+    with pytest.raises(CheckpointError, match=r"with conv1\.weight \(20, 3.*found \(18, 3"):
+        equivalent_state_dict(plain.state_dict(), config)
+    cut = plain.config.model_copy(update={"conv": FDConvConfig(param_reduction=0.5)})
+    with pytest.raises(UnsupportedLayerError, match="keeps part of the spectrum only"):
+        equivalent_state_dict(plain.state_dict(), cut)
+
+
+def test_what_is_passed_over_is_told(oracle: Path) -> None:
+    def described(name: str) -> Conversion:
+        state = read_checkpoint(oracle / "convert" / f"{name}_in.pth").state_dict
+        return describe_conversion(state, convert_state_dict(state), FDConvConfig())
+
+    resnet = described("resnet_torchvision_style")
+    assert len(resnet.converted) == 8
+    assert resnet.left_random == ("layer3.0.conv1", "layer3.0.conv2")
+    assert len(described("mit_mmseg").unknown_names) == 8
+    assert described("vit_mmseg").left_random == ()
