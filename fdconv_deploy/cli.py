@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from fdconv_deploy import __version__
+from fdconv_deploy.commands.bench import bench
 from fdconv_deploy.commands.build import build
 from fdconv_deploy.commands.convert import convert
 from fdconv_deploy.commands.demo import demo
@@ -51,7 +52,7 @@ def _options(
     pass
 
 
-for _command in (inspect, convert, export, verify, build, segment, evaluate, serve, demo):
+for _command in (inspect, convert, export, verify, build, segment, evaluate, bench, serve, demo):
     app.command()(_command)
 
 

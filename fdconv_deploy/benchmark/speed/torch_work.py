@@ -1,0 +1,84 @@
+"""A checkpoint in PyTorch: as published, compiled, folded, or folded and fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fdconv_deploy.benchmark.speed.pictures import images
+from fdconv_deploy.benchmark.speed.sides import Side, UnavailableError
+from fdconv_deploy.checkpoints import load_checkpoint
+from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.nn.segmentor import Segmentor
+
+
+def open_checkpoint(side: Side) -> tuple[Callable[[], Any], str, dict[str, Any]]:
+    """What runs the network once, on which device, and facts for the report.
+
+    On a GPU where PyTorch sees one; inputs and answers are in host memory then, too, as a
+    bundle's are.
+    """
+    torch.set_num_threads(side.threads)
+    network = load_checkpoint(
+        side.source,
+        config=Path(side.config) if side.config else None,
+        overrides=side.overrides,
+        require_fdconv=False,
+    )
+    architecture = network.architecture
+    size = side.size or architecture.test.crop_size
+    if size is None:
+        raise FDConvError(
+            f"{Path(side.source).name} was tested on whole images and records no size. Say which: "
+            "--size 512x512, or give a bundle beside it."
+        )
+    x = torch.from_numpy(images(side.batch, size, architecture.preprocessing, side.image))
+    details = {"backend": side.backend, "choice": f"PyTorch {torch.__version__}", "size": size}
+    if side.whole:
+        return _whole(side, network, size), "cpu", details
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made = _variant(side.backend, network, x, device)
+
+    def run() -> Any:
+        # Outside inference mode PyTorch would keep every layer's input for a backward pass.
+        with torch.inference_mode():
+            return _on_host(made(x.to(device)))
+
+    return run, device, details
+
+
+def _variant(backend: str, network: nn.Module, x: Tensor, device: str) -> Callable[[Tensor], Any]:
+    if backend == "fused":
+        from fdconv_deploy.folding.cuda.network import fuse_network, require_cuda
+
+        require_cuda()
+        return fuse_network(network, x)
+    if backend == "folded":
+        from fdconv_deploy.folding.network import fold_network
+
+        return fold_network(network, x).to(device)
+    network = network.to(device)
+    return torch.compile(network) if backend == "compile" else network
+
+
+def _whole(side: Side, network: Segmentor, size: tuple[int, int]) -> Callable[[], Any]:
+    from fdconv_deploy.benchmark.speed.pictures import picture
+    from fdconv_deploy.benchmark.torch_side import torch_side
+
+    if side.backend != "eager":
+        raise UnavailableError(
+            f"A whole request is timed in backend 'eager' for checkpoints, not {side.backend!r}."
+        )
+    answer = torch_side(network, Path(side.source), size=size).answer
+    image = picture(size, side.image)
+    return lambda: answer(image)
+
+
+def _on_host(answer: Any) -> Any:
+    if isinstance(answer, Tensor):
+        return answer.cpu()
+    return tuple(_on_host(part) for part in answer)

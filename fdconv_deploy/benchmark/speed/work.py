@@ -1,0 +1,100 @@
+"""A side, opened: something that answers one request after another."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fdconv_deploy.benchmark.speed.pictures import feeds, picture
+from fdconv_deploy.benchmark.speed.sides import Side
+from fdconv_deploy.errors import FDConvError
+
+
+@dataclass(frozen=True)
+class Work:
+    """``run``: one request; may be called from several threads at once.
+
+    ``device``: "cpu", "cuda" or "service". ``details``: what turned out, for the report: the
+    backend in use and why, the input's size.
+    """
+
+    run: Callable[[], Any]
+    device: str
+    details: dict[str, Any]
+    close: Callable[[], None] = lambda: None
+
+
+def open_work(side: Side) -> Work:
+    """Load everything the side needs; nothing has been run then.
+
+    :raises FDConvError: it cannot be had.
+    """
+    if side.kind == "bundle":
+        return _bundle(side)
+    if side.kind == "service":
+        return _service(side)
+    from fdconv_deploy.benchmark.speed.torch_work import open_checkpoint
+
+    run, device, details = open_checkpoint(side)
+    return Work(run, device, details)
+
+
+def _bundle(side: Side) -> Work:
+    from fdconv_deploy.runtime import Bundle, Session
+    from fdconv_deploy.runtime.backends import BackendOptions, select
+
+    bundle = Bundle.open(side.source)
+    options = BackendOptions(threads=side.threads)
+    backend, choice, graphs = select(bundle, side.backend, options)
+    graphs = {side.batch: graphs.get(side.batch) or backend.load(bundle, side.batch)}
+    session = Session(bundle, backend, choice, graphs)
+    manifest = bundle.manifest
+    specs = manifest.inputs[side.batch]
+    size = next((list(spec.shape[2:]) for spec in specs if len(spec.shape) == 4), None)
+    details = {"backend": session.backend, "choice": choice, "size": size}
+    if side.whole:
+        image = picture(session.input_size, side.image)
+        return Work(lambda: session.segment(image), backend.device, details, session.close)
+    of_network = manifest.architecture
+    inputs = feeds(specs, of_network.preprocessing if of_network else None, side.image)
+    return Work(lambda: session.run_raw(inputs), backend.device, details, session.close)
+
+
+def _service(side: Side) -> Work:
+    from fdconv_deploy.client import Client
+
+    with Client(side.source) as client:
+        cards = client.models()
+    names = [card["name"] for card in cards]
+    if not cards or (side.model is not None and side.model not in names):
+        raise FDConvError(
+            f"The service at {side.source} has the models {', '.join(names) or 'none'}"
+            + (f", not {side.model!r}." if side.model else ".")
+        )
+    card = next((card for card in cards if card["name"] == side.model), cards[0])
+    size = card["input"]["height"], card["input"]["width"]
+    if side.image:
+        body = Path(side.image).read_bytes()
+    else:
+        from fdconv_deploy.runtime.rendering import encode
+
+        body = encode(picture(size), "JPEG")
+    of_thread = threading.local()
+
+    def run() -> Any:
+        client = getattr(of_thread, "client", None)
+        if client is None:
+            # A refusal is part of what a client sees, so it is not asked again in silence.
+            client = of_thread.client = Client(side.source, retries=0)
+        return client.mask(body, card["name"])
+
+    details = {
+        "backend": "http",
+        "choice": f"model {card['name']}, {card.get('backend') or 'not loaded yet'}",
+        "size": list(size),
+        "precision": card.get("precision", "?"),
+    }
+    return Work(run, "service", details)

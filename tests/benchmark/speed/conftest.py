@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.runtime import toy
+
+
+@pytest.fixture(scope="package")
+def toy_bundle(tmp_path_factory) -> Path:
+    """A segmentor of one convolution at 32×48, batches 1 and 4."""
+    return toy.make_bundle(tmp_path_factory.mktemp("speed") / "toy").path
+
+
+@pytest.fixture(scope="package")
+def other_bundle(tmp_path_factory) -> Path:
+    """The same, batch 1 only."""
+    return toy.make_bundle(tmp_path_factory.mktemp("speed") / "other", batches=(1,)).path
