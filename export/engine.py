@@ -23,9 +23,10 @@ import onnx
 from numpy.typing import NDArray
 
 from export.checks import TOLERANCES
-from export.parity import compare
+from export.parity import compare_all
 from export.passes.plugins import ask_for_plugins
 from export.plan import BuildOptions, build_plan
+from export.rules import Rule
 from fdconv_deploy.errors import BackendError, ExportError
 from fdconv_deploy.ops.launch import KernelLaunch
 from fdconv_deploy.ops.plugins import launch_of, precompile, register_plugins, set_target
@@ -251,14 +252,11 @@ def _tolerance(bundle: Bundle, options: BuildOptions, given: float | None) -> fl
 
 def _prove(bundle: Bundle, batch: int, engine: Any, tolerance: float) -> tuple[OutputParity, ...]:
     """Compare an engine's answers with ONNX Runtime's on the CPU."""
-    classes = bundle.manifest.kind == "segmentor"
     feeds = _feeds(bundle, batch)
     expected = OnnxRuntimeBackend(CPU, BackendOptions()).load(bundle, batch).run(feeds)
     actual = engine.run(feeds)
     try:
-        found = tuple(
-            compare(name, actual[name], expected[name], classes=classes) for name in expected
-        )
+        found = compare_all(actual, expected, _rule(bundle))
     except ExportError as error:
         raise ExportError(f"the engine of batch {batch} was not kept: {error}") from error
     by_class = bundle.manifest.precision == "int8"
@@ -279,6 +277,13 @@ def _prove(bundle: Bundle, batch: int, engine: Any, tolerance: float) -> tuple[O
     return found
 
 
+def _rule(bundle: Bundle) -> Rule:
+    detector = bundle.manifest.detector
+    if detector is not None:
+        return Rule("detections", detector.test.rcnn.score_thr)
+    return Rule("classes" if bundle.manifest.kind == "segmentor" else "values")
+
+
 def _feeds(bundle: Bundle, batch: int) -> dict[str, NDArray[Any]]:
     specs = bundle.manifest.inputs[batch]
     if bundle.manifest.kind == "segmentor" and bundle.manifest.architecture is not None:
@@ -289,6 +294,12 @@ def _feeds(bundle: Bundle, batch: int) -> dict[str, NDArray[Any]]:
             batch, (height, width), bundle.manifest.architecture.preprocessing, channels=channels
         )
         return {specs[0].name: images.numpy()}
+    if bundle.manifest.detector is not None:
+        from export.detector_inputs import made_up_detector_inputs
+
+        size = specs[0].shape[2], specs[0].shape[3]
+        made_up = made_up_detector_inputs(batch, size, bundle.manifest.detector.preprocessing)
+        return {s.name: tensor.numpy() for s, tensor in zip(specs, made_up, strict=True)}
     generator = np.random.default_rng(0)
     return {
         spec.name: generator.normal(size=spec.shape).astype(np.dtype(spec.dtype)) for spec in specs

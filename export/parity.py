@@ -1,7 +1,7 @@
 """The exported graph against the network it came from, in a fresh process.
 
-Run as ``python -m export.parity REQUEST``: a process that has never seen the network opens
-the graph as a user's would, with stock ONNX Runtime and no library registered.
+Run as ``python -m export.parity MODEL REQUEST RULE``: a process that has never seen the
+network opens the graph as a user's would, with stock ONNX Runtime and no library registered.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from export.detection_parity import compare_detections
+from export.rules import Rule
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.runtime.manifest import OutputParity
 
@@ -49,8 +52,23 @@ def compare(name: str, actual: NDArray, expected: NDArray, *, classes: bool) -> 
     )
 
 
+def compare_all(actual: Arrays, expected: Arrays, rule: Rule) -> tuple[OutputParity, ...]:
+    """Errors of all outputs, by the rule for their kind of network.
+
+    Raises:
+        ExportError: as `compare` and `compare_detections`.
+    """
+    found = tuple(
+        compare(name, actual[name], expected[name], classes=rule.kind == "classes")
+        for name in expected
+    )
+    if rule.kind == "detections":
+        return compare_detections(actual, expected, rule.score_thr)
+    return found
+
+
 def measure(
-    model: Path, inputs: Arrays, expected: Arrays, folder: Path, *, classes: bool
+    model: Path, inputs: Arrays, expected: Arrays, folder: Path, *, rule: Rule
 ) -> tuple[OutputParity, ...]:
     """Run ``model`` on ``inputs`` in a fresh process and compare with ``expected``.
 
@@ -64,9 +82,8 @@ def measure(
     tensors = {f"in.{k}": v for k, v in inputs.items()}
     tensors |= {f"out.{k}": v for k, v in expected.items()}
     np.savez(request, **tensors)  # type: ignore[arg-type]
-    command = [sys.executable, "-m", "export.parity", str(model), str(request)]
-    if classes:
-        command.append("--classes")
+    described = json.dumps(asdict(rule))
+    command = [sys.executable, "-m", "export.parity", str(model), str(request), described]
     # Beside this package, wherever the caller was started from.
     root = str(Path(__file__).resolve().parents[1])
     finished = subprocess.run(  # noqa: S603 - our own interpreter and module
@@ -81,7 +98,7 @@ def measure(
 def _main(arguments: list[str]) -> int:
     import onnxruntime
 
-    model, request = arguments[:2]
+    model, request, described = arguments
     with np.load(request) as tensors:
         inputs = {k[3:]: tensors[k] for k in tensors.files if k.startswith("in.")}
         expected = {k[4:]: tensors[k] for k in tensors.files if k.startswith("out.")}
@@ -92,10 +109,7 @@ def _main(arguments: list[str]) -> int:
         return 1
     actual = dict(zip(names, session.run(names, inputs), strict=True))
     try:
-        report = [
-            compare(name, actual[name], expected[name], classes="--classes" in arguments)
-            for name in expected
-        ]
+        report = compare_all(actual, expected, Rule(**json.loads(described)))
     except ExportError as error:
         print(error, file=sys.stderr)
         return 1

@@ -26,6 +26,7 @@ from export.recipe import (
     refuse_training,
 )
 from export.recipe import output_names as checked_names
+from export.rules import Rule
 from fdconv_deploy.architecture import Preprocessing
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.errors import ExportError
@@ -179,7 +180,8 @@ def export_segmentor(
         "graph": {"assumed": {k: str(v) for k, v in (assumed or {}).items()}},
     }
     recipe = Recipe(
-        network, examples, "images", ["logits"], True, manifest, said,
+        network, {batch: (x,) for batch, x in examples.items()}, ["images"], ["logits"],
+        Rule("classes"), manifest, said,
         Precision(
             precision, allowed, tuple(keep_fp32), activations,
             _Prepared(calibration, size, preprocessing),
@@ -272,7 +274,8 @@ def export_module(
     }
     inputs = [image[None].numpy() for tensor in calibration for image in tensor]
     recipe = Recipe(
-        module, examples, input_name, names, False, manifest, "the example given",
+        module, {batch: (x,) for batch, x in examples.items()}, [input_name], names,
+        Rule("values"), manifest, "the example given",
         Precision(precision, allowed, tuple(keep_fp32), activations, inputs),
     )  # fmt: skip
     if progress is not None:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from export.checks import TOLERANCES, Activations, PrecisionName, check_size
 from export.evaluation import Evaluation
+from export.rules import Rule
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.folding.network import Example, tensors_of
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime.manifest import OutputParity
 
@@ -50,14 +52,19 @@ class Recipe:
     """What to export: filled in by the public functions, carried out by `produce`."""
 
     network: nn.Module
-    examples: dict[int, Tensor]
-    input_name: str
+    examples: dict[int, tuple[Tensor, ...]]
+    input_names: list[str]
     output_names: list[str]
-    classes: bool
+    rule: Rule
     manifest: dict[str, Any]
     inputs_said: str
     precision: Precision
     progress: Progress = field(default=lambda _: None)
+
+    def feed(self, batch: int) -> dict[str, NDArray]:
+        """The example of a batch size, by input name."""
+        tensors = zip(self.input_names, self.examples[batch], strict=True)
+        return {name: tensor.numpy() for name, tensor in tensors}
 
 
 def graph_size(network: Segmentor, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -105,19 +112,19 @@ def refuse_training(network: nn.Module) -> None:
         raise ExportError("the network is in training mode; call .eval() before exporting.")
 
 
-def outputs_of(network: nn.Module, example: Tensor) -> list[Tensor]:
+def outputs_of(network: nn.Module, example: Example) -> list[Tensor]:
     """The network's outputs, one or several.
 
     Raises:
         ExportError: it does not take the example, or gives something else than tensors.
     """
+    inputs = tensors_of(example)
     try:
         with torch.no_grad():
-            answer = network(example)
+            answer = network(*inputs)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ExportError(
-            f"the network does not take inputs of shape {tuple(example.shape)}: {error}"
-        ) from error
+        shapes = " and ".join(str(tuple(tensor.shape)) for tensor in inputs)
+        raise ExportError(f"the network does not take inputs of shape {shapes}: {error}") from error
     outputs = [answer] if isinstance(answer, Tensor) else answer
     if not isinstance(outputs, list | tuple) or not all(isinstance(o, Tensor) for o in outputs):
         raise ExportError(
@@ -140,7 +147,7 @@ def output_names(count: int, given: Sequence[str] | None) -> list[str]:
     return names
 
 
-def finite_answers(recipe: Recipe, example: Tensor) -> dict[str, NDArray]:
+def finite_answers(recipe: Recipe, example: Example) -> dict[str, NDArray]:
     """What the network answers, by output name.
 
     Raises:

@@ -64,7 +64,7 @@ class Reduction:
             self._calibrate(reference, seen, batch)
         else:
             save_exposed(model, tensors, reference)
-        feed = {self.recipe.input_name: self.recipe.examples[batch].numpy()}
+        feed = self.recipe.feed(batch)
         exact = Answers(reference, points, feed, folder)
         self._convert(model, batch)
         measured = rounding_model(model) if self.precision.name == "fp16" else model
@@ -119,7 +119,7 @@ class Reduction:
             for image in self.precision.calibration:
                 self._images += 1
                 self.recipe.progress(f"learning the ranges of activations: image {self._images}")
-                yield {self.recipe.input_name: np.repeat(image, batch, axis=0)}
+                yield {self.recipe.input_names[0]: np.repeat(image, batch, axis=0)}
 
         seen = magnitudes(model, dict.fromkeys(tensors.values()), feeds())
         self._seen = {key: seen[tensor] for key, tensor in tensors.items()}

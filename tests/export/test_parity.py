@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from export.parity import compare, measure
+from export.rules import Rule
 from fdconv_deploy.errors import ExportError
 from tests.export.graphs import run_file
 
@@ -76,7 +77,7 @@ def question(bundle) -> tuple[dict, dict]:
 
 def test_a_true_copy_passes(bundle, copied, tmp_path):
     inputs, expected = question(bundle)
-    (found,) = measure(copied / "model.b2.onnx", inputs, expected, tmp_path, classes=True)
+    (found,) = measure(copied / "model.b2.onnx", inputs, expected, tmp_path, rule=Rule("classes"))
     assert found.name == "logits"
     assert found.max_rel == 0
     assert found.argmax_agreement == 1
@@ -96,7 +97,7 @@ def test_a_planted_wrong_weight_is_seen(bundle, copied, tmp_path, kind):
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     onnx.save(model, path)
     inputs, expected = question(bundle)
-    (found,) = measure(path, inputs, expected, tmp_path, classes=True)
+    (found,) = measure(path, inputs, expected, tmp_path, rule=Rule("classes"))
     assert found.max_rel > 1e-4
 
 
@@ -112,14 +113,14 @@ def test_a_planted_wrong_weight_is_seen(bundle, copied, tmp_path, kind):
 def test_other_names_and_shapes_are_sentences(bundle, tmp_path, rename, hint):
     inputs, expected = rename(*question(bundle))
     with pytest.raises(ExportError, match=hint):
-        measure(bundle.model_path(2), inputs, expected, tmp_path, classes=True)
+        measure(bundle.model_path(2), inputs, expected, tmp_path, rule=Rule("classes"))
 
 
 def test_a_file_that_does_not_load_is_a_sentence(bundle, copied, tmp_path):
     (copied / "weights.bin").write_bytes(b"short")
     inputs, expected = question(bundle)
     with pytest.raises(ExportError, match=r"did not pass its check: .+"):
-        measure(copied / "model.b2.onnx", inputs, expected, tmp_path, classes=True)
+        measure(copied / "model.b2.onnx", inputs, expected, tmp_path, rule=Rule("classes"))
 
 
 def test_the_checking_process_knows_no_torch():

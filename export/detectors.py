@@ -1,0 +1,117 @@
+"""Export of two-stage detectors: what differs from segmentors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from export.checks import PrecisionName, batch_sizes, check_precision, check_size
+from export.detector_inputs import made_up_detector_inputs, placed
+from export.inputs import Picture
+from export.production import produce
+from export.recipe import Precision, Progress, Recipe, refuse_training
+from export.rules import Rule
+from fdconv_deploy.detector_architecture import PUBLISHED_SCALE, SIZE_DIVISOR
+from fdconv_deploy.errors import ExportError
+from fdconv_deploy.folding.network import dynamic_layers
+from fdconv_deploy.nn.detection import Detector
+from fdconv_deploy.runtime.bundle import Bundle
+from fdconv_deploy.runtime.manifest import CheckpointInfo, InputSize
+
+
+def export_detector(
+    network: Detector,
+    destination: str | os.PathLike[str],
+    *,
+    size: tuple[int, int] | None = None,
+    batches: Sequence[int] = (1,),
+    pictures: Sequence[Picture] = (),
+    precision: PrecisionName = "fp32",
+    tolerance: float | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    checkpoint: CheckpointInfo | None = None,
+    assumed: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """Export a detector; arguments as `export_checkpoint`'s.
+
+    Args:
+        size: height and width of the graphs, multiples of 32; if not given, what the
+            published resize makes of a landscape image.
+        tolerance: the largest error of boxes and scores, relative to the largest value; masks
+            may err ten times that. Both sides must find the same objects, see
+            `export.detection_parity`.
+    """
+    refuse_training(network)
+    size = _graph_size(network, size)
+    _refuse_precision(precision)
+    allowed = check_precision(
+        precision, tolerance=tolerance, keep_fp32=(), calibration=(), activations="unsigned"
+    )
+    say = progress or (lambda _: None)
+    if not dynamic_layers(network):
+        # A plain twin is exported all the same: benchmarks need both sides.
+        say("note: this network has no FDConv layer")
+    architecture = network.architecture
+    preprocessing = architecture.preprocessing
+    if pictures:
+        said = f"{len(pictures)} pictures given"
+        images, sizes = placed(pictures, size, preprocessing)
+        indices = {b: torch.arange(b) % len(images) for b in batch_sizes(batches)}
+        examples = {b: (images[index], sizes[index]) for b, index in indices.items()}
+    else:
+        said = "drawn street scenes"
+        examples = {
+            b: made_up_detector_inputs(b, size, preprocessing) for b in batch_sizes(batches)
+        }
+    manifest = {
+        "kind": "detector",
+        "detector": architecture,
+        "input": InputSize(height=size[0], width=size[1]),
+        "fit": "pad",
+        "checkpoint": checkpoint,
+        "graph": {"assumed": {k: str(v) for k, v in (assumed or {}).items()}},
+    }
+    recipe = Recipe(
+        network,
+        dict(examples),
+        ["images", "sizes"],
+        network.output_names,
+        Rule("detections", architecture.test.rcnn.score_thr),
+        manifest,
+        said,
+        Precision(precision, allowed),
+        say,
+    )
+    return produce(recipe, destination, overwrite)
+
+
+def _graph_size(network: Detector, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Those given, or the padded size of a landscape image as published.
+
+    Raises:
+        ExportError: they do not suit the network.
+    """
+    if size is None:
+        long, short = network.architecture.preprocessing.scale or PUBLISHED_SCALE
+        height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in (short, long))
+        return height, width
+    check_size(size)
+    if any(side % SIZE_DIVISOR for side in size):
+        nearest = "x".join(str(-(-side // SIZE_DIVISOR) * SIZE_DIVISOR) for side in size)
+        raise ExportError(
+            f"a detector's height and width must be multiples of {SIZE_DIVISOR}, as its published "
+            f"pipeline pads them; got {size[0]}x{size[1]}. Give {nearest}."
+        )
+    return size
+
+
+def _refuse_precision(precision: str) -> None:
+    if precision in ("fp16", "int8"):
+        raise ExportError(
+            f"detectors are exported in float32 only so far, not in {precision}: coordinates of "
+            "boxes need float32. Leave --precision out."
+        )

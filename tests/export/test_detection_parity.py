@@ -1,0 +1,100 @@
+"""What counts as the same objects, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from export.detection_parity import compare_detections
+from fdconv_deploy.errors import ExportError
+
+
+def answer(rows: list[tuple], places: int = 4) -> dict[str, np.ndarray]:
+    """One image's ``(label, score, x1, y1, x2, y2)``, padded."""
+    found = {
+        "boxes": np.zeros((1, places, 4), np.float32),
+        "scores": np.zeros((1, places), np.float32),
+        "labels": np.zeros((1, places), np.int64),
+        "count": np.array([len(rows)]),
+        "masks": np.zeros((1, places, 2, 2), np.float32),
+    }
+    for place, (label, score, *box) in enumerate(rows):
+        found["labels"][0, place], found["scores"][0, place] = label, score
+        found["boxes"][0, place], found["masks"][0, place] = box, score
+    return found
+
+
+A = (1, 0.9, 0, 0, 40, 40)
+B = (2, 0.5, 0, 0, 40, 40)
+C = (1, 0.4, 50, 50, 90, 90)
+
+
+def parity(actual, expected, score_thr=0.05):
+    found = compare_detections(answer(actual), answer(expected), score_thr)
+    return {output.name: output for output in found}
+
+
+def test_equal_answers():
+    found = parity([A, B, C], [A, B, C])
+    assert list(found) == ["boxes", "scores", "labels", "count", "masks"]
+    assert all(output.max_abs == output.max_rel == 0 for output in found.values())
+    assert found["labels"].argmax_agreement == 1
+    assert parity([], [])["labels"].argmax_agreement == 1
+
+
+def test_errors_are_of_the_same_objects_whatever_their_order():
+    near = (1, 0.50001, 50, 50, 90, 90.1)
+    far = (2, 0.50002, 0, 0, 40, 40)
+    found = parity([A, far, near], [A, near, B])
+    assert found["boxes"].max_abs == 0
+    assert found["scores"].max_abs == pytest.approx(2e-5, rel=0.01)
+    assert found["masks"].max_abs == pytest.approx(2e-5, rel=0.01)
+    moved = (1, 0.9, 0, 0, 40, 40.5)
+    assert parity([moved, B], [A, B])["boxes"].max_abs == 0.5
+    assert parity([moved, B], [A, B])["boxes"].max_rel == 0.5 / 40
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "hint"),
+    [
+        ([A], [A, C], r"network finds class 1 at \(50.0, 50.0, 90.0, 90.0\).*graph does not"),
+        ([A, C], [A], r"graph finds class 1 at .*0\.4000.*network does not"),
+        ([(3, *A[1:])], [A], "class 3"),  # another class
+        ([(1, 0.9, 0, 0, 40, 30)], [A], "class 1"),  # another place
+        ([A, A], [A], "graph finds class 1"),  # once too often
+        ([C, A], [C, A], "not in the order"),
+    ],
+)
+def test_other_objects_are_refused(actual, expected, hint):
+    with pytest.raises(ExportError, match=hint):
+        parity(actual, expected)
+
+
+def test_edges():
+    """What rounding may show or not: at the threshold, and at the last of all places."""
+    faint = (3, 0.05001, 0, 0, 9, 9)
+    assert parity([A, faint], [A])["labels"].argmax_agreement == 0.5
+    with pytest.raises(ExportError, match="class 3"):
+        parity([A, faint], [A], score_thr=0.01)
+    last, other = (1, 0.3, 0, 50, 9, 59), (2, 0.30005, 0, 60, 9, 69)
+    assert parity([A, B, C, last], [A, B, C, other])["labels"].argmax_agreement == 0.75
+    with pytest.raises(ExportError, match="network finds class 2"):
+        parity([A, B, C, last], [A, B, C, (2, 0.35, 0, 60, 9, 69)])
+    with pytest.raises(ExportError, match="graph finds class 1"):
+        parity([A, B, last], [A, B, other])  # a place is left
+
+
+def test_padding_and_numbers():
+    expected = answer([A])
+    for name in ("boxes", "scores", "labels", "masks"):
+        stained = answer([A])
+        stained[name][0, 2] = 1
+        with pytest.raises(ExportError, match=rf"'{name}'.*not empty|not in the order"):
+            compare_detections(stained, expected, 0.05)
+    broken = answer([A])
+    broken["boxes"][0, 0, 0] = np.nan
+    with pytest.raises(ExportError, match=r"'boxes'.*not finite"):
+        compare_detections(broken, expected, 0.05)
+    broken = answer([A]) | {"count": np.array([9])}
+    with pytest.raises(ExportError, match="counts 9"):
+        compare_detections(broken, expected, 0.05)

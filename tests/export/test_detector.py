@@ -1,0 +1,159 @@
+"""A detector's bundle: its answers, its static shapes, its manifest, what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from export.detection_parity import compare_detections
+from export.detector_inputs import made_up_detector_inputs
+from export.detectors import export_detector
+from fdconv_deploy.architecture import FDConvConfig, Preprocessing
+from fdconv_deploy.detector_architecture import PUBLISHED_SCALE
+from fdconv_deploy.errors import ExportError
+from fdconv_deploy.folding.network import dynamic_layers
+from fdconv_deploy.nn.detection import Detector
+from fdconv_deploy.runtime import open_session
+from fdconv_deploy.runtime.bundle import Bundle
+from tests.reference.networks import small_detector
+
+SIZE = (96, 128)
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return small_detector()
+
+
+@pytest.fixture(scope="module")
+def bundle(detector, tmp_path_factory) -> Bundle:
+    path = tmp_path_factory.mktemp("detector") / "bundle"
+    return export_detector(detector, path, size=SIZE, batches=(1, 3))
+
+
+def ask(bundle: Bundle, images: torch.Tensor, sizes: torch.Tensor) -> dict[str, np.ndarray]:
+    path = bundle.model_path(len(images))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    feed = {"images": images.numpy(), "sizes": sizes.numpy()}
+    return dict(zip(names, session.run(names, feed), strict=True))
+
+
+@torch.no_grad()
+def answer(network: Detector, images: torch.Tensor, sizes: torch.Tensor) -> dict[str, np.ndarray]:
+    outputs = network(images, sizes)
+    return {n: o.numpy() for n, o in zip(network.output_names, outputs, strict=True)}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_graph_equals_network(bundle, detector, batch):
+    """On images the export did not check it with."""
+    for seed in (3, 4):
+        inputs = made_up_detector_inputs(batch, SIZE, Preprocessing(), seed=seed)
+        expected = answer(detector, *inputs)
+        assert expected["count"].min() > 5
+        found = compare_detections(ask(bundle, *inputs), expected, 0.05)
+        errors = {output.name: output for output in found}
+        assert errors["labels"].argmax_agreement == 1
+        assert errors["boxes"].max_rel <= 1e-5
+        assert errors["scores"].max_abs <= 1e-4
+        assert errors["masks"].max_abs <= 1e-3
+
+
+def test_shapes_are_static_and_operators_standard(bundle):
+    model = onnx.load(bundle.model_path(3))
+    for value in model.graph.output:
+        assert all(d.dim_value > 0 for d in value.type.tensor_type.shape.dim)
+    used = {(node.domain, node.op_type) for node in model.graph.node}
+    assert {domain for domain, _ in used} <= {"", "fdconv"}
+    assert {("", "NonMaxSuppression"), ("", "RoiAlign"), ("", "TopK")} <= used
+    aligned = [n for n in model.graph.node if n.op_type == "RoiAlign"]
+    assert len(aligned) == 8  # box and mask, four levels
+    for node in aligned:
+        modes = {a.name: a.s for a in node.attribute if a.s}
+        assert modes["coordinate_transformation_mode"] == b"half_pixel"
+
+
+def test_manifest(bundle, detector):
+    manifest = bundle.manifest
+    assert manifest.kind == "detector"
+    assert manifest.detector == detector.architecture
+    assert (manifest.input.height, manifest.input.width) == SIZE
+    assert [(t.name, t.shape, t.dtype) for t in manifest.inputs[3]] == [
+        ("images", (3, 3, *SIZE), "float32"),
+        ("sizes", (3, 2), "float32"),
+    ]
+    assert [(t.name, t.shape, t.dtype) for t in manifest.outputs[3]] == [
+        ("boxes", (3, 20, 4), "float32"),
+        ("scores", (3, 20), "float32"),
+        ("labels", (3, 20), "int64"),
+        ("count", (3,), "int64"),
+        ("masks", (3, 20, 28, 28), "float32"),
+    ]
+    assert set(manifest.group_maps) == set(dynamic_layers(detector))
+    for outputs in manifest.parity.batches.values():
+        errors = {output.name: output for output in outputs}
+        assert errors["labels"].argmax_agreement == 1
+        assert 0 < errors["boxes"].max_rel <= 1e-5
+
+
+def test_the_runtime_takes_it(bundle):
+    picture = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    with open_session(bundle.path) as session:
+        found = session.detect(picture)
+    assert (found.boxes[:, 2:] <= [90, 60]).all()
+    assert len(found.boxes) == len(found.scores) == len(found.labels)
+
+
+def test_a_plain_faster_rcnn_that_finds_nothing(tmp_path):
+    """No box at all passes through suppression and cutting, in the export's own check too."""
+    network = small_detector(16, masks=False, conv=None)
+    with torch.no_grad():
+        network.roi_head.bbox_head.fc_cls.bias[-1] += 100
+    said: list[str] = []
+    made = export_detector(network, tmp_path / "bundle", size=(64, 64), progress=said.append)
+    assert any("no FDConv layer" in line for line in said)
+    found = ask(made, *made_up_detector_inputs(1, (64, 64), Preprocessing()))
+    assert list(found) == ["boxes", "scores", "labels", "count"]
+    assert found["count"].tolist() == [0]
+    assert not any(values.any() for values in found.values())
+
+
+def test_refusals(detector, tmp_path):
+    with pytest.raises(ExportError, match=r"multiples of 32.*got 100x128. Give 128x128"):
+        export_detector(detector, tmp_path / "b", size=(100, 128))
+    with pytest.raises(ExportError, match=r"float32 only.*not in fp16"):
+        export_detector(detector, tmp_path / "b", size=SIZE, precision="fp16")
+    with pytest.raises(ExportError, match="training mode"):
+        export_detector(small_detector(8, conv=None).train(), tmp_path / "b", size=SIZE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_objects_are_refused(detector, tmp_path, monkeypatch):
+    """A graph whose suppression is another's."""
+    from export import detection_nodes
+
+    translate = detection_nodes.TRANSLATIONS[torch.ops.fdconv_deploy.suppress.default]
+
+    def lax(boxes, scores, iou_threshold, limit):
+        return translate(boxes, scores, 0.9, limit)
+
+    monkeypatch.setitem(detection_nodes.TRANSLATIONS, torch.ops.fdconv_deploy.suppress.default, lax)
+    with pytest.raises(ExportError, match=r"finds class.*and the .* does not.*Nothing was kept"):
+        export_detector(detector, tmp_path / "b", size=SIZE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_published_size_is_the_default():
+    from export.detectors import _graph_size
+
+    network = small_detector(8, conv=None)
+    assert network.architecture.preprocessing.scale == PUBLISHED_SCALE
+    assert _graph_size(network, None) == (800, 1344)
+
+
+def test_fdconv_config_reaches_the_manifest(bundle):
+    assert bundle.manifest.detector.backbone.conv == FDConvConfig(kernel_num=4)
