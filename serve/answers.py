@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,24 @@ class Form:
     media_type: str
 
 
+class Writable(Protocol):
+    """One image's answer, to be written down: a segmentor's or a detector's."""
+
+    @property
+    def name(self) -> str | None:
+        """The image file's name in the form, if it came with one."""
+
+    @property
+    def fit(self) -> str:
+        """How the image was brought to the network's size."""
+
+    def document(self, mask: MaskForm) -> dict[str, Any]:
+        """For JSON."""
+
+    def file(self, output: Output, kind: str, opacity: float) -> bytes:
+        """One of the other outputs, as a file of the media type ``kind``."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """One image's answer, to be written down.
@@ -60,6 +79,19 @@ class Answer:
     kept: tuple[int, ...] | None = None
     logits: npt.NDArray[np.float32] | None = None
     size: tuple[int, int] = (0, 0)
+
+    @property
+    def fit(self) -> str:
+        """How the image was brought to the network's size."""
+        return self.segmentation.fit
+
+    def document(self, mask: MaskForm) -> dict[str, Any]:
+        """As ``schemas.Segmentation``."""
+        return _document(self, mask)
+
+    def file(self, output: Output, kind: str, opacity: float) -> bytes:
+        """One of the other outputs, as a file of the media type ``kind``."""
+        return _file(output, kind, self, opacity)
 
 
 def choose_form(accept: str, output: Output | None) -> Form:
@@ -111,23 +143,25 @@ def run_lengths(labels: npt.NDArray[Any]) -> dict[str, list[int]]:
     }
 
 
-def render(form: Form, answers: list[Answer], opacity: float, mask: MaskForm) -> tuple[bytes, str]:
+def render(
+    form: Form, answers: Sequence[Writable], opacity: float, mask: MaskForm
+) -> tuple[bytes, str]:
     """The response's body and its media type."""
     if form.output == "json":
-        documents = [_document(answer, mask) for answer in answers]
+        documents = [answer.document(mask) for answer in answers]
         found = documents[0] if len(answers) == 1 else {"results": documents}
         # Not through pydantic, which would check every run.
         return json.dumps(found, separators=(",", ":")).encode(), JSON
     kind = _TYPES[form.output][0] if form.media_type == ZIP else form.media_type
     if len(answers) == 1 and form.media_type != ZIP:
-        return _file(form.output, kind, answers[0], opacity), kind
+        return answers[0].file(form.output, kind, opacity), kind
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for number, answer in enumerate(answers):
             stem = (answer.name or "image").rpartition(".")[0] or (answer.name or "image")
             archive.writestr(
                 f"{number:03d}-{stem}.{_SUFFIXES[kind]}",
-                _file(form.output, kind, answer, opacity),
+                answer.file(form.output, kind, opacity),
             )
     return buffer.getvalue(), ZIP
 
@@ -173,7 +207,6 @@ def _keeps(answer: Answer) -> npt.NDArray[np.bool_]:
 
 
 def _document(answer: Answer, mask: MaskForm) -> dict[str, Any]:
-    """As ``schemas.Segmentation``."""
     found = answer.segmentation
     height, width = found.labels.shape
     areas = found.areas().tolist()

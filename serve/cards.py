@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime import Bundle
+from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE
+from fdconv_deploy.runtime.detection.steps import detector_classes, detector_palette
 from fdconv_deploy.runtime.postprocessing import check_classes
 from fdconv_deploy.runtime.segmentation import class_names, class_palette
 from fdconv_deploy.runtime.tiling import slide_stride
 
-from .schemas import InputSize, ModelCard, ModelClass, OutputParity
+from .schemas import RGB, InputSize, InstanceLimits, ModelCard, ModelClass, OutputParity
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -33,45 +35,27 @@ def model_name(path: Path) -> str:
 def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
     """The card of a model that is not loaded.
 
-    :raises BundleError: it is no segmentor of two classes or more, or is tested by sliding
-        with a stride that cannot.
+    :raises BundleError: it is neither a detector nor a segmentor of two classes or more, or is
+        tested by sliding with a stride that cannot.
     """
     manifest = bundle.manifest
-    if manifest.architecture is None or manifest.input is None:
+    if manifest.input is None or manifest.kind == "module":
         raise BundleError(
             f"The bundle {bundle.path} is of a {manifest.kind}, which does not segment images, "
-            "so it cannot be served. Name a segmentor's bundle."
+            "so it cannot be served. Name a segmentor's or a detector's bundle."
         )
-    names, colours = class_names(manifest.architecture), class_palette(manifest.architecture)
-    check_classes(len(names))
-    size = manifest.input.height, manifest.input.width
-    test = manifest.architecture.test
-    modes: list[Literal["whole", "slide"]] = ["whole"]
-    if test.mode == "slide" or test.stride is not None:
-        try:
-            slide_stride(test, size)
-            modes.append("slide")
-        except BundleError:
-            if test.mode == "slide":
-                raise
+    told = _detector(bundle) if manifest.kind == "detector" else _segmentor(bundle)
     parity = manifest.parity.batches if manifest.parity else {}
     checkpoint = manifest.checkpoint
-    logits = manifest.outputs[bundle.batch_sizes[0]][0].shape
     return ModelCard(
+        **told,
         name=name,
+        kind=manifest.kind,
         default=default,
         state="unloaded",
         version="0",
-        classes=[
-            ModelClass(id=number, name=label, color=colour)
-            for number, (label, colour) in enumerate(zip(names, colours, strict=True))
-        ],
-        input=InputSize(height=size[0], width=size[1]),
-        output=InputSize(height=logits[2], width=logits[3]),
+        input=InputSize(height=manifest.input.height, width=manifest.input.width),
         batch_sizes=list(bundle.batch_sizes),
-        mode=test.mode,
-        modes=modes,
-        fit=manifest.fit,
         precision=manifest.precision,
         backend=None,
         bytes=model_bytes(bundle),
@@ -86,6 +70,61 @@ def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
         created_at=manifest.created_at,
         created_by=manifest.created_by,
     )
+
+
+def _segmentor(bundle: Bundle) -> dict[str, Any]:
+    """What a segmentor's card alone says."""
+    manifest = bundle.manifest
+    architecture, size = manifest.architecture, manifest.input
+    assert architecture is not None
+    assert size is not None
+    names = class_names(architecture)
+    check_classes(len(names))
+    test = architecture.test
+    modes: list[Literal["whole", "slide"]] = ["whole"]
+    if test.mode == "slide" or test.stride is not None:
+        try:
+            slide_stride(test, (size.height, size.width))
+            modes.append("slide")
+        except BundleError:
+            if test.mode == "slide":
+                raise
+    logits = manifest.outputs[bundle.batch_sizes[0]][0].shape
+    return {
+        "classes": _classes(names, class_palette(architecture)),
+        "output": InputSize(height=logits[2], width=logits[3]),
+        "instances": None,
+        "mode": test.mode,
+        "modes": modes,
+        "fit": manifest.fit,
+    }
+
+
+def _detector(bundle: Bundle) -> dict[str, Any]:
+    """What a detector's card alone says."""
+    detector = bundle.manifest.detector
+    assert detector is not None
+    rcnn = detector.test.rcnn
+    return {
+        "classes": _classes(detector_classes(detector), detector_palette(detector)),
+        "output": None,
+        "instances": InstanceLimits(
+            masks=detector.mask_head is not None,
+            most=rcnn.max_per_img,
+            lowest_score=rcnn.score_thr,
+            min_score=SHOWN_SCORE,
+        ),
+        "mode": "whole",
+        "modes": ["whole"],
+        "fit": "pad",
+    }
+
+
+def _classes(names: tuple[str, ...], colours: tuple[RGB, ...]) -> list[ModelClass]:
+    return [
+        ModelClass(id=number, name=name, color=colour)
+        for number, (name, colour) in enumerate(zip(names, colours, strict=True))
+    ]
 
 
 def model_bytes(bundle: Bundle) -> int:

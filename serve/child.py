@@ -45,18 +45,20 @@ class Worker:
         self._sessions.pop(key).close()
         return ("done",)
 
-    def run(self, key: str, shape: tuple[int, ...], dtype: str, size: int) -> tuple[Any, ...]:
+    def run(
+        self, key: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int
+    ) -> tuple[Any, ...]:
         """Run what lies in the shared memory and leave the answer there."""
         if size != self._size:
             self._map(size)
         count = int(np.prod(shape))
-        inputs = np.frombuffer(self._memory, np.dtype(dtype), count).reshape(shape)
-        logits = self._sessions[key].run(inputs)
-        if logits.nbytes > self._size:
-            os.ftruncate(self._file, logits.nbytes)
-            self._map(logits.nbytes)
-        np.copyto(np.frombuffer(self._memory, np.float32, logits.size), logits.reshape(-1))
-        return ("done", logits.shape, self._size)
+        inputs = np.frombuffer(self._memory, dtype, count).reshape(shape)
+        answer = self._sessions[key].run(inputs)
+        if answer.nbytes > self._size:
+            os.ftruncate(self._file, answer.nbytes)
+            self._map(answer.nbytes)
+        np.copyto(np.frombuffer(self._memory, answer.dtype, answer.size), answer.reshape(-1))
+        return ("done", answer.shape, answer.dtype, self._size)
 
     def _map(self, size: int) -> None:
         self._memory = mmap.mmap(self._file, size)

@@ -30,7 +30,7 @@ from .settings import Settings
 
 log = logging.getLogger("fdconv.serve")
 _START_SECONDS = 120.0
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 
 
 def shared_file() -> int:
@@ -74,13 +74,13 @@ class Child:
             raise WorkerDiedError("the worker was replaced and does not have this model yet")
         self._reserve(inputs.nbytes)
         np.copyto(np.frombuffer(self._memory, inputs.dtype, inputs.size), inputs.reshape(-1))
-        _, shape, size = self._ask(
-            ("run", key, inputs.shape, inputs.dtype.str, self._size), self._limit
+        _, shape, dtype, size = self._ask(
+            ("run", key, inputs.shape, inputs.dtype, self._size), self._limit
         )
         if size > self._size:  # the answer did not fit: the child has made room
             self._map(size)
         count = int(np.prod(shape))
-        return np.frombuffer(self._memory, np.float32, count).reshape(shape).copy()
+        return np.frombuffer(self._memory, dtype, count).reshape(shape).copy()
 
     def restart(self) -> None:
         """End the process, start another, and load what it had."""
@@ -249,9 +249,8 @@ class IsolatedSession(Session):
             path = str(self.bundle.path)
             self._children.each(lambda child: child.load(self._key, path, self._digest))
             return time.perf_counter() - start
-        height, width = self.input_size
         for batch in batch_sizes:
-            zeros = np.zeros((batch, 3, height, width), np.float32)
+            zeros = self.blank(batch)
             first = next(iter(self._children))
             with first.lock:
                 first.run(self._key, zeros)

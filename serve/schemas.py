@@ -112,6 +112,82 @@ class Segmentations(BaseModel):
     results: list[Segmentation]
 
 
+class ClassCount(BaseModel):
+    """One class of a detector, and how many of its objects the answer holds."""
+
+    id: int = Field(description="As an instance's ``label``.")
+    name: str
+    color: RGB = Field(description="Red, green, blue, 0–255.")
+    count: int
+
+
+class CocoMask(BaseModel):
+    """An object's pixels as COCO's compressed run lengths, which pycocotools decodes."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"size": [2, 4], "counts": "042"}]})
+
+    size: tuple[int, int] = Field(description="Height and width in pixels.")
+    counts: str
+
+
+class InstanceRings(BaseModel):
+    """An object's outlines along the pixels' edges; see `ClassPolygons`."""
+
+    size: tuple[int, int]
+    rings: list[list[int]]
+
+
+class Instance(BaseModel):
+    """One object."""
+
+    id: int = Field(description="Its pixels' value in the mask PNG: 1 for the best score.")
+    label: int = Field(description="The number of its class.")
+    class_: str = Field(alias="class", description="The name of its class.")
+    score: float = Field(description="0–1.")
+    box: tuple[float, float, float, float] = Field(
+        description="x1, y1, x2, y2 in pixels of the image; (0, 0) is its top left corner."
+    )
+    area: int | None = Field(description="Pixels of the mask, if it is in the answer.")
+    mask: CocoMask | InstanceRings | None = Field(
+        description="As ?mask= asks: COCO's run lengths, polygons, or null for none, and where "
+        "the network gives none."
+    )
+
+
+class Detection(BaseModel):
+    """A detector's answer to one image."""
+
+    model: str
+    file: str | None = Field(description="The file's name in the form, if it came with one.")
+    height: int = Field(description="Of the image, in pixels.")
+    width: int
+    fit: Literal["exact", "pad"] = Field(
+        description="'exact': the image was padded as published. 'pad': it was padded further, "
+        "which changes the network's answer somewhat."
+    )
+    resized_to: tuple[int, int] = Field(
+        description="Height and width of the image within the network's input."
+    )
+    classes: list[ClassCount]
+    instances: list[Instance] = Field(description="The best score first.")
+    timings_ms: dict[str, float] = Field(description="Milliseconds by stage.")
+
+
+class Detections(BaseModel):
+    """A detector's answers to several images, in the order they were sent."""
+
+    results: list[Detection]
+
+
+class InstanceLimits(BaseModel):
+    """What a detector gives at most, and at least."""
+
+    masks: bool = Field(description="Whether its objects have masks, or boxes alone.")
+    most: int = Field(description="Objects in an image.")
+    lowest_score: float = Field(description="The network gives no object that scores less.")
+    min_score: float = Field(description="Of the objects in an answer, when a request says none.")
+
+
 class ModelClass(BaseModel):
     """One class a model tells apart."""
 
@@ -148,6 +224,9 @@ class ModelCard(BaseModel):
     """What a model is and how it runs here."""
 
     name: str
+    kind: Literal["segmentor", "detector"] = Field(
+        description="Whether it labels every pixel, or finds objects."
+    )
     default: bool = Field(description="Whether /v1/segment uses this model.")
     state: Literal["ready", "unloaded", "loading", "failed"] = Field(
         description="Models that are not loaded are at their first request, if they can be."
@@ -155,7 +234,8 @@ class ModelCard(BaseModel):
     version: str = Field(description="Counts the times the model was loaded; '0' not yet.")
     classes: list[ModelClass]
     input: InputSize = Field(description="Of the network's input.")
-    output: InputSize = Field(description="Of the network's logits.")
+    output: InputSize | None = Field(description="Of a segmentor's logits.")
+    instances: InstanceLimits | None = Field(description="Of a detector.")
     batch_sizes: list[int]
     mode: Literal["whole", "slide"] = Field(description="Used when a request names none.")
     modes: list[Literal["whole", "slide"]]
@@ -237,7 +317,7 @@ class InferTensor(BaseModel):
 
     name: str
     shape: list[int]
-    datatype: Literal["FP32", "UINT8", "UINT16"]
+    datatype: Literal["FP32", "UINT8", "UINT16", "INT64"]
     parameters: dict[str, Any] = {}
     data: list[Any] | None = Field(default=None, description="Row by row; absent in binary.")
 
@@ -245,7 +325,7 @@ class InferTensor(BaseModel):
 class RequestedOutput(BaseModel):
     """KServe v2: an output that is wanted."""
 
-    name: Literal["logits", "labels"]
+    name: Literal["logits", "labels", "boxes", "scores", "count", "masks"]
     parameters: dict[str, Any] = Field(default={}, examples=[{"binary_data": True}])
 
 
@@ -273,7 +353,7 @@ class InferCall(BaseModel):
 
     id: str = ""
     parameters: dict[str, Any] = {}
-    inputs: list[InferTensor] = Field(min_length=1, max_length=1)
+    inputs: list[InferTensor] = Field(min_length=1, max_length=2)
     outputs: list[RequestedOutput] = []
 
 

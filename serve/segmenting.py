@@ -3,56 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
-
-from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime import Segmentation, Session, read_image
-from fdconv_deploy.runtime.decoding import FORMATS, UnsupportedImageError
-from fdconv_deploy.runtime.postprocessing import logit_map
-from fdconv_deploy.runtime.preprocessing import resize
-
-from .answers import Answer, Form, MaskForm, render
+from .answers import Writable, render
 from .bodies import Upload
-from .problems import RefusedError, image_problem
-from .scheduling import Outcome
+from .detecting import DetectedImage
+from .one_image import OneImage, Wanted
 from .service import Service
-from .settings import Settings
 from .versions import Version
 
-T = TypeVar("T")
-Picture = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a request asks for. ``kept``: class numbers, all when None."""
-
-    form: Form
-    mask: MaskForm
-    opacity: float
-    kept: tuple[int, ...] | None
-    fit: Literal["stretch", "pad"] | None
-    mode: Literal["whole", "slide"]
-    size: Literal["original", "network"] | None
+__all__ = ["Answered", "Wanted", "segment"]
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A response's body, with what its headers and the metrics say."""
+    """A response's body, with what its headers and the metrics say: how each image was fitted."""
 
     body: bytes
     media_type: str
     stages: list[tuple[str, float]]
-    answers: list[Segmentation]
+    fits: list[str]
 
 
 async def segment(
@@ -67,175 +40,27 @@ async def segment(
     :param deadline: on the scheduler's clock.
     :raises RefusedError: an image is not accepted; of several, it says which.
     """
+    way = DetectedImage if version.session.detects else OneImage
     if len(uploads) == 1:
-        one = _One(service, version, uploads[0], wanted, deadline)
+        one = way(service, version, uploads[0], wanted, deadline)
         await one.run()
         parts = [one]
     else:
-        parts = [_One(service, version, upload, wanted, deadline) for upload in uploads]
+        parts = [way(service, version, upload, wanted, deadline) for upload in uploads]
         await _all([part.run_numbered(n) for n, part in enumerate(parts, 1)])
     start = time.perf_counter()
 
-    def write() -> tuple[bytes, str, list[Answer]]:
-        answers = [part.answer() for part in parts]
-        return *render(wanted.form, answers, wanted.opacity, wanted.mask), answers
+    def write() -> tuple[bytes, str, list[str]]:
+        answers: list[Writable] = [part.answer() for part in parts]
+        fits = [answer.fit for answer in answers]
+        return *render(wanted.form, answers, wanted.opacity, wanted.mask), fits
 
-    body, media_type, answers = await service.scheduler.code(write)
+    body, media_type, fits = await service.scheduler.code(write)
     seconds = time.perf_counter() - start
     after = sum(part.times.get("postprocess", 0.0) for part in parts)
     longest = max(parts, key=lambda part: sum(part.times.values())).times
     stages = {**longest, "postprocess": after, "encode": max(seconds - after, 0.0)}
-    return Answered(
-        body, media_type, list(stages.items()), [answer.segmentation for answer in answers]
-    )
-
-
-class _One:
-    """One image's way. Every method but ``run`` works on a codec or inference thread."""
-
-    def __init__(
-        self,
-        service: Service,
-        version: Version,
-        upload: Upload,
-        wanted: Wanted,
-        deadline: float,
-    ) -> None:
-        self._service, self._version, self._wanted = service, version, wanted
-        self._deadline = deadline
-        self._upload: Upload | None = upload
-        self._name = upload.name
-        self._session: Session = version.session
-        self.times: dict[str, float] = {}
-        self._size = (0, 0)
-        self._image: Picture | None = None
-        self._prepared: Any = None
-        self._outcome: Outcome | None = None
-
-    async def run(self) -> None:
-        """Everything up to the logits."""
-        scheduler, wanted = self._service.scheduler, self._wanted
-        start = time.perf_counter()
-        await scheduler.code(self._open)
-        waited = time.perf_counter() - start - sum(self.times.values())
-        if wanted.mode == "slide":
-            image = self._image
-            assert image is not None
-            self._image = image if self._needs_image() else None
-            call = partial(self._session.segment, image, mode="slide")
-            outcome = await scheduler.call(self._version, call, self._deadline)
-        else:
-            outcome = await scheduler.run(self._version, self._prepared.input[None], self._deadline)
-            self._prepared = replace(self._prepared, input=None)
-        self._outcome = outcome
-        self.times["queue"] = outcome.queue_seconds + max(waited, 0.0)
-        self.times["inference"] = outcome.run_seconds
-
-    async def run_numbered(self, number: int) -> None:
-        """As :meth:`run`, with errors that say which image it was."""
-        named = f"Image {number}" + (f" ({self._name})" if self._name else "")
-        try:
-            await self.run()
-        except RefusedError as error:
-            raise RefusedError(error.status, f"{named}: {error.detail}") from error
-        except ImageError as error:
-            status, detail = image_problem(error)
-            raise RefusedError(status, f"{named}: {detail}") from error
-
-    def answer(self) -> Answer:
-        """The logits as an answer, and the time that took."""
-        start = time.perf_counter()
-        wanted, outcome = self._wanted, self._outcome
-        assert outcome is not None
-        logits = None
-        if wanted.mode == "slide":
-            found: Segmentation = outcome.rows[0]
-            self.times["inference"] = found.timings["inference"]
-            self.times["preprocess"] = found.timings["preprocess"]
-        else:
-            if wanted.form.output == "logits":
-                logits = self._logits(outcome.rows[0])
-            prepared = self._prepared
-            if wanted.size == "network":
-                place = prepared.placement
-                prepared = replace(prepared, image_size=(place.height, place.width))
-                if self._image is not None:
-                    self._image = resize(self._image, place.height, place.width)
-            found = self._session.finish(prepared, outcome.rows[0])
-        self.times["postprocess"] = time.perf_counter() - start
-        rounded = {name: round(seconds * 1e3, 3) for name, seconds in self.times.items()}
-        return Answer(
-            self._version.name,
-            found,
-            self._image,
-            self._name,
-            rounded,
-            wanted.kept,
-            logits,
-            self._size,
-        )
-
-    def _open(self) -> None:
-        start = time.perf_counter()
-        assert self._upload is not None
-        image = decode(self._upload.data, self._service.settings)
-        self._upload = None
-        self._size = (image.shape[0], image.shape[1])
-        self._check_answer_size()
-        decoded = time.perf_counter()
-        self.times["decode"] = decoded - start
-        if self._wanted.mode == "whole":
-            self._prepared = self._session.prepare(image, fit=self._wanted.fit)
-            self.times["preprocess"] = time.perf_counter() - decoded
-        if self._wanted.mode == "slide" or self._needs_image():
-            self._image = image
-
-    def _needs_image(self) -> bool:
-        return self._wanted.form.output == "overlay"
-
-    def _logits(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        if self._wanted.size is None:
-            return logits
-        place = self._prepared.placement
-        covered = (place.height, place.width)
-        architecture = self._session.bundle.manifest.architecture
-        assert architecture is not None
-        return logit_map(
-            logits,
-            self._session.input_size,
-            covered,
-            covered if self._wanted.size == "network" else self._size,
-            align_corners=architecture.decode_head.align_corners,
-        )
-
-    def _check_answer_size(self) -> None:
-        if self._wanted.form.output != "logits" or self._wanted.size != "original":
-            return
-        limit = self._service.settings.max_answer_bytes
-        size = len(self._version.card.classes) * self._size[0] * self._size[1] * 4
-        if size > limit:
-            raise RefusedError(
-                413,
-                f"Logits at this image's size are {size:,} bytes, and answers hold at most "
-                f"{limit:,}. Leave size out for the network's own, smaller ones.",
-            )
-
-
-def decode(data: bytes, settings: Settings) -> Picture:
-    """An image of the formats and within the pixels accepted here.
-
-    :raises ImageError: it is not.
-    """
-    if tuple(settings.formats) != FORMATS:
-        accepted = ", ".join(settings.formats)
-        try:
-            with Image.open(io.BytesIO(data), formats=settings.formats):
-                pass
-        except Exception as error:
-            raise UnsupportedImageError(
-                f"The image is not of a format accepted here ({accepted}). Convert it to one."
-            ) from error
-    return read_image(data, max_pixels=settings.max_pixels)
+    return Answered(body, media_type, list(stages.items()), fits)
 
 
 async def _all(works: list[Coroutine[Any, Any, None]]) -> None:

@@ -93,6 +93,12 @@ class Session(Segmenting, Detecting):
         """
         return self.run_rows(batch) if self.detects else self._logits(batch)
 
+    def blank(self, count: int) -> npt.NDArray[Any]:
+        """``count`` images of zeros, as :meth:`run` takes them."""
+        if self.detects:
+            return np.zeros(count, self.row_type)
+        return np.zeros((count, 3, *self.input_size), np.float32)
+
     def _rehearse(self, answers: Tensors) -> None:
         if self.detects:
             black = np.zeros((*self.input_size, 3), np.uint8)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE
 from serve.answers import (
     JPEG,
     JSON,
@@ -23,7 +24,7 @@ from serve.answers import (
 )
 from serve.bodies import FIELD, Body
 from serve.problems import RefusedError, problem_docs
-from serve.schemas import ModelCard, Segmentation, Segmentations
+from serve.schemas import Detection, Detections, ModelCard, Segmentation, Segmentations
 from serve.segmenting import Wanted, segment
 from serve.versions import Model
 
@@ -40,10 +41,12 @@ class SegmentOptions(BaseModel):
     output: Output | None = Field(
         default=None,
         description="'json', 'mask' (indexed PNG), 'overlay' (PNG, or JPEG if accepted rather) "
-        "or 'logits' (npz). When not given, the Accept header chooses.",
+        "or, of segmentors, 'logits' (npz). When not given, the Accept header chooses.",
     )
     mask: MaskForm = Field(
-        default="rle", description="How JSON holds the mask: run lengths, polygons, or not at all."
+        default="rle",
+        description="How JSON holds masks: run lengths (of a detector's objects, COCO's), "
+        "polygons, or not at all.",
     )
     classes: list[str] | None = Field(
         default=None,
@@ -51,6 +54,12 @@ class SegmentOptions(BaseModel):
         description="Only these classes, by name or number, several times or with commas. "
         "Elsewhere masks hold 255 (transparent), run lengths -1, and overlays the image.",
         examples=[["road", "3"]],
+    )
+    min_score: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Of a detector's objects; 0.3 when not given, 0 for all the network gives.",
     )
     opacity: float = Field(default=0.5, ge=0, le=1, description="Of the colours in an overlay.")
     size: Literal["original", "network"] | None = Field(
@@ -109,10 +118,11 @@ _EXAMPLE = {
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "model": Segmentation | Segmentations,
-        "description": "The image's labels, or `results` for several images. As image/png: each "
-        "pixel's value is its class, and the palette holds the classes' colours. "
-        "As application/zip: one file per image.",
+        "model": Segmentation | Segmentations | Detection | Detections,
+        "description": "The image's labels, or a detector's objects, or `results` for several "
+        "images. As image/png: each pixel's value is its class, and the palette holds the "
+        "classes' colours; of a detector, the number of its object, from 1. As application/zip: "
+        "one file per image.",
         "content": {
             JSON: {"example": _EXAMPLE},
             PNG: _BINARY,
@@ -195,7 +205,7 @@ async def _segment(
     headers = {
         "Vary": "Accept",
         "X-Model": version.name,
-        "X-Fit": ", ".join(dict.fromkeys(part.fit for part in found.answers)),
+        "X-Fit": ", ".join(dict.fromkeys(found.fits)),
         "X-Mode": wanted.mode,
         "Server-Timing": ", ".join(f"{k};dur={v}" for k, v in timings.items()),
     }
@@ -203,6 +213,7 @@ async def _segment(
 
 
 def _wanted(card: ModelCard, options: SegmentOptions, form: Form) -> Wanted:
+    _check_kind(card, options, form)
     wanted = Wanted(
         form=form,
         mask=options.mask,
@@ -211,9 +222,36 @@ def _wanted(card: ModelCard, options: SegmentOptions, form: Form) -> Wanted:
         fit=options.fit,
         mode=_mode(card, options, form.output),
         size=options.size,
+        min_score=SHOWN_SCORE if options.min_score is None else options.min_score,
     )
     _check_mask(card, wanted)
     return wanted
+
+
+def _check_kind(card: ModelCard, options: SegmentOptions, form: Form) -> None:
+    """Refuse what only models of the other kind can do."""
+    if card.instances is None:
+        if options.min_score is not None:
+            raise RefusedError(
+                422, f"The model {card.name!r} labels pixels, which have no scores: no min_score."
+            )
+        return
+    if form.output == "logits":
+        raise RefusedError(
+            406,
+            f"The model {card.name!r} is a detector, which has no logits. Ask for {JSON}, or for "
+            "its tensors at /v2.",
+        )
+    if form.output == "mask" and not card.instances.masks:
+        raise RefusedError(
+            406, f"The model {card.name!r} gives boxes and no masks. Ask for {JSON} or an overlay."
+        )
+    if options.size == "network" or options.fit == "stretch":
+        raise RefusedError(
+            422,
+            f"The model {card.name!r} is a detector: images keep their proportions, and answers "
+            "are in pixels of the image. Leave size and fit out.",
+        )
 
 
 def _mode(card: ModelCard, options: SegmentOptions, output: Output) -> Literal["whole", "slide"]:
@@ -255,7 +293,7 @@ def _kept(card: ModelCard, wanted: list[str] | None) -> tuple[int, ...] | None:
 
 
 def _check_mask(card: ModelCard, wanted: Wanted) -> None:
-    if wanted.form.output != "mask":
+    if wanted.form.output != "mask" or card.instances is not None:
         return
     most = 256 if wanted.kept is None else 255
     if len(card.classes) > most:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fdconv_deploy.architecture import TestMode
 from serve import Settings, create_app
-from tests.runtime import toy
+from tests.runtime import toy, toy_detector
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +25,25 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
             folder / "sliding", arch=toy.architecture(test=test), batches=(2,), seed=1
         ).path,
     ]
+
+
+@pytest.fixture(scope="session")
+def detectors(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two detectors: "things" (masks, batches 1 and 4) and "boxes" (no masks)."""
+    folder = tmp_path_factory.mktemp("served")
+    boxes = toy_detector.architecture(masks=False)
+    return [
+        toy_detector.make_bundle(folder / "things").path,
+        toy_detector.make_bundle(folder / "boxes", arch=boxes, batches=(1,)).path,
+    ]
+
+
+@pytest.fixture(scope="session")
+def detecting(detectors: list[Path], settings: Settings) -> Iterator[TestClient]:
+    """A service of the two detectors, "things" first."""
+    with TestClient(create_app(detectors, settings), raise_server_exceptions=False) as opened:
+        wait_until_ready(opened)
+        yield opened
 
 
 @pytest.fixture(scope="session")
