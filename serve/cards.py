@@ -110,6 +110,7 @@ def _detector(bundle: Bundle) -> dict[str, Any]:
         "output": None,
         "instances": InstanceLimits(
             masks=detector.mask_head is not None,
+            mask_size=detector.mask_size,
             most=rcnn.max_per_img,
             lowest_score=rcnn.score_thr,
             min_score=SHOWN_SCORE,

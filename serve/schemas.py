@@ -183,6 +183,9 @@ class InstanceLimits(BaseModel):
     """What a detector gives at most, and at least."""
 
     masks: bool = Field(description="Whether its objects have masks, or boxes alone.")
+    mask_size: int = Field(
+        description="Of a mask as the network gives it over its box, in cells each way."
+    )
     most: int = Field(description="Objects in an image.")
     lowest_score: float = Field(description="The network gives no object that scores less.")
     min_score: float = Field(description="Of the objects in an answer, when a request says none.")

@@ -19,13 +19,12 @@ from serve.service import Service
 
 from .inference import (
     EXTENSIONS,
-    INPUT,
     TYPES,
     InferRequest,
-    check_images,
-    check_outputs,
+    check_tensor,
     infer,
     model_metadata,
+    put_together,
 )
 from .messages import MESSAGES, METHODS, SERVICE
 from .repository_index import index_of, require_control
@@ -191,17 +190,34 @@ class GrpcServer:
 
 
 def _read(request: Any, card: Any, most: int) -> InferRequest:
-    if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
-        raise RefusedError(400, f"The request must have exactly one input, {INPUT!r}.")
-    given = request.inputs[0]
+    raw = list(request.raw_input_contents)
+    most_inputs = 1 if card.instances is None else 2
+    if not 1 <= len(request.inputs) <= most_inputs:
+        wanted = "exactly one input, 'images'" if most_inputs == 1 else "'images' and 'sizes'"
+        raise RefusedError(400, f"The request must have {wanted}.")
+    if raw and len(raw) != len(request.inputs):
+        raise RefusedError(400, "raw_input_contents must hold every input's bytes, or none's.")
+    tensors = {
+        given.name: _tensor(given, raw[place] if raw else None, card, most)
+        for place, given in enumerate(request.inputs)
+    }
+    parameter = request.parameters.get("timeout") if "timeout" in request.parameters else None
+    limit = None if parameter is None else timeout_ms(parameter.int64_param)
+    names = [output.name for output in request.outputs]
+    return put_together(card, request.id, tensors, names, limit)
+
+
+def _tensor(given: Any, raw: bytes | None, card: Any, most: int) -> Any:
+    """One input, (N, …), out of its bytes or its numbers."""
     shape = list(given.shape)
-    check_images(card, given.datatype, shape, most)
+    check_tensor(card, given.name, given.datatype, shape, most)
     dtype = TYPES[given.datatype]
-    if request.raw_input_contents:
-        raw = request.raw_input_contents
-        if len(raw) != 1 or len(raw[0]) != int(np.prod(shape)) * dtype.itemsize:
-            raise RefusedError(400, "raw_input_contents must hold the one input's bytes.")
-        array = np.frombuffer(raw[0], dtype)
+    if raw is not None:
+        if len(raw) != int(np.prod(shape)) * dtype.itemsize:
+            raise RefusedError(
+                400, f"raw_input_contents must hold the bytes of the input {given.name!r}."
+            )
+        array = np.frombuffer(raw, dtype)
     else:
         contents = given.contents
         field = contents.fp32_contents if given.datatype == "FP32" else contents.uint_contents
@@ -209,12 +225,7 @@ def _read(request: Any, card: Any, most: int) -> InferRequest:
         if array.size != int(np.prod(shape)) or (dtype == np.uint8 and array.max() > 255):
             raise RefusedError(400, "The input's contents do not fit its shape and datatype.")
         array = array.astype(dtype)
-    parameter = request.parameters.get("timeout") if "timeout" in request.parameters else None
-    limit = None if parameter is None else timeout_ms(parameter.int64_param)
-    names = check_outputs([output.name for output in request.outputs])
-    return InferRequest(
-        request.id, np.require(array, requirements="A").reshape(shape), names, limit
-    )
+    return np.require(array, requirements="A").reshape(shape)
 
 
 def _written(version: Any, request: InferRequest, outputs: dict[str, Any]) -> Any:

@@ -12,10 +12,13 @@ from fdconv_deploy.runtime import Session
 from fdconv_deploy.runtime.postprocessing import label_map
 from fdconv_deploy.runtime.preprocessing import normalise
 from serve.problems import RefusedError
+from serve.schemas import ModelCard
 from serve.service import Service
 from serve.versions import Version
 
-INPUT = "images"
+from . import detection
+
+INPUT, SIZES = "images", "sizes"
 OUTPUTS = ("logits", "labels")
 EXTENSIONS = ("binary_tensor_data", "model_repository")
 PLATFORM = "onnxruntime_onnx"
@@ -24,6 +27,7 @@ TYPES: dict[str, np.dtype[Any]] = {
     "FP32": np.dtype("<f4"),
     "UINT8": np.dtype("u1"),
     "UINT16": np.dtype("<u2"),
+    "INT64": np.dtype("<i8"),
 }
 
 
@@ -31,38 +35,84 @@ TYPES: dict[str, np.dtype[Any]] = {
 class InferRequest:
     """An inference request, whichever way it came.
 
-    ``images``: (N, 3, H, W) float32 normalised, or (N, H, W, 3) uint8 RGB.
+    ``images``: (N, 3, H, W) float32 normalised, or (N, H, W, 3) uint8 RGB. ``sizes``, of a
+    detector: (N, 2) float32, height and width of each image within its input; the whole input
+    when None.
     """
 
     id: str
     images: npt.NDArray[Any]
     outputs: tuple[str, ...]
     timeout_ms: float | None = None
+    sizes: npt.NDArray[Any] | None = None
 
 
-def tensor_types(labels: np.dtype[Any]) -> dict[str, str]:
-    """KServe's type name of each output."""
-    return {"logits": "FP32", "labels": "UINT8" if labels == np.uint8 else "UINT16"}
-
-
-def model_metadata(version: Version | None, card: Any) -> dict[str, Any]:
+def model_metadata(version: Version | None, card: ModelCard) -> dict[str, Any]:
     """As the protocol's model metadata; -1 is the batch, of any size."""
-    classes = len(card.classes)
-    label_type = "UINT8" if classes <= 256 else "UINT16"
-    size, out = card.input, card.output
+    size = card.input
+    images = {"name": INPUT, "datatype": "FP32", "shape": [-1, 3, size.height, size.width]}
+    inputs, outputs = [images], []
+    if card.instances is not None:
+        inputs.append({"name": SIZES, "datatype": "FP32", "shape": [-1, 2]})
+        outputs = detection.output_metadata(card.instances)
+    elif card.output is not None:
+        classes, out = len(card.classes), card.output
+        label_type = "UINT8" if classes <= 256 else "UINT16"
+        outputs = [
+            {"name": "logits", "datatype": "FP32", "shape": [-1, classes, out.height, out.width]},
+            {"name": "labels", "datatype": label_type, "shape": [-1, size.height, size.width]},
+        ]
     return {
         "name": card.name,
         "versions": [card.version] if version else [],
         "platform": PLATFORM,
-        "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, 3, size.height, size.width]}],
-        "outputs": [
-            {"name": "logits", "datatype": "FP32", "shape": [-1, classes, out.height, out.width]},
-            {"name": "labels", "datatype": label_type, "shape": [-1, size.height, size.width]},
-        ],
+        "inputs": inputs,
+        "outputs": outputs,
     }
 
 
-def check_images(card: Any, datatype: str, shape: list[int], most: int) -> None:
+def output_names(card: ModelCard) -> tuple[str, ...]:
+    """The outputs there are."""
+    if card.instances is None:
+        return OUTPUTS
+    return tuple(entry["name"] for entry in detection.output_metadata(card.instances))
+
+
+def check_tensor(card: ModelCard, name: Any, datatype: str, shape: list[int], most: int) -> None:
+    """Refuse a tensor that is no input of this model, before its data is read.
+
+    :raises RefusedError: 400.
+    """
+    if name == SIZES and card.instances is not None:
+        detection.check_sizes(datatype, shape, most)
+    elif name == INPUT:
+        check_images(card, datatype, shape, most)
+    else:
+        names = repr(INPUT) if card.instances is None else f"{INPUT!r} or {SIZES!r}"
+        raise RefusedError(400, f"The input is called {names}, not {str(name)[:60]!r}.")
+
+
+def put_together(
+    card: ModelCard,
+    given: str,
+    tensors: dict[str, npt.NDArray[Any]],
+    outputs: list[str],
+    timeout: float | None,
+) -> InferRequest:
+    """The request of checked tensors.
+
+    :param given: its id.
+    :raises RefusedError: 400, they do not belong together, or an output is unknown.
+    """
+    if INPUT not in tensors:
+        raise RefusedError(400, f"The request must have the input {INPUT!r}.")
+    images, sizes = tensors[INPUT], tensors.get(SIZES)
+    if sizes is not None:
+        detection.check_size_values(sizes, len(images), card.input)
+    return InferRequest(given, images, check_outputs(outputs, output_names(card)), timeout, sizes)
+
+
+def check_images(card: ModelCard, datatype: str, shape: list[int], most: int) -> None:
     """Refuse a tensor that is not a batch of this model's images, before its data is read.
 
     :raises RefusedError: 400.
@@ -86,17 +136,17 @@ def check_images(card: Any, datatype: str, shape: list[int], most: int) -> None:
         )
 
 
-def check_outputs(names: list[str]) -> tuple[str, ...]:
+def check_outputs(names: list[str], known: tuple[str, ...]) -> tuple[str, ...]:
     """The outputs asked for; all when none is named.
 
     :raises RefusedError: 400, one is unknown.
     """
     for name in names:
-        if name not in OUTPUTS:
+        if name not in known:
             raise RefusedError(
-                400, f"There is no output {name[:60]!r}; there are {', '.join(OUTPUTS)}."
+                400, f"There is no output {name[:60]!r}; there are {', '.join(known)}."
             )
-    return tuple(dict.fromkeys(names)) or OUTPUTS
+    return tuple(dict.fromkeys(names)) or known
 
 
 async def infer(
@@ -105,9 +155,14 @@ async def infer(
     """The outputs asked for, by name, and the seconds by stage.
 
     ``logits`` (N, classes, h, w) float32; ``labels`` (N, H, W) uint8, uint16 above 256
-    classes, at the input's size.
+    classes, at the input's size. Of a detector, its graph's outputs.
     """
     session, images = version.session, request.images
+    if session.detects:
+        rows = await service.scheduler.code(lambda: detection.rows_of(session, request))
+        outcome = await service.scheduler.run(version, rows, deadline)
+        stages = [("queue", outcome.queue_seconds), ("inference", outcome.run_seconds)]
+        return {n: np.stack([row[n] for row in outcome.rows]) for n in request.outputs}, stages
     if images.dtype == np.uint8:
         images = await service.scheduler.code(lambda: _normalised(session, images))
     outcome = await service.scheduler.run(version, images, deadline)

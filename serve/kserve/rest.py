@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from serve.problems import RefusedError
 
-from .inference import INPUT, TYPES, InferRequest, check_images, check_outputs
+from .inference import TYPES, InferRequest, check_tensor, put_together
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
@@ -33,18 +33,25 @@ def read_request(
     if not isinstance(found, dict):
         raise RefusedError(400, "The request must be a JSON object.")
     inputs = found.get("inputs")
-    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
-        raise RefusedError(400, f"The request must have exactly one input, {INPUT!r}.")
+    most_inputs = 1 if card.instances is None else 2
+    if (
+        not isinstance(inputs, list)
+        or not 1 <= len(inputs) <= most_inputs
+        or not all(isinstance(given, dict) for given in inputs)
+    ):
+        wanted = "exactly one input, 'images'" if most_inputs == 1 else "'images' and 'sizes'"
+        raise RefusedError(400, f"The request must have {wanted}.")
     outputs = found.get("outputs") or []
     if not isinstance(outputs, list) or not all(
         isinstance(o, dict) and isinstance(o.get("name"), str) for o in outputs
     ):
         raise RefusedError(400, "'outputs' must be a list of objects with a 'name'.")
     given, parameters = found.get("id", ""), _parameters(found)
-    request = InferRequest(
+    request = put_together(
+        card,
         given if isinstance(given, str) else "",
-        _tensor(inputs[0], body[length:], card, most),
-        check_outputs([o["name"] for o in outputs]),
+        _tensors(inputs, body[length:], card, most),
+        [o["name"] for o in outputs],
         timeout_ms(parameters.get("timeout")),
     )
     binary = {"": bool(parameters.get("binary_data_output", False))}
@@ -115,30 +122,48 @@ def _parameters(of: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _tensor(given: dict[str, Any], tail: memoryview, card: Any, most: int) -> npt.NDArray[Any]:
+def _tensors(
+    inputs: list[dict[str, Any]], tail: memoryview, card: Any, most: int
+) -> dict[str, npt.NDArray[Any]]:
+    """Every input by name; those in binary lie in ``tail`` in their order."""
+    found: dict[str, npt.NDArray[Any]] = {}
+    for given in inputs:
+        name = given.get("name")
+        if name in found:
+            raise RefusedError(400, f"The input {name!r} is there twice.")
+        last = given is inputs[-1]
+        array, used = _tensor(given, tail, card, most, last=last)
+        found[str(name)] = array
+        tail = tail[used:]
+    return found
+
+
+def _tensor(
+    given: dict[str, Any], tail: memoryview, card: Any, most: int, *, last: bool
+) -> tuple[npt.NDArray[Any], int]:
+    """One input, and how many bytes of ``tail`` it takes; the last one takes all of them."""
     name, datatype, shape = given.get("name"), given.get("datatype"), given.get("shape")
-    if name != INPUT:
-        raise RefusedError(400, f"The input is called {INPUT!r}, not {str(name)[:60]!r}.")
     if not isinstance(datatype, str) or not isinstance(shape, list):
         raise RefusedError(400, "An input must have a 'datatype' and a 'shape'.")
     if not all(isinstance(side, int) and not isinstance(side, bool) for side in shape):
         raise RefusedError(400, "A 'shape' is a list of whole numbers.")
-    check_images(card, datatype, shape, most)
+    check_tensor(card, name, datatype, shape, most)
     dtype, count = TYPES[datatype], math.prod(shape)
     size = _parameters(given).get("binary_data_size")
     if size is None:
-        if len(tail):
+        if last and len(tail):
             raise RefusedError(400, "Bytes follow the JSON that no input's parameters speak of.")
-        return _from_json(given.get("data"), dtype, count).reshape(shape)
+        return _from_json(given.get("data"), dtype, count).reshape(shape), 0
     if "data" in given:
         raise RefusedError(400, "An input has 'data' or 'binary_data_size', not both.")
-    if size != count * dtype.itemsize or size != len(tail):
+    expected = count * dtype.itemsize
+    if size != expected or expected > len(tail) or (last and expected != len(tail)):
         raise RefusedError(
             400,
-            f"A {datatype} tensor of the shape {shape} has {count * dtype.itemsize} bytes; "
+            f"A {datatype} tensor of the shape {shape} has {expected} bytes; "
             f"'binary_data_size' says {str(size)[:20]} and {len(tail)} follow the JSON.",
         )
-    return aligned(np.frombuffer(tail, dtype)).reshape(shape)
+    return aligned(np.frombuffer(tail[:expected], dtype)).reshape(shape), expected
 
 
 def aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -99,7 +99,8 @@ _INFER_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "description": "One input 'images': FP32 [N, 3, H, W] normalised, or UINT8 [N, H, W, 3] "
-        "RGB. Tensors are in the JSON's 'data' or, in binary, behind it.",
+        "RGB. A detector takes 'sizes' as well: FP32 [N, 2], height and width of each image within "
+        "its input, all of it without. Tensors are in the JSON's 'data' or, in binary, behind it.",
         "content": {
             "application/json": {
                 "schema": {"$ref": "#/components/schemas/InferCall"},
@@ -136,6 +137,7 @@ _INFER_ANSWERS: dict[int | str, dict[str, Any]] = {
 async def run(request: Request, name: str, version: str = "") -> Response:
     """Logits at the network's own resolution and labels at its input's size.
 
+    Of a detector, its graph's boxes (in pixels of the input), scores, labels, count and masks.
     The parameter `timeout` is a time limit in microseconds.
     """
     service = service_of(request)

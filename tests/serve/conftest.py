@@ -39,9 +39,10 @@ def detectors(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def detecting(detectors: list[Path], settings: Settings) -> Iterator[TestClient]:
+def detecting(detectors: list[Path]) -> Iterator[TestClient]:
     """A service of the two detectors, "things" first."""
-    with TestClient(create_app(detectors, settings), raise_server_exceptions=False) as opened:
+    app = create_app(detectors, Settings(threads=1))
+    with TestClient(app, raise_server_exceptions=False) as opened:
         wait_until_ready(opened)
         yield opened
 

@@ -158,7 +158,7 @@ def test_card(detecting: TestClient) -> None:
     assert things["kind"] == boxes["kind"] == "detector"
     assert things["output"] is None
     assert things["instances"] == {
-        "masks": True, "most": 7, "lowest_score": 0.05, "min_score": 0.3
+        "masks": True, "mask_size": 28, "most": 7, "lowest_score": 0.05, "min_score": 0.3
     }  # fmt: skip
     assert not boxes["instances"]["masks"]
     assert [c["name"] for c in things["classes"]] == ["person", "car", "sign"]
