@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-import torch
-
-from examples.instances.data import draw_many, images_of
+from examples.instances.data import draw_scene, images_of
 from examples.instances.network import SIZE, normalise, start
 from examples.streets.train import (
     TRAINING_SEEDS,
     attention_spread,
+    circumstances,
     dynamic_layers,
     load_state,
-    machine,
 )
 from fdconv_deploy.checkpoints import save_checkpoint
 from fdconv_deploy.demo import HELD_OUT_SEEDS
@@ -39,7 +34,7 @@ def package(state_file: Path, out: Path) -> None:
         (f"{index:03d}.png", draw_instances(seed)[1]) for index, seed in enumerate(HELD_OUT_SEEDS)
     )
     write_json(out / "heldout" / "instances.json", annotations, indent=None)
-    seen = images_of(draw_many(EVALUATION_SEEDS[:64], processes=1))
+    seen = images_of([draw_scene(seed) for seed in EVALUATION_SEEDS[:64]])
     record: dict[str, Any] = {
         "classes": list(CLASSES),
         "recipe": state["recipe"],
@@ -49,14 +44,7 @@ def package(state_file: Path, out: Path) -> None:
             "held_out": [HELD_OUT_SEEDS.start, HELD_OUT_SEEDS.stop],
         },
         "scene_size": list(SIZE),
-        "machine": machine(),
-        "seconds": "wall-clock time, whatever else the machine was doing",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "opencv": cv2.__version__,
-        },
+        **circumstances(),
         "parameters": sum(p.numel() for p in network.parameters()),
         "dynamic_layers": len(dynamic_layers(network)),
         "steps": state["step"],

@@ -26,7 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -60,6 +60,16 @@ FILES = {"fdconv": "streets.pth", "plain": "streets_plain.pth"}
 
 Scenes = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 console = Console()
+
+
+class Rates(Protocol):
+    """What of a recipe `parameter_groups` needs."""
+
+    @property
+    def attention_factor(self) -> float: ...
+
+    @property
+    def weight_decay(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -207,7 +217,7 @@ def dynamic_layers(network: nn.Module) -> dict[str, FDConv2d]:
     }
 
 
-def parameter_groups(network: Segmentor, recipe: Recipe) -> list[dict[str, Any]]:
+def parameter_groups(network: nn.Module, recipe: Rates) -> list[dict[str, Any]]:
     """AdamW's groups: no decay on vectors; rates that let the twins learn alike.
 
     AdamW moves each number by about the learning rate. Moving every bin of a stored spectrum
@@ -436,14 +446,7 @@ def evaluate(recipe: Recipe, work: Path, out: Path) -> None:
             "held_out": [HELD_OUT_SEEDS.start, HELD_OUT_SEEDS.stop],
         },
         "scene_size": list(SIZE),
-        "machine": machine(),
-        "seconds": "wall-clock time, whatever else the machine was doing",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "opencv": cv2.__version__,
-        },
+        **circumstances(),
         "networks": {},
     }
     found: dict[str, Scores] = {}
@@ -507,6 +510,20 @@ def table(found: dict[str, Scores]) -> Table:
     result.add_row("mIoU", *(f"{value.mean_iou:.4f}" for value in found.values()))
     result.add_row("pixel accuracy", *(f"{value.pixel_accuracy:.4f}" for value in found.values()))
     return result
+
+
+def circumstances() -> dict[str, Any]:
+    """On what and with what a record's network was trained."""
+    return {
+        "machine": machine(),
+        "seconds": "wall-clock time, whatever else the machine was doing",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "opencv": cv2.__version__,
+        },
+    }
 
 
 def machine() -> str:

@@ -137,23 +137,38 @@ def test_it_starts_from_the_segmentors_backbone_and_every_branch_is_alive():
         torch.testing.assert_close(network.backbone.state_dict()[name], value, rtol=0, atol=0)
 
 
-def test_rate_rises_falls_and_starts_anew():
-    recipe = train.Recipe(head_steps=300, steps=200, warm_up=20)
-    rates = [train.rate(recipe, step) for step in range(recipe.end)]
-    assert max(rates[:300]) == pytest.approx(recipe.head_rate)
-    assert max(rates[300:]) == pytest.approx(recipe.rate)
-    assert rates[299] < 1e-6 < rates[0]
-    assert rates[-1] < 1e-6
+def test_rate_rises_and_falls():
+    recipe = train.Recipe(steps=300, warm_up=20)
+    rates = [train.rate(recipe, step) for step in range(recipe.steps)]
+    assert max(rates) == rates[20] == recipe.rate
+    assert rates[:20] == sorted(rates[:20])
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[-1] < 1e-6 < rates[0]
+
+
+def test_the_backbone_learns_slowly_and_its_attention_slower_yet():
+    network, recipe = train.start(), train.Recipe()
+    factors = {
+        id(parameter): group["factor"]
+        for group in train.optimiser_of(network, recipe).param_groups
+        for parameter in group["params"]
+    }
+    assert factors.keys() == {id(p) for p in network.parameters()}
+    attention = network.get_parameter("backbone.layer2.0.conv2.KSM_Global.fc.weight")
+    assert factors[id(network.neck.lateral_convs[0].conv.weight)] == 1
+    assert factors[id(network.backbone.bn1.weight)] == recipe.backbone_factor
+    expected = recipe.backbone_factor * recipe.attention_factor
+    assert factors[id(attention)] == pytest.approx(expected)
 
 
 def test_stops_goes_on_and_learns(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "draw_many", lambda seeds, processes: scenes)
-    recipe = train.Recipe(head_steps=4, steps=2, batch=2, warm_up=1, scenes=2)
+    recipe = train.Recipe(steps=6, batch=2, warm_up=1, scenes=2)
     start = train.start().state_dict()
     assert not train.train(recipe, tmp_path, minutes=0, processes=1)
     assert train.train(recipe, tmp_path, minutes=9, processes=1)
     state = train.load_state(tmp_path / "instances.state")
-    assert state["step"] == recipe.end
+    assert state["step"] == recipe.steps
     moved = {k for k, v in state["network"].items() if not torch.equal(v, start[k])}
     assert {key.split(".")[0] for key in moved} == {"backbone", "neck", "rpn_head", "roi_head"}
     assert not any("running_" in key for key in moved)
