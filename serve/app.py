@@ -66,6 +66,8 @@ def create_app(
         docs_url=None,  # a page of our own: FastAPI's loads its scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
+        # Edge does that, with the stages; versions without it take any name.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
         middleware=[Middleware(Edge, keys=keys, shortcut=infer_at_once)],
     )
     app.state.service = service

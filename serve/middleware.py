@@ -29,6 +29,8 @@ _OPEN = {
     "/v2/health/live",
     "/v2/health/ready",
 }
+# Asked every few seconds by machines.
+_UNTRACED = {"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"}
 _OPEN_FOLDERS = ("/static/", "/samples")
 _SECURITY = [
     (b"x-content-type-options", b"nosniff"),
@@ -80,7 +82,7 @@ class Edge:
             app = refusal or self._shortcut(scope) or self.app
             await app(scope, receive, send_named)
         finally:
-            self._record(scope, service, status, time.perf_counter() - start)
+            self._record(scope, headers, service, status, time.perf_counter() - start)
 
     def _refusal(self, scope: Scope, headers: Headers, state: dict[str, Any]) -> Any:
         """The answer to a request without the key it needs."""
@@ -97,13 +99,31 @@ class Edge:
         state["client"] = name
         return None
 
-    def _record(self, scope: Scope, service: Any, status: int, seconds: float) -> None:
+    def _record(
+        self, scope: Scope, headers: Headers, service: Any, status: int, seconds: float
+    ) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         state = scope["state"]
+        facts = state.get("facts", {})
         if service is not None:
             metrics = service.metrics
             metrics.requests.labels(route, str(status)).inc()
             metrics.request_seconds.labels(route).observe(seconds)
+            stages = state.get("stages", ())
+            if facts:
+                service.count(facts["model"], stages, facts["images"])
+            if service.tracing.wanted and scope["path"] not in _UNTRACED:
+                attributes = {
+                    "http.request.method": scope["method"],
+                    "http.route": route,
+                    "http.response.status_code": status,
+                    "fdconv.request_id": state["request_id"],
+                    **({"fdconv.model": facts["model"]} if facts else {}),
+                }
+                name = f"{scope['method']} {route}"
+                service.tracing.record(
+                    name, headers, seconds, stages, attributes, failed=status >= 500
+                )
         if not access.isEnabledFor(logging.INFO):
             return
         fields = {
@@ -114,7 +134,7 @@ class Edge:
             "path": scope.get("raw_path", b"").decode("ascii", "replace")[:400],
             "status": status,
             "ms": round(seconds * 1e3, 3),
-            **state.get("facts", {}),
+            **facts,
         }
         text = " ".join(f"{k}={json.dumps(v)}" for k, v in fields.items())
         access.info("%s", text, extra={"fields": fields})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
 from fdconv_deploy.runtime import Bundle, Session, open_session
@@ -89,7 +89,7 @@ class Service:
         """Whether every model that is to be is loaded, and the service is not stopping."""
         return self._ready
 
-    def count(self, model: str, stages: list[tuple[str, float]], images: int = 1) -> None:
+    def count(self, model: str, stages: Iterable[tuple[str, float]], images: int = 1) -> None:
         """Count an answered request and its seconds by stage."""
         self.metrics.images.labels(model).inc(images)
         for stage, seconds in stages:
@@ -123,6 +123,7 @@ class Service:
         await self.repository.close()
         if self.children is not None:
             self.children.close()
+        await asyncio.get_running_loop().run_in_executor(None, self.tracing.close)
 
     async def _warm_up(self) -> None:
         try:

@@ -133,7 +133,8 @@ class Settings(BaseModel):
     )
     log_format: Literal["text", "json"] = Field(default="text")
     tracing: bool = Field(
-        default=False, description="Make OpenTelemetry spans; its own environment configures it."
+        default=False,
+        description="Make OpenTelemetry spans; its environment (OTEL_...) says where they go.",
     )
     shutdown_delay_seconds: float = Field(
         default=0.0,

@@ -164,8 +164,16 @@ class GrpcServer:
         count = len(wanted.images)
         with service.admission.admit(client, count):
             async with service.repository.lease(model) as version:
+                start = time.perf_counter()
                 outputs, stages = await infer(service, version, wanted, deadline)
                 service.count(version.name, stages, count)
+                service.tracing.record(
+                    f"{SERVICE}/ModelInfer",
+                    dict(context.invocation_metadata() or ()),
+                    time.perf_counter() - start,
+                    stages,
+                    {"rpc.system": "grpc", "fdconv.model": version.name},
+                )
                 return _written(version, wanted, outputs)
 
     async def _RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802

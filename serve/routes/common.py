@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Header, Request, Response
@@ -28,21 +28,12 @@ TimeoutMs = Annotated[
 
 
 class Parts(Response):
-    """A body in parts, sent one after another as they are, never joined.
+    """A body in parts, sent one after another as they are, never joined."""
 
-    :param record: called once it is sent: what the client need not wait for.
-    """
-
-    def __init__(
-        self,
-        parts: list[Any],
-        media_type: str,
-        headers: dict[str, str],
-        record: Callable[[], None],
-    ) -> None:
+    def __init__(self, parts: list[Any], media_type: str, headers: dict[str, str]) -> None:
         size = sum(len(part) for part in parts)
         super().__init__(None, 200, {**headers, "Content-Length": str(size)}, media_type)
-        self._parts, self._record = parts, record
+        self._parts = parts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
@@ -50,7 +41,6 @@ class Parts(Response):
         last = len(self._parts) - 1
         for place, part in enumerate(self._parts):
             await send({"type": "http.response.body", "body": part, "more_body": place < last})
-        self._record()
 
 
 def service_of(request: Request) -> Service:
@@ -59,9 +49,19 @@ def service_of(request: Request) -> Service:
     return service
 
 
-def note(request: Request, **facts: Any) -> None:
-    """Add facts to the request's line in the access log."""
-    request.scope["state"].setdefault("facts", {}).update(facts)
+def answered(
+    request: Request, model: str, images: int, stages: list[tuple[str, float]]
+) -> dict[str, float]:
+    """Note what was done, for the counters, the log and the trace; written once it is sent.
+
+    :param stages: (name, seconds) in the order they happened.
+    :returns: milliseconds by stage.
+    """
+    timings = {name: round(seconds * 1e3, 3) for name, seconds in stages}
+    state = request.scope["state"]
+    state["facts"] = {"model": model, "images": images, "timings_ms": timings}
+    state["stages"] = stages
+    return timings
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

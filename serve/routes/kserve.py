@@ -26,7 +26,7 @@ from serve.schemas import (
     ServerReady,
 )
 
-from .common import Parts, note, service_of, while_connected
+from .common import Parts, answered, service_of, while_connected
 
 router = APIRouter(prefix="/v2", tags=["KServe v2"])
 # JSON larger than this is read and written beside the event loop.
@@ -168,20 +168,10 @@ async def run(request: Request, name: str, version: str = "") -> Response:
 
                 textual = any(not binary.get(k, binary[""]) for k in outputs)
                 parts, head = await code(write) if textual else write()
-    note(request, model=leased.name, images=count)
-
-    def record() -> None:
-        service.count(leased.name, stages, count)
-        service.tracing.record(
-            "infer",
-            request.headers,
-            stages,
-            {"fdconv.model": leased.name, "fdconv.request_id": request.state.request_id},
-        )
-
+    answered(request, leased.name, count, stages)
     if head is None:
-        return Parts(parts, "application/json", {}, record)
-    return Parts(parts, "application/octet-stream", {HEADER_LENGTH: str(head)}, record)
+        return Parts(parts, "application/json", {})
+    return Parts(parts, "application/octet-stream", {HEADER_LENGTH: str(head)})
 
 
 # For the routes' names in the metrics.

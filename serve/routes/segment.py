@@ -28,7 +28,7 @@ from serve.schemas import Detection, Detections, ModelCard, Segmentation, Segmen
 from serve.segmenting import Wanted, segment
 from serve.versions import Model
 
-from .common import NO_LIMIT, TimeoutMs, note, service_of, while_connected
+from .common import NO_LIMIT, TimeoutMs, answered, service_of, while_connected
 
 router = APIRouter(tags=["segmentation"])
 
@@ -193,15 +193,7 @@ async def _segment(
                     wanted = _wanted(version.card, options, wanted.form)
                 work = segment(service, version, uploads, wanted, deadline)
                 found = await while_connected(request, work)
-    service.count(version.name, found.stages, count)
-    timings = {name: round(seconds * 1e3, 3) for name, seconds in found.stages}
-    note(request, model=version.name, images=count, timings_ms=timings)
-    service.tracing.record(
-        "segment",
-        request.headers,
-        found.stages,
-        {"fdconv.model": version.name, "fdconv.request_id": request.state.request_id},
-    )
+    timings = answered(request, version.name, count, found.stages)
     headers = {
         "Vary": "Accept",
         "X-Model": version.name,

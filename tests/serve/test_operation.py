@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
+import os
+import subprocess
+import sys
+import tempfile
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import open_session
 from serve import Settings, create_app
 from serve.logs import JsonFormatter, log_config
@@ -109,14 +116,77 @@ class TestTracing:
         with TestClient(create_app(bundles, Settings(threads=1, tracing=True))) as client:
             wait_until_ready(client)
             client.post("/v1/segment", content=png, headers={**PNG, "traceparent": parent})
-        spans = {span.name: span for span in exporter.get_finished_spans()}
-        assert {"segment", "decode", "queue", "inference", "encode"} <= set(spans)
-        whole = spans["segment"]
+            client.post("/v1/segment", content=b"x", headers=PNG)
+            client.get("/healthz")
+        found = exporter.get_finished_spans()
+        statuses = [span.attributes.get("http.response.status_code") for span in found]
+        assert sorted(filter(None, statuses)) == [200, 415]
+        spans = {span.name: span for span in reversed(found)}
+        assert {"POST /v1/segment", "decode", "queue", "inference", "encode"} <= set(spans)
+        whole = spans["POST /v1/segment"]
         assert f"{whole.context.trace_id:032x}" == parent.split("-")[1]
         assert whole.attributes["fdconv.model"] == "street"
         for name in ("decode", "inference", "encode"):
             assert spans[name].parent.span_id == whole.context.span_id
             assert whole.start_time <= spans[name].start_time <= spans[name].end_time
+
+    def test_go_where_the_environment_says(self, bundles: list[Path], png: bytes) -> None:
+        """The command, told by OpenTelemetry's own variables, and a collector that listens."""
+        pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+            ExportTraceServiceRequest,
+        )
+
+        got: list[ExportTraceServiceRequest] = []
+
+        class Collector(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                assert self.path == "/v1/traces"
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers.get("Content-Encoding") == "gzip":
+                    body = gzip.decompress(body)
+                got.append(ExportTraceServiceRequest.FromString(body))
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_) -> None:
+                pass
+
+        collector = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        program = (
+            "import sys; from serve import Settings, running; import urllib.request as u\n"
+            "with running([sys.argv[1]], settings=Settings(threads=1, tracing=True)) as url:\n"
+            "    u.urlopen(u.Request(url + '/v1/segment', open(sys.argv[2], 'rb').read(),\n"
+            "        {'Content-Type': 'image/png'})).read()\n"
+        )
+        with tempfile.NamedTemporaryFile(suffix=".png") as file:
+            Path(file.name).write_bytes(png)
+            subprocess.run(
+                [sys.executable, "-c", program, str(bundles[0]), file.name],
+                env={
+                    **os.environ,
+                    "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
+                    "OTEL_SERVICE_NAME": "segmentation",
+                },
+                check=True,
+                timeout=60,
+            )
+        collector.shutdown()
+        collector.server_close()
+        resources = [spans for request in got for spans in request.resource_spans]
+        names = {span.name for r in resources for scope in r.scope_spans for span in scope.spans}
+        assert {"POST /v1/segment", "inference"} <= names
+        labels = {a.key: a.value.string_value for a in resources[0].resource.attributes}
+        assert labels["service.name"] == "segmentation"
+
+    def test_an_exporter_that_is_unknown(self, bundles: list[Path], monkeypatch) -> None:
+        trace = pytest.importorskip("opentelemetry.trace")
+        monkeypatch.setattr(trace, "get_tracer_provider", trace.ProxyTracerProvider)
+        monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
+        with pytest.raises(FDConvError, match="'zipkin', which is not understood"):
+            create_app(bundles, Settings(tracing=True))
 
 
 def held_app(bundles: list[Path], **settings):
