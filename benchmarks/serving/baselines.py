@@ -1,10 +1,11 @@
 """The two things the service is measured against, on the same bundle and session.
 
-``plain``: FastAPI as one writes it, with a thread pool of as many workers.
+``plain``: FastAPI as one writes it, with a thread pool in which a request is decoded, run and
+encoded.
 ``litserve``: LitServe (``pip install litserve``), a general server for models.
 Both take a float32 tensor at /tensor and give raw logits, and an image at /image and give a PNG
 mask; as the raw body, and LitServe as the file of a form, its way to take binary data.
-``python -m benchmarks.serving.baselines plain|litserve BUNDLE PORT``.
+``python -m benchmarks.serving.baselines plain|litserve BUNDLE PORT WORKERS``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def image_answer(session: Session, body: bytes) -> bytes:
     return session.segment(read_image(body)).mask_png()
 
 
-def plain(bundle: str, port: int) -> None:
+def plain(bundle: str, port: int, workers: int) -> None:
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
@@ -35,8 +36,7 @@ def plain(bundle: str, port: int) -> None:
 
     session = open_session(bundle, threads=1)
     session.warm_up()
-    # As many threads as the service has: one that infers and two that code.
-    pool = ThreadPoolExecutor(3)
+    pool = ThreadPoolExecutor(workers)
     app = FastAPI()
 
     @app.get("/readyz")
@@ -60,15 +60,18 @@ def plain(bundle: str, port: int) -> None:
     uvicorn.run(app, port=port, log_level="warning", access_log=False)
 
 
-def litserve(bundle: str, port: int) -> None:
+def litserve(bundle: str, port: int, workers: int) -> None:
     import litserve as ls
 
     from benchmarks.serving.litserve_api import Api
 
     apis = [Api(bundle, path) for path in ("/tensor", "/image")]
-    server = ls.LitServer(apis, accelerator="cpu", workers_per_device=1, healthcheck_path="/readyz")
+    server = ls.LitServer(
+        apis, accelerator="cpu", workers_per_device=workers, healthcheck_path="/readyz"
+    )
     server.run(port=port, generate_client_file=False, log_level="warning", num_api_servers=1)
 
 
 if __name__ == "__main__":
-    {"plain": plain, "litserve": litserve}[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
+    name, path, port, workers = sys.argv[1:]
+    {"plain": plain, "litserve": litserve}[name](path, int(port), int(workers))

@@ -25,17 +25,21 @@ from benchmarks.serving.harness import (
     Connection,
     Server,
     demo_bundle,
+    finish,
     machine,
     ours,
     server,
-    write,
 )
+from fdconv_deploy.runtime import Bundle
 
 HANG_SECONDS = 20.0
+GROWTH_MB = 20.0
 KINDS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 
-def seeds(rng: random.Random) -> list[tuple[str, bytes, dict[str, str]]]:
+def seeds(
+    rng: random.Random, model: str, height: int, width: int
+) -> list[tuple[str, bytes, dict[str, str]]]:
     """(path, body, headers) of requests that are answered with 200, or nearly."""
     noise = np.random.default_rng(0)
     found = []
@@ -58,12 +62,18 @@ def seeds(rng: random.Random) -> list[tuple[str, bytes, dict[str, str]]]:
             )
             kinds = {"Content-Type": "multipart/form-data; boundary=b"}
             found.append(("/v1/segment", form, kinds))
-    tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 192, 256, 3]}
-    size = 192 * 256 * 3
-    head = json.dumps({"inputs": [{**tensor, "parameters": {"binary_data_size": size}}]}).encode()
-    binary = {"Inference-Header-Content-Length": str(len(head))}
-    path = "/v2/models/bundle/infer"
-    found += [(path, head + bytes(size), binary), (path, head, {}), (path, head + b"x", binary)]
+    path = f"/v2/models/{model}/infer"
+    for kind, shape, each in (
+        ("UINT8", [1, height, width, 3], 1),
+        ("FP32", [1, 3, height, width], 4),
+    ):
+        size = height * width * 3 * each
+        tensor = {"name": "images", "datatype": kind, "shape": shape}
+        tensor["parameters"] = {"binary_data_size": size}
+        head = json.dumps({"inputs": [tensor]}).encode()
+        binary = {"Inference-Header-Content-Length": str(len(head))}
+        bodies = [(head + bytes(size), binary), (head, {}), (head + b"x", binary)]
+        found += [(path, body, headers) for body, headers in bodies]
     return found
 
 
@@ -104,36 +114,41 @@ def headers_of(rng: random.Random, given: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def fuzz(found: Server, count: int) -> dict:
+def fuzz(found: Server, bundle: Bundle, count: int) -> dict:
     rng = random.Random(20261122)
-    base = seeds(rng)
+    size = bundle.manifest.input
+    assert size is not None
+    base = seeds(rng, bundle.path.name, size.height, size.width)
     bodies = [body for _, body, _ in base]
     statuses: Counter[int] = Counter()
     failures: list[dict] = []
     slowest, before = 0.0, 0.0
+    series: list[list[float]] = []
     plug = Connection(found.port, HANG_SECONDS)
     for number in range(count):
         if number == count // 5:
             before = found.rss()
+        if number % (count // 25) == 0:
+            series.append([number, round(found.rss(), 1)])
         path, body, headers = rng.choice(base)
         sent, named = mutate(rng, body, bodies), headers_of(rng, headers)
         begin = time.perf_counter()
         try:
             status = plug.post(path, sent, named)[0]
         except OSError as error:
-            # A connection may be closed on a request that is no HTTP; a hang may not be.
-            status = -1 if isinstance(error, TimeoutError) else 0
+            status = -1 if isinstance(error, TimeoutError) else 0  # a hang, a broken connection
             plug = Connection(found.port, HANG_SECONDS)
         slowest = max(slowest, time.perf_counter() - begin)
         statuses[status] += 1
-        if status >= 500 or status == -1:
+        if status >= 500 or status <= 0:
             failures.append({"number": number, "status": status, "path": path, "headers": named})
     return {
         "requests": count,
         "statuses": dict(sorted(statuses.items())),
         "failures": failures[:20],
         "slowest ms": round(slowest * 1e3, 1),
-        "resident MB after a fifth, at the end": [round(before), round(found.rss())],
+        "resident MB after a fifth, at the end": [round(before, 1), round(found.rss(), 1)],
+        "requests, resident MB": series,
         "alive": found.get("/readyz")[0] == 200,
     }
 
@@ -144,7 +159,8 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="50,000 requests.")
     parser.add_argument("--schemathesis", action="store_true")
     arguments = parser.parse_args()
-    with server(ours(demo_bundle(arguments.bundle))) as found:
+    bundle = demo_bundle(arguments.bundle)
+    with server(ours(bundle)) as found:
         if arguments.schemathesis:
             most = "200" if arguments.full else "15"
             command = [
@@ -157,9 +173,17 @@ def main() -> None:
                 *("--request-timeout", str(HANG_SECONDS)),
             ]
             sys.exit(subprocess.run(command).returncode)
-        result = {"machine": machine(), **fuzz(found, 50_000 if arguments.full else 1500)}
-    write("fuzz", result, keep=arguments.full)
-    sys.exit(bool(result["failures"]))
+        result = {
+            "machine": machine(),
+            **fuzz(found, Bundle.open(bundle), 50_000 if arguments.full else 1500),
+        }
+    before, after = result["resident MB after a fifth, at the end"]
+    held = {
+        "no 5xx, no hang, no broken connection": not result["failures"],
+        f"memory within {GROWTH_MB:g} MB": after - before <= GROWTH_MB,
+        "alive": result["alive"],
+    }
+    finish("fuzz", result, held, keep=arguments.full)
 
 
 if __name__ == "__main__":

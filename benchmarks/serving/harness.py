@@ -21,6 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from PIL import Image
 
@@ -29,19 +30,26 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 class Connection:
-    """One kept-alive HTTP/1.1 connection, with next to no work of its own."""
+    """One kept-alive HTTP/1.1 connection, with next to no work of its own.
+
+    After an answer that says ``Connection: close``, ``open`` is false, and the next request
+    connects anew.
+    """
 
     def __init__(self, port: int, timeout: float = 60.0) -> None:
         self._port, self._timeout = port, timeout
-        self._connect()
+        self.connect()
 
-    def _connect(self) -> None:
+    def connect(self) -> None:
         self._socket = socket.create_connection(("127.0.0.1", self._port), self._timeout)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._file = self._socket.makefile("rb", 1 << 20)
+        self.open = True
 
     def post(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, dict, bytes]:
         """Status, lower-case headers, body. A ``ConnectionError`` if it ends before that."""
+        if not self.open:
+            self.connect()
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         head += "".join(f"{k}: {v}\r\n" for k, v in headers.items()) + "\r\n"
         if len(body) < 1 << 16:
@@ -61,12 +69,13 @@ class Connection:
         if len(data) != size:
             raise ConnectionResetError("the answer was cut off")
         if found.get("connection") == "close":
-            self._socket.close()
-            self._connect()
+            self.close()
         return int(line.split()[1]), found, data
 
     def close(self) -> None:
+        self._file.close()
         self._socket.close()
+        self.open = False
 
 
 @dataclass
@@ -100,11 +109,10 @@ def closed_loop(
     *,
     connections: int,
     seconds: float,
-    keep_on: bool = False,
 ) -> Load:
     """``connections`` clients that each ask, wait for the answer, and ask again.
 
-    :param keep_on: a broken connection is counted and opened again, else it ends the load.
+    A broken connection is counted, as status 0, and opened again.
     """
     load, lock = Load(), threading.Lock()
     start = time.perf_counter()
@@ -117,10 +125,7 @@ def closed_loop(
                 plug = plug or Connection(port)
                 status = ask(plug)
             except OSError:
-                status = 0
-                if not keep_on:
-                    return
-                plug = None
+                status, plug = 0, None
                 time.sleep(0.01)
             with lock:
                 load.add(status, time.perf_counter() - begin)
@@ -217,6 +222,43 @@ def ours(bundle: Path, *options: str) -> list[str]:
     ]
 
 
+class Memory:
+    """Samples a server's resident memory, in MB, from a thread while a ``with`` block lasts."""
+
+    def __init__(self, server: Server, every: float = 0.5) -> None:
+        self._server, self._every = server, every
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self.samples: list[tuple[float, float]] = []  # seconds since the start, MB
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def between(self, start: float, end: float) -> float:
+        """The median from ``start`` to ``end``, shares of the whole time."""
+        last = self.samples[-1][0]
+        return median([mb for at, mb in self.samples if start * last <= at <= end * last])
+
+    def most(self) -> float:
+        return max(mb for _, mb in self.samples)
+
+    def series(self, count: int = 30) -> list[list[float]]:
+        """About ``count`` of the samples, to be looked at."""
+        step = max(len(self.samples) // count, 1)
+        return [[round(at, 1), round(mb, 1)] for at, mb in self.samples[::step]]
+
+    def _sample(self) -> None:
+        start = time.monotonic()
+        while not self._end.is_set():
+            self.samples.append((time.monotonic() - start, self._server.rss()))
+            self._end.wait(self._every)
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -239,17 +281,55 @@ def scene(quality: int = 90) -> bytes:
     return buffer.getvalue()
 
 
+def image_request() -> Callable[[Connection], int]:
+    """Asks for the mask of a scene."""
+    body = scene()
+    headers = {"Content-Type": "image/jpeg", "Accept": "image/png"}
+    return lambda plug: plug.post("/v1/segment", body, headers)[0]
+
+
+def tensor_request(bundle: Path) -> Callable[[Connection], int]:
+    """Asks for the logits of one random image's tensor."""
+    size = json.loads((bundle / "manifest.json").read_text())["input"]
+    shape = (1, 3, size["height"], size["width"])
+    return kserve(np.random.default_rng(0).normal(size=shape).astype(np.float32), bundle.name)
+
+
+def kserve(tensor: np.ndarray, model: str) -> Callable[[Connection], int]:
+    """A KServe v2 request with binary tensors both ways."""
+    given = {
+        "name": "images",
+        "datatype": "FP32",
+        "shape": list(tensor.shape),
+        "parameters": {"binary_data_size": tensor.nbytes},
+    }
+    wanted = {"name": "logits", "parameters": {"binary_data": True}}
+    head = json.dumps({"inputs": [given], "outputs": [wanted]}).encode()
+    body = head + tensor.tobytes()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    return lambda plug: plug.post(f"/v2/models/{model}/infer", body, headers)[0]
+
+
 def machine() -> dict[str, Any]:
     import onnxruntime
 
     return {
         "date": date.today().isoformat(),
+        "commit": _commit(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
         "load_average_before": os.getloadavg()[0],
     }
+
+
+def finish(name: str, result: dict[str, Any], held: dict[str, bool], *, keep: bool) -> None:
+    """As :func:`write`, with what was to be shown and whether it holds; exit 1 if it does not."""
+    write(name, {**result, "held": held}, keep=keep)
+    missed = [sentence for sentence, holds in held.items() if not holds]
+    if missed:
+        raise SystemExit(f"NOT held: {'; '.join(missed)}")
 
 
 def write(name: str, result: dict[str, Any], *, keep: bool) -> None:
@@ -265,6 +345,12 @@ def write(name: str, result: dict[str, Any], *, keep: bool) -> None:
 
 def median(values: list[float]) -> float:
     return statistics.median(values)
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    found = subprocess.run(git, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
 
 
 def _processor() -> str:

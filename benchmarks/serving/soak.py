@@ -1,29 +1,28 @@
 """Resident memory over time: ``python -m benchmarks.serving.soak [--full] [--leak]`` (10 min).
 
-Clients ask for every kind of answer without pause. After a warm-up of a fifth of the time,
-memory may grow by 20 MB at most. ``--leak`` plants one in the service, of 20 kB per request
-(500 kB in the short form, which sees few of them), and the same test must catch it.
+Clients ask for every kind of answer without pause, with images, forms and tensors, some of them
+damaged. After a warm-up of a fifth of the time, memory may grow by 20 MB at most. ``--leak``
+plants one in the service, of 4 kB per request (500 kB in the short form, which sees few), and
+the same test must catch it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import threading
-import time
 from pathlib import Path
 
 from benchmarks.serving.harness import (
     Connection,
-    Load,
+    Memory,
     closed_loop,
     demo_bundle,
+    finish,
     machine,
-    median,
     ours,
     scene,
     server,
-    write,
+    tensor_request,
 )
 
 LIMIT_MB = 20.0
@@ -39,14 +38,45 @@ sys.argv = ["fdconv", *sys.argv[1:]]
 from fdconv_deploy.cli import main
 main()
 """
-PATHS = [
-    "/v1/segment?output=mask",
-    "/v1/segment?mask=polygons",
-    "/v1/segment",
-    "/v1/segment?output=overlay",
-    "/v1/segment?output=logits",
-    "/v1/segment?output=svg",
-]
+JPEG = {"Content-Type": "image/jpeg"}
+FORM = {"Content-Type": "multipart/form-data; boundary=b"}
+# What is asked for, and the status it is answered with.
+PATHS = {
+    "/v1/segment?output=mask": 200,
+    "/v1/segment?mask=polygons": 200,
+    "/v1/segment": 200,
+    "/v1/segment?output=overlay": 200,
+    "/v1/segment?output=logits": 200,
+    "/v1/segment?output=svg": 422,
+}
+
+
+class Mixture:
+    """A client's requests in turn; ``wrong`` holds statuses that are not the expected ones."""
+
+    def __init__(self, bundle: Path) -> None:
+        self._image, self._tensor = scene(), tensor_request(bundle)
+        part = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        self._form = 2 * (part + self._image + b"\r\n") + b"--b--\r\n"
+        self._number = 0
+        self.wrong: list[tuple[str, int]] = []
+
+    def __call__(self, plug: Connection) -> int:
+        self._number = number = self._number + 1
+        path, expected = list(PATHS.items())[number % len(PATHS)]
+        if number % 11 == 0:
+            damaged = self._image[:500]
+            status, expected = plug.post(path, damaged, JPEG)[0], 422
+        elif number % 7 == 0:
+            path, status, expected = "infer", self._tensor(plug), 200
+        elif number % 13 == 0:
+            path, expected = "/v1/segment?output=mask", 200
+            status = plug.post(path, self._form, FORM)[0]
+        else:
+            status = plug.post(path, self._image, JPEG)[0]
+        if status != expected:
+            self.wrong.append((path, status))
+        return 200 if status == expected else status
 
 
 def main() -> None:
@@ -56,53 +86,33 @@ def main() -> None:
     parser.add_argument("--leak", action="store_true", help="Plant one.")
     arguments = parser.parse_args()
     seconds = 600.0 if arguments.full else 20.0
-    command = ours(demo_bundle(arguments.bundle))
+    bundle = demo_bundle(arguments.bundle)
+    command = ours(bundle)
     if arguments.leak:
-        size = "20_000" if arguments.full else "500_000"
+        size = "4_000" if arguments.full else "500_000"
         command = [sys.executable, "-c", LEAK.replace("SIZE", size), *command[3:]]
-    body, about = scene(), machine()
-    with server(command) as found:
-        counter = iter(range(10**9))
-
-        def ask(plug: Connection) -> int:
-            path = PATHS[next(counter) % len(PATHS)]
-            data = body if next(counter) % 11 else body[:500]
-            plug.post(path, data, {"Content-Type": "image/jpeg"})
-            return 200
-
-        loads: list[Load] = []
-        loading = threading.Thread(
-            target=lambda: loads.append(
-                closed_loop(found.port, ask, connections=4, seconds=seconds)
-            )
-        )
-        loading.start()
-        start, samples = time.monotonic(), []
-        while loading.is_alive():
-            samples.append((time.monotonic() - start, found.rss()))
-            time.sleep(seconds / 200)
-        loading.join()
-    early = [mb for at, mb in samples if seconds / 5 <= at < 2 * seconds / 5]
-    late = [mb for at, mb in samples if at >= 4 * seconds / 5]
-    grown = median(late) - median(early)
-    verdict = "steady" if grown <= LIMIT_MB else "leaks"
-    write(
-        "soak-leak" if arguments.leak else "soak",
-        {
-            "machine": about,
-            "seconds": seconds,
-            "requests": loads[0].count(),
-            "resident MB after warm-up, at the end": [
-                round(median(early), 1),
-                round(median(late), 1),
-            ],
-            "grown MB": round(grown, 1),
-            "limit MB": LIMIT_MB,
-            "verdict": verdict,
-        },
-        keep=arguments.full,
-    )
-    sys.exit((verdict == "leaks") != arguments.leak)
+    about, ask = machine(), Mixture(bundle)
+    with server(command) as found, Memory(found, seconds / 300) as memory:
+        load = closed_loop(found.port, ask, connections=4, seconds=seconds)
+    early, late = memory.between(0.2, 0.4), memory.between(0.8, 1.0)
+    steady = late - early <= LIMIT_MB
+    result = {
+        "machine": about,
+        "seconds": seconds,
+        "planted leak": arguments.leak,
+        "requests": load.count(),
+        "statuses not expected": ask.wrong[:20],
+        "resident MB after warm-up, at the end": [round(early, 1), round(late, 1)],
+        "grown MB": round(late - early, 1),
+        "limit MB": LIMIT_MB,
+        "verdict": "steady" if steady else "leaks",
+        "seconds, resident MB": memory.series(),
+    }
+    held = {
+        "the leak is caught" if arguments.leak else "memory steady": steady != arguments.leak,
+        "every answer as expected": not ask.wrong and set(load.statuses()) == {200},
+    }
+    finish("soak-leak" if arguments.leak else "soak", result, held, keep=arguments.full)
 
 
 if __name__ == "__main__":

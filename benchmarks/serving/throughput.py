@@ -2,16 +2,18 @@
 
 The tensor path against the raw session at equal batch, the JPEG-to-PNG path against the
 in-process pipeline, the latency that HTTP adds at concurrency 1, and the same from a plain
-FastAPI service and from LitServe on the same bundle. Every side has one thread per run. The
-sides take turns, so that a machine's drift hits all alike; quote the ratios, medians of turns.
+FastAPI service and from LitServe on the same bundle. Every side runs one thread per inference
+and ``--workers`` inferences at a time; "plain, 2 more" is the plain service with as many threads
+in all as this one has, two of which code images here and infer there. The sides take turns, so
+that a machine's drift hits all alike; quote the ratios, medians of turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,153 +29,203 @@ from benchmarks.serving.harness import (
     Server,
     closed_loop,
     demo_bundle,
+    finish,
+    image_request,
+    kserve,
     machine,
     median,
     ours,
     scene,
     server,
-    write,
 )
 from fdconv_deploy.runtime import Session, open_session
 
 LITSERVE_MISSING = "not installed here: pip install litserve"
+PLAIN, MORE, LITSERVE, OURS, RAW = "plain", "plain, 2 more", "litserve", "fdconv", "in process"
+Run = Callable[[int, float], Load]
 
 
-def kserve(tensor: np.ndarray) -> Callable[[Connection], int]:
-    """A KServe v2 request with binary tensors both ways."""
-    given = {
-        "name": "images",
-        "datatype": "FP32",
-        "shape": list(tensor.shape),
-        "parameters": {"binary_data_size": tensor.nbytes},
-    }
-    wanted = {"name": "logits", "parameters": {"binary_data": True}}
-    head = json.dumps({"inputs": [given], "outputs": [wanted]}).encode()
-    body = head + tensor.tobytes()
-    headers = {"Inference-Header-Content-Length": str(len(head))}
-    return lambda plug: plug.post("/v2/models/bundle/infer", body, headers)[0]
-
-
-def raw(path: str, body: bytes, **headers: str) -> Callable[[Connection], int]:
-    return lambda plug: plug.post(path, body, headers)[0]
+def raw(path: str, body: bytes) -> Callable[[Connection], int]:
+    return lambda plug: plug.post(path, body, {})[0]
 
 
 def in_form(path: str, body: bytes) -> Callable[[Connection], int]:
     """As LitServe takes binary data."""
     head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
     form = head + body + b"\r\n--x--\r\n"
-    return raw(path, form, **{"Content-Type": "multipart/form-data; boundary=x"})
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    return lambda plug: plug.post(path, form, headers)[0]
 
 
-def in_process(call: Callable[[], Any], seconds: float) -> Load:
-    load, start = Load(), time.perf_counter()
-    while (begin := time.perf_counter()) - start < seconds:
-        call()
-        load.add(200, time.perf_counter() - begin)
+def in_process(call: Callable[[], Any], workers: int, seconds: float) -> Load:
+    load, lock, start = Load(), threading.Lock(), time.perf_counter()
+
+    def work() -> None:
+        while (begin := time.perf_counter()) - start < seconds:
+            call()
+            with lock:
+                load.add(200, time.perf_counter() - begin)
+
+    threads = [threading.Thread(target=work) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     load.wall = time.perf_counter() - start
     return load
 
 
-def sides(
-    session: Session, servers: dict[str, Server], tensor: np.ndarray, jpeg: bytes
-) -> dict[str, dict[str, Callable[[int, float], Load]]]:
-    """Case -> side -> (connections, seconds) -> what was seen."""
+class Sides:
+    """Who is compared: for a case, by name, a function of (connections, seconds)."""
 
-    def over(name: str, ask: Callable[[Connection], int]) -> Callable[[int, float], Load]:
-        port = servers[name].port
-        return lambda n, s: closed_loop(port, ask, connections=n, seconds=s)
+    def __init__(
+        self, session: Session, model: str, servers: dict[str, Server], workers: int
+    ) -> None:
+        self._session, self._model, self._servers = session, model, servers
+        self._workers = workers
 
-    image = {"Content-Type": "image/jpeg", "Accept": "image/png"}
-    tensors = {
-        "in process": lambda n, s: in_process(lambda: session.run(tensor), s),
-        "fdconv": over("fdconv", kserve(tensor)),
+    def tensors(self, tensor: np.ndarray) -> dict[str, Run]:
+        body = tensor.tobytes()
+        return {
+            RAW: self._here(lambda: self._session.run(tensor)),
+            OURS: self._over(OURS, kserve(tensor, self._model)),
+            PLAIN: self._over(PLAIN, raw("/tensor", body)),
+            MORE: self._over(MORE, raw("/tensor", body)),
+            **self._litserve("/tensor", body),
+        }
+
+    def images(self, jpeg: bytes) -> dict[str, Run]:
+        return {
+            RAW: self._here(lambda: image_answer(self._session, jpeg)),
+            OURS: self._over(OURS, image_request()),
+            PLAIN: self._over(PLAIN, raw("/image", jpeg)),
+            MORE: self._over(MORE, raw("/image", jpeg)),
+            **self._litserve("/image", jpeg),
+        }
+
+    def processor_seconds(self, name: str) -> float:
+        return self._servers[name].cpu_seconds() if name in self._servers else time.process_time()
+
+    def _here(self, call: Callable[[], Any]) -> Run:
+        return lambda n, s: in_process(call, min(n, self._workers), s)
+
+    def _over(self, name: str, ask: Callable[[Connection], int]) -> Run:
+        port = self._servers[name].port
+
+        def run(connections: int, seconds: float) -> Load:
+            load = closed_loop(port, ask, connections=connections, seconds=seconds)
+            assert set(load.statuses()) == {200}, (name, load.statuses())
+            return load
+
+        return run
+
+    def _litserve(self, path: str, body: bytes) -> dict[str, Run]:
+        if LITSERVE not in self._servers:
+            return {}
+        return {LITSERVE: self._over(LITSERVE, in_form(path, body))}
+
+
+def throughput(sides: Sides, runs: dict[str, Run], each: int, turns: int, load: tuple) -> dict:
+    """Images per second of each side, and this service's share of the others'."""
+    seen: dict[str, list[float]] = {name: [] for name in runs}
+    spent: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(turns):
+        for name, run in runs.items():
+            before = sides.processor_seconds(name)
+            found = run(*load)
+            seen[name].append(found.per_second(each))
+            used = sides.processor_seconds(name) - before
+            spent[name].append(used / (found.count() * each) * 1e3)
+    return {
+        f"images per second, {load[0]} connections": rounded(seen, 2),
+        **{
+            f"{OURS} / {name}": round(share(seen[OURS], seen[name]), 3)
+            for name in runs
+            if name != OURS
+        },
+        # Tells more than the clock where a machine has other things to do.
+        "processor ms per image": rounded(spent, 2),
     }
-    images = {
-        "in process": lambda n, s: in_process(lambda: image_answer(session, jpeg), s),
-        "fdconv": over("fdconv", raw("/v1/segment", jpeg, **image)),
+
+
+def latency(runs: dict[str, Run], turns: int, seconds: float) -> dict:
+    waits: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(turns):
+        for name, run in runs.items():
+            waits[name].append(run(1, seconds).percentile(0.5))
+    added = {
+        name: [v - b for v, b in zip(values, waits[RAW], strict=True)]
+        for name, values in waits.items()
+        if name != RAW
     }
-    tensors["plain"] = over("plain", raw("/tensor", tensor.tobytes()))
-    images["plain"] = over("plain", raw("/image", jpeg))
-    if "litserve" in servers:
-        tensors["litserve"] = over("litserve", in_form("/tensor", tensor.tobytes()))
-        images["litserve"] = over("litserve", in_form("/image", jpeg))
-    return {"tensor": tensors, "image": images}
+    return {"p50 ms": rounded(waits, 3), "added p50 ms": rounded(added, 3)}
+
+
+def rounded(values: dict[str, list[float]], digits: int) -> dict[str, float]:
+    return {name: round(median(found), digits) for name, found in values.items()}
+
+
+def share(own: list[float], base: list[float]) -> float:
+    return median([a / b for a, b in zip(own, base, strict=True)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--full", action="store_true", help="More and longer turns.")
+    parser.add_argument("--workers", type=int, default=1, help="Of every side.")
     parser.add_argument("--isolation", default="thread", choices=["thread", "process"])
     arguments = parser.parse_args()
-    turns, seconds = (40, 1.5) if arguments.full else (8, 0.7)
-    bundle = demo_bundle(arguments.bundle)
-    about = machine()
+    turns, seconds = (12, 1.0) if arguments.full else (6, 0.5)
+    workers, connections = arguments.workers, 4 * arguments.workers
+    bundle, about = demo_bundle(arguments.bundle), machine()
+    own = ["--isolation", arguments.isolation, "--workers", str(workers)]
+    module = [sys.executable, "-m", "benchmarks.serving.baselines"]
+    commands = {
+        OURS: ours(bundle, *own),
+        PLAIN: [*module, "plain", str(bundle), "{port}", str(workers)],
+        MORE: [*module, "plain", str(bundle), "{port}", str(workers + 2)],
+    }
+    if importlib.util.find_spec("litserve"):
+        commands[LITSERVE] = [*module, "litserve", str(bundle), "{port}", str(workers)]
     with ExitStack() as stack:
         session = stack.enter_context(open_session(bundle, threads=1))
         session.warm_up()
         batch = session.batch_sizes[-1]
-        height, width = session.input_size
-        rng = np.random.default_rng(0)
-        tensor = rng.normal(size=(batch, 3, height, width)).astype(np.float32)
-        own = ["--isolation", arguments.isolation]
-        servers = {"fdconv": stack.enter_context(server(ours(bundle, *own)))}
-        module = [sys.executable, "-m", "benchmarks.serving.baselines"]
-        servers["plain"] = stack.enter_context(server([*module, "plain", str(bundle), "{port}"]))
-        if importlib.util.find_spec("litserve"):
-            command = [*module, "litserve", str(bundle), "{port}"]
-            servers["litserve"] = stack.enter_context(server(command))
-        result: dict[str, Any] = {"machine": about, "turns": turns, "seconds": seconds}
-        result["bundle"] = {"input": [height, width], "batch": batch, "threads": 1}
-        result["isolation"] = arguments.isolation
-        if "litserve" not in servers:
-            result["litserve"] = LITSERVE_MISSING
-        cases = sides(session, servers, tensor, scene())
-        for case, each in (("tensor", batch), ("image", 1)):
-            seen: dict[str, list[float]] = {name: [] for name in cases[case]}
-            spent: dict[str, list[float]] = {name: [] for name in cases[case]}
-            for _ in range(turns):
-                for name, run in cases[case].items():
-                    clock = servers[name].cpu_seconds if name in servers else time.process_time
-                    before = clock()
-                    load = run(4, seconds)
-                    seen[name].append(load.per_second(each))
-                    spent[name].append((clock() - before) / (load.count() * each) * 1e3)
-            result[case] = ratios(seen, "images per second, 4 connections")
-            # Tells more than the clock where a machine has other things to do.
-            result[case]["processor ms per image"] = {
-                name: round(median(values), 2) for name, values in spent.items()
-            }
-        one = sides(session, servers, tensor[:1], scene())["tensor"]
-        waits: dict[str, list[float]] = {name: [] for name in one}
-        for _ in range(turns):
-            for name, run in one.items():
-                waits[name].append(run(1, seconds).percentile(0.5))
-        base = waits["in process"]
-        result["latency, one tensor at a time"] = {
-            "p50 ms": {name: round(median(values), 3) for name, values in waits.items()},
-            "added p50 ms": {
-                name: round(median([v - b for v, b in zip(values, base, strict=True)]), 3)
-                for name, values in waits.items()
-                if name != "in process"
-            },
-        }
-    write("throughput", result, keep=arguments.full)
-
-
-def ratios(seen: dict[str, list[float]], unit: str) -> dict[str, Any]:
-    base, own = seen["in process"], seen["fdconv"]
-    return {
-        unit: {name: round(median(values), 2) for name, values in seen.items()},
-        "fdconv / in process": round(median([a / b for a, b in zip(own, base, strict=True)]), 3),
-        **{
-            f"fdconv / {name}": round(
-                median([a / b for a, b in zip(own, seen[name], strict=True)]), 3
-            )
-            for name in ("plain", "litserve")
-            if name in seen
-        },
+        shape = (batch, 3, *session.input_size)
+        tensor = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        servers = {name: stack.enter_context(server(c)) for name, c in commands.items()}
+        sides = Sides(session, bundle.name, servers, workers)
+        load = (connections, seconds)
+        tensors = throughput(sides, sides.tensors(tensor), batch, turns, load)
+        images = throughput(sides, sides.images(scene()), 1, turns, load)
+        waits = latency(sides.tensors(tensor[:1]), turns, seconds)
+    result: dict[str, Any] = {
+        "machine": about,
+        "turns": turns,
+        "seconds": seconds,
+        "bundle": {"input": list(session.input_size), "batch": batch, "threads": 1},
+        "workers": workers,
+        "isolation": arguments.isolation,
+        "tensor": tensors,
+        "image": images,
+        "latency, one tensor at a time": waits,
     }
+    added = waits["added p50 ms"]
+    held = {
+        "tensor path at least 0.95 of the session": tensors[f"{OURS} / {RAW}"] >= 0.95,
+        "JPEG to PNG at least 0.90 of the pipeline": images[f"{OURS} / {RAW}"] >= 0.90,
+        "added p50 at most 1 ms": added[OURS] <= 1.0,
+    }
+    for name in commands:
+        if name != OURS:
+            held[f"ahead of {name}: tensor"] = tensors[f"{OURS} / {name}"] > 1
+            held[f"ahead of {name}: image"] = images[f"{OURS} / {name}"] > 1
+            held[f"ahead of {name}: latency"] = added[OURS] < added[name]
+    if LITSERVE not in commands:
+        result[LITSERVE] = LITSERVE_MISSING
+    suffix = "" if workers == 1 else f"-{workers}-workers"
+    finish(f"throughput{suffix}", result, held, keep=arguments.full)
 
 
 if __name__ == "__main__":
