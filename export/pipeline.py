@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.checks import TOLERANCES, Activations, PrecisionName, batch_sizes, check_precision
+from export.detectors import export_detector
 from export.evaluation import Evaluation
 from export.inputs import Picture, made_up_images, normalised
 from export.production import produce
@@ -31,12 +32,13 @@ from fdconv_deploy.architecture import Preprocessing
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers
+from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.published import convert_published
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime.bundle import Bundle, sha256_of
 from fdconv_deploy.runtime.manifest import CheckpointInfo, InputSize
 
-__all__ = ["TOLERANCE", "export_checkpoint", "export_module", "export_segmentor"]
+__all__ = ["TOLERANCE", "export_checkpoint", "export_detector", "export_module", "export_segmentor"]
 
 # A float32 graph further from its network than this, relative to the largest value, is not kept.
 TOLERANCE = TOLERANCES["fp32"]
@@ -63,16 +65,17 @@ def export_checkpoint(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export a trained segmentor's checkpoint.
+    """Export a trained segmentor's or detector's checkpoint; its names tell which it is.
 
     Args:
         checkpoint: see `fdconv_deploy.checkpoints.load_checkpoint`, as are ``config`` and
             ``overrides``.
         destination: the bundle's folder.
         size: height and width of the graphs, in pixels; if not given, the crop size of a
-            network tested in ``slide`` mode.
+            network tested in ``slide`` mode, or what a detector's published resize makes of
+            a landscape image.
         batches: one graph each.
-        fit: how images of another shape are brought to ``size``.
+        fit: how images of another shape are brought to ``size``; detectors always pad.
         pictures: HxWx3 uint8 RGB images of any size to compare the graphs with the network
             on; drawn street scenes if none are given.
         precision: ``fp16`` computes plain parts in float16, ``int8`` plain convolutions in
@@ -91,7 +94,7 @@ def export_checkpoint(
         progress: told of each step as it begins.
 
     Raises:
-        CheckpointError: the checkpoint is not of a segmentor with FDConv layers.
+        CheckpointError: the checkpoint is not of a network known here with FDConv layers.
         ExportError: the size does not suit the network, or the graph is not equal to it.
         BundleError: ``destination`` is in the way.
     """
@@ -100,6 +103,20 @@ def export_checkpoint(
     network = load_checkpoint(checkpoint, config=config, overrides=overrides)
     assumed = {fact.field: fact.value for fact in network.inference.assumed}
     source = CheckpointInfo(name=Path(checkpoint).name, sha256=sha256_of(Path(checkpoint)))
+    if isinstance(network, Detector):
+        return export_detector(
+            network,
+            destination,
+            size=size,
+            batches=batches,
+            pictures=pictures,
+            precision=precision,
+            tolerance=tolerance,
+            overwrite=overwrite,
+            progress=progress,
+            checkpoint=source,
+            assumed=assumed,
+        )
     return export_segmentor(
         network,
         destination,

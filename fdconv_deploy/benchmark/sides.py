@@ -136,11 +136,11 @@ def _loaded(
 ) -> Any:
     import torch
 
-    from fdconv_deploy.checkpoints import load_checkpoint
+    from fdconv_deploy.checkpoints import load_segmentor
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_checkpoint(path, config=config, overrides=overrides, require_fdconv=False)
+    return load_segmentor(path, config=config, overrides=overrides, require_fdconv=False)
 
 
 def _checkpoint(

@@ -21,9 +21,16 @@ if TYPE_CHECKING:
         equivalent_state_dict,
     )
     from fdconv_deploy.checkpoints.conversion_files import convert_checkpoint
+    from fdconv_deploy.checkpoints.detector import infer_detector
     from fdconv_deploy.checkpoints.facts import Fact, Inference
     from fdconv_deploy.checkpoints.inspection import Report, inspect_checkpoint, report_on
-    from fdconv_deploy.checkpoints.loading import LoadedSegmentor, load_checkpoint
+    from fdconv_deploy.checkpoints.loading import (
+        LoadedDetector,
+        LoadedSegmentor,
+        load_checkpoint,
+        load_detector,
+        load_segmentor,
+    )
     from fdconv_deploy.checkpoints.mmdet_config import format_detector_config
     from fdconv_deploy.checkpoints.mmseg_config import format_config
     from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
@@ -36,6 +43,7 @@ _HOMES = {
     "Conversion": "conversion",
     "Fact": "facts",
     "Inference": "facts",
+    "LoadedDetector": "loading",
     "LoadedSegmentor": "loading",
     "Report": "inspection",
     "format_config": "mmseg_config",
@@ -44,8 +52,11 @@ _HOMES = {
     "convert_state_dict": "conversion",
     "equivalent_state_dict": "conversion",
     "infer_architecture": "architecture",
+    "infer_detector": "detector",
     "inspect_checkpoint": "inspection",
     "load_checkpoint": "loading",
+    "load_detector": "loading",
+    "load_segmentor": "loading",
     "parse_config": "config_text",
     "read_checkpoint": "reading",
     "read_config": "config_text",
@@ -60,6 +71,7 @@ __all__ = [
     "Conversion",
     "Fact",
     "Inference",
+    "LoadedDetector",
     "LoadedSegmentor",
     "Report",
     "convert_checkpoint",
@@ -68,8 +80,11 @@ __all__ = [
     "format_config",
     "format_detector_config",
     "infer_architecture",
+    "infer_detector",
     "inspect_checkpoint",
     "load_checkpoint",
+    "load_detector",
+    "load_segmentor",
     "parse_config",
     "read_checkpoint",
     "read_config",

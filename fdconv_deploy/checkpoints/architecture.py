@@ -20,10 +20,7 @@ from fdconv_deploy.checkpoints.setting_fields import (
 from fdconv_deploy.errors import CheckpointError
 
 _NOT_A_SEGMENTOR = {
-    "detector": (
-        "it is a detector. Detectors can be inspected; export takes segmentation networks only so "
-        "far. Its backbone can be used in one: the keys under `backbone.` are the same"
-    ),
+    "detector": "it is a detector, whose architecture infer_detector tells",
     "backbone": (
         "it is a backbone without a decode head. It can be inspected; to export, give the whole "
         "segmentation checkpoint"
@@ -43,7 +40,7 @@ def infer_architecture(
     config: Config | None = None,
     meta: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> Inference:
+) -> Inference[Architecture]:
     """Tell a segmentation network's architecture.
 
     What names and shapes tell always holds. The rest comes from ``overrides``, else from
@@ -70,7 +67,7 @@ def infer_architecture(
     evidence = Evidence(overrides)
     evidence.notes.extend(config.notes)
     _check_model(state, config)
-    backbone = _backbone(part(state, "backbone."), config, evidence)
+    backbone = infer_whole_backbone(part(state, "backbone."), config, evidence)
     widths = output_widths(backbone, part(state, "backbone."))
     head = infer_head(
         part(state, "decode_head."),
@@ -103,7 +100,7 @@ def infer_backbone_only(
     """The backbone of a detector, a classifier or a bare backbone, and who told what."""
     config = config or Config()
     evidence = Evidence(overrides)
-    backbone = _backbone(part(state, backbone_prefix(state)), config, evidence)
+    backbone = infer_whole_backbone(part(state, backbone_prefix(state)), config, evidence)
     return backbone, tuple(evidence.facts)
 
 
@@ -113,7 +110,8 @@ def output_widths(backbone: BackboneConfig, state: Shapes) -> tuple[int, ...]:
     return tuple(backbone.base_channels * 2**i * expansion for i in sorted(backbone.out_indices))
 
 
-def _backbone(state: Shapes, config: Config, evidence: Evidence) -> BackboneConfig:
+def infer_whole_backbone(state: Shapes, config: Config, evidence: Evidence) -> BackboneConfig:
+    """The backbone by its tensors, names without ``backbone.``, and the config's section."""
     refuse_other_normalisation(config)
     return infer_backbone(state, config.section("model", "backbone"), evidence)
 

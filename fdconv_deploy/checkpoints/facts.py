@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from fdconv_deploy.architecture import Architecture
 from fdconv_deploy.checkpoints.config_values import Unreadable
+from fdconv_deploy.detector_architecture import DetectorArchitecture
 from fdconv_deploy.errors import CheckpointError
 
 Source = Literal[
@@ -22,6 +23,7 @@ Source = Literal[
 ]
 
 UNSET: Any = object()
+Told = TypeVar("Told", Architecture, DetectorArchitecture)
 
 
 class Fact(BaseModel):
@@ -35,7 +37,7 @@ class Fact(BaseModel):
     note: str = ""
 
 
-class Inference(BaseModel):
+class Inference(BaseModel, Generic[Told]):
     """An architecture and how it was told.
 
     ``told`` came from the file or the user, ``assumed`` are published defaults that
@@ -44,7 +46,7 @@ class Inference(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    architecture: Architecture
+    architecture: Told
     told: tuple[Fact, ...] = ()
     assumed: tuple[Fact, ...] = ()
     notes: tuple[str, ...] = ()
@@ -160,7 +162,7 @@ class Evidence:
         self.notes += other.notes
         self._used |= other._used
 
-    def inference(self, architecture: Architecture) -> Inference:
+    def inference(self, architecture: Told) -> Inference[Told]:
         """The result, facts split by whether anyone told them."""
         told = tuple(fact for fact in self.facts if fact.source != "published default")
         assumed = tuple(fact for fact in self.facts if fact.source == "published default")

@@ -13,6 +13,7 @@ from fdconv_deploy.architecture import Architecture, BackboneConfig
 from fdconv_deploy.checkpoints import costs
 from fdconv_deploy.checkpoints.architecture import infer_architecture, infer_backbone_only
 from fdconv_deploy.checkpoints.config_text import Config
+from fdconv_deploy.checkpoints.detector import infer_detector
 from fdconv_deploy.checkpoints.facts import Fact
 from fdconv_deploy.checkpoints.layers import (
     Kind,
@@ -26,6 +27,7 @@ from fdconv_deploy.checkpoints.layers import (
 )
 from fdconv_deploy.checkpoints.loading import config_for
 from fdconv_deploy.checkpoints.reading import read_checkpoint
+from fdconv_deploy.detector_architecture import DetectorArchitecture
 from fdconv_deploy.errors import CheckpointError
 
 FDCONV_PARTS = ("dft_weight", "KSM_Global", "KSM_Local", "FBM")
@@ -64,6 +66,7 @@ class Report(BaseModel):
         published_buffer_bytes: what the published code holds beside the weights: the bin
             order as int64 and the band masks.
         architecture: None for anything but a segmentation network told without contradiction.
+        detector: the same of a detector.
         backbone: None if it is not a ResNet known here.
         told, assumed, notes, dropped: see :class:`Inference` and :class:`Checkpoint`.
         problem: why there is no architecture, or None.
@@ -84,6 +87,7 @@ class Report(BaseModel):
     spectrum_bytes: int
     published_buffer_bytes: int
     architecture: Architecture | None
+    detector: DetectorArchitecture | None = None
     backbone: BackboneConfig | None
     told: tuple[Fact, ...]
     assumed: tuple[Fact, ...]
@@ -140,6 +144,7 @@ def report_on(
 ) -> Report:
     """:func:`inspect_checkpoint` for tensors at hand; tensors on the meta device do."""
     architecture: Architecture | None = None
+    detector: DetectorArchitecture | None = None
     backbone: BackboneConfig | None = None
     told: tuple[Fact, ...] = ()
     assumed: tuple[Fact, ...] = ()
@@ -151,6 +156,10 @@ def report_on(
             found = infer_architecture(state, config=config, meta=meta, overrides=overrides)
             architecture, backbone = found.architecture, found.architecture.backbone
             told, assumed, notes = found.told, found.assumed, found.notes
+        elif kind == "detector":
+            whole = infer_detector(state, config=config, meta=meta, overrides=overrides)
+            detector, backbone = whole.architecture, whole.architecture.backbone
+            told, assumed, notes = whole.told, whole.assumed, whole.notes
         elif kind != "unknown":
             backbone, facts = infer_backbone_only(state, config=config, overrides=overrides)
             told = tuple(fact for fact in facts if fact.source != "published default")
@@ -181,6 +190,7 @@ def report_on(
         spectrum_bytes=sum(_spectrum_bytes(layer, ratio) for layer in layers),
         published_buffer_bytes=masks + sum(_index_bytes(layer, ratio) for layer in layers),
         architecture=architecture,
+        detector=detector,
         backbone=backbone,
         told=told,
         assumed=assumed,

@@ -9,20 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdconv_deploy.architecture import Architecture
 from fdconv_deploy.checkpoints.architecture import infer_architecture
 from fdconv_deploy.checkpoints.config_text import Config, config_of, read_config
+from fdconv_deploy.checkpoints.detector import infer_detector
 from fdconv_deploy.checkpoints.facts import Inference
-from fdconv_deploy.checkpoints.layers import dynamic_names
+from fdconv_deploy.checkpoints.layers import dynamic_names, kind_of
 from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
+from fdconv_deploy.detector_architecture import DetectorArchitecture
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn import Segmentor
+from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.spectrum import FrequencyOrder
 
 
 class LoadedSegmentor(Segmentor):
     """A :class:`Segmentor` from a checkpoint. ``inference`` says who told its architecture."""
 
-    inference: Inference
+    inference: Inference[Architecture]
+
+
+class LoadedDetector(Detector):
+    """A :class:`Detector` from a checkpoint. ``inference`` says who told its architecture."""
+
+    inference: Inference[DetectorArchitecture]
 
 
 def load_checkpoint(
@@ -34,8 +44,8 @@ def load_checkpoint(
     auxiliary: bool = False,
     require_fdconv: bool = True,
     weights: str | None = None,
-) -> LoadedSegmentor:
-    """Load a segmentation network from a checkpoint, without running anything in the file.
+) -> LoadedSegmentor | LoadedDetector:
+    """Load a network from a checkpoint, without running anything in the file.
 
     Args:
         path: a checkpoint of mmcv 1.x, mmengine or plain PyTorch, or ``.safetensors``.
@@ -43,49 +53,98 @@ def load_checkpoint(
             By default the one the checkpoint carries.
         overrides: fields the weights do not tell, e.g. ``{"backbone.style": "caffe"}``.
         frequency_order: how bins of equal radius are ordered, see :class:`FDConv2d`.
-        auxiliary: keep the auxiliary head, which only training needs.
+        auxiliary: keep a segmentor's auxiliary head, which only training needs.
         require_fdconv: refuse a network without a single FDConv layer.
         weights: the entry to take weights from, see :func:`read_checkpoint`.
 
     Returns:
-        The network in eval mode, float32, on the CPU. ``.architecture`` is what was built,
-        ``.inference`` how it was told.
+        The network in eval mode, float32, on the CPU: a segmentor or a detector, as its names
+        tell. ``.architecture`` is what was built, ``.inference`` how it was told.
 
     Raises:
-        CheckpointError: the file can't be read, is no segmentation network known here, its
-            config contradicts it, or tensors are left over, missing or not finite.
+        CheckpointError: the file can't be read, is of no network known here, its config
+            contradicts it, or tensors are left over, missing or not finite.
         UnsupportedLayerError: an FDConv layer of it cannot be built.
     """
     checkpoint = read_checkpoint(path, weights=weights)
     settings = config_for(checkpoint, config)
+    state = dict(checkpoint.state_dict)
+    network: LoadedSegmentor | LoadedDetector
+    told: dict[str, Any] = {"config": settings, "meta": checkpoint.meta, "overrides": overrides}
     try:
-        inference = infer_architecture(
-            checkpoint.state_dict, config=settings, meta=checkpoint.meta, overrides=overrides
-        )
+        if kind_of(state) == "detector":
+            network = _detector(infer_detector(state, **told), frequency_order)
+        else:
+            inference, state = _auxiliary(infer_architecture(state, **told), state, auxiliary)
+            network = _segmentor(inference, frequency_order)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    state = dict(checkpoint.state_dict)
     if require_fdconv and not dynamic_names(state):
         raise CheckpointError(
             f"{path} is not an FDConv checkpoint: no layer in it is one (no …KSM_Global… among its "
             "names). Expected a network trained with conv_cfg type FDConv. To load a plain network "
             "all the same, pass require_fdconv=False."
         )
+    _fill(network, state, path)
+    network.eval()
+    return network
+
+
+# On the meta device nothing is initialised: all that has data comes from the file.
+
+
+def _segmentor(inference: Inference[Architecture], order: FrequencyOrder) -> LoadedSegmentor:
+    with torch.device("meta"):
+        network = LoadedSegmentor(inference.architecture, order)
+    network.inference = inference
+    return network
+
+
+def _detector(inference: Inference[DetectorArchitecture], order: FrequencyOrder) -> LoadedDetector:
+    with torch.device("meta"):
+        network = LoadedDetector(inference.architecture, order)
+    network.inference = inference
+    return network
+
+
+def load_segmentor(path: str | Path, **options: Any) -> LoadedSegmentor:
+    """:func:`load_checkpoint` where only a segmentation network will do.
+
+    Raises:
+        CheckpointError: also if it is a detector's.
+    """
+    network = load_checkpoint(path, **options)
+    if not isinstance(network, LoadedSegmentor):
+        raise CheckpointError(f"{path} is of a detector. Expected a segmentation network here.")
+    return network
+
+
+def load_detector(path: str | Path, **options: Any) -> LoadedDetector:
+    """:func:`load_checkpoint` where only a detector will do.
+
+    Raises:
+        CheckpointError: also if it is a segmentation network's.
+    """
+    network = load_checkpoint(path, **options)
+    if not isinstance(network, LoadedDetector):
+        raise CheckpointError(f"{path} is of a segmentation network. Expected a detector here.")
+    return network
+
+
+def _auxiliary(
+    inference: Inference[Architecture], state: dict[str, Tensor], keep: bool
+) -> tuple[Inference[Architecture], dict[str, Tensor]]:
+    """With the auxiliary head, or without."""
     architecture = inference.architecture
-    if auxiliary and architecture.auxiliary_head is None:
+    if keep and architecture.auxiliary_head is None:
         raise CheckpointError(
-            f"{path} has no auxiliary head that can be used. Load it with auxiliary=False."
+            "it has no auxiliary head that can be used. Load it with auxiliary=False."
         )
-    if not auxiliary:
+    if not keep:
         architecture = architecture.model_copy(update={"auxiliary_head": None})
         state = {k: v for k, v in state.items() if not k.startswith("auxiliary_head.")}
         inference = inference.model_copy(update={"architecture": architecture})
-    # On the meta device nothing is initialised: all that has data comes from the file.
-    with torch.device("meta"):
-        network = LoadedSegmentor(architecture, frequency_order)
-    _fill(network, state, path)
-    network.inference = inference
-    return network.eval()
+    return inference, state
 
 
 def config_for(checkpoint: Checkpoint, config: str | Path | Config | None) -> Config | None:
@@ -100,13 +159,13 @@ def config_for(checkpoint: Checkpoint, config: str | Path | Config | None) -> Co
         why = f" What could not be read: {'; '.join(given.notes)}." if given.notes else ""
         raise CheckpointError(
             f"{config} describes no network: expected a config with model = dict(backbone=dict(…), "
-            f"…), as mmsegmentation's.{why} Give another file, or leave --config out to use the "
+            f"…), as OpenMMLab's.{why} Give another file, or leave --config out to use the "
             "checkpoint's own."
         )
     return given
 
 
-def _fill(network: Segmentor, state: dict[str, Tensor], path: str | Path) -> None:
+def _fill(network: Segmentor | Detector, state: dict[str, Tensor], path: str | Path) -> None:
     expected = network.state_dict()
     for key, value in expected.items():
         # Only training counts batches, and old files don't have the count.
@@ -125,8 +184,8 @@ def _fill(network: Segmentor, state: dict[str, Tensor], path: str | Path) -> Non
         raise CheckpointError(
             f"{path} does not fit the network its names and shapes tell. "
             + "; ".join(parts)
-            + ". Expected exactly the tensors of mmsegmentation's ResNet and heads; if the network "
-            "has parts of its own, it cannot be loaded."
+            + ". Expected exactly the tensors of OpenMMLab's ResNet and heads; if the network has "
+            "parts of its own, it cannot be loaded."
         )
     weights: dict[str, Tensor] = {}
     for key, value in expected.items():

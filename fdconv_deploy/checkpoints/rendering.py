@@ -14,7 +14,7 @@ from fdconv_deploy.checkpoints.inspection import LayerReport, Report
 
 _KINDS = {
     "segmentor": "segmentation network",
-    "detector": "detector (can be inspected, not exported)",
+    "detector": "detector",
     "classifier": "classifier (can be inspected, not exported)",
     "backbone": "backbone alone (can be inspected, not exported)",
     "unknown": "unknown network",

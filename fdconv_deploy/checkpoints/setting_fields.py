@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from fdconv_deploy.architecture import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, TestMode
@@ -17,6 +17,7 @@ _HARMLESS = (
     "LoadImageFromFile",
     "LoadAnnotations",
     "PackSegInputs",
+    "PackDetInputs",
     "Resize",
     "Normalize",
     "RandomFlip",
@@ -57,8 +58,17 @@ def infer_test_mode(config: Config, evidence: Evidence) -> TestMode:
     return TestMode(mode=mode, **sizes)
 
 
-def infer_preprocessing(config: Config, evidence: Evidence) -> Preprocessing:
+def infer_preprocessing(
+    config: Config,
+    evidence: Evidence,
+    *,
+    scale: Pair | None = None,
+    harmless: Sequence[str] = (),
+) -> Preprocessing:
     """Mean, deviation, channel order and resize of the test pipeline.
+
+    ``scale``: the published default of the resize. ``harmless``: further steps that need no
+    word, as they are done here, too.
 
     They stand in mmseg 1.x's ``data_preprocessor`` or 0.x's ``Normalize`` step
     (``img_norm_cfg``). ImageNet's, in RGB, are the published default.
@@ -94,12 +104,12 @@ def infer_preprocessing(config: Config, evidence: Evidence) -> Preprocessing:
     keep_ratio = settle(
         "keep_ratio", bool, config=stated(resize, "keep_ratio"), default=True, matters=bool(resize)
     )
-    scale = stated(resize, "scale", "img_scale")
-    if scale in (UNSET, None):
-        scale = stated(outer, "img_scale")
-    scale = settle("scale", Pair | None, config=_scale(scale, keep_ratio, evidence), default=None)
+    told = stated(resize, "scale", "img_scale")
+    if told in (UNSET, None):
+        told = stated(outer, "img_scale")
+    scale = settle("scale", Pair | None, config=_scale(told, keep_ratio, evidence), default=scale)
     for step in steps:
-        if type_of(step) and type_of(step) not in _HARMLESS:
+        if type_of(step) and type_of(step) not in (*_HARMLESS, *harmless):
             evidence.notes.append(
                 f"The config's test pipeline has a {type_of(step)} step, which is not reproduced."
             )
@@ -118,7 +128,12 @@ def _scale(value: Any, keep_ratio: bool, evidence: Evidence) -> Any:
 
 
 def infer_classes(
-    classes: int, config: Config, meta: Mapping[str, Any], evidence: Evidence
+    classes: int,
+    config: Config,
+    meta: Mapping[str, Any],
+    evidence: Evidence,
+    *,
+    head: str = "decode head",
 ) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
     """Class names and their colours, from the checkpoint's meta, else the config's dataset.
 
@@ -134,7 +149,7 @@ def infer_classes(
         config_name=origin,
         default=(),
         accepts=lambda value: len(value) in (0, classes),
-        tells=f"the decode head makes {classes} classes",
+        tells=f"the {head} makes {classes} classes",
     )
     if palette is not UNSET and not _is_palette(palette, classes):
         evidence.notes.append(

@@ -48,11 +48,11 @@ def verify(
         raise FDConvError(f"the tolerance must be 0 or more, got {tolerance}.")
     from export.checks import TOLERANCES
     from export.verify import verify_bundle
-    from fdconv_deploy.checkpoints import load_checkpoint
+    from fdconv_deploy.checkpoints import load_segmentor
     from fdconv_deploy.runtime import open_session, read_image
 
     with open_session(bundle, backend) as session:
-        network = load_checkpoint(
+        network = load_segmentor(
             checkpoint, config=config, overrides=parse_settings(settings), require_fdconv=False
         )
         pictures = [(path.name, read_image(path)) for path in images or []]

@@ -18,7 +18,7 @@ from rich.table import Table
 from export.pipeline import export_checkpoint
 from export.verify import verify_bundle
 from fdconv_deploy.benchmark.metrics import Scores, confusion_matrix, scores
-from fdconv_deploy.checkpoints import load_checkpoint
+from fdconv_deploy.checkpoints import load_segmentor
 from fdconv_deploy.demo import held_out, packaged_checkpoint, plain_checkpoint, training_record
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime import Session, open_session, read_image
@@ -59,7 +59,7 @@ def walk(folder: Path, console: Console) -> None:
             overwrite=True,
         )
     with step("load the PyTorch network and the bundle"):
-        network = load_checkpoint(checkpoint)
+        network = load_segmentor(checkpoint)
         session = open_session(bundle)
         session.warm_up()
     with session:
@@ -68,7 +68,7 @@ def walk(folder: Path, console: Console) -> None:
             checks = verify_bundle(session, network, named[:SHOWN])
         rows.append(("largest error, of the largest logit", f"{_worst(checks):.1e}"))
         with step(f"score all on {len(pictures)} held-out images, and the plain twin"):
-            twin = load_checkpoint(plain_checkpoint(), require_fdconv=False)
+            twin = load_segmentor(plain_checkpoint(), require_fdconv=False)
             plain = _score(lambda p: _torch_labels(twin, session, p), pictures, truths)
             eager = _score(lambda p: _torch_labels(network, session, p), pictures, truths)
             exported = _score(lambda p: session.segment(p).labels, pictures, truths)

@@ -95,9 +95,11 @@ def test_parameters_of_detectors(oracle: Path, name: str, fdconv: bool) -> None:
     assert report.parameters["backbone"] == counts["backbone"]
     assert report.tensors == counts["n_keys"]
     assert (report.kind, report.problem, report.architecture) == ("detector", None, None)
-    assert report.backbone is not None
+    assert report.detector is not None
+    assert (report.detector.mask_head is not None) == (name == "mask_rcnn")
+    assert report.backbone == report.detector.backbone
     assert report.dynamic_layers == (48 if fdconv else 0)
-    assert "detector (can be inspected, not exported)" in printed(report)
+    assert "test.rcnn.score_thr" in printed(report)
 
 
 @pytest.mark.parametrize(

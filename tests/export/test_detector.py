@@ -11,7 +11,9 @@ import torch
 from export.detection_parity import compare_detections
 from export.detector_inputs import made_up_detector_inputs
 from export.detectors import export_detector
+from export.pipeline import export_checkpoint
 from fdconv_deploy.architecture import FDConvConfig, Preprocessing
+from fdconv_deploy.checkpoints import save_checkpoint
 from fdconv_deploy.detector_architecture import PUBLISHED_SCALE
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers
@@ -30,8 +32,10 @@ def detector() -> Detector:
 
 @pytest.fixture(scope="module")
 def bundle(detector, tmp_path_factory) -> Bundle:
-    path = tmp_path_factory.mktemp("detector") / "bundle"
-    return export_detector(detector, path, size=SIZE, batches=(1, 3))
+    """By way of a file, whose names tell that it is a detector's."""
+    folder = tmp_path_factory.mktemp("detector")
+    save_checkpoint(folder / "mask.pth", detector, detector.architecture)
+    return export_checkpoint(folder / "mask.pth", folder / "bundle", size=SIZE, batches=(1, 3))
 
 
 def ask(bundle: Bundle, images: torch.Tensor, sizes: torch.Tensor) -> dict[str, np.ndarray]:
@@ -93,6 +97,12 @@ def test_manifest(bundle, detector):
         ("count", (3,), "int64"),
         ("masks", (3, 20, 28, 28), "float32"),
     ]
+    assert manifest.checkpoint.name == "mask.pth"
+    assert set(manifest.graph["assumed"]) <= {
+        "backbone.conv.fbm_cfg.max_size",
+        "classes",
+        "palette",
+    }
     assert set(manifest.group_maps) == set(dynamic_layers(detector))
     for outputs in manifest.parity.batches.values():
         errors = {output.name: output for output in outputs}

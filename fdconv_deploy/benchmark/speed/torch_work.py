@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fdconv_deploy.benchmark.speed.pictures import images
 from fdconv_deploy.benchmark.speed.sides import Side, UnavailableError
-from fdconv_deploy.checkpoints import load_checkpoint
+from fdconv_deploy.checkpoints import load_segmentor
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.nn.segmentor import Segmentor
 
@@ -23,7 +23,7 @@ def open_checkpoint(side: Side) -> tuple[Callable[[], Any], str, dict[str, Any]]
     bundle's are.
     """
     torch.set_num_threads(side.threads)
-    network = load_checkpoint(
+    network = load_segmentor(
         side.source,
         config=Path(side.config) if side.config else None,
         overrides=side.overrides,
