@@ -1,5 +1,7 @@
 // The page: an image goes to the server, its mask comes back and is laid over it.
 
+import { classRows, paintBoxes, paintMasks, word } from "./instances.js";
+
 const $ = (id) => document.getElementById(id);
 const state = { models: [], answer: null, labels: null, hidden: new Set(), request: 0 };
 
@@ -41,8 +43,10 @@ async function loadModels() {
   showCard();
 }
 
+const chosenCard = () => state.models.find((m) => m.name === $("model").value);
+
 function showCard() {
-  const card = state.models.find((m) => m.name === $("model").value);
+  const card = chosenCard();
   if (!card) return;
   const parity = Math.max(...card.parity.map((p) => p.max_rel));
   const rows = {
@@ -50,6 +54,9 @@ function showCard() {
     State: card.state,
     Input: `${card.input.height} × ${card.input.width} pixels, ${card.mode}, ${card.fit}`,
     Classes: String(card.classes.length),
+    ...(card.instances && {
+      Objects: `${card.instances.most} at most, ${card.instances.masks ? "with masks" : "boxes alone"}`,
+    }),
     Precision: card.precision,
     Backend: card.backend ?? "not loaded yet",
     "Batch sizes": card.batch_sizes.join(", "),
@@ -91,7 +98,9 @@ async function segment(blob) {
   const mine = ++state.request;
   say("Segmenting …");
   const name = $("model").value;
-  const address = name ? `/v1/models/${encodeURIComponent(name)}/segment` : "/v1/segment";
+  let address = name ? `/v1/models/${encodeURIComponent(name)}/segment` : "/v1/segment";
+  // All objects are asked for; which are shown is chosen here.
+  if (chosenCard()?.kind === "detector") address += "?min_score=0";
   let response;
   try {
     response = await fetch(address, {
@@ -114,7 +123,7 @@ async function segment(blob) {
   }
   const timing = response.headers.get("Server-Timing") ?? "";
   state.answer = await response.json();
-  state.labels = decode(state.answer.mask);
+  state.labels = state.answer.instances ? null : decode(state.answer.mask);
   state.hidden.clear();
   await show(blob, timing);
 }
@@ -130,9 +139,11 @@ function decode({ size, counts, values }) {
 }
 
 async function show(blob, timing) {
-  const { width, height, classes } = state.answer;
+  const { width, height } = state.answer;
   $("answer").hidden = false;
-  for (const id of ["image", "mask"]) Object.assign($(id), { width, height });
+  $("boxes").hidden = $("score-field").hidden = state.labels !== null;
+  $("share-title").textContent = state.labels ? "Area" : "Objects";
+  for (const id of ["image", "mask", "boxes"]) Object.assign($(id), { width, height });
   const context = $("image").getContext("2d");
   try {
     // Drawn to the answer's size; the browser applies EXIF orientation as the service does.
@@ -142,15 +153,25 @@ async function show(blob, timing) {
   } catch {
     context.clearRect(0, 0, width, height); // a format the browser cannot draw (TIFF)
   }
-  const present = classes.filter((c) => c.area > 0).sort((a, b) => b.area - a.area);
-  $("mask-words").textContent =
-    `${width} × ${height} pixels: ` +
-    present.map((c) => `${c.name} ${percent(c.share)}`).join(", ") + ".";
-  showLegend(present);
   showTimes(timing);
-  paint();
+  const count = showClasses();
   const stages = [...$("times").rows].at(-1).cells[1].textContent;
-  say(`Done: ${present.length} classes, ${stages} ms in the service.`);
+  say(`Done: ${count} classes, ${stages} ms in the service.`);
+}
+
+const minScore = () => $("score").value / 100;
+
+// The classes in words and as the legend, and everything painted; gives how many there are.
+function showClasses() {
+  const { width, height, classes } = state.answer;
+  const present = state.labels
+    ? classes.filter((c) => c.area > 0).sort((a, b) => b.area - a.area)
+    : classRows(state.answer, minScore());
+  const words = present.map((c) => (state.labels ? `${c.name} ${percent(c.share)}` : `${c.count} ${c.name}`));
+  $("mask-words").textContent = `${width} × ${height} pixels: ${words.join(", ") || "no object"}.`;
+  showLegend(present);
+  paint();
+  return present.length;
 }
 
 const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
@@ -158,7 +179,7 @@ const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
 function showLegend(present) {
   $("legend").replaceChildren(
     ...present.map((entry) => {
-      const box = make("input", { type: "checkbox", checked: true });
+      const box = make("input", { type: "checkbox", checked: !state.hidden.has(entry.id) });
       box.addEventListener("change", () => {
         state.hidden[box.checked ? "delete" : "add"](entry.id);
         paint();
@@ -166,12 +187,15 @@ function showLegend(present) {
       const swatch = make("span", { className: "swatch" });
       swatch.style.setProperty("background", `rgb(${entry.color.join(" ")})`);
       const label = make("label", {}, box, swatch, entry.name);
-      const meter = make("meter", { value: entry.share, min: 0, max: 1, ariaHidden: "true" });
+      const share = state.labels
+        ? [make("meter", { value: entry.share, min: 0, max: 1, ariaHidden: "true" }), percent(entry.share)]
+        : [String(entry.count)];
+      const pixels = state.labels ? entry.area : entry.pixels;
       return make(
         "tr", {},
         make("td", {}, label),
-        make("td", { className: "number" }, meter, percent(entry.share)),
-        make("td", { className: "number", textContent: entry.area.toLocaleString("en") }),
+        make("td", { className: "number" }, ...share),
+        make("td", { className: "number", textContent: pixels.toLocaleString("en") }),
       );
     }),
   );
@@ -199,11 +223,14 @@ function paint() {
   const context = $("mask").getContext("2d");
   const pixels = context.createImageData(width, height);
   const words = new Uint32Array(pixels.data.buffer); // little-endian: ABGR
-  const table = new Uint32Array(classes.length);
-  for (const { id, color: [r, g, b] } of classes) {
-    if (!state.hidden.has(id)) table[id] = ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
+  if (state.labels) {
+    const table = new Uint32Array(classes.length);
+    for (const { id, color } of classes) if (!state.hidden.has(id)) table[id] = word(color);
+    for (let at = 0; at < words.length; at++) words[at] = table[state.labels[at]];
+  } else {
+    paintMasks(words, state.answer, state.hidden, minScore());
+    paintBoxes($("boxes").getContext("2d"), state.answer, state.hidden, minScore());
   }
-  for (let at = 0; at < words.length; at++) words[at] = table[state.labels[at]];
   context.putImageData(pixels, 0, 0);
   $("mask").toBlob((blob) => {
     const link = $("download");
@@ -218,6 +245,10 @@ function setOpacity() {
 }
 
 $("opacity").addEventListener("input", setOpacity);
+$("score").addEventListener("input", () => {
+  $("least").textContent = minScore().toFixed(2);
+  showClasses();
+});
 $("model").addEventListener("change", showCard);
 $("key").addEventListener("change", () => loadModels().catch((e) => say(e.message, true)));
 $("file").addEventListener("change", () => {

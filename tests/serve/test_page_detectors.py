@@ -1,0 +1,79 @@
+"""The page on a detector: masks, boxes, and the score from which they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fdconv_deploy.runtime import open_session
+from serve import Settings, running
+from tests.serve.test_page import browser, canvas, done, shot
+
+__all__ = ["browser"]
+
+
+@pytest.fixture
+def page(browser, detectors: list[Path], bundles: list[Path]) -> Iterator:
+    with running([*detectors, bundles[0]], settings=Settings(threads=1)) as url:
+        opened = browser.new_page()
+        wrong: list[str] = []
+        opened.on("pageerror", lambda error: wrong.append(str(error)))
+        opened.goto(url)
+        opened.wait_for_selector("#card dd")
+        yield opened
+        assert wrong == []
+        opened.close()
+
+
+def upload(page, png: bytes) -> None:
+    page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": png})
+    done(page)
+
+
+def test_masks_and_boxes(page, detectors: list[Path], picture, png: bytes) -> None:
+    upload(page, png)
+    shot(page, "page-detector")
+    with open_session(detectors[0], threads=1) as session:
+        found = session.detect(picture).kept(0.3)
+    numbers = found.instance_map()
+    expected = np.zeros((50, 70, 4), np.uint8)
+    for number, label in enumerate(found.labels.tolist(), 1):
+        expected[numbers == number] = (*found.palette[label], 255)
+    assert np.array_equal(canvas(page, "mask"), expected)
+    assert canvas(page, "boxes")[..., 3].any()
+    counts = page.locator("#legend td:nth-child(2)").all_text_contents()
+    assert sum(map(int, counts)) == len(found)
+    assert page.text_content("#share-title") == "Objects"
+    assert "masks" in page.text_content("#card")
+
+
+def test_the_least_score(page, png: bytes) -> None:
+    upload(page, png)
+    few = int((canvas(page, "mask")[..., 3] > 0).sum())
+    page.fill("#score", "0")
+    assert page.text_content("#least") == "0.00"
+    assert int((canvas(page, "mask")[..., 3] > 0).sum()) >= few
+    page.fill("#score", "100")
+    assert not canvas(page, "mask")[..., 3].any()
+    assert not canvas(page, "boxes")[..., 3].any()
+    assert "no object" in page.text_content("#mask-words")
+
+
+def test_hiding_a_class(page, png: bytes) -> None:
+    upload(page, png)
+    for _ in range(page.locator("#legend input:checked").count()):
+        page.uncheck("#legend input:checked >> nth=0")
+    assert not canvas(page, "mask")[..., 3].any()
+    assert not canvas(page, "boxes")[..., 3].any()
+
+
+def test_models_of_both_kinds(page, png: bytes) -> None:
+    for name, objects in (("street", False), ("boxes", True), ("street", False), ("things", True)):
+        page.select_option("#model", name)
+        upload(page, png)
+        assert page.is_visible("#boxes") == page.is_visible("#score-field") == objects
+        assert canvas(page, "mask")[..., 3].any() == (name != "boxes")
+        page.evaluate("document.getElementById('status').textContent = ''")
