@@ -17,6 +17,8 @@ from fdconv_deploy.errors import FDConvError
 
 STDOUT = Path("-")
 WIDEST = 140
+# Layers of a terminal's tables.
+SHOWN = 8
 
 
 def bench(
@@ -59,6 +61,13 @@ def bench(
     agree: Annotated[
         float, typer.Option(min=0, help="A side is steady when three windows agree this closely.")
     ] = 0.03,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say which layers take how long, on a CPU.")
+    ] = False,
+    divergence: Annotated[
+        bool,
+        typer.Option("--divergence", help="Say how far each bundle's layers are from the first's."),
+    ] = False,
     fail_under: Annotated[
         float | None,
         typer.Option(metavar="IMAGES/S", help="Exit with 1 if a side is slower than this."),
@@ -96,6 +105,11 @@ def bench(
     from fdconv_deploy.benchmark.speed.floors import Floors
     from fdconv_deploy.benchmark.speed.html import page
     from fdconv_deploy.benchmark.speed.measure import measure
+    from fdconv_deploy.benchmark.speed.sections import (
+        add_divergences,
+        add_profiles,
+        check_divergences,
+    )
     from fdconv_deploy.benchmark.speed.sides import plan
     from fdconv_deploy.benchmark.speed.turns import Rules
     from fdconv_deploy.runtime.backends.cores import available_cores
@@ -125,17 +139,23 @@ def bench(
         overrides=parse_settings(settings),
     )
     levels = parse_levels(concurrency)
+    if divergence:
+        check_divergences(sides.sides)
     err = Console(stderr=True)
     if not quiet and (sentence := machine.busy()):
         err.print(sentence, highlight=False)
     with _progress(err, hidden=quiet) as bar:
         task = bar.add_task("starting", total=1.0)
-        report = measure(
-            sides,
-            Rules(seconds=seconds, warm_up=warm_up, agree=agree),
-            concurrency=levels,
-            progress=lambda text, share: bar.update(task, description=text, completed=share),
-        )
+
+        def told(text: str, share: float) -> None:
+            bar.update(task, description=text, completed=share)
+
+        rules = Rules(seconds=seconds, warm_up=warm_up, agree=agree)
+        report = measure(sides, rules, concurrency=levels, progress=told)
+        if profile:
+            add_profiles(report, sides.sides, told)
+        if divergence:
+            add_divergences(report, sides.sides, told)
     for file, render in wanted:
         write(file, render(report))
     if not quiet and STDOUT not in [file for file, _ in wanted]:
@@ -198,5 +218,31 @@ def _show(report: dict[str, Any], console: Console) -> None:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
+    for section in report.get("profiles", []):
+        console.print(_parts(section))
+    for section in report.get("divergences", []):
+        console.print(_drift(section))
     for note in tables.notes(report):
         console.print(note, markup=False, highlight=False)
+
+
+def _parts(section: dict[str, Any]) -> Table:
+    """Sums over the network, and the layers that take most; all are in the files."""
+    parts = section["parts"]
+    table = Table(title=f"ms by layer: {section['title']}", box=box.SIMPLE_HEAD)
+    for title in ("", *parts, "sum"):
+        table.add_column(title, justify="right" if title else "left")
+    slowest = sorted(section["layers"], key=lambda layer: -sum(layer["ms"].values()))[:SHOWN]
+    for name, spent in [("all layers", section["sums"]), *((x["name"], x["ms"]) for x in slowest)]:
+        cells = [f"{spent[part]:.2f}" if part in spent else "" for part in parts]
+        table.add_row(Text(name), *cells, f"{sum(spent.values()):.2f}")
+    return table
+
+
+def _drift(section: dict[str, Any]) -> Table:
+    """The layers that differ most; all are in the files."""
+    title = f"divergence by layer: {section['title']}"
+    table = Table("", "largest error", "1 − cosine", title=title, box=box.SIMPLE_HEAD)
+    for layer in sorted(section["layers"], key=lambda layer: -layer["max_rel"])[:SHOWN]:
+        table.add_row(Text(layer["name"]), f"{layer['max_rel']:.1e}", f"{layer['angle']:.1e}")
+    return table

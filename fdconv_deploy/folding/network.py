@@ -69,7 +69,7 @@ def replace_layers(network: nn.Module, make: Callable[[str, FDConv2d], nn.Module
     return copy.deepcopy(network, memo)
 
 
-def fold_network(network: nn.Module, example: Tensor) -> nn.Module:
+def fold_network(network: nn.Module, example: Example) -> nn.Module:
     """A copy of ``network`` whose FDConv layers are folded for ``example``'s shape.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which part of a network each node of its optimised graph belongs to.
+"""Which part of a network, and which layer, each node of its optimised graph belongs to.
 
 ONNX Runtime inlines function bodies, fuses nodes and changes layouts before it runs a graph, and
 its profile then names nodes that the exported file does not have. So the graph is optimised
@@ -22,6 +22,7 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto
 
+from fdconv_deploy.benchmark.layers.naming import fdconv_layers, layer_names
 from fdconv_deploy.ops import DOMAIN
 
 PARTS = ("convolutions", "kernel assembly", "band modulation", "attention", "rest")
@@ -36,12 +37,25 @@ _CONVOLUTIONS = {"Conv", "FusedConv", "ConvTranspose", "QLinearConv", "ConvInteg
 
 @dataclass(frozen=True)
 class Cost:
-    """What one node takes: its operator, its part, and the median of its runs."""
+    """What one node takes: its operator, part and layer, and the median of its runs."""
 
     name: str
     operator: str
     part: str
+    layer: str
     milliseconds: float
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """A layer's name and its milliseconds by part; parts that it has none of are left out."""
+
+    name: str
+    milliseconds: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"name": self.name, "ms": {k: round(v, 4) for k, v in self.milliseconds.items()}}
 
 
 def profile(
@@ -53,7 +67,8 @@ def profile(
     :param folder: for files that are left there.
     """
     optimised = optimise(model, folder)
-    parts = attribute(onnx.load(str(model), load_external_data=False), optimised)
+    exported = onnx.load(str(model), load_external_data=False)
+    parts, layers = attribute(exported, optimised), layer_names(exported, optimised)
     for number, node in enumerate(optimised.graph.node):
         node.name = f"n{number}"
     named = folder / "named.onnx"
@@ -74,8 +89,8 @@ def profile(
             durations[event["name"].removesuffix("_kernel_time")].append(event["dur"] / 1e3)
     return [
         # The first two runs warm up.
-        Cost(node.name, node.op_type, part, statistics.median(durations[node.name][2:]))
-        for node, part in zip(optimised.graph.node, parts, strict=True)
+        Cost(node.name, node.op_type, part, layer, statistics.median(durations[node.name][2:]))
+        for node, part, layer in zip(optimised.graph.node, parts, layers, strict=True)
         if node.name in durations
     ]
 
@@ -104,15 +119,9 @@ def attribute(exported: ModelProto, optimised: ModelProto) -> list[str]:
         if node.domain == DOMAIN
         for output in node.output
     }
-    layers = _layers(exported)
+    layers = tuple(f"{name}." for name in fdconv_layers(exported))
     parts = [_named_part(node, calls, layers) for node in optimised.graph.node]
     return [part or "rest" for part in _spread(optimised, parts)]
-
-
-def _layers(exported: ModelProto) -> tuple[str, ...]:
-    """Prefixes of what the exporter calls the nodes of each FDConv layer."""
-    names = (n.name for n in exported.graph.node if n.op_type.startswith("FrequencyAssembly"))
-    return tuple({name.rsplit(".", 1)[0] + "." for name in names})
 
 
 def _named_part(node: NodeProto, calls: Mapping[str, str], layers: tuple[str, ...]) -> str | None:
@@ -155,6 +164,15 @@ def by(costs: Sequence[Cost], what: str) -> dict[str, float]:
     for cost in costs:
         sums[getattr(cost, what)] += cost.milliseconds
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def by_layer(costs: Sequence[Cost]) -> list[LayerTimes]:
+    """Every layer's milliseconds by part, layers in the order in which they first run."""
+    layers: dict[str, dict[str, float]] = {}
+    for cost in costs:
+        parts = layers.setdefault(cost.layer, {})
+        parts[cost.part] = parts.get(cost.part, 0.0) + cost.milliseconds
+    return [LayerTimes(name, parts) for name, parts in layers.items()]
 
 
 def as_json(costs: Sequence[Cost]) -> dict[str, Any]:

@@ -89,9 +89,16 @@ class Answers:
         for place, values in enumerate(_run(model, points, inputs)):
             np.save(folder / f"{place}.npy", values)
 
-    def divergences(self, model: Path, inputs: dict[str, NDArray]) -> list[Divergence]:
-        """Another model's answers at the same points to the same inputs, beside these."""
-        found = _run(model, self.points, inputs)
+    def divergences(
+        self, model: Path, inputs: dict[str, NDArray], points: Sequence[Point] | None = None
+    ) -> list[Divergence]:
+        """Another model's answers to the same inputs, beside these.
+
+        Args:
+            model: with every point among its outputs.
+            points: what it calls them, in the same order; the same if not given.
+        """
+        found = _run(model, points or self.points, inputs)
         return [
             _between(point.name, np.load(self.folder / f"{place}.npy"), values)
             for place, (point, values) in enumerate(zip(self.points, found, strict=True))

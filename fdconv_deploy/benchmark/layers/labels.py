@@ -42,11 +42,18 @@ def label_nodes(model: ModelProto, layers: Collection[str]) -> list[Label]:
     """
     known = {name or "layer" for name in layers}
     constants = {tensor.name for tensor in model.graph.initializer}
+    # In eight bits, a weight is read through a node that makes it a float again.
+    floats = {
+        node.output[0]: node.input[0]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants
+    }
     of_tensor: dict[str, str] = {}
     labels = []
     for node in model.graph.node:
         layer = _layer_of(node, known)
-        weights = [i for i in node.input[1:] if i in constants and WEIGHT in i]
+        read_late = [floats.get(name, name) for name in node.input[1:]]
+        weights = [i for i in read_late if i in constants and WEIGHT in i]
         if layer is not None:
             module = node.name
         elif weights:

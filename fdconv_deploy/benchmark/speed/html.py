@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
@@ -11,13 +12,16 @@ from fdconv_deploy.benchmark.speed.style import STYLE
 from fdconv_deploy.benchmark.speed.svg import Bar, Point, bars, curves, legend
 from fdconv_deploy.benchmark.speed.tables import Report, Row, row_name, side_name
 
+# Where bars of divergence start: what float32 rounds away anyhow.
+LEAST = 1e-8
+
 
 def page(report: Report) -> str:
     """The whole page."""
     machine = report["machine"]
     body = "\n".join(
         section
-        for make in (_latency, _throughput, _memory, _start, _profiles, _divergences, _table)
+        for make in (_latency, _throughput, _memory, _start, _table, _profiles, _divergences)
         for section in make(report)
     )
     notes = "".join(f"<li>{escape(note)}</li>" for note in tables.notes(report))
@@ -132,13 +136,17 @@ def _profiles(report: Report) -> Iterator[str]:
 
 def _divergences(report: Report) -> Iterator[str]:
     for found in report.get("divergences", []):
-        rows = [
-            [layer["name"], f"{layer['max_rel']:.1e}", f"{layer['angle']:.1e}"]
+        drawn = [
+            Bar(
+                layer["name"],
+                [(3, max(math.log10(max(layer["max_rel"], LEAST) / LEAST), 0.0))],
+                f"{layer['max_rel']:.1e}, 1 − cosine {layer['angle']:.1e}",
+            )
             for layer in found["layers"]
         ]
-        titles = ["layer", "largest error / largest value", "1 − cosine"]
         title = f"Divergence by layer: {found['title']}"
-        yield _section(title, _grid(titles, rows), said=found["how"])
+        said = f"{found['how']} Bars are logarithmic and start at {LEAST:.0e}."
+        yield _section(title, bars("Divergence by layer", drawn, tight=True), said=said)
 
 
 def _table(report: Report) -> Iterator[str]:

@@ -13,14 +13,14 @@ from fdconv_deploy.benchmark.speed.pictures import images
 from fdconv_deploy.benchmark.speed.sides import Side, UnavailableError
 from fdconv_deploy.checkpoints import load_segmentor
 from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.segmentor import Segmentor
 
 
-def open_checkpoint(side: Side) -> tuple[Callable[[], Any], str, dict[str, Any]]:
-    """What runs the network once, on which device, and facts for the report.
+def load(side: Side) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The side's network, in eval mode on the CPU, and what it is run on.
 
-    On a GPU where PyTorch sees one; inputs and answers are in host memory then, too, as a
-    bundle's are.
+    :raises FDConvError: the checkpoint cannot be read, or its input's size is not known.
     """
     torch.set_num_threads(side.threads)
     network = load_segmentor(
@@ -30,48 +30,66 @@ def open_checkpoint(side: Side) -> tuple[Callable[[], Any], str, dict[str, Any]]
         require_fdconv=False,
     )
     architecture = network.architecture
-    size = side.size or architecture.test.crop_size
+    size = side.size or getattr(architecture.test, "crop_size", None)
     if size is None:
         raise FDConvError(
             f"{Path(side.source).name} was tested on whole images and records no size. Say which: "
             "--size 512x512, or give a bundle beside it."
         )
     x = torch.from_numpy(images(side.batch, size, architecture.preprocessing, side.image))
+    if isinstance(network, Detector):
+        return network, (x, torch.tensor([size] * side.batch, dtype=torch.float32))
+    return network, (x,)
+
+
+def open_checkpoint(side: Side) -> tuple[Callable[[], Any], str, dict[str, Any]]:
+    """What runs the network once, on which device, and facts for the report.
+
+    On a GPU where PyTorch sees one; inputs and answers are in host memory then, too, as a
+    bundle's are.
+    """
+    network, inputs = load(side)
+    size = inputs[0].shape[2], inputs[0].shape[3]
     details = {"backend": side.backend, "choice": f"PyTorch {torch.__version__}", "size": size}
     if side.whole:
         return _whole(side, network, size), "cpu", details
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    made = _variant(side.backend, network, x, device)
+    made = _variant(side.backend, network, inputs, device)
 
     def run() -> Any:
         # Outside inference mode PyTorch would keep every layer's input for a backward pass.
         with torch.inference_mode():
-            return _on_host(made(x.to(device)))
+            return _on_host(made(*(x.to(device) for x in inputs)))
 
     return run, device, details
 
 
-def _variant(backend: str, network: nn.Module, x: Tensor, device: str) -> Callable[[Tensor], Any]:
+def _variant(
+    backend: str, network: nn.Module, inputs: tuple[Tensor, ...], device: str
+) -> Callable[..., Any]:
     if backend == "fused":
         from fdconv_deploy.folding.cuda.network import fuse_network, require_cuda
 
         require_cuda()
-        return fuse_network(network, x)
+        if len(inputs) > 1:
+            raise UnavailableError("Backend 'fused' takes networks of one input, not detectors.")
+        return fuse_network(network, inputs[0])
     if backend == "folded":
         from fdconv_deploy.folding.network import fold_network
 
-        return fold_network(network, x).to(device)
+        return fold_network(network, inputs).to(device)
     network = network.to(device)
     return torch.compile(network) if backend == "compile" else network
 
 
-def _whole(side: Side, network: Segmentor, size: tuple[int, int]) -> Callable[[], Any]:
+def _whole(side: Side, network: nn.Module, size: tuple[int, int]) -> Callable[[], Any]:
     from fdconv_deploy.benchmark.speed.pictures import picture
     from fdconv_deploy.benchmark.torch_side import torch_side
 
-    if side.backend != "eager":
+    if side.backend != "eager" or not isinstance(network, Segmentor):
         raise UnavailableError(
-            f"A whole request is timed in backend 'eager' for checkpoints, not {side.backend!r}."
+            "Of checkpoints, a whole request is timed of segmentors and in backend 'eager' alone; "
+            f"this is {side.name}."
         )
     answer = torch_side(network, Path(side.source), size=size).answer
     image = picture(size, side.image)

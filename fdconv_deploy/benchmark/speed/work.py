@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from fdconv_deploy.benchmark.speed.pictures import feeds, picture
 from fdconv_deploy.benchmark.speed.sides import Side
 from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.runtime import Bundle, Session
+from fdconv_deploy.runtime.backends import BackendOptions, select
 
 
 @dataclass(frozen=True)
@@ -43,24 +47,27 @@ def open_work(side: Side) -> Work:
 
 
 def _bundle(side: Side) -> Work:
-    from fdconv_deploy.runtime import Bundle, Session
-    from fdconv_deploy.runtime.backends import BackendOptions, select
-
     bundle = Bundle.open(side.source)
     options = BackendOptions(threads=side.threads)
     backend, choice, graphs = select(bundle, side.backend, options)
     graphs = {side.batch: graphs.get(side.batch) or backend.load(bundle, side.batch)}
     session = Session(bundle, backend, choice, graphs)
-    manifest = bundle.manifest
-    specs = manifest.inputs[side.batch]
+    specs = bundle.manifest.inputs[side.batch]
     size = next((list(spec.shape[2:]) for spec in specs if len(spec.shape) == 4), None)
     details = {"backend": session.backend, "choice": choice, "size": size}
     if side.whole:
         image = picture(session.input_size, side.image)
-        return Work(lambda: session.segment(image), backend.device, details, session.close)
-    of_network = manifest.architecture
-    inputs = feeds(specs, of_network.preprocessing if of_network else None, side.image)
+        ask = session.detect if session.detects else session.segment
+        return Work(lambda: ask(image), backend.device, details, session.close)
+    inputs = inputs_of(bundle, side)
     return Work(lambda: session.run_raw(inputs), backend.device, details, session.close)
+
+
+def inputs_of(bundle: Bundle, side: Side, batch: int | None = None) -> dict[str, NDArray[Any]]:
+    """What the bundle's graph of the side's batch size, or another, is run on."""
+    described = bundle.manifest.architecture or bundle.manifest.detector
+    specs = bundle.manifest.inputs[batch or side.batch]
+    return feeds(specs, described.preprocessing if described else None, side.image)
 
 
 def _service(side: Side) -> Work:

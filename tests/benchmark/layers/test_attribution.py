@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from export import export_module
-from fdconv_deploy.benchmark.layers.attribution import PARTS, as_json, attribute, optimise, profile
+from fdconv_deploy.benchmark.layers.attribution import (
+    PARTS,
+    as_json,
+    attribute,
+    by_layer,
+    optimise,
+    profile,
+)
+from fdconv_deploy.benchmark.layers.naming import layer_names
 from fdconv_deploy.nn import FDConv2d
 
 LAYERS = 3
@@ -78,3 +86,29 @@ def test_plain_networks_have_no_fdconv_parts(images, tmp_path: Path) -> None:
     model = export_module(plain, images, tmp_path / "b").model_path(1)
     exported = onnx.load(str(model), load_external_data=False)
     assert set(attribute(exported, optimise(model, tmp_path))) == {"convolutions", "rest"}
+
+
+def test_every_layer_of_the_network_is_found(model: Path, images, tmp_path: Path) -> None:
+    layers = by_layer(profile(model, {"input": images.numpy()}, tmp_path, threads=1, runs=2))
+    assert [layer.name for layer in layers] == ["stem", "wide", "strided", "pointwise"]
+    parts = {layer.name: set(layer.milliseconds) for layer in layers}
+    assert parts["stem"] <= {"convolutions", "rest"}
+    for name in ("wide", "strided", "pointwise"):
+        assert parts[name] >= {"convolutions", "attention", "kernel assembly"}
+    assert "band modulation" in parts["wide"]
+    assert "band modulation" not in parts["pointwise"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_layers_are_found_in_lower_precision(precision, images, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1), nn.ReLU()
+    network = nn.Sequential(*plain, Small(), nn.Conv2d(32, 4, 1)).eval()
+    how = {"calibration": [images]} if precision == "int8" else {}
+    bundle = export_module(network, images, tmp_path / "b", precision=precision, **how)
+    exported = onnx.load(str(bundle.model_path(1)), load_external_data=False)
+    optimised = optimise(bundle.model_path(1), tmp_path)
+    found = set(layer_names(exported, optimised))
+    of_network = {"0", "2", "4.stem", "4.wide", "4.strided", "4.pointwise", "5"}
+    assert found >= of_network
+    assert len(found - of_network) <= 1, found  # where the input is converted
