@@ -1,9 +1,8 @@
-"""Mutated images and bodies: ``python -m benchmarks.serving.fuzz [--full] [--schemathesis]``.
+"""Mutated images and bodies: ``python -m benchmarks.serving.fuzz [--full]``.
 
 Images of every accepted format, forms and KServe requests are cut, spliced, flipped and
 mis-announced, 50,000 of them with ``--full``, and sent to a real server. Wanted: no 5xx, no
 hang, no growth. Seeded, so that a failure comes again; what failed is printed.
-``--schemathesis`` runs that tool over the whole OpenAPI instead (``pip install schemathesis``).
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import argparse
 import io
 import json
 import random
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -157,22 +154,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--full", action="store_true", help="50,000 requests.")
-    parser.add_argument("--schemathesis", action="store_true")
     arguments = parser.parse_args()
     bundle = demo_bundle(arguments.bundle)
     with server(ours(bundle)) as found:
-        if arguments.schemathesis:
-            most = "200" if arguments.full else "15"
-            command = [
-                *(sys.executable, "-m", "schemathesis.cli"),
-                *("--config-file", str(Path(__file__).with_name("schemathesis.toml")), "run"),
-                f"http://127.0.0.1:{found.port}/openapi.json",
-                *("--max-examples", most, "--checks", "all", "--seed", "20261122"),
-                # No schema can say which bytes are an image, so valid requests are refused.
-                *("--exclude-checks", "positive_data_acceptance"),
-                *("--request-timeout", str(HANG_SECONDS)),
-            ]
-            sys.exit(subprocess.run(command).returncode)
         result = {
             "machine": machine(),
             **fuzz(found, Bundle.open(bundle), 50_000 if arguments.full else 1500),

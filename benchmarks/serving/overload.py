@@ -93,7 +93,7 @@ def main() -> None:
     ):
         warm = max(seconds / 6, 3)
         capacity = closed_loop(found.port, ask, connections=4, seconds=warm).per_second()
-        quiet = seconds / 3
+        quiet = seconds / 6
         before = open_loop(found.port, body, capacity / 2, quiet, senders=8)
         resident = found.rss()
         # Enough senders that rejections, which are quick, never wait for one another.

@@ -40,7 +40,7 @@ from benchmarks.serving.harness import (
 )
 from fdconv_deploy.runtime import Session, open_session
 
-LITSERVE_MISSING = "not installed here: pip install litserve"
+LITSERVE_MISSING = "not installed here: pip install 'fdconv-deploy[load]'"
 PLAIN, MORE, LITSERVE, OURS, RAW = "plain", "plain, 2 more", "litserve", "fdconv", "in process"
 Run = Callable[[int, float], Load]
 
