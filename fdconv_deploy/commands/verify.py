@@ -36,7 +36,7 @@ def verify(
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="Largest error allowed, relative to the largest logit (int8: largest share of "
+            help="Largest error allowed, relative to the largest value (int8: largest share of "
             "positions of another class); what export allows at this precision if not given."
         ),
     ] = None,
@@ -48,29 +48,36 @@ def verify(
         raise FDConvError(f"the tolerance must be 0 or more, got {tolerance}.")
     from export.checks import TOLERANCES
     from export.verify import verify_bundle
-    from fdconv_deploy.checkpoints import load_segmentor
+    from fdconv_deploy.checkpoints import load_checkpoint
     from fdconv_deploy.runtime import open_session, read_image
 
     with open_session(bundle, backend) as session:
-        network = load_segmentor(
+        network = load_checkpoint(
             checkpoint, config=config, overrides=parse_settings(settings), require_fdconv=False
         )
         pictures = [(path.name, read_image(path)) for path in images or []]
         results = verify_bundle(session, network, pictures)
     if as_json:
         rows = [
-            {"source": r.source, "batch": r.batch, **r.parity.model_dump(exclude={"name"})}
+            {
+                "source": r.source,
+                "batch": r.batch,
+                "output": r.parity.name,
+                **r.parity.model_dump(exclude={"name"}),
+            }
             for r in results
         ]
         print(json.dumps(rows, indent=2))
     else:
-        table = Table("input", "error", "relative", "same class")
+        table = Table("input", "output", "error", "relative", "same class")
         for r in results:
+            agreement = r.parity.argmax_agreement
             table.add_row(
                 r.source,
+                r.parity.name,
                 f"{r.parity.max_abs:.1e}",
                 f"{r.parity.max_rel:.1e}",
-                f"{r.parity.argmax_agreement or 0:.4%}",
+                "" if agreement is None else f"{agreement:.4%}",
             )
         Console().print(table)
     manifest = session.bundle.manifest
@@ -79,8 +86,8 @@ def verify(
         worst = max(1 - (r.parity.argmax_agreement or 0) for r in results)
         what = "of the positions have another class"
     else:
-        worst = max(r.parity.max_rel for r in results)
-        what = "of the largest logit is how far it is"
+        worst = max(r.distance for r in results)
+        what = "of the largest value is how far it is"
     if not worst <= allowed:
         raise FDConvError(
             f"the bundle differs from the network: {worst:.1e} {what}; {allowed:.0e} is allowed. "

@@ -12,15 +12,17 @@ from export.detection_parity import compare_detections
 from export.detector_inputs import made_up_detector_inputs
 from export.detectors import export_detector
 from export.pipeline import export_checkpoint
+from export.verify import verify_bundle
 from fdconv_deploy.architecture import FDConvConfig, Preprocessing
 from fdconv_deploy.checkpoints import save_checkpoint
+from fdconv_deploy.demo.scenes import draw_scene
 from fdconv_deploy.detector_architecture import PUBLISHED_SCALE
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.runtime.bundle import Bundle
-from tests.reference.networks import small_detector
+from tests.reference.networks import small_detector, small_segmentor
 
 SIZE = (96, 128)
 
@@ -116,6 +118,26 @@ def test_the_runtime_takes_it(bundle):
         found = session.detect(picture)
     assert (found.boxes[:, 2:] <= [90, 60]).all()
     assert len(found.boxes) == len(found.scores) == len(found.labels)
+
+
+def test_verify(bundle, detector):
+    picture = np.asarray(draw_scene(7, 120, 100)[0])
+    with open_session(bundle.path) as session:
+        made_up = verify_bundle(session, detector)
+        given = verify_bundle(session, detector, [("street", picture)])
+        assert [(v.batch, v.parity.name) for v in made_up] == [
+            (batch, name) for batch in (1, 3) for name in detector.output_names
+        ]
+        assert {v.source for v in given} == {"street"}
+        assert all(v.distance <= 1e-4 for v in [*made_up, *given])
+        assert {v.parity.name for v in given if v.slack > 1} == {"masks"}
+        other = small_detector(seed=1)
+        with pytest.raises(ExportError, match=r"made-up images, batch 1: .* does not"):
+            verify_bundle(session, other)
+        with pytest.raises(ExportError, match=r"another network.*differ in backbone, neck"):
+            verify_bundle(session, small_detector(8, conv=None, masks=False))
+        with pytest.raises(ExportError, match="one of the bundle and the checkpoint"):
+            verify_bundle(session, small_segmentor(18, 8, stages=2, conv=None))
 
 
 def test_a_plain_faster_rcnn_that_finds_nothing(tmp_path):

@@ -1,0 +1,243 @@
+"""A full-size detector, exported and run: ``python -m benchmarks.detector``.
+
+By default Mask R-CNN over ResNet-50-FPN with FDConv, kernel_num 64, 80 classes, at 800×1344,
+with random weights that find objects. From a checkpoint file to a proved bundle, then the
+bundle's objects beside the PyTorch network's on pictures the export did not see: memory and
+seconds of either in a process of its own, and how far the answers are apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.cases import parse_size
+from benchmarks.networks import backbone, lively_heads, trained_like
+from benchmarks.records import FOLDER, write_json
+from export.detection_parity import compare_detections
+from export.detector_inputs import made_up_detector_inputs
+from fdconv_deploy.benchmark import machine
+from fdconv_deploy.checkpoints import load_detector, save_checkpoint
+from fdconv_deploy.detector_architecture import DetectorArchitecture, FPNConfig, MaskHeadConfig
+from fdconv_deploy.nn.detection import Detector, build_detector
+from fdconv_deploy.runtime import open_session
+
+Inputs = tuple[Tensor, Tensor]
+Answer = dict[str, NDArray]
+
+# What is asked for: gigabytes, and how far scores and masks may be apart.
+LARGEST_GB, SCORES_WITHIN, MASKS_WITHIN = 8.0, 1e-4, 1e-3
+
+
+def build(width: int, *, masks: bool = True, kernel_num: int = 64) -> Detector:
+    """The published detector at ``width`` (64), which finds objects on street scenes."""
+    torch.manual_seed(0)
+    architecture = DetectorArchitecture(
+        backbone=backbone(50, kernel_num, width),
+        neck=FPNConfig(in_channels=tuple(4 * width * 2**stage for stage in range(4))),
+        mask_head=MaskHeadConfig() if masks else None,
+    )
+    network = build_detector(architecture)
+    trained_like(network.backbone)
+    images, _ = made_up_detector_inputs(1, (416, 672), architecture.preprocessing)
+    return lively_heads(network, images)
+
+
+def _pictures(size: tuple[int, int], count: int, preprocessing: Any) -> list[Inputs]:
+    return [
+        made_up_detector_inputs(1, size, preprocessing, seed=seed) for seed in range(1, count + 1)
+    ]
+
+
+def _export(spec: dict[str, Any], file: Path, bundle: Path) -> dict[str, Any]:
+    from export import export_checkpoint
+
+    start = time.perf_counter()
+    export_checkpoint(file, bundle, size=tuple(spec["size"]), progress=_say)
+    return {"seconds": time.perf_counter() - start}
+
+
+def _network(spec: dict[str, Any], file: Path, answers: Path) -> dict[str, Any]:
+    network = load_detector(file, require_fdconv=False)
+    pictures = _pictures(spec["size"], spec["pictures"], network.architecture.preprocessing)
+
+    def run(inputs: Inputs) -> Answer:
+        with torch.inference_mode():
+            outputs = network(*inputs)
+        return {n: o.numpy() for n, o in zip(network.output_names, outputs, strict=True)}
+
+    return _timed(run, pictures, spec["repeats"], answers)
+
+
+def _bundle(spec: dict[str, Any], path: Path, answers: Path) -> dict[str, Any]:
+    with open_session(path, backend="onnxruntime-cpu") as session:
+        detector = session.bundle.manifest.detector
+        assert detector is not None
+        pictures = _pictures(spec["size"], spec["pictures"], detector.preprocessing)
+
+        def run(inputs: Inputs) -> Answer:
+            return dict(session.run_detector(*(tensor.numpy() for tensor in inputs)))
+
+        return _timed(run, pictures, spec["repeats"], answers)
+
+
+def _timed(
+    run: Callable[[Inputs], Answer], pictures: list[Inputs], repeats: int, answers: Path
+) -> dict[str, Any]:
+    """Run every picture, keep the answers, and time the first one again and again."""
+    found = [run(inputs) for inputs in pictures]
+    np.savez(answers, **{f"{i}.{n}": v for i, a in enumerate(found) for n, v in a.items()})
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run(pictures[0])
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds)}
+
+
+STEPS = {"export": _export, "network": _network, "bundle": _bundle}
+
+
+def _say(line: str) -> None:
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def _step(name: str, spec: dict[str, Any], given: Path, made: Path) -> dict[str, Any]:
+    """A step in a fresh process: its result, and the most memory it or a child of it held."""
+    _say(name)
+    command = [sys.executable, "-m", "benchmarks.detector", "--child", name, json.dumps(spec)]
+    finished = subprocess.run(
+        [*command, str(given), str(made)],
+        stdout=subprocess.PIPE, text=True, check=True, cwd=machine.ROOT,
+    )  # fmt: skip
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def _child(name: str, spec: str, given: str, made: str) -> None:
+    result = STEPS[name](json.loads(spec), Path(given), Path(made))
+    who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    peak = max(resource.getrusage(one).ru_maxrss for one in who) / 1e6
+    print(json.dumps(result | {"peak_gb": round(peak, 2)}))
+
+
+def compare(network: Path, bundle: Path, score_thr: float) -> dict[str, Any]:
+    """Objects and errors over all pictures.
+
+    Raises:
+        ExportError: one side finds an object that the other does not.
+    """
+    with np.load(network) as left, np.load(bundle) as right:
+        expected, actual = ({n: side[n] for n in side.files} for side in (left, right))
+    pictures = sorted({name.split(".")[0] for name in expected})
+    errors: dict[str, float] = {}
+    objects = classes = 0
+    for picture in pictures:
+        ours, theirs = (
+            {n.split(".")[1]: v for n, v in side.items() if n.split(".")[0] == picture}
+            for side in (actual, expected)
+        )
+        for output in compare_detections(ours, theirs, score_thr):
+            errors[output.name] = max(errors.get(output.name, 0), output.max_abs)
+        count = int(theirs["count"][0])
+        objects += count
+        classes += len(set(theirs["labels"][0, :count].tolist()))
+    return {
+        "pictures": len(pictures),
+        "objects": objects,
+        "classes_per_picture": round(classes / len(pictures), 1),
+        "max_abs_error": {n: e for n, e in errors.items() if n not in ("labels", "count")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=parse_size, default=(800, 1344), help="HEIGHTxWIDTH")
+    parser.add_argument("--channels", type=int, default=64, help="the first stage's; narrower")
+    parser.add_argument("--kernel-num", type=int, default=64)
+    parser.add_argument("--faster", action="store_true", help="Faster R-CNN, without masks")
+    parser.add_argument("--pictures", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        _child(*options.child)
+        return
+    machine.warn_if_busy()
+    spec = {"size": options.size, "pictures": options.pictures, "repeats": options.repeats}
+    where = machine.describe(torch.get_num_threads())
+    with tempfile.TemporaryDirectory(prefix="fdconv-detector-") as name:
+        folder = Path(name)
+        network = build(options.channels, masks=not options.faster, kernel_num=options.kernel_num)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        score_thr = network.architecture.test.rcnn.score_thr
+        save_checkpoint(folder / "network.pth", network, network.architecture)
+        del network
+        export = _step("export", spec, folder / "network.pth", folder / "bundle")
+        manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
+        theirs = _step("network", spec, folder / "network.pth", folder / "network.npz")
+        ours = _step("bundle", spec, folder / "bundle", folder / "bundle.npz")
+        parity = compare(folder / "network.npz", folder / "bundle.npz", score_thr)
+        size = sum(file.stat().st_size for file in (folder / "bundle").iterdir())
+    kind = "Faster R-CNN" if options.faster else "Mask R-CNN"
+    title = f"{kind} R50-FPN, {options.size[0]}×{options.size[1]}, batch 1"
+    errors = parity["max_abs_error"]
+    held = {
+        "memory": max(step["peak_gb"] for step in (export, ours)) <= LARGEST_GB,
+        "scores": errors["scores"] <= SCORES_WITHIN,
+        "masks": errors.get("masks", 0.0) <= MASKS_WITHIN,
+    }
+    record = {
+        "kind": "detector",
+        "title": title,
+        "machine": where,
+        "parameters": parameters,
+        "channels": options.channels,
+        "kernel_num": options.kernel_num,
+        "size": list(options.size),
+        "export": export,
+        "nodes": manifest["graph"]["nodes.b1"],
+        "bundle_mb": round(size / 1e6, 1),
+        "pytorch": theirs,
+        "onnxruntime": ours,
+        "parity": parity,
+        "held": held,
+    }
+    _print(record)
+    write_json(options.json or FOLDER / f"{where['date'][:10]}-detector.json", record)
+    if not all(held.values()):
+        raise SystemExit("not held: " + ", ".join(name for name, kept in held.items() if not kept))
+
+
+def _print(record: dict[str, Any]) -> None:
+    print(f"{record['title']}, {record['parameters']:,} parameters")
+    print(machine.say(record["machine"]))
+    print(f"{'':14}{'seconds':>9}{'peak GB':>9}")
+    for name in ("export", "pytorch", "onnxruntime"):
+        print(f"{name:14}{record[name]['seconds']:9.2f}{record[name]['peak_gb']:9.2f}")
+    parity = record["parity"]
+    print(f"{record['nodes']} nodes, {record['bundle_mb']} MB")
+    print(
+        f"{parity['objects']} objects in {parity['pictures']} pictures, the same on both sides, "
+        f"of {parity['classes_per_picture']} classes per picture"
+    )
+    for name, error in parity["max_abs_error"].items():
+        print(f"largest error of {name}: {error:.1e}")
+
+
+if __name__ == "__main__":
+    main()
