@@ -1,92 +1,38 @@
 """The FDConv paper's Table 1 with the columns it lacks: ``python -m benchmarks.table1``.
 
 Every method in the same ResNet-50: parameters and operations beside the paper's numbers, then
-milliseconds per image in eager PyTorch and in ONNX Runtime, all networks taking turns in one
-process so that a machine's drift hits all alike. Rivals and the plain network are exported by
+milliseconds per image and memory, in eager PyTorch and in ONNX Runtime, all networks taking turns
+so that a machine's drift hits all alike. Rivals and the plain network are exported by
 ``torch.onnx.export`` as they are, FDConv by this project. Batch 1, random weights. What is
 counted and why numbers differ from the paper's: docs/table1.md.
+
+``--prepare FOLDER`` makes and exports the networks (minutes); ``--latency FOLDER`` times them,
+which is what wants a quiet machine. Without either, both are done in a temporary folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import torch
-from torch import Tensor, nn
 
-from benchmarks.cases import NETWORKS, LastFeature, parse_size
-from benchmarks.networks import backbone, trained_like, upernet
+from benchmarks import table1_latency
+from benchmarks.cases import NETWORKS, parse_size
 from benchmarks.records import write_json
-from export import export_module
-from export.inputs import made_up_images
+from benchmarks.table1_rows import COUNTED_AT, PLAIN, Frame, Published, make, rows
 from fdconv_deploy.benchmark import machine
 from fdconv_deploy.benchmark.counting import count_operations
-from fdconv_deploy.benchmark.rivals import METHODS, install
-from fdconv_deploy.benchmark.timing import interleave, ratio, spread
-from fdconv_deploy.nn import ResNet, build_segmentor
+from fdconv_deploy.benchmark.rivals import METHODS
+from fdconv_deploy.benchmark.speed.turns import Rules
 from fdconv_deploy.runtime.backends.cores import available_cores
-
-PLAIN, FDCONV = "plain", "fdconv"
-# The size of the paper's FLOPs column: mmdetection's usual 1280×800.
-COUNTED_AT = (800, 1280)
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What the methods are put into.
-
-    ``network``: "backbone" gives its last feature map, "upernet" is a segmentor around it; a
-    method changes the backbone alone. ``channels``: the first stage's, 64 as published.
-    ``kernel_num``: FDConv's.
-    """
-
-    network: str = "backbone"
-    channels: int = 64
-    kernel_num: int = 64
-
-
-@dataclass(frozen=True)
-class Published:
-    """What the paper's Table 1 says a method adds: millions of parameters, billions of FLOPs."""
-
-    title: str
-    parameters: float | None
-    flops: float | None
-
-
-def rows(methods: Iterable[str] = METHODS) -> dict[str, Published]:
-    """The table's rows, in its order: plain, the rivals asked for, FDConv."""
-    rivals = {key: METHODS[key] for key in METHODS if key in set(methods)}
-    return {
-        PLAIN: Published("ResNet-50, plain", None, None),
-        **{key: Published(m.title, m.parameters, m.flops) for key, m in rivals.items()},
-        FDCONV: Published("FDConv", 3.6, 1.8),
-    }
-
-
-def make(row: str, frame: Frame) -> nn.Module:
-    """A row's network with fresh weights, in eval mode."""
-    kernels = frame.kernel_num if row == FDCONV else None
-    if frame.network == "upernet":
-        segmentor = build_segmentor(upernet(50, kernels, width=frame.channels))
-        made, changed = segmentor, segmentor.backbone
-    else:
-        changed = ResNet(backbone(50, kernels, frame.channels))
-        made = LastFeature(changed)
-    if row in METHODS:
-        install(changed, row)
-    return made.eval()
 
 
 def count(names: Iterable[str], frame: Frame) -> dict[str, Any]:
@@ -107,82 +53,6 @@ def count(names: Iterable[str], frame: Frame) -> dict[str, Any]:
     return counts
 
 
-def export(row: str, network: nn.Module, x: Tensor, folder: Path) -> Path:
-    """Export a network into ``folder``: the ONNX file."""
-    if row == FDCONV:
-        # Parity has tests of its own; here a random network's rounding must not stop the clock.
-        return export_module(network, x, folder, tolerance=1e-2).model_path(1)
-    folder.mkdir()
-    program = torch.onnx.export(network, (x,), dynamo=True, verbose=False)
-    assert program is not None
-    file = folder / "model.onnx"
-    program.save(file, external_data=True)
-    return file
-
-
-def measure(
-    names: Sequence[str],
-    frame: Frame,
-    size: tuple[int, int],
-    folder: Path,
-    *,
-    threads: int,
-    rounds: int,
-    seconds: float,
-    progress: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Time every row, eager and exported: JSON."""
-    torch.set_num_threads(threads)
-    x = made_up_images(1, size, seed=1)
-    sides: dict[str, Callable[[], np.ndarray]] = {}
-    megabytes = {}
-    for name in names:
-        progress(f"making and exporting {name}")
-        torch.manual_seed(0)
-        made = trained_like(make(name, frame))
-        file = export(name, made, x, folder / name)
-        megabytes[name] = sum(f.stat().st_size for f in file.parent.rglob("*")) / 1e6
-        sides[f"eager/{name}"] = _eager(made, x)
-        sides[f"exported/{name}"] = _exported(file, x, threads)
-        gc.collect()
-    # Outside inference mode PyTorch would keep every layer's input for a backward pass.
-    with torch.inference_mode():
-        errors = {name: _error(sides, name) for name in names}
-        with machine.Bystanders() as others:
-            times = interleave(sides, rounds=rounds, seconds=seconds, progress=progress)
-    return {
-        "size": list(size),
-        "ms": {side: spread(values) for side, values in times.items()},
-        "over_plain": {
-            side: ratio(values, times[f"{side.partition('/')[0]}/{PLAIN}"])
-            for side, values in times.items()
-            if not side.endswith(f"/{PLAIN}")
-        },
-        "onnx_mb": {name: round(size, 1) for name, size in megabytes.items()},
-        "max_rel_error": errors,
-        "others_cpu": others.share,
-    }
-
-
-def _eager(network: nn.Module, x: Tensor) -> Callable[[], np.ndarray]:
-    return lambda: network(x).numpy()
-
-
-def _exported(file: Path, x: Tensor, threads: int) -> Callable[[], np.ndarray]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Between runs threads must sleep, or one side's would take the next side's cores.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    feeds = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: session.run(None, feeds)[0]
-
-
-def _error(sides: dict[str, Callable[[], np.ndarray]], name: str) -> float:
-    expected, answer = sides[f"eager/{name}"](), sides[f"exported/{name}"]()
-    return float(np.abs(answer - expected).max() / np.abs(expected).max())
-
-
 def markdown(result: dict[str, Any]) -> str:
     """The table, for people."""
     published = rows()
@@ -196,7 +66,10 @@ def markdown(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     if timed:
         where = "×".join(map(str, timed["size"]))
-        heads += [f"PyTorch, ms at {where}", "", "ONNX Runtime, ms", "", "images/s", "ONNX, MB"]
+        heads += [
+            f"PyTorch, ms at {where}", "", "MB",
+            "ONNX Runtime, ms", "", "MB", "images/s", "file, MB",
+        ]  # fmt: skip
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     for name, counted in counts.items():
         sign = "" if name == PLAIN else "+"
@@ -212,10 +85,12 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         if timed:
             for side in ("eager", "exported"):
-                over = timed["over_plain"].get(f"{side}/{name}")
+                key = f"{side}/{name}"
+                over = timed["over_plain"].get(key)
                 cells += [
-                    f"{timed['ms'][f'{side}/{name}']['median']:.1f}",
+                    f"{timed['ms'][key]['median']:.1f}" + ("" if timed["steady"][key] else " ~"),
                     f"{over['value']:.2f}×" if over else "1",
+                    f"{timed['memory_mb'][key]:,}",
                 ]
             cells += [
                 f"{1e3 / timed['ms'][f'exported/{name}']['median']:.2f}",
@@ -232,9 +107,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--network", choices=NETWORKS, default="backbone")
     made.add_argument("--size", type=parse_size, default=(512, 512), help="timed, HEIGHTxWIDTH")
     made.add_argument("--counts", action="store_true", help="count only, time nothing")
-    made.add_argument("--quick", action="store_true", help="5 rounds")
-    made.add_argument("--rounds", type=int, default=15, help="runs of each side, at most")
-    made.add_argument("--seconds", type=float, default=600.0, help="of timing, at most")
+    made.add_argument("--prepare", type=Path, help="make and export into this folder, and stop")
+    made.add_argument("--latency", type=Path, help="time what --prepare left in this folder")
+    made.add_argument(
+        "--seconds", type=float, default=100.0, help="of timing each of the two forms, at most"
+    )
     made.add_argument("--threads", type=int, default=available_cores())
     made.add_argument("--channels", type=int, default=64, help="the first stage's; narrower")
     made.add_argument("--kernel-num", type=int, default=64, help="FDConv's")
@@ -249,25 +126,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     names = list(rows(options.methods))
     frame = Frame(options.network, options.channels, options.kernel_num)
-    result: dict[str, Any] = {"frame": asdict(frame), "counts": count(names, frame)}
+
+    def said(step: str) -> None:
+        print(f"  {step}", file=sys.stderr, flush=True)
+
+    if options.prepare:
+        table1_latency.prepare(names, frame, options.size, options.prepare, said)
+        return
+    timed = None
     where = machine.describe(options.threads)
     if not options.counts:
         machine.warn_if_busy()
-        with tempfile.TemporaryDirectory(prefix="fdconv-table1-") as folder:
-            result["latency"] = measure(
-                names,
-                frame,
-                options.size,
-                Path(folder),
-                threads=options.threads,
-                rounds=5 if options.quick else options.rounds,
-                seconds=options.seconds,
-                progress=lambda step: print(f"  {step}", file=sys.stderr, flush=True),
+        rules = Rules(seconds=options.seconds)
+        with tempfile.TemporaryDirectory(prefix="fdconv-table1-") as scratch:
+            folder = options.latency
+            if folder is None:
+                folder = Path(scratch)
+                table1_latency.prepare(names, frame, options.size, folder, said)
+            timed = table1_latency.measure(
+                folder, threads=options.threads, rules=rules, progress=said
             )
+        frame, names = Frame(**timed["frame"]), list(timed["onnx_mb"])
+    result: dict[str, Any] = {"frame": asdict(frame), "counts": count(names, frame)}
+    if timed is not None:
+        result["latency"] = timed
     print(markdown(result))
-    if not options.counts:
-        share = result["latency"]["others_cpu"] or 0
-        if share > machine.QUIET:
+    if timed is not None:
+        if timed["others_cpu"] > machine.QUIET:
+            share = timed["others_cpu"]
             print(f"\nOthers had {share:.0%} of the CPUs meanwhile: measure again before quoting.")
         print(f"\n{machine.say(where)}")
     if options.json:

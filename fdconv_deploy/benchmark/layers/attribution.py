@@ -26,6 +26,8 @@ from fdconv_deploy.benchmark.layers.naming import fdconv_layers, layer_names
 from fdconv_deploy.ops import DOMAIN
 
 PARTS = ("convolutions", "kernel assembly", "band modulation", "attention", "rest")
+# Runs before those that count.
+WARM_UP = 2
 _OPERATORS = {"FrequencyAssembly": "kernel assembly", "FrequencyBandModulation": "band modulation"}
 # ONNX Runtime's prefix of what was inside a function.
 _INLINED = re.compile(r"_inlfunc_(FrequencyAssembly|FrequencyBandModulation)")
@@ -58,41 +60,68 @@ class LayerTimes:
         return {"name": self.name, "ms": {k: round(v, 4) for k, v in self.milliseconds.items()}}
 
 
-def profile(
-    model: Path, feeds: Mapping[str, np.ndarray], folder: Path, *, threads: int, runs: int = 10
-) -> list[Cost]:
-    """Every node's cost in ONNX Runtime's CPU provider. Profiling itself adds a few percent.
+class ProfiledGraph:
+    """A graph that notes what each of its nodes takes. Profiling itself adds a few percent.
 
     :param model: an exported graph.
     :param folder: for files that are left there.
     """
-    optimised = optimise(model, folder)
-    exported = onnx.load(str(model), load_external_data=False)
-    parts, layers = attribute(exported, optimised), layer_names(exported, optimised)
-    for number, node in enumerate(optimised.graph.node):
-        node.name = f"n{number}"
-    named = folder / "named.onnx"
-    onnx.save(optimised, str(named))
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.enable_profiling = True
-    options.profile_file_prefix = str(folder / "profile")
-    options.log_severity_level = 3
-    session = ort.InferenceSession(str(named), options, providers=["CPUExecutionProvider"])
-    for _ in range(runs + 2):
-        session.run(None, dict(feeds))
-    events = json.loads(Path(session.end_profiling()).read_text())
-    durations: defaultdict[str, list[float]] = defaultdict(list)
-    for event in events:
-        if event["name"].endswith("_kernel_time"):
-            durations[event["name"].removesuffix("_kernel_time")].append(event["dur"] / 1e3)
-    return [
-        # The first two runs warm up.
-        Cost(node.name, node.op_type, part, layer, statistics.median(durations[node.name][2:]))
-        for node, part, layer in zip(optimised.graph.node, parts, layers, strict=True)
-        if node.name in durations
-    ]
+
+    def __init__(self, model: Path, folder: Path, *, threads: int) -> None:
+        self._optimised = optimise(model, folder)
+        exported = onnx.load(str(model), load_external_data=False)
+        self._parts = attribute(exported, self._optimised)
+        self._layers = layer_names(exported, self._optimised)
+        for number, node in enumerate(self._optimised.graph.node):
+            node.name = f"n{number}"
+        named = folder / "named.onnx"
+        onnx.save(self._optimised, str(named))
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_profiling = True
+        options.profile_file_prefix = str(folder / "profile")
+        options.log_severity_level = 3
+        # Between runs threads must sleep, or they would take others' cores.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        self._session = ort.InferenceSession(
+            str(named), options, providers=["CPUExecutionProvider"]
+        )
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> None:
+        """Run once."""
+        self._session.run(None, dict(feeds))
+
+    def costs(self, warm_up: int = 0) -> list[Cost]:
+        """Every node's median over the runs; none can follow.
+
+        :param warm_up: the first of them, which do not count.
+        """
+        events = json.loads(Path(self._session.end_profiling()).read_text())
+        durations: defaultdict[str, list[float]] = defaultdict(list)
+        for event in events:
+            if event["name"].endswith("_kernel_time"):
+                durations[event["name"].removesuffix("_kernel_time")].append(event["dur"] / 1e3)
+        return [
+            Cost(node.name, node.op_type, part, layer, statistics.median(spent[warm_up:]))
+            for node, part, layer in zip(
+                self._optimised.graph.node, self._parts, self._layers, strict=True
+            )
+            if (spent := durations.get(node.name))
+        ]
+
+
+def profile(
+    model: Path, feeds: Mapping[str, np.ndarray], folder: Path, *, threads: int, runs: int = 10
+) -> list[Cost]:
+    """Every node's cost in ONNX Runtime's CPU provider. See `ProfiledGraph`.
+
+    :param runs: that count, after two that do not.
+    """
+    graph = ProfiledGraph(model, folder, threads=threads)
+    for _ in range(runs + WARM_UP):
+        graph.run(feeds)
+    return graph.costs(WARM_UP)
 
 
 def optimise(model: Path, folder: Path) -> ModelProto:

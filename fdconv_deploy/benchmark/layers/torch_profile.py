@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdconv_deploy.benchmark.layers.attribution import LayerTimes
+from fdconv_deploy.benchmark.layers.attribution import WARM_UP, LayerTimes
 from fdconv_deploy.nn.fdconv import FDConv2d
 
 Place = tuple[str, str]
@@ -44,30 +44,52 @@ class _Clock:
         self.at, self._last = place, now
 
 
+class ProfiledNetwork:
+    """A network that notes what each of its layers takes.
+
+    Args:
+        network: on the CPU, in eval mode. It is as it was after each run.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network, self._clock = network, _Clock()
+        self._runs: list[dict[Place, float]] = []
+
+    def run(self, inputs: tuple[Tensor, ...]) -> None:
+        """Run once."""
+        clock = self._clock
+        with torch.inference_mode(), _told(self._network, clock):
+            clock.start()
+            self._network(*inputs)
+            clock.switch(clock.at)
+        self._runs.append({place: seconds * 1e3 for place, seconds in clock.spent.items()})
+
+    def layers(self, warm_up: int = 0) -> list[LayerTimes]:
+        """Milliseconds by part for every layer, in the order they run: medians over the runs.
+
+        Args:
+            warm_up: the first of them, which do not count.
+        """
+        counted = self._runs[warm_up:]
+        layers: dict[str, dict[str, float]] = {}
+        for layer, part in counted[0]:
+            spent = [run[layer, part] for run in counted]
+            layers.setdefault(layer, {})[part] = statistics.median(spent)
+        return [LayerTimes(name, ms) for name, ms in layers.items()]
+
+
 def profile_network(
     network: nn.Module, inputs: tuple[Tensor, ...], *, runs: int = 10
 ) -> list[LayerTimes]:
-    """Milliseconds by part for every layer, in the order they run; medians over the runs.
+    """Milliseconds by part for every layer. See `ProfiledNetwork`.
 
     Args:
-        network: on the CPU, in eval mode.
-        inputs: what it takes.
         runs: that count, after two that do not.
     """
-    clock = _Clock()
-    found: defaultdict[Place, list[float]] = defaultdict(list)
-    with torch.inference_mode(), _told(network, clock):
-        for number in range(runs + 2):
-            clock.start()
-            network(*inputs)
-            clock.switch(clock.at)
-            if number >= 2:
-                for place, seconds in clock.spent.items():
-                    found[place].append(seconds * 1e3)
-    layers: dict[str, dict[str, float]] = {}
-    for (layer, part), spent in found.items():
-        layers.setdefault(layer, {})[part] = statistics.median(spent)
-    return [LayerTimes(name, ms) for name, ms in layers.items()]
+    profiled = ProfiledNetwork(network)
+    for _ in range(runs + WARM_UP):
+        profiled.run(inputs)
+    return profiled.layers(WARM_UP)
 
 
 @contextmanager

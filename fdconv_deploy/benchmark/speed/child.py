@@ -37,7 +37,7 @@ def main() -> None:
 
     try:
         side = Side.from_json(sys.argv[1])
-        imports(side.kind)
+        imports(side)
         imported = time.perf_counter() - STARTED
         gpu = next(iter(gpus()), None)
         before = gpu.memory_mb() if gpu else None
@@ -77,14 +77,15 @@ def main() -> None:
             raise
 
 
-def imports(kind: str) -> None:
+def imports(side: Any) -> None:
     """What a side needs is imported before anything of it is timed."""
     needed = {
         "checkpoint": ["fdconv_deploy.benchmark.speed.torch_work"],
         "bundle": ["fdconv_deploy.runtime", "onnxruntime"],
         "service": ["fdconv_deploy.client"],
+        "call": [side.source.partition(":")[0]],
     }
-    for name in needed[kind]:
+    for name in needed[side.kind]:
         # What is missing is said when it is used, in a sentence of its own.
         with contextlib.suppress(ImportError):
             import_module(name)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import BACKENDS, Bundle
 
-Kind = Literal["bundle", "checkpoint", "service"]
+Kind = Literal["bundle", "checkpoint", "service", "call"]
 TORCH_BACKENDS = {
     "eager": "the published network",
     "compile": "the published network through torch.compile",
@@ -31,14 +31,15 @@ class Side:
     """One thing to time.
 
     Attributes:
-        source: a bundle's or checkpoint's path, or a service's address.
+        source: a bundle's or checkpoint's path, a service's address, or for scripts
+            "module:function", which makes a `work.Work` of the side.
         backend: of ``BACKENDS``, "auto", of ``TORCH_BACKENDS``, or "http".
         named: whether this backend was asked for, rather than every one there is.
         size: (height, width) of a checkpoint's input; a bundle knows its own.
         whole: time a request from decoded pixels to labels, not the network alone.
         image: file that is run; drawn scenes when not given.
         model: of a service; its first when not given.
-        config, overrides: what a checkpoint does not tell.
+        config, overrides: what a checkpoint does not tell; of a call, whatever it takes.
     """
 
     kind: Kind

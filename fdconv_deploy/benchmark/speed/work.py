@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ def open_work(side: Side) -> Work:
         return _bundle(side)
     if side.kind == "service":
         return _service(side)
+    if side.kind == "call":
+        module, _, function = side.source.partition(":")
+        made: Work = getattr(import_module(module), function)(side)
+        return made
     from fdconv_deploy.benchmark.speed.torch_work import open_checkpoint
 
     run, device, details = open_checkpoint(side)

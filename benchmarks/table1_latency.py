@@ -1,0 +1,138 @@
+"""The clock's columns of Table 1: each method as published and as deployed.
+
+`prepare` makes and exports every network once and keeps them in a folder, which takes minutes
+and needs no quiet; `measure` times what is there, which does. Every side is a process of its
+own, so its memory is its own, and sides of one form (eager PyTorch, ONNX Runtime) take turns:
+what is compared was measured at the same time.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from benchmarks.networks import trained_like
+from benchmarks.table1_rows import FDCONV, PLAIN, Frame, make
+from benchmarks.table1_side import WEIGHTS, open_session
+from export import export_module
+from export.inputs import made_up_images
+from fdconv_deploy.benchmark import machine
+from fdconv_deploy.benchmark.speed.handle import Child
+from fdconv_deploy.benchmark.speed.sides import Side
+from fdconv_deploy.benchmark.speed.turns import Case, Rules, take_turns
+from fdconv_deploy.benchmark.timing import ratio, spread
+
+FORMS = ("eager", "exported")
+RECORD = "prepared.json"
+
+
+def prepare(
+    names: Sequence[str],
+    frame: Frame,
+    size: tuple[int, int],
+    folder: Path,
+    progress: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Make every row's network and write its weights and its ONNX file below ``folder``."""
+    x = made_up_images(1, size, seed=1)
+    errors: dict[str, float] = {}
+    megabytes: dict[str, float] = {}
+    for name in names:
+        progress(f"making and exporting {name}")
+        torch.manual_seed(0)
+        network = trained_like(make(name, frame))
+        place = folder / name
+        place.mkdir(parents=True)
+        save_file(network.state_dict(), place / WEIGHTS)
+        file = export(name, network, x, place / "onnx")
+        megabytes[name] = round(sum(f.stat().st_size for f in file.parent.rglob("*")) / 1e6, 1)
+        with torch.inference_mode():
+            expected = network(x).numpy()
+        session = open_session(file, torch.get_num_threads())
+        answer = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+        errors[name] = float(np.abs(answer - expected).max() / np.abs(expected).max())
+        del network, session
+        gc.collect()
+    record = {
+        "frame": asdict(frame), "size": list(size), "onnx_mb": megabytes, "max_rel_error": errors
+    }  # fmt: skip
+    (folder / RECORD).write_text(json.dumps(record))
+
+
+def export(row: str, network: nn.Module, x: Tensor, folder: Path) -> Path:
+    """Export a network into ``folder``: the ONNX file."""
+    if row == FDCONV:
+        # Parity has tests of its own; here a random network's rounding must not stop the clock.
+        return export_module(network, x, folder, tolerance=1e-2).model_path(1)
+    folder.mkdir()
+    program = torch.onnx.export(network, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    file = folder / "model.onnx"
+    program.save(file, external_data=True)
+    return file
+
+
+def measure(
+    folder: Path,
+    *,
+    threads: int,
+    rules: Rules,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Time every row that `prepare` left in ``folder``, in both forms: JSON."""
+    prepared = json.loads((folder / RECORD).read_text())
+    names = list(prepared["onnx_mb"])
+    result: dict[str, Any] = {**prepared, "ms": {}, "over_plain": {}, "memory_mb": {}, "steady": {}}
+    shares = []
+    for form in FORMS:
+        with ExitStack() as stack:
+            children = {}
+            for name in names:
+                progress(f"{form}: opening {name}")
+                side = _side(form, name, folder, prepared, threads)
+                children[name] = stack.enter_context(Child(side))
+            cases = {name: Case(child) for name, child in children.items()}
+            shares.append(_take_turns(form, cases, list(children.values()), rules, progress))
+        plain = [float(np.median(one)) for one in cases[PLAIN].rounds]
+        for name, case in cases.items():
+            key = f"{form}/{name}"
+            result["ms"][key] = spread(case.seconds)
+            result["steady"][key] = case.steady
+            result["memory_mb"][key] = round(children[name].peak_mb)
+            if name != PLAIN:
+                medians = [float(np.median(one)) for one in case.rounds]
+                result["over_plain"][key] = ratio(medians, plain)
+    return {**result, "others_cpu": max(shares)}
+
+
+def _take_turns(
+    form: str,
+    cases: dict[str, Case],
+    children: list[Child],
+    rules: Rules,
+    progress: Callable[[str], None],
+) -> float:
+    """The share of the CPUs that others had meanwhile."""
+
+    def told(turns: int, steady: int, spent: float) -> None:
+        progress(f"{form}: {turns} turns, {steady} of {len(cases)} steady, {spent:.0f} s")
+
+    with machine.Bystanders(lambda: sum(child.cpu_seconds for child in children)) as others:
+        take_turns(list(cases.values()), rules, told)
+    return others.share or 0.0
+
+
+def _side(form: str, name: str, folder: Path, prepared: dict[str, Any], threads: int) -> Side:
+    given = {"form": form, "name": name, "folder": str(folder), **prepared}
+    source = "benchmarks.table1_side:open_side"
+    return Side("call", source, form, 1, "fp32", threads, overrides=given)

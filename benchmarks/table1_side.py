@@ -1,0 +1,58 @@
+"""A row of Table 1 in one form, in the process that times it.
+
+What the form does not need is not imported: a process's memory is what it is measured by.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fdconv_deploy.benchmark.speed.pictures import images
+from fdconv_deploy.benchmark.speed.sides import Side
+from fdconv_deploy.benchmark.speed.work import Work
+
+WEIGHTS = "weights.safetensors"
+
+
+def open_side(side: Side) -> Work:
+    """``overrides``: ``form``, ``name``, ``folder``, and what `table1_latency.prepare` noted."""
+    given = side.overrides
+    place = Path(given["folder"]) / given["name"]
+    return (_exported if given["form"] == "exported" else _eager)(side, place)
+
+
+def open_session(file: Path, threads: int) -> Any:
+    """An ONNX Runtime session whose threads sleep between runs, or they took others' cores."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def _exported(side: Side, place: Path) -> Work:
+    (file,) = (place / "onnx").glob("*.onnx")
+    session = open_session(file, side.threads)
+    feeds = {session.get_inputs()[0].name: images(1, tuple(side.overrides["size"]), None)}
+    return Work(lambda: session.run(None, feeds), "cpu", {})
+
+
+def _eager(side: Side, place: Path) -> Work:
+    import torch
+    from safetensors.torch import load_file
+
+    from benchmarks.table1_rows import Frame, make
+
+    torch.set_num_threads(side.threads)
+    network = make(side.overrides["name"], Frame(**side.overrides["frame"]))
+    network.load_state_dict(load_file(place / WEIGHTS))
+    x = torch.from_numpy(images(1, tuple(side.overrides["size"]), None))
+
+    def run() -> Any:
+        # Outside inference mode PyTorch would keep every layer's input for a backward pass.
+        with torch.inference_mode():
+            return network(x)
+
+    return Work(run, "cpu", {})
