@@ -119,28 +119,15 @@ def _detector_checkpoint(
     config: Path | None,
     overrides: Mapping[str, Any] | None,
 ) -> DetectionSide:
-    from fdconv_deploy.benchmark.detection.torch_side import torch_side
-    from fdconv_deploy.nn.detection import Detector
-
-    network = _loaded(path, threads, config, overrides)
-    if not isinstance(network, Detector):
-        raise FDConvError(
-            f"{path} is not a detector's checkpoint, which alone is scored on annotated objects. "
-            "Give --images and --masks."
-        )
-    return torch_side(network, path, size=size)
-
-
-def _loaded(
-    path: Path, threads: int | None, config: Path | None, overrides: Mapping[str, Any] | None
-) -> Any:
     import torch
 
-    from fdconv_deploy.checkpoints import load_segmentor
+    from fdconv_deploy.benchmark.detection.torch_side import torch_side
+    from fdconv_deploy.checkpoints import load_detector
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_segmentor(path, config=config, overrides=overrides, require_fdconv=False)
+    network = load_detector(path, config=config, overrides=overrides, require_fdconv=False)
+    return torch_side(network, path, size=size)
 
 
 def _checkpoint(
@@ -152,15 +139,14 @@ def _checkpoint(
     config: Path | None,
     overrides: Mapping[str, Any] | None,
 ) -> Side:
-    from fdconv_deploy.benchmark.torch_side import torch_side
-    from fdconv_deploy.nn import Segmentor
+    import torch
 
-    network = _loaded(path, threads, config, overrides)
-    if not isinstance(network, Segmentor):
-        raise FDConvError(
-            f"{path} is a detector's checkpoint, which is scored on objects annotated as COCO's: "
-            "give --annotations and --images, or a --data folder of COCO's layout."
-        )
+    from fdconv_deploy.benchmark.torch_side import torch_side
+    from fdconv_deploy.checkpoints import load_segmentor
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    network = load_segmentor(path, config=config, overrides=overrides, require_fdconv=False)
     if beside is None:
         return torch_side(network, path, mode=mode)
     fit = fit or beside.bundle.manifest.fit
