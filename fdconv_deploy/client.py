@@ -15,7 +15,6 @@ import os
 import ssl
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -24,7 +23,10 @@ from urllib.parse import quote, urlencode, urlsplit
 import numpy as np
 import numpy.typing as npt
 
+from .client_answers import Answer, Objects
 from .errors import FDConvError
+
+__all__ = ["Answer", "Client", "Objects", "ServiceError"]
 
 Image = bytes | str | os.PathLike[str] | npt.NDArray[np.uint8]
 _HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -42,29 +44,6 @@ class ServiceError(FDConvError):
     def __init__(self, status: int, detail: str, request_id: str = "") -> None:
         super().__init__(detail)
         self.status, self.request_id = status, request_id
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One image's segmentation.
-
-    ``labels``: (H, W) int32, indices into the model's classes, −1 where a class was not asked
-    for. ``classes``: as the service describes them, with ``id``, ``name``, ``color``, ``area``
-    (pixels) and ``share`` (0–1). ``timings_ms``: by stage.
-    """
-
-    labels: npt.NDArray[np.int32]
-    classes: list[dict[str, Any]]
-    fit: str
-    mode: str
-    model: str
-    timings_ms: dict[str, float]
-    request_id: str
-
-    @property
-    def areas(self) -> dict[str, int]:
-        """Pixels by class name."""
-        return {entry["name"]: entry["area"] for entry in self.classes}
 
 
 class Client:
@@ -139,17 +118,35 @@ class Client:
         query = _query(classes, size=size, fit=fit, mode=mode, output="json")
         headers, body = self._post(image, model, query, "application/json")
         found = json.loads(body)
-        mask = found["mask"]
-        labels = np.repeat(np.array(mask["values"], np.int32), mask["counts"])
-        return Answer(
-            labels.reshape(mask["size"]),
-            found["classes"],
-            found["fit"],
-            found["mode"],
-            found["model"],
-            found["timings_ms"],
-            headers.get("x-request-id", ""),
-        )
+        if "instances" in found:
+            raise ServiceError(0, f"The model {found['model']!r} is a detector: use detect().")
+        return Answer.of(found, headers.get("x-request-id", ""))
+
+    def detect(
+        self,
+        image: Image,
+        model: str | None = None,
+        *,
+        min_score: float | None = None,
+        classes: Sequence[str | int] | None = None,
+        masks: bool = True,
+    ) -> Objects:
+        """Find the objects, with a model that is a detector.
+
+        :param image: a file's path or its bytes, or (H, W, 3) uint8 RGB.
+        :param min_score: leave out what scores less; the service's own (0.3) when not given.
+        :param masks: False leaves masks out.
+        :raises ServiceError: it was refused, or the service cannot be reached.
+        """
+        form = "rle" if masks else "none"
+        query = _query(classes, min_score=min_score, mask=form, output="json")
+        headers, body = self._post(image, model, query, "application/json")
+        found = json.loads(body)
+        if "instances" not in found:
+            raise ServiceError(0, f"The model {found['model']!r} is a segmentor: use segment().")
+        # Boxes alone come where the model has no masks; of no objects, that makes no difference.
+        masks = masks and all(entry["mask"] is not None for entry in found["instances"])
+        return Objects.of(found, headers.get("x-request-id", ""), masks=masks)
 
     def mask(self, image: Image, model: str | None = None, **options: Any) -> bytes:
         """As :meth:`segment`, as the bytes of an indexed PNG."""
@@ -178,32 +175,45 @@ class Client:
             return dict(found)
 
     def infer(
-        self, model: str, batch: npt.NDArray[Any], output: Literal["logits", "labels"] = "logits"
+        self,
+        model: str,
+        batch: npt.NDArray[Any],
+        output: Literal["logits", "labels", "boxes", "scores", "count", "masks"] = "logits",
+        *,
+        sizes: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
         """A tensor through a model, by the KServe protocol with binary tensors.
 
         :param batch: (N, 3, H, W) float32 normalised, or (N, H, W, 3) uint8 RGB.
-        :returns: (N, classes, h, w) float32 logits, or (N, H, W) labels.
+        :param sizes: for a detector, (N, 2) height and width of each image within its input.
+        :returns: (N, classes, h, w) float32 logits, or (N, H, W) labels; of a detector, the
+            output of its graph.
         """
-        batch = np.ascontiguousarray(batch)
-        given = {
-            "name": "images",
-            "datatype": {"float32": "FP32", "uint8": "UINT8"}.get(batch.dtype.name, "?"),
-            "shape": list(batch.shape),
-            "parameters": {"binary_data_size": batch.nbytes},
-        }
+        given, data = [], b""
+        tensors = {"images": batch, **({} if sizes is None else {"sizes": np.float32(sizes)})}
+        for name, tensor in tensors.items():
+            array = np.ascontiguousarray(tensor)
+            given.append(
+                {
+                    "name": name,
+                    "datatype": {"float32": "FP32", "uint8": "UINT8"}.get(array.dtype.name, "?"),
+                    "shape": list(array.shape),
+                    "parameters": {"binary_data_size": array.nbytes},
+                }
+            )
+            data += array.tobytes()
         wanted = {"name": output, "parameters": {"binary_data": True}}
         limit = {"timeout": int(self._timeout * 1e6)}
-        head = json.dumps({"inputs": [given], "outputs": [wanted], "parameters": limit}).encode()
+        head = json.dumps({"inputs": given, "outputs": [wanted], "parameters": limit}).encode()
         headers, body = self._ask(
             "POST",
             f"/v2/models/{quote(model, '')}/infer",
-            head + batch.tobytes(),
+            head + data,
             {_HEADER_LENGTH: str(len(head)), "Content-Type": "application/octet-stream"},
         )
         length = int(headers[_HEADER_LENGTH.lower()])
         (found,) = json.loads(body[:length])["outputs"]
-        kind = {"FP32": np.float32, "UINT8": np.uint8, "UINT16": np.uint16}[found["datatype"]]
+        kind = {"FP32": "<f4", "UINT8": "u1", "UINT16": "<u2", "INT64": "<i8"}[found["datatype"]]
         return np.frombuffer(body, kind, offset=length).reshape(found["shape"])
 
     def close(self) -> None:

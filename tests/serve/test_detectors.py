@@ -13,9 +13,10 @@ from fastapi.testclient import TestClient
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco
 
+from fdconv_deploy.client import Client, ServiceError
 from fdconv_deploy.runtime import Detection, open_session
-from serve import Settings, create_app, schemas
-from tests.runtime import toy
+from serve import Settings, create_app, running, schemas
+from tests.runtime import toy, toy_detector
 from tests.serve.conftest import wait_until_ready
 from tests.serve.test_refusals import refused
 
@@ -200,3 +201,39 @@ def test_documented(detecting: TestClient) -> None:
     assert {"Detection", "Detections", "Instance", "CocoMask"} <= set(schemas_)
     assert "class" in schemas_["Instance"]["properties"]
     assert json.dumps(schemas_)
+
+
+class TestPythonClient:
+    @pytest.fixture(scope="class")
+    def python(self, detectors: list[Path], bundles: list[Path]):
+        settings = Settings(threads=1)
+        with running([*detectors, bundles[0]], settings=settings) as url, Client(url) as opened:
+            yield opened
+
+    def test_detect(self, python: Client, picture, expected: Detection) -> None:
+        found = python.detect(picture, min_score=0)
+        assert len(found) == len(expected)
+        assert np.allclose(found.boxes, expected.boxes, atol=1e-2)
+        assert np.allclose(found.scores, expected.scores, atol=1e-5)
+        assert np.array_equal(found.labels, expected.labels)
+        assert found.names == tuple(expected.classes[label] for label in expected.labels)
+        assert np.array_equal(found.masks, expected.masks)
+        assert (found.fit, found.model) == (expected.fit, "things")
+        assert python.detect(picture, min_score=1).boxes.shape == (0, 4)
+        assert python.detect(picture, masks=False).masks is None
+        assert python.detect(picture, "boxes").masks is None
+        assert set(python.detect(picture, classes=["car"]).names) <= {"car"}
+
+    def test_the_other_kind(self, python: Client, picture) -> None:
+        with pytest.raises(ServiceError, match=r"is a detector: use detect\(\)"):
+            python.segment(picture)
+        with pytest.raises(ServiceError, match=r"is a segmentor: use segment\(\)"):
+            python.detect(picture, "street")
+
+    def test_infer(self, python: Client) -> None:
+        images = np.random.default_rng(0).normal(size=(2, 3, 64, 96)).astype(np.float32)
+        sizes = np.array([[64, 90], [32, 96]])
+        told = toy_detector.reference(images, sizes.astype(np.float32))
+        for name in ("boxes", "labels", "count", "masks"):
+            found = python.infer("things", images, name, sizes=sizes)
+            assert np.allclose(found, told[name], atol=1e-4)
