@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from .schemas import InferCall
 
 DESCRIPTION = """\
-Semantic segmentation with FDConv networks.
+Semantic segmentation, and object detection with masks, with FDConv networks.
 
 ```
 curl -F image=@street.jpg -H 'Accept: image/png' http://localhost:8000/v1/segment -o mask.png

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -203,13 +204,14 @@ def test_documented(detecting: TestClient) -> None:
     assert json.dumps(schemas_)
 
 
-class TestPythonClient:
-    @pytest.fixture(scope="class")
-    def python(self, detectors: list[Path], bundles: list[Path]):
-        settings = Settings(threads=1)
-        with running([*detectors, bundles[0]], settings=settings) as url, Client(url) as opened:
-            yield opened
+@pytest.fixture(scope="module")
+def python(detectors: list[Path], bundles: list[Path]) -> Iterator[Client]:
+    settings = Settings(threads=1)
+    with running([*detectors, bundles[0]], settings=settings) as url, Client(url) as opened:
+        yield opened
 
+
+class TestPythonClient:
     def test_detect(self, python: Client, picture, expected: Detection) -> None:
         found = python.detect(picture, min_score=0)
         assert len(found) == len(expected)

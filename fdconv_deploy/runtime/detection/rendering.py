@@ -54,15 +54,17 @@ def _draw_mask(
     height, width = part.pixels.shape
     if not height or not width:
         return
-    colour = np.asarray(found.palette[int(found.labels[index])], np.float32)
+    colour = found.palette[int(found.labels[index])]
     view = canvas[part.top : part.top + height, part.left : part.left + width]
     inside = part.pixels
-    view[inside] = np.rint((1 - opacity) * view[inside] + opacity * colour)
+    plain = np.full_like(view, colour)
+    mixed = cv2.addWeighted(view, 1 - opacity, plain, opacity, 0)
+    np.copyto(view, mixed, where=inside[..., None])
     # Objects of one class have one colour: an outline parts those that touch.
     outlines, _ = cv2.findContours(
         inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(part.left, part.top)
     )
-    cv2.drawContours(canvas, outlines, -1, colour.tolist(), thickness)
+    cv2.drawContours(canvas, outlines, -1, colour, thickness)
 
 
 def _draw_box(
