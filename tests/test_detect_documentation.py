@@ -19,6 +19,7 @@ from fdconv_deploy.checkpoints import save_checkpoint
 from fdconv_deploy.demo.instances import CLASSES, coco_annotations, draw_instances
 from fdconv_deploy.runtime import open_session
 from tests.reference.networks import small_detector
+from tests.serve.conftest import typed
 from tests.test_cli import fdconv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,11 +146,8 @@ def address(said: dict[str, str], folder: Path) -> Iterator[str]:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("line", CURLS)
 def test_curl(line: str, folder: Path, address: str) -> None:
-    line = line.replace("localhost:8000", address)
-    subprocess.run(["bash", "-c", line], cwd=folder, check=True, capture_output=True, timeout=60)
-    written = re.search(r"-o (\S+)", line)
-    assert written is not None
-    file = folder / written[1]
+    file = typed(line, folder, address)
+    assert file is not None
     if file.suffix == ".json":
         assert json.loads(file.read_text())
     else:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,3 +84,11 @@ def wait_until_ready(client: TestClient) -> None:
         if client.get("/readyz").status_code == 200:
             return
     raise AssertionError("the service did not become ready")
+
+
+def typed(line: str, folder: Path, address: str) -> Path | None:
+    """Run a ``curl`` line of the documentation in ``folder``; the file it writes, if any."""
+    line = line.replace("localhost:8000", address)
+    subprocess.run(["bash", "-c", line], cwd=folder, check=True, capture_output=True, timeout=60)
+    written = re.search(r"-o (\S+)", line)
+    return folder / written[1] if written else None

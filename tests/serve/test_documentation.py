@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from serve import Settings, running
-from tests.serve.conftest import encoded
+from tests.serve.conftest import encoded, typed
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -40,12 +40,9 @@ def address(bundles: list[Path]) -> Iterator[str]:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("line", CURLS)
 def test_curl(line: str, folder: Path, address: str) -> None:
-    line = line.replace("localhost:8000", address)
-    subprocess.run(["bash", "-c", line], cwd=folder, check=True, capture_output=True, timeout=60)
-    written = re.search(r"-o (\S+)", line)
-    if written is None:
+    file = typed(line, folder, address)
+    if file is None:
         return
-    file = folder / written[1]
     if file.suffix == ".json":
         assert json.loads(file.read_text())
     elif file.suffix in (".png", ".jpg"):
