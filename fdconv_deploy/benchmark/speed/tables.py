@@ -91,7 +91,7 @@ def notes(report: Report) -> Iterator[str]:
     if share is not None and share > machine.QUIET:
         yield f"Others had {share:.0%} of the CPUs meanwhile: measure again before quoting."
     if any(row["kind"] == "service" for row in rows):
-        yield "A service is timed from an encoded image to a PNG mask, over its network."
+        yield "A service is timed over its network: from an encoded image to a mask, or to objects."
     if any(row["whole"] and row["kind"] != "service" for row in rows):
         yield "Timed from decoded pixels to labels."
     for one in report["skipped"]:

@@ -94,6 +94,7 @@ def _service(side: Side) -> Work:
         from fdconv_deploy.runtime.rendering import encode
 
         body = encode(picture(size), "JPEG")
+    name, detects = card["name"], card.get("kind") == "detector"
     of_thread = threading.local()
 
     def run() -> Any:
@@ -101,11 +102,11 @@ def _service(side: Side) -> Work:
         if client is None:
             # A refusal is part of what a client sees, so it is not asked again in silence.
             client = of_thread.client = Client(side.source, retries=0)
-        return client.mask(body, card["name"])
+        return client.overlay(body, name) if detects else client.mask(body, name)
 
     details = {
         "backend": "http",
-        "choice": f"model {card['name']}, {card.get('backend') or 'not loaded yet'}",
+        "choice": f"model {name}, {card.get('backend') or 'not loaded yet'}",
         "size": list(size),
         "precision": card.get("precision", "?"),
     }

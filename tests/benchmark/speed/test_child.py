@@ -19,7 +19,8 @@ from fdconv_deploy.benchmark.speed.work import open_work
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.errors import BackendError, FDConvError
 from fdconv_deploy.runtime.manifest import TensorSpec
-from tests.runtime import toy
+from serve import Settings, running
+from tests.runtime import toy, toy_detector
 
 
 def first(paths: list[Path], **options) -> Side:
@@ -64,6 +65,22 @@ class TestBundle:
         bundle = toy.make_module_bundle(tmp_path / "module").path
         with Child(first([bundle])) as child:
             assert len(child.turn(2, 1).seconds) == 2
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_a_detector(self, tmp_path, whole):
+        bundle = toy_detector.make_bundle(tmp_path / "detector").path
+        with Child(first([bundle], whole=whole)) as child:
+            assert len(child.turn(2, 1).seconds) == 2
+            assert child.opened["details"]["size"]
+
+    def test_a_served_detector(self, tmp_path):
+        bundle = toy_detector.make_bundle(tmp_path / "detector").path
+        with (
+            running([bundle], settings=Settings(threads=1)) as url,
+            Child(first([], urls=[url])) as child,
+        ):
+            assert child.opened["details"]["choice"].startswith("model detector")
+            assert len(child.turn(2, 2).seconds) == 4
 
     def test_what_is_not_there_is_told_from_what_is_wrong(self, toy_bundle, tmp_path):
         with pytest.raises(UnavailableError, match="CUDAExecutionProvider"):
