@@ -102,7 +102,7 @@ def _service(side: Side) -> Work:
         if client is None:
             # A refusal is part of what a client sees, so it is not asked again in silence.
             client = of_thread.client = Client(side.source, retries=0)
-        return client.overlay(body, name) if detects else client.mask(body, name)
+        return client.detect(body, name) if detects else client.mask(body, name)
 
     details = {
         "backend": "http",
