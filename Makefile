@@ -13,7 +13,7 @@ help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 # torch first and by itself: any other order lets pip pick a CUDA build of several gigabytes.
-$(RUNS): pyproject.toml
+$(RUNS): pyproject.toml setup.py $(wildcard fdconv_deploy/ops/native/source/*)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[export,serve]'

@@ -97,7 +97,12 @@ def _summary(result: dict[str, Any]) -> str:
     eager, plain = (result["ratios"][f"exported/{side}"]["value"] for side in ("eager", "plain"))
     noisy = ", NOISY" if (result["others_cpu"] or 0) > machine.QUIET else ""
     median = result["ms"]["exported"]["median"]
-    return f"exported {median} ms, {eager}× eager, {plain}× plain{noisy}"
+    said = f"exported {median} ms, {eager}× eager, {plain}× plain"
+    if "native" in result["ms"]:
+        eager, plain = (result["ratios"][f"native/{side}"]["value"] for side in ("eager", "plain"))
+        median = result["ms"]["native"]["median"]
+        said += f"; native {median} ms, {eager}× eager, {plain}× plain"
+    return said + noisy
 
 
 def in_fresh_process(case: Case, *, threads: int, rounds: int, seconds: float) -> dict[str, Any]:

@@ -84,12 +84,14 @@ def _measured(cases: Cases, wanted: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 def _ms(result: dict[str, Any], side: str) -> str:
+    if side not in result["ms"]:
+        return "–"  # native operators that were not built, or records from before there were any
     ms = result["ms"][side]
     return f"{ms['median']:.0f} [{ms['q1']:.0f}–{ms['q3']:.0f}]"
 
 
 def _ratio(result: dict[str, Any], name: str) -> str:
-    return f"{result['ratios'][name]['value']:.2f}"
+    return f"{result['ratios'][name]['value']:.2f}" if name in result["ratios"] else "–"
 
 
 def _noise(result: dict[str, Any]) -> str:
@@ -103,11 +105,13 @@ def _limits(cases: Cases) -> Iterator[str]:
         (UPERNET, {"exported/eager": 0.65, "exported/plain": 1.12}),
     ):
         for result in _measured(cases, [case]):
-            for name, limit in limits.items():
-                value = result["ratios"][name]["value"]
-                rows.append(
-                    (f"{result['title']}: {name}", f"{limit}×", f"{value}×", value <= limit)
-                )
+            for name in (*limits, *(f"native{limit.removeprefix('exported')}" for limit in limits)):
+                if name in result["ratios"]:
+                    limit = limits[name.replace("native", "exported")]
+                    value = result["ratios"][name]["value"]
+                    rows.append(
+                        (f"{result['title']}: {name}", f"{limit}×", f"{value}×", value <= limit)
+                    )
             export = result["export"]
             for what, key, limit, unit in (
                 ("export seconds", "export_seconds", 45, "s"),
@@ -119,10 +123,11 @@ def _limits(cases: Cases) -> Iterator[str]:
                     rows.append((f"{result['title']}: {what}", asked, found, value <= limit))
     for network in NETWORKS:
         pair = _pair(cases, network, 50, (512, 512))
-        if pair:
-            times = pair[1]["ms"]["exported"]["median"] / pair[0]["ms"]["exported"]["median"]
-            name = f"{pair[0]['title'].rsplit(',', 1)[0]}: batch 4 over batch 1"
-            rows.append((name, "4.0×", f"{times:.3f}×", times <= 4.0))
+        for side, told in (("exported", ""), ("native", ", native")):
+            if pair and all(side in result["ms"] for result in pair):
+                times = pair[1]["ms"][side]["median"] / pair[0]["ms"][side]["median"]
+                name = f"{pair[0]['title'].rsplit(',', 1)[0]}: batch 4 over batch 1{told}"
+                rows.append((name, "4.0×", f"{times:.3f}×", times <= 4.0))
     if rows:
         yield from _head("", "at most", "measured", "")
         for name, limit, found, held in rows:
@@ -133,13 +138,14 @@ def _costs(cases: Cases, network: str) -> Iterator[str]:
     results = _measured(cases, grid([network], DEPTHS, SIZES, BATCHES))
     if not results:
         return
-    yield from _head("", *SIDES.values(), "exported / eager", "exported / plain")
+    compared = [f"{a}/{b}" for a in ("exported", "native") for b in ("eager", "plain")]
+    yield from _head("", *SIDES.values(), *(name.replace("/", " / ") for name in compared))
     order = ("depth", "height", "width", "batch")
     for result in sorted(results, key=lambda found: [found["case"][key] for key in order]):
         case = result["case"]
         size = f"{case['height']}×{case['width']}"
         name = f"R{case['depth']}, {size}, batch {case['batch']}{_noise(result)}"
-        ratios = (_ratio(result, f"exported/{side}") for side in ("eager", "plain"))
+        ratios = (_ratio(result, name) for name in compared)
         yield _row(name, *(_ms(result, side) for side in SIDES), *ratios)
 
 

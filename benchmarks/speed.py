@@ -1,8 +1,9 @@
 """What FDConv costs, side by side in one process: ``python -m benchmarks.speed``.
 
-Eager PyTorch as published, the folded network in PyTorch, the exported bundle in ONNX Runtime,
-and the plain twin in both, one run of each in turn so that a machine's drift hits all alike.
-Medians with quartiles; quote the ratios. The exports are made, and measured, in fresh processes.
+Eager PyTorch as published, the folded network in PyTorch, the exported bundle in ONNX Runtime
+as it is and, where they are built, with the native operators, and the plain twin in both, one
+run of each in turn so that a machine's drift hits all alike. Medians with quartiles; quote the
+ratios. The exports are made, and measured, in fresh processes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from benchmarks.records import write_json
 from fdconv_deploy.benchmark import machine
 from fdconv_deploy.benchmark.timing import interleave, ratio, spread
 from fdconv_deploy.folding.network import fold_network
+from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.runtime import Session, open_session
 from fdconv_deploy.runtime.backends.cores import available_cores
 
@@ -30,12 +33,15 @@ SIDES = {
     "eager": "FDConv, PyTorch as published",
     "folded": "FDConv, folded, PyTorch",
     "exported": "FDConv, exported, ONNX Runtime",
+    "native": "FDConv, exported, native operators",
     "plain_eager": "plain twin, PyTorch",
     "plain": "plain twin, ONNX Runtime",
 }
 RATIOS = (
     ("exported", "eager"),
     ("exported", "plain"),
+    ("native", "eager"),
+    ("native", "plain"),
     ("folded", "eager"),
     ("eager", "plain_eager"),
 )
@@ -63,11 +69,13 @@ def measure(
     export = measure_export(case, dynamic, folder / "fdconv")
     plain_export = measure_export(case, plain, folder / "plain", dynamic=False)
     # Outside inference mode PyTorch would keep every layer's input for a backward pass.
-    with (
-        torch.inference_mode(),
-        open_session(folder / "fdconv", "onnxruntime-cpu", threads=threads) as fdconv_session,
-        open_session(folder / "plain", "onnxruntime-cpu", threads=threads) as plain_session,
-    ):
+    with torch.inference_mode(), ExitStack() as stack:
+
+        def opened(name: str, native: bool) -> Session:
+            session = open_session(folder / name, "onnxruntime-cpu", threads=threads, native=native)
+            return stack.enter_context(session)
+
+        fdconv_session, plain_session = opened("fdconv", False), opened("plain", False)
         folded = fold_network(dynamic, x)
         sides: dict[str, Callable[[], Any]] = {
             "eager": lambda: dynamic(x),
@@ -76,8 +84,14 @@ def measure(
             "plain_eager": lambda: plain(x),
             "plain": _run(plain_session, x.numpy()),
         }
+        if native_library()[0] is not None:
+            sides["native"] = _run(opened("fdconv", True), x.numpy())
         expected = sides["eager"]().numpy()
-        error = float(np.abs(sides["exported"]() - expected).max() / np.abs(expected).max())
+        errors = {
+            side: float(np.abs(sides[side]() - expected).max() / np.abs(expected).max())
+            for side in ("exported", "native")
+            if side in sides
+        }
         with machine.Bystanders() as others:
             times = interleave(sides, rounds=rounds, seconds=seconds, progress=progress)
     return {
@@ -85,8 +99,9 @@ def measure(
         "case": case.as_dict(),
         "commit": machine.commit(),
         "ms": {side: spread(values) for side, values in times.items()},
-        "ratios": {f"{a}/{b}": ratio(times[a], times[b]) for a, b in RATIOS},
-        "max_rel_error": error,
+        "ratios": {f"{a}/{b}": ratio(times[a], times[b]) for a, b in RATIOS if a in times},
+        "max_rel_error": max(errors.values()),
+        "errors": errors,
         "others_cpu": others.share,
         "export": export,
         "plain_export": plain_export,
@@ -104,13 +119,16 @@ def show(result: dict[str, Any]) -> None:
     """Print a result for people."""
     print(result["title"])
     for side, name in SIDES.items():
+        if side not in result["ms"]:
+            print(f"  {name:34} not built here (python -m fdconv_deploy.ops.native)")
+            continue
         ms = result["ms"][side]
         print(
-            f"  {name:32} {ms['median']:9.1f} ms  [{ms['q1']:.1f} to {ms['q3']:.1f}], "
+            f"  {name:34} {ms['median']:9.1f} ms  [{ms['q1']:.1f} to {ms['q3']:.1f}], "
             f"fastest {ms['min']:.1f}, {ms['runs']} runs"
         )
     for name, value in result["ratios"].items():
-        print(f"  {name:32} {value['value']:9.3f}     [{value['q1']:.3f} to {value['q3']:.3f}]")
+        print(f"  {name:34} {value['value']:9.3f}     [{value['q1']:.3f} to {value['q3']:.3f}]")
     export = result["export"]
     print(
         f"  export {export['export_seconds']} s, {export['peak_mb']} MB peak, {export['nodes']} "

@@ -2,7 +2,12 @@
 #   docker build -f docker/cpu.Dockerfile -t fdconv-deploy:cpu .
 FROM python:3.12-slim-bookworm AS build
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
+# For the native operators (docs/native.md); the service's own image needs no compiler.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY fdconv_deploy fdconv_deploy
 COPY serve serve
 COPY export export

@@ -4,7 +4,7 @@
 # host (NVIDIA's container toolkit).
 FROM python:3.12-slim-bookworm AS build
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY fdconv_deploy fdconv_deploy
 COPY serve serve
 COPY export export

@@ -251,7 +251,8 @@ class Repository:
         model.generation += 1
         model.fingerprint = before
         model.card = card
-        log.info("%s: ready in %.1f s. %s", model.name, seconds, session.choice)
+        using = f" With {session.operators}." if session.operators else ""
+        log.info("%s: ready in %.1f s. %s%s", model.name, seconds, session.choice, using)
         loaded = card.model_copy(
             update={
                 "state": "ready",

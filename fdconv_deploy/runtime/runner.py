@@ -44,6 +44,11 @@ class Runner:
         return self._backend.name
 
     @property
+    def operators(self) -> str:
+        """What runs the ``fdconv`` operators, and why; empty where that goes without saying."""
+        return self._backend.operators
+
+    @property
     def batch_sizes(self) -> tuple[int, ...]:
         """The batch sizes there is a graph for, ascending."""
         return self.bundle.batch_sizes

@@ -29,6 +29,7 @@ def open_session(
     threads: int | None = None,
     spinning: bool = True,
     providers: Sequence[Any] | None = None,
+    native: bool | None = None,
     verify: bool = True,
 ) -> Session:
     """Open a bundle to answer from it.
@@ -42,6 +43,10 @@ def open_session(
         up after every operator. Between runs they always sleep. False suits a machine whose
         cores several runs share at a time.
     :param providers: ONNX Runtime execution providers, in its own notation.
+    :param native: on ONNX Runtime's CPU provider, use the ``fdconv`` operators in C (True), or
+        the functions of standard operators that every bundle carries (False). When not given,
+        ``FDCONV_NATIVE`` (1 or 0) decides, else whether they are built; ``Session.operators``
+        says which run. See docs/native.md.
     :param verify: False skips hashing the bundle's files.
     :raises BundleError: the bundle is damaged, unsafe or of a newer format.
     :raises BackendError: the backend is unknown, not installed, or cannot run the bundle.
@@ -50,7 +55,7 @@ def open_session(
     if threads is not None and threads < 1:
         raise BackendError(f"A run takes 1 thread or more, not {threads}.")
     given = None if providers is None else tuple(providers)
-    options = BackendOptions(threads, given, spinning)
+    options = BackendOptions(threads, given, spinning, native)
     return Session(opened, *select(opened, backend, options))
 
 

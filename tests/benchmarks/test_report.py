@@ -15,7 +15,7 @@ from fdconv_deploy.benchmark import machine
 
 def result(case: Case, exported: float) -> dict:
     ms = {"eager": 1000.0, "folded": 700.0, "exported": exported, "plain_eager": 300.0}
-    ms["plain"] = 150.0
+    ms |= {"plain": 150.0, "native": exported * 0.6}
     return {
         "title": case.title,
         "case": case.as_dict(),
@@ -66,10 +66,20 @@ class TestTables:
         first = table(text, "ResNet backbone")[0]
         assert first[0] == "R18, 512×512, batch 1"
         assert first[3] == "300 [270–330]"
-        assert first[-2:] == ["0.30", "2.00"]
+        assert first[-4:] == ["0.30", "2.00", "0.18", "1.20"]
         assert [row[0] for row in table(text, "kernel_num")] == ["4", "16", "64"]
         assert len(table(text, "Image size")) == 5
         assert {row[3] for row in table(text, "Batch 4 beside batch 1")} == {"4.00"}
+
+    def test_records_from_before_there_were_native_operators(self) -> None:
+        old = result(report.BACKBONE, 300.0)
+        del old["ms"]["native"], old["ratios"]["native/eager"], old["ratios"]["native/plain"]
+        text = report.markdown(
+            {"machine": machine.describe(2), "cases": {report.BACKBONE.key: old}}
+        )
+        (row,) = table(text, "ResNet backbone")
+        assert row.count("–") == 3
+        assert not [row for row in table(text, "Limits set beforehand") if "native" in row[0]]
 
     def test_noisy_cases_are_marked(self) -> None:
         noisy = {**result(report.BACKBONE, 300.0), "others_cpu": 0.4}

@@ -10,6 +10,7 @@ from benchmarks.cases import Case
 from benchmarks.export_size import TOLERANCE
 from benchmarks.speed import RATIOS, SIDES
 from export import export_module
+from fdconv_deploy.ops import native
 from tests.runtime import toy
 
 CASE = Case("backbone", 18, 64, 64, 1, kernel_num=4, channels=8)
@@ -27,19 +28,30 @@ def exports_here(monkeypatch) -> None:
     monkeypatch.setattr(speed, "measure_export", export)
 
 
-def test_all_sides_of_a_tiny_network(tmp_path: Path, exports_here, capsys) -> None:
+@pytest.mark.parametrize("built", [True, False])
+def test_all_sides_of_a_tiny_network(
+    built: bool, tmp_path: Path, exports_here, capsys, monkeypatch, tmp_path_factory
+) -> None:
+    monkeypatch.setattr(native, "FOLDER", tmp_path_factory.mktemp("native"))
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    if built:
+        if native.compiler() is None:
+            pytest.skip("no C compiler for the native operators (cc, gcc, clang or $CC)")
+        native.build(native.FOLDER)
+    sides = {side for side in SIDES if built or side != "native"}
     result = speed.measure(CASE, tmp_path, threads=1, rounds=5)
     assert result["case"] == CASE.as_dict()
-    assert set(result["ms"]) == set(SIDES)
+    assert set(result["ms"]) == sides
     for ms in result["ms"].values():
         assert 0 < ms["min"] <= ms["q1"] <= ms["median"] <= ms["q3"]
         assert ms["runs"] == 5
-    assert set(result["ratios"]) == {f"{a}/{b}" for a, b in RATIOS}
+    assert set(result["ratios"]) == {f"{a}/{b}" for a, b in RATIOS if a in sides}
     assert 0 < result["max_rel_error"] < 1e-4  # the timed graph answers what the network does
     assert result["export"]["nodes"] > result["plain_export"]["nodes"]
     speed.show(result)
     printed = capsys.readouterr().out
     assert all(name in printed for name in SIDES.values())
+    assert ("not built here" in printed) != built
 
 
 @pytest.mark.slow
@@ -50,7 +62,7 @@ def test_matrix_in_fresh_processes(tmp_path: Path) -> None:
     )
     matrix.main([*arguments.split(), "--output", str(tmp_path / "m.json")])
     (result,) = json.loads((tmp_path / "m.json").read_text())["cases"].values()
-    assert set(result["ms"]) == set(SIDES)
+    assert set(SIDES) - {"native"} <= set(result["ms"]) <= set(SIDES)
     export = result["export"]
     assert export["export_seconds"] > 0
     assert export["peak_mb"] > 100

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -46,11 +48,15 @@ def layer_model(folded: FoldedConv, batch: int) -> ModelProto:
     return model
 
 
-def run(model: ModelProto, x: NDArray) -> Arrays:
-    """All outputs by name, in stock ONNX Runtime."""
+def run(model: ModelProto, x: NDArray, library: Path | None = None, threads: int = 0) -> Arrays:
+    """All outputs by name, in stock ONNX Runtime, or with a library of custom operators."""
     onnx.checker.check_model(model, full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, {"x": x}), strict=True))

@@ -36,6 +36,11 @@ def select(
         finding out, by batch size.
     :raises BackendError: no such backend, or it cannot be used here.
     """
+    if options.native and name not in ("auto", "onnxruntime-cpu"):
+        raise BackendError(
+            f"The native operators run in backend 'onnxruntime-cpu', not in {name!r}. Choose "
+            "that, or leave native out."
+        )
     if name != "auto":
         if name not in BACKENDS:
             raise BackendError(
@@ -45,6 +50,8 @@ def select(
     cpu = "onnxruntime-cpu"
     if options.providers is not None:
         return BACKENDS[cpu](options), "The ONNX Runtime providers were given.", {}
+    if options.native:
+        return BACKENDS[cpu](options), f"{cpu}, since native operators were asked for.", {}
     graphs: dict[int, Graph]
     engines = ""
     if has_engines(bundle):

@@ -26,10 +26,15 @@ class Graph(Protocol):
 
 
 class Backend(Protocol):
-    """A way to run a bundle on a device."""
+    """A way to run a bundle on a device.
+
+    ``operators``: what runs the ``fdconv`` operators, and why, as a clause; empty where that
+    goes without saying.
+    """
 
     name: str
     device: str
+    operators: str
 
     def load(self, bundle: Bundle, batch: int) -> Graph:
         """Load the graph of one batch size, whose files the bundle has checked.
@@ -47,12 +52,14 @@ class BackendOptions:
 
     ``threads``: CPU threads per run. ``providers``: ONNX Runtime execution providers, in
     its own notation, in place of those the backend stands for. ``spinning``: threads wait
-    busily within a run.
+    busily within a run. ``native``: ONNX Runtime's CPU provider uses the ``fdconv`` operators
+    in C, see ``fdconv_deploy.ops.native``.
     """
 
     threads: int | None = None
     providers: tuple[Any, ...] | None = None
     spinning: bool = True
+    native: bool | None = None
 
 
 def feeds_problem(specs: tuple[TensorSpec, ...], feeds: Tensors) -> str | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.errors import BackendError
+from fdconv_deploy.ops.native import SWITCH, native_library
 from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.bundle import Bundle
 
@@ -64,6 +66,16 @@ class OnnxRuntimeBackend:
             )
         if provider == CUDA and hasattr(self._ort, "preload_dlls"):
             self._ort.preload_dlls()  # finds CUDA and cuDNN as installed by pip
+        self._library: Path | None = None
+        self.operators = ""
+        if self.device == "cpu" and [first_name([p]) for p in self._providers] == [CPU]:
+            self._library, why = native_library(options.native)
+            self.operators = f"{'native' if self._library else 'portable'} operators, since {why}"
+        elif options.native:
+            raise BackendError(
+                f"The native operators run on {CPU} alone, not with {self._provider}. Leave native "
+                "out, or give no other provider."
+            )
 
     def load(self, bundle: Bundle, batch: int) -> OnnxRuntimeGraph:
         """Load the graph of one batch size. See :class:`Backend`."""
@@ -108,6 +120,15 @@ class OnnxRuntimeBackend:
         # than 1112 at batch 1, and the run after warm-up is like any later one; the time is the
         # same (benchmarks.session --variants).
         options.enable_mem_pattern = False
+        if self._library is not None:
+            try:
+                options.register_custom_ops_library(str(self._library))
+            except Exception as error:
+                raise BackendError(
+                    f"ONNX Runtime cannot load the native operators {self._library}: "
+                    f"{first_line(error)}. Build them again with python -m "
+                    f"fdconv_deploy.ops.native, or do without: {SWITCH}=0."
+                ) from error
         return options
 
     def batch_cost(self, batch: int) -> float:

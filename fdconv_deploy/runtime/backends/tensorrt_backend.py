@@ -100,6 +100,7 @@ class TensorRTBackend:
 
     name = "tensorrt"
     device = "cuda"
+    operators = ""
 
     def __init__(self, options: BackendOptions, trt: Any = None, cuda: Cuda | None = None) -> None:
         self.trt = import_tensorrt() if trt is None else trt

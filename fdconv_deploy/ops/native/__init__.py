@@ -1,0 +1,57 @@
+"""The ``fdconv`` operators in C for ONNX Runtime's CPU provider: optional, and faster.
+
+A library of custom operators under the names of the model-local functions that every bundle
+carries; where it is registered, ONNX Runtime takes it for them, and any bundle exported before
+runs faster. ``source/`` holds the C, `build` compiles it; see docs/native.md.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fdconv_deploy.errors import BackendError
+from fdconv_deploy.ops.native.build import BuildError, build, compiler, library_name
+
+__all__ = [
+    "FOLDER",
+    "SWITCH",
+    "BuildError",
+    "build",
+    "compiler",
+    "library_name",
+    "native_library",
+]
+
+# 0: never; 1: always, and it is an error where they are not built; unset: where they are built.
+SWITCH = "FDCONV_NATIVE"
+# Where installing builds them.
+FOLDER = Path(__file__).parent
+HOW = "python -m fdconv_deploy.ops.native builds them"
+
+
+def native_library(wanted: bool | None = None) -> tuple[Path | None, str]:
+    """The library to register, or None, and why, as a clause.
+
+    Args:
+        wanted: use them; never do; None: as the environment's ``FDCONV_NATIVE`` says, else
+            where they are built.
+
+    Raises:
+        BackendError: they are wanted and not built, or the switch has a value of no meaning.
+    """
+    by = "open_session(native=False)"
+    if wanted is None and (switch := os.environ.get(SWITCH)):
+        if switch not in ("0", "1"):
+            raise BackendError(f"{SWITCH} is 0 or 1, not {switch!r}.")
+        wanted, by = switch == "1", f"{SWITCH}=0"
+    if wanted is False:
+        return None, f"{by} says so"
+    path = FOLDER / library_name()
+    if path.is_file():
+        return path, "they are built here"
+    if wanted:
+        raise BackendError(
+            f"Native operators were asked for, and there is no {path.name} in {FOLDER}: {HOW}."
+        )
+    return None, f"native ones are not built here ({HOW})"

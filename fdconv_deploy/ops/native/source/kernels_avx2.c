@@ -1,0 +1,21 @@
+/* The kernels for AVX2 with fused multiply-add. */
+#include "assembly.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#define WIDTH 8
+#include "lanes.h"
+#include "transform.h"
+#include "assembly_kernels.h"
+
+const AssemblyKernels assembly_avx2 = {"AVX2", rows_unit, columns_unit};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

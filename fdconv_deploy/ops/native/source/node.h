@@ -1,0 +1,38 @@
+/* What a node of the graph gives an operator when it is made. */
+#ifndef FDCONV_NODE_H
+#define FDCONV_NODE_H
+
+#include "assembly.h"
+#include "ort_api.h"
+
+enum { MOST_RANK = 8, MOST_INPUTS = 24 };
+
+/* A constant input, or one known at run time only (`data` is NULL then). */
+typedef struct {
+    const void *data;
+    int type, rank;
+    int64_t shape[MOST_RANK];
+} Tensor;
+
+/* Which inputs a node has: told by its operator's name. */
+typedef struct {
+    int column_stages, row_stages;
+    int planes, local, column_scale, row_scale, spatial, by_rows;
+} Form;
+
+typedef struct {
+    const Form *form;
+    Tensor inputs[MOST_INPUTS];
+    size_t count;
+    int64_t kernel_shape[4];
+    int kernel_width; /* 0 where nothing tells it */
+} Node;
+
+/* Lays a node's constants out. NULL, or why it cannot be done. */
+const char *assembly_make(Assembly *assembly, const Node *node);
+void assembly_free(Assembly *assembly);
+
+/* Registers every form's operator, FDCONV_DOMAIN's. */
+OrtStatus *assembly_register(OrtCustomOpDomain *domain, const OrtApi *api);
+
+#endif

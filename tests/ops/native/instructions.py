@@ -1,0 +1,15 @@
+"""Run in a process of its own: some forms and sizes with what FDCONV_NATIVE_ISA allows."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.ops.native import test_frequency_assembly as assembly
+
+if __name__ == "__main__":
+    library = Path(sys.argv[1])
+    for form in (assembly.FORMS[0], *assembly.FORMS[-6:]):
+        assembly.test_every_form(form, library)
+    for sizes in ((16, 16, 3), (32, 48, 3), (14, 22, 3), (24, 25, 5), (64, 96, 3)):
+        assembly.test_sizes(*sizes, 2, library)
