@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.ops.native import test_frequency_assembly as assembly
+from tests.ops.native import test_frequency_band_modulation as bands
 
 if __name__ == "__main__":
     library = Path(sys.argv[1])
@@ -13,3 +14,6 @@ if __name__ == "__main__":
         assembly.test_every_form(form, library)
     for sizes in ((16, 16, 3), (32, 48, 3), (14, 22, 3), (24, 25, 5), (64, 96, 3)):
         assembly.test_sizes(*sizes, 2, library)
+    for size in bands.SIZES:
+        bands.test_sizes_and_kernels(size, 3, library)
+    bands.test_every_form((8, 2, 4), "tanh", True, library)

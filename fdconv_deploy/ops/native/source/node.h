@@ -32,7 +32,8 @@ typedef struct {
 const char *assembly_make(Assembly *assembly, const Node *node);
 void assembly_free(Assembly *assembly);
 
-/* Registers every form's operator, FDCONV_DOMAIN's. */
+/* Add every form's operator to the domain. */
 OrtStatus *assembly_register(OrtCustomOpDomain *domain, const OrtApi *api);
+OrtStatus *bands_register(OrtCustomOpDomain *domain, const OrtApi *api);
 
 #endif

@@ -18,6 +18,7 @@ static OrtStatus *make_domain(void) {
     OrtStatus *status = api->CreateCustomOpDomain("fdconv", &made);
     if (status) return status;
     status = assembly_register(made, api);
+    if (!status) status = bands_register(made, api);
     if (status)
         api->ReleaseCustomOpDomain(made);
     else

@@ -1,0 +1,233 @@
+/* `fdconv::FrequencyBandModulation*` as custom operators of ONNX Runtime.
+ *
+ * Only forms whose channels share their maps, by sigmoids: the published ones. Others stay
+ * functions of standard operators.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bands.h"
+#include "node.h"
+#include "op.h"
+
+enum { X, CONV, CONV_BIAS, MIX, MIX_BIAS, TO_COLUMNS, TO_ROWS, FIRST_BAND };
+
+typedef struct {
+    OrtCustomOp op; /* first, so that the runtime's pointer to it is one to this */
+    int bands;
+    char name[48];
+} BandsOp;
+
+typedef struct {
+    const OrtApi *api;
+    const char *name;
+    Bands bands;
+} BandsKernel;
+
+static const BandKernels *kernels;
+static BandsOp ops[MOST_BANDS];
+
+static const char *get_name(const OrtCustomOp *op) { return ((const BandsOp *)op)->name; }
+static int least(const OrtCustomOp *op) { return FIRST_BAND + 2 * ((const BandsOp *)op)->bands; }
+
+static const char *const no_memory = "there is not enough memory";
+static const char *const unknown = "its constants are not laid out as this version knows";
+
+static size_t padded(size_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+/* (rows, columns), with rows padded by zeros to `step` floats. */
+static float *copy(const float *from, size_t rows, size_t columns, size_t step) {
+    float *to = aligned_alloc(64, (rows * step * sizeof(float) + 63) & ~(size_t)63);
+    if (!to) return NULL;
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < step; c++)
+            to[r * step + c] = c < columns ? from[r * columns + c] : 0;
+    return to;
+}
+
+static void release(Bands *bands) {
+    free(bands->to_columns);
+    free(bands->to_rows);
+    free(bands->conv);
+    free(bands->conv_bias);
+    free(bands->mix);
+    free(bands->mix_bias);
+    for (int j = 0; j < bands->bands; j++) {
+        free(bands->band[j].from_rows);
+        free(bands->band[j].from_columns);
+    }
+}
+
+static const char *make(Bands *b, const Tensor *in, const int64_t *factors, int count) {
+    b->bands = count;
+    for (int i = CONV; i < FIRST_BAND + 2 * count; i++) {
+        int rank = i == CONV ? 4 : i == CONV_BIAS ? 1 : 2;
+        if (!in[i].data) return "a constant input of it is not constant";
+        if (in[i].rank != rank || in[i].type != ORT_FLOAT) return unknown;
+    }
+    b->height = (int)factors[2];
+    b->width = (int)factors[3];
+    b->channels = (int)in[CONV].shape[0];
+    b->weighted = (int)in[CONV].shape[1];
+    b->taps = (int)in[CONV].shape[2];
+    b->parts = (int)(in[TO_ROWS].shape[1] / b->height);
+    b->kept_rows = (int)in[TO_ROWS].shape[0];
+    b->kept_columns = (int)(in[TO_COLUMNS].shape[1] / b->parts);
+    b->kept_step = padded(b->kept_columns);
+    b->wide_step = padded(b->width);
+    if (in[CONV].shape[3] != b->taps || b->taps % 2 == 0 || in[MIX].shape[0] != count + 1 ||
+        in[MIX].shape[1] != b->weighted || in[TO_COLUMNS].shape[0] != b->width ||
+        in[TO_ROWS].shape[1] != (int64_t)b->parts * b->height || b->parts < 1 || b->parts > 2)
+        return unknown;
+
+    int products = b->weighted * b->taps * b->taps;
+    const float *conv = in[CONV].data, *to_columns = in[TO_COLUMNS].data;
+    b->conv = malloc((size_t)products * b->channels * sizeof(float));
+    b->to_columns = aligned_alloc(64, b->parts * b->width * b->kept_step * sizeof(float));
+    b->to_rows = copy(in[TO_ROWS].data, 1, (size_t)b->kept_rows * b->parts * b->height,
+                      (size_t)b->kept_rows * b->parts * b->height);
+    b->conv_bias = copy(in[CONV_BIAS].data, 1, b->weighted, b->weighted);
+    b->mix = copy(in[MIX].data, count + 1, b->weighted, b->weighted);
+    b->mix_bias = copy(in[MIX_BIAS].data, 1, count + 1, count + 1);
+    if (!b->conv || !b->to_columns || !b->to_rows || !b->conv_bias || !b->mix || !b->mix_bias)
+        return no_memory;
+    for (int c = 0; c < b->channels; c++)
+        for (int i = 0; i < products; i++) b->conv[i * b->channels + c] = conv[c * products + i];
+    for (int part = 0; part < b->parts; part++)
+        for (int w = 0; w < b->width; w++)
+            for (size_t f = 0; f < b->kept_step; f++)
+                b->to_columns[((size_t)part * b->width + w) * b->kept_step + f] =
+                    f < (size_t)b->kept_columns
+                        ? to_columns[((size_t)w * b->parts + part) * b->kept_columns + f]
+                        : 0;
+    for (int j = 0; j < count; j++) {
+        const Tensor *from_rows = &in[FIRST_BAND + 2 * j], *from_columns = from_rows + 1;
+        Band *band = &b->band[j];
+        band->rows = (int)from_rows->shape[1];
+        band->columns = (int)(from_columns->shape[0] / b->parts);
+        if (from_rows->shape[0] != (int64_t)b->parts * b->height || band->rows > b->kept_rows ||
+            band->columns > b->kept_columns || from_columns->shape[1] != b->width)
+            return unknown;
+        size_t rows = (size_t)b->parts * b->height;
+        band->from_rows = copy(from_rows->data, 1, rows * band->rows, rows * band->rows);
+        band->from_columns =
+            copy(from_columns->data, (size_t)b->parts * band->columns, b->width, b->wide_step);
+        if (!band->from_rows || !band->from_columns) return no_memory;
+    }
+    return NULL;
+}
+
+static OrtStatus *create(const OrtCustomOp *custom, const OrtApi *api, const OrtKernelInfo *info,
+                         void **out) {
+    const BandsOp *op = (const BandsOp *)custom;
+    Tensor inputs[FIRST_BAND + 2 * MOST_BANDS];
+    memset(inputs, 0, sizeof inputs);
+    size_t count;
+    CHECK(api->KernelInfo_GetInputCount(info, &count));
+    if (count != (size_t)FIRST_BAND + 2 * op->bands)
+        return failure(api, op->name, "it has another number of inputs than its name says");
+    for (size_t i = 0; i < count; i++) CHECK(read_constant(api, info, i, &inputs[i]));
+    int64_t factors[4];
+    size_t rank = 4;
+    CHECK(api->KernelInfoGetAttributeArray_int64(info, "factors_shape", factors, &rank));
+    if (rank != 4) return failure(api, op->name, unknown);
+    BandsKernel *kernel = calloc(1, sizeof *kernel);
+    if (!kernel) return failure(api, op->name, no_memory);
+    kernel->api = api;
+    kernel->name = op->name;
+    const char *problem = make(&kernel->bands, inputs, factors, op->bands);
+    if (problem) {
+        release(&kernel->bands);
+        free(kernel);
+        return failure(api, op->name, problem);
+    }
+    *out = kernel;
+    return NULL;
+}
+
+static void destroy(void *kernel) {
+    release(&((BandsKernel *)kernel)->bands);
+    free(kernel);
+}
+
+size_t bands_workspace(const Bands *b) {
+    size_t rows = (size_t)b->parts * b->height;
+    size_t plane = (rows * (1 + b->bands) + b->kept_rows) * b->kept_step +
+                   (size_t)b->bands * 8 * b->wide_step;
+    size_t copied = (size_t)b->channels * b->wide_step, maps = b->weighted * b->wide_step;
+    size_t most = plane > copied ? plane : copied;
+    return most > maps ? most : maps;
+}
+
+#define STEP(function)                                                                        \
+    static void run_##function(void *data, size_t unit) {                                     \
+        BandRun *run = data;                                                                  \
+        float *work = workspace(bands_workspace(run->bands));                                 \
+        if (work)                                                                             \
+            kernels->function(run, unit, work);                                               \
+        else                                                                                  \
+            run->failed = 1;                                                                  \
+    }
+
+STEP(products)
+STEP(maps)
+STEP(planes)
+
+static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
+    BandsKernel *kernel = op_kernel;
+    const OrtApi *api = kernel->api;
+    const Bands *b = &kernel->bands;
+    Tensor x;
+    CHECK(read_input(api, context, X, &x));
+    if (x.rank != 4 || x.type != ORT_FLOAT || x.shape[1] != b->channels ||
+        x.shape[2] != b->height || x.shape[3] != b->width)
+        return failure(api, kernel->name, "its input has another shape than it was made for");
+    size_t batch = (size_t)x.shape[0], plane = (size_t)b->height * b->wide_step;
+    OrtValue *output;
+    void *data;
+    CHECK(api->KernelContext_GetOutput(context, 0, x.shape, 4, &output));
+    CHECK(api->GetTensorMutableData(output, &data));
+
+    size_t products = batch * b->weighted * b->taps * b->taps * plane;
+    size_t maps = batch * (b->bands + 1) * plane;
+    float *scratch = aligned_alloc(64, (products + maps) * sizeof(float));
+    if (!scratch) return failure(api, kernel->name, no_memory);
+    BandRun run = {b, x.data, data, scratch, scratch + products, 0};
+    size_t rows = batch * b->height, planes = batch * b->channels;
+    OrtStatus *status = api->KernelContext_ParallelFor(context, run_products, rows, rows, &run);
+    if (!status) status = api->KernelContext_ParallelFor(context, run_maps, rows, rows, &run);
+    if (!status) status = api->KernelContext_ParallelFor(context, run_planes, planes, planes, &run);
+    free(scratch);
+    if (!status && run.failed) status = failure(api, kernel->name, no_memory);
+    return status;
+}
+
+static const BandKernels *best_kernels(void) {
+    switch (instruction_set()) {
+#if defined(__x86_64__)
+    case 2: return &bands_avx512;
+    case 1: return &bands_avx2;
+#endif
+    default: return &bands_baseline;
+    }
+}
+
+OrtStatus *bands_register(OrtCustomOpDomain *domain, const OrtApi *api) {
+    kernels = best_kernels();
+    for (int i = 0; i < MOST_BANDS; i++) {
+        BandsOp *op = &ops[i];
+        op->bands = i + 1;
+        char count[16] = "";
+        if (op->bands != 3) snprintf(count, sizeof count, "_%dBands", op->bands);
+        snprintf(op->name, sizeof op->name, "FrequencyBandModulation%s", count);
+        op->op = variadic_op();
+        op->op.GetName = get_name;
+        op->op.GetVariadicInputMinArity = least;
+        op->op.CreateKernelV2 = create;
+        op->op.KernelComputeV2 = compute;
+        op->op.KernelDestroy = destroy;
+        CHECK(api->CustomOpDomain_Add(domain, &op->op));
+    }
+    return NULL;
+}
