@@ -12,7 +12,7 @@ from export.checks import PrecisionName, batch_sizes, check_precision, check_siz
 from export.detector_inputs import made_up_detector_inputs, placed
 from export.inputs import Picture
 from export.production import produce
-from export.recipe import Precision, Progress, Recipe, refuse_training
+from export.recipe import Precision, Progress, Recipe, order_entry, refuse_training
 from export.rules import Rule
 from fdconv_deploy.detector_architecture import PUBLISHED_SCALE, SIZE_DIVISOR
 from fdconv_deploy.errors import ExportError
@@ -73,7 +73,10 @@ def export_detector(
         "input": InputSize(height=size[0], width=size[1]),
         "fit": "pad",
         "checkpoint": checkpoint,
-        "graph": {"assumed": {k: str(v) for k, v in (assumed or {}).items()}},
+        "graph": {
+            "assumed": {k: str(v) for k, v in (assumed or {}).items()},
+            **order_entry(network),
+        },
     }
     recipe = Recipe(
         network,

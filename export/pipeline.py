@@ -23,6 +23,7 @@ from export.recipe import (
     Progress,
     Recipe,
     graph_size,
+    order_entry,
     outputs_of,
     refuse_training,
 )
@@ -53,6 +54,7 @@ def export_checkpoint(
     batches: Sequence[int] = (1,),
     config: str | Path | None = None,
     overrides: dict[str, Any] | None = None,
+    frequency_order: Literal["auto", "torch", "stable"] = "auto",
     fit: Literal["stretch", "pad"] = "stretch",
     pictures: Sequence[Picture] = (),
     precision: PrecisionName = "fp32",
@@ -68,8 +70,8 @@ def export_checkpoint(
     """Export a trained segmentor's or detector's checkpoint; its names tell which it is.
 
     Args:
-        checkpoint: see `fdconv_deploy.checkpoints.load_checkpoint`, as are ``config`` and
-            ``overrides``.
+        checkpoint: see `fdconv_deploy.checkpoints.load_checkpoint`, as are ``config``,
+            ``overrides`` and ``frequency_order``.
         destination: the bundle's folder.
         size: height and width of the graphs, in pixels; if not given, the crop size of a
             network tested in ``slide`` mode, or what a detector's published resize makes of
@@ -100,8 +102,12 @@ def export_checkpoint(
     """
     say = progress or (lambda _: None)
     say("reading the checkpoint")
-    network = load_checkpoint(checkpoint, config=config, overrides=overrides)
+    network = load_checkpoint(
+        checkpoint, config=config, overrides=overrides, frequency_order=frequency_order
+    )
     assumed = {fact.field: fact.value for fact in network.inference.assumed}
+    if network.order.assumed:
+        assumed["frequency_order"] = network.order.name
     source = CheckpointInfo(name=Path(checkpoint).name, sha256=sha256_of(Path(checkpoint)))
     if isinstance(network, Detector):
         return export_detector(
@@ -194,7 +200,10 @@ def export_segmentor(
         "input": InputSize(height=size[0], width=size[1]),
         "fit": fit,
         "checkpoint": checkpoint,
-        "graph": {"assumed": {k: str(v) for k, v in (assumed or {}).items()}},
+        "graph": {
+            "assumed": {k: str(v) for k, v in (assumed or {}).items()},
+            **order_entry(network),
+        },
     }
     recipe = Recipe(
         network, {batch: (x,) for batch, x in examples.items()}, ["images"], ["logits"],

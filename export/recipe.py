@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from export.checks import TOLERANCES, Activations, PrecisionName, check_size
 from export.evaluation import Evaluation
 from export.rules import Rule
+from fdconv_deploy.checkpoints import LoadedDetector, LoadedSegmentor
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import Example, tensors_of
 from fdconv_deploy.nn.segmentor import Segmentor
@@ -104,6 +105,13 @@ def _stride(network: Segmentor) -> int:
     backbone, head = network.architecture.backbone, network.architecture.decode_head
     deepest = max(backbone.out_indices[i] for i in head.in_index)
     return 4 * int(np.prod(backbone.strides[: deepest + 1]))
+
+
+def order_entry(network: nn.Module) -> dict[str, str]:
+    """The order a checkpoint's network was built with, for the manifest's ``graph``."""
+    if isinstance(network, LoadedSegmentor | LoadedDetector):
+        return {"frequency_order": network.order.name}
+    return {}
 
 
 def refuse_training(network: nn.Module) -> None:

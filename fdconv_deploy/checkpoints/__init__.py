@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     )
     from fdconv_deploy.checkpoints.mmdet_config import format_detector_config
     from fdconv_deploy.checkpoints.mmseg_config import format_config
+    from fdconv_deploy.checkpoints.order import OrderReport, tell_order
+    from fdconv_deploy.checkpoints.order_weights import order_of_weights
     from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
     from fdconv_deploy.checkpoints.rendering import render
     from fdconv_deploy.checkpoints.saving import save_checkpoint
@@ -45,6 +47,7 @@ _HOMES = {
     "Inference": "facts",
     "LoadedDetector": "loading",
     "LoadedSegmentor": "loading",
+    "OrderReport": "order",
     "Report": "inspection",
     "format_config": "mmseg_config",
     "format_detector_config": "mmdet_config",
@@ -57,12 +60,14 @@ _HOMES = {
     "load_checkpoint": "loading",
     "load_detector": "loading",
     "load_segmentor": "loading",
+    "order_of_weights": "order_weights",
     "parse_config": "config_text",
     "read_checkpoint": "reading",
     "read_config": "config_text",
     "render": "rendering",
     "report_on": "inspection",
     "save_checkpoint": "saving",
+    "tell_order": "order",
 }
 
 __all__ = [
@@ -73,6 +78,7 @@ __all__ = [
     "Inference",
     "LoadedDetector",
     "LoadedSegmentor",
+    "OrderReport",
     "Report",
     "convert_checkpoint",
     "convert_state_dict",
@@ -85,12 +91,14 @@ __all__ = [
     "load_checkpoint",
     "load_detector",
     "load_segmentor",
+    "order_of_weights",
     "parse_config",
     "read_checkpoint",
     "read_config",
     "render",
     "report_on",
     "save_checkpoint",
+    "tell_order",
 ]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from fdconv_deploy.checkpoints.layers import (
     part,
 )
 from fdconv_deploy.checkpoints.loading import config_for
+from fdconv_deploy.checkpoints.order import OrderReport, tell_order
 from fdconv_deploy.checkpoints.reading import read_checkpoint
 from fdconv_deploy.detector_architecture import DetectorArchitecture
 from fdconv_deploy.errors import CheckpointError
@@ -70,6 +72,8 @@ class Report(BaseModel):
         backbone: None if it is not a ResNet known here.
         told, assumed, notes, dropped: see :class:`Inference` and :class:`Checkpoint`.
         problem: why there is no architecture, or None.
+        frequency_order: what tells the order of frequencies, which no checkpoint holds; None
+            without FDConv layers or data.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -95,6 +99,7 @@ class Report(BaseModel):
     dropped: tuple[str, ...]
     problem: str | None
     layers: tuple[LayerReport, ...]
+    frequency_order: OrderReport | None = None
 
 
 def inspect_checkpoint(
@@ -104,6 +109,8 @@ def inspect_checkpoint(
     *,
     overrides: Mapping[str, Any] | None = None,
     weights: str | None = None,
+    images: Sequence[NDArray[Any]] = (),
+    progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Read a checkpoint and report on it: segmentors, detectors, backbones, plain networks.
 
@@ -113,6 +120,9 @@ def inspect_checkpoint(
         size: (height, width) in pixels to count multiply-adds for.
         overrides: fields the weights do not tell.
         weights: the entry to take weights from.
+        images: HxWx3 uint8 RGB, of the kind the network was trained on, to tell its frequency
+            order by; see :func:`tell_order`.
+        progress: told of each step.
 
     Raises:
         CheckpointError: the file or the config cannot be read. A network that is not
@@ -128,6 +138,8 @@ def inspect_checkpoint(
         meta=checkpoint.meta,
         overrides=overrides,
         size=size,
+        images=images,
+        progress=progress,
     )
 
 
@@ -141,6 +153,8 @@ def report_on(
     meta: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
     size: tuple[int, int] = (512, 512),
+    images: Sequence[NDArray[Any]] = (),
+    progress: Callable[[str], None] | None = None,
 ) -> Report:
     """:func:`inspect_checkpoint` for tensors at hand; tensors on the meta device do."""
     architecture: Architecture | None = None
@@ -176,6 +190,11 @@ def report_on(
     sizes = _sizes(state, architecture, backbone, size)
     ratio = backbone.conv.param_ratio if backbone and backbone.conv else 1
     masks = _mask_bytes(layers, backbone)
+    order = None
+    if any(layer.dynamic for layer in layers) and not any(v.is_meta for v in state.values()):
+        whole_network = architecture or detector
+        preprocessing = whole_network.preprocessing if whole_network else None
+        order = tell_order(state, backbone, preprocessing, images, progress)
     return Report(
         path=path,
         format=format,
@@ -198,6 +217,7 @@ def report_on(
         dropped=tuple(dropped),
         problem=problem,
         layers=tuple(_layer(state, layer, ratio, sizes) for layer in layers),
+        frequency_order=order,
     )
 
 

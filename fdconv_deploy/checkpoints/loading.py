@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fdconv_deploy.checkpoints.config_text import Config, config_of, read_config
 from fdconv_deploy.checkpoints.detector import infer_detector
 from fdconv_deploy.checkpoints.facts import Inference
 from fdconv_deploy.checkpoints.layers import dynamic_names, kind_of
+from fdconv_deploy.checkpoints.order_choice import ChosenOrder, choose_order
 from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
 from fdconv_deploy.detector_architecture import DetectorArchitecture
 from fdconv_deploy.errors import CheckpointError
@@ -24,15 +25,20 @@ from fdconv_deploy.nn.spectrum import FrequencyOrder
 
 
 class LoadedSegmentor(Segmentor):
-    """A :class:`Segmentor` from a checkpoint. ``inference`` says who told its architecture."""
+    """A :class:`Segmentor` from a checkpoint.
+
+    ``inference`` says who told its architecture, ``order`` the order of its frequencies.
+    """
 
     inference: Inference[Architecture]
+    order: ChosenOrder
 
 
 class LoadedDetector(Detector):
-    """A :class:`Detector` from a checkpoint. ``inference`` says who told its architecture."""
+    """A :class:`Detector` from a checkpoint, its attributes as :class:`LoadedSegmentor`'s."""
 
     inference: Inference[DetectorArchitecture]
+    order: ChosenOrder
 
 
 def load_checkpoint(
@@ -40,7 +46,7 @@ def load_checkpoint(
     *,
     config: str | Path | Config | None = None,
     overrides: Mapping[str, Any] | None = None,
-    frequency_order: FrequencyOrder = "torch",
+    frequency_order: FrequencyOrder | Literal["auto"] = "auto",
     auxiliary: bool = False,
     require_fdconv: bool = True,
     weights: str | None = None,
@@ -52,7 +58,8 @@ def load_checkpoint(
         config: the network's config (a ``.py`` or ``.json`` file), read without running it.
             By default the one the checkpoint carries.
         overrides: fields the weights do not tell, e.g. ``{"backbone.style": "caffe"}``.
-        frequency_order: how bins of equal radius are ordered, see :class:`FDConv2d`.
+        frequency_order: how bins of equal radius are ordered, see :class:`FDConv2d`. ``"auto"``
+            takes the order the weights tell, see :func:`order_of_weights`, else ``"torch"``.
         auxiliary: keep a segmentor's auxiliary head, which only training needs.
         require_fdconv: refuse a network without a single FDConv layer.
         weights: the entry to take weights from, see :func:`read_checkpoint`.
@@ -72,11 +79,12 @@ def load_checkpoint(
     network: LoadedSegmentor | LoadedDetector
     told: dict[str, Any] = {"config": settings, "meta": checkpoint.meta, "overrides": overrides}
     try:
+        order = choose_order(state, frequency_order)
         if kind_of(state) == "detector":
-            network = _detector(infer_detector(state, **told), frequency_order)
+            network = _detector(infer_detector(state, **told), order)
         else:
             inference, state = _auxiliary(infer_architecture(state, **told), state, auxiliary)
-            network = _segmentor(inference, frequency_order)
+            network = _segmentor(inference, order)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     if require_fdconv and not dynamic_names(state):
@@ -93,17 +101,17 @@ def load_checkpoint(
 # On the meta device nothing is initialised: all that has data comes from the file.
 
 
-def _segmentor(inference: Inference[Architecture], order: FrequencyOrder) -> LoadedSegmentor:
+def _segmentor(inference: Inference[Architecture], order: ChosenOrder) -> LoadedSegmentor:
     with torch.device("meta"):
-        network = LoadedSegmentor(inference.architecture, order)
-    network.inference = inference
+        network = LoadedSegmentor(inference.architecture, order.used)
+    network.inference, network.order = order.noted(inference), order
     return network
 
 
-def _detector(inference: Inference[DetectorArchitecture], order: FrequencyOrder) -> LoadedDetector:
+def _detector(inference: Inference[DetectorArchitecture], order: ChosenOrder) -> LoadedDetector:
     with torch.device("meta"):
-        network = LoadedDetector(inference.architecture, order)
-    network.inference = inference
+        network = LoadedDetector(inference.architecture, order.used)
+    network.inference, network.order = order.noted(inference), order
     return network
 
 

@@ -39,6 +39,10 @@ def render(report: Report, console: Console, *, layers: bool = True) -> None:
         console.print(f"[bold red]Not understood:[/bold red] {escape(report.problem)}")
     for note in report.notes:
         console.print(f"[yellow]Note:[/yellow] {escape(note)}")
+    if report.frequency_order is not None:
+        order = report.frequency_order
+        known = f"[bold]{order.order}[/bold]" if order.order else "[yellow]not told[/yellow]"
+        console.print(f"Frequency order: {known}. {escape(' '.join(order.reasons))}")
     if report.dropped:
         console.print(f"Left out: {escape('; '.join(report.dropped))}")
     if report.told:

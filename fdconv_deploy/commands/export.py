@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
@@ -36,6 +36,12 @@ def export(
     ] = None,
     config: Config = None,
     settings: Settings = None,
+    frequency_order: Annotated[
+        str,
+        typer.Option(
+            help="auto (the one the weights tell, else torch), torch or stable; see inspect."
+        ),
+    ] = "auto",
     mode: Annotated[
         str | None, typer.Option(help="whole or slide, if not as the network was tested.")
     ] = None,
@@ -90,6 +96,7 @@ def export(
 
     for option, given, choices in (
         ("--fit", fit, ("stretch", "pad")),
+        ("--frequency-order", frequency_order, ("auto", "torch", "stable")),
         ("--precision", precision, ("fp32", "fp16", "int8")),
         ("--activations", activations, ("unsigned", "signed")),
     ):
@@ -132,6 +139,7 @@ def export(
             batches=batches,
             config=config,
             overrides=overrides,
+            frequency_order=cast('Literal["auto", "torch", "stable"]', frequency_order),
             fit="stretch" if fit == "stretch" else "pad",
             pictures=pictures,
             precision=cast("PrecisionName", precision),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 from rich.console import Console
 
@@ -15,12 +19,23 @@ from fdconv_deploy.commands.options import (
     parse_size,
 )
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 
 def inspect(
     checkpoint: Checkpoint,
     config: Config = None,
     settings: Settings = None,
     size: Size = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Images of the kind it was trained on, to check its frequency order by.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what is in a checkpoint, what was told by it and what was assumed.
@@ -30,9 +45,20 @@ def inspect(
     from fdconv_deploy.checkpoints import inspect_checkpoint, render
 
     pixels = parse_size(size) if size else (512, 512)
-    report = inspect_checkpoint(
-        checkpoint, config=config, size=pixels, overrides=parse_settings(settings)
-    )
+    pictures: Sequence[NDArray[np.uint8]] = ()
+    if images is not None:
+        from export.folders import Pictures
+
+        pictures = Pictures(images)
+    with Console(stderr=True).status("reading", spinner="dots") as status:
+        report = inspect_checkpoint(
+            checkpoint,
+            config=config,
+            size=pixels,
+            overrides=parse_settings(settings),
+            images=pictures,
+            progress=status.update,
+        )
     if as_json:
         print(report.model_dump_json(indent=2))
     else:

@@ -52,8 +52,14 @@ def verify(
     from fdconv_deploy.runtime import open_session, read_image
 
     with open_session(bundle, backend) as session:
+        # Which order the weights are in was decided at export, maybe by the user.
+        order = session.bundle.manifest.graph.get("frequency_order")
         network = load_checkpoint(
-            checkpoint, config=config, overrides=parse_settings(settings), require_fdconv=False
+            checkpoint,
+            config=config,
+            overrides=parse_settings(settings),
+            frequency_order=order if order in ("torch", "stable") else "auto",
+            require_fdconv=False,
         )
         pictures = [(path.name, read_image(path)) for path in images or []]
         results = verify_bundle(session, network, pictures)

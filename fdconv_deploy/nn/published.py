@@ -227,9 +227,11 @@ class _Told:
         if not len(kernel):
             raise _variant(self.name, "it has no FBM.freq_weight_conv_list")
         k_list = tuple(self.get("FBM.k_list", (2, 4, 8)))
-        masks = self.get("FBM.cached_masks", None)
+        masks = getattr(self.module.FBM, "cached_masks", None)
         size = (64, 64)
-        if masks is not None:
+        if masks is None:  # the first published version makes them anew each time
+            self.assumed.append("no FBM.cached_masks, so band masks as the present version's")
+        else:
             size = (masks.shape[-2], 2 * (masks.shape[-1] - 1))
             ours = band_masks(k_list, *size, size).to(masks.device)
             if masks.numel() != ours.numel() or not torch.equal(

@@ -103,6 +103,7 @@ def test_manifest(bundle, detector):
     assert set(manifest.graph["assumed"]) <= {
         "backbone.conv.fbm_cfg.max_size",
         "classes",
+        "frequency_order",
         "palette",
     }
     assert set(manifest.group_maps) == set(dynamic_layers(detector))
