@@ -30,13 +30,17 @@ CURLS = [line for line in LINES if line.startswith("curl")]
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 
 
+def save_detector(path: Path, seed: int = 0) -> None:
+    network = small_detector(classes=len(CLASSES), seed=seed)
+    architecture = network.architecture.model_copy(update={"classes": CLASSES})
+    save_checkpoint(path, network, architecture)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the page starts from: a checkpoint, two images, and data annotated as COCO is."""
     made = tmp_path_factory.mktemp("detect")
-    network = small_detector(classes=len(CLASSES))
-    architecture = network.architecture.model_copy(update={"classes": CLASSES})
-    save_checkpoint(made / "mask_rcnn.pth", network, architecture)
+    save_detector(made / "mask_rcnn.pth")
     (made / "coco" / "val2017").mkdir(parents=True)
     (made / "coco" / "annotations").mkdir()
     scenes = []
@@ -96,6 +100,17 @@ def test_there_are_lines() -> None:
 def test_inspect_and_verify(said: dict[str, str]) -> None:
     assert "person" in of(said, "inspect")
     assert "The bundle holds" in of(said, "verify")
+
+
+def test_verify_with_another_checkpoint(
+    said: dict[str, str], folder: Path, monkeypatch, capfd
+) -> None:
+    save_detector(folder / "other.pth", seed=1)
+    monkeypatch.chdir(folder)
+    code, _, err = fdconv(monkeypatch, capfd, "verify", "detector", "other.pth", "street.jpg")
+    assert code == 1
+    assert "the graph finds" in err or "the network finds" in err
+    assert "exported from another file than this one, mask_rcnn.pth" in err
 
 
 def test_segment(said: dict[str, str], folder: Path) -> None:

@@ -19,7 +19,7 @@ from fdconv_deploy.commands.options import (
     Settings,
     parse_settings,
 )
-from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.errors import ExportError, FDConvError
 
 if TYPE_CHECKING:
     from fdconv_deploy.runtime.manifest import CheckpointInfo
@@ -62,7 +62,14 @@ def verify(
             require_fdconv=False,
         )
         pictures = [(path.name, read_image(path)) for path in images or []]
-        results = verify_bundle(session, network, pictures)
+        try:
+            results = verify_bundle(session, network, pictures)
+        except ExportError as error:
+            # Other objects, or another network: no wonder, where it is another file.
+            source = session.bundle.manifest.checkpoint
+            if source is None or not _is_another(source, checkpoint):
+                raise
+            raise ExportError(f"{error} {_advice(source, checkpoint)}") from error
     if as_json:
         rows = [
             {
@@ -103,9 +110,13 @@ def verify(
         Console().print(f"The bundle holds: {worst:.1e} {what}; {allowed:.0e} is allowed.")
 
 
-def _advice(source: CheckpointInfo | None, checkpoint: Path) -> str:
+def _is_another(source: CheckpointInfo, checkpoint: Path) -> bool:
     from fdconv_deploy.runtime.bundle import sha256_of
 
-    if source is not None and source.sha256 != sha256_of(checkpoint):
+    return source.sha256 != sha256_of(checkpoint)
+
+
+def _advice(source: CheckpointInfo | None, checkpoint: Path) -> str:
+    if source is not None and _is_another(source, checkpoint):
         return f"It was exported from another file than this one, {source.name}: compare with that."
     return "Export it again."
