@@ -18,8 +18,10 @@ from fdconv_deploy.checkpoints.conversion import (
     describe_conversion,
     equivalent_state_dict,
 )
+from fdconv_deploy.checkpoints.detector import infer_detector
 from fdconv_deploy.checkpoints.layers import kind_of
 from fdconv_deploy.checkpoints.loading import config_for
+from fdconv_deploy.checkpoints.mmdet_config import format_detector_config
 from fdconv_deploy.checkpoints.mmseg_config import (
     backbone_section,
     config_source,
@@ -129,6 +131,11 @@ def _described(
         backbone = architecture.backbone.model_copy(update={"conv": conv})
         return backbone, format_config(architecture.model_copy(update={"backbone": backbone}))
     try:
+        if kind_of(state) == "detector":
+            detector = infer_detector(state, config=config, meta=checkpoint.meta).architecture
+            backbone = detector.backbone.model_copy(update={"conv": conv})
+            text = format_detector_config(detector.model_copy(update={"backbone": backbone}))
+            return backbone, text
         plain, _ = infer_backbone_only(state, config=config)
     except CheckpointError as error:
         return None, str(error)

@@ -183,6 +183,8 @@ def _print_export(bundle: Any) -> None:
     height, width = manifest.input.height, manifest.input.width
     how = "stretched" if manifest.fit == "stretch" else "padded"
     console.print(f"Images of other proportions than {height}x{width} are {how} (see --fit).")
+    if manifest.graph.get("frequency_order") == "stable":
+        console.print("Frequency order: stable, not the published one (see fdconv inspect).")
     assumed = manifest.graph.get("assumed", {})
     if assumed:
         console.print(

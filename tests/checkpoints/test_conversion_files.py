@@ -11,16 +11,21 @@ import pytest
 import torch
 
 from fdconv_deploy import cli
+from fdconv_deploy.architecture import FDConvConfig
 from fdconv_deploy.checkpoints import (
     convert_checkpoint,
     inspect_checkpoint,
     load_checkpoint,
+    load_detector,
     parse_config,
     read_checkpoint,
+    save_checkpoint,
 )
 from fdconv_deploy.demo import plain_checkpoint
 from fdconv_deploy.errors import CheckpointError
+from fdconv_deploy.nn.detection import build_detector
 from tests.checkpoints.test_conversion import NAMES, plain_resnet
+from tests.checkpoints.test_detector import small
 from tests.reference.lively import error
 
 
@@ -71,6 +76,28 @@ def test_an_equivalent_segmentor(tmp_path: Path, monkeypatch: Any, capfd: Any) -
     assert (conv.kernel_num, conv.att_multi) == (16, 1.5)
     x = torch.randn(1, 3, 96, 128)
     assert error(network(x), plain(x)) <= 1e-4
+
+
+@torch.no_grad()
+def test_an_equivalent_detector(tmp_path: Path) -> None:
+    """Told by its own config, as before: only its backbone's layers are others."""
+    fdconv = small()
+    plain = fdconv.model_copy(
+        update={"backbone": fdconv.backbone.model_copy(update={"conv": None})}
+    )
+    save_checkpoint(tmp_path / "in.pth", build_detector(plain), plain)
+    convert_checkpoint(
+        tmp_path / "in.pth", tmp_path / "out.pth", equivalent=True, arguments={"kernel_num": 6}
+    )
+    network = load_detector(tmp_path / "out.pth")
+    conv = FDConvConfig(kernel_num=6)
+    assert network.architecture.backbone.conv == conv
+    assert network.architecture.test == plain.test
+    assert network.architecture.classes == plain.classes
+    before = load_detector(tmp_path / "in.pth", require_fdconv=False)
+    x = torch.randn(1, 3, 64, 96)
+    for ours, theirs in zip(network.backbone(x), before.backbone(x), strict=True):
+        assert error(ours, theirs) <= 1e-5
 
 
 def test_an_imagenet_classifier(tmp_path: Path) -> None:
