@@ -1,6 +1,6 @@
 """Pictures of an HTML page in Chromium: ``python -m benchmarks.screenshots REPORT.html FOLDER``.
 
-Light and dark, wide and as on a phone, and the page as printed: what a person would look at.
+Light and dark, wide and as on a phone, and as printed from a dark screen.
 Fails where the page asks for anything outside itself or runs over the phone's width.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTHS = {"wide": 1000, "phone": 390}
+PAPER = {"width": 794, "height": 1123}  # A4 at 96 pixels an inch
 
 
 def find_browser() -> str | None:
@@ -38,7 +39,7 @@ def browser() -> Iterator[Any]:
 
 
 def take(page: Path, folder: Path, *, whole: bool = True) -> list[Path]:
-    """Write ``NAME-SCHEME-WIDTH.png`` of every kind and ``NAME-print.pdf``; their paths.
+    """Write ``NAME-SCHEME-WIDTH.png`` of every kind and ``NAME-print.png``; their paths.
 
     :raises ValueError: the page fetches something, or is wider than a phone.
     """
@@ -62,11 +63,14 @@ def take(page: Path, folder: Path, *, whole: bool = True) -> list[Path]:
                 file = folder / f"{page.stem}-{scheme}-{name}.png"
                 tab.screenshot(path=file, full_page=whole)
                 written.append(file)
-                if scheme == "dark" and name == "wide":
-                    file = folder / f"{page.stem}-print.pdf"
-                    tab.pdf(path=file, format="A4", print_background=True)
-                    written.append(file)
                 context.close()
+        context = opened.new_context(viewport=PAPER, color_scheme="dark")
+        tab = context.new_page()
+        tab.goto(page.resolve().as_uri())
+        tab.emulate_media(media="print")
+        file = folder / f"{page.stem}-print.png"
+        tab.screenshot(path=file, full_page=whole)
+        written.append(file)
     return written
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from benchmarks.networks import trained_like
@@ -43,30 +44,40 @@ def prepare(
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Make every row's network and write its weights and its ONNX file below ``folder``."""
-    x = made_up_images(1, size, seed=1)
-    errors: dict[str, float] = {}
-    megabytes: dict[str, float] = {}
+    """Make every row's network and write its weights and its ONNX file below ``folder``.
+
+    Rows that are there already are kept, so an interrupted run can be taken up again.
+    """
+    made = {"frame": asdict(frame), "size": list(size)}
     for name in names:
-        progress(f"making and exporting {name}")
-        torch.manual_seed(0)
-        network = trained_like(make(name, frame))
         place = folder / name
-        place.mkdir(parents=True)
-        save_file(network.state_dict(), place / WEIGHTS)
-        file = export(name, network, x, place / "onnx")
-        megabytes[name] = round(sum(f.stat().st_size for f in file.parent.rglob("*")) / 1e6, 1)
-        with torch.inference_mode():
-            expected = network(x).numpy()
-        session = open_session(file, torch.get_num_threads())
-        answer = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
-        errors[name] = float(np.abs(answer - expected).max() / np.abs(expected).max())
-        del network, session
+        if (place / RECORD).exists():
+            if json.loads((place / RECORD).read_text())["of"] != made:
+                raise SystemExit(f"{place} holds another network or size. Give another folder.")
+            continue
+        progress(f"making and exporting {name}")
+        shutil.rmtree(place, ignore_errors=True)  # what an interrupted run left
+        row = _prepare(name, frame, size, place)
+        (place / RECORD).write_text(json.dumps({"of": made, **row}))
         gc.collect()
-    record = {
-        "frame": asdict(frame), "size": list(size), "onnx_mb": megabytes, "max_rel_error": errors
-    }  # fmt: skip
-    (folder / RECORD).write_text(json.dumps(record))
+    (folder / RECORD).write_text(json.dumps({**made, "names": list(names)}))
+
+
+def _prepare(name: str, frame: Frame, size: tuple[int, int], place: Path) -> dict[str, float]:
+    """One row: the exported file's size in MB, and its largest error against PyTorch."""
+    x = made_up_images(1, size, seed=1)
+    torch.manual_seed(0)
+    network = trained_like(make(name, frame))
+    place.mkdir(parents=True)
+    save_model(network, str(place / WEIGHTS))
+    file = export(name, network, x, place / "onnx")
+    megabytes = sum(f.stat().st_size for f in file.parent.rglob("*")) / 1e6
+    with torch.inference_mode():
+        expected = network(x).numpy()
+    session = open_session(file, torch.get_num_threads())
+    answer = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    error = float(np.abs(answer - expected).max() / np.abs(expected).max())
+    return {"onnx_mb": round(megabytes, 1), "max_rel_error": error}
 
 
 def export(row: str, network: nn.Module, x: Tensor, folder: Path) -> Path:
@@ -91,7 +102,10 @@ def measure(
 ) -> dict[str, Any]:
     """Time every row that `prepare` left in ``folder``, in both forms: JSON."""
     prepared = json.loads((folder / RECORD).read_text())
-    names = list(prepared["onnx_mb"])
+    names = prepared.pop("names")
+    rows = {name: json.loads((folder / name / RECORD).read_text()) for name in names}
+    for key in ("onnx_mb", "max_rel_error"):
+        prepared[key] = {name: row[key] for name, row in rows.items()}
     result: dict[str, Any] = {**prepared, "ms": {}, "over_plain": {}, "memory_mb": {}, "steady": {}}
     shares = []
     for form in FORMS:

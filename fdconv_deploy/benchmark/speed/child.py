@@ -35,8 +35,8 @@ def main() -> None:
     def answer(**found: Any) -> None:
         answers.write(json.dumps(found) + "\n")
 
+    side = Side.from_json(sys.argv[1])
     try:
-        side = Side.from_json(sys.argv[1])
         imports(side)
         imported = time.perf_counter() - STARTED
         gpu = next(iter(gpus()), None)
@@ -72,7 +72,8 @@ def main() -> None:
     except (FDConvError, OSError, ImportError, RuntimeError, MemoryError) as error:
         known = isinstance(error, FDConvError)
         unavailable = isinstance(error, UnavailableError | BackendError | ImportError)
-        answer(error=str(error) if known else _said(error), unavailable=unavailable)
+        said = str(error) if known else f"{side.name} failed. {_said(error)}"
+        answer(error=said, unavailable=unavailable)
         if not known:
             raise
 

@@ -82,7 +82,7 @@ def _group(
             try:
                 _check_memory(side, children)
                 children.append(stack.enter_context(Child(side)))
-            except UnavailableError as error:
+            except FDConvError as error:
                 if side.named:
                     raise
                 skipped.append(Skipped(side.name, str(error)))
