@@ -83,7 +83,7 @@ def test_nothing_comes_from_elsewhere_and_nothing_runs(report):
 
 def test_plots_are_whole_and_within_the_page(report):
     plots = re.findall(r'<svg class="plot".*?</svg>', page(report), re.S)
-    assert len(plots) == 5
+    assert len(plots) == 6
     for plot in plots:
         tree = ElementTree.fromstring(plot)
         for shape in tree.iter("rect"):
