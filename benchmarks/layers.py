@@ -1,7 +1,8 @@
 """What FDConv costs layer by layer, before and after folding: ``python -m benchmarks.layers``.
 
-The R50 backbone at 512×512: FDConv as published in eager PyTorch, exported in ONNX Runtime, and
-the plain twin in ONNX Runtime, taking turns in one process. Each is told apart by layer and by
+The R50 backbone at 512×512: FDConv as published in eager PyTorch, exported in ONNX Runtime as it
+is and with native operators where they are built, and the plain twin in ONNX Runtime, taking
+turns in one process. Each is told apart by layer and by
 part (`fdconv_deploy.benchmark.layers`); ``--json`` keeps all of it, ``--svg`` draws the README's
 figure from this run, ``--draw FILE`` from an earlier one.
 """
@@ -27,13 +28,18 @@ from export import export_module
 from fdconv_deploy.benchmark import machine
 from fdconv_deploy.benchmark.layers.attribution import PARTS, WARM_UP, ProfiledGraph, by_layer
 from fdconv_deploy.benchmark.layers.torch_profile import ProfiledNetwork
+from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.runtime.backends.cores import available_cores
 from fdconv_deploy.runtime.files import write_whole
 
-HEIGHT = 3.4  # inches
-SIDES = tuple(BARS)
-# Bars of one layer lie over each other, the widest behind.
-WIDTHS = {"eager": 0.86, "exported": 0.56, "plain": 0.26}
+HEIGHT = 3.7  # inches
+# Bars of one layer lie over each other, the widest behind: widths and colours.
+LOOKS = {
+    "eager": (0.88, BARS["eager"][0]),
+    "exported": (0.64, BARS["exported"][0]),
+    "native": (0.42, "#2da478"),
+    "plain": (0.2, BARS["plain"][0]),
+}
 
 
 def measure(
@@ -52,12 +58,19 @@ def measure(
     x = case.images()
     network = case.make()
     graphs: dict[str, ProfiledGraph] = {}
+    library, _ = native_library()
     for side, made in (("exported", network), ("plain", case.make(dynamic=False))):
         progress(f"exporting {side}")
         place = folder / side
         place.mkdir()
         bundle = export_module(made, x, place / "bundle", tolerance=TOLERANCE)
-        graphs[side] = ProfiledGraph(bundle.model_path(case.batch), place, threads=threads)
+        model = bundle.model_path(case.batch)
+        graphs[side] = ProfiledGraph(model, place, threads=threads)
+        if side == "exported" and library is not None:
+            (folder / "native").mkdir()
+            graphs["native"] = ProfiledGraph(
+                model, folder / "native", threads=threads, library=library
+            )
     eager = ProfiledNetwork(network)
     feeds = {"input": x.numpy()}
     with machine.Bystanders() as others:
@@ -100,7 +113,7 @@ def convolutions(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         for layer in result["sides"]["eager"]["layers"]
         if "kernel assembly" in layer["ms"]
     ]
-    return {name: {side: spent[side].get(name, 0.0) for side in SIDES} for name in dynamic}
+    return {name: {side: one.get(name, 0.0) for side, one in spent.items()} for name in dynamic}
 
 
 def draw(result: Mapping[str, Any]) -> str:
@@ -116,10 +129,11 @@ def draw(result: Mapping[str, Any]) -> str:
     colours = {"text.color": TEXT, "axes.labelcolor": TEXT, "xtick.color": TEXT}
     with plt.rc_context({**style, **colours, "ytick.color": TEXT, "font.size": 11}):
         figure, axis = plt.subplots(figsize=(WIDTH, HEIGHT))
-        for side, (colour, name) in BARS.items():
+        for side in _sides(result):
+            width, colour = LOOKS[side]
             values = [one[side] for one in layers.values()]
-            label = f"{name}: {sum(values):.0f} ms"
-            axis.bar(range(len(values)), values, WIDTHS[side], color=colour, label=label)
+            label = f"{BARS[side][1]}: {sum(values):.0f} ms"
+            axis.bar(range(len(values)), values, width, color=colour, label=label)
         _stages(axis, list(layers))
         axis.set_ylabel("milliseconds")
         axis.set_xlim(-0.8, len(layers) - 0.2)
@@ -129,8 +143,8 @@ def draw(result: Mapping[str, Any]) -> str:
         for spine in axis.spines.values():
             spine.set_visible(False)
         axis.tick_params(length=0)
-        figure.legend(frameon=False, loc="upper center", ncols=3, fontsize=10, handlelength=1)
-        figure.tight_layout(rect=(0, 0, 1, 0.92))
+        figure.legend(frameon=False, loc="upper center", ncols=2, fontsize=10, handlelength=1)
+        figure.tight_layout(rect=(0, 0, 1, 0.87))
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
@@ -152,17 +166,22 @@ def _stages(axis: Any, names: Sequence[str]) -> None:
             axis.axvline(places[0] - 0.5, color=TEXT, linewidth=0.7, alpha=0.6)
 
 
+def _sides(result: Mapping[str, Any]) -> list[str]:
+    return [side for side in LOOKS if side in result["sides"]]
+
+
 def show(result: Mapping[str, Any]) -> None:
     """Print a result for people."""
     print(f"{result['title']}: milliseconds, medians of {result['runs']} runs")
-    print(f"{'':28}" + "".join(f"{side:>12}" for side in SIDES))
+    sides = _sides(result)
+    print(f"{'':28}" + "".join(f"{side:>12}" for side in sides))
     for part in PARTS:
-        spent = (result["sides"][side]["parts"][part] for side in SIDES)
+        spent = (result["sides"][side]["parts"][part] for side in sides)
         print(f"{part:28}" + "".join(f"{one:12.1f}" for one in spent))
     layers = convolutions(result)
     for name, spent in sorted(layers.items(), key=lambda item: -item[1]["eager"])[:12]:
-        print(f"{name:28}" + "".join(f"{spent[side]:12.2f}" for side in SIDES))
-    sums = (sum(one[side] for one in layers.values()) for side in SIDES)
+        print(f"{name:28}" + "".join(f"{spent[side]:12.2f}" for side in sides))
+    sums = (sum(one[side] for one in layers.values()) for side in sides)
     print(f"{f'all {len(layers)} dynamic layers':28}" + "".join(f"{one:12.1f}" for one in sums))
     if (result["others_cpu"] or 0) > machine.QUIET:
         share = result["others_cpu"]

@@ -64,12 +64,6 @@ def markdown(result: dict[str, Any]) -> str:
         "", "parameters", "paper", f"multiply-adds, G at {height}×{width}", "paper",
         "element-wise, G", "Fourier transforms, GFLOP",
     ]  # fmt: skip
-    if timed:
-        where = "×".join(map(str, timed["size"]))
-        heads += [
-            f"PyTorch, ms at {where}", "", "MB",
-            "ONNX Runtime, ms", "", "MB", "images/s", "file, MB",
-        ]  # fmt: skip
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     for name, counted in counts.items():
         sign = "" if name == PLAIN else "+"
@@ -83,20 +77,37 @@ def markdown(result: dict[str, Any]) -> str:
             f"{sign}{counted['elementwise'] / 1e9:.3f}",
             f"{sign}{counted['transform'] / 1e9:.2f}" if counted["transform"] else "",
         ]
-        if timed:
-            for side in ("eager", "exported"):
-                key = f"{side}/{name}"
-                over = timed["over_plain"].get(key)
-                cells += [
-                    f"{timed['ms'][key]['median']:.1f}" + ("" if timed["steady"][key] else " ~"),
-                    f"{over['value']:.2f}×" if over else "1",
-                    f"{timed['memory_mb'][key]:,}",
-                ]
-            cells += [
-                f"{1e3 / timed['ms'][f'exported/{name}']['median']:.2f}",
-                f"{timed['onnx_mb'][name]:.0f}",
-            ]
         lines.append(cells)
+    return _table(lines) + (f"\n\n{_latency(timed)}" if timed else "")
+
+
+def _latency(timed: dict[str, Any]) -> str:
+    """The clock's columns, in a table of their own."""
+    where = "×".join(map(str, timed["size"]))
+    heads = [f"{where}, batch 1", "PyTorch, ms", "", "MB", "ONNX Runtime, ms", "", "MB", "images/s"]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    titles = {key: row.title for key, row in rows().items()}
+    titles[table1_latency.NATIVE] = f"{titles['fdconv']}, native operators"
+    for name, title in titles.items():
+        if f"exported/{name}" not in timed["ms"]:
+            continue
+        cells = [title]
+        for key in (f"eager/{name}", f"exported/{name}"):
+            if key not in timed["ms"]:  # native operators are a bundle's alone
+                cells += [""] * 3
+                continue
+            over = timed["over_plain"].get(key)
+            cells += [
+                f"{timed['ms'][key]['median']:.1f}" + ("" if timed["steady"][key] else " ~"),
+                f"{over['value']:.2f}×" if over else "1",
+                f"{timed['memory_mb'][key]:,}",
+            ]
+        cells.append(f"{1e3 / timed['ms'][f'exported/{name}']['median']:.2f}")
+        lines.append(cells)
+    return _table(lines)
+
+
+def _table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -32,9 +32,12 @@ from fdconv_deploy.benchmark.speed.handle import Child
 from fdconv_deploy.benchmark.speed.sides import Side
 from fdconv_deploy.benchmark.speed.turns import Case, Rules, take_turns
 from fdconv_deploy.benchmark.timing import ratio, spread
+from fdconv_deploy.ops.native import native_library
 
 FORMS = ("eager", "exported")
 RECORD = "prepared.json"
+# FDConv's bundle with its operators in C, where they are built.
+NATIVE = "fdconv-native"
 
 
 def prepare(
@@ -107,13 +110,17 @@ def measure(
     for key in ("onnx_mb", "max_rel_error"):
         prepared[key] = {name: row[key] for name, row in rows.items()}
     result: dict[str, Any] = {**prepared, "ms": {}, "over_plain": {}, "memory_mb": {}, "steady": {}}
+    library, _ = native_library()
     shares = []
     for form in FORMS:
         with ExitStack() as stack:
             children = {}
-            for name in names:
+            natively = [NATIVE] if form == "exported" and FDCONV in names and library else []
+            for name in [*names, *natively]:
                 progress(f"{form}: opening {name}")
-                side = _side(form, name, folder, prepared, threads)
+                given = {"library": str(library)} if name == NATIVE else {}
+                row = FDCONV if name == NATIVE else name
+                side = _side(form, row, folder, {**prepared, **given}, threads)
                 children[name] = stack.enter_context(Child(side))
             cases = {name: Case(child) for name, child in children.items()}
             shares.append(_take_turns(form, cases, list(children.values()), rules, progress))

@@ -22,19 +22,24 @@ def open_side(side: Side) -> Work:
     return (_exported if given["form"] == "exported" else _eager)(side, place)
 
 
-def open_session(file: Path, threads: int) -> Any:
-    """An ONNX Runtime session whose threads sleep between runs, or they took others' cores."""
+def open_session(file: Path, threads: int, library: str | None = None) -> Any:
+    """An ONNX Runtime session whose threads sleep between runs, or they took others' cores.
+
+    :param library: of native operators.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if library is not None:
+        options.register_custom_ops_library(library)
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 def _exported(side: Side, place: Path) -> Work:
     (file,) = (place / "onnx").glob("*.onnx")
-    session = open_session(file, side.threads)
+    session = open_session(file, side.threads, side.overrides.get("library"))
     feeds = {session.get_inputs()[0].name: images(1, tuple(side.overrides["size"]), None)}
     return Work(lambda: session.run(None, feeds), "cpu", {})
 

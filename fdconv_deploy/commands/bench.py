@@ -34,6 +34,13 @@ def bench(
             "folded, fused; or all. Repeatable."
         ),
     ] = None,
+    native: Annotated[
+        str | None,
+        typer.Option(
+            metavar="on|off|both",
+            help="Bundles' operators in C on a CPU; where they are built if not given.",
+        ),
+    ] = None,
     batch: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Batch size; those of the bundles if none. Repeatable."),
@@ -130,6 +137,7 @@ def bench(
         urls=url or [],
         backends=backend or [],
         batches=batch or [],
+        native=parse_native(native),
         threads=threads or available_cores(),
         size=parse_size(size) if size else None,
         whole=end_to_end,
@@ -171,6 +179,14 @@ def parse_levels(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise typer.BadParameter(f"--concurrency is numbers such as 1,2,4; not {text!r}.")
     return list(dict.fromkeys(int(part) for part in parts))
+
+
+def parse_native(text: str | None) -> list[bool]:
+    """``"both"`` -> [False, True]."""
+    known = {None: [], "on": [True], "off": [False], "both": [False, True]}
+    if text not in known:
+        raise typer.BadParameter(f"--native is on, off or both; not {text!r}.")
+    return known[text]
 
 
 def check_places(files: list[Path]) -> None:

@@ -12,6 +12,7 @@ from benchmarks import table1
 from benchmarks.table1 import count, markdown
 from benchmarks.table1_rows import Frame, rows
 from fdconv_deploy.benchmark.rivals import METHODS
+from fdconv_deploy.ops.native import native_library
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "table1.md"
 
@@ -56,7 +57,9 @@ def test_a_narrow_run(tmp_path, capsys):
     result = json.loads(file.read_text())
     timed = result["latency"]
     names = ["plain", "dcd", "fdconv"]
-    assert set(timed["ms"]) == {f"{s}/{n}" for s in ("eager", "exported") for n in names}
+    sides = {f"{s}/{n}" for s in ("eager", "exported") for n in names}
+    natively = {"exported/fdconv-native"} if native_library()[0] else set()
+    assert set(timed["ms"]) == sides | natively
     assert all(values["runs"] >= 5 for values in timed["ms"].values())
     assert all(error < 1e-4 for error in timed["max_rel_error"].values())
     assert set(timed["over_plain"]) == {k for k in timed["ms"] if not k.endswith("plain")}
@@ -64,5 +67,7 @@ def test_a_narrow_run(tmp_path, capsys):
     # The deployed form's process holds no PyTorch.
     assert all(memory[f"exported/{n}"] < memory[f"eager/{n}"] for n in names)
     out = capsys.readouterr().out
-    assert out.splitlines()[0].count("|") == 16
+    counts, latency = out.split("\n\n")[:2]
+    assert len(counts.splitlines()) == 2 + 3
+    assert len(latency.splitlines()) == 2 + 3 + len(natively)
     assert "+3.6 M" not in out  # the paper's numbers are of the full width

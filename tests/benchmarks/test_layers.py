@@ -60,7 +60,7 @@ def test_a_narrow_run(tmp_path):
     found = measure(case, tmp_path, threads=1, runs=2)
     layers = convolutions(found)
     assert len(layers) > 30
-    # Every dynamic layer is found in all three, under the network's name for it.
+    # Every dynamic layer is found in all of them, under the network's name for it.
     assert all(spent > 0 for one in layers.values() for spent in one.values())
     assert found["sides"]["plain"]["parts"]["kernel assembly"] == 0
     for side in ("eager", "exported"):

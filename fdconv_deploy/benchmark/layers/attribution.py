@@ -65,10 +65,13 @@ class ProfiledGraph:
 
     :param model: an exported graph.
     :param folder: for files that are left there.
+    :param library: of native operators, to run in place of the graph's own functions.
     """
 
-    def __init__(self, model: Path, folder: Path, *, threads: int) -> None:
-        self._optimised = optimise(model, folder)
+    def __init__(
+        self, model: Path, folder: Path, *, threads: int, library: Path | None = None
+    ) -> None:
+        self._optimised = optimise(model, folder, library)
         exported = onnx.load(str(model), load_external_data=False)
         self._parts = attribute(exported, self._optimised)
         self._layers = layer_names(exported, self._optimised)
@@ -84,6 +87,8 @@ class ProfiledGraph:
         options.log_severity_level = 3
         # Between runs threads must sleep, or they would take others' cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if library is not None:
+            options.register_custom_ops_library(str(library))
         self._session = ort.InferenceSession(
             str(named), options, providers=["CPUExecutionProvider"]
         )
@@ -112,22 +117,30 @@ class ProfiledGraph:
 
 
 def profile(
-    model: Path, feeds: Mapping[str, np.ndarray], folder: Path, *, threads: int, runs: int = 10
+    model: Path,
+    feeds: Mapping[str, np.ndarray],
+    folder: Path,
+    *,
+    threads: int,
+    runs: int = 10,
+    library: Path | None = None,
 ) -> list[Cost]:
     """Every node's cost in ONNX Runtime's CPU provider. See `ProfiledGraph`.
 
     :param runs: that count, after two that do not.
     """
-    graph = ProfiledGraph(model, folder, threads=threads)
+    graph = ProfiledGraph(model, folder, threads=threads, library=library)
     for _ in range(runs + WARM_UP):
         graph.run(feeds)
     return graph.costs(WARM_UP)
 
 
-def optimise(model: Path, folder: Path) -> ModelProto:
+def optimise(model: Path, folder: Path, library: Path | None = None) -> ModelProto:
     """The graph as ONNX Runtime would run it; its weights are written to ``folder``."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.optimized_model_filepath = str(folder / "optimised.onnx")
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", "optimised.bin"

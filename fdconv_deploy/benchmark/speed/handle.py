@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from contextlib import AbstractContextManager
 from typing import Any
 
 from fdconv_deploy.benchmark import machine
@@ -16,7 +16,7 @@ from fdconv_deploy.benchmark.speed.turns import Turn
 from fdconv_deploy.errors import FDConvError
 
 
-class Child(AbstractContextManager["Child"]):
+class Child(contextlib.AbstractContextManager["Child"]):
     """A side in a process of its own, opened and run once. A context manager.
 
     ``opened``: what the child said of opening. ``cpu_seconds``: CPU time it has taken so far.
@@ -69,7 +69,8 @@ class Child(AbstractContextManager["Child"]):
     def close(self) -> None:
         """End the process; a child that runs is not waited for."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it ended before it was told to
+                self._process.stdin.close()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:

@@ -128,6 +128,8 @@ def _row(case: Case, child: Child, base: Case | None) -> dict[str, Any]:
         "source": side.source,
         "backend": backend if side.backend in ("auto", "http") else side.backend,
         "choice": details.get("choice", ""),
+        "native": side.native,
+        "operators": details.get("operators", ""),
         "device": opened["device"],
         "precision": details.get("precision", side.precision),
         "batch": side.batch,

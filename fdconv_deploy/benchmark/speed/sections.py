@@ -10,6 +10,7 @@ from typing import Any
 from fdconv_deploy.benchmark.speed.sides import Side
 from fdconv_deploy.benchmark.speed.work import inputs_of
 from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.runtime.bundle import Bundle
 
 RUNS = 10
@@ -27,7 +28,7 @@ def add_profiles(
     """
     ran = {(row["source"], row["backend"]) for row in report["rows"] if row["device"] == "cpu"}
     report["profiles"] = []
-    for source, side in _by_source(sides):
+    for (source, _), side in _by_source(sides):
         progress(f"profiling {side.name}", 1.0)
         if side.kind == "bundle" and (source, "onnxruntime-cpu") in ran:
             report["profiles"].append(_of_bundle(side))
@@ -59,18 +60,20 @@ def check_divergences(sides: Sequence[Side]) -> list[Side]:
 
     :raises FDConvError: there are no two.
     """
-    bundles = [side for _, side in _by_source(sides) if side.kind == "bundle"]
+    bundles = list(
+        {s: side for (s, _), side in _by_source(sides) if side.kind == "bundle"}.values()
+    )
     if len(bundles) < 2:
         raise FDConvError("Divergence is that of a second bundle from the first: give two bundles.")
     return bundles
 
 
-def _by_source(sides: Sequence[Side]) -> Iterator[tuple[str, Side]]:
-    """The first side of each source, in order; services have no layers."""
-    first: dict[str, Side] = {}
+def _by_source(sides: Sequence[Side]) -> Iterator[tuple[tuple[str, bool | None], Side]]:
+    """The first side of each source and kind of operators; services have no layers."""
+    first: dict[tuple[str, bool | None], Side] = {}
     for side in sides:
         if side.kind != "service":
-            first.setdefault(side.source, side)
+            first.setdefault((side.source, side.native), side)
     yield from first.items()
 
 
@@ -78,6 +81,7 @@ def _of_bundle(side: Side) -> Section:
     from fdconv_deploy.benchmark.layers.attribution import PARTS, by_layer, profile
 
     bundle = Bundle.open(side.source, verify=False)
+    library, _ = native_library(side.native)
     with tempfile.TemporaryDirectory(prefix="fdconv-profile-") as folder:
         costs = profile(
             bundle.model_path(side.batch),
@@ -85,13 +89,15 @@ def _of_bundle(side: Side) -> Section:
             Path(folder),
             threads=side.threads,
             runs=RUNS,
+            library=library,
         )
     layers = [layer.as_dict() for layer in by_layer(costs)]
     how = (
         f"Medians of {RUNS} runs by ONNX Runtime's own profile, CPU provider, {side.threads} "
         "threads; profiling adds a few percent."
     )
-    return _profile(side, "onnxruntime-cpu", how, PARTS, layers)
+    backend = "onnxruntime-cpu, native" if library else "onnxruntime-cpu"
+    return _profile(side, backend, how, PARTS, layers)
 
 
 def _of_checkpoint(side: Side) -> Section:

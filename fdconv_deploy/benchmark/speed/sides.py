@@ -18,7 +18,7 @@ TORCH_BACKENDS = {
     "folded": "the folded network",
     "fused": "the folded network in this package's GPU kernels",
 }
-ALL = "all"
+ALL, CPU = "all", "onnxruntime-cpu"
 DEFAULTS: dict[Kind, str] = {"bundle": "auto", "checkpoint": "eager"}
 
 
@@ -35,6 +35,8 @@ class Side:
             "module:function", which makes a `work.Work` of the side.
         backend: of ``BACKENDS``, "auto", of ``TORCH_BACKENDS``, or "http".
         named: whether this backend was asked for, rather than every one there is.
+        native: whether a bundle's ``fdconv`` operators run in C on a CPU; where they are built
+            when None.
         size: (height, width) of a checkpoint's input; a bundle knows its own.
         whole: time a request from decoded pixels to labels, not the network alone.
         image: file that is run; drawn scenes when not given.
@@ -49,6 +51,7 @@ class Side:
     precision: str
     threads: int
     named: bool = True
+    native: bool | None = None
     size: tuple[int, int] | None = None
     whole: bool = False
     image: str | None = None
@@ -60,7 +63,8 @@ class Side:
     def name(self) -> str:
         """For people: source, backend, precision and batch size."""
         short = self.source if self.kind == "service" else Path(self.source).name
-        return f"{short}, {self.backend}, {self.precision}, batch {self.batch}"
+        how = {None: "", True: ", native", False: ", portable"}[self.native]
+        return f"{short}, {self.backend}{how}, {self.precision}, batch {self.batch}"
 
     def as_json(self) -> str:
         """One line that `from_json` reads."""
@@ -96,6 +100,7 @@ def plan(
     urls: Sequence[str] = (),
     backends: Sequence[str] = (),
     batches: Sequence[int] = (),
+    native: Sequence[bool] = (),
     threads: int,
     size: tuple[int, int] | None = None,
     whole: bool = False,
@@ -111,6 +116,7 @@ def plan(
     :param backends: names, or "all"; the best one for bundles and the published network for
         checkpoints when not given.
     :param batches: batch sizes; those of the bundles when not given.
+    :param native: run bundles with operators in C, without, or both, on a CPU.
     :param threads: CPU threads of every side.
     :param size: (height, width) of checkpoints' inputs; the first bundle's when not given.
     :param whole: see `Side`; batches of one image only.
@@ -147,9 +153,12 @@ def plan(
                 has = ", ".join(map(str, bundle.batch_sizes))
                 skipped.append(Skipped(f"{path.name}, batch {batch}", f"It has graphs of {has}."))
                 continue
-            sides += _in_backends(replace(made, batch=batch), backends)
+            for side in _in_backends(replace(made, batch=batch), backends):
+                sides += _in_operators(side, native)
     sides += [replace(base, kind="service", source=url, backend="http") for url in urls]
     _check_used(sides, skipped, backends, wanted)
+    if native and all(side.native is None for side in sides):
+        raise FDConvError("Native operators run bundles in 'onnxruntime-cpu': there is none here.")
     return Plan(tuple(sides), tuple(skipped))
 
 
@@ -162,6 +171,12 @@ def _in_backends(side: Side, backends: Sequence[str]) -> Iterator[Side]:
             yield from (replace(side, backend=n, named=False) for n in of_kind if n not in backends)
         elif name in of_kind or (name == "auto" and side.kind == "bundle"):
             yield replace(side, backend=name)
+
+
+def _in_operators(side: Side, native: Sequence[bool]) -> list[Side]:
+    if not native or side.kind != "bundle" or side.backend not in ("auto", CPU):
+        return [side]
+    return [replace(side, backend=CPU, native=one) for one in native]
 
 
 def _check_backends(backends: Sequence[str]) -> None:

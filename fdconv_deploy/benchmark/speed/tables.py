@@ -59,7 +59,10 @@ _ONLY_WHERE: dict[str, Callable[[Row], bool]] = {
 def side_name(row: Row) -> str:
     """What a row is of: source, backend and precision."""
     short = row["source"] if row["kind"] == "service" else Path(row["source"]).name
-    return f"{short}, {row['backend']}, {row['precision']}"
+    # Portable operators go without saying, unless they were asked for.
+    operators = row["operators"].partition(" ")[0]
+    how = f", {operators}" if operators == "native" or row["native"] is False else ""
+    return f"{short}, {row['backend']}{how}, {row['precision']}"
 
 
 def row_name(row: Row) -> str:

@@ -53,13 +53,15 @@ def open_work(side: Side) -> Work:
 
 def _bundle(side: Side) -> Work:
     bundle = Bundle.open(side.source)
-    options = BackendOptions(threads=side.threads)
+    options = BackendOptions(threads=side.threads, native=side.native)
     backend, choice, graphs = select(bundle, side.backend, options)
     graphs = {side.batch: graphs.get(side.batch) or backend.load(bundle, side.batch)}
     session = Session(bundle, backend, choice, graphs)
     specs = bundle.manifest.inputs[side.batch]
     size = next((list(spec.shape[2:]) for spec in specs if len(spec.shape) == 4), None)
-    details = {"backend": session.backend, "choice": choice, "size": size}
+    details = {
+        "backend": session.backend, "choice": choice, "operators": backend.operators, "size": size
+    }  # fmt: skip
     if side.whole:
         image = picture(session.input_size, side.image)
         ask = session.detect if session.detects else session.segment

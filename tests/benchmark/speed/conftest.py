@@ -17,3 +17,9 @@ def toy_bundle(tmp_path_factory) -> Path:
 def other_bundle(tmp_path_factory) -> Path:
     """The same, batch 1 only."""
     return toy.make_bundle(tmp_path_factory.mktemp("speed") / "other", batches=(1,)).path
+
+
+@pytest.fixture(autouse=True)
+def _as_if_no_native_operators_were_built(monkeypatch) -> None:
+    """Whatever this machine has; tests of native operators ask for them by name."""
+    monkeypatch.setenv("FDCONV_NATIVE", "0")

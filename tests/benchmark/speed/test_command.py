@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from fdconv_deploy.benchmark.speed import tables
 from fdconv_deploy.benchmark.speed.floors import Floors
 from fdconv_deploy.demo import packaged_checkpoint
+from fdconv_deploy.ops.native import FOLDER, native_library
 from serve import Settings, running
 from tests.test_cli import fdconv
 
@@ -88,6 +90,27 @@ def test_a_bundle_beside_its_checkpoint_and_a_service(toy_bundle, tmp_path, monk
     assert report["others_cpu"] is None
 
 
+@pytest.mark.skipif(native_library()[0] is None, reason="native operators are not built here")
+def test_native_beside_portable(streets, monkeypatch, capfd):
+    report = benched(monkeypatch, capfd, streets, "--native", "both", "--profile")
+    portable, native = report["rows"]
+    assert portable["operators"].startswith("portable")
+    assert native["operators"].startswith("native")
+    assert tables.side_name(native) == "streets, onnxruntime-cpu, native, fp32"
+    first, second = report["profiles"]
+    assert second["title"] == "streets, onnxruntime-cpu, native, batch 1"
+    # The same layers, each kernel assembled in one node.
+    assert [x["name"] for x in first["layers"]] == [x["name"] for x in second["layers"]]
+    assert 0 < second["sums"]["kernel assembly"] < first["sums"]["kernel assembly"]
+
+
+@pytest.mark.skipif(bool(list(FOLDER.glob("*.so"))), reason="native operators are built here")
+def test_native_operators_that_are_not_built(toy_bundle, monkeypatch, capfd):
+    code, _, err = fdconv(monkeypatch, capfd, "bench", toy_bundle, "--native", "on", *BRIEF)
+    assert code == 1
+    assert "Native operators were asked for" in err
+
+
 def test_a_service_without_that_model(toy_bundle, monkeypatch, capfd):
     with running([toy_bundle], settings=Settings(threads=1)) as url:
         code, _, err = fdconv(monkeypatch, capfd, "bench", "--url", url, "--model", "no", *BRIEF)
@@ -146,6 +169,7 @@ def test_limits(toy_bundle, other_bundle, tmp_path, monkeypatch, capfd):
     [
         (["--concurrency", "1,x"], 2, "--concurrency is numbers such as 1,2,4; not '1,x'"),
         (["--concurrency", "0"], 2, "--concurrency is numbers such as 1,2,4; not '0'"),
+        (["--native", "maybe"], 2, "--native is on, off or both; not 'maybe'"),
         (["--json", "no/where.json"], 1, "there is no folder no."),
         (["--json", "a", "--html", "a"], 1, "Two outputs would be written to a."),
         (["--image", "nothing.png"], 1, "nothing.png"),

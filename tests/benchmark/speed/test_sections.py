@@ -23,6 +23,7 @@ def report(streets, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("sections")
     shutil.copytree(streets, folder / "copy")
     arguments = [streets, folder / "copy", packaged_checkpoint(), "--profile", "--divergence"]
+    arguments += ["--native", "off"]
     command = [sys.executable, "-m", "fdconv_deploy", "bench", *arguments, *BRIEF, "-q"]
     done = subprocess.run(
         list(map(str, [*command, "--json", "-"])), capture_output=True, text=True, check=True

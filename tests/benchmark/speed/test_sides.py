@@ -38,6 +38,18 @@ def test_every_backend_there_is(toy_bundle, checkpoint):
     assert of_torch == {name: name == "eager" for name in TORCH_BACKENDS}
 
 
+def test_native_operators_beside_portable_ones(toy_bundle, checkpoint):
+    made = plan([toy_bundle, checkpoint], batches=[1], native=[False, True], threads=1)
+    found = [(side.kind, side.backend, side.native) for side in made.sides]
+    assert found == [
+        ("bundle", "onnxruntime-cpu", False), ("bundle", "onnxruntime-cpu", True),
+        ("checkpoint", "eager", None),
+    ]  # fmt: skip
+    assert [side.name for side in made.sides][1] == "toy, onnxruntime-cpu, native, fp32, batch 1"
+    with pytest.raises(FDConvError, match="Native operators run bundles in 'onnxruntime-cpu'"):
+        plan([checkpoint], native=[True], threads=1)
+
+
 def test_a_service_alone():
     (side,) = plan([], urls=["http://127.0.0.1:1"], threads=2).sides
     assert (side.kind, side.backend, side.batch) == ("service", "http", 1)
