@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,33 @@ def test_a_segmentor(tmp_path: Path, street_set: Path, monkeypatch, capfd) -> No
     code, _, err = fdconv(monkeypatch, capfd, "evaluate", tmp_path / "s", "--data", street_set)
     assert code == 1
     assert "is of a segmentor, not of a detector" in err
+
+
+def test_without_pycocotools(detector: Path, street_set: Path, monkeypatch, capfd) -> None:
+    for name in [n for n in sys.modules if n.split(".")[0] == "pycocotools"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    code, _, err = fdconv(monkeypatch, capfd, "evaluate", detector, "--data", street_set)
+    assert code == 1
+    assert "pip install 'fdconv-deploy[coco]'" in err
+
+
+def test_neither_finding_nor_scoring_objects_loads_torch(
+    detector: Path, street_set: Path, tmp_path: Path
+) -> None:
+    image = street_set / "val2017" / "000000000000.png"
+    lists = [
+        ["segment", str(detector), str(image), "-o", str(tmp_path / "out"), "--quiet"],
+        ["evaluate", str(detector), "--data", str(street_set), "--quiet"],
+    ]
+    program = (
+        "import sys\n"
+        "from fdconv_deploy.cli import main\n"
+        f"for arguments in {lists!r}:\n"
+        "    sys.argv = ['fdconv', *arguments]\n"
+        "    main()\n"
+        "sys.exit('torch was loaded' if 'torch' in sys.modules else 0)"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "out" / "000000000000.json").is_file()
