@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import urllib.request
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +144,7 @@ class TestRefusals:
             ("things", "?fit=stretch", "*/*", 422, "proportions"),
             ("things", "?mode=slide", "*/*", 422, "slide"),
             ("things", "?min_score=1.5", "*/*", 422, "min_score"),
+            ("things", "?min_score=nan", "*/*", 422, "min_score"),
             ("things", "?classes=lamp", "*/*", 422, "no class"),
         ],
     )
@@ -189,6 +193,31 @@ def test_in_worker_processes(detectors: list[Path], detecting: TestClient, png: 
                 for client in (detecting, isolated)
             )
             assert there["instances"] == here["instances"] != []
+
+
+def test_many_at_once_are_batched_and_not_mixed_up(detectors: list[Path]) -> None:
+    rng = np.random.default_rng(8)
+    pictures = [
+        rng.integers(0, 60 + 12 * n, (30 + n, 80 - n, 3), dtype=np.uint8) for n in range(16)
+    ]
+    with open_session(detectors[0], threads=1) as session:
+        alone = [session.detect(picture) for picture in pictures]
+
+    def asked(url: str, picture: np.ndarray):
+        with Client(url) as client:
+            return client.detect(picture, min_score=0)
+
+    settings = Settings(threads=1, batch_delay_ms=20, queue_limit=32)
+    with running(detectors, settings=settings) as url, ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(asked, [url] * 16, pictures))
+        metrics = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    for answer, expected in zip(answers, alone, strict=True):
+        assert np.allclose(answer.boxes, expected.boxes, atol=1e-2)
+        assert np.allclose(answer.scores, expected.scores, atol=1e-5)
+        assert np.array_equal(answer.masks, expected.masks)
+    runs = re.search(r'fdconv_batch_size_count\{model="things"\} (\S+)', metrics)
+    assert runs is not None
+    assert float(runs[1]) < 16
 
 
 def test_a_module_is_not_served(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fdconv_deploy.runtime import open_session
 from serve import Settings, running
-from tests.serve.test_page import browser, canvas, done, shot
+from tests.serve.test_page import SCREENSHOTS, browser, canvas, done, shot
 
 __all__ = ["browser"]
 
@@ -28,6 +28,23 @@ def page(browser, detectors: list[Path], bundles: list[Path]) -> Iterator:
         opened.close()
 
 
+@pytest.mark.skipif(not SCREENSHOTS, reason="a picture for the guide, when it is asked for")
+def test_picture(browser, tmp_path: Path) -> None:
+    """FDCONV_SCREENSHOTS=docs/serving: the trained detector's answer is worth looking at."""
+    from export import export_checkpoint
+    from fdconv_deploy.demo import packaged_detector
+
+    bundle = export_checkpoint(packaged_detector(), tmp_path / "streets", size=(192, 256))
+    with running([bundle.path], settings=Settings(threads=1)) as url:
+        opened = browser.new_page(viewport={"width": 1000, "height": 800})
+        opened.goto(url)
+        opened.wait_for_selector("#card dd")
+        opened.click(".samples button >> nth=3")
+        done(opened)
+        shot(opened, "page-detector")
+        opened.close()
+
+
 def upload(page, png: bytes) -> None:
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": png})
     done(page)
@@ -35,7 +52,6 @@ def upload(page, png: bytes) -> None:
 
 def test_masks_and_boxes(page, detectors: list[Path], picture, png: bytes) -> None:
     upload(page, png)
-    shot(page, "page-detector")
     with open_session(detectors[0], threads=1) as session:
         found = session.detect(picture).kept(0.3)
     numbers = found.instance_map()
