@@ -12,7 +12,7 @@ COPY fdconv_deploy fdconv_deploy
 COPY serve serve
 COPY export export
 RUN python -m venv /opt/fdconv \
-    && /opt/fdconv/bin/pip install --no-cache-dir '.[cpu,serve,grpc]'
+    && /opt/fdconv/bin/pip install --no-cache-dir '.[cpu,serve,grpc,tracing]'
 
 FROM python:3.12-slim-bookworm
 COPY --from=build /opt/fdconv /opt/fdconv

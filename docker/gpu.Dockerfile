@@ -9,7 +9,7 @@ COPY fdconv_deploy fdconv_deploy
 COPY serve serve
 COPY export export
 RUN python -m venv /opt/fdconv \
-    && /opt/fdconv/bin/pip install --no-cache-dir '.[gpu,serve,grpc]' 'onnxruntime-gpu[cuda,cudnn]'
+    && /opt/fdconv/bin/pip install --no-cache-dir '.[gpu,serve,grpc,tracing]' 'onnxruntime-gpu[cuda,cudnn]'
 
 FROM python:3.12-slim-bookworm
 COPY --from=build /opt/fdconv /opt/fdconv

@@ -10,6 +10,15 @@ from typing import Any, Literal
 
 from uvicorn.config import LOGGING_CONFIG
 
+access = logging.getLogger("fdconv.access")
+
+
+def log_access(**fields: Any) -> None:
+    """Write one request's line: its fields, and as JSON the same."""
+    if access.isEnabledFor(logging.INFO):
+        text = " ".join(f"{name}={json.dumps(value)}" for name, value in fields.items())
+        access.info("%s", text, extra={"fields": fields})
+
 
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON; what was passed as ``extra={"fields": {...}}`` beside it."""

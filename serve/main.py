@@ -21,6 +21,7 @@ from fdconv_deploy.runtime import Session
 
 from .app import create_app
 from .logs import log_config
+from .memory import return_large_blocks
 from .protocol import guarded
 from .settings import Settings
 
@@ -63,6 +64,7 @@ def run(
     :raises BundleError, BackendError, FDConvError: see ``create_app``.
     """
     settings = settings or Settings()
+    return_large_blocks()
     with _bound(host, port) as listener:
         server = _server(bundles, settings, log_level, host)
         log.info("listening on %s (try it at /, API at /docs)", _address(listener, settings))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 import time
 import uuid
@@ -14,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .logs import log_access
 from .problems import REQUEST_ID, RefusedError, problem_response
 from .security import Keys
 
@@ -36,7 +35,11 @@ _SECURITY = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 ]
-access = logging.getLogger("fdconv.access")
+
+
+def accepted_id(given: str) -> str:
+    """The request's id: the client's own, or a new one where that is none."""
+    return given if _ACCEPTED.fullmatch(given) else uuid.uuid4().hex
 
 
 class Edge:
@@ -57,8 +60,7 @@ class Edge:
             return
         start = time.perf_counter()
         headers = Headers(scope=scope)
-        given = headers.get(REQUEST_ID, "")
-        request_id = given if _ACCEPTED.fullmatch(given) else uuid.uuid4().hex
+        request_id = accepted_id(headers.get(REQUEST_ID, ""))
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["start"] = start
@@ -124,17 +126,13 @@ class Edge:
                 service.tracing.record(
                     name, headers, seconds, stages, attributes, failed=status >= 500
                 )
-        if not access.isEnabledFor(logging.INFO):
-            return
-        fields = {
-            "request_id": state["request_id"],
-            "client": state.get("client", ""),
-            "method": scope["method"],
+        log_access(
+            request_id=state["request_id"],
+            client=state.get("client", ""),
+            method=scope["method"],
             # As sent, in ASCII: a decoded path could hold a line break.
-            "path": scope.get("raw_path", b"").decode("ascii", "replace")[:400],
-            "status": status,
-            "ms": round(seconds * 1e3, 3),
+            path=scope.get("raw_path", b"").decode("ascii", "replace")[:400],
+            status=status,
+            ms=round(seconds * 1e3, 3),
             **facts,
-        }
-        text = " ".join(f"{k}={json.dumps(v)}" for k, v in fields.items())
-        access.info("%s", text, extra={"fields": fields})
+        )

@@ -7,6 +7,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from .examples import add_examples
+from .repository import Repository
 from .schemas import InferCall
 
 DESCRIPTION = """\
@@ -25,8 +27,8 @@ back; nothing was done, so the same request may be sent again.
 _OPEN = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 
 
-def install(app: FastAPI, *, keys_needed: bool) -> None:
-    """Give the application its OpenAPI document."""
+def install(app: FastAPI, repository: Repository, *, keys_needed: bool) -> None:
+    """Give the application its OpenAPI document, with examples of the models served."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -38,6 +40,7 @@ def install(app: FastAPI, *, keys_needed: bool) -> None:
                 separate_input_output_schemas=False,
             )
             _complete(found, keys_needed)
+            add_examples(found, repository)
             app.openapi_schema = found
         return app.openapi_schema
 

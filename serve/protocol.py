@@ -24,6 +24,9 @@ MAX_HEADER_BYTES = 32 << 10
 MAX_URL_BYTES = 8 << 10
 # Asked by those who would end a service that does not answer: never turned away.
 _HEALTH = (b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/health/ready")
+# After an answer that ends the connection: for what the client is still sending, so that it
+# comes to read the answer. Closed at once, the connection would be reset and the answer lost.
+_LINGER_SECONDS = 2.0
 # A stopping server gives a connection this long to send the request it may be sending.
 _LAST_REQUEST_SECONDS = 0.5
 
@@ -41,6 +44,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._size = self._count = 0
         # The exchanges not answered yet, with uvicorn's cycles; several when pipelined.
         self._exchanges: dict[Exchange, Any] = {}
+        self._parted = False
+        self._closing = _Closing(transport, self._part)
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -54,8 +59,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """See ``asyncio.Protocol``."""
-        if self.parser is None or self.transport.is_closing():
-            return  # refused already; what still arrives is not read
+        if self.parser is None or self._parted or self.transport.is_closing():
+            return  # answered already; what still arrives is not looked at
         super().data_received(data)
 
     def on_message_begin(self) -> None:
@@ -102,6 +107,7 @@ class GuardedProtocol(HttpToolsProtocol):
         exchange = Exchange(self)
         exchange.offer(self.scope)  # type: ignore[arg-type]
         super().on_headers_complete()
+        self.cycle.transport = self._closing  # type: ignore[assignment]
         self._exchanges[exchange] = self.cycle
 
     def on_body(self, body: bytes) -> None:
@@ -162,7 +168,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def stop_receiving(self) -> None:
         """See ``receiving.Connection``."""
-        self.transport.pause_reading()
+        self._let_receive(self)
+        self._parted = True  # the answer to come is the last
 
     def hang_up(self) -> None:
         """See ``receiving.Connection``."""
@@ -221,7 +228,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, detail: str) -> None:
         """Answer before, or instead of, the application."""
-        if self.transport.is_closing():
+        if self._parted or self.transport.is_closing():
             return
         self._stop("_sending")
         request_id, body = bare_problem(status, detail)
@@ -235,16 +242,39 @@ class GuardedProtocol(HttpToolsProtocol):
             "Connection: close\r\n\r\n",
         ]
         self.transport.write("\r\n".join(head).encode() + body)
-        self.transport.close()
+        self._part(whole=False)
         service = getattr(getattr(self.config.app, "state", None), "service", None)
         if service is not None:
             service.metrics.requests.labels("unmatched", str(status)).inc()
+
+    def _part(self, *, whole: bool | None = None) -> None:
+        """Close the connection once the client has had time to read.
+
+        :param whole: whether nothing more of the request is to come.
+        """
+        if whole is None:
+            whole = not self.cycle.more_body
+        if whole or self.transport.is_closing():
+            self.transport.close()
+            return
+        self._parted = True
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def _stop(self, name: str) -> None:
         timer = getattr(self, name, None)
         if timer is not None:
             timer.cancel()
             setattr(self, name, None)
+
+
+class _Closing:
+    """The transport to uvicorn's cycle, whose closing is the protocol's to do."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
 
 
 def guarded(settings: Settings) -> Callable[..., Any]:

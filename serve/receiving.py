@@ -33,7 +33,7 @@ class Connection(Protocol):
         """Receive again: the body is complete."""
 
     def stop_receiving(self) -> None:
-        """Leave the rest of the body where it is."""
+        """Look at nothing more of the body; the answer to come closes the connection."""
 
     def hang_up(self) -> None:
         """Close the connection: nobody waits for the body any more."""
@@ -112,7 +112,7 @@ class Reader(asyncio.BufferedProtocol):
         try:
             self._count(nbytes)
         except Exception as error:
-            self._connection.stop_receiving()  # the answer to come closes the connection
+            self._connection.stop_receiving()
             self._fail(error)
             return
         if self._at == len(self._room):

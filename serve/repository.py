@@ -216,6 +216,9 @@ class Repository:
         return await asyncio.shield(model.loading)
 
     async def _load(self, model: Model) -> Version:
+        if model.version is None:
+            # Before, not after: both together may be more than there is.
+            self._evict(keep=model, coming=model.card.bytes)
         try:
             version = await asyncio.get_running_loop().run_in_executor(
                 self._loader, self._open, model
@@ -263,7 +266,7 @@ class Repository:
         )
         return Version(model.name, session, loaded, owned=model.session is None)
 
-    def _evict(self, keep: Model) -> None:
+    def _evict(self, keep: Model, coming: int = 0) -> None:
         budget = self._settings.memory_budget_bytes
         if budget is None:
             return
@@ -272,11 +275,11 @@ class Repository:
             key=lambda m: m.last_used,
         )
         for model in idle:
-            if self.loaded_bytes() <= budget:
+            if self.loaded_bytes() + coming <= budget:
                 return
             log.info("%s: unloaded to stay within the memory budget", model.name)
             self._retire(model)
-        if self.loaded_bytes() > budget:
+        if not coming and self.loaded_bytes() > budget:
             log.warning("%s alone is larger than the memory budget", keep.name)
 
     def _retire(self, model: Model) -> None:

@@ -12,7 +12,9 @@ import numpy as np
 
 from fdconv_deploy import __version__
 from fdconv_deploy.errors import FDConvError
-from serve.problems import DIED, LATE, RefusedError
+from serve.logs import log_access
+from serve.middleware import accepted_id
+from serve.problems import DIED, LATE, REQUEST_ID, RefusedError
 from serve.scheduling import DeadlineError, WorkerDiedError
 from serve.security import Keys
 from serve.service import Service
@@ -42,6 +44,8 @@ _CODES = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _OPEN = ("ServerLive", "ServerReady")
+# Calls at a time beside those that run or wait: health, metadata, and those told to come back.
+_SPARE = 16
 
 
 class GrpcServer:
@@ -49,13 +53,16 @@ class GrpcServer:
 
     def __init__(self, service: Service, keys: Keys) -> None:
         self._service, self._keys = service, keys
-        limit = service.settings.max_body_bytes
+        settings = service.settings
+        limit = settings.max_body_bytes
         self._server = grpc.aio.server(
+            # Messages are received whole before anybody can count them.
+            maximum_concurrent_rpcs=settings.workers + settings.queue_limit + _SPARE,
             options=[
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
-            ]
+            ],
         )
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, self._handlers()),)
@@ -102,9 +109,12 @@ class GrpcServer:
             start = time.perf_counter()
             code, detail = grpc.StatusCode.OK, ""
             answer = None
+            metadata = dict(context.invocation_metadata() or ())
+            request_id = accepted_id(metadata.get(REQUEST_ID.lower(), ""))
+            context.set_trailing_metadata(((REQUEST_ID.lower(), request_id),))
             try:
                 if method not in _OPEN:
-                    self._authorise(context)
+                    self._authorise(metadata)
                 answer = await call(request, context)
             except RefusedError as error:
                 code = _CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
@@ -114,20 +124,28 @@ class GrpcServer:
             except WorkerDiedError:
                 code, detail = grpc.StatusCode.UNAVAILABLE, DIED
             except Exception:
-                log.exception("a gRPC request (%s) failed", method)
+                log.exception("the gRPC request %s (%s) failed", request_id, method)
                 code = grpc.StatusCode.INTERNAL
                 detail = "The service failed to answer this request; its log says why."
             metrics = self._service.metrics
             metrics.requests.labels(route, code.name).inc()
-            metrics.request_seconds.labels(route).observe(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            metrics.request_seconds.labels(route).observe(seconds)
+            log_access(
+                request_id=request_id,
+                client=context.peer(),
+                method="gRPC",
+                path=f"/{SERVICE}/{method}",
+                status=code.name,
+                ms=round(seconds * 1e3, 3),
+            )
             if code is not grpc.StatusCode.OK:
                 await context.abort(code, detail)
             return answer
 
         return handle
 
-    def _authorise(self, context: Any) -> None:
-        metadata = dict(context.invocation_metadata() or ())
+    def _authorise(self, metadata: dict[str, str]) -> None:
         self._keys.check(metadata.get("authorization", ""), metadata.get("x-api-key", ""))
 
     async def _ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -155,6 +173,15 @@ class GrpcServer:
     async def _ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         service = self._service
         service.check_loaded()
+        size = request.ByteSize()
+        service.budget.take(size)
+        try:
+            return await self._infer(request, context)
+        finally:
+            service.budget.give(size)
+
+    async def _infer(self, request: Any, context: Any) -> Any:
+        service = self._service
         model = service.repository.get_version(request.model_name, request.model_version)
         wanted = _read(request, service.repository.card(model), service.settings.max_images)
         left = context.time_remaining()

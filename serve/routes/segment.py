@@ -98,7 +98,7 @@ _REQUEST_BODY: dict[str, Any] = {
 }
 _EXAMPLE = {
     "model": "street",
-    "file": None,
+    "file": "street.jpg",
     "height": 2,
     "width": 4,
     "fit": "stretch",

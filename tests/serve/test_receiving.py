@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -192,6 +193,29 @@ def left(metrics: str) -> int:
     return sum(int(float(line.rpartition(" ")[2])) for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        ("Content-Encoding: zstd\r\n", 415),
+        ("Inference-Header-Content-Length: x\r\n" + "X: y\r\n" * 200, 431),
+        ("Y: " + "z" * 40_000 + "\r\n", 431),
+    ],
+)
+def test_one_refused_while_it_still_sends_gets_to_read_why(
+    address, tensor: np.ndarray, line: str, status: int
+) -> None:
+    """Closing on unread data would reset the connection, and the answer with it."""
+    request = asked(np.concatenate([tensor] * 20), headers=line)
+    for _ in range(10):
+        with socket.create_connection(address, timeout=20) as plug:
+            begin = time.monotonic()
+            plug.sendall(request)
+            found, headers, _ = read_answer(plug)
+            assert (found, headers["connection"]) == (status, "close")
+            assert plug.recv(1) == b""
+            assert time.monotonic() - begin < 1
+
+
 def test_more_than_may_be_in_hand(bundles: list[Path], request_: bytes) -> None:
     settings = Settings(threads=1, max_bytes_in_hand=100_000)
     with running(bundles, settings=settings) as url:
@@ -202,3 +226,47 @@ def test_more_than_may_be_in_hand(bundles: list[Path], request_: bytes) -> None:
             status, headers, _ = read_answer(plug)
             assert (status, headers["connection"]) == (503, "close")
         assert "fdconv_body_bytes 0.0" in httpx.get(f"{url}/metrics").text
+
+
+@pytest.mark.parametrize("path", ["infer", "segment"])
+def test_a_client_that_leaves_while_it_waits(
+    bundles: list[Path], request_: bytes, png: bytes, path: str
+) -> None:
+    """Its place is free at once, and the model never runs for it."""
+    image = f"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Length: {len(png)}\r\n"
+    request = request_ if path == "infer" else f"{image}Content-Type: image/png\r\n\r\n".encode()
+    request += b"" if path == "infer" else png
+    started, go_on, ran = threading.Event(), threading.Event(), []
+    with open_session(bundles[0], threads=1) as session:
+        run = session.run
+
+        def held(inputs):
+            ran.append(len(inputs))
+            started.set()
+            assert go_on.wait(20)
+            return run(inputs)
+
+        with running([session], settings=Settings(threads=1)) as url:
+            session.run = held  # type: ignore[method-assign]
+            stays = socket.create_connection(place(url), timeout=20)
+            stays.sendall(request)
+            assert started.wait(20)
+            with socket.create_connection(place(url), timeout=20) as leaves:
+                leaves.sendall(request)
+                both = 2 * (COUNT if path == "infer" else 1)
+                wait_for(url, f"fdconv_in_hand_images {both}.0")
+            wait_for(url, "fdconv_queue_images 0.0" if path == "segment" else 'status="499"} 1.0')
+            wait_for(url, f"fdconv_in_hand_images {both // 2}.0")
+            before = sum(ran)
+            go_on.set()
+            assert read_answer(stays)[0] == 200
+            stays.close()
+            wait_for(url, "fdconv_in_hand_images 0.0")
+            assert sum(ran) == max(before, both // 2)
+
+
+def wait_for(url: str, line: str) -> None:
+    end = time.monotonic() + 10
+    while line not in (text := httpx.get(f"{url}/metrics").text):
+        assert time.monotonic() < end, text
+        time.sleep(0.02)

@@ -126,6 +126,30 @@ class TestBudget:
 
         asyncio.run(test())
 
+    def test_it_goes_before_the_new_one_comes(
+        self, tmp_path: Path, png: bytes, monkeypatch
+    ) -> None:
+        """The budget holds while a model loads, too."""
+        paths = three(tmp_path)
+
+        async def test() -> None:
+            async with serving(paths, load="demand", memory_budget_bytes=1) as (client, service):
+                repository, loaded = service.repository, []
+                open_bundle = repository._open
+
+                def watched(model):
+                    loaded.append(repository.loaded_bytes())
+                    return open_bundle(model)
+
+                monkeypatch.setattr(repository, "_open", watched)
+                for name in "abc":
+                    url = f"/v1/models/{name}/segment"
+                    answer = await client.post(url, content=png, headers=PNG)
+                    assert answer.status_code == 200
+                assert loaded == [0, 0, 0]
+
+        asyncio.run(test())
+
     def test_one_in_use_ends_its_request_first(self, tmp_path: Path, png: bytes) -> None:
         paths = three(tmp_path)
 

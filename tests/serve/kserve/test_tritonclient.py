@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fdconv_deploy.runtime import open_session
+from serve import Settings, running
+from tests.serve.kserve.conftest import free_port
+
 http = pytest.importorskip("tritonclient.http")
 grpc = pytest.importorskip("tritonclient.grpc")
 
@@ -170,3 +174,71 @@ def test_repository(triton, tensor) -> None:
     triton.load_model("sliding")
     assert triton.is_model_ready("sliding")
     triton.infer("sliding", given(triton, tensor))
+
+
+def test_grpc_requests_have_ids_and_a_line_in_the_log(served, tensor, caplog) -> None:
+    import grpc as grpcio
+
+    from serve.kserve.messages import MESSAGES, SERVICE
+
+    with (
+        caplog.at_level("INFO", "fdconv.access"),
+        grpcio.insecure_channel(served.grpc) as channel,
+    ):
+        ask = channel.unary_unary(
+            f"/{SERVICE}/ModelMetadata",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=MESSAGES["ModelMetadataResponse"].FromString,
+        )
+        request = MESSAGES["ModelMetadataRequest"](name="street")
+        _, call = ask.with_call(request, metadata=[("x-request-id", "mine-1")])
+        assert dict(call.trailing_metadata())["x-request-id"] == "mine-1"
+        with pytest.raises(grpcio.RpcError) as error:
+            ask(MESSAGES["ModelMetadataRequest"](name="none"), metadata=[("x-request-id", "a b")])
+        assert len(dict(error.value.trailing_metadata())["x-request-id"]) == 32
+    first, second = (record.fields for record in caplog.records[-2:])
+    assert (first["request_id"], first["status"]) == ("mine-1", "OK")
+    assert first["path"] == "/inference.GRPCInferenceService/ModelMetadata"
+    assert second["status"] == "NOT_FOUND"
+
+
+def test_grpc_bytes_in_hand_are_bounded(bundles, tensor) -> None:
+    port = free_port()
+    settings = Settings(threads=1, grpc_port=port, max_bytes_in_hand=1000)
+    with running(bundles, settings=settings):
+        client = grpc.InferenceServerClient(f"127.0.0.1:{port}")
+        x = grpc.InferInput("images", tensor.shape, "FP32")
+        x.set_data_from_numpy(tensor)
+        with pytest.raises(grpc.InferenceServerException, match="bytes of requests"):
+            client.infer("street", [x])
+        assert client.is_server_ready()
+        client.close()
+
+
+def test_grpc_calls_at_a_time_are_bounded(bundles, tensor) -> None:
+    """Past the bound a call is turned away before anybody looks at it."""
+    import queue
+    import threading
+
+    port = free_port()
+    settings = Settings(threads=1, grpc_port=port, queue_limit=0)
+    with open_session(bundles[0], threads=1) as session:
+        run, go_on = session.run, threading.Event()
+
+        def held(inputs):
+            assert go_on.wait(20)
+            return run(inputs)
+
+        with running([session], settings=settings):
+            session.run = held  # type: ignore[method-assign]
+            client = grpc.InferenceServerClient(f"127.0.0.1:{port}")
+            x = grpc.InferInput("images", (1, *tensor.shape[1:]), "FP32")
+            x.set_data_from_numpy(tensor[:1])
+            done: queue.Queue = queue.Queue()
+            for _ in range(40):
+                client.async_infer("street", [x], callback=lambda result, error: done.put(error))
+            turned_away = [str(done.get(timeout=20)) for _ in range(39)]
+            assert all("UNAVAILABLE" in e or "RESOURCE_EXHAUSTED" in e for e in turned_away)
+            go_on.set()
+            assert done.get(timeout=20) is None
+            client.close()

@@ -1,0 +1,69 @@
+"""The OpenAPI document: complete, and every example of the form it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+jsonschema = pytest.importorskip("jsonschema")
+
+
+@pytest.fixture(scope="module")
+def document(client: TestClient) -> dict[str, Any]:
+    return client.get("/openapi.json").json()
+
+
+def contents(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(where, media type, content) of every answer and request body."""
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            where = f"{method.upper()} {path}"
+            for kind, content in operation.get("requestBody", {}).get("content", {}).items():
+                yield where, kind, content
+            for status, response in operation["responses"].items():
+                for kind, content in response.get("content", {}).items():
+                    yield f"{where} {status}", kind, content
+
+
+def examples(document: dict[str, Any], content: dict[str, Any]) -> list[Any]:
+    schema = content["schema"]
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    return [content["example"]] if "example" in content else schema.get("examples", [])
+
+
+def test_every_json_has_an_example_of_its_form(document: dict[str, Any]) -> None:
+    checked = 0
+    for where, kind, content in contents(document):
+        if "json" not in kind:
+            continue
+        root = {**content["schema"], "components": document["components"]}
+        found = examples(document, content)
+        properties = document["components"]["schemas"].get(
+            content["schema"].get("$ref", "").rpartition("/")[2], {}
+        )
+        # A form of one word needs none.
+        assert found or "Health" in properties.get("title", ""), where
+        for example in found:
+            jsonschema.Draft202012Validator(root).validate(example)
+            checked += 1
+    assert checked > 90
+
+
+def test_every_parameter_has_an_example_or_says_its_values(document: dict[str, Any]) -> None:
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                text = str(parameter)
+                assert any(word in text for word in ("'example", "'enum'", "'default'")), (
+                    path,
+                    parameter,
+                )
+
+
+def test_examples_name_the_model_that_is_served(document: dict[str, Any]) -> None:
+    answers = document["paths"]["/v1/models/{name}"]["get"]["responses"]
+    assert answers["200"]["content"]["application/json"]["example"]["name"] == "street"

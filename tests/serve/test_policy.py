@@ -1,0 +1,207 @@
+"""Each setting of the scheduling, by what it changes for requests."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from serve import one_image
+from serve.service import Service
+from tests.serve.test_refusals import refused
+from tests.serve.test_repository import serving
+
+PNG = {"Content-Type": "image/png"}
+
+
+class Runs:
+    """What the models ran: (name, images), in order; ``hold`` keeps them from ending."""
+
+    def __init__(self, service: Service, *, seconds: float = 0.0) -> None:
+        self.seen: list[tuple[str, int]] = []
+        self.at_once = self.most = 0
+        self._go_on, self._lock, self._seconds = threading.Event(), threading.Lock(), seconds
+        self._go_on.set()
+        for model in service.repository:
+            assert model.version is not None
+            session = model.version.session
+            session.run = self._watched(model.name, session.run)  # type: ignore[method-assign]
+
+    def hold(self) -> None:
+        self._go_on.clear()
+
+    def let_go(self) -> None:
+        self._go_on.set()
+
+    def _watched(self, name: str, run: Callable) -> Callable:
+        def watched(inputs: np.ndarray) -> np.ndarray:
+            with self._lock:
+                self.seen.append((name, len(inputs)))
+                self.at_once += 1
+                self.most = max(self.most, self.at_once)
+            assert self._go_on.wait(20)
+            time.sleep(self._seconds)
+            with self._lock:
+                self.at_once -= 1
+            return run(inputs)
+
+        return watched
+
+
+def ask(client: httpx.AsyncClient, png: bytes, model: str = "street") -> asyncio.Task:
+    url = f"/v1/models/{model}/segment?output=mask"
+    return asyncio.create_task(client.post(url, content=png, headers=PNG))
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.005)
+
+
+async def all_answered(asked: list[asyncio.Task]) -> None:
+    assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
+
+
+@pytest.mark.parametrize(("delay", "sizes"), [(0, [1, 1, 1, 1]), (2000, [4])])
+def test_batch_delay_ms(bundles: list[Path], png: bytes, delay: int, sizes: list[int]) -> None:
+    """An idle worker takes the first at once, or waits for company; a full batch goes."""
+
+    async def test() -> None:
+        async with serving(bundles[:1], batch_delay_ms=delay) as (client, service):
+            runs, asked = Runs(service), []
+            begin = time.monotonic()
+            for _ in range(4):
+                asked.append(ask(client, png))
+                if not delay:
+                    await asked[-1]
+                await asyncio.sleep(0.02)
+            await all_answered(asked)
+            assert [images for _, images in runs.seen] == sizes
+            assert time.monotonic() - begin < 1.5
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(None, [1, 4]), (1, [1, 1, 1, 1, 1])])
+def test_max_batch(bundles: list[Path], png: bytes, most: int | None, sizes: list[int]) -> None:
+    async def test() -> None:
+        async with serving(bundles[:1], max_batch=most) as (client, service):
+            runs = Runs(service)
+            runs.hold()
+            asked = [ask(client, png)]
+            await until(lambda: service.scheduler.running == 1)
+            asked += [ask(client, png) for _ in range(4)]
+            await until(lambda: service.scheduler.waiting == 4)
+            runs.let_go()
+            await all_answered(asked)
+            assert [images for _, images in runs.seen] == sizes
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers(bundles: list[Path], png: bytes, workers: int) -> None:
+    async def test() -> None:
+        async with serving(bundles[:1], workers=workers, max_batch=1) as (client, service):
+            runs = Runs(service, seconds=0.05)
+            await all_answered([ask(client, png) for _ in range(6)])
+            assert runs.most == workers
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_codec_threads(bundles: list[Path], png: bytes, monkeypatch, threads: int) -> None:
+    lock, decode = threading.Lock(), one_image.decode
+    now = most = 0
+
+    def slow(*arguments):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+        return decode(*arguments)
+
+    monkeypatch.setattr(one_image, "decode", slow)
+
+    async def test() -> None:
+        async with serving(bundles[:1], codec_threads=threads) as (client, _):
+            await all_answered([ask(client, png) for _ in range(6)])
+            assert most == threads
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_weights(bundles: list[Path], png: bytes, weight: float) -> None:
+    """While both models have requests waiting, time goes to them by weight."""
+
+    async def test() -> None:
+        settings = {"weights": {"street": weight}, "max_batch": 1, "queue_limit": 40}
+        async with serving(bundles, **settings) as (client, service):
+            runs = Runs(service, seconds=0.02)
+            runs.hold()
+            first = ask(client, png)
+            await until(lambda: service.scheduler.running == 1)
+            whole = "sliding/segment?mode=whole"
+            url = f"/v1/models/{whole}&output=mask"
+            asked = [ask(client, png) for _ in range(15)]
+            asked += [
+                asyncio.create_task(client.post(url, content=png, headers=PNG)) for _ in range(15)
+            ]
+            await until(lambda: service.scheduler.waiting == 30)
+            runs.let_go()
+            await all_answered([first, *asked])
+            # Of the first ten turns, before either lane is empty.
+            turns = [name for name, _ in runs.seen[3:13]]
+            assert turns.count("street") in ([4, 5, 6] if weight == 1 else [7, 8, 9])
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_queue_limit(bundles: list[Path], png: bytes, limit: int) -> None:
+    """Those running and ``queue_limit`` more are taken; the next is not."""
+
+    async def test() -> None:
+        async with serving(bundles[:1], queue_limit=limit) as (client, service):
+            runs = Runs(service)
+            runs.hold()
+            asked = [ask(client, png) for _ in range(1 + limit)]
+            await until(lambda: service.admission.in_hand == 1 + limit)
+            assert "waiting" in refused(await ask(client, png), 503)
+            runs.let_go()
+            await all_answered(asked)
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("allowed", [50, 20_000])
+def test_deadline_ms(bundles: list[Path], png: bytes, allowed: int) -> None:
+    """What waits longer than that is answered with 504, and never run."""
+
+    async def test() -> None:
+        async with serving(bundles[:1], deadline_ms=allowed, max_batch=1) as (client, service):
+            runs = Runs(service)
+            runs.hold()
+            asked = [ask(client, png), ask(client, png)]
+            await until(lambda: len(runs.seen) == 1)
+            await asyncio.sleep(0.3)
+            runs.let_go()
+            statuses = [answer.status_code for answer in await asyncio.gather(*asked)]
+            assert statuses == ([504, 504] if allowed == 50 else [200, 200])
+            await asyncio.sleep(0.05)
+            assert len(runs.seen) == (1 if allowed == 50 else 2)
+
+    asyncio.run(test())
