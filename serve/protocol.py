@@ -59,7 +59,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """See ``asyncio.Protocol``."""
-        if self.parser is None or self._parted or self.transport.is_closing():
+        if self.parser is None or self._over:
             return  # answered already; what still arrives is not looked at
         super().data_received(data)
 
@@ -80,6 +80,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header."""
+        if self._over:
+            return
         self._count += 1
         self._size += len(name) + len(value)
         if self._count > MAX_HEADERS or self._size > MAX_HEADER_BYTES:
@@ -94,7 +96,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """All headers are there; the body follows."""
         self._stop("_sending")
-        if self.transport.is_closing():
+        if self._over:
             return
         most = self.settings.max_connections
         if len(self.connections) > most and self.url not in _HEALTH:
@@ -112,17 +114,19 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
-        if not self.transport.is_closing():
+        if not self._over:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The whole request is there."""
         self._stop("_sending")
-        if not self.transport.is_closing():
+        if not self._over:
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """The answer is written."""
+        if self._parted:
+            self.pipeline.clear()  # the client was told that it is the last
         super().on_response_complete()
         # Answers leave in the order of their requests.
         if self._exchanges:
@@ -228,7 +232,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, detail: str) -> None:
         """Answer before, or instead of, the application."""
-        if self._parted or self.transport.is_closing():
+        if self._over:
             return
         self._stop("_sending")
         request_id, body = bare_problem(status, detail)
@@ -246,6 +250,11 @@ class GuardedProtocol(HttpToolsProtocol):
         service = getattr(getattr(self.config.app, "state", None), "service", None)
         if service is not None:
             service.metrics.requests.labels("unmatched", str(status)).inc()
+
+    @property
+    def _over(self) -> bool:
+        """Whether the connection's last answer is written."""
+        return self._parted or self.transport.is_closing()
 
     def _part(self, *, whole: bool | None = None) -> None:
         """Close the connection once the client has had time to read.

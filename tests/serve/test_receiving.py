@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import ssl
@@ -214,6 +215,19 @@ def test_one_refused_while_it_still_sends_gets_to_read_why(
             assert (found, headers["connection"]) == (status, "close")
             assert plug.recv(1) == b""
             assert time.monotonic() - begin < 1
+
+
+def test_nothing_is_answered_after_the_last(address, request_: bytes, caplog) -> None:
+    refused = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: a/b\r\n"
+    refused += b"Content-Length: 3\r\n\r\nabc"
+    with socket.create_connection(address, timeout=20) as plug:
+        plug.sendall(refused + request_[:5000])
+        status, headers, _ = read_answer(plug)
+        assert (status, headers["connection"]) == (415, "close")
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            plug.sendall(request_[5000:])
+            assert plug.recv(1) == b""
+    assert "Exception" not in caplog.text
 
 
 def test_more_than_may_be_in_hand(bundles: list[Path], request_: bytes) -> None:
