@@ -8,15 +8,11 @@ static void band_products(const BandRun *run, size_t unit, float *work) {
     int count = b->weighted * b->taps * b->taps;
     const float *x = run->x + image * b->channels * plane + row * b->width;
     float *to = run->products + (image * count * b->height + row) * wide;
-    if (b->width % LANES == 0) {
-        product(count, (int)wide, b->channels, b->conv, b->channels, x, plane, to,
-                b->height * wide, 0);
-        return;
+    /* Copied first: planes a power of two apart would share a few sets of the cache. */
+    for (int c = 0; c < b->channels; c++) {
+        memcpy(work + c * wide, x + c * plane, b->width * sizeof(float));
+        for (size_t w = b->width; w < wide; w++) work[c * wide + w] = 0;
     }
-    /* Rows that do not fill vectors are copied first. */
-    for (int c = 0; c < b->channels; c++)
-        for (size_t w = 0; w < wide; w++)
-            work[c * wide + w] = w < (size_t)b->width ? x[c * plane + w] : 0;
     product(count, (int)wide, b->channels, b->conv, b->channels, work, wide, to,
             b->height * wide, 0);
 }

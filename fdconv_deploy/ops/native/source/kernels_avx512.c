@@ -1,8 +1,12 @@
 /* The kernels for AVX-512. */
+#include <string.h>
+
 #include "assembly.h"
 #include "bands.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bw"))), apply_to = function)
 #else

@@ -1,4 +1,6 @@
 /* The kernels for any processor: SSE on x86-64, Advanced SIMD on AArch64. */
+#include <string.h>
+
 #include "assembly.h"
 #include "bands.h"
 

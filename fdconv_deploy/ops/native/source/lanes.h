@@ -15,7 +15,8 @@ typedef struct {
 INLINE Vector load(const float *at) { return *(const Stored *)at; }
 INLINE void store(float *at, Vector x) { *(Stored *)at = x; }
 INLINE void store_anywhere(float *at, Vector x) { *(Unaligned *)at = x; }
-INLINE Vector all(float x) { return (Vector){0} + x; }
+/* Minus zero, unlike plus zero, changes no number: compilers drop it. */
+INLINE Vector all(float x) { return x - (Vector){0}; }
 
 INLINE Complex load_complex(const float *at) { return (Complex){load(at), load(at + LANES)}; }
 INLINE void store_complex(float *at, Complex x) {
@@ -29,20 +30,40 @@ INLINE Complex turn(Complex a, const float *by) {
     return (Complex){a.re * by[0] - a.im * by[1], a.re * by[1] + a.im * by[0]};
 }
 
-INLINE Vector smaller(Vector a, Vector b) {
-    Integers mask = (Integers)(a < b);
-    return (Vector)(((Integers)a & mask) | ((Integers)b & ~mask));
+/* x, held between -limit and limit; not-a-number stays what it is. */
+INLINE Vector held(Vector x, float limit) {
+#if WIDTH == 16
+    __m512 below = _mm512_min_ps((__m512)all(limit), (__m512)x);
+    return (Vector)_mm512_max_ps((__m512)all(-limit), below);
+#elif WIDTH == 8
+    __m256 below = _mm256_min_ps((__m256)all(limit), (__m256)x);
+    return (Vector)_mm256_max_ps((__m256)all(-limit), below);
+#else
+    Integers high = x > limit, low = x < -limit;
+    Integers inside = (Integers)x & ~(high | low);
+    Integers outside = ((Integers)all(limit) & high) | ((Integers)all(-limit) & low);
+    return (Vector)(inside | outside);
+#endif
 }
-INLINE Vector larger(Vector a, Vector b) {
-    Integers mask = (Integers)(a > b);
-    return (Vector)(((Integers)a & mask) | ((Integers)b & ~mask));
+
+/* 1 / x, where x is at least 1, to within 2e-7 of itself: an estimate and one step of Newton's
+ * where the processor has estimates, since it divides slowly. */
+INLINE Vector inverse(Vector x) {
+#if WIDTH == 16
+    Vector estimate = (Vector)_mm512_rcp14_ps((__m512)x);
+    return estimate * (2.0f - x * estimate);
+#elif WIDTH == 8
+    Vector estimate = (Vector)_mm256_rcp_ps((__m256)x);
+    return estimate * (2.0f - x * estimate);
+#else
+    return 1.0f / x;
+#endif
 }
 
 /* 1 / (1 + exp(-x)) to within 2e-7 of the largest value, 1. */
 INLINE Vector sigmoid(Vector x) {
     /* exp(-x) = 2^z; beyond ±126 the answer is 0 or 1 in float32 anyway. */
-    Vector z = x * -1.44269504088896f;
-    z = larger(smaller(z, all(126.0f)), all(-126.0f));
+    Vector z = held(x * -1.44269504088896f, 126.0f);
     /* Adding 1.5·2^23 rounds to an integer, which is left in the lowest bits. */
     Vector rounded = z + 12582912.0f;
     Vector rest = z - (rounded - 12582912.0f);
@@ -55,7 +76,7 @@ INLINE Vector sigmoid(Vector x) {
     power = power * rest + 0.693147188f;
     power = power * rest + 1.0f;
     power = (Vector)((Integers)power + ((Integers)rounded << 23));
-    return 1.0f / (power + 1.0f);
+    return inverse(power + 1.0f);
 }
 
 #if defined(__clang__)
