@@ -4,8 +4,8 @@ The spectrum of a real kernel is mirrored in its first column and in its Nyquist
 and R − r are complex conjugates. A layer starts from such a spectrum. In those two columns the
 inverse transform drops imaginary parts, so the gradients of r and R − r are conjugates too,
 each times its own group's attention. Two mirror bins of one group therefore stay mirrored
-through all of training, whatever the optimiser; two bins of different groups part. Mirror bins
-have equal radii, so which of them lie in one group is just what orders differ in.
+through all of training, with SGD, Adam and their like; two bins of different groups part.
+Mirror bins have equal radii, so which of them lie in one group is just what orders differ in.
 """
 
 from __future__ import annotations
