@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from fdconv_deploy.demo.instances import CLASSES, coco_annotations, draw_instanc
 from fdconv_deploy.runtime import open_session
 from tests.reference.networks import small_detector
 from tests.serve.conftest import typed
+from tests.serve.kserve.conftest import free_port
 from tests.test_cli import fdconv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,10 +156,28 @@ def _python(code: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def address(said: dict[str, str], folder: Path) -> Iterator[str]:
-    from serve import Settings, running
+    """The page's ``fdconv serve``, at a port that is free here."""
+    (words,) = [words for words in COMMANDS if words[0] == "serve"]
+    port = free_port()
+    command = [sys.executable, "-m", "fdconv_deploy", *words, "--port", str(port), "--threads", "1"]
+    served = subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        _wait(f"http://127.0.0.1:{port}/readyz", served)
+        yield f"127.0.0.1:{port}"
+    finally:
+        served.terminate()
+        served.wait(timeout=60)
 
-    with running([folder / "detector"], settings=Settings(threads=1)) as url:
-        yield url.removeprefix("http://")
+
+def _wait(url: str, served: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        assert served.poll() is None, "the service ended"
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError("the service did not become ready")
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

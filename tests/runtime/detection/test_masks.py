@@ -58,6 +58,21 @@ def test_as_mmdetection_pastes(
         np.abs(torchs - threshold) > 1e-5])  # fmt: skip
 
 
+inner, wide = st.floats(0, 20, width=32), st.floats(2, 17, width=32)
+
+
+@given(inner, inner, wide, wide)
+def test_a_full_mask_is_its_box(x: float, y: float, width: float, height: float) -> None:
+    """At an edge a full mask's value is one half: rows and columns are in by their centres."""
+    box = np.array([x, y, x + width, y + height], np.float32)
+    found = whole(np.ones((28, 28), np.float32), box, 0.5)
+    for axis, length in ((1, SIZE[0]), (0, SIZE[1])):
+        centres = np.arange(length) + 0.5
+        clear = np.minimum(abs(centres - box[axis]), abs(centres - box[axis + 2])) > 1e-3
+        inside = (centres > box[axis]) & (centres < box[axis + 2])
+        assert np.array_equal(found.any(axis=axis)[clear], inside[clear])
+
+
 def test_a_mask_of_its_boxes_own_size_is_itself() -> None:
     mask = some_mask(3)
     found = whole(mask, np.array([5, 7, 33, 35], np.float32), 0.5)
