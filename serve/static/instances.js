@@ -50,30 +50,34 @@ export function paintMasks(words, answer, hidden, minScore) {
   }
 }
 
-// Boxes with class and score, the best score on top.
-export function paintBoxes(context, answer, hidden, minScore) {
+// Boxes with class and score, the best score on top. The canvas is finer than a small image, so
+// that words can be read; coordinates are the image's.
+export function paintBoxes(canvas, answer, hidden, minScore) {
   const { width, height } = answer;
+  const fineness = Math.max(1, Math.ceil(1200 / Math.max(width, height)));
+  Object.assign(canvas, { width: width * fineness, height: height * fineness }); // and clears it
+  const context = canvas.getContext("2d");
+  context.scale(fineness, fineness);
   const colours = new Map(answer.classes.map((entry) => [entry.id, entry.color]));
-  const line = Math.max(1, Math.round(Math.min(width, height) / 300));
-  const letters = Math.max(11, Math.round(Math.min(width, height) / 40));
-  context.clearRect(0, 0, width, height);
+  const letters = Math.max(width, height) / 50;
+  const margin = letters / 4;
   context.font = `${letters}px system-ui, sans-serif`;
   context.textBaseline = "top";
-  context.lineWidth = line;
+  context.lineWidth = letters / 8;
   for (const one of shown(answer, hidden, minScore).reverse()) {
     const [x1, y1, x2, y2] = one.box;
     const colour = colours.get(one.label);
     const [red, green, blue] = colour;
     const text = `${one.class} ${one.score.toFixed(2)}`;
-    const wide = context.measureText(text).width + 6;
-    const high = letters + 4;
+    const wide = context.measureText(text).width + 2 * margin;
+    const high = letters + margin;
     const left = Math.max(0, Math.min(x1, width - wide));
     const top = y1 >= high ? y1 - high : Math.max(0, y1);
     context.strokeStyle = context.fillStyle = `rgb(${colour.join(" ")})`;
     context.strokeRect(x1, y1, x2 - x1, y2 - y1);
     context.fillRect(left, top, wide, high);
     context.fillStyle = 0.299 * red + 0.587 * green + 0.114 * blue > 140 ? "#000" : "#fff";
-    context.fillText(text, left + 3, top + 2);
+    context.fillText(text, left + margin, top + margin / 2);
   }
 }
 

@@ -143,7 +143,7 @@ async function show(blob, timing) {
   $("answer").hidden = false;
   $("boxes").hidden = $("score-field").hidden = state.labels !== null;
   $("share-title").textContent = state.labels ? "Area" : "Objects";
-  for (const id of ["image", "mask", "boxes"]) Object.assign($(id), { width, height });
+  for (const id of ["image", "mask"]) Object.assign($(id), { width, height });
   const context = $("image").getContext("2d");
   try {
     // Drawn to the answer's size; the browser applies EXIF orientation as the service does.
@@ -229,7 +229,7 @@ function paint() {
     for (let at = 0; at < words.length; at++) words[at] = table[state.labels[at]];
   } else {
     paintMasks(words, state.answer, state.hidden, minScore());
-    paintBoxes($("boxes").getContext("2d"), state.answer, state.hidden, minScore());
+    paintBoxes($("boxes"), state.answer, state.hidden, minScore());
   }
   context.putImageData(pixels, 0, 0);
   $("mask").toBlob((blob) => {
