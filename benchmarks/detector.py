@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from benchmarks.cases import parse_size
 from benchmarks.networks import backbone, lively_heads, trained_like
 from benchmarks.records import FOLDER, write_json
-from export.detection_parity import compare_detections
+from export.detection_parity import compare_detections, perturbed
 from export.detector_inputs import made_up_detector_inputs
 from fdconv_deploy.benchmark import machine
 from fdconv_deploy.checkpoints import load_detector, save_checkpoint
@@ -76,9 +77,8 @@ def _network(spec: dict[str, Any], file: Path, answers: Path) -> dict[str, Any]:
     pictures = _pictures(spec["size"], spec["pictures"], network.architecture.preprocessing)
 
     def run(inputs: Inputs) -> Answer:
-        with torch.inference_mode():
-            outputs = network(*inputs)
-        return {n: o.numpy() for n, o in zip(network.output_names, outputs, strict=True)}
+        images, sizes = inputs
+        return _ask(network, {"images": images.numpy(), "sizes": sizes.numpy()})
 
     return _timed(run, pictures, spec["repeats"], answers)
 
@@ -99,8 +99,7 @@ def _timed(
     run: Callable[[Inputs], Answer], pictures: list[Inputs], repeats: int, answers: Path
 ) -> dict[str, Any]:
     """Run every picture, keep the answers, and time the first one again and again."""
-    found = [run(inputs) for inputs in pictures]
-    np.savez(answers, **{f"{i}.{n}": v for i, a in enumerate(found) for n, v in a.items()})
+    _save(answers, map(run, pictures))
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -109,7 +108,38 @@ def _timed(
     return {"seconds": statistics.median(seconds)}
 
 
-STEPS = {"export": _export, "network": _network, "bundle": _bundle}
+def _rounding(spec: dict[str, Any], file: Path, answers: Path) -> dict[str, Any]:
+    """The network's answers to one picture, changed by a millionth."""
+    network = load_detector(file, require_fdconv=False)
+    pictures = _pictures(spec["size"], spec["pictures"], network.architecture.preprocessing)
+    images, sizes = (tensor.numpy() for tensor in pictures[spec["picture"]])
+    answered = perturbed(partial(_ask, network), {"images": images, "sizes": sizes})
+    _save(answers, answered)
+    return {}
+
+
+def _ask(network: Detector, feed: Mapping[str, NDArray]) -> Answer:
+    with torch.inference_mode():
+        outputs = network(*map(torch.from_numpy, feed.values()))
+    return {n: o.numpy() for n, o in zip(network.output_names, outputs, strict=True)}
+
+
+def _save(path: Path, answers: Iterable[Mapping[str, NDArray]]) -> None:
+    named = {f"{i}.{n}": v for i, answer in enumerate(answers) for n, v in answer.items()}
+    np.savez(path, **named)  # type: ignore[arg-type]
+
+
+def _load(path: Path) -> list[Answer]:
+    with np.load(path) as file:
+        count = len({name.split(".")[0] for name in file.files})
+        answers: list[Answer] = [{} for _ in range(count)]
+        for name in file.files:
+            index, output = name.split(".")
+            answers[int(index)][output] = file[name]
+    return answers
+
+
+STEPS = {"rounding": _rounding, "export": _export, "network": _network, "bundle": _bundle}
 
 
 def _say(line: str) -> None:
@@ -134,31 +164,35 @@ def _child(name: str, spec: str, given: str, made: str) -> None:
     print(json.dumps(result | {"peak_gb": round(peak, 2)}))
 
 
-def compare(network: Path, bundle: Path, score_thr: float) -> dict[str, Any]:
+def compare(
+    expected: list[Answer],
+    actual: list[Answer],
+    score_thr: float,
+    others: Callable[[int], Iterable[Answer]],
+) -> dict[str, Any]:
     """Objects and errors over all pictures.
 
+    Args:
+        expected, actual: the network's and the bundle's answers.
+        others: for a picture, what the network answers when it changes by rounding.
+
     Raises:
-        ExportError: one side finds an object that the other does not.
+        ExportError: one side finds an object that the other does not, and that not by rounding.
     """
-    with np.load(network) as left, np.load(bundle) as right:
-        expected, actual = ({n: side[n] for n in side.files} for side in (left, right))
-    pictures = sorted({name.split(".")[0] for name in expected})
     errors: dict[str, float] = {}
-    objects = classes = 0
-    for picture in pictures:
-        ours, theirs = (
-            {n.split(".")[1]: v for n, v in side.items() if n.split(".")[0] == picture}
-            for side in (actual, expected)
-        )
-        for output in compare_detections(ours, theirs, score_thr):
-            errors[output.name] = max(errors.get(output.name, 0), output.max_abs)
+    objects = classes = shared = 0.0
+    for index, (theirs, ours) in enumerate(zip(expected, actual, strict=True)):
         count = int(theirs["count"][0])
+        for output in compare_detections(ours, theirs, score_thr, others(index)):
+            errors[output.name] = max(errors.get(output.name, 0), output.max_abs)
+            shared += (output.argmax_agreement or 0) * count
         objects += count
         classes += len(set(theirs["labels"][0, :count].tolist()))
     return {
-        "pictures": len(pictures),
-        "objects": objects,
-        "classes_per_picture": round(classes / len(pictures), 1),
+        "pictures": len(expected),
+        "objects": int(objects),
+        "on_both_sides": round(shared),
+        "classes_per_picture": round(classes / len(expected), 1),
         "max_abs_error": {n: e for n, e in errors.items() if n not in ("labels", "count")},
     }
 
@@ -191,7 +225,14 @@ def main() -> None:
         manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
         theirs = _step("network", spec, folder / "network.pth", folder / "network.npz")
         ours = _step("bundle", spec, folder / "bundle", folder / "bundle.npz")
-        parity = compare(folder / "network.npz", folder / "bundle.npz", score_thr)
+
+        def others(picture: int) -> Iterator[Answer]:
+            asked = {**spec, "picture": picture}
+            _step("rounding", asked, folder / "network.pth", folder / "others.npz")
+            yield from _load(folder / "others.npz")
+
+        expected, actual = _load(folder / "network.npz"), _load(folder / "bundle.npz")
+        parity = compare(expected, actual, score_thr, others)
         size = sum(file.stat().st_size for file in (folder / "bundle").iterdir())
     kind = "Faster R-CNN" if options.faster else "Mask R-CNN"
     title = f"{kind} R50-FPN, {options.size[0]}×{options.size[1]}, batch 1"
@@ -232,8 +273,9 @@ def _print(record: dict[str, Any]) -> None:
     parity = record["parity"]
     print(f"{record['nodes']} nodes, {record['bundle_mb']} MB")
     print(
-        f"{parity['objects']} objects in {parity['pictures']} pictures, the same on both sides, "
-        f"of {parity['classes_per_picture']} classes per picture"
+        f"{parity['objects']} objects in {parity['pictures']} pictures, of "
+        f"{parity['classes_per_picture']} classes per picture, {parity['on_both_sides']} on both "
+        "sides; the others the network itself finds or not by rounding"
     )
     for name, error in parity["max_abs_error"].items():
         print(f"largest error of {name}: {error:.1e}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from export.inputs import made_up_images
 from fdconv_deploy.architecture import Architecture, BackboneConfig, FDConvConfig, HeadConfig
 from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
 from fdconv_deploy.nn.detection import Detector
+from fdconv_deploy.nn.detection.fpn import FPN
 from fdconv_deploy.nn.resnet import BasicBlock, Bottleneck
 
 
@@ -90,33 +93,65 @@ def build(architecture: Architecture, seed: int = 0) -> Segmentor:
 
 @torch.no_grad()
 def lively_heads(network: Detector, images: Tensor) -> Detector:
-    """Scale a detector's last layers until it finds objects, as a trained one does; in place.
+    """Scale what follows a detector's backbone until it finds objects, as trained; in place.
 
-    On ``images`` ``(B, 3, H, W)`` each output of those layers then has mean 0 and a spread that
-    makes some anchors likely, some regions one class, boxes that move and masks with edges.
+    On ``images`` ``(B, 3, H, W)`` every layer's outputs then have mean 0 and a spread of 1, so
+    that none drowns the differences it gets in what all places have in common. Those of the last
+    layers are spread until some anchors are likely, some regions of one class, boxes move and
+    masks have edges.
     """
     network.eval()
-    features = network.features(images)
     rpn, roi = network.rpn_head, network.roi_head
+    _spread_neck(network.neck, network.backbone(images))
+    features = network.features(images)
+    _spread_maps(rpn.rpn_conv, features)
     hidden = [torch.relu(rpn.rpn_conv(x)) for x in features]
-    for layer, spread in ((rpn.rpn_cls, 2.0), (rpn.rpn_reg, 0.2)):
-        found = [layer(x).permute(1, 0, 2, 3).flatten(1) for x in hidden]
-        _spread(layer, torch.cat(found, dim=1), spread)
+    _spread_maps(rpn.rpn_cls, hidden, 2.0)
+    _spread_maps(rpn.rpn_reg, hidden, 0.2)
     sizes = images.new_tensor(images.shape[-2:]).expand(len(images), 2)
     proposals, valid = rpn.propose(features, sizes)
-    regions = roi.bbox_roi_extractor(features, proposals)[valid.reshape(-1)]
-    logits, deltas = roi.bbox_head(regions)
-    _spread(roi.bbox_head.fc_cls, logits.T, 3.0)
-    _spread(roi.bbox_head.fc_reg, deltas.flatten(1).T, 1.0)
+    x = roi.bbox_roi_extractor(features, proposals)[valid.reshape(-1)].flatten(1)
+    for layer in roi.bbox_head.shared_fcs:
+        _spread(layer, layer(x).T)
+        x = torch.relu(layer(x))
+    _spread(roi.bbox_head.fc_cls, roi.bbox_head.fc_cls(x).T, 3.0)
+    _spread(roi.bbox_head.fc_reg, roi.bbox_head.fc_reg(x).T)
     if roi.mask_head is not None and roi.mask_roi_extractor is not None:
-        masks = roi.mask_head(roi.mask_roi_extractor(features, proposals[:, :100]))
-        _spread(roi.mask_head.conv_logits, masks.transpose(0, 1).flatten(1), 3.0)
+        x = roi.mask_roi_extractor(features, proposals[:, :100])
+        for layer in [*(conv.conv for conv in roi.mask_head.convs), roi.mask_head.upsample]:
+            _spread_maps(layer, [x])
+            x = torch.relu(layer(x))
+        _spread_maps(roi.mask_head.conv_logits, [x], 3.0)
     return network
 
 
-def _spread(layer: nn.Conv2d | nn.Linear, outputs: Tensor, deviation: float) -> None:
+def _spread_neck(neck: FPN, features: Sequence[Tensor]) -> None:
+    for lateral, x in zip(neck.lateral_convs, features, strict=True):
+        _spread_maps(lateral.conv, [x])
+    seen: list[Tensor] = []
+    hooks = [
+        conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        for conv in neck.fpn_convs
+    ]
+    neck(features)
+    for hook in hooks:
+        hook.remove()
+    for conv, x in zip(neck.fpn_convs, seen, strict=True):
+        _spread_maps(conv.conv, [x])
+
+
+def _spread_maps(layer: nn.Module, maps: Sequence[Tensor], deviation: float = 1.0) -> None:
+    """`_spread` of what a convolution makes of ``(B, C, h, w)`` maps."""
+    found = [layer(x).transpose(0, 1).flatten(1) for x in maps]
+    _spread(layer, torch.cat(found, dim=1), deviation)
+
+
+def _spread(layer: nn.Module, outputs: Tensor, deviation: float = 1.0) -> None:
     """Let a layer's outputs, ``(O, samples)`` so far, have mean 0 and this deviation each."""
+    assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
     assert layer.bias is not None
     gain = deviation / outputs.std(dim=1).clamp_min(1e-6)
-    layer.weight.mul_(gain.reshape(-1, *(1,) * (layer.weight.ndim - 1)))
+    across = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+    shape = [-1 if axis == across else 1 for axis in range(layer.weight.ndim)]
+    layer.weight.mul_(gain.reshape(shape))
     layer.bias.copy_((layer.bias - outputs.mean(dim=1)) * gain)

@@ -1,16 +1,14 @@
 """The exported graph against the network it came from, in a fresh process.
 
-Run as ``python -m export.parity MODEL REQUEST RULE``: a process that has never seen the
+Run as ``python -m export.parity MODEL INPUTS ANSWER``: a process that has never seen the
 network opens the graph as a user's would, with stock ONNX Runtime and no library registered.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +50,12 @@ def compare(name: str, actual: NDArray, expected: NDArray, *, classes: bool) -> 
     )
 
 
-def compare_all(actual: Arrays, expected: Arrays, rule: Rule) -> tuple[OutputParity, ...]:
+def compare_all(
+    actual: Arrays, expected: Arrays, rule: Rule, others: Iterable[Arrays] = ()
+) -> tuple[OutputParity, ...]:
     """Errors of all outputs, by the rule for their kind of network.
+
+    ``others``: for detections, see `compare_detections`.
 
     Raises:
         ExportError: as `compare` and `compare_detections`.
@@ -63,27 +65,32 @@ def compare_all(actual: Arrays, expected: Arrays, rule: Rule) -> tuple[OutputPar
         for name in expected
     )
     if rule.kind == "detections":
-        return compare_detections(actual, expected, rule.score_thr)
+        return compare_detections(actual, expected, rule.score_thr, others)
     return found
 
 
 def measure(
-    model: Path, inputs: Arrays, expected: Arrays, folder: Path, *, rule: Rule
+    model: Path,
+    inputs: Arrays,
+    expected: Arrays,
+    folder: Path,
+    *,
+    rule: Rule,
+    others: Iterable[Arrays] = (),
 ) -> tuple[OutputParity, ...]:
     """Run ``model`` on ``inputs`` in a fresh process and compare with ``expected``.
 
     Args:
-        folder: for the request's files; the caller removes it.
+        folder: for the files that go there and back; the caller removes it.
+        rule: how to compare.
+        others: as `compare_all`'s.
 
     Raises:
         ExportError: the graph does not load or run, or names, shapes or types differ.
     """
-    request = folder / "request.npz"
-    tensors = {f"in.{k}": v for k, v in inputs.items()}
-    tensors |= {f"out.{k}": v for k, v in expected.items()}
-    np.savez(request, **tensors)  # type: ignore[arg-type]
-    described = json.dumps(asdict(rule))
-    command = [sys.executable, "-m", "export.parity", str(model), str(request), described]
+    request, answer = folder / "request.npz", folder / "answer.npz"
+    np.savez(request, **inputs)  # type: ignore[arg-type]
+    command = [sys.executable, "-m", "export.parity", str(model), str(request), str(answer)]
     # Beside this package, wherever the caller was started from.
     root = str(Path(__file__).resolve().parents[1])
     finished = subprocess.run(  # noqa: S603 - our own interpreter and module
@@ -91,29 +98,32 @@ def measure(
     )
     if finished.returncode:
         lines = finished.stderr.strip().splitlines() or ["it gave no reason"]
-        raise ExportError(f"the exported graph did not pass its check: {lines[-1]}")
-    return tuple(OutputParity.model_validate(o) for o in json.loads(finished.stdout))
+        raise ExportError(f"{_FAILED}: {lines[-1]}")
+    with np.load(answer) as tensors:
+        actual = {name: tensors[name] for name in tensors.files}
+    if sorted(actual) != sorted(expected):
+        raise ExportError(
+            f"{_FAILED}: its outputs are {sorted(actual)}, expected {sorted(expected)}"
+        )
+    try:
+        return compare_all(actual, expected, rule, others)
+    except ExportError as error:
+        raise ExportError(f"{_FAILED}: {error}") from error
+
+
+_FAILED = "the exported graph did not pass its check"
 
 
 def _main(arguments: list[str]) -> int:
     import onnxruntime
 
-    model, request, described = arguments
+    model, request, answer = arguments
     with np.load(request) as tensors:
-        inputs = {k[3:]: tensors[k] for k in tensors.files if k.startswith("in.")}
-        expected = {k[4:]: tensors[k] for k in tensors.files if k.startswith("out.")}
+        inputs = {name: tensors[name] for name in tensors.files}
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    names = [o.name for o in session.get_outputs()]
-    if sorted(names) != sorted(expected):
-        print(f"its outputs are {sorted(names)}, expected {sorted(expected)}", file=sys.stderr)
-        return 1
-    actual = dict(zip(names, session.run(names, inputs), strict=True))
-    try:
-        report = compare_all(actual, expected, Rule(**json.loads(described)))
-    except ExportError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(json.dumps([o.model_dump() for o in report]))
+    names = [output.name for output in session.get_outputs()]
+    found: dict[str, NDArray] = dict(zip(names, session.run(names, inputs), strict=True))
+    np.savez(answer, **found)  # type: ignore[arg-type]
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export.detection_parity import compare_detections
+from export.detection_parity import compare_detections, perturbed
 from fdconv_deploy.errors import ExportError
 
 
@@ -82,6 +82,49 @@ def test_edges():
         parity([A, B, C, last], [A, B, C, (2, 0.35, 0, 60, 9, 69)])
     with pytest.raises(ExportError, match="graph finds class 1"):
         parity([A, B, last], [A, B, other])  # a place is left
+
+
+def test_rounding_explains_what_the_network_finds_now_and_then():
+    """An object on one side only, beside what the network answers to images changed a little."""
+
+    def ask(actual, expected, *others):
+        asked.clear()
+
+        def answers():
+            for rows in others:
+                asked.append(rows)
+                yield answer(rows)
+
+        found = compare_detections(answer(actual), answer(expected), 0.05, answers())
+        return {output.name: output for output in found}["labels"].argmax_agreement
+
+    asked = []
+    assert ask([A, C], [A, C], [A]) == 1
+    assert not asked  # without need nothing is asked for
+    assert ask([A, C], [A], [A], [A, C], [A]) == 0.5
+    assert len(asked) == 2  # the second try has it
+    assert ask([A], [A, C], [A, C], [A, B, C], [A]) == 0.5
+    moved = (1, 0.9, 0, 0, 40, 36)
+    assert ask([moved, C], [A, C], [A, C], [moved, C]) == 0.5
+    with pytest.raises(ExportError, match=r"graph finds class 1.*never finds it.*in 2 of 2 tries"):
+        ask([A, C], [A], [A], [A, B])
+    with pytest.raises(ExportError, match=r"network finds class 1.*finds it when.*1 of 1 tries"):
+        ask([A], [A, C], [A, C])
+    with pytest.raises(ExportError, match="class 3"):  # one of two is not explained
+        ask([A, (3, 0.7, 0, 0, 9, 9)], [A, C], [A], [A, C])
+
+
+def test_images_are_changed_by_a_millionth_and_nothing_else_is():
+    feed = {"images": np.float32([[0, 1, -200]]), "sizes": np.float32([[8, 9]])}
+    changed = list(perturbed(lambda given: given, feed))
+    assert len(changed) == 6
+    for given in changed:
+        assert given["sizes"] is feed["sizes"]
+        assert given["images"].dtype == np.float32
+        difference = np.abs(given["images"] - feed["images"])
+        assert difference[0, 0] == 0  # padding stays padding
+        assert 0 < difference.max() <= 200 * 1.1e-6
+    assert len({given["images"].tobytes() for given in changed}) == 6
 
 
 def test_padding_and_numbers():

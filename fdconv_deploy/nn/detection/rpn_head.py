@@ -70,7 +70,10 @@ class RPNHead(nn.Module):
         scores, boxes, groups = [], [], []
         anchors = self.anchors(features)
         for level, (logits, deltas) in enumerate(zip(*self(features), strict=True)):
-            best, indices = self.best_of_level(logits.sigmoid())
+            # A sigmoid, written out: near 1 ONNX Runtime's own operator is not monotone, and
+            # the order of the likeliest anchors would be another.
+            probabilities = 1 / (1 + (-logits).exp())
+            best, indices = self.best_of_level(probabilities)
             own = anchors[level][indices]
             boxes.append(decode(own, rows(deltas, indices), self.config.bbox_coder))
             scores.append(best)
