@@ -11,7 +11,9 @@ import torch
 from export.detection_parity import compare_detections
 from export.detector_inputs import made_up_detector_inputs
 from export.detectors import export_detector
+from export.engine import _feeds, _rule
 from export.pipeline import export_checkpoint
+from export.rules import Rule
 from export.verify import verify_bundle
 from fdconv_deploy.architecture import FDConvConfig, Preprocessing
 from fdconv_deploy.checkpoints import save_checkpoint
@@ -111,6 +113,14 @@ def test_manifest(bundle, detector):
         errors = {output.name: output for output in outputs}
         assert errors["labels"].argmax_agreement == 1
         assert 0 < errors["boxes"].max_rel <= 1e-5
+
+
+def test_an_engine_of_it_is_compared_on_streets_object_by_object(bundle):
+    feeds = _feeds(bundle, 3)
+    specs = [(t.name, t.shape, t.dtype) for t in bundle.manifest.inputs[3]]
+    assert [(n, x.shape, str(x.dtype)) for n, x in feeds.items()] == specs
+    assert len({tuple(size) for size in feeds["sizes"]}) == 3
+    assert _rule(bundle) == Rule("detections", 0.05)
 
 
 def test_the_runtime_takes_it(bundle):
