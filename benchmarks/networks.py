@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from export.inputs import made_up_images
 from fdconv_deploy.architecture import Architecture, BackboneConfig, FDConvConfig, HeadConfig
+from fdconv_deploy.benchmark.rivals.omni_dimensional import OmniDimensionalConv2d
 from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.detection.fpn import FPN
@@ -64,6 +65,7 @@ def trained_like(network: nn.Module, seed: int = 0, size: int = 128) -> nn.Modul
     images = made_up_images(6, (size, size))
     norms = {n: m for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
     pooled = [m for n, m in norms.items() if "KSM_Global" in n or "psp_modules" in n]
+    pooled += [m.norm for m in network.modules() if isinstance(m, OmniDimensionalConv2d)]
     for module in norms.values():
         module.reset_running_stats()
         module.momentum = None  # running statistics are those of all passes since the reset

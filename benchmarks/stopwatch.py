@@ -1,10 +1,10 @@
 """``fdconv bench`` against itself and an outside clock: ``python -m benchmarks.stopwatch``.
 
-Three measurements of one bundle, one after another: ``fdconv bench``, a loop that knows nothing
-of it, and ``fdconv bench`` again. The loop is a process that opens the graph in ONNX Runtime and
-runs it N or 3 N times, timed from outside by the wall clock; the difference over 2 N is a run,
-whatever starting and loading took. The two medians must lie within 3 %, and each within 5 % of
-the stopwatch, on a quiet machine: exit 1 where they do not.
+Of one bundle, one after another: a stopwatch, ``fdconv bench``, the stopwatch, ``fdconv bench``,
+the stopwatch. The stopwatch is a process that knows nothing of this project: it opens the graph
+in ONNX Runtime, runs it over and over, and says the median. The two medians of ``fdconv bench``
+must lie within 3 % of each other, and each within 5 % of the stopwatch's (the middle one of
+three), on a quiet machine: exit 1 where they do not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,12 @@ from fdconv_deploy.runtime.backends.cores import available_cores
 from fdconv_deploy.runtime.bundle import Bundle
 
 TWICE, OUTSIDE = 0.03, 0.05
-REPEATS = 5
+SECONDS = 10.0
 
 # Nothing of this project but its native operators where they are built: inputs of the same shape,
 # and ONNX Runtime with its own defaults but for threads and the settings that the runtime makes.
 LOOP = """
-import sys
+import sys, time
 import numpy as np, onnxruntime as ort
 model, threads, runs = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 options = ort.SessionOptions()
@@ -44,8 +43,12 @@ if len(sys.argv) > 4:
 session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 random = np.random.default_rng(0)
 feeds = {i.name: random.standard_normal(i.shape, dtype=np.float32) for i in session.get_inputs()}
+times = []
 for _ in range(runs):
+    start = time.perf_counter()
     session.run(None, feeds)
+    times.append(time.perf_counter() - start)
+print(np.median(times[len(times) // 5:]) * 1e3)
 """
 
 
@@ -59,44 +62,35 @@ def bench(bundle: Path, batch: int, threads: int, seconds: float) -> dict[str, A
     return {**report["rows"][0], "others_cpu": report["others_cpu"]}
 
 
-def stopwatch(model: Path, threads: int, runs: int) -> list[float]:
-    """Milliseconds of a run, ``REPEATS`` times, by the wall clock of whole processes."""
-    found = []
-    for _ in range(REPEATS):
-        short, long = (_wall(model, threads, n) for n in (runs, 3 * runs))
-        found.append((long - short) / (2 * runs) * 1e3)
-    return found
-
-
-def _wall(model: Path, threads: int, runs: int) -> float:
-    start = time.perf_counter()
+def stopwatch(model: Path, threads: int, runs: int) -> float:
+    """The median of some runs in milliseconds; the first fifth of them warms up."""
     library, _ = native_library()
     command = [sys.executable, "-c", LOOP, str(model), str(threads), str(runs)]
     command += [] if library is None else [str(library)]
-    subprocess.run(command, check=True)
-    return time.perf_counter() - start
+    return float(subprocess.check_output(command, text=True))
 
 
 def measure(bundle: Path, *, threads: int, seconds: float) -> dict[str, Any]:
     """All three: JSON, with ``twice`` and ``outside``, how far they are apart."""
     opened = Bundle.open(bundle)
     batch = opened.batch_sizes[0]
-    first = bench(bundle, batch, threads, seconds)
-    # Long enough that starting a process, which is never twice the same, weighs little.
-    runs = max(3, round(3e3 / first["ms"]["p50"]))
-    outside = stopwatch(opened.model_path(batch), threads, runs)
-    second = bench(bundle, batch, threads, seconds)
-    medians = [row["ms"]["p50"] for row in (first, second)]
+    model = opened.model_path(batch)
+    # As long as a bench's windows take, so that both see as much of the machine's moods.
+    runs = max(10, round(SECONDS * 1e3 / stopwatch(model, threads, 10)))
+    outside, rows = [stopwatch(model, threads, runs)], []
+    for _ in range(2):
+        rows.append(bench(bundle, batch, threads, seconds))
+        outside.append(stopwatch(model, threads, runs))
+    medians = [row["ms"]["p50"] for row in rows]
     middle = float(np.median(outside))
     return {
         "bundle": bundle.name,
         "bench_ms": medians,
-        "steady": [first["steady"], second["steady"]],
-        "stopwatch_ms": round(middle, 4),
-        "stopwatch_all_ms": [round(one, 4) for one in outside],
+        "steady": [row["steady"] for row in rows],
+        "stopwatch_ms": [round(one, 4) for one in outside],
         "twice": round(abs(medians[1] / medians[0] - 1), 4),
         "outside": round(max(abs(median / middle - 1) for median in medians), 4),
-        "others_cpu": max(first["others_cpu"] or 0, second["others_cpu"] or 0),
+        "others_cpu": max(row["others_cpu"] or 0 for row in rows),
     }
 
 

@@ -103,9 +103,10 @@ class TestBundle:
 class TestCheckpoint:
     @pytest.mark.parametrize("backend", ["eager", "folded"])
     def test_runs(self, backend):
-        with Child(first([packaged_checkpoint()], backends=[backend], size=(64, 64))) as child:
-            assert child.opened["details"]["choice"].startswith("PyTorch 2")
-            assert len(child.turn(1, 1).seconds) == 1
+        work = open_work(first([packaged_checkpoint()], backends=[backend], size=(64, 64)))
+        assert work.details["choice"].startswith("PyTorch 2")
+        assert work.details["size"] == (64, 64)
+        assert work.run().shape[:2] == (1, 11)
 
     def test_needs_a_size(self):
         with pytest.raises(FDConvError, match=r"records no size\. Say which: --size"):
