@@ -10,7 +10,7 @@ from typing import Any
 from fdconv_deploy.benchmark.speed import tables
 from fdconv_deploy.benchmark.speed.style import STYLE
 from fdconv_deploy.benchmark.speed.svg import Bar, Point, bars, curves, legend
-from fdconv_deploy.benchmark.speed.tables import Report, Row, row_name, side_name
+from fdconv_deploy.benchmark.speed.tables import Report, Row, side_name
 
 # Where bars of divergence start: what float32 rounds away anyhow.
 LEAST = 1e-8
@@ -50,7 +50,7 @@ def _latency(report: Report) -> Iterator[str]:
     rows, colours = report["rows"], _colours(report["rows"])
     drawn = [
         Bar(
-            row_name(row),
+            f"{side_name(row)}, {_batch(row)}",
             [(colours[side_name(row)], row["ms"]["p50"])],
             f"{row['ms']['p50']:.4g} ms" + ("" if row["steady"] else " ~"),
             [row["ms"]["p90"], row["ms"]["p99"]],
@@ -67,20 +67,27 @@ def _throughput(report: Report) -> Iterator[str]:
     swept = len(report["settings"]["concurrency"]) > 1
     lines: dict[tuple[str, int], list[Point]] = {}
     for row in rows:
-        many = f"×{row['concurrency']}" if row["concurrency"] > 1 else ""
-        point = Point(row["images_per_second"], row["ms"]["p50"], f"b{row['batch']}{many}")
+        point = Point(row["images_per_second"], row["ms"]["p50"], _batch(row))
         lines.setdefault((side_name(row), row["batch"] if swept else 0), []).append(point)
     series = [(colours[name], line) for (name, _), line in lines.items()]
     plot = curves("Latency against throughput", series, "images per second", "milliseconds")
-    said = "To the right is more in all, downwards is sooner. b4×2: batch 4, two at a time."
+    said = (
+        "To the right is more in all, downwards is sooner (logarithmic). b4×2 is batch 4, two "
+        "requests at a time."
+    )
     yield _section("Latency and throughput", plot, legend(list(colours)), said=said)
+
+
+def _batch(row: Row) -> str:
+    """Batch size and concurrency, short enough for a phone."""
+    return f"b{row['batch']}" + (f"×{row['concurrency']}" if row["concurrency"] > 1 else "")
 
 
 def _memory(report: Report) -> Iterator[str]:
     known = [row for row in _once(report["rows"]) if row["peak_mb"] is not None]
     drawn = [
         Bar(
-            f"{side_name(row)}, batch {row['batch']}",
+            f"{side_name(row)}, b{row['batch']}",
             [(0, row["loaded_mb"]), (1, max(row["peak_mb"] - row["loaded_mb"], 0))],
             f"{row['peak_mb']:,} MB"
             + (f", GPU {row['device_mb']:,} MB" if row["device_mb"] is not None else ""),
@@ -100,7 +107,7 @@ def _start(report: Report) -> Iterator[str]:
             steps = row["import_seconds"], row["load_seconds"], row["first_ms"] / 1e3
             drawn.append(
                 Bar(
-                    f"{side_name(row)}, batch {row['batch']}",
+                    f"{side_name(row)}, b{row['batch']}",
                     list(enumerate(steps)),
                     f"{sum(steps):.2f} s",
                 )

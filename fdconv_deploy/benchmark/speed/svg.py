@@ -86,24 +86,24 @@ def curves(
     x_name: str,
     y_name: str,
 ) -> str:
-    """Lines of points, each of a colour; both axes start at 0."""
+    """Lines of points, each of a colour: x from 0, y, which is above 0, by its logarithm."""
     height, bottom, top = 300, 262, 30
     points = [point for _, line in series for point in line]
     x_ticks = ticks(max((point.x for point in points), default=1.0))
-    y_ticks = ticks(max((point.y for point in points), default=1.0))
+    y_ticks = powers([point.y for point in points])
 
     def x_at(value: float) -> float:
         return 2 + value / x_ticks[-1] * 88
 
     def y_at(value: float) -> float:
-        return bottom - value / y_ticks[-1] * (bottom - top)
+        share = math.log(value / y_ticks[0]) / math.log(y_ticks[-1] / y_ticks[0])
+        return bottom - share * (bottom - top)
 
     drawn = []
     for tick in y_ticks:
         y = y_at(tick)
         drawn.append(f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
-        if tick:
-            drawn.append(f'<text class="faint" x="0" y="{y - 3:.1f}">{tick:g}</text>')
+        drawn.append(f'<text class="faint" x="0" y="{y - 3:.1f}">{tick:g}</text>')
     drawn += [
         f'<text class="faint" x="{x_at(tick):.2f}%" y="{bottom + 15}" '
         f'text-anchor="middle">{tick:g}</text>'
@@ -137,6 +137,17 @@ def ticks(most: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
     return [round(step * n, 10) for n in range(math.ceil(most / step - 1e-9) + 1)]
+
+
+def powers(values: Sequence[float]) -> list[float]:
+    """1, 2 and 5 times powers of ten, from at or below the least of some values to the most."""
+    least, most = min(values, default=1.0), max(values, default=1.0)
+    # A decade more on either side: logarithms of round numbers are rounded, too.
+    decades = range(math.floor(math.log10(least)) - 1, math.floor(math.log10(most)) + 3)
+    steps = [float(f"{step}e{decade}") for decade in decades for step in (1, 2, 5)]
+    first = max(step for step in steps if step <= least)
+    last = min(step for step in steps if step >= most and step > first)
+    return [step for step in steps if first <= step <= last]
 
 
 def legend(names: Sequence[str]) -> str:

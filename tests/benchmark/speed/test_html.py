@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from benchmarks.screenshots import find_browser, take
 from fdconv_deploy.benchmark import machine
 from fdconv_deploy.benchmark.speed.html import page
-from fdconv_deploy.benchmark.speed.svg import ticks
+from fdconv_deploy.benchmark.speed.svg import powers, ticks
 
 
 def row(name: str, ms: float, **changes: object) -> dict:
@@ -110,6 +110,16 @@ def test_ticks_cover_what_there_is(most):
     assert found[-1] >= most * 0.999
     assert 4 <= len(found) <= 6
     assert found[-2] < most
+
+
+@given(st.lists(st.floats(1e-3, 1e6), min_size=1))
+def test_powers_enclose_what_there_is(values):
+    found = powers(values)
+    assert found[0] <= min(values)
+    assert found[-1] >= max(values)
+    assert len(found) >= 2
+    assert found == sorted(set(found))
+    assert len(found) < 3 or found[1] > min(values)
 
 
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed")
