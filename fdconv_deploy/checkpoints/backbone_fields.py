@@ -10,7 +10,7 @@ from fdconv_deploy.architecture import RESNET_BLOCKS, BackboneConfig, FDConvConf
 from fdconv_deploy.checkpoints.band_fields import places_of_bands
 from fdconv_deploy.checkpoints.facts import UNSET, Evidence, stated, type_of
 from fdconv_deploy.checkpoints.fdconv_fields import infer_conv
-from fdconv_deploy.checkpoints.layers import Layer, Shapes, conv_layers
+from fdconv_deploy.checkpoints.layers import Layer, Shapes, conv_layers, dynamic_names
 from fdconv_deploy.errors import CheckpointError
 
 _BLOCK = re.compile(r"layer(\d+)\.(\d+)\.conv\d$")
@@ -30,6 +30,7 @@ def infer_backbone(state: Shapes, section: Mapping[str, Any], evidence: Evidence
     Raises:
         CheckpointError: it is not a ResNet of mmsegmentation's, or witnesses disagree.
     """
+    _refuse_a_start(state)
     layers = {layer.name: layer for layer in conv_layers(state)}
     _check_is_resnet(layers, section)
     blocks = _blocks(layers)
@@ -159,6 +160,18 @@ def _check_all_plain(scope: Sequence[Layer], conv_cfg: Mapping[str, Any]) -> Non
                 "should have KSM_Global and has not. Use the checkpoint trained with this config; "
                 "fdconv_deploy.checkpoints.convert_state_dict starts one from plain weights."
             )
+
+
+def _refuse_a_start(state: Shapes) -> None:
+    """Converted weights are no network yet: their layers have spectra and no attentions."""
+    spectra = [key for key in state if key.endswith(".dft_weight")]
+    if spectra and not dynamic_names(state):
+        raise CheckpointError(
+            f"It holds spectra without attentions ({spectra[0]}, and no KSM_Global): weights for "
+            "an FDConv network to start training from, as the published converter and `fdconv "
+            "convert` write them. Give the checkpoint that training made, or convert with "
+            "--equivalent for a whole network."
+        )
 
 
 def _check_is_resnet(layers: Mapping[str, Layer], section: Mapping[str, Any]) -> None:

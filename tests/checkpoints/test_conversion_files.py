@@ -124,6 +124,16 @@ def test_an_imagenet_classifier(tmp_path: Path) -> None:
     assert report.backbone.conv.param_ratio == 2
 
 
+def test_a_start_is_no_network_yet(tmp_path: Path) -> None:
+    """What the published converter writes is told apart, by inspect and on loading."""
+    convert_checkpoint(plain_checkpoint(), tmp_path / "start.pth")
+    report = inspect_checkpoint(tmp_path / "start.pth")
+    assert report.problem is not None
+    assert "spectra without attentions (layer" in report.problem
+    with pytest.raises(CheckpointError, match="--equivalent for a whole network"):
+        load_checkpoint(tmp_path / "start.pth", require_fdconv=False)
+
+
 def test_the_limit_is_given(tmp_path: Path) -> None:
     torch.save(plain_resnet(18, num_stages=2, out_indices=(0, 1)).state_dict(), tmp_path / "in.pth")
     report = convert_checkpoint(tmp_path / "in.pth", tmp_path / "a.pth")
