@@ -103,6 +103,8 @@ def test_there_are_lines() -> None:
 
 def test_inspect_and_verify(said: dict[str, str]) -> None:
     assert "person" in of(said, "inspect")
+    for name in ("boxes", "scores", "labels", "count", "masks", "same objects"):
+        assert name in of(said, "export")
     assert "The bundle holds" in of(said, "verify")
 
 

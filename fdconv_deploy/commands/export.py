@@ -160,13 +160,15 @@ def export(
 
 def _print_export(bundle: Any) -> None:
     manifest = bundle.manifest
-    table = Table("batch", "error", "relative", "same class", title=f"{bundle.path}")
+    same = "same objects" if manifest.kind == "detector" else "same class"
+    table = Table("batch", "output", "error", "relative", same, title=f"{bundle.path}")
     assert manifest.parity is not None
     for batch, outputs in manifest.parity.batches.items():
         for output in outputs:
             agreement = output.argmax_agreement
             table.add_row(
                 str(batch),
+                output.name,
                 f"{output.max_abs:.1e}",
                 f"{output.max_rel:.1e}",
                 "" if agreement is None else f"{agreement:.4%}",
@@ -181,8 +183,11 @@ def _print_export(bundle: Any) -> None:
     if manifest.precision != "fp32":
         _print_precision(console, manifest.precision, manifest.graph["precision"])
     height, width = manifest.input.height, manifest.input.width
-    how = "stretched" if manifest.fit == "stretch" else "padded"
-    console.print(f"Images of other proportions than {height}x{width} are {how} (see --fit).")
+    if manifest.kind == "detector":
+        console.print(f"Images keep their proportions and are padded to {height}x{width}.")
+    else:
+        how = "stretched" if manifest.fit == "stretch" else "padded"
+        console.print(f"Images of other proportions than {height}x{width} are {how} (see --fit).")
     if manifest.graph.get("frequency_order") == "stable":
         console.print("Frequency order: stable, not the published one (see fdconv inspect).")
     assumed = manifest.graph.get("assumed", {})
