@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,9 @@ def serve(
     ] = None,
 ) -> None:
     """Serve bundles over HTTP: POST an image to /v1/segment, or try it in a browser at /."""
+    # Read when numpy is imported. Codec threads share the cores already: OpenBLAS's own would
+    # wait busily for them, and cost more than the products they share.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         import serve as service
     except ImportError as error:

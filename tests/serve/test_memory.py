@@ -1,7 +1,8 @@
-"""The allocator's settings, in a process of their own."""
+"""The process's own settings, each in a process of its own."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -34,3 +35,21 @@ def test_what_was_large_does_not_stay() -> None:
 
     assert grown("set") < 6  # what is kept is 4 MB
     assert grown("unset") > 10  # else the setting, or this test, is for nothing
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "1"), ("3", "3")])
+def test_the_command_leaves_the_cores_to_its_own_threads(given: str | None, found: str) -> None:
+    """OpenBLAS reads it when numpy is imported, so it is set before; the user's own stays."""
+    program = (
+        "import atexit, os, sys\n"
+        "from fdconv_deploy.cli import main\n"
+        "assert 'numpy' not in sys.modules\n"
+        "atexit.register(lambda: print(os.environ['OPENBLAS_NUM_THREADS']))\n"
+        "sys.argv = ['fdconv', 'serve', '/none']\n"
+        "main()\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "OPENBLAS_NUM_THREADS"}
+    env |= {} if given is None else {"OPENBLAS_NUM_THREADS": given}
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert ended.stdout.split()[-1] == found, ended.stderr
