@@ -109,7 +109,7 @@ def lively_heads(network: Detector, images: Tensor) -> Detector:
     _spread_maps(rpn.rpn_conv, features)
     hidden = [torch.relu(rpn.rpn_conv(x)) for x in features]
     _spread_maps(rpn.rpn_cls, hidden, 2.0)
-    _spread_maps(rpn.rpn_reg, hidden, 0.2)
+    _spread_maps(rpn.rpn_reg, hidden, 0.1)
     sizes = images.new_tensor(images.shape[-2:]).expand(len(images), 2)
     proposals, valid = rpn.propose(features, sizes)
     x = roi.bbox_roi_extractor(features, proposals)[valid.reshape(-1)].flatten(1)
@@ -117,13 +117,14 @@ def lively_heads(network: Detector, images: Tensor) -> Detector:
         _spread(layer, layer(x).T)
         x = torch.relu(layer(x))
     _spread(roi.bbox_head.fc_cls, roi.bbox_head.fc_cls(x).T, 3.0)
-    _spread(roi.bbox_head.fc_reg, roi.bbox_head.fc_reg(x).T)
+    # The box coder takes a tenth or a fifth of it: boxes move by a few percent of their size.
+    _spread(roi.bbox_head.fc_reg, roi.bbox_head.fc_reg(x).T, 0.3)
     if roi.mask_head is not None and roi.mask_roi_extractor is not None:
         x = roi.mask_roi_extractor(features, proposals[:, :100])
         for layer in [*(conv.conv for conv in roi.mask_head.convs), roi.mask_head.upsample]:
             _spread_maps(layer, [x])
             x = torch.relu(layer(x))
-        _spread_maps(roi.mask_head.conv_logits, [x], 3.0)
+        _spread_maps(roi.mask_head.conv_logits, [x], 2.0)
     return network
 
 
