@@ -82,7 +82,7 @@ def test_the_packaged_network(tmp_path):
     from export import export_checkpoint
 
     checkpoint = ROOT / "fdconv_deploy/demo/assets/streets.pth"
-    exported = export_checkpoint(checkpoint, tmp_path / "bundle", size=(96, 128), batches=(1, 4))
+    exported = export_checkpoint(checkpoint, tmp_path / "bundle", size=(192, 256), batches=(1, 4))
     variant = tmp_path / "plugins.onnx"
     onnx.save(ask_for_plugins(onnx.load(str(exported.model_path(1)))).model, variant)
     *lines, _ = build(exported.model_path(1), exported.model_path(4), variant)
