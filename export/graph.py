@@ -14,6 +14,7 @@ import fdconv_deploy
 from export.capture import PLACEHOLDER
 from export.layers import LayerWriter
 from export.passes.batch_norm import fold_batch_norms
+from export.passes.late_reshapes import move_reshapes
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.network import dynamic_layers
@@ -69,6 +70,8 @@ def build_graph(
         node.outputs.clear()
         node.inputs.clear()
         _take_over(output, result)
+    if batch > 1:
+        move_reshapes(graph, writer.nodes)
     graph.cleanup().toposort()
     model = gs.export_onnx(graph)
     _finish(model, writer)

@@ -15,12 +15,12 @@ from fdconv_deploy.folding.layer import FoldedConv
 class LayerWriter:
     """Writes folded layers into one graph, for one batch size, sharing equal constants.
 
-    ``functions``: what the nodes written so far call, by name.
+    ``nodes`` appends them; ``functions``: what those written so far call, by name.
     """
 
     def __init__(self, graph: gs.Graph, batch: int) -> None:
-        self._nodes = Nodes(graph, batch)
-        self.functions = self._nodes.functions
+        self.nodes = Nodes(graph, batch)
+        self.functions = self.nodes.functions
 
     def write(self, layer: FoldedConv, x: gs.Tensor) -> gs.Variable:
         """Append a layer's nodes.
@@ -31,7 +31,7 @@ class LayerWriter:
         Returns:
             ``(batch, O, H', W')`` float32.
         """
-        nodes = self._nodes
+        nodes = self.nodes
         nodes.begin(layer.name)
         # ONNX Runtime takes twice as long for GlobalAveragePool (benchmarks/primitives.py).
         average = nodes("ReduceMean", "average", x, nodes.shape(2, 3), keepdims=0)

@@ -1,0 +1,73 @@
+"""Activations and sums join a batch's convolutions, as they join a single image's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export import export_module
+from fdconv_deploy.nn import FDConv2d
+
+
+class Blocks(nn.Module):
+    """Two residual blocks; the second's shortcut is what the first one gives."""
+
+    def __init__(self, size: int = 3) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            FDConv2d(32, 32, size, padding=size // 2, bias=False, kernel_num=4) for _ in range(4)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first in (0, 2):
+            y = F.relu(self.norms[first](self.convs[first](x)))
+            x = F.relu(self.norms[first + 1](self.convs[first + 1](y)) + x)
+        return x
+
+
+class Twice(nn.Module):
+    """An answer that two others read, and one that is the network's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = FDConv2d(32, 32, 1, bias=False, kernel_num=4)
+        self.second = FDConv2d(32, 32, 1, bias=False, kernel_num=4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.first(x)
+        z = self.second(F.relu(y) + y)
+        return z + z, y
+
+
+def operators(model: Path, folder: Path) -> Counter[str]:
+    """Operators of what ONNX Runtime makes of a graph."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / f"optimised-{model.name}")
+    ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    return Counter(node.op_type for node in optimised.graph.node)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_batch_fuses_what_one_image_does(tmp_path, size):
+    torch.manual_seed(0)
+    network = Blocks(size).eval()
+    # Larger than its kernels, so that no layer convolves by kernel rows.
+    bundle = export_module(network, torch.randn(2, 32, 32, 32), tmp_path / "bundle", batches=(1, 2))
+    one, two = (operators(bundle.model_path(batch), tmp_path) for batch in (1, 2))
+    assert two["FusedConv"] == one["FusedConv"] >= 4
+    assert two["Relu"] == one["Relu"]
+
+
+def test_answers_that_others_read_stay_as_they_are(tmp_path):
+    torch.manual_seed(0)
+    bundle = export_module(Twice().eval(), torch.randn(3, 32, 8, 8), tmp_path / "bundle")
+    assert max(output.max_rel for output in bundle.manifest.parity.batches[3]) <= 2e-6
