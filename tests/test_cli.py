@@ -264,7 +264,7 @@ USAGE = [
         (["export", "CHECKPOINT", "-o", "OUT", "--size", "64", "--set", "style"], 2, "FIELD=VALUE"),
         (["export", "CHECKPOINT", "-o", "OUT", "--size", "64", "--fit", "crop"], 2, "stretch"),
         (["segment", "nowhere", "x.png", "-o", "OUT"], 1, "does not exist"),
-        (["serve", "nowhere"], 1, "does not exist"),
+        (["serve", "nowhere", "--port", "0"], 1, "does not exist"),
         (["serve", "nowhere", "--log-level", "loud"], 2, "log-level"),
         (
             ["export", "CHECKPOINT", "-o", "OUT", "--size", "64", "--config", "EMPTY"],

@@ -99,8 +99,9 @@ def test_native_beside_portable(streets, monkeypatch, capfd):
     assert tables.side_name(native) == "streets, onnxruntime-cpu, native, fp32"
     first, second = report["profiles"]
     assert second["title"] == "streets, onnxruntime-cpu, native, batch 1"
-    # The same layers, each kernel assembled in one node.
-    assert [x["name"] for x in first["layers"]] == [x["name"] for x in second["layers"]]
+    # The same layers, in whatever order the runtime takes branches; each kernel in one node.
+    names = [sorted(x["name"] for x in profile["layers"]) for profile in (first, second)]
+    assert names[0] == names[1]
     assert 0 < second["sums"]["kernel assembly"] < first["sums"]["kernel assembly"]
 
 
