@@ -28,7 +28,7 @@ from fdconv_deploy.commands.verify import verify
 from fdconv_deploy.errors import FDConvError
 
 app = typer.Typer(
-    help="Export, verify, run and serve FDConv segmentation networks.",
+    help="Export, verify, run, time and serve FDConv networks: segmentors and detectors.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -266,6 +266,8 @@ USAGE = [
         (["segment", "nowhere", "x.png", "-o", "OUT"], 1, "does not exist"),
         (["serve", "nowhere", "--port", "0"], 1, "does not exist"),
         (["serve", "nowhere", "--log-level", "loud"], 2, "log-level"),
+        (["serve", "nowhere", "--api-keys", "/dev/null"], 1, "holds no API key"),
+        (["serve", "nowhere", "--api-keys", "nokeys"], 1, "cannot be read"),
         (
             ["export", "CHECKPOINT", "-o", "OUT", "--size", "64", "--config", "EMPTY"],
             1,

@@ -90,8 +90,9 @@ def load_checkpoint(
     if require_fdconv and not dynamic_names(state):
         raise CheckpointError(
             f"{path} is not an FDConv checkpoint: no layer in it is one (no …KSM_Global… among its "
-            "names). Expected a network trained with conv_cfg type FDConv. To load a plain network "
-            "all the same, pass require_fdconv=False."
+            "names). Expected a network trained with conv_cfg type FDConv. `fdconv convert "
+            "--equivalent` makes one of a plain network; from Python, require_fdconv=False loads "
+            "it as it is."
         )
     _fill(network, state, path)
     network.eval()

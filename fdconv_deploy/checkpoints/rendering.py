@@ -41,7 +41,14 @@ def render(report: Report, console: Console, *, layers: bool = True) -> None:
         console.print(f"[yellow]Note:[/yellow] {escape(note)}")
     if report.frequency_order is not None:
         order = report.frequency_order
-        known = f"[bold]{order.order}[/bold]" if order.order else "[yellow]not told[/yellow]"
+        known = (
+            f"[bold]{order.order}[/bold]"
+            if order.order
+            else (
+                "[yellow]not told[/yellow], so that torch, the published one, will be assumed "
+                "(--frequency-order of export gives another)"
+            )
+        )
         console.print(f"Frequency order: {known}. {escape(' '.join(order.reasons))}")
     if report.dropped:
         console.print(f"Left out: {escape('; '.join(report.dropped))}")

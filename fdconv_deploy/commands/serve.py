@@ -82,11 +82,26 @@ def serve(
         "log_format": log_format,
     }
     if api_keys is not None:
-        given["api_keys"] = [key for key in api_keys.read_text().split() if key]
+        given["api_keys"] = _keys(api_keys)
     # The command line wins over the file, where it says anything of its own.
     defaults = {name: field.default for name, field in service.Settings.model_fields.items()}
     said = {name: value for name, value in given.items() if value != defaults[name]}
     service.run(bundles, host, port, _checked({**_read(settings), **said}), log_level=log_level)
+
+
+def _keys(path: Path) -> list[str]:
+    """One key a line. A file without any would leave the service open, unasked."""
+    try:
+        keys = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise FDConvError(f"The API keys in {path} cannot be read: {reason}.") from error
+    if not keys:
+        raise FDConvError(
+            f"{path} holds no API key, and without one anybody is answered. Write one a line into "
+            "it, or leave --api-keys out."
+        )
+    return keys
 
 
 def _read(path: Path | None) -> dict[str, Any]:
