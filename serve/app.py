@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -19,6 +20,9 @@ from .routes import ROUTERS, infer_at_once
 from .security import Keys
 from .service import Service
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from .kserve.grpc_server import GrpcServer
 
 
 def create_app(
@@ -38,6 +42,7 @@ def create_app(
     :raises FDConvError: what a setting needs is not installed.
     """
     settings = settings or Settings()
+    serving = None if settings.grpc_port is None else _grpc_server()
     keys = Keys(settings)
     service = Service(bundles, settings)
 
@@ -47,8 +52,8 @@ def create_app(
         await service.start()
         grpc = None
         try:
-            if settings.grpc_port is not None:
-                grpc = _grpc_server(service, keys)
+            if serving is not None and settings.grpc_port is not None:
+                grpc = serving(service, keys)
                 await grpc.start(host, settings.grpc_port)
                 app.state.grpc_port = grpc.port
             yield
@@ -78,7 +83,7 @@ def create_app(
     return app
 
 
-def _grpc_server(service: Service, keys: Keys):  # type: ignore[no-untyped-def]
+def _grpc_server() -> type[GrpcServer]:
     try:
         from .kserve.grpc_server import GrpcServer
     except ImportError as error:
@@ -86,4 +91,4 @@ def _grpc_server(service: Service, keys: Keys):  # type: ignore[no-untyped-def]
             f"The gRPC service needs {error.name}, which is not installed: "
             "pip install 'fdconv-deploy[grpc]'."
         ) from error
-    return GrpcServer(service, keys)
+    return GrpcServer

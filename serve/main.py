@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import ssl
 import threading
@@ -108,6 +109,10 @@ def _server(
     for path in (certificate, key, settings.tls_client_ca):
         if path is not None and not path.is_file():
             raise ServerError(f"TLS needs the file {path}, which does not exist.")
+    if settings.grpc_port is not None:
+        # gRPC binds when the models load, shares a port with whoever has it, or ends in a
+        # traceback.
+        _bound(host, settings.grpc_port).close()
     try:
         config = uvicorn.Config(
             create_app(bundles, settings, host=host),
@@ -138,7 +143,8 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number and number > 0 else error
         raise ServerError(
             f"The service cannot listen on {host}, port {port} ({reason}). Stop what uses that "
             "port, or give another one."
