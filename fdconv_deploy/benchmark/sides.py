@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.benchmark.detection.evaluation import DetectionSide
 from fdconv_deploy.benchmark.detection.evaluation import bundle_side as detector_side
-from fdconv_deploy.benchmark.evaluation import Side, bundle_side
+from fdconv_deploy.benchmark.evaluation import Labels, bundle_side
+from fdconv_deploy.benchmark.turns import Side
 from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.runtime import Session, open_session
+from fdconv_deploy.runtime import Detection, Session, open_session
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.session import Mode
 
@@ -26,7 +26,7 @@ def open_sides(
     threads: int | None = None,
     config: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> Iterator[list[Side]]:
+) -> Iterator[list[Side[Labels]]]:
     """The sides, in order, while the context lasts.
 
     Checkpoints run in PyTorch, which is not imported where there are none. Beside a bundle
@@ -68,7 +68,7 @@ def open_detection_sides(
     threads: int | None = None,
     config: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> Iterator[list[DetectionSide]]:
+) -> Iterator[list[Side[Detection]]]:
     """As :func:`open_sides`, of detectors.
 
     Beside a bundle, checkpoints see images at the first bundle's size; alone, as the published
@@ -118,7 +118,7 @@ def _detector_checkpoint(
     threads: int | None,
     config: Path | None,
     overrides: Mapping[str, Any] | None,
-) -> DetectionSide:
+) -> Side[Detection]:
     import torch
 
     from fdconv_deploy.benchmark.detection.torch_side import torch_side
@@ -138,7 +138,7 @@ def _checkpoint(
     threads: int | None,
     config: Path | None,
     overrides: Mapping[str, Any] | None,
-) -> Side:
+) -> Side[Labels]:
     import torch
 
     from fdconv_deploy.benchmark.torch_side import torch_side

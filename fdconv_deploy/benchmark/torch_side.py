@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fdconv_deploy.benchmark.evaluation import Answer, Side
+from fdconv_deploy.benchmark.evaluation import Labels
+from fdconv_deploy.benchmark.turns import Answer, Side
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.runtime.manifest import Fit
@@ -34,7 +35,7 @@ def torch_side(
     size: tuple[int, int] | None = None,
     mode: Mode | None = None,
     fit: Fit = "stretch",
-) -> Side:
+) -> Side[Labels]:
     """The published network's side.
 
     :param network: in eval mode.
@@ -59,7 +60,7 @@ def torch_side(
         with torch.inference_mode():
             return network(torch.from_numpy(inputs)).numpy()
 
-    def whole(image: NDArray[np.uint8]) -> Answer:
+    def whole(image: NDArray[np.uint8]) -> Answer[Labels]:
         image = check_image(image)
         shape = image.shape[0], image.shape[1]
         if size is None:
@@ -75,7 +76,7 @@ def torch_side(
         align = architecture.decode_head.align_corners
         return Answer(label_map(logits, target, covered, shape, align_corners=align), spent)
 
-    def sliding(image: NDArray[np.uint8]) -> Answer:
+    def sliding(image: NDArray[np.uint8]) -> Answer[Labels]:
         assert crop is not None
         labels, _, timings = slide(image, architecture, crop, run, batch=1)
         return Answer(labels, timings["inference"])

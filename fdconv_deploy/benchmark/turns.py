@@ -1,13 +1,21 @@
-"""Several networks timed beside each other, image by image."""
+"""Several networks beside each other on the same images: sides, which take turns.
+
+Nothing here imports torch: a side is whatever answers an image.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fdconv_deploy.benchmark.datasets import DatasetError
+from fdconv_deploy.runtime import Session
 
 
 class Pictured(Protocol):
@@ -18,57 +26,142 @@ class Pictured(Protocol):
         """(H, W, 3) uint8 RGB."""
 
 
-class Timed(Protocol):
-    """What a network answers."""
+S = TypeVar("S", bound=Pictured)
+F = TypeVar("F")
+
+
+@dataclass(frozen=True)
+class Answer(Generic[F]):
+    """``found`` in an image, and the seconds that the network itself took of it."""
+
+    found: F
+    inference: float
+
+
+@dataclass(frozen=True)
+class Side(Generic[F]):
+    """Something that answers images: (H, W, 3) uint8 RGB -> `Answer`.
+
+    ``name``: its path. ``details``: what it is, for the report: kind, backend, precision,
+    mode if it has any, and the (height, width) it computes at, if that is one for all images.
+    """
+
+    name: str
+    answer: Callable[[NDArray[np.uint8]], Answer[F]]
+    classes: tuple[str, ...]
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Timed(Generic[F]):
+    """A side and how fast it was.
+
+    Attributes:
+        seconds: of each image, from decoded pixels to the answer at the image's size.
+        inference: of each image, of the network alone.
+    """
+
+    side: Side[F]
+    seconds: tuple[float, ...]
+    inference: tuple[float, ...]
 
     @property
-    def inference(self) -> float:
-        """The seconds that the network itself took."""
+    def images_per_second(self) -> float:
+        """Images, one after another, over the time they took together."""
+        return len(self.seconds) / sum(self.seconds)
+
+    def report(self, scores: dict[str, Any], classes: list[dict[str, Any]]) -> dict[str, Any]:
+        """For JSON: what it is, its scores, its speed, and what each class scored."""
+        return {
+            "name": self.side.name,
+            **self.side.details,
+            **scores,
+            "images_per_second": round(self.images_per_second, 3),
+            "milliseconds": {
+                "median": _milliseconds(np.median(self.seconds)),
+                "p90": _milliseconds(np.percentile(self.seconds, 90)),
+                "inference_median": _milliseconds(np.median(self.inference)),
+            },
+            "classes": [
+                {"name": name, **scored}
+                for name, scored in zip(self.side.classes, classes, strict=True)
+            ],
+        }
 
 
-S = TypeVar("S", bound=Pictured)
-A = TypeVar("A", bound=Timed)
-
-
-class Turns(Generic[A]):
-    """Every image goes through all networks before the next one.
+class Turns(Generic[F]):
+    """Every image goes through all sides before the next one.
 
     They take turns in going first, so that a machine's drift hits all alike. Each sees the
     first image once before anything is timed. Making the samples is not timed.
 
-    ``seconds`` and ``inference``: of each network, of each image; from decoded pixels to the
-    answer, and of the network alone.
+    :param sides: one or more, all of the same classes.
+    :raises DatasetError: the sides' classes differ.
     """
 
-    def __init__(self, networks: Sequence[Callable[[NDArray[np.uint8]], A]]) -> None:
-        self._networks = tuple(networks)
-        self.seconds: list[list[float]] = [[] for _ in networks]
-        self.inference: list[list[float]] = [[] for _ in networks]
+    def __init__(self, sides: Sequence[Side[F]]) -> None:
+        for side in sides[1:]:
+            _check_classes(sides[0], side)
+        self._sides = tuple(sides)
+        self._seconds: list[list[float]] = [[] for _ in sides]
+        self._inference: list[list[float]] = [[] for _ in sides]
 
-    def over(self, samples: Iterable[S]) -> Iterator[tuple[S, list[A]]]:
-        """Each sample, and all networks' answers in their own order."""
-        count = len(self._networks)
+    def over(
+        self, samples: Iterable[S], progress: Callable[[int], None]
+    ) -> Iterator[tuple[S, list[F]]]:
+        """Each sample, and what all sides found in it, in their own order.
+
+        :param progress: called with the number of images done after each.
+        """
+        count = len(self._sides)
         for number, sample in enumerate(samples):
             if number == 0:
-                for network in self._networks:
-                    network(sample.image)
-            answers: dict[int, A] = {}
+                for side in self._sides:
+                    side.answer(sample.image)
+            found: dict[int, F] = {}
             for turn in range(count):
                 index = (turn + number) % count
                 start = time.perf_counter()
-                answers[index] = self._networks[index](sample.image)
-                self.seconds[index].append(time.perf_counter() - start)
-                self.inference[index].append(answers[index].inference)
-            yield sample, [answers[index] for index in range(count)]
+                answer = self._sides[index].answer(sample.image)
+                self._seconds[index].append(time.perf_counter() - start)
+                self._inference[index].append(answer.inference)
+                found[index] = answer.found
+            yield sample, [found[index] for index in range(count)]
+            progress(number + 1)
+
+    def timed(self, index: int) -> tuple[Side[F], tuple[float, ...], tuple[float, ...]]:
+        """A side and its times so far: what `Timed` holds of it."""
+        return self._sides[index], tuple(self._seconds[index]), tuple(self._inference[index])
 
 
-def speed(seconds: Sequence[float], inference: Sequence[float]) -> dict[str, Any]:
-    """A network's times for JSON: images a second one after another, and milliseconds."""
+def bundle_details(session: Session, **more: Any) -> dict[str, Any]:
+    """What a bundle's side is, for the report."""
     return {
-        "images_per_second": round(len(seconds) / sum(seconds), 3),
-        "milliseconds": {
-            "median": round(float(np.median(seconds)) * 1e3, 2),
-            "p90": round(float(np.percentile(seconds, 90)) * 1e3, 2),
-            "inference_median": round(float(np.median(inference)) * 1e3, 2),
-        },
+        "kind": "bundle",
+        "backend": session.backend,
+        "precision": session.bundle.manifest.precision,
+        **more,
+        "size": list(session.input_size),
     }
+
+
+def _milliseconds(seconds: np.floating) -> float:
+    return round(float(seconds) * 1e3, 2)
+
+
+def _check_classes(first: Side, other: Side) -> None:
+    pairs = zip_longest(first.classes, other.classes)
+    differ = next((index for index, (a, b) in enumerate(pairs) if a != b), None)
+    if differ is not None:
+        raise DatasetError(
+            f"The {first.name} has {len(first.classes)} classes ({_some(first.classes, differ)}), "
+            f"the {other.name} {len(other.classes)} ({_some(other.classes, differ)}): they cannot "
+            "be compared on the same data."
+        )
+
+
+def _some(names: Sequence[str], last: int) -> str:
+    """Three of the names, up to the ``last`` one if it is not among the first three."""
+    start = max(0, last - 2)
+    shown = ["…"] * (start > 0) + list(names[start : start + 3]) + ["…"] * (len(names) > start + 3)
+    return ", ".join(shown)

@@ -9,9 +9,10 @@ import torch
 
 from fdconv_deploy.architecture import TestMode
 from fdconv_deploy.benchmark.datasets import DatasetError, Sample, Samples, find_pairs
-from fdconv_deploy.benchmark.evaluation import Answer, Side, bundle_side, evaluate
+from fdconv_deploy.benchmark.evaluation import bundle_side, evaluate
 from fdconv_deploy.benchmark.labels import LabelRule
 from fdconv_deploy.benchmark.torch_side import torch_side
+from fdconv_deploy.benchmark.turns import Answer, Side
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.demo import held_out, packaged_checkpoint
 from fdconv_deploy.errors import FDConvError
@@ -127,7 +128,7 @@ def test_pytorch_sides_are_the_published_inference(sliding, mode):
     logits = network.predict(x, crop if mode == "slide" else TestMode(mode="whole"))
     logits = torch.nn.functional.interpolate(logits, (90, 150), mode="bilinear")
     expected = logits[0].argmax(0).numpy()
-    labels = torch_side(network, sliding[0], mode=mode).answer(image).labels
+    labels = torch_side(network, sliding[0], mode=mode).answer(image).found
     assert (labels == expected).mean() > 0.9995
     assert len(np.unique(expected)) > 1
 
@@ -153,3 +154,10 @@ def test_a_network_without_a_crop_cannot_slide():
     network = load_checkpoint(packaged_checkpoint())
     with pytest.raises(FDConvError, match="records no crop to slide"):
         torch_side(network, packaged_checkpoint(), mode="slide")
+
+
+def test_classes_in_another_order_are_shown_where_they_differ():
+    answer = reading(0).answer
+    sides = [Side("one", answer, tuple("abcdef"), {}), Side("two", answer, tuple("abcedf"), {})]
+    with pytest.raises(DatasetError, match=r"one has 6 .* \(…, b, c, d, …\).* 6 \(…, b, c, e, …\)"):
+        evaluate(sides, made_up())

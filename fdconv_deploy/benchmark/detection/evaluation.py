@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.benchmark.datasets import DatasetError
 from fdconv_deploy.benchmark.detection.average_precision import (
     AveragePrecision,
     average_precision,
 )
 from fdconv_deploy.benchmark.detection.coco_files import CocoSet
-from fdconv_deploy.benchmark.turns import Turns, speed
+from fdconv_deploy.benchmark.turns import Answer, Side, Timed, Turns, bundle_details
 from fdconv_deploy.runtime import Detection, Session
 from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE
 
@@ -24,67 +23,31 @@ _SAME = 0.9
 
 
 @dataclass(frozen=True)
-class Answer:
-    """``found`` in an image, and the seconds that the network itself took of it."""
-
-    found: Detection
-    inference: float
-
-
-@dataclass(frozen=True)
-class DetectionSide:
-    """Something that finds objects: (H, W, 3) uint8 RGB -> `Answer`.
-
-    ``name``: its path. ``details``: what it is, for the report: kind, backend, precision, and
-    the (height, width) it computes at, if that is one for all images.
-    """
-
-    name: str
-    answer: Callable[[NDArray[np.uint8]], Answer]
-    classes: tuple[str, ...]
-    details: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class DetectionResult:
+class DetectionResult(Timed[Detection]):
     """One side's scores and speed. ``masks`` is None where it or the data has none."""
 
-    side: DetectionSide
     boxes: AveragePrecision
     masks: AveragePrecision | None
     objects: int
     agreement: float
-    seconds: tuple[float, ...]
-    inference: tuple[float, ...]
-
-    @property
-    def images_per_second(self) -> float:
-        """Images, one after another, over the time they took together."""
-        return len(self.seconds) / sum(self.seconds)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; scores that are not defined are null."""
         scored = {"box": self.boxes, "mask": self.masks}
-        classes = [
-            {
-                "name": name,
-                **{
-                    f"{kind}_ap": None if np.isnan(score.classes[index]) else score.classes[index]
-                    for kind, score in scored.items()
-                    if score is not None
-                },
-            }
-            for index, name in enumerate(self.side.classes)
-        ]
-        return {
-            "name": self.side.name,
-            **self.side.details,
+        summary = {
             **{kind: score and score.as_dict() for kind, score in scored.items()},
             "objects": self.objects,
             "agreement": self.agreement,
-            **speed(self.seconds, self.inference),
-            "classes": classes,
         }
+        classes = [
+            {
+                f"{kind}_ap": None if np.isnan(score.classes[index]) else score.classes[index]
+                for kind, score in scored.items()
+                if score is not None
+            }
+            for index in range(len(self.side.classes))
+        ]
+        return self.report(summary, classes)
 
 
 @dataclass(frozen=True)
@@ -101,27 +64,21 @@ class DetectionEvaluation:
         return {"images": self.images, "objects": self.objects, "sides": sides}
 
 
-def bundle_side(session: Session) -> DetectionSide:
+def bundle_side(session: Session) -> Side[Detection]:
     """A bundle's side.
 
     :param session: on a detector's bundle; the caller closes it.
     """
 
-    def answer(image: NDArray[np.uint8]) -> Answer:
+    def answer(image: NDArray[np.uint8]) -> Answer[Detection]:
         found = session.detect(image)
         return Answer(found, found.timings["inference"])
 
-    details = {
-        "kind": "bundle",
-        "backend": session.backend,
-        "precision": session.bundle.manifest.precision,
-        "size": list(session.input_size),
-    }
-    return DetectionSide(str(session.bundle.path), answer, session.classes, details)
+    return Side(str(session.bundle.path), answer, session.classes, bundle_details(session))
 
 
 def evaluate_detectors(
-    sides: Sequence[DetectionSide],
+    sides: Sequence[Side[Detection]],
     data: CocoSet,
     *,
     progress: Callable[[int], None] = lambda _: None,
@@ -136,37 +93,27 @@ def evaluate_detectors(
     :param progress: called with the number of images done after each.
     :raises DatasetError: the sides' classes differ, or are not in the data.
     """
-    first = sides[0]
-    for side in sides[1:]:
-        if side.classes != first.classes:
-            raise DatasetError(
-                f"The {first.name} and the {side.name} find other classes: they cannot be compared "
-                "on the same data."
-            )
-    categories = data.category_ids(first.classes)
-    turns = Turns([side.answer for side in sides])
+    turns = Turns(sides)
+    categories = data.category_ids(sides[0].classes)
     found: list[list[dict[str, Any]]] = [[] for _ in sides]
     paired, shown = np.zeros(len(sides)), np.zeros(len(sides))
     masks = [data.has_masks for _ in sides]
-    for number, (sample, answers) in enumerate(turns.over(data), 1):
+    for sample, answers in turns.over(data, progress):
         for index, answer in enumerate(answers):
-            masks[index] &= answer.found.has_masks
-            found[index] += coco_results(answer.found, sample.number, categories, masks[index])
-            both = [answer.found.kept(SHOWN_SCORE), answers[0].found.kept(SHOWN_SCORE)]
+            masks[index] &= answer.has_masks
+            found[index] += coco_results(answer, sample.number, categories, masks[index])
+            both = [answer.kept(SHOWN_SCORE), answers[0].kept(SHOWN_SCORE)]
             paired[index] += 2 * _pairs(*both)
             shown[index] += len(both[0]) + len(both[1])
-        progress(number)
     results = tuple(
         DetectionResult(
-            side,
+            *turns.timed(index),
             average_precision(data, found[index], categories, "bbox"),
             average_precision(data, found[index], categories, "segm") if masks[index] else None,
             len(found[index]),
             float(paired[index] / shown[index]) if shown[index] else 1.0,
-            tuple(turns.seconds[index]),
-            tuple(turns.inference[index]),
         )
-        for index, side in enumerate(sides)
+        for index in range(len(sides))
     )
     return DetectionEvaluation(results, len(data), len(data.truth["annotations"]))
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fdconv_deploy.benchmark.detection.evaluation import Answer, DetectionSide
+from fdconv_deploy.benchmark.turns import Answer, Side
 from fdconv_deploy.nn.detection import Detector
+from fdconv_deploy.runtime import Detection
 from fdconv_deploy.runtime.detection.placement import published_input
 from fdconv_deploy.runtime.detection.steps import detector_classes, finish, prepare
 from fdconv_deploy.runtime.preprocessing import check_image
@@ -18,7 +19,7 @@ from fdconv_deploy.runtime.preprocessing import check_image
 
 def torch_side(
     network: Detector, path: Path, *, size: tuple[int, int] | None = None
-) -> DetectionSide:
+) -> Side[Detection]:
     """The published network's side.
 
     :param network: in eval mode.
@@ -28,7 +29,7 @@ def torch_side(
     """
     detector = network.architecture
 
-    def answer(image: NDArray[np.uint8]) -> Answer:
+    def answer(image: NDArray[np.uint8]) -> Answer[Detection]:
         start = time.perf_counter()
         shape = check_image(image).shape
         target = size or published_input((shape[0], shape[1]), detector.preprocessing)
@@ -52,4 +53,4 @@ def torch_side(
         "precision": "fp32",
         "size": None if size is None else list(size),
     }
-    return DetectionSide(str(path), answer, detector_classes(detector), details)
+    return Side(str(path), answer, detector_classes(detector), details)

@@ -13,12 +13,11 @@ import pytest
 from fdconv_deploy.benchmark.datasets import DatasetError
 from fdconv_deploy.benchmark.detection.coco_files import CocoSet, find_coco, read_coco
 from fdconv_deploy.benchmark.detection.evaluation import (
-    Answer,
-    DetectionSide,
     bundle_side,
     coco_results,
     evaluate_detectors,
 )
+from fdconv_deploy.benchmark.turns import Answer, Side
 from fdconv_deploy.demo.instances import CLASSES
 from fdconv_deploy.runtime import Detection, open_session
 
@@ -34,14 +33,14 @@ def data(street_set: Path) -> CocoSet:
 
 def side(
     change: Callable[[Detection], Detection] = lambda d: d, name: str = "side"
-) -> DetectionSide:
+) -> Side[Detection]:
     """One that knows the drawn scenes, and answers with them after ``change``."""
     known = {image.tobytes(): as_found(things, image.shape[:2]) for image, things in drawn()}
 
-    def answer(image: np.ndarray) -> Answer:
+    def answer(image: np.ndarray) -> Answer[Detection]:
         return Answer(change(known[image.tobytes()]), 0.1)
 
-    return DetectionSide(name, answer, CLASSES, {"backend": "none", "precision": "fp32"})
+    return Side(name, answer, CLASSES, {"backend": "none", "precision": "fp32"})
 
 
 def scored(data: CocoSet, *changes: Callable[[Detection], Detection]):
@@ -126,10 +125,10 @@ def test_areas_and_what_is_not_defined(data: CocoSet) -> None:
 def test_sides_take_turns(data: CocoSet) -> None:
     log: list[str] = []
 
-    def logged(name: str) -> DetectionSide:
+    def logged(name: str) -> Side[Detection]:
         made = side(name=name)
 
-        def answer(image: np.ndarray) -> Answer:
+        def answer(image: np.ndarray) -> Answer[Detection]:
             log.append(name)
             return made.answer(image)
 
@@ -163,7 +162,7 @@ def test_a_bundle(data: CocoSet, detector: Path) -> None:
 
 def test_other_classes(data: CocoSet) -> None:
     other = replace(side(), classes=("person", "car", "lamp"))
-    with pytest.raises(DatasetError, match="other classes"):
+    with pytest.raises(DatasetError, match=r"3 \(person, car, lamp\): they cannot be compared"):
         evaluate_detectors([side(), other], data)
     with pytest.raises(DatasetError, match=r"class 'lamp' is none of the categories"):
         evaluate_detectors([other], data)
