@@ -63,16 +63,10 @@ typedef struct {
 size_t rows_workspace(const Assembly *assembly);
 size_t columns_workspace(const Assembly *assembly);
 
-/* Per instruction set: `unit` is a tile of columns, then (image, pair of row tiles). */
+/* `unit` is a tile of columns, then (image, pair of row tiles). */
 typedef struct {
-    const char *name;
     void (*rows)(const AssemblyRun *run, size_t unit, float *work);
     void (*columns)(const AssemblyRun *run, size_t unit, float *work);
 } AssemblyKernels;
-
-extern const AssemblyKernels assembly_baseline;
-#if defined(__x86_64__)
-extern const AssemblyKernels assembly_avx2, assembly_avx512;
-#endif
 
 #endif

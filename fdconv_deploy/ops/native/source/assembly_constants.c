@@ -15,9 +15,6 @@
 
 enum { UNSET = 0xffff };
 
-static const char *const no_memory = "there is not enough memory";
-static const char *const unknown = "its constants are not laid out as this version knows";
-
 typedef struct {
     int factors[MOST_PASSES], count, length;
 } Digits;
@@ -174,10 +171,6 @@ static void fill_local(Assembly *a, const float *weight) {
                         size_t at = ((size_t)o * high + u) * taps * wide + t * wide + wide - 1 - v;
                         *to++ = o < a->out_channels ? weight[at] : 0;
                     }
-}
-
-static void *aligned(size_t bytes) {
-    return aligned_alloc(64, (bytes + 63) & ~(size_t)63);
 }
 
 static const char *make(Assembly *a, const Node *node, int **rows, int **columns) {

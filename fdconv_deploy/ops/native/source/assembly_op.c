@@ -8,44 +8,37 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "node.h"
+#include "kernels.h"
 #include "op.h"
 
 enum { MOST_STAGES = 3, FORMS = 3 * MOST_STAGES * MOST_STAGES * 16 };
 
 typedef struct {
-    OrtCustomOp op; /* first, so that the runtime's pointer to it is one to this */
+    Op head;
     Form form;
-    char name[112];
 } AssemblyOp;
 
 typedef struct {
-    const OrtApi *api;
+    Kernel head;
     Assembly assembly;
 } AssemblyKernel;
 
 static const AssemblyKernels *kernels;
 static AssemblyOp ops[FORMS];
 
-static const char *get_name(const OrtCustomOp *op) { return ((const AssemblyOp *)op)->name; }
-static int least(const OrtCustomOp *op) {
-    (void)op;
-    return 6;
-}
-
-static OrtStatus *read_node(const AssemblyOp *op, const OrtApi *api, const OrtKernelInfo *info,
-                            Node *node) {
+static OrtStatus *read_node(const Kernel *kernel, const OrtKernelInfo *info, Node *node) {
+    const OrtApi *api = kernel->api;
     memset(node, 0, sizeof *node);
-    node->form = &op->form;
+    node->form = &((const AssemblyOp *)kernel->op)->form;
     CHECK(api->KernelInfo_GetInputCount(info, &node->count));
-    if (node->count > MOST_INPUTS) return failure(api, op->name, "it has too many inputs");
+    if (node->count > MOST_INPUTS) return failure(kernel, "it has too many inputs");
     for (size_t i = 0; i < node->count; i++) {
-        CHECK(read_constant(api, info, i, &node->inputs[i]));
+        CHECK(read_constant(kernel, info, i, &node->inputs[i]));
     }
     size_t rank = 4;
     CHECK(api->KernelInfoGetAttributeArray_int64(info, "kernel_shape", node->kernel_shape, &rank));
-    if (rank != 4) return failure(api, op->name, "its kernel_shape is not of four numbers");
-    if (op->form.local) {
+    if (rank != 4) return failure(kernel, "its kernel_shape is not of four numbers");
+    if (node->form->local) {
         int64_t spread[6];
         size_t count = 6;
         CHECK(api->KernelInfoGetAttributeArray_int64(info, "local_spread", spread, &count));
@@ -54,78 +47,49 @@ static OrtStatus *read_node(const AssemblyOp *op, const OrtApi *api, const OrtKe
     return NULL;
 }
 
-static OrtStatus *create(const OrtCustomOp *custom, const OrtApi *api, const OrtKernelInfo *info,
-                         void **out) {
-    const AssemblyOp *op = (const AssemblyOp *)custom;
+static OrtStatus *make(Kernel *kernel, const OrtKernelInfo *info) {
     Node node;
-    CHECK(read_node(op, api, info, &node));
-    AssemblyKernel *kernel = calloc(1, sizeof *kernel);
-    if (!kernel) return failure(api, op->name, "there is not enough memory");
-    kernel->api = api;
-    const char *problem = assembly_make(&kernel->assembly, &node);
-    if (problem) {
-        free(kernel);
-        return failure(api, op->name, problem);
-    }
-    *out = kernel;
-    return NULL;
+    CHECK(read_node(kernel, info, &node));
+    const char *problem = assembly_make(&((AssemblyKernel *)kernel)->assembly, &node);
+    return problem ? failure(kernel, problem) : NULL;
 }
 
-static void destroy(void *kernel) {
-    assembly_free(&((AssemblyKernel *)kernel)->assembly);
-    free(kernel);
-}
+static void release(Kernel *kernel) { assembly_free(&((AssemblyKernel *)kernel)->assembly); }
 
-static void run_rows(void *data, size_t unit) {
-    AssemblyRun *run = data;
-    float *work = workspace(rows_workspace(run->assembly));
-    if (work)
-        kernels->rows(run, unit, work);
-    else
-        run->failed = 1;
-}
-
-static void run_columns(void *data, size_t unit) {
-    AssemblyRun *run = data;
-    float *work = workspace(columns_workspace(run->assembly));
-    if (work)
-        kernels->columns(run, unit, work);
-    else
-        run->failed = 1;
-}
+STEP(rows, AssemblyRun, rows_workspace(run->assembly))
+STEP(columns, AssemblyRun, columns_workspace(run->assembly))
 
 static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
-    AssemblyKernel *kernel = op_kernel;
-    const OrtApi *api = kernel->api;
-    const Assembly *a = &kernel->assembly;
+    const Kernel *kernel = op_kernel;
+    const Assembly *a = &((const AssemblyKernel *)op_kernel)->assembly;
     AssemblyRun run = {.assembly = a, .scale_rows = 1};
     Tensor tensor;
-    CHECK(read_input(api, context, 0, &tensor));
+    CHECK(read_input(kernel, context, 0, &tensor));
     if (tensor.rank != 2 || tensor.type != ORT_FLOAT || tensor.shape[1] < a->attentions)
-        return failure(api, "FrequencyAssembly", "its attention is not (B, n) float32");
+        return failure(kernel, "its attention is not (B, n) float32");
     run.batch = (int)tensor.shape[0];
     run.attentions = (int)tensor.shape[1];
     run.attention = tensor.data;
     if (a->local_at >= 0) {
-        CHECK(read_input(api, context, a->local_at, &tensor));
+        CHECK(read_input(kernel, context, a->local_at, &tensor));
         if (tensor.rank != 2 || tensor.shape[0] != run.batch || tensor.shape[1] != a->in_channels)
-            return failure(api, "FrequencyAssembly", "its local_input is not (B, I)");
+            return failure(kernel, "its local_input is not (B, I)");
         run.average = tensor.data;
     }
     if (a->column_scale_at >= 0) {
-        CHECK(read_input(api, context, a->column_scale_at, &tensor));
+        CHECK(read_input(kernel, context, a->column_scale_at, &tensor));
         int rows = tensor.rank == 4 ? (int)tensor.shape[2] : 0;
         if ((rows != 1 && rows != a->kernel_height) || tensor.shape[0] != run.batch ||
             tensor.shape[3] != a->columns)
-            return failure(api, "FrequencyAssembly", "its column_scale is not (B, 1, kh or 1, C)");
+            return failure(kernel, "its column_scale is not (B, 1, kh or 1, C)");
         run.column_scale = tensor.data;
         run.scale_rows = rows;
     }
     if (a->row_scale_at >= 0) {
-        CHECK(read_input(api, context, a->row_scale_at, &tensor));
+        CHECK(read_input(kernel, context, a->row_scale_at, &tensor));
         if (tensor.rank != 4 || tensor.shape[1] != a->out_channels ||
             (tensor.shape[0] != 1 && tensor.shape[0] != run.batch))
-            return failure(api, "FrequencyAssembly", "its row_scale is not (B or 1, O, 1, 1)");
+            return failure(kernel, "its row_scale is not (B or 1, O, 1, 1)");
         run.row_scale = tensor.data;
         run.row_scale_step = tensor.shape[0] == 1 ? 0 : a->out_channels;
     }
@@ -138,42 +102,24 @@ static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
         shape[2] = a->kernel_height;
         shape[3] = a->columns;
     }
-    OrtValue *output;
-    void *data;
-    CHECK(api->KernelContext_GetOutput(context, 0, shape, 4, &output));
-    CHECK(api->GetTensorMutableData(output, &data));
-    run.output = data;
+    CHECK(make_output(kernel, context, shape, &run.output));
 
     /* Where tiles are full, the half-inverted matrix takes exactly the kernels' room, and every
      * pair of row tiles its own kernels': the second half may then work in place. */
     size_t kernel_size = (size_t)a->rows * a->columns;
     run.half_step = (size_t)a->row_tiles * a->kernel_height * a->column_tiles * LANES * PAIR;
     float *own = NULL;
-    if (run.half_step == kernel_size && (uintptr_t)data % 64 == 0)
+    if (run.half_step == kernel_size && (uintptr_t)run.output % 64 == 0)
         run.half = run.output;
     else
-        run.half = own = aligned_alloc(64, run.batch * run.half_step * sizeof(float));
-    if (!run.half) return failure(api, "FrequencyAssembly", "there is not enough memory");
-    /* As many batches as units: threads take them as they come. */
-    size_t tiles = (size_t)a->column_tiles;
+        run.half = own = aligned(run.batch * run.half_step * sizeof(float));
+    if (!run.half) return failure(kernel, no_memory);
     size_t pairs = (size_t)run.batch * ((a->row_tiles + 1) / 2);
-    OrtStatus *status = api->KernelContext_ParallelFor(context, run_rows, tiles, tiles, &run);
-    if (!status && !run.failed)
-        status = api->KernelContext_ParallelFor(context, run_columns, pairs, pairs, &run);
+    OrtStatus *status = parallel(kernel, context, run_rows, a->column_tiles, &run);
+    if (!status && !run.failed) status = parallel(kernel, context, run_columns, pairs, &run);
     free(own);
-    if (!status && run.failed)
-        status = failure(api, "FrequencyAssembly", "there is not enough memory");
+    if (!status && run.failed) status = failure(kernel, no_memory);
     return status;
-}
-
-static const AssemblyKernels *best_kernels(void) {
-    switch (instruction_set()) {
-#if defined(__x86_64__)
-    case 2: return &assembly_avx512;
-    case 1: return &assembly_avx2;
-#endif
-    default: return &assembly_baseline;
-    }
 }
 
 static void make_op(AssemblyOp *op, int number) {
@@ -193,23 +139,19 @@ static void make_op(AssemblyOp *op, int number) {
     char stages[16] = "";
     if (form->column_stages != MOST_STAGES || form->row_stages != MOST_STAGES)
         snprintf(stages, sizeof stages, "_Stages%dx%d", form->column_stages, form->row_stages);
-    snprintf(op->name, sizeof op->name, "FrequencyAssembly%s%s%s%s%s%s",
+    op->head = (Op){.least_inputs = 6, .kernel_size = sizeof(AssemblyKernel), .make = make,
+                    .compute = compute, .release = release};
+    snprintf(op->head.name, sizeof op->head.name, "FrequencyAssembly%s%s%s%s%s%s",
              kind == 0 ? "_Pointwise" : kind == 2 ? "_ByRows" : "", stages,
              form->planes ? "_Planes" : "", form->local ? "" : "_NoLocal",
              form->column_scale ? "" : "_NoColumnScale", form->row_scale ? "" : "_NoRowScale");
-    op->op = variadic_op();
-    op->op.GetName = get_name;
-    op->op.GetVariadicInputMinArity = least;
-    op->op.CreateKernelV2 = create;
-    op->op.KernelComputeV2 = compute;
-    op->op.KernelDestroy = destroy;
 }
 
 OrtStatus *assembly_register(OrtCustomOpDomain *domain, const OrtApi *api) {
-    kernels = best_kernels();
+    kernels = &best_kernels()->assembly;
     for (int i = 0; i < FORMS; i++) {
         make_op(&ops[i], i);
-        CHECK(api->CustomOpDomain_Add(domain, &ops[i].op));
+        CHECK(add_op(domain, api, &ops[i].head));
     }
     return NULL;
 }

@@ -47,9 +47,4 @@ typedef struct {
     void (*planes)(const BandRun *run, size_t unit, float *work);
 } BandKernels;
 
-extern const BandKernels bands_baseline;
-#if defined(__x86_64__)
-extern const BandKernels bands_avx2, bands_avx512;
-#endif
-
 #endif

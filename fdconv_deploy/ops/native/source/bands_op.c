@@ -7,38 +7,29 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "bands.h"
-#include "node.h"
+#include "kernels.h"
 #include "op.h"
 
 enum { X, CONV, CONV_BIAS, MIX, MIX_BIAS, TO_COLUMNS, TO_ROWS, FIRST_BAND };
 
 typedef struct {
-    OrtCustomOp op; /* first, so that the runtime's pointer to it is one to this */
+    Op head;
     int bands;
-    char name[48];
 } BandsOp;
 
 typedef struct {
-    const OrtApi *api;
-    const char *name;
+    Kernel head;
     Bands bands;
 } BandsKernel;
 
 static const BandKernels *kernels;
 static BandsOp ops[MOST_BANDS];
 
-static const char *get_name(const OrtCustomOp *op) { return ((const BandsOp *)op)->name; }
-static int least(const OrtCustomOp *op) { return FIRST_BAND + 2 * ((const BandsOp *)op)->bands; }
-
-static const char *const no_memory = "there is not enough memory";
-static const char *const unknown = "its constants are not laid out as this version knows";
-
 static size_t padded(size_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 /* (rows, columns), with rows padded by zeros to `step` floats. */
 static float *copy(const float *from, size_t rows, size_t columns, size_t step) {
-    float *to = aligned_alloc(64, (rows * step * sizeof(float) + 63) & ~(size_t)63);
+    float *to = aligned(rows * step * sizeof(float));
     if (!to) return NULL;
     for (size_t r = 0; r < rows; r++)
         for (size_t c = 0; c < step; c++)
@@ -46,7 +37,8 @@ static float *copy(const float *from, size_t rows, size_t columns, size_t step) 
     return to;
 }
 
-static void release(Bands *bands) {
+static void release(Kernel *kernel) {
+    Bands *bands = &((BandsKernel *)kernel)->bands;
     free(bands->to_columns);
     free(bands->to_rows);
     free(bands->conv);
@@ -59,7 +51,7 @@ static void release(Bands *bands) {
     }
 }
 
-static const char *make(Bands *b, const Tensor *in, const int64_t *factors, int count) {
+static const char *lay_out(Bands *b, const Tensor *in, const int64_t *factors, int count) {
     b->bands = count;
     for (int i = CONV; i < FIRST_BAND + 2 * count; i++) {
         int rank = i == CONV ? 4 : i == CONV_BIAS ? 1 : 2;
@@ -84,7 +76,7 @@ static const char *make(Bands *b, const Tensor *in, const int64_t *factors, int 
     int products = b->weighted * b->taps * b->taps;
     const float *conv = in[CONV].data, *to_columns = in[TO_COLUMNS].data;
     b->conv = malloc((size_t)products * b->channels * sizeof(float));
-    b->to_columns = aligned_alloc(64, b->parts * b->width * b->kept_step * sizeof(float));
+    b->to_columns = aligned(b->parts * b->width * b->kept_step * sizeof(float));
     b->to_rows = copy(in[TO_ROWS].data, 1, (size_t)b->kept_rows * b->parts * b->height,
                       (size_t)b->kept_rows * b->parts * b->height);
     b->conv_bias = copy(in[CONV_BIAS].data, 1, b->weighted, b->weighted);
@@ -118,37 +110,22 @@ static const char *make(Bands *b, const Tensor *in, const int64_t *factors, int 
     return NULL;
 }
 
-static OrtStatus *create(const OrtCustomOp *custom, const OrtApi *api, const OrtKernelInfo *info,
-                         void **out) {
-    const BandsOp *op = (const BandsOp *)custom;
+static OrtStatus *make(Kernel *kernel, const OrtKernelInfo *info) {
+    const OrtApi *api = kernel->api;
+    int bands = ((const BandsOp *)kernel->op)->bands;
     Tensor inputs[FIRST_BAND + 2 * MOST_BANDS];
     memset(inputs, 0, sizeof inputs);
     size_t count;
     CHECK(api->KernelInfo_GetInputCount(info, &count));
-    if (count != (size_t)FIRST_BAND + 2 * op->bands)
-        return failure(api, op->name, "it has another number of inputs than its name says");
-    for (size_t i = 0; i < count; i++) CHECK(read_constant(api, info, i, &inputs[i]));
+    if (count != (size_t)FIRST_BAND + 2 * bands)
+        return failure(kernel, "it has another number of inputs than its name says");
+    for (size_t i = 0; i < count; i++) CHECK(read_constant(kernel, info, i, &inputs[i]));
     int64_t factors[4];
     size_t rank = 4;
     CHECK(api->KernelInfoGetAttributeArray_int64(info, "factors_shape", factors, &rank));
-    if (rank != 4) return failure(api, op->name, unknown);
-    BandsKernel *kernel = calloc(1, sizeof *kernel);
-    if (!kernel) return failure(api, op->name, no_memory);
-    kernel->api = api;
-    kernel->name = op->name;
-    const char *problem = make(&kernel->bands, inputs, factors, op->bands);
-    if (problem) {
-        release(&kernel->bands);
-        free(kernel);
-        return failure(api, op->name, problem);
-    }
-    *out = kernel;
-    return NULL;
-}
-
-static void destroy(void *kernel) {
-    release(&((BandsKernel *)kernel)->bands);
-    free(kernel);
+    if (rank != 4) return failure(kernel, unknown);
+    const char *problem = lay_out(&((BandsKernel *)kernel)->bands, inputs, factors, bands);
+    return problem ? failure(kernel, problem) : NULL;
 }
 
 size_t bands_workspace(const Bands *b) {
@@ -160,74 +137,48 @@ size_t bands_workspace(const Bands *b) {
     return most > maps ? most : maps;
 }
 
-#define STEP(function)                                                                        \
-    static void run_##function(void *data, size_t unit) {                                     \
-        BandRun *run = data;                                                                  \
-        float *work = workspace(bands_workspace(run->bands));                                 \
-        if (work)                                                                             \
-            kernels->function(run, unit, work);                                               \
-        else                                                                                  \
-            run->failed = 1;                                                                  \
-    }
-
-STEP(products)
-STEP(maps)
-STEP(planes)
+STEP(products, BandRun, bands_workspace(run->bands))
+STEP(maps, BandRun, bands_workspace(run->bands))
+STEP(planes, BandRun, bands_workspace(run->bands))
 
 static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
-    BandsKernel *kernel = op_kernel;
-    const OrtApi *api = kernel->api;
-    const Bands *b = &kernel->bands;
+    const Kernel *kernel = op_kernel;
+    const Bands *b = &((const BandsKernel *)op_kernel)->bands;
     Tensor x;
-    CHECK(read_input(api, context, X, &x));
+    CHECK(read_input(kernel, context, X, &x));
     if (x.rank != 4 || x.type != ORT_FLOAT || x.shape[1] != b->channels ||
         x.shape[2] != b->height || x.shape[3] != b->width)
-        return failure(api, kernel->name, "its input has another shape than it was made for");
+        return failure(kernel, "its input has another shape than it was made for");
     size_t batch = (size_t)x.shape[0], plane = (size_t)b->height * b->wide_step;
-    OrtValue *output;
-    void *data;
-    CHECK(api->KernelContext_GetOutput(context, 0, x.shape, 4, &output));
-    CHECK(api->GetTensorMutableData(output, &data));
+    float *y;
+    CHECK(make_output(kernel, context, x.shape, &y));
 
     size_t products = batch * b->weighted * b->taps * b->taps * plane;
     size_t maps = batch * (b->bands + 1) * plane;
-    float *scratch = aligned_alloc(64, (products + maps) * sizeof(float));
-    if (!scratch) return failure(api, kernel->name, no_memory);
-    BandRun run = {b, x.data, data, scratch, scratch + products, 0};
+    float *scratch = aligned((products + maps) * sizeof(float));
+    if (!scratch) return failure(kernel, no_memory);
+    BandRun run = {b, x.data, y, scratch, scratch + products, 0};
     size_t rows = batch * b->height, planes = batch * b->channels;
-    OrtStatus *status = api->KernelContext_ParallelFor(context, run_products, rows, rows, &run);
-    if (!status) status = api->KernelContext_ParallelFor(context, run_maps, rows, rows, &run);
-    if (!status) status = api->KernelContext_ParallelFor(context, run_planes, planes, planes, &run);
+    OrtStatus *status = parallel(kernel, context, run_products, rows, &run);
+    if (!status) status = parallel(kernel, context, run_maps, rows, &run);
+    if (!status) status = parallel(kernel, context, run_planes, planes, &run);
     free(scratch);
-    if (!status && run.failed) status = failure(api, kernel->name, no_memory);
+    if (!status && run.failed) status = failure(kernel, no_memory);
     return status;
 }
 
-static const BandKernels *best_kernels(void) {
-    switch (instruction_set()) {
-#if defined(__x86_64__)
-    case 2: return &bands_avx512;
-    case 1: return &bands_avx2;
-#endif
-    default: return &bands_baseline;
-    }
-}
-
 OrtStatus *bands_register(OrtCustomOpDomain *domain, const OrtApi *api) {
-    kernels = best_kernels();
+    kernels = &best_kernels()->bands;
     for (int i = 0; i < MOST_BANDS; i++) {
         BandsOp *op = &ops[i];
         op->bands = i + 1;
+        op->head = (Op){.least_inputs = FIRST_BAND + 2 * op->bands,
+                        .kernel_size = sizeof(BandsKernel), .make = make, .compute = compute,
+                        .release = release};
         char count[16] = "";
         if (op->bands != 3) snprintf(count, sizeof count, "_%dBands", op->bands);
-        snprintf(op->name, sizeof op->name, "FrequencyBandModulation%s", count);
-        op->op = variadic_op();
-        op->op.GetName = get_name;
-        op->op.GetVariadicInputMinArity = least;
-        op->op.CreateKernelV2 = create;
-        op->op.KernelComputeV2 = compute;
-        op->op.KernelDestroy = destroy;
-        CHECK(api->CustomOpDomain_Add(domain, &op->op));
+        snprintf(op->head.name, sizeof op->head.name, "FrequencyBandModulation%s", count);
+        CHECK(add_op(domain, api, &op->head));
     }
     return NULL;
 }

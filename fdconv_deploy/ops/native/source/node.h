@@ -28,6 +28,12 @@ typedef struct {
     int kernel_width; /* 0 where nothing tells it */
 } Node;
 
+/* Why a node cannot be run. */
+extern const char no_memory[], unknown[];
+
+/* So many bytes, at an aligned address. */
+void *aligned(size_t bytes);
+
 /* Lays a node's constants out. NULL, or why it cannot be done. */
 const char *assembly_make(Assembly *assembly, const Node *node);
 void assembly_free(Assembly *assembly);

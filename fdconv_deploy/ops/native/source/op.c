@@ -6,13 +6,20 @@
 
 #include "op.h"
 
-OrtStatus *failure(const OrtApi *api, const char *name, const char *why) {
+const char no_memory[] = "there is not enough memory";
+const char unknown[] = "its constants are not laid out as this version knows";
+
+void *aligned(size_t bytes) { return aligned_alloc(64, (bytes + 63) & ~(size_t)63); }
+
+OrtStatus *failure(const Kernel *kernel, const char *why) {
     char message[320];
-    snprintf(message, sizeof message, "the native operator fdconv::%s cannot run: %s", name, why);
-    return api->CreateStatus(ORT_FAIL, message);
+    snprintf(message, sizeof message, "the native operator fdconv::%s cannot run: %s",
+             kernel->op->name, why);
+    return kernel->api->CreateStatus(ORT_FAIL, message);
 }
 
-OrtStatus *read_tensor(const OrtApi *api, const OrtValue *value, Tensor *to) {
+/* Shape, type and data of a tensor. */
+static OrtStatus *read_tensor(const OrtApi *api, const OrtValue *value, Tensor *to) {
     OrtTensorTypeAndShapeInfo *info;
     size_t rank = 0;
     CHECK(api->GetTensorTypeAndShape(value, &info));
@@ -29,17 +36,33 @@ OrtStatus *read_tensor(const OrtApi *api, const OrtValue *value, Tensor *to) {
     return NULL;
 }
 
-OrtStatus *read_input(const OrtApi *api, OrtKernelContext *context, int index, Tensor *to) {
+OrtStatus *read_input(const Kernel *kernel, OrtKernelContext *context, int index, Tensor *to) {
     const OrtValue *value;
-    CHECK(api->KernelContext_GetInput(context, (size_t)index, &value));
-    return read_tensor(api, value, to);
+    CHECK(kernel->api->KernelContext_GetInput(context, (size_t)index, &value));
+    return read_tensor(kernel->api, value, to);
 }
 
-OrtStatus *read_constant(const OrtApi *api, const OrtKernelInfo *info, size_t index, Tensor *to) {
+OrtStatus *read_constant(const Kernel *kernel, const OrtKernelInfo *info, size_t index,
+                         Tensor *to) {
     const OrtValue *value = NULL;
     int constant = 0;
-    CHECK(api->KernelInfoGetConstantInput_tensor(info, index, &constant, &value));
-    return constant ? read_tensor(api, value, to) : NULL;
+    CHECK(kernel->api->KernelInfoGetConstantInput_tensor(info, index, &constant, &value));
+    return constant ? read_tensor(kernel->api, value, to) : NULL;
+}
+
+OrtStatus *make_output(const Kernel *kernel, OrtKernelContext *context, const int64_t *shape,
+                       float **to) {
+    OrtValue *output;
+    void *data;
+    CHECK(kernel->api->KernelContext_GetOutput(context, 0, shape, 4, &output));
+    CHECK(kernel->api->GetTensorMutableData(output, &data));
+    *to = data;
+    return NULL;
+}
+
+OrtStatus *parallel(const Kernel *kernel, OrtKernelContext *context,
+                    void (*step)(void *run, size_t unit), size_t units, void *run) {
+    return kernel->api->KernelContext_ParallelFor(context, step, units, units, run);
 }
 
 static pthread_key_t key;
@@ -55,8 +78,7 @@ float *workspace(size_t floats) {
     char *block = pthread_getspecific(key);
     if (block && *(size_t *)block >= floats) return (float *)(block + HEADER);
     free(block);
-    size_t bytes = (floats * sizeof(float) + HEADER + 63) & ~(size_t)63;
-    block = aligned_alloc(64, bytes);
+    block = aligned(floats * sizeof(float) + HEADER);
     if (block) *(size_t *)block = floats;
     if (pthread_setspecific(key, block)) {
         free(block);
@@ -65,21 +87,25 @@ float *workspace(size_t floats) {
     return block ? (float *)(block + HEADER) : NULL;
 }
 
-int instruction_set(void) {
-    int best = 0;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        best = 1;
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
-            best = 2;
-    }
-    const char *most = getenv("FDCONV_NATIVE_ISA");
-    if (most && !strcmp(most, "baseline")) best = 0;
-    if (most && !strcmp(most, "avx2") && best > 1) best = 1;
-#endif
-    return best;
+static void destroy(void *made) {
+    Kernel *kernel = made;
+    kernel->op->release(kernel);
+    free(kernel);
+}
+
+static OrtStatus *create(const OrtCustomOp *custom, const OrtApi *api, const OrtKernelInfo *info,
+                         void **out) {
+    const Op *op = (const Op *)custom;
+    const Kernel head = {api, op};
+    Kernel *kernel = calloc(1, op->kernel_size);
+    if (!kernel) return failure(&head, no_memory);
+    *kernel = head;
+    OrtStatus *status = op->make(kernel, info);
+    if (status)
+        destroy(kernel);
+    else
+        *out = kernel;
+    return status;
 }
 
 #define ANSWER(name, type, ...)      \
@@ -90,6 +116,8 @@ int instruction_set(void) {
 #define PLAIN(name, type, answer)    \
     ANSWER(name, type, const OrtCustomOp *op) return answer; }
 
+PLAIN(get_name, const char *, ((const Op *)op)->name)
+PLAIN(least_inputs, int, ((const Op *)op)->least_inputs)
 PLAIN(provider, const char *, NULL)
 PLAIN(one, size_t, 1)
 PLAIN(version, int, 1)
@@ -100,9 +128,10 @@ INDEXED(variadic, ORT_VARIADIC)
 INDEXED(required, ORT_REQUIRED)
 INDEXED(memory, 0)
 
-OrtCustomOp variadic_op(void) {
-    return (OrtCustomOp){
+OrtStatus *add_op(OrtCustomOpDomain *domain, const OrtApi *api, Op *op) {
+    op->op = (OrtCustomOp){
         .version = ORT_API_VERSION,
+        .GetName = get_name,
         .GetExecutionProviderType = provider,
         .GetInputType = any_type,
         .GetInputTypeCount = one,
@@ -111,10 +140,15 @@ OrtCustomOp variadic_op(void) {
         .GetInputCharacteristic = variadic,
         .GetOutputCharacteristic = required,
         .GetInputMemoryType = memory,
+        .GetVariadicInputMinArity = least_inputs,
         .GetVariadicInputHomogeneity = heterogeneous,
         .GetVariadicOutputMinArity = version,
         .GetVariadicOutputHomogeneity = heterogeneous,
         .GetStartVersion = version,
         .GetEndVersion = version,
+        .CreateKernelV2 = create,
+        .KernelComputeV2 = op->compute,
+        .KernelDestroy = destroy,
     };
+    return api->CustomOpDomain_Add(domain, &op->op);
 }

@@ -1,4 +1,4 @@
-/* What the operators share: reading tensors, errors, workspaces, the processor. */
+/* What the operators share: what the runtime asks, reading tensors, errors, workspaces. */
 #ifndef FDCONV_OP_H
 #define FDCONV_OP_H
 
@@ -10,23 +10,56 @@
         if (status_) return status_;                                                          \
     } while (0)
 
-OrtStatus *failure(const OrtApi *api, const char *name, const char *why);
+/* run_NAME: one unit of a parallel loop, by `kernels->NAME`, for `run`, a RUN, which notes where
+ * there is no memory for the FLOATS of its workspace. */
+#define STEP(NAME, RUN, FLOATS)                                                               \
+    static void run_##NAME(void *data, size_t unit) {                                         \
+        RUN *run = data;                                                                      \
+        float *work = workspace(FLOATS);                                                      \
+        if (work)                                                                             \
+            kernels->NAME(run, unit, work);                                                   \
+        else                                                                                  \
+            run->failed = 1;                                                                  \
+    }
 
-/* Shape, type and data of a tensor. */
-OrtStatus *read_tensor(const OrtApi *api, const OrtValue *value, Tensor *to);
-OrtStatus *read_input(const OrtApi *api, OrtKernelContext *context, int index, Tensor *to);
+typedef struct Op Op;
+
+/* The head of a kernel, which is made for one node. */
+typedef struct {
+    const OrtApi *api;
+    const Op *op;
+} Kernel;
+
+/* The head of an operator, which has one variadic input and one float output. `make` fills a
+ * kernel of `kernel_size` bytes, all zeros but the head; `release` frees what it holds, also
+ * where it was not made to the end. */
+struct Op {
+    OrtCustomOp op; /* first, so that the runtime's pointer to it is one to this */
+    int least_inputs;
+    size_t kernel_size;
+    OrtStatus *(*make)(Kernel *kernel, const OrtKernelInfo *info);
+    OrtStatus *(*compute)(void *kernel, OrtKernelContext *context);
+    void (*release)(Kernel *kernel);
+    char name[112];
+};
+
+/* Tells the runtime of an operator whose head is filled but for `op`. */
+OrtStatus *add_op(OrtCustomOpDomain *domain, const OrtApi *api, Op *op);
+
+OrtStatus *failure(const Kernel *kernel, const char *why);
+
+OrtStatus *read_input(const Kernel *kernel, OrtKernelContext *context, int index, Tensor *to);
 /* An input where it is constant, else its `data` stays NULL. */
-OrtStatus *read_constant(const OrtApi *api, const OrtKernelInfo *info, size_t index, Tensor *to);
+OrtStatus *read_constant(const Kernel *kernel, const OrtKernelInfo *info, size_t index, Tensor *to);
+/* The only output, of four dimensions. */
+OrtStatus *make_output(const Kernel *kernel, OrtKernelContext *context, const int64_t *shape,
+                       float **to);
+/* Units in as many batches: threads take them as they come. */
+OrtStatus *parallel(const Kernel *kernel, OrtKernelContext *context,
+                    void (*step)(void *run, size_t unit), size_t units, void *run);
 
 /* This thread's workspace, aligned to 64 bytes; NULL without memory. One for all operators; it
  * grows to what the largest asks for, and goes when the thread does. */
 float *workspace(size_t floats);
-
-/* 0: baseline, 1: AVX2, 2: AVX-512. The environment's FDCONV_NATIVE_ISA (baseline, avx2) holds it
- * down, for tests. */
-int instruction_set(void);
-
-/* An operator of one variadic input and one float output, its own functions still missing. */
-OrtCustomOp variadic_op(void);
 
 #endif

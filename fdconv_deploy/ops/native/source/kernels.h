@@ -1,0 +1,22 @@
+/* The operators' kernels, made once for each instruction set. */
+#ifndef FDCONV_KERNELS_H
+#define FDCONV_KERNELS_H
+
+#include "assembly.h"
+#include "bands.h"
+
+typedef struct {
+    AssemblyKernels assembly;
+    BandKernels bands;
+} Kernels;
+
+extern const Kernels kernels_baseline;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+
+/* Of the best instruction set that the processor has. The environment's FDCONV_NATIVE_ISA
+ * (baseline, avx2) holds it down, for tests. */
+const Kernels *best_kernels(void);
+
+#endif
