@@ -29,6 +29,7 @@ from export.passes.plugins import ask_for_plugins
 from export.plan import BuildOptions, build_plan
 from export.rules import Rule
 from fdconv_deploy.errors import BackendError, ExportError
+from fdconv_deploy.installing import install
 from fdconv_deploy.ops.launch import KernelLaunch
 from fdconv_deploy.ops.plugins import launch_of, precompile, register_plugins, set_target
 from fdconv_deploy.runtime.backends import BackendOptions
@@ -149,7 +150,7 @@ def _plugin_layer(trt: Any, choice: PluginChoice) -> tuple[Any, str | None]:
         return None, "--plugins is off"
     problem, trtp = None, None
     if importlib.util.find_spec("triton") is None:
-        problem = "Triton is not installed (pip install 'fdconv-deploy[gpu]')"
+        problem = f"Triton is not installed ({install('triton')})"
     else:
         try:
             trtp = importlib.import_module(f"{trt.__name__}.plugin")

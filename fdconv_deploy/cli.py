@@ -57,21 +57,13 @@ for _command in (inspect, convert, export, verify, build, segment, evaluate, ben
 
 
 def _needed(error: ImportError) -> str:
-    """What to install when a package of another job is missing."""
-    jobs = {
-        "torch": "export",
-        "onnx": "export",
-        "onnxscript": "export",
-        "onnxruntime": "cpu",
-        "pycocotools": "coco",
-    }
-    package = (error.name or "").partition(".")[0]
-    if package not in jobs:
-        raise error
-    return (
-        f"this command needs {package}, which is not installed: "
-        f"pip install 'fdconv-deploy[{jobs[package]}]'."
-    )
+    """What to install when a package that not every command needs is missing."""
+    from fdconv_deploy.installing import missing
+
+    what = missing(error)
+    if what is None:
+        raise error  # no package of a user's choice: a mistake of ours, or a broken installation
+    return f"this command needs {what}"
 
 
 def main() -> None:

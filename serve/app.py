@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from fdconv_deploy import __version__
-from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.installing import needed_by
 from fdconv_deploy.runtime import Session
 
 from . import openapi, problems
@@ -84,11 +84,6 @@ def create_app(
 
 
 def _grpc_server() -> type[GrpcServer]:
-    try:
+    with needed_by("The gRPC service", "grpc"):
         from .kserve.grpc_server import GrpcServer
-    except ImportError as error:
-        raise FDConvError(
-            f"The gRPC service needs {error.name}, which is not installed: "
-            "pip install 'fdconv-deploy[grpc]'."
-        ) from error
     return GrpcServer

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.installing import needed_by
 
 _SERVICE = "fdconv-deploy"
-_INSTALL = "pip install 'fdconv-deploy[tracing]'"
 
 
 class Tracing:
@@ -28,17 +28,13 @@ class Tracing:
         self._own: Any = None
         if not wanted:
             return
-        try:
+        with needed_by("Tracing", "tracing"):
             from opentelemetry import trace
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
             provider = trace.get_tracer_provider()
             if isinstance(provider, trace.ProxyTracerProvider):  # nobody has set one
                 provider = self._own = _provider()
-        except ImportError as error:
-            raise FDConvError(
-                f"Tracing was asked for, but {error.name} is not installed: {_INSTALL}."
-            ) from error
         self._trace = trace
         self._propagator = TraceContextTextMapPropagator()
         self._tracer = provider.get_tracer("fdconv.serve")

@@ -1,6 +1,6 @@
 """The whole OpenAPI by schemathesis: ``python -m benchmarks.serving.schema [--full]``.
 
-``pip install 'fdconv-deploy[load]'``. Requests are made from the document: its examples, its
+``pip install '.[load]'``. Requests are made from the document: its examples, its
 edges, drawn ones that fit it and drawn ones that do not, and sequences of calls. Three passes:
 with drawn names of models, which mostly do not exist; with the served one's, to get past them;
 and over the repository's control, which other passes would find the model unloaded by.

@@ -38,9 +38,10 @@ from benchmarks.serving.harness import (
     scene,
     server,
 )
+from fdconv_deploy.installing import install
 from fdconv_deploy.runtime import Session, open_session
 
-LITSERVE_MISSING = "not installed here: pip install 'fdconv-deploy[load]'"
+LITSERVE_MISSING = f"not installed here: {install('litserve')}"
 PLAIN, MORE, LITSERVE, OURS, RAW = "plain", "plain, 2 more", "litserve", "fdconv", "in process"
 Run = Callable[[int, float], Load]
 

@@ -149,6 +149,8 @@ def bench(
     levels = parse_levels(concurrency)
     if divergence:
         check_divergences(sides.sides)
+    if divergence or (profile and any(side.kind == "bundle" for side in sides.sides)):
+        import onnx  # noqa: F401 - said to be missing now, not after minutes of measuring
     err = Console(stderr=True)
     if not quiet and (sentence := machine.busy()):
         err.print(sentence, highlight=False)

@@ -11,6 +11,7 @@ import typer
 
 from fdconv_deploy.commands.options import Backend
 from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.installing import needed_by
 
 
 def serve(
@@ -54,13 +55,8 @@ def serve(
     # Read when numpy is imported. Codec threads share the cores already: OpenBLAS's own would
     # wait busily for them, and cost more than the products they share.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    try:
+    with needed_by("The service", "serve"):
         import serve as service
-    except ImportError as error:
-        raise FDConvError(
-            f"the service needs {error.name}, which is not installed: "
-            "pip install 'fdconv-deploy[serve]'."
-        ) from error
     if log_level not in ("debug", "info", "warning", "error"):
         raise typer.BadParameter(
             f"--log-level is debug, info, warning or error, not {log_level!r}."

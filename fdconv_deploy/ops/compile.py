@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fdconv_deploy.errors import BackendError
+from fdconv_deploy.installing import install
 from fdconv_deploy.ops.launch import OPTIONS, THREADS_PER_WARP, KernelLaunch, interpreting
 
 # Turing, Ampere (data centre and consumer), Ada, Hopper, Blackwell (both).
@@ -72,7 +73,7 @@ def _triton() -> Any:
     except ImportError:
         raise BackendError(
             "compiling GPU kernels needs Triton, which is not installed. "
-            "Install it: pip install 'fdconv-deploy[gpu]'."
+            f"Install it ({install('triton')})."
         ) from None
     if interpreting():
         raise BackendError(

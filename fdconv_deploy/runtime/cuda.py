@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fdconv_deploy.errors import BackendError
+from fdconv_deploy.installing import install
 
 _OTHERS = "Backend 'onnxruntime-cpu' runs on any machine."
 _NO_MEMORY = "cudaErrorMemoryAllocation"
@@ -22,8 +23,8 @@ def import_cudart() -> Any:
         from cuda.bindings import runtime  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise BackendError(
-            "TensorRT's buffers need cuda-bindings, which is not installed. Install it: "
-            f"pip install 'fdconv-deploy[gpu]'. {_OTHERS}"
+            "TensorRT's buffers need cuda-bindings, which is not installed "
+            f"({install('cuda.bindings')}). {_OTHERS}"
         ) from error
     return runtime
 

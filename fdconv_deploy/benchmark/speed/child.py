@@ -31,6 +31,7 @@ def main() -> None:
     from fdconv_deploy.benchmark.speed.sides import Side, UnavailableError
     from fdconv_deploy.benchmark.speed.work import open_work
     from fdconv_deploy.errors import BackendError, FDConvError
+    from fdconv_deploy.installing import missing
 
     def answer(**found: Any) -> None:
         answers.write(json.dumps(found) + "\n")
@@ -70,9 +71,13 @@ def main() -> None:
             gc.collect()
         work.close()
     except (FDConvError, OSError, ImportError, RuntimeError, MemoryError) as error:
-        known = isinstance(error, FDConvError)
+        package = missing(error) if isinstance(error, ImportError) else None
+        known = isinstance(error, FDConvError) or package is not None
         unavailable = isinstance(error, UnavailableError | BackendError | ImportError)
-        said = str(error) if known else f"{side.name} failed. {_said(error)}"
+        if package is not None:
+            said = f"{side.name} needs {package}"
+        else:
+            said = str(error) if known else f"{side.name} failed. {_said(error)}"
         answer(error=said, unavailable=unavailable)
         if not known:
             raise

@@ -1,16 +1,17 @@
 """The folded network on an NVIDIA GPU: fused kernels, channels-last half precision, CUDA graph.
 
-Needs Triton (``pip install 'fdconv-deploy[gpu]'``) and a CUDA build of PyTorch.
+Needs Triton and a CUDA build of PyTorch.
 """
 
 from fdconv_deploy.errors import BackendError
+from fdconv_deploy.installing import install
 
 try:
     import triton as _triton  # type: ignore[import-untyped,import-not-found,unused-ignore]  # noqa: F401
 except ImportError:
     raise BackendError(
-        "the fused GPU kernels need Triton, which is not installed. Install it with "
-        "pip install 'fdconv-deploy[gpu]', or use fold_network."
+        "the fused GPU kernels need Triton, which is not installed. Install it "
+        f"({install('triton')}), or use fold_network."
     ) from None
 
 from fdconv_deploy.folding.cuda.capture import CapturedNetwork

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.errors import BackendError
+from fdconv_deploy.installing import install
 from fdconv_deploy.ops.native import SWITCH, native_library
 from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.bundle import Bundle
@@ -19,10 +20,7 @@ from .cores import available_cores
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-_INSTALL = {
-    CPU: "pip install 'fdconv-deploy[cpu]'",
-    CUDA: "pip install 'fdconv-deploy[gpu]'",
-}
+_PACKAGES = {CPU: "onnxruntime", CUDA: "onnxruntime-gpu"}
 _MARK = re.compile(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
 _NO_MEMORY = re.compile(r"bad_?alloc|bad allocation|[Ff]ailed to allocate memory|out of memory")
 _NUMPY_TYPES = {
@@ -59,10 +57,11 @@ class OnnxRuntimeBackend:
             self._providers = [CPU]
         available = self._ort.get_available_providers()
         if self._provider not in available:
+            package = _PACKAGES.get(self._provider)
             raise BackendError(
                 f"The installed onnxruntime has no {self._provider}, only "
-                f"{', '.join(available)}. Install one that has it: "
-                f"{_INSTALL.get(self._provider, 'see onnxruntime.ai')}."
+                f"{', '.join(available)}. Install one that has it "
+                f"({install(package) if package else 'see onnxruntime.ai'})."
             )
         if provider == CUDA and hasattr(self._ort, "preload_dlls"):
             self._ort.preload_dlls()  # finds CUDA and cuDNN as installed by pip
@@ -173,8 +172,8 @@ def import_onnxruntime(provider: str = CPU) -> Any:
     except ImportError as error:
         found = "is not installed" if isinstance(error, ModuleNotFoundError) else "does not load"
         raise BackendError(
-            f"ONNX Runtime {found} here, and this backend runs on it. Install it: "
-            f"{_INSTALL.get(provider, _INSTALL[CPU])}."
+            f"ONNX Runtime {found} here, and this backend runs on it. Install it "
+            f"({install(_PACKAGES.get(provider, _PACKAGES[CPU]))})."
         ) from error
     return onnxruntime
 

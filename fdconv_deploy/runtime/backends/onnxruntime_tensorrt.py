@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fdconv_deploy.errors import BackendError
+from fdconv_deploy.installing import install
 
 from .base import BackendOptions
 from .onnxruntime_backend import CPU, CUDA, OnnxRuntimeBackend, import_onnxruntime
@@ -41,8 +42,8 @@ class OnnxRuntimeTensorRTBackend(OnnxRuntimeBackend):
         if TENSORRT not in ort.get_available_providers():
             raise BackendError(
                 "The installed onnxruntime has no TensorRT provider, only "
-                f"{', '.join(ort.get_available_providers())}. Install onnxruntime-gpu and "
-                "tensorrt (pip install 'fdconv-deploy[gpu]'), or choose 'onnxruntime-cpu'."
+                f"{', '.join(ort.get_available_providers())}. Install one that has it "
+                f"({install('onnxruntime-gpu', 'tensorrt')}), or choose 'onnxruntime-cpu'."
             )
         folder = _cache()
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.errors import BackendError
+from fdconv_deploy.installing import install
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.cuda import Cuda
 from fdconv_deploy.runtime.engines import EngineRecord, Machine, find_engine, read_engine
@@ -39,14 +40,14 @@ def import_tensorrt() -> Any:
         if not isinstance(error, ModuleNotFoundError):
             found = f"does not load ({str(error).splitlines()[0]})"
         raise BackendError(
-            f"TensorRT {found}. It needs an NVIDIA GPU; install it with pip install "
-            f"'fdconv-deploy[gpu]'. {_OTHERS}"
+            f"TensorRT {found}. It needs an NVIDIA GPU ({install('tensorrt', 'cuda.bindings')}). "
+            f"{_OTHERS}"
         ) from error
     version = tuple(int(n) for n in str(tensorrt.__version__).split(".")[:2])
     if version < OLDEST:
         raise BackendError(
             f"TensorRT {tensorrt.__version__} is installed, and 11 is needed (10.9 at the least). "
-            f"Update it: pip install 'tensorrt>=11'. {_OTHERS}"
+            f"Update it ({install('tensorrt')}). {_OTHERS}"
         )
     return tensorrt
 

@@ -11,11 +11,15 @@ import pytest
 from tests.test_cli import fdconv
 
 
-@pytest.mark.parametrize("package", ["grpc", "google.protobuf"])
-def test_without_its_packages(package: str, bundles: list[Path], monkeypatch, capfd) -> None:
+@pytest.mark.parametrize(
+    ("module", "package"), [("grpc", "grpcio"), ("google.protobuf", "protobuf")]
+)
+def test_without_its_packages(
+    module: str, package: str, bundles: list[Path], monkeypatch, capfd
+) -> None:
     monkeypatch.delitem(sys.modules, "serve.kserve.grpc_server", raising=False)
     monkeypatch.delitem(sys.modules, "serve.kserve.messages", raising=False)
-    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, module, None)
     arguments = ["serve", bundles[0], "--port", 0, "--grpc-port", 0]
     code, out, err = fdconv(monkeypatch, capfd, *arguments)
     assert code == 1

@@ -1,0 +1,125 @@
+"""What to install when a package that not everybody needs is missing.
+
+Hints name the packages themselves, as the installed metadata lists them under an extra: that is
+true of a clone and of an installed wheel alike, and needs no index to know this project.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from fdconv_deploy.errors import FDConvError
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+_PROJECT = "fdconv-deploy"
+# Modules that are not called as their packages are.
+_PACKAGES = {
+    "PIL": "pillow",
+    "cuda": "cuda-bindings",
+    "cuda.bindings": "cuda-bindings",
+    "cv2": "opencv-python-headless",
+    "google": "protobuf",
+    "google.protobuf": "protobuf",
+    "grpc": "grpcio",
+    "onnxruntime": "onnxruntime",
+    "opentelemetry": "opentelemetry-sdk",
+    "opentelemetry.sdk": "opentelemetry-sdk",
+    "opentelemetry.exporter": "opentelemetry-exporter-otlp-proto-http",
+    "pynvml": "nvidia-ml-py",
+}
+_MODULES = {package: module for module, package in _PACKAGES.items()} | {
+    "onnxruntime-gpu": "onnxruntime"
+}
+
+
+def install(*names: str, extra: str | None = None) -> str:
+    """The command that installs packages: ``pip install 'torch>=2.6' onnx …``.
+
+    :param names: modules or packages that are wanted, installed or not.
+    :param extra: of this project's; what else of it is not installed is named too, so that
+        the next attempt does not end at the next package.
+    """
+    known = list(_requirements())
+    wanted = dict.fromkeys(_package(name) for name in names)
+    if extra is not None:
+        wanted |= dict.fromkeys(r.name for e, r in known if e == extra and not _installed(r.name))
+    # As the extra has it, where several do.
+    text = {r.name: str(r).partition(";")[0] for _, r in known}
+    text |= {r.name: str(r).partition(";")[0] for e, r in known if e == extra}
+    return "pip install " + " ".join(shlex.quote(text.get(name, name)) for name in wanted)
+
+
+def missing(error: ImportError, extra: str | None = None) -> str | None:
+    """A package that an import did not find, and what installs it, to end a sentence with.
+
+    :param extra: it belongs to; the smallest that has it when not given.
+    :returns: "onnx, which is not installed: pip install …", or None where the error is another:
+        a package that does not load, or none that this project asks for.
+    """
+    if error.name is None or not isinstance(error, ModuleNotFoundError):
+        return None
+    package = _package(error.name)
+    extras: dict[str, list[str]] = {}
+    for name, requirement in _requirements():
+        extras.setdefault(name, []).append(requirement.name)
+    having = [name for name, packages in extras.items() if package in packages]
+    if extras and not having:
+        return None
+    if extra not in having:
+        extra = min(having, key=lambda name: len(extras[name]), default=None)
+    return f"{package}, which is not installed: {install(package, extra=extra)}"
+
+
+@contextmanager
+def needed_by(what: str, extra: str | None = None) -> Iterator[None]:
+    """Around imports: a missing package ends in a sentence, as :func:`missing` says it.
+
+    :raises FDConvError: a package is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (package := missing(error, extra)) is None:
+            raise
+        raise FDConvError(f"{what} needs {package}") from error
+
+
+def _package(name: str) -> str:
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        if found := _PACKAGES.get(".".join(parts[:length])):
+            return found
+    return parts[0].replace("_", "-")
+
+
+def _installed(package: str) -> bool:
+    try:
+        return (
+            importlib.util.find_spec(_MODULES.get(package, package.replace("-", "_"))) is not None
+        )
+    except ImportError:  # what it lies in is missing
+        return False
+
+
+def _requirements() -> Iterator[tuple[str, Requirement]]:
+    """(extra, "" for everybody; what it asks for on this machine), without other extras."""
+    from packaging.requirements import Requirement
+
+    try:
+        found = metadata.metadata(_PROJECT)
+    except metadata.PackageNotFoundError:  # run from its source: names without versions, then
+        return
+    for extra in ("", *(found.get_all("Provides-Extra") or ())):
+        for text in found.get_all("Requires-Dist") or ():
+            requirement = Requirement(text)
+            of_extra = "extra" in str(requirement.marker)
+            fits = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+            if fits and of_extra == bool(extra) and requirement.name != _PROJECT:
+                yield extra, requirement
