@@ -1,8 +1,10 @@
 """Run a Dockerfile's build steps without Docker: ``python docker/prove.py docker/cpu.Dockerfile``.
 
 What COPY brings is copied into an empty folder, the RUN steps that install run there in a venv,
-and the image's own command, health check and user's needs are tried on a bundle. The base image,
-``useradd`` and the layers themselves are not proved; nothing of the source tree is reachable.
+and the image's own command, with tracing and gRPC besides, health check and user's needs are tried
+on a bundle; where a compiler is installed, the native operators must have been built. The base
+image, ``useradd`` and the layers themselves are not proved; nothing of the source tree is
+reachable.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +64,7 @@ def main() -> None:
 
 def _copy(path: Path, source: Path, target: str) -> None:
     place = source / target
-    ignore = shutil.ignore_patterns("__pycache__")
+    ignore = shutil.ignore_patterns("__pycache__", "fdconv_native_*.so")  # as .dockerignore
     if path.is_dir():
         shutil.copytree(path, place, ignore=ignore)
     else:
@@ -72,19 +76,50 @@ def _clean() -> dict[str, str]:
     return {**kept, "PYTHONNOUSERSITE": "1"}
 
 
+class _Collector(ThreadingHTTPServer):
+    """Takes OpenTelemetry's spans as a collector does; ``spans`` counts the messages."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Export)
+        self.spans = 0
+        self.environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self.server_port}"}
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class _Export(BaseHTTPRequestHandler):
+    server: _Collector
+
+    def do_POST(self) -> None:
+        """One message of spans."""
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.spans += self.path == "/v1/traces"
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def _serve(found: list[tuple[str, str]], prefix: Path, bundle: Path, folder: Path) -> None:
     models = folder / "models"
     shutil.copytree(bundle, models / bundle.name)
     words = dict(found)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port, grpc_port = _free_port(), _free_port()
+    settings = folder / "settings.json"
+    settings.write_text(json.dumps({"tracing": True, "grpc_port": grpc_port}))
     command = [*json.loads(words["ENTRYPOINT"]), *json.loads(words["CMD"])]
-    replaced = {"8000": port, "0.0.0.0": "127.0.0.1", "/models": str(models)}
+    replaced = {"8000": str(port), "0.0.0.0": "127.0.0.1", "/models": str(models)}
     command = [replaced.get(word, word) for word in command]
-    command[0] = str(prefix / "bin" / command[0])
+    command = [str(prefix / "bin" / command[0]), *command[1:], "--settings", str(settings)]
     print(f"$ {' '.join(command)}", flush=True)
-    process = subprocess.Popen(command, cwd=folder, env=_clean())
+    collector = _Collector()
+    process = subprocess.Popen(command, cwd=folder, env={**_clean(), **collector.environment})
     try:
         for _ in range(600):
             try:
@@ -103,9 +138,17 @@ def _serve(found: list[tuple[str, str]], prefix: Path, bundle: Path, folder: Pat
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             assert answer.read(4) == b"\x89PNG"
+        with socket.create_connection(("127.0.0.1", grpc_port), timeout=5):
+            pass
     finally:
         process.terminate()
         assert process.wait(60) in (0, -15, 143), process.returncode
+        collector.shutdown()
+    assert collector.spans, "no spans were sent"
+    if any(word == "RUN" and " gcc " in rest for word, rest in found):
+        code = "from fdconv_deploy.ops.native import native_library; native_library(True)"
+        subprocess.run([prefix / "bin" / "python", "-c", code], check=True, env=_clean())
+    subprocess.run([prefix / "bin" / "pip", "check"], check=True, env=_clean())
     installed = subprocess.run(
         [prefix / "bin" / "pip", "list", "--format", "json"],
         check=True,

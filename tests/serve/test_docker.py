@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -54,17 +55,31 @@ class TestDockerfiles:
             for name in ("ENTRYPOINT", "CMD")
             for word in json.loads(re.search(rf"^{name} (\[.+\])$", text, re.M)[1])  # type: ignore[index]
         ]
-        shown = subprocess.run(
-            [sys.executable, "-m", "fdconv_deploy", "serve", "--help"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-            env={"COLUMNS": "200", "PATH": "", "PYTHONPATH": str(ROOT)},
-        ).stdout
-        for word in words:
-            if word.startswith("--"):
-                assert word in shown
+        assert options(words) <= served_options()
+
+    def test_its_extras_are_the_packages(self, path: Path) -> None:
+        (extras,) = re.findall(r"'\.\[([a-z,]+)\]'", path.read_text())
+        tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert set(extras.split(",")) <= set(known["optional-dependencies"])
+
+
+def options(words: list[str]) -> set[str]:
+    return {word for word in words if word.startswith("--")}
+
+
+@functools.cache
+def served_options() -> set[str]:
+    """What ``fdconv serve`` knows, as its help says."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "fdconv_deploy", "serve", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"COLUMNS": "200", "PATH": "", "PYTHONPATH": str(ROOT)},
+    ).stdout
+    return set(re.findall(r"--[a-z-]+", shown))
 
 
 def test_there_are_two() -> None:
@@ -97,6 +112,7 @@ class TestKubernetes:
         pod = by_kind["Deployment"]["spec"]["template"]["spec"]
         (container,) = pod["containers"]
         assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
+        assert options(container["args"]) <= served_options()
         for probe in ("startupProbe", "readinessProbe"):
             assert container[probe]["httpGet"]["path"] == "/readyz"
         settings = Settings.model_validate_json(by_kind["ConfigMap"]["data"]["settings.json"])
