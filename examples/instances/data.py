@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -59,14 +56,6 @@ def as_scene(rgb: NDArray[np.uint8], found: Instances) -> Scene:
 def draw_scene(seed: int) -> Scene:
     """Scene number ``seed``."""
     return as_scene(*draw_instances(seed))
-
-
-def draw_many(seeds: range, processes: int) -> list[Scene]:
-    """Scenes of these seeds, drawn by so many processes."""
-    # Fresh processes: a fork of one that has run torch's threads can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, cv2.setNumThreads, (1,)) as pool:
-        return list(pool.map(draw_scene, seeds, chunksize=16))
 
 
 def images_of(scenes: Sequence[Scene]) -> Tensor:

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 import fdconv_deploy.demo
-from examples.instances.network import SIZE
-from examples.instances.package import EVALUATION_SEEDS, write_json
+from examples.instances.package import EVALUATION_SEEDS
+from examples.training.record import write_json
+from examples.training.scenes import SIZE
 from export import export_checkpoint
 from fdconv_deploy.benchmark.detection.coco_files import CocoSet, read_coco
 from fdconv_deploy.benchmark.detection.evaluation import (

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from examples.training.scenes import SIZE
 from fdconv_deploy.architecture import BackboneConfig, Preprocessing
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.demo import packaged_checkpoint
@@ -21,9 +21,6 @@ from fdconv_deploy.detector_architecture import (
     RPNTestConfig,
 )
 from fdconv_deploy.nn.detection import Detector, build_detector
-
-# Height and width of the scenes.
-SIZE = (192, 256)
 
 
 def architecture(backbone: BackboneConfig) -> DetectorArchitecture:
@@ -66,10 +63,3 @@ def start() -> Detector:
         nn.init.normal_(last.weight, std=0.01)
         nn.init.zeros_(last.bias)
     return network.eval()
-
-
-def normalise(network: Detector, rgb: Tensor) -> Tensor:
-    """RGB 0..255 to the network's input, as its preprocessing says."""
-    preprocessing = network.architecture.preprocessing
-    mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-    return (rgb - mean[:, None, None]) / std[:, None, None]

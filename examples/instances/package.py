@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from examples.instances.data import draw_scene, images_of
-from examples.instances.network import SIZE, normalise, start
-from examples.streets.train import (
-    TRAINING_SEEDS,
-    attention_spread,
-    circumstances,
-    dynamic_layers,
-    load_state,
-)
+from examples.instances.network import start
+from examples.training.layers import dynamic_layers
+from examples.training.record import attention_spread, origins, write_json
+from examples.training.run import load_state
+from examples.training.scenes import normalise
 from fdconv_deploy.checkpoints import save_checkpoint
 from fdconv_deploy.demo import HELD_OUT_SEEDS
 from fdconv_deploy.demo.instances import CLASSES, coco_annotations, draw_instances
@@ -35,28 +30,14 @@ def package(state_file: Path, out: Path) -> None:
     )
     write_json(out / "heldout" / "instances.json", annotations, indent=None)
     seen = images_of([draw_scene(seed) for seed in EVALUATION_SEEDS[:64]])
-    record: dict[str, Any] = {
-        "classes": list(CLASSES),
-        "recipe": state["recipe"],
-        "seeds": {
-            "training": [TRAINING_SEEDS.start, TRAINING_SEEDS.start + state["recipe"]["scenes"]],
-            "evaluation": [EVALUATION_SEEDS.start, EVALUATION_SEEDS.stop],
-            "held_out": [HELD_OUT_SEEDS.start, HELD_OUT_SEEDS.stop],
-        },
-        "scene_size": list(SIZE),
-        **circumstances(),
+    preprocessing = network.architecture.preprocessing
+    record = origins(CLASSES, state["recipe"], EVALUATION_SEEDS) | {
         "parameters": sum(p.numel() for p in network.parameters()),
         "dynamic_layers": len(dynamic_layers(network)),
         "steps": state["step"],
         "training_seconds": round(state["seconds"], 1),
         "attention_spread": attention_spread(
-            network.backbone, (normalise(network, image[None]) for image in seen)
+            network.backbone, (normalise(preprocessing, image[None]) for image in seen)
         ),
     }
     write_json(out / "instances_training.json", record)
-
-
-def write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
-    """Write a JSON file; ``indent=None`` for one that nobody reads."""
-    separators = (",", ":") if indent is None else None
-    path.write_text(json.dumps(content, indent=indent, separators=separators) + "\n")

@@ -12,35 +12,25 @@ core.
 from __future__ import annotations
 
 import argparse
-import math
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-import fdconv_deploy.demo
-from examples.instances.data import Truth, altered, draw_many, images_of
+from examples.instances.data import Truth, altered, draw_scene, images_of
 from examples.instances.losses import Regions, box_losses, mask_loss, proposal_losses
-from examples.instances.network import SIZE, normalise, start
+from examples.instances.network import start
 from examples.instances.package import package
 from examples.instances.regions import extract
-from examples.streets.train import (
-    TRAINING_SEEDS,
-    FastSpectrum,
-    dynamic_layers,
-    load_state,
-    parameter_groups,
-)
+from examples.training.layers import parameter_groups, quicken
+from examples.training.run import STOPPED, Run, add_arguments, console, cosine, recipe_of
+from examples.training.scenes import SIZE, TRAINING_SEEDS, draw_many, normalise
 from fdconv_deploy.demo.instances import CLASSES
 from fdconv_deploy.nn.detection import Detector
-
-console = Console()
 
 
 @dataclass(frozen=True)
@@ -100,67 +90,27 @@ def losses(
 def train(recipe: Recipe, work: Path, minutes: float, processes: int) -> bool:
     """Train to the end, or for so many minutes. True when it is done.
 
-    The state goes to ``work/instances.state`` every minute and at the end.
+    The state is ``work/instances.state``.
     """
     torch.manual_seed(recipe.seed)
     network = start()
-    for layer in dynamic_layers(network).values():
-        object.__setattr__(layer, "modulated_spectrum", FastSpectrum(layer))
-    optimiser = optimiser_of(network, recipe)
-    path, step, seconds = work / "instances.state", 0, 0.0
-    if path.exists():
-        state = load_state(path)
-        if state["recipe"] != asdict(recipe):
-            raise SystemExit(f"{path} was trained by another recipe. Move it away, or give its.")
-        network.load_state_dict(state["network"])
-        optimiser.load_state_dict(state["optimiser"])
-        step, seconds = state["step"], state["seconds"]
-    began = saved = time.monotonic()
+    quicken(network)
+    run = Run("instances", work, recipe, network, optimiser_of(network, recipe), 0, recipe.steps)
     console.print(f"drawing {recipe.scenes} training scenes")
-    scenes = draw_many(TRAINING_SEEDS[: recipe.scenes], processes)
-    console.print(f"ready after {time.monotonic() - began:.0f} s", highlight=False, soft_wrap=True)
-    recent: list[dict[str, float]] = []
-
-    def save() -> None:
-        content = {
-            "recipe": asdict(recipe),
-            "network": network.state_dict(),
-            "optimiser": optimiser.state_dict(),
-            "step": step,
-            "seconds": seconds + time.monotonic() - began,
-        }
-        partial_path = path.with_suffix(".part")
-        torch.save(content, partial_path)
-        partial_path.replace(path)
-
-    while step < recipe.steps and time.monotonic() - began < 60 * minutes:
-        for group in optimiser.param_groups:
-            group["lr"] = rate(recipe, step) * group["factor"]
+    scenes = draw_many(draw_scene, TRAINING_SEEDS[: recipe.scenes], processes)
+    for step in run.steps(minutes):
         # What a step sees is a function of (seed, step): a stopped training goes on alike.
         rng = np.random.default_rng([recipe.seed, step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         chosen = rng.integers(0, len(scenes), recipe.batch)
         seen = [altered(scenes[i], rng) for i in chosen]
-        features = network.features(normalise(network, images_of(seen)))
+        images = normalise(network.architecture.preprocessing, images_of(seen))
         truths = [scene.truth() for scene in seen]
-        parts = losses(network, features, truths, recipe, generator)
-        optimiser.zero_grad(set_to_none=True)
-        torch.stack(list(parts.values())).sum().backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 10.0)
-        optimiser.step()
-        step += 1
-        recent.append({name: value.item() for name, value in parts.items()})
-        if step % 50 == 0 or step == recipe.steps:
-            pace = (time.monotonic() - began) / len(recent)
-            last = recent[-50:]
-            shown = "  ".join(f"{n} {sum(r[n] for r in last) / len(last):.3f}" for n in parts)
-            said = f"step {step}/{recipe.steps}  {shown}  {pace:.2f} s"
-            console.print(said, highlight=False, soft_wrap=True)
-        if time.monotonic() - saved > 60:
-            save()
-            saved = time.monotonic()
-    save()
-    return step >= recipe.steps
+        parts = losses(network, network.features(images), truths, recipe, generator)
+        rate = cosine(recipe.rate, step, recipe.steps, recipe.warm_up)
+        total = torch.stack(list(parts.values())).sum()
+        run.learn(rate, total, parts, largest_gradient=10.0)
+    return run.done
 
 
 def optimiser_of(network: Detector, recipe: Recipe) -> torch.optim.Optimizer:
@@ -177,34 +127,17 @@ def optimiser_of(network: Detector, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.rate, weight_decay=recipe.weight_decay)
 
 
-def rate(recipe: Recipe, step: int) -> float:
-    """Learning rate: a linear warm-up, then half a cosine down to nothing."""
-    if step < recipe.warm_up:
-        return recipe.rate * (step + 1) / recipe.warm_up
-    share = (step - recipe.warm_up) / max(recipe.steps - recipe.warm_up, 1)
-    return recipe.rate * 0.5 * (1 + math.cos(math.pi * share))
-
-
 def main() -> None:
     """Parse the command line and go."""
-    standard = Recipe()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=standard.steps)
-    parser.add_argument("--scenes", type=int, default=standard.scenes, help="training scenes")
-    parser.add_argument("--seed", type=int, default=standard.seed)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after")
+    add_arguments(parser, Recipe(), Path("/tmp/fdconv-instances"))
     parser.add_argument("--processes", type=int, default=1, help="that draw the scenes")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/fdconv-instances"))
-    parser.add_argument(
-        "--out", type=Path, default=Path(fdconv_deploy.demo.__file__).parent / "assets"
-    )
     given = parser.parse_args()
-    recipe = Recipe(steps=given.steps, scenes=given.scenes, seed=given.seed)
-    given.work.mkdir(parents=True, exist_ok=True)
+    recipe = recipe_of(Recipe(), given)
     if train(recipe, given.work, given.minutes, given.processes):
         package(given.work / "instances.state", given.out)
     else:
-        console.print("stopped before the end; the same command goes on from here")
+        console.print(STOPPED)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ __all__ = [
     "training_record",
 ]
 
-# No training scene has one of these seeds: see TRAINING_SEEDS in examples/streets/train.py.
+# No training scene has one of these seeds: see TRAINING_SEEDS in examples/training/scenes.py.
 HELD_OUT_SEEDS = range(9_000_000, 9_000_016)
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -71,7 +71,7 @@ def detector_record() -> dict[str, Any]:
     return record
 
 
-def _asset(name: str, made_by: str = "python examples/streets/train.py") -> Path:
+def _asset(name: str, made_by: str = "python -m examples.streets.train") -> Path:
     path = _ASSETS / name
     if not path.exists():
         raise FileNotFoundError(
