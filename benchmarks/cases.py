@@ -104,14 +104,24 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
-def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+def add_case_arguments(parser: argparse.ArgumentParser, network: str = "backbone") -> None:
     """Options that name one case; see `named_case`."""
-    parser.add_argument("--network", choices=NETWORKS, default="backbone")
+    parser.add_argument("--network", choices=NETWORKS, default=network)
     parser.add_argument("--depth", type=int, default=50)
-    parser.add_argument("--kernel-num", type=int, default=64)
-    parser.add_argument("--size", type=parse_size, default=(512, 512), help="HEIGHTxWIDTH")
     parser.add_argument("--batch", type=int, default=1)
+    add_size_argument(parser)
+    add_width_arguments(parser)
+
+
+def add_size_argument(parser: argparse.ArgumentParser, size: tuple[int, int] = (512, 512)) -> None:
+    """How large the images are."""
+    parser.add_argument("--size", type=parse_size, default=size, help="HEIGHTxWIDTH")
+
+
+def add_width_arguments(parser: argparse.ArgumentParser) -> None:
+    """How wide the network is."""
     parser.add_argument("--channels", type=int, default=64, help="the first stage's; narrower")
+    parser.add_argument("--kernel-num", type=int, default=64, help="FDConv's")
 
 
 def named_case(options: argparse.Namespace) -> Case:

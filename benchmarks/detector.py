@@ -27,8 +27,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.cases import parse_size
+from benchmarks.cases import add_size_argument, add_width_arguments
 from benchmarks.networks import backbone, lively_heads, trained_like
+from benchmarks.options import script
 from benchmarks.records import FOLDER, write_json
 from export.detection_parity import compare_detections, perturbed
 from export.detector_inputs import made_up_detector_inputs
@@ -209,14 +210,12 @@ def _own(answer: Answer, changed: Answer, score_thr: float) -> dict[str, float] 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=parse_size, default=(800, 1344), help="HEIGHTxWIDTH")
-    parser.add_argument("--channels", type=int, default=64, help="the first stage's; narrower")
-    parser.add_argument("--kernel-num", type=int, default=64)
+    parser = script(__doc__, threads=False)
+    add_size_argument(parser, (800, 1344))
+    add_width_arguments(parser)
     parser.add_argument("--faster", action="store_true", help="Faster R-CNN, without masks")
     parser.add_argument("--pictures", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.cases import NETWORKS, Case, parse_size
-from benchmarks.records import write_json
+from benchmarks.cases import Case, add_case_arguments, named_case
+from benchmarks.options import keep, script
 from fdconv_deploy.benchmark import machine
 from fdconv_deploy.checkpoints import save_checkpoint
 from fdconv_deploy.nn import Segmentor
@@ -93,13 +93,8 @@ def _child(request: str, file: Path, bundle: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--network", choices=NETWORKS, default="upernet")
-    parser.add_argument("--depth", type=int, default=50)
-    parser.add_argument("--size", type=parse_size, default=(512, 512), help="HEIGHTxWIDTH")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--channels", type=int, default=64, help="the first stage's; narrower")
-    parser.add_argument("--json", type=Path, help="write the result here too")
+    parser = script(__doc__, threads=False)
+    add_case_arguments(parser, network="upernet")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -107,17 +102,14 @@ def main() -> None:
         _child(request, Path(file), Path(bundle))
         return
     machine.warn_if_busy()
-    case = Case(options.network, options.depth, *options.size, options.batch,
-                channels=options.channels)  # fmt: skip
+    case = named_case(options)
     where = machine.describe(torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(case, case.make(), Path(folder) / "bundle")
-    print(f"{case.title}, kernel_num {case.kernel_num}\n{machine.say(where)}")
+    print(f"{case.title}, kernel_num {case.kernel_num}")
     for key, value in measured.items():
         print(f"{key:22} {value}")
-    if options.json:
-        result = {"kind": "export", "title": case.title, "case": case.as_dict(), "machine": where}
-        write_json(options.json, result | measured)
+    keep(options, "export", where, {"title": case.title, "case": case.as_dict(), **measured})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ figure from this run, ``--draw FILE`` from an earlier one.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import sys
@@ -22,6 +21,7 @@ import torch
 
 from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import TOLERANCE
+from benchmarks.options import script
 from benchmarks.plot import BARS, TEXT, WIDTH
 from benchmarks.records import write_json
 from export import export_module
@@ -29,7 +29,6 @@ from fdconv_deploy.benchmark import machine
 from fdconv_deploy.benchmark.layers.attribution import PARTS, WARM_UP, ProfiledGraph, by_layer
 from fdconv_deploy.benchmark.layers.torch_profile import ProfiledNetwork
 from fdconv_deploy.ops.native import native_library
-from fdconv_deploy.runtime.backends.cores import available_cores
 from fdconv_deploy.runtime.files import write_whole
 
 HEIGHT = 3.7  # inches
@@ -189,11 +188,9 @@ def show(result: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script(__doc__)
     add_case_arguments(parser)
-    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="write the result here too")
     parser.add_argument("--svg", type=Path, help="draw the figure here")
     parser.add_argument("--draw", type=Path, help="measure nothing: draw this result's figure")
     options = parser.parse_args()

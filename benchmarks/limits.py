@@ -10,15 +10,13 @@ of such operators; the profile (`benchmarks.profile_operators`) says what is rea
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 from onnx import helper
 
 from benchmarks.cases import Case
+from benchmarks.options import keep, script
 from benchmarks.primitives import random, runner
 from fdconv_deploy.benchmark import machine
 from fdconv_deploy.benchmark.timing import interleave
@@ -107,11 +105,9 @@ def rates(threads: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the result here too")
-    options = parser.parse_args()
+    options = script(__doc__).parse_args()
     machine.warn_if_busy()
+    where = machine.describe(options.threads)
     measured = rates(options.threads)
     case = Case("backbone", 50, 512, 512, 1)
     network, x = case.make(), case.images()
@@ -149,17 +145,14 @@ def main() -> None:
     )
     floor = sum(max(row["product_ms"], row["moving_ms"]) for row in table.values())
     print(f"the larger of the two, part by part: {floor:.0f} ms")
-    if options.json:
-        result = {
-            "kind": "limits",
-            "machine": machine.describe(options.threads),
-            "case": case.title,
-            "dynamic_weights": weights,
-            "rates": measured,
-            "parts": table,
-            "floor_ms": round(floor, 1),
-        }
-        options.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    result = {
+        "case": case.title,
+        "dynamic_weights": weights,
+        "rates": measured,
+        "parts": table,
+        "floor_ms": round(floor, 1),
+    }
+    keep(options, "limits", where, result)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,22 @@ from typing import Any
 
 import psutil
 
-from benchmarks.cases import BATCHES, DEPTHS, NETWORKS, SIZES, SWEEPS, Case, grid, parse_size, sweep
+from benchmarks.cases import (
+    BATCHES,
+    DEPTHS,
+    NETWORKS,
+    SIZES,
+    SWEEPS,
+    Case,
+    add_width_arguments,
+    grid,
+    parse_size,
+    sweep,
+)
 from benchmarks.records import FOLDER, write_json
 from benchmarks.speed import add_arguments
 from fdconv_deploy.benchmark import machine
+from fdconv_deploy.runtime.backends.cores import available_cores
 
 Measure = Callable[[Case], dict[str, Any]]
 
@@ -163,8 +175,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only-sweeps", action="store_true", help="leave the grid out")
     made.add_argument("--only", default="*", help="keys that match, e.g. 'upernet-r50-*'")
     made.add_argument("--quick", action="store_true", help="the R50 backbone at 512x512 alone")
-    made.add_argument("--kernel-num", type=int, default=64)
-    made.add_argument("--channels", type=int, default=64, help="the first stage's; narrower")
+    made.add_argument("--threads", type=int, default=available_cores())
+    add_width_arguments(made)
     made.add_argument("--list", action="store_true", help="say what would be measured")
     made.add_argument("--resume", action="store_true", help="keep what --output has")
     made.add_argument(

@@ -17,9 +17,6 @@ and the drawn scenes are scored with them and without.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import platform
 import tempfile
 import time
@@ -34,6 +31,8 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from benchmarks.options import script
+from benchmarks.records import write_json
 from export.folders import Pictures
 from export.passes.rounding import rounding_model
 from export.pipeline import export_checkpoint
@@ -145,10 +144,8 @@ def score(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script(__doc__)
     parser.add_argument("--scenes", type=int, default=100, help="more held-out scenes to draw")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path, help="write the result here too")
     options = parser.parse_args()
     calibration = [draw_scene(seed)[0] for seed in CALIBRATION_SEEDS]
     height, width = calibration[0].shape[:2]
@@ -211,7 +208,7 @@ def main() -> None:
     print("\nError: largest, of the largest logit. ms: ONNX Runtime on this CPU, which has no")
     print("float16 arithmetic to gain from: it computes fp16 graphs in float32, with casts.")
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,16 @@ Runtime; by default the R50 backbone at 512×512.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import TOLERANCE
-from benchmarks.records import write_json
+from benchmarks.options import keep, script
 from export import export_module
 from fdconv_deploy.benchmark import machine
 from fdconv_deploy.benchmark.layers.attribution import PARTS, as_json, profile
-from fdconv_deploy.runtime.backends.cores import available_cores
 
 
 def measure(case: Case, folder: Path, *, threads: int, runs: int = 10) -> dict[str, Any]:
@@ -53,11 +51,9 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script(__doc__)
     add_case_arguments(parser)
-    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="write the result here too")
     options = parser.parse_args()
     machine.warn_if_busy()
     case = named_case(options)
@@ -65,9 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         result = measure(case, Path(name), threads=options.threads, runs=options.runs)
     show(result)
-    print(machine.say(where))
-    if options.json:
-        write_json(options.json, {"kind": "profile", "machine": where, **result})
+    keep(options, "profile", where, result)
 
 
 if __name__ == "__main__":

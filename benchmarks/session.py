@@ -11,7 +11,6 @@ batches 1 and 4, is exported first.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -22,11 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.records import write_json
+from benchmarks.options import keep, script
 from fdconv_deploy.benchmark import machine
 from fdconv_deploy.benchmark.timing import interleave, spread
 from fdconv_deploy.runtime import Bundle
-from fdconv_deploy.runtime.backends.cores import available_cores
 
 REQUESTS = 10
 # Changes to ONNX Runtime's own defaults; "runtime" is what fdconv_deploy.runtime sets.
@@ -225,15 +223,13 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script(__doc__)
     parser.add_argument("bundle", type=Path, nargs="?")
-    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--repeats", type=int, default=5, help="fresh processes for each figure")
     parser.add_argument("--variants", action="store_true", help="compare other settings too")
     parser.add_argument("--binding", action="store_true", help="compare IO binding too")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=180.0)
-    parser.add_argument("--json", type=Path, help="write the result here too")
     options = parser.parse_args()
     machine.warn_if_busy()
     where = machine.describe(options.threads)
@@ -249,10 +245,7 @@ def main() -> None:
             result["binding"] = binding(model, **how)
     print(name)
     show(result)
-    print(machine.say(where))
-    if options.json:
-        record = {"kind": "session", "title": name, "machine": where, **result}
-        write_json(options.json, record)
+    keep(options, "session", where, {"title": name, **result})
 
 
 def _export(destination: Path) -> Path:

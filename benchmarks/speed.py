@@ -21,13 +21,12 @@ import torch
 
 from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import measure as measure_export
-from benchmarks.records import write_json
+from benchmarks.options import keep, script
 from fdconv_deploy.benchmark import machine
 from fdconv_deploy.benchmark.timing import interleave, ratio, spread
 from fdconv_deploy.folding.network import fold_network
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.runtime import Session, open_session
-from fdconv_deploy.runtime.backends.cores import available_cores
 
 SIDES = {
     "eager": "FDConv, PyTorch as published",
@@ -140,8 +139,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How to measure, the same for one case and for many."""
-    parser.add_argument("--threads", type=int, default=available_cores())
+    """How long to measure, the same for one case and for many."""
     parser.add_argument("--rounds", type=int, default=15, help="runs of each side, at most")
     parser.add_argument(
         "--seconds", type=float, default=120.0, help="timing per case; 5 rounds are run anyway"
@@ -149,10 +147,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script(__doc__)
     add_case_arguments(parser)
     add_arguments(parser)
-    parser.add_argument("--json", type=Path, help="write the result here too")
     parser.add_argument("--of-many", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.of_many:  # then the load is the case's before
@@ -169,9 +166,7 @@ def main() -> None:
             progress=lambda step: print(f"  {case.key}: {step}", file=sys.stderr, flush=True),
         )
     show(result)
-    print(machine.say(where))
-    if options.json:
-        write_json(options.json, {"kind": "speed", "machine": where, **result})
+    keep(options, "speed", where, result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ registered anywhere. Prints the error against PyTorch for each.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 
 from benchmarks.networks import build, upernet
+from benchmarks.options import script
+from benchmarks.records import write_json
 from export.inputs import made_up_images
 from export.pipeline import export_segmentor
 
@@ -81,11 +82,10 @@ def fresh(folder: Path, packages: list[str], program: str, *arguments: Path) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script(__doc__, threads=False)
     parser.add_argument("--depth", type=int, default=50)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--tensorrt-rtx", action="store_true")
-    parser.add_argument("--json", type=Path, help="write the result here too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -105,7 +105,7 @@ def main() -> None:
             results["tensorrt-rtx"] = fresh(folder / "rtx", wheels, PARSE, model)
     print(json.dumps(results, indent=2))
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(options.json, results)
 
 
 if __name__ == "__main__":

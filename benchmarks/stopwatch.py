@@ -9,7 +9,6 @@ three), on a quiet machine: exit 1 where they do not.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -19,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.records import write_json
+from benchmarks.options import keep, script
 from fdconv_deploy.benchmark import machine
 from fdconv_deploy.ops.native import native_library
-from fdconv_deploy.runtime.backends.cores import available_cores
 from fdconv_deploy.runtime.bundle import Bundle
 
 TWICE, OUTSIDE = 0.03, 0.05
@@ -95,11 +93,9 @@ def measure(bundle: Path, *, threads: int, seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script(__doc__)
     parser.add_argument("bundle", type=Path, nargs="?", help="the packaged network if none")
-    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--seconds", type=float, default=30.0, help="of each bench, at most")
-    parser.add_argument("--json", type=Path, help="write the result here too")
     options = parser.parse_args()
     machine.warn_if_busy()
     where = machine.describe(options.threads)
@@ -110,9 +106,7 @@ def main() -> None:
         print(f"{key:18} {value}")
     held = result["twice"] <= TWICE and result["outside"] <= OUTSIDE
     print(f"{'held' if held else 'MISSED'}: twice within {TWICE:.0%}, outside within {OUTSIDE:.0%}")
-    print(machine.say(where))
-    if options.json:
-        write_json(options.json, {"kind": "stopwatch", "machine": where, **result, "held": held})
+    keep(options, "stopwatch", where, {**result, "held": held})
     sys.exit(0 if held else 1)
 
 

@@ -25,14 +25,14 @@ from typing import Any
 import torch
 
 from benchmarks import table1_latency
-from benchmarks.cases import NETWORKS, parse_size
+from benchmarks.cases import NETWORKS, add_size_argument, add_width_arguments
+from benchmarks.options import script
 from benchmarks.records import write_json
 from benchmarks.table1_rows import COUNTED_AT, PLAIN, Frame, Published, make, rows
 from fdconv_deploy.benchmark import machine
 from fdconv_deploy.benchmark.counting import count_operations
 from fdconv_deploy.benchmark.rivals import METHODS
 from fdconv_deploy.benchmark.speed.turns import Rules
-from fdconv_deploy.runtime.backends.cores import available_cores
 
 
 def count(names: Iterable[str], frame: Frame) -> dict[str, Any]:
@@ -113,20 +113,17 @@ def _table(lines: list[list[str]]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__)
+    made = script(__doc__)
     made.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
     made.add_argument("--network", choices=NETWORKS, default="backbone")
-    made.add_argument("--size", type=parse_size, default=(512, 512), help="timed, HEIGHTxWIDTH")
+    add_size_argument(made)
+    add_width_arguments(made)
     made.add_argument("--counts", action="store_true", help="count only, time nothing")
     made.add_argument("--prepare", type=Path, help="make and export into this folder, and stop")
     made.add_argument("--latency", type=Path, help="time what --prepare left in this folder")
     made.add_argument(
         "--seconds", type=float, default=100.0, help="of timing each of the two forms, at most"
     )
-    made.add_argument("--threads", type=int, default=available_cores())
-    made.add_argument("--channels", type=int, default=64, help="the first stage's; narrower")
-    made.add_argument("--kernel-num", type=int, default=64, help="FDConv's")
-    made.add_argument("--json", type=Path, help="write the result here too")
     return made
 
 

@@ -46,10 +46,12 @@ SMALL = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiled_once(request):
-    """Triton keeps what it compiled; here, between test runs, with pytest's own cache."""
+def _compiled_once(request, tmp_path_factory):
+    """Triton keeps what it compiled; here, between test runs, with pytest's own cache if any."""
     before = os.environ.get("TRITON_CACHE_DIR")
-    os.environ.setdefault("TRITON_CACHE_DIR", str(request.config.cache.mkdir("triton")))
+    cache = getattr(request.config, "cache", None)  # none under `-p no:cacheprovider`
+    folder = cache.mkdir("triton") if cache else tmp_path_factory.mktemp("triton")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder))
     yield
     if before is None:
         os.environ.pop("TRITON_CACHE_DIR", None)
