@@ -18,22 +18,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from export.checks import TOLERANCES
-from export.detection_parity import perturbed
-from export.parity import compare_all
+from export.engine_proof import prove, tolerance_of
 from export.passes.plugins import ask_for_plugins
 from export.plan import BuildOptions, build_plan
-from export.rules import Rule
 from fdconv_deploy.errors import BackendError, ExportError
 from fdconv_deploy.installing import install
 from fdconv_deploy.ops.launch import KernelLaunch
 from fdconv_deploy.ops.plugins import launch_of, precompile, register_plugins, set_target
 from fdconv_deploy.runtime.backends import BackendOptions
-from fdconv_deploy.runtime.backends.onnxruntime_backend import CPU, OnnxRuntimeBackend
 from fdconv_deploy.runtime.backends.tensorrt_backend import TensorRTBackend, import_tensorrt
 from fdconv_deploy.runtime.bundle import Bundle, sha256_of
 from fdconv_deploy.runtime.cuda import Cuda
@@ -47,15 +41,11 @@ from fdconv_deploy.runtime.engines import (
     graph_hash,
     keep_engine,
 )
-from fdconv_deploy.runtime.manifest import FileInfo, OutputParity
+from fdconv_deploy.runtime.manifest import FileInfo
 
 Progress = Callable[[str], None]
 PluginChoice = Literal["auto", "on", "off"]
-# What an engine may differ from ONNX Runtime by. Other kernels round otherwise: twice what the
-# export allows; TF32 keeps ten bits of a product.
-TF32_TOLERANCE = 2e-2
 OLDEST_CAPABILITY = 75
-_MULTIPLE = 2
 
 
 @dataclass(frozen=True)
@@ -207,7 +197,7 @@ def _build_one(
         say(f"batch {batch}: comparing it with ONNX Runtime")
         specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
         engine = backend.load_plan(plan, record, *specs)
-        parity = _prove(bundle, batch, engine, _tolerance(bundle, options, tolerance))
+        parity = prove(bundle, batch, engine, tolerance_of(bundle, options, tolerance))
         seconds = round(time.perf_counter() - started, 1)
         record = record.model_copy(update={"parity": parity, "build_seconds": seconds})
         keep_engine(bundle, record, partial, engine.inspect())
@@ -243,67 +233,3 @@ def _launches(nodes: Iterable[onnx.NodeProto]) -> Iterable[KernelLaunch]:
         sizes = [a.ints for a in node.attribute if a.name == "sizes"]
         if sizes:
             yield launch_of(node.op_type, list(sizes[0]))
-
-
-def _tolerance(bundle: Bundle, options: BuildOptions, given: float | None) -> float:
-    if given is not None:
-        return given
-    allowed = _MULTIPLE * TOLERANCES[bundle.manifest.precision]
-    return max(allowed, TF32_TOLERANCE) if options.tf32 else allowed
-
-
-def _prove(bundle: Bundle, batch: int, engine: Any, tolerance: float) -> tuple[OutputParity, ...]:
-    """Compare an engine's answers with ONNX Runtime's on the CPU."""
-    feeds, rule = _feeds(bundle, batch), _rule(bundle)
-    reference = OnnxRuntimeBackend(CPU, BackendOptions(native=False)).load(bundle, batch)
-    expected = reference.run(feeds)
-    actual = engine.run(feeds)
-    try:
-        found = compare_all(actual, expected, rule, perturbed(reference.run, feeds))
-    except ExportError as error:
-        raise ExportError(f"the engine of batch {batch} was not kept: {error}") from error
-    by_class = bundle.manifest.precision == "int8"
-
-    def distance(output: OutputParity) -> float:
-        if by_class and output.argmax_agreement is not None:
-            return 1 - output.argmax_agreement
-        return output.max_rel / rule.slack(output.name)
-
-    worst = max(found, key=distance)
-    if distance(worst) > tolerance:
-        raise ExportError(
-            f"the engine of batch {batch} differs from ONNX Runtime by {distance(worst):.1e} in "
-            f"output {worst.name!r}, and {tolerance:.0e} is allowed. It was not kept. Build with "
-            "--plugins off to see whose fault it is, or raise --tolerance; meanwhile backend "
-            "'onnxruntime-cuda' runs this bundle."
-        )
-    return found
-
-
-def _rule(bundle: Bundle) -> Rule:
-    detector = bundle.manifest.detector
-    if detector is not None:
-        return Rule("detections", detector.test.rcnn.score_thr)
-    return Rule("classes" if bundle.manifest.kind == "segmentor" else "values")
-
-
-def _feeds(bundle: Bundle, batch: int) -> dict[str, NDArray[Any]]:
-    specs = bundle.manifest.inputs[batch]
-    if bundle.manifest.kind == "segmentor" and bundle.manifest.architecture is not None:
-        from export.inputs import made_up_images
-
-        _, channels, height, width = specs[0].shape
-        images = made_up_images(
-            batch, (height, width), bundle.manifest.architecture.preprocessing, channels=channels
-        )
-        return {specs[0].name: images.numpy()}
-    if bundle.manifest.detector is not None:
-        from export.detector_inputs import made_up_detector_inputs
-
-        size = specs[0].shape[2], specs[0].shape[3]
-        made_up = made_up_detector_inputs(batch, size, bundle.manifest.detector.preprocessing)
-        return {s.name: tensor.numpy() for s, tensor in zip(specs, made_up, strict=True)}
-    generator = np.random.default_rng(0)
-    return {
-        spec.name: generator.normal(size=spec.shape).astype(np.dtype(spec.dtype)) for spec in specs
-    }

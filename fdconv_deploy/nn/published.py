@@ -8,9 +8,7 @@ converted layer is run beside its original before it is taken.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,21 +19,16 @@ from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.band_modulation import band_masks
 from fdconv_deploy.nn.fdconv import FDConv2d
 from fdconv_deploy.nn.fdlinear import FDLinear
-
-# Largest difference allowed between a copy and its conversion, of the output's largest value.
-TOLERANCE = 1e-4
+from fdconv_deploy.nn.published_check import (
+    Conversion,
+    compare_inside,
+    compare_on_random,
+    variant,
+)
 
 _GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
 _ATTENTION = ("fc", "bn", "relu")
 _MISSING: Any = object()
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """A converted layer, and what its original did not tell: one phrase each."""
-
-    layer: FDConv2d
-    assumed: tuple[str, ...]
 
 
 def is_published(module: nn.Module) -> bool:
@@ -63,7 +56,7 @@ def from_published(module: nn.Module, name: str = "the layer") -> FDConv2d:
             something else. Each is named.
     """
     conversion = convert(module, name)
-    _compare_on(module, conversion, name, _probe(module))
+    compare_on_random(module, conversion, name)
     return conversion.layer
 
 
@@ -92,9 +85,9 @@ def convert_published(
     conversions = {name: convert(module, name or "the network") for name, module in found.items()}
     if example is None:
         for name, module in found.items():
-            _compare_on(module, conversions[name], name, _probe(module))
+            compare_on_random(module, conversions[name], name)
     else:
-        _compare_inside(network, example, found, conversions)
+        compare_inside(network, example, found, conversions)
     if progress is not None:
         progress(_summary(found, conversions))
     # deepcopy takes what is in the memo for what was copied already.
@@ -129,7 +122,7 @@ def convert(module: nn.Module, name: str) -> Conversion:
     # Buffers some copies save and others do not.
     own = {k: s for k, s in own.items() if k not in ("indices", "FBM.cached_masks")}
     if own != expected:
-        raise _variant(name, _difference(own, expected))
+        raise variant(name, _difference(own, expected))
     layer.load_state_dict({key: state[key] for key in expected}, strict=True, assign=True)
     layer.KSM_Global.bn.eps = told.attention.bn.eps
     if layer.KSM_Local is not None:
@@ -142,13 +135,13 @@ def _check_family(module: nn.Module, name: str) -> None:
     attention = getattr(module, "KSM_Global", None)
     missing += [f"KSM_Global.{what}" for what in _ATTENTION if not hasattr(attention, what)]
     if missing:
-        raise _variant(name, f"it has no {', '.join(missing)}")
+        raise variant(name, f"it has no {', '.join(missing)}")
     size = module.kernel_size
     if not isinstance(module, nn.Conv2d) and (not isinstance(size, tuple) or len(size) != 2):
-        raise _variant(name, f"it is no 2-d convolution (kernel_size {size!r})")
+        raise variant(name, f"it is no 2-d convolution (kernel_size {size!r})")
     bn: Any = attention.bn if attention is not None else None
     if not isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm):
-        raise _variant(name, f"KSM_Global.bn is a {type(bn).__name__}, not a BatchNorm2d")
+        raise variant(name, f"KSM_Global.bn is a {type(bn).__name__}, not a BatchNorm2d")
 
 
 class _Told:
@@ -178,14 +171,14 @@ class _Told:
         ratio = stored.shape[0] if converted else self.get("param_ratio", 1)
         heads = getattr(attention, "kernel_fc", None)
         if heads is None:
-            raise _variant(self.name, "it has no KSM_Global.kernel_fc (kernel_num=1)")
+            raise variant(self.name, "it has no KSM_Global.kernel_fc (kernel_num=1)")
         groups = heads.weight.shape[0] // ratio
         reduction = self.get("param_reduction", 1.0)
         multiples = {self.get("KSM_Global.att_multi", 2.0)}
         if self.local is not None:
             multiples.add(self.get("att_multi", 2.0))
         if len(multiples) > 1:
-            raise _variant(
+            raise variant(
                 self.name, f"att_multi differs between its attentions ({sorted(multiples)})"
             )
         hidden = attention.fc.weight.shape[0]
@@ -225,7 +218,7 @@ class _Told:
     def _bands(self) -> BandModulationConfig:
         kernel = self.get("FBM.freq_weight_conv_list", ())
         if not len(kernel):
-            raise _variant(self.name, "it has no FBM.freq_weight_conv_list")
+            raise variant(self.name, "it has no FBM.freq_weight_conv_list")
         k_list = tuple(self.get("FBM.k_list", (2, 4, 8)))
         masks = getattr(self.module.FBM, "cached_masks", None)
         size = (64, 64)
@@ -237,7 +230,7 @@ class _Told:
             if masks.numel() != ours.numel() or not torch.equal(
                 masks.reshape(ours.shape).float(), ours
             ):
-                raise _variant(self.name, "its FBM.cached_masks are not the published ones")
+                raise variant(self.name, "its FBM.cached_masks are not the published ones")
         return BandModulationConfig(
             k_list=k_list,
             lowfreq_att=self.get("FBM.lowfreq_att", False),
@@ -258,86 +251,3 @@ def _difference(own: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple
     ]
     kinds = (("it has no", missing), ("it has beside", extra), ("of another shape are", shapes))
     return "; ".join(f"{what} {', '.join(keys[:6])}" for what, keys in kinds if keys)
-
-
-def _variant(name: str, what: str) -> UnsupportedLayerError:
-    return UnsupportedLayerError(
-        f"{name} looks like a copy of the published FDConv layer, but is a variant that cannot be "
-        f"converted: {what}. Expected the published class (its attributes and tensors); put "
-        "fdconv_deploy.nn.FDConv2d in its place, or open an issue with the variant's source."
-    )
-
-
-def _probe(module: nn.Module) -> Tensor:
-    """Random images whose averages differ, large enough for any kernel."""
-    conv: Any = module
-    generator = torch.Generator().manual_seed(0)
-    reach = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-    shape = (2, conv.in_channels, max(9, reach[0]), max(11, reach[1]))
-    offsets = torch.randn(*shape[:2], 1, 1, generator=generator)
-    values = torch.randn(shape, generator=generator) + offsets
-    first = next(module.parameters())
-    return values.to(first.device, first.dtype)
-
-
-@contextmanager
-def _evaluating(*modules: nn.Module) -> Iterator[None]:
-    before = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in before:
-            part.training = training
-
-
-def _compare_on(module: nn.Module, conversion: Conversion, name: str, x: Tensor) -> None:
-    with _evaluating(module, conversion.layer):
-        try:
-            expected = module(x)
-        except Exception as error:
-            raise _variant(name, f"its own forward fails on {tuple(x.shape)}: {error}") from error
-        _compare(conversion, name, x, expected)
-
-
-def _compare(conversion: Conversion, name: str, x: Tensor, expected: Any) -> None:
-    found = conversion.layer(x)
-    if not isinstance(expected, Tensor) or expected.shape != found.shape:
-        what = tuple(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
-        raise _variant(
-            name, f"it gives {what} where the published layer gives {tuple(found.shape)}"
-        )
-    largest = float(expected.abs().max()) or 1.0
-    error = float((found - expected).abs().max()) / largest
-    if not error <= TOLERANCE:
-        suspects = f" (suspects: {'; '.join(conversion.assumed)})" if conversion.assumed else ""
-        raise _variant(
-            name,
-            f"its output differs from the published layer's by {error:.1e} of the largest value, "
-            f"{TOLERANCE:.0e} is allowed{suspects}",
-        )
-
-
-def _compare_inside(
-    network: nn.Module,
-    example: Tensor,
-    found: Mapping[str, nn.Module],
-    conversions: Mapping[str, Conversion],
-) -> None:
-    """Run the network, and each conversion on what its original is given."""
-
-    def compare(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-            _compare(conversions[name], name, inputs[0], output)
-
-        return hook
-
-    hooks = [module.register_forward_hook(compare(name)) for name, module in found.items()]
-    try:
-        with _evaluating(network, *(c.layer for c in conversions.values())):
-            network(example)
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,15 @@ from fdconv_deploy.architecture import (
     Preprocessing,
     TestMode,
 )
+from fdconv_deploy.checkpoints import Inference, infer_architecture
+from fdconv_deploy.checkpoints.config_text import Config
 from fdconv_deploy.nn import build_segmentor
 
+# What plain files hold.
+WEIGHTS = {
+    "backbone.conv1.weight": torch.arange(6.0).reshape(2, 3),
+    "decode_head.conv_seg.weight": torch.ones(2, 2),
+}
 CLASSES = ("sky", "road", "tree")
 PALETTE = ((70, 130, 180), (128, 64, 128), (107, 142, 35))
 
@@ -83,3 +91,20 @@ def key_list(path: Path) -> dict[str, Tensor]:
         key["key"]: torch.empty(key["shape"], dtype=getattr(torch, key["dtype"]), device="meta")
         for key in keys
     }
+
+
+def saved(path: Path, content: Any, **options: Any) -> Path:
+    """``content`` in a file, by PyTorch."""
+    torch.save(content, path, **options)
+    return path
+
+
+def dynamic_state(**conv: Any) -> dict[str, Tensor]:
+    """The shapes of a small network with dynamic layers."""
+    return shapes_of(small_architecture(conv=FDConvConfig(**conv)))
+
+
+def infer(state: dict[str, Tensor], model: dict[str, Any] | None = None, **more: Any) -> Inference:
+    """What weights and a config's ``model`` tell."""
+    config = None if model is None else Config({"model": model})
+    return infer_architecture(state, config=config, **more)

@@ -11,7 +11,7 @@ import torch
 from export.detection_parity import compare_detections
 from export.detector_inputs import made_up_detector_inputs
 from export.detectors import export_detector
-from export.engine import _feeds, _rule
+from export.engine_proof import feeds_of, rule_of
 from export.pipeline import export_checkpoint
 from export.rules import Rule
 from export.verify import verify_bundle
@@ -116,11 +116,11 @@ def test_manifest(bundle, detector):
 
 
 def test_an_engine_of_it_is_compared_on_streets_object_by_object(bundle):
-    feeds = _feeds(bundle, 3)
+    feeds = feeds_of(bundle, 3)
     specs = [(t.name, t.shape, t.dtype) for t in bundle.manifest.inputs[3]]
     assert [(n, x.shape, str(x.dtype)) for n, x in feeds.items()] == specs
     assert len({tuple(size) for size in feeds["sizes"]}) == 3
-    assert _rule(bundle) == Rule("detections", 0.05)
+    assert rule_of(bundle) == Rule("detections", 0.05)
 
 
 def test_the_runtime_takes_it(bundle):

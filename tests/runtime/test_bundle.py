@@ -3,17 +3,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
 from pathlib import Path
 
 import onnx
 import pytest
 
 from fdconv_deploy.errors import BundleError
-from fdconv_deploy.runtime import Bundle, BundleWriter, Manifest
-from fdconv_deploy.runtime import exchange as exchange_module
+from fdconv_deploy.runtime import Bundle, Manifest
 from fdconv_deploy.runtime.bundle import FORMAT_VERSION, OutputParity, sha256_of
-from tests.runtime import toy
 
 
 def edit(bundle: Path, change) -> None:
@@ -246,118 +243,6 @@ class TestRefused:
     def test_weights_not_listed(self, bundle_copy: Path) -> None:
         edit(bundle_copy, lambda m: m["files"].pop("weights.bin"))
         assert "without listing" in refusal(bundle_copy)
-
-
-class TestWriter:
-    def test_leaves_nothing_after_an_error(self, tmp_path: Path) -> None:
-        def interrupted() -> None:
-            with BundleWriter(tmp_path / "b") as writer:
-                (writer.path / "weights.bin").write_bytes(b"x")
-                assert writer.path.parent == tmp_path
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            interrupted()
-        assert list(tmp_path.iterdir()) == []
-
-    def test_leaves_nothing_without_commit(self, tmp_path: Path) -> None:
-        with BundleWriter(tmp_path / "b") as writer:
-            (writer.path / "weights.bin").write_bytes(b"x")
-        assert list(tmp_path.iterdir()) == []
-
-    def test_refuses_what_would_not_open(self, tmp_path: Path) -> None:
-        with (
-            pytest.raises(BundleError, match="lacks the file"),
-            BundleWriter(tmp_path / "b") as writer,
-        ):
-            writer.commit(toy.manifest(32, 48, (1,), toy.architecture()))
-        assert list(tmp_path.iterdir()) == []
-
-    def test_refuses_links(self, tmp_path: Path) -> None:
-        with BundleWriter(tmp_path / "b") as writer:
-            (writer.path / "weights.bin").symlink_to("/etc/passwd")
-            with pytest.raises(BundleError, match="is a link"):
-                writer.commit(toy.manifest(32, 48, (1,), toy.architecture()))
-        assert list(tmp_path.iterdir()) == []
-
-    def test_existing_bundle_needs_overwrite(self, tmp_path: Path) -> None:
-        toy.make_bundle(tmp_path / "b", seed=0)
-        before = (tmp_path / "b" / "weights.bin").read_bytes()
-        with pytest.raises(BundleError, match="exists already"):
-            toy.make_bundle(tmp_path / "b", seed=1)
-        assert (tmp_path / "b" / "weights.bin").read_bytes() == before
-        toy.make_bundle(tmp_path / "b", seed=1, overwrite=True)
-        assert (tmp_path / "b" / "weights.bin").read_bytes() != before
-        assert Bundle.open(tmp_path / "b")
-        assert [p.name for p in tmp_path.iterdir()] == ["b"]
-
-    def test_failed_overwrite_keeps_the_old_bundle(self, tmp_path: Path) -> None:
-        toy.make_bundle(tmp_path / "b")
-        with pytest.raises(RuntimeError), BundleWriter(tmp_path / "b", overwrite=True):
-            raise RuntimeError
-        assert Bundle.open(tmp_path / "b")
-        assert [p.name for p in tmp_path.iterdir()] == ["b"]
-
-    def test_never_replaces_another_folder(self, tmp_path: Path) -> None:
-        (tmp_path / "b").mkdir()
-        (tmp_path / "b" / "thesis.tex").write_text("years")
-        with pytest.raises(BundleError, match="other things in it"):
-            toy.make_bundle(tmp_path / "b", overwrite=True)
-        assert (tmp_path / "b" / "thesis.tex").read_text() == "years"
-
-    def test_never_replaces_a_file_or_link(self, tmp_path: Path) -> None:
-        (tmp_path / "f").write_text("x")
-        (tmp_path / "l").symlink_to("nowhere")
-        for name in ("f", "l"):
-            with pytest.raises(BundleError, match="a file or a link"):
-                toy.make_bundle(tmp_path / name, overwrite=True)
-
-    def test_empty_folder_and_new_parents(self, tmp_path: Path) -> None:
-        (tmp_path / "empty").mkdir()
-        assert toy.make_bundle(tmp_path / "empty")
-        assert toy.make_bundle(tmp_path / "a" / "b" / "c")
-
-    def test_relative_destination_survives_chdir(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.chdir(tmp_path)
-        writer = BundleWriter("b")
-        (tmp_path / "elsewhere").mkdir()
-        monkeypatch.chdir(tmp_path / "elsewhere")
-        assert writer.destination == tmp_path / "b"
-
-    def test_others_may_read_it(self, tmp_path: Path) -> None:
-        bundle = toy.make_bundle(tmp_path / "b").path
-        mask = os.umask(0)
-        os.umask(mask)
-        assert bundle.stat().st_mode & 0o777 == 0o777 & ~mask
-
-    def test_overwriting_never_shows_a_missing_bundle(self, tmp_path: Path) -> None:
-        toy.make_bundle(tmp_path / "b")
-        done, seen_missing = threading.Event(), []
-
-        def watch() -> None:
-            while not done.is_set():
-                if not (tmp_path / "b" / "manifest.json").exists():
-                    seen_missing.append(1)
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        for seed in range(8):
-            toy.make_bundle(tmp_path / "b", seed=seed, overwrite=True)
-        done.set()
-        watcher.join()
-        assert not seen_missing
-
-    def test_exchange_without_the_system_call(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(exchange_module, "_exchange_in_one_step", lambda *_: False)
-        toy.make_bundle(tmp_path / "b", seed=0)
-        before = (tmp_path / "b" / "weights.bin").read_bytes()
-        toy.make_bundle(tmp_path / "b", seed=1, overwrite=True)
-        assert (tmp_path / "b" / "weights.bin").read_bytes() != before
-        assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
 def test_a_parity_that_is_not_a_number_is_no_parity() -> None:

@@ -1,0 +1,135 @@
+"""Bundles are written whole or not at all, and replace nothing but bundles."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from fdconv_deploy.errors import BundleError
+from fdconv_deploy.runtime import Bundle, BundleWriter
+from fdconv_deploy.runtime import exchange as exchange_module
+from tests.runtime import toy
+
+
+def test_leaves_nothing_after_an_error(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with BundleWriter(tmp_path / "b") as writer:
+            (writer.path / "weights.bin").write_bytes(b"x")
+            assert writer.path.parent == tmp_path
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leaves_nothing_without_commit(tmp_path: Path) -> None:
+    with BundleWriter(tmp_path / "b") as writer:
+        (writer.path / "weights.bin").write_bytes(b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_what_would_not_open(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BundleError, match="lacks the file"),
+        BundleWriter(tmp_path / "b") as writer,
+    ):
+        writer.commit(toy.manifest(32, 48, (1,), toy.architecture()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_links(tmp_path: Path) -> None:
+    with BundleWriter(tmp_path / "b") as writer:
+        (writer.path / "weights.bin").symlink_to("/etc/passwd")
+        with pytest.raises(BundleError, match="is a link"):
+            writer.commit(toy.manifest(32, 48, (1,), toy.architecture()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_bundle_needs_overwrite(tmp_path: Path) -> None:
+    toy.make_bundle(tmp_path / "b", seed=0)
+    before = (tmp_path / "b" / "weights.bin").read_bytes()
+    with pytest.raises(BundleError, match="exists already"):
+        toy.make_bundle(tmp_path / "b", seed=1)
+    assert (tmp_path / "b" / "weights.bin").read_bytes() == before
+    toy.make_bundle(tmp_path / "b", seed=1, overwrite=True)
+    assert (tmp_path / "b" / "weights.bin").read_bytes() != before
+    assert Bundle.open(tmp_path / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_failed_overwrite_keeps_the_old_bundle(tmp_path: Path) -> None:
+    toy.make_bundle(tmp_path / "b")
+    with pytest.raises(RuntimeError), BundleWriter(tmp_path / "b", overwrite=True):
+        raise RuntimeError
+    assert Bundle.open(tmp_path / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_never_replaces_another_folder(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").write_text("years")
+    with pytest.raises(BundleError, match="other things in it"):
+        toy.make_bundle(tmp_path / "b", overwrite=True)
+    assert (tmp_path / "b" / "thesis.tex").read_text() == "years"
+
+
+def test_never_replaces_a_file_or_link(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("x")
+    (tmp_path / "l").symlink_to("nowhere")
+    for name in ("f", "l"):
+        with pytest.raises(BundleError, match="a file or a link"):
+            toy.make_bundle(tmp_path / name, overwrite=True)
+
+
+def test_empty_folder_and_new_parents(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert toy.make_bundle(tmp_path / "empty")
+    assert toy.make_bundle(tmp_path / "a" / "b" / "c")
+
+
+def test_relative_destination_survives_chdir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    writer = BundleWriter("b")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert writer.destination == tmp_path / "b"
+
+
+def test_others_may_read_it(tmp_path: Path) -> None:
+    bundle = toy.make_bundle(tmp_path / "b").path
+    mask = os.umask(0)
+    os.umask(mask)
+    assert bundle.stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+def test_overwriting_never_shows_a_missing_bundle(tmp_path: Path) -> None:
+    toy.make_bundle(tmp_path / "b")
+    done, seen_missing = threading.Event(), []
+
+    def watch() -> None:
+        while not done.is_set():
+            if not (tmp_path / "b" / "manifest.json").exists():
+                seen_missing.append(1)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for seed in range(8):
+        toy.make_bundle(tmp_path / "b", seed=seed, overwrite=True)
+    done.set()
+    watcher.join()
+    assert not seen_missing
+
+
+def test_exchange_without_the_system_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange_module, "_exchange_in_one_step", lambda *_: False)
+    toy.make_bundle(tmp_path / "b", seed=0)
+    before = (tmp_path / "b" / "weights.bin").read_bytes()
+    toy.make_bundle(tmp_path / "b", seed=1, overwrite=True)
+    assert (tmp_path / "b" / "weights.bin").read_bytes() != before
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
