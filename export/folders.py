@@ -12,10 +12,10 @@ from PIL import Image
 
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime.decoding import FORMATS, read_image
+from fdconv_deploy.runtime.listing import MASK_ENDING as MASK
+from fdconv_deploy.runtime.listing import images_of
 
 Picture = NDArray[np.uint8]
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-MASK = "_labels.png"
 
 
 class Pictures(Sequence[Picture]):
@@ -29,20 +29,7 @@ class Pictures(Sequence[Picture]):
     """
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            found = "is a file" if folder.exists() else "does not exist"
-            raise ImageError(f"a folder of images was expected, but {folder} {found}.")
-        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
-        stems = {path.stem for path in files}
-        self.paths = [
-            path
-            for path in files
-            if not (path.name.endswith(MASK) and path.name.removesuffix(MASK) in stems)
-        ]
-        if not self.paths:
-            raise ImageError(
-                f"{folder} holds no images ({', '.join(SUFFIXES)}). Give a folder that does."
-            )
+        self.paths = images_of(folder)
         for path in self.paths:
             _check_header(path)
 

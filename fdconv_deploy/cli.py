@@ -30,6 +30,7 @@ from fdconv_deploy.errors import FDConvError
 app = typer.Typer(
     help="Export, verify, run, time and serve FDConv networks: segmentors and detectors.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -73,7 +74,7 @@ def main() -> None:
     try:
         app()
     except FDConvError as error:
-        message = str(error)
+        message = error.command_line or str(error)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         message = f"{place}{error.strerror or error}. Give another path, or free that one."

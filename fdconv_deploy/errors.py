@@ -6,7 +6,12 @@ line prints the message alone, without a traceback.
 
 
 class FDConvError(Exception):
-    """Base of every error this project raises for a mistake outside its own code."""
+    """Base of every error this project raises for a mistake outside its own code.
+
+    ``command_line``: the same in the command line's words, where they are others.
+    """
+
+    command_line: str | None = None
 
 
 class UnsupportedLayerError(FDConvError, ValueError):
@@ -31,3 +36,14 @@ class ExportError(FDConvError):
 
 class BackendError(FDConvError):
     """An inference backend is not installed or cannot run this bundle."""
+
+
+def in_the_way(kind: type[FDConvError], what: str) -> FDConvError:
+    """The error that a result's place is taken.
+
+    :param what: a sentence that names it. How to replace it is added: by an argument in Python,
+        by an option on the command line.
+    """
+    error = kind(f"{what} Give another name, or replace it with overwrite=True.")
+    error.command_line = f"{what} Give another name, or replace it with --overwrite."
+    return error

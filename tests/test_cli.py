@@ -15,6 +15,8 @@ from PIL import Image
 
 from fdconv_deploy import cli
 from fdconv_deploy.demo import held_out, packaged_checkpoint
+from fdconv_deploy.errors import BundleError
+from fdconv_deploy.runtime import BundleWriter
 
 
 def fdconv(monkeypatch, capfd, *arguments: object) -> tuple[int, str, str]:
@@ -57,6 +59,8 @@ def test_verify_on_images(bundle, monkeypatch, capfd):
     rows = json.loads(out)
     assert [row["source"] for row in rows] == [path.name for path in images]
     assert all(row["max_rel"] < 1e-5 for row in rows)
+    assert all(row["holds"] and row["allowed"] == 1e-4 for row in rows)
+    assert all("operators, since" in row["operators"] for row in rows)
 
 
 def test_verify_refuses_another_network(bundle, monkeypatch, capfd, oracle):
@@ -88,7 +92,8 @@ def test_verify_says_when_it_is_another_checkpoint(bundle, monkeypatch, capfd, t
 def test_verify_says_that_all_is_well(bundle, monkeypatch, capfd):
     code, out, _ = fdconv(monkeypatch, capfd, "verify", bundle, packaged_checkpoint())
     assert code == 0
-    assert "The bundle holds" in out
+    assert "The bundle holds: nearest to its limit is logits" in out
+    assert "Run by onnxruntime-cpu with " in out
 
 
 def test_verify_refuses_a_senseless_tolerance(bundle, monkeypatch, capfd):
@@ -144,6 +149,67 @@ def test_segment_refuses_two_images_of_one_name(bundle, monkeypatch, capfd, tmp_
     assert code == 1
     assert "both be written" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_segment_prints_a_line_of_json_for_each_image(bundle, monkeypatch, capfd, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    images = [held_out()[0][0], broken, held_out()[1][0]]
+    code, out, _ = fdconv(
+        monkeypatch, capfd, "segment", bundle, *images, "-o", tmp_path / "out", "--json"
+    )
+    assert code == 1
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["image"] for line in lines] == [str(image) for image in images]
+    assert ["error" in line for line in lines] == [False, True, False]
+    assert lines[0]["backend"] == "onnxruntime-cpu"
+    assert "operators, since" in lines[0]["operators"]
+
+
+def test_segment_takes_a_folder(bundle, monkeypatch, capfd, tmp_path):
+    """Its images, in order: neither masks of theirs nor what is no image."""
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("no image")
+    for image, _ in held_out()[:2]:
+        for path in (image, image.with_name(f"{image.stem}_labels.png")):
+            (folder / path.name).write_bytes(path.read_bytes())
+    code, out, err = fdconv(monkeypatch, capfd, "segment", bundle, folder, "-o", tmp_path / "out")
+    assert code == 0, err
+    names = [image.stem for image, _ in held_out()[:2]]
+    assert [Path(line.partition(":")[0]).stem for line in out.splitlines()[:-1]] == names
+    assert out.splitlines()[-1].startswith("Run by onnxruntime-cpu with ")
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {f"{name}{end}.png" for name in names for end in ("", "_overlay")}
+    code, _, err = fdconv(
+        monkeypatch, capfd, "segment", bundle, tmp_path / "out" / "none", "-o", tmp_path
+    )
+    assert (code, "does not exist" in err) == (1, True)
+
+
+def test_segment_replaces_results_only_when_told_to(bundle, monkeypatch, capfd, tmp_path):
+    """And looks for them before it writes the first."""
+    first, second = (image for image, _ in held_out()[:2])
+    there = tmp_path / f"{second.stem}_overlay.png"
+    there.write_text("of yesterday")
+    arguments = ["segment", bundle, first, second, "-o", tmp_path]
+    code, _, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 1
+    assert f"{there} is there already" in err
+    assert err.endswith("replace it with --overwrite.")
+    assert list(tmp_path.iterdir()) == [there]
+    code, _, err = fdconv(monkeypatch, capfd, *arguments, "--overwrite")
+    assert code == 0, err
+    assert Image.open(there).size == Image.open(second).size
+
+
+def test_what_is_in_the_way_is_said_in_the_words_of_each_face(bundle, monkeypatch, capfd):
+    arguments = ["export", packaged_checkpoint(), "-o", bundle, "--size", "64x96"]
+    code, _, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 1
+    assert err.endswith("exists already. Give another name, or replace it with --overwrite.")
+    with pytest.raises(BundleError, match=r"replace it with overwrite=True\.$"):
+        BundleWriter(bundle).__enter__()
 
 
 def test_inspect_as_json(monkeypatch, capfd):

@@ -105,7 +105,24 @@ def test_inspect_and_verify(said: dict[str, str]) -> None:
     assert "person" in of(said, "inspect")
     for name in ("boxes", "scores", "labels", "count", "masks", "same objects"):
         assert name in of(said, "export")
-    assert "The bundle holds" in of(said, "verify")
+
+
+def test_verify_sums_up_by_what_is_nearest_to_its_own_limit(
+    said: dict[str, str], folder: Path, monkeypatch, capfd
+) -> None:
+    monkeypatch.chdir(folder)
+    words = ["verify", "detector", "mask_rcnn.pth", "street.jpg"]
+    _, out, _ = fdconv(monkeypatch, capfd, *words, "--json")
+    rows = {row["output"]: row for row in json.loads(out)}
+    assert rows["masks"]["allowed"] == pytest.approx(10 * rows["scores"]["allowed"])
+    nearest = max(rows.values(), key=lambda row: row["max_rel"] / row["allowed"])
+    assert f"nearest to its limit is {nearest['output']} (street.jpg)" in of(said, "verify")
+    # So strict that each is past its limit, or exactly equal.
+    code, _, err = fdconv(monkeypatch, capfd, *words, "--tolerance", "1e-12")
+    assert code == 1
+    assert (
+        f"the bundle differs from the network: nearest to its limit is {nearest['output']}" in err
+    )
 
 
 def test_verify_with_another_checkpoint(

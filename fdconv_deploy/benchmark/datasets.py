@@ -19,9 +19,8 @@ from PIL import Image
 
 from fdconv_deploy.benchmark.labels import LabelRule, cityscapes_classes
 from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.runtime.decoding import read_image
+from fdconv_deploy.runtime.decoding import SUFFIXES, read_image
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _CITY_IMAGE, _CITY_TRAIN, _CITY_IDS = (
     "_leftImg8bit", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
 )  # fmt: skip
@@ -121,7 +120,7 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
         if not folder.is_dir():
             found = "is a file" if folder.exists() else "does not exist"
             raise DatasetError(f"A folder of {what} was expected, but {folder} {found}.")
-    files = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(p for p in images.rglob("*") if p.suffix.lower() in SUFFIXES)
     pairs = []
     for path in files:
         # macOS leaves ._NAME.jpg behind in archives.
@@ -138,7 +137,7 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
             )
         pairs.append(pair)
     if not pairs:
-        raise DatasetError(f"{images} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+        raise DatasetError(f"{images} holds no images ({', '.join(SUFFIXES)}).")
     return pairs
 
 
@@ -170,7 +169,7 @@ def read_mask(path: Path) -> NDArray[np.int64]:
 def _is_mask(path: Path) -> bool:
     """Whether a file beside images is another's mask."""
     base, suffix = path.stem.removesuffix("_labels"), path.stem.endswith("_labels")
-    return suffix and any((path.parent / (base + end)).is_file() for end in IMAGE_SUFFIXES)
+    return suffix and any((path.parent / (base + end)).is_file() for end in SUFFIXES)
 
 
 def _candidates(image: Path, where: Path) -> list[Pair]:

@@ -139,6 +139,7 @@ def bundle_details(session: Session, **more: Any) -> dict[str, Any]:
     return {
         "kind": "bundle",
         "backend": session.backend,
+        "operators": session.operators,
         "precision": session.bundle.manifest.precision,
         **more,
         "size": list(session.input_size),

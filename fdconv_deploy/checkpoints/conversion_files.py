@@ -29,7 +29,7 @@ from fdconv_deploy.checkpoints.mmseg_config import (
 )
 from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
 from fdconv_deploy.checkpoints.writing import write_checkpoint
-from fdconv_deploy.errors import CheckpointError
+from fdconv_deploy.errors import CheckpointError, in_the_way
 
 
 def convert_checkpoint(
@@ -68,9 +68,7 @@ def convert_checkpoint(
     """
     destination = Path(destination)
     if destination.exists() and not overwrite:
-        raise CheckpointError(
-            f"{destination} is there already. Give another name, or --overwrite to replace it."
-        )
+        raise in_the_way(CheckpointError, f"{destination} is there already.")
     conv = _conv(arguments or {})
     checkpoint = read_checkpoint(source, weights=weights)
     state = checkpoint.state_dict

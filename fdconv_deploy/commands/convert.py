@@ -20,7 +20,8 @@ err = Console(stderr=True)
 
 def convert(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A plain network's .pth or .safetensors file.")
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A plain network's .pth or .safetensors file."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The .pth or .safetensors file to make.")

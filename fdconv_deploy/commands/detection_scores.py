@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from fdconv_deploy.commands.options import column_names
+from fdconv_deploy.commands.options import column_names, print_operators
 
 if TYPE_CHECKING:
     from fdconv_deploy.benchmark.detection.average_precision import AveragePrecision
@@ -70,6 +70,7 @@ def show(result: DetectionEvaluation, console: Console, quiet: bool) -> None:
     if len(sides) > 1:
         table.add_row("same objects as the first", *(f"{side.agreement:.4%}" for side in sides))
     console.print(table)
+    print_operators(console, [side.side for side in sides])
 
 
 def _text(value: float | None) -> str:

@@ -20,6 +20,7 @@ from fdconv_deploy.commands.options import (
     Settings,
     column_names,
     parse_settings,
+    print_operators,
 )
 
 if TYPE_CHECKING:
@@ -233,3 +234,4 @@ def _show(result: Evaluation, console: Console, quiet: bool) -> None:
     for name, cells in rows.items():
         table.add_row(name, *cells)
     console.print(table)
+    print_operators(console, [side.side for side in sides])

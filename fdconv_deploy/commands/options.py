@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-Checkpoint = Annotated[Path, typer.Argument(help="A .pth or .safetensors file.")]
-BundlePath = Annotated[Path, typer.Argument(help="A bundle's folder.")]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import Console
+
+    from fdconv_deploy.benchmark.turns import Side
+    from fdconv_deploy.runtime import Session
+
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A .pth or .safetensors file.")
+]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -56,6 +66,26 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             result[field] = value
     return result
+
+
+def how_it_ran(session: Session) -> dict[str, str]:
+    """For JSON: the backend, and what ran the ``fdconv`` operators, if that is a question."""
+    return {"backend": session.backend, "operators": session.operators}
+
+
+def ran_by(session: Session) -> str:
+    """The same, as a sentence."""
+    operators = f" with {session.operators}" if session.operators else ""
+    return f"Run by {session.backend}{operators}."
+
+
+def print_operators(console: Console, sides: Iterable[Side[Any]]) -> None:
+    """What ran the ``fdconv`` operators of each side compared, where that is a question."""
+    for side in sides:
+        if operators := side.details.get("operators"):
+            console.print(
+                f"{side.name}: {operators}.", markup=False, highlight=False, soft_wrap=True
+            )
 
 
 def column_names(paths: list[str], details: list[str]) -> list[str]:

@@ -15,7 +15,9 @@ from fdconv_deploy.installing import needed_by
 
 
 def serve(
-    bundles: Annotated[list[Path], typer.Argument(help="Bundles, or folders of bundles.")],
+    bundles: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE", help="Bundles, or folders of them.")
+    ],
     host: Annotated[str, typer.Option(help="0.0.0.0 listens to other machines too.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     backend: Backend = "auto",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,11 +19,14 @@ from fdconv_deploy.commands.options import (
     Config,
     Json,
     Settings,
+    how_it_ran,
     parse_settings,
+    ran_by,
 )
 from fdconv_deploy.errors import ExportError, FDConvError
 
 if TYPE_CHECKING:
+    from export.verify import Verified
     from fdconv_deploy.runtime.manifest import CheckpointInfo
 
 
@@ -29,7 +34,8 @@ def verify(
     bundle: BundlePath,
     checkpoint: Checkpoint,
     images: Annotated[
-        list[Path] | None, typer.Argument(help="Images; made-up inputs if none.")
+        list[Path] | None,
+        typer.Argument(metavar="IMAGE", help="Images; made-up inputs if none."),
     ] = None,
     config: Config = None,
     settings: Settings = None,
@@ -70,44 +76,90 @@ def verify(
             if source is None or not _is_another(source, checkpoint):
                 raise
             raise ExportError(f"{error} {_advice(source, checkpoint)}") from error
-    if as_json:
-        rows = [
-            {
-                "source": r.source,
-                "batch": r.batch,
-                "output": r.parity.name,
-                **r.parity.model_dump(exclude={"name"}),
-            }
-            for r in results
-        ]
-        print(json.dumps(rows, indent=2))
-    else:
-        table = Table("input", "output", "error", "relative", "same class")
-        for r in results:
-            agreement = r.parity.argmax_agreement
-            table.add_row(
-                r.source,
-                r.parity.name,
-                f"{r.parity.max_abs:.1e}",
-                f"{r.parity.max_rel:.1e}",
-                "" if agreement is None else f"{agreement:.4%}",
-            )
-        Console().print(table)
-    manifest = session.bundle.manifest
+        ran, how = ran_by(session), how_it_ran(session)
+        manifest = session.bundle.manifest
     allowed = TOLERANCES[manifest.precision] if tolerance is None else tolerance
-    if manifest.precision == "int8":
-        worst = max(1 - (r.parity.argmax_agreement or 0) for r in results)
-        what = "of the positions have another class"
+    checks = [_Check(result, allowed, manifest.precision == "int8") for result in results]
+    if as_json:
+        print(json.dumps([{**check.as_dict(), **how} for check in checks], indent=2))
     else:
-        worst = max(r.distance for r in results)
-        what = "of the largest value is how far it is"
-    if not worst <= allowed:
+        table = Table("input", "output", "error", "relative", "same class", "allowed")
+        for check in checks:
+            table.add_row(*check.cells())
+        Console().print(table)
+        print(ran)
+    worst = max(checks, key=lambda check: check.share)
+    if not worst.holds:
         raise FDConvError(
-            f"the bundle differs from the network: {worst:.1e} {what}; {allowed:.0e} is allowed. "
+            f"the bundle differs from the network: {worst.sentence()} "
             f"{_advice(manifest.checkpoint, checkpoint)}"
         )
     if not as_json:
-        Console().print(f"The bundle holds: {worst:.1e} {what}; {allowed:.0e} is allowed.")
+        print(f"The bundle holds: {worst.sentence()}")
+
+
+@dataclass(frozen=True)
+class _Check:
+    """One output of one input, and the limit it is held against.
+
+    ``classes``: the share of positions of another class is limited, not the error.
+    """
+
+    result: Verified
+    tolerance: float
+    classes: bool
+
+    @property
+    def allowed(self) -> float:
+        return self.tolerance if self.classes else self.tolerance * self.result.slack
+
+    @property
+    def found(self) -> float:
+        parity = self.result.parity
+        return 1 - (parity.argmax_agreement or 0) if self.classes else parity.max_rel
+
+    @property
+    def holds(self) -> bool:
+        return self.found <= self.allowed
+
+    @property
+    def share(self) -> float:
+        """How much of its limit is used."""
+        if self.allowed and not math.isnan(self.found):
+            return self.found / self.allowed
+        return 0.0 if self.holds else math.inf
+
+    def sentence(self) -> str:
+        parity, source = self.result.parity, self.result.source
+        what = (
+            "of its positions have another class" if self.classes else "of its largest value away"
+        )
+        return (
+            f"nearest to its limit is {parity.name} ({source}), {self.found:.1e} {what}; "
+            f"{self.allowed:.0e} is allowed."
+        )
+
+    def cells(self) -> list[str]:
+        parity = self.result.parity
+        agreement = parity.argmax_agreement
+        return [
+            self.result.source,
+            parity.name,
+            f"{parity.max_abs:.1e}",
+            f"{parity.max_rel:.1e}",
+            "" if agreement is None else f"{agreement:.4%}",
+            f"{self.allowed:.0e}",
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "source": self.result.source,
+            "batch": self.result.batch,
+            "output": self.result.parity.name,
+            **self.result.parity.model_dump(exclude={"name"}),
+            "allowed": self.allowed,
+            "holds": self.holds,
+        }
 
 
 def _is_another(source: CheckpointInfo, checkpoint: Path) -> bool:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from fdconv_deploy.errors import BundleError
+from fdconv_deploy.errors import BundleError, in_the_way
 
 from .bundle_checks import (
     check_external_data,
@@ -177,10 +177,7 @@ class BundleWriter:
                 "alone. Give another name."
             )
         if not self.overwrite:
-            raise BundleError(
-                f"The bundle {target} exists already. Say --overwrite to replace it, or give "
-                "another name."
-            )
+            raise in_the_way(BundleError, f"The bundle {target} exists already.")
 
     def _move(self) -> None:
         if not self.destination.exists() or not any(self.destination.iterdir()):

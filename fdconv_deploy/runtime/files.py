@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.errors import ImageError
+from fdconv_deploy.errors import ImageError, in_the_way
 
 from .decoding import read_image
 from .manifest import Fit
@@ -67,35 +67,64 @@ def segment_files(
     *,
     fit: str | None = None,
     opacity: float = 0.5,
+    overwrite: bool = False,
     passed_over: PassedOver | None = None,
 ) -> Iterator[FileResult]:
     """Segment images one by one and write ``NAME.png`` and ``NAME_overlay.png`` for each.
 
+    :param overwrite: replace results that are there.
     :param passed_over: told of an image that cannot be read, instead of ending the rest.
-    :raises ImageError: an image cannot be read, or two would be written to one name.
+    :raises ImageError: an image cannot be read, or two would be written to one name; before
+        anything is written, also if a result is there already.
     """
-    endings = (".png", "_overlay.png")
-    for path, picture, (mask, overlay) in pictures_in(images, folder, endings, passed_over):
+    places = result_places(images, folder, (".png", "_overlay.png"), overwrite)
+    for path, picture, (mask, overlay) in pictures_in(places, passed_over):
         result = session.segment(picture, fit=cast("Fit | None", fit))
         write_whole(mask, result.mask_png())
         write_whole(overlay, encode(result.overlay(picture, opacity), "PNG"))
         yield FileResult(path, mask, overlay, result)
 
 
-def pictures_in(
-    images: Sequence[Path],
-    folder: Path,
-    endings: Sequence[str],
-    passed_over: PassedOver | None = None,
-) -> Iterator[tuple[Path, npt.NDArray[np.uint8], list[Path]]]:
-    """Each image's path, its pixels, and where its results go: ``NAME`` and each ending.
+def result_places(
+    images: Sequence[Path], folder: Path, endings: Sequence[str], overwrite: bool
+) -> dict[Path, list[Path]]:
+    """Where each image's results go, ``NAME`` and each ending, in a folder that is made.
 
-    :raises ImageError: an image cannot be read, or would be overwritten, or two images'
-        results would be written to one name.
+    :raises ImageError: an image would be overwritten, a result is there already, or two
+        images' results would be written to one name.
     """
-    _check_names(images, endings)
+    places: dict[Path, list[Path]] = {}
+    taken: dict[Path, Path] = {}
+    given = {image.resolve(): image for image in images}
+    for image in images:
+        places[image] = targets = [folder / f"{image.stem}{ending}" for ending in endings]
+        for target in targets:
+            if target in taken:
+                raise ImageError(
+                    f"{taken[target]} and {image} would both be written to {target.name}. "
+                    "Segment them into two folders."
+                )
+            taken[target] = image
+    for target in taken:
+        if target.resolve() in given:
+            raise ImageError(
+                f"{given[target.resolve()]} would be overwritten by results. Give another output "
+                "folder."
+            )
+        if target.exists() and not overwrite:
+            raise in_the_way(ImageError, f"The result {target} is there already.")
     folder.mkdir(parents=True, exist_ok=True)
-    for path in images:
+    return places
+
+
+def pictures_in(
+    places: dict[Path, list[Path]], passed_over: PassedOver | None = None
+) -> Iterator[tuple[Path, npt.NDArray[np.uint8], list[Path]]]:
+    """Each image's path, its pixels, and where its results go.
+
+    :raises ImageError: an image cannot be read, and nobody is to be told instead.
+    """
+    for path, targets in places.items():
         try:
             picture = read_image(path)
         except ImageError as error:
@@ -103,24 +132,7 @@ def pictures_in(
                 raise
             passed_over(path, error)
             continue
-        targets = [folder / f"{path.stem}{ending}" for ending in endings]
-        if path.resolve() in [target.resolve() for target in targets]:
-            raise ImageError(
-                f"{path} would be overwritten by its own results. Give another output folder."
-            )
         yield path, picture, targets
-
-
-def _check_names(images: Sequence[Path], endings: Sequence[str]) -> None:
-    seen: dict[str, Path] = {}
-    for path in images:
-        for name in (f"{path.stem}{ending}" for ending in endings):
-            if name in seen:
-                raise ImageError(
-                    f"{seen[name]} and {path} would both be written to {name}. "
-                    "Segment them into two folders."
-                )
-            seen[name] = path
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -148,7 +148,7 @@ def test_the_limit_is_given(tmp_path: Path) -> None:
 def test_a_file_that_is_there_stays(oracle: Path, tmp_path: Path) -> None:
     source, out = oracle / "convert" / f"{NAMES[0]}_in.pth", tmp_path / "out.pth"
     out.write_bytes(b"dear")
-    with pytest.raises(CheckpointError, match="--overwrite to replace it"):
+    with pytest.raises(CheckpointError, match="replace it with overwrite=True"):
         convert_checkpoint(source, out)
     assert out.read_bytes() == b"dear"
     convert_checkpoint(source, out, overwrite=True)

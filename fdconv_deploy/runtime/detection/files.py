@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.runtime.files import PassedOver, pictures_in, write_whole
+from fdconv_deploy.runtime.files import PassedOver, pictures_in, result_places, write_whole
 from fdconv_deploy.runtime.rendering import encode
 from fdconv_deploy.runtime.session import Session
 
@@ -58,6 +58,7 @@ def detect_files(
     *,
     min_score: float = SHOWN_SCORE,
     opacity: float = 0.5,
+    overwrite: bool = False,
     passed_over: PassedOver | None = None,
 ) -> Iterator[DetectionResult]:
     """Find objects in images one by one and write them down.
@@ -66,13 +67,13 @@ def detect_files(
     ``NAME.png``, which numbers the objects in the order of the JSON, from 1.
 
     :param min_score: leave out objects that score less.
+    :param overwrite: replace results that are there.
     :param passed_over: told of an image that cannot be read, instead of ending the rest.
-    :raises ImageError: an image cannot be read, or two would be written to one name.
+    :raises ImageError: an image cannot be read, or two would be written to one name; before
+        anything is written, also if a result is there already.
     """
-    endings = (".json", "_overlay.png", ".png")
-    for path, picture, (objects, overlay, mask) in pictures_in(
-        images, folder, endings, passed_over
-    ):
+    places = result_places(images, folder, (".json", "_overlay.png", ".png"), overwrite)
+    for path, picture, (objects, overlay, mask) in pictures_in(places, passed_over):
         found = session.detect(picture).kept(min_score)
         result = DetectionResult(path, objects, overlay, mask if found.has_masks else None, found)
         write_whole(objects, json.dumps(result.as_dict(), indent=1).encode())
