@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks.detector import compare
+from benchmarks.detector import compare, errors_between
 from fdconv_deploy.benchmark import machine
 from fdconv_deploy.errors import ExportError
 from tests.export.test_detection_parity import A, B, C, answer
@@ -39,6 +39,13 @@ def test_rounding_is_asked_of_the_picture_in_question():
         compare([answer([A, C])], [answer([A])], 0.05, lambda _: [answer([A, C])])
 
 
+def test_errors_over_pictures_and_none_where_other_objects_are_found():
+    found = errors_between([answer([A, B, C])] * 2, [answer([A, B, C]), answer([A, B, near])], 0.05)
+    assert found is not None
+    assert found["scores"] == pytest.approx(1e-4, rel=0.01)
+    assert errors_between([answer([A, C])], [answer([A])], 0.05) is None
+
+
 @pytest.mark.slow
 def test_a_small_run(tmp_path):
     path = tmp_path / "record.json"
@@ -48,3 +55,7 @@ def test_a_small_run(tmp_path):
     record = json.loads(path.read_text())
     assert all(record["held"].values())
     assert record["parity"]["objects"] > 0
+    for side in record["from_float64"].values():
+        # Rounding, and not nothing: float64 is another computation.
+        assert 0 < side["masks_of_the_same_boxes"] < 1e-4
+        assert 0 < side["answer"]["masks"] < 1e-3

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(
     path.stem
     for path in (ROOT / "benchmarks").glob("*.py")
-    if '__name__ == "__main__"' in path.read_text()
+    if all(part in path.read_text() for part in ('__name__ == "__main__"', "parse_args("))
 )
 
 
