@@ -8,10 +8,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from fdconv_deploy.architecture import Architecture, BackboneConfig
-from fdconv_deploy.checkpoints import costs
+from fdconv_deploy.checkpoints import amounts
 from fdconv_deploy.checkpoints.architecture import infer_architecture, infer_backbone_only
 from fdconv_deploy.checkpoints.config_text import Config
 from fdconv_deploy.checkpoints.detector import infer_detector
@@ -20,7 +19,6 @@ from fdconv_deploy.checkpoints.layers import (
     Kind,
     Layer,
     Shapes,
-    backbone_prefix,
     conv_layers,
     kind_of,
     parameters,
@@ -31,8 +29,6 @@ from fdconv_deploy.checkpoints.order import OrderReport, tell_order
 from fdconv_deploy.checkpoints.reading import read_checkpoint
 from fdconv_deploy.detector_architecture import DetectorArchitecture
 from fdconv_deploy.errors import CheckpointError
-
-FDCONV_PARTS = ("dft_weight", "KSM_Global", "KSM_Local", "FBM")
 
 
 class LayerReport(BaseModel):
@@ -187,9 +183,8 @@ def report_on(
         layers = conv_layers(state)
     except CheckpointError as error:
         layers, problem = [], problem or str(error)
-    sizes = _sizes(state, architecture, backbone, size)
+    sizes = amounts.layer_sizes(state, architecture, backbone, size)
     ratio = backbone.conv.param_ratio if backbone and backbone.conv else 1
-    masks = _mask_bytes(layers, backbone)
     order = None
     if any(layer.dynamic for layer in layers) and not any(v.is_meta for v in state.values()):
         whole_network = architecture or detector
@@ -203,11 +198,11 @@ def report_on(
         tensors=len(state),
         dtypes=tuple(sorted({str(v.dtype).removeprefix("torch.") for v in state.values()})),
         size=size,
-        parameters=_by_part(state),
-        fdconv_parameters=_by_role(state),
-        macs=_macs(state, layers, sizes) if sizes else None,
-        spectrum_bytes=sum(_spectrum_bytes(layer, ratio) for layer in layers),
-        published_buffer_bytes=masks + sum(_index_bytes(layer, ratio) for layer in layers),
+        parameters=amounts.parameters_by_part(state),
+        fdconv_parameters=amounts.parameters_by_role(state),
+        macs=amounts.macs_by_part(state, layers, sizes) if sizes else None,
+        spectrum_bytes=sum(amounts.spectrum_bytes(layer, ratio) for layer in layers),
+        published_buffer_bytes=amounts.published_buffer_bytes(layers, backbone, ratio),
         architecture=architecture,
         detector=detector,
         backbone=backbone,
@@ -221,70 +216,8 @@ def report_on(
     )
 
 
-Sizes = dict[str, tuple[costs.Size, costs.Size]]
-
-
-def _sizes(
-    state: Shapes,
-    architecture: Architecture | None,
-    backbone: BackboneConfig | None,
-    size: costs.Size,
-) -> Sizes:
-    """Input and output size of every layer that runs at inference and is understood."""
-    if backbone is None:
-        return {}
-    prefix = backbone_prefix(state)
-    sizes = {f"{prefix}{k}": v for k, v in costs.backbone_sizes(backbone, size).items()}
-    if architecture is not None:
-        features = costs.stage_sizes(backbone, size)
-        for name, out in costs.head_sizes(architecture.decode_head, features):
-            sizes[f"decode_head.{name}"] = (out, out)
-    return sizes
-
-
-def _by_part(state: Shapes) -> dict[str, int]:
-    """Parameters under each first word of the names; bare backbones as ``backbone``."""
-    bare = kind_of(state) in ("backbone", "classifier") and not backbone_prefix(state)
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        first = key.split(".")[0]
-        name = "backbone" if bare and first not in ("fc", "head", "cls_head") else first
-        parts.setdefault(name, {})[key] = value
-    return {name: parameters(tensors) for name, tensors in parts.items()} | {
-        "total": parameters(state)
-    }
-
-
-def _by_role(state: Shapes) -> dict[str, int]:
-    return {
-        role: parameters({k: v for k, v in state.items() if f".{role}" in f".{k}"})
-        for role in FDCONV_PARTS
-    }
-
-
-def _macs(state: Shapes, layers: Sequence[Layer], sizes: Sizes) -> dict[str, int]:
-    totals = dict.fromkeys(("main", "KSM_Global", "KSM_Local", "FBM"), 0)
-    for layer in layers:
-        if layer.name in sizes:
-            for name, count in _layer_macs(state, layer, sizes).items():
-                head = layer.name.startswith("decode_head.")
-                place = "decode_head" if head else name
-                totals[place] = totals.get(place, 0) + count
-    return totals | {"total": sum(totals.values())}
-
-
-def _layer_macs(state: Shapes, layer: Layer, sizes: Sizes) -> dict[str, int]:
-    into, out = sizes[layer.name]
-    macs = {"main": costs.main_macs(layer, out)}
-    if layer.dynamic:
-        local = state.get(f"{layer.name}.KSM_Local.conv.weight")
-        macs |= costs.attention_macs(layer, 0 if local is None else local.shape[-1])
-        macs["FBM"] = costs.band_macs(layer, into)
-    return macs
-
-
-def _layer(state: Shapes, layer: Layer, ratio: int, sizes: Sizes) -> LayerReport:
-    macs = sum(_layer_macs(state, layer, sizes).values()) if layer.name in sizes else None
+def _layer(state: Shapes, layer: Layer, ratio: int, sizes: amounts.Sizes) -> LayerReport:
+    macs = sum(amounts.layer_macs(state, layer, sizes).values()) if layer.name in sizes else None
     return LayerReport(
         name=layer.name,
         dynamic=layer.dynamic,
@@ -293,25 +226,6 @@ def _layer(state: Shapes, layer: Layer, ratio: int, sizes: Sizes) -> LayerReport
         kernel=layer.kernel,
         kernel_num=layer.attentions // (layer.ratio or ratio) if layer.dynamic else None,
         parameters=parameters(part(state, f"{layer.name}.")),
-        spectrum_bytes=_spectrum_bytes(layer, ratio),
+        spectrum_bytes=amounts.spectrum_bytes(layer, ratio),
         macs=macs,
     )
-
-
-def _spectrum_bytes(layer: Layer, ratio: int) -> int:
-    return (layer.ratio or ratio) * layer.kept_bins * 2 * 4 if layer.dynamic else 0
-
-
-def _index_bytes(layer: Layer, ratio: int) -> int:
-    """Row and column of every bin, int64 each, as the published layer keeps them."""
-    return (layer.ratio or ratio) * layer.kept_bins * 2 * 8 if layer.dynamic else 0
-
-
-def _mask_bytes(layers: Sequence[Layer], backbone: BackboneConfig | None) -> int:
-    """One boolean half-spectrum mask per band, in every layer that modulates bands."""
-    if backbone is None or backbone.conv is None:
-        return 0
-    bands = backbone.conv.fbm_cfg
-    height, width = bands.max_size
-    mask = len(bands.k_list) * height * (width // 2 + 1)
-    return mask * sum(1 for layer in layers if layer.bands)
