@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from fdconv_deploy import cli
-from fdconv_deploy.demo import held_out, packaged_checkpoint
+from fdconv_deploy.demo import held_out, packaged_checkpoint, packaged_detector, plain_checkpoint
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime import BundleWriter
 
@@ -234,6 +235,65 @@ def test_inspect_of_another_network(monkeypatch, capfd, tmp_path):
     code, out, _ = fdconv(monkeypatch, capfd, "inspect", tmp_path / "other.pth", "--json")
     assert code == 1
     assert json.loads(out)["problem"]
+
+
+def test_inspect_says_what_export_will_refuse(monkeypatch, capfd, tmp_path):
+    """And is not wrong about it."""
+    code, out, _ = fdconv(monkeypatch, capfd, "inspect", plain_checkpoint())
+    assert code == 0
+    assert "fdconv export will refuse it: No layer in it is an FDConv layer" in " ".join(
+        out.split()
+    )
+    arguments = ["export", plain_checkpoint(), "-o", tmp_path / "out", "--size", "64"]
+    code, _, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 1
+    assert "not an FDConv checkpoint" in err
+    weights = torch.load(packaged_checkpoint(), weights_only=True)["state_dict"]  # noqa: TID251
+    backbone = {k: v for k, v in weights.items() if k.startswith("backbone.")}
+    torch.save(backbone, tmp_path / "backbone.pth")
+    code, out, _ = fdconv(monkeypatch, capfd, "inspect", tmp_path / "backbone.pth", "--json")
+    assert code == 0
+    assert "no whole segmentation network" in json.loads(out)["refusal"]
+    _, out, _ = fdconv(monkeypatch, capfd, "inspect", packaged_checkpoint(), "--json")
+    assert json.loads(out)["refusal"] is None
+
+
+def test_inspect_fits_in_80_columns(monkeypatch, capfd):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = fdconv(monkeypatch, capfd, "inspect", packaged_checkpoint())
+    lines = out.splitlines()
+    (row,) = [line for line in lines if line.startswith(" layer3.0.conv2 ")]
+    assert row.split()[-1] == "45.0"  # whole, on one line
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_bundle_is_known_by_one_line(bundle, monkeypatch, capfd, tmp_path):
+    def digest(path: Path) -> str:
+        _, out, _ = fdconv(monkeypatch, capfd, "verify", path, packaged_checkpoint(), "--json")
+        return json.loads(out)[0]["bundle"]
+
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    assert digest(copy) == digest(bundle)
+    _, out, _ = fdconv(monkeypatch, capfd, "verify", bundle, packaged_checkpoint())
+    assert f"Bundle {digest(bundle)} (sha256 of its manifest)." in out
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["fit"] = "pad"
+    (copy / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    assert digest(copy) != digest(bundle)
+
+
+def test_a_detector_does_not_slide(monkeypatch, capfd, tmp_path):
+    arguments = ["export", packaged_detector(), "-o", tmp_path / "out", "--size", "64"]
+    code, _, err = fdconv(monkeypatch, capfd, *arguments, "--mode", "slide")
+    assert code == 1
+    assert "a detector, which takes the whole image; mode 'slide' is of segmentation" in err
+
+
+def test_a_bundle_in_a_checkpoints_place(bundle, monkeypatch, capfd):
+    code, _, err = fdconv(monkeypatch, capfd, "inspect", bundle)
+    assert code == 1
+    assert "is a bundle, which an export made. Expected a PyTorch checkpoint" in err
 
 
 class Evil:

@@ -88,7 +88,14 @@ def convert_checkpoint(
                 param_ratio=conv.param_ratio,
             )
         report = describe_conversion(state, made, conv, "equivalent" if equivalent else "published")
-        if not report.converted and not report.unknown_names:
+        if not report.converted and report.unknown_names:
+            raise CheckpointError(
+                f"Nothing in it is converted: the {len(report.unknown_names)} feed-forward layers "
+                f"of a MiT (SegFormer; {report.unknown_names[0]}…) have names that the published "
+                "converter passes over, so that it writes the same weights again. Give a ResNet's "
+                "checkpoint; in Python, fdconv_deploy.nn.replace_convolutions takes any network."
+            )
+        if not report.converted:
             names = ", ".join(list(state)[:3])
             raise CheckpointError(
                 "Nothing in it is to be converted: expected a ResNet's layer1.0.conv1.weight… or "

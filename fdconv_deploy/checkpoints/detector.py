@@ -48,7 +48,7 @@ def infer_detector(
     """
     config = config or Config()
     _check_kind(state, config)
-    evidence = Evidence(overrides)
+    evidence = Evidence(_without_mode(overrides or {}))
     evidence.notes.extend(config.notes)
     backbone = infer_whole_backbone(part(state, "backbone."), config, evidence)
     widths = output_widths(backbone, part(state, "backbone."))
@@ -81,6 +81,16 @@ def infer_detector(
     )
     evidence.check_overrides()
     return evidence.inference(architecture)
+
+
+def _without_mode(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Modes are of segmentation networks; a detector does what they call whole."""
+    if overrides.get("test.mode", "whole") != "whole":
+        raise CheckpointError(
+            f"it is a detector, which takes the whole image; mode {overrides['test.mode']!r} is of "
+            "segmentation networks. Leave the mode out."
+        )
+    return {name: value for name, value in overrides.items() if name != "test.mode"}
 
 
 def _check_kind(state: Shapes, config: Config) -> None:

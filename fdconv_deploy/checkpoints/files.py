@@ -46,7 +46,9 @@ def container_of(path: Path) -> Container:
     """
     if path.is_dir():
         raise CheckpointError(
-            f"{path} is a folder. {EXPECTED}; give a file in it, e.g. {_example_in(path)}."
+            f"{path} is a bundle, which an export made. {EXPECTED}: the one it was exported from."
+            if (path / "manifest.json").is_file()
+            else f"{path} is a folder. {EXPECTED}; give a file in it, e.g. {_example_in(path)}."
         )
     try:
         size = path.stat().st_size

@@ -68,6 +68,7 @@ class Report(BaseModel):
         backbone: None if it is not a ResNet known here.
         told, assumed, notes, dropped: see :class:`Inference` and :class:`Checkpoint`.
         problem: why there is no architecture, or None.
+        refusal: why export refuses it although it is understood, and what to do; None else.
         frequency_order: what tells the order of frequencies, which no checkpoint holds; None
             without FDConv layers or data.
     """
@@ -94,6 +95,7 @@ class Report(BaseModel):
     notes: tuple[str, ...]
     dropped: tuple[str, ...]
     problem: str | None
+    refusal: str | None = None
     layers: tuple[LayerReport, ...]
     frequency_order: OrderReport | None = None
 
@@ -211,9 +213,24 @@ def report_on(
         notes=notes,
         dropped=tuple(dropped),
         problem=problem,
+        refusal=None if problem else _refusal(kind, layers),
         layers=tuple(_layer(state, layer, ratio, sizes) for layer in layers),
         frequency_order=order,
     )
+
+
+def _refusal(kind: Kind, layers: Sequence[Layer]) -> str | None:
+    if kind in ("backbone", "classifier"):
+        return (
+            "It is no whole segmentation network or detector. Train one with it, and export that; "
+            "from Python, export_module takes any module with FDConv layers."
+        )
+    if not any(layer.dynamic for layer in layers):
+        return (
+            "No layer in it is an FDConv layer. `fdconv convert --equivalent` makes an FDConv "
+            "network of it that computes the same, to train on."
+        )
+    return None
 
 
 def _layer(state: Shapes, layer: Layer, ratio: int, sizes: amounts.Sizes) -> LayerReport:

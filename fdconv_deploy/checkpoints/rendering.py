@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,8 +15,8 @@ from fdconv_deploy.checkpoints.inspection import LayerReport, Report
 _KINDS = {
     "segmentor": "segmentation network",
     "detector": "detector",
-    "classifier": "classifier (can be inspected, not exported)",
-    "backbone": "backbone alone (can be inspected, not exported)",
+    "classifier": "classifier",
+    "backbone": "backbone alone",
     "unknown": "unknown network",
 }
 
@@ -37,6 +37,8 @@ def render(report: Report, console: Console, *, layers: bool = True) -> None:
     console.print(f"{report.tensors} tensors, {', '.join(report.dtypes)}")
     if report.problem:
         console.print(f"[bold red]Not understood:[/bold red] {escape(report.problem)}")
+    if report.refusal:
+        console.print(f"[bold yellow]fdconv export will refuse it:[/] {escape(report.refusal)}")
     for note in report.notes:
         console.print(f"[yellow]Note:[/yellow] {escape(note)}")
     if report.frequency_order is not None:
@@ -58,7 +60,7 @@ def render(report: Report, console: Console, *, layers: bool = True) -> None:
         title = "Assumed: published defaults that nothing in the file confirms"
         console.print(_facts(title, report.assumed))
     if layers and report.dynamic_layers:
-        console.print(_layers(layer for layer in report.layers if layer.dynamic))
+        console.print(_layers([layer for layer in report.layers if layer.dynamic]))
     console.print(_sizes(report))
 
 
@@ -73,14 +75,18 @@ def _facts(title: str, facts: Iterable[Fact]) -> Table:
     return table
 
 
-def _layers(layers: Iterable[LayerReport]) -> Table:
-    table = Table(title="FDConv layers", title_justify="left", box=None, header_style="bold")
+def _layers(layers: Sequence[LayerReport]) -> Table:
+    # Without what all names begin with, a row fits in 80 columns.
+    first = layers[0].name.split(".")[0] + "."
+    shared = first if all(layer.name.startswith(first) for layer in layers) else ""
+    title = f"FDConv layers of {shared}" if shared else "FDConv layers"
+    table = Table(title=title.rstrip("."), title_justify="left", box=None, header_style="bold")
     table.add_column("layer", overflow="fold")
     for column in ("in", "out", "kernel", "kernel_num", "parameters", "spectrum", "MMAC"):
         table.add_column(column, justify="right")
     for layer in layers:
         table.add_row(
-            layer.name,
+            layer.name.removeprefix(shared),
             str(layer.in_channels),
             str(layer.out_channels),
             "×".join(map(str, layer.kernel)),

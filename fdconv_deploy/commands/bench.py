@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 from fdconv_deploy.commands.options import Config, Quiet, Settings, Size, parse_settings, parse_size
+from fdconv_deploy.commands.speed_tables import show
 from fdconv_deploy.errors import FDConvError
 
 STDOUT = Path("-")
-WIDEST = 140
-# Layers of a terminal's tables.
-SHOWN = 8
 
 
 def bench(
@@ -169,7 +164,7 @@ def bench(
     for file, render in wanted:
         write(file, render(report))
     if not quiet and STDOUT not in [file for file, _ in wanted]:
-        _show(report, Console())
+        show(report, Console())
     broken = list(Floors(fail_under, fail_over, fail_ratio).broken(report))
     if broken:
         raise FDConvError("\n".join(["too slow.", *broken]))
@@ -222,45 +217,3 @@ def _progress(console: Console, *, hidden: bool) -> Progress:
         disable=hidden,
         transient=True,
     )
-
-
-def _show(report: dict[str, Any], console: Console) -> None:
-    from fdconv_deploy.benchmark.speed import tables
-
-    titles, rows = tables.cells(report)
-    if not console.is_terminal:  # into a file, where eighty columns are nobody's
-        console.width = max(console.width, WIDEST)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for title in titles:
-        table.add_column(title, justify="right" if title else "left", no_wrap=bool(title))
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
-    for section in report.get("profiles", []):
-        console.print(_parts(section))
-    for section in report.get("divergences", []):
-        console.print(_drift(section))
-    for note in tables.notes(report):
-        console.print(note, markup=False, highlight=False)
-
-
-def _parts(section: dict[str, Any]) -> Table:
-    """Sums over the network, and the layers that take most; all are in the files."""
-    parts = section["parts"]
-    table = Table(title=f"ms by layer: {section['title']}", box=box.SIMPLE_HEAD)
-    for title in ("", *parts, "sum"):
-        table.add_column(title, justify="right" if title else "left")
-    slowest = sorted(section["layers"], key=lambda layer: -sum(layer["ms"].values()))[:SHOWN]
-    for name, spent in [("all layers", section["sums"]), *((x["name"], x["ms"]) for x in slowest)]:
-        cells = [f"{spent[part]:.2f}" if part in spent else "" for part in parts]
-        table.add_row(Text(name), *cells, f"{sum(spent.values()):.2f}")
-    return table
-
-
-def _drift(section: dict[str, Any]) -> Table:
-    """The layers that differ most; all are in the files."""
-    title = f"divergence by layer: {section['title']}"
-    table = Table("", "largest error", "1 − cosine", title=title, box=box.SIMPLE_HEAD)
-    for layer in sorted(section["layers"], key=lambda layer: -layer["max_rel"])[:SHOWN]:
-        table.add_row(Text(layer["name"]), f"{layer['max_rel']:.1e}", f"{layer['angle']:.1e}")
-    return table

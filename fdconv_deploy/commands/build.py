@@ -22,19 +22,26 @@ def build(
         list[int] | None, typer.Option(help="Of these batch sizes only; may be repeated.")
     ] = None,
     plugins: Annotated[
-        str, typer.Option(help="FDConv layers in this package's kernels: auto, on or off.")
+        str,
+        typer.Option(metavar="auto|on|off", help="Run FDConv layers in this package's kernels."),
     ] = "auto",
     hardware: Annotated[
         str,
         typer.Option(
-            help="GPUs that the engine shall run on: none (this model only), same (any of this "
-            "compute capability) or ampere-plus."
+            metavar="none|same|ampere-plus",
+            help="GPUs that the engine shall run on: none but this model, any of the same compute "
+            "capability, or Ampere and later.",
         ),
     ] = "none",
     version_compatible: Annotated[
-        bool, typer.Option(help="Let later TensorRT of this major version run it. Slower.")
+        bool,
+        typer.Option(
+            "--version-compatible", help="Let later TensorRT of this major version run it. Slower."
+        ),
     ] = False,
-    tf32: Annotated[bool, typer.Option(help="Let float32 products round to ten bits.")] = False,
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="Let float32 products round to ten bits.")
+    ] = False,
     workspace: Annotated[
         int | None, typer.Option(metavar="MB", help="Most memory for one layer's work.")
     ] = None,
@@ -46,7 +53,9 @@ def build(
         float | None,
         typer.Option(help="Largest error against ONNX Runtime, relative to the largest value."),
     ] = None,
-    force: Annotated[bool, typer.Option(help="Build even where a fitting engine is.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Build even where a fitting engine is.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

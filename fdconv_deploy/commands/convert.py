@@ -52,7 +52,9 @@ def convert(
         ),
     ] = None,
     config: Config = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that is there.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -97,9 +99,13 @@ def _print(report: Any, output: Path) -> None:
             f"{conv.use_fdconv_if_c_gt} converts them too:"
         )
         console.print("  " + ", ".join(report.left_random), markup=False)
-    if report.unknown_names:
+    if report.method == "equivalent":
         console.print(
-            f"[yellow]Left as they were:[/] {len(report.unknown_names)} feed-forward layers of a "
-            "MiT (SegFormer), whose names the published converter passes over:"
+            f"Next: fdconv inspect {output}, then train it: its attentions are at rest until then.",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    else:
+        console.print(
+            "Next: train an FDConv network that starts from it. Without attentions it is no whole "
+            "network yet, and fdconv export refuses it."
         )
-        console.print("  " + ", ".join(report.unknown_names), markup=False)

@@ -60,15 +60,16 @@ def evaluate(
         typer.Option(help="JSON object: a mask's number -> class number or name, or null."),
     ] = None,
     ignore_index: Annotated[
-        int, typer.Option(min=0, help="The number of pixels that are not counted.")
+        int, typer.Option(min=0, help="Pixels of this number in a mask are not counted.")
     ] = 255,
     mode: Annotated[
-        str | None, typer.Option(help="whole or slide, if not as the network was tested.")
+        str | None,
+        typer.Option(metavar="whole|slide", help="If not as the network was tested."),
     ] = None,
     fit: Annotated[
-        str | None, typer.Option(help="stretch or pad, if not as the bundle says.")
+        str | None, typer.Option(metavar="stretch|pad", help="If not as the bundle says.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many images.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, of all sides.")] = None,
     config: Config = None,
     settings: Settings = None,

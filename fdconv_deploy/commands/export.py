@@ -39,21 +39,27 @@ def export(
     frequency_order: Annotated[
         str,
         typer.Option(
-            help="auto (the one the weights tell, else torch), torch or stable; see inspect."
+            metavar="auto|torch|stable",
+            help="auto: the one the weights tell, else torch. See inspect.",
         ),
     ] = "auto",
     mode: Annotated[
-        str | None, typer.Option(help="whole or slide, if not as the network was tested.")
+        str | None,
+        typer.Option(metavar="whole|slide", help="If not as the network was tested."),
     ] = None,
     fit: Annotated[
-        str, typer.Option(help="How images of another shape are fitted: stretch or pad.")
+        str,
+        typer.Option(metavar="stretch|pad", help="How images of another shape are fitted."),
     ] = "stretch",
     image: Annotated[
         list[Path] | None,
         typer.Option(help="Compare on this image; may be repeated. Drawn scenes if none."),
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16 or int8. FDConv's kernels are made in fp32 always.")
+        str,
+        typer.Option(
+            metavar="fp32|fp16|int8", help="FDConv's kernels are made in fp32 in all of them."
+        ),
     ] = "fp32",
     tolerance: Annotated[
         float | None,
@@ -74,7 +80,10 @@ def export(
         typer.Option(metavar="FOLDER", help="Images to learn int8's ranges from."),
     ] = None,
     activations: Annotated[
-        str, typer.Option(help="Form of int8: unsigned (ONNX Runtime) or signed (TensorRT).")
+        str,
+        typer.Option(
+            metavar="unsigned|signed", help="Form of int8: ONNX Runtime's, or TensorRT's."
+        ),
     ] = "unsigned",
     evaluate: Annotated[
         Path | None,
@@ -84,7 +93,9 @@ def export(
             "is a NAME_labels.png.",
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a bundle that is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a bundle that is there.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -161,7 +172,7 @@ def export(
 def _print_export(bundle: Any) -> None:
     manifest = bundle.manifest
     same = "same objects" if manifest.kind == "detector" else "same class"
-    table = Table("batch", "output", "error", "relative", same, title=f"{bundle.path}")
+    table = Table("batch", "output", "error", "relative", same, title=Path(bundle.path).name)
     assert manifest.parity is not None
     for batch, outputs in manifest.parity.batches.items():
         for output in outputs:
@@ -197,7 +208,12 @@ def _print_export(bundle: Any) -> None:
             "them, and give --config or --set where they are wrong):"
         )
         console.print(", ".join(f"{name}={value}" for name, value in assumed.items()), markup=False)
-    console.print(f"Next: fdconv segment {bundle.path} IMAGE -o results")
+    # What may be long or copied is not broken into lines.
+    for line in (
+        f"Bundle {bundle.digest} (sha256 of its manifest).",
+        f"Next: fdconv segment {bundle.path} IMAGE -o results",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_precision(console: Console, name: str, report: dict[str, Any]) -> None:

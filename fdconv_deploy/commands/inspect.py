@@ -40,7 +40,7 @@ def inspect(
 ) -> None:
     """Say what is in a checkpoint, what was told by it and what was assumed.
 
-    Exit code 1 if its network is not one that can be exported as it is.
+    Exit code 1 if its network is not understood. A plain one is, though export refuses it.
     """
     from fdconv_deploy.checkpoints import inspect_checkpoint, render
 

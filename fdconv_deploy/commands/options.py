@@ -35,7 +35,10 @@ Settings = Annotated[
     ),
 ]
 Size = Annotated[
-    str | None, typer.Option(metavar="HEIGHTxWIDTH", help="Of the input, in pixels: 512x1024.")
+    str | None,
+    typer.Option(
+        metavar="HEIGHTxWIDTH", help="The input's height and width in pixels, e.g. 512x1024."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]

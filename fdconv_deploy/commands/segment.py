@@ -23,11 +23,13 @@ def segment(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
     fit: Annotated[
-        str | None, typer.Option(help="stretch or pad, if not as the bundle says.")
+        str | None, typer.Option(metavar="stretch|pad", help="If not as the bundle says.")
     ] = None,
     min_score: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Of a detector's objects; 0.3 if not given, 0 for all."),
+        typer.Option(
+            min=0, max=1, help="Leave out a detector's objects of less; 0.3 if not given."
+        ),
     ] = None,
     opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the overlay's colours.")] = 0.5,
     overwrite: Annotated[

@@ -19,16 +19,19 @@ def serve(
         list[Path], typer.Argument(metavar="BUNDLE", help="Bundles, or folders of them.")
     ],
     host: Annotated[str, typer.Option(help="0.0.0.0 listens to other machines too.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     backend: Backend = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per run.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Inference runs at a time.")] = 1,
     isolation: Annotated[
-        str, typer.Option(help="Run in 'thread's, or a 'process' each.")
+        str,
+        typer.Option(metavar="thread|process", help="Run models in threads, or a process each."),
     ] = "thread",
     queue: Annotated[int, typer.Option(min=0, help="Images that may wait; more get 503.")] = 16,
-    batch_delay_ms: Annotated[float, typer.Option(min=0, help="Wait so long for company.")] = 0.0,
-    load: Annotated[str, typer.Option(help="Load models at the 'start' or on 'demand'.")] = "start",
+    batch_delay_ms: Annotated[float, typer.Option(min=0, help="Wait for more to run with.")] = 0.0,
+    load: Annotated[
+        str, typer.Option(metavar="start|demand", help="When models are loaded.")
+    ] = "start",
     memory_budget_mb: Annotated[
         int | None, typer.Option(min=1, help="Unload models beyond it, least used first.")
     ] = None,
@@ -44,10 +47,16 @@ def serve(
     api_keys: Annotated[
         Path | None, typer.Option(metavar="FILE", help="One key a line; then one is needed.")
     ] = None,
-    tls_certificate: Annotated[Path | None, typer.Option(metavar="PEM")] = None,
-    tls_key: Annotated[Path | None, typer.Option(metavar="PEM")] = None,
-    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    tls_certificate: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="Serve HTTPS by it.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate's.")] = None,
+    log_format: Annotated[
+        str, typer.Option(metavar="text|json", help="A line, or an object a line.")
+    ] = "text",
+    log_level: Annotated[
+        str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")
+    ] = "info",
     settings: Annotated[
         Path | None,
         typer.Option(metavar="JSON", help="A file of any settings; see docs/serving.md."),

@@ -77,17 +77,21 @@ def verify(
                 raise
             raise ExportError(f"{error} {_advice(source, checkpoint)}") from error
         ran, how = ran_by(session), how_it_ran(session)
+        digest = session.bundle.digest
         manifest = session.bundle.manifest
     allowed = TOLERANCES[manifest.precision] if tolerance is None else tolerance
     checks = [_Check(result, allowed, manifest.precision == "int8") for result in results]
     if as_json:
-        print(json.dumps([{**check.as_dict(), **how} for check in checks], indent=2))
+        print(
+            json.dumps([{**check.as_dict(), **how, "bundle": digest} for check in checks], indent=2)
+        )
     else:
         table = Table("input", "output", "error", "relative", "same class", "allowed")
         for check in checks:
             table.add_row(*check.cells())
         Console().print(table)
         print(ran)
+        print(f"Bundle {digest} (sha256 of its manifest).")
     worst = max(checks, key=lambda check: check.share)
     if not worst.holds:
         raise FDConvError(

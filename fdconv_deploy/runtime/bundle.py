@@ -88,6 +88,11 @@ class Bundle:
         return cls(root, manifest)
 
     @property
+    def digest(self) -> str:
+        """sha256 of the manifest, which holds every file's: equal for copies of a bundle only."""
+        return sha256_of(self.path / MANIFEST_NAME)
+
+    @property
     def batch_sizes(self) -> tuple[int, ...]:
         """The batch sizes there is a graph for, ascending."""
         return tuple(sorted(self.manifest.models))

@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fdconv_deploy.benchmark.speed import tables
 from fdconv_deploy.benchmark.speed.floors import Floors
+from fdconv_deploy.commands.speed_tables import show
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.ops.native import FOLDER, native_library
 from serve import Settings, running
@@ -123,6 +125,24 @@ def test_whole_requests(toy_bundle, tmp_path, monkeypatch, capfd):
     (row,) = benched(monkeypatch, capfd, toy_bundle, "--end-to-end")["rows"]
     assert row["whole"]
     assert row["batch"] == 1
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_tables_fit_a_terminal(width, toy_bundle, other_bundle, monkeypatch, capfd):
+    """Nothing is cut: where there is no room for a column, it is not there, and that is said."""
+    bundles = (toy_bundle, other_bundle)
+    report = benched(monkeypatch, capfd, *bundles, "--batch", 1, "--profile")
+    out = io.StringIO()
+    show(report, Console(file=out, width=width, force_terminal=True, color_system=None))
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for name in ("toy, onnxruntime-cpu, fp32", "other, onnxruntime-cpu, fp32"):
+        assert name in text
+    for row in report["rows"]:
+        assert f"{row['images_per_second']:.2f}" in text
+    assert ("No room for first ms" in text) == (width < 140)
+    assert "peak MB" in text.partition("No room")[0]
 
 
 def test_all_backends_leave_out_what_is_not_here(toy_bundle, monkeypatch, capfd):
