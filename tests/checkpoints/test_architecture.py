@@ -337,6 +337,24 @@ def test_layers_that_do_not_fit_together() -> None:
         infer(no_bands)
 
 
+def test_layers_of_two_networks() -> None:
+    """One layer's shapes differ from the others' where one setting tells all."""
+    state = dynamic_state()
+    name = "backbone.layer4.1.conv2."
+    bands = f"{name}FBM.freq_weight_conv_list"
+    fewer = {key: value for key, value in state.items() if not key.startswith(f"{bands}.2")}
+    wider = {f"{bands}.{j}.weight": torch.empty(1, 64, 5, 5) for j in range(3)}
+    for mixed in (fewer, state | wider):
+        with pytest.raises(CheckpointError, match="number of bands or in spatial_kernel"):
+            infer(mixed)
+    grouped = {f"{bands}.{j}.weight": torch.empty(2, 32, 3, 3) for j in range(3)}
+    with pytest.raises(CheckpointError, match=r"spatial_group differs between layers \(\[1, 2\]\)"):
+        infer(state | grouped)
+    cut = {f"{name}dft_weight": torch.empty(1, 192 * 97 // 2, 2)}
+    with pytest.raises(CheckpointError, match=r"layer4\.1\.conv2 stores part of its spectrum"):
+        infer(state | cut)
+
+
 def test_overrides() -> None:
     state = shapes_of(small_architecture(depth=50))
     found = infer(

@@ -86,6 +86,12 @@ name = 'a' 'b' + 'c'
         ("x = 1\ndel x", "x", "changed by a Delete statement"),
         ("x = f'{1}'", "x", "JoinedStr is code"),
         ("def f():\n    return 1\nx = f()", "x", "a call of f"),
+        ("x = (-1) ** 0.5", "x", "a complex number"),
+        ("x = [1, *([2] * 99_999), 3]", "x", "a list of more than 100000 items"),
+        ("x = 5\nx = x[0]", "x", "int has no items"),
+        ("x = {} + {}", "x", "not arithmetic on numbers"),
+        ("x = [1]\nx[7] = 2", "x", "an item of it is assigned in a way that is not read"),
+        ("x, *y = 1, 2, 3", "x", "in a way that is not read"),
     ],
 )
 def test_code_is_reported_and_not_run(text: str, value: str, says: str) -> None:
@@ -120,6 +126,24 @@ def test_base_files_are_named_as_missing() -> None:
         assert any("base config files, which are not read" in note for note in found.notes)
     inherited = parse_config("_base_ = './a.py'\nx = _base_.model.depth")
     assert isinstance(inherited.values["x"], Unreadable)
+
+
+def test_a_text_that_no_config_has_the_length_of() -> None:
+    with pytest.raises(CheckpointError, match="larger than 4 MiB: not a config's text"):
+        parse_config("x = 1\n" * (1 << 20))
+
+
+def test_what_a_wildcard_brings_is_named_as_missing() -> None:
+    found = parse_config("from base import *\nmodel = dict(backbone=dict(depth=18))")
+    assert found.section("model", "backbone")["depth"] == 18
+    assert any("base config files, which are not read" in note for note in found.notes)
+
+
+def test_a_checkpoint_may_carry_its_config_as_a_dict() -> None:
+    found = config_of({"cfg": {"model": {"backbone": {"depth": 18}}}})
+    assert found is not None
+    assert found.section("model", "backbone") == {"depth": 18}
+    assert config_of({"cfg": " "}) is None
 
 
 def test_imported_classes_are_types_and_nothing_else() -> None:

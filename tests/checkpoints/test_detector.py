@@ -213,6 +213,7 @@ def changed(*path: str, to: Any) -> dict[str, Any]:
         (("test_cfg", "rcnn", "nms"), {"type": "soft_nms"}, "nms type soft_nms"),
         (("test_cfg", "rcnn", "max_per_img"), -1, r"max_per_img.*fixed number of places"),
         (("test_cfg", "rpn", "nms", "class_agnostic"), True, "class_agnostic=True"),
+        (("test_cfg", "rpn", "nms_across_levels"), True, "nms_across_levels=True"),
     ],
 )
 def test_what_is_built_differently_is_refused(path: tuple, value: Any, says: str) -> None:
@@ -232,6 +233,8 @@ def test_what_is_built_differently_is_refused(path: tuple, value: Any, says: str
         ("roi_head.mask_head.upsample.weight", (6, 6, 4, 4), "Expected 2×2"),
         ("roi_head.mask_head.conv_logits.weight", (2, 6, 1, 1), "2 masks for 3 classes"),
         ("roi_head.semantic_head.convs.0.weight", (2, 6, 1, 1), "has roi_head.semantic_head"),
+        ("neck.lateral_convs.0.conv.weight", (8, 17, 1, 1), r"feature maps of \(17, 36, 72, 144\)"),
+        ("rpn_head.rpn_conv.KSM_Global.fc.weight", (4, 8, 1, 1), "FDConv in the backbone only"),
     ],
 )
 def test_other_weights_are_refused(key: str, shape: tuple[int, ...], says: str) -> None:

@@ -53,6 +53,17 @@ test_dataloader = dict(dataset=dict(metainfo=dict(classes=('a', 'b', 'c')), pipe
     assert found.classes == ("a", "b", "c")
 
 
+def test_of_several_scales_the_first_is_used() -> None:
+    text = """
+data = dict(test=dict(pipeline=[
+    dict(type='MultiScaleFlipAug', img_scale=[(1024, 512), (2048, 1024)], transforms=[
+        dict(type='Resize', keep_ratio=True)])]))
+"""
+    found = infer_architecture(dynamic_state(), config=parse_config(text))
+    assert found.architecture.preprocessing.scale == (1024, 512)
+    assert any("has 2 scales; the first is used" in note for note in found.notes)
+
+
 @pytest.mark.parametrize(
     ("meta", "values", "says"),
     [
@@ -64,6 +75,11 @@ test_dataloader = dict(dataset=dict(metainfo=dict(classes=('a', 'b', 'c')), pipe
         ({}, {"model": {"decode_head": {"in_index": [3, 2, 1, 0]}}}, "in_index"),
         ({}, {"model": {"decode_head": {"pool_scales": [1, 2]}}}, "4 pooling branches"),
         ({}, {"model": {"decode_head": {"act_cfg": {"type": "GELU"}}}}, "act_cfg=GELU"),
+        (
+            {},
+            {"model": {"decode_head": {"input_transform": "resize_concat"}}},
+            "input_transform='resize_concat'",
+        ),
         ({}, {"model": {"type": "CascadeEncoderDecoder"}}, "is a CascadeEncoderDecoder"),
         ({}, {"model": {"test_cfg": {"mode": "slide"}}}, "test.crop_size is not known"),
         ({}, {"model": {"test_cfg": {"mode": "zigzag"}}}, "not possible"),
