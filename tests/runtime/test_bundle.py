@@ -87,6 +87,11 @@ class TestRefused:
         (bundle_copy / "manifest.json").write_bytes(b"\xff\xfe{}")
         assert "cannot be read" in refusal(bundle_copy)
 
+    def test_manifest_of_gigabytes(self, bundle_copy: Path) -> None:
+        with (bundle_copy / "manifest.json").open("r+b") as file:
+            file.truncate(1 << 32)  # sparse: it takes no room, and would take 4 GiB to read
+        assert "too large to be one" in refusal(bundle_copy)
+
     def test_newer_format(self, bundle_copy: Path) -> None:
         newer = FORMAT_VERSION + 1
         edit(bundle_copy, lambda m: m.update(format_version=newer, later={"x": 1}))

@@ -133,3 +133,16 @@ def test_exchange_without_the_system_call(tmp_path: Path, monkeypatch: pytest.Mo
     toy.make_bundle(tmp_path / "b", seed=1, overwrite=True)
     assert (tmp_path / "b" / "weights.bin").read_bytes() != before
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_an_exchange_that_fails_half_way_leaves_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange_module, "_exchange_in_one_step", lambda *_: False)
+    new, old = tmp_path / "new", tmp_path / "old"
+    old.mkdir()
+    (old / "kept").touch()
+    with pytest.raises(FileNotFoundError):  # there is no new one to put in its place
+        exchange_module.exchange_folders(new, old)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert (old / "kept").exists()
