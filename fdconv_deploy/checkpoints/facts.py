@@ -153,8 +153,10 @@ class Evidence:
         for name in self.overrides:
             if name not in self._used:
                 near = difflib.get_close_matches(name, sorted(self._used), 3, 0.4)
-                hint = f" Did you mean {' or '.join(near)}?" if near else ""
-                raise CheckpointError(f"{name!r} is not a field of this network.{hint}")
+                hint = (
+                    f"Did you mean {' or '.join(near)}?" if near else "fdconv inspect lists them."
+                )
+                raise CheckpointError(f"{name!r} is not a field of this network. {hint}")
 
     def absorb(self, other: Evidence) -> None:
         """Take over what another one settled."""

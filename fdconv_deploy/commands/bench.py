@@ -141,6 +141,10 @@ def bench(
         config=config,
         overrides=parse_settings(settings),
     )
+    if size and all(side.kind == "bundle" for side in sides.sides):
+        raise typer.BadParameter(
+            "--size is of checkpoints; a bundle's graphs have the size it was exported at."
+        )
     levels = parse_levels(concurrency)
     if divergence:
         check_divergences(sides.sides)

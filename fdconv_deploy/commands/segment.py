@@ -93,7 +93,7 @@ def segment(
                 print(json.dumps({**result.as_dict(), **how_it_ran(session)}), flush=True)
             elif not quiet:
                 print(result.as_line(), flush=True)
-        if not (as_json or quiet):
+        if not (as_json or quiet) and len(failed) < len(pictures):
             print(ran_by(session))
     if failed:
         raise ImageError(

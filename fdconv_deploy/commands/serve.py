@@ -132,5 +132,8 @@ def _checked(values: dict[str, Any]) -> Any:
         return Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "they"
-        raise FDConvError(f"the settings are not valid: {where}: {first['msg']}.") from error
+        said = first["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+        if not first["loc"]:
+            raise FDConvError(f"the settings do not fit together: {said}.") from error
+        where = ".".join(map(str, first["loc"]))
+        raise FDConvError(f"the setting {where} cannot be {first['input']!r}: {said}.") from error

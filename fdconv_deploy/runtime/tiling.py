@@ -57,9 +57,11 @@ def slide_stride(test: TestMode, crop: tuple[int, int]) -> tuple[int, int]:
     :raises BundleError: none was recorded, or it would leave pixels between windows.
     """
     if test.stride is None:
+        tested = "in slide mode" if test.mode == "slide" else "on whole images"
         raise BundleError(
-            "The network was tested in slide mode, but its bundle records no stride. Export it "
-            "again with the config that gives one."
+            f"The network was tested {tested}, and its bundle records no stride to slide by. Leave "
+            "the mode out, or export it again with a config, or --set test.stride=[…], that gives "
+            "one."
         )
     if any(s < 1 or s > c for s, c in zip(test.stride, crop, strict=True)):
         raise BundleError(

@@ -38,6 +38,7 @@ def test_every_layout_gives_the_same_scores(streets, tmp_path, scenes, monkeypat
         ),
     ]  # fmt: skip
     sides = [report["sides"][0] for report in reports]
+    assert all(" operators, since " in side["operators"] for side in sides)
     assert all(report["images"] == 16 for report in reports)
     for side in sides:
         assert side["backend"] == "onnxruntime-cpu"

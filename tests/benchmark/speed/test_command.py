@@ -127,6 +127,12 @@ def test_whole_requests(toy_bundle, tmp_path, monkeypatch, capfd):
     assert row["batch"] == 1
 
 
+def test_a_bundle_has_its_size(toy_bundle, monkeypatch, capfd):
+    code, _, err = fdconv(monkeypatch, capfd, "bench", toy_bundle, "--size", "64x64")
+    assert code == 2
+    assert "--size is of checkpoints" in err
+
+
 @pytest.mark.parametrize("width", [80, 140])
 def test_tables_fit_a_terminal(width, toy_bundle, other_bundle, monkeypatch, capfd):
     """Nothing is cut: where there is no room for a column, it is not there, and that is said."""
