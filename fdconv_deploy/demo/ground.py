@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fdconv_deploy.demo import objects, textures
-from fdconv_deploy.demo.objects import GRASS, LANE, ROAD, SIDEWALK
+from fdconv_deploy.demo.classes import GRASS, LANE, ROAD, SIDEWALK
 from fdconv_deploy.demo.stage import Camera, Canvas
 from fdconv_deploy.demo.textures import Array, Rng
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.demo.objects import CAR, PALETTE, PERSON, POLE, THINGS
+from fdconv_deploy.demo.classes import CAR, PALETTE, PERSON, POLE, THINGS
 from fdconv_deploy.demo.scenes import HEIGHT, WIDTH, draw
 from fdconv_deploy.rle import encode
 

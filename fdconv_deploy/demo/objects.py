@@ -13,47 +13,16 @@ from typing import Concatenate, ParamSpec
 import numpy as np
 
 from fdconv_deploy.demo import textures
+from fdconv_deploy.demo.classes import BUILDING, CAR, FENCE, PERSON, POLE, TREE
 from fdconv_deploy.demo.stage import Camera, Canvas
 from fdconv_deploy.demo.textures import Array, Rng
-
-CLASSES = (
-    "road",
-    "lane marking",
-    "sidewalk",
-    "grass",
-    "building",
-    "fence",
-    "pole and sign",
-    "tree",
-    "sky",
-    "person",
-    "car",
-)
-PALETTE = (
-    (128, 64, 128),
-    (255, 255, 255),
-    (244, 35, 232),
-    (152, 251, 152),
-    (70, 70, 70),
-    (190, 153, 153),
-    (220, 220, 0),
-    (107, 142, 35),
-    (70, 130, 180),
-    (220, 20, 60),
-    (0, 0, 142),
-)
-(ROAD, LANE, SIDEWALK, GRASS, BUILDING, FENCE, POLE, TREE, SKY, PERSON, CAR) = range(len(CLASSES))
-
-# What a detector finds one by one. Lamps are left out: a box of a bar three pixels wide says
-# little, and half a pixel's error makes it another box.
-THINGS = ("person", "car", "sign")
 
 _Rest = ParamSpec("_Rest")
 _Draw = Callable[Concatenate[Canvas, _Rest], None]
 
 
 def _one(kind: str) -> Callable[[_Draw[_Rest]], _Draw[_Rest]]:
-    """Mark a function as drawing one thing of a kind in ``THINGS``."""
+    """Mark a function as drawing one thing of a kind in `classes.THINGS`."""
 
     def mark(draw: _Draw[_Rest]) -> _Draw[_Rest]:
         @wraps(draw)

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fdconv_deploy.demo import objects, textures
+from fdconv_deploy.demo.classes import BUILDING, CLASSES, PALETTE, SKY
 from fdconv_deploy.demo.ground import Street, draw_ground
-from fdconv_deploy.demo.objects import CLASSES, PALETTE, SKY
 from fdconv_deploy.demo.stage import Camera, Canvas
 from fdconv_deploy.demo.textures import Array, Rng
 
@@ -143,7 +143,7 @@ def _street_end(
             )
             corners = [(x, tall), (x + wide, tall), (x + wide, 0.0), (x, 0.0)]
             seen = [camera.point(a, b, z) for a, b in corners]
-            canvas.surface(seen, front, objects.BUILDING, z)
+            canvas.surface(seen, front, BUILDING, z)
             x += wide + max(rng.uniform(-6, 6), 0.0)
 
 

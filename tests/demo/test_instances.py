@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fdconv_deploy.demo.classes import CAR, PERSON, POLE
 from fdconv_deploy.demo.instances import (
     CLASSES,
     COLOURS,
@@ -15,7 +16,6 @@ from fdconv_deploy.demo.instances import (
     coco_annotations,
     draw_instances,
 )
-from fdconv_deploy.demo.objects import CAR, PERSON, POLE
 from fdconv_deploy.demo.scenes import draw, draw_scene
 from fdconv_deploy.rle import decode
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdconv_deploy.demo import textures
-from fdconv_deploy.demo.objects import BUILDING, CAR, FENCE, ROAD, SIDEWALK, SKY
+from fdconv_deploy.demo.classes import BUILDING, CAR, FENCE, ROAD, SIDEWALK, SKY
 from fdconv_deploy.demo.scenes import CLASSES, PALETTE, draw_scene
 from fdconv_deploy.demo.stage import Camera, Canvas
 
