@@ -38,6 +38,11 @@ class Verified:
     parity: OutputParity
     slack: float = 1.0
 
+    @property
+    def distance(self) -> float:
+        """What the tolerance is held against, where it is about errors."""
+        return self.parity.max_rel / self.slack
+
 
 def verify_bundle(
     session: Session, network: Segmentor | Detector, images: Pictures = ()

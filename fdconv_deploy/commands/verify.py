@@ -129,8 +129,9 @@ class _Check:
     @property
     def share(self) -> float:
         """How much of its limit is used."""
-        if self.allowed and not math.isnan(self.found):
-            return self.found / self.allowed
+        used = self.found if self.classes else self.result.distance
+        if self.tolerance and not math.isnan(used):
+            return used / self.tolerance
         return 0.0 if self.holds else math.inf
 
     def sentence(self) -> str:
