@@ -33,6 +33,34 @@ class Blocks(nn.Module):
         return x
 
 
+class Stages(nn.Module):
+    """A stem and two bottlenecks, the second of stride 2, with convolutions as shortcuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(32, 32, 3, padding=1, bias=False)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "first": FDConv2d(width, 32, 1, bias=False, kernel_num=4),
+                    "middle": FDConv2d(
+                        32, 32, 3, stride=stride, padding=1, bias=False, kernel_num=4
+                    ),
+                    "last": FDConv2d(32, 64, 1, bias=False, kernel_num=4),
+                    "shortcut": FDConv2d(width, 64, 1, stride=stride, bias=False, kernel_num=4),
+                }
+            )
+            for width, stride in ((32, 1), (64, 2))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for block in self.blocks:
+            y = F.relu(block["middle"](F.relu(block["first"](x))))
+            x = F.relu(block["last"](y) + block["shortcut"](x))
+        return x
+
+
 class Twice(nn.Module):
     """An answer that two others read, and one that is the network's own."""
 
@@ -64,6 +92,17 @@ def test_a_batch_fuses_what_one_image_does(tmp_path, size):
     bundle = export_module(network, torch.randn(2, 32, 32, 32), tmp_path / "bundle", batches=(1, 2))
     one, two = (operators(bundle.model_path(batch), tmp_path) for batch in (1, 2))
     assert two["FusedConv"] == one["FusedConv"] >= 4
+    assert two["Relu"] == one["Relu"]
+
+
+def test_a_strided_shortcut_joins_too(tmp_path):
+    torch.manual_seed(0)
+    bundle = export_module(
+        Stages().eval(), torch.randn(2, 32, 32, 32), tmp_path / "bundle", batches=(1, 2)
+    )
+    one, two = (operators(bundle.model_path(batch), tmp_path) for batch in (1, 2))
+    assert two["FusedConv"] == one["FusedConv"] >= 4
+    assert two["Add"] == one["Add"]
     assert two["Relu"] == one["Relu"]
 
 
