@@ -1,91 +1,113 @@
-"""What a batch of four costs beside one image: ``python -m benchmarks.batches``.
+"""What four images cost beside one: ``python -m benchmarks.batches``.
 
-Both graphs of one bundle take turns in one process, with native operators and without, and so do
-the plain twin's. Cases of `benchmarks.matrix` have a process each, minutes apart, and a shared
-machine's speed drifts by more than the difference; ratios here are of one run.
+As the graph of batch 4 (``run_raw``), and as ``run_batches`` divides them after warm-up. The runs
+of one bundle take turns in one process, with native operators and without, and so do the plain
+twin's. Cases of `benchmarks.matrix` have a process each, minutes apart, and a shared machine's
+speed drifts by more than the difference; ratios here are of one run.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import TOLERANCE
-from benchmarks.records import write_json
+from benchmarks.options import keep, script
 from export import export_module
 from fdconv_deploy.benchmark import machine
 from fdconv_deploy.benchmark.timing import interleave, ratio, spread
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.runtime import open_session
-from fdconv_deploy.runtime.backends.cores import available_cores
 
-BATCHES = (1, 4)
+MANY = 4
+# (FDConv rather than its plain twin, native operators)
+SIDES = {"native": (True, True), "portable": (True, False), "plain": (False, False)}
 
 
-def measure(case: Case, folder: Path, *, threads: int, rounds: int, seconds: float) -> dict:
-    """JSON: milliseconds by side and batch, and the ratio of batch 4 to batch 1 by side."""
+def measure(
+    case: Case,
+    folder: Path,
+    *,
+    threads: int,
+    rounds: int,
+    seconds: float,
+    sides: Sequence[str] = tuple(SIDES),
+) -> dict[str, Any]:
+    """JSON: by side, milliseconds of one image and of four, and the ratios of four to one."""
     x = case.images()
-    sides = {"portable": (True, False), "plain": (False, False)}
-    if native_library()[0] is not None:
-        sides["native"] = (True, True)
-    for dynamic in (True, False):
+    four = replace(case, batch=MANY).images().numpy()
+    for dynamic in {SIDES[side][0] for side in sides}:
         export_module(
-            case.make(dynamic=dynamic), x, folder / str(dynamic), batches=BATCHES,
+            case.make(dynamic=dynamic), x, folder / str(dynamic), batches=(1, MANY),
             tolerance=TOLERANCE,
         )  # fmt: skip
-    runs: dict[str, Any] = {}
-    with ExitStack() as stack:
-        for side, (dynamic, native) in sides.items():
-            session = stack.enter_context(
-                open_session(
-                    folder / str(dynamic), "onnxruntime-cpu", threads=threads, native=native
+    found = {}
+    with machine.Bystanders() as others:
+        for side in sides:
+            dynamic, native = SIDES[side]
+            with open_session(
+                folder / str(dynamic), "onnxruntime-cpu", threads=threads, native=native
+            ) as session:
+                warm_up = session.warm_up()
+                times = interleave(
+                    {
+                        "one": lambda: session.run_raw({"input": four[:1]}),
+                        "graph": lambda: session.run_raw({"input": four}),
+                        "divided": lambda: session.run_batches({"input": four}),
+                    },
+                    rounds=rounds,
+                    seconds=seconds,
                 )
-            )
-            for batch in BATCHES:
-                feeds = {"input": np.repeat(x.numpy()[:1], batch, axis=0)}
-                runs[f"{side}, batch {batch}"] = lambda s=session, f=feeds: s.run_raw(f)
-        with machine.Bystanders() as others:
-            times = interleave(runs, rounds=rounds, seconds=seconds)
-    one, four = (f"batch {batch}" for batch in BATCHES)
+                found[side] = {
+                    "ms": {name: spread(values) for name, values in times.items()},
+                    "of one": {name: ratio(times[name], times["one"]) for name in times},
+                    "ways": {str(batch): way for batch, way in session.ways.items()},
+                    "warm_up_seconds": round(warm_up, 1),
+                }
     return {
         "title": case.title,
         "case": case.as_dict(),
-        "ms": {name: spread(values) for name, values in times.items()},
-        "batch 4 / batch 1": {
-            side: ratio(times[f"{side}, {four}"], times[f"{side}, {one}"]) for side in sides
-        },
+        "sides": found,
         "others_cpu": others.share,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def show(result: dict[str, Any]) -> None:
+    """Print a result for people."""
+    print(f"{result['title']}; four images as one graph's run, and as run_batches divides them")
+    for side, found in result["sides"].items():
+        for name, ms in found["ms"].items():
+            of = found["of one"][name]
+            said = f"{ms['median']:8.1f} ms  [{ms['q1']:.1f} to {ms['q3']:.1f}]"
+            if name != "one":
+                said += f"  {of['value']:.2f} times one  [{of['q1']:.2f} to {of['q3']:.2f}]"
+            print(f"  {side:9} {name:8} {said}")
+        print(f"  {side:9} batch {MANY} by {found['ways'][str(MANY)]}")
+    if result["others_cpu"] is not None:
+        print(f"Others had {result['others_cpu']:.1%} of the CPUs.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = script(__doc__)
     add_case_arguments(parser)
-    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--json", type=Path, help="write the result here too")
-    options = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=40.0, help="for each side")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=None)
+    options = parser.parse_args(arguments)
     case, where = named_case(options), machine.describe(options.threads)
+    built = native_library()[0] is not None
+    sides = options.sides or [side for side in SIDES if built or side != "native"]
     with tempfile.TemporaryDirectory() as folder:
         result = measure(
             case, Path(folder), threads=options.threads, rounds=options.rounds,
-            seconds=options.seconds,
+            seconds=options.seconds, sides=sides,
         )  # fmt: skip
-    print(result["title"])
-    for name, ms in result["ms"].items():
-        print(f"  {name:20} {ms['median']:8.1f} ms  [{ms['q1']:.1f} to {ms['q3']:.1f}]")
-    for side, found in result["batch 4 / batch 1"].items():
-        print(f"  {side}: {found['value']:.2f} times  [{found['q1']:.2f} to {found['q3']:.2f}]")
-    print(machine.say(where))
-    if options.json:
-        write_json(options.json, {"kind": "batches", "machine": where, **result})
+    show(result)
+    keep(options, "batches", where, result)
 
 
 if __name__ == "__main__":

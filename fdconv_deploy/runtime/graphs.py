@@ -46,6 +46,11 @@ class LazyGraphs:
             raise BackendError("The session is closed; open the bundle again.")
         return graph
 
+    def drop(self, batch: int) -> None:
+        """Let go of a graph; asked for again, it is loaded again."""
+        with self._lock:
+            self._graphs.pop(batch, None)
+
     def close(self) -> None:
         """Let go of every graph. Runs under way end first."""
         with self._lock:

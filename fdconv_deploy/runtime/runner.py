@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,19 @@ import numpy.typing as npt
 from fdconv_deploy.errors import BackendError, BundleError
 
 from .backends import Backend, Graph, feeds_problem
-from .batching import plan_batches
+from .batching import measured_cost, plan_batches
 from .bundle import Bundle
 from .graphs import LazyGraphs
+from .measuring import least_seconds
+from .side_by_side import SideBySide, divides
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Tensors = dict[str, npt.NDArray[Any]]
+# Of what a batch's graph takes, the most that images side by side may take to be preferred: they
+# need a graph of their own in memory, so more than noise.
+_BETTER = 0.98
 
 
 class Runner:
@@ -37,6 +43,9 @@ class Runner:
         self.choice = choice
         self._backend = backend
         self._graphs = LazyGraphs(lambda batch: backend.load(bundle, batch), graphs)
+        self._beside = LazyGraphs(self._load_beside, {})
+        self._streams: dict[int, int] = {}  # by batch size: images at a time, side by side
+        self._measured: Callable[[int], float] | None = None
 
     @property
     def backend(self) -> str:
@@ -55,13 +64,23 @@ class Runner:
 
     @property
     def loaded_batch_sizes(self) -> tuple[int, ...]:
-        """The batch sizes whose graphs are in memory, ascending."""
-        return self._graphs.loaded
+        """The batch sizes whose graphs, or what runs in their place, are in memory, ascending."""
+        beside = {b for b, streams in self._streams.items() if streams in self._beside.loaded}
+        return tuple(sorted({*self._graphs.loaded, *beside}))
+
+    @property
+    def ways(self) -> dict[int, str]:
+        """How each batch size is run by :meth:`run_batches`, in words."""
+        beside = {b: f"single images, {streams} at a time" for b, streams in self._streams.items()}
+        return {batch: beside.get(batch, "its graph") for batch in self.batch_sizes}
 
     @property
     def batch_cost(self) -> Callable[[int], float]:
-        """What one run costs by its batch size, in any unit; see ``plan_batches``."""
-        return self._backend.batch_cost
+        """What one run costs by its batch size, in any unit; see ``plan_batches``.
+
+        Seconds, once :meth:`warm_up` has measured them; what the backend supposes before.
+        """
+        return self._measured or self._backend.batch_cost
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -76,8 +95,10 @@ class Runner:
         raise NotImplementedError
 
     def run_batches(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Tensors:
-        """Run any number of images, divided over the bundle's batch sizes.
+        """Run any number of images, divided over the bundle's batch sizes at the least cost.
 
+        By what :meth:`warm_up` has measured, if it has. A run of several images may be one of the
+        batch's graph or several of the single image's: answers differ in their rounding only.
         Slots left over in the last run hold repeated images, whose answers are dropped.
 
         :param feeds: every input by name, each with the images along its first axis.
@@ -92,7 +113,7 @@ class Runner:
                 if len(rows) < size:
                     rows = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
                 part[name] = np.ascontiguousarray(rows)
-            answers = self._graphs.get(size).run(part)
+            answers = self._way(size).run(part)
             parts.append({name: rows[: count - position] for name, rows in answers.items()})
             position += size
         if len(parts) == 1:
@@ -101,6 +122,9 @@ class Runner:
 
     def run_raw(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Run a graph on exactly its inputs, by name; which batch size, their shapes tell.
+
+        That graph and no other, whatever it costs: where the same images would be answered sooner
+        in another way, :meth:`run_batches` takes it.
 
         :raises BackendError: no graph of the bundle takes these names, shapes and types.
         """
@@ -115,22 +139,68 @@ class Runner:
     def warm_up(self, batch_sizes: Sequence[int] | None = None) -> float:
         """Load the graphs and run each once, so that the first request is as fast as any.
 
-        A segmentor's or detector's pre- and postprocessing run once as well.
+        A segmentor's or detector's pre- and postprocessing run once as well. The first time that
+        all of several batch sizes are warmed up, they are timed too, beside images that share the
+        CPU's threads, and the cheaper way is kept (:attr:`batch_cost`). It takes four seconds
+        more, or one run in each way where that is longer.
 
         :param batch_sizes: those to warm up; all when not given.
         :returns: the seconds it took.
         """
         start = time.perf_counter()
         for batch in batch_sizes or self.batch_sizes:
-            specs = self.bundle.manifest.inputs.get(batch)
-            if specs is None:
+            if batch not in self.batch_sizes:
                 raise BackendError(
                     f"The bundle has no graph of batch {batch}, only {list(self.batch_sizes)}."
                 )
-            feeds = {s.name: np.zeros(s.shape, dtype=s.dtype) for s in specs}
-            answers = self._graphs.get(batch).run(feeds)
+            answers = self._way(batch).run(self._zeros(batch))
+        if batch_sizes is None and len(self.batch_sizes) > 1 and self._measured is None:
+            self._choose_ways()
         self._rehearse(answers)
         return time.perf_counter() - start
+
+    def _way(self, batch: int) -> Graph:
+        """What runs a batch of this size."""
+        streams = self._streams.get(batch)
+        return self._graphs.get(batch) if streams is None else self._beside.get(streams)
+
+    def _load_beside(self, streams: int) -> Graph:
+        share = self._backend.threads // streams
+        return SideBySide(self._backend.load(self.bundle, 1, share), streams)
+
+    def _choose_ways(self) -> None:
+        """Time every way to run every batch size; keep the cheaper way of each, and its cost."""
+        runs = {}
+        for batch in self.batch_sizes:
+            feeds = self._zeros(batch)
+            runs[batch, 0] = partial(self._graphs.get(batch).run, feeds)
+            if (streams := self._most_streams(batch)) > 1:
+                runs[batch, streams] = partial(self._beside.get(streams).run, feeds)
+                runs[batch, streams]()
+        ways: dict[int, tuple[float, int]] = {}
+        # A batch's own graph comes first of its ways.
+        for (batch, streams), seconds in least_seconds(runs).items():
+            if batch not in ways or seconds < _BETTER * ways[batch][0]:
+                ways[batch] = seconds, streams
+        chosen = {batch: streams for batch, (_, streams) in ways.items() if streams}
+        self._streams = chosen
+        for streams in set(self._beside.loaded) - set(chosen.values()):
+            self._beside.drop(streams)
+        for batch in chosen:
+            self._graphs.drop(batch)
+        self._measured = measured_cost({batch: seconds for batch, (seconds, _) in ways.items()})
+
+    def _most_streams(self, batch: int) -> int:
+        """How many images of a batch may run at once, each on the same share of the threads."""
+        manifest = self.bundle.manifest
+        if 1 not in self.batch_sizes or not all(
+            divides(batch, specs[1], specs[batch]) for specs in (manifest.inputs, manifest.outputs)
+        ):
+            return 1
+        return min(batch, self._backend.threads)
+
+    def _zeros(self, batch: int) -> Tensors:
+        return {s.name: np.zeros(s.shape, s.dtype) for s in self.bundle.manifest.inputs[batch]}
 
     def _rehearse(self, answers: Tensors) -> None:
         """Go once through what is done before and after a run, which gave ``answers``."""
@@ -143,6 +213,7 @@ class Runner:
     def close(self) -> None:
         """Let go of the graphs and their memory. Runs under way end first."""
         self._graphs.close()
+        self._beside.close()
 
     def __enter__(self) -> Self:
         return self

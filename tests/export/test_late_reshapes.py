@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from export import export_module
 from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.ops.native import native_library
 
 
 class Blocks(nn.Module):
@@ -75,9 +76,11 @@ class Twice(nn.Module):
         return z + z, y
 
 
-def operators(model: Path, folder: Path) -> Counter[str]:
-    """Operators of what ONNX Runtime makes of a graph."""
+def operators(model: Path, folder: Path, library: Path | None = None) -> Counter[str]:
+    """Operators of what ONNX Runtime makes of a graph, with a library of operators or without."""
     options = ort.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.optimized_model_filepath = str(folder / f"optimised-{model.name}")
     ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
@@ -95,12 +98,17 @@ def test_a_batch_fuses_what_one_image_does(tmp_path, size):
     assert two["Relu"] == one["Relu"]
 
 
-def test_a_strided_shortcut_joins_too(tmp_path):
+@pytest.mark.parametrize("native", [False, True])
+def test_a_strided_shortcut_joins_too(native, tmp_path):
+    """With native operators, only shapes in the graph tell what made kernels give."""
+    library, why = native_library() if native else (None, "")
+    if native and library is None:
+        pytest.skip(f"no native operators: {why}")
     torch.manual_seed(0)
     bundle = export_module(
         Stages().eval(), torch.randn(2, 32, 32, 32), tmp_path / "bundle", batches=(1, 2)
     )
-    one, two = (operators(bundle.model_path(batch), tmp_path) for batch in (1, 2))
+    one, two = (operators(bundle.model_path(batch), tmp_path, library) for batch in (1, 2))
     assert two["FusedConv"] == one["FusedConv"] >= 4
     assert two["Add"] == one["Add"]
     assert two["Relu"] == one["Relu"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdconv_deploy.runtime.batching import linear_cost, plan_batches
+from fdconv_deploy.runtime.batching import linear_cost, measured_cost, plan_batches
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,23 @@ def test_plans(images, sizes, expected) -> None:
 def test_a_backend_where_a_call_costs_more_fills_up_instead() -> None:
     assert plan_batches(3, (1, 4), lambda batch: batch + 1.0) == [4]
     assert plan_batches(2, (1, 4), lambda batch: batch + 1.0) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("four", "images", "expected"),
+    [
+        (4.3, 4, [1, 1, 1, 1]),
+        (4.03, 4, [4]),  # no more than noise dearer: fewer runs
+        (3.7, 4, [4]),
+        (3.7, 6, [4, 1, 1]),
+        (3.7, 3, [1, 1, 1]),
+        (2.5, 3, [4]),
+    ],
+)
+@pytest.mark.parametrize("second", [1e-3, 7.0])
+def test_plans_by_what_was_measured(four, images, expected, second) -> None:
+    cost = measured_cost({1: second, 4: four * second})
+    assert plan_batches(images, (1, 4), cost) == expected
 
 
 SIZES = st.lists(st.integers(1, 16), min_size=1, max_size=3, unique=True)

@@ -38,6 +38,7 @@ class FakeBackend:
     """A backend made of a function; counts its loads and remembers batch sizes run."""
 
     name = device = "fake"
+    threads = 1
 
     def __init__(self, answer) -> None:
         self.answer, self.loads, self.runs = answer, [], []
@@ -316,7 +317,7 @@ class TestLife:
         backend = FakeBackend(toy.reference_logits)
         session = Session(Bundle.open(toy_bundle), backend, "", {})
         assert session.warm_up() > 0
-        assert backend.loads == backend.runs == [1, 4]
+        assert backend.loads == backend.runs[:2] == [1, 4]
         with pytest.raises(BackendError, match="no graph of batch 3"):
             session.warm_up([3])
 

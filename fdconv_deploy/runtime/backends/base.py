@@ -28,6 +28,7 @@ class Graph(Protocol):
 class Backend(Protocol):
     """A way to run a bundle on a device.
 
+    ``threads``: CPU threads of a run; 1 where a device other than the CPU does the work.
     ``operators``: what runs the ``fdconv`` operators, and why, as a clause; empty where that
     goes without saying.
     """
@@ -36,14 +37,19 @@ class Backend(Protocol):
     device: str
     operators: str
 
-    def load(self, bundle: Bundle, batch: int) -> Graph:
+    @property
+    def threads(self) -> int:
+        """CPU threads of a run."""
+
+    def load(self, bundle: Bundle, batch: int, threads: int | None = None) -> Graph:
         """Load the graph of one batch size, whose files the bundle has checked.
 
+        :param threads: in place of all those a run takes.
         :raises BackendError: the backend cannot run this graph.
         """
 
     def batch_cost(self, batch: int) -> float:
-        """The cost of one run at this batch size, in any unit; see ``plan_batches``."""
+        """The cost of one run at this batch size, in any unit, as long as none was measured."""
 
 
 @dataclass(frozen=True)

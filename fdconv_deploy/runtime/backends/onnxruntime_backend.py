@@ -76,9 +76,14 @@ class OnnxRuntimeBackend:
                 "out, or give no other provider."
             )
 
-    def load(self, bundle: Bundle, batch: int) -> OnnxRuntimeGraph:
+    @property
+    def threads(self) -> int:
+        """CPU threads of a run. See :class:`Backend`."""
+        return self._threads if self._provider == CPU else 1
+
+    def load(self, bundle: Bundle, batch: int, threads: int | None = None) -> OnnxRuntimeGraph:
         """Load the graph of one batch size. See :class:`Backend`."""
-        options = self._session_options()
+        options = self._session_options(threads or self._threads)
         name = bundle.manifest.models[batch]
         try:
             session = self._ort.InferenceSession(
@@ -101,13 +106,13 @@ class OnnxRuntimeBackend:
         _check_signature(bundle, batch, session)
         return OnnxRuntimeGraph(session, name)
 
-    def _session_options(self) -> Any:
+    def _session_options(self, threads: int) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors; they are raised as well
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         # A number, since with none ONNX Runtime counts the machine's cores and pins a thread
         # to each, whatever share of them this process has.
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = threads
         options.add_session_config_entry(
             "session.intra_op.allow_spinning", "1" if self._spinning else "0"
         )

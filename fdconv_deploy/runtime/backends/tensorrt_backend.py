@@ -102,6 +102,7 @@ class TensorRTBackend:
     name = "tensorrt"
     device = "cuda"
     operators = ""
+    threads = 1
 
     def __init__(self, options: BackendOptions, trt: Any = None, cuda: Cuda | None = None) -> None:
         self.trt = import_tensorrt() if trt is None else trt
@@ -111,8 +112,9 @@ class TensorRTBackend:
         self.machine = find_machine(self.trt, self._cuda)
         del options  # of threads and providers nothing applies
 
-    def load(self, bundle: Bundle, batch: int) -> TensorRTGraph:
+    def load(self, bundle: Bundle, batch: int, threads: int | None = None) -> TensorRTGraph:
         """Load the engine of one batch size. See :class:`Backend`."""
+        del threads  # the GPU does the work
         record = find_engine(bundle, batch, self.machine)
         specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
         return self.load_plan(read_engine(bundle, record), record, *specs)
