@@ -236,6 +236,11 @@ class IsolatedSession(Session):
         """The backend asked for; each worker process chooses for itself when it is "auto"."""
         return f"{self._named} (worker processes)"
 
+    @property
+    def ways(self) -> dict[int, str]:
+        """Nothing: each worker process measures and chooses for itself."""
+        return {}
+
     def run(self, batch: npt.NDArray[Any]) -> Array:
         """See :meth:`Session.run`."""
         return self._children.run(self._key, np.ascontiguousarray(batch))

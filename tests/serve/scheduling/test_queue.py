@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fdconv_deploy.runtime.batching import measured_cost
 from serve.scheduling import Batch, BatchQueue, Item
 
 
@@ -63,6 +64,14 @@ class TestBatches:
         queue.add_lane("gpu", (1, 4), cost=lambda batch: 5 + 0.1 * batch)
         filled(queue, "gpu", "x", "y", "z")
         assert names(queue.pop(0.0)) == ["x", "y", "z"]
+
+    @pytest.mark.parametrize(("four", "batches"), [(4.4, [1, 1, 1, 1]), (3.7, [4])])
+    def test_a_batch_measured_to_be_dear_is_not_made(self, four, batches: list[int]) -> None:
+        queue = BatchQueue()
+        queue.add_lane("a", (1, 4), cost=measured_cost({1: 0.2, 4: 0.2 * four}))
+        filled(queue, "a", *"wxyz")
+        assert [len(names(queue.pop(0.0))) for _ in batches] == batches
+        assert queue.waiting == 0
 
     def test_max_batch(self) -> None:
         queue = BatchQueue(max_batch=2)
