@@ -24,6 +24,8 @@ T = TypeVar("T")
 Array = npt.NDArray[np.float32]
 # (inputs (n, 3, H, W)) -> logits (n, classes, h, w), on an inference thread.
 Run = Callable[[Array], Array]
+# Takes a request back.
+Withdraw = Callable[[], None]
 log = logging.getLogger("fdconv.serve")
 
 
@@ -49,11 +51,19 @@ class Outcome:
     batch_sizes: tuple[int, ...]
 
 
+# Told, once and on the event loop, what became of a request.
+Done = Callable[[Outcome | Exception], None]
+
+
 @dataclass(eq=False)
 class _Request:
-    future: asyncio.Future[None]
+    lane: Hashable
+    done: Done
     rows: list[Any]
     missing: int
+    items: list[Item] = field(default_factory=list)
+    timer: asyncio.TimerHandle | None = None
+    over: bool = False
     queue_seconds: float = 0.0
     run_seconds: float = 0.0
     batch_sizes: list[int] = field(default_factory=list)
@@ -78,7 +88,8 @@ class Scheduler:
     """The queue, its workers, and the codec threads; used from one event loop.
 
     :param workers: inference threads. One that ends, whatever ended it, is replaced.
-    :param on_batch: told (lane, images, seconds) after each run, on an inference thread.
+    :param on_batch: told (lane, images, seconds) after each run's answers are delivered.
+    :param on_death: told when a worker ended.
     """
 
     def __init__(
@@ -149,6 +160,19 @@ class Scheduler:
         with self._lock:
             return self._queue.backlog_seconds() / self._workers
 
+    def submit(self, key: Hashable, inputs: Array, deadline: float, done: Done) -> Withdraw:
+        """As :meth:`run`, for a caller that is no coroutine.
+
+        :param done: told the outcome, or the exception that :meth:`run` would raise.
+        :returns: a function that takes the request back; ``done`` is then not told any more.
+        """
+        request = _Request(key, done, [None] * len(inputs), len(inputs))
+        now = self._clock()
+        request.items = [
+            Item(_Row(request, inputs, index), now, deadline) for index in range(len(inputs))
+        ]
+        return self._enter(request, deadline)
+
     async def run(self, key: Hashable, inputs: Array, deadline: float = float("inf")) -> Outcome:
         """Run each row of ``inputs`` (n, 3, H, W), batched with whatever else waits.
 
@@ -156,18 +180,19 @@ class Scheduler:
         :raises DeadlineError: it passed first.
         :raises WorkerDiedError: the worker ended; the request may be sent again.
         """
-        request = self._request(len(inputs))
-        now = self._clock()
-        items = [Item(_Row(request, inputs, index), now, deadline) for index in range(len(inputs))]
-        return await self._wait(key, request, items, deadline)
+        return await _awaited(lambda done: self.submit(key, inputs, deadline, done))
 
     async def call(
         self, key: Hashable, call: Callable[[], Any], deadline: float = float("inf")
     ) -> Outcome:
         """Run ``call`` by itself on an inference thread, in turn; ``rows[0]`` is its result."""
-        request = self._request(1)
-        item = Item(_Call(request, call), self._clock(), deadline, alone=True)
-        return await self._wait(key, request, [item], deadline)
+
+        def enter(done: Done) -> Withdraw:
+            request = _Request(key, done, [None], 1)
+            request.items = [Item(_Call(request, call), self._clock(), deadline, alone=True)]
+            return self._enter(request, deadline)
+
+        return await _awaited(enter)
 
     async def code(self, call: Callable[[], T]) -> T:
         """Run ``call`` on a codec thread."""
@@ -184,36 +209,38 @@ class Scheduler:
             thread.join()
         self._codecs.shutdown(wait=True)
 
-    def _request(self, size: int) -> _Request:
-        return _Request(asyncio.get_running_loop().create_future(), [None] * size, size)
-
-    async def _wait(
-        self, key: Hashable, request: _Request, items: list[Item], deadline: float
-    ) -> Outcome:
-        with self._lock:
-            for item in items:
-                self._queue.push(key, item)
-        for _ in items:
-            self._tokens.put(None)
-        timer = None
+    def _enter(self, request: _Request, deadline: float) -> Withdraw:
         if deadline != float("inf"):
-            loop = asyncio.get_running_loop()
+            assert self._loop is not None
             left = max(deadline - self._clock(), 0.0)
-            timer = loop.call_later(left, _fail, request, DeadlineError())
-        try:
-            await request.future
-        except BaseException:
-            # Cancelled by the client's leaving, late, or lost: what still waits is not run.
-            with self._lock:
-                for item in items:
-                    self._queue.cancel(key, item)
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-        return Outcome(
-            request.rows, request.queue_seconds, request.run_seconds, tuple(request.batch_sizes)
-        )
+            request.timer = self._loop.call_later(left, self._settle, request, DeadlineError())
+        with self._lock:
+            for item in request.items:
+                self._queue.push(request.lane, item)
+        # The last step: a woken worker can go on only when this thread lets it.
+        for _ in request.items:
+            self._tokens.put(None)
+        return lambda: self._withdraw(request)
+
+    def _withdraw(self, request: _Request) -> None:
+        """Forget a request; what still waits of it is not run."""
+        request.over = True
+        if request.timer is not None:
+            request.timer.cancel()
+        with self._lock:
+            for item in request.items:
+                self._queue.cancel(request.lane, item)
+
+    def _settle(self, request: _Request, found: Outcome | Exception) -> None:
+        if request.over:
+            return
+        if isinstance(found, Exception):
+            self._withdraw(request)
+        else:
+            request.over = True
+            if request.timer is not None:
+                request.timer.cancel()
+        request.done(found)
 
     def _start_thread(self, number: int) -> None:
         thread = threading.Thread(
@@ -269,13 +296,42 @@ class Scheduler:
         error: Exception | None = None,
     ) -> None:
         seconds = self._clock() - start
+        assert self._loop is not None
+        # First of all: the event loop takes its time to wake up, in which the rest is done.
+        with contextlib.suppress(RuntimeError):  # the loop has ended; nobody waits any more
+            self._loop.call_soon_threadsafe(self._deliver, batch, start, seconds, results, error)
         with self._lock:
             self.running -= len(batch.items)
             self._queue.done(batch, seconds)
+
+    def _deliver(
+        self,
+        batch: Batch,
+        start: float,
+        seconds: float,
+        results: list[Any] | None,
+        error: Exception | None,
+    ) -> None:
+        for place, item in enumerate(batch.items):
+            request = item.payload.request
+            if error is not None:
+                self._settle(request, error)
+                continue
+            assert results is not None
+            request.rows[getattr(item.payload, "index", 0)] = results[place]
+            request.queue_seconds = max(request.queue_seconds, start - item.enqueued)
+            request.run_seconds = max(request.run_seconds, seconds)
+            request.batch_sizes.append(len(batch.items))
+            request.missing -= 1
+            if not request.missing:
+                sizes = tuple(request.batch_sizes)
+                outcome = Outcome(request.rows, request.queue_seconds, request.run_seconds, sizes)
+                self._settle(request, outcome)
+        # Counted while the answers are on their way.
         assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop has ended; nobody waits any more
-            self._loop.call_soon_threadsafe(_deliver, batch, start, seconds, results, error)
-        # Counted while the answer is on its way.
+        self._loop.call_soon(self._count, batch, seconds, error)
+
+    def _count(self, batch: Batch, seconds: float, error: Exception | None) -> None:
         if isinstance(error, WorkerDiedError) and self._on_death:
             self._on_death()
         if error is None and self._on_batch:
@@ -293,28 +349,21 @@ def _stack(rows: list[_Row]) -> Array:
     return np.stack([row.source[row.index] for row in rows])
 
 
-def _deliver(
-    batch: Batch,
-    start: float,
-    seconds: float,
-    results: list[Any] | None,
-    error: Exception | None,
-) -> None:
-    for place, item in enumerate(batch.items):
-        request = item.payload.request
-        if error is not None:
-            _fail(request, error)
-            continue
-        assert results is not None
-        request.rows[getattr(item.payload, "index", 0)] = results[place]
-        request.queue_seconds = max(request.queue_seconds, start - item.enqueued)
-        request.run_seconds = max(request.run_seconds, seconds)
-        request.batch_sizes.append(len(batch.items))
-        request.missing -= 1
-        if not request.missing and not request.future.done():
-            request.future.set_result(None)
+async def _awaited(enter: Callable[[Done], Withdraw]) -> Outcome:
+    """Enter a request, and wait for what becomes of it; taken back when cancelled."""
+    future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
+    def done(found: Outcome | Exception) -> None:
+        if future.done():
+            return
+        if isinstance(found, Exception):
+            future.set_exception(found)
+        else:
+            future.set_result(found)
 
-def _fail(request: _Request, error: Exception) -> None:
-    if not request.future.done():
-        request.future.set_exception(error)
+    withdraw = enter(done)
+    try:
+        return await future
+    except asyncio.CancelledError:
+        withdraw()
+        raise
