@@ -68,15 +68,30 @@ class Admission:
         :raises RefusedError: as :meth:`check_room`.
         """
         self.check_room(client, images)
-        self.in_hand += images
-        self._clients[client] += images
+        self.take(client, images)
         try:
             yield
         finally:
-            self.in_hand -= images
-            self._clients[client] -= images
-            if not self._clients[client]:
-                del self._clients[client]
+            self.give(client, images)
+
+    def has_room(self, client: str, images: int = 1) -> bool:
+        """Whether :meth:`check_room` would let them pass."""
+        own = self._settings.client_limit
+        return self.in_hand + images <= self._limit and (
+            own is None or self._clients[client] + images <= own
+        )
+
+    def take(self, client: str, images: int) -> None:
+        """Hold places that there are, until :meth:`give`."""
+        self.in_hand += images
+        self._clients[client] += images
+
+    def give(self, client: str, images: int) -> None:
+        """Give places back."""
+        self.in_hand -= images
+        self._clients[client] -= images
+        if not self._clients[client]:
+            del self._clients[client]
 
     def retry_after(self) -> dict[str, str]:
         """The header that says when to come back."""

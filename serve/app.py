@@ -75,7 +75,7 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},
         middleware=[Middleware(Edge, keys=keys, shortcut=infer_at_once)],
     )
-    app.state.service = service
+    app.state.service, app.state.api_keys = service, keys
     problems.install(app)
     for router in ROUTERS:
         app.include_router(router)

@@ -23,7 +23,7 @@ _HOW = (
 )
 _ALIGNMENT = 64  # bytes; what ONNX Runtime's vector code likes
 # Bodies from here on, in bytes, are received right where they are used.
-_LARGE = 32 << 10
+LARGE = 32 << 10
 # zlib's notation for "gzip only" and "zlib format", what HTTP calls deflate.
 _WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
@@ -113,12 +113,15 @@ class Body:
         length = self._request.headers.get("content-length", "")
         if self._window is not None or not (length.isascii() and length.isdigit()):
             body = await self.read()
-            room = _aligned(len(body), start)
+            room = aligned_room(len(body), start)
             room[:] = body
             return room
-        room = _aligned(int(length), start)
         exchange = exchange_of(self._request.scope)
-        if exchange is not None and len(room) >= _LARGE:
+        if exchange is not None and exchange.body is not None:
+            self._take(len(exchange.body))
+            return exchange.body
+        room = aligned_room(int(length), start)
+        if exchange is not None and len(room) >= LARGE:
             await exchange.receive_into(room, self._take)
             return room
         at = 0
@@ -215,7 +218,8 @@ class Body:
         )
 
 
-def _aligned(size: int, start: int) -> memoryview:
+def aligned_room(size: int, start: int) -> memoryview:
+    """Memory for a body of ``size`` bytes, in which what follows byte ``start`` is aligned."""
     pad = -start % _ALIGNMENT
     base = np.empty(size + pad + _ALIGNMENT, np.uint8)
     pad += -(base.__array_interface__["data"][0]) % _ALIGNMENT

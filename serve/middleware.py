@@ -29,9 +29,9 @@ _OPEN = {
     "/v2/health/ready",
 }
 # Asked every few seconds by machines.
-_UNTRACED = {"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"}
+_UNTRACED = {b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/health/ready", b"/metrics"}
 _OPEN_FOLDERS = ("/static/", "/samples")
-_SECURITY = [
+SECURITY = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 ]
@@ -74,7 +74,7 @@ class Edge:
                 named = (REQUEST_ID.lower().encode(), request_id.encode())
                 # Answers to unforeseen errors carry it already.
                 kept = [pair for pair in message.get("headers", ()) if pair[0] != named[0]]
-                message["headers"] = [*kept, named, *_SECURITY]
+                message["headers"] = [*kept, named, *SECURITY]
                 if service is not None and service.draining:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
@@ -84,7 +84,16 @@ class Edge:
             app = refusal or self._shortcut(scope) or self.app
             await app(scope, receive, send_named)
         finally:
-            self._record(scope, headers, service, status, time.perf_counter() - start)
+            record(
+                service,
+                state,
+                method=scope["method"],
+                path=scope.get("raw_path", b""),
+                route=getattr(scope.get("route"), "path", "unmatched"),
+                headers=headers,
+                status=status,
+                seconds=time.perf_counter() - start,
+            )
 
     def _refusal(self, scope: Scope, headers: Headers, state: dict[str, Any]) -> Any:
         """The answer to a request without the key it needs."""
@@ -101,38 +110,49 @@ class Edge:
         state["client"] = name
         return None
 
-    def _record(
-        self, scope: Scope, headers: Headers, service: Any, status: int, seconds: float
-    ) -> None:
-        route = getattr(scope.get("route"), "path", "unmatched")
-        state = scope["state"]
-        facts = state.get("facts", {})
-        if service is not None:
-            metrics = service.metrics
-            metrics.requests.labels(route, str(status)).inc()
-            metrics.request_seconds.labels(route).observe(seconds)
-            stages = state.get("stages", ())
-            if facts:
-                service.count(facts["model"], stages, facts["images"])
-            if service.tracing.wanted and scope["path"] not in _UNTRACED:
-                attributes = {
-                    "http.request.method": scope["method"],
-                    "http.route": route,
-                    "http.response.status_code": status,
-                    "fdconv.request_id": state["request_id"],
-                    **({"fdconv.model": facts["model"]} if facts else {}),
-                }
-                name = f"{scope['method']} {route}"
-                service.tracing.record(
-                    name, headers, seconds, stages, attributes, failed=status >= 500
-                )
-        log_access(
-            request_id=state["request_id"],
-            client=state.get("client", ""),
-            method=scope["method"],
-            # As sent, in ASCII: a decoded path could hold a line break.
-            path=scope.get("raw_path", b"").decode("ascii", "replace")[:400],
-            status=status,
-            ms=round(seconds * 1e3, 3),
-            **facts,
-        )
+
+def record(
+    service: Any,
+    state: dict[str, Any],
+    *,
+    method: str,
+    path: bytes,
+    route: str,
+    headers: Headers,
+    status: int,
+    seconds: float,
+) -> None:
+    """Count an answered request, trace it, and write it to the access log.
+
+    :param service: None before there is one.
+    :param state: of the request: its ``request_id``, ``client``, and what was noted of its work.
+    :param path: as sent, in ASCII: a decoded one could hold a line break.
+    """
+    facts = state.get("facts", {})
+    if service is not None:
+        metrics = service.metrics
+        metrics.requests.labels(route, str(status)).inc()
+        metrics.request_seconds.labels(route).observe(seconds)
+        stages = state.get("stages", ())
+        if facts:
+            service.count(facts["model"], stages, facts["images"])
+        if service.tracing.wanted and path not in _UNTRACED:
+            attributes = {
+                "http.request.method": method,
+                "http.route": route,
+                "http.response.status_code": status,
+                "fdconv.request_id": state["request_id"],
+                **({"fdconv.model": facts["model"]} if facts else {}),
+            }
+            service.tracing.record(
+                f"{method} {route}", headers, seconds, stages, attributes, failed=status >= 500
+            )
+    log_access(
+        request_id=state["request_id"],
+        client=state.get("client", ""),
+        method=method,
+        path=path.decode("ascii", "replace")[:400],
+        status=status,
+        ms=round(seconds * 1e3, 3),
+        **facts,
+    )

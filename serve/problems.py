@@ -101,6 +101,14 @@ def answer_to(request: Request, error: Exception) -> Response:
     raise error
 
 
+def response_to(request: Request, error: Exception) -> Response:
+    """As :func:`answer_to`, and where ``error`` was not foreseen, that the service failed."""
+    try:
+        return answer_to(request, error)
+    except Exception as unforeseen:
+        return _unexpected(request, unforeseen)
+
+
 def _request_problem(request: Request, error: Exception) -> Response:
     found = cast(RefusedError, error)
     return problem_response(request, found.status, found.detail, found.headers)

@@ -15,6 +15,7 @@ import httptools
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from .kserve.direct import DirectCall, direct_call
 from .problems import MEDIA_TYPE, REQUEST_ID, bare_problem
 from .receiving import Exchange, Reader
 from .settings import Settings
@@ -43,7 +44,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._reading: asyncio.TimerHandle | None = None
         self._size = self._count = 0
         # The exchanges not answered yet, with uvicorn's cycles; several when pipelined.
-        self._exchanges: dict[Exchange, Any] = {}
+        self._exchanges: dict[Exchange | DirectCall, Any] = {}
         self._parted = False
         self._closing = _Closing(transport, self._part)
         self._await_headers()
@@ -62,6 +63,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.parser is None or self._over:
             return  # answered already; what still arrives is not looked at
         super().data_received(data)
+        call = self.cycle
+        if isinstance(call, DirectCall) and (there := call.wanting) is not None:
+            self._let_receive(Reader(self, call.room, there, call.count, call.ended))
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -106,7 +110,28 @@ class GuardedProtocol(HttpToolsProtocol):
             )
             return
         self._sending = self.loop.call_later(self.settings.body_seconds, self._too_slow)
-        exchange = Exchange(self)
+        call = self._direct_call()
+        if call is None:
+            self._enter(Exchange(self))
+        else:
+            self.cycle = call
+            self._exchanges[call] = call
+
+    def _direct_call(self) -> Any:
+        """The request, if it is one to be answered without ASGI."""
+        parser, state = self.parser, getattr(self.config.app, "state", None)
+        if (
+            parser.get_method() != b"POST"
+            or parser.get_http_version() != "1.1"
+            or not parser.should_keep_alive()
+            or self.scheme != "http"
+            or not (self.cycle is None or self.cycle.response_complete)
+            or state is None
+        ):
+            return None
+        return direct_call(self, state.service, state.api_keys)
+
+    def _enter(self, exchange: Exchange) -> None:
         exchange.offer(self.scope)  # type: ignore[arg-type]
         super().on_headers_complete()
         self.cycle.transport = self._closing  # type: ignore[assignment]
@@ -114,13 +139,21 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
-        if not self._over:
+        if self._over:
+            return
+        if isinstance(self.cycle, DirectCall):
+            self.cycle.add(body)
+        else:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The whole request is there."""
         self._stop("_sending")
-        if not self._over:
+        if self._over:
+            return
+        if isinstance(self.cycle, DirectCall):
+            self.cycle.ended(None)
+        else:
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -169,6 +202,36 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop("_sending")
         self.cycle.more_body = False
         self.cycle.message_event.set()
+
+    def answer(self, call: DirectCall, head: bytes, parts: list[Any]) -> None:
+        """See ``direct.Connection``."""
+        if self._over or call.disconnected:
+            return
+        last = not call.keep_alive or self.config.app.state.service.draining  # type: ignore[union-attr]
+        lines = [
+            name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers
+        ]
+        end = b"connection: close\r\n\r\n" if last else b"\r\n"
+        self.transport.write(b"".join([head, *lines, end, parts[0]]))
+        for part in parts[1:]:
+            self.transport.write(part)
+        call.response_started = call.response_complete = True
+        if last:
+            self.transport.close()
+        self.on_response_complete()
+
+    def hand_over(self, call: DirectCall, body: memoryview) -> None:
+        """See ``direct.Connection``."""
+        del self._exchanges[call]
+        self.cycle = None  # type: ignore[assignment]
+        now, self.parser = self.parser, call.parser  # the one that knows the request
+        self._enter(Exchange(self, body))
+        self.parser, self.cycle.more_body = now, False
+
+    def refuse(self, status: int, detail: str) -> None:
+        """See ``direct.Connection``."""
+        self._parted = False  # its reader may have stopped already
+        self._refuse(status, detail)
 
     def stop_receiving(self) -> None:
         """See ``receiving.Connection``."""

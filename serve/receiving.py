@@ -49,10 +49,13 @@ class Connection(Protocol):
 
 
 class Exchange:
-    """One request and its answer, as the connection sees them."""
+    """One request and its answer, as the connection sees them.
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    ``body``: the whole of it where it is there already, laid out as for inference, else None.
+    """
+
+    def __init__(self, connection: Connection, body: memoryview | None = None) -> None:
+        self._connection, self.body = connection, body
         self._on_lost: Callable[[], None] | None = None
         self._lost = False
 
@@ -72,10 +75,12 @@ class Exchange:
         room[:at] = received
         count(at)
         if more:
-            reader = Reader(self._connection, room, at, count)
-            self._connection.lend(reader)
+            over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._connection.lend(
+                Reader(self._connection, room, at, count, lambda error: _settle(over, error))
+            )
             try:
-                await reader.done
+                await over
             except asyncio.CancelledError:
                 self._connection.hang_up()
                 raise
@@ -94,13 +99,22 @@ class Exchange:
 
 
 class Reader(asyncio.BufferedProtocol):
-    """Receives the rest of one body; ``done`` is set when it is complete."""
+    """Receives the rest of one body.
+
+    :param room: the whole body's place, of which ``at`` bytes are filled.
+    :param done: told once, None when the body is complete, else what ended the receiving.
+    """
 
     def __init__(
-        self, connection: Connection, room: memoryview, at: int, count: Callable[[int], None]
+        self,
+        connection: Connection,
+        room: memoryview,
+        at: int,
+        count: Callable[[int], None],
+        done: Callable[[Exception | None], None],
     ) -> None:
         self._connection, self._room, self._at, self._count = connection, room, at, count
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._done, self._over = done, False
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """See ``asyncio.BufferedProtocol``; never more than the body's, so no byte too many."""
@@ -113,16 +127,15 @@ class Reader(asyncio.BufferedProtocol):
             self._count(nbytes)
         except Exception as error:
             self._connection.stop_receiving()
-            self._fail(error)
+            self._end(error)
             return
         if self._at == len(self._room):
             self._connection.take_back()
-            if not self.done.done():
-                self.done.set_result(None)
+            self._end(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See ``asyncio.BaseProtocol``."""
-        self._fail(ClientDisconnect())
+        self._end(ClientDisconnect())
         self._connection.connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -133,9 +146,19 @@ class Reader(asyncio.BufferedProtocol):
         """See ``asyncio.BaseProtocol``."""
         self._connection.resume_writing()
 
-    def _fail(self, error: Exception) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
+    def _end(self, error: Exception | None) -> None:
+        if not self._over:
+            self._over = True
+            self._done(error)
+
+
+def _settle(over: asyncio.Future[None], error: Exception | None) -> None:
+    if over.done():
+        return
+    if error is None:
+        over.set_result(None)
+    else:
+        over.set_exception(error)
 
 
 def exchange_of(scope: Scope) -> Exchange | None:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fdconv_deploy.runtime import Bundle, Session, open_session
 
@@ -171,3 +172,17 @@ class Service:
     def _count_batch(self, lane: Hashable, images: int, seconds: float) -> None:
         assert isinstance(lane, Version)
         self.metrics.batch_size.labels(lane.name).observe(images)
+
+
+def noted(
+    state: dict[str, Any], model: str, images: int, stages: list[tuple[str, float]]
+) -> dict[str, float]:
+    """Note in a request's state what was done for it, for counters, log and trace.
+
+    :param stages: (name, seconds) in the order they happened.
+    :returns: milliseconds by stage.
+    """
+    timings = {name: round(seconds * 1e3, 3) for name, seconds in stages}
+    state["facts"] = {"model": model, "images": images, "timings_ms": timings}
+    state["stages"] = stages
+    return timings

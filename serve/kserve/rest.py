@@ -14,6 +14,8 @@ from serve.problems import RefusedError
 from .inference import TYPES, InferRequest, check_tensor, put_together
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+# JSON larger than this, in bytes, is read and written beside the event loop.
+SMALL_JSON = 64 << 10
 
 
 def read_request(

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve.problems import ClientGoneError
 from serve.receiving import exchange_of
-from serve.service import Service
+from serve.service import Service, noted
 
 T = TypeVar("T")
 NO_LIMIT = 1e9
@@ -57,11 +57,7 @@ def answered(
     :param stages: (name, seconds) in the order they happened.
     :returns: milliseconds by stage.
     """
-    timings = {name: round(seconds * 1e3, 3) for name, seconds in stages}
-    state = request.scope["state"]
-    state["facts"] = {"model": model, "images": images, "timings_ms": timings}
-    state["stages"] = stages
-    return timings
+    return noted(request.scope["state"], model, images, stages)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -15,7 +15,7 @@ from fdconv_deploy.errors import FDConvError
 from serve.bodies import Body
 from serve.kserve.inference import EXTENSIONS, infer, model_metadata
 from serve.kserve.repository_index import index_of, require_control
-from serve.kserve.rest import HEADER_LENGTH, json_length, read_request, write_answer
+from serve.kserve.rest import HEADER_LENGTH, SMALL_JSON, json_length, read_request, write_answer
 from serve.problems import RefusedError, answer_to, problem_docs
 from serve.schemas import (
     InferAnswer,
@@ -29,8 +29,6 @@ from serve.schemas import (
 from .common import Parts, answered, service_of, while_connected
 
 router = APIRouter(prefix="/v2", tags=["KServe v2"])
-# JSON larger than this is read and written beside the event loop.
-_SMALL = 64 << 10
 _NOT_FOUND = problem_docs(401, 404)
 
 
@@ -153,7 +151,7 @@ async def run(request: Request, name: str, version: str = "") -> Response:
         async with repository.lease(model) as leased:
             most = service.settings.max_images
             # Whether to leave the event loop: for the JSON's size, not the tensors'.
-            if length < _SMALL:
+            if length < SMALL_JSON:
                 wanted, binary = read_request(data, length, leased.card, most)
             else:
                 wanted, binary = await code(lambda: read_request(data, length, leased.card, most))
