@@ -10,10 +10,14 @@ mask; as the raw body, and LitServe as the file of a form, its way to take binar
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import uvicorn
 from fastapi import FastAPI, Request, Response
 
 from fdconv_deploy.runtime import Session, open_session, read_image
@@ -28,14 +32,8 @@ def image_answer(session: Session, body: bytes) -> bytes:
     return session.segment(read_image(body)).mask_png()
 
 
-def plain(bundle: str, port: int, workers: int) -> None:
-    import asyncio
-    from concurrent.futures import ThreadPoolExecutor
-
-    import uvicorn
-
-    session = open_session(bundle, threads=1)
-    session.warm_up()
+def plain_app(session: Session, workers: int) -> FastAPI:
+    """FastAPI as one writes it."""
     pool = ThreadPoolExecutor(workers)
     app = FastAPI()
 
@@ -57,7 +55,39 @@ def plain(bundle: str, port: int, workers: int) -> None:
     async def image(request: Request) -> Response:
         return await answer(image_answer, request, "image/png")
 
-    uvicorn.run(app, port=port, log_level="warning", access_log=False)
+    return app
+
+
+def plain(bundle: str, port: int, workers: int) -> None:
+    session = open_session(bundle, threads=1)
+    session.warm_up()
+    uvicorn.run(plain_app(session, workers), port=port, log_level="warning", access_log=False)
+
+
+def bare(session: Session, listener: socket.socket) -> None:
+    """The least that can be done: one thread that reads a request, runs it and answers.
+
+    It takes what `benchmarks.serving.harness` sends and nothing else, and ends when ``listener``
+    is closed.
+    """
+    height, width = session.input_size
+    while True:
+        try:
+            plug, _ = listener.accept()
+        except OSError:
+            return
+        plug.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with plug:
+            while head := plug.recv(1 << 16):
+                head, _, start = head.partition(b"\r\n\r\n")
+                size = int(head.lower().partition(b"content-length: ")[2].split()[0])
+                room, at = np.empty(size, np.uint8), len(start)
+                room[:at] = np.frombuffer(start, np.uint8)
+                while at < size:
+                    at += plug.recv_into(room[at:])
+                answer = session.run(room.view(np.float32).reshape(-1, 3, height, width))
+                plug.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % answer.nbytes)
+                plug.sendall(answer)
 
 
 def litserve(bundle: str, port: int, workers: int) -> None:

@@ -296,7 +296,20 @@ def tensor_request(bundle: Path) -> Callable[[Connection], int]:
 
 
 def kserve(tensor: np.ndarray, model: str) -> Callable[[Connection], int]:
-    """A KServe v2 request with binary tensors both ways."""
+    """Asks for a tensor's logits by KServe v2 with binary tensors both ways."""
+    asked = kserve_request(tensor, model)
+    return lambda plug: plug.post(*asked)[0]
+
+
+def in_form(body: bytes) -> tuple[bytes, dict[str, str]]:
+    """A body and headers as LitServe takes binary data."""
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    return head + body + b"\r\n--x--\r\n", headers
+
+
+def kserve_request(tensor: np.ndarray, model: str) -> tuple[str, bytes, dict[str, str]]:
+    """Path, body and headers of :func:`kserve`."""
     given = {
         "name": "images",
         "datatype": "FP32",
@@ -307,7 +320,7 @@ def kserve(tensor: np.ndarray, model: str) -> Callable[[Connection], int]:
     head = json.dumps({"inputs": [given], "outputs": [wanted]}).encode()
     body = head + tensor.tobytes()
     headers = {"Inference-Header-Content-Length": str(len(head))}
-    return lambda plug: plug.post(f"/v2/models/{model}/infer", body, headers)[0]
+    return f"/v2/models/{model}/infer", body, headers
 
 
 def machine() -> dict[str, Any]:

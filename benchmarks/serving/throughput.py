@@ -1,8 +1,7 @@
-"""Throughput and added latency: ``python -m benchmarks.serving.throughput [--full]``.
+"""Throughput: ``python -m benchmarks.serving.throughput [--full]``.
 
 The tensor path against the raw session at equal batch, the JPEG-to-PNG path against the
-in-process pipeline, the latency that HTTP adds at concurrency 1, and the same from a plain
-FastAPI service and from LitServe on the same bundle. Every side runs one thread per inference
+in-process pipeline, and the same from a plain FastAPI service and from LitServe on the same bundle. Every side runs one thread per inference
 and ``--workers`` inferences at a time; "plain, 2 more" is the plain service with as many threads
 in all as this one has, two of which code images here and infer there. The sides take turns, so
 that a machine's drift hits all alike; quote the ratios, medians of turns.
@@ -31,6 +30,7 @@ from benchmarks.serving.harness import (
     demo_bundle,
     finish,
     image_request,
+    in_form,
     kserve,
     machine,
     median,
@@ -48,14 +48,6 @@ Run = Callable[[int, float], Load]
 
 def raw(path: str, body: bytes) -> Callable[[Connection], int]:
     return lambda plug: plug.post(path, body, {})[0]
-
-
-def in_form(path: str, body: bytes) -> Callable[[Connection], int]:
-    """As LitServe takes binary data."""
-    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
-    form = head + body + b"\r\n--x--\r\n"
-    headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    return lambda plug: plug.post(path, form, headers)[0]
 
 
 def in_process(call: Callable[[], Any], workers: int, seconds: float) -> Load:
@@ -123,7 +115,8 @@ class Sides:
     def _litserve(self, path: str, body: bytes) -> dict[str, Run]:
         if LITSERVE not in self._servers:
             return {}
-        return {LITSERVE: self._over(LITSERVE, in_form(path, body))}
+        form, headers = in_form(body)
+        return {LITSERVE: self._over(LITSERVE, lambda plug: plug.post(path, form, headers)[0])}
 
 
 def throughput(sides: Sides, runs: dict[str, Run], each: int, turns: int, load: tuple) -> dict:
@@ -147,19 +140,6 @@ def throughput(sides: Sides, runs: dict[str, Run], each: int, turns: int, load: 
         # Tells more than the clock where a machine has other things to do.
         "processor ms per image": rounded(spent, 2),
     }
-
-
-def latency(runs: dict[str, Run], turns: int, seconds: float) -> dict:
-    waits: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(turns):
-        for name, run in runs.items():
-            waits[name].append(run(1, seconds).percentile(0.5))
-    added = {
-        name: [v - b for v, b in zip(values, waits[RAW], strict=True)]
-        for name, values in waits.items()
-        if name != RAW
-    }
-    return {"p50 ms": rounded(waits, 3), "added p50 ms": rounded(added, 3)}
 
 
 def rounded(values: dict[str, list[float]], digits: int) -> dict[str, float]:
@@ -200,7 +180,6 @@ def main() -> None:
         load = (connections, seconds)
         tensors = throughput(sides, sides.tensors(tensor), batch, turns, load)
         images = throughput(sides, sides.images(scene()), 1, turns, load)
-        waits = latency(sides.tensors(tensor[:1]), turns, seconds)
     result: dict[str, Any] = {
         "machine": about,
         "turns": turns,
@@ -210,19 +189,15 @@ def main() -> None:
         "isolation": arguments.isolation,
         "tensor": tensors,
         "image": images,
-        "latency, one tensor at a time": waits,
     }
-    added = waits["added p50 ms"]
     held = {
         "tensor path at least 0.95 of the session": tensors[f"{OURS} / {RAW}"] >= 0.95,
         "JPEG to PNG at least 0.90 of the pipeline": images[f"{OURS} / {RAW}"] >= 0.90,
-        "added p50 at most 1 ms": added[OURS] <= 1.0,
     }
     for name in commands:
         if name != OURS:
             held[f"ahead of {name}: tensor"] = tensors[f"{OURS} / {name}"] > 1
             held[f"ahead of {name}: image"] = images[f"{OURS} / {name}"] > 1
-            held[f"ahead of {name}: latency"] = added[OURS] < added[name]
     if LITSERVE not in commands:
         result[LITSERVE] = LITSERVE_MISSING
     suffix = "" if workers == 1 else f"-{workers}-workers"
