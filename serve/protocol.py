@@ -7,6 +7,7 @@ it may leave an answer unread, and the size of its address and headers.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -64,8 +65,8 @@ class GuardedProtocol(HttpToolsProtocol):
             return  # answered already; what still arrives is not looked at
         super().data_received(data)
         call = self.cycle
-        if isinstance(call, DirectCall) and (there := call.wanting) is not None:
-            self._let_receive(Reader(self, call.room, there, call.count, call.ended))
+        if isinstance(call, DirectCall) and call.wanting:
+            call.receive()
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -207,18 +208,44 @@ class GuardedProtocol(HttpToolsProtocol):
         """See ``direct.Connection``."""
         if self._over or call.disconnected:
             return
-        last = not call.keep_alive or self.config.app.state.service.draining  # type: ignore[union-attr]
-        lines = [
+        last = self.is_last(call)
+        self.sent(call, [self.head(head, last=last) + parts[0], *parts[1:]], last=last)
+
+    def is_last(self, call: DirectCall) -> bool:
+        """See ``direct.Connection``."""
+        return not call.keep_alive or self.config.app.state.service.draining  # type: ignore[union-attr]
+
+    def head(self, lines: bytes, *, last: bool) -> bytes:
+        """See ``direct.Connection``."""
+        common = [
             name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers
         ]
-        end = b"connection: close\r\n\r\n" if last else b"\r\n"
-        self.transport.write(b"".join([head, *lines, end, parts[0]]))
-        for part in parts[1:]:
+        return b"".join([lines, *common, b"connection: close\r\n\r\n" if last else b"\r\n"])
+
+    def sent(self, call: DirectCall, rest: list[Any], *, last: bool) -> None:
+        """See ``direct.Connection``."""
+        for part in rest:
             self.transport.write(part)
         call.response_started = call.response_complete = True
         if last:
             self.transport.close()
         self.on_response_complete()
+
+    def lend_socket(self) -> int | None:
+        """See ``direct.Connection``."""
+        transport = self.transport
+        if transport.get_write_buffer_size():
+            return None
+        transport.pause_reading()
+        return os.dup(transport.get_extra_info("socket").fileno())
+
+    def receive(self, call: DirectCall, at: int, count: Callable[[int], None]) -> None:
+        """See ``direct.Connection``."""
+        self._let_receive(Reader(self, call.room, at, count, call.ended))
+
+    def receive_no_more(self, call: DirectCall) -> None:
+        """See ``direct.Connection``."""
+        self.take_back()
 
     def hand_over(self, call: DirectCall, body: memoryview) -> None:
         """See ``direct.Connection``."""
@@ -278,6 +305,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         self._sending = None
+        if isinstance(self.cycle, DirectCall) and not self.cycle.claim():
+            return  # it is just being answered
         if self.cycle.response_started:
             self.transport.abort()
             return

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .settings import Settings
 from .tracing import Tracing
 from .versions import Version
 
+_LATER_SECONDS = 0.003
 log = logging.getLogger("fdconv.serve")
 
 
@@ -61,6 +63,7 @@ class Service:
         self._ready = False
         self.draining = False  # then still answering, and closing connections after answers
         self._tasks: list[asyncio.Task[None]] = []
+        self._later: list[Callable[[], None]] = []
         watch = self.metrics.watch
         watch("fdconv_queue_images", "Images waiting to run.", lambda: self.scheduler.waiting)
         watch("fdconv_running_images", "Images being run.", lambda: self.scheduler.running)
@@ -96,6 +99,18 @@ class Service:
         for stage, seconds in stages:
             self.metrics.stage_seconds.labels(model, stage).observe(seconds)
 
+    def later(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Call in some milliseconds what the next request need not wait for."""
+        if not self._later:
+            asyncio.get_running_loop().call_later(_LATER_SECONDS, self.catch_up)
+        self._later.append(partial(call, *arguments))
+
+    def catch_up(self) -> None:
+        """Call now what was put off."""
+        put_off, self._later = self._later, []
+        for call in put_off:
+            call()
+
     def check_loaded(self) -> None:
         """As :meth:`check_ready`, but a service about to stop still answers.
 
@@ -117,6 +132,7 @@ class Service:
     async def close(self) -> None:
         """Finish what was begun; let go of models and threads."""
         self._ready, self._unready = False, "The service is stopping."
+        self.catch_up()
         for task in self._tasks[1:]:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -171,7 +187,7 @@ class Service:
 
     def _count_batch(self, lane: Hashable, images: int, seconds: float) -> None:
         assert isinstance(lane, Version)
-        self.metrics.batch_size.labels(lane.name).observe(images)
+        self.later(self.metrics.batch_size.labels(lane.name).observe, images)
 
 
 def noted(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from fdconv_deploy.runtime import Session
@@ -25,6 +26,14 @@ class Version:
     owned: bool
     leases: int = 0
     retired: bool = False
+    # By a plain request's JSON, its answer's; see serve.kserve.direct.
+    answers: dict[bytes, bytes] = field(default_factory=dict)
+
+    @cached_property
+    def image_bytes(self) -> int:
+        """What one image's normalised tensor takes."""
+        height, width = self.session.input_size
+        return 3 * height * width * 4
 
 
 @dataclass(eq=False)

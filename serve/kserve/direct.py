@@ -10,6 +10,7 @@ body is read or with the body read.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Callable
@@ -17,17 +18,19 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from serve.bodies import LARGE, aligned_room
 from serve.middleware import SECURITY, accepted_id, record
 from serve.problems import REQUEST_ID, RefusedError, response_to
-from serve.scheduling import Outcome
+from serve.scheduling import DeadlineError, Outcome
 from serve.security import Keys
 from serve.service import Service, noted
 from serve.versions import Model, Version
 
+from .at_once import AtOnce, Gone, NotPlain, NotPlainError, Result, Sent, Slow
 from .inference import InferRequest, together
 from .rest import HEADER_LENGTH, SMALL_JSON, read_request, write_answer
 
@@ -35,7 +38,9 @@ _ADDRESS = re.compile(rb"/v2/models/([A-Za-z0-9._-]+)(/versions/([A-Za-z0-9._-]+
 _ROUTES = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"
 # Headers of requests that take more than the plain way.
 _OTHERWISE = (b"transfer-encoding", b"content-encoding", b"expect", b"upgrade")
-_LOGITS = ("logits",)
+_LOGITS, _BINARY = ("logits",), {"": True}
+# Requests' JSON of which a version remembers its answers' JSON: clients repeat themselves.
+_MOST_ANSWERS = 64
 _EMPTY = memoryview(b"")
 _SECURITY = b"".join(name + b": " + value + b"\r\n" for name, value in SECURITY)
 _NAMED_ID = REQUEST_ID.lower().encode()
@@ -49,6 +54,7 @@ _OK = (
 class Connection(Protocol):
     """The side of the connection's protocol that :class:`DirectCall` speaks to."""
 
+    loop: asyncio.AbstractEventLoop
     scope: Any
     url: bytes
     headers: list[tuple[bytes, bytes]]
@@ -61,6 +67,30 @@ class Connection(Protocol):
         :param head: the status line and headers, all but those of every answer here.
         :param parts: the body, in parts.
         """
+
+    def head(self, lines: bytes, *, last: bool) -> bytes:
+        """An answer's status line and headers, to which those of every answer are added."""
+
+    def is_last(self, call: DirectCall) -> bool:
+        """Whether the connection is to end with this answer."""
+
+    def receive(self, call: DirectCall, at: int, count: Callable[[int], None]) -> None:
+        """Receive into the call's room, of which ``at`` bytes are filled."""
+
+    def receive_no_more(self, call: DirectCall) -> None:
+        """Look for the next request: the call's is complete, or answered."""
+
+    def lend_socket(self) -> int | None:
+        """A descriptor of the connection's socket, which is left alone until it is told more.
+
+        None where bytes on it are not the body's own, or wait to be written.
+        """
+
+    def sent(self, call: DirectCall, rest: list[memoryview], *, last: bool) -> None:
+        """Note that an answer is written but for ``rest``, and write that."""
+
+    def hang_up(self) -> None:
+        """Close the connection without an answer."""
 
     def hand_over(self, call: DirectCall, body: memoryview) -> None:
         """Let ASGI answer the request, whose body is this."""
@@ -142,10 +172,11 @@ class DirectCall:
         self._version, self._route = version, route
         self._at, self._told = 0, told
         self._taken = self._admitted = 0
-        self._binary: dict[str, bool] = {}
         self._request: InferRequest | None = None
         self._withdraw: Callable[[], None] | None = None
         self._over = False
+        self._at_once: AtOnce | None = None
+        self._late: asyncio.TimerHandle | None = None
         given = headers.get(_NAMED_ID, b"").decode("latin-1")
         self._state: dict[str, Any] = {"request_id": accepted_id(given), "client": client}
         self._raw_path, self._headers = connection.url, connection.headers
@@ -156,9 +187,9 @@ class DirectCall:
         """As the event that uvicorn takes this for."""
 
     @property
-    def wanting(self) -> int | None:
-        """The bytes of the body that are there, while more are to come; else None."""
-        return self._at if self.more_body and not self._over else None
+    def wanting(self) -> bool:
+        """Whether more of the body is to come, and wanted."""
+        return self.more_body and not self._over
 
     def add(self, body: bytes) -> None:
         """A part of the body, by way of the parser."""
@@ -199,29 +230,137 @@ class DirectCall:
             self._end()
             self._record(499)
 
-    def _run(self) -> None:
+    def receive(self) -> None:
+        """Receive the rest of the body."""
+        service, rest = self._service, len(self.room) - self._at
+        # At once goes what one run answers, while nothing else could run.
+        if len(self.room) - self._told == self._version.image_bytes and service.scheduler.idle:
+            descriptor = self._connection.lend_socket()
+            if descriptor is not None:
+                try:
+                    self.count(rest)
+                except RefusedError as error:
+                    self.ended(error)
+                    return
+                self._enter_at_once(descriptor)
+                return
+        self._connection.receive(self, self._at, self.count)
+
+    def _enter_at_once(self, descriptor: int) -> None:
         service, version = self._service, self._version
-        admission = service.admission
+        service.admission.take(self._client, 1)
+        self._admitted = 1
+        self._at_once = AtOnce(descriptor, self.room, self._at, self._answer_body)
+        self._late = self._connection.loop.call_later(
+            service.settings.deadline_ms / 1e3, self._is_late
+        )
+        self._withdraw = service.scheduler.submit_call(
+            version, self._at_once, float("inf"), self._worked
+        )
+
+    def claim(self) -> bool:
+        """Whether the event loop may answer: an inference thread is not doing so."""
+        return self._at_once is None or self._at_once.claim()
+
+    def _is_late(self) -> None:
+        if self.claim():
+            self._connection.receive_no_more(self)
+            self._done(DeadlineError())
+
+    def _answer_body(self, body: memoryview) -> tuple[list[Any], bool, float]:
+        """On the inference thread; see ``AtOnce``."""
+        version, told = self._version, self._told
+        asked = bytes(body[:told])
+        text = version.answers.get(asked)
+        request: InferRequest | None = None
+        if text is None:
+            request = self._plain_request(body)
+            if request is None or request.timeout_ms is not None:
+                raise NotPlainError
+            images = request.images
+        else:
+            images = np.frombuffer(body[told:], np.float32).reshape(
+                1, 3, *version.session.input_size
+            )
+        start = time.perf_counter()
+        logits = version.session.run(images)
+        seconds = time.perf_counter() - start
+        if text is None:
+            assert request is not None
+            text = self._described(request, logits)
+            if not request.id and len(version.answers) < _MOST_ANSWERS:
+                version.answers[asked] = text
+        last = self._connection.is_last(self)
+        head = self._connection.head(self._head(len(text), len(text) + logits.nbytes), last=last)
+        return [head + text, logits], last, seconds
+
+    def _worked(self, found: Outcome | Exception) -> None:
+        """What became of it at once."""
+        self._withdraw = None
+        if isinstance(found, Exception):
+            if self.claim():
+                self._connection.receive_no_more(self)
+                self._done(found)
+            else:  # while it sent the answer
+                self._connection.hang_up()
+                self.lost()
+            return
+        result: Result = found.rows[0]
+        if isinstance(result, Slow):
+            self._not_at_once()
+            self._connection.receive(self, result.at, lambda _: None)
+        elif isinstance(result, NotPlain):
+            self._not_at_once()
+            self._connection.receive_no_more(self)
+            self._run()
+        elif isinstance(result, Gone):
+            self._connection.hang_up()
+            self.lost()
+        elif isinstance(result, Sent):
+            stages = [("queue", found.queue_seconds), ("inference", result.seconds)]
+            noted(self._state, self._version.name, 1, stages)
+            self._connection.receive_no_more(self)
+            self._connection.sent(self, result.rest, last=result.last)
+            self._end()
+            # The client may have asked again already; counting can wait until that runs.
+            seconds = time.perf_counter() - self._start
+            self._service.later(self._record, 200, seconds)
+
+    def _not_at_once(self) -> None:
+        self._service.admission.give(self._client, self._admitted)
+        self._admitted = 0
+        if self._late is not None:
+            self._late.cancel()
+        self._late = self._at_once = None
+
+    def _plain_request(self, body: memoryview) -> InferRequest | None:
+        """The request in a complete body, if it is one for here."""
         try:
-            request, self._binary = read_request(
-                self.room, self._told, version.card, service.settings.max_images
+            request, binary = read_request(
+                body, self._told, self._version.card, self._service.settings.max_images
             )
         except RefusedError:
-            self._hand_over()
-            return
-        images, count = request.images, len(request.images)
+            return None
         if (
             request.outputs != _LOGITS
-            or not self._binary.get("logits", self._binary[""])
-            or images.dtype != np.float32
-            or not admission.has_room(self._client, count)
+            or not binary.get("logits", binary[""])
+            or request.images.dtype != np.float32
         ):
+            return None
+        return request
+
+    def _run(self) -> None:
+        """Run the complete body by way of the queue."""
+        service, version, admission = self._service, self._version, self._service.admission
+        request = self._plain_request(self.room)
+        count = 0 if request is None else len(request.images)
+        if request is None or not admission.has_room(self._client, count):
             self._hand_over()
             return
         self._request, self._admitted = request, count
         admission.take(self._client, count)
         deadline = service.deadline(request.timeout_ms)
-        self._withdraw = service.scheduler.submit(version, images, deadline, self._done)
+        self._withdraw = service.scheduler.submit(version, request.images, deadline, self._done)
 
     def _hand_over(self) -> None:
         room = self.room
@@ -242,16 +381,24 @@ class DirectCall:
         """Status, head and body."""
         if isinstance(found, Exception):
             raise found
-        version, request = self._version, self._request
+        request = self._request
         assert request is not None
-        outputs = {"logits": together(found.rows)}
-        parts, told = write_answer(
-            version.name, version.card.version, request, outputs, self._binary
-        )
-        size = sum(len(part) for part in parts)
+        logits = together(found.rows)
+        text = self._described(request, logits)
         stages = [("queue", found.queue_seconds), ("inference", found.run_seconds)]
-        noted(self._state, version.name, len(request.images), stages)
-        return 200, _OK % (told, size, self._state["request_id"].encode()), parts
+        noted(self._state, self._version.name, len(request.images), stages)
+        size = len(text) + logits.nbytes
+        return 200, self._head(len(text), size), [text, logits.data.cast("B")]
+
+    def _described(self, request: InferRequest, logits: npt.NDArray[np.float32]) -> bytes:
+        """The answer's JSON."""
+        version = self._version
+        outputs: dict[str, Any] = {"logits": logits}
+        parts, _ = write_answer(version.name, version.card.version, request, outputs, _BINARY)
+        return bytes(parts[0])
+
+    def _head(self, told: int, size: int) -> bytes:
+        return _OK % (told, size, self._state["request_id"].encode())
 
     def _problem(self, error: Exception) -> tuple[int, bytes, list[Any]]:
         path = self._raw_path.decode()
@@ -267,12 +414,17 @@ class DirectCall:
         self._over = True
         if self._withdraw is not None:
             self._withdraw()
+        if self._late is not None:
+            self._late.cancel()
+        if self._at_once is not None:
+            self._at_once.forget()
         self._service.admission.give(self._client, self._admitted)
         self._service.budget.give(self._taken)
         self._service.repository.release(self._version)
         self.room, self._request, self._withdraw = _EMPTY, None, None
+        self._at_once = self._late = None
 
-    def _record(self, status: int) -> None:
+    def _record(self, status: int, seconds: float | None = None) -> None:
         record(
             self._service,
             self._state,
@@ -281,5 +433,5 @@ class DirectCall:
             route=self._route,
             headers=Headers(raw=self._headers),
             status=status,
-            seconds=time.perf_counter() - self._start,
+            seconds=time.perf_counter() - self._start if seconds is None else seconds,
         )

@@ -110,7 +110,7 @@ class Scheduler:
         # it waits for a token, so a token too many is harmless and none can be missed. Not a
         # Condition, whose lock the woken thread would first have to wait for.
         self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._clock = clock
+        self._clock, self._delay = clock, delay
         self._on_batch, self._on_death = on_batch, on_death
         self._workers = workers
         self._threads: dict[int, threading.Thread] = {}
@@ -160,6 +160,11 @@ class Scheduler:
         with self._lock:
             return self._queue.backlog_seconds() / self._workers
 
+    @property
+    def idle(self) -> bool:
+        """Whether a worker is free and nothing waits, not even to be run with what comes."""
+        return not self._queue.waiting and self.running < self._workers and not self._delay
+
     def submit(self, key: Hashable, inputs: Array, deadline: float, done: Done) -> Withdraw:
         """As :meth:`run`, for a caller that is no coroutine.
 
@@ -182,17 +187,19 @@ class Scheduler:
         """
         return await _awaited(lambda done: self.submit(key, inputs, deadline, done))
 
+    def submit_call(
+        self, key: Hashable, call: Callable[[], Any], deadline: float, done: Done
+    ) -> Withdraw:
+        """As :meth:`call`, for a caller that is no coroutine; see :meth:`submit`."""
+        request = _Request(key, done, [None], 1)
+        request.items = [Item(_Call(request, call), self._clock(), deadline, alone=True)]
+        return self._enter(request, deadline)
+
     async def call(
         self, key: Hashable, call: Callable[[], Any], deadline: float = float("inf")
     ) -> Outcome:
         """Run ``call`` by itself on an inference thread, in turn; ``rows[0]`` is its result."""
-
-        def enter(done: Done) -> Withdraw:
-            request = _Request(key, done, [None], 1)
-            request.items = [Item(_Call(request, call), self._clock(), deadline, alone=True)]
-            return self._enter(request, deadline)
-
-        return await _awaited(enter)
+        return await _awaited(lambda done: self.submit_call(key, call, deadline, done))
 
     async def code(self, call: Callable[[], T]) -> T:
         """Run ``call`` on a codec thread."""
