@@ -18,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .kserve.direct import DirectCall, direct_call
 from .problems import MEDIA_TYPE, REQUEST_ID, bare_problem
-from .receiving import Exchange, Reader
+from .receiving import Exchange, Front, Reader
 from .settings import Settings
 
 MAX_HEADERS = 100
@@ -48,6 +48,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._exchanges: dict[Exchange | DirectCall, Any] = {}
         self._parted = False
         self._closing = _Closing(transport, self._part)
+        self._front = Front(self)
+        self._let_receive(self._front)
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -55,7 +57,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop("_sending")
         self._stop("_reading")
         super().connection_lost(exc)
-        for exchange in self._exchanges:
+        for exchange in list(self._exchanges):
             exchange.lost()
         self._exchanges.clear()
 
@@ -70,6 +72,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
+        if isinstance(self.cycle, DirectCall) and self.cycle.settle():
+            self._exchanges.pop(self.cycle)
+            self.server_state.total_requests += 1
         super().on_message_begin()
         self._size = self._count = 0
         if self._sending is None:
@@ -199,7 +204,7 @@ class GuardedProtocol(HttpToolsProtocol):
         # The parser still waits for the body it has not seen.
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self._let_receive(self)
+        self._let_receive(self._front)
         self._stop("_sending")
         self.cycle.more_body = False
         self.cycle.message_event.set()
@@ -262,7 +267,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def stop_receiving(self) -> None:
         """See ``receiving.Connection``."""
-        self._let_receive(self)
+        self._let_receive(self._front)
         self._parted = True  # the answer to come is the last
 
     def hang_up(self) -> None:

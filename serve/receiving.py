@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
 _EXTENSION = "fdconv.exchange"
+_PIECE = 32 << 10
 
 
 class Connection(Protocol):
@@ -96,6 +97,29 @@ class Exchange:
         self._lost = True
         if self._on_lost is not None:
             self._on_lost()
+
+
+class Front(asyncio.BufferedProtocol):
+    """Receives for a connection's protocol in small pieces, and passes them and all else on.
+
+    What is received of a body beyond its headers is copied twice to where it is used, so it is to
+    be little; by itself the event loop receives up to 256 KiB at a time.
+    """
+
+    def __init__(self, protocol: asyncio.Protocol) -> None:
+        self._protocol, self._room = protocol, bytearray(_PIECE)
+        self.connection_lost = protocol.connection_lost  # type: ignore[method-assign]
+        self.pause_writing = protocol.pause_writing  # type: ignore[method-assign]
+        self.resume_writing = protocol.resume_writing  # type: ignore[method-assign]
+        self.eof_received = protocol.eof_received  # type: ignore[method-assign]
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        """See ``asyncio.BufferedProtocol``."""
+        return self._room
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """See ``asyncio.BufferedProtocol``."""
+        self._protocol.data_received(bytes(memoryview(self._room)[:nbytes]))
 
 
 class Reader(asyncio.BufferedProtocol):

@@ -43,7 +43,7 @@ class Service:
             codec_threads=settings.codec_threads,
             max_batch=settings.max_batch,
             delay=settings.batch_delay_ms / 1e3,
-            on_batch=self._count_batch,
+            on_batch=self.count_batch,
             on_death=self.metrics.deaths.inc,
         )
         self.repository = Repository(
@@ -185,7 +185,8 @@ class Service:
         if model is None or model.version is None:
             self.metrics.model_bytes.remove(version.name)
 
-    def _count_batch(self, lane: Hashable, images: int, seconds: float) -> None:
+    def count_batch(self, lane: Hashable, images: int, seconds: float) -> None:
+        """Count a run of ``images``."""
         assert isinstance(lane, Version)
         self.later(self.metrics.batch_size.labels(lane.name).observe, images)
 

@@ -50,7 +50,13 @@ class Sent:
 
     rest: list[memoryview]
     last: bool
-    seconds: float
+    run_seconds: float
+    begun: float  # on the scheduler's clock
+
+    @property
+    def unhurried(self) -> bool:
+        """Whether the event loop has nothing more to do for the client."""
+        return not self.rest and not self.last
 
 
 Result = Slow | Gone | NotPlain | Forestalled | Sent
@@ -63,6 +69,8 @@ class AtOnce:
     :param room: the body's place, of which ``at`` bytes are filled.
     :param answer: of the complete body: the response's parts, whether it ends the connection, and
         the seconds the network took; raises :class:`NotPlainError`.
+
+    ``sent`` is the answer's fate, once it is.
     """
 
     def __init__(
@@ -74,6 +82,7 @@ class AtOnce:
     ) -> None:
         self._descriptor, self._room, self._at, self._answer = descriptor, room, at, answer
         self._claim, self._begun = threading.Lock(), threading.Lock()
+        self.sent: Sent | None = None
 
     def claim(self) -> bool:
         """Take the right to answer; only the first to ask has it."""
@@ -96,6 +105,7 @@ class AtOnce:
             os.close(self._descriptor)
 
     def _work(self) -> Result:
+        begun = time.perf_counter()
         if (stopped := self._read()) is not None:
             return stopped
         try:
@@ -111,7 +121,8 @@ class AtOnce:
                 sent -= len(rest.pop(0))
             if rest:
                 rest[0] = rest[0][sent:]
-        return Sent(rest, last, seconds)
+        self.sent = Sent(rest, last, seconds, begun)
+        return self.sent
 
     def _read(self) -> Slow | Gone | None:
         end = time.perf_counter() + _PATIENCE_MS / 1e3

@@ -175,6 +175,7 @@ class DirectCall:
         self._request: InferRequest | None = None
         self._withdraw: Callable[[], None] | None = None
         self._over = False
+        self._entered = 0.0
         self._at_once: AtOnce | None = None
         self._late: asyncio.TimerHandle | None = None
         given = headers.get(_NAMED_ID, b"").decode("latin-1")
@@ -226,7 +227,7 @@ class DirectCall:
 
     def lost(self) -> None:
         """The client has gone."""
-        if not self._over:
+        if not self.settle() and not self._over:
             self._end()
             self._record(499)
 
@@ -254,6 +255,7 @@ class DirectCall:
         self._late = self._connection.loop.call_later(
             service.settings.deadline_ms / 1e3, self._is_late
         )
+        self._entered = time.perf_counter()
         self._withdraw = service.scheduler.submit_call(
             version, self._at_once, float("inf"), self._worked
         )
@@ -264,7 +266,7 @@ class DirectCall:
 
     def _is_late(self) -> None:
         if self.claim():
-            self._connection.receive_no_more(self)
+            self._body_is_read()
             self._done(DeadlineError())
 
     def _answer_body(self, body: memoryview) -> tuple[list[Any], bool, float]:
@@ -282,6 +284,8 @@ class DirectCall:
             images = np.frombuffer(body[told:], np.float32).reshape(
                 1, 3, *version.session.input_size
             )
+        # While the network runs, the event loop gets ready for what comes next.
+        self._connection.loop.call_soon_threadsafe(self._body_is_read)
         start = time.perf_counter()
         logits = version.session.run(images)
         seconds = time.perf_counter() - start
@@ -294,12 +298,37 @@ class DirectCall:
         head = self._connection.head(self._head(len(text), len(text) + logits.nbytes), last=last)
         return [head + text, logits], last, seconds
 
+    def _body_is_read(self) -> None:
+        if not self._over and self.more_body:
+            self._connection.receive_no_more(self)
+
+    def settle(self) -> bool:
+        """Note the answer, where an inference thread has sent it and not said so yet.
+
+        No more of it than the next request must find done: that one has come already.
+        """
+        sent = self._at_once.sent if self._at_once is not None else None
+        if self._over or sent is None or not sent.unhurried:
+            return False
+        self._give_back()
+        self.response_started = self.response_complete = True
+        self._service.later(self._answered, sent, time.perf_counter())
+        return True
+
+    def _answered(self, sent: Sent, at: float) -> None:
+        waited = max(sent.begun - self._entered, 0.0)
+        stages = [("queue", waited), ("inference", sent.run_seconds)]
+        noted(self._state, self._version.name, 1, stages)
+        self._service.count_batch(self._version, 1, sent.run_seconds)
+        self._end()
+        self._record(200, at - self._start)
+
     def _worked(self, found: Outcome | Exception) -> None:
         """What became of it at once."""
         self._withdraw = None
         if isinstance(found, Exception):
             if self.claim():
-                self._connection.receive_no_more(self)
+                self._body_is_read()
                 self._done(found)
             else:  # while it sent the answer
                 self._connection.hang_up()
@@ -311,20 +340,16 @@ class DirectCall:
             self._connection.receive(self, result.at, lambda _: None)
         elif isinstance(result, NotPlain):
             self._not_at_once()
-            self._connection.receive_no_more(self)
+            self._body_is_read()
             self._run()
         elif isinstance(result, Gone):
             self._connection.hang_up()
             self.lost()
         elif isinstance(result, Sent):
-            stages = [("queue", found.queue_seconds), ("inference", result.seconds)]
-            noted(self._state, self._version.name, 1, stages)
-            self._connection.receive_no_more(self)
+            self._body_is_read()
             self._connection.sent(self, result.rest, last=result.last)
-            self._end()
-            # The client may have asked again already; counting can wait until that runs.
-            seconds = time.perf_counter() - self._start
-            self._service.later(self._record, 200, seconds)
+            self._give_back()
+            self._service.later(self._answered, result, time.perf_counter())
 
     def _not_at_once(self) -> None:
         self._service.admission.give(self._client, self._admitted)
@@ -409,19 +434,25 @@ class DirectCall:
         lines += [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
         return status, b"".join([*lines, _SECURITY]), [bytes(response.body)]
 
-    def _end(self) -> None:
-        """Give everything back. The connection keeps this object until its next request."""
+    def _give_back(self) -> None:
+        """Give back what others wait for."""
         self._over = True
         if self._withdraw is not None:
             self._withdraw()
+            self._withdraw = None
+        self._service.admission.give(self._client, self._admitted)
+        self._service.budget.give(self._taken)
+        self._admitted = self._taken = 0
+
+    def _end(self) -> None:
+        """Give everything back. The connection keeps this object until its next request."""
+        self._give_back()
         if self._late is not None:
             self._late.cancel()
         if self._at_once is not None:
             self._at_once.forget()
-        self._service.admission.give(self._client, self._admitted)
-        self._service.budget.give(self._taken)
         self._service.repository.release(self._version)
-        self.room, self._request, self._withdraw = _EMPTY, None, None
+        self.room, self._request = _EMPTY, None
         self._at_once = self._late = None
 
     def _record(self, status: int, seconds: float | None = None) -> None:

@@ -84,6 +84,12 @@ class _Call:
     call: Callable[[], Any]
 
 
+# Batch, start and seconds of its run, results or an error.
+_Delivery = tuple[Batch, float, float, list[Any] | None, Exception | None]
+# How long, in seconds, what may wait does.
+_UNHURRIED = 0.001
+
+
 class Scheduler:
     """The queue, its workers, and the codec threads; used from one event loop.
 
@@ -190,7 +196,11 @@ class Scheduler:
     def submit_call(
         self, key: Hashable, call: Callable[[], Any], deadline: float, done: Done
     ) -> Withdraw:
-        """As :meth:`call`, for a caller that is no coroutine; see :meth:`submit`."""
+        """As :meth:`call`, for a caller that is no coroutine; see :meth:`submit`.
+
+        A result whose attribute ``unhurried`` is true may come a little later, and is not counted
+        as a batch: its caller has no need of it, and may withdraw the request instead.
+        """
         request = _Request(key, done, [None], 1)
         request.items = [Item(_Call(request, call), self._clock(), deadline, alone=True)]
         return self._enter(request, deadline)
@@ -257,7 +267,8 @@ class Scheduler:
         thread.start()
 
     def _work(self, number: int) -> None:
-        while (batch := self._take()) is not None:
+        owed: list[_Delivery] = []
+        while (batch := self._take(owed)) is not None:
             start = self._clock()
             try:
                 results = self._answers(batch)
@@ -272,20 +283,36 @@ class Scheduler:
                     self._start_thread(number)
                 return
             else:
-                self._finish(batch, start, results=results)
+                self._finish(batch, start, results=results, owed=owed)
 
-    def _take(self) -> Batch | None:
+    def _take(self, owed: list[_Delivery]) -> Batch | None:
         while True:
             with self._lock:
                 found = self._queue.pop(self._clock())
                 if isinstance(found, Batch):
                     self.running += len(found.items)
-                    return found
-                if found is None and self._closing:
-                    return None
+            if isinstance(found, Batch) or (found is None and self._closing):
+                self._pay(owed)
+                return found if isinstance(found, Batch) else None
             left = None if found is None else max(found - self._clock(), 0.0)
-            with contextlib.suppress(queue.Empty):
+            if owed:
+                left = _UNHURRIED if left is None else min(left, _UNHURRIED)
+            try:
                 self._tokens.get(timeout=left)
+            except queue.Empty:
+                self._pay(owed)
+
+    def _pay(self, owed: list[_Delivery]) -> None:
+        """Deliver what could wait."""
+        for delivery in owed:
+            if not delivery[0].items[0].payload.request.over:
+                self._post(delivery)
+        owed.clear()
+
+    def _post(self, delivery: _Delivery) -> None:
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop has ended; nobody waits any more
+            self._loop.call_soon_threadsafe(self._deliver, *delivery)
 
     def _answers(self, batch: Batch) -> list[Any]:
         first = batch.items[0].payload
@@ -301,12 +328,15 @@ class Scheduler:
         *,
         results: list[Any] | None = None,
         error: Exception | None = None,
+        owed: list[_Delivery] | None = None,
     ) -> None:
         seconds = self._clock() - start
-        assert self._loop is not None
-        # First of all: the event loop takes its time to wake up, in which the rest is done.
-        with contextlib.suppress(RuntimeError):  # the loop has ended; nobody waits any more
-            self._loop.call_soon_threadsafe(self._deliver, batch, start, seconds, results, error)
+        delivery = (batch, start, seconds, results, error)
+        if owed is not None and results and _unhurried(results[0]):
+            owed.append(delivery)
+        else:
+            # First of all: the event loop takes its time to wake up, in which the rest is done.
+            self._post(delivery)
         with self._lock:
             self.running -= len(batch.items)
             self._queue.done(batch, seconds)
@@ -335,14 +365,19 @@ class Scheduler:
                 outcome = Outcome(request.rows, request.queue_seconds, request.run_seconds, sizes)
                 self._settle(request, outcome)
         # Counted while the answers are on their way.
-        assert self._loop is not None
-        self._loop.call_soon(self._count, batch, seconds, error)
+        if not results or not _unhurried(results[0]):
+            assert self._loop is not None
+            self._loop.call_soon(self._count, batch, seconds, error)
 
     def _count(self, batch: Batch, seconds: float, error: Exception | None) -> None:
         if isinstance(error, WorkerDiedError) and self._on_death:
             self._on_death()
         if error is None and self._on_batch:
             self._on_batch(batch.lane, len(batch.items), seconds)
+
+
+def _unhurried(result: Any) -> bool:
+    return getattr(result, "unhurried", False) is True
 
 
 def _stack(rows: list[_Row]) -> Array:
