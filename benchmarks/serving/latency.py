@@ -38,6 +38,7 @@ from benchmarks.serving.harness import (
     server,
 )
 from fdconv_deploy.benchmark.machine import Bystanders
+from fdconv_deploy.installing import install
 from fdconv_deploy.runtime import Session, open_session
 from serve import Settings, running
 
@@ -167,7 +168,7 @@ def main() -> None:
         if name in added:
             held[f"ahead of {name}"] = own < median(added[name])
         else:
-            result[name] = "not installed here: pip install '.[load]'"
+            result[name] = f"not installed here: {install('litserve')}"
     finish("latency", result, held, keep=arguments.full)
 
 

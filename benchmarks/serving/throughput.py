@@ -1,10 +1,11 @@
 """Throughput: ``python -m benchmarks.serving.throughput [--full]``.
 
 The tensor path against the raw session at equal batch, the JPEG-to-PNG path against the
-in-process pipeline, and the same from a plain FastAPI service and from LitServe on the same bundle. Every side runs one thread per inference
-and ``--workers`` inferences at a time; "plain, 2 more" is the plain service with as many threads
-in all as this one has, two of which code images here and infer there. The sides take turns, so
-that a machine's drift hits all alike; quote the ratios, medians of turns.
+in-process pipeline, and the same from a plain FastAPI service and from LitServe on the same
+bundle. Every side runs one thread per inference and ``--workers`` inferences at a time; "plain, 2
+more" is the plain service with as many threads in all as this one has, two of which code images
+here and infer there. The sides take turns, so that a machine's drift hits all alike; quote the
+ratios, medians of turns. For latency see `benchmarks.serving.latency`.
 """
 
 from __future__ import annotations
