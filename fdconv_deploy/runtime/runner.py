@@ -141,8 +141,8 @@ class Runner:
 
         A segmentor's or detector's pre- and postprocessing run once as well. The first time that
         all of several batch sizes are warmed up, they are timed too, beside images that share the
-        CPU's threads, and the cheaper way is kept (:attr:`batch_cost`). It takes four seconds
-        more, or one run in each way where that is longer.
+        CPU's threads, and the cheaper way is kept (:attr:`batch_cost`). That takes one graph more
+        to load and run, and four seconds, or one run in each way where that is longer.
 
         :param batch_sizes: those to warm up; all when not given.
         :returns: the seconds it took.
