@@ -143,6 +143,13 @@ def _client(connection: Connection, headers: dict[bytes, bytes], keys: Keys) -> 
     return connection.client[0] if connection.client else ""
 
 
+class _NoEvent:
+    """What uvicorn tells of a cycle's fate, and nobody waits for."""
+
+    def set(self) -> None:
+        """Do nothing."""
+
+
 class DirectCall:
     """One request, from its headers to its answer; to uvicorn's protocol, its cycle.
 
@@ -151,6 +158,7 @@ class DirectCall:
 
     response_started = response_complete = disconnected = waiting_for_100_continue = False
     keep_alive = more_body = True
+    message_event = _NoEvent()
 
     def __init__(
         self,
@@ -165,7 +173,6 @@ class DirectCall:
         told: int,
     ) -> None:
         self._start = time.perf_counter()
-        self.message_event = self  # which uvicorn sets, and nobody waits for
         self.parser = connection.parser
         self.room = aligned_room(size, told)
         self._connection, self._service, self._client = connection, service, client
@@ -183,9 +190,6 @@ class DirectCall:
         self._raw_path, self._headers = connection.url, connection.headers
         # From now on: a version that is replaced while the body comes still answers it.
         service.repository.hold(model, version)
-
-    def set(self) -> None:
-        """As the event that uvicorn takes this for."""
 
     @property
     def wanting(self) -> bool:

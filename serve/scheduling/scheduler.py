@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -247,6 +248,7 @@ class Scheduler:
         with self._lock:
             for item in request.items:
                 self._queue.cancel(request.lane, item)
+        request.items = []
 
     def _settle(self, request: _Request, found: Outcome | Exception) -> None:
         if request.over:
@@ -257,7 +259,11 @@ class Scheduler:
             request.over = True
             if request.timer is not None:
                 request.timer.cancel()
-        request.done(found)
+        # Items know their request, and an error's frames its items: as circles, all its tensors
+        # would wait for the garbage collector.
+        request.items = []
+        done, request.done = request.done, _nobody
+        done(found)
 
     def _start_thread(self, number: int) -> None:
         thread = threading.Thread(
@@ -391,21 +397,28 @@ def _stack(rows: list[_Row]) -> Array:
     return np.stack([row.source[row.index] for row in rows])
 
 
+def _nobody(found: Outcome | Exception) -> None:
+    """Whom a request tells when it is over."""
+
+
 async def _awaited(enter: Callable[[Done], Withdraw]) -> Outcome:
     """Enter a request, and wait for what becomes of it; taken back when cancelled."""
     future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-
-    def done(found: Outcome | Exception) -> None:
-        if future.done():
-            return
-        if isinstance(found, Exception):
-            future.set_exception(found)
-        else:
-            future.set_result(found)
-
-    withdraw = enter(done)
+    withdraw = enter(partial(_tell, future))
     try:
         return await future
     except asyncio.CancelledError:
         withdraw()
         raise
+    finally:
+        # An exception knows this frame: with them it would make a circle, as above.
+        del future, withdraw
+
+
+def _tell(future: asyncio.Future[Outcome], found: Outcome | Exception) -> None:
+    if future.done():
+        return
+    if isinstance(found, Exception):
+        future.set_exception(found)
+    else:
+        future.set_result(found)

@@ -6,6 +6,7 @@ Whatever way a request goes, it must be answered as on the general way, which an
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -26,6 +27,7 @@ from fdconv_deploy.runtime import Session, open_session
 from serve import Settings, running
 from serve.kserve import at_once
 from serve.kserve.at_once import AtOnce
+from serve.kserve.direct import DirectCall
 from tests.runtime import toy
 from tests.serve.test_receiving import place, read_answer, wait_for
 
@@ -339,3 +341,23 @@ def test_descriptors_are_not_kept(url: str) -> None:
             answer(plug, asked(image(seed % 3)))
         time.sleep(0.05)
         assert descriptors() <= before
+
+
+def test_nothing_is_left_to_be_collected(url: str) -> None:
+    """Neither requests nor their tensors wait for the garbage collector."""
+
+    def calls() -> int:
+        return sum(isinstance(found, DirectCall | AtOnce) for found in gc.get_objects())
+
+    with connected(url) as plug:
+        gc.collect()
+        gc.disable()
+        try:
+            before = calls()
+            for seed in range(20):
+                answer(plug, asked(image(seed)))
+                answer(plug, asked(image(seed), outputs=[{"name": "labels"}]))
+            time.sleep(0.05)
+            assert calls() <= before + 4  # the connection's and the worker's last
+        finally:
+            gc.enable()
