@@ -23,6 +23,7 @@ from benchmarks.serving.harness import (
     finish,
     image_request,
     machine,
+    median,
     ours,
     scene,
     server,
@@ -95,12 +96,15 @@ def main() -> None:
         capacity = closed_loop(found.port, ask, connections=4, seconds=warm).per_second()
         quiet = seconds / 6
         before = open_loop(found.port, body, capacity / 2, quiet, senders=8)
-        resident = found.rss()
+        resident, first = found.rss(), len(memory.samples)
         # Enough senders that rejections, which are quick, never wait for one another.
         flood = open_loop(found.port, body, 4 * capacity, seconds, senders=QUEUE + 16)
         after = open_loop(found.port, body, capacity / 2, quiet, senders=8)
     bound = (QUEUE + 1) / capacity * 1e3
-    growth = memory.most() - resident
+    # A full queue has its images in memory; flat is what it is from then on.
+    flooded = [mb for _, mb in memory.samples[first:]]
+    full = median(flooded[len(flooded) // 8 : len(flooded) // 6])
+    growth = max(flooded) - full
     result = {
         "machine": about,
         "seconds": seconds,
@@ -110,7 +114,9 @@ def main() -> None:
         "before, at half capacity": described(before),
         "at 4 x capacity": described(flood),
         "afterwards, at half capacity": described(after),
-        "resident MB before the flood, at most": [round(resident), round(memory.most())],
+        "resident MB before the flood, with a full queue, at most": [
+            round(mb, 1) for mb in (resident, full, memory.most())
+        ],
         "seconds, resident MB": memory.series(),
     }
     held = {
@@ -118,7 +124,7 @@ def main() -> None:
         f"p99 of rejected within {REJECTED_MS:g} ms": flood.percentile(0.99, 503) <= REJECTED_MS,
         "nothing but 200 and 503 with Retry-After": set(flood.statuses()) <= {200, 503},
         "as many answered as without the flood, less a fifth": flood.per_second() >= 0.8 * capacity,
-        f"memory within {GROWTH_MB:g} MB": growth <= GROWTH_MB,
+        f"memory within {GROWTH_MB:g} MB once the queue is full": growth <= GROWTH_MB,
         "afterwards all answered, as quickly as before": set(after.statuses()) == {200}
         and after.percentile(0.5) <= 1.5 * before.percentile(0.5),
     }
