@@ -19,9 +19,14 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 def newest(kind: str, folder: Path = FOLDER) -> dict[str, Any] | None:
     """The record of a kind that was measured last; None where there is none."""
-    found = [record for path in folder.glob("*.json") for record in [_read(path)]]
+    return next(iter(every(kind, folder)), None)
+
+
+def every(kind: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """The records of a kind, the last first."""
+    found = [record for path in sorted(folder.glob("*.json")) for record in [_read(path)]]
     found = [record for record in found if record.get("kind") == kind]
-    return max(found, key=lambda record: record["machine"]["date"], default=None)
+    return sorted(found, key=lambda record: str(record["machine"]["date"]), reverse=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.cases import BATCHES, DEPTHS, NETWORKS, SIZES, Case, grid, sweep
 from benchmarks.plot import draw
-from benchmarks.records import FOLDER, newest
+from benchmarks.records import FOLDER, every, newest
 from benchmarks.speed import SIDES
 from fdconv_deploy.benchmark import machine
 from fdconv_deploy.benchmark.layers.attribution import PARTS
@@ -32,8 +32,13 @@ def markdown(
     matrix: dict[str, Any],
     profile: dict[str, Any] | None = None,
     session: dict[str, Any] | None = None,
+    batches: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """The report of a matrix record, with a profile and a session record where there are any."""
+    """The report of a matrix record, with what other records there are.
+
+    :param batches: of ``benchmarks.batches``, the last first; of each network the last is shown.
+    """
+    batches = list({b["title"]: b for b in reversed(batches) if "sides" in b}.values())
     cases: Cases = matrix["cases"]
     commits = sorted({result["commit"] for result in cases.values() if "commit" in result})
     parts = [
@@ -47,11 +52,11 @@ def markdown(
         "with changes of its own.\n",
         "![Milliseconds of one image through FDConv as published, exported, and the plain "
         "twin](cost.svg)\n",
-        *_section("Limits set beforehand", _limits(cases)),
+        *_section("Limits set beforehand", _limits(cases, batches)),
     ]
     for network in NETWORKS:
         parts += _section(NAMES[network], _costs(cases, network))
-    parts += _section("Batch 4 beside batch 1", _batches(cases))
+    parts += _section("Four images beside one", _batches(batches))
     parts += _section("Image size (R50 backbone, batch 1)", _sizes(cases))
     parts += _section("kernel_num (R50 backbone, 512×512, batch 1)", _kernel_nums(cases))
     parts += _section("Exports", _exports(cases))
@@ -98,7 +103,7 @@ def _noise(result: dict[str, Any]) -> str:
     return "\\*" if (result["others_cpu"] or 0) > machine.QUIET else ""
 
 
-def _limits(cases: Cases) -> Iterator[str]:
+def _limits(cases: Cases, batches: Sequence[dict[str, Any]]) -> Iterator[str]:
     rows = []
     for case, limits in (
         (BACKBONE, {"exported/eager": 0.33, "exported/plain": 2.0}),
@@ -121,13 +126,12 @@ def _limits(cases: Cases) -> Iterator[str]:
                     value = export[key]
                     asked, found = f"{limit} {unit}", f"{value} {unit}"
                     rows.append((f"{result['title']}: {what}", asked, found, value <= limit))
-    for network in NETWORKS:
-        pair = _pair(cases, network, 50, (512, 512))
-        for side, told in (("exported", ""), ("native", ", native")):
-            if pair and all(side in result["ms"] for result in pair):
-                times = pair[1]["ms"][side]["median"] / pair[0]["ms"][side]["median"]
-                name = f"{pair[0]['title'].rsplit(',', 1)[0]}: batch 4 over batch 1{told}"
-                rows.append((name, "4.0×", f"{times:.3f}×", times <= 4.0))
+    for batch in batches:
+        for side in ("portable", "native"):
+            if side in batch["sides"]:
+                value = batch["sides"][side]["of one"]["divided"]["value"]
+                name = f"{_untold(batch)}: four images over one, {side}"
+                rows.append((name, "4.0×", f"{value:.2f}×", value <= 4.0))
     if rows:
         yield from _head("", "at most", "measured", "")
         for name, limit, found, held in rows:
@@ -149,47 +153,50 @@ def _costs(cases: Cases, network: str) -> Iterator[str]:
         yield _row(name, *(_ms(result, side) for side in SIDES), *ratios)
 
 
-def _pair(
-    cases: Cases, network: str, depth: int, size: tuple[int, int]
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    found = [_measured(cases, [Case(network, depth, *size, batch)]) for batch in (1, 4)]
-    return (found[0][0], found[1][0]) if all(found) else None
+def _untold(batch: dict[str, Any]) -> str:
+    """A record's title without its batch."""
+    return str(batch["title"].rsplit(",", 1)[0])
 
 
-def _batches(cases: Cases) -> Iterator[str]:
-    pairs = [
-        pair
-        for network in NETWORKS
-        for depth in DEPTHS
-        for size in SIZES
-        for pair in [_pair(cases, network, depth, size)]
-        if pair
-    ]
-    if not pairs:
+def _batches(batches: Sequence[dict[str, Any]]) -> Iterator[str]:
+    if not batches:
         return
-    yield from _head("", "exported, batch 1", "batch 4", "ratio", "plain twin's ratio")
-    for one, four in pairs:
-        times = (
-            f"{four['ms'][side]['median'] / one['ms'][side]['median']:.2f}"
-            for side in ("exported", "plain")
-        )
-        title = one["title"].rsplit(",", 1)[0] + (_noise(one) or _noise(four))
-        yield _row(title, _ms(one, "exported"), _ms(four, "exported"), *times)
+    yield (
+        "Both ways in one process, by `benchmarks.batches`: the graph of batch 4, and the way that "
+        "`warm_up()` measured to be the cheaper one, which `run` takes.\n"
+    )
+    yield from _head(
+        "", "one image", "graph of four", "of one", "four by `run`", "of one", "its way"
+    )
+    for batch in batches:
+        for side, found in batch["sides"].items():
+            of_one = (f"{found['of one'][way]['value']:.2f}" for way in ("graph", "divided"))
+            times = [_ms(found, way) for way in ("one", "graph", "divided")]
+            yield _row(
+                f"{_untold(batch)}, {'plain twin' if side == 'plain' else side}{_noise(batch)}",
+                *times[:2],
+                next(of_one),
+                times[2],
+                next(of_one),
+                found["ways"]["4"],
+            )
 
 
 def _sizes(cases: Cases) -> Iterator[str]:
     results = _measured(cases, sweep("size"))
     if len(results) < 2:
         return
-    yield from _head("image", "eager", "exported", "plain twin", "exported − plain", "/ plain")
+    sides = ("eager", "exported", "native", "plain")
+    yield from _head(
+        "image", *(SIDES[side] for side in sides), "portable / plain", "native / plain"
+    )
     for result in results:
-        exported, plain = (result["ms"][side]["median"] for side in ("exported", "plain"))
         case = result["case"]
         yield _row(
             f"{case['height']}×{case['width']}{_noise(result)}",
-            *(_ms(result, side) for side in ("eager", "exported", "plain")),
-            f"{exported - plain:.0f}",
+            *(_ms(result, side) for side in sides),
             _ratio(result, "exported/plain"),
+            _ratio(result, "native/plain"),
         )
 
 
@@ -197,14 +204,16 @@ def _kernel_nums(cases: Cases) -> Iterator[str]:
     results = _measured(cases, sweep("kernel_num"))
     if len(results) < 2:
         return
-    yield from _head("kernel_num", "eager", "exported", "exported / plain", "nodes", "bundle")
+    sides = ("eager", "exported", "native")
+    titles = (*(SIDES[side] for side in sides), "portable / plain", "native / plain")
+    yield from _head("kernel_num", *titles, "nodes", "bundle")
     for result in results:
         export = result["export"]
         yield _row(
             f"{result['case']['kernel_num']}{_noise(result)}",
-            _ms(result, "eager"),
-            _ms(result, "exported"),
+            *(_ms(result, side) for side in sides),
             _ratio(result, "exported/plain"),
+            _ratio(result, "native/plain"),
             export["nodes"],
             f"{export['bundle_mb']:.0f} MB",
         )
@@ -281,7 +290,8 @@ def main() -> None:
     matrix = newest("matrix", options.results)
     if matrix is None:
         parser.error(f"{options.results} has no matrix; run python -m benchmarks.matrix first.")
-    text = markdown(matrix, *(newest(kind, options.results) for kind in ("profile", "session")))
+    others = [newest(kind, options.results) for kind in ("profile", "session")]
+    text = markdown(matrix, *others, every("batches", options.results))
     options.output.mkdir(parents=True, exist_ok=True)
     write_whole(options.output / "performance-cpu.md", text.encode())
     written = [options.output / "performance-cpu.md"]

@@ -7,15 +7,14 @@ it may leave an answer unread, and the size of its address and headers.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
 import httptools
 from starlette.requests import ClientDisconnect
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from .direct_answers import DirectAnswers
 from .kserve.direct import DirectCall, direct_call
 from .problems import MEDIA_TYPE, REQUEST_ID, bare_problem
 from .receiving import Exchange, Front, Reader
@@ -33,7 +32,7 @@ _LINGER_SECONDS = 2.0
 _LAST_REQUEST_SECONDS = 0.5
 
 
-class GuardedProtocol(HttpToolsProtocol):
+class GuardedProtocol(DirectAnswers):
     """One connection. ``settings`` is set on a subclass by :func:`guarded`."""
 
     settings: Settings
@@ -209,62 +208,6 @@ class GuardedProtocol(HttpToolsProtocol):
         self.cycle.more_body = False
         self.cycle.message_event.set()
 
-    def answer(self, call: DirectCall, head: bytes, parts: list[Any]) -> None:
-        """See ``direct.Connection``."""
-        if self._over or call.disconnected:
-            return
-        last = self.is_last(call)
-        self.sent(call, [self.head(head, last=last) + parts[0], *parts[1:]], last=last)
-
-    def is_last(self, call: DirectCall) -> bool:
-        """See ``direct.Connection``."""
-        return not call.keep_alive or self.config.app.state.service.draining  # type: ignore[union-attr]
-
-    def head(self, lines: bytes, *, last: bool) -> bytes:
-        """See ``direct.Connection``."""
-        common = [
-            name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers
-        ]
-        return b"".join([lines, *common, b"connection: close\r\n\r\n" if last else b"\r\n"])
-
-    def sent(self, call: DirectCall, rest: list[Any], *, last: bool) -> None:
-        """See ``direct.Connection``."""
-        for part in rest:
-            self.transport.write(part)
-        call.response_started = call.response_complete = True
-        if last:
-            self.transport.close()
-        self.on_response_complete()
-
-    def lend_socket(self) -> int | None:
-        """See ``direct.Connection``."""
-        transport = self.transport
-        if transport.get_write_buffer_size():
-            return None
-        transport.pause_reading()
-        return os.dup(transport.get_extra_info("socket").fileno())
-
-    def receive(self, call: DirectCall, at: int, count: Callable[[int], None]) -> None:
-        """See ``direct.Connection``."""
-        self._let_receive(Reader(self, call.room, at, count, call.ended))
-
-    def receive_no_more(self, call: DirectCall) -> None:
-        """See ``direct.Connection``."""
-        self.take_back()
-
-    def hand_over(self, call: DirectCall, body: memoryview) -> None:
-        """See ``direct.Connection``."""
-        del self._exchanges[call]
-        self.cycle = None  # type: ignore[assignment]
-        now, self.parser = self.parser, call.parser  # the one that knows the request
-        self._enter(Exchange(self, body))
-        self.parser, self.cycle.more_body = now, False
-
-    def refuse(self, status: int, detail: str) -> None:
-        """See ``direct.Connection``."""
-        self._parted = False  # its reader may have stopped already
-        self._refuse(status, detail)
-
     def stop_receiving(self) -> None:
         """See ``receiving.Connection``."""
         self._let_receive(self._front)
@@ -275,6 +218,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def _let_receive(self, protocol: asyncio.BaseProtocol) -> None:
+        if self.transport.is_closing():
+            return
         # Transports choose how they read when they begin to.
         self.transport.pause_reading()
         self.transport.set_protocol(protocol)

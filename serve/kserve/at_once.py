@@ -108,6 +108,8 @@ class AtOnce:
         begun = time.perf_counter()
         if (stopped := self._read()) is not None:
             return stopped
+        if self._claim.locked():
+            return Forestalled()
         try:
             parts, last, seconds = self._answer(self._room)
         except NotPlainError:
