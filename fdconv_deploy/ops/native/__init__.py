@@ -7,6 +7,7 @@ runs faster. ``source/`` holds the C, `build` compiles it; see docs/native.md.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -27,6 +28,7 @@ __all__ = [
 SWITCH = "FDCONV_NATIVE"
 # Where installing builds them.
 FOLDER = Path(__file__).parent
+log = logging.getLogger("fdconv.native")
 HOW = "python -m fdconv_deploy.ops.native builds them"
 
 
@@ -54,4 +56,8 @@ def native_library(wanted: bool | None = None) -> tuple[Path | None, str]:
         raise BackendError(
             f"Native operators were asked for, and there is no {path.name} in {FOLDER}: {HOW}."
         )
+    if any(FOLDER.glob("fdconv_native_*")):
+        why = f"the native ones here are built of another version of their source ({HOW} anew)"
+        log.warning("portable operators run, since %s", why)  # a speed lost by an update
+        return None, why
     return None, f"native ones are not built here ({HOW})"

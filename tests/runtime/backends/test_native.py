@@ -100,6 +100,14 @@ def test_absent(here: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> No
         open_session(bundle)
 
 
+def test_built_of_an_older_source(here: Path, built: Path, bundle: Path, caplog) -> None:
+    """Else an update would halve the speed, and say nothing."""
+    shutil.copy(built / library_name(), here / "fdconv_native_0123456789ab_linux_x86_64.so")
+    with open_session(bundle) as session:
+        assert "are built of another version of their source" in session.operators
+    assert "python -m fdconv_deploy.ops.native builds them anew" in caplog.text
+
+
 @pytest.mark.parametrize("content", [b"", b"no library", b"\x7fELF" + bytes(100)])
 def test_broken(here: Path, bundle: Path, content: bytes) -> None:
     (here / library_name()).write_bytes(content)
