@@ -19,8 +19,8 @@ class SideBySide:
 
     On a CPU this may cost less than a graph of the batch: FDConv makes kernels per image, so a
     batch shares next to no work; threads that each have an image of their own do not wait for
-    each other after every operator; and a layer's answer is read again while it is still in a cache,
-    where that of four images is not.
+    each other after every operator; and a layer's answer is read again while it is still in a
+    cache, where that of four images is not.
 
     :param graph: takes one image, on its share of the threads.
     :param streams: images at a time, over all callers.
