@@ -107,19 +107,20 @@ class Front(asyncio.BufferedProtocol):
     """
 
     def __init__(self, protocol: asyncio.Protocol) -> None:
-        self._protocol, self._room = protocol, bytearray(_PIECE)
+        # A view: TLS fills slices of it, which of a bytearray would be copies, and lost.
+        self._protocol, self._room = protocol, memoryview(bytearray(_PIECE))
         self.connection_lost = protocol.connection_lost  # type: ignore[method-assign]
         self.pause_writing = protocol.pause_writing  # type: ignore[method-assign]
         self.resume_writing = protocol.resume_writing  # type: ignore[method-assign]
         self.eof_received = protocol.eof_received  # type: ignore[method-assign]
 
-    def get_buffer(self, sizehint: int) -> bytearray:
+    def get_buffer(self, sizehint: int) -> memoryview:
         """See ``asyncio.BufferedProtocol``."""
         return self._room
 
     def buffer_updated(self, nbytes: int) -> None:
         """See ``asyncio.BufferedProtocol``."""
-        self._protocol.data_received(bytes(memoryview(self._room)[:nbytes]))
+        self._protocol.data_received(bytes(self._room[:nbytes]))
 
 
 class Reader(asyncio.BufferedProtocol):

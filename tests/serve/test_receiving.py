@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import pytest
 
 from fdconv_deploy.runtime import open_session
 from serve import Settings, receiving, running, schemas
+from tests.serve.conftest import encoded
 from tests.serve.test_security import authority  # noqa: F401 - a fixture
 
 COUNT = 8
@@ -147,7 +149,24 @@ def test_expect_continue(address, tensor: np.ndarray, expected: np.ndarray) -> N
         assert np.array_equal(logits(read_answer(plug), expected.shape), expected)
 
 
-def test_over_tls(bundles, authority: Path, request_: bytes, expected: np.ndarray) -> None:  # noqa: F811
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_over_tls(
+    bundles,
+    authority: Path,  # noqa: F811
+    request_: bytes,
+    expected: np.ndarray,
+    loop: str,
+    monkeypatch,
+) -> None:
+    """What TLS delivers in parts of its own, in whichever event loop, is whole and right."""
+    if loop == "asyncio":
+        monkeypatch.setitem(sys.modules, "uvloop", None)
+    picture = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    png = encoded(picture, "PNG")
+    image = f"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Length: {len(png)}\r\n"
+    image += "Content-Type: image/png\r\nAccept: image/png\r\n\r\n"
+    with open_session(bundles[0], threads=1) as session:
+        mask = session.segment(picture).mask_png()
     settings = Settings(
         threads=1, tls_certificate=authority / "127.0.0.1.pem", tls_key=authority / "127.0.0.1.key"
     )
@@ -158,9 +177,12 @@ def test_over_tls(bundles, authority: Path, request_: bytes, expected: np.ndarra
                 socket.create_connection(place(url), timeout=20) as plain,
                 context.wrap_socket(plain, server_hostname="127.0.0.1") as plug,
             ):
-                for _ in range(2):
+                for _ in range(4):
                     plug.sendall(request_)
                     assert np.array_equal(logits(read_answer(plug), expected.shape), expected)
+                    plug.sendall(image.encode() + png)
+                    status, _, body = read_answer(plug)
+                    assert (status, body) == (200, mask)
 
 
 def test_a_body_that_stops_coming(address, request_: bytes) -> None:
