@@ -60,8 +60,9 @@ class Edge:
             return
         start = time.perf_counter()
         headers = Headers(scope=scope)
-        request_id = accepted_id(headers.get(REQUEST_ID, ""))
         state = scope.setdefault("state", {})
+        # The connection may have refused it, under an id, before it got here.
+        request_id = state.get("request_id") or accepted_id(headers.get(REQUEST_ID, ""))
         state["request_id"] = request_id
         state["start"] = start
         service = getattr(scope["app"].state, "service", None) if "app" in scope else None
@@ -128,7 +129,7 @@ def record(
     :param state: of the request: its ``request_id``, ``client``, and what was noted of its work.
     :param path: as sent, in ASCII: a decoded one could hold a line break.
     """
-    facts = state.get("facts", {})
+    facts, status = state.get("facts", {}), state.get("refused", status)
     if service is not None:
         metrics = service.metrics
         metrics.requests.labels(route, str(status)).inc()

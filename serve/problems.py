@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, cast
@@ -57,13 +56,16 @@ def problem_response(
     return JSONResponse(body, status, named, media_type=MEDIA_TYPE)
 
 
-def bare_problem(status: int, detail: str) -> tuple[str, bytes]:
-    """A request id and a problem document, for what never became a request."""
-    request_id = uuid.uuid4().hex
+def bare_problem(request_id: str, status: int, detail: str, *, kserve: bool) -> bytes:
+    """A problem document for what is refused before, or instead of, the application."""
     problem = Problem(
-        title=HTTPStatus(status).phrase, status=status, detail=detail, request_id=request_id
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        request_id=request_id,
+        error=detail if kserve else None,
     )
-    return request_id, problem.model_dump_json(exclude_none=True).encode()
+    return problem.model_dump_json(exclude_none=True).encode()
 
 
 def problem_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -129,6 +131,10 @@ def _image_error(request: Request, error: Exception) -> Response:
 def _invalid(request: Request, error: Exception) -> Response:
     first = cast(RequestValidationError, error).errors()[0]
     where = str(first["loc"][-1]) if first["loc"] else "the request"
+    if first["type"] == "extra_forbidden":
+        return problem_response(
+            request, 422, f"There is no parameter {where[:60]!r}; /docs lists which there are."
+        )
     return problem_response(request, 422, f"{where!r} is not valid: {first['msg']}.")
 
 

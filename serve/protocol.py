@@ -16,6 +16,8 @@ from starlette.requests import ClientDisconnect
 
 from .direct_answers import DirectAnswers
 from .kserve.direct import DirectCall, direct_call
+from .logs import log_access
+from .middleware import SECURITY, accepted_id
 from .problems import MEDIA_TYPE, REQUEST_ID, bare_problem
 from .receiving import Exchange, Front, Reader
 from .settings import Settings
@@ -45,7 +47,8 @@ class GuardedProtocol(DirectAnswers):
         self._size = self._count = 0
         # The exchanges not answered yet, with uvicorn's cycles; several when pipelined.
         self._exchanges: dict[Exchange | DirectCall, Any] = {}
-        self._parted = False
+        self._parted = self._garbled = False
+        self.url = b""
         self._closing = _Closing(transport, self._part)
         self._front = Front(self)
         self._let_receive(self._front)
@@ -260,8 +263,6 @@ class GuardedProtocol(DirectAnswers):
         if self.cycle.response_started:
             self.transport.abort()
             return
-        self.cycle.disconnected = True
-        self.cycle.message_event.set()
         self._refuse(
             408,
             f"The request's body did not arrive within {self.settings.body_seconds:g} s. Send it "
@@ -270,14 +271,27 @@ class GuardedProtocol(DirectAnswers):
 
     def send_400_response(self, msg: str) -> None:
         """See uvicorn; what came is no HTTP."""
-        self._refuse(400, "What was sent is not a valid HTTP/1.1 request. Correct it.")
+        before = self._under_way()
+        if before is None or before.more_body:
+            self._refuse(400, "What was sent is not a valid HTTP/1.1 request. Correct it.")
+            return
+        # It follows a whole request, which has its answer first: that is then the last one.
+        self._stop("_sending")
+        before.keep_alive, self._garbled = False, True
+        self.flow.pause_reading()
+
+    def _under_way(self) -> Any:
+        """The request, as uvicorn's cycle, that the application is answering; else None."""
+        cycle = self.cycle
+        return None if cycle is None or cycle.response_complete else cycle
 
     def _refuse(self, status: int, detail: str) -> None:
         """Answer before, or instead of, the application."""
         if self._over:
             return
         self._stop("_sending")
-        request_id, body = bare_problem(status, detail)
+        request_id = self._refused(status)
+        body = bare_problem(request_id, status, detail, kserve=self.url.startswith(b"/v2"))
         retry = self.settings.retry_after_seconds if status == 503 else None
         head = [
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
@@ -285,13 +299,37 @@ class GuardedProtocol(DirectAnswers):
             f"Content-Length: {len(body)}",
             f"{REQUEST_ID}: {request_id}",
             *([] if retry is None else [f"Retry-After: {retry}"]),
+            *(f"{name.decode()}: {value.decode()}" for name, value in SECURITY),
             "Connection: close\r\n\r\n",
         ]
         self.transport.write("\r\n".join(head).encode() + body)
         self._part(whole=False)
-        service = getattr(getattr(self.config.app, "state", None), "service", None)
-        if service is not None:
-            service.metrics.requests.labels("unmatched", str(status)).inc()
+
+    def _refused(self, status: int) -> str:
+        """Have a refusal counted and logged, once; the request's id."""
+        cycle = self._under_way()
+        if cycle is not None:  # the application does, when it finds that nobody waits any more
+            state = cycle.state if isinstance(cycle, DirectCall) else cycle.scope["state"]
+            state["refused"] = status
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if "request_id" in state:
+                return str(state["request_id"])
+        given = dict(self.headers or ()).get(REQUEST_ID.lower().encode(), b"")
+        request_id = accepted_id(given.decode("latin-1"))
+        if cycle is None:
+            service = getattr(getattr(self.config.app, "state", None), "service", None)
+            if service is not None:
+                service.metrics.requests.labels("unmatched", str(status)).inc()
+            log_access(
+                request_id=request_id,
+                client=self.client[0] if self.client else "",
+                path=self.url.decode("ascii", "replace")[:400],
+                status=status,
+            )
+        else:
+            state["request_id"] = request_id
+        return request_id
 
     @property
     def _over(self) -> bool:
@@ -305,6 +343,7 @@ class GuardedProtocol(DirectAnswers):
         """
         if whole is None:
             whole = not self.cycle.more_body
+        whole = whole and not self._garbled
         if whole or self.transport.is_closing():
             self.transport.close()
             return

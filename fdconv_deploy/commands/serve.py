@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from pathlib import Path
@@ -136,4 +137,8 @@ def _checked(values: dict[str, Any]) -> Any:
         if not first["loc"]:
             raise FDConvError(f"the settings do not fit together: {said}.") from error
         where = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where, Settings.model_fields, 1)
+            hint = f"did you mean {near[0]}?" if near else "docs/serving.md lists those there are."
+            raise FDConvError(f"there is no setting {where}; {hint}") from error
         raise FDConvError(f"the setting {where} cannot be {first['input']!r}: {said}.") from error

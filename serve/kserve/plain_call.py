@@ -130,6 +130,11 @@ class PlainCall:
         service.repository.hold(model, version)
 
     @property
+    def state(self) -> dict[str, Any]:
+        """Its id, and what is noted of it."""
+        return self._state
+
+    @property
     def wanting(self) -> bool:
         """Whether more of the body is to come, and wanted."""
         return self.more_body and not self._over

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
+import subprocess
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -217,3 +220,26 @@ class TestCompressedBodies:
         headers = {**PNG, "Content-Encoding": "br"}
         answer = client.post("/v1/segment", content=png, headers=headers)
         assert "'br'" in refused(answer, 415)
+
+
+def test_a_parameter_that_does_not_exist(client: TestClient, png: bytes) -> None:
+    answer = client.post("/v1/segment?clases=road", content=png, headers=PNG)
+    assert refused(answer, 422) == ("There is no parameter 'clases'; /docs lists which there are.")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"wrkers": 2}, "there is no setting wrkers; did you mean workers?"),
+        ({"colour": 1}, "there is no setting colour; docs/serving.md lists those there are."),
+    ],
+)
+def test_a_setting_that_does_not_exist(
+    bundles: list[Path], tmp_path: Path, settings: dict, said: str
+) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "fdconv_deploy", "serve", str(bundles[0])]
+    ended = subprocess.run([*command, "--settings", str(file)], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert said in " ".join(ended.stderr.split())

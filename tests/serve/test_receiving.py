@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import ssl
 import sys
@@ -237,6 +238,67 @@ def test_one_refused_while_it_still_sends_gets_to_read_why(
             assert (found, headers["connection"]) == (status, "close")
             assert plug.recv(1) == b""
             assert time.monotonic() - begin < 1
+
+
+@pytest.mark.parametrize("what", ["health", "infer", "wrong", "segment", "unknown"])
+def test_garbage_after_a_whole_request(
+    address, request_: bytes, png: bytes, what: str, caplog
+) -> None:
+    """The request has its answer, which is the last on the connection."""
+    whole, status = {
+        "health": (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+        "infer": (request_, 200),
+        "wrong": (request_.replace(b"FP32", b"FP64"), 400),
+        "segment": (
+            b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (len(png), png),
+            200,
+        ),
+        "unknown": (b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+    }[what]
+    for garbage in (b"\x01\x02\r\n\r\n", b"\x00" * 70_000):
+        with socket.create_connection(address, timeout=20) as plug:
+            plug.sendall(whole + garbage)
+            found, headers, body = read_answer(plug)
+            assert (found, headers.get("connection")) == (status, "close"), body
+            with contextlib.suppress(ConnectionResetError):
+                assert plug.recv(1) == b""
+    assert "Traceback" not in caplog.text
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("path", ["infer", "segment", "headers"])
+def test_a_refusal_is_counted_and_logged_once_under_the_clients_id(
+    bundles, request_: bytes, path: str, caplog
+) -> None:
+    """As one that the service got as far as answering."""
+    named = b"X-Request-ID: mine\r\n"
+    image = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+    sent = {
+        "infer": request_.replace(b"Host: x\r\n", b"Host: x\r\n" + named, 1)[:-10],
+        "segment": image + named + b"Content-Length: 90\r\n\r\nabc",
+        "headers": b"GET /healthz HTTP/1.1\r\n" + named + b"X-Other: y\r\n",
+    }[path]
+    settings = Settings(threads=1, body_seconds=0.3, header_seconds=0.3)
+    with running(bundles, settings=settings) as url:
+        logging.getLogger("fdconv.access").setLevel(logging.INFO)
+        with socket.create_connection(place(url), timeout=20) as plug:
+            plug.sendall(sent)
+            status, headers, body = read_answer(plug)
+            assert (status, headers["x-request-id"]) == (408, "mine")
+            assert json.loads(body)["request_id"] == "mine"
+            assert plug.recv(1) == b""
+        end, found = time.monotonic() + 10, []
+        while not found and time.monotonic() < end:
+            time.sleep(0.02)
+            lines = httpx.get(f"{url}/metrics").text.splitlines()
+            found = [line for line in lines if 'status="408"' in line and "_total{" in line]
+        assert len(found) == 1
+        assert found[0].endswith(" 1.0")
+        assert not [line for line in lines if 'status="499"' in line]
+    logged = [r.getMessage() for r in caplog.records if '"mine"' in r.getMessage()]
+    assert len(logged) == 1
+    assert "status=408" in logged[0]
 
 
 def test_nothing_is_answered_after_the_last(address, request_: bytes, caplog) -> None:
