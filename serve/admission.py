@@ -44,22 +44,33 @@ class Admission:
                 f"The request holds {images} images, and {self._limit} is all that the service "
                 "takes at a time. Send them in several requests.",
             )
-        own = settings.client_limit
-        if own is not None and self._clients[client] + images > own:
-            self._on_reject("client")
+        full = self._full(client, images)
+        if full == "client":
+            self._on_reject(full)
             raise RefusedError(
                 429,
-                f"You have as many images in hand here as one client may ({own}). Wait for "
-                "answers before sending more.",
+                "You have as many images in hand here as one client may "
+                f"({settings.client_limit}). Wait for answers before sending more.",
                 self.retry_after(),
             )
-        if self.in_hand + images > self._limit:
-            self._on_reject("queue")
+        if full == "queue":
+            self._on_reject(full)
             raise RefusedError(
                 503,
                 "The service has as many requests waiting as it takes. Try again in a moment.",
                 self.retry_after(),
             )
+
+    def has_room(self, client: str, images: int = 1) -> bool:
+        """Whether :meth:`check_room` would let them pass."""
+        return self._full(client, images) is None
+
+    def _full(self, client: str, images: int) -> str | None:
+        """What has no room for them: the client's share or the queue."""
+        own = self._settings.client_limit
+        if own is not None and self._clients[client] + images > own:
+            return "client"
+        return "queue" if self.in_hand + images > self._limit else None
 
     @contextmanager
     def admit(self, client: str, images: int = 1) -> Iterator[None]:
@@ -73,13 +84,6 @@ class Admission:
             yield
         finally:
             self.give(client, images)
-
-    def has_room(self, client: str, images: int = 1) -> bool:
-        """Whether :meth:`check_room` would let them pass."""
-        own = self._settings.client_limit
-        return self.in_hand + images <= self._limit and (
-            own is None or self._clients[client] + images <= own
-        )
 
     def take(self, client: str, images: int) -> None:
         """Hold places that there are, until :meth:`give`."""

@@ -23,7 +23,6 @@ class DirectAnswers(HttpToolsProtocol):
     _enter: Any
     _part: Any
     _refuse: Any
-    take_back: Any
 
     @property
     def _own(self) -> Any:
@@ -72,10 +71,6 @@ class DirectAnswers(HttpToolsProtocol):
     def receive(self, call: PlainCall, at: int, count: Callable[[int], None]) -> None:
         """See ``plain_call.Connection``."""
         self._let_receive(Reader(self._own, call.room, at, count, call.ended))
-
-    def receive_no_more(self, call: PlainCall) -> None:
-        """See ``plain_call.Connection``."""
-        self.take_back()
 
     def hand_over(self, call: PlainCall, body: memoryview) -> None:
         """See ``plain_call.Connection``."""

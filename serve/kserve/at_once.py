@@ -21,10 +21,6 @@ from typing import Any
 _PATIENCE_MS = 2
 
 
-class NotPlainError(Exception):
-    """The body, which is complete, asks for more than is done here."""
-
-
 @dataclass(frozen=True)
 class Slow:
     """The body is not complete; ``at`` bytes of it are there."""
@@ -68,7 +64,7 @@ class AtOnce:
     :param descriptor: the connection's, non-blocking, to read and write; closed in the end.
     :param room: the body's place, of which ``at`` bytes are filled.
     :param answer: of the complete body: the response's parts, whether it ends the connection, and
-        the seconds the network took; raises :class:`NotPlainError`.
+        the seconds the network took; None where it asks for more than is done here.
 
     ``sent`` is the answer's fate, once it is.
     """
@@ -78,7 +74,7 @@ class AtOnce:
         descriptor: int,
         room: memoryview,
         at: int,
-        answer: Callable[[memoryview], tuple[list[Any], bool, float]],
+        answer: Callable[[memoryview], tuple[list[Any], bool, float] | None],
     ) -> None:
         self._descriptor, self._room, self._at, self._answer = descriptor, room, at, answer
         self._claim, self._begun = threading.Lock(), threading.Lock()
@@ -110,10 +106,9 @@ class AtOnce:
             return stopped
         if self._claim.locked():
             return Forestalled()
-        try:
-            parts, last, seconds = self._answer(self._room)
-        except NotPlainError:
+        if (answer := self._answer(self._room)) is None:
             return NotPlain()
+        parts, last, seconds = answer
         if not self.claim():
             return Forestalled()
         rest = [memoryview(part).cast("B") for part in parts]

@@ -23,7 +23,7 @@ from serve.scheduling import DeadlineError, Outcome
 from serve.security import Keys
 from serve.service import Service, noted
 
-from .at_once import AtOnce, Gone, NotPlain, NotPlainError, Result, Sent, Slow
+from .at_once import AtOnce, Gone, NotPlain, Result, Sent, Slow
 from .inference import InferRequest
 from .plain_call import NAMED_LENGTH, Connection, PlainCall
 from .rest import SMALL_JSON
@@ -133,7 +133,7 @@ class DirectCall(PlainCall):
             self.keep_alive = not self.more_body
             self._done(DeadlineError())
 
-    def _answer_body(self, body: memoryview) -> tuple[list[Any], bool, float]:
+    def _answer_body(self, body: memoryview) -> tuple[list[Any], bool, float] | None:
         """On the inference thread; see ``AtOnce``."""
         version, told = self._version, self._told
         asked = bytes(body[:told])
@@ -142,7 +142,7 @@ class DirectCall(PlainCall):
         if text is None:
             request = self._plain_request(body)
             if request is None or request.timeout_ms is not None:
-                raise NotPlainError
+                return None
             images = request.images
         else:
             images = np.frombuffer(body[told:], np.float32).reshape(
@@ -164,7 +164,7 @@ class DirectCall(PlainCall):
 
     def _body_is_read(self) -> None:
         if not self._over and self.more_body:
-            self._connection.receive_no_more(self)
+            self._connection.take_back()
 
     def settle(self) -> bool:
         """Note the answer, where an inference thread has sent it and not said so yet.

@@ -60,8 +60,8 @@ class Connection(Protocol):
     def receive(self, call: PlainCall, at: int, count: Callable[[int], None]) -> None:
         """Receive into the call's room, of which ``at`` bytes are filled."""
 
-    def receive_no_more(self, call: PlainCall) -> None:
-        """Look for the next request: the call's is complete, or answered."""
+    def take_back(self) -> None:
+        """Look for the next request: the body of this one is complete."""
 
     def lend_socket(self) -> int | None:
         """A descriptor of the connection's socket, which is left alone until it is told more.
@@ -169,6 +169,7 @@ class PlainCall:
         elif isinstance(error, RefusedError):
             self._end()
             self._connection.refuse(error.status, error.detail)
+            self._record(error.status)
         else:
             self.lost()
 

@@ -323,7 +323,9 @@ def test_more_than_may_be_in_hand(bundles: list[Path], request_: bytes) -> None:
             plug.sendall(request_[50_000:110_000])
             status, headers, _ = read_answer(plug)
             assert (status, headers["connection"]) == (503, "close")
-        assert "fdconv_body_bytes 0.0" in httpx.get(f"{url}/metrics").text
+        text = httpx.get(f"{url}/metrics").text
+        assert "fdconv_body_bytes 0.0" in text
+        assert 'fdconv_requests_total{route="/v2/models/{name}/infer",status="503"} 1.0' in text
 
 
 @pytest.mark.parametrize("path", ["infer", "segment"])
