@@ -111,10 +111,11 @@ def test_segment_passes_over_what_is_no_image(bundle, monkeypatch, capfd, tmp_pa
     images = [good[0], broken, good[1]]
     code, _, err = fdconv(monkeypatch, capfd, "segment", bundle, *images, "-o", tmp_path / "out")
     assert code == 1
-    assert "1 of 3 images" in err
+    assert "1 of 3 files" in err
     assert "broken.png" in err
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {f"{p.stem}{end}.png" for p in good for end in ("", "_overlay")}
+    results = {f"{p.stem}{end}.png" for p in good for end in ("", "_overlay")}
+    assert written == results | {"classes.json", "legend.png"}
 
 
 def test_segment_writes_mask_and_overlay(bundle, monkeypatch, capfd, tmp_path):
@@ -128,7 +129,7 @@ def test_segment_writes_mask_and_overlay(bundle, monkeypatch, capfd, tmp_path):
     assert facts["fit"] in ("exact", "stretch")
     assert sum(facts["classes"].values()) == pytest.approx(1, abs=0.01)
     assert Image.open(tmp_path / f"{image.stem}_overlay.png").size == mask.size
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 4  # and classes.json, legend.png
 
 
 def test_segment_keeps_an_image_in_the_output_folder(bundle, monkeypatch, capfd, tmp_path):
@@ -178,10 +179,11 @@ def test_segment_takes_a_folder(bundle, monkeypatch, capfd, tmp_path):
     code, out, err = fdconv(monkeypatch, capfd, "segment", bundle, folder, "-o", tmp_path / "out")
     assert code == 0, err
     names = [image.stem for image, _ in held_out()[:2]]
-    assert [Path(line.partition(":")[0]).stem for line in out.splitlines()[:-1]] == names
+    assert [Path(line.partition(":")[0]).stem for line in out.splitlines()[:-2]] == names
     assert out.splitlines()[-1].startswith("Run by onnxruntime-cpu with ")
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {f"{name}{end}.png" for name in names for end in ("", "_overlay")}
+    results = {f"{name}{end}.png" for name in names for end in ("", "_overlay")}
+    assert written == results | {"classes.json", "legend.png"}
     code, _, err = fdconv(
         monkeypatch, capfd, "segment", bundle, tmp_path / "out" / "none", "-o", tmp_path
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -14,24 +16,63 @@ from rich.markup import escape
 from fdconv_deploy.commands.options import Backend, BundlePath, Quiet, how_it_ran, ran_by
 from fdconv_deploy.errors import ImageError
 
+if TYPE_CHECKING:
+    from fdconv_deploy.runtime import Session
+    from fdconv_deploy.runtime.detection.files import DetectionResult
+    from fdconv_deploy.runtime.files import Failed, FileResult
+    from fdconv_deploy.runtime.listing import Source
+    from fdconv_deploy.runtime.video import VideoResult
+
 
 def segment(
     bundle: BundlePath,
-    images: Annotated[
+    inputs: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE|FOLDER", help="Images, or folders that they lie in."),
+        typer.Argument(
+            metavar="INPUT",
+            help="Images and videos; folders, searched with their subfolders; quoted patterns "
+            "such as 'data/**/*.jpg'; .txt files that list one path a line.",
+        ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder for the results; mirrors the folders of the inputs."
+        ),
+    ],
     fit: Annotated[
-        str | None, typer.Option(metavar="stretch|pad", help="If not as the bundle says.")
+        Literal["stretch", "pad"] | None,
+        typer.Option(
+            help="How images of another aspect ratio are fitted, if not as the bundle says: "
+            "stretched, or letterboxed."
+        ),
     ] = None,
     min_score: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Leave out a detector's objects of less; 0.3 if not given."
+            min=0, max=1, help="Leave out a detector's objects that score less. [default: 0.3]"
         ),
     ] = None,
-    opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the overlay's colours.")] = 0.5,
+    opacity: Annotated[
+        float, typer.Option(min=0, max=1, help="Opacity of the overlay's colours.")
+    ] = 0.5,
+    no_overlay: Annotated[
+        bool, typer.Option("--no-overlay", help="Write masks only, no overlays.")
+    ] = False,
+    mask_video: Annotated[
+        bool,
+        typer.Option(
+            "--mask-video",
+            help="Write a video's masks as a video in the classes' colours, not as a PNG a frame.",
+        ),
+    ] = False,
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing",
+            help="Skip files whose results are there, to go on with a run that was stopped.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace results that are there.")
     ] = False,
@@ -40,63 +81,145 @@ def segment(
     as_json: Annotated[
         bool,
         typer.Option(
-            "--json", help="Print a JSON object for each image, each on a line, and nothing else."
+            "--json", help="Print a JSON object for each file, each on a line, and nothing else."
         ),
     ] = False,
 ) -> None:
-    """Segment images: a mask (indexed PNG) and an overlay for each.
+    """Segment images and videos: a mask (indexed PNG) and an overlay for each image.
 
-    A detector's bundle gives its objects as JSON beside them, and its mask numbers the objects.
-    An image that cannot be read is named and passed over; the exit code is 1 then, and its line
-    of --json has an "error".
+    A segmentor's classes.json and legend.png tell the class and colour of each mask value. A
+    detector's bundle gives its objects as JSON, and its masks number the objects. Of a video,
+    NAME_overlay.mp4 and a mask for each frame in NAME_masks are written.
+
+    A file that cannot be read is named and skipped; the exit code is 1 then, and its line of
+    --json has an "error".
     """
     from fdconv_deploy.runtime import open_session
-    from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE
-    from fdconv_deploy.runtime.detection.files import DetectionResult, detect_files
-    from fdconv_deploy.runtime.files import FileResult, segment_files
-    from fdconv_deploy.runtime.listing import images_at
+    from fdconv_deploy.runtime.listing import sources_at
 
+    if overwrite and skip_existing:
+        raise typer.BadParameter("--overwrite and --skip-existing exclude each other; give one.")
+    sources = sources_at(inputs, output)
+    options = _Options(
+        fit, min_score, opacity, not no_overlay, mask_video, skip_existing, overwrite
+    )
+    skipped: list[Path] = []
     failed: list[str] = []
+    done, start = 0, time.perf_counter()
 
-    def passed_over(image: Path, error: ImageError) -> None:
+    def fail(path: Path, error: ImageError) -> None:
         failed.append(str(error))
         if as_json:
-            print(json.dumps({"image": str(image), "error": str(error)}))
+            print(json.dumps({"image": str(path), "error": str(error)}), flush=True)
         Console(stderr=True).print(
-            f"[yellow]Passed over:[/] {escape(str(error))}", soft_wrap=True, highlight=False
+            f"[yellow]Skipped:[/] {escape(str(error))}", soft_wrap=True, highlight=False
         )
 
-    pictures = images_at(images)
-
     with open_session(bundle, backend) as session:
-        results: Iterator[FileResult | DetectionResult]
-        if session.detects:
-            if fit is not None:
-                raise typer.BadParameter(
-                    "--fit is of segmentors; a detector's images keep their proportions and are "
-                    "padded, as published."
-                )
-            least = SHOWN_SCORE if min_score is None else min_score
-            results = detect_files(
-                session, pictures, output, min_score=least, opacity=opacity, overwrite=overwrite,
-                passed_over=passed_over,
-            )  # fmt: skip
-        else:
-            if min_score is not None:
-                raise typer.BadParameter("--min-score is of detectors; this is a segmentor.")
-            results = segment_files(
-                session, pictures, output, fit=fit, opacity=opacity, overwrite=overwrite,
-                passed_over=passed_over,
-            )  # fmt: skip
-        for result in results:
+        _check(session, options)
+        for result in _results(session, sources, output, options, skipped.append, fail):
+            done += 1
             if as_json:
                 print(json.dumps({**result.as_dict(), **how_it_ran(session)}), flush=True)
             elif not quiet:
-                print(result.as_line(), flush=True)
-        if not (as_json or quiet) and len(failed) < len(pictures):
-            print(ran_by(session))
+                total = len(sources) - len(skipped)
+                print(f"[{done + len(failed)}/{total}] {result.as_line()}", flush=True)
+        if not (as_json or quiet):
+            print(_summary(done, len(skipped), len(failed), time.perf_counter() - start, output))
+            if done:
+                print(ran_by(session))
     if failed:
         raise ImageError(
-            f"{len(failed)} of {len(pictures)} images could not be segmented; the first: "
-            f"{failed[0]}"
+            f"{len(failed)} of {len(sources)} files could not be segmented; the first: {failed[0]}"
         )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the command line asks for."""
+
+    fit: Literal["stretch", "pad"] | None
+    min_score: float | None
+    opacity: float
+    overlays: bool
+    mask_video: bool
+    skip_existing: bool
+    overwrite: bool
+
+
+def _check(session: Session, options: _Options) -> None:
+    if session.detects and options.fit is not None:
+        raise typer.BadParameter(
+            "--fit is for segmentors; a detector's images keep their aspect ratio and are "
+            "padded, as published."
+        )
+    if not session.detects and options.min_score is not None:
+        raise typer.BadParameter("--min-score is for detectors; this is a segmentor.")
+
+
+def _results(
+    session: Session,
+    sources: Sequence[Source],
+    output: Path,
+    options: _Options,
+    skipped: Callable[[Path], None],
+    failed: Failed,
+) -> Iterator[FileResult | DetectionResult | VideoResult]:
+    """Results one by one as they are written: those of images, then those of videos."""
+    from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE
+    from fdconv_deploy.runtime.detection.files import detect_files, detector_answering
+    from fdconv_deploy.runtime.files import segment_files, segmentor_answering, write_legend
+    from fdconv_deploy.runtime.video import segment_video, video_places
+
+    least = SHOWN_SCORE if options.min_score is None else options.min_score
+    images = [source for source in sources if not source.is_video]
+    videos = [source for source in sources if source.is_video]
+    shared: dict[str, Any] = {
+        "opacity": options.opacity, "overlays": options.overlays, "overwrite": options.overwrite,
+        "skip_existing": options.skip_existing, "skipped": skipped, "failed": failed,
+    }  # fmt: skip
+    if images and session.detects:
+        yield from detect_files(session, images, output, min_score=least, **shared)
+    elif images:
+        yield from segment_files(session, images, output, fit=options.fit, **shared)
+    if not videos:
+        return
+    if session.detects:
+        answering: Any = detector_answering(session, least)
+    else:
+        answering = segmentor_answering(session, options.fit)
+        write_legend(session, output, options.overwrite)
+    for video in videos:
+        places = video_places(
+            video, output, overlays=options.overlays, mask_video=options.mask_video,
+            masks=not session.detects or session.finds_masks, objects=session.detects,
+        )  # fmt: skip
+        if options.skip_existing and all(place.exists() for place in places.values()):
+            skipped(video.path)
+            continue
+        replace = options.overwrite or options.skip_existing
+        with Console(stderr=True).status(f"{video.path}", spinner="dots") as status:
+
+            def show(
+                frames: int, expected: int | None, status: Any = status, path: Path = video.path
+            ) -> None:
+                status.update(f"{path}: frame {frames}" + (f" of {expected}" if expected else ""))
+
+            try:
+                result = segment_video(
+                    answering, video, places, opacity=options.opacity, overwrite=replace,
+                    progress=show,
+                )  # fmt: skip
+            except ImageError as error:
+                failed(video.path, error)
+                continue
+        yield result
+
+
+def _summary(done: int, skipped: int, failed: int, seconds: float, output: Path) -> str:
+    """The closing line: how many files went how, in what time, and where results are."""
+    parts = [f"{done} segmented"]
+    parts += [f"{skipped} skipped (results are there)"] if skipped else []
+    parts += [f"{failed} failed"] if failed else []
+    rate = f" ({done / seconds:.1f} files/s)" if done else ""
+    return f"{', '.join(parts)} in {seconds:.1f} s{rate}. Results: {output}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from fdconv_deploy.errors import ImageError
 
@@ -77,6 +78,28 @@ def overlay(
         mixed = (1 - opacity) * values[None, :] + opacity * colours[:, channel, None]
         out[:, :, channel] = np.rint(mixed).astype(np.uint8)[labels, image[:, :, channel]]
     return out
+
+
+def legend(classes: Sequence[str], palette: Sequence[RGB]) -> Image.Image:
+    """A picture that shows each class's colour beside its number and name, one a line.
+
+    Args:
+        classes: names, in the order of their numbers.
+        palette: an RGB colour for each.
+
+    Returns:
+        An RGB picture, as large as its text needs.
+    """
+    font, line = ImageFont.load_default(14), 22
+    texts = [f"{number}  {name}" for number, name in enumerate(classes)]
+    width = max((round(font.getlength(text)) for text in texts), default=0)
+    picture = Image.new("RGB", (width + 3 * line, line * len(texts) + line // 2), "white")
+    pen = ImageDraw.Draw(picture)
+    for number, (text, colour) in enumerate(zip(texts, palette, strict=True)):
+        top = number * line + line // 4
+        pen.rectangle((8, top + 2, 8 + line, top + line - 2), fill=colour, outline="black")
+        pen.text((2 * line, top + line // 2), text, fill="black", font=font, anchor="lm")
+    return picture
 
 
 def class_areas(labels: Labels, classes: int) -> npt.NDArray[np.int64]:

@@ -50,6 +50,11 @@ class Detecting(Runner):
         height, width = self.input_size
         return np.dtype([("images", np.float32, (3, height, width)), ("sizes", np.float32, 2)])
 
+    @property
+    def finds_masks(self) -> bool:
+        """Whether the detector gives a mask for each object."""
+        return self._detector.mask_head is not None
+
     def detect(self, image: npt.NDArray[np.uint8]) -> Detection:
         """Find the objects in an image.
 

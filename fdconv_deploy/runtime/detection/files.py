@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.runtime.files import PassedOver, pictures_in, result_places, write_whole
+import numpy as np
+
+from fdconv_deploy.runtime.files import (
+    Answering,
+    Failed,
+    answered,
+    make_folder,
+    result_places,
+    write_whole,
+)
+from fdconv_deploy.runtime.listing import Source
 from fdconv_deploy.runtime.rendering import encode
 from fdconv_deploy.runtime.session import Session
 
+from .detecting import PreparedDetection
 from .detection import SHOWN_SCORE, Detection
 
 
 @dataclass(frozen=True)
 class DetectionResult:
-    """What was written for one image; ``mask`` is None when the network gives no masks."""
+    """What was written for one image.
+
+    ``mask`` is None when the network gives no masks, ``overlay`` where none was asked for.
+    """
 
     image: Path
     objects: Path
-    overlay: Path
+    overlay: Path | None
     mask: Path | None
     detection: Detection
 
@@ -32,7 +47,7 @@ class DetectionResult:
         return {
             "image": str(self.image),
             "objects": str(self.objects),
-            "overlay": str(self.overlay),
+            "overlay": None if self.overlay is None else str(self.overlay),
             "mask": None if self.mask is None else str(self.mask),
             "height": found.image_size[0],
             "width": found.image_size[1],
@@ -51,33 +66,73 @@ class DetectionResult:
         return f"{self.objects}: {counts or 'nothing'} ({found.fit}, {milliseconds:.0f} ms)"
 
 
+def detector_answering(session: Session, min_score: float) -> Answering[Any, Detection]:
+    """A detector's way to answer, the bundle's largest batch at a time.
+
+    Args:
+        session: on a detector's bundle.
+        min_score: leave out objects that score less.
+    """
+
+    def run(prepared: Sequence[PreparedDetection]) -> list[Detection]:
+        start = time.perf_counter()
+        rows = session.run(np.stack([one.input for one in prepared]))
+        each = (time.perf_counter() - start) / len(prepared)
+        return [
+            session.finish_detection(one, row, inference_seconds=each).kept(min_score)
+            for one, row in zip(prepared, rows, strict=True)
+        ]
+
+    return Answering(session.prepare_detection, run, session.batch_sizes[-1])
+
+
 def detect_files(
     session: Session,
-    images: Sequence[Path],
+    sources: Sequence[Source],
     folder: Path,
     *,
     min_score: float = SHOWN_SCORE,
     opacity: float = 0.5,
+    overlays: bool = True,
     overwrite: bool = False,
-    passed_over: PassedOver | None = None,
+    skip_existing: bool = False,
+    skipped: Callable[[Path], None] | None = None,
+    failed: Failed | None = None,
 ) -> Iterator[DetectionResult]:
-    """Find objects in images one by one and write them down.
+    """Find objects in images and write them down.
 
     For each, ``NAME.json``, ``NAME_overlay.png`` and, where the network gives masks,
     ``NAME.png``, which numbers the objects in the order of the JSON, from 1.
 
-    :param min_score: leave out objects that score less.
-    :param overwrite: replace results that are there.
-    :param passed_over: told of an image that cannot be read, instead of ending the rest.
-    :raises ImageError: an image cannot be read, or two would be written to one name; before
-        anything is written, also if a result is there already.
+    Args:
+        session: on a detector's bundle.
+        sources: images; see `sources_at`. Their names may have folders, which are made.
+        folder: where results go; made if it is not there.
+        min_score: leave out objects that score less.
+        opacity: of the masks' colours over the image, 0 to 1.
+        overlays: whether to write overlays.
+        overwrite: replace results that are there.
+        skip_existing: leave out images whose results are all there.
+        skipped: called with each image left out for that, before the first result.
+        failed: called with an image that cannot be read, instead of ending the rest.
+
+    Raises:
+        ImageError: an image cannot be read, or two would be written to one name; before
+            anything is written, also if a result is there already.
     """
-    places = result_places(images, folder, (".json", "_overlay.png", ".png"), overwrite)
-    for path, picture, (objects, overlay, mask) in pictures_in(places, passed_over):
-        found = session.detect(picture).kept(min_score)
-        result = DetectionResult(path, objects, overlay, mask if found.has_masks else None, found)
-        write_whole(objects, json.dumps(result.as_dict(), indent=1).encode())
-        write_whole(overlay, encode(found.overlay(picture, opacity), "PNG"))
-        if found.has_masks:
-            write_whole(mask, found.mask_png())
+    endings = [".json"]
+    endings += ["_overlay.png"] if overlays else []
+    endings += [".png"] if session.finds_masks else []
+    places = result_places(sources, folder, endings, overwrite, skip_existing, skipped)
+    answering = detector_answering(session, min_score)
+    for path, picture, targets, found in answered(answering, places, failed):
+        make_folder(targets[0].parent)
+        at = dict(zip(endings, targets, strict=True))
+        result = DetectionResult(path, at[".json"], at.get("_overlay.png"), at.get(".png"), found)
+        if result.overlay is not None:
+            write_whole(result.overlay, encode(found.overlay(picture, opacity), "PNG"))
+        if result.mask is not None:
+            write_whole(result.mask, found.mask_png())
+        # Last, so that a JSON file that is there belongs to an image that is done.
+        write_whole(result.objects, json.dumps(result.as_dict(), indent=1).encode())
         yield result

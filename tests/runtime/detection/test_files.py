@@ -11,27 +11,28 @@ from fdconv_deploy.errors import ImageError
 from fdconv_deploy.rle import decode
 from fdconv_deploy.runtime import Session
 from fdconv_deploy.runtime.detection.files import detect_files
+from fdconv_deploy.runtime.listing import Source, sources_at
 from tests.test_cli import fdconv
 
 from .conftest import picture
 
 
 @pytest.fixture
-def scenes(tmp_path: Path) -> list[Path]:
+def scenes(tmp_path: Path) -> list[Source]:
     paths = [tmp_path / "in" / name for name in ("one.png", "two.png")]
     paths[0].parent.mkdir()
     for seed, path in enumerate(paths):
         Image.fromarray(picture(seed=seed)).save(path)
-    return paths
+    return sources_at(paths, tmp_path / "out")
 
 
-def test_what_is_written(detector: Session, scenes: list[Path], tmp_path: Path) -> None:
+def test_what_is_written(detector: Session, scenes: list[Source], tmp_path: Path) -> None:
     results = list(detect_files(detector, scenes, tmp_path / "out"))
     assert len(results) == 2
     for result, path in zip(results, scenes, strict=True):
         told = json.loads(result.objects.read_text())
         assert told == json.loads(json.dumps(result.as_dict()))
-        assert told["image"] == str(path)
+        assert told["image"] == str(path.path)
         assert (told["height"], told["width"]) == (50, 70)
         assert told["instances"]
         assert all(entry["score"] >= 0.3 for entry in told["instances"])
@@ -43,26 +44,33 @@ def test_what_is_written(detector: Session, scenes: list[Path], tmp_path: Path) 
         assert str(result.objects) in result.as_line()
 
 
-def test_boxes_alone(boxes_only: Session, scenes: list[Path], tmp_path: Path) -> None:
+def test_boxes_alone(boxes_only: Session, scenes: list[Source], tmp_path: Path) -> None:
     (result,) = detect_files(boxes_only, scenes[:1], tmp_path / "out")
     assert result.mask is None
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["one.json", "one_overlay.png"]
 
 
-def test_min_score(detector: Session, scenes: list[Path], tmp_path: Path) -> None:
+def test_min_score(detector: Session, scenes: list[Source], tmp_path: Path) -> None:
     (none,) = detect_files(detector, scenes[:1], tmp_path / "out", min_score=1.0)
     assert none.as_dict()["instances"] == []
     assert "nothing" in none.as_line()
 
 
-def test_two_of_one_name(detector: Session, scenes: list[Path], tmp_path: Path) -> None:
+def test_two_of_one_name(detector: Session, scenes: list[Source], tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"would both be written to one\.json"):
         list(detect_files(detector, [scenes[0], scenes[0]], tmp_path / "out"))
 
 
 class TestCommand:
     def test_json(self, detector_bundle, scenes, tmp_path, monkeypatch, capfd) -> None:
-        arguments = "segment", detector_bundle, *scenes, "-o", tmp_path / "out", "--json"
+        arguments = (
+            "segment",
+            detector_bundle,
+            *(s.path for s in scenes),
+            "-o",
+            tmp_path / "out",
+            "--json",
+        )
         code, out, err = fdconv(monkeypatch, capfd, *arguments, "--min-score", "0.5")
         assert code == 0, err
         told = [json.loads(line) for line in out.splitlines()]
@@ -78,7 +86,7 @@ class TestCommand:
             (toy_bundle, ("--min-score", 1)),
         ):
             code, _, err = fdconv(
-                monkeypatch, capfd, "segment", bundle, scenes[0], "-o", tmp_path, *option
+                monkeypatch, capfd, "segment", bundle, scenes[0].path, "-o", tmp_path, *option
             )
             assert code == 2
             assert option[0] in err
