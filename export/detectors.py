@@ -14,7 +14,7 @@ from export.inputs import Picture
 from export.production import produce
 from export.recipe import Precision, Progress, Recipe, order_entry, refuse_training
 from export.rules import Rule
-from fdconv_deploy.detector_architecture import PUBLISHED_SCALE, SIZE_DIVISOR
+from fdconv_deploy.detector_architecture import SIZE_DIVISOR
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.nn.detection import Detector
@@ -99,9 +99,7 @@ def _graph_size(network: Detector, size: tuple[int, int] | None) -> tuple[int, i
         ExportError: they do not suit the network.
     """
     if size is None:
-        long, short = network.architecture.preprocessing.scale or PUBLISHED_SCALE
-        height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in (short, long))
-        return height, width
+        return network.architecture.published_size
     check_size(size)
     if any(side % SIZE_DIVISOR for side in size):
         nearest = "x".join(str(-(-side // SIZE_DIVISOR) * SIZE_DIVISOR) for side in size)

@@ -137,3 +137,10 @@ class DetectorArchitecture(Frozen):
     def mask_size(self) -> int:
         """Height and width of a predicted mask; 0 without a mask head."""
         return 0 if self.mask_head is None else 2 * self.mask_head.roi.output_size
+
+    @property
+    def published_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of a landscape image, resized and padded as published."""
+        long, short = self.preprocessing.scale or PUBLISHED_SCALE
+        height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in (short, long))
+        return height, width

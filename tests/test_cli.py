@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -225,10 +226,49 @@ def test_inspect_as_json(monkeypatch, capfd):
     )
 
 
-def test_inspect_for_people(monkeypatch, capfd):
-    code, out, _ = fdconv(monkeypatch, capfd, "inspect", packaged_checkpoint())
+def test_inspect_opens_with_a_verdict_that_can_be_pasted(monkeypatch, capfd, tmp_path):
+    """The command printed is taken by export as it stands."""
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = fdconv(
+        monkeypatch,
+        capfd,
+        "inspect",
+        packaged_checkpoint(),
+        "--set",
+        "preprocessing.scale=[256, 192]",
+    )
     assert code == 0
-    assert "FDConv layers" in out
+    first, command, classes, size = out.splitlines()[:4]
+    assert first.startswith("Ready to export: ")
+    assert classes.startswith("Classes: 11: road, lane marking")
+    assert size.startswith("Input size: ")
+    words = shlex.split(command)
+    assert words[:2] == ["fdconv", "export"]
+    assert words[words.index("--set") + 1] == "preprocessing.scale=[256, 192]"
+    words[words.index("--size") + 1] = "64x96"  # sooner
+    code, _, err = fdconv(monkeypatch, capfd, *words[1:])
+    assert code == 0, err
+    assert (tmp_path / "streets_bundle/manifest.json").exists()
+
+
+def test_inspect_says_at_which_size_it_was_trained(monkeypatch, capfd, tmp_path):
+    content = torch.load(packaged_checkpoint(), weights_only=True)  # noqa: TID251
+    content["meta"]["cfg"] += "\ncrop_size = (160, 224)\n"
+    torch.save(content, tmp_path / "trained.pth")
+    _, out, _ = fdconv(monkeypatch, capfd, "inspect", tmp_path / "trained.pth")
+    assert "Input size: 160x224, which it was trained at" in out
+    assert "--size 160x224" in out.splitlines()[1]
+    _, out, _ = fdconv(monkeypatch, capfd, "inspect", tmp_path / "trained.pth", "--json")
+    report = json.loads(out)
+    assert (report["ready"], report["training_size"]) == (True, [160, 224])
+    assert shlex.split(report["command"])[2] == str(tmp_path / "trained.pth")
+
+
+def test_inspect_lists_layers_when_asked(monkeypatch, capfd):
+    _, out, _ = fdconv(monkeypatch, capfd, "inspect", packaged_checkpoint())
+    assert "layer3.0.conv2" not in out
+    _, out, _ = fdconv(monkeypatch, capfd, "inspect", packaged_checkpoint(), "--layers")
+    assert "layer3.0.conv2" in out
 
 
 def test_inspect_of_another_network(monkeypatch, capfd, tmp_path):
@@ -236,7 +276,11 @@ def test_inspect_of_another_network(monkeypatch, capfd, tmp_path):
     torch.save({"some.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
     code, out, _ = fdconv(monkeypatch, capfd, "inspect", tmp_path / "other.pth", "--json")
     assert code == 1
-    assert json.loads(out)["problem"]
+    report = json.loads(out)
+    assert report["problem"]
+    assert (report["ready"], report["command"]) == (False, None)
+    _, out, _ = fdconv(monkeypatch, capfd, "inspect", tmp_path / "other.pth")
+    assert out.startswith("Not ready to export: ")
 
 
 def test_inspect_says_what_export_will_refuse(monkeypatch, capfd, tmp_path):
@@ -262,8 +306,9 @@ def test_inspect_says_what_export_will_refuse(monkeypatch, capfd, tmp_path):
 
 def test_inspect_fits_in_80_columns(monkeypatch, capfd):
     monkeypatch.setenv("COLUMNS", "80")
-    _, out, _ = fdconv(monkeypatch, capfd, "inspect", packaged_checkpoint())
-    lines = out.splitlines()
+    _, out, _ = fdconv(monkeypatch, capfd, "inspect", packaged_checkpoint(), "--layers")
+    # Paths and commands are copied, so they are not broken into lines.
+    lines = out.splitlines()[2:]
     (row,) = [line for line in lines if line.startswith(" layer3.0.conv2 ")]
     assert row.split()[-1] == "45.0"  # whole, on one line
     assert max(map(len, lines)) <= 80

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
     from fdconv_deploy.checkpoints.rendering import render
     from fdconv_deploy.checkpoints.saving import save_checkpoint
+    from fdconv_deploy.checkpoints.verdict import export_command
 
 _HOMES = {
     "Checkpoint": "reading",
@@ -54,6 +55,7 @@ _HOMES = {
     "convert_checkpoint": "conversion_files",
     "convert_state_dict": "conversion",
     "equivalent_state_dict": "conversion",
+    "export_command": "verdict",
     "infer_architecture": "architecture",
     "infer_detector": "detector",
     "inspect_checkpoint": "inspection",
@@ -83,6 +85,7 @@ __all__ = [
     "convert_checkpoint",
     "convert_state_dict",
     "equivalent_state_dict",
+    "export_command",
     "format_config",
     "format_detector_config",
     "infer_architecture",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from fdconv_deploy.architecture import Architecture, BackboneConfig
 from fdconv_deploy.checkpoints import amounts
@@ -27,6 +27,7 @@ from fdconv_deploy.checkpoints.layers import (
 from fdconv_deploy.checkpoints.loading import config_for
 from fdconv_deploy.checkpoints.order import OrderReport, tell_order
 from fdconv_deploy.checkpoints.reading import read_checkpoint
+from fdconv_deploy.checkpoints.setting_fields import training_size
 from fdconv_deploy.detector_architecture import DetectorArchitecture
 from fdconv_deploy.errors import CheckpointError
 
@@ -69,6 +70,10 @@ class Report(BaseModel):
         told, assumed, notes, dropped: see :class:`Inference` and :class:`Checkpoint`.
         problem: why there is no architecture, or None.
         refusal: why export refuses it although it is understood, and what to do; None else.
+        training_size: (height, width) in pixels of the crops a segmentor was trained on, where
+            its config states them.
+        command: the command line that exports it; None where it cannot be exported, or where
+            the report was not asked for by the command line.
         frequency_order: what tells the order of frequencies, which no checkpoint holds; None
             without FDConv layers or data.
     """
@@ -96,8 +101,16 @@ class Report(BaseModel):
     dropped: tuple[str, ...]
     problem: str | None
     refusal: str | None = None
+    training_size: tuple[int, int] | None = None
+    command: str | None = None
     layers: tuple[LayerReport, ...]
     frequency_order: OrderReport | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def ready(self) -> bool:
+        """Whether ``fdconv export`` takes it."""
+        return self.problem is None and self.refusal is None
 
 
 def inspect_checkpoint(
@@ -214,6 +227,7 @@ def report_on(
         dropped=tuple(dropped),
         problem=problem,
         refusal=None if problem else _refusal(kind, layers),
+        training_size=training_size(config) if architecture is not None else None,
         layers=tuple(_layer(state, layer, ratio, sizes) for layer in layers),
         frequency_order=order,
     )

@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fdconv_deploy.architecture import Architecture
 from fdconv_deploy.checkpoints.facts import Fact
 from fdconv_deploy.checkpoints.inspection import LayerReport, Report
+from fdconv_deploy.checkpoints.verdict import needs_size
 
 _KINDS = {
     "segmentor": "segmentation network",
@@ -21,24 +23,20 @@ _KINDS = {
 }
 
 
-def render(report: Report, console: Console, *, layers: bool = True) -> None:
-    """Print a report: what it is, what was told and assumed, layers, sizes.
+def render(report: Report, console: Console, *, layers: bool = False) -> None:
+    """Print a report: the verdict first, then what was told and assumed, and sizes.
 
     Args:
         report: of :func:`inspect_checkpoint`.
         console: where to print.
         layers: print the table of all FDConv layers too.
     """
+    _verdict(report, console)
     fdconv = (
         f"{report.dynamic_layers} FDConv layers" if report.dynamic_layers else "no FDConv layer"
     )
-    console.print(f"[bold]{escape(report.path or 'state dict')}[/bold]")
     console.print(f"{_KINDS[report.kind]}, {fdconv}; file format: {report.format}")
     console.print(f"{report.tensors} tensors, {', '.join(report.dtypes)}")
-    if report.problem:
-        console.print(f"[bold red]Not understood:[/bold red] {escape(report.problem)}")
-    if report.refusal:
-        console.print(f"[bold yellow]fdconv export will refuse it:[/] {escape(report.refusal)}")
     for note in report.notes:
         console.print(f"[yellow]Note:[/yellow] {escape(note)}")
     if report.frequency_order is not None:
@@ -62,6 +60,49 @@ def render(report: Report, console: Console, *, layers: bool = True) -> None:
     if layers and report.dynamic_layers:
         console.print(_layers([layer for layer in report.layers if layer.dynamic]))
     console.print(_sizes(report))
+
+
+def _verdict(report: Report, console: Console) -> None:
+    """Whether it can be exported; if so by which command, of which classes, at which size."""
+    name = escape(report.path or "state dict")
+    if report.problem:
+        console.print(f"[bold red]Not ready to export:[/] [bold]{name}[/]", soft_wrap=True)
+        console.print(f"[bold red]Not understood:[/] {escape(report.problem)}")
+        return
+    if report.refusal:
+        console.print(f"[bold yellow]Not ready to export:[/] [bold]{name}[/]", soft_wrap=True)
+        console.print(f"[bold yellow]fdconv export will refuse it:[/] {escape(report.refusal)}")
+        return
+    console.print(f"[bold green]Ready to export:[/] [bold]{name}[/]", soft_wrap=True)
+    if report.command:
+        console.print(f"  {report.command}", markup=False, highlight=False, soft_wrap=True)
+    network = report.architecture or report.detector
+    if network is not None:
+        count = (
+            network.decode_head.num_classes
+            if isinstance(network, Architecture)
+            else network.bbox_head.num_classes
+        )
+        names = f": {_short(network.classes)[1:-1]}" if network.classes else ", not named in it"
+        console.print(f"Classes: {count}{escape(names)}")
+    console.print(f"Input size: {_input_size(report)}")
+
+
+def _input_size(report: Report) -> str:
+    if report.detector is not None:
+        height, width = report.detector.published_size
+        return f"{height}x{width}, as published; --size takes any other multiple of 32"
+    if not needs_size(report):
+        assert report.architecture is not None
+        height, width = report.architecture.test.crop_size or (0, 0)
+        return f"{height}x{width}, the crop it was tested by sliding over images"
+    if report.training_size:
+        height, width = report.training_size
+        return f"{height}x{width}, which it was trained at; --size takes any other"
+    return (
+        "the file does not tell what it was trained at; 512x512 is an example, and answers are "
+        "best near the size of training"
+    )
 
 
 def _facts(title: str, facts: Iterable[Fact]) -> Table:

@@ -12,6 +12,7 @@ from fdconv_deploy.errors import CheckpointError
 
 Triple = tuple[float, float, float]
 Pair = tuple[int, int]
+_LARGEST_CROP = 16384  # pixels; export takes no larger side
 # Steps that load, pack or flip leave the pixels the network sees as they are.
 _HARMLESS = (
     "LoadImageFromFile",
@@ -27,6 +28,30 @@ _HARMLESS = (
     "MultiScaleFlipAug",
     "TestTimeAug",
 )
+
+
+def training_size(config: Config | None) -> tuple[int, int] | None:
+    """(height, width) in pixels that a segmentor was trained on, where its config states it.
+
+    That is mmsegmentation's ``crop_size``, which a config states at its top and in
+    ``model.data_preprocessor.size``.
+    """
+    if config is None:
+        return None
+    stated: list[Any] = [
+        config.section("model", "data_preprocessor").get("size"),
+        config.section("data_preprocessor").get("size"),
+        config.values.get("crop_size"),
+    ]
+    for value in stated:
+        sides = (value, value) if isinstance(value, int) else value
+        if (
+            isinstance(sides, (list, tuple))
+            and len(sides) == 2
+            and all(isinstance(s, int) and 0 < s <= _LARGEST_CROP for s in sides)
+        ):
+            return sides[0], sides[1]
+    return None
 
 
 def infer_test_mode(config: Config, evidence: Evidence) -> TestMode:

@@ -36,13 +36,14 @@ def inspect(
             help="Images of the kind it was trained on, to check its frequency order by.",
         ),
     ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="List every FDConv layer.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what is in a checkpoint, what was told by it and what was assumed.
+    """Tell whether a checkpoint can be exported, by which command, and what is in it.
 
     Exit code 1 if its network is not understood. A plain one is, though export refuses it.
     """
-    from fdconv_deploy.checkpoints import inspect_checkpoint, render
+    from fdconv_deploy.checkpoints import export_command, inspect_checkpoint, render
 
     pixels = parse_size(size) if size else (512, 512)
     pictures: Sequence[NDArray[np.uint8]] = ()
@@ -59,10 +60,19 @@ def inspect(
             images=pictures,
             progress=status.update,
         )
+    report = report.model_copy(
+        update={"command": export_command(report, _options(config, settings))}
+    )
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
-        render(report, Console())
+        render(report, Console(), layers=layers)
     if report.problem is not None:
         # The report has said why; a script must not take this file for one to export.
         raise typer.Exit(1)
+
+
+def _options(config: Path | None, settings: list[str] | None) -> list[str]:
+    """The options that ``fdconv export`` needs as well, as they were given."""
+    given = [] if config is None else ["--config", str(config)]
+    return given + [word for setting in settings or [] for word in ("--set", setting)]
