@@ -228,6 +228,7 @@ def test_inspect_as_json(monkeypatch, capfd):
 
 def test_inspect_opens_with_a_verdict_that_can_be_pasted(monkeypatch, capfd, tmp_path):
     """The command printed is taken by export as it stands."""
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     code, out, _ = fdconv(
         monkeypatch,
