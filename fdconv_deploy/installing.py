@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fdconv_deploy.errors import FDConvError
@@ -40,7 +43,11 @@ _MODULES = {package: module for module, package in _PACKAGES.items()} | {
 
 
 def install(*names: str, extra: str | None = None) -> str:
-    """The command that installs packages: ``pip install 'torch>=2.6' onnx …``.
+    """The command line that installs packages: ``pip install 'onnx>=1.17' safetensors …``.
+
+    torch comes first and by itself, since beside other packages pip may pick a build of another
+    kind; without an NVIDIA driver it comes from PyTorch's CPU index (PyPI's Linux build holds
+    gigabytes of CUDA).
 
     :param names: modules or packages that are wanted, installed or not.
     :param extra: of this project's; what else of it is not installed is named too, so that
@@ -53,7 +60,25 @@ def install(*names: str, extra: str | None = None) -> str:
     # As the extra has it, where several do.
     text = {r.name: str(r).partition(";")[0] for _, r in known}
     text |= {r.name: str(r).partition(";")[0] for e, r in known if e == extra}
-    return "pip install " + " ".join(shlex.quote(text.get(name, name)) for name in wanted)
+    specified = {name: shlex.quote(text.get(name, name)) for name in wanted}
+    steps = []
+    if torch := specified.pop("torch", None):
+        steps.append(" ".join(["pip install", torch, *_torch_index()]))
+    if specified:
+        steps.append(" ".join(["pip install", *specified.values()]))
+    return " && ".join(steps)
+
+
+def _torch_index() -> list[str]:
+    """pip's option for PyTorch's CPU index, where PyPI's build would be the CUDA one in vain."""
+    if sys.platform != "linux" or nvidia_driver():
+        return []
+    return ["--index-url", "https://download.pytorch.org/whl/cpu"]
+
+
+def nvidia_driver() -> bool:
+    """Whether this machine has an NVIDIA driver."""
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
 def missing(error: ImportError, extra: str | None = None) -> str | None:

@@ -217,7 +217,7 @@ class OutputParity(BaseModel):
 
 
 class Benchmark(BaseModel):
-    """One run of one graph on this machine, timed when the model was loaded."""
+    """One run of a batch size through the network, on this machine, timed at loading."""
 
     batch: int
     milliseconds: float

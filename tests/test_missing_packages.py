@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fdconv_deploy import installing
 from fdconv_deploy.demo import held_out, packaged_checkpoint
+from fdconv_deploy.installing import install
 from tests.runtime import toy
 
 # Python runs a module of this name before anything else.
@@ -123,6 +126,20 @@ def test_all_that_a_command_lacks_is_named_at_once(names: dict[str, Path]) -> No
     said = run("inspect CHECKPOINT", names, *hidden).stderr.partition("pip install ")[2]
     assert all(f"{name.replace('_', '-')}>=" in said for name in hidden)
     assert "onnxruntime" not in said  # is there
+
+
+@pytest.mark.parametrize("driver", [False, True])
+def test_torch_is_installed_first_and_by_itself(monkeypatch, driver: bool) -> None:
+    """From PyTorch's CPU index, or PyPI's CUDA build where there is an NVIDIA driver."""
+    monkeypatch.setattr(installing, "nvidia_driver", lambda: driver)
+    monkeypatch.setattr(sys, "platform", "linux")
+    first, rest = (shlex.split(part) for part in install("torch", "onnx").split(" && "))
+    assert first[:2] == rest[:2] == ["pip", "install"]
+    assert first[2].startswith("torch>=")
+    assert ("--index-url" in first) != driver
+    assert [word.partition(">")[0] for word in rest[2:]] == ["onnx"]
+    assert "&&" not in install("torch")
+    assert "&&" not in install("onnx")
 
 
 def test_without_metadata(names: dict[str, Path]) -> None:

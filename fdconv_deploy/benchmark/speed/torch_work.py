@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fdconv_deploy.benchmark.speed.pictures import images
 from fdconv_deploy.benchmark.speed.sides import Side, UnavailableError
-from fdconv_deploy.checkpoints import load_segmentor
+from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.segmentor import Segmentor
@@ -23,14 +23,19 @@ def load(side: Side) -> tuple[nn.Module, tuple[Tensor, ...]]:
     :raises FDConvError: the checkpoint cannot be read, or its input's size is not known.
     """
     torch.set_num_threads(side.threads)
-    network = load_segmentor(
+    network = load_checkpoint(
         side.source,
         config=Path(side.config) if side.config else None,
         overrides=side.overrides,
         require_fdconv=False,
     )
     architecture = network.architecture
-    size = side.size or getattr(architecture.test, "crop_size", None)
+    own = (
+        network.architecture.published_size
+        if isinstance(network, Detector)
+        else network.architecture.test.crop_size
+    )
+    size = side.size or own
     if size is None:
         raise FDConvError(
             f"{Path(side.source).name} was tested on whole images and records no size. Say which: "
@@ -83,17 +88,21 @@ def _variant(
 
 
 def _whole(side: Side, network: nn.Module, size: tuple[int, int]) -> Callable[[], Any]:
+    from fdconv_deploy.benchmark import torch_side
+    from fdconv_deploy.benchmark.detection import torch_side as detector_side
     from fdconv_deploy.benchmark.speed.pictures import picture
-    from fdconv_deploy.benchmark.torch_side import torch_side
 
-    if side.backend != "eager" or not isinstance(network, Segmentor):
+    if side.backend != "eager":
         raise UnavailableError(
-            "Of checkpoints, a whole request is timed of segmentors and in backend 'eager' alone; "
-            f"this is {side.name}."
+            f"A checkpoint's whole request is timed in backend 'eager' only; this is {side.name}."
         )
-    answer = torch_side(network, Path(side.source), size=size).answer
-    image = picture(size, side.image)
-    return lambda: answer(image)
+    path, image = Path(side.source), picture(size, side.image)
+    if isinstance(network, Detector):
+        detect = detector_side.torch_side(network, path, size=size).answer
+        return lambda: detect(image)
+    assert isinstance(network, Segmentor)
+    segment = torch_side.torch_side(network, path, size=size).answer
+    return lambda: segment(image)
 
 
 def _on_host(answer: Any) -> Any:

@@ -16,7 +16,7 @@ from fdconv_deploy.benchmark.speed.handle import Child
 from fdconv_deploy.benchmark.speed.pictures import feeds, picture
 from fdconv_deploy.benchmark.speed.sides import Side, UnavailableError, plan
 from fdconv_deploy.benchmark.speed.work import open_work
-from fdconv_deploy.demo import packaged_checkpoint
+from fdconv_deploy.demo import packaged_checkpoint, packaged_detector
 from fdconv_deploy.errors import BackendError, FDConvError
 from fdconv_deploy.runtime.manifest import TensorSpec
 from serve import Settings, running
@@ -107,6 +107,16 @@ class TestCheckpoint:
         assert work.details["choice"].startswith("PyTorch 2")
         assert work.details["size"] == (64, 64)
         assert work.run().shape[:2] == (1, 11)
+
+    @pytest.mark.parametrize("backend", ["eager", "folded"])
+    def test_runs_a_detector(self, backend):
+        work = open_work(first([packaged_detector()], backends=[backend], size=(64, 96)))
+        assert work.details["size"] == (64, 96)
+        assert len(work.run()) == 5  # count, boxes, scores, labels, masks
+
+    def test_a_detector_from_pixels_to_objects(self):
+        work = open_work(first([packaged_detector()], size=(64, 96), whole=True))
+        assert work.run().found.image_size == (64, 96)
 
     def test_needs_a_size(self):
         with pytest.raises(FDConvError, match=r"records no size\. Say which: --size"):
