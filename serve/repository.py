@@ -17,6 +17,7 @@ from pathlib import Path
 from fdconv_deploy.errors import BundleError, FDConvError
 from fdconv_deploy.runtime import Bundle, Session
 from fdconv_deploy.runtime.bundle import MANIFEST_NAME
+from fdconv_deploy.runtime.bundle_checks import bundle_root
 
 from .cards import model_card, model_name
 from .problems import RefusedError
@@ -309,7 +310,7 @@ class Repository:
         if isinstance(source, Session):
             self._add(source.bundle, session=source)
             return
-        path = Path(source)
+        path = bundle_root(Path(source))
         if path.is_dir() and not (path / MANIFEST_NAME).exists():
             found = bundles_in(path)
             if found:

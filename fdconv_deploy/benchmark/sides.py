@@ -12,6 +12,7 @@ from fdconv_deploy.benchmark.evaluation import Labels, bundle_side
 from fdconv_deploy.benchmark.turns import Side
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import Detection, Session, open_session
+from fdconv_deploy.runtime.bundle_checks import bundle_root
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.session import Mode
 
@@ -43,6 +44,7 @@ def open_sides(
     :param overrides: what the checkpoints do not tell.
     :raises FDConvError: a path is missing, cannot be opened, or an option is of no use here.
     """
+    paths = [bundle_root(path) for path in paths]
     with _sessions(paths, backend, threads, fit) as sessions:
         for path, session in sessions.items():
             if session.detects:
@@ -74,6 +76,7 @@ def open_detection_sides(
     Beside a bundle, checkpoints see images at the first bundle's size; alone, as the published
     pipeline resizes and pads them.
     """
+    paths = [bundle_root(path) for path in paths]
     with _sessions(paths, backend, threads) as sessions:
         for path, session in sessions.items():
             if not session.detects:

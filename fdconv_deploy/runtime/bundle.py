@@ -22,6 +22,7 @@ from types import TracebackType
 from fdconv_deploy.errors import BundleError, in_the_way
 
 from .bundle_checks import (
+    bundle_root,
     check_external_data,
     check_file,
     check_listed,
@@ -67,7 +68,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
-        """Open the bundle folder at ``path``.
+        """Open the bundle folder at ``path``, or the one whose graph or manifest ``path`` is.
 
         ``verify=False`` skips hashing the files (0.5 s per GB); their presence, sizes and
         every path are checked all the same.
@@ -75,7 +76,7 @@ class Bundle:
         :raises BundleError: not a bundle, incomplete, changed, of a newer format, or
             naming a path outside itself.
         """
-        root = Path(path)
+        root = bundle_root(Path(path))
         manifest = read_manifest(root)
         for name, info in manifest.files.items():
             check_file(root, name, info, hashed=verify)

@@ -13,9 +13,11 @@ from pydantic import ValidationError
 
 from fdconv_deploy.errors import BundleError
 
+from .decoding import SUFFIXES
 from .external_data import external_locations
 from .manifest import FORMAT_VERSION, MANIFEST_NAME, FileInfo, Manifest
 
+_CHECKPOINTS = (".pth", ".pt", ".ckpt", ".safetensors", ".pkl")
 _MANIFEST_LIMIT = 64 << 20  # bytes; a real one has some tens of kilobytes
 
 
@@ -28,14 +30,43 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def bundle_root(path: Path) -> Path:
+    """The bundle's folder where ``path`` is one of its files; ``path`` itself otherwise."""
+    if path.is_file() and (path.parent / MANIFEST_NAME).is_file():
+        belongs = path.name == MANIFEST_NAME or path.suffix == ".onnx"
+        return path.parent if belongs else path
+    return path
+
+
+def _no_folder(path: Path) -> str:
+    """What is wrong with a path given in a bundle's place that is no folder, and what to do."""
+    expected = "A bundle is a folder made by `fdconv export`"
+    ending = path.suffix.lower()
+    if not path.exists():
+        return f"{expected}, but {path} does not exist. Check the path."
+    if ending in _CHECKPOINTS:
+        output = f"{path.stem}_bundle"
+        return (
+            f"{expected}, but {path} is a file, a checkpoint by its ending. Export it first "
+            f"(`fdconv inspect {path}` prints the command), then give the folder, e.g. {output}."
+        )
+    if ending in SUFFIXES:
+        return (
+            f"{expected}, but {path} is a file, an image by its ending. The bundle comes first, "
+            "then the images."
+        )
+    if ending == ".onnx":
+        return (
+            f"{expected}, but {path} is a file, and no {MANIFEST_NAME} lies beside it. Give the "
+            "folder that export wrote: its manifest tells classes and preprocessing."
+        )
+    return f"{expected}, but {path} is a file. Give the folder that holds {MANIFEST_NAME}."
+
+
 def read_manifest(root: Path) -> Manifest:
     """The manifest of the bundle folder ``root``, of a format known here and consistent."""
     if not root.is_dir():
-        found = "is a file" if root.exists() else "does not exist"
-        raise BundleError(
-            f"A bundle is a folder made by `fdconv export`, but {root} {found}. "
-            "Give the folder that holds manifest.json."
-        )
+        raise BundleError(_no_folder(root))
     if not (root / MANIFEST_NAME).exists():
         raise BundleError(
             f"{root} has no {MANIFEST_NAME}, so it is not a bundle, or its export was cut "

@@ -64,6 +64,11 @@ def test_a_link_to_the_bundle_folder_opens(toy_bundle: Path, tmp_path: Path) -> 
     assert Bundle.open(tmp_path / "link").batch_sizes == (1, 4)
 
 
+@pytest.mark.parametrize("name", ["model.b1.onnx", "model.b4.onnx", "manifest.json"])
+def test_a_file_of_the_bundle_opens_it(toy_bundle: Path, name: str) -> None:
+    assert Bundle.open(toy_bundle / name).path == toy_bundle
+
+
 class TestRefused:
     def test_missing_folder(self, tmp_path: Path) -> None:
         assert "does not exist" in refusal(tmp_path / "none")
@@ -71,6 +76,21 @@ class TestRefused:
     def test_file(self, tmp_path: Path) -> None:
         (tmp_path / "a.onnx").write_bytes(b"x")
         assert "is a file" in refusal(tmp_path / "a.onnx")
+
+    @pytest.mark.parametrize(
+        ("name", "remedy"),
+        [
+            ("net.pth", "Export it first"),
+            ("net.safetensors", "Export it first"),
+            ("last.ckpt", "Export it first"),
+            ("street.jpg", "The bundle comes first, then the images"),
+            ("model.onnx", "no manifest.json lies beside it"),
+            ("weights.bin", "Give the folder that holds manifest.json"),
+        ],
+    )
+    def test_another_file(self, tmp_path: Path, name: str, remedy: str) -> None:
+        (tmp_path / name).write_bytes(b"x")
+        assert remedy in refusal(tmp_path / name)
 
     def test_no_manifest(self, tmp_path: Path) -> None:
         assert "has no manifest.json" in refusal(tmp_path)

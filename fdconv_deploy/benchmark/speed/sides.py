@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import BACKENDS, Bundle
+from fdconv_deploy.runtime.bundle_checks import bundle_root
 
 Kind = Literal["bundle", "checkpoint", "service", "call"]
 TORCH_BACKENDS = {
@@ -123,6 +124,7 @@ def plan(
     :raises FDConvError: nothing can be timed, or an option fits nothing here.
     """
     _check_backends(backends)
+    paths = [bundle_root(path) for path in paths]
     for path in paths:
         if not path.exists():
             raise FDConvError(f"{path} does not exist. Give a bundle's folder or a checkpoint.")
