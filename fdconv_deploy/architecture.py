@@ -2,7 +2,7 @@
 
 These models are what a checkpoint is told to be, what a network is built from and
 what a bundle's manifest records. Nothing here imports torch. Names and defaults are
-those of the published FDConv code and of mmsegmentation's ResNet, UPerHead and FCNHead.
+those of the published FDConv code and of mmsegmentation's ResNet and decode heads.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Act = Literal["sigmoid", "tanh", "softmax"]
+HeadType = Literal["UPerHead", "FCNHead", "PSPHead", "ASPPHead", "DepthwiseSeparableASPPHead"]
 
 RESNET_BLOCKS: dict[int, tuple[str, tuple[int, ...]]] = {
     18: ("basic", (2, 2, 2, 2)),
@@ -96,23 +97,32 @@ class BackboneConfig(Frozen):
 
 
 class HeadConfig(Frozen):
-    """A UPerHead or FCNHead of mmsegmentation. ``in_index`` names backbone outputs.
+    """A decode head of mmsegmentation. ``in_index`` names backbone outputs.
 
-    The fields after ``align_corners`` belong to one type only: ``pool_scales`` to
-    UPerHead; ``num_convs``, ``kernel_size``, ``concat_input``, ``dilation`` to FCNHead.
+    ``input_transform="resize_concat"`` makes one feature map of several; without it a head
+    takes one, and UPerHead each by itself. ``norm=False``: convolutions with a bias instead
+    of batch normalisation. The fields after it belong to some types only: ``pool_scales`` to
+    UPerHead and PSPHead; ``num_convs``, ``kernel_size``, ``concat_input``, ``dilation`` to
+    FCNHead; ``dilations`` to both ASPP heads; ``c1_in_channels`` (0: no finer map) and
+    ``c1_channels`` to DepthwiseSeparableASPPHead.
     """
 
-    type: Literal["UPerHead", "FCNHead"]
+    type: HeadType
     in_channels: tuple[int, ...]
     in_index: tuple[int, ...]
     channels: int
     num_classes: int
     align_corners: bool = False
+    input_transform: Literal["resize_concat"] | None = None
+    norm: bool = True
     pool_scales: tuple[int, ...] = (1, 2, 3, 6)
     num_convs: int = 2
     kernel_size: int = 3
     concat_input: bool = True
     dilation: int = 1
+    dilations: tuple[int, ...] = (1, 6, 12, 18)
+    c1_in_channels: int = 0
+    c1_channels: int = 0
 
 
 class TestMode(Frozen):

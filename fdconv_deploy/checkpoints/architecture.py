@@ -9,7 +9,8 @@ from fdconv_deploy.architecture import Architecture, BackboneConfig, HeadConfig
 from fdconv_deploy.checkpoints.backbone_fields import infer_backbone
 from fdconv_deploy.checkpoints.config_text import Config
 from fdconv_deploy.checkpoints.facts import Evidence, Fact, Inference, type_of
-from fdconv_deploy.checkpoints.head_fields import infer_head
+from fdconv_deploy.checkpoints.head_fields import infer_head, stock_backbone
+from fdconv_deploy.checkpoints.head_types import refuse_cascade
 from fdconv_deploy.checkpoints.layers import Shapes, backbone_prefix, kind_of, part
 from fdconv_deploy.checkpoints.setting_fields import (
     infer_classes,
@@ -67,7 +68,9 @@ def infer_architecture(
     evidence = Evidence(overrides)
     evidence.notes.extend(config.notes)
     _check_model(state, config)
-    backbone = infer_whole_backbone(part(state, "backbone."), config, evidence)
+    backbone = infer_whole_backbone(
+        part(state, "backbone."), config, evidence, stock_backbone(part(state, "decode_head."))
+    )
     widths = output_widths(backbone, part(state, "backbone."))
     head = infer_head(
         part(state, "decode_head."),
@@ -110,10 +113,12 @@ def output_widths(backbone: BackboneConfig, state: Shapes) -> tuple[int, ...]:
     return tuple(backbone.base_channels * 2**i * expansion for i in sorted(backbone.out_indices))
 
 
-def infer_whole_backbone(state: Shapes, config: Config, evidence: Evidence) -> BackboneConfig:
+def infer_whole_backbone(
+    state: Shapes, config: Config, evidence: Evidence, stock: Mapping[str, Any] | None = None
+) -> BackboneConfig:
     """The backbone by its tensors, names without ``backbone.``, and the config's section."""
     refuse_other_normalisation(config)
-    return infer_backbone(state, config.section("model", "backbone"), evidence)
+    return infer_backbone(state, config.section("model", "backbone"), evidence, stock)
 
 
 def _auxiliary(
@@ -140,6 +145,7 @@ def _auxiliary(
 
 
 def _check_model(state: Shapes, config: Config) -> None:
+    refuse_cascade(state, config.section("model").get("decode_head"))
     kind = type_of(config.section("model"))
     if kind and kind != "EncoderDecoder":
         raise CheckpointError(

@@ -19,13 +19,20 @@ _DEFAULTS = {name: field.default for name, field in BackboneConfig.model_fields.
 _UNSUPPORTED = ("multi_grid", "dcn", "plugins")
 
 
-def infer_backbone(state: Shapes, section: Mapping[str, Any], evidence: Evidence) -> BackboneConfig:
+def infer_backbone(
+    state: Shapes,
+    section: Mapping[str, Any],
+    evidence: Evidence,
+    stock: Mapping[str, Any] | None = None,
+) -> BackboneConfig:
     """Everything about the backbone.
 
     Args:
         state: the backbone's tensors, names without ``backbone.``; only shapes are read.
         section: the config's ``model.backbone``; empty if there is no config.
         evidence: takes the facts.
+        stock: settings of the stock config this network is probably of, where they differ from
+            the defaults; taken if there is no section.
 
     Raises:
         CheckpointError: it is not a ResNet of mmsegmentation's, or witnesses disagree.
@@ -35,9 +42,13 @@ def infer_backbone(state: Shapes, section: Mapping[str, Any], evidence: Evidence
     _check_is_resnet(layers, section)
     blocks = _blocks(layers)
 
+    defaults = _DEFAULTS if section or not stock else _DEFAULTS | dict(stock)
+
     def settle(name: str, kind: Any, **knowledge: Any) -> Any:
         knowledge.setdefault("config", stated(section, name))
-        knowledge.setdefault("default", _DEFAULTS[name])
+        knowledge.setdefault("default", defaults[name])
+        if defaults[name] != _DEFAULTS[name]:
+            knowledge.setdefault("note", "as in the stock configs with such a head")
         return evidence.settle(f"backbone.{name}", kind, **knowledge)
 
     stages = len(blocks)

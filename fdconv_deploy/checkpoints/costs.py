@@ -60,20 +60,37 @@ def head_sizes(head: HeadConfig, features: Sequence[Size]) -> Iterator[tuple[str
         features: sizes of the backbone's outputs.
     """
     inputs = [features[i] for i in head.in_index]
+    out = inputs[0]
     if head.type == "FCNHead":
         for i in range(head.num_convs):
-            yield f"convs.{i}.conv", inputs[0]
-        yield "conv_cat.conv", inputs[0]
-        yield "conv_seg", inputs[0]
-        return
-    for i, scale in enumerate(head.pool_scales):
-        yield f"psp_modules.{i}.1.conv", (scale, scale)
-    yield "bottleneck.conv", inputs[-1]
-    for i, size in enumerate(inputs[:-1]):
-        yield f"lateral_convs.{i}.conv", size
-        yield f"fpn_convs.{i}.conv", size
-    yield "fpn_bottleneck.conv", inputs[0]
-    yield "conv_seg", inputs[0]
+            yield f"convs.{i}.conv", out
+        yield "conv_cat.conv", out
+    elif head.type in ("ASPPHead", "DepthwiseSeparableASPPHead"):
+        yield "image_pool.1.conv", (1, 1)
+        for i in range(len(head.dilations)):
+            yield from _either(f"aspp_modules.{i}", out)
+        yield "bottleneck.conv", out
+        if head.c1_in_channels:
+            out = features[0]
+            yield "c1_bottleneck.conv", out
+        yield from _either("sep_bottleneck.0", out)
+        yield from _either("sep_bottleneck.1", out)
+    else:
+        for i, scale in enumerate(head.pool_scales):
+            yield f"psp_modules.{i}.1.conv", (scale, scale)
+        pyramid = head.type == "UPerHead"
+        yield "bottleneck.conv", inputs[-1] if pyramid else out
+        for i, size in enumerate(inputs[:-1] if pyramid else ()):
+            yield f"lateral_convs.{i}.conv", size
+            yield f"fpn_convs.{i}.conv", size
+        yield "fpn_bottleneck.conv", out
+    yield "conv_seg", out
+
+
+def _either(name: str, size: Size) -> Iterator[tuple[str, Size]]:
+    """Of a convolution that may be depthwise separable; names no network has do no harm."""
+    for inner in ("conv", "depthwise_conv.conv", "pointwise_conv.conv"):
+        yield f"{name}.{inner}", size
 
 
 def main_macs(layer: Layer, out: Size) -> int:

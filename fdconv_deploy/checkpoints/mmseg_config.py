@@ -10,6 +10,9 @@ from fdconv_deploy.architecture import Architecture, BackboneConfig, HeadConfig,
 _HEAD_FIELDS = {
     "UPerHead": ("pool_scales",),
     "FCNHead": ("num_convs", "kernel_size", "concat_input", "dilation"),
+    "PSPHead": ("pool_scales",),
+    "ASPPHead": ("dilations",),
+    "DepthwiseSeparableASPPHead": ("dilations", "c1_in_channels", "c1_channels"),
 }
 
 
@@ -52,15 +55,17 @@ def backbone_section(config: BackboneConfig) -> dict[str, Any]:
 
 def _head(config: HeadConfig) -> dict[str, Any]:
     values = config.model_dump()
-    for kind, fields in _HEAD_FIELDS.items():
-        if kind != config.type:
-            for name in fields:
-                del values[name]
-    if len(config.in_index) == 1 and config.type == "FCNHead":
-        values |= {"in_channels": config.in_channels[0], "in_index": config.in_index[0]}
-    else:
+    own = _HEAD_FIELDS[config.type]
+    for name in {name for fields in _HEAD_FIELDS.values() for name in fields} - set(own):
+        del values[name]
+    if config.type == "UPerHead":
+        del values["input_transform"]  # it sets its own, and takes no other
+    if config.type == "UPerHead" or config.input_transform is not None:
         values |= {"in_channels": list(config.in_channels), "in_index": list(config.in_index)}
-    return values | {"norm_cfg": {"type": "SyncBN", "requires_grad": True}}
+    else:
+        values |= {"in_channels": config.in_channels[0], "in_index": config.in_index[0]}
+    norm = values.pop("norm")
+    return values | {"norm_cfg": {"type": "SyncBN", "requires_grad": True} if norm else None}
 
 
 def _pipeline(preprocessing: Preprocessing) -> list[dict[str, Any]]:

@@ -1,0 +1,26 @@
+"""The decode heads of mmsegmentation that FDConv checkpoints come with."""
+
+from __future__ import annotations
+
+from fdconv_deploy.architecture import HeadConfig, HeadType
+from fdconv_deploy.nn.heads.aspp_head import ASPPHead
+from fdconv_deploy.nn.heads.decode_head import DecodeHead, resize
+from fdconv_deploy.nn.heads.fcn_head import FCNHead
+from fdconv_deploy.nn.heads.psp_head import PSPHead
+from fdconv_deploy.nn.heads.sep_aspp_head import DepthwiseSeparableASPPHead
+from fdconv_deploy.nn.heads.uper_head import UPerHead
+
+__all__ = ["DecodeHead", "build_head", "resize"]
+
+_HEADS: dict[HeadType, type[DecodeHead]] = {
+    "UPerHead": UPerHead,
+    "FCNHead": FCNHead,
+    "PSPHead": PSPHead,
+    "ASPPHead": ASPPHead,
+    "DepthwiseSeparableASPPHead": DepthwiseSeparableASPPHead,
+}
+
+
+def build_head(config: HeadConfig) -> DecodeHead:
+    """The head a config names."""
+    return _HEADS[config.type](config)

@@ -1,0 +1,36 @@
+"""FCNHead of mmsegmentation: plain convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fdconv_deploy.architecture import HeadConfig
+from fdconv_deploy.nn.heads.conv_module import ConvModule
+from fdconv_deploy.nn.heads.decode_head import DecodeHead
+
+
+class FCNHead(DecodeHead):
+    """A few convolutions over one feature map, at its size."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        kernel, norm = config.kernel_size, config.norm
+        width = self.in_channels
+        modules = []
+        for _ in range(config.num_convs):
+            modules.append(
+                ConvModule(width, config.channels, kernel, dilation=config.dilation, norm=norm)
+            )
+            width = config.channels
+        self.convs: nn.Module = nn.Sequential(*modules) if modules else nn.Identity()
+        if config.concat_input:
+            self.conv_cat = ConvModule(self.in_channels + width, config.channels, kernel, norm=norm)
+
+    def features(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The backbone's outputs -> ``(B, channels, h, w)``."""
+        x = self.select(outputs)
+        y = self.convs(x)
+        return self.conv_cat(torch.cat([x, y], dim=1)) if self.config.concat_input else y

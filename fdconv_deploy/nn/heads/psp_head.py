@@ -1,0 +1,25 @@
+"""PSPHead of mmsegmentation (PSPNet, https://arxiv.org/abs/1612.01105)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fdconv_deploy.architecture import HeadConfig
+from fdconv_deploy.nn.heads.conv_module import ConvModule
+from fdconv_deploy.nn.heads.decode_head import DecodeHead, PyramidPooling
+
+
+class PSPHead(DecodeHead):
+    """Pyramid pooling over one feature map, at its size."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        self.psp_modules = PyramidPooling(self.in_channels, config)
+        pooled = self.in_channels + len(config.pool_scales) * config.channels
+        self.bottleneck = ConvModule(pooled, config.channels, 3, norm=config.norm)
+
+    def features(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The backbone's outputs -> ``(B, channels, h, w)``."""
+        return self.bottleneck(self.psp_modules(self.select(outputs)))
