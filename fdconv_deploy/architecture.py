@@ -78,7 +78,8 @@ class BackboneConfig(Frozen):
     """A ResNet whose blocks' convolutions are FDConv layers (``conv``) or plain (``None``).
 
     ``strides`` and ``dilations`` have one entry per stage. ``contract_dilation`` halves
-    the dilation of a dilated stage's first block, as in mmsegmentation.
+    the dilation of a dilated stage's first block, as in mmsegmentation; ``multi_grid`` gives
+    the dilation of each block of the last stage instead.
     """
 
     depth: int = 50
@@ -93,6 +94,7 @@ class BackboneConfig(Frozen):
     deep_stem: bool = False
     avg_down: bool = False
     contract_dilation: bool = False
+    multi_grid: tuple[int, ...] | None = None
     conv: FDConvConfig | None = FDConvConfig()
 
 

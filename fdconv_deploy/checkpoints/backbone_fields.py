@@ -16,7 +16,7 @@ from fdconv_deploy.errors import CheckpointError
 _BLOCK = re.compile(r"layer(\d+)\.(\d+)\.conv\d$")
 _DEFAULTS = {name: field.default for name, field in BackboneConfig.model_fields.items()}
 # Settings that change what a ResNet computes and that are not built here.
-_UNSUPPORTED = ("multi_grid", "dcn", "plugins")
+_UNSUPPORTED = ("dcn", "plugins")
 
 
 def infer_backbone(
@@ -98,6 +98,15 @@ def infer_backbone(
         )
     dilated = any(dilation > 1 for dilation in values["dilations"])
     values["contract_dilation"] = settle("contract_dilation", bool, matters=dilated)
+    gridded = stated(section, "multi_grid") not in (UNSET, None)
+    values["multi_grid"] = settle(
+        "multi_grid",
+        tuple[int, ...] | None,
+        # Few networks have one, and it is no news that this one has none.
+        matters=gridded or "backbone.multi_grid" in evidence.overrides,
+        accepts=lambda v: v is None or (len(v) == blocks[-1] and all(d > 0 for d in v)),
+        tells=f"the weights' last stage has {blocks[-1]} blocks and each needs one dilation",
+    )
     values["out_indices"] = settle(
         "out_indices",
         tuple[int, ...],

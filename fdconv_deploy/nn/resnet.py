@@ -144,26 +144,36 @@ class ResNet(nn.Module):
             raise UnsupportedLayerError(
                 f"out_indices {config.out_indices} must name some of the stages 0…{stages - 1}."
             )
+        kind, depths = RESNET_BLOCKS[config.depth]
+        if config.multi_grid is not None and len(config.multi_grid) != depths[stages - 1]:
+            raise UnsupportedLayerError(
+                f"multi_grid needs one dilation for each of the {depths[stages - 1]} blocks of the "
+                f"last stage, got {config.multi_grid}."
+            )
         self.config = config
         conv = ConvFactory(config.conv, frequency_order)
         stem = config.stem_channels or config.base_channels
         self._build_stem(conv, stem)
-        kind, depths = RESNET_BLOCKS[config.depth]
         block = BasicBlock if kind == "basic" else Bottleneck
 
         channels = stem
         for stage in range(stages):
             width = config.base_channels * 2**stage
             stride, dilation = config.strides[stage], config.dilations[stage]
-            contracted = config.contract_dilation and dilation > 1
+            spread = [dilation] * depths[stage]
+            if config.contract_dilation and dilation > 1:
+                spread[0] = dilation // 2
+            if config.multi_grid is not None and stage == stages - 1:
+                spread = list(config.multi_grid)
             blocks = []
             for index in range(depths[stage]):
                 first = index == 0
                 step = stride if first else 1
                 out = width * block.expansion
                 shortcut = _downsample(channels, out, step, config.avg_down) if first else None
-                spread = dilation // 2 if first and contracted else dilation
-                blocks.append(block(conv, channels, width, step, spread, config.style, shortcut))
+                blocks.append(
+                    block(conv, channels, width, step, spread[index], config.style, shortcut)
+                )
                 channels = out
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
 
