@@ -87,16 +87,16 @@ def head_type(
     Raises:
         CheckpointError: another head, or FDConv layers in it.
     """
+    found, written = head_by_names(state), type_of(section)
+    other = "" if found else (written if written not in SUPPORTED else "") or _other_head(state)
     dynamic = dynamic_names(state)
-    if dynamic:
+    if dynamic and not other:
         raise CheckpointError(
             f"{name}.{dynamic[0]} is an FDConv layer. Expected FDConv in the backbone only; heads "
             "with FDConv layers are not supported yet."
         )
-    found, written = head_by_names(state), type_of(section)
     if found is None:
-        kind = written if written and written not in SUPPORTED else _other_head(state)
-        extra = "" if kind else _extra(state, name)
+        extra = "" if other else _extra(state, name)
         if extra:
             raise CheckpointError(
                 f"{name} has {extra}. Expected exactly the tensors of one of mmsegmentation's "
@@ -104,7 +104,7 @@ def head_type(
             )
         modules = ", ".join(_modules(state)) or "no tensors"
         raise CheckpointError(
-            f"{name} is {f'a {kind}' if kind else 'of an unknown type'}: it has {modules}. Such "
+            f"{name} is {f'a {other}' if other else 'of an unknown type'}: it has {modules}. Such "
             f"heads are not supported yet. {supported_heads()}"
         )
     if written and written not in SUPPORTED and asked is None:
