@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from fdconv_deploy.architecture import FDConvConfig, HeadConfig
+from fdconv_deploy.architecture import Architecture, FDConvConfig, HeadConfig
 from fdconv_deploy.checkpoints import (
     Report,
     format_config,
@@ -125,6 +125,38 @@ def test_multiply_adds_equal_a_counted_run(fields: dict[str, Any]) -> None:
             num_classes=3,
         )
         architecture = architecture.model_copy(update={"decode_head": head})
+    assert_counted(architecture)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "PSPHead", "pool_scales": (1, 5)},
+        {"type": "ASPPHead"},
+        {"type": "DepthwiseSeparableASPPHead", "dilations": (1, 3)},
+        {"type": "DepthwiseSeparableASPPHead", "c1_in_channels": 8, "c1_channels": 5},
+    ],
+)
+def test_multiply_adds_of_each_head_equal_a_counted_run(
+    fields: dict[str, Any], joined: bool
+) -> None:
+    index = (2, 0) if joined else (3,)
+    architecture = small_architecture(conv=None)
+    widths = architecture.decode_head.in_channels
+    head = HeadConfig(
+        in_channels=tuple(widths[i] for i in index),
+        in_index=index,
+        input_transform="resize_concat" if joined else None,
+        channels=8,
+        num_classes=3,
+        **fields,
+    )
+    assert_counted(architecture.model_copy(update={"decode_head": head}))
+
+
+def assert_counted(architecture: Architecture) -> None:
+    """The report's total is what torch counts when the network runs."""
     network = build_segmentor(architecture).eval()
     size = (75, 98)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
