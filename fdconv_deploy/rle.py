@@ -17,6 +17,9 @@ import numpy.typing as npt
 Mask = npt.NDArray[np.bool_]
 _FIRST = 48  # the character of an empty group of bits
 
+MAX_PIXELS = 1 << 29
+"""The largest mask: pycocotools shifts run lengths by 30 bits at most, in 32."""
+
 
 class Rle(TypedDict):
     """A mask: ``size`` [height, width] in pixels, ``counts`` the compressed run lengths."""
@@ -58,9 +61,9 @@ def decode(rle: Rle) -> Mask:
 
     :raises ValueError: they are not a mask of that size.
     """
-    height, width = rle["size"]
-    counts = decompress(rle["counts"])
-    if (counts < 0).any() or counts.sum() != height * width:
+    height, width = _size(rle)
+    counts = decompress(_counts(rle))
+    if counts.min() < 0 or counts.max() > height * width or counts.sum() != height * width:
         raise ValueError(
             f"the run lengths do not make a mask of {height} x {width} pixels: their sum is "
             f"{counts.sum()}"
@@ -70,8 +73,11 @@ def decode(rle: Rle) -> Mask:
 
 
 def area(rle: Rle) -> int:
-    """The mask's pixels."""
-    return int(decompress(rle["counts"])[1::2].sum())
+    """The mask's pixels.
+
+    :raises ValueError: these are no run lengths.
+    """
+    return int(decompress(_counts(rle))[1::2].sum())
 
 
 def compress(counts: npt.NDArray[Any]) -> str:
@@ -108,4 +114,29 @@ def decompress(text: str) -> npt.NDArray[np.int64]:
     counts -= np.where(groups[last] & 0x10, np.int64(1) << (5 * lengths), 0)
     counts[1::2] = counts[1::2].cumsum()
     counts[2::2] = counts[2::2].cumsum()
+    return counts
+
+
+def _size(rle: Rle) -> tuple[int, int]:
+    size = rle.get("size") if isinstance(rle, dict) else None
+    if (
+        not isinstance(size, list | tuple)
+        or len(size) != 2
+        or not all(isinstance(side, int | np.integer) and side >= 0 for side in size)
+        or int(size[0]) * int(size[1]) > MAX_PIXELS
+    ):
+        raise ValueError(
+            f"the run lengths have the size {size!r:.60}; expected [height, width], whole numbers "
+            f"of at most {MAX_PIXELS:,} pixels"
+        )
+    return int(size[0]), int(size[1])
+
+
+def _counts(rle: Rle) -> str:
+    counts = rle.get("counts") if isinstance(rle, dict) else None
+    if not isinstance(counts, str):
+        raise ValueError(
+            f"the run lengths have counts of type {type(counts).__name__}; expected text, COCO's "
+            "compressed ones"
+        )
     return counts

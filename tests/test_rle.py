@@ -69,3 +69,51 @@ def test_what_is_not_run_lengths(text: str) -> None:
 def test_of_another_size() -> None:
     with pytest.raises(ValueError, match="5 x 5"):
         decode({**encode(np.ones((4, 4), np.bool_)), "size": [5, 5]})
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({"size": [1.5, 2], "counts": "3"}, "the size [1.5, 2]; expected [height, width]"),
+        ({"size": [2], "counts": "3"}, "the size [2]"),
+        ({"size": [-1, -3], "counts": "3"}, "the size [-1, -3]"),
+        ({"size": None, "counts": "3"}, "the size None"),
+        ({"size": "13", "counts": "3"}, "the size '13'"),
+        ({"counts": "3"}, "the size None"),
+        ({"size": [2**40, 2**40], "counts": "3"}, "at most 536,870,912 pixels"),
+        ({"size": [1, 3], "counts": [3]}, "counts of type list; expected text"),
+        ({"size": [1, 3], "counts": b"3"}, "counts of type bytes; expected text"),
+        ({"size": [1, 3]}, "counts of type NoneType"),
+        ("3", "the size None"),
+        (None, "the size None"),
+        # Numbers whose sum is 1 in 64 bits, were it not looked at first.
+        ({"size": [1, 1], "counts": compress(np.array([1 << 58, *[1 << 58] * 63, 1]))}, "1 x 1"),
+    ],
+    ids=lambda value: repr(value)[:50],
+)
+def test_decode_names_what_is_no_mask(told, says: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        decode(told)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("told", [{"size": [1, 1]}, None, {"counts": 3}])
+def test_area_names_what_is_no_mask(told) -> None:
+    with pytest.raises(ValueError, match="counts of type"):
+        area(told)
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "size": st.lists(st.one_of(st.integers(-2, 40), st.floats(), st.text()), max_size=3),
+            "counts": st.one_of(st.text(alphabet=[chr(c) for c in range(40, 120)]), st.none()),
+        }
+    )
+)
+def test_decode_gives_a_mask_or_a_value_error(told) -> None:
+    try:
+        found = decode(told)
+    except ValueError:
+        return
+    assert found.shape == tuple(told["size"])
