@@ -9,8 +9,10 @@ tells a picture's size before it decodes one, and says when a file is cut off.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
 _FORMATS_TEXT = "JPEG, PNG, WebP, BMP or TIFF"
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF
 
 
 class UnsupportedImageError(ImageError):
@@ -46,6 +49,29 @@ def read_image(
     :raises ImageTooLargeError: over ``max_pixels``.
     :raises ImageError: no such file, empty, cut off or damaged.
     """
+    with _opened(source, max_pixels) as (image, name):
+        image.load()
+        return _to_rgb(_upright(image), name)
+
+
+def image_size(source: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) of what `read_image` gives, from the file's header alone.
+
+    :raises ImageError: as `read_image` raises it, of what a header tells.
+    """
+    with _opened(source, MAX_PIXELS) as (image, _):
+        try:
+            turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+        except Exception:  # as in _upright
+            turned = False
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+@contextlib.contextmanager
+def _opened(
+    source: bytes | str | os.PathLike[str], max_pixels: int
+) -> Iterator[tuple[Image.Image, str]]:
+    """An image whose header is read, and its name; what Pillow raises in there as our errors."""
     if isinstance(source, bytes):
         name = "The image"
         if not source:
@@ -54,10 +80,14 @@ def read_image(
     else:
         file = Path(source)
         name = f"The image {file}"
-        if not file.is_file():
-            found = "is not a file" if file.exists() else "does not exist"
-            raise ImageError(f"{name} {found}. Give the path of a {_FORMATS_TEXT} file.")
-        if file.stat().st_size == 0:
+        try:
+            if not file.is_file():
+                found = "is not a file" if file.exists() else "does not exist"
+                raise ImageError(f"{name} {found}. Give the path of a {_FORMATS_TEXT} file.")
+            empty = file.stat().st_size == 0
+        except OSError as error:  # such as a name that is too long
+            raise ImageError(f"{name} cannot be opened: {error.strerror}.") from None
+        if empty:
             raise ImageError(f"{name} is an empty file.")
     try:
         # Decoders of hostile data raise almost anything (struct.error, SyntaxError,
@@ -65,8 +95,7 @@ def read_image(
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise _too_large(name, f"{image.width} x {image.height} pixels", max_pixels)
-            image.load()
-            return _to_rgb(_upright(image), name)
+            yield image, name
     except (ImageError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
