@@ -13,9 +13,12 @@ from rich.table import Table
 from fdconv_deploy.commands.options import column_names, print_operators
 
 if TYPE_CHECKING:
+    from fdconv_deploy.benchmark.detection.annotations import Annotations
     from fdconv_deploy.benchmark.detection.average_precision import AveragePrecision
     from fdconv_deploy.benchmark.detection.evaluation import DetectionEvaluation
 
+# How many findings are named in the terminal.
+_NAMED, _ODD = 20, 5
 _ROWS = {
     "AP": "ap",
     "AP50": "ap50",
@@ -36,6 +39,33 @@ def coco_folders(
     if annotations is not None and images is not None:
         return annotations, images
     return find_coco(data) if data is not None else None
+
+
+def announce(checked: Annotations, console: Console) -> None:
+    """Name what is left out of the scores, and what is odd, before anything is run."""
+    for title, findings, most in (
+        ("left out", checked.left_out, _NAMED),
+        ("counted, but odd", checked.noted, _ODD),
+    ):
+        for finding in findings[:most]:
+            console.print(f"{title}: {finding}", markup=False, highlight=False, soft_wrap=True)
+        if len(findings) > most:
+            rest = f"{title}: {len(findings) - most} more, which --json lists."
+            console.print(rest, markup=False, highlight=False)
+
+
+def _closing(checked: Annotations) -> str | None:
+    from fdconv_deploy.benchmark.detection.annotations import counted
+
+    said = [
+        f"{title}: {', '.join(counted(findings))}"
+        for title, findings in (
+            ("Left out", checked.left_out),
+            ("Counted as COCO's code does it", checked.noted),
+        )
+        if findings
+    ]
+    return "; ".join(said) + "." if said else None
 
 
 def show(result: DetectionEvaluation, console: Console, quiet: bool) -> None:
@@ -70,6 +100,9 @@ def show(result: DetectionEvaluation, console: Console, quiet: bool) -> None:
     if len(sides) > 1:
         table.add_row("same objects as the first", *(f"{side.agreement:.4%}" for side in sides))
     console.print(table)
+    closing = _closing(result.checked)
+    if closing is not None:
+        console.print(closing, markup=False, highlight=False, soft_wrap=True)
     print_operators(console, [side.side for side in sides])
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fdconv_deploy.commands.detection_scores import coco_folders
+from fdconv_deploy.commands.detection_scores import announce, coco_folders
 from fdconv_deploy.commands.detection_scores import show as show_detection
 from fdconv_deploy.commands.options import (
     Config,
@@ -166,6 +166,8 @@ def _evaluate_detectors(
     from fdconv_deploy.benchmark.sides import open_detection_sides
 
     data = read_coco(*coco, limit)
+    if not quiet:
+        announce(data.checked, Console(stderr=True))
     with (
         open_detection_sides(
             paths,

@@ -48,6 +48,9 @@ def average_precision(
 ) -> AveragePrecision:
     """Score objects found against those annotated.
 
+    Of an annotation of which a box or a mask was left out, its place is a crowd in that score:
+    what is found there is neither right nor wrong.
+
     :param found: ``image_id``, ``category_id``, ``score``, and ``bbox`` [x, y, width, height]
         or ``segmentation`` (compressed run lengths) of each. Of a mask the area is the mask's.
     :param categories: the ids that count, in the order of ``classes``.
@@ -56,10 +59,16 @@ def average_precision(
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
-        truth = COCO()
-        truth.dataset = data.truth
-        truth.createIndex()
         field = "bbox" if kind == "bbox" else "segmentation"
+        ignored = data.checked.ignored[field]
+        truth = COCO()
+        # Copies, since pycocotools leaves marks on them.
+        objects = [
+            {**entry, "iscrowd": int(entry["id"] in ignored) or entry["iscrowd"]}
+            for entry in data.truth["annotations"]
+        ]
+        truth.dataset = {**data.truth, "annotations": objects}
+        truth.createIndex()
         rows = [
             {key: entry[key] for key in ("image_id", "category_id", "score", field)}
             for entry in found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import reprlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fdconv_deploy.benchmark.datasets import DatasetError
-from fdconv_deploy.runtime.decoding import read_image
-
-# What each entry of a list must have.
-_NEEDED = {
-    "images": ("id", "file_name", "height", "width"),
-    "categories": ("id", "name"),
-    "annotations": ("image_id", "category_id", "bbox", "area"),
-}
+from fdconv_deploy.benchmark.detection.annotations import Annotations, Image, read_annotations
+from fdconv_deploy.runtime.decoding import image_size, read_image
 
 
 @dataclass(frozen=True)
 class CocoSample:
-    """``image`` (H, W, 3) uint8 RGB, of the file ``name``; ``number`` is its id in the JSON."""
+    """``image`` (H, W, 3) uint8 RGB, of the file ``name``; ``number`` is pycocotools' id of it."""
 
     name: str
     number: int
@@ -35,13 +31,23 @@ class CocoSample:
 class CocoSet:
     """Annotated images. Make one with `read_coco`.
 
-    ``truth``: the JSON, of the images taken alone. ``has_masks``: every object has one.
+    Attributes:
+        annotations: the JSON file.
+        images: the folder of its images.
+        truth: its images, categories and objects, for pycocotools, all numbered from 1: ids of
+            a file may be text and numbers mixed, which pycocotools cannot sort.
+        checked: what was found in its annotations. Its objects are those of ``truth``.
     """
 
     annotations: Path
     images: Path
     truth: dict[str, Any]
-    has_masks: bool
+    checked: Annotations
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether there are masks to be scored."""
+        return self.checked.has_masks
 
     def __len__(self) -> int:
         return len(self.truth["images"])
@@ -50,17 +56,9 @@ class CocoSet:
         """Each image, decoded when its turn comes.
 
         :raises ImageError: it cannot be read.
-        :raises DatasetError: it is not of the size that the JSON says.
         """
         for entry in self.truth["images"]:
-            path = self.images / entry["file_name"]
-            image = read_image(path)
-            if image.shape[:2] != (entry["height"], entry["width"]):
-                raise DatasetError(
-                    f"The image {path} is {image.shape[0]}x{image.shape[1]} (height x width), and "
-                    f"{self.annotations} says {entry['height']}x{entry['width']}. Give the images "
-                    "that were annotated."
-                )
+            image = read_image(self.images / entry["file_name"])
             yield CocoSample(entry["file_name"], entry["id"], image)
 
     def category_ids(self, classes: Sequence[str]) -> list[int]:
@@ -69,6 +67,7 @@ class CocoSet:
         :raises DatasetError: the JSON has no category of some class's name.
         """
         known = {entry["name"]: entry["id"] for entry in self.truth["categories"]}
+        twice = Counter(entry["name"] for entry in self.truth["categories"])
         lacking = [name for name in classes if name not in known]
         if lacking:
             raise DatasetError(
@@ -76,6 +75,12 @@ class CocoSet:
                 f"{self.annotations} ({', '.join(list(known)[:6])}, …): {len(lacking)} of "
                 f"{len(classes)} classes are not. Give its own data set, or name the classes as "
                 "there when exporting."
+            )
+        several = [name for name in classes if twice[name] > 1]
+        if several:
+            raise DatasetError(
+                f"{self.annotations} has {twice[several[0]]} categories named {several[0]!r}, and "
+                "it cannot be told which is the network's. Give each category a name of its own."
             )
         return [known[name] for name in classes]
 
@@ -109,54 +114,122 @@ def read_coco(annotations: Path, images: Path, limit: int | None = None) -> Coco
 
     :param images: the folder that its file names are in.
     :param limit: take the first so many images alone.
-    :raises DatasetError: the file is not one of COCO's, or the folder is missing.
+    :raises DatasetError: the file is not one of COCO's, the folder is missing, an image is of
+        another size than the file says, or no annotation can be scored.
+    :raises ImageError: an image is missing, or none.
     """
     if not images.is_dir():
         raise DatasetError(f"A folder of images was expected, but {images} is none.")
     if not annotations.is_file():
         raise DatasetError(f"A file of annotations was expected, but {annotations} is none.")
     try:
-        told = json.loads(annotations.read_text(encoding="utf-8"))
+        # Windows' editors begin a file with a mark that JSON does not know.
+        told = json.loads(annotations.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"The annotations {annotations} are not JSON: {error}.") from error
-    _check(told, annotations)
-    taken = sorted(told["images"], key=lambda entry: entry["id"])[:limit]
-    numbers = {entry["id"] for entry in taken}
-    # Numbered anew from 1: to pycocotools an object of number 0 is none.
-    objects = [
-        {"iscrowd": 0, **entry, "id": number}
-        for number, entry in enumerate(
-            (e for e in told["annotations"] if e["image_id"] in numbers), 1
+    listed = {name: _entries(told, name, annotations) for name in ("images", "categories")}
+    categories = _categories(listed["categories"], annotations)
+    taken = _images(listed["images"], images, annotations, limit)
+    checked = read_annotations(
+        _list(told, "annotations", annotations),
+        taken,
+        {key: number for number, key in enumerate(categories, 1)},
+    )
+    scored = [image for image in taken.values() if image is not None]
+    if not checked.objects:
+        first = f" {checked.left_out[0]}" if checked.left_out else ""
+        raise DatasetError(
+            f"The annotations {annotations} hold no objects in {len(scored)} images that could be "
+            f"scored.{first}"
         )
-    ]
-    if not objects:
-        raise DatasetError(f"The annotations {annotations} hold no objects in {len(taken)} images.")
-    truth = {"images": taken, "annotations": objects, "categories": told["categories"]}
-    return CocoSet(annotations, images, truth, all(entry.get("segmentation") for entry in objects))
+    truth = {
+        "images": [
+            {"id": i.number, "file_name": i.name, "height": i.height, "width": i.width}
+            for i in scored
+        ],
+        "annotations": checked.objects,
+        "categories": [
+            {"id": number, "name": name} for number, name in enumerate(categories.values(), 1)
+        ],
+    }
+    return CocoSet(annotations, images, truth, checked)
 
 
-def _check(told: Any, path: Path) -> None:
-    for name, fields in _NEEDED.items():
-        entries = told.get(name) if isinstance(told, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+def _list(told: Any, name: str, path: Path) -> list[Any]:
+    entries = told.get(name) if isinstance(told, dict) else None
+    if not isinstance(entries, list):
+        raise DatasetError(
+            f"The annotations {path} have no list of {name}; expected an instances file of "
+            "COCO, with images, annotations and categories."
+        )
+    return entries
+
+
+def _entries(told: Any, name: str, path: Path) -> list[tuple[Any, dict[str, Any]]]:
+    """The entries of images or categories with their ids, in the ids' order."""
+    found = []
+    text = "file_name" if name == "images" else "name"
+    for place, entry in enumerate(_list(told, name, path)):
+        which = f"The annotations {path}: number {place} of {name}"
+        if not isinstance(entry, dict):
+            raise DatasetError(f"{which} is {reprlib.repr(entry)}; expected {{'id': …}}.")
+        for field in ("id", text):
+            if field not in entry:
+                raise DatasetError(f"{which} has no {field!r}.")
+        key = entry["id"]
+        if not isinstance(key, str | int | float) or key != key:
             raise DatasetError(
-                f"The annotations {path} have no list of {name}; expected an instances file of "
-                "COCO, with images, annotations and categories."
+                f"{which} has the id {reprlib.repr(key)}; expected a number (or a text)."
             )
-        for number, entry in enumerate(entries):
-            lacking = [field for field in fields if field not in entry]
-            if lacking:
-                raise DatasetError(
-                    f"The annotations {path}: number {number} of {name} has no {lacking[0]!r}."
-                )
-    for number, entry in enumerate(told["annotations"]):
-        box = entry["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
+        if not isinstance(entry[text], str):
             raise DatasetError(
-                f"The annotations {path}: number {number} has the bbox {box!r}, where [x, y, "
-                "width, height] was expected."
+                f"{which} has the {text} {reprlib.repr(entry[text])}; expected a text."
             )
+        found.append((key, entry))
+    # In pycocotools' order, by which it settles equal scores: numbers and then texts.
+    found.sort(key=lambda pair: (isinstance(pair[0], str), pair[0]))
+    return found
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _categories(entries: list[tuple[Any, dict[str, Any]]], path: Path) -> dict[Any, str]:
+    """Names by id."""
+    found: dict[Any, str] = {}
+    for key, entry in entries:
+        if found.setdefault(key, entry["name"]) != entry["name"]:
+            raise DatasetError(
+                f"The annotations {path} have two categories of the id {key!r}: {found[key]!r} and "
+                f"{entry['name']!r}. Give each an id of its own."
+            )
+    return found
+
+
+def _images(
+    entries: list[tuple[Any, dict[str, Any]]], folder: Path, path: Path, limit: int | None
+) -> dict[Any, Image | None]:
+    """Images by id, checked against their files; None for those beyond the limit."""
+    found: dict[Any, Image | None] = {}
+    names: dict[Any, str] = {}
+    for key, entry in entries:
+        name = entry["file_name"]
+        if names.setdefault(key, name) != name:
+            raise DatasetError(
+                f"The annotations {path} have two images of the id {key!r}: {names[key]} and "
+                f"{name}. Give each an id of its own."
+            )
+        if key in found:
+            continue
+        if limit is not None and len(found) >= limit:
+            found[key] = None
+            continue
+        if "\\" in name and not (folder / name).is_file():
+            name = name.replace("\\", "/")  # written on Windows
+        height, width = image_size(folder / name)
+        # Not every exporter says how large an image is, and the files tell it.
+        told = entry.get("height", height), entry.get("width", width)
+        if told != (height, width):
+            raise DatasetError(
+                f"The image {folder / name} is {height}x{width} (height x width), and {path} says "
+                f"{'x'.join(map(reprlib.repr, told))}. Give the images that were annotated."
+            )
+        found[key] = Image(len(found) + 1, name, height, width)
+    return found

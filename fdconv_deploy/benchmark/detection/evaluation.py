@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fdconv_deploy.benchmark.detection.annotations import Annotations
 from fdconv_deploy.benchmark.detection.average_precision import (
     AveragePrecision,
     average_precision,
@@ -52,16 +53,27 @@ class DetectionResult(Timed[Detection]):
 
 @dataclass(frozen=True)
 class DetectionEvaluation:
-    """All sides on the same images. ``objects``: annotated in them."""
+    """All sides on the same images.
+
+    Attributes:
+        objects: annotated in them.
+        checked: what of the annotations does not count, or counts and is odd.
+    """
 
     results: tuple[DetectionResult, ...]
     images: int
     objects: int
+    checked: Annotations
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        sides = [result.as_dict() for result in self.results]
-        return {"images": self.images, "objects": self.objects, "sides": sides}
+        return {
+            "images": self.images,
+            "objects": self.objects,
+            "left_out": [vars(finding) for finding in self.checked.left_out],
+            "noted": [vars(finding) for finding in self.checked.noted],
+            "sides": [result.as_dict() for result in self.results],
+        }
 
 
 def bundle_side(session: Session) -> Side[Detection]:
@@ -115,7 +127,7 @@ def evaluate_detectors(
         )
         for index in range(len(sides))
     )
-    return DetectionEvaluation(results, len(data), len(data.truth["annotations"]))
+    return DetectionEvaluation(results, len(data), len(data.truth["annotations"]), data.checked)
 
 
 def coco_results(
