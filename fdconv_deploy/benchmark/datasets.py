@@ -8,8 +8,8 @@ subfolder of the masks' folder as the image of the images' folder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
@@ -17,9 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fdconv_deploy.benchmark.labels import LabelRule, cityscapes_classes
+from fdconv_deploy.benchmark.labels import (
+    CITYSCAPES,
+    CITYSCAPES_LABEL_IDS,
+    LabelRule,
+    ade20k_names,
+)
 from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.runtime.decoding import SUFFIXES, read_image
+from fdconv_deploy.runtime.decoding import FORMATS, SUFFIXES, image_size, read_image
 
 _CITY_IMAGE, _CITY_TRAIN, _CITY_IDS = (
     "_leftImg8bit", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
@@ -29,6 +34,10 @@ _LAYOUTS = {
     "ADE20K": ("images/validation", "annotations/validation"),
     "Cityscapes": ("leftImg8bit/val", "gtFine/val"),
 }
+
+
+# How many of the numbers that are no classes a message names.
+_NAMED = 8
 
 
 class DatasetError(FDConvError):
@@ -51,6 +60,20 @@ class Sample:
     name: str
     image: NDArray[np.uint8]
     truth: NDArray[np.int64]
+
+
+@dataclass
+class Numbers:
+    """A number that masks hold: in how many pixels and masks, and one of the latter.
+
+    ``rule``: what makes a class of it.
+    """
+
+    number: int
+    rule: LabelRule
+    first: Path
+    pixels: int = 0
+    masks: int = 0
 
 
 class Samples(Sequence[Sample]):
@@ -79,20 +102,68 @@ class Samples(Sequence[Sample]):
             return Samples(self.pairs[index], self.rule)
         pair = self.pairs[index]
         image, raw = read_image(pair.image), read_mask(pair.mask)
-        if raw.shape != image.shape[:2]:
-            found, expected = (f"{h}x{w}" for h, w in (raw.shape, image.shape[:2]))
-            raise DatasetError(
-                f"The mask {pair.mask} is {found} (height x width), its image {pair.image} "
-                f"{expected}. Scores are taken at the image's own size: give masks of that size."
-            )
+        _check_sizes(pair, raw.shape, image.shape[:2])
         try:
-            # A label map is of the numbers in the file, whatever their names say.
-            if pair.city_ids and self.rule.label_map is None:
-                raw = cityscapes_classes(raw)
-            truth = self.rule.apply(raw)
+            truth = self.rule_of(pair).apply(raw)
         except ValueError as error:
             raise DatasetError(f"The mask {pair.mask} {error}") from None
         return Sample(pair.image.name, image, truth)
+
+    def rule_of(self, pair: Pair) -> LabelRule:
+        """The rule for a pair's mask: a label map is of the file's numbers, whatever its name."""
+        if pair.city_ids and self.rule.label_map is None:
+            return replace(self.rule, label_map=CITYSCAPES_LABEL_IDS)
+        return self.rule
+
+    def numbers(self, progress: Callable[[int], None] = lambda _: None) -> list[Numbers]:
+        """What the masks hold, all of them read; of images, the size alone.
+
+        :param progress: called with the number of masks done after each.
+        :raises DatasetError: a mask cannot be read, or is not of its image's size.
+        :raises ImageError: an image is missing, or none.
+        """
+        found: dict[tuple[bool, int], Numbers] = {}
+        for done, pair in enumerate(self.pairs, 1):
+            raw = read_mask(pair.mask)
+            _check_sizes(pair, raw.shape, image_size(pair.image))
+            counts = np.bincount(raw.ravel())
+            for number in np.flatnonzero(counts).tolist():
+                known = found.setdefault(
+                    (pair.city_ids, number), Numbers(number, self.rule_of(pair), pair.mask)
+                )
+                known.pixels += int(counts[number])
+                known.masks += 1
+            progress(done)
+        return sorted(found.values(), key=lambda known: known.number)
+
+    def check(self, numbers: Sequence[Numbers]) -> None:
+        """Refuse masks that hold what is no class, before anything is run.
+
+        :raises DatasetError: they do. All such numbers are named.
+        """
+        wrong = [one for one in numbers if one.rule.class_of(one.number) is None]
+        if not wrong:
+            return
+        named = [
+            f"{one.number} ({one.pixels:,} pixels in {one.masks} of {len(self)} masks, such as "
+            f"{one.first})"
+            for one in wrong[:_NAMED]
+        ]
+        more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+        expected = wrong[0].rule.expected({one.number for one in wrong})
+        raise DatasetError(
+            f"The masks hold numbers that are no classes: {', '.join(named)}{more}; {expected}"
+        )
+
+
+def binary_map(numbers: Sequence[Numbers], classes: int) -> dict[int, int] | None:
+    """A label map for masks of two classes that are saved as black and white, 0 and 255.
+
+    None where they are not: some hold another number, or none holds 255, or the network has
+    not two classes.
+    """
+    held = {one.number for one in numbers}
+    return {0: 0, 255: 1} if classes == 2 and 255 in held <= {0, 255} else None
 
 
 def layout_of(root: Path) -> tuple[Path, Path]:
@@ -141,16 +212,40 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
     return pairs
 
 
+def names_of(root: Path) -> tuple[str, Sequence[Sequence[str]]] | None:
+    """A data set's name and its classes' names, each by all that it goes by.
+
+    :param root: as `layout_of` takes it.
+    :returns: None where the data set's folder does not tell, as many that are laid out like
+        ADE20K do not.
+    """
+    if (root / _LAYOUTS["Cityscapes"][0]).is_dir():
+        return "Cityscapes", CITYSCAPES
+    table = ade20k_names(root)
+    return None if table is None else ("ADE20K", table)
+
+
+def _check_sizes(pair: Pair, mask: tuple[int, ...], image: tuple[int, ...]) -> None:
+    if mask != image:
+        found, expected = (f"{h}x{w}" for h, w in (mask, image))
+        raise DatasetError(
+            f"The mask {pair.mask} is {found} (height x width), its image {pair.image} "
+            f"{expected}. Scores are taken at the image's own size: give masks of that size."
+        )
+
+
 def read_mask(path: Path) -> NDArray[np.int64]:
     """A mask's numbers, (H, W) int64: gray levels of 8 or 16 bits, or indices of a palette.
 
     :raises DatasetError: it cannot be read, or has colours in place of numbers.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             opened.load()
             mode, pixels = opened.mode, np.asarray(opened)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise anything on damaged files, as in read_image
         raise DatasetError(f"The mask {path} cannot be read: {error}.") from error
     if pixels.ndim != 2 or mode == "F":
         raise DatasetError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,23 @@ from fdconv_deploy.errors import FDConvError
 UNCOUNTED = -1
 IGNORE_INDEX = 255
 
-# Cityscapes' 19 evaluated classes, in the order of their train ids, by their label ids.
-_CITY_TRAINED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+# Cityscapes' 19 evaluated classes, in the order of their train ids: label id and name.
+_CITY_TRAINED = {
+    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole",
+    19: "traffic light", 20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky",
+    24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train",
+    32: "motorcycle", 33: "bicycle",
+}  # fmt: skip
 _CITY_LABELS = range(34)
+
+CITYSCAPES = tuple((name,) for name in _CITY_TRAINED.values())
+"""The names of Cityscapes' classes, as `class_order` takes them."""
+
+CITYSCAPES_LABEL_IDS = {
+    **dict.fromkeys((*_CITY_LABELS, IGNORE_INDEX), UNCOUNTED),
+    **{label: train for train, label in enumerate(_CITY_TRAINED)},
+}
+"""Cityscapes' label ids (``…_gtFine_labelIds.png``) to its 19 classes: a label map."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +44,33 @@ class LabelRule:
         label_map: a mask's number -> class; when given, every number must be in it.
         reduce_zero_label: 0 is not counted, and every other number stands for the class one
             below it (mmsegmentation's option of this name; ADE20K needs it).
-        ignore: a number that is not counted, in masks and in what the label map gives.
+        ignore: a class that is not counted, which no class is by default: mmsegmentation's
+            ``ignore_index``. 255 stays 255 when numbers are reduced.
+        order: the network's class for each of the data set's, where they are ordered otherwise.
     """
 
     classes: int
     label_map: Mapping[int, int] | None = None
     reduce_zero_label: bool = False
     ignore: int = IGNORE_INDEX
+    order: tuple[int, ...] | None = None
+
+    def class_of(self, number: int) -> int | None:
+        """The class that a mask's number stands for, or `UNCOUNTED`; None if for no class."""
+        if self.label_map is not None:
+            if number not in self.label_map:
+                return UNCOUNTED if number == self.ignore else None
+            number = self.label_map[number]
+        if self.reduce_zero_label and number != UNCOUNTED:
+            # No class is as high: it was put there to be ignored.
+            if number == 0 or (number == self.ignore and number > self.classes):
+                return UNCOUNTED
+            number -= 1
+        if number in (self.ignore, UNCOUNTED):
+            return UNCOUNTED
+        if not 0 <= number < self.classes:
+            return None
+        return number if self.order is None else self.order[number]
 
     def apply(self, raw: NDArray[np.int64]) -> NDArray[np.int64]:
         """(H, W) int64 numbers -> (H, W) int64 classes, and `UNCOUNTED` where none counts.
@@ -49,51 +83,93 @@ class LabelRule:
         table = np.full(int(raw.max()) - lowest + 1, UNCOUNTED, np.int64)
         for offset in np.flatnonzero(np.bincount(raw.ravel() - lowest)):
             number = lowest + int(offset)
-            found = self._class_of(number)
-            if not UNCOUNTED <= found < self.classes:
-                raise ValueError(self._complaint(raw, number))
+            found = self.class_of(number)
+            if found is None:
+                pixels = int((raw == number).sum())
+                raise ValueError(
+                    f"has {pixels} pixels of label {number}; {self.expected({number})}"
+                )
             table[offset] = found
         return table[raw - lowest]
 
-    def _class_of(self, number: int) -> int:
-        if number in (self.ignore, UNCOUNTED):
-            return UNCOUNTED
-        if self.label_map is not None:
-            if number not in self.label_map:
-                raise ValueError(
-                    f"names label {number}, which the label map does not have. Add it, with null "
-                    "if its pixels are not to be counted."
-                )
-            number = self.label_map[number]
-            if number in (self.ignore, UNCOUNTED):
-                return UNCOUNTED
-        return number - 1 if self.reduce_zero_label else number
-
-    def _complaint(self, raw: NDArray[np.int64], number: int) -> str:
-        pixels = int((raw == number).sum())
+    def expected(self, wrong: Set[int]) -> str:
+        """A sentence on what masks may hold, for those that hold ``wrong`` numbers."""
+        if self.label_map is CITYSCAPES_LABEL_IDS:
+            return (
+                f"Cityscapes' label ids go from 0 to {_CITY_LABELS[-1]}. Give its masks as "
+                "unpacked, or a --label-map."
+            )
+        if self.label_map is not None and not wrong <= set(self.label_map):
+            return (
+                "not every number is in the label map. Add it, with null if its pixels are not "
+                "to be counted."
+            )
         said = (
-            f"has {pixels} pixels of label {number}; the network has classes 0 to "
-            f"{self.classes - 1}, and {self.ignore} stands for pixels that are not counted."
+            f"the network has classes 0 to {self.classes - 1}, and {self.ignore} stands for "
+            "pixels that are not counted."
         )
-        if self.label_map is None and not self.reduce_zero_label and number == self.classes:
+        if self.label_map is None and not self.reduce_zero_label and wrong == {self.classes}:
             return f"{said} If 0 stands for none of the classes (ADE20K), say --reduce-zero-label."
         return f"{said} Give the masks of this network's data set, or a --label-map."
 
 
-def cityscapes_classes(raw: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Cityscapes' label ids (``…_gtFine_labelIds.png``) -> its 19 classes, or `UNCOUNTED`.
+def class_order(
+    classes: Sequence[str], table: Sequence[Sequence[str]], data_set: str
+) -> tuple[int, ...] | None:
+    """A network's class for each of a data set's, by name; None where they stand alike.
 
-    :raises ValueError: a number is no label id of Cityscapes; see `LabelRule.apply`.
+    :param classes: the network's class names. Where a checkpoint gave none, they are numbers
+        ("class 0"), which say nothing against the data set's order.
+    :param table: of each of the data set's classes, the names it goes by.
+    :param data_set: its name, for the message.
+    :raises FDConvError: a class of one is none of the other's. The message says which.
     """
-    known = (raw >= UNCOUNTED) & ((raw < len(_CITY_LABELS)) | (raw == IGNORE_INDEX))
-    if not known.all():
-        raise ValueError(
-            f"names label {int(raw[~known].max())}, and Cityscapes' label ids go from 0 to "
-            f"{_CITY_LABELS[-1]}. Give its masks as unpacked, or a --label-map."
+    unnamed = tuple(f"class {number}" for number in range(len(classes)))
+    if tuple(classes) == unnamed and len(classes) == len(table):
+        return None
+    place = {_plain(name): index for index, name in enumerate(classes)}
+    # By their first names, and by ADE20K's synonyms ("screen" is one of three) where those lack.
+    found = [place.get(_plain(names[0])) for names in table]
+    for index, names in enumerate(table):
+        if found[index] is None:
+            others = (place.get(_plain(name)) for name in names[1:])
+            found[index] = next((n for n in others if n is not None and n not in found), None)
+    lacking = [table[index][0] for index, where in enumerate(found) if where is None]
+    extra = [name for index, name in enumerate(classes) if index not in found]
+    if lacking or extra:
+        sides = (
+            (f"the network has {_listed(extra)}", extra),
+            (f"{data_set} has {_listed(lacking)}", lacking),
         )
-    table = np.full(IGNORE_INDEX + 1, UNCOUNTED, np.int64)
-    table[list(_CITY_TRAINED)] = np.arange(len(_CITY_TRAINED))
-    return table[raw]
+        raise FDConvError(
+            f"The network's classes are not those of {data_set}: only "
+            f"{' and only '.join(said for said, names in sides if names)}."
+        )
+    order = tuple(where for where in found if where is not None)
+    return None if order == tuple(range(len(order))) else order
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.lower().split())
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = [f"{len(names) - 5} more"] if len(names) > 5 else []
+    return ", ".join([repr(name) for name in names[:5]] + more)
+
+
+def ade20k_names(root: Path) -> list[list[str]] | None:
+    """The names of ADE20K's classes out of its own table, ``objectInfo150.txt``.
+
+    None where it lacks, or is not one: other data sets are laid out like this one.
+    """
+    file = root / "objectInfo150.txt"
+    if not file.is_file():
+        return None
+    rows = [line.split("\t") for line in file.read_text("utf-8", "replace").splitlines()]
+    if not rows or rows[0][-1] != "Name":
+        return None
+    return [[name.strip() for name in row[-1].split(",")] for row in rows[1:]]
 
 
 def read_label_map(path: Path, classes: Sequence[str]) -> dict[int, int]:
@@ -106,15 +182,17 @@ def read_label_map(path: Path, classes: Sequence[str]) -> dict[int, int]:
     :raises FDConvError: the file is no such object.
     """
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        told = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise FDConvError(f"The label map {path} is not JSON: {error}.") from error
     if not isinstance(told, dict):
         raise FDConvError(f'The label map {path} is not a JSON object such as {{"7": "road"}}.')
     result = {}
     for key, value in told.items():
-        if not key.isdecimal():
-            raise FDConvError(f"The label map {path}: {key!r} is not a number that masks hold.")
+        if not key.isdecimal() or len(key) > 9:
+            raise FDConvError(
+                f"The label map {path}: {key[:40]!r} is not a number that masks hold."
+            )
         if value is None:
             result[int(key)] = UNCOUNTED
         elif isinstance(value, str):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -22,8 +24,10 @@ from fdconv_deploy.commands.options import (
     parse_settings,
     print_operators,
 )
+from fdconv_deploy.errors import FDConvError
 
 if TYPE_CHECKING:
+    from fdconv_deploy.benchmark.datasets import Pair, Samples
     from fdconv_deploy.benchmark.evaluation import Evaluation
     from fdconv_deploy.runtime.manifest import Fit
     from fdconv_deploy.runtime.session import Mode
@@ -60,8 +64,13 @@ def evaluate(
         typer.Option(help="JSON object: a mask's number -> class number or name, or null."),
     ] = None,
     ignore_index: Annotated[
-        int, typer.Option(min=0, help="Pixels of this number in a mask are not counted.")
-    ] = 255,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Pixels of this class are not counted. [default: 255]",
+            show_default=False,
+        ),
+    ] = None,
     mode: Annotated[
         str | None,
         typer.Option(metavar="whole|slide", help="If not as the network was tested."),
@@ -83,9 +92,8 @@ def evaluate(
 
     A detector: box and mask AP, by COCO's own code, on objects annotated as COCO's are.
     """
-    from fdconv_deploy.benchmark.datasets import Samples, find_pairs, layout_of
+    from fdconv_deploy.benchmark.datasets import find_pairs, layout_of
     from fdconv_deploy.benchmark.evaluation import evaluate as run
-    from fdconv_deploy.benchmark.labels import LabelRule, read_label_map
     from fdconv_deploy.benchmark.sides import open_sides
 
     for name, value, known in (
@@ -125,26 +133,95 @@ def evaluate(
     assert images is not None
     assert masks is not None
     pairs = find_pairs(images, masks)[:limit]
-    with open_sides(
-        [network, *(against or [])],
-        mode=cast("Mode | None", mode),
-        fit=cast("Fit | None", fit),
-        backend=backend,
-        threads=threads,
-        config=config,
-        overrides=parse_settings(settings),
-    ) as sides:
-        classes = sides[0].classes
-        mapping = read_label_map(label_map, classes) if label_map else None
-        samples = Samples(pairs, LabelRule(len(classes), mapping, reduce_zero_label, ignore_index))
-        with _progress(hidden=quiet or as_json) as bar:
-            task = bar.add_task("images", total=len(pairs))
-            result = run(sides, samples, progress=lambda done: bar.update(task, completed=done))
+    with (
+        open_sides(
+            [network, *(against or [])],
+            mode=cast("Mode | None", mode),
+            fit=cast("Fit | None", fit),
+            backend=backend,
+            threads=threads,
+            config=config,
+            overrides=parse_settings(settings),
+        ) as sides,
+        _progress(hidden=quiet or as_json) as bar,
+    ):
+        samples, notes = _labelled(
+            pairs,
+            sides[0].classes,
+            data,
+            label_map,
+            reduce_zero_label,
+            ignore_index,
+            _counting(bar, "masks", len(pairs)),
+        )
+        if not quiet:
+            for note in notes:
+                bar.console.print(note, markup=False, highlight=False, soft_wrap=True)
+        result = run(sides, samples, progress=_counting(bar, "images", len(pairs)))
     if as_json:
-        where = {"images_from": str(images), "masks_from": str(masks)}
+        where = {"images_from": str(images), "masks_from": str(masks), "notes": notes}
         print(json.dumps({**where, **result.as_dict()}, indent=2))
     else:
         _show(result, Console(), quiet)
+
+
+def _labelled(
+    pairs: list[Pair],
+    classes: tuple[str, ...],
+    data: Path | None,
+    label_map: Path | None,
+    reduce_zero_label: bool,
+    ignore_index: int | None,
+    progress: Callable[[int], None],
+) -> tuple[Samples, list[str]]:
+    """The samples, once every mask has been read, and what there is to say about their labels."""
+    from fdconv_deploy.benchmark.datasets import Samples, binary_map, names_of
+    from fdconv_deploy.benchmark.labels import (
+        CITYSCAPES,
+        IGNORE_INDEX,
+        LabelRule,
+        class_order,
+        read_label_map,
+    )
+
+    mapping = read_label_map(label_map, classes) if label_map else None
+    order, notes = None, []
+    if mapping is None:
+        ids = any(pair.city_ids for pair in pairs)
+        table = ("Cityscapes", CITYSCAPES) if ids else names_of(data) if data else None
+        try:
+            order = class_order(classes, table[1], table[0]) if table else None
+        except FDConvError as error:
+            if ids:
+                raise FDConvError(
+                    f"{error} The masks hold Cityscapes' label ids: say by a --label-map what "
+                    "they stand for."
+                ) from None
+            notes.append(f"{error} The masks' numbers are taken for the network's classes.")
+        if table and order:
+            notes.append(
+                f"The network has {table[0]}'s classes in another order: they are matched by name."
+            )
+    rule = LabelRule(
+        len(classes),
+        mapping,
+        reduce_zero_label,
+        IGNORE_INDEX if ignore_index is None else ignore_index,
+        order,
+    )
+    samples = Samples(pairs, rule)
+    numbers = samples.numbers(progress)
+    if mapping is None and ignore_index is None and not reduce_zero_label:
+        black_and_white = binary_map(numbers, len(classes))
+        if black_and_white:
+            notes.append(
+                "The masks hold 0 and 255 alone, black and white: they are taken for the classes "
+                f"{classes[0]!r} and {classes[1]!r}. Say --ignore-index 255 if 255 is to be "
+                "ignored."
+            )
+            return Samples(pairs, replace(rule, label_map=black_and_white)), notes
+    samples.check(numbers)
+    return samples, notes
 
 
 def _evaluate_detectors(
@@ -178,10 +255,7 @@ def _evaluate_detectors(
         ) as sides,
         _progress(hidden=quiet or as_json) as bar,
     ):
-        task = bar.add_task("images", total=len(data))
-        result = evaluate_detectors(
-            sides, data, progress=lambda done: bar.update(task, completed=done)
-        )
+        result = evaluate_detectors(sides, data, progress=_counting(bar, "images", len(data)))
     if as_json:
         where = {"annotations_from": str(coco[0]), "images_from": str(coco[1])}
         print(json.dumps({**where, **result.as_dict()}, indent=2))
@@ -207,6 +281,11 @@ def _progress(*, hidden: bool) -> Progress:
         disable=hidden,
         transient=True,
     )
+
+
+def _counting(bar: Progress, what: str, total: int) -> Callable[[int], None]:
+    task = bar.add_task(what, total=total)
+    return lambda done: bar.update(task, completed=done)
 
 
 def _show(result: Evaluation, console: Console, quiet: bool) -> None:

@@ -26,6 +26,8 @@ def scored(monkeypatch, capfd, *arguments: object) -> dict:
 
 
 def test_every_layout_gives_the_same_scores(streets, tmp_path, scenes, monkeypatch, capfd):
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps({str(label): n for n, label in enumerate(layouts.LABEL_IDS)}))
     reports = [
         scored(monkeypatch, capfd, streets, "--images", scenes, "--masks", scenes),
         scored(
@@ -33,11 +35,16 @@ def test_every_layout_gives_the_same_scores(streets, tmp_path, scenes, monkeypat
             "--reduce-zero-label",
         ),
         *(
-            scored(monkeypatch, capfd, streets, "--data", layouts.cityscapes(tmp_path / kind, kind))
-            for kind in ("labelTrainIds", "labelIds")
+            scored(
+                monkeypatch, capfd, streets, *more,
+                "--data", layouts.cityscapes(tmp_path / kind, kind),
+            )
+            for kind, more in (("labelTrainIds", ()), ("labelIds", ("--label-map", ids)))
         ),
     ]  # fmt: skip
     sides = [report["sides"][0] for report in reports]
+    assert [len(report["notes"]) for report in reports] == [0, 0, 1, 0]
+    assert "The network's classes are not those of Cityscapes" in reports[2]["notes"][0]
     assert all(" operators, since " in side["operators"] for side in sides)
     assert all(report["images"] == 16 for report in reports)
     for side in sides:
