@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.checkpoints.config_values import ImportedName, Unreadable, evaluate
+from fdconv_deploy.checkpoints.config_values import ImportedName, Unreadable, bounded, evaluate
 from fdconv_deploy.errors import CheckpointError
 
 MAX_BYTES = 4 << 20
@@ -45,7 +45,7 @@ def config_of(meta: Mapping[str, Any]) -> Config | None:
     for name in ("cfg", "config"):
         value = meta.get(name)
         if isinstance(value, dict):
-            return Config(dict(value))
+            return _given(value, f"meta[{name!r}]")
         if isinstance(value, str) and value.strip():
             return parse_config(value, name=f"meta[{name!r}]")
     return None
@@ -105,7 +105,13 @@ def _json(text: str, name: str) -> Config:
         raise CheckpointError(f"{name} is not valid JSON: {str(error)[:100]}.") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{name} is not a config: expected a JSON object {{…}} at the top.")
-    return Config(values)
+    return _given(values, name)
+
+
+def _given(values: dict[str, Any], name: str) -> Config:
+    """A config whose values are there already."""
+    values = bounded(values)
+    return Config(values, tuple(_unreadable(values, name)))
 
 
 def _statements(text: str, reader: _Reader) -> list[ast.stmt]:
@@ -229,9 +235,8 @@ def _unreadable(values: dict[str, Any], name: str) -> list[str]:
         path, value = ahead.pop()
         if isinstance(value, Unreadable):
             if path != "_base_":
-                notes.append(
-                    f"{name}, line {value.line}: {path} could not be read: {value.reason}."
-                )
+                where = f"{name}, line {value.line}" if value.line else name
+                notes.append(f"{where}: {path} could not be read: {value.reason}.")
         elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             pairs = list(value.items() if isinstance(value, dict) else enumerate(value))

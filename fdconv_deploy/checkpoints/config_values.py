@@ -11,6 +11,7 @@ from typing import Any
 MAX_DEPTH = 60
 MAX_ITEMS = 100_000
 MAX_NUMBER = 2**63
+_GIANT = "a number of more than 64 bits"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,46 @@ _UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
 _CALLS: dict[str, Callable[..., Any]] = {"list": list, "tuple": tuple, "int": int, "float": float}
 
 
+def bounded(value: Any) -> Any:
+    """A config's values that were not read from its text, with giant integers `Unreadable`.
+
+    No setting needs more than 64 bits, and Python does not even print what has 4300 digits.
+
+    Args:
+        value: dicts, lists and tuples, which are copied, and whatever is in them, which is not.
+    """
+    return _bounded(value, {}, 0)
+
+
+def _bounded(value: Any, known: dict[int, Any], depth: int) -> Any:
+    if _is_giant(value):
+        return Unreadable(_GIANT, 0)
+    if not isinstance(value, (dict, list, tuple)):
+        return value
+    if id(value) in known:  # shared parts stay shared, and may hold themselves
+        return known[id(value)]
+    if depth > MAX_DEPTH:
+        return Unreadable(f"nested deeper than {MAX_DEPTH} levels", 0)
+    if isinstance(value, dict):
+        copy: Any = known.setdefault(id(value), {})
+        copy.update(
+            (key, _bounded(item, known, depth + 1))
+            for key, item in value.items()
+            if not _is_giant(key)
+        )
+        return copy
+    if isinstance(value, list):
+        copy = known.setdefault(id(value), [])
+        copy.extend(_bounded(item, known, depth + 1) for item in value)
+        return copy
+    known[id(value)] = tuple(_bounded(item, known, depth + 1) for item in value)
+    return known[id(value)]
+
+
+def _is_giant(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) > MAX_NUMBER
+
+
 def evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
     """The value of an expression; :class:`Unreadable` where it needs code to be run.
 
@@ -85,6 +126,8 @@ def _strict(node: ast.expr, names: dict[str, Any], depth: int) -> Any:
         case ast.Constant(value=value):
             if isinstance(value, str) and "{{" in value:
                 raise _NotReadableError("a {{…}} reference to another file", node)
+            if _is_giant(value):
+                raise _NotReadableError(_GIANT, node)
             return value
         case ast.Name(id=name):
             if name in names:
@@ -107,7 +150,10 @@ def _strict(node: ast.expr, names: dict[str, Any], depth: int) -> Any:
             ]
             return start | _pairs(given, names, depth, needed)
         case ast.Call(func=ast.Name(id=name), args=[arg], keywords=[]) if name in _CALLS:
-            return _CALLS[name](needed(arg))
+            made = _CALLS[name](needed(arg))
+            if _is_giant(made):
+                raise _NotReadableError(_GIANT, node)
+            return made
         case ast.Call(func=func):
             raise _NotReadableError(f"a call of {ast.unparse(func)[:60]}", node)
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
@@ -178,7 +224,7 @@ def _arithmetic(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> 
         raise ValueError("a power out of bounds")
     result = operation(left, right)
     if isinstance(result, (int, float)) and abs(result) > MAX_NUMBER:
-        raise ValueError("a number of more than 64 bits")
+        raise ValueError(_GIANT)
     if isinstance(result, complex):
         raise ValueError("a complex number")
     return result

@@ -66,7 +66,7 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
             raise typer.BadParameter(f"{setting!r} is not FIELD=VALUE, e.g. backbone.style=caffe.")
         try:
             result[field] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # ValueError: also a number of too many digits
             result[field] = value
     return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -167,6 +168,10 @@ def test_imported_classes_are_types_and_nothing_else() -> None:
         "\x00 = 1",
         "x = (" * 200,
         '{"a": ' * 100000,
+        "x = a" + ".a" * 20000 + "()",
+        "x = a" + "()" * 20000,
+        "x = 1" + "+1" * 20000,
+        "x = 0x" + "f" * 100000 + "\ny = x * x\nz = f(x)",
     ],
 )
 def test_hostile_texts_end_quickly(text: str) -> None:
@@ -176,6 +181,63 @@ def test_hostile_texts_end_quickly(text: str) -> None:
     except CheckpointError as error:
         assert "JSON" in str(error)  # noqa: PT017 - either outcome is right
     assert time.monotonic() - began < 5
+
+
+GIANT = 10**5000
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        hex(GIANT),
+        "-" + hex(GIANT),
+        f"[1, {oct(GIANT)}]",
+        "int('" + "9" * 4000 + "')",
+        "9" * 4000,
+        f"2 * {1 << 63}",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_giant_integers_are_named_and_not_read(number: str) -> None:
+    config = parse_config(f"depth = {number}\nmodel = dict(width=0)\nmodel['width'] = {number}")
+    assert len(config.notes) == 2
+    assert "line 1: depth" in config.notes[0]
+    assert "line 3: model.width" in config.notes[1]
+    for note in config.notes:
+        assert "could not be read" in note
+        assert note.endswith("a number of more than 64 bits.")
+    assert 0 not in config.values.values()
+
+
+def test_giant_integers_of_other_sources_are_named_as_well() -> None:
+    config = parse_config('{"model": {"depth": ' + "9" * 4000 + "}}", name="a.json")
+    assert config.notes == (
+        "a.json: model.depth could not be read: a number of more than 64 bits.",
+    )
+    shared = [GIANT, (1, -GIANT)]
+    given: dict[Any, Any] = {"a": shared, "b": {"c": shared, GIANT: 1, "d": True}}
+    given["itself"] = given
+    config = config_of({"cfg": given})
+    assert config is not None
+    assert config.notes == (
+        "meta['cfg']: a.0 could not be read: a number of more than 64 bits.",
+        "meta['cfg']: a.1.1 could not be read: a number of more than 64 bits.",
+    )
+    assert config.values["b"]["d"] is True
+    assert config.values["itself"] is config.values
+    assert given["a"] == [GIANT, (1, -GIANT)]  # what was given stays as it is
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        parse_config('{"model": ' + "9" * 5000 + "}")
+
+
+def test_values_nested_without_end_are_cut_off() -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    config = config_of({"cfg": {"a": deep, "b": 3}})
+    assert config is not None
+    assert config.values["b"] == 3
+    assert "nested deeper than 60 levels" in config.notes[0]
 
 
 @given(st.text(max_size=300))
