@@ -88,9 +88,7 @@ def case(
         "reduce_zero_label": reduce_zero_label,
         "ignore_index": ignore_index,
         "label_map": label_map,
-        "metrics": {
-            key: float(value) for key, value in metric.compute_metrics(metric.results).items()
-        },
+        "metrics": {key: float(value) for key, value in metrics.items()},
         "IoU": [None if np.isnan(v) else float(v) for v in exact["IoU"]],
         "Acc": [None if np.isnan(v) else float(v) for v in exact["Acc"]],
         "aAcc": float(exact["aAcc"]),
