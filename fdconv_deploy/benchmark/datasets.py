@@ -8,6 +8,7 @@ subfolder of the masks' folder as the image of the images' folder.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -240,7 +241,8 @@ def read_mask(path: Path) -> NDArray[np.int64]:
     :raises DatasetError: it cannot be read, or has colours in place of numbers.
     """
     try:
-        with Image.open(path, formats=FORMATS) as opened:
+        # From memory: of a file, Pillow reads as many bytes as a damaged length says there are.
+        with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as opened:
             opened.load()
             mode, pixels = opened.mode, np.asarray(opened)
     except MemoryError:

@@ -164,3 +164,17 @@ def test_folders_that_are_none(tmp_path):
         find_pairs(tmp_path / "empty", tmp_path)
     with pytest.raises(DatasetError, match=r"no folders of a known data set .ADE20K: images/val"):
         layout_of(tmp_path)
+
+
+def test_a_mask_whose_lengths_are_damaged(tmp_path):
+    """A PNG's chunk that says it is of gigabytes is not believed."""
+    images, masks = pair(tmp_path)
+    layouts.save(masks / "a.png", np.zeros((6, 8)))
+    whole = (masks / "a.png").read_bytes()
+    place = whole.index(b"IDAT")
+    (masks / "a.png").write_bytes(whole[: place - 4] + b"\x7f\xff\xff\xff" + whole[place:])
+    assert not samples(images, masks)[0].truth.any()
+    for damaged in (whole[:place] + b"IDOT" + whole[place + 4 :], whole[: place + 6], b"\x89PNG"):
+        (masks / "a.png").write_bytes(damaged)
+        with pytest.raises(DatasetError, match=r"a\.png cannot be read"):
+            list(samples(images, masks))
