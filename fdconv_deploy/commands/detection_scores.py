@@ -91,7 +91,8 @@ def show(result: DetectionEvaluation, console: Console, quiet: bool) -> None:
                 values = [None if s is None else s.classes[index] for s in scores]
                 table.add_row(f"{name}, {kind}", *map(_text, values))
         console.print(table)
-    table = Table(f"{result.images} images, {result.objects} objects", *names)
+    crowds = f", {result.crowds} of them crowds" if result.crowds else ""
+    table = Table(f"{result.images} images, {result.objects} objects{crowds}", *names)
     for kind, scores in shown:
         for title, field in _ROWS.items():
             values = [None if s is None else getattr(s, field) for s in scores]

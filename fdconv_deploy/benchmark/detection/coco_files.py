@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -209,6 +210,7 @@ def _images(
     """Images by id, checked against their files; None for those beyond the limit."""
     found: dict[Any, Image | None] = {}
     names: dict[Any, str] = {}
+    taken: dict[str, str] = {}
     for key, entry in entries:
         name = entry["file_name"]
         if names.setdefault(key, name) != name:
@@ -221,8 +223,7 @@ def _images(
         if limit is not None and len(found) >= limit:
             found[key] = None
             continue
-        if "\\" in name and not (folder / name).is_file():
-            name = name.replace("\\", "/")  # written on Windows
+        name = _within(folder, name)
         height, width = image_size(folder / name)
         # Not every exporter says how large an image is, and the files tell it.
         told = entry.get("height", height), entry.get("width", width)
@@ -231,5 +232,23 @@ def _images(
                 f"The image {folder / name} is {height}x{width} (height x width), and {path} says "
                 f"{'x'.join(map(reprlib.repr, told))}. Give the images that were annotated."
             )
+        if taken.setdefault(name, entry["file_name"]) != entry["file_name"]:
+            raise DatasetError(
+                f"The annotations {path} have {taken[name]} and {entry['file_name']}, and {folder} "
+                f"has {name} alone for both. Give the folder that their paths begin in."
+            )
         found[key] = Image(len(found) + 1, name, height, width)
     return found
+
+
+def _within(folder: Path, name: str) -> str:
+    """A file's name below the folder of images, as exporters have it in their ways.
+
+    Some write it as a path on their machine, or from where they were called, or with Windows'
+    separators: the longest end of it that is a file in the folder is taken.
+    """
+    if os.path.isfile(folder / name):  # noqa: PTH113 - a name may be none that a path can have
+        return name
+    parts = name.replace("\\", "/").split("/")
+    ends = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((end for end in ends if end and os.path.isfile(folder / end)), name)  # noqa: PTH113

@@ -57,12 +57,14 @@ class DetectionEvaluation:
 
     Attributes:
         objects: annotated in them.
+        crowds: of these, those that COCO's code takes for a crowd and does not score.
         checked: what of the annotations does not count, or counts and is odd.
     """
 
     results: tuple[DetectionResult, ...]
     images: int
     objects: int
+    crowds: int
     checked: Annotations
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,6 +72,7 @@ class DetectionEvaluation:
         return {
             "images": self.images,
             "objects": self.objects,
+            "crowds": self.crowds,
             "left_out": [vars(finding) for finding in self.checked.left_out],
             "noted": [vars(finding) for finding in self.checked.noted],
             "sides": [result.as_dict() for result in self.results],
@@ -127,7 +130,9 @@ def evaluate_detectors(
         )
         for index in range(len(sides))
     )
-    return DetectionEvaluation(results, len(data), len(data.truth["annotations"]), data.checked)
+    objects = data.truth["annotations"]
+    crowds = sum(entry["iscrowd"] for entry in objects)
+    return DetectionEvaluation(results, len(data), len(objects), crowds, data.checked)
 
 
 def coco_results(

@@ -154,11 +154,24 @@ def test_an_image_listed_twice_is_one(files) -> None:
     assert len(data) == 1
 
 
-def test_paths_written_on_windows(files) -> None:
+@pytest.mark.parametrize(
+    "told",
+    ["deep/a.png", "deep\\a.png", "images/deep/a.png", "/home/x/deep/a.png", "C:\\x\\deep\\a.png"],
+)
+def test_paths_as_exporters_write_them(files, told: str) -> None:
     (files[1] / "deep").mkdir()
     (files[1] / "a.png").rename(files[1] / "deep" / "a.png")
-    (sample,) = read(files, lambda told: told["images"][0].update(file_name="deep\\a.png"))
+    (sample,) = read(files, lambda j: j["images"][0].update(file_name=told))
     assert sample.name == "deep/a.png"
+
+
+def test_paths_that_end_in_one_file_are_refused(files) -> None:
+    def change(told: dict) -> None:
+        told["images"][0]["file_name"] = "train/a.png"
+        told["images"].append({"id": 5, "file_name": "val/a.png"})
+
+    with pytest.raises(DatasetError, match=r"has a\.png alone for both"):
+        read(files, change)
 
 
 def test_a_mark_at_the_beginning_is_no_fault(files) -> None:
