@@ -21,6 +21,7 @@ from PIL import Image
 from fdconv_deploy.benchmark.labels import (
     CITYSCAPES,
     CITYSCAPES_LABEL_IDS,
+    UNCOUNTED,
     LabelRule,
     ade20k_names,
 )
@@ -138,11 +139,17 @@ class Samples(Sequence[Sample]):
         return sorted(found.values(), key=lambda known: known.number)
 
     def check(self, numbers: Sequence[Numbers]) -> None:
-        """Refuse masks that hold what is no class, before anything is run.
+        """Refuse masks that cannot be scored, before anything is run.
 
-        :raises DatasetError: they do. All such numbers are named.
+        :raises DatasetError: they hold numbers that are no class, which are named, or nothing
+            that counts.
         """
-        wrong = [one for one in numbers if one.rule.class_of(one.number) is None]
+        found = [one.rule.class_of(one.number) for one in numbers]
+        if all(label == UNCOUNTED for label in found):
+            raise DatasetError(
+                f"Of {len(self)} masks no pixel counts: they hold nothing but labels to ignore."
+            )
+        wrong = [one for one, label in zip(numbers, found, strict=True) if label is None]
         if not wrong:
             return
         named = [

@@ -101,6 +101,14 @@ def test_numbers_that_are_no_class_are_all_named_before_anything_is_run(
     assert "the network has classes 0 to 1, and 255 stands for pixels that are not counted" in said
 
 
+def test_masks_of_nothing_that_counts_are_refused_before_anything_is_run(
+    tmp_path, monkeypatch, capfd
+) -> None:
+    masks = folders(tmp_path, np.full((6, 7), 255), np.full((6, 7), 255))
+    said = refused(monkeypatch, capfd, bundle(tmp_path, "a", "b", "c"), *masks)
+    assert "Of 2 masks no pixel counts: they hold nothing but labels to ignore." in said
+
+
 def test_many_wrong_numbers_are_counted(tmp_path, monkeypatch, capfd) -> None:
     masks = folders(tmp_path, np.arange(192).reshape(12, 16))
     said = refused(monkeypatch, capfd, bundle(tmp_path, "a", "b"), *masks)
