@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Act = Literal["sigmoid", "tanh", "softmax"]
 HeadType = Literal["UPerHead", "FCNHead", "PSPHead", "ASPPHead", "DepthwiseSeparableASPPHead"]
+# What normalises the hidden layer of the global attention: the published BatchNorm or, as in
+# copies that train with one image a batch, GroupNorm(1, C), or nothing.
+AttentionNorm = Literal["batch", "group", "none"]
 
 RESNET_BLOCKS: dict[int, tuple[str, tuple[int, ...]]] = {
     18: ("basic", (2, 2, 2, 2)),
@@ -35,8 +38,10 @@ class Frozen(BaseModel):
 class BandModulationConfig(Frozen):
     """The published ``fbm_cfg``: Frequency Band Modulation of a layer's input.
 
-    ``spatial_group`` above 64 means one group per channel. ``max_size`` is the size the
-    band masks are made at before they are resized to the feature map.
+    ``spatial_group`` above 64 means one group per channel. ``masks``: ``"cached"`` ones are made
+    at ``max_size`` and resized to the feature map, as the present published code does;
+    ``"per_call"`` ones are made at the feature map's own size, as the first published version
+    did, whose comparison takes signed row frequencies (see :func:`own_size_masks`).
     """
 
     k_list: tuple[float, ...] = (2, 4, 8)
@@ -45,13 +50,15 @@ class BandModulationConfig(Frozen):
     spatial_group: int = 1
     spatial_kernel: int = 3
     max_size: tuple[int, int] = (64, 64)
+    masks: Literal["cached", "per_call"] = "cached"
 
 
 class FDConvConfig(Frozen):
     """The published ``conv_cfg=dict(type='FDConv', ...)``, without per-layer arguments.
 
     ``kernel_num=None`` means half the output channels, ``temp=None`` means
-    ``kernel_temp``.
+    ``kernel_temp``. ``ksm_global_norm`` is no published argument: it is what copies of the
+    published class have in place of its BatchNorm.
     """
 
     reduction: float = 0.0625
@@ -69,6 +76,7 @@ class FDConvConfig(Frozen):
     use_ksm_local: bool = True
     ksm_local_act: Act = "sigmoid"
     ksm_global_act: Act = "sigmoid"
+    ksm_global_norm: AttentionNorm = "batch"
     convert_param: bool = True
     linear_mode: bool = False
     fbm_cfg: BandModulationConfig = BandModulationConfig()

@@ -22,6 +22,16 @@ def write_attention(nodes: Nodes, layer: FoldedConv, average: gs.Tensor) -> Atte
         nodes.constant("hidden.bias", folded.hidden_bias),
         transB=1,
     )
+    if folded.norm is not None:
+        hidden = nodes(
+            "LayerNormalization",
+            "hidden.normalised",
+            hidden,
+            nodes.constant("hidden.norm.weight", folded.norm.weight),
+            nodes.constant("hidden.norm.bias", folded.norm.bias),
+            axis=-1,
+            epsilon=float(folded.norm.epsilon),
+        )
     hidden = nodes("Relu", "hidden.relu", hidden)
     hidden = nodes("Mul", "hidden.squared", hidden, hidden)
     logits = nodes(

@@ -48,6 +48,9 @@ def backbone_section(config: BackboneConfig) -> dict[str, Any]:
     values = config.model_dump()
     conv = values.pop("conv")
     if conv is not None:
+        # The published class takes no such argument, and has no other normalisation.
+        if conv["ksm_global_norm"] == "batch":
+            del conv["ksm_global_norm"]
         values["conv_cfg"] = {"type": "FDConv", **conv}
     kind = "ResNet" if conv is None else "ResNet_FDConv"
     return {"type": kind, **values, "norm_cfg": {"type": "SyncBN", "requires_grad": True}}

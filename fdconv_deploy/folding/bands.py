@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fdconv_deploy.folding.modulation import array
-from fdconv_deploy.nn.band_modulation import BandModulation, band_masks
+from fdconv_deploy.nn.band_modulation import BandModulation, masks_for
 
 Float64 = NDArray[np.float64]
 
@@ -138,7 +138,7 @@ def _complex_row_basis(height: int, order: list[int]) -> tuple[Float64, Float64]
 def fold_bands(fbm: BandModulation, height: int, width: int) -> FoldedBands:
     """Fold ``FBM`` for feature maps of ``height`` × ``width``."""
     config = fbm.config
-    masks = band_masks(config.k_list, height, width, config.max_size).double().numpy()
+    masks = masks_for(config, height, width).double().numpy()
     separated = [_separate(mask) for mask in masks]
     row_masks = [rows for rows, _ in separated]
     row_order, row_counts = _by_membership(row_masks)

@@ -24,8 +24,22 @@ def array(tensor: Tensor) -> Float64:
 
 
 @dataclass(frozen=True)
+class HiddenNorm:
+    """``GroupNorm(1, A)`` of the hidden layer: each image by its own mean and variance.
+
+    weight, bias: ``(A,)`` float32.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    epsilon: float
+
+
+@dataclass(frozen=True)
 class FoldedModulation:
-    """``attention = act(heads · relu(hidden · average + hidden_bias)² + head_bias)``.
+    """``attention = act(heads · relu(norm(hidden · average + hidden_bias))² + head_bias)``.
+
+    ``norm`` is None where nothing is left to do: a BatchNorm is folded into ``hidden``.
 
     The rows of ``heads`` are the kernel attentions (``P·G``), then, unless the layer has
     kernel attention only, the filter (O), spatial (kh·kw, if any) and channel (I) gates.
@@ -45,6 +59,7 @@ class FoldedModulation:
     channel: int
     softmax: bool
     gain: float
+    norm: HiddenNorm | None = None
 
     @property
     def varies(self) -> bool:
@@ -63,10 +78,22 @@ def fold_batch_norm(bn: nn.BatchNorm2d) -> tuple[Float64, Float64]:
     return scale, shift + array(bn.bias) if bn.affine else shift
 
 
+def _hidden_layer(ksm: GlobalModulation) -> tuple[Float64, Float64, HiddenNorm | None]:
+    """``hidden``, ``hidden_bias`` and ``norm`` of a `FoldedModulation`."""
+    weight = array(ksm.fc.weight)[:, :, 0, 0]
+    if isinstance(ksm.bn, nn.BatchNorm2d):
+        scale, shift = fold_batch_norm(ksm.bn)
+        return weight * scale[:, None], shift, None
+    norm = None
+    if isinstance(ksm.bn, nn.GroupNorm):
+        scale, shift = array(ksm.bn.weight), array(ksm.bn.bias)
+        norm = HiddenNorm(scale.astype(np.float32), shift.astype(np.float32), ksm.bn.eps)
+    return weight, np.zeros(len(weight)), norm
+
+
 def fold_modulation(ksm: GlobalModulation) -> FoldedModulation:
     """Fold ``KSM_Global``."""
-    scale, shift = fold_batch_norm(ksm.bn)
-    hidden = array(ksm.fc.weight)[:, :, 0, 0] * scale[:, None]
+    hidden, shift, norm = _hidden_layer(ksm)
     star_scale, star_bias = float(ksm.relu.scale.detach()), float(ksm.relu.bias.detach())
     # 1 + tanh(z) = 2·sigmoid(2z)
     slope = 2.0 if ksm.act == "tanh" else 1.0
@@ -97,6 +124,7 @@ def fold_modulation(ksm: GlobalModulation) -> FoldedModulation:
         channel=sizes[3],
         softmax=ksm.act == "softmax",
         gain=gain,
+        norm=norm,
     )
 
 

@@ -97,6 +97,9 @@ class FoldedConv2d(nn.Module):
                 },
                 "row_outer": folded.spectrum.row_transform.outer.astype(np.float32),
             }
+            if modulation.norm is not None:
+                constants["hidden_norm_weight"] = modulation.norm.weight
+                constants["hidden_norm_bias"] = modulation.norm.bias
             if folded.local is not None:
                 constants["local"] = folded.local.weight
                 constants["norm_weight"] = folded.local.norm_weight
@@ -111,6 +114,12 @@ class FoldedConv2d(nn.Module):
         """
         modulation = self.folded.modulation
         hidden = F.linear(average, self.get_buffer("hidden"), self.get_buffer("hidden_bias"))
+        if modulation.norm is not None:
+            weight, bias = (
+                self.get_buffer("hidden_norm_weight"),
+                self.get_buffer("hidden_norm_bias"),
+            )
+            hidden = F.layer_norm(hidden, weight.shape, weight, bias, modulation.norm.epsilon)
         logits = F.linear(
             hidden.relu().square(), self.get_buffer("heads"), self.get_buffer("head_bias")
         )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from fdconv_deploy.architecture import BandModulationConfig
+from fdconv_deploy.architecture import AttentionNorm, BandModulationConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.band_modulation import BandModulation
 from fdconv_deploy.nn.modulation import GlobalAttention, GlobalModulation, LocalModulation
@@ -58,6 +58,8 @@ class FDConv2d(nn.Conv2d):
     ``forward``: ``(B, I, H, W)`` -> ``(B, O, H', W')``, as ``nn.Conv2d``. A layer is
     dynamic if ``min(I, O) > use_fdconv_if_c_gt`` and its kernel height is in
     ``use_fdconv_if_k_in``; otherwise it is the plain convolution with a ``weight``.
+    An odd ``in_channels`` × kernel width is inverted to its own width, as in copies that give
+    ``irfft2`` its size; the published class makes it a column short and fails.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
@@ -65,6 +67,9 @@ class FDConv2d(nn.Conv2d):
             ``padding_mode`` says, and takes ``groups=1`` only.
         reduction … fbm_cfg: as published. ``use_fdconv_if_stride_in``, ``att_grid`` and
             ``spatial_freq_decompose`` (where it has no effect) are accepted and unread.
+        ksm_global_norm: what normalises the attention's hidden layer, where a copy of the
+            published class has something else than its BatchNorm: ``"group"`` for
+            ``GroupNorm(1, C)``, ``"none"`` for nothing.
         frequency_order: how equal radii are ordered, ``"torch"`` (the published code),
             ``"stable"``, or the indices themselves, ``(param_ratio, 2, kernel_num, M)``.
 
@@ -109,6 +114,7 @@ class FDConv2d(nn.Conv2d):
         convert_param: bool = True,
         linear_mode: bool = False,
         fbm_cfg: Mapping[str, Any] | BandModulationConfig | None = None,
+        ksm_global_norm: AttentionNorm = "batch",
         frequency_order: FrequencyOrder = "torch",
     ) -> None:
         super().__init__(
@@ -155,6 +161,7 @@ class FDConv2d(nn.Conv2d):
             att_multi=att_multi,
             act=ksm_global_act,
             only_kernel=ksm_only_kernel_att,
+            norm=ksm_global_norm,
         )
         self.FBM: BandModulation | None = None
         if height in use_fbm_if_k_in or (use_fbm_for_stride and self.stride[0] > 1):
@@ -200,11 +207,6 @@ class FDConv2d(nn.Conv2d):
             refuse(
                 f"groups={self.groups} is not possible for a dynamic layer. Use groups=1, or raise "
                 "use_fdconv_if_c_gt so that it stays a plain convolution."
-            )
-        if self.columns % 2:
-            refuse(
-                f"in_channels × kernel width must be even (the half spectrum of {self.columns} "
-                "columns cannot be inverted to an odd width). Use an even number of channels."
             )
         if self.kernel_num < 1 or self.param_ratio < 1:
             refuse(
@@ -274,7 +276,8 @@ class FDConv2d(nn.Conv2d):
         spectrum = self.modulated_spectrum(kernel_attention)
         if spectrum.dtype in (torch.float16, torch.bfloat16):
             spectrum = spectrum.float()
-        return torch.fft.irfft2(torch.view_as_complex(spectrum), dim=(1, 2))
+        size = (self.rows, self.columns)
+        return torch.fft.irfft2(torch.view_as_complex(spectrum), s=size, dim=(1, 2))
 
     def attention(self, x: Tensor) -> tuple[GlobalAttention, Tensor | None]:
         """Global attentions and the local one, ``(B, O, I, kh, kw)``, of an input."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fdconv_deploy.architecture import AttentionNorm
 from fdconv_deploy.errors import UnsupportedLayerError
 
 # The standard deviation (and, for the local convolution, the value) of a head that
@@ -44,6 +45,13 @@ class GlobalAttention(NamedTuple):
     kernel: Tensor
 
 
+def attention_norm(kind: AttentionNorm, channels: int) -> nn.Module:
+    """The normalisation of the attention's hidden layer, for ``(B, channels, 1, 1)``."""
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    return nn.GroupNorm(1, channels) if kind == "group" else nn.Identity()
+
+
 def attention_channels(in_channels: int, reduction: float, minimum: int = 16) -> int:
     """Width of the attention's hidden layer."""
     return max(int(in_channels * reduction), minimum)
@@ -57,6 +65,7 @@ class GlobalModulation(nn.Module):
         kernel_size: (height, width); a height of 1 has no spatial attention.
         groups: number of kernel attentions, ``kernel_num · param_ratio``.
         reduction, temp, kernel_temp, att_multi, act, only_kernel: as published.
+        norm: what ``bn`` is. Not published; see :class:`FDConvConfig`.
     """
 
     def __init__(
@@ -72,6 +81,7 @@ class GlobalModulation(nn.Module):
         att_multi: float,
         act: str,
         only_kernel: bool,
+        norm: AttentionNorm = "batch",
     ) -> None:
         super().__init__()
         if act == "softmax" and not only_kernel:
@@ -85,7 +95,7 @@ class GlobalModulation(nn.Module):
         self.temp, self.kernel_temp = temp, kernel_temp
         self.att_multi, self.act = att_multi, act
         self.fc = nn.Conv2d(in_channels, hidden, 1, bias=False)
-        self.bn = nn.BatchNorm2d(hidden)
+        self.bn = attention_norm(norm, hidden)
         self.relu = StarReLU()
         self.channel_fc = self.filter_fc = self.spatial_fc = None
         if not only_kernel:

@@ -153,7 +153,6 @@ def test_dtype_follows_the_input(dtype, kernel_size):
 
 BAD = [
     (dict(groups=2), "groups=1"),
-    (dict(in_channels=33, out_channels=48, kernel_num=3), "even"),
     (dict(kernel_num=1), "kernel_num ≥ 2"),
     (dict(kernel_num=64), "does not divide"),
     (dict(ksm_global_act="softmax"), "ksm_only_kernel_att"),

@@ -13,7 +13,7 @@ import torch
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.folding.module import FoldedConv2d
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.nn.band_modulation import BandModulation, band_masks
+from fdconv_deploy.nn.band_modulation import BandModulation, masks_for
 from fdconv_deploy.ops.frequency_band_modulation import BandForm, frequency_band_modulation
 from tests.ops.single import fdconv_node, layer_model, run
 from tests.reference.layer import convolve, sigmoid, softmax
@@ -43,7 +43,7 @@ def by_reference(fbm: BandModulation, x: np.ndarray) -> np.ndarray:
         weight, bias = (state[f"freq_weight_conv_list.{band}.{k}"] for k in ("weight", "bias"))
         logits = [convolve(i, weight, [(reach, reach)] * 2, groups=fbm.groups) for i in x]
         weights.append([gate(z + bias[:, None, None]) for z in logits])
-    masks = band_masks(config.k_list, *size, config.max_size).double().numpy()
+    masks = masks_for(config, *size).double().numpy()
     return frequency_band_modulation(x, np.array(weights), masks)
 
 
@@ -75,6 +75,15 @@ def test_every_form(k_list, act, groups, lowfreq):
         grouped = groups > 1 or act == "softmax"
         form = BandForm(len(k_list), act == "softmax", grouped)
         assert check(layer, folded, batch) == form.name
+
+
+@pytest.mark.parametrize("size", [*SIZES, (14, 11), (5, 40)])
+@pytest.mark.parametrize("k_list", [(2, 4, 8), (3,)], ids=str)
+def test_masks_of_the_first_version(size, k_list):
+    """Every negative row frequency passes: more rows are kept than a symmetric mask ever has."""
+    layer, folded = layer_of(size, k_list=k_list, masks="per_call", lowfreq_att=True)
+    check(layer, folded, 2)
+    assert folded.bands.complex_rows == (size[0] > 2)
 
 
 @pytest.mark.parametrize("size", SIZES)

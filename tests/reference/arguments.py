@@ -1,4 +1,8 @@
-"""Published constructor arguments in all combinations that make a layer, as a strategy."""
+"""Constructor arguments in all combinations that make a layer, as a strategy.
+
+The published ones, and what public copies of the published class have of their own: another
+normalisation, masks made per call, an odd number of columns.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,13 @@ BANDS: list[dict[str, Any] | None] = [
     dict(act="softmax", spatial_group=2, k_list=[2, 4]),
     dict(spatial_group=65, spatial_kernel=1, k_list=[2, 4, 8]),
     dict(k_list=[2, 8], max_size=(31, 48), lowfreq_att=True, spatial_group=2),
+    dict(k_list=[2, 4, 8], masks="per_call"),
+    dict(k_list=[4, 3], lowfreq_att=True, act="tanh", spatial_group=65, masks="per_call"),
 ]
+
+
+def _in_pairs(bands: dict[str, Any] | None) -> bool:
+    return bands is not None and bands.get("spatial_group") == 2
 
 
 @st.composite
@@ -25,7 +35,7 @@ def layer_arguments(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[int, int], i
     only_kernel = kernel == (3, 1) or draw(st.integers(0, 4)) == 0
     acts = ["sigmoid", "tanh", "softmax"] if only_kernel else ["sigmoid", "tanh"]
     convert = draw(st.integers(0, 3)) > 0
-    ins, outs = draw(st.sampled_from([18, 20, 24])), draw(st.sampled_from([17, 18, 21, 24]))
+    ins, outs = draw(st.sampled_from([18, 19, 20, 24])), draw(st.sampled_from([17, 18, 21, 24]))
     reduction = draw(st.sampled_from([1.0, 2.0, *([0.5] if convert else [])]))
     kept = int(outs * height * (ins * width // 2 + 1) * min(reduction, 1))
     groups = draw(st.sampled_from([g for g in range(1, 25) if kept % g == 0]))
@@ -43,7 +53,8 @@ def layer_arguments(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[int, int], i
         use_ksm_local=draw(st.booleans()),
         ksm_local_act=draw(st.sampled_from(["sigmoid", "tanh"])),
         ksm_global_act=draw(st.sampled_from(acts)), convert_param=convert,
-        fbm_cfg=draw(st.sampled_from(BANDS)),
+        fbm_cfg=draw(st.sampled_from([b for b in BANDS if ins % 2 == 0 or not _in_pairs(b)])),
+        ksm_global_norm=draw(st.sampled_from(["batch", "batch", "group", "none"])),
     )  # fmt: skip
     least = [dilation * (k - 1) + 1 for k in (height, width)]
     size = (draw(st.integers(least[0], 23)), draw(st.integers(least[1], 23)))

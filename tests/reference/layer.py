@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.reference.spectrum import band_mask, bin_order
+from tests.reference.spectrum import band_mask, bin_order, own_size_mask
 
 Float64 = NDArray[np.float64]
 
@@ -59,6 +59,9 @@ def low_pass(x: Float64, mask: NDArray[np.bool_]) -> Float64:
 class ReferenceFDConv:
     """A layer of published arguments (defaults as published) and state-dict entries.
 
+    Three things are copies', not the published class's: ``ksm_global_norm`` ("group", "none"),
+    ``fbm_cfg["masks"]`` ("per_call") and an odd number of columns.
+
     Args:
         state: arrays by published key.
         order: flat bin indices ``(param_ratio, bins)`` if not as the published code sorts.
@@ -76,7 +79,7 @@ class ReferenceFDConv:
             use_fdconv_if_k_in=(1, 3), use_fbm_if_k_in=(3,), use_fbm_for_stride=False,
             kernel_temp=1.0, temp=None, att_multi=2.0, param_ratio=1, param_reduction=1.0,
             ksm_only_kernel_att=False, use_ksm_local=True, ksm_local_act="sigmoid",
-            ksm_global_act="sigmoid", convert_param=True, fbm_cfg=None,
+            ksm_global_act="sigmoid", convert_param=True, fbm_cfg=None, ksm_global_norm="batch",
         )  # fmt: skip
         self.state = {k: np.asarray(v, dtype=np.float64) for k, v in state.items()}
         self.given = defaults | dict(arguments)
@@ -128,8 +131,12 @@ class ReferenceFDConv:
         """Channel, filter, spatial and kernel attention of one image's ``(I,)`` average."""
         read = {k.removeprefix("KSM_Global."): v for k, v in self.state.items()}
         z = read["fc.weight"][:, :, 0, 0] @ average
-        z = (z - read["bn.running_mean"]) / np.sqrt(read["bn.running_var"] + 1e-5)
-        z = z * read["bn.weight"] + read["bn.bias"]
+        if self.given["ksm_global_norm"] == "batch":
+            z = (z - read["bn.running_mean"]) / np.sqrt(read["bn.running_var"] + 1e-5)
+        elif self.given["ksm_global_norm"] == "group":
+            z = (z - z.mean()) / np.sqrt(((z - z.mean()) ** 2).mean() + 1e-5)
+        if self.given["ksm_global_norm"] != "none":
+            z = z * read["bn.weight"] + read["bn.bias"]
         h = read["relu.scale"] * np.maximum(z, 0) ** 2 + read["relu.bias"]
 
         def head(name: str, temperature: float) -> Float64:
@@ -209,8 +216,9 @@ class ReferenceFDConv:
     def bands(self, x: Float64) -> Float64:
         """Band modulation of one image ``(I, H, W)``."""
         config: dict[str, Any] = dict(
-            k_list=[2], lowfreq_att=False, act="sigmoid", spatial_group=1, max_size=(64, 64)
-        )
+            k_list=[2], lowfreq_att=False, act="sigmoid", spatial_group=1, max_size=(64, 64),
+            masks="cached",
+        )  # fmt: skip
         given = self.given["fbm_cfg"]
         config |= dict(k_list=[2, 4, 8]) if given is None else given
         groups = self.ins if config["spatial_group"] > 64 else config["spatial_group"]
@@ -230,7 +238,11 @@ class ReferenceFDConv:
 
         total, previous = np.zeros_like(x), x
         for band, k in enumerate(config["k_list"]):
-            low = low_pass(x, band_mask(k, *x.shape[1:], config["max_size"]))
+            if config["masks"] == "per_call":
+                mask = own_size_mask(k, *x.shape[1:])
+            else:
+                mask = band_mask(k, *x.shape[1:], config["max_size"])
+            low = low_pass(x, mask)
             total, previous = total + weigh(band, previous - low), low
         if config["lowfreq_att"]:
             previous = weigh(len(config["k_list"]), previous)

@@ -38,7 +38,7 @@ def enliven(layer: FDConv2d, seed: int = 0) -> FDConv2d:
             normal(parameter, 0.2, mean=1.0)
         else:
             normal(parameter, 0.3)
-    if layer.is_dynamic:
+    if layer.is_dynamic and isinstance(getattr(layer.KSM_Global, "bn", None), nn.BatchNorm2d):
         normal(layer.KSM_Global.bn.running_mean, 0.3)
         normal(layer.KSM_Global.bn.running_var, 0.1, mean=0.5)
     return layer.eval()
@@ -76,7 +76,7 @@ def enliven_network(
             if name.endswith("_fc.weight"):
                 parameter *= 0.3
     norms = [m for m in modules.values() if isinstance(m, nn.BatchNorm2d)]
-    inner = {id(layer.KSM_Global.bn) for layer in layers}
+    inner = {id(layer.KSM_Global.bn) for layer in layers}  # a BatchNorm, or not among them
     last = {id(m.bn2) for m in modules.values() if isinstance(m, BasicBlock)}
     last |= {id(m.bn3) for m in modules.values() if isinstance(m, Bottleneck)}
     for norm in norms:

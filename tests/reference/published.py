@@ -1,4 +1,4 @@
-"""A stand-in for users' copies of the published FDConv class.
+"""A stand-in for users' copies of the published FDConv class, and for their variants.
 
 It has the published class's attributes, submodules and buffers, and computes by the float64
 reference. Nothing of it is `fdconv_deploy`'s, so that only its structure can give it away.
@@ -37,7 +37,9 @@ class KernelSpatialModulation_Global(nn.Module):
         self.att_multi, self.spatial_freq_decompose = options["att_multi"], False
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Conv2d(conv.in_channels, hidden, 1, bias=False)
-        self.bn = nn.BatchNorm2d(hidden)
+        norm = {"batch": nn.BatchNorm2d(hidden), "group": nn.GroupNorm(1, hidden)}
+        kind, name = options["ksm_global_norm"], options["norm_name"]
+        setattr(self, name, norm.get(kind, nn.Identity()))
         self.relu = StarReLU()
         if not self.ksm_only_kernel_att:
             self.channel_fc = nn.Conv2d(hidden, conv.in_channels, 1)
@@ -63,7 +65,7 @@ class FrequencyBandModulation(nn.Module):
     def __init__(self, channels: int, config: dict[str, Any]) -> None:
         super().__init__()
         config = dict(k_list=[2], lowfreq_att=False, act="sigmoid", spatial_group=1,
-                      spatial_kernel=3, max_size=(64, 64)) | config  # fmt: skip
+                      spatial_kernel=3, max_size=(64, 64), masks="cached") | config  # fmt: skip
         groups = channels if config["spatial_group"] > 64 else config["spatial_group"]
         self.k_list, self.lowfreq_att, self.in_channels = config["k_list"], config["lowfreq_att"], 0
         self.act, self.spatial_group, self.fs_feat = config["act"], groups, "feat"
@@ -72,6 +74,8 @@ class FrequencyBandModulation(nn.Module):
             nn.Conv2d(channels, groups, reach, padding=reach // 2, groups=groups)
             for _ in range(len(self.k_list) + self.lowfreq_att)
         )
+        if config["masks"] == "per_call":
+            return
         height, width = config["max_size"]
         masks = [band_mask(k, height, width, config["max_size"]) for k in self.k_list]
         stacked = torch.stack([torch.from_numpy(mask) for mask in masks])[:, None]
@@ -79,7 +83,11 @@ class FrequencyBandModulation(nn.Module):
 
 
 class FDConv(nn.Conv2d):
-    """Published arguments; `order` are flat bin indices if not as the published code sorts."""
+    """Published arguments; `order` are flat bin indices if not as the published code sorts.
+
+    Of its own: ``ksm_global_norm`` ("batch", "group", "none") under the name ``norm_name``,
+    ``fbm_cfg["masks"]`` ("per_call"), and any number of columns.
+    """
 
     def __init__(self, *args: Any, order: Tensor | None = None, **given: Any) -> None:
         options: dict[str, Any] = dict(
@@ -87,7 +95,8 @@ class FDConv(nn.Conv2d):
             use_fbm_if_k_in=[3], use_fbm_for_stride=False, kernel_temp=1.0, temp=None,
             att_multi=2.0, param_ratio=1, param_reduction=1.0, ksm_only_kernel_att=False,
             use_ksm_local=True, ksm_local_act="sigmoid", ksm_global_act="sigmoid",
-            convert_param=True, linear_mode=False, fbm_cfg=None,
+            convert_param=True, linear_mode=False, fbm_cfg=None, ksm_global_norm="batch",
+            norm_name="bn",
         )  # fmt: skip
         for name in ("use_fdconv_if_stride_in", "att_grid", "spatial_freq_decompose"):
             given.pop(name, None)  # published, and never read
@@ -143,7 +152,11 @@ class FDConv(nn.Conv2d):
             kernel_size=self.kernel_size, stride=self.stride, padding=self.padding,
             dilation=self.dilation,
         )  # fmt: skip
-        state = {key: value.numpy() for key, value in self.state_dict().items()}
+        norm = f"KSM_Global.{self.options['norm_name']}."
+        state = {
+            key.replace(norm, "KSM_Global.bn."): value.numpy()
+            for key, value in self.state_dict().items()
+        }
         if "weight" in state and state["weight"].ndim == 2:
             state["weight"] = state["weight"][:, :, None, None]
         order = None if self.order is None else np.tile(self.order.numpy(), (self.param_ratio, 1))

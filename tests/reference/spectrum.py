@@ -52,6 +52,12 @@ def bin_order(rows: int, columns: int) -> NDArray[np.int64]:
     return introsort_order(bin_radii(rows, columns).reshape(-1))
 
 
+def own_size_mask(k: float, height: int, width: int) -> NDArray[np.bool_]:
+    """As the first published version made it in each call: row frequencies keep their signs."""
+    limit = np.float32(0.5 / k)
+    return (frequencies(height) < limit)[:, None] & (half_frequencies(width) < limit)
+
+
 def band_mask(k: float, height: int, width: int, made_at: Sequence[int]) -> NDArray[np.bool_]:
     """Low-pass of band ``k``, ``(height, width//2 + 1)``: made once, resized to nearest."""
     vertical, horizontal = np.abs(frequencies(made_at[0])), half_frequencies(made_at[1])

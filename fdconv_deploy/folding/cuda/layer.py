@@ -68,6 +68,9 @@ class FusedConv2d(nn.Module):
                     sizes.columns, column_transform(sizes.columns, folded.kernel_size[1])
                 ),
             }
+            if modulation.norm is not None:
+                constants["hidden_norm_weight"] = modulation.norm.weight
+                constants["hidden_norm_bias"] = modulation.norm.bias
             if folded.local is not None:
                 constants["local_weight"] = folded.local.weight
                 constants["norm_weight"] = folded.local.norm_weight
@@ -85,6 +88,12 @@ class FusedConv2d(nn.Module):
         """``(B, I)`` float32 averages -> all attentions ``(B, heads)``, as `FoldedModulation`."""
         modulation = self.folded.modulation
         hidden = F.linear(average, self.get_buffer("hidden"), self.get_buffer("hidden_bias"))
+        if modulation.norm is not None:
+            weight, bias = (
+                self.get_buffer("hidden_norm_weight"),
+                self.get_buffer("hidden_norm_bias"),
+            )
+            hidden = F.layer_norm(hidden, weight.shape, weight, bias, modulation.norm.epsilon)
         logits = F.linear(
             hidden.relu().square(), self.get_buffer("heads"), self.get_buffer("head_bias")
         )

@@ -141,7 +141,9 @@ def _half_columns(
     ratio = len(values)
     full = np.zeros((ratio, rows, half + 1), dtype=np.complex64)
     owner = np.zeros((ratio, rows, half + 1), dtype=np.int64)
-    own = [0, half]
+    # The columns that are their own mirror images: an odd number of columns has no middle one.
+    own = [0] if columns % 2 else [0, half]
+    inner = slice(1, (columns + 1) // 2)
     seen: set[int] = set()
     for place, q in enumerate(stored.tolist()):
         value, group, mirror = values[:, place], groups[:, place], (rows - q) % rows
@@ -156,7 +158,6 @@ def _half_columns(
         if mirror == q:
             continue
         full[:, q, own] *= 2
-        inner = slice(1, half)
         full[:, mirror, inner] = value[:, half + 1 :][:, ::-1].conj()
         owner[:, mirror, inner] = group[:, half + 1 :][:, ::-1]
     return full, owner

@@ -81,6 +81,10 @@ LAYERS: dict[str, Case] = {
     "more than 256 attentions": Case((32, 32), groups=272),
     "odd part 27": Case((54, 18)),
     "odd channels out": Case((18, 21), groups=2),
+    "odd channels in": Case((27, 18), groups=2, batch=2),
+    "odd channels in, dense columns": Case((29, 24), groups=3),
+    "odd channels in, 3x3": Case((19, 18), 3, groups=3, slow=True),
+    "GroupNorm": Case((32, 32), arguments={"ksm_global_norm": "group"}),
     "dense rows": Case((32, 29), groups=17),
     "dense columns": Case((58, 24)),
     "dense both": Case((58, 29), groups=3),
@@ -111,6 +115,7 @@ BANDS: dict[str, Case] = {
         18, (12, 8), k_list=[2, 4, 8], channels_last=True, batch=2
     ),
     "complex rows, batch 2": bands(18, (13, 15), k_list=[2, 4, 8], batch=2),
+    "masks per call": bands(18, (12, 9), k_list=[2, 4, 8], masks="per_call"),
     "complex rows, half, last": bands(18, (13, 15), k_list=[2, 4, 8], **LAST_HALF),
     "one band, weighted low-pass": bands(18, (9, 9), k_list=[2], lowfreq_att=True),
     "softmax over groups": bands(18, (8, 9), k_list=[2, 4], act="softmax", spatial_group=2),

@@ -79,6 +79,10 @@ def test_every_form(form: AssemblyForm, library: Path) -> None:
         (36, 17, 3),  # 108 and 51
         (24, 25, 5),  # 120 and 125
         (64, 96, 3),
+        (17, 20, 3),  # odd columns, 51: no middle column
+        (33, 48, 1),
+        (29, 29, 1),  # prime both ways
+        (27, 18, 5),  # 135
     ],
 )
 @pytest.mark.parametrize("batch", [1, 3])

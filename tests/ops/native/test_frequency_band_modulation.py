@@ -43,6 +43,11 @@ def test_sizes_and_kernels(size: tuple[int, int], kernel: int, library: Path) ->
     check(layer, folded, 2, library)
 
 
+@pytest.mark.parametrize("size", [*SIZES, (14, 11), (5, 40)])
+def test_masks_of_the_first_version(size: tuple[int, int], library: Path) -> None:
+    check(*layer_of(size, k_list=[2, 4, 8], masks="per_call"), 2, library)
+
+
 @pytest.mark.parametrize("threads", [1, 5])
 def test_threads(threads: int, library: Path) -> None:
     check(*layer_of((40, 33), k_list=[2, 4, 8]), 3, library, threads)

@@ -35,8 +35,8 @@ int transform_make(Transform *transform, int length);
 void transform_free(Transform *transform);
 
 /* values: (tiles, planes, R, 2, 16) floats, attention still missing, groups: (tiles, planes, R,
- * 16): columns 0 ... C/2 - 1, 16 to a tile, zeros past the end. Column C/2, the Nyquist column,
- * is by itself: (planes, R, 2) and (planes, R). local: (ceil(O/16), kh, kw, taps, 16). */
+ * 16): columns below C/2, 16 to a tile, zeros past the end. Of an even C column C/2, the Nyquist
+ * column, is by itself: (planes, R, 2) and (planes, R), zeros of an odd C. local: (ceil(O/16), kh, kw, taps, 16). */
 typedef struct {
     int out_channels, in_channels, kernel_height, kernel_width;
     int rows, columns, planes, attentions;

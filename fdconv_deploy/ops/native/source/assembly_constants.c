@@ -3,9 +3,9 @@
  * The graph stores one row of each two that mirror one another, all columns, in the order of its
  * transform's digits (fdconv_deploy/folding/spectrum.py). Each bin's contribution is the real
  * part of a turned value, so a bin may as well be stored as its conjugate at the mirrored place:
- * that brings all bins into columns 0 ... C/2. In columns 0 and C/2 a row may have two slots,
- * its own and its mirror image's, weighed by different attentions: the image goes back to its
- * own row.
+ * that brings all bins into columns 0 ... C/2. In columns 0 and, of an even C, C/2 a row may have
+ * two slots, its own and its mirror image's, weighed by different attentions: the image goes back
+ * to its own row.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -86,7 +86,7 @@ typedef struct {
 static void place(Placing *placing, int plane, int row, int column, float re, float im,
                   int group) {
     Assembly *a = placing->to;
-    int middle = a->columns / 2;
+    int middle = a->columns / 2, nyquist = a->columns % 2 ? -1 : middle;
     for (int attempt = 0; attempt < 2; attempt++) {
         if (column > middle || attempt) {
             row = (a->rows - row) % a->rows;
@@ -96,7 +96,7 @@ static void place(Placing *placing, int plane, int row, int column, float re, fl
         uint16_t *owner;
         float *value;
         int apart;
-        if (column == middle) {
+        if (column == nyquist) {
             size_t at = (size_t)plane * a->rows + row;
             owner = a->nyquist_groups + at;
             value = a->nyquist + 2 * at;
@@ -110,13 +110,13 @@ static void place(Placing *placing, int plane, int row, int column, float re, fl
         }
         if (*owner == UNSET || *owner == group) {
             /* Inside, the second half joins each column with its mirror image: twice. */
-            float share = column == 0 || column == middle ? 1.0f : 0.5f;
+            float share = column == 0 || column == nyquist ? 1.0f : 0.5f;
             *owner = (uint16_t)group;
             value[0] += re * share;
             value[apart] += im * share;
             return;
         }
-        if (column != 0 && column != middle) break;
+        if (column != 0 && column != nyquist) break;
     }
     placing->failed = 1;
 }
@@ -193,7 +193,6 @@ static const char *make(Assembly *a, const Node *node, int **rows, int **columns
     a->columns = column_digits.length;
     a->planes = form->planes ? (int)spectrum->shape[0] : 1;
     a->by_rows = form->by_rows;
-    if (a->columns % 2) return "its kernels have an odd number of columns";
     int last = column_digits.factors[column_digits.count - 1];
     int slots = (int)(spectrum->shape[spectrum->rank - 1] / last);
 
@@ -206,7 +205,7 @@ static const char *make(Assembly *a, const Node *node, int **rows, int **columns
         a->out_channels * a->kernel_height != a->rows)
         return unknown;
     a->row_tiles = (a->out_channels + LANES - 1) / LANES;
-    a->column_tiles = (a->columns / 2 + LANES - 1) / LANES;
+    a->column_tiles = ((a->columns + 1) / 2 + LANES - 1) / LANES;
 
     int at = (int)constants;
     a->local_at = a->column_scale_at = a->row_scale_at = -1;

@@ -43,7 +43,7 @@ static void weigh(const Assembly *a, const float *attention, size_t tile, float 
     }
 }
 
-/* Columns 0 and C/2 count by the real part of their inverse alone, that is by their Hermitian
+/* Columns 0 and C/2 (of an odd C, zeros) count by the real part of their inverse alone, that is by their Hermitian
  * parts: one transform serves both, as real and imaginary part. In lane 0. */
 static void join_outer_columns(const Assembly *a, const float *attention, float *data,
                                float *work) {
@@ -105,13 +105,13 @@ static void rows_unit(const AssemblyRun *run, size_t tile, float *work) {
 /* Columns of two row tiles -> C complex vectors whose inverse has the first tile as its real part
  * and the second as its imaginary part. */
 static void join_tiles(const Assembly *a, const float *first, const float *second, float *to) {
-    size_t columns = a->columns, middle = columns / 2;
+    size_t columns = a->columns, stored = (columns + 1) / 2;
     EACH_VECTOR {
         Complex x = load_complex(first + h), y = load_complex(second + h);
         store_complex(to + h, (Complex){x.re, y.re});
-        store_complex(to + middle * PAIR + h, (Complex){x.im, y.im});
+        if (columns % 2 == 0) store_complex(to + stored * PAIR + h, (Complex){x.im, y.im});
     }
-    for (size_t f = 1; f < middle; f++) EACH_VECTOR {
+    for (size_t f = 1; f < stored; f++) EACH_VECTOR {
         Complex x = load_complex(first + f * PAIR + h), y = load_complex(second + f * PAIR + h);
         store_complex(to + f * PAIR + h, (Complex){x.re - y.im, x.im + y.re});
         store_complex(to + (columns - f) * PAIR + h, (Complex){x.re + y.im, y.re - x.im});
