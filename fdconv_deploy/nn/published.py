@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdconv_deploy.architecture import BandModulationConfig
+from fdconv_deploy.architecture import AttentionNorm, BandModulationConfig
 from fdconv_deploy.errors import UnsupportedLayerError
-from fdconv_deploy.nn.band_modulation import band_masks
+from fdconv_deploy.nn.band_modulation import SavedMasks
 from fdconv_deploy.nn.fdconv import FDConv2d
 from fdconv_deploy.nn.fdlinear import FDLinear
 from fdconv_deploy.nn.published_check import (
@@ -27,7 +27,9 @@ from fdconv_deploy.nn.published_check import (
 )
 
 _GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
-_ATTENTION = ("fc", "bn", "relu")
+_ATTENTION = ("fc", "relu")
+# What copies call the normalisation of the attention's hidden layer; the published class: bn.
+_NORMS = ("bn", "norm")
 _MISSING: Any = object()
 
 
@@ -55,9 +57,7 @@ def from_published(module: nn.Module, name: str = "the layer") -> FDConv2d:
         UnsupportedLayerError: a variant: something is missing or of its own, or it computes
             something else. Each is named.
     """
-    conversion = convert(module, name)
-    compare_on_random(module, conversion, name)
-    return conversion.layer
+    return compare_on_random(module, candidates(module, name), name).layer
 
 
 def convert_published(
@@ -82,12 +82,13 @@ def convert_published(
     found = {name: module for name, module in network.named_modules() if is_published(module)}
     if not found:
         return network, {}
-    conversions = {name: convert(module, name or "the network") for name, module in found.items()}
+    tried = {name: candidates(module, name or "the network") for name, module in found.items()}
     if example is None:
-        for name, module in found.items():
-            compare_on_random(module, conversions[name], name)
+        conversions = {
+            name: compare_on_random(module, tried[name], name) for name, module in found.items()
+        }
     else:
-        compare_inside(network, example, found, conversions)
+        conversions = compare_inside(network, example, found, tried)
     if progress is not None:
         progress(_summary(found, conversions))
     # deepcopy takes what is in the memo for what was copied already.
@@ -105,18 +106,31 @@ def _summary(found: Mapping[str, nn.Module], conversions: Mapping[str, Conversio
     return f"{said}; assumed: {'; '.join(sorted(assumed))}" if assumed else said
 
 
-def convert(module: nn.Module, name: str) -> Conversion:
-    """`from_published` without the comparison."""
+def candidates(module: nn.Module, name: str) -> tuple[Conversion, ...]:
+    """`from_published` without the comparison: what the layer may be, the likeliest first."""
     _check_family(module, name)
     told = _Told(module, name)
+    arguments = told.arguments()
+    return tuple(
+        _conversion(told, arguments | {"fbm_cfg": bands}, phrases)
+        for bands, phrases in told.bands()
+    )
+
+
+def _conversion(told: _Told, arguments: Mapping[str, Any], phrases: tuple[str, ...]) -> Conversion:
+    module, name = told.module, told.name
     with torch.device("meta"):
         try:
-            layer = FDConv2d(**told.arguments())
+            layer = FDConv2d(**arguments)
         except UnsupportedLayerError as error:
             raise UnsupportedLayerError(f"{name}: {error}") from None
     if layer.param_reduction >= 1:
         layer.alpha = float(told.get("alpha", layer.alpha))
-    state = module.state_dict()
+    norm = f"KSM_Global.{told.norm_name}."
+    state = {
+        f"KSM_Global.bn.{key.removeprefix(norm)}" if key.startswith(norm) else key: value
+        for key, value in module.state_dict().items()
+    }
     expected = {key: tuple(value.shape) for key, value in layer.state_dict().items()}
     own = {key: tuple(value.shape) for key, value in state.items()}
     # Buffers some copies save and others do not.
@@ -124,10 +138,12 @@ def convert(module: nn.Module, name: str) -> Conversion:
     if own != expected:
         raise variant(name, _difference(own, expected))
     layer.load_state_dict({key: state[key] for key in expected}, strict=True, assign=True)
-    layer.KSM_Global.bn.eps = told.attention.bn.eps
+    norm_eps = getattr(told.norm, "eps", None)
+    if norm_eps is not None:
+        layer.KSM_Global.bn.eps = norm_eps
     if layer.KSM_Local is not None:
         layer.KSM_Local.norm.eps = told.local.norm.eps
-    return Conversion(layer.train(module.training), tuple(told.assumed))
+    return Conversion(layer.train(module.training), (*told.assumed, *phrases))
 
 
 def _check_family(module: nn.Module, name: str) -> None:
@@ -139,9 +155,21 @@ def _check_family(module: nn.Module, name: str) -> None:
     size = module.kernel_size
     if not isinstance(module, nn.Conv2d) and (not isinstance(size, tuple) or len(size) != 2):
         raise variant(name, f"it is no 2-d convolution (kernel_size {size!r})")
-    bn: Any = attention.bn if attention is not None else None
-    if not isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm):
-        raise variant(name, f"KSM_Global.bn is a {type(bn).__name__}, not a BatchNorm2d")
+
+
+def _kind_of_norm(norm: Any, name: str, layer: str) -> AttentionNorm:
+    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        return "batch"
+    if isinstance(norm, nn.Identity):
+        return "none"
+    if isinstance(norm, nn.GroupNorm) and norm.num_groups == 1:
+        return "group"
+    groups = f" of {norm.num_groups} groups" if isinstance(norm, nn.GroupNorm) else ""
+    raise variant(
+        layer,
+        f"KSM_Global.{name} is a {type(norm).__name__}{groups}, not a BatchNorm2d (nor "
+        "GroupNorm(1, C) nor Identity)",
+    )
 
 
 class _Told:
@@ -151,6 +179,8 @@ class _Told:
         self.module, self.name = module, name
         self.attention: Any = module.KSM_Global
         self.local: Any = getattr(module, "KSM_Local", None)
+        self.norm_name = next((n for n in _NORMS if hasattr(self.attention, n)), "bn")
+        self.norm: Any = getattr(self.attention, self.norm_name, None)
         self.assumed: list[str] = []
 
     def get(self, path: str, default: Any) -> Any:
@@ -183,6 +213,8 @@ class _Told:
             )
         hidden = attention.fc.weight.shape[0]
         bands = getattr(module, "FBM", None)
+        if self.norm is None:
+            raise variant(self.name, "it has no KSM_Global.bn")
         return {
             **{what: getattr(module, what) for what in _GEOMETRY},
             "groups": self.get("groups", 1),
@@ -205,7 +237,7 @@ class _Told:
             "ksm_global_act": self.get("KSM_Global.act_type", "sigmoid"),
             "convert_param": converted,
             "linear_mode": stored.ndim == 2,
-            "fbm_cfg": self._bands() if bands is not None else None,
+            "ksm_global_norm": _kind_of_norm(self.norm, self.norm_name, self.name),
             "frequency_order": self._order(),
         }
 
@@ -215,30 +247,55 @@ class _Told:
             indices = torch.stack([part.cpu() for part in indices])
         return indices
 
-    def _bands(self) -> BandModulationConfig:
+    def bands(self) -> list[tuple[BandModulationConfig | None, tuple[str, ...]]]:
+        """What the band modulation may be, and what of each is assumed."""
+        if getattr(self.module, "FBM", None) is None:
+            return [(None, ())]
         kernel = self.get("FBM.freq_weight_conv_list", ())
         if not len(kernel):
             raise variant(self.name, "it has no FBM.freq_weight_conv_list")
-        k_list = tuple(self.get("FBM.k_list", (2, 4, 8)))
-        masks = getattr(self.module.FBM, "cached_masks", None)
-        size = (64, 64)
-        if masks is None:  # the first published version makes them anew each time
-            self.assumed.append("no FBM.cached_masks, so band masks as the present version's")
-        else:
-            size = (masks.shape[-2], 2 * (masks.shape[-1] - 1))
-            ours = band_masks(k_list, *size, size).to(masks.device)
-            if masks.numel() != ours.numel() or not torch.equal(
-                masks.reshape(ours.shape).float(), ours
-            ):
-                raise variant(self.name, "its FBM.cached_masks are not the published ones")
-        return BandModulationConfig(
+        saved = self._saved_masks()
+        k_list = self._k_list(saved)
+        bands = BandModulationConfig(
             k_list=k_list,
             lowfreq_att=self.get("FBM.lowfreq_att", False),
             act=self.get("FBM.act", "sigmoid"),
             spatial_group=kernel[0].groups,
             spatial_kernel=kernel[0].kernel_size[0],
-            max_size=size,
         )
+        if saved is not None:
+            return [(bands.model_copy(update={"max_size": saved.size_for(k_list)}), ())]
+        # The first published version has no such buffer, and makes its masks in each call.
+        made: tuple[tuple[Any, str], ...] = (
+            ("per_call", "band masks made per call, as the first published version's"),
+            ("cached", "band masks as the present version's"),
+        )
+        return [
+            (bands.model_copy(update={"masks": kind}), (f"no FBM.cached_masks, so {phrase}",))
+            for kind, phrase in made
+        ]
+
+    def _saved_masks(self) -> SavedMasks | None:
+        buffer = getattr(self.module.FBM, "cached_masks", None)
+        if buffer is None:
+            return None
+        try:
+            return SavedMasks.read(buffer)
+        except ValueError as error:
+            raise variant(self.name, f"its FBM.cached_masks cannot be read: {error}") from None
+
+    def _k_list(self, saved: SavedMasks | None) -> tuple[float, ...]:
+        if saved is None:
+            return tuple(self.get("FBM.k_list", (2, 4, 8)))
+        k_list = getattr(self.module.FBM, "k_list", saved.k_list)
+        if k_list is None or saved.size_for(tuple(k_list)) is None:
+            told = "of no k_list" if saved.k_list is None else f"of k_list {list(saved.k_list)}"
+            raise variant(
+                self.name,
+                f"its FBM.cached_masks are not the published ones: they are {told}, and its "
+                f"FBM.k_list is {getattr(self.module.FBM, 'k_list', 'missing')}",
+            )
+        return tuple(k_list)
 
 
 def _difference(own: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:

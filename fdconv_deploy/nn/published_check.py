@@ -17,9 +17,9 @@ from fdconv_deploy.nn.fdconv import FDConv2d
 TOLERANCE = 1e-4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Conversion:
-    """A converted layer, and what its original did not tell: one phrase each."""
+    """What a layer may be converted to, and what its original did not tell: one phrase each."""
 
     layer: FDConv2d
     assumed: tuple[str, ...]
@@ -34,61 +34,97 @@ def variant(name: str, what: str) -> UnsupportedLayerError:
     )
 
 
-def compare_on_random(module: nn.Module, conversion: Conversion, name: str) -> None:
-    """Run both on random images.
+def compare_on_random(
+    module: nn.Module, candidates: tuple[Conversion, ...], name: str
+) -> Conversion:
+    """Run a layer and its candidates on random images; the first candidate that is equal.
 
-    :raises UnsupportedLayerError: the original fails on them, or computes something else.
+    Raises:
+        UnsupportedLayerError: the original fails on them, or computes something else than each.
     """
     x = _probe(module)
-    with _evaluating(module, conversion.layer):
+    with _evaluating(module, *(c.layer for c in candidates)):
         try:
             expected = module(x)
         except Exception as error:
             raise variant(name, f"its own forward fails on {tuple(x.shape)}: {error}") from error
-        _compare(conversion, name, x, expected)
+        return _equal(candidates, name, x, expected)[0]
 
 
-def _compare(conversion: Conversion, name: str, x: Tensor, expected: Any) -> None:
-    found = conversion.layer(x)
-    if not isinstance(expected, Tensor) or expected.shape != found.shape:
-        what = tuple(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
-        raise variant(name, f"it gives {what} where the published layer gives {tuple(found.shape)}")
-    largest = float(expected.abs().max()) or 1.0
-    error = float((found - expected).abs().max()) / largest
-    if not error <= TOLERANCE:
-        suspects = f" (suspects: {'; '.join(conversion.assumed)})" if conversion.assumed else ""
-        raise variant(
-            name,
-            f"its output differs from the published layer's by {error:.1e} of the largest value, "
-            f"{TOLERANCE:.0e} is allowed{suspects}",
-        )
+def _equal(
+    candidates: tuple[Conversion, ...], name: str, x: Tensor, expected: Any
+) -> tuple[Conversion, ...]:
+    """Those candidates that give what the original gave.
+
+    Raises:
+        UnsupportedLayerError: there is none.
+    """
+    errors = {}
+    for candidate in candidates:
+        found = candidate.layer(x)
+        if not isinstance(expected, Tensor) or expected.shape != found.shape:
+            what = (
+                tuple(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
+            )
+            raise variant(
+                name, f"it gives {what} where the published layer gives {tuple(found.shape)}"
+            )
+        largest = float(expected.abs().max()) or 1.0
+        errors[candidate] = float((found - expected).abs().max()) / largest
+    equal = tuple(candidate for candidate, error in errors.items() if error <= TOLERANCE)
+    if equal:
+        return equal
+    nearest = min(errors, key=lambda candidate: errors[candidate])
+    suspects = f" (suspects: {'; '.join(nearest.assumed)})" if nearest.assumed else ""
+    raise variant(
+        name,
+        f"its output differs from the published layer's by {errors[nearest]:.1e} of the largest "
+        f"value, {TOLERANCE:.0e} is allowed{suspects}",
+    )
 
 
 def compare_inside(
     network: nn.Module,
     example: Tensor,
     found: Mapping[str, nn.Module],
-    conversions: Mapping[str, Conversion],
-) -> None:
-    """Run the network, and each conversion on what its original is given.
+    candidates: Mapping[str, tuple[Conversion, ...]],
+) -> dict[str, Conversion]:
+    """Run the network, and each layer's candidates on what the original is given.
 
-    :param found: the originals in the network, by name.
-    :raises UnsupportedLayerError: one computes something else.
+    Args:
+        network: in eval mode.
+        example: its input.
+        found: the originals in it, by name.
+        candidates: for each of them.
+
+    Returns:
+        Of each layer the first candidate that is equal.
+
+    Raises:
+        UnsupportedLayerError: a layer computes something else than each of its candidates.
     """
+    left = dict(candidates)
 
-    def compare(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-            _compare(conversions[name], name, inputs[0], output)
+    def compare(name: str) -> Callable[[Any, Any, Any], None]:
+        def hook(module: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+            left[name] = _equal(left[name], name, inputs[0], output)
+            if len(left[name]) > 1:
+                # What cannot tell two candidates apart, as a flat image, may be all the example
+                # has; noise of its size can. The layer's own forward calls no hook.
+                noise = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(0))
+                noise = noise.to(inputs[0])
+                left[name] = _equal(left[name], name, noise, module.forward(noise))
 
         return hook
 
     hooks = [module.register_forward_hook(compare(name)) for name, module in found.items()]
     try:
-        with _evaluating(network, *(c.layer for c in conversions.values())):
+        with _evaluating(network, *(c.layer for several in left.values() for c in several)):
             network(example)
     finally:
         for hook in hooks:
             hook.remove()
+    return {name: several[0] for name, several in left.items()}
 
 
 def _probe(module: nn.Module) -> Tensor:

@@ -96,12 +96,33 @@ def test_epsilons_are_the_layers_own() -> None:
         from_published(layer)  # the stand-in's arithmetic has 1e-5, so the copy contradicts itself
 
 
+def low_passed(x: torch.Tensor) -> torch.Tensor:
+    """``x`` within a circle of frequencies."""
+    radius = torch.fft.fftfreq(x.shape[2])[:, None].hypot(torch.fft.rfftfreq(x.shape[3]))
+    return torch.fft.irfft2(torch.fft.rfft2(x) * (radius < 0.3), s=x.shape[2:])
+
+
 def _use_global(layer: Any) -> None:
     layer.KSM_Local.complex_weight = nn.Parameter(torch.zeros(1, 10, 2))
 
 
 def _no_norm(layer: Any) -> None:
-    layer.KSM_Global.bn = nn.Identity()
+    del layer.KSM_Global.bn
+
+
+def _several_groups(layer: Any) -> None:
+    layer.KSM_Global.bn = nn.GroupNorm(4, 16)
+
+
+def _instance_norm(layer: Any) -> None:
+    del layer.KSM_Global.bn
+    layer.KSM_Global.norm = nn.InstanceNorm2d(16)
+
+
+def _group_norm_in_name_only(layer: Any) -> None:
+    """Its arithmetic is that of no normalisation."""
+    layer.KSM_Global.bn = nn.GroupNorm(1, 16)
+    layer.options["ksm_global_norm"] = "none"
 
 
 def _no_relu(layer: Any) -> None:
@@ -114,6 +135,20 @@ def _no_kernel_heads(layer: Any) -> None:
 
 def _other_masks(layer: Any) -> None:
     layer.FBM.cached_masks = ~layer.FBM.cached_masks
+
+
+def _masks_of_other_bands(layer: Any) -> None:
+    layer.FBM.k_list = [2, 4, 16]
+
+
+def _masks_of_parts(layer: Any) -> None:
+    layer.FBM.cached_masks = layer.FBM.cached_masks * 0.5
+
+
+def _own_size_masks_of_radius(layer: Any) -> None:
+    """Made per call, but round: neither version's."""
+    del layer.FBM.cached_masks
+    layer.forward = lambda x: FDConv.forward(layer, low_passed(x))
 
 
 def _no_spectrum(layer: Any) -> None:
@@ -139,10 +174,16 @@ def _failing(layer: Any) -> None:
 
 VARIANTS: list[tuple[Callable[[Any], None], str]] = [
     (_use_global, r"beside KSM_Local\.complex_weight"),
-    (_no_norm, r"KSM_Global\.bn is a Identity, not a BatchNorm2d"),
+    (_no_norm, r"has no KSM_Global\.bn"),
+    (_several_groups, r"KSM_Global\.bn is a GroupNorm of 4 groups, not a BatchNorm2d"),
+    (_instance_norm, r"KSM_Global\.norm is a InstanceNorm2d, not a BatchNorm2d"),
+    (_group_norm_in_name_only, "output differs"),
     (_no_relu, r"has no KSM_Global\.relu"),
     (_no_kernel_heads, r"has no KSM_Global\.kernel_fc"),
-    (_other_masks, "cached_masks are not the published ones"),
+    (_other_masks, "cached_masks are not the published ones: they are of no k_list"),
+    (_masks_of_other_bands, r"they are of k_list \[2\.0, 4\.0, 8\.0\], .* is \[2, 4, 16\]"),
+    (_masks_of_parts, "cached_masks cannot be read: it holds other numbers than zeros and ones"),
+    (_own_size_masks_of_radius, r"output differs.*suspects: no FBM\.cached_masks"),
     (_no_spectrum, r"dft_weight \(1, 59, 28, 2\) for \(1, 60, 28, 2\)"),
     (_other_gates, "att_multi differs"),
     (_other_arithmetic, r"output differs.*no KSM_Global\.act_type, so 'sigmoid'"),
@@ -196,6 +237,69 @@ def test_a_network_is_copied_with_its_layers_converted(given: bool) -> None:
     assert converted.a is converted.twin
     assert not converted.training
     assert error(converted(x), network(x)) <= 1e-5
+
+
+FIRST_VERSION = {"k_list": [2, 4, 8], "masks": "per_call"}
+COPIES: dict[str, dict[str, Any]] = {
+    # C3k2_FDConv blocks of YOLO11 forks, among them one that collects plug-in modules: band
+    # modulation of the first published version, masks made in each call from freq.max.
+    "first version": {"fbm_cfg": FIRST_VERSION},
+    # A fork for small objects: the same, one band and one weight map per channel.
+    "first version, a map per channel": {"fbm_cfg": FIRST_VERSION | {"spatial_group": 65}},
+    # The same in a network with the low band weighed, too.
+    "first version, low band": {"fbm_cfg": {"k_list": [3], "lowfreq_att": True} | FIRST_VERSION},
+    # The collection's attention, which trains with one image a batch: GroupNorm(1, C) as bn.
+    "GroupNorm as bn": {"ksm_global_norm": "group"},
+    # The same as ODConv's forks name it.
+    "GroupNorm as norm": {"ksm_global_norm": "group", "norm_name": "norm"},
+    # What the published class has in a comment beside its BatchNorm.
+    "Identity as bn": {"ksm_global_norm": "none"},
+    "both, as the collection has them": {"fbm_cfg": FIRST_VERSION, "ksm_global_norm": "group"},
+    # A fork that gives irfft2 s=(d1*k1, d2*k2), so that any number of channels works.
+    "odd columns, 3×3": {"in_channels": 17, "kernel_num": 3},
+    "odd columns, 1×1": {"in_channels": 33, "kernel_size": 1, "padding": 0, "kernel_num": 4},
+    "odd columns, 1×3": {"in_channels": 21, "kernel_size": (1, 3), "padding": 0, "kernel_num": 4},
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+@torch.no_grad()
+def test_variants_of_public_copies_are_taken(name: str) -> None:
+    """Each as a kind of public copy has it (see ``COPIES``), written anew by the reference."""
+    arguments = COPIES[name]
+    layer = copy_of(**arguments)
+    ours = from_published(layer)
+    for size in ((9, 11), (16, 16), (40, 30)):
+        x = lively_input((2, layer.in_channels, *size))
+        assert error(ours(x), layer(x)) <= 1e-5
+    bands = arguments.get("fbm_cfg", {})
+    assert ours.FBM is None or ours.FBM.config.masks == bands.get("masks", "cached")
+    other = FDConv2d(
+        18, 20, 3, kernel_num=5, ksm_global_norm=arguments.get("ksm_global_norm", "batch")
+    )
+    assert type(ours.KSM_Global.bn) is type(other.KSM_Global.bn)
+
+
+def test_epsilon_of_a_group_norm_is_the_copys() -> None:
+    layer = copy_of(ksm_global_norm="group")
+    layer.KSM_Global.bn.eps = 1e-2
+    with pytest.raises(UnsupportedLayerError, match="differs"):
+        from_published(layer)  # the stand-in's arithmetic has 1e-5
+
+
+@torch.no_grad()
+def test_masks_are_told_where_the_example_cannot() -> None:
+    """On a flat image all masks do the same; noise of its size tells them apart."""
+    for bands in (FIRST_VERSION, {"k_list": [2, 4, 8]}):
+        layer = copy_of(fbm_cfg=bands)
+        if "masks" not in bands:
+            del layer.FBM.cached_masks
+        network = nn.Sequential(layer).eval()
+        flat = torch.ones(1, 18, 12, 16) * torch.linspace(-1, 1, 18)[:, None, None]
+        converted, assumed = convert_published(network, flat)
+        x = lively_input((2, 18, 12, 16))
+        assert error(converted(x), network(x)) <= 1e-5
+        assert len(assumed["0"]) == 1
 
 
 def test_what_a_copy_does_not_tell_is_assumed_and_said() -> None:
