@@ -7,7 +7,9 @@ transform of the plain layer's weights, as the published converter writes it.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -23,11 +25,13 @@ from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.nn.spectrum import kernel_spectrum
 
 # What FDConv and FDLinear replace: block and stem convolutions of a ResNet, and the two
-# linear layers of a ViT block's feed-forward network. Shortcuts and heads stay plain.
-_CONV = re.compile(r"(?:^|\.)(?:layer\d+\.\d+\.conv\d|stem\.\d+)\.weight$")
+# linear layers of a ViT block's feed-forward network.
+_BLOCK = re.compile(r"((?:.*\.)?)layer(\d+)\.(\d+)\.conv(\d)\.weight")
+_STEM = re.compile(r"((?:.*\.)?)stem\.(\d+)\.weight")
+_FIRST = re.compile(r"((?:.*\.)?)conv1\.weight")
 _LINEAR = re.compile(r"(?:^|\.)layers\.\d+\.ffn\.layers\.(?:0\.0|1)\.weight$")
-# A MiT block's two, which the published converter means to take and whose names it does not know.
-_MIT = re.compile(r"(?:^|\.)layers\.\d+\.1\.\d+\.ffn\.layers\.(?:0|4)\.weight$")
+# What stays plain in every FDConv network: shortcuts, a transformer's attention, necks and heads.
+_PLAIN = re.compile(r"(?:^|\.)(?:downsample|attn|neck|\w*head\w*|fc|classifier)\.")
 
 # The published converter takes layers of 32 channels or more. (The published layer's own
 # default is dynamic above 16: a layer between the two starts from random weights.)
@@ -44,7 +48,10 @@ class Conversion(BaseModel):
         converted: layers that have a spectrum now.
         left_random: layers that an FDConv network of ``conv`` makes dynamic and that have no
             spectrum, so that it starts them from random weights.
-        unknown_names: feed-forward layers of a MiT, whose names the published converter lacks.
+        grouped: grouped convolutions among those that would be converted by name. No FDConv layer
+            can be one, so they stay plain.
+        unrecognised: layers of a size that FDConv replaces whose names are none known here, so
+            that they are as they were: a MiT's feed-forward layers, other networks' blocks.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,7 +60,8 @@ class Conversion(BaseModel):
     conv: FDConvConfig
     converted: tuple[str, ...]
     left_random: tuple[str, ...] = ()
-    unknown_names: tuple[str, ...] = ()
+    grouped: tuple[str, ...] = ()
+    unrecognised: tuple[str, ...] = ()
 
 
 def convert_state_dict(
@@ -80,9 +88,11 @@ def convert_state_dict(
         CheckpointError: the weights already are of an FDConv network.
     """
     _refuse_fdconv(state_dict)
+    grouped = _grouped(state_dict)
     result: dict[str, Tensor] = {}
     for key, weight in state_dict.items():
-        if _is_replaced(key, weight, use_fdconv_if_c_gt, use_fdconv_if_k_in):
+        large = _is_large(weight, use_fdconv_if_c_gt, use_fdconv_if_k_in)
+        if large and _is_known(key, weight) and key not in grouped:
             name = key.removesuffix("weight") + "dft_weight"
             kernel = weight if weight.ndim == 4 else weight[:, :, None, None]
             result[name] = kernel_spectrum(kernel.detach()).repeat(param_ratio, 1, 1, 1)
@@ -97,16 +107,19 @@ def describe_conversion(
     conv: FDConvConfig,
     method: Literal["published", "equivalent"] = "published",
 ) -> Conversion:
-    """What :func:`convert_state_dict` or :func:`equivalent_state_dict` did, and passed over."""
+    """What :func:`convert_state_dict` or :func:`equivalent_state_dict` did and did not do."""
 
     def layer(key: str) -> str:
         return key.removesuffix(".weight")
 
-    dynamic = [
-        layer(key)
+    grouped = _grouped(before)
+    large = {
+        key: weight
         for key, weight in before.items()
-        if _is_replaced(key, weight, conv.use_fdconv_if_c_gt, conv.use_fdconv_if_k_in)
-    ]
+        if key not in grouped
+        and _is_large(weight, conv.use_fdconv_if_c_gt, conv.use_fdconv_if_k_in)
+    }
+    dynamic = [layer(key) for key, weight in large.items() if _is_known(key, weight)]
     spectra = {key.removesuffix(".dft_weight") for key in after if key.endswith(".dft_weight")}
     changed = spectra | set(dynamic_names(after))
     return Conversion(
@@ -114,7 +127,15 @@ def describe_conversion(
         conv=conv,
         converted=tuple(layer(key) for key in before if layer(key) in changed),
         left_random=tuple(name for name in dynamic if name not in changed),
-        unknown_names=tuple(layer(key) for key in before if _MIT.search(key)),
+        grouped=tuple(layer(key) for key in grouped),
+        unrecognised=tuple(
+            layer(key)
+            for key, weight in large.items()
+            if key.endswith(".weight")
+            and not _is_known(key, weight)
+            and not _PLAIN.search(key)
+            and layer(key) not in changed
+        ),
     )
 
 
@@ -176,7 +197,38 @@ def _refuse_fdconv(state_dict: Mapping[str, Tensor]) -> None:
         )
 
 
-def _is_replaced(key: str, weight: Tensor, threshold: int, kernels: Collection[int]) -> bool:
-    conv = weight.ndim == 4 and bool(_CONV.search(key)) and weight.shape[2] in kernels
-    linear = weight.ndim == 2 and bool(_LINEAR.search(key))
-    return (conv or linear) and min(weight.shape[:2]) > threshold
+def _is_large(weight: Tensor, threshold: int, kernels: Collection[int]) -> bool:
+    """Whether FDConv or FDLinear replaces a layer of this weight."""
+    if weight.ndim == 4:
+        return weight.shape[2] in kernels and min(weight.shape[:2]) > threshold
+    return weight.ndim == 2 and min(weight.shape) > threshold
+
+
+def _is_known(key: str, weight: Tensor) -> bool:
+    """Whether a layer's name is one of those that the published converter replaces."""
+    if weight.ndim == 4:
+        return bool(_BLOCK.fullmatch(key) or _STEM.fullmatch(key))
+    return bool(_LINEAR.search(key))
+
+
+def _grouped(state_dict: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Those of the known convolutions that see a part of what comes in only.
+
+    A weight does not tell its number of groups: what the convolution before it gives tells.
+    """
+    placed: dict[str, list[tuple[tuple[int, ...], str]]] = defaultdict(list)
+    for key, weight in state_dict.items():
+        match = _BLOCK.fullmatch(key) or _STEM.fullmatch(key) or _FIRST.fullmatch(key)
+        if match and weight.ndim == 4:
+            prefix, *place = match.groups()
+            # In the network's order: a deep stem's, or the one conv1, then the blocks'.
+            numbers = tuple(int(number) for number in place)
+            order = {0: (0,), 1: (-1, *numbers), 3: numbers}[len(numbers)]
+            placed[prefix].append((order, key))
+    found = set()
+    for convolutions in placed.values():
+        for (_, before), (_, key) in pairwise(sorted(convolutions)):
+            entering, taken = state_dict[before].shape[0], state_dict[key].shape[1]
+            if entering > taken > 0 and entering % taken == 0:
+                found.add(key)
+    return tuple(key for key in state_dict if key in found)

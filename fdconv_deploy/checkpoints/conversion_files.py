@@ -88,12 +88,14 @@ def convert_checkpoint(
                 param_ratio=conv.param_ratio,
             )
         report = describe_conversion(state, made, conv, "equivalent" if equivalent else "published")
-        if not report.converted and report.unknown_names:
+        if not report.converted and report.unrecognised:
             raise CheckpointError(
-                f"Nothing in it is converted: the {len(report.unknown_names)} feed-forward layers "
-                f"of a MiT (SegFormer; {report.unknown_names[0]}…) have names that the published "
-                "converter passes over, so that it writes the same weights again. Give a ResNet's "
-                "checkpoint; in Python, fdconv_deploy.nn.replace_convolutions takes any network."
+                f"Nothing in it is converted: {len(report.unrecognised)} layers of a size that "
+                f"FDConv replaces have names that the published converter does not know "
+                f"({', '.join(report.unrecognised[:3])}…), so that it writes the same weights "
+                "again. Expected a ResNet's layer1.0.conv1.weight… or a ViT's "
+                "layers.0.ffn.layers.0.0.weight…; in Python, "
+                "fdconv_deploy.nn.replace_convolutions takes any network."
             )
         if not report.converted:
             names = ", ".join(list(state)[:3])

@@ -99,6 +99,17 @@ def _print(report: Any, output: Path) -> None:
             f"{conv.use_fdconv_if_c_gt} converts them too:"
         )
         console.print("  " + ", ".join(report.left_random), markup=False)
+    for names, what in (
+        (report.grouped, "are grouped convolutions, which no FDConv layer can be: they stay plain"),
+        (
+            report.unrecognised,
+            "were not recognised, though FDConv replaces layers of their size: they are as they "
+            "were, since the published converter knows a ResNet's and a ViT's names only",
+        ),
+    ):
+        if names:
+            console.print(f"{len(names)} layers {what}:")
+            console.print("  " + ", ".join(names), markup=False)
     if report.method == "equivalent":
         console.print(
             f"Next: fdconv inspect {output}, then train it: its attentions are at rest until then.",

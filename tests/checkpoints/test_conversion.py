@@ -142,5 +142,78 @@ def test_what_is_passed_over_is_told(oracle: Path) -> None:
     resnet = described("resnet_torchvision_style")
     assert len(resnet.converted) == 8
     assert resnet.left_random == ("layer3.0.conv1", "layer3.0.conv2")
-    assert len(described("mit_mmseg").unknown_names) == 8
-    assert described("vit_mmseg").left_random == ()
+    assert resnet.grouped == resnet.unrecognised == ()
+    mit = described("mit_mmseg")
+    assert mit.converted == ()
+    # Those above 16 channels, and not the depthwise convolutions between them.
+    assert len(mit.unrecognised) == 6
+    assert mit.unrecognised[0] == "layers.1.1.0.ffn.layers.0"
+    vit = described("vit_mmseg")
+    assert (len(vit.converted), vit.left_random, vit.unrecognised) == (4, (), ())
+
+
+def resnext(groups: int, width: int, blocks: int = 2, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Convolutions of a ResNeXt, torchvision's names: ``groups`` in each block's conv2."""
+    state, entering = {f"{prefix}conv1.weight": torch.randn(64, 3, 7, 7)}, 64
+    for stage in range(1, 5):
+        inner, out = width * 2 ** (stage - 1), 128 * 2 ** (stage - 1)
+        for block in range(blocks):
+            name = f"{prefix}layer{stage}.{block}"
+            state[f"{name}.conv1.weight"] = torch.randn(inner, entering, 1, 1)
+            state[f"{name}.conv2.weight"] = torch.randn(inner, inner // groups, 3, 3)
+            state[f"{name}.conv3.weight"] = torch.randn(out, inner, 1, 1)
+            if block == 0:
+                state[f"{name}.downsample.0.weight"] = torch.randn(out, entering, 1, 1)
+            entering = out
+    return state | {f"{prefix}fc.weight": torch.randn(1000, entering)}
+
+
+@pytest.mark.parametrize(
+    ("groups", "width", "prefix"),
+    [
+        (32, 128, ""),  # 32x4d: layer4's conv2 sees 32 channels of 1024, more than the limit
+        (2, 64, "backbone."),  # two groups: every conv2 from layer1 on sees 32 or more
+        (64, 64, ""),  # as many groups as channels in layer1, which is depthwise
+    ],
+    ids=["ResNeXt 32x4d", "two groups, prefixed", "depthwise"],
+)
+def test_grouped_convolutions_get_no_spectrum(groups: int, width: int, prefix: str) -> None:
+    state = resnext(groups, width, prefix=prefix)
+    made = convert_state_dict(state)
+    report = describe_conversion(state, made, FDConvConfig())
+    conv2 = {f"{prefix}layer{s}.{b}.conv2" for s in range(1, 5) for b in range(2)}
+    assert set(report.grouped) == conv2
+    assert set(report.converted) == {
+        f"{prefix}layer{s}.{b}.conv{n}" for s in range(1, 5) for b in range(2) for n in (1, 3)
+    }
+    assert (report.left_random, report.unrecognised) == ((), ())
+    for name in conv2:
+        assert made[f"{name}.weight"] is state[f"{name}.weight"]
+    lower = convert_state_dict(state, use_fdconv_if_c_gt=0)
+    assert not conv2 & {key.removesuffix(".dft_weight") for key in lower if "dft" in key}
+
+
+def test_one_group_is_not_taken_for_several() -> None:
+    state = resnext(1, 64)
+    report = describe_conversion(state, convert_state_dict(state), FDConvConfig())
+    assert (len(report.converted), report.grouped) == (24, ())
+
+
+def test_names_that_are_not_known_are_listed() -> None:
+    """A ResNet whose second convolutions are other modules, as Res2Net's and ResNeSt's are."""
+    state = resnext(1, 64, blocks=1)
+    for stage in (1, 2):
+        moved = state.pop(f"layer{stage}.0.conv2.weight")
+        state[f"layer{stage}.0.convs.0.weight"] = moved
+    state["conv1.3.weight"] = torch.randn(32, 32, 3, 3)  # timm's deep stem
+    state["blocks.0.mlp.fc1.weight"] = torch.randn(96, 48)  # a transformer's, of timm
+    state["blocks.0.attn.qkv.weight"] = torch.randn(144, 48)  # stays plain in any case
+    state["layer1.0.se.fc1.weight"] = torch.randn(16, 64, 1, 1)  # too small for FDConv
+    report = describe_conversion(state, convert_state_dict(state), FDConvConfig())
+    assert report.unrecognised == (
+        "layer1.0.convs.0",
+        "layer2.0.convs.0",
+        "conv1.3",
+        "blocks.0.mlp.fc1",
+    )
+    assert len(report.converted) == 10

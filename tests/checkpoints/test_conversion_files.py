@@ -24,7 +24,7 @@ from fdconv_deploy.checkpoints import (
 from fdconv_deploy.demo import plain_checkpoint
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn.detection import build_detector
-from tests.checkpoints.test_conversion import NAMES, plain_resnet
+from tests.checkpoints.test_conversion import NAMES, plain_resnet, resnext
 from tests.checkpoints.test_detector import small
 from tests.reference.lively import error
 
@@ -63,8 +63,24 @@ def test_where_nothing_is_converted_nothing_is_written(
     source = oracle / "convert" / "mit_mmseg_in.pth"
     code, _, err = convert(monkeypatch, capfd, source, "-o", tmp_path / "out.pth")
     assert code == 1
-    assert "8 feed-forward layers of a MiT" in err
+    assert "6 layers of a size that FDConv replaces have names" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_stays_plain_is_counted_and_listed(
+    tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    state = resnext(32, 128, blocks=1) | {"layer1.0.convs.0.weight": torch.ones(64, 64, 3, 3)}
+    torch.save(state, tmp_path / "in.pth")
+    code, out, _ = convert(monkeypatch, capfd, tmp_path / "in.pth", "-o", tmp_path / "out.pth")
+    assert code == 0
+    assert "out.pth: 8 layers have their spectrum now" in out.replace(" /", "/")
+    assert "4 layers are grouped convolutions" in out
+    assert "layer1.0.conv2, layer2.0.conv2, layer3.0.conv2, layer4.0.conv2" in out
+    assert "1 layers were not recognised" in out
+    assert "layer1.0.convs.0" in out
+    kept = read_checkpoint(tmp_path / "out.pth").state_dict
+    assert kept["layer4.0.conv2.weight"].shape == (1024, 32, 3, 3)
 
 
 @torch.no_grad()
@@ -168,12 +184,13 @@ def test_a_file_that_is_there_stays(oracle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "options", "hint"),
     [
-        ({"stages.0.blocks.0.conv.weight": torch.ones(64, 64, 3, 3)}, {}, "Nothing in it is to be"),
+        ({"stages.0.blocks.0.conv.weight": torch.ones(64, 64, 3, 3)}, {}, "1 layers of a size"),
+        ({"layer1.0.conv1.weight": torch.ones(8, 8, 3, 3)}, {}, "Nothing in it is to be"),
         ({"a.dft_weight": torch.ones(1)}, {}, "FDConv network already"),
         ({"layers.0.ffn.layers.1.weight": torch.ones(64, 64)}, {"equivalent": True}, "a ResNet"),
         ({"a": torch.ones(1)}, {"arguments": {"kernel_nums": 4}}, "kernel_nums.*kernel_num"),
     ],
-    ids=["another network", "FDConv already", "a ViT", "unknown argument"],
+    ids=["another network", "small layers", "FDConv already", "a ViT", "unknown argument"],
 )
 def test_refusals(tmp_path: Path, state: Any, options: Any, hint: str) -> None:
     torch.save(state, tmp_path / "in.pth")
