@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from fdconv_deploy.architecture import Act, BandModulationConfig, FDConvConfig
 from fdconv_deploy.checkpoints.facts import UNSET, Evidence, stated
@@ -20,10 +22,12 @@ def infer_bands(
     """Bands, groups and kernel of Frequency Band Modulation.
 
     A layer has one convolution per band, and one more with ``lowfreq_att``: shapes tell
-    their sum. Which of the two it is comes from the config, or from the published defaults.
+    their sum. Which of the two it is comes from the band masks, if the file saves them, else from
+    the config, or from the published defaults.
 
     Raises:
-        CheckpointError: layers differ, or neither config nor default explains the sum.
+        CheckpointError: layers differ, neither config nor default explains the sum, or saved
+            masks are not those of the bands.
     """
     with_bands = [layer for layer in dynamic if layer.bands]
     there = bool(with_bands)
@@ -49,8 +53,9 @@ def infer_bands(
             "all layers; the file mixes two networks."
         )
     values: dict[str, Any] = {}
+    masked = _with_masks(with_bands)
     if there:
-        values |= _counted(counts.pop(), given, settle)
+        values |= _counted(counts.pop(), given, masked, settle)
     else:
         values = {
             "k_list": settle("k_list", tuple[float, ...]),
@@ -61,11 +66,72 @@ def infer_bands(
     )
     values["spatial_group"] = _groups(with_bands, settle)
     values["act"] = settle("act", Act)
-    values["max_size"] = settle("max_size", tuple[int, int])
+    values |= _made_at(masked, values["k_list"], settle)
     return BandModulationConfig(**values)
 
 
-def _counted(count: int, given: bool, settle: Any) -> dict[str, Any]:
+def _with_masks(with_bands: Sequence[Layer]) -> Layer | None:
+    """A layer whose masks the file saves, if it saves any."""
+    masked = [layer for layer in with_bands if layer.masks is not None]
+    if not masked:
+        return None
+    first = masked[0].masks
+    assert first is not None
+    for layer in masked:
+        assert layer.masks is not None
+        if not torch.equal(first.masks, layer.masks.masks):
+            raise CheckpointError(
+                f"The saved band masks differ between layers: {masked[0].name}.FBM.cached_masks, "
+                f"{_described(masked[0])}, and {layer.name}.FBM.cached_masks, {_described(layer)}. "
+                "Expected the same fbm_cfg for all layers; the file mixes two networks."
+            )
+    if first.k_list is None:
+        raise CheckpointError(
+            f"{masked[0].name}.FBM.cached_masks, {tuple(first.masks.shape)}, are not the published "
+            "band masks of any k_list. Expected, for each band k, all frequencies below 0.5 / k "
+            "in both directions; a network with masks of its own cannot be built here."
+        )
+    return masked[0]
+
+
+def _described(layer: Layer) -> str:
+    assert layer.masks is not None
+    return f"of shape {tuple(layer.masks.masks.shape)}, those of k_list {_listed(layer)}"
+
+
+def _listed(layer: Layer) -> list[float] | None:
+    assert layer.masks is not None
+    return None if layer.masks.k_list is None else list(layer.masks.k_list)
+
+
+def _made_at(masked: Layer | None, k_list: tuple[float, ...], settle: Any) -> dict[str, Any]:
+    """``max_size`` and ``masks``."""
+    if masked is None or masked.masks is None:
+        return {
+            "max_size": settle("max_size", tuple[int, int]),
+            "masks": settle("masks", Literal["cached", "per_call"]),
+        }
+    saved, shape = masked.masks, tuple(masked.masks.masks.shape)
+    size = settle(
+        "max_size",
+        tuple[int, int],
+        accepts=lambda value: saved.are_of(k_list, value),
+        derived=saved.size_for(k_list),
+        source="saved buffers",
+        tells=f"{masked.name}.FBM.cached_masks have shape {shape}, as masks made at "
+        f"{saved.size_for(k_list)}",
+    )
+    kind = settle(
+        "masks",
+        Literal["cached", "per_call"],
+        exact="cached",
+        source="saved buffers",
+        tells=f"{masked.name}.FBM.cached_masks are in the file",
+    )
+    return {"max_size": size, "masks": kind}
+
+
+def _counted(count: int, given: bool, masked: Layer | None, settle: Any) -> dict[str, Any]:
     tells = (
         f"the weights have {count} band convolutions a layer, which is one per band and one more "
         "with lowfreq_att"
@@ -74,10 +140,29 @@ def _counted(count: int, given: bool, settle: Any) -> dict[str, Any]:
     if given:
         # The published code reads an fbm_cfg without k_list as one band, [2].
         knowledge["default"] = (2.0,)
+
+    def explains(value: tuple[float, ...]) -> bool:
+        return len(value) >= 1 and count - len(value) in (0, 1)
+
+    accepts = explains
+    if masked is not None and masked.masks is not None and masked.masks.k_list is not None:
+        saved, told = masked.masks, masked.masks.k_list
+        tells = f"{masked.name}.FBM.cached_masks are the masks of k_list {list(told)}"
+        if not explains(told):
+            raise CheckpointError(
+                f"{tells}, {len(told)} bands, and {masked.name} has {count} band convolutions. "
+                "Expected one per band, and one more with lowfreq_att; the file mixes two networks."
+            )
+        # Bands that have the same masks are the same network.
+        knowledge |= {"derived": told, "source": "saved buffers"}
+
+        def accepts(value: tuple[float, ...]) -> bool:
+            return saved.size_for(value) is not None
+
     bands = settle(
         "k_list",
         tuple[float, ...],
-        accepts=lambda value: len(value) >= 1 and count - len(value) in (0, 1),
+        accepts=accepts,
         tells=tells,
         note=f"{count} convolutions a layer: {count} bands, or {count - 1} and lowfreq_att"
         if count > 1

@@ -19,7 +19,13 @@ from fdconv_deploy.detector_architecture import DetectorArchitecture
 from fdconv_deploy.errors import CheckpointError
 
 Source = Literal[
-    "names", "shapes", "config", "checkpoint meta", "command line", "published default"
+    "names",
+    "shapes",
+    "saved buffers",
+    "config",
+    "checkpoint meta",
+    "command line",
+    "published default",
 ]
 
 UNSET: Any = object()

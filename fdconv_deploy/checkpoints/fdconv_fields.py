@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fdconv_deploy.architecture import Act, FDConvConfig
+from fdconv_deploy.architecture import Act, AttentionNorm, FDConvConfig
 from fdconv_deploy.checkpoints.band_fields import infer_bands
 from fdconv_deploy.checkpoints.facts import UNSET, Evidence, stated
 from fdconv_deploy.checkpoints.layers import Layer
@@ -42,11 +42,28 @@ def infer_conv(
     values |= _thresholds(layers, settle)
     values |= _spectrum(dynamic, settle)
     values |= _attention(dynamic, values, settle)
+    if values["ksm_global_norm"] in _NORM_NOTES:
+        evidence.notes.append(_NORM_NOTES[values["ksm_global_norm"]])
     bands = infer_bands(dynamic, section, evidence)
     return FDConvConfig(**values, fbm_cfg=bands)
 
 
 Settle = Callable[..., Any]
+
+# What a state dict holds of each normalisation, and what it does not tell of those that are not
+# the published one.
+_STORED: dict[AttentionNorm, str] = {
+    "batch": "running statistics",
+    "group": "a scale and a shift without running statistics",
+    "none": "nothing",
+}
+_NORM_NOTES: dict[AttentionNorm, str] = {
+    "group": "The attention's normalisation has a scale and a shift and no running statistics: "
+    "taken for GroupNorm(1, C) with epsilon 1e-5, as public copies of FDConv have it; weights do "
+    "not tell its number of groups or epsilon.",
+    "none": "The attention has no normalisation (nothing under KSM_Global.bn): taken for Identity, "
+    "as public copies of FDConv have it; one without weights of its own would look the same.",
+}
 
 
 def _thresholds(layers: Sequence[Layer], settle: Settle) -> dict[str, Any]:
@@ -196,6 +213,17 @@ def _attention(
         accepts=lambda value: value != "softmax" or only or plain,
         tells="softmax needs ksm_only_kernel_att=True, and the weights have the other attentions",
         matters=not plain,
+    )
+    norm = _same(dynamic, "ksm_global_norm", [layer.norm for layer in dynamic])
+    values["ksm_global_norm"] = settle(
+        "ksm_global_norm",
+        AttentionNorm,
+        exact=UNSET if norm is None else norm,
+        source="names",
+        tells=f"the weights have {_STORED[norm]} under {dynamic[0].name}.KSM_Global.bn"
+        if norm is not None
+        else "",
+        matters=bool(dynamic),
     )
     values["ksm_local_act"] = settle("ksm_local_act", Act, matters=bool(local))
     values["att_multi"] = settle("att_multi", float, matters=bool(local) or only is False)

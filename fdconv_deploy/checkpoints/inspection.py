@@ -19,6 +19,7 @@ from fdconv_deploy.checkpoints.layers import (
     Kind,
     Layer,
     Shapes,
+    as_published,
     conv_layers,
     kind_of,
     parameters,
@@ -74,7 +75,7 @@ class Report(BaseModel):
             its config states them.
         command: the command line that exports it; None where it cannot be exported, or where
             the report was not asked for by the command line.
-        frequency_order: what tells the order of frequencies, which no checkpoint holds; None
+        frequency_order: what tells the order of frequencies, which few checkpoints hold; None
             without FDConv layers or data.
     """
 
@@ -168,6 +169,7 @@ def report_on(
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """:func:`inspect_checkpoint` for tensors at hand; tensors on the meta device do."""
+    state = as_published(state)
     architecture: Architecture | None = None
     detector: DetectorArchitecture | None = None
     backbone: BackboneConfig | None = None
@@ -204,7 +206,10 @@ def report_on(
     if any(layer.dynamic for layer in layers) and not any(v.is_meta for v in state.values()):
         whole_network = architecture or detector
         preprocessing = whole_network.preprocessing if whole_network else None
-        order = tell_order(state, backbone, preprocessing, images, progress)
+        try:
+            order = tell_order(state, backbone, preprocessing, images, progress)
+        except CheckpointError as error:
+            problem = problem or str(error)
     return Report(
         path=path,
         format=format,

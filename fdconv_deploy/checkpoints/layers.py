@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from fdconv_deploy.architecture import AttentionNorm
 from fdconv_deploy.errors import CheckpointError
+from fdconv_deploy.nn.band_modulation import SavedMasks
 
 Kind = Literal["segmentor", "detector", "classifier", "backbone", "unknown"]
 Shapes = Mapping[str, Tensor]
@@ -16,7 +19,11 @@ Shapes = Mapping[str, Tensor]
 _DETECTOR = ("neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.", "panoptic_head.")
 _DYNAMIC = ".KSM_Global.fc.weight"
 _BANDS = ".FBM.freq_weight_conv_list."
-NOT_PARAMETERS = ("running_mean", "running_var", "num_batches_tracked")
+# Buffers of an FDConv layer that the published class does not save, and some copies do.
+SAVED_BUFFERS = ("indices", "FBM.cached_masks")
+NOT_PARAMETERS = (
+    "running_mean", "running_var", "num_batches_tracked", "indices", "cached_masks",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,9 @@ class Layer:
 
     ``attentions`` is kernel_num × param_ratio, the length of the kernel attention, and
     ``hidden`` the channels of the attention's hidden layer; both 0 for a plain layer, as
-    everything after them. ``ratio`` is None when the file does not tell param_ratio.
+    everything after them. ``ratio`` is None when the file does not tell param_ratio. ``norm`` is
+    that of the attention's hidden layer. ``masks`` and ``indices`` are there if the file saves
+    them, and not without their values.
     """
 
     name: str
@@ -44,12 +53,20 @@ class Layer:
     bands: int = 0
     spatial_group: int = 0
     spatial_kernel: int = 0
+    norm: AttentionNorm = "batch"
+    masks: SavedMasks | None = field(default=None, compare=False, repr=False)
+    indices: Tensor | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the kernel matrix, in × kernel width."""
+        return self.in_channels * self.kernel[1]
 
     @property
     def bins(self) -> int:
         """Bins of the half spectrum: rows × (columns / 2 + 1)."""
         rows = self.out_channels * self.kernel[0]
-        return rows * (self.in_channels * self.kernel[1] // 2 + 1)
+        return rows * (self.columns // 2 + 1)
 
     @property
     def kept_bins(self) -> int:
@@ -86,6 +103,24 @@ def dynamic_names(state: Shapes) -> list[str]:
     ]
 
 
+def as_published(state: Shapes) -> dict[str, Tensor]:
+    """A state dict in the published names and layout, where copies have others that are equal.
+
+    The attention's normalisation may be called ``norm``, and the spectrum be one complex tensor.
+    """
+    names = dynamic_names(state)
+    norms = {f"{name}.KSM_Global.norm.": f"{name}.KSM_Global.bn." for name in names}
+    spectra = {f"{name}.dft_weight" for name in names}
+    result: dict[str, Tensor] = {}
+    for key, value in state.items():
+        owner, _, last = key.rpartition(".")
+        published = f"{norms[f'{owner}.']}{last}" if f"{owner}." in norms else key
+        if key in spectra and value.is_complex():
+            value = torch.view_as_real(value.contiguous())
+        result[key if published in state else published] = value
+    return result
+
+
 def parameters(state: Shapes) -> int:
     """How many numbers are trained: all but normalisation statistics."""
     return sum(v.numel() for k, v in state.items() if k.rpartition(".")[2] not in NOT_PARAMETERS)
@@ -113,7 +148,9 @@ def conv_layers(state: Shapes) -> list[Layer]:
 
 
 def _owner(key: str, names: Mapping[str, None]) -> str | None:
-    for mark in (".KSM_Global.", ".KSM_Local.", ".FBM.", ".dft_weight", ".weight", ".bias"):
+    for mark in (
+        ".KSM_Global.", ".KSM_Local.", ".FBM.", ".dft_weight", ".weight", ".bias", ".indices",
+    ):  # fmt: skip
         name, found, _ = key.partition(mark)
         if found and name in names:
             return name
@@ -135,13 +172,14 @@ def _dynamic_layer(state: Shapes, name: str) -> Layer:
     kernel: tuple[int, int]
     if spectrum is not None and len(spectrum) == 4:
         ratio = spectrum[0]
-        width = 2 * (spectrum[2] - 1) // into
+        columns = _columns(spectrum[2], into)
+        width = columns // into
         # Only square kernels and those of height 1 have an out count told by nothing else.
         out = (shape("KSM_Global.filter_fc.weight") or (0,))[0]
         height = spectrum[1] // out if out else width
         out = out or spectrum[1] // max(width, 1)
         kernel = (height, width)
-        if out * height != spectrum[1] or into * width != 2 * (spectrum[2] - 1) or not width:
+        if out * height != spectrum[1] or into * width != columns or not width:
             raise _misfit(
                 name, f"dft_weight has shape {spectrum}, KSM_Global takes {into} channels"
             )
@@ -182,7 +220,41 @@ def _dynamic_layer(state: Shapes, name: str) -> Layer:
         bands=len(bands),
         spatial_group=group,
         spatial_kernel=spatial,
+        norm=_norm(state, name),
+        masks=_saved_masks(state, name),
+        indices=_with_values(state.get(f"{name}.indices")),
     )
+
+
+def _columns(frequencies: int, channels: int) -> int:
+    """Columns of a kernel matrix with so many in its half spectrum: a multiple of channels.
+
+    An even number of columns and the odd one after it have as many.
+    """
+    even = 2 * (frequencies - 1)
+    return even + 1 if even % channels and not (even + 1) % channels else even
+
+
+def _norm(state: Shapes, name: str) -> AttentionNorm:
+    """What normalises the attention's hidden layer, from what is stored of it."""
+    stored = part(state, f"{name}.KSM_Global.bn.")
+    if "running_mean" in stored or "running_var" in stored:
+        return "batch"
+    return "group" if stored else "none"
+
+
+def _saved_masks(state: Shapes, name: str) -> SavedMasks | None:
+    buffer = _with_values(state.get(f"{name}.FBM.cached_masks"))
+    if buffer is None:
+        return None
+    try:
+        return SavedMasks.read(buffer)
+    except ValueError as error:
+        raise _misfit(name, f"its FBM.cached_masks cannot be read: {error}") from None
+
+
+def _with_values(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None or buffer.is_meta else buffer
 
 
 def _known(name: str, suffix: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:

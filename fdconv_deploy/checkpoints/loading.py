@@ -14,13 +14,14 @@ from fdconv_deploy.checkpoints.architecture import infer_architecture
 from fdconv_deploy.checkpoints.config_text import Config, config_of, read_config
 from fdconv_deploy.checkpoints.detector import infer_detector
 from fdconv_deploy.checkpoints.facts import Inference
-from fdconv_deploy.checkpoints.layers import dynamic_names, kind_of
+from fdconv_deploy.checkpoints.layers import SAVED_BUFFERS, as_published, dynamic_names, kind_of
 from fdconv_deploy.checkpoints.order_choice import ChosenOrder, choose_order
 from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
 from fdconv_deploy.detector_architecture import DetectorArchitecture
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.nn.detection import Detector
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.nn.spectrum import FrequencyOrder
 
 
@@ -59,7 +60,8 @@ def load_checkpoint(
             By default the one the checkpoint carries.
         overrides: fields the weights do not tell, e.g. ``{"backbone.style": "caffe"}``.
         frequency_order: how bins of equal radius are ordered, see :class:`FDConv2d`. ``"auto"``
-            takes the order the weights tell, see :func:`order_of_weights`, else ``"torch"``.
+            takes the indices that the file saves, else the order the weights tell, see
+            :func:`order_of_weights`, else ``"torch"``.
         auxiliary: keep a segmentor's auxiliary head, which only training needs.
         require_fdconv: refuse a network without a single FDConv layer.
         weights: the entry to take weights from, see :func:`read_checkpoint`.
@@ -75,7 +77,7 @@ def load_checkpoint(
     """
     checkpoint = read_checkpoint(path, weights=weights)
     settings = config_for(checkpoint, config)
-    state = dict(checkpoint.state_dict)
+    state = as_published(checkpoint.state_dict)
     network: LoadedSegmentor | LoadedDetector
     told: dict[str, Any] = {"config": settings, "meta": checkpoint.meta, "overrides": overrides}
     try:
@@ -85,6 +87,7 @@ def load_checkpoint(
         else:
             inference, state = _auxiliary(infer_architecture(state, **told), state, auxiliary)
             network = _segmentor(inference, order)
+        order.apply(network)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     if require_fdconv and not dynamic_names(state):
@@ -180,8 +183,13 @@ def _fill(network: Segmentor | Detector, state: dict[str, Tensor], path: str | P
         # Only training counts batches, and old files don't have the count.
         if key.endswith(".num_batches_tracked"):
             state.setdefault(key, torch.zeros(value.shape, dtype=value.dtype))
+    read = {f"{name}.{buffer}" for name in dynamic_layers(network) for buffer in SAVED_BUFFERS}
     missing = [key for key in expected if key not in state]
-    extra = [k for k in state if k not in expected and not k.endswith(".num_batches_tracked")]
+    extra = [
+        k
+        for k in state
+        if k not in expected and k not in read and not k.endswith(".num_batches_tracked")
+    ]
     wrong = [k for k, v in expected.items() if k in state and state[k].shape != v.shape]
     if missing or extra or wrong:
         shapes = [
@@ -198,6 +206,11 @@ def _fill(network: Segmentor | Detector, state: dict[str, Tensor], path: str | P
         )
     weights: dict[str, Tensor] = {}
     for key, value in expected.items():
+        if state[key].is_complex():
+            raise CheckpointError(
+                f"{path}: {key} holds complex numbers, {state[key].dtype}. Expected real ones, "
+                f"{tuple(value.shape)}; a network with complex weights there cannot be built here."
+            )
         tensor = state[key].to(value.dtype)
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The frequency order of a checkpoint, which is not written in it: what tells it."""
+"""The frequency order of a checkpoint, which few have written in them: what tells it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fdconv_deploy.architecture import BackboneConfig, Preprocessing
 from fdconv_deploy.checkpoints.layers import Shapes, backbone_prefix, part
+from fdconv_deploy.checkpoints.order_choice import saved_order
 from fdconv_deploy.checkpoints.order_images import ImageEvidence, order_of_statistics
 from fdconv_deploy.checkpoints.order_weights import (
     CANDIDATES,
@@ -31,6 +32,7 @@ MOST_IMAGES = 32
 class OrderReport(BaseModel):
     """Which order the network was trained with, or None: it cannot be told.
 
+    ``saved`` says what indices the file holds, which then decide; empty if it holds none.
     ``images`` is None where none were given.
     """
 
@@ -38,12 +40,13 @@ class OrderReport(BaseModel):
 
     order: NamedOrder | None
     weights: WeightEvidence
+    saved: str = ""
     images: ImageEvidence | None = None
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """In a sentence each."""
-        found = (self.weights.reason, self.images.reason if self.images else "")
+        found = (self.saved, self.weights.reason, self.images.reason if self.images else "")
         return tuple(reason for reason in found if reason)
 
 
@@ -67,8 +70,12 @@ def tell_order(
 
     Raises:
         ImageError: there are images, but too few.
+        CheckpointError: the file saves indices that are none.
     """
     weights = order_of_weights(state)
+    saved = saved_order(state)
+    if saved is not None:
+        return OrderReport(order=saved.name, weights=weights, saved=saved.reason)
     if not len(images) or backbone is None:
         return OrderReport(order=weights.order, weights=weights)
     if backbone.in_channels != 3:

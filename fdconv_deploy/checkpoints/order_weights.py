@@ -195,15 +195,17 @@ def _pairs_of(
 ) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
     """Of each plane: relative distances of mirror pairs, and whether they are in two groups."""
     rows = layer.out_channels * layer.kernel[0]
-    columns = layer.in_channels * layer.kernel[1]
+    columns = layer.columns
     half = columns // 2 + 1
     kept = layer.kept_bins
     ranking = bin_order(rows, columns, order)[:kept]
     rank = torch.full((rows * half,), -1, dtype=torch.int64)
     rank[ranking] = torch.arange(kept)
     upper = torch.arange(1, (rows + 1) // 2)
-    bins = torch.cat([upper * half, upper * half + half - 1])
-    mirrors = torch.cat([(rows - upper) * half, (rows - upper) * half + half - 1])
+    # Column 0 and, of an even number of columns, the Nyquist column.
+    mirrored = (0,) if columns % 2 else (0, half - 1)
+    bins = torch.cat([upper * half + column for column in mirrored])
+    mirrors = torch.cat([(rows - upper) * half + column for column in mirrored])
     both = (rank[bins] >= 0) & (rank[mirrors] >= 0)
     ratio = layer.ratio or 1
     size = kept // (layer.attentions // ratio)

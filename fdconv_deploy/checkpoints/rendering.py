@@ -44,6 +44,8 @@ def render(report: Report, console: Console, *, layers: bool = False) -> None:
         known = (
             f"[bold]{order.order}[/bold]"
             if order.order
+            else "as saved in the file"
+            if order.saved
             else (
                 "[yellow]not told[/yellow], so that torch, the published one, will be assumed "
                 "(--frequency-order of export gives another)"

@@ -62,9 +62,10 @@ def test_reference_checkpoint_is_told_in_full(oracle: Path, name: str) -> None:
     assert [list(colour) for colour in found.architecture.palette] == index["palette"]
     assert found.architecture.preprocessing.scale == (256, 128)
     assert found.architecture.preprocessing.mean == (123.675, 116.28, 103.53)
-    # Neither config says these two; everything else was told.
+    # Neither config says these three; everything else was told.
     assert {fact.field for fact in found.assumed} == {
         "backbone.conv.fbm_cfg.max_size",
+        "backbone.conv.fbm_cfg.masks",
         "auxiliary_head.dilation",
     }
 

@@ -104,6 +104,7 @@ def test_manifest(bundle, detector):
     assert manifest.checkpoint.name == "mask.pth"
     assert set(manifest.graph["assumed"]) <= {
         "backbone.conv.fbm_cfg.max_size",
+        "backbone.conv.fbm_cfg.masks",
         "classes",
         "frequency_order",
         "palette",
