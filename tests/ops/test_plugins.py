@@ -168,7 +168,8 @@ def test_real_code_reaches_tensorrt(stub, request):
 
 KERNEL_CASES = [
     "pointwise, more out, batch 3", "3x3", "3x3|half", "planes", "second slots",
-    "more than 256 attentions", "odd channels out", "dense both", "normed",
+    "more than 256 attentions", "odd channels out", "odd channels in",
+    "GroupNorm", "dense both", "normed",
     "complex rows, batch 2", "softmax over groups", "symmetric rows, last, batch 2|half",
 ]  # fmt: skip
 
