@@ -15,6 +15,7 @@ from export.capture import PLACEHOLDER
 from export.layers import LayerWriter
 from export.passes.batch_norm import fold_batch_norms
 from export.passes.late_reshapes import move_reshapes
+from export.passes.means import split_means
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.network import dynamic_layers
@@ -70,6 +71,7 @@ def build_graph(
         node.outputs.clear()
         node.inputs.clear()
         _take_over(output, result)
+    split_means(graph)
     if batch > 1:
         move_reshapes(graph, writer.nodes)
     graph.cleanup().toposort()

@@ -79,8 +79,10 @@ def kernel_makers(nodes: Sequence[NodeProto], labels: Sequence[Label]) -> set[in
         if index in found or labels[index].layer is None or node.op_type == "Conv":
             continue
         found.add(index)
-        if node.op_type not in POOLING:
-            waiting += [producers[name] for name in node.input if name in producers]
+        before = [producers[name] for name in node.input if name in producers]
+        # A mean may be taken over one axis after the other.
+        pools = node.op_type in POOLING
+        waiting += [i for i in before if not pools or nodes[i].op_type in POOLING]
     return found
 
 

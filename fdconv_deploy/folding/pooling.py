@@ -1,6 +1,7 @@
-"""Adaptive average pooling at a fixed size: two small constant matrix products.
+"""Adaptive average pooling at a fixed size: means of equal windows, else constant products.
 
-Exporters turn windows of unequal size into gathers; a matrix says the same thing.
+Exporters turn windows of unequal size into gathers; a matrix says the same thing. Where the
+windows divide an axis evenly, a mean is more exact: a product adds up in one running sum.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ class FoldedAdaptivePool(nn.Module):
         """``(B, C, H, W)`` float -> ``(B, C, h, w)``."""
         height, width = x.shape[-2:]
         rows, columns = self.output_size
-        vertical = torch.from_numpy(pooling_matrix(height, rows or height)).to(x)
-        horizontal = torch.from_numpy(pooling_matrix(width, columns or width).T).to(x)
-        return vertical @ (x @ horizontal)
+        rows, columns = rows or height, columns or width
+        if width % columns == 0:
+            x = x.unflatten(-1, (columns, width // columns)).mean(-1)
+        else:
+            x = x @ torch.from_numpy(pooling_matrix(width, columns).T).to(x)
+        if height % rows == 0:
+            return x.unflatten(-2, (rows, height // rows)).mean(-2)
+        return torch.from_numpy(pooling_matrix(height, rows)).to(x) @ x
