@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from export.checks import PrecisionName, batch_sizes, check_precision, check_size
-from export.detector_inputs import made_up_detector_inputs, placed
+from export.detector_inputs import placed
 from export.inputs import Picture
 from export.production import produce
-from export.recipe import Precision, Progress, Recipe, order_entry, refuse_training
+from export.recipe import Precision, Progress, Recipe, Source, order_entry, refuse_training
 from export.rules import Rule
+from export.validation.sources import drawn
 from fdconv_deploy.detector_architecture import SIZE_DIVISOR
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers
@@ -57,16 +58,15 @@ def export_detector(
         say("note: this network has no FDConv layer")
     architecture = network.architecture
     preprocessing = architecture.preprocessing
+    sources = drawn(network, size)
     if pictures:
-        said = f"{len(pictures)} pictures given"
         images, sizes = placed(pictures, size, preprocessing)
-        indices = {b: torch.arange(b) % len(images) for b in batch_sizes(batches)}
-        examples = {b: (images[index], sizes[index]) for b, index in indices.items()}
-    else:
-        said = "drawn street scenes"
-        examples = {
-            b: made_up_detector_inputs(b, size, preprocessing) for b in batch_sizes(batches)
-        }
+
+        def rows(batch: int) -> tuple[torch.Tensor, ...]:
+            index = torch.arange(batch) % len(images)
+            return images[index], sizes[index]
+
+        sources.insert(0, Source(f"{len(pictures)} pictures given", rows))
     manifest = {
         "kind": "detector",
         "detector": architecture,
@@ -80,13 +80,14 @@ def export_detector(
     }
     recipe = Recipe(
         network,
-        dict(examples),
+        sources[0],
+        batch_sizes(batches),
         ["images", "sizes"],
         network.output_names,
         Rule("detections", architecture.test.rcnn.score_thr),
         manifest,
-        said,
         Precision(precision, allowed),
+        sources[1:],
         say,
     )
     return produce(recipe, destination, overwrite)

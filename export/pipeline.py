@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from export.checks import TOLERANCES, Activations, PrecisionName, batch_sizes, check_precision
 from export.detectors import export_detector
 from export.evaluation import Evaluation
-from export.inputs import Picture, made_up_images, normalised
+from export.inputs import Picture, normalised
 from export.production import produce
 from export.recipe import (
     Precision,
     Progress,
     Recipe,
+    Source,
     graph_size,
     order_entry,
     outputs_of,
@@ -29,6 +30,7 @@ from export.recipe import (
 )
 from export.recipe import output_names as checked_names
 from export.rules import Rule
+from export.validation.sources import drawn, mirrored
 from fdconv_deploy.architecture import Preprocessing
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.errors import ExportError
@@ -174,17 +176,17 @@ def export_segmentor(
     if not dynamic_layers(network):
         # A plain twin is exported all the same: benchmarks need both sides.
         (progress or (lambda _: None))("note: this network has no FDConv layer")
-    channels, preprocessing = architecture.backbone.in_channels, architecture.preprocessing
+    preprocessing = architecture.preprocessing
+    sources = drawn(network, size)
     if pictures:
-        said = f"{len(pictures)} pictures given"
         given = normalised(pictures, size, preprocessing)
-        examples = {b: given[torch.arange(b) % len(given)] for b in batch_sizes(batches)}
-    else:
-        said = "drawn street scenes"
-        examples = {
-            batch: made_up_images(batch, size, preprocessing, channels=channels)
-            for batch in batch_sizes(batches)
-        }
+        sources.insert(
+            0,
+            Source(
+                f"{len(pictures)} pictures given",
+                lambda batch: (given[torch.arange(batch) % len(given)],),
+            ),
+        )
     allowed = check_precision(
         precision,
         tolerance=tolerance,
@@ -206,13 +208,14 @@ def export_segmentor(
         },
     }
     recipe = Recipe(
-        network, {batch: (x,) for batch, x in examples.items()}, ["images"], ["logits"],
-        Rule("classes"), manifest, said,
+        network, sources[0], batch_sizes(batches), ["images"], ["logits"], Rule("classes"),
+        manifest,
         Precision(
             precision, allowed, tuple(keep_fp32), activations,
             _Prepared(calibration, size, preprocessing),
             Evaluation(evaluation, masks, architecture, size) if len(evaluation) else None,
         ),
+        sources[1:],
     )  # fmt: skip
     if progress is not None:
         recipe.progress = progress
@@ -295,14 +298,15 @@ def export_module(
         told = {name: "; ".join(phrases) for name, phrases in assumed.items() if phrases}
         manifest["graph"] = {"converted_layers": sorted(assumed), "assumed": told}
     sizes = batch_sizes(batches if batches is not None else [example.shape[0]])
-    examples = {
-        batch: example[torch.arange(batch) % example.shape[0]].contiguous() for batch in sizes
-    }
+
+    def rows(batch: int) -> tuple[Tensor, ...]:
+        return (example[torch.arange(batch) % example.shape[0]].contiguous(),)
+
     inputs = [image[None].numpy() for tensor in calibration for image in tensor]
     recipe = Recipe(
-        module, {batch: (x,) for batch, x in examples.items()}, [input_name], names,
-        Rule("values"), manifest, "the example given",
-        Precision(precision, allowed, tuple(keep_fp32), activations, inputs),
+        module, Source("the example given", rows), sizes, [input_name], names, Rule("values"),
+        manifest, Precision(precision, allowed, tuple(keep_fp32), activations, inputs),
+        mirrored(example),
     )  # fmt: skip
     if progress is not None:
         recipe.progress = progress

@@ -48,23 +48,39 @@ class Precision:
         return output.max_rel
 
 
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Inputs to compare a graph with its network on.
+
+    ``rows(batch)`` gives the network's inputs, batch first; of a larger batch, the first rows
+    are a smaller one's.
+    """
+
+    said: str
+    rows: Callable[[int], tuple[Tensor, ...]]
+
+
 @dataclass
 class Recipe:
-    """What to export: filled in by the public functions, carried out by `produce`."""
+    """What to export: filled in by the public functions, carried out by `produce`.
+
+    spares: other inputs, where the source's cannot tell whether a graph is the network.
+    """
 
     network: nn.Module
-    examples: dict[int, tuple[Tensor, ...]]
+    source: Source
+    batches: list[int]
     input_names: list[str]
     output_names: list[str]
     rule: Rule
     manifest: dict[str, Any]
-    inputs_said: str
     precision: Precision
+    spares: Sequence[Source] = ()
     progress: Progress = field(default=lambda _: None)
 
     def feed(self, batch: int) -> dict[str, NDArray]:
         """The example of a batch size, by input name."""
-        tensors = zip(self.input_names, self.examples[batch], strict=True)
+        tensors = zip(self.input_names, self.source.rows(batch), strict=True)
         return {name: tensor.numpy() for name, tensor in tensors}
 
 
@@ -153,20 +169,3 @@ def output_names(count: int, given: Sequence[str] | None) -> list[str]:
     if len(names) != count:
         raise ExportError(f"the module has {count} outputs, output_names names {len(names)}.")
     return names
-
-
-def finite_answers(recipe: Recipe, example: Example) -> dict[str, NDArray]:
-    """What the network answers, by output name.
-
-    Raises:
-        ExportError: some of it is not finite.
-    """
-    outputs = outputs_of(recipe.network, example)
-    for name, output in zip(recipe.output_names, outputs, strict=True):
-        if not torch.isfinite(output).all():
-            raise ExportError(
-                f"the PyTorch network's own output {name!r} on {recipe.inputs_said} holds values "
-                "that are not finite, so there is nothing to compare a graph with. Check the "
-                "checkpoint, or give pictures of the kind it was trained on (--image)."
-            )
-    return {n: o.numpy() for n, o in zip(recipe.output_names, outputs, strict=True)}

@@ -2,70 +2,120 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.detection_parity import perturbed
-from export.detector_inputs import made_up_detector_inputs
-from export.inputs import made_up_images
-from export.parity import compare, compare_all
+from export.checks import TOLERANCES
+from export.parity import Arrays
+from export.recipe import Precision, Source
 from export.rules import Rule
+from export.validation.judge import Judge, Subject
+from export.validation.sources import drawn
+from export.validation.verdict import Verdict
 from fdconv_deploy.architecture import Frozen
+from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.segmentor import Segmentor
-from fdconv_deploy.runtime import Session
-from fdconv_deploy.runtime.manifest import OutputParity
+from fdconv_deploy.ops.native import native_library
+from fdconv_deploy.runtime import Session, open_session
+from fdconv_deploy.runtime.manifest import CheckpointInfo
 
 Pictures = Sequence[tuple[str, NDArray[np.uint8]]]
 
 
-@dataclass(frozen=True)
-class Verified:
-    """One comparison: what went in, at which batch size, and how far an output is off.
-
-    ``slack``: how many times the tolerance this output may err.
-    """
-
-    source: str
-    batch: int
-    parity: OutputParity
-    slack: float = 1.0
-
-    @property
-    def distance(self) -> float:
-        """What the tolerance is held against, where it is about errors."""
-        return self.parity.max_rel / self.slack
-
-
 def verify_bundle(
-    session: Session, network: Segmentor | Detector, images: Pictures = ()
-) -> list[Verified]:
-    """Compare answers on each image, or on made-up inputs at every batch size.
+    session: Session,
+    network: Segmentor | Detector,
+    images: Pictures = (),
+    *,
+    tolerance: float | None = None,
+) -> list[Verdict]:
+    """Judge a bundle as an export judges its graphs.
 
-    Logits are compared number by number, a detector's answers object by object.
+    The whole is run by the session. The layers of a float32 graph are run by ONNX Runtime on
+    the CPU, in a process of their own, with native operators where the session has them.
 
     Args:
         session: on the bundle.
         network: what it was exported from, in eval mode.
         images: (name, HxWx3 uint8 RGB); each is brought to the bundle's size as the runtime
-            does it, and both sides get the same tensor.
+            does it, and both sides get the same tensor. Drawn street scenes if none are given,
+            and where these images cannot tell.
+        tolerance: what export allows at the bundle's precision if not given.
+
+    Returns:
+        One verdict on all images, or one per batch size on drawn scenes.
 
     Raises:
-        ExportError: the bundle is of another network, or finds other objects.
+        ExportError: the bundle is of another network, or its answers have another form.
     """
     manifest = session.bundle.manifest
     theirs: Frozen | None = manifest.architecture or manifest.detector
     _check_same(theirs, network.architecture)
-    if isinstance(network, Detector):
-        return _detector(session, network, images)
-    return _segmentor(session, network, images)
+    spares = drawn(network, session.input_size)
+    sources = [_source(session, name, image) for name, image in images]
+    jobs = [(session.batch_sizes[0], sources, spares)]
+    if not images:
+        jobs = [(batch, spares[:1], spares[1:]) for batch in session.batch_sizes]
+    allowed = TOLERANCES[manifest.precision] if tolerance is None else tolerance
+    precision = Precision(manifest.precision, allowed)
+    native = session.operators.startswith("native")
+    detects = isinstance(network, Detector)
+    with tempfile.TemporaryDirectory(prefix="fdconv-verify-") as folder:
+        judge = Judge(
+            network,
+            Rule("detections", network.architecture.test.rcnn.score_thr)
+            if isinstance(network, Detector)
+            else Rule("classes"),
+            ["images", "sizes"] if detects else ["images"],
+            network.output_names if isinstance(network, Detector) else ["logits"],
+            Path(folder),
+            independent=True,
+        )
+
+        def run(feed: Mapping[str, NDArray]) -> Arrays:
+            if detects:
+                return session.run_detector(feed["images"], feed["sizes"])
+            return {"logits": session.run(feed["images"])}
+
+        return [
+            judge.judge(
+                Subject(
+                    batch,
+                    run,
+                    allowed,
+                    session.bundle.model_path(batch) if manifest.precision == "fp32" else None,
+                    native_library(native)[0] if native else None,
+                    precision.distance,
+                ),
+                first,
+                more,
+            )
+            for batch, first, more in jobs
+        ]
+
+
+def _source(session: Session, name: str, image: NDArray[np.uint8]) -> Source:
+    """An image as often as a batch needs it."""
+
+    def rows(batch: int) -> tuple[Tensor, ...]:
+        if session.detects:
+            row = session.prepare_detection(image).input[None]
+            one = torch.tensor(row["images"]), torch.tensor(row["sizes"])
+        else:
+            one = (torch.from_numpy(session.prepare(image).input[None]),)
+        return tuple(tensor.repeat(batch, *[1] * (tensor.ndim - 1)) for tensor in one)
+
+    return Source(name, rows)
 
 
 def _check_same(theirs: Frozen | None, ours: Frozen) -> None:
@@ -88,55 +138,41 @@ def _check_same(theirs: Frozen | None, ours: Frozen) -> None:
         )
 
 
-def _segmentor(session: Session, network: Segmentor, images: Pictures) -> list[Verified]:
-    if images:
-        inputs = [(name, session.prepare(image).input[None]) for name, image in images]
-    else:
-        made_up = partial(
-            made_up_images,
-            size=session.input_size,
-            preprocessing=network.architecture.preprocessing,
-            channels=network.architecture.backbone.in_channels,
+@dataclass(frozen=True)
+class Verified:
+    """What `verify_files` found. ran, how: what ran the bundle, as a sentence and by name."""
+
+    verdicts: list[Verdict]
+    ran: str
+    how: dict[str, str]
+    digest: str
+    checkpoint: CheckpointInfo | None
+
+
+def verify_files(
+    bundle: Path,
+    checkpoint: Path,
+    images: Pictures = (),
+    *,
+    config: Path | None = None,
+    overrides: dict[str, Any] | None = None,
+    tolerance: float | None = None,
+    backend: str = "auto",
+) -> Verified:
+    """`verify_bundle` on files: the checkpoint is read as the export read it."""
+    from fdconv_deploy.commands.options import how_it_ran, ran_by
+
+    with open_session(bundle, backend) as session:
+        manifest = session.bundle.manifest
+        # Which order the weights are in was decided at export, maybe by the user.
+        order = manifest.graph.get("frequency_order")
+        network = load_checkpoint(
+            checkpoint,
+            config=config,
+            overrides=overrides,
+            frequency_order=order if order in ("torch", "stable") else "auto",
+            require_fdconv=False,
         )
-        inputs = [(_made_up(batch), made_up(batch).numpy()) for batch in session.batch_sizes]
-    results = []
-    for name, tensor in inputs:
-        with torch.no_grad():
-            expected = network(torch.from_numpy(tensor)).numpy()
-        parity = compare("logits", session.run(tensor), expected, classes=True)
-        results.append(Verified(name, len(tensor), parity))
-    return results
-
-
-def _detector(session: Session, network: Detector, images: Pictures) -> list[Verified]:
-    inputs: list[tuple[str, tuple[Tensor, ...]]] = []
-    for name, image in images:
-        row = session.prepare_detection(image).input[None]
-        inputs.append((name, (torch.tensor(row["images"]), torch.tensor(row["sizes"]))))
-    if not images:
-        preprocessing, size = network.architecture.preprocessing, session.input_size
-        for batch in session.batch_sizes:
-            made_up = made_up_detector_inputs(batch, size, preprocessing)
-            inputs.append((_made_up(batch), made_up))
-    rule = Rule("detections", network.architecture.test.rcnn.score_thr)
-
-    def ask(feed: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        with torch.no_grad():
-            outputs = network(*map(torch.from_numpy, feed.values()))
-        return {n: o.numpy() for n, o in zip(network.output_names, outputs, strict=True)}
-
-    results = []
-    for name, tensors in inputs:
-        feed = {n: t.numpy() for n, t in zip(("images", "sizes"), tensors, strict=True)}
-        actual = session.run_detector(feed["images"], feed["sizes"])
-        try:
-            found = compare_all(actual, ask(feed), rule, perturbed(ask, feed))
-        except ExportError as error:
-            raise ExportError(f"{name}: {error}") from error
-        batch = len(tensors[0])
-        results += [Verified(name, batch, p, rule.slack(p.name)) for p in found]
-    return results
-
-
-def _made_up(batch: int) -> str:
-    return f"made-up images, batch {batch}"
+        verdicts = verify_bundle(session, network, images, tolerance=tolerance)
+        ran, how, digest = ran_by(session), how_it_ran(session), session.bundle.digest
+        return Verified(verdicts, ran, how, digest, manifest.checkpoint)

@@ -27,6 +27,9 @@ from fdconv_deploy.commands.options import (
 from fdconv_deploy.errors import FDConvError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from fdconv_deploy.benchmark.datasets import Pair, Samples
     from fdconv_deploy.benchmark.evaluation import Evaluation
     from fdconv_deploy.runtime.manifest import Fit
@@ -95,6 +98,7 @@ def evaluate(
     from fdconv_deploy.benchmark.datasets import find_pairs, layout_of
     from fdconv_deploy.benchmark.evaluation import evaluate as run
     from fdconv_deploy.benchmark.sides import open_sides
+    from fdconv_deploy.runtime import read_image
 
     for name, value, known in (
         ("mode", mode, ("whole", "slide")),
@@ -163,6 +167,37 @@ def evaluate(
         print(json.dumps({**where, **result.as_dict()}, indent=2))
     else:
         _show(result, Console(), quiet)
+        if not quiet:
+            path = pairs[0].image
+            _verify([network, *(against or [])], (path.name, read_image(path)), config, settings)
+
+
+def _verify(
+    paths: list[Path],
+    image: tuple[str, NDArray[np.uint8]],
+    config: Path | None,
+    settings: list[str] | None,
+) -> None:
+    """Say of a bundle beside its own checkpoint what `fdconv verify` says on an image."""
+    from fdconv_deploy.runtime.bundle import Bundle, sha256_of
+
+    for bundle in (path for path in paths if path.is_dir()):
+        source = Bundle.open(bundle).manifest.checkpoint
+        for checkpoint in (path for path in paths if path.is_file()):
+            if source is None or source.sha256 != sha256_of(checkpoint):
+                continue
+            from export.verify import verify_files
+
+            found = verify_files(
+                bundle,
+                checkpoint,
+                [image],
+                config=config,
+                overrides=parse_settings(settings),
+            )
+            print(f"{bundle} beside {checkpoint}:")
+            for verdict in found.verdicts:
+                print(*verdict.sentences(), sep="\n")
 
 
 def _labelled(
@@ -261,6 +296,9 @@ def _evaluate_detectors(
         print(json.dumps({**where, **result.as_dict()}, indent=2))
     else:
         show_detection(result, Console(), quiet)
+        if not quiet:
+            first = next(iter(data))
+            _verify(paths, (first.name, first.image), config, settings)
 
 
 def _refuse(**options: object) -> None:

@@ -186,6 +186,9 @@ def _print_export(bundle: Any) -> None:
             )
     console = Console()
     console.print(table)
+    for batch, found in manifest.graph["exactness"].items():
+        for line in found["verdict"]:
+            console.print(f"Batch {batch}: {line}", markup=False, highlight=False, soft_wrap=True)
     size = sum(f.bytes for f in manifest.files.values())
     console.print(
         f"{manifest.graph['fdconv_layers']} FDConv layers, {size / 1e6:.1f} MB, exported in "

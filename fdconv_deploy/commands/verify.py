@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,14 +19,12 @@ from fdconv_deploy.commands.options import (
     Config,
     Json,
     Settings,
-    how_it_ran,
     parse_settings,
-    ran_by,
 )
 from fdconv_deploy.errors import ExportError, FDConvError
 
 if TYPE_CHECKING:
-    from export.verify import Verified
+    from export.validation.verdict import Finding
     from fdconv_deploy.runtime.manifest import CheckpointInfo
 
 
@@ -35,7 +33,7 @@ def verify(
     checkpoint: Checkpoint,
     images: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="IMAGE", help="Images; made-up inputs if none."),
+        typer.Argument(metavar="IMAGE", help="Images; drawn scenes if none."),
     ] = None,
     config: Config = None,
     settings: Settings = None,
@@ -49,122 +47,50 @@ def verify(
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
-    """Compare a bundle with the PyTorch network, image by image."""
+    """Compare a bundle with the PyTorch network: the whole on each image, and every layer."""
     if tolerance is not None and not tolerance >= 0:
         raise FDConvError(f"the tolerance must be 0 or more, got {tolerance}.")
-    from export.checks import TOLERANCES
-    from export.verify import verify_bundle
-    from fdconv_deploy.checkpoints import load_checkpoint
-    from fdconv_deploy.runtime import open_session, read_image
+    from export.validation.verdict import refusal
+    from export.verify import verify_files
+    from fdconv_deploy.runtime import Bundle, read_image
 
-    with open_session(bundle, backend) as session:
-        # Which order the weights are in was decided at export, maybe by the user.
-        order = session.bundle.manifest.graph.get("frequency_order")
-        network = load_checkpoint(
+    pictures = [(path.name, read_image(path)) for path in images or []]
+    try:
+        found = verify_files(
+            bundle,
             checkpoint,
+            pictures,
             config=config,
             overrides=parse_settings(settings),
-            frequency_order=order if order in ("torch", "stable") else "auto",
-            require_fdconv=False,
+            tolerance=tolerance,
+            backend=backend,
         )
-        pictures = [(path.name, read_image(path)) for path in images or []]
-        try:
-            results = verify_bundle(session, network, pictures)
-        except ExportError as error:
-            # Other objects, or another network: no wonder, where it is another file.
-            source = session.bundle.manifest.checkpoint
-            if source is None or not _is_another(source, checkpoint):
-                raise
-            raise ExportError(f"{error} {_advice(source, checkpoint)}") from error
-        ran, how = ran_by(session), how_it_ran(session)
-        digest = session.bundle.digest
-        manifest = session.bundle.manifest
-    allowed = TOLERANCES[manifest.precision] if tolerance is None else tolerance
-    checks = [_Check(result, allowed, manifest.precision == "int8") for result in results]
+    except ExportError as error:
+        # Another network, or answers of another form: no wonder, where it is another file.
+        source = Bundle.open(bundle).manifest.checkpoint
+        raise ExportError(f"{error} {_advice(source, checkpoint)}".rstrip()) from error
+    findings = [finding for verdict in found.verdicts for finding in verdict.whole]
     if as_json:
-        print(
-            json.dumps([{**check.as_dict(), **how, "bundle": digest} for check in checks], indent=2)
-        )
+        rows = [{**_as_dict(f), **found.how, "bundle": found.digest} for f in findings]
+        print(json.dumps(rows, indent=2))
     else:
-        table = Table("input", "output", "error", "relative", "same class", "allowed")
-        for check in checks:
-            table.add_row(*check.cells())
-        Console().print(table)
-        print(ran)
-        print(f"Bundle {digest} (sha256 of its manifest).")
-    worst = max(checks, key=lambda check: check.share)
-    if not worst.holds:
-        raise FDConvError(
-            f"the bundle differs from the network: {worst.sentence()} "
-            f"{_advice(manifest.checkpoint, checkpoint)}"
-        )
-    if not as_json:
-        print(f"The bundle holds: {worst.sentence()}")
-
-
-@dataclass(frozen=True)
-class _Check:
-    """One output of one input, and the limit it is held against.
-
-    ``classes``: the share of positions of another class is limited, not the error.
-    """
-
-    result: Verified
-    tolerance: float
-    classes: bool
-
-    @property
-    def allowed(self) -> float:
-        return self.tolerance if self.classes else self.tolerance * self.result.slack
-
-    @property
-    def found(self) -> float:
-        parity = self.result.parity
-        return 1 - (parity.argmax_agreement or 0) if self.classes else parity.max_rel
-
-    @property
-    def holds(self) -> bool:
-        return self.found <= self.allowed
-
-    @property
-    def share(self) -> float:
-        """How much of its limit is used."""
-        used = self.found if self.classes else self.result.distance
-        if self.tolerance and not math.isnan(used):
-            return used / self.tolerance
-        return 0.0 if self.holds else math.inf
-
-    def sentence(self) -> str:
-        parity, source = self.result.parity, self.result.source
-        what = (
-            "of its positions have another class" if self.classes else "of its largest value away"
-        )
-        return (
-            f"nearest to its limit is {parity.name} ({source}), {self.found:.1e} {what}; "
-            f"{self.allowed:.0e} is allowed."
-        )
-
-    def cells(self) -> list[str]:
-        parity = self.result.parity
-        agreement = parity.argmax_agreement
-        return [
-            self.result.source,
-            parity.name,
-            f"{parity.max_abs:.1e}",
-            f"{parity.max_rel:.1e}",
-            "" if agreement is None else f"{agreement:.4%}",
-            f"{self.allowed:.0e}",
-        ]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "source": self.result.source,
-            "batch": self.result.batch,
-            "output": self.result.parity.name,
-            **self.result.parity.model_dump(exclude={"name"}),
-            "allowed": self.allowed,
-            "holds": self.holds,
-        }
+        print_findings(Console(), findings)
+        print(found.ran)
+        print(f"Bundle {found.digest} (sha256 of its manifest).")
+        for verdict in found.verdicts:
+            print(*verdict.sentences(), sep="\n")
+    for verdict in found.verdicts:
+        if not verdict.equal:
+            message = refusal(verdict, "the bundle")
+            raise FDConvError(f"{message} {_advice(found.checkpoint, checkpoint)}".rstrip())
+        # Layer by layer it is the network; but this was asked of the whole.
+        if tolerance is not None and not verdict.told:
+            worst = verdict.whole[0]
+            raise FDConvError(
+                f"no input can tell at a tolerance of {tolerance:.0e}: {worst.part} "
+                f"({worst.source}) errs by {worst.figures()}. Leave --tolerance out, and layers "
+                "are judged where the whole cannot be."
+            )
 
 
 def _is_another(source: CheckpointInfo, checkpoint: Path) -> bool:
@@ -176,4 +102,33 @@ def _is_another(source: CheckpointInfo, checkpoint: Path) -> bool:
 def _advice(source: CheckpointInfo | None, checkpoint: Path) -> str:
     if source is not None and _is_another(source, checkpoint):
         return f"It was exported from another file than this one, {source.name}: compare with that."
-    return "Export it again."
+    return ""
+
+
+def _as_dict(finding: Finding) -> dict[str, Any]:
+    parity = finding.parity
+    errors = {"max_abs": None, "max_rel": None, "argmax_agreement": None}
+    return {
+        "output": finding.part,
+        **(errors if parity is None else parity.model_dump(exclude={"name"})),
+        **finding.as_dict(),
+        "holds": finding.outcome != "differs",
+    }
+
+
+def print_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """A table of what was found on the whole."""
+    table = Table("input", "batch", "output", "error", "allowed", "float32's own", "same class", "")
+    for finding in findings:
+        agreement = finding.parity and finding.parity.argmax_agreement
+        table.add_row(
+            finding.source,
+            str(finding.batch),
+            finding.part,
+            "other objects" if finding.error == math.inf else f"{finding.error:.1e}",
+            f"{finding.allowed:.0e}",
+            "" if finding.rounding is None else f"{finding.rounding:.1e}",
+            "" if agreement is None else f"{agreement:.4%}",
+            finding.outcome,
+        )
+    console.print(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,11 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from export.pipeline import export_checkpoint
+from export.validation.verdict import Verdict, refusal
 from export.verify import verify_bundle
 from fdconv_deploy.benchmark.machine import QUIET, Bystanders
 from fdconv_deploy.benchmark.metrics import Scores, confusion_matrix, scores
 from fdconv_deploy.checkpoints import load_segmentor
 from fdconv_deploy.demo import held_out, packaged_checkpoint, plain_checkpoint, training_record
+from fdconv_deploy.errors import ExportError
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime import Session, open_session, read_image
 from fdconv_deploy.runtime.files import write_whole
@@ -66,8 +68,10 @@ def walk(folder: Path, console: Console) -> None:
     with session:
         with step(f"verify the bundle on {SHOWN} held-out images"):
             named = [(path.name, p) for (path, _), p in zip(held_out(), pictures, strict=True)]
-            checks = verify_bundle(session, network, named[:SHOWN])
-        rows.append(("largest error, of the largest logit", f"{_worst(checks):.1e}"))
+            (verdict,) = verify_bundle(session, network, named[:SHOWN])
+            if not verdict.equal:
+                raise ExportError(refusal(verdict, "the bundle"))
+        rows.append(("largest error, of the largest logit", f"{_worst(verdict):.1e}"))
         with step(f"score all on {len(pictures)} held-out images, and the plain twin"):
             twin = load_segmentor(plain_checkpoint(), require_fdconv=False)
             plain = _score(lambda p: _torch_labels(twin, session, p), pictures, truths)
@@ -115,8 +119,8 @@ def _next(folder: Path, image: Path) -> list[str]:
     ]
 
 
-def _worst(checks: Iterable) -> float:
-    return max(check.parity.max_rel for check in checks)
+def _worst(verdict: Verdict) -> float:
+    return max(finding.error for finding in verdict.whole)
 
 
 def _torch_labels(network: Segmentor, session: Session, picture: Picture) -> NDArray[np.integer]:

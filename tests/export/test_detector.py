@@ -137,15 +137,17 @@ def test_verify(bundle, detector):
     with open_session(bundle.path) as session:
         made_up = verify_bundle(session, detector)
         given = verify_bundle(session, detector, [("street", picture)])
-        assert [(v.batch, v.parity.name) for v in made_up] == [
+        whole = [finding for verdict in made_up for finding in verdict.whole]
+        assert [(f.batch, f.part) for f in whole] == [
             (batch, name) for batch in (1, 3) for name in detector.output_names
         ]
-        assert {v.source for v in given} == {"street"}
-        assert all(v.distance <= 1e-4 for v in [*made_up, *given])
-        assert {v.parity.name for v in given if v.slack > 1} == {"masks"}
-        other = small_detector(seed=1)
-        with pytest.raises(ExportError, match=r"made-up images, batch 1: .* does not"):
-            verify_bundle(session, other)
+        assert all(verdict.equal and verdict.told for verdict in [*made_up, *given])
+        assert {f.source for f in given[0].whole} == {"street"}
+        assert {f.part for f in given[0].whole if f.allowed > 1e-4} == {"masks"}
+        # The weights of another seed: other objects, and other layers.
+        verdict = verify_bundle(session, small_detector(seed=1))[0]
+        assert not verdict.equal
+        assert verdict.wrong.error > 1e-2
         with pytest.raises(ExportError, match=r"another network.*differ in backbone, neck"):
             verify_bundle(session, small_detector(8, conv=None, masks=False))
         with pytest.raises(ExportError, match="one of the bundle and the checkpoint"):

@@ -1,20 +1,12 @@
-"""The check that decides whether a bundle is kept."""
+"""Errors of outputs."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
-import onnx
 import pytest
 
-from export.parity import compare, measure
-from export.rules import Rule
+from export.parity import compare
 from fdconv_deploy.errors import ExportError
-from tests.export.graphs import run_file
 
 RNG = np.random.default_rng(0)
 
@@ -64,69 +56,7 @@ def test_what_cannot_be_compared_is_a_sentence(actual, hint):
         compare("y", actual, np.zeros((1, 3), np.float32), classes=False)
 
 
-@pytest.fixture
-def copied(bundle, tmp_path) -> Path:
-    """The segmentor's bundle, to be damaged."""
-    return Path(shutil.copytree(bundle.path, tmp_path / "copy"))
-
-
-def question(bundle) -> tuple[dict, dict]:
-    x = array(2, 3, 65, 97)
-    return {"images": x}, {"logits": run_file(bundle.model_path(2), x)[0]}
-
-
-def test_a_true_copy_passes(bundle, copied, tmp_path):
-    inputs, expected = question(bundle)
-    (found,) = measure(copied / "model.b2.onnx", inputs, expected, tmp_path, rule=Rule("classes"))
-    assert found.name == "logits"
-    assert found.max_rel == 0
-    assert found.argmax_agreement == 1
-
-
-@pytest.mark.parametrize("kind", ["spectrum", "group.patterns", "heads.bias"])
-def test_a_planted_wrong_weight_is_seen(bundle, copied, tmp_path, kind):
-    """A few wrong numbers of one tensor among hundreds."""
-    path = copied / "model.b2.onnx"
-    model = onnx.load(path)
-    tensor = next(t for t in model.graph.initializer if t.name.endswith(f".{kind}"))
-    values = onnx.numpy_helper.to_array(tensor).copy()
-    if kind == "group.patterns":
-        values.reshape(-1)[:20] = (values.reshape(-1)[:20] + 1) % 4
-    else:
-        values.reshape(-1)[:20] += 0.5 * np.abs(values).max()
-    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-    onnx.save(model, path)
-    inputs, expected = question(bundle)
-    (found,) = measure(path, inputs, expected, tmp_path, rule=Rule("classes"))
-    assert found.max_rel > 1e-4
-
-
-@pytest.mark.parametrize(
-    ("rename", "hint"),
-    [
-        (lambda i, o: (i, {"scores": o["logits"]}), r"outputs are \['logits'\].*\['scores'\]"),
-        (lambda i, o: ({"pixels": i["images"]}, o), "did not pass its check"),
-        (lambda i, o: ({"images": i["images"][:1]}, o), "did not pass its check"),
-        (lambda i, o: (i, {"logits": o["logits"][:1]}), r"logits.*\(1, 7,"),
-    ],
-)
-def test_other_names_and_shapes_are_sentences(bundle, tmp_path, rename, hint):
-    inputs, expected = rename(*question(bundle))
-    with pytest.raises(ExportError, match=hint):
-        measure(bundle.model_path(2), inputs, expected, tmp_path, rule=Rule("classes"))
-
-
-def test_a_file_that_does_not_load_is_a_sentence(bundle, copied, tmp_path):
-    (copied / "weights.bin").write_bytes(b"short")
-    inputs, expected = question(bundle)
-    with pytest.raises(ExportError, match=r"did not pass its check: .+"):
-        measure(copied / "model.b2.onnx", inputs, expected, tmp_path, rule=Rule("classes"))
-
-
-def test_the_checking_process_knows_no_torch():
-    """So nothing of the exporter's memory can help the graph to its answer."""
-    script = "import export.parity, sys; print('torch' in sys.modules)"
-    found = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert found.stdout.strip() == "False"
+def test_float64_may_be_expected_of_float32():
+    expected = np.full((1, 2), 1 + 1e-9)
+    found = compare("y", np.ones((1, 2), np.float32), expected, classes=False)
+    assert found.max_abs == pytest.approx(1e-9, rel=1e-3)

@@ -1,0 +1,1 @@
+"""Whether a graph is its network: one verdict for export, verify and evaluate."""

@@ -1,0 +1,364 @@
+"""Compares a graph with its network, on as many inputs as it takes to tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from export.detection_parity import perturbed
+from export.parity import Arrays, compare_all
+from export.recipe import Source
+from export.rules import Rule
+from export.validation.observation import Observation, Observer
+from export.validation.pieces import CutGraph, Piece
+from export.validation.process import Run, run_fresh
+from export.validation.verdict import LAYER_LIMIT, Finding, Verdict, decide
+from fdconv_deploy.errors import ExportError
+from fdconv_deploy.runtime.manifest import OutputParity
+
+# Layers' inputs that one model of pieces takes, in bytes: what they need in memory.
+PIECES_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A graph to be judged.
+
+    run: its answers to a feed. path: of the float32 model to cut into layers, if it shall be.
+    library: of the native operators it runs with. distance: what ``tolerance`` is held against.
+    """
+
+    batch: int
+    run: Callable[[Mapping[str, NDArray]], Arrays]
+    tolerance: float
+    path: Path | None = None
+    library: Path | None = None
+    distance: Callable[[OutputParity], float] = lambda parity: parity.max_rel
+
+
+class Judge:
+    """Judges graphs of one network; what the network computes is kept for the next graph.
+
+    Args:
+        rule: how answers are compared.
+        independent: whether the answer to an image is the same in any batch, as a segmentor's
+            or a detector's; batches are then computed image by image.
+        folder: for files, together as large as the layers' inputs; the caller removes it.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        rule: Rule,
+        input_names: Sequence[str],
+        output_names: Sequence[str],
+        folder: Path,
+        *,
+        independent: bool,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.rule, self.input_names, self.independent = rule, list(input_names), independent
+        self.folder, self.progress = folder, progress
+        self._observer = Observer(network, list(output_names), folder)
+        self._observed: dict[tuple[int, int], Observation] = {}
+        self._sources: list[Source] = []
+
+    def answers(self, source: Source, batch: int) -> dict[str, NDArray]:
+        """What the network answers, by output name.
+
+        Raises:
+            ExportError: some of it is not finite.
+        """
+        answers = _joined([o.answers for o in self._observe(source, batch, layers=True)])
+        _check_finite(answers, source)
+        return answers
+
+    def judge(
+        self, subject: Subject, sources: Sequence[Source], spares: Sequence[Source] = ()
+    ) -> Verdict:
+        """Compare a graph with the network.
+
+        Args:
+            sources: the whole is compared on all of these.
+            spares: and on one after the other of these, while the whole or a layer is open.
+
+        Raises:
+            ExportError: the graph does not load or run, or its answers have another form.
+        """
+        whole: list[Finding] = []
+        layers: dict[tuple[str, ...], Finding] = {}
+        cut = None
+        if subject.path is not None:
+            cut = CutGraph(subject.path, self._observer.names)
+        for number, source in enumerate([*sources, *spares]):
+            told = any(finding.outcome == "equal" for finding in whole)
+            open_ = cut is not None and (
+                not layers or any(f.outcome == "cannot tell" for f in layers.values())
+            )
+            if number >= len(sources) and told and not open_:
+                break
+            if cut is not None and not cut.pieces:
+                open_ = False
+            observed = self._observe(source, subject.batch, layers=open_)
+            if number < len(sources) or not told:
+                self.progress(
+                    f"batch {subject.batch}: comparing it with the network, {source.said}"
+                )
+                whole += self._whole(subject, source, observed)
+            if open_ and cut is not None:
+                self.progress(f"batch {subject.batch}: comparing layer by layer, {source.said}")
+                self._layers(subject, source, observed, cut, layers)
+            if any(f.outcome == "differs" for f in (*whole, *layers.values())):
+                break
+        return Verdict(tuple(whole), tuple(layers.values()))
+
+    def _observe(self, source: Source, batch: int, *, layers: bool) -> list[Observation]:
+        """The network on each image, or on the whole batch where images are not independent."""
+        if source not in self._sources:
+            self._sources.append(source)
+        place = self._sources.index(source)
+        feed = source.rows(batch)
+        keys = [(place, row) for row in range(batch)] if self.independent else [(place, -batch)]
+        for row, key in enumerate(keys):
+            found = self._observed.get(key)
+            if found is None or (layers and self._observer.names and not found.layers):
+                part = tuple(t[row : row + 1] for t in feed) if self.independent else feed
+                act = self._observer.observe if layers else self._observer.answer
+                self._observed[key] = act(part)
+        return [self._observed[key] for key in keys]
+
+    def _feed(self, observed: Sequence[Observation]) -> dict[str, NDArray]:
+        tensors = [torch.cat(row).numpy() for row in zip(*(o.feed for o in observed), strict=True)]
+        return dict(zip(self.input_names, tensors, strict=True))
+
+    def _compare(
+        self, actual: Arrays, expected: Arrays, feed: dict[str, NDArray] | None = None
+    ) -> tuple[OutputParity, ...]:
+        others = perturbed(self._ask, feed) if feed is not None else ()
+        return compare_all(actual, expected, self.rule, others)
+
+    def _ask(self, feed: Arrays) -> Arrays:
+        return self._observer.answer(tuple(map(torch.from_numpy, feed.values()))).answers
+
+    def _whole(
+        self, subject: Subject, source: Source, observed: Sequence[Observation]
+    ) -> list[Finding]:
+        feed = self._feed(observed)
+        expected = _joined([o.answers for o in observed])
+        _check_finite(expected, source)
+        actual = subject.run(feed)
+        said, parities = "", {}
+        try:
+            parities = {p.name: p for p in self._compare(actual, expected, feed)}
+        except ExportError as problem:
+            if self.rule.kind != "detections":
+                raise
+            said = str(problem).rstrip(".")  # other objects: which, and where
+
+        def error_of(name: str) -> float:
+            if name not in parities:
+                return math.inf
+            return subject.distance(parities[name]) / self.rule.slack(name)
+
+        rounding: dict[str, float] = {}
+        if any(error_of(name) > subject.tolerance for name in expected):
+            rounding, exact = self._rounding(subject, observed, expected)
+            if exact is not None and self.rule.kind != "detections":
+                # What is true is not PyTorch in float32.
+                parities = {p.name: p for p in self._compare(actual, exact)}
+        findings = []
+        for name in expected:
+            error = error_of(name)
+            own = partial(rounding.__getitem__, name)
+            outcome, cost = decide(error, own, subject.tolerance, subject.tolerance)
+            allowed = subject.tolerance * self.rule.slack(name)
+            findings.append(
+                Finding(name, source.said, subject.batch, error * self.rule.slack(name), allowed,
+                        outcome, cost, parities.get(name), said)
+            )  # fmt: skip
+        return findings
+
+    def _rounding(
+        self, subject: Subject, observed: Sequence[Observation], expected: Arrays
+    ) -> tuple[dict[str, float], Arrays | None]:
+        """What float32 costs the network's outputs, and those in float64."""
+        exact = [self._observer.in_double(o) for o in observed]
+        changed = _joined([self._observer.change(o) for o in observed])
+        double = _joined([e for e in exact if e is not None]) if None not in exact else None
+        costs = [self._distances(subject, changed, expected)]
+        if double is not None:
+            costs.append(self._distances(subject, expected, double))
+        return {name: max(cost[name] for cost in costs) for name in expected}, double
+
+    def _distances(self, subject: Subject, actual: Arrays, expected: Arrays) -> dict[str, float]:
+        """Of the network's own answers from others of its own, by output."""
+        try:
+            found = self._compare(actual, expected)
+        except ExportError:
+            return dict.fromkeys(expected, math.inf)
+        return {p.name: subject.distance(p) / self.rule.slack(p.name) for p in found}
+
+    def _layers(
+        self,
+        subject: Subject,
+        source: Source,
+        observed: Sequence[Observation],
+        cut: CutGraph,
+        layers: dict[tuple[str, ...], Finding],
+    ) -> None:
+        """Judge the pieces that are still open, in place."""
+        pieces = [
+            p for p in cut.pieces
+            if p.tensors not in layers or layers[p.tensors].outcome == "cannot tell"
+        ]  # fmt: skip
+        answers = self._run_pieces(subject, observed, cut, pieces)
+        for piece in pieces:
+            if piece.use:
+                finding = self._piece(subject, source, observed, piece, answers[piece.tensors[0]])
+            else:
+                finding = self._outputs(subject, source, observed, piece, answers)
+            before = layers.get(piece.tensors)
+            if before is None or finding.outcome != "cannot tell":
+                layers[piece.tensors] = finding
+
+    def _run_pieces(
+        self,
+        subject: Subject,
+        observed: Sequence[Observation],
+        cut: CutGraph,
+        pieces: Sequence[Piece],
+    ) -> dict[str, Path]:
+        """Each tensor's file; the pieces run on what the network's layers see."""
+        seen = [o.layers for o in observed]
+        batch = sum(len(o.feed[0]) for o in observed)
+        shapes = {use: (batch, *one.shape[1:]) for use, one in seen[0].items()}
+        own = _saved(self._feed(observed), self.folder)
+        groups: list[list[Piece]] = [[]]
+        size = 0
+        for piece in pieces:
+            size += 4 * sum(math.prod(shapes.get(use, (0,))) for use in (piece.use, *piece.layers))
+            if size > PIECES_BYTES and groups[-1]:
+                groups.append([])
+                size = 0
+            groups[-1].append(piece)
+        files: dict[str, Path] = {}
+        runs = []
+        for number, group in enumerate(groups):
+            path = self.folder / f"pieces{number}.onnx"
+            taken, given = cut.write(group, path, shapes)
+            for tensor in given:
+                files[tensor] = self.folder / f"piece{len(files)}.npy"
+            feeds = {
+                t: [str(layers[use].inputs) for layers in seen] if use else own[t]
+                for t, use in taken.items()
+            }
+            runs.append(Run(str(path), feeds, {n: str(files[t]) for t, n in given.items()}))
+        run_fresh(runs, self.folder, subject.library)
+        for run in runs:
+            Path(run.model).unlink()
+        return files
+
+    def _piece(
+        self,
+        subject: Subject,
+        source: Source,
+        observed: Sequence[Observation],
+        piece: Piece,
+        file: Path,
+    ) -> Finding:
+        seen = [o.layers[piece.use] for o in observed]
+        expected = np.concatenate([np.load(one.expected) for one in seen])
+        found = np.load(file)
+        file.unlink()
+        finite = bool(np.isfinite(found).all())
+        off = float(np.abs(found.reshape(expected.shape) - expected).max(initial=0))
+        largest = float(np.abs(expected).max(initial=0)) or 1.0
+
+        def rounding() -> float:
+            for one in observed:
+                self._observer.shift(one)
+            return max(one.off for one in seen) / largest
+
+        error = off / largest if finite else math.inf
+        outcome, own = decide(error, rounding, LAYER_LIMIT, max(subject.tolerance, LAYER_LIMIT))
+        part = ", ".join(piece.layers) or f"what is before {piece.use}"
+        return Finding(part, source.said, subject.batch, error, LAYER_LIMIT, outcome, own)
+
+    def _outputs(
+        self,
+        subject: Subject,
+        source: Source,
+        observed: Sequence[Observation],
+        piece: Piece,
+        files: Mapping[str, Path],
+    ) -> Finding:
+        """The graph's outputs, where its layers see what the network's own do."""
+        expected = _joined([o.expected for o in observed])
+        actual = {name: np.load(files[name]) for name in expected}
+        detects = self.rule.kind == "detections"
+        limit = subject.tolerance if detects else LAYER_LIMIT
+        said = ""
+        try:
+            feed = self._feed(observed) if detects else None
+            error = max(
+                subject.distance(p) / self.rule.slack(p.name)
+                for p in self._compare(actual, expected, feed)
+            )
+        except ExportError as problem:
+            if not detects:
+                raise
+            error, said = math.inf, str(problem).rstrip(".")
+
+        def rounding() -> float:
+            for one in observed:
+                self._observer.shift(one)
+            others = [[o.answers for o in observed], [o.shifted or {} for o in observed]]
+            return max(
+                max(self._distances(subject, _joined(other), expected).values()) for other in others
+            )
+
+        outcome, own = decide(error, rounding, limit, max(subject.tolerance, limit))
+        part = ", ".join(piece.layers) or f"what makes {', '.join(expected)}"
+        return Finding(part, source.said, subject.batch, error, limit, outcome, own, said=said)
+
+
+def fresh(path: Path, names: Collection[str], folder: Path) -> Callable[[Mapping], Arrays]:
+    """Runs a graph in a fresh process: ``names`` are its outputs."""
+
+    def run(feed: Mapping[str, NDArray]) -> Arrays:
+        answers = {name: str(folder / f"answer{i}.npy") for i, name in enumerate(names)}
+        run_fresh([Run(str(path), _saved(feed, folder), answers)], folder)
+        return {name: np.load(file) for name, file in answers.items()}
+
+    return run
+
+
+def _saved(feed: Mapping[str, NDArray], folder: Path) -> dict[str, list[str]]:
+    files = {name: folder / f"feed{i}.npy" for i, name in enumerate(feed)}
+    for name, file in files.items():
+        np.save(file, feed[name])
+    return {name: [str(file)] for name, file in files.items()}
+
+
+def _joined(parts: Sequence[Arrays]) -> dict[str, NDArray]:
+    if len(parts) == 1:
+        return dict(parts[0])
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _check_finite(answers: Arrays, source: Source) -> None:
+    for name, values in answers.items():
+        if not np.isfinite(values).all():
+            raise ExportError(
+                f"the PyTorch network's own output {name!r} on {source.said} holds values that are "
+                "not finite, so there is nothing to compare a graph with. Check the checkpoint, "
+                "or give pictures of the kind it was trained on (--image)."
+            )

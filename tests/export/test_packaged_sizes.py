@@ -1,0 +1,23 @@
+"""README's export and verify on the packaged checkpoints, at every size it names."""
+
+from __future__ import annotations
+
+import pytest
+
+from export.pipeline import export_checkpoint
+from export.verify import verify_files
+from fdconv_deploy.demo import packaged_checkpoint, packaged_detector
+
+SIZES = [(64, 64), (192, 256), (512, 512), (1024, 2048)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("kind", ["segmentor", "detector"])
+def test_packaged_checkpoints_export_and_verify(kind, size, tmp_path):
+    checkpoint = packaged_checkpoint() if kind == "segmentor" else packaged_detector()
+    made = export_checkpoint(checkpoint, tmp_path / "bundle", size=size, batches=(1, 4))
+    assert all(found["equal"] for found in made.manifest.graph["exactness"].values())
+    found = verify_files(made.path, checkpoint)
+    assert [verdict.equal for verdict in found.verdicts] == [True, True]
