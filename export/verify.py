@@ -110,9 +110,9 @@ def _source(session: Session, name: str, image: NDArray[np.uint8]) -> Source:
     def rows(batch: int) -> tuple[Tensor, ...]:
         if session.detects:
             row = session.prepare_detection(image).input[None]
-            one = torch.tensor(row["images"]), torch.tensor(row["sizes"])
+            one = [torch.tensor(row["images"]), torch.tensor(row["sizes"])]
         else:
-            one = (torch.from_numpy(session.prepare(image).input[None]),)
+            one = [torch.from_numpy(session.prepare(image).input[None])]
         return tuple(tensor.repeat(batch, *[1] * (tensor.ndim - 1)) for tensor in one)
 
     return Source(name, rows)
