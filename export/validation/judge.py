@@ -191,9 +191,9 @@ class Judge:
     ) -> tuple[dict[str, float], Arrays | None]:
         """What float32 costs the network's outputs, and those in float64."""
         exact = [self._observer.in_double(o) for o in observed]
-        changed = _joined([self._observer.change(o) for o in observed])
+        changed = zip(*(self._observer.change(o) for o in observed), strict=True)
         double = _joined([e for e in exact if e is not None]) if None not in exact else None
-        costs = [self._distances(subject, changed, expected)]
+        costs = [self._distances(subject, _joined(draw), expected) for draw in changed]
         if double is not None:
             costs.append(self._distances(subject, expected, double))
         return {name: max(cost[name] for cost in costs) for name in expected}, double

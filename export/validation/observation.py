@@ -21,6 +21,8 @@ Arrays = dict[str, NDArray]
 Act = Callable[[str, nn.Module, Tensor], Tensor]
 # One unit in the last place of a float32.
 UNIT = 2.0**-23
+# One may hardly matter by chance where another grows.
+DRAWS = 3
 
 
 @dataclass
@@ -44,15 +46,16 @@ class Observation:
     """A network on one input.
 
     answers: in float32. expected: where each layer is in float64 and sees what it does in the
-    float32 network. changed: in float32, each layer's input changed by `UNIT`; None until asked
-    for, as are ``exact``, all in float64, and ``shifted``, as ``expected`` but changed.
+    float32 network. changed: in float32, each layer's input changed by `UNIT`, `DRAWS` times;
+    none until asked for, as are ``exact``, all in float64, and ``shifted``, as ``expected`` but
+    changed.
     """
 
     feed: tuple[Tensor, ...]
     answers: Arrays
     expected: Arrays = field(default_factory=dict)
     layers: dict[str, Seen] = field(default_factory=dict)
-    changed: Arrays | None = None
+    changed: list[Arrays] = field(default_factory=list)
     exact: Arrays | None = None
     shifted: Arrays | None = None
 
@@ -139,13 +142,17 @@ class Observer:
 
         observed.shifted = self._run(observed.feed, act)
 
-    def change(self, observed: Observation) -> Arrays:
+    def change(self, observed: Observation) -> list[Arrays]:
         """What `UNIT` of each layer's input, or of the network's own, makes of the answers."""
-        if observed.changed is None:
+        for draw in range(len(observed.changed), DRAWS):
             feed = observed.feed
             if not self.names:
-                feed = (_shifted(feed[0], "input"), *feed[1:])
-            observed.changed = self._run(feed, lambda use, layer, x: layer(_shifted(x, use)))
+                feed = (_shifted(feed[0], f"input{draw}"), *feed[1:])
+
+            def act(use: str, layer: nn.Module, x: Tensor, draw: int = draw) -> Tensor:
+                return layer(_shifted(x, f"{use}{draw}"))
+
+            observed.changed.append(self._run(feed, act))
         return observed.changed
 
     def in_double(self, observed: Observation) -> Arrays | None:
