@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fdconv_deploy.commands.options import (
     Backend,
@@ -117,13 +117,14 @@ def _as_dict(finding: Finding) -> dict[str, Any]:
 
 
 def print_findings(console: Console, findings: Sequence[Finding]) -> None:
-    """A table of what was found on the whole."""
-    table = Table("input", "batch", "output", "error", "allowed", "float32's own", "same class", "")
+    """A table of what was found on the whole; "float32" is what rounding alone costs there."""
+    table = Table(
+        Column("input", overflow="fold"), "output", "error", "allowed", "float32", "same class", ""
+    )
     for finding in findings:
         agreement = finding.parity and finding.parity.argmax_agreement
         table.add_row(
-            finding.source,
-            str(finding.batch),
+            finding.source + (f", batch {finding.batch}" if finding.batch > 1 else ""),
             finding.part,
             "other objects" if finding.error == math.inf else f"{finding.error:.1e}",
             f"{finding.allowed:.0e}",
