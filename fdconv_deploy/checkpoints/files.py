@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
-import pickle
-import re
-import threading
-import warnings
+import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fdconv_deploy.checkpoints.stand_ins import ALLOWED
+from fdconv_deploy.checkpoints.safe_unpickling import (
+    DamagedPickleError,
+    HostilePickleError,
+    StorageRecord,
+    TensorRecord,
+    unpickle,
+)
 from fdconv_deploy.errors import CheckpointError
 
-Container = Literal["torch zip", "torch legacy", "safetensors"]
+Container = Literal["torch zip", "pickle", "safetensors"]
 
-EXPECTED = "Expected a PyTorch checkpoint (.pth, .pt) or a .safetensors file"
+EXPECTED = "Expected a PyTorch checkpoint (.pth, .pt, .ckpt) or a .safetensors file"
 
 # What people hand over by mistake: (first bytes, what it is, what to do).
 _MISTAKES = (
@@ -32,10 +36,12 @@ _MISTAKES = (
     (b"\x1f\x8b", "a gzip archive", "Unpack it first."),
     (b"\x08", "probably an ONNX model", "Give the checkpoint it was exported from."),
     (b"\x89HDF", "an HDF5 file", "Only PyTorch checkpoints can be read."),
+    (
+        b"\x93NUMPY",
+        "one NumPy array (.npy)",
+        "Give the whole checkpoint; a network's weights are many arrays under names.",
+    ),
 )
-
-# torch keeps its allow-list per process, so two threads must not add and remove at once.
-_ALLOWING = threading.Lock()
 
 
 def container_of(path: Path) -> Container:
@@ -67,7 +73,7 @@ def container_of(path: Path) -> Container:
     if len(head) > 9 and head[8:9] == b"{":
         return "safetensors"
     if head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
-        return "torch legacy"
+        return "pickle"
     for start, what, remedy in _MISTAKES:
         if head.startswith(start):
             raise CheckpointError(f"{path} is {what}. {EXPECTED}. {remedy}")
@@ -115,45 +121,170 @@ def _json(path: Path, name: str, text: str) -> Any:
         ) from None
 
 
-def load_pickled(path: Path, container: Container) -> Any:
-    """The object in a PyTorch file: tensors, plain containers and inert stand-ins.
+class PickledFile:
+    """A PyTorch file: what its pickle describes, and its tensors on request.
+
+    Attributes:
+        path: the file.
+        content: plain containers, and records of the tensors and of all that is code; see
+            :mod:`fdconv_deploy.checkpoints.safe_unpickling`.
+    """
+
+    def __init__(self, path: Path, container: Container) -> None:
+        """Read the pickle and none of the tensors.
+
+        Raises:
+            CheckpointError: the file is cut, compressed, a TorchScript program or an archive of
+                something else, or names code that runs programs. Nothing it names is ever
+                imported or run.
+        """
+        self.path = path
+        self._zipped = container == "torch zip"
+        self._folder = _check_zip(path) if self._zipped else ""
+        self._places: dict[str, tuple[int, int]] = {}
+        self._swapped = False
+        try:
+            self.content = self._unzip() if self._zipped else self._unpickle()
+        except HostilePickleError as error:
+            raise CheckpointError(
+                f"{path} names {error}, which is code and not weights. Checkpoints are read "
+                "without running code, so it was refused and nothing in it was run. If you trust "
+                "the file, load it where it was trained and save only its weights: "
+                "torch.save({'meta': ckpt['meta'], 'state_dict': ckpt['state_dict']}, path)."
+            ) from None
+        except MemoryError:
+            raise CheckpointError(
+                f"{path} asks for more memory than this machine has. If it is a checkpoint you "
+                "trust, save its state_dict alone on the machine that trained it."
+            ) from None
+        except _DAMAGE as error:
+            raise self._damaged(error) from None
+
+    def stored(self, key: str) -> int:
+        """Bytes that the file holds for a storage; 0 if it has no such storage."""
+        return self._places.get(key, (0, 0))[1]
+
+    def read(self, records: Mapping[str, TensorRecord]) -> dict[str, torch.Tensor]:
+        """Tensors under the same names, on the CPU. Those that shared a storage share it still.
+
+        Raises:
+            CheckpointError: the file is cut or damaged, or a tensor claims more than it stores.
+        """
+        self._check_claims(records)
+        storages: dict[str, torch.Tensor] = {}
+        try:
+            with zipfile.ZipFile(self.path) if self._zipped else self.path.open("rb") as file:
+                for record in records.values():
+                    key = record.storage.key
+                    if key not in storages and self.stored(key):
+                        storages[key] = self._bytes(file, key, record.dtype)
+            return {name: _tensor(record, storages) for name, record in records.items()}
+        except _DAMAGE as error:
+            raise self._damaged(error) from None
+
+    def _check_claims(self, records: Mapping[str, TensorRecord]) -> None:
+        for name, record in records.items():
+            stored = self.stored(record.storage.key)
+            # Strides of zero let a few bytes pose as a tensor of any size.
+            if record.needed > stored or record.nbytes > max(stored, 1 << 20):
+                raise CheckpointError(
+                    f"{self.path}: {name} claims {record.shape} elements but the file stores "
+                    f"{stored} bytes for it. Get the original file again."
+                )
+        claimed = sum(record.nbytes for record in records.values())
+        if claimed > 4 * self.path.stat().st_size + (64 << 20):
+            raise CheckpointError(
+                f"{self.path}: its tensors claim {claimed:,} bytes, many times those of the file. "
+                "Get the original file again."
+            )
+
+    def _bytes(self, file: zipfile.ZipFile | IO[bytes], key: str, dtype: torch.dtype) -> Any:
+        place, size = self._places[key]
+        flat = torch.empty(size, dtype=torch.uint8)
+        target: Any = flat.numpy()
+        if isinstance(file, zipfile.ZipFile):
+            with file.open(f"{self._folder}data/{key}") as entry:
+                count = entry.readinto(target)  # type: ignore[attr-defined]
+        else:
+            file.seek(place)
+            count = file.readinto(target)  # type: ignore[attr-defined]
+        if count != size:
+            raise DamagedPickleError("it ends within a tensor")
+        if self._swapped and dtype.itemsize > 1:
+            flat.untyped_storage().byteswap(dtype)
+        return flat
+
+    def _unzip(self) -> Any:
+        with zipfile.ZipFile(self.path) as archive:
+            prefix = f"{self._folder}data/"
+            for entry in archive.infolist():
+                if entry.filename.startswith(prefix):
+                    self._places[entry.filename[len(prefix) :]] = (0, entry.file_size)
+            order = f"{self._folder}byteorder"
+            self._swapped = order in archive.NameToInfo and archive.read(order) == b"big"
+            entry = archive.getinfo(f"{self._folder}data.pkl")
+            with archive.open(entry) as file:
+                return unpickle(file, entry.file_size)
+
+    def _unpickle(self) -> Any:
+        """PyTorch's format before 1.6: five pickles, then the storages. Or a pickle alone."""
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            first = unpickle(file, size)
+            if first != torch.serialization.MAGIC_NUMBER:
+                return first
+            unpickle(file, size)  # the format's version
+            system = unpickle(file, size)
+            self._swapped = isinstance(system, dict) and system.get("little_endian") is False
+            found: dict[str, StorageRecord] = {}
+            content = unpickle(file, size, found)
+            keys = unpickle(file, size)
+            if not isinstance(keys, list):
+                raise DamagedPickleError("its list of storages is missing")
+            order = "big" if self._swapped else "little"
+            for key in map(str, keys):
+                count = int.from_bytes(file.read(8), order)  # type: ignore[arg-type]
+                dtype = found[key].dtype
+                length = count * (1 if dtype is None else dtype.itemsize)
+                if count < 0 or file.tell() + length > size:
+                    raise DamagedPickleError("it ends within a tensor")
+                self._places[key] = (file.tell(), length)
+                file.seek(length, 1)
+            return content
+
+    def _damaged(self, error: BaseException) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} is damaged or cut short: {_first_line(error)}. {EXPECTED}, whole. "
+            "Download or copy it again."
+        )
+
+
+# What zipfile raises for damaged archives beside its own error, and torch for odd strides.
+_DAMAGE = (
+    DamagedPickleError, zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError,
+    NotImplementedError, RuntimeError, OverflowError, struct.error,
+)  # fmt: skip
+
+
+def _tensor(record: TensorRecord, storages: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if 0 in record.shape:
+        return torch.empty(record.shape, dtype=record.dtype)
+    flat = storages[record.storage.key]
+    size = record.dtype.itemsize
+    whole = flat[: flat.numel() // size * size].view(record.dtype)
+    return whole.as_strided(record.shape, record.stride, record.offset)
+
+
+def _check_zip(path: Path) -> str:
+    """The folder of PyTorch's files in a zip archive, with its slash.
 
     Raises:
-        CheckpointError: the file is cut, compressed, a TorchScript program, or names a class
-            or function outside the allow-list. Nothing it names is ever imported or run.
+        CheckpointError: it is cut, holds something else, or could unpack to any size.
     """
-    if container == "torch zip":
-        _check_zip(path)
-    try:
-        with (
-            _ALLOWING,
-            torch.serialization.safe_globals(list(ALLOWED)),
-            warnings.catch_warnings(),
-            path.open("rb") as file,
-        ):
-            warnings.simplefilter("ignore")
-            # weights_only with an allow-list of inert stand-ins: the one permitted call.
-            return torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, str(error))) from None
-    except MemoryError:
-        raise CheckpointError(
-            f"{path} asks for more memory than this machine has. If it is a checkpoint you trust, "
-            "save its state_dict alone on the machine that trained it."
-        ) from None
-    # torch and its unpickler raise whatever a damaged file leads them to.
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} is damaged or cut short: {_first_line(error)}. {EXPECTED}, whole. "
-            "Download or copy it again."
-        ) from None
-
-
-def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+    except _DAMAGE:
         raise CheckpointError(
             f"{path} is a PyTorch file that was cut short (its index, at the end, is missing). "
             "Download or copy it again."
@@ -164,7 +295,13 @@ def _check_zip(path: Path) -> None:
             f"{path} is a TorchScript program, not a checkpoint. {EXPECTED}: "
             "give the file that training wrote."
         )
-    if "data.pkl" not in names:
+    if names and all(name.endswith(".npy") for name in names):
+        raise CheckpointError(
+            f"{path} is a NumPy archive (.npz). {EXPECTED}. Make one of it: torch.save({{k: "
+            "torch.from_numpy(v) for k, v in numpy.load(path).items()}, 'weights.pth')."
+        )
+    pickles = [e.filename for e in entries if e.filename.split("/", 1)[-1] == "data.pkl"]
+    if not pickles:
         raise CheckpointError(
             f"{path} is a zip archive without PyTorch's data.pkl. {EXPECTED}. "
             "If it holds a checkpoint, unpack it first."
@@ -180,24 +317,7 @@ def _check_zip(path: Path) -> None:
         raise CheckpointError(
             f"{path} claims to hold more bytes than it has. Get the original file again."
         )
-
-
-def _refusal(path: Path, message: str) -> str:
-    found = re.search(r"GLOBAL (\S+)(?: was not| whose)", message)
-    if found:
-        return (
-            f"{path} names {found[1]}, which is code and not weights. Checkpoints are read "
-            "without running code, so it was refused and nothing in it was run. If you trust the "
-            "file, load it where it was trained and save only its weights: "
-            "torch.save({'meta': ckpt['meta'], 'state_dict': ckpt['state_dict']}, path)."
-        )
-    line = next((part for part in reversed(message.splitlines()) if "Unpickler error" in part), "")
-    detail = line.split("Unpickler error:")[-1].strip() or message.strip().splitlines()[-1]
-    detail = re.split(r"\s*Check the documentation", detail)[0].rstrip(". ")
-    return (
-        f"{path} cannot be read as plain weights: {detail or 'its content is damaged'}. "
-        f"{EXPECTED}. Save the state_dict alone with torch.save, or download the file again."
-    )
+    return pickles[0].removesuffix("data.pkl")
 
 
 def _first_line(error: BaseException) -> str:

@@ -68,7 +68,8 @@ class Report(BaseModel):
         architecture: None for anything but a segmentation network told without contradiction.
         detector: the same of a detector.
         backbone: None if it is not a ResNet known here.
-        told, assumed, notes, dropped: see :class:`Inference` and :class:`Checkpoint`.
+        told, assumed, notes: see :class:`Inference`.
+        dropped, other_weights: see :class:`Checkpoint`.
         problem: why there is no architecture, or None.
         refusal: why export refuses it although it is understood, and what to do; None else.
         training_size: (height, width) in pixels of the crops a segmentor was trained on, where
@@ -100,6 +101,7 @@ class Report(BaseModel):
     assumed: tuple[Fact, ...]
     notes: tuple[str, ...]
     dropped: tuple[str, ...]
+    other_weights: tuple[str, ...] = ()
     problem: str | None
     refusal: str | None = None
     training_size: tuple[int, int] | None = None
@@ -146,6 +148,7 @@ def inspect_checkpoint(
         path=str(path),
         format=checkpoint.format,
         dropped=checkpoint.dropped,
+        other_weights=checkpoint.other_weights,
         config=config_for(checkpoint, config),
         meta=checkpoint.meta,
         overrides=overrides,
@@ -161,6 +164,7 @@ def report_on(
     path: str = "",
     format: str = "plain",  # noqa: A002 - the report's own word
     dropped: Sequence[str] = (),
+    other_weights: Sequence[str] = (),
     config: Config | None = None,
     meta: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -230,6 +234,7 @@ def report_on(
         assumed=assumed,
         notes=notes,
         dropped=tuple(dropped),
+        other_weights=tuple(other_weights),
         problem=problem,
         refusal=None if problem else _refusal(kind, layers),
         training_size=training_size(config) if architecture is not None else None,

@@ -52,6 +52,11 @@ def render(report: Report, console: Console, *, layers: bool = False) -> None:
             )
         )
         console.print(f"Frequency order: {known}. {escape(' '.join(order.reasons))}")
+    if report.other_weights:
+        console.print(
+            f"[yellow]Other weights in it:[/yellow] {escape(', '.join(report.other_weights))}. "
+            f"To take them: --weights {escape(report.other_weights[0])}"
+        )
     if report.dropped:
         console.print(f"Left out: {escape('; '.join(report.dropped))}")
     if report.told:

@@ -259,9 +259,11 @@ def refuse_other_normalisation(config: Config) -> None:
         norm = config.section("model", part, "norm_cfg")
         kind, epsilon = type_of(norm), stated(norm, "eps")
         if kind and kind not in ("BN", "BN2d", "SyncBN", "MMSyncBN", "BatchNorm2d"):
+            network = type_of(config.section("model", part))
+            which = f"{part}, a {network}," if network else part
             raise CheckpointError(
-                f"The config's {part} normalises with {kind}. Expected BN or SyncBN; other "
-                "normalisations are not supported."
+                f"The config's {which} normalises with {kind}. "
+                "Expected a ResNet and heads with BN or SyncBN; others are not supported."
             )
         if epsilon not in (UNSET, 1e-5):
             raise CheckpointError(
