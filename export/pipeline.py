@@ -33,12 +33,13 @@ from export.rules import Rule
 from export.validation.sources import drawn, mirrored
 from fdconv_deploy.architecture import Preprocessing
 from fdconv_deploy.checkpoints import load_checkpoint
+from fdconv_deploy.checkpoints.shards import digest_of
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.published import convert_published
 from fdconv_deploy.nn.segmentor import Segmentor
-from fdconv_deploy.runtime.bundle import Bundle, sha256_of
+from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import CheckpointInfo, InputSize
 
 __all__ = ["TOLERANCE", "export_checkpoint", "export_detector", "export_module", "export_segmentor"]
@@ -56,6 +57,7 @@ def export_checkpoint(
     batches: Sequence[int] = (1,),
     config: str | Path | None = None,
     overrides: dict[str, Any] | None = None,
+    weights: str | None = None,
     frequency_order: Literal["auto", "torch", "stable"] = "auto",
     fit: Literal["stretch", "pad"] = "stretch",
     pictures: Sequence[Picture] = (),
@@ -73,7 +75,7 @@ def export_checkpoint(
 
     Args:
         checkpoint: see `fdconv_deploy.checkpoints.load_checkpoint`, as are ``config``,
-            ``overrides`` and ``frequency_order``.
+            ``overrides``, ``weights`` and ``frequency_order``.
         destination: the bundle's folder.
         size: height and width of the graphs, in pixels; if not given, the crop size of a
             network tested in ``slide`` mode, or what a detector's published resize makes of
@@ -105,12 +107,16 @@ def export_checkpoint(
     say = progress or (lambda _: None)
     say("reading the checkpoint")
     network = load_checkpoint(
-        checkpoint, config=config, overrides=overrides, frequency_order=frequency_order
+        checkpoint,
+        config=config,
+        overrides=overrides,
+        weights=weights,
+        frequency_order=frequency_order,
     )
     assumed = {fact.field: fact.value for fact in network.inference.assumed}
     if network.order.assumed:
         assumed["frequency_order"] = network.order.name
-    source = CheckpointInfo(name=Path(checkpoint).name, sha256=sha256_of(Path(checkpoint)))
+    source = CheckpointInfo(name=Path(checkpoint).name, sha256=digest_of(Path(checkpoint)))
     if isinstance(network, Detector):
         return export_detector(
             network,

@@ -156,6 +156,7 @@ def verify_files(
     *,
     config: Path | None = None,
     overrides: dict[str, Any] | None = None,
+    weights: str | None = None,
     tolerance: float | None = None,
     backend: str = "auto",
 ) -> Verified:
@@ -170,6 +171,7 @@ def verify_files(
             checkpoint,
             config=config,
             overrides=overrides,
+            weights=weights,
             frequency_order=order if order in ("torch", "stable") else "auto",
             require_fdconv=False,
         )

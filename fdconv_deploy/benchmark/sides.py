@@ -27,6 +27,7 @@ def open_sides(
     threads: int | None = None,
     config: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    weights: str | None = None,
 ) -> Iterator[list[Side[Labels]]]:
     """The sides, in order, while the context lasts.
 
@@ -42,6 +43,7 @@ def open_sides(
     :param threads: CPU threads of every side.
     :param config: the checkpoints' config.
     :param overrides: what the checkpoints do not tell.
+    :param weights: which weights of each checkpoint, see `read_checkpoint`.
     :raises FDConvError: a path is missing, cannot be opened, or an option is of no use here.
     """
     paths = [bundle_root(path) for path in paths]
@@ -58,7 +60,9 @@ def open_sides(
             if path in sessions:
                 sides.append(bundle_side(sessions[path], mode=mode, fit=fit))
             else:
-                sides.append(_checkpoint(path, first, mode, fit, threads, config, overrides))
+                sides.append(
+                    _checkpoint(path, first, mode, fit, threads, config, overrides, weights)
+                )
         yield sides
 
 
@@ -70,6 +74,7 @@ def open_detection_sides(
     threads: int | None = None,
     config: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    weights: str | None = None,
 ) -> Iterator[list[Side[Detection]]]:
     """As :func:`open_sides`, of detectors.
 
@@ -90,7 +95,7 @@ def open_detection_sides(
             if path in sessions:
                 sides.append(detector_side(sessions[path]))
             else:
-                sides.append(_detector_checkpoint(path, size, threads, config, overrides))
+                sides.append(_detector_checkpoint(path, size, threads, config, overrides, weights))
         yield sides
 
 
@@ -121,6 +126,7 @@ def _detector_checkpoint(
     threads: int | None,
     config: Path | None,
     overrides: Mapping[str, Any] | None,
+    weights: str | None,
 ) -> Side[Detection]:
     import torch
 
@@ -129,7 +135,9 @@ def _detector_checkpoint(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    network = load_detector(path, config=config, overrides=overrides, require_fdconv=False)
+    network = load_detector(
+        path, config=config, overrides=overrides, weights=weights, require_fdconv=False
+    )
     return torch_side(network, path, size=size)
 
 
@@ -141,6 +149,7 @@ def _checkpoint(
     threads: int | None,
     config: Path | None,
     overrides: Mapping[str, Any] | None,
+    weights: str | None,
 ) -> Side[Labels]:
     import torch
 
@@ -149,7 +158,9 @@ def _checkpoint(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    network = load_segmentor(path, config=config, overrides=overrides, require_fdconv=False)
+    network = load_segmentor(
+        path, config=config, overrides=overrides, weights=weights, require_fdconv=False
+    )
     if beside is None:
         return torch_side(network, path, mode=mode)
     fit = fit or beside.bundle.manifest.fit

@@ -9,7 +9,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fdconv_deploy.commands.options import Config, Quiet, Settings, Size, parse_settings, parse_size
+from fdconv_deploy.commands.options import (
+    Config,
+    Quiet,
+    Settings,
+    Size,
+    Weights,
+    parse_settings,
+    parse_size,
+)
 from fdconv_deploy.commands.speed_tables import show
 from fdconv_deploy.errors import FDConvError
 
@@ -99,6 +107,7 @@ def bench(
     ] = None,
     config: Config = None,
     settings: Settings = None,
+    weights: Weights = None,
     quiet: Quiet = False,
 ) -> None:
     """Time bundles, checkpoints and services side by side."""
@@ -140,6 +149,7 @@ def bench(
         model=model,
         config=config,
         overrides=parse_settings(settings),
+        weights=weights,
     )
     if size and all(side.kind == "bundle" for side in sides.sides):
         raise typer.BadParameter(

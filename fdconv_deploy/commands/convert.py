@@ -12,6 +12,7 @@ from fdconv_deploy.commands.options import (
     Config,
     Json,
     Quiet,
+    Weights,
     parse_settings,
 )
 
@@ -52,6 +53,7 @@ def convert(
         ),
     ] = None,
     config: Config = None,
+    weights: Weights = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that is there.")
     ] = False,
@@ -73,6 +75,7 @@ def convert(
             equivalent=equivalent,
             arguments=arguments,
             config=config,
+            weights=weights,
             overwrite=overwrite,
         )
     if as_json:

@@ -20,6 +20,7 @@ from fdconv_deploy.commands.options import (
     Json,
     Quiet,
     Settings,
+    Weights,
     column_names,
     parse_settings,
     print_operators,
@@ -85,6 +86,7 @@ def evaluate(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, of all sides.")] = None,
     config: Config = None,
     settings: Settings = None,
+    weights: Weights = None,
     backend: Annotated[
         str | None, typer.Option(help="Of bundles: auto, onnxruntime-cpu or onnxruntime-cuda.")
     ] = None,
@@ -128,6 +130,7 @@ def evaluate(
             threads=threads,
             config=config,
             settings=settings,
+            weights=weights,
             quiet=quiet,
             as_json=as_json,
         )
@@ -146,6 +149,7 @@ def evaluate(
             threads=threads,
             config=config,
             overrides=parse_settings(settings),
+            weights=weights,
         ) as sides,
         _progress(hidden=quiet or as_json) as bar,
     ):
@@ -268,6 +272,7 @@ def _evaluate_detectors(
     threads: int | None,
     config: Path | None,
     settings: list[str] | None,
+    weights: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -287,6 +292,7 @@ def _evaluate_detectors(
             threads=threads,
             config=config,
             overrides=parse_settings(settings),
+            weights=weights,
         ) as sides,
         _progress(hidden=quiet or as_json) as bar,
     ):

@@ -16,6 +16,7 @@ from fdconv_deploy.commands.options import (
     Quiet,
     Settings,
     Size,
+    Weights,
     parse_settings,
     parse_size,
 )
@@ -36,6 +37,7 @@ def export(
     ] = None,
     config: Config = None,
     settings: Settings = None,
+    weights: Weights = None,
     frequency_order: Annotated[
         str,
         typer.Option(
@@ -150,6 +152,7 @@ def export(
             batches=batches,
             config=config,
             overrides=overrides,
+            weights=weights,
             frequency_order=cast('Literal["auto", "torch", "stable"]', frequency_order),
             fit="stretch" if fit == "stretch" else "pad",
             pictures=pictures,

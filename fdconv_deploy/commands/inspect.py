@@ -15,6 +15,7 @@ from fdconv_deploy.commands.options import (
     Json,
     Settings,
     Size,
+    Weights,
     parse_settings,
     parse_size,
 )
@@ -28,6 +29,7 @@ def inspect(
     checkpoint: Checkpoint,
     config: Config = None,
     settings: Settings = None,
+    weights: Weights = None,
     size: Size = None,
     images: Annotated[
         Path | None,
@@ -57,6 +59,7 @@ def inspect(
             config=config,
             size=pixels,
             overrides=parse_settings(settings),
+            weights=weights,
             images=pictures,
             progress=status.update,
         )

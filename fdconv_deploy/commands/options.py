@@ -34,6 +34,14 @@ Settings = Annotated[
         help="What the file does not tell, e.g. backbone.style=caffe.",
     ),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Which weights of a checkpoint with several, e.g. state_dict_ema or teacher; "
+        "inspect lists them.",
+    ),
+]
 Size = Annotated[
     str | None,
     typer.Option(

@@ -19,6 +19,7 @@ from fdconv_deploy.commands.options import (
     Config,
     Json,
     Settings,
+    Weights,
     parse_settings,
 )
 from fdconv_deploy.errors import ExportError, FDConvError
@@ -37,6 +38,7 @@ def verify(
     ] = None,
     config: Config = None,
     settings: Settings = None,
+    weights: Weights = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -62,6 +64,7 @@ def verify(
             pictures,
             config=config,
             overrides=parse_settings(settings),
+            weights=weights,
             tolerance=tolerance,
             backend=backend,
         )
@@ -94,9 +97,9 @@ def verify(
 
 
 def _is_another(source: CheckpointInfo, checkpoint: Path) -> bool:
-    from fdconv_deploy.runtime.bundle import sha256_of
+    from fdconv_deploy.checkpoints.shards import digest_of
 
-    return source.sha256 != sha256_of(checkpoint)
+    return source.sha256 != digest_of(checkpoint)
 
 
 def _advice(source: CheckpointInfo | None, checkpoint: Path) -> str:

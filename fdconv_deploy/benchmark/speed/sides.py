@@ -42,7 +42,7 @@ class Side:
         whole: time a request from decoded pixels to labels, not the network alone.
         image: file that is run; drawn scenes when not given.
         model: of a service; its first when not given.
-        config, overrides: what a checkpoint does not tell; of a call, whatever it takes.
+        config, overrides, weights: what a checkpoint does not tell; of a call, whatever it takes.
     """
 
     kind: Kind
@@ -59,6 +59,7 @@ class Side:
     model: str | None = None
     config: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
 
     @property
     def name(self) -> str:
@@ -109,6 +110,7 @@ def plan(
     model: str | None = None,
     config: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    weights: str | None = None,
 ) -> Plan:
     """Every combination that means something.
 
@@ -139,6 +141,7 @@ def plan(
         "bundle", "", "", 1, "fp32", threads,
         whole=whole, image=str(image) if image else None, model=model,
         config=str(config) if config else None, overrides=dict(overrides or {}),
+        weights=weights,
     )  # fmt: skip
     size = size or next((s for b in bundles.values() if (s := _input_size(b))), None)
     sides: list[Side] = []

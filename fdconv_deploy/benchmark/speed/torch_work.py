@@ -27,6 +27,7 @@ def load(side: Side) -> tuple[nn.Module, tuple[Tensor, ...]]:
         side.source,
         config=Path(side.config) if side.config else None,
         overrides=side.overrides,
+        weights=side.weights,
         require_fdconv=False,
     )
     architecture = network.architecture
