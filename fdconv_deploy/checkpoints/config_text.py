@@ -16,7 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.checkpoints.config_values import ImportedName, Unreadable, bounded, evaluate
+from fdconv_deploy.checkpoints.config_values import (
+    ImportedName,
+    Unreadable,
+    bounded,
+    evaluate,
+    printable,
+)
 from fdconv_deploy.errors import CheckpointError
 
 MAX_BYTES = 4 << 20
@@ -100,7 +106,7 @@ def parse_config(text: str, *, name: str = "the config") -> Config:
 
 def _json(text: str, name: str) -> Config:
     try:
-        values = json.loads(text)
+        values = printable(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} is not valid JSON: {str(error)[:100]}.") from None
     if not isinstance(values, dict):

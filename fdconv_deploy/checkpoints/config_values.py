@@ -91,6 +91,20 @@ def _is_giant(value: Any) -> bool:
     return isinstance(value, int) and abs(value) > MAX_NUMBER
 
 
+def printable(value: Any) -> Any:
+    """``value`` with the lone surrogates of its texts replaced: no terminal or file takes them.
+
+    They come from escapes such as ``"\\ud800"``, of which JSON and Python make half a character.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {printable(key): printable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [printable(item) for item in value]
+    return value
+
+
 def evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
     """The value of an expression; :class:`Unreadable` where it needs code to be run.
 
@@ -128,7 +142,7 @@ def _strict(node: ast.expr, names: dict[str, Any], depth: int) -> Any:
                 raise _NotReadableError("a {{…}} reference to another file", node)
             if _is_giant(value):
                 raise _NotReadableError(_GIANT, node)
-            return value
+            return printable(value)
         case ast.Name(id=name):
             if name in names:
                 return names[name]

@@ -12,6 +12,7 @@ from typing import IO, Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fdconv_deploy.checkpoints.config_values import printable
 from fdconv_deploy.checkpoints.safe_unpickling import (
     DamagedPickleError,
     HostilePickleError,
@@ -113,7 +114,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
 
 def _json(path: Path, name: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return printable(json.loads(text))
     except (ValueError, RecursionError):
         raise CheckpointError(
             f"{path}: the meta data entry {name!r} should be a JSON list, found {text[:40]!r}. "

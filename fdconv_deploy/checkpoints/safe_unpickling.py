@@ -18,6 +18,8 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from fdconv_deploy.checkpoints.config_values import printable
+
 # An opcode of one byte can make an object of a hundred, so their number is what bounds memory.
 # A training checkpoint of a ResNet-50 with its optimizer has 60,000.
 MAX_OPCODES = 10_000_000
@@ -355,9 +357,7 @@ class _Machine:
 def _harmless(constant: Any) -> Any:
     """A constant, unless printing or encoding it would fail."""
     if isinstance(constant, str):
-        if constant.isascii():
-            return constant
-        return constant.encode("utf-8", "replace").decode("utf-8")  # lone surrogates
+        return printable(constant)
     if isinstance(constant, int) and constant.bit_length() > MAX_INTEGER_BITS:
         return Made(Name("builtins", "int"))
     return constant

@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fdconv_deploy.checkpoints.config_values import printable
 from fdconv_deploy.checkpoints.files import EXPECTED
 from fdconv_deploy.errors import CheckpointError
 
 _INDEX = re.compile(r"\.(safetensors|bin|pth|pt)\.index\.json$")
 _SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})\.(safetensors|bin|pth|pt)$")
+_NAME = re.compile(r"[^\\/\0]{1,200}")
 MAX_INDEX_BYTES = 64 << 20
 
 Read = Callable[[Path], tuple[dict[str, Any], dict[str, Any]]]
@@ -127,7 +129,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         if index.stat().st_size > MAX_INDEX_BYTES:
             raise ValueError("it is too large")
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = printable(json.loads(index.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{index} cannot be read as the index of a checkpoint: {error}. Download it again."
@@ -140,7 +142,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         )
     for key, name in places.items():
         # A name with a folder in it could reach any file of this machine.
-        if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
+        if not isinstance(name, str) or Path(name).name != name or not _NAME.fullmatch(name):
             raise CheckpointError(
                 f"{index} places {key} in {str(name)[:80]!r}. Expected the name of a file beside "
                 "it. Download it again."

@@ -87,7 +87,7 @@ def test_checkpoint_in_several_files(tmp_path: Path, kind: str) -> None:
     with pytest.raises(CheckpointError, match=r"one of 2 files.*index\.json"):
         read_checkpoint(shard)
     content = json.loads(index.read_text())
-    for name in ("../../secret", "/etc/passwd", 3, ""):
+    for name in ("../../secret", "/etc/passwd", 3, "", "a" * 300, "a\0b", "."):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(CheckpointError, match="name of a file beside it"):
             read_checkpoint(index)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -25,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 
-from fdconv_deploy.checkpoints import read_checkpoint
+from fdconv_deploy.checkpoints import parse_config, read_checkpoint
 from fdconv_deploy.checkpoints.safe_unpickling import MAX_DEPTH, Made, plain, unpickle
 from fdconv_deploy.errors import CheckpointError
 from tests.checkpoints.small import WEIGHTS, saved
@@ -348,8 +349,9 @@ def test_meta_is_a_bounded_tree() -> None:
 
 
 def test_text_that_cannot_be_printed_is_replaced() -> None:
-    found = read(b"\x80\x02X\x03\x00\x00\x00\xed\xa0\x80.")
-    found.encode("utf-8")
+    read(b"\x80\x02X\x03\x00\x00\x00\xed\xa0\x80.").encode("utf-8")
+    json.dumps(parse_config("a = ['\\ud800', {'\\ud800': 1}]").values, ensure_ascii=False).encode()
+    json.dumps(parse_config('{"a": ["\\ud800"]}').values, ensure_ascii=False).encode()
     assert isinstance(read(b"\x80\x02\x8b\x00\x10\x00\x00" + b"\x7f" * 4096 + b"."), Made)
 
 
