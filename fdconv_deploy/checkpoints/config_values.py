@@ -207,7 +207,7 @@ def _pairs(
         if key is None:  # ** of another dict
             result |= dict(needed(value))
             continue
-        name = key.value if isinstance(key, ast.Constant) else needed(key)
+        name = printable(key.value) if isinstance(key, ast.Constant) else needed(key)
         item = _value(value, names, depth + 1)
         result[name] = item if name == "type" else _data(item, value)
     return result
