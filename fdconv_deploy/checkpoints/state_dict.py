@@ -36,7 +36,8 @@ WEIGHT_KEYS = (
 AVERAGED_KEYS = ("ema_state_dict", "state_dict_ema", "model_ema", "ema", "params_ema")
 # Entries with tensors that are the state of training, never a network's.
 _TRAINING = re.compile(
-    r"optim|sched|scaler|rng|random|message_hub|callback|loops|hyper|hparams|meta|arg|config|amp"
+    r"optim|sched|scaler|random|message_hub|callback|hyper|hparams"
+    r"|(^|[_.])(meta|args?|config|cfg|amp|rng|loops)($|[_.])"
 )
 # Copies that are kept beside the trained weights. A choice goes to the others.
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged|teacher|shadow|momentum)($|[._\d])")
@@ -318,7 +319,8 @@ def _is_of_training(name: str) -> bool:
     first, *inner = name.lower().split(".")
     if first in _PARTS:
         return any(map(_LOSS.search, inner[:-1]))
-    return bool(_METRIC.search(first)) or any(map(_LOSS.search, (first, *inner[:-1])))
+    metric = _METRIC.search(first) and "head" not in first  # an iou_head is part of a network
+    return bool(metric) or any(map(_LOSS.search, (first, *inner[:-1])))
 
 
 def _listed(names: Iterable[str]) -> list[str]:

@@ -114,10 +114,10 @@ def test_deepspeed_keeps_weights_under_module(tmp_path: Path) -> None:
         # Of two trained ones, the one with FDConv layers; else the one of more tensors.
         (
             {
-                "first": under("", 1),
+                "target_net": under("", 1),
                 "second": under("") | {"backbone.a.KSM_Global.fc.weight": torch.ones(1, 1, 1, 1)},
             },
-            {"first": 1},
+            {"target_net": 1},
         ),
     ],
 )
@@ -139,8 +139,9 @@ def test_one_network_of_several_is_taken_and_the_others_can_be(
 
 def test_a_network_with_parts_of_its_own_keeps_them(tmp_path: Path) -> None:
     """They may matter for its answers, so they are not for the reader to leave out."""
-    state = under("model.") | {"model.fusion.weight": ONE}
-    assert "fusion.weight" in read_checkpoint(saved(tmp_path / "a.pth", state)).state_dict
+    own = {"model.fusion.weight": ONE, "model.iou_head.weight": ONE}
+    found = read_checkpoint(saved(tmp_path / "a.pth", under("model.") | own)).state_dict
+    assert {"fusion.weight", "iou_head.weight"} <= set(found)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
