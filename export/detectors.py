@@ -10,6 +10,7 @@ import torch
 
 from export.checks import PrecisionName, batch_sizes, check_precision, check_size
 from export.detector_inputs import placed
+from export.folders import for_network
 from export.inputs import Picture
 from export.production import produce
 from export.recipe import Precision, Progress, Recipe, Source, order_entry, refuse_training
@@ -60,6 +61,7 @@ def export_detector(
     preprocessing = architecture.preprocessing
     sources = drawn(network, size)
     if pictures:
+        pictures = for_network(pictures, preprocessing)
         images, sizes = placed(pictures, size, preprocessing)
 
         def rows(batch: int) -> tuple[torch.Tensor, ...]:

@@ -68,7 +68,10 @@ def rule_of(bundle: Bundle) -> Rule:
     detector = bundle.manifest.detector
     if detector is not None:
         return Rule("detections", detector.test.rcnn.score_thr)
-    return Rule("classes" if bundle.manifest.kind == "segmentor" else "values")
+    architecture = bundle.manifest.architecture
+    if architecture is None:
+        return Rule("values")
+    return Rule("classes", threshold=architecture.decode_head.label_threshold)
 
 
 def feeds_of(bundle: Bundle, batch: int) -> dict[str, NDArray[Any]]:
@@ -77,10 +80,8 @@ def feeds_of(bundle: Bundle, batch: int) -> dict[str, NDArray[Any]]:
     if bundle.manifest.kind == "segmentor" and bundle.manifest.architecture is not None:
         from export.inputs import made_up_images
 
-        _, channels, height, width = specs[0].shape
-        images = made_up_images(
-            batch, (height, width), bundle.manifest.architecture.preprocessing, channels=channels
-        )
+        height, width = specs[0].shape[2:]
+        images = made_up_images(batch, (height, width), bundle.manifest.architecture.preprocessing)
         return {specs[0].name: images.numpy()}
     if bundle.manifest.detector is not None:
         from export.detector_inputs import made_up_detector_inputs

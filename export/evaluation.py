@@ -15,9 +15,9 @@ from fdconv_deploy.architecture import Architecture
 from fdconv_deploy.benchmark.metrics import confusion_matrix, scores
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.runtime.postprocessing import label_map
-from fdconv_deploy.runtime.preprocessing import normalise, resize
+from fdconv_deploy.runtime.preprocessing import check_image, normalise, resize
 
-Picture = NDArray[np.uint8]
+Picture = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Evaluation:
     """Images to compare two graphs' answers on, and masks of those that have one.
 
     Raises:
-        ExportError: in `compare`, where a mask names a class the network does not have.
+        ExportError: in `compare`, where a mask names a class the network does not have, or is
+            of another size than its image.
     """
 
     pictures: Sequence[Picture]
@@ -43,7 +44,7 @@ class Evaluation:
             Number of images, share of pixels of the same class, mean IoU of both on those
             images that have a mask, if any have.
         """
-        classes = self.architecture.decode_head.num_classes
+        classes = self.architecture.decode_head.labels
         for mask in self.masks:
             if mask is not None:
                 _check_classes(mask, classes)
@@ -52,6 +53,8 @@ class Evaluation:
         confusions = [np.zeros((classes, classes), np.int64) for _ in range(2)]
         same = pixels = labelled = 0
         for exact, found, mask in zip(before, self._labels(other, batch), self.masks, strict=True):
+            if mask is not None:
+                _check_size(mask, exact)
             same += int((exact == found).sum())
             pixels += exact.size
             if mask is not None:
@@ -72,18 +75,30 @@ class Evaluation:
     def _labels(self, model: Path, batch: int) -> Iterator[NDArray[np.integer]]:
         session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
         height, width = self.size
+        head, how = self.architecture.decode_head, self.architecture.preprocessing
         # By index: a sequence that reads files need not hold all of them.
         for index in range(len(self.pictures)):
             picture = self.pictures[index]
-            tensor = normalise(resize(picture, height, width), self.architecture.preprocessing)
+            image = check_image(picture, how)
+            tensor = normalise(resize(image, height, width), how)
             (logits,) = session.run(["logits"], {"images": np.repeat(tensor[None], batch, axis=0)})
             yield label_map(
                 logits[0],
                 self.size,
                 self.size,
                 picture.shape[:2],
-                align_corners=self.architecture.decode_head.align_corners,
+                align_corners=head.align_corners,
+                threshold=head.label_threshold,
             )
+
+
+def _check_size(mask: NDArray[np.integer], labels: NDArray[np.integer]) -> None:
+    if mask.shape != labels.shape:
+        found, expected = (f"{height}x{width}" for height, width in (mask.shape, labels.shape))
+        raise ExportError(
+            f"a mask is {found} (height x width), and its image {expected}. Give masks of their "
+            "images' size."
+        )
 
 
 def _check_classes(mask: NDArray[np.integer], classes: int) -> None:

@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fdconv_deploy.architecture import Preprocessing
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.decoding import FORMATS, read_image
+from fdconv_deploy.runtime.decoding import FORMATS, checked_source, is_array
 from fdconv_deploy.runtime.listing import MASK_ENDING as MASK
 from fdconv_deploy.runtime.listing import images_of
+from fdconv_deploy.runtime.multiband import load_image
 
-Picture = NDArray[np.uint8]
+Picture = NDArray[Any]
 
 
 class Pictures(Sequence[Picture]):
-    """The images of a folder, decoded when they are asked for.
+    """Image files, or those of a folder, decoded when they are asked for.
 
-    Files named like another with ``_labels.png`` at the end are its masks, not images.
+    Files of a folder that are named like another with ``_labels.png`` at the end are its masks,
+    not images.
+
+    Args:
+        source: a folder, or files.
 
     Raises:
         ImageError: on making it: no such folder, no images in it, or one whose header cannot
-            be read. On reading: one that is cut off.
+            be read. On reading: one that is cut off, or not of the network's bands.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.paths = images_of(folder)
+    def __init__(self, source: Path | Sequence[Path]) -> None:
+        self.paths = images_of(source) if isinstance(source, Path) else list(source)
+        self.preprocessing = Preprocessing()
         for path in self.paths:
             _check_header(path)
+
+    def for_network(self, preprocessing: Preprocessing) -> Pictures:
+        """The same, decoded as a network's images are."""
+        found = copy(self)
+        found.preprocessing = preprocessing
+        return found
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -44,22 +58,34 @@ class Pictures(Sequence[Picture]):
 
     def __getitem__(self, index: int | slice) -> Picture | list[Picture]:
         if isinstance(index, slice):
-            return [read_image(path) for path in self.paths[index]]
-        return read_image(self.paths[index])
+            return [load_image(path, self.preprocessing) for path in self.paths[index]]
+        return load_image(self.paths[index], self.preprocessing)
 
     def masks(self) -> list[NDArray[np.integer] | None]:
         """Of each image, its labels ``(H, W)`` if there is such a file.
 
         Raises:
-            ImageError: a mask cannot be read, has more than one channel or another size.
+            ImageError: a mask cannot be read, or has more than one channel.
         """
         return [_mask(path) for path in self.paths]
 
 
+def for_network(pictures: Sequence[Picture], preprocessing: Preprocessing) -> Sequence[Picture]:
+    """Images as a network takes them: `Pictures` are decoded accordingly, arrays are already."""
+    if isinstance(pictures, Pictures):
+        return pictures.for_network(preprocessing)
+    return pictures
+
+
 def _check_header(path: Path) -> None:
+    file, _ = checked_source(path)
+    if is_array(file):
+        return  # whether it is an image is told by the network's bands
     try:
         Image.open(path, formats=FORMATS).close()
     except OSError as error:
+        if path.suffix.lower() in (".tif", ".tiff"):
+            return  # Pillow does not know TIFF files of any number of bands
         raise ImageError(
             f"The image {path} cannot be read. Remove it from the folder, or replace it."
         ) from error
@@ -72,12 +98,11 @@ def _mask(image: Path) -> NDArray[np.integer] | None:
     try:
         with Image.open(path) as opened:
             labels = np.asarray(opened)
-            size = Image.open(image).size
     except OSError as error:
         raise ImageError(f"The mask {path} cannot be read. Remove it, or replace it.") from error
-    if labels.ndim != 2 or labels.shape != size[::-1]:
+    if labels.ndim != 2:
         raise ImageError(
-            f"The mask {path} must hold one class index for each pixel of its image, "
-            f"{size[1]}x{size[0]} (height x width); it is {'x'.join(map(str, labels.shape))}."
+            f"The mask {path} must hold one class index for each pixel of its image; it is "
+            f"{'x'.join(map(str, labels.shape))}."
         )
     return labels.astype(np.int64)

@@ -8,6 +8,7 @@ then amplify rounding until it hides errors.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from fdconv_deploy.architecture import Preprocessing
 from fdconv_deploy.demo.scenes import draw_scene
-from fdconv_deploy.runtime.preprocessing import normalise
+from fdconv_deploy.runtime.preprocessing import check_image, normalise, resize, scene_bands
 
 # A scene is drawn no smaller than this and then shrunk: there is no street in a few pixels.
 SMALLEST_SCENE = 64
 
-Picture = NDArray[np.uint8]
+Picture = NDArray[Any]
 
 
 def made_up_images(
@@ -30,38 +31,33 @@ def made_up_images(
     size: tuple[int, int],
     preprocessing: Preprocessing | None = None,
     *,
-    channels: int = 3,
     seed: int = 0,
 ) -> Tensor:
     """Drawn street scenes, normalised as the network's own images.
 
     Args:
         size: height and width in pixels.
-        preprocessing: of the network; the published one if not given.
-        channels: the first of these are the scene's; more repeat them.
+        preprocessing: of the network; the published one if not given. For bands that are not a
+            photograph's, see `scene_bands`.
 
     Returns:
         ``(batch, channels, height, width)`` float32. The same for the same arguments.
     """
+    how = preprocessing or Preprocessing()
     drawn = max(size[0], SMALLEST_SCENE), max(size[1], SMALLEST_SCENE)
     scenes = []
     for number in range(batch):
         picture, _ = draw_scene(1_000 * seed + number, *drawn)
         if drawn != size:
-            picture = _resized(picture, size, cv2.INTER_AREA)
-        scenes.append(picture)
-    tensor = normalised(scenes, size, preprocessing)
-    return tensor[:, torch.arange(channels) % 3].contiguous()
+            picture = np.asarray(cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA))
+        scenes.append(scene_bands(picture.astype(np.uint8, copy=False), how))
+    return normalised(scenes, size, how)
 
 
 def normalised(
     pictures: Sequence[Picture], size: tuple[int, int], preprocessing: Preprocessing | None = None
 ) -> Tensor:
-    """HxWx3 uint8 RGB pictures of any size -> ``(B, 3, height, width)`` float32."""
-    resized = [_resized(picture, size, cv2.INTER_LINEAR) for picture in pictures]
-    planes = [normalise(picture, preprocessing or Preprocessing()) for picture in resized]
-    return torch.from_numpy(np.stack(planes))
-
-
-def _resized(picture: Picture, size: tuple[int, int], method: int) -> Picture:
-    return np.asarray(cv2.resize(picture, size[::-1], interpolation=method), dtype=np.uint8)
+    """Images of any size, as `check_image` takes them -> ``(B, C, height, width)`` float32."""
+    how = preprocessing or Preprocessing()
+    resized = (resize(check_image(picture, how), *size) for picture in pictures)
+    return torch.from_numpy(np.stack([normalise(image, how) for image in resized]))

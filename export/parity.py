@@ -10,13 +10,25 @@ from numpy.typing import NDArray
 from export.detection_parity import compare_detections
 from export.rules import Rule
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.runtime.interpolation import logit_of
 from fdconv_deploy.runtime.manifest import OutputParity
 
 Arrays = Mapping[str, NDArray]
 
 
-def compare(name: str, actual: NDArray, expected: NDArray, *, classes: bool) -> OutputParity:
-    """Errors of one output; ``classes``: whether axis 1 holds scores one is chosen from.
+def compare(
+    name: str,
+    actual: NDArray,
+    expected: NDArray,
+    *,
+    classes: bool,
+    threshold: float | None = None,
+) -> OutputParity:
+    """Errors of one output.
+
+    Args:
+        classes: whether axis 1 holds scores that a class is chosen by.
+        threshold: of a single score, the probability above which it means class 1.
 
     What is expected of a float32 output may be given in float64.
 
@@ -39,6 +51,9 @@ def compare(name: str, actual: NDArray, expected: NDArray, *, classes: bool) -> 
     agreement = None
     if classes and actual.ndim >= 2 and actual.shape[1] > 1:
         agreement = float((actual.argmax(1) == expected.argmax(1)).mean())
+    elif classes and threshold is not None:
+        cut = np.float32(logit_of(threshold))
+        agreement = float(((actual > cut) == (expected > cut)).mean())
     return OutputParity(
         name=name,
         max_abs=difference,
@@ -58,7 +73,13 @@ def compare_all(
         ExportError: as `compare` and `compare_detections`.
     """
     found = tuple(
-        compare(name, actual[name], expected[name], classes=rule.kind == "classes")
+        compare(
+            name,
+            actual[name],
+            expected[name],
+            classes=rule.kind == "classes",
+            threshold=rule.threshold,
+        )
         for name in expected
     )
     if rule.kind == "detections":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from export.checks import TOLERANCES, Activations, PrecisionName, batch_sizes, check_precision
 from export.detectors import export_detector
 from export.evaluation import Evaluation
+from export.folders import for_network
 from export.inputs import Picture, normalised
 from export.production import produce
 from export.recipe import (
@@ -82,8 +83,9 @@ def export_checkpoint(
             a landscape image.
         batches: one graph each.
         fit: how images of another shape are brought to ``size``; detectors always pad.
-        pictures: HxWx3 uint8 RGB images of any size to compare the graphs with the network
-            on; drawn street scenes if none are given.
+        pictures: images of any size to compare the graphs with the network on, HxWx3 uint8
+            RGB or of the network's bands, or `export.folders.Pictures`; drawn street scenes if
+            none are given.
         precision: ``fp16`` computes plain parts in float16, ``int8`` plain convolutions in
             eight bits; what makes FDConv's kernels stays float32. The graphs take and give
             float32 all the same.
@@ -178,11 +180,14 @@ def export_segmentor(
     """
     refuse_training(network)
     architecture = network.architecture
+    preprocessing = architecture.preprocessing
+    pictures, calibration, evaluation = (
+        for_network(given, preprocessing) for given in (pictures, calibration, evaluation)
+    )
     size = graph_size(network, size)
     if not dynamic_layers(network):
         # A plain twin is exported all the same: benchmarks need both sides.
         (progress or (lambda _: None))("note: this network has no FDConv layer")
-    preprocessing = architecture.preprocessing
     sources = drawn(network, size)
     if pictures:
         given = normalised(pictures, size, preprocessing)
@@ -214,8 +219,8 @@ def export_segmentor(
         },
     }
     recipe = Recipe(
-        network, sources[0], batch_sizes(batches), ["images"], ["logits"], Rule("classes"),
-        manifest,
+        network, sources[0], batch_sizes(batches), ["images"], ["logits"],
+        Rule("classes", threshold=architecture.decode_head.label_threshold), manifest,
         Precision(
             precision, allowed, tuple(keep_fp32), activations,
             _Prepared(calibration, size, preprocessing),

@@ -13,12 +13,16 @@ MASK_SLACK = 10.0
 class Rule:
     """``values``: number by number. ``classes``: and which of axis 1's scores is highest.
 
+    ``threshold``: of classes told by one score, the probability that its sigmoid is compared
+    with.
+
     ``detections``: object by object, see `export.detection_parity`; a network of this kind
     leaves out objects of a score up to ``score_thr``.
     """
 
     kind: Literal["values", "classes", "detections"] = "values"
     score_thr: float = 0.0
+    threshold: float | None = None
 
     def slack(self, output: str) -> float:
         """How many times the tolerance this output may err."""

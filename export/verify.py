@@ -75,7 +75,9 @@ def verify_bundle(
             network,
             Rule("detections", network.architecture.test.rcnn.score_thr)
             if isinstance(network, Detector)
-            else Rule("classes"),
+            else Rule(
+                "classes", threshold=network.architecture.decode_head.label_threshold
+            ),
             ["images", "sizes"] if detects else ["images"],
             network.output_names if isinstance(network, Detector) else ["logits"],
             Path(folder),
@@ -152,7 +154,7 @@ class Verified:
 def verify_files(
     bundle: Path,
     checkpoint: Path,
-    images: Pictures = (),
+    images: Sequence[Path] = (),
     *,
     config: Path | None = None,
     overrides: dict[str, Any] | None = None,
@@ -175,6 +177,7 @@ def verify_files(
             frequency_order=order if order in ("torch", "stable") else "auto",
             require_fdconv=False,
         )
-        verdicts = verify_bundle(session, network, images, tolerance=tolerance)
+        pictures = [(path.name, session.read_image(path)) for path in images]
+        verdicts = verify_bundle(session, network, pictures, tolerance=tolerance)
         ran, how, digest = ran_by(session), how_it_ran(session), session.bundle.digest
         return Verified(verdicts, ran, how, digest, manifest.checkpoint)

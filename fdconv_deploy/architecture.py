@@ -7,15 +7,23 @@ those of the published FDConv code and of mmsegmentation's ResNet and decode hea
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Act = Literal["sigmoid", "tanh", "softmax"]
 HeadType = Literal["UPerHead", "FCNHead", "PSPHead", "ASPPHead", "DepthwiseSeparableASPPHead"]
 # What normalises the hidden layer of the global attention: the published BatchNorm or, as in
 # copies that train with one image a batch, GroupNorm(1, C), or nothing.
 AttentionNorm = Literal["batch", "group", "none"]
+Loading = Literal["color", "grayscale", "unchanged", "bands"]
 
 RESNET_BLOCKS: dict[int, tuple[str, tuple[int, ...]]] = {
     18: ("basic", (2, 2, 2, 2)),
@@ -25,14 +33,29 @@ RESNET_BLOCKS: dict[int, tuple[str, tuple[int, ...]]] = {
     152: ("bottleneck", (3, 8, 36, 3)),
 }
 
+# What mmsegmentation takes where a head with one output has no threshold.
+BINARY_THRESHOLD = 0.3
+
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
 class Frozen(BaseModel):
-    """Plain data that cannot be changed and takes no field it does not know."""
+    """Plain data that cannot be changed and takes no field it does not know.
+
+    ``LATER`` names fields that bundles did not have at first. They are written where they are
+    not at their defaults, so that a bundle that needs none of them opens in earlier versions of
+    this package.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    LATER: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        unused = {n for n in self.LATER if getattr(self, n) == fields[n].default}
+        return {name: value for name, value in handler(self).items() if name not in unused}
 
 
 class BandModulationConfig(Frozen):
@@ -115,7 +138,15 @@ class HeadConfig(Frozen):
     UPerHead and PSPHead; ``num_convs``, ``kernel_size``, ``concat_input``, ``dilation`` to
     FCNHead; ``dilations`` to both ASPP heads; ``c1_in_channels`` (0: no finer map) and
     ``c1_channels`` to DepthwiseSeparableASPPHead.
+
+    ``out_channels`` is 1 for a head that tells two classes apart by one output, None where
+    there is an output for each of ``num_classes`` (which may be 1 as well). Of one output, a
+    pixel is of class 1 where its sigmoid is above ``threshold``, else of class 0: the rule of
+    mmsegmentation 1.2.2's ``BaseDecodeHead.__init__`` (None means 0.3) and
+    ``BaseSegmentor.postprocess_result``.
     """
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"out_channels", "threshold"})
 
     type: HeadType
     in_channels: tuple[int, ...]
@@ -133,6 +164,25 @@ class HeadConfig(Frozen):
     dilations: tuple[int, ...] = (1, 6, 12, 18)
     c1_in_channels: int = 0
     c1_channels: int = 0
+    out_channels: Literal[1] | None = None
+    threshold: float | None = Field(None, ge=0, le=1)
+
+    @property
+    def outputs(self) -> int:
+        """Number of channels of the logits."""
+        return self.out_channels or self.num_classes
+
+    @property
+    def labels(self) -> int:
+        """Number of values that a pixel's label can have: 2 of a head with one output."""
+        return max(self.num_classes, 2)
+
+    @property
+    def label_threshold(self) -> float | None:
+        """Probability above which a pixel is of class 1; None where the highest logit wins."""
+        if self.outputs > 1:
+            return None
+        return BINARY_THRESHOLD if self.threshold is None else self.threshold
 
 
 class TestMode(Frozen):
@@ -149,18 +199,57 @@ class TestMode(Frozen):
 
 
 class Preprocessing(Frozen):
-    """From an RGB uint8 image to the network's input: ``(rgb - mean) / std``, float32.
+    """From an image to the network's input: ``(image - mean) / std``, float32, band by band.
 
-    ``scale`` is the (long, short) pixel budget of the published keep-ratio resize, when
-    the checkpoint's config told one.
+    ``mean`` and ``std`` have a value for each band the network takes. ``scale`` is the
+    (long, short) pixel budget of the published keep-ratio resize, when the checkpoint's config
+    told one.
+
+    ``loading`` is how files were loaded in training:
+
+    - ``color``: 8 bits of red, green and blue, as ``LoadImageFromFile`` does unless told.
+    - ``grayscale`` and ``unchanged``: as its ``color_type`` of that name, by OpenCV. A file of
+      four bands is then blue, green, red, alpha.
+    - ``bands``: every band of the file, in the file's order and type, as mmsegmentation's
+      ``LoadSingleRSImageFromFile`` (GDAL), mmcv's ``imdecode_backend="tifffile"`` and
+      ``numpy.load`` do.
+
+    ``to_float32`` is the loader's setting: pixels become float32 before they are resized, and
+    so are not rounded to their own type after it.
     """
 
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    # False when the network was trained on BGR: channels are then swapped before mean/std.
+    LATER: ClassVar[frozenset[str]] = frozenset({"loading", "to_float32"})
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    # Where False, a network that loads by OpenCV was trained on BGR. Of three bands only, as
+    # mmsegmentation 1.2.2's SegDataPreProcessor has it.
     bgr_to_rgb: bool = True
     scale: tuple[int, int] | None = None
     keep_ratio: bool = True
+    loading: Loading = "color"
+    to_float32: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Number of bands of an image."""
+        return len(self.mean)
+
+    @property
+    def reversed(self) -> bool:
+        """Whether the network takes an image's three bands in the opposite order.
+
+        Arrays are RGB here where mmcv's are BGR; bands of files are in the file's order in both.
+        """
+        return self.channels == 3 and self.bgr_to_rgb == (self.loading == "bands")
+
+    @model_validator(mode="after")
+    def _matching(self) -> Preprocessing:
+        if not self.mean or len(self.std) != len(self.mean):
+            raise ValueError(f"there are {len(self.mean)} means and {len(self.std)} deviations")
+        if self.loading == "color" and len(self.mean) != 3:
+            raise ValueError(f"loading 'color' gives 3 bands, and there are {len(self.mean)} means")
+        return self
 
 
 class Architecture(Frozen):
@@ -173,3 +262,10 @@ class Architecture(Frozen):
     preprocessing: Preprocessing = Preprocessing()
     classes: tuple[str, ...] = ()
     palette: tuple[tuple[int, int, int], ...] = ()
+
+    @model_validator(mode="after")
+    def _matching(self) -> Architecture:
+        bands, channels = self.preprocessing.channels, self.backbone.in_channels
+        if bands != channels:
+            raise ValueError(f"the backbone takes {channels} bands, the preprocessing {bands}")
+        return self

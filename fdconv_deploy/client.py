@@ -28,7 +28,7 @@ from .errors import FDConvError
 
 __all__ = ["Answer", "Client", "Objects", "ServiceError"]
 
-Image = bytes | str | os.PathLike[str] | npt.NDArray[np.uint8]
+Image = bytes | str | os.PathLike[str] | npt.NDArray[Any]
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 # Nothing was done, so asking again is safe: too much in hand, a worker lost, starting up.
 _AGAIN = (429, 503)
@@ -110,7 +110,8 @@ class Client:
     ) -> Answer:
         """Label every pixel.
 
-        :param image: a file's path or its bytes, or (H, W, 3) uint8 RGB.
+        :param image: a file's path or its bytes, or (H, W, 3) uint8 RGB; for a model of other
+            bands, (H, W, C) of any real type.
         :param model: the service's default when not given.
         :param classes: keep these only, by name or number.
         :raises ServiceError: it was refused, or the service cannot be reached.
@@ -184,7 +185,7 @@ class Client:
     ) -> npt.NDArray[Any]:
         """A tensor through a model, by the KServe protocol with binary tensors.
 
-        :param batch: (N, 3, H, W) float32 normalised, or (N, H, W, 3) uint8 RGB.
+        :param batch: (N, C, H, W) float32 normalised, or (N, H, W, C) uint8, RGB of 3 bands.
         :param sizes: for a detector, (N, 2) height and width of each image within its input.
         :returns: (N, classes, h, w) float32 logits, or (N, H, W) labels; of a detector, the
             output of its graph.
@@ -291,11 +292,14 @@ def _encoded(image: Image) -> bytes:
     if isinstance(image, np.ndarray):
         from PIL import Image as Pictures
 
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        if image.ndim not in (2, 3) or image.dtype.kind not in "uif":
             raise ServiceError(
-                0, f"An image is (H, W, 3) uint8 in RGB order, not {image.shape} {image.dtype}."
+                0, f"An image is (H, W, C) real numbers, not {image.shape} {image.dtype}."
             )
         buffer = io.BytesIO()
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            np.save(buffer, image, allow_pickle=False)
+            return buffer.getvalue()
         Pictures.fromarray(image).save(buffer, "PNG", compress_level=1)
         return buffer.getvalue()
     return Path(image).read_bytes()

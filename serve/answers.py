@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from fdconv_deploy.runtime import Segmentation
-from fdconv_deploy.runtime.rendering import encode, overlay
+from fdconv_deploy.runtime.rendering import as_rgb, encode, overlay
 
 from .negotiation import best_type
 from .polygons import class_rings
@@ -66,14 +66,14 @@ class Writable(Protocol):
 class Answer:
     """One image's answer, to be written down.
 
-    ``segmentation`` has its labels at the size asked for, and ``image`` (H, W, 3) uint8 is of
+    ``segmentation`` has its labels at the size asked for, and ``image`` (H, W, C) is of
     that size. ``kept`` are the classes asked for, all when None. ``logits`` is
     (classes, h, w) float32 where they were asked for, with what they cover beside them.
     """
 
     model: str
     segmentation: Segmentation
-    image: npt.NDArray[np.uint8] | None
+    image: npt.NDArray[Any] | None
     name: str | None
     timings_ms: dict[str, float]
     kept: tuple[int, ...] | None = None
@@ -174,7 +174,7 @@ def _file(output: Output, kind: str, answer: Answer, opacity: float) -> bytes:
         assert answer.image is not None
         picture = overlay(answer.image, found.labels, found.palette, opacity)
         if answer.kept is not None:
-            picture = np.where(_keeps(answer)[..., None], picture, answer.image)
+            picture = np.where(_keeps(answer)[..., None], picture, as_rgb(answer.image))
         return encode(picture, "JPEG" if kind == JPEG else "PNG")
     if answer.kept is None:
         return found.mask_png()
@@ -189,10 +189,15 @@ def _npz(answer: Answer) -> bytes:
     assert answer.logits is not None
     found = answer.segmentation
     kept = answer.kept if answer.kept is not None else tuple(range(len(found.classes)))
+    logits = answer.logits
+    if len(logits) < len(found.classes):
+        kept = (1,)  # the one output there is tells class 1 from class 0
+    elif answer.kept is not None:
+        logits = logits[list(kept)]
     buffer = io.BytesIO()
     np.savez(
         buffer,
-        logits=answer.logits if answer.kept is None else answer.logits[list(kept)],
+        logits=logits,
         class_ids=np.array(kept, np.int64),
         classes=np.array([found.classes[number] for number in kept]),
         image_size=np.array(answer.size, np.int64),

@@ -17,6 +17,7 @@ from .receiving import exchange_of
 from .settings import Settings
 
 FIELD = "image"
+NPY = "application/x-npy"
 _HOW = (
     "Send an image as the body with its content type (for instance image/jpeg), or as the field "
     f"'{FIELD}' of a multipart/form-data request."
@@ -142,7 +143,7 @@ class Body:
         kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
             return await self._form()
-        if kind.startswith("image/") or kind == "application/octet-stream":
+        if kind.startswith("image/") or kind in ("application/octet-stream", NPY):
             return [Upload(await self.read())]
         found = f"the content type {kind[:80]!r}" if kind else "no content type"
         raise RefusedError(415, f"The request has {found}. {_HOW}", {"Connection": "close"})

@@ -10,7 +10,6 @@ from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime import Bundle
 from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE
 from fdconv_deploy.runtime.detection.steps import detector_classes, detector_palette
-from fdconv_deploy.runtime.postprocessing import check_classes
 from fdconv_deploy.runtime.segmentation import class_names, class_palette
 from fdconv_deploy.runtime.tiling import slide_stride
 
@@ -35,8 +34,8 @@ def model_name(path: Path) -> str:
 def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
     """The card of a model that is not loaded.
 
-    :raises BundleError: it is neither a detector nor a segmentor of two classes or more, or is
-        tested by sliding with a stride that cannot.
+    :raises BundleError: it is neither a detector nor a segmentor, or is tested
+        by sliding with a stride that cannot.
     """
     manifest = bundle.manifest
     if manifest.input is None or manifest.kind == "module":
@@ -45,6 +44,8 @@ def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
             "so it cannot be served. Name a segmentor's or a detector's bundle."
         )
     told = _detector(bundle) if manifest.kind == "detector" else _segmentor(bundle)
+    described = manifest.architecture or manifest.detector
+    assert described is not None
     parity = manifest.parity.batches if manifest.parity else {}
     checkpoint = manifest.checkpoint
     return ModelCard(
@@ -54,7 +55,12 @@ def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
         default=default,
         state="unloaded",
         version="0",
-        input=InputSize(height=manifest.input.height, width=manifest.input.width),
+        input=InputSize(
+            channels=manifest.inputs[bundle.batch_sizes[0]][0].shape[1],
+            height=manifest.input.height,
+            width=manifest.input.width,
+        ),
+        preprocessing=described.preprocessing.model_dump(mode="json"),
         batch_sizes=list(bundle.batch_sizes),
         precision=manifest.precision,
         backend=None,
@@ -79,7 +85,6 @@ def _segmentor(bundle: Bundle) -> dict[str, Any]:
     assert architecture is not None
     assert size is not None
     names = class_names(architecture)
-    check_classes(len(names))
     test = architecture.test
     modes: list[Literal["whole", "slide"]] = ["whole"]
     if test.mode == "slide" or test.stride is not None:
@@ -92,7 +97,8 @@ def _segmentor(bundle: Bundle) -> dict[str, Any]:
     logits = manifest.outputs[bundle.batch_sizes[0]][0].shape
     return {
         "classes": _classes(names, class_palette(architecture)),
-        "output": InputSize(height=logits[2], width=logits[3]),
+        "output": InputSize(channels=logits[1], height=logits[2], width=logits[3]),
+        "threshold": architecture.decode_head.label_threshold,
         "instances": None,
         "mode": test.mode,
         "modes": modes,
@@ -108,6 +114,7 @@ def _detector(bundle: Bundle) -> dict[str, Any]:
     return {
         "classes": _classes(detector_classes(detector), detector_palette(detector)),
         "output": None,
+        "threshold": None,
         "instances": InstanceLimits(
             masks=detector.mask_head is not None,
             mask_size=detector.mask_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,12 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime import Segmentation, Session, read_image
-from fdconv_deploy.runtime.decoding import FORMATS, UnsupportedImageError
+from fdconv_deploy.runtime import Segmentation, Session
 from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE
+from fdconv_deploy.runtime.multiband import FORMATS, check_format
 from fdconv_deploy.runtime.postprocessing import logit_map
 from fdconv_deploy.runtime.preprocessing import resize
 
@@ -27,7 +25,7 @@ from .service import Service
 from .settings import Settings
 from .versions import Version
 
-Picture = npt.NDArray[np.uint8]
+Picture = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class OneImage:
     def _open(self) -> None:
         start = time.perf_counter()
         assert self._upload is not None
-        image = decode(self._upload.data, self._service.settings)
+        image = decode(self._upload.data, self._session, self._service.settings)
         self._upload = None
         self._size = (image.shape[0], image.shape[1])
         self._check_answer_size()
@@ -177,7 +175,9 @@ class OneImage:
         if self._wanted.form.output != "logits" or self._wanted.size != "original":
             return
         limit = self._service.settings.max_answer_bytes
-        size = len(self._version.card.classes) * self._size[0] * self._size[1] * 4
+        output = self._version.card.output
+        assert output is not None
+        size = output.channels * self._size[0] * self._size[1] * 4
         if size > limit:
             raise RefusedError(
                 413,
@@ -186,18 +186,11 @@ class OneImage:
             )
 
 
-def decode(data: bytes, settings: Settings) -> Picture:
-    """An image of the formats and within the pixels accepted here.
+def decode(data: bytes, session: Session, settings: Settings) -> Picture:
+    """An image for the session's network, of the formats and within the pixels accepted here.
 
     :raises ImageError: it is not.
     """
     if tuple(settings.formats) != FORMATS:
-        accepted = ", ".join(settings.formats)
-        try:
-            with Image.open(io.BytesIO(data), formats=settings.formats):
-                pass
-        except Exception as error:
-            raise UnsupportedImageError(
-                f"The image is not of a format accepted here ({accepted}). Convert it to one."
-            ) from error
-    return read_image(data, max_pixels=settings.max_pixels)
+        check_format(data, settings.formats)
+    return session.read_image(data, max_pixels=settings.max_pixels)

@@ -200,8 +200,9 @@ class ModelClass(BaseModel):
 
 
 class InputSize(BaseModel):
-    """The network's input in pixels."""
+    """The network's input in pixels, or its logits."""
 
+    channels: int = Field(description="Bands of the input; logits a pixel of the output.")
     height: int
     width: int
 
@@ -238,7 +239,15 @@ class ModelCard(BaseModel):
     classes: list[ModelClass]
     input: InputSize = Field(description="Of the network's input.")
     output: InputSize | None = Field(description="Of a segmentor's logits.")
+    threshold: float | None = Field(
+        description="Of a segmentor with one output, whose sigmoid is the probability of class 1: "
+        "a pixel is of it above this, else of class 0. Null where the highest logit wins."
+    )
     instances: InstanceLimits | None = Field(description="Of a detector.")
+    preprocessing: dict[str, Any] = Field(
+        description="How images become the network's input: (image - mean) / std, band by band; "
+        "loading 'color' is of RGB photographs, 'bands' of every band that a file has."
+    )
     batch_sizes: list[int]
     mode: Literal["whole", "slide"] = Field(description="Used when a request names none.")
     modes: list[Literal["whole", "slide"]]

@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from fdconv_deploy.runtime.decoding import FORMATS, MAX_PIXELS
+from fdconv_deploy.runtime.decoding import MAX_PIXELS
+from fdconv_deploy.runtime.multiband import FORMATS
 
 
 class Settings(BaseModel):

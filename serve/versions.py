@@ -36,7 +36,7 @@ class Version:
     def image_bytes(self) -> int:
         """What one image's normalised tensor takes."""
         height, width = self.session.input_size
-        return 3 * height * width * 4
+        return self.session.channels * height * width * 4
 
 
 @dataclass(eq=False)

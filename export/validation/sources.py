@@ -32,8 +32,7 @@ def drawn(network: Segmentor | Detector, size: tuple[int, int]) -> list[Source]:
         def make(batch: int) -> tuple[Tensor, ...]:
             if isinstance(network, Detector):
                 return made_up_detector_inputs(batch, size, preprocessing, seed=seed)
-            channels = network.architecture.backbone.in_channels
-            return (made_up_images(batch, size, preprocessing, channels=channels, seed=seed),)
+            return (made_up_images(batch, size, preprocessing, seed=seed),)
 
         return make
 

@@ -12,12 +12,13 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fdconv_deploy.architecture import Preprocessing
 from fdconv_deploy.benchmark.labels import (
     CITYSCAPES,
     CITYSCAPES_LABEL_IDS,
@@ -26,7 +27,9 @@ from fdconv_deploy.benchmark.labels import (
     ade20k_names,
 )
 from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.runtime.decoding import FORMATS, SUFFIXES, image_size, read_image
+from fdconv_deploy.runtime.decoding import FORMATS, SUFFIXES, image_size
+from fdconv_deploy.runtime.listing import image_files
+from fdconv_deploy.runtime.multiband import load_image
 
 _CITY_IMAGE, _CITY_TRAIN, _CITY_IDS = (
     "_leftImg8bit", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
@@ -57,10 +60,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Sample:
-    """``image`` (H, W, 3) uint8 RGB; ``truth`` (H, W) int64, classes or -1 where none counts."""
+    """An image (H, W, C), uint8 RGB mostly; ``truth`` (H, W) int64, classes or -1 for none."""
 
     name: str
-    image: NDArray[np.uint8]
+    image: NDArray[Any]
     truth: NDArray[np.int64]
 
 
@@ -79,13 +82,29 @@ class Numbers:
 
 
 class Samples(Sequence[Sample]):
-    """Pairs, decoded and checked when they are asked for."""
+    """Pairs, decoded and checked when they are asked for.
 
-    def __init__(self, pairs: Sequence[Pair], rule: LabelRule) -> None:
+    ``preprocessing``: of the network that the images are decoded for.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        rule: LabelRule,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
         self.pairs, self.rule = tuple(pairs), rule
+        self.preprocessing = preprocessing or Preprocessing()
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def _size(self, image: Path) -> tuple[int, int]:
+        """An image's height and width in pixels."""
+        if self.preprocessing.loading == "color":
+            return image_size(image)
+        height, width = load_image(image, self.preprocessing).shape[:2]
+        return height, width
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -101,9 +120,9 @@ class Samples(Sequence[Sample]):
             is no class.
         """
         if isinstance(index, slice):
-            return Samples(self.pairs[index], self.rule)
+            return Samples(self.pairs[index], self.rule, self.preprocessing)
         pair = self.pairs[index]
-        image, raw = read_image(pair.image), read_mask(pair.mask)
+        image, raw = load_image(pair.image, self.preprocessing), read_mask(pair.mask)
         _check_sizes(pair, raw.shape, image.shape[:2])
         try:
             truth = self.rule_of(pair).apply(raw)
@@ -127,7 +146,7 @@ class Samples(Sequence[Sample]):
         found: dict[tuple[bool, int], Numbers] = {}
         for done, pair in enumerate(self.pairs, 1):
             raw = read_mask(pair.mask)
-            _check_sizes(pair, raw.shape, image_size(pair.image))
+            _check_sizes(pair, raw.shape, self._size(pair.image))
             counts = np.bincount(raw.ravel())
             for number in np.flatnonzero(counts).tolist():
                 known = found.setdefault(
@@ -199,7 +218,7 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
         if not folder.is_dir():
             found = "is a file" if folder.exists() else "does not exist"
             raise DatasetError(f"A folder of {what} was expected, but {folder} {found}.")
-    files = sorted(p for p in images.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = image_files(images.rglob("*"))
     pairs = []
     for path in files:
         # macOS leaves ._NAME.jpg behind in archives.

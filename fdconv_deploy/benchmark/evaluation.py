@@ -84,12 +84,12 @@ def bundle_side(
     :param fit: see `Session.segment`.
     """
 
-    def answer(image: NDArray[np.uint8]) -> Answer[Labels]:
+    def answer(image: NDArray[Any]) -> Answer[Labels]:
         found = session.segment(image, mode=mode, fit=fit)
         return Answer(found.labels, found.timings["inference"])
 
     details = bundle_details(session, mode=mode or session.mode)
-    return Side(str(session.bundle.path), answer, session.classes, details)
+    return Side(str(session.bundle.path), answer, session.classes, details, session.preprocessing)
 
 
 def evaluate(

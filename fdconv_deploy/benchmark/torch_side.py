@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from fdconv_deploy.benchmark.turns import Answer, Side
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.runtime.manifest import Fit
-from fdconv_deploy.runtime.postprocessing import check_classes, label_map
+from fdconv_deploy.runtime.postprocessing import label_map
 from fdconv_deploy.runtime.preprocessing import (
     Placement,
     check_image,
@@ -48,7 +49,6 @@ def torch_side(
     :raises FDConvError: ``slide`` is asked for, and neither ``size`` nor a crop is known.
     """
     architecture = network.architecture
-    check_classes(architecture.decode_head.num_classes)
     mode = mode or architecture.test.mode
     crop = size or architecture.test.crop_size
     if mode == "slide" and crop is None:
@@ -60,8 +60,8 @@ def torch_side(
         with torch.inference_mode():
             return network(torch.from_numpy(inputs)).numpy()
 
-    def whole(image: NDArray[np.uint8]) -> Answer[Labels]:
-        image = check_image(image)
+    def whole(image: NDArray[Any]) -> Answer[Labels]:
+        image = check_image(image, architecture.preprocessing)
         shape = image.shape[0], image.shape[1]
         if size is None:
             target = published_size(*shape, architecture.preprocessing)
@@ -73,10 +73,18 @@ def torch_side(
         start = time.perf_counter()
         logits = run(tensor[None])[0]
         spent = time.perf_counter() - start
-        align = architecture.decode_head.align_corners
-        return Answer(label_map(logits, target, covered, shape, align_corners=align), spent)
+        head = architecture.decode_head
+        labels = label_map(
+            logits,
+            target,
+            covered,
+            shape,
+            align_corners=head.align_corners,
+            threshold=head.label_threshold,
+        )
+        return Answer(labels, spent)
 
-    def sliding(image: NDArray[np.uint8]) -> Answer[Labels]:
+    def sliding(image: NDArray[Any]) -> Answer[Labels]:
         assert crop is not None
         labels, _, timings = slide(image, architecture, crop, run, batch=1)
         return Answer(labels, timings["inference"])
@@ -90,4 +98,5 @@ def torch_side(
         "size": None if fixed is None else list(fixed),
     }
     answer = sliding if mode == "slide" else whole
-    return Side(str(path), answer, class_names(architecture), details)
+    names = class_names(architecture)
+    return Side(str(path), answer, names, details, architecture.preprocessing)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fdconv_deploy.architecture import Preprocessing
 from fdconv_deploy.benchmark.datasets import DatasetError
 from fdconv_deploy.runtime import Session
 
@@ -22,8 +23,8 @@ class Pictured(Protocol):
     """A sample of a data set: an image, and whatever is known of it."""
 
     @property
-    def image(self) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 RGB."""
+    def image(self) -> NDArray[Any]:
+        """(H, W, C), as the sides take it."""
 
 
 S = TypeVar("S", bound=Pictured)
@@ -40,16 +41,18 @@ class Answer(Generic[F]):
 
 @dataclass(frozen=True)
 class Side(Generic[F]):
-    """Something that answers images: (H, W, 3) uint8 RGB -> `Answer`.
+    """Something that answers images: (H, W, C) -> `Answer`.
 
+    ``preprocessing``: of the network's images, by which files are decoded for it.
     ``name``: its path. ``details``: what it is, for the report: kind, backend, precision,
     mode if it has any, and the (height, width) it computes at, if that is one for all images.
     """
 
     name: str
-    answer: Callable[[NDArray[np.uint8]], Answer[F]]
+    answer: Callable[[NDArray[Any]], Answer[F]]
     classes: tuple[str, ...]
     details: dict[str, Any]
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
 
 @dataclass(frozen=True)

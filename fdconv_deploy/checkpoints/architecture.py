@@ -13,6 +13,7 @@ from fdconv_deploy.checkpoints.head_fields import infer_head, stock_backbone
 from fdconv_deploy.checkpoints.head_types import refuse_cascade
 from fdconv_deploy.checkpoints.layers import Shapes, backbone_prefix, kind_of, part
 from fdconv_deploy.checkpoints.setting_fields import (
+    count_names,
     infer_classes,
     infer_preprocessing,
     infer_test_mode,
@@ -78,15 +79,20 @@ def infer_architecture(
         widths,
         config.section("model", "decode_head"),
         evidence,
+        names=count_names(config, meta or {}),
     )
     auxiliary = _auxiliary(state, widths, config, evidence)
-    classes, palette = infer_classes(head.num_classes, config, meta or {}, evidence)
+    # The labels 0 and 1 of one output: a data set names both, or 1 alone.
+    counts = {head.num_classes} if head.label_threshold is None else {1, 2}
+    classes, palette = infer_classes(counts, config, meta or {}, evidence)
+    if head.label_threshold is not None:
+        evidence.notes.append(_binary_note(classes, head.label_threshold))
     architecture = Architecture(
         backbone=backbone,
         decode_head=head,
         auxiliary_head=auxiliary,
         test=infer_test_mode(config, evidence),
-        preprocessing=infer_preprocessing(config, evidence),
+        preprocessing=infer_preprocessing(config, evidence, channels=backbone.in_channels),
         classes=classes,
         palette=palette,
     )
@@ -142,6 +148,16 @@ def _auxiliary(
         return None
     evidence.absorb(trial)
     return head
+
+
+def _binary_note(classes: tuple[str, ...], threshold: float) -> str:
+    """What the labels of a head with one output mean."""
+    positive = classes[-1] if classes else "class 1"
+    rest = classes[0] if len(classes) == 2 else "the rest"
+    return (
+        f"The decode head has one output: a pixel is {positive!r} (label 1) where its sigmoid is "
+        f"above decode_head.threshold, {threshold:g}, and {rest!r} (label 0) elsewhere."
+    )
 
 
 def _check_model(state: Shapes, config: Config) -> None:

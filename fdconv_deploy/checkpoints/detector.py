@@ -51,6 +51,11 @@ def infer_detector(
     evidence = Evidence(_without_mode(overrides or {}))
     evidence.notes.extend(config.notes)
     backbone = infer_whole_backbone(part(state, "backbone."), config, evidence)
+    if backbone.in_channels != 3:
+        raise CheckpointError(
+            f"it is a detector whose images have {backbone.in_channels} bands. Expected 3: "
+            "detectors of other images are not supported."
+        )
     widths = output_widths(backbone, part(state, "backbone."))
     neck = infer_neck(part(state, "neck."), widths, config.section("model", "neck"), evidence)
     rpn_head = infer_rpn_head(
@@ -61,7 +66,7 @@ def infer_detector(
     tensors = part(state, "roi_head.mask_head.")
     classes = bbox_head.num_classes
     mask_head = infer_mask_head(tensors, neck, classes, section, evidence) if tensors else None
-    names, palette = infer_classes(classes, config, meta or {}, evidence, head="box head")
+    names, palette = infer_classes({classes}, config, meta or {}, evidence, head="box head")
     architecture = DetectorArchitecture(
         backbone=backbone,
         neck=neck,

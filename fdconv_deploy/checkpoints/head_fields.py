@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, Literal
 
-from fdconv_deploy.architecture import HeadConfig, HeadType
+from fdconv_deploy.architecture import BINARY_THRESHOLD, HeadConfig, HeadType
 from fdconv_deploy.checkpoints.facts import UNSET, Evidence, stated, type_of
 from fdconv_deploy.checkpoints.head_types import head_by_names, head_type
 from fdconv_deploy.checkpoints.layers import Shapes
@@ -41,6 +41,8 @@ def infer_head(
     widths: Sequence[int],
     section: Mapping[str, Any],
     evidence: Evidence,
+    *,
+    names: int = 0,
 ) -> HeadConfig:
     """One head.
 
@@ -50,6 +52,8 @@ def infer_head(
         widths: channels of each of the backbone's outputs.
         section: the config's section of this head; empty if there is none.
         evidence: takes the facts.
+        names: how many class names there are, 0 where there are none: they tell how many
+            classes a head with one output has, when its config does not.
 
     Raises:
         CheckpointError: a head of another type, or witnesses disagree.
@@ -62,20 +66,14 @@ def infer_head(
         knowledge.setdefault("config", stated(section, field))
         return evidence.settle(f"{name}.{field}", annotation, **knowledge)
 
-    classes, channels = _shape(state, "conv_seg.weight")[:2]
+    makes, channels = _shape(state, "conv_seg.weight")[:2]
     inputs = _inputs(state, kind)
     values: dict[str, Any] = {
         "type": settle(
             "type", HeadType, config=type_of(section) or UNSET, exact=kind, source="names"
         ),
         "channels": settle("channels", int, exact=channels),
-        "num_classes": settle(
-            "num_classes",
-            int,
-            exact=classes,
-            tells=f"{name}.conv_seg makes {classes}"
-            + (" (binary heads with one output are not supported)" if classes == 1 else ""),
-        ),
+        **_outputs(makes, name, section, settle, names),
         "align_corners": settle("align_corners", bool, default=False),
         "norm": _norm(state, name, section, settle),
     }
@@ -104,6 +102,57 @@ def infer_head(
         ),
     }
     return HeadConfig(**values, **fields[kind]())
+
+
+def _outputs(
+    outputs: int, name: str, section: Mapping[str, Any], settle: Any, names: int
+) -> dict[str, Any]:
+    """How many classes ``outputs`` channels of logits tell apart, and how.
+
+    As mmsegmentation 1.2.2's ``BaseDecodeHead``: there is an output for each class, or one
+    output and a threshold for a head of two classes (or of one, the other being the rest).
+    """
+    one = outputs == 1
+    classes = stated(section, "num_classes")
+    origin = {"config": classes}
+    if one and classes is UNSET and names in (1, 2):
+        origin = {"config": names, "config_name": "the checkpoint's meta"}
+    count = settle(
+        "num_classes",
+        int,
+        **origin,
+        **({"default": 2, "accepts": lambda value: value in (1, 2)} if one else {"exact": outputs}),
+        tells=f"{name}.conv_seg has one output, which tells two classes apart (num_classes=2, or 1 "
+        "where the other class is the rest)"
+        if one
+        else f"{name}.conv_seg makes {outputs}",
+    )
+    settle(
+        "out_channels",
+        int | None,
+        accepts=lambda value: value == outputs or (value is None and (one or count == outputs)),
+        derived=outputs,
+        tells=f"{name}.conv_seg makes {outputs}",
+        matters=one,
+    )
+    threshold = stated(section, "threshold")
+    matters = one and name == "decode_head"  # an auxiliary head is for training only
+    probability = settle(
+        "threshold",
+        float | None,
+        config=UNSET if threshold is None or not one else threshold,
+        default=BINARY_THRESHOLD if one else None,
+        accepts=lambda value: value is None if not one else value is not None and 0 <= value <= 1,
+        tells="a threshold is a probability, from 0 to 1"
+        if one
+        else f"{name} has {outputs} outputs, of which the highest wins",
+        matters=matters,
+    )
+    return {
+        "num_classes": count,
+        "out_channels": None if count == outputs else 1,
+        "threshold": probability,
+    }
 
 
 def _pyramid(state: Shapes, settle: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from fdconv_deploy.architecture import Architecture, BackboneConfig
+from fdconv_deploy.architecture import Architecture, BackboneConfig, Preprocessing
 from fdconv_deploy.checkpoints import amounts
 from fdconv_deploy.checkpoints.architecture import infer_architecture, infer_backbone_only
 from fdconv_deploy.checkpoints.config_text import Config
@@ -31,6 +31,8 @@ from fdconv_deploy.checkpoints.reading import read_checkpoint
 from fdconv_deploy.checkpoints.setting_fields import training_size
 from fdconv_deploy.detector_architecture import DetectorArchitecture
 from fdconv_deploy.errors import CheckpointError
+
+Images = Sequence[NDArray[Any]] | Callable[[Preprocessing], Sequence[NDArray[Any]]]
 
 
 class LayerReport(BaseModel):
@@ -123,7 +125,7 @@ def inspect_checkpoint(
     *,
     overrides: Mapping[str, Any] | None = None,
     weights: str | None = None,
-    images: Sequence[NDArray[Any]] = (),
+    images: Images = (),
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Read a checkpoint and report on it: segmentors, detectors, backbones, plain networks.
@@ -134,8 +136,8 @@ def inspect_checkpoint(
         size: (height, width) in pixels to count multiply-adds for.
         overrides: fields the weights do not tell.
         weights: the entry to take weights from.
-        images: HxWx3 uint8 RGB, of the kind the network was trained on, to tell its frequency
-            order by; see :func:`tell_order`.
+        images: of the kind the network was trained on, to tell its frequency order by, or what
+            gives them, decoded for its preprocessing; see :func:`tell_order`.
         progress: told of each step.
 
     Raises:
@@ -169,7 +171,7 @@ def report_on(
     meta: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
     size: tuple[int, int] = (512, 512),
-    images: Sequence[NDArray[Any]] = (),
+    images: Images = (),
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """:func:`inspect_checkpoint` for tensors at hand; tensors on the meta device do."""
@@ -210,8 +212,9 @@ def report_on(
     if any(layer.dynamic for layer in layers) and not any(v.is_meta for v in state.values()):
         whole_network = architecture or detector
         preprocessing = whole_network.preprocessing if whole_network else None
+        given = images(preprocessing or Preprocessing()) if callable(images) else images
         try:
-            order = tell_order(state, backbone, preprocessing, images, progress)
+            order = tell_order(state, backbone, preprocessing, given, progress)
         except CheckpointError as error:
             problem = problem or str(error)
     return Report(

@@ -72,11 +72,21 @@ def _head(config: HeadConfig) -> dict[str, Any]:
 
 
 def _pipeline(preprocessing: Preprocessing) -> list[dict[str, Any]]:
-    steps: list[dict[str, Any]] = [{"type": "LoadImageFromFile"}]
+    steps = [_loader(preprocessing)]
     if preprocessing.scale is not None or not preprocessing.keep_ratio:
         resize = {"scale": preprocessing.scale, "keep_ratio": preprocessing.keep_ratio}
         steps.append({"type": "Resize", **resize})
     return [*steps, {"type": "PackSegInputs"}]
+
+
+def _loader(preprocessing: Preprocessing) -> dict[str, Any]:
+    """The step that loads a file, as :class:`Preprocessing` has it."""
+    if preprocessing.loading == "bands":
+        return {"type": "LoadSingleRSImageFromFile", "to_float32": preprocessing.to_float32}
+    step: dict[str, Any] = {"type": "LoadImageFromFile"}
+    if preprocessing.loading != "color":
+        step["color_type"] = preprocessing.loading
+    return step | ({"to_float32": True} if preprocessing.to_float32 else {})
 
 
 def config_source(sections: Mapping[str, Any]) -> str:

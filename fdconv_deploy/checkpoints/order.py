@@ -23,7 +23,7 @@ from fdconv_deploy.checkpoints.order_weights import (
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.nn import ResNet
 from fdconv_deploy.nn.spectrum import FrequencyOrder
-from fdconv_deploy.runtime.preprocessing import normalise, published_size, resize
+from fdconv_deploy.runtime.preprocessing import check_image, normalise, published_size, resize
 
 # More than this change the verdict no more, and each takes seconds of a large network.
 MOST_IMAGES = 32
@@ -65,7 +65,8 @@ def tell_order(
         state: a checkpoint's tensors.
         backbone: of the network; images are run through it alone.
         preprocessing: of the network's images; the published one if not given.
-        images: HxWx3 uint8 RGB, of the kind the network was trained on; the first 32 are used.
+        images: as `check_image` takes them, of the kind the network was trained on; the first
+            32 are used.
         progress: told of each step.
 
     Raises:
@@ -78,13 +79,14 @@ def tell_order(
         return OrderReport(order=saved.name, weights=weights, saved=saved.reason)
     if not len(images) or backbone is None:
         return OrderReport(order=weights.order, weights=weights)
-    if backbone.in_channels != 3:
+    how = preprocessing or Preprocessing()
+    if backbone.in_channels != how.channels:
         raise ImageError(
-            f"This network takes {backbone.in_channels} channels, so RGB images do not tell its "
+            f"This network takes {backbone.in_channels} bands, so RGB images do not tell its "
             "order. Leave --images out."
         )
     networks = {name: _backbone(state, backbone, name) for name in CANDIDATES}
-    inputs = _inputs(images, preprocessing or Preprocessing(), progress or (lambda _: None))
+    inputs = _inputs(images, how, progress or (lambda _: None))
     statistics = order_of_statistics(networks, inputs)
     told = {found for found in (weights.order, statistics.order) if found is not None}
     return OrderReport(
@@ -113,6 +115,6 @@ def _inputs(
     count = min(len(images), MOST_IMAGES)
     for index in range(count):
         progress(f"image {index + 1} of {count}, in the orders {', '.join(CANDIDATES)}")
-        image = images[index]
+        image = check_image(images[index], preprocessing)
         size = published_size(image.shape[0], image.shape[1], preprocessing)
         yield torch.from_numpy(normalise(resize(image, *size), preprocessing))[None]

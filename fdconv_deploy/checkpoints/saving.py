@@ -70,7 +70,7 @@ def _check(
         part, prefix, optional = "mask head", "roi_head.mask_head.", architecture.mask_head
     else:
         kind, library, background = "segmentor", "mmsegmentation", 0
-        name, expected = "decode_head.conv_seg.weight", architecture.decode_head.num_classes
+        name, expected = "decode_head.conv_seg.weight", architecture.decode_head.outputs
         part, prefix, optional = "auxiliary head", "auxiliary_head.", architecture.auxiliary_head
     if name not in weights:
         raise CheckpointError(
@@ -80,7 +80,7 @@ def _check(
     found = weights[name].shape[0] - background
     if found != expected:
         raise CheckpointError(
-            f"The weights to save have {found} classes ({name}) and the architecture {expected}. "
+            f"The weights to save have {found} outputs ({name}) and the architecture {expected}. "
             "Give the architecture the network was built from."
         )
     has_part = any(key.startswith(prefix) for key in weights)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from fdconv_deploy.architecture import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, TestMode
+from fdconv_deploy.architecture import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Loading,
+    Preprocessing,
+    TestMode,
+)
 from fdconv_deploy.checkpoints.config_text import Config
 from fdconv_deploy.checkpoints.facts import UNSET, Evidence, stated, type_of
 from fdconv_deploy.errors import CheckpointError
 
-Triple = tuple[float, float, float]
 Pair = tuple[int, int]
 _LARGEST_CROP = 16384  # pixels; export takes no larger side
+# Loaders whose images are read as they do it: those of mmcv, and GDAL's in mmsegmentation.
+_FILE_LOADERS = ("LoadImageFromFile", "LoadImageFromNDArray", "InferencerLoader")
+_RASTER_LOADERS = ("LoadSingleRSImageFromFile",)
 # Steps that load, pack or flip leave the pixels the network sees as they are.
 _HARMLESS = (
-    "LoadImageFromFile",
+    *_FILE_LOADERS,
+    *_RASTER_LOADERS,
     "LoadAnnotations",
     "PackSegInputs",
     "PackDetInputs",
@@ -87,16 +96,18 @@ def infer_preprocessing(
     config: Config,
     evidence: Evidence,
     *,
+    channels: int = 3,
     scale: Pair | None = None,
     harmless: Sequence[str] = (),
 ) -> Preprocessing:
-    """Mean, deviation, channel order and resize of the test pipeline.
+    """Loading, mean, deviation, channel order and resize of the test pipeline.
 
-    ``scale``: the published default of the resize. ``harmless``: further steps that need no
-    word, as they are done here, too.
+    ``channels``: bands that the network takes. ``scale``: the published default of the resize.
+    ``harmless``: further steps that need no word, as they are done here, too.
 
-    They stand in mmseg 1.x's ``data_preprocessor`` or 0.x's ``Normalize`` step
-    (``img_norm_cfg``). ImageNet's, in RGB, are the published default.
+    Mean and deviation stand in mmseg 1.x's ``data_preprocessor`` or 0.x's ``Normalize`` step
+    (``img_norm_cfg``). ImageNet's, in RGB, are the published default of networks that take
+    three bands; of others there is none.
     """
     steps = _steps(config)
     processor = config.section("model", "data_preprocessor") or config.section("data_preprocessor")
@@ -105,24 +116,45 @@ def infer_preprocessing(
     section = processor or old
     mean, std = stated(section, "mean"), stated(section, "std")
     if processor and processor.get("mean") is None and "mean" not in old:
-        mean, std = (0.0,) * 3, (1.0,) * 3  # mmseg 1.x does not normalise without a mean
+        mean, std = (0.0,), (1.0,)  # mmseg 1.x does not normalise without a mean
 
     def settle(name: str, kind: Any, **knowledge: Any) -> Any:
         return evidence.settle(f"preprocessing.{name}", kind, **knowledge)
 
+    loading, to_float32 = _loading(steps, channels, settle, evidence)
+    each = (
+        f"the network takes {channels} band{'s' * (channels > 1)}, with a mean and a deviation "
+        f"each (--set 'preprocessing.mean=[…]' and --set 'preprocessing.std=[…]' give them)"
+    )
+    swapped = stated(section, "bgr_to_rgb", "to_rgb")
+    if stated(section, "rgb_to_bgr") is True:
+        swapped = True  # the same swap under another name
     values = {
-        "mean": settle("mean", Triple, config=mean, default=IMAGENET_MEAN),
+        "mean": settle(
+            "mean",
+            tuple[float, ...],
+            config=_each(mean, channels),
+            default=IMAGENET_MEAN if channels == 3 else UNSET,
+            accepts=lambda value: len(value) == channels,
+            tells=each,
+        ),
         "std": settle(
             "std",
-            Triple,
-            config=std,
-            default=IMAGENET_STD,
-            accepts=lambda value: min(value) > 0,
-            tells="a deviation is above 0",
+            tuple[float, ...],
+            config=_each(std, channels),
+            default=IMAGENET_STD if channels == 3 else UNSET,
+            accepts=lambda value: len(value) == channels and min(value) > 0,
+            tells=f"{each}, and a deviation is above 0",
         ),
         "bgr_to_rgb": settle(
-            "bgr_to_rgb", bool, config=stated(section, "bgr_to_rgb", "to_rgb"), default=True
+            "bgr_to_rgb",
+            bool,
+            config=swapped,
+            default=loading != "bands",
+            matters=channels == 3,
         ),
+        "loading": loading,
+        "to_float32": to_float32,
     }
     resize = next((step for step in steps if type_of(step) == "Resize"), {})
     outer = next((step for step in steps if type_of(step) == "MultiScaleFlipAug"), {})
@@ -141,6 +173,61 @@ def infer_preprocessing(
     return Preprocessing(**values, keep_ratio=keep_ratio, scale=scale)
 
 
+def _loading(
+    steps: Sequence[Mapping[str, Any]], channels: int, settle: Any, evidence: Evidence
+) -> tuple[Loading, bool]:
+    """How the pipeline's first step loads files, and whether it makes them float32.
+
+    By mmcv 2.1.0's ``LoadImageFromFile`` (``color_type``, ``imdecode_backend``) and
+    mmsegmentation 1.2.2's ``LoadSingleRSImageFromFile``, which makes float32 unless told.
+    """
+    loader = next((s for s in steps if type_of(s).startswith(("Load", "InferencerLoader"))), {})
+    kind = type_of(loader)
+    told: Any = UNSET
+    if kind in _RASTER_LOADERS:
+        told = "bands"
+    elif kind in _FILE_LOADERS:
+        told = stated(loader, "color_type")
+        told = "color" if told is UNSET else str(told).removesuffix("_ignore_orientation")
+        if stated(loader, "imdecode_backend") == "tifffile":
+            told = "bands"
+        if told == "color" and channels != 3:
+            evidence.notes.append(
+                f"The config's {kind} gives three bands, and the network takes {channels}. Every "
+                "band of a file is taken, in the file's order (preprocessing.loading=bands)."
+            )
+            told = "bands"
+    accepted = {"bands", "unchanged", *{1: ("grayscale",), 3: ("color",)}.get(channels, ())}
+    loading = settle(
+        "loading",
+        Loading,
+        config=told,
+        default="color" if channels == 3 else "bands",
+        accepts=lambda value: value in accepted,
+        tells=f"the network takes {channels} band{'s' * (channels > 1)}, which is loading "
+        + " or ".join(sorted(accepted)),
+        matters=channels != 3 or told not in (UNSET, "color"),
+    )
+    floats = stated(loader, "to_float32")
+    if floats is UNSET and kind in (*_RASTER_LOADERS, *_FILE_LOADERS):
+        floats = kind in _RASTER_LOADERS
+    to_float32 = settle(
+        "to_float32",
+        bool,
+        config=floats,
+        default=loading == "bands",
+        matters=loading != "color" or floats is True,
+    )
+    return loading, to_float32
+
+
+def _each(value: Any, channels: int) -> Any:
+    """One value stands for every band, as broadcasting has it in SegDataPreProcessor."""
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        return tuple(value) * channels
+    return value
+
+
 def _scale(value: Any, keep_ratio: bool, evidence: Evidence) -> Any:
     if isinstance(value, list) and value and isinstance(value[0], (list, tuple)):
         if len(value) > 1:
@@ -153,7 +240,7 @@ def _scale(value: Any, keep_ratio: bool, evidence: Evidence) -> Any:
 
 
 def infer_classes(
-    classes: int,
+    counts: Collection[int],
     config: Config,
     meta: Mapping[str, Any],
     evidence: Evidence,
@@ -162,9 +249,14 @@ def infer_classes(
 ) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
     """Class names and their colours, from the checkpoint's meta, else the config's dataset.
 
+    Args:
+        counts: how many classes the head has. More than one number for a head with one output:
+            its labels are 0 and 1, and a data set may name both, or 1 alone.
+
     Raises:
         CheckpointError: there are not as many names as the head has classes.
     """
+    classes = " or ".join(map(str, sorted(counts)))
     names, origin = _labels("classes", config, meta)
     palette, painted = _labels("palette", config, meta)
     settled = evidence.settle(
@@ -173,10 +265,12 @@ def infer_classes(
         config=names,
         config_name=origin,
         default=(),
-        accepts=lambda value: len(value) in (0, classes),
+        accepts=lambda value: not value or len(value) in counts,
         tells=f"the {head} makes {classes} classes",
     )
-    if palette is not UNSET and not _is_palette(palette, classes):
+    # As many colours as there are names.
+    wanted = {len(settled)} if settled else set(counts)
+    if palette is not UNSET and not _is_palette(palette, wanted):
         evidence.notes.append(
             f"The palette in {painted} is not one RGB colour for each of the {classes} classes; "
             "it was left out."
@@ -188,10 +282,16 @@ def infer_classes(
         config=palette,
         config_name=painted,
         default=(),
-        accepts=lambda value: _is_palette(value, classes) or not value,
+        accepts=lambda value: not value or _is_palette(value, wanted),
         tells=f"a palette has one RGB triple, 0 to 255, for each of the {classes} classes",
     )
     return settled, colours
+
+
+def count_names(config: Config, meta: Mapping[str, Any]) -> int:
+    """How many class names the checkpoint's meta or the config has; 0 for none."""
+    names, _ = _labels("classes", config, meta)
+    return 0 if names is UNSET else len(names)
 
 
 def _labels(name: str, config: Config, meta: Mapping[str, Any]) -> tuple[Any, str]:
@@ -215,8 +315,8 @@ def _labels(name: str, config: Config, meta: Mapping[str, Any]) -> tuple[Any, st
     return UNSET, "the config"
 
 
-def _is_palette(value: Any, classes: int) -> bool:
-    return len(value) == classes and all(
+def _is_palette(value: Any, counts: Collection[int]) -> bool:
+    return len(value) in counts and all(
         isinstance(colour, (list, tuple))
         and len(colour) == 3
         and all(isinstance(part, int) and 0 <= part <= 255 for part in colour)

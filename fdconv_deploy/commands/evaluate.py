@@ -155,7 +155,7 @@ def evaluate(
     ):
         samples, notes = _labelled(
             pairs,
-            sides[0].classes,
+            sides[0],
             data,
             label_map,
             reduce_zero_label,
@@ -173,22 +173,24 @@ def evaluate(
         _show(result, Console(), quiet)
         if not quiet:
             path = pairs[0].image
-            _verify([network, *(against or [])], (path.name, read_image(path)), config, settings)
+            _verify([network, *(against or [])], path, config, settings, weights)
 
 
 def _verify(
     paths: list[Path],
-    image: tuple[str, NDArray[np.uint8]],
+    image: Path,
     config: Path | None,
     settings: list[str] | None,
+    weights: str | None,
 ) -> None:
     """Say of a bundle beside its own checkpoint what `fdconv verify` says on an image."""
-    from fdconv_deploy.runtime.bundle import Bundle, sha256_of
+    from fdconv_deploy.checkpoints.shards import digest_of
+    from fdconv_deploy.runtime.bundle import Bundle
 
     for bundle in (path for path in paths if path.is_dir()):
         source = Bundle.open(bundle).manifest.checkpoint
         for checkpoint in (path for path in paths if path.is_file()):
-            if source is None or source.sha256 != sha256_of(checkpoint):
+            if source is None or source.sha256 != digest_of(checkpoint):
                 continue
             from export.verify import verify_files
 
@@ -198,6 +200,7 @@ def _verify(
                 [image],
                 config=config,
                 overrides=parse_settings(settings),
+                weights=weights,
             )
             print(f"{bundle} beside {checkpoint}:")
             for verdict in found.verdicts:
@@ -206,7 +209,7 @@ def _verify(
 
 def _labelled(
     pairs: list[Pair],
-    classes: tuple[str, ...],
+    side: Side[Any],
     data: Path | None,
     label_map: Path | None,
     reduce_zero_label: bool,
@@ -223,6 +226,7 @@ def _labelled(
         read_label_map,
     )
 
+    classes = side.classes
     mapping = read_label_map(label_map, classes) if label_map else None
     order, notes = None, []
     if mapping is None:
@@ -248,7 +252,7 @@ def _labelled(
         IGNORE_INDEX if ignore_index is None else ignore_index,
         order,
     )
-    samples = Samples(pairs, rule)
+    samples = Samples(pairs, rule, side.preprocessing)
     numbers = samples.numbers(progress)
     if mapping is None and ignore_index is None and not reduce_zero_label:
         black_and_white = binary_map(numbers, len(classes))
@@ -258,7 +262,8 @@ def _labelled(
                 f"{classes[0]!r} and {classes[1]!r}. Say --ignore-index 255 if 255 is to be "
                 "ignored."
             )
-            return Samples(pairs, replace(rule, label_map=black_and_white)), notes
+            rule = replace(rule, label_map=black_and_white)
+            return Samples(pairs, rule, side.preprocessing), notes
     samples.check(numbers)
     return samples, notes
 

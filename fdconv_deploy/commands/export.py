@@ -105,7 +105,7 @@ def export(
     # All that can be refused without the network is refused before torch is imported.
     from export.checks import batch_sizes, check_precision, check_size
     from export.folders import Pictures
-    from fdconv_deploy.runtime import BundleWriter, read_image
+    from fdconv_deploy.runtime import BundleWriter
 
     for option, given, choices in (
         ("--fit", fit, ("stretch", "pad")),
@@ -138,7 +138,7 @@ def export(
         evaluation=evaluation,
         activations=activations,
     )
-    pictures = [read_image(path) for path in image or []]
+    pictures = Pictures(image or [])
     with BundleWriter(output, overwrite=overwrite):
         pass  # nothing is in the way, and the place can be written to
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,8 +20,7 @@ from fdconv_deploy.commands.options import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from fdconv_deploy.checkpoints.inspection import Images
 
 
 def inspect(
@@ -48,11 +46,11 @@ def inspect(
     from fdconv_deploy.checkpoints import export_command, inspect_checkpoint, render
 
     pixels = parse_size(size) if size else (512, 512)
-    pictures: Sequence[NDArray[np.uint8]] = ()
+    pictures: Images = ()
     if images is not None:
         from export.folders import Pictures
 
-        pictures = Pictures(images)
+        pictures = Pictures(images).for_network
     with Console(stderr=True).status("reading", spinner="dots") as status:
         report = inspect_checkpoint(
             checkpoint,

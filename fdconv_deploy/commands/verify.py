@@ -54,14 +54,13 @@ def verify(
         raise FDConvError(f"the tolerance must be 0 or more, got {tolerance}.")
     from export.validation.verdict import refusal
     from export.verify import verify_files
-    from fdconv_deploy.runtime import Bundle, read_image
+    from fdconv_deploy.runtime import Bundle
 
-    pictures = [(path.name, read_image(path)) for path in images or []]
     try:
         found = verify_files(
             bundle,
             checkpoint,
-            pictures,
+            images or (),
             config=config,
             overrides=parse_settings(settings),
             weights=weights,

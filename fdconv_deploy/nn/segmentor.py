@@ -14,8 +14,9 @@ from fdconv_deploy.nn.spectrum import FrequencyOrder
 class Segmentor(nn.Module):
     """mmsegmentation's EncoderDecoder, for inference.
 
-    ``forward``: normalised ``(B, 3, H, W)`` float32 -> logits ``(B, classes, h, w)`` at the
-    head's own size. `predict` adds the published test modes.
+    ``forward``: normalised ``(B, C, H, W)`` float32 -> logits ``(B, classes, h, w)`` at the
+    head's own size, or ``(B, 1, h, w)`` of a head with one output. `predict` adds the
+    published test modes.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class Segmentor(nn.Module):
             self.auxiliary_head = build_head(architecture.auxiliary_head)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x``: ``(B, 3, H, W)`` float32, normalised."""
+        """``x``: ``(B, C, H, W)`` float32, normalised, C bands."""
         return self.decode_head(self.backbone(x))
 
     @torch.no_grad()
@@ -38,7 +39,7 @@ class Segmentor(nn.Module):
         """Logits at the input's size, ``(B, classes, H, W)``, by ``whole`` or ``slide``.
 
         Args:
-            x: ``(B, 3, H, W)`` float32, normalised.
+            x: ``(B, C, H, W)`` float32, normalised.
             mode: the network's own test mode if not given.
         """
         mode = mode or self.architecture.test
@@ -56,7 +57,7 @@ class Segmentor(nn.Module):
 
     def _slide(self, x: Tensor, crop: tuple[int, int], stride: tuple[int, int]) -> Tensor:
         height, width = x.shape[-2:]
-        classes = self.architecture.decode_head.num_classes
+        classes = self.architecture.decode_head.outputs
         total = x.new_zeros((x.shape[0], classes, height, width))
         count = x.new_zeros((1, 1, height, width))
         for top in window_starts(height, crop[0], stride[0]):

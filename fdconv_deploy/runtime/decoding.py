@@ -9,11 +9,11 @@ tells a picture's size before it decodes one, and says when a file is cut off.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fdconv_deploy.errors import ImageError
 
+Result = TypeVar("Result")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+ARRAY_SUFFIX = ".npy"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
 _FORMATS_TEXT = "JPEG, PNG, WebP, BMP or TIFF"
@@ -39,7 +41,10 @@ class ImageTooLargeError(ImageError):
 def read_image(
     source: bytes | str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS
 ) -> npt.NDArray[np.uint8]:
-    """Decode an image file, given as its bytes or its path.
+    """Decode an image file, given as its bytes or its path, to colours.
+
+    A session's own ``read_image`` does it as its network's images were loaded in training, of
+    any number of bands.
 
     :param max_pixels: refuse an image of more pixels; its header is read, nothing decoded.
     :returns: (H, W, 3) uint8, RGB, as it is meant to be looked at (EXIF applied). Of an
@@ -49,9 +54,13 @@ def read_image(
     :raises ImageTooLargeError: over ``max_pixels``.
     :raises ImageError: no such file, empty, cut off or damaged.
     """
-    with _opened(source, max_pixels) as (image, name):
-        image.load()
-        return _to_rgb(_upright(image), name)
+    file, name = checked_source(source)
+    if is_array(file):
+        raise UnsupportedImageError(
+            f"{name} is a NumPy file, which holds bands and not colours. This network takes "
+            f"{_FORMATS_TEXT} files; one trained on arrays says so by preprocessing.loading=bands."
+        )
+    return with_picture(file, name, max_pixels, lambda image: _to_rgb(_upright(image), name))
 
 
 def image_size(source: str | os.PathLike[str]) -> tuple[int, int]:
@@ -59,60 +68,100 @@ def image_size(source: str | os.PathLike[str]) -> tuple[int, int]:
 
     :raises ImageError: as `read_image` raises it, of what a header tells.
     """
-    with _opened(source, MAX_PIXELS) as (image, _):
+
+    def size(image: Image.Image) -> tuple[int, int]:
         try:
             turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
         except Exception:  # as in _upright
             turned = False
         return (image.width, image.height) if turned else (image.height, image.width)
 
+    return with_picture(*checked_source(source), MAX_PIXELS, size, load=False)
 
-@contextlib.contextmanager
-def _opened(
-    source: bytes | str | os.PathLike[str], max_pixels: int
-) -> Iterator[tuple[Image.Image, str]]:
-    """An image whose header is read, and its name; what Pillow raises in there as our errors."""
+
+def checked_source(
+    source: bytes | str | os.PathLike[str],
+) -> tuple[io.BytesIO | Path, str]:
+    """The file of a source that is not empty, and what messages call it.
+
+    :raises ImageError: no such file, or empty.
+    """
     if isinstance(source, bytes):
-        name = "The image"
         if not source:
             raise ImageError("The image is empty: 0 bytes were given.")
-        file: io.BytesIO | Path = io.BytesIO(source)
-    else:
-        file = Path(source)
-        name = f"The image {file}"
-        try:
-            if not file.is_file():
-                found = "is not a file" if file.exists() else "does not exist"
-                raise ImageError(f"{name} {found}. Give the path of a {_FORMATS_TEXT} file.")
-            empty = file.stat().st_size == 0
-        except OSError as error:  # such as a name that is too long
-            raise ImageError(f"{name} cannot be opened: {error.strerror}.") from None
-        if empty:
-            raise ImageError(f"{name} is an empty file.")
+        return io.BytesIO(source), "The image"
+    file = Path(source)
+    name = f"The image {file}"
+    try:
+        if not file.is_file():
+            found = "is not a file" if file.exists() else "does not exist"
+            raise ImageError(f"{name} {found}. Give the path of a {_FORMATS_TEXT} file.")
+        empty = file.stat().st_size == 0
+    except OSError as error:  # such as a name that is too long
+        raise ImageError(f"{name} cannot be opened: {error.strerror}.") from None
+    if empty:
+        raise ImageError(f"{name} is an empty file.")
+    return file, name
+
+
+def first_bytes(file: io.BytesIO | Path, count: int) -> bytes:
+    """What a file begins with."""
+    if isinstance(file, io.BytesIO):
+        return bytes(file.getbuffer()[:count])
+    with file.open("rb") as opened:
+        return opened.read(count)
+
+
+def is_array(file: io.BytesIO | Path) -> bool:
+    """Whether a file is NumPy's, an array or an archive of them (.npz, a zip)."""
+    start = first_bytes(file, 6)
+    return start == b"\x93NUMPY" or start[:4] == b"PK\x03\x04"
+
+
+def with_picture(
+    file: io.BytesIO | Path,
+    name: str,
+    max_pixels: int,
+    use: Callable[[Image.Image], Result],
+    *,
+    load: bool = True,
+) -> Result:
+    """What ``use`` makes of a picture, decoded where ``load`` is True, else of its header.
+
+    :raises ImageError: as :func:`read_image`.
+    """
     try:
         # Decoders of hostile data raise almost anything (struct.error, SyntaxError,
         # ZeroDivisionError ...), hence `except Exception`; each is the file's fault.
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
-                raise _too_large(name, f"{image.width} x {image.height} pixels", max_pixels)
-            yield image, name
+                raise too_large(name, f"{image.width} x {image.height} pixels", max_pixels)
+            if load:
+                image.load()
+            return use(image)
     except (ImageError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(name, "more pixels than Pillow decodes", max_pixels) from error
+        raise too_large(name, "more pixels than Pillow decodes", max_pixels) from error
     except UnidentifiedImageError as error:
         raise UnsupportedImageError(
             f"{name} is not a {_FORMATS_TEXT} file, or its header is damaged. Convert it to one "
             "of these formats."
         ) from error
     except Exception as error:
-        raise ImageError(
-            f"{name} cannot be decoded: the file is cut off or damaged. Send the whole file, or "
-            "save it again."
-        ) from error
+        raise damaged(name) from error
 
 
-def _too_large(name: str, found: str, limit: int) -> ImageTooLargeError:
+def damaged(name: str) -> ImageError:
+    """The refusal of a file that a decoder fails at."""
+    return ImageError(
+        f"{name} cannot be decoded: the file is cut off or damaged. Send the whole file, or save "
+        "it again."
+    )
+
+
+def too_large(name: str, found: str, limit: int) -> ImageTooLargeError:
+    """The refusal of an image of more pixels than ``limit``."""
     return ImageTooLargeError(
         f"{name} has {found}; at most {limit:,} pixels are accepted. Make it smaller, or raise "
         "the limit."

@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from fdconv_deploy.errors import ImageError, in_the_way
 
-from .decoding import read_image
 from .listing import CLASSES_NAME, LEGEND_NAME, Source
 from .manifest import Fit
 from .rendering import encode, legend
@@ -23,7 +22,7 @@ from .segmentation import Segmentation
 from .segmenting import Prepared
 from .session import Session
 
-Picture = npt.NDArray[np.uint8]
+Picture = npt.NDArray[Any]
 Failed = Callable[[Path, ImageError], None]
 P = TypeVar("P")
 A = TypeVar("A")
@@ -72,11 +71,13 @@ class Answering(Generic[P, A]):
     """How a kind of network answers images, several at a time.
 
     Attributes:
-        prepare: one image (H, W, 3) uint8 RGB to a network's input.
+        read: an image's file to its pixels, as `Session.read_image`.
+        prepare: one image's pixels to a network's input.
         run: several prepared images to as many answers.
         batch: the most images of one run.
     """
 
+    read: Callable[[Path], Picture]
     prepare: Callable[[Picture], P]
     run: Callable[[Sequence[P]], list[A]]
     batch: int
@@ -95,7 +96,9 @@ def segmentor_answering(session: Session, fit: str | None = None) -> Answering[A
     """
     chosen = cast("Fit | None", fit)
     if session.mode == "slide":  # crops of one image fill the batches
-        return Answering(lambda image: image, lambda images: [*map(session.segment, images)], 1)
+        return Answering(
+            session.read_image, lambda image: image, lambda images: [*map(session.segment, images)], 1
+        )
 
     def run(prepared: Sequence[Prepared]) -> list[Segmentation]:
         start = time.perf_counter()
@@ -106,7 +109,12 @@ def segmentor_answering(session: Session, fit: str | None = None) -> Answering[A
             for one, row in zip(prepared, logits, strict=True)
         ]
 
-    return Answering(lambda image: session.prepare(image, fit=chosen), run, session.batch_sizes[-1])
+    return Answering(
+        session.read_image,
+        lambda image: session.prepare(image, fit=chosen),
+        run,
+        session.batch_sizes[-1],
+    )
 
 
 def segment_files(
@@ -224,7 +232,7 @@ def answered(
 
     for path, targets in places.items():
         try:
-            picture = read_image(path)
+            picture = answering.read(path)
             waiting.append((path, picture, targets, answering.prepare(picture)))
         except ImageError as error:
             if failed is None:

@@ -8,6 +8,7 @@ classes on a 4K image are 5 GB of logits, of which some tens of megabytes exist 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -117,18 +118,35 @@ class ArrayRows:
         return np.ascontiguousarray(self._logits[:, start:stop].transpose(1, 2, 0))
 
 
-def labels_of(source: LogitRows, rows: Taps, columns: Taps) -> Labels:
-    """Resize by ``rows`` and ``columns``, then choose the highest class at each pixel.
+def labels_of(
+    source: LogitRows, rows: Taps, columns: Taps, *, threshold: float | None = None
+) -> Labels:
+    """Resize by ``rows`` and ``columns``, then choose the class of each pixel.
 
-    :returns: (rows.size, columns.size), uint8, or uint16 above 256 classes. Of equal
-        logits, the lowest class.
+    :param threshold: of logits with one class alone, the probability (0 to 1) above which a
+        pixel is of class 1, else of class 0. It is compared after resizing, as in
+        mmsegmentation 1.2.2's ``BaseSegmentor.postprocess_result``.
+    :returns: (rows.size, columns.size), uint8, or uint16 above 256 classes: the class of the
+        highest logit, and of equal ones the lowest.
     """
+    if (source.classes == 1) != (threshold is not None):
+        raise ValueError(f"{source.classes} logits a pixel do not go with threshold={threshold}.")
+    # A sigmoid is above the threshold where its logit is above the threshold's.
+    cut = None if threshold is None else np.float32(logit_of(threshold))
     kind = np.uint8 if source.classes <= 256 else np.uint16
     labels = np.empty((rows.size, columns.size), dtype=kind)
     for top, left, logits in resized_tiles(source, rows, columns):
         height, width = logits.shape[:2]
-        labels[top : top + height, left : left + width] = logits.argmax(axis=2)
+        found = logits.argmax(axis=2) if cut is None else logits[:, :, 0] > cut
+        labels[top : top + height, left : left + width] = found
     return labels
+
+
+def logit_of(probability: float) -> float:
+    """The number whose sigmoid is ``probability``, 0 to 1."""
+    if probability in (0, 1):
+        return math.copysign(math.inf, probability - 0.5)
+    return math.log(probability) - math.log1p(-probability)
 
 
 def resize_logits(source: LogitRows, rows: Taps, columns: Taps) -> Logits:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fdconv_deploy.errors import ImageError
 
-from .decoding import SUFFIXES
+from .decoding import ARRAY_SUFFIX, SUFFIXES
 
 MASK_ENDING = "_labels.png"
 LIST_SUFFIX = ".txt"
@@ -44,6 +44,7 @@ def images_of(folder: Path) -> list[Path]:
     """Images that lie directly in a folder, sorted by name, recognised by their endings.
 
     A file named like another with ``_labels.png`` at the end is that one's mask, not an image.
+    Where there are no others, NumPy's files are the images.
 
     Raises:
         ImageError: there is no such folder, or no image in it.
@@ -51,13 +52,19 @@ def images_of(folder: Path) -> list[Path]:
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise ImageError(f"a folder of images was expected, but {folder} {found}.")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    images = _without_masks(files)
+    images = image_files(folder.iterdir())
     if not images:
-        raise ImageError(
-            f"{folder} holds no images ({', '.join(SUFFIXES)}). Give a folder that does."
-        )
+        endings = ", ".join((*SUFFIXES, ARRAY_SUFFIX))
+        raise ImageError(f"{folder} holds no images ({endings}). Give a folder that does.")
     return images
+
+
+def image_files(paths: Iterable[Path]) -> list[Path]:
+    """Those of a folder's files that are its images, as :func:`images_of` has it, sorted."""
+    files = sorted(p for p in paths if p.suffix.lower() in (*SUFFIXES, ARRAY_SUFFIX))
+    images = _without_masks(files)
+    return [path for path in images if path.suffix.lower() != ARRAY_SUFFIX] or images
+
 
 
 def sources_at(inputs: Iterable[Path], output: Path) -> list[Source]:
@@ -90,13 +97,15 @@ def _named_by(given: Path, output: Path) -> Sequence[Source]:
 
 
 def _below(root: Path, files: Sequence[Path], kind: str, given: Path | None = None) -> list[Source]:
-    chosen = [path for path in files if path.suffix.lower() in (*SUFFIXES, *VIDEO_SUFFIXES)]
-    if not chosen:
+    videos = {path for path in files if path.suffix.lower() in VIDEO_SUFFIXES}
+    images = {*image_files(files)}
+    if not videos and not images:
+        endings = ", ".join((*SUFFIXES, ARRAY_SUFFIX, *VIDEO_SUFFIXES))
         raise ImageError(
-            f"The {kind} {given or root} holds no images or videos "
-            f"({', '.join((*SUFFIXES, *VIDEO_SUFFIXES))}). Give one that does."
+            f"The {kind} {given or root} holds no images or videos ({endings}). Give one that does."
         )
-    return [Source(path, path.relative_to(root).with_suffix("")) for path in _without_masks(chosen)]
+    chosen = [path for path in files if path in videos or path in images]
+    return [Source(path, path.relative_to(root).with_suffix("")) for path in chosen]
 
 
 def _walk(folder: Path, skipped: Path) -> Iterator[Path]:

@@ -20,11 +20,12 @@ def check_segmentor(manifest: Manifest) -> None:
     architecture, size = manifest.architecture, manifest.input
     if architecture is None or size is None:
         raise ValueError("a segmentor's manifest must hold 'architecture' and 'input'")
-    classes = architecture.decode_head.num_classes
-    _check_names(classes, architecture.classes, architecture.palette)
+    head = architecture.decode_head
+    counts = [head.num_classes] if head.label_threshold is None else [1, 2]
+    _check_names(counts, architecture.classes, architecture.palette)
     for batch in manifest.models:
         images = ("images", (batch, 3, size.height, size.width), "float32")
-        logits = ("logits", (batch, classes, None, None), "float32")
+        logits = ("logits", (batch, head.outputs, None, None), "float32")
         _check_graph(manifest, batch, [images], [logits])
 
 
@@ -33,7 +34,7 @@ def check_detector(manifest: Manifest) -> None:
     detector, size = manifest.detector, manifest.input
     if detector is None or size is None:
         raise ValueError("a detector's manifest must hold 'detector' and 'input'")
-    _check_names(detector.bbox_head.num_classes, detector.classes, detector.palette)
+    _check_names([detector.bbox_head.num_classes], detector.classes, detector.palette)
     most, side = detector.test.rcnn.max_per_img, detector.mask_size
     for batch in manifest.models:
         inputs: list[Expected] = [
@@ -52,10 +53,11 @@ def check_detector(manifest: Manifest) -> None:
 
 
 def _check_names(
-    classes: int, names: Sequence[str], palette: Sequence[tuple[int, int, int]]
+    counts: Sequence[int], names: Sequence[str], palette: Sequence[tuple[int, int, int]]
 ) -> None:
     for given, what in ((names, "class names"), (palette, "palette colours")):
-        if given and len(given) != classes:
+        if given and len(given) not in counts:
+            classes = " or ".join(map(str, counts))
             raise ValueError(f"the head has {classes} classes but there are {len(given)} {what}")
 
 

@@ -1,17 +1,16 @@
 """From a network's logits to labels at the image's size, as mmsegmentation does it.
 
 Published: logits at the head's resolution are resized to the network's input, cut to the
-part the image covers, resized to the image's own size, and the highest class wins. Both
-resizes are bilinear with the head's ``align_corners``. They are done as one here.
+part the image covers, resized to the image's own size, and the highest class wins; of a head
+with one output, class 1 where its sigmoid is above the head's threshold. Both resizes
+are bilinear with the head's ``align_corners``. They are done as one here.
 """
 
 from __future__ import annotations
 
-from fdconv_deploy.errors import BundleError
-
 from .interpolation import ArrayRows, Labels, Logits, Taps, bilinear, labels_of, resize_logits
 
-__all__ = ["Labels", "Logits", "check_classes", "label_map", "logit_map"]
+__all__ = ["Labels", "Logits", "label_map", "logit_map"]
 
 
 def label_map(
@@ -21,6 +20,7 @@ def label_map(
     image: tuple[int, int],
     *,
     align_corners: bool,
+    threshold: float | None = None,
 ) -> Labels:
     """The class of every pixel.
 
@@ -28,10 +28,11 @@ def label_map(
     :param network: (H, W) of the network's input.
     :param covered: (H, W) of the input's top left part that holds the image.
     :param image: (H, W) of the answer.
+    :param threshold: `HeadConfig.label_threshold`: of a head with one output, else None.
     :returns: (H, W) uint8, or uint16 above 256 classes; of equal logits, the lowest class.
     """
-    check_classes(logits.shape[0])
-    return labels_of(ArrayRows(logits), *_maps(logits, network, covered, image, align_corners))
+    maps = _maps(logits, network, covered, image, align_corners)
+    return labels_of(ArrayRows(logits), *maps, threshold=threshold)
 
 
 def logit_map(
@@ -44,19 +45,6 @@ def logit_map(
 ) -> Logits:
     """As :func:`label_map`, before the choice: (classes, H, W) float32."""
     return resize_logits(ArrayRows(logits), *_maps(logits, network, covered, image, align_corners))
-
-
-def check_classes(classes: int) -> None:
-    """Refuse a head of one class, whose label is a matter of a threshold.
-
-    :raises BundleError: it has one.
-    """
-    if classes < 2:
-        raise BundleError(
-            "The network's head gives one logit per pixel, and which value counts as the class "
-            "is not told by its checkpoint. Labels need two classes or more; use Session.run "
-            "for the logits, and your own threshold."
-        )
 
 
 def _maps(

@@ -1,7 +1,9 @@
 """Pixels to the network's input, with the arithmetic of the published pipelines.
 
-Published: keep-ratio resize (``mmcv.imrescale``: cv2 bilinear on uint8), then
-``(rgb - mean) / std`` in float32. A bundle's graph has one static size, so an image whose
+Published: keep-ratio resize (``mmcv.imrescale``: cv2 bilinear in the image's own type, uint8
+mostly), then ``(image - mean) / std`` in float32, band by band. Images of other than three bands
+go the same way, as in mmsegmentation 1.2.2, whose ``SegDataPreProcessor`` swaps red and blue of
+three bands alone. A bundle's graph has one static size, so an image whose
 resize is not that size must be fitted to it. FDConv layers build their kernels from an
 average over the whole image: both ways of fitting change the answer, everywhere in the
 image, and the answer says which was used.
@@ -33,6 +35,7 @@ __all__ = [
     "MAX_PIXELS",
     "FitDone",
     "ImageTooLargeError",
+    "Pixels",
     "Placement",
     "UnsupportedImageError",
     "check_image",
@@ -43,9 +46,15 @@ __all__ = [
     "published_size",
     "read_image",
     "resize",
+    "scene_bands",
 ]
 
 FitDone = Literal["exact", "stretch", "pad"]
+Pixels = npt.NDArray[Any]
+"""(H, W, C), uint8 mostly."""
+# What cv2.resize takes: types, and bands at a time (CV_CN_MAX, 512 before OpenCV 5).
+_RESIZABLE = tuple(map(np.dtype, ("uint8", "uint16", "int16", "float32", "float64")))
+_MOST_BANDS = 128
 
 
 @dataclass(frozen=True)
@@ -62,11 +71,48 @@ class Placement:
     width: int
 
 
-def check_image(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """``image`` itself, when it is (H, W, 3) uint8 with at least one pixel.
+def check_image(image: npt.NDArray[Any], preprocessing: Preprocessing | None = None) -> Pixels:
+    """``image`` as it is to be resized: of the network's bands, and float32 where that is asked.
 
-    :raises ImageError: it is not.
+    :param image: (H, W, 3) uint8 in RGB order; for a network of another ``loading``, (H, W, C)
+        of any real numbers, for one band (H, W) as well. Types that OpenCV cannot resize
+        become float32, as all do for ``to_float32``.
+    :raises ImageError: it is not such an array, or holds numbers that are not finite.
     """
+    how = preprocessing or Preprocessing()
+    if how.loading == "color":
+        return _check_color(image, how)
+    bands = how.channels
+    if isinstance(image, np.ndarray) and image.ndim == 2 and bands == 1:
+        image = image[:, :, None]
+    if (
+        not isinstance(image, np.ndarray)
+        or image.ndim != 3
+        or image.shape[2] != bands
+        or image.dtype.kind not in "uif"
+        or image.size == 0
+    ):
+        turned = getattr(image, "ndim", 0) == 3 and image.shape[0] == bands
+        raise ImageError(
+            f"An image for this network must be an array (H, W, {bands}) of real numbers, found "
+            f"{_found(image)}. "
+            + (
+                "Its bands come first: np.moveaxis(image, 0, -1) puts them last."
+                if turned
+                else f"The network takes {bands} band{'s' * (bands > 1)}."
+            )
+        )
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
+        raise ImageError(
+            "The image holds values that are not finite, as some files mark missing data. Fill "
+            "them as for training: one of them would spoil the whole answer."
+        )
+    if how.to_float32 or image.dtype.newbyteorder("=") not in _RESIZABLE:
+        return image.astype(np.float32)
+    return image.astype(image.dtype.newbyteorder("="), copy=False)
+
+
+def _check_color(image: npt.NDArray[Any], how: Preprocessing) -> Pixels:
     if (
         not isinstance(image, np.ndarray)
         or image.dtype != np.uint8
@@ -74,16 +120,37 @@ def check_image(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         or image.shape[2] != 3
         or image.size == 0
     ):
-        found = (
-            f"{image.shape} {image.dtype}"
-            if isinstance(image, np.ndarray)
-            else type(image).__name__
-        )
         raise ImageError(
-            f"An image must be a numpy array (H, W, 3) uint8 in RGB order, found {found}. "
-            "read_image makes one from a file."
+            "An image must be a numpy array (H, W, 3) uint8 in RGB order, found "
+            f"{_found(image)}. read_image makes one from a file."
         )
-    return image
+    return image.astype(np.float32) if how.to_float32 else image
+
+
+def _found(image: Any) -> str:
+    return f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+
+
+def scene_bands(scene: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Pixels:
+    """A drawn RGB scene as an image of the network's bands, to try the network on.
+
+    Bands repeat red, green and blue. They have the network's own mean and deviation as the
+    scene has ImageNet's, for its bands may be in any unit; where the network does not
+    normalise, they keep the scene's values.
+
+    :param scene: (H, W, 3) uint8 RGB.
+    :returns: ``scene`` itself for a network of ``color``, else (H, W, C) float32.
+    """
+    if preprocessing.loading == "color":
+        return scene
+    order = np.arange(preprocessing.channels) % 3
+    bands = scene[:, :, order].astype(np.float32)
+    mean, std = (np.asarray(v, np.float32) for v in (preprocessing.mean, preprocessing.std))
+    if not mean.any() and (std == 1).all():
+        return bands
+    usual = Preprocessing()
+    centre, spread = (np.asarray(v, np.float32)[order] for v in (usual.mean, usual.std))
+    return (bands - centre) / spread * std + mean
 
 
 def keep_ratio_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
@@ -126,40 +193,47 @@ def place(
     return Placement("pad", *inside)
 
 
-def resize(image: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
-    """(h, w, 3) uint8 to (height, width, 3) uint8, cv2 bilinear as published."""
+def resize(image: Pixels, height: int, width: int) -> Pixels:
+    """(h, w, C) to (height, width, C) of the same type, cv2 bilinear as published."""
     if image.shape[:2] == (height, width):
         return image
-    resized = cv2.resize(
-        np.ascontiguousarray(image), (width, height), interpolation=cv2.INTER_LINEAR
-    )
-    return np.asarray(resized, dtype=np.uint8)
+    resized = [
+        cv2.resize(np.ascontiguousarray(part), (width, height), interpolation=cv2.INTER_LINEAR)
+        # All bands in one call: float answers differ in rounding from those of one by one.
+        for part in np.split(image, range(_MOST_BANDS, image.shape[2], _MOST_BANDS), axis=2)
+    ]
+    parts = [part.reshape(height, width, -1) for part in resized]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
 
 
 def normalise(
-    image: npt.NDArray[np.uint8],
+    image: Pixels,
     preprocessing: Preprocessing,
     size: tuple[int, int] | None = None,
     out: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """(h, w, 3) uint8 RGB to (3, H, W) float32: ``(image - mean) / std``, zeros where padded.
+    """(h, w, C) to (C, H, W) float32: ``(image - mean) / std``, zeros where padded.
 
+    :param image: RGB where ``loading`` is "color", uint8 or any real type.
     :param size: the (H, W) of the result, at least the image's (its own, when not given);
         the image lies at the top left.
-    :param out: a (3, H, W) float32 array to write into.
+    :param out: a (C, H, W) float32 array to write into.
     """
-    height, width = image.shape[:2]
+    height, width, channels = image.shape
     full = size or (height, width)
     if out is None:
-        out = np.empty((3, *full), dtype=np.float32)
+        out = np.empty((channels, *full), dtype=np.float32)
     values = np.arange(256, dtype=np.float32)
-    for channel in range(3):
-        # 256 answers, looked up: the same float32 operations as on every pixel, faster.
+    for channel in range(channels):
         mean = np.float32(preprocessing.mean[channel])
         std = np.float32(preprocessing.std[channel])
-        source = channel if preprocessing.bgr_to_rgb else 2 - channel
+        band = image[:, :, channels - 1 - channel if preprocessing.reversed else channel]
         plane = out[channel]
-        plane[:height, :width] = ((values - mean) / std)[image[:, :, source]]
+        if image.dtype == np.uint8:
+            # 256 answers, looked up: the same float32 operations as on every pixel, faster.
+            plane[:height, :width] = ((values - mean) / std)[band]
+        else:
+            plane[:height, :width] = (band.astype(np.float32) - mean) / std
         plane[height:] = 0
         plane[:height, width:] = 0
     return out

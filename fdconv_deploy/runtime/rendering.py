@@ -49,15 +49,33 @@ def mask_png(labels: Labels, palette: tuple[RGB, ...]) -> bytes:
     return encode(image, "PNG")
 
 
+def as_rgb(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """An image of any bands, to be looked at: (H, W, 3) uint8.
+
+    RGB is left as it is. Of other images the first three bands are shown as red, green and blue,
+    of fewer than three the first in gray; each is stretched from its 2nd to its 98th percentile,
+    where it is not in eight bits.
+
+    :param image: (H, W) or (H, W, C), any real type.
+    """
+    bands = image if image.ndim == 3 else image[:, :, None]
+    shown = bands[:, :, :3] if bands.shape[2] >= 3 else bands[:, :, [0, 0, 0]]
+    if shown.dtype == np.uint8:
+        return np.ascontiguousarray(shown)
+    low, high = np.percentile(shown, (2, 98), axis=(0, 1)).astype(np.float64)
+    scaled = (shown - low) * (255 / np.where(high > low, high - low, 1))
+    return np.rint(scaled.clip(0, 255)).astype(np.uint8)
+
+
 def overlay(
-    image: npt.NDArray[np.uint8],
+    image: npt.NDArray[Any],
     labels: Labels,
     palette: tuple[RGB, ...],
     opacity: float = 0.5,
 ) -> npt.NDArray[np.uint8]:
     """The image with every pixel's class colour laid over it.
 
-    :param image: (H, W, 3) uint8 RGB.
+    :param image: (H, W, 3) uint8 RGB, or another that :func:`as_rgb` shows.
     :param labels: (H, W), each below ``len(palette)``.
     :param opacity: 0 gives the image, 1 the colours alone.
     :returns: (H, W, 3) uint8 RGB.
@@ -70,6 +88,7 @@ def overlay(
             f"The image {image.shape[:2]} and its labels {labels.shape} differ in size; an "
             "overlay needs the labels at the image's size."
         )
+    image = as_rgb(image)
     # Each (class, value) pair's answer is looked up, so no pixel is computed in float.
     colours = np.asarray(palette, dtype=np.float32)
     values = np.arange(256, dtype=np.float32)

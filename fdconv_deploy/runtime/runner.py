@@ -90,6 +90,11 @@ class Runner:
             raise self._is_not("segmentor")
         return size.height, size.width
 
+    @property
+    def channels(self) -> int:
+        """Number of bands of the images a segmentor or detector takes."""
+        raise NotImplementedError
+
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """What the network answers to a batch; see ``Session.run``."""
         raise NotImplementedError

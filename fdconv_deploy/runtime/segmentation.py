@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,17 +40,32 @@ class Segmentation:
         """An indexed PNG whose pixel values are the labels."""
         return mask_png(self.labels, self.palette)
 
-    def overlay(self, image: npt.NDArray[np.uint8], opacity: float = 0.5) -> npt.NDArray[np.uint8]:
-        """The image (H, W, 3) uint8 RGB with the classes' colours over it, as another such."""
+    def overlay(self, image: npt.NDArray[Any], opacity: float = 0.5) -> npt.NDArray[np.uint8]:
+        """The image with the classes' colours over it, (H, W, 3) uint8 RGB.
+
+        Of an image that is not RGB, the first three bands or the first alone: see ``as_rgb``.
+        """
         return overlay(image, self.labels, self.palette, opacity)
 
 
 def class_names(architecture: Architecture) -> tuple[str, ...]:
-    """The classes' names; numbers where the checkpoint gave none."""
-    count = architecture.decode_head.num_classes
-    return architecture.classes or tuple(f"class {number}" for number in range(count))
+    """The name of each label; numbers where the checkpoint gave none.
+
+    Of a head with one output whose checkpoint names one class, that is label 1, and label 0 is
+    called ``background``.
+    """
+    labels = architecture.decode_head.labels
+    if not architecture.classes:
+        return tuple(f"class {number}" for number in range(labels))
+    return ("background",) * (labels - len(architecture.classes)) + architecture.classes
 
 
 def class_palette(architecture: Architecture) -> tuple[RGB, ...]:
-    """The classes' colours; generated where the checkpoint gave none."""
-    return architecture.palette or default_palette(architecture.decode_head.num_classes)
+    """The colour of each label; generated where the checkpoint gave none.
+
+    As for names, one colour for two labels is that of label 1, and label 0 is black.
+    """
+    labels = architecture.decode_head.labels
+    if not architecture.palette:
+        return default_palette(labels)
+    return ((0, 0, 0),) * (labels - len(architecture.palette)) + architecture.palette

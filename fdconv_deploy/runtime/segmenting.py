@@ -14,7 +14,7 @@ from fdconv_deploy.errors import ImageError
 
 from .interpolation import Labels, Logits
 from .manifest import Fit
-from .postprocessing import check_classes, label_map
+from .postprocessing import label_map
 from .preprocessing import FitDone, Placement, check_image, normalise, place, resize
 from .runner import Runner
 from .segmentation import Segmentation, class_names, class_palette
@@ -53,20 +53,20 @@ class Segmenting(Runner):
 
     def segment(
         self,
-        image: npt.NDArray[np.uint8],
+        image: npt.NDArray[Any],
         *,
         fit: Fit | None = None,
         mode: Mode | None = None,
     ) -> Segmentation:
         """Label every pixel of an image.
 
-        :param image: (H, W, 3) uint8 RGB, any size.
+        :param image: (H, W, 3) uint8 RGB, any size; of a network that loads otherwise,
+            (H, W, C) of any real type with its bands (see ``Preprocessing.loading``).
         :param fit: how an image of other proportions is brought to the bundle's size in
             ``whole`` mode; the bundle's own choice when not given.
         :param mode: ``whole`` or ``slide``; the mode the network was tested in when not given.
         :raises ImageError: ``image`` is not such an array.
-        :raises BundleError: the bundle is not a segmentor of two classes or more, or cannot
-            slide.
+        :raises BundleError: the bundle is not a segmentor, or cannot slide.
         """
         mode = mode or self.mode
         if mode == "slide":
@@ -80,15 +80,14 @@ class Segmenting(Runner):
         logits = self.run(prepared.input[None])[0]
         return self.finish(prepared, logits, inference_seconds=time.perf_counter() - start)
 
-    def prepare(self, image: npt.NDArray[np.uint8], *, fit: Fit | None = None) -> Prepared:
+    def prepare(self, image: npt.NDArray[Any], *, fit: Fit | None = None) -> Prepared:
         """The first third of a ``whole`` :meth:`segment`: resize and normalise.
 
-        ``Prepared.input`` is (3, H, W) float32; those of several images may be stacked and
+        ``Prepared.input`` is (C, H, W) float32; those of several images may be stacked and
         run together, each answer being the one it would have alone.
         """
         start = time.perf_counter()
-        check_classes(self._architecture.decode_head.num_classes)
-        image = check_image(image)
+        image = check_image(image, self._preprocessing)
         size, network = (image.shape[0], image.shape[1]), self.input_size
         fit = fit or self.bundle.manifest.fit
         if fit not in ("stretch", "pad"):
@@ -103,12 +102,14 @@ class Segmenting(Runner):
     ) -> Segmentation:
         """The last third of a ``whole`` :meth:`segment`: (classes, h, w) logits to labels."""
         start = time.perf_counter()
+        head = self._architecture.decode_head
         labels = label_map(
             logits,
             self.input_size,
             (prepared.placement.height, prepared.placement.width),
             prepared.image_size,
-            align_corners=self._architecture.decode_head.align_corners,
+            align_corners=head.align_corners,
+            threshold=head.label_threshold,
         )
         timings = {
             "preprocess": prepared.seconds,
@@ -121,20 +122,21 @@ class Segmenting(Runner):
         return self.run_batches({"images": self._as_input(batch)})["logits"]
 
     def _as_input(self, batch: npt.NDArray[Any]) -> Logits:
-        height, width = self.input_size
+        (height, width), bands = self.input_size, self.channels
         shape: tuple[int, ...] = getattr(batch, "shape", ())
         kind = getattr(batch, "dtype", type(batch).__name__)
         if len(shape) == 4 and shape[0] > 0:
-            if kind == np.float32 and shape[1:] == (3, height, width):
+            if kind == np.float32 and shape[1:] == (bands, height, width):
                 return batch
-            if kind == np.uint8 and shape[1:] == (height, width, 3):
-                out = np.empty((len(batch), 3, height, width), dtype=np.float32)
+            if kind == np.uint8 and shape[1:] == (height, width, bands):
+                out = np.empty((len(batch), bands, height, width), dtype=np.float32)
                 for image, slot in zip(batch, out, strict=True):
                     normalise(image, self._preprocessing, out=slot)
                 return out
         raise ImageError(
-            f"This bundle runs batches (N, {height}, {width}, 3) uint8 RGB or "
-            f"(N, 3, {height}, {width}) float32, N ≥ 1; found {shape} {kind}. segment() takes "
+            f"This bundle runs batches (N, {height}, {width}, {bands}) uint8"
+            f"{' RGB' * (bands == 3)} or (N, {bands}, {height}, {width}) float32 normalised, "
+            f"N ≥ 1; found {shape} {kind}. segment() takes "
             "an image of any size."
         )
 

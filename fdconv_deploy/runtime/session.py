@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fdconv_deploy.architecture import Preprocessing
 from fdconv_deploy.errors import BackendError
 
 from .backends import BackendOptions, select
 from .bundle import Bundle
+from .decoding import MAX_PIXELS
 from .detection.detecting import Detecting, as_rows
 from .detection.steps import detector_classes, detector_palette
+from .multiband import load_image
 from .runner import Tensors
 from .segmentation import class_names, class_palette
 from .segmenting import Mode, Prepared, Segmenting
@@ -85,12 +88,34 @@ class Session(Segmenting, Detecting):
             return detector_palette(self._detector)
         return class_palette(self._architecture)
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a segmentor's or detector's images become its input."""
+        return self._detector.preprocessing if self.detects else self._preprocessing
+
+    @property
+    def channels(self) -> int:
+        """Number of bands of the images a segmentor or detector takes."""
+        return self.preprocessing.channels
+
+    def read_image(
+        self, source: bytes | str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS
+    ) -> npt.NDArray[Any]:
+        """Decode an image file as the network's images were loaded in training.
+
+        :param source: the file's bytes or its path.
+        :returns: (H, W, C) as :meth:`segment` and :meth:`detect` take it. See
+            :func:`load_image`, for what it raises too.
+        """
+        return load_image(source, self.preprocessing, max_pixels=max_pixels)
+
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """A segmentor's logits for a batch of images of exactly the bundle's size.
 
         For a detector, :meth:`run_rows`.
 
-        :param batch: (N, H, W, 3) uint8 RGB, or (N, 3, H, W) float32 normalised; any N. It
+        :param batch: (N, H, W, C) uint8, RGB where C is 3, or (N, C, H, W) float32
+            normalised; any N. It
             is divided over the bundle's batch sizes; slots left over in the last run hold
             repeated images, whose answers are dropped.
         :returns: (N, classes, h, w) float32 at the head's resolution.
@@ -102,12 +127,12 @@ class Session(Segmenting, Detecting):
         """``count`` images of zeros, as :meth:`run` takes them."""
         if self.detects:
             return np.zeros(count, self.row_type)
-        return np.zeros((count, 3, *self.input_size), np.float32)
+        return np.zeros((count, self.channels, *self.input_size), np.float32)
 
     def _rehearse(self, answers: Tensors) -> None:
         if self.detects:
             black = np.zeros((*self.input_size, 3), np.uint8)
             self.finish_detection(self.prepare_detection(black), as_rows(answers)[0])
-        elif self.bundle.manifest.kind == "segmentor" and len(self.classes) > 1:
-            blank = self.prepare(np.zeros((*self.input_size, 3), np.uint8))
+        elif self.bundle.manifest.kind == "segmentor":
+            blank = self.prepare(np.zeros((*self.input_size, self.channels), np.uint8))
             self.finish(blank, answers["logits"][0])

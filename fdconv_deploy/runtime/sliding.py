@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.architecture import Architecture
 
 from .interpolation import Labels, Logits
-from .postprocessing import check_classes
 from .preprocessing import check_image, published_size, resize
 from .tiling import SlidingRows, slide_labels, slide_stride
 
 
 def slide(
-    image: npt.NDArray[np.uint8],
+    image: npt.NDArray[Any],
     architecture: Architecture,
     crop: tuple[int, int],
     run: Callable[[Logits], Logits],
@@ -26,14 +24,14 @@ def slide(
 ) -> tuple[Labels, Literal["pad", "exact"], dict[str, float]]:
     """Label every pixel of an image, crop by crop.
 
-    :param image: (H, W, 3) uint8 RGB, any size.
+    :param image: (H, W, C) as `check_image` takes it, any size.
     :param crop: height and width of the graphs' input.
-    :param run: (N, 3, *crop) float32 to logits, for any N.
+    :param run: (N, C, *crop) float32 to logits, for any N.
     :param batch: how many crops to run together.
     :returns: the labels (H, W), whether the image had to be padded, and the seconds each stage
         took.
     :raises ImageError: ``image`` is not such an array.
-    :raises BundleError: the network has one class, or records no stride.
+    :raises BundleError: the network records no stride.
     """
     start, inside = time.perf_counter(), 0.0
 
@@ -46,8 +44,7 @@ def slide(
             inside += time.perf_counter() - began
 
     head = architecture.decode_head
-    check_classes(head.num_classes)
-    image = check_image(image)
+    image = check_image(image, architecture.preprocessing)
     size = image.shape[0], image.shape[1]
     stride = slide_stride(architecture.test, crop)
     resized = resize(image, *published_size(*size, architecture.preprocessing))
@@ -57,12 +54,14 @@ def slide(
         crop,
         stride,
         timed,
-        classes=head.num_classes,
+        classes=head.outputs,
         batch=batch,
         align_corners=head.align_corners,
     )
     before = time.perf_counter() - start
-    labels = slide_labels(source, size, align_corners=head.align_corners)
+    labels = slide_labels(
+        source, size, align_corners=head.align_corners, threshold=head.label_threshold
+    )
     after = time.perf_counter() - start - before - inside
     timings = {"preprocess": before, "inference": inside, "postprocess": after}
     return labels, "pad" if source.padded else "exact", timings

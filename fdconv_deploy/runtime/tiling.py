@@ -19,7 +19,7 @@ from fdconv_deploy.architecture import Preprocessing, TestMode
 from fdconv_deploy.errors import BundleError
 
 from .interpolation import ArrayRows, Labels, Logits, Taps, bilinear, labels_of, resized_tiles
-from .preprocessing import normalise
+from .preprocessing import Pixels, normalise
 
 Infer = Callable[[Logits], Logits]
 
@@ -75,15 +75,15 @@ def slide_stride(test: TestMode, crop: tuple[int, int]) -> tuple[int, int]:
 class SlidingRows:
     """The averaged logits of a slid crop, row by row (a ``LogitRows``).
 
-    :param image: (H, W, 3) uint8 RGB, already resized as published.
+    :param image: (H, W, C), already resized as published.
     :param crop: (H, W) of the network's input. A smaller image is padded to it with the
         mean colour, at the bottom and right.
-    :param infer: (n, 3, *crop) float32 to (n, classes, h, w) float32, for n ≤ ``batch``.
+    :param infer: (n, C, *crop) float32 to (n, classes, h, w) float32, for n ≤ ``batch``.
     """
 
     def __init__(
         self,
-        image: npt.NDArray[np.uint8],
+        image: Pixels,
         preprocessing: Preprocessing,
         crop: tuple[int, int],
         stride: tuple[int, int],
@@ -132,7 +132,7 @@ class SlidingRows:
     def _answer(self, number: int) -> Logits:
         while number not in self._answers:
             chunk = self._windows[self._next : self._next + self._batch]
-            inputs = np.empty((len(chunk), 3, *self._crop), dtype=np.float32)
+            inputs = np.empty((len(chunk), self._image.shape[2], *self._crop), dtype=np.float32)
             for window, out in zip(chunk, inputs, strict=True):
                 pixels = self._image[window.top : window.bottom, window.left : window.right]
                 normalise(pixels, self._preprocessing, self._crop, out)
@@ -152,12 +152,22 @@ class SlidingRows:
             part[top : top + height, left : left + width] += piece
 
 
-def slide_labels(source: SlidingRows, image: tuple[int, int], *, align_corners: bool) -> Labels:
-    """Labels (H, W) at the size ``image``, from logits averaged at the resized size."""
+def slide_labels(
+    source: SlidingRows,
+    image: tuple[int, int],
+    *,
+    align_corners: bool,
+    threshold: float | None = None,
+) -> Labels:
+    """Labels (H, W) at the size ``image``, from logits averaged at the resized size.
+
+    ``threshold``: see :func:`labels_of`.
+    """
     return labels_of(
         source,
         bilinear(source.height, image[0], align_corners=align_corners),
         bilinear(source.width, image[1], align_corners=align_corners),
+        threshold=threshold,
     )
 
 

@@ -146,7 +146,7 @@ class DirectCall(PlainCall):
             images = request.images
         else:
             images = np.frombuffer(body[told:], np.float32).reshape(
-                1, 3, *version.session.input_size
+                1, version.session.channels, *version.session.input_size
             )
         # While the network runs, the event loop gets ready for what comes next.
         self._connection.loop.call_soon_threadsafe(self._body_is_read)

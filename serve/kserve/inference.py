@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,9 @@ TYPES: dict[str, np.dtype[Any]] = {
 class InferRequest:
     """An inference request, whichever way it came.
 
-    ``images``: (N, 3, H, W) float32 normalised, or (N, H, W, 3) uint8 RGB. ``sizes``, of a
-    detector: (N, 2) float32, height and width of each image within its input; the whole input
+    ``images``: (N, C, H, W) float32 normalised, or (N, H, W, C) uint8, RGB where C is 3.
+    ``sizes``, of a detector: (N, 2) float32, height and width of each image within its input; the
+    whole input
     when None.
     """
 
@@ -50,16 +52,21 @@ class InferRequest:
 def model_metadata(version: Version | None, card: ModelCard) -> dict[str, Any]:
     """As the protocol's model metadata; -1 is the batch, of any size."""
     size = card.input
-    images = {"name": INPUT, "datatype": "FP32", "shape": [-1, 3, size.height, size.width]}
+    images = {
+        "name": INPUT,
+        "datatype": "FP32",
+        "shape": [-1, size.channels, size.height, size.width],
+    }
     inputs, outputs = [images], []
     if card.instances is not None:
         inputs.append({"name": SIZES, "datatype": "FP32", "shape": [-1, 2]})
         outputs = detection.output_metadata(card.instances)
     elif card.output is not None:
-        classes, out = len(card.classes), card.output
-        label_type = "UINT8" if classes <= 256 else "UINT16"
+        out = card.output
+        shape = [-1, out.channels, out.height, out.width]
+        label_type = "UINT8" if len(card.classes) <= 256 else "UINT16"
         outputs = [
-            {"name": "logits", "datatype": "FP32", "shape": [-1, classes, out.height, out.width]},
+            {"name": "logits", "datatype": "FP32", "shape": shape},
             {"name": "labels", "datatype": label_type, "shape": [-1, size.height, size.width]},
         ]
     return {
@@ -119,14 +126,15 @@ def check_images(card: ModelCard, datatype: str, shape: list[int], most: int) ->
     """
     size = card.input
     if datatype == "FP32":
-        expected = [3, size.height, size.width]
+        expected = [size.channels, size.height, size.width]
     elif datatype == "UINT8":
-        expected = [size.height, size.width, 3]
+        expected = [size.height, size.width, size.channels]
     else:
         raise RefusedError(
             400,
-            f"The input {INPUT!r} is FP32 (normalised, N x 3 x {size.height} x {size.width}) or "
-            f"UINT8 (RGB, N x {size.height} x {size.width} x 3), not {datatype[:20]!r}.",
+            f"The input {INPUT!r} is FP32 (normalised, N x {size.channels} x {size.height} x "
+            f"{size.width}) or UINT8 ({_bands(size.channels)}, N x {size.height} x {size.width} x "
+            f"{size.channels}), not {datatype[:20]!r}.",
         )
     if len(shape) != 4 or shape[1:] != expected or not 1 <= shape[0] <= most:
         raise RefusedError(
@@ -134,6 +142,10 @@ def check_images(card: ModelCard, datatype: str, shape: list[int], most: int) ->
             f"The input {INPUT!r} in {datatype} has the shape [N, "
             f"{', '.join(map(str, expected))}] with N from 1 to {most}, not {shape[:8]}.",
         )
+
+
+def _bands(channels: int) -> str:
+    return "RGB" if channels == 3 else f"{channels} bands"
 
 
 def check_outputs(names: list[str], known: tuple[str, ...]) -> tuple[str, ...]:
@@ -192,8 +204,8 @@ def together(rows: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
 def _normalised(session: Session, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     architecture = session.bundle.manifest.architecture
     assert architecture is not None
-    count, height, width, _ = images.shape
-    out = np.empty((count, 3, height, width), np.float32)
+    count, height, width, channels = images.shape
+    out = np.empty((count, channels, height, width), np.float32)
     for image, slot in zip(images, out, strict=True):
         normalise(image, architecture.preprocessing, out=slot)
     return out
@@ -203,5 +215,13 @@ def _labels(session: Session, rows: list[npt.NDArray[np.float32]]) -> npt.NDArra
     architecture = session.bundle.manifest.architecture
     assert architecture is not None
     size = session.input_size
-    align = architecture.decode_head.align_corners
-    return np.stack([label_map(row, size, size, size, align_corners=align) for row in rows])
+    head = architecture.decode_head
+    label = partial(
+        label_map,
+        network=size,
+        covered=size,
+        image=size,
+        align_corners=head.align_corners,
+        threshold=head.label_threshold,
+    )
+    return np.stack([label(row) for row in rows])

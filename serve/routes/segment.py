@@ -22,7 +22,7 @@ from serve.answers import (
     choose_form,
     form_for_several,
 )
-from serve.bodies import FIELD, Body
+from serve.bodies import FIELD, NPY, Body
 from serve.problems import RefusedError, problem_docs
 from serve.schemas import Detection, Detections, ModelCard, Segmentation, Segmentations
 from serve.segmenting import Wanted, segment
@@ -82,7 +82,9 @@ _REQUEST_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "description": "A JPEG, PNG, WebP, BMP or TIFF image, or several in one form; EXIF "
-        "orientation is applied. May be compressed with Content-Encoding gzip or deflate.",
+        "orientation is applied. A model of other bands than red, green and blue (see its card) "
+        "takes TIFF files of them, and NumPy's .npy files (H, W, C). May be compressed with "
+        "Content-Encoding gzip or deflate.",
         "content": {
             "multipart/form-data": {
                 "schema": {
@@ -92,6 +94,7 @@ _REQUEST_BODY: dict[str, Any] = {
                 }
             },
             **{f"image/{k}": _BINARY for k in ("jpeg", "png", "webp", "bmp", "tiff")},
+            NPY: _BINARY,
             "application/octet-stream": _BINARY,
         },
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,20 @@ CLASSES = ("sky", "road", "tree")
 PALETTE = ((70, 130, 180), (128, 64, 128), (107, 142, 35))
 
 
-def small_architecture(*, auxiliary: bool = False, **backbone: object) -> Architecture:
+def small_architecture(
+    *,
+    auxiliary: bool = False,
+    preprocessing: Preprocessing | None = None,
+    head: Mapping[str, object] | None = None,
+    **backbone: object,
+) -> Architecture:
     """A ResNet-18 with base 8 and two dynamic stages, UPerHead, three classes."""
     fields: dict[str, object] = {"depth": 18, "base_channels": 8, "conv": FDConvConfig()}
     config = BackboneConfig(**(fields | backbone))
     widths = tuple(config.base_channels * 2**i * expansion(config) for i in config.out_indices)
     index = tuple(range(len(widths)))
-    head = HeadConfig(
-        type="UPerHead", in_channels=widths, in_index=index, channels=8, num_classes=3
-    )
+    values = {"type": "UPerHead", "in_channels": widths, "in_index": index, "channels": 8}
+    first = HeadConfig.model_validate({**values, "num_classes": 3, **(head or {})})
     second = HeadConfig(
         type="FCNHead",
         in_channels=widths[-1:],
@@ -50,12 +56,12 @@ def small_architecture(*, auxiliary: bool = False, **backbone: object) -> Archit
     )
     return Architecture(
         backbone=config,
-        decode_head=head,
+        decode_head=first,
         auxiliary_head=second if auxiliary else None,
         test=TestMode(mode="slide", crop_size=(64, 64), stride=(48, 48)),
-        preprocessing=Preprocessing(scale=(256, 128)),
-        classes=CLASSES,
-        palette=PALETTE,
+        preprocessing=preprocessing or Preprocessing(scale=(256, 128)),
+        classes=CLASSES[: first.num_classes],
+        palette=PALETTE[: first.num_classes],
     )
 
 

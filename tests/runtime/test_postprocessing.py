@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime.postprocessing import label_map, logit_map
 
 
@@ -54,6 +53,22 @@ def test_is_what_mmsegmentation_does_in_two_steps(head, network, image, align, d
     assert (chosen >= expected.max(axis=0) - 4e-6).all()
 
 
-def test_one_class_is_refused() -> None:
-    with pytest.raises(BundleError, match="two classes or more"):
-        label_map(np.zeros((1, 2, 2), np.float32), (2, 2), (2, 2), (2, 2), align_corners=False)
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 0.9, 1.0])
+def test_one_logit_is_class_1_above_the_threshold(threshold: float) -> None:
+    torch = pytest.importorskip("torch")
+    logits = np.random.default_rng(0).normal(0, 2, (1, 9, 13)).astype(np.float32)
+    sizes = ((17, 21), (15, 20), (33, 29))
+    found = label_map(logits, *sizes, align_corners=False, threshold=threshold)
+    score = torch.from_numpy(logit_map(logits, *sizes, align_corners=False)[0]).sigmoid()
+    # As mmsegmentation's postprocess_result has it.
+    assert np.array_equal(found, (score > threshold).numpy())
+    assert found.dtype == np.uint8
+
+
+def test_one_logit_without_a_threshold_is_refused() -> None:
+    one, two = np.zeros((1, 2, 2), np.float32), np.zeros((2, 2, 2), np.float32)
+    sizes = ((2, 2),) * 3
+    with pytest.raises(ValueError, match="threshold=None"):
+        label_map(one, *sizes, align_corners=False)
+    with pytest.raises(ValueError, match=r"threshold=0\.3"):
+        label_map(two, *sizes, align_corners=False, threshold=0.3)

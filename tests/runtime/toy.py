@@ -37,9 +37,12 @@ def architecture(
     preprocessing: Preprocessing | None = None,
     palette: tuple[tuple[int, int, int], ...] = (),
     named: bool = True,
+    threshold: float | None = None,
 ) -> Architecture:
+    """With a ``threshold``, the head has one output."""
+    how = preprocessing or Preprocessing()
     return Architecture(
-        backbone=BackboneConfig(depth=18, base_channels=8),
+        backbone=BackboneConfig(depth=18, base_channels=8, in_channels=how.channels),
         decode_head=HeadConfig(
             type="FCNHead",
             in_channels=(64,),
@@ -47,36 +50,40 @@ def architecture(
             channels=8,
             num_classes=classes,
             align_corners=align_corners,
+            out_channels=1 if threshold is not None and classes > 1 else None,
+            threshold=threshold,
         ),
         test=test or TestMode(),
-        preprocessing=preprocessing or Preprocessing(),
+        preprocessing=how,
         classes=tuple(f"class {i}" for i in range(classes)) if named else (),
         palette=palette,
     )
 
 
-def weight(classes: int, seed: int = 0) -> np.ndarray:
-    """(classes, 3, 4, 4) float32, the toy network's one convolution."""
-    return np.random.default_rng(seed).normal(size=(classes, 3, 4, 4)).astype(np.float32)
+def weight(classes: int, seed: int = 0, bands: int = 3) -> np.ndarray:
+    """(classes, bands, 4, 4) float32, the toy network's one convolution."""
+    return np.random.default_rng(seed).normal(size=(classes, bands, 4, 4)).astype(np.float32)
 
 
 def reference_logits(images: np.ndarray, seed: int = 0, classes: int = 5) -> np.ndarray:
-    """What the toy network answers: (B, 3, H, W) float32 -> (B, classes, H/4, W/4).
+    """What the toy network answers: (B, C, H, W) float32 -> (B, classes, H/4, W/4).
 
     Conv 4×4 with stride 4, plus each image's own mean, so that padding an image changes its
     answer everywhere, as it does in an FDConv network.
     """
     b, c, h, w = images.shape
     patches = images.reshape(b, c, h // 4, 4, w // 4, 4).astype(np.float64)
-    out = np.einsum("bcyixj,ocij->boyx", patches, weight(classes, seed).astype(np.float64))
+    out = np.einsum("bcyixj,ocij->boyx", patches, weight(classes, seed, c).astype(np.float64))
     return (out + images.astype(np.float64).mean(axis=(1, 2, 3))[:, None, None, None]).astype(
         np.float32
     )
 
 
-def segmentor_model(batch: int, height: int, width: int, classes: int, *, seed: int = 0):
+def segmentor_model(
+    batch: int, height: int, width: int, classes: int, *, seed: int = 0, bands: int = 3
+):
     """The toy network as a ModelProto whose weight lies in ``weights.bin``."""
-    tensor = numpy_helper.from_array(weight(classes, seed), "weight")
+    tensor = numpy_helper.from_array(weight(classes, seed, bands), "weight")
     external(tensor, WEIGHTS)
     nodes = [
         helper.make_node("Conv", ["images", "weight"], ["local"], strides=[4, 4]),
@@ -84,7 +91,7 @@ def segmentor_model(batch: int, height: int, width: int, classes: int, *, seed: 
         helper.make_node("Add", ["local", "mean"], ["logits"]),
     ]
     axes = numpy_helper.from_array(np.array([1, 2, 3], dtype=np.int64), "axes")
-    shapes = (batch, 3, height, width), (batch, classes, height // 4, width // 4)
+    shapes = (batch, bands, height, width), (batch, classes, height // 4, width // 4)
     graph = helper.make_graph(
         nodes,
         "toy",
@@ -107,7 +114,7 @@ def external(tensor: TensorProto, location: str) -> None:
 def manifest(
     height: int, width: int, batches: tuple[int, ...], arch: Architecture, **changes: object
 ) -> Manifest:
-    classes = arch.decode_head.num_classes
+    classes, bands = arch.decode_head.outputs, arch.backbone.in_channels
     values: dict[str, object] = {
         "created_by": "tests",
         "created_at": datetime(2026, 1, 1, tzinfo=timezone.utc),
@@ -116,7 +123,9 @@ def manifest(
         "input": InputSize(height=height, width=width),
         "models": {b: f"model.b{b}.onnx" for b in batches},
         "weights": WEIGHTS,
-        "inputs": {b: (TensorSpec(name="images", shape=(b, 3, height, width)),) for b in batches},
+        "inputs": {
+            b: (TensorSpec(name="images", shape=(b, bands, height, width)),) for b in batches
+        },
         "outputs": {
             b: (TensorSpec(name="logits", shape=(b, classes, height // 4, width // 4)),)
             for b in batches
@@ -144,11 +153,11 @@ def make_bundle(
 ) -> Bundle:
     """Write a toy segmentor's bundle to ``path``."""
     arch = arch or architecture()
-    classes = arch.decode_head.num_classes
+    classes, bands = arch.decode_head.outputs, arch.backbone.in_channels
     with BundleWriter(path, overwrite=overwrite) as writer:
-        (writer.path / WEIGHTS).write_bytes(weight(classes, seed).tobytes())
+        (writer.path / WEIGHTS).write_bytes(weight(classes, seed, bands).tobytes())
         for batch in batches:
-            model = segmentor_model(batch, height, width, classes, seed=seed)
+            model = segmentor_model(batch, height, width, classes, seed=seed, bands=bands)
             onnx.save(model, str(writer.path / f"model.b{batch}.onnx"))
         return writer.commit(manifest(height, width, batches, arch, **changes))
 

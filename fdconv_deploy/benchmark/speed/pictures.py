@@ -11,25 +11,34 @@ from numpy.typing import NDArray
 
 from fdconv_deploy.architecture import Preprocessing
 from fdconv_deploy.demo.scenes import draw_scene
-from fdconv_deploy.runtime.decoding import read_image
 from fdconv_deploy.runtime.manifest import TensorSpec
-from fdconv_deploy.runtime.preprocessing import normalise
+from fdconv_deploy.runtime.multiband import load_image
+from fdconv_deploy.runtime.preprocessing import check_image, normalise, resize, scene_bands
 
 SMALLEST = 64
 
 
-def picture(size: tuple[int, int], image: str | None = None, seed: int = 0) -> NDArray[np.uint8]:
-    """(height, width, 3) uint8 RGB of exactly that size.
+def picture(
+    size: tuple[int, int],
+    preprocessing: Preprocessing | None = None,
+    image: str | None = None,
+    seed: int = 0,
+) -> NDArray[Any]:
+    """(height, width, C) of exactly that size, as a network takes it; uint8 RGB mostly.
 
+    :param preprocessing: of the network; one of photographs when not given.
     :param image: a file; a scene is drawn from ``seed`` when not given.
     """
+    how = preprocessing or Preprocessing()
+    if image is not None and how.loading != "color":
+        return resize(check_image(load_image(Path(image), how), how), *size)
     if image is None:
         drawn = draw_scene(1000 + seed, max(size[0], SMALLEST), max(size[1], SMALLEST))[0]
     else:
-        drawn = read_image(Path(image))
-    if drawn.shape[:2] == size:
-        return drawn
-    return np.asarray(cv2.resize(drawn, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
+        drawn = load_image(Path(image), how)
+    if drawn.shape[:2] != size:
+        drawn = cv2.resize(drawn, size[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8)
+    return scene_bands(drawn, how)
 
 
 def feeds(
@@ -37,14 +46,15 @@ def feeds(
 ) -> dict[str, NDArray[Any]]:
     """Inputs for a graph, by name.
 
-    Images ``(B, 3, H, W)`` float32 hold pictures, normalised; ``sizes`` ``(B, 2)`` that all of
+    Images ``(B, C, H, W)`` float32 hold pictures, normalised; ``sizes`` ``(B, 2)`` that all of
     each is a picture; whatever else there is, small numbers from a fixed seed.
     """
     random = np.random.default_rng(0)
     found: dict[str, NDArray[Any]] = {}
     height = width = 0
+    channels = (preprocessing or Preprocessing()).channels
     for spec in specs:
-        if len(spec.shape) == 4 and spec.shape[1] == 3 and spec.dtype == "float32":
+        if len(spec.shape) == 4 and spec.shape[1] == channels and spec.dtype == "float32":
             height, width = spec.shape[2:]
             found[spec.name] = images(spec.shape[0], (height, width), preprocessing, image)
         elif spec.name == "sizes" and height:
@@ -59,6 +69,6 @@ def feeds(
 def images(
     batch: int, size: tuple[int, int], preprocessing: Preprocessing | None, image: str | None = None
 ) -> NDArray[np.float32]:
-    """(batch, 3, height, width) float32 normalised."""
+    """(batch, C, height, width) float32 normalised."""
     how = preprocessing or Preprocessing()
-    return np.stack([normalise(picture(size, image, number), how) for number in range(batch)])
+    return np.stack([normalise(picture(size, how, image, number), how) for number in range(batch)])

@@ -97,11 +97,12 @@ def _whole(side: Side, network: nn.Module, size: tuple[int, int]) -> Callable[[]
         raise UnavailableError(
             f"A checkpoint's whole request is timed in backend 'eager' only; this is {side.name}."
         )
-    path, image = Path(side.source), picture(size, side.image)
+    assert isinstance(network, Segmentor | Detector)
+    path = Path(side.source)
+    image = picture(size, network.architecture.preprocessing, side.image)
     if isinstance(network, Detector):
         detect = detector_side.torch_side(network, path, size=size).answer
         return lambda: detect(image)
-    assert isinstance(network, Segmentor)
     segment = torch_side.torch_side(network, path, size=size).answer
     return lambda: segment(image)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
+from fdconv_deploy.architecture import Preprocessing
 from fdconv_deploy.benchmark.speed.pictures import feeds, picture
 from fdconv_deploy.benchmark.speed.sides import Side
 from fdconv_deploy.errors import FDConvError
@@ -63,7 +66,7 @@ def _bundle(side: Side) -> Work:
         "backend": session.backend, "choice": choice, "operators": backend.operators, "size": size
     }  # fmt: skip
     if side.whole:
-        image = picture(session.input_size, side.image)
+        image = picture(session.input_size, session.preprocessing, side.image)
         ask = session.detect if session.detects else session.segment
         return Work(lambda: ask(image), backend.device, details, session.close)
     inputs = inputs_of(bundle, side)
@@ -75,6 +78,12 @@ def inputs_of(bundle: Bundle, side: Side, batch: int | None = None) -> dict[str,
     described = bundle.manifest.architecture or bundle.manifest.detector
     specs = bundle.manifest.inputs[batch or side.batch]
     return feeds(specs, described.preprocessing if described else None, side.image)
+
+
+def _npy(image: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, image, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _service(side: Side) -> Work:
@@ -95,7 +104,8 @@ def _service(side: Side) -> Work:
     else:
         from fdconv_deploy.runtime.rendering import encode
 
-        body = encode(picture(size), "JPEG")
+        how = Preprocessing.model_validate(card.get("preprocessing", {}))
+        body = encode(picture(size), "JPEG") if how.loading == "color" else _npy(picture(size, how))
     name, detects = card["name"], card.get("kind") == "detector"
     of_thread = threading.local()
 

@@ -27,7 +27,7 @@ class DecodeHead(nn.Module):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
-        self.conv_seg = nn.Conv2d(config.channels, config.num_classes, 1)
+        self.conv_seg = nn.Conv2d(config.channels, config.outputs, 1)
 
     @property
     def in_channels(self) -> int:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.rendering import RGB, default_palette
+from fdconv_deploy.runtime.rendering import RGB, as_rgb, default_palette
 
 if TYPE_CHECKING:
     from .detection import Detection
@@ -33,7 +33,7 @@ def draw_instances(image: Picture, found: Detection, opacity: float) -> Picture:
     """
     if not 0 <= opacity <= 1:
         raise ImageError(f"The opacity of an overlay is a number from 0 to 1, not {opacity}.")
-    out = image.copy()
+    out = as_rgb(image).copy()
     thickness = max(1, round(min(image.shape[:2]) / 400))
     worst_first = range(len(found) - 1, -1, -1)
     if found.has_masks:

@@ -31,7 +31,7 @@ def prepare(
     :param out: (3, H, W) float32, written into.
     :raises ImageError: ``image`` is not such an array.
     """
-    image = check_image(image)
+    image = check_image(image, preprocessing)
     placement = place_whole((image.shape[0], image.shape[1]), network, preprocessing)
     normalise(resize(image, placement.height, placement.width), preprocessing, network, out=out)
     return placement

@@ -1,0 +1,156 @@
+"""Checkpoints whose images have other bands than red, green and blue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fdconv_deploy.architecture import Preprocessing
+from fdconv_deploy.checkpoints import (
+    infer_architecture,
+    inspect_checkpoint,
+    load_checkpoint,
+    parse_config,
+    read_checkpoint,
+)
+from fdconv_deploy.checkpoints.mmseg_config import format_config
+from fdconv_deploy.demo import packaged_checkpoint
+from fdconv_deploy.errors import CheckpointError
+from tests.checkpoints.small import shapes_of, small_architecture, weights_of
+
+
+def of(bands: int) -> Preprocessing:
+    return Preprocessing(mean=(1.5,) * bands, std=(2.0,) * bands, loading="bands", to_float32=True)
+
+
+def shapes(bands: int) -> dict[str, torch.Tensor]:
+    return shapes_of(small_architecture(in_channels=bands, preprocessing=of(bands)))
+
+
+def config(load: str, bands: int, more: str = "") -> Any:
+    return parse_config(
+        f"model = dict(data_preprocessor=dict(mean={[1.5] * bands}, std={[2.0] * bands}{more}))\n"
+        f"test_pipeline = [dict({load}), dict(type='PackSegInputs')]\n"
+    )
+
+
+@pytest.mark.parametrize("bands", [1, 4, 12])
+def test_packaged_network_of_other_bands_asks_for_their_statistics(
+    bands: int, tmp_path: Path
+) -> None:
+    packaged = read_checkpoint(packaged_checkpoint())
+    content = {"meta": dict(packaged.meta), "state_dict": dict(packaged.state_dict)}
+    first = content["state_dict"]["backbone.conv1.weight"]
+    content["state_dict"]["backbone.conv1.weight"] = first.mean(1, keepdim=True).repeat(
+        1, bands, 1, 1
+    )
+    cfg = content["meta"]["cfg"]
+    content["meta"]["cfg"] = cfg.replace("in_channels=3,", f"in_channels={bands},")
+    path = tmp_path / "bands.pth"
+    torch.save(content, path)
+    report = inspect_checkpoint(path)
+    assert report.problem is not None
+    assert f"the network takes {bands} band" in report.problem
+    assert "--set 'preprocessing.mean=[…]' and --set 'preprocessing.std=[…]'" in report.problem
+    given = {"preprocessing.mean": [100] * bands, "preprocessing.std": [50] * bands}
+    found = inspect_checkpoint(path, overrides=given)
+    assert found.problem is None
+    assert found.refusal is None
+    assert any("gives three bands" in note for note in found.notes)
+    network = load_checkpoint(path, overrides=given)
+    assert network.architecture.preprocessing.channels == bands
+    assert network.architecture.preprocessing.loading == "bands"
+
+
+def test_statistics_of_other_bands_are_never_guessed() -> None:
+    with pytest.raises(CheckpointError, match=r"mean is not known: the network takes 4 bands"):
+        infer_architecture(shapes(4))
+    told = {"preprocessing.mean": [0, 1, 2, 3]}
+    with pytest.raises(CheckpointError, match="std is not known"):
+        infer_architecture(shapes(4), overrides=told)
+    told["preprocessing.std"] = [1, 2, 3, 4]
+    found = infer_architecture(shapes(4), overrides=told)
+    assert found.architecture.preprocessing.mean == (0, 1, 2, 3)
+    assumed = {fact.field: fact.value for fact in found.assumed}
+    assert assumed["preprocessing.loading"] == "bands"
+    assert assumed["preprocessing.to_float32"] is True
+
+
+@pytest.mark.parametrize(
+    ("load", "bands", "loading", "to_float32"),
+    [
+        ("type='LoadSingleRSImageFromFile'", 4, "bands", True),
+        ("type='LoadSingleRSImageFromFile', to_float32=False", 12, "bands", False),
+        ("type='LoadSingleRSImageFromFile'", 3, "bands", True),
+        ("type='LoadImageFromFile', imdecode_backend='tifffile'", 4, "bands", False),
+        ("type='LoadImageFromFile', color_type='unchanged'", 4, "unchanged", False),
+        ("type='LoadImageFromFile', color_type='unchanged'", 1, "unchanged", False),
+        ("type='LoadImageFromFile', color_type='grayscale', to_float32=True", 1, "grayscale", True),
+        ("type='LoadImageFromFile'", 3, "color", False),
+        ("type='LoadImageFromFile', to_float32=True", 3, "color", True),
+        ("type='LoadImageFromFile'", 4, "bands", False),
+        ("type='LoadOurOwnFiles'", 4, "bands", True),
+    ],
+)
+def test_loading_is_that_of_the_pipeline(
+    load: str, bands: int, loading: str, to_float32: bool
+) -> None:
+    state = shapes(bands)
+    found = infer_architecture(state, config=config(load, bands)).architecture.preprocessing
+    assert (found.loading, found.to_float32) == (loading, to_float32)
+    assert found.channels == bands
+
+
+def test_loading_that_gives_other_bands_is_refused() -> None:
+    for load in (
+        "type='LoadImageFromFile', color_type='grayscale'",
+        "type='LoadImageFromFile', color_type='x'",
+    ):
+        with pytest.raises(CheckpointError, match=r"preprocessing\.loading"):
+            infer_architecture(shapes(4), config=config(load, 4))
+    with pytest.raises(CheckpointError, match="takes 4 bands, which is loading bands or unchanged"):
+        infer_architecture(
+            shapes(4),
+            config=config("type='LoadImageFromFile'", 4),
+            overrides={"preprocessing.loading": "color"},
+        )
+
+
+def test_one_mean_stands_for_every_band() -> None:
+    load = "type='LoadSingleRSImageFromFile'"
+    found = infer_architecture(shapes(4), config=config(load, 1)).architecture.preprocessing
+    assert (found.mean, found.std) == ((1.5,) * 4, (2.0,) * 4)
+    none = parse_config(
+        "model = dict(data_preprocessor=dict(type='SegDataPreProcessor', bgr_to_rgb=True))\n"
+        f"test_pipeline = [dict({load})]"
+    )
+    found = infer_architecture(shapes(4), config=none).architecture.preprocessing
+    assert (found.mean, found.std) == ((0.0,) * 4, (1.0,) * 4)
+
+
+def test_swap_of_three_bands_goes_by_its_other_name() -> None:
+    load = "type='LoadSingleRSImageFromFile'"
+    for more, swapped in ((", rgb_to_bgr=True", True), (", bgr_to_rgb=True", True), ("", False)):
+        found = infer_architecture(shapes(3), config=config(load, 3, more)).architecture
+        assert found.preprocessing.reversed is swapped
+
+
+@pytest.mark.parametrize("bands", [1, 3, 4])
+@pytest.mark.parametrize("loading", ["bands", "unchanged"])
+def test_config_of_other_bands_is_read_back(bands: int, loading: str) -> None:
+    how = of(bands).model_copy(update={"loading": loading})
+    architecture = small_architecture(in_channels=bands, preprocessing=how)
+    text = format_config(architecture)
+    found = infer_architecture(weights_of(architecture), config=parse_config(text)).architecture
+    assert found.preprocessing == how
+
+
+def test_older_bundles_fields_are_all_there_are_of_photographs() -> None:
+    usual = Preprocessing().model_dump()
+    assert sorted(usual) == ["bgr_to_rgb", "keep_ratio", "mean", "scale", "std"]
+    assert Preprocessing.model_validate(usual) == Preprocessing()
+    assert of(4).model_dump()["loading"] == "bands"
+    assert Preprocessing.model_validate_json(of(4).model_dump_json()) == of(4)

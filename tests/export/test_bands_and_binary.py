@@ -1,0 +1,135 @@
+"""Networks of other bands and of one output, exported: every precision, verify, evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export.inputs import made_up_images
+from export.parity import compare
+from export.pipeline import export_segmentor
+from export.verify import verify_bundle
+from fdconv_deploy.architecture import Architecture, HeadConfig, Preprocessing
+from fdconv_deploy.nn import Segmentor
+from fdconv_deploy.runtime import Bundle, open_session
+from tests.reference.lively import enliven_network
+from tests.reference.networks import small_segmentor
+
+SIZE = (48, 64)
+FOUR = Preprocessing(
+    mean=(1353.0, 1117.2, 1042.0, 2301.5),
+    std=(245.7, 333.0, 395.1, 1083.0),
+    loading="bands",
+    to_float32=True,
+)
+
+
+def binary(preprocessing: Preprocessing, seed: int = 0, **head: object) -> Segmentor:
+    """A narrow network of one output whose threshold lies amid what it answers."""
+    usual = small_segmentor(18, 18, stages=2).architecture
+    fields = usual.decode_head.model_dump() | {"num_classes": 2, "out_channels": 1, **head}
+    architecture = Architecture(
+        backbone=usual.backbone.model_copy(update={"in_channels": preprocessing.channels}),
+        decode_head=HeadConfig.model_validate(fields),
+        preprocessing=preprocessing,
+    )
+    torch.manual_seed(seed)
+    network = Segmentor(architecture)
+    enliven_network(network, seed)
+    with torch.no_grad():
+        logits = network(made_up_images(1, SIZE, preprocessing))
+        network.decode_head.conv_seg.bias -= logits.median()  # type: ignore[operator,union-attr]
+    return network.eval()
+
+
+def pictures(count: int, bands: int, seed: int = 0) -> list[np.ndarray]:
+    random = np.random.default_rng(seed)
+    coarse = random.random((count, 7, 9, bands)) * 3000 + 300
+    grown = coarse.repeat(10, axis=1).repeat(10, axis=2)
+    return list((grown + random.random(grown.shape) * 100).astype(np.uint16))
+
+
+@pytest.fixture(scope="module")
+def network() -> Segmentor:
+    return binary(FOUR, threshold=0.5)
+
+
+@pytest.fixture(scope="module")
+def bundle(network: Segmentor, tmp_path_factory) -> Bundle:
+    folder = tmp_path_factory.mktemp("bands")
+    return export_segmentor(network, folder / "four", size=SIZE, batches=(1, 2))
+
+
+def test_bands_and_one_output_export_exactly(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    assert manifest.inputs[2][0].shape == (2, 4, *SIZE)
+    assert manifest.outputs[2][0].shape[:2] == (2, 1)
+    assert manifest.parity is not None
+    for outputs in manifest.parity.batches.values():
+        assert outputs[0].max_rel <= 1e-4
+        assert outputs[0].argmax_agreement is not None
+        assert outputs[0].argmax_agreement >= 0.999
+
+
+def test_bands_and_one_output_verify_and_segment(network: Segmentor, bundle: Bundle) -> None:
+    with open_session(bundle, threads=1) as session:
+        image = pictures(1, 4)[0]
+        for given in ((), [("a picture", image)]):
+            for result in verify_bundle(session, network, given):
+                assert result.parity.max_rel <= 1e-4
+                assert result.parity.argmax_agreement is not None
+        answer = session.segment(image)
+        prepared = session.prepare(image).input
+        logits = network.predict(torch.from_numpy(prepared[None]))
+        resized = torch.nn.functional.interpolate(logits, image.shape[:2], mode="bilinear")
+        expected = (resized.sigmoid() > 0.5)[0, 0].numpy()
+        assert (answer.labels == expected).mean() >= 0.999
+        assert 0.02 < answer.labels.mean() < 0.98
+        assert answer.areas().sum() == answer.labels.size
+        assert answer.overlay(image).shape == (*image.shape[:2], 3)
+        assert session.channels == 4
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_bands_and_one_output_export_in_lower_precision(
+    precision: str, network: Segmentor, tmp_path: Path
+) -> None:
+    made = export_segmentor(
+        network,
+        tmp_path / precision,
+        size=SIZE,
+        pictures=pictures(1, 4),
+        precision=precision,  # type: ignore[arg-type]
+        calibration=pictures(3, 4, seed=1) if precision == "int8" else (),
+        evaluation=pictures(2, 4, seed=2),
+        masks=[np.ones((70, 90), np.int64), None],
+    )
+    assert made.manifest.parity is not None
+    (output,) = made.manifest.parity.batches[1]
+    assert output.argmax_agreement is not None
+    assert output.argmax_agreement >= 0.9
+    found = made.manifest.graph["precision"]["evaluation"]
+    assert found["argmax_agreement"] >= 0.9
+    assert found["labelled"] == 1
+    assert 0 <= found["mean_iou"] <= 1
+
+
+def test_one_class_exports(tmp_path: Path) -> None:
+    gray = Preprocessing(mean=(110.0,), std=(60.0,), loading="grayscale")
+    network = binary(gray, num_classes=1, out_channels=None)
+    made = export_segmentor(network, tmp_path / "one", size=SIZE)
+    with open_session(made, threads=1) as session:
+        assert session.classes == ("class 0", "class 1")
+        image = np.random.default_rng(0).integers(0, 256, (30, 40), np.uint8)
+        assert set(np.unique(session.segment(image).labels)) <= {0, 1}
+
+
+def test_one_logit_agrees_where_it_is_on_the_same_side() -> None:
+    expected = np.array([[[[-2.0, -0.9, 0.0, 2.0]]]], np.float32)
+    actual = expected + np.float32([0, 0.1, 0, 0])
+    found = compare("logits", actual, expected, classes=True, threshold=0.3)
+    assert found.argmax_agreement == 0.75  # a sigmoid of 0.3 is a logit of -0.847
+    assert compare("logits", actual, expected, classes=True).argmax_agreement is None
