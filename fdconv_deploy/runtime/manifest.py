@@ -96,8 +96,9 @@ class Manifest(_Model):
 
     ``models`` maps a batch size to its graph's file name; ``inputs`` and ``outputs`` give
     those graphs' tensors, batch size by batch size. A ``segmentor`` has one input
-    ``images`` (B, 3, H, W) float32, normalised, and one output ``logits``
-    (B, classes, h, w) float32 at the head's resolution; ``architecture`` describes it. A
+    ``images`` (B, bands, H, W) float32, normalised, and one output ``logits``
+    (B, classes, h, w) float32 at the head's resolution, or (B, 1, h, w) of a head with one
+    output; ``architecture`` describes it. A
     ``detector``, which ``detector`` describes, takes ``images`` as well, zero at the right and
     the bottom past each image's own ``sizes`` (B, 2) float32, height and width; and gives
     ``boxes`` (B, D, 4) float32 x1 y1 x2 y2 in pixels of the input, the best score first,

@@ -20,11 +20,11 @@ def check_segmentor(manifest: Manifest) -> None:
     architecture, size = manifest.architecture, manifest.input
     if architecture is None or size is None:
         raise ValueError("a segmentor's manifest must hold 'architecture' and 'input'")
-    head = architecture.decode_head
+    head, bands = architecture.decode_head, architecture.backbone.in_channels
     counts = [head.num_classes] if head.label_threshold is None else [1, 2]
     _check_names(counts, architecture.classes, architecture.palette)
     for batch in manifest.models:
-        images = ("images", (batch, 3, size.height, size.width), "float32")
+        images = ("images", (batch, bands, size.height, size.width), "float32")
         logits = ("logits", (batch, head.outputs, None, None), "float32")
         _check_graph(manifest, batch, [images], [logits])
 
