@@ -82,7 +82,7 @@ def tell_order(
     how = preprocessing or Preprocessing()
     if backbone.in_channels != how.channels:
         raise ImageError(
-            f"This network takes {backbone.in_channels} bands, so RGB images do not tell its "
+            f"This network takes {backbone.in_channels} channels, so RGB images do not tell its "
             "order. Leave --images out."
         )
     networks = {name: _backbone(state, backbone, name) for name in CANDIDATES}

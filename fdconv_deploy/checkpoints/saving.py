@@ -80,7 +80,7 @@ def _check(
     found = weights[name].shape[0] - background
     if found != expected:
         raise CheckpointError(
-            f"The weights to save have {found} outputs ({name}) and the architecture {expected}. "
+            f"The weights to save have {found} classes ({name}) and the architecture {expected}. "
             "Give the architecture the network was built from."
         )
     has_part = any(key.startswith(prefix) for key in weights)

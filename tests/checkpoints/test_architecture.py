@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdconv_deploy.architecture import BackboneConfig, BandModulationConfig, FDConvConfig
+from fdconv_deploy.architecture import (
+    BackboneConfig,
+    BandModulationConfig,
+    FDConvConfig,
+    Preprocessing,
+)
 from fdconv_deploy.checkpoints import (
     format_config,
     infer_architecture,
@@ -28,6 +33,8 @@ from tests.checkpoints.small import (
     shapes_of,
     small_architecture,
 )
+
+FOUR_BANDS = Preprocessing(mean=(1.0,) * 4, std=(2.0,) * 4, loading="bands")
 
 
 def conv_of(state: dict[str, Tensor], **more: Any) -> FDConvConfig:
@@ -181,13 +188,15 @@ def test_linear_mode() -> None:
         {"stem_channels": 12},
         {"num_stages": 3, "out_indices": (0, 1, 2)},
         {"num_stages": 1, "out_indices": (0,), "base_channels": 24},
-        {"in_channels": 4},
+        {"in_channels": 4, "preprocessing": FOUR_BANDS},
         {"depth": 50, "avg_down": True},
     ],
 )
 def test_backbone_fields_that_names_and_shapes_tell(fields: dict[str, Any]) -> None:
     architecture = small_architecture(**fields)
-    assert infer(shapes_of(architecture)).architecture.backbone == architecture.backbone
+    told = {"preprocessing": architecture.preprocessing.model_dump()}
+    found = infer(shapes_of(architecture), overrides=told)
+    assert found.architecture.backbone == architecture.backbone
 
 
 def test_number_of_bands_is_ambiguous_and_says_so() -> None:

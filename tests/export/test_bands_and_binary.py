@@ -13,8 +13,10 @@ from export.parity import compare
 from export.pipeline import export_segmentor
 from export.verify import verify_bundle
 from fdconv_deploy.architecture import Architecture, HeadConfig, Preprocessing
+from fdconv_deploy.demo.scenes import draw_scene
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.runtime import Bundle, open_session
+from fdconv_deploy.runtime.preprocessing import scene_bands
 from tests.reference.lively import enliven_network
 from tests.reference.networks import small_segmentor
 
@@ -38,18 +40,18 @@ def binary(preprocessing: Preprocessing, seed: int = 0, **head: object) -> Segme
     )
     torch.manual_seed(seed)
     network = Segmentor(architecture)
-    enliven_network(network, seed)
+    seen = [made_up_images(4, (64, 64), preprocessing, seed=seed + step) for step in range(2)]
+    enliven_network(network, seed, seen)
     with torch.no_grad():
         logits = network(made_up_images(1, SIZE, preprocessing))
         network.decode_head.conv_seg.bias -= logits.median()  # type: ignore[operator,union-attr]
     return network.eval()
 
 
-def pictures(count: int, bands: int, seed: int = 0) -> list[np.ndarray]:
-    random = np.random.default_rng(seed)
-    coarse = random.random((count, 7, 9, bands)) * 3000 + 300
-    grown = coarse.repeat(10, axis=1).repeat(10, axis=2)
-    return list((grown + random.random(grown.shape) * 100).astype(np.uint16))
+def pictures(count: int, seed: int = 0) -> list[np.ndarray]:
+    """Scenes of four bands, (70, 90, 4) uint16."""
+    scenes = (draw_scene(50 + seed + number, 70, 90)[0] for number in range(count))
+    return [scene_bands(scene, FOUR).clip(0).astype(np.uint16) for scene in scenes]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_bands_and_one_output_export_exactly(bundle: Bundle) -> None:
 
 def test_bands_and_one_output_verify_and_segment(network: Segmentor, bundle: Bundle) -> None:
     with open_session(bundle, threads=1) as session:
-        image = pictures(1, 4)[0]
+        image = pictures(1)[0]
         for given in ((), [("a picture", image)]):
             for result in verify_bundle(session, network, given):
                 assert result.parity.max_rel <= 1e-4
@@ -101,10 +103,10 @@ def test_bands_and_one_output_export_in_lower_precision(
         network,
         tmp_path / precision,
         size=SIZE,
-        pictures=pictures(1, 4),
+        pictures=pictures(1),
         precision=precision,  # type: ignore[arg-type]
-        calibration=pictures(3, 4, seed=1) if precision == "int8" else (),
-        evaluation=pictures(2, 4, seed=2),
+        calibration=pictures(3, seed=1) if precision == "int8" else (),
+        evaluation=pictures(2, seed=4),
         masks=[np.ones((70, 90), np.int64), None],
     )
     assert made.manifest.parity is not None

@@ -19,6 +19,7 @@ from fdconv_deploy.runtime import Bundle, Session, open_session, read_image
 from fdconv_deploy.runtime import backends as backends_module
 from fdconv_deploy.runtime.backends import onnxruntime_backend as ort_module
 from fdconv_deploy.runtime.bundle import sha256_of
+from fdconv_deploy.runtime.postprocessing import logit_map
 from fdconv_deploy.runtime.preprocessing import normalise
 from tests.runtime import toy
 from tests.runtime.test_bundle import edit, relist
@@ -249,13 +250,32 @@ class TestSegment:
         with pytest.raises(ImageError, match="read_image"):
             session.segment("street.jpg")
 
-    def test_one_class_has_logits_but_no_labels(self, tmp_path: Path, image) -> None:
-        toy.make_bundle(tmp_path / "b", arch=toy.architecture(1))
-        with open_session(tmp_path / "b") as session:
-            assert session.run(inputs(1)).shape == (1, 1, 8, 12)
-            for mode in ("whole", "slide"):
-                with pytest.raises(BundleError, match="your own threshold"):
-                    session.segment(image, mode=mode)
+    @pytest.mark.parametrize("mode", ["whole", "slide"])
+    def test_one_output_labels_by_its_threshold(self, tmp_path: Path, image, mode) -> None:
+        test = TestMode(crop_size=(32, 48), stride=(20, 30))
+        shares = []
+        for number, threshold in enumerate((0.01, 0.5, 0.99)):
+            arch = toy.architecture(2, threshold=threshold, test=test)
+            path = toy.make_bundle(tmp_path / str(number), arch=arch).path
+            with open_session(path) as session:
+                assert session.run(inputs(1)).shape == (1, 1, 8, 12)
+                found = session.segment(image, mode=mode)
+            assert set(np.unique(found.labels)) <= {0, 1}
+            assert len(found.classes) == len(found.palette) == 2
+            shares.append(found.labels.mean())
+        assert shares[0] > shares[1] > shares[2]
+
+    def test_one_output_of_an_older_bundle_has_mmsegmentations_threshold(
+        self, tmp_path: Path, image
+    ) -> None:
+        arch = toy.architecture(1)
+        assert "threshold" not in arch.decode_head.model_dump()
+        with open_session(toy.make_bundle(tmp_path / "b", arch=arch).path) as session:
+            found = session.segment(image)
+            logits = session.run(session.prepare(image).input[None])[0]
+        assert found.classes == ("background", "class 0")
+        expected = logit_map(logits, (32, 48), (32, 48), image.shape[:2], align_corners=False)
+        assert np.array_equal(found.labels, expected[0] > np.log(0.3 / 0.7))
 
     def test_names_and_colours_where_there_are_none(self, tmp_path: Path, image) -> None:
         toy.make_bundle(tmp_path / "b", arch=toy.architecture(300, named=False))
