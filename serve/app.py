@@ -36,8 +36,8 @@ def create_app(
     :param bundles: bundle folders, each served under its folder's name; folders of bundles; or
         sessions already open, which stay the caller's to close. The first is the default model.
     :param host: where gRPC listens, if ``settings.grpc_port`` is set.
-    :raises BundleError: a bundle is damaged, unsafe, no segmentor of two classes or more, or
-        of the same name as another.
+    :raises BundleError: a bundle is damaged, unsafe, neither a segmentor nor a detector, or of
+        the same name as another.
     :raises BackendError: the backend cannot be used.
     :raises FDConvError: what a setting needs is not installed.
     """

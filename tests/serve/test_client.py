@@ -72,7 +72,11 @@ def test_infer(client: Client, bundles) -> None:
 
 def test_cards(client: Client) -> None:
     assert [card["name"] for card in client.models()] == ["street", "sliding"]
-    assert client.model("street")["input"] == {"height": 32, "width": 48}
+    assert client.model("street")["input"] == {
+        "channels": 3,
+        "height": 32,
+        "width": 48,
+    }
     assert client.ready()
 
 
@@ -86,8 +90,10 @@ def test_refusals(client: Client, png: bytes) -> None:
     assert caught.value.status == 404
     with pytest.raises(ServiceError, match="is not a JPEG"):
         client.segment(b"junk")
-    with pytest.raises(ServiceError, match="uint8"):
+    with pytest.raises(ServiceError, match="bands and not colours"):
         client.segment(np.zeros((4, 4), np.uint8))
+    with pytest.raises(ServiceError, match="real numbers"):
+        client.segment(np.zeros((4, 4, 3), complex))
     with pytest.raises(ServiceError, match="API key"), Client(_url(client)) as stranger:
         stranger.models()
 
