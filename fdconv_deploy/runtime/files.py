@@ -97,7 +97,10 @@ def segmentor_answering(session: Session, fit: str | None = None) -> Answering[A
     chosen = cast("Fit | None", fit)
     if session.mode == "slide":  # crops of one image fill the batches
         return Answering(
-            session.read_image, lambda image: image, lambda images: [*map(session.segment, images)], 1
+            session.read_image,
+            lambda image: image,
+            lambda images: [*map(session.segment, images)],
+            1,
         )
 
     def run(prepared: Sequence[Prepared]) -> list[Segmentation]:

@@ -66,7 +66,6 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
     return [path for path in images if path.suffix.lower() != ARRAY_SUFFIX] or images
 
 
-
 def sources_at(inputs: Iterable[Path], output: Path) -> list[Source]:
     """Files to segment, in the order of ``inputs`` and of their names within each.
 

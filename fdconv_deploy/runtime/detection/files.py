@@ -83,9 +83,7 @@ def detector_answering(session: Session, min_score: float) -> Answering[Any, Det
             for one, row in zip(prepared, rows, strict=True)
         ]
 
-    return Answering(
-        session.read_image, session.prepare_detection, run, session.batch_sizes[-1]
-    )
+    return Answering(session.read_image, session.prepare_detection, run, session.batch_sizes[-1])
 
 
 def detect_files(
