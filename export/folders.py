@@ -65,7 +65,7 @@ class Pictures(Sequence[Picture]):
         """Of each image, its labels ``(H, W)`` if there is such a file.
 
         Raises:
-            ImageError: a mask cannot be read, or has more than one channel.
+            ImageError: a mask cannot be read, has more than one channel or another size.
         """
         return [_mask(path) for path in self.paths]
 
@@ -91,6 +91,15 @@ def _check_header(path: Path) -> None:
         ) from error
 
 
+def _size(image: Path) -> tuple[int, int] | None:
+    """Height and width of a picture; None where the network's reader alone can tell them."""
+    try:
+        with Image.open(image, formats=FORMATS) as opened:
+            return opened.height, opened.width
+    except OSError:
+        return None
+
+
 def _mask(image: Path) -> NDArray[np.integer] | None:
     path = image.with_name(image.stem + MASK)
     if not path.is_file():
@@ -100,9 +109,10 @@ def _mask(image: Path) -> NDArray[np.integer] | None:
             labels = np.asarray(opened)
     except OSError as error:
         raise ImageError(f"The mask {path} cannot be read. Remove it, or replace it.") from error
-    if labels.ndim != 2:
+    size = _size(image) or labels.shape[:2]
+    if labels.ndim != 2 or labels.shape != size:
         raise ImageError(
-            f"The mask {path} must hold one class index for each pixel of its image; it is "
-            f"{'x'.join(map(str, labels.shape))}."
+            f"The mask {path} must hold one class index for each pixel of its image, "
+            f"{size[0]}x{size[1]} (height x width); it is {'x'.join(map(str, labels.shape))}."
         )
     return labels.astype(np.int64)
