@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fdconv_deploy.benchmark.datasets import Pair, Samples
-    from fdconv_deploy.benchmark.evaluation import Evaluation
+    from fdconv_deploy.benchmark.evaluation import Evaluation, Labels
+    from fdconv_deploy.benchmark.turns import Side
     from fdconv_deploy.runtime.manifest import Fit
     from fdconv_deploy.runtime.session import Mode
 
@@ -209,7 +210,7 @@ def _verify(
 
 def _labelled(
     pairs: list[Pair],
-    side: Side[Any],
+    side: Side[Labels],
     data: Path | None,
     label_map: Path | None,
     reduce_zero_label: bool,
