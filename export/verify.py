@@ -75,9 +75,7 @@ def verify_bundle(
             network,
             Rule("detections", network.architecture.test.rcnn.score_thr)
             if isinstance(network, Detector)
-            else Rule(
-                "classes", threshold=network.architecture.decode_head.label_threshold
-            ),
+            else Rule("classes", threshold=network.architecture.decode_head.label_threshold),
             ["images", "sizes"] if detects else ["images"],
             network.output_names if isinstance(network, Detector) else ["logits"],
             Path(folder),

@@ -28,9 +28,6 @@ from fdconv_deploy.commands.options import (
 from fdconv_deploy.errors import FDConvError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from fdconv_deploy.benchmark.datasets import Pair, Samples
     from fdconv_deploy.benchmark.evaluation import Evaluation, Labels
     from fdconv_deploy.benchmark.turns import Side
@@ -101,7 +98,6 @@ def evaluate(
     from fdconv_deploy.benchmark.datasets import find_pairs, layout_of
     from fdconv_deploy.benchmark.evaluation import evaluate as run
     from fdconv_deploy.benchmark.sides import open_sides
-    from fdconv_deploy.runtime import read_image
 
     for name, value, known in (
         ("mode", mode, ("whole", "slide")),
@@ -309,8 +305,8 @@ def _evaluate_detectors(
     else:
         show_detection(result, Console(), quiet)
         if not quiet:
-            first = next(iter(data))
-            _verify(paths, (first.name, first.image), config, settings)
+            first = data.images / next(iter(data)).name
+            _verify(paths, first, config, settings, weights)
 
 
 def _refuse(**options: object) -> None:
