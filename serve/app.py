@@ -73,7 +73,9 @@ def create_app(
         redirect_slashes=False,
         # Edge does that, with the stages; versions without it take any name.
         telemetry={"tracing": False, "metrics": False, "logs": False},
-        middleware=[Middleware(Edge, keys=keys, shortcut=infer_at_once)],
+        middleware=[
+            Middleware(Edge, keys=keys, shortcut=infer_at_once, root_path=settings.root_path)
+        ],
     )
     app.state.service, app.state.api_keys = service, keys
     problems.install(app)

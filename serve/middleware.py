@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .logs import log_access
@@ -45,13 +46,21 @@ def accepted_id(given: str) -> str:
 class Edge:
     """The outermost layer of the application.
 
-    :param shortcut: gives the application of a request that needs no other layer, if it is one.
+    :param shortcut: gives the application of a request that needs no other layer, if it is one,
+        by its scope and its path below the prefix.
+    :param root_path: the prefix a proxy serves this application under, which it may take off
+        the paths it passes on, or leave there. A server's own (ASGI's ``root_path``) comes first.
     """
 
     def __init__(
-        self, app: ASGIApp, keys: Keys, shortcut: Callable[[Scope], ASGIApp | None]
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        shortcut: Callable[[Scope, str], ASGIApp | None],
+        root_path: str = "",
     ) -> None:
         self.app, self._keys, self._shortcut = app, keys, shortcut
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI event."""
@@ -65,6 +74,7 @@ class Edge:
         request_id = state.get("request_id") or accepted_id(headers.get(REQUEST_ID, ""))
         state["request_id"] = request_id
         state["start"] = start
+        scope, path = self._below_prefix(scope)
         service = getattr(scope["app"].state, "service", None) if "app" in scope else None
         status = 0
 
@@ -81,9 +91,8 @@ class Edge:
             await send(message)
 
         try:
-            refusal = self._refusal(scope, headers, state)
-            app = refusal or self._shortcut(scope) or self.app
-            await app(scope, receive, send_named)
+            app = self._refusal(scope, path, headers, state) or self._shortcut(scope, path)
+            await (app or self.app)(scope, receive, send_named)
         finally:
             record(
                 service,
@@ -96,11 +105,19 @@ class Edge:
                 seconds=time.perf_counter() - start,
             )
 
-    def _refusal(self, scope: Scope, headers: Headers, state: dict[str, Any]) -> Any:
-        """The answer to a request without the key it needs."""
+    def _below_prefix(self, scope: Scope) -> tuple[Scope, str]:
+        """The scope with ASGI's ``root_path`` and whole ``path``, and the path below it."""
+        root, path = scope.get("root_path", "").rstrip("/") or self._root_path, scope["path"]
+        if path == root or path.startswith(f"{root}/"):
+            path = path[len(root) :]
+        return {**scope, "root_path": root, "path": root + path}, path
+
+    def _refusal(self, scope: Scope, path: str, headers: Headers, state: dict[str, Any]) -> Any:
+        """The answer to a request without the key it needs, or to the page without its slash."""
         address = scope.get("client")
         state["client"] = address[0] if address else ""
-        path = scope["path"]
+        if not path:  # the page's own addresses are relative to the slash
+            return RedirectResponse(f"{scope['root_path']}/")
         if not self._keys.needed or path in _OPEN or path.startswith(_OPEN_FOLDERS):
             return None
         try:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from fdconv_deploy.runtime.decoding import MAX_PIXELS
 from fdconv_deploy.runtime.multiband import FORMATS
+
+# First parts of the service's own addresses.
+OWN_PATHS = (
+    "v1", "v2", "docs", "static", "samples", "metrics", "healthz", "readyz", "openapi.json",
+    "favicon.ico",
+)  # fmt: skip
 
 
 class Settings(BaseModel):
@@ -129,6 +136,11 @@ class Settings(BaseModel):
     )
 
     # Operation
+    root_path: str = Field(
+        default="",
+        description="Path prefix under which a proxy serves this service, such as /segmentation; "
+        "the proxy may take it off or leave it.",
+    )
     grpc_port: int | None = Field(
         default=None, ge=0, le=65535, description="Port of the KServe gRPC service; none unset."
     )
@@ -146,6 +158,19 @@ class Settings(BaseModel):
     drain_seconds: int = Field(
         default=30, ge=0, description="How long a stopping server lets requests under way finish."
     )
+
+    @field_validator("root_path")
+    @classmethod
+    def _prefix(cls, given: str) -> str:
+        path = given.rstrip("/")
+        if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", path):
+            raise ValueError(
+                "it should be a path such as /segmentation, of letters, digits and . _ ~ -"
+            )
+        # Else /v1/models could be that address, or the address /models under the prefix /v1.
+        if path.partition("/")[2].partition("/")[0] in OWN_PATHS:
+            raise ValueError(f"the service's own addresses begin with {', '.join(OWN_PATHS)}")
+        return path
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

@@ -45,6 +45,9 @@ def serve(
     grpc_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Serve KServe's gRPC there too.")
     ] = None,
+    root_path: Annotated[
+        str, typer.Option(metavar="/PREFIX", help="Path prefix at which a proxy serves this.")
+    ] = "",
     api_keys: Annotated[
         Path | None, typer.Option(metavar="FILE", help="One key a line; then one is needed.")
     ] = None,
@@ -85,6 +88,7 @@ def serve(
         "reload_seconds": reload_seconds,
         "model_control": model_control,
         "grpc_port": grpc_port,
+        "root_path": root_path,
         "tls_certificate": tls_certificate,
         "tls_key": tls_key,
         "log_format": log_format,

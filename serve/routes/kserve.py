@@ -180,13 +180,13 @@ _ROUTES = [
 _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 
 
-def infer_at_once(scope: Scope) -> ASGIApp | None:
+def infer_at_once(scope: Scope, path: str) -> ASGIApp | None:
     """The application that answers an inference request; None when it is none.
 
     It is the route above without routing, FastAPI's reading of parameters and their
     middleware, which take longer than the rest of the way.
     """
-    if scope["method"] != "POST" or (found := _INFER.fullmatch(scope["path"])) is None:
+    if scope["method"] != "POST" or (found := _INFER.fullmatch(path)) is None:
         return None
     name, version = found[1], found[2] or ""
     scope["route"] = _ROUTES[bool(version)]

@@ -1,4 +1,4 @@
-// The API's documentation, drawn from /openapi.json.
+// The API's documentation, drawn from openapi.json.
 
 const main = document.getElementById("docs");
 
@@ -105,7 +105,7 @@ function schema(name, found) {
 }
 
 async function draw() {
-  document_ = await (await fetch("/openapi.json")).json();
+  document_ = await (await fetch("openapi.json")).json();
   const groups = new Map();
   for (const [path, verbs] of Object.entries(document_.paths)) {
     for (const [verb, found] of Object.entries(verbs)) {

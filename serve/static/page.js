@@ -27,7 +27,7 @@ async function problem(response) {
 }
 
 async function loadModels() {
-  const response = await fetch("/v1/models", { headers: headers() });
+  const response = await fetch("v1/models", { headers: headers() });
   if (response.status === 401) {
     $("key-field").hidden = false;
     say("This service asks for an API key.");
@@ -74,14 +74,14 @@ function showCard() {
 }
 
 async function loadSamples() {
-  const { samples } = await (await fetch("/samples")).json();
+  const { samples } = await (await fetch("samples")).json();
   const box = document.querySelector(".samples");
   for (const [number, name] of samples.entries()) {
-    const picture = make("img", { src: `/samples/${name}`, alt: `Sample scene ${number + 1}` });
+    const picture = make("img", { src: `samples/${name}`, alt: `Sample scene ${number + 1}` });
     const button = make("button", { type: "button", ariaPressed: "false" }, picture);
     button.addEventListener("click", async () => {
       press(button);
-      await segment(await (await fetch(`/samples/${name}`)).blob());
+      await segment(await (await fetch(`samples/${name}`)).blob());
     });
     box.append(button);
   }
@@ -98,7 +98,7 @@ async function segment(blob) {
   const mine = ++state.request;
   say("Segmenting …");
   const name = $("model").value;
-  let address = name ? `/v1/models/${encodeURIComponent(name)}/segment` : "/v1/segment";
+  let address = name ? `v1/models/${encodeURIComponent(name)}/segment` : "v1/segment";
   // All objects are asked for; which are shown is chosen here.
   if (chosenCard()?.kind === "detector") address += "?min_score=0";
   let response;
