@@ -74,6 +74,7 @@ class Edge:
         request_id = state.get("request_id") or accepted_id(headers.get(REQUEST_ID, ""))
         state["request_id"] = request_id
         state["start"] = start
+        method = scope["method"]
         scope, path = self._below_prefix(scope)
         service = getattr(scope["app"].state, "service", None) if "app" in scope else None
         status = 0
@@ -88,8 +89,12 @@ class Edge:
                 message["headers"] = [*kept, named, *SECURITY]
                 if service is not None and service.draining:
                     message["headers"].append((b"connection", b"close"))
+            elif method == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
+        if method == "HEAD":  # as GET, of which it wants the head: FastAPI's routes do not
+            scope["method"] = "GET"
         try:
             app = self._refusal(scope, path, headers, state) or self._shortcut(scope, path)
             await (app or self.app)(scope, receive, send_named)
@@ -97,7 +102,7 @@ class Edge:
             record(
                 service,
                 state,
-                method=scope["method"],
+                method=method,
                 path=scope.get("raw_path", b""),
                 route=getattr(scope.get("route"), "path", "unmatched"),
                 headers=headers,
