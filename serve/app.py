@@ -81,7 +81,7 @@ def create_app(
     problems.install(app)
     for router in ROUTERS:
         app.include_router(router)
-    openapi.install(app, service.repository, keys_needed=keys.needed)
+    openapi.install(app, service, keys_needed=keys.needed)
     return app
 
 

@@ -8,9 +8,11 @@ from typing import Any
 from fdconv_deploy import __version__
 
 from .kserve.inference import EXTENSIONS, model_metadata
+from .kserve.model_config import model_config
 from .kserve.repository_index import index_of
 from .problems import DIED, LATE, MEDIA_TYPE
-from .repository import Repository
+from .service import Service
+from .statistics import ModelStatistics
 
 _ID = "3f1c9a52f8d04b5e9c0e6a7d2b814c11"
 # What each status may say; the sentences of real answers name what was found.
@@ -46,12 +48,12 @@ _INFER = {
 }
 
 
-def add_examples(document: dict[str, Any], repository: Repository) -> None:
+def add_examples(document: dict[str, Any], service: Service) -> None:
     """Give every JSON answer and every parameter that has none an example."""
-    name = repository.default.name
+    name = service.repository.default.name
     parameters = {**_PARAMETERS, "name": name}
     for path, operations in document["paths"].items():
-        answer = _answer(path, repository)
+        answer = _answer(path, service)
         for operation in operations.values():
             for parameter in operation.get("parameters", ()):
                 if parameter["name"] in parameters:
@@ -64,10 +66,16 @@ def add_examples(document: dict[str, Any], repository: Repository) -> None:
                     content["application/json"].setdefault("example", answer)
 
 
-def _answer(path: str, repository: Repository) -> Any:
+def _answer(path: str, service: Service) -> Any:
+    repository = service.repository
     model = repository.default
     card = repository.card(model)
     shown = card.model_dump(mode="json")
+    config = model_config(card, service.settings)
+    done = ModelStatistics()
+    done.ran(1, 0.0123)
+    done.succeeded([("queue", 0.0004), ("inference", 0.0123)], 1)
+    statistics = {"model_stats": [done.as_dict(card.name, "1")]}
     return {
         "/v1/models": {"models": [shown]},
         "/v1/models/{name}": shown,
@@ -76,6 +84,11 @@ def _answer(path: str, repository: Repository) -> Any:
         "/v2/health/ready": {"ready": True},
         "/v2/models/{name}": model_metadata(model.version, card),
         "/v2/models/{name}/versions/{version}": model_metadata(model.version, card),
+        "/v2/models/stats": statistics,
+        "/v2/models/{name}/stats": statistics,
+        "/v2/models/{name}/versions/{version}/stats": statistics,
+        "/v2/models/{name}/config": config,
+        "/v2/models/{name}/versions/{version}/config": config,
         "/v2/models/{name}/ready": {"ready": True},
         "/v2/models/{name}/versions/{version}/ready": {"ready": True},
         "/v2/models/{name}/infer": {"model_name": card.name, **_INFER},

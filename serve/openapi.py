@@ -8,8 +8,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from .examples import add_examples
-from .repository import Repository
 from .schemas import InferCall
+from .service import Service
 
 DESCRIPTION = """\
 Semantic segmentation, and object detection with masks, with FDConv networks.
@@ -27,7 +27,7 @@ back; nothing was done, so the same request may be sent again.
 _OPEN = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 
 
-def install(app: FastAPI, repository: Repository, *, keys_needed: bool) -> None:
+def install(app: FastAPI, service: Service, *, keys_needed: bool) -> None:
     """Give the application its OpenAPI document, with examples of the models served."""
 
     def document() -> dict[str, Any]:
@@ -40,7 +40,7 @@ def install(app: FastAPI, repository: Repository, *, keys_needed: bool) -> None:
                 separate_input_output_schemas=False,
             )
             _complete(found, keys_needed)
-            add_examples(found, repository)
+            add_examples(found, service)
             app.openapi_schema = found
         return app.openapi_schema
 

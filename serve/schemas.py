@@ -315,6 +315,83 @@ class ModelMetadata(BaseModel):
     outputs: list[TensorMetadata]
 
 
+class ConfigTensor(BaseModel):
+    """Triton: one input or output of a model, without the batch."""
+
+    name: str
+    data_type: str = Field(description="TYPE_ and the protocol's name of the datatype.")
+    dims: list[int]
+    reshape: dict[str, list[int]] | None = Field(
+        default=None, description="The shape itself, where `dims` cannot say it."
+    )
+
+
+class DynamicBatching(BaseModel):
+    """Triton: how requests are put together."""
+
+    preferred_batch_size: list[int] = Field(description="Batch sizes the bundle has graphs for.")
+    max_queue_delay_microseconds: int
+
+
+class ModelConfig(BaseModel):
+    """Triton: how a model is served, the parts of its ModelConfig that there are here."""
+
+    name: str
+    platform: str
+    version_policy: dict[str, dict[str, int]]
+    max_batch_size: int = Field(description="Most images in one request.")
+    input: list[ConfigTensor]
+    output: list[ConfigTensor]
+    dynamic_batching: DynamicBatching
+
+
+class StatisticDuration(BaseModel):
+    """Triton: how often, and how long all together."""
+
+    count: int
+    ns: int = Field(description="Nanoseconds.")
+
+
+class InferStatistics(BaseModel):
+    """Triton: requests and their stages."""
+
+    success: StatisticDuration
+    fail: StatisticDuration
+    queue: StatisticDuration
+    compute_input: StatisticDuration
+    compute_infer: StatisticDuration
+    compute_output: StatisticDuration
+    cache_hit: StatisticDuration
+    cache_miss: StatisticDuration
+
+
+class InferBatchStatistics(BaseModel):
+    """Triton: the runs of one batch size."""
+
+    batch_size: int
+    compute_input: StatisticDuration
+    compute_infer: StatisticDuration
+    compute_output: StatisticDuration
+
+
+class ModelStatistics(BaseModel):
+    """Triton: what one model has done since it was loaded."""
+
+    name: str
+    version: str
+    last_inference: int = Field(description="Milliseconds since 1970; 0 before the first.")
+    inference_count: int = Field(description="Images answered.")
+    execution_count: int = Field(description="Runs of the network.")
+    inference_stats: InferStatistics
+    batch_stats: list[InferBatchStatistics]
+
+
+class ModelStatisticsList(BaseModel):
+    """Triton: what models have done."""
+
+    model_stats: list[ModelStatistics]
+
+
 class ModelIndexEntry(BaseModel):
     """KServe v2: a model and its state."""
 

@@ -20,6 +20,7 @@ from .problems import RefusedError
 from .repository import Repository
 from .scheduling import Scheduler
 from .settings import Settings
+from .statistics import ModelStatistics
 from .tracing import Tracing
 from .versions import Version
 
@@ -36,6 +37,7 @@ class Service:
     def __init__(self, sources: Sequence[Path | str | Session], settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
+        self.statistics: dict[str, ModelStatistics] = {}
         self.tracing = Tracing(settings.tracing)
         self.children = Children(settings) if settings.isolation == "process" else None
         self.scheduler = Scheduler(
@@ -45,6 +47,7 @@ class Service:
             delay=settings.batch_delay_ms / 1e3,
             on_batch=self.count_batch,
             on_death=self.metrics.deaths.inc,
+            on_failure=self._count_failure,
         )
         self.repository = Repository(
             sources,
@@ -95,6 +98,8 @@ class Service:
 
     def count(self, model: str, stages: Iterable[tuple[str, float]], images: int = 1) -> None:
         """Count an answered request and its seconds by stage."""
+        stages = list(stages)
+        self.statistics[model].succeeded(stages, images)
         self.metrics.images.labels(model).inc(images)
         for stage, seconds in stages:
             self.metrics.stage_seconds.labels(model, stage).observe(seconds)
@@ -176,6 +181,7 @@ class Service:
             cost=session.batch_cost,
             weight=self.settings.weights.get(version.name, 1.0),
         )
+        self.statistics[version.name] = ModelStatistics()
         self.metrics.loads.labels(version.name).inc()
         self.metrics.model_bytes.labels(version.name).set(version.card.bytes)
 
@@ -189,6 +195,11 @@ class Service:
         """Count a run of ``images``."""
         assert isinstance(lane, Version)
         self.later(self.metrics.batch_size.labels(lane.name).observe, images)
+        self.later(self.statistics[lane.name].ran, images, seconds)
+
+    def _count_failure(self, lane: Hashable, seconds: float) -> None:
+        assert isinstance(lane, Version)
+        self.statistics[lane.name].failed(seconds)
 
 
 def noted(

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf.json_format import ParseDict
 
 from fdconv_deploy import __version__
 from fdconv_deploy.errors import FDConvError
@@ -29,6 +30,7 @@ from .inference import (
     put_together,
 )
 from .messages import MESSAGES, METHODS, SERVICE
+from .model_config import model_config, model_statistics
 from .repository_index import index_of, require_control
 from .rest import timeout_ms
 
@@ -169,6 +171,16 @@ class GrpcServer:
         return MESSAGES["ModelMetadataResponse"](
             **model_metadata(model.version, repository.card(model))
         )
+
+    async def _ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
+        repository = self._service.repository
+        card = repository.card(repository.get_version(request.name, request.version))
+        found = {"config": model_config(card, self._service.settings)}
+        return ParseDict(found, MESSAGES["ModelConfigResponse"]())
+
+    async def _ModelStatistics(self, request: Any, context: Any) -> Any:  # noqa: N802
+        found = model_statistics(self._service, request.name, request.version)
+        return ParseDict(found, MESSAGES["ModelStatisticsResponse"]())
 
     async def _ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         service = self._service

@@ -21,7 +21,7 @@ from . import detection
 
 INPUT, SIZES = "images", "sizes"
 OUTPUTS = ("logits", "labels")
-EXTENSIONS = ("binary_tensor_data", "model_repository")
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
 PLATFORM = "onnxruntime_onnx"
 # KServe's names of the types that occur here.
 TYPES: dict[str, np.dtype[Any]] = {

@@ -27,8 +27,9 @@ _SCALARS = {
 _PARAMETERS = "map InferParameter"
 
 # Message -> its fields, numbered from 1 in this order. "*" repeats, "map X" is a
-# map<string, X>, "|" makes one of a oneof.
-_MESSAGES: dict[str, list[tuple[str, str]]] = {
+# map<string, X>, "|" makes one of a oneof. A third entry is the field's number where that is
+# not the next one. Of Triton's configuration these are the parts that a service of this kind has.
+_MESSAGES: dict[str, list[tuple[str, str] | tuple[str, str, int]]] = {
     "ServerLiveRequest": [],
     "ServerLiveResponse": [("live", "bool")],
     "ServerReadyRequest": [],
@@ -106,6 +107,67 @@ _MESSAGES: dict[str, list[tuple[str, str]]] = {
         ("outputs", "*ModelInferResponse.InferOutputTensor"),
         ("raw_output_contents", "*bytes"),
     ],
+    "ModelConfigRequest": [("name", "string"), ("version", "string")],
+    "ModelTensorReshape": [("shape", "*int64")],
+    "ModelInput": [
+        ("name", "string"),
+        ("data_type", "DataType"),
+        ("dims", "*int64", 4),
+        ("reshape", "ModelTensorReshape"),
+    ],
+    "ModelOutput": [
+        ("name", "string"),
+        ("data_type", "DataType"),
+        ("dims", "*int64"),
+        ("reshape", "ModelTensorReshape", 5),
+    ],
+    "ModelVersionPolicy.Latest": [("num_versions", "uint32")],
+    "ModelVersionPolicy": [("latest", "ModelVersionPolicy.Latest")],
+    "ModelDynamicBatching": [
+        ("preferred_batch_size", "*int32"),
+        ("max_queue_delay_microseconds", "uint64"),
+    ],
+    "ModelConfig": [
+        ("name", "string"),
+        ("platform", "string"),
+        ("version_policy", "ModelVersionPolicy"),
+        ("max_batch_size", "int32"),
+        ("input", "*ModelInput"),
+        ("output", "*ModelOutput"),
+        ("dynamic_batching", "ModelDynamicBatching", 11),
+    ],
+    "ModelConfigResponse": [("config", "ModelConfig")],
+    "ModelStatisticsRequest": [("name", "string"), ("version", "string")],
+    "StatisticDuration": [("count", "uint64"), ("ns", "uint64")],
+    "InferStatistics": [
+        (name, "StatisticDuration")
+        for name in (
+            "success",
+            "fail",
+            "queue",
+            "compute_input",
+            "compute_infer",
+            "compute_output",
+            "cache_hit",
+            "cache_miss",
+        )
+    ],
+    "InferBatchStatistics": [
+        ("batch_size", "uint64"),
+        ("compute_input", "StatisticDuration"),
+        ("compute_infer", "StatisticDuration"),
+        ("compute_output", "StatisticDuration"),
+    ],
+    "ModelStatistics": [
+        ("name", "string"),
+        ("version", "string"),
+        ("last_inference", "uint64"),
+        ("inference_count", "uint64"),
+        ("execution_count", "uint64"),
+        ("inference_stats", "InferStatistics"),
+        ("batch_stats", "*InferBatchStatistics"),
+    ],
+    "ModelStatisticsResponse": [("model_stats", "*ModelStatistics")],
     "RepositoryIndexRequest": [("repository_name", "string"), ("ready", "bool")],
     "RepositoryIndexResponse.ModelIndex": [
         ("name", "string"),
@@ -133,6 +195,10 @@ _MESSAGES: dict[str, list[tuple[str, str]]] = {
     ],
     "RepositoryModelUnloadResponse": [],
 }
+# Triton's names of types are KServe's, with TYPE_ before them; numbered from 0.
+_DATA_TYPES = (
+    "INVALID BOOL UINT8 UINT16 UINT32 UINT64 INT8 INT16 INT32 INT64 FP16 FP32 FP64 STRING BF16"
+).split()
 SERVICE = "inference.GRPCInferenceService"
 METHODS = (
     "ServerLive",
@@ -140,6 +206,8 @@ METHODS = (
     "ModelReady",
     "ServerMetadata",
     "ModelMetadata",
+    "ModelConfig",
+    "ModelStatistics",
     "ModelInfer",
     "RepositoryIndex",
     "RepositoryModelLoad",
@@ -166,6 +234,8 @@ def _field(message: Any, number: int, name: str, kind: str) -> None:
         field.type_name = "ParametersEntry"
     elif kind in _SCALARS:
         field.type = _SCALARS[kind]
+    elif kind == "DataType":
+        field.type, field.type_name = _F.TYPE_ENUM, ".inference.DataType"
     else:
         field.type = _F.TYPE_MESSAGE
         field.type_name = f".inference.{kind}"
@@ -175,13 +245,18 @@ def _build() -> dict[str, Any]:
     file = descriptor_pb2.FileDescriptorProto(
         name="fdconv/open_inference.proto", package="inference", syntax="proto3"
     )
+    types = file.enum_type.add(name="DataType")
+    for number, name in enumerate(_DATA_TYPES):
+        types.value.add(name=f"TYPE_{name}", number=number)
     made: dict[str, Any] = {}
     for name in sorted(_MESSAGES, key=lambda n: n.count(".")):
         outer, _, inner = name.rpartition(".")
         parent = made[outer].nested_type if outer else file.message_type
         message = parent.add(name=inner or name)
         made[name] = message
-        for number, (field, kind) in enumerate(_MESSAGES[name], 1):
+        number = 0
+        for field, kind, *own in _MESSAGES[name]:
+            number = own[0] if own else number + 1
             _field(message, number, field, kind)
     service = file.service.add(name="GRPCInferenceService")
     for method in METHODS:

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -14,13 +14,16 @@ from fdconv_deploy import __version__
 from fdconv_deploy.errors import FDConvError
 from serve.bodies import Body
 from serve.kserve.inference import EXTENSIONS, infer, model_metadata
+from serve.kserve.model_config import model_config, model_statistics
 from serve.kserve.repository_index import index_of, require_control
 from serve.kserve.rest import HEADER_LENGTH, SMALL_JSON, json_length, read_request, write_answer
 from serve.problems import RefusedError, answer_to, problem_docs
 from serve.schemas import (
     InferAnswer,
+    ModelConfig,
     ModelIndexEntry,
     ModelMetadata,
+    ModelStatisticsList,
     ServerLive,
     ServerMetadata,
     ServerReady,
@@ -49,6 +52,57 @@ async def ready(request: Request) -> ServerReady:
     """As `/readyz`."""
     service_of(request).check_ready()
     return ServerReady(ready=True)
+
+
+@router.get(
+    "/models/stats",
+    summary="What every model has done",
+    response_model=ModelStatisticsList,
+    responses=problem_docs(401),
+)
+async def all_statistics(request: Request) -> JSONResponse:
+    """Counts and times of each loaded model since it was loaded.
+
+    A model called `stats` has its metadata at this address as well: the answer holds both.
+    """
+    service = service_of(request)
+    found = model_statistics(service)
+    for model in service.repository:
+        if model.name == "stats":
+            found |= model_metadata(model.version, service.repository.card(model))
+    return JSONResponse(found)
+
+
+@router.get("/models/{name}/stats", summary="What a model has done", responses=_NOT_FOUND)
+@router.get(
+    "/models/{name}/versions/{version}/stats",
+    summary="What a model has done, in one version",
+    responses=_NOT_FOUND,
+)
+async def statistics(request: Request, name: str, version: str = "") -> ModelStatisticsList:
+    """Counts and times since it was loaded; none of a model that is not."""
+    found = model_statistics(service_of(request), name, version)
+    return ModelStatisticsList.model_validate(found)
+
+
+@router.get(
+    "/models/{name}/config",
+    summary="A model's configuration",
+    response_model_exclude_none=True,
+    responses=_NOT_FOUND,
+)
+@router.get(
+    "/models/{name}/versions/{version}/config",
+    summary="A model's configuration, of one version",
+    response_model_exclude_none=True,
+    responses=_NOT_FOUND,
+)
+async def config(request: Request, name: str, version: str = "") -> ModelConfig:
+    """Inputs, outputs and batching, as Triton's ModelConfig has them."""
+    service = service_of(request)
+    model = service.repository.get_version(name, version)
+    found = model_config(service.repository.card(model), service.settings)
+    return ModelConfig.model_validate(found)
 
 
 @router.get("/models/{name}", summary="A model's inputs and outputs", responses=_NOT_FOUND)

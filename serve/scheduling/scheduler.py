@@ -97,6 +97,7 @@ class Scheduler:
     :param workers: inference threads. One that ends, whatever ended it, is replaced.
     :param on_batch: told (lane, images, seconds) after each run's answers are delivered.
     :param on_death: told when a worker ended.
+    :param on_failure: told (lane, seconds since it was queued) of a request without answer.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Scheduler:
         delay: float = 0.0,
         on_batch: Callable[[Hashable, int, float], None] | None = None,
         on_death: Callable[[], None] | None = None,
+        on_failure: Callable[[Hashable, float], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._queue = BatchQueue(max_batch=max_batch, delay=delay)
@@ -118,7 +120,7 @@ class Scheduler:
         # Condition, whose lock the woken thread would first have to wait for.
         self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._clock, self._delay = clock, delay
-        self._on_batch, self._on_death = on_batch, on_death
+        self._on_batch, self._on_death, self._on_failure = on_batch, on_death, on_failure
         self._workers = workers
         self._threads: dict[int, threading.Thread] = {}
         self._closing = False
@@ -254,6 +256,8 @@ class Scheduler:
         if request.over:
             return
         if isinstance(found, Exception):
+            if self._on_failure:
+                self._on_failure(request.lane, self._clock() - request.items[0].enqueued)
             self._withdraw(request)
         else:
             request.over = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -174,6 +176,97 @@ def test_repository(triton, tensor) -> None:
     triton.load_model("sliding")
     assert triton.is_model_ready("sliding")
     triton.infer("sliding", given(triton, tensor))
+
+
+def config_of(triton, model: str, version: str = "") -> dict[str, Any]:
+    found = as_dict(triton, triton.get_model_config(model, version))
+    return found["config"] if triton.module is grpc else found
+
+
+def test_model_config(triton) -> None:
+    found = config_of(triton, "street")
+    assert config_of(triton, "street", "1") == found
+    (images,), outputs = found["input"], found["output"]
+    assert found["name"] == "street"
+    assert found["platform"] == "onnxruntime_onnx"
+    assert (images["name"], images["data_type"]) == ("images", "TYPE_FP32")
+    assert [int(d) for d in images["dims"]] == [3, 32, 48]
+    assert [(o["name"], o["data_type"]) for o in outputs] == [
+        ("logits", "TYPE_FP32"),
+        ("labels", "TYPE_UINT8"),
+    ]
+    assert found["max_batch_size"] == 8  # of Settings.max_images
+    assert found["dynamic_batching"]["preferred_batch_size"] == [1, 4]
+
+
+def statistics_of(triton, *model: str) -> dict[str, dict[str, Any]]:
+    """Numbers by model, whichever way: JSON's 64-bit integers in protobuf are strings."""
+    found = as_dict(triton, triton.get_inference_statistics(*model))
+    return {entry["name"]: entry for entry in found["model_stats"]}
+
+
+def count(entry: dict[str, Any], *path: str) -> int:
+    for key in path:
+        entry = entry.get(key, {})
+    return int(entry or 0)  # type: ignore[call-overload]
+
+
+def test_inference_statistics(triton, tensor) -> None:
+    before = statistics_of(triton, "street")["street"]
+    triton.infer("street", given(triton, tensor))
+    triton.infer("street", given(triton, tensor[:1]))
+    with pytest.raises(triton.module.InferenceServerException):
+        triton.infer("street", given(triton, tensor), timeout=1)
+    after = statistics_of(triton, "street", "1")["street"]
+
+    def more(*path: str) -> int:
+        return count(after, *path) - count(before, *path)
+
+    assert more("inference_count") == 4
+    assert 2 <= more("execution_count") <= 5
+    stages = ("success", "queue", "compute_input", "compute_infer", "compute_output")
+    assert [more("inference_stats", s, "count") for s in stages] == [2] * 5
+    assert more("inference_stats", "fail", "count") == 1
+    spent = [more("inference_stats", stage, "ns") for stage in stages]
+    assert 0 < spent[0] == sum(spent[1:])
+    runs = [(count(b, "batch_size"), b["compute_infer"]) for b in after["batch_stats"]]
+    assert sum(count(run, "count") for _, run in runs) == count(after, "execution_count")
+    assert {size for size, _ in runs} <= {1, 2, 3, 4}
+    assert count(after, "last_inference") > 1.7e12  # milliseconds
+
+
+def test_inference_statistics_of_all_models(triton) -> None:
+    assert sorted(statistics_of(triton)) == ["sliding", "street"]
+
+
+def test_configurations_and_statistics_of_other_names_are_refused(triton) -> None:
+    error = triton.module.InferenceServerException
+    for ask in (triton.get_model_config, triton.get_inference_statistics):
+        with pytest.raises(error, match="no model of that name"):
+            ask("none")
+        with pytest.raises(error, match="no version '7'"):
+            ask("street", "7")
+
+
+def test_a_model_called_stats(bundles, tmp_path, tensor) -> None:
+    """Its metadata and every model's statistics have one address over HTTP."""
+    folder = Path(shutil.copytree(bundles[0], tmp_path / "stats"))
+    port = free_port()
+    settings = Settings(threads=1, grpc_port=port)
+    with (
+        open_session(bundles[1], threads=1) as other,
+        running([folder, other], settings=settings) as address,
+    ):
+        for module, url in ((http, address.removeprefix("http://")), (grpc, f"127.0.0.1:{port}")):
+            client = module.InferenceServerClient(url)
+            client.module = module
+            assert client.is_model_ready("stats")
+            assert as_dict(client, client.get_model_metadata("stats"))["name"] == "stats"
+            assert sorted(statistics_of(client)) == ["sliding", "stats"]
+            assert sorted(statistics_of(client, "stats")) == ["stats"]
+            assert config_of(client, "stats")["name"] == "stats"
+            client.infer("stats", given(client, tensor[:1]))
+            client.close()
 
 
 def test_grpc_requests_have_ids_and_a_line_in_the_log(served, tensor, caplog) -> None:
