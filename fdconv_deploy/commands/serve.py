@@ -16,6 +16,7 @@ from fdconv_deploy.installing import needed_by
 
 
 def serve(
+    context: typer.Context,
     bundles: Annotated[
         list[Path], typer.Argument(metavar="BUNDLE", help="Bundles, or folders of them.")
     ],
@@ -40,7 +41,10 @@ def serve(
         float, typer.Option(min=0, help="Look for changed bundles so often; 0 never.")
     ] = 0.0,
     model_control: Annotated[
-        bool, typer.Option("--model-control", help="Clients may load and unload models.")
+        bool,
+        typer.Option(
+            "--model-control/--no-model-control", help="Clients may load and unload models."
+        ),
     ] = False,
     grpc_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Serve KServe's gRPC there too.")
@@ -63,7 +67,10 @@ def serve(
     ] = "info",
     settings: Annotated[
         Path | None,
-        typer.Option(metavar="JSON", help="A file of any settings; see docs/serving.md."),
+        typer.Option(
+            metavar="JSON",
+            help="A file of any settings; see docs/serving.md. Options given here win over it.",
+        ),
     ] = None,
 ) -> None:
     """Serve bundles over HTTP: POST an image to /v1/segment, or try it in a browser at /."""
@@ -89,16 +96,27 @@ def serve(
         "model_control": model_control,
         "grpc_port": grpc_port,
         "root_path": root_path,
+        "api_keys": api_keys and _keys(api_keys),
         "tls_certificate": tls_certificate,
         "tls_key": tls_key,
         "log_format": log_format,
     }
-    if api_keys is not None:
-        given["api_keys"] = _keys(api_keys)
-    # The command line wins over the file, where it says anything of its own.
-    defaults = {name: field.default for name, field in service.Settings.model_fields.items()}
-    said = {name: value for name, value in given.items() if value != defaults[name]}
-    service.run(bundles, host, port, _checked({**_read(settings), **said}), log_level=log_level)
+    typed = {
+        setting: value
+        for setting, value in given.items()
+        if _was_typed(context, _OPTIONS.get(setting, setting))
+    }
+    service.run(bundles, host, port, _checked({**_read(settings), **typed}), log_level=log_level)
+
+
+# Options that are not called as the setting they give.
+_OPTIONS = {"queue_limit": "queue", "memory_budget_bytes": "memory_budget_mb"}
+
+
+def _was_typed(context: typer.Context, option: str) -> bool:
+    """Whether an option was given at all, be it with its default value."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _keys(path: Path) -> list[str]:
