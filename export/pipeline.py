@@ -18,6 +18,7 @@ from export.detectors import export_detector
 from export.evaluation import Evaluation
 from export.folders import for_network
 from export.inputs import Picture, normalised
+from export.outputs import flatten_outputs
 from export.production import produce
 from export.recipe import (
     Precision,
@@ -26,10 +27,8 @@ from export.recipe import (
     Source,
     graph_size,
     order_entry,
-    outputs_of,
     refuse_training,
 )
-from export.recipe import output_names as checked_names
 from export.rules import Rule
 from export.validation.sources import drawn, mirrored
 from fdconv_deploy.architecture import Preprocessing
@@ -254,6 +253,7 @@ def export_module(
     *,
     batches: Sequence[int] | None = None,
     input_name: str = "input",
+    outputs: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     precision: PrecisionName = "fp32",
     tolerance: float | None = None,
@@ -266,14 +266,17 @@ def export_module(
     """Export any module with FDConv layers in it.
 
     Args:
-        module: in eval mode, taking one tensor and giving a tensor or a tuple or list of
-            tensors, batch first. Its layers may be `FDConv2d` layers or those of a copy of the
-            published class: those are told by their structure, converted in a copy of the
-            module, and compared with their originals on the example.
+        module: in eval mode, taking one tensor and giving tensors, batch first: one, or several
+            in tuples, lists and dicts, nested at will. Its layers may be `FDConv2d` layers or
+            those of a copy of the published class: those are told by their structure, converted
+            in a copy of the module, and compared with their originals on the example.
         example: an input; its shape past the batch is the graphs', its values are what the
             graphs are checked on.
         batches: one graph each; if not given, the example's own batch size.
-        output_names: one per output; ``output`` or ``output0``, ``output1``… if not given.
+        outputs: names of the outputs to export, in this order; all of them if not given. An
+            output is called by where it stands in the module's answer: ``output`` where it is
+            the only one, else ``output0``, ``boxes``, ``output1.feats.2``.
+        output_names: what to call them in the graphs instead, one per output.
         precision, tolerance, keep_fp32, activations: as `export_checkpoint`'s, except that
             no class is chosen, so that the tolerance is about errors in int8, too.
         calibration: for int8, inputs of the example's shape, any batch.
@@ -302,7 +305,14 @@ def export_module(
                 f"calibration inputs must be float32 of the example's shape past the batch, "
                 f"{tuple(example.shape[1:])}, got {tensor.dtype} {tuple(tensor.shape)}."
             )
-    names = checked_names(len(outputs_of(module, example)), output_names)
+    module, names = flatten_outputs(
+        module, example, chosen=outputs, given=output_names, progress=progress or (lambda _: None)
+    )
+    if input_name in names:
+        raise ExportError(
+            f"an output is called {input_name!r} as the input is: give another input_name, or "
+            "output_names=[...]."
+        )
     module, assumed = convert_published(module, example, progress)
     manifest: dict[str, Any] = {"kind": "module"}
     if assumed:

@@ -136,36 +136,38 @@ def refuse_training(network: nn.Module) -> None:
         raise ExportError("the network is in training mode; call .eval() before exporting.")
 
 
-def outputs_of(network: nn.Module, example: Example) -> list[Tensor]:
-    """The network's outputs, one or several.
+def answer_of(network: nn.Module, example: Example) -> Any:
+    """Whatever the network answers.
 
     Raises:
-        ExportError: it does not take the example, or gives something else than tensors.
+        ExportError: it does not take the example.
     """
     inputs = tensors_of(example)
     try:
         with torch.no_grad():
-            answer = network(*inputs)
+            return network(*inputs)
     except (RuntimeError, ValueError, TypeError) as error:
         shapes = " and ".join(str(tuple(tensor.shape)) for tensor in inputs)
         raise ExportError(f"the network does not take inputs of shape {shapes}: {error}") from error
-    outputs = [answer] if isinstance(answer, Tensor) else answer
-    if not isinstance(outputs, list | tuple) or not all(isinstance(o, Tensor) for o in outputs):
-        raise ExportError(
-            f"the network must give a tensor, or a tuple or list of tensors, and gave "
-            f"{type(answer).__name__}. Wrap it in a module that does."
-        )
-    return list(outputs)
 
 
-def output_names(count: int, given: Sequence[str] | None) -> list[str]:
-    """A name for each of ``count`` outputs.
+def outputs_of(network: nn.Module, example: Example) -> list[Tensor]:
+    """The outputs of a network that gives a tensor, or several in a tuple or list.
+
+    Raises:
+        ExportError: it does not take the example.
+    """
+    answer = answer_of(network, example)
+    return [answer] if isinstance(answer, Tensor) else list(answer)
+
+
+def output_names(count: int, given: Sequence[str]) -> list[str]:
+    """The names given for ``count`` outputs.
 
     Raises:
         ExportError: there are more or fewer names than outputs.
     """
-    numbered = ["output"] if count == 1 else [f"output{i}" for i in range(count)]
-    names = list(given or numbered)
+    names = list(given)
     if len(names) != count:
         raise ExportError(f"the module has {count} outputs, output_names names {len(names)}.")
     return names

@@ -144,11 +144,10 @@ def test_refusals_are_sentences_and_leave_nothing(tmp_path, change, hint):
 @pytest.mark.parametrize(
     ("wiring", "example"),
     [
-        (lambda s, x: {"a": s.a(x)}, lively_input((1, 18, 9, 11))),
         (lambda s, x: s.a(x), lively_input((1, 17, 9, 11))),
         (lambda s, x: s.a.double()(x), lively_input((1, 18, 9, 11)).double()),
     ],
-    ids=["a dictionary", "another number of channels", "float64"],
+    ids=["another number of channels", "float64"],
 )
 def test_what_cannot_be_a_graph_is_a_sentence(tmp_path, wiring, example):
     with pytest.raises(ExportError):
