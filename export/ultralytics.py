@@ -35,8 +35,6 @@ from fdconv_deploy.errors import ExportError
 from fdconv_deploy.runtime.engines import write_whole
 
 INPUT = "images"
-# Ultralytics' images are RGB from 0 to 1, of as many channels as the network takes.
-_PREPROCESSING = Preprocessing(mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0))
 # What a network is trained at where its arguments do not say.
 _IMGSZ = 640
 
@@ -87,11 +85,11 @@ def export_ultralytics(
     source = _network(model)
     network = _in_export_mode(source)
     size = _size(network, imgsz)
-    channels = _channels(network)
+    preprocessing = _preprocessing(network)
     if pictures:
-        example = normalised(pictures, size, _PREPROCESSING)[torch.arange(batch) % len(pictures)]
+        example = normalised(pictures, size, preprocessing)[torch.arange(batch) % len(pictures)]
     else:
-        example = made_up_images(batch, size, _PREPROCESSING, channels=channels)
+        example = made_up_images(batch, size, preprocessing)
     expected = _tensors(network, example)
     names = [f"output{place}" for place in range(len(expected))]
     with tempfile.TemporaryDirectory(prefix="fdconv-export-") as scratch:
@@ -190,6 +188,12 @@ def _stride(network: Any) -> int:
 def _channels(network: Any) -> int:
     described = getattr(network, "yaml", None)
     return int(described.get("channels", 3)) if isinstance(described, Mapping) else 3
+
+
+def _preprocessing(network: Any) -> Preprocessing:
+    """Ultralytics' own: pixels from 0 to 1, of as many channels as the network takes."""
+    channels = _channels(network)
+    return Preprocessing(mean=(0.0,) * channels, std=(255.0,) * channels)
 
 
 def _metadata(network: Any, size: tuple[int, int], batch: int) -> dict[str, Any]:

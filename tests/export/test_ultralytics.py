@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import export.ultralytics
 from export import export_ultralytics
 from export.inputs import made_up_images
+from fdconv_deploy.architecture import Preprocessing
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.nn import FDConv2d
 from tests.export.graphs import relative, run_file
@@ -121,7 +122,7 @@ def opened(path: Path) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
 
 
 def pixels(batch: int, size: tuple[int, int]) -> Tensor:
-    return made_up_images(batch, size, export.ultralytics._PREPROCESSING, seed=5)
+    return made_up_images(batch, size, Preprocessing(mean=(0.0,) * 3, std=(255.0,) * 3), seed=5)
 
 
 @torch.no_grad()
