@@ -87,7 +87,8 @@ def _check_header(path: Path) -> None:
         if path.suffix.lower() in (".tif", ".tiff"):
             return  # Pillow does not know TIFF files of any number of bands
         raise ImageError(
-            f"The image {path} cannot be read. Remove it from the folder, or replace it."
+            f"The image {path} is not a JPEG, PNG, WebP, BMP or TIFF file, or its header is "
+            "damaged. Convert it to one of these formats, or leave it out."
         ) from error
 
 

@@ -80,9 +80,12 @@ def test_bands_and_one_output_verify_and_segment(network: Segmentor, bundle: Bun
     with open_session(bundle, threads=1) as session:
         image = pictures(1)[0]
         for given in ((), [("a picture", image)]):
-            for result in verify_bundle(session, network, given):
-                assert result.parity.max_rel <= 1e-4
-                assert result.parity.argmax_agreement is not None
+            for verdict in verify_bundle(session, network, given):
+                assert verdict.equal
+                (finding,) = verdict.whole
+                assert finding.parity is not None
+                assert finding.parity.max_rel <= 1e-4
+                assert finding.parity.argmax_agreement is not None
         answer = session.segment(image)
         prepared = session.prepare(image).input
         logits = network.predict(torch.from_numpy(prepared[None]))

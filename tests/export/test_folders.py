@@ -52,7 +52,7 @@ def test_what_is_no_folder_of_images(tmp_path):
     with pytest.raises(ImageError, match="holds no images"):
         Pictures(tmp_path)
     (tmp_path / "a.png").write_bytes(b"nothing")
-    with pytest.raises(ImageError, match=r"a\.png cannot be read"):
+    with pytest.raises(ImageError, match=r"a\.png is not a JPEG"):
         Pictures(tmp_path)
     with pytest.raises(ImageError, match="is a file"):
         Pictures(tmp_path / "a.png")

@@ -130,7 +130,7 @@ def test_a_slide_network_is_exported_at_its_crop(tmp_path):
     x = images(1, (40, 56))
     (logits,) = run_file(made.model_path(1), x)
     assert relative(logits, network(torch.from_numpy(x)).numpy()) <= 1e-5
-    assert any("checking" in step for step in said)
+    assert any("comparing layer by layer" in step for step in said)
 
 
 @torch.no_grad()
