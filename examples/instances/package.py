@@ -6,6 +6,7 @@ from pathlib import Path
 
 from examples.instances.data import draw_scene, images_of
 from examples.instances.network import start
+from examples.training.attention_statistics import FRAMES, SIZES, frames, recalibrate
 from examples.training.layers import dynamic_layers
 from examples.training.record import attention_spread, origins, write_json
 from examples.training.run import load_state
@@ -19,10 +20,15 @@ EVALUATION_SEEDS = range(HELD_OUT_SEEDS.stop, HELD_OUT_SEEDS.stop + 200)
 
 
 def package(state_file: Path, out: Path) -> None:
-    """Write ``instances.pth``, ``heldout/instances.json`` and the record, without scores yet."""
+    """Write ``instances.pth``, ``heldout/instances.json`` and the record, without scores yet.
+
+    The backbone's attention statistics are measured anew first.
+    """
     state = load_state(state_file)
     network = start()
     network.load_state_dict(state["network"])
+    network.eval()
+    recalibrate(network.backbone, frames(network.architecture.preprocessing))
     (out / "heldout").mkdir(parents=True, exist_ok=True)
     save_checkpoint(out / "instances.pth", network, network.architecture)
     annotations = coco_annotations(
@@ -36,6 +42,7 @@ def package(state_file: Path, out: Path) -> None:
         "dynamic_layers": len(dynamic_layers(network)),
         "steps": state["step"],
         "training_seconds": round(state["seconds"], 1),
+        "attention_statistics": {"sizes": SIZES, "frames": FRAMES},
         "attention_spread": attention_spread(
             network.backbone, (normalise(preprocessing, image[None]) for image in seen)
         ),

@@ -15,6 +15,7 @@ from rich.table import Table
 from examples.streets.data import Scenes, draw_scenes
 from examples.streets.network import FILES, TWINS, architecture
 from examples.streets.recipe import Recipe
+from examples.training.attention_statistics import FRAMES, SIZES, frames, recalibrate
 from examples.training.layers import dynamic_layers
 from examples.training.record import attention_spread, origins, write_json
 from examples.training.run import console, describe, load_state
@@ -30,7 +31,10 @@ EVALUATION_SEEDS = range(HELD_OUT_SEEDS.start, HELD_OUT_SEEDS.start + 200)
 
 
 def evaluate(recipe: Recipe, work: Path, out: Path) -> None:
-    """Score both networks on the same scenes, package them, write the record."""
+    """Score both networks on the same scenes, package them, write the record.
+
+    The FDConv network's attention statistics are measured anew first; the plain one has none.
+    """
     console.print(f"drawing {len(EVALUATION_SEEDS)} held-out scenes")
     scenes = draw_scenes(EVALUATION_SEEDS)
     record = origins(CLASSES, describe(recipe), EVALUATION_SEEDS) | {"networks": {}}
@@ -42,6 +46,7 @@ def evaluate(recipe: Recipe, work: Path, out: Path) -> None:
         network = build_segmentor(architecture(name))
         network.load_state_dict(state["network"])
         network.eval()
+        recalibrate(network, frames(network.architecture.preprocessing))
         matrices = list(confusions(network, scenes))
         found[name] = scores(np.sum(matrices, axis=0))
         packaged = scores(np.sum(matrices[: len(HELD_OUT_SEEDS)], axis=0))
@@ -60,6 +65,7 @@ def evaluate(recipe: Recipe, work: Path, out: Path) -> None:
         if name == "fdconv":
             images = torch.from_numpy(scenes[0][:64].transpose(0, 3, 1, 2).astype(np.float32))
             seen = (normalise(network.architecture.preprocessing, image[None]) for image in images)
+            record["networks"][name]["attention_statistics"] = {"sizes": SIZES, "frames": FRAMES}
             record["networks"][name]["attention_spread"] = attention_spread(network, seen)
     folder = out / "heldout"
     folder.mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 from fdconv_deploy.architecture import Architecture, BackboneConfig, Preprocessing
 from fdconv_deploy.checkpoints import amounts
 from fdconv_deploy.checkpoints.architecture import infer_architecture, infer_backbone_only
+from fdconv_deploy.checkpoints.attention_stability import AttentionStability, attention_stability
 from fdconv_deploy.checkpoints.config_text import Config
 from fdconv_deploy.checkpoints.detector import infer_detector
 from fdconv_deploy.checkpoints.facts import Fact
@@ -80,6 +81,8 @@ class Report(BaseModel):
             the report was not asked for by the command line.
         frequency_order: what tells the order of frequencies, which few checkpoints hold; None
             without FDConv layers or data.
+        attention_stability: whether its attentions amplify rounding on frames unlike the
+            training's; None without FDConv layers, running statistics or data.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -110,6 +113,7 @@ class Report(BaseModel):
     command: str | None = None
     layers: tuple[LayerReport, ...]
     frequency_order: OrderReport | None = None
+    attention_stability: AttentionStability | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -243,6 +247,7 @@ def report_on(
         training_size=training_size(config) if architecture is not None else None,
         layers=tuple(_layer(state, layer, ratio, sizes) for layer in layers),
         frequency_order=order,
+        attention_stability=attention_stability(state),
     )
 
 

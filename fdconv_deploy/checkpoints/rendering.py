@@ -39,6 +39,8 @@ def render(report: Report, console: Console, *, layers: bool = False) -> None:
     console.print(f"{report.tensors} tensors, {', '.join(report.dtypes)}")
     for note in report.notes:
         console.print(f"[yellow]Note:[/yellow] {escape(note)}")
+    if report.attention_stability is not None and report.attention_stability.amplifies:
+        console.print(f"[yellow]Unstable:[/yellow] {escape(report.attention_stability.advice)}")
     if report.frequency_order is not None:
         order = report.frequency_order
         known = (
