@@ -199,10 +199,11 @@ def layer_table(network: Segmentor, x: Tensor, noise: float) -> Table:
     with watched(network) as seen:
         network(x.double())
         network(perturbed(x, noise, 0))
-    table = Table("layer", "change of input", "of output", "attention's largest value, σ")
+    table = Table("change of input", "of output", "attention's largest value, σ")
+    table.add_column("layer", no_wrap=True)
     for name, ((x0, y0, largest), (x1, y1, _)) in seen.items():
         inward, outward = (float((b - a).norm() / a.norm()) for a, b in ((x0, x1), (y0, y1)))
-        table.add_row(name, f"{inward:.1e}", f"{outward:.1e}", f"{largest:.3g}")
+        table.add_row(f"{inward:.1e}", f"{outward:.1e}", f"{largest:.3g}", name)
     return table
 
 
@@ -217,14 +218,19 @@ def both(path: Path) -> dict[torch.dtype, Segmentor]:
 
 
 def measure(
-    path: Path, sizes: Sequence[Size], scenes: int, photographs: Sequence[Path], noise: float
+    networks: dict[torch.dtype, Segmentor],
+    sizes: Sequence[Size],
+    scenes: int,
+    photographs: Sequence[Path],
+    noise: float,
+    only: str | None = None,
 ) -> Iterator[Amplification]:
-    """Every frame of every size."""
-    networks = both(path)
+    """Every frame of every size, or the one called ``only``."""
     preprocessing = networks[torch.float64].architecture.preprocessing
     for size in sizes:
         for name, frame in frames(size, preprocessing, scenes, photographs):
-            yield amplification(networks, prepared(preprocessing, frame), size, name, noise)
+            if only in (None, name):
+                yield amplification(networks, prepared(preprocessing, frame), size, name, noise)
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -257,7 +263,7 @@ def main() -> None:
         console.print(f"{path}, noise of {options.noise:.0e} of the largest input value")
         console.print("size, frame: change in float64, in float32; rounding; largest logit")
         sizes = options.size or SIZES
-        for each in measure(path, sizes, options.scenes, photographs, options.noise):
+        for each in measure(both(path), sizes, options.scenes, photographs, options.noise):
             found.append(each)
             height, width = each.size
             console.print(

@@ -30,15 +30,17 @@ KINDS = (flat, texture, flat, letterboxed, flat, developed)
 SWEEPS = 3
 
 
-def frames(preprocessing: Preprocessing, seed: int = 0) -> list[Tensor]:
-    """Normalised batches ``(2 · FRAMES, 3, H, W)`` float32, one per size of `SIZES`.
+def frames(
+    preprocessing: Preprocessing, sizes: Sequence[tuple[int, int]] = SIZES, seed: int = 0
+) -> list[Tensor]:
+    """Normalised batches ``(2 · FRAMES, 3, H, W)`` float32, one per size.
 
     Half of each are drawn training streets, half are odd, of `KINDS` in turn.
     """
     rng = np.random.default_rng(seed)
     seeds = iter(TRAINING_SEEDS)
     batches = []
-    for size in SIZES:
+    for size in sizes:
         images = [draw_scene(next(seeds), *size)[0].astype(np.float32) for _ in range(FRAMES)]
         odd = [KINDS[i % len(KINDS)](rng, image) for i, image in enumerate(images)]
         batch = np.stack([*images, *odd]).clip(0, 255).transpose(0, 3, 1, 2)
