@@ -46,7 +46,8 @@ def evaluate(recipe: Recipe, work: Path, out: Path) -> None:
         network = build_segmentor(architecture(name))
         network.load_state_dict(state["network"])
         network.eval()
-        recalibrate(network, frames(network.architecture.preprocessing))
+        if dynamic_layers(network):
+            recalibrate(network, frames(network.architecture.preprocessing))
         matrices = list(confusions(network, scenes))
         found[name] = scores(np.sum(matrices, axis=0))
         packaged = scores(np.sum(matrices[: len(HELD_OUT_SEEDS)], axis=0))

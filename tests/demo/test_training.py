@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from examples.streets.data import batch_of
 from examples.streets.network import TWINS, architecture, continue_from
 from examples.streets.recipe import Recipe, rate
 from examples.streets.train import train
+from examples.training.attention_statistics import frames
 from examples.training.layers import FastSpectrum, dynamic_layers
 from fdconv_deploy.demo import HELD_OUT_SEEDS
 from fdconv_deploy.demo.scenes import draw_scene
@@ -86,6 +88,7 @@ def test_stops_goes_on_and_compares(tiny, tmp_path, monkeypatch):
     seeds = HELD_OUT_SEEDS[:2]
     monkeypatch.setattr(package, "HELD_OUT_SEEDS", seeds)
     monkeypatch.setattr(package, "EVALUATION_SEEDS", seeds)
+    monkeypatch.setattr(package, "frames", partial(frames, sizes=((64, 64),)))
     package.evaluate(recipe, tmp_path, tmp_path / "out")
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert {n["steps"] for n in record["networks"].values()} == {recipe.steps}
