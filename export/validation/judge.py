@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -220,6 +221,9 @@ class Judge:
             if p.tensors not in layers or layers[p.tensors].outcome == "cannot tell"
         ]  # fmt: skip
         answers = self._run_pieces(subject, observed, cut, pieces)
+        outputs = list(observed[0].expected)
+        # A layer's output may be the graph's as well, so a file stays until nobody reads it.
+        readers = Counter(t for p in pieces for t in (p.tensors[:1] if p.use else outputs))
         for piece in pieces:
             if piece.use:
                 finding = self._piece(subject, source, observed, piece, answers[piece.tensors[0]])
@@ -228,6 +232,10 @@ class Judge:
             before = layers.get(piece.tensors)
             if before is None or finding.outcome != "cannot tell":
                 layers[piece.tensors] = finding
+            for tensor in piece.tensors[:1] if piece.use else outputs:
+                readers[tensor] -= 1
+                if not readers[tensor]:
+                    answers[tensor].unlink()
 
     def _run_pieces(
         self,
@@ -277,7 +285,6 @@ class Judge:
         seen = [o.layers[piece.use] for o in observed]
         expected = np.concatenate([np.load(one.expected) for one in seen])
         found = np.load(file)
-        file.unlink()
         finite = bool(np.isfinite(found).all())
         off = float(np.abs(found.reshape(expected.shape) - expected).max(initial=0))
         largest = float(np.abs(expected).max(initial=0)) or 1.0

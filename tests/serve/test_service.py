@@ -71,6 +71,11 @@ class TestOpenApi:
             "/v2/models/{name}/versions/{version}",
             "/v2/models/{name}/ready",
             "/v2/models/{name}/versions/{version}/ready",
+            "/v2/models/{name}/config",
+            "/v2/models/{name}/versions/{version}/config",
+            "/v2/models/stats",
+            "/v2/models/{name}/stats",
+            "/v2/models/{name}/versions/{version}/stats",
             "/v2/models/{name}/infer",
             "/v2/models/{name}/versions/{version}/infer",
             "/v2/repository/index",
@@ -204,11 +209,6 @@ class TestWhatIsServed:
     def test_a_module(self, tmp_path: Path) -> None:
         with pytest.raises(BundleError, match="does not segment"):
             create_app([toy.make_module_bundle(tmp_path / "m").path])
-
-    def test_one_class(self, tmp_path: Path) -> None:
-        path = toy.make_bundle(tmp_path / "b", arch=toy.architecture(1)).path
-        with pytest.raises(BundleError, match="two classes or more"):
-            create_app([path])
 
     def test_slide_mode_that_cannot_slide(self, tmp_path: Path) -> None:
         arch = toy.architecture(test=TestMode(mode="slide", stride=(64, 64)))
