@@ -458,7 +458,7 @@ USAGE = [
     ([*GOOD, "--precision", "int8"], 1, "--calibrate FOLDER"),
     ([*GOOD, "--precision", "int8", "--calibrate", "nowhere"], 1, "does not exist"),
     ([*GOOD, "--precision", "int8", "--calibrate", "NO IMAGES"], 1, "holds no images"),
-    ([*GOOD, "--precision", "int8", "--calibrate", "BROKEN"], 1, "cannot be read"),
+    ([*GOOD, "--precision", "int8", "--calibrate", "BROKEN"], 1, "is not a JPEG"),
     ([*GOOD, "--calibrate", "HELD OUT"], 1, "--precision is fp32"),
     ([*GOOD, "--evaluate", "HELD OUT"], 1, "--evaluate compares"),
     ([*GOOD, "--keep-fp32", "decode_head"], 1, "--keep-fp32 names"),

@@ -70,11 +70,12 @@ def test_where_nothing_is_converted_nothing_is_written(
 def test_what_stays_plain_is_counted_and_listed(
     tmp_path: Path, monkeypatch: Any, capfd: Any
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # a long path breaks no line
     state = resnext(32, 128, blocks=1) | {"layer1.0.convs.0.weight": torch.ones(64, 64, 3, 3)}
     torch.save(state, tmp_path / "in.pth")
     code, out, _ = convert(monkeypatch, capfd, tmp_path / "in.pth", "-o", tmp_path / "out.pth")
     assert code == 0
-    assert "out.pth: 8 layers have their spectrum now" in out.replace(" /", "/")
+    assert "out.pth: 8 layers have their spectrum now" in out
     assert "4 layers are grouped convolutions" in out
     assert "layer1.0.conv2, layer2.0.conv2, layer3.0.conv2, layer4.0.conv2" in out
     assert "1 layers were not recognised" in out
