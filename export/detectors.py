@@ -13,7 +13,7 @@ from export.detector_inputs import placed
 from export.folders import for_network
 from export.inputs import Picture
 from export.production import produce
-from export.recipe import Precision, Progress, Recipe, Source, order_entry, refuse_training
+from export.recipe import Precision, Progress, Recipe, Source, choices_entry, refuse_training
 from export.rules import Rule
 from export.validation.sources import drawn
 from fdconv_deploy.detector_architecture import SIZE_DIVISOR
@@ -77,7 +77,7 @@ def export_detector(
         "checkpoint": checkpoint,
         "graph": {
             "assumed": {k: str(v) for k, v in (assumed or {}).items()},
-            **order_entry(network),
+            **choices_entry(network),
         },
     }
     recipe = Recipe(

@@ -25,8 +25,8 @@ from export.recipe import (
     Progress,
     Recipe,
     Source,
+    choices_entry,
     graph_size,
-    order_entry,
     refuse_training,
 )
 from export.rules import Rule
@@ -214,7 +214,7 @@ def export_segmentor(
         "checkpoint": checkpoint,
         "graph": {
             "assumed": {k: str(v) for k, v in (assumed or {}).items()},
-            **order_entry(network),
+            **choices_entry(network),
         },
     }
     recipe = Recipe(

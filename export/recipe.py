@@ -123,11 +123,12 @@ def _stride(network: Segmentor) -> int:
     return 4 * int(np.prod(backbone.strides[: deepest + 1]))
 
 
-def order_entry(network: nn.Module) -> dict[str, str]:
-    """The order a checkpoint's network was built with, for the manifest's ``graph``."""
-    if isinstance(network, LoadedSegmentor | LoadedDetector):
-        return {"frequency_order": network.order.name}
-    return {}
+def choices_entry(network: nn.Module) -> dict[str, str]:
+    """What was chosen on reading a checkpoint, for the manifest's ``graph``: order and weights."""
+    if not isinstance(network, LoadedSegmentor | LoadedDetector):
+        return {}
+    chosen = {} if network.weights is None else {"weights": network.weights}
+    return {"frequency_order": network.order.name, **chosen}
 
 
 def refuse_training(network: nn.Module) -> None:

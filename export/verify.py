@@ -165,13 +165,13 @@ def verify_files(
 
     with open_session(bundle, backend) as session:
         manifest = session.bundle.manifest
-        # Which order the weights are in was decided at export, maybe by the user.
+        # Which weights, and in which order, was decided at export, maybe by the user.
         order = manifest.graph.get("frequency_order")
         network = load_checkpoint(
             checkpoint,
             config=config,
             overrides=overrides,
-            weights=weights,
+            weights=weights or manifest.graph.get("weights"),
             frequency_order=order if order in ("torch", "stable") else "auto",
             require_fdconv=False,
         )

@@ -89,9 +89,9 @@ class Segmentation(BaseModel):
     file: str | None = Field(description="The file's name in the form, if it came with one.")
     height: int = Field(description="Of the mask, in pixels; the image's unless size=network.")
     width: int
-    fit: Literal["exact", "stretch", "pad"] = Field(
-        description="How the image was brought to the network's size. 'exact': in its own "
-        "proportions; 'stretch' and 'pad' change the network's answer somewhat."
+    fit: Literal["resized", "stretched", "letterboxed"] = Field(
+        description="How the image was brought to the network's size. 'resized': in its own "
+        "aspect ratio; 'stretched' and 'letterboxed' change the network's answer somewhat."
     )
     mode: Literal["whole", "slide"] = Field(
         description="The network saw the whole image at once, or crops whose answers were averaged."
@@ -161,8 +161,8 @@ class Detection(BaseModel):
     file: str | None = Field(description="The file's name in the form, if it came with one.")
     height: int = Field(description="Of the image, in pixels.")
     width: int
-    fit: Literal["exact", "pad"] = Field(
-        description="'exact': the image was padded as published. 'pad': it was padded further, "
+    fit: Literal["resized", "letterboxed"] = Field(
+        description="'resized': the image was padded as published. 'letterboxed': further, "
         "which changes the network's answer somewhat."
     )
     resized_to: tuple[int, int] = Field(

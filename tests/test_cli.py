@@ -163,7 +163,7 @@ def test_segment_writes_mask_and_overlay(bundle, monkeypatch, capfd, tmp_path):
     mask = Image.open(tmp_path / f"{image.stem}.png")
     assert mask.mode == "P"
     assert mask.size == Image.open(image).size == (facts["width"], facts["height"])
-    assert facts["fit"] in ("exact", "stretch")
+    assert facts["fit"] in ("resized", "stretched")
     assert sum(facts["classes"].values()) == pytest.approx(1, abs=0.01)
     assert Image.open(tmp_path / f"{image.stem}_overlay.png").size == mask.size
     assert len(list(tmp_path.iterdir())) == 4  # and classes.json, legend.png

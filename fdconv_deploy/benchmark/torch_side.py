@@ -65,7 +65,7 @@ def torch_side(
         shape = image.shape[0], image.shape[1]
         if size is None:
             target = published_size(*shape, architecture.preprocessing)
-            placement = Placement("exact", *target)
+            placement = Placement("resized", *target)
         else:
             target, placement = size, place(shape, size, architecture.preprocessing, fit)
         covered = placement.height, placement.width

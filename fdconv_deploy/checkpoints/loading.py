@@ -28,8 +28,11 @@ from fdconv_deploy.nn.spectrum import FrequencyOrder
 class LoadedSegmentor(Segmentor):
     """A :class:`Segmentor` from a checkpoint.
 
-    ``inference`` says who told its architecture, ``order`` the order of its frequencies.
+    ``inference`` says who told its architecture, ``order`` the order of its frequencies,
+    ``weights`` which weights of several in the file were asked for.
     """
+
+    weights: str | None = None
 
     inference: Inference[Architecture]
     order: ChosenOrder
@@ -37,6 +40,8 @@ class LoadedSegmentor(Segmentor):
 
 class LoadedDetector(Detector):
     """A :class:`Detector` from a checkpoint, its attributes as :class:`LoadedSegmentor`'s."""
+
+    weights: str | None = None
 
     inference: Inference[DetectorArchitecture]
     order: ChosenOrder
@@ -97,6 +102,7 @@ def load_checkpoint(
             "--equivalent` makes one of a plain network; from Python, require_fdconv=False loads "
             "it as it is."
         )
+    network.weights = weights
     _fill(network, state, path)
     network.eval()
     return network

@@ -49,7 +49,7 @@ __all__ = [
     "scene_bands",
 ]
 
-FitDone = Literal["exact", "stretch", "pad"]
+FitDone = Literal["resized", "stretched", "letterboxed"]
 Pixels = npt.NDArray[Any]
 """(H, W, C), uint8 mostly."""
 # What cv2.resize takes: types, and bands at a time (CV_CN_MAX, 512 before OpenCV 5).
@@ -61,8 +61,8 @@ _MOST_BANDS = 128
 class Placement:
     """How an image was put into a network's input.
 
-    ``fit``: "exact", its keep-ratio resize is the input's size, as published; "stretch",
-    its proportions were changed; "pad", it lies at the top left, and the rest of the input
+    ``fit``: "resized", its keep-ratio resize is the input's size, as published; "stretched",
+    its proportions were changed; "letterboxed", it lies at the top left, and the rest of the input
     holds the mean colour. ``height``, ``width``: the pixels of the input it covers.
     """
 
@@ -187,10 +187,10 @@ def place(
     inside = fitting_size(size, network)
     # Rounding can part the two by a pixel; either way proportions are kept.
     if network in (inside, published_size(*size, preprocessing)):
-        return Placement("exact", *network)
+        return Placement("resized", *network)
     if fit == "stretch":
-        return Placement("stretch", *network)
-    return Placement("pad", *inside)
+        return Placement("stretched", *network)
+    return Placement("letterboxed", *inside)
 
 
 def resize(image: Pixels, height: int, width: int) -> Pixels:

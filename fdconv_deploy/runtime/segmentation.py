@@ -20,8 +20,8 @@ class Segmentation:
     """Labels of an image, and how they came about.
 
     ``labels``: (H, W) at the image's own size, uint8, or uint16 above 256 classes; indices
-    into ``classes`` and ``palette``. ``fit``: "exact" when the network saw the image in its
-    own proportions and nothing else, "stretch" or "pad" when it had to be fitted, which
+    into ``classes`` and ``palette``. ``fit``: "resized" when the network saw the image in its
+    own aspect ratio and nothing else, "stretched" or "letterboxed" when it had to be fitted, which
     changes the answer. ``timings``: seconds, by stage.
     """
 

@@ -16,10 +16,12 @@ from .backends import BackendOptions, select
 from .bundle import Bundle
 from .decoding import MAX_PIXELS
 from .detection.detecting import Detecting, as_rows
+from .detection.detection import Detection
 from .detection.steps import detector_classes, detector_palette
+from .manifest import Fit
 from .multiband import load_image
 from .runner import Tensors
-from .segmentation import class_names, class_palette
+from .segmentation import Segmentation, class_names, class_palette
 from .segmenting import Mode, Prepared, Segmenting
 
 __all__ = ["Mode", "Prepared", "Session", "open_session"]
@@ -109,14 +111,30 @@ class Session(Segmenting, Detecting):
         """
         return load_image(source, self.preprocessing, max_pixels=max_pixels)
 
+    def segment(
+        self,
+        image: npt.NDArray[Any] | str | os.PathLike[str],
+        *,
+        fit: Fit | None = None,
+        mode: Mode | None = None,
+    ) -> Segmentation:
+        """As :meth:`Segmenting.segment`; ``image`` may also be the path of an image file."""
+        return super().segment(self._pixels(image), fit=fit, mode=mode)
+
+    def detect(self, image: npt.NDArray[Any] | str | os.PathLike[str]) -> Detection:
+        """As :meth:`Detecting.detect`; ``image`` may also be the path of an image file."""
+        return super().detect(self._pixels(image))
+
+    def _pixels(self, image: npt.NDArray[Any] | str | os.PathLike[str]) -> npt.NDArray[Any]:
+        return self.read_image(image) if isinstance(image, (str, os.PathLike)) else image
+
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """A segmentor's logits for a batch of images of exactly the bundle's size.
 
         For a detector, :meth:`run_rows`.
 
-        :param batch: (N, H, W, C) uint8, RGB where C is 3, or (N, C, H, W) float32
-            normalised; any N. It
-            is divided over the bundle's batch sizes; slots left over in the last run hold
+        :param batch: (N, H, W, C) uint8, RGB where C is 3, or (N, C, H, W) float32 normalised;
+            any N. It is divided over the bundle's batch sizes; slots left over in the last run hold
             repeated images, whose answers are dropped.
         :returns: (N, classes, h, w) float32 at the head's resolution.
         :raises ImageError: another shape or type.

@@ -21,7 +21,7 @@ def slide(
     crop: tuple[int, int],
     run: Callable[[Logits], Logits],
     batch: int,
-) -> tuple[Labels, Literal["pad", "exact"], dict[str, float]]:
+) -> tuple[Labels, Literal["letterboxed", "resized"], dict[str, float]]:
     """Label every pixel of an image, crop by crop.
 
     :param image: (H, W, C) as `check_image` takes it, any size.
@@ -64,4 +64,4 @@ def slide(
     )
     after = time.perf_counter() - start - before - inside
     timings = {"preprocess": before, "inference": inside, "postprocess": after}
-    return labels, "pad" if source.padded else "exact", timings
+    return labels, "letterboxed" if source.padded else "resized", timings

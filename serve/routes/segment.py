@@ -104,7 +104,7 @@ _EXAMPLE = {
     "file": "street.jpg",
     "height": 2,
     "width": 4,
-    "fit": "stretch",
+    "fit": "stretched",
     "mode": "whole",
     "classes": [
         {"id": 0, "name": "road", "color": [128, 64, 128], "area": 5, "share": 0.625},

@@ -59,7 +59,7 @@ class TestAgainstThePublishedPipeline:
         assert np.array_equal(normalise(rgb, published), reference[tensor][0])
 
     def test_placement(self, published) -> None:
-        assert place((90, 123), (128, 175), published, "stretch").fit == "exact"
+        assert place((90, 123), (128, 175), published, "stretch").fit == "resized"
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,9 @@ def test_a_placement_lies_inside_and_says_what_it_did(h, w, big, small, fit) -> 
     assert 1 <= found.width <= small
     assert found.height == big or found.width == small
     covers = (found.height, found.width) == (big, small)
-    assert found.fit == fit if found.fit != "exact" else covers
-    if found.fit != "stretch":  # proportions kept to within the rounding of a pixel
+    done = {"stretch": "stretched", "pad": "letterboxed"}[fit]
+    assert found.fit == done if found.fit != "resized" else covers
+    if found.fit != "stretched":  # proportions kept to within the rounding of a pixel
         factor = min(big / h, small / w)
         assert abs(found.height - max(h * factor, 1)) <= 1
         assert abs(found.width - max(w * factor, 1)) <= 1
@@ -102,8 +103,8 @@ def test_a_placement_lies_inside_and_says_what_it_did(h, w, big, small, fit) -> 
 def test_same_proportions_are_exact_at_any_scale() -> None:
     for factor in (0.25, 0.5, 2, 7):
         size = (int(64 * factor), int(96 * factor))
-        assert place(size, (64, 96), Preprocessing(), "pad").fit == "exact"
-    assert place((64, 97), (64, 96), Preprocessing(), "stretch").fit == "stretch"
+        assert place(size, (64, 96), Preprocessing(), "pad").fit == "resized"
+    assert place((64, 97), (64, 96), Preprocessing(), "stretch").fit == "stretched"
     assert place((64, 120), (64, 96), Preprocessing(), "pad").height < 64
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import psutil
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from fdconv_deploy.architecture import Preprocessing, TestMode
@@ -133,11 +134,18 @@ class TestRun:
 
 
 class TestSegment:
+    def test_a_path_is_read(self, session: Session, image: np.ndarray, tmp_path: Path) -> None:
+        Image.fromarray(image).save(tmp_path / "street.png")
+        for path in (tmp_path / "street.png", str(tmp_path / "street.png")):
+            assert np.array_equal(session.segment(path).labels, session.segment(image).labels)
+        with pytest.raises(ImageError, match="does not exist"):
+            session.segment(tmp_path / "none.png")
+
     def test_a_size_other_than_the_bundles(self, session: Session, image: np.ndarray) -> None:
         found = session.segment(image)
         assert found.labels.shape == (50, 70)
         assert found.labels.dtype == np.uint8
-        assert (found.fit, found.mode) == ("stretch", "whole")
+        assert (found.fit, found.mode) == ("stretched", "whole")
         assert found.classes == tuple(f"class {i}" for i in range(5))
         assert len(found.palette) == 5
         assert found.areas().sum() == 50 * 70
@@ -147,12 +155,12 @@ class TestSegment:
     @pytest.mark.parametrize(
         ("size", "fit", "done"),
         [
-            ((32, 48), "stretch", "exact"),
-            ((64, 96), "pad", "exact"),
-            ((50, 70), "pad", "pad"),
-            ((50, 70), "stretch", "stretch"),
-            ((1, 1), "pad", "pad"),
-            ((1, 300), "stretch", "stretch"),
+            ((32, 48), "stretch", "resized"),
+            ((64, 96), "pad", "resized"),
+            ((50, 70), "pad", "letterboxed"),
+            ((50, 70), "stretch", "stretched"),
+            ((1, 1), "pad", "letterboxed"),
+            ((1, 300), "stretch", "stretched"),
         ],
     )
     def test_says_how_the_image_was_fitted(self, session, size, fit, done) -> None:
@@ -181,8 +189,8 @@ class TestSegment:
     def test_the_bundles_own_fit(self, tmp_path: Path, image: np.ndarray) -> None:
         toy.make_bundle(tmp_path / "b", fit="pad")
         with open_session(tmp_path / "b") as session:
-            assert session.segment(image).fit == "pad"
-            assert session.segment(image, fit="stretch").fit == "stretch"
+            assert session.segment(image).fit == "letterboxed"
+            assert session.segment(image, fit="stretch").fit == "stretched"
 
     def test_in_three_steps_is_the_same(self, session: Session, image: np.ndarray) -> None:
         prepared = [session.prepare(i) for i in (image, image[::-1].copy())]
@@ -208,7 +216,7 @@ class TestSegment:
 
         session = Session(bundle, FakeBackend(answer), "", {})
         found = session.segment(read_image(oracle / "segmentor" / "B_image.png"))
-        assert found.fit == "exact"
+        assert found.fit == "resized"
         assert np.array_equal(found.labels, reference["argmax"])
 
     def test_published_resize_is_called_exact(self, oracle: Path, tmp_path: Path) -> None:
@@ -223,7 +231,7 @@ class TestSegment:
 
         session = Session(Bundle(tmp_path, manifest), FakeBackend(answer), "", {})
         image = read_image(oracle / "segmentor" / "B_pipeline_image.png")
-        assert session.segment(image).fit == "exact"
+        assert session.segment(image).fit == "resized"
         assert np.array_equal(seen[0], reference["pipeline.input"])
 
     def test_slide_is_the_networks_mode(self, tmp_path: Path, image: np.ndarray) -> None:
@@ -231,9 +239,9 @@ class TestSegment:
         toy.make_bundle(tmp_path / "b", arch=toy.architecture(test=test))
         with open_session(tmp_path / "b", threads=1) as session:
             found = session.segment(image)
-            assert (found.mode, found.fit) == ("slide", "exact")
+            assert (found.mode, found.fit) == ("slide", "resized")
             assert found.labels.shape == (50, 70)
-            assert session.segment(image[:20]).fit == "pad"
+            assert session.segment(image[:20]).fit == "letterboxed"
             assert session.segment(image, mode="whole").mode == "whole"
             assert found.timings["inference"] > 0
 
@@ -248,7 +256,7 @@ class TestSegment:
 
     def test_not_an_image(self, session: Session) -> None:
         with pytest.raises(ImageError, match="read_image"):
-            session.segment("street.jpg")
+            session.segment([[1, 2], [3, 4]])
 
     @pytest.mark.parametrize("mode", ["whole", "slide"])
     def test_one_output_labels_by_its_threshold(self, tmp_path: Path, image, mode) -> None:

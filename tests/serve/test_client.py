@@ -42,7 +42,7 @@ def test_segment(client: Client, picture, png: bytes, labels, tmp_path: Path) ->
         answer = client.segment(image)
         assert np.array_equal(answer.labels, labels)
     assert sum(answer.areas.values()) == labels.size
-    assert (answer.model, answer.mode, answer.fit) == ("street", "whole", "stretch")
+    assert (answer.model, answer.mode, answer.fit) == ("street", "whole", "stretched")
     assert answer.timings_ms["inference"] > 0
     assert len(answer.request_id) == 32
 

@@ -36,7 +36,7 @@ class TestJson:
         assert schemas.Segmentation.model_validate(found, strict=False)
         assert (found["height"], found["width"]) == (50, 70)
         assert found["model"] == "street"
-        assert (found["fit"], found["mode"]) == ("stretch", "whole")
+        assert (found["fit"], found["mode"]) == ("stretched", "whole")
         assert np.array_equal(decode(found["mask"]), expected.labels)
 
     def test_areas(self, client: TestClient, png: bytes, expected) -> None:
@@ -116,7 +116,7 @@ def test_mask_png(client: TestClient, png: bytes, expected) -> None:
         np.asarray(image.convert("RGB")), np.asarray(expected.palette)[expected.labels]
     )
     assert answer.headers["x-model"] == "street"
-    assert answer.headers["x-fit"] == "stretch"
+    assert answer.headers["x-fit"] == "stretched"
     assert answer.headers["x-mode"] == "whole"
 
 
@@ -131,7 +131,7 @@ def test_options_reach_the_session(client: TestClient, bundles, picture, png: by
     with open_session(bundles[0], threads=1) as session:
         padded = session.segment(picture, fit="pad")
     found = client.post("/v1/segment?fit=pad", content=png, headers=PNG).json()
-    assert found["fit"] == "pad"
+    assert found["fit"] == "letterboxed"
     assert np.array_equal(decode(found["mask"]), padded.labels)
 
 
@@ -139,7 +139,7 @@ def test_a_model_by_name(client: TestClient, bundles, picture, png: bytes) -> No
     with open_session(bundles[1], threads=1) as session:
         slid = session.segment(picture)
     found = client.post("/v1/models/sliding/segment", content=png, headers=PNG).json()
-    assert (found["model"], found["mode"], found["fit"]) == ("sliding", "slide", "exact")
+    assert (found["model"], found["mode"], found["fit"]) == ("sliding", "slide", "resized")
     assert np.array_equal(decode(found["mask"]), slid.labels)
     whole = client.post("/v1/models/sliding/segment?mode=whole", content=png, headers=PNG)
     assert whole.json()["mode"] == "whole"

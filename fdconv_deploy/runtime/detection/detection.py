@@ -30,8 +30,8 @@ class Detection:
     (0, 0). ``scores``: (N,) float32, 0 to 1. ``labels``: (N,) int64, indices into ``classes``
     and ``palette``. ``mask_probabilities``: (N, h, w) float32 over each box; None when the
     network gives no masks. ``image_size``, ``resized_to``: (H, W) of the image, and of the
-    part of the network's input it covered. ``fit``: "exact" when the network saw the image with
-    no more padding than published, "pad" when with more, which changes the answer somewhat.
+    part of the network's input it covered. ``fit``: "resized" when the network saw the image with
+    no more padding than published, "letterboxed" when with more, which changes the answer somewhat.
     ``timings``: seconds, by stage.
     """
 

@@ -23,8 +23,8 @@ from fdconv_deploy.runtime.preprocessing import FitDone, fitting_size, published
 class DetectorPlacement:
     """Where an image of ``image`` (H, W) lies in a detector's input: the top left.
 
-    ``height``, ``width``: the pixels of the input that it covers. ``fit``: "exact", with no
-    more padding than published; "pad", padded further.
+    ``height``, ``width``: the pixels of the input that it covers. ``fit``: "resized", with no
+    more padding than published; "letterboxed", padded further.
     """
 
     fit: FitDone
@@ -63,7 +63,7 @@ def place_whole(
     if preprocessing.scale is None or size[0] > network[0] or size[1] > network[1]:
         size = fitting_size(image, network)
     exact = network in (size, _padded(size))
-    return DetectorPlacement("exact" if exact else "pad", *size, image)
+    return DetectorPlacement("resized" if exact else "letterboxed", *size, image)
 
 
 def _padded(size: tuple[int, int]) -> tuple[int, int]:

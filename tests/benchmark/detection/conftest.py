@@ -73,6 +73,6 @@ def as_found(
         size,
         ("person", "car", "sign"),
         ((200, 0, 0),) * 3,
-        "exact",
+        "resized",
         {"inference": 0.1},
     )

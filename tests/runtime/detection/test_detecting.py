@@ -55,11 +55,11 @@ class TestFit:
     @pytest.mark.parametrize(
         ("image", "fit", "resized"),
         [
-            ((64, 96), "exact", (64, 96)),
-            ((200, 300), "exact", (64, 96)),
-            ((100, 140), "exact", (64, 90)),  # padded to 64 x 96, as published
-            ((64, 60), "pad", (64, 60)),  # published: 64 x 64
-            ((300, 200), "pad", (64, 43)),  # published: 96 x 64, which does not fit
+            ((64, 96), "resized", (64, 96)),
+            ((200, 300), "resized", (64, 96)),
+            ((100, 140), "resized", (64, 90)),  # padded to 64 x 96, as published
+            ((64, 60), "letterboxed", (64, 60)),  # published: 64 x 64
+            ((300, 200), "letterboxed", (64, 43)),  # published: 96 x 64, which does not fit
         ],
     )
     def test_what_the_answer_says(self, detector: Session, image, fit, resized) -> None:
@@ -77,7 +77,7 @@ class TestFit:
         toy_detector.make_bundle(tmp_path / "b", arch=arch, batches=(1,))
         with open_session(tmp_path / "b", threads=1) as session:
             found = session.detect(picture(64, 96))
-        assert (found.resized_to, found.fit) == ((32, 48), "pad")
+        assert (found.resized_to, found.fit) == ((32, 48), "letterboxed")
 
 
 def test_boxes_stay_within_the_image(detector: Session) -> None:

@@ -33,7 +33,7 @@ def made(count: int, size: tuple[int, int] = (40, 60), *, name: str = "thing") -
         size,
         (name,),
         ((200, 30, 30),),
-        "exact",
+        "resized",
         {},
     )
 
