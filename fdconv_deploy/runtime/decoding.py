@@ -71,7 +71,8 @@ def image_size(source: str | os.PathLike[str]) -> tuple[int, int]:
 
     def size(image: Image.Image) -> tuple[int, int]:
         try:
-            turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+            # Of a TIFF file, Pillow gives the size as it is to be looked at.
+            turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
         except Exception:  # as in _upright
             turned = False
         return (image.width, image.height) if turned else (image.height, image.width)

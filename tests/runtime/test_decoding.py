@@ -19,6 +19,7 @@ from fdconv_deploy.runtime.decoding import (
     MAX_PIXELS,
     ImageTooLargeError,
     UnsupportedImageError,
+    image_size,
     read_image,
 )
 
@@ -83,6 +84,18 @@ def test_exif_orientation_is_applied_as_published(kind: str, orientation: int) -
     found = read_image(data)
     assert found.shape == ((83, 61, 3) if orientation > 4 else (61, 83, 3))
     assert np.array_equal(found, as_published(data))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_in_a_header_is_that_of_the_pixels(
+    kind: str, orientation: int, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / "a"
+    file.write_bytes(encoded(picture(), kind, exif=exif))
+    assert image_size(file) == read_image(file).shape[:2]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])
