@@ -134,7 +134,10 @@ def with_picture(
     try:
         # Decoders of hostile data raise almost anything (struct.error, SyntaxError,
         # ZeroDivisionError ...), hence `except Exception`; each is the file's fault.
-        with Image.open(file, formats=FORMATS) as image:
+        with (
+            file if isinstance(file, io.BytesIO) else _File(file) as opened,
+            Image.open(opened, formats=FORMATS) as image,
+        ):
             if image.width * image.height > max_pixels:
                 raise too_large(name, f"{image.width} x {image.height} pixels", max_pixels)
             if load:
@@ -151,6 +154,22 @@ def with_picture(
         ) from error
     except Exception as error:
         raise damaged(name) from error
+
+
+class _File(io.BufferedReader):
+    """A file of which no more is asked than it has.
+
+    Pillow asks for as many bytes as a damaged length says there are, and Python takes memory for
+    all of them before it reads the first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = path.stat().st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self._size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def damaged(name: str) -> ImageError:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime.decoding import (
@@ -177,6 +180,25 @@ class TestRefused:
             with pytest.raises(ImageError, match=says) as caught:
                 read_image(tmp_path / name)
             sentence(caught)
+
+    @pytest.mark.parametrize("chunk", [b"IHDR", b"tEXt", b"IDAT", b"IEND"])
+    def test_a_length_that_a_file_has_not_takes_no_memory(
+        self, chunk: bytes, tmp_path: Path
+    ) -> None:
+        notes = PngInfo()
+        notes.add_text("a", "b")
+        data = bytearray(encoded(picture(), "PNG", pnginfo=notes))
+        at = data.index(chunk)
+        data[at - 4 : at] = (0xFFFFFFFF).to_bytes(4, "big")
+        file = tmp_path / "a.png"
+        file.write_bytes(data)
+        for read in (read_image, image_size):
+            tracemalloc.start()
+            with contextlib.suppress(ImageError):
+                read(file)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert peak < 50e6
 
     def test_pixel_cap_is_met_before_decoding(self) -> None:
         def chunk(kind: bytes, payload: bytes) -> bytes:
