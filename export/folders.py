@@ -9,11 +9,16 @@ from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from fdconv_deploy.architecture import Preprocessing
+from fdconv_deploy.benchmark.datasets import DatasetError, read_mask
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.decoding import FORMATS, checked_source, is_array
+from fdconv_deploy.runtime.decoding import (
+    ImageTooLargeError,
+    checked_source,
+    image_size,
+    is_array,
+)
 from fdconv_deploy.runtime.listing import MASK_ENDING as MASK
 from fdconv_deploy.runtime.listing import images_of
 from fdconv_deploy.runtime.multiband import load_image
@@ -39,7 +44,7 @@ class Pictures(Sequence[Picture]):
         self.paths = images_of(source) if isinstance(source, Path) else list(source)
         self.preprocessing = Preprocessing()
         for path in self.paths:
-            _check_header(path)
+            _size(path)
 
     def for_network(self, preprocessing: Preprocessing) -> Pictures:
         """The same, decoded as a network's images are."""
@@ -77,28 +82,23 @@ def for_network(pictures: Sequence[Picture], preprocessing: Preprocessing) -> Se
     return pictures
 
 
-def _check_header(path: Path) -> None:
-    file, _ = checked_source(path)
-    if is_array(file):
-        return  # whether it is an image is told by the network's bands
-    try:
-        Image.open(path, formats=FORMATS).close()
-    except OSError as error:
-        if path.suffix.lower() in (".tif", ".tiff"):
-            return  # Pillow does not know TIFF files of any number of bands
-        raise ImageError(
-            f"The image {path} is not a JPEG, PNG, WebP, BMP or TIFF file, or its header is "
-            "damaged. Convert it to one of these formats, or leave it out."
-        ) from error
-
-
 def _size(image: Path) -> tuple[int, int] | None:
-    """Height and width of a picture; None where the network's reader alone can tell them."""
-    try:
-        with Image.open(image, formats=FORMATS) as opened:
-            return opened.height, opened.width
-    except OSError:
+    """Height and width of a picture; None where the network's reader alone can tell them.
+
+    Raises:
+        ImageError: it is no picture, or too large.
+    """
+    file, _ = checked_source(image)
+    if is_array(file):
         return None
+    try:
+        return image_size(image)
+    except ImageTooLargeError:
+        raise
+    except ImageError:
+        if image.suffix.lower() in (".tif", ".tiff"):
+            return None  # Pillow does not know TIFF files of any number of bands
+        raise
 
 
 def _mask(image: Path) -> NDArray[np.integer] | None:
@@ -106,14 +106,13 @@ def _mask(image: Path) -> NDArray[np.integer] | None:
     if not path.is_file():
         return None
     try:
-        with Image.open(path) as opened:
-            labels = np.asarray(opened)
-    except OSError as error:
-        raise ImageError(f"The mask {path} cannot be read. Remove it, or replace it.") from error
-    size = _size(image) or labels.shape[:2]
-    if labels.ndim != 2 or labels.shape != size:
+        labels = read_mask(path)
+    except DatasetError as error:
+        raise ImageError(str(error)) from error
+    size = _size(image) or labels.shape
+    if labels.shape != size:
         raise ImageError(
             f"The mask {path} must hold one class index for each pixel of its image, "
             f"{size[0]}x{size[1]} (height x width); it is {'x'.join(map(str, labels.shape))}."
         )
-    return labels.astype(np.int64)
+    return labels

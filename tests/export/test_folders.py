@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -38,12 +40,63 @@ def test_masks_belong_to_an_image(tmp_path):
     assert [picture.shape for picture in found[1:]] == [(4, 6, 3)] * 2
 
 
-@pytest.mark.parametrize(("size", "mode"), [((5, 4), "L"), ((6, 4), "RGB")])
-def test_masks_that_do_not_fit(tmp_path, size, mode):
+@pytest.mark.parametrize(
+    ("size", "mode", "says"),
+    [
+        ((5, 4), "L", "one class index for each pixel of its image, 4x6"),
+        ((6, 4), "RGB", "holds RGB pixels. A mask holds one number a pixel"),
+    ],
+)
+def test_masks_that_do_not_fit(tmp_path, size, mode, says):
     write(tmp_path / "a.png")
     write(tmp_path / "a_labels.png", size, mode)
-    with pytest.raises(ImageError, match=r"one class index for each pixel of its image, 4x6"):
+    with pytest.raises(ImageError, match=says):
         Pictures(tmp_path).masks()
+
+
+def _without_half_of_its_pixels(whole: bytes) -> bytes:
+    """Of the length that is told, so that the next chunk begins among compressed pixels."""
+    at = whole.index(b"IDAT")
+    length = int.from_bytes(whole[at - 4 : at], "big") // 2
+    return whole[: at - 4] + length.to_bytes(4, "big") + whole[at:]
+
+
+def _with_a_short_header(whole: bytes) -> bytes:
+    header = b"IHDR" + whole[16:21]
+    chunk = (5).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+    return whole[:8] + chunk + whole[33:]
+
+
+@pytest.mark.parametrize("damage", [_without_half_of_its_pixels, _with_a_short_header])
+def test_damaged_masks_are_refused(tmp_path, damage):
+    write(tmp_path / "a.png", (200, 200))
+    labels = np.random.default_rng(0).integers(0, 9, (200, 200), np.uint8)
+    Image.fromarray(labels).save(tmp_path / "a_labels.png")
+    (tmp_path / "a_labels.png").write_bytes(damage((tmp_path / "a_labels.png").read_bytes()))
+    with pytest.raises(ImageError, match=r"a_labels\.png cannot be read"):
+        Pictures(tmp_path).masks()
+
+
+def test_damaged_headers_are_refused_before_any_image_is_read(tmp_path):
+    write(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(_with_a_short_header((tmp_path / "a.png").read_bytes()))
+    with pytest.raises(ImageError, match=r"a\.png cannot be decoded"):
+        Pictures(tmp_path)
+
+
+def test_images_too_large_are_refused_before_any_is_read(tmp_path):
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=r"a\.png has .* pixels"):
+        Pictures(tmp_path)
+
+
+def test_a_mask_fits_an_image_on_its_side_as_it_is_looked_at(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=exif)
+    write(tmp_path / "a_labels.png", (4, 6), "L")
+    found = Pictures(tmp_path)
+    assert found[0].shape[:2] == found.masks()[0].shape == (6, 4)
 
 
 def test_what_is_no_folder_of_images(tmp_path):
