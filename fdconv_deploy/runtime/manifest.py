@@ -23,6 +23,8 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+# A name that numpy knows, of the types that a graph's tensors are of.
+DType = Annotated[str, StringConstraints(pattern=r"^(bool|u?int(8|16|32|64)|float(16|32|64))$")]
 BatchSize = Annotated[int, Field(ge=1)]
 Fit = Literal["stretch", "pad"]
 
@@ -36,7 +38,7 @@ class TensorSpec(_Model):
 
     name: str
     shape: tuple[Annotated[int, Field(ge=0)], ...]
-    dtype: str = "float32"
+    dtype: DType = "float32"
 
 
 class InputSize(_Model):
