@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,11 @@ from numpy.typing import NDArray
 
 from fdconv_deploy.benchmark.datasets import DatasetError
 from fdconv_deploy.benchmark.detection.annotations import Annotations, Image, read_annotations
+from fdconv_deploy.checkpoints.config_values import printable
 from fdconv_deploy.runtime.decoding import image_size, read_image
+
+# Of a character beyond 16 bits, of which JSON may hold one half.
+_ESCAPED_HALF = re.compile(r"\\u[dD]")
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,10 @@ def read_coco(annotations: Path, images: Path, limit: int | None = None) -> Coco
         raise DatasetError(f"A file of annotations was expected, but {annotations} is none.")
     try:
         # Windows' editors begin a file with a mark that JSON does not know.
-        told = json.loads(annotations.read_text(encoding="utf-8-sig"))
+        text = annotations.read_text(encoding="utf-8-sig")
+        told = json.loads(text)
+        if _ESCAPED_HALF.search(text):  # seldom, and millions of numbers need not be walked through
+            told = printable(told)
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"The annotations {annotations} are not JSON: {error}.") from error
     listed = {name: _entries(told, name, annotations) for name in ("images", "categories")}

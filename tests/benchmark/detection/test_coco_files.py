@@ -179,6 +179,26 @@ def test_a_mark_at_the_beginning_is_no_fault(files) -> None:
     assert len(read_coco(*files)) == 1
 
 
+@pytest.mark.parametrize("half", ["\ud800", "a\udfff", "\udc80b"])
+def test_findings_about_half_characters_can_be_written(files, half: str) -> None:
+    told = json.loads(files[0].read_text())
+    told["annotations"][1]["id"] = half
+    told["categories"][1]["name"] = half
+    files[0].write_text(json.dumps(told))
+    data = read_coco(*files)
+    (left,) = data.checked.left_out
+    written = half.replace(half.strip("ab"), "?")
+    assert written in str(left).encode().decode()
+    assert data.truth["categories"][0]["name"] == written
+
+
+def test_whole_characters_of_two_halves_stay(files) -> None:
+    told = json.loads(files[0].read_text())
+    told["categories"][1]["name"] = "💡"
+    files[0].write_text(json.dumps(told))
+    assert read_coco(*files).category_ids(("💡",)) == [1]
+
+
 def test_categories_of_one_name(files) -> None:
     data = read(files, lambda told: told["categories"].append({"id": 3, "name": "thing"}))
     assert data.category_ids(("other",)) == [1]
