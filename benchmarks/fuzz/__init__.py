@@ -1,0 +1,1 @@
+"""The readers that `benchmarks.fuzz_readers` tries: seeds, mutations and calls."""
