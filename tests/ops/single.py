@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
+import pytest
 from numpy.typing import NDArray
-from onnx import ModelProto, helper
+from onnx import ModelProto, helper, numpy_helper
 
 from export.layers import LayerWriter
 from fdconv_deploy.folding.layer import FoldedConv
@@ -60,6 +61,25 @@ def run(model: ModelProto, x: NDArray, library: Path | None = None, threads: int
     )
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, {"x": x}), strict=True))
+
+
+def refusal(model: ModelProto, x: NDArray, library: Path) -> str:
+    """What a library says of a model that it refuses, when it is loaded or run."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library))
+    with pytest.raises(Exception, match="the native operator") as caught:
+        onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        ).run(None, {"x": x})
+    return str(caught.value)
+
+
+def cut_constant(model: ModelProto, name: str, axis: int, kept: slice) -> None:
+    """Shorten an initializer along an axis."""
+    (tensor,) = (each for each in model.graph.initializer if each.name == name)
+    places = np.arange(tensor.dims[axis])[kept]
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).take(places, axis), name))
 
 
 def fdconv_node(model: ModelProto, name: str) -> onnx.NodeProto:

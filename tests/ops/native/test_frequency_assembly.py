@@ -13,11 +13,12 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from onnx import numpy_helper
 
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.ops.frequency_assembly import AssemblyForm
-from tests.ops.single import fdconv_node, inputs_of, layer_model, run
+from tests.ops.single import cut_constant, fdconv_node, inputs_of, layer_model, refusal, run
 from tests.ops.test_frequency_assembly import (
     CHANNELS,
     FORMS,
@@ -135,6 +136,41 @@ def test_runs_repeat_and_do_not_share(library: Path) -> None:
     for image in range(3):
         alone = run(layer_model(folded, 1), x[image : image + 1], library)["y"]
         assert np.abs(alone - together[image]).max() <= 1e-6 * np.abs(alone).max()
+
+
+@pytest.mark.parametrize("shape", [[4, 3, 0, 3], [4, 3, 3, 0], [4, 3, -1, 3], [4, 3, 2**40, 3]])
+def test_kernel_shapes_that_do_not_fit_are_refused(shape: list[int], library: Path) -> None:
+    model = layer_model(layer_of(CHANNELS, 12, 3)[1], 1)
+    node = fdconv_node(model, "FrequencyAssembly")
+    (told,) = (each for each in node.attribute if each.name == "kernel_shape")
+    told.ints[:] = shape
+    x = lively_input((1, CHANNELS, 7, 9)).numpy()
+    assert "its constants are not" in refusal(model, x, library)
+
+
+@pytest.mark.parametrize("kept", [slice(0, 0), slice(0, -1)], ids=["empty", "shorter"])
+@pytest.mark.parametrize("axis", [0, -1])
+def test_constants_that_do_not_fit_are_refused(axis: int, kept: slice, library: Path) -> None:
+    folded = layer_of(CHANNELS, 12, 3)[1]
+    whole = layer_model(folded, 1)
+    constants = {tensor.name for tensor in whole.graph.initializer}
+    for name in fdconv_node(whole, "FrequencyAssembly").input[1:4]:  # spectrum, patterns, places
+        assert name in constants
+        model = layer_model(folded, 1)
+        cut_constant(model, name, axis, kept)
+        refusal(model, lively_input((1, CHANNELS, 7, 9)).numpy(), library)
+
+
+def test_places_beyond_the_patterns_are_refused(library: Path) -> None:
+    model = layer_model(layer_of(CHANNELS, 12, 3)[1], 1)
+    name = fdconv_node(model, "FrequencyAssembly").input[3]
+    (tensor,) = (each for each in model.graph.initializer if each.name == name)
+    places = numpy_helper.to_array(tensor).copy()
+    for wrong in (-1, 1 << 30):
+        places.flat[-1] = wrong
+        tensor.CopyFrom(numpy_helper.from_array(places, name))
+        x = lively_input((1, CHANNELS, 7, 9)).numpy()
+        assert "its constants are not" in refusal(model, x, library)
 
 
 def test_the_runtime_says_it_ran(library: Path, tmp_path: Path) -> None:

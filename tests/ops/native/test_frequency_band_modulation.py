@@ -9,7 +9,7 @@ import pytest
 
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.nn import FDConv2d
-from tests.ops.single import fdconv_node, layer_model, run
+from tests.ops.single import cut_constant, fdconv_node, layer_model, refusal, run
 from tests.ops.test_frequency_band_modulation import K_LISTS, by_reference, layer_of
 from tests.reference.lively import lively_input
 
@@ -51,6 +51,32 @@ def test_masks_of_the_first_version(size: tuple[int, int], library: Path) -> Non
 @pytest.mark.parametrize("threads", [1, 5])
 def test_threads(threads: int, library: Path) -> None:
     check(*layer_of((40, 33), k_list=[2, 4, 8]), 3, library, threads)
+
+
+@pytest.mark.parametrize(("place", "value"), [(2, 0), (2, -1), (2, 64), (3, 0), (3, 7), (3, 2**40)])
+def test_sizes_that_do_not_fit_are_refused(place: int, value: int, library: Path) -> None:
+    _, folded = layer_of((12, 8), k_list=[2, 4, 8])
+    model = layer_model(folded, 1)
+    node = fdconv_node(model, "FrequencyBandModulation")
+    (shape,) = (each for each in node.attribute if each.name == "factors_shape")
+    shape.ints[place] = value
+    assert "its constants are not" in refusal(model, lively_input((1, 18, 12, 8)).numpy(), library)
+
+
+# Of the convolution, its bias, the mix, its bias, the columns and the rows of the transform, and of
+# a band's: input and axis. A row or column of bins less is another band, and no fault.
+SHORTER = [(1, -1), (2, 0), (3, 0), (3, -1), (5, 0), (6, -1), (7, 0), (8, -1)]
+
+
+@pytest.mark.parametrize(("place", "axis"), SHORTER)
+@pytest.mark.parametrize("kept", [slice(0, 0), slice(0, -1)], ids=["empty", "shorter"])
+def test_constants_that_do_not_fit_are_refused(
+    place: int, axis: int, kept: slice, library: Path
+) -> None:
+    _, folded = layer_of((12, 8), k_list=[2, 4, 8])
+    model = layer_model(folded, 1)
+    cut_constant(model, fdconv_node(model, "FrequencyBandModulation").input[place], axis, kept)
+    refusal(model, lively_input((1, 18, 12, 8)).numpy(), library)
 
 
 @pytest.mark.parametrize("config", [dict(act="softmax"), dict(spatial_group=2)], ids=str)

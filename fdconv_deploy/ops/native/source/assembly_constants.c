@@ -13,7 +13,7 @@
 
 #include "node.h"
 
-enum { UNSET = 0xffff };
+enum { UNSET = 0xffff, MOST_LENGTH = 1 << 24 };
 
 typedef struct {
     int factors[MOST_PASSES], count, length;
@@ -46,6 +46,7 @@ static int read_factors(Digits *digits, const Tensor *stages, int count, int out
         const Tensor *stage = &stages[i];
         if (stage->rank < 2 || stage->shape[stage->rank - 1] % 2) return -1;
         int factor = (int)(stage->shape[stage->rank - 1] / 2);
+        if (factor > MOST_LENGTH / digits->length) return -1;
         digits->factors[digits->count - 1 - i] = factor;
         digits->length *= factor;
     }
@@ -59,14 +60,15 @@ static int *slot_rows(const Digits *digits, const Tensor *outer, int slots) {
     const float *matrix = outer->data;
     int *rows = malloc((size_t)slots * sizeof(int));
     int *order = digit_order(digits, 1);
-    if (rows && order && classes * higher == slots)
+    int told = classes <= first / 2 + 1 || outer->shape[0] > 1;
+    if (rows && order && told && (size_t)classes * higher == (size_t)slots)
         for (int class = 0; class < classes; class++) {
             /* Classes after the first few are second slots; position 1's phase tells whose. */
             int residue = class;
             if (class > first / 2) {
                 const float *phase = matrix + outer->shape[1] + 2 * class;
                 double turns = atan2(-phase[1], phase[0]) / 6.283185307179586477;
-                residue = ((int)lround(turns * first) + first) % first;
+                residue = turns == turns ? ((int)lround(turns * first) + first) % first : 0;
             }
             for (int k = 0; k < higher; k++) rows[class * higher + k] = residue + order[k];
         }
@@ -119,6 +121,20 @@ static void place(Placing *placing, int plane, int row, int column, float re, fl
         if (column != 0 && column != nyquist) break;
     }
     placing->failed = 1;
+}
+
+/* Whether a pattern stands for every bin. */
+static int covered(const Tensor *patterns, const Tensor *blocks, size_t bins) {
+    if (patterns->rank != 2 ||
+        !(elements(patterns, ORT_UINT8) || elements(patterns, ORT_INT32)))
+        return 0;
+    size_t count = elements(blocks, ORT_INT32), length = (size_t)patterns->shape[1];
+    if (count * length < bins) return 0;
+    for (size_t i = 0; i < count; i++) {
+        int32_t block = ((const int32_t *)blocks->data)[i];
+        if (block < 0 || block >= patterns->shape[0]) return 0;
+    }
+    return 1;
 }
 
 static int group_at(const Tensor *patterns, const int32_t *blocks, size_t bin) {
@@ -182,8 +198,12 @@ static const char *make(Assembly *a, const Node *node, int **rows, int **columns
     size_t constants = (size_t)(outer - inputs) + 1;
     for (size_t i = 1; i < constants; i++)
         if (!inputs[i].data) return "a constant input of it is not constant";
+    for (size_t i = 4; i < constants; i++)
+        if (!elements(&inputs[i], ORT_FLOAT)) return unknown;
     const Tensor *spectrum = &inputs[1];
-    if (spectrum->rank != (form->planes ? 4 : 3) || outer->rank != 2) return unknown;
+    if (spectrum->rank != (form->planes ? 4 : 3) || outer->rank != 2 ||
+        !elements(spectrum, ORT_FLOAT))
+        return unknown;
 
     Digits column_digits, row_digits;
     if (read_factors(&column_digits, column_stages, form->column_stages, 0) ||
@@ -195,10 +215,15 @@ static const char *make(Assembly *a, const Node *node, int **rows, int **columns
     a->by_rows = form->by_rows;
     int last = column_digits.factors[column_digits.count - 1];
     int slots = (int)(spectrum->shape[spectrum->rank - 1] / last);
+    size_t bins_told = (size_t)a->planes * a->columns * slots;
+    if (elements(spectrum, ORT_FLOAT) != 2 * bins_told ||
+        !covered(&inputs[2], &inputs[3], bins_told))
+        return unknown;
 
     const int64_t *shape = node->kernel_shape;
     a->kernel_height = (int)shape[2];
     a->kernel_width = form->by_rows ? (node->kernel_width ? node->kernel_width : 1) : (int)shape[3];
+    if (a->kernel_height < 1 || a->kernel_width < 1) return unknown;
     a->in_channels = a->columns / a->kernel_width;
     a->out_channels = a->rows / a->kernel_height;
     if (a->in_channels * a->kernel_width != a->columns ||
@@ -213,7 +238,8 @@ static const char *make(Assembly *a, const Node *node, int **rows, int **columns
         const Tensor *weight = &after[2];
         a->local_at = at;
         at += 3;
-        if (!weight->data || weight->rank != 2 || weight->shape[0] != a->rows ||
+        if (!weight->data || weight->rank != 2 || !elements(weight, ORT_FLOAT) ||
+            weight->shape[0] != a->rows ||
             weight->shape[1] % a->kernel_width)
             return unknown;
         a->taps = (int)(weight->shape[1] / a->kernel_width);

@@ -38,10 +38,13 @@ static OrtStatus *read_node(const Kernel *kernel, const OrtKernelInfo *info, Nod
     size_t rank = 4;
     CHECK(api->KernelInfoGetAttributeArray_int64(info, "kernel_shape", node->kernel_shape, &rank));
     if (rank != 4) return failure(kernel, "its kernel_shape is not of four numbers");
+    for (int i = 0; i < 4; i++)
+        if (node->kernel_shape[i] > INT32_MAX) return failure(kernel, unknown);
     if (node->form->local) {
         int64_t spread[6];
         size_t count = 6;
         CHECK(api->KernelInfoGetAttributeArray_int64(info, "local_spread", spread, &count));
+        if (count != 6 || spread[5] < 0 || spread[5] >= INT32_MAX) return failure(kernel, unknown);
         node->kernel_width = (int)spread[5] + 1;
     }
     return NULL;
@@ -65,20 +68,21 @@ static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
     AssemblyRun run = {.assembly = a, .scale_rows = 1};
     Tensor tensor;
     CHECK(read_input(kernel, context, 0, &tensor));
-    if (tensor.rank != 2 || tensor.type != ORT_FLOAT || tensor.shape[1] < a->attentions)
+    if (tensor.rank != 2 || !elements(&tensor, ORT_FLOAT) || tensor.shape[1] < a->attentions)
         return failure(kernel, "its attention is not (B, n) float32");
     run.batch = (int)tensor.shape[0];
     run.attentions = (int)tensor.shape[1];
     run.attention = tensor.data;
     if (a->local_at >= 0) {
         CHECK(read_input(kernel, context, a->local_at, &tensor));
-        if (tensor.rank != 2 || tensor.shape[0] != run.batch || tensor.shape[1] != a->in_channels)
+        if (tensor.rank != 2 || tensor.type != ORT_FLOAT || tensor.shape[0] != run.batch ||
+            tensor.shape[1] != a->in_channels)
             return failure(kernel, "its local_input is not (B, I)");
         run.average = tensor.data;
     }
     if (a->column_scale_at >= 0) {
         CHECK(read_input(kernel, context, a->column_scale_at, &tensor));
-        int rows = tensor.rank == 4 ? (int)tensor.shape[2] : 0;
+        int rows = tensor.rank == 4 && elements(&tensor, ORT_FLOAT) ? (int)tensor.shape[2] : 0;
         if ((rows != 1 && rows != a->kernel_height) || tensor.shape[0] != run.batch ||
             tensor.shape[3] != a->columns)
             return failure(kernel, "its column_scale is not (B, 1, kh or 1, C)");
@@ -87,7 +91,8 @@ static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
     }
     if (a->row_scale_at >= 0) {
         CHECK(read_input(kernel, context, a->row_scale_at, &tensor));
-        if (tensor.rank != 4 || tensor.shape[1] != a->out_channels ||
+        if (tensor.rank != 4 || !elements(&tensor, ORT_FLOAT) ||
+            tensor.shape[1] != a->out_channels || tensor.shape[2] != 1 || tensor.shape[3] != 1 ||
             (tensor.shape[0] != 1 && tensor.shape[0] != run.batch))
             return failure(kernel, "its row_scale is not (B or 1, O, 1, 1)");
         run.row_scale = tensor.data;

@@ -56,8 +56,11 @@ static const char *lay_out(Bands *b, const Tensor *in, const int64_t *factors, i
     for (int i = CONV; i < FIRST_BAND + 2 * count; i++) {
         int rank = i == CONV ? 4 : i == CONV_BIAS ? 1 : 2;
         if (!in[i].data) return "a constant input of it is not constant";
-        if (in[i].rank != rank || in[i].type != ORT_FLOAT) return unknown;
+        if (in[i].rank != rank || !elements(&in[i], ORT_FLOAT)) return unknown;
     }
+    if (factors[2] < 1 || factors[3] < 1 || factors[2] > in[TO_ROWS].shape[1] ||
+        in[TO_ROWS].shape[1] / factors[2] > 2)
+        return unknown;
     b->height = (int)factors[2];
     b->width = (int)factors[3];
     b->channels = (int)in[CONV].shape[0];
@@ -70,7 +73,10 @@ static const char *lay_out(Bands *b, const Tensor *in, const int64_t *factors, i
     b->wide_step = padded(b->width);
     if (in[CONV].shape[3] != b->taps || b->taps % 2 == 0 || in[MIX].shape[0] != count + 1 ||
         in[MIX].shape[1] != b->weighted || in[TO_COLUMNS].shape[0] != b->width ||
-        in[TO_ROWS].shape[1] != (int64_t)b->parts * b->height || b->parts < 1 || b->parts > 2)
+        in[TO_ROWS].shape[1] != (int64_t)b->parts * b->height ||
+        in[TO_COLUMNS].shape[1] != (int64_t)b->parts * b->kept_columns ||
+        in[CONV_BIAS].shape[0] != b->weighted ||
+        elements(&in[MIX_BIAS], ORT_FLOAT) != (size_t)count + 1)
         return unknown;
 
     int products = b->weighted * b->taps * b->taps;
@@ -99,7 +105,8 @@ static const char *lay_out(Bands *b, const Tensor *in, const int64_t *factors, i
         band->rows = (int)from_rows->shape[1];
         band->columns = (int)(from_columns->shape[0] / b->parts);
         if (from_rows->shape[0] != (int64_t)b->parts * b->height || band->rows > b->kept_rows ||
-            band->columns > b->kept_columns || from_columns->shape[1] != b->width)
+            band->columns > b->kept_columns || from_columns->shape[1] != b->width ||
+            from_columns->shape[0] != (int64_t)b->parts * band->columns)
             return unknown;
         size_t rows = (size_t)b->parts * b->height;
         band->from_rows = copy(from_rows->data, 1, rows * band->rows, rows * band->rows);

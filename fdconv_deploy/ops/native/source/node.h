@@ -31,6 +31,10 @@ typedef struct {
 /* Why a node cannot be run. */
 extern const char no_memory[], unknown[];
 
+/* How many elements there are of a type; 0 where it is another, or a length is 0 or beyond what
+ * any layer has, so that products of lengths may be trusted. */
+size_t elements(const Tensor *tensor, int type);
+
 /* So many bytes, at an aligned address. */
 void *aligned(size_t bytes);
 

@@ -36,6 +36,16 @@ static OrtStatus *read_tensor(const OrtApi *api, const OrtValue *value, Tensor *
     return NULL;
 }
 
+size_t elements(const Tensor *tensor, int type) {
+    enum { LONGEST = 1 << 24 };
+    size_t count = tensor->type == type;
+    for (int i = 0; i < tensor->rank; i++) {
+        if (tensor->shape[i] < 1 || tensor->shape[i] > LONGEST) return 0;
+        count *= (size_t)tensor->shape[i];
+    }
+    return count;
+}
+
 OrtStatus *read_input(const Kernel *kernel, OrtKernelContext *context, int index, Tensor *to) {
     const OrtValue *value;
     CHECK(kernel->api->KernelContext_GetInput(context, (size_t)index, &value));
