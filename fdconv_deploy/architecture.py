@@ -7,7 +7,7 @@ those of the published FDConv code and of mmsegmentation's ResNet and decode hea
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -23,6 +23,9 @@ HeadType = Literal["UPerHead", "FCNHead", "PSPHead", "ASPPHead", "DepthwiseSepar
 # What normalises the hidden layer of the global attention: the published BatchNorm or, as in
 # copies that train with one image a batch, GroupNorm(1, C), or nothing.
 AttentionNorm = Literal["batch", "group", "none"]
+# Red, green and blue of 0 to 255.
+Level = Annotated[int, Field(ge=0, le=255)]
+Colour = tuple[Level, Level, Level]
 Loading = Literal["color", "grayscale", "unchanged", "bands"]
 
 RESNET_BLOCKS: dict[int, tuple[str, tuple[int, ...]]] = {
@@ -261,7 +264,7 @@ class Architecture(Frozen):
     test: TestMode = TestMode()
     preprocessing: Preprocessing = Preprocessing()
     classes: tuple[str, ...] = ()
-    palette: tuple[tuple[int, int, int], ...] = ()
+    palette: tuple[Colour, ...] = ()
 
     @model_validator(mode="after")
     def _matching(self) -> Architecture:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from fdconv_deploy.architecture import BackboneConfig, Frozen, Preprocessing
+from fdconv_deploy.architecture import BackboneConfig, Colour, Frozen, Preprocessing
 
 Four = tuple[float, float, float, float]
 
@@ -131,7 +131,7 @@ class DetectorArchitecture(Frozen):
     test: DetectorTestConfig = DetectorTestConfig()
     preprocessing: Preprocessing = Preprocessing(scale=PUBLISHED_SCALE)
     classes: tuple[str, ...] = ()
-    palette: tuple[tuple[int, int, int], ...] = ()
+    palette: tuple[Colour, ...] = ()
 
     @property
     def mask_size(self) -> int:

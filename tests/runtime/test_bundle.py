@@ -151,6 +151,8 @@ class TestRefused:
             (lambda m: m["inputs"]["1"][0].update(dtype="object"), "inputs.1.0.dtype"),
             (lambda m: m["architecture"].update(classes=["a", "b"]), "2 class names"),
             (lambda m: m["architecture"].update(palette=[[1, 2, 3]]), "1 palette colours"),
+            (lambda m: m["architecture"].update(palette=[[1, 2, 256]] * 5), "palette.0.2"),
+            (lambda m: m["architecture"].update(palette=[[1, -1, 2**31]] * 5), "palette.0.1"),
             (lambda m: m["files"]["weights.bin"].update(sha256="00"), "sha256"),
             (lambda m: m["parity"]["batches"]["1"][0].update(max_abs=float("nan")), "max_abs"),
         ],
