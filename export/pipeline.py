@@ -285,6 +285,8 @@ def export_module(
         ExportError: the module cannot be exported, or the graph is not equal to it.
         UnsupportedLayerError: a layer is a variant of the published one, with what differs.
     """
+    # What torch.compile gives traces a second time; the module in it is the same network.
+    module = getattr(module, "_orig_mod", module)
     refuse_training(module)
     if not isinstance(example, Tensor) or example.dtype != torch.float32:
         found = f"a tensor of {example.dtype}" if isinstance(example, Tensor) else type(example)

@@ -301,6 +301,36 @@ def test_inspect_says_at_which_size_it_was_trained(monkeypatch, capfd, tmp_path)
     assert shlex.split(report["command"])[2] == str(tmp_path / "trained.pth")
 
 
+@pytest.mark.parametrize("fault", ["not finite", "left over"])
+def test_inspect_is_not_ready_where_export_would_refuse(monkeypatch, capfd, tmp_path, fault):
+    """One verdict for both commands."""
+    content = torch.load(packaged_checkpoint(), weights_only=True)  # noqa: TID251
+    name = "decode_head.conv_seg.weight"
+    if fault == "not finite":
+        content["state_dict"][name] = content["state_dict"][name] * float("nan")
+    else:
+        content["state_dict"]["backbone.layer1.0.conv1.weight_g"] = torch.ones(16, 1, 1, 1)
+    torch.save(content, tmp_path / "faulty.pth")
+    code, out, _ = fdconv(monkeypatch, capfd, "inspect", tmp_path / "faulty.pth")
+    assert code == 1
+    assert out.startswith("Not ready to export")
+    assert fault in " ".join(out.split())
+    arguments = ["export", tmp_path / "faulty.pth", "-o", tmp_path / "out", "--size", "64"]
+    code, _, err = fdconv(monkeypatch, capfd, *arguments)
+    assert (code, fault in err) == (1, True)
+
+
+def test_buffers_of_profilers_and_preprocessors_are_left_out(monkeypatch, capfd, tmp_path):
+    content = torch.load(packaged_checkpoint(), weights_only=True)  # noqa: TID251
+    for name in ("total_ops", "backbone.conv1.total_ops", "backbone.conv1.total_params"):
+        content["state_dict"][name] = torch.zeros(1)
+    content["state_dict"]["data_preprocessor.mean"] = torch.zeros(3, 1, 1)
+    torch.save(content, tmp_path / "profiled.pth")
+    code, out, _ = fdconv(monkeypatch, capfd, "inspect", tmp_path / "profiled.pth")
+    assert code == 0
+    assert "4 buffers of a profiler or of the data preprocessor" in " ".join(out.split())
+
+
 def test_inspect_lists_layers_when_asked(monkeypatch, capfd):
     _, out, _ = fdconv(monkeypatch, capfd, "inspect", packaged_checkpoint())
     assert "layer3.0.conv2" not in out

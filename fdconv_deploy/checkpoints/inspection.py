@@ -26,12 +26,12 @@ from fdconv_deploy.checkpoints.layers import (
     parameters,
     part,
 )
-from fdconv_deploy.checkpoints.loading import config_for
+from fdconv_deploy.checkpoints.loading import config_for, network_of
 from fdconv_deploy.checkpoints.order import OrderReport, tell_order
 from fdconv_deploy.checkpoints.reading import read_checkpoint
 from fdconv_deploy.checkpoints.setting_fields import training_size
 from fdconv_deploy.detector_architecture import DetectorArchitecture
-from fdconv_deploy.errors import CheckpointError
+from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
 
 Images = Sequence[NDArray[Any]] | Callable[[Preprocessing], Sequence[NDArray[Any]]]
 
@@ -149,7 +149,7 @@ def inspect_checkpoint(
             understood is not an error here: the report's ``problem`` says what is wrong.
     """
     checkpoint = read_checkpoint(path, weights=weights)
-    return report_on(
+    report = report_on(
         checkpoint.state_dict,
         path=str(path),
         format=checkpoint.format,
@@ -162,6 +162,12 @@ def inspect_checkpoint(
         images=images,
         progress=progress,
     )
+    if report.ready:
+        try:  # as export will; takes no copy of the weights
+            network_of(checkpoint, path, config=config, overrides=overrides)
+        except (CheckpointError, UnsupportedLayerError) as error:
+            return report.model_copy(update={"problem": str(error).removeprefix(f"{path}: ")})
+    return report
 
 
 def report_on(

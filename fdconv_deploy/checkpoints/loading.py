@@ -81,6 +81,30 @@ def load_checkpoint(
         UnsupportedLayerError: an FDConv layer of it cannot be built.
     """
     checkpoint = read_checkpoint(path, weights=weights)
+    network = network_of(
+        checkpoint,
+        path,
+        config=config,
+        overrides=overrides,
+        frequency_order=frequency_order,
+        auxiliary=auxiliary,
+        require_fdconv=require_fdconv,
+    )
+    network.weights = weights
+    return network
+
+
+def network_of(
+    checkpoint: Checkpoint,
+    path: str | Path,
+    *,
+    config: str | Path | Config | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    frequency_order: FrequencyOrder | Literal["auto"] = "auto",
+    auxiliary: bool = False,
+    require_fdconv: bool = True,
+) -> LoadedSegmentor | LoadedDetector:
+    """:func:`load_checkpoint` of a file that has been read; ``path`` is for messages."""
     settings = config_for(checkpoint, config)
     state = as_published(checkpoint.state_dict)
     network: LoadedSegmentor | LoadedDetector
@@ -102,7 +126,6 @@ def load_checkpoint(
             "--equivalent` makes one of a plain network; from Python, require_fdconv=False loads "
             "it as it is."
         )
-    network.weights = weights
     _fill(network, state, path)
     network.eval()
     return network

@@ -56,6 +56,10 @@ _BETWEEN = {
 # Attributes that hold a network of parts not known here.
 _HOLDERS = ("model", "ema_model", "net", "network")
 _COUNTERS = ("steps", "n_averaged")
+# Buffers that profilers (thop) and OpenMMLab's preprocessors leave beside any module's weights.
+_NOT_WEIGHTS = re.compile(
+    r"(^|\.)(total_ops|total_params)$|(^|\.)data_preprocessor\.(mean|std|batch_augments\..*)$"
+)
 _LOSS = re.compile(r"(^|_)(criterion|criteria|loss|losses)(_|\d|$)")
 _METRIC = re.compile(
     r"(^|_)(metrics?|acc|accuracy|m?iou|jaccard|dice|f1|auroc|confmat|psnr|ssim|lpips)(_|\d|$)"
@@ -237,7 +241,12 @@ def _networks(entry: str, state: Mapping[Any, Any]) -> list[Network]:
     copies = [key for key in names if key.startswith("ema_") and "." not in key]
     if copies:
         left.append(f"{len(copies)} ema_… buffers (mmcv keeps the weights not deployed there)")
-    for key in (*copies, *(key for key in _COUNTERS if key in names)):
+    beside = [key for key in names if _NOT_WEIGHTS.search(key)]
+    if beside:
+        left.append(
+            f"{len(beside)} buffers of a profiler or of the data preprocessor ({beside[0]} …)"
+        )
+    for key in (*copies, *beside, *(key for key in _COUNTERS if key in names)):
         del names[key]
     names = _without_wrappers(names, stripped)
     roots = _roots(names)

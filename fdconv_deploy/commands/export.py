@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -217,7 +218,7 @@ def _print_export(bundle: Any) -> None:
     # What may be long or copied is not broken into lines.
     for line in (
         f"Bundle {bundle.digest} (sha256 of its manifest).",
-        f"Next: fdconv segment {bundle.path} IMAGE -o results",
+        f"Next: fdconv segment {shlex.quote(str(bundle.path))} IMAGE -o results",
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

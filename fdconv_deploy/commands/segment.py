@@ -108,11 +108,12 @@ def segment(
     done, start = 0, time.perf_counter()
 
     def fail(path: Path, error: ImageError) -> None:
-        failed.append(str(error))
+        message = error.command_line or str(error)
+        failed.append(message)
         if as_json:
-            print(json.dumps({"image": str(path), "error": str(error)}), flush=True)
+            print(json.dumps({"image": str(path), "error": message}), flush=True)
         Console(stderr=True).print(
-            f"[yellow]Skipped:[/] {escape(str(error))}", soft_wrap=True, highlight=False
+            f"[yellow]Skipped:[/] {escape(message)}", soft_wrap=True, highlight=False
         )
 
     with open_session(bundle, backend) as session:
@@ -168,12 +169,23 @@ def _results(
     """Results one by one as they are written: those of images, then those of videos."""
     from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE
     from fdconv_deploy.runtime.detection.files import detect_files, detector_answering
-    from fdconv_deploy.runtime.files import segment_files, segmentor_answering, write_legend
+    from fdconv_deploy.runtime.files import (
+        is_there,
+        segment_files,
+        segmentor_answering,
+        write_legend,
+    )
     from fdconv_deploy.runtime.video import segment_video, video_places
 
     least = SHOWN_SCORE if options.min_score is None else options.min_score
     images = [source for source in sources if not source.is_video]
     videos = [source for source in sources if source.is_video]
+    replace = options.overwrite or options.skip_existing
+    places = video_places(
+        videos, output, overlays=options.overlays, mask_video=options.mask_video,
+        masks=not session.detects or session.finds_masks, objects=session.detects,
+        overwrite=replace,
+    )  # fmt: skip
     shared: dict[str, Any] = {
         "opacity": options.opacity, "overlays": options.overlays, "overwrite": options.overwrite,
         "skip_existing": options.skip_existing, "skipped": skipped, "failed": failed,
@@ -190,14 +202,9 @@ def _results(
         answering = segmentor_answering(session, options.fit)
         write_legend(session, output, options.overwrite)
     for video in videos:
-        places = video_places(
-            video, output, overlays=options.overlays, mask_video=options.mask_video,
-            masks=not session.detects or session.finds_masks, objects=session.detects,
-        )  # fmt: skip
-        if options.skip_existing and all(place.exists() for place in places.values()):
+        if options.skip_existing and all(map(is_there, places[video].values())):
             skipped(video.path)
             continue
-        replace = options.overwrite or options.skip_existing
         with Console(stderr=True).status(f"{video.path}", spinner="dots") as status:
 
             def show(
@@ -207,7 +214,7 @@ def _results(
 
             try:
                 result = segment_video(
-                    answering, video, places, opacity=options.opacity, overwrite=replace,
+                    answering, video, places[video], opacity=options.opacity, overwrite=replace,
                     progress=show,
                 )  # fmt: skip
             except ImageError as error:

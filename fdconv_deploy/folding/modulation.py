@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.modulation import GlobalModulation, LocalModulation
 
 Float64 = NDArray[np.float64]
@@ -85,6 +86,13 @@ def _hidden_layer(ksm: GlobalModulation) -> tuple[Float64, Float64, HiddenNorm |
         scale, shift = fold_batch_norm(ksm.bn)
         return weight * scale[:, None], shift, None
     norm = None
+    if not isinstance(ksm.bn, nn.Identity) and not (
+        isinstance(ksm.bn, nn.GroupNorm) and ksm.bn.num_groups == 1 and ksm.bn.affine
+    ):
+        raise UnsupportedLayerError(
+            f"KSM_Global.bn is {ksm.bn}, which cannot be folded. Expected BatchNorm2d, "
+            "GroupNorm(1, C) or Identity."
+        )
     if isinstance(ksm.bn, nn.GroupNorm):
         scale, shift = array(ksm.bn.weight), array(ksm.bn.bias)
         norm = HiddenNorm(scale.astype(np.float32), shift.astype(np.float32), ksm.bn.eps)

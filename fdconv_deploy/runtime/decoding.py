@@ -26,6 +26,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ARRAY_SUFFIX = ".npy"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
+# How TIFF and BigTIFF files begin, in either byte order.
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _FORMATS_TEXT = "JPEG, PNG, WebP, BMP or TIFF"
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF
 
@@ -148,12 +150,25 @@ def with_picture(
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise too_large(name, "more pixels than Pillow decodes", max_pixels) from error
     except UnidentifiedImageError as error:
+        if first_bytes(file, 4) in _TIFF:
+            raise _other_tiff(name) from error
         raise UnsupportedImageError(
             f"{name} is not a {_FORMATS_TEXT} file, or its header is damaged. Convert it to one "
             "of these formats."
         ) from error
     except Exception as error:
+        if first_bytes(file, 4) in _TIFF:
+            raise _other_tiff(name) from error
         raise damaged(name) from error
+
+
+def _other_tiff(name: str) -> UnsupportedImageError:
+    """The refusal of a TIFF file that is damaged, or no picture of eight bits for a screen."""
+    return UnsupportedImageError(
+        f"{name} is a TIFF file that cannot be decoded as an 8-bit gray or RGB picture: it has "
+        "other bands, other number types, or is damaged. Save it as 8-bit RGB, or give it to a "
+        "network of its bands."
+    )
 
 
 class _File(io.BufferedReader):

@@ -206,7 +206,7 @@ def result_places(
                     "output folder."
                 )
             taken[target] = source.path
-        if skip_existing and all(target.exists() for target in targets):
+        if skip_existing and all(is_there(target) for target in targets):
             if skipped is not None:
                 skipped(source.path)
             continue
@@ -238,8 +238,10 @@ def answered(
             picture = answering.read(path)
             waiting.append((path, picture, targets, answering.prepare(picture)))
         except ImageError as error:
+            if str(path) not in str(error):
+                error = type(error)(f"{path}: {error}")
             if failed is None:
-                raise
+                raise error from None
             yield from flush()
             failed(path, error)
         if len(waiting) == answering.batch:
@@ -264,6 +266,11 @@ def write_legend(session: Session, folder: Path, overwrite: bool) -> None:
     make_folder(folder)
     write_whole(folder / LEGEND_NAME, encode(legend(session.classes, session.palette), "PNG"))
     write_whole(file, text)
+
+
+def is_there(result: Path) -> bool:
+    """Whether a result was written: an empty file is what a full disk leaves."""
+    return result.is_dir() or (result.is_file() and result.stat().st_size > 0)
 
 
 def make_folder(folder: Path) -> None:

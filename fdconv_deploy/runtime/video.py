@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,26 +163,48 @@ class _VideoWriter:
 
 
 def video_places(
-    source: Source, folder: Path, *, overlays: bool, mask_video: bool, masks: bool, objects: bool
-) -> dict[str, Path]:
-    """Where a video's results go: a path for each kind that is written.
+    videos: Sequence[Source],
+    folder: Path,
+    *,
+    overlays: bool,
+    mask_video: bool,
+    masks: bool,
+    objects: bool,
+    overwrite: bool,
+) -> dict[Source, dict[str, Path]]:
+    """Where each video's results go: a path for each kind that is written.
 
     Args:
-        source: the video.
+        videos: the files.
         folder: for the results.
         overlays: whether an overlay video is written.
         mask_video: masks as a video in the classes' colours, not as a PNG a frame.
         masks: whether the network gives masks.
         objects: whether the network is a detector.
+        overwrite: results that are there may be replaced.
+
+    Raises:
+        ImageError: a result is there already, or two videos' would be written to one name.
     """
-    places = {}
-    if overlays:
-        places["overlay"] = folder / f"{source.name}_overlay.mp4"
-    if objects:
-        places["objects"] = folder / f"{source.name}.jsonl"
-    if masks:
-        places["masks"] = folder / (f"{source.name}_masks" + (".mp4" if mask_video else ""))
-    return places
+    endings = {
+        "overlay": "_overlay.mp4" if overlays else None,
+        "objects": ".jsonl" if objects else None,
+        "masks": ("_masks.mp4" if mask_video else "_masks") if masks else None,
+    }
+    found: dict[Source, dict[str, Path]] = {}
+    taken: dict[Path, Path] = {}
+    for video in videos:
+        found[video] = {k: folder / f"{video.name}{end}" for k, end in endings.items() if end}
+        for target in found[video].values():
+            if target in taken:
+                raise ImageError(
+                    f"{taken[target]} and {video.path} would both be written to "
+                    f"{target.relative_to(folder)}. Segment them into two folders."
+                )
+            taken[target] = video.path
+            if target.exists() and not overwrite:
+                raise in_the_way(ImageError, f"The result {target} is there already.")
+    return found
 
 
 def segment_video(

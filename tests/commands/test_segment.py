@@ -250,3 +250,46 @@ def test_segment_refuses_an_output_that_is_a_file(bundle, tree, monkeypatch, cap
     (tmp_path / "out").write_text("a file")
     code, _, err = fdconv(monkeypatch, capfd, "segment", bundle, tree, "-o", tmp_path / "out")
     assert (code, "a file is in the way" in err) == (1, True)
+
+
+def test_segment_refuses_two_videos_of_one_name_at_once(bundle, monkeypatch, capfd, tmp_path):
+    """Before the first is answered, as of images."""
+    film(tmp_path / "in/v.mp4")
+    film(tmp_path / "in/v.avi", codec="MJPG")
+    out = tmp_path / "out"
+    code, _, err = fdconv(monkeypatch, capfd, "segment", bundle, tmp_path / "in", "-o", out)
+    assert code == 1
+    assert "would both be written to v_overlay.mp4" in err
+    assert not out.exists()
+
+
+def test_segment_says_how_to_replace_a_videos_results(bundle, monkeypatch, capfd, tmp_path):
+    video, out = film(tmp_path / "v.mp4"), tmp_path / "out"
+    assert fdconv(monkeypatch, capfd, "segment", bundle, video, "-o", out)[0] == 0
+    code, _, err = fdconv(monkeypatch, capfd, "segment", bundle, video, "-o", out)
+    assert code == 1
+    assert err.endswith("replace it with --overwrite.")
+
+
+def test_segment_writes_an_empty_result_anew(bundle, tree, monkeypatch, capfd, tmp_path):
+    """What a full disk leaves is no result."""
+    out = tmp_path / "out"
+    assert fdconv(monkeypatch, capfd, "segment", bundle, tree, "-o", out)[0] == 0
+    (out / "sub/a.png").write_bytes(b"")
+    arguments = ["segment", bundle, tree, "-o", out, "--skip-existing"]
+    code, printed, _ = fdconv(monkeypatch, capfd, *arguments)
+    assert (code, "1 segmented, 3 skipped" in printed) == (0, True)
+    assert Image.open(out / "sub/a.png").size == (60, 40)
+
+
+def test_segment_names_a_tiff_that_is_no_rgb_picture(bundle, monkeypatch, capfd, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(
+        tmp_path / "bands.tif", np.zeros((20, 30, 5), np.uint8), planarconfig="contig",
+        photometric="minisblack",
+    )  # fmt: skip
+    code, _, err = fdconv(
+        monkeypatch, capfd, "segment", bundle, tmp_path / "bands.tif", "-o", tmp_path / "out"
+    )
+    assert code == 1
+    assert "bands.tif is a TIFF file that cannot be decoded as an 8-bit gray or RGB" in err

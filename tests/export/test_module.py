@@ -193,3 +193,23 @@ def test_a_network_that_is_not_finite_is_told_so(tmp_path):
     network = Wired(lambda s, x: s.a(x) / 0.0, a=dynamic())
     with pytest.raises(ExportError, match=r"network's own output 'output'.*not finite"):
         export_module(network.eval(), lively_input((1, 18, 9, 11)), tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(4, 16), nn.LayerNorm([16, 1, 1])])
+def test_an_attention_normalised_otherwise_is_refused_by_name(tmp_path, norm):
+    """In a layer of our own class, too: it was folded as if it were no normalisation."""
+    layer = FDConv2d(32, 32, 3, padding=1, kernel_num=4)
+    layer.KSM_Global.bn = norm
+    with pytest.raises(UnsupportedLayerError, match="which cannot be folded"):
+        export_module(nn.Sequential(layer).eval(), torch.rand(1, 32, 16, 16), tmp_path / "b")
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_a_compiled_module_is_exported_as_the_module_in_it(tmp_path):
+    """No compiler runs for it."""
+    network = nn.Sequential(dynamic()).eval()
+    example = torch.rand(1, 18, 16, 16)
+    made = export_module(torch.compile(network), example, tmp_path / "b")
+    (answer,) = run_file(made.model_path(1), example.numpy())
+    assert relative(answer, network(example).numpy()) <= 1e-5
