@@ -22,6 +22,7 @@ from export.validation.sources import drawn
 from export.validation.verdict import Verdict
 from fdconv_deploy.architecture import Frozen
 from fdconv_deploy.checkpoints import load_checkpoint
+from fdconv_deploy.checkpoints.loading import recorded_weights
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.segmentor import Segmentor
@@ -140,13 +141,18 @@ def _check_same(theirs: Frozen | None, ours: Frozen) -> None:
 
 @dataclass(frozen=True)
 class Verified:
-    """What `verify_files` found. ran, how: what ran the bundle, as a sentence and by name."""
+    """What `verify_files` found.
+
+    ran, how: what ran the bundle, as a sentence and by name. weights: those of several in the
+    checkpoint that were taken.
+    """
 
     verdicts: list[Verdict]
     ran: str
     how: dict[str, str]
     digest: str
     checkpoint: CheckpointInfo | None
+    weights: str | None = None
 
 
 def verify_files(
@@ -171,11 +177,11 @@ def verify_files(
             checkpoint,
             config=config,
             overrides=overrides,
-            weights=weights or manifest.graph.get("weights"),
+            weights=weights or recorded_weights(manifest, checkpoint),
             frequency_order=order if order in ("torch", "stable") else "auto",
             require_fdconv=False,
         )
         pictures = [(path.name, session.read_image(path)) for path in images]
         verdicts = verify_bundle(session, network, pictures, tolerance=tolerance)
         ran, how, digest = ran_by(session), how_it_ran(session), session.bundle.digest
-        return Verified(verdicts, ran, how, digest, manifest.checkpoint)
+        return Verified(verdicts, ran, how, digest, manifest.checkpoint, network.weights)

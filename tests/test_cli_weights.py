@@ -106,6 +106,11 @@ def test_export_verify_evaluate_and_bench_take_the_same_weights(
     for folder, file in (("images", image), ("masks", mask)):
         (tmp_path / folder).mkdir()
         shutil.copy(file, tmp_path / folder / f"a{file.suffix}")
+    both = ("evaluate", bundle, "--images", tmp_path / "images", "--masks", tmp_path / "masks")
+    code, out, err = fdconv(monkeypatch, capfd, *both, "--against", path, "--json")
+    assert code == 0, err
+    ours, theirs = (side["mean_iou"] for side in json.loads(out)["sides"])
+    assert ours == theirs
     score = ("evaluate", path, "--images", tmp_path / "images", "--masks", tmp_path / "masks")
     found = []
     for chosen in ((), option):

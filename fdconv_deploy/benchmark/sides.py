@@ -61,7 +61,16 @@ def open_sides(
                 sides.append(bundle_side(sessions[path], mode=mode, fit=fit))
             else:
                 sides.append(
-                    _checkpoint(path, first, mode, fit, threads, config, overrides, weights)
+                    _checkpoint(
+                        path,
+                        first,
+                        mode,
+                        fit,
+                        threads,
+                        config,
+                        overrides,
+                        weights or _recorded(path, first),
+                    )
                 )
         yield sides
 
@@ -89,13 +98,15 @@ def open_detection_sides(
                     f"The bundle {path} is of a {session.bundle.manifest.kind}, not of a detector, "
                     "which alone is scored on annotated objects. Give --images and --masks."
                 )
-        size = next((session.input_size for session in sessions.values()), None)
+        first = next(iter(sessions.values()), None)
+        size = first.input_size if first else None
         sides = []
         for path in paths:
             if path in sessions:
                 sides.append(detector_side(sessions[path]))
             else:
-                sides.append(_detector_checkpoint(path, size, threads, config, overrides, weights))
+                chosen = weights or _recorded(path, first)
+                sides.append(_detector_checkpoint(path, size, threads, config, overrides, chosen))
         yield sides
 
 
@@ -118,6 +129,13 @@ def _sessions(
             path: stack.enter_context(open_session(path, backend or "auto", threads=threads))
             for path in bundles
         }
+
+
+def _recorded(path: Path, beside: Session | None) -> str | None:
+    """The weights that the bundle beside a checkpoint was exported from, where it is that file."""
+    from fdconv_deploy.checkpoints.loading import recorded_weights
+
+    return None if beside is None else recorded_weights(beside.bundle.manifest, path)
 
 
 def _detector_checkpoint(

@@ -17,12 +17,14 @@ from fdconv_deploy.checkpoints.facts import Inference
 from fdconv_deploy.checkpoints.layers import SAVED_BUFFERS, as_published, dynamic_names, kind_of
 from fdconv_deploy.checkpoints.order_choice import ChosenOrder, choose_order
 from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
+from fdconv_deploy.checkpoints.shards import digest_of
 from fdconv_deploy.detector_architecture import DetectorArchitecture
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.nn.spectrum import FrequencyOrder
+from fdconv_deploy.runtime.manifest import Manifest
 
 
 class LoadedSegmentor(Segmentor):
@@ -92,6 +94,19 @@ def load_checkpoint(
     )
     network.weights = weights
     return network
+
+
+def recorded_weights(manifest: Manifest, checkpoint: str | Path) -> str | None:
+    """Which weights of a file a bundle was exported from; None where it is another file.
+
+    Args:
+        manifest: the bundle's.
+        checkpoint: the file.
+    """
+    recorded, source = manifest.graph.get("weights"), manifest.checkpoint
+    if recorded is None or source is None or source.sha256 != digest_of(Path(checkpoint)):
+        return None
+    return str(recorded)
 
 
 def network_of(

@@ -79,6 +79,8 @@ def verify(
         print_findings(Console(), findings)
         print(found.ran)
         print(f"Bundle {found.digest} (sha256 of its manifest).")
+        if found.weights:
+            print(f"Weights of the checkpoint: {found.weights}.")
         for verdict in found.verdicts:
             print(*verdict.sentences(), sep="\n")
     for verdict in found.verdicts:
