@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
+
 from fdconv_deploy.runtime import Session
 from fdconv_deploy.runtime.bundle import MANIFEST_NAME
 from fdconv_deploy.runtime.measuring import least_seconds
@@ -80,8 +82,11 @@ def timed_runs(session: Session) -> list[Benchmark]:
     Args:
         session: warmed up, so that no run pays for loading a graph.
     """
-    runs = {batch: partial(session.run, session.blank(batch)) for batch in session.batch_sizes}
+    runs = {}
+    for batch, specs in session.bundle.manifest.inputs.items():
+        feeds = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
+        runs[batch] = partial(session.run_batches, feeds)
     return [
         Benchmark(batch=batch, milliseconds=round(seconds * 1e3, 3))
-        for batch, seconds in least_seconds(runs, seconds=MOST_SECONDS).items()
+        for batch, seconds in sorted(least_seconds(runs, seconds=MOST_SECONDS).items())
     ]

@@ -9,6 +9,7 @@ tells a picture's size before it decodes one, and says when a file is cut off.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Callable
@@ -133,6 +134,9 @@ def with_picture(
 
     :raises ImageError: as :func:`read_image`.
     """
+    tiff = False
+    with contextlib.suppress(OSError):  # what cannot be read is named below
+        tiff = first_bytes(file, 4) in _TIFF
     try:
         # Decoders of hostile data raise almost anything (struct.error, SyntaxError,
         # ZeroDivisionError ...), hence `except Exception`; each is the file's fault.
@@ -150,14 +154,14 @@ def with_picture(
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise too_large(name, "more pixels than Pillow decodes", max_pixels) from error
     except UnidentifiedImageError as error:
-        if first_bytes(file, 4) in _TIFF:
+        if tiff:
             raise _other_tiff(name) from error
         raise UnsupportedImageError(
             f"{name} is not a {_FORMATS_TEXT} file, or its header is damaged. Convert it to one "
             "of these formats."
         ) from error
     except Exception as error:
-        if first_bytes(file, 4) in _TIFF:
+        if tiff:
             raise _other_tiff(name) from error
         raise damaged(name) from error
 

@@ -162,7 +162,7 @@ class TestSeveralImages:
         ]
         alone = client.post("/v1/segment", files=files[2:]).json()
         assert alone["mask"] == found.json()["results"][2]["mask"]
-        assert found.headers["x-fit"] == "exact, stretch"
+        assert found.headers["x-fit"] == "resized, stretched"
 
     @pytest.mark.parametrize(
         ("output", "suffix"), [("mask", "png"), ("overlay", "png"), ("logits", "npz")]

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
+from fdconv_deploy.runtime import open_session
 from serve.versions import timed_runs
 
 
-class Recorded:
-    """A session that notes the batches it runs, and has nothing else to do."""
-
-    batch_sizes = (1, 4)
-
-    def __init__(self) -> None:
-        self.ran: list[int] = []
-
-    def blank(self, count: int) -> np.ndarray:
-        return np.zeros((count, 3, 2, 2), np.float32)
-
-    def run(self, batch: np.ndarray) -> np.ndarray:
-        self.ran.append(len(batch))
-        return batch
-
-
-def test_card_times_runs_of_the_network_alone() -> None:
+def test_card_times_runs_of_the_network_alone(bundles: list[Path], monkeypatch) -> None:
     """Every batch size more than once, the least of them taken; no loading, no pixels."""
-    session = Recorded()
-    found = timed_runs(session)  # type: ignore[arg-type]
-    assert [entry.batch for entry in found] == [1, 4]
-    assert set(session.ran) == {1, 4}
-    assert len(session.ran) > len(found)
+    with open_session(bundles[0], threads=1) as session:
+        session.warm_up()
+        ran: list[int] = []
+        run = session.run_batches
+
+        def recorded(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            ran.append(len(feeds["images"]))
+            return run(feeds)
+
+        monkeypatch.setattr(session, "run_batches", recorded)
+        monkeypatch.setattr(session, "prepare", None)
+        found = timed_runs(session)
+        assert [entry.batch for entry in found] == list(session.batch_sizes)
+        assert set(ran) == set(session.batch_sizes)
+        assert len(ran) > len(found)
