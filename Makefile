@@ -35,7 +35,11 @@ test: $(STAMP)  ## Run the test suite (no GPU, no network)
 test-slow: $(STAMP)  ## Run the full-size networks too
 	$(BIN)/python -m pytest -m "not gpu"
 
+# A type checker must see the folders `export` and `serve` where they are imported from.
+LINKS := $(VENV)/links/fdconv_deploy
 lint: $(STAMP)  ## ruff and mypy
+	rm -rf $(LINKS) && mkdir -p $(LINKS)
+	for entry in fdconv_deploy/* export serve; do ln -s "../../../$$entry" $(LINKS)/; done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

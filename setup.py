@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -29,7 +29,21 @@ class BuildNative(build_ext):
             raise CompileError(str(problem)) from problem
 
 
+# The folders `export` and `serve` are installed inside `fdconv_deploy`, so that a user's own
+# `export.py` or `serve.py` never meets ours.
+FOLDERS = ("export", "serve")
+
 setup(
+    packages=[
+        *find_packages(include=["fdconv_deploy*"]),
+        *(
+            f"fdconv_deploy.{package}"
+            for package in find_packages(
+                include=[pattern for name in FOLDERS for pattern in (name, f"{name}.*")]
+            )
+        ),
+    ],
+    package_dir={f"fdconv_deploy.{name}": name for name in FOLDERS},
     # Optional: without a compiler the package installs all the same, and says so.
     ext_modules=[Extension("fdconv_deploy.ops.native.library", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},

@@ -14,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fdconv_deploy.export import export_module
+
 from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import TOLERANCE
 from benchmarks.options import keep, script
-from export import export_module
-from fdconv_deploy.benchmark import machine
-from fdconv_deploy.benchmark.timing import interleave, ratio, spread
+from fdconv_deploy.latency import machine
+from fdconv_deploy.latency.timing import interleave, ratio, spread
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.runtime import open_session
 

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from fdconv_deploy.export.validation.detections import perturbed
+from fdconv_deploy.export.validation.detector_inputs import made_up_detector_inputs
 from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.networks import backbone, lively_heads, trained_like
-from export.detection_parity import perturbed
-from export.detector_inputs import made_up_detector_inputs
 from fdconv_deploy.checkpoints import load_detector
-from fdconv_deploy.detector_architecture import DetectorArchitecture, FPNConfig, MaskHeadConfig
+from fdconv_deploy.detector_config import DetectorArchitecture, FPNConfig, MaskHeadConfig
 from fdconv_deploy.nn.detection import Detector, build_detector
 from fdconv_deploy.runtime import open_session
 
@@ -61,7 +61,7 @@ def _pictures(size: tuple[int, int], count: int, preprocessing: Any) -> list[Inp
 
 
 def _export(spec: dict[str, Any], file: Path, bundle: Path) -> dict[str, Any]:
-    from export import export_checkpoint
+    from fdconv_deploy.export import export_checkpoint
 
     start = time.perf_counter()
     export_checkpoint(file, bundle, size=tuple(spec["size"]), progress=say)

@@ -23,8 +23,8 @@ from torch import nn
 
 from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.options import keep, script
-from fdconv_deploy.benchmark import machine
 from fdconv_deploy.checkpoints import save_checkpoint
+from fdconv_deploy.latency import machine
 from fdconv_deploy.nn import Segmentor
 
 # Parity has tests of its own; here a random network's rounding must not stop the clock.
@@ -73,7 +73,7 @@ def measure(
 
 def _child(request: str, file: Path, bundle: Path) -> None:
     """The fresh process: only what an export needs."""
-    from export import export_checkpoint, export_module
+    from fdconv_deploy.export import export_checkpoint, export_module
 
     spec = json.loads(request)
     case, dynamic = Case(**spec["case"]), spec["dynamic"]

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from fdconv_deploy.benchmark.metrics import confusion_matrix, scores
+from examples.streets.scenes import CLASSES, draw_scene
 from fdconv_deploy.checkpoints import load_segmentor, tell_order
-from fdconv_deploy.checkpoints.order_weights import CANDIDATES, NamedOrder
+from fdconv_deploy.checkpoints.frequency_order.from_weights import CANDIDATES, NamedOrder
 from fdconv_deploy.demo import held_out, packaged_checkpoint
-from fdconv_deploy.demo.scenes import CLASSES, draw_scene
+from fdconv_deploy.evaluation.metrics import confusion_matrix, scores
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime import read_image
 from fdconv_deploy.runtime.preprocessing import normalise

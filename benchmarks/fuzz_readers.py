@@ -33,8 +33,8 @@ from typing import Any
 
 from benchmarks.fuzz import bundles, checkpoints, datasets
 from benchmarks.options import keep, script
-from fdconv_deploy.benchmark import machine
 from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.latency import machine
 
 ROOT = Path(__file__).parents[1]
 BATCH = 2000  # runs of one child process

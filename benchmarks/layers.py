@@ -3,7 +3,7 @@
 The R50 backbone at 512×512: FDConv as published in eager PyTorch, exported in ONNX Runtime as it
 is and with native operators where they are built, and the plain twin in ONNX Runtime, taking
 turns in one process. Each is told apart by layer and by
-part (`fdconv_deploy.benchmark.layers`); ``--json`` keeps all of it, ``--svg`` draws the README's
+part (`fdconv_deploy.profiling`); ``--json`` keeps all of it, ``--svg`` draws the README's
 figure from this run, ``--draw FILE`` from an earlier one.
 """
 
@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fdconv_deploy.export import export_module
 
 from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import TOLERANCE
 from benchmarks.options import script
 from benchmarks.plot import BARS, TEXT, WIDTH
 from benchmarks.records import write_json
-from export import export_module
-from fdconv_deploy.benchmark import machine
-from fdconv_deploy.benchmark.layers.attribution import PARTS, WARM_UP, ProfiledGraph, by_layer
-from fdconv_deploy.benchmark.layers.torch_profile import ProfiledNetwork
+from fdconv_deploy.latency import machine
 from fdconv_deploy.ops.native import native_library
-from fdconv_deploy.runtime.files import write_whole
+from fdconv_deploy.profiling.attribution import PARTS, WARM_UP, ProfiledGraph, by_layer
+from fdconv_deploy.profiling.torch_profile import ProfiledNetwork
+from fdconv_deploy.runtime.segment_files import write_whole
 
 HEIGHT = 3.7  # inches
 # Bars of one layer lie over each other, the widest behind: widths and colours.

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from fdconv_deploy.export.validation.sample_inputs import made_up_images
 from torch import Tensor, nn
 
-from export.inputs import made_up_images
-from fdconv_deploy.architecture import Architecture, BackboneConfig, FDConvConfig, HeadConfig
-from fdconv_deploy.benchmark.rivals.omni_dimensional import OmniDimensionalConv2d
+from benchmarks.rivals.omni_dimensional import OmniDimensionalConv2d
+from fdconv_deploy.config import Architecture, BackboneConfig, FDConvConfig, HeadConfig
 from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
+from fdconv_deploy.nn.backbones.resnet import BasicBlock, Bottleneck
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.detection.fpn import FPN
-from fdconv_deploy.nn.resnet import BasicBlock, Bottleneck
 
 
 def backbone(depth: int = 50, kernel_num: int | None = 64, width: int = 64) -> BackboneConfig:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.records import write_json
-from fdconv_deploy.benchmark import machine
+from fdconv_deploy.latency import machine
 from fdconv_deploy.runtime.backends.cores import available_cores
 
 

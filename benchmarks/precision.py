@@ -29,16 +29,16 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+from fdconv_deploy.export.api import export_checkpoint
+from fdconv_deploy.export.image_folders import Pictures
+from fdconv_deploy.export.quantization.fp16_rounding import rounding_model
 from numpy.typing import NDArray
 
 from benchmarks.options import script
 from benchmarks.records import write_json
-from export.folders import Pictures
-from export.passes.rounding import rounding_model
-from export.pipeline import export_checkpoint
-from fdconv_deploy.benchmark.metrics import confusion_matrix, scores
+from examples.streets.scenes import CLASSES, draw_scene
 from fdconv_deploy.demo import HELD_OUT_SEEDS, held_out, packaged_checkpoint
-from fdconv_deploy.demo.scenes import CLASSES, draw_scene
+from fdconv_deploy.evaluation.metrics import confusion_matrix, scores
 from fdconv_deploy.runtime import Bundle, Session, open_session
 from fdconv_deploy.runtime.bundle import sha256_of
 

@@ -11,12 +11,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fdconv_deploy.export import export_module
+
 from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import TOLERANCE
 from benchmarks.options import keep, script
-from export import export_module
-from fdconv_deploy.benchmark import machine
-from fdconv_deploy.benchmark.layers.attribution import PARTS, as_json, profile
+from fdconv_deploy.latency import machine
+from fdconv_deploy.profiling.attribution import PARTS, as_json, profile
 
 
 def measure(case: Case, folder: Path, *, threads: int, runs: int = 10) -> dict[str, Any]:

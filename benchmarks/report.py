@@ -16,9 +16,9 @@ from benchmarks.cases import BATCHES, DEPTHS, NETWORKS, SIZES, Case, grid, sweep
 from benchmarks.plot import draw
 from benchmarks.records import FOLDER, every, newest
 from benchmarks.speed import SIDES
-from fdconv_deploy.benchmark import machine
-from fdconv_deploy.benchmark.layers.attribution import PARTS
-from fdconv_deploy.runtime.files import write_whole
+from fdconv_deploy.latency import machine
+from fdconv_deploy.profiling.attribution import PARTS
+from fdconv_deploy.runtime.segment_files import write_whole
 
 DOCS = machine.ROOT / "docs"
 NAMES = {"backbone": "ResNet backbone", "upernet": "UPerNet, 150 classes"}

@@ -20,20 +20,20 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from fdconv_deploy.export.api import export_checkpoint
+from fdconv_deploy.export.validation.layer_graphs import CutGraph
+from fdconv_deploy.export.validation.reference import UNIT
+from fdconv_deploy.export.validation.sample_inputs import made_up_images, normalised
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.options import keep, script
-from export.inputs import made_up_images, normalised
-from export.pipeline import export_checkpoint
-from export.validation.observation import UNIT
-from export.validation.pieces import CutGraph
-from fdconv_deploy.benchmark import machine
-from fdconv_deploy.benchmark.layers.divergence import save_exposed
 from fdconv_deploy.checkpoints import load_segmentor
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.folding.network import dynamic_layers, fold_network
+from fdconv_deploy.latency import machine
 from fdconv_deploy.ops.native import native_library
+from fdconv_deploy.profiling.divergence import save_exposed
 
 FLAT = {"black": 0, "gray": 128, "white": 255}
 ANSWER = "answer"

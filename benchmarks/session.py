@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.options import keep, script
-from fdconv_deploy.benchmark import machine
-from fdconv_deploy.benchmark.timing import interleave, spread
+from fdconv_deploy.latency import machine
+from fdconv_deploy.latency.timing import interleave, spread
 from fdconv_deploy.runtime import Bundle
 
 REQUESTS = 10
@@ -249,8 +249,9 @@ def main() -> None:
 
 
 def _export(destination: Path) -> Path:
+    from fdconv_deploy.export.api import export_segmentor
+
     from benchmarks.networks import build, upernet
-    from export.pipeline import export_segmentor
 
     network = build(upernet(50))
     export_segmentor(network, destination, size=(512, 512), batches=(1, 4), tolerance=1e-2)

@@ -29,11 +29,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.options import keep, script
-from fdconv_deploy.architecture import Preprocessing
-from fdconv_deploy.benchmark import machine
+from examples.streets.scenes import draw_scene
 from fdconv_deploy.checkpoints import load_checkpoint
+from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.demo import HELD_OUT_SEEDS, packaged_checkpoint
-from fdconv_deploy.demo.scenes import draw_scene
+from fdconv_deploy.latency import machine
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.nn.fdconv import dynamic_layers
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fdconv_deploy.export.api import export_segmentor
+from fdconv_deploy.export.validation.sample_inputs import made_up_images
 
 from benchmarks.networks import build, upernet
 from benchmarks.options import script
 from benchmarks.records import write_json
-from export.inputs import made_up_images
-from export.pipeline import export_segmentor
 
 RUN = """
 import json, sys

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.options import keep, script
-from fdconv_deploy.benchmark import machine
+from fdconv_deploy.latency import machine
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.runtime.bundle import Bundle
 
@@ -111,7 +111,8 @@ def main() -> None:
 
 
 def _export(destination: Path) -> Path:
-    from export import export_checkpoint
+    from fdconv_deploy.export import export_checkpoint
+
     from fdconv_deploy.demo import held_out, packaged_checkpoint
     from fdconv_deploy.runtime import read_image
 

@@ -26,13 +26,13 @@ import torch
 
 from benchmarks import table1_latency
 from benchmarks.cases import NETWORKS, add_size_argument, add_width_arguments
+from benchmarks.flops import count_operations
 from benchmarks.options import script
 from benchmarks.records import write_json
+from benchmarks.rivals import METHODS
 from benchmarks.table1_rows import COUNTED_AT, PLAIN, Frame, Published, make, rows
-from fdconv_deploy.benchmark import machine
-from fdconv_deploy.benchmark.counting import count_operations
-from fdconv_deploy.benchmark.rivals import METHODS
-from fdconv_deploy.benchmark.speed.turns import Rules
+from fdconv_deploy.latency import machine
+from fdconv_deploy.latency.interleaving import Rules
 
 
 def count(names: Iterable[str], frame: Frame) -> dict[str, Any]:

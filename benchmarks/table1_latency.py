@@ -19,19 +19,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from fdconv_deploy.export import export_module
+from fdconv_deploy.export.validation.sample_inputs import made_up_images
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from benchmarks.networks import trained_like
 from benchmarks.table1_rows import FDCONV, PLAIN, Frame, make
 from benchmarks.table1_side import WEIGHTS, open_session
-from export import export_module
-from export.inputs import made_up_images
-from fdconv_deploy.benchmark import machine
-from fdconv_deploy.benchmark.speed.handle import Child
-from fdconv_deploy.benchmark.speed.sides import Side
-from fdconv_deploy.benchmark.speed.turns import Case, Rules, take_turns
-from fdconv_deploy.benchmark.timing import ratio, spread
+from fdconv_deploy.latency import machine
+from fdconv_deploy.latency.interleaving import Case, Rules, take_turns
+from fdconv_deploy.latency.targets import Side
+from fdconv_deploy.latency.timing import ratio, spread
+from fdconv_deploy.latency.worker_handle import Child
 from fdconv_deploy.ops.native import native_library
 
 FORMS = ("eager", "exported")

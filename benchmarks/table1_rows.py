@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.cases import LastFeature
 from benchmarks.networks import backbone, upernet
-from fdconv_deploy.benchmark.rivals import METHODS, install
+from benchmarks.rivals import METHODS, install
 from fdconv_deploy.nn import ResNet, build_segmentor
 
 PLAIN, FDCONV = "plain", "fdconv"

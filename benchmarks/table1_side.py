@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.benchmark.speed.pictures import images
-from fdconv_deploy.benchmark.speed.sides import Side
-from fdconv_deploy.benchmark.speed.work import Work
+from fdconv_deploy.latency.images import images
+from fdconv_deploy.latency.open_target import Work
+from fdconv_deploy.latency.targets import Side
 
 WEIGHTS = "weights.safetensors"
 

@@ -6,15 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from export.pipeline import export_checkpoint, export_module
-    from export.ultralytics import export_ultralytics
+    from fdconv_deploy.export.api import export_checkpoint, export_module
+    from fdconv_deploy.export.targets.ultralytics import export_ultralytics
 
 __all__ = ["export_checkpoint", "export_module", "export_ultralytics"]
 
 
 def __getattr__(name: str) -> Any:
-    # torch takes seconds to import; `import export` should not.
+    # torch takes seconds to import; importing the package should not.
     if name in __all__:
-        module = "ultralytics" if name == "export_ultralytics" else "pipeline"
-        return getattr(importlib.import_module(f"export.{module}"), name)
+        module = "targets.ultralytics" if name == "export_ultralytics" else "api"
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 import onnx
 import onnx_graphsurgeon as gs
+from fdconv_deploy.export.layers import LayerWriter
+from fdconv_deploy.export.passes.batch_norm import fold_batch_norms
+from fdconv_deploy.export.passes.late_reshapes import move_reshapes
+from fdconv_deploy.export.passes.means import split_means
+from fdconv_deploy.export.torch_export import PLACEHOLDER
 from onnx import ModelProto, helper
 from torch import nn
 
 import fdconv_deploy
-from export.capture import PLACEHOLDER
-from export.layers import LayerWriter
-from export.passes.batch_norm import fold_batch_norms
-from export.passes.late_reshapes import move_reshapes
-from export.passes.means import split_means
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET
-from fdconv_deploy.ops.body import functions_checked
+from fdconv_deploy.ops.function_body import functions_checked
 
 # Of the ONNX file format: 8 brought functions, 10 is what torch's exporter writes.
 IR_VERSION = 10
@@ -43,7 +43,7 @@ def build_graph(
     """Write the folded layers in place of a captured graph's placeholders.
 
     Args:
-        captured: from `export.capture.capture`.
+        captured: from `fdconv_deploy.export.torch_export.capture`.
         network: the network it was captured from.
         sizes: height and width of each FDConv layer's input, see `input_sizes`.
         batch: the graph's batch size.

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fdconv_deploy.export.source import answer_of, output_names
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from export.recipe import answer_of, output_names
 from fdconv_deploy.errors import ExportError
 
 

@@ -4,4 +4,34 @@ FDConv: "Frequency Dynamic Convolution for Dense Image Prediction" (CVPR 2025,
 arXiv 2503.18783).
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fdconv_deploy.checkpoints import load_checkpoint
+    from fdconv_deploy.export import export_checkpoint, export_module
+    from fdconv_deploy.runtime import open_session
+
 __version__ = "0.1.0"
+
+# Imported when first asked for: torch takes seconds, and a service needs none of it.
+_HOMES = {
+    "export_checkpoint": "export",
+    "export_module": "export",
+    "load_checkpoint": "checkpoints",
+    "open_session": "runtime",
+}
+
+__all__ = ["export_checkpoint", "export_module", "load_checkpoint", "open_session"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

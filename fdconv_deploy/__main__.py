@@ -1,5 +1,5 @@
 """``python -m fdconv_deploy`` is the ``fdconv`` command."""
 
-from fdconv_deploy.cli import main
+from fdconv_deploy.cli.app import main
 
 main()

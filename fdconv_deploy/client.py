@@ -23,8 +23,8 @@ from urllib.parse import quote, urlencode, urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from .client_answers import Answer, Objects
-from .errors import FDConvError
+from fdconv_deploy.client_answers import Answer, Objects
+from fdconv_deploy.errors import FDConvError
 
 __all__ = ["Answer", "Client", "Objects", "ServiceError"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .rle import decode
+from fdconv_deploy.coco_rle import decode
 
 
 @dataclass(frozen=True)

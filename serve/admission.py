@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .problems import RefusedError
-from .settings import Settings
+from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.settings import Settings
 
 
 class Admission:

@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fdconv_deploy.serve import errors as problems
+from fdconv_deploy.serve import openapi
+from fdconv_deploy.serve.middleware import Edge
+from fdconv_deploy.serve.routes import ROUTERS, infer_at_once
+from fdconv_deploy.serve.security import Keys
+from fdconv_deploy.serve.service import Service
+from fdconv_deploy.serve.settings import Settings
 from starlette.middleware import Middleware
 
 from fdconv_deploy import __version__
-from fdconv_deploy.installing import needed_by
+from fdconv_deploy.environment import needed_by
 from fdconv_deploy.runtime import Session
 
-from . import openapi, problems
-from .middleware import Edge
-from .routes import ROUTERS, infer_at_once
-from .security import Keys
-from .service import Service
-from .settings import Settings
-
 if TYPE_CHECKING:
-    from .kserve.grpc_server import GrpcServer
+    from fdconv_deploy.serve.kserve.grpc_server import GrpcServer
 
 
 def create_app(
@@ -87,5 +87,5 @@ def create_app(
 
 def _grpc_server() -> type[GrpcServer]:
     with needed_by("The gRPC service", "grpc"):
-        from .kserve.grpc_server import GrpcServer
+        from fdconv_deploy.serve.kserve.grpc_server import GrpcServer
     return GrpcServer

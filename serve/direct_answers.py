@@ -6,14 +6,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from fdconv_deploy.serve.client_connection import Exchange, Reader
+from fdconv_deploy.serve.kserve.plain_call import PlainCall
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-from .kserve.plain_call import PlainCall
-from .receiving import Exchange, Reader
 
 
 class DirectAnswers(HttpToolsProtocol):
-    """See ``plain_call.Connection``; the rest is `serve.protocol`'s."""
+    """See ``plain_call.Connection``; the rest is `fdconv_deploy.serve.protocol`'s."""
 
     # What it finds in the class that has it.
     _exchanges: dict[Any, Any]

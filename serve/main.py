@@ -16,15 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
+from fdconv_deploy.serve.app import create_app
+from fdconv_deploy.serve.logging import log_config
+from fdconv_deploy.serve.memory import return_large_blocks
+from fdconv_deploy.serve.protocol import guarded
+from fdconv_deploy.serve.settings import Settings
 
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import Session
-
-from .app import create_app
-from .logs import log_config
-from .memory import return_large_blocks
-from .protocol import guarded
-from .settings import Settings
 
 log = logging.getLogger("fdconv.serve")
 

@@ -8,14 +8,13 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, problem_response
+from fdconv_deploy.serve.logging import log_access
+from fdconv_deploy.serve.security import Keys
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from .logs import log_access
-from .problems import REQUEST_ID, RefusedError, problem_response
-from .security import Keys
 
 # What a client may choose: short, and of nothing that could break a log line or a header.
 _ACCEPTED = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -6,10 +6,9 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-
-from .examples import add_examples
-from .schemas import InferCall
-from .service import Service
+from fdconv_deploy.serve.openapi_examples import add_examples
+from fdconv_deploy.serve.schemas import InferCall
+from fdconv_deploy.serve.service import Service
 
 DESCRIPTION = """\
 Semantic segmentation, and object detection with masks, with FDConv networks.

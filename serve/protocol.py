@@ -12,15 +12,14 @@ from http import HTTPStatus
 from typing import Any
 
 import httptools
+from fdconv_deploy.serve.client_connection import Exchange, Front, Reader
+from fdconv_deploy.serve.direct_answers import DirectAnswers
+from fdconv_deploy.serve.errors import MEDIA_TYPE, REQUEST_ID, bare_problem
+from fdconv_deploy.serve.kserve.direct import DirectCall, direct_call
+from fdconv_deploy.serve.logging import log_access
+from fdconv_deploy.serve.middleware import SECURITY, accepted_id
+from fdconv_deploy.serve.settings import Settings
 from starlette.requests import ClientDisconnect
-
-from .direct_answers import DirectAnswers
-from .kserve.direct import DirectCall, direct_call
-from .logs import log_access
-from .middleware import SECURITY, accepted_id
-from .problems import MEDIA_TYPE, REQUEST_ID, bare_problem
-from .receiving import Exchange, Front, Reader
-from .settings import Settings
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 << 10

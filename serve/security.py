@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 
-from .problems import RefusedError
-from .settings import Settings
+from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.settings import Settings
 
 
 class Keys:

@@ -10,19 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.runtime import Bundle, Session, open_session
+from fdconv_deploy.serve.admission import Admission
+from fdconv_deploy.serve.batching import Scheduler
+from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.metrics import Metrics
+from fdconv_deploy.serve.model_repository import Repository
+from fdconv_deploy.serve.model_versions import Version
+from fdconv_deploy.serve.request_body import BodyBudget
+from fdconv_deploy.serve.settings import Settings
+from fdconv_deploy.serve.statistics import ModelStatistics
+from fdconv_deploy.serve.tracing import Tracing
+from fdconv_deploy.serve.workers.process_pool import Children, IsolatedSession
 
-from .admission import Admission
-from .bodies import BodyBudget
-from .isolation import Children, IsolatedSession
-from .metrics import Metrics
-from .problems import RefusedError
-from .repository import Repository
-from .scheduling import Scheduler
-from .settings import Settings
-from .statistics import ModelStatistics
-from .tracing import Tracing
-from .versions import Version
+from fdconv_deploy.runtime import Bundle, Session, open_session
 
 _LATER_SECONDS = 0.003
 log = logging.getLogger("fdconv.serve")

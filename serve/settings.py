@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from fdconv_deploy.runtime.decoding import MAX_PIXELS
+from fdconv_deploy.runtime.images import MAX_PIXELS
 from fdconv_deploy.runtime.multiband import FORMATS
 
 # First parts of the service's own addresses.

@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fdconv_deploy.environment import needed_by
 from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.installing import needed_by
 
 _SERVICE = "fdconv-deploy"
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fdconv_deploy import cli
+from fdconv_deploy.cli import app as cli
 from fdconv_deploy.demo import held_out, packaged_checkpoint, packaged_detector, plain_checkpoint
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime import BundleWriter
@@ -538,7 +538,7 @@ def test_usage_mistakes_are_found_before_torch_is_imported(tmp_path):
     lists = [[str(names.get(a, a)) for a in arguments] for arguments, _, _ in USAGE]
     program = (
         "import sys\n"
-        "from fdconv_deploy.cli import main\n"
+        "from fdconv_deploy.cli.app import main\n"
         f"for arguments in {lists!r}:\n"
         "    sys.argv = ['fdconv', *arguments]\n"
         "    try: main()\n"
@@ -553,7 +553,7 @@ def test_usage_mistakes_are_found_before_torch_is_imported(tmp_path):
 def test_help_is_instant_and_loads_nothing_heavy():
     program = (
         "import sys; sys.argv = ['fdconv', '--help']\n"
-        "from fdconv_deploy.cli import main\n"
+        "from fdconv_deploy.cli.app import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy', 'cv2'} & set(sys.modules)\n"
@@ -569,7 +569,7 @@ def test_segmenting_loads_no_torch(bundle, tmp_path):
     arguments = ["fdconv", "segment", str(bundle), str(image), "-o", str(tmp_path / "out")]
     program = (
         f"import sys; sys.argv = {arguments!r}\n"
-        "from fdconv_deploy.cli import main\n"
+        "from fdconv_deploy.cli.app import main\n"
         "main()\n"
         "sys.exit('torch was loaded' if 'torch' in sys.modules else 0)"
     )

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdconv_deploy.benchmark.speed.sides import plan
-from fdconv_deploy.benchmark.speed.torch_work import load
 from fdconv_deploy.checkpoints import load_checkpoint, read_checkpoint
 from fdconv_deploy.demo import held_out, packaged_checkpoint
+from fdconv_deploy.latency.targets import plan
+from fdconv_deploy.latency.torch_targets import load
 from tests.test_cli import fdconv
 
 BIAS = "decode_head.conv_seg.bias"

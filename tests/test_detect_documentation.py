@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
+from examples.streets.instances import CLASSES, coco_annotations, draw_instances
 from fdconv_deploy.checkpoints import save_checkpoint
-from fdconv_deploy.demo.instances import CLASSES, coco_annotations, draw_instances
 from fdconv_deploy.runtime import open_session
 from tests.reference.networks import small_detector
 from tests.serve.conftest import typed

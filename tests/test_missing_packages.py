@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from fdconv_deploy import installing
+from fdconv_deploy import environment as installing
 from fdconv_deploy.demo import held_out, packaged_checkpoint
-from fdconv_deploy.installing import install
+from fdconv_deploy.environment import install
 from tests.runtime import toy
 
 # Python runs a module of this name before anything else.
@@ -148,7 +148,7 @@ def test_without_metadata(names: dict[str, Path]) -> None:
         "from importlib import metadata\n"
         "def absent(name): raise metadata.PackageNotFoundError(name)\n"
         "metadata.metadata = absent\n"
-        "from fdconv_deploy.installing import install\n"
+        "from fdconv_deploy.environment import install\n"
         "print(install('onnx_graphsurgeon', 'grpc', extra='export'))"
     )
     command = [sys.executable, "-c", program]

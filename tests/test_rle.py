@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco
 
-from fdconv_deploy.rle import area, compress, decode, decompress, encode, encode_part
+from fdconv_deploy.coco_rle import area, compress, decode, decompress, encode, encode_part
 
 masks = hnp.arrays(np.bool_, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40))
 

@@ -31,10 +31,10 @@ _DETECTOR_OUTPUTS = [
 def _files() -> dict[str, bytes]:
     """A bundle of a small network whose layers are all there is to fold, by file name."""
     import torch
+    from fdconv_deploy.export.api import export_segmentor
 
     from benchmarks.networks import trained_like
-    from export.pipeline import export_segmentor
-    from fdconv_deploy.architecture import Architecture, BackboneConfig, FDConvConfig, HeadConfig
+    from fdconv_deploy.config import Architecture, BackboneConfig, FDConvConfig, HeadConfig
     from fdconv_deploy.nn import build_segmentor
 
     backbone = BackboneConfig(
@@ -61,7 +61,7 @@ def _files() -> dict[str, bytes]:
 @cache
 def _manifests() -> dict[str, bytes]:
     """One bundle's manifest, as of a segmentor of either mode, a detector and a module."""
-    from fdconv_deploy.detector_architecture import DetectorArchitecture
+    from fdconv_deploy.detector_config import DetectorArchitecture
 
     told = json.loads(_files()["manifest.json"])
     told["created_at"] = "2026-11-28T00:00:00Z"  # runs are the same on any day
@@ -98,8 +98,8 @@ def _answer(session: Session) -> None:
     """What a session says of itself, and one answer by the way of its bundle's kind."""
     from PIL import Image
 
-    from fdconv_deploy.runtime.files import segment_files
-    from fdconv_deploy.runtime.listing import Source
+    from fdconv_deploy.runtime.input_files import Source
+    from fdconv_deploy.runtime.segment_files import segment_files
 
     assert session.bundle.digest
     assert all((session.choice, session.operators, session.ways))

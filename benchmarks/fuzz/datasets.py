@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.fuzz.mutations import REAL, Reader, damage, damage_image, damage_json
+from fdconv_deploy.coco_rle import encode
 from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.rle import encode
 
 HEIGHT, WIDTH = 40, 60
 CLASSES = ("road", "car")
@@ -92,8 +92,8 @@ _COCO_ODD: list[Any] = [
 
 def read_annotations(path: Path) -> None:
     """As ``fdconv evaluate``: all that is found in a file, its images, and both scores."""
-    from fdconv_deploy.benchmark.detection.average_precision import average_precision
-    from fdconv_deploy.benchmark.detection.coco_files import read_coco
+    from fdconv_deploy.evaluation.average_precision import average_precision
+    from fdconv_deploy.evaluation.coco import read_coco
 
     folder = path.parent / "images"
     if not folder.is_dir():
@@ -158,7 +158,7 @@ def _parsed(text: bytes) -> Any:
 
 def read_run_lengths(path: Path) -> None:
     """A mask and its area. What is none is a ``ValueError`` with a sentence, as documented."""
-    from fdconv_deploy.rle import area, decode
+    from fdconv_deploy.coco_rle import area, decode
 
     told = json.loads(path.read_bytes())
     try:
@@ -190,9 +190,10 @@ def _label_images() -> dict[str, bytes]:
 
 def read_label_image(path: Path) -> None:
     """As ``fdconv evaluate`` and ``export``: what a mask holds, whether those are classes."""
-    from export.folders import Pictures
-    from fdconv_deploy.benchmark.datasets import Pair, Samples
-    from fdconv_deploy.benchmark.labels import LabelRule
+    from fdconv_deploy.export.image_folders import Pictures
+
+    from fdconv_deploy.evaluation.class_mapping import LabelRule
+    from fdconv_deploy.evaluation.datasets import Pair, Samples
 
     image = path.parent / "image.bmp"
     if not image.is_file():
@@ -220,7 +221,7 @@ def damage_label_map(rng: random.Random, data: bytes, others: list[bytes]) -> by
 
 def read_map(path: Path) -> None:
     """As ``fdconv evaluate --label-map``."""
-    from fdconv_deploy.benchmark.labels import read_label_map
+    from fdconv_deploy.evaluation.class_mapping import read_label_map
 
     read_label_map(path, CLASSES)
 
@@ -262,8 +263,9 @@ def _images() -> dict[str, bytes]:
 
 def read_picture(path: Path) -> None:
     """By its path and as its bytes, which must be read alike, in a folder, and its size alone."""
-    from export.folders import Pictures
-    from fdconv_deploy.runtime.decoding import image_size, read_image
+    from fdconv_deploy.export.image_folders import Pictures
+
+    from fdconv_deploy.runtime.images import image_size, read_image
 
     whole = path.read_bytes()
     try:
@@ -310,7 +312,7 @@ def damage_bands(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
 
 def read_bands(path: Path) -> None:
     """By its path and as its bytes, in each way of loading that takes other bands than three."""
-    from fdconv_deploy.architecture import Preprocessing
+    from fdconv_deploy.config import Preprocessing
     from fdconv_deploy.runtime.multiband import load_image
 
     number = int(path.name.split("_")[0])

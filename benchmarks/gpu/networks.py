@@ -129,7 +129,7 @@ class _Networks:
         available = onnxruntime.get_available_providers()
         if provider not in available:
             raise RuntimeError(f"ONNX Runtime has no {provider} here, only {available}")
-        from export.pipeline import export_module
+        from fdconv_deploy.export.api import export_module
 
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "bundle"

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 import uvicorn
+from fdconv_deploy.serve import Settings, running
 
 from benchmarks.serving.baselines import bare, plain_app
 from benchmarks.serving.harness import (
@@ -38,10 +39,9 @@ from benchmarks.serving.harness import (
     median,
     server,
 )
-from fdconv_deploy.benchmark.machine import Bystanders
-from fdconv_deploy.installing import install
+from fdconv_deploy.environment import install
+from fdconv_deploy.latency.machine import Bystanders
 from fdconv_deploy.runtime import Session, open_session
-from serve import Settings, running
 
 RAW, OURS, PLAIN, BARE, LITSERVE = "in process", "fdconv", "plain", "bare socket", "litserve"
 Posted = tuple[int, str, bytes, dict[str, str]]  # port, path, body, headers

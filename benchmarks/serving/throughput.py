@@ -39,7 +39,7 @@ from benchmarks.serving.harness import (
     scene,
     server,
 )
-from fdconv_deploy.installing import install
+from fdconv_deploy.environment import install
 from fdconv_deploy.runtime import Session, open_session
 
 LITSERVE_MISSING = f"not installed here: {install('litserve')}"

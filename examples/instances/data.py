@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fdconv_deploy.demo.instances import Instances, boxes_of, draw_instances
+from examples.streets.instances import Instances, boxes_of, draw_instances
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from fdconv_deploy.export import export_checkpoint
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -23,19 +24,18 @@ from rich.table import Table
 
 import fdconv_deploy.demo
 from examples.instances.package import EVALUATION_SEEDS
+from examples.streets.instances import COLOURS, coco_annotations, draw_instances
 from examples.training.record import write_json
 from examples.training.scenes import SIZE
-from export import export_checkpoint
-from fdconv_deploy.benchmark.detection.coco_files import CocoSet, read_coco
-from fdconv_deploy.benchmark.detection.evaluation import (
+from fdconv_deploy.checkpoints import load_checkpoint
+from fdconv_deploy.demo import detector_record, held_out, held_out_instances, packaged_detector
+from fdconv_deploy.evaluation.coco import CocoSet, read_coco
+from fdconv_deploy.evaluation.compare_detectors import (
     DetectionEvaluation,
     bundle_side,
     evaluate_detectors,
 )
-from fdconv_deploy.benchmark.detection.torch_side import torch_side
-from fdconv_deploy.checkpoints import load_checkpoint
-from fdconv_deploy.demo import detector_record, held_out, held_out_instances, packaged_detector
-from fdconv_deploy.demo.instances import COLOURS, coco_annotations, draw_instances
+from fdconv_deploy.evaluation.torch_detector import torch_side
 from fdconv_deploy.runtime import Session, open_session, read_image
 
 SIDES = ("pytorch", "bundle")

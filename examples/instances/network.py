@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from examples.streets.instances import CLASSES, COLOURS
 from examples.training.scenes import SIZE
-from fdconv_deploy.architecture import BackboneConfig, Preprocessing
 from fdconv_deploy.checkpoints import load_checkpoint
+from fdconv_deploy.config import BackboneConfig, Preprocessing
 from fdconv_deploy.demo import packaged_checkpoint
-from fdconv_deploy.demo.instances import CLASSES, COLOURS
-from fdconv_deploy.detector_architecture import (
+from fdconv_deploy.detector_config import (
     BoxHeadConfig,
     DetectorArchitecture,
     DetectorTestConfig,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from examples.instances.data import draw_scene, images_of
 from examples.instances.network import start
+from examples.streets.instances import CLASSES, coco_annotations, draw_instances
 from examples.training.attention_statistics import FRAMES, SIZES, frames, recalibrate
 from examples.training.layers import dynamic_layers
 from examples.training.record import attention_spread, origins, write_json
@@ -13,7 +14,6 @@ from examples.training.run import load_state
 from examples.training.scenes import normalise
 from fdconv_deploy.checkpoints import save_checkpoint
 from fdconv_deploy.demo import HELD_OUT_SEEDS
-from fdconv_deploy.demo.instances import CLASSES, coco_annotations, draw_instances
 
 # Scenes after the packaged held-out ones, for a steadier number.
 EVALUATION_SEEDS = range(HELD_OUT_SEEDS.stop, HELD_OUT_SEEDS.stop + 200)

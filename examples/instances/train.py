@@ -26,10 +26,10 @@ from examples.instances.losses import Regions, box_losses, mask_loss, proposal_l
 from examples.instances.network import start
 from examples.instances.package import package
 from examples.instances.regions import extract
+from examples.streets.instances import CLASSES
 from examples.training.layers import parameter_groups, quicken
 from examples.training.run import STOPPED, Run, add_arguments, console, cosine, recipe_of
 from examples.training.scenes import SIZE, TRAINING_SEEDS, draw_many, normalise
-from fdconv_deploy.demo.instances import CLASSES
 from fdconv_deploy.nn.detection import Detector
 
 

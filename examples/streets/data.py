@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from examples.streets.recipe import Recipe
+from examples.streets.scenes import CLASSES, draw_scene
 from examples.training.scenes import SIZE, draw_many
-from fdconv_deploy.demo.scenes import CLASSES, draw_scene
 
 Scenes = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from examples.streets.scenes import CLASSES, PALETTE
 from examples.training.layers import dynamic_layers
-from fdconv_deploy.architecture import (
-    Architecture,
-    BackboneConfig,
-    FDConvConfig,
-    HeadConfig,
-)
 from fdconv_deploy.checkpoints import convert_state_dict
-from fdconv_deploy.demo.scenes import CLASSES, PALETTE
+from fdconv_deploy.config import Architecture, BackboneConfig, FDConvConfig, HeadConfig
 from fdconv_deploy.nn import Segmentor
 
 TWINS = ("fdconv", "plain")

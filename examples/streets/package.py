@@ -15,15 +15,15 @@ from rich.table import Table
 from examples.streets.data import Scenes, draw_scenes
 from examples.streets.network import FILES, TWINS, architecture
 from examples.streets.recipe import Recipe
+from examples.streets.scenes import CLASSES, PALETTE
 from examples.training.attention_statistics import FRAMES, SIZES, frames, recalibrate
 from examples.training.layers import dynamic_layers
 from examples.training.record import attention_spread, origins, write_json
 from examples.training.run import console, describe, load_state
 from examples.training.scenes import normalise
-from fdconv_deploy.benchmark.metrics import Scores, confusion_matrix, scores
 from fdconv_deploy.checkpoints import save_checkpoint
 from fdconv_deploy.demo import HELD_OUT_SEEDS
-from fdconv_deploy.demo.scenes import CLASSES, PALETTE
+from fdconv_deploy.evaluation.metrics import Scores, confusion_matrix, scores
 from fdconv_deploy.nn import Segmentor, build_segmentor
 
 # The packaged held-out scenes and as many again and more, for a steadier number.

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from examples.streets.scenes import draw_scene
 from examples.training.layers import dynamic_layers
 from examples.training.odd_frames import developed, flat, letterboxed, texture
 from examples.training.scenes import TRAINING_SEEDS, normalise
-from fdconv_deploy.architecture import Preprocessing
-from fdconv_deploy.demo.scenes import draw_scene
+from fdconv_deploy.config import Preprocessing
 
 # From the least that is served to the largest that a few seconds allow.
 SIZES = ((64, 64), (96, 128), (128, 256), (160, 224), (192, 256), (256, 256), (512, 512))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from examples.training.layers import dynamic_layers
 from examples.training.scenes import SIZE, TRAINING_SEEDS
-from fdconv_deploy.benchmark.machine import cpu_model
 from fdconv_deploy.demo import HELD_OUT_SEEDS
+from fdconv_deploy.latency.machine import cpu_model
 
 
 def origins(classes: Iterable[str], recipe: dict[str, Any], evaluation: range) -> dict[str, Any]:

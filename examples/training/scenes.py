@@ -11,7 +11,7 @@ import cv2
 import torch
 from torch import Tensor
 
-from fdconv_deploy.architecture import Preprocessing
+from fdconv_deploy.config import Preprocessing
 
 TRAINING_SEEDS = range(1_000_000, 9_000_000)
 # Height and width that networks are trained and scored at.

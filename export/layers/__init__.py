@@ -4,6 +4,6 @@ Frequency assembly and band modulation become single nodes of the ``fdconv`` dom
 functions go into the model; the rest is a handful of standard nodes.
 """
 
-from export.layers.writer import LayerWriter
+from fdconv_deploy.export.layers.writer import LayerWriter
 
 __all__ = ["LayerWriter"]

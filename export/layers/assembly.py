@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from fdconv_deploy.export.layers.attention import Attention, write_column_scale, write_row_scale
+from fdconv_deploy.export.layers.nodes import Array, Nodes
 
-from export.layers.attention import Attention, write_column_scale, write_row_scale
-from export.layers.nodes import Array, Nodes
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.ops.frequency_assembly import AssemblyForm, assembly_function, group_blocks

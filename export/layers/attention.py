@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from fdconv_deploy.export.layers.nodes import Nodes
 
-from export.layers.nodes import Nodes
 from fdconv_deploy.folding.layer import FoldedConv
 
 Attention = dict[str, gs.Variable]

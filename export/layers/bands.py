@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from fdconv_deploy.export.layers.nodes import Nodes
 
-from export.layers.nodes import Nodes
 from fdconv_deploy.folding.bands import FoldedBands
 from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.ops.frequency_band_modulation import BandForm, band_function

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from fdconv_deploy.export.torch_export import PLACEHOLDER
 from numpy.typing import NDArray
-
-from export.capture import PLACEHOLDER
 
 Float64 = NDArray[np.float64]
 

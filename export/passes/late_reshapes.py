@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_graphsurgeon as gs
-
-from export.layers.nodes import Nodes
+from fdconv_deploy.export.layers.nodes import Nodes
 
 
 def move_reshapes(graph: gs.Graph, nodes: Nodes) -> None:

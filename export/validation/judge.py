@@ -11,17 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fdconv_deploy.export.source import Source
+from fdconv_deploy.export.validation.comparison import Rule
+from fdconv_deploy.export.validation.detections import perturbed
+from fdconv_deploy.export.validation.layer_graphs import CutGraph, Piece
+from fdconv_deploy.export.validation.parity import Arrays, compare_all
+from fdconv_deploy.export.validation.reference import Observation, Observer
+from fdconv_deploy.export.validation.subprocess_run import Run, run_fresh
+from fdconv_deploy.export.validation.verdict import LAYER_LIMIT, Finding, Verdict, decide
 from numpy.typing import NDArray
 from torch import nn
 
-from export.detection_parity import perturbed
-from export.parity import Arrays, compare_all
-from export.recipe import Source
-from export.rules import Rule
-from export.validation.observation import Observation, Observer
-from export.validation.pieces import CutGraph, Piece
-from export.validation.process import Run, run_fresh
-from export.validation.verdict import LAYER_LIMIT, Finding, Verdict, decide
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.runtime.manifest import OutputParity
 

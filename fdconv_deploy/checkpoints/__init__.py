@@ -13,17 +13,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fdconv_deploy.checkpoints.architecture import infer_architecture
-    from fdconv_deploy.checkpoints.config_text import Config, parse_config, read_config
-    from fdconv_deploy.checkpoints.conversion import (
+    from fdconv_deploy.checkpoints.config_parser import Config, parse_config, read_config
+    from fdconv_deploy.checkpoints.config_writer import format_config
+    from fdconv_deploy.checkpoints.convert import (
         Conversion,
         convert_state_dict,
         equivalent_state_dict,
     )
-    from fdconv_deploy.checkpoints.conversion_files import convert_checkpoint
-    from fdconv_deploy.checkpoints.detector import infer_detector
-    from fdconv_deploy.checkpoints.facts import Fact, Inference
-    from fdconv_deploy.checkpoints.inspection import Report, inspect_checkpoint, report_on
+    from fdconv_deploy.checkpoints.convert_file import convert_checkpoint
+    from fdconv_deploy.checkpoints.detector_config_writer import format_detector_config
+    from fdconv_deploy.checkpoints.evidence import Fact, Inference
+    from fdconv_deploy.checkpoints.exportability import export_command
+    from fdconv_deploy.checkpoints.frequency_order.detect import OrderReport, tell_order
+    from fdconv_deploy.checkpoints.frequency_order.from_weights import order_of_weights
+    from fdconv_deploy.checkpoints.infer_detector import infer_detector
+    from fdconv_deploy.checkpoints.infer_segmentor import infer_architecture
+    from fdconv_deploy.checkpoints.inspect import Report, inspect_checkpoint, report_on
+    from fdconv_deploy.checkpoints.inspect_report import render
     from fdconv_deploy.checkpoints.loading import (
         LoadedDetector,
         LoadedSegmentor,
@@ -31,45 +37,39 @@ if TYPE_CHECKING:
         load_detector,
         load_segmentor,
     )
-    from fdconv_deploy.checkpoints.mmdet_config import format_detector_config
-    from fdconv_deploy.checkpoints.mmseg_config import format_config
-    from fdconv_deploy.checkpoints.order import OrderReport, tell_order
-    from fdconv_deploy.checkpoints.order_weights import order_of_weights
     from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
-    from fdconv_deploy.checkpoints.rendering import render
-    from fdconv_deploy.checkpoints.saving import save_checkpoint
-    from fdconv_deploy.checkpoints.verdict import export_command
+    from fdconv_deploy.checkpoints.save import save_checkpoint
 
 _HOMES = {
     "Checkpoint": "reading",
-    "Config": "config_text",
-    "Conversion": "conversion",
-    "Fact": "facts",
-    "Inference": "facts",
+    "Config": "config_parser",
+    "Conversion": "convert",
+    "Fact": "evidence",
+    "Inference": "evidence",
     "LoadedDetector": "loading",
     "LoadedSegmentor": "loading",
-    "OrderReport": "order",
-    "Report": "inspection",
-    "format_config": "mmseg_config",
-    "format_detector_config": "mmdet_config",
-    "convert_checkpoint": "conversion_files",
-    "convert_state_dict": "conversion",
-    "equivalent_state_dict": "conversion",
-    "export_command": "verdict",
-    "infer_architecture": "architecture",
-    "infer_detector": "detector",
-    "inspect_checkpoint": "inspection",
+    "OrderReport": "frequency_order.detect",
+    "Report": "inspect",
+    "format_config": "config_writer",
+    "format_detector_config": "detector_config_writer",
+    "convert_checkpoint": "convert_file",
+    "convert_state_dict": "convert",
+    "equivalent_state_dict": "convert",
+    "export_command": "exportability",
+    "infer_architecture": "infer_segmentor",
+    "infer_detector": "infer_detector",
+    "inspect_checkpoint": "inspect",
     "load_checkpoint": "loading",
     "load_detector": "loading",
     "load_segmentor": "loading",
-    "order_of_weights": "order_weights",
-    "parse_config": "config_text",
+    "order_of_weights": "frequency_order.from_weights",
+    "parse_config": "config_parser",
     "read_checkpoint": "reading",
-    "read_config": "config_text",
-    "render": "rendering",
-    "report_on": "inspection",
-    "save_checkpoint": "saving",
-    "tell_order": "order",
+    "read_config": "config_parser",
+    "render": "inspect_report",
+    "report_on": "inspect",
+    "save_checkpoint": "save",
+    "tell_order": "frequency_order.detect",
 }
 
 __all__ = [

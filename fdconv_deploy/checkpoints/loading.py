@@ -9,16 +9,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fdconv_deploy.architecture import Architecture
-from fdconv_deploy.checkpoints.architecture import infer_architecture
-from fdconv_deploy.checkpoints.config_text import Config, config_of, read_config
-from fdconv_deploy.checkpoints.detector import infer_detector
-from fdconv_deploy.checkpoints.facts import Inference
-from fdconv_deploy.checkpoints.layers import SAVED_BUFFERS, as_published, dynamic_names, kind_of
-from fdconv_deploy.checkpoints.order_choice import ChosenOrder, choose_order
+from fdconv_deploy.checkpoints.config_parser import Config, config_of, read_config
+from fdconv_deploy.checkpoints.evidence import Inference
+from fdconv_deploy.checkpoints.frequency_order.choose import ChosenOrder, choose_order
+from fdconv_deploy.checkpoints.infer_detector import infer_detector
+from fdconv_deploy.checkpoints.infer_layers import (
+    SAVED_BUFFERS,
+    as_published,
+    dynamic_names,
+    kind_of,
+)
+from fdconv_deploy.checkpoints.infer_segmentor import infer_architecture
 from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
 from fdconv_deploy.checkpoints.shards import digest_of
-from fdconv_deploy.detector_architecture import DetectorArchitecture
+from fdconv_deploy.config import Architecture
+from fdconv_deploy.detector_config import DetectorArchitecture
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.nn.detection import Detector

@@ -11,11 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdconv_deploy.checkpoints.files import (
-    PickledFile,
-    container_of,
-    load_safetensors,
-)
+from fdconv_deploy.checkpoints.file_formats import PickledFile, container_of, load_safetensors
 from fdconv_deploy.checkpoints.safe_unpickling import (
     Made,
     TensorRecord,

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.checkpoints.config_values import printable
-from fdconv_deploy.checkpoints.files import EXPECTED
+from fdconv_deploy.checkpoints.config_expressions import printable
+from fdconv_deploy.checkpoints.file_formats import EXPECTED
 from fdconv_deploy.errors import CheckpointError
 
 _INDEX = re.compile(r"\.(safetensors|bin|pth|pt)\.index\.json$")

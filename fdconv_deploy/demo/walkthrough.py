@@ -15,19 +15,19 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from export.pipeline import export_checkpoint
-from export.validation.verdict import Verdict, refusal
-from export.verify import verify_bundle
-from fdconv_deploy.benchmark.machine import QUIET, Bystanders
-from fdconv_deploy.benchmark.metrics import Scores, confusion_matrix, scores
 from fdconv_deploy.checkpoints import load_segmentor
 from fdconv_deploy.demo import held_out, packaged_checkpoint, plain_checkpoint, training_record
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.evaluation.metrics import Scores, confusion_matrix, scores
+from fdconv_deploy.export.api import export_checkpoint
+from fdconv_deploy.export.validation.verdict import Verdict, refusal
+from fdconv_deploy.export.validation.verify import verify_bundle
+from fdconv_deploy.latency.machine import QUIET, Bystanders
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime import Session, open_session, read_image
-from fdconv_deploy.runtime.files import write_whole
-from fdconv_deploy.runtime.rendering import encode, overlay
+from fdconv_deploy.runtime.segment_files import write_whole
 from fdconv_deploy.runtime.segmentation import class_palette
+from fdconv_deploy.runtime.visualization import encode, overlay
 
 Picture = NDArray[np.uint8]
 SHOWN = 3
@@ -178,7 +178,7 @@ def _sheet(
 
 def _over_http(bundle: Path, image: Path) -> tuple[bytes, bytes]:
     """Mask and overlay from a service that is started and stopped here."""
-    from serve import running
+    from fdconv_deploy.serve import running
 
     answers = []
     with running([bundle]) as address:

@@ -1,10 +1,10 @@
 """The published network, exact, in PyTorch."""
 
+from fdconv_deploy.nn.backbones.resnet import ResNet
 from fdconv_deploy.nn.fdconv import FDConv2d
 from fdconv_deploy.nn.fdlinear import FDLinear
-from fdconv_deploy.nn.published import from_published
-from fdconv_deploy.nn.replacement import replace_convolutions
-from fdconv_deploy.nn.resnet import ResNet
+from fdconv_deploy.nn.from_published import from_published
+from fdconv_deploy.nn.replace import replace_convolutions
 from fdconv_deploy.nn.segmentor import Segmentor, build_segmentor
 
 __all__ = [

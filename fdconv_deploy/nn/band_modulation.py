@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdconv_deploy.architecture import BandModulationConfig
+from fdconv_deploy.config import BandModulationConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.modulation import NEAR_ZERO
 

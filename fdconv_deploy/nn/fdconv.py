@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from fdconv_deploy.architecture import AttentionNorm, BandModulationConfig
+from fdconv_deploy.config import AttentionNorm, BandModulationConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.band_modulation import BandModulation
 from fdconv_deploy.nn.modulation import GlobalAttention, GlobalModulation, LocalModulation

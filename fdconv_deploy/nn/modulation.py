@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdconv_deploy.architecture import AttentionNorm
+from fdconv_deploy.config import AttentionNorm
 from fdconv_deploy.errors import UnsupportedLayerError
 
 # The standard deviation (and, for the local convolution, the value) of a head that

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fdconv_deploy.architecture import Architecture, TestMode
+from fdconv_deploy.config import Architecture, TestMode
+from fdconv_deploy.nn.backbones.resnet import ResNet
 from fdconv_deploy.nn.heads import build_head, resize
-from fdconv_deploy.nn.resnet import ResNet
 from fdconv_deploy.nn.spectrum import FrequencyOrder
 
 

@@ -5,13 +5,13 @@
 ...     answer = session.segment(read_image("street.jpg"))
 """
 
-from .backends import BACKENDS
-from .bundle import Bundle, BundleWriter
-from .decoding import read_image
-from .detection import Detection
-from .manifest import Manifest, ParityReport
-from .segmentation import Segmentation
-from .session import Session, open_session
+from fdconv_deploy.runtime.backends import BACKENDS
+from fdconv_deploy.runtime.bundle import Bundle, BundleWriter
+from fdconv_deploy.runtime.detection import Detection
+from fdconv_deploy.runtime.images import read_image
+from fdconv_deploy.runtime.manifest import Manifest, ParityReport
+from fdconv_deploy.runtime.segmentation import Segmentation
+from fdconv_deploy.runtime.session import Session, open_session
 
 __all__ = [
     "BACKENDS",

@@ -20,8 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from fdconv_deploy.errors import BundleError, in_the_way
-
-from .bundle_checks import (
+from fdconv_deploy.runtime.bundle_checks import (
     bundle_root,
     check_external_data,
     check_file,
@@ -30,8 +29,8 @@ from .bundle_checks import (
     read_manifest,
     sha256_of,
 )
-from .exchange import exchange_folders
-from .manifest import (
+from fdconv_deploy.runtime.exchange import exchange_folders
+from fdconv_deploy.runtime.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     CheckpointInfo,

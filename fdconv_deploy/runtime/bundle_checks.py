@@ -12,10 +12,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from pydantic import ValidationError
 
 from fdconv_deploy.errors import BundleError
-
-from .decoding import SUFFIXES
-from .external_data import external_locations
-from .manifest import FORMAT_VERSION, MANIFEST_NAME, FileInfo, Manifest
+from fdconv_deploy.runtime.external_data import external_locations
+from fdconv_deploy.runtime.images import SUFFIXES
+from fdconv_deploy.runtime.manifest import FORMAT_VERSION, MANIFEST_NAME, FileInfo, Manifest
 
 _CHECKPOINTS = (".pth", ".pt", ".ckpt", ".safetensors", ".pkl")
 _MANIFEST_LIMIT = 64 << 20  # bytes; a real one has some tens of kilobytes

@@ -6,8 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 
 from fdconv_deploy.errors import BackendError
-
-from .backends import Graph
+from fdconv_deploy.runtime.backends import Graph
 
 
 class LazyGraphs:

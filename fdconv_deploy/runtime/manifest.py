@@ -14,10 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from fdconv_deploy.architecture import Architecture
-from fdconv_deploy.detector_architecture import DetectorArchitecture
-
-from .manifest_checks import check_detector, check_segmentor
+from fdconv_deploy.config import Architecture
+from fdconv_deploy.detector_config import DetectorArchitecture
+from fdconv_deploy.runtime.manifest_checks import check_detector, check_segmentor
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .manifest import Manifest, TensorSpec
+    from fdconv_deploy.runtime.manifest import Manifest, TensorSpec
 
 # A tensor's name, shape (None where any size is good) and type.
 Expected = tuple[str, tuple[int | None, ...], str]

@@ -23,14 +23,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fdconv_deploy.architecture import Preprocessing
+from fdconv_deploy.config import Preprocessing
+from fdconv_deploy.environment import install
 from fdconv_deploy.errors import FDConvError, ImageError
-from fdconv_deploy.installing import install
-
-from .decoding import (
-    FORMATS as PICTURE_FORMATS,
-)
-from .decoding import (
+from fdconv_deploy.runtime.images import FORMATS as PICTURE_FORMATS
+from fdconv_deploy.runtime.images import (
     MAX_PIXELS,
     UnsupportedImageError,
     checked_source,

@@ -8,7 +8,15 @@ are bilinear with the head's ``align_corners``. They are done as one here.
 
 from __future__ import annotations
 
-from .interpolation import ArrayRows, Labels, Logits, Taps, bilinear, labels_of, resize_logits
+from fdconv_deploy.runtime.resize import (
+    ArrayRows,
+    Labels,
+    Logits,
+    Taps,
+    bilinear,
+    labels_of,
+    resize_logits,
+)
 
 __all__ = ["Labels", "Logits", "label_map", "logit_map"]
 

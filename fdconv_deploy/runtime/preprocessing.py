@@ -18,17 +18,16 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.architecture import Preprocessing
+from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import ImageError
-
-from .decoding import (
+from fdconv_deploy.runtime.images import (
     FORMATS,
     MAX_PIXELS,
     ImageTooLargeError,
     UnsupportedImageError,
     read_image,
 )
-from .manifest import Fit
+from fdconv_deploy.runtime.manifest import Fit
 
 __all__ = [
     "FORMATS",

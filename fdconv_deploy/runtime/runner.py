@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.errors import BackendError, BundleError
-
-from .backends import Backend, Graph, feeds_problem
-from .batching import measured_cost, plan_batches
-from .bundle import Bundle
-from .graphs import LazyGraphs
-from .measuring import least_seconds
-from .side_by_side import SideBySide, divides
+from fdconv_deploy.runtime.backends import Backend, Graph, feeds_problem
+from fdconv_deploy.runtime.batching import measured_cost, plan_batches
+from fdconv_deploy.runtime.bundle import Bundle
+from fdconv_deploy.runtime.graphs import LazyGraphs
+from fdconv_deploy.runtime.measuring import least_seconds
+from fdconv_deploy.runtime.side_by_side import SideBySide, divides
 
 if TYPE_CHECKING:
     from typing_extensions import Self

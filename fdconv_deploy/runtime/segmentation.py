@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.architecture import Architecture
-
-from .interpolation import Labels
-from .preprocessing import FitDone
-from .rendering import RGB, class_areas, default_palette, mask_png, overlay
+from fdconv_deploy.config import Architecture
+from fdconv_deploy.runtime.preprocessing import FitDone
+from fdconv_deploy.runtime.resize import Labels
+from fdconv_deploy.runtime.visualization import RGB, class_areas, default_palette, mask_png, overlay
 
 
 @dataclass(frozen=True)

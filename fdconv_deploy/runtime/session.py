@@ -9,20 +9,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.architecture import Preprocessing
+from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import BackendError
-
-from .backends import BackendOptions, select
-from .bundle import Bundle
-from .decoding import MAX_PIXELS
-from .detection.detecting import Detecting, as_rows
-from .detection.detection import Detection
-from .detection.steps import detector_classes, detector_palette
-from .manifest import Fit
-from .multiband import load_image
-from .runner import Tensors
-from .segmentation import Segmentation, class_names, class_palette
-from .segmenting import Mode, Prepared, Segmenting
+from fdconv_deploy.runtime.backends import BackendOptions, select
+from fdconv_deploy.runtime.bundle import Bundle
+from fdconv_deploy.runtime.detection.detection import Detection
+from fdconv_deploy.runtime.detection.pipeline import Detecting, as_rows
+from fdconv_deploy.runtime.detection.preprocessing import detector_classes, detector_palette
+from fdconv_deploy.runtime.images import MAX_PIXELS
+from fdconv_deploy.runtime.manifest import Fit
+from fdconv_deploy.runtime.multiband import load_image
+from fdconv_deploy.runtime.runner import Tensors
+from fdconv_deploy.runtime.segmentation import Segmentation, class_names, class_palette
+from fdconv_deploy.runtime.segmentation_pipeline import Mode, Prepared, Segmenting
 
 __all__ = ["Mode", "Prepared", "Session", "open_session"]
 

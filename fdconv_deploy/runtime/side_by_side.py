@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .backends import Graph
-from .backends.base import Tensors
-from .manifest import TensorSpec
+from fdconv_deploy.runtime.backends import Graph
+from fdconv_deploy.runtime.backends.base import Tensors
+from fdconv_deploy.runtime.manifest import TensorSpec
 
 
 class SideBySide:

@@ -19,12 +19,11 @@ import numpy as np
 from PIL import Image
 
 from fdconv_deploy.errors import ImageError, in_the_way
-
-from .decoding import MAX_PIXELS, ImageTooLargeError
-from .detection.detection import Detection
-from .files import Answering, Picture, make_folder, write_whole
-from .listing import Source
-from .segmentation import Segmentation
+from fdconv_deploy.runtime.detection.detection import Detection
+from fdconv_deploy.runtime.images import MAX_PIXELS, ImageTooLargeError
+from fdconv_deploy.runtime.input_files import Source
+from fdconv_deploy.runtime.segment_files import Answering, Picture, make_folder, write_whole
+from fdconv_deploy.runtime.segmentation import Segmentation
 
 Progress = Callable[[int, int | None], None]
 # MPEG-4 part 2: the one codec that OpenCV's wheels write on every platform.

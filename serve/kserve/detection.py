@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.schemas import InputSize, InstanceLimits
 
 from fdconv_deploy.runtime import Session
 from fdconv_deploy.runtime.preprocessing import normalise
-from serve.problems import RefusedError
-from serve.schemas import InputSize, InstanceLimits
 
 if TYPE_CHECKING:
-    from .inference import InferRequest
+    from fdconv_deploy.serve.kserve.inference import InferRequest
 
 
 def output_metadata(limits: InstanceLimits) -> list[dict[str, Any]]:

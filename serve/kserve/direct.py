@@ -3,7 +3,7 @@
 A binary tensor in and the logits in binary out is what costs least to decode and encode, so for
 it the way to the model weighs most. On that way, every layer runs on caches that the last
 inference has emptied: what takes 20 microseconds in a loop takes 100 here. So this is the route of
-`serve.routes.kserve` over again for its one plain case, with the same parts and no layers: a
+`routes.kserve` over again for its one plain case, with the same parts and no layers: a
 request that may not be answered, or that needs anything more, goes the general way, before its
 body is read or with the body read.
 """
@@ -16,17 +16,15 @@ import time
 from typing import Any
 
 import numpy as np
-
-from serve.bodies import LARGE
-from serve.problems import RefusedError
-from serve.scheduling import DeadlineError, Outcome
-from serve.security import Keys
-from serve.service import Service, noted
-
-from .at_once import AtOnce, Gone, NotPlain, Result, Sent, Slow
-from .inference import InferRequest
-from .plain_call import NAMED_LENGTH, Connection, PlainCall
-from .rest import SMALL_JSON
+from fdconv_deploy.serve.batching import DeadlineError, Outcome
+from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.kserve.at_once import AtOnce, Gone, NotPlain, Result, Sent, Slow
+from fdconv_deploy.serve.kserve.inference import InferRequest
+from fdconv_deploy.serve.kserve.plain_call import NAMED_LENGTH, Connection, PlainCall
+from fdconv_deploy.serve.kserve.rest import SMALL_JSON
+from fdconv_deploy.serve.request_body import LARGE
+from fdconv_deploy.serve.security import Keys
+from fdconv_deploy.serve.service import Service, noted
 
 _ADDRESS = re.compile(rb"/v2/models/([A-Za-z0-9._-]+)(/versions/([A-Za-z0-9._-]+))?/infer")
 _ROUTES = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"

@@ -9,18 +9,9 @@ from typing import Any
 
 import grpc
 import numpy as np
-from google.protobuf.json_format import ParseDict
-
-from fdconv_deploy import __version__
-from fdconv_deploy.errors import FDConvError
-from serve.logs import log_access
-from serve.middleware import accepted_id
-from serve.problems import DIED, LATE, REQUEST_ID, RefusedError
-from serve.scheduling import DeadlineError, WorkerDiedError
-from serve.security import Keys
-from serve.service import Service
-
-from .inference import (
+from fdconv_deploy.serve.batching import DeadlineError, WorkerDiedError
+from fdconv_deploy.serve.errors import DIED, LATE, REQUEST_ID, RefusedError
+from fdconv_deploy.serve.kserve.inference import (
     EXTENSIONS,
     TYPES,
     InferRequest,
@@ -29,10 +20,18 @@ from .inference import (
     model_metadata,
     put_together,
 )
-from .messages import MESSAGES, METHODS, SERVICE
-from .model_config import model_config, model_statistics
-from .repository_index import index_of, require_control
-from .rest import timeout_ms
+from fdconv_deploy.serve.kserve.messages import MESSAGES, METHODS, SERVICE
+from fdconv_deploy.serve.kserve.model_config import model_config, model_statistics
+from fdconv_deploy.serve.kserve.repository_index import index_of, require_control
+from fdconv_deploy.serve.kserve.rest import timeout_ms
+from fdconv_deploy.serve.logging import log_access
+from fdconv_deploy.serve.middleware import accepted_id
+from fdconv_deploy.serve.security import Keys
+from fdconv_deploy.serve.service import Service
+from google.protobuf.json_format import ParseDict
+
+from fdconv_deploy import __version__
+from fdconv_deploy.errors import FDConvError
 
 log = logging.getLogger("fdconv.serve")
 _CODES = {

@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.kserve import detection
+from fdconv_deploy.serve.model_versions import Version
+from fdconv_deploy.serve.schemas import ModelCard
+from fdconv_deploy.serve.service import Service
 
 from fdconv_deploy.runtime import Session
 from fdconv_deploy.runtime.postprocessing import label_map
 from fdconv_deploy.runtime.preprocessing import normalise
-from serve.problems import RefusedError
-from serve.schemas import ModelCard
-from serve.service import Service
-from serve.versions import Version
-
-from . import detection
 
 INPUT, SIZES = "images", "sizes"
 OUTPUTS = ("logits", "labels")

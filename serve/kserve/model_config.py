@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve.schemas import ModelCard
-from serve.service import Service
-from serve.settings import Settings
-
-from .inference import model_metadata
+from fdconv_deploy.serve.kserve.inference import model_metadata
+from fdconv_deploy.serve.schemas import ModelCard
+from fdconv_deploy.serve.service import Service
+from fdconv_deploy.serve.settings import Settings
 
 
 def model_config(card: ModelCard, settings: Settings) -> dict[str, Any]:

@@ -10,18 +10,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from fdconv_deploy.serve.batching import Outcome
+from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, response_to
+from fdconv_deploy.serve.kserve.inference import InferRequest, together
+from fdconv_deploy.serve.kserve.rest import HEADER_LENGTH, read_request, write_answer
+from fdconv_deploy.serve.middleware import SECURITY, accepted_id, record
+from fdconv_deploy.serve.model_versions import Model, Version
+from fdconv_deploy.serve.request_body import aligned_room
+from fdconv_deploy.serve.service import Service, noted
 from starlette.datastructures import Headers
 from starlette.requests import Request
-
-from serve.bodies import aligned_room
-from serve.middleware import SECURITY, accepted_id, record
-from serve.problems import REQUEST_ID, RefusedError, response_to
-from serve.scheduling import Outcome
-from serve.service import Service, noted
-from serve.versions import Model, Version
-
-from .inference import InferRequest, together
-from .rest import HEADER_LENGTH, read_request, write_answer
 
 NAMED_LENGTH = HEADER_LENGTH.lower().encode()
 _LOGITS, _BINARY = ("logits",), {"": True}

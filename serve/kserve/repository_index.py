@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from serve.problems import RefusedError
-from serve.repository import Repository
-from serve.service import Service
+from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.model_repository import Repository
+from fdconv_deploy.serve.service import Service
 
 _STATES = {
     "ready": "READY",

@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from serve.problems import RefusedError
-
-from .inference import TYPES, InferRequest, check_tensor, put_together
+from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.kserve.inference import TYPES, InferRequest, check_tensor, put_together
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 # JSON larger than this, in bytes, is read and written beside the event loop.

@@ -1,6 +1,6 @@
 """The addresses of the service."""
 
-from . import health, kserve, models, pages, segment
+from fdconv_deploy.serve.routes import health, kserve, models, pages, segment
 
 # In the order in which they are tried: what is asked most comes first.
 ROUTERS = (

@@ -7,11 +7,10 @@ from collections.abc import Coroutine
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Header, Request, Response
+from fdconv_deploy.serve.client_connection import exchange_of
+from fdconv_deploy.serve.errors import ClientGoneError
+from fdconv_deploy.serve.service import Service, noted
 from starlette.types import Receive, Scope, Send
-
-from serve.problems import ClientGoneError
-from serve.receiving import exchange_of
-from serve.service import Service, noted
 
 T = TypeVar("T")
 NO_LIMIT = 1e9

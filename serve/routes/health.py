@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-
-from serve.metrics import CONTENT_TYPE_LATEST
-from serve.problems import problem_docs
-from serve.schemas import Health
-
-from .common import service_of
+from fdconv_deploy.serve.errors import problem_docs
+from fdconv_deploy.serve.metrics import CONTENT_TYPE_LATEST
+from fdconv_deploy.serve.routes.common import service_of
+from fdconv_deploy.serve.schemas import Health
 
 router = APIRouter(tags=["health"])
 

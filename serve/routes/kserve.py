@@ -7,18 +7,20 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from fdconv_deploy import __version__
-from fdconv_deploy.errors import FDConvError
-from serve.bodies import Body
-from serve.kserve.inference import EXTENSIONS, infer, model_metadata
-from serve.kserve.model_config import model_config, model_statistics
-from serve.kserve.repository_index import index_of, require_control
-from serve.kserve.rest import HEADER_LENGTH, SMALL_JSON, json_length, read_request, write_answer
-from serve.problems import RefusedError, answer_to, problem_docs
-from serve.schemas import (
+from fdconv_deploy.serve.errors import RefusedError, answer_to, problem_docs
+from fdconv_deploy.serve.kserve.inference import EXTENSIONS, infer, model_metadata
+from fdconv_deploy.serve.kserve.model_config import model_config, model_statistics
+from fdconv_deploy.serve.kserve.repository_index import index_of, require_control
+from fdconv_deploy.serve.kserve.rest import (
+    HEADER_LENGTH,
+    SMALL_JSON,
+    json_length,
+    read_request,
+    write_answer,
+)
+from fdconv_deploy.serve.request_body import Body
+from fdconv_deploy.serve.routes.common import Parts, answered, service_of, while_connected
+from fdconv_deploy.serve.schemas import (
     InferAnswer,
     ModelConfig,
     ModelIndexEntry,
@@ -28,8 +30,11 @@ from serve.schemas import (
     ServerMetadata,
     ServerReady,
 )
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .common import Parts, answered, service_of, while_connected
+from fdconv_deploy import __version__
+from fdconv_deploy.errors import FDConvError
 
 router = APIRouter(prefix="/v2", tags=["KServe v2"])
 _NOT_FOUND = problem_docs(401, 404)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-
-from serve.problems import problem_docs
-from serve.schemas import ModelCard, ModelList
-
-from .common import service_of
+from fdconv_deploy.serve.errors import problem_docs
+from fdconv_deploy.serve.routes.common import service_of
+from fdconv_deploy.serve.schemas import ModelCard, ModelList
 
 router = APIRouter(tags=["models"])
 

@@ -9,8 +9,7 @@ from importlib.resources.abc import Traversable
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
-
-from serve.problems import RefusedError
+from fdconv_deploy.serve.errors import RefusedError
 
 router = APIRouter(include_in_schema=False)
 _TYPES = {
@@ -81,7 +80,7 @@ def _assets() -> dict[str, tuple[bytes, str]]:
     # Read once, by name from a list: no path is ever made from what a client sends.
     return {
         entry.name: (entry.read_bytes(), _TYPES[entry.name.rpartition(".")[2]])
-        for entry in (files("serve") / "static").iterdir()
+        for entry in (files("fdconv_deploy.serve") / "static").iterdir()
         if entry.name.rpartition(".")[2] in _TYPES
     }
 

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, Field
-
-from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE
-from serve.answers import (
+from fdconv_deploy.serve.errors import RefusedError, problem_docs
+from fdconv_deploy.serve.model_versions import Model
+from fdconv_deploy.serve.request_body import FIELD, NPY, Body
+from fdconv_deploy.serve.responses import (
     JPEG,
     JSON,
     NPZ,
@@ -22,13 +22,24 @@ from serve.answers import (
     choose_form,
     form_for_several,
 )
-from serve.bodies import FIELD, NPY, Body
-from serve.problems import RefusedError, problem_docs
-from serve.schemas import Detection, Detections, ModelCard, Segmentation, Segmentations
-from serve.segmenting import Wanted, segment
-from serve.versions import Model
+from fdconv_deploy.serve.routes.common import (
+    NO_LIMIT,
+    TimeoutMs,
+    answered,
+    service_of,
+    while_connected,
+)
+from fdconv_deploy.serve.schemas import (
+    Detection,
+    Detections,
+    ModelCard,
+    Segmentation,
+    Segmentations,
+)
+from fdconv_deploy.serve.segment_stages import Wanted, segment
+from pydantic import BaseModel, ConfigDict, Field
 
-from .common import NO_LIMIT, TimeoutMs, answered, service_of, while_connected
+from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE
 
 router = APIRouter(tags=["segmentation"])
 

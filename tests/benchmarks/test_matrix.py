@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import matrix
 from benchmarks.cases import Case, grid, parse_size, sweep
-from fdconv_deploy.benchmark import machine
+from fdconv_deploy.latency import machine
 
 WHERE = {"cpu": "a CPU", "cores": 2, "threads": 2, "versions": {"torch": "1"}, "date": "2026"}
 CASES = grid(["backbone"], [18, 50], [(64, 64)], [1])

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.options import keep, script
 from benchmarks.records import newest
-from fdconv_deploy.benchmark import machine
+from fdconv_deploy.latency import machine
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(

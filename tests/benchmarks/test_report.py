@@ -10,7 +10,7 @@ from benchmarks import report
 from benchmarks.cases import Case, grid, sweep
 from benchmarks.records import newest, write_json
 from benchmarks.speed import RATIOS
-from fdconv_deploy.benchmark import machine
+from fdconv_deploy.latency import machine
 
 
 def result(case: Case, exported: float) -> dict:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdconv_deploy.architecture import (
+from fdconv_deploy.checkpoints import Inference, infer_architecture
+from fdconv_deploy.checkpoints.config_parser import Config
+from fdconv_deploy.config import (
     Architecture,
     BackboneConfig,
     FDConvConfig,
@@ -18,8 +20,6 @@ from fdconv_deploy.architecture import (
     Preprocessing,
     TestMode,
 )
-from fdconv_deploy.checkpoints import Inference, infer_architecture
-from fdconv_deploy.checkpoints.config_text import Config
 from fdconv_deploy.nn import build_segmentor
 
 # What plain files hold.

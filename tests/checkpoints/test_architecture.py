@@ -10,20 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdconv_deploy.architecture import (
-    BackboneConfig,
-    BandModulationConfig,
-    FDConvConfig,
-    Preprocessing,
-)
 from fdconv_deploy.checkpoints import (
     format_config,
     infer_architecture,
     parse_config,
     read_checkpoint,
 )
-from fdconv_deploy.checkpoints.architecture import infer_backbone_only
-from fdconv_deploy.checkpoints.config_text import config_of
+from fdconv_deploy.checkpoints.config_parser import config_of
+from fdconv_deploy.checkpoints.infer_segmentor import infer_backbone_only
+from fdconv_deploy.config import BackboneConfig, BandModulationConfig, FDConvConfig, Preprocessing
 from fdconv_deploy.errors import CheckpointError
 from tests.checkpoints.small import (
     CLASSES,

@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fdconv_deploy.architecture import BackboneConfig, FDConvConfig
 from fdconv_deploy.checkpoints import (
     Conversion,
     convert_state_dict,
     equivalent_state_dict,
     read_checkpoint,
 )
-from fdconv_deploy.checkpoints.conversion import describe_conversion
+from fdconv_deploy.checkpoints.convert import describe_conversion
+from fdconv_deploy.config import BackboneConfig, FDConvConfig
 from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.nn import FDConv2d, ResNet

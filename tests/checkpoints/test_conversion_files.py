@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from fdconv_deploy import cli
-from fdconv_deploy.architecture import FDConvConfig
 from fdconv_deploy.checkpoints import (
     convert_checkpoint,
     inspect_checkpoint,
@@ -21,6 +19,8 @@ from fdconv_deploy.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
+from fdconv_deploy.cli import app as cli
+from fdconv_deploy.config import FDConvConfig
 from fdconv_deploy.demo import plain_checkpoint
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn.detection import build_detector

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdconv_deploy.architecture import BackboneConfig, FDConvConfig, Preprocessing
 from fdconv_deploy.checkpoints import (
     Inference,
     LoadedDetector,
@@ -23,8 +22,9 @@ from fdconv_deploy.checkpoints import (
     parse_config,
     save_checkpoint,
 )
-from fdconv_deploy.checkpoints.config_text import Config
-from fdconv_deploy.detector_architecture import (
+from fdconv_deploy.checkpoints.config_parser import Config
+from fdconv_deploy.config import BackboneConfig, FDConvConfig, Preprocessing
+from fdconv_deploy.detector_config import (
     BoxCoderConfig,
     BoxHeadConfig,
     DetectorArchitecture,

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from fdconv_deploy.architecture import HeadConfig
 from fdconv_deploy.checkpoints import Inference, infer_architecture, parse_config
-from fdconv_deploy.checkpoints.config_text import Config
-from fdconv_deploy.checkpoints.facts import Fact
+from fdconv_deploy.checkpoints.config_parser import Config
+from fdconv_deploy.checkpoints.evidence import Fact
+from fdconv_deploy.config import HeadConfig
 from fdconv_deploy.errors import CheckpointError
 from tests.checkpoints.small import dynamic_state, infer, shapes_of, small_architecture
 

@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from fdconv_deploy.architecture import Architecture, FDConvConfig, HeadConfig
 from fdconv_deploy.checkpoints import (
     Report,
     format_config,
@@ -21,6 +20,7 @@ from fdconv_deploy.checkpoints import (
     render,
     report_on,
 )
+from fdconv_deploy.config import Architecture, FDConvConfig, HeadConfig
 from fdconv_deploy.nn import build_segmentor
 from tests.checkpoints.small import key_list, shapes_of, small_architecture, weights_of
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fdconv_deploy.architecture import Architecture, FDConvConfig
 from fdconv_deploy.checkpoints import format_config, load_checkpoint, save_checkpoint
+from fdconv_deploy.config import Architecture, FDConvConfig
 from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
 from fdconv_deploy.nn import Segmentor
 from tests.checkpoints.small import key_list, small_architecture, weights_of

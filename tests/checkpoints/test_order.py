@@ -11,11 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from fdconv_deploy.export.api import export_checkpoint
 from torch import Tensor, nn
 
-from export.pipeline import export_checkpoint
-from fdconv_deploy import cli
-from fdconv_deploy.architecture import BackboneConfig, FDConvConfig
 from fdconv_deploy.checkpoints import (
     Report,
     inspect_checkpoint,
@@ -24,6 +22,8 @@ from fdconv_deploy.checkpoints import (
     save_checkpoint,
     tell_order,
 )
+from fdconv_deploy.cli import app as cli
+from fdconv_deploy.config import BackboneConfig, FDConvConfig
 from fdconv_deploy.demo import held_out, packaged_checkpoint, plain_checkpoint
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.nn import FDConv2d, build_segmentor

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from fdconv_deploy.architecture import Preprocessing
 from fdconv_deploy.checkpoints import (
     infer_architecture,
     inspect_checkpoint,
@@ -16,7 +15,8 @@ from fdconv_deploy.checkpoints import (
     parse_config,
     read_checkpoint,
 )
-from fdconv_deploy.checkpoints.mmseg_config import format_config
+from fdconv_deploy.checkpoints.config_writer import format_config
+from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.errors import CheckpointError
 from tests.checkpoints.small import shapes_of, small_architecture, weights_of

@@ -9,7 +9,15 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from fdconv_deploy.architecture import (
+from fdconv_deploy.checkpoints import (
+    format_config,
+    infer_architecture,
+    parse_config,
+    read_checkpoint,
+    save_checkpoint,
+)
+from fdconv_deploy.checkpoints.config_parser import config_of
+from fdconv_deploy.config import (
     Architecture,
     BackboneConfig,
     BandModulationConfig,
@@ -18,14 +26,6 @@ from fdconv_deploy.architecture import (
     Preprocessing,
     TestMode,
 )
-from fdconv_deploy.checkpoints import (
-    format_config,
-    infer_architecture,
-    parse_config,
-    read_checkpoint,
-    save_checkpoint,
-)
-from fdconv_deploy.checkpoints.config_text import config_of
 from fdconv_deploy.errors import UnsupportedLayerError
 from tests.checkpoints.small import expansion, shapes_of
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from fdconv_deploy.architecture import Architecture, BackboneConfig, FDConvConfig
 from fdconv_deploy.checkpoints import (
     format_detector_config,
     load_checkpoint,
@@ -17,7 +16,8 @@ from fdconv_deploy.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from fdconv_deploy.detector_architecture import (
+from fdconv_deploy.config import Architecture, BackboneConfig, FDConvConfig
+from fdconv_deploy.detector_config import (
     BoxHeadConfig,
     DetectorArchitecture,
     FPNConfig,

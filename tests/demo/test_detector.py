@@ -8,10 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from fdconv_deploy.export import export_checkpoint
 
 from examples.instances.measure import SIDES, measure, packaged_set, sheet, summary
-from export import export_checkpoint
+from examples.streets.instances import CLASSES, COLOURS, coco_annotations, draw_instances
 from fdconv_deploy.checkpoints import load_checkpoint, read_checkpoint
+from fdconv_deploy.coco_rle import decode
 from fdconv_deploy.demo import (
     HELD_OUT_SEEDS,
     detector_record,
@@ -19,10 +21,8 @@ from fdconv_deploy.demo import (
     held_out_instances,
     packaged_detector,
 )
-from fdconv_deploy.demo.instances import CLASSES, COLOURS, coco_annotations, draw_instances
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.nn.detection import Detector
-from fdconv_deploy.rle import decode
 from fdconv_deploy.runtime import open_session, read_image
 
 MIB = 2**20

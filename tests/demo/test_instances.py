@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdconv_deploy.demo.classes import CAR, PERSON, POLE
-from fdconv_deploy.demo.instances import (
+from examples.streets.classes import CAR, PERSON, POLE
+from examples.streets.instances import (
     CLASSES,
     COLOURS,
     SMALLEST,
@@ -16,8 +16,8 @@ from fdconv_deploy.demo.instances import (
     coco_annotations,
     draw_instances,
 )
-from fdconv_deploy.demo.scenes import draw, draw_scene
-from fdconv_deploy.rle import decode
+from examples.streets.scenes import draw, draw_scene
+from fdconv_deploy.coco_rle import decode
 
 LABEL = {"person": PERSON, "car": CAR, "sign": POLE}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fdconv_deploy.benchmark.metrics import confusion_matrix, scores
+from examples.streets.scenes import CLASSES, PALETTE, draw_scene
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.demo import (
     HELD_OUT_SEEDS,
@@ -16,7 +16,7 @@ from fdconv_deploy.demo import (
     plain_checkpoint,
     training_record,
 )
-from fdconv_deploy.demo.scenes import CLASSES, PALETTE, draw_scene
+from fdconv_deploy.evaluation.metrics import confusion_matrix, scores
 from fdconv_deploy.nn import FDConv2d
 
 MIB = 2**20

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdconv_deploy.demo import textures
-from fdconv_deploy.demo.classes import BUILDING, CAR, FENCE, ROAD, SIDEWALK, SKY
-from fdconv_deploy.demo.scenes import CLASSES, PALETTE, draw_scene
-from fdconv_deploy.demo.stage import Camera, Canvas
+from examples.streets import textures
+from examples.streets.classes import BUILDING, CAR, FENCE, ROAD, SIDEWALK, SKY
+from examples.streets.scenes import CLASSES, PALETTE, draw_scene
+from examples.streets.stage import Camera, Canvas
 
 
 def test_same_seed_same_scene():

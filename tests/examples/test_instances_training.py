@@ -16,12 +16,12 @@ from examples.instances import train
 from examples.instances.data import Truth, altered, as_scene, draw_scene
 from examples.instances.losses import Regions, box_losses, mask_loss, proposal_losses
 from examples.instances.regions import cut_out, extract
+from examples.streets.instances import CLASSES, draw_instances
 from examples.training.layers import dynamic_layers
 from examples.training.run import cosine, load_state
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.demo import packaged_checkpoint
-from fdconv_deploy.demo.instances import CLASSES, draw_instances
-from fdconv_deploy.detector_architecture import BoxCoderConfig, RoIConfig
+from fdconv_deploy.detector_config import BoxCoderConfig, RoIConfig
 from fdconv_deploy.nn.detection.boxes import decode
 from fdconv_deploy.nn.detection.roi_extractor import RoIExtractor
 

@@ -51,7 +51,7 @@ def test_the_guides_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_guides_commands(tmp_path: Path) -> None:
     """On a ResNet-18 of torchvision's names, as wide as the groups of the guide ask for."""
-    from fdconv_deploy.architecture import BackboneConfig
+    from fdconv_deploy.config import BackboneConfig
     from fdconv_deploy.nn import ResNet
 
     plain = ResNet(BackboneConfig(depth=18, conv=None, num_stages=1, out_indices=(0,)))

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fdconv_deploy.export.api import export_segmentor
+from fdconv_deploy.export.validation.parity import compare
+from fdconv_deploy.export.validation.sample_inputs import made_up_images
+from fdconv_deploy.export.validation.verify import verify_bundle
 
-from export.inputs import made_up_images
-from export.parity import compare
-from export.pipeline import export_segmentor
-from export.verify import verify_bundle
-from fdconv_deploy.architecture import Architecture, HeadConfig, Preprocessing
-from fdconv_deploy.demo.scenes import draw_scene
+from examples.streets.scenes import draw_scene
+from fdconv_deploy.config import Architecture, HeadConfig, Preprocessing
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.runtime import Bundle, open_session
 from fdconv_deploy.runtime.preprocessing import scene_bands

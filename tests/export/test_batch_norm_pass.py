@@ -6,9 +6,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
-
-from export.capture import PLACEHOLDER, PLACEHOLDER_DOMAIN
-from export.passes.batch_norm import fold_batch_norms
+from fdconv_deploy.export.passes.batch_norm import fold_batch_norms
+from fdconv_deploy.export.torch_export import PLACEHOLDER, PLACEHOLDER_DOMAIN
 
 RNG = np.random.default_rng(0)
 SHAPE = (2, 6, 8, 9)

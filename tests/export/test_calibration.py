@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fdconv_deploy.export.quantization.calibration import BINS, Magnitudes
 
-from export.calibration import BINS, Magnitudes
 from fdconv_deploy.errors import ExportError
 
 RNG = np.random.default_rng(0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fdconv_deploy.export.torch_export import PLACEHOLDER, PLACEHOLDER_DOMAIN, capture
 from onnx import ModelProto
 from torch import nn
 
-from export.capture import PLACEHOLDER, PLACEHOLDER_DOMAIN, capture
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.nn import FDConv2d
 from tests.reference.networks import Wired, dynamic

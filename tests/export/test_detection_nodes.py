@@ -9,10 +9,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from fdconv_deploy.export.torch_export import capture
 from torch import Tensor, nn
 
-from export.capture import capture
-from fdconv_deploy.detector_architecture import RoIConfig, RPNHeadConfig, RPNTestConfig
+from fdconv_deploy.detector_config import RoIConfig, RPNHeadConfig, RPNTestConfig
 from fdconv_deploy.nn.detection.roi_align import RoIAlign
 from fdconv_deploy.nn.detection.roi_extractor import RoIExtractor
 from fdconv_deploy.nn.detection.rpn_head import RPNHead

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fdconv_deploy.export.validation.detections import compare_detections, perturbed
 
-from export.detection_parity import compare_detections, perturbed
 from fdconv_deploy.errors import ExportError
 
 

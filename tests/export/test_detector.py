@@ -7,18 +7,18 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from fdconv_deploy.export.api import export_checkpoint
+from fdconv_deploy.export.detector_export import export_detector
+from fdconv_deploy.export.tensorrt.validate_engine import feeds_of, rule_of
+from fdconv_deploy.export.validation.comparison import Rule
+from fdconv_deploy.export.validation.detections import compare_detections
+from fdconv_deploy.export.validation.detector_inputs import made_up_detector_inputs
+from fdconv_deploy.export.validation.verify import verify_bundle
 
-from export.detection_parity import compare_detections
-from export.detector_inputs import made_up_detector_inputs
-from export.detectors import export_detector
-from export.engine_proof import feeds_of, rule_of
-from export.pipeline import export_checkpoint
-from export.rules import Rule
-from export.verify import verify_bundle
-from fdconv_deploy.architecture import FDConvConfig, Preprocessing
+from examples.streets.scenes import draw_scene
 from fdconv_deploy.checkpoints import save_checkpoint
-from fdconv_deploy.demo.scenes import draw_scene
-from fdconv_deploy.detector_architecture import PUBLISHED_SCALE
+from fdconv_deploy.config import FDConvConfig, Preprocessing
+from fdconv_deploy.detector_config import PUBLISHED_SCALE
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.nn.detection import Detector
@@ -180,7 +180,7 @@ def test_refusals(detector, tmp_path):
 
 def test_other_objects_are_refused(detector, tmp_path, monkeypatch):
     """A graph whose suppression is another's."""
-    from export import detection_nodes
+    from fdconv_deploy.export import detection_ops as detection_nodes
 
     translate = detection_nodes.TRANSLATIONS[torch.ops.fdconv_deploy.suppress.default]
 
@@ -194,7 +194,7 @@ def test_other_objects_are_refused(detector, tmp_path, monkeypatch):
 
 
 def test_the_published_size_is_the_default():
-    from export.detectors import _graph_size
+    from fdconv_deploy.export.detector_export import _graph_size
 
     network = small_detector(8, conv=None)
     assert network.architecture.preprocessing.scale == PUBLISHED_SCALE

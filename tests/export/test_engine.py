@@ -9,17 +9,17 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from fdconv_deploy.export.tensorrt.builder import BuildOptions
+from fdconv_deploy.export.tensorrt.engine import build_engines
 from typer.testing import CliRunner
 
-from export.engine import build_engines
-from export.plan import BuildOptions
-from fdconv_deploy.cli import app
+from fdconv_deploy.cli.app import app
 from fdconv_deploy.errors import BackendError, ExportError, FDConvError
-from fdconv_deploy.ops import plugins
+from fdconv_deploy.ops import tensorrt_plugins as plugins
 from fdconv_deploy.runtime import open_session
+from fdconv_deploy.runtime.backends.cuda import Cuda
+from fdconv_deploy.runtime.backends.tensorrt_engines import read_index
 from fdconv_deploy.runtime.bundle import Bundle
-from fdconv_deploy.runtime.cuda import Cuda
-from fdconv_deploy.runtime.engines import read_index
 from tests.runtime import toy
 from tests.runtime.fake_tensorrt import FakeCuda, FakeTensorRT
 
@@ -157,8 +157,10 @@ class TestPlugins:
             asked.append((len(list(launches)), capability))
             done(1, 2)
 
-        monkeypatch.setattr("export.engine.precompile", precompile)
-        monkeypatch.setattr("export.engine.importlib.util.find_spec", lambda name: name)
+        monkeypatch.setattr("fdconv_deploy.export.tensorrt.engine.precompile", precompile)
+        monkeypatch.setattr(
+            "fdconv_deploy.export.tensorrt.engine.importlib.util.find_spec", lambda name: name
+        )
         return asked
 
     def test_layers_run_in_plugins(self, bundle, tmp_path, trt, layer, compiled):
@@ -188,7 +190,9 @@ class TestPlugins:
         assert compiled[0][1] == 80
 
     def test_without_triton(self, small, trt, layer, monkeypatch):
-        monkeypatch.setattr("export.engine.importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr(
+            "fdconv_deploy.export.tensorrt.engine.importlib.util.find_spec", lambda name: None
+        )
         steps: list[str] = []
         (built,) = build_engines(small, batches=[1], progress=steps.append)
         assert not built.record.fingerprint.plugins

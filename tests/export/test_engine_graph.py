@@ -9,12 +9,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from fdconv_deploy.export.quantization.fp16 import to_half_precision
+from fdconv_deploy.export.tensorrt.engine import _launches
+from fdconv_deploy.export.tensorrt.plugin_graph import ask_for_plugins
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from export.engine import _launches
-from export.passes.half_precision import to_half_precision
-from export.passes.plugins import ask_for_plugins
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.network import dynamic_layers

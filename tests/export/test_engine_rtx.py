@@ -13,8 +13,8 @@ from pathlib import Path
 
 import onnx
 import pytest
+from fdconv_deploy.export.tensorrt.plugin_graph import ask_for_plugins
 
-from export.passes.plugins import ask_for_plugins
 from fdconv_deploy.errors import BackendError
 
 if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
@@ -32,7 +32,7 @@ import tensorrt_rtx_libs
 for library in sorted(glob.glob(os.path.join(tensorrt_rtx_libs.__path__[0], "*.so*"))):
     ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
 import tensorrt_rtx_bindings as trt
-from export.plan import BuildOptions, build_plan
+from fdconv_deploy.export.tensorrt.builder import BuildOptions, build_plan
 from fdconv_deploy.errors import BackendError
 steps = []
 for graph in sys.argv[1:]:
@@ -79,7 +79,7 @@ def test_what_is_no_graph_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_the_packaged_network(tmp_path):
-    from export import export_checkpoint
+    from fdconv_deploy.export import export_checkpoint
 
     checkpoint = ROOT / "fdconv_deploy/demo/assets/streets.pth"
     exported = export_checkpoint(checkpoint, tmp_path / "bundle", size=(192, 256), batches=(1, 4))

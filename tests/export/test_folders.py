@@ -6,9 +6,9 @@ import zlib
 
 import numpy as np
 import pytest
+from fdconv_deploy.export.image_folders import Pictures
 from PIL import Image
 
-from export.folders import Pictures
 from fdconv_deploy.demo import held_out
 from fdconv_deploy.errors import ImageError
 

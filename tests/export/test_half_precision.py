@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from fdconv_deploy.export.api import export_module, export_segmentor
+from fdconv_deploy.export.passes.element_types import tensor_types
+from fdconv_deploy.export.quantization.fp16 import to_half_precision
+from fdconv_deploy.export.quantization.fp16_rounding import rounding_model
 from onnx import TensorProto, helper, numpy_helper
 
-from export.passes.element_types import tensor_types
-from export.passes.half_precision import to_half_precision
-from export.passes.rounding import rounding_model
-from export.pipeline import export_module, export_segmentor
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.runtime.bundle import Bundle

@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from fdconv_deploy.export.api import export_module
 from torch import nn
 
-from export.pipeline import export_module
 from fdconv_deploy.errors import ExportError, UnsupportedLayerError
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.nn import FDConv2d

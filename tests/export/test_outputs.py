@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from fdconv_deploy.export import export_module
+from fdconv_deploy.export.outputs import flatten_outputs
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from export import export_module
-from export.outputs import flatten_outputs
 from fdconv_deploy.errors import ExportError
 from tests.export.graphs import relative, run_file
 from tests.reference.lively import lively_input

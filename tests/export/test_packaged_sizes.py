@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from fdconv_deploy.export.api import export_checkpoint
+from fdconv_deploy.export.validation.verify import verify_files
 
-from export.pipeline import export_checkpoint
-from export.verify import verify_files
 from fdconv_deploy.demo import packaged_checkpoint, packaged_detector
 
 SIZES = [(64, 64), (192, 256), (512, 512), (1024, 2048)]

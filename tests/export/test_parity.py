@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fdconv_deploy.export.validation.parity import compare
 
-from export.parity import compare
 from fdconv_deploy.errors import ExportError
 
 RNG = np.random.default_rng(0)

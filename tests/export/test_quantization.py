@@ -9,16 +9,16 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from fdconv_deploy.export.api import export_module, export_segmentor
+from fdconv_deploy.export.image_folders import Pictures
+from fdconv_deploy.export.quantization.agreement import Evaluation
+from fdconv_deploy.export.quantization.int8 import never_negative
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from export.evaluation import Evaluation
-from export.folders import Pictures
-from export.passes.quantization import never_negative
-from export.pipeline import export_module, export_segmentor
+from examples.streets.scenes import draw_scene
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.demo import held_out, packaged_checkpoint
-from fdconv_deploy.demo.scenes import draw_scene
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.runtime.bundle import Bundle

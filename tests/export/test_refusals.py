@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fdconv_deploy.export import graph
+from fdconv_deploy.export.api import export_checkpoint, export_segmentor
 
-import export.graph
-from export.pipeline import export_checkpoint, export_segmentor
-from fdconv_deploy.architecture import TestMode
+from fdconv_deploy.config import TestMode
 from fdconv_deploy.errors import BundleError, CheckpointError, ExportError
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.runtime.bundle import Bundle
@@ -92,7 +92,7 @@ def test_what_is_in_the_way(network, tmp_path):
 
 def plant(monkeypatch: pytest.MonkeyPatch) -> None:
     """One wrong number in one layer's constants, on the way into the graph."""
-    fold = export.graph.fold_layer
+    fold = graph.fold_layer
 
     def wrong(layer, size, **options):
         folded = fold(layer, size, **options)
@@ -102,7 +102,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> None:
             folded = replace(folded, modulation=replace(folded.modulation, head_bias=heads))
         return folded
 
-    monkeypatch.setattr(export.graph, "fold_layer", wrong)
+    monkeypatch.setattr(graph, "fold_layer", wrong)
 
 
 def test_a_wrong_weight_is_not_kept(network, tmp_path, monkeypatch):

@@ -16,12 +16,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from fdconv_deploy.export import export_ultralytics
+from fdconv_deploy.export.targets import ultralytics as exporter
+from fdconv_deploy.export.validation.sample_inputs import made_up_images
 from torch import Tensor, nn
 
-import export.ultralytics
-from export import export_ultralytics
-from export.inputs import made_up_images
-from fdconv_deploy.architecture import Preprocessing
+from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.nn import FDConv2d
 from tests.export.graphs import relative, run_file
@@ -206,7 +206,7 @@ def test_a_copy_of_the_published_class(tmp_path):
 )
 def test_the_size_is_what_the_network_was_trained_at(arguments, expected):
     network = Network() if arguments is None else Network(args=arguments)
-    assert export.ultralytics._size(network, None) == expected
+    assert exporter._size(network, None) == expected
 
 
 @torch.no_grad()
@@ -240,14 +240,14 @@ def test_a_head_that_can_do_without_suppression_is_exported_with_it(tmp_path):
 
 def test_a_wrong_score_is_not_kept(tmp_path, monkeypatch):
     """An error that is small beside boxes in pixels, in the score of one class."""
-    prove = export.ultralytics._prove
+    prove = exporter._prove
 
     def planted(data, example, expected, tolerance, axis):
         wrong = {name: array.copy() for name, array in expected.items()}
         wrong["output0"][0, 5, 3] += 3e-4
         prove(data, example, wrong, tolerance, axis)
 
-    monkeypatch.setattr(export.ultralytics, "_prove", planted)
+    monkeypatch.setattr(exporter, "_prove", planted)
     with pytest.raises(ExportError, match=r"channel 5 of 'output0' differs by 3\.0e-04"):
         export_ultralytics(Network(), tmp_path / "model.onnx", imgsz=24)
     assert list(tmp_path.iterdir()) == []

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+from fdconv_deploy.export.shared_weights import ALIGNMENT, INLINE_BYTES, WeightsFile
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-
-from export.weights import ALIGNMENT, INLINE_BYTES, WeightsFile
 
 RNG = np.random.default_rng(0)
 

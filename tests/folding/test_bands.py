@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdconv_deploy.architecture import BandModulationConfig
+from fdconv_deploy.config import BandModulationConfig
 from fdconv_deploy.folding.bands import fold_bands
 from fdconv_deploy.folding.module import FoldedBandModulation
 from fdconv_deploy.nn.band_modulation import BandModulation, band_masks

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fdconv_deploy.architecture import FDConvConfig
+from fdconv_deploy.config import FDConvConfig
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers, fold_network, input_sizes
 from fdconv_deploy.nn import FDConv2d

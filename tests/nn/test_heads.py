@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fdconv_deploy.architecture import BackboneConfig
 from fdconv_deploy.checkpoints import load_checkpoint
+from fdconv_deploy.config import BackboneConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn import ResNet, Segmentor
 from tests.reference.lively import error

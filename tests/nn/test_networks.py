@@ -8,13 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fdconv_deploy.architecture import (
-    Architecture,
-    BackboneConfig,
-    FDConvConfig,
-    HeadConfig,
-    TestMode,
-)
+from fdconv_deploy.config import Architecture, BackboneConfig, FDConvConfig, HeadConfig, TestMode
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn import FDConv2d, FDLinear, ResNet, build_segmentor
 from fdconv_deploy.nn.segmentor import window_starts

@@ -15,7 +15,7 @@ from torch import nn
 
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn import FDConv2d, FDLinear, from_published
-from fdconv_deploy.nn.published import convert_published, is_published
+from fdconv_deploy.nn.from_published import convert_published, is_published
 from tests.reference.arguments import layer_arguments
 from tests.reference.lively import enliven, error, lively_input
 from tests.reference.networks import Wired

@@ -9,13 +9,13 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
+from fdconv_deploy.export.layers import LayerWriter
 from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
 
-from export.layers import LayerWriter
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET
-from fdconv_deploy.ops.body import functions_checked
+from fdconv_deploy.ops.function_body import functions_checked
 
 Arrays = dict[str, NDArray]
 

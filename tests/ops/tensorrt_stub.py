@@ -27,8 +27,8 @@ import tensorrt as trt  # noqa: E402
 import tensorrt.plugin as trtp  # noqa: E402
 from tensorrt.plugin import _lib, _tensor  # noqa: E402
 
-from fdconv_deploy.ops import plugins  # noqa: E402
-from fdconv_deploy.ops.compile import CompiledKernel, compile_kernel  # noqa: E402
+from fdconv_deploy.ops import tensorrt_plugins as plugins  # noqa: E402
+from fdconv_deploy.ops.compile_kernels import CompiledKernel, compile_kernel  # noqa: E402
 
 KINDS = {1: trt.float32, 10: trt.float16, 6: trt.int32}
 

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET
-from fdconv_deploy.ops.body import FunctionBody, functions_checked
+from fdconv_deploy.ops.function_body import FunctionBody, functions_checked
 
 
 def shifted_rows(shift: list[int]) -> onnx.FunctionProto:

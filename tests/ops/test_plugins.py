@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.gpu.shapes import RESNET50, layer_sizes
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.ops import plugins
+from fdconv_deploy.ops import tensorrt_plugins as plugins
 from fdconv_deploy.ops.frequency_assembly.kernel_launch import AssemblySizes, half_shape
 from fdconv_deploy.ops.frequency_assembly.kernel_layout import (
     column_transform,

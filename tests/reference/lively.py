@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.nn.resnet import BasicBlock, Bottleneck
+from fdconv_deploy.nn.backbones.resnet import BasicBlock, Bottleneck
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -9,14 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.networks import lively_heads
-from fdconv_deploy.architecture import (
-    Architecture,
-    BackboneConfig,
-    FDConvConfig,
-    HeadConfig,
-    TestMode,
-)
-from fdconv_deploy.detector_architecture import (
+from fdconv_deploy.config import Architecture, BackboneConfig, FDConvConfig, HeadConfig, TestMode
+from fdconv_deploy.detector_config import (
     BoxHeadConfig,
     DetectorArchitecture,
     DetectorTestConfig,

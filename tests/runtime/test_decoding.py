@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.decoding import (
+from fdconv_deploy.runtime.images import (
     FORMATS,
     MAX_PIXELS,
     ImageTooLargeError,

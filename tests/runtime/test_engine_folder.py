@@ -8,7 +8,13 @@ import pytest
 
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime import Bundle
-from fdconv_deploy.runtime.engines import FOLDER, INDEX, EngineIndex, engines_folder, read_index
+from fdconv_deploy.runtime.backends.tensorrt_engines import (
+    FOLDER,
+    INDEX,
+    EngineIndex,
+    engines_folder,
+    read_index,
+)
 
 
 def test_no_engines_and_no_folder_until_it_is_asked_for(bundle_copy: Path) -> None:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fdconv_deploy.architecture import Loading, Preprocessing
+from fdconv_deploy.config import Loading, Preprocessing
 from fdconv_deploy.errors import FDConvError, ImageError
-from fdconv_deploy.runtime.decoding import ImageTooLargeError, UnsupportedImageError
+from fdconv_deploy.runtime.images import ImageTooLargeError, UnsupportedImageError
 from fdconv_deploy.runtime.multiband import load_image
 from fdconv_deploy.runtime.preprocessing import check_image, normalise, resize, scene_bands
-from fdconv_deploy.runtime.rendering import as_rgb
+from fdconv_deploy.runtime.visualization import as_rgb
 
 FILES = Path(__file__).resolve().parents[1] / "real_packages" / "geotiff"
 TIFFS = sorted(path.name for path in (FILES / "files").glob("*.tif"))

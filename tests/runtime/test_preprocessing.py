@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from fdconv_deploy.architecture import Preprocessing
+from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime.preprocessing import (
     check_image,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fdconv_deploy.architecture import Preprocessing
+from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.runtime import Bundle, Session, read_image
 from fdconv_deploy.runtime.postprocessing import logit_map
 from tests.runtime import toy

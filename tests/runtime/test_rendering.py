@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.rendering import (
+from fdconv_deploy.runtime.visualization import (
     class_areas,
     default_palette,
     encode,

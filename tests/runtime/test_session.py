@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from fdconv_deploy.architecture import Preprocessing, TestMode
+from fdconv_deploy.config import Preprocessing, TestMode
 from fdconv_deploy.errors import BackendError, BundleError, ImageError
 from fdconv_deploy.runtime import Bundle, Session, open_session, read_image
 from fdconv_deploy.runtime import backends as backends_module

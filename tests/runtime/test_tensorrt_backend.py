@@ -16,14 +16,13 @@ import pytest
 from fdconv_deploy.errors import BackendError, BundleError
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.runtime.backends import BACKENDS, BackendOptions
+from fdconv_deploy.runtime.backends.cuda import Cuda
 from fdconv_deploy.runtime.backends.tensorrt_backend import (
     CONTEXTS,
     TensorRTBackend,
     import_tensorrt,
 )
-from fdconv_deploy.runtime.bundle import Bundle
-from fdconv_deploy.runtime.cuda import Cuda
-from fdconv_deploy.runtime.engines import (
+from fdconv_deploy.runtime.backends.tensorrt_engines import (
     EngineRecord,
     Fingerprint,
     Machine,
@@ -33,6 +32,7 @@ from fdconv_deploy.runtime.engines import (
     keep_engine,
     read_index,
 )
+from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import FileInfo
 from tests.runtime import toy
 from tests.runtime.fake_tensorrt import FakeCuda, FakeTensorRT
@@ -64,7 +64,7 @@ def install(monkeypatch, trt: ModuleType | None, cuda: ModuleType | None) -> Non
 
 def add_engine(bundle: Bundle, batch: int, of: Machine, **changes) -> EngineRecord:
     """An engine of the bundle's own graph, as `fdconv build` would leave it."""
-    from export.plan import BuildOptions, build_plan
+    from fdconv_deploy.export.tensorrt.builder import BuildOptions, build_plan
 
     trt = FakeTensorRT(FakeCuda(), of.tensorrt)
     plan = build_plan(trt, bundle.model_path(batch), BuildOptions())

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdconv_deploy.architecture import Preprocessing, TestMode
+from fdconv_deploy.config import Preprocessing, TestMode
 from fdconv_deploy.errors import BundleError
-from fdconv_deploy.runtime.interpolation import bilinear, resize_logits
 from fdconv_deploy.runtime.preprocessing import normalise
-from fdconv_deploy.runtime.tiling import (
+from fdconv_deploy.runtime.resize import bilinear, resize_logits
+from fdconv_deploy.runtime.sliding_window import (
     SlidingRows,
     axis_starts,
     slide_labels,

@@ -9,13 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fdconv_deploy.architecture import (
-    Architecture,
-    BackboneConfig,
-    HeadConfig,
-    Preprocessing,
-    TestMode,
-)
+from fdconv_deploy.config import Architecture, BackboneConfig, HeadConfig, Preprocessing, TestMode
 from fdconv_deploy.runtime.bundle import (
     Bundle,
     BundleWriter,

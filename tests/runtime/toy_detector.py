@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fdconv_deploy.architecture import BackboneConfig, Preprocessing
-from fdconv_deploy.detector_architecture import (
+from fdconv_deploy.config import BackboneConfig, Preprocessing
+from fdconv_deploy.detector_config import (
     BoxHeadConfig,
     DetectorArchitecture,
     DetectorTestConfig,

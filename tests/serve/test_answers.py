@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fdconv_deploy.serve.negotiation import best_type
+from fdconv_deploy.serve.responses import run_lengths
 from hypothesis import given
 from hypothesis import strategies as st
-
-from serve.answers import run_lengths
-from serve.negotiation import best_type
 
 
 @given(

@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from serve import Settings
+from fdconv_deploy.serve import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"

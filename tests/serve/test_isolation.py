@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from fdconv_deploy.serve import Settings, create_app
+from fdconv_deploy.serve.batching import WorkerDiedError
+from fdconv_deploy.serve.workers.process_pool import Children, IsolatedSession
 
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.runtime import Bundle, open_session
-from serve import Settings, create_app
-from serve.isolation import Children, IsolatedSession
-from serve.scheduling import WorkerDiedError
 from tests.runtime import toy
 from tests.serve.conftest import wait_until_ready
 from tests.serve.test_refusals import refused

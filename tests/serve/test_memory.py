@@ -12,7 +12,7 @@ import pytest
 PROGRAM = """
 import sys, os
 import numpy as np
-from serve.memory import return_large_blocks
+from fdconv_deploy.serve.memory import return_large_blocks
 if sys.argv[1] == "set":
     assert return_large_blocks()
 page = os.sysconf("SC_PAGE_SIZE")
@@ -42,7 +42,7 @@ def test_the_command_leaves_the_cores_to_its_own_threads(given: str | None, foun
     """OpenBLAS reads it when numpy is imported, so it is set before; the user's own stays."""
     program = (
         "import atexit, os, sys\n"
-        "from fdconv_deploy.cli import main\n"
+        "from fdconv_deploy.cli.app import main\n"
         "assert 'numpy' not in sys.modules\n"
         "atexit.register(lambda: print(os.environ['OPENBLAS_NUM_THREADS']))\n"
         "sys.argv = ['fdconv', 'serve', '/none']\n"

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import numpy as np
+from fdconv_deploy.serve.polygons import class_rings
 from hypothesis import given
 from hypothesis import strategies as st
-
-from serve.polygons import class_rings
 
 
 def filled(rings: list[list[int]], height: int, width: int) -> np.ndarray:

@@ -18,9 +18,10 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 import pytest
+from fdconv_deploy.serve import Settings, running, schemas
+from fdconv_deploy.serve import client_connection as receiving
 
 from fdconv_deploy.runtime import open_session
-from serve import Settings, receiving, running, schemas
 from tests.serve.conftest import encoded
 from tests.serve.test_security import authority  # noqa: F401 - a fixture
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from fdconv_deploy.serve import Settings, create_app, schemas
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve import Settings, create_app, schemas
 from tests.serve.conftest import encoded, wait_until_ready
 
 PNG = {"Content-Type": "image/png"}

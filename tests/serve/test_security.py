@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from fdconv_deploy.serve import Settings, create_app, running
+from fdconv_deploy.serve.main import ServerError
 
-from serve import Settings, create_app, running
-from serve.main import ServerError
 from tests.serve.conftest import wait_until_ready
 from tests.serve.kserve.conftest import free_port
 from tests.serve.test_refusals import refused

@@ -17,12 +17,12 @@ import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from fdconv_deploy.serve import Settings, create_app, running, schemas
+from fdconv_deploy.serve.main import ServerError
 
-from fdconv_deploy.architecture import TestMode
+from fdconv_deploy.config import TestMode
 from fdconv_deploy.errors import BackendError, BundleError
 from fdconv_deploy.runtime import open_session
-from serve import Settings, create_app, running, schemas
-from serve.main import ServerError
 from tests.runtime import toy
 from tests.serve.conftest import wait_until_ready
 from tests.serve.test_refusals import refused
@@ -324,8 +324,8 @@ class TestServer:
 
 def test_loads_neither_torch_nor_onnx() -> None:
     code = (
-        "import sys, json, fdconv_deploy.runtime, serve\n"
-        "print(json.dumps([m for m in ('torch', 'onnx', 'onnxruntime', 'export')"
+        "import sys, json, fdconv_deploy.runtime, fdconv_deploy.serve\n"
+        "print(json.dumps([m for m in ('torch', 'onnx', 'onnxruntime', 'fdconv_deploy.export')"
         " if m in sys.modules]))"
     )
     found = subprocess.run(

@@ -3,8 +3,8 @@
 Needs Triton and a CUDA build of PyTorch.
 """
 
+from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.installing import install
 
 try:
     import triton as _triton  # type: ignore[import-untyped,import-not-found,unused-ignore]  # noqa: F401

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fdconv_deploy.detector_architecture import DetectorArchitecture
+from fdconv_deploy.detector_config import DetectorArchitecture
 from fdconv_deploy.errors import UnsupportedLayerError
+from fdconv_deploy.nn.backbones.resnet import ResNet
 from fdconv_deploy.nn.detection.fpn import FPN
 from fdconv_deploy.nn.detection.roi_head import RoIHead
 from fdconv_deploy.nn.detection.rpn_head import RPNHead
-from fdconv_deploy.nn.resnet import ResNet
 from fdconv_deploy.nn.spectrum import FrequencyOrder
 
 

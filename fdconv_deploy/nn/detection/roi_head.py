@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdconv_deploy.detector_architecture import DetectorArchitecture
+from fdconv_deploy.detector_config import DetectorArchitecture
 from fdconv_deploy.nn.detection.bbox_head import BoxHead
 from fdconv_deploy.nn.detection.boxes import clip, decode
 from fdconv_deploy.nn.detection.mask_head import MaskHead

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fdconv_deploy.architecture import HeadConfig
+from fdconv_deploy.config import HeadConfig
 from fdconv_deploy.nn.heads.conv_module import ConvModule
 from fdconv_deploy.nn.heads.decode_head import DecodeHead
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdconv_deploy.architecture import HeadConfig
+from fdconv_deploy.config import HeadConfig
 from fdconv_deploy.nn.heads.conv_module import ConvModule
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fdconv_deploy.architecture import HeadConfig
+from fdconv_deploy.config import HeadConfig
 from fdconv_deploy.nn.heads.conv_module import ConvModule
 from fdconv_deploy.nn.heads.decode_head import DecodeHead, PyramidPooling
 

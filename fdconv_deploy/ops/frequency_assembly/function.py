@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from onnx import FunctionProto
 
-from fdconv_deploy.ops.body import FunctionBody
+from fdconv_deploy.ops.function_body import FunctionBody
 
 # In how many stages the published 3×3 layer's columns and rows are inverted.
 USUAL_STAGES = (3, 3)

@@ -20,7 +20,7 @@ from fdconv_deploy.ops.frequency_assembly.plugin_function import (
     ROWS,
 )
 from fdconv_deploy.ops.launch import KernelLaunch
-from fdconv_deploy.ops.plugins import Plugin, Sizes
+from fdconv_deploy.ops.tensorrt_plugins import Plugin, Sizes
 
 
 def _layer(sizes: Sizes) -> AssemblySizes:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from onnx import FunctionProto, TensorProto
 
-from fdconv_deploy.ops.body import FunctionBody
+from fdconv_deploy.ops.function_body import FunctionBody
 
 ROWS, COLUMNS = "FrequencyAssemblyRows", "FrequencyAssemblyColumns"
 ROW_INPUTS = ["gates", "values", "groups", "table"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from onnx import FunctionProto
 
-from fdconv_deploy.ops.body import FunctionBody
+from fdconv_deploy.ops.function_body import FunctionBody
 
 
 @dataclass(frozen=True)

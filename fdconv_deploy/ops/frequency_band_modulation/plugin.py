@@ -5,7 +5,7 @@ from __future__ import annotations
 from fdconv_deploy.ops.frequency_band_modulation.kernel_launch import combination_launch
 from fdconv_deploy.ops.frequency_band_modulation.plugin_function import COMBINATION, INPUTS
 from fdconv_deploy.ops.launch import KernelLaunch
-from fdconv_deploy.ops.plugins import Plugin, Sizes
+from fdconv_deploy.ops.tensorrt_plugins import Plugin, Sizes
 
 # What a node's ``sizes`` lists.
 SIZES = "channels height width groups weighted terms batch".split()

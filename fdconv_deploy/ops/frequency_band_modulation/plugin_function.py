@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnx import FunctionProto, TensorProto
 
-from fdconv_deploy.ops.body import FunctionBody
+from fdconv_deploy.ops.function_body import FunctionBody
 
 COMBINATION = "FrequencyBandCombination"
 INPUTS = ["x", "logits", "mix", "mix_bias", "lows"]

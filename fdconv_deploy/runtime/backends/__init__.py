@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fdconv_deploy.errors import BackendError, FDConvError
+from fdconv_deploy.runtime.backends.base import (
+    Backend,
+    BackendOptions,
+    Graph,
+    Tensors,
+    feeds_problem,
+)
+from fdconv_deploy.runtime.backends.onnxruntime_backend import (
+    CPU,
+    CUDA,
+    OnnxRuntimeBackend,
+    cuda_problem,
+)
+from fdconv_deploy.runtime.backends.onnxruntime_tensorrt import OnnxRuntimeTensorRTBackend
+from fdconv_deploy.runtime.backends.tensorrt_backend import TensorRTBackend
+from fdconv_deploy.runtime.backends.tensorrt_engines import find_engine, has_engines
 from fdconv_deploy.runtime.bundle import Bundle
-from fdconv_deploy.runtime.engines import find_engine, has_engines
-
-from .base import Backend, BackendOptions, Graph, Tensors, feeds_problem
-from .onnxruntime_backend import CPU, CUDA, OnnxRuntimeBackend, cuda_problem
-from .onnxruntime_tensorrt import OnnxRuntimeTensorRTBackend
-from .tensorrt_backend import TensorRTBackend
 
 __all__ = ["BACKENDS", "Backend", "BackendOptions", "Graph", "Tensors", "feeds_problem", "select"]
 

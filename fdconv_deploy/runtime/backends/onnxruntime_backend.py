@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.installing import install
 from fdconv_deploy.ops.native import SWITCH, native_library
+from fdconv_deploy.runtime.backends.base import BackendOptions, Tensors
+from fdconv_deploy.runtime.backends.cores import available_cores
 from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.bundle import Bundle
-
-from .base import BackendOptions, Tensors
-from .cores import available_cores
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"

@@ -7,11 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.installing import install
-
-from .base import BackendOptions
-from .onnxruntime_backend import CPU, CUDA, OnnxRuntimeBackend, import_onnxruntime
+from fdconv_deploy.runtime.backends.base import BackendOptions
+from fdconv_deploy.runtime.backends.onnxruntime_backend import (
+    CPU,
+    CUDA,
+    OnnxRuntimeBackend,
+    import_onnxruntime,
+)
 
 TENSORRT = "TensorrtExecutionProvider"
 NAME = "onnxruntime-tensorrt"

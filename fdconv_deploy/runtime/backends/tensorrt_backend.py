@@ -12,14 +12,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.installing import install
+from fdconv_deploy.runtime.backends.base import BackendOptions, Tensors, feeds_problem
+from fdconv_deploy.runtime.backends.cuda import Cuda
+from fdconv_deploy.runtime.backends.tensorrt_engines import (
+    EngineRecord,
+    Machine,
+    find_engine,
+    read_engine,
+)
 from fdconv_deploy.runtime.bundle import Bundle
-from fdconv_deploy.runtime.cuda import Cuda
-from fdconv_deploy.runtime.engines import EngineRecord, Machine, find_engine, read_engine
 from fdconv_deploy.runtime.manifest import TensorSpec
-
-from .base import BackendOptions, Tensors, feeds_problem
 
 # Runs at a time, each with its own stream and buffers; further callers wait.
 CONTEXTS = 2

@@ -10,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from fdconv_deploy.coco_rle import Rle, encode_part
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.rle import Rle, encode_part
+from fdconv_deploy.runtime.detection.masks import Pasted, Probabilities, paste
+from fdconv_deploy.runtime.detection.visualization import draw_instances, instance_colours
 from fdconv_deploy.runtime.preprocessing import FitDone
-from fdconv_deploy.runtime.rendering import RGB, encode, mask_png
-
-from .masks import Pasted, Probabilities, paste
-from .rendering import draw_instances, instance_colours
+from fdconv_deploy.runtime.visualization import RGB, encode, mask_png
 
 # mmdetection draws objects from this score on; its answers hold those far below, too.
 SHOWN_SCORE = 0.3

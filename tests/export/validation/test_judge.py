@@ -12,12 +12,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from fdconv_deploy.export.api import export_module
+from fdconv_deploy.export.source import Source
+from fdconv_deploy.export.validation.comparison import Rule
+from fdconv_deploy.export.validation.judge import Judge, Subject, fresh
+from fdconv_deploy.export.validation.verdict import Verdict
 
-from export.pipeline import export_module
-from export.recipe import Source
-from export.rules import Rule
-from export.validation.judge import Judge, Subject, fresh
-from export.validation.verdict import Verdict
 from fdconv_deploy.errors import ExportError
 from tests.export.validation.conftest import Exported, chain
 from tests.reference.lively import lively_input
@@ -147,7 +147,9 @@ def test_a_file_that_does_not_load_is_a_sentence(stable, tmp_path):
 
 def test_the_checking_process_knows_no_torch():
     """So nothing of the exporter's memory can help the graph to its answer."""
-    script = "import export.validation.process, sys; print('torch' in sys.modules)"
+    script = (
+        "import fdconv_deploy.export.validation.subprocess_run, sys; print('torch' in sys.modules)"
+    )
     found = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-
-from export.validation.verdict import Finding, Verdict, decide, refusal
+from fdconv_deploy.export.validation.verdict import Finding, Verdict, decide, refusal
 
 
 def never() -> float:

@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fdconv_deploy.architecture import BackboneConfig, FDConvConfig
-from fdconv_deploy.detector_architecture import (
-    DetectorArchitecture,
-    FPNConfig,
-    MaskHeadConfig,
-    RoIConfig,
-)
+from fdconv_deploy.config import BackboneConfig, FDConvConfig
+from fdconv_deploy.detector_config import DetectorArchitecture, FPNConfig, MaskHeadConfig, RoIConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.detection import build_detector
 from fdconv_deploy.nn.detection.fpn import FPN

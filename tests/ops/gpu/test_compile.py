@@ -21,7 +21,7 @@ from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.cuda import CapturedNetwork, FusedConv2d, FusedNetwork, fuse_network
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.ops.compile import (
+from fdconv_deploy.ops.compile_kernels import (
     CAPABILITIES,
     CompiledKernel,
     compile_kernel,
@@ -117,7 +117,7 @@ def test_an_older_instruction_set_on_request():
 def test_compiling_takes_no_torch():
     """`fdconv build` compiles plugins where torch need not be."""
     code = (
-        "import sys, fdconv_deploy.ops.compile as c;"
+        "import sys, fdconv_deploy.ops.compile_kernels as c;"
         "import fdconv_deploy.ops.frequency_assembly.kernel_launch;"
         "import fdconv_deploy.ops.frequency_band_modulation.kernel_launch;"
         "[c.kernel_function(n) for n in ('row_kernel', 'column_kernel', 'combination_kernel')];"

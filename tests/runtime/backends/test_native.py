@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fdconv_deploy.export import export_module
 
-from export import export_module
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.ops import native

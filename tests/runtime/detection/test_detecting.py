@@ -6,13 +6,12 @@ import cv2
 import numpy as np
 import pytest
 
-from fdconv_deploy.architecture import Preprocessing
+from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import BundleError, ImageError
 from fdconv_deploy.runtime import Session, open_session
-from fdconv_deploy.runtime.detection.detecting import as_rows
+from fdconv_deploy.runtime.detection.pipeline import as_rows
 from tests.runtime import toy, toy_detector
-
-from .conftest import picture
+from tests.runtime.detection.conftest import picture
 
 MEAN = np.array([123.675, 116.28, 103.53])
 STD = np.array([58.395, 57.12, 57.375])

@@ -11,8 +11,7 @@ from pycocotools import mask as coco
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Detection, Session
 from tests.reference.masks import pasted_probabilities
-
-from .conftest import picture
+from tests.runtime.detection.conftest import picture
 
 
 @pytest.fixture

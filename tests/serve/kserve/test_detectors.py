@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from fdconv_deploy.serve import Settings, running, schemas
 
 from fdconv_deploy.runtime import open_session
-from serve import Settings, running, schemas
 from tests.runtime import toy_detector
 from tests.serve.kserve.conftest import free_port
 from tests.serve.test_refusals import refused

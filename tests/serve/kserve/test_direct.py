@@ -20,14 +20,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from fdconv_deploy.serve import Settings, running
+from fdconv_deploy.serve.kserve import at_once
+from fdconv_deploy.serve.kserve.at_once import AtOnce
+from fdconv_deploy.serve.kserve.direct import DirectCall
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdconv_deploy.runtime import Session, open_session
-from serve import Settings, running
-from serve.kserve import at_once
-from serve.kserve.at_once import AtOnce
-from serve.kserve.direct import DirectCall
 from tests.runtime import toy
 from tests.serve.test_receiving import place, read_answer, wait_for
 

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from fdconv_deploy.serve import schemas
 
-from serve import schemas
 from tests.serve.test_refusals import refused
 
 URL = "/v2/models/street/infer"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from fdconv_deploy.serve.batching import Batch, BatchQueue, Item
 
 from fdconv_deploy.runtime.batching import measured_cost
-from serve.scheduling import Batch, BatchQueue, Item
 
 
 def filled(queue: BatchQueue, lane: str, *names: str, at: float = 0.0, **options) -> list[Item]:

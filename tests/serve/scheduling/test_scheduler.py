@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from serve.scheduling import DeadlineError, Scheduler, WorkerDiedError
+from fdconv_deploy.serve.batching import DeadlineError, Scheduler, WorkerDiedError
 
 
 def image(value: float, count: int = 1) -> np.ndarray:

@@ -1,0 +1,144 @@
+"""A finished float32 graph to lower precision, with the report of what that cost."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fdconv_deploy.export.quantization.calibration import Magnitudes, magnitudes
+from fdconv_deploy.export.quantization.fp16 import to_half_precision
+from fdconv_deploy.export.quantization.fp16_rounding import rounding_model
+from fdconv_deploy.export.quantization.int8 import (
+    QuantizedConv,
+    activation_steps,
+    quantizable,
+    quantize,
+)
+from fdconv_deploy.export.source import Recipe
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from fdconv_deploy.errors import ExportError
+from fdconv_deploy.folding.network import dynamic_layers
+from fdconv_deploy.profiling.divergence import Answers, Divergence, points_of, save_exposed
+
+NAMED = 3
+
+
+class Reduction:
+    """Converts the graphs of one export, one batch size after the other.
+
+    The first graph is compared with its float32 form, layer by layer; `report` holds what
+    was found, for the manifest. Ranges of activations are learned on it, too.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.precision, self.folder = recipe, recipe.precision, folder
+        self.layers = list(dynamic_layers(recipe.network))
+        self.report: dict[str, Any] = {}
+        self._seen: dict[tuple[str, int], Magnitudes] = {}
+        self._images = 0
+
+    def apply(self, model: ModelProto, batch: int) -> None:
+        """Convert a float32 graph in place.
+
+        Raises:
+            ExportError: the conversion is not possible, or float16 goes too far astray.
+        """
+        if self.precision.name == "fp32":
+            return
+        if self.report:
+            self._convert(model, batch)
+        else:
+            with tempfile.TemporaryDirectory(dir=self.folder) as name:
+                self._first(model, batch, Path(name))
+
+    def _first(self, model: ModelProto, batch: int, folder: Path) -> None:
+        """Convert and compare. One copy of the weights at a time is kept in memory."""
+        reference, reduced = folder / "reference.onnx", folder / "reduced.onnx"
+        points = points_of(model, self.layers)
+        tensors = [point.tensor for point in points]
+        if self.precision.name == "int8":
+            convs = self._convolutions(model)
+            seen = {(c.key, i): t for c in convs for i, t in enumerate((c.input, c.output))}
+            save_exposed(model, [*tensors, *seen.values()], reference)
+            self._calibrate(reference, seen, batch)
+        else:
+            save_exposed(model, tensors, reference)
+        feed = self.recipe.feed(batch)
+        exact = Answers(reference, points, feed, folder)
+        self._convert(model, batch)
+        measured = rounding_model(model) if self.precision.name == "fp16" else model
+        save_exposed(measured, tensors, reduced)
+        del measured
+        self.recipe.progress(f"batch {batch}: comparing it with float32, layer by layer")
+        found = exact.divergences(reduced, feed)
+        self.report["layers"] = {
+            d.name: [float(f"{d.max_rel:.2e}"), float(f"{1 - d.cosine:.1e}")] for d in found
+        }
+        worst = sorted(found, key=lambda d: -d.max_rel)
+        self.report["worst"] = [d.name for d in worst[:NAMED]]
+        if self.precision.name == "fp16":
+            self._refuse_if_far(found)
+        if self.precision.evaluation is not None:
+            self.recipe.progress("comparing answers with float32's")
+            compared = self.precision.evaluation.compare(reference, reduced, batch)
+            self.report["evaluation"] = compared
+
+    def _convert(self, model: ModelProto, batch: int) -> None:
+        if self.precision.name == "fp16":
+            self.recipe.progress(f"batch {batch}: converting to float16")
+            done = to_half_precision(model, self.layers, self.precision.keep_fp32)
+            self.report = self.report or asdict(done)
+            return
+        convs = self._convolutions(model)
+        self.recipe.progress(f"batch {batch}: quantising {len(convs)} convolutions")
+        # By the convolution's place, since another batch size may name its tensors otherwise.
+        seen: dict[str, Magnitudes] = {}
+        for conv in convs:
+            for place, tensor in enumerate((conv.input, conv.output)):
+                seen.setdefault(tensor, self._seen[conv.key, place])
+        quantize(model, convs, activation_steps(model, seen, self.precision.activations))
+        self.report = self.report or {
+            "quantized": [conv.module for conv in convs],
+            "activations": self.precision.activations,
+            "calibration_images": self._images,
+            "kept": list(self.precision.keep_fp32),
+        }
+
+    def _convolutions(self, model: ModelProto) -> list[QuantizedConv]:
+        convs = quantizable(model, self.layers, self.precision.keep_fp32)
+        if not convs:
+            raise ExportError(
+                "this network has no plain convolution to compute in eight bits, besides its "
+                "first and last. Export it in fp16, or keep fewer modules in float32."
+            )
+        return convs
+
+    def _calibrate(self, model: Path, tensors: dict[tuple[str, int], str], batch: int) -> None:
+        def feeds() -> Iterator[dict[str, NDArray]]:
+            for image in self.precision.calibration:
+                self._images += 1
+                self.recipe.progress(f"learning the ranges of activations: image {self._images}")
+                yield {self.recipe.input_names[0]: np.repeat(image, batch, axis=0)}
+
+        seen = magnitudes(model, dict.fromkeys(tensors.values()), feeds())
+        self._seen = {key: seen[tensor] for key, tensor in tensors.items()}
+
+    def _refuse_if_far(self, found: list[Divergence]) -> None:
+        far = [d for d in found if d.max_rel > self.precision.tolerance]
+        if not far:
+            return
+        worst = sorted(far, key=lambda d: -d.max_rel)[:NAMED]
+        named = ", ".join(f"{d.name} ({d.max_rel:.1e})" for d in worst)
+        start = far[0].name.removesuffix(" (sum)")
+        raise ExportError(
+            f"in fp16, {len(far)} of {len(found)} layers' outputs are further from float32's than "
+            f"{self.precision.tolerance:.0e} of their largest value. Worst: {named}. The first is "
+            f"{start}: keep it in float32 (--keep-fp32 {start!r}; may be repeated), or raise the "
+            "tolerance. Nothing was kept."
+        )

@@ -1,0 +1,1 @@
+"""Exports for runtimes other than ours."""

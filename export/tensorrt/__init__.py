@@ -1,0 +1,1 @@
+"""TensorRT engines: the graph with plugins, the build, the check of its answers."""

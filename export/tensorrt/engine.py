@@ -1,0 +1,236 @@
+"""TensorRT engines for a bundle, on the machine that will run them.
+
+Each is built, run, compared with ONNX Runtime and only then kept, in the bundle's folder
+``engines`` (`fdconv_deploy.runtime.backends.tensorrt_engines`).
+Where Triton and a recent TensorRT are there,
+FDConv layers run in this package's kernels, which go into the engine as code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+from fdconv_deploy.export.tensorrt.builder import BuildOptions, build_plan
+from fdconv_deploy.export.tensorrt.plugin_graph import ask_for_plugins
+from fdconv_deploy.export.tensorrt.validate_engine import prove, tolerance_of
+
+from fdconv_deploy.environment import install
+from fdconv_deploy.errors import BackendError, ExportError
+from fdconv_deploy.ops.launch import KernelLaunch
+from fdconv_deploy.ops.tensorrt_plugins import launch_of, precompile, register_plugins, set_target
+from fdconv_deploy.runtime.backends import BackendOptions
+from fdconv_deploy.runtime.backends.cuda import Cuda
+from fdconv_deploy.runtime.backends.tensorrt_backend import TensorRTBackend, import_tensorrt
+from fdconv_deploy.runtime.backends.tensorrt_engines import (
+    FOLDER,
+    EngineRecord,
+    Fingerprint,
+    engine_name,
+    engines_folder,
+    find_engine,
+    graph_hash,
+    keep_engine,
+)
+from fdconv_deploy.runtime.bundle import Bundle, sha256_of
+from fdconv_deploy.runtime.manifest import FileInfo
+
+Progress = Callable[[str], None]
+PluginChoice = Literal["auto", "on", "off"]
+OLDEST_CAPABILITY = 75
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """What came of one batch size. new: False where a fitting engine was there already."""
+
+    record: EngineRecord
+    new: bool
+    reason: str
+
+
+def build_engines(
+    bundle: Bundle,
+    *,
+    batches: Sequence[int] | None = None,
+    plugins: PluginChoice = "auto",
+    options: BuildOptions | None = None,
+    tolerance: float | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    tensorrt: Any = None,
+    cuda: Cuda | None = None,
+) -> list[BuiltEngine]:
+    """Build the engines of a bundle that this machine lacks.
+
+    Args:
+        batches: all of the bundle's if not given.
+        plugins: whether FDConv layers run in this package's kernels; ``auto``: where they can,
+            and progress says why not.
+        options: compatibility levels, memory, TF32.
+        tolerance: the largest error kept, relative to the largest value, against ONNX Runtime on
+            the CPU; in int8 the largest share of positions of another class.
+        force: build also where a fitting engine is there.
+        progress: told of each step.
+        tensorrt, cuda: in place of the installed ones, for tests.
+
+    Raises:
+        BackendError: no GPU or TensorRT, or TensorRT cannot build, with what would work now.
+        ExportError: an engine differs from ONNX Runtime; nothing of it is kept.
+        BundleError: the bundle cannot hold engines.
+    """
+    say = progress or (lambda _: None)
+    options = options or BuildOptions()
+    trt = import_tensorrt() if tensorrt is None else tensorrt
+    backend = TensorRTBackend(BackendOptions(), trt, Cuda() if cuda is None else cuda)
+    machine = backend.machine
+    if machine.capability < OLDEST_CAPABILITY:
+        raise BackendError(
+            f"{machine.gpu} is of compute capability {machine.capability / 10:.1f}, and TensorRT "
+            f"{machine.tensorrt} needs 7.5 (Turing) or later. Backend 'onnxruntime-cpu' runs this "
+            "bundle here."
+        )
+    chosen = list(bundle.batch_sizes) if batches is None else sorted(set(batches))
+    unknown = [b for b in chosen if b not in bundle.batch_sizes]
+    if unknown:
+        raise ExportError(
+            f"the bundle has graphs of batch {', '.join(map(str, bundle.batch_sizes))}, not of "
+            f"{', '.join(map(str, unknown))}. Export it with --batch {unknown[0]}."
+        )
+    trtp, why_not = _plugin_layer(trt, plugins)
+    if why_not is not None:
+        say(f"note: FDConv layers run in TensorRT's own operators, since {why_not}")
+    results = []
+    for batch in chosen:
+        reason = "it was asked for"
+        if not force:
+            try:
+                record = find_engine(bundle, batch, machine)
+            except BackendError as error:
+                reason = str(error)
+            else:
+                if record.fingerprint.plugins == (trtp is not None) and _same(record, options):
+                    results.append(BuiltEngine(record, False, "it fits this machine"))
+                    say(f"batch {batch}: {record.name} fits this machine")
+                    continue
+                reason = f"{record.name} was built with other options"
+        record = _build_one(bundle, batch, backend, trtp, options, tolerance, say)
+        results.append(BuiltEngine(record, True, reason))
+    return results
+
+
+def _same(record: EngineRecord, options: BuildOptions) -> bool:
+    mark = record.fingerprint
+    return (mark.hardware, mark.version_compatible, mark.tf32) == (
+        options.hardware, options.version_compatible, options.tf32,
+    )  # fmt: skip
+
+
+def _plugin_layer(trt: Any, choice: PluginChoice) -> tuple[Any, str | None]:
+    """TensorRT's plugin module, or None and why not."""
+    if choice == "off":
+        return None, "--plugins is off"
+    problem, trtp = None, None
+    if importlib.util.find_spec("triton") is None:
+        problem = f"Triton is not installed ({install('triton')})"
+    else:
+        try:
+            trtp = importlib.import_module(f"{trt.__name__}.plugin")
+        except ImportError:
+            problem = f"TensorRT {trt.__version__} has no plugin module"
+        if trtp is not None and not hasattr(trtp, "aot_impl"):
+            problem = f"TensorRT {trt.__version__} has no ahead-of-time plugins (11 has)"
+    if problem is None:
+        return trtp, None
+    if choice == "on":
+        raise BackendError(f"the plugins cannot be built: {problem}. Or say --plugins off.")
+    return None, problem
+
+
+def _build_one(
+    bundle: Bundle,
+    batch: int,
+    backend: TensorRTBackend,
+    trtp: Any,
+    options: BuildOptions,
+    tolerance: float | None,
+    say: Progress,
+) -> EngineRecord:
+    started = time.perf_counter()
+    trt, machine = backend.trt, backend.machine
+    folder = engines_folder(bundle)
+    name = engine_name(bundle, batch, machine)
+    fingerprint = Fingerprint(
+        machine=machine, graph=graph_hash(bundle, batch), plugins=trtp is not None,
+        hardware=options.hardware, version_compatible=options.version_compatible,
+        tf32=options.tf32,
+    )  # fmt: skip
+    kernels: dict[str, int] = {}
+    with tempfile.TemporaryDirectory(prefix="fdconv-build-") as scratch:
+        graph = bundle.model_path(batch)
+        if trtp is not None:
+            say(f"batch {batch}: asking for plugins")
+            graph = Path(scratch) / "plugins.onnx"
+            # Code for the oldest GPU the engine shall run on is translated for any later one.
+            aimed = 80 if options.hardware == "ampere_plus" else machine.capability
+            kernels = _plugin_graph(bundle.model_path(batch), graph, trt, trtp, aimed, say)
+        cache = folder / f"{name.rpartition('-b')[0]}.timing"
+        say(f"batch {batch}: TensorRT {machine.tensorrt} builds for {machine.gpu}")
+        plan = build_plan(trt, graph, options, cache, lambda step: say(f"batch {batch}: {step}"))
+    partial = folder / f".{name}.plan.{secrets.token_hex(4)}"
+    try:
+        partial.write_bytes(plan)
+        record = EngineRecord(
+            name=name, batch=batch, precision=bundle.manifest.precision,
+            file=FileInfo(sha256=sha256_of(partial), bytes=len(plan)),
+            fingerprint=fingerprint, built_at=datetime.now(timezone.utc), build_seconds=0,
+            kernels=kernels,
+        )  # fmt: skip
+        say(f"batch {batch}: comparing it with ONNX Runtime")
+        specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
+        engine = backend.load_plan(plan, record, *specs)
+        parity = prove(bundle, batch, engine, tolerance_of(bundle, options, tolerance))
+        seconds = round(time.perf_counter() - started, 1)
+        record = record.model_copy(update={"parity": parity, "build_seconds": seconds})
+        keep_engine(bundle, record, partial, engine.inspect())
+    finally:
+        partial.unlink(missing_ok=True)
+    say(f"batch {batch}: kept {FOLDER}/{name}.plan, {len(plan) / 1e6:.0f} MB")
+    return record
+
+
+def _plugin_graph(
+    source: Path,
+    target: Path,
+    trt: Any,
+    trtp: Any,
+    capability: int,
+    say: Progress,
+) -> dict[str, int]:
+    """Write the plugin variant, register its plugins and compile their kernels."""
+    graph = ask_for_plugins(onnx.load(str(source)))
+    onnx.save(
+        graph.model, str(target), save_as_external_data=True, location="plugins.bin",
+        size_threshold=1024,
+    )  # fmt: skip
+    set_target(capability)
+    register_plugins(trt, trtp, graph.plugins)
+    launches = list(_launches(graph.model.graph.node))
+    precompile(launches, capability, lambda n, of: say(f"compiling kernels: {n} of {of}"))
+    return graph.plugins
+
+
+def _launches(nodes: Iterable[onnx.NodeProto]) -> Iterable[KernelLaunch]:
+    for node in nodes:
+        sizes = [a.ints for a in node.attribute if a.name == "sizes"]
+        if sizes:
+            yield launch_of(node.op_type, list(sizes[0]))

@@ -1,0 +1,188 @@
+"""A graph cut at the inputs of its FDConv layers.
+
+In each piece the layers get the network's own inputs, so that an error is a layer's own and no
+other layer amplifies it. A piece ends where the next layer's input is computed, or at the
+graph's outputs; its nodes and constants are the graph's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx.external_data_helper import load_external_data_for_tensor
+
+from fdconv_deploy.profiling.node_labels import label_nodes
+
+_USE = re.compile(r"\.(use\d+)\.")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What computes some tensors from FDConv layers' inputs.
+
+    tensors: those it ends in. use: the use of a layer that reads them; "" where they are the
+    graph's outputs. layers: the uses of layers within.
+    """
+
+    tensors: tuple[str, ...]
+    use: str
+    layers: tuple[str, ...]
+
+
+class CutGraph:
+    """The pieces of a written model, and models of some of them.
+
+    Args:
+        path: of the model; its external data lies beside it.
+        layers: names of the network's FDConv layers.
+    """
+
+    def __init__(self, path: Path, layers: Collection[str]) -> None:
+        self._folder = path.parent
+        self._model = onnx.load(str(path), load_external_data=False)
+        graph = self._model.graph
+        self._constants = {tensor.name: tensor for tensor in graph.initializer}
+        self._producers = {out: i for i, n in enumerate(graph.node) for out in n.output if out}
+        self._shapes = {v.name: s for v in graph.value_info if (s := _shape(v)) is not None}
+        self._inputs = {value.name: value for value in graph.input}
+        self._uses = _uses(self._model, layers)
+        self.cuts: dict[str, str] = {}  # tensor -> the first use that reads it
+        for index, use in enumerate(self._uses):
+            if use and use not in self._uses[:index]:
+                tensor = self._root(self._entry(graph.node[index]))
+                if tensor in self._producers:
+                    self.cuts.setdefault(tensor, use)
+        self.pieces = [self._piece((tensor,), use) for tensor, use in self.cuts.items()]
+        if self.cuts:
+            self.pieces.append(self._piece(tuple(output.name for output in graph.output), ""))
+
+    def _entry(self, node: NodeProto) -> str:
+        """What a layer's first node reads: the layer's input."""
+        return next((name for name in node.input if name and name not in self._constants), "")
+
+    def _root(self, tensor: str) -> str:
+        """The same numbers before they were reshaped: others may read them there."""
+        while tensor in self._producers:
+            node = self._model.graph.node[self._producers[tensor]]
+            if node.op_type != "Reshape" or node.input[0] not in self._shapes:
+                break
+            tensor = node.input[0]
+        return tensor
+
+    def _reach(self, tensors: Iterable[str]) -> tuple[set[int], set[str]]:
+        """Nodes that compute tensors from cuts and inputs, and which of these they read."""
+        nodes: set[int] = set()
+        read: set[str] = set()
+        waiting = [self._producers[name] for name in tensors if name in self._producers]
+        while waiting:
+            index = waiting.pop()
+            if index in nodes:
+                continue
+            nodes.add(index)
+            for name in _reads(self._model.graph.node[index]):
+                if name in self.cuts or name in self._inputs:
+                    read.add(name)
+                elif name in self._producers:
+                    waiting.append(self._producers[name])
+        return nodes, read
+
+    def _piece(self, tensors: tuple[str, ...], use: str) -> Piece:
+        nodes, _ = self._reach(tensors)
+        # What is behind a layer may be reshaped in the layer's name.
+        works = (i for i in sorted(nodes) if self._model.graph.node[i].op_type != "Reshape")
+        within = dict.fromkeys(self._uses[i] for i in works if self._uses[i])
+        return Piece(tensors, use, tuple(within))
+
+    def write(
+        self, pieces: Sequence[Piece], path: Path, shapes: Mapping[str, Sequence[int]]
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Write a model of some pieces, with its data.
+
+        Args:
+            shapes: of each use's input, batch included.
+
+        Returns:
+            What it takes, by tensor the use whose input it is ("" for an input of the graph's
+            own); and what it gives, by tensor its name among the model's outputs.
+        """
+        ends = [tensor for piece in pieces for tensor in piece.tensors]
+        chosen, read = self._reach(ends)
+        graph = self._model.graph
+        renamed = {t: f"{t}.computed" if t in self.cuts else t for t in ends}
+        nodes = []
+        for index in sorted(chosen):
+            node = NodeProto()
+            node.CopyFrom(graph.node[index])
+            for place, name in enumerate(node.output):
+                node.output[place] = renamed.get(name, name)
+            nodes.append(node)
+        inputs = []
+        for name in sorted(read):
+            if name in self._inputs:
+                inputs.append(self._inputs[name])
+            else:
+                shape = self._shapes.get(name) or list(shapes[self.cuts[name]])
+                inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        known = {v.name: v for v in (*graph.value_info, *graph.output)}
+        outputs = [known[n] if n in known and n == r else onnx.ValueInfoProto(name=r)
+                   for n, r in renamed.items()]  # fmt: skip
+        made = {name for node in nodes for name in node.output} - set(renamed.values())
+        model = helper.make_model(
+            helper.make_graph(
+                nodes,
+                "pieces",
+                inputs,
+                outputs,
+                list(self._data({name for node in nodes for name in _reads(node)})),
+                value_info=[v for v in graph.value_info if v.name in made],
+            ),
+            opset_imports=self._model.opset_import,
+            functions=self._model.functions,
+            ir_version=self._model.ir_version,
+        )
+        onnx.save(model, str(path))
+        return {name: self.cuts.get(name, "") for name in read}, renamed
+
+    def _data(self, names: set[str]) -> Iterator[TensorProto]:
+        """Constants with their values."""
+        for name in sorted(names & self._constants.keys()):
+            tensor = TensorProto()
+            tensor.CopyFrom(self._constants[name])
+            if tensor.data_location == TensorProto.EXTERNAL:
+                load_external_data_for_tensor(tensor, str(self._folder))
+                tensor.data_location = TensorProto.DEFAULT
+                del tensor.external_data[:]
+            yield tensor
+
+
+def _uses(model: ModelProto, layers: Collection[str]) -> list[str]:
+    """For each node, the use of a layer that it is part of, or ""."""
+    uses = []
+    for node, label in zip(model.graph.node, label_nodes(model, layers), strict=True):
+        if label.layer is None:
+            uses.append("")
+            continue
+        again = _USE.match(node.name[len(label.layer) :])
+        uses.append(f"{label.layer}.{again[1]}" if again else label.layer)
+    return uses
+
+
+def _reads(node: NodeProto) -> Iterator[str]:
+    """Names a node reads, those within its branches included."""
+    yield from filter(None, node.input)
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                yield from _reads(inner)
+
+
+def _shape(value: onnx.ValueInfoProto) -> list[int] | None:
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape") or not all(d.HasField("dim_value") for d in tensor.shape.dim):
+        return None
+    return [d.dim_value for d in tensor.shape.dim]

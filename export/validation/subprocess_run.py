@@ -1,0 +1,93 @@
+"""Graphs run in a fresh process, by stock ONNX Runtime.
+
+Run as ``python -m fdconv_deploy.export.validation.subprocess_run JOB``: a process that has
+never seen the network opens each graph as a user's would, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fdconv_deploy.errors import ExportError
+
+FAILED = "the exported graph did not pass its check"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One graph on one input.
+
+    feeds: by input name, .npy files that are joined along the first axis and brought to the
+    input's shape. answers: by output name, the .npy file to write.
+    """
+
+    model: str
+    feeds: Mapping[str, Sequence[str]]
+    answers: Mapping[str, str]
+
+
+def run_fresh(runs: Sequence[Run], folder: Path, library: Path | None = None) -> None:
+    """Run graphs one after the other in a process of their own.
+
+    Args:
+        folder: for the description of the job.
+        library: of native operators to register; none is stock ONNX Runtime.
+
+    Raises:
+        ExportError: a graph does not load or run, or its outputs have other names.
+    """
+    job = folder / "job.json"
+    said = {"library": library and str(library), "runs": [asdict(run) for run in runs]}
+    job.write_text(json.dumps(said))
+    finished = subprocess.run(  # noqa: S603 - our own interpreter and module
+        [sys.executable, "-m", "fdconv_deploy.export.validation.subprocess_run", str(job)],
+        capture_output=True,
+        text=True,
+        cwd=folder,  # no module of the caller's folder is met there
+        check=False,
+    )
+    if finished.returncode:
+        lines = finished.stderr.strip().splitlines() or ["it gave no reason"]
+        raise ExportError(f"{FAILED}: {lines[-1]}")
+
+
+def _main(job: Path) -> int:
+    import onnxruntime
+
+    said = json.loads(job.read_text())
+    for run in said["runs"]:
+        options = onnxruntime.SessionOptions()
+        if said["library"]:
+            options.register_custom_ops_library(said["library"])
+        session = onnxruntime.InferenceSession(
+            run["model"], options, providers=["CPUExecutionProvider"]
+        )
+        names = [output.name for output in session.get_outputs()]
+        if sorted(names) != sorted(run["answers"]):
+            print(
+                f"its outputs are {sorted(names)}, expected {sorted(run['answers'])}",
+                file=sys.stderr,
+            )
+            return 1
+        shapes = {entry.name: entry.shape for entry in session.get_inputs()}
+        feeds = {}
+        for name, files in run["feeds"].items():
+            joined = np.concatenate([np.load(file) for file in files])
+            known = all(isinstance(length, int) for length in shapes.get(name, [None]))
+            # A layer's images may be channels of one image in its graph; no image is lost.
+            same = known and np.prod(shapes[name]) == joined.size and len(joined.shape) > 3
+            feeds[name] = joined.reshape(shapes[name]) if same else joined
+        for name, values in zip(names, session.run(names, feeds), strict=True):
+            np.save(run["answers"][name], values)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(_main(Path(sys.argv[1])))

@@ -1,1 +1,0 @@
-"""Scoring detectors: box and mask AP on data annotated as COCO is."""

@@ -1,0 +1,234 @@
+"""Weights of a plain network → the start of an FDConv network.
+
+An FDConv layer stores its kernel as a half spectrum. Before training, that is the
+transform of the plain layer's weights, as the published converter writes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from fdconv_deploy.checkpoints.infer_layers import backbone_prefix, dynamic_names, part
+from fdconv_deploy.config import BackboneConfig, FDConvConfig
+from fdconv_deploy.errors import CheckpointError
+from fdconv_deploy.nn import ResNet
+from fdconv_deploy.nn.equivalence import set_equivalent
+from fdconv_deploy.nn.fdconv import dynamic_layers
+from fdconv_deploy.nn.spectrum import kernel_spectrum
+
+# What FDConv and FDLinear replace: block and stem convolutions of a ResNet, and the two
+# linear layers of a ViT block's feed-forward network.
+_BLOCK = re.compile(r"((?:.*\.)?)layer(\d+)\.(\d+)\.conv(\d)\.weight")
+_STEM = re.compile(r"((?:.*\.)?)stem\.(\d+)\.weight")
+_FIRST = re.compile(r"((?:.*\.)?)conv1\.weight")
+_LINEAR = re.compile(r"(?:^|\.)layers\.\d+\.ffn\.layers\.(?:0\.0|1)\.weight$")
+# What stays plain in every FDConv network: shortcuts, a transformer's attention, necks and heads.
+_PLAIN = re.compile(r"(?:^|\.)(?:downsample|attn|neck|\w*head\w*|fc|classifier)\.")
+
+# The published converter takes layers of 32 channels or more. (The published layer's own
+# default is dynamic above 16: a layer between the two starts from random weights.)
+PUBLISHED_THRESHOLD = 31
+
+
+class Conversion(BaseModel):
+    """What was done to a plain network's weights; names of layers, in the file's order.
+
+    Attributes:
+        method: ``published``, the published converter's: spectra in place of kernels, attentions
+            left to training. ``equivalent``: a whole FDConv network that computes the same.
+        conv: the FDConv arguments the weights are meant for.
+        converted: layers that have a spectrum now.
+        left_random: layers that an FDConv network of ``conv`` makes dynamic and that have no
+            spectrum, so that it starts them from random weights.
+        grouped: grouped convolutions among those that would be converted by name. No FDConv layer
+            can be one, so they stay plain.
+        unrecognised: layers of a size that FDConv replaces whose names are none known here, so
+            that they are as they were: a MiT's feed-forward layers, other networks' blocks.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    method: Literal["published", "equivalent"]
+    conv: FDConvConfig
+    converted: tuple[str, ...]
+    left_random: tuple[str, ...] = ()
+    grouped: tuple[str, ...] = ()
+    unrecognised: tuple[str, ...] = ()
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, Tensor],
+    *,
+    use_fdconv_if_c_gt: int = PUBLISHED_THRESHOLD,
+    use_fdconv_if_k_in: Collection[int] = (1, 3),
+    param_ratio: int = 1,
+) -> dict[str, Tensor]:
+    """Replace the ``weight`` of the layers FDConv makes dynamic by its ``dft_weight``.
+
+    Args:
+        state_dict: a plain ResNet's (torchvision or mmsegmentation names) or ViT's tensors,
+            with or without a ``backbone.`` prefix. Left as it is.
+        use_fdconv_if_c_gt: layers with more input and output channels than this are dynamic.
+        use_fdconv_if_k_in: kernel sizes that are.
+        param_ratio: how many copies of the spectrum a layer has.
+
+    Returns:
+        All tensors; for a converted layer ``dft_weight``, ``(P, O·k, I·k/2 + 1, 2)`` float32,
+        in place of ``weight``. The attentions are not in it: they start as a new network's.
+
+    Raises:
+        CheckpointError: the weights already are of an FDConv network.
+    """
+    _refuse_fdconv(state_dict)
+    grouped = _grouped(state_dict)
+    result: dict[str, Tensor] = {}
+    for key, weight in state_dict.items():
+        large = _is_large(weight, use_fdconv_if_c_gt, use_fdconv_if_k_in)
+        if large and _is_known(key, weight) and key not in grouped:
+            name = key.removesuffix("weight") + "dft_weight"
+            kernel = weight if weight.ndim == 4 else weight[:, :, None, None]
+            result[name] = kernel_spectrum(kernel.detach()).repeat(param_ratio, 1, 1, 1)
+        else:
+            result[key] = weight
+    return result
+
+
+def describe_conversion(
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    conv: FDConvConfig,
+    method: Literal["published", "equivalent"] = "published",
+) -> Conversion:
+    """What :func:`convert_state_dict` or :func:`equivalent_state_dict` did and did not do."""
+
+    def layer(key: str) -> str:
+        return key.removesuffix(".weight")
+
+    grouped = _grouped(before)
+    large = {
+        key: weight
+        for key, weight in before.items()
+        if key not in grouped
+        and _is_large(weight, conv.use_fdconv_if_c_gt, conv.use_fdconv_if_k_in)
+    }
+    dynamic = [layer(key) for key, weight in large.items() if _is_known(key, weight)]
+    spectra = {key.removesuffix(".dft_weight") for key in after if key.endswith(".dft_weight")}
+    changed = spectra | set(dynamic_names(after))
+    return Conversion(
+        method=method,
+        conv=conv,
+        converted=tuple(layer(key) for key in before if layer(key) in changed),
+        left_random=tuple(name for name in dynamic if name not in changed),
+        grouped=tuple(layer(key) for key in grouped),
+        unrecognised=tuple(
+            layer(key)
+            for key, weight in large.items()
+            if key.endswith(".weight")
+            and not _is_known(key, weight)
+            and not _PLAIN.search(key)
+            and layer(key) not in changed
+        ),
+    )
+
+
+def equivalent_state_dict(
+    state_dict: Mapping[str, Tensor], backbone: BackboneConfig, *, seed: int = 0
+) -> dict[str, Tensor]:
+    """All tensors of an FDConv network that computes what a plain one does.
+
+    Its attentions are at rest, see :func:`set_equivalent`, and training wakes them.
+
+    Args:
+        state_dict: a plain ResNet's tensors, with or without a ``backbone.`` prefix; what
+            else it holds (heads, a classifier) is kept.
+        backbone: of the FDConv network; its ``conv`` says which layers are dynamic.
+        seed: for the attentions' hidden layers, the only numbers drawn.
+
+    Raises:
+        CheckpointError: the weights are not those of this ResNet.
+        UnsupportedLayerError: ``conv`` does not suit a layer, or cannot be at rest.
+    """
+    _refuse_fdconv(state_dict)
+    prefix = backbone_prefix(state_dict)
+    plain = part(state_dict, prefix)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ResNet(backbone)
+    dynamic = dynamic_layers(network)
+    own = {f"{name}.{key}" for name, layer in dynamic.items() for key in layer.state_dict()}
+    expected = network.state_dict()
+    state: dict[str, Tensor] = {}
+    for key, value in expected.items():
+        if key in own:
+            continue
+        given = plain.get(key)
+        if given is None and key.endswith(".num_batches_tracked"):
+            given = value
+        if given is None or given.shape != value.shape:
+            found = "nothing" if given is None else f"{tuple(given.shape)}"
+            raise CheckpointError(
+                f"Expected the weights of a ResNet-{backbone.depth}, with {prefix}{key} "
+                f"{tuple(value.shape)}; found {found}. Give the checkpoint's config (--config)."
+            )
+        state[key] = given
+    network.load_state_dict(state, strict=False)
+    for name, layer in dynamic.items():
+        set_equivalent(layer, plain[f"{name}.weight"].detach().float())
+    taken = {f"{prefix}{name}.weight" for name in dynamic}
+    rest = {key: value for key, value in state_dict.items() if key not in taken}
+    made = {f"{prefix}{key}": value for key, value in network.state_dict().items()}
+    return made | {key: value for key, value in rest.items() if key not in made}
+
+
+def _refuse_fdconv(state_dict: Mapping[str, Tensor]) -> None:
+    dynamic = next((key for key in state_dict if key.endswith(".dft_weight")), None)
+    if dynamic is not None or dynamic_names(state_dict):
+        raise CheckpointError(
+            "These weights are of an FDConv network already "
+            f"({dynamic or dynamic_names(state_dict)[0]}). Expected plain ones."
+        )
+
+
+def _is_large(weight: Tensor, threshold: int, kernels: Collection[int]) -> bool:
+    """Whether FDConv or FDLinear replaces a layer of this weight."""
+    if weight.ndim == 4:
+        return weight.shape[2] in kernels and min(weight.shape[:2]) > threshold
+    return weight.ndim == 2 and min(weight.shape) > threshold
+
+
+def _is_known(key: str, weight: Tensor) -> bool:
+    """Whether a layer's name is one of those that the published converter replaces."""
+    if weight.ndim == 4:
+        return bool(_BLOCK.fullmatch(key) or _STEM.fullmatch(key))
+    return bool(_LINEAR.search(key))
+
+
+def _grouped(state_dict: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Those of the known convolutions that see a part of what comes in only.
+
+    A weight does not tell its number of groups: what the convolution before it gives tells.
+    """
+    placed: dict[str, list[tuple[tuple[int, ...], str]]] = defaultdict(list)
+    for key, weight in state_dict.items():
+        match = _BLOCK.fullmatch(key) or _STEM.fullmatch(key) or _FIRST.fullmatch(key)
+        if match and weight.ndim == 4:
+            prefix, *place = match.groups()
+            # In the network's order: a deep stem's, or the one conv1, then the blocks'.
+            numbers = tuple(int(number) for number in place)
+            order = {0: (0,), 1: (-1, *numbers), 3: numbers}[len(numbers)]
+            placed[prefix].append((order, key))
+    found = set()
+    for convolutions in placed.values():
+        for (_, before), (_, key) in pairwise(sorted(convolutions)):
+            entering, taken = state_dict[before].shape[0], state_dict[key].shape[1]
+            if entering > taken > 0 and entering % taken == 0:
+                found.add(key)
+    return tuple(key for key in state_dict if key in found)

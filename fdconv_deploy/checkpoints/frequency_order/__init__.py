@@ -1,0 +1,1 @@
+"""Which frequency order a checkpoint was trained with, and who told it."""

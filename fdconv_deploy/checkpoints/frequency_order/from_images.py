@@ -1,0 +1,183 @@
+"""Which frequency order a checkpoint was trained with, told by images and stored statistics.
+
+BatchNorms store the mean and variance of what reached them in training. A network in the order
+it was trained with sees about those on images of the same kind; in another order, what reaches
+the BatchNorms behind its FDConv layers is off, the more the deeper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from fdconv_deploy.checkpoints.frequency_order.from_weights import NamedOrder
+from fdconv_deploy.errors import ImageError
+
+# Images that bring the nearest order no nearer than this are of another kind, and then a wrong
+# order can come out far nearer. Below it, what separates any images from those of training moves
+# both orders' distances alike: a wrong one can be nearer in nearly all BatchNorms, since they see
+# the same images, but by a hair. So it takes a factor. benchmarks/frequency_order.py measures it.
+NEAR = 0.05
+FACTOR = 2.0
+FEWEST = 8
+
+
+class ImageEvidence(BaseModel):
+    """How near each order comes to the stored statistics.
+
+    Attributes:
+        order: the order they are of, or None: images do not tell.
+        reason: in a sentence.
+        images: how many were looked at.
+        norms: BatchNorms whose input differs between the orders.
+        distances: of each order: Kullback-Leibler divergence, in nats, of the inputs' normal
+            distribution from the stored one, the mean over channels and BatchNorms.
+        factor: how many times as far the next order is as the nearest, the geometric mean over
+            BatchNorms.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    order: NamedOrder | None
+    reason: str
+    images: int
+    norms: int
+    distances: dict[str, float]
+    factor: float
+
+
+class _Moments(NamedTuple):
+    mean: Tensor
+    square: Tensor
+
+
+def order_of_statistics(
+    networks: Mapping[NamedOrder, nn.Module], inputs: Iterable[Tensor]
+) -> ImageEvidence:
+    """Compare orders on images.
+
+    Args:
+        networks: of each order, the same network in it, in eval mode.
+        inputs: ``(1, C, H, W)`` float32 each, as the network takes them; any sizes.
+
+    Raises:
+        ImageError: there are fewer than eight.
+    """
+    sums: dict[NamedOrder, dict[str, _Moments]] = {name: {} for name in networks}
+    count = 0
+    for x in inputs:
+        count += 1
+        for name, network in networks.items():
+            _observe(network, x, sums[name])
+    if count < FEWEST:
+        raise ImageError(
+            f"The order's check needs {FEWEST} images or more, found {count}. Give a folder of "
+            "images of the kind the network was trained on."
+        )
+    divergences = {
+        name: {key: _divergence(network, key, moments, count) for key, moments in found.items()}
+        for (name, network), found in zip(networks.items(), sums.values(), strict=True)
+    }
+    return _judge(divergences, count)
+
+
+def _judge(divergences: Mapping[NamedOrder, Mapping[str, float]], images: int) -> ImageEvidence:
+    first = next(iter(divergences.values()))
+    norms = [
+        key
+        for key in first
+        if any(abs(found[key] - first[key]) > 1e-12 for found in divergences.values())
+    ]
+    distances: dict[str, float] = {
+        name: float(np.mean([found[key] for key in norms])) if norms else 0.0
+        for name, found in divergences.items()
+    }
+
+    def evidence(order: NamedOrder | None, reason: str, factor: float = 1.0) -> ImageEvidence:
+        return ImageEvidence(
+            order=order,
+            reason=reason,
+            images=images,
+            norms=len(norms),
+            distances=distances,
+            factor=factor,
+        )
+
+    if not norms:
+        return evidence(None, "The images do not tell: no BatchNorm's input depends on the order.")
+    logs = {n: np.log([max(f[key], 1e-30) for key in norms]) for n, f in divergences.items()}
+    best, second = sorted(logs, key=lambda name: float(logs[name].mean()))[:2]
+    factor = math.exp(min(float((logs[second] - logs[best]).mean()), 100.0))
+    shown = ", ".join(f"{name!r} {value:.3g}" for name, value in distances.items())
+    if distances[best] > NEAR:
+        return evidence(
+            None,
+            f"The images do not tell: what reaches the BatchNorms is far from what they store "
+            f"({shown} nats, {NEAR} is near), so they are not of the kind the network was "
+            "trained on.",
+            factor,
+        )
+    if factor < FACTOR:
+        return evidence(
+            None,
+            f"The images do not tell: the orders are equally near to the stored statistics "
+            f"({shown} nats; the other {factor:.2f} times as far as {best!r}, {FACTOR:g} times are "
+            "asked).",
+            factor,
+        )
+    return evidence(
+        best,
+        f"The stored statistics are those of the order {best!r}: {shown} nats away, the other "
+        f"{factor:.2g} times as far.",
+        factor,
+    )
+
+
+def _norms(network: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    """Those that see feature maps: an attention's own sees one number per image."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+        and module.running_mean is not None
+        and ".KSM_Global." not in f".{name}."
+    }
+
+
+def _observe(network: nn.Module, x: Tensor, sums: dict[str, _Moments]) -> None:
+    """Add an image's moments of what reaches each BatchNorm."""
+
+    def look(name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen = inputs[0].detach().double()
+        mean, square = seen.mean((0, 2, 3)), seen.square().mean((0, 2, 3))
+        before = sums.get(name)
+        if before is not None:
+            mean, square = mean + before.mean, square + before.square
+        sums[name] = _Moments(mean, square)
+
+    hooks = [m.register_forward_pre_hook(partial(look, n)) for n, m in _norms(network).items()]
+    try:
+        with torch.no_grad():
+            network(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _divergence(network: nn.Module, name: str, moments: _Moments, images: int) -> float:
+    norm = network.get_submodule(name)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean = moments.mean / images
+    variance = (moments.square / images - mean**2).clamp_min(0) + norm.eps
+    stored = norm.running_var.double() + norm.eps
+    off = (variance + (mean - norm.running_mean.double()) ** 2) / stored
+    return float((0.5 * (torch.log(stored / variance) + off - 1)).mean())

@@ -1,0 +1,249 @@
+"""The ResNet of a checkpoint, from its names and shapes and the config's backbone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from fdconv_deploy.checkpoints.evidence import UNSET, Evidence, stated, type_of
+from fdconv_deploy.checkpoints.infer_bands import places_of_bands
+from fdconv_deploy.checkpoints.infer_fdconv import infer_conv
+from fdconv_deploy.checkpoints.infer_layers import Layer, Shapes, conv_layers, dynamic_names
+from fdconv_deploy.config import RESNET_BLOCKS, BackboneConfig, FDConvConfig
+from fdconv_deploy.errors import CheckpointError
+
+_BLOCK = re.compile(r"layer(\d+)\.(\d+)\.conv\d$")
+_DEFAULTS = {name: field.default for name, field in BackboneConfig.model_fields.items()}
+# Settings that change what a ResNet computes and that are not built here.
+_UNSUPPORTED = ("dcn", "plugins")
+
+
+def infer_backbone(
+    state: Shapes,
+    section: Mapping[str, Any],
+    evidence: Evidence,
+    stock: Mapping[str, Any] | None = None,
+) -> BackboneConfig:
+    """Everything about the backbone.
+
+    Args:
+        state: the backbone's tensors, names without ``backbone.``; only shapes are read.
+        section: the config's ``model.backbone``; empty if there is no config.
+        evidence: takes the facts.
+        stock: settings of the stock config this network is probably of, where they differ from
+            the defaults; taken if there is no section.
+
+    Raises:
+        CheckpointError: it is not a ResNet of mmsegmentation's, or witnesses disagree.
+    """
+    _refuse_a_start(state)
+    layers = {layer.name: layer for layer in conv_layers(state)}
+    _check_is_resnet(layers, section)
+    blocks = _blocks(layers)
+
+    defaults = _DEFAULTS if section or not stock else _DEFAULTS | dict(stock)
+
+    def settle(name: str, kind: Any, **knowledge: Any) -> Any:
+        knowledge.setdefault("config", stated(section, name))
+        knowledge.setdefault("default", defaults[name])
+        if defaults[name] != _DEFAULTS[name]:
+            knowledge.setdefault("note", "as in the stock configs with such a head")
+        return evidence.settle(f"backbone.{name}", kind, **knowledge)
+
+    stages = len(blocks)
+    bottleneck = "layer1.0.conv3" in layers
+    kind = "bottleneck" if bottleneck else "basic"
+    depths = [d for d, (k, n) in RESNET_BLOCKS.items() if k == kind and n[:stages] == tuple(blocks)]
+    if not depths:
+        raise CheckpointError(
+            f"The backbone has {blocks} {kind} blocks in its stages. Expected those of ResNet-"
+            f"{', '.join(map(str, RESNET_BLOCKS))}; another depth is not supported."
+        )
+    deep = "stem.0" in layers
+    first, last = ("stem.0", "stem.6") if deep else ("conv1", "conv1")
+    base, stem = layers["layer1.0.conv1"].out_channels, layers[last].out_channels
+    _check_widths(layers, base, blocks)
+    shortcuts = [name for name in layers if ".downsample." in name]
+    averaged = any(name.endswith(".downsample.1") for name in shortcuts)
+
+    values: dict[str, Any] = {
+        "depth": settle(
+            "depth",
+            int,
+            accepts=lambda value: value in depths,
+            derived=depths[0],
+            source="names",
+            tells=f"the weights have {blocks} {kind} blocks",
+        ),
+        "in_channels": settle("in_channels", int, exact=layers[first].in_channels),
+        "base_channels": settle("base_channels", int, exact=base),
+        "stem_channels": settle(
+            "stem_channels",
+            int | None,
+            accepts=lambda value: (value or base) == stem,
+            derived=stem,
+            tells=f"the weights' stem makes {stem} channels",
+        ),
+        "num_stages": settle("num_stages", int, exact=stages, source="names"),
+        "deep_stem": settle("deep_stem", bool, exact=deep, source="names"),
+        "avg_down": settle(
+            "avg_down", bool, exact=averaged if shortcuts else UNSET, source="names"
+        ),
+    }
+    long_enough = f"the weights have {stages} stages and each needs one"
+    for name in ("strides", "dilations"):
+        values[name] = settle(
+            name, tuple[int, ...], accepts=lambda v: len(v) >= stages, tells=long_enough
+        )
+    dilated = any(dilation > 1 for dilation in values["dilations"])
+    values["contract_dilation"] = settle("contract_dilation", bool, matters=dilated)
+    gridded = stated(section, "multi_grid") not in (UNSET, None)
+    values["multi_grid"] = settle(
+        "multi_grid",
+        tuple[int, ...] | None,
+        # Few networks have one, and it is no news that this one has none.
+        matters=gridded or "backbone.multi_grid" in evidence.overrides,
+        accepts=lambda v: v is None or (len(v) == blocks[-1] and all(d > 0 for d in v)),
+        tells=f"the weights' last stage has {blocks[-1]} blocks and each needs one dilation",
+    )
+    values["out_indices"] = settle(
+        "out_indices",
+        tuple[int, ...],
+        default=tuple(range(stages)),
+        accepts=lambda v: bool(v) and all(0 <= index < stages for index in v),
+        tells=f"the weights have the stages 0 to {stages - 1}",
+    )
+    scope = [la for la in layers.values() if la.name.startswith("stem.") or _BLOCK.match(la.name)]
+    conv, styles = _conv(scope, values, bottleneck, section, evidence)
+    both = len(styles) > 1
+    values["style"] = settle(
+        "style",
+        Literal["pytorch", "caffe"],
+        accepts=lambda value: value in styles,
+        derived=UNSET if both else next(iter(styles)),
+        source="names",
+        tells="the layers with FBM follow the strides of the other style",
+        matters=bottleneck,
+    )
+    return BackboneConfig(**values, conv=conv)
+
+
+def _conv(
+    scope: Sequence[Layer],
+    values: Mapping[str, Any],
+    bottleneck: bool,
+    section: Mapping[str, Any],
+    evidence: Evidence,
+) -> tuple[FDConvConfig | None, set[str]]:
+    """The FDConv config, or None; and the styles that agree with it."""
+    asked = evidence.overrides.get("backbone.style", stated(section, "style"))
+    styles = [asked] if asked in ("pytorch", "caffe") else ["pytorch", "caffe"]
+    conv_cfg = stated(section, "conv_cfg")
+    fdconv = isinstance(conv_cfg, Mapping) and type_of(conv_cfg) == "FDConv"
+    dynamic = [layer for layer in scope if layer.dynamic]
+    if section and not fdconv and dynamic and conv_cfg is not UNSET:
+        raise CheckpointError(
+            f"The config's backbone has conv_cfg={conv_cfg!r}, but the weights have {len(dynamic)} "
+            f"FDConv layers, e.g. {dynamic[0].name}. Give the config they were trained with."
+        )
+    if not dynamic:
+        if not (fdconv and isinstance(conv_cfg, Mapping)):
+            evidence.settle("backbone.conv", Any, exact=None, source="names")
+            return None, {"pytorch", "caffe"}
+        _check_all_plain(scope, conv_cfg)
+    conv_section: Mapping[str, Any] = conv_cfg if isinstance(conv_cfg, Mapping) else {}
+    strided = {style: _strided(values, bottleneck, style) for style in ("pytorch", "caffe")}
+    sizes, by_stride, agreeing = places_of_bands(scope, strided, styles, conv_section, evidence)
+    conv = infer_conv(scope, conv_section, evidence)
+    places = {"use_fbm_if_k_in": sizes, "use_fbm_for_stride": by_stride}
+    return conv.model_copy(update=places), agreeing
+
+
+def _strided(values: Mapping[str, Any], bottleneck: bool, style: str) -> frozenset[str]:
+    """Names of the convolutions that have a stride above 1."""
+    which = "conv2" if bottleneck and style == "pytorch" else "conv1"
+    strides = values["strides"][: values["num_stages"]]
+    inner = {f"layer{i}.0.{which}" for i, stride in enumerate(strides, 1) if stride > 1}
+    return frozenset(inner | {"stem.0"})
+
+
+def _check_all_plain(scope: Sequence[Layer], conv_cfg: Mapping[str, Any]) -> None:
+    threshold = conv_cfg.get("use_fdconv_if_c_gt", 16)
+    sizes = conv_cfg.get("use_fdconv_if_k_in", (1, 3))
+    if not isinstance(threshold, int) or not isinstance(sizes, (list, tuple)):
+        return
+    for layer in scope:
+        if min(layer.in_channels, layer.out_channels) > threshold and layer.kernel[0] in sizes:
+            raise CheckpointError(
+                f"The config says FDConv, but the weights are of plain convolutions: {layer.name} "
+                "should have KSM_Global and has not. Use the checkpoint trained with this config; "
+                "fdconv_deploy.checkpoints.convert_state_dict starts one from plain weights."
+            )
+
+
+def _refuse_a_start(state: Shapes) -> None:
+    """Converted weights are no network yet: their layers have spectra and no attentions."""
+    spectra = [key for key in state if key.endswith(".dft_weight")]
+    if spectra and not dynamic_names(state):
+        raise CheckpointError(
+            f"It holds spectra without attentions ({spectra[0]}, and no KSM_Global): weights for "
+            "an FDConv network to start training from, as the published converter and `fdconv "
+            "convert` write them. Give the checkpoint that training made, or convert with "
+            "--equivalent for a whole network."
+        )
+
+
+def _check_is_resnet(layers: Mapping[str, Layer], section: Mapping[str, Any]) -> None:
+    kind = type_of(section)
+    if kind and "ResNet" not in kind:
+        raise CheckpointError(
+            f"The config's backbone is a {kind}. Expected a ResNet: other backbones are not "
+            "supported yet."
+        )
+    if "layer1.0.conv1" not in layers or not {"conv1", "stem.0"} & set(layers):
+        names = ", ".join(list(layers)[:3]) or "no convolution"
+        raise CheckpointError(
+            "The backbone is not a ResNet as mmsegmentation names it: expected layers conv1 or "
+            f"stem, layer1.0.conv1 and so on, found {names}. Other backbones are not supported yet."
+        )
+    for name in _UNSUPPORTED:
+        if stated(section, name) not in (UNSET, None):
+            raise CheckpointError(
+                f"The config's backbone has {name}={str(section[name])[:60]}, which is not "
+                "supported. Expected a ResNet without it; it changes what the network computes."
+            )
+
+
+def _blocks(layers: Mapping[str, Layer]) -> list[int]:
+    """Blocks in each stage."""
+    found: dict[int, int] = {}
+    for name in layers:
+        match = _BLOCK.match(name)
+        if match:
+            stage, block = int(match[1]), int(match[2])
+            found[stage] = max(found.get(stage, 0), block + 1)
+    if sorted(found) != list(range(1, len(found) + 1)):
+        raise CheckpointError(
+            f"The backbone has stages {sorted(found)}. Expected layer1, layer2… without a gap; the "
+            "file may be cut."
+        )
+    return [found[stage] for stage in sorted(found)]
+
+
+def _check_widths(layers: Mapping[str, Layer], base: int, blocks: Sequence[int]) -> None:
+    for stage in range(1, len(blocks) + 1):
+        first, second = layers.get(f"layer{stage}.0.conv1"), layers.get(f"layer{stage}.0.conv2")
+        width = base * 2 ** (stage - 1)
+        for layer in (first, second):
+            if layer is None or layer.out_channels != width:
+                found = "nothing" if layer is None else f"{layer.out_channels} channels"
+                raise CheckpointError(
+                    f"Stage {stage} of the backbone has {found} where a ResNet with base_channels "
+                    f"{base} has {width}. Wide ResNets and ResNeXt are not supported."
+                )
+        if second is not None and second.in_channels != width:
+            raise CheckpointError(
+                f"layer{stage}.0.conv2 takes {second.in_channels} channels in, expected {width}: "
+                "grouped convolutions (ResNeXt) are not supported."
+            )

@@ -1,0 +1,93 @@
+"""The ``fdconv`` command.
+
+Each command is a file of `fdconv_deploy.cli` and imports what it needs when it runs, so
+that ``fdconv --help`` is instant and segmenting or serving loads no torch. Exit codes: 0 done,
+1 a mistake that the message explains, 2 a wrong command line, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fdconv_deploy import __version__
+from fdconv_deploy.cli.bench import bench
+from fdconv_deploy.cli.build import build
+from fdconv_deploy.cli.convert import convert
+from fdconv_deploy.cli.demo import demo
+from fdconv_deploy.cli.evaluate import evaluate
+from fdconv_deploy.cli.export import export
+from fdconv_deploy.cli.inspect import inspect
+from fdconv_deploy.cli.segment import segment
+from fdconv_deploy.cli.serve import serve
+from fdconv_deploy.cli.verify import verify
+from fdconv_deploy.errors import FDConvError
+
+app = typer.Typer(
+    help="Export, verify, run, time and serve FDConv networks: segmentors and detectors.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+err = Console(stderr=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fdconv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+for _command in (inspect, convert, export, verify, build, segment, evaluate, bench, serve, demo):
+    app.command()(_command)
+
+
+def _needed(error: ImportError) -> str:
+    """What to install when a package that not every command needs is missing."""
+    from fdconv_deploy.environment import missing
+
+    what = missing(error)
+    if what is None:
+        raise error  # no package of a user's choice: a mistake of ours, or a broken installation
+    return f"this command needs {what}"
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one sentence, not in a traceback."""
+    # Being stopped unwinds like an error does, so that nothing half-written stays behind.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        app()
+    except FDConvError as error:
+        message = error.command_line or str(error)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        message = f"{place}{error.strerror or error}. Give another path, or free that one."
+    except ImportError as error:
+        message = _needed(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    else:
+        return
+    err.print("[bold red]error:[/] ", end="")
+    # As it is: a path may look like markup.
+    err.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    sys.exit(1)

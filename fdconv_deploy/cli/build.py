@@ -1,0 +1,122 @@
+"""``fdconv build``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fdconv_deploy.cli.options import BundlePath, Json, Quiet
+from fdconv_deploy.errors import FDConvError
+
+PLUGINS = "auto", "on", "off"
+HARDWARE = {"none": "none", "same": "same_compute_capability", "ampere-plus": "ampere_plus"}
+
+
+def build(
+    bundle: BundlePath,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Of these batch sizes only; may be repeated.")
+    ] = None,
+    plugins: Annotated[
+        str,
+        typer.Option(metavar="auto|on|off", help="Run FDConv layers in this package's kernels."),
+    ] = "auto",
+    hardware: Annotated[
+        str,
+        typer.Option(
+            metavar="none|same|ampere-plus",
+            help="GPUs that the engine shall run on: none but this model, any of the same compute "
+            "capability, or Ampere and later.",
+        ),
+    ] = "none",
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible", help="Let later TensorRT of this major version run it. Slower."
+        ),
+    ] = False,
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="Let float32 products round to ten bits.")
+    ] = False,
+    workspace: Annotated[
+        int | None, typer.Option(metavar="MB", help="Most memory for one layer's work.")
+    ] = None,
+    effort: Annotated[
+        int | None,
+        typer.Option(min=0, max=5, help="TensorRT's optimization level: more takes longer."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest error against ONNX Runtime, relative to the largest value."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Build even where a fitting engine is.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build TensorRT engines of a bundle for this machine's GPU."""
+    for value, known, option in (
+        (plugins, PLUGINS, "--plugins"),
+        (hardware, HARDWARE, "--hardware"),
+    ):
+        if value not in known:
+            raise FDConvError(f"{option} is {', '.join(known)}; not {value!r}.")
+    if workspace is not None and workspace < 1:
+        raise FDConvError(f"--workspace is a number of MB, 1 or more; not {workspace}.")
+    if tolerance is not None and not 0 <= tolerance < float("inf"):
+        raise FDConvError(f"--tolerance is a share, 0 or more, e.g. 1e-3; not {tolerance:g}.")
+    from fdconv_deploy.runtime.backends.cuda import Cuda
+    from fdconv_deploy.runtime.backends.tensorrt_backend import import_tensorrt
+    from fdconv_deploy.runtime.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    import_tensorrt()  # what is missing is said before anything large is loaded
+    Cuda()
+    from fdconv_deploy.export.tensorrt.builder import BuildOptions
+    from fdconv_deploy.export.tensorrt.engine import build_engines
+
+    err = Console(stderr=True)
+    loud = not (quiet or as_json)
+    built = build_engines(
+        opened,
+        batches=batch,
+        plugins=plugins,  # type: ignore[arg-type]
+        options=BuildOptions(
+            HARDWARE[hardware],  # type: ignore[arg-type]
+            version_compatible,
+            tf32,
+            workspace,
+            effort,
+        ),
+        tolerance=tolerance,
+        force=force,
+        progress=(lambda step: err.print(step, markup=False, highlight=False)) if loud else None,
+    )
+    if as_json:
+        print(
+            json.dumps(
+                [
+                    {"new": b.new, "reason": b.reason, **b.record.model_dump(mode="json")}
+                    for b in built
+                ],
+                indent=2,
+            )
+        )
+    elif not quiet:
+        table = Table("engine", "batch", "MB", "seconds", "error", "")
+        for b in built:
+            worst = max((o.max_rel for o in b.record.parity), default=0.0)
+            table.add_row(
+                b.record.name,
+                str(b.record.batch),
+                f"{b.record.file.bytes / 1e6:.0f}",
+                f"{b.record.build_seconds:.0f}",
+                f"{worst:.1e}",
+                "built" if b.new else "was there",
+            )
+        Console().print(table)

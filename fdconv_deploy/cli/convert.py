@@ -1,0 +1,119 @@
+"""``fdconv convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fdconv_deploy.cli.options import Config, Json, Quiet, Weights, parse_settings
+
+err = Console(stderr=True)
+
+
+def convert(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A plain network's .pth or .safetensors file."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The .pth or .safetensors file to make.")
+    ],
+    equivalent: Annotated[
+        bool,
+        typer.Option(
+            "--equivalent",
+            help="Write a whole FDConv network that computes what the plain one does.",
+        ),
+    ] = False,
+    kernel_num: Annotated[
+        int | None, typer.Option(help="Frequency groups of a layer (4, as published).")
+    ] = None,
+    channels_above: Annotated[
+        int | None,
+        typer.Option(
+            help="Convert layers of more channels than this (use_fdconv_if_c_gt). As the "
+            "published converter, those of 32 or more; with --equivalent, of 17 or more."
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="ARGUMENT=VALUE",
+            help="Another argument of the FDConv layers, e.g. param_ratio=2; may be repeated.",
+        ),
+    ] = None,
+    config: Config = None,
+    weights: Weights = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that is there.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Convert an ImageNet ResNet's checkpoint for an FDConv network to start from."""
+    arguments = parse_settings(settings)
+    for name, value in (("kernel_num", kernel_num), ("use_fdconv_if_c_gt", channels_above)):
+        if value is not None:
+            arguments[name] = value
+
+    from fdconv_deploy.checkpoints import convert_checkpoint
+
+    with err.status("converting", spinner="dots"):
+        report = convert_checkpoint(
+            checkpoint,
+            output,
+            equivalent=equivalent,
+            arguments=arguments,
+            config=config,
+            weights=weights,
+            overwrite=overwrite,
+        )
+    if as_json:
+        print(report.model_dump_json(indent=2))
+    elif not quiet:
+        _print(report, output)
+
+
+def _print(report: Any, output: Path) -> None:
+    console = Console()
+    what = (
+        "now FDConv layers; the network computes what it did"
+        if report.method == "equivalent"
+        else "have their spectrum now; attentions start with training"
+    )
+    console.print(f"{output}: {len(report.converted)} layers {what}.", markup=False)
+    if report.left_random:
+        conv = report.conv
+        console.print(
+            f"[yellow]Left as they were[/], as the published converter leaves layers of less than "
+            f"32 channels: {len(report.left_random)} layers. An FDConv network with "
+            f"use_fdconv_if_c_gt={conv.use_fdconv_if_c_gt} makes them dynamic and finds no "
+            f"spectrum, so it starts them from random weights. --channels-above "
+            f"{conv.use_fdconv_if_c_gt} converts them too:"
+        )
+        console.print("  " + ", ".join(report.left_random), markup=False)
+    for names, what in (
+        (report.grouped, "are grouped convolutions, which no FDConv layer can be: they stay plain"),
+        (
+            report.unrecognised,
+            "were not recognised, though FDConv replaces layers of their size: they are as they "
+            "were, since the published converter knows a ResNet's and a ViT's names only",
+        ),
+    ):
+        if names:
+            console.print(f"{len(names)} layers {what}:")
+            console.print("  " + ", ".join(names), markup=False)
+    if report.method == "equivalent":
+        console.print(
+            f"Next: fdconv inspect {output}, then train it: its attentions are at rest until then.",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    else:
+        console.print(
+            "Next: train an FDConv network that starts from it. Without attentions it is no whole "
+            "network yet, and fdconv export refuses it."
+        )

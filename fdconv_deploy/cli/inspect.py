@@ -1,0 +1,79 @@
+"""``fdconv inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fdconv_deploy.cli.options import (
+    Checkpoint,
+    Config,
+    Json,
+    Settings,
+    Size,
+    Weights,
+    parse_settings,
+    parse_size,
+)
+
+if TYPE_CHECKING:
+    from fdconv_deploy.checkpoints.inspect import Images
+
+
+def inspect(
+    checkpoint: Checkpoint,
+    config: Config = None,
+    settings: Settings = None,
+    weights: Weights = None,
+    size: Size = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Images of the kind it was trained on, to check its frequency order by.",
+        ),
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="List every FDConv layer.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell whether a checkpoint can be exported, by which command, and what is in it.
+
+    Exit code 1 if its network is not understood. A plain one is, though export refuses it.
+    """
+    from fdconv_deploy.checkpoints import export_command, inspect_checkpoint, render
+
+    pixels = parse_size(size) if size else (512, 512)
+    pictures: Images = ()
+    if images is not None:
+        from fdconv_deploy.export.image_folders import Pictures
+
+        pictures = Pictures(images).for_network
+    with Console(stderr=True).status("reading", spinner="dots") as status:
+        report = inspect_checkpoint(
+            checkpoint,
+            config=config,
+            size=pixels,
+            overrides=parse_settings(settings),
+            weights=weights,
+            images=pictures,
+            progress=status.update,
+        )
+    report = report.model_copy(
+        update={"command": export_command(report, _options(config, settings))}
+    )
+    if as_json:
+        print(report.model_dump_json(indent=2))
+    else:
+        render(report, Console(), layers=layers)
+    if report.problem is not None:
+        # The report has said why; a script must not take this file for one to export.
+        raise typer.Exit(1)
+
+
+def _options(config: Path | None, settings: list[str] | None) -> list[str]:
+    """The options that ``fdconv export`` needs as well, as they were given."""
+    given = [] if config is None else ["--config", str(config)]
+    return given + [word for setting in settings or [] for word in ("--set", setting)]

@@ -1,0 +1,106 @@
+"""Arguments and options that several commands take, and how their text is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import Console
+
+    from fdconv_deploy.evaluation.interleaving import Side
+    from fdconv_deploy.runtime import Session
+
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A .pth or .safetensors file.")
+]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="The network's config (.py or .json; read, never run), if the file has none."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="What the file does not tell, e.g. backbone.style=caffe.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Which weights of a checkpoint with several, e.g. state_dict_ema or teacher; "
+        "inspect lists them.",
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HEIGHTxWIDTH", help="The input's height and width in pixels, e.g. 512x1024."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Backend = Annotated[
+    str,
+    typer.Option(help="auto, tensorrt, onnxruntime-tensorrt, onnxruntime-cuda or onnxruntime-cpu."),
+]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``"512x1024"`` -> (512, 1024), height first; one number stands for a square."""
+    parts = text.lower().replace("×", "x").split("x")
+    if len(parts) not in (1, 2) or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise typer.BadParameter(f"{text!r} is not HEIGHTxWIDTH in pixels, e.g. 512x1024.")
+    height, width = (parts * 2)[:2]
+    return int(height), int(width)
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    """``["backbone.style=caffe", …]`` -> a dict; values are JSON where they parse as such."""
+    result: dict[str, Any] = {}
+    for setting in settings or []:
+        field, equals, value = setting.partition("=")
+        if not equals or not field:
+            raise typer.BadParameter(f"{setting!r} is not FIELD=VALUE, e.g. backbone.style=caffe.")
+        try:
+            result[field] = json.loads(value)
+        except (ValueError, RecursionError):  # ValueError: also a number of too many digits
+            result[field] = value
+    return result
+
+
+def how_it_ran(session: Session) -> dict[str, str]:
+    """For JSON: the backend, and what ran the ``fdconv`` operators, if that is a question."""
+    return {"backend": session.backend, "operators": session.operators}
+
+
+def ran_by(session: Session) -> str:
+    """The same, as a sentence."""
+    operators = f" with {session.operators}" if session.operators else ""
+    return f"Run by {session.backend}{operators}."
+
+
+def print_operators(console: Console, sides: Iterable[Side[Any]]) -> None:
+    """What ran the ``fdconv`` operators of each side compared, where that is a question."""
+    for side in sides:
+        if operators := side.details.get("operators"):
+            console.print(
+                f"{side.name}: {operators}.", markup=False, highlight=False, soft_wrap=True
+            )
+
+
+def column_names(paths: list[str], details: list[str]) -> list[str]:
+    """Headings for what is compared: short names where they differ, details below."""
+    short = [Path(path).name for path in paths]
+    names = short if len(set(short)) == len(short) else paths
+    return [f"{name}\n{detail}" for name, detail in zip(names, details, strict=True)]

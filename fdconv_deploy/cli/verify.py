@@ -1,0 +1,139 @@
+"""``fdconv verify``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from fdconv_deploy.cli.options import (
+    Backend,
+    BundlePath,
+    Checkpoint,
+    Config,
+    Json,
+    Settings,
+    Weights,
+    parse_settings,
+)
+from fdconv_deploy.errors import ExportError, FDConvError
+
+if TYPE_CHECKING:
+    from fdconv_deploy.export.validation.verdict import Finding
+    from fdconv_deploy.runtime.manifest import CheckpointInfo
+
+
+def verify(
+    bundle: BundlePath,
+    checkpoint: Checkpoint,
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="IMAGE", help="Images; drawn scenes if none."),
+    ] = None,
+    config: Config = None,
+    settings: Settings = None,
+    weights: Weights = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest error allowed, relative to the largest value (int8: largest share of "
+            "positions of another class); what export allows at this precision if not given."
+        ),
+    ] = None,
+    backend: Backend = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compare a bundle with the PyTorch network: the whole on each image, and every layer."""
+    if tolerance is not None and not tolerance >= 0:
+        raise FDConvError(f"the tolerance must be 0 or more, got {tolerance}.")
+    from fdconv_deploy.export.validation.verdict import refusal
+    from fdconv_deploy.export.validation.verify import verify_files
+    from fdconv_deploy.runtime import Bundle
+
+    try:
+        found = verify_files(
+            bundle,
+            checkpoint,
+            images or (),
+            config=config,
+            overrides=parse_settings(settings),
+            weights=weights,
+            tolerance=tolerance,
+            backend=backend,
+        )
+    except ExportError as error:
+        # Another network, or answers of another form: no wonder, where it is another file.
+        source = Bundle.open(bundle).manifest.checkpoint
+        raise ExportError(f"{error} {_advice(source, checkpoint)}".rstrip()) from error
+    findings = [finding for verdict in found.verdicts for finding in verdict.whole]
+    if as_json:
+        rows = [{**_as_dict(f), **found.how, "bundle": found.digest} for f in findings]
+        print(json.dumps(rows, indent=2))
+    else:
+        print_findings(Console(), findings)
+        print(found.ran)
+        print(f"Bundle {found.digest} (sha256 of its manifest).")
+        if found.weights:
+            print(f"Weights of the checkpoint: {found.weights}.")
+        for verdict in found.verdicts:
+            print(*verdict.sentences(), sep="\n")
+    for verdict in found.verdicts:
+        if not verdict.equal:
+            message = refusal(verdict, "the bundle")
+            raise FDConvError(f"{message} {_advice(found.checkpoint, checkpoint)}".rstrip())
+        # Layer by layer it is the network; but this was asked of the whole.
+        if tolerance is not None and not verdict.told:
+            worst = verdict.whole[0]
+            raise FDConvError(
+                f"no input can tell at a tolerance of {tolerance:.0e}: {worst.part} "
+                f"({worst.source}) errs by {worst.figures()}. Leave --tolerance out, and layers "
+                "are judged where the whole cannot be."
+            )
+
+
+def _is_another(source: CheckpointInfo, checkpoint: Path) -> bool:
+    from fdconv_deploy.checkpoints.shards import digest_of
+
+    return source.sha256 != digest_of(checkpoint)
+
+
+def _advice(source: CheckpointInfo | None, checkpoint: Path) -> str:
+    if source is not None and _is_another(source, checkpoint):
+        return f"It was exported from another file than this one, {source.name}: compare with that."
+    return ""
+
+
+def _as_dict(finding: Finding) -> dict[str, Any]:
+    parity = finding.parity
+    errors = {"max_abs": None, "max_rel": None, "argmax_agreement": None}
+    return {
+        "output": finding.part,
+        **(errors if parity is None else parity.model_dump(exclude={"name"})),
+        **finding.as_dict(),
+        "holds": finding.outcome != "differs",
+    }
+
+
+def print_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """A table of what was found on the whole; "float32" is what rounding alone costs there."""
+    table = Table(
+        Column("input", overflow="fold"), "output", "error", "allowed", "float32", "same class", ""
+    )
+    for finding in findings:
+        agreement = finding.parity and finding.parity.argmax_agreement
+        table.add_row(
+            finding.source + (f", batch {finding.batch}" if finding.batch > 1 else ""),
+            finding.part,
+            "other objects" if finding.error == math.inf else f"{finding.error:.1e}",
+            f"{finding.allowed:.0e}",
+            "" if finding.rounding is None else f"{finding.rounding:.1e}",
+            "" if agreement is None else f"{agreement:.4%}",
+            finding.outcome,
+        )
+    console.print(table)

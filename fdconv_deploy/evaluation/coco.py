@@ -1,0 +1,262 @@
+"""A data set annotated as COCO is: one JSON file of objects, and a folder of images."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fdconv_deploy.checkpoints.config_expressions import printable
+from fdconv_deploy.evaluation.coco_annotations import Annotations, Image, read_annotations
+from fdconv_deploy.evaluation.datasets import DatasetError
+from fdconv_deploy.runtime.images import image_size, read_image
+
+# Of a character beyond 16 bits, of which JSON may hold one half.
+_ESCAPED_HALF = re.compile(r"\\u[dD]")
+
+
+@dataclass(frozen=True)
+class CocoSample:
+    """``image`` (H, W, 3) uint8 RGB, of the file ``name``; ``number`` is pycocotools' id of it."""
+
+    name: str
+    number: int
+    image: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class CocoSet:
+    """Annotated images. Make one with `read_coco`.
+
+    Attributes:
+        annotations: the JSON file.
+        images: the folder of its images.
+        truth: its images, categories and objects, for pycocotools, all numbered from 1: ids of
+            a file may be text and numbers mixed, which pycocotools cannot sort.
+        checked: what was found in its annotations. Its objects are those of ``truth``.
+    """
+
+    annotations: Path
+    images: Path
+    truth: dict[str, Any]
+    checked: Annotations
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether there are masks to be scored."""
+        return self.checked.has_masks
+
+    def __len__(self) -> int:
+        return len(self.truth["images"])
+
+    def __iter__(self) -> Iterator[CocoSample]:
+        """Each image, decoded when its turn comes.
+
+        :raises ImageError: it cannot be read.
+        """
+        for entry in self.truth["images"]:
+            image = read_image(self.images / entry["file_name"])
+            yield CocoSample(entry["file_name"], entry["id"], image)
+
+    def category_ids(self, classes: Sequence[str]) -> list[int]:
+        """The category that each of a network's classes is, by name.
+
+        :raises DatasetError: the JSON has no category of some class's name.
+        """
+        known = {entry["name"]: entry["id"] for entry in self.truth["categories"]}
+        twice = Counter(entry["name"] for entry in self.truth["categories"])
+        lacking = [name for name in classes if name not in known]
+        if lacking:
+            raise DatasetError(
+                f"The network's class {lacking[0]!r} is none of the categories of "
+                f"{self.annotations} ({', '.join(list(known)[:6])}, …): {len(lacking)} of "
+                f"{len(classes)} classes are not. Give its own data set, or name the classes as "
+                "there when exporting."
+            )
+        several = [name for name in classes if twice[name] > 1]
+        if several:
+            raise DatasetError(
+                f"{self.annotations} has {twice[several[0]]} categories named {several[0]!r}, and "
+                "it cannot be told which is the network's. Give each category a name of its own."
+            )
+        return [known[name] for name in classes]
+
+
+def find_coco(root: Path) -> tuple[Path, Path] | None:
+    """The annotations and images of a folder laid out as COCO's; None when it is not.
+
+    ``annotations/instances_NAME.json`` with a folder ``NAME`` beside ``annotations``, or in a
+    folder ``images`` there. Of several, the one for validation.
+
+    :raises DatasetError: there are several, and none has "val" in its name.
+    """
+    found = []
+    for file in sorted((root / "annotations").glob("instances_*.json")):
+        name = file.stem.removeprefix("instances_")
+        for images in (root / name, root / "images" / name):
+            if images.is_dir():
+                found.append((file, images))
+                break
+    validating = [pair for pair in found if "val" in pair[0].stem]
+    if len(found) > 1 and len(validating) != 1:
+        raise DatasetError(
+            f"{root} has several annotated parts ({', '.join(f.name for f, _ in found)}). Give one "
+            "with --annotations and --images."
+        )
+    return next(iter(validating or found), None)
+
+
+def read_coco(annotations: Path, images: Path, limit: int | None = None) -> CocoSet:
+    """Read an annotation file.
+
+    :param images: the folder that its file names are in.
+    :param limit: take the first so many images alone.
+    :raises DatasetError: the file is not one of COCO's, the folder is missing, an image is of
+        another size than the file says, or no annotation can be scored.
+    :raises ImageError: an image is missing, or none.
+    """
+    if not images.is_dir():
+        raise DatasetError(f"A folder of images was expected, but {images} is none.")
+    if not annotations.is_file():
+        raise DatasetError(f"A file of annotations was expected, but {annotations} is none.")
+    try:
+        # Windows' editors begin a file with a mark that JSON does not know.
+        text = annotations.read_text(encoding="utf-8-sig")
+        told = json.loads(text)
+        if _ESCAPED_HALF.search(text):  # seldom, and millions of numbers need not be walked through
+            told = printable(told)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"The annotations {annotations} are not JSON: {error}.") from error
+    listed = {name: _entries(told, name, annotations) for name in ("images", "categories")}
+    categories = _categories(listed["categories"], annotations)
+    taken = _images(listed["images"], images, annotations, limit)
+    checked = read_annotations(
+        _list(told, "annotations", annotations),
+        taken,
+        {key: number for number, key in enumerate(categories, 1)},
+    )
+    scored = [image for image in taken.values() if image is not None]
+    if not checked.objects:
+        first = f" {checked.left_out[0]}" if checked.left_out else ""
+        raise DatasetError(
+            f"The annotations {annotations} hold no objects in {len(scored)} images that could be "
+            f"scored.{first}"
+        )
+    truth = {
+        "images": [
+            {"id": i.number, "file_name": i.name, "height": i.height, "width": i.width}
+            for i in scored
+        ],
+        "annotations": checked.objects,
+        "categories": [
+            {"id": number, "name": name} for number, name in enumerate(categories.values(), 1)
+        ],
+    }
+    return CocoSet(annotations, images, truth, checked)
+
+
+def _list(told: Any, name: str, path: Path) -> list[Any]:
+    entries = told.get(name) if isinstance(told, dict) else None
+    if not isinstance(entries, list):
+        raise DatasetError(
+            f"The annotations {path} have no list of {name}; expected an instances file of "
+            "COCO, with images, annotations and categories."
+        )
+    return entries
+
+
+def _entries(told: Any, name: str, path: Path) -> list[tuple[Any, dict[str, Any]]]:
+    """The entries of images or categories with their ids, in the ids' order."""
+    found = []
+    text = "file_name" if name == "images" else "name"
+    for place, entry in enumerate(_list(told, name, path)):
+        which = f"The annotations {path}: number {place} of {name}"
+        if not isinstance(entry, dict):
+            raise DatasetError(f"{which} is {reprlib.repr(entry)}; expected {{'id': …}}.")
+        for field in ("id", text):
+            if field not in entry:
+                raise DatasetError(f"{which} has no {field!r}.")
+        key = entry["id"]
+        if not isinstance(key, str | int | float) or key != key:
+            raise DatasetError(
+                f"{which} has the id {reprlib.repr(key)}; expected a number (or a text)."
+            )
+        if not isinstance(entry[text], str):
+            raise DatasetError(
+                f"{which} has the {text} {reprlib.repr(entry[text])}; expected a text."
+            )
+        found.append((key, entry))
+    # In pycocotools' order, by which it settles equal scores: numbers and then texts.
+    found.sort(key=lambda pair: (isinstance(pair[0], str), pair[0]))
+    return found
+
+
+def _categories(entries: list[tuple[Any, dict[str, Any]]], path: Path) -> dict[Any, str]:
+    """Names by id."""
+    found: dict[Any, str] = {}
+    for key, entry in entries:
+        if found.setdefault(key, entry["name"]) != entry["name"]:
+            raise DatasetError(
+                f"The annotations {path} have two categories of the id {key!r}: {found[key]!r} and "
+                f"{entry['name']!r}. Give each an id of its own."
+            )
+    return found
+
+
+def _images(
+    entries: list[tuple[Any, dict[str, Any]]], folder: Path, path: Path, limit: int | None
+) -> dict[Any, Image | None]:
+    """Images by id, checked against their files; None for those beyond the limit."""
+    found: dict[Any, Image | None] = {}
+    names: dict[Any, str] = {}
+    taken: dict[str, str] = {}
+    for key, entry in entries:
+        name = entry["file_name"]
+        if names.setdefault(key, name) != name:
+            raise DatasetError(
+                f"The annotations {path} have two images of the id {key!r}: {names[key]} and "
+                f"{name}. Give each an id of its own."
+            )
+        if key in found:
+            continue
+        if limit is not None and len(found) >= limit:
+            found[key] = None
+            continue
+        name = _within(folder, name)
+        height, width = image_size(folder / name)
+        # Not every exporter says how large an image is, and the files tell it.
+        told = entry.get("height", height), entry.get("width", width)
+        if told != (height, width):
+            raise DatasetError(
+                f"The image {folder / name} is {height}x{width} (height x width), and {path} says "
+                f"{'x'.join(map(reprlib.repr, told))}. Give the images that were annotated."
+            )
+        if taken.setdefault(name, entry["file_name"]) != entry["file_name"]:
+            raise DatasetError(
+                f"The annotations {path} have {taken[name]} and {entry['file_name']}, and {folder} "
+                f"has {name} alone for both. Give the folder that their paths begin in."
+            )
+        found[key] = Image(len(found) + 1, name, height, width)
+    return found
+
+
+def _within(folder: Path, name: str) -> str:
+    """A file's name below the folder of images, as exporters have it in their ways.
+
+    Some write it as a path on their machine, or from where they were called, or with Windows'
+    separators: the longest end of it that is a file in the folder is taken.
+    """
+    if os.path.isfile(folder / name):  # noqa: PTH113 - a name may be none that a path can have
+        return name
+    parts = name.replace("\\", "/").split("/")
+    ends = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((end for end in ends if end and os.path.isfile(folder / end)), name)  # noqa: PTH113

@@ -1,0 +1,306 @@
+"""Folders of images and masks, as the data sets have them on disk.
+
+ADE20K: ``images/validation/NAME.jpg`` with ``annotations/validation/NAME.png``. Cityscapes:
+``leftImg8bit/val/CITY/NAME_leftImg8bit.png`` with ``gtFine/val/CITY/NAME_gtFine_….png``.
+Otherwise a mask has its image's name, or that name and ``_labels``, and lies in the same
+subfolder of the masks' folder as the image of the images' folder.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fdconv_deploy.config import Preprocessing
+from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.evaluation.class_mapping import (
+    CITYSCAPES,
+    CITYSCAPES_LABEL_IDS,
+    UNCOUNTED,
+    LabelRule,
+    ade20k_names,
+)
+from fdconv_deploy.runtime.images import FORMATS, SUFFIXES, image_size
+from fdconv_deploy.runtime.input_files import image_files
+from fdconv_deploy.runtime.multiband import load_image
+
+_CITY_IMAGE, _CITY_TRAIN, _CITY_IDS = (
+    "_leftImg8bit", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
+)  # fmt: skip
+# Below a data set's folder: its validation images and their masks.
+_LAYOUTS = {
+    "ADE20K": ("images/validation", "annotations/validation"),
+    "Cityscapes": ("leftImg8bit/val", "gtFine/val"),
+}
+
+
+# How many of the numbers that are no classes a message names.
+_NAMED = 8
+
+
+class DatasetError(FDConvError):
+    """Images and masks do not belong together, or cannot be read as such."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image file and its mask's. ``city_ids``: the mask holds Cityscapes' own label ids."""
+
+    image: Path
+    mask: Path
+    city_ids: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image (H, W, C), uint8 RGB mostly; ``truth`` (H, W) int64, classes or -1 for none."""
+
+    name: str
+    image: NDArray[Any]
+    truth: NDArray[np.int64]
+
+
+@dataclass
+class Numbers:
+    """A number that masks hold: in how many pixels and masks, and one of the latter.
+
+    ``rule``: what makes a class of it.
+    """
+
+    number: int
+    rule: LabelRule
+    first: Path
+    pixels: int = 0
+    masks: int = 0
+
+
+class Samples(Sequence[Sample]):
+    """Pairs, decoded and checked when they are asked for.
+
+    ``preprocessing``: of the network that the images are decoded for.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        rule: LabelRule,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
+        self.pairs, self.rule = tuple(pairs), rule
+        self.preprocessing = preprocessing or Preprocessing()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def _size(self, image: Path) -> tuple[int, int]:
+        """An image's height and width in pixels."""
+        if self.preprocessing.loading == "color":
+            return image_size(image)
+        height, width = load_image(image, self.preprocessing).shape[:2]
+        return height, width
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Samples: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | Samples:
+        """One sample, or a slice of the samples without reading them.
+
+        :raises ImageError: an image cannot be read.
+        :raises DatasetError: a mask cannot be read, is not of its image's size, or names what
+            is no class.
+        """
+        if isinstance(index, slice):
+            return Samples(self.pairs[index], self.rule, self.preprocessing)
+        pair = self.pairs[index]
+        image, raw = load_image(pair.image, self.preprocessing), read_mask(pair.mask)
+        _check_sizes(pair, raw.shape, image.shape[:2])
+        try:
+            truth = self.rule_of(pair).apply(raw)
+        except ValueError as error:
+            raise DatasetError(f"The mask {pair.mask} {error}") from None
+        return Sample(pair.image.name, image, truth)
+
+    def rule_of(self, pair: Pair) -> LabelRule:
+        """The rule for a pair's mask: a label map is of the file's numbers, whatever its name."""
+        if pair.city_ids and self.rule.label_map is None:
+            return replace(self.rule, label_map=CITYSCAPES_LABEL_IDS)
+        return self.rule
+
+    def numbers(self, progress: Callable[[int], None] = lambda _: None) -> list[Numbers]:
+        """What the masks hold, all of them read; of images, the size alone.
+
+        :param progress: called with the number of masks done after each.
+        :raises DatasetError: a mask cannot be read, or is not of its image's size.
+        :raises ImageError: an image is missing, or none.
+        """
+        found: dict[tuple[bool, int], Numbers] = {}
+        for done, pair in enumerate(self.pairs, 1):
+            raw = read_mask(pair.mask)
+            _check_sizes(pair, raw.shape, self._size(pair.image))
+            counts = np.bincount(raw.ravel())
+            for number in np.flatnonzero(counts).tolist():
+                known = found.setdefault(
+                    (pair.city_ids, number), Numbers(number, self.rule_of(pair), pair.mask)
+                )
+                known.pixels += int(counts[number])
+                known.masks += 1
+            progress(done)
+        return sorted(found.values(), key=lambda known: known.number)
+
+    def check(self, numbers: Sequence[Numbers]) -> None:
+        """Refuse masks that cannot be scored, before anything is run.
+
+        :raises DatasetError: they hold numbers that are no class, which are named, or nothing
+            that counts.
+        """
+        found = [one.rule.class_of(one.number) for one in numbers]
+        if all(label == UNCOUNTED for label in found):
+            raise DatasetError(
+                f"Of {len(self)} masks no pixel counts: they hold nothing but labels to ignore."
+            )
+        wrong = [one for one, label in zip(numbers, found, strict=True) if label is None]
+        if not wrong:
+            return
+        named = [
+            f"{one.number} ({one.pixels:,} pixels in {one.masks} of {len(self)} masks, such as "
+            f"{one.first})"
+            for one in wrong[:_NAMED]
+        ]
+        more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+        expected = wrong[0].rule.expected({one.number for one in wrong})
+        raise DatasetError(
+            f"The masks hold numbers that are no classes: {', '.join(named)}{more}; {expected}"
+        )
+
+
+def binary_map(numbers: Sequence[Numbers], classes: int) -> dict[int, int] | None:
+    """A label map for masks of two classes that are saved as black and white, 0 and 255.
+
+    None where they are not: some hold another number, or none holds 255, or the network has
+    not two classes.
+    """
+    held = {one.number for one in numbers}
+    return {0: 0, 255: 1} if classes == 2 and 255 in held <= {0, 255} else None
+
+
+def layout_of(root: Path) -> tuple[Path, Path]:
+    """The folders of validation images and masks of a data set.
+
+    :param root: such as ``ADEChallengeData2016`` or ``cityscapes``, as unpacked.
+    :raises DatasetError: it has neither layout.
+    """
+    for images, masks in _LAYOUTS.values():
+        if (root / images).is_dir() and (root / masks).is_dir():
+            return root / images, root / masks
+    known = "; ".join(f"{name}: {images} and {masks}" for name, (images, masks) in _LAYOUTS.items())
+    raise DatasetError(
+        f"{root} has no folders of a known data set ({known}; COCO: annotations/instances_….json "
+        "and its images). Give them with --images and --masks, or --annotations."
+    )
+
+
+def find_pairs(images: Path, masks: Path) -> list[Pair]:
+    """Every image below a folder with its mask, sorted by path.
+
+    :raises DatasetError: a folder is missing or holds no images, or an image has no mask.
+    """
+    for folder, what in ((images, "images"), (masks, "masks")):
+        if not folder.is_dir():
+            found = "is a file" if folder.exists() else "does not exist"
+            raise DatasetError(f"A folder of {what} was expected, but {folder} {found}.")
+    files = image_files(images.rglob("*"))
+    pairs = []
+    for path in files:
+        # macOS leaves ._NAME.jpg behind in archives.
+        if path.name.startswith(".") or _is_mask(path):
+            continue
+        where = masks / path.relative_to(images).parent
+        candidates = [c for c in _candidates(path, where) if c.mask != path]
+        pair = next((c for c in candidates if c.mask.is_file()), None)
+        if pair is None:
+            names = " or ".join(c.mask.name for c in candidates)
+            raise DatasetError(
+                f"The image {path} has no mask: expected {names} in {where}. Add it, or remove "
+                "the image."
+            )
+        pairs.append(pair)
+    if not pairs:
+        raise DatasetError(f"{images} holds no images ({', '.join(SUFFIXES)}).")
+    return pairs
+
+
+def names_of(root: Path) -> tuple[str, Sequence[Sequence[str]]] | None:
+    """A data set's name and its classes' names, each by all that it goes by.
+
+    :param root: as `layout_of` takes it.
+    :returns: None where the data set's folder does not tell, as many that are laid out like
+        ADE20K do not.
+    """
+    if (root / _LAYOUTS["Cityscapes"][0]).is_dir():
+        return "Cityscapes", CITYSCAPES
+    table = ade20k_names(root)
+    return None if table is None else ("ADE20K", table)
+
+
+def _check_sizes(pair: Pair, mask: tuple[int, ...], image: tuple[int, ...]) -> None:
+    if mask != image:
+        found, expected = (f"{h}x{w}" for h, w in (mask, image))
+        raise DatasetError(
+            f"The mask {pair.mask} is {found} (height x width), its image {pair.image} "
+            f"{expected}. Scores are taken at the image's own size: give masks of that size."
+        )
+
+
+def read_mask(path: Path) -> NDArray[np.int64]:
+    """A mask's numbers, (H, W) int64: gray levels of 8 or 16 bits, or indices of a palette.
+
+    :raises DatasetError: it cannot be read, or has colours in place of numbers.
+    """
+    try:
+        # From memory: of a file, Pillow reads as many bytes as a damaged length says there are.
+        with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as opened:
+            opened.load()
+            mode, pixels = opened.mode, np.asarray(opened)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise anything on damaged files, as in read_image
+        raise DatasetError(f"The mask {path} cannot be read: {error}.") from error
+    if pixels.ndim != 2 or mode == "F":
+        raise DatasetError(
+            f"The mask {path} holds {mode} pixels. A mask holds one number a pixel: gray levels "
+            "or palette indices. Convert its colours to class indices."
+        )
+    numbers = pixels.astype(np.int64)
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < 1 << 16:
+        raise DatasetError(
+            f"The mask {path} holds numbers from {numbers.min()} to {numbers.max()}; expected "
+            "16 bits, 0 to 65535."
+        )
+    return numbers
+
+
+def _is_mask(path: Path) -> bool:
+    """Whether a file beside images is another's mask."""
+    base, suffix = path.stem.removesuffix("_labels"), path.stem.endswith("_labels")
+    return suffix and any((path.parent / (base + end)).is_file() for end in SUFFIXES)
+
+
+def _candidates(image: Path, where: Path) -> list[Pair]:
+    """Where an image's mask may be, the likeliest first."""
+    if image.stem.endswith(_CITY_IMAGE):
+        base = image.stem.removesuffix(_CITY_IMAGE)
+        return [
+            Pair(image, where / (base + _CITY_TRAIN)),
+            Pair(image, where / (base + _CITY_IDS), city_ids=True),
+        ]
+    return [Pair(image, where / f"{image.stem}{end}.png") for end in ("", "_labels")]

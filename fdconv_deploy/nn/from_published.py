@@ -1,0 +1,310 @@
+"""Copies of the published FDConv class in users' own networks → `FDConv2d`.
+
+They are known by what they hold, not by where they were imported from: every repository has
+its own copy. What a copy's ``forward`` does cannot be read off its attributes, so each
+converted layer is run beside its original before it is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fdconv_deploy.config import AttentionNorm, BandModulationConfig
+from fdconv_deploy.errors import UnsupportedLayerError
+from fdconv_deploy.nn.band_modulation import SavedMasks
+from fdconv_deploy.nn.fdconv import FDConv2d
+from fdconv_deploy.nn.fdlinear import FDLinear
+from fdconv_deploy.nn.from_published_check import (
+    Conversion,
+    compare_inside,
+    compare_on_random,
+    variant,
+)
+
+_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+_ATTENTION = ("fc", "relu")
+# What copies call the normalisation of the attention's hidden layer; the published class: bn.
+_NORMS = ("bn", "norm")
+_MISSING: Any = object()
+
+
+def is_published(module: nn.Module) -> bool:
+    """Whether a module is a dynamic layer of a copy of the published code, or a variant of one."""
+    if isinstance(module, FDConv2d | FDLinear) or not isinstance(
+        getattr(module, "KSM_Global", None), nn.Module
+    ):
+        return False
+    return any(name in module._parameters for name in ("dft_weight", "weight"))
+
+
+def from_published(module: nn.Module, name: str = "the layer") -> FDConv2d:
+    """The `FDConv2d` that computes what a copy of the published layer does.
+
+    Args:
+        module: a dynamic layer of the published class: ``KSM_Global``, ``dft_weight`` or
+            ``weight``, ``indices`` and so on. Left as it is; the tensors are shared.
+        name: of the layer, for errors.
+
+    Returns:
+        The layer, in the mode of ``module``. Its group order is the module's own ``indices``.
+
+    Raises:
+        UnsupportedLayerError: a variant: something is missing or of its own, or it computes
+            something else. Each is named.
+    """
+    return compare_on_random(module, candidates(module, name), name).layer
+
+
+def convert_published(
+    network: nn.Module,
+    example: Tensor | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[nn.Module, dict[str, tuple[str, ...]]]:
+    """A network whose published layers are `FDConv2d` layers; the network itself if it has none.
+
+    Args:
+        network: in eval mode. Not changed; what is not converted is copied.
+        example: an input; each layer is compared with its original on what reaches it. On
+            random numbers if not given.
+        progress: told what was found.
+
+    Returns:
+        The network, and of each converted layer what was assumed.
+
+    Raises:
+        UnsupportedLayerError: as `from_published`.
+    """
+    found = {name: module for name, module in network.named_modules() if is_published(module)}
+    if not found:
+        return network, {}
+    tried = {name: candidates(module, name or "the network") for name, module in found.items()}
+    if example is None:
+        conversions = {
+            name: compare_on_random(module, tried[name], name) for name, module in found.items()
+        }
+    else:
+        conversions = compare_inside(network, example, found, tried)
+    if progress is not None:
+        progress(_summary(found, conversions))
+    # deepcopy takes what is in the memo for what was copied already.
+    memo: dict[int, object] = {id(m): conversions[name].layer for name, m in found.items()}
+    return copy.deepcopy(network, memo), {n: c.assumed for n, c in conversions.items()}
+
+
+def _summary(found: Mapping[str, nn.Module], conversions: Mapping[str, Conversion]) -> str:
+    kinds = sorted({f"{type(m).__module__}.{type(m).__qualname__}" for m in found.values()})
+    said = (
+        f"{len(found)} layers of a copy of the published FDConv ({', '.join(kinds)}) taken for "
+        "FDConv2d layers, each compared with its original"
+    )
+    assumed = {phrase for c in conversions.values() for phrase in c.assumed}
+    return f"{said}; assumed: {'; '.join(sorted(assumed))}" if assumed else said
+
+
+def candidates(module: nn.Module, name: str) -> tuple[Conversion, ...]:
+    """`from_published` without the comparison: what the layer may be, the likeliest first."""
+    _check_family(module, name)
+    told = _Told(module, name)
+    arguments = told.arguments()
+    return tuple(
+        _conversion(told, arguments | {"fbm_cfg": bands}, phrases)
+        for bands, phrases in told.bands()
+    )
+
+
+def _conversion(told: _Told, arguments: Mapping[str, Any], phrases: tuple[str, ...]) -> Conversion:
+    module, name = told.module, told.name
+    with torch.device("meta"):
+        try:
+            layer = FDConv2d(**arguments)
+        except UnsupportedLayerError as error:
+            raise UnsupportedLayerError(f"{name}: {error}") from None
+    if layer.param_reduction >= 1:
+        layer.alpha = float(told.get("alpha", layer.alpha))
+    norm = f"KSM_Global.{told.norm_name}."
+    state = {
+        f"KSM_Global.bn.{key.removeprefix(norm)}" if key.startswith(norm) else key: value
+        for key, value in module.state_dict().items()
+    }
+    expected = {key: tuple(value.shape) for key, value in layer.state_dict().items()}
+    own = {key: tuple(value.shape) for key, value in state.items()}
+    # Buffers some copies save and others do not.
+    own = {k: s for k, s in own.items() if k not in ("indices", "FBM.cached_masks")}
+    if own != expected:
+        raise variant(name, _difference(own, expected))
+    layer.load_state_dict({key: state[key] for key in expected}, strict=True, assign=True)
+    norm_eps = getattr(told.norm, "eps", None)
+    if norm_eps is not None:
+        layer.KSM_Global.bn.eps = norm_eps
+    if layer.KSM_Local is not None:
+        layer.KSM_Local.norm.eps = told.local.norm.eps
+    return Conversion(layer.train(module.training), (*told.assumed, *phrases))
+
+
+def _check_family(module: nn.Module, name: str) -> None:
+    missing = [what for what in _GEOMETRY if not hasattr(module, what)]
+    attention = getattr(module, "KSM_Global", None)
+    missing += [f"KSM_Global.{what}" for what in _ATTENTION if not hasattr(attention, what)]
+    if missing:
+        raise variant(name, f"it has no {', '.join(missing)}")
+    size = module.kernel_size
+    if not isinstance(module, nn.Conv2d) and (not isinstance(size, tuple) or len(size) != 2):
+        raise variant(name, f"it is no 2-d convolution (kernel_size {size!r})")
+
+
+def _kind_of_norm(norm: Any, name: str, layer: str) -> AttentionNorm:
+    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        return "batch"
+    if isinstance(norm, nn.Identity):
+        return "none"
+    if isinstance(norm, nn.GroupNorm) and norm.num_groups == 1:
+        return "group"
+    groups = f" of {norm.num_groups} groups" if isinstance(norm, nn.GroupNorm) else ""
+    raise variant(
+        layer,
+        f"KSM_Global.{name} is a {type(norm).__name__}{groups}, not a BatchNorm2d (nor "
+        "GroupNorm(1, C) nor Identity)",
+    )
+
+
+class _Told:
+    """Constructor arguments, from a copy's attributes."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+        self.attention: Any = module.KSM_Global
+        self.local: Any = getattr(module, "KSM_Local", None)
+        self.norm_name = next((n for n in _NORMS if hasattr(self.attention, n)), "bn")
+        self.norm: Any = getattr(self.attention, self.norm_name, None)
+        self.assumed: list[str] = []
+
+    def get(self, path: str, default: Any) -> Any:
+        """The attribute, or the published default, which is then noted."""
+        value: Any = self.module
+        for part in path.split("."):
+            value = getattr(value, part, _MISSING)
+        if value is _MISSING:
+            self.assumed.append(f"no {path}, so {default!r}")
+            return default
+        return value
+
+    def arguments(self) -> dict[str, Any]:
+        module: Any = self.module
+        converted = getattr(module, "dft_weight", None) is not None
+        attention, height = self.attention, module.kernel_size[0]
+        stored = module.dft_weight if converted else module.weight
+        ratio = stored.shape[0] if converted else self.get("param_ratio", 1)
+        heads = getattr(attention, "kernel_fc", None)
+        if heads is None:
+            raise variant(self.name, "it has no KSM_Global.kernel_fc (kernel_num=1)")
+        groups = heads.weight.shape[0] // ratio
+        reduction = self.get("param_reduction", 1.0)
+        multiples = {self.get("KSM_Global.att_multi", 2.0)}
+        if self.local is not None:
+            multiples.add(self.get("att_multi", 2.0))
+        if len(multiples) > 1:
+            raise variant(
+                self.name, f"att_multi differs between its attentions ({sorted(multiples)})"
+            )
+        hidden = attention.fc.weight.shape[0]
+        bands = getattr(module, "FBM", None)
+        if self.norm is None:
+            raise variant(self.name, "it has no KSM_Global.bn")
+        return {
+            **{what: getattr(module, what) for what in _GEOMETRY},
+            "groups": self.get("groups", 1),
+            "bias": module.bias is not None,
+            "reduction": (hidden + 0.5) / module.in_channels,
+            "kernel_num": groups,
+            "use_fdconv_if_c_gt": 0,
+            "use_fdconv_if_k_in": (height,),
+            "use_fbm_if_k_in": (height,) if bands is not None else (),
+            "kernel_temp": self.get("KSM_Global.kernel_temp", 1.0),
+            "temp": self.get("KSM_Global.temperature", 1.0),
+            "att_multi": multiples.pop(),
+            "param_ratio": ratio,
+            "param_reduction": reduction,
+            "ksm_only_kernel_att": getattr(attention, "channel_fc", None) is None,
+            "use_ksm_local": self.local is not None,
+            "ksm_local_act": self.get("ksm_local_act", "sigmoid")
+            if self.local is not None
+            else "sigmoid",
+            "ksm_global_act": self.get("KSM_Global.act_type", "sigmoid"),
+            "convert_param": converted,
+            "linear_mode": stored.ndim == 2,
+            "ksm_global_norm": _kind_of_norm(self.norm, self.norm_name, self.name),
+            "frequency_order": self._order(),
+        }
+
+    def _order(self) -> Any:
+        indices = self.get("indices", "torch")
+        if isinstance(indices, list | tuple):  # the first published version keeps a list
+            indices = torch.stack([part.cpu() for part in indices])
+        return indices
+
+    def bands(self) -> list[tuple[BandModulationConfig | None, tuple[str, ...]]]:
+        """What the band modulation may be, and what of each is assumed."""
+        if getattr(self.module, "FBM", None) is None:
+            return [(None, ())]
+        kernel = self.get("FBM.freq_weight_conv_list", ())
+        if not len(kernel):
+            raise variant(self.name, "it has no FBM.freq_weight_conv_list")
+        saved = self._saved_masks()
+        k_list = self._k_list(saved)
+        bands = BandModulationConfig(
+            k_list=k_list,
+            lowfreq_att=self.get("FBM.lowfreq_att", False),
+            act=self.get("FBM.act", "sigmoid"),
+            spatial_group=kernel[0].groups,
+            spatial_kernel=kernel[0].kernel_size[0],
+        )
+        if saved is not None:
+            return [(bands.model_copy(update={"max_size": saved.size_for(k_list)}), ())]
+        # The first published version has no such buffer, and makes its masks in each call.
+        made: tuple[tuple[Any, str], ...] = (
+            ("per_call", "band masks made per call, as the first published version's"),
+            ("cached", "band masks as the present version's"),
+        )
+        return [
+            (bands.model_copy(update={"masks": kind}), (f"no FBM.cached_masks, so {phrase}",))
+            for kind, phrase in made
+        ]
+
+    def _saved_masks(self) -> SavedMasks | None:
+        buffer = getattr(self.module.FBM, "cached_masks", None)
+        if buffer is None:
+            return None
+        try:
+            return SavedMasks.read(buffer)
+        except ValueError as error:
+            raise variant(self.name, f"its FBM.cached_masks cannot be read: {error}") from None
+
+    def _k_list(self, saved: SavedMasks | None) -> tuple[float, ...]:
+        if saved is None:
+            return tuple(self.get("FBM.k_list", (2, 4, 8)))
+        k_list = getattr(self.module.FBM, "k_list", saved.k_list)
+        if k_list is None or saved.size_for(tuple(k_list)) is None:
+            told = "of no k_list" if saved.k_list is None else f"of k_list {list(saved.k_list)}"
+            raise variant(
+                self.name,
+                f"its FBM.cached_masks are not the published ones: they are {told}, and its "
+                f"FBM.k_list is {getattr(self.module.FBM, 'k_list', 'missing')}",
+            )
+        return tuple(k_list)
+
+
+def _difference(own: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    missing = [key for key in expected if key not in own]
+    extra = [key for key in own if key not in expected]
+    shapes = [
+        f"{key} {own[key]} for {shape}"
+        for key, shape in expected.items()
+        if key in own and own[key] != shape
+    ]
+    kinds = (("it has no", missing), ("it has beside", extra), ("of another shape are", shapes))
+    return "; ".join(f"{what} {', '.join(keys[:6])}" for what, keys in kinds if keys)

@@ -1,0 +1,230 @@
+"""GPU kernels as TensorRT plugins whose code goes into the engine, ahead of time.
+
+TensorRT calls a plugin while it builds, for the shapes and types of its tensors and for PTX with
+launch parameters; the engine then holds all of that, and runs without this package or Python.
+A plugin is one kernel; what it computes also stands in the graph as a function of standard
+operators, which TensorRT takes where the plugin is not registered.
+"""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fdconv_deploy.errors import BackendError
+from fdconv_deploy.ops.compile_kernels import CompiledKernel, compile_kernel
+from fdconv_deploy.ops.launch import KernelLaunch
+from fdconv_deploy.runtime.backends.cores import available_cores
+
+NAMESPACE = "fdconv"
+# TensorRT's types by numpy's names, as TensorRT's plugin layer writes them.
+TYPE_NAMES = {"float32": "FP32", "float16": "FP16", "int32": "INT32"}
+# The least instruction set that knows an architecture: any driver that runs the GPU reads it.
+PTX_VERSIONS = {100: 86, 101: 86, 103: 88, 110: 90, 120: 87, 121: 88}
+OLDEST_PTX = 80
+
+
+@dataclass
+class Target:
+    """What plugins compile for. ``capability``: e.g. 90 for sm_90."""
+
+    capability: int
+
+
+_target: Target | None = None
+
+
+def set_target(capability: int) -> None:
+    """Choose the compute capability that plugins compile for from now on."""
+    global _target
+    _target = Target(capability)
+
+
+def kernel_ptx(launch: KernelLaunch) -> CompiledKernel:
+    """The kernel for the chosen target; each specialisation is compiled once.
+
+    Raises:
+        BackendError: no target was chosen, no Triton, or the kernel does not compile.
+    """
+    if _target is None:
+        raise BackendError("no compute capability was chosen for the plugins; call set_target.")
+    return _compiled(_Key(launch), _target.capability)
+
+
+class _Key:
+    """A launch as something to cache by: its constants are a dict."""
+
+    def __init__(self, launch: KernelLaunch) -> None:
+        self.launch = launch
+        constants = tuple(sorted(launch.constants.items()))
+        self._key = launch.kernel, launch.arguments, constants, launch.blocks, launch.warps
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._key == other._key
+
+
+@lru_cache(maxsize=512)
+def _compiled(key: _Key, capability: int) -> CompiledKernel:
+    version = PTX_VERSIONS.get(capability, OLDEST_PTX)
+    return compile_kernel(key.launch, capability, version)
+
+
+Sizes = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A kernel as a plugin of one output.
+
+    inputs: names, in the kernel's order. kinds: numpy's names of the inputs' types and then the
+    output's. shape: of the output, by a node's ``sizes``; launch: likewise.
+    """
+
+    inputs: tuple[str, ...]
+    kinds: tuple[str, ...]
+    shape: Callable[[Sizes], tuple[int, ...]]
+    launch: Callable[[Sizes], KernelLaunch]
+
+
+def _define(trt: Any, trtp: Any, name: str, plugin: Plugin) -> None:
+    """Register one under its operator's name.
+
+    TensorRT reads parameters and types from signatures, so these are made to say them.
+    """
+    identity = f"{NAMESPACE}::{name}"
+    desc: Any = trtp.TensorDesc
+    outputs: Any = tuple[trtp.TensorDesc]
+    given = dict.fromkeys(plugin.inputs, desc) | {"sizes": Sizes}
+    place = len(plugin.inputs)
+
+    def says(returned: Any, **more: Any) -> Callable[[Any], Any]:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(n, kind, annotation=a) for n, a in (given | more).items()]
+
+        def sign(function: Any) -> Any:
+            function.__signature__ = inspect.Signature(parameters, return_annotation=returned)
+            return function
+
+        return sign
+
+    @trtp.register(identity)
+    @says(desc)
+    def describe(*_descs: Any, sizes: Sizes) -> Any:
+        kind = trt.float16 if plugin.kinds[-1] == "float16" else trt.float32
+        return trtp.from_shape_expr(plugin.shape(sizes), kind)
+
+    @trtp.autotune(identity)
+    @says(list[trtp.AutoTuneCombination], outputs=outputs)
+    def types(*_arguments: Any) -> list[Any]:
+        kinds = ", ".join(TYPE_NAMES[kind] for kind in plugin.kinds)
+        return [trtp.AutoTuneCombination(kinds, "LINEAR")]
+
+    answer = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]
+
+    @trtp.aot_impl(identity)
+    @says(answer, outputs=outputs, tactic=int)
+    def kernel(*arguments: Any) -> Any:
+        sizes = arguments[place]
+        return _implementation(trtp, plugin.launch(sizes), int(sizes[-1]))
+
+
+def _implementation(trtp: Any, launch: KernelLaunch, batch: int) -> tuple[str, str, Any, Any]:
+    """Entry name, PTX, launch parameters, extra arguments (none: kernels take pointers only)."""
+    kernel = kernel_ptx(launch)
+    x, y, z = launch.grid(batch)
+    parameters = trtp.KernelLaunchParams(
+        grid_x=x, grid_y=y, grid_z=z, block_x=kernel.threads, shared_mem=kernel.shared
+    )
+    return kernel.name, kernel.ptx, parameters, trtp.SymIntExprs(0)
+
+
+def plugin_of(name: str) -> Plugin | None:
+    """The plugin of an operator, in whatever form; None if there is none."""
+    from fdconv_deploy.ops.frequency_assembly import plugin as assembly
+    from fdconv_deploy.ops.frequency_band_modulation import plugin as bands
+
+    maker = {**assembly.PLUGINS, **bands.PLUGINS}.get(name.partition("_")[0])
+    return None if maker is None else maker(name)
+
+
+def launch_of(name: str, sizes: Sequence[int]) -> KernelLaunch:
+    """The kernel that a node of an operator stands for; ``sizes`` is the node's attribute."""
+    plugin = plugin_of(name)
+    if plugin is None:
+        raise KeyError(name)
+    return plugin.launch(np.array(sizes, np.int32))
+
+
+def precompile(
+    launches: Iterable[KernelLaunch],
+    capability: int,
+    done: Callable[[int, int], None] = lambda _done, _of: None,
+) -> None:
+    """Compile kernels in several processes at once, for Triton's cache to hold.
+
+    A kernel takes seconds, and TensorRT asks for one after another.
+
+    Args:
+        done: told how many are compiled, of how many.
+
+    Raises:
+        BackendError: as `compile_kernel`.
+    """
+    keys = list(dict.fromkeys(_Key(launch) for launch in launches))
+    workers = min(len(keys), 8, available_cores())
+    if workers <= 1:
+        return  # TensorRT's asking does as well
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        jobs = [pool.submit(_compiled_elsewhere, key.launch, capability) for key in keys]
+        for count, job in enumerate(as_completed(jobs), 1):
+            job.result()
+            done(count, len(keys))
+
+
+def _compiled_elsewhere(launch: KernelLaunch, capability: int) -> None:
+    _compiled(_Key(launch), capability)
+
+
+_registered: set[str] = set()
+
+
+def register_plugins(trt: Any, trtp: Any, names: Iterable[str]) -> list[str]:
+    """Register a plugin for each operator ``names`` that is one of ours.
+
+    Args:
+        trt, trtp: the modules ``tensorrt`` and ``tensorrt.plugin``.
+        names: operators of the ``fdconv`` domain in a graph.
+
+    Returns:
+        The names that have a plugin now.
+
+    Raises:
+        BackendError: this TensorRT has no ahead-of-time plugins.
+    """
+    if not hasattr(trtp, "aot_impl"):
+        raise BackendError(
+            f"TensorRT {trt.__version__} has no ahead-of-time plugins; they came with 10.9, and "
+            "this package is written for 11. Update TensorRT, or build with --plugins off."
+        )
+    done = []
+    for name in sorted(set(names)):
+        plugin = plugin_of(name)
+        if plugin is None:
+            continue
+        if name not in _registered:
+            _define(trt, trtp, name, plugin)
+            _registered.add(name)
+        done.append(name)
+    return done

@@ -1,0 +1,265 @@
+"""The TensorRT engines of a bundle: which there are, what each was built for, which one fits.
+
+Engines are built on the user's machine, for its GPU, after the bundle was exported. They lie in
+the bundle's folder ``engines``, beside an index of their own, so that the bundle's manifest and
+its hashes stay as they are::
+
+    engines/index.json
+    engines/nvidia-h200-trt11.4.0.106-fp16-b1.plan
+    engines/nvidia-h200-trt11.4.0.106-fp16-b1.layers.json
+
+Loading an engine runs code that it holds. So one is only ever loaded from inside the bundle and
+with the hash that the index gives; whoever can write there can run code here, as with a library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fdconv_deploy.errors import BackendError, BundleError
+from fdconv_deploy.runtime.bundle import Bundle
+from fdconv_deploy.runtime.bundle_checks import inside, sha256_of
+from fdconv_deploy.runtime.manifest import FileInfo, OutputParity, Sha256
+
+FOLDER = "engines"
+INDEX = f"{FOLDER}/index.json"
+INDEX_VERSION = 1
+_INDEX_LIMIT = 16 << 20
+
+Hardware = Literal["none", "same_compute_capability", "ampere_plus"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Machine(_Model):
+    """What an engine is built for and runs on.
+
+    gpu: the name its driver gives; capability: e.g. 90 for 9.0; driver: its version; tensorrt:
+    the version of the installed package.
+    """
+
+    gpu: str
+    capability: int
+    driver: str
+    tensorrt: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.gpu} (compute capability {self.capability // 10}.{self.capability % 10}, "
+            f"driver {self.driver}), TensorRT {self.tensorrt}"
+        )
+
+
+class Fingerprint(_Model):
+    """All that an engine depends on. ``graph``: see `graph_hash`.
+
+    plugins: whether FDConv layers run in this package's kernels. hardware, version_compatible:
+    the compatibility levels it was built at; tf32: whether float32 products may round.
+    """
+
+    machine: Machine
+    graph: Sha256
+    plugins: bool
+    hardware: Hardware = "none"
+    version_compatible: bool = False
+    tf32: bool = False
+
+    def problem(self, machine: Machine, graph: str) -> str | None:
+        """Why an engine of this fingerprint does not serve, as a clause; None when it does."""
+        mine = self.machine
+        if graph != self.graph:
+            return "it was built from another graph than this bundle holds now"
+        if mine.tensorrt != machine.tensorrt and not (
+            self.version_compatible and _newer_or_same(mine.tensorrt, machine.tensorrt)
+        ):
+            return f"it was built with TensorRT {mine.tensorrt}, and {machine.tensorrt} is here"
+        if self.hardware == "none" and mine.gpu != machine.gpu:
+            return f"it was built for another GPU, {mine.gpu}, and {machine.gpu} is here"
+        if self.hardware != "ampere_plus" and mine.capability != machine.capability:
+            return (
+                f"it was built for compute capability {_dotted(mine.capability)}, and "
+                f"{_dotted(machine.capability)} is here"
+            )
+        if self.hardware == "ampere_plus" and machine.capability < 80:
+            return f"it needs compute capability 8.0, and {_dotted(machine.capability)} is here"
+        if self.hardware == "none" and mine.driver != machine.driver:
+            return f"it was built under driver {mine.driver}, and {machine.driver} is here"
+        return None
+
+
+class EngineRecord(_Model):
+    """One engine. ``name``: of its file in the folder; ``parity``: against ONNX Runtime."""
+
+    name: str
+    batch: int = Field(ge=1)
+    precision: str
+    file: FileInfo
+    fingerprint: Fingerprint
+    built_at: datetime
+    build_seconds: float = Field(ge=0)
+    parity: tuple[OutputParity, ...] = ()
+    kernels: dict[str, int] = {}
+
+
+class EngineIndex(_Model):
+    """The contents of ``engines/index.json``."""
+
+    format_version: int = INDEX_VERSION
+    engines: tuple[EngineRecord, ...] = ()
+
+
+def _dotted(capability: int) -> str:
+    return f"{capability // 10}.{capability % 10}"
+
+
+def _newer_or_same(built: str, here: str) -> bool:
+    """Whether a version-compatible engine's version can be read by the one that is here."""
+    old, new = ([int(n) for n in re.findall(r"\d+", v)[:2]] for v in (built, here))
+    return old[:1] == new[:1] and old <= new
+
+
+def graph_hash(bundle: Bundle, batch: int) -> str:
+    """Of the graph of a batch size and its weights, from the manifest's hashes."""
+    manifest = bundle.manifest
+    names = [manifest.models[batch], *([manifest.weights] if manifest.weights else [])]
+    return hashlib.sha256("".join(manifest.files[n].sha256 for n in names).encode()).hexdigest()
+
+
+def engine_name(bundle: Bundle, batch: int, machine: Machine) -> str:
+    """The file an engine goes by, without its ending."""
+    gpu = re.sub(r"[^a-z0-9]+", "-", machine.gpu.lower()).strip("-") or "gpu"
+    version = re.sub(r"[^0-9a-z.]+", "", machine.tensorrt)
+    return f"{gpu}-trt{version}-{bundle.manifest.precision}-b{batch}"
+
+
+def has_engines(bundle: Bundle) -> bool:
+    """Whether any engine was ever built for a bundle."""
+    return (bundle.path / INDEX).exists()
+
+
+def read_index(bundle: Bundle) -> EngineIndex:
+    """The engines there are; an empty index if none was ever built.
+
+    Raises:
+        BundleError: the index is damaged, leads outside the bundle, or is of a newer format.
+    """
+    if not (bundle.path / INDEX).exists():
+        return EngineIndex()
+    path = inside(bundle.path, INDEX)
+    advice = f"Remove the folder {bundle.path / FOLDER} and run `fdconv build` again."
+    try:
+        if path.stat().st_size > _INDEX_LIMIT:
+            raise BundleError(f"{path} is too large to be an index of engines. {advice}")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        version = raw["format_version"]
+        if version != INDEX_VERSION:
+            raise BundleError(
+                f"{path} is of format {version!r}, and this version of fdconv-deploy reads "
+                f"{INDEX_VERSION}. Update fdconv-deploy. Or: {advice}"
+            )
+        return EngineIndex.model_validate(raw)
+    except (OSError, ValueError, KeyError, TypeError, ValidationError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read as an index of engines. {advice}") from error
+
+
+def find_engine(bundle: Bundle, batch: int, machine: Machine) -> EngineRecord:
+    """The engine of a batch size that this machine can run, the newest if several.
+
+    Raises:
+        BackendError: there is none, with what there is and why it does not serve.
+        BundleError: the index is damaged.
+    """
+    records = [r for r in read_index(bundle).engines if r.batch == batch]
+    graph = graph_hash(bundle, batch)
+    reasons = []
+    for record in sorted(records, key=lambda r: r.built_at, reverse=True):
+        reason = record.fingerprint.problem(machine, graph)
+        if reason is None:
+            return record
+        reasons.append(f"{record.name}: {reason}")
+    found = "none was built yet" if not reasons else "there is " + "; ".join(reasons)
+    raise BackendError(
+        f"The bundle {bundle.path} has no engine of batch {batch} for this machine, {machine}: "
+        f"{found}. Build one: `fdconv build {bundle.path}`. Until then, backend "
+        "'onnxruntime-cuda' or 'onnxruntime-cpu' runs this bundle."
+    )
+
+
+def read_engine(bundle: Bundle, record: EngineRecord) -> bytes:
+    """An engine's bytes, of the length and hash its record gives.
+
+    Raises:
+        BundleError: they are not, or the file is missing or outside the bundle.
+    """
+    name = f"{FOLDER}/{record.name}.plan"
+    advice = f"Build it again: `fdconv build {bundle.path} --force`."
+    try:
+        data = inside(bundle.path, name).read_bytes()
+    except BundleError as error:
+        raise BundleError(f"The engine {name!r} cannot be opened: {error} {advice}") from error
+    if len(data) != record.file.bytes or hashlib.sha256(data).hexdigest() != record.file.sha256:
+        raise BundleError(
+            f"The engine {name!r} of the bundle {bundle.path} is not the one that was built: its "
+            f"sha256 differs from that in {INDEX}. It is not loaded, since an engine is code. "
+            f"{advice}"
+        )
+    return data
+
+
+def keep_engine(bundle: Bundle, record: EngineRecord, plan: Path, layers: str | None) -> None:
+    """Move a built engine into the bundle and list it, in place of one of its name.
+
+    Args:
+        plan: the engine, in `engines_folder`, with the hash its record gives.
+        layers: what TensorRT says of its layers, JSON.
+    """
+    folder = engines_folder(bundle)
+    assert sha256_of(plan) == record.file.sha256
+    if layers is not None:
+        write_whole(folder / f"{record.name}.layers.json", layers.encode())
+    try:
+        others = [r for r in read_index(bundle).engines if r.name != record.name]
+    except BundleError:
+        others = []  # what it listed cannot be trusted any more
+    index = EngineIndex(engines=(*others, record))
+    plan.replace(folder / f"{record.name}.plan")
+    write_whole(bundle.path / INDEX, (index.model_dump_json(indent=2) + "\n").encode())
+
+
+def engines_folder(bundle: Bundle) -> Path:
+    """The folder of engines, made if need be.
+
+    Raises:
+        BundleError: it leads outside the bundle, or cannot be made.
+    """
+    folder = bundle.path / FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise BundleError(
+            f"The folder {folder} cannot be made ({error.strerror}). Engines are stored in the "
+            "bundle: make it writable, or copy it to where you may write."
+        ) from error
+    if not folder.resolve().is_relative_to(bundle.path.resolve()):
+        raise BundleError(f"{folder} leads outside the bundle. Remove the link.")
+    return folder
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, then give it its own."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

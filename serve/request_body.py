@@ -1,0 +1,234 @@
+"""Reading a request's body within its limits: size, decompressed size, and memory."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import numpy as np
+import python_multipart  # noqa: F401 - Starlette finds it missing at the first upload only
+from fastapi import Request
+from fdconv_deploy.serve.client_connection import exchange_of
+from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.settings import Settings
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+FIELD = "image"
+NPY = "application/x-npy"
+_HOW = (
+    "Send an image as the body with its content type (for instance image/jpeg), or as the field "
+    f"'{FIELD}' of a multipart/form-data request."
+)
+_ALIGNMENT = 64  # bytes; what ONNX Runtime's vector code likes
+# Bodies from here on, in bytes, are received right where they are used.
+LARGE = 32 << 10
+# zlib's notation for "gzip only" and "zlib format", what HTTP calls deflate.
+_WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One image as it was sent; ``name`` is the form's file name, without folders."""
+
+    data: bytes
+    name: str | None = None
+
+
+class _Parser(MultiPartParser):
+    # Bodies are limited before they get here, so files stay in memory, never on disk.
+    spool_max_size = 1 << 62
+
+
+class BodyBudget:
+    """How many bytes of bodies are in hand, in all requests together."""
+
+    def __init__(self, limit: int, retry_after: int) -> None:
+        self._limit, self._retry_after = limit, retry_after
+        self.used = 0
+
+    def take(self, size: int) -> None:
+        """Count bytes in.
+
+        :raises RefusedError: 503, they are too many for now.
+        """
+        if self.used + size > self._limit:
+            raise RefusedError(
+                503,
+                "The service has as many bytes of requests in hand as it takes. Try again in a "
+                "moment.",
+                {"Retry-After": str(self._retry_after), "Connection": "close"},
+            )
+        self.used += size
+
+    def give(self, size: int) -> None:
+        """Count bytes out."""
+        self.used -= size
+
+
+class Body:
+    """A request's body; a context manager that holds its bytes' share of the budget.
+
+    :raises RefusedError: on entering, 413 announced too large, 415 an unknown encoding.
+    """
+
+    def __init__(self, request: Request, settings: Settings, budget: BodyBudget) -> None:
+        self._request, self._settings, self._budget = request, settings, budget
+        self._taken = 0
+
+    def __enter__(self) -> Body:
+        announced = self._request.headers.get("content-length", "")
+        limit = self._settings.max_body_bytes
+        if announced.isascii() and announced.isdigit() and int(announced[:20]) > limit:
+            raise self._too_large()
+        encoding = self._request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("identity", *_WINDOWS):
+            raise RefusedError(
+                415,
+                f"The content encoding {encoding[:40]!r} is not understood. Send the body as it "
+                "is, or with gzip or deflate.",
+                {"Accept-Encoding": "gzip, deflate", "Connection": "close"},
+            )
+        self._window = _WINDOWS.get(encoding)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._budget.give(self._taken)
+
+    async def read(self) -> bytes:
+        """The whole body, decompressed.
+
+        :raises RefusedError: 413, 422 or 503.
+        """
+        chunks = [chunk async for chunk in self._chunks()]
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def read_aligned(self, start: int) -> memoryview:
+        """As :meth:`read`, laid out in memory so that what follows byte ``start`` is aligned.
+
+        Tensors there can be used where they are. The sizes of chunks are the network's, so a
+        body whose length is announced is written into place once, not joined first.
+        """
+        length = self._request.headers.get("content-length", "")
+        if self._window is not None or not (length.isascii() and length.isdigit()):
+            body = await self.read()
+            room = aligned_room(len(body), start)
+            room[:] = body
+            return room
+        exchange = exchange_of(self._request.scope)
+        if exchange is not None and exchange.body is not None:
+            self._take(len(exchange.body))
+            return exchange.body
+        room = aligned_room(int(length), start)
+        if exchange is not None and len(room) >= LARGE:
+            await exchange.receive_into(room, self._take)
+            return room
+        at = 0
+        async for chunk in self._chunks():
+            if at + len(chunk) > len(room):
+                raise RefusedError(
+                    400, "The body is longer than its Content-Length.", {"Connection": "close"}
+                )
+            room[at : at + len(chunk)] = chunk
+            at += len(chunk)
+        return room[:at]
+
+    async def images(self) -> list[Upload]:
+        """The images in it, one or more.
+
+        :raises RefusedError: as :meth:`read`; 415 another content type, 422 no image.
+        """
+        kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "multipart/form-data":
+            return await self._form()
+        if kind.startswith("image/") or kind in ("application/octet-stream", NPY):
+            return [Upload(await self.read())]
+        found = f"the content type {kind[:80]!r}" if kind else "no content type"
+        raise RefusedError(415, f"The request has {found}. {_HOW}", {"Connection": "close"})
+
+    async def _form(self) -> list[Upload]:
+        most = self._settings.max_images
+        parser = _Parser(
+            self._request.headers,
+            self._chunks(),
+            max_files=most,
+            max_fields=8,
+            max_part_size=1 << 16,
+        )
+        try:
+            form = await parser.parse()
+        except MultiPartException as error:
+            raise RefusedError(
+                422,
+                f"The form cannot be read ({str(error.message).rstrip('.')}). {_HOW} At most "
+                f"{most} images per request.",
+                {"Connection": "close"},
+            ) from error
+        try:
+            fields = form.getlist(FIELD)
+            files = [field for field in fields if isinstance(field, UploadFile)]
+            if files and len(files) == len(fields):
+                return [Upload(await file.read(), _base_name(file.filename)) for file in files]
+        finally:
+            await form.close()
+        found = "that field holds text, not a file" if fields else "no such field was found"
+        raise RefusedError(
+            422, f"The form must hold one file or more in the field '{FIELD}'; {found}."
+        )
+
+    async def _chunks(self) -> AsyncGenerator[bytes, None]:
+        # Not timed here: protocol ends a connection whose body does not come in time.
+        unpack = None if self._window is None else zlib.decompressobj(self._window)
+        received = 0
+        async for chunk in self._request.stream():
+            if unpack is not None:
+                chunk = self._unpacked(unpack, chunk, received)
+            received += len(chunk)
+            if received > self._settings.max_body_bytes:
+                raise self._too_large()
+            self._take(len(chunk))
+            if chunk:
+                yield chunk
+        if unpack is not None and not unpack.eof:
+            raise RefusedError(422, "The compressed body is cut off or damaged. Send it whole.")
+
+    def _take(self, size: int) -> None:
+        self._budget.take(size)
+        self._taken += size
+
+    def _unpacked(self, unpack: zlib._Decompress, chunk: bytes, received: int) -> bytes:
+        try:
+            # One byte more than may be, to see that it is too much without unpacking it all.
+            return unpack.decompress(chunk, self._settings.max_body_bytes - received + 1)
+        except zlib.error as error:
+            raise RefusedError(
+                422,
+                "The body is not compressed as its content encoding says. Send it as it is.",
+                {"Connection": "close"},
+            ) from error
+
+    def _too_large(self) -> RefusedError:
+        return RefusedError(
+            413,
+            f"The request's body is larger than the {self._settings.max_body_bytes:,} bytes "
+            "accepted. Send a smaller or more strongly compressed image.",
+            # The rest of the body is not read, so the connection cannot be used again.
+            {"Connection": "close"},
+        )
+
+
+def aligned_room(size: int, start: int) -> memoryview:
+    """Memory for a body of ``size`` bytes, in which what follows byte ``start`` is aligned."""
+    pad = -start % _ALIGNMENT
+    base = np.empty(size + pad + _ALIGNMENT, np.uint8)
+    pad += -(base.__array_interface__["data"][0]) % _ALIGNMENT
+    return base[pad : pad + size].data
+
+
+def _base_name(name: str | None) -> str | None:
+    """A client's file name for answers: no folders, no control characters, not long."""
+    if not name:
+        return None
+    last = name.replace("\\", "/").rsplit("/", 1)[-1]
+    return "".join(c for c in last if c.isprintable())[:200] or None
