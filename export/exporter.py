@@ -21,11 +21,11 @@ from fdconv_deploy.export.validation.judge import Judge, Subject, fresh
 from fdconv_deploy.export.validation.verdict import Verdict, refusal
 from numpy.typing import NDArray
 
-import fdconv_deploy
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers, input_sizes
 from fdconv_deploy.runtime.bundle import Bundle, BundleWriter
 from fdconv_deploy.runtime.manifest import Manifest, ParityReport, TensorSpec
+from fdconv_deploy.version import __version__
 
 FP32 = Precision()
 
@@ -95,7 +95,7 @@ def produce(recipe: Recipe, destination: str | os.PathLike[str], overwrite: bool
             check_model(str(path))
             verdicts[batch] = _prove(recipe, judge, batch, path, scratch, recipe.precision)
         manifest = Manifest(
-            created_by=f"fdconv-deploy {fdconv_deploy.__version__}",
+            created_by=f"fdconv-deploy {__version__}",
             created_at=datetime.now(timezone.utc),
             precision=recipe.precision.name,
             models=models,

@@ -15,12 +15,12 @@ from fdconv_deploy.export.torch_export import PLACEHOLDER
 from onnx import ModelProto, helper
 from torch import nn
 
-import fdconv_deploy
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET
 from fdconv_deploy.ops.function_body import functions_checked
+from fdconv_deploy.version import __version__
 
 # Of the ONNX file format: 8 brought functions, 10 is what torch's exporter writes.
 IR_VERSION = 10
@@ -93,7 +93,7 @@ def _finish(model: ModelProto, writer: LayerWriter) -> None:
     model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
     model.ir_version = IR_VERSION
     model.producer_name = "fdconv-deploy"
-    model.producer_version = fdconv_deploy.__version__
+    model.producer_version = __version__
     model.doc_string = ""
     del model.metadata_props[:]
     del model.graph.metadata_props[:]

@@ -9,12 +9,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fdconv_deploy.version import __version__
+
 if TYPE_CHECKING:
     from fdconv_deploy.checkpoints import load_checkpoint
     from fdconv_deploy.export import export_checkpoint, export_module
     from fdconv_deploy.runtime import open_session
 
-__version__ = "0.1.0"
 
 # Imported when first asked for: torch takes seconds, and a service needs none of it.
 _HOMES = {
@@ -24,7 +25,7 @@ _HOMES = {
     "open_session": "runtime",
 }
 
-__all__ = ["export_checkpoint", "export_module", "load_checkpoint", "open_session"]
+__all__ = ["__version__", "export_checkpoint", "export_module", "load_checkpoint", "open_session"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,9 +17,9 @@ from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.settings import Settings
 from starlette.middleware import Middleware
 
-from fdconv_deploy import __version__
 from fdconv_deploy.environment import needed_by
 from fdconv_deploy.runtime import Session
+from fdconv_deploy.version import __version__
 
 if TYPE_CHECKING:
     from fdconv_deploy.serve.kserve.grpc_server import GrpcServer

@@ -12,7 +12,7 @@ from fdconv_deploy.serve.kserve.repository_index import index_of
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.statistics import ModelStatistics
 
-from fdconv_deploy import __version__
+from fdconv_deploy.version import __version__
 
 _ID = "3f1c9a52f8d04b5e9c0e6a7d2b814c11"
 # What each status may say; the sentences of real answers name what was found.

@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-import fdconv_deploy
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.runtime.backends.tensorrt_engines import write_whole
+from fdconv_deploy.version import __version__
 
 INPUT = "images"
 # What a network is trained at where its arguments do not say.
@@ -204,7 +204,7 @@ def _metadata(network: Any, size: tuple[int, int], batch: int) -> dict[str, Any]
     kind = described.get("yaml_file", "YOLO") if isinstance(described, Mapping) else "YOLO"
     found = {
         "description": f"{Path(str(kind)).stem} model with FDConv layers",
-        "author": f"FDConv Deploy {fdconv_deploy.__version__}",
+        "author": f"FDConv Deploy {__version__}",
         "date": datetime.now(timezone.utc).isoformat(),
         "stride": _stride(network),
         "task": network.task,

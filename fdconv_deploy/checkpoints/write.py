@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import fdconv_deploy
 from fdconv_deploy.errors import CheckpointError
+from fdconv_deploy.version import __version__
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -33,7 +33,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Tensor], meta: Mapping[str,
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in state.items()
     }
-    said = {**meta, "fdconv_deploy_version": fdconv_deploy.__version__}
+    said = {**meta, "fdconv_deploy_version": __version__}
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:

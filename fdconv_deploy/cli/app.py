@@ -14,7 +14,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fdconv_deploy import __version__
 from fdconv_deploy.cli.bench import bench
 from fdconv_deploy.cli.build import build
 from fdconv_deploy.cli.convert import convert
@@ -26,6 +25,7 @@ from fdconv_deploy.cli.segment import segment
 from fdconv_deploy.cli.serve import serve
 from fdconv_deploy.cli.verify import verify
 from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.version import __version__
 
 app = typer.Typer(
     help="Export, verify, run, time and serve FDConv networks: segmentors and detectors.",

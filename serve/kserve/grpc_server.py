@@ -30,8 +30,8 @@ from fdconv_deploy.serve.security import Keys
 from fdconv_deploy.serve.service import Service
 from google.protobuf.json_format import ParseDict
 
-from fdconv_deploy import __version__
 from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.version import __version__
 
 log = logging.getLogger("fdconv.serve")
 _CODES = {

@@ -33,8 +33,8 @@ from fdconv_deploy.serve.schemas import (
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fdconv_deploy import __version__
 from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.version import __version__
 
 router = APIRouter(prefix="/v2", tags=["KServe v2"])
 _NOT_FOUND = problem_docs(401, 404)
