@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.networks import backbone, lively_heads, trained_like
 from fdconv_deploy.checkpoints import load_detector
-from fdconv_deploy.detector_config import DetectorArchitecture, FPNConfig, MaskHeadConfig
+from fdconv_deploy.config import DetectorConfig, FPNConfig, MaskHeadConfig
 from fdconv_deploy.nn.detection import Detector, build_detector
 from fdconv_deploy.runtime import open_session
 
@@ -43,7 +43,7 @@ def say(line: str) -> None:
 def build(width: int, *, masks: bool = True, kernel_num: int = 64) -> Detector:
     """The published detector at ``width`` (64), which finds objects on street scenes."""
     torch.manual_seed(0)
-    architecture = DetectorArchitecture(
+    architecture = DetectorConfig(
         backbone=backbone(50, kernel_num, width),
         neck=FPNConfig(in_channels=tuple(4 * width * 2**stage for stage in range(4))),
         mask_head=MaskHeadConfig() if masks else None,

@@ -9,7 +9,7 @@ from fdconv_deploy.export.validation.sample_inputs import made_up_images
 from torch import Tensor, nn
 
 from benchmarks.rivals.omni_dimensional import OmniDimensionalConv2d
-from fdconv_deploy.config import Architecture, BackboneConfig, FDConvConfig, HeadConfig
+from fdconv_deploy.config import BackboneConfig, FDConvConfig, HeadConfig, SegmentorConfig
 from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
 from fdconv_deploy.nn.backbones.resnet import BasicBlock, Bottleneck
 from fdconv_deploy.nn.detection import Detector
@@ -24,11 +24,11 @@ def backbone(depth: int = 50, kernel_num: int | None = 64, width: int = 64) -> B
 
 def upernet(
     depth: int = 50, kernel_num: int | None = 64, classes: int = 150, width: int = 64
-) -> Architecture:
+) -> SegmentorConfig:
     """The published UPerNet over such a backbone."""
     expansion = 4 if depth >= 50 else 1
     channels = tuple(width * expansion * 2**stage for stage in range(4))
-    return Architecture(
+    return SegmentorConfig(
         backbone=backbone(depth, kernel_num, width),
         decode_head=HeadConfig(
             type="UPerHead",
@@ -85,7 +85,7 @@ def trained_like(network: nn.Module, seed: int = 0, size: int = 128) -> nn.Modul
     return network.eval()
 
 
-def build(architecture: Architecture, seed: int = 0) -> Segmentor:
+def build(architecture: SegmentorConfig, seed: int = 0) -> Segmentor:
     """A segmentor with trained-like weights."""
     torch.manual_seed(seed)
     network = build_segmentor(architecture)

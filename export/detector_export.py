@@ -28,7 +28,7 @@ from fdconv_deploy.export.validation.detector_inputs import placed
 from fdconv_deploy.export.validation.input_sources import drawn
 from fdconv_deploy.export.validation.sample_inputs import Picture
 
-from fdconv_deploy.detector_config import SIZE_DIVISOR
+from fdconv_deploy.config import SIZE_DIVISOR
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.nn.detection import Detector

@@ -34,7 +34,7 @@ def _files() -> dict[str, bytes]:
     from fdconv_deploy.export.api import export_segmentor
 
     from benchmarks.networks import trained_like
-    from fdconv_deploy.config import Architecture, BackboneConfig, FDConvConfig, HeadConfig
+    from fdconv_deploy.config import BackboneConfig, FDConvConfig, HeadConfig, SegmentorConfig
     from fdconv_deploy.nn import build_segmentor
 
     backbone = BackboneConfig(
@@ -51,7 +51,7 @@ def _files() -> dict[str, bytes]:
     )  # fmt: skip
     names = {"classes": ("road", "car", "sky"), "palette": ((1, 2, 3), (4, 5, 6), (7, 8, 9))}
     torch.manual_seed(0)
-    network = build_segmentor(Architecture(backbone=backbone, decode_head=head, **names))  # type: ignore[arg-type]
+    network = build_segmentor(SegmentorConfig(backbone=backbone, decode_head=head, **names))  # type: ignore[arg-type]
     trained_like(network, size=64)
     with tempfile.TemporaryDirectory() as folder:
         bundle = export_segmentor(network, Path(folder) / "bundle", size=(HEIGHT, WIDTH))  # type: ignore[arg-type]
@@ -61,13 +61,13 @@ def _files() -> dict[str, bytes]:
 @cache
 def _manifests() -> dict[str, bytes]:
     """One bundle's manifest, as of a segmentor of either mode, a detector and a module."""
-    from fdconv_deploy.detector_config import DetectorArchitecture
+    from fdconv_deploy.config import DetectorConfig
 
     told = json.loads(_files()["manifest.json"])
     told["created_at"] = "2026-11-28T00:00:00Z"  # runs are the same on any day
     told["parity"]["batches"]["1"] = [{"name": "logits", "max_abs": 1e-6, "max_rel": 1e-7}]
     slide = {"mode": "slide", "crop_size": [HEIGHT, WIDTH], "stride": [16, 24]}
-    detector = DetectorArchitecture(backbone={"depth": 18})  # type: ignore[arg-type]
+    detector = DetectorConfig(backbone={"depth": 18})  # type: ignore[arg-type]
     inputs, outputs = (
         [{"name": n, "shape": shape, "dtype": kind} for n, shape, kind in tensors]
         for tensors in (_DETECTOR_INPUTS, _DETECTOR_OUTPUTS)

@@ -11,7 +11,7 @@ from torch import Tensor
 from examples.instances.data import Truth
 from examples.instances.regions import cut_out
 from examples.instances.targets import assign, box_iou, sample
-from fdconv_deploy.detector_config import BoxCoderConfig
+from fdconv_deploy.config import BoxCoderConfig
 from fdconv_deploy.nn.detection.boxes import encode
 
 

@@ -7,28 +7,29 @@ from torch import nn
 from examples.streets.instances import CLASSES, COLOURS
 from examples.training.scenes import SIZE
 from fdconv_deploy.checkpoints import load_checkpoint
-from fdconv_deploy.config import BackboneConfig, Preprocessing
-from fdconv_deploy.demo import packaged_checkpoint
-from fdconv_deploy.detector_config import (
+from fdconv_deploy.config import (
+    BackboneConfig,
     BoxHeadConfig,
-    DetectorArchitecture,
+    DetectorConfig,
     DetectorTestConfig,
     FPNConfig,
     MaskHeadConfig,
+    Preprocessing,
     RCNNTestConfig,
     RoIConfig,
     RPNHeadConfig,
     RPNTestConfig,
 )
+from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.nn.detection import Detector, build_detector
 
 
-def architecture(backbone: BackboneConfig) -> DetectorArchitecture:
+def architecture(backbone: BackboneConfig) -> DetectorConfig:
     """A slim Mask R-CNN whose anchors and levels suit things of 8 to 80 pixels."""
     channels, levels = 48, (4, 8, 16)
     widths = tuple(backbone.base_channels * 4 * 2**stage for stage in range(3))
     cut = RoIConfig(featmap_strides=levels, finest_scale=14, sampling_ratio=2)
-    return DetectorArchitecture(
+    return DetectorConfig(
         backbone=backbone,
         neck=FPNConfig(in_channels=widths, out_channels=channels, num_outs=4),
         rpn_head=RPNHeadConfig(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdconv_deploy.detector_config import RoIConfig
+from fdconv_deploy.config import RoIConfig
 from fdconv_deploy.nn.detection.roi_extractor import levels_of
 
 

@@ -7,18 +7,18 @@ from torch import Tensor, nn
 from examples.streets.scenes import CLASSES, PALETTE
 from examples.training.layers import dynamic_layers
 from fdconv_deploy.checkpoints import convert_state_dict
-from fdconv_deploy.config import Architecture, BackboneConfig, FDConvConfig, HeadConfig
+from fdconv_deploy.config import BackboneConfig, FDConvConfig, HeadConfig, SegmentorConfig
 from fdconv_deploy.nn import Segmentor
 
 TWINS = ("fdconv", "plain")
 FILES = {"fdconv": "streets.pth", "plain": "streets_plain.pth"}
 
 
-def architecture(name: str) -> Architecture:
+def architecture(name: str) -> SegmentorConfig:
     """A slim three-stage ResNet-50 under UPerHead; `name` is ``base``, ``plain`` or ``fdconv``."""
     base = 16
     widths = tuple(base * 4 * 2**stage for stage in range(3))
-    return Architecture(
+    return SegmentorConfig(
         backbone=BackboneConfig(
             depth=50,
             base_channels=base,

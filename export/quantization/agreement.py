@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from fdconv_deploy.config import Architecture
+from fdconv_deploy.config import SegmentorConfig
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.evaluation.metrics import confusion_matrix, scores
 from fdconv_deploy.runtime.postprocessing import label_map
@@ -31,7 +31,7 @@ class Evaluation:
 
     pictures: Sequence[Picture]
     masks: Sequence[NDArray[np.integer] | None]
-    architecture: Architecture
+    architecture: SegmentorConfig
     size: tuple[int, int]
 
     def compare(self, reference: Path, other: Path, batch: int) -> dict[str, Any]:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from fdconv_deploy.checkpoints.exportability import export_command
     from fdconv_deploy.checkpoints.frequency_order.detect import OrderReport, tell_order
     from fdconv_deploy.checkpoints.frequency_order.from_weights import order_of_weights
-    from fdconv_deploy.checkpoints.infer_detector import infer_detector
-    from fdconv_deploy.checkpoints.infer_segmentor import infer_architecture
+    from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
+    from fdconv_deploy.checkpoints.infer_segmentor import infer_segmentor_config
     from fdconv_deploy.checkpoints.inspect import Report, inspect_checkpoint, report_on
     from fdconv_deploy.checkpoints.inspect_report import render
     from fdconv_deploy.checkpoints.loading import (
@@ -56,8 +56,8 @@ _HOMES = {
     "convert_state_dict": "convert",
     "equivalent_state_dict": "convert",
     "export_command": "exportability",
-    "infer_architecture": "infer_segmentor",
-    "infer_detector": "infer_detector",
+    "infer_segmentor_config": "infer_segmentor",
+    "infer_detector_config": "infer_detector",
     "inspect_checkpoint": "inspect",
     "load_checkpoint": "loading",
     "load_detector": "loading",
@@ -88,8 +88,8 @@ __all__ = [
     "export_command",
     "format_config",
     "format_detector_config",
-    "infer_architecture",
-    "infer_detector",
+    "infer_detector_config",
+    "infer_segmentor_config",
     "inspect_checkpoint",
     "load_checkpoint",
     "load_detector",

@@ -1,11 +1,11 @@
-"""An :class:`Architecture` → the mmsegmentation config that describes the same network."""
+"""A :class:`SegmentorConfig` → the mmsegmentation config that describes the same network."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from fdconv_deploy.config import Architecture, BackboneConfig, HeadConfig, Preprocessing
+from fdconv_deploy.config import BackboneConfig, HeadConfig, Preprocessing, SegmentorConfig
 
 _HEAD_FIELDS = {
     "UPerHead": ("pool_scales",),
@@ -16,7 +16,7 @@ _HEAD_FIELDS = {
 }
 
 
-def format_config(architecture: Architecture) -> str:
+def format_config(architecture: SegmentorConfig) -> str:
     """Python config text in mmsegmentation 1.x's form, which :func:`parse_config` reads back.
 
     Everything the network depends on is written out, defaults too, so that the text

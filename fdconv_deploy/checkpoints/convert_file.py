@@ -18,9 +18,9 @@ from fdconv_deploy.checkpoints.convert import (
     equivalent_state_dict,
 )
 from fdconv_deploy.checkpoints.detector_config_writer import format_detector_config
-from fdconv_deploy.checkpoints.infer_detector import infer_detector
+from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
 from fdconv_deploy.checkpoints.infer_layers import kind_of
-from fdconv_deploy.checkpoints.infer_segmentor import infer_architecture, infer_backbone_only
+from fdconv_deploy.checkpoints.infer_segmentor import infer_backbone_only, infer_segmentor_config
 from fdconv_deploy.checkpoints.loading import config_for
 from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
 from fdconv_deploy.checkpoints.write import write_checkpoint
@@ -129,13 +129,15 @@ def _described(
     if kind_of(state) == "unknown":
         return None, f"None of its names is of one: {', '.join(list(state)[:3])}…"
     if kind_of(state) == "segmentor":
-        inference = infer_architecture(state, config=config, meta=checkpoint.meta)
+        inference = infer_segmentor_config(state, config=config, meta=checkpoint.meta)
         architecture = inference.architecture
         backbone = architecture.backbone.model_copy(update={"conv": conv})
         return backbone, format_config(architecture.model_copy(update={"backbone": backbone}))
     try:
         if kind_of(state) == "detector":
-            detector = infer_detector(state, config=config, meta=checkpoint.meta).architecture
+            detector = infer_detector_config(
+                state, config=config, meta=checkpoint.meta
+            ).architecture
             backbone = detector.backbone.model_copy(update={"conv": conv})
             text = format_detector_config(detector.model_copy(update={"backbone": backbone}))
             return backbone, text

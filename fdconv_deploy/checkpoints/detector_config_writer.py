@@ -1,24 +1,24 @@
-"""A :class:`DetectorArchitecture` → the mmdetection config that describes the same network."""
+"""A :class:`DetectorConfig` → the mmdetection config that describes the same network."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fdconv_deploy.checkpoints.config_writer import backbone_section, config_source
-from fdconv_deploy.config import Preprocessing
-from fdconv_deploy.detector_config import (
+from fdconv_deploy.config import (
     SIZE_DIVISOR,
     BoxCoderConfig,
     BoxHeadConfig,
-    DetectorArchitecture,
+    DetectorConfig,
     DetectorTestConfig,
     MaskHeadConfig,
+    Preprocessing,
     RoIConfig,
     RPNHeadConfig,
 )
 
 
-def format_detector_config(architecture: DetectorArchitecture) -> str:
+def format_detector_config(architecture: DetectorConfig) -> str:
     """Python config text in mmdetection 2.x's form.
 
     Everything the network depends on is written out, defaults too, so that the text

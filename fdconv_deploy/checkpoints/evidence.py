@@ -14,8 +14,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from fdconv_deploy.checkpoints.config_expressions import Unreadable
-from fdconv_deploy.config import Architecture
-from fdconv_deploy.detector_config import DetectorArchitecture
+from fdconv_deploy.config import DetectorConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError
 
 Source = Literal[
@@ -29,7 +28,7 @@ Source = Literal[
 ]
 
 UNSET: Any = object()
-Told = TypeVar("Told", Architecture, DetectorArchitecture)
+Told = TypeVar("Told", SegmentorConfig, DetectorConfig)
 
 
 class Fact(BaseModel):
@@ -90,7 +89,7 @@ class Evidence:
         """Decide one field and record who decided it.
 
         Args:
-            field: its dotted name in :class:`Architecture`.
+            field: its dotted name in :class:`SegmentorConfig`.
             kind: its type, which config and user values are converted to.
             default: the published default.
             config: what the config says. Unreadable values count as silence.

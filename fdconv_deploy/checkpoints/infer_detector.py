@@ -17,27 +17,27 @@ from fdconv_deploy.checkpoints.infer_detector_test import infer_rcnn_test, infer
 from fdconv_deploy.checkpoints.infer_layers import Shapes, dynamic_names, part
 from fdconv_deploy.checkpoints.infer_segmentor import infer_whole_backbone, output_widths
 from fdconv_deploy.checkpoints.infer_settings import infer_classes, infer_preprocessing
-from fdconv_deploy.detector_config import PUBLISHED_SCALE, DetectorArchitecture, DetectorTestConfig
+from fdconv_deploy.config import PUBLISHED_SCALE, DetectorConfig, DetectorTestConfig
 from fdconv_deploy.errors import CheckpointError
 
 _NEEDED = ("backbone.", "neck.lateral_convs.", "rpn_head.rpn_conv.", "roi_head.bbox_head.fc_cls.")
 _MODELS = ("FasterRCNN", "MaskRCNN", "TwoStageDetector")
 
 
-def infer_detector(
+def infer_detector_config(
     state: Shapes,
     *,
     config: Config | None = None,
     meta: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> Inference[DetectorArchitecture]:
-    """Tell a two-stage detector's architecture; arguments as :func:`infer_architecture`'s.
+) -> Inference[DetectorConfig]:
+    """Tell a two-stage detector's architecture; arguments as :func:`infer_segmentor_config`'s.
 
     Args:
         state: names → tensors as in mmdetection 2.x and 3.x. Only shapes are read.
         config: the config, from the checkpoint or the user.
         meta: the checkpoint's meta data, for class names and palette.
-        overrides: what the user says: dotted names of :class:`DetectorArchitecture`'s fields.
+        overrides: what the user says: dotted names of :class:`DetectorConfig`'s fields.
 
     Raises:
         CheckpointError: not a detector known here, or witnesses contradict.
@@ -63,7 +63,7 @@ def infer_detector(
     classes = bbox_head.num_classes
     mask_head = infer_mask_head(tensors, neck, classes, section, evidence) if tensors else None
     names, palette = infer_classes({classes}, config, meta or {}, evidence, head="box head")
-    architecture = DetectorArchitecture(
+    architecture = DetectorConfig(
         backbone=backbone,
         neck=neck,
         rpn_head=rpn_head,

@@ -8,7 +8,7 @@ from typing import Any
 
 from fdconv_deploy.checkpoints.evidence import UNSET, Evidence, stated, type_of
 from fdconv_deploy.checkpoints.infer_layers import Shapes
-from fdconv_deploy.detector_config import (
+from fdconv_deploy.config import (
     BoxCoderConfig,
     BoxHeadConfig,
     Four,

@@ -7,7 +7,7 @@ from typing import Any
 
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.evidence import UNSET, Evidence, stated, type_of
-from fdconv_deploy.detector_config import RCNNTestConfig, RPNTestConfig
+from fdconv_deploy.config import RCNNTestConfig, RPNTestConfig
 from fdconv_deploy.errors import CheckpointError
 
 

@@ -18,11 +18,11 @@ from fdconv_deploy.checkpoints.infer_settings import (
     infer_test_mode,
     refuse_other_normalisation,
 )
-from fdconv_deploy.config import Architecture, BackboneConfig, HeadConfig
+from fdconv_deploy.config import BackboneConfig, HeadConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError
 
 _NOT_A_SEGMENTOR = {
-    "detector": "it is a detector, whose architecture infer_detector tells",
+    "detector": "it is a detector, whose architecture infer_detector_config tells",
     "backbone": (
         "it is a backbone without a decode head. It can be inspected; to export, give the whole "
         "segmentation checkpoint"
@@ -36,13 +36,13 @@ _NOT_A_SEGMENTOR = {
 }
 
 
-def infer_architecture(
+def infer_segmentor_config(
     state: Shapes,
     *,
     config: Config | None = None,
     meta: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> Inference[Architecture]:
+) -> Inference[SegmentorConfig]:
     """Tell a segmentation network's architecture.
 
     What names and shapes tell always holds. The rest comes from ``overrides``, else from
@@ -87,7 +87,7 @@ def infer_architecture(
     classes, palette = infer_classes(counts, config, meta or {}, evidence)
     if head.label_threshold is not None:
         evidence.notes.append(_binary_note(classes, head.label_threshold))
-    architecture = Architecture(
+    architecture = SegmentorConfig(
         backbone=backbone,
         decode_head=head,
         auxiliary_head=auxiliary,

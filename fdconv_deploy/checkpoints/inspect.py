@@ -14,7 +14,7 @@ from fdconv_deploy.checkpoints.attention_stability import AttentionStability, at
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.evidence import Fact
 from fdconv_deploy.checkpoints.frequency_order.detect import OrderReport, tell_order
-from fdconv_deploy.checkpoints.infer_detector import infer_detector
+from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
 from fdconv_deploy.checkpoints.infer_layers import (
     Kind,
     Layer,
@@ -25,12 +25,11 @@ from fdconv_deploy.checkpoints.infer_layers import (
     parameters,
     part,
 )
-from fdconv_deploy.checkpoints.infer_segmentor import infer_architecture, infer_backbone_only
+from fdconv_deploy.checkpoints.infer_segmentor import infer_backbone_only, infer_segmentor_config
 from fdconv_deploy.checkpoints.infer_settings import training_size
 from fdconv_deploy.checkpoints.loading import config_for, network_of
 from fdconv_deploy.checkpoints.reading import read_checkpoint
-from fdconv_deploy.config import Architecture, BackboneConfig, Preprocessing
-from fdconv_deploy.detector_config import DetectorArchitecture
+from fdconv_deploy.config import BackboneConfig, DetectorConfig, Preprocessing, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
 
 Images = Sequence[NDArray[Any]] | Callable[[Preprocessing], Sequence[NDArray[Any]]]
@@ -99,8 +98,8 @@ class Report(BaseModel):
     macs: dict[str, int] | None
     spectrum_bytes: int
     published_buffer_bytes: int
-    architecture: Architecture | None
-    detector: DetectorArchitecture | None = None
+    architecture: SegmentorConfig | None
+    detector: DetectorConfig | None = None
     backbone: BackboneConfig | None
     told: tuple[Fact, ...]
     assumed: tuple[Fact, ...]
@@ -186,8 +185,8 @@ def report_on(
 ) -> Report:
     """:func:`inspect_checkpoint` for tensors at hand; tensors on the meta device do."""
     state = as_published(state)
-    architecture: Architecture | None = None
-    detector: DetectorArchitecture | None = None
+    architecture: SegmentorConfig | None = None
+    detector: DetectorConfig | None = None
     backbone: BackboneConfig | None = None
     told: tuple[Fact, ...] = ()
     assumed: tuple[Fact, ...] = ()
@@ -196,11 +195,11 @@ def report_on(
     kind = kind_of(state)
     try:
         if kind == "segmentor":
-            found = infer_architecture(state, config=config, meta=meta, overrides=overrides)
+            found = infer_segmentor_config(state, config=config, meta=meta, overrides=overrides)
             architecture, backbone = found.architecture, found.architecture.backbone
             told, assumed, notes = found.told, found.assumed, found.notes
         elif kind == "detector":
-            whole = infer_detector(state, config=config, meta=meta, overrides=overrides)
+            whole = infer_detector_config(state, config=config, meta=meta, overrides=overrides)
             detector, backbone = whole.architecture, whole.architecture.backbone
             told, assumed, notes = whole.told, whole.assumed, whole.notes
         elif kind != "unknown":

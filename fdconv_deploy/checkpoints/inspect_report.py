@@ -12,7 +12,7 @@ from rich.table import Table
 from fdconv_deploy.checkpoints.evidence import Fact
 from fdconv_deploy.checkpoints.exportability import needs_size
 from fdconv_deploy.checkpoints.inspect import LayerReport, Report
-from fdconv_deploy.config import Architecture
+from fdconv_deploy.config import SegmentorConfig
 
 _KINDS = {
     "segmentor": "segmentation network",
@@ -89,7 +89,7 @@ def _verdict(report: Report, console: Console) -> None:
     if network is not None:
         count = (
             network.decode_head.num_classes
-            if isinstance(network, Architecture)
+            if isinstance(network, SegmentorConfig)
             else network.bbox_head.num_classes
         )
         names = f": {_short(network.classes)[1:-1]}" if network.classes else ", not named in it"

@@ -12,18 +12,17 @@ from torch import Tensor
 from fdconv_deploy.checkpoints.config_parser import Config, config_of, read_config
 from fdconv_deploy.checkpoints.evidence import Inference
 from fdconv_deploy.checkpoints.frequency_order.choose import ChosenOrder, choose_order
-from fdconv_deploy.checkpoints.infer_detector import infer_detector
+from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
 from fdconv_deploy.checkpoints.infer_layers import (
     SAVED_BUFFERS,
     as_published,
     dynamic_names,
     kind_of,
 )
-from fdconv_deploy.checkpoints.infer_segmentor import infer_architecture
+from fdconv_deploy.checkpoints.infer_segmentor import infer_segmentor_config
 from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
 from fdconv_deploy.checkpoints.shards import digest_of
-from fdconv_deploy.config import Architecture
-from fdconv_deploy.detector_config import DetectorArchitecture
+from fdconv_deploy.config import DetectorConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.nn.detection import Detector
@@ -41,7 +40,7 @@ class LoadedSegmentor(Segmentor):
 
     weights: str | None = None
 
-    inference: Inference[Architecture]
+    inference: Inference[SegmentorConfig]
     order: ChosenOrder
 
 
@@ -50,7 +49,7 @@ class LoadedDetector(Detector):
 
     weights: str | None = None
 
-    inference: Inference[DetectorArchitecture]
+    inference: Inference[DetectorConfig]
     order: ChosenOrder
 
 
@@ -132,9 +131,9 @@ def network_of(
     try:
         order = choose_order(state, frequency_order)
         if kind_of(state) == "detector":
-            network = _detector(infer_detector(state, **told), order)
+            network = _detector(infer_detector_config(state, **told), order)
         else:
-            inference, state = _auxiliary(infer_architecture(state, **told), state, auxiliary)
+            inference, state = _auxiliary(infer_segmentor_config(state, **told), state, auxiliary)
             network = _segmentor(inference, order)
         order.apply(network)
     except CheckpointError as error:
@@ -154,14 +153,14 @@ def network_of(
 # On the meta device nothing is initialised: all that has data comes from the file.
 
 
-def _segmentor(inference: Inference[Architecture], order: ChosenOrder) -> LoadedSegmentor:
+def _segmentor(inference: Inference[SegmentorConfig], order: ChosenOrder) -> LoadedSegmentor:
     with torch.device("meta"):
         network = LoadedSegmentor(inference.architecture, order.used)
     network.inference, network.order = order.noted(inference), order
     return network
 
 
-def _detector(inference: Inference[DetectorArchitecture], order: ChosenOrder) -> LoadedDetector:
+def _detector(inference: Inference[DetectorConfig], order: ChosenOrder) -> LoadedDetector:
     with torch.device("meta"):
         network = LoadedDetector(inference.architecture, order.used)
     network.inference, network.order = order.noted(inference), order
@@ -193,8 +192,8 @@ def load_detector(path: str | Path, **options: Any) -> LoadedDetector:
 
 
 def _auxiliary(
-    inference: Inference[Architecture], state: dict[str, Tensor], keep: bool
-) -> tuple[Inference[Architecture], dict[str, Tensor]]:
+    inference: Inference[SegmentorConfig], state: dict[str, Tensor], keep: bool
+) -> tuple[Inference[SegmentorConfig], dict[str, Tensor]]:
     """With the auxiliary head, or without."""
     architecture = inference.architecture
     if keep and architecture.auxiliary_head is None:

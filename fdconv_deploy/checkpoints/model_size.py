@@ -14,7 +14,7 @@ from fdconv_deploy.checkpoints.infer_layers import (
     kind_of,
     parameters,
 )
-from fdconv_deploy.config import Architecture, BackboneConfig
+from fdconv_deploy.config import BackboneConfig, SegmentorConfig
 
 FDCONV_PARTS = ("dft_weight", "KSM_Global", "KSM_Local", "FBM")
 
@@ -23,7 +23,7 @@ Sizes = dict[str, tuple[costs.Size, costs.Size]]
 
 def layer_sizes(
     state: Shapes,
-    architecture: Architecture | None,
+    architecture: SegmentorConfig | None,
     backbone: BackboneConfig | None,
     size: costs.Size,
 ) -> Sizes:

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from fdconv_deploy.checkpoints.config_writer import format_config
 from fdconv_deploy.checkpoints.detector_config_writer import format_detector_config
 from fdconv_deploy.checkpoints.write import write_checkpoint
-from fdconv_deploy.config import Architecture, HeadConfig
-from fdconv_deploy.detector_config import DetectorArchitecture, MaskHeadConfig
+from fdconv_deploy.config import DetectorConfig, HeadConfig, MaskHeadConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError
 
 
 def save_checkpoint(
     path: str | Path,
     state_dict: Mapping[str, Tensor] | nn.Module,
-    architecture: Architecture | DetectorArchitecture,
+    architecture: SegmentorConfig | DetectorConfig,
     *,
     config_text: str | None = None,
 ) -> None:
@@ -50,21 +49,19 @@ def save_checkpoint(
 
 
 def _meta(
-    architecture: Architecture | DetectorArchitecture, config_text: str | None
+    architecture: SegmentorConfig | DetectorConfig, config_text: str | None
 ) -> dict[str, Any]:
     palette = [list(colour) for colour in architecture.palette]
-    if isinstance(architecture, DetectorArchitecture):
+    if isinstance(architecture, DetectorConfig):
         text = format_detector_config(architecture) if config_text is None else config_text
         return {"config": text, "CLASSES": architecture.classes, "PALETTE": palette}
     text = format_config(architecture) if config_text is None else config_text
     return {"cfg": text, "dataset_meta": {"classes": architecture.classes, "palette": palette}}
 
 
-def _check(
-    weights: Mapping[str, Tensor], architecture: Architecture | DetectorArchitecture
-) -> None:
+def _check(weights: Mapping[str, Tensor], architecture: SegmentorConfig | DetectorConfig) -> None:
     optional: HeadConfig | MaskHeadConfig | None
-    if isinstance(architecture, DetectorArchitecture):
+    if isinstance(architecture, DetectorConfig):
         kind, library, background = "detector", "mmdetection", 1
         name, expected = "roi_head.bbox_head.fc_cls.weight", architecture.bbox_head.num_classes
         part, prefix, optional = "mask head", "roi_head.mask_head.", architecture.mask_head

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fdconv_deploy.config import Architecture, TestMode
+from fdconv_deploy.config import SegmentorConfig, TestMode
 from fdconv_deploy.nn.backbones.resnet import ResNet
 from fdconv_deploy.nn.heads import build_head, resize
 from fdconv_deploy.nn.spectrum import FrequencyOrder
@@ -20,7 +20,7 @@ class Segmentor(nn.Module):
     """
 
     def __init__(
-        self, architecture: Architecture, frequency_order: FrequencyOrder = "torch"
+        self, architecture: SegmentorConfig, frequency_order: FrequencyOrder = "torch"
     ) -> None:
         super().__init__()
         self.architecture = architecture
@@ -75,7 +75,7 @@ def window_starts(length: int, crop: int, stride: int) -> list[int]:
 
 
 def build_segmentor(
-    architecture: Architecture, frequency_order: FrequencyOrder = "torch"
+    architecture: SegmentorConfig, frequency_order: FrequencyOrder = "torch"
 ) -> Segmentor:
     """A freshly initialised network of an architecture, in training mode."""
     return Segmentor(architecture, frequency_order)

@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from fdconv_deploy.config import Architecture
-from fdconv_deploy.detector_config import DetectorArchitecture
+from fdconv_deploy.config import DetectorConfig, SegmentorConfig
 from fdconv_deploy.runtime.manifest_checks import check_detector, check_segmentor
 
 FORMAT_VERSION = 2
@@ -120,8 +119,8 @@ class Manifest(_Model):
     created_by: str
     created_at: datetime
     kind: Literal["segmentor", "detector", "module"]
-    architecture: Architecture | None = None
-    detector: DetectorArchitecture | None = None
+    architecture: SegmentorConfig | None = None
+    detector: DetectorConfig | None = None
     input: InputSize | None = None
     fit: Fit = "stretch"
     precision: Literal["fp32", "fp16", "int8"] = "fp32"

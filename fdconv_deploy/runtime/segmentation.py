@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.config import Architecture
+from fdconv_deploy.config import SegmentorConfig
 from fdconv_deploy.runtime.preprocessing import FitDone
 from fdconv_deploy.runtime.resize import Labels
 from fdconv_deploy.runtime.visualization import RGB, class_areas, default_palette, mask_png, overlay
@@ -47,7 +47,7 @@ class Segmentation:
         return overlay(image, self.labels, self.palette, opacity)
 
 
-def class_names(architecture: Architecture) -> tuple[str, ...]:
+def class_names(architecture: SegmentorConfig) -> tuple[str, ...]:
     """The name of each label; numbers where the checkpoint gave none.
 
     Of a head with one output whose checkpoint names one class, that is label 1, and label 0 is
@@ -59,7 +59,7 @@ def class_names(architecture: Architecture) -> tuple[str, ...]:
     return ("background",) * (labels - len(architecture.classes)) + architecture.classes
 
 
-def class_palette(architecture: Architecture) -> tuple[RGB, ...]:
+def class_palette(architecture: SegmentorConfig) -> tuple[RGB, ...]:
     """The colour of each label; generated where the checkpoint gave none.
 
     As for names, one colour for two labels is that of label 1, and label 0 is black.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.config import Architecture, Preprocessing
+from fdconv_deploy.config import Preprocessing, SegmentorConfig
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.postprocessing import label_map
@@ -43,7 +43,7 @@ class Segmenting(Runner):
     """What a session on a segmentor's bundle can do; on others it raises ``BundleError``."""
 
     @property
-    def _architecture(self) -> Architecture:
+    def _architecture(self) -> SegmentorConfig:
         if self.bundle.manifest.architecture is None:
             raise self._is_not("segmentor")
         return self.bundle.manifest.architecture

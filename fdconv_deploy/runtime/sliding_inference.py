@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy.typing as npt
 
-from fdconv_deploy.config import Architecture
+from fdconv_deploy.config import SegmentorConfig
 from fdconv_deploy.runtime.preprocessing import check_image, published_size, resize
 from fdconv_deploy.runtime.resize import Labels, Logits
 from fdconv_deploy.runtime.sliding_window import SlidingRows, slide_labels, slide_stride
@@ -16,7 +16,7 @@ from fdconv_deploy.runtime.sliding_window import SlidingRows, slide_labels, slid
 
 def slide(
     image: npt.NDArray[Any],
-    architecture: Architecture,
+    architecture: SegmentorConfig,
     crop: tuple[int, int],
     run: Callable[[Logits], Logits],
     batch: int,

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdconv_deploy.checkpoints import Inference, infer_architecture
+from fdconv_deploy.checkpoints import Inference, infer_segmentor_config
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.config import (
-    Architecture,
     BackboneConfig,
     FDConvConfig,
     HeadConfig,
     Preprocessing,
+    SegmentorConfig,
     TestMode,
 )
 from fdconv_deploy.nn import build_segmentor
@@ -37,7 +37,7 @@ def small_architecture(
     preprocessing: Preprocessing | None = None,
     head: Mapping[str, object] | None = None,
     **backbone: object,
-) -> Architecture:
+) -> SegmentorConfig:
     """A ResNet-18 with base 8 and two dynamic stages, UPerHead, three classes."""
     fields: dict[str, object] = {"depth": 18, "base_channels": 8, "conv": FDConvConfig()}
     config = BackboneConfig(**(fields | backbone))
@@ -54,7 +54,7 @@ def small_architecture(
         num_convs=1,
         concat_input=False,
     )
-    return Architecture(
+    return SegmentorConfig(
         backbone=config,
         decode_head=first,
         auxiliary_head=second if auxiliary else None,
@@ -69,13 +69,13 @@ def expansion(config: BackboneConfig) -> int:
     return 1 if config.depth in (18, 34) else 4
 
 
-def shapes_of(architecture: Architecture) -> dict[str, Tensor]:
+def shapes_of(architecture: SegmentorConfig) -> dict[str, Tensor]:
     """The network's state dict on the meta device: names and shapes without data."""
     with torch.device("meta"):
         return dict(build_segmentor(architecture).state_dict())
 
 
-def weights_of(architecture: Architecture, seed: int = 0) -> dict[str, Tensor]:
+def weights_of(architecture: SegmentorConfig, seed: int = 0) -> dict[str, Tensor]:
     """Random weights for a network."""
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, Tensor] = {}
@@ -113,4 +113,4 @@ def dynamic_state(**conv: Any) -> dict[str, Tensor]:
 def infer(state: dict[str, Tensor], model: dict[str, Any] | None = None, **more: Any) -> Inference:
     """What weights and a config's ``model`` tell."""
     config = None if model is None else Config({"model": model})
-    return infer_architecture(state, config=config, **more)
+    return infer_segmentor_config(state, config=config, **more)

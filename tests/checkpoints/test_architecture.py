@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdconv_deploy.checkpoints import (
     format_config,
-    infer_architecture,
+    infer_segmentor_config,
     parse_config,
     read_checkpoint,
 )
@@ -43,7 +43,7 @@ def test_reference_checkpoint_is_told_in_full(oracle: Path, name: str) -> None:
     checkpoint = read_checkpoint(oracle / "segmentor" / f"B_r18b14_{name}.pth")
     index = json.loads((oracle / "segmentor" / "index.json").read_text())
     model = index["models"]["B"]["model"]
-    found = infer_architecture(
+    found = infer_segmentor_config(
         checkpoint.state_dict, config=config_of(checkpoint.meta), meta=checkpoint.meta
     )
     backbone = found.architecture.backbone
@@ -413,7 +413,7 @@ def test_plain_weights_with_an_fdconv_config() -> None:
 
 def test_unreadable_config_values_count_as_silence() -> None:
     text = "model = dict(backbone=dict(style=f(), strides=[1, g(), 2, 2]))"
-    found = infer_architecture(dynamic_state(), config=parse_config(text))
+    found = infer_segmentor_config(dynamic_state(), config=parse_config(text))
     assert found.architecture.backbone.strides == (1, 2, 2, 2)
     assert "backbone.strides" in {fact.field for fact in found.assumed}
     assert len(found.notes) == 2
@@ -425,7 +425,7 @@ def test_everything_the_weights_tell_needs_no_config() -> None:
     assert silent.backbone == architecture.backbone
     assert silent.decode_head == architecture.decode_head
     assert silent.auxiliary_head == architecture.auxiliary_head
-    loud = infer_architecture(
+    loud = infer_segmentor_config(
         shapes_of(architecture), config=parse_config(format_config(architecture))
     )
     assert loud.assumed[0].field == "classes"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fdconv_deploy.checkpoints import (
-    infer_architecture,
+    infer_segmentor_config,
     inspect_checkpoint,
     load_checkpoint,
     parse_config,
@@ -112,7 +112,7 @@ def test_loss_changes_nothing() -> None:
 def test_config_of_one_output_is_read_back(head: dict[str, Any]) -> None:
     architecture = small_architecture(head=head)
     text = format_config(architecture)
-    found = infer_architecture(
+    found = infer_segmentor_config(
         weights_of(architecture), config=parse_config(text), meta={"CLASSES": architecture.classes}
     ).architecture
     assert found.decode_head == architecture.decode_head

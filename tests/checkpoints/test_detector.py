@@ -14,7 +14,7 @@ from fdconv_deploy.checkpoints import (
     Inference,
     LoadedDetector,
     format_detector_config,
-    infer_detector,
+    infer_detector_config,
     inspect_checkpoint,
     load_checkpoint,
     load_detector,
@@ -23,14 +23,16 @@ from fdconv_deploy.checkpoints import (
     save_checkpoint,
 )
 from fdconv_deploy.checkpoints.config_parser import Config
-from fdconv_deploy.config import BackboneConfig, FDConvConfig, Preprocessing
-from fdconv_deploy.detector_config import (
+from fdconv_deploy.config import (
+    BackboneConfig,
     BoxCoderConfig,
     BoxHeadConfig,
-    DetectorArchitecture,
+    DetectorConfig,
     DetectorTestConfig,
+    FDConvConfig,
     FPNConfig,
     MaskHeadConfig,
+    Preprocessing,
     RCNNTestConfig,
     RoIConfig,
     RPNHeadConfig,
@@ -80,16 +82,18 @@ def small(*, masks: bool = True, conv: FDConvConfig | None = None, **fields: Any
         "classes": ("person", "car", "sign"),
         "palette": ((1, 2, 3), (4, 5, 6), (7, 8, 9)),
     }
-    return DetectorArchitecture(**(values | fields))
+    return DetectorConfig(**(values | fields))
 
 
-def shapes(architecture: DetectorArchitecture) -> dict[str, Tensor]:
+def shapes(architecture: DetectorConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         return dict(build_detector(architecture).state_dict())
 
 
 def infer(state: dict[str, Tensor], model: dict[str, Any] | None = None, **more: Any) -> Inference:
-    return infer_detector(state, config=None if model is None else Config({"model": model}), **more)
+    return infer_detector_config(
+        state, config=None if model is None else Config({"model": model}), **more
+    )
 
 
 @pytest.mark.parametrize("masks", [True, False])
@@ -97,7 +101,7 @@ def test_our_own_config_tells_it_all(masks: bool) -> None:
     architecture = small(masks=masks)
     config = parse_config(format_detector_config(architecture))
     meta = {"CLASSES": architecture.classes, "PALETTE": [list(c) for c in architecture.palette]}
-    found = infer_detector(shapes(architecture), config=config, meta=meta)
+    found = infer_detector_config(shapes(architecture), config=config, meta=meta)
     assert found.architecture == architecture
     assert {fact.field for fact in found.assumed} <= {"backbone.conv.fbm_cfg.max_size"}
     assert not found.notes
@@ -109,7 +113,7 @@ def test_the_published_detectors(oracle: Path, name: str, with_config: bool) -> 
     path = oracle / f"mmdet/{name}_r50_fpn_fdconv_kn64_c80_keys_mmdet2.28.1.json"
     model = json.loads(path.read_text())["cfg_model"] if with_config else None
     found = infer(key_list(path), model)
-    assert found.architecture == DetectorArchitecture(
+    assert found.architecture == DetectorConfig(
         backbone=BackboneConfig(conv=FDConvConfig(kernel_num=64)),
         mask_head=MaskHeadConfig() if name == "mask_rcnn" else None,
     )
@@ -141,7 +145,7 @@ def test_mmdetection_3_config() -> None:
         {"type": "LoadAnnotations", "with_bbox": True},
         {"type": "PackDetInputs"},
     ]
-    found = infer_detector(
+    found = infer_detector_config(
         shapes(architecture),
         config=Config({"model": model, "test_pipeline": steps}),
         meta={
@@ -162,7 +166,7 @@ def test_older_configs() -> None:
         "rpn": {"nms_pre": 50, "max_num": 40, "nms_thr": 0.6, "min_bbox_size": 2},
         "rcnn": {"score_thr": 0.1, "nms": {"type": "nms", "iou_thr": 0.4}, "max_per_img": 30},
     }
-    found = infer_detector(state, config=Config({"model": model, "test_cfg": old}))
+    found = infer_detector_config(state, config=Config({"model": model, "test_cfg": old}))
     assert found.architecture.test == architecture.test
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdconv_deploy.checkpoints import infer_architecture, inspect_checkpoint, parse_config
+from fdconv_deploy.checkpoints import infer_segmentor_config, inspect_checkpoint, parse_config
 from fdconv_deploy.errors import CheckpointError
 from tests.checkpoints.small import dynamic_state, infer, saved, shapes_of
 
@@ -104,7 +104,7 @@ def test_stock_networks_of_full_size_are_told_in_full(name: str, config: bool) -
     """Shapes alone tell the stock network, and rebuild exactly its tensors."""
     state = stock_state(name)
     text = STOCK["networks"][name]["config"]
-    found = infer_architecture(state, config=parse_config(text) if config else None)
+    found = infer_segmentor_config(state, config=parse_config(text) if config else None)
     backbone, head = found.architecture.backbone, found.architecture.decode_head
     assert (backbone.strides, backbone.dilations) == ((1, 2, 1, 1), (1, 1, 2, 4))
     assert (backbone.deep_stem, backbone.contract_dilation) == (True, True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fdconv_deploy.checkpoints import Inference, infer_architecture, parse_config
+from fdconv_deploy.checkpoints import Inference, infer_segmentor_config, parse_config
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.evidence import Fact
 from fdconv_deploy.config import HeadConfig
@@ -27,7 +27,7 @@ test_pipeline = [
 test_cfg = dict(mode='slide', crop_size=(512, 512), stride=341)
 data = dict(test=dict(classes=['a', 'b', 'c'], palette=[[1, 2, 3]]))
 """
-    found = infer_architecture(dynamic_state(), config=parse_config(text))
+    found = infer_segmentor_config(dynamic_state(), config=parse_config(text))
     settings = found.architecture.preprocessing
     assert (settings.mean, settings.std, settings.bgr_to_rgb) == ((1, 2, 3), (4, 5, 6), False)
     assert settings.scale == (2048, 512)
@@ -47,7 +47,7 @@ test_cfg = dict(type='TestLoop')
 test_dataloader = dict(dataset=dict(metainfo=dict(classes=('a', 'b', 'c')), pipeline=[
     dict(type='Resize', scale=(300, 200), keep_ratio=False)]))
 """
-    found = infer_architecture(dynamic_state(), config=parse_config(text)).architecture
+    found = infer_segmentor_config(dynamic_state(), config=parse_config(text)).architecture
     assert found.preprocessing.mean == (0, 0, 0)
     assert found.preprocessing.std == (1, 1, 1)
     assert (found.preprocessing.scale, found.preprocessing.keep_ratio) == ((300, 200), False)
@@ -61,7 +61,7 @@ data = dict(test=dict(pipeline=[
     dict(type='MultiScaleFlipAug', img_scale=[(1024, 512), (2048, 1024)], transforms=[
         dict(type='Resize', keep_ratio=True)])]))
 """
-    found = infer_architecture(dynamic_state(), config=parse_config(text))
+    found = infer_segmentor_config(dynamic_state(), config=parse_config(text))
     assert found.architecture.preprocessing.scale == (1024, 512)
     assert any("has 2 scales; the first is used" in note for note in found.notes)
 
@@ -95,7 +95,7 @@ def test_heads_and_settings_that_do_not_fit(
     meta: dict[str, Any], values: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(CheckpointError, match=says):
-        infer_architecture(dynamic_state(), config=Config(values), meta=meta)
+        infer_segmentor_config(dynamic_state(), config=Config(values), meta=meta)
 
 
 def test_heads_not_known_here() -> None:

@@ -20,7 +20,7 @@ from fdconv_deploy.checkpoints import (
     render,
     report_on,
 )
-from fdconv_deploy.config import Architecture, FDConvConfig, HeadConfig
+from fdconv_deploy.config import FDConvConfig, HeadConfig, SegmentorConfig
 from fdconv_deploy.nn import build_segmentor
 from tests.checkpoints.small import key_list, shapes_of, small_architecture, weights_of
 
@@ -155,7 +155,7 @@ def test_multiply_adds_of_each_head_equal_a_counted_run(
     assert_counted(architecture.model_copy(update={"decode_head": head}))
 
 
-def assert_counted(architecture: Architecture) -> None:
+def assert_counted(architecture: SegmentorConfig) -> None:
     """The report's total is what torch counts when the network runs."""
     network = build_segmentor(architecture).eval()
     size = (75, 98)

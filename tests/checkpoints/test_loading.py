@@ -11,19 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fdconv_deploy.checkpoints import format_config, load_checkpoint, save_checkpoint
-from fdconv_deploy.config import Architecture, FDConvConfig
+from fdconv_deploy.config import FDConvConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
 from fdconv_deploy.nn import Segmentor
 from tests.checkpoints.small import key_list, small_architecture, weights_of
 
 
 @pytest.fixture
-def architecture() -> Architecture:
+def architecture() -> SegmentorConfig:
     return small_architecture(auxiliary=True)
 
 
 @pytest.fixture
-def saved(tmp_path: Path, architecture: Architecture) -> Path:
+def saved(tmp_path: Path, architecture: SegmentorConfig) -> Path:
     path = tmp_path / "small.pth"
     save_checkpoint(path, weights_of(architecture), architecture)
     return path
@@ -50,7 +50,7 @@ def test_reference_network_gives_its_reference_logits(oracle: Path, name: str) -
     assert not network.training
 
 
-def test_network_is_ready(saved: Path, architecture: Architecture) -> None:
+def test_network_is_ready(saved: Path, architecture: SegmentorConfig) -> None:
     network = load_checkpoint(saved)
     assert not network.training
     assert network.auxiliary_head is None
@@ -65,7 +65,7 @@ def test_network_is_ready(saved: Path, architecture: Architecture) -> None:
 
 
 def test_building_without_initialisation_is_the_same_network(
-    saved: Path, architecture: Architecture
+    saved: Path, architecture: SegmentorConfig
 ) -> None:
     from fdconv_deploy.nn import build_segmentor
 
@@ -80,7 +80,7 @@ def test_frequency_order_reaches_the_layers(saved: Path) -> None:
     assert not torch.equal(torch_order, stable)
 
 
-def test_old_and_half_precision_weights(tmp_path: Path, architecture: Architecture) -> None:
+def test_old_and_half_precision_weights(tmp_path: Path, architecture: SegmentorConfig) -> None:
     weights = {
         key: value.half() if value.is_floating_point() else value
         for key, value in weights_of(architecture).items()
@@ -108,7 +108,7 @@ def test_config_file_and_overrides(tmp_path: Path) -> None:
     assert not torch.equal(logits(told), logits(assumed))
 
 
-def test_safetensors_carries_its_config(tmp_path: Path, architecture: Architecture) -> None:
+def test_safetensors_carries_its_config(tmp_path: Path, architecture: SegmentorConfig) -> None:
     metadata = {"config": format_config(architecture), "classes": '["a", "b", "c"]'}
     save_file(weights_of(architecture), tmp_path / "a.safetensors", metadata)
     network = load_checkpoint(tmp_path / "a.safetensors")
@@ -138,7 +138,7 @@ def test_safetensors_carries_its_config(tmp_path: Path, architecture: Architectu
     ],
 )
 def test_every_tensor_must_fit(
-    tmp_path: Path, architecture: Architecture, change: dict[str, Any], says: str
+    tmp_path: Path, architecture: SegmentorConfig, change: dict[str, Any], says: str
 ) -> None:
     weights = weights_of(architecture) | change
     path = tmp_path / "changed.pth"
@@ -148,7 +148,7 @@ def test_every_tensor_must_fit(
     assert str(error.value).startswith(str(path))
 
 
-def test_large_finite_weights_are_fine(tmp_path: Path, architecture: Architecture) -> None:
+def test_large_finite_weights_are_fine(tmp_path: Path, architecture: SegmentorConfig) -> None:
     weights = weights_of(architecture) | {"backbone.bn1.bias": torch.full((8,), 3e38)}
     torch.save(weights, tmp_path / "large.pth")
     load_checkpoint(tmp_path / "large.pth")

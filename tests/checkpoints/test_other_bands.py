@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fdconv_deploy.checkpoints import (
-    infer_architecture,
+    infer_segmentor_config,
     inspect_checkpoint,
     load_checkpoint,
     parse_config,
@@ -67,12 +67,12 @@ def test_packaged_network_of_other_bands_asks_for_their_statistics(
 
 def test_statistics_of_other_bands_are_never_guessed() -> None:
     with pytest.raises(CheckpointError, match=r"mean is not known: the network takes 4 bands"):
-        infer_architecture(shapes(4))
+        infer_segmentor_config(shapes(4))
     told = {"preprocessing.mean": [0, 1, 2, 3]}
     with pytest.raises(CheckpointError, match="std is not known"):
-        infer_architecture(shapes(4), overrides=told)
+        infer_segmentor_config(shapes(4), overrides=told)
     told["preprocessing.std"] = [1, 2, 3, 4]
-    found = infer_architecture(shapes(4), overrides=told)
+    found = infer_segmentor_config(shapes(4), overrides=told)
     assert found.architecture.preprocessing.mean == (0, 1, 2, 3)
     assumed = {fact.field: fact.value for fact in found.assumed}
     assert assumed["preprocessing.loading"] == "bands"
@@ -99,7 +99,7 @@ def test_loading_is_that_of_the_pipeline(
     load: str, bands: int, loading: str, to_float32: bool
 ) -> None:
     state = shapes(bands)
-    found = infer_architecture(state, config=config(load, bands)).architecture.preprocessing
+    found = infer_segmentor_config(state, config=config(load, bands)).architecture.preprocessing
     assert (found.loading, found.to_float32) == (loading, to_float32)
     assert found.channels == bands
 
@@ -110,9 +110,9 @@ def test_loading_that_gives_other_bands_is_refused() -> None:
         "type='LoadImageFromFile', color_type='x'",
     ):
         with pytest.raises(CheckpointError, match=r"preprocessing\.loading"):
-            infer_architecture(shapes(4), config=config(load, 4))
+            infer_segmentor_config(shapes(4), config=config(load, 4))
     with pytest.raises(CheckpointError, match="takes 4 bands, which is loading bands or unchanged"):
-        infer_architecture(
+        infer_segmentor_config(
             shapes(4),
             config=config("type='LoadImageFromFile'", 4),
             overrides={"preprocessing.loading": "color"},
@@ -121,20 +121,20 @@ def test_loading_that_gives_other_bands_is_refused() -> None:
 
 def test_one_mean_stands_for_every_band() -> None:
     load = "type='LoadSingleRSImageFromFile'"
-    found = infer_architecture(shapes(4), config=config(load, 1)).architecture.preprocessing
+    found = infer_segmentor_config(shapes(4), config=config(load, 1)).architecture.preprocessing
     assert (found.mean, found.std) == ((1.5,) * 4, (2.0,) * 4)
     none = parse_config(
         "model = dict(data_preprocessor=dict(type='SegDataPreProcessor', bgr_to_rgb=True))\n"
         f"test_pipeline = [dict({load})]"
     )
-    found = infer_architecture(shapes(4), config=none).architecture.preprocessing
+    found = infer_segmentor_config(shapes(4), config=none).architecture.preprocessing
     assert (found.mean, found.std) == ((0.0,) * 4, (1.0,) * 4)
 
 
 def test_swap_of_three_bands_goes_by_its_other_name() -> None:
     load = "type='LoadSingleRSImageFromFile'"
     for more, swapped in ((", rgb_to_bgr=True", True), (", bgr_to_rgb=True", True), ("", False)):
-        found = infer_architecture(shapes(3), config=config(load, 3, more)).architecture
+        found = infer_segmentor_config(shapes(3), config=config(load, 3, more)).architecture
         assert found.preprocessing.reversed is swapped
 
 
@@ -144,7 +144,7 @@ def test_config_of_other_bands_is_read_back(bands: int, loading: str) -> None:
     how = of(bands).model_copy(update={"loading": loading})
     architecture = small_architecture(in_channels=bands, preprocessing=how)
     text = format_config(architecture)
-    found = infer_architecture(weights_of(architecture), config=parse_config(text)).architecture
+    found = infer_segmentor_config(weights_of(architecture), config=parse_config(text)).architecture
     assert found.preprocessing == how
 
 

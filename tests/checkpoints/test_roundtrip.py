@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 
 from fdconv_deploy.checkpoints import (
     format_config,
-    infer_architecture,
+    infer_segmentor_config,
     parse_config,
     read_checkpoint,
     save_checkpoint,
 )
 from fdconv_deploy.checkpoints.config_parser import config_of
 from fdconv_deploy.config import (
-    Architecture,
     BackboneConfig,
     BandModulationConfig,
     FDConvConfig,
     HeadConfig,
     Preprocessing,
+    SegmentorConfig,
     TestMode,
 )
 from fdconv_deploy.errors import UnsupportedLayerError
@@ -144,7 +144,7 @@ def heads(draw: st.DrawFn, backbone: BackboneConfig, classes: int) -> HeadConfig
 
 
 @st.composite
-def architectures(draw: st.DrawFn) -> Architecture:
+def architectures(draw: st.DrawFn) -> SegmentorConfig:
     backbone = draw(backbones())
     classes = draw(st.integers(1, 5))
     sizes = st.tuples(st.integers(1, 999), st.integers(1, 999))
@@ -160,7 +160,7 @@ def architectures(draw: st.DrawFn) -> Architecture:
     numbers = st.floats(0.01, 255)
     channels = backbone.in_channels
     loadings = ["bands", "unchanged", *{1: ["grayscale"], 3: ["color"]}.get(channels, [])]
-    return Architecture(
+    return SegmentorConfig(
         backbone=backbone,
         decode_head=draw(heads(backbone, classes)),
         auxiliary_head=draw(st.none() | heads(backbone, classes)),
@@ -183,7 +183,7 @@ def architectures(draw: st.DrawFn) -> Architecture:
     )
 
 
-def built(architecture: Architecture) -> dict[str, torch.Tensor]:
+def built(architecture: SegmentorConfig) -> dict[str, torch.Tensor]:
     try:
         return shapes_of(architecture)
     except UnsupportedLayerError:
@@ -200,7 +200,7 @@ quick = settings(
 
 @quick
 @given(architectures())
-def test_config_and_shapes_tell_everything(architecture: Architecture) -> None:
+def test_config_and_shapes_tell_everything(architecture: SegmentorConfig) -> None:
     state = built(architecture)
     config = parse_config(format_config(architecture))
     meta = {
@@ -209,14 +209,14 @@ def test_config_and_shapes_tell_everything(architecture: Architecture) -> None:
             "palette": [list(colour) for colour in architecture.palette],
         }
     }
-    found = infer_architecture(state, config=config, meta=meta)
+    found = infer_segmentor_config(state, config=config, meta=meta)
     assert found.architecture == architecture
     assert all("has one output" in note for note in found.notes)
 
 
 @quick
 @given(architectures())
-def test_shapes_alone_tell_a_network_of_the_same_shapes(architecture: Architecture) -> None:
+def test_shapes_alone_tell_a_network_of_the_same_shapes(architecture: SegmentorConfig) -> None:
     state = built(architecture)
     # What a config would be needed for: see BandModulationConfig and HeadConfig.
     preprocessing = architecture.preprocessing
@@ -239,7 +239,7 @@ def test_shapes_alone_tell_a_network_of_the_same_shapes(architecture: Architectu
         overrides["backbone.conv.param_ratio"] = conv.param_ratio
     # Which of the layers are strided shows in FBM, so strides other than usual must be given.
     overrides["backbone.strides"] = architecture.backbone.strides
-    found = infer_architecture(state, overrides=overrides).architecture
+    found = infer_segmentor_config(state, overrides=overrides).architecture
     rebuilt = shapes_of(found)
     assert {k: v.shape for k, v in rebuilt.items()} == {k: v.shape for k, v in state.items()}
     assert sorted(found.decode_head.in_channels) == sorted(architecture.decode_head.in_channels)
@@ -247,12 +247,14 @@ def test_shapes_alone_tell_a_network_of_the_same_shapes(architecture: Architectu
 
 @settings(quick, max_examples=15)
 @given(architecture=architectures())
-def test_files_tell_everything(tmp_path_factory: Any, architecture: Architecture) -> None:
+def test_files_tell_everything(tmp_path_factory: Any, architecture: SegmentorConfig) -> None:
     state = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in built(architecture).items()}
     path: Path = tmp_path_factory.mktemp("round") / "a.pth"
     save_checkpoint(path, state, architecture)
     found = read_checkpoint(path)
-    inference = infer_architecture(found.state_dict, config=config_of(found.meta), meta=found.meta)
+    inference = infer_segmentor_config(
+        found.state_dict, config=config_of(found.meta), meta=found.meta
+    )
     assert inference.architecture == architecture
     assert {k: v.shape for k, v in found.state_dict.items()} == {
         k: v.shape for k, v in state.items()

@@ -16,13 +16,15 @@ from fdconv_deploy.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from fdconv_deploy.config import Architecture, BackboneConfig, FDConvConfig
-from fdconv_deploy.detector_config import (
+from fdconv_deploy.config import (
+    BackboneConfig,
     BoxHeadConfig,
-    DetectorArchitecture,
+    DetectorConfig,
+    FDConvConfig,
     FPNConfig,
     MaskHeadConfig,
     RPNHeadConfig,
+    SegmentorConfig,
 )
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn import build_segmentor
@@ -103,16 +105,18 @@ def test_no_such_folder(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_weights_of_another_network(tmp_path: Path, architecture: Architecture, says: str) -> None:
+def test_weights_of_another_network(
+    tmp_path: Path, architecture: SegmentorConfig, says: str
+) -> None:
     with pytest.raises(CheckpointError, match=says):
         save_checkpoint(tmp_path / "a.pth", weights_of(small_architecture()), architecture)
     with pytest.raises(CheckpointError, match="expected a segmentor's state dict"):
         save_checkpoint(tmp_path / "a.pth", {"fc.weight": torch.ones(1)}, architecture)
 
 
-def small_detector(classes: int = 3, *, masks: bool = True) -> DetectorArchitecture:
+def small_detector(classes: int = 3, *, masks: bool = True) -> DetectorConfig:
     backbone = BackboneConfig(depth=18, base_channels=8, conv=None)
-    return DetectorArchitecture(
+    return DetectorConfig(
         backbone=backbone,
         neck=FPNConfig(in_channels=(8, 16, 32, 64), out_channels=8),
         rpn_head=RPNHeadConfig(feat_channels=8),
@@ -151,7 +155,7 @@ def test_the_published_detector_gets_the_published_config(oracle: Path) -> None:
     """What both configs state is the same; what ours leaves out concerns training alone."""
     name = "mask_rcnn_r50_fpn_fdconv_kn64_c80_keys_mmdet2.28.1.json"
     told = json.loads((oracle / "mmdet" / name).read_text())
-    architecture = DetectorArchitecture(
+    architecture = DetectorConfig(
         backbone=BackboneConfig(conv=FDConvConfig(kernel_num=64)), mask_head=MaskHeadConfig()
     )
     config = parse_config(format_detector_config(architecture))

@@ -9,7 +9,7 @@ import torch
 from fdconv_deploy.export import export_checkpoint
 
 from fdconv_deploy.checkpoints import save_checkpoint
-from fdconv_deploy.config import Architecture
+from fdconv_deploy.config import SegmentorConfig
 from fdconv_deploy.demo import packaged_checkpoint
 from tests.checkpoints.small import small_architecture, weights_of
 
@@ -25,7 +25,7 @@ def streets(tmp_path_factory) -> Path:
 def sliding(tmp_path_factory) -> tuple[Path, Path]:
     """(checkpoint, bundle) of an untrained network that was tested in slide mode."""
     folder = tmp_path_factory.mktemp("slide")
-    architecture: Architecture = small_architecture()
+    architecture: SegmentorConfig = small_architecture()
     torch.manual_seed(0)
     save_checkpoint(folder / "slide.pth", weights_of(architecture), architecture)
     bundle = export_checkpoint(folder / "slide.pth", folder / "bundle", size=(64, 64))

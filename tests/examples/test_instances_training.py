@@ -20,8 +20,8 @@ from examples.streets.instances import CLASSES, draw_instances
 from examples.training.layers import dynamic_layers
 from examples.training.run import cosine, load_state
 from fdconv_deploy.checkpoints import load_checkpoint
+from fdconv_deploy.config import BoxCoderConfig, RoIConfig
 from fdconv_deploy.demo import packaged_checkpoint
-from fdconv_deploy.detector_config import BoxCoderConfig, RoIConfig
 from fdconv_deploy.nn.detection.boxes import decode
 from fdconv_deploy.nn.detection.roi_extractor import RoIExtractor
 

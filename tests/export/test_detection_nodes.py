@@ -12,7 +12,7 @@ import torch
 from fdconv_deploy.export.torch_export import capture
 from torch import Tensor, nn
 
-from fdconv_deploy.detector_config import RoIConfig, RPNHeadConfig, RPNTestConfig
+from fdconv_deploy.config import RoIConfig, RPNHeadConfig, RPNTestConfig
 from fdconv_deploy.nn.detection.roi_align import RoIAlign
 from fdconv_deploy.nn.detection.roi_extractor import RoIExtractor
 from fdconv_deploy.nn.detection.rpn_head import RPNHead

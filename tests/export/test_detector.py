@@ -17,8 +17,7 @@ from fdconv_deploy.export.validation.verify import verify_bundle
 
 from examples.streets.scenes import draw_scene
 from fdconv_deploy.checkpoints import save_checkpoint
-from fdconv_deploy.config import FDConvConfig, Preprocessing
-from fdconv_deploy.detector_config import PUBLISHED_SCALE
+from fdconv_deploy.config import PUBLISHED_SCALE, FDConvConfig, Preprocessing
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.nn.detection import Detector

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fdconv_deploy.config import Architecture, BackboneConfig, FDConvConfig, HeadConfig, TestMode
+from fdconv_deploy.config import BackboneConfig, FDConvConfig, HeadConfig, SegmentorConfig, TestMode
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn import FDConv2d, FDLinear, ResNet, build_segmentor
 from fdconv_deploy.nn.segmentor import window_starts
@@ -37,8 +37,8 @@ def test_backbone_keys(oracle, name, config):
     assert keys_of(ResNet(config)) == listed(oracle / f"backbone/{name}_keys.json")
 
 
-def upernet(backbone: BackboneConfig) -> Architecture:
-    return Architecture(
+def upernet(backbone: BackboneConfig) -> SegmentorConfig:
+    return SegmentorConfig(
         backbone=backbone,
         decode_head=HeadConfig(
             type="UPerHead",
@@ -162,8 +162,8 @@ def test_linear_takes_odd_features_and_rows():
 WHOLE = TestMode()
 
 
-def small(test: TestMode = WHOLE) -> Architecture:
-    return Architecture(
+def small(test: TestMode = WHOLE) -> SegmentorConfig:
+    return SegmentorConfig(
         backbone=BackboneConfig(
             depth=18, base_channels=12, conv=FDConvConfig(kernel_num=4), num_stages=2,
             strides=(1, 2), dilations=(1, 1), out_indices=(0, 1),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.detector_config import RCNNTestConfig, RPNTestConfig
+from fdconv_deploy.config import RCNNTestConfig, RPNTestConfig
 
 Array = NDArray[np.float64]
 

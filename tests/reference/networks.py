@@ -9,16 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.networks import lively_heads
-from fdconv_deploy.config import Architecture, BackboneConfig, FDConvConfig, HeadConfig, TestMode
-from fdconv_deploy.detector_config import (
+from fdconv_deploy.config import (
+    BackboneConfig,
     BoxHeadConfig,
-    DetectorArchitecture,
+    DetectorConfig,
     DetectorTestConfig,
+    FDConvConfig,
     FPNConfig,
+    HeadConfig,
     MaskHeadConfig,
     RCNNTestConfig,
     RPNHeadConfig,
     RPNTestConfig,
+    SegmentorConfig,
+    TestMode,
 )
 from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
 from fdconv_deploy.nn.detection import Detector, build_detector
@@ -38,7 +42,7 @@ def small_segmentor(
     conv = backbone.pop("conv", FDConvConfig(kernel_num=4))
     widths = [base * 2**stage * (1 if depth < 50 else 4) for stage in range(stages)]
     indices = tuple(range(stages))
-    architecture = Architecture(
+    architecture = SegmentorConfig(
         backbone=BackboneConfig(
             depth=depth,
             base_channels=base,
@@ -67,7 +71,7 @@ def small_detector(
 ) -> Detector:
     """A narrow detector over a ResNet-18 that finds something; D = 20."""
     conv = backbone.pop("conv", FDConvConfig(kernel_num=4))
-    architecture = DetectorArchitecture(
+    architecture = DetectorConfig(
         backbone=BackboneConfig(depth=18, base_channels=base, conv=conv, **backbone),
         neck=FPNConfig(in_channels=tuple(base * 2**i for i in range(4)), out_channels=24),
         rpn_head=RPNHeadConfig(feat_channels=24),

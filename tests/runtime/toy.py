@@ -9,7 +9,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fdconv_deploy.config import Architecture, BackboneConfig, HeadConfig, Preprocessing, TestMode
+from fdconv_deploy.config import (
+    BackboneConfig,
+    HeadConfig,
+    Preprocessing,
+    SegmentorConfig,
+    TestMode,
+)
 from fdconv_deploy.runtime.bundle import (
     Bundle,
     BundleWriter,
@@ -32,10 +38,10 @@ def architecture(
     palette: tuple[tuple[int, int, int], ...] = (),
     named: bool = True,
     threshold: float | None = None,
-) -> Architecture:
+) -> SegmentorConfig:
     """With a ``threshold``, the head has one output."""
     how = preprocessing or Preprocessing()
-    return Architecture(
+    return SegmentorConfig(
         backbone=BackboneConfig(depth=18, base_channels=8, in_channels=how.channels),
         decode_head=HeadConfig(
             type="FCNHead",
@@ -106,7 +112,7 @@ def external(tensor: TensorProto, location: str) -> None:
 
 
 def manifest(
-    height: int, width: int, batches: tuple[int, ...], arch: Architecture, **changes: object
+    height: int, width: int, batches: tuple[int, ...], arch: SegmentorConfig, **changes: object
 ) -> Manifest:
     classes, bands = arch.decode_head.outputs, arch.backbone.in_channels
     values: dict[str, object] = {
@@ -140,7 +146,7 @@ def make_bundle(
     height: int = 32,
     width: int = 48,
     batches: tuple[int, ...] = (1, 4),
-    arch: Architecture | None = None,
+    arch: SegmentorConfig | None = None,
     seed: int = 0,
     overwrite: bool = False,
     **changes: object,

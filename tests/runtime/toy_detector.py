@@ -9,12 +9,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fdconv_deploy.config import BackboneConfig, Preprocessing
-from fdconv_deploy.detector_config import (
+from fdconv_deploy.config import (
+    BackboneConfig,
     BoxHeadConfig,
-    DetectorArchitecture,
+    DetectorConfig,
     DetectorTestConfig,
     MaskHeadConfig,
+    Preprocessing,
     RCNNTestConfig,
 )
 from fdconv_deploy.runtime.bundle import (
@@ -40,8 +41,8 @@ def architecture(
     palette: tuple[tuple[int, int, int], ...] = (),
     classes: tuple[str, ...] = CLASSES,
     threshold: float = 0.5,
-) -> DetectorArchitecture:
-    return DetectorArchitecture(
+) -> DetectorConfig:
+    return DetectorConfig(
         backbone=BackboneConfig(depth=18, base_channels=8),
         bbox_head=BoxHeadConfig(num_classes=len(CLASSES)),
         mask_head=MaskHeadConfig(num_classes=len(CLASSES)) if masks else None,
@@ -153,7 +154,7 @@ def _value(spec: TensorSpec) -> onnx.ValueInfoProto:
 
 
 def manifest(
-    height: int, width: int, batches: tuple[int, ...], arch: DetectorArchitecture, **changes: object
+    height: int, width: int, batches: tuple[int, ...], arch: DetectorConfig, **changes: object
 ) -> Manifest:
     masks = arch.mask_head is not None
     values: dict[str, object] = {
@@ -178,7 +179,7 @@ def make_bundle(
     height: int = 64,
     width: int = 96,
     batches: tuple[int, ...] = (1, 4),
-    arch: DetectorArchitecture | None = None,
+    arch: DetectorConfig | None = None,
     **changes: object,
 ) -> Bundle:
     """Write a toy detector's bundle to ``path``."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.detector_config import RPNHeadConfig
+from fdconv_deploy.config import RPNHeadConfig
 
 
 def base_anchors(stride: int, scales: Sequence[float], ratios: Sequence[float]) -> NDArray:

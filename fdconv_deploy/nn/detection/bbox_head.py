@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdconv_deploy.detector_config import BoxHeadConfig
+from fdconv_deploy.config import BoxHeadConfig
 
 
 class BoxHead(nn.Module):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fdconv_deploy.detector_config import BoxCoderConfig
+from fdconv_deploy.config import BoxCoderConfig
 
 # A box grows or shrinks at most this many times (mmdetection's wh_ratio_clip, 16/1000).
 LARGEST_LOG_SCALE = abs(math.log(16 / 1000))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fdconv_deploy.detector_config import DetectorArchitecture
+from fdconv_deploy.config import DetectorConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.backbones.resnet import ResNet
 from fdconv_deploy.nn.detection.fpn import FPN
@@ -21,7 +21,7 @@ class Detector(nn.Module):
     """
 
     def __init__(
-        self, architecture: DetectorArchitecture, frequency_order: FrequencyOrder = "torch"
+        self, architecture: DetectorConfig, frequency_order: FrequencyOrder = "torch"
     ) -> None:
         super().__init__()
         _check(architecture)
@@ -66,13 +66,13 @@ class Detector(nn.Module):
 
 
 def build_detector(
-    architecture: DetectorArchitecture, frequency_order: FrequencyOrder = "torch"
+    architecture: DetectorConfig, frequency_order: FrequencyOrder = "torch"
 ) -> Detector:
     """A freshly initialised network of an architecture, in training mode."""
     return Detector(architecture, frequency_order)
 
 
-def _check(architecture: DetectorArchitecture) -> None:
+def _check(architecture: DetectorConfig) -> None:
     levels, strides = architecture.neck.num_outs, architecture.rpn_head.strides
     if levels != len(strides):
         raise UnsupportedLayerError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdconv_deploy.detector_config import FPNConfig
+from fdconv_deploy.config import FPNConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fdconv_deploy.detector_config import RoIConfig
+from fdconv_deploy.config import RoIConfig
 from fdconv_deploy.nn.detection.roi_align import RoIAlign
 
 # Where boxes of other levels are put: an empty box beyond every map's border, of which

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdconv_deploy.detector_config import DetectorArchitecture
+from fdconv_deploy.config import DetectorConfig
 from fdconv_deploy.nn.detection.bbox_head import BoxHead
 from fdconv_deploy.nn.detection.boxes import clip, decode
 from fdconv_deploy.nn.detection.mask_head import MaskHead
@@ -24,7 +24,7 @@ class RoIHead(nn.Module):
     an IoU is the same either way, but for rounding. Here it is before.
     """
 
-    def __init__(self, architecture: DetectorArchitecture) -> None:
+    def __init__(self, architecture: DetectorConfig) -> None:
         super().__init__()
         channels = architecture.neck.out_channels
         self.test = architecture.test.rcnn

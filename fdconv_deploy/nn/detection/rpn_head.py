@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdconv_deploy.detector_config import RPNHeadConfig, RPNTestConfig
+from fdconv_deploy.config import RPNHeadConfig, RPNTestConfig
 from fdconv_deploy.nn.detection.anchors import grid_anchors
 from fdconv_deploy.nn.detection.boxes import clip, decode
 from fdconv_deploy.nn.detection.selection import EXCLUDED, BestScores, rows

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.config import Preprocessing
-from fdconv_deploy.detector_config import SIZE_DIVISOR
+from fdconv_deploy.config import SIZE_DIVISOR, Preprocessing
 from fdconv_deploy.runtime.preprocessing import FitDone, fitting_size, published_size
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.detector_config import DetectorArchitecture
+from fdconv_deploy.config import DetectorConfig
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime.detection.detection import Detection
 from fdconv_deploy.runtime.detection.letterbox import DetectorPlacement
@@ -35,7 +35,7 @@ class Detecting(Runner):
     """What a session on a detector's bundle can do; on others it raises ``BundleError``."""
 
     @property
-    def _detector(self) -> DetectorArchitecture:
+    def _detector(self) -> DetectorConfig:
         if self.bundle.manifest.detector is None:
             raise self._is_not("detector")
         return self.bundle.manifest.detector

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.config import Preprocessing
-from fdconv_deploy.detector_config import DetectorArchitecture
+from fdconv_deploy.config import DetectorConfig, Preprocessing
 from fdconv_deploy.runtime.detection.detection import Detection
 from fdconv_deploy.runtime.detection.letterbox import DetectorPlacement, place_whole
 from fdconv_deploy.runtime.preprocessing import check_image, normalise, resize
@@ -39,7 +38,7 @@ def prepare(
 def finish(
     outputs: Mapping[str, npt.NDArray[Any]],
     placement: DetectorPlacement,
-    detector: DetectorArchitecture,
+    detector: DetectorConfig,
     seconds: dict[str, float],
 ) -> Detection:
     """One image's outputs, as ``Manifest`` says them without the batch, as its objects.
@@ -67,12 +66,12 @@ def finish(
     )
 
 
-def detector_classes(detector: DetectorArchitecture) -> tuple[str, ...]:
+def detector_classes(detector: DetectorConfig) -> tuple[str, ...]:
     """The classes' names; numbers where the checkpoint gave none."""
     count = detector.bbox_head.num_classes
     return detector.classes or tuple(f"class {number}" for number in range(count))
 
 
-def detector_palette(detector: DetectorArchitecture) -> tuple[RGB, ...]:
+def detector_palette(detector: DetectorConfig) -> tuple[RGB, ...]:
     """The classes' colours; generated where the checkpoint gave none, black not among them."""
     return detector.palette or default_palette(detector.bbox_head.num_classes + 1)[1:]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdconv_deploy.detector_config import BoxCoderConfig, RPNHeadConfig
+from fdconv_deploy.config import BoxCoderConfig, RPNHeadConfig
 from fdconv_deploy.nn.detection.anchors import base_anchors, grid_anchors
 from fdconv_deploy.nn.detection.boxes import clip, decode, encode
 from tests.reference import detection as reference

@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from fdconv_deploy.config import BackboneConfig, FDConvConfig
-from fdconv_deploy.detector_config import DetectorArchitecture, FPNConfig, MaskHeadConfig, RoIConfig
+from fdconv_deploy.config import (
+    BackboneConfig,
+    DetectorConfig,
+    FDConvConfig,
+    FPNConfig,
+    MaskHeadConfig,
+    RoIConfig,
+)
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.detection import build_detector
 from fdconv_deploy.nn.detection.fpn import FPN
@@ -39,7 +45,7 @@ KN64 = FDConvConfig(kernel_num=64)
 @pytest.mark.parametrize("kind", ["mask_rcnn", "faster_rcnn"])
 @pytest.mark.parametrize("form", ["fdconv_kn64", "plain"])
 def test_keys_and_parameters(oracle, kind, form):
-    architecture = DetectorArchitecture(
+    architecture = DetectorConfig(
         backbone=BackboneConfig(conv=None if form == "plain" else KN64),
         mask_head=MaskHeadConfig() if kind == "mask_rcnn" else None,
     )
@@ -58,16 +64,14 @@ def test_keys_and_parameters(oracle, kind, form):
 def test_what_does_not_fit_is_refused():
     backbone = BackboneConfig(depth=18, base_channels=8, conv=None)
     with pytest.raises(UnsupportedLayerError, match=r"has 4 levels.*5 strides"):
-        build_detector(DetectorArchitecture(backbone=backbone, neck=FPNConfig(num_outs=4)))
+        build_detector(DetectorConfig(backbone=backbone, neck=FPNConfig(num_outs=4)))
     with pytest.raises(UnsupportedLayerError, match=r"num_outs.*below the 4"):
         FPN(FPNConfig(num_outs=3))
     with pytest.raises(UnsupportedLayerError, match="mask head 7"):
-        build_detector(
-            DetectorArchitecture(backbone=backbone, mask_head=MaskHeadConfig(num_classes=7))
-        )
+        build_detector(DetectorConfig(backbone=backbone, mask_head=MaskHeadConfig(num_classes=7)))
     far = MaskHeadConfig(roi=RoIConfig(featmap_strides=(4, 8, 16, 32, 64, 128)))
     with pytest.raises(UnsupportedLayerError, match="6 levels"):
-        build_detector(DetectorArchitecture(backbone=backbone, mask_head=far))
+        build_detector(DetectorConfig(backbone=backbone, mask_head=far))
 
 
 @torch.no_grad()
