@@ -44,33 +44,22 @@ class Admission:
                 f"The request holds {images} images, and {self._limit} is all that the service "
                 "takes at a time. Send them in several requests.",
             )
-        full = self._full(client, images)
-        if full == "client":
-            self._on_reject(full)
+        own = settings.client_limit
+        if own is not None and self._clients[client] + images > own:
+            self._on_reject("client")
             raise RefusedError(
                 429,
                 "You have as many images in hand here as one client may "
-                f"({settings.client_limit}). Wait for answers before sending more.",
+                f"({own}). Wait for answers before sending more.",
                 self.retry_after(),
             )
-        if full == "queue":
-            self._on_reject(full)
+        if self.in_hand + images > self._limit:
+            self._on_reject("queue")
             raise RefusedError(
                 503,
                 "The service has as many requests waiting as it takes. Try again in a moment.",
                 self.retry_after(),
             )
-
-    def has_room(self, client: str, images: int = 1) -> bool:
-        """Whether :meth:`check_room` would let them pass."""
-        return self._full(client, images) is None
-
-    def _full(self, client: str, images: int) -> str | None:
-        """What has no room for them: the client's share or the queue."""
-        own = self._settings.client_limit
-        if own is not None and self._clients[client] + images > own:
-            return "client"
-        return "queue" if self.in_hand + images > self._limit else None
 
     @contextmanager
     def admit(self, client: str, images: int = 1) -> Iterator[None]:
@@ -79,23 +68,15 @@ class Admission:
         :raises RefusedError: as :meth:`check_room`.
         """
         self.check_room(client, images)
-        self.take(client, images)
+        self.in_hand += images
+        self._clients[client] += images
         try:
             yield
         finally:
-            self.give(client, images)
-
-    def take(self, client: str, images: int) -> None:
-        """Hold places that there are, until :meth:`give`."""
-        self.in_hand += images
-        self._clients[client] += images
-
-    def give(self, client: str, images: int) -> None:
-        """Give places back."""
-        self.in_hand -= images
-        self._clients[client] -= images
-        if not self._clients[client]:
-            del self._clients[client]
+            self.in_hand -= images
+            self._clients[client] -= images
+            if not self._clients[client]:
+                del self._clients[client]
 
     def retry_after(self) -> dict[str, str]:
         """The header that says when to come back."""

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fdconv_deploy.serve import errors as problems
 from fdconv_deploy.serve import openapi
 from fdconv_deploy.serve.middleware import Edge
-from fdconv_deploy.serve.routes import ROUTERS, infer_at_once
+from fdconv_deploy.serve.routes import ROUTERS
 from fdconv_deploy.serve.security import Keys
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.settings import Settings
@@ -73,9 +73,7 @@ def create_app(
         redirect_slashes=False,
         # Edge does that, with the stages; versions without it take any name.
         telemetry={"tracing": False, "metrics": False, "logs": False},
-        middleware=[
-            Middleware(Edge, keys=keys, shortcut=infer_at_once, root_path=settings.root_path)
-        ],
+        middleware=[Middleware(Edge, keys=keys, root_path=settings.root_path)],
     )
     app.state.service, app.state.api_keys = service, keys
     problems.install(app)

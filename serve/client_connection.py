@@ -50,13 +50,10 @@ class Connection(Protocol):
 
 
 class Exchange:
-    """One request and its answer, as the connection sees them.
+    """One request and its answer, as the connection sees them."""
 
-    ``body``: the whole of it where it is there already, laid out as for inference, else None.
-    """
-
-    def __init__(self, connection: Connection, body: memoryview | None = None) -> None:
-        self._connection, self.body = connection, body
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self._on_lost: Callable[[], None] | None = None
         self._lost = False
 

@@ -91,25 +91,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
 
 
-def answer_to(request: Request, error: Exception) -> Response:
-    """The answer to an error, where no middleware makes it.
-
-    :raises Exception: ``error`` itself, when it is not one that was foreseen.
-    """
-    for kind in type(error).__mro__:
-        if kind in _FORESEEN:
-            return _FORESEEN[kind](request, error)
-    raise error
-
-
-def response_to(request: Request, error: Exception) -> Response:
-    """As :func:`answer_to`, and where ``error`` was not foreseen, that the service failed."""
-    try:
-        return answer_to(request, error)
-    except Exception as unforeseen:
-        return _unexpected(request, unforeseen)
-
-
 def _request_problem(request: Request, error: Exception) -> Response:
     found = cast(RefusedError, error)
     return problem_response(request, found.status, found.detail, found.headers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, problem_response
@@ -45,21 +44,12 @@ def accepted_id(given: str) -> str:
 class Edge:
     """The outermost layer of the application.
 
-    :param shortcut: gives the application of a request that needs no other layer, if it is one,
-        by its scope and its path below the prefix.
     :param root_path: the prefix a proxy serves this application under, which it may take off
         the paths it passes on, or leave there. A server's own (ASGI's ``root_path``) comes first.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        keys: Keys,
-        shortcut: Callable[[Scope, str], ASGIApp | None],
-        root_path: str = "",
-    ) -> None:
-        self.app, self._keys, self._shortcut = app, keys, shortcut
-        self._root_path = root_path
+    def __init__(self, app: ASGIApp, keys: Keys, root_path: str = "") -> None:
+        self.app, self._keys, self._root_path = app, keys, root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI event."""
@@ -95,8 +85,8 @@ class Edge:
         if method == "HEAD":  # as GET, of which it wants the head: FastAPI's routes do not
             scope["method"] = "GET"
         try:
-            app = self._refusal(scope, path, headers, state) or self._shortcut(scope, path)
-            await (app or self.app)(scope, receive, send_named)
+            app = self._refusal(scope, path, headers, state) or self.app
+            await app(scope, receive, send_named)
         finally:
             record(
                 service,

@@ -133,21 +133,13 @@ class Repository:
                 raise self._unavailable(
                     f"The model {model.name!r} cannot be loaded; the server's log says why."
                 ) from error
-        self.hold(model, version)
+        version.leases += 1
+        model.last_used = time.monotonic()
         try:
             yield version
         finally:
-            self.release(version)
-
-    def hold(self, model: Model, version: Version) -> None:
-        """Lease the model's version, which is loaded, until :meth:`release`."""
-        version.leases += 1
-        model.last_used = time.monotonic()
-
-    def release(self, version: Version) -> None:
-        """End a lease; the last one of a version that was replaced closes it."""
-        version.leases -= 1
-        self._close_if_done(version)
+            version.leases -= 1
+            self._close_if_done(version)
 
     async def load(self, model: Model) -> None:
         """Load a model anew, replacing the version there is.

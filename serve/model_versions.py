@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +30,6 @@ class Version:
     owned: bool
     leases: int = 0
     retired: bool = False
-    # By a plain request's JSON, its answer's; see fdconv_deploy.serve.kserve.direct.
-    answers: dict[bytes, bytes] = field(default_factory=dict)
-
-    @cached_property
-    def image_bytes(self) -> int:
-        """What one image's normalised tensor takes."""
-        height, width = self.session.input_size
-        return self.session.channels * height * width * 4
 
 
 @dataclass(eq=False)

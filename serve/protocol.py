@@ -13,13 +13,12 @@ from typing import Any
 
 import httptools
 from fdconv_deploy.serve.client_connection import Exchange, Front, Reader
-from fdconv_deploy.serve.direct_answers import DirectAnswers
 from fdconv_deploy.serve.errors import MEDIA_TYPE, REQUEST_ID, bare_problem
-from fdconv_deploy.serve.kserve.direct import DirectCall, direct_call
 from fdconv_deploy.serve.logging import log_access
 from fdconv_deploy.serve.middleware import SECURITY, accepted_id
 from fdconv_deploy.serve.settings import Settings
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 << 10
@@ -33,7 +32,7 @@ _LINGER_SECONDS = 2.0
 _LAST_REQUEST_SECONDS = 0.5
 
 
-class GuardedProtocol(DirectAnswers):
+class GuardedProtocol(HttpToolsProtocol):
     """One connection. ``settings`` is set on a subclass by :func:`guarded`."""
 
     settings: Settings
@@ -45,7 +44,7 @@ class GuardedProtocol(DirectAnswers):
         self._reading: asyncio.TimerHandle | None = None
         self._size = self._count = 0
         # The exchanges not answered yet, with uvicorn's cycles; several when pipelined.
-        self._exchanges: dict[Exchange | DirectCall, Any] = {}
+        self._exchanges: dict[Exchange, Any] = {}
         self._parted = self._garbled = False
         self.url = b""
         self._closing = _Closing(transport, self._part)
@@ -67,15 +66,9 @@ class GuardedProtocol(DirectAnswers):
         if self.parser is None or self._over:
             return  # answered already; what still arrives is not looked at
         super().data_received(data)
-        call = self.cycle
-        if isinstance(call, DirectCall) and call.wanting:
-            call.receive()
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
-        if isinstance(self.cycle, DirectCall) and self.cycle.settle():
-            self._exchanges.pop(self.cycle)
-            self.server_state.total_requests += 1
         super().on_message_begin()
         self._size = self._count = 0
         if self._sending is None:
@@ -117,28 +110,7 @@ class GuardedProtocol(DirectAnswers):
             )
             return
         self._sending = self.loop.call_later(self.settings.body_seconds, self._too_slow)
-        call = self._direct_call()
-        if call is None:
-            self._enter(Exchange(self))
-        else:
-            self.cycle = call
-            self._exchanges[call] = call
-
-    def _direct_call(self) -> Any:
-        """The request, if it is one to be answered without ASGI."""
-        parser, state = self.parser, getattr(self.config.app, "state", None)
-        if (
-            parser.get_method() != b"POST"
-            or parser.get_http_version() != "1.1"
-            or not parser.should_keep_alive()
-            or self.scheme != "http"
-            or not (self.cycle is None or self.cycle.response_complete)
-            or state is None
-        ):
-            return None
-        return direct_call(self, state.service, state.api_keys)
-
-    def _enter(self, exchange: Exchange) -> None:
+        exchange = Exchange(self)
         exchange.offer(self.scope)  # type: ignore[arg-type]
         super().on_headers_complete()
         self.cycle.transport = self._closing  # type: ignore[assignment]
@@ -148,20 +120,14 @@ class GuardedProtocol(DirectAnswers):
         """A part of the body."""
         if self._over:
             return
-        if isinstance(self.cycle, DirectCall):
-            self.cycle.add(body)
-        else:
-            super().on_body(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The whole request is there."""
         self._stop("_sending")
         if self._over:
             return
-        if isinstance(self.cycle, DirectCall):
-            self.cycle.ended(None)
-        else:
-            super().on_message_complete()
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """The answer is written."""
@@ -257,8 +223,6 @@ class GuardedProtocol(DirectAnswers):
 
     def _too_slow(self) -> None:
         self._sending = None
-        if isinstance(self.cycle, DirectCall) and not self.cycle.claim():
-            return  # it is just being answered
         if self.cycle.response_started:
             self.transport.abort()
             return
@@ -308,7 +272,7 @@ class GuardedProtocol(DirectAnswers):
         """Have a refusal counted and logged, once; the request's id."""
         cycle = self._under_way()
         if cycle is not None:  # the application does, when it finds that nobody waits any more
-            state = cycle.state if isinstance(cycle, DirectCall) else cycle.scope["state"]
+            state = cycle.scope["state"]
             state["refused"] = status
             cycle.disconnected = True
             cycle.message_event.set()

@@ -117,9 +117,6 @@ class Body:
             room[:] = body
             return room
         exchange = exchange_of(self._request.scope)
-        if exchange is not None and exchange.body is not None:
-            self._take(len(exchange.body))
-            return exchange.body
         room = aligned_room(int(length), start)
         if exchange is not None and len(room) >= LARGE:
             await exchange.receive_into(room, self._take)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import partial
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from fdconv_deploy.serve.admission import Admission
 from fdconv_deploy.serve.batching import Scheduler
@@ -24,7 +22,6 @@ from fdconv_deploy.serve.workers.process_pool import Children, IsolatedSession
 
 from fdconv_deploy.runtime import Bundle, Session, open_session
 
-_LATER_SECONDS = 0.003
 log = logging.getLogger("fdconv.serve")
 
 
@@ -45,7 +42,7 @@ class Service:
             codec_threads=settings.codec_threads,
             max_batch=settings.max_batch,
             delay=settings.batch_delay_ms / 1e3,
-            on_batch=self.count_batch,
+            on_batch=self._count_batch,
             on_death=self.metrics.deaths.inc,
             on_failure=self._count_failure,
         )
@@ -66,7 +63,6 @@ class Service:
         self._ready = False
         self.draining = False  # then still answering, and closing connections after answers
         self._tasks: list[asyncio.Task[None]] = []
-        self._later: list[Callable[[], None]] = []
         watch = self.metrics.watch
         watch("fdconv_queue_images", "Images waiting to run.", lambda: self.scheduler.waiting)
         watch("fdconv_running_images", "Images being run.", lambda: self.scheduler.running)
@@ -104,18 +100,6 @@ class Service:
         for stage, seconds in stages:
             self.metrics.stage_seconds.labels(model, stage).observe(seconds)
 
-    def later(self, call: Callable[..., None], *arguments: Any) -> None:
-        """Call in some milliseconds what the next request need not wait for."""
-        if not self._later:
-            asyncio.get_running_loop().call_later(_LATER_SECONDS, self.catch_up)
-        self._later.append(partial(call, *arguments))
-
-    def catch_up(self) -> None:
-        """Call now what was put off."""
-        put_off, self._later = self._later, []
-        for call in put_off:
-            call()
-
     def check_loaded(self) -> None:
         """As :meth:`check_ready`, but a service about to stop still answers.
 
@@ -137,7 +121,6 @@ class Service:
     async def close(self) -> None:
         """Finish what was begun; let go of models and threads."""
         self._ready, self._unready = False, "The service is stopping."
-        self.catch_up()
         for task in self._tasks[1:]:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -191,26 +174,11 @@ class Service:
         if model is None or model.version is None:
             self.metrics.model_bytes.remove(version.name)
 
-    def count_batch(self, lane: Hashable, images: int, seconds: float) -> None:
-        """Count a run of ``images``."""
+    def _count_batch(self, lane: Hashable, images: int, seconds: float) -> None:
         assert isinstance(lane, Version)
-        self.later(self.metrics.batch_size.labels(lane.name).observe, images)
-        self.later(self.statistics[lane.name].ran, images, seconds)
+        self.metrics.batch_size.labels(lane.name).observe(images)
+        self.statistics[lane.name].ran(images, seconds)
 
     def _count_failure(self, lane: Hashable, seconds: float) -> None:
         assert isinstance(lane, Version)
         self.statistics[lane.name].failed(seconds)
-
-
-def noted(
-    state: dict[str, Any], model: str, images: int, stages: list[tuple[str, float]]
-) -> dict[str, float]:
-    """Note in a request's state what was done for it, for counters, log and trace.
-
-    :param stages: (name, seconds) in the order they happened.
-    :returns: milliseconds by stage.
-    """
-    timings = {name: round(seconds * 1e3, 3) for name, seconds in stages}
-    state["facts"] = {"model": model, "images": images, "timings_ms": timings}
-    state["stages"] = stages
-    return timings

@@ -43,7 +43,6 @@ def model_statistics(service: Service, name: str = "", version: str = "") -> dic
 
     :raises RefusedError: 404, there is no such model or version.
     """
-    service.catch_up()
     repository = service.repository
     models = [repository.get_version(name, version)] if name else list(repository)
     return {

@@ -11,6 +11,4 @@ ROUTERS = (
     pages.router,
 )
 
-infer_at_once = kserve.infer_at_once
-
-__all__ = ["ROUTERS", "infer_at_once"]
+__all__ = ["ROUTERS"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Header, Request, Response
 from fdconv_deploy.serve.client_connection import exchange_of
 from fdconv_deploy.serve.errors import ClientGoneError
-from fdconv_deploy.serve.service import Service, noted
+from fdconv_deploy.serve.service import Service
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
@@ -56,7 +56,11 @@ def answered(
     :param stages: (name, seconds) in the order they happened.
     :returns: milliseconds by stage.
     """
-    return noted(request.scope["state"], model, images, stages)
+    timings = {name: round(seconds * 1e3, 3) for name, seconds in stages}
+    state = request.scope["state"]
+    state["facts"] = {"model": model, "images": images, "timings_ms": timings}
+    state["stages"] = stages
+    return timings
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

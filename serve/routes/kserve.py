@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from fdconv_deploy.serve.errors import RefusedError, answer_to, problem_docs
+from fdconv_deploy.serve.errors import RefusedError, problem_docs
 from fdconv_deploy.serve.kserve.inference import EXTENSIONS, infer, model_metadata
 from fdconv_deploy.serve.kserve.model_config import model_config, model_statistics
 from fdconv_deploy.serve.kserve.repository_index import index_of, require_control
@@ -30,8 +29,6 @@ from fdconv_deploy.serve.schemas import (
     ServerMetadata,
     ServerReady,
 )
-from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.version import __version__
@@ -229,36 +226,6 @@ async def run(request: Request, name: str, version: str = "") -> Response:
     if head is None:
         return Parts(parts, "application/json", {})
     return Parts(parts, "application/octet-stream", {HEADER_LENGTH: str(head)})
-
-
-# For the routes' names in the metrics.
-_ROUTES = [
-    Route(path, run, methods=["POST"], include_in_schema=False)
-    for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer")
-]
-_INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
-
-
-def infer_at_once(scope: Scope, path: str) -> ASGIApp | None:
-    """The application that answers an inference request; None when it is none.
-
-    It is the route above without routing, FastAPI's reading of parameters and their
-    middleware, which take longer than the rest of the way.
-    """
-    if scope["method"] != "POST" or (found := _INFER.fullmatch(path)) is None:
-        return None
-    name, version = found[1], found[2] or ""
-    scope["route"] = _ROUTES[bool(version)]
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive, send)
-        try:
-            response = await run(request, name, version)
-        except Exception as error:
-            response = answer_to(request, error)
-        await response(scope, receive, send)
-
-    return answer
 
 
 @router.post("/repository/index", summary="List models and states", responses=problem_docs(401))

@@ -181,7 +181,6 @@ def test_a_thread_that_ends_is_replaced(end: type[BaseException]) -> None:
             *(scheduler.run("m", image(n)) for n in range(4)), return_exceptions=True
         )
         assert [isinstance(o, WorkerDiedError) for o in found] == [False, True, False, False]
-        assert scheduler.alive == 1
 
     on_loop(test, on_death=lambda: deaths.append(1))
     assert deaths == [1]
@@ -259,49 +258,5 @@ def test_a_request_leaves_nothing_to_be_collected(uncollected: None, end: str) -
             await asyncio.sleep(0.1 if end == "late" else 0.01)
         # A worker holds its last batch until it has another.
         assert sum(ref() is not None for ref in left) <= 1
-
-    on_loop(test)
-
-
-def test_what_may_wait_is_delivered_all_the_same() -> None:
-    class Unhurried:
-        unhurried = True
-
-    async def test(scheduler: Scheduler) -> None:
-        scheduler.add_lane("m", Model(), (1,))
-        counted.clear()
-        for _ in range(3):
-            begin = time.perf_counter()
-            found = await scheduler.call("m", Unhurried)
-            assert isinstance(found.rows[0], Unhurried)
-            assert time.perf_counter() - begin < 1
-        # Before the worker turns to what takes long, whoever waits is told.
-        waiting = asyncio.ensure_future(scheduler.call("m", Unhurried))
-        await asyncio.sleep(0)
-        release = threading.Event()
-        blocked = asyncio.ensure_future(scheduler.call("m", lambda: release.wait(20)))
-        await asyncio.wait_for(waiting, 5)
-        release.set()
-        await blocked
-        assert counted == [1]  # only what is not unhurried
-
-    counted: list[int] = []
-    on_loop(test, on_batch=lambda lane, images, seconds: counted.append(images))
-
-
-def test_a_request_taken_back_is_not_told() -> None:
-    async def test(scheduler: Scheduler) -> None:
-        model, told = Model(held=True), []
-        scheduler.add_lane("m", model, (1,))
-        first = scheduler.submit("m", image(1), float("inf"), told.append)
-        await until(lambda: scheduler.running == 1)
-        second = scheduler.submit("m", image(2), scheduler._clock() + 0.01, told.append)
-        first()
-        second()
-        model.go_on.release()
-        await until(lambda: scheduler.running == 0)
-        await asyncio.sleep(0.05)
-        assert (told, model.batches) == ([], [[1.0]])
-        assert scheduler.idle
 
     on_loop(test)
