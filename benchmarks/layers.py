@@ -29,7 +29,7 @@ from fdconv_deploy.latency import machine
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.profiling.attribution import PARTS, WARM_UP, ProfiledGraph, by_layer
 from fdconv_deploy.profiling.torch_profile import ProfiledNetwork
-from fdconv_deploy.runtime.segment_files import write_whole
+from fdconv_deploy.runtime.result_files import write_whole
 
 HEIGHT = 3.7  # inches
 # Bars of one layer lie over each other, the widest behind: widths and colours.

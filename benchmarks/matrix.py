@@ -37,7 +37,7 @@ from benchmarks.cases import (
 from benchmarks.records import FOLDER, write_json
 from benchmarks.speed import add_arguments
 from fdconv_deploy.latency import machine
-from fdconv_deploy.runtime.backends.cores import available_cores
+from fdconv_deploy.runtime.backends.threads import available_cores
 
 Measure = Callable[[Case], dict[str, Any]]
 

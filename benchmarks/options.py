@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.records import write_json
 from fdconv_deploy.latency import machine
-from fdconv_deploy.runtime.backends.cores import available_cores
+from fdconv_deploy.runtime.backends.threads import available_cores
 
 
 def script(description: str | None, *, threads: bool = True) -> argparse.ArgumentParser:

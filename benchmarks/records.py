@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.runtime.segment_files import write_whole
+from fdconv_deploy.runtime.result_files import write_whole
 
 FOLDER = Path(__file__).parent / "results"
 

@@ -18,7 +18,7 @@ from benchmarks.records import FOLDER, every, newest
 from benchmarks.speed import SIDES
 from fdconv_deploy.latency import machine
 from fdconv_deploy.profiling.attribution import PARTS
-from fdconv_deploy.runtime.segment_files import write_whole
+from fdconv_deploy.runtime.result_files import write_whole
 
 DOCS = machine.ROOT / "docs"
 NAMES = {"backbone": "ResNet backbone", "upernet": "UPerNet, 150 classes"}

@@ -19,7 +19,7 @@ from fdconv_deploy.serve.settings import Settings
 
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Segmentation, Session
-from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE
+from fdconv_deploy.runtime.detection import SHOWN_SCORE
 from fdconv_deploy.runtime.multiband import FORMATS, check_format
 from fdconv_deploy.runtime.postprocessing import logit_map
 from fdconv_deploy.runtime.preprocessing import resize

@@ -99,7 +99,7 @@ def _answer(session: Session) -> None:
     from PIL import Image
 
     from fdconv_deploy.runtime.input_files import Source
-    from fdconv_deploy.runtime.segment_files import segment_files
+    from fdconv_deploy.runtime.result_files import segment_files
 
     assert session.bundle.digest
     assert all((session.choice, session.operators, session.ways))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.runtime.backends.tensorrt_backend import Messages
+from fdconv_deploy.runtime.backends.tensorrt import Messages
 from fdconv_deploy.runtime.backends.tensorrt_engines import Hardware, write_whole
 
 LEVELS: dict[Hardware, str] = {

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.runtime.backends import BackendOptions
-from fdconv_deploy.runtime.backends.onnxruntime_backend import CPU, OnnxRuntimeBackend
+from fdconv_deploy.runtime.backends.onnxruntime import CPU, OnnxRuntimeBackend
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import OutputParity
 

@@ -118,7 +118,7 @@ def bench(
     from fdconv_deploy.latency.sections import add_divergences, add_profiles, check_divergences
     from fdconv_deploy.latency.targets import plan
     from fdconv_deploy.latency.thresholds import Floors
-    from fdconv_deploy.runtime.backends.cores import available_cores
+    from fdconv_deploy.runtime.backends.threads import available_cores
 
     wanted = [
         (file, render)
@@ -209,7 +209,7 @@ def check_places(files: list[Path]) -> None:
 
 def write(file: Path, text: str) -> None:
     """Write a file whole, or print it for ``-``."""
-    from fdconv_deploy.runtime.segment_files import write_whole
+    from fdconv_deploy.runtime.result_files import write_whole
 
     if file == STDOUT:
         print(text, end="")

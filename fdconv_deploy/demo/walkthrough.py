@@ -25,7 +25,7 @@ from fdconv_deploy.export.validation.verify import verify_bundle
 from fdconv_deploy.latency.machine import QUIET, Bystanders
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime import Session, open_session, read_image
-from fdconv_deploy.runtime.segment_files import write_whole
+from fdconv_deploy.runtime.result_files import write_whole
 from fdconv_deploy.runtime.segmentation import class_palette
 from fdconv_deploy.runtime.visualization import encode, overlay
 

@@ -14,7 +14,7 @@ from fdconv_deploy.evaluation.coco import CocoSet
 from fdconv_deploy.evaluation.coco_annotations import Annotations
 from fdconv_deploy.evaluation.interleaving import Answer, Side, Timed, Turns, bundle_details
 from fdconv_deploy.runtime import Detection, Session
-from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE
+from fdconv_deploy.runtime.detection import SHOWN_SCORE
 
 # Two objects of one class are the same from this intersection over union on.
 _SAME = 0.9

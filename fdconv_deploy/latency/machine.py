@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fdconv_deploy.latency.nvml import describe_gpus
-from fdconv_deploy.runtime.backends.cores import available_cores, cpu_quota
+from fdconv_deploy.runtime.backends.threads import available_cores, cpu_quota
 
 ROOT = Path(__file__).resolve().parents[2]
 # Others may take this share of the machine before a measurement is called noisy.

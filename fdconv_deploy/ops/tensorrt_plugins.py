@@ -22,7 +22,7 @@ import numpy.typing as npt
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops.compile_kernels import CompiledKernel, compile_kernel
 from fdconv_deploy.ops.launch import KernelLaunch
-from fdconv_deploy.runtime.backends.cores import available_cores
+from fdconv_deploy.runtime.backends.threads import available_cores
 
 NAMESPACE = "fdconv"
 # TensorRT's types by numpy's names, as TensorRT's plugin layer writes them.

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fdconv_deploy.config import Preprocessing, SegmentorConfig
 from fdconv_deploy.errors import ImageError
+from fdconv_deploy.runtime.graph_runner import Runner
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.postprocessing import label_map
 from fdconv_deploy.runtime.preprocessing import (
@@ -22,7 +23,6 @@ from fdconv_deploy.runtime.preprocessing import (
     resize,
 )
 from fdconv_deploy.runtime.resize import Labels, Logits
-from fdconv_deploy.runtime.runner import Runner
 from fdconv_deploy.runtime.segmentation import Segmentation, class_names, class_palette
 from fdconv_deploy.runtime.sliding_inference import slide
 

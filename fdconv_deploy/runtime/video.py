@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 
 from fdconv_deploy.errors import ImageError, in_the_way
-from fdconv_deploy.runtime.detection.detection import Detection
+from fdconv_deploy.runtime.detection import Detection
 from fdconv_deploy.runtime.images import MAX_PIXELS, ImageTooLargeError
 from fdconv_deploy.runtime.input_files import Source
-from fdconv_deploy.runtime.segment_files import Answering, Picture, make_folder, write_whole
+from fdconv_deploy.runtime.result_files import Answering, Picture, make_folder, write_whole
 from fdconv_deploy.runtime.segmentation import Segmentation
 
 Progress = Callable[[int, int | None], None]

@@ -39,7 +39,7 @@ from fdconv_deploy.serve.schemas import (
 from fdconv_deploy.serve.segment_stages import Wanted, segment
 from pydantic import BaseModel, ConfigDict, Field
 
-from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE
+from fdconv_deploy.runtime.detection import SHOWN_SCORE
 
 router = APIRouter(tags=["segmentation"])
 

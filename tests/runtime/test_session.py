@@ -18,7 +18,7 @@ from fdconv_deploy.config import Preprocessing, TestMode
 from fdconv_deploy.errors import BackendError, BundleError, ImageError
 from fdconv_deploy.runtime import Bundle, Session, open_session, read_image
 from fdconv_deploy.runtime import backends as backends_module
-from fdconv_deploy.runtime.backends import onnxruntime_backend as ort_module
+from fdconv_deploy.runtime.backends import onnxruntime as ort_module
 from fdconv_deploy.runtime.bundle import sha256_of
 from fdconv_deploy.runtime.postprocessing import logit_map
 from fdconv_deploy.runtime.preprocessing import normalise

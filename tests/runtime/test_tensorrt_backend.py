@@ -17,7 +17,7 @@ from fdconv_deploy.errors import BackendError, BundleError
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.runtime.backends import BACKENDS, BackendOptions
 from fdconv_deploy.runtime.backends.cuda import Cuda
-from fdconv_deploy.runtime.backends.tensorrt_backend import (
+from fdconv_deploy.runtime.backends.tensorrt import (
     CONTEXTS,
     TensorRTBackend,
     import_tensorrt,

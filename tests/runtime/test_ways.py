@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.runtime import Bundle, Session, open_session, runner
+from fdconv_deploy.runtime import Bundle, Session, graph_runner, open_session
 from tests.runtime import toy
 
 SECOND = 0.01  # what one image takes with all threads
@@ -140,7 +140,7 @@ class TestForReal:
     @pytest.fixture
     def session(self, toy_bundle, monkeypatch):
         """ONNX Runtime with images side by side, however fast they are."""
-        monkeypatch.setattr(runner, "_BETTER", 1e9)
+        monkeypatch.setattr(graph_runner, "_BETTER", 1e9)
         with open_session(toy_bundle, "onnxruntime-cpu", threads=2) as opened:
             opened.warm_up()
             assert opened.ways[4] == "single images, 2 at a time"

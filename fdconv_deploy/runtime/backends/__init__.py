@@ -12,14 +12,14 @@ from fdconv_deploy.runtime.backends.base import (
     Tensors,
     feeds_problem,
 )
-from fdconv_deploy.runtime.backends.onnxruntime_backend import (
+from fdconv_deploy.runtime.backends.onnxruntime import (
     CPU,
     CUDA,
     OnnxRuntimeBackend,
     cuda_problem,
 )
 from fdconv_deploy.runtime.backends.onnxruntime_tensorrt import OnnxRuntimeTensorRTBackend
-from fdconv_deploy.runtime.backends.tensorrt_backend import TensorRTBackend
+from fdconv_deploy.runtime.backends.tensorrt import TensorRTBackend
 from fdconv_deploy.runtime.backends.tensorrt_engines import find_engine, has_engines
 from fdconv_deploy.runtime.bundle import Bundle
 

@@ -10,7 +10,7 @@ from typing import Any
 from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.runtime.backends.base import BackendOptions
-from fdconv_deploy.runtime.backends.onnxruntime_backend import (
+from fdconv_deploy.runtime.backends.onnxruntime import (
     CPU,
     CUDA,
     OnnxRuntimeBackend,

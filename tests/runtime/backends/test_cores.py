@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fdconv_deploy.runtime.backends.cores import available_cores, cpu_quota
+from fdconv_deploy.runtime.backends.threads import available_cores, cpu_quota
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.runtime import Bundle, BundleWriter, Manifest, open_session
-from fdconv_deploy.runtime.backends import onnxruntime_backend
-from fdconv_deploy.runtime.backends.cores import available_cores
+from fdconv_deploy.runtime.backends import onnxruntime as backend_module
+from fdconv_deploy.runtime.backends.threads import available_cores
 from fdconv_deploy.runtime.manifest import TensorSpec
 
 
@@ -91,4 +91,4 @@ class TestErrors:
         assert "Unexpected input data type" in str(caught.value)
 
     def test_first_line_of_nothing_is_the_errors_name(self) -> None:
-        assert onnxruntime_backend.first_line(ValueError()) == "ValueError"
+        assert backend_module.first_line(ValueError()) == "ValueError"

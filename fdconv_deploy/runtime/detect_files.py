@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fdconv_deploy.runtime.detection.detection import SHOWN_SCORE, Detection
-from fdconv_deploy.runtime.detection.pipeline import PreparedDetection
+from fdconv_deploy.runtime.detection import SHOWN_SCORE, Detection
+from fdconv_deploy.runtime.detection_pipeline import PreparedDetection
 from fdconv_deploy.runtime.input_files import Source
-from fdconv_deploy.runtime.segment_files import (
+from fdconv_deploy.runtime.result_files import (
     Answering,
     Failed,
     answered,

@@ -12,8 +12,8 @@ from PIL import Image
 
 from fdconv_deploy.coco_rle import Rle, encode_part
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.detection.masks import Pasted, Probabilities, paste
-from fdconv_deploy.runtime.detection.visualization import draw_instances, instance_colours
+from fdconv_deploy.runtime.detection_visualization import draw_instances, instance_colours
+from fdconv_deploy.runtime.instance_masks import Pasted, Probabilities, paste
 from fdconv_deploy.runtime.preprocessing import FitDone
 from fdconv_deploy.runtime.visualization import RGB, encode, mask_png
 

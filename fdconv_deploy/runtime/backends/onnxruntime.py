@@ -13,7 +13,7 @@ from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops.native import SWITCH, native_library
 from fdconv_deploy.runtime.backends.base import BackendOptions, Tensors
-from fdconv_deploy.runtime.backends.cores import available_cores
+from fdconv_deploy.runtime.backends.threads import available_cores
 from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.bundle import Bundle
 

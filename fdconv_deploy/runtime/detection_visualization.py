@@ -14,7 +14,7 @@ from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime.visualization import RGB, as_rgb, default_palette
 
 if TYPE_CHECKING:
-    from fdconv_deploy.runtime.detection.detection import Detection
+    from fdconv_deploy.runtime.detection import Detection
 
 Picture = npt.NDArray[np.uint8]
 

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from fdconv_deploy.config import DetectorConfig
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.detection.detection import Detection
-from fdconv_deploy.runtime.detection.letterbox import DetectorPlacement
-from fdconv_deploy.runtime.detection.preprocessing import finish, prepare
-from fdconv_deploy.runtime.runner import Runner, Tensors
+from fdconv_deploy.runtime.detection import Detection
+from fdconv_deploy.runtime.detection_letterbox import DetectorPlacement
+from fdconv_deploy.runtime.detection_preprocessing import finish, prepare
+from fdconv_deploy.runtime.graph_runner import Runner, Tensors
 
 Rows = npt.NDArray[Any]  # of a structured type: a field for each tensor, a row for each image
 

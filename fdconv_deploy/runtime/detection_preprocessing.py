@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.config import DetectorConfig, Preprocessing
-from fdconv_deploy.runtime.detection.detection import Detection
-from fdconv_deploy.runtime.detection.letterbox import DetectorPlacement, place_whole
+from fdconv_deploy.runtime.detection import Detection
+from fdconv_deploy.runtime.detection_letterbox import DetectorPlacement, place_whole
 from fdconv_deploy.runtime.preprocessing import check_image, normalise, resize
 from fdconv_deploy.runtime.visualization import RGB, default_palette
 
