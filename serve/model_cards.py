@@ -17,8 +17,7 @@ from fdconv_deploy.serve.schemas import (
 
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime import Bundle
-from fdconv_deploy.runtime.detection import SHOWN_SCORE
-from fdconv_deploy.runtime.detection_preprocessing import detector_classes, detector_palette
+from fdconv_deploy.runtime.detection import SHOWN_SCORE, detector_classes, detector_palette
 from fdconv_deploy.runtime.segmentation import class_names, class_palette
 from fdconv_deploy.runtime.sliding_window import slide_stride
 

@@ -12,8 +12,8 @@ import numpy as np
 from fdconv_deploy.serve.schemas import Benchmark, ModelCard
 
 from fdconv_deploy.runtime import Session
+from fdconv_deploy.runtime.batching import least_seconds
 from fdconv_deploy.runtime.bundle import MANIFEST_NAME
-from fdconv_deploy.runtime.measuring import least_seconds
 
 # What timing may add to a model's loading, beyond one run of each batch size.
 MOST_SECONDS = 1.0

@@ -29,8 +29,7 @@ from fdconv_deploy.errors import BackendError, ExportError
 from fdconv_deploy.ops.launch import KernelLaunch
 from fdconv_deploy.ops.tensorrt_plugins import launch_of, precompile, register_plugins, set_target
 from fdconv_deploy.runtime.backends import BackendOptions
-from fdconv_deploy.runtime.backends.cuda import Cuda
-from fdconv_deploy.runtime.backends.tensorrt import TensorRTBackend, import_tensorrt
+from fdconv_deploy.runtime.backends.tensorrt import Cuda, TensorRTBackend, import_tensorrt
 from fdconv_deploy.runtime.backends.tensorrt_engines import (
     FOLDER,
     EngineRecord,

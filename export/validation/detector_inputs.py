@@ -10,7 +10,7 @@ from fdconv_deploy.export.validation.sample_inputs import Picture
 from torch import Tensor
 
 from fdconv_deploy.config import Preprocessing
-from fdconv_deploy.runtime.detection_letterbox import place_whole
+from fdconv_deploy.runtime.detection import place_whole
 from fdconv_deploy.runtime.preprocessing import normalise, resize
 from fdconv_deploy.sample_images import sample_image
 

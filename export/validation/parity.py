@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.runtime.manifest import OutputParity
-from fdconv_deploy.runtime.resize import logit_of
+from fdconv_deploy.runtime.postprocessing import logit_of
 
 Arrays = Mapping[str, NDArray]
 

@@ -70,8 +70,7 @@ def build(
         raise FDConvError(f"--workspace is a number of MB, 1 or more; not {workspace}.")
     if tolerance is not None and not 0 <= tolerance < float("inf"):
         raise FDConvError(f"--tolerance is a share, 0 or more, e.g. 1e-3; not {tolerance:g}.")
-    from fdconv_deploy.runtime.backends.cuda import Cuda
-    from fdconv_deploy.runtime.backends.tensorrt import import_tensorrt
+    from fdconv_deploy.runtime.backends.tensorrt import Cuda, import_tensorrt
     from fdconv_deploy.runtime.bundle import Bundle
 
     opened = Bundle.open(bundle)

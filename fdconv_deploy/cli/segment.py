@@ -18,9 +18,8 @@ from fdconv_deploy.errors import ImageError
 
 if TYPE_CHECKING:
     from fdconv_deploy.runtime import Session
-    from fdconv_deploy.runtime.detect_files import DetectionResult
     from fdconv_deploy.runtime.input_files import Source
-    from fdconv_deploy.runtime.result_files import Failed, FileResult
+    from fdconv_deploy.runtime.result_files import DetectionResult, Failed, FileResult
     from fdconv_deploy.runtime.video import VideoResult
 
 
@@ -167,9 +166,10 @@ def _results(
     failed: Failed,
 ) -> Iterator[FileResult | DetectionResult | VideoResult]:
     """Results one by one as they are written: those of images, then those of videos."""
-    from fdconv_deploy.runtime.detect_files import detect_files, detector_answering
     from fdconv_deploy.runtime.detection import SHOWN_SCORE
     from fdconv_deploy.runtime.result_files import (
+        detect_files,
+        detector_answering,
         is_there,
         segment_files,
         segmentor_answering,

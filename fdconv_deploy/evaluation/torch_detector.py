@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from fdconv_deploy.evaluation.interleaving import Answer, Side
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.runtime import Detection
-from fdconv_deploy.runtime.detection_letterbox import published_input
-from fdconv_deploy.runtime.detection_preprocessing import detector_classes, finish, prepare
+from fdconv_deploy.runtime.detection import detector_classes, finish, prepare, published_input
 from fdconv_deploy.runtime.preprocessing import check_image
 
 

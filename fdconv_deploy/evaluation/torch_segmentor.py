@@ -26,7 +26,7 @@ from fdconv_deploy.runtime.preprocessing import (
 )
 from fdconv_deploy.runtime.segmentation import class_names
 from fdconv_deploy.runtime.session import Mode
-from fdconv_deploy.runtime.sliding_inference import slide
+from fdconv_deploy.runtime.sliding_window import slide
 
 
 def torch_side(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any, TypeVar
 
 
 def linear_cost(batch: int) -> float:
@@ -61,3 +63,34 @@ def _plan(images: int, sizes: tuple[int, ...], cost: Callable[[int], float]) -> 
             )
         )
     return (bulk,) * many + best[rest][2]
+
+
+Key = TypeVar("Key", bound=Hashable)
+ROUNDS = 5
+# What timing may add to a start: after the first round, none begins later than this.
+SECONDS = 4.0
+
+
+def least_seconds(
+    runs: Mapping[Key, Callable[[], Any]],
+    *,
+    rounds: int = ROUNDS,
+    seconds: float = SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Key, float]:
+    """The least seconds of each run, taking turns: others' work only ever adds to a time.
+
+    :param runs: each has been run before, so that none pays for its first time.
+    :param seconds: no further round starts after this long.
+    """
+    found: dict[Key, float] = {}
+    began = clock()
+    for turn in range(rounds):
+        if turn and clock() - began > seconds:
+            break
+        for key, run in runs.items():
+            start = clock()
+            run()
+            spent = clock() - start
+            found[key] = min(spent, found.get(key, spent))
+    return found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,16 +15,95 @@ import numpy.typing as npt
 
 from fdconv_deploy.errors import BackendError, BundleError
 from fdconv_deploy.runtime.backends import Backend, Graph, feeds_problem
-from fdconv_deploy.runtime.batching import measured_cost, plan_batches
+from fdconv_deploy.runtime.backends.base import Tensors
+from fdconv_deploy.runtime.batching import least_seconds, measured_cost, plan_batches
 from fdconv_deploy.runtime.bundle import Bundle
-from fdconv_deploy.runtime.graphs import LazyGraphs
-from fdconv_deploy.runtime.measuring import least_seconds
-from fdconv_deploy.runtime.side_by_side import SideBySide, divides
+from fdconv_deploy.runtime.manifest import TensorSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Tensors = dict[str, npt.NDArray[Any]]
+
+class LazyGraphs:
+    """Loads every graph once, whichever thread asks first. Closed, it refuses.
+
+    :param load: loads the graph of a batch size.
+    :param loaded: graphs there are already.
+    """
+
+    def __init__(self, load: Callable[[int], Graph], loaded: Mapping[int, Graph]) -> None:
+        self._load = load
+        self._graphs = dict(loaded)
+        self._lock = threading.Lock()
+        self.closed = False
+
+    @property
+    def loaded(self) -> tuple[int, ...]:
+        """The batch sizes whose graphs are in memory, ascending."""
+        return tuple(sorted(self._graphs.copy()))  # a copy: others may be loading
+
+    def get(self, batch: int) -> Graph:
+        """The graph of a batch size.
+
+        :raises BackendError: it cannot be loaded, or the session is closed.
+        """
+        graph = self._graphs.get(batch)
+        if graph is None and not self.closed:
+            # Only what is not loaded yet waits for the lock, so that one batch size can
+            # load while another answers.
+            with self._lock:
+                if not self.closed:
+                    if batch not in self._graphs:
+                        self._graphs[batch] = self._load(batch)
+                    graph = self._graphs[batch]
+        if graph is None or self.closed:
+            raise BackendError("The session is closed; open the bundle again.")
+        return graph
+
+    def drop(self, batch: int) -> None:
+        """Let go of a graph; asked for again, it is loaded again."""
+        with self._lock:
+            self._graphs.pop(batch, None)
+
+    def close(self) -> None:
+        """Let go of every graph. Runs under way end first."""
+        with self._lock:
+            self.closed = True
+            self._graphs.clear()
+
+
+class SideBySide:
+    """Runs any number of images by the graph of one. See :class:`Graph`.
+
+    On a CPU this may cost less than a graph of the batch: FDConv makes kernels per image, so a
+    batch shares next to no work; threads that each have an image of their own do not wait for
+    each other after every operator; and a layer's answer is read again while it is still in a
+    cache, where that of four images is not.
+
+    :param graph: takes one image, on its share of the threads.
+    :param streams: images at a time, over all callers.
+    """
+
+    def __init__(self, graph: Graph, streams: int) -> None:
+        self._graph = graph
+        self._pool = ThreadPoolExecutor(streams, "image")
+
+    def run(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
+        """Every output by name. See :class:`Graph`."""
+        count = len(next(iter(feeds.values())))
+        singles = ({name: rows[i : i + 1] for name, rows in feeds.items()} for i in range(count))
+        parts = list(self._pool.map(self._graph.run, singles))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def divides(batch: int, one: Iterable[TensorSpec], many: Iterable[TensorSpec]) -> bool:
+    """Whether tensors of a batch are those of single images, one after another."""
+    shapes = {spec.name: spec.shape for spec in many}
+    return all(
+        spec.shape[:1] == (1,) and shapes.get(spec.name) == (batch, *spec.shape[1:]) for spec in one
+    )
+
+
 # Of what a batch's graph takes, the most that images side by side may take to be preferred: they
 # need a graph of their own in memory, so more than noise.
 _BETTER = 0.98

@@ -8,17 +8,178 @@ are bilinear with the head's ``align_corners``. They are done as one here.
 
 from __future__ import annotations
 
-from fdconv_deploy.runtime.resize import (
-    ArrayRows,
-    Labels,
-    Logits,
-    Taps,
-    bilinear,
-    labels_of,
-    resize_logits,
-)
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
-__all__ = ["Labels", "Logits", "label_map", "logit_map"]
+import numpy as np
+import numpy.typing as npt
+
+Labels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+Logits = npt.NDArray[np.float32]
+
+_BLOCK_BYTES = 16 << 20  # of interpolated logits alive at once, per intermediate
+_TILE = 48  # output columns per matrix product: few enough that the band stays narrow
+
+
+@dataclass(frozen=True)
+class Taps:
+    """A linear map along one axis: output i is Σ_t ``weight[i, t]`` · input[``index[i, t]``].
+
+    ``index`` (n_out, t) int64, non-decreasing down each column; ``weight`` (n_out, t) float64.
+    """
+
+    index: npt.NDArray[np.int64]
+    weight: npt.NDArray[np.float64]
+
+    @property
+    def size(self) -> int:
+        """The length of the output."""
+        return len(self.index)
+
+    @property
+    def identity(self) -> bool:
+        """Whether the output is the beginning of the input, unchanged."""
+        return self.index.shape[1] == 1 and bool(
+            np.array_equal(self.index[:, 0], np.arange(self.size))
+        )
+
+    def after(self, first: Taps) -> Taps:
+        """This map applied to the output of ``first``, or to the beginning of it."""
+        if self.identity:
+            return Taps(first.index[: self.size], first.weight[: self.size])
+        index = first.index[self.index].reshape(self.size, -1)
+        weight = (self.weight[:, :, None] * first.weight[self.index]).reshape(self.size, -1)
+        return Taps(index, weight)
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """The input range that outputs ``start`` to ``stop`` depend on."""
+        part = self.index[start:stop]
+        return int(part.min()), int(part.max()) + 1
+
+    def matrix(self, start: int, stop: int) -> Logits:
+        """Outputs ``start`` to ``stop`` as a dense matrix over their :meth:`span`."""
+        low, high = self.span(start, stop)
+        dense = np.zeros((stop - start, high - low))
+        rows = np.arange(stop - start)[:, None]
+        np.add.at(dense, (rows, self.index[start:stop] - low), self.weight[start:stop])
+        return dense.astype(np.float32)
+
+
+def bilinear(n_in: int, n_out: int, *, align_corners: bool) -> Taps:
+    """The taps of ``F.interpolate(mode="bilinear")`` from ``n_in`` to ``n_out`` samples.
+
+    The positions are those of torch's float32 arithmetic, fused multiply-add included:
+    exact positions would move a logit by up to 1e-4 of its neighbours' difference.
+    """
+    if n_in == n_out:
+        return Taps(np.arange(n_out)[:, None], np.ones((n_out, 1)))
+    if align_corners:
+        step = np.float32(n_in - 1) / np.float32(n_out - 1) if n_out > 1 else np.float32(0)
+        position = step * np.arange(n_out, dtype=np.float32)
+    else:
+        step = np.float32(n_in) / np.float32(n_out)
+        exact = np.float64(step) * (np.arange(n_out) + 0.5) - 0.5
+        position = np.maximum(exact.astype(np.float32), np.float32(0))
+    left = np.minimum(position.astype(np.int64), n_in - 1)
+    right = np.minimum(left + 1, n_in - 1)
+    share = (position - left.astype(np.float32)).astype(np.float64)
+    return Taps(np.stack([left, right], axis=1), np.stack([1 - share, share], axis=1))
+
+
+class LogitRows(Protocol):
+    """Logits that can be had some rows at a time, from the top down."""
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+
+    @property
+    def width(self) -> int:
+        """The length of a row."""
+
+    def rows(self, start: int, stop: int) -> Logits:
+        """Rows ``start`` to ``stop``, as (rows, width, classes) float32.
+
+        Successive calls never ask for rows above an earlier call's ``start``.
+        """
+
+
+class ArrayRows:
+    """:class:`LogitRows` of a whole (classes, h, w) float32 array."""
+
+    def __init__(self, logits: Logits) -> None:
+        self._logits = logits
+        self.classes, _, self.width = logits.shape
+
+    def rows(self, start: int, stop: int) -> Logits:
+        """Rows ``start`` to ``stop``, as (rows, width, classes) float32."""
+        return np.ascontiguousarray(self._logits[:, start:stop].transpose(1, 2, 0))
+
+
+def labels_of(
+    source: LogitRows, rows: Taps, columns: Taps, *, threshold: float | None = None
+) -> Labels:
+    """Resize by ``rows`` and ``columns``, then choose the class of each pixel.
+
+    :param threshold: of logits with one class alone, the probability (0 to 1) above which a
+        pixel is of class 1, else of class 0. It is compared after resizing, as in
+        mmsegmentation 1.2.2's ``BaseSegmentor.postprocess_result``.
+    :returns: (rows.size, columns.size), uint8, or uint16 above 256 classes: the class of the
+        highest logit, and of equal ones the lowest.
+    """
+    if (source.classes == 1) != (threshold is not None):
+        raise ValueError(f"{source.classes} logits a pixel do not go with threshold={threshold}.")
+    # A sigmoid is above the threshold where its logit is above the threshold's.
+    cut = None if threshold is None else np.float32(logit_of(threshold))
+    kind = np.uint8 if source.classes <= 256 else np.uint16
+    labels = np.empty((rows.size, columns.size), dtype=kind)
+    for top, left, logits in resized_tiles(source, rows, columns):
+        height, width = logits.shape[:2]
+        found = logits.argmax(axis=2) if cut is None else logits[:, :, 0] > cut
+        labels[top : top + height, left : left + width] = found
+    return labels
+
+
+def logit_of(probability: float) -> float:
+    """The number whose sigmoid is ``probability``, 0 to 1."""
+    if probability in (0, 1):
+        return math.copysign(math.inf, probability - 0.5)
+    return math.log(probability) - math.log1p(-probability)
+
+
+def resize_logits(source: LogitRows, rows: Taps, columns: Taps) -> Logits:
+    """Resize by ``rows`` and ``columns`` to (classes, rows.size, columns.size) float32."""
+    out = np.empty((source.classes, rows.size, columns.size), dtype=np.float32)
+    for top, left, logits in resized_tiles(source, rows, columns):
+        height, width = logits.shape[:2]
+        out[:, top : top + height, left : left + width] = logits.transpose(2, 0, 1)
+    return out
+
+
+def resized_tiles(
+    source: LogitRows, rows: Taps, columns: Taps
+) -> Iterator[tuple[int, int, Logits]]:
+    """The resized logits piece by piece: top, left, (height, width, classes) float32."""
+    # Column tiles are the same in every block of rows, so their matrices are made once.
+    starts = range(0, columns.size, _TILE)
+    tiles = [(at, min(at + _TILE, columns.size)) for at in starts]
+    matrices = [] if columns.identity else [columns.matrix(*tile) for tile in tiles]
+    row_bytes = 4 * source.classes * max(source.width, 1)
+    step = int(np.clip(_BLOCK_BYTES // row_bytes, 8, 256))
+    for top in range(0, rows.size, step):
+        bottom = min(top + step, rows.size)
+        block = source.rows(*rows.span(top, bottom))
+        if not rows.identity:
+            flat = rows.matrix(top, bottom) @ block.reshape(len(block), -1)
+            block = flat.reshape(bottom - top, *block.shape[1:])
+        if columns.identity:
+            yield top, 0, block[:, : columns.size]
+            continue
+        for (left, right), matrix in zip(tiles, matrices, strict=True):
+            low, high = columns.span(left, right)
+            yield top, left, np.matmul(matrix, block[:, low:high])
 
 
 def label_map(

@@ -13,15 +13,25 @@ from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.runtime.backends import BackendOptions, select
 from fdconv_deploy.runtime.bundle import Bundle
-from fdconv_deploy.runtime.detection import Detection
-from fdconv_deploy.runtime.detection_pipeline import Detecting, as_rows
-from fdconv_deploy.runtime.detection_preprocessing import detector_classes, detector_palette
+from fdconv_deploy.runtime.detection import (
+    Detecting,
+    Detection,
+    as_rows,
+    detector_classes,
+    detector_palette,
+)
 from fdconv_deploy.runtime.graph_runner import Tensors
 from fdconv_deploy.runtime.images import MAX_PIXELS
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.multiband import load_image
-from fdconv_deploy.runtime.segmentation import Segmentation, class_names, class_palette
-from fdconv_deploy.runtime.segmentation_pipeline import Mode, Prepared, Segmenting
+from fdconv_deploy.runtime.segmentation import (
+    Mode,
+    Prepared,
+    Segmentation,
+    Segmenting,
+    class_names,
+    class_palette,
+)
 
 __all__ = ["Mode", "Prepared", "Session", "open_session"]
 

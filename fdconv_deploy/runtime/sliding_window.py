@@ -9,16 +9,17 @@ image's width but not with its height.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.config import Preprocessing, TestMode
+from fdconv_deploy.config import Preprocessing, SegmentorConfig, TestMode
 from fdconv_deploy.errors import BundleError
-from fdconv_deploy.runtime.preprocessing import Pixels, normalise
-from fdconv_deploy.runtime.resize import (
+from fdconv_deploy.runtime.postprocessing import (
     ArrayRows,
     Labels,
     Logits,
@@ -26,6 +27,13 @@ from fdconv_deploy.runtime.resize import (
     bilinear,
     labels_of,
     resized_tiles,
+)
+from fdconv_deploy.runtime.preprocessing import (
+    Pixels,
+    check_image,
+    normalise,
+    published_size,
+    resize,
 )
 
 Infer = Callable[[Logits], Logits]
@@ -183,3 +191,55 @@ def _cover(size: int, crop: int, stride: int) -> npt.NDArray[np.int64]:
     for start in axis_starts(size, crop, stride):
         count[start : start + crop] += 1
     return count
+
+
+def slide(
+    image: npt.NDArray[Any],
+    architecture: SegmentorConfig,
+    crop: tuple[int, int],
+    run: Callable[[Logits], Logits],
+    batch: int,
+) -> tuple[Labels, Literal["letterboxed", "resized"], dict[str, float]]:
+    """Label every pixel of an image, crop by crop.
+
+    :param image: (H, W, C) as `check_image` takes it, any size.
+    :param crop: height and width of the graphs' input.
+    :param run: (N, C, *crop) float32 to logits, for any N.
+    :param batch: how many crops to run together.
+    :returns: the labels (H, W), whether the image had to be padded, and the seconds each stage
+        took.
+    :raises ImageError: ``image`` is not such an array.
+    :raises BundleError: the network records no stride.
+    """
+    start, inside = time.perf_counter(), 0.0
+
+    def timed(inputs: Logits) -> Logits:
+        nonlocal inside
+        began = time.perf_counter()
+        try:
+            return run(inputs)
+        finally:
+            inside += time.perf_counter() - began
+
+    head = architecture.decode_head
+    image = check_image(image, architecture.preprocessing)
+    size = image.shape[0], image.shape[1]
+    stride = slide_stride(architecture.test, crop)
+    resized = resize(image, *published_size(*size, architecture.preprocessing))
+    source = SlidingRows(
+        resized,
+        architecture.preprocessing,
+        crop,
+        stride,
+        timed,
+        classes=head.outputs,
+        batch=batch,
+        align_corners=head.align_corners,
+    )
+    before = time.perf_counter() - start
+    labels = slide_labels(
+        source, size, align_corners=head.align_corners, threshold=head.label_threshold
+    )
+    after = time.perf_counter() - start - before - inside
+    timings = {"preprocess": before, "inference": inside, "postprocess": after}
+    return labels, "letterboxed" if source.padded else "resized", timings

@@ -17,7 +17,7 @@ from fdconv_deploy.cli.app import app
 from fdconv_deploy.errors import BackendError, ExportError, FDConvError
 from fdconv_deploy.ops import tensorrt_plugins as plugins
 from fdconv_deploy.runtime import open_session
-from fdconv_deploy.runtime.backends.cuda import Cuda
+from fdconv_deploy.runtime.backends.tensorrt import Cuda
 from fdconv_deploy.runtime.backends.tensorrt_engines import read_index
 from fdconv_deploy.runtime.bundle import Bundle
 from tests.runtime import toy

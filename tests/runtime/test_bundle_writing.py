@@ -10,7 +10,7 @@ import pytest
 
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime import Bundle, BundleWriter
-from fdconv_deploy.runtime import exchange as exchange_module
+from fdconv_deploy.runtime import bundle as exchange_module
 from tests.runtime import toy
 
 

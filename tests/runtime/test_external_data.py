@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from fdconv_deploy.runtime.external_data import _FIELDS, external_locations
+from fdconv_deploy.runtime.bundle_checks import _FIELDS, external_locations
 from tests.runtime import toy
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdconv_deploy.runtime.resize import ArrayRows, Taps, bilinear, labels_of, resize_logits
+from fdconv_deploy.runtime.postprocessing import ArrayRows, Taps, bilinear, labels_of, resize_logits
 
 SIZE = st.integers(1, 70)
 

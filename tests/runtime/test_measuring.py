@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fdconv_deploy.runtime.measuring import least_seconds
+from fdconv_deploy.runtime.batching import least_seconds
 
 
 class Clock:

@@ -16,9 +16,9 @@ import pytest
 from fdconv_deploy.errors import BackendError, BundleError
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.runtime.backends import BACKENDS, BackendOptions
-from fdconv_deploy.runtime.backends.cuda import Cuda
 from fdconv_deploy.runtime.backends.tensorrt import (
     CONTEXTS,
+    Cuda,
     TensorRTBackend,
     import_tensorrt,
 )

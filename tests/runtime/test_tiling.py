@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fdconv_deploy.config import Preprocessing, TestMode
 from fdconv_deploy.errors import BundleError
+from fdconv_deploy.runtime.postprocessing import bilinear, resize_logits
 from fdconv_deploy.runtime.preprocessing import normalise
-from fdconv_deploy.runtime.resize import bilinear, resize_logits
 from fdconv_deploy.runtime.sliding_window import (
     SlidingRows,
     axis_starts,

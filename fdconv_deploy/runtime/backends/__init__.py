@@ -16,9 +16,9 @@ from fdconv_deploy.runtime.backends.onnxruntime import (
     CPU,
     CUDA,
     OnnxRuntimeBackend,
+    OnnxRuntimeTensorRTBackend,
     cuda_problem,
 )
-from fdconv_deploy.runtime.backends.onnxruntime_tensorrt import OnnxRuntimeTensorRTBackend
 from fdconv_deploy.runtime.backends.tensorrt import TensorRTBackend
 from fdconv_deploy.runtime.backends.tensorrt_engines import find_engine, has_engines
 from fdconv_deploy.runtime.bundle import Bundle

@@ -9,7 +9,7 @@ import pytest
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import BundleError, ImageError
 from fdconv_deploy.runtime import Session, open_session
-from fdconv_deploy.runtime.detection_pipeline import as_rows
+from fdconv_deploy.runtime.detection import as_rows
 from tests.runtime import toy, toy_detector
 from tests.runtime.detection.conftest import picture
 

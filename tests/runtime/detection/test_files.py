@@ -10,8 +10,8 @@ from PIL import Image
 from fdconv_deploy.coco_rle import decode
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Session
-from fdconv_deploy.runtime.detect_files import detect_files
 from fdconv_deploy.runtime.input_files import Source, sources_at
+from fdconv_deploy.runtime.result_files import detect_files
 from tests.runtime.detection.conftest import picture
 from tests.test_cli import fdconv
 
