@@ -9,7 +9,7 @@ from fdconv_deploy.export.validation.sample_inputs import made_up_images
 from torch import Tensor, nn
 
 from benchmarks.rivals.omni_dimensional import OmniDimensionalConv2d
-from fdconv_deploy.config import BackboneConfig, FDConvConfig, HeadConfig, SegmentorConfig
+from fdconv_deploy.config import BackboneConfig, FDConvConfig, SegmentorConfig, UPerHeadConfig
 from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
 from fdconv_deploy.nn.backbones.resnet import BasicBlock, Bottleneck
 from fdconv_deploy.nn.detection import Detector
@@ -30,8 +30,7 @@ def upernet(
     channels = tuple(width * expansion * 2**stage for stage in range(4))
     return SegmentorConfig(
         backbone=backbone(depth, kernel_num, width),
-        decode_head=HeadConfig(
-            type="UPerHead",
+        decode_head=UPerHeadConfig(
             in_channels=channels,
             in_index=(0, 1, 2, 3),
             channels=8 * width,

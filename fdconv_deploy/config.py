@@ -139,15 +139,12 @@ class BackboneConfig(Frozen):
     conv: FDConvConfig | None = FDConvConfig()
 
 
-class HeadConfig(Frozen):
-    """A decode head of mmsegmentation. ``in_index`` names backbone outputs.
+class DecodeHeadConfig(Frozen):
+    """What mmsegmentation's decode heads have in common. ``in_index`` names backbone outputs.
 
     ``input_transform="resize_concat"`` makes one feature map of several; without it a head
     takes one, and UPerHead each by itself. ``norm=False``: convolutions with a bias instead
-    of batch normalisation. The fields after it belong to some types only: ``pool_scales`` to
-    UPerHead and PSPHead; ``num_convs``, ``kernel_size``, ``concat_input``, ``dilation`` to
-    FCNHead; ``dilations`` to both ASPP heads; ``c1_in_channels`` (0: no finer map) and
-    ``c1_channels`` to DepthwiseSeparableASPPHead.
+    of batch normalisation.
 
     ``out_channels`` is 1 for a head that tells two classes apart by one output, None where
     there is an output for each of ``num_classes`` (which may be 1 as well). Of one output, a
@@ -166,16 +163,17 @@ class HeadConfig(Frozen):
     align_corners: bool = False
     input_transform: Literal["resize_concat"] | None = None
     norm: bool = True
-    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
-    num_convs: int = 2
-    kernel_size: int = 3
-    concat_input: bool = True
-    dilation: int = 1
-    dilations: tuple[int, ...] = (1, 6, 12, 18)
-    c1_in_channels: int = 0
-    c1_channels: int = 0
     out_channels: Literal[1] | None = None
     threshold: float | None = Field(None, ge=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_fields_of_other_heads(cls, values: Any) -> Any:
+        """Drop them: bundles once recorded the fields of all heads for each of them."""
+        if not isinstance(values, dict):
+            return values
+        others = _HEAD_FIELDS - set(cls.model_fields)
+        return {name: value for name, value in values.items() if name not in others}
 
     @property
     def outputs(self) -> int:
@@ -193,6 +191,68 @@ class HeadConfig(Frozen):
         if self.outputs > 1:
             return None
         return BINARY_THRESHOLD if self.threshold is None else self.threshold
+
+
+class UPerHeadConfig(DecodeHeadConfig):
+    """UPerHead: a pyramid pooling of ``pool_scales``, and a feature pyramid."""
+
+    type: Literal["UPerHead"] = "UPerHead"
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+
+
+class FCNHeadConfig(DecodeHeadConfig):
+    """FCNHead: ``num_convs`` convolutions; with ``concat_input``, one more beside the input."""
+
+    type: Literal["FCNHead"] = "FCNHead"
+    num_convs: int = 2
+    kernel_size: int = 3
+    concat_input: bool = True
+    dilation: int = 1
+
+
+class PSPHeadConfig(DecodeHeadConfig):
+    """PSPHead: a pyramid pooling of ``pool_scales``."""
+
+    type: Literal["PSPHead"] = "PSPHead"
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+
+
+class ASPPHeadConfig(DecodeHeadConfig):
+    """ASPPHead (DeepLabV3): a convolution for each of ``dilations``, side by side."""
+
+    type: Literal["ASPPHead"] = "ASPPHead"
+    dilations: tuple[int, ...] = (1, 6, 12, 18)
+
+
+class DepthwiseSeparableASPPHeadConfig(DecodeHeadConfig):
+    """DepthwiseSeparableASPPHead (DeepLabV3+), which also takes the backbone's first output.
+
+    ``c1_in_channels`` and ``c1_channels`` are the channels of that finer map before and after
+    its convolution; 0 without one.
+    """
+
+    type: Literal["DepthwiseSeparableASPPHead"] = "DepthwiseSeparableASPPHead"
+    dilations: tuple[int, ...] = (1, 6, 12, 18)
+    c1_in_channels: int = 0
+    c1_channels: int = 0
+
+
+_AnyHead = (
+    UPerHeadConfig
+    | FCNHeadConfig
+    | PSPHeadConfig
+    | ASPPHeadConfig
+    | DepthwiseSeparableASPPHeadConfig
+)
+HeadConfig = Annotated[_AnyHead, Field(discriminator="type")]
+HEAD_CONFIGS: dict[HeadType, type[_AnyHead]] = {
+    "UPerHead": UPerHeadConfig,
+    "FCNHead": FCNHeadConfig,
+    "PSPHead": PSPHeadConfig,
+    "ASPPHead": ASPPHeadConfig,
+    "DepthwiseSeparableASPPHead": DepthwiseSeparableASPPHeadConfig,
+}
+_HEAD_FIELDS = {name for config in HEAD_CONFIGS.values() for name in config.model_fields}
 
 
 class TestMode(Frozen):

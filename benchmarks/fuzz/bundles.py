@@ -34,7 +34,7 @@ def _files() -> dict[str, bytes]:
     from fdconv_deploy.export.api import export_segmentor
 
     from benchmarks.networks import trained_like
-    from fdconv_deploy.config import BackboneConfig, FDConvConfig, HeadConfig, SegmentorConfig
+    from fdconv_deploy.config import BackboneConfig, FCNHeadConfig, FDConvConfig, SegmentorConfig
     from fdconv_deploy.nn import build_segmentor
 
     backbone = BackboneConfig(
@@ -46,8 +46,7 @@ def _files() -> dict[str, bytes]:
         out_indices=(0, 1),
         conv=FDConvConfig(kernel_num=2),
     )
-    head = HeadConfig(
-        type="FCNHead", in_channels=(32,), in_index=(1,), channels=8, num_classes=3
+    head = FCNHeadConfig(in_channels=(32,), in_index=(1,), channels=8, num_classes=3
     )  # fmt: skip
     names = {"classes": ("road", "car", "sky"), "palette": ((1, 2, 3), (4, 5, 6), (7, 8, 9))}
     torch.manual_seed(0)

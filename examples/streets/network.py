@@ -7,7 +7,13 @@ from torch import Tensor, nn
 from examples.streets.scenes import CLASSES, PALETTE
 from examples.training.layers import dynamic_layers
 from fdconv_deploy.checkpoints import convert_state_dict
-from fdconv_deploy.config import BackboneConfig, FDConvConfig, HeadConfig, SegmentorConfig
+from fdconv_deploy.config import (
+    BackboneConfig,
+    FCNHeadConfig,
+    FDConvConfig,
+    SegmentorConfig,
+    UPerHeadConfig,
+)
 from fdconv_deploy.nn import Segmentor
 
 TWINS = ("fdconv", "plain")
@@ -28,15 +34,13 @@ def architecture(name: str) -> SegmentorConfig:
             out_indices=(0, 1, 2),
             conv=FDConvConfig(kernel_num=16) if name == "fdconv" else None,
         ),
-        decode_head=HeadConfig(
-            type="UPerHead",
+        decode_head=UPerHeadConfig(
             in_channels=widths,
             in_index=(0, 1, 2),
             channels=32,
             num_classes=len(CLASSES),
         ),
-        auxiliary_head=HeadConfig(
-            type="FCNHead",
+        auxiliary_head=FCNHeadConfig(
             in_channels=widths[-1:],
             in_index=(2,),
             channels=32,

@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fdconv_deploy.config import BackboneConfig, HeadConfig, Preprocessing, SegmentorConfig
-
-_HEAD_FIELDS = {
-    "UPerHead": ("pool_scales",),
-    "FCNHead": ("num_convs", "kernel_size", "concat_input", "dilation"),
-    "PSPHead": ("pool_scales",),
-    "ASPPHead": ("dilations",),
-    "DepthwiseSeparableASPPHead": ("dilations", "c1_in_channels", "c1_channels"),
-}
+from fdconv_deploy.config import BackboneConfig, DecodeHeadConfig, Preprocessing, SegmentorConfig
 
 
 def format_config(architecture: SegmentorConfig) -> str:
@@ -56,11 +48,8 @@ def backbone_section(config: BackboneConfig) -> dict[str, Any]:
     return {"type": kind, **values, "norm_cfg": {"type": "SyncBN", "requires_grad": True}}
 
 
-def _head(config: HeadConfig) -> dict[str, Any]:
+def _head(config: DecodeHeadConfig) -> dict[str, Any]:
     values = config.model_dump()
-    own = _HEAD_FIELDS[config.type]
-    for name in {name for fields in _HEAD_FIELDS.values() for name in fields} - set(own):
-        del values[name]
     if config.type == "UPerHead":
         del values["input_transform"]  # it sets its own, and takes no other
     if config.type == "UPerHead" or config.input_transform is not None:

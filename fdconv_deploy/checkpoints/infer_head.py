@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fdconv_deploy.checkpoints.evidence import UNSET, Evidence, stated, type_of
 from fdconv_deploy.checkpoints.infer_head_type import head_by_names, head_type
 from fdconv_deploy.checkpoints.infer_layers import Shapes
-from fdconv_deploy.config import BINARY_THRESHOLD, HeadConfig, HeadType
+from fdconv_deploy.config import BINARY_THRESHOLD, HEAD_CONFIGS, HeadConfig, HeadType
 from fdconv_deploy.errors import CheckpointError
 
 # What mmsegmentation's pspnet_r50-d8, deeplabv3_r50-d8 and deeplabv3plus_r50-d8 have in common,
@@ -101,7 +101,7 @@ def infer_head(
             _aspp(state, section, settle) | _finer(state, name, widths, settle)
         ),
     }
-    return HeadConfig(**values, **fields[kind]())
+    return HEAD_CONFIGS[kind](**values, **fields[kind]())
 
 
 def _outputs(
@@ -208,7 +208,7 @@ def _aspp(state: Shapes, section: Mapping[str, Any], settle: Any) -> dict[str, A
     dilations = settle(
         "dilations",
         tuple[int, ...],
-        default=_STOCK_DILATIONS if stock else HeadConfig.model_fields["dilations"].default,
+        default=_STOCK_DILATIONS if stock else (1, 6, 12, 18),
         accepts=lambda value: [d == 1 for d in value] == ones and all(d > 0 for d in value),
         tells=f"the weights have {len(ones)} branches of {kernels} kernels, and a branch is 1×1 "
         "where its dilation is 1",

@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fdconv_deploy.checkpoints.infer_layers import Layer
-from fdconv_deploy.config import RESNET_BLOCKS, BackboneConfig, HeadConfig
+from fdconv_deploy.config import (
+    RESNET_BLOCKS,
+    ASPPHeadConfig,
+    BackboneConfig,
+    DepthwiseSeparableASPPHeadConfig,
+    FCNHeadConfig,
+    HeadConfig,
+)
 
 Size = tuple[int, int]
 
@@ -61,16 +68,16 @@ def head_sizes(head: HeadConfig, features: Sequence[Size]) -> Iterator[tuple[str
     """
     inputs = [features[i] for i in head.in_index]
     out = inputs[0]
-    if head.type == "FCNHead":
+    if isinstance(head, FCNHeadConfig):
         for i in range(head.num_convs):
             yield f"convs.{i}.conv", out
         yield "conv_cat.conv", out
-    elif head.type in ("ASPPHead", "DepthwiseSeparableASPPHead"):
+    elif isinstance(head, ASPPHeadConfig | DepthwiseSeparableASPPHeadConfig):
         yield "image_pool.1.conv", (1, 1)
         for i in range(len(head.dilations)):
             yield from _either(f"aspp_modules.{i}", out)
         yield "bottleneck.conv", out
-        if head.c1_in_channels:
+        if isinstance(head, DepthwiseSeparableASPPHeadConfig) and head.c1_in_channels:
             out = features[0]
             yield "c1_bottleneck.conv", out
         yield from _either("sep_bottleneck.0", out)

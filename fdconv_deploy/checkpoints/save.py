@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fdconv_deploy.checkpoints.config_writer import format_config
 from fdconv_deploy.checkpoints.detector_config_writer import format_detector_config
 from fdconv_deploy.checkpoints.write import write_checkpoint
-from fdconv_deploy.config import DetectorConfig, HeadConfig, MaskHeadConfig, SegmentorConfig
+from fdconv_deploy.config import DecodeHeadConfig, DetectorConfig, MaskHeadConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError
 
 
@@ -60,7 +60,7 @@ def _meta(
 
 
 def _check(weights: Mapping[str, Tensor], architecture: SegmentorConfig | DetectorConfig) -> None:
-    optional: HeadConfig | MaskHeadConfig | None
+    optional: DecodeHeadConfig | MaskHeadConfig | None
     if isinstance(architecture, DetectorConfig):
         kind, library, background = "detector", "mmdetection", 1
         name, expected = "roi_head.bbox_head.fc_cls.weight", architecture.bbox_head.num_classes

@@ -13,9 +13,11 @@ from torch import Tensor
 from fdconv_deploy.checkpoints import Inference, infer_segmentor_config
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.config import (
+    HEAD_CONFIGS,
     BackboneConfig,
+    DecodeHeadConfig,
+    FCNHeadConfig,
     FDConvConfig,
-    HeadConfig,
     Preprocessing,
     SegmentorConfig,
     TestMode,
@@ -31,6 +33,11 @@ CLASSES = ("sky", "road", "tree")
 PALETTE = ((70, 130, 180), (128, 64, 128), (107, 142, 35))
 
 
+def head_config(*, type: str, **fields: Any) -> DecodeHeadConfig:  # noqa: A002 - the field's name
+    """The head's own kind of config."""
+    return HEAD_CONFIGS[type](**fields)
+
+
 def small_architecture(
     *,
     auxiliary: bool = False,
@@ -44,9 +51,8 @@ def small_architecture(
     widths = tuple(config.base_channels * 2**i * expansion(config) for i in config.out_indices)
     index = tuple(range(len(widths)))
     values = {"type": "UPerHead", "in_channels": widths, "in_index": index, "channels": 8}
-    first = HeadConfig.model_validate({**values, "num_classes": 3, **(head or {})})
-    second = HeadConfig(
-        type="FCNHead",
+    first = head_config(**{**values, "num_classes": 3, **(head or {})})
+    second = FCNHeadConfig(
         in_channels=widths[-1:],
         in_index=index[-1:],
         channels=8,

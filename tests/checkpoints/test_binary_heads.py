@@ -16,7 +16,7 @@ from fdconv_deploy.checkpoints import (
     read_checkpoint,
 )
 from fdconv_deploy.checkpoints.config_writer import format_config
-from fdconv_deploy.config import HeadConfig
+from fdconv_deploy.config import DecodeHeadConfig, UPerHeadConfig
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.runtime.segmentation import class_names, class_palette
@@ -29,7 +29,7 @@ def shapes(**head: Any) -> dict[str, torch.Tensor]:
     return shapes_of(small_architecture(head=head))
 
 
-def told(head: dict[str, Any] | None, **more: Any) -> HeadConfig:
+def told(head: dict[str, Any] | None, **more: Any) -> DecodeHeadConfig:
     model = None if head is None else {"decode_head": head}
     return infer(shapes(**TWO), model, **more).architecture.decode_head
 
@@ -122,4 +122,4 @@ def test_older_bundles_fields_are_all_there_are_of_other_heads() -> None:
     dumped = small_architecture().decode_head.model_dump()
     assert not {"out_channels", "threshold"} & set(dumped)
     binary = small_architecture(head={**TWO, "threshold": 0.3}).decode_head
-    assert HeadConfig.model_validate(binary.model_dump()) == binary
+    assert UPerHeadConfig.model_validate(binary.model_dump()) == binary

@@ -10,9 +10,8 @@ import torch
 from fdconv_deploy.checkpoints import Inference, infer_segmentor_config, parse_config
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.evidence import Fact
-from fdconv_deploy.config import HeadConfig
 from fdconv_deploy.errors import CheckpointError
-from tests.checkpoints.small import dynamic_state, infer, shapes_of, small_architecture
+from tests.checkpoints.small import dynamic_state, head_config, infer, shapes_of, small_architecture
 
 
 def test_settings_of_mmseg_0() -> None:
@@ -128,7 +127,7 @@ def test_auxiliary_heads_not_known_here_are_left_out() -> None:
 def state_with(**head: Any) -> dict[str, torch.Tensor]:
     """Shapes of a small network, outputs of 8, 16, 32 and 64 channels, with another head."""
     common = {"in_channels": (64,), "in_index": (3,), "channels": 8, "num_classes": 3}
-    config = HeadConfig(**(common | head))
+    config = head_config(**(common | head))
     return shapes_of(small_architecture().model_copy(update={"decode_head": config}))
 
 

@@ -20,9 +20,9 @@ from fdconv_deploy.checkpoints import (
     render,
     report_on,
 )
-from fdconv_deploy.config import FDConvConfig, HeadConfig, SegmentorConfig
+from fdconv_deploy.config import FCNHeadConfig, FDConvConfig, SegmentorConfig
 from fdconv_deploy.nn import build_segmentor
-from tests.checkpoints.small import key_list, shapes_of, small_architecture, weights_of
+from tests.checkpoints.small import head_config, key_list, shapes_of, small_architecture, weights_of
 
 
 def printed(report: Report, **options: Any) -> str:
@@ -117,8 +117,7 @@ def test_multiply_adds_equal_a_counted_run(fields: dict[str, Any]) -> None:
     """The count without a run equals torch's count of a run, heads included."""
     architecture = small_architecture(**fields)
     if "conv" not in fields:
-        head = HeadConfig(
-            type="FCNHead",
+        head = FCNHeadConfig(
             in_channels=architecture.decode_head.in_channels[-1:],
             in_index=(3,),
             channels=8,
@@ -144,7 +143,7 @@ def test_multiply_adds_of_each_head_equal_a_counted_run(
     index = (2, 0) if joined else (3,)
     architecture = small_architecture(conv=None)
     widths = architecture.decode_head.in_channels
-    head = HeadConfig(
+    head = head_config(
         in_channels=tuple(widths[i] for i in index),
         in_index=index,
         input_transform="resize_concat" if joined else None,

@@ -20,14 +20,17 @@ from fdconv_deploy.checkpoints.config_parser import config_of
 from fdconv_deploy.config import (
     BackboneConfig,
     BandModulationConfig,
+    DecodeHeadConfig,
+    FCNHeadConfig,
     FDConvConfig,
-    HeadConfig,
     Preprocessing,
+    PSPHeadConfig,
     SegmentorConfig,
     TestMode,
+    UPerHeadConfig,
 )
 from fdconv_deploy.errors import UnsupportedLayerError
-from tests.checkpoints.small import expansion, shapes_of
+from tests.checkpoints.small import expansion, head_config, shapes_of
 
 acts = st.sampled_from(["sigmoid", "tanh"])
 floats = st.floats(0.1, 8.0)
@@ -96,7 +99,7 @@ def backbones(draw: st.DrawFn) -> BackboneConfig:
 
 
 @st.composite
-def heads(draw: st.DrawFn, backbone: BackboneConfig, classes: int) -> HeadConfig:
+def heads(draw: st.DrawFn, backbone: BackboneConfig, classes: int) -> DecodeHeadConfig:
     outputs = backbone.out_indices
     widths = [backbone.base_channels * 2**i * expansion(backbone) for i in outputs]
     common: dict[str, Any] = {
@@ -110,8 +113,7 @@ def heads(draw: st.DrawFn, backbone: BackboneConfig, classes: int) -> HeadConfig
         common["threshold"] = draw(st.sampled_from([0.0, 0.3, 0.5]))
     if draw(st.booleans()) and len(outputs) > 1:
         index = tuple(sorted(draw(st.sets(st.sampled_from(range(len(outputs))), min_size=2))))
-        return HeadConfig(
-            type="UPerHead",
+        return UPerHeadConfig(
             in_channels=tuple(widths[i] for i in index),
             in_index=index,
             pool_scales=draw(st.sampled_from([(1, 2, 3, 6), (1, 2), (2, 3, 5)])),
@@ -123,14 +125,13 @@ def heads(draw: st.DrawFn, backbone: BackboneConfig, classes: int) -> HeadConfig
         common["input_transform"] = "resize_concat"
     kind = draw(st.sampled_from(["FCNHead", "PSPHead", "ASPPHead", "DepthwiseSeparableASPPHead"]))
     if kind == "PSPHead":
-        return HeadConfig(type=kind, pool_scales=draw(st.sampled_from([(1, 2), (2,)])), **common)
+        return PSPHeadConfig(pool_scales=draw(st.sampled_from([(1, 2), (2,)])), **common)
     if kind == "FCNHead":
         convolutions = draw(st.integers(0, 2))
         if convolutions == 0:
             common["channels"] = sum(common["in_channels"])
         joins = draw(st.booleans())
-        return HeadConfig(
-            type=kind,
+        return FCNHeadConfig(
             num_convs=convolutions,
             kernel_size=draw(st.sampled_from([1, 3])),
             concat_input=joins,
@@ -140,7 +141,7 @@ def heads(draw: st.DrawFn, backbone: BackboneConfig, classes: int) -> HeadConfig
     common["dilations"] = draw(st.sampled_from([(1, 6, 12, 18), (1, 2), (3, 1, 1)]))
     if kind == "DepthwiseSeparableASPPHead" and draw(st.booleans()):
         common |= {"c1_in_channels": widths[0], "c1_channels": draw(st.sampled_from([3, 5]))}
-    return HeadConfig(type=kind, **common)
+    return head_config(type=kind, **common)
 
 
 @st.composite
@@ -218,7 +219,7 @@ def test_config_and_shapes_tell_everything(architecture: SegmentorConfig) -> Non
 @given(architectures())
 def test_shapes_alone_tell_a_network_of_the_same_shapes(architecture: SegmentorConfig) -> None:
     state = built(architecture)
-    # What a config would be needed for: see BandModulationConfig and HeadConfig.
+    # What a config would be needed for: see BandModulationConfig and DecodeHeadConfig.
     preprocessing = architecture.preprocessing
     overrides: dict[str, Any] = {
         f"preprocessing.{n}": getattr(preprocessing, n) for n in ("mean", "std")
@@ -233,7 +234,7 @@ def test_shapes_alone_tell_a_network_of_the_same_shapes(architecture: SegmentorC
             overrides[f"{name}.pool_scales"] = head.pool_scales
         if head is not None and "ASPP" in head.type:
             overrides[f"{name}.dilations"] = head.dilations
-        if head is not None and head.c1_in_channels:
+        if getattr(head, "c1_in_channels", 0):
             overrides["backbone.out_indices"] = architecture.backbone.out_indices
     if conv is not None and not conv.convert_param and any(".KSM_Global." in key for key in state):
         overrides["backbone.conv.param_ratio"] = conv.param_ratio

@@ -13,7 +13,7 @@ from fdconv_deploy.export.validation.sample_inputs import made_up_images
 from fdconv_deploy.export.validation.verify import verify_bundle
 
 from examples.streets.scenes import draw_scene
-from fdconv_deploy.config import HeadConfig, Preprocessing, SegmentorConfig
+from fdconv_deploy.config import Preprocessing, SegmentorConfig, UPerHeadConfig
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.runtime import Bundle, open_session
 from fdconv_deploy.runtime.preprocessing import scene_bands
@@ -35,7 +35,7 @@ def binary(preprocessing: Preprocessing, seed: int = 0, **head: object) -> Segme
     fields = usual.decode_head.model_dump() | {"num_classes": 2, "out_channels": 1, **head}
     architecture = SegmentorConfig(
         backbone=usual.backbone.model_copy(update={"in_channels": preprocessing.channels}),
-        decode_head=HeadConfig.model_validate(fields),
+        decode_head=UPerHeadConfig.model_validate(fields),
         preprocessing=preprocessing,
     )
     torch.manual_seed(seed)

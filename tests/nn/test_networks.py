@@ -8,7 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fdconv_deploy.config import BackboneConfig, FDConvConfig, HeadConfig, SegmentorConfig, TestMode
+from fdconv_deploy.config import (
+    BackboneConfig,
+    FCNHeadConfig,
+    FDConvConfig,
+    SegmentorConfig,
+    TestMode,
+    UPerHeadConfig,
+)
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn import FDConv2d, FDLinear, ResNet, build_segmentor
 from fdconv_deploy.nn.segmentor import window_starts
@@ -40,15 +47,13 @@ def test_backbone_keys(oracle, name, config):
 def upernet(backbone: BackboneConfig) -> SegmentorConfig:
     return SegmentorConfig(
         backbone=backbone,
-        decode_head=HeadConfig(
-            type="UPerHead",
+        decode_head=UPerHeadConfig(
             in_channels=(256, 512, 1024, 2048),
             in_index=(0, 1, 2, 3),
             channels=512,
             num_classes=150,
         ),
-        auxiliary_head=HeadConfig(
-            type="FCNHead",
+        auxiliary_head=FCNHeadConfig(
             in_channels=(1024,),
             in_index=(2,),
             channels=256,
@@ -168,8 +173,7 @@ def small(test: TestMode = WHOLE) -> SegmentorConfig:
             depth=18, base_channels=12, conv=FDConvConfig(kernel_num=4), num_stages=2,
             strides=(1, 2), dilations=(1, 1), out_indices=(0, 1),
         ),
-        decode_head=HeadConfig(
-            type="UPerHead", in_channels=(12, 24), in_index=(0, 1), channels=8, num_classes=3
+        decode_head=UPerHeadConfig(in_channels=(12, 24), in_index=(0, 1), channels=8, num_classes=3
         ),
         test=test,
     )  # fmt: skip

@@ -16,13 +16,13 @@ from fdconv_deploy.config import (
     DetectorTestConfig,
     FDConvConfig,
     FPNConfig,
-    HeadConfig,
     MaskHeadConfig,
     RCNNTestConfig,
     RPNHeadConfig,
     RPNTestConfig,
     SegmentorConfig,
     TestMode,
+    UPerHeadConfig,
 )
 from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
 from fdconv_deploy.nn.detection import Detector, build_detector
@@ -51,8 +51,7 @@ def small_segmentor(
             out_indices=indices,
             **backbone,
         ),
-        decode_head=HeadConfig(
-            type="UPerHead",
+        decode_head=UPerHeadConfig(
             in_channels=tuple(widths),
             in_index=indices,
             channels=16,

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fdconv_deploy.config import (
     BackboneConfig,
-    HeadConfig,
+    FCNHeadConfig,
     Preprocessing,
     SegmentorConfig,
     TestMode,
@@ -43,8 +43,7 @@ def architecture(
     how = preprocessing or Preprocessing()
     return SegmentorConfig(
         backbone=BackboneConfig(depth=18, base_channels=8, in_channels=how.channels),
-        decode_head=HeadConfig(
-            type="FCNHead",
+        decode_head=FCNHeadConfig(
             in_channels=(64,),
             in_index=(3,),
             channels=8,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fdconv_deploy.config import HeadConfig, HeadType
+from fdconv_deploy.config import DecodeHeadConfig, HeadType
 from fdconv_deploy.nn.heads.aspp_head import ASPPHead
 from fdconv_deploy.nn.heads.decode_head import DecodeHead, resize
 from fdconv_deploy.nn.heads.fcn_head import FCNHead
@@ -21,6 +21,6 @@ _HEADS: dict[HeadType, type[DecodeHead]] = {
 }
 
 
-def build_head(config: HeadConfig) -> DecodeHead:
+def build_head(config: DecodeHeadConfig) -> DecodeHead:
     """The head a config names."""
     return _HEADS[config.type](config)

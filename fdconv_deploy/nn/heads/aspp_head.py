@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fdconv_deploy.config import HeadConfig
+from fdconv_deploy.config import ASPPHeadConfig, DepthwiseSeparableASPPHeadConfig
 from fdconv_deploy.nn.heads.conv_module import ConvModule
 from fdconv_deploy.nn.heads.decode_head import DecodeHead
 
@@ -18,7 +18,7 @@ class ASPPHead(DecodeHead):
     A branch of dilation 1 is a 1×1 convolution, the others are 3×3.
     """
 
-    def __init__(self, config: HeadConfig) -> None:
+    def __init__(self, config: ASPPHeadConfig | DepthwiseSeparableASPPHeadConfig) -> None:
         super().__init__(config)
         channels, norm = config.channels, config.norm
         self.image_pool = nn.Sequential(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdconv_deploy.config import HeadConfig
+from fdconv_deploy.config import DecodeHeadConfig, PSPHeadConfig, UPerHeadConfig
 from fdconv_deploy.nn.heads.conv_module import ConvModule
 
 
@@ -24,7 +24,7 @@ class DecodeHead(nn.Module):
     Dropout does nothing at inference and is left out.
     """
 
-    def __init__(self, config: HeadConfig) -> None:
+    def __init__(self, config: DecodeHeadConfig) -> None:
         super().__init__()
         self.config = config
         self.conv_seg = nn.Conv2d(config.channels, config.outputs, 1)
@@ -63,7 +63,7 @@ class PyramidPooling(nn.ModuleList):
     ``(B, C, H, W)`` -> ``x`` and every level at its size, ``(B, C + levels · channels, H, W)``.
     """
 
-    def __init__(self, in_channels: int, config: HeadConfig) -> None:
+    def __init__(self, in_channels: int, config: UPerHeadConfig | PSPHeadConfig) -> None:
         super().__init__(
             nn.Sequential(
                 nn.AdaptiveAvgPool2d(scale),

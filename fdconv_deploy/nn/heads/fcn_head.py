@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fdconv_deploy.config import HeadConfig
+from fdconv_deploy.config import FCNHeadConfig
 from fdconv_deploy.nn.heads.conv_module import ConvModule
 from fdconv_deploy.nn.heads.decode_head import DecodeHead
 
@@ -15,7 +15,7 @@ from fdconv_deploy.nn.heads.decode_head import DecodeHead
 class FCNHead(DecodeHead):
     """A few convolutions over one feature map, at its size."""
 
-    def __init__(self, config: HeadConfig) -> None:
+    def __init__(self, config: FCNHeadConfig) -> None:
         super().__init__(config)
         kernel, norm = config.kernel_size, config.norm
         width = self.in_channels
@@ -26,6 +26,7 @@ class FCNHead(DecodeHead):
             )
             width = config.channels
         self.convs: nn.Module = nn.Sequential(*modules) if modules else nn.Identity()
+        self.conv_cat = None
         if config.concat_input:
             self.conv_cat = ConvModule(self.in_channels + width, config.channels, kernel, norm=norm)
 
@@ -33,4 +34,4 @@ class FCNHead(DecodeHead):
         """The backbone's outputs -> ``(B, channels, h, w)``."""
         x = self.select(outputs)
         y = self.convs(x)
-        return self.conv_cat(torch.cat([x, y], dim=1)) if self.config.concat_input else y
+        return y if self.conv_cat is None else self.conv_cat(torch.cat([x, y], dim=1))

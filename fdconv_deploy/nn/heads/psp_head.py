@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fdconv_deploy.config import HeadConfig
+from fdconv_deploy.config import PSPHeadConfig
 from fdconv_deploy.nn.heads.conv_module import ConvModule
 from fdconv_deploy.nn.heads.decode_head import DecodeHead, PyramidPooling
 
@@ -14,7 +14,7 @@ from fdconv_deploy.nn.heads.decode_head import DecodeHead, PyramidPooling
 class PSPHead(DecodeHead):
     """Pyramid pooling over one feature map, at its size."""
 
-    def __init__(self, config: HeadConfig) -> None:
+    def __init__(self, config: PSPHeadConfig) -> None:
         super().__init__(config)
         self.psp_modules = PyramidPooling(self.in_channels, config)
         pooled = self.in_channels + len(config.pool_scales) * config.channels

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fdconv_deploy.config import HeadConfig
+from fdconv_deploy.config import DepthwiseSeparableASPPHeadConfig
 from fdconv_deploy.nn.heads.aspp_head import ASPPHead
 from fdconv_deploy.nn.heads.conv_module import ConvModule, DepthwiseSeparableConvModule
 
@@ -19,7 +19,7 @@ class DepthwiseSeparableASPPHead(ASPPHead):
     its size; with ``c1_in_channels=0`` there is none.
     """
 
-    def __init__(self, config: HeadConfig) -> None:
+    def __init__(self, config: DepthwiseSeparableASPPHeadConfig) -> None:
         super().__init__(config)
         channels, norm = config.channels, config.norm
         self.c1_bottleneck = None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fdconv_deploy.config import HeadConfig
+from fdconv_deploy.config import UPerHeadConfig
 from fdconv_deploy.nn.heads.conv_module import ConvModule
 from fdconv_deploy.nn.heads.decode_head import DecodeHead, PyramidPooling
 
@@ -18,7 +18,7 @@ class UPerHead(DecodeHead):
     Logits are at the size of the first of the feature maps ``in_index`` names.
     """
 
-    def __init__(self, config: HeadConfig) -> None:
+    def __init__(self, config: UPerHeadConfig) -> None:
         super().__init__(config)
         channels, norm = config.channels, config.norm
         last = config.in_channels[-1]
