@@ -91,14 +91,12 @@ def missing(error: ImportError, extra: str | None = None) -> str | None:
     if error.name is None or not isinstance(error, ModuleNotFoundError):
         return None
     package = _package(error.name)
-    extras: dict[str, list[str]] = {}
-    for name, requirement in _requirements():
-        extras.setdefault(name, []).append(requirement.name)
-    having = [name for name, packages in extras.items() if package in packages]
-    if extras and not having:
+    known = extras()
+    having = [name for name, packages in known.items() if package in packages]
+    if known and not having:
         return None
     if extra not in having:
-        extra = min(having, key=lambda name: len(extras[name]), default=None)
+        extra = min(having, key=lambda name: len(known[name]), default=None)
     return f"{package}, which is not installed: {install(package, extra=extra)}"
 
 
@@ -114,6 +112,22 @@ def needed_by(what: str, extra: str | None = None) -> Iterator[None]:
         if (package := missing(error, extra)) is None:
             raise
         raise FDConvError(f"{what} needs {package}") from error
+
+
+def extras() -> dict[str, list[str]]:
+    """The packages that each extra of this project asks for on this machine; "" is the core."""
+    found: dict[str, list[str]] = {}
+    for extra, requirement in _requirements():
+        found.setdefault(extra, []).append(requirement.name)
+    return found
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _package(name: str) -> str:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from fdconv_deploy.cli.bench import bench
 from fdconv_deploy.cli.build import build
 from fdconv_deploy.cli.convert import convert
 from fdconv_deploy.cli.demo import demo
+from fdconv_deploy.cli.doctor import doctor
 from fdconv_deploy.cli.evaluate import evaluate
 from fdconv_deploy.cli.export import export
 from fdconv_deploy.cli.inspect import inspect
@@ -27,11 +30,42 @@ from fdconv_deploy.cli.verify import verify
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.version import __version__
 
+# What an option's value is called in the help, where the option gives it no name of its own.
+_VALUES = {bool: "", int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
+
+
+def _name_values(parameters: list[Any]) -> list[Any]:
+    for parameter in parameters:
+        if isinstance(parameter, TyperArgument):  # its own name says what it is
+            parameter.display_type_rich = lambda ctx: None
+        elif parameter.metavar is None:
+            kind = getattr(parameter, "type_descriptor", None)
+            kinds = [kind and kind.annotation, *get_args(kind and kind.annotation)]
+            parameter.metavar = next((_VALUES[one] for one in kinds if one in _VALUES), None)
+    return parameters
+
+
+class _Command(TyperCommand):
+    """A command whose help names values as people do, instead of by their Python types."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """The parameters, with names for their values."""
+        return _name_values(super().get_params(ctx))
+
+
+class _Group(TyperGroup):
+    """The same for the command line itself."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """The parameters, with names for their values."""
+        return _name_values(super().get_params(ctx))
+
+
 app = typer.Typer(
+    cls=_Group,
     help="Export, verify, run, time and serve FDConv networks: segmentors and detectors.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -56,8 +90,9 @@ def _options(
     pass
 
 
-for _command in (inspect, convert, export, verify, build, segment, evaluate, bench, serve, demo):
-    app.command()(_command)
+_WORK = (inspect, convert, export, verify, build, segment, evaluate, bench, serve)
+for _command in (*_WORK, demo, doctor):
+    app.command(cls=_Command)(_command)
 
 
 def _needed(error: ImportError) -> str:

@@ -1,0 +1,53 @@
+"""``fdconv doctor``: what is here, and what to install for the rest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from fdconv_deploy.cli import doctor
+from fdconv_deploy.cli.app import app
+from fdconv_deploy.version import __version__
+
+
+def test_doctor_lists_what_is_installed() -> None:
+    answer = CliRunner().invoke(app, ["doctor", "--json"])
+    assert answer.exit_code == 0
+    found = json.loads(answer.stdout)
+    assert found["fdconv_deploy"] == __version__
+    assert found["backends"]["onnxruntime-cpu"] is None
+    assert "CPUExecutionProvider" in found["onnxruntime_providers"]
+    extras = {purpose["extra"]: purpose for purpose in found["purposes"]}
+    assert {"numpy", "pydantic"} <= set(extras[""]["installed"])
+    assert extras["export"]["missing"] == []
+    assert extras["export"]["install"] is None
+
+
+def test_doctor_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = doctor.installed_version
+    monkeypatch.setattr(
+        doctor, "installed_version", lambda name: None if name == "grpcio" else known(name)
+    )
+    answer = CliRunner().invoke(app, ["doctor"])
+    assert answer.exit_code == 0
+    (line,) = [line for line in answer.stdout.splitlines() if "serve over gRPC:" in line]
+    assert "pip install 'grpcio>=" in line
+
+
+def test_doctor_fails_where_nothing_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_backends", lambda: {"onnxruntime-cpu": "it is not installed"})
+    answer = CliRunner().invoke(app, ["doctor"])
+    assert answer.exit_code == 1
+    assert "no: it is not installed" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [*(found.callback.__name__ for found in app.registered_commands), ""]
+)
+def test_help_shows_no_python_types(command: str) -> None:
+    answer = CliRunner().invoke(app, [*([command] if command else []), "--help"])
+    assert answer.exit_code == 0
+    for word in ("<bool>", "<path>", "<str>", "<int>", "<float>", "<int range>", "<float range>"):
+        assert word not in answer.stdout
