@@ -15,46 +15,102 @@ import os
 import ssl
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import quote, urlencode, urlsplit
 
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.client_answers import Answer, Objects
+from fdconv_deploy.coco_rle import decode
 from fdconv_deploy.errors import FDConvError
 
-__all__ = ["Answer", "Client", "Objects", "ServiceError"]
-
 Image = bytes | str | os.PathLike[str] | npt.NDArray[Any]
+Reply = tuple[dict[str, str], bytes]  # headers by lower-case name, body
 _HEADER_LENGTH = "Inference-Header-Content-Length"
-# Nothing was done, so asking again is safe: too much in hand, a worker lost, starting up.
-_AGAIN = (429, 503)
+_DATATYPES = {"FP32": "<f4", "UINT8": "u1", "UINT16": "<u2", "INT64": "<i8"}
+# Unreachable (0), overloaded, a worker lost or starting up: nothing was done, so a retry is safe.
+_RETRIED = (0, 429, 503)
 
 
 class ServiceError(FDConvError):
-    """The service did not answer with what was asked for.
+    """The service refused a request, or could not be reached.
 
-    ``status``: of HTTP, 0 when it could not be reached. ``request_id``: names the request in
-    the service's log.
+    Attributes:
+        status: HTTP status; 0 when the service could not be reached.
+        request_id: the request's id in the service's log.
+        retry_after: seconds that the service asks to wait before the next try.
     """
 
-    def __init__(self, status: int, detail: str, request_id: str = "") -> None:
+    def __init__(
+        self, status: int, detail: str, request_id: str = "", retry_after: float = 0.1
+    ) -> None:
         super().__init__(detail)
-        self.status, self.request_id = status, request_id
+        self.status, self.request_id, self.retry_after = status, request_id, retry_after
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One image's segmentation.
+
+    Attributes:
+        labels: (H, W) int32 class ids; −1 where the class was not asked for.
+        classes: each class's ``id``, ``name``, ``color``, ``area`` (pixels) and ``share`` (0–1).
+        timings_ms: milliseconds by stage.
+    """
+
+    labels: npt.NDArray[np.int32]
+    classes: list[dict[str, Any]]
+    fit: str
+    mode: str
+    model: str
+    timings_ms: dict[str, float]
+    request_id: str
+
+    @property
+    def areas(self) -> dict[str, int]:
+        """Pixels by class name."""
+        return {entry["name"]: entry["area"] for entry in self.classes}
+
+
+@dataclass(frozen=True)
+class Objects:
+    """One image's objects, the best score first.
+
+    Attributes:
+        boxes: (N, 4) float32 x1, y1, x2, y2 in pixels of the image.
+        scores: (N,) float32, 0–1.
+        labels: (N,) int64 class ids.
+        names: the objects' class names.
+        masks: (N, H, W) bool; None when the model gives none or they were not asked for.
+        timings_ms: milliseconds by stage.
+    """
+
+    boxes: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+    names: tuple[str, ...]
+    masks: npt.NDArray[np.bool_] | None
+    fit: str
+    model: str
+    timings_ms: dict[str, float]
+    request_id: str
+
+    def __len__(self) -> int:
+        return len(self.boxes)
 
 
 class Client:
     """One connection to a service; not for use from several threads at once.
 
-    :param url: ``http://host:port`` or ``https://…``.
-    :param api_key: where the service asks for one.
-    :param timeout: seconds; the service is told, so that it does not work in vain.
-    :param retries: how often a request is sent again that was turned away (429, 503) or whose
-        connection broke before an answer. Segmentation changes nothing, so that is safe.
-    :param context: TLS settings, for a certificate authority of your own.
+    Args:
+        url: ``http://host:port`` or ``https://…``.
+        api_key: the service's API key, where it asks for one.
+        timeout: seconds for an answer. The service is told, and drops requests past it.
+        retries: how often to send a request again that was turned away (429, 503) or whose
+            connection broke. Segmentation changes nothing on the server, so that is safe.
+        context: TLS settings, for a certificate authority of your own.
     """
 
     def __init__(
@@ -72,26 +128,25 @@ class Client:
         self._timeout, self._retries = timeout, retries
         self._base = parts.path.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._connection = (
-            http.client.HTTPSConnection(
-                parts.hostname, parts.port, timeout=timeout + 5, context=context
+        host, port = parts.hostname, parts.port
+        self._connection = http.client.HTTPConnection(host, port, timeout=timeout + 5)
+        if parts.scheme == "https":
+            self._connection = http.client.HTTPSConnection(
+                host, port, timeout=timeout + 5, context=context
             )
-            if parts.scheme == "https"
-            else http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout + 5)
-        )
 
     def models(self) -> list[dict[str, Any]]:
         """Every model's card, the default one first."""
-        found: list[dict[str, Any]] = json.loads(self._ask("GET", "/v1/models")[1])["models"]
-        return found
+        cards: list[dict[str, Any]] = json.loads(self._ask("GET", "/v1/models")[1])["models"]
+        return cards
 
     def model(self, name: str) -> dict[str, Any]:
         """A model's card: classes, palette, sizes, parity, benchmark."""
-        found: dict[str, Any] = json.loads(self._ask("GET", f"/v1/models/{quote(name, '')}")[1])
-        return found
+        card: dict[str, Any] = json.loads(self._ask("GET", f"/v1/models/{quote(name, '')}")[1])
+        return card
 
     def ready(self) -> bool:
-        """Whether the service can be asked now."""
+        """Whether the service is ready for requests."""
         try:
             self._once("GET", "/readyz", b"", {})
         except ServiceError:
@@ -108,20 +163,33 @@ class Client:
         fit: Literal["stretch", "pad"] | None = None,
         mode: Literal["whole", "slide"] | None = None,
     ) -> Answer:
-        """Label every pixel.
+        """Label every pixel of an image.
 
-        :param image: a file's path or its bytes, or (H, W, 3) uint8 RGB; for a model of other
-            bands, (H, W, C) of any real type.
-        :param model: the service's default when not given.
-        :param classes: keep these only, by name or number.
-        :raises ServiceError: it was refused, or the service cannot be reached.
+        Args:
+            image: a file's path or its bytes, or (H, W, 3) uint8 RGB; for a model of other
+                bands, (H, W, C) of any real type.
+            model: the model's name; the service's default when not given.
+            classes: keep only these, by name or id.
+            size: of the labels: the image's, or the network's input.
+            fit: how an image of another aspect ratio is fitted; the model's own when not given.
+            mode: the whole image at once or a sliding window; the model's own when not given.
+
+        Raises:
+            ServiceError: the request was refused, or the service cannot be reached.
         """
-        query = _query(classes, size=size, fit=fit, mode=mode, output="json")
-        headers, body = self._post(image, model, query, "application/json")
+        options = {"size": size, "fit": fit, "mode": mode, "classes": classes}
+        headers, body = self._segment(image, model, "application/json", output="json", **options)
         found = json.loads(body)
         if "instances" in found:
             raise ServiceError(0, f"The model {found['model']!r} is a detector: use detect().")
-        return Answer.of(found, headers.get("x-request-id", ""))
+        mask = found["mask"]
+        labels = np.repeat(np.array(mask["values"], np.int32), mask["counts"])
+        return Answer(
+            labels=labels.reshape(mask["size"]),
+            classes=found["classes"],
+            mode=found["mode"],
+            **_common(found, headers),
+        )
 
     def detect(
         self,
@@ -132,27 +200,42 @@ class Client:
         classes: Sequence[str | int] | None = None,
         masks: bool = True,
     ) -> Objects:
-        """Find the objects, with a model that is a detector.
+        """Find the objects in an image, with a model that is a detector.
 
-        :param image: a file's path or its bytes, or (H, W, 3) uint8 RGB.
-        :param min_score: leave out what scores less; the service's own (0.3) when not given.
-        :param masks: False leaves masks out.
-        :raises ServiceError: it was refused, or the service cannot be reached.
+        Args:
+            image: a file's path or its bytes, or (H, W, 3) uint8 RGB.
+            model: the model's name; the service's default when not given.
+            min_score: leave out objects that score less; 0.3 when not given.
+            classes: keep only these, by name or id.
+            masks: False leaves the masks out.
+
+        Raises:
+            ServiceError: the request was refused, or the service cannot be reached.
         """
-        form = "rle" if masks else "none"
-        query = _query(classes, min_score=min_score, mask=form, output="json")
-        headers, body = self._post(image, model, query, "application/json")
+        options = {"min_score": min_score, "classes": classes, "mask": "rle" if masks else "none"}
+        headers, body = self._segment(image, model, "application/json", output="json", **options)
         found = json.loads(body)
         if "instances" not in found:
             raise ServiceError(0, f"The model {found['model']!r} is a segmentor: use segment().")
-        # Boxes alone come where the model has no masks; of no objects, that makes no difference.
-        masks = masks and all(entry["mask"] is not None for entry in found["instances"])
-        return Objects.of(found, headers.get("x-request-id", ""), masks=masks)
+        entries = found["instances"]
+        pixels = None
+        # A model of boxes alone gives null masks.
+        if masks and all(entry["mask"] is not None for entry in entries):
+            pixels = np.zeros((len(entries), found["height"], found["width"]), np.bool_)
+            for canvas, entry in zip(pixels, entries, strict=True):
+                canvas[:] = decode(entry["mask"])
+        return Objects(
+            boxes=np.array([entry["box"] for entry in entries], np.float32).reshape(-1, 4),
+            scores=np.array([entry["score"] for entry in entries], np.float32),
+            labels=np.array([entry["label"] for entry in entries], np.int64),
+            names=tuple(entry["class"] for entry in entries),
+            masks=pixels,
+            **_common(found, headers),
+        )
 
     def mask(self, image: Image, model: str | None = None, **options: Any) -> bytes:
-        """As :meth:`segment`, as the bytes of an indexed PNG."""
-        query = _query(options.pop("classes", None), output="mask", **options)
-        return self._post(image, model, query, "image/png")[1]
+        """An indexed PNG of the labels; options as for :meth:`segment` or :meth:`detect`."""
+        return self._segment(image, model, "image/png", output="mask", **options)[1]
 
     def overlay(
         self,
@@ -163,15 +246,13 @@ class Client:
         kind: Literal["png", "jpeg"] = "png",
         **options: Any,
     ) -> bytes:
-        """The image with the classes' colours over it, as the bytes of a PNG or JPEG."""
-        kept = options.pop("classes", None)
-        query = _query(kept, output="overlay", opacity=opacity, **options)
-        return self._post(image, model, query, f"image/{kind}")[1]
+        """The image with the classes' colours over it, as a PNG or JPEG file's bytes."""
+        options |= {"output": "overlay", "opacity": opacity}
+        return self._segment(image, model, f"image/{kind}", **options)[1]
 
     def logits(self, image: Image, model: str | None = None, **options: Any) -> dict[str, Any]:
         """``logits`` (classes, h, w) float32, ``class_ids``, ``classes`` and ``image_size``."""
-        query = _query(options.pop("classes", None), output="logits", **options)
-        body = self._post(image, model, query, "application/x-npz")[1]
+        body = self._segment(image, model, "application/x-npz", output="logits", **options)[1]
         with np.load(io.BytesIO(body), allow_pickle=False) as found:
             return dict(found)
 
@@ -183,38 +264,43 @@ class Client:
         *,
         sizes: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
-        """A tensor through a model, by the KServe protocol with binary tensors.
+        """Run a model on a tensor, by the KServe protocol with binary tensors.
 
-        :param batch: (N, C, H, W) float32 normalised, or (N, H, W, C) uint8, RGB of 3 bands.
-        :param sizes: for a detector, (N, 2) height and width of each image within its input.
-        :returns: (N, classes, h, w) float32 logits, or (N, H, W) labels; of a detector, the
-            output of its graph.
+        Args:
+            model: the model's name.
+            batch: (N, C, H, W) float32 normalised, or (N, H, W, C) uint8, RGB where C is 3.
+            output: the output to return; a segmentor has logits and labels.
+            sizes: for a detector, (N, 2) height and width of each image within its input.
+
+        Returns:
+            (N, classes, h, w) float32 logits, or (N, H, W) labels; of a detector, the output of
+            its graph.
         """
-        given, data = [], b""
         tensors = {"images": batch, **({} if sizes is None else {"sizes": np.float32(sizes)})}
-        for name, tensor in tensors.items():
-            array = np.ascontiguousarray(tensor)
-            given.append(
+        request = {
+            "inputs": [
                 {
                     "name": name,
                     "datatype": {"float32": "FP32", "uint8": "UINT8"}.get(array.dtype.name, "?"),
                     "shape": list(array.shape),
                     "parameters": {"binary_data_size": array.nbytes},
                 }
-            )
-            data += array.tobytes()
-        wanted = {"name": output, "parameters": {"binary_data": True}}
-        limit = {"timeout": int(self._timeout * 1e6)}
-        head = json.dumps({"inputs": given, "outputs": [wanted], "parameters": limit}).encode()
+                for name, array in tensors.items()
+            ],
+            "outputs": [{"name": output, "parameters": {"binary_data": True}}],
+            "parameters": {"timeout": int(self._timeout * 1e6)},
+        }
+        head = json.dumps(request).encode()
+        data = b"".join(array.tobytes() for array in tensors.values())
         headers, body = self._ask(
             "POST",
             f"/v2/models/{quote(model, '')}/infer",
             head + data,
-            {_HEADER_LENGTH: str(len(head)), "Content-Type": "application/octet-stream"},
+            **{_HEADER_LENGTH: str(len(head)), "Content-Type": "application/octet-stream"},
         )
         length = int(headers[_HEADER_LENGTH.lower()])
         (found,) = json.loads(body[:length])["outputs"]
-        kind = {"FP32": "<f4", "UINT8": "u1", "UINT16": "<u2", "INT64": "<i8"}[found["datatype"]]
+        kind = _DATATYPES[found["datatype"]]
         return np.frombuffer(body, kind, offset=length).reshape(found["shape"])
 
     def close(self) -> None:
@@ -224,44 +310,34 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _post(
-        self, image: Image, model: str | None, query: str, accept: str
-    ) -> tuple[dict[str, str], bytes]:
+    def _segment(self, image: Image, model: str | None, accept: str, **options: Any) -> Reply:
         path = "/v1/segment" if model is None else f"/v1/models/{quote(model, '')}/segment"
+        query = urlencode({k: v for k, v in options.items() if v is not None}, doseq=True)
         headers = {
             "Content-Type": "application/octet-stream",
             "Accept": accept,
             "X-Timeout-Ms": f"{self._timeout * 1e3:.0f}",
         }
-        return self._ask("POST", f"{path}?{query}", _encoded(image), headers)
+        return self._ask("POST", f"{path}?{query}", _encoded(image), **headers)
 
-    def _ask(
-        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
-    ) -> tuple[dict[str, str], bytes]:
-        end = time.monotonic() + self._timeout
-        for left in range(self._retries, -1, -1):
+    def _ask(self, method: str, path: str, body: bytes = b"", **headers: str) -> Reply:
+        end, left = time.monotonic() + self._timeout, self._retries
+        while True:
             try:
-                return self._once(method, path, body, headers or {})
+                return self._once(method, path, body, headers)
             except ServiceError as error:
-                wait = getattr(error, "retry_after", 0.1)
-                if not left or error.status not in (0, *_AGAIN) or time.monotonic() + wait > end:
+                wait = error.retry_after
+                if not left or error.status not in _RETRIED or time.monotonic() + wait > end:
                     raise
+            left -= 1
             time.sleep(wait)
-        raise AssertionError("unreachable")
 
-    def _once(
-        self, method: str, path: str, body: bytes, headers: dict[str, str]
-    ) -> tuple[dict[str, str], bytes]:
+    def _once(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> Reply:
         try:
-            self._connection.request(method, self._base + path, body, {**self._headers, **headers})
+            self._connection.request(method, self._base + path, body, self._headers | headers)
             answer = self._connection.getresponse()
             data = answer.read()
         except (OSError, http.client.HTTPException) as error:
@@ -274,43 +350,34 @@ class Client:
         found = {name.lower(): value for name, value in answer.getheaders()}
         if answer.status == 200:
             return found, data
-        failure = ServiceError(
-            answer.status, _detail(answer.status, data), found.get("x-request-id", "")
-        )
-        failure.retry_after = _seconds(found.get("retry-after"))  # type: ignore[attr-defined]
-        raise failure
+        try:
+            detail = str(json.loads(data)["detail"])
+        except (ValueError, KeyError, TypeError):
+            detail = f"The service answered with status {answer.status}."
+        after = found.get("retry-after", "")
+        wait = float(after) if after.isdigit() else 0.1
+        raise ServiceError(answer.status, detail, found.get("x-request-id", ""), wait)
 
 
-def _query(classes: Sequence[str | int] | None, **options: Any) -> str:
-    pairs = [(name, value) for name, value in options.items() if value is not None]
-    return urlencode([*pairs, *(("classes", kept) for kept in classes or ())])
+def _common(found: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
+    same = {name: found[name] for name in ("fit", "model", "timings_ms")}
+    return {**same, "request_id": headers.get("x-request-id", "")}
 
 
 def _encoded(image: Image) -> bytes:
     if isinstance(image, bytes):
         return image
-    if isinstance(image, np.ndarray):
+    if not isinstance(image, np.ndarray):
+        return Path(image).read_bytes()
+    if image.ndim not in (2, 3) or image.dtype.kind not in "uif":
+        raise ServiceError(
+            0, f"An image is (H, W, C) real numbers, not {image.shape} {image.dtype}."
+        )
+    buffer = io.BytesIO()
+    if image.dtype == np.uint8 and image.shape[2:] == (3,):
         from PIL import Image as Pictures
 
-        if image.ndim not in (2, 3) or image.dtype.kind not in "uif":
-            raise ServiceError(
-                0, f"An image is (H, W, C) real numbers, not {image.shape} {image.dtype}."
-            )
-        buffer = io.BytesIO()
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            np.save(buffer, image, allow_pickle=False)
-            return buffer.getvalue()
         Pictures.fromarray(image).save(buffer, "PNG", compress_level=1)
-        return buffer.getvalue()
-    return Path(image).read_bytes()
-
-
-def _detail(status: int, body: bytes) -> str:
-    try:
-        return str(json.loads(body)["detail"])
-    except (ValueError, KeyError, TypeError):
-        return f"The service answered with status {status}."
-
-
-def _seconds(text: str | None) -> float:
-    return float(text) if text and text.isdigit() else 0.1
+    else:
+        np.save(buffer, image, allow_pickle=False)
+    return buffer.getvalue()

@@ -1,10 +1,9 @@
-"""COCO's compressed run lengths of a mask, written and read in numpy.
+"""COCO's compressed run-length encoding (RLE) of masks in numpy, readable by pycocotools.
 
 Pixels are read down columns, left column first; the first run is of pixels outside the mask.
 Lengths (from the fourth on their difference from the one before the last) are written in
 groups of five bits, lowest first, each as the character 48 above it; a sixth bit says that
-more groups follow, and the highest bit of the last group is the sign. pycocotools reads the
-result as its own.
+more groups follow, and the highest bit of the last group is the sign.
 """
 
 from __future__ import annotations
@@ -29,27 +28,26 @@ class Rle(TypedDict):
 
 
 def encode(mask: Mask) -> Rle:
-    """(H, W) bool to run lengths."""
+    """Encode a mask (H, W) bool."""
     return encode_part(mask, 0, 0, (mask.shape[0], mask.shape[1]))
 
 
 def encode_part(part: Mask, top: int, left: int, size: tuple[int, int]) -> Rle:
-    """A mask that is False outside of ``part``, without making the rest of it.
+    """Encode a mask that is False outside of ``part``, without making the rest of it.
 
-    :param part: (h, w) bool, whose first pixel is at (``top``, ``left``) of the mask.
-    :param size: (H, W) of the mask.
+    Args:
+        part: (h, w) bool, whose first pixel is at (``top``, ``left``) of the mask.
+        top: first row of the part.
+        left: first column of the part.
+        size: (H, W) of the mask.
     """
     height, width = size
     padded = np.zeros((part.shape[0] + 2, part.shape[1]), np.int8)
     padded[1:-1] = part
     columns, rows = np.nonzero(np.diff(padded, axis=0).T)
-    edges = (columns + left) * height + rows + top
-    starts, ends = edges[::2], edges[1::2]
-    # A run that reaches the foot of its column may go on at the head of the next one.
-    parted = ends[:-1] != starts[1:]
-    edges = np.empty(2 * int(parted.sum() + min(len(starts), 1)), np.int64)
-    edges[::2] = starts[np.concatenate([[True], parted])] if len(starts) else 0
-    edges[1::2] = ends[np.concatenate([parted, [True]])] if len(ends) else 0
+    # Where one run's end is the next one's start, at the foot of a column, they are one run.
+    edges, times = np.unique((columns + left) * height + rows + top, return_counts=True)
+    edges = edges[times == 1]
     counts = np.diff(edges, prepend=0, append=height * width)
     if len(counts) > 1 and counts[-1] == 0:
         counts = counts[:-1]
@@ -57,9 +55,10 @@ def encode_part(part: Mask, top: int, left: int, size: tuple[int, int]) -> Rle:
 
 
 def decode(rle: Rle) -> Mask:
-    """Run lengths to (H, W) bool.
+    """Decode a mask to (H, W) bool.
 
-    :raises ValueError: they are not a mask of that size.
+    Raises:
+        ValueError: the run lengths are not a mask of that size.
     """
     height, width = _size(rle)
     counts = decompress(_counts(rle))
@@ -73,15 +72,16 @@ def decode(rle: Rle) -> Mask:
 
 
 def area(rle: Rle) -> int:
-    """The mask's pixels.
+    """Number of pixels of a mask.
 
-    :raises ValueError: these are no run lengths.
+    Raises:
+        ValueError: these are no run lengths.
     """
     return int(decompress(_counts(rle))[1::2].sum())
 
 
 def compress(counts: npt.NDArray[Any]) -> str:
-    """Run lengths (n,) as COCO's characters."""
+    """Write run lengths (n,) as COCO's characters."""
     left = counts.astype(np.int64)
     left[3:] -= counts[1:-2]
     characters, written = [], []
@@ -97,9 +97,10 @@ def compress(counts: npt.NDArray[Any]) -> str:
 
 
 def decompress(text: str) -> npt.NDArray[np.int64]:
-    """COCO's characters as run lengths (n,).
+    """Read run lengths (n,) from COCO's characters.
 
-    :raises ValueError: a character is not one of them, or the last number is cut off.
+    Raises:
+        ValueError: a character is not one of them, or the last number is cut off.
     """
     groups = np.frombuffer(text.encode("latin-1", "replace"), np.uint8).astype(np.int64) - _FIRST
     if not len(groups) or groups.min() < 0 or groups.max() > 0x3F or groups[-1] & 0x20:
