@@ -1,4 +1,4 @@
-"""Labels as the body of a response: JSON, an indexed PNG, an overlay, or logits."""
+"""The answer to a segment request: its media type, and its body in JSON, PNG, JPEG, npz or zip."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from fdconv_deploy.serve.errors import RefusedError
-from fdconv_deploy.serve.negotiation import best_type
 from fdconv_deploy.serve.polygons import class_rings
 from PIL import Image
 
-from fdconv_deploy.runtime import Segmentation
-from fdconv_deploy.runtime.visualization import as_rgb, encode, overlay
+from fdconv_deploy.runtime import Detection, Segmentation
+from fdconv_deploy.runtime.visualization import as_rgb, encode
 
 Output = Literal["json", "mask", "overlay", "logits"]
 MaskForm = Literal["rle", "polygons", "none"]
 JSON, PNG, JPEG = "application/json", "image/png", "image/jpeg"
 NPZ, ZIP = "application/x-npz", "application/zip"
-# Masks show this where a class was not asked for; the value mmsegmentation ignores.
+# The value of pixels whose class was not asked for; mmsegmentation's ignore index.
 OTHER = 255
-# What each output can be sent as, the preferred first.
-_TYPES: dict[Output, tuple[str, ...]] = {
+# The media types of each output, the preferred one first.
+MEDIA_TYPES: dict[Output, tuple[str, ...]] = {
     "json": (JSON,),
     "mask": (PNG,),
     "overlay": (PNG, JPEG),
@@ -43,66 +42,17 @@ class Form:
     media_type: str
 
 
-class Writable(Protocol):
-    """One image's answer, to be written down: a segmentor's or a detector's."""
-
-    @property
-    def name(self) -> str | None:
-        """The image file's name in the form, if it came with one."""
-
-    @property
-    def fit(self) -> str:
-        """How the image was brought to the network's size."""
-
-    def document(self, mask: MaskForm) -> dict[str, Any]:
-        """For JSON."""
-
-    def file(self, output: Output, kind: str, opacity: float) -> bytes:
-        """One of the other outputs, as a file of the media type ``kind``."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One image's answer, to be written down.
-
-    ``segmentation`` has its labels at the size asked for, and ``image`` (H, W, C) is of
-    that size. ``kept`` are the classes asked for, all when None. ``logits`` is
-    (classes, h, w) float32 where they were asked for, with what they cover beside them.
-    """
-
-    model: str
-    segmentation: Segmentation
-    image: npt.NDArray[Any] | None
-    name: str | None
-    timings_ms: dict[str, float]
-    kept: tuple[int, ...] | None = None
-    logits: npt.NDArray[np.float32] | None = None
-    size: tuple[int, int] = (0, 0)
-
-    @property
-    def fit(self) -> str:
-        """How the image was brought to the network's size."""
-        return self.segmentation.fit
-
-    def document(self, mask: MaskForm) -> dict[str, Any]:
-        """As ``schemas.Segmentation``."""
-        return _document(self, mask)
-
-    def file(self, output: Output, kind: str, opacity: float) -> bytes:
-        """One of the other outputs, as a file of the media type ``kind``."""
-        return _file(output, kind, self, opacity)
-
-
 def choose_form(accept: str, output: Output | None) -> Form:
-    """Settle the form of the answer from the ``Accept`` header and ``?output=``.
+    """Choose the form of the answer from the ``Accept`` header and ``?output=``.
 
     Without ``output``, image/png asks for the mask, application/x-npz for logits, and
     application/json, or anything at all, for JSON. application/zip takes what ``output`` says
     (masks, if nothing), one file per image.
 
-    :raises RefusedError: 406, none of it is to be had.
+    Raises:
+        RefusedError: 406, the header accepts none of the media types there are.
     """
-    offers = _TYPES[output] if output else (JSON, PNG, NPZ)
+    offers = MEDIA_TYPES[output] if output else (JSON, PNG, NPZ)
     if output != "json":
         offers = (*offers, ZIP)
     chosen = best_type(accept, offers)
@@ -116,9 +66,10 @@ def choose_form(accept: str, output: Output | None) -> Form:
 
 
 def form_for_several(accept: str, form: Form) -> Form:
-    """As :func:`choose_form` settled it, for more than one image: JSON, or a zip of files.
+    """The form of an answer to several images: JSON, or a zip of files.
 
-    :raises RefusedError: 406.
+    Raises:
+        RefusedError: 406, the ``Accept`` header rules out both.
     """
     if form.media_type in (JSON, ZIP):
         return form
@@ -130,54 +81,103 @@ def form_for_several(accept: str, form: Form) -> Form:
     return Form(form.output, ZIP)
 
 
-def run_lengths(labels: npt.NDArray[Any]) -> dict[str, list[int]]:
-    """Labels (H, W) as runs in row-major order: see ``schemas.RunLengthMask``."""
-    flat = labels.reshape(-1)
-    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
-    counts = np.diff(starts, append=flat.size)
-    return {
-        "size": list(labels.shape),
-        "counts": counts.tolist(),
-        "values": flat[starts].tolist(),
-    }
+def best_type(accept: str, offers: Sequence[str]) -> str | None:
+    """The offer that an ``Accept`` header prefers; of equals the first; None if it accepts none.
+
+    >>> best_type("image/*;q=0.5, application/json", ["image/png", "application/json"])
+    'application/json'
+    """
+    ranges: dict[str, float] = {}
+    for part in accept.split(","):
+        name, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        quality = 1.0
+        for key, _, value in (parameter.partition("=") for parameter in parameters):
+            if key.strip() == "q":
+                try:
+                    quality = min(float(value), 1.0)
+                except ValueError:
+                    quality = 0.0
+        if part.strip():
+            ranges[name] = max(ranges.get(name, 0.0), quality)
+    if not ranges:
+        return offers[0]
+
+    def quality_of(offer: str) -> float:
+        # The most specific range that matches decides, whatever the others say.
+        matching = (offer, offer.partition("/")[0] + "/*", "*/*")
+        return next((ranges[name] for name in matching if name in ranges), 0.0)
+
+    best = max(offers, key=quality_of)
+    return best if quality_of(best) > 0 else None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One image's result, to be written to the response.
+
+    Attributes:
+        model: the model's name.
+        found: the result; a segmentor's labels are at the size asked for.
+        image: the image at that size, (H, W, C); None unless an overlay was asked for.
+        name: the image file's name in the form, if it came with one.
+        timings_ms: milliseconds by stage.
+        kept: ids of the classes asked for; None for all.
+        logits: (classes, h, w) float32; None unless they were asked for.
+        image_size: height and width of the image as sent.
+    """
+
+    model: str
+    found: Segmentation | Detection
+    image: npt.NDArray[Any] | None
+    name: str | None
+    timings_ms: dict[str, float]
+    kept: tuple[int, ...] | None
+    logits: npt.NDArray[np.float32] | None
+    image_size: tuple[int, int]
+
+    @property
+    def class_ids(self) -> tuple[int, ...]:
+        """Ids of the classes in the answer."""
+        return tuple(range(len(self.found.classes))) if self.kept is None else self.kept
 
 
 def render(
-    form: Form, answers: Sequence[Writable], opacity: float, mask: MaskForm
+    form: Form, answers: Sequence[Answer], opacity: float, mask: MaskForm
 ) -> tuple[bytes, str]:
-    """The response's body and its media type."""
+    """Write the response's body; returned with its media type."""
     if form.output == "json":
-        documents = [answer.document(mask) for answer in answers]
+        documents = [_document(answer, mask) for answer in answers]
         found = documents[0] if len(answers) == 1 else {"results": documents}
         # Not through pydantic, which would check every run.
         return json.dumps(found, separators=(",", ":")).encode(), JSON
-    kind = _TYPES[form.output][0] if form.media_type == ZIP else form.media_type
-    if len(answers) == 1 and form.media_type != ZIP:
-        return answers[0].file(form.output, kind, opacity), kind
+    if form.media_type != ZIP:
+        return _file(answers[0], form.output, form.media_type, opacity), form.media_type
+    kind = MEDIA_TYPES[form.output][0]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for number, answer in enumerate(answers):
-            stem = (answer.name or "image").rpartition(".")[0] or (answer.name or "image")
-            archive.writestr(
-                f"{number:03d}-{stem}.{_SUFFIXES[kind]}",
-                answer.file(form.output, kind, opacity),
-            )
+            name = answer.name or "image"
+            stem = name.rpartition(".")[0] or name
+            file = _file(answer, form.output, kind, opacity)
+            archive.writestr(f"{number:03d}-{stem}.{_SUFFIXES[kind]}", file)
     return buffer.getvalue(), ZIP
 
 
-def _file(output: Output, kind: str, answer: Answer, opacity: float) -> bytes:
-    found = answer.segmentation
+def _file(answer: Answer, output: Output, kind: str, opacity: float) -> bytes:
+    found = answer.found
     if output == "logits":
         return _npz(answer)
+    selected = answer.kept is not None and isinstance(found, Segmentation)
     if output == "overlay":
         assert answer.image is not None
-        picture = overlay(answer.image, found.labels, found.palette, opacity)
-        if answer.kept is not None:
-            picture = np.where(_keeps(answer)[..., None], picture, as_rgb(answer.image))
+        picture = found.overlay(answer.image, opacity)
+        if selected:
+            picture = np.where(_kept_pixels(answer)[..., None], picture, as_rgb(answer.image))
         return encode(picture, "JPEG" if kind == JPEG else "PNG")
-    if answer.kept is None:
+    if not selected:
         return found.mask_png()
-    image = Image.fromarray(np.where(_keeps(answer), found.labels, OTHER).astype(np.uint8))
+    assert isinstance(found, Segmentation)
+    image = Image.fromarray(np.where(_kept_pixels(answer), found.labels, OTHER).astype(np.uint8))
     # All 256 colours: with fewer, Pillow would store fewer bits than 255 needs.
     colours = [*found.palette, *[(0, 0, 0)] * (256 - len(found.palette))]
     image.putpalette([value for colour in colours for value in colour])
@@ -185,72 +185,108 @@ def _file(output: Output, kind: str, answer: Answer, opacity: float) -> bytes:
 
 
 def _npz(answer: Answer) -> bytes:
-    assert answer.logits is not None
-    found = answer.segmentation
-    kept = answer.kept if answer.kept is not None else tuple(range(len(found.classes)))
-    logits = answer.logits
-    if len(logits) < len(found.classes):
-        kept = (1,)  # the one output there is tells class 1 from class 0
-    elif answer.kept is not None:
-        logits = logits[list(kept)]
+    logits, kept, names = answer.logits, answer.class_ids, answer.found.classes
+    assert logits is not None
+    if len(logits) < len(names):
+        kept = (1,)  # a head with one output gives the logit of class 1
+    else:
+        logits = logits[list(kept)] if answer.kept is not None else logits
     buffer = io.BytesIO()
     np.savez(
         buffer,
         logits=logits,
         class_ids=np.array(kept, np.int64),
-        classes=np.array([found.classes[number] for number in kept]),
-        image_size=np.array(answer.size, np.int64),
+        classes=np.array([names[number] for number in kept]),
+        image_size=np.array(answer.image_size, np.int64),
     )
     return buffer.getvalue()
 
 
-def _keeps(answer: Answer) -> npt.NDArray[np.bool_]:
-    table = np.zeros(len(answer.segmentation.classes), np.bool_)
-    table[list(answer.kept or ())] = True
-    return table[answer.segmentation.labels]
+def _kept_pixels(answer: Answer) -> npt.NDArray[np.bool_]:
+    """Where a segmentor's labels are of a class that was asked for: (H, W)."""
+    assert isinstance(answer.found, Segmentation)
+    table = np.zeros(len(answer.found.classes), np.bool_)
+    table[list(answer.class_ids)] = True
+    return table[answer.found.labels]
 
 
 def _document(answer: Answer, mask: MaskForm) -> dict[str, Any]:
-    found = answer.segmentation
-    height, width = found.labels.shape
-    areas = found.areas().tolist()
-    kept = answer.kept if answer.kept is not None else range(len(found.classes))
+    """One image's JSON: ``schemas.Segmentation`` or ``schemas.Detection``."""
+    found = answer.found
+    own = (
+        _detection(answer, found, mask)
+        if isinstance(found, Detection)
+        else _segmentation(answer, found, mask)
+    )
     return {
         "model": answer.model,
         "file": answer.name,
-        "height": height,
-        "width": width,
         "fit": found.fit,
-        "mode": found.mode,
-        "classes": [
-            {
-                "id": number,
-                "name": found.classes[number],
-                "color": found.palette[number],
-                "area": areas[number],
-                "share": areas[number] / (height * width),
-            }
-            for number in kept
-        ],
-        "mask": _mask(answer, mask, areas),
+        **own,
         "timings_ms": answer.timings_ms,
     }
 
 
-def _mask(answer: Answer, form: MaskForm, areas: list[int]) -> dict[str, Any] | None:
-    labels = answer.segmentation.labels
-    if form == "none":
-        return None
-    kept = answer.kept if answer.kept is not None else range(len(areas))
+def _segmentation(answer: Answer, found: Segmentation, form: MaskForm) -> dict[str, Any]:
+    labels, areas = found.labels, found.areas().tolist()
+    size = list(labels.shape)
+    mask: dict[str, Any] | None = None
     if form == "polygons":
-        return {
-            "size": list(labels.shape),
-            "polygons": [
-                {"id": number, "rings": class_rings(labels, number)}
-                for number in kept
-                if areas[number]
-            ],
-        }
-    if answer.kept is None:
-        return run_lengths(labels)
-    return run_lengths(np.where(_keeps(answer), labels.astype(np.int32), -1))
+        present = [number for number in answer.class_ids if areas[number]]
+        outlines = [{"id": number, "rings": class_rings(labels, number)} for number in present]
+        mask = {"size": size, "polygons": outlines}
+    elif form == "rle":
+        if answer.kept is not None:
+            labels = np.where(_kept_pixels(answer), labels.astype(np.int32), -1)
+        mask = run_lengths(labels)
+    return {
+        "height": size[0],
+        "width": size[1],
+        "mode": found.mode,
+        "classes": [
+            {**entry, "area": areas[entry["id"]], "share": areas[entry["id"]] / labels.size}
+            for entry in _classes(answer)
+        ],
+        "mask": mask,
+    }
+
+
+def _detection(answer: Answer, found: Detection, form: MaskForm) -> dict[str, Any]:
+    size = list(found.image_size)
+    entries = found.as_dicts(masks=form == "rle")
+    if form == "polygons" and found.has_masks:
+        for entry, part, area in zip(entries, found.pasted, found.areas().tolist(), strict=True):
+            corner = (part.left, part.top)
+            rings = [
+                [value + corner[place % 2] for place, value in enumerate(ring)]
+                for ring in class_rings(part.pixels, 1)
+            ]
+            entry |= {"area": area, "mask": {"size": size, "rings": rings}}
+    counts = np.bincount(found.labels, minlength=len(found.classes)).tolist()
+    return {
+        "height": size[0],
+        "width": size[1],
+        "resized_to": list(found.resized_to),
+        "classes": [{**entry, "count": counts[entry["id"]]} for entry in _classes(answer)],
+        "instances": [
+            {"id": number, "area": None, "mask": None, **entry}
+            for number, entry in enumerate(entries, 1)
+        ],
+    }
+
+
+def _classes(answer: Answer) -> list[dict[str, Any]]:
+    names, palette = answer.found.classes, answer.found.palette
+    return [{"id": n, "name": names[n], "color": palette[n]} for n in answer.class_ids]
+
+
+def run_lengths(labels: npt.NDArray[Any]) -> dict[str, list[int]]:
+    """Encode labels (H, W) as runs in row-major order: ``schemas.RunLengthMask``."""
+    flat = labels.reshape(-1)
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(flat)) + 1])
+    counts = np.diff(starts, append=flat.size)
+    return {
+        "size": list(labels.shape),
+        "counts": counts.tolist(),
+        "values": flat[starts].tolist(),
+    }

@@ -1,11 +1,13 @@
-"""One image of a request, from its bytes to its answer."""
+"""A segment request from its images' bytes to its answer: decode, prepare, run, finish, encode."""
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,73 +15,102 @@ from fdconv_deploy.serve.batching import Outcome
 from fdconv_deploy.serve.errors import RefusedError, image_problem
 from fdconv_deploy.serve.model_versions import Version
 from fdconv_deploy.serve.request_body import Upload
-from fdconv_deploy.serve.responses import Answer, Form, MaskForm, Writable
+from fdconv_deploy.serve.responses import Answer, render
+from fdconv_deploy.serve.segment_options import SegmentRequest
 from fdconv_deploy.serve.service import Service
-from fdconv_deploy.serve.settings import Settings
 
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime import Segmentation, Session
-from fdconv_deploy.runtime.detection import SHOWN_SCORE
+from fdconv_deploy.runtime import Segmentation
 from fdconv_deploy.runtime.multiband import FORMATS, check_format
 from fdconv_deploy.runtime.postprocessing import logit_map
 from fdconv_deploy.runtime.preprocessing import resize
 
-Picture = npt.NDArray[Any]
-
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a request asks for. ``kept``: class numbers, all when None.
+class SegmentAnswer:
+    """A response's body, with what its headers and the metrics hold.
 
-    ``min_score``: of a detector's objects.
+    Attributes:
+        stages: (name, seconds), in order.
+        fits: how each image was fitted to the network's input.
     """
 
-    form: Form
-    mask: MaskForm
-    opacity: float
-    kept: tuple[int, ...] | None
-    fit: Literal["stretch", "pad"] | None
-    mode: Literal["whole", "slide"]
-    size: Literal["original", "network"] | None
-    min_score: float = SHOWN_SCORE
+    body: bytes
+    media_type: str
+    stages: list[tuple[str, float]]
+    fits: list[str]
 
 
-class OneImage:
-    """One image's way. Every method but ``run`` works on a codec or inference thread.
+async def segment(
+    service: Service,
+    version: Version,
+    uploads: list[Upload],
+    request: SegmentRequest,
+    deadline: float,
+) -> SegmentAnswer:
+    """Answer for one image or several, with a segmentor or a detector.
 
-    This is a segmentor's; ``detecting.DetectedImage`` is a detector's.
+    Args:
+        service: its threads and settings.
+        version: the model.
+        uploads: the images.
+        request: what is asked for.
+        deadline: on the scheduler's clock.
+
+    Raises:
+        RefusedError: an image is not accepted; of several, it says which.
+        ImageError: the only image is not accepted.
     """
+    images = [_Image(service, version, upload, request, deadline) for upload in uploads]
+    if len(images) == 1:
+        await images[0].run()
+    else:
+        await _all([image.run_numbered(number) for number, image in enumerate(images, 1)])
+    start = time.perf_counter()
+
+    def write() -> tuple[bytes, str, list[str]]:
+        answers = [image.answer() for image in images]
+        fits = [answer.found.fit for answer in answers]
+        return *render(request.form, answers, request.options.opacity, request.options.mask), fits
+
+    body, media_type, fits = await service.scheduler.code(write)
+    seconds = time.perf_counter() - start
+    postprocess = sum(image.times["postprocess"] for image in images)
+    longest = max((image.times for image in images), key=lambda times: sum(times.values()))
+    stages = {**longest, "postprocess": postprocess, "encode": max(seconds - postprocess, 0.0)}
+    return SegmentAnswer(body, media_type, list(stages.items()), fits)
+
+
+class _Image:
+    """One image on its way. ``run`` waits on the event loop; the rest works on codec threads."""
 
     def __init__(
         self,
         service: Service,
         version: Version,
         upload: Upload,
-        wanted: Wanted,
+        request: SegmentRequest,
         deadline: float,
     ) -> None:
-        self._service, self._version, self._wanted = service, version, wanted
-        self._deadline = deadline
+        self._service, self._version, self._request = service, version, request
+        self._session, self._deadline = version.session, deadline
         self._upload: Upload | None = upload
         self._name = upload.name
-        self._session: Session = version.session
         self.times: dict[str, float] = {}
         self._size = (0, 0)
-        self._image: Picture | None = None
+        self._image: npt.NDArray[Any] | None = None
         self._prepared: Any = None
         self._outcome: Outcome | None = None
 
     async def run(self) -> None:
-        """Everything up to the logits."""
-        scheduler, wanted = self._service.scheduler, self._wanted
+        """Decode and prepare the image, and run the network."""
+        scheduler = self._service.scheduler
         start = time.perf_counter()
         await scheduler.code(self._open)
         waited = time.perf_counter() - start - sum(self.times.values())
-        if wanted.mode == "slide":
-            image = self._image
-            assert image is not None
-            self._image = image if self._needs_image() else None
-            call = partial(self._session.segment, image, mode="slide")
+        if self._request.mode == "slide":
+            call = partial(self._session.segment, self._image, mode="slide")
+            self._image = self._image if self._draws else None
             outcome = await scheduler.call(self._version, call, self._deadline)
         else:
             outcome = await scheduler.run(self._version, self._prepared.input[None], self._deadline)
@@ -90,88 +121,74 @@ class OneImage:
 
     async def run_numbered(self, number: int) -> None:
         """As :meth:`run`, with errors that say which image it was."""
-        named = f"Image {number}" + (f" ({self._name})" if self._name else "")
+        image = f"Image {number}" + (f" ({self._name})" if self._name else "")
         try:
             await self.run()
         except RefusedError as error:
-            raise RefusedError(error.status, f"{named}: {error.detail}") from error
+            raise RefusedError(error.status, f"{image}: {error.detail}") from error
         except ImageError as error:
             status, detail = image_problem(error)
-            raise RefusedError(status, f"{named}: {detail}") from error
+            raise RefusedError(status, f"{image}: {detail}") from error
 
-    def answer(self) -> Writable:
-        """The logits as an answer, and the time that took."""
+    def answer(self) -> Answer:
+        """Turn the network's output into the answer; the time is the postprocess stage's."""
         start = time.perf_counter()
-        wanted, outcome = self._wanted, self._outcome
-        assert outcome is not None
-        logits = None
-        if wanted.mode == "slide":
-            found: Segmentation = outcome.rows[0]
-            self.times["inference"] = found.timings["inference"]
-            self.times["preprocess"] = found.timings["preprocess"]
+        assert self._outcome is not None
+        output, request, logits = self._outcome.rows[0], self._request, None
+        found: Any
+        if self._session.detects:
+            found = self._session.finish_detection(self._prepared, output)
+            found = found.kept(request.min_score, request.kept)
+            if found.has_masks and (
+                request.form.output != "json" or request.options.mask != "none"
+            ):
+                _ = found.pasted  # made here, so that its time counts as this stage's
+        elif request.mode == "slide":
+            found = output
+            self.times |= {stage: found.timings[stage] for stage in ("inference", "preprocess")}
         else:
-            if wanted.form.output == "logits":
-                logits = self._logits(outcome.rows[0])
-            prepared = self._prepared
-            if wanted.size == "network":
-                place = prepared.placement
-                prepared = replace(prepared, image_size=(place.height, place.width))
-                if self._image is not None:
-                    self._image = resize(self._image, place.height, place.width)
-            found = self._session.finish(prepared, outcome.rows[0])
+            logits = self._logits(output) if request.form.output == "logits" else None
+            found = self._labels(output)
         self.times["postprocess"] = time.perf_counter() - start
         return Answer(
-            self._version.name,
-            found,
-            self._image,
-            self._name,
-            self._timings_ms(),
-            wanted.kept,
-            logits,
-            self._size,
+            model=self._version.name,
+            found=found,
+            image=self._image,
+            name=self._name,
+            timings_ms={stage: round(seconds * 1e3, 3) for stage, seconds in self.times.items()},
+            kept=request.kept,
+            logits=logits,
+            image_size=self._size,
         )
 
-    def _timings_ms(self) -> dict[str, float]:
-        return {name: round(seconds * 1e3, 3) for name, seconds in self.times.items()}
+    @property
+    def _draws(self) -> bool:
+        return self._request.form.output == "overlay"
 
     def _open(self) -> None:
         start = time.perf_counter()
         assert self._upload is not None
-        image = decode(self._upload.data, self._session, self._service.settings)
+        data, settings = self._upload.data, self._service.settings
         self._upload = None
+        if tuple(settings.formats) != FORMATS:
+            check_format(data, settings.formats)
+        image = self._session.read_image(data, max_pixels=settings.max_pixels)
         self._size = (image.shape[0], image.shape[1])
         self._check_answer_size()
         decoded = time.perf_counter()
         self.times["decode"] = decoded - start
-        if self._wanted.mode == "whole":
-            self._prepared = self._prepare(image)
+        if self._request.mode == "whole":
+            self._prepared = (
+                self._session.prepare_detection(image)
+                if self._session.detects
+                else self._session.prepare(image, fit=self._request.options.fit)
+            )
             self.times["preprocess"] = time.perf_counter() - decoded
-        if self._wanted.mode == "slide" or self._needs_image():
+        if self._request.mode == "slide" or self._draws:
             self._image = image
 
-    def _prepare(self, image: Picture) -> Any:
-        return self._session.prepare(image, fit=self._wanted.fit)
-
-    def _needs_image(self) -> bool:
-        return self._wanted.form.output == "overlay"
-
-    def _logits(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        if self._wanted.size is None:
-            return logits
-        place = self._prepared.placement
-        covered = (place.height, place.width)
-        architecture = self._session.bundle.manifest.architecture
-        assert architecture is not None
-        return logit_map(
-            logits,
-            self._session.input_size,
-            covered,
-            covered if self._wanted.size == "network" else self._size,
-            align_corners=architecture.decode_head.align_corners,
-        )
-
     def _check_answer_size(self) -> None:
-        if self._wanted.form.output != "logits" or self._wanted.size != "original":
+        if self._request.form.output != "logits" or self._request.options.size != "original":
             return
         limit = self._service.settings.max_answer_bytes
         output = self._version.card.output
@@ -184,12 +201,38 @@ class OneImage:
                 f"{limit:,}. Leave size out for the network's own, smaller ones.",
             )
 
+    def _labels(self, logits: npt.NDArray[np.float32]) -> Segmentation:
+        prepared = self._prepared
+        if self._request.options.size == "network":
+            covered = prepared.placement.height, prepared.placement.width
+            prepared = replace(prepared, image_size=covered)
+            if self._image is not None:
+                self._image = resize(self._image, *covered)
+        return self._session.finish(prepared, logits)
 
-def decode(data: bytes, session: Session, settings: Settings) -> Picture:
-    """An image for the session's network, of the formats and within the pixels accepted here.
+    def _logits(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        size = self._request.options.size
+        if size is None:
+            return logits
+        covered = self._prepared.placement.height, self._prepared.placement.width
+        architecture = self._session.bundle.manifest.architecture
+        assert architecture is not None
+        return logit_map(
+            logits,
+            self._session.input_size,
+            covered,
+            covered if size == "network" else self._size,
+            align_corners=architecture.decode_head.align_corners,
+        )
 
-    :raises ImageError: it is not.
-    """
-    if tuple(settings.formats) != FORMATS:
-        check_format(data, settings.formats)
-    return session.read_image(data, max_pixels=settings.max_pixels)
+
+async def _all(works: list[Coroutine[Any, Any, None]]) -> None:
+    """Await all; at the first failure stop the others and raise it."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fdconv_deploy.serve.negotiation import best_type
-from fdconv_deploy.serve.responses import run_lengths
+from fdconv_deploy.serve.responses import best_type, run_lengths
 from hypothesis import given
 from hypothesis import strategies as st
 

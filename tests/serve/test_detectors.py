@@ -141,7 +141,7 @@ class TestRefusals:
             ("boxes", "?output=mask", "*/*", 406, "boxes and no masks"),
             ("boxes", "", "image/png", 406, "boxes and no masks"),
             ("things", "?size=network", "*/*", 422, "pixels of the image"),
-            ("things", "?fit=stretch", "*/*", 422, "proportions"),
+            ("things", "?fit=stretch", "*/*", 422, "aspect ratio"),
             ("things", "?mode=slide", "*/*", 422, "slide"),
             ("things", "?min_score=1.5", "*/*", 422, "min_score"),
             ("things", "?min_score=nan", "*/*", 422, "min_score"),
