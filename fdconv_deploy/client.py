@@ -276,7 +276,9 @@ class Client:
             (N, classes, h, w) float32 logits, or (N, H, W) labels; of a detector, the output of
             its graph.
         """
-        tensors = {"images": batch, **({} if sizes is None else {"sizes": np.float32(sizes)})}
+        tensors = {"images": batch}
+        if sizes is not None:
+            tensors["sizes"] = np.asarray(sizes, np.float32)
         request = {
             "inputs": [
                 {

@@ -1,13 +1,23 @@
-"""The OpenAPI document's words, and what FastAPI does not find out by itself."""
+"""The OpenAPI document: its description, its security, and examples of the models served."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.encoders import jsonable_encoder
 from fastapi.openapi.utils import get_openapi
-from fdconv_deploy.serve.openapi_examples import add_examples
-from fdconv_deploy.serve.schemas import InferCall
+from fdconv_deploy.serve.errors import DIED, LATE, MEDIA_TYPE, problem
+from fdconv_deploy.serve.kserve.metadata import (
+    ServerLive,
+    ServerMetadata,
+    ServerReady,
+    model_config,
+    model_metadata,
+    repository_index,
+)
+from fdconv_deploy.serve.kserve.statistics import ModelStatistics, ModelStatisticsList
+from fdconv_deploy.serve.kserve.tensors import HEADER_LENGTH, InferCall
 from fdconv_deploy.serve.service import Service
 
 DESCRIPTION = """\
@@ -24,10 +34,36 @@ Errors are problem documents (RFC 9457) with a sentence in `detail`. Every answe
 back; nothing was done, so the same request may be sent again.
 """
 _OPEN = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+_ID = "3f1c9a52f8d04b5e9c0e6a7d2b814c11"
+# An example of each status's `detail`; real ones name what was found.
+_DETAILS = {
+    400: "The request must have exactly one input, 'images'.",
+    401: "This service asks for an API key. Send it as 'Authorization: Bearer KEY' or "
+    "'X-API-Key: KEY'.",
+    403: "Clients may not load or unload models here. Start the service with --model-control to "
+    "allow it.",
+    404: "There is no model of that name; there are street.",
+    406: "Answers come as application/json or image/png or application/x-npz or application/zip, "
+    "which the Accept header rules out.",
+    408: "The request's body did not arrive within 60 s. Send it faster, or less of it.",
+    413: "The request's body is larger than the 67,108,864 bytes accepted. Send a smaller or more "
+    "strongly compressed image.",
+    414: "The address is longer than 8,192 bytes. Send a shorter one.",
+    415: "The request has no content type. Send an image as the body with its content type.",
+    422: "The image cannot be decoded: the file is cut off or damaged. Send the whole file, or "
+    "save it again.",
+    429: "You have as many images in hand here as one client may (4). Wait for answers before "
+    "sending more.",
+    431: "The request has more than 100 headers, or more than 32,768 bytes of them. Send fewer.",
+    500: "The service failed to answer this request; that is its fault, not the image's. Its log "
+    f"says why, under the request id {_ID}.",
+    503: DIED,
+    504: LATE,
+}
 
 
 def install(app: FastAPI, service: Service, *, keys_needed: bool) -> None:
-    """Give the application its OpenAPI document, with examples of the models served."""
+    """Give the application its OpenAPI document."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -38,22 +74,20 @@ def install(app: FastAPI, service: Service, *, keys_needed: bool) -> None:
                 routes=app.routes,
                 separate_input_output_schemas=False,
             )
-            _complete(found, keys_needed)
-            add_examples(found, service)
+            schemas = found["components"]["schemas"]
+            # The body of an inference request is read by hand, so FastAPI knows no schema of it.
+            call = InferCall.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(call.pop("$defs", {}), InferCall=call)
+            if keys_needed:
+                _add_security(found)
+            _add_examples(found, service)
             app.openapi_schema = found
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _complete(document: dict[str, Any], keys_needed: bool) -> None:
-    schemas = document["components"]["schemas"]
-    # The body of an inference is read by hand, so nothing else brings its schema in.
-    call = InferCall.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas.update(call.pop("$defs", {}))
-    schemas["InferCall"] = call
-    if not keys_needed:
-        return
+def _add_security(document: dict[str, Any]) -> None:
     document["components"]["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -62,3 +96,61 @@ def _complete(document: dict[str, Any], keys_needed: bool) -> None:
         if path not in _OPEN:
             for operation in operations.values():
                 operation["security"] = [{"bearer": []}, {"key": []}]
+
+
+def _add_examples(document: dict[str, Any], service: Service) -> None:
+    """Give every JSON answer and every parameter that has none an example."""
+    parameters = {
+        "name": service.repository.default.name,
+        "version": "1",
+        "min_score": 0.3,
+        HEADER_LENGTH: 138,
+    }
+    answers = _answers(service)
+    for path, operations in document["paths"].items():
+        answer = answers.get(path.replace("/versions/{version}", ""))
+        for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                if parameter["name"] in parameters:
+                    parameter.setdefault("example", parameters[parameter["name"]])
+            for status, response in operation["responses"].items():
+                content = response.get("content", {})
+                if MEDIA_TYPE in content:
+                    detail = _DETAILS[int(status)]
+                    content[MEDIA_TYPE]["example"] = problem(_ID, int(status), detail)
+                elif answer is not None and "application/json" in content:
+                    content["application/json"].setdefault("example", answer)
+
+
+def _answers(service: Service) -> dict[str, Any]:
+    """Example answers by path, of the default model as it is served."""
+    repository = service.repository
+    card = repository.card(repository.default)
+    statistics = ModelStatistics(name=card.name, version="1")
+    statistics.ran(1, 0.0123)
+    statistics.succeeded([("queue", 0.0004), ("inference", 0.0123)], 1)
+    config = model_config(card, service.settings).model_dump(exclude_none=True)
+    labels = {"name": "labels", "shape": [1, 2, 2], "datatype": "UINT8", "data": [0, 0, 1, 1]}
+    answers = {
+        "/v1/models": {"models": [card]},
+        "/v1/models/{name}": card,
+        "/v2": ServerMetadata(),
+        "/v2/health/live": ServerLive(),
+        "/v2/health/ready": ServerReady(ready=True),
+        "/v2/models/{name}": model_metadata(card),
+        "/v2/models/stats": ModelStatisticsList(model_stats=[statistics]),
+        "/v2/models/{name}/stats": ModelStatisticsList(model_stats=[statistics]),
+        "/v2/models/{name}/config": config,
+        "/v2/models/{name}/ready": ServerReady(ready=True),
+        "/v2/models/{name}/infer": {
+            "model_name": card.name,
+            "model_version": "1",
+            "id": "42",
+            "outputs": [labels],
+        },
+        "/v2/repository/index": repository_index(repository),
+        "/v2/repository/models/{name}/load": {},
+        "/v2/repository/models/{name}/unload": {},
+    }
+    found: dict[str, Any] = jsonable_encoder(answers)
+    return found

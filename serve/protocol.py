@@ -7,13 +7,14 @@ it may leave an answer unread, and the size of its address and headers.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
 import httptools
 from fdconv_deploy.serve.client_connection import Exchange, Front, Reader
-from fdconv_deploy.serve.errors import MEDIA_TYPE, REQUEST_ID, bare_problem
+from fdconv_deploy.serve.errors import MEDIA_TYPE, REQUEST_ID, problem
 from fdconv_deploy.serve.logging import log_access
 from fdconv_deploy.serve.middleware import SECURITY, accepted_id
 from fdconv_deploy.serve.settings import Settings
@@ -254,7 +255,8 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._stop("_sending")
         request_id = self._refused(status)
-        body = bare_problem(request_id, status, detail, kserve=self.url.startswith(b"/v2"))
+        document = problem(request_id, status, detail, kserve=self.url.startswith(b"/v2"))
+        body = json.dumps(document).encode()
         retry = self.settings.retry_after_seconds if status == 503 else None
         head = [
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",

@@ -70,7 +70,7 @@ async def segment(
 
     def write() -> tuple[bytes, str, list[str]]:
         answers = [image.answer() for image in images]
-        fits = [answer.found.fit for answer in answers]
+        fits: list[str] = [answer.found.fit for answer in answers]
         return *render(request.form, answers, request.options.opacity, request.options.mask), fits
 
     body, media_type, fits = await service.scheduler.code(write)
@@ -109,8 +109,9 @@ class _Image:
         await scheduler.code(self._open)
         waited = time.perf_counter() - start - sum(self.times.values())
         if self._request.mode == "slide":
-            call = partial(self._session.segment, self._image, mode="slide")
-            self._image = self._image if self._draws else None
+            image, self._image = self._image, self._image if self._draws else None
+            assert image is not None
+            call = partial(self._session.segment, image, mode="slide")
             outcome = await scheduler.call(self._version, call, self._deadline)
         else:
             outcome = await scheduler.run(self._version, self._prepared.input[None], self._deadline)

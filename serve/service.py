@@ -11,12 +11,12 @@ from pathlib import Path
 from fdconv_deploy.serve.admission import Admission
 from fdconv_deploy.serve.batching import Scheduler
 from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.kserve.statistics import ModelStatistics
 from fdconv_deploy.serve.metrics import Metrics
 from fdconv_deploy.serve.model_repository import Repository
 from fdconv_deploy.serve.model_versions import Version
 from fdconv_deploy.serve.request_body import BodyBudget
 from fdconv_deploy.serve.settings import Settings
-from fdconv_deploy.serve.statistics import ModelStatistics
 from fdconv_deploy.serve.tracing import Tracing
 from fdconv_deploy.serve.workers.process_pool import Children, IsolatedSession
 
@@ -164,7 +164,9 @@ class Service:
             cost=session.batch_cost,
             weight=self.settings.weights.get(version.name, 1.0),
         )
-        self.statistics[version.name] = ModelStatistics()
+        self.statistics[version.name] = ModelStatistics(
+            name=version.name, version=version.card.version
+        )
         self.metrics.loads.labels(version.name).inc()
         self.metrics.model_bytes.labels(version.name).set(version.card.bytes)
 

@@ -1,37 +1,41 @@
-"""The protocol over gRPC, on the same event loop, models and queue as HTTP."""
+"""The KServe protocol over gRPC, on the same event loop, models and queue as HTTP."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from importlib.resources import files
 from typing import Any
 
 import grpc
 import numpy as np
 from fdconv_deploy.serve.batching import DeadlineError, WorkerDiedError
 from fdconv_deploy.serve.errors import DIED, LATE, REQUEST_ID, RefusedError
-from fdconv_deploy.serve.kserve.inference import (
-    EXTENSIONS,
-    TYPES,
-    InferRequest,
-    check_tensor,
-    infer,
+from fdconv_deploy.serve.kserve.inference import infer
+from fdconv_deploy.serve.kserve.metadata import (
+    ServerMetadata,
+    load_model,
+    model_config,
     model_metadata,
-    put_together,
+    model_statistics,
+    repository_index,
+    unload_model,
 )
-from fdconv_deploy.serve.kserve.messages import MESSAGES, METHODS, SERVICE
-from fdconv_deploy.serve.kserve.model_config import model_config, model_statistics
-from fdconv_deploy.serve.kserve.repository_index import index_of, require_control
-from fdconv_deploy.serve.kserve.rest import timeout_ms
+from fdconv_deploy.serve.kserve.tensors import (
+    InferRequest,
+    InputTensor,
+    datatype_of,
+    infer_request,
+)
 from fdconv_deploy.serve.logging import log_access
 from fdconv_deploy.serve.middleware import accepted_id
+from fdconv_deploy.serve.model_versions import Version
+from fdconv_deploy.serve.schemas import ModelCard
 from fdconv_deploy.serve.security import Keys
 from fdconv_deploy.serve.service import Service
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.json_format import ParseDict
-
-from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.version import __version__
 
 log = logging.getLogger("fdconv.serve")
 _CODES = {
@@ -45,8 +49,29 @@ _CODES = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _OPEN = ("ServerLive", "ServerReady")
-# Calls at a time beside those that run or wait: health, metadata, and those told to come back.
+# Calls at a time beside those that run or wait: health, metadata, and those to be turned away.
 _SPARE = 16
+
+
+def _load_protocol() -> tuple[Any, dict[str, Any]]:
+    """The protocol's service descriptor, and its message classes by name.
+
+    They are in a pool of their own, so that they cannot clash with those of a client
+    (tritonclient registers messages of the same names) in the same process.
+    """
+    compiled = (files("fdconv_deploy.serve") / "kserve" / "open_inference.binpb").read_bytes()
+    (file,) = descriptor_pb2.FileDescriptorSet.FromString(compiled).file
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    found = pool.FindFileByName(file.name)
+    messages = {
+        name: message_factory.GetMessageClass(descriptor)
+        for name, descriptor in found.message_types_by_name.items()
+    }
+    return found.services_by_name["GRPCInferenceService"], messages
+
+
+PROTOCOL, MESSAGES = _load_protocol()
 
 
 class GrpcServer:
@@ -55,23 +80,30 @@ class GrpcServer:
     def __init__(self, service: Service, keys: Keys) -> None:
         self._service, self._keys = service, keys
         settings = service.settings
-        limit = settings.max_body_bytes
         self._server = grpc.aio.server(
             # Messages are received whole before anybody can count them.
             maximum_concurrent_rpcs=settings.workers + settings.queue_limit + _SPARE,
             options=[
-                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_receive_message_length", settings.max_body_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
             ],
         )
+        handlers = {
+            method.name: grpc.unary_unary_rpc_method_handler(
+                self._guarded(method.name, getattr(self, f"_{method.name}")),
+                request_deserializer=MESSAGES[method.input_type.name].FromString,
+                response_serializer=lambda message: message.SerializeToString(),
+            )
+            for method in PROTOCOL.methods
+        }
         self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE, self._handlers()),)
+            (grpc.method_handlers_generic_handler(PROTOCOL.full_name, handlers),)
         )
         self.port: int | None = None
 
     async def start(self, host: str, port: int) -> None:
-        """Listen; port 0 lets the system choose, ``port`` then says which."""
+        """Listen; port 0 lets the system choose, ``self.port`` then says which."""
         settings = self._service.settings
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         if settings.tls_certificate is None or settings.tls_key is None:
@@ -91,19 +123,10 @@ class GrpcServer:
         """Take no more requests, and finish those under way within ``grace`` seconds."""
         await self._server.stop(grace)
 
-    def _handlers(self) -> dict[str, Any]:
-        return {
-            method: grpc.unary_unary_rpc_method_handler(
-                self._guarded(method, getattr(self, f"_{method}")),
-                request_deserializer=MESSAGES[f"{method}Request"].FromString,
-                response_serializer=lambda message: message.SerializeToString(),
-            )
-            for method in METHODS
-        }
-
     def _guarded(
         self, method: str, call: Callable[[Any, Any], Awaitable[Any]]
     ) -> Callable[[Any, Any], Awaitable[Any]]:
+        """``call`` with the API key checked before, its errors as status codes, and a log line."""
         route = f"grpc/{method}"
 
         async def handle(request: Any, context: Any) -> Any:
@@ -115,7 +138,8 @@ class GrpcServer:
             context.set_trailing_metadata(((REQUEST_ID.lower(), request_id),))
             try:
                 if method not in _OPEN:
-                    self._authorise(metadata)
+                    given = metadata.get("authorization", ""), metadata.get("x-api-key", "")
+                    self._keys.check(*given)
                 answer = await call(request, context)
             except RefusedError as error:
                 code = _CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
@@ -136,7 +160,7 @@ class GrpcServer:
                 request_id=request_id,
                 client=context.peer(),
                 method="gRPC",
-                path=f"/{SERVICE}/{method}",
+                path=f"/{PROTOCOL.full_name}/{method}",
                 status=code.name,
                 ms=round(seconds * 1e3, 3),
             )
@@ -146,40 +170,30 @@ class GrpcServer:
 
         return handle
 
-    def _authorise(self, metadata: dict[str, str]) -> None:
-        self._keys.check(metadata.get("authorization", ""), metadata.get("x-api-key", ""))
-
     async def _ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return MESSAGES["ServerLiveResponse"](live=True)
+        return _message("ServerLive", live=True)
 
     async def _ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return MESSAGES["ServerReadyResponse"](ready=self._service.ready)
+        return _message("ServerReady", ready=self._service.ready)
 
     async def _ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         model = self._service.repository.get(request.name)
-        return MESSAGES["ModelReadyResponse"](ready=model.version is not None)
+        return _message("ModelReady", ready=model.version is not None)
 
     async def _ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return MESSAGES["ServerMetadataResponse"](
-            name="fdconv-deploy", version=__version__, extensions=EXTENSIONS
-        )
+        return _message("ServerMetadata", **ServerMetadata().model_dump())
 
     async def _ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
-        repository = self._service.repository
-        model = repository.get_version(request.name, request.version)
-        return MESSAGES["ModelMetadataResponse"](
-            **model_metadata(model.version, repository.card(model))
-        )
+        found = model_metadata(self._card(request))
+        return _message("ModelMetadata", **found.model_dump())
 
     async def _ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
-        repository = self._service.repository
-        card = repository.card(repository.get_version(request.name, request.version))
-        found = {"config": model_config(card, self._service.settings)}
-        return ParseDict(found, MESSAGES["ModelConfigResponse"]())
+        found = model_config(self._card(request), self._service.settings)
+        return _message("ModelConfig", config=found.model_dump(exclude_none=True))
 
     async def _ModelStatistics(self, request: Any, context: Any) -> Any:  # noqa: N802
         found = model_statistics(self._service, request.name, request.version)
-        return ParseDict(found, MESSAGES["ModelStatisticsResponse"]())
+        return _message("ModelStatistics", **found.model_dump())
 
     async def _ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         service = self._service
@@ -206,7 +220,7 @@ class GrpcServer:
                 outputs, stages = await infer(service, version, wanted, deadline)
                 service.count(version.name, stages, count)
                 service.tracing.record(
-                    f"{SERVICE}/ModelInfer",
+                    f"{PROTOCOL.full_name}/ModelInfer",
                     dict(context.invocation_metadata() or ()),
                     time.perf_counter() - start,
                     stages,
@@ -215,71 +229,57 @@ class GrpcServer:
                 return _written(version, wanted, outputs)
 
     async def _RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
-        found = index_of(self._service.repository, ready=request.ready)
-        entry = MESSAGES["RepositoryIndexResponse.ModelIndex"]
-        return MESSAGES["RepositoryIndexResponse"](models=[entry(**model) for model in found])
+        found = repository_index(self._service.repository, ready=request.ready)
+        return _message("RepositoryIndex", models=[entry.model_dump() for entry in found])
 
     async def _RepositoryModelLoad(self, request: Any, context: Any) -> Any:  # noqa: N802
-        require_control(self._service)
-        repository = self._service.repository
-        try:
-            await repository.load(repository.get(request.model_name))
-        except FDConvError as error:
-            raise RefusedError(400, "The model does not load; the log says why.") from error
-        return MESSAGES["RepositoryModelLoadResponse"]()
+        await load_model(self._service, request.model_name)
+        return _message("RepositoryModelLoad")
 
     async def _RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802
-        require_control(self._service)
+        await unload_model(self._service, request.model_name)
+        return _message("RepositoryModelUnload")
+
+    def _card(self, request: Any) -> ModelCard:
         repository = self._service.repository
-        await repository.unload(repository.get(request.model_name))
-        return MESSAGES["RepositoryModelUnloadResponse"]()
+        return repository.card(repository.get_version(request.name, request.version))
 
 
-def _read(request: Any, card: Any, most: int) -> InferRequest:
-    raw = list(request.raw_input_contents)
-    most_inputs = 1 if card.instances is None else 2
-    if not 1 <= len(request.inputs) <= most_inputs:
-        wanted = "exactly one input, 'images'" if most_inputs == 1 else "'images' and 'sizes'"
-        raise RefusedError(400, f"The request must have {wanted}.")
+def _message(method: str, **fields: Any) -> Any:
+    """The response of a method."""
+    return ParseDict(fields, MESSAGES[f"{method}Response"]())
+
+
+def _read(request: Any, card: ModelCard, max_images: int) -> InferRequest:
+    raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise RefusedError(400, "raw_input_contents must hold every input's bytes, or none's.")
-    tensors = {
-        given.name: _tensor(given, raw[place] if raw else None, card, most)
-        for place, given in enumerate(request.inputs)
-    }
-    parameter = request.parameters.get("timeout") if "timeout" in request.parameters else None
-    limit = None if parameter is None else timeout_ms(parameter.int64_param)
-    names = [output.name for output in request.outputs]
-    return put_together(card, request.id, tensors, names, limit)
-
-
-def _tensor(given: Any, raw: bytes | None, card: Any, most: int) -> Any:
-    """One input, (N, …), out of its bytes or its numbers."""
-    shape = list(given.shape)
-    check_tensor(card, given.name, given.datatype, shape, most)
-    dtype = TYPES[given.datatype]
-    if raw is not None:
-        if len(raw) != int(np.prod(shape)) * dtype.itemsize:
-            raise RefusedError(
-                400, f"raw_input_contents must hold the bytes of the input {given.name!r}."
-            )
-        array = np.frombuffer(raw, dtype)
-    else:
+    inputs = []
+    for place, given in enumerate(request.inputs):
         contents = given.contents
-        field = contents.fp32_contents if given.datatype == "FP32" else contents.uint_contents
-        array = np.array(field, np.float64 if given.datatype == "FP32" else np.int64)
-        if array.size != int(np.prod(shape)) or (dtype == np.uint8 and array.max() > 255):
-            raise RefusedError(400, "The input's contents do not fit its shape and datatype.")
-        array = array.astype(dtype)
-    return np.require(array, requirements="A").reshape(shape)
+        inputs.append(
+            InputTensor(
+                given.name,
+                given.datatype,
+                list(given.shape),
+                raw[place] if raw else None,
+                contents.fp32_contents if given.datatype == "FP32" else contents.uint_contents,
+            )
+        )
+    timeout = None
+    if "timeout" in request.parameters:
+        timeout = request.parameters["timeout"].int64_param
+        if timeout < 0:
+            raise RefusedError(400, "The parameter 'timeout' is a number of microseconds above 0.")
+    names = [output.name for output in request.outputs]
+    return infer_request(card, request.id, inputs, names, timeout, max_images)
 
 
-def _written(version: Any, request: InferRequest, outputs: dict[str, Any]) -> Any:
+def _written(version: Version, request: InferRequest, outputs: dict[str, Any]) -> Any:
     answer = MESSAGES["ModelInferResponse"](
         model_name=version.name, model_version=version.card.version, id=request.id
     )
     for name, array in outputs.items():
-        kind = next(k for k, dtype in TYPES.items() if dtype == array.dtype)
-        answer.outputs.add(name=name, datatype=kind, shape=array.shape)
+        answer.outputs.add(name=name, datatype=datatype_of(array), shape=array.shape)
         answer.raw_output_contents.append(np.ascontiguousarray(array).tobytes())
     return answer

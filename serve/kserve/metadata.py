@@ -1,54 +1,230 @@
-"""Triton's two extensions that tell how a model is served, and what it has done so far."""
+"""What the KServe protocol tells of the server and its models: metadata, configuration, states."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
-from fdconv_deploy.serve.kserve.inference import model_metadata
+from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.kserve.statistics import ModelStatisticsList
+from fdconv_deploy.serve.model_repository import Repository
 from fdconv_deploy.serve.schemas import ModelCard
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.settings import Settings
+from pydantic import BaseModel, Field
+
+from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.version import __version__
+
+PLATFORM = "onnxruntime_onnx"
+IndexState = Literal["READY", "LOADING", "UNAVAILABLE"]
+_STATES: dict[str, IndexState] = {
+    "ready": "READY",
+    "loading": "LOADING",
+    "unloaded": "UNAVAILABLE",
+    "failed": "UNAVAILABLE",
+}
 
 
-def model_config(card: ModelCard, settings: Settings) -> dict[str, Any]:
-    """A model's configuration, in the form of Triton's ModelConfig; shapes without the batch."""
-    described = model_metadata(None, card)
-    return {
-        "name": card.name,
-        "platform": described["platform"],
-        "version_policy": {"latest": {"num_versions": 1}},
-        # What a request may bring; larger ones than the graphs' are run in parts.
-        "max_batch_size": settings.max_images,
-        "input": [_tensor(entry) for entry in described["inputs"]],
-        "output": [_tensor(entry) for entry in described["outputs"]],
-        "dynamic_batching": {
-            "preferred_batch_size": list(card.batch_sizes),
-            "max_queue_delay_microseconds": round(settings.batch_delay_ms * 1e3),
-        },
-    }
+class ServerLive(BaseModel):
+    """KServe v2: whether the process lives."""
+
+    live: bool = True
 
 
-def _tensor(entry: dict[str, Any]) -> dict[str, Any]:
-    found = {"name": entry["name"], "data_type": f"TYPE_{entry['datatype']}"}
-    if dims := entry["shape"][1:]:
-        return {**found, "dims": dims}
+class ServerReady(BaseModel):
+    """KServe v2: whether the server, or a model, is ready."""
+
+    ready: bool
+
+
+class ServerMetadata(BaseModel):
+    """KServe v2: what this server is."""
+
+    name: str = "fdconv-deploy"
+    version: str = __version__
+    extensions: list[str] = [
+        "binary_tensor_data",
+        "model_configuration",
+        "model_repository",
+        "statistics",
+    ]
+
+
+class TensorMetadata(BaseModel):
+    """KServe v2: one input or output of a model; -1 in its shape is any size."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """KServe v2: a model's inputs and outputs."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ConfigTensor(BaseModel):
+    """Triton: one input or output of a model, without the batch."""
+
+    name: str
+    data_type: str = Field(description="TYPE_ and the protocol's name of the datatype.")
+    dims: list[int]
+    reshape: dict[str, list[int]] | None = Field(
+        default=None, description="The shape itself, where `dims` cannot express it."
+    )
+
+
+class DynamicBatching(BaseModel):
+    """Triton: how requests are batched."""
+
+    preferred_batch_size: list[int] = Field(description="Batch sizes the bundle has graphs for.")
+    max_queue_delay_microseconds: int
+
+
+class ModelConfig(BaseModel):
+    """Triton: how a model is served, as far as its ModelConfig applies here."""
+
+    name: str
+    platform: str
+    version_policy: dict[str, dict[str, int]]
+    max_batch_size: int = Field(description="Most images in one request.")
+    input: list[ConfigTensor]
+    output: list[ConfigTensor]
+    dynamic_batching: DynamicBatching
+
+
+class ModelIndexEntry(BaseModel):
+    """KServe v2: a model and its state."""
+
+    name: str
+    version: str
+    state: IndexState
+    reason: str = Field(description="Why it is unavailable: 'unloaded' or 'failed'.")
+
+
+def model_metadata(card: ModelCard) -> ModelMetadata:
+    """A model's inputs and outputs; -1 is the batch, of any size."""
+    size = card.input
+    image = [-1, size.channels, size.height, size.width]
+    inputs = [TensorMetadata(name="images", datatype="FP32", shape=image)]
+    outputs: dict[str, tuple[str, list[int]]] = {}
+    if limits := card.instances:
+        inputs.append(TensorMetadata(name="sizes", datatype="FP32", shape=[-1, 2]))
+        outputs = {
+            "boxes": ("FP32", [-1, limits.most, 4]),
+            "scores": ("FP32", [-1, limits.most]),
+            "labels": ("INT64", [-1, limits.most]),
+            "count": ("INT64", [-1]),
+        }
+        if limits.masks:
+            outputs["masks"] = ("FP32", [-1, limits.most, limits.mask_size, limits.mask_size])
+    elif out := card.output:
+        label_type = "UINT8" if len(card.classes) <= 256 else "UINT16"
+        outputs = {
+            "logits": ("FP32", [-1, out.channels, out.height, out.width]),
+            "labels": (label_type, [-1, size.height, size.width]),
+        }
+    return ModelMetadata(
+        name=card.name,
+        versions=[card.version] if card.state == "ready" else [],
+        platform=PLATFORM,
+        inputs=inputs,
+        outputs=[
+            TensorMetadata(name=name, datatype=datatype, shape=shape)
+            for name, (datatype, shape) in outputs.items()
+        ],
+    )
+
+
+def model_config(card: ModelCard, settings: Settings) -> ModelConfig:
+    """A model's configuration, as Triton's ModelConfig; shapes without the batch."""
+    metadata = model_metadata(card)
+    return ModelConfig(
+        name=card.name,
+        platform=PLATFORM,
+        version_policy={"latest": {"num_versions": 1}},
+        # Requests of more images than the graphs' batch are run in parts.
+        max_batch_size=settings.max_images,
+        input=[_config_tensor(tensor) for tensor in metadata.inputs],
+        output=[_config_tensor(tensor) for tensor in metadata.outputs],
+        dynamic_batching=DynamicBatching(
+            preferred_batch_size=card.batch_sizes,
+            max_queue_delay_microseconds=round(settings.batch_delay_ms * 1e3),
+        ),
+    )
+
+
+def _config_tensor(tensor: TensorMetadata) -> ConfigTensor:
+    dims, datatype = tensor.shape[1:], f"TYPE_{tensor.datatype}"
+    if dims:
+        return ConfigTensor(name=tensor.name, data_type=datatype, dims=dims)
     # One number an image: dims may not be empty.
-    return {**found, "dims": [1], "reshape": {"shape": []}}
+    return ConfigTensor(name=tensor.name, data_type=datatype, dims=[1], reshape={"shape": []})
 
 
-def model_statistics(service: Service, name: str = "", version: str = "") -> dict[str, Any]:
+def model_statistics(service: Service, name: str = "", version: str = "") -> ModelStatisticsList:
     """What a model has done since it was loaded; every model where none is named.
 
-    Models that are not loaded have nothing to tell, and are left out.
+    Models that are not loaded are left out.
 
-    :raises RefusedError: 404, there is no such model or version.
+    Raises:
+        RefusedError: 404, there is no such model or version.
     """
     repository = service.repository
     models = [repository.get_version(name, version)] if name else list(repository)
-    return {
-        "model_stats": [
-            service.statistics[model.name].as_dict(model.name, model.version.card.version)
-            for model in models
-            if model.version is not None
-        ]
-    }
+    loaded = [model.name for model in models if model.version is not None]
+    return ModelStatisticsList(model_stats=[service.statistics[name] for name in loaded])
+
+
+def repository_index(repository: Repository, *, ready: bool = False) -> list[ModelIndexEntry]:
+    """Every model's name, version and state; with ``ready``, only models that are ready."""
+    cards = [repository.card(model) for model in repository]
+    return [
+        ModelIndexEntry(
+            name=card.name,
+            version=card.version,
+            state=_STATES[card.state],
+            reason=card.state if card.state in ("unloaded", "failed") else "",
+        )
+        for card in cards
+        if card.state == "ready" or not ready
+    ]
+
+
+async def load_model(service: Service, name: str) -> None:
+    """Load a model again, where the operator lets clients do that.
+
+    Raises:
+        RefusedError: 403, they may not; 404, there is no such model; 400, it does not load.
+    """
+    _check_control(service.settings)
+    try:
+        await service.repository.load(service.repository.get(name))
+    except FDConvError as error:
+        raise RefusedError(
+            400, f"The model {name!r} does not load; the server's log says why."
+        ) from error
+
+
+async def unload_model(service: Service, name: str) -> None:
+    """Unload a model, where the operator lets clients do that.
+
+    Raises:
+        RefusedError: 403, they may not; 404, there is no such model.
+    """
+    _check_control(service.settings)
+    await service.repository.unload(service.repository.get(name))
+
+
+def _check_control(settings: Settings) -> None:
+    if not settings.model_control:
+        raise RefusedError(
+            403,
+            "Clients may not load or unload models here. Start the service with "
+            "--model-control to allow it.",
+        )

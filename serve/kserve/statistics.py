@@ -1,12 +1,13 @@
-"""What a model has done since it was loaded, in the terms of Triton's statistics extension."""
+"""What a model has done since it was loaded, as Triton's statistics extension describes it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
 
-# Which of Triton's durations a stage of ours counts as.
+from pydantic import BaseModel, Field
+
+# Which of Triton's durations each stage of this service counts as.
 _DURATION_OF = {
     "queue": "queue",
     "decode": "compute_input",
@@ -17,80 +18,91 @@ _DURATION_OF = {
 }
 
 
-class Duration:
-    """How often something happened, and how long all of it took together."""
+class StatisticDuration(BaseModel):
+    """Triton: how often something happened, and how long it took in all."""
 
-    def __init__(self) -> None:
-        self.count = self.ns = 0
+    count: int = 0
+    ns: int = Field(default=0, description="Nanoseconds.")
 
     def add(self, seconds: float) -> None:
         """Count one more."""
         self.count += 1
         self.ns += round(seconds * 1e9)
 
-    def as_dict(self) -> dict[str, int]:
-        """As the protocol writes it."""
-        return {"count": self.count, "ns": self.ns}
+
+class InferStatistics(BaseModel):
+    """Triton: requests and their stages."""
+
+    success: StatisticDuration = StatisticDuration()
+    fail: StatisticDuration = StatisticDuration()
+    queue: StatisticDuration = StatisticDuration()
+    compute_input: StatisticDuration = StatisticDuration()
+    compute_infer: StatisticDuration = StatisticDuration()
+    compute_output: StatisticDuration = StatisticDuration()
+    cache_hit: StatisticDuration = Field(
+        default=StatisticDuration(), description="Always 0: there is no response cache."
+    )
+    cache_miss: StatisticDuration = StatisticDuration()
 
 
-class ModelStatistics:
-    """One model's counts. Used from the event loop only."""
+class InferBatchStatistics(BaseModel):
+    """Triton: the runs of one batch size.
 
-    def __init__(self) -> None:
-        names = ("success", "fail", *dict.fromkeys(_DURATION_OF.values()))
-        self._durations = {name: Duration() for name in names}
-        self._batches: dict[int, Duration] = {}
-        self._images = self._last_ms = 0
+    Images are prepared and masks made one by one, so a batch's time is that of its run alone.
+    """
+
+    batch_size: int
+    compute_input: StatisticDuration = StatisticDuration()
+    compute_infer: StatisticDuration = StatisticDuration()
+    compute_output: StatisticDuration = StatisticDuration()
+
+
+class ModelStatistics(BaseModel):
+    """Triton: what one model has done since it was loaded."""
+
+    name: str
+    version: str
+    last_inference: int = Field(
+        default=0, description="Milliseconds since 1970; 0 before the first."
+    )
+    inference_count: int = Field(default=0, description="Images answered.")
+    execution_count: int = Field(default=0, description="Runs of the network.")
+    inference_stats: InferStatistics = InferStatistics()
+    batch_stats: list[InferBatchStatistics] = []
 
     def succeeded(self, stages: Iterable[tuple[str, float]], images: int) -> None:
         """Count an answered request.
 
-        :param stages: (name, seconds) of each of its stages.
+        Args:
+            stages: (name, seconds) of each of its stages.
+            images: how many it had.
         """
         seconds = dict.fromkeys(_DURATION_OF.values(), 0.0)
         for stage, taken in stages:
             seconds[_DURATION_OF[stage]] += taken
         for name, taken in seconds.items():
-            self._durations[name].add(taken)
-        self._durations["success"].add(sum(seconds.values()))
-        self._images += images
-        self._last_ms = round(time.time() * 1e3)
+            getattr(self.inference_stats, name).add(taken)
+        self.inference_stats.success.add(sum(seconds.values()))
+        self.inference_count += images
+        self.last_inference = round(time.time() * 1e3)
 
     def failed(self, seconds: float) -> None:
         """Count a request that was queued and not answered, ``seconds`` after it was."""
-        self._durations["fail"].add(seconds)
-        self._last_ms = round(time.time() * 1e3)
+        self.inference_stats.fail.add(seconds)
+        self.last_inference = round(time.time() * 1e3)
 
     def ran(self, images: int, seconds: float) -> None:
-        """Count a run of so many images at once."""
-        self._batches.setdefault(images, Duration()).add(seconds)
+        """Count a run of the network with that many images."""
+        self.execution_count += 1
+        batch = next((b for b in self.batch_stats if b.batch_size == images), None)
+        if batch is None:
+            batch = InferBatchStatistics(batch_size=images)
+            self.batch_stats.append(batch)
+            self.batch_stats.sort(key=lambda entry: entry.batch_size)
+        batch.compute_infer.add(seconds)
 
-    def as_dict(self, name: str, version: str) -> dict[str, Any]:
-        """As the protocol writes it.
 
-        Images are prepared and masks made one by one, so that what a batch of a size took is its
-        run's time.
-        """
-        nothing = Duration().as_dict()
-        return {
-            "name": name,
-            "version": version,
-            "last_inference": self._last_ms,
-            "inference_count": self._images,
-            "execution_count": sum(run.count for run in self._batches.values()),
-            "inference_stats": {
-                **{name: duration.as_dict() for name, duration in self._durations.items()},
-                # There is no response cache here.
-                "cache_hit": nothing,
-                "cache_miss": nothing,
-            },
-            "batch_stats": [
-                {
-                    "batch_size": size,
-                    "compute_input": nothing,
-                    "compute_infer": run.as_dict(),
-                    "compute_output": nothing,
-                }
-                for size, run in sorted(self._batches.items())
-            ],
-        }
+class ModelStatisticsList(BaseModel):
+    """Triton: what models have done."""
+
+    model_stats: list[ModelStatistics]

@@ -1,62 +1,210 @@
-"""The protocol's JSON, and its binary tensor extension."""
+"""The KServe tensor format: inference requests and answers in JSON, with binary tensors behind it.
+
+:func:`infer_request` checks the tensors of both transports, REST (here) and gRPC.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from fdconv_deploy.serve.errors import RefusedError
-from fdconv_deploy.serve.kserve.inference import TYPES, InferRequest, check_tensor, put_together
+from fdconv_deploy.serve.kserve.metadata import model_metadata
+from fdconv_deploy.serve.schemas import ModelCard
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+Array = npt.NDArray[Any]
 HEADER_LENGTH = "Inference-Header-Content-Length"
-# JSON larger than this, in bytes, is read and written beside the event loop.
-SMALL_JSON = 64 << 10
+# The protocol's names of the datatypes that occur here.
+DATATYPES: dict[str, np.dtype[Any]] = {
+    "FP32": np.dtype("<f4"),
+    "UINT8": np.dtype("u1"),
+    "UINT16": np.dtype("<u2"),
+    "INT64": np.dtype("<i8"),
+}
+_OUTPUTS: list[Any] = ["logits", "labels", "boxes", "scores", "count", "masks"]
+_EXAMPLE: dict[str, Any] = {
+    "id": "42",
+    "inputs": [
+        {
+            "name": "images",
+            "shape": [1, 2, 2, 3],
+            "datatype": "UINT8",
+            "data": [90, 90, 90, 91, 92, 90, 20, 30, 90, 91, 92, 94],
+        }
+    ],
+    "outputs": [{"name": "labels"}],
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class TensorParameters(_Strict):
+    """KServe v2: how a tensor's data is sent."""
+
+    binary_data_size: int | None = Field(
+        default=None, ge=0, description="Bytes of the data, which follow the JSON."
+    )
+
+
+class InferTensor(_Strict):
+    """KServe v2: a tensor of a request or an answer."""
+
+    name: str
+    shape: list[int]
+    datatype: str = Field(json_schema_extra={"enum": [*DATATYPES]})
+    parameters: TensorParameters | None = None
+    data: list[Any] | None = Field(default=None, description="Row by row; absent in binary.")
+
+
+class OutputParameters(_Strict):
+    """KServe v2: how an output is wanted."""
+
+    binary_data: bool | None = Field(
+        default=None, description="As `binary_data_output` when not given."
+    )
+
+
+class RequestedOutput(_Strict):
+    """KServe v2: an output that is wanted."""
+
+    name: str = Field(json_schema_extra={"enum": _OUTPUTS})
+    parameters: OutputParameters | None = Field(default=None, examples=[{"binary_data": True}])
+
+
+class InferParameters(_Strict):
+    """KServe v2: parameters of a request; others than these are ignored."""
+
+    timeout: int | None = Field(
+        default=None, ge=0, description="Time limit in microseconds; 0 for none."
+    )
+    binary_data_output: bool | None = Field(default=None, description="All outputs in binary.")
+
+
+class InferCall(_Strict):
+    """KServe v2: an inference request."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+
+    id: str | None = None
+    parameters: InferParameters | None = None
+    inputs: list[InferTensor] = Field(json_schema_extra={"minItems": 1, "maxItems": 2})
+    outputs: list[RequestedOutput] | None = None
+
+
+class InferAnswer(BaseModel):
+    """KServe v2: the answer to an inference request."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[InferTensor]
+
+
+class InputTensor(NamedTuple):
+    """An input as it was sent: its bytes, or its numbers where there are none."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    raw: bytes | memoryview | None
+    numbers: Any
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """A checked inference request.
+
+    Attributes:
+        id: the client's, empty without one.
+        images: (N, C, H, W) float32 normalised, or (N, H, W, C) uint8, RGB where C is 3.
+        sizes: of a detector, (N, 2) float32, height and width of each image within its input;
+            the whole input when None.
+        outputs: names of the outputs to answer with.
+        timeout_ms: the client's time limit.
+    """
+
+    id: str
+    images: Array
+    sizes: Array | None
+    outputs: tuple[str, ...]
+    timeout_ms: float | None
+
+
+def json_length(header: str | None, size: int) -> int:
+    """How many of a body's bytes are JSON, as the client's header says; all without one.
+
+    Raises:
+        RefusedError: 400, the header is not a number of bytes within the body.
+    """
+    if header is None:
+        return size
+    if not (header.isascii() and header.isdigit()) or int(header[:20]) > size:
+        raise RefusedError(
+            400, f"{HEADER_LENGTH} must be the length of the JSON at the body's start, in bytes."
+        )
+    return int(header)
 
 
 def read_request(
-    body: memoryview, length: int, card: Any, most: int
+    body: memoryview, length: int, card: ModelCard, max_images: int
 ) -> tuple[InferRequest, dict[str, bool]]:
-    """The request in a body, and which outputs the client wants in binary.
+    """Read a request's body.
 
-    "" stands for the outputs it does not name.
+    Args:
+        body: the JSON, then the binary tensors in the order of the inputs.
+        length: bytes of JSON, as :func:`json_length` gives it.
+        card: of the model it is for.
+        max_images: most images in one request.
 
-    :param length: of the JSON before the binary tensors, as :func:`json_length` gives it.
-    :raises RefusedError: 400, it is not one this model can answer.
+    Returns:
+        The request, and which of its outputs the client wants in binary.
+
+    Raises:
+        RefusedError: 400, it is not a request that this model can answer.
     """
     try:
-        found = json.loads(bytes(body[:length]))
-    except (ValueError, RecursionError) as error:
-        raise RefusedError(400, "The request's JSON cannot be read.") from error
-    if not isinstance(found, dict):
-        raise RefusedError(400, "The request must be a JSON object.")
-    inputs = found.get("inputs")
-    most_inputs = 1 if card.instances is None else 2
-    if (
-        not isinstance(inputs, list)
-        or not 1 <= len(inputs) <= most_inputs
-        or not all(isinstance(given, dict) for given in inputs)
-    ):
-        wanted = "exactly one input, 'images'" if most_inputs == 1 else "'images' and 'sizes'"
-        raise RefusedError(400, f"The request must have {wanted}.")
-    outputs = found.get("outputs") or []
-    if not isinstance(outputs, list) or not all(
-        isinstance(o, dict) and isinstance(o.get("name"), str) for o in outputs
-    ):
-        raise RefusedError(400, "'outputs' must be a list of objects with a 'name'.")
-    given, parameters = found.get("id", ""), _parameters(found)
-    request = put_together(
-        card,
-        given if isinstance(given, str) else "",
-        _tensors(inputs, body[length:], card, most),
-        [o["name"] for o in outputs],
-        timeout_ms(parameters.get("timeout")),
-    )
-    binary = {"": bool(parameters.get("binary_data_output", False))}
+        call = InferCall.model_validate_json(bytes(body[:length]))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RefusedError(
+            400,
+            f"The request's JSON is not an inference request{' at ' * bool(where)}{where}: "
+            f"{first['msg']}.",
+        ) from error
+    tail, inputs = body[length:], []
+    for given in call.inputs:
+        raw = None
+        if given.parameters and (size := given.parameters.binary_data_size) is not None:
+            if given.data is not None:
+                raise RefusedError(400, "An input has 'data' or 'binary_data_size', not both.")
+            if size > len(tail):
+                raise RefusedError(
+                    400,
+                    f"The input {given.name[:60]!r} has a 'binary_data_size' of {size} bytes, and "
+                    f"{len(tail)} follow the JSON.",
+                )
+            raw, tail = tail[:size], tail[size:]
+        inputs.append(InputTensor(given.name, given.datatype, given.shape, raw, given.data))
+    if len(tail):
+        raise RefusedError(
+            400, f"{len(tail)} bytes follow the JSON that no 'binary_data_size' speaks of."
+        )
+    parameters, outputs = call.parameters or InferParameters(), call.outputs or []
+    names = [output.name for output in outputs]
+    request = infer_request(card, call.id, inputs, names, parameters.timeout, max_images)
+    binary = dict.fromkeys(request.outputs, bool(parameters.binary_data_output))
     for output in outputs:
-        binary[output["name"]] = bool(_parameters(output).get("binary_data", binary[""]))
+        if output.parameters and output.parameters.binary_data is not None:
+            binary[output.name] = output.parameters.binary_data
     return request, binary
 
 
@@ -64,126 +212,171 @@ def write_answer(
     model: str,
     version: str,
     request: InferRequest,
-    outputs: dict[str, npt.NDArray[Any]],
+    outputs: dict[str, Array],
     binary: dict[str, bool],
-) -> tuple[list[Any], int | None]:
-    """The answer's parts, and the length of its JSON where binary tensors follow it."""
-    described, tail = [], []
+) -> tuple[list[bytes | memoryview], int | None]:
+    """Write an answer: the body's parts, and the JSON's length where binary tensors follow it.
+
+    Raises:
+        RefusedError: 400, an output that is wanted in JSON holds values JSON cannot express.
+    """
+    described: list[dict[str, Any]] = []
+    parts: list[bytes | memoryview] = []
     for name, array in outputs.items():
-        kind = next(k for k, dtype in TYPES.items() if dtype == array.dtype)
-        entry: dict[str, Any] = {"name": name, "datatype": kind, "shape": list(array.shape)}
-        if binary.get(name, binary[""]):
+        entry: dict[str, Any] = {"name": name, "datatype": datatype_of(array)}
+        entry["shape"] = list(array.shape)
+        if binary[name]:
             entry["parameters"] = {"binary_data_size": array.nbytes}
-            tail.append(np.ascontiguousarray(array).data.cast("B"))
-        else:
-            if not np.isfinite(array).all():
-                raise RefusedError(
-                    400,
-                    f"The output {name!r} is not finite, which JSON cannot say. Ask for it "
-                    "in binary.",
-                )
+            parts.append(np.ascontiguousarray(array).data.cast("B"))
+        elif np.isfinite(array).all():
             entry["data"] = array.reshape(-1).tolist()
+        else:
+            raise RefusedError(
+                400,
+                f"The output {name!r} is not finite, which JSON cannot express. Ask for it in "
+                "binary.",
+            )
         described.append(entry)
     header = {"model_name": model, "model_version": version, "outputs": described}
     if request.id:
         header["id"] = request.id
     text = json.dumps(header, separators=(",", ":")).encode()
-    return [text, *tail], len(text) if tail else None
+    return [text, *parts], len(text) if parts else None
 
 
-def timeout_ms(microseconds: Any) -> float | None:
-    """The request's own time limit, as Triton's clients give it.
+def datatype_of(array: Array) -> str:
+    """The protocol's name of an array's datatype."""
+    return next(name for name, dtype in DATATYPES.items() if dtype == array.dtype)
 
-    :raises RefusedError: 400, not a number above 0.
+
+def infer_request(
+    card: ModelCard,
+    request_id: str | None,
+    inputs: Sequence[InputTensor],
+    outputs: Sequence[str],
+    timeout_us: int | None,
+    max_images: int,
+) -> InferRequest:
+    """Check a request's tensors and put them together.
+
+    Args:
+        card: of the model it is for.
+        request_id: the client's.
+        inputs: in any order.
+        outputs: names of those wanted; all when empty.
+        timeout_us: time limit in microseconds; none when 0 or None.
+        max_images: most images in one request.
+
+    Raises:
+        RefusedError: 400, they are no inputs or outputs of this model.
     """
-    if microseconds is None or microseconds == 0:
-        return None
-    if isinstance(microseconds, int) and not isinstance(microseconds, bool) and microseconds > 0:
-        return microseconds / 1e3
-    raise RefusedError(400, "The parameter 'timeout' is a whole number of microseconds above 0.")
-
-
-def json_length(given: str | None, size: int) -> int:
-    """How many of a body's bytes are JSON, as the client's header says; all without one.
-
-    :raises RefusedError: 400.
-    """
-    if given is None:
-        return size
-    if not (given.isascii() and given.isdigit()) or int(given[:20]) > size:
-        raise RefusedError(
-            400, f"{HEADER_LENGTH} must be the length of the JSON at the body's start, in bytes."
-        )
-    return int(given)
-
-
-def _parameters(of: Any) -> dict[str, Any]:
-    found = of.get("parameters") if isinstance(of, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
-def _tensors(
-    inputs: list[dict[str, Any]], tail: memoryview, card: Any, most: int
-) -> dict[str, npt.NDArray[Any]]:
-    """Every input by name; those in binary lie in ``tail`` in their order."""
-    found: dict[str, npt.NDArray[Any]] = {}
+    metadata = model_metadata(card)
+    names = [tensor.name for tensor in metadata.inputs]
+    if not 1 <= len(inputs) <= len(names):
+        wanted = "exactly one input, 'images'" if len(names) == 1 else "'images' and 'sizes'"
+        raise RefusedError(400, f"The request must have {wanted}.")
+    arrays: dict[str, Array] = {}
     for given in inputs:
-        name = given.get("name")
-        if name in found:
-            raise RefusedError(400, f"The input {name!r} is there twice.")
-        last = given is inputs[-1]
-        array, used = _tensor(given, tail, card, most, last=last)
-        found[str(name)] = array
-        tail = tail[used:]
-    return found
+        if given.name not in names:
+            raise RefusedError(
+                400,
+                f"The input is called {' or '.join(map(repr, names))}, not {given.name[:60]!r}.",
+            )
+        if given.name in arrays:
+            raise RefusedError(400, f"The input {given.name!r} is there twice.")
+        check = _check_images if given.name == "images" else _check_sizes
+        check(card, given.datatype, given.shape, max_images)
+        arrays[given.name] = _array(given)
+    if "images" not in arrays:
+        raise RefusedError(400, "The request must have the input 'images'.")
+    if "sizes" in arrays:
+        _check_size_values(card, arrays["sizes"], len(arrays["images"]))
+    known = [tensor.name for tensor in metadata.outputs]
+    for name in outputs:
+        if name not in known:
+            raise RefusedError(
+                400, f"There is no output {name[:60]!r}; there are {', '.join(known)}."
+            )
+    return InferRequest(
+        id=request_id or "",
+        images=arrays["images"],
+        sizes=arrays.get("sizes"),
+        outputs=tuple(dict.fromkeys(outputs or known)),
+        timeout_ms=timeout_us / 1e3 if timeout_us else None,
+    )
 
 
-def _tensor(
-    given: dict[str, Any], tail: memoryview, card: Any, most: int, *, last: bool
-) -> tuple[npt.NDArray[Any], int]:
-    """One input, and how many bytes of ``tail`` it takes; the last one takes all of them."""
-    name, datatype, shape = given.get("name"), given.get("datatype"), given.get("shape")
-    if not isinstance(datatype, str) or not isinstance(shape, list):
-        raise RefusedError(400, "An input must have a 'datatype' and a 'shape'.")
-    if not all(isinstance(side, int) and not isinstance(side, bool) for side in shape):
-        raise RefusedError(400, "A 'shape' is a list of whole numbers.")
-    check_tensor(card, name, datatype, shape, most)
-    dtype, count = TYPES[datatype], math.prod(shape)
-    size = _parameters(given).get("binary_data_size")
-    if size is None:
-        if last and len(tail):
-            raise RefusedError(400, "Bytes follow the JSON that no input's parameters speak of.")
-        return _from_json(given.get("data"), dtype, count).reshape(shape), 0
-    if "data" in given:
-        raise RefusedError(400, "An input has 'data' or 'binary_data_size', not both.")
-    expected = count * dtype.itemsize
-    if size != expected or expected > len(tail) or (last and expected != len(tail)):
+def _check_images(card: ModelCard, datatype: str, shape: list[int], most: int) -> None:
+    channels, height, width = card.input.channels, card.input.height, card.input.width
+    expected = {"FP32": [channels, height, width], "UINT8": [height, width, channels]}
+    if datatype not in expected:
+        bands = "RGB" if channels == 3 else f"{channels} bands"
         raise RefusedError(
             400,
-            f"A {datatype} tensor of the shape {shape} has {expected} bytes; "
-            f"'binary_data_size' says {str(size)[:20]} and {len(tail)} follow the JSON.",
+            f"The input 'images' is FP32 (normalised, N x {channels} x {height} x {width}) or "
+            f"UINT8 ({bands}, N x {height} x {width} x {channels}), not {datatype[:20]!r}.",
         )
-    return aligned(np.frombuffer(tail[:expected], dtype)).reshape(shape), expected
+    if len(shape) != 4 or shape[1:] != expected[datatype] or not 1 <= shape[0] <= most:
+        raise RefusedError(
+            400,
+            f"The input 'images' in {datatype} has the shape [N, "
+            f"{', '.join(map(str, expected[datatype]))}] with N from 1 to {most}, not {shape[:8]}.",
+        )
 
 
-def aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The array itself, or a copy where it does not start at a multiple of its item's size."""
-    return np.require(array, requirements="A")
+def _check_sizes(card: ModelCard, datatype: str, shape: list[int], most: int) -> None:
+    if datatype != "FP32" or len(shape) != 2 or shape[1] != 2 or not 1 <= shape[0] <= most:
+        raise RefusedError(
+            400,
+            "The input 'sizes' is FP32 of the shape [N, 2], height and width of each image "
+            f"within its input, with N from 1 to {most}; not {datatype[:20]} {shape[:8]}.",
+        )
 
 
-def _from_json(data: Any, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
-    wrong = RefusedError(
-        400, f"'data' must be a list of {count} numbers within the range of the datatype."
-    )
-    if not isinstance(data, list):
-        raise wrong
+def _check_size_values(card: ModelCard, sizes: Array, images: int) -> None:
+    if len(sizes) != images:
+        raise RefusedError(
+            400, f"Every image has a size: {images} images came with {len(sizes)} sizes."
+        )
+    height, width = card.input.height, card.input.width
+    if not ((sizes >= 1) & (sizes <= [height, width]) & (sizes % 1 == 0)).all():
+        raise RefusedError(
+            400,
+            f"The input 'sizes' holds whole numbers of pixels, heights from 1 to {height} and "
+            f"widths from 1 to {width}.",
+        )
+
+
+def _array(given: InputTensor) -> Array:
+    """An input whose datatype and shape are checked, as an array."""
+    dtype, count = DATATYPES[given.datatype], math.prod(given.shape)
+    if given.raw is None:
+        array = _from_numbers(given, dtype, count)
+    elif len(given.raw) == count * dtype.itemsize:
+        # A copy only where it does not start at a multiple of its item's size.
+        array = np.require(np.frombuffer(given.raw, dtype), requirements="A")
+    else:
+        raise RefusedError(
+            400,
+            f"The input {given.name!r}, {given.datatype} of the shape {given.shape}, has "
+            f"{count * dtype.itemsize} bytes of data; {len(given.raw)} were sent.",
+        )
+    return array.reshape(given.shape)
+
+
+def _from_numbers(given: InputTensor, dtype: np.dtype[Any], count: int) -> Array:
     try:
-        numbers = np.array(data, np.float64).reshape(-1)
-        if numbers.size != count or (
-            dtype == np.uint8 and not ((numbers >= 0) & (numbers <= 255) & (numbers % 1 == 0)).all()
-        ):
-            raise wrong
-        with np.errstate(over="ignore"):
-            return numbers.astype(dtype)
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise wrong from error
+        numbers = np.array(given.numbers or [], np.float64).reshape(-1)
+        fits = numbers.size == count
+        if dtype == np.uint8:
+            fits &= bool(((numbers >= 0) & (numbers <= 255) & (numbers % 1 == 0)).all())
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        fits = False
+    if not fits:
+        raise RefusedError(
+            400,
+            f"The data of the input {given.name!r} must be a list of {count} numbers within the "
+            f"range of {given.datatype}.",
+        )
+    with np.errstate(over="ignore"):
+        return numbers.astype(dtype)

@@ -1,4 +1,4 @@
-"""KServe's Open Inference Protocol over REST, with binary tensors and the repository index."""
+"""The KServe protocol over REST: ``/v2``, with Triton's extensions."""
 
 from __future__ import annotations
 
@@ -7,46 +7,51 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from fdconv_deploy.serve.errors import RefusedError, problem_docs
-from fdconv_deploy.serve.kserve.inference import EXTENSIONS, infer, model_metadata
-from fdconv_deploy.serve.kserve.model_config import model_config, model_statistics
-from fdconv_deploy.serve.kserve.repository_index import index_of, require_control
-from fdconv_deploy.serve.kserve.rest import (
+from fdconv_deploy.serve.kserve.inference import infer
+from fdconv_deploy.serve.kserve.metadata import (
+    ModelConfig,
+    ModelIndexEntry,
+    ModelMetadata,
+    ServerLive,
+    ServerMetadata,
+    ServerReady,
+    load_model,
+    model_config,
+    model_metadata,
+    model_statistics,
+    repository_index,
+    unload_model,
+)
+from fdconv_deploy.serve.kserve.statistics import ModelStatisticsList
+from fdconv_deploy.serve.kserve.tensors import (
     HEADER_LENGTH,
-    SMALL_JSON,
+    InferAnswer,
     json_length,
     read_request,
     write_answer,
 )
 from fdconv_deploy.serve.request_body import Body
 from fdconv_deploy.serve.routes.common import Parts, answered, service_of, while_connected
-from fdconv_deploy.serve.schemas import (
-    InferAnswer,
-    ModelConfig,
-    ModelIndexEntry,
-    ModelMetadata,
-    ModelStatisticsList,
-    ServerLive,
-    ServerMetadata,
-    ServerReady,
-)
 
-from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.version import __version__
-
+# JSON larger than this, in bytes, is read and written on another thread than the event loop's.
+_SMALL_JSON = 64 << 10
 router = APIRouter(prefix="/v2", tags=["KServe v2"])
 _NOT_FOUND = problem_docs(401, 404)
+_READY = problem_docs(401, 404, 503)
+_CONTROL = problem_docs(400, 401, 403, 404)
+_BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
 
 @router.get("", summary="What this server is", responses=problem_docs(401))
 async def server_metadata() -> ServerMetadata:
     """Name, version and extensions."""
-    return ServerMetadata(name="fdconv-deploy", version=__version__, extensions=list(EXTENSIONS))
+    return ServerMetadata()
 
 
 @router.get("/health/live", summary="Is the process alive?")
 async def live() -> ServerLive:
     """As `/healthz`."""
-    return ServerLive(live=True)
+    return ServerLive()
 
 
 @router.get("/health/ready", summary="Is it ready for requests?", responses=problem_docs(503))
@@ -58,7 +63,7 @@ async def ready(request: Request) -> ServerReady:
 
 @router.get(
     "/models/stats",
-    summary="What every model has done",
+    summary="Statistics of every model",
     response_model=ModelStatisticsList,
     responses=problem_docs(401),
 )
@@ -68,23 +73,22 @@ async def all_statistics(request: Request) -> JSONResponse:
     A model called `stats` has its metadata at this address as well: the answer holds both.
     """
     service = service_of(request)
-    found = model_statistics(service)
+    found = model_statistics(service).model_dump()
     for model in service.repository:
         if model.name == "stats":
-            found |= model_metadata(model.version, service.repository.card(model))
+            found |= model_metadata(service.repository.card(model)).model_dump()
     return JSONResponse(found)
 
 
-@router.get("/models/{name}/stats", summary="What a model has done", responses=_NOT_FOUND)
+@router.get("/models/{name}/stats", summary="Statistics of a model", responses=_NOT_FOUND)
 @router.get(
     "/models/{name}/versions/{version}/stats",
-    summary="What a model has done, in one version",
+    summary="Statistics of a model, of one version",
     responses=_NOT_FOUND,
 )
 async def statistics(request: Request, name: str, version: str = "") -> ModelStatisticsList:
-    """Counts and times since it was loaded; none of a model that is not."""
-    found = model_statistics(service_of(request), name, version)
-    return ModelStatisticsList.model_validate(found)
+    """Counts and times since the model was loaded; an empty list while it is not."""
+    return model_statistics(service_of(request), name, version)
 
 
 @router.get(
@@ -103,8 +107,7 @@ async def config(request: Request, name: str, version: str = "") -> ModelConfig:
     """Inputs, outputs and batching, as Triton's ModelConfig has them."""
     service = service_of(request)
     model = service.repository.get_version(name, version)
-    found = model_config(service.repository.card(model), service.settings)
-    return ModelConfig.model_validate(found)
+    return model_config(service.repository.card(model), service.settings)
 
 
 @router.get("/models/{name}", summary="A model's inputs and outputs", responses=_NOT_FOUND)
@@ -116,12 +119,7 @@ async def config(request: Request, name: str, version: str = "") -> ModelConfig:
 async def metadata(request: Request, name: str, version: str = "") -> ModelMetadata:
     """Names, datatypes and shapes; -1 stands for the batch."""
     repository = service_of(request).repository
-    model = repository.get_version(name, version)
-    found = model_metadata(model.version, repository.card(model))
-    return ModelMetadata.model_validate(found)
-
-
-_READY = {**problem_docs(401, 404, 503)}
+    return model_metadata(repository.card(repository.get_version(name, version)))
 
 
 @router.get("/models/{name}/ready", summary="Is a model loaded?", responses=_READY)
@@ -140,56 +138,50 @@ async def model_ready(request: Request, name: str, version: str = "") -> ServerR
     return ServerReady(ready=True)
 
 
-_INFER_BODY: dict[str, Any] = {
-    "parameters": [
-        {
-            "name": HEADER_LENGTH,
-            "in": "header",
-            "required": False,
-            "schema": {"type": "integer", "minimum": 0},
-            "description": "Of the JSON in bytes, where binary tensors follow it.",
-        }
-    ],
-    "requestBody": {
-        "required": True,
-        "description": "One input 'images': FP32 [N, 3, H, W] normalised, or UINT8 [N, H, W, 3] "
-        "RGB. A detector takes 'sizes' as well: FP32 [N, 2], height and width of each image within "
-        "its input, all of it without. Tensors are in the JSON's 'data' or, in binary, behind it.",
-        "content": {
-            "application/json": {
-                "schema": {"$ref": "#/components/schemas/InferCall"},
+_INFER: dict[str, Any] = {
+    "response_class": Response,
+    "openapi_extra": {
+        "parameters": [
+            {
+                "name": HEADER_LENGTH,
+                "in": "header",
+                "required": False,
+                "schema": {"type": "integer", "minimum": 0},
+                "description": "Length of the JSON in bytes, where binary tensors follow it.",
+            }
+        ],
+        "requestBody": {
+            "required": True,
+            "description": "One input 'images': FP32 [N, 3, H, W] normalised, or UINT8 "
+            "[N, H, W, 3] RGB. A detector also takes 'sizes': FP32 [N, 2], height and width of "
+            "each image within its input, the whole input when not given. Tensors are in the "
+            "JSON's 'data' or, in binary, behind the JSON.",
+            "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/InferCall"}},
+                **_BINARY,
             },
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
         },
     },
-}
-_INFER_ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {
-        "model": InferAnswer,
-        "description": "The outputs asked for, all when none is. In binary where the request "
-        f"wanted it; {HEADER_LENGTH} is then the JSON's length.",
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    "responses": {
+        200: {
+            "model": InferAnswer,
+            "description": "The outputs asked for, all when none is named. In binary where the "
+            f"request asks for it; {HEADER_LENGTH} is then the JSON's length.",
+            "content": _BINARY,
+        },
+        **problem_docs(400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504),
     },
-    **problem_docs(400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504),
 }
 
 
-@router.post(
-    "/models/{name}/infer",
-    summary="Run a model on a tensor",
-    response_class=Response,
-    responses=_INFER_ANSWERS,
-    openapi_extra=_INFER_BODY,
-)
+@router.post("/models/{name}/infer", summary="Run a model on a tensor", **_INFER)
 @router.post(
     "/models/{name}/versions/{version}/infer",
     summary="Run a model of one version on a tensor",
-    response_class=Response,
-    responses=_INFER_ANSWERS,
-    openapi_extra=_INFER_BODY,
+    **_INFER,
 )
 async def run(request: Request, name: str, version: str = "") -> Response:
-    """Logits at the network's own resolution and labels at its input's size.
+    """A segmentor's logits at the network's own resolution, and labels at its input's size.
 
     Of a detector, its graph's boxes (in pixels of the input), scores, labels, count and masks.
     The parameter `timeout` is a time limit in microseconds.
@@ -201,27 +193,26 @@ async def run(request: Request, name: str, version: str = "") -> Response:
     service.check_loaded()
     service.admission.check_room(client)
     with Body(request, service.settings, service.budget) as body:
-        told = request.headers.get(HEADER_LENGTH)
-        data = await body.read_aligned(int(told[:9]) if told and told.isdecimal() else 0)
-        length = json_length(told, len(data))
+        header = request.headers.get(HEADER_LENGTH)
+        data = await body.read_aligned(int(header[:9]) if header and header.isdecimal() else 0)
+        length = json_length(header, len(data))
         async with repository.lease(model) as leased:
-            most = service.settings.max_images
-            # Whether to leave the event loop: for the JSON's size, not the tensors'.
-            if length < SMALL_JSON:
-                wanted, binary = read_request(data, length, leased.card, most)
+            arguments = data, length, leased.card, service.settings.max_images
+            if length < _SMALL_JSON:
+                wanted, binary = read_request(*arguments)
             else:
-                wanted, binary = await code(lambda: read_request(data, length, leased.card, most))
+                wanted, binary = await code(lambda: read_request(*arguments))
             count = len(wanted.images)
             with service.admission.admit(client, count):
                 deadline = service.deadline(wanted.timeout_ms)
                 work = infer(service, leased, wanted, deadline)
                 outputs, stages = await while_connected(request, work)
 
-                def write() -> tuple[list[Any], int | None]:
+                def write() -> tuple[list[bytes | memoryview], int | None]:
                     return write_answer(leased.name, leased.card.version, wanted, outputs, binary)
 
-                textual = any(not binary.get(k, binary[""]) for k in outputs)
-                parts, head = await code(write) if textual else write()
+                in_json = not all(binary[name] for name in outputs)
+                parts, head = await code(write) if in_json else write()
     answered(request, leased.name, count, stages)
     if head is None:
         return Parts(parts, "application/json", {})
@@ -229,33 +220,20 @@ async def run(request: Request, name: str, version: str = "") -> Response:
 
 
 @router.post("/repository/index", summary="List models and states", responses=problem_docs(401))
-async def repository_index(request: Request) -> list[ModelIndexEntry]:
+async def index(request: Request) -> list[ModelIndexEntry]:
     """As Triton's clients ask for it."""
-    found = index_of(service_of(request).repository, ready=False)
-    return [ModelIndexEntry.model_validate(entry) for entry in found]
+    return repository_index(service_of(request).repository)
 
 
-_CONTROL = problem_docs(400, 401, 403, 404)
-
-
-@router.post("/repository/models/{name}/load", summary="Load a model anew", responses=_CONTROL)
+@router.post("/repository/models/{name}/load", summary="Load a model again", responses=_CONTROL)
 async def load(request: Request, name: str) -> dict[str, Any]:
     """Where the operator allows it; the version there is serves until the new one can."""
-    service = service_of(request)
-    require_control(service)
-    try:
-        await service.repository.load(service.repository.get(name))
-    except FDConvError as error:
-        raise RefusedError(
-            400, f"The model {name!r} does not load; the server's log says why."
-        ) from error
+    await load_model(service_of(request), name)
     return {}
 
 
-@router.post("/repository/models/{name}/unload", summary="Let a model go", responses=_CONTROL)
+@router.post("/repository/models/{name}/unload", summary="Unload a model", responses=_CONTROL)
 async def unload(request: Request, name: str) -> dict[str, Any]:
     """Where the operator allows it; until it is loaded again, its requests get a 503."""
-    service = service_of(request)
-    require_control(service)
-    await service.repository.unload(service.repository.get(name))
+    await unload_model(service_of(request), name)
     return {}

@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 import pytest
-from fdconv_deploy.serve import Settings, running, schemas
+from fdconv_deploy.serve import Settings, running
 from fdconv_deploy.serve import client_connection as receiving
+from fdconv_deploy.serve.errors import Problem
 
 from fdconv_deploy.runtime import open_session
 from tests.serve.conftest import encoded
@@ -193,7 +194,7 @@ def test_a_body_that_stops_coming(address, request_: bytes) -> None:
         status, headers, body = read_answer(plug)
         assert status == 408
         assert headers["content-type"] == "application/problem+json"
-        problem = schemas.Problem.model_validate_json(body)
+        problem = Problem.model_validate_json(body)
         assert problem.request_id == headers["x-request-id"]
         assert plug.recv(1) == b""
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import Settings, create_app, schemas
+from fdconv_deploy.serve import Settings, create_app
+from fdconv_deploy.serve.errors import Problem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ def refused(answer: httpx.Response, status: int, *, allow: str = "") -> str:
     """Check a problem document's shape; give its sentence."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
-    problem = schemas.Problem.model_validate(answer.json())
+    problem = Problem.model_validate(answer.json())
     assert problem.status == status
     assert problem.request_id == answer.headers["x-request-id"]
     assert problem.detail.endswith(".")

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import Settings, running, schemas
+from fdconv_deploy.serve import Settings, running
+from fdconv_deploy.serve.kserve import metadata, tensors
 
 from fdconv_deploy.runtime import open_session
 from tests.runtime import toy_detector
@@ -37,7 +38,7 @@ def arrays(answer: dict) -> dict[str, np.ndarray]:
 
 def test_metadata(detecting: TestClient) -> None:
     found = detecting.get("/v2/models/things").json()
-    schemas.ModelMetadata.model_validate(found)
+    metadata.ModelMetadata.model_validate(found)
     assert [(t["name"], t["shape"]) for t in found["inputs"]] == [
         ("images", [-1, 3, 64, 96]),
         ("sizes", [-1, 2]),
@@ -56,7 +57,7 @@ def test_json(detecting: TestClient, images: np.ndarray) -> None:
     call = {"inputs": [tensor("images", images), tensor("sizes", SIZES)]}
     answer = detecting.post(URL, json=call)
     assert answer.status_code == 200, answer.text
-    schemas.InferAnswer.model_validate(answer.json())
+    tensors.InferAnswer.model_validate(answer.json())
     expected = toy_detector.reference(images, SIZES)
     found = arrays(answer.json())
     assert set(found) == set(expected)

@@ -18,7 +18,6 @@ def test_without_its_packages(
     module: str, package: str, bundles: list[Path], monkeypatch, capfd
 ) -> None:
     monkeypatch.delitem(sys.modules, "fdconv_deploy.serve.kserve.grpc_server", raising=False)
-    monkeypatch.delitem(sys.modules, "fdconv_deploy.serve.kserve.messages", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     arguments = ["serve", bundles[0], "--port", 0, "--grpc-port", 0]
     code, out, err = fdconv(monkeypatch, capfd, *arguments)

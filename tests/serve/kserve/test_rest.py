@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import schemas
+from fdconv_deploy.serve.kserve import tensors
 
 from tests.serve.test_refusals import refused
 
@@ -32,7 +32,7 @@ def call(pixels) -> dict:
 
 def test_json(client: TestClient, session, pixels, call) -> None:
     answer = client.post(URL, json=call)
-    found = schemas.InferAnswer.model_validate(answer.json())
+    found = tensors.InferAnswer.model_validate(answer.json())
     assert (found.model_name, found.model_version, found.id) == ("street", "1", "7")
     labels = np.array(found.outputs[0].data).reshape(found.outputs[0].shape)
     assert np.array_equal(labels[0], session.segment(pixels[0]).labels)
@@ -46,7 +46,7 @@ def test_nested_data(client: TestClient, pixels, call) -> None:
 
 def test_documented_examples_are_of_the_form(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()["components"]["schemas"]["InferCall"]
-    assert schemas.InferCall.model_validate(schema["examples"][0])
+    assert tensors.InferCall.model_validate(schema["examples"][0])
 
 
 def change(call: dict, **changes) -> dict:

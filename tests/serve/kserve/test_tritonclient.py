@@ -271,14 +271,14 @@ def test_a_model_called_stats(bundles, tmp_path, tensor) -> None:
 
 def test_grpc_requests_have_ids_and_a_line_in_the_log(served, tensor, caplog) -> None:
     import grpc as grpcio
-    from fdconv_deploy.serve.kserve.messages import MESSAGES, SERVICE
+    from fdconv_deploy.serve.kserve.grpc_server import MESSAGES, PROTOCOL
 
     with (
         caplog.at_level("INFO", "fdconv.access"),
         grpcio.insecure_channel(served.grpc) as channel,
     ):
         ask = channel.unary_unary(
-            f"/{SERVICE}/ModelMetadata",
+            f"/{PROTOCOL.full_name}/ModelMetadata",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=MESSAGES["ModelMetadataResponse"].FromString,
         )
