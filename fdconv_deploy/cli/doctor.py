@@ -78,7 +78,7 @@ def _diagnose() -> Diagnosis:
     from fdconv_deploy.environment import nvidia_driver
     from fdconv_deploy.latency.nvml import describe_gpus
     from fdconv_deploy.ops.native import native_library
-    from fdconv_deploy.runtime.backends.cores import available_cores
+    from fdconv_deploy.runtime.backends.threads import available_cores
 
     library, why = native_library()
     gpus = [f"{gpu['name']}, driver {gpu['driver']}" for gpu in describe_gpus()]
@@ -100,7 +100,7 @@ def _diagnose() -> Diagnosis:
 def _backends() -> dict[str, str | None]:
     """Each backend of the runtime, and why it cannot be used here; None where it can."""
     from fdconv_deploy.runtime.backends import BACKENDS, BackendOptions
-    from fdconv_deploy.runtime.backends.onnxruntime_backend import cuda_problem
+    from fdconv_deploy.runtime.backends.onnxruntime import cuda_problem
 
     def problem(name: str) -> str | None:
         try:
