@@ -1,48 +1,75 @@
-"""The application: models, limits and routes put together."""
+"""The application and its server: ``create_app`` for any ASGI server, ``run`` and ``running``."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import asyncio
+import ctypes
+import logging
+import os
+import socket
+import ssl
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import uvicorn
 from fastapi import FastAPI
 from fdconv_deploy.serve import errors as problems
 from fdconv_deploy.serve import openapi
-from fdconv_deploy.serve.middleware import Edge
+from fdconv_deploy.serve.api_keys import Keys
+from fdconv_deploy.serve.http_limits import MAX_HEAD_BYTES, LimitedProtocol
+from fdconv_deploy.serve.middleware import Edge, refuse
 from fdconv_deploy.serve.routes import ROUTERS
-from fdconv_deploy.serve.security import Keys
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.settings import Settings
+from fdconv_deploy.serve.telemetry import log_config
 from starlette.middleware import Middleware
 
+from fdconv_deploy import __version__
 from fdconv_deploy.environment import needed_by
+from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import Session
-from fdconv_deploy.version import __version__
 
-if TYPE_CHECKING:
-    from fdconv_deploy.serve.kserve.grpc_server import GrpcServer
+log = logging.getLogger("fdconv.serve")
+Sources = Sequence[Path | str | Session]
+# glibc's names for mallopt, see mallopt(3), and bytes.
+_TRIM_THRESHOLD, _KEPT = -1, 32 << 20
+_MMAP_THRESHOLD, _LARGE = -3, 4 << 20
+
+
+class ServerError(FDConvError):
+    """The server cannot listen, or did not become ready."""
 
 
 def create_app(
-    bundles: Sequence[Path | str | Session],
-    settings: Settings | None = None,
-    *,
-    host: str = "127.0.0.1",
+    bundles: Sources, settings: Settings | None = None, *, host: str = "127.0.0.1"
 ) -> FastAPI:
     """Make the service's application.
 
-    :param bundles: bundle folders, each served under its folder's name; folders of bundles; or
-        sessions already open, which stay the caller's to close. The first is the default model.
-    :param host: where gRPC listens, if ``settings.grpc_port`` is set.
-    :raises BundleError: a bundle is damaged, unsafe, neither a segmentor nor a detector, or of
-        the same name as another.
-    :raises BackendError: the backend cannot be used.
-    :raises FDConvError: what a setting needs is not installed.
+    Args:
+        bundles: Bundle folders, each served under its folder's name; folders of bundles; or
+            sessions already open, which stay the caller's to close. The first is the default model.
+        settings: Limits, sizes and policies; the defaults when None.
+        host: Where gRPC listens, if ``settings.grpc_port`` is set.
+
+    Raises:
+        BundleError: A bundle is damaged, unsafe, neither a segmentor nor a detector, or of the
+            same name as another.
+        BackendError: The backend cannot be used.
+        FDConvError: What a setting needs is not installed.
     """
     settings = settings or Settings()
-    serving = None if settings.grpc_port is None else _grpc_server()
+    grpc_server: Any = None
+    if settings.grpc_port is not None:
+        with needed_by("The gRPC service", "grpc"):
+            from fdconv_deploy.serve.kserve.grpc_server import GrpcServer as grpc_server  # noqa: N813
     keys = Keys(settings)
     service = Service(bundles, settings)
 
@@ -52,8 +79,8 @@ def create_app(
         await service.start()
         grpc = None
         try:
-            if serving is not None and settings.grpc_port is not None:
-                grpc = serving(service, keys)
+            if grpc_server is not None:
+                grpc = grpc_server(service, keys)
                 await grpc.start(host, settings.grpc_port)
                 app.state.grpc_port = grpc.port
             yield
@@ -73,9 +100,9 @@ def create_app(
         redirect_slashes=False,
         # Edge does that, with the stages; versions without it take any name.
         telemetry={"tracing": False, "metrics": False, "logs": False},
-        middleware=[Middleware(Edge, keys=keys, root_path=settings.root_path)],
+        middleware=[Middleware(Edge, service=service, keys=keys)],
     )
-    app.state.service, app.state.api_keys = service, keys
+    app.state.service = service
     problems.install(app)
     for router in ROUTERS:
         app.include_router(router)
@@ -83,7 +110,166 @@ def create_app(
     return app
 
 
-def _grpc_server() -> type[GrpcServer]:
-    with needed_by("The gRPC service", "grpc"):
-        from fdconv_deploy.serve.kserve.grpc_server import GrpcServer
-    return GrpcServer
+def run(
+    bundles: Sources,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    settings: Settings | None = None,
+    *,
+    log_level: str = "info",
+) -> None:
+    """Serve until SIGINT or SIGTERM; requests under way are finished first.
+
+    Args:
+        bundles: As for :func:`create_app`.
+        host: "127.0.0.1" is this machine only, "0.0.0.0" everyone who can reach it.
+        port: 0 lets the system choose one, which the log names.
+        settings: As for :func:`create_app`.
+        log_level: "debug", "info", "warning" or "error".
+
+    Raises:
+        ServerError: The port is taken, the host is not this machine's, or TLS files cannot be used.
+        BundleError, BackendError, FDConvError: As for :func:`create_app`.
+    """
+    settings = settings or Settings()
+    return_large_blocks()
+    with _bound(host, port) as listener:
+        server = _Server(bundles, settings, log_level, host)
+        log.info("listening on %s (try it at /, API at /docs)", _address(listener, settings))
+        server.run([listener])
+
+
+@contextmanager
+def running(
+    bundles: Sources,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    settings: Settings | None = None,
+    *,
+    ready_within: float = 120.0,
+) -> Iterator[str]:
+    """Serve on another thread for the length of a ``with`` block, as :func:`run` does.
+
+    Yields:
+        The server's address, ``http://host:port``, once it is ready.
+
+    Raises:
+        ServerError: As for :func:`run`, or it was not ready within ``ready_within`` seconds.
+    """
+    settings = settings or Settings()
+    with _bound(host, port) as listener:
+        server = _Server(bundles, settings, "warning", host)
+        address = _address(listener, settings)
+        thread = threading.Thread(
+            target=server.run, args=([listener],), name="fdconv-serve", daemon=True
+        )
+        thread.start()
+        try:
+            _wait_until_ready(address, thread, time.monotonic() + ready_within)
+            yield address
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, which on its way down is first unready, then stops listening, then drains."""
+
+    def __init__(self, bundles: Sources, settings: Settings, log_level: str, host: str) -> None:
+        self._settings = settings
+        for path in (settings.tls_certificate, settings.tls_key, settings.tls_client_ca):
+            if path is not None and not path.is_file():
+                raise ServerError(f"TLS needs the file {path}, which does not exist.")
+        if settings.grpc_port is not None:
+            # gRPC binds when the models load, shares a port with whoever has it, or ends in a
+            # traceback.
+            _bound(host, settings.grpc_port).close()
+        app = create_app(bundles, settings, host=host)
+        self._service: Service = app.state.service
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=partial(LimitedProtocol, settings, partial(refuse, self._service)),  # type: ignore[arg-type]
+                ws="none",
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                log_level=log_level,
+                log_config=log_config(log_level, settings.log_format),
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=settings.drain_seconds,
+                ssl_certfile=settings.tls_certificate,
+                ssl_keyfile=settings.tls_key,
+                ssl_ca_certs=settings.tls_client_ca,
+                ssl_cert_reqs=ssl.CERT_REQUIRED if settings.tls_client_ca else ssl.CERT_NONE,
+            )
+        )
+        try:
+            self.config.load()
+        except (ssl.SSLError, ValueError) as error:
+            raise ServerError(
+                f"The TLS certificate and key cannot be used ({error}). Give a matching pair in "
+                "PEM form."
+            ) from error
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See ``uvicorn.Server``; a second signal ends it without waiting."""
+        self._service.drain()
+        end = time.monotonic() + self._settings.shutdown_delay_seconds
+        while time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(0.05)
+        await super().shutdown(sockets)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    # Bound here and not by uvicorn, which ends the process when it cannot.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number and number > 0 else error
+        raise ServerError(
+            f"The service cannot listen on {host}, port {port} ({reason}). Stop what uses that "
+            "port, or give another one."
+        ) from error
+
+
+def _address(listener: socket.socket, settings: Settings) -> str:
+    host, port = listener.getsockname()[:2]
+    scheme = "http" if settings.tls_certificate is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _wait_until_ready(address: str, thread: threading.Thread, deadline: float) -> None:
+    # Our own server on this machine, whose certificate may be for another name.
+    context = ssl._create_unverified_context() if address.startswith("https") else None  # noqa: S323
+    while thread.is_alive() and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(  # noqa: S310 - http
+                f"{address}/readyz", timeout=1, context=context
+            ):
+                return
+        except urllib.error.HTTPError as error:
+            error.close()  # 503: not ready yet
+        except OSError:
+            pass  # it does not accept connections yet
+        time.sleep(0.02)
+    raise ServerError("The service did not become ready; its log says why.")
+
+
+def return_large_blocks() -> bool:
+    """Let blocks of 4 MiB and more be mapped by themselves, and so return when they are freed.
+
+    glibc raises that size to the largest block ever freed, up to 32 MiB. One large image would
+    be enough, and from then on what is decoded lies among what stays, and keeps memory that
+    nobody uses. Smaller blocks, tensors among them, are reused without asking the system.
+
+    Returns:
+        Whether this system's allocator takes that.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _LARGE)) and bool(mallopt(_TRIM_THRESHOLD, _KEPT))

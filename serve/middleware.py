@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import uuid
-from typing import Any
 
-from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, problem_response
-from fdconv_deploy.serve.logging import log_access
-from fdconv_deploy.serve.security import Keys
+from fdconv_deploy.serve.api_keys import Keys
+from fdconv_deploy.serve.errors import (
+    MEDIA_TYPE,
+    REQUEST_ID,
+    RefusedError,
+    problem,
+    problem_response,
+)
+from fdconv_deploy.serve.service import Service
+from fdconv_deploy.serve.telemetry import log_access
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 32 << 10
+MAX_URL_BYTES = 8 << 10
 # What a client may choose: short, and of nothing that could break a log line or a header.
 _ACCEPTED = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# Open to all: whether the service lives, and the page, which holds no data and asks for a key.
-_OPEN = {
-    "/",
-    "/docs",
-    "/openapi.json",
-    "/healthz",
-    "/readyz",
-    "/v2/health/live",
-    "/v2/health/ready",
-}
-# Asked every few seconds by machines.
-_UNTRACED = {b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/health/ready", b"/metrics"}
+# Asked every few seconds by machines, which would end a service that does not answer.
+_HEALTH = {"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"}
+# Open to all beside them: the page, which holds no data and asks for a key.
+_OPEN = {*_HEALTH, "/", "/docs", "/openapi.json"}
 _OPEN_FOLDERS = ("/static/", "/samples")
+_UNTRACED = {*_HEALTH, "/metrics"}
 SECURITY = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -44,12 +47,14 @@ def accepted_id(given: str) -> str:
 class Edge:
     """The outermost layer of the application.
 
-    :param root_path: the prefix a proxy serves this application under, which it may take off
-        the paths it passes on, or leave there. A server's own (ASGI's ``root_path``) comes first.
+    Args:
+        app: What is inside.
+        service: Whose counters and limits hold.
+        keys: Those that may ask.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, root_path: str = "") -> None:
-        self.app, self._keys, self._root_path = app, keys, root_path
+    def __init__(self, app: ASGIApp, service: Service, keys: Keys) -> None:
+        self.app, self._service, self._keys = app, service, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI event."""
@@ -59,13 +64,10 @@ class Edge:
         start = time.perf_counter()
         headers = Headers(scope=scope)
         state = scope.setdefault("state", {})
-        # The connection may have refused it, under an id, before it got here.
-        request_id = state.get("request_id") or accepted_id(headers.get(REQUEST_ID, ""))
+        request_id = accepted_id(headers.get(REQUEST_ID, ""))
         state["request_id"] = request_id
-        state["start"] = start
         method = scope["method"]
         scope, path = self._below_prefix(scope)
-        service = getattr(scope["app"].state, "service", None) if "app" in scope else None
         status = 0
 
         async def send_named(message: Message) -> None:
@@ -76,7 +78,7 @@ class Edge:
                 # Answers to unforeseen errors carry it already.
                 kept = [pair for pair in message.get("headers", ()) if pair[0] != named[0]]
                 message["headers"] = [*kept, named, *SECURITY]
-                if service is not None and service.draining:
+                if self._service.draining:
                     message["headers"].append((b"connection", b"close"))
             elif method == "HEAD":
                 message = {**message, "body": b""}
@@ -85,67 +87,87 @@ class Edge:
         if method == "HEAD":  # as GET, of which it wants the head: FastAPI's routes do not
             scope["method"] = "GET"
         try:
-            app = self._refusal(scope, path, headers, state) or self.app
+            app = self._refusal(scope, path, headers) or self.app
             await app(scope, receive, send_named)
         finally:
-            record(
-                service,
-                state,
-                method=method,
-                path=scope.get("raw_path", b""),
-                route=getattr(scope.get("route"), "path", "unmatched"),
-                headers=headers,
-                status=status,
-                seconds=time.perf_counter() - start,
-            )
+            route = getattr(scope.get("route"), "path", "unmatched")
+            self._record(scope, method, path, route, headers, status, time.perf_counter() - start)
 
     def _below_prefix(self, scope: Scope) -> tuple[Scope, str]:
-        """The scope with ASGI's ``root_path`` and whole ``path``, and the path below it."""
-        root, path = scope.get("root_path", "").rstrip("/") or self._root_path, scope["path"]
+        """The scope with ASGI's ``root_path`` and whole ``path``, and the path below it.
+
+        A proxy may take the prefix off the paths that it passes on, or leave it there. A server's
+        own ``root_path`` comes before the setting.
+        """
+        root = scope.get("root_path", "").rstrip("/") or self._service.settings.root_path
+        path = scope["path"]
         if path == root or path.startswith(f"{root}/"):
             path = path[len(root) :]
         return {**scope, "root_path": root, "path": root + path}, path
 
-    def _refusal(self, scope: Scope, path: str, headers: Headers, state: dict[str, Any]) -> Any:
-        """The answer to a request without the key it needs, or to the page without its slash."""
+    def _refusal(self, scope: Scope, path: str, headers: Headers) -> ASGIApp | None:
+        """The answer to what is refused at the door, or to the page without its slash."""
         address = scope.get("client")
-        state["client"] = address[0] if address else ""
+        scope["state"]["client"] = address[0] if address else ""
         if not path:  # the page's own addresses are relative to the slash
             return RedirectResponse(f"{scope['root_path']}/")
-        if not self._keys.needed or path in _OPEN or path.startswith(_OPEN_FOLDERS):
-            return None
         try:
-            name = self._keys.check(headers.get("authorization", ""), headers.get("x-api-key", ""))
+            self._check_head(scope, headers)
+            if path not in _HEALTH:
+                self._check_connections(scope)
+            if self._keys.needed and path not in _OPEN and not path.startswith(_OPEN_FOLDERS):
+                given = headers.get("authorization", ""), headers.get("x-api-key", "")
+                scope["state"]["client"] = self._keys.check(*given)
         except RefusedError as error:
-            named = {**(error.headers or {}), "Connection": "close"}
-            return problem_response(Request(scope), error.status, error.detail, named)
-        state["client"] = name
+            return problem_response(Request(scope), error.status, error.detail, error.headers)
         return None
 
+    def _check_head(self, scope: Scope, headers: Headers) -> None:
+        # Where a proxy in front reads one and a server the other, a request can hide in a body.
+        if "transfer-encoding" in headers and "content-length" in headers:
+            raise RefusedError(
+                400,
+                "This is not a valid HTTP/1.1 request: it has both Content-Length and "
+                "Transfer-Encoding. Send one of them.",
+                {"Connection": "close"},
+            )
+        if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_URL_BYTES:
+            raise RefusedError(
+                414, f"The address is longer than {MAX_URL_BYTES:,} bytes. Send a shorter one."
+            )
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        if len(scope["headers"]) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+            raise RefusedError(
+                431,
+                f"The request has more than {MAX_HEADERS} headers, or more than "
+                f"{MAX_HEADER_BYTES:,} bytes of them. Send fewer.",
+            )
 
-def record(
-    service: Any,
-    state: dict[str, Any],
-    *,
-    method: str,
-    path: bytes,
-    route: str,
-    headers: Headers,
-    status: int,
-    seconds: float,
-) -> None:
-    """Count an answered request, trace it, and write it to the access log.
+    def _check_connections(self, scope: Scope) -> None:
+        most = self._service.settings.max_connections
+        if len(scope["state"].get("connections", ())) > most:
+            raise RefusedError(
+                503,
+                f"The service has {most} connections open, all it takes. Try again in a moment.",
+                {**self._service.admission.retry_after(), "Connection": "close"},
+            )
 
-    :param service: None before there is one.
-    :param state: of the request: its ``request_id``, ``client``, and what was noted of its work.
-    :param path: as sent, in ASCII: a decoded one could hold a line break.
-    """
-    facts, status = state.get("facts", {}), state.get("refused", status)
-    if service is not None:
-        metrics = service.metrics
-        metrics.requests.labels(route, str(status)).inc()
-        metrics.request_seconds.labels(route).observe(seconds)
-        stages = state.get("stages", ())
+    def _record(
+        self,
+        scope: Scope,
+        method: str,
+        path: str,
+        route: str,
+        headers: Headers,
+        status: int,
+        seconds: float,
+    ) -> None:
+        """Count an answered request, trace it, and write it to the access log."""
+        service, state = self._service, scope["state"]
+        facts, stages = state.get("facts", {}), state.get("stages", ())
+        status = state.get("refused", status)
+        service.metrics.requests.labels(route, str(status)).inc()
+        service.metrics.request_seconds.labels(route).observe(seconds)
         if facts:
             service.count(facts["model"], stages, facts["images"])
         if service.tracing.wanted and path not in _UNTRACED:
@@ -159,12 +181,32 @@ def record(
             service.tracing.record(
                 f"{method} {route}", headers, seconds, stages, attributes, failed=status >= 500
             )
-    log_access(
-        request_id=state["request_id"],
-        client=state.get("client", ""),
-        method=method,
-        path=path.decode("ascii", "replace")[:400],
-        status=status,
-        ms=round(seconds * 1e3, 3),
-        **facts,
-    )
+        log_access(
+            request_id=state["request_id"],
+            client=state.get("client", ""),
+            method=method,
+            # As sent, in ASCII: decoded, it could hold a line break.
+            path=scope.get("raw_path", b"").decode("ascii", "replace")[:400],
+            status=status,
+            ms=round(seconds * 1e3, 3),
+            **facts,
+        )
+
+
+def refuse(
+    service: Service, status: int, detail: str, scope: Scope | None
+) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and body of an answer that the server gives instead of the application.
+
+    It is counted and logged once: by :class:`Edge`, where the request got as far as that.
+    """
+    if scope is not None and "request_id" in scope["state"]:
+        request_id = scope["state"]["request_id"]
+        scope["state"]["refused"] = status
+    else:
+        request_id = uuid.uuid4().hex
+        service.metrics.requests.labels("unmatched", str(status)).inc()
+        log_access(request_id=request_id, status=status)
+    body = json.dumps(problem(request_id, status, detail, kserve=True)).encode()
+    kind = (b"content-type", MEDIA_TYPE.encode())
+    return [kind, (REQUEST_ID.lower().encode(), request_id.encode()), *SECURITY], body

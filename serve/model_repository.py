@@ -12,28 +12,66 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.model_cards import model_card, model_name
-from fdconv_deploy.serve.model_versions import Model, Version, bundles_in, fingerprint, timed_runs
-from fdconv_deploy.serve.schemas import ModelCard
+from fdconv_deploy.serve.schemas import Benchmark, ModelCard
 from fdconv_deploy.serve.settings import Settings
 
 from fdconv_deploy.errors import BundleError, FDConvError
 from fdconv_deploy.runtime import Bundle, Session
+from fdconv_deploy.runtime.batching import least_seconds
 from fdconv_deploy.runtime.bundle import MANIFEST_NAME
 from fdconv_deploy.runtime.bundle_checks import bundle_root
 
 log = logging.getLogger("fdconv.serve")
+# What timing may add to a model's loading, beyond one run of each batch size.
+MOST_SECONDS = 1.0
+
+
+@dataclass(eq=False)
+class Version:
+    """One opened state of a model's bundle; ``owned`` sessions are closed with it."""
+
+    name: str
+    session: Session
+    card: ModelCard
+    owned: bool
+    leases: int = 0
+    retired: bool = False
+
+
+@dataclass(eq=False)
+class Model:
+    """A name, the bundle behind it, and the version that is loaded, if one is."""
+
+    name: str
+    path: Path
+    card: ModelCard
+    session: Session | None = None  # the caller's own, already open
+    opened: Session | None = None  # by the service, and not loaded yet
+    fingerprint: tuple[int, int, int] | None = None
+    version: Version | None = None
+    loading: asyncio.Task[Version] | None = None
+    generation: int = 0
+    last_used: float = 0.0
+    error: str | None = None
+    wanted: bool = True  # False once it was unloaded by hand
 
 
 class Repository:
     """Every served model, the first being the default. Used from one event loop.
 
-    :param open_version: opens a bundle's session (on a loader thread).
-    :param on_load: told of each new version before it takes requests.
-    :param on_close: told of each version that has ended, before its session is closed.
+    Args:
+        sources: As for ``create_app``.
+        settings: What is loaded when, and how much of it.
+        open_version: Opens a bundle's session, on a loader thread.
+        on_load: Called with each new version before it takes requests.
+        on_close: Called with each version that has ended, before its session is closed.
     """
 
     def __init__(
@@ -53,13 +91,11 @@ class Repository:
         self._models: dict[str, Model] = {}
         self._folders: list[Path] = []
         self._loader = ThreadPoolExecutor(1, "loader")
-        self._opened: dict[str, Session] = {}
         try:
             for source in sources:
                 self._add_source(source)
         except BaseException:
-            for session in self._opened.values():
-                session.close()
+            self._close_opened()
             raise
         if not self._models:
             raise BundleError(f"There is no bundle in {', '.join(map(str, self._folders))}.")
@@ -73,10 +109,7 @@ class Repository:
         return next(iter(self._models.values()))
 
     def get(self, name: str) -> Model:
-        """The model called ``name``.
-
-        :raises RefusedError: 404.
-        """
+        """The model called ``name``; refused with 404 where there is none."""
         if name not in self._models:
             raise RefusedError(
                 404, f"There is no model of that name; there are {', '.join(self._models)}."
@@ -84,10 +117,7 @@ class Repository:
         return self._models[name]
 
     def get_version(self, name: str, version: str | None) -> Model:
-        """As :meth:`get`, and of this version where one is given.
-
-        :raises RefusedError: 404.
-        """
+        """As :meth:`get`, and of this version where one is given."""
         model = self.get(name)
         if version and (model.version is None or model.version.card.version != version):
             raise RefusedError(
@@ -111,7 +141,8 @@ class Repository:
     async def start(self) -> None:
         """Load what is loaded at the start.
 
-        :raises FDConvError: a model does not load.
+        Raises:
+            FDConvError: A model does not load.
         """
         for model in list(self._models.values()):
             if self._settings.load == "start" or model.session is not None:
@@ -121,7 +152,8 @@ class Repository:
     async def lease(self, model: Model) -> AsyncIterator[Version]:
         """Hold the model's version, loading it first where it is not.
 
-        :raises RefusedError: 503, it cannot be loaded, or was unloaded by hand.
+        Raises:
+            RefusedError: 503, it cannot be loaded, or was unloaded by hand.
         """
         version = model.version
         if version is None:
@@ -144,7 +176,8 @@ class Repository:
     async def load(self, model: Model) -> None:
         """Load a model anew, replacing the version there is.
 
-        :raises FDConvError: it does not load; the version there was stays.
+        Raises:
+            FDConvError: It does not load; the version there was stays.
         """
         model.wanted = True
         await self._loaded(model, anew=True)
@@ -188,8 +221,12 @@ class Repository:
                 version.retired, version.leases = True, 0
                 self._close_if_done(version)
         self._loader.shutdown(wait=True)
-        for session in self._opened.values():
-            session.close()
+        self._close_opened()
+
+    def _close_opened(self) -> None:
+        for model in self._models.values():
+            if model.opened is not None:
+                model.opened.close()
 
     async def _follow(self, model: Model) -> None:
         try:
@@ -198,9 +235,9 @@ class Repository:
                 log.info("%s: changed on disk; version %d serves", model.name, model.generation)
             else:
                 found = fingerprint(model.path)
-                self._describe(model, Bundle.open(model.path, verify=False))
-                model.fingerprint = found
-                model.error = None
+                bundle = Bundle.open(model.path, verify=False)
+                model.card = model_card(model.name, bundle, default=model.card.default)
+                model.fingerprint, model.error = found, None
                 if self._settings.load == "start":
                     await self._loaded(model)
         except (FDConvError, OSError) as error:
@@ -241,7 +278,7 @@ class Repository:
     def _open(self, model: Model) -> Version:
         # On the loader thread.
         before = fingerprint(model.path)
-        session = model.session or self._opened.pop(model.name, None)
+        session, model.opened = model.session or model.opened, None
         if session is None:
             session = self._open_version(Bundle.open(model.path, verify=self._settings.verify))
         try:
@@ -336,12 +373,39 @@ class Repository:
         )
         if session is None and self._settings.load == "start":
             # Opened here so that a missing backend ends the start, not the first request.
-            self._opened[name] = self._open_version(bundle)
+            model.opened = self._open_version(bundle)
         self._models[name] = model
         return model
 
-    def _describe(self, model: Model, bundle: Bundle) -> None:
-        model.card = model_card(model.name, bundle, default=model.card.default)
-
     def _unavailable(self, detail: str) -> RefusedError:
         return RefusedError(503, detail, {"Retry-After": str(self._settings.retry_after_seconds)})
+
+
+def fingerprint(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a bundle is written anew; None when there is no bundle."""
+    try:
+        found = (path / MANIFEST_NAME).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def bundles_in(folder: Path) -> list[Path]:
+    """The bundles right inside a folder, by name; hidden ones are not looked at."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and (path / MANIFEST_NAME).is_file()
+    )
+
+
+def timed_runs(session: Session) -> list[Benchmark]:
+    """The least time of a few runs of each batch size of a session that is warmed up."""
+    runs = {}
+    for batch, specs in session.bundle.manifest.inputs.items():
+        feeds = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
+        runs[batch] = partial(session.run_batches, feeds)
+    return [
+        Benchmark(batch=batch, milliseconds=round(seconds * 1e3, 3))
+        for batch, seconds in sorted(least_seconds(runs, seconds=MOST_SECONDS).items())
+    ]

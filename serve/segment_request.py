@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 from fdconv_deploy.serve.batching import Outcome
 from fdconv_deploy.serve.errors import RefusedError, image_problem
-from fdconv_deploy.serve.model_versions import Version
-from fdconv_deploy.serve.request_body import Upload
+from fdconv_deploy.serve.model_repository import Version
 from fdconv_deploy.serve.responses import Answer, render
 from fdconv_deploy.serve.segment_options import SegmentRequest
 from fdconv_deploy.serve.service import Service
+from fdconv_deploy.serve.uploads import Upload
 
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Segmentation

@@ -12,13 +12,11 @@ from fdconv_deploy.serve.admission import Admission
 from fdconv_deploy.serve.batching import Scheduler
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.kserve.statistics import ModelStatistics
-from fdconv_deploy.serve.metrics import Metrics
-from fdconv_deploy.serve.model_repository import Repository
-from fdconv_deploy.serve.model_versions import Version
-from fdconv_deploy.serve.request_body import BodyBudget
+from fdconv_deploy.serve.model_repository import Repository, Version
 from fdconv_deploy.serve.settings import Settings
-from fdconv_deploy.serve.tracing import Tracing
-from fdconv_deploy.serve.workers.process_pool import Children, IsolatedSession
+from fdconv_deploy.serve.telemetry import Metrics, Tracing
+from fdconv_deploy.serve.uploads import BodyBudget
+from fdconv_deploy.serve.workers import Children, IsolatedSession
 
 from fdconv_deploy.runtime import Bundle, Session, open_session
 

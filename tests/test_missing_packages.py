@@ -64,7 +64,7 @@ CASES = [
         module,
         module.replace("_", "-"),
     ) for module in (
-        "fastapi", "starlette", "uvicorn", "httptools", "prometheus_client", "python_multipart",
+        "fastapi", "starlette", "uvicorn", "prometheus_client", "python_multipart",
     )),
     ("serve BUNDLE --port 0 --settings TRACING", "opentelemetry.sdk", "opentelemetry-sdk"),
     ("serve BUNDLE --port 0 --settings TRACING", "opentelemetry.exporter",

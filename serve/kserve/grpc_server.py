@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from fdconv_deploy.serve.api_keys import Keys
 from fdconv_deploy.serve.batching import DeadlineError, WorkerDiedError
 from fdconv_deploy.serve.errors import DIED, LATE, REQUEST_ID, RefusedError
 from fdconv_deploy.serve.kserve.inference import infer
@@ -28,12 +29,11 @@ from fdconv_deploy.serve.kserve.tensors import (
     datatype_of,
     infer_request,
 )
-from fdconv_deploy.serve.logging import log_access
 from fdconv_deploy.serve.middleware import accepted_id
-from fdconv_deploy.serve.model_versions import Version
+from fdconv_deploy.serve.model_repository import Version
 from fdconv_deploy.serve.schemas import ModelCard
-from fdconv_deploy.serve.security import Keys
 from fdconv_deploy.serve.service import Service
+from fdconv_deploy.serve.telemetry import log_access
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.json_format import ParseDict
 

@@ -7,7 +7,6 @@ from collections.abc import Coroutine
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Header, Request, Response
-from fdconv_deploy.serve.client_connection import exchange_of
 from fdconv_deploy.serve.errors import ClientGoneError
 from fdconv_deploy.serve.service import Service
 from starlette.types import Receive, Scope, Send
@@ -78,14 +77,9 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
             left = True
             task.cancel()
 
-    exchange = exchange_of(request.scope)
-    gone = None
-    if exchange is not None:
-        exchange.watch(leave)
-    else:
-        # One task beside, not the work in a task of its own: most clients stay.
-        gone = asyncio.ensure_future(_disconnected(request))
-        gone.add_done_callback(leave)
+    # One task beside, not the work in a task of its own: most clients stay.
+    gone = asyncio.ensure_future(_disconnected(request))
+    gone.add_done_callback(leave)
     try:
         return await work
     except asyncio.CancelledError:
@@ -94,10 +88,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         raise
     finally:
         over = True
-        if exchange is not None:
-            exchange.watch(None)
-        if gone is not None:
-            gone.cancel()
+        gone.cancel()
 
 
 async def _disconnected(request: Request) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from fdconv_deploy.serve.errors import problem_docs
-from fdconv_deploy.serve.metrics import CONTENT_TYPE_LATEST
 from fdconv_deploy.serve.routes.common import service_of
 from fdconv_deploy.serve.schemas import Health
+from fdconv_deploy.serve.telemetry import CONTENT_TYPE_LATEST
 
 router = APIRouter(tags=["health"])
 

@@ -30,8 +30,8 @@ from fdconv_deploy.serve.kserve.tensors import (
     read_request,
     write_answer,
 )
-from fdconv_deploy.serve.request_body import Body
 from fdconv_deploy.serve.routes.common import Parts, answered, service_of, while_connected
+from fdconv_deploy.serve.uploads import Body
 
 # JSON larger than this, in bytes, is read and written on another thread than the event loop's.
 _SMALL_JSON = 64 << 10

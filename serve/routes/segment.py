@@ -8,8 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from fdconv_deploy.serve.errors import problem_docs
-from fdconv_deploy.serve.model_versions import Model
-from fdconv_deploy.serve.request_body import FIELD, NPY, Body
+from fdconv_deploy.serve.model_repository import Model
 from fdconv_deploy.serve.responses import (
     JPEG,
     JSON,
@@ -29,6 +28,7 @@ from fdconv_deploy.serve.routes.common import (
 from fdconv_deploy.serve.schemas import Detection, Detections, Segmentation, Segmentations
 from fdconv_deploy.serve.segment_options import SegmentOptions, check_options
 from fdconv_deploy.serve.segment_request import segment
+from fdconv_deploy.serve.uploads import FIELD, NPY, Body
 
 router = APIRouter(tags=["segmentation"])
 

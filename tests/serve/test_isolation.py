@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 from fdconv_deploy.serve import Settings, create_app
 from fdconv_deploy.serve.batching import WorkerDiedError
-from fdconv_deploy.serve.workers.process_pool import Children, IsolatedSession
+from fdconv_deploy.serve.workers import Children, IsolatedSession
 
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.runtime import Bundle, open_session
@@ -50,12 +49,12 @@ def test_the_card_says_so(isolated: TestClient) -> None:
 
 
 def test_a_killed_worker_is_replaced(isolated: TestClient, png: bytes) -> None:
-    before = next(iter(children(isolated))).pid
+    before = children(isolated).all[0].pid
     os.kill(before, signal.SIGKILL)
     answer = isolated.post("/v1/segment", content=png, headers=PNG)
     assert "Send the request again" in refused(answer, 503)
     assert answer.headers["retry-after"] == "1"
-    assert next(iter(children(isolated))).pid != before
+    assert children(isolated).all[0].pid != before
     for name in ("street", "sliding"):
         again = isolated.post(f"/v1/models/{name}/segment", content=png, headers=PNG)
         assert again.status_code == 200
@@ -64,7 +63,7 @@ def test_a_killed_worker_is_replaced(isolated: TestClient, png: bytes) -> None:
 
 def test_a_terminals_signals_do_not_end_workers(isolated: TestClient, png: bytes) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(next(iter(children(isolated))).pid, number)
+        os.kill(children(isolated).all[0].pid, number)
     assert isolated.post("/v1/segment", content=png, headers=PNG).status_code == 200
 
 
@@ -98,7 +97,7 @@ class TestDirectly:
         )
         session.warm_up()
         zeros = np.zeros((1, 3, 32, 48), np.float32)
-        pid = next(iter(started)).pid
+        pid = started.all[0].pid
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(WorkerDiedError, match="within 2 s"):
             session.run(zeros)
@@ -114,10 +113,8 @@ class TestDirectly:
     def test_processes_end_with_their_pipe(self, bundles: list[Path]) -> None:
         made = Children(Settings(threads=1, backend="onnxruntime-cpu"))
         made.start()
-        child = next(iter(made))
+        child = made.all[0]
         process = child._process
-        assert process is not None
         child._pipe.close()
         assert process.wait(20) == 0
-        time.sleep(0)
-        os.close(child._file)
+        os.close(child._memory.file)

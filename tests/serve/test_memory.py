@@ -12,7 +12,7 @@ import pytest
 PROGRAM = """
 import sys, os
 import numpy as np
-from fdconv_deploy.serve.memory import return_large_blocks
+from fdconv_deploy.serve.app import return_large_blocks
 if sys.argv[1] == "set":
     assert return_large_blocks()
 page = os.sysconf("SC_PAGE_SIZE")

@@ -18,7 +18,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from fdconv_deploy.serve import Settings, create_app
-from fdconv_deploy.serve.logging import JsonFormatter, log_config
+from fdconv_deploy.serve.telemetry import JsonFormatter, log_config
 
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import open_session

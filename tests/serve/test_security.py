@@ -14,7 +14,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from fdconv_deploy.serve import Settings, create_app, running
-from fdconv_deploy.serve.main import ServerError
+from fdconv_deploy.serve.app import ServerError
 
 from tests.serve.conftest import wait_until_ready
 from tests.serve.kserve.conftest import free_port
@@ -219,7 +219,7 @@ class TestConnections:
         "sent",
         [
             b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-            b"GET / HTTP/9.9\r\n\r\n",
+            b"GET / HTTX/1.1\r\n\r\n",
             b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
             b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",

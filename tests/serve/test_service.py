@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from fdconv_deploy.serve import Settings, create_app, running, schemas
-from fdconv_deploy.serve.main import ServerError
+from fdconv_deploy.serve.app import ServerError
 
 from fdconv_deploy.config import TestMode
 from fdconv_deploy.errors import BackendError, BundleError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from fdconv_deploy.serve.model_versions import timed_runs
+from fdconv_deploy.serve.model_repository import timed_runs
 
 from fdconv_deploy.runtime import open_session
 

@@ -1,15 +1,16 @@
-"""Reading a request's body within its limits: size, decompressed size, and memory."""
+"""Reading a request's body within its limits: size, decompressed size, time, and memory."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import anyio
 import numpy as np
 import python_multipart  # noqa: F401 - Starlette finds it missing at the first upload only
 from fastapi import Request
-from fdconv_deploy.serve.client_connection import exchange_of
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.settings import Settings
 from starlette.datastructures import UploadFile
@@ -22,8 +23,6 @@ _HOW = (
     f"'{FIELD}' of a multipart/form-data request."
 )
 _ALIGNMENT = 64  # bytes; what ONNX Runtime's vector code likes
-# Bodies from here on, in bytes, are received right where they are used.
-LARGE = 32 << 10
 # zlib's notation for "gzip only" and "zlib format", what HTTP calls deflate.
 _WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
@@ -51,14 +50,15 @@ class BodyBudget:
     def take(self, size: int) -> None:
         """Count bytes in.
 
-        :raises RefusedError: 503, they are too many for now.
+        Raises:
+            RefusedError: 503, they are too many for now.
         """
         if self.used + size > self._limit:
             raise RefusedError(
                 503,
                 "The service has as many bytes of requests in hand as it takes. Try again in a "
                 "moment.",
-                {"Retry-After": str(self._retry_after), "Connection": "close"},
+                {"Retry-After": str(self._retry_after)},
             )
         self.used += size
 
@@ -70,17 +70,20 @@ class BodyBudget:
 class Body:
     """A request's body; a context manager that holds its bytes' share of the budget.
 
-    :raises RefusedError: on entering, 413 announced too large, 415 an unknown encoding.
+    Raises:
+        RefusedError: On entering, 413 announced too large, 415 an unknown encoding. On reading,
+            408 too slow, 413 too large, 422 damaged, 503 too many bytes in hand.
     """
 
     def __init__(self, request: Request, settings: Settings, budget: BodyBudget) -> None:
         self._request, self._settings, self._budget = request, settings, budget
         self._taken = 0
+        length = request.headers.get("content-length", "")
+        known = length.isascii() and length.isdigit()
+        self._length = int(length[:20]) if known else None
 
     def __enter__(self) -> Body:
-        announced = self._request.headers.get("content-length", "")
-        limit = self._settings.max_body_bytes
-        if announced.isascii() and announced.isdigit() and int(announced[:20]) > limit:
+        if (self._length or 0) > self._settings.max_body_bytes:
             raise self._too_large()
         encoding = self._request.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("identity", *_WINDOWS):
@@ -88,7 +91,7 @@ class Body:
                 415,
                 f"The content encoding {encoding[:40]!r} is not understood. Send the body as it "
                 "is, or with gzip or deflate.",
-                {"Accept-Encoding": "gzip, deflate", "Connection": "close"},
+                {"Accept-Encoding": "gzip, deflate"},
             )
         self._window = _WINDOWS.get(encoding)
         return self
@@ -97,52 +100,42 @@ class Body:
         self._budget.give(self._taken)
 
     async def read(self) -> bytes:
-        """The whole body, decompressed.
-
-        :raises RefusedError: 413, 422 or 503.
-        """
-        chunks = [chunk async for chunk in self._chunks()]
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        """The whole body, decompressed."""
+        with self._in_time():
+            return b"".join([chunk async for chunk in self._chunks()])
 
     async def read_aligned(self, start: int) -> memoryview:
         """As :meth:`read`, laid out in memory so that what follows byte ``start`` is aligned.
 
-        Tensors there can be used where they are. The sizes of chunks are the network's, so a
-        body whose length is announced is written into place once, not joined first.
+        Tensors there can be used where they are. A body whose length is announced is written into
+        place once, not joined first.
         """
-        length = self._request.headers.get("content-length", "")
-        if self._window is not None or not (length.isascii() and length.isdigit()):
+        if self._window is not None or self._length is None:
             body = await self.read()
-            room = aligned_room(len(body), start)
+            room = _aligned_room(len(body), start)
             room[:] = body
             return room
-        exchange = exchange_of(self._request.scope)
-        room = aligned_room(int(length), start)
-        if exchange is not None and len(room) >= LARGE:
-            await exchange.receive_into(room, self._take)
-            return room
-        at = 0
-        async for chunk in self._chunks():
-            if at + len(chunk) > len(room):
-                raise RefusedError(
-                    400, "The body is longer than its Content-Length.", {"Connection": "close"}
-                )
-            room[at : at + len(chunk)] = chunk
-            at += len(chunk)
+        room, at = _aligned_room(self._length, start), 0
+        with self._in_time():
+            async for chunk in self._chunks():  # HTTP sees to it that they are no more
+                room[at : at + len(chunk)] = chunk
+                at += len(chunk)
         return room[:at]
 
     async def images(self) -> list[Upload]:
         """The images in it, one or more.
 
-        :raises RefusedError: as :meth:`read`; 415 another content type, 422 no image.
+        Raises:
+            RefusedError: As :meth:`read`; 415 another content type, 422 no image.
         """
         kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
-            return await self._form()
+            with self._in_time():
+                return await self._form()
         if kind.startswith("image/") or kind in ("application/octet-stream", NPY):
             return [Upload(await self.read())]
         found = f"the content type {kind[:80]!r}" if kind else "no content type"
-        raise RefusedError(415, f"The request has {found}. {_HOW}", {"Connection": "close"})
+        raise RefusedError(415, f"The request has {found}. {_HOW}")
 
     async def _form(self) -> list[Upload]:
         most = self._settings.max_images
@@ -160,7 +153,6 @@ class Body:
                 422,
                 f"The form cannot be read ({str(error.message).rstrip('.')}). {_HOW} At most "
                 f"{most} images per request.",
-                {"Connection": "close"},
             ) from error
         try:
             fields = form.getlist(FIELD)
@@ -174,48 +166,53 @@ class Body:
             422, f"The form must hold one file or more in the field '{FIELD}'; {found}."
         )
 
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        seconds = self._settings.body_seconds
+        try:
+            with anyio.fail_after(seconds):
+                yield
+        except TimeoutError as error:
+            raise RefusedError(
+                408,
+                f"The request's body did not arrive within {seconds:g} s. Send it faster, or less "
+                "of it.",
+                {"Connection": "close"},
+            ) from error
+
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
-        # Not timed here: protocol ends a connection whose body does not come in time.
         unpack = None if self._window is None else zlib.decompressobj(self._window)
-        received = 0
+        most, received = self._settings.max_body_bytes, 0
         async for chunk in self._request.stream():
             if unpack is not None:
-                chunk = self._unpacked(unpack, chunk, received)
+                try:
+                    # One byte more than may be, to see that it is too much without unpacking it.
+                    chunk = unpack.decompress(chunk, most - received + 1)
+                except zlib.error as error:
+                    raise RefusedError(
+                        422,
+                        "The body is not compressed as its Content-Encoding says. Leave that "
+                        "header out for a body that is sent as it is.",
+                    ) from error
             received += len(chunk)
-            if received > self._settings.max_body_bytes:
+            if received > most:
                 raise self._too_large()
-            self._take(len(chunk))
+            self._budget.take(len(chunk))
+            self._taken += len(chunk)
             if chunk:
                 yield chunk
         if unpack is not None and not unpack.eof:
             raise RefusedError(422, "The compressed body is cut off or damaged. Send it whole.")
 
-    def _take(self, size: int) -> None:
-        self._budget.take(size)
-        self._taken += size
-
-    def _unpacked(self, unpack: zlib._Decompress, chunk: bytes, received: int) -> bytes:
-        try:
-            # One byte more than may be, to see that it is too much without unpacking it all.
-            return unpack.decompress(chunk, self._settings.max_body_bytes - received + 1)
-        except zlib.error as error:
-            raise RefusedError(
-                422,
-                "The body is not compressed as its content encoding says. Send it as it is.",
-                {"Connection": "close"},
-            ) from error
-
     def _too_large(self) -> RefusedError:
         return RefusedError(
             413,
-            f"The request's body is larger than the {self._settings.max_body_bytes:,} bytes "
+            f"The body is larger than the {self._settings.max_body_bytes:,} bytes that are "
             "accepted. Send a smaller or more strongly compressed image.",
-            # The rest of the body is not read, so the connection cannot be used again.
-            {"Connection": "close"},
         )
 
 
-def aligned_room(size: int, start: int) -> memoryview:
+def _aligned_room(size: int, start: int) -> memoryview:
     """Memory for a body of ``size`` bytes, in which what follows byte ``start`` is aligned."""
     pad = -start % _ALIGNMENT
     base = np.empty(size + pad + _ALIGNMENT, np.uint8)

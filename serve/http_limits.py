@@ -1,0 +1,132 @@
+"""What uvicorn lacks against clients that send or read too slowly, or send too long a head.
+
+How large a body may be, and how long it may take, is limited where it is read: see `uploads`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import h11
+from fdconv_deploy.serve.settings import Settings
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MAX_HEAD_BYTES = 32 << 10  # address and headers, unless they come in one piece
+LINGER_SECONDS = 2.0  # to read why: a refused client that is cut off at once loses the answer
+LAST_REQUEST_SECONDS = 0.5  # for a request that is on its way when the server stops
+# Makes an answer's headers and body of its status, its sentence, and the ASGI scope, if any.
+Refusal = Callable[[int, str, Any], tuple[list[tuple[bytes, bytes]], bytes]]
+
+
+class LimitedProtocol(H11Protocol):
+    """One HTTP/1.1 connection."""
+
+    def __init__(self, settings: Settings, refusal: Refusal, **uvicorn: Any) -> None:
+        super().__init__(**uvicorn)
+        self._settings, self._refusal = settings, refusal
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._awaited: object = None
+        self._refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Limit the time to the first request."""
+        super().connection_made(transport)
+        # To be told of every unread byte, not of 64 KiB; 0 would stop TLS transports for good.
+        transport.set_write_buffer_limits(high=1)
+        self.app_state["connections"] = self.connections  # which the middleware limits
+        self._limit_receiving()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clocks."""
+        for timer in self._timers.values():
+            timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Limit the time to the next part of a request; after a refusal, discard."""
+        if not self._refused:
+            super().data_received(data)
+            self._limit_receiving()
+
+    def on_response_complete(self) -> None:
+        """Discard what still comes of an answered request, but not for ever."""
+        super().on_response_complete()
+        self._limit_receiving()
+
+    def _limit_receiving(self) -> None:
+        state, cycle = self.conn.their_state, self.cycle
+        answered = cycle is not None and cycle.response_complete
+        if state is h11.SEND_BODY:  # the application limits it, if it reads it
+            seconds = LINGER_SECONDS + (0 if answered else self._settings.body_seconds)
+        elif state is h11.IDLE and (cycle is None or self.conn.trailing_data[0]):
+            seconds = self._settings.header_seconds
+        else:
+            seconds = None  # between requests, uvicorn limits keep-alive
+        awaited = seconds and (cycle, state, answered)
+        if awaited != self._awaited and not self._refused:
+            self._awaited = awaited
+            self._start("receiving", seconds, self._too_slow)
+
+    def _too_slow(self) -> None:
+        if self.conn.their_state is not h11.IDLE or not self.conn.trailing_data[0]:
+            self.transport.abort()
+            return
+        limit = f"{self._settings.header_seconds:g} s"
+        self._refuse(408, f"The request's headers did not arrive within {limit}. Send faster.")
+
+    def pause_writing(self) -> None:
+        """Limit the time in which the client reads nothing."""
+        super().pause_writing()
+        self._limit_writing()
+
+    def _limit_writing(self, before: float = float("inf")) -> None:
+        unread = self.transport.get_write_buffer_size()
+        if unread >= before:
+            self.transport.abort()
+        elif unread:
+            again = partial(self._limit_writing, unread)
+            self._start("writing", self._settings.write_seconds, again)
+
+    def _start(self, name: str, seconds: float | None, then: Callable[[], None]) -> None:
+        if name in self._timers:
+            self._timers.pop(name).cancel()
+        if seconds is not None:
+            self._timers[name] = self.loop.call_later(seconds, then)
+
+    def _should_upgrade(self) -> bool:
+        return False  # such as h2c, which is an offer and no order; uvicorn would log a fault
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP; uvicorn calls this."""
+        error = sys.exc_info()[1]  # h11's, which knows the status
+        if getattr(error, "error_status_hint", 400) == 431:
+            self._refuse(431, f"The headers have more than {MAX_HEAD_BYTES:,} bytes. Send fewer.")
+        else:
+            self._refuse(400, f"This is not a valid HTTP/1.1 request ({error}). Correct it.")
+
+    def _refuse(self, status: int, detail: str) -> None:
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()  # an answer has begun
+            return
+        cycle = None if self.cycle is None or self.cycle.response_complete else self.cycle
+        headers, body = self._refusal(status, detail, cycle and cycle.scope)
+        headers = [*headers, (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+        response = h11.Response(status_code=status, headers=headers)
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self._refused = True
+        if cycle is not None:  # the application learns that nobody waits any more
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._start("receiving", LINGER_SECONDS, self.transport.close)
+
+    def shutdown(self) -> None:
+        """Finish what there is, and what is perhaps on its way; the server stops."""
+        idle = self.cycle is None or self.cycle.response_complete
+        self._start("stopping", LAST_REQUEST_SECONDS if idle else 0, super().shutdown)

@@ -1,0 +1,232 @@
+"""What the service tells of itself: its log, Prometheus metrics, and OpenTelemetry spans."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from uvicorn.config import LOGGING_CONFIG
+
+from fdconv_deploy.environment import needed_by
+from fdconv_deploy.errors import FDConvError
+
+__all__ = ["CONTENT_TYPE_LATEST", "JsonFormatter", "Metrics", "Tracing", "log_access", "log_config"]
+
+access = logging.getLogger("fdconv.access")
+
+
+def log_access(**fields: Any) -> None:
+    """Write one request's line: its fields, and as JSON the same."""
+    if access.isEnabledFor(logging.INFO):
+        text = " ".join(f"{name}={json.dumps(value)}" for name, value in fields.items())
+        access.info("%s", text, extra={"fields": fields})
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON; what was passed as ``extra={"fields": {...}}`` beside it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See ``logging.Formatter``."""
+        found: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(
+                timespec="milliseconds"
+            ),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            found["exception"] = self.formatException(record.exc_info)
+        return json.dumps(found, default=str)
+
+
+def log_config(level: str, form: Literal["text", "json"]) -> dict[str, Any]:
+    """Uvicorn's logging with the service's own beside it, for ``logging.config``."""
+    config = copy.deepcopy(LOGGING_CONFIG)
+    # The service writes its own access log, with request ids and timings.
+    config["loggers"].pop("uvicorn.access", None)
+    for name in ("fdconv.serve", "fdconv.access"):
+        config["loggers"][name] = {
+            "handlers": ["default"],
+            "level": level.upper(),
+        }
+    if form == "json":
+        config["formatters"] = {"default": {"()": JsonFormatter}}
+        config["handlers"] = {
+            "default": {
+                "class": "logging.StreamHandler",
+                "formatter": "default",
+                "stream": "ext://sys.stderr",
+            }
+        }
+        config["loggers"]["uvicorn"] = {"handlers": ["default"], "level": "INFO"}
+    return config
+
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Metrics:
+    """One application's counters, apart from any other's."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        make: dict[str, Any] = {"registry": self._registry}
+        self.requests = Counter(
+            "fdconv_requests", "Requests answered.", ["route", "status"], **make
+        )
+        self.request_seconds = Histogram(
+            "fdconv_request_seconds",
+            "From a request's headers to the end of its answer.",
+            ["route"],
+            buckets=_SECONDS,
+            **make,
+        )
+        self.stage_seconds = Histogram(
+            "fdconv_stage_seconds",
+            "Seconds by stage: decode, preprocess, queue, inference, postprocess, encode.",
+            ["model", "stage"],
+            buckets=_SECONDS,
+            **make,
+        )
+        self.images = Counter("fdconv_images", "Images segmented.", ["model"], **make)
+        self.batch_size = Histogram(
+            "fdconv_batch_size", "Images per inference run.", ["model"], buckets=_BATCHES, **make
+        )
+        self.rejected = Counter(
+            "fdconv_rejected",
+            "Requests turned away, by reason.",
+            ["reason"],
+            **make,
+        )
+        self.deaths = Counter(
+            "fdconv_worker_deaths", "Workers that ended and were replaced.", **make
+        )
+        self.model_bytes = Gauge(
+            "fdconv_model_bytes", "Memory a loaded model holds at least.", ["model"], **make
+        )
+        self.loads = Counter("fdconv_model_loads", "Times a model was loaded.", ["model"], **make)
+        self._make = make
+
+    def watch(self, name: str, documentation: str, read: Callable[[], float]) -> None:
+        """A gauge whose value is read when it is asked for."""
+        Gauge(name, documentation, **self._make).set_function(read)
+
+    def text(self) -> bytes:
+        """All of it."""
+        return generate_latest(self._registry)
+
+
+_SERVICE = "fdconv-deploy"
+
+
+class Tracing:
+    """Makes the spans, and sends them where OpenTelemetry's own environment says.
+
+    OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER and the like are read
+    by its SDK; OTEL_TRACES_EXPORTER is "otlp" (over HTTP), "console" or "none". A program that
+    embeds the service and has set a tracer provider of its own gets the spans there.
+
+    :raises FDConvError: asked for, and opentelemetry is not installed or told something else.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self._tracer: Any = None
+        self._own: Any = None
+        if not wanted:
+            return
+        with needed_by("Tracing", "tracing"):
+            from opentelemetry import trace
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+            provider = trace.get_tracer_provider()
+            if isinstance(provider, trace.ProxyTracerProvider):  # nobody has set one
+                provider = self._own = _provider()
+        self._trace = trace
+        self._propagator = TraceContextTextMapPropagator()
+        self._tracer = provider.get_tracer("fdconv.serve")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether spans are made."""
+        return self._tracer is not None
+
+    def record(
+        self,
+        name: str,
+        headers: Mapping[str, str],
+        seconds: float,
+        stages: Sequence[tuple[str, float]],
+        attributes: dict[str, Any],
+        *,
+        failed: bool = False,
+    ) -> None:
+        """Record a request that has just ended.
+
+        :param headers: the request's, for the caller's trace context.
+        :param seconds: what it took in all.
+        :param stages: (name, seconds) in the order they happened.
+        :param failed: it was the service's fault.
+        """
+        if self._tracer is None:
+            return
+        end = time.time_ns()
+        start = end - int(seconds * 1e9)
+        carrier = {k: headers[k] for k in ("traceparent", "tracestate") if headers.get(k)}
+        parent = self._propagator.extract(carrier)
+        span = self._tracer.start_span(
+            name,
+            context=parent,
+            kind=self._trace.SpanKind.SERVER,
+            start_time=start,
+            attributes=attributes,
+        )
+        if failed:
+            span.set_status(self._trace.StatusCode.ERROR)
+        inside = self._trace.set_span_in_context(span, parent)
+        for stage, lasted in stages:
+            child = self._tracer.start_span(stage, context=inside, start_time=start)
+            start = min(start + int(lasted * 1e9), end)
+            child.end(end_time=start)
+        span.end(end_time=end)
+
+    def close(self) -> None:
+        """Send what has not been sent yet."""
+        if self._own is not None:
+            self._own.shutdown()
+
+
+def _provider() -> Any:
+    """A provider as the environment configures it."""
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
+
+    named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get(
+        "OTEL_RESOURCE_ATTRIBUTES", ""
+    )
+    provider = TracerProvider(resource=Resource.create({} if named else {"service.name": _SERVICE}))
+    exporter = os.environ.get("OTEL_TRACES_EXPORTER", "otlp")
+    if exporter == "otlp":
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    elif exporter == "console":
+        provider.add_span_processor(BatchSpanProcessor(ConsoleSpanExporter()))
+    elif exporter != "none":
+        raise FDConvError(
+            f"OTEL_TRACES_EXPORTER is {exporter!r}, which is not understood here. Set it to "
+            "'otlp', 'console' or 'none'."
+        )
+    return provider
