@@ -91,7 +91,7 @@ class GrpcServer:
         )
         handlers = {
             method.name: grpc.unary_unary_rpc_method_handler(
-                self._guarded(method.name, getattr(self, f"_{method.name}")),
+                self._guarded(method.name),
                 request_deserializer=MESSAGES[method.input_type.name].FromString,
                 response_serializer=lambda message: message.SerializeToString(),
             )
@@ -123,10 +123,8 @@ class GrpcServer:
         """Take no more requests, and finish those under way within ``grace`` seconds."""
         await self._server.stop(grace)
 
-    def _guarded(
-        self, method: str, call: Callable[[Any, Any], Awaitable[Any]]
-    ) -> Callable[[Any, Any], Awaitable[Any]]:
-        """``call`` with the API key checked before, its errors as status codes, and a log line."""
+    def _guarded(self, method: str) -> Callable[[Any, Any], Awaitable[Any]]:
+        """The method's handler: checks the API key, answers or says why not, counts and logs."""
         route = f"grpc/{method}"
 
         async def handle(request: Any, context: Any) -> Any:
@@ -140,7 +138,11 @@ class GrpcServer:
                 if method not in _OPEN:
                     given = metadata.get("authorization", ""), metadata.get("x-api-key", "")
                     self._keys.check(*given)
-                answer = await call(request, context)
+                if method == "ModelInfer":
+                    answer = await self._infer(request, context)
+                else:
+                    response = MESSAGES[f"{method}Response"]()
+                    answer = ParseDict(await self._answer(method, request), response)
             except RefusedError as error:
                 code = _CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
                 detail = error.detail
@@ -170,42 +172,45 @@ class GrpcServer:
 
         return handle
 
-    async def _ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return _message("ServerLive", live=True)
+    async def _answer(self, method: str, request: Any) -> dict[str, Any]:
+        """The response's fields, to every method but inference."""
+        service, repository = self._service, self._service.repository
+        match method:
+            case "ServerLive":
+                return {"live": True}
+            case "ServerReady":
+                return {"ready": service.ready}
+            case "ModelReady":
+                return {"ready": repository.get(request.name).version is not None}
+            case "ServerMetadata":
+                return ServerMetadata().model_dump()
+            case "ModelMetadata":
+                return model_metadata(self._card(request)).model_dump()
+            case "ModelConfig":
+                found = model_config(self._card(request), service.settings)
+                return {"config": found.model_dump(exclude_none=True)}
+            case "ModelStatistics":
+                return model_statistics(service, request.name, request.version).model_dump()
+            case "RepositoryIndex":
+                index = repository_index(repository, ready=request.ready)
+                return {"models": [entry.model_dump() for entry in index]}
+            case "RepositoryModelLoad":
+                await load_model(service, request.model_name)
+            case "RepositoryModelUnload":
+                await unload_model(service, request.model_name)
+        return {}
 
-    async def _ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return _message("ServerReady", ready=self._service.ready)
-
-    async def _ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
-        model = self._service.repository.get(request.name)
-        return _message("ModelReady", ready=model.version is not None)
-
-    async def _ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return _message("ServerMetadata", **ServerMetadata().model_dump())
-
-    async def _ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
-        found = model_metadata(self._card(request))
-        return _message("ModelMetadata", **found.model_dump())
-
-    async def _ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
-        found = model_config(self._card(request), self._service.settings)
-        return _message("ModelConfig", config=found.model_dump(exclude_none=True))
-
-    async def _ModelStatistics(self, request: Any, context: Any) -> Any:  # noqa: N802
-        found = model_statistics(self._service, request.name, request.version)
-        return _message("ModelStatistics", **found.model_dump())
-
-    async def _ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def _infer(self, request: Any, context: Any) -> Any:
         service = self._service
         service.check_loaded()
         size = request.ByteSize()
         service.budget.take(size)
         try:
-            return await self._infer(request, context)
+            return await self._run(request, context)
         finally:
             service.budget.give(size)
 
-    async def _infer(self, request: Any, context: Any) -> Any:
+    async def _run(self, request: Any, context: Any) -> Any:
         service = self._service
         model = service.repository.get_version(request.model_name, request.model_version)
         wanted = _read(request, service.repository.card(model), service.settings.max_images)
@@ -228,26 +233,9 @@ class GrpcServer:
                 )
                 return _written(version, wanted, outputs)
 
-    async def _RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
-        found = repository_index(self._service.repository, ready=request.ready)
-        return _message("RepositoryIndex", models=[entry.model_dump() for entry in found])
-
-    async def _RepositoryModelLoad(self, request: Any, context: Any) -> Any:  # noqa: N802
-        await load_model(self._service, request.model_name)
-        return _message("RepositoryModelLoad")
-
-    async def _RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802
-        await unload_model(self._service, request.model_name)
-        return _message("RepositoryModelUnload")
-
     def _card(self, request: Any) -> ModelCard:
         repository = self._service.repository
         return repository.card(repository.get_version(request.name, request.version))
-
-
-def _message(method: str, **fields: Any) -> Any:
-    """The response of a method."""
-    return ParseDict(fields, MESSAGES[f"{method}Response"]())
 
 
 def _read(request: Any, card: ModelCard, max_images: int) -> InferRequest:

@@ -22,10 +22,8 @@ Array = npt.NDArray[Any]
 HEADER_LENGTH = "Inference-Header-Content-Length"
 # The protocol's names of the datatypes that occur here.
 DATATYPES: dict[str, np.dtype[Any]] = {
-    "FP32": np.dtype("<f4"),
-    "UINT8": np.dtype("u1"),
-    "UINT16": np.dtype("<u2"),
-    "INT64": np.dtype("<i8"),
+    name: np.dtype(code)
+    for name, code in {"FP32": "<f4", "UINT8": "u1", "UINT16": "<u2", "INT64": "<i8"}.items()
 }
 _OUTPUTS: list[Any] = ["logits", "labels", "boxes", "scores", "count", "masks"]
 _EXAMPLE: dict[str, Any] = {
@@ -46,11 +44,20 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
-class TensorParameters(_Strict):
-    """KServe v2: how a tensor's data is sent."""
+class Parameters(_Strict):
+    """KServe v2: parameters of a request or of one of its tensors; others are ignored."""
 
+    timeout: int | None = Field(
+        default=None, ge=0, description="Of a request: time limit in microseconds; 0 for none."
+    )
+    binary_data_output: bool | None = Field(
+        default=None, description="Of a request: whether outputs are wanted in binary."
+    )
+    binary_data: bool | None = Field(
+        default=None, description="Of an output: whether it is wanted in binary."
+    )
     binary_data_size: int | None = Field(
-        default=None, ge=0, description="Bytes of the data, which follow the JSON."
+        default=None, ge=0, description="Of a tensor: bytes of its data, which follow the JSON."
     )
 
 
@@ -60,32 +67,15 @@ class InferTensor(_Strict):
     name: str
     shape: list[int]
     datatype: str = Field(json_schema_extra={"enum": [*DATATYPES]})
-    parameters: TensorParameters | None = None
+    parameters: Parameters | None = None
     data: list[Any] | None = Field(default=None, description="Row by row; absent in binary.")
-
-
-class OutputParameters(_Strict):
-    """KServe v2: how an output is wanted."""
-
-    binary_data: bool | None = Field(
-        default=None, description="As `binary_data_output` when not given."
-    )
 
 
 class RequestedOutput(_Strict):
     """KServe v2: an output that is wanted."""
 
     name: str = Field(json_schema_extra={"enum": _OUTPUTS})
-    parameters: OutputParameters | None = Field(default=None, examples=[{"binary_data": True}])
-
-
-class InferParameters(_Strict):
-    """KServe v2: parameters of a request; others than these are ignored."""
-
-    timeout: int | None = Field(
-        default=None, ge=0, description="Time limit in microseconds; 0 for none."
-    )
-    binary_data_output: bool | None = Field(default=None, description="All outputs in binary.")
+    parameters: Parameters | None = Field(default=None, examples=[{"binary_data": True}])
 
 
 class InferCall(_Strict):
@@ -94,7 +84,7 @@ class InferCall(_Strict):
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
     id: str | None = None
-    parameters: InferParameters | None = None
+    parameters: Parameters | None = None
     inputs: list[InferTensor] = Field(json_schema_extra={"minItems": 1, "maxItems": 2})
     outputs: list[RequestedOutput] | None = None
 
@@ -198,7 +188,7 @@ def read_request(
         raise RefusedError(
             400, f"{len(tail)} bytes follow the JSON that no 'binary_data_size' speaks of."
         )
-    parameters, outputs = call.parameters or InferParameters(), call.outputs or []
+    parameters, outputs = call.parameters or Parameters(), call.outputs or []
     names = [output.name for output in outputs]
     request = infer_request(card, call.id, inputs, names, parameters.timeout, max_images)
     binary = dict.fromkeys(request.outputs, bool(parameters.binary_data_output))
@@ -284,8 +274,7 @@ def infer_request(
             )
         if given.name in arrays:
             raise RefusedError(400, f"The input {given.name!r} is there twice.")
-        check = _check_images if given.name == "images" else _check_sizes
-        check(card, given.datatype, given.shape, max_images)
+        _check_layout(card, given, max_images)
         arrays[given.name] = _array(given)
     if "images" not in arrays:
         raise RefusedError(400, "The request must have the input 'images'.")
@@ -306,30 +295,27 @@ def infer_request(
     )
 
 
-def _check_images(card: ModelCard, datatype: str, shape: list[int], most: int) -> None:
+def _check_layout(card: ModelCard, given: InputTensor, most: int) -> None:
+    """Refuse a tensor of another datatype or shape than its input's."""
     channels, height, width = card.input.channels, card.input.height, card.input.width
-    expected = {"FP32": [channels, height, width], "UINT8": [height, width, channels]}
-    if datatype not in expected:
-        bands = "RGB" if channels == 3 else f"{channels} bands"
-        raise RefusedError(
-            400,
-            f"The input 'images' is FP32 (normalised, N x {channels} x {height} x {width}) or "
-            f"UINT8 ({bands}, N x {height} x {width} x {channels}), not {datatype[:20]!r}.",
+    pixels = "RGB" if channels == 3 else f"{channels} bands"
+    layouts = {
+        "images": {
+            "FP32": ([channels, height, width], "normalised"),
+            "UINT8": ([height, width, channels], pixels),
+        },
+        "sizes": {"FP32": ([2], "height and width of each image within its input")},
+    }[given.name]
+    shape, _ = layouts.get(given.datatype, (None, ""))
+    if given.shape[1:] != shape or not 1 <= given.shape[0] <= most:
+        expected = " or ".join(
+            f"[N, {', '.join(map(str, shape))}] in {datatype} ({meaning})"
+            for datatype, (shape, meaning) in layouts.items()
         )
-    if len(shape) != 4 or shape[1:] != expected[datatype] or not 1 <= shape[0] <= most:
         raise RefusedError(
             400,
-            f"The input 'images' in {datatype} has the shape [N, "
-            f"{', '.join(map(str, expected[datatype]))}] with N from 1 to {most}, not {shape[:8]}.",
-        )
-
-
-def _check_sizes(card: ModelCard, datatype: str, shape: list[int], most: int) -> None:
-    if datatype != "FP32" or len(shape) != 2 or shape[1] != 2 or not 1 <= shape[0] <= most:
-        raise RefusedError(
-            400,
-            "The input 'sizes' is FP32 of the shape [N, 2], height and width of each image "
-            f"within its input, with N from 1 to {most}; not {datatype[:20]} {shape[:8]}.",
+            f"The input {given.name!r} has the shape {expected}, with N from 1 to {most}; found "
+            f"{given.shape[:8]} in {given.datatype[:20]!r}.",
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -39,7 +40,26 @@ router = APIRouter(prefix="/v2", tags=["KServe v2"])
 _NOT_FOUND = problem_docs(401, 404)
 _READY = problem_docs(401, 404, 503)
 _CONTROL = problem_docs(400, 401, 403, 404)
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+
+
+def _of_model(
+    method: str, address: str, summary: str, **options: Any
+) -> Callable[[Endpoint], Endpoint]:
+    """Route an address of a model, and the same of one of its versions."""
+
+    def register(endpoint: Endpoint) -> Endpoint:
+        for model, which in (
+            ("/models/{name}", ""),
+            ("/models/{name}/versions/{version}", ", in one version"),
+        ):
+            router.add_api_route(
+                model + address, endpoint, methods=[method], summary=summary + which, **options
+            )
+        return endpoint
+
+    return register
 
 
 @router.get("", summary="What this server is", responses=problem_docs(401))
@@ -80,26 +100,16 @@ async def all_statistics(request: Request) -> JSONResponse:
     return JSONResponse(found)
 
 
-@router.get("/models/{name}/stats", summary="Statistics of a model", responses=_NOT_FOUND)
-@router.get(
-    "/models/{name}/versions/{version}/stats",
-    summary="Statistics of a model, of one version",
-    responses=_NOT_FOUND,
-)
+@_of_model("GET", "/stats", "Statistics of a model", responses=_NOT_FOUND)
 async def statistics(request: Request, name: str, version: str = "") -> ModelStatisticsList:
     """Counts and times since the model was loaded; an empty list while it is not."""
     return model_statistics(service_of(request), name, version)
 
 
-@router.get(
-    "/models/{name}/config",
-    summary="A model's configuration",
-    response_model_exclude_none=True,
-    responses=_NOT_FOUND,
-)
-@router.get(
-    "/models/{name}/versions/{version}/config",
-    summary="A model's configuration, of one version",
+@_of_model(
+    "GET",
+    "/config",
+    "A model's configuration",
     response_model_exclude_none=True,
     responses=_NOT_FOUND,
 )
@@ -110,24 +120,14 @@ async def config(request: Request, name: str, version: str = "") -> ModelConfig:
     return model_config(service.repository.card(model), service.settings)
 
 
-@router.get("/models/{name}", summary="A model's inputs and outputs", responses=_NOT_FOUND)
-@router.get(
-    "/models/{name}/versions/{version}",
-    summary="A model's inputs and outputs, of one version",
-    responses=_NOT_FOUND,
-)
+@_of_model("GET", "", "A model's inputs and outputs", responses=_NOT_FOUND)
 async def metadata(request: Request, name: str, version: str = "") -> ModelMetadata:
     """Names, datatypes and shapes; -1 stands for the batch."""
     repository = service_of(request).repository
     return model_metadata(repository.card(repository.get_version(name, version)))
 
 
-@router.get("/models/{name}/ready", summary="Is a model loaded?", responses=_READY)
-@router.get(
-    "/models/{name}/versions/{version}/ready",
-    summary="Is a model loaded in this version?",
-    responses=_READY,
-)
+@_of_model("GET", "/ready", "Is a model loaded?", responses=_READY)
 async def model_ready(request: Request, name: str, version: str = "") -> ServerReady:
     """200 if it is, 503 if not."""
     service = service_of(request)
@@ -174,12 +174,7 @@ _INFER: dict[str, Any] = {
 }
 
 
-@router.post("/models/{name}/infer", summary="Run a model on a tensor", **_INFER)
-@router.post(
-    "/models/{name}/versions/{version}/infer",
-    summary="Run a model of one version on a tensor",
-    **_INFER,
-)
+@_of_model("POST", "/infer", "Run a model on a tensor", **_INFER)
 async def run(request: Request, name: str, version: str = "") -> Response:
     """A segmentor's logits at the network's own resolution, and labels at its input's size.
 
