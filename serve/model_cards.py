@@ -1,19 +1,13 @@
-"""A model's card: what its bundle says about it."""
+"""A model's card: what its bundle says about it, and how it runs here (``/v1/models``)."""
 
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fdconv_deploy.serve.schemas import (
-    RGB,
-    InputSize,
-    InstanceLimits,
-    ModelCard,
-    ModelClass,
-    OutputParity,
-)
+from pydantic import BaseModel, Field
 
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime import Bundle
@@ -21,13 +15,107 @@ from fdconv_deploy.runtime.detection import SHOWN_SCORE, detector_classes, detec
 from fdconv_deploy.runtime.segmentation import class_names, class_palette
 from fdconv_deploy.runtime.sliding_window import slide_stride
 
+RGB = tuple[int, int, int]
+Mode = Literal["whole", "slide"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class ModelClass(BaseModel):
+    """One class of a model."""
+
+    id: int = Field(description="The class id: a pixel's value in masks, an instance's `label`.")
+    name: str
+    color: RGB = Field(description="Red, green, blue, 0–255.")
+
+
+class TensorSize(BaseModel):
+    """Size of the network's input, or of its logits, without the batch."""
+
+    channels: int = Field(description="Bands of the input; logits per pixel of the output.")
+    height: int
+    width: int
+
+
+class InstanceLimits(BaseModel):
+    """Limits of a detector's answers."""
+
+    masks: bool = Field(description="Whether its objects have masks, or boxes alone.")
+    mask_size: int = Field(description="Height and width of the network's mask over each box.")
+    most: int = Field(description="Objects in an image at most.")
+    lowest_score: float = Field(description="The network gives no object that scores less.")
+    min_score: float = Field(description="Used when a request names none.")
+
+
+class OutputParity(BaseModel):
+    """The exported graph compared with the network it came from, at export."""
+
+    name: str
+    batch: int
+    max_abs: float
+    max_rel: float = Field(description="Largest difference over the largest reference value.")
+    argmax_agreement: float | None = Field(description="Share of positions of the same class.")
+
+
+class Benchmark(BaseModel):
+    """Time of one run of a batch size through the network, measured here when it was loaded."""
+
+    batch: int
+    milliseconds: float
+
+
+class ModelCard(BaseModel):
+    """What a model is and how it runs here."""
+
+    name: str
+    kind: Literal["segmentor", "detector"] = Field(
+        description="Whether it labels every pixel, or finds objects."
+    )
+    default: bool = Field(description="Whether /v1/segment uses this model.")
+    state: Literal["ready", "unloaded", "loading", "failed"] = Field(
+        description="Models that are not loaded are loaded at their first request, if they can be."
+    )
+    version: str = Field(description="Counts the times the model was loaded; '0' if never.")
+    classes: list[ModelClass]
+    input: TensorSize = Field(description="Size of the network's input.")
+    output: TensorSize | None = Field(description="Size of a segmentor's logits.")
+    threshold: float | None = Field(
+        description="For a segmentor with one output, whose sigmoid is the probability of class "
+        "1: pixels above it are of class 1, others of class 0. Null where the highest logit wins."
+    )
+    instances: InstanceLimits | None = Field(description="Null for a segmentor.")
+    preprocessing: dict[str, Any] = Field(
+        description="How images become the network's input: (image - mean) / std, band by band. "
+        "Loading 'color' reads RGB photographs, 'bands' every band that a file has."
+    )
+    batch_sizes: list[int]
+    mode: Mode = Field(description="Used when a request names none.")
+    modes: list[Mode]
+    fit: Literal["stretch", "pad"] = Field(description="Used when a request names none.")
+    precision: str
+    backend: str | None = Field(
+        description="The inference backend; null while the model is not loaded.",
+        examples=["onnxruntime-cpu"],
+    )
+    bytes: int = Field(description="Memory the loaded model holds at least: graphs and weights.")
+    checkpoint: str | None = Field(description="File name of the checkpoint it was made from.")
+    checkpoint_sha256: str | None
+    parity: list[OutputParity]
+    benchmark: list[Benchmark]
+    created_at: datetime
+    created_by: str
+
+
+class ModelList(BaseModel):
+    """The models being served, the default first."""
+
+    models: list[ModelCard]
 
 
 def model_name(path: Path) -> str:
     """The name a bundle is served under: its folder's.
 
-    :raises BundleError: it cannot be part of an address.
+    Raises:
+        BundleError: the name cannot be part of an address.
     """
     if not _NAME.fullmatch(path.name):
         raise BundleError(
@@ -40,8 +128,9 @@ def model_name(path: Path) -> str:
 def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
     """The card of a model that is not loaded.
 
-    :raises BundleError: it is neither a detector nor a segmentor, or is tested
-        by sliding with a stride that cannot.
+    Raises:
+        BundleError: the bundle is neither a detector nor a segmentor, or is tested by sliding
+            with a stride that cannot.
     """
     manifest = bundle.manifest
     if manifest.input is None or manifest.kind == "module":
@@ -49,33 +138,34 @@ def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
             f"The bundle {bundle.path} is of a {manifest.kind}, which does not segment images, "
             "so it cannot be served. Name a segmentor's or a detector's bundle."
         )
-    told = _detector(bundle) if manifest.kind == "detector" else _segmentor(bundle)
-    described = manifest.architecture or manifest.detector
-    assert described is not None
-    parity = manifest.parity.batches if manifest.parity else {}
+    own = _segmentor(bundle) if manifest.kind == "segmentor" else _detector(bundle)
+    config = manifest.architecture or manifest.detector
+    assert config is not None
+    weights = manifest.files[manifest.weights].bytes if manifest.weights else 0
     checkpoint = manifest.checkpoint
     return ModelCard(
-        **told,
+        **own,
         name=name,
         kind=manifest.kind,
         default=default,
         state="unloaded",
         version="0",
-        input=InputSize(
+        input=TensorSize(
             channels=manifest.inputs[bundle.batch_sizes[0]][0].shape[1],
             height=manifest.input.height,
             width=manifest.input.width,
         ),
-        preprocessing=described.preprocessing.model_dump(mode="json"),
+        preprocessing=config.preprocessing.model_dump(mode="json"),
         batch_sizes=list(bundle.batch_sizes),
         precision=manifest.precision,
         backend=None,
-        bytes=model_bytes(bundle),
+        # Every graph has its own copy of the weights.
+        bytes=sum(manifest.files[graph].bytes + weights for graph in manifest.models.values()),
         checkpoint=Path(checkpoint.name).name if checkpoint else None,
         checkpoint_sha256=checkpoint.sha256 if checkpoint else None,
         parity=[
             OutputParity(batch=batch, **output.model_dump())
-            for batch, outputs in parity.items()
+            for batch, outputs in (manifest.parity.batches if manifest.parity else {}).items()
             for output in outputs
         ],
         benchmark=[],
@@ -85,47 +175,44 @@ def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
 
 
 def _segmentor(bundle: Bundle) -> dict[str, Any]:
-    """What a segmentor's card alone says."""
+    """The fields that differ between segmentors and detectors, for a segmentor."""
     manifest = bundle.manifest
-    architecture, size = manifest.architecture, manifest.input
-    assert architecture is not None
+    config, size = manifest.architecture, manifest.input
+    assert config is not None
     assert size is not None
-    names = class_names(architecture)
-    test = architecture.test
-    modes: list[Literal["whole", "slide"]] = ["whole"]
-    if test.mode == "slide" or test.stride is not None:
+    modes: list[Mode] = ["whole"]
+    if config.test.mode == "slide" or config.test.stride is not None:
         try:
-            slide_stride(test, (size.height, size.width))
+            slide_stride(config.test, (size.height, size.width))
             modes.append("slide")
         except BundleError:
-            if test.mode == "slide":
+            if config.test.mode == "slide":
                 raise
-    logits = manifest.outputs[bundle.batch_sizes[0]][0].shape
+    _, channels, height, width = manifest.outputs[bundle.batch_sizes[0]][0].shape
     return {
-        "classes": _classes(names, class_palette(architecture)),
-        "output": InputSize(channels=logits[1], height=logits[2], width=logits[3]),
-        "threshold": architecture.decode_head.label_threshold,
+        "classes": _classes(class_names(config), class_palette(config)),
+        "output": TensorSize(channels=channels, height=height, width=width),
+        "threshold": config.decode_head.label_threshold,
         "instances": None,
-        "mode": test.mode,
+        "mode": config.test.mode,
         "modes": modes,
         "fit": manifest.fit,
     }
 
 
 def _detector(bundle: Bundle) -> dict[str, Any]:
-    """What a detector's card alone says."""
-    detector = bundle.manifest.detector
-    assert detector is not None
-    rcnn = detector.test.rcnn
+    """The fields that differ between segmentors and detectors, for a detector."""
+    config = bundle.manifest.detector
+    assert config is not None
     return {
-        "classes": _classes(detector_classes(detector), detector_palette(detector)),
+        "classes": _classes(detector_classes(config), detector_palette(config)),
         "output": None,
         "threshold": None,
         "instances": InstanceLimits(
-            masks=detector.mask_head is not None,
-            mask_size=detector.mask_size,
-            most=rcnn.max_per_img,
-            lowest_score=rcnn.score_thr,
+            masks=config.mask_head is not None,
+            mask_size=config.mask_size,
+            most=config.test.rcnn.max_per_img,
+            lowest_score=config.test.rcnn.score_thr,
             min_score=SHOWN_SCORE,
         ),
         "mode": "whole",
@@ -134,15 +221,6 @@ def _detector(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _classes(names: tuple[str, ...], colours: tuple[RGB, ...]) -> list[ModelClass]:
-    return [
-        ModelClass(id=number, name=name, color=colour)
-        for number, (name, colour) in enumerate(zip(names, colours, strict=True))
-    ]
-
-
-def model_bytes(bundle: Bundle) -> int:
-    """What a loaded model holds at least: every graph, each with its own copy of the weights."""
-    manifest = bundle.manifest
-    weights = manifest.files[manifest.weights].bytes if manifest.weights else 0
-    return sum(manifest.files[name].bytes + weights for name in manifest.models.values())
+def _classes(names: tuple[str, ...], palette: tuple[RGB, ...]) -> list[ModelClass]:
+    pairs = enumerate(zip(names, palette, strict=True))
+    return [ModelClass(id=number, name=name, color=color) for number, (name, color) in pairs]

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from fdconv_deploy.serve.errors import RefusedError
-from fdconv_deploy.serve.model_cards import model_card, model_name
-from fdconv_deploy.serve.schemas import Benchmark, ModelCard
+from fdconv_deploy.serve.model_cards import Benchmark, ModelCard, model_card, model_name
 from fdconv_deploy.serve.settings import Settings
 
 from fdconv_deploy.errors import BundleError, FDConvError

@@ -30,8 +30,8 @@ from fdconv_deploy.serve.kserve.tensors import (
     infer_request,
 )
 from fdconv_deploy.serve.middleware import accepted_id
+from fdconv_deploy.serve.model_cards import ModelCard
 from fdconv_deploy.serve.model_repository import Version
-from fdconv_deploy.serve.schemas import ModelCard
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.telemetry import log_access
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory

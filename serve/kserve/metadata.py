@@ -6,8 +6,8 @@ from typing import Literal
 
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.kserve.statistics import ModelStatisticsList
+from fdconv_deploy.serve.model_cards import ModelCard
 from fdconv_deploy.serve.model_repository import Repository
-from fdconv_deploy.serve.schemas import ModelCard
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.settings import Settings
 from pydantic import BaseModel, Field

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.kserve.metadata import model_metadata
-from fdconv_deploy.serve.schemas import ModelCard
+from fdconv_deploy.serve.model_cards import ModelCard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Array = npt.NDArray[Any]

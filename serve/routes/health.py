@@ -1,15 +1,23 @@
-"""Whether the service lives and is ready, and what it counts."""
+"""Whether the service lives and is ready, and its metrics."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from fdconv_deploy.serve.errors import problem_docs
 from fdconv_deploy.serve.routes.common import service_of
-from fdconv_deploy.serve.schemas import Health
 from fdconv_deploy.serve.telemetry import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 
 router = APIRouter(tags=["health"])
+
+
+class Health(BaseModel):
+    """Whether the service lives, or is ready."""
+
+    status: Literal["ok", "ready"]
 
 
 @router.get("/healthz", summary="Is the process alive?")
@@ -25,19 +33,20 @@ async def readyz(request: Request) -> Health:
     return Health(status="ready")
 
 
+_TEXT = {
+    "schema": {"type": "string"},
+    "example": 'fdconv_requests_total{route="/v1/segment",status="200"} 12.0\n',
+}
+
+
 @router.get(
     "/metrics",
-    summary="Counters for Prometheus",
+    summary="Metrics for Prometheus",
     response_class=Response,
     responses={
         200: {
             "description": "Requests, latency by stage, queue, batch sizes, rejections, memory.",
-            "content": {
-                "text/plain": {
-                    "schema": {"type": "string"},
-                    "example": 'fdconv_requests_total{route="/v1/segment",status="200"} 12.0\n',
-                }
-            },
+            "content": {"text/plain": _TEXT},
         }
     },
 )

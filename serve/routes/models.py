@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 from fdconv_deploy.serve.errors import problem_docs
+from fdconv_deploy.serve.model_cards import ModelCard, ModelList
 from fdconv_deploy.serve.routes.common import service_of
-from fdconv_deploy.serve.schemas import ModelCard, ModelList
 
 router = APIRouter(tags=["models"])
 
