@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from fdconv_deploy.serve import segment_request as one_image
 from fdconv_deploy.serve.service import Service
 
+from fdconv_deploy.runtime import Session
 from tests.serve.test_refusals import refused
 from tests.serve.test_repository import serving
 
@@ -120,10 +120,10 @@ def test_workers(bundles: list[Path], png: bytes, workers: int) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_codec_threads(bundles: list[Path], png: bytes, monkeypatch, threads: int) -> None:
-    lock, decode = threading.Lock(), one_image.decode
+    lock, decode = threading.Lock(), Session.read_image
     now = most = 0
 
-    def slow(*arguments):
+    def slow(*arguments, **options):
         nonlocal now, most
         with lock:
             now += 1
@@ -131,9 +131,9 @@ def test_codec_threads(bundles: list[Path], png: bytes, monkeypatch, threads: in
         time.sleep(0.05)
         with lock:
             now -= 1
-        return decode(*arguments)
+        return decode(*arguments, **options)
 
-    monkeypatch.setattr(one_image, "decode", slow)
+    monkeypatch.setattr(Session, "read_image", slow)
 
     async def test() -> None:
         async with serving(bundles[:1], codec_threads=threads) as (client, _):

@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import Settings, create_app, running, schemas
+from fdconv_deploy.serve import Settings, create_app, model_cards, running
 from fdconv_deploy.serve.app import ServerError
 
 from fdconv_deploy.config import TestMode
@@ -33,7 +33,7 @@ PNG = {"Content-Type": "image/png"}
 
 class TestCards:
     def test_list(self, client: TestClient) -> None:
-        found = schemas.ModelList.model_validate(client.get("/v1/models").json()).models
+        found = model_cards.ModelList.model_validate(client.get("/v1/models").json()).models
         assert [(m.name, m.default, m.mode) for m in found] == [
             ("street", True, "whole"),
             ("sliding", False, "slide"),
@@ -42,7 +42,7 @@ class TestCards:
         assert found[1].modes == ["whole", "slide"]
 
     def test_one(self, client: TestClient) -> None:
-        card = schemas.ModelCard.model_validate(client.get("/v1/models/street").json())
+        card = model_cards.ModelCard.model_validate(client.get("/v1/models/street").json())
         assert (card.input.height, card.input.width) == (32, 48)
         assert card.batch_sizes == [1, 4]
         assert [c.name for c in card.classes] == [f"class {i}" for i in range(5)]
