@@ -66,7 +66,7 @@ def measure(
                 found[side] = {
                     "ms": {name: spread(values) for name, values in times.items()},
                     "of one": {name: ratio(times[name], times["one"]) for name in times},
-                    "ways": {str(batch): way for batch, way in session.ways.items()},
+                    "ways": {str(batch): way for batch, way in session.runner.ways.items()},
                     "warm_up_seconds": round(warm_up, 1),
                 }
     return {

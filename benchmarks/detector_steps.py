@@ -86,7 +86,8 @@ def _bundle(spec: dict[str, Any], path: Path, answers: Path) -> dict[str, Any]:
         pictures = _pictures(spec["size"], spec["pictures"], detector.preprocessing)
 
         def run(inputs: Inputs) -> Answer:
-            return dict(session.run_detector(*(tensor.numpy() for tensor in inputs)))
+            images, sizes = (tensor.numpy() for tensor in inputs)
+            return session.run_batches({"images": images, "sizes": sizes})
 
         return _timed(run, pictures, spec["repeats"], answers)
 

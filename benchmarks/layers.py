@@ -25,11 +25,11 @@ from benchmarks.export_size import TOLERANCE
 from benchmarks.options import script
 from benchmarks.plot import BARS, TEXT, WIDTH
 from benchmarks.records import write_json
+from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.latency import machine
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.profiling.attribution import PARTS, WARM_UP, ProfiledGraph, by_layer
 from fdconv_deploy.profiling.torch_profile import ProfiledNetwork
-from fdconv_deploy.runtime.result_files import write_whole
 
 HEIGHT = 3.7  # inches
 # Bars of one layer lie over each other, the widest behind: widths and colours.
@@ -213,7 +213,7 @@ def main() -> None:
     show(result)
     print(machine.say(result["machine"]))
     if options.svg:
-        write_whole(options.svg, draw(result).encode())
+        write_atomically(options.svg, draw(result).encode())
 
 
 if __name__ == "__main__":

@@ -122,14 +122,16 @@ def score(
         reference = logits = None
         steady = False
         for name, session in sessions.items():  # in turns, so that drift hits all alike
-            prepared = session.prepare(picture)
+            pipeline = session.segmentation
+            prepared = pipeline.prepare(picture)
+            tensor = prepared.inputs["images"]
             start = time.perf_counter()
-            found = session.run(prepared.input[None])[0]
+            found = session.run(tensor[None])[0]
             milliseconds = (time.perf_counter() - start) * 1e3
-            labels = session.finish(prepared, found).labels
+            labels = pipeline.finish(prepared, {"logits": found}).labels
             if reference is None or logits is None:  # fp32 comes first
                 reference, logits = labels, found
-                steady = is_stable(session, prepared.input, logits, number)
+                steady = is_stable(session, tensor, logits, number)
                 held += steady
             for tally in [whole[name], stable[name]] if steady else [whole[name]]:
                 tally.milliseconds.append(milliseconds)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.runtime.result_files import write_whole
+from fdconv_deploy.atomic_write import write_atomically
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent / "results"
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a record; an older file of that name is replaced at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def newest(kind: str, folder: Path = FOLDER) -> dict[str, Any] | None:

@@ -16,9 +16,9 @@ from benchmarks.cases import BATCHES, DEPTHS, NETWORKS, SIZES, Case, grid, sweep
 from benchmarks.plot import draw
 from benchmarks.records import FOLDER, every, newest
 from benchmarks.speed import SIDES
+from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.latency import machine
 from fdconv_deploy.profiling.attribution import PARTS
-from fdconv_deploy.runtime.result_files import write_whole
 
 DOCS = machine.ROOT / "docs"
 NAMES = {"backbone": "ResNet backbone", "upernet": "UPerNet, 150 classes"}
@@ -293,11 +293,11 @@ def main() -> None:
     others = [newest(kind, options.results) for kind in ("profile", "session")]
     text = markdown(matrix, *others, every("batches", options.results))
     options.output.mkdir(parents=True, exist_ok=True)
-    write_whole(options.output / "performance-cpu.md", text.encode())
+    write_atomically(options.output / "performance-cpu.md", text.encode())
     written = [options.output / "performance-cpu.md"]
     bars = [r for case in (BACKBONE, UPERNET) for r in _measured(matrix["cases"], [case])]
     if bars:
-        write_whole(options.output / "cost.svg", draw(bars).encode())
+        write_atomically(options.output / "cost.svg", draw(bars).encode())
         written.append(options.output / "cost.svg")
     print(*written, sep="\n")
 

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.preprocessing import ImageTooLargeError, UnsupportedImageError
+from fdconv_deploy.runtime.images import ImageTooLargeError, UnsupportedImageError
 
 log = logging.getLogger("fdconv.serve")
 REQUEST_ID = "X-Request-ID"

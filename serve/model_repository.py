@@ -293,8 +293,8 @@ class Repository:
         model.card = card
         using = f" With {session.operators}." if session.operators else ""
         log.info("%s: ready in %.1f s. %s%s", model.name, seconds, session.choice, using)
-        if len(session.ways) > 1:
-            ways = "; ".join(f"{batch} by {way}" for batch, way in session.ways.items())
+        if len(session.runner.ways) > 1:
+            ways = "; ".join(f"{batch} by {way}" for batch, way in session.runner.ways.items())
             log.info("%s: batches of %s.", model.name, ways)
         loaded = card.model_copy(
             update={

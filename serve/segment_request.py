@@ -20,10 +20,10 @@ from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.uploads import Upload
 
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime import Segmentation
+from fdconv_deploy.runtime import Segmentation, Tensors
 from fdconv_deploy.runtime.multiband import FORMATS, check_format
 from fdconv_deploy.runtime.postprocessing import logit_map
-from fdconv_deploy.runtime.preprocessing import resize
+from fdconv_deploy.runtime.preprocessing import Prepared, resize
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class _Image:
         self.times: dict[str, float] = {}
         self._size = (0, 0)
         self._image: npt.NDArray[Any] | None = None
-        self._prepared: Any = None
+        self._prepared: Prepared | None = None
         self._outcome: Outcome | None = None
 
     async def run(self) -> None:
@@ -114,8 +114,10 @@ class _Image:
             call = partial(self._session.segment, image, mode="slide")
             outcome = await scheduler.call(self._version, call, self._deadline)
         else:
-            outcome = await scheduler.run(self._version, self._prepared.input[None], self._deadline)
-            self._prepared = replace(self._prepared, input=None)
+            assert self._prepared is not None
+            inputs = {name: value[None] for name, value in self._prepared.inputs.items()}
+            outcome = await scheduler.run(self._version, inputs, self._deadline)
+            self._prepared = replace(self._prepared, inputs={})
         self._outcome = outcome
         self.times["queue"] = outcome.queue_seconds + max(waited, 0.0)
         self.times["inference"] = outcome.run_seconds
@@ -138,7 +140,8 @@ class _Image:
         output, request, logits = self._outcome.rows[0], self._request, None
         found: Any
         if self._session.detects:
-            found = self._session.finish_detection(self._prepared, output)
+            assert self._prepared is not None
+            found = self._session.detection.finish(self._prepared, output)
             found = found.kept(request.min_score, request.kept)
             if found.has_masks and (
                 request.form.output != "json" or request.options.mask != "none"
@@ -148,7 +151,7 @@ class _Image:
             found = output
             self.times |= {stage: found.timings[stage] for stage in ("inference", "preprocess")}
         else:
-            logits = self._logits(output) if request.form.output == "logits" else None
+            logits = self._logits(output["logits"]) if request.form.output == "logits" else None
             found = self._labels(output)
         self.times["postprocess"] = time.perf_counter() - start
         return Answer(
@@ -179,11 +182,11 @@ class _Image:
         decoded = time.perf_counter()
         self.times["decode"] = decoded - start
         if self._request.mode == "whole":
-            self._prepared = (
-                self._session.prepare_detection(image)
-                if self._session.detects
-                else self._session.prepare(image, fit=self._request.options.fit)
-            )
+            if self._session.detects:
+                self._prepared = self._session.detection.prepare(image)
+            else:
+                fit = self._request.options.fit
+                self._prepared = self._session.segmentation.prepare(image, fit=fit)
             self.times["preprocess"] = time.perf_counter() - decoded
         if self._request.mode == "slide" or self._draws:
             self._image = image
@@ -202,19 +205,20 @@ class _Image:
                 f"{limit:,}. Leave size out for the network's own, smaller ones.",
             )
 
-    def _labels(self, logits: npt.NDArray[np.float32]) -> Segmentation:
-        prepared = self._prepared
+    def _labels(self, output: Tensors) -> Segmentation:
+        assert self._prepared is not None
+        size = None
         if self._request.options.size == "network":
-            covered = prepared.placement.height, prepared.placement.width
-            prepared = replace(prepared, image_size=covered)
+            size = self._prepared.placement.height, self._prepared.placement.width
             if self._image is not None:
-                self._image = resize(self._image, *covered)
-        return self._session.finish(prepared, logits)
+                self._image = resize(self._image, *size)
+        return self._session.segmentation.finish(self._prepared, output, size=size)
 
     def _logits(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         size = self._request.options.size
         if size is None:
             return logits
+        assert self._prepared is not None
         covered = self._prepared.placement.height, self._prepared.placement.width
         architecture = self._session.bundle.manifest.architecture
         assert architecture is not None

@@ -16,7 +16,7 @@ from fdconv_deploy.serve.model_repository import Repository, Version
 from fdconv_deploy.serve.settings import Settings
 from fdconv_deploy.serve.telemetry import Metrics, Tracing
 from fdconv_deploy.serve.uploads import BodyBudget
-from fdconv_deploy.serve.workers import Children, IsolatedSession
+from fdconv_deploy.serve.workers import Children, isolated_session
 
 from fdconv_deploy.runtime import Bundle, Session, open_session
 
@@ -148,7 +148,7 @@ class Service:
 
     def _open(self, bundle: Bundle) -> Session:
         if self.children is not None:
-            return IsolatedSession(bundle, self.settings, self.children)
+            return isolated_session(bundle, self.settings, self.children)
         return open_session(
             bundle, self.settings.backend, threads=self.settings.threads, verify=False
         )
@@ -157,7 +157,7 @@ class Service:
         session = version.session
         self.scheduler.add_lane(
             version,
-            lambda inputs: session.run(inputs),
+            lambda inputs: session.run_batches(inputs),
             session.batch_sizes,
             cost=session.batch_cost,
             weight=self.settings.weights.get(version.name, 1.0),

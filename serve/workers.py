@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -31,11 +30,15 @@ from fdconv_deploy.serve.batching import WorkerDiedError
 from fdconv_deploy.serve.settings import Settings
 
 from fdconv_deploy.errors import BackendError, FDConvError
-from fdconv_deploy.runtime import Bundle, Session, open_session
+from fdconv_deploy.runtime import Bundle, Session, Tensors, open_session
+from fdconv_deploy.runtime.batching import linear_cost
 
 log = logging.getLogger("fdconv.serve")
 _START_SECONDS = 120.0
 Array = npt.NDArray[Any]
+# Each tensor's name, shape, dtype, and its place in the memory in bytes.
+_Layout = list[tuple[str, tuple[int, ...], str, int]]
+_ALIGNED = 64  # bytes
 
 
 class _Memory:
@@ -45,14 +48,24 @@ class _Memory:
         self.file, self.size = file, 0
         self._map: Any = b""
 
-    def array(self, shape: Sequence[int], dtype: np.dtype[Any], size: int = 0) -> Array:
-        """An array at its beginning; ``size`` is the file's, where the other side made it grow."""
-        count = int(np.prod(shape))
-        if (needed := max(size, count * dtype.itemsize)) > self.size:
-            if not size:
-                os.ftruncate(self.file, needed)
-            self._map, self.size = mmap.mmap(self.file, needed), needed
-        return np.frombuffer(self._map, dtype, count).reshape(shape)
+    def write(self, tensors: Tensors) -> tuple[_Layout, int]:
+        """Copy tensors into it, one after another; their layout and the file's size now."""
+        layout: _Layout = []
+        end = 0
+        for name, value in tensors.items():
+            layout.append((name, value.shape, value.dtype.str, end))
+            end += -(-value.nbytes // _ALIGNED) * _ALIGNED
+        if end > self.size:
+            os.ftruncate(self.file, end)
+        for name, view in self.read(layout, max(end, self.size)).items():
+            np.copyto(view, tensors[name])
+        return layout, self.size
+
+    def read(self, layout: _Layout, size: int) -> dict[str, Array]:
+        """Views of the tensors in it; ``size`` is the file's, which the other side may grow."""
+        if size > self.size:
+            self._map, self.size = mmap.mmap(self.file, size), size
+        return {name: np.ndarray(shape, kind, self._map, at) for name, shape, kind, at in layout}
 
 
 class Child:
@@ -69,23 +82,23 @@ class Child:
         """The process's id."""
         return self._process.pid
 
-    def load(self, key: str, path: str, manifest: str) -> None:
-        """Open a bundle under ``key`` and run each of its graphs once."""
-        self._ask("load", key, path, manifest, limit=_START_SECONDS)
+    def load(self, key: str, path: str, manifest: str) -> str:
+        """Open a bundle under ``key`` and run each of its graphs once; its ``operators``."""
+        operators = self._ask("load", key, path, manifest, limit=_START_SECONDS)
         self._models[key] = path, manifest
+        return str(operators)
 
     def unload(self, key: str) -> None:
         """Let go of a bundle."""
         if self._models.pop(key, None):
             self._ask("unload", key)
 
-    def run(self, key: str, inputs: Array) -> Array:
-        """As ``Session.run``, in the child."""
+    def run(self, key: str, feeds: Tensors) -> dict[str, Array]:
+        """As ``Session.run_batches``, in the child."""
         if key not in self._models:
             raise WorkerDiedError("the worker was replaced and does not have this model yet")
-        np.copyto(self._memory.array(inputs.shape, inputs.dtype), inputs)
-        answer = self._ask("run", key, inputs.shape, inputs.dtype, self._memory.size)
-        return self._memory.array(*answer).copy()
+        answer = self._memory.read(*self._ask("run", key, *self._memory.write(feeds)))
+        return {name: value.copy() for name, value in answer.items()}
 
     def restart(self) -> None:
         """End the process, start another, and load what it had."""
@@ -153,7 +166,7 @@ class Children:
         self.all = [Child(self._settings) for _ in range(self._settings.workers)]
         self._free = list(self.all)
 
-    def run(self, key: str, inputs: Array) -> Array:
+    def run(self, key: str, feeds: Tensors) -> dict[str, Array]:
         """Run on the calling thread's child, which is replaced if it dies.
 
         Raises:
@@ -168,7 +181,7 @@ class Children:
             self._mine.child = child
         with child.lock:
             try:
-                return child.run(key, inputs)
+                return child.run(key, feeds)
             except WorkerDiedError:
                 child.restart()
                 raise
@@ -189,48 +202,55 @@ class Children:
             child.close()
 
 
-class IsolatedSession(Session):
-    """A session whose runs happen in the worker processes; here it only prepares and finishes."""
+class WorkerRunner:
+    """Runs a bundle in the worker processes. See :class:`fdconv_deploy.runtime.Runner`."""
+
+    choice = "It runs in worker processes."
+    # Each worker process measures and chooses for itself.
+    batch_cost = staticmethod(linear_cost)
 
     def __init__(self, bundle: Bundle, settings: Settings, children: Children) -> None:
-        here = open_session(bundle, "onnxruntime-cpu", threads=1)
-        super().__init__(bundle, here._backend, "It runs in worker processes.", {})
-        self._children = children
+        self._bundle, self._children = bundle, children
         self._key = f"{bundle.path}\0{id(self)}"
         self._manifest = bundle.manifest.model_dump_json()
-        self._named = settings.backend
+        self.backend = f"{settings.backend} (worker processes)"
+        self.operators = ""
+        self.ways: dict[int, str] = {}
+        self.closed = False
 
-    @property
-    def backend(self) -> str:
-        """The backend asked for; each worker process chooses for itself when it is "auto"."""
-        return f"{self._named} (worker processes)"
+    def run_batches(self, feeds: Tensors) -> dict[str, Array]:
+        """See :meth:`Runner.run_batches`."""
+        return self._children.run(self._key, feeds)
 
-    @property
-    def ways(self) -> dict[int, str]:
-        """Nothing: each worker process measures and chooses for itself."""
-        return {}
+    def run_raw(self, feeds: Tensors) -> dict[str, Array]:
+        """See :meth:`Runner.run_raw`."""
+        return self.run_batches(feeds)
 
-    def run(self, batch: Array) -> Array:
-        """See :meth:`Session.run`."""
-        return self._children.run(self._key, np.ascontiguousarray(batch))
-
-    def warm_up(self, batch_sizes: Sequence[int] | None = None) -> float:
-        """Load the bundle in every worker, or time one run of these batch sizes."""
-        start = time.perf_counter()
+    def warm_up(self, batch_sizes: Sequence[int] | None = None) -> None:
+        """Load the bundle in every worker, or run these batch sizes once in the first."""
         if batch_sizes is None:
-            path = str(self.bundle.path)
-            self._children.each(lambda child: child.load(self._key, path, self._manifest))
-        else:
-            first = self._children.all[0]
+            path = str(self._bundle.path)
+
+            def load(child: Child) -> None:
+                self.operators = child.load(self._key, path, self._manifest)
+
+            self._children.each(load)
+            return
+        first = self._children.all[0]
+        for batch in batch_sizes:
+            specs = self._bundle.manifest.inputs[batch]
             with first.lock:
-                for batch in batch_sizes:
-                    first.run(self._key, self.blank(batch))
-        return time.perf_counter() - start
+                first.run(self._key, {s.name: np.zeros(s.shape, s.dtype) for s in specs})
 
     def close(self) -> None:
         """Let go of the bundle in every worker."""
-        super().close()
+        self.closed = True
         self._children.each(lambda child: child.unload(self._key))
+
+
+def isolated_session(bundle: Bundle, settings: Settings, children: Children) -> Session:
+    """A session whose runs happen in the worker processes; here it only prepares and finishes."""
+    return Session(bundle, WorkerRunner(bundle, settings, children))
 
 
 def _shared_file() -> int:
@@ -248,7 +268,7 @@ class _Worker:
         self._memory, self._backend, self._threads = _Memory(memory), backend, threads or None
         self._sessions: dict[str, Session] = {}
 
-    def load(self, key: str, path: str, manifest: str) -> None:
+    def load(self, key: str, path: str, manifest: str) -> str:
         bundle = Bundle.open(path, verify=False)  # the service has hashed it
         if bundle.manifest.model_dump_json() != manifest:
             raise BackendError(
@@ -257,16 +277,14 @@ class _Worker:
         session = open_session(bundle, self._backend, threads=self._threads)
         session.warm_up()
         self._sessions[key] = session
+        return session.operators
 
     def unload(self, key: str) -> None:
         self._sessions.pop(key).close()
 
-    def run(
-        self, key: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int
-    ) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-        answer = self._sessions[key].run(self._memory.array(shape, dtype, size))
-        np.copyto(self._memory.array(answer.shape, answer.dtype), answer)
-        return answer.shape, answer.dtype, self._memory.size
+    def run(self, key: str, layout: _Layout, size: int) -> tuple[_Layout, int]:
+        feeds = self._memory.read(layout, size)
+        return self._memory.write(self._sessions[key].run_batches(feeds))
 
 
 def _serve_pipe(pipe: int, memory: int, backend: str, threads: int) -> None:

@@ -101,7 +101,7 @@ def _answer(session: Session) -> None:
     from fdconv_deploy.runtime.result_files import segment_files
 
     assert session.bundle.digest
-    assert all((session.choice, session.operators, session.ways))
+    assert all((session.choice, session.operators, session.runner.ways))
     kind = session.bundle.manifest.kind
     if kind == "module":
         session.warm_up()

@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.runtime.backends.tensorrt_engines import write_whole
 from fdconv_deploy.version import __version__
 
 INPUT = "images"
@@ -112,7 +112,7 @@ def export_ultralytics(
     limit = TOLERANCES["fp32"] if tolerance is None else tolerance
     _prove(data, example, dict(zip(names, expected, strict=True)), limit, 2 if end2end else 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, data)
+    write_atomically(path, data)
     return path
 
 

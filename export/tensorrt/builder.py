@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.runtime.backends.tensorrt import Messages
-from fdconv_deploy.runtime.backends.tensorrt_engines import Hardware, write_whole
+from fdconv_deploy.runtime.backends.tensorrt_engines import Hardware
 
 LEVELS: dict[Hardware, str] = {
     "none": "NONE",
@@ -74,7 +75,7 @@ def build_plan(
     if serialized is None:
         raise _not_built(trt, messages, options)
     if cache is not None and timing_cache is not None:
-        write_whole(timing_cache, bytes(config.get_timing_cache().serialize()))
+        write_atomically(timing_cache, bytes(config.get_timing_cache().serialize()))
     return bytes(serialized)
 
 

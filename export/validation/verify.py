@@ -84,9 +84,7 @@ def verify_bundle(
         )
 
         def run(feed: Mapping[str, NDArray]) -> Arrays:
-            if detects:
-                return session.run_detector(feed["images"], feed["sizes"])
-            return {"logits": session.run(feed["images"])}
+            return session.run_batches(feed)
 
         return [
             judge.judge(
@@ -109,11 +107,8 @@ def _source(session: Session, name: str, image: NDArray[np.uint8]) -> Source:
     """An image as often as a batch needs it."""
 
     def rows(batch: int) -> tuple[Tensor, ...]:
-        if session.detects:
-            row = session.prepare_detection(image).input[None]
-            one = [torch.tensor(row["images"]), torch.tensor(row["sizes"])]
-        else:
-            one = [torch.from_numpy(session.prepare(image).input[None])]
+        inputs = session.images.prepare(image).inputs
+        one = [torch.from_numpy(value[None]) for value in inputs.values()]
         return tuple(tensor.repeat(batch, *[1] * (tensor.ndim - 1)) for tensor in one)
 
     return Source(name, rows)

@@ -209,12 +209,12 @@ def check_places(files: list[Path]) -> None:
 
 def write(file: Path, text: str) -> None:
     """Write a file whole, or print it for ``-``."""
-    from fdconv_deploy.runtime.result_files import write_whole
+    from fdconv_deploy.atomic_write import write_atomically
 
     if file == STDOUT:
         print(text, end="")
     else:
-        write_whole(file, text.encode())
+        write_atomically(file, text.encode())
 
 
 def _progress(console: Console, *, hidden: bool) -> Progress:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fdconv_deploy.evaluation.datasets import Pair, Samples
     from fdconv_deploy.evaluation.interleaving import Side
     from fdconv_deploy.runtime.manifest import Fit
-    from fdconv_deploy.runtime.session import Mode
+    from fdconv_deploy.runtime.segmentation import Mode
 
 
 def evaluate(

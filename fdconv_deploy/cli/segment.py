@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -15,12 +14,6 @@ from rich.markup import escape
 
 from fdconv_deploy.cli.options import Backend, BundlePath, Quiet, how_it_ran, ran_by
 from fdconv_deploy.errors import ImageError
-
-if TYPE_CHECKING:
-    from fdconv_deploy.runtime import Session
-    from fdconv_deploy.runtime.input_files import Source
-    from fdconv_deploy.runtime.result_files import DetectionResult, Failed, FileResult
-    from fdconv_deploy.runtime.video import VideoResult
 
 
 def segment(
@@ -69,11 +62,11 @@ def segment(
         bool,
         typer.Option(
             "--skip-existing",
-            help="Skip files whose results are there, to go on with a run that was stopped.",
+            help="Skip files whose results exist, to resume a run that was stopped.",
         ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace results that are there.")
+        bool, typer.Option("--overwrite", help="Replace results that exist.")
     ] = False,
     backend: Backend = "auto",
     quiet: Quiet = False,
@@ -93,31 +86,54 @@ def segment(
     A file that cannot be read is named and skipped; the exit code is 1 then, and its line of
     --json has an "error".
     """
-    from fdconv_deploy.runtime import open_session
-    from fdconv_deploy.runtime.input_files import sources_at
-
     if overwrite and skip_existing:
         raise typer.BadParameter("--overwrite and --skip-existing exclude each other; give one.")
+    from fdconv_deploy.runtime import open_session
+    from fdconv_deploy.runtime.detection import SHOWN_SCORE
+    from fdconv_deploy.runtime.input_files import sources_at
+    from fdconv_deploy.runtime.result_files import ResultOptions, segment_files
+
     sources = sources_at(inputs, output)
-    options = _Options(
-        fit, min_score, opacity, not no_overlay, mask_video, skip_existing, overwrite
+    options = ResultOptions(
+        fit=fit,
+        min_score=SHOWN_SCORE if min_score is None else min_score,
+        opacity=opacity,
+        overlays=not no_overlay,
+        mask_video=mask_video,
+        overwrite=overwrite,
+        skip_existing=skip_existing,
     )
     skipped: list[Path] = []
     failed: list[str] = []
     done, start = 0, time.perf_counter()
+    console = Console(stderr=True)
+    frame = console.status("", spinner="dots")
 
     def fail(path: Path, error: ImageError) -> None:
         message = error.command_line or str(error)
         failed.append(message)
         if as_json:
             print(json.dumps({"image": str(path), "error": message}), flush=True)
-        Console(stderr=True).print(
-            f"[yellow]Skipped:[/] {escape(message)}", soft_wrap=True, highlight=False
-        )
+        console.print(f"[yellow]Skipped:[/] {escape(message)}", soft_wrap=True, highlight=False)
 
-    with open_session(bundle, backend) as session:
-        _check(session, options)
-        for result in _results(session, sources, output, options, skipped.append, fail):
+    def show(path: Path, frames: int, expected: int | None) -> None:
+        frame.start()
+        of = f" of {expected}" if expected else ""
+        frame.update(escape(f"{path}: frame {frames}{of}"))
+
+    with open_session(bundle, backend) as session, ExitStack() as stack:
+        stack.callback(frame.stop)
+        if session.detects and fit is not None:
+            raise typer.BadParameter(
+                "--fit is for segmentors; a detector's images keep their aspect ratio and are "
+                "padded, as published."
+            )
+        if not session.detects and min_score is not None:
+            raise typer.BadParameter("--min-score is for detectors; this is a segmentor.")
+        for result in segment_files(
+            session, sources, output, options, skipped=skipped.append, failed=fail, progress=show
+        ):
+            frame.stop()
             done += 1
             if as_json:
                 print(json.dumps({**result.as_dict(), **how_it_ran(session)}), flush=True)
@@ -134,99 +150,10 @@ def segment(
         )
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What the command line asks for."""
-
-    fit: Literal["stretch", "pad"] | None
-    min_score: float | None
-    opacity: float
-    overlays: bool
-    mask_video: bool
-    skip_existing: bool
-    overwrite: bool
-
-
-def _check(session: Session, options: _Options) -> None:
-    if session.detects and options.fit is not None:
-        raise typer.BadParameter(
-            "--fit is for segmentors; a detector's images keep their aspect ratio and are "
-            "padded, as published."
-        )
-    if not session.detects and options.min_score is not None:
-        raise typer.BadParameter("--min-score is for detectors; this is a segmentor.")
-
-
-def _results(
-    session: Session,
-    sources: Sequence[Source],
-    output: Path,
-    options: _Options,
-    skipped: Callable[[Path], None],
-    failed: Failed,
-) -> Iterator[FileResult | DetectionResult | VideoResult]:
-    """Results one by one as they are written: those of images, then those of videos."""
-    from fdconv_deploy.runtime.detection import SHOWN_SCORE
-    from fdconv_deploy.runtime.result_files import (
-        detect_files,
-        detector_answering,
-        is_there,
-        segment_files,
-        segmentor_answering,
-        write_legend,
-    )
-    from fdconv_deploy.runtime.video import segment_video, video_places
-
-    least = SHOWN_SCORE if options.min_score is None else options.min_score
-    images = [source for source in sources if not source.is_video]
-    videos = [source for source in sources if source.is_video]
-    replace = options.overwrite or options.skip_existing
-    places = video_places(
-        videos, output, overlays=options.overlays, mask_video=options.mask_video,
-        masks=not session.detects or session.finds_masks, objects=session.detects,
-        overwrite=replace,
-    )  # fmt: skip
-    shared: dict[str, Any] = {
-        "opacity": options.opacity, "overlays": options.overlays, "overwrite": options.overwrite,
-        "skip_existing": options.skip_existing, "skipped": skipped, "failed": failed,
-    }  # fmt: skip
-    if images and session.detects:
-        yield from detect_files(session, images, output, min_score=least, **shared)
-    elif images:
-        yield from segment_files(session, images, output, fit=options.fit, **shared)
-    if not videos:
-        return
-    if session.detects:
-        answering: Any = detector_answering(session, least)
-    else:
-        answering = segmentor_answering(session, options.fit)
-        write_legend(session, output, options.overwrite)
-    for video in videos:
-        if options.skip_existing and all(map(is_there, places[video].values())):
-            skipped(video.path)
-            continue
-        with Console(stderr=True).status(f"{video.path}", spinner="dots") as status:
-
-            def show(
-                frames: int, expected: int | None, status: Any = status, path: Path = video.path
-            ) -> None:
-                status.update(f"{path}: frame {frames}" + (f" of {expected}" if expected else ""))
-
-            try:
-                result = segment_video(
-                    answering, video, places[video], opacity=options.opacity, overwrite=replace,
-                    progress=show,
-                )  # fmt: skip
-            except ImageError as error:
-                failed(video.path, error)
-                continue
-        yield result
-
-
 def _summary(done: int, skipped: int, failed: int, seconds: float, output: Path) -> str:
     """The closing line: how many files went how, in what time, and where results are."""
     parts = [f"{done} segmented"]
-    parts += [f"{skipped} skipped (results are there)"] if skipped else []
+    parts += [f"{skipped} skipped (results exist)"] if skipped else []
     parts += [f"{failed} failed"] if failed else []
     rate = f" ({done / seconds:.1f} files/s)" if done else ""
     return f"{', '.join(parts)} in {seconds:.1f} s{rate}. Results: {output}"

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.checkpoints import load_segmentor
 from fdconv_deploy.demo import held_out, packaged_checkpoint, plain_checkpoint, training_record
 from fdconv_deploy.errors import ExportError
@@ -25,7 +26,6 @@ from fdconv_deploy.export.validation.verify import verify_bundle
 from fdconv_deploy.latency.machine import QUIET, Bystanders
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime import Session, open_session, read_image
-from fdconv_deploy.runtime.result_files import write_whole
 from fdconv_deploy.runtime.segmentation import class_palette
 from fdconv_deploy.runtime.visualization import encode, overlay
 
@@ -91,12 +91,12 @@ def walk(folder: Path, console: Console) -> None:
         if (others.share or 0) > QUIET:
             said = f"others had {others.share:.0%} of the CPUs meanwhile: do not quote these"
             rows.append(("both times", said))
-        write_whole(folder / "picture.png", _sheet(session, pictures[:SHOWN], truths[:SHOWN]))
+        write_atomically(folder / "picture.png", _sheet(session, pictures[:SHOWN], truths[:SHOWN]))
     image = held_out()[0][0]
     with step("serve the bundle, POST an image to it, stop it"):
         mask, laid_over = _over_http(bundle.path, image)
-    write_whole(folder / "mask.png", mask)
-    write_whole(folder / "overlay.png", laid_over)
+    write_atomically(folder / "mask.png", mask)
+    write_atomically(folder / "overlay.png", laid_over)
 
     table = Table("", "", title="FDConv Deploy", show_header=False)
     for name, value in rows:
@@ -125,10 +125,10 @@ def _worst(verdict: Verdict) -> float:
 
 def _torch_labels(network: Segmentor, session: Session, picture: Picture) -> NDArray[np.integer]:
     """The eager network's labels, brought to the image's size just as the bundle's are."""
-    prepared = session.prepare(picture)
+    prepared = session.segmentation.prepare(picture)
     with torch.no_grad():
-        logits = network(torch.from_numpy(prepared.input[None]))[0].numpy()
-    return session.finish(prepared, logits).labels
+        logits = network(torch.from_numpy(prepared.inputs["images"][None]))[0].numpy()
+    return session.segmentation.finish(prepared, {"logits": logits}).labels
 
 
 def _score(
@@ -147,7 +147,7 @@ def _score(
 
 def _race(network: Segmentor, session: Session, picture: Picture) -> tuple[float, float]:
     """Median milliseconds of the eager network and of the bundle, in turns."""
-    tensor = session.prepare(picture).input[None]
+    tensor = session.segmentation.prepare(picture).inputs["images"][None]
     times: tuple[list[float], list[float]] = ([], [])
     with torch.no_grad():
         for _ in range(12):

@@ -14,7 +14,7 @@ from fdconv_deploy.evaluation.interleaving import Side
 from fdconv_deploy.runtime import Detection, Session, open_session
 from fdconv_deploy.runtime.bundle_checks import bundle_root
 from fdconv_deploy.runtime.manifest import Fit
-from fdconv_deploy.runtime.session import Mode
+from fdconv_deploy.runtime.segmentation import Mode
 
 
 @contextmanager

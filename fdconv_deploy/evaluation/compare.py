@@ -18,7 +18,7 @@ from fdconv_deploy.evaluation.interleaving import Answer, Side, Timed, Turns, bu
 from fdconv_deploy.evaluation.metrics import Scores, confusion_matrix, scores
 from fdconv_deploy.runtime import Session
 from fdconv_deploy.runtime.manifest import Fit
-from fdconv_deploy.runtime.session import Mode
+from fdconv_deploy.runtime.segmentation import Mode
 
 Labels = NDArray[np.integer]
 """(H, W), at the image's size: what a segmentation network finds."""
@@ -88,7 +88,7 @@ def bundle_side(
         found = session.segment(image, mode=mode, fit=fit)
         return Answer(found.labels, found.timings["inference"])
 
-    details = bundle_details(session, mode=mode or session.mode)
+    details = bundle_details(session, mode=mode or session.segmentation.mode)
     return Side(str(session.bundle.path), answer, session.classes, details, session.preprocessing)
 
 

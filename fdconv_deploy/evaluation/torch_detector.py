@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from fdconv_deploy.evaluation.interleaving import Answer, Side
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.runtime import Detection
-from fdconv_deploy.runtime.detection import detector_classes, finish, prepare, published_input
-from fdconv_deploy.runtime.preprocessing import check_image
+from fdconv_deploy.runtime.detection import DetectionPipeline, detector_classes
+from fdconv_deploy.runtime.preprocessing import check_image, published_detector_input
 
 
 def torch_side(
@@ -29,22 +29,20 @@ def torch_side(
     detector = network.architecture
 
     def answer(image: NDArray[np.uint8]) -> Answer[Detection]:
+        height, width = check_image(image).shape[:2]
+        target = size or published_detector_input((height, width), detector.preprocessing)
+        pipeline = DetectionPipeline(detector, target)
+        prepared = pipeline.prepare(image)
+        inputs = [torch.from_numpy(prepared.inputs[name][None]) for name in ("images", "sizes")]
         start = time.perf_counter()
-        shape = check_image(image).shape
-        target = size or published_input((shape[0], shape[1]), detector.preprocessing)
-        images = np.empty((1, 3, *target), np.float32)
-        placement = prepare(image, target, detector.preprocessing, out=images[0])
-        sizes = torch.tensor([[placement.height, placement.width]], dtype=torch.float32)
-        prepared = time.perf_counter()
         with torch.inference_mode():
-            outputs = network(torch.from_numpy(images), sizes)
-        spent = time.perf_counter() - prepared
+            outputs = network(*inputs)
+        spent = time.perf_counter() - start
         named = {
             name: tensor[0].numpy()
             for name, tensor in zip(network.output_names, outputs, strict=True)
         }
-        seconds = {"preprocess": prepared - start, "inference": spent}
-        return Answer(finish(named, placement, detector, seconds), spent)
+        return Answer(pipeline.finish(prepared, named, spent), spent)
 
     details = {
         "kind": "checkpoint",

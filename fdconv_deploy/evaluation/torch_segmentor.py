@@ -15,18 +15,8 @@ from fdconv_deploy.evaluation.compare import Labels
 from fdconv_deploy.evaluation.interleaving import Answer, Side
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.runtime.manifest import Fit
-from fdconv_deploy.runtime.postprocessing import label_map
-from fdconv_deploy.runtime.preprocessing import (
-    Placement,
-    check_image,
-    normalise,
-    place,
-    published_size,
-    resize,
-)
-from fdconv_deploy.runtime.segmentation import class_names
-from fdconv_deploy.runtime.session import Mode
-from fdconv_deploy.runtime.sliding_window import slide
+from fdconv_deploy.runtime.preprocessing import check_image, published_size
+from fdconv_deploy.runtime.segmentation import Mode, SegmentationPipeline, class_names
 
 
 def torch_side(
@@ -61,33 +51,19 @@ def torch_side(
             return network(torch.from_numpy(inputs)).numpy()
 
     def whole(image: NDArray[Any]) -> Answer[Labels]:
-        image = check_image(image, architecture.preprocessing)
-        shape = image.shape[0], image.shape[1]
-        if size is None:
-            target = published_size(*shape, architecture.preprocessing)
-            placement = Placement("resized", *target)
-        else:
-            target, placement = size, place(shape, size, architecture.preprocessing, fit)
-        covered = placement.height, placement.width
-        tensor = normalise(resize(image, *covered), architecture.preprocessing, target)
+        height, width = check_image(image, architecture.preprocessing).shape[:2]
+        target = size or published_size(height, width, architecture.preprocessing)
+        pipeline = SegmentationPipeline(architecture, target, fit)
+        prepared = pipeline.prepare(image)
         start = time.perf_counter()
-        logits = run(tensor[None])[0]
+        logits = run(prepared.inputs["images"][None])[0]
         spent = time.perf_counter() - start
-        head = architecture.decode_head
-        labels = label_map(
-            logits,
-            target,
-            covered,
-            shape,
-            align_corners=head.align_corners,
-            threshold=head.label_threshold,
-        )
-        return Answer(labels, spent)
+        return Answer(pipeline.finish(prepared, {"logits": logits}).labels, spent)
 
     def sliding(image: NDArray[Any]) -> Answer[Labels]:
         assert crop is not None
-        labels, _, timings = slide(image, architecture, crop, run, batch=1)
-        return Answer(labels, timings["inference"])
+        found = SegmentationPipeline(architecture, crop, fit).slide(image, run, batch=1)
+        return Answer(found.labels, found.timings["inference"])
 
     fixed = crop if mode == "slide" else size
     details = {

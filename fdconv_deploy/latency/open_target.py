@@ -17,7 +17,7 @@ from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.latency.images import feeds, picture
 from fdconv_deploy.latency.targets import Side
-from fdconv_deploy.runtime import Bundle, Session
+from fdconv_deploy.runtime import Bundle, GraphRunner, Session
 from fdconv_deploy.runtime.backends import BackendOptions, select
 
 
@@ -59,7 +59,7 @@ def _bundle(side: Side) -> Work:
     options = BackendOptions(threads=side.threads, native=side.native)
     backend, choice, graphs = select(bundle, side.backend, options)
     graphs = {side.batch: graphs.get(side.batch) or backend.load(bundle, side.batch)}
-    session = Session(bundle, backend, choice, graphs)
+    session = Session(bundle, GraphRunner(bundle, backend, choice, graphs))
     specs = bundle.manifest.inputs[side.batch]
     size = next((list(spec.shape[2:]) for spec in specs if len(spec.shape) == 4), None)
     details = {

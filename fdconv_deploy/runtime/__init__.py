@@ -5,9 +5,10 @@
 ...     answer = session.segment(read_image("street.jpg"))
 """
 
-from fdconv_deploy.runtime.backends import BACKENDS
+from fdconv_deploy.runtime.backends import BACKENDS, Tensors
 from fdconv_deploy.runtime.bundle import Bundle, BundleWriter
 from fdconv_deploy.runtime.detection import Detection
+from fdconv_deploy.runtime.graph_runner import GraphRunner, Runner
 from fdconv_deploy.runtime.images import read_image
 from fdconv_deploy.runtime.manifest import Manifest, ParityReport
 from fdconv_deploy.runtime.segmentation import Segmentation
@@ -18,10 +19,13 @@ __all__ = [
     "Bundle",
     "BundleWriter",
     "Detection",
+    "GraphRunner",
     "Manifest",
     "ParityReport",
+    "Runner",
     "Segmentation",
     "Session",
+    "Tensors",
     "open_session",
     "read_image",
 ]

@@ -1,4 +1,11 @@
-"""The answer to one image: its objects."""
+"""Detection of objects: what is done with an image before and after a run, and the answer.
+
+As mmdetection does it. An image is resized in its own aspect ratio to a budget of pixels
+(``mmcv.imrescale``), with one scale factor for each direction, since rounding parts them;
+normalised; then padded with zeros at the right and the bottom to multiples of 32. A bundle's
+input has one size, so an image may be padded further here, or made smaller to fit at all. FDConv
+layers average over the padding too, so both change the answer somewhat, and it says so.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +20,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from fdconv_deploy.coco_rle import Rle, encode_part
-from fdconv_deploy.config import SIZE_DIVISOR, DetectorConfig, Preprocessing
+from fdconv_deploy.config import DetectorConfig
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.graph_runner import Runner, Tensors
 from fdconv_deploy.runtime.instance_masks import Pasted, Probabilities, paste
 from fdconv_deploy.runtime.preprocessing import (
     FitDone,
+    Prepared,
     check_image,
-    fitting_size,
     normalise,
-    published_size,
+    place_whole,
     resize,
 )
 from fdconv_deploy.runtime.visualization import (
@@ -182,106 +188,84 @@ class Detection:
         return found
 
 
-@dataclass(frozen=True)
-class DetectorPlacement:
-    """Where an image of ``image`` (H, W) lies in a detector's input: the top left.
+class DetectionPipeline:
+    """A detector's steps before and after a run of its network."""
 
-    ``height``, ``width``: the pixels of the input that it covers. ``fit``: "resized", with no
-    more padding than published; "letterboxed", padded further.
-    """
+    def __init__(self, detector: DetectorConfig, size: tuple[int, int]) -> None:
+        """Take a network's configuration.
 
-    fit: FitDone
-    height: int
-    width: int
-    image: tuple[int, int]
+        Args:
+            detector: what the network is made of.
+            size: (height, width) of its input.
+        """
+        self.preprocessing = detector.preprocessing
+        self.size = size
+        self.classes = detector_classes(detector)
+        self.palette = detector_palette(detector)
+        self.finds_masks = detector.mask_head is not None
+        self._mask_threshold = detector.test.rcnn.mask_thr_binary
 
-    @property
-    def scale_factor(self) -> npt.NDArray[np.float32]:
-        """(4,) float32: what x1, y1, x2, y2 of the image are multiplied with."""
-        across, down = self.width / self.image[1], self.height / self.image[0]
-        return np.array([across, down, across, down], np.float32)
+    def prepare(self, image: npt.NDArray[np.uint8]) -> Prepared:
+        """Resize, normalise and pad an image.
 
-    def to_image(self, boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Boxes (N, 4) in pixels of the input to pixels of the image, and within it."""
-        height, width = self.image
-        bounds = np.array([width, height, width, height], np.float32)
+        Args:
+            image: (h, w, 3) uint8 RGB.
+
+        Returns:
+            Inputs ``images`` (3, H, W) and ``sizes`` (2,) float32, as the network takes them.
+
+        Raises:
+            ImageError: ``image`` is not such an array.
+        """
+        start = time.perf_counter()
+        image = check_image(image, self.preprocessing)
+        placement = place_whole((image.shape[0], image.shape[1]), self.size, self.preprocessing)
+        covered = placement.height, placement.width
+        images = normalise(resize(image, *covered), self.preprocessing, self.size)
+        inputs = {"images": images, "sizes": np.array(covered, np.float32)}
+        return Prepared(inputs, placement, time.perf_counter() - start)
+
+    def finish(
+        self,
+        prepared: Prepared,
+        outputs: Mapping[str, npt.NDArray[Any]],
+        inference_seconds: float = 0.0,
+    ) -> Detection:
+        """Bring boxes back to the image's pixels.
+
+        Args:
+            prepared: the image, as :meth:`prepare` gave it.
+            outputs: the network's outputs for it, by name, without their batch axis; see
+                ``Manifest``.
+            inference_seconds: what the run took, for ``Detection.timings``.
+        """
+        start = time.perf_counter()
+        placement, count = prepared.placement, int(outputs["count"])
+        height, width = placement.image
+        across, down = placement.width / width, placement.height / height
+        scale = np.array([across, down, across, down], np.float32)
+        edges = np.array([width, height, width, height], np.float32)
         # They were clipped in the network; dividing may round them out again.
-        return np.clip(boxes / self.scale_factor, 0, bounds)
-
-
-def published_input(image: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """The (H, W) of the input that the published pipeline makes of an image (H, W)."""
-    return _padded(published_size(*image, preprocessing))
-
-
-def place_whole(
-    image: tuple[int, int], network: tuple[int, int], preprocessing: Preprocessing
-) -> DetectorPlacement:
-    """Decide how an image (H, W) goes into an input (H, W).
-
-    At the published size where that fits, else as large as fits; so too where the checkpoint
-    told no size.
-    """
-    size = published_size(*image, preprocessing)
-    if preprocessing.scale is None or size[0] > network[0] or size[1] > network[1]:
-        size = fitting_size(image, network)
-    exact = network in (size, _padded(size))
-    return DetectorPlacement("resized" if exact else "letterboxed", *size, image)
-
-
-def _padded(size: tuple[int, int]) -> tuple[int, int]:
-    height, width = (-(-length // SIZE_DIVISOR) * SIZE_DIVISOR for length in size)
-    return height, width
-
-
-def prepare(
-    image: npt.NDArray[np.uint8],
-    network: tuple[int, int],
-    preprocessing: Preprocessing,
-    out: npt.NDArray[np.float32],
-) -> DetectorPlacement:
-    """Resize an image, normalise it, and pad it with zeros.
-
-    :param image: (h, w, 3) uint8 RGB.
-    :param network: (H, W) of the input.
-    :param out: (3, H, W) float32, written into.
-    :raises ImageError: ``image`` is not such an array.
-    """
-    image = check_image(image, preprocessing)
-    placement = place_whole((image.shape[0], image.shape[1]), network, preprocessing)
-    normalise(resize(image, placement.height, placement.width), preprocessing, network, out=out)
-    return placement
-
-
-def finish(
-    outputs: Mapping[str, npt.NDArray[Any]],
-    placement: DetectorPlacement,
-    detector: DetectorConfig,
-    seconds: dict[str, float],
-) -> Detection:
-    """One image's outputs, as ``Manifest`` says them without the batch, as its objects.
-
-    :param seconds: of the stages before this one.
-    """
-    start = time.perf_counter()
-    count = int(outputs["count"])
-    masks = outputs.get("masks")
-    boxes = placement.to_image(outputs["boxes"][:count])
-    timings = {**seconds, "postprocess": time.perf_counter() - start}
-    return Detection(
-        boxes,
-        # Copies, since these are parts of a whole batch's.
-        outputs["scores"][:count].copy(),
-        outputs["labels"][:count].copy(),
-        None if masks is None else masks[:count].copy(),
-        detector.test.rcnn.mask_thr_binary,
-        placement.image,
-        (placement.height, placement.width),
-        detector_classes(detector),
-        detector_palette(detector),
-        placement.fit,
-        timings,
-    )
+        boxes = np.clip(outputs["boxes"][:count] / scale, 0, edges).astype(np.float32, copy=False)
+        masks = outputs.get("masks")
+        return Detection(
+            boxes,
+            # Copies, since these are parts of a whole batch's.
+            outputs["scores"][:count].copy(),
+            outputs["labels"][:count].copy(),
+            None if masks is None else masks[:count].copy(),
+            self._mask_threshold,
+            placement.image,
+            (placement.height, placement.width),
+            self.classes,
+            self.palette,
+            placement.fit,
+            {
+                "preprocess": prepared.seconds,
+                "inference": inference_seconds,
+                "postprocess": time.perf_counter() - start,
+            },
+        )
 
 
 def detector_classes(detector: DetectorConfig) -> tuple[str, ...]:
@@ -293,127 +277,3 @@ def detector_classes(detector: DetectorConfig) -> tuple[str, ...]:
 def detector_palette(detector: DetectorConfig) -> tuple[RGB, ...]:
     """The classes' colours; generated where the checkpoint gave none, black not among them."""
     return detector.palette or default_palette(detector.bbox_head.num_classes + 1)[1:]
-
-
-Rows = npt.NDArray[Any]  # of a structured type: a field for each tensor, a row for each image
-
-
-@dataclass(frozen=True)
-class PreparedDetection:
-    """An image ready for a run: see :meth:`Detecting.prepare_detection`.
-
-    ``input``: one row, () of :meth:`Detecting.row_type`.
-    """
-
-    input: Rows
-    placement: DetectorPlacement
-    seconds: float
-
-
-class Detecting(Runner):
-    """What a session on a detector's bundle can do; on others it raises ``BundleError``."""
-
-    @property
-    def _detector(self) -> DetectorConfig:
-        if self.bundle.manifest.detector is None:
-            raise self._is_not("detector")
-        return self.bundle.manifest.detector
-
-    @property
-    def row_type(self) -> np.dtype[Any]:
-        """An image as :meth:`run_rows` takes it, both of a detector's inputs in one array.
-
-        Fields ``images`` (3, H, W) and ``sizes`` (2,), float32, as the graph has them.
-        """
-        height, width = self.input_size
-        return np.dtype([("images", np.float32, (3, height, width)), ("sizes", np.float32, 2)])
-
-    @property
-    def finds_masks(self) -> bool:
-        """Whether the detector gives a mask for each object."""
-        return self._detector.mask_head is not None
-
-    def detect(self, image: npt.NDArray[np.uint8]) -> Detection:
-        """Find the objects in an image.
-
-        :param image: (H, W, 3) uint8 RGB, any size. It is resized in its own proportions, as
-            published, or smaller where it would not fit the bundle's size.
-        :raises ImageError: ``image`` is not such an array.
-        :raises BundleError: the bundle is not of a detector.
-        """
-        prepared = self.prepare_detection(image)
-        start = time.perf_counter()
-        row = self.run(prepared.input[None])[0]
-        seconds = time.perf_counter() - start
-        return self.finish_detection(prepared, row, inference_seconds=seconds)
-
-    def prepare_detection(self, image: npt.NDArray[np.uint8]) -> PreparedDetection:
-        """The first third of :meth:`detect`: resize, normalise and pad.
-
-        The ``input`` of several images may be stacked and run together.
-        """
-        start = time.perf_counter()
-        row = np.empty((), self.row_type)
-        preprocessing = self._detector.preprocessing
-        placement = prepare(image, self.input_size, preprocessing, out=row["images"])
-        row["sizes"] = placement.height, placement.width
-        return PreparedDetection(row, placement, time.perf_counter() - start)
-
-    def finish_detection(
-        self, prepared: PreparedDetection, row: Rows, *, inference_seconds: float = 0.0
-    ) -> Detection:
-        """The last third of :meth:`detect`: boxes back to the image's pixels.
-
-        :param row: of what :meth:`run_rows` gives.
-        """
-        names = row.dtype.names or ()
-        outputs = {name: row[name] for name in names}
-        seconds = {"preprocess": prepared.seconds, "inference": inference_seconds}
-        return finish(outputs, prepared.placement, self._detector, seconds)
-
-    def run_detector(
-        self, images: npt.NDArray[np.float32], sizes: npt.NDArray[np.float32]
-    ) -> Tensors:
-        """A detector's outputs by name, as its graph gives them; see ``Manifest``.
-
-        :param images: (N, 3, H, W) float32, normalised, zero past each image's size; any N.
-        :param sizes: (N, 2) float32, height and width of each image within its input.
-        :raises ImageError: another shape or type.
-        """
-        expected = self.row_type
-        for name, given in (("images", images), ("sizes", sizes)):
-            shape = expected[name].shape
-            if given.dtype != np.float32 or given.shape[1:] != shape or not len(given):
-                raise ImageError(
-                    f"This bundle runs {name} (N, {', '.join(map(str, shape))}) float32, N ≥ 1; "
-                    f"found {given.shape} {given.dtype}. detect() takes an image of any size."
-                )
-        if len(images) != len(sizes):
-            raise ImageError(
-                f"Every image has a size: found {len(images)} images and {len(sizes)} sizes."
-            )
-        return self.run_batches({"images": images, "sizes": sizes})
-
-    def run_rows(self, batch: Rows) -> Rows:
-        """As :meth:`run_detector`, an image and an answer a row.
-
-        One array in and one out is what queues and worker processes carry.
-
-        :param batch: (N,) of :meth:`row_type`.
-        :returns: (N,) with a field for each output.
-        """
-        if batch.dtype != self.row_type or batch.ndim != 1:
-            raise ImageError(
-                f"This bundle runs rows (N,) {self.row_type}; found {batch.shape} {batch.dtype}. "
-                "detect() takes an image of any size."
-            )
-        return as_rows(self.run_detector(batch["images"], batch["sizes"]))
-
-
-def as_rows(tensors: Tensors) -> Rows:
-    """Tensors of N images, one field each: (N,)."""
-    fields = [(name, found.dtype, found.shape[1:]) for name, found in tensors.items()]
-    rows = np.empty(len(next(iter(tensors.values()))), np.dtype(fields, align=True))
-    for name, found in tensors.items():
-        rows[name] = found
-    return rows

@@ -18,35 +18,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.config import Preprocessing
+from fdconv_deploy.config import SIZE_DIVISOR, Preprocessing
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.images import (
-    FORMATS,
-    MAX_PIXELS,
-    ImageTooLargeError,
-    UnsupportedImageError,
-    read_image,
-)
 from fdconv_deploy.runtime.manifest import Fit
-
-__all__ = [
-    "FORMATS",
-    "MAX_PIXELS",
-    "FitDone",
-    "ImageTooLargeError",
-    "Pixels",
-    "Placement",
-    "UnsupportedImageError",
-    "check_image",
-    "fitting_size",
-    "keep_ratio_size",
-    "normalise",
-    "place",
-    "published_size",
-    "read_image",
-    "resize",
-    "scene_bands",
-]
 
 FitDone = Literal["resized", "stretched", "letterboxed"]
 Pixels = npt.NDArray[Any]
@@ -58,16 +32,35 @@ _MOST_BANDS = 128
 
 @dataclass(frozen=True)
 class Placement:
-    """How an image was put into a network's input.
+    """How an image was put into a network's input: at its top left.
 
-    ``fit``: "resized", its keep-ratio resize is the input's size, as published; "stretched",
-    its proportions were changed; "letterboxed", it lies at the top left, and the rest of the input
-    holds the mean colour. ``height``, ``width``: the pixels of the input it covers.
+    Attributes:
+        fit: "resized", as published; "stretched", its aspect ratio was changed; "letterboxed",
+            padded further than published.
+        height: pixels of the input that it covers.
+        width: likewise.
+        image: (H, W) of the image.
     """
 
     fit: FitDone
     height: int
     width: int
+    image: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image ready for a run. The inputs of several may be stacked and run together.
+
+    Attributes:
+        inputs: the network's inputs by name, without their batch axis.
+        placement: how the image lies in its input.
+        seconds: what preparing it took.
+    """
+
+    inputs: dict[str, npt.NDArray[Any]]
+    placement: Placement
+    seconds: float
 
 
 def check_image(image: npt.NDArray[Any], preprocessing: Preprocessing | None = None) -> Pixels:
@@ -182,14 +175,44 @@ def fitting_size(size: tuple[int, int], network: tuple[int, int]) -> tuple[int, 
 def place(
     size: tuple[int, int], network: tuple[int, int], preprocessing: Preprocessing, fit: Fit
 ) -> Placement:
-    """Decide how an image of ``size`` goes into an input of ``network``, both (H, W)."""
+    """Decide how an image of ``size`` goes into a segmentor's input of ``network``, both (H, W).
+
+    Where it is letterboxed, the rest of the input holds the mean colour.
+    """
     inside = fitting_size(size, network)
-    # Rounding can part the two by a pixel; either way proportions are kept.
+    # Rounding can part the two by a pixel; either way the aspect ratio is kept.
     if network in (inside, published_size(*size, preprocessing)):
-        return Placement("resized", *network)
+        return Placement("resized", *network, size)
     if fit == "stretch":
-        return Placement("stretched", *network)
-    return Placement("letterboxed", *inside)
+        return Placement("stretched", *network, size)
+    return Placement("letterboxed", *inside, size)
+
+
+def place_whole(
+    size: tuple[int, int], network: tuple[int, int], preprocessing: Preprocessing
+) -> Placement:
+    """Decide how an image of ``size`` goes into a detector's input of ``network``, both (H, W).
+
+    At the published size where that fits, else as large as fits; so too where the checkpoint
+    records no size. Zeros fill the rest.
+    """
+    chosen = published_size(*size, preprocessing)
+    if preprocessing.scale is None or chosen[0] > network[0] or chosen[1] > network[1]:
+        chosen = fitting_size(size, network)
+    published = network in (chosen, _padded(chosen))
+    return Placement("resized" if published else "letterboxed", *chosen, size)
+
+
+def published_detector_input(
+    size: tuple[int, int], preprocessing: Preprocessing
+) -> tuple[int, int]:
+    """The (H, W) of the input that the published detector pipeline makes of an image (H, W)."""
+    return _padded(published_size(*size, preprocessing))
+
+
+def _padded(size: tuple[int, int]) -> tuple[int, int]:
+    height, width = (-(-length // SIZE_DIVISOR) * SIZE_DIVISOR for length in size)
+    return height, width
 
 
 def resize(image: Pixels, height: int, width: int) -> Pixels:

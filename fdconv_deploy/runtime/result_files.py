@@ -1,200 +1,359 @@
-"""Image files in, mask and overlay files out."""
+"""Results of ``fdconv segment``: images and videos in, masks, overlays and objects out."""
 
 from __future__ import annotations
 
+import io
 import json
-import secrets
+import re
+import shutil
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
+from fdconv_deploy.atomic_write import atomic_path, write_atomically
 from fdconv_deploy.errors import ImageError, in_the_way
-from fdconv_deploy.runtime.detection import SHOWN_SCORE, Detection, PreparedDetection
+from fdconv_deploy.runtime.detection import SHOWN_SCORE, Detection
 from fdconv_deploy.runtime.input_files import CLASSES_NAME, LEGEND_NAME, Source
 from fdconv_deploy.runtime.manifest import Fit
-from fdconv_deploy.runtime.segmentation import Prepared, Segmentation
+from fdconv_deploy.runtime.preprocessing import Prepared
+from fdconv_deploy.runtime.segmentation import Segmentation
 from fdconv_deploy.runtime.session import Session
+from fdconv_deploy.runtime.video import VideoReader, VideoWriter
 from fdconv_deploy.runtime.visualization import encode, legend
 
-Picture = npt.NDArray[Any]
+Answer = Segmentation | Detection
 Failed = Callable[[Path, ImageError], None]
-P = TypeVar("P")
-A = TypeVar("A")
+# A video, the number of frames answered, and the number its container announces, if any.
+Progress = Callable[[Path, int, int | None], None]
+_FRAME_MASK = re.compile(r"\d{6,}\.png")
 
 
 @dataclass(frozen=True)
-class FileResult:
-    """What was written for one image; ``overlay`` is None where none was asked for."""
+class ResultOptions:
+    """Which results are written, and how.
+
+    Attributes:
+        fit: how a segmentor's images of another aspect ratio are fitted; as `Session.segment`.
+        min_score: leave out a detector's objects that score less, 0 to 1.
+        opacity: of the colours over the image, 0 to 1.
+        overlays: whether to write overlays.
+        mask_video: write a video's masks as a video in the classes' colours, not as a folder of
+            one PNG a frame.
+        overwrite: replace results that exist.
+        skip_existing: skip files whose results all exist, to go on with a run that was stopped.
+    """
+
+    fit: Fit | None = None
+    min_score: float = SHOWN_SCORE
+    opacity: float = 0.5
+    overlays: bool = True
+    mask_video: bool = False
+    overwrite: bool = False
+    skip_existing: bool = False
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """What was written for one image.
+
+    Attributes:
+        image: the file.
+        places: each file written, by its kind: "mask", "overlay", or a detector's "objects".
+        answer: the network's answer.
+    """
 
     image: Path
-    mask: Path
-    overlay: Path | None
-    segmentation: Segmentation
+    places: Mapping[str, Path]
+    answer: Answer
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: paths, size, how the image was fitted, seconds, and each class's share."""
+        """For JSON: paths, size, how the image was fitted, seconds, and what was found."""
+        found: dict[str, Any]
+        if isinstance(self.answer, Detection):
+            height, width = self.answer.image_size
+            found = {
+                "resized_to": list(self.answer.resized_to),
+                "instances": self.answer.as_dicts(),
+            }
+        else:
+            height, width = self.answer.labels.shape
+            shares = {name: round(share, 4) for name, share in self.answer.shares().items()}
+            found = {"mode": self.answer.mode, "classes": shares}
         return {
             "image": str(self.image),
-            "mask": str(self.mask),
-            "overlay": None if self.overlay is None else str(self.overlay),
-            "height": self.segmentation.labels.shape[0],
-            "width": self.segmentation.labels.shape[1],
-            "fit": self.segmentation.fit,
-            "mode": self.segmentation.mode,
-            "seconds": {k: round(v, 4) for k, v in self.segmentation.timings.items()},
-            "classes": {n: round(share, 4) for n, share in class_shares(self.segmentation).items()},
+            "mask": None,
+            "overlay": None,
+            **{kind: str(path) for kind, path in self.places.items()},
+            "height": height,
+            "width": width,
+            "fit": self.answer.fit,
+            "seconds": {k: round(v, 4) for k, v in self.answer.timings.items()},
+            **found,
         }
 
     def as_line(self) -> str:
-        """For a person: the largest classes, how the image was fitted, and the time."""
-        largest = sorted(class_shares(self.segmentation).items(), key=lambda item: -item[1])[:4]
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in largest)
-        milliseconds = sum(self.segmentation.timings.values()) * 1e3
-        return f"{self.mask}: {shares} ({self.segmentation.fit}, {milliseconds:.0f} ms)"
-
-
-def class_shares(found: Segmentation) -> dict[str, float]:
-    """The share of the image's pixels, 0 to 1, of each class that is in it."""
-    shares = found.areas() / found.labels.size
-    pairs = zip(found.classes, shares, strict=True)
-    return {name: float(share) for name, share in pairs if share}
+        """For a person: the most frequent classes, how the image was fitted, and the time."""
+        if isinstance(self.answer, Detection):
+            counts = Counter(self.answer.classes[label] for label in self.answer.labels.tolist())
+            found = [f"{number} {name}" for name, number in counts.most_common(6)]
+        else:
+            shares = sorted(self.answer.shares().items(), key=lambda item: -item[1])
+            found = [f"{name} {share:.0%}" for name, share in shares[:4]]
+        milliseconds = sum(self.answer.timings.values()) * 1e3
+        place = [*self.places.values()][-1]
+        what = ", ".join(found) or "nothing"
+        return f"{place}: {what} ({self.answer.fit}, {milliseconds:.0f} ms)"
 
 
 @dataclass(frozen=True)
-class Answering(Generic[P, A]):
-    """How a kind of network answers images, several at a time.
+class VideoResult:
+    """What was written for one video.
 
     Attributes:
-        read: an image's file to its pixels, as `Session.read_image`.
-        prepare: one image's pixels to a network's input.
-        run: several prepared images to as many answers.
-        batch: the most images of one run.
+        video: the file.
+        places: what was written, by its kind: "masks" (a folder of one PNG a frame, or a video),
+            "overlay" (a video), or a detector's "objects" (one JSON line a frame).
+        frames: number of frames that were decoded and answered.
+        expected: number of frames that the container announces; None where it does not.
+        seconds: from the first frame to the last, decoding and encoding included.
     """
 
-    read: Callable[[Path], Picture]
-    prepare: Callable[[Picture], P]
-    run: Callable[[Sequence[P]], list[A]]
-    batch: int
+    video: Path
+    places: Mapping[str, Path]
+    frames: int
+    expected: int | None
+    seconds: float
 
-    def __call__(self, picture: Picture) -> A:
-        """The answer to one image."""
-        return self.run([self.prepare(picture)])[0]
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: paths, frames, seconds."""
+        return {
+            "video": str(self.video),
+            "frames": self.frames,
+            "expected_frames": self.expected,
+            "masks": None,
+            "overlay": None,
+            "objects": None,
+            **{kind: str(path) for kind, path in self.places.items()},
+            "seconds": round(self.seconds, 3),
+        }
 
-
-def segmentor_answering(session: Session, fit: str | None = None) -> Answering[Any, Segmentation]:
-    """A segmentor's way to answer: the bundle's largest batch at a time, or crops of one image.
-
-    Args:
-        session: on a segmentor's bundle.
-        fit: as `Session.segment`.
-    """
-    chosen = cast("Fit | None", fit)
-    if session.mode == "slide":  # crops of one image fill the batches
-        return Answering(
-            session.read_image,
-            lambda image: image,
-            lambda images: [*map(session.segment, images)],
-            1,
-        )
-
-    def run(prepared: Sequence[Prepared]) -> list[Segmentation]:
-        start = time.perf_counter()
-        logits = session.run(np.stack([one.input for one in prepared]))
-        each = (time.perf_counter() - start) / len(prepared)
-        return [
-            session.finish(one, row, inference_seconds=each)
-            for one, row in zip(prepared, logits, strict=True)
-        ]
-
-    return Answering(
-        session.read_image,
-        lambda image: session.prepare(image, fit=chosen),
-        run,
-        session.batch_sizes[-1],
-    )
+    def as_line(self) -> str:
+        """For a person: where the results are, how many frames, and how fast."""
+        written = ", ".join(map(str, self.places.values()))
+        rate = self.frames / self.seconds if self.seconds else 0.0
+        cut = ""
+        if self.expected is not None and self.frames < self.expected:
+            cut = f" of {self.expected} announced: the file is cut off"
+        return f"{written}: {self.frames} frames{cut} ({rate:.1f} frames/s)"
 
 
 def segment_files(
     session: Session,
     sources: Sequence[Source],
     folder: Path,
+    options: ResultOptions | None = None,
     *,
-    fit: str | None = None,
-    opacity: float = 0.5,
-    overlays: bool = True,
-    overwrite: bool = False,
-    skip_existing: bool = False,
     skipped: Callable[[Path], None] | None = None,
     failed: Failed | None = None,
-) -> Iterator[FileResult]:
-    """Segment images and write ``NAME.png`` and ``NAME_overlay.png`` for each.
+    progress: Progress | None = None,
+) -> Iterator[ImageResult | VideoResult]:
+    """Run inference on images, then on videos, and write each one's results as it is done.
 
-    Beside them, ``classes.json`` and ``legend.png`` tell each mask value's class and colour.
+    Of an image, a segmentor's mask ``NAME.png`` and ``NAME_overlay.png``; or a detector's
+    ``NAME.json``, ``NAME_overlay.png`` and, where the network gives masks, ``NAME.png``, which
+    numbers the objects in the order of the JSON, from 1. Of a video, see :class:`VideoResult`. A
+    segmentor's ``classes.json`` and ``legend.png`` give each mask value's class and colour.
 
     Args:
-        session: on a segmentor's bundle.
-        sources: images; see `sources_at`. Their names may have folders, which are made.
-        folder: where results go; made if it is not there.
-        fit: as `Session.segment`.
-        opacity: of the classes' colours over the image, 0 to 1.
-        overlays: whether to write overlays.
-        overwrite: replace results that are there.
-        skip_existing: leave out images whose results are all there, to go on with a run that
-            was stopped.
-        skipped: called with each image left out for that, before the first result.
-        failed: called with an image that cannot be segmented, instead of ending the rest.
+        session: on a segmentor's or detector's bundle.
+        sources: see `sources_at`. Their names may have folders, which are made.
+        folder: where results go; made if it does not exist.
+        options: which results, and how.
+        skipped: called with each file skipped for its results, before the first result.
+        failed: called with a file that cannot be decoded, instead of ending the rest.
+        progress: called after each frame of a video.
 
     Raises:
-        ImageError: an image cannot be read, or two would be written to one name; before
-            anything is written, also if a result is there already.
+        ImageError: a file cannot be decoded, or two would be written to one name; before
+            anything is written, also if a result exists already.
     """
-    endings = (".png", "_overlay.png") if overlays else (".png",)
-    places = result_places(sources, folder, endings, overwrite, skip_existing, skipped)
-    write_legend(session, folder, overwrite)
-    answering = segmentor_answering(session, fit)
-    for path, picture, targets, result in answered(answering, places, failed):
-        make_folder(targets[0].parent)
-        if overlays:
-            write_whole(targets[1], encode(result.overlay(picture, opacity), "PNG"))
-        # Last, so that a mask that is there belongs to an image that is done.
-        write_whole(targets[0], result.mask_png())
-        yield FileResult(path, targets[0], targets[1] if overlays else None, result)
+    options = options or ResultOptions()
+    places = _places(session, sources, folder, options, skipped)
+    if places and not session.detects:
+        _write_legend(session, folder, options.overwrite)
+    images = [source for source in places if not source.is_video]
+    for source, picture, answer in _answered(session, images, options, failed):
+        result = ImageResult(source.path, places[source], answer)
+        contents: dict[str, Callable[[], bytes]] = {
+            "overlay": lambda: encode(answer.overlay(picture, options.opacity), "PNG"),  # noqa: B023 - called at once
+            "mask": answer.mask_png,
+            "objects": lambda: json.dumps(result.as_dict(), indent=1).encode(),  # noqa: B023
+        }
+        for kind, path in result.places.items():
+            _make_folder(path.parent)
+            write_atomically(path, contents[kind]())
+        yield result
+    for source in places:
+        if source.is_video:
+            try:
+                yield _segment_video(session, source, places[source], options, progress)
+            except ImageError as error:
+                if failed is None:
+                    raise
+                failed(source.path, error)
 
 
-def result_places(
+def _answer(session: Session, picture: npt.NDArray[Any], options: ResultOptions) -> Answer:
+    if session.detects:
+        return session.detect(picture).kept(options.min_score)
+    return session.segment(picture, fit=options.fit)
+
+
+def _answered(
+    session: Session, images: Sequence[Source], options: ResultOptions, failed: Failed | None
+) -> Iterator[tuple[Source, npt.NDArray[Any], Answer]]:
+    """Each image, its pixels and its answer, in order; several images a run."""
+    slides = not session.detects and session.segmentation.mode == "slide"
+    waiting: list[tuple[Source, npt.NDArray[Any], Prepared]] = []
+
+    def flush() -> Iterator[tuple[Source, npt.NDArray[Any], Answer]]:
+        answers = session.finish_all([prepared for *_, prepared in waiting]) if waiting else []
+        for (source, picture, _), answer in zip(waiting, answers, strict=True):
+            if isinstance(answer, Detection):
+                answer = answer.kept(options.min_score)
+            yield source, picture, answer
+        waiting.clear()
+
+    for source in images:
+        try:
+            picture = session.read_image(source.path)
+            if slides:  # crops of one image fill the batches
+                yield source, picture, _answer(session, picture, options)
+            elif session.detects:
+                waiting.append((source, picture, session.detection.prepare(picture)))
+            else:
+                prepared = session.segmentation.prepare(picture, fit=options.fit)
+                waiting.append((source, picture, prepared))
+        except ImageError as error:
+            if str(source.path) not in str(error):
+                error = type(error)(f"{source.path}: {error}")
+            if failed is None:
+                raise error from None
+            yield from flush()
+            failed(source.path, error)
+        if len(waiting) == session.batch_sizes[-1]:
+            yield from flush()
+    yield from flush()
+
+
+def _segment_video(
+    session: Session,
+    source: Source,
+    places: Mapping[str, Path],
+    options: ResultOptions,
+    progress: Progress | None,
+) -> VideoResult:
+    """Answer every frame of a video and write the results; all of them or none."""
+    start, frames = time.perf_counter(), 0
+    with ExitStack() as stack:
+        reader = stack.enter_context(VideoReader(source.path))
+        writers: dict[str, VideoWriter] = {}
+        masks = objects = None
+        for kind, path in places.items():
+            _make_folder(path.parent)
+            if path.suffix == ".mp4":
+                partial = stack.enter_context(atomic_path(path))
+                writers[kind] = stack.enter_context(VideoWriter(partial, reader.size, reader.rate))
+            elif kind == "objects":
+                objects = stack.enter_context(
+                    stack.enter_context(atomic_path(path)).open("x", encoding="utf-8")
+                )
+            else:
+                masks = stack.enter_context(_atomic_masks(path))
+        for frame in reader:
+            answer = _answer(session, frame, options)
+            if "overlay" in writers:
+                writers["overlay"].write(answer.overlay(frame, options.opacity))
+            if "masks" in writers:
+                mask = Image.open(io.BytesIO(answer.mask_png()))
+                writers["masks"].write(np.asarray(mask.convert("RGB")))
+            if masks is not None:
+                (masks / f"{frames:06}.png").write_bytes(answer.mask_png())
+            if objects is not None and isinstance(answer, Detection):
+                line = {"frame": frames, "instances": answer.as_dicts()}
+                objects.write(json.dumps(line) + "\n")
+            frames += 1
+            if progress is not None:
+                progress(source.path, frames, reader.count)
+        expected = reader.count
+    return VideoResult(source.path, places, frames, expected, time.perf_counter() - start)
+
+
+@contextmanager
+def _atomic_masks(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``folder`` if the block ends without an error."""
+    if folder.is_dir() and not all(_FRAME_MASK.fullmatch(path.name) for path in folder.iterdir()):
+        raise ImageError(
+            f"The folder {folder} holds other files than masks of frames, so it is not replaced. "
+            "Give another output folder."
+        )
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        made = Path(temporary, folder.name)
+        made.mkdir()
+        yield made
+        if folder.exists():
+            shutil.rmtree(folder)
+        made.replace(folder)
+
+
+def _endings(session: Session, source: Source, options: ResultOptions) -> dict[str, str]:
+    """What is written for a file, in that order, and the ends of its names.
+
+    The last file marks an image as done.
+    """
+    gives_masks = not session.detects or session.detection.finds_masks
+    endings: dict[str, str] = {}
+    if not source.is_video:
+        endings |= {"overlay": "_overlay.png"} if options.overlays else {}
+        endings |= {"mask": ".png"} if gives_masks else {}
+        endings |= {"objects": ".json"} if session.detects else {}
+        return endings
+    masks = "_masks.mp4" if options.mask_video else "_masks"
+    endings |= {"masks": masks} if gives_masks else {}
+    endings |= {"overlay": "_overlay.mp4"} if options.overlays else {}
+    endings |= {"objects": ".jsonl"} if session.detects else {}
+    return endings
+
+
+def _places(
+    session: Session,
     sources: Sequence[Source],
     folder: Path,
-    endings: Sequence[str],
-    overwrite: bool,
-    skip_existing: bool = False,
-    skipped: Callable[[Path], None] | None = None,
-) -> dict[Path, list[Path]]:
-    """Where each image's results go: its name in ``folder`` and each ending.
-
-    Args:
-        sources: the images.
-        folder: for the results.
-        endings: of the results of one image.
-        overwrite: results that are there may be replaced.
-        skip_existing: images whose results are all there are left out.
-        skipped: called with each image left out.
+    options: ResultOptions,
+    skipped: Callable[[Path], None] | None,
+) -> dict[Source, dict[str, Path]]:
+    """Where each file's results go, by kind, without the files that are skipped.
 
     Raises:
-        ImageError: an image would be overwritten, a result is there already, or two
-            images' results would be written to one name.
+        ImageError: a file would be overwritten, a result exists already, or two files' results
+            would be written to one name.
     """
-    places: dict[Path, list[Path]] = {}
+    places: dict[Source, dict[str, Path]] = {}
     taken: dict[Path, Path] = {}
     given = {source.path.resolve(): source.path for source in sources}
     for source in sources:
-        targets = [folder / f"{source.name}{ending}" for ending in endings]
-        for target in targets:
+        endings = _endings(session, source, options)
+        targets = {kind: folder / f"{source.name}{ending}" for kind, ending in endings.items()}
+        for target in targets.values():
             if target in taken:
                 raise ImageError(
                     f"{taken[target]} and {source.path} would both be written to "
@@ -206,51 +365,24 @@ def result_places(
                     "output folder."
                 )
             taken[target] = source.path
-        if skip_existing and all(is_there(target) for target in targets):
+        if options.skip_existing and all(map(_exists, targets.values())):
             if skipped is not None:
                 skipped(source.path)
             continue
-        places[source.path] = targets
-        for target in targets:
-            if target.exists() and not (overwrite or skip_existing):
-                raise in_the_way(ImageError, f"The result {target} is there already.")
+        places[source] = targets
+        for target in targets.values():
+            if target.exists() and not (options.overwrite or options.skip_existing):
+                raise in_the_way(ImageError, f"The result {target} exists already.")
     return places
 
 
-def answered(
-    answering: Answering[P, A], places: dict[Path, list[Path]], failed: Failed | None = None
-) -> Iterator[tuple[Path, Picture, list[Path], A]]:
-    """Each image's path, its pixels, where its results go, and its answer, in order.
-
-    Raises:
-        ImageError: an image cannot be read or prepared, and ``failed`` was not given.
-    """
-    waiting: list[tuple[Path, Picture, list[Path], P]] = []
-
-    def flush() -> Iterator[tuple[Path, Picture, list[Path], A]]:
-        answers = answering.run([prepared for *_, prepared in waiting]) if waiting else []
-        for (path, picture, targets, _), answer in zip(waiting, answers, strict=True):
-            yield path, picture, targets, answer
-        waiting.clear()
-
-    for path, targets in places.items():
-        try:
-            picture = answering.read(path)
-            waiting.append((path, picture, targets, answering.prepare(picture)))
-        except ImageError as error:
-            if str(path) not in str(error):
-                error = type(error)(f"{path}: {error}")
-            if failed is None:
-                raise error from None
-            yield from flush()
-            failed(path, error)
-        if len(waiting) == answering.batch:
-            yield from flush()
-    yield from flush()
+def _exists(result: Path) -> bool:
+    """Whether a result was written: an empty file is what a full disk leaves."""
+    return result.is_dir() or (result.is_file() and result.stat().st_size > 0)
 
 
-def write_legend(session: Session, folder: Path, overwrite: bool) -> None:
-    """Write ``classes.json`` and ``legend.png``: the class and colour of each mask value.
+def _write_legend(session: Session, folder: Path, overwrite: bool) -> None:
+    """Write ``classes.json`` and ``legend.png``.
 
     Raises:
         ImageError: the folder holds those of other classes, and ``overwrite`` is False.
@@ -262,23 +394,14 @@ def write_legend(session: Session, folder: Path, overwrite: bool) -> None:
     text = json.dumps(entries, indent=1, ensure_ascii=False).encode() + b"\n"
     file = folder / CLASSES_NAME
     if file.exists() and file.read_bytes() != text and not overwrite:
-        raise in_the_way(ImageError, f"{file} is there already, and lists other classes.")
-    make_folder(folder)
-    write_whole(folder / LEGEND_NAME, encode(legend(session.classes, session.palette), "PNG"))
-    write_whole(file, text)
+        raise in_the_way(ImageError, f"{file} exists already, and lists other classes.")
+    _make_folder(folder)
+    picture = encode(legend(session.classes, session.palette), "PNG")
+    write_atomically(folder / LEGEND_NAME, picture)
+    write_atomically(file, text)
 
 
-def is_there(result: Path) -> bool:
-    """Whether a result was written: an empty file is what a full disk leaves."""
-    return result.is_dir() or (result.is_file() and result.stat().st_size > 0)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it.
-
-    Raises:
-        ImageError: a file is in the way.
-    """
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -286,123 +409,3 @@ def make_folder(folder: Path) -> None:
             f"Results cannot be written to the folder {folder}: a file is in the way. Give "
             "another output folder."
         ) from None
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name, then renamed."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class DetectionResult:
-    """What was written for one image.
-
-    ``mask`` is None when the network gives no masks, ``overlay`` where none was asked for.
-    """
-
-    image: Path
-    objects: Path
-    overlay: Path | None
-    mask: Path | None
-    detection: Detection
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: paths, sizes, how the image was fitted, seconds, and each object."""
-        found = self.detection
-        return {
-            "image": str(self.image),
-            "objects": str(self.objects),
-            "overlay": None if self.overlay is None else str(self.overlay),
-            "mask": None if self.mask is None else str(self.mask),
-            "height": found.image_size[0],
-            "width": found.image_size[1],
-            "fit": found.fit,
-            "resized_to": list(found.resized_to),
-            "seconds": {k: round(v, 4) for k, v in found.timings.items()},
-            "instances": found.as_dicts(),
-        }
-
-    def as_line(self) -> str:
-        """For a person: how many of which classes, how the image was fitted, and the time."""
-        found = self.detection
-        names = Counter(found.classes[label] for label in found.labels.tolist())
-        counts = ", ".join(f"{number} {name}" for name, number in names.most_common(6))
-        milliseconds = sum(found.timings.values()) * 1e3
-        return f"{self.objects}: {counts or 'nothing'} ({found.fit}, {milliseconds:.0f} ms)"
-
-
-def detector_answering(session: Session, min_score: float) -> Answering[Any, Detection]:
-    """A detector's way to answer, the bundle's largest batch at a time.
-
-    Args:
-        session: on a detector's bundle.
-        min_score: leave out objects that score less.
-    """
-
-    def run(prepared: Sequence[PreparedDetection]) -> list[Detection]:
-        start = time.perf_counter()
-        rows = session.run(np.stack([one.input for one in prepared]))
-        each = (time.perf_counter() - start) / len(prepared)
-        return [
-            session.finish_detection(one, row, inference_seconds=each).kept(min_score)
-            for one, row in zip(prepared, rows, strict=True)
-        ]
-
-    return Answering(session.read_image, session.prepare_detection, run, session.batch_sizes[-1])
-
-
-def detect_files(
-    session: Session,
-    sources: Sequence[Source],
-    folder: Path,
-    *,
-    min_score: float = SHOWN_SCORE,
-    opacity: float = 0.5,
-    overlays: bool = True,
-    overwrite: bool = False,
-    skip_existing: bool = False,
-    skipped: Callable[[Path], None] | None = None,
-    failed: Failed | None = None,
-) -> Iterator[DetectionResult]:
-    """Find objects in images and write them down.
-
-    For each, ``NAME.json``, ``NAME_overlay.png`` and, where the network gives masks,
-    ``NAME.png``, which numbers the objects in the order of the JSON, from 1.
-
-    Args:
-        session: on a detector's bundle.
-        sources: images; see `sources_at`. Their names may have folders, which are made.
-        folder: where results go; made if it is not there.
-        min_score: leave out objects that score less.
-        opacity: of the masks' colours over the image, 0 to 1.
-        overlays: whether to write overlays.
-        overwrite: replace results that are there.
-        skip_existing: leave out images whose results are all there.
-        skipped: called with each image left out for that, before the first result.
-        failed: called with an image that cannot be read, instead of ending the rest.
-
-    Raises:
-        ImageError: an image cannot be read, or two would be written to one name; before
-            anything is written, also if a result is there already.
-    """
-    endings = [".json"]
-    endings += ["_overlay.png"] if overlays else []
-    endings += [".png"] if session.finds_masks else []
-    places = result_places(sources, folder, endings, overwrite, skip_existing, skipped)
-    answering = detector_answering(session, min_score)
-    for path, picture, targets, found in answered(answering, places, failed):
-        make_folder(targets[0].parent)
-        at = dict(zip(endings, targets, strict=True))
-        result = DetectionResult(path, at[".json"], at.get("_overlay.png"), at.get(".png"), found)
-        if result.overlay is not None:
-            write_whole(result.overlay, encode(found.overlay(picture, opacity), "PNG"))
-        if result.mask is not None:
-            write_whole(result.mask, found.mask_png())
-        # Last, so that a JSON file that is there belongs to an image that is done.
-        write_whole(result.objects, json.dumps(result.as_dict(), indent=1).encode())
-        yield result

@@ -1,29 +1,32 @@
-"""The answer to one image."""
+"""Semantic segmentation: what is done with an image before and after a run, and the answer."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.config import Preprocessing, SegmentorConfig
+from fdconv_deploy.config import SegmentorConfig
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.graph_runner import Runner
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.postprocessing import Labels, Logits, label_map
 from fdconv_deploy.runtime.preprocessing import (
     FitDone,
-    Placement,
+    Prepared,
     check_image,
     normalise,
     place,
+    published_size,
     resize,
 )
-from fdconv_deploy.runtime.sliding_window import slide
+from fdconv_deploy.runtime.sliding_window import SlidingRows, slide_stride
 from fdconv_deploy.runtime.visualization import RGB, class_areas, default_palette, mask_png, overlay
+
+Mode = Literal["whole", "slide"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Segmentation:
         """How many pixels each class has: (classes,) int64."""
         return class_areas(self.labels, len(self.classes))
 
+    def shares(self) -> dict[str, float]:
+        """The share of the image's pixels, 0 to 1, of each class that is in it."""
+        shares = self.areas() / self.labels.size
+        return {n: float(s) for n, s in zip(self.classes, shares, strict=True) if s}
+
     def mask_png(self) -> bytes:
         """An indexed PNG whose pixel values are the labels."""
         return mask_png(self.labels, self.palette)
@@ -57,6 +65,150 @@ class Segmentation:
         Of an image that is not RGB, the first three bands or the first alone: see ``as_rgb``.
         """
         return overlay(image, self.labels, self.palette, opacity)
+
+
+class SegmentationPipeline:
+    """A segmentor's steps before and after a run of its network."""
+
+    def __init__(self, segmentor: SegmentorConfig, size: tuple[int, int], fit: Fit) -> None:
+        """Take a network's configuration.
+
+        Args:
+            segmentor: what the network is made of.
+            size: (height, width) of its input.
+            fit: how images of another aspect ratio are brought to ``size`` by default.
+        """
+        self.preprocessing = segmentor.preprocessing
+        self.size = size
+        self.fit = fit
+        self.mode: Mode = segmentor.test.mode
+        self.classes = class_names(segmentor)
+        self.palette = class_palette(segmentor)
+        self._head, self._test = segmentor.decode_head, segmentor.test
+
+    def prepare(self, image: npt.NDArray[Any], *, fit: Fit | None = None) -> Prepared:
+        """Resize and normalise an image for a ``whole`` run.
+
+        Args:
+            image: as ``Session.segment`` takes it.
+            fit: how an image of another aspect ratio is brought to the input's size.
+
+        Returns:
+            The input ``images`` (C, H, W) float32.
+
+        Raises:
+            ImageError: ``image`` is not such an array.
+        """
+        start = time.perf_counter()
+        image = check_image(image, self.preprocessing)
+        fit = fit or self.fit
+        if fit not in ("stretch", "pad"):
+            raise ImageError(f"An image is fitted by 'stretch' or 'pad', not {fit!r}.")
+        placement = place((image.shape[0], image.shape[1]), self.size, self.preprocessing, fit)
+        resized = resize(image, placement.height, placement.width)
+        tensor = normalise(resized, self.preprocessing, self.size)
+        return Prepared({"images": tensor}, placement, time.perf_counter() - start)
+
+    def finish(
+        self,
+        prepared: Prepared,
+        outputs: Mapping[str, npt.NDArray[Any]],
+        inference_seconds: float = 0.0,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> Segmentation:
+        """Choose the class of each pixel.
+
+        Args:
+            prepared: the image, as :meth:`prepare` gave it.
+            outputs: the network's output for it: ``logits`` (classes, h, w) float32.
+            inference_seconds: what the run took, for ``Segmentation.timings``.
+            size: (H, W) of the answer; the image's by default.
+        """
+        start = time.perf_counter()
+        placement = prepared.placement
+        labels = label_map(
+            outputs["logits"],
+            self.size,
+            (placement.height, placement.width),
+            size or placement.image,
+            align_corners=self._head.align_corners,
+            threshold=self._head.label_threshold,
+        )
+        timings = {
+            "preprocess": prepared.seconds,
+            "inference": inference_seconds,
+            "postprocess": time.perf_counter() - start,
+        }
+        return Segmentation(labels, self.classes, self.palette, placement.fit, "whole", timings)
+
+    def slide(
+        self, image: npt.NDArray[Any], run: Callable[[Logits], Logits], batch: int
+    ) -> Segmentation:
+        """Label an image by sliding a crop of the input's size over it.
+
+        Args:
+            image: as ``Session.segment`` takes it.
+            run: (N, C, *size) float32 to logits, for any N.
+            batch: how many crops to run together.
+
+        Raises:
+            ImageError: ``image`` is not such an array.
+            BundleError: the network records no stride.
+        """
+        start, inside = time.perf_counter(), 0.0
+
+        def timed(inputs: Logits) -> Logits:
+            nonlocal inside
+            began = time.perf_counter()
+            logits = run(inputs)
+            inside += time.perf_counter() - began
+            return logits
+
+        image = check_image(image, self.preprocessing)
+        stride = slide_stride(self._test, self.size)
+        resized = resize(image, *published_size(image.shape[0], image.shape[1], self.preprocessing))
+        source = SlidingRows(
+            resized, self.preprocessing, self.size, stride, timed, self._head, batch
+        )
+        before = time.perf_counter() - start
+        labels = source.labels(image.shape[0], image.shape[1])
+        timings = {
+            "preprocess": before,
+            "inference": inside,
+            "postprocess": time.perf_counter() - start - before - inside,
+        }
+        fit: FitDone = "letterboxed" if source.padded else "resized"
+        return Segmentation(labels, self.classes, self.palette, fit, "slide", timings)
+
+    def normalise_batch(self, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Images of exactly the input's size as the network takes them.
+
+        Args:
+            batch: (N, H, W, C) uint8, RGB where C is 3; or (N, C, H, W) float32, normalised.
+
+        Returns:
+            (N, C, H, W) float32.
+
+        Raises:
+            ImageError: another shape or type.
+        """
+        (height, width), bands = self.size, self.preprocessing.channels
+        shape: tuple[int, ...] = getattr(batch, "shape", ())
+        kind = getattr(batch, "dtype", type(batch).__name__)
+        if len(shape) == 4 and shape[0] > 0:
+            if kind == np.float32 and shape[1:] == (bands, height, width):
+                return batch
+            if kind == np.uint8 and shape[1:] == (height, width, bands):
+                out = np.empty((len(batch), bands, height, width), np.float32)
+                for image, slot in zip(batch, out, strict=True):
+                    normalise(image, self.preprocessing, out=slot)
+                return out
+        raise ImageError(
+            f"This bundle runs batches (N, {height}, {width}, {bands}) uint8"
+            f"{' RGB' * (bands == 3)} or (N, {bands}, {height}, {width}) float32 normalised, "
+            f"N ≥ 1; found {shape} {kind}. segment() takes an image of any size."
+        )
 
 
 def class_names(architecture: SegmentorConfig) -> tuple[str, ...]:
@@ -80,130 +232,3 @@ def class_palette(architecture: SegmentorConfig) -> tuple[RGB, ...]:
     if not architecture.palette:
         return default_palette(labels)
     return ((0, 0, 0),) * (labels - len(architecture.palette)) + architecture.palette
-
-
-Mode = Literal["whole", "slide"]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An image ready for a ``whole`` run: see :meth:`Session.prepare`."""
-
-    input: Logits
-    placement: Placement
-    image_size: tuple[int, int]
-    seconds: float
-
-
-class Segmenting(Runner):
-    """What a session on a segmentor's bundle can do; on others it raises ``BundleError``."""
-
-    @property
-    def _architecture(self) -> SegmentorConfig:
-        if self.bundle.manifest.architecture is None:
-            raise self._is_not("segmentor")
-        return self.bundle.manifest.architecture
-
-    @property
-    def _preprocessing(self) -> Preprocessing:
-        return self._architecture.preprocessing
-
-    @property
-    def mode(self) -> Mode:
-        """How the network was tested, and so how :meth:`segment` runs it by default."""
-        return self._architecture.test.mode
-
-    def segment(
-        self,
-        image: npt.NDArray[Any],
-        *,
-        fit: Fit | None = None,
-        mode: Mode | None = None,
-    ) -> Segmentation:
-        """Label every pixel of an image.
-
-        :param image: (H, W, 3) uint8 RGB, any size; of a network that loads otherwise,
-            (H, W, C) of any real type with its bands (see ``Preprocessing.loading``).
-        :param fit: how an image of other proportions is brought to the bundle's size in
-            ``whole`` mode; the bundle's own choice when not given.
-        :param mode: ``whole`` or ``slide``; the mode the network was tested in when not given.
-        :raises ImageError: ``image`` is not such an array.
-        :raises BundleError: the bundle is not a segmentor, or cannot slide.
-        """
-        mode = mode or self.mode
-        if mode == "slide":
-            arguments = self._architecture, self.input_size, self.run, self.batch_sizes[-1]
-            labels, fitted, timings = slide(image, *arguments)
-            return self._answer(labels, fitted, "slide", timings)
-        if mode != "whole":
-            raise ImageError(f"An image is segmented in mode 'whole' or 'slide', not {mode!r}.")
-        prepared = self.prepare(image, fit=fit)
-        start = time.perf_counter()
-        logits = self.run(prepared.input[None])[0]
-        return self.finish(prepared, logits, inference_seconds=time.perf_counter() - start)
-
-    def prepare(self, image: npt.NDArray[Any], *, fit: Fit | None = None) -> Prepared:
-        """The first third of a ``whole`` :meth:`segment`: resize and normalise.
-
-        ``Prepared.input`` is (C, H, W) float32; those of several images may be stacked and
-        run together, each answer being the one it would have alone.
-        """
-        start = time.perf_counter()
-        image = check_image(image, self._preprocessing)
-        size, network = (image.shape[0], image.shape[1]), self.input_size
-        fit = fit or self.bundle.manifest.fit
-        if fit not in ("stretch", "pad"):
-            raise ImageError(f"An image is fitted by 'stretch' or 'pad', not {fit!r}.")
-        placement = place(size, network, self._preprocessing, fit)
-        resized = resize(image, placement.height, placement.width)
-        tensor = normalise(resized, self._preprocessing, network)
-        return Prepared(tensor, placement, size, time.perf_counter() - start)
-
-    def finish(
-        self, prepared: Prepared, logits: Logits, *, inference_seconds: float = 0.0
-    ) -> Segmentation:
-        """The last third of a ``whole`` :meth:`segment`: (classes, h, w) logits to labels."""
-        start = time.perf_counter()
-        head = self._architecture.decode_head
-        labels = label_map(
-            logits,
-            self.input_size,
-            (prepared.placement.height, prepared.placement.width),
-            prepared.image_size,
-            align_corners=head.align_corners,
-            threshold=head.label_threshold,
-        )
-        timings = {
-            "preprocess": prepared.seconds,
-            "inference": inference_seconds,
-            "postprocess": time.perf_counter() - start,
-        }
-        return self._answer(labels, prepared.placement.fit, "whole", timings)
-
-    def _logits(self, batch: npt.NDArray[Any]) -> Logits:
-        return self.run_batches({"images": self._as_input(batch)})["logits"]
-
-    def _as_input(self, batch: npt.NDArray[Any]) -> Logits:
-        (height, width), bands = self.input_size, self.channels
-        shape: tuple[int, ...] = getattr(batch, "shape", ())
-        kind = getattr(batch, "dtype", type(batch).__name__)
-        if len(shape) == 4 and shape[0] > 0:
-            if kind == np.float32 and shape[1:] == (bands, height, width):
-                return batch
-            if kind == np.uint8 and shape[1:] == (height, width, bands):
-                out = np.empty((len(batch), bands, height, width), dtype=np.float32)
-                for image, slot in zip(batch, out, strict=True):
-                    normalise(image, self._preprocessing, out=slot)
-                return out
-        raise ImageError(
-            f"This bundle runs batches (N, {height}, {width}, {bands}) uint8"
-            f"{' RGB' * (bands == 3)} or (N, {bands}, {height}, {width}) float32 normalised, "
-            f"N ≥ 1; found {shape} {kind}. segment() takes "
-            "an image of any size."
-        )
-
-    def _answer(
-        self, labels: Labels, fit: FitDone, mode: Mode, timings: dict[str, float]
-    ) -> Segmentation:
-        names, colours = class_names(self._architecture), class_palette(self._architecture)
-        return Segmentation(labels, names, colours, fit, mode, timings)

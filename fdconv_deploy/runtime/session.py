@@ -1,39 +1,32 @@
-"""A bundle, opened and ready to answer."""
+"""A bundle, opened and ready to answer: a pipeline around a runner of graphs."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.config import Preprocessing
-from fdconv_deploy.errors import BackendError
-from fdconv_deploy.runtime.backends import BackendOptions, select
+from fdconv_deploy.errors import BackendError, BundleError, ImageError
+from fdconv_deploy.runtime.backends import BackendOptions, Tensors, select
 from fdconv_deploy.runtime.bundle import Bundle
-from fdconv_deploy.runtime.detection import (
-    Detecting,
-    Detection,
-    as_rows,
-    detector_classes,
-    detector_palette,
-)
-from fdconv_deploy.runtime.graph_runner import Tensors
+from fdconv_deploy.runtime.detection import Detection, DetectionPipeline
+from fdconv_deploy.runtime.graph_runner import GraphRunner, Runner
 from fdconv_deploy.runtime.images import MAX_PIXELS
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.multiband import load_image
-from fdconv_deploy.runtime.segmentation import (
-    Mode,
-    Prepared,
-    Segmentation,
-    Segmenting,
-    class_names,
-    class_palette,
-)
+from fdconv_deploy.runtime.preprocessing import Prepared
+from fdconv_deploy.runtime.segmentation import Mode, Segmentation, SegmentationPipeline
 
-__all__ = ["Mode", "Prepared", "Session", "open_session"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+ImageSource = npt.NDArray[Any] | str | os.PathLike[str]
 
 
 def open_session(
@@ -46,41 +39,80 @@ def open_session(
     native: bool | None = None,
     verify: bool = True,
 ) -> Session:
-    """Open a bundle to answer from it.
+    """Open a bundle to run inference on it.
 
-    :param bundle: the bundle's folder, or a ``Bundle`` already opened.
-    :param backend: "auto", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt" or
-        "tensorrt" (engines made by ``fdconv build``).
-    :param threads: CPU threads per run. When not given, as many as there are physical cores
-        this process may use, by its affinity and its cgroup's quota.
-    :param spinning: threads wait for each other busily within a run, which saves their waking
-        up after every operator. Between runs they always sleep. False suits a machine whose
-        cores several runs share at a time.
-    :param providers: ONNX Runtime execution providers, in its own notation.
-    :param native: on ONNX Runtime's CPU provider, use the ``fdconv`` operators in C (True), or
-        the functions of standard operators that every bundle carries (False). When not given,
-        ``FDCONV_NATIVE`` (1 or 0) decides, else whether they are built; ``Session.operators``
-        says which run. See docs/native.md.
-    :param verify: False skips hashing the bundle's files.
-    :raises BundleError: the bundle is damaged, unsafe or of a newer format.
-    :raises BackendError: the backend is unknown, not installed, or cannot run the bundle.
+    Args:
+        bundle: the bundle's folder, or a ``Bundle`` already opened.
+        backend: "auto", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt" or
+            "tensorrt" (engines made by ``fdconv build``).
+        threads: number of CPU threads of a run. By default, as many as there are physical cores
+            this process may use, by its affinity and its cgroup's quota.
+        spinning: whether threads wait for each other busily within a run, which saves waking
+            them after every operator. Between runs they always sleep. False suits a machine
+            whose cores several runs share at a time.
+        providers: ONNX Runtime execution providers, in its own notation.
+        native: on ONNX Runtime's CPU provider, use the ``fdconv`` operators in C (True), or the
+            functions of standard operators that every bundle carries (False). By default
+            ``FDCONV_NATIVE`` (1 or 0) decides, else whether they are built; ``Session.operators``
+            tells which are used. See docs/native.md.
+        verify: False skips hashing the bundle's files.
+
+    Raises:
+        BundleError: the bundle is damaged, unsafe or of a newer format.
+        BackendError: the backend is unknown, not installed, or cannot run the bundle.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
     if threads is not None and threads < 1:
         raise BackendError(f"A run takes 1 thread or more, not {threads}.")
     given = None if providers is None else tuple(providers)
     options = BackendOptions(threads, given, spinning, native)
-    return Session(opened, *select(opened, backend, options))
+    return Session(opened, GraphRunner(opened, *select(opened, backend, options)))
 
 
-class Session(Segmenting, Detecting):
-    """Answers from a bundle. Any method may be called from several threads at once.
+class Session:
+    """Runs inference on a bundle. Any method may be called from several threads at once.
 
     A segmentor's labels images (:meth:`segment`), a detector's finds objects in them
-    (:meth:`detect`), and a module's takes its own inputs (:meth:`run_raw`). Graphs are loaded at
-    their first use, or by :meth:`warm_up`. A context manager; after :meth:`close` every use is
-    a ``BackendError``.
+    (:meth:`detect`), and any takes its network's own inputs (:meth:`run_batches`,
+    :meth:`run_raw`). Graphs are loaded at their first use, or by :meth:`warm_up`. A context
+    manager; after :meth:`close` every use is a ``BackendError``.
+
+    Attributes:
+        bundle: the bundle.
+        runner: what runs its graphs: here, or in a service's worker processes.
+        pipeline: a segmentor's or detector's steps before and after a run; None for a module.
     """
+
+    def __init__(self, bundle: Bundle, runner: Runner) -> None:
+        self.bundle = bundle
+        self.runner = runner
+        manifest = bundle.manifest
+        self.pipeline: SegmentationPipeline | DetectionPipeline | None = None
+        if manifest.architecture is not None and manifest.kind == "segmentor":
+            self.pipeline = SegmentationPipeline(
+                manifest.architecture, self.input_size, manifest.fit
+            )
+        elif manifest.detector is not None and manifest.kind == "detector":
+            self.pipeline = DetectionPipeline(manifest.detector, self.input_size)
+
+    @property
+    def segmentation(self) -> SegmentationPipeline:
+        """The steps before and after a segmentor's run; ``BundleError`` for other bundles."""
+        if not isinstance(self.pipeline, SegmentationPipeline):
+            raise self._other_kind("segment images")
+        return self.pipeline
+
+    @property
+    def detection(self) -> DetectionPipeline:
+        """The steps before and after a detector's run; ``BundleError`` for other bundles."""
+        if not isinstance(self.pipeline, DetectionPipeline):
+            raise self._other_kind("detect objects")
+        return self.pipeline
+
+    @property
+    def images(self) -> SegmentationPipeline | DetectionPipeline:
+        """The steps before and after a run on images; ``BundleError`` for a module's bundle."""
+        return self.pipeline or self.segmentation
 
     @property
     def detects(self) -> bool:
@@ -88,21 +120,52 @@ class Session(Segmenting, Detecting):
         return self.bundle.manifest.kind == "detector"
 
     @property
+    def backend(self) -> str:
+        """The name of the backend in use."""
+        return self.runner.backend
+
+    @property
+    def choice(self) -> str:
+        """Why that backend is used, as a sentence."""
+        return self.runner.choice
+
+    @property
+    def operators(self) -> str:
+        """What runs the ``fdconv`` operators, and why; empty where the backend settles it."""
+        return self.runner.operators
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The batch sizes there is a graph for, ascending."""
+        return self.bundle.batch_sizes
+
+    @property
+    def batch_cost(self) -> Callable[[int], float]:
+        """What one run costs by its batch size; see :class:`Runner`."""
+        return self.runner.batch_cost
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images a segmentor or detector takes."""
+        size = self.bundle.manifest.input
+        if size is None:
+            raise self._other_kind("segment images")
+        return size.height, size.width
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """The names of a segmentor's or detector's classes."""
-        return detector_classes(self._detector) if self.detects else class_names(self._architecture)
+        return self.images.classes
 
     @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
         """An RGB colour for each of a segmentor's or detector's classes."""
-        if self.detects:
-            return detector_palette(self._detector)
-        return class_palette(self._architecture)
+        return self.images.palette
 
     @property
     def preprocessing(self) -> Preprocessing:
         """How a segmentor's or detector's images become its input."""
-        return self._detector.preprocessing if self.detects else self._preprocessing
+        return self.images.preprocessing
 
     @property
     def channels(self) -> int:
@@ -114,52 +177,183 @@ class Session(Segmenting, Detecting):
     ) -> npt.NDArray[Any]:
         """Decode an image file as the network's images were loaded in training.
 
-        :param source: the file's bytes or its path.
-        :returns: (H, W, C) as :meth:`segment` and :meth:`detect` take it. See
-            :func:`load_image`, for what it raises too.
+        Args:
+            source: the file's bytes or its path.
+            max_pixels: the largest image to decode, in pixels.
+
+        Returns:
+            (H, W, C) as :meth:`segment` and :meth:`detect` take it. See :func:`load_image`, also
+            for what it raises.
         """
         return load_image(source, self.preprocessing, max_pixels=max_pixels)
 
     def segment(
-        self,
-        image: npt.NDArray[Any] | str | os.PathLike[str],
-        *,
-        fit: Fit | None = None,
-        mode: Mode | None = None,
+        self, image: ImageSource, *, fit: Fit | None = None, mode: Mode | None = None
     ) -> Segmentation:
-        """As :meth:`Segmenting.segment`; ``image`` may also be the path of an image file."""
-        return super().segment(self._pixels(image), fit=fit, mode=mode)
+        """Label every pixel of an image.
 
-    def detect(self, image: npt.NDArray[Any] | str | os.PathLike[str]) -> Detection:
-        """As :meth:`Detecting.detect`; ``image`` may also be the path of an image file."""
-        return super().detect(self._pixels(image))
+        Args:
+            image: (H, W, 3) uint8 RGB, any size; of a network that loads otherwise, (H, W, C) of
+                any real type with its bands (see ``Preprocessing.loading``). Or an image file's
+                path.
+            fit: how an image of another aspect ratio is brought to the bundle's size in ``whole``
+                mode; by default as the bundle says.
+            mode: ``whole`` or ``slide``; by default the mode the network was tested in.
 
-    def _pixels(self, image: npt.NDArray[Any] | str | os.PathLike[str]) -> npt.NDArray[Any]:
-        return self.read_image(image) if isinstance(image, (str, os.PathLike)) else image
+        Raises:
+            ImageError: ``image`` is not such an array, or its file cannot be decoded.
+            BundleError: the bundle is not a segmentor's, or records no stride to slide by.
+        """
+        pipeline, pixels = self.segmentation, self._pixels(image)
+        mode = mode or pipeline.mode
+        if mode == "slide":
+            return pipeline.slide(pixels, self.run, self.batch_sizes[-1])
+        if mode != "whole":
+            raise ImageError(f"An image is segmented in mode 'whole' or 'slide', not {mode!r}.")
+        prepared = pipeline.prepare(pixels, fit=fit)
+        (outputs,), seconds = self._run_prepared([prepared])
+        return pipeline.finish(prepared, outputs, seconds)
 
-    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def detect(self, image: ImageSource) -> Detection:
+        """Find the objects in an image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB, any size, or an image file's path. It is resized in its
+                own aspect ratio as published, or smaller where it would not fit the bundle's size.
+
+        Raises:
+            ImageError: ``image`` is not such an array, or its file cannot be decoded.
+            BundleError: the bundle is not a detector's.
+        """
+        pipeline = self.detection
+        prepared = pipeline.prepare(self._pixels(image))
+        (outputs,), seconds = self._run_prepared([prepared])
+        return pipeline.finish(prepared, outputs, seconds)
+
+    def finish_all(self, prepared: Sequence[Prepared]) -> list[Segmentation | Detection]:
+        """Run several prepared images together and finish each."""
+        outputs, seconds = self._run_prepared(prepared)
+        return [
+            self.images.finish(one, row, seconds)
+            for one, row in zip(prepared, outputs, strict=True)
+        ]
+
+    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """A segmentor's logits for a batch of images of exactly the bundle's size.
 
-        For a detector, :meth:`run_rows`.
+        Args:
+            batch: (N, H, W, C) uint8, RGB where C is 3, or (N, C, H, W) float32 normalised; any N.
 
-        :param batch: (N, H, W, C) uint8, RGB where C is 3, or (N, C, H, W) float32 normalised;
-            any N. It is divided over the bundle's batch sizes; slots left over in the last run hold
-            repeated images, whose answers are dropped.
-        :returns: (N, classes, h, w) float32 at the head's resolution.
-        :raises ImageError: another shape or type.
+        Returns:
+            (N, classes, h, w) float32 at the head's resolution.
+
+        Raises:
+            ImageError: another shape or type.
+            BundleError: the bundle is not a segmentor's.
         """
-        return self.run_rows(batch) if self.detects else self._logits(batch)
+        images = self.segmentation.normalise_batch(batch)
+        return self.run_batches({"images": images})["logits"]
 
-    def blank(self, count: int) -> npt.NDArray[Any]:
-        """``count`` images of zeros, as :meth:`run` takes them."""
-        if self.detects:
-            return np.zeros(count, self.row_type)
-        return np.zeros((count, self.channels, *self.input_size), np.float32)
+    def run_batches(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
+        """The network's outputs for any number of images of exactly the bundle's size.
 
-    def _rehearse(self, answers: Tensors) -> None:
-        if self.detects:
-            black = np.zeros((*self.input_size, 3), np.uint8)
-            self.finish_detection(self.prepare_detection(black), as_rows(answers)[0])
-        elif self.bundle.manifest.kind == "segmentor":
-            blank = self.prepare(np.zeros((*self.input_size, self.channels), np.uint8))
-            self.finish(blank, answers["logits"][0])
+        They are divided over the bundle's batch sizes; see :meth:`GraphRunner.run_batches`.
+
+        Args:
+            feeds: every input by name, as the manifest describes them, but with any number of
+                images N along each first axis.
+
+        Returns:
+            Every output by name, likewise.
+
+        Raises:
+            ImageError: the inputs have other names, shapes or types.
+        """
+        specs = self.bundle.manifest.inputs[self.batch_sizes[0]]
+        counts = {len(value) if value.ndim else 0 for value in feeds.values()}
+        if (
+            set(feeds) != {spec.name for spec in specs}
+            or len(counts) != 1
+            or 0 in counts
+            or any(
+                feeds[s.name].shape[1:] != s.shape[1:] or feeds[s.name].dtype != s.dtype
+                for s in specs
+            )
+        ):
+            wanted = [f"{s.name} {('N', *s.shape[1:])} {s.dtype}".replace("'", "") for s in specs]
+            found = [f"{name} {value.shape} {value.dtype}" for name, value in feeds.items()]
+            raise ImageError(
+                f"This bundle runs {' and '.join(wanted)}, with one N ≥ 1; found "
+                f"{' and '.join(found)}. segment() and detect() take an image of any size."
+            )
+        return self.runner.run_batches(feeds)
+
+    def run_raw(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
+        """Run one graph on exactly its inputs; see :meth:`GraphRunner.run_raw`."""
+        return self.runner.run_raw(feeds)
+
+    def warm_up(self, batch_sizes: Sequence[int] | None = None) -> float:
+        """Load the graphs and run each once, so that the first request is as fast as any.
+
+        The pipeline's steps run once as well. See :meth:`GraphRunner.warm_up`.
+
+        Args:
+            batch_sizes: those to warm up; all by default.
+
+        Returns:
+            The seconds it took.
+        """
+        start = time.perf_counter()
+        self.runner.warm_up(batch_sizes)
+        if self.pipeline is not None:
+            image = np.zeros((*self.input_size, self.channels), np.uint8)
+            specs = self.bundle.manifest.outputs[self.batch_sizes[0]]
+            outputs = {spec.name: np.zeros(spec.shape[1:], spec.dtype) for spec in specs}
+            self.pipeline.finish(self.pipeline.prepare(image), outputs)
+        return time.perf_counter() - start
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self.runner.closed
+
+    def close(self) -> None:
+        """Let go of the graphs and their memory. Runs under way end first."""
+        self.runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _pixels(self, image: ImageSource) -> npt.NDArray[Any]:
+        return self.read_image(image) if isinstance(image, (str, os.PathLike)) else image
+
+    def _run_prepared(
+        self, prepared: Sequence[Prepared]
+    ) -> tuple[list[dict[str, npt.NDArray[Any]]], float]:
+        """Each image's outputs, and the seconds of inference for one."""
+        start = time.perf_counter()
+        names = prepared[0].inputs
+        feeds = {name: np.stack([one.inputs[name] for one in prepared]) for name in names}
+        outputs = self.run_batches(feeds)
+        rows = [
+            {name: value[index] for name, value in outputs.items()}
+            for index in range(len(prepared))
+        ]
+        return rows, (time.perf_counter() - start) / len(prepared)
+
+    def _other_kind(self, does: str) -> BundleError:
+        """The refusal of what a bundle of this kind does not do."""
+        found = self.bundle.manifest.kind
+        uses = {"segmentor": "segment(image)", "detector": "detect(image)"}
+        return BundleError(
+            f"The bundle {self.bundle.path} is of a {found}, which does not {does}. Use "
+            f"{uses.get(found, 'run_raw with its own inputs')}."
+        )

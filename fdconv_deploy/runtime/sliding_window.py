@@ -9,15 +9,13 @@ image's width but not with its height.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.config import Preprocessing, SegmentorConfig, TestMode
+from fdconv_deploy.config import HeadConfig, Preprocessing, TestMode
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime.postprocessing import (
     ArrayRows,
@@ -30,10 +28,7 @@ from fdconv_deploy.runtime.postprocessing import (
 )
 from fdconv_deploy.runtime.preprocessing import (
     Pixels,
-    check_image,
     normalise,
-    published_size,
-    resize,
 )
 
 Infer = Callable[[Logits], Logits]
@@ -88,13 +83,7 @@ def slide_stride(test: TestMode, crop: tuple[int, int]) -> tuple[int, int]:
 
 
 class SlidingRows:
-    """The averaged logits of a slid crop, row by row (a ``LogitRows``).
-
-    :param image: (H, W, C), already resized as published.
-    :param crop: (H, W) of the network's input. A smaller image is padded to it with the
-        mean colour, at the bottom and right.
-    :param infer: (n, C, *crop) float32 to (n, classes, h, w) float32, for n ≤ ``batch``.
-    """
+    """The averaged logits of a slid crop, row by row (a ``LogitRows``)."""
 
     def __init__(
         self,
@@ -103,16 +92,26 @@ class SlidingRows:
         crop: tuple[int, int],
         stride: tuple[int, int],
         infer: Infer,
-        *,
-        classes: int,
+        head: HeadConfig,
         batch: int,
-        align_corners: bool,
     ) -> None:
+        """Run nothing yet.
+
+        Args:
+            image: (H, W, C), already resized as published.
+            preprocessing: how its pixels become an input.
+            crop: (H, W) of the network's input. A smaller image is padded to it with the mean
+                colour, at the bottom and right.
+            stride: (vertical, horizontal) pixels from one window to the next.
+            infer: (n, C, *crop) float32 to (n, classes, h, w) float32, for n ≤ ``batch``.
+            head: the network's.
+            batch: the most windows to run together.
+        """
         self.height, self.width = image.shape[:2]
-        self.classes = classes
+        self.classes = head.outputs
         self._image, self._preprocessing = image, preprocessing
         self._crop, self._infer, self._batch = crop, infer, batch
-        self._align = align_corners
+        self._align, self._threshold = head.align_corners, head.label_threshold
         self._windows = windows_of((self.height, self.width), crop, stride)
         self._next = 0  # the first window not yet run
         self._answers: dict[int, Logits] = {}
@@ -166,24 +165,14 @@ class SlidingRows:
             height, width = piece.shape[:2]
             part[top : top + height, left : left + width] += piece
 
-
-def slide_labels(
-    source: SlidingRows,
-    image: tuple[int, int],
-    *,
-    align_corners: bool,
-    threshold: float | None = None,
-) -> Labels:
-    """Labels (H, W) at the size ``image``, from logits averaged at the resized size.
-
-    ``threshold``: see :func:`labels_of`.
-    """
-    return labels_of(
-        source,
-        bilinear(source.height, image[0], align_corners=align_corners),
-        bilinear(source.width, image[1], align_corners=align_corners),
-        threshold=threshold,
-    )
+    def labels(self, height: int, width: int) -> Labels:
+        """Labels (height, width), from logits averaged at the resized size."""
+        return labels_of(
+            self,
+            bilinear(self.height, height, align_corners=self._align),
+            bilinear(self.width, width, align_corners=self._align),
+            threshold=self._threshold,
+        )
 
 
 def _cover(size: int, crop: int, stride: int) -> npt.NDArray[np.int64]:
@@ -191,55 +180,3 @@ def _cover(size: int, crop: int, stride: int) -> npt.NDArray[np.int64]:
     for start in axis_starts(size, crop, stride):
         count[start : start + crop] += 1
     return count
-
-
-def slide(
-    image: npt.NDArray[Any],
-    architecture: SegmentorConfig,
-    crop: tuple[int, int],
-    run: Callable[[Logits], Logits],
-    batch: int,
-) -> tuple[Labels, Literal["letterboxed", "resized"], dict[str, float]]:
-    """Label every pixel of an image, crop by crop.
-
-    :param image: (H, W, C) as `check_image` takes it, any size.
-    :param crop: height and width of the graphs' input.
-    :param run: (N, C, *crop) float32 to logits, for any N.
-    :param batch: how many crops to run together.
-    :returns: the labels (H, W), whether the image had to be padded, and the seconds each stage
-        took.
-    :raises ImageError: ``image`` is not such an array.
-    :raises BundleError: the network records no stride.
-    """
-    start, inside = time.perf_counter(), 0.0
-
-    def timed(inputs: Logits) -> Logits:
-        nonlocal inside
-        began = time.perf_counter()
-        try:
-            return run(inputs)
-        finally:
-            inside += time.perf_counter() - began
-
-    head = architecture.decode_head
-    image = check_image(image, architecture.preprocessing)
-    size = image.shape[0], image.shape[1]
-    stride = slide_stride(architecture.test, crop)
-    resized = resize(image, *published_size(*size, architecture.preprocessing))
-    source = SlidingRows(
-        resized,
-        architecture.preprocessing,
-        crop,
-        stride,
-        timed,
-        classes=head.outputs,
-        batch=batch,
-        align_corners=head.align_corners,
-    )
-    before = time.perf_counter() - start
-    labels = slide_labels(
-        source, size, align_corners=head.align_corners, threshold=head.label_threshold
-    )
-    after = time.perf_counter() - start - before - inside
-    timings = {"preprocess": before, "inference": inside, "postprocess": after}
-    return labels, "letterboxed" if source.padded else "resized", timings

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from fdconv_deploy.serve.batching.queue import Batch, BatchQueue, Item
 
+from fdconv_deploy.runtime import Tensors
 from fdconv_deploy.runtime.batching import linear_cost
 
 T = TypeVar("T")
-Array = npt.NDArray[np.float32]
+# A network's inputs by name to its outputs by name, each with the images along its first axis.
+Run = Callable[[Tensors], Tensors]
 log = logging.getLogger("fdconv.serve")
 
 
@@ -36,8 +37,8 @@ class DeadlineError(Exception):
 class Outcome:
     """The answer to a request.
 
-    ``rows`` are (classes, h, w) logits, one per image; seconds are those of the image that waited
-    and ran longest; ``batch_sizes`` say how many images ran with each of these.
+    ``rows`` are each image's outputs by name, without their batch axis; seconds are those of the
+    image that waited and ran longest; ``batch_sizes`` say how many images ran with each of these.
     """
 
     rows: list[Any]
@@ -58,11 +59,11 @@ class _Request:
 
 @dataclass(eq=False)
 class _Job:
-    """An item's payload: row ``index`` of ``inputs``, or a call that is run by itself."""
+    """An item's payload: image ``index`` of ``inputs``, or a call that is run by itself."""
 
     request: _Request
     index: int = 0
-    inputs: Array | None = None
+    inputs: Tensors = field(default_factory=dict)
     call: Callable[[], Any] | None = None
 
 
@@ -93,7 +94,7 @@ class Scheduler:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._queue = BatchQueue(max_batch=max_batch, delay=delay)
-        self._runs: dict[Hashable, Callable[[Array], Array]] = {}
+        self._runs: dict[Hashable, Run] = {}
         self._lock = threading.Lock()
         # A token for every item: what idle workers wait for. A worker looks at the queue before
         # it waits for a token, so a token too many is harmless and none can be missed. Not a
@@ -117,13 +118,13 @@ class Scheduler:
     def add_lane(
         self,
         key: Hashable,
-        run: Callable[[Array], Array],
+        run: Run,
         sizes: Sequence[int],
         *,
         cost: Callable[[int], float] = linear_cost,
         weight: float = 1.0,
     ) -> None:
-        """Open a lane, whose batches (n, 3, H, W) ``run`` answers with (n, classes, h, w)."""
+        """Open a lane, whose batches ``run`` answers."""
         with self._lock:
             self._runs[key] = run
             self._queue.add_lane(key, sizes, cost=cost, weight=weight)
@@ -144,8 +145,8 @@ class Scheduler:
         with self._lock:
             return self._queue.backlog_seconds() / self._workers
 
-    async def run(self, key: Hashable, inputs: Array, deadline: float = float("inf")) -> Outcome:
-        """Run each row of ``inputs`` (n, 3, H, W), batched with whatever else waits.
+    async def run(self, key: Hashable, inputs: Tensors, deadline: float = float("inf")) -> Outcome:
+        """Run each image of ``inputs``, batched with whatever else waits.
 
         Args:
             key: The lane.
@@ -156,7 +157,7 @@ class Scheduler:
             DeadlineError: It passed first.
             WorkerDiedError: The worker ended; the request may be sent again.
         """
-        count = len(inputs)
+        count = len(next(iter(inputs.values())))
         request = _Request(self._loop.create_future(), [None] * count, count)
         jobs = [_Job(request, index, inputs) for index in range(count)]
         return await self._answer(key, request, jobs, deadline)
@@ -255,7 +256,8 @@ class Scheduler:
         jobs: list[_Job] = [item.payload for item in batch.items]
         if jobs[0].call is not None:
             return [jobs[0].call()]
-        return list(self._runs[batch.lane](_stack(jobs)))
+        outputs = self._runs[batch.lane](_stack(jobs))
+        return [{name: value[n] for name, value in outputs.items()} for n in range(len(jobs))]
 
     def _finish(self, batch: Batch, start: float, found: list[Any] | Exception) -> None:
         seconds = self._clock() - start
@@ -295,13 +297,9 @@ def _fail(request: _Request, error: Exception) -> None:
         request.answer.set_exception(error)
 
 
-def _stack(jobs: list[_Job]) -> Array:
-    """The rows as one array; a view where they lie one after another in one already."""
-    first = jobs[0]
-    assert first.inputs is not None
-    if all(
-        job.inputs is first.inputs and job.index == first.index + place
-        for place, job in enumerate(jobs)
-    ):
-        return first.inputs[first.index : first.index + len(jobs)]
-    return np.stack([job.inputs[job.index] for job in jobs if job.inputs is not None])
+def _stack(jobs: list[_Job]) -> Tensors:
+    """The images' inputs together; views where they lie one after another in one request's."""
+    inputs, start = jobs[0].inputs, jobs[0].index
+    if all(job.inputs is inputs and job.index == start + n for n, job in enumerate(jobs)):
+        return {name: value[start : start + len(jobs)] for name, value in inputs.items()}
+    return {name: np.stack([job.inputs[name][job.index] for job in jobs]) for name in inputs}

@@ -11,7 +11,7 @@ from fdconv_deploy.serve.kserve.tensors import InferRequest
 from fdconv_deploy.serve.model_repository import Version
 from fdconv_deploy.serve.service import Service
 
-from fdconv_deploy.runtime import Session
+from fdconv_deploy.runtime import Session, Tensors
 from fdconv_deploy.runtime.postprocessing import label_map
 from fdconv_deploy.runtime.preprocessing import normalise
 
@@ -29,49 +29,35 @@ async def infer(
         or, above 256 classes, uint16; a detector's are its graph's outputs.
     """
     session, code = version.session, service.scheduler.code
-    images: Any = request.images
-    if session.detects:
-        images = await code(lambda: _detector_rows(session, request))
-    elif images.dtype == np.uint8:
-        images = await code(lambda: _normalised(session, request.images))
-    outcome = await service.scheduler.run(version, images, deadline)
+    inputs = await code(lambda: _inputs(session, request))
+    outcome = await service.scheduler.run(version, inputs, deadline)
     stages = [("queue", outcome.queue_seconds), ("inference", outcome.run_seconds)]
     found: dict[str, Array] = {}
     for name in request.outputs:
-        if session.detects:
-            found[name] = np.stack([row[name] for row in outcome.rows])
-        elif name == "labels":
+        if name == "labels" and not session.detects:
             found[name] = await code(lambda: _labels(session, outcome.rows))
         else:
-            rows = outcome.rows
+            rows = [row[name] for row in outcome.rows]
             found[name] = rows[0][None] if len(rows) == 1 else np.stack(rows)
     return found, stages
 
 
-def _normalised(session: Session, images: Array) -> npt.NDArray[np.float32]:
-    count, height, width, channels = images.shape
-    out = np.empty((count, channels, height, width), np.float32)
-    for image, slot in zip(images, out, strict=True):
-        normalise(image, session.preprocessing, out=slot)
-    return out
+def _inputs(session: Session, request: InferRequest) -> dict[str, Array]:
+    """A request's images as the network takes them; a detector's are zero past their sizes."""
+    images, count = request.images, len(request.images)
+    if not session.detects:
+        return {"images": session.segmentation.normalise_batch(images)}
+    given = session.input_size if request.sizes is None else request.sizes
+    sizes = np.ascontiguousarray(np.broadcast_to(np.asarray(given, np.float32), (count, 2)))
+    if images.dtype == np.uint8:
+        out = np.empty((count, 3, *session.input_size), np.float32)
+        for image, (height, width), slot in zip(images, sizes.astype(int), out, strict=True):
+            normalise(image[:height, :width], session.preprocessing, session.input_size, slot)
+        images = out
+    return {"images": images, "sizes": sizes}
 
 
-def _detector_rows(session: Session, request: InferRequest) -> Array:
-    """Images with their sizes, as a detector runs them; what lies past a size is zero."""
-    images = request.images
-    rows = np.empty(len(images), session.row_type)
-    rows["sizes"] = session.input_size if request.sizes is None else request.sizes
-    if images.dtype != np.uint8:
-        rows["images"] = images
-        return rows
-    for image, row in zip(images, rows, strict=True):
-        height, width = row["sizes"].astype(int)
-        part = image[:height, :width]
-        normalise(part, session.preprocessing, session.input_size, out=row["images"])
-    return rows
-
-
-def _labels(session: Session, rows: list[npt.NDArray[np.float32]]) -> Array:
+def _labels(session: Session, rows: list[Tensors]) -> Array:
     architecture = session.bundle.manifest.architecture
     assert architecture is not None
     size, head = session.input_size, architecture.decode_head
@@ -83,4 +69,4 @@ def _labels(session: Session, rows: list[npt.NDArray[np.float32]]) -> Array:
         align_corners=head.align_corners,
         threshold=head.label_threshold,
     )
-    return np.stack([label(row) for row in rows])
+    return np.stack([label(row["logits"]) for row in rows])

@@ -197,7 +197,7 @@ def test_segment_writes_a_mask_video(bundle, monkeypatch, capfd, tmp_path):
     assert code == 0, err
     assert written(out) == LEGEND | {"v_masks.mp4"}
     code, _, err = fdconv(monkeypatch, capfd, *arguments)
-    assert (code, "is there already" in err) == (1, True)
+    assert (code, "exists already" in err) == (1, True)
     code, printed, _ = fdconv(monkeypatch, capfd, *arguments, "--skip-existing")
     assert (code, "1 skipped" in printed) == (0, True)
 
@@ -259,7 +259,7 @@ def test_segment_refuses_two_videos_of_one_name_at_once(bundle, monkeypatch, cap
     out = tmp_path / "out"
     code, _, err = fdconv(monkeypatch, capfd, "segment", bundle, tmp_path / "in", "-o", out)
     assert code == 1
-    assert "would both be written to v_overlay.mp4" in err
+    assert "would both be written to v_masks" in err
     assert not out.exists()
 
 

@@ -103,13 +103,12 @@ def test_the_bundle_finds_what_the_network_finds(session, network):
     """Issue 7: the same detections, scores within 1e-4, masks within 1e-3."""
     compared = 0
     for path, _ in held_out():
-        prepared = session.prepare_detection(read_image(path))
-        row = prepared.input[None]
+        prepared = session.detection.prepare(read_image(path))
+        inputs = {name: value[None] for name, value in prepared.inputs.items()}
         with torch.no_grad():
-            inputs = (torch.from_numpy(row[name].copy()) for name in ("images", "sizes"))
-            outputs = network(*inputs)
+            outputs = network(*(torch.from_numpy(inputs[name]) for name in ("images", "sizes")))
         expected = dict(zip(network.output_names, (t.numpy() for t in outputs), strict=True))
-        found = session.run_rows(row)
+        found = session.run_batches(inputs)
         np.testing.assert_array_equal(found["count"], expected["count"])
         np.testing.assert_array_equal(found["labels"], expected["labels"])
         np.testing.assert_allclose(found["scores"], expected["scores"], rtol=0, atol=1e-4)

@@ -87,7 +87,7 @@ def test_bands_and_one_output_verify_and_segment(network: Segmentor, bundle: Bun
                 assert finding.parity.max_rel <= 1e-4
                 assert finding.parity.argmax_agreement is not None
         answer = session.segment(image)
-        prepared = session.prepare(image).input
+        prepared = session.segmentation.prepare(image).inputs["images"]
         logits = network.predict(torch.from_numpy(prepared[None]))
         resized = torch.nn.functional.interpolate(logits, image.shape[:2], mode="bilinear")
         expected = (resized.sigmoid() > 0.5)[0, 0].numpy()

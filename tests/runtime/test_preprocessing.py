@@ -11,13 +11,13 @@ from safetensors.numpy import load_file
 
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import ImageError
+from fdconv_deploy.runtime.images import read_image
 from fdconv_deploy.runtime.preprocessing import (
     check_image,
     keep_ratio_size,
     normalise,
     place,
     published_size,
-    read_image,
     resize,
 )
 

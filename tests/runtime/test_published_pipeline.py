@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fdconv_deploy.config import Preprocessing
-from fdconv_deploy.runtime import Bundle, Session, read_image
+from fdconv_deploy.runtime import Bundle, read_image
 from fdconv_deploy.runtime.postprocessing import logit_map
 from tests.runtime import toy
 from tests.runtime.test_session import FakeBackend
@@ -31,7 +31,7 @@ def test_keep_ratio_resize_network_and_back(oracle: Path, tmp_path: Path) -> Non
 
     arch = toy.architecture(7, preprocessing=Preprocessing(scale=(256, 128)))
     manifest = toy.manifest(128, 175, (1,), arch)
-    session = Session(Bundle(tmp_path, manifest), FakeBackend(answer), "", {})
+    session = toy.session(Bundle(tmp_path, manifest), FakeBackend(answer))
     found = session.segment(read_image(folder / "B_pipeline_image.png"))
 
     expected = reference["pipeline.logits_ori_shape"]

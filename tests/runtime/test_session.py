@@ -108,7 +108,7 @@ class TestRun:
 
     def test_graphs_load_when_needed_and_once(self, toy_bundle: Path) -> None:
         backend = FakeBackend(toy.reference_logits)
-        session = Session(Bundle.open(toy_bundle), backend, "for a test", {})
+        session = toy.session(Bundle.open(toy_bundle), backend)
         assert backend.loads == []
         session.run(inputs(2))
         session.run(inputs(1))
@@ -119,7 +119,7 @@ class TestRun:
 
     def test_threads_load_a_graph_once(self, toy_bundle: Path) -> None:
         backend = FakeBackend(toy.reference_logits)
-        session = Session(Bundle.open(toy_bundle), backend, "for a test", {})
+        session = toy.session(Bundle.open(toy_bundle), backend)
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda n: session.run(inputs(1, n)), range(40)))
         assert backend.loads == [1]
@@ -180,7 +180,7 @@ class TestSegment:
             seen.append(x.copy())
             return toy.reference_logits(x)
 
-        session = Session(Bundle.open(toy_bundle), FakeBackend(answer), "", {})
+        session = toy.session(Bundle.open(toy_bundle), FakeBackend(answer))
         session.segment(image, fit="pad")
         assert seen[0].shape == (1, 3, 32, 48)
         assert (seen[0][..., 45:] == 0).all()  # 50×70 becomes 32×45
@@ -193,11 +193,12 @@ class TestSegment:
             assert session.segment(image, fit="stretch").fit == "stretched"
 
     def test_in_three_steps_is_the_same(self, session: Session, image: np.ndarray) -> None:
-        prepared = [session.prepare(i) for i in (image, image[::-1].copy())]
-        logits = session.run(np.stack([p.input for p in prepared]))
+        prepare, finish = session.segmentation.prepare, session.segmentation.finish
+        prepared = [prepare(i) for i in (image, image[::-1].copy())]
+        logits = session.run(np.stack([p.inputs["images"] for p in prepared]))
         for number, flip in ((0, 1), (1, -1)):
             alone = session.segment(image[::flip].copy())
-            together = session.finish(prepared[number], logits[number])
+            together = finish(prepared[number], {"logits": logits[number]})
             assert (alone.labels == together.labels).mean() > 0.999
 
     def test_published_whole_mode(self, oracle: Path, tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ class TestSegment:
             assert np.array_equal(x, reference["input"])
             return reference["decode_logits_quarter"]
 
-        session = Session(bundle, FakeBackend(answer), "", {})
+        session = toy.session(bundle, FakeBackend(answer))
         found = session.segment(read_image(oracle / "segmentor" / "B_image.png"))
         assert found.fit == "resized"
         assert np.array_equal(found.labels, reference["argmax"])
@@ -229,7 +230,7 @@ class TestSegment:
             seen.append(x)
             return np.zeros((1, 7, 32, 44), np.float32)
 
-        session = Session(Bundle(tmp_path, manifest), FakeBackend(answer), "", {})
+        session = toy.session(Bundle(tmp_path, manifest), FakeBackend(answer))
         image = read_image(oracle / "segmentor" / "B_pipeline_image.png")
         assert session.segment(image).fit == "resized"
         assert np.array_equal(seen[0], reference["pipeline.input"])
@@ -280,7 +281,8 @@ class TestSegment:
         assert "threshold" not in arch.decode_head.model_dump()
         with open_session(toy.make_bundle(tmp_path / "b", arch=arch).path) as session:
             found = session.segment(image)
-            logits = session.run(session.prepare(image).input[None])[0]
+            prepared = session.segmentation.prepare(image)
+            logits = session.run(prepared.inputs["images"][None])[0]
         assert found.classes == ("background", "class 0")
         expected = logit_map(logits, (32, 48), (32, 48), image.shape[:2], align_corners=False)
         assert np.array_equal(found.labels, expected[0] > np.log(0.3 / 0.7))
@@ -329,7 +331,7 @@ class TestLife:
     def test_closed(self, toy_bundle: Path, image: np.ndarray) -> None:
         session = open_session(toy_bundle)
         session.warm_up()
-        graph = weakref.ref(session._graphs.get(1))
+        graph = weakref.ref(session.runner._graphs.get(1))
         assert not session.closed
         session.close()
         session.close()
@@ -343,7 +345,7 @@ class TestLife:
 
     def test_warm_up_loads_everything(self, toy_bundle: Path) -> None:
         backend = FakeBackend(toy.reference_logits)
-        session = Session(Bundle.open(toy_bundle), backend, "", {})
+        session = toy.session(Bundle.open(toy_bundle), backend)
         assert session.warm_up() > 0
         assert backend.loads == backend.runs[:2] == [1, 4]
         with pytest.raises(BackendError, match="no graph of batch 3"):
@@ -351,12 +353,12 @@ class TestLife:
 
     def test_after_warm_up_nothing_is_left_to_do_once(self, toy_bundle: Path, image) -> None:
         backend = FakeBackend(toy.reference_logits)
-        session = Session(Bundle.open(toy_bundle), backend, "", {})
-        assert session.loaded_batch_sizes == ()
+        session = toy.session(Bundle.open(toy_bundle), backend)
+        assert session.runner.loaded_batch_sizes == ()
         session.warm_up([4])
-        assert session.loaded_batch_sizes == (4,)
+        assert session.runner.loaded_batch_sizes == (4,)
         session.warm_up()
-        assert session.loaded_batch_sizes == (1, 4)
+        assert session.runner.loaded_batch_sizes == (1, 4)
         loads = list(backend.loads)
         session.segment(image)
         session.run(inputs(5))
@@ -369,12 +371,12 @@ class TestLife:
         """
         with open_session(toy_bundle) as session:
             session.warm_up([1])
-            options = session._graphs.get(1)._session.get_session_options()
+            options = session.runner._graphs.get(1)._session.get_session_options()
         assert not options.enable_mem_pattern
 
     def test_a_loading_graph_does_not_hold_up_another(self, toy_bundle: Path) -> None:
         backend = FakeBackend(toy.reference_logits)
-        session = Session(Bundle.open(toy_bundle), backend, "", {})
+        session = toy.session(Bundle.open(toy_bundle), backend)
         session.run(inputs(1))
         loading, go_on = threading.Event(), threading.Event()
 

@@ -7,20 +7,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdconv_deploy.config import Preprocessing, TestMode
+from fdconv_deploy.config import HeadConfig, Preprocessing, TestMode
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime.postprocessing import bilinear, resize_logits
 from fdconv_deploy.runtime.preprocessing import normalise
 from fdconv_deploy.runtime.sliding_window import (
     SlidingRows,
     axis_starts,
-    slide_labels,
     slide_stride,
     windows_of,
 )
 from tests.runtime import toy
 
 PREPROCESSING = Preprocessing()
+
+
+def head(classes: int, align_corners: bool = False) -> HeadConfig:
+    return toy.architecture(classes, align_corners=align_corners).decode_head
 
 
 @given(st.integers(1, 400), st.integers(1, 120), st.data())
@@ -75,9 +78,7 @@ def sliding(image: np.ndarray, crop, stride, align: bool = False, batch: int = 3
         assert inputs.shape[1:] == (3, *crop)
         return toy.reference_logits(inputs)
 
-    return SlidingRows(
-        image, PREPROCESSING, crop, stride, infer, classes=5, batch=batch, align_corners=align
-    )
+    return SlidingRows(image, PREPROCESSING, crop, stride, infer, head(5, align), batch)
 
 
 @settings(max_examples=40, deadline=None)
@@ -106,7 +107,7 @@ def test_labels_at_another_size_are_as_published() -> None:
     logits = torch.from_numpy(slide_inference(image, (32, 48), (20, 31), False))[None]
     expected = torch.nn.functional.interpolate(logits, (200, 150), mode="bilinear")[0].numpy()
     source = sliding(image, (32, 48), (20, 31))
-    found = slide_labels(source, (200, 150), align_corners=False)
+    found = source.labels(200, 150)
     chosen = np.take_along_axis(expected, found[None].astype(int), axis=0)[0]
     assert (chosen >= expected.max(axis=0) - 1e-5 * np.abs(expected).max()).all()
     assert (found == expected.argmax(axis=0)).mean() > 0.999
@@ -120,10 +121,8 @@ def test_every_window_runs_once() -> None:
         ran.append(len(inputs))
         return toy.reference_logits(inputs)
 
-    source = SlidingRows(
-        image, PREPROCESSING, (32, 48), (16, 24), infer, classes=5, batch=4, align_corners=False
-    )
-    slide_labels(source, (600, 400), align_corners=False)
+    source = SlidingRows(image, PREPROCESSING, (32, 48), (16, 24), infer, head(5), 4)
+    source.labels(600, 400)
     count = len(windows_of((300, 200), (32, 48), (16, 24)))
     assert sum(ran) == count
     assert ran == [4] * (count // 4) + ([count % 4] if count % 4 else [])  # batches are filled
@@ -142,12 +141,11 @@ def test_memory_does_not_grow_with_height() -> None:
             (64, 64),
             (32, 32),
             infer,
-            classes=60,
-            batch=2,
-            align_corners=False,
+            head(60),
+            2,
         )
         tracemalloc.start()
-        slide_labels(source, image.shape[:2], align_corners=False)
+        source.labels(*image.shape[:2])
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found

@@ -59,7 +59,7 @@ def images(count: int) -> np.ndarray:
 
 def runs_of_four(backend: Timed, bundle: Path) -> tuple[Session, list[tuple[str, int]]]:
     """A session that has been warmed up, and what it then runs for four images."""
-    session = Session(Bundle.open(bundle), backend, "", {})
+    session = toy.session(Bundle.open(bundle), backend)
     session.warm_up()
     backend.runs.clear()
     x = images(4)
@@ -78,7 +78,7 @@ def runs_of_four(backend: Timed, bundle: Path) -> tuple[Session, list[tuple[str,
 def test_the_cheapest_way_is_taken(toy_bundle, four, alone, ran, way) -> None:
     session, runs = runs_of_four(Timed(four, alone), toy_bundle)
     assert runs == ran
-    assert session.ways == {1: "its graph", 4: way}
+    assert session.runner.ways == {1: "its graph", 4: way}
     assert session.batch_cost(4) > session.batch_cost(1) > SECOND
 
 
@@ -100,16 +100,16 @@ def test_threads_are_shared_out_evenly(toy_bundle) -> None:
     backend = Timed(8.0, 1.2, threads=9)
     session, _ = runs_of_four(backend, toy_bundle)
     assert backend.loads[-1] == (1, 2)
-    assert session.ways[4] == "single images, 4 at a time"
+    assert session.runner.ways[4] == "single images, 4 at a time"
 
 
 def test_only_one_way_stays_in_memory(toy_bundle) -> None:
     session, _ = runs_of_four(Timed(8.0, 1.2), toy_bundle)
-    assert session.loaded_batch_sizes == (1, 4)
-    assert session._graphs.loaded == (1,)
+    assert session.runner.loaded_batch_sizes == (1, 4)
+    assert session.runner._graphs.loaded == (1,)
     session, _ = runs_of_four(Timed(2.0, 8.0), toy_bundle)
-    assert session._graphs.loaded == (1, 4)
-    assert session._beside.loaded == ()
+    assert session.runner._graphs.loaded == (1, 4)
+    assert session.runner._beside.loaded == ()
 
 
 def test_run_raw_keeps_to_the_graph_it_is_asked_for(toy_bundle) -> None:
@@ -132,7 +132,7 @@ def test_is_measured_once(toy_bundle) -> None:
 def test_a_bundle_of_one_size_is_not_timed(tmp_path) -> None:
     toy.make_bundle(tmp_path / "b", batches=(1,))
     backend = Timed(4.0, 1.0)
-    Session(Bundle.open(tmp_path / "b"), backend, "", {}).warm_up()
+    toy.session(Bundle.open(tmp_path / "b"), backend).warm_up()
     assert backend.runs == [("1", 1)]
 
 
@@ -143,7 +143,7 @@ class TestForReal:
         monkeypatch.setattr(graph_runner, "_BETTER", 1e9)
         with open_session(toy_bundle, "onnxruntime-cpu", threads=2) as opened:
             opened.warm_up()
-            assert opened.ways[4] == "single images, 2 at a time"
+            assert opened.runner.ways[4] == "single images, 2 at a time"
             yield opened
 
     def test_threads_get_their_own_answers(self, session) -> None:
@@ -156,7 +156,7 @@ class TestForReal:
             assert not any(pool.map(wrong, range(40)))
 
     def test_closed(self, session) -> None:
-        held = weakref.ref(session._beside.get(2))
+        held = weakref.ref(session.runner._beside.get(2))
         session.close()
         gc.collect()
         assert held() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from fdconv_deploy.config import (
     SegmentorConfig,
     TestMode,
 )
+from fdconv_deploy.runtime import GraphRunner, Session
 from fdconv_deploy.runtime.bundle import (
     Bundle,
     BundleWriter,
@@ -185,3 +187,8 @@ def make_module_bundle(path: Path) -> Bundle:
                 outputs={1: tuple(TensorSpec(name=n, shape=(2, 3)) for n in ("total", "product"))},
             )
         )
+
+
+def session(bundle: Bundle, backend: Any) -> Session:
+    """A session whose graphs a test's own backend loads."""
+    return Session(bundle, GraphRunner(bundle, backend))

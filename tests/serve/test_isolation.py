@@ -12,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 from fdconv_deploy.serve import Settings, create_app
 from fdconv_deploy.serve.batching import WorkerDiedError
-from fdconv_deploy.serve.workers import Children, IsolatedSession
+from fdconv_deploy.serve.workers import Children, isolated_session
 
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.runtime import Bundle, open_session
@@ -77,7 +77,7 @@ class TestDirectly:
 
     def test_sizes_of_all_kinds(self, started: Children, bundles: list[Path]) -> None:
         bundle = Bundle.open(bundles[0])
-        session = IsolatedSession(bundle, Settings(backend="onnxruntime-cpu"), started)
+        session = isolated_session(bundle, Settings(backend="onnxruntime-cpu"), started)
         session.warm_up()
         with open_session(bundle, threads=1) as here:
             for count in (1, 7, 4, 2):
@@ -87,12 +87,12 @@ class TestDirectly:
 
     def test_an_answer_larger_than_its_question(self, started: Children, tmp_path: Path) -> None:
         bundle = toy.make_bundle(tmp_path / "b", arch=toy.architecture(90))
-        session = IsolatedSession(bundle, Settings(backend="onnxruntime-cpu"), started)
+        session = isolated_session(bundle, Settings(backend="onnxruntime-cpu"), started)
         session.warm_up()
         assert session.run(np.zeros((1, 3, 32, 48), np.float32)).shape == (1, 90, 8, 12)
 
     def test_one_that_hangs_is_replaced(self, started: Children, bundles: list[Path]) -> None:
-        session = IsolatedSession(
+        session = isolated_session(
             Bundle.open(bundles[0]), Settings(backend="onnxruntime-cpu"), started
         )
         session.warm_up()
@@ -105,7 +105,7 @@ class TestDirectly:
 
     def test_errors_come_through(self, started: Children, tmp_path: Path) -> None:
         bundle = toy.make_bundle(tmp_path / "b")
-        session = IsolatedSession(bundle, Settings(backend="onnxruntime-cpu"), started)
+        session = isolated_session(bundle, Settings(backend="onnxruntime-cpu"), started)
         toy.make_bundle(tmp_path / "b", seed=1, arch=toy.architecture(7), overwrite=True)
         with pytest.raises(BackendError, match="no longer the one"):
             session.warm_up()

@@ -194,7 +194,7 @@ def held_app(bundles: list[Path], **settings):
     session = open_session(bundles[0], threads=1)
     app = create_app([session], Settings(threads=1, **settings))
     started, go_on = threading.Event(), threading.Event()
-    run = session.run
+    run = session.run_batches
 
     def held(inputs):
         started.set()
@@ -209,7 +209,7 @@ class TestDeadlines:
         app, session, held, started, go_on = held_app(bundles)
         with TestClient(app) as client:
             wait_until_ready(client)
-            session.run = held
+            session.run_batches = held
             answer = client.post("/v1/segment", content=png, headers={**PNG, "X-Timeout-Ms": "30"})
             assert "deadline" in refused(answer, 504)
             assert started.is_set()
@@ -220,7 +220,7 @@ class TestDeadlines:
         app, session, held, _, go_on = held_app(bundles, deadline_ms=30)
         with TestClient(app) as client:
             wait_until_ready(client)
-            session.run = held
+            session.run_batches = held
             refused(client.post("/v1/segment", content=png, headers=PNG), 504)
             go_on.set()
         session.close()
@@ -241,7 +241,7 @@ def test_a_client_that_leaves_frees_its_place(bundles: list[Path], png: bytes) -
         async with app.router.lifespan_context(app):
             while not service.ready:
                 await asyncio.sleep(0.005)
-            session.run = held
+            session.run_batches = held
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
                 first = asyncio.ensure_future(client.post("/v1/segment", content=png, headers=PNG))
@@ -304,15 +304,15 @@ def test_on_the_way_down_it_is_unready_and_still_answers(bundles: list[Path], pn
 
 def test_a_thread_that_dies_costs_its_requests_a_503(bundles: list[Path], png: bytes) -> None:
     session = open_session(bundles[0], threads=1)
-    run = session.run
+    run = session.run_batches
     with TestClient(create_app([session], Settings(threads=1))) as client:
         wait_until_ready(client)
 
         def die(inputs):
-            session.run = run
+            session.run_batches = run
             raise SystemExit
 
-        session.run = die  # type: ignore[method-assign]
+        session.run_batches = die  # type: ignore[method-assign]
         answer = client.post("/v1/segment", content=png, headers=PNG)
         assert "Send the request again" in refused(answer, 503)
         assert answer.headers["retry-after"] == "1"

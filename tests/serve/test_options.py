@@ -114,7 +114,8 @@ class TestLogits:
         assert answer.headers["content-type"] == "application/x-npz"
         found = np.load(io.BytesIO(answer.content))
         with open_session(bundles[0], threads=1) as session:
-            logits = session.run(session.prepare(picture).input[None])[0]
+            prepared = session.segmentation.prepare(picture)
+            logits = session.run(prepared.inputs["images"][None])[0]
         assert np.array_equal(found["logits"], logits)
         assert found["classes"].tolist() == [f"class {n}" for n in range(5)]
         assert found["image_size"].tolist() == [50, 70]

@@ -31,7 +31,8 @@ class Runs:
         for model in service.repository:
             assert model.version is not None
             session = model.version.session
-            session.run = self._watched(model.name, session.run)  # type: ignore[method-assign]
+            watched = self._watched(model.name, session.run_batches)
+            session.run_batches = watched  # type: ignore[method-assign]
 
     def hold(self) -> None:
         self._go_on.clear()
@@ -40,9 +41,9 @@ class Runs:
         self._go_on.set()
 
     def _watched(self, name: str, run: Callable) -> Callable:
-        def watched(inputs: np.ndarray) -> np.ndarray:
+        def watched(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             with self._lock:
-                self.seen.append((name, len(inputs)))
+                self.seen.append((name, len(inputs["images"])))
                 self.at_once += 1
                 self.most = max(self.most, self.at_once)
             assert self._go_on.wait(20)

@@ -357,16 +357,16 @@ def test_a_client_that_leaves_while_it_waits(
     request += b"" if path == "infer" else png
     started, go_on, ran = threading.Event(), threading.Event(), []
     with open_session(bundles[0], threads=1) as session:
-        run = session.run
+        run = session.run_batches
 
         def held(inputs):
-            ran.append(len(inputs))
+            ran.append(len(inputs["images"]))
             started.set()
             assert go_on.wait(20)
             return run(inputs)
 
         with running([session], settings=Settings(threads=1)) as url:
-            session.run = held  # type: ignore[method-assign]
+            session.run_batches = held  # type: ignore[method-assign]
             stays = socket.create_connection(place(url), timeout=20)
             stays.sendall(request)
             assert started.wait(20)

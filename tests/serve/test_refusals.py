@@ -198,7 +198,7 @@ def test_a_failure_inside_names_no_path(bundles: list[Path], png: bytes, caplog)
         def fail(*_, **__):
             raise BackendError("/work/secret.onnx exploded")
 
-        session.run = fail  # type: ignore[method-assign]
+        session.run_batches = fail  # type: ignore[method-assign]
         with caplog.at_level(logging.ERROR, "fdconv.serve"):
             found = refused(post(client, png, {**PNG, "X-Request-ID": "find-me"}), 500)
     assert "find-me" in found

@@ -162,14 +162,14 @@ class TestBudget:
                 version = service.repository.get("a").version
                 assert version is not None
                 started, go_on = threading.Event(), threading.Event()
-                run = version.session.run
+                run = version.session.run_batches
 
                 def held(inputs):
                     started.set()
                     assert go_on.wait(20)
                     return run(inputs)
 
-                version.session.run = held  # type: ignore[method-assign]
+                version.session.run_batches = held  # type: ignore[method-assign]
                 asked = asyncio.ensure_future(client.post("/v1/segment", content=png, headers=PNG))
                 while not started.is_set():
                     await asyncio.sleep(0.002)

@@ -134,7 +134,7 @@ def test_overload_is_refused_and_recovered_from(bundles: list[Path], png: bytes)
     """One worker, two waiting: of ten at once, three are answered, the rest told to come back."""
     session = open_session(bundles[0], threads=1)
     started, go_on = threading.Event(), threading.Event()
-    run = session.run
+    run = session.run_batches
 
     def slow(inputs):
         started.set()
@@ -151,7 +151,7 @@ def test_overload_is_refused_and_recovered_from(bundles: list[Path], png: bytes)
         ):
             while (await client.get("/readyz")).status_code != 200:
                 await asyncio.sleep(0.01)
-            session.run = slow  # type: ignore[method-assign]
+            session.run_batches = slow  # type: ignore[method-assign]
 
             def request():
                 return asyncio.create_task(client.post("/v1/segment", content=png, headers=PNG))
@@ -275,13 +275,13 @@ class TestServer:
     def test_sigterm_lets_requests_finish(self, bundles: list[Path], png: bytes) -> None:
         code = (
             "import sys, time\n"
-            "from serve import run, Settings\n"
+            "from fdconv_deploy.serve import Settings, run\n"
             "from fdconv_deploy.runtime import open_session\n"
             "session = open_session(sys.argv[1], threads=1)\n"
-            "answer = session.run\n"
+            "answer = session.run_batches\n"
             "def slow(inputs):\n"
             "    print('inside', flush=True); time.sleep(1); return answer(inputs)\n"
-            "session.run = slow\n"
+            "session.run_batches = slow\n"
             "run([session], port=int(sys.argv[2]), settings=Settings(threads=1))\n"
         )
         with socket.socket() as free:

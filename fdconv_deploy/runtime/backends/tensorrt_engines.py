@@ -17,13 +17,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import secrets
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.errors import BackendError, BundleError
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.bundle_checks import inside, sha256_of
@@ -226,14 +226,14 @@ def keep_engine(bundle: Bundle, record: EngineRecord, plan: Path, layers: str | 
     folder = engines_folder(bundle)
     assert sha256_of(plan) == record.file.sha256
     if layers is not None:
-        write_whole(folder / f"{record.name}.layers.json", layers.encode())
+        write_atomically(folder / f"{record.name}.layers.json", layers.encode())
     try:
         others = [r for r in read_index(bundle).engines if r.name != record.name]
     except BundleError:
         others = []  # what it listed cannot be trusted any more
     index = EngineIndex(engines=(*others, record))
     plan.replace(folder / f"{record.name}.plan")
-    write_whole(bundle.path / INDEX, (index.model_dump_json(indent=2) + "\n").encode())
+    write_atomically(bundle.path / INDEX, (index.model_dump_json(indent=2) + "\n").encode())
 
 
 def engines_folder(bundle: Bundle) -> Path:
@@ -253,13 +253,3 @@ def engines_folder(bundle: Bundle) -> Path:
     if not folder.resolve().is_relative_to(bundle.path.resolve()):
         raise BundleError(f"{folder} leads outside the bundle. Remove the link.")
     return folder
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, then give it its own."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ def settings(bundle: Path, **options):
     """The ONNX Runtime session's own account of its options."""
     with open_session(bundle, "onnxruntime-cpu", **options) as session:
         session.warm_up([1])
-        return session._graphs.get(1)._session.get_session_options()
+        return session.runner._graphs.get(1)._session.get_session_options()
 
 
 class TestSettings:
@@ -84,7 +84,7 @@ class TestErrors:
     def test_failing_run_says_what_onnxruntime_says_without_its_mark(self, tmp_path: Path) -> None:
         bundle = needing(tmp_path / "b", 2, 2)
         with open_session(bundle, "onnxruntime-cpu", threads=1) as session:
-            graph = session._graphs.get(1)
+            graph = session.runner._graphs.get(1)
             with pytest.raises(BackendError, match="failed while running") as caught:
                 graph.run({"x": np.zeros((1, 1), np.int64)})
         assert "[ONNXRuntimeError]" not in str(caught.value)

@@ -9,7 +9,6 @@ import pytest
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import BundleError, ImageError
 from fdconv_deploy.runtime import Session, open_session
-from fdconv_deploy.runtime.detection import as_rows
 from tests.runtime import toy, toy_detector
 from tests.runtime.detection.conftest import picture
 
@@ -92,31 +91,20 @@ class TestBatches:
     def test_any_number_of_images(self, detector: Session, count: int) -> None:
         images = np.random.default_rng(0).normal(size=(count, 3, 64, 96)).astype(np.float32)
         sizes = np.array([(64 - i, 90 + i % 6) for i in range(count)], np.float32)
-        found = detector.run_detector(images, sizes)
+        found = detector.run_batches({"images": images, "sizes": sizes})
         expected = toy_detector.reference(images, sizes)
         assert set(found) == set(expected)
         for name, value in expected.items():
             assert len(found[name]) == count
             assert np.allclose(found[name], value, atol=1e-5), name
 
-    def test_rows_are_the_same(self, detector: Session) -> None:
-        prepared = [detector.prepare_detection(picture(seed=seed)) for seed in range(3)]
-        rows = detector.run(np.stack([one.input for one in prepared]))
-        for one, row, seed in zip(prepared, rows, range(3), strict=True):
-            together, alone = (
-                detector.finish_detection(one, row),
-                detector.detect(picture(seed=seed)),
-            )
+    def test_images_prepared_alone_may_be_run_together(self, detector: Session) -> None:
+        prepared = [detector.detection.prepare(picture(seed=seed)) for seed in range(3)]
+        for seed, together in enumerate(detector.finish_all(prepared)):
+            alone = detector.detect(picture(seed=seed))
             assert np.array_equal(together.boxes, alone.boxes)
             assert np.array_equal(together.scores, alone.scores)
             assert np.array_equal(together.masks, alone.masks)
-
-    def test_rows_hold_any_tensors(self) -> None:
-        told = {"a": np.arange(6).reshape(2, 3), "b": np.array([1.5, 2.5], np.float32)}
-        rows = as_rows(told)
-        assert rows.shape == (2,)
-        assert np.array_equal(rows["a"], told["a"])
-        assert np.array_equal(rows["b"], told["b"])
 
 
 class TestRefusals:
@@ -134,15 +122,23 @@ class TestRefusals:
             ),
             (np.zeros((1, 3, 64, 96)), np.zeros((1, 2), np.float32), "float64"),
             (np.zeros((1, 3, 64, 96), np.float32), np.zeros((1, 3), np.float32), "sizes .N, 2"),
-            (np.zeros((2, 3, 64, 96), np.float32), np.zeros((1, 2), np.float32), "Every image"),
+            (
+                np.zeros((2, 3, 64, 96), np.float32),
+                np.zeros((1, 2), np.float32),
+                "found images .2, .* sizes .1, 2.",
+            ),
         ],
     )
     def test_other_tensors(self, detector: Session, images, sizes, said: str) -> None:
         with pytest.raises(ImageError, match=said):
-            detector.run_detector(images, sizes)
+            detector.run_batches({"images": images, "sizes": sizes})
 
-    def test_other_rows(self, detector: Session) -> None:
-        with pytest.raises(ImageError, match="rows"):
+    def test_inputs_of_other_names(self, detector: Session) -> None:
+        with pytest.raises(ImageError, match="found images"):
+            detector.run_batches({"images": np.zeros((1, 3, 64, 96), np.float32)})
+
+    def test_a_detector_gives_no_logits(self, detector: Session) -> None:
+        with pytest.raises(BundleError, match="does not segment images"):
             detector.run(np.zeros((1, 3, 64, 96), np.float32))
 
     def test_a_detector_does_not_segment(self, detector: Session) -> None:
@@ -160,7 +156,7 @@ class TestRefusals:
 def test_warm_up_and_names(detector: Session, boxes_only: Session) -> None:
     for session in (detector, boxes_only):
         session.warm_up()
-        assert session.loaded_batch_sizes == (1, 4)
+        assert session.runner.loaded_batch_sizes == (1, 4)
         assert session.detects
         assert session.classes == toy_detector.CLASSES
         assert len(session.palette) == 3

@@ -11,7 +11,7 @@ from fdconv_deploy.coco_rle import decode
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Session
 from fdconv_deploy.runtime.input_files import Source, sources_at
-from fdconv_deploy.runtime.result_files import detect_files
+from fdconv_deploy.runtime.result_files import ResultOptions, segment_files
 from tests.runtime.detection.conftest import picture
 from tests.test_cli import fdconv
 
@@ -26,38 +26,37 @@ def scenes(tmp_path: Path) -> list[Source]:
 
 
 def test_what_is_written(detector: Session, scenes: list[Source], tmp_path: Path) -> None:
-    results = list(detect_files(detector, scenes, tmp_path / "out"))
+    results = list(segment_files(detector, scenes, tmp_path / "out"))
     assert len(results) == 2
     for result, path in zip(results, scenes, strict=True):
-        told = json.loads(result.objects.read_text())
+        told = json.loads(result.places["objects"].read_text())
         assert told == json.loads(json.dumps(result.as_dict()))
         assert told["image"] == str(path.path)
         assert (told["height"], told["width"]) == (50, 70)
         assert told["instances"]
         assert all(entry["score"] >= 0.3 for entry in told["instances"])
-        assert result.mask is not None
-        numbers = np.asarray(Image.open(result.mask))
+        numbers = np.asarray(Image.open(result.places["mask"]))
         first = decode(told["instances"][0]["mask"])
         assert np.array_equal(numbers == 1, first)
-        assert Image.open(result.overlay).size == (70, 50)
-        assert str(result.objects) in result.as_line()
+        assert Image.open(result.places["overlay"]).size == (70, 50)
+        assert str(result.places["objects"]) in result.as_line()
 
 
 def test_boxes_alone(boxes_only: Session, scenes: list[Source], tmp_path: Path) -> None:
-    (result,) = detect_files(boxes_only, scenes[:1], tmp_path / "out")
-    assert result.mask is None
+    (result,) = segment_files(boxes_only, scenes[:1], tmp_path / "out")
+    assert result.as_dict()["mask"] is None
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["one.json", "one_overlay.png"]
 
 
 def test_min_score(detector: Session, scenes: list[Source], tmp_path: Path) -> None:
-    (none,) = detect_files(detector, scenes[:1], tmp_path / "out", min_score=1.0)
+    (none,) = segment_files(detector, scenes[:1], tmp_path / "out", ResultOptions(min_score=1.0))
     assert none.as_dict()["instances"] == []
     assert "nothing" in none.as_line()
 
 
 def test_two_of_one_name(detector: Session, scenes: list[Source], tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"would both be written to one\.json"):
-        list(detect_files(detector, [scenes[0], scenes[0]], tmp_path / "out"))
+    with pytest.raises(ImageError, match=r"would both be written to one_overlay\.png"):
+        list(segment_files(detector, [scenes[0], scenes[0]], tmp_path / "out"))
 
 
 class TestCommand:

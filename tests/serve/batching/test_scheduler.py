@@ -16,8 +16,9 @@ import pytest
 from fdconv_deploy.serve.batching import DeadlineError, Scheduler, WorkerDiedError
 
 
-def image(value: float, count: int = 1) -> np.ndarray:
-    return np.full((count, 3, 2, 2), value, np.float32)
+def images(*values: float) -> dict[str, np.ndarray]:
+    """Inputs of an image for each value, full of it."""
+    return {"images": np.stack([np.full((3, 2, 2), value, np.float32) for value in values])}
 
 
 class Model:
@@ -28,12 +29,12 @@ class Model:
         self.started, self.go_on = threading.Semaphore(0), threading.Semaphore(0)
         self.held = held
 
-    def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        self.batches.append(inputs[:, 0, 0, 0].tolist())
+    def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.batches.append(inputs["images"][:, 0, 0, 0].tolist())
         self.started.release()
         if self.held:
             assert self.go_on.acquire(timeout=20)
-        return inputs[:, :1] * 2
+        return {"logits": inputs["images"][:, :1] * 2}
 
 
 def on_loop(test: Callable[[Scheduler], Coroutine[Any, Any, None]], **options: Any) -> None:
@@ -60,8 +61,10 @@ def test_each_gets_its_own_answer() -> None:
     async def test(scheduler: Scheduler) -> None:
         model = Model()
         scheduler.add_lane("m", model, (1, 4))
-        found = await asyncio.gather(*(scheduler.run("m", image(n)) for n in range(50)))
-        assert [outcome.rows[0][0, 0, 0] for outcome in found] == [2 * n for n in range(50)]
+        found = await asyncio.gather(*(scheduler.run("m", images(n)) for n in range(50)))
+        assert [outcome.rows[0]["logits"][0, 0, 0] for outcome in found] == [
+            2 * n for n in range(50)
+        ]
         assert sorted(value for batch in model.batches for value in batch) == list(range(50))
 
     on_loop(test, workers=2)
@@ -71,9 +74,9 @@ def test_what_waits_while_a_worker_is_busy_runs_together() -> None:
     async def test(scheduler: Scheduler) -> None:
         model = Model(held=True)
         scheduler.add_lane("m", model, (1, 4))
-        first = asyncio.ensure_future(scheduler.run("m", image(0)))
+        first = asyncio.ensure_future(scheduler.run("m", images(0)))
         await until(lambda: scheduler.running == 1)
-        rest = [asyncio.ensure_future(scheduler.run("m", image(n))) for n in range(1, 5)]
+        rest = [asyncio.ensure_future(scheduler.run("m", images(n))) for n in range(1, 5)]
         await until(lambda: scheduler.waiting == 4)
         model.held = False
         model.go_on.release()
@@ -88,9 +91,9 @@ def test_several_images_of_one_request() -> None:
     async def test(scheduler: Scheduler) -> None:
         model = Model()
         scheduler.add_lane("m", model, (1, 4))
-        batch = np.concatenate([image(n) for n in range(6)])
+        batch = images(*range(6))
         found = await scheduler.run("m", batch)
-        assert [row[0, 0, 0] for row in found.rows] == [0, 2, 4, 6, 8, 10]
+        assert [row["logits"][0, 0, 0] for row in found.rows] == [0, 2, 4, 6, 8, 10]
         assert sorted(found.batch_sizes) == [1, 1, 4, 4, 4, 4]
 
     on_loop(test)
@@ -100,10 +103,10 @@ def test_a_whole_batch_is_not_copied() -> None:
     seen = []
 
     async def test(scheduler: Scheduler) -> None:
-        batch = image(1, 4)
+        batch = images(1, 1, 1, 1)
         scheduler.add_lane("m", lambda x: seen.append(x) or x, (4,))
         await scheduler.run("m", batch)
-        assert np.shares_memory(seen[0], batch)
+        assert np.shares_memory(seen[0]["images"], batch["images"])
 
     on_loop(test)
 
@@ -112,7 +115,7 @@ def test_workers_run_at_the_same_time() -> None:
     async def test(scheduler: Scheduler) -> None:
         together = threading.Barrier(2, timeout=20)
         scheduler.add_lane("m", lambda x: (together.wait(), x)[1], (1,))
-        await asyncio.gather(scheduler.run("m", image(0)), scheduler.run("m", image(1)))
+        await asyncio.gather(scheduler.run("m", images(0)), scheduler.run("m", images(1)))
 
     on_loop(test, workers=2)
 
@@ -121,10 +124,10 @@ def test_a_deadline_that_passes_while_waiting() -> None:
     async def test(scheduler: Scheduler) -> None:
         model = Model(held=True)
         scheduler.add_lane("m", model, (1,))
-        first = asyncio.ensure_future(scheduler.run("m", image(0)))
+        first = asyncio.ensure_future(scheduler.run("m", images(0)))
         await until(lambda: scheduler.running == 1)
         with pytest.raises(DeadlineError):
-            await scheduler.run("m", image(1), scheduler._clock() + 0.02)
+            await scheduler.run("m", images(1), scheduler._clock() + 0.02)
         assert scheduler.waiting == 0
         model.go_on.release()
         await first
@@ -137,9 +140,9 @@ def test_one_whose_client_left_is_not_run() -> None:
     async def test(scheduler: Scheduler) -> None:
         model = Model(held=True)
         scheduler.add_lane("m", model, (1,))
-        first = asyncio.ensure_future(scheduler.run("m", image(0)))
+        first = asyncio.ensure_future(scheduler.run("m", images(0)))
         await until(lambda: scheduler.running == 1)
-        left = asyncio.ensure_future(scheduler.run("m", image(1)))
+        left = asyncio.ensure_future(scheduler.run("m", images(1)))
         await until(lambda: scheduler.waiting == 1)
         left.cancel()
         await until(lambda: scheduler.waiting == 0)
@@ -152,14 +155,14 @@ def test_one_whose_client_left_is_not_run() -> None:
 
 def test_an_error_reaches_those_of_its_batch_only() -> None:
     async def test(scheduler: Scheduler) -> None:
-        def run(inputs: np.ndarray) -> np.ndarray:
-            if inputs[0, 0, 0, 0] == 1:
+        def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            if inputs["images"][0, 0, 0, 0] == 1:
                 raise ValueError("no")
             return inputs
 
         scheduler.add_lane("m", run, (1,))
         found = await asyncio.gather(
-            *(scheduler.run("m", image(n)) for n in range(3)), return_exceptions=True
+            *(scheduler.run("m", images(n)) for n in range(3)), return_exceptions=True
         )
         assert [isinstance(outcome, ValueError) for outcome in found] == [False, True, False]
 
@@ -171,14 +174,14 @@ def test_a_thread_that_ends_is_replaced(end: type[BaseException]) -> None:
     deaths = []
 
     async def test(scheduler: Scheduler) -> None:
-        def run(inputs: np.ndarray) -> np.ndarray:
-            if inputs[0, 0, 0, 0] == 1:
+        def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            if inputs["images"][0, 0, 0, 0] == 1:
                 raise end
             return inputs
 
         scheduler.add_lane("m", run, (1,))
         found = await asyncio.gather(
-            *(scheduler.run("m", image(n)) for n in range(4)), return_exceptions=True
+            *(scheduler.run("m", images(n)) for n in range(4)), return_exceptions=True
         )
         assert [isinstance(o, WorkerDiedError) for o in found] == [False, True, False, False]
 
@@ -199,7 +202,7 @@ def test_codecs_run_beside_inference() -> None:
     async def test(scheduler: Scheduler) -> None:
         model = Model(held=True)
         scheduler.add_lane("m", model, (1,))
-        first = asyncio.ensure_future(scheduler.run("m", image(0)))
+        first = asyncio.ensure_future(scheduler.run("m", images(0)))
         await until(lambda: scheduler.running == 1)
         name = await scheduler.code(lambda: threading.current_thread().name)
         assert name.startswith("codec")
@@ -215,7 +218,7 @@ def test_closing_runs_what_waits() -> None:
         scheduler.start()
         model = Model(held=True)
         scheduler.add_lane("m", model, (1,))
-        asked = [asyncio.ensure_future(scheduler.run("m", image(n))) for n in range(3)]
+        asked = [asyncio.ensure_future(scheduler.run("m", images(n))) for n in range(3)]
         await until(lambda: scheduler.waiting == 2)
         closing = asyncio.get_running_loop().run_in_executor(None, scheduler.close)
         model.held = False
@@ -240,17 +243,17 @@ def test_a_request_leaves_nothing_to_be_collected(uncollected: None, end: str) -
     """Else tensors wait for the garbage collector, and a busy service's memory grows."""
 
     async def test(scheduler: Scheduler) -> None:
-        def run(inputs: np.ndarray) -> np.ndarray:
+        def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             if end == "failed":
                 raise RuntimeError
             time.sleep(0.05 if end == "late" else 0)
-            return inputs[:, :1] * 2
+            return {"logits": inputs["images"][:, :1] * 2}
 
         scheduler.add_lane("m", run, (1, 4))
         left = []
         for number in range(4):
-            inputs = image(number, 3)
-            left.append(weakref.ref(inputs))
+            inputs = images(number, number, number)
+            left.append(weakref.ref(inputs["images"]))
             deadline = scheduler._clock() + 0.01 if end == "late" else float("inf")
             with contextlib.suppress(DeadlineError, RuntimeError):
                 await scheduler.run("m", inputs, deadline)

@@ -100,10 +100,11 @@ def test_pixels_are_padded_with_zeros(detecting, detectors: list[Path]) -> None:
     call = {"inputs": [tensor("images", image[None], "UINT8"), tensor("sizes", SIZES[:1])]}
     found = arrays(detecting.post(URL, json=call).json())
     with open_session(detectors[0], threads=1) as session:
-        row = session.prepare_detection(np.ascontiguousarray(image[:64, :90]))
-        expected = session.run(row.input[None])[0]
-    assert row.placement.width == 90
-    assert np.allclose(found["scores"][0], expected["scores"], atol=1e-5)
+        prepared = session.detection.prepare(np.ascontiguousarray(image[:64, :90]))
+        inputs = {name: value[None] for name, value in prepared.inputs.items()}
+        expected = session.run_batches(inputs)
+    assert prepared.placement.width == 90
+    assert np.allclose(found["scores"], expected["scores"], atol=1e-5)
 
 
 @pytest.mark.parametrize(

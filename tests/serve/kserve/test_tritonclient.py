@@ -315,14 +315,14 @@ def test_grpc_calls_at_a_time_are_bounded(bundles, tensor) -> None:
     port = free_port()
     settings = Settings(threads=1, grpc_port=port, queue_limit=0)
     with open_session(bundles[0], threads=1) as session:
-        run, go_on = session.run, threading.Event()
+        run, go_on = session.run_batches, threading.Event()
 
         def held(inputs):
             assert go_on.wait(20)
             return run(inputs)
 
         with running([session], settings=settings):
-            session.run = held  # type: ignore[method-assign]
+            session.run_batches = held  # type: ignore[method-assign]
             client = grpc.InferenceServerClient(f"127.0.0.1:{port}")
             x = grpc.InferInput("images", (1, *tensor.shape[1:]), "FP32")
             x.set_data_from_numpy(tensor[:1])
