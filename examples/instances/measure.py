@@ -3,7 +3,7 @@
     python -m examples.instances.measure                 # from the repository's root
 
 On the 16 packaged held-out scenes and on 200 more. Each image goes through both before the
-next one. The scores go into ``fdconv_deploy/demo/assets/instances_training.json``, and a
+next one. The scores go into ``examples/assets/instances_training.json``, and a
 picture of a few answers into ``docs/instances.png``.
 """
 
@@ -22,13 +22,19 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-import fdconv_deploy.demo
 from examples.instances.package import EVALUATION_SEEDS
 from examples.streets.instances import COLOURS, coco_annotations, draw_instances
 from examples.training.record import write_json
 from examples.training.scenes import SIZE
 from fdconv_deploy.checkpoints import load_checkpoint
-from fdconv_deploy.demo import detector_record, held_out, held_out_instances, packaged_detector
+from fdconv_deploy.demo import (
+    HELD_OUT_SEEDS,
+    assets_folder,
+    detector_record,
+    held_out,
+    held_out_instances,
+    packaged_detector,
+)
 from fdconv_deploy.evaluation.coco import CocoSet, read_coco
 from fdconv_deploy.evaluation.compare_detectors import (
     DetectionEvaluation,
@@ -90,7 +96,7 @@ def sheet(session: Session, chosen: tuple[int, ...] = SHOWN) -> NDArray[np.uint8
     """A row per held-out scene: the image, what is in it, what the bundle finds from 0.5 on."""
     rows = []
     for index in chosen:
-        _, truth = draw_instances(fdconv_deploy.demo.HELD_OUT_SEEDS[index])
+        _, truth = draw_instances(HELD_OUT_SEEDS[index])
         image = read_image(held_out()[index][0])
         answer = session.detect(image).kept(0.5)
         assert answer.masks is not None
@@ -146,7 +152,7 @@ def main() -> None:
                 record[title] = summary(measure(session, data))
                 console.print(table(title, record[title]))
             Image.fromarray(sheet(session)).save(given.picture, optimize=True)
-    assets = Path(fdconv_deploy.demo.__file__).parent / "assets"
+    assets = assets_folder()
     write_json(assets / "instances_training.json", record)
 
 

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-import fdconv_deploy.demo
+from fdconv_deploy.demo import assets_folder
 
 STOPPED = "stopped before the end; the same command goes on from here"
 console = Console(highlight=False, soft_wrap=True)
@@ -43,9 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser, standard: Recipe, work: Path)
     parser.add_argument("--seed", type=int, default=standard.seed)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop each network after")
     parser.add_argument("--work", type=Path, default=work)
-    parser.add_argument(
-        "--out", type=Path, default=Path(fdconv_deploy.demo.__file__).parent / "assets"
-    )
+    parser.add_argument("--out", type=Path, default=assets_folder())
 
 
 def recipe_of(standard: R, given: argparse.Namespace) -> R:

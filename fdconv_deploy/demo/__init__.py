@@ -1,18 +1,23 @@
-"""Trained FDConv networks of drawn streets, and held-out scenes.
+"""The demo's networks and scenes: trained FDConv networks of synthetic streets.
 
-`scenes` draws the streets, `instances` tells the things in them apart. A segmentor and its plain
-twin were trained by ``examples/streets/train.py``, a detector by ``examples/instances``. How,
-and how well they do, stands in ``assets/training.json`` and ``assets/instances_training.json``.
+They lie in the repository's folder ``examples/assets``, not in the installed package, which serves
+others' bundles. A segmentor and its baseline with plain convolutions were trained by
+``examples/streets/train.py``, a detector by ``examples/instances``; how, and how well they do, is
+in ``training.json`` and ``instances_training.json`` there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from fdconv_deploy.errors import FDConvError
+
 __all__ = [
     "HELD_OUT_SEEDS",
+    "assets_folder",
     "detector_record",
     "held_out",
     "held_out_instances",
@@ -25,8 +30,14 @@ __all__ = [
 # No training scene has one of these seeds: see TRAINING_SEEDS in examples/training/scenes.py.
 HELD_OUT_SEEDS = range(9_000_000, 9_000_016)
 
-_ASSETS = Path(__file__).parent / "assets"
-_INSTANCES = "python -m examples.instances.train"
+# The assets' folder, where the package is not used from a clone of the repository.
+SWITCH = "FDCONV_DEMO_ASSETS"
+_CLONE = Path(__file__).resolve().parents[2] / "examples" / "assets"
+
+
+def assets_folder() -> Path:
+    """The demo's files: ``FDCONV_DEMO_ASSETS``, or the clone's folder ``examples/assets``."""
+    return Path(os.environ.get(SWITCH) or _CLONE)
 
 
 def packaged_checkpoint() -> Path:
@@ -35,13 +46,13 @@ def packaged_checkpoint() -> Path:
 
 
 def plain_checkpoint() -> Path:
-    """Its twin with plain convolutions, trained on the same scenes in the same order."""
+    """Its baseline with plain convolutions, trained on the same scenes in the same order."""
     return _asset("streets_plain.pth")
 
 
 def packaged_detector() -> Path:
     """A Mask R-CNN with FDConv that finds people, cars and signs, as mmdetection 2.x saves one."""
-    return _asset("instances.pth", _INSTANCES)
+    return _asset("instances.pth")
 
 
 def held_out() -> list[tuple[Path, Path]]:
@@ -56,7 +67,7 @@ def held_out() -> list[tuple[Path, Path]]:
 
 def held_out_instances() -> Path:
     """What is to be found in the held-out scenes: annotations as COCO has them."""
-    return _asset("heldout/instances.json", _INSTANCES)
+    return _asset("heldout/instances.json")
 
 
 def training_record() -> dict[str, Any]:
@@ -67,15 +78,16 @@ def training_record() -> dict[str, Any]:
 
 def detector_record() -> dict[str, Any]:
     """How the detector was trained, and its scores in PyTorch and as a bundle."""
-    record: dict[str, Any] = json.loads(_asset("instances_training.json", _INSTANCES).read_text())
+    record: dict[str, Any] = json.loads(_asset("instances_training.json").read_text())
     return record
 
 
-def _asset(name: str, made_by: str = "python -m examples.streets.train") -> Path:
-    path = _ASSETS / name
+def _asset(name: str) -> Path:
+    path = assets_folder() / name
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing from this installation. Reinstall fdconv-deploy, or make it "
-            f"anew with `{made_by}`."
+        raise FDConvError(
+            f"The demo's {name} is not at {path}. The demo's networks are part of the repository, "
+            f"not of the installed package: run it from a clone (make demo), or set {SWITCH} to "
+            "the clone's folder examples/assets."
         )
     return path

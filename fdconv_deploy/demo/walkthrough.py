@@ -72,15 +72,15 @@ def walk(folder: Path, console: Console) -> None:
             if not verdict.equal:
                 raise ExportError(refusal(verdict, "the bundle"))
         rows.append(("largest error, of the largest logit", f"{_worst(verdict):.1e}"))
-        with step(f"score all on {len(pictures)} held-out images, and the plain twin"):
-            twin = load_segmentor(plain_checkpoint(), require_fdconv=False)
-            plain = _score(lambda p: _torch_labels(twin, session, p), pictures, truths)
+        with step(f"score all on {len(pictures)} held-out images, and the baseline"):
+            baseline = load_segmentor(plain_checkpoint(), require_fdconv=False)
+            plain = _score(lambda p: _torch_labels(baseline, session, p), pictures, truths)
             eager = _score(lambda p: _torch_labels(network, session, p), pictures, truths)
             exported = _score(lambda p: session.segment(p).labels, pictures, truths)
         rows += [
             ("held-out mIoU, PyTorch", f"{eager.mean_iou:.4f}"),
             ("held-out mIoU, bundle", f"{exported.mean_iou:.4f}"),
-            ("held-out mIoU, plain twin in PyTorch", f"{plain.mean_iou:.4f}"),
+            ("held-out mIoU, baseline in PyTorch", f"{plain.mean_iou:.4f}"),
         ]
         with step("time both, one image at a time, taking turns"), Bystanders() as others:
             eager_ms, exported_ms = _race(network, session, pictures[0])
@@ -89,7 +89,7 @@ def walk(folder: Path, console: Console) -> None:
             ("bundle", f"{exported_ms:.0f} ms an image ({exported_ms / eager_ms:.2f}×)"),
         ]
         if (others.share or 0) > QUIET:
-            said = f"others had {others.share:.0%} of the CPUs meanwhile: do not quote these"
+            said = f"measured on a shared machine ({others.share:.0%} of CPU used by others)"
             rows.append(("both times", said))
         write_atomically(folder / "picture.png", _sheet(session, pictures[:SHOWN], truths[:SHOWN]))
     image = held_out()[0][0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from fdconv_deploy.demo import (
     plain_checkpoint,
     training_record,
 )
+from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.metrics import confusion_matrix, scores
 from fdconv_deploy.nn import FDConv2d
 
@@ -122,3 +125,11 @@ def test_attention_differs_from_image_to_image(fdconv, record):
         # Of a gate at rest: 1, and of the kernel's attentions 1 in kernel_num.
         rest = 1 / dynamic_layers(fdconv)[0].kernel_num if kind == "kernel" else 1
         assert spread[kind]["mean"] > 4e-3 * rest, kind
+
+
+def test_packaged_checkpoint_is_missed_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FDCONV_DEMO_ASSETS", str(tmp_path))
+    with pytest.raises(FDConvError, match=r"streets\.pth is not at .*clone"):
+        packaged_checkpoint()

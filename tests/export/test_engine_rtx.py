@@ -81,7 +81,7 @@ def test_what_is_no_graph_is_refused(tmp_path):
 def test_the_packaged_network(tmp_path):
     from fdconv_deploy.export import export_checkpoint
 
-    checkpoint = ROOT / "fdconv_deploy/demo/assets/streets.pth"
+    checkpoint = ROOT / "examples/assets/streets.pth"
     exported = export_checkpoint(checkpoint, tmp_path / "bundle", size=(192, 256), batches=(1, 4))
     variant = tmp_path / "plugins.onnx"
     onnx.save(ask_for_plugins(onnx.load(str(exported.model_path(1)))).model, variant)
