@@ -20,8 +20,6 @@ from fdconv_deploy.runtime.images import ImageTooLargeError, UnsupportedImageErr
 log = logging.getLogger("fdconv.serve")
 REQUEST_ID = "X-Request-ID"
 MEDIA_TYPE = "application/problem+json"
-LATE = "The request was not answered by its deadline. Try again later, or allow more time."
-DIED = "The worker that had this request ended before answering. Send the request again."
 
 
 class Problem(BaseModel):
@@ -41,10 +39,6 @@ class Problem(BaseModel):
     error: str | None = Field(
         default=None, description="As `detail`; KServe's clients (/v2) read it here."
     )
-
-
-class ClientGoneError(Exception):
-    """The client closed its connection before it had its answer."""
 
 
 class RefusedError(Exception):
@@ -93,67 +87,67 @@ def problem_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def image_problem(error: ImageError) -> tuple[int, str]:
-    """The status and sentence for an image that is not accepted."""
-    # Images come as bytes here, so no message of read_image can name a path.
-    if isinstance(error, ImageTooLargeError):
-        return 413, str(error)
-    return 415 if isinstance(error, UnsupportedImageError) else 422, str(error)
+def answer_to(error: Exception) -> RefusedError | None:
+    """How an error is answered over HTTP and gRPC; None for one that was not foreseen."""
+    if isinstance(error, RefusedError):
+        return error
+    if isinstance(error, ImageError):
+        # Images come as bytes here, so no message of read_image can name a path.
+        large = isinstance(error, ImageTooLargeError)
+        unsupported = isinstance(error, UnsupportedImageError)
+        return RefusedError(413 if large else 415 if unsupported else 422, str(error))
+    if isinstance(error, DeadlineError):
+        return RefusedError(
+            504,
+            "The request was not answered by its deadline. Try again later, or allow more time.",
+        )
+    if isinstance(error, WorkerDiedError):
+        return RefusedError(
+            503,
+            "The worker that had this request ended before answering. Send the request again.",
+            {"Retry-After": "1"},
+        )
+    if isinstance(error, HTTPException):
+        details = {
+            404: "There is nothing at this address; /docs lists what there is.",
+            405: "This address does not take that method; /docs lists which it takes.",
+        }
+        detail = details.get(error.status_code, f"{error.detail}".rstrip(".") + ".")
+        return RefusedError(error.status_code, detail, dict(error.headers or {}))
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        where = str(first["loc"][-1]) if first["loc"] else "the request"
+        if first["type"] == "extra_forbidden":
+            detail = f"There is no parameter {where[:60]!r}; /docs lists which there are."
+            return RefusedError(422, detail)
+        return RefusedError(422, f"{where!r} is not valid: {first['msg']}.")
+    return None
 
 
 def install(app: FastAPI) -> None:
     """Make every error of the application a problem document."""
-    for kind in (
+    foreseen = (
         RefusedError,
         ImageError,
-        RequestValidationError,
-        HTTPException,
-        ClientDisconnect,
-        ClientGoneError,
         DeadlineError,
         WorkerDiedError,
-    ):
-        app.add_exception_handler(kind, _foreseen)
-    app.add_exception_handler(Exception, _unforeseen)
-
-
-def _foreseen(request: Request, error: Exception) -> Response:
-    if isinstance(error, (ClientDisconnect, ClientGoneError)):
-        return Response(status_code=499)  # nobody is there to read it; the log shows it
-    headers: Any = None
-    if isinstance(error, RefusedError):
-        status, detail, headers = error.status, error.detail, error.headers
-    elif isinstance(error, ImageError):
-        status, detail = image_problem(error)
-    elif isinstance(error, RequestValidationError):
-        status, detail = 422, _invalid(error)
-    elif isinstance(error, HTTPException):
-        status, headers = error.status_code, error.headers
-        detail = {
-            404: "There is nothing at this address; /docs lists what there is.",
-            405: "This address does not take that method; /docs lists which it takes.",
-        }.get(status, f"{error.detail}".rstrip(".") + ".")
-    elif isinstance(error, DeadlineError):
-        status, detail = 504, LATE
-    else:
-        status, detail, headers = 503, DIED, {"Retry-After": "1"}
-    return problem_response(request, status, detail, headers)
-
-
-def _invalid(error: RequestValidationError) -> str:
-    first = error.errors()[0]
-    where = str(first["loc"][-1]) if first["loc"] else "the request"
-    if first["type"] == "extra_forbidden":
-        return f"There is no parameter {where[:60]!r}; /docs lists which there are."
-    return f"{where!r} is not valid: {first['msg']}."
-
-
-def _unforeseen(request: Request, error: Exception) -> Response:
-    request_id = getattr(request.state, "request_id", "unknown")
-    log.error("request %s failed", request_id, exc_info=error)
-    return problem_response(
-        request,
-        500,
-        "The service failed to answer this request; that is its fault, not the image's. Its log "
-        f"says why, under the request id {request_id}.",
+        HTTPException,
+        RequestValidationError,
     )
+    for kind in foreseen:
+        app.add_exception_handler(kind, _answer)
+    app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=499))
+    app.add_exception_handler(Exception, _answer)
+
+
+def _answer(request: Request, error: Exception) -> Response:
+    found = answer_to(error)
+    if found is None:
+        request_id = getattr(request.state, "request_id", "unknown")
+        log.error("request %s failed", request_id, exc_info=error)
+        found = RefusedError(
+            500,
+            "The service failed to answer this request; that is its fault, not the image's. Its "
+            f"log says why, under the request id {request_id}.",
+        )
+    return problem_response(request, found.status, found.detail, found.headers)

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.encoders import jsonable_encoder
 from fastapi.openapi.utils import get_openapi
-from fdconv_deploy.serve.errors import DIED, LATE, MEDIA_TYPE, problem
+from fdconv_deploy.serve.errors import MEDIA_TYPE, problem
 from fdconv_deploy.serve.kserve.metadata import (
     ServerLive,
     ServerMetadata,
@@ -57,8 +57,8 @@ _DETAILS = {
     431: "The request has more than 100 headers, or more than 32,768 bytes of them. Send fewer.",
     500: "The service failed to answer this request; that is its fault, not the image's. Its log "
     f"says why, under the request id {_ID}.",
-    503: DIED,
-    504: LATE,
+    503: "The worker that had this request ended before answering. Send the request again.",
+    504: "The request was not answered by its deadline. Try again later, or allow more time.",
 }
 
 

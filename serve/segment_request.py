@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from fdconv_deploy.serve.batching import Outcome
-from fdconv_deploy.serve.errors import RefusedError, image_problem
+from fdconv_deploy.serve.errors import RefusedError, answer_to
 from fdconv_deploy.serve.model_repository import Version
 from fdconv_deploy.serve.responses import Answer, render
 from fdconv_deploy.serve.segment_options import SegmentRequest
@@ -127,11 +127,10 @@ class _Image:
         image = f"Image {number}" + (f" ({self._name})" if self._name else "")
         try:
             await self.run()
-        except RefusedError as error:
-            raise RefusedError(error.status, f"{image}: {error.detail}") from error
-        except ImageError as error:
-            status, detail = image_problem(error)
-            raise RefusedError(status, f"{image}: {detail}") from error
+        except (RefusedError, ImageError) as error:
+            found = answer_to(error)
+            assert found is not None
+            raise RefusedError(found.status, f"{image}: {found.detail}") from error
 
     def answer(self) -> Answer:
         """Turn the network's output into the answer; the time is the postprocess stage's."""

@@ -11,8 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 from fdconv_deploy.serve.api_keys import Keys
-from fdconv_deploy.serve.batching import DeadlineError, WorkerDiedError
-from fdconv_deploy.serve.errors import DIED, LATE, REQUEST_ID, RefusedError
+from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, answer_to
 from fdconv_deploy.serve.kserve.inference import infer
 from fdconv_deploy.serve.kserve.metadata import (
     ServerMetadata,
@@ -143,17 +142,15 @@ class GrpcServer:
                 else:
                     response = MESSAGES[f"{method}Response"]()
                     answer = ParseDict(await self._answer(method, request), response)
-            except RefusedError as error:
-                code = _CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
-                detail = error.detail
-            except DeadlineError:
-                code, detail = grpc.StatusCode.DEADLINE_EXCEEDED, LATE
-            except WorkerDiedError:
-                code, detail = grpc.StatusCode.UNAVAILABLE, DIED
-            except Exception:
-                log.exception("the gRPC request %s (%s) failed", request_id, method)
-                code = grpc.StatusCode.INTERNAL
-                detail = "The service failed to answer this request; its log says why."
+            except Exception as error:
+                found = answer_to(error)
+                if found is None:
+                    log.exception("the gRPC request %s (%s) failed", request_id, method)
+                    code = grpc.StatusCode.INTERNAL
+                    detail = "The service failed to answer this request; its log says why."
+                else:
+                    code = _CODES.get(found.status, grpc.StatusCode.INVALID_ARGUMENT)
+                    detail = found.detail
             metrics = self._service.metrics
             metrics.requests.labels(route, code.name).inc()
             seconds = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""What the routes share."""
+"""What routes share: the service, time limits, cancellation when the client goes away."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Coroutine
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Header, Request, Response
-from fdconv_deploy.serve.errors import ClientGoneError
 from fdconv_deploy.serve.service import Service
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
@@ -19,14 +19,13 @@ TimeoutMs = Annotated[
         alias="X-Timeout-Ms",
         ge=1,
         le=NO_LIMIT,
-        description="Milliseconds in which an answer is of use; then a 504. The service's own "
-        "limit holds too.",
+        description="Time limit in milliseconds, then a 504; the service's own limit also holds.",
     ),
 ]
 
 
 class Parts(Response):
-    """A body in parts, sent one after another as they are, never joined."""
+    """A body in parts, which are sent one after another without being joined."""
 
     def __init__(self, parts: list[Any], media_type: str, headers: dict[str, str]) -> None:
         size = sum(len(part) for part in parts)
@@ -34,7 +33,7 @@ class Parts(Response):
         self._parts = parts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
+        """Send the response."""
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         last = len(self._parts) - 1
         for place, part in enumerate(self._parts):
@@ -50,10 +49,16 @@ def service_of(request: Request) -> Service:
 def answered(
     request: Request, model: str, images: int, stages: list[tuple[str, float]]
 ) -> dict[str, float]:
-    """Note what was done, for the counters, the log and the trace; written once it is sent.
+    """Note what was done, for the middleware to count, log and trace once the answer is sent.
 
-    :param stages: (name, seconds) in the order they happened.
-    :returns: milliseconds by stage.
+    Args:
+        request: the request.
+        model: the model's name.
+        images: number of images.
+        stages: (name, seconds) in order.
+
+    Returns:
+        Milliseconds by stage.
     """
     timings = {name: round(seconds * 1e3, 3) for name, seconds in stages}
     state = request.scope["state"]
@@ -65,7 +70,8 @@ def answered(
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Await ``work``, and cancel it when the client goes away.
 
-    :raises ClientGoneError: it did.
+    Raises:
+        ClientDisconnect: the client went away.
     """
     task = asyncio.current_task()
     assert task is not None
@@ -84,7 +90,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         return await work
     except asyncio.CancelledError:
         if left:
-            raise ClientGoneError from None
+            raise ClientDisconnect from None
         raise
     finally:
         over = True

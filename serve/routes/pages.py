@@ -1,11 +1,10 @@
-"""The page, the documentation, and what they are made of. All of it is served from here."""
+"""The browser pages and what they are made of. All of it is served from here, nothing elsewhere."""
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
 from importlib.resources import files
-from importlib.resources.abc import Traversable
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -32,70 +31,56 @@ _HEADERS = {
 @router.get("/")
 async def page() -> Response:
     """Try a model on an image."""
-    return _asset("index.html")
+    return _file(_static(), "index.html")
 
 
 @router.get("/docs")
 async def documentation() -> Response:
     """The API's documentation, drawn from /openapi.json."""
-    return _asset("docs.html")
+    return _file(_static(), "docs.html")
 
 
 @router.get("/favicon.ico")
 async def icon() -> Response:
     """The page's icon."""
-    return _asset("icon.svg")
+    return _file(_static(), "icon.svg")
 
 
 @router.get("/static/{name}")
-async def asset(name: str) -> Response:
+async def static(name: str) -> Response:
     """A script, a style sheet, a picture."""
-    return _asset(name)
+    return _file(_static(), name)
 
 
 @router.get("/samples")
 async def samples() -> JSONResponse:
     """The names of the sample scenes."""
-    return JSONResponse({"samples": sorted(_samples())})
+    return JSONResponse({"samples": [*_samples()]})
 
 
 @router.get("/samples/{name}")
 async def sample(name: str) -> Response:
     """A sample scene."""
-    found = _samples().get(name)
-    if found is None:
-        raise _nothing()
-    return Response(found.read_bytes(), media_type="image/png", headers=_HEADERS)
+    return _file(_samples(), name)
 
 
-def _asset(name: str) -> Response:
-    found = _assets().get(name)
-    if found is None:
-        raise _nothing()
-    return Response(found[0], headers={**_HEADERS, "Content-Type": found[1]})
+# Read once, by name from a list: no path is ever made from what a client sends.
+@lru_cache(maxsize=1)
+def _static() -> dict[str, bytes]:
+    folder = files("fdconv_deploy.serve") / "static"
+    return {entry.name: entry.read_bytes() for entry in folder.iterdir()}
 
 
 @lru_cache(maxsize=1)
-def _assets() -> dict[str, tuple[bytes, str]]:
-    # Read once, by name from a list: no path is ever made from what a client sends.
-    return {
-        entry.name: (entry.read_bytes(), _TYPES[entry.name.rpartition(".")[2]])
-        for entry in (files("fdconv_deploy.serve") / "static").iterdir()
-        if entry.name.rpartition(".")[2] in _TYPES
-    }
-
-
-@lru_cache(maxsize=1)
-def _samples() -> dict[str, Traversable]:
+def _samples() -> dict[str, bytes]:
     folder = files("fdconv_deploy.demo") / "assets" / "heldout"
-    if not folder.is_dir():
-        return {}
-    found = sorted(
-        (entry for entry in folder.iterdir() if re.fullmatch(r"\d{3}\.png", entry.name)),
-        key=lambda entry: entry.name,
-    )
-    return {entry.name: entry for entry in found[:_SAMPLES]}
+    found = [*folder.iterdir()] if folder.is_dir() else []
+    scenes = sorted(e.name for e in found if re.fullmatch(r"\d{3}\.png", e.name))
+    return {name: (folder / name).read_bytes() for name in scenes[:_SAMPLES]}
 
 
-def _nothing() -> RefusedError:
-    return RefusedError(404, "There is nothing at this address; /docs lists what there is.")
+def _file(found: dict[str, bytes], name: str) -> Response:
+    if name not in found:
+        raise RefusedError(404, "There is nothing at this address; /docs lists what there is.")
+    kind = _TYPES[name.rpartition(".")[2]]
+    return Response(found[name], headers={**_HEADERS, "Content-Type": kind})
