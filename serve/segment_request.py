@@ -142,9 +142,8 @@ class _Image:
             assert self._prepared is not None
             found = self._session.detection.finish(self._prepared, output)
             found = found.kept(request.min_score, request.kept)
-            if found.has_masks and (
-                request.form.output != "json" or request.options.mask != "none"
-            ):
+            boxes_alone = request.form.output == "json" and request.options.mask == "none"
+            if found.has_masks and not boxes_alone:
                 _ = found.pasted  # made here, so that its time counts as this stage's
         elif request.mode == "slide":
             found = output

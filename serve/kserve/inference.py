@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,7 @@ from fdconv_deploy.serve.model_repository import Version
 from fdconv_deploy.serve.service import Service
 
 from fdconv_deploy.runtime import Session, Tensors
-from fdconv_deploy.runtime.postprocessing import label_map
-from fdconv_deploy.runtime.preprocessing import normalise
+from fdconv_deploy.runtime.preprocessing import Placement, Prepared, normalise
 
 Array = npt.NDArray[Any]
 
@@ -58,15 +56,5 @@ def _inputs(session: Session, request: InferRequest) -> dict[str, Array]:
 
 
 def _labels(session: Session, rows: list[Tensors]) -> Array:
-    architecture = session.bundle.manifest.architecture
-    assert architecture is not None
-    size, head = session.input_size, architecture.decode_head
-    label = partial(
-        label_map,
-        network=size,
-        covered=size,
-        image=size,
-        align_corners=head.align_corners,
-        threshold=head.label_threshold,
-    )
-    return np.stack([label(row["logits"]) for row in rows])
+    whole = Prepared({}, Placement("resized", *session.input_size, session.input_size), 0.0)
+    return np.stack([session.segmentation.finish(whole, row).labels for row in rows])
