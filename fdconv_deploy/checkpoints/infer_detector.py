@@ -15,8 +15,8 @@ from fdconv_deploy.checkpoints.infer_detector_heads import (
 )
 from fdconv_deploy.checkpoints.infer_detector_test import infer_rcnn_test, infer_rpn_test
 from fdconv_deploy.checkpoints.infer_layers import Shapes, dynamic_names, part
+from fdconv_deploy.checkpoints.infer_preprocessing import infer_classes, infer_preprocessing
 from fdconv_deploy.checkpoints.infer_segmentor import infer_whole_backbone, output_widths
-from fdconv_deploy.checkpoints.infer_settings import infer_classes, infer_preprocessing
 from fdconv_deploy.config import PUBLISHED_SCALE, DetectorConfig, DetectorTestConfig
 from fdconv_deploy.errors import CheckpointError
 

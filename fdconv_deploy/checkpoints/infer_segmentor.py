@@ -11,7 +11,7 @@ from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
 from fdconv_deploy.checkpoints.infer_head import infer_head, stock_backbone
 from fdconv_deploy.checkpoints.infer_head_type import refuse_cascade
 from fdconv_deploy.checkpoints.infer_layers import Shapes, backbone_prefix, kind_of, part
-from fdconv_deploy.checkpoints.infer_settings import (
+from fdconv_deploy.checkpoints.infer_preprocessing import (
     count_names,
     infer_classes,
     infer_preprocessing,

@@ -25,8 +25,8 @@ from fdconv_deploy.checkpoints.infer_layers import (
     parameters,
     part,
 )
+from fdconv_deploy.checkpoints.infer_preprocessing import training_size
 from fdconv_deploy.checkpoints.infer_segmentor import infer_backbone_only, infer_segmentor_config
-from fdconv_deploy.checkpoints.infer_settings import training_size
 from fdconv_deploy.checkpoints.loading import config_for, network_of
 from fdconv_deploy.checkpoints.reading import read_checkpoint
 from fdconv_deploy.config import BackboneConfig, DetectorConfig, Preprocessing, SegmentorConfig
