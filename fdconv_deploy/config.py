@@ -207,7 +207,7 @@ class FCNHeadConfig(DecodeHeadConfig):
     num_convs: int = 2
     kernel_size: int = 3
     concat_input: bool = True
-    dilation: int = 1
+    dilation: int = Field(1, ge=1)
 
 
 class PSPHeadConfig(DecodeHeadConfig):

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
         equivalent_state_dict,
     )
     from fdconv_deploy.checkpoints.convert_file import convert_checkpoint
-    from fdconv_deploy.checkpoints.detector_config_writer import format_detector_config
-    from fdconv_deploy.checkpoints.evidence import Fact, Inference
+    from fdconv_deploy.checkpoints.evidence import Inference, Setting
     from fdconv_deploy.checkpoints.exportability import export_command
     from fdconv_deploy.checkpoints.frequency_order.detect import OrderReport, tell_order
     from fdconv_deploy.checkpoints.frequency_order.from_weights import order_of_weights
@@ -44,14 +43,13 @@ _HOMES = {
     "Checkpoint": "reading",
     "Config": "config_parser",
     "Conversion": "convert",
-    "Fact": "evidence",
     "Inference": "evidence",
     "LoadedDetector": "loading",
     "LoadedSegmentor": "loading",
     "OrderReport": "frequency_order.detect",
     "Report": "inspect",
+    "Setting": "evidence",
     "format_config": "config_writer",
-    "format_detector_config": "detector_config_writer",
     "convert_checkpoint": "convert_file",
     "convert_state_dict": "convert",
     "equivalent_state_dict": "convert",
@@ -76,18 +74,17 @@ __all__ = [
     "Checkpoint",
     "Config",
     "Conversion",
-    "Fact",
     "Inference",
     "LoadedDetector",
     "LoadedSegmentor",
     "OrderReport",
     "Report",
+    "Setting",
     "convert_checkpoint",
     "convert_state_dict",
     "equivalent_state_dict",
     "export_command",
     "format_config",
-    "format_detector_config",
     "infer_detector_config",
     "infer_segmentor_config",
     "inspect_checkpoint",

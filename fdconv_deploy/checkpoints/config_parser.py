@@ -10,22 +10,58 @@ from __future__ import annotations
 
 import ast
 import json
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.checkpoints.config_expressions import (
-    ImportedName,
-    Unreadable,
-    bounded,
-    evaluate,
-    printable,
-)
 from fdconv_deploy.errors import CheckpointError
 
 MAX_BYTES = 4 << 20
+MAX_DEPTH = 60
+MAX_ITEMS = 100_000
+MAX_NUMBER = 2**63
+_GIANT = "a number of more than 64 bits"
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
+_OTHER_FILE = "a {{…}} reference to another file"
+
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+    ast.Not: operator.not_,
+}
+_CALLS: dict[str, Callable[..., Any]] = {"list": list, "tuple": tuple, "int": int, "float": float}
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A value that could not be read: ``reason`` says why, ``line`` where it stands."""
+
+    reason: str
+    line: int
+
+
+class _ImportedName(str):
+    """A class a config imports, by its dotted name: mmengine writes types this way."""
+
+    __slots__ = ()
+
+
+class _UnreadableError(Exception):
+    def __init__(self, reason: str, node: ast.AST) -> None:
+        super().__init__(reason)
+        self.value = Unreadable(reason, getattr(node, "lineno", 0))
 
 
 @dataclass(frozen=True)
@@ -100,8 +136,22 @@ def parse_config(text: str, *, name: str = "the config") -> Config:
     reader = _Reader(name)
     for statement in _statements(text, reader):
         reader.read(statement)
-    values = {k: v for k, v in reader.names.items() if not isinstance(v, ImportedName)}
+    values = {k: v for k, v in reader.names.items() if not isinstance(v, _ImportedName)}
     return Config(values, tuple(dict.fromkeys([*reader.notes, *_unreadable(values, name)])))
+
+
+def printable(value: Any) -> Any:
+    """``value`` with the lone surrogates of its texts replaced: no terminal or file takes them.
+
+    They come from escapes such as ``"\\ud800"``, of which JSON and Python make half a character.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {printable(key): printable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [printable(item) for item in value]
+    return value
 
 
 def _json(text: str, name: str) -> Config:
@@ -116,8 +166,39 @@ def _json(text: str, name: str) -> Config:
 
 def _given(values: dict[str, Any], name: str) -> Config:
     """A config whose values are there already."""
-    values = bounded(values)
+    values = _bounded(values, {}, 0)
     return Config(values, tuple(_unreadable(values, name)))
+
+
+def _bounded(value: Any, known: dict[int, Any], depth: int) -> Any:
+    """A copy of dicts, lists and tuples, in which giant integers are `Unreadable`.
+
+    No setting needs more than 64 bits, and Python does not even print what has 4300 digits.
+    Shared containers stay shared, and may hold themselves: ``known`` has the copies by id.
+    """
+    if _is_giant(value):
+        return Unreadable(_GIANT, 0)
+    if not isinstance(value, (dict, list, tuple)):
+        return value
+    if id(value) in known:
+        return known[id(value)]
+    if depth > MAX_DEPTH:
+        return Unreadable(_TOO_DEEP, 0)
+    if isinstance(value, tuple):
+        known[id(value)] = tuple(_bounded(item, known, depth + 1) for item in value)
+    elif isinstance(value, list):
+        items = known[id(value)] = []
+        items.extend(_bounded(item, known, depth + 1) for item in value)
+    else:
+        copy = known[id(value)] = {}
+        for key, item in value.items():
+            if not _is_giant(key):
+                copy[key] = _bounded(item, known, depth + 1)
+    return known[id(value)]
+
+
+def _is_giant(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) > MAX_NUMBER
 
 
 def _statements(text: str, reader: _Reader) -> list[ast.stmt]:
@@ -157,32 +238,33 @@ class _Reader:
     def read(self, statement: ast.stmt) -> None:
         match statement:
             case ast.Assign(targets=targets, value=value):
-                result = evaluate(value, self.names)
+                result = self._value(value)
                 for target in targets:
                     self._assign(target, result)
             case ast.AnnAssign(target=target, value=ast.expr() as value):
-                self._assign(target, evaluate(value, self.names))
+                self._assign(target, self._value(value))
             case ast.AugAssign(target=target, op=op, value=value):
                 total = ast.copy_location(ast.BinOp(target, op, value), statement)
-                self._assign(target, evaluate(total, self.names))
+                self._assign(target, self._value(total))
             case ast.Import(names=aliases):
                 for alias in aliases:
                     bound = alias.asname or alias.name.split(".")[0]
-                    self.names[bound] = ImportedName(alias.name)
+                    self.names[bound] = _ImportedName(alias.name)
             case ast.ImportFrom(module=module, names=aliases):
                 for alias in aliases:
                     if alias.name == "*":
                         self._base(statement.lineno)
                     else:
-                        self.names[alias.asname or alias.name] = ImportedName(
-                            f"{module or ''}.{alias.name}"
-                        )
+                        full = f"{module or ''}.{alias.name}"
+                        self.names[alias.asname or alias.name] = _ImportedName(full)
             case ast.Expr(value=ast.Constant()) | ast.Pass():
                 pass
             case ast.With(body=body) if all(isinstance(s, ast.ImportFrom) for s in body):
                 self._base(statement.lineno)  # mmengine's `with read_base():`
-            case _:
-                self._lose(statement)
+            case _:  # code: whatever it may change is no longer known
+                kind = type(statement).__name__
+                self.note(statement.lineno, f"a {kind} statement is code and was not run")
+                self._forget(statement, f"changed by a {kind} statement")
 
     def _assign(self, target: ast.expr, value: Any) -> None:
         match target:
@@ -191,15 +273,15 @@ class _Reader:
                 self.names["_base_"] = Unreadable("it stands in a base config file", target.lineno)
             case ast.Name(id=name):
                 self.names[name] = value
-            case ast.Tuple(elts=parts) | ast.List(elts=parts) if isinstance(
+            case ast.Tuple(elts=targets) | ast.List(elts=targets) if isinstance(
                 value, (tuple, list)
-            ) and len(parts) == len(value):
-                for part, item in zip(parts, value, strict=True):
-                    self._assign(part, item)
+            ) and len(targets) == len(value):
+                for inner, item in zip(targets, value, strict=True):
+                    self._assign(inner, item)
             case ast.Subscript(value=owner, slice=index):
-                self._put(target, evaluate(owner, self.names), evaluate(index, self.names), value)
+                self._put(target, self._value(owner), self._value(index), value)
             case ast.Attribute(value=owner, attr=key):
-                self._put(target, evaluate(owner, self.names), key, value)
+                self._put(target, self._value(owner), key, value)
             case _:
                 self._forget(target, "assigned in a way that is not read")
 
@@ -217,23 +299,148 @@ class _Reader:
             "Give the flattened config (the one in the checkpoint or in work_dirs)",
         )
 
-    def _lose(self, statement: ast.stmt) -> None:
-        """A statement that is code: whatever it may change is no longer known."""
-        kind = type(statement).__name__
-        self.note(statement.lineno, f"a {kind} statement is code and was not run")
-        self._forget(statement, f"changed by a {kind} statement")
-
     def _forget(self, node: ast.AST, reason: str) -> None:
         """Every known name in ``node`` may have changed, every stored one has."""
-        for part in ast.walk(node):
-            if isinstance(part, ast.Name) and (
-                part.id in self.names or isinstance(part.ctx, ast.Store)
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Name) and (
+                inner.id in self.names or isinstance(inner.ctx, ast.Store)
             ):
-                self.names[part.id] = Unreadable(reason, part.lineno)
+                self.names[inner.id] = Unreadable(reason, inner.lineno)
+
+    def _value(self, node: ast.expr, depth: int = 0) -> Any:
+        """The value of an expression; :class:`Unreadable` where it needs code to be run.
+
+        Inside a container only the item that cannot be read is unreadable.
+        """
+        if depth > MAX_DEPTH:
+            return Unreadable(_TOO_DEEP, node.lineno)
+        try:
+            return self._evaluate(node, depth + 1)
+        except _UnreadableError as error:
+            return error.value
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            return Unreadable(f"{type(error).__name__}: {error}"[:120], node.lineno)
+
+    def _needed(self, node: ast.expr, depth: int) -> Any:
+        """A value that the whole depends on: if it cannot be read, neither can the whole."""
+        value = self._value(node, depth)
+        if isinstance(value, Unreadable):
+            raise _UnreadableError(value.reason, node)
+        return value
+
+    def _evaluate(self, node: ast.expr, depth: int) -> Any:
+        match node:
+            case ast.Constant(value=value):
+                if isinstance(value, str) and "{{" in value:
+                    raise _UnreadableError(_OTHER_FILE, node)
+                if _is_giant(value):
+                    raise _UnreadableError(_GIANT, node)
+                return printable(value)
+            case ast.Name(id=name):
+                if name in self.names:
+                    return self.names[name]
+                raise _UnreadableError(f"the name {name!r} is not assigned in the text", node)
+            case ast.List(elts=items):
+                return self._items(items, depth)
+            case ast.Tuple(elts=items):
+                return tuple(self._items(items, depth))
+            case ast.Set(elts=[ast.Set()]):
+                raise _UnreadableError(_OTHER_FILE, node)
+            case ast.Set(elts=items):
+                return set(self._items(items, depth))
+            case ast.Dict(keys=keys, values=values):
+                return self._pairs(list(zip(keys, values, strict=True)), depth)
+            case ast.Call(func=ast.Name(id="dict"), args=args, keywords=keywords) if len(args) < 2:
+                start = dict(self._needed(args[0], depth)) if args else {}
+                given: list[tuple[ast.expr | None, ast.expr]] = [
+                    (ast.Constant(k.arg) if k.arg else None, k.value) for k in keywords
+                ]
+                return start | self._pairs(given, depth)
+            case ast.Call(func=ast.Name(id=name), args=[arg], keywords=[]) if name in _CALLS:
+                made = _CALLS[name](self._needed(arg, depth))
+                if _is_giant(made):
+                    raise _UnreadableError(_GIANT, node)
+                return made
+            case ast.Call(func=func):
+                raise _UnreadableError(f"a call of {ast.unparse(func)[:60]}", node)
+            case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
+                return _UNARY[type(op)](self._needed(operand, depth))
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+                first, second = self._needed(left, depth), self._needed(right, depth)
+                return _arithmetic(_BINARY[type(op)], first, second)
+            case ast.Attribute(value=owner, attr=name):
+                return _item(self._needed(owner, depth), name)
+            case ast.Subscript(value=owner, slice=index):
+                return _item(self._needed(owner, depth), self._needed(index, depth))
+        raise _UnreadableError(f"{type(node).__name__} is code, not data", node)
+
+    def _items(self, nodes: list[ast.expr], depth: int) -> list[Any]:
+        result: list[Any] = []
+        for node in nodes:
+            if isinstance(node, ast.Starred):
+                spread = self._value(node.value, depth)
+                if not isinstance(spread, (list, tuple)):
+                    raise _UnreadableError("a * of something that is not a list", node)
+                result.extend(spread)
+            else:
+                result.append(_data(self._value(node, depth), node))
+            if len(result) > MAX_ITEMS:
+                raise _UnreadableError(f"a list of more than {MAX_ITEMS} items", node)
+        return result
+
+    def _pairs(self, pairs: list[tuple[ast.expr | None, ast.expr]], depth: int) -> dict[Any, Any]:
+        result: dict[Any, Any] = {}
+        for key, value in pairs:
+            if key is None:  # ** of another dict
+                result |= dict(self._needed(value, depth))
+                continue
+            name = self._needed(key, depth)
+            item = self._value(value, depth)
+            result[name] = item if name == "type" else _data(item, value)
+        return result
+
+
+def _data(value: Any, node: ast.expr) -> Any:
+    """``value``, unless it is an imported name: those are only read as a ``type``."""
+    if isinstance(value, _ImportedName):
+        return Unreadable(f"the imported {value} is code", node.lineno)
+    return value
+
+
+def _arithmetic(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
+    """Numbers within 64 bits and sequences within bounds: a text can't make this run long."""
+    sequences = (str, list, tuple)
+    if isinstance(left, sequences) or isinstance(right, sequences):
+        if operation is operator.add:
+            size = len(left) + len(right)
+        elif operation is operator.mul:
+            size = len(left) * right if isinstance(left, sequences) else len(right) * left
+        else:
+            raise TypeError("not arithmetic on numbers")
+        if size > MAX_ITEMS:
+            raise ValueError(f"a sequence of more than {MAX_ITEMS} items")
+    elif not isinstance(left, (int, float)) or not isinstance(right, (int, float)):
+        raise TypeError("not arithmetic on numbers")
+    elif operation is operator.pow and not (abs(right) <= 64 and abs(left) <= 1e6):
+        raise ValueError("a power out of bounds")
+    result = operation(left, right)
+    if isinstance(result, (int, float)) and abs(result) > MAX_NUMBER:
+        raise ValueError(_GIANT)
+    if isinstance(result, complex):
+        raise ValueError("a complex number")
+    return result
+
+
+def _item(owner: Any, key: Any) -> Any:
+    if isinstance(owner, (dict, list, tuple)):
+        return owner[key]
+    if isinstance(owner, _ImportedName):
+        raise TypeError(f"the imported {owner} is code")
+    raise TypeError(f"{type(owner).__name__} has no items")
 
 
 def _unreadable(values: dict[str, Any], name: str) -> list[str]:
-    """One sentence for each unreadable value, naming its path. Shared parts count once."""
+    """One sentence for each unreadable value, naming its path. Shared containers count once."""
     notes: list[str] = []
     seen: set[int] = set()
     ahead: list[tuple[str, Any]] = [("", values)]

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fdconv_deploy.checkpoints.config_parser import Config
-from fdconv_deploy.checkpoints.config_writer import backbone_section, config_source, format_config
+from fdconv_deploy.checkpoints.config_writer import format_config
 from fdconv_deploy.checkpoints.convert import (
     PUBLISHED_THRESHOLD,
     Conversion,
@@ -17,7 +17,6 @@ from fdconv_deploy.checkpoints.convert import (
     describe_conversion,
     equivalent_state_dict,
 )
-from fdconv_deploy.checkpoints.detector_config_writer import format_detector_config
 from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
 from fdconv_deploy.checkpoints.infer_layers import kind_of
 from fdconv_deploy.checkpoints.infer_segmentor import infer_backbone_only, infer_segmentor_config
@@ -139,10 +138,9 @@ def _described(
                 state, config=config, meta=checkpoint.meta
             ).architecture
             backbone = detector.backbone.model_copy(update={"conv": conv})
-            text = format_detector_config(detector.model_copy(update={"backbone": backbone}))
-            return backbone, text
-        plain, _ = infer_backbone_only(state, config=config)
+            return backbone, format_config(detector.model_copy(update={"backbone": backbone}))
+        plain = infer_backbone_only(state, config=config).architecture
     except CheckpointError as error:
         return None, str(error)
     backbone = plain.model_copy(update={"conv": conv})
-    return backbone, config_source({"model": {"backbone": backbone_section(backbone)}})
+    return backbone, format_config(backbone)

@@ -1,20 +1,21 @@
-"""What is known of a network's architecture, and who said so.
+"""Where each setting of a network comes from: the weights, the user, its config or a default.
 
-Names and shapes are what the weights are, so they win; a config or a user that
-contradicts them is an error. Where they say nothing, the user is asked first, then the
-config, then the published defaults, and a default is reported as assumed.
+Names and shapes are what the weights are, so they win; a config or a user that contradicts
+them is an error. Where they leave a choice, the user decides, else the config, else the
+published default, which is then listed as assumed.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, Literal, TypeVar
+from functools import cache
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from fdconv_deploy.checkpoints.config_expressions import Unreadable
-from fdconv_deploy.config import DetectorConfig, SegmentorConfig
+from fdconv_deploy.checkpoints.config_parser import Unreadable
+from fdconv_deploy.config import Frozen
 from fdconv_deploy.errors import CheckpointError
 
 Source = Literal[
@@ -27,12 +28,15 @@ Source = Literal[
     "published default",
 ]
 
+CHECKPOINT_META = "the checkpoint's meta"
 UNSET: Any = object()
-Told = TypeVar("Told", SegmentorConfig, DetectorConfig)
+_OF_THE_SECTION: Any = object()
+_OF_THE_MODEL: Any = object()
+ConfigT = TypeVar("ConfigT", bound=Frozen)
 
 
-class Fact(BaseModel):
-    """One field of the architecture, its value and where that came from."""
+class Setting(BaseModel):
+    """One field of a network's configuration, its value and where that came from."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -42,144 +46,220 @@ class Fact(BaseModel):
     note: str = ""
 
 
-class Inference(BaseModel, Generic[Told]):
-    """An architecture and how it was told.
+class Inference(BaseModel, Generic[ConfigT]):
+    """A network's configuration and where its settings came from.
 
-    ``told`` came from the file or the user, ``assumed`` are published defaults that
-    nothing confirmed, ``notes`` say what could not be read or is not reproduced.
+    Attributes:
+        architecture: the configuration.
+        found: settings that came from the file or the user.
+        assumed: those that are published defaults, which nothing confirmed.
+        notes: what could not be read or is not reproduced.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    architecture: Told
-    told: tuple[Fact, ...] = ()
-    assumed: tuple[Fact, ...] = ()
+    architecture: ConfigT
+    found: tuple[Setting, ...] = ()
+    assumed: tuple[Setting, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 class Evidence:
-    """Collects facts, field by field, from four witnesses.
+    """What is known of one network so far.
 
     Args:
-        overrides: dotted field names (``backbone.style``) → values the user gave.
+        overrides: values the user gave, by dotted field names (``backbone.style``) or as nested
+            dicts.
+        notes: of the config that was read.
+
+    Attributes:
+        settings: in the order in which they were resolved.
+        notes: sentences for the user.
+        fields: dotted names of all fields that this network has.
     """
 
-    def __init__(self, overrides: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, overrides: Mapping[str, Any] | None = None, notes: tuple[str, ...] = ()
+    ) -> None:
         self.overrides = _flat(overrides or {})
-        self.facts: list[Fact] = []
-        self.notes: list[str] = []
-        self._used: set[str] = set()
+        self.settings: list[Setting] = []
+        self.notes = list(notes)
+        self.fields: set[str] = set()
 
-    def settle(
-        self,
-        field: str,
-        kind: Any,
-        *,
-        default: Any = UNSET,
-        config: Any = UNSET,
-        config_name: str = "the config",
-        exact: Any = UNSET,
-        accepts: Callable[[Any], bool] | None = None,
-        derived: Any = UNSET,
-        tells: str = "",
-        source: Source = "shapes",
-        matters: bool = True,
-        note: str = "",
-    ) -> Any:
-        """Decide one field and record who decided it.
-
-        Args:
-            field: its dotted name in :class:`SegmentorConfig`.
-            kind: its type, which config and user values are converted to.
-            default: the published default.
-            config: what the config says. Unreadable values count as silence.
-            config_name: what to call the config's entry in an error.
-            exact: the value, if names and shapes leave only one.
-            accepts: whether a value agrees with names and shapes, if they leave several.
-            derived: the value to take if ``accepts`` refuses the default. Giving one says that
-                all accepted values describe the same network, so the weights told it.
-            tells: what names and shapes tell, for an error: "the weights have 3 stages".
-            source: which of the two tells it.
-            matters: False if the field has no effect in this network; then nobody is told of it.
-            note: something to say beside a value that is assumed.
+    def inference(self, architecture: ConfigT) -> Inference[ConfigT]:
+        """The result.
 
         Raises:
-            CheckpointError: a witness contradicts the weights, or nobody knows the value.
-        """
-        self._used.add(field)
-        if exact is not UNSET:
-            derived, default, accepts = exact, UNSET, lambda value: value == exact
-            tells = tells or f"the weights' {source} give {exact!r}"
-        asked = self._converted(field, kind, self.overrides.get(field, UNSET), "the command line")
-        # What the user says settles a quarrel between config and weights.
-        config = config if asked is UNSET else UNSET
-        written = self._converted(field, kind, config, config_name)
-        for witness, value in (("the command line", asked), (config_name, written)):
-            if value is not UNSET and accepts is not None and not accepts(value):
-                raise CheckpointError(
-                    f"{field}: {witness} says {value!r}, but {tells}. The weights decide: correct "
-                    f"{witness}, or use the checkpoint it belongs to."
-                )
-        told_by_weights = derived is not UNSET
-        origin: Source = "checkpoint meta" if config_name == "the checkpoint's meta" else "config"
-        decisions: list[tuple[Any, Source]] = [(asked, "command line"), (written, origin)]
-        if default is not UNSET and (accepts is None or accepts(default)):
-            decisions.append((default, "published default"))
-        decisions.append((derived, source))
-        for value, decider in decisions:
-            if value is not UNSET:
-                if matters:
-                    who = source if told_by_weights else decider
-                    note = note if who == "published default" else ""
-                    self.facts.append(Fact(field=field, value=value, source=who, note=note))
-                return value
-        raise CheckpointError(
-            f"{field} is not known: {tells or 'names and shapes of the weights do not tell it'}. "
-            f"Give the network's config, or {field} itself on the command line."
-        )
-
-    def _converted(self, field: str, kind: Any, value: Any, witness: str) -> Any:
-        if value is UNSET or isinstance(value, Unreadable):
-            return UNSET
-        try:
-            return TypeAdapter(kind).validate_python(value)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise CheckpointError(
-                f"{field}: {witness} says {str(value)[:60]!r}, which is not possible: {reason}."
-            ) from None
-
-    def check_overrides(self) -> None:
-        """Refuse names the user gave that no field has, with the nearest that one has.
-
-        Raises:
-            CheckpointError: such a name was given.
+            CheckpointError: the user gave a field that this network does not have.
         """
         for name in self.overrides:
-            if name not in self._used:
-                near = difflib.get_close_matches(name, sorted(self._used), 3, 0.4)
+            if name not in self.fields:
+                near = difflib.get_close_matches(name, sorted(self.fields), 3, 0.4)
                 hint = (
                     f"Did you mean {' or '.join(near)}?" if near else "fdconv inspect lists them."
                 )
                 raise CheckpointError(f"{name!r} is not a field of this network. {hint}")
-
-    def absorb(self, other: Evidence) -> None:
-        """Take over what another one settled."""
-        self.facts += other.facts
-        self.notes += other.notes
-        self._used |= other._used
-
-    def inference(self, architecture: Told) -> Inference[Told]:
-        """The result, facts split by whether anyone told them."""
-        told = tuple(fact for fact in self.facts if fact.source != "published default")
-        assumed = tuple(fact for fact in self.facts if fact.source == "published default")
+        assumed = [setting.source == "published default" for setting in self.settings]
+        pairs = list(zip(self.settings, assumed, strict=True))
         return Inference(
-            architecture=architecture, told=told, assumed=assumed, notes=tuple(self.notes)
+            architecture=architecture,
+            found=tuple(setting for setting, default in pairs if not default),
+            assumed=tuple(setting for setting, default in pairs if default),
+            notes=tuple(self.notes),
         )
 
 
+class SettingResolver(Generic[ConfigT]):
+    """Resolves the fields of one configuration model, and builds it.
+
+    Args:
+        evidence: takes the settings, and holds what the user gave.
+        model: the model; its fields' types convert what the user and the config say.
+        prefix: of the fields' dotted names, as ``backbone.conv``; empty for the whole network.
+        section: what the config says, by the model's field names; empty without a config.
+        defaults: published defaults that differ from the model's own.
+        note: what to note beside one of ``defaults`` that is assumed.
+    """
+
+    def __init__(
+        self,
+        evidence: Evidence,
+        model: type[ConfigT],
+        prefix: str,
+        section: Mapping[str, Any],
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        note: str = "",
+    ) -> None:
+        self.evidence = evidence
+        self.model = model
+        self.prefix = f"{prefix}." if prefix else ""
+        self.section = section
+        self.defaults = defaults or {}
+        self.note = note
+        self.values: dict[str, Any] = {}
+
+    def resolve(
+        self,
+        name: str,
+        *,
+        kind: Any = None,
+        config: Any = _OF_THE_SECTION,
+        config_name: str = "the config",
+        default: Any = _OF_THE_MODEL,
+        exact: Any = UNSET,
+        accepts: Callable[[Any], bool] | None = None,
+        derived: Any = UNSET,
+        because: str = "",
+        source: Source = "shapes",
+        matters: bool = True,
+        note: str = "",
+    ) -> Any:
+        """Decide one field and record what decided it.
+
+        Args:
+            name: the model's field.
+            kind: its type, by default the model's.
+            config: what the config says, by default its section's entry of that name. Values
+                that could not be read count as none.
+            config_name: what to call the config's entry in an error.
+            default: the published default, by default the model's.
+            exact: the value, if the weights leave only one.
+            accepts: whether a value agrees with the weights, if they leave several.
+            derived: the value to take if ``accepts`` refuses the default. Giving one says that
+                all accepted values describe the same network, so that the weights decided it.
+            because: what the weights have, for an error: "the weights have 3 stages".
+            source: what of the weights decides it.
+            matters: False if the field has no effect in this network; then it is not listed.
+            note: something to note beside a value that is assumed.
+
+        Raises:
+            CheckpointError: the config or the user contradicts the weights, or nothing tells
+                the value.
+        """
+        field = self.prefix + name
+        self.evidence.fields.add(field)
+        if config is _OF_THE_SECTION:
+            config = stated(self.section, name)
+        if default is _OF_THE_MODEL:
+            info = self.model.model_fields[name]
+            default = self.defaults.get(name, UNSET if info.is_required() else info.default)
+            note = note or (self.note if name in self.defaults else "")
+        if exact is not UNSET:
+            derived, default, accepts = exact, UNSET, lambda value: value == exact
+            because = because or f"the weights' {source} give {exact!r}"
+        adapter = _adapter(self.model, name) if kind is None else TypeAdapter(kind)
+        override = self.evidence.overrides.get(field, UNSET)
+        asked = _converted(field, adapter, override, "the command line")
+        # The user settles what config and weights disagree on.
+        config = config if asked is UNSET else UNSET
+        written = _converted(field, adapter, config, config_name)
+        for witness, value in (("the command line", asked), (config_name, written)):
+            if value is not UNSET and accepts is not None and not accepts(value):
+                raise CheckpointError(
+                    f"{field}: {witness} says {value!r}, but {because}. The weights decide: correct"
+                    f" {witness}, or use the checkpoint it belongs to."
+                )
+        if default is not UNSET and accepts is not None and not accepts(default):
+            default = UNSET
+        origin: Source = "checkpoint meta" if config_name == CHECKPOINT_META else "config"
+        choices: list[tuple[Any, Source]] = [
+            (asked, "command line"),
+            (written, origin),
+            (default, "published default"),
+            (derived, source),
+        ]
+        chosen = next((choice for choice in choices if choice[0] is not UNSET), None)
+        if chosen is None:
+            raise CheckpointError(
+                f"{field} is not known: {because or 'names and shapes of the weights do not tell'}."
+                f" Give the network's config, or {field} itself on the command line."
+            )
+        value, decider = chosen[0], source if derived is not UNSET else chosen[1]
+        if matters:
+            note = note if decider == "published default" else ""
+            setting = Setting(field=field, value=value, source=decider, note=note)
+            self.evidence.settings.append(setting)
+        self.values[name] = value
+        return value
+
+    def exact(self, source: Source, **values: Any) -> None:
+        """Fields whose values the weights tell; UNSET ones are resolved without the weights."""
+        for name, value in values.items():
+            self.resolve(name, exact=value, source=source)
+
+    def build(self, **others: Any) -> ConfigT:
+        """The model, its remaining fields from the user, the config or the defaults.
+
+        Args:
+            others: fields that are resolved elsewhere.
+        """
+        for name in self.model.model_fields:
+            if name not in self.values and name not in others:
+                self.resolve(name)
+        return self.model(**(self.values | others))
+
+
+@cache
+def _adapter(model: type[Frozen], name: str) -> TypeAdapter[Any]:
+    field = model.model_fields[name]
+    return TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+
+
+def _converted(field: str, adapter: TypeAdapter[Any], value: Any, witness: str) -> Any:
+    if value is UNSET or isinstance(value, Unreadable):
+        return UNSET
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise CheckpointError(
+            f"{field}: {witness} says {str(value)[:60]!r}, which is not possible: {reason}."
+        ) from None
+
+
 def _flat(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as dotted names, so that either form may be given."""
+    """Nested dicts as dotted names."""
     flat: dict[str, Any] = {}
     for name, value in overrides.items():
         if isinstance(value, Mapping):
@@ -197,8 +277,8 @@ def stated(section: Mapping[str, Any], *names: str) -> Any:
     for name in names:
         if name in section:
             value = section[name]
-            parts = value if isinstance(value, (list, tuple)) else (value,)
-            return UNSET if any(isinstance(part, Unreadable) for part in parts) else value
+            entries = value if isinstance(value, (list, tuple)) else (value,)
+            return UNSET if any(isinstance(entry, Unreadable) for entry in entries) else value
     return UNSET
 
 

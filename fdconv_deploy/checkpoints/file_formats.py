@@ -12,7 +12,7 @@ from typing import IO, Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fdconv_deploy.checkpoints.config_expressions import printable
+from fdconv_deploy.checkpoints.config_parser import printable
 from fdconv_deploy.checkpoints.safe_unpickling import (
     DamagedPickleError,
     HostilePickleError,

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from fdconv_deploy.checkpoints.evidence import UNSET, Evidence, stated, type_of
-from fdconv_deploy.checkpoints.infer_bands import places_of_bands
-from fdconv_deploy.checkpoints.infer_fdconv import infer_conv
+from fdconv_deploy.checkpoints.evidence import UNSET, Evidence, SettingResolver, stated, type_of
+from fdconv_deploy.checkpoints.infer_fdconv import infer_fdconv
 from fdconv_deploy.checkpoints.infer_layers import Layer, Shapes, conv_layers, dynamic_names
 from fdconv_deploy.config import RESNET_BLOCKS, BackboneConfig, FDConvConfig
 from fdconv_deploy.errors import CheckpointError
 
 _BLOCK = re.compile(r"layer(\d+)\.(\d+)\.conv\d$")
-_DEFAULTS = {name: field.default for name, field in BackboneConfig.model_fields.items()}
 # Settings that change what a ResNet computes and that are not built here.
 _UNSUPPORTED = ("dcn", "plugins")
 
@@ -25,32 +23,23 @@ def infer_backbone(
     evidence: Evidence,
     stock: Mapping[str, Any] | None = None,
 ) -> BackboneConfig:
-    """Everything about the backbone.
+    """The backbone, by its names and shapes and the config's section.
 
     Args:
         state: the backbone's tensors, names without ``backbone.``; only shapes are read.
         section: the config's ``model.backbone``; empty if there is no config.
-        evidence: takes the facts.
+        evidence: takes the settings.
         stock: settings of the stock config this network is probably of, where they differ from
             the defaults; taken if there is no section.
 
     Raises:
-        CheckpointError: it is not a ResNet of mmsegmentation's, or witnesses disagree.
+        CheckpointError: it is no ResNet of mmsegmentation's, or the config or the user
+            contradicts the weights.
     """
     _refuse_a_start(state)
     layers = {layer.name: layer for layer in conv_layers(state)}
     _check_is_resnet(layers, section)
     blocks = _blocks(layers)
-
-    defaults = _DEFAULTS if section or not stock else _DEFAULTS | dict(stock)
-
-    def settle(name: str, kind: Any, **knowledge: Any) -> Any:
-        knowledge.setdefault("config", stated(section, name))
-        knowledge.setdefault("default", defaults[name])
-        if defaults[name] != _DEFAULTS[name]:
-            knowledge.setdefault("note", "as in the stock configs with such a head")
-        return evidence.settle(f"backbone.{name}", kind, **knowledge)
-
     stages = len(blocks)
     bottleneck = "layer1.0.conv3" in layers
     kind = "bottleneck" if bottleneck else "basic"
@@ -67,105 +56,97 @@ def infer_backbone(
     shortcuts = [name for name in layers if ".downsample." in name]
     averaged = any(name.endswith(".downsample.1") for name in shortcuts)
 
-    values: dict[str, Any] = {
-        "depth": settle(
-            "depth",
-            int,
-            accepts=lambda value: value in depths,
-            derived=depths[0],
-            source="names",
-            tells=f"the weights have {blocks} {kind} blocks",
-        ),
-        "in_channels": settle("in_channels", int, exact=layers[first].in_channels),
-        "base_channels": settle("base_channels", int, exact=base),
-        "stem_channels": settle(
-            "stem_channels",
-            int | None,
-            accepts=lambda value: (value or base) == stem,
-            derived=stem,
-            tells=f"the weights' stem makes {stem} channels",
-        ),
-        "num_stages": settle("num_stages", int, exact=stages, source="names"),
-        "deep_stem": settle("deep_stem", bool, exact=deep, source="names"),
-        "avg_down": settle(
-            "avg_down", bool, exact=averaged if shortcuts else UNSET, source="names"
-        ),
-    }
-    long_enough = f"the weights have {stages} stages and each needs one"
+    settings = SettingResolver(
+        evidence,
+        BackboneConfig,
+        "backbone",
+        section,
+        defaults={} if section else stock,
+        note="as in the stock configs with such a head",
+    )
+    settings.resolve(
+        "depth",
+        accepts=lambda value: value in depths,
+        derived=depths[0],
+        source="names",
+        because=f"the weights have {blocks} {kind} blocks",
+    )
+    settings.exact("shapes", in_channels=layers[first].in_channels, base_channels=base)
+    settings.resolve(
+        "stem_channels",
+        accepts=lambda value: (value or base) == stem,
+        derived=stem,
+        because=f"the weights' stem makes {stem} channels",
+    )
+    settings.exact(
+        "names",
+        num_stages=stages,
+        deep_stem=deep,
+        avg_down=averaged if shortcuts else UNSET,
+    )
     for name in ("strides", "dilations"):
-        values[name] = settle(
-            name, tuple[int, ...], accepts=lambda v: len(v) >= stages, tells=long_enough
+        settings.resolve(
+            name,
+            accepts=lambda value: len(value) >= stages and min(value) > 0,
+            because=f"the weights have {stages} stages and each needs one, 1 or more",
         )
-    dilated = any(dilation > 1 for dilation in values["dilations"])
-    values["contract_dilation"] = settle("contract_dilation", bool, matters=dilated)
+    dilated = any(dilation > 1 for dilation in settings.values["dilations"])
+    settings.resolve("contract_dilation", matters=dilated)
     gridded = stated(section, "multi_grid") not in (UNSET, None)
-    values["multi_grid"] = settle(
+    settings.resolve(
         "multi_grid",
-        tuple[int, ...] | None,
         # Few networks have one, and it is no news that this one has none.
         matters=gridded or "backbone.multi_grid" in evidence.overrides,
         accepts=lambda v: v is None or (len(v) == blocks[-1] and all(d > 0 for d in v)),
-        tells=f"the weights' last stage has {blocks[-1]} blocks and each needs one dilation",
+        because=f"the weights' last stage has {blocks[-1]} blocks and each needs one dilation",
     )
-    values["out_indices"] = settle(
+    settings.resolve(
         "out_indices",
-        tuple[int, ...],
         default=tuple(range(stages)),
         accepts=lambda v: bool(v) and all(0 <= index < stages for index in v),
-        tells=f"the weights have the stages 0 to {stages - 1}",
+        because=f"the weights have the stages 0 to {stages - 1}",
     )
-    scope = [la for la in layers.values() if la.name.startswith("stem.") or _BLOCK.match(la.name)]
-    conv, styles = _conv(scope, values, bottleneck, section, evidence)
-    both = len(styles) > 1
-    values["style"] = settle(
+    conv, styles = _conv(layers, settings, bottleneck)
+    settings.resolve(
         "style",
-        Literal["pytorch", "caffe"],
         accepts=lambda value: value in styles,
-        derived=UNSET if both else next(iter(styles)),
+        derived=UNSET if len(styles) > 1 else next(iter(styles)),
         source="names",
-        tells="the layers with FBM follow the strides of the other style",
+        because="the layers with FBM follow the strides of the other style",
         matters=bottleneck,
     )
-    return BackboneConfig(**values, conv=conv)
+    return settings.build(conv=conv)
 
 
 def _conv(
-    scope: Sequence[Layer],
-    values: Mapping[str, Any],
-    bottleneck: bool,
-    section: Mapping[str, Any],
-    evidence: Evidence,
+    layers: Mapping[str, Layer], settings: SettingResolver[BackboneConfig], bottleneck: bool
 ) -> tuple[FDConvConfig | None, set[str]]:
     """The FDConv config, or None; and the styles that agree with it."""
-    asked = evidence.overrides.get("backbone.style", stated(section, "style"))
-    styles = [asked] if asked in ("pytorch", "caffe") else ["pytorch", "caffe"]
+    section, evidence = settings.section, settings.evidence
+    scope = [la for la in layers.values() if la.name.startswith("stem.") or _BLOCK.match(la.name)]
+    dynamic = [layer for layer in scope if layer.dynamic]
     conv_cfg = stated(section, "conv_cfg")
     fdconv = isinstance(conv_cfg, Mapping) and type_of(conv_cfg) == "FDConv"
-    dynamic = [layer for layer in scope if layer.dynamic]
     if section and not fdconv and dynamic and conv_cfg is not UNSET:
         raise CheckpointError(
             f"The config's backbone has conv_cfg={conv_cfg!r}, but the weights have {len(dynamic)} "
             f"FDConv layers, e.g. {dynamic[0].name}. Give the config they were trained with."
         )
-    if not dynamic:
-        if not (fdconv and isinstance(conv_cfg, Mapping)):
-            evidence.settle("backbone.conv", Any, exact=None, source="names")
-            return None, {"pytorch", "caffe"}
-        _check_all_plain(scope, conv_cfg)
+    if not dynamic and not fdconv:
+        settings.exact("names", conv=None)
+        return None, {"pytorch", "caffe"}
     conv_section: Mapping[str, Any] = conv_cfg if isinstance(conv_cfg, Mapping) else {}
-    strided = {style: _strided(values, bottleneck, style) for style in ("pytorch", "caffe")}
-    sizes, by_stride, agreeing = places_of_bands(scope, strided, styles, conv_section, evidence)
-    conv = infer_conv(scope, conv_section, evidence)
-    places = {"use_fbm_if_k_in": sizes, "use_fbm_for_stride": by_stride}
-    return conv.model_copy(update=places), agreeing
-
-
-def _strided(values: Mapping[str, Any], bottleneck: bool, style: str) -> frozenset[str]:
-    """Names of the convolutions that have a stride above 1."""
-    which = "conv2" if bottleneck and style == "pytorch" else "conv1"
-    strides = values["strides"][: values["num_stages"]]
-    inner = {f"layer{i}.0.{which}" for i, stride in enumerate(strides, 1) if stride > 1}
-    return frozenset(inner | {"stem.0"})
+    if not dynamic:
+        _check_all_plain(scope, conv_section)
+    asked = evidence.overrides.get("backbone.style", stated(section, "style"))
+    strides = settings.values["strides"][: settings.values["num_stages"]]
+    # In each style, the names of the convolutions that have a stride above 1.
+    strided = {
+        style: {"stem.0"} | {f"layer{i}.0.{conv}" for i, s in enumerate(strides, 1) if s > 1}
+        for style, conv in (("pytorch", "conv2" if bottleneck else "conv1"), ("caffe", "conv1"))
+    }
+    candidates = [style for style in strided if style == asked] or list(strided)
+    return infer_fdconv(scope, conv_section, evidence, strided, candidates)
 
 
 def _check_all_plain(scope: Sequence[Layer], conv_cfg: Mapping[str, Any]) -> None:

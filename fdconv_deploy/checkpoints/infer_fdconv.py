@@ -1,55 +1,21 @@
-"""The ``conv_cfg`` of a backbone, from its layers' names and shapes and its config."""
+"""The ``conv_cfg`` of a backbone, ``fbm_cfg`` included, from its layers and its config."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
-from fdconv_deploy.checkpoints.evidence import UNSET, Evidence, stated
-from fdconv_deploy.checkpoints.infer_bands import infer_bands
+import torch
+
+from fdconv_deploy.checkpoints.evidence import UNSET, Evidence, SettingResolver, stated
 from fdconv_deploy.checkpoints.infer_layers import Layer
-from fdconv_deploy.config import Act, AttentionNorm, FDConvConfig
+from fdconv_deploy.config import AttentionNorm, BandModulationConfig, FDConvConfig
 from fdconv_deploy.errors import CheckpointError
 
-_DEFAULTS = FDConvConfig()
 # Reductions people use, tried before any other that fits.
 _USUAL_REDUCTIONS = (1 / 16, 1 / 32, 1 / 8, 1 / 4, 1 / 2, 1 / 64)
-
-
-def infer_conv(
-    layers: Sequence[Layer], section: Mapping[str, Any], evidence: Evidence
-) -> FDConvConfig:
-    """All fields but where bands are modulated and by which of them.
-
-    Args:
-        layers: the convolutions ``conv_cfg`` applies to; with no dynamic one among them,
-            the config must explain that.
-        section: the config's ``conv_cfg``.
-        evidence: takes the facts.
-
-    Raises:
-        CheckpointError: no ``conv_cfg`` explains these layers.
-    """
-    dynamic = [layer for layer in layers if layer.dynamic]
-
-    def settle(name: str, kind: Any, **knowledge: Any) -> Any:
-        knowledge.setdefault("config", stated(section, name))
-        knowledge.setdefault("default", getattr(_DEFAULTS, name))
-        return evidence.settle("backbone.conv." + name, kind, **knowledge)
-
-    values: dict[str, Any] = {}
-    values |= _thresholds(layers, settle)
-    values |= _spectrum(dynamic, settle)
-    values |= _attention(dynamic, values, settle)
-    if values["ksm_global_norm"] in _NORM_NOTES:
-        evidence.notes.append(_NORM_NOTES[values["ksm_global_norm"]])
-    bands = infer_bands(dynamic, section, evidence)
-    return FDConvConfig(**values, fbm_cfg=bands)
-
-
-Settle = Callable[..., Any]
-
 # What a state dict holds of each normalisation, and what it does not tell of those that are not
 # the published one.
 _STORED: dict[AttentionNorm, str] = {
@@ -65,9 +31,86 @@ _NORM_NOTES: dict[AttentionNorm, str] = {
     "as public copies of FDConv have it; one without weights of its own would look the same.",
 }
 
+Conv = SettingResolver[FDConvConfig]
+Bands = SettingResolver[BandModulationConfig]
 
-def _thresholds(layers: Sequence[Layer], settle: Settle) -> dict[str, Any]:
-    """Which layers are dynamic → kernel sizes and the channel threshold."""
+
+def infer_fdconv(
+    layers: Sequence[Layer],
+    section: Mapping[str, Any],
+    evidence: Evidence,
+    strided: Mapping[str, Collection[str]],
+    styles: Sequence[str],
+) -> tuple[FDConvConfig, set[str]]:
+    """The FDConv config of a backbone, and the ResNet styles that agree with it.
+
+    Args:
+        layers: the convolutions ``conv_cfg`` applies to; with no dynamic one among them,
+            the config must explain that.
+        section: the config's ``conv_cfg``.
+        evidence: takes the settings.
+        strided: for each ResNet style, the layers with a stride above 1.
+        styles: the styles that may be: one if the config or the user says so.
+
+    Raises:
+        CheckpointError: no ``conv_cfg`` explains these layers.
+    """
+    settings = SettingResolver(evidence, FDConvConfig, "backbone.conv", section)
+    dynamic = [layer for layer in layers if layer.dynamic]
+    agreeing = _band_layers(settings, dynamic, strided, styles)
+    _thresholds(settings, layers)
+    _spectrum(settings, dynamic)
+    _attention(settings, dynamic)
+    if settings.values["ksm_global_norm"] in _NORM_NOTES:
+        evidence.notes.append(_NORM_NOTES[settings.values["ksm_global_norm"]])
+    return settings.build(fbm_cfg=_bands(dynamic, section, evidence)), agreeing
+
+
+def _band_layers(
+    settings: Conv,
+    dynamic: Sequence[Layer],
+    strided: Mapping[str, Collection[str]],
+    styles: Sequence[str],
+) -> set[str]:
+    """Which layers modulate bands: by kernel size, and by stride in one of the styles."""
+
+    def explain(sizes: Iterable[int], by_stride: bool, style: str) -> bool:
+        return all(
+            bool(layer.bands)
+            == (layer.kernel[0] in sizes or (by_stride and layer.name in strided[style]))
+            for layer in dynamic
+        )
+
+    sizes_seen = sorted({layer.kernel[0] for layer in dynamic})
+    seen = tuple(k for k in sizes_seen if all(la.bands for la in dynamic if la.kernel[0] == k))
+    if not any(explain(seen, *rule) for rule in product((False, True), styles)):
+        raise CheckpointError(
+            "Which layers modulate bands follows neither kernel size nor stride. Expected FBM on "
+            "all layers of a kernel size, or on those with a stride as well; if the network's "
+            "strides or style are unusual, give its config."
+        )
+    because = f"the weights have FBM on kernel sizes {seen} and elsewhere by stride only"
+    sizes = settings.resolve(
+        "use_fbm_if_k_in",
+        accepts=lambda value: any(explain(value, *r) for r in product((False, True), styles)),
+        derived=seen,
+        source="names",
+        because=because,
+        matters=bool(dynamic),
+    )
+    by_stride = settings.resolve(
+        "use_fbm_for_stride",
+        accepts=lambda value: any(explain(sizes, value, style) for style in styles),
+        derived=True,
+        source="names",
+        because=because,
+        matters=bool(dynamic),
+    )
+    return {style for style in strided if explain(sizes, by_stride, style)}
+
+
+def _thresholds(settings: Conv, layers: Sequence[Layer]) -> None:
+    """Which layers are dynamic: by kernel sizes and the channel threshold."""
 
     def bounds(sizes: Iterable[int]) -> tuple[float, float]:
         """The threshold is at least the first and below the second."""
@@ -91,176 +134,292 @@ def _thresholds(layers: Sequence[Layer], settle: Settle) -> dict[str, Any]:
             "is dynamic and one with more, of the same kernel size, is not. Expected all layers "
             "above use_fdconv_if_c_gt; a network changed by hand cannot be told from its weights."
         )
-    sizes = settle(
+    sizes = settings.resolve(
         "use_fdconv_if_k_in",
-        tuple[int, ...],
         accepts=explain,
         derived=seen,
         source="names",
-        tells=f"the FDConv layers of the weights have kernel sizes {seen}",
+        because=f"the FDConv layers of the weights have kernel sizes {seen}",
     )
     low, high = bounds(sizes)
-    threshold = settle(
+    settings.resolve(
         "use_fdconv_if_c_gt",
-        int,
         accepts=lambda value: low <= value < high,
         derived=int(low),
         source="names",
-        tells=f"the weights are plain up to {low:g} channels and FDConv from {high:g}",
+        because=f"the weights are plain up to {low:g} channels and FDConv from {high:g}",
     )
-    return {"use_fdconv_if_k_in": sizes, "use_fdconv_if_c_gt": threshold}
 
 
-def _spectrum(dynamic: Sequence[Layer], settle: Settle) -> dict[str, Any]:
+def _spectrum(settings: Conv, dynamic: Sequence[Layer]) -> None:
     """How the spectrum is stored and cut into groups."""
-    converted = _same(dynamic, "convert_param", [layer.converted for layer in dynamic])
-    ratio = _same(dynamic, "param_ratio", [layer.ratio for layer in dynamic])
+    converted = _same(dynamic, "convert_param", "converted")
+    settings.exact("names", convert_param=converted)
+    linear = _same(dynamic, "linear_mode", "linear")
+    settings.resolve(
+        "linear_mode",
+        exact=UNSET if converted is True else linear,
+        source="names",
+        matters=converted is not True,
+    )
     lengths = {layer.attentions for layer in dynamic}
-    values: dict[str, Any] = {}
-    values["convert_param"] = settle(
-        "convert_param", bool, exact=UNSET if converted is None else converted, source="names"
-    )
-    linear = _same(dynamic, "linear_mode", [layer.linear for layer in dynamic])
-    values["linear_mode"] = settle(
-        "linear_mode", bool, exact=linear if converted is False else UNSET, matters=not converted
-    )
-    values["param_ratio"] = settle(
+    entries = f"the kernel attentions have {_few(lengths)} entries"
+    ratio = settings.resolve(
         "param_ratio",
-        int,
-        exact=UNSET if ratio is None else ratio,
+        exact=_same(dynamic, "param_ratio", "ratio"),
         accepts=lambda value: value > 0 and all(length % value == 0 for length in lengths),
-        tells=f"the kernel attentions have {_few(lengths)} entries",
+        because=entries,
     )
-    groups = [layer.attentions // values["param_ratio"] for layer in dynamic]
+    groups = [layer.attentions // ratio for layer in dynamic]
     halves = [layer.out_channels // 2 for layer in dynamic]
-    if len(set(groups)) > 1 and groups != halves:
+    several = len(set(groups)) > 1
+    if several and groups != halves:
         raise CheckpointError(
             f"kernel_num differs between layers ({_few(groups)}) and is not half their output "
             "channels. Expected one kernel_num for all layers, or None."
         )
-    several = len(set(groups)) > 1
-    values["kernel_num"] = settle(
+    settings.resolve(
         "kernel_num",
-        int | None,
         exact=None if several else UNSET,
         accepts=lambda value: (
             not groups or value == groups[0] or (value is None and groups == halves)
         ),
         derived=groups[0] if groups else UNSET,
-        tells=f"the kernel attentions have {_few(lengths)} entries, for param_ratio "
-        f"{values['param_ratio']}",
+        because=f"{entries}, for param_ratio {ratio}",
     )
-    values["param_reduction"] = _reduction_of_bins(dynamic, settle)
-    return values
-
-
-def _reduction_of_bins(dynamic: Sequence[Layer], settle: Settle) -> Any:
     cut = [layer for layer in dynamic if len(layer.spectrum) == 3]
     if not cut:
-        # Above 1 it only divides alpha, which no shape shows.
-        return settle(
+        settings.resolve(
             "param_reduction",
-            float,
+            # Above 1 it only divides alpha, which no shape shows.
             accepts=lambda value: value >= 1 or not dynamic,
-            tells="the weights hold whole spectra",
+            because="the weights hold whole spectra",
         )
+        return
     if len(cut) < len(dynamic):
         raise CheckpointError(
             f"{cut[0].name} stores part of its spectrum and other layers all of it. Expected one "
             "param_reduction for all layers."
         )
-
-    def explains(value: float) -> bool:
-        return 0 < value < 1 and all(int(la.bins * value) == la.kept_bins for la in cut)
-
-    low = max(layer.kept_bins / layer.bins for layer in cut)
-    return settle(
+    kept = max(layer.kept_bins / layer.bins for layer in cut)
+    _reduction(
+        settings,
         "param_reduction",
-        float,
-        accepts=explains,
-        derived=_simplest(low, explains, "param_reduction"),
-        tells=f"the weights store {low:.1%} of each spectrum",
+        kept,
+        lambda value: 0 < value < 1 and all(int(la.bins * value) == la.kept_bins for la in cut),
+        f"the weights store {kept:.1%} of each spectrum",
     )
 
 
-def _attention(
-    dynamic: Sequence[Layer], known: Mapping[str, Any], settle: Settle
-) -> dict[str, Any]:
-    """Kernel spatial modulation: which parts there are, their sizes, their functions."""
-    local = _same(dynamic, "use_ksm_local", [layer.local for layer in dynamic])
-    only = _same(dynamic, "ksm_only_kernel_att", [layer.only_kernel for layer in dynamic])
-
-    def explains(value: float) -> bool:
-        return all(max(int(la.in_channels * value), 16) == la.hidden for la in dynamic)
-
-    low = max(
-        (layer.hidden / layer.in_channels for layer in dynamic if layer.hidden > 16), default=0
-    )
-    values: dict[str, Any] = {}
-    for name, exact in (("use_ksm_local", local), ("ksm_only_kernel_att", only)):
-        values[name] = settle(name, bool, exact=UNSET if exact is None else exact, source="names")
-    values["reduction"] = settle(
+def _attention(settings: Conv, dynamic: Sequence[Layer]) -> None:
+    """Kernel spatial modulation: which branches there are, their sizes, their functions."""
+    there = bool(dynamic)
+    local = _same(dynamic, "use_ksm_local", "local")
+    only_kernel = _same(dynamic, "ksm_only_kernel_att", "only_kernel")
+    settings.exact("names", use_ksm_local=local, ksm_only_kernel_att=only_kernel)
+    _reduction(
+        settings,
         "reduction",
-        float,
-        accepts=explains,
-        derived=_simplest(low, explains, "reduction"),
-        tells=f"the attentions have {_few({layer.hidden for layer in dynamic})} hidden channels",
+        max((la.hidden / la.in_channels for la in dynamic if la.hidden > 16), default=0),
+        lambda value: all(max(int(la.in_channels * value), 16) == la.hidden for la in dynamic),
+        f"the attentions have {_few({layer.hidden for layer in dynamic})} hidden channels",
     )
-    plain = not dynamic
-    values["ksm_global_act"] = settle(
+    settings.resolve(
         "ksm_global_act",
-        Act,
-        accepts=lambda value: value != "softmax" or only or plain,
-        tells="softmax needs ksm_only_kernel_att=True, and the weights have the other attentions",
-        matters=not plain,
+        accepts=lambda value: value != "softmax" or not there or only_kernel,
+        because="softmax needs ksm_only_kernel_att=True, and the weights have the other attentions",
+        matters=there,
     )
-    norm = _same(dynamic, "ksm_global_norm", [layer.norm for layer in dynamic])
-    values["ksm_global_norm"] = settle(
+    norm = _same(dynamic, "ksm_global_norm", "norm")
+    settings.resolve(
         "ksm_global_norm",
-        AttentionNorm,
-        exact=UNSET if norm is None else norm,
+        exact=norm,
         source="names",
-        tells=f"the weights have {_STORED[norm]} under {dynamic[0].name}.KSM_Global.bn"
-        if norm is not None
+        because=f"the weights have {_STORED[norm]} under {dynamic[0].name}.KSM_Global.bn"
+        if there
         else "",
-        matters=bool(dynamic),
+        matters=there,
     )
-    values["ksm_local_act"] = settle("ksm_local_act", Act, matters=bool(local))
-    values["att_multi"] = settle("att_multi", float, matters=bool(local) or only is False)
+    settings.resolve("ksm_local_act", matters=local is True)
+    settings.resolve("att_multi", matters=local is True or only_kernel is False)
     # kernel_num=None sets the kernel temperature by itself.
-    own = known["kernel_num"] is not None
-    values["kernel_temp"] = settle("kernel_temp", float | None, matters=own and not plain)
-    values["temp"] = settle("temp", float | None, matters=only is False)
-    return values
+    own = settings.values["kernel_num"] is not None
+    settings.resolve("kernel_temp", matters=own and there)
+    settings.resolve("temp", matters=only_kernel is False)
 
 
-def _same(dynamic: Sequence[Layer], field: str, values: Sequence[Any]) -> Any:
-    """The one value all layers have; None if there are no layers.
+def _bands(
+    dynamic: Sequence[Layer], conv_section: Mapping[str, Any], evidence: Evidence
+) -> BandModulationConfig:
+    """Bands, groups and kernel of Frequency Band Modulation.
+
+    Raises:
+        CheckpointError: layers differ, neither config nor default explains their number of band
+            convolutions, or saved masks are not those of the bands.
+    """
+    banded = [layer for layer in dynamic if layer.bands]
+    section = conv_section.get("fbm_cfg")
+    given = isinstance(section, Mapping)
+    section = section if isinstance(section, Mapping) else {}
+    if stated(section, "spatial") not in (UNSET, "conv"):
+        raise CheckpointError(
+            f"The config's fbm_cfg says spatial={section['spatial']!r}; the published code has "
+            "'conv' only. Remove it, or give the config this checkpoint was trained with."
+        )
+    if len({(layer.spatial_kernel, layer.bands) for layer in banded}) > 1:
+        raise CheckpointError(
+            "Layers differ in their number of bands or in spatial_kernel. Expected one fbm_cfg for "
+            "all layers; the file mixes two networks."
+        )
+    fields = "backbone.conv.fbm_cfg"
+    settings = SettingResolver(evidence, BandModulationConfig, fields, section)
+    if not banded:
+        for name in BandModulationConfig.model_fields:
+            settings.resolve(name, matters=False)
+        return settings.build()
+    masked = _with_masks(banded)
+    _band_count(settings, banded[0].bands, given, masked)
+    settings.exact("shapes", spatial_kernel=banded[0].spatial_kernel)
+    _band_groups(settings, banded)
+    settings.resolve("act")
+    if masked is not None and masked.masks is not None:
+        saved, k_list = masked.masks, settings.values["k_list"]
+        buffer, size = f"{masked.name}.FBM.cached_masks", saved.size_for(k_list)
+        settings.resolve(
+            "max_size",
+            accepts=lambda value: saved.are_of(k_list, value),
+            derived=size,
+            source="saved buffers",
+            because=f"{buffer} have shape {tuple(saved.masks.shape)}, as masks made at {size}",
+        )
+        settings.resolve(
+            "masks", exact="cached", source="saved buffers", because=f"{buffer} are in the file"
+        )
+    return settings.build()
+
+
+def _with_masks(banded: Sequence[Layer]) -> Layer | None:
+    """A layer whose masks the file saves, if it saves any."""
+    masked = [(layer, layer.masks) for layer in banded if layer.masks is not None]
+    if not masked:
+        return None
+    first, masks = masked[0]
+    for layer, other in masked:
+        if not torch.equal(masks.masks, other.masks):
+            described = [
+                f"{la.name}.FBM.cached_masks, of shape {tuple(saved.masks.shape)}, those of k_list "
+                f"{None if saved.k_list is None else list(saved.k_list)},"
+                for la, saved in ((first, masks), (layer, other))
+            ]
+            raise CheckpointError(
+                f"The saved band masks differ between layers: {' and '.join(described)[:-1]}. "
+                "Expected the same fbm_cfg for all layers; the file mixes two networks."
+            )
+    if masks.k_list is None:
+        raise CheckpointError(
+            f"{first.name}.FBM.cached_masks, {tuple(masks.masks.shape)}, are not the published "
+            "band masks of any k_list. Expected, for each band k, all frequencies below 0.5 / k "
+            "in both directions; a network with masks of its own cannot be built here."
+        )
+    return first
+
+
+def _band_count(settings: Bands, count: int, given: bool, masked: Layer | None) -> None:
+    """``k_list`` and ``lowfreq_att``, of which shapes tell the sum.
+
+    A layer has one convolution per band, and one more with ``lowfreq_att``. Which of the two it
+    is comes from the band masks, if the file saves them, else from the config, or from the
+    published defaults.
+    """
+    because = (
+        f"the weights have {count} band convolutions a layer, which is one per band and one more "
+        "with lowfreq_att"
+    )
+
+    def explains(value: tuple[float, ...]) -> bool:
+        return len(value) >= 1 and count - len(value) in (0, 1)
+
+    accepts, derived = explains, UNSET
+    if masked is not None and masked.masks is not None and masked.masks.k_list is not None:
+        saved, derived = masked.masks, masked.masks.k_list
+        because = f"{masked.name}.FBM.cached_masks are the masks of k_list {list(derived)}"
+        if not explains(derived):
+            raise CheckpointError(
+                f"{because}, {len(derived)} bands, and {masked.name} has {count} band convolutions."
+                " Expected one per band, and one more with lowfreq_att; the file mixes two "
+                "networks."
+            )
+
+        def accepts(value: tuple[float, ...]) -> bool:
+            return saved.size_for(value) is not None  # bands of the same masks are as good
+
+    # The published code reads an fbm_cfg without k_list as one band, [2].
+    one = given or count == 1
+    bands = settings.resolve(
+        "k_list",
+        default=(2.0,) if one else BandModulationConfig().k_list,
+        accepts=accepts,
+        derived=derived,
+        source="shapes" if derived is UNSET else "saved buffers",
+        because=because,
+        note=f"{count} convolutions a layer: {count} bands, or {count - 1} and lowfreq_att"
+        if count > 1
+        else "",
+    )
+    settings.resolve(
+        "lowfreq_att",
+        exact=count == len(bands) + 1,
+        because=f"{because}; with k_list {list(bands)} that leaves {count - len(bands)} for it",
+    )
+
+
+def _band_groups(settings: Bands, banded: Sequence[Layer]) -> None:
+    groups = sorted({layer.spatial_group for layer in banded})
+    per_channel = all(layer.spatial_group == layer.in_channels for layer in banded)
+    if not per_channel and len(groups) > 1:
+        raise CheckpointError(
+            f"spatial_group differs between layers ({groups}). Expected one for all layers."
+        )
+    settings.resolve(
+        "spatial_group",
+        # Above 64 the published code reads "one group per channel".
+        accepts=lambda value: per_channel if value > 64 else groups == [value],
+        derived=groups[0] if len(groups) == 1 else 65,
+        because=f"the weights' band convolutions have {groups} groups",
+    )
+
+
+def _same(dynamic: Sequence[Layer], field: str, attribute: str) -> Any:
+    """The one value of an attribute that all layers have; UNSET without layers or value.
 
     Raises:
         CheckpointError: layers differ.
     """
+    values = [getattr(layer, attribute) for layer in dynamic]
     for layer, value in zip(dynamic, values, strict=True):
         if value != values[0]:
             raise CheckpointError(
-                f"{field} differs between layers: {dynamic[0].name} tells {values[0]!r}, "
+                f"{field} differs between layers: {dynamic[0].name} has {values[0]!r}, "
                 f"{layer.name} {value!r}. Expected one value for all FDConv layers; the file mixes "
                 "two networks."
             )
-    return values[0] if values else None
+    return UNSET if not values or values[0] is None else values[0]
 
 
-def _simplest(low: float, explains: Callable[[float], bool], field: str) -> float:
-    """The number of fewest digits that explains the shapes, not below ``low``."""
+def _reduction(
+    settings: Conv, name: str, low: float, explains: Callable[[float], bool], because: str
+) -> None:
+    """A ratio that shapes bound: the number of fewest digits, not below ``low``, explains them."""
     rounded = (math.ceil(low * 10**digits) / 10**digits for digits in range(1, 12))
     near = (low * (1 + step * 1e-12) for step in range(1, 10))
-    for value in (*_USUAL_REDUCTIONS, *rounded, low, *near):
-        if explains(value):
-            return value
-    raise CheckpointError(
-        f"No single {field} explains the shapes of the FDConv layers. Expected one for all layers; "
-        "the file may mix two networks."
-    )
+    candidates = (*_USUAL_REDUCTIONS, *rounded, low, *near)
+    simplest = next((value for value in candidates if explains(value)), None)
+    if simplest is None:
+        raise CheckpointError(
+            f"No single {name} explains the shapes of the FDConv layers. Expected one for all "
+            "layers; the file may mix two networks."
+        )
+    settings.resolve(name, accepts=explains, derived=simplest, because=because)
 
 
 def _few(values: Iterable[int]) -> str:

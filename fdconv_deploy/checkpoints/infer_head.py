@@ -1,17 +1,69 @@
-"""A decode head of a checkpoint, from its names and shapes and its config."""
+"""A segmentor's decode head: which of mmsegmentation's it is, and its settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, get_args
 
-from fdconv_deploy.checkpoints.evidence import UNSET, Evidence, stated, type_of
-from fdconv_deploy.checkpoints.infer_head_type import head_by_names, head_type
-from fdconv_deploy.checkpoints.infer_layers import Shapes
+from fdconv_deploy.checkpoints.evidence import (
+    CHECKPOINT_META,
+    UNSET,
+    Evidence,
+    SettingResolver,
+    stated,
+    type_of,
+)
+from fdconv_deploy.checkpoints.infer_layers import Shapes, dynamic_names, part
 from fdconv_deploy.config import BINARY_THRESHOLD, HEAD_CONFIGS, HeadConfig, HeadType
 from fdconv_deploy.errors import CheckpointError
 
+SUPPORTED: tuple[HeadType, ...] = get_args(HeadType)
+_SUPPORTED = f"Supported decode heads: {', '.join(SUPPORTED)}."
+
+# Modules each head has, and those that depend on its settings. All have conv_seg.
+_MODULES: dict[HeadType, tuple[set[str], set[str]]] = {
+    "UPerHead": ({"psp_modules", "bottleneck", "fpn_bottleneck"}, {"lateral_convs", "fpn_convs"}),
+    "FCNHead": (set(), {"convs", "conv_cat"}),
+    "PSPHead": ({"psp_modules", "bottleneck"}, set()),
+    "ASPPHead": ({"image_pool", "aspp_modules", "bottleneck"}, set()),
+    "DepthwiseSeparableASPPHead": (
+        {"image_pool", "aspp_modules", "bottleneck", "sep_bottleneck"},
+        {"c1_bottleneck"},
+    ),
+}
+# Modules that only one of the other heads has: to refuse it by its name.
+_OTHER_HEADS = {
+    "ANNHead": {"fusion", "context"},
+    "APCHead": {"acm_modules"},
+    "CCHead": {"cca"},
+    "DAHead": {"pam_in_conv", "cam_in_conv"},
+    "DDRHead": {"head", "aux_head"},
+    "DMHead": {"dcm_modules"},
+    "DNLHead": {"dnl_block"},
+    "DPTHead": {"reassemble_blocks"},
+    "EMAHead": {"ema_module"},
+    "EncHead": {"enc_module"},
+    "FPNHead": {"scale_heads"},
+    "GCHead": {"gc_block"},
+    "ISAHead": {"global_relation", "local_relation"},
+    "IterativeDecodeHead (K-Net)": {"kernel_generate_head"},
+    "LRASPPHead": {"aspp_conv", "conv_ups"},
+    "LightHamHead": {"hamburger"},
+    "Mask2FormerHead": {"pixel_decoder", "query_feat"},
+    "MaskFormerHead": {"pixel_decoder", "query_embed"},
+    "NLHead": {"nl_block"},
+    "OCRHead": {"object_context_block"},
+    "PIDHead": {"i_head", "p_head", "d_head"},
+    "PSAHead": {"attention", "proj"},
+    "PointHead": {"fcs", "fc_seg"},
+    "SETRUPHead": {"up_convs", "norm"},
+    "SETRMLAHead": {"up_convs"},
+    "STDCHead": {"laplacian_kernel", "fusion_kernel"},
+    "SegformerHead": {"fusion_conv"},
+    "SegmenterMaskTransformerHead": {"cls_emb", "classes_proj"},
+    "SideAdapterCLIPHead": {"side_adapter_network"},
+}
 # What mmsegmentation's pspnet_r50-d8, deeplabv3_r50-d8 and deeplabv3plus_r50-d8 have in common,
 # for weights without a config. A config that is silent means the classes' own defaults instead.
 _STOCK_BACKBONE: dict[str, Any] = {
@@ -32,7 +84,7 @@ def stock_backbone(state: Shapes) -> dict[str, Any]:
         Those that differ from the backbone's own defaults.
     """
     dilated = ("PSPHead", "ASPPHead", "DepthwiseSeparableASPPHead")
-    return _STOCK_BACKBONE if head_by_names(state) in dilated else {}
+    return _STOCK_BACKBONE if _type_by_names(state) in dilated else {}
 
 
 def infer_head(
@@ -42,7 +94,7 @@ def infer_head(
     section: Mapping[str, Any],
     evidence: Evidence,
     *,
-    names: int = 0,
+    class_count: int = 0,
 ) -> HeadConfig:
     """One head.
 
@@ -51,189 +103,90 @@ def infer_head(
         name: ``decode_head`` or ``auxiliary_head``.
         widths: channels of each of the backbone's outputs.
         section: the config's section of this head; empty if there is none.
-        evidence: takes the facts.
-        names: how many class names there are, 0 where there are none: they tell how many
+        evidence: takes the settings.
+        class_count: how many class names there are, 0 where there are none: they tell how many
             classes a head with one output has, when its config does not.
 
     Raises:
-        CheckpointError: a head of another type, or witnesses disagree.
+        CheckpointError: a head of another type, or the config or the user contradicts the
+            weights.
     """
-    asked = evidence.overrides.get(f"{name}.type")
-    kind = head_type(state, name, section, asked=asked)
+    kind = _head_type(state, name, section, evidence.overrides.get(f"{name}.type"))
     _refuse_unsupported(kind, name, section)
-
-    def settle(field: str, annotation: Any, **knowledge: Any) -> Any:
-        knowledge.setdefault("config", stated(section, field))
-        return evidence.settle(f"{name}.{field}", annotation, **knowledge)
-
-    makes, channels = _shape(state, "conv_seg.weight")[:2]
-    inputs = _inputs(state, kind)
-    values: dict[str, Any] = {
-        "type": settle(
-            "type", HeadType, config=type_of(section) or UNSET, exact=kind, source="names"
-        ),
-        "channels": settle("channels", int, exact=channels),
-        **_outputs(makes, name, section, settle, names),
-        "align_corners": settle("align_corners", bool, default=False),
-        "norm": _norm(state, name, section, settle),
+    written = {
+        **section,
+        "type": type_of(section) or UNSET,
+        "norm": _entry(section, "norm_cfg", lambda value: value is not None),
+        "in_channels": _entry(section, "in_channels", _several),
+        "in_index": _entry(section, "in_index", lambda value: _positive(value, len(widths))),
     }
-    if kind != "UPerHead":
-        values["input_transform"], outputs = _joined(name, inputs[0], widths, settle)
+    settings: SettingResolver[HeadConfig] = SettingResolver(
+        evidence, HEAD_CONFIGS[kind], name, written
+    )
+    outputs, channels = _shape(state, "conv_seg.weight")[:2]
+    settings.resolve("type", kind=HeadType, exact=kind, source="names")
+    settings.exact("shapes", channels=channels)
+    _outputs(settings, name, outputs, class_count)
+    _norm(settings, state, name)
+    _inputs(settings, state, kind, name, widths)
+    if kind in ("UPerHead", "PSPHead"):
+        _pool_scales(settings, state)
+    elif kind == "FCNHead":
+        _fcn(settings, state)
     else:
-        outputs = tuple(list(widths).index(width) for width in inputs if width in widths)
-        if len(outputs) < len(inputs):
-            raise _foreign(name, next(w for w in inputs if w not in widths), widths)
-    values["in_index"] = _in_index(
-        name, outputs, widths, section, kind == "UPerHead" or len(outputs) == 1, settle
-    )
-    values["in_channels"] = settle(
-        "in_channels",
-        tuple[int, ...],
-        config=_several(stated(section, "in_channels")),
-        exact=tuple(widths[i] for i in values["in_index"]),
-    )
-    fields: dict[HeadType, Callable[[], dict[str, Any]]] = {
-        "UPerHead": lambda: _pyramid(state, settle),
-        "FCNHead": lambda: _fcn(state, settle),
-        "PSPHead": lambda: _pyramid(state, settle),
-        "ASPPHead": lambda: _aspp(state, section, settle),
-        "DepthwiseSeparableASPPHead": lambda: (
-            _aspp(state, section, settle) | _finer(state, name, widths, settle)
-        ),
-    }
-    return HEAD_CONFIGS[kind](**values, **fields[kind]())
+        _dilations(settings, state, stock=not section)
+    if kind == "DepthwiseSeparableASPPHead":
+        _finer_map(settings, state, name, widths)
+    return settings.build()
 
 
 def _outputs(
-    outputs: int, name: str, section: Mapping[str, Any], settle: Any, names: int
-) -> dict[str, Any]:
+    settings: SettingResolver[HeadConfig], name: str, outputs: int, class_count: int
+) -> None:
     """How many classes ``outputs`` channels of logits tell apart, and how.
 
     As mmsegmentation 1.2.2's ``BaseDecodeHead``: there is an output for each class, or one
     output and a threshold for a head of two classes (or of one, the other being the rest).
     """
     one = outputs == 1
-    classes = stated(section, "num_classes")
-    origin = {"config": classes}
-    if one and classes is UNSET and names in (1, 2):
-        origin = {"config": names, "config_name": "the checkpoint's meta"}
-    count = settle(
+    classes, origin = stated(settings.section, "num_classes"), "the config"
+    if one and classes is UNSET and class_count in (1, 2):
+        classes, origin = class_count, CHECKPOINT_META
+    count = settings.resolve(
         "num_classes",
-        int,
-        **origin,
-        **({"default": 2, "accepts": lambda value: value in (1, 2)} if one else {"exact": outputs}),
-        tells=f"{name}.conv_seg has one output, which tells two classes apart (num_classes=2, or 1 "
-        "where the other class is the rest)"
+        config=classes,
+        config_name=origin,
+        default=2,
+        exact=UNSET if one else outputs,
+        accepts=lambda value: value in (1, 2),
+        because=f"{name}.conv_seg has one output, which tells two classes apart (num_classes=2, "
+        "or 1 where the other class is the rest)"
         if one
         else f"{name}.conv_seg makes {outputs}",
     )
-    settle(
+    settings.resolve(
         "out_channels",
-        int | None,
+        kind=int | None,
         accepts=lambda value: value == outputs or (value is None and (one or count == outputs)),
         derived=outputs,
-        tells=f"{name}.conv_seg makes {outputs}",
+        because=f"{name}.conv_seg makes {outputs}",
         matters=one,
     )
-    threshold = stated(section, "threshold")
-    matters = one and name == "decode_head"  # an auxiliary head is for training only
-    probability = settle(
+    settings.values["out_channels"] = None if count == outputs else 1
+    threshold = stated(settings.section, "threshold")
+    settings.resolve(
         "threshold",
-        float | None,
-        config=UNSET if threshold is None or not one else threshold,
+        config=threshold if one and threshold is not None else UNSET,
         default=BINARY_THRESHOLD if one else None,
-        accepts=lambda value: value is None if not one else value is not None and 0 <= value <= 1,
-        tells="a threshold is a probability, from 0 to 1"
+        accepts=lambda value: (value is not None) == one,
+        because="a head with one output needs a probability, 0 to 1"
         if one
         else f"{name} has {outputs} outputs, of which the highest wins",
-        matters=matters,
+        matters=one and name == "decode_head",  # an auxiliary head is for training only
     )
-    return {
-        "num_classes": count,
-        "out_channels": None if count == outputs else 1,
-        "threshold": probability,
-    }
 
 
-def _pyramid(state: Shapes, settle: Any) -> dict[str, Any]:
-    count = len([key for key in state if key.startswith("psp_") and key.endswith("conv.weight")])
-    scales = settle(
-        "pool_scales",
-        tuple[int, ...],
-        default=(1, 2, 3, 6),
-        accepts=lambda value: len(value) == count and min(value) > 0,
-        tells=f"the weights have {count} pooling branches",
-    )
-    return {"pool_scales": scales}
-
-
-def _fcn(state: Shapes, settle: Any) -> dict[str, Any]:
-    count = len({key.split(".")[1] for key in state if key.startswith("convs.")})
-    kernels = {
-        value.shape[2]
-        for key, value in state.items()
-        if key.endswith(".conv.weight") and value.ndim == 4
-    }
-    if len(kernels) > 1:
-        raise CheckpointError(
-            f"The FCN head's convolutions have kernels {sorted(kernels)}. Expected one kernel_size."
-        )
-    return {
-        "num_convs": settle("num_convs", int, exact=count, source="names"),
-        "concat_input": settle(
-            "concat_input", bool, exact="conv_cat.conv.weight" in state, source="names"
-        ),
-        "kernel_size": settle(
-            "kernel_size",
-            int,
-            default=3,
-            exact=kernels.pop() if kernels else UNSET,
-            matters=count > 0,
-        ),
-        "dilation": settle("dilation", int, default=1, matters=count > 0),
-    }
-
-
-def _aspp(state: Shapes, section: Mapping[str, Any], settle: Any) -> dict[str, Any]:
-    """The dilations: a branch of dilation 1 has a 1×1 kernel, the others 3×3."""
-    single: dict[int, bool] = {}
-    for key, value in state.items():
-        if key.startswith("aspp_modules.") and key.endswith(".conv.weight") and value.ndim == 4:
-            number = key.split(".")[1]
-            if number.isdigit() and ".pointwise_conv." not in key:
-                single[int(number)] = value.shape[2] == 1
-    ones = [single[i] for i in sorted(single)]
-    kernels = ", ".join("1×1" if one else "3×3" for one in ones)
-    stock = not section
-    dilations = settle(
-        "dilations",
-        tuple[int, ...],
-        default=_STOCK_DILATIONS if stock else (1, 6, 12, 18),
-        accepts=lambda value: [d == 1 for d in value] == ones and all(d > 0 for d in value),
-        tells=f"the weights have {len(ones)} branches of {kernels} kernels, and a branch is 1×1 "
-        "where its dilation is 1",
-        note="those of the stock d8 configs; d16 ones have 1, 6, 12, 18" if stock else "",
-    )
-    return {"dilations": dilations}
-
-
-def _finer(state: Shapes, name: str, widths: Sequence[int], settle: Any) -> dict[str, Any]:
-    """The finer feature map of DeepLabV3+."""
-    weight = "c1_bottleneck.conv.weight"
-    out, into = _shape(state, weight)[:2] if weight in state else (0, 0)
-    if into not in (0, widths[0]):
-        raise CheckpointError(
-            f"{name}.c1_bottleneck takes {into} channels, and the backbone's first output has "
-            f"{widths[0]}. Expected them to be equal; if out_indices leaves a stage out, correct "
-            "it."
-        )
-    return {
-        "c1_in_channels": settle("c1_in_channels", int, exact=into),
-        "c1_channels": settle("c1_channels", int, exact=out),
-    }
-
-
-def _norm(state: Shapes, name: str, section: Mapping[str, Any], settle: Any) -> bool:
+def _norm(settings: SettingResolver[HeadConfig], state: Shapes, name: str) -> None:
     """Whether batch normalisation follows the convolutions, as the names beside them tell."""
     suffix = ".conv.weight"
     modules = [key.removesuffix(suffix) for key in state if key.endswith(suffix)]
@@ -248,18 +201,144 @@ def _norm(state: Shapes, name: str, section: Mapping[str, Any], settle: Any) -> 
             "convolution of the head, or biases and no normalisation at all; others are not "
             "supported."
         )
-    there = not bare
-    written = stated(section, "norm_cfg")
-    norm: bool = settle(
+    settings.resolve(
         "norm",
-        bool,
-        config=UNSET if written is UNSET else written is not None,
-        exact=there,
+        exact=not bare,
         source="names",
-        tells=f"the weights have {'BatchNorms' if there else 'biases and no normalisation'}",
-        matters=not there,
+        because=f"the weights have {'biases and no normalisation' if bare else 'BatchNorms'}",
+        matters=bool(bare),
     )
-    return norm
+
+
+def _inputs(
+    settings: SettingResolver[HeadConfig],
+    state: Shapes,
+    kind: HeadType,
+    name: str,
+    widths: Sequence[int],
+) -> None:
+    """Which of the backbone's outputs the head takes: ``in_index`` and ``input_transform``.
+
+    Widths double from stage to stage, so that a number of channels tells which outputs they are.
+    """
+    if kind == "UPerHead":
+        laterals = sorted(
+            (int(key.split(".")[1]), _shape(state, key)[1])
+            for key in state
+            if key.startswith("lateral_convs.") and key.endswith(".conv.weight")
+        )
+        taken = [width for _, width in laterals] + [_channels_in(state, kind)]
+        foreign = next((width for width in taken if width not in widths), None)
+        outputs = tuple(list(widths).index(width) for width in taken if foreign is None)
+        settings.values["input_transform"] = None
+    else:
+        channels = _channels_in(state, kind)
+        sets = (c for n in range(1, len(widths) + 1) for c in combinations(range(len(widths)), n))
+        outputs = next((c for c in sets if sum(widths[i] for i in c) == channels), ())
+        foreign = None if outputs else channels
+    if foreign is not None:
+        raise CheckpointError(
+            f"{name} takes feature maps of {foreign} channels, and the backbone's outputs have "
+            f"{tuple(widths)}. Expected a head right behind the backbone; necks are not supported. "
+            "If out_indices leaves a stage out, correct it."
+        )
+    joined = kind != "UPerHead" and len(outputs) > 1
+    because = (
+        f"{name} takes {tuple(widths[i] for i in outputs)} channels and the backbone's outputs "
+        f"have {tuple(widths)}"
+    )
+    if kind != "UPerHead":
+        settings.resolve(
+            "input_transform",
+            # One map "joined" is that map.
+            accepts=lambda value: value == "resize_concat" or not joined,
+            derived="resize_concat" if joined else None,
+            because=because,
+            matters=joined,
+        )
+    index = settings.resolve(
+        "in_index",
+        default=outputs,
+        exact=UNSET if joined else outputs,
+        accepts=lambda value: sorted(value) == list(outputs),
+        because=because,
+        note="the weights tell which, not in what order",
+    )
+    settings.exact("shapes", in_channels=tuple(widths[i] for i in index))
+
+
+def _channels_in(state: Shapes, kind: HeadType) -> int:
+    """Channels of the one feature map the head takes, maps it joins together; UPerHead's last."""
+    if kind in ("UPerHead", "PSPHead"):
+        return _shape(state, "psp_modules.0.1.conv.weight")[1]
+    if kind in ("ASPPHead", "DepthwiseSeparableASPPHead"):
+        return _shape(state, "image_pool.1.conv.weight")[1]
+    if "convs.0.conv.weight" in state:
+        return _shape(state, "convs.0.conv.weight")[1]
+    if "conv_cat.conv.weight" in state:  # no convs: the input is concatenated to itself
+        return _shape(state, "conv_cat.conv.weight")[1] // 2
+    return _shape(state, "conv_seg.weight")[1]
+
+
+def _pool_scales(settings: SettingResolver[HeadConfig], state: Shapes) -> None:
+    count = len([key for key in state if key.startswith("psp_") and key.endswith("conv.weight")])
+    settings.resolve(
+        "pool_scales",
+        accepts=lambda value: len(value) == count and min(value) > 0,
+        because=f"the weights have {count} pooling branches",
+    )
+
+
+def _fcn(settings: SettingResolver[HeadConfig], state: Shapes) -> None:
+    count = len({key.split(".")[1] for key in state if key.startswith("convs.")})
+    kernels = {
+        value.shape[2]
+        for key, value in state.items()
+        if key.endswith(".conv.weight") and value.ndim == 4
+    }
+    if len(kernels) > 1:
+        raise CheckpointError(
+            f"The FCN head's convolutions have kernels {sorted(kernels)}. Expected one kernel_size."
+        )
+    settings.exact("names", num_convs=count, concat_input="conv_cat.conv.weight" in state)
+    kernel = kernels.pop() if kernels else UNSET
+    settings.resolve("kernel_size", exact=kernel, matters=count > 0)
+    settings.resolve("dilation", matters=count > 0)
+
+
+def _dilations(settings: SettingResolver[HeadConfig], state: Shapes, *, stock: bool) -> None:
+    """ASPP's dilations: a branch of dilation 1 has a 1×1 kernel, the others 3×3."""
+    single: dict[int, bool] = {}
+    for key, value in state.items():
+        if key.startswith("aspp_modules.") and key.endswith(".conv.weight") and value.ndim == 4:
+            number = key.split(".")[1]
+            if number.isdigit() and ".pointwise_conv." not in key:
+                single[int(number)] = value.shape[2] == 1
+    ones = [single[i] for i in sorted(single)]
+    kernels = ", ".join("1×1" if one else "3×3" for one in ones)
+    settings.resolve(
+        "dilations",
+        default=_STOCK_DILATIONS if stock else (1, 6, 12, 18),
+        accepts=lambda value: [d == 1 for d in value] == ones and all(d > 0 for d in value),
+        because=f"the weights have {len(ones)} branches of {kernels} kernels, and a branch is 1×1 "
+        "where its dilation is 1",
+        note="those of the stock d8 configs; d16 ones have 1, 6, 12, 18" if stock else "",
+    )
+
+
+def _finer_map(
+    settings: SettingResolver[HeadConfig], state: Shapes, name: str, widths: Sequence[int]
+) -> None:
+    """The finer feature map of DeepLabV3+, which is the backbone's first output."""
+    weight = "c1_bottleneck.conv.weight"
+    out, into = _shape(state, weight)[:2] if weight in state else (0, 0)
+    if into not in (0, widths[0]):
+        raise CheckpointError(
+            f"{name}.c1_bottleneck takes {into} channels, and the backbone's first output has "
+            f"{widths[0]}. Expected them to be equal; if out_indices leaves a stage out, correct "
+            "it."
+        )
+    settings.exact("shapes", c1_in_channels=into, c1_channels=out)
 
 
 def _refuse_unsupported(kind: HeadType, name: str, section: Mapping[str, Any]) -> None:
@@ -279,8 +358,21 @@ def _refuse_unsupported(kind: HeadType, name: str, section: Mapping[str, Any]) -
         )
 
 
+def _entry(section: Mapping[str, Any], name: str, converted: Any) -> Any:
+    value = stated(section, name)
+    return UNSET if value is UNSET else converted(value)
+
+
 def _several(value: Any) -> Any:
     return (value,) if isinstance(value, int) else value
+
+
+def _positive(value: Any, count: int) -> Any:
+    """Indices of ``count`` outputs, counted from the first where they are negative."""
+    value = _several(value)
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(i + count if isinstance(i, int) and i < 0 else i for i in value)
 
 
 def _shape(state: Shapes, key: str) -> tuple[int, ...]:
@@ -295,90 +387,99 @@ def _shape(state: Shapes, key: str) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _inputs(state: Shapes, kind: HeadType) -> tuple[int, ...]:
-    """Channels of each feature map the head takes; those it joins together as one."""
-    if kind == "UPerHead":
-        laterals = sorted(
-            (int(key.split(".")[1]), _shape(state, key)[1])
-            for key in state
-            if key.startswith("lateral_convs.") and key.endswith(".conv.weight")
-        )
-        return (*(width for _, width in laterals), _shape(state, "psp_modules.0.1.conv.weight")[1])
-    if kind == "PSPHead":
-        return (_shape(state, "psp_modules.0.1.conv.weight")[1],)
-    if kind in ("ASPPHead", "DepthwiseSeparableASPPHead"):
-        return (_shape(state, "image_pool.1.conv.weight")[1],)
-    if "convs.0.conv.weight" in state:
-        return (_shape(state, "convs.0.conv.weight")[1],)
-    if "conv_cat.conv.weight" in state:  # no convs: the input is concatenated to itself
-        return (_shape(state, "conv_cat.conv.weight")[1] // 2,)
-    return (_shape(state, "conv_seg.weight")[1],)
+def _type_by_names(state: Shapes) -> HeadType | None:
+    """The supported head whose modules these are; None if they are of no such head."""
+    modules = set(_modules(state))
+    if any(".depthwise_conv." in key for key in state if key.startswith("convs.")):
+        return None  # DepthwiseSeparableFCNHead
+    for kind, (needed, possible) in _MODULES.items():
+        if needed | {"conv_seg"} <= modules <= needed | possible | {"conv_seg"}:
+            return kind
+    return None
 
 
-def _joined(
-    name: str, channels: int, widths: Sequence[int], settle: Any
-) -> tuple[str | None, tuple[int, ...]]:
-    """``input_transform`` of a head on one feature map, and which outputs that map is made of.
+def _head_type(state: Shapes, name: str, section: Mapping[str, Any], asked: str | None) -> HeadType:
+    """The head's type by its names; ``asked`` is the type that the user says it is.
 
-    Widths double from stage to stage, so that a number of channels tells which they are.
+    Raises:
+        CheckpointError: another head, or FDConv layers in it.
     """
-    found = next(
-        (
-            chosen
-            for count in range(1, len(widths) + 1)
-            for chosen in combinations(range(len(widths)), count)
-            if sum(widths[i] for i in chosen) == channels
-        ),
-        None,
-    )
+    found, written = _type_by_names(state), type_of(section)
+    other = "" if found else (written if written not in SUPPORTED else "") or _other_head(state)
+    dynamic = dynamic_names(state)
+    if dynamic and not other:
+        raise CheckpointError(
+            f"{name}.{dynamic[0]} is an FDConv layer. Expected FDConv in the backbone only; heads "
+            "with FDConv layers are not supported yet."
+        )
     if found is None:
-        raise _foreign(name, channels, widths)
-    # One map "joined" is that map.
-    transforms = (None, "resize_concat") if len(found) == 1 else ("resize_concat",)
-    transform = settle(
-        "input_transform",
-        Literal["resize_concat"] | None,
-        accepts=lambda value: value in transforms,
-        derived=transforms[0],
-        tells=f"{name} takes {channels} channels and the backbone's outputs have {tuple(widths)}",
-        matters=len(found) > 1,
+        extra = "" if other else _extra(state, name)
+        if extra:
+            raise CheckpointError(
+                f"{name} has {extra}. Expected exactly the tensors of one of mmsegmentation's "
+                f"heads; if it has parts of its own, it cannot be loaded. {_SUPPORTED}"
+            )
+        modules = ", ".join(_modules(state)) or "no tensors"
+        raise CheckpointError(
+            f"{name} is {f'a {other}' if other else 'of an unknown type'}: it has {modules}. Such "
+            f"heads are not supported yet. {_SUPPORTED}"
+        )
+    if written and written not in SUPPORTED and asked is None:
+        raise CheckpointError(
+            f"{name} is a {written} in the config, which is not supported. {_SUPPORTED} "
+            f"Its tensors are named as {found}'s: if it computes the same, set {name}.type={found}."
+        )
+    return found
+
+
+def refuse_cascade(state: Shapes, heads: Any) -> None:
+    """Refuse decode heads that work one after the other, by their names.
+
+    Args:
+        state: the whole network's tensors.
+        heads: the config's ``model.decode_head``, or anything else.
+
+    Raises:
+        CheckpointError: there are several decode heads.
+    """
+    tensors = part(state, "decode_head.")
+    numbers = sorted({first for first in _modules(tensors) if first.isdigit()}, key=int)
+    if not numbers:
+        return
+    sections: Sequence[Any] = heads if isinstance(heads, (list, tuple)) else ()
+    kinds = []
+    for number in numbers:
+        section = sections[int(number)] if int(number) < len(sections) else {}
+        inner = part(tensors, f"{number}.")
+        written = type_of(section) if isinstance(section, Mapping) else ""
+        kinds.append(written or _type_by_names(inner) or _other_head(inner) or "unknown head")
+    raise CheckpointError(
+        f"The network is a CascadeEncoderDecoder: its decode heads ({', '.join(kinds)}) work one "
+        "after the other, as in PointRend or OCRNet. Expected an EncoderDecoder with one decode "
+        f"head; cascades are not supported yet. {_SUPPORTED}"
     )
-    return transform, found
 
 
-def _in_index(
-    name: str,
-    outputs: tuple[int, ...],
-    widths: Sequence[int],
-    section: Mapping[str, Any],
-    ordered: bool,
-    settle: Any,
-) -> tuple[int, ...]:
-    """``in_index``; ``ordered`` says whether the weights tell the order of ``outputs``, too."""
-    written = _several(stated(section, "in_index"))
-    if isinstance(written, (list, tuple)):
-        written = tuple(i + len(widths) if isinstance(i, int) and i < 0 else i for i in written)
-    knowledge: dict[str, Any] = {"exact": outputs}
-    if not ordered:
-        knowledge = {
-            "default": outputs,
-            "accepts": lambda value: sorted(value) == list(outputs),
-            "note": "the weights tell which, not in what order",
-        }
-    index: tuple[int, ...] = settle(
-        "in_index",
-        tuple[int, ...],
-        config=written,
-        tells=f"{name} takes {tuple(widths[i] for i in outputs)} channels and the backbone's "
-        f"outputs have {tuple(widths)}",
-        **knowledge,
-    )
-    return index
+def _modules(state: Shapes) -> list[str]:
+    return list(dict.fromkeys(key.split(".")[0] for key in state))
 
 
-def _foreign(name: str, channels: int, widths: Sequence[int]) -> CheckpointError:
-    return CheckpointError(
-        f"{name} takes feature maps of {channels} channels, and the backbone's outputs have "
-        f"{tuple(widths)}. Expected a head right behind the backbone; necks are not supported. If "
-        "out_indices leaves a stage out, correct it."
-    )
+def _extra(state: Shapes, name: str) -> str:
+    """What there is beside a whole supported head; empty if there is no such head."""
+    modules = _modules(state)
+    # The one with the most modules: FCNHead's own, none but conv_seg, are in every head.
+    for kind, (needed, possible) in sorted(_MODULES.items(), key=lambda item: -len(item[1][0])):
+        if needed and needed | {"conv_seg"} <= set(modules):
+            own = needed | possible | {"conv_seg"}
+            found = [f"{name}.{key}" for key in state if key.split(".")[0] not in own]
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            shown = f"{', '.join(found[:5])}{more}"
+            return f"all of a {kind}, and {len(found)} tensors left over: {shown}"
+    return ""
+
+
+def _other_head(state: Shapes) -> str:
+    modules = set(_modules(state))
+    if modules <= {"convs", "conv_cat", "conv_seg"} and "convs" in modules:
+        return "DepthwiseSeparableFCNHead" if "conv_seg" in modules else ""
+    return next((kind for kind, needed in _OTHER_HEADS.items() if needed <= modules), "")

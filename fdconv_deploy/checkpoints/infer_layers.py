@@ -18,7 +18,7 @@ Shapes = Mapping[str, Tensor]
 
 _DETECTOR = ("neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.", "panoptic_head.")
 _DYNAMIC = ".KSM_Global.fc.weight"
-_BANDS = ".FBM.freq_weight_conv_list."
+_BANDS = "FBM.freq_weight_conv_list."
 # Buffers of an FDConv layer that the published class does not save, and some copies do.
 SAVED_BUFFERS = ("indices", "FBM.cached_masks")
 NOT_PARAMETERS = (
@@ -132,156 +132,110 @@ def conv_layers(state: Shapes) -> list[Layer]:
     Raises:
         CheckpointError: an FDConv layer's tensors don't fit each other.
     """
-    names = dict.fromkeys(dynamic_names(state))
-    inside = tuple(f"{name}.{inner}" for name in names for inner in ("KSM_", "FBM."))
+    dynamic = set(dynamic_names(state))
     found: dict[str, Layer] = {}
     for key, value in state.items():
-        owner = key.rpartition(".")[0]
-        dynamic = _owner(key, names)
-        if dynamic is not None:
-            if dynamic not in found:
-                found[dynamic] = _dynamic_layer(state, dynamic)
-        elif key.endswith(".weight") and value.ndim == 4 and not key.startswith(inside):
+        owner = module = key.rpartition(".")[0]
+        while owner and owner not in dynamic:
+            owner = owner.rpartition(".")[0]
+        if owner:
+            if owner not in found:
+                found[owner] = _dynamic_layer(state, owner)
+        elif key.endswith(".weight") and value.ndim == 4:
             out, into, height, width = value.shape
-            found[owner] = Layer(owner, into, out, (height, width), dynamic=False)
+            found[module] = Layer(module, into, out, (height, width), dynamic=False)
     return list(found.values())
 
 
-def _owner(key: str, names: Mapping[str, None]) -> str | None:
-    for mark in (
-        ".KSM_Global.", ".KSM_Local.", ".FBM.", ".dft_weight", ".weight", ".bias", ".indices",
-    ):  # fmt: skip
-        name, found, _ = key.partition(mark)
-        if found and name in names:
-            return name
-    return None
-
-
 def _dynamic_layer(state: Shapes, name: str) -> Layer:
-    def shape(suffix: str) -> tuple[int, ...] | None:
-        tensor = state.get(f"{name}.{suffix}")
-        return None if tensor is None else tuple(tensor.shape)
-
-    hidden, into = _known(name, "KSM_Global.fc.weight", shape("KSM_Global.fc.weight"))[:2]
-    attentions = (shape("KSM_Global.kernel_fc.weight") or (1,))[0]
-    spectrum, weight = shape("dft_weight"), shape("weight")
-    taps = (shape("KSM_Global.spatial_fc.weight") or (1,))[0]
-    only_kernel = shape("KSM_Global.filter_fc.weight") is None
-    local = shape("KSM_Local.conv.weight")
-    ratio: int | None = None
-    kernel: tuple[int, int]
-    if spectrum is not None and len(spectrum) == 4:
-        ratio = spectrum[0]
-        columns = _columns(spectrum[2], into)
-        width = columns // into
-        # Only square kernels and those of height 1 have an out count told by nothing else.
-        out = (shape("KSM_Global.filter_fc.weight") or (0,))[0]
-        height = spectrum[1] // out if out else width
-        out = out or spectrum[1] // max(width, 1)
-        kernel = (height, width)
-        if out * height != spectrum[1] or into * width != columns or not width:
-            raise _misfit(
-                name, f"dft_weight has shape {spectrum}, KSM_Global takes {into} channels"
-            )
-    elif spectrum is not None and len(spectrum) == 3:
-        ratio = spectrum[0]
-        out = (shape("KSM_Global.filter_fc.weight") or (0,))[0] or _out_channels(state, name)
-        if local is not None:
-            side = _square_root(local[0] // max(out, 1))
-        else:
-            side = _side_in_resnet(state, name) if only_kernel else _square_root(taps)
-        kernel = (side, side)
-    elif weight is not None and len(weight) == 4:
-        out, kernel = weight[0], (weight[2], weight[3])
-    elif weight is not None and len(weight) == 2:
-        out, kernel = weight[0], (1, 1)
-    else:
-        raise _misfit(name, "it has attention but no dft_weight and no weight")
+    own = part(state, f"{name}.")
+    shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+    first = shapes["KSM_Global.fc.weight"]
+    if 0 in first:
+        raise _misfit(name, f"KSM_Global.fc.weight has shape {first}, expected (hidden, in, 1, 1)")
+    hidden, into = first[:2]
+    spectrum = shapes.get("dft_weight", ())
+    out, kernel = _out_and_kernel(state, name, into, shapes)
+    local = shapes.get("KSM_Local.conv.weight")
     if local is not None and local[0] != out * kernel[0] * kernel[1]:
-        raise _misfit(
-            name, f"KSM_Local makes {local[0]} numbers, {out}·{kernel[0]}·{kernel[1]} needed"
-        )
-    bands = [key for key in state if key.startswith(name + _BANDS) and key.endswith(".weight")]
-    group, _, spatial, _ = state[bands[0]].shape if bands else (0, 0, 0, 0)
+        needed = f"{out}·{kernel[0]}·{kernel[1]}"
+        raise _misfit(name, f"KSM_Local makes {local[0]} numbers, {needed} needed")
+    bands = [key for key in own if key.startswith(_BANDS) and key.endswith(".weight")]
+    group, _, spatial, _ = own[bands[0]].shape if bands else (0, 0, 0, 0)
+    stored = {key.rpartition(".")[2] for key in own if key.startswith("KSM_Global.bn.")}
+    norm: AttentionNorm = "group" if stored else "none"
+    masks, indices = (own.get(buffer) for buffer in ("FBM.cached_masks", "indices"))
     return Layer(
         name,
         into,
         out,
         kernel,
         dynamic=True,
-        attentions=attentions,
+        attentions=shapes.get("KSM_Global.kernel_fc.weight", (1,))[0],
         hidden=hidden,
-        ratio=ratio,
-        spectrum=spectrum or (),
-        converted=spectrum is not None,
-        linear=spectrum is None and weight is not None and len(weight) == 2,
+        ratio=spectrum[0] if spectrum else None,
+        spectrum=spectrum,
+        converted=bool(spectrum),
+        linear=not spectrum and len(shapes["weight"]) == 2,
         local=local is not None,
-        only_kernel=only_kernel,
+        only_kernel="KSM_Global.filter_fc.weight" not in own,
         bands=len(bands),
         spatial_group=group,
         spatial_kernel=spatial,
-        norm=_norm(state, name),
-        masks=_saved_masks(state, name),
-        indices=_with_values(state.get(f"{name}.indices")),
+        norm="batch" if stored & {"running_mean", "running_var"} else norm,
+        masks=None if masks is None or masks.is_meta else _saved_masks(name, masks),
+        indices=None if indices is None or indices.is_meta else indices,
     )
 
 
-def _columns(frequencies: int, channels: int) -> int:
-    """Columns of a kernel matrix with so many in its half spectrum: a multiple of channels.
+def _out_and_kernel(
+    state: Shapes, name: str, into: int, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int, tuple[int, int]]:
+    """Output channels and kernel size of a dynamic layer that takes ``into`` channels."""
+    spectrum, weight = shapes.get("dft_weight", ()), shapes.get("weight", ())
+    out = shapes.get("KSM_Global.filter_fc.weight", (0,))[0]
+    if len(spectrum) == 4:
+        # (groups, rows, frequencies, 2). An even number of columns and the odd one after it have
+        # as many frequencies; columns are a multiple of the channels.
+        rows, columns = spectrum[1], 2 * (spectrum[2] - 1)
+        columns += 1 if columns % into and not (columns + 1) % into else 0
+        width = columns // into
+        # Only square kernels and those of height 1 have an out count told by nothing else.
+        height = rows // out if out else width
+        out = out or rows // max(width, 1)
+        if out * height != rows or into * width != columns or not width:
+            raise _misfit(
+                name, f"dft_weight has shape {spectrum}, KSM_Global takes {into} channels"
+            )
+        return out, (height, width)
+    if len(spectrum) == 3:
+        # Bins alone: the channels, if nothing in the layer tells them, are those of the
+        # normalisation that follows, and the kernel is told by what attends to its taps.
+        owner, _, last = name.rpartition(".")
+        if not out:
+            norm = f"{int(last) + 1}" if last.isdigit() else last.replace("conv", "bn")
+            if norm == last or f"{owner}.{norm}.weight" not in state:
+                raise _misfit(name, "its number of output channels stands nowhere")
+            out = int(state[f"{owner}.{norm}.weight"].shape[0])
+        if "KSM_Local.conv.weight" in shapes:
+            taps = shapes["KSM_Local.conv.weight"][0] // max(out, 1)
+        elif "KSM_Global.filter_fc.weight" in shapes:
+            taps = shapes.get("KSM_Global.spatial_fc.weight", (1,))[0]
+        else:  # nothing attends to taps: the layer's place in a ResNet's block tells
+            bottleneck = any(key.startswith(f"{owner}.conv3.") for key in state)
+            taps = 1 if bottleneck and last in ("conv1", "conv3") else 9
+        side = round(max(taps, 1) ** 0.5)
+        return out, (side, side)
+    if len(weight) in (2, 4):
+        return weight[0], (weight[2], weight[3]) if len(weight) == 4 else (1, 1)
+    raise _misfit(name, "it has attention but no dft_weight and no weight")
 
-    An even number of columns and the odd one after it have as many.
-    """
-    even = 2 * (frequencies - 1)
-    return even + 1 if even % channels and not (even + 1) % channels else even
 
-
-def _norm(state: Shapes, name: str) -> AttentionNorm:
-    """What normalises the attention's hidden layer, from what is stored of it."""
-    stored = part(state, f"{name}.KSM_Global.bn.")
-    if "running_mean" in stored or "running_var" in stored:
-        return "batch"
-    return "group" if stored else "none"
-
-
-def _saved_masks(state: Shapes, name: str) -> SavedMasks | None:
-    buffer = _with_values(state.get(f"{name}.FBM.cached_masks"))
-    if buffer is None:
-        return None
+def _saved_masks(name: str, buffer: Tensor) -> SavedMasks:
     try:
         return SavedMasks.read(buffer)
     except ValueError as error:
         raise _misfit(name, f"its FBM.cached_masks cannot be read: {error}") from None
-
-
-def _with_values(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None or buffer.is_meta else buffer
-
-
-def _known(name: str, suffix: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
-    if shape is None or len(shape) != 4:
-        raise _misfit(name, f"{suffix} has shape {shape}, expected (hidden, in, 1, 1)")
-    return shape
-
-
-def _out_channels(state: Shapes, name: str) -> int:
-    """Of a layer that does not tell itself: the size of the normalisation that follows it."""
-    owner, _, last = name.rpartition(".")
-    norm = f"{owner}.{last.replace('conv', 'bn')}" if "conv" in last else f"{owner}.{int(last) + 1}"
-    tensor = state.get(f"{norm}.weight")
-    if tensor is None:
-        raise _misfit(name, "its number of output channels stands nowhere")
-    return int(tensor.shape[0])
-
-
-def _side_in_resnet(state: Shapes, name: str) -> int:
-    """Kernel size of a layer that does not tell itself: from its place in a ResNet's block."""
-    block, _, last = name.rpartition(".")
-    bottleneck = any(key.startswith(f"{block}.conv3.") for key in state)
-    return 1 if bottleneck and last in ("conv1", "conv3") else 3
-
-
-def _square_root(value: int) -> int:
-    return round(max(value, 1) ** 0.5)
 
 
 def _misfit(name: str, what: str) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""A state dict and what was written beside it → the architecture of its network."""
+"""A segmentation network's configuration, from its state dict and what was written beside it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from fdconv_deploy.checkpoints.config_parser import Config
-from fdconv_deploy.checkpoints.evidence import Evidence, Fact, Inference, type_of
-from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
-from fdconv_deploy.checkpoints.infer_head import infer_head, stock_backbone
-from fdconv_deploy.checkpoints.infer_head_type import refuse_cascade
-from fdconv_deploy.checkpoints.infer_layers import Shapes, backbone_prefix, kind_of, part
-from fdconv_deploy.checkpoints.infer_preprocessing import (
-    count_names,
-    infer_classes,
-    infer_preprocessing,
-    infer_test_mode,
-    refuse_other_normalisation,
+from fdconv_deploy.checkpoints.evidence import (
+    UNSET,
+    Evidence,
+    Inference,
+    SettingResolver,
+    stated,
+    type_of,
 )
-from fdconv_deploy.config import BackboneConfig, HeadConfig, SegmentorConfig
+from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
+from fdconv_deploy.checkpoints.infer_classes import count_names, infer_classes
+from fdconv_deploy.checkpoints.infer_head import infer_head, refuse_cascade, stock_backbone
+from fdconv_deploy.checkpoints.infer_layers import Shapes, backbone_prefix, kind_of, part
+from fdconv_deploy.checkpoints.infer_preprocessing import infer_preprocessing
+from fdconv_deploy.config import BackboneConfig, HeadConfig, SegmentorConfig, TestMode
 from fdconv_deploy.errors import CheckpointError
 
+_LARGEST_CROP = 16384  # pixels; export takes no larger side
 _NOT_A_SEGMENTOR = {
-    "detector": "it is a detector, whose architecture infer_detector_config tells",
+    "detector": "it is a detector, which infer_detector_config takes",
     "backbone": (
         "it is a backbone without a decode head. It can be inspected; to export, give the whole "
         "segmentation checkpoint"
@@ -43,20 +45,22 @@ def infer_segmentor_config(
     meta: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Inference[SegmentorConfig]:
-    """Tell a segmentation network's architecture.
+    """Infer a segmentation network's configuration.
 
-    What names and shapes tell always holds. The rest comes from ``overrides``, else from
-    the config, else it is the published default and listed under ``assumed``.
+    What names and shapes leave open comes from ``overrides``, else from the config, else it is
+    the published default and listed under ``assumed``.
 
     Args:
         state: names → tensors as in mmsegmentation. Only shapes are read, so tensors on the
             meta device do.
         config: the config, from the checkpoint or the user.
         meta: the checkpoint's meta data, for class names and palette.
-        overrides: what the user says: dotted field names (``"backbone.style"``), or nested dicts.
+        overrides: values of the user's: dotted field names (``"backbone.style"``), or nested
+            dicts.
 
     Raises:
-        CheckpointError: not a segmentation network known here, or witnesses contradict.
+        CheckpointError: not a segmentation network known here, or the config or the user
+            contradicts the weights.
     """
     kind = kind_of(state)
     if kind != "segmentor":
@@ -65,38 +69,34 @@ def infer_segmentor_config(
             "Expected a segmentation checkpoint (names under backbone. and decode_head.); "
             f"{_NOT_A_SEGMENTOR[kind]}. Its first names: {names}."
         )
-    config = config or Config()
-    evidence = Evidence(overrides)
-    evidence.notes.extend(config.notes)
+    config, meta = config or Config(), meta or {}
+    evidence = Evidence(overrides, config.notes)
     _check_model(state, config)
-    backbone = infer_whole_backbone(
-        part(state, "backbone."), config, evidence, stock_backbone(part(state, "decode_head."))
-    )
-    widths = output_widths(backbone, part(state, "backbone."))
+    tensors, head_tensors = part(state, "backbone."), part(state, "decode_head.")
+    backbone = infer_whole_backbone(tensors, config, evidence, stock_backbone(head_tensors))
+    widths = output_widths(backbone, tensors)
     head = infer_head(
-        part(state, "decode_head."),
+        head_tensors,
         "decode_head",
         widths,
         config.section("model", "decode_head"),
         evidence,
-        names=count_names(config, meta or {}),
+        class_count=count_names(config, meta),
     )
     auxiliary = _auxiliary(state, widths, config, evidence)
-    # The labels 0 and 1 of one output: a data set names both, or 1 alone.
+    settings = SettingResolver(evidence, SegmentorConfig, "", {})
+    # The labels 0 and 1 of one output: a dataset names both, or 1 alone.
     counts = {head.num_classes} if head.label_threshold is None else {1, 2}
-    classes, palette = infer_classes(counts, config, meta or {}, evidence)
+    infer_classes(settings, counts, config, meta)
     if head.label_threshold is not None:
-        evidence.notes.append(_binary_note(classes, head.label_threshold))
-    architecture = SegmentorConfig(
+        evidence.notes.append(_binary_note(settings.values["classes"], head.label_threshold))
+    architecture = settings.build(
         backbone=backbone,
         decode_head=head,
         auxiliary_head=auxiliary,
-        test=infer_test_mode(config, evidence),
+        test=_test_mode(config, evidence),
         preprocessing=infer_preprocessing(config, evidence, channels=backbone.in_channels),
-        classes=classes,
-        palette=palette,
     )
-    evidence.check_overrides()
     return evidence.inference(architecture)
 
 
@@ -105,12 +105,12 @@ def infer_backbone_only(
     *,
     config: Config | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> tuple[BackboneConfig, tuple[Fact, ...]]:
-    """The backbone of a detector, a classifier or a bare backbone, and who told what."""
+) -> Inference[BackboneConfig]:
+    """The backbone of a classifier or a bare backbone; arguments as `infer_segmentor_config`'s."""
     config = config or Config()
     evidence = Evidence(overrides)
     backbone = infer_whole_backbone(part(state, backbone_prefix(state)), config, evidence)
-    return backbone, tuple(evidence.facts)
+    return evidence.inference(backbone)
 
 
 def output_widths(backbone: BackboneConfig, state: Shapes) -> tuple[int, ...]:
@@ -122,9 +122,74 @@ def output_widths(backbone: BackboneConfig, state: Shapes) -> tuple[int, ...]:
 def infer_whole_backbone(
     state: Shapes, config: Config, evidence: Evidence, stock: Mapping[str, Any] | None = None
 ) -> BackboneConfig:
-    """The backbone by its tensors, names without ``backbone.``, and the config's section."""
-    refuse_other_normalisation(config)
+    """The backbone by its tensors, names without ``backbone.``, and the config's section.
+
+    Raises:
+        CheckpointError: as :func:`infer_backbone`; or the config normalises the backbone or the
+            decode head in another way than it is built here.
+    """
+    for owner in ("backbone", "decode_head"):
+        norm = config.section("model", owner, "norm_cfg")
+        kind, epsilon = type_of(norm), stated(norm, "eps")
+        if kind and kind not in ("BN", "BN2d", "SyncBN", "MMSyncBN", "BatchNorm2d"):
+            network = type_of(config.section("model", owner))
+            which = f"{owner}, a {network}," if network else owner
+            raise CheckpointError(
+                f"The config's {which} normalises with {kind}. "
+                "Expected a ResNet and heads with BN or SyncBN; others are not supported."
+            )
+        if epsilon not in (UNSET, 1e-5):
+            raise CheckpointError(
+                f"The config's {owner} has norm_cfg.eps={epsilon!r}. Expected 1e-5, which the "
+                "network here uses; another would change every output."
+            )
     return infer_backbone(state, config.section("model", "backbone"), evidence, stock)
+
+
+def training_size(config: Config | None) -> tuple[int, int] | None:
+    """(height, width) in pixels that a segmentor was trained on, where its config states it.
+
+    That is mmsegmentation's ``crop_size``, which a config states at its top and in
+    ``model.data_preprocessor.size``.
+    """
+    if config is None:
+        return None
+    for value in (
+        config.section("model", "data_preprocessor").get("size"),
+        config.section("data_preprocessor").get("size"),
+        config.values.get("crop_size"),
+    ):
+        sides = _pair(value)
+        if (
+            isinstance(sides, (list, tuple))
+            and len(sides) == 2
+            and all(isinstance(s, int) and 0 < s <= _LARGEST_CROP for s in sides)
+        ):
+            return sides[0], sides[1]
+    return None
+
+
+def _test_mode(config: Config, evidence: Evidence) -> TestMode:
+    """Whole images or sliding crops: ``model.test_cfg``, or mmseg 0.x's own ``test_cfg``."""
+    section, older = config.section("model", "test_cfg"), config.section("test_cfg")
+    if "mode" not in section and "mode" in older:
+        section = older
+    sizes = {name: _pair(stated(section, name)) for name in ("crop_size", "stride")}
+    settings = SettingResolver(evidence, TestMode, "test", section | sizes)
+    slides = settings.resolve("mode") == "slide"
+    for name in sizes:
+        settings.resolve(
+            name,
+            default=UNSET if slides else None,
+            accepts=lambda value: value is None or min(value) > 0,
+            because="test mode slide needs a (height, width) in pixels",
+            matters=slides,
+        )
+    return settings.build()
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
 
 
 def _auxiliary(
@@ -137,17 +202,15 @@ def _auxiliary(
     if all(key.split(".")[0].isdigit() for key in tensors):
         evidence.notes.append("There are several auxiliary heads; they are left out.")
         return None
-    section = config.section("model", "auxiliary_head")
-    trial = Evidence(evidence.overrides)
+    section, known = config.section("model", "auxiliary_head"), len(evidence.settings)
     try:
-        head = infer_head(tensors, "auxiliary_head", widths, section, trial)
+        return infer_head(tensors, "auxiliary_head", widths, section, evidence)
     except CheckpointError as error:
         if any(name.startswith("auxiliary_head.") for name in evidence.overrides):
             raise
+        del evidence.settings[known:]
         evidence.notes.append(f"The auxiliary head is left out. {error}")
         return None
-    evidence.absorb(trial)
-    return head
 
 
 def _binary_note(classes: tuple[str, ...], threshold: float) -> str:

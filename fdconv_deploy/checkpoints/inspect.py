@@ -9,10 +9,10 @@ from typing import Any
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from fdconv_deploy.checkpoints import model_size as amounts
+from fdconv_deploy.checkpoints import model_size
 from fdconv_deploy.checkpoints.attention_stability import AttentionStability, attention_stability
 from fdconv_deploy.checkpoints.config_parser import Config
-from fdconv_deploy.checkpoints.evidence import Fact
+from fdconv_deploy.checkpoints.evidence import Inference, Setting
 from fdconv_deploy.checkpoints.frequency_order.detect import OrderReport, tell_order
 from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
 from fdconv_deploy.checkpoints.infer_layers import (
@@ -25,8 +25,11 @@ from fdconv_deploy.checkpoints.infer_layers import (
     parameters,
     part,
 )
-from fdconv_deploy.checkpoints.infer_preprocessing import training_size
-from fdconv_deploy.checkpoints.infer_segmentor import infer_backbone_only, infer_segmentor_config
+from fdconv_deploy.checkpoints.infer_segmentor import (
+    infer_backbone_only,
+    infer_segmentor_config,
+    training_size,
+)
 from fdconv_deploy.checkpoints.loading import config_for, network_of
 from fdconv_deploy.checkpoints.reading import read_checkpoint
 from fdconv_deploy.config import BackboneConfig, DetectorConfig, Preprocessing, SegmentorConfig
@@ -70,7 +73,7 @@ class Report(BaseModel):
         architecture: None for anything but a segmentation network told without contradiction.
         detector: the same of a detector.
         backbone: None if it is not a ResNet known here.
-        told, assumed, notes: see :class:`Inference`.
+        found, assumed, notes: see :class:`Inference`.
         dropped, other_weights: see :class:`Checkpoint`.
         problem: why there is no architecture, or None.
         refusal: why export refuses it although it is understood, and what to do; None else.
@@ -101,8 +104,8 @@ class Report(BaseModel):
     architecture: SegmentorConfig | None
     detector: DetectorConfig | None = None
     backbone: BackboneConfig | None
-    told: tuple[Fact, ...]
-    assumed: tuple[Fact, ...]
+    found: tuple[Setting, ...]
+    assumed: tuple[Setting, ...]
     notes: tuple[str, ...]
     dropped: tuple[str, ...]
     other_weights: tuple[str, ...] = ()
@@ -188,24 +191,19 @@ def report_on(
     architecture: SegmentorConfig | None = None
     detector: DetectorConfig | None = None
     backbone: BackboneConfig | None = None
-    told: tuple[Fact, ...] = ()
-    assumed: tuple[Fact, ...] = ()
-    notes: tuple[str, ...] = ()
+    inference: Inference[Any] | None = None
     problem: str | None = None
     kind = kind_of(state)
     try:
         if kind == "segmentor":
-            found = infer_segmentor_config(state, config=config, meta=meta, overrides=overrides)
-            architecture, backbone = found.architecture, found.architecture.backbone
-            told, assumed, notes = found.told, found.assumed, found.notes
+            inference = infer_segmentor_config(state, config=config, meta=meta, overrides=overrides)
+            architecture, backbone = inference.architecture, inference.architecture.backbone
         elif kind == "detector":
-            whole = infer_detector_config(state, config=config, meta=meta, overrides=overrides)
-            detector, backbone = whole.architecture, whole.architecture.backbone
-            told, assumed, notes = whole.told, whole.assumed, whole.notes
+            inference = infer_detector_config(state, config=config, meta=meta, overrides=overrides)
+            detector, backbone = inference.architecture, inference.architecture.backbone
         elif kind != "unknown":
-            backbone, facts = infer_backbone_only(state, config=config, overrides=overrides)
-            told = tuple(fact for fact in facts if fact.source != "published default")
-            assumed = tuple(fact for fact in facts if fact.source == "published default")
+            inference = infer_backbone_only(state, config=config, overrides=overrides)
+            backbone = inference.architecture
         else:
             names = ", ".join(list(state)[:3])
             problem = f"None of its names is of a network known here: {names}…"
@@ -215,7 +213,7 @@ def report_on(
         layers = conv_layers(state)
     except CheckpointError as error:
         layers, problem = [], problem or str(error)
-    sizes = amounts.layer_sizes(state, architecture, backbone, size)
+    sizes = model_size.layer_sizes(state, architecture, backbone, size)
     ratio = backbone.conv.param_ratio if backbone and backbone.conv else 1
     order = None
     if any(layer.dynamic for layer in layers) and not any(v.is_meta for v in state.values()):
@@ -234,17 +232,17 @@ def report_on(
         tensors=len(state),
         dtypes=tuple(sorted({str(v.dtype).removeprefix("torch.") for v in state.values()})),
         size=size,
-        parameters=amounts.parameters_by_part(state),
-        fdconv_parameters=amounts.parameters_by_role(state),
-        macs=amounts.macs_by_part(state, layers, sizes) if sizes else None,
-        spectrum_bytes=sum(amounts.spectrum_bytes(layer, ratio) for layer in layers),
-        published_buffer_bytes=amounts.published_buffer_bytes(layers, backbone, ratio),
+        parameters=model_size.parameters_by_part(state),
+        fdconv_parameters=model_size.parameters_by_role(state),
+        macs=model_size.macs_by_part(state, layers, sizes) if sizes else None,
+        spectrum_bytes=sum(model_size.spectrum_bytes(layer, ratio) for layer in layers),
+        published_buffer_bytes=model_size.published_buffer_bytes(layers, backbone, ratio),
         architecture=architecture,
         detector=detector,
         backbone=backbone,
-        told=told,
-        assumed=assumed,
-        notes=notes,
+        found=inference.found if inference else (),
+        assumed=inference.assumed if inference else (),
+        notes=inference.notes if inference else (),
         dropped=tuple(dropped),
         other_weights=tuple(other_weights),
         problem=problem,
@@ -270,8 +268,8 @@ def _refusal(kind: Kind, layers: Sequence[Layer]) -> str | None:
     return None
 
 
-def _layer(state: Shapes, layer: Layer, ratio: int, sizes: amounts.Sizes) -> LayerReport:
-    macs = sum(amounts.layer_macs(state, layer, sizes).values()) if layer.name in sizes else None
+def _layer(state: Shapes, layer: Layer, ratio: int, sizes: model_size.Sizes) -> LayerReport:
+    macs = sum(model_size.layer_macs(state, layer, sizes).values()) if layer.name in sizes else None
     return LayerReport(
         name=layer.name,
         dynamic=layer.dynamic,
@@ -280,6 +278,6 @@ def _layer(state: Shapes, layer: Layer, ratio: int, sizes: amounts.Sizes) -> Lay
         kernel=layer.kernel,
         kernel_num=layer.attentions // (layer.ratio or ratio) if layer.dynamic else None,
         parameters=parameters(part(state, f"{layer.name}.")),
-        spectrum_bytes=amounts.spectrum_bytes(layer, ratio),
+        spectrum_bytes=model_size.spectrum_bytes(layer, ratio),
         macs=macs,
     )

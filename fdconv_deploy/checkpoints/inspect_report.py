@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fdconv_deploy.checkpoints.evidence import Fact
+from fdconv_deploy.checkpoints.evidence import Setting
 from fdconv_deploy.checkpoints.exportability import needs_size
 from fdconv_deploy.checkpoints.inspect import LayerReport, Report
 from fdconv_deploy.config import SegmentorConfig
@@ -61,11 +61,11 @@ def render(report: Report, console: Console, *, layers: bool = False) -> None:
         )
     if report.dropped:
         console.print(f"Left out: {escape('; '.join(report.dropped))}")
-    if report.told:
-        console.print(_facts("Told", report.told))
+    if report.found:
+        console.print(_settings("Found in the file or given", report.found))
     if report.assumed:
         title = "Assumed: published defaults that nothing in the file confirms"
-        console.print(_facts(title, report.assumed))
+        console.print(_settings(title, report.assumed))
     if layers and report.dynamic_layers:
         console.print(_layers([layer for layer in report.layers if layer.dynamic]))
     console.print(_sizes(report))
@@ -114,14 +114,15 @@ def _input_size(report: Report) -> str:
     )
 
 
-def _facts(title: str, facts: Iterable[Fact]) -> Table:
+def _settings(title: str, settings: Iterable[Setting]) -> Table:
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
     for column in ("field", "value", "from"):
         # Names stay whole: a reader copies them into --set.
         table.add_column(column, overflow="fold", no_wrap=column == "field")
-    for fact in facts:
-        value = f"{_short(fact.value)}  ({fact.note})" if fact.note else _short(fact.value)
-        table.add_row(fact.field, escape(value), fact.source)
+    for setting in settings:
+        value = _short(setting.value)
+        value = f"{value}  ({setting.note})" if setting.note else value
+        table.add_row(setting.field, escape(value), setting.source)
     return table
 
 

@@ -1,12 +1,17 @@
-"""How much there is in a checkpoint: parameters, bytes and multiply-adds, by part and by layer."""
+"""How much there is in a network: parameters, bytes and multiply-adds, by part and by layer.
+
+Multiply-adds are of convolutions only, one per multiplication and addition together, as the
+paper's tables count: transforms and element-wise products are not in them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from fdconv_deploy.checkpoints import multiply_adds as costs
 from fdconv_deploy.checkpoints.infer_layers import (
     Layer,
     Shapes,
@@ -15,27 +20,54 @@ from fdconv_deploy.checkpoints.infer_layers import (
     parameters,
 )
 from fdconv_deploy.config import BackboneConfig, SegmentorConfig
+from fdconv_deploy.nn import ResNet, Segmentor
 
 FDCONV_PARTS = ("dft_weight", "KSM_Global", "KSM_Local", "FBM")
 
-Sizes = dict[str, tuple[costs.Size, costs.Size]]
+Size = tuple[int, int]
+Sizes = dict[str, tuple[Size, Size]]
 
 
+@torch.no_grad()
 def layer_sizes(
     state: Shapes,
     architecture: SegmentorConfig | None,
     backbone: BackboneConfig | None,
-    size: costs.Size,
+    size: Size,
 ) -> Sizes:
-    """Input and output size of every layer that runs at inference and is understood."""
+    """Input and output size, (height, width), of every convolution that runs at inference.
+
+    They are seen in a run of the plain network of the same shape, without data.
+
+    Args:
+        state: the network's tensors, which tell whether names begin with ``backbone.``.
+        architecture: of a segmentor; None for another network, of which the backbone is sized.
+        backbone: None if it is not understood; then no size is known.
+        size: of the image, in pixels.
+    """
     if backbone is None:
         return {}
-    prefix = backbone_prefix(state)
-    sizes = {f"{prefix}{k}": v for k, v in costs.backbone_sizes(backbone, size).items()}
-    if architecture is not None:
-        features = costs.stage_sizes(backbone, size)
-        for name, out in costs.head_sizes(architecture.decode_head, features):
-            sizes[f"decode_head.{name}"] = (out, out)
+    plain = backbone.model_copy(update={"conv": None})
+    network: nn.Module
+    with torch.device("meta"):
+        if architecture is None:
+            network, prefix = ResNet(plain), backbone_prefix(state)
+        else:
+            changes = {"backbone": plain, "auxiliary_head": None}
+            network, prefix = Segmentor(architecture.model_copy(update=changes)), ""
+        image = torch.empty(1, backbone.in_channels, *size)
+    sizes: Sizes = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            sizes[name] = (_size(inputs[0]), _size(output))
+
+        return hook
+
+    for name, module in network.eval().named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(note(f"{prefix}{name}"))
+    network(image)
     return sizes
 
 
@@ -73,41 +105,54 @@ def macs_by_part(state: Shapes, layers: Sequence[Layer], sizes: Sizes) -> dict[s
 
 
 def layer_macs(state: Shapes, layer: Layer, sizes: Sizes) -> dict[str, int]:
-    """A layer's multiply-adds by what they are for; its size is known."""
-    into, out = sizes[layer.name]
-    macs = {"main": costs.main_macs(layer, out)}
+    """A layer's multiply-adds by what they are for; its size is known.
+
+    ``main`` is the convolution itself, whatever makes its kernel. Kernel modulation runs once
+    per image, and band convolutions at the size of the layer's input.
+    """
+    (height_in, width_in), (height, width) = sizes[layer.name]
+    taps = layer.kernel[0] * layer.kernel[1]
+    weights = layer.in_channels * layer.out_channels * taps
+    macs = {"main": height * width * weights}
     if layer.dynamic:
+        attentions = layer.attentions if layer.attentions > 1 else 0
+        if not layer.only_kernel:
+            attentions += layer.in_channels + layer.out_channels
+            attentions += taps if layer.kernel[0] > 1 else 0
         local = state.get(f"{layer.name}.KSM_Local.conv.weight")
-        macs |= costs.attention_macs(layer, 0 if local is None else local.shape[-1])
-        macs["FBM"] = costs.band_macs(layer, into)
+        macs["KSM_Global"] = layer.hidden * (layer.in_channels + attentions)
+        macs["KSM_Local"] = 0 if local is None else weights * local.shape[-1]
+        per_pixel = layer.in_channels * layer.spatial_kernel**2
+        macs["FBM"] = layer.bands * height_in * width_in * per_pixel
     return macs
 
 
 def spectrum_bytes(layer: Layer, ratio: int) -> int:
-    """Of a layer's spectra, float32; 0 of a plain one.
+    """Bytes of a layer's spectra in float32; 0 of a plain layer.
 
-    :param ratio: param_ratio where the layer does not tell its own.
+    Args:
+        layer: any convolution.
+        ratio: ``param_ratio`` where the layer's tensors do not tell it.
     """
     return (layer.ratio or ratio) * layer.kept_bins * 2 * 4 if layer.dynamic else 0
-
-
-def _index_bytes(layer: Layer, ratio: int) -> int:
-    """Row and column of every bin, int64 each, as the published layer keeps them."""
-    return (layer.ratio or ratio) * layer.kept_bins * 2 * 8 if layer.dynamic else 0
 
 
 def published_buffer_bytes(
     layers: Sequence[Layer], backbone: BackboneConfig | None, ratio: int
 ) -> int:
-    """What the published code holds beside the weights: the order of bins, and band masks."""
-    return _mask_bytes(layers, backbone) + sum(_index_bytes(layer, ratio) for layer in layers)
+    """Bytes that the published code holds beside the weights.
 
-
-def _mask_bytes(layers: Sequence[Layer], backbone: BackboneConfig | None) -> int:
-    """One boolean half-spectrum mask per band, in every layer that modulates bands."""
+    They are row and column of every bin, int64 each, and one boolean half-spectrum mask per band
+    in every layer that modulates bands.
+    """
+    indices = 2 * sum(spectrum_bytes(layer, ratio) for layer in layers)
     if backbone is None or backbone.conv is None:
-        return 0
+        return indices
     bands = backbone.conv.fbm_cfg
     height, width = bands.max_size
     mask = len(bands.k_list) * height * (width // 2 + 1)
-    return mask * sum(1 for layer in layers if layer.bands)
+    return indices + mask * sum(1 for layer in layers if layer.bands)
+
+
+def _size(x: Tensor) -> Size:
+    return x.shape[-2], x.shape[-1]

@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from fdconv_deploy.checkpoints.config_expressions import printable
+from fdconv_deploy.checkpoints.config_parser import printable
 
 # An opcode of one byte can make an object of a hundred, so their number is what bounds memory.
 # A training checkpoint of a ResNet-50 with its optimizer has 60,000.

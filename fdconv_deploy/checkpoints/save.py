@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from fdconv_deploy.checkpoints.config_writer import format_config
-from fdconv_deploy.checkpoints.detector_config_writer import format_detector_config
 from fdconv_deploy.checkpoints.write import write_checkpoint
 from fdconv_deploy.config import DecodeHeadConfig, DetectorConfig, MaskHeadConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError
@@ -52,10 +51,9 @@ def _meta(
     architecture: SegmentorConfig | DetectorConfig, config_text: str | None
 ) -> dict[str, Any]:
     palette = [list(colour) for colour in architecture.palette]
-    if isinstance(architecture, DetectorConfig):
-        text = format_detector_config(architecture) if config_text is None else config_text
-        return {"config": text, "CLASSES": architecture.classes, "PALETTE": palette}
     text = format_config(architecture) if config_text is None else config_text
+    if isinstance(architecture, DetectorConfig):
+        return {"config": text, "CLASSES": architecture.classes, "PALETTE": palette}
     return {"cfg": text, "dataset_meta": {"classes": architecture.classes, "palette": palette}}
 
 

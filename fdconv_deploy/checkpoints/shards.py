@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.checkpoints.config_expressions import printable
+from fdconv_deploy.checkpoints.config_parser import printable
 from fdconv_deploy.checkpoints.file_formats import EXPECTED
 from fdconv_deploy.errors import CheckpointError
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.checkpoints.config_expressions import printable
+from fdconv_deploy.checkpoints.config_parser import printable
 from fdconv_deploy.evaluation.coco_annotations import Annotations, Image, read_annotations
 from fdconv_deploy.evaluation.datasets import DatasetError
 from fdconv_deploy.runtime.images import image_size, read_image

@@ -110,7 +110,7 @@ def test_key_lists_tell_without_a_config(
     ],
 )
 def test_backbones_of_anything(oracle: Path, path: str, depth: int, dynamic: bool) -> None:
-    backbone, _ = infer_backbone_only(key_list(oracle / path))
+    backbone = infer_backbone_only(key_list(oracle / path)).architecture
     assert backbone.depth == depth
     assert (backbone.conv is not None and backbone.conv.kernel_num == 64) == dynamic
 
@@ -164,7 +164,7 @@ def test_kernel_sizes_and_strides_of_a_bottleneck() -> None:
     state = shapes_of(small_architecture(depth=50, conv=conv, style="caffe"))
     found = infer(state)
     assert found.architecture.backbone.style == "caffe"
-    assert "backbone.style" in {fact.field for fact in found.told}
+    assert "backbone.style" in {fact.field for fact in found.found}
 
 
 def test_linear_mode() -> None:
@@ -376,7 +376,7 @@ def test_overrides() -> None:
     assert found.architecture.backbone.conv is not None
     assert found.architecture.backbone.conv.att_multi == 1.5
     assert found.architecture.classes == CLASSES
-    sources = {fact.field: fact.source for fact in found.told}
+    sources = {fact.field: fact.source for fact in found.found}
     assert sources["backbone.style"] == sources["classes"] == "command line"
     with pytest.raises(CheckpointError, match=r"'backbone\.stile'.*Did you mean backbone\.style"):
         infer(state, overrides={"backbone.stile": "caffe"})

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdconv_deploy.checkpoints import parse_config, read_checkpoint, read_config
-from fdconv_deploy.checkpoints.config_expressions import Unreadable
-from fdconv_deploy.checkpoints.config_parser import config_of
+from fdconv_deploy.checkpoints.config_parser import Unreadable, config_of
 from fdconv_deploy.errors import CheckpointError
 
 

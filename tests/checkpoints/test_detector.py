@@ -13,7 +13,7 @@ from torch import Tensor
 from fdconv_deploy.checkpoints import (
     Inference,
     LoadedDetector,
-    format_detector_config,
+    format_config,
     infer_detector_config,
     inspect_checkpoint,
     load_checkpoint,
@@ -99,7 +99,7 @@ def infer(state: dict[str, Tensor], model: dict[str, Any] | None = None, **more:
 @pytest.mark.parametrize("masks", [True, False])
 def test_our_own_config_tells_it_all(masks: bool) -> None:
     architecture = small(masks=masks)
-    config = parse_config(format_detector_config(architecture))
+    config = parse_config(format_config(architecture))
     meta = {"CLASSES": architecture.classes, "PALETTE": [list(c) for c in architecture.palette]}
     found = infer_detector_config(shapes(architecture), config=config, meta=meta)
     assert found.architecture == architecture
@@ -118,7 +118,7 @@ def test_the_published_detectors(oracle: Path, name: str, with_config: bool) -> 
         mask_head=MaskHeadConfig() if name == "mask_rcnn" else None,
     )
     assumed = {fact.field for fact in found.assumed}
-    told = {fact.field for fact in found.told}
+    told = {fact.field for fact in found.found}
     by_config = {"rpn_head.strides", "test.rcnn.score_thr", "bbox_head.bbox_coder.stds"}
     assert by_config <= (told if with_config else assumed)
     assert {"bbox_head.roi.output_size", "neck.out_channels", "bbox_head.num_classes"} <= told
@@ -128,7 +128,7 @@ def test_the_published_detectors(oracle: Path, name: str, with_config: bool) -> 
 def test_mmdetection_3_config() -> None:
     """Preprocessing stands in the model, classes in dataset_meta, strides may be pairs."""
     architecture = small()
-    config = parse_config(format_detector_config(architecture))
+    config = parse_config(format_config(architecture))
     model = config.section("model")
     model["data_preprocessor"] = {
         "type": "DetDataPreprocessor",
@@ -160,7 +160,7 @@ def test_older_configs() -> None:
     """mmdetection before 2.?: test_cfg beside the model, nms_thr and max_num."""
     architecture = small(masks=False)
     state = shapes(architecture)
-    model = parse_config(format_detector_config(architecture)).section("model")
+    model = parse_config(format_config(architecture)).section("model")
     del model["test_cfg"]
     old = {
         "rpn": {"nms_pre": 50, "max_num": 40, "nms_thr": 0.6, "min_bbox_size": 2},
@@ -184,7 +184,7 @@ def test_the_user_has_the_last_word_and_the_weights_the_first() -> None:
         infer(state, overrides=changes | {"rpn_head.ratios": (1.0, 2.0, 3.0)})
     with pytest.raises(CheckpointError, match=r"bbox_head\.roi\.output_size.*says 7, but"):
         infer(state, overrides=changes | {"bbox_head.roi.output_size": 7})
-    with pytest.raises(CheckpointError, match=r"test\.rcnn\.score_thr.*0 to 1"):
+    with pytest.raises(CheckpointError, match=r"score_thr: .*says '3'.*less than or equal to 1"):
         infer(state, overrides=changes | {"test.rcnn.score_thr": 3})
     with pytest.raises(CheckpointError, match=r"Did you mean test\.rcnn\.score_thr"):
         infer(state, overrides=changes | {"test.rcnn.score_threshold": 0.3})
@@ -193,7 +193,7 @@ def test_the_user_has_the_last_word_and_the_weights_the_first() -> None:
 
 
 def changed(*path: str, to: Any) -> dict[str, Any]:
-    model = parse_config(format_detector_config(small())).section("model")
+    model = parse_config(format_config(small())).section("model")
     place = model
     for name in path[:-1]:
         place = place[name]
@@ -215,7 +215,11 @@ def changed(*path: str, to: Any) -> dict[str, Any]:
         (("roi_head", "bbox_roi_extractor", "roi_layer", "aligned"), False, "aligned=False"),
         (("roi_head", "mask_head", "upsample_cfg"), {"type": "carafe"}, "is a carafe"),
         (("test_cfg", "rcnn", "nms"), {"type": "soft_nms"}, "nms type soft_nms"),
-        (("test_cfg", "rcnn", "max_per_img"), -1, r"max_per_img.*fixed number of places"),
+        (
+            ("test_cfg", "rcnn", "max_per_img"),
+            -1,
+            r"says '-1'.*greater than or equal to 1",
+        ),
         (("test_cfg", "rpn", "nms", "class_agnostic"), True, "class_agnostic=True"),
         (("test_cfg", "rpn", "nms_across_levels"), True, "nms_across_levels=True"),
     ],
@@ -245,7 +249,7 @@ def test_other_weights_are_refused(key: str, shape: tuple[int, ...], says: str) 
     architecture = small()
     state = shapes(architecture) | {key: torch.empty(shape, device="meta")}
     with pytest.raises(CheckpointError, match=says):
-        infer(state, parse_config(format_detector_config(architecture)).section("model"))
+        infer(state, parse_config(format_config(architecture)).section("model"))
 
 
 def test_other_detectors_are_named() -> None:
@@ -271,7 +275,7 @@ def test_a_file_becomes_the_network_that_was_saved(saved: Path) -> None:
     assert isinstance(network, LoadedDetector)
     assert network.architecture == small()
     assert not network.training
-    sources = {fact.field: fact.source for fact in network.inference.told}
+    sources = {fact.field: fact.source for fact in network.inference.found}
     assert sources["classes"] == "checkpoint meta"
     assert sources["test.rpn.nms_pre"] == "config"
     x, size = torch.randn(1, 3, 64, 64), torch.tensor([[64.0, 60.0]])

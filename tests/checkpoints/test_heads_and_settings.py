@@ -9,7 +9,7 @@ import torch
 
 from fdconv_deploy.checkpoints import Inference, infer_segmentor_config, parse_config
 from fdconv_deploy.checkpoints.config_parser import Config
-from fdconv_deploy.checkpoints.evidence import Fact
+from fdconv_deploy.checkpoints.evidence import Setting
 from fdconv_deploy.errors import CheckpointError
 from tests.checkpoints.small import dynamic_state, head_config, infer, shapes_of, small_architecture
 
@@ -131,8 +131,8 @@ def state_with(**head: Any) -> dict[str, torch.Tensor]:
     return shapes_of(small_architecture().model_copy(update={"decode_head": config}))
 
 
-def fact_of(found: Inference, field: str) -> Fact:
-    return next(fact for fact in (*found.told, *found.assumed) if fact.field == field)
+def fact_of(found: Inference, field: str) -> Setting:
+    return next(fact for fact in (*found.found, *found.assumed) if fact.field == field)
 
 
 def test_dilations_are_assumed_aloud_and_must_fit_the_kernels() -> None:

@@ -185,7 +185,7 @@ def test_report_on_a_file(oracle: Path) -> None:
     for expected in (
         "11 FDConv layers",
         "mmcv 1.x",
-        "Told",
+        "Found in the file or given",
         "Assumed",
         "685,338",
         "layer4.1.conv2",

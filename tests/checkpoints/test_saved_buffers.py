@@ -66,7 +66,7 @@ def test_packaged_checkpoint_with_saved_masks_is_the_same_network(tmp_path: Path
     assert torch.equal(logits(network), logits(plain))
     report = inspect_checkpoint(tmp_path / "masks.pth")
     assert report.problem is report.refusal is None
-    told = {fact.field: fact for fact in report.told}
+    told = {fact.field: fact for fact in report.found}
     for field in ("k_list", "max_size", "masks"):
         assert told[f"backbone.conv.fbm_cfg.{field}"].source == "saved buffers"
     before = inspect_checkpoint(packaged_checkpoint())

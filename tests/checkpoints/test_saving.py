@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fdconv_deploy.checkpoints import (
-    format_detector_config,
+    format_config,
     load_checkpoint,
     parse_config,
     read_checkpoint,
@@ -135,7 +135,7 @@ def test_a_detector_as_mmdetection_saves_one(tmp_path: Path) -> None:
     assert found.state_dict.keys() == network.state_dict().keys()
     assert tuple(found.meta["CLASSES"]) == architecture.classes
     assert found.meta["PALETTE"] == [[0, 0, 0], [1, 0, 0], [2, 0, 0]]
-    assert found.meta["config"] == format_detector_config(architecture)
+    assert found.meta["config"] == format_config(architecture)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_the_published_detector_gets_the_published_config(oracle: Path) -> None:
     architecture = DetectorConfig(
         backbone=BackboneConfig(conv=FDConvConfig(kernel_num=64)), mask_head=MaskHeadConfig()
     )
-    config = parse_config(format_detector_config(architecture))
+    config = parse_config(format_config(architecture))
     assert not config.notes
     missing: list[str] = []
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fdconv_deploy.checkpoints.evidence import Inference, Told
+from fdconv_deploy.checkpoints.evidence import ConfigT, Inference
 from fdconv_deploy.checkpoints.frequency_order.from_weights import (
     CANDIDATES,
     NamedOrder,
@@ -63,7 +63,7 @@ class ChosenOrder:
         """Whether nobody told it."""
         return self.saved is None and self.evidence is not None and self.evidence.order is None
 
-    def noted(self, inference: Inference[Told]) -> Inference[Told]:
+    def noted(self, inference: Inference[ConfigT]) -> Inference[ConfigT]:
         """What was told of a network, and a note if its order is not the published one."""
         found = self.evidence
         notes: list[str] = []
