@@ -1,7 +1,7 @@
 """The two things the service is measured against, on the same bundle and session.
 
 ``plain``: FastAPI as one writes it, with a thread pool in which a request is decoded, run and
-encoded.
+encoded; on the service's own server, uvicorn with h11.
 ``litserve``: LitServe (``pip install litserve``), a general server for models.
 Both take a float32 tensor at /tensor and give raw logits, and an image at /image and give a PNG
 mask; as the raw body, and LitServe as the file of a form, its way to take binary data.
@@ -21,6 +21,8 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 
 from fdconv_deploy.runtime import Session, open_session, read_image
+
+SERVER: dict[str, Any] = {"http": "h11", "ws": "none", "log_level": "warning", "access_log": False}
 
 
 def tensor_answer(session: Session, body: bytes) -> bytes:
@@ -61,7 +63,7 @@ def plain_app(session: Session, workers: int) -> FastAPI:
 def plain(bundle: str, port: int, workers: int) -> None:
     session = open_session(bundle, threads=1)
     session.warm_up()
-    uvicorn.run(plain_app(session, workers), port=port, log_level="warning", access_log=False)
+    uvicorn.run(plain_app(session, workers), port=port, **SERVER)
 
 
 def bare(session: Session, listener: socket.socket) -> None:

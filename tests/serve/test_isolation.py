@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
@@ -18,6 +22,7 @@ from fdconv_deploy.errors import BackendError
 from fdconv_deploy.runtime import Bundle, open_session
 from tests.runtime import toy
 from tests.serve.conftest import wait_until_ready
+from tests.serve.kserve.conftest import free_port
 from tests.serve.test_refusals import refused
 from tests.serve.test_segment import decode
 
@@ -70,7 +75,7 @@ def test_a_terminals_signals_do_not_end_workers(isolated: TestClient, png: bytes
 class TestDirectly:
     @pytest.fixture
     def started(self) -> Iterator[Children]:
-        made = Children(Settings(threads=1, backend="onnxruntime-cpu", run_timeout_seconds=2))
+        made = Children(Settings(threads=1, backend="onnxruntime-cpu", run_timeout_seconds=60))
         made.start()
         yield made
         made.close()
@@ -97,10 +102,13 @@ class TestDirectly:
         )
         session.warm_up()
         zeros = np.zeros((1, 3, 32, 48), np.float32)
-        pid = started.all[0].pid
-        os.kill(pid, signal.SIGSTOP)
-        with pytest.raises(WorkerDiedError, match="within 2 s"):
+        child = started.all[0]
+        patient = child._settings
+        child._settings = patient.model_copy(update={"run_timeout_seconds": 0.5})
+        os.kill(child.pid, signal.SIGSTOP)
+        with pytest.raises(WorkerDiedError, match=r"within 0\.5 s"):
             session.run(zeros)
+        child._settings = patient
         assert session.run(zeros).shape == (1, 5, 8, 12)
 
     def test_errors_come_through(self, started: Children, tmp_path: Path) -> None:
@@ -118,3 +126,31 @@ class TestDirectly:
         child._pipe.close()
         assert process.wait(20) == 0
         os.close(child._memory.file)
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_a_folder_with_files_of_the_users_own_names(
+    bundles: list[Path], tmp_path: Path, png: bytes, isolation: str
+) -> None:
+    """``fdconv serve`` where a user's own serve.py, export.py and tests.py lie."""
+    for name in ("serve", "export", "tests"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the user was imported')")
+    port = free_port()
+    command = [sys.executable, "-m", "fdconv_deploy", "serve", str(bundles[0]), "--port", str(port)]
+    command += ["--isolation", isolation, "--threads", "1", "--backend", "onnxruntime-cpu"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        while not is_ready(url):
+            assert process.poll() is None, process.communicate()[1]
+        answer = httpx.post(f"{url}/v1/segment", content=png, headers=PNG, timeout=60)
+        assert answer.status_code == 200
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def is_ready(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/readyz").status_code == 200
+    return False

@@ -136,6 +136,29 @@ def test_a_deadline_that_passes_while_waiting() -> None:
     on_loop(test)
 
 
+def test_a_deadline_that_passes_while_running() -> None:
+    async def test(scheduler: Scheduler) -> None:
+        model, loop, late = Model(held=True), asyncio.get_running_loop(), []
+        call_later = loop.call_later
+
+        def caught(delay: float, call: Callable[..., None], *arguments: Any) -> asyncio.TimerHandle:
+            if delay > 1000:
+                late.append(lambda: call(*arguments))
+            return call_later(delay, call, *arguments)
+
+        loop.call_later = caught  # type: ignore[method-assign, assignment]
+        scheduler.add_lane("m", model, (1,))
+        asked = asyncio.ensure_future(scheduler.run("m", images(0), scheduler._clock() + 3600))
+        await until(lambda: scheduler.running == 1)
+        late[0]()
+        with pytest.raises(DeadlineError):
+            await asked
+        model.go_on.release()  # its answer comes, and nobody waits for it
+        await until(lambda: scheduler.running == 0)
+
+    on_loop(test)
+
+
 def test_one_whose_client_left_is_not_run() -> None:
     async def test(scheduler: Scheduler) -> None:
         model = Model(held=True)
@@ -258,8 +281,7 @@ def test_a_request_leaves_nothing_to_be_collected(uncollected: None, end: str) -
             with contextlib.suppress(DeadlineError, RuntimeError):
                 await scheduler.run("m", inputs, deadline)
             del inputs
-            await asyncio.sleep(0.1 if end == "late" else 0.01)
         # A worker holds its last batch until it has another.
-        assert sum(ref() is not None for ref in left) <= 1
+        await until(lambda: sum(ref() is not None for ref in left) <= 1)
 
     on_loop(test)

@@ -1,4 +1,4 @@
-"""Large bodies, which are received right where they are used, by hand over a socket."""
+"""What a client can do with a socket by hand: bodies in pieces, slow, large, broken, unread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import IO
@@ -19,14 +19,17 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 import pytest
-from fdconv_deploy.serve import Settings, http_limits, running
+from fastapi.testclient import TestClient
+from fdconv_deploy.serve import Settings, create_app, http_limits, running
 from fdconv_deploy.serve.errors import Problem
 
 from fdconv_deploy.runtime import open_session
-from tests.serve.conftest import encoded
-from tests.serve.test_security import authority  # noqa: F401 - a fixture
+from tests.serve.conftest import encoded, wait_until_ready
+from tests.serve.test_api_keys import authority  # noqa: F401 - a fixture
+from tests.serve.test_refusals import refused
 
 COUNT = 8
+PNG = {"Content-Type": "image/png"}
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -65,7 +68,7 @@ def asked(tensor: np.ndarray, *, headers: str = "") -> bytes:
 
 @pytest.fixture(scope="module")
 def address(bundles: list[Path]) -> Iterator[tuple[str, int]]:
-    with running(bundles, settings=Settings(threads=1, body_seconds=1.0)) as url:
+    with running(bundles, settings=Settings(threads=1)) as url:
         yield place(url)
 
 
@@ -169,8 +172,8 @@ def test_over_tls(
                     assert (status, body) == (200, mask)
 
 
-def test_a_body_that_stops_coming(address, request_: bytes) -> None:
-    with socket.create_connection(address, timeout=20) as plug:
+def test_a_body_that_stops_coming(impatient, request_: bytes) -> None:
+    with socket.create_connection(impatient, timeout=20) as plug:
         plug.sendall(request_[:-1])
         status, headers, body = read_answer(plug)
         assert status == 408
@@ -186,10 +189,8 @@ def test_a_client_that_leaves_half_way(address, request_: bytes) -> None:
     for _ in range(20):
         with socket.create_connection(address, timeout=20) as plug:
             plug.sendall(request_[: len(request_) // 2])
-    end = time.monotonic() + 10
-    while left(text := httpx.get(url).text) < before + 20:
-        assert time.monotonic() < end, text
-        time.sleep(0.05)
+    until(lambda: left(httpx.get(url).text) >= before + 20)
+    text = httpx.get(url).text
     assert "fdconv_body_bytes 0.0" in text
     assert "fdconv_in_hand_images 0.0" in text
 
@@ -275,11 +276,9 @@ def test_a_refusal_is_counted_and_logged_once_under_the_clients_id(
             assert (status, headers["x-request-id"]) == (408, "mine")
             assert json.loads(body)["request_id"] == "mine"
             assert plug.recv(1) == b""
-        end, found = time.monotonic() + 10, []
-        while not found and time.monotonic() < end:
-            time.sleep(0.02)
-            lines = httpx.get(f"{url}/metrics").text.splitlines()
-            found = [line for line in lines if 'status="408"' in line and "_total{" in line]
+        until(lambda: 'status="408"' in httpx.get(f"{url}/metrics").text)
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        found = [line for line in lines if 'status="408"' in line and "_total{" in line]
         assert len(found) == 1
         assert found[0].endswith(" 1.0")
         assert not [line for line in lines if 'status="499"' in line]
@@ -385,7 +384,157 @@ def test_a_client_that_leaves_while_it_waits(
 
 
 def wait_for(url: str, line: str) -> None:
-    end = time.monotonic() + 10
-    while line not in (text := httpx.get(f"{url}/metrics").text):
-        assert time.monotonic() < end, text
+    until(lambda: line in httpx.get(f"{url}/metrics").text)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def is_held(address: tuple[str, int], plug: socket.socket) -> bool:
+    """Whether the service still has its end of the connection."""
+    ends = f":{address[1]:04X}", f":{plug.getsockname()[1]:04X}"
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()]
+    found = [row[9] for row in rows if row[1].endswith(ends[0]) and row[2].endswith(ends[1])]
+    return any(inode != "0" for inode in found)
+
+
+@pytest.fixture(scope="module")
+def impatient(bundles: list[Path]) -> Iterator[tuple[str, int]]:
+    settings = Settings(threads=1, header_seconds=0.4, body_seconds=0.6, write_seconds=0.6)
+    with running(bundles, settings=settings) as url:
+        yield place(url)
+
+
+class TestConnections:
+    """What a client can do with a socket by hand."""
+
+    def say(self, address: tuple[str, int], *sent: bytes, pause: float = 0.0) -> bytes | None:
+        """Send the parts; read until the service closes. None when it cuts the sending short."""
+        with socket.create_connection(address, timeout=20) as plug:
+            received = b""
+            try:
+                for part in sent:
+                    plug.sendall(part)
+                    time.sleep(pause)
+                while chunk := plug.recv(65536):
+                    received += chunk
+            except (ConnectionResetError, BrokenPipeError):
+                return received or None
+            return received
+
+    def problem(self, answer: bytes | None, status: int) -> str:
+        """Check that the answer is a problem document; give its sentence."""
+        assert answer is not None
+        head, _, body = answer.partition(b"\r\n\r\n")
+        lines = head.decode().split("\r\n")
+        headers = httpx.Headers([tuple(line.split(": ", 1)) for line in lines[1:]])
+        return refused(httpx.Response(status, headers=headers, content=body), int(lines[0][9:12]))
+
+    def test_nothing_sent(self, impatient) -> None:
+        assert self.say(impatient) == b""
+
+    def test_headers_that_never_end(self, impatient) -> None:
+        found = self.say(impatient, b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
+        assert "within 0.4 s" in self.problem(found, 408)
+
+    def test_headers_in_drops(self, impatient) -> None:
+        drops = [b"GET /healthz HTTP/1.1\r\n", *[b"X: y\r\n"] * 20]
+        found = self.say(impatient, *drops, pause=0.05)
+        assert found is None or found.startswith(b"HTTP/1.1 408 ")
+
+    def test_a_body_that_never_comes(self, impatient) -> None:
+        head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+        found = self.say(impatient, head + b"Content-Length: 1000\r\n\r\nabc")
+        assert "within 0.6 s" in self.problem(found, 408)
+
+    def test_too_many_headers(self, address) -> None:
+        head = (
+            b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            + b"X: y\r\n" * 200
+            + b"\r\n"
+        )
+        assert "headers" in self.problem(self.say(address, head), 431)
+
+    def test_a_header_too_long(self, address) -> None:
+        head = (
+            b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX: "
+            + b"y" * 300_000
+            + b"\r\n\r\n"
+        )
+        assert "headers" in self.problem(self.say(address, head), 431)
+
+    def test_an_address_too_long(self, address) -> None:
+        head = b"GET /" + b"y" * 10_000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        assert "address" in self.problem(self.say(address, head), 414)
+
+    @pytest.mark.parametrize(
+        "sent",
+        [
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+            b"GET / HTTX/1.1\r\n\r\n",
+            b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+            b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        ],
+    )
+    def test_no_http(self, address, sent: bytes) -> None:
+        assert "HTTP/1.1 request" in self.problem(self.say(address, sent), 400)
+
+    @pytest.mark.parametrize(
+        "path",
+        [b"/static/../app.py", b"/static/%2e%2e/app.py", b"//etc/passwd", b"/samples/..%2f"],
+    )
+    def test_paths_that_lead_elsewhere(self, address, path: bytes) -> None:
+        head = b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        assert self.say(address, head).startswith(b"HTTP/1.1 404 ")
+
+    def test_an_answer_that_is_not_read(self, impatient) -> None:
+        """Requests are sent and sent, answers never read: the service cuts the connection."""
+        request = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+        with socket.create_connection(impatient, timeout=20) as plug:
+            plug.sendall(request * 400)
+            until(lambda: not is_held(impatient, plug))
+        with socket.create_connection(impatient, timeout=20) as plug:
+            plug.sendall(request)  # others are answered
+            assert read_answer(plug)[0] == 200
+
+    def test_others_are_served_meanwhile(self, address) -> None:
+        slow = [socket.create_connection(address) for _ in range(50)]
+        try:
+            for plug in slow:
+                plug.sendall(b"GET /healthz HTTP/1.1\r\n")
+            assert httpx.get(f"http://{address[0]}:{address[1]}/healthz").status_code == 200
+        finally:
+            for plug in slow:
+                plug.close()
+
+
+def test_bytes_in_hand_are_bounded(bundles: list[Path], png: bytes) -> None:
+    settings = Settings(threads=1, max_bytes_in_hand=1000)
+    app = create_app(bundles, settings)
+    with TestClient(app) as client:
+        wait_until_ready(client)
+        answer = client.post("/v1/segment", content=png, headers=PNG)
+        assert "bytes of requests" in refused(answer, 503)
+        assert app.state.service.budget.used == 0
+
+
+def test_connections_are_bounded(bundles: list[Path]) -> None:
+    """The one too many is told so; health is answered all the same."""
+    with running(bundles, settings=Settings(threads=1, max_connections=3)) as url:
+        parts = urlsplit(url)
+        held = [socket.create_connection((parts.hostname, parts.port)) for _ in range(3)]
+        try:
+            assert httpx.get(f"{url}/healthz").status_code == 200
+            answer = httpx.get(f"{url}/v1/models")
+            assert "3 connections" in refused(answer, 503)
+            assert answer.headers["retry-after"] == "1"
+        finally:
+            for plug in held:
+                plug.close()
+        until(lambda: httpx.get(f"{url}/v1/models").status_code == 200)
+        assert 'status="503"} 1.0' in httpx.get(f"{url}/metrics").text
