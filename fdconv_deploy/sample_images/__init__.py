@@ -1,6 +1,6 @@
 """Packaged pictures: the default inputs of export's comparisons and of ``fdconv bench``.
 
-Six street scenes of 512x1024 pixels, drawn by ``examples/streets/scenes.py`` (seeds 7,000,000 to
+Six street scenes of 384x768 pixels, drawn by ``examples/streets/scenes.py`` (seeds 7,000,000 to
 7,000,005), which no packaged network was trained on.
 """
 
