@@ -37,7 +37,7 @@ _VALUES = {bool: "", int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
 def _name_values(parameters: list[Any]) -> list[Any]:
     for parameter in parameters:
         if isinstance(parameter, TyperArgument):  # its own name says what it is
-            parameter.display_type_rich = lambda ctx: None
+            setattr(parameter, "display_type_rich", lambda ctx: None)  # noqa: B010
         elif parameter.metavar is None:
             kind = getattr(parameter, "type_descriptor", None)
             kinds = [kind and kind.annotation, *get_args(kind and kind.annotation)]
