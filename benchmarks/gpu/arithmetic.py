@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.gpu.shapes import RESNET50, LayerShape, layer_sizes, local_taps
 from fdconv_deploy.ops.frequency_assembly.kernel_launch import half_shape
-from fdconv_deploy.ops.frequency_assembly.kernel_layout import (
+from fdconv_deploy.ops.frequency_assembly.launch import (
     Transform,
     column_transform,
     pass_radix,

@@ -14,7 +14,7 @@ from benchmarks.gpu.timing import kernel_seconds
 from fdconv_deploy.folding.cuda import FusedConv2d
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.ops.frequency_assembly import kernel_columns, kernel_rows
+from fdconv_deploy.ops.frequency_assembly import kernel_rows, kernels
 from fdconv_deploy.ops.frequency_assembly.kernel_launch import (
     AssemblySizes,
     column_launch,
@@ -80,7 +80,7 @@ def measure_layer(
 
     def columns() -> None:
         constants = buffer("column_table"), average, buffer("local_weight"), gates
-        launch(kernel_columns, second, batch, half, gates, *constants, weight)
+        launch(kernels, second, batch, half, gates, *constants, weight)
 
     us = {"rows": kernel_seconds(rows) * 1e6, "columns": kernel_seconds(columns) * 1e6}
     read, written = costs(shape, made.element_size())

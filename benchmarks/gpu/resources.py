@@ -18,7 +18,7 @@ import triton
 from benchmarks.gpu.shapes import RESNET50, layer_sizes
 from fdconv_deploy.ops.compile_kernels import CAPABILITIES, compile_kernel
 from fdconv_deploy.ops.frequency_assembly.kernel_launch import column_launch, row_launch
-from fdconv_deploy.ops.frequency_band_modulation.kernel_launch import combination_launch
+from fdconv_deploy.ops.frequency_band_modulation.launch import combination_launch
 from fdconv_deploy.ops.launch import KernelLaunch
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from fdconv_deploy.ops.frequency_assembly.kernel_launch import AssemblySizes
-from fdconv_deploy.ops.frequency_assembly.kernel_layout import tile_columns
+from fdconv_deploy.ops.frequency_assembly.launch import tile_columns
 
 KERNEL_NUM = 64
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import onnx_graphsurgeon as gs
-from fdconv_deploy.export.layers.assembly import write_assembly
 from fdconv_deploy.export.layers.attention import write_attention
 from fdconv_deploy.export.layers.bands import write_bands
 from fdconv_deploy.export.layers.convolution import write_constant_convolution, write_convolution
 from fdconv_deploy.export.layers.nodes import Nodes
+from fdconv_deploy.export.layers.operators import write_assembly
 
 from fdconv_deploy.folding.layer import FoldedConv
 

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from fdconv_deploy.export.passes.element_types import (
+from fdconv_deploy.export.quantization.element_types import (
     Parameter,
     signature,
     standard_opset,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from fdconv_deploy.export.passes.element_types import tensor_types
+from fdconv_deploy.export.quantization.element_types import tensor_types
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 HALF, SINGLE = TensorProto.FLOAT16, TensorProto.FLOAT

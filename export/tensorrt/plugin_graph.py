@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
 from fdconv_deploy.export.layers.nodes import Nodes
-from fdconv_deploy.export.tensorrt.plugin_assembly import replace_assembly
 from fdconv_deploy.export.tensorrt.plugin_bands import replace_bands
+from fdconv_deploy.export.tensorrt.plugin_pass import replace_assembly
 from onnx import ModelProto, helper
 
 from fdconv_deploy.errors import ExportError

@@ -23,8 +23,8 @@ from fdconv_deploy.ops.launch import OPTIONS, THREADS_PER_WARP, KernelLaunch, in
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 MODULES = (
     "fdconv_deploy.ops.frequency_assembly.kernel_rows",
-    "fdconv_deploy.ops.frequency_assembly.kernel_columns",
-    "fdconv_deploy.ops.frequency_band_modulation.kernel_combination",
+    "fdconv_deploy.ops.frequency_assembly.kernels",
+    "fdconv_deploy.ops.frequency_band_modulation.kernel",
 )
 # Scratch pointers that Triton's own launcher passes after a kernel's arguments.
 HIDDEN_PARAMETERS = 2

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from fdconv_deploy.export.api import export_module, export_segmentor
-from fdconv_deploy.export.passes.element_types import tensor_types
+from fdconv_deploy.export.quantization.element_types import tensor_types
 from fdconv_deploy.export.quantization.fp16 import to_half_precision
 from fdconv_deploy.export.quantization.fp16_rounding import rounding_model
 from onnx import TensorProto, helper, numpy_helper

@@ -19,7 +19,7 @@ from benchmarks.gpu.shapes import RESNET50, layer_sizes
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops import tensorrt_plugins as plugins
 from fdconv_deploy.ops.frequency_assembly.kernel_launch import AssemblySizes, half_shape
-from fdconv_deploy.ops.frequency_assembly.kernel_layout import (
+from fdconv_deploy.ops.frequency_assembly.launch import (
     column_transform,
     root_table,
     transform_of,

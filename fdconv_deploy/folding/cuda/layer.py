@@ -11,7 +11,7 @@ from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.cuda.bands import FusedBandModulation
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.ops.frequency_assembly.kernel_launch import assembly_sizes
-from fdconv_deploy.ops.frequency_assembly.kernel_layout import (
+from fdconv_deploy.ops.frequency_assembly.launch import (
     column_transform,
     kernel_spectrum,
     root_table,

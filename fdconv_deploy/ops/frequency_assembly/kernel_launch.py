@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from fdconv_deploy.ops.frequency_assembly.kernel_layout import (
+from fdconv_deploy.ops.frequency_assembly.launch import (
     KernelSpectrum,
     Transform,
     column_transform,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdconv_deploy.ops.frequency_assembly import kernel_columns, kernel_rows
+from fdconv_deploy.ops.frequency_assembly import kernel_rows, kernels
 from fdconv_deploy.ops.frequency_assembly.kernel_launch import (
     AssemblySizes,
     column_launch,
@@ -58,7 +58,7 @@ def assemble_kernels(
     columns = column_launch(layer, channels_last=channels_last, dtype=str(dtype).split(".")[1])
     # A pointer that a kernel never follows may point anywhere.
     launch(
-        kernel_columns,
+        kernels,
         columns,
         batch,
         half,

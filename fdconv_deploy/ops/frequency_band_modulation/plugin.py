@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fdconv_deploy.ops.frequency_band_modulation.kernel_launch import combination_launch
+from fdconv_deploy.ops.frequency_band_modulation.launch import combination_launch
 from fdconv_deploy.ops.frequency_band_modulation.plugin_function import COMBINATION, INPUTS
 from fdconv_deploy.ops.launch import KernelLaunch
 from fdconv_deploy.ops.tensorrt_plugins import Plugin, Sizes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdconv_deploy.ops.frequency_band_modulation import kernel_combination
-from fdconv_deploy.ops.frequency_band_modulation.kernel_launch import combination_launch
+from fdconv_deploy.ops.frequency_band_modulation import kernel
+from fdconv_deploy.ops.frequency_band_modulation.launch import combination_launch
 from fdconv_deploy.ops.torch_launch import launch, require_device
 
 
@@ -35,7 +35,7 @@ def combine_bands(
     memory = torch.channels_last if last else torch.contiguous_format
     logits = logits.contiguous(memory_format=memory)
     terms = len(lows) + 1
-    kernel = combination_launch(
+    combination = combination_launch(
         channels=channels,
         pixels=height * width,
         groups=len(mix) // terms,
@@ -47,7 +47,7 @@ def combine_bands(
     )
     x = x.contiguous(memory_format=memory)
     y = torch.empty_like(x, memory_format=memory)
-    launch(kernel_combination, kernel, batch, x, logits, mix, mix_bias, lows, y)
+    launch(kernel, combination, batch, x, logits, mix, mix_bias, lows, y)
     return y
 
 

@@ -22,7 +22,7 @@ import torch
 from fdconv_deploy.folding.cuda import FusedConv2d, fuse_network
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.ops.frequency_assembly.kernel_layout import column_transform, transform_of
+from fdconv_deploy.ops.frequency_assembly.launch import column_transform, transform_of
 from tests.reference.lively import enliven, error, lively_input
 
 

@@ -28,7 +28,7 @@ from fdconv_deploy.ops.compile_kernels import (
     without_hidden_parameters,
 )
 from fdconv_deploy.ops.frequency_assembly.kernel_launch import column_launch, row_launch
-from fdconv_deploy.ops.frequency_band_modulation.kernel_launch import combination_launch
+from fdconv_deploy.ops.frequency_band_modulation.launch import combination_launch
 from fdconv_deploy.ops.launch import KernelLaunch
 from tests.reference.lively import enliven, lively_input
 
@@ -119,7 +119,7 @@ def test_compiling_takes_no_torch():
     code = (
         "import sys, fdconv_deploy.ops.compile_kernels as c;"
         "import fdconv_deploy.ops.frequency_assembly.kernel_launch;"
-        "import fdconv_deploy.ops.frequency_band_modulation.kernel_launch;"
+        "import fdconv_deploy.ops.frequency_band_modulation.launch;"
         "[c.kernel_function(n) for n in ('row_kernel', 'column_kernel', 'combination_kernel')];"
         "assert 'torch' not in sys.modules"
     )

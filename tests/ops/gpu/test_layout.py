@@ -24,7 +24,7 @@ from fdconv_deploy.ops.frequency_assembly.kernel_launch import (
     half_shape,
     row_launch,
 )
-from fdconv_deploy.ops.frequency_assembly.kernel_layout import (
+from fdconv_deploy.ops.frequency_assembly.launch import (
     column_transform,
     kernel_spectrum,
     root_table,

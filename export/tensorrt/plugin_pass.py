@@ -19,7 +19,7 @@ from fdconv_deploy.export.tensorrt.plugin_nodes import (
 from fdconv_deploy.export.tensorrt.plugin_spectrum import stored_spectrum
 
 from fdconv_deploy.ops.frequency_assembly.kernel_launch import AssemblySizes, half_shape
-from fdconv_deploy.ops.frequency_assembly.kernel_layout import (
+from fdconv_deploy.ops.frequency_assembly.launch import (
     KernelSpectrum,
     column_transform,
     kernel_spectrum,
