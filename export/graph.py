@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx
 import onnx_graphsurgeon as gs
-from fdconv_deploy.export.layers import LayerWriter
+from fdconv_deploy.export.layers import Nodes, write_layer
 from fdconv_deploy.export.passes.batch_norm import fold_batch_norms
 from fdconv_deploy.export.passes.late_reshapes import move_reshapes
 from fdconv_deploy.export.passes.means import split_means
@@ -51,7 +51,7 @@ def build_graph(
     layers = dynamic_layers(network)
     graph = gs.import_onnx(captured)
     affines = fold_batch_norms(graph)
-    writer = LayerWriter(graph, batch)
+    nodes = Nodes(graph, batch)
     group_maps: dict[str, str] = {}
     placeholders = [node for node in graph.nodes if node.op == PLACEHOLDER]
     for node in placeholders:
@@ -67,16 +67,16 @@ def build_graph(
         )
         if folded.spectrum is not None:
             group_maps[name] = folded.spectrum.group_map_sha256
-        result = writer.write(folded, node.inputs[0])
+        result = write_layer(nodes, folded, node.inputs[0])
         node.outputs.clear()
         node.inputs.clear()
         _take_over(output, result)
     split_means(graph)
     if batch > 1:
-        move_reshapes(graph, writer.nodes)
+        move_reshapes(graph, nodes)
     graph.cleanup().toposort()
     model = gs.export_onnx(graph)
-    _finish(model, writer)
+    _finish(model, nodes)
     return StaticGraph(model, group_maps)
 
 
@@ -86,8 +86,8 @@ def _take_over(old: gs.Variable, new: gs.Variable) -> None:
     producer.outputs[producer.outputs.index(new)] = old
 
 
-def _finish(model: ModelProto, writer: LayerWriter) -> None:
-    model.functions.extend(functions_checked(list(writer.functions.values())))
+def _finish(model: ModelProto, nodes: Nodes) -> None:
+    model.functions.extend(functions_checked(list(nodes.functions.values())))
     del model.opset_import[:]
     model.opset_import.append(helper.make_opsetid("", OPSET))
     model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))

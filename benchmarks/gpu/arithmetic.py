@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gpu.shapes import RESNET50, LayerShape, layer_sizes, local_taps
-from fdconv_deploy.ops.frequency_assembly.kernel_launch import half_shape
 from fdconv_deploy.ops.frequency_assembly.launch import (
     Transform,
     column_transform,
+    half_shape,
     pass_radix,
     transform_of,
 )

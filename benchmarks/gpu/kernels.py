@@ -14,14 +14,14 @@ from benchmarks.gpu.timing import kernel_seconds
 from fdconv_deploy.folding.cuda import FusedConv2d
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.ops.frequency_assembly import kernel_rows, kernels
-from fdconv_deploy.ops.frequency_assembly.kernel_launch import (
+from fdconv_deploy.ops.frequency_assembly import kernels
+from fdconv_deploy.ops.frequency_assembly.launch import (
     AssemblySizes,
     column_launch,
     half_shape,
     row_launch,
 )
-from fdconv_deploy.ops.torch_launch import launch
+from fdconv_deploy.ops.launch import run_kernel
 
 DRY = [LayerShape(32, 32, 1, 6, 1, 1), LayerShape(20, 18, 1, 6, 1, 1)]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3}
@@ -76,11 +76,11 @@ def measure_layer(
 
     def rows() -> None:
         constants = buffer("values"), buffer("groups"), buffer("row_table")
-        launch(kernel_rows, first, batch, gates, *constants, half)
+        run_kernel(kernels, first, batch, gates, *constants, half)
 
     def columns() -> None:
         constants = buffer("column_table"), average, buffer("local_weight"), gates
-        launch(kernels, second, batch, half, gates, *constants, weight)
+        run_kernel(kernels, second, batch, half, gates, *constants, weight)
 
     us = {"rows": kernel_seconds(rows) * 1e6, "columns": kernel_seconds(columns) * 1e6}
     read, written = costs(shape, made.element_size())

@@ -10,16 +10,63 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 import triton
+from triton import backends
 
 from benchmarks.gpu.shapes import RESNET50, layer_sizes
-from fdconv_deploy.ops.compile_kernels import CAPABILITIES, compile_kernel
-from fdconv_deploy.ops.frequency_assembly.kernel_launch import column_launch, row_launch
+from fdconv_deploy.errors import BackendError
+from fdconv_deploy.ops.compile_kernels import CAPABILITIES, CompiledKernel, compile_kernel
+from fdconv_deploy.ops.frequency_assembly.launch import column_launch, row_launch
 from fdconv_deploy.ops.frequency_band_modulation.launch import combination_launch
 from fdconv_deploy.ops.launch import KernelLaunch
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says a kernel takes: registers a thread, spilled bytes, stack bytes."""
+
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    stack: int
+
+
+def resources(kernel: CompiledKernel) -> Resources:
+    """Assemble a kernel to machine code with the ptxas in Triton's wheel and read its report."""
+    high = kernel.capability >= 90
+    architecture = f"sm_{kernel.capability}a" if high else f"sm_{kernel.capability}"
+    binaries = Path(next(iter(backends.__path__))) / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.ptx)
+        options = ["-v", f"--gpu-name={architecture}", str(source), "-o", f"{source}.cubin"]
+        # Only the newest ptxas knows the newest GPUs and instruction sets.
+        for assembler in ("ptxas", "ptxas-blackwell"):
+            command = [str(binaries / assembler), *options]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode == 0:
+                break
+        else:
+            raise BackendError(f"ptxas refuses a kernel for {architecture}: {result.stderr}")
+
+    def number(pattern: str) -> int:
+        match = re.search(pattern, result.stderr)
+        assert match is not None, result.stderr
+        return int(match.group(1))
+
+    return Resources(
+        registers=number(r"Used (\d+) registers"),
+        spill_stores=number(r"(\d+) bytes spill stores"),
+        spill_loads=number(r"(\d+) bytes spill loads"),
+        stack=number(r"(\d+) bytes stack frame"),
+    )
 
 
 def launches() -> dict[str, tuple[KernelLaunch, ...]]:
@@ -54,7 +101,7 @@ def main() -> None:
                 continue
             for launch in kernels:
                 compiled = compile_kernel(launch, capability)
-                used = compiled.resources()
+                used = resources(compiled)
                 row = dict(zip(columns, (
                     layer, launch.kernel, capability, launch.blocks[0] * launch.blocks[1],
                     compiled.threads, compiled.shared, used.registers,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fdconv_deploy.ops.frequency_assembly.kernel_launch import AssemblySizes
-from fdconv_deploy.ops.frequency_assembly.launch import tile_columns
+from fdconv_deploy.ops.frequency_assembly.launch import AssemblySizes, tile_columns
 
 KERNEL_NUM = 64
 
@@ -63,7 +62,8 @@ def layer_sizes(out_channels: int, in_channels: int, kernel: int) -> AssemblySiz
     return AssemblySizes(
         out_channels,
         in_channels,
-        (kernel, kernel),
+        kernel,
+        kernel,
         heads=KERNEL_NUM + out_channels + spatial + in_channels,
         filter_at=KERNEL_NUM,
         spatial_at=KERNEL_NUM + out_channels if spatial else -1,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from fdconv_deploy.export.layers.attention import Attention, write_row_scale
 from fdconv_deploy.export.layers.nodes import Nodes, geometry
+from fdconv_deploy.export.layers.operators import Attention, write_row_scale
 
 from fdconv_deploy.folding.layer import FoldedConv
 
@@ -50,12 +50,12 @@ def _by_rows(
     if height > 1:
         sizes = nodes.shape(*[1] * height)
         parts = nodes.add("Split", "kernel.rows", kernels, sizes, outputs=height, axis=2)
-    top, left, _, right = layer.padding
+    _, left, _, right = layer.padding
     total = None
     for row, kernel in enumerate(parts):
-        # The rows of x that this kernel row meets: first, then every stride, to last.
-        first = row * layer.dilation[0] - top
-        last = first + layer.stride[0] * (layer.output_size[0] - 1)
+        first, last = rows_met(
+            row, layer.padding[0], layer.stride[0], layer.dilation[0], layer.output_size[0]
+        )
         begin, end = max(first, 0), min(last + 1, layer.input_size[0])
         if begin >= end:
             continue  # it meets nothing but padding
@@ -84,6 +84,12 @@ def _by_rows(
         total = part if total is None else nodes("Add", f"{name}.sum", total, part)
     assert total is not None
     return total
+
+
+def rows_met(row: int, top: int, stride: int, dilation: int, output_rows: int) -> tuple[int, int]:
+    """The first and last row of the input that a kernel row meets, padding counted below zero."""
+    first = row * dilation - top
+    return first, first + stride * (output_rows - 1)
 
 
 def write_constant_convolution(nodes: Nodes, layer: FoldedConv, x: gs.Tensor) -> gs.Variable:

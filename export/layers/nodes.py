@@ -13,35 +13,37 @@ from onnx import FunctionProto
 
 from fdconv_deploy.folding.layer import FoldedConv
 
-Array = NDArray[Any]
-
 
 class Nodes:
-    """Adds nodes under a layer's name; equal constants are shared by all layers."""
+    """Adds nodes under a layer's name; equal constants are shared by all layers.
+
+    ``batch``: the graph's batch size. ``functions``: the ONNX function bodies that the nodes
+    written so far call, by name. ``layer``: the prefix of the names of what is added.
+    """
 
     def __init__(self, graph: gs.Graph, batch: int) -> None:
         self.graph, self.batch = graph, batch
         self.functions: dict[str, FunctionProto] = {}
         self._constants: dict[str, gs.Constant] = {}
         self._uses: Counter[str] = Counter()
-        self._layer = ""
+        self.layer = ""
 
     def begin(self, layer: str) -> None:
         """Name what follows after a layer; a layer may be used more than once."""
         # A network may be nothing but a layer.
-        self._layer = layer or "layer"
-        self._uses[self._layer] += 1
-        if self._uses[self._layer] > 1:
-            self._layer += f".use{self._uses[self._layer]}"
+        self.layer = layer or "layer"
+        self._uses[self.layer] += 1
+        if self._uses[self.layer] > 1:
+            self.layer += f".use{self._uses[self.layer]}"
 
-    def constant(self, name: str, values: Array) -> gs.Constant:
+    def constant(self, name: str, values: NDArray[Any]) -> gs.Constant:
         """A constant; layers with equal values share the first one's."""
         values = np.ascontiguousarray(values)
         content = hashlib.sha256(values.tobytes())
         content.update(repr((values.shape, values.dtype.str)).encode())
         key = content.hexdigest()
         if key not in self._constants:
-            self._constants[key] = gs.Constant(f"{self._layer}.{name}", values)
+            self._constants[key] = gs.Constant(f"{self.layer}.{name}", values)
         return self._constants[key]
 
     def shape(self, *sizes: int) -> gs.Constant:
@@ -53,11 +55,9 @@ class Nodes:
     ) -> list[gs.Variable]:
         """A node; its outputs."""
         domain = attributes.pop("domain", None)
-        names = [f"{self._layer}.{name}" + (f".{i}" if i else "") for i in range(outputs)]
+        names = [f"{self.layer}.{name}" + (f".{i}" if i else "") for i in range(outputs)]
         results = [gs.Variable(n, dtype=np.float32) for n in names]
-        node = gs.Node(
-            op, f"{self._layer}.{name}", attributes, list(inputs), results, domain=domain
-        )
+        node = gs.Node(op, f"{self.layer}.{name}", attributes, list(inputs), results, domain=domain)
         self.graph.nodes.append(node)
         return results
 
@@ -71,7 +71,7 @@ class Nodes:
 
 
 def geometry(layer: FoldedConv) -> dict[str, Any]:
-    """A convolution node's attributes."""
+    """Attributes of the ``Conv`` node that convolves with a layer's whole kernels."""
     return {
         "kernel_shape": list(layer.kernel_size),
         "strides": list(layer.stride),

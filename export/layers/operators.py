@@ -1,4 +1,4 @@
-"""The node that assembles a layer's kernels."""
+"""The two ``fdconv`` nodes of a layer, and the attentions that the first takes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,108 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from fdconv_deploy.export.layers.attention import Attention, write_column_scale, write_row_scale
-from fdconv_deploy.export.layers.nodes import Array, Nodes
+from fdconv_deploy.export.layers.nodes import Nodes, geometry
 
+from fdconv_deploy.folding.bands import FoldedBands
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.ops.frequency_assembly import AssemblyForm, assembly_function, group_blocks
+from fdconv_deploy.ops.frequency_assembly.launch import gate_offsets
+from fdconv_deploy.ops.frequency_band_modulation import BandForm, band_function
+
+Attention = dict[str, gs.Variable]
+# The end of a slice that keeps everything: runtimes know it and drop the slice.
+EVERYTHING = np.iinfo(np.int64).max
+
+
+def write_attention(nodes: Nodes, layer: FoldedConv, average: gs.Tensor) -> Attention:
+    """``(B, I)`` averages -> kernel, filter, spatial and channel attention, ``(B, n)`` each."""
+    folded = layer.modulation
+    hidden = nodes(
+        "Gemm",
+        "hidden",
+        average,
+        nodes.constant("hidden.weight", folded.hidden),
+        nodes.constant("hidden.bias", folded.hidden_bias),
+        transB=1,
+    )
+    if folded.norm is not None:
+        hidden = nodes(
+            "LayerNormalization",
+            "hidden.normalised",
+            hidden,
+            nodes.constant("hidden.norm.weight", folded.norm.weight),
+            nodes.constant("hidden.norm.bias", folded.norm.bias),
+            axis=-1,
+            epsilon=float(folded.norm.epsilon),
+        )
+    hidden = nodes("Relu", "hidden.relu", hidden)
+    hidden = nodes("Mul", "hidden.squared", hidden, hidden)
+    logits = nodes(
+        "Gemm",
+        "heads",
+        hidden,
+        nodes.constant("heads.weight", folded.heads),
+        nodes.constant("heads.bias", folded.head_bias),
+        transB=1,
+    )
+    sizes = {
+        "kernel": folded.kernel,
+        "filter": folded.filter,
+        "spatial": folded.spatial,
+        "channel": folded.channel,
+    }
+    present = {name: size for name, size in sizes.items() if size}
+    if len(present) == 1:
+        parts = [logits]
+    else:
+        if not folded.softmax:
+            logits = nodes("Sigmoid", "gates", logits)
+        lengths = nodes.constant("heads.sizes", np.array(list(present.values()), np.int64))
+        parts = nodes.add("Split", "attention", logits, lengths, outputs=len(present), axis=1)
+    result = dict(zip(present, parts, strict=True))
+    if folded.softmax:
+        result["kernel"] = nodes("Softmax", "kernel.attention", result["kernel"], axis=1)
+    elif len(present) == 1:
+        result["kernel"] = nodes("Sigmoid", "kernel.attention", result["kernel"])
+    return result
+
+
+def write_row_scale(nodes: Nodes, layer: FoldedConv, attention: Attention) -> gs.Tensor | None:
+    """Filter attention times a following BatchNorm's scale, ``(B or 1, O, 1, 1)``."""
+    scale = layer.output_scale
+    constant = None
+    if scale is not None:
+        constant = nodes.constant("output_scale", scale.reshape(1, -1, 1, 1))
+    if not layer.modulation.filter:
+        return constant
+    gate = nodes.reshape("filter.map", attention["filter"], nodes.batch, layer.out_channels, 1, 1)
+    return gate if constant is None else nodes("Mul", "filter.scaled", gate, constant)
+
+
+def write_column_scale(nodes: Nodes, layer: FoldedConv, attention: Attention) -> gs.Tensor | None:
+    """Spatial and channel attention along the kernel matrix, ``(B, 1, kh or 1, C)``."""
+    height, width = layer.kernel_size
+    batch, channels = nodes.batch, layer.in_channels
+    channel = spatial = None
+    if layer.modulation.channel and layer.channel_side == "kernel":
+        channel = nodes.reshape("channel.column", attention["channel"], batch, 1, channels, 1)
+    if layer.modulation.spatial:
+        spatial = nodes.reshape("spatial.column", attention["spatial"], batch, height, 1, width)
+    if channel is None:
+        # Without channel attention there is no spatial one either.
+        assert spatial is None
+        return None
+    if spatial is not None:
+        channel = nodes("Mul", "columns.gate", channel, spatial)
+        rows = height
+    else:
+        # Same for every kernel column of a channel.
+        rows = 1
+        if width > 1:
+            ones = nodes.constant("columns.ones", np.ones((1, 1, 1, width), np.float32))
+            channel = nodes("Mul", "columns.gate", channel, ones)
+    return nodes.reshape("columns.scale", channel, batch, 1, rows, channels * width)
 
 
 def write_assembly(
@@ -42,63 +138,61 @@ def write_assembly(
         by_rows=layer.by_rows,
     )
     lead = (planes,) if planes > 1 else ()
-    values = spectrum.values.reshape(*lead, columns.leading, 2, columns.factors[-1] * slots)
     blocks = group_blocks(spectrum.groups)
-
-    def single(values: Array) -> Array:
-        return values.astype(np.float32)
-
+    last = columns.factors[-1] * slots  # bins that lie side by side
     inputs: list[gs.Tensor] = [
         attention["kernel"],
-        nodes.constant("spectrum", values),
+        nodes.constant("spectrum", spectrum.values.reshape(*lead, columns.leading, 2, last)),
         nodes.constant("group.patterns", blocks.patterns),
         nodes.constant("group.blocks", blocks.blocks),
     ]
     attributes: dict[str, Any] = {
-        "weights_shape": [0, *lead, columns.leading, 1, columns.factors[-1] * slots],
+        "layer": nodes.layer,
+        "out_channels": layer.out_channels,
+        "in_channels": layer.in_channels,
+        "kernel_size": list(layer.kernel_size),
+        "by_rows": int(layer.by_rows),
+        "taps": 0 if local is None else local.taps,
+        "row_frequencies": rows.slots.reshape(-1).tolist(),
+        "column_frequencies": columns.frequencies.tolist(),
+        **gate_offsets(layer),
+        "weights_shape": [0, *lead, columns.leading, 1, last],
         "columns_shape": [0, 2 * length, slots],
         "row_outer_shape": [0, 2 * classes, spectrum.rows // rows.factors[0] * length],
         "matrix_shape": [0, spectrum.rows, length],
         "kernel_shape": [-1, layer.in_channels, height, width],
     }
-    for i, stage in enumerate(columns.stages):
+    stages = [("column", length, i, stage) for i, stage in enumerate(columns.stages)]
+    stages += [("row", spectrum.rows, i, stage) for i, stage in enumerate(rows.stages)]
+    for axis, size, i, stage in stages:
         # A plain matrix where there is one: runtimes take the longest of all products for it.
-        matrix = stage[0] if len(stage) == 1 else stage
-        inputs.append(nodes.constant(f"columns{length}.stage{i}", single(matrix)))
+        plain = axis == "column" and len(stage) == 1
+        matrix = (stage[0] if plain else stage).astype(np.float32)
+        inputs.append(nodes.constant(f"{axis}s{size}.stage{i}", matrix))
         rest = 2 * length * slots // (len(stage) * stage.shape[2])
-        batch = [] if len(stage) == 1 else [len(stage)]
-        attributes[f"column_stage{i}_shape"] = [0, *batch, stage.shape[2], rest]
-    for i, stage in enumerate(rows.stages):
-        inputs.append(nodes.constant(f"rows{spectrum.rows}.stage{i}", single(stage)))
-        rest = 2 * length * slots // (len(stage) * stage.shape[2])
-        attributes[f"row_stage{i}_shape"] = [0, len(stage), stage.shape[2], rest]
-    inputs.append(nodes.constant(f"rows{spectrum.rows}.outer", single(rows.outer)))
+        batch = [] if plain else [len(stage)]
+        attributes[f"{axis}_stage{i}_shape"] = [0, *batch, stage.shape[2], rest]
+    inputs.append(nodes.constant(f"rows{spectrum.rows}.outer", rows.outer.astype(np.float32)))
     if local is not None:
         inputs += _local_inputs(nodes, layer, average)
-        window = width * local.taps
+        # How far windows of the spread average start before a channel's first column.
+        before = width - 1 + width * (local.taps // 2)
         attributes |= {
             "local_spread": [0, 0, 0, 0, 0, width - 1],
             "local_shape": [0, 1, length],
-            "local_pads": [0, 0, _before(layer), 0, 0, window - 1 - _before(layer)],
+            "local_pads": [0, 0, before, 0, 0, width * local.taps - 1 - before],
         }
+    inputs += [scale for scale in scales if scale is not None]
     if form.column_scale or form.row_scale:
         attributes["scaled_shape"] = [0, layer.out_channels, height, length]
-    inputs += [scale for scale in scales if scale is not None]
     if form.by_rows:
+        attributes |= geometry(layer) | {"input_size": list(layer.input_size)}
         attributes["kernel_shape"] = [0, layer.out_channels, height, length]
     elif form.spatial_kernel:
         shape = [0, layer.out_channels, height, layer.in_channels, width]
         attributes["interleaved_shape"] = shape
-    if form.name not in nodes.functions:
-        nodes.functions[form.name] = assembly_function(form)
+    nodes.functions.setdefault(form.name, assembly_function(form))
     return nodes(form.name, "assembly", *inputs, domain=DOMAIN, **attributes)
-
-
-def _before(layer: FoldedConv) -> int:
-    """How far windows of the spread average start before a channel's first column."""
-    assert layer.local is not None
-    width = layer.kernel_size[1]
-    return width - 1 + width * (layer.local.taps // 2)
 
 
 def _local_inputs(nodes: Nodes, layer: FoldedConv, average: gs.Tensor) -> list[gs.Tensor]:
@@ -122,3 +216,49 @@ def _local_inputs(nodes: Nodes, layer: FoldedConv, average: gs.Tensor) -> list[g
         nodes.constant(f"window{window}", np.eye(window, dtype=np.float32)[:, None]),
         nodes.constant("local.weight", local.weight[:, order]),
     ]
+
+
+def write_bands(nodes: Nodes, bands: FoldedBands, x: gs.Tensor) -> gs.Variable:
+    """``(B, I, H, W)`` -> the same shape."""
+    channels = int(bands.conv_weight.shape[1]) * bands.groups
+    height, width, groups = bands.height, bands.width, bands.groups
+    # A softmax runs over the groups, be it one.
+    grouped = groups > 1 or bands.softmax
+    form = BandForm(len(bands.bands), bands.softmax, grouped)
+    inputs: list[gs.Tensor] = [
+        x,
+        nodes.constant("bands.conv.weight", bands.transposed_weight),
+        nodes.constant("bands.conv.bias", bands.conv_bias),
+        nodes.constant("bands.mix", bands.mix[: bands.terms]),
+        nodes.constant("bands.mix.bias", bands.mix_bias[: bands.terms, None]),
+        nodes.constant(f"bands{height}x{width}.to_columns", bands.to_columns),
+        nodes.constant(f"bands{height}x{width}.to_rows", bands.to_rows),
+    ]
+    lead = [groups] if grouped else []
+    attributes: dict[str, Any] = {
+        "layer": nodes.layer,
+        "groups": groups,
+        "feature_size": [height, width],
+        "complex_rows": int(bands.complex_rows),
+        "softmax": int(bands.softmax),
+        "conv_pads": [bands.conv_weight.shape[-1] // 2] * 4,
+        "active_shape": [0, *lead, bands.conv_weight.shape[0] // groups, height * width],
+        "factors_shape": [0, *lead, bands.terms, height, width],
+        "rows_shape": [0, channels, height * (2 if bands.complex_rows else 1), -1],
+    }
+    if grouped:
+        attributes["grouped_shape"] = [0, groups, channels // groups, height, width]
+        attributes["feature_shape"] = [0, channels, height, width]
+    all_rows = bands.to_rows.shape[0]
+    all_columns = bands.to_columns.shape[1] // (2 if bands.complex_rows else 1)
+    for index, band in enumerate(bands.bands):
+        name = f"bands{height}x{width}.{index}"
+        inputs.append(nodes.constant(f"{name}.from_rows", band.from_rows))
+        inputs.append(nodes.constant(f"{name}.from_columns", band.from_columns))
+        attributes[f"band{index}_ends"] = [
+            EVERYTHING if band.rows == all_rows else band.rows,
+            EVERYTHING if band.columns == all_columns else band.columns,
+        ]
+        attributes[f"band{index}_shape"] = [0, channels, height, -1]
+    nodes.functions.setdefault(form.name, band_function(form))
+    return nodes(form.name, "bands", *inputs, domain=DOMAIN, **attributes)

@@ -106,6 +106,11 @@ class ComplexInverse:
         """Size of the frequency axes before the last: n1·…·n(m-1)."""
         return self.length // self.factors[-1]
 
+    @property
+    def frequencies(self) -> NDArray[np.int64]:
+        """The frequency at each place of the axes (f1, …, fm), ``(N,)``."""
+        return _digits(np.zeros(1, dtype=np.int64), self.factors, 0)
+
 
 def _digits(start: NDArray[np.int64], factors: tuple[int, ...], first: int) -> NDArray[np.int64]:
     """Frequencies of the axes (start, f_first, …) of ``factors[first:]``, in one axis."""

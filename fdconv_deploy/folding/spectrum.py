@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,48 +54,68 @@ class FoldedSpectrum:
         """C."""
         return self.column_transform.length
 
-    def by_frequency(
-        self,
-    ) -> tuple[NDArray[np.int64], NDArray[np.complex64], NDArray[np.int64]]:
-        """The half spectrum in plain order, whatever the layout: rows, values, groups.
-
-        Returns:
-            rows ``(S,)``: the row frequency q of each stored row, 0 … R//2, a second time
-            where a row has bins in two groups (the transform adds the two); values
-            ``(P, S, C)``: column frequencies 0 … C-1 in natural order; groups ``(P, S, C)``.
-        """
-        transform = self.row_transform
-        slots = transform.slots.reshape(-1)
-        used = np.flatnonzero(slots >= 0)
-        order = _digit_order(self.column_transform)
-
-        def natural(array: NDArray) -> NDArray:  # (P, F, fm, slot) -> (P, used slot, f)
-            digits = array.reshape(len(array), len(order), -1)[:, :, used]
-            result = np.empty_like(digits)
-            result[:, order] = digits
-            return result.transpose(0, 2, 1)
-
-        values = natural(self.values[:, :, 0] + 1j * self.values[:, :, 1])
-        values = values / transform.weight.reshape(-1)[used, None]
-        groups = natural(self.groups).astype(np.int64)
-        rows = slots[used]
-        image = 2 * rows > self.rows
-        values[:, image] = np.conj(_mirror(values[:, image], 2))
-        groups[:, image] = _mirror(groups[:, image], 2)
-        rows = np.where(image, self.rows - rows, rows)
-        # Of a frequency's two slots the further one comes last, as it does in the layout.
-        by_row = np.argsort(rows, kind="stable")
-        return rows[by_row], values[:, by_row].astype(np.complex64), groups[:, by_row]
+    def by_frequency(self) -> HalfSpectrum:
+        """The same in plain order."""
+        slots, columns = self.row_transform.slots.reshape(-1), self.column_transform.frequencies
+        return half_spectrum(self.rows, slots, columns, self.values, self.groups)
 
 
-def _digit_order(transform: ComplexInverse) -> NDArray[np.int64]:
-    """The frequency at each place of the axes (f1, …, fm), ``(N,)``."""
-    order = np.zeros(1, dtype=np.int64)
-    weight = 1
-    for factor in transform.factors:
-        order = (order[:, None] + weight * np.arange(factor)[None, :]).reshape(-1)
-        weight *= factor
-    return order
+@dataclass(frozen=True)
+class HalfSpectrum:
+    """Half of the spectra of a kernel matrix of ``rows`` × ``columns``, in plain order.
+
+    frequencies: ``(S,)`` int64, the row frequency q of each stored row, 0 … rows//2, a second time
+    where a row has bins in two groups (the transform adds the two). values: ``(P, S, columns)``
+    complex64, column frequencies in natural order; groups: ``(P, S, columns)`` int64.
+    """
+
+    rows: int
+    columns: int
+    frequencies: NDArray[np.int64]
+    values: NDArray[np.complex64]
+    groups: NDArray[np.int64]
+
+
+def half_spectrum(
+    length: int,
+    row_frequencies: NDArray[np.int64],
+    column_frequencies: NDArray[np.int64],
+    values: NDArray[np.float32],
+    groups: NDArray[Any],
+) -> HalfSpectrum:
+    """Bring stored spectra into plain order.
+
+    Args:
+        length: number of rows of the kernel matrix.
+        row_frequencies: of each row slot, ``(slots,)``, -1 where nothing is stored.
+        column_frequencies: of each place along the columns, ``(C,)``.
+        values, groups: as `FoldedSpectrum` has them.
+    """
+    used = np.flatnonzero(row_frequencies >= 0)
+    rows = row_frequencies[used]
+
+    def natural(array: NDArray) -> NDArray:  # (P, F, fm, slot) -> (P, used slot, f)
+        places = array.reshape(len(array), len(column_frequencies), -1)[:, :, used]
+        result = np.empty_like(places)
+        result[:, column_frequencies] = places
+        return result.transpose(0, 2, 1)
+
+    weight = np.where((rows == 0) | (2 * rows == length), 1.0, 2.0)
+    half = natural(values[:, :, 0] + 1j * values[:, :, 1]) / weight[:, None]
+    owner = natural(groups).astype(np.int64)
+    image = 2 * rows > length
+    half[:, image] = np.conj(_mirror(half[:, image], 2))
+    owner[:, image] = _mirror(owner[:, image], 2)
+    rows = np.where(image, length - rows, rows)
+    # Of a frequency's two slots the further one comes last, as it does in the layout.
+    order = np.argsort(rows, kind="stable")
+    return HalfSpectrum(
+        length,
+        len(column_frequencies),
+        rows[order],
+        half[:, order].astype(np.complex64),
+        owner[:, order],
+    )
 
 
 def _mirror(array: NDArray, axis: int) -> NDArray:
@@ -173,7 +194,7 @@ def fold_spectrum(
     values = np.where(slots[:, None] >= 0, values[:, slots] * weight, 0)
     owner = np.maximum(np.where(slots[:, None] >= 0, owner[:, slots], 0), 0)
     # (plane, slot, f) -> (plane, F, fm, slot)
-    order = _digit_order(column_transform)
+    order = column_transform.frequencies
     split = (ratio, column_transform.leading, column_transform.factors[-1], len(slots))
     values = values[:, :, order].transpose(0, 2, 1).reshape(split)
     owner = owner[:, :, order].transpose(0, 2, 1).reshape(split)

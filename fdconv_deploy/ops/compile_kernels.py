@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from fdconv_deploy.environment import install
@@ -22,7 +18,6 @@ from fdconv_deploy.ops.launch import OPTIONS, THREADS_PER_WARP, KernelLaunch, in
 # Turing, Ampere (data centre and consumer), Ada, Hopper, Blackwell (both).
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 MODULES = (
-    "fdconv_deploy.ops.frequency_assembly.kernel_rows",
     "fdconv_deploy.ops.frequency_assembly.kernels",
     "fdconv_deploy.ops.frequency_band_modulation.kernel",
 )
@@ -31,21 +26,11 @@ HIDDEN_PARAMETERS = 2
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What ptxas says a kernel takes: registers a thread, spilled bytes, stack bytes."""
-
-    registers: int
-    spill_stores: int
-    spill_loads: int
-    stack: int
-
-
-@dataclass(frozen=True)
 class CompiledKernel:
-    """PTX for one compute capability.
+    """A kernel's PTX for one compute capability.
 
-    name: of the entry; parameters: types of its parameters, e.g. ``u64``, the hidden ones
-    removed; threads: per program; shared: bytes of dynamic shared memory.
+    name: the entry's; parameters: the types of its parameters, e.g. ``u64``, without the hidden
+    ones; threads: per program; shared: bytes of dynamic shared memory.
     """
 
     name: str
@@ -57,14 +42,8 @@ class CompiledKernel:
 
     @property
     def ptx_version(self) -> str:
-        """Of the instruction set, e.g. ``8.7``: what a driver must be able to read."""
-        match = re.search(r"^\.version\s+(\S+)", self.ptx, re.MULTILINE)
-        assert match is not None
-        return match.group(1)
-
-    def resources(self) -> Resources:
-        """Assemble it for real and read ptxas' report."""
-        return _assembled(self.ptx, self.capability)
+        """Version of the PTX instruction set, e.g. ``8.7``, which the driver must know."""
+        return _found(r"(?m)^\.version\s+(\S+)", self.ptx)
 
 
 def _triton() -> Any:
@@ -112,11 +91,11 @@ def compile_kernel(
     )
     from triton.compiler import ASTSource  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
-    function = kernel_function(launch.kernel)
+    function, types = kernel_function(launch.kernel), dict(launch.arguments)
     places = {name: (i,) for i, name in enumerate(function.arg_names)}
     source = ASTSource(
         function,
-        signature={n: dict(launch.arguments).get(n, "constexpr") for n in function.arg_names},
+        signature={n: types.get(n, "constexpr") for n in function.arg_names},
         constexprs={places[name]: value for name, value in launch.constants.items()},
         attrs={places[name]: [["tt.divisibility", 16]] for name, _ in launch.arguments},
     )
@@ -134,14 +113,14 @@ def compile_kernel(
     ptx, parameters = without_hidden_parameters(compiled.asm["ptx"], metadata.name)
     assert len(parameters) == len(launch.arguments), (launch.kernel, parameters)
     # Triton may have added warps of its own; what it asks to be launched with counts.
-    threads = _required_threads(ptx)
+    threads = int(_found(r"\.reqntid\s+(\d+)", ptx))
     return CompiledKernel(metadata.name, capability, ptx, parameters, threads, metadata.shared)
 
 
-def _required_threads(ptx: str) -> int:
-    match = re.search(r"\.reqntid\s+(\d+)", ptx)
-    assert match is not None
-    return int(match.group(1))
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text, re.DOTALL)
+    assert match is not None, pattern
+    return match.group(1)
 
 
 def without_hidden_parameters(ptx: str, name: str) -> tuple[str, tuple[str, ...]]:
@@ -163,50 +142,5 @@ def without_hidden_parameters(ptx: str, name: str) -> tuple[str, tuple[str, ...]
                 "Use another version of Triton."
             )
     start, stop = head.span(1)
-    types = []
-    for parameter in kept:
-        match = re.match(r"\.param\s+\.(\w+)", parameter)
-        assert match is not None
-        types.append(match.group(1))
-    return ptx[:start] + "\n\t" + ",\n\t".join(kept) + "\n" + ptx[stop:], tuple(types)
-
-
-@lru_cache(maxsize=1)
-def _assemblers() -> list[Path]:
-    """The versions of ptxas in Triton's wheel, oldest first."""
-    from triton import backends  # type: ignore[import-untyped,import-not-found,unused-ignore]
-
-    folder = Path(next(iter(backends.__path__))) / "nvidia" / "bin"
-    return [p for name in ("ptxas", "ptxas-blackwell") if (p := folder / name).is_file()]
-
-
-def _assembled(ptx: str, capability: int) -> Resources:
-    architecture = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        options = ["-v", f"--gpu-name={architecture}", str(source)]
-        options += ["-o", str(Path(folder) / "kernel.cubin")]
-        for assembler in _assemblers():
-            result = subprocess.run(  # noqa: S603
-                [str(assembler), *options], capture_output=True, text=True, check=False
-            )
-            # Only the newest knows the newest GPUs and instruction sets.
-            if result.returncode == 0:
-                break
-        else:
-            reason = result.stderr.strip()
-            raise BackendError(f"ptxas refuses a kernel for {architecture}: {reason}")
-    report = result.stderr
-
-    def number(pattern: str) -> int:
-        match = re.search(pattern, report)
-        assert match is not None, report
-        return int(match.group(1))
-
-    return Resources(
-        registers=number(r"Used (\d+) registers"),
-        spill_stores=number(r"(\d+) bytes spill stores"),
-        spill_loads=number(r"(\d+) bytes spill loads"),
-        stack=number(r"(\d+) bytes stack frame"),
-    )
+    types = tuple(_found(r"^\.param\s+\.(\w+)", parameter) for parameter in kept)
+    return ptx[:start] + "\n\t" + ",\n\t".join(kept) + "\n" + ptx[stop:], types

@@ -17,13 +17,14 @@ class FunctionBody:
     Args:
         name: of the function, in the ``fdconv`` domain.
         inputs: names of its inputs, in order.
+        attributes: names of attributes that calling nodes give for other readers than the body.
     """
 
-    def __init__(self, name: str, inputs: Sequence[str]) -> None:
+    def __init__(self, name: str, inputs: Sequence[str], attributes: Sequence[str] = ()) -> None:
         self.name = name
         self.inputs = list(inputs)
         self.nodes: list[NodeProto] = []
-        self.attributes: list[str] = []
+        self.attributes = list(attributes)
 
     def _fresh(self, stem: str) -> str:
         return f"{stem}_{len(self.nodes)}"

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from fdconv_deploy.errors import BackendError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FLOAT_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 THREADS_PER_WARP = 32
@@ -21,17 +28,19 @@ OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 class KernelLaunch:
     """A kernel, specialised: its arguments, constants and grid.
 
-    kernel: name of the function; arguments: name and Triton type of each pointer, in order
-    (`outputs` of them last); constants: by name; blocks: the grid's second and third axes
-    (its first is the batch); warps: per program.
+    kernel: name of the Triton function. arguments: name and Triton type of each pointer, in order;
+    the last is the output. constants: by name. blocks:
+    the grid's second and third axes (its first is the batch). warps: per program.
     """
 
     kernel: str
     arguments: tuple[tuple[str, str], ...]
-    outputs: int
     constants: Mapping[str, int | bool]
     blocks: tuple[int, int]
     warps: int
+
+    def __hash__(self) -> int:
+        return hash((self.kernel, self.arguments, self.blocks, self.warps))
 
     def grid(self, batch: int) -> tuple[int, int, int]:
         """Programs along each axis."""
@@ -39,7 +48,7 @@ class KernelLaunch:
 
     @property
     def threads(self) -> int:
-        """Per program."""
+        """Threads per program."""
         return self.warps * THREADS_PER_WARP
 
     def typed(self, **types: str) -> KernelLaunch:
@@ -50,9 +59,7 @@ class KernelLaunch:
             (name, "*" + FLOAT_TYPES[types[name]] if name in types else kind)
             for name, kind in self.arguments
         )
-        return KernelLaunch(
-            self.kernel, arguments, self.outputs, self.constants, self.blocks, self.warps
-        )
+        return replace(self, arguments=arguments)
 
 
 def warps_for(elements: int, most: int) -> int:
@@ -63,3 +70,23 @@ def warps_for(elements: int, most: int) -> int:
 def interpreting() -> bool:
     """Whether Triton runs kernels on the CPU (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def require_device(tensor: Tensor, what: str) -> None:
+    """Raise unless kernels can run where ``tensor`` is.
+
+    Raises:
+        BackendError: it is not on a CUDA device, and Triton does not interpret.
+    """
+    if not tensor.is_cuda and not interpreting():
+        raise BackendError(
+            f"{what} runs on an NVIDIA GPU, and its input is on {tensor.device}. Move the network "
+            "and its inputs to 'cuda', or use the folded network or ONNX Runtime on the CPU."
+        )
+
+
+def run_kernel(module: ModuleType, launch: KernelLaunch, batch: int, *tensors: Any) -> None:
+    """Run a Triton kernel of ``module`` for ``batch`` images on the current CUDA stream."""
+    assert len(tensors) == len(launch.arguments)
+    function = getattr(module, launch.kernel)
+    function[launch.grid(batch)](*tensors, **launch.constants, num_warps=launch.warps, **OPTIONS)

@@ -32,20 +32,13 @@ PTX_VERSIONS = {100: 86, 101: 86, 103: 88, 110: 90, 120: 87, 121: 88}
 OLDEST_PTX = 80
 
 
-@dataclass
-class Target:
-    """What plugins compile for. ``capability``: e.g. 90 for sm_90."""
-
-    capability: int
-
-
-_target: Target | None = None
+_capability: int | None = None
 
 
 def set_target(capability: int) -> None:
-    """Choose the compute capability that plugins compile for from now on."""
-    global _target
-    _target = Target(capability)
+    """Choose the compute capability that plugins compile for from now on, e.g. 90 for sm_90."""
+    global _capability
+    _capability = capability
 
 
 def kernel_ptx(launch: KernelLaunch) -> CompiledKernel:
@@ -54,30 +47,14 @@ def kernel_ptx(launch: KernelLaunch) -> CompiledKernel:
     Raises:
         BackendError: no target was chosen, no Triton, or the kernel does not compile.
     """
-    if _target is None:
+    if _capability is None:
         raise BackendError("no compute capability was chosen for the plugins; call set_target.")
-    return _compiled(_Key(launch), _target.capability)
-
-
-class _Key:
-    """A launch as something to cache by: its constants are a dict."""
-
-    def __init__(self, launch: KernelLaunch) -> None:
-        self.launch = launch
-        constants = tuple(sorted(launch.constants.items()))
-        self._key = launch.kernel, launch.arguments, constants, launch.blocks, launch.warps
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._key == other._key
+    return _compiled(launch, _capability)
 
 
 @lru_cache(maxsize=512)
-def _compiled(key: _Key, capability: int) -> CompiledKernel:
-    version = PTX_VERSIONS.get(capability, OLDEST_PTX)
-    return compile_kernel(key.launch, capability, version)
+def _compiled(launch: KernelLaunch, capability: int) -> CompiledKernel:
+    return compile_kernel(launch, capability, PTX_VERSIONS.get(capability, OLDEST_PTX))
 
 
 Sizes = npt.NDArray[np.int32]
@@ -181,20 +158,20 @@ def precompile(
     Raises:
         BackendError: as `compile_kernel`.
     """
-    keys = list(dict.fromkeys(_Key(launch) for launch in launches))
-    workers = min(len(keys), 8, available_cores())
+    distinct = set(launches)
+    workers = min(len(distinct), 8, available_cores())
     if workers <= 1:
         return  # TensorRT's asking does as well
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        jobs = [pool.submit(_compiled_elsewhere, key.launch, capability) for key in keys]
+        jobs = [pool.submit(_compile, launch, capability) for launch in distinct]
         for count, job in enumerate(as_completed(jobs), 1):
             job.result()
-            done(count, len(keys))
+            done(count, len(distinct))
 
 
-def _compiled_elsewhere(launch: KernelLaunch, capability: int) -> None:
-    _compiled(_Key(launch), capability)
+def _compile(launch: KernelLaunch, capability: int) -> None:
+    _compiled(launch, capability)  # its PTX need not travel back: Triton's cache holds it
 
 
 _registered: set[str] = set()

@@ -7,15 +7,30 @@ from collections.abc import Collection, Mapping
 
 from onnx import ModelProto, NodeProto
 
+from fdconv_deploy.errors import BundleError
+from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.profiling.node_labels import label_nodes
 
 NOWHERE = "elsewhere"
 
 
 def fdconv_layers(exported: ModelProto) -> tuple[str, ...]:
-    """What the exporter calls the FDConv layers of a graph, in its order."""
-    names = (n.name for n in exported.graph.node if n.op_type.startswith("FrequencyAssembly"))
-    return tuple(dict.fromkeys(name.rsplit(".", 1)[0] for name in names))
+    """Names of the FDConv layers of a graph, in its order.
+
+    Raises:
+        BundleError: the graph is of an older bundle format.
+    """
+    layers: dict[str, None] = {}
+    for node in exported.graph.node:
+        if node.domain == DOMAIN:
+            name = next((a.s.decode() for a in node.attribute if a.name == "layer"), None)
+            if name is None:
+                raise BundleError(
+                    f"node {node.name!r} of the graph does not name its layer, as nodes do since "
+                    "bundle format 3. Export the bundle again with this version."
+                )
+            layers[name] = None
+    return tuple(layers)
 
 
 def layer_names(exported: ModelProto, optimised: ModelProto) -> list[str]:

@@ -2,7 +2,8 @@
 
 A key that this file does not know is refused rather than ignored, so adding one means
 raising ``FORMAT_VERSION``; an older reader then says that the bundle is newer than it, and a
-newer one goes on reading older bundles. Version 2 added detectors.
+newer one goes on reading older bundles. Version 2 added detectors; since version 3 the graphs'
+``fdconv`` nodes have attributes that fused kernels read, see `Manifest.older_nodes`.
 
 ``graph``, ``versions`` are free dictionaries for facts that change no behaviour.
 """
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from fdconv_deploy.config import DetectorConfig, SegmentorConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -134,6 +135,19 @@ class Manifest(_Model):
     graph: dict[str, Any] = {}
     versions: dict[str, str] = {}
     files: dict[str, FileInfo] = {}
+
+    @property
+    def older_nodes(self) -> str | None:
+        """Why fused kernels cannot run the graphs' FDConv nodes, as a clause; None if they can.
+
+        The function bodies of standard operators run in any format.
+        """
+        if self.format_version >= 3:
+            return None
+        return (
+            f"this bundle is of format {self.format_version}, whose FDConv nodes lack attributes "
+            "that these kernels read; export it again with this version to use them"
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:

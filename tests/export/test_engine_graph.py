@@ -11,7 +11,7 @@ import pytest
 import torch
 from fdconv_deploy.export.quantization.fp16 import to_half_precision
 from fdconv_deploy.export.tensorrt.engine import _launches
-from fdconv_deploy.export.tensorrt.plugin_graph import ask_for_plugins
+from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 from numpy.typing import NDArray
 from onnx import ModelProto
 
@@ -116,6 +116,6 @@ def test_unknown_operators_are_refused():
         model = layer_model(fold_layer(case.layer(), case.size, name="layer"), 1)
     for node in model.graph.node:
         if node.domain == DOMAIN:
-            node.name = "layer.something"
+            node.op_type = "FrequencySomething"
     with pytest.raises(ExportError, match=r"does not know.*--plugins off"):
         ask_for_plugins(model)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from fdconv_deploy.export.tensorrt.plugin_graph import ask_for_plugins
+from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 
 from fdconv_deploy.errors import BackendError
 

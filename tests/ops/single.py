@@ -9,7 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
-from fdconv_deploy.export.layers import LayerWriter
+from fdconv_deploy.export.layers import Nodes, write_layer
 from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
 
@@ -25,13 +25,13 @@ def layer_model(folded: FoldedConv, batch: int) -> ModelProto:
     shape = batch, folded.in_channels, *folded.input_size
     x = gs.Variable("x", np.float32, shape)
     graph = gs.Graph(inputs=[x], opset=OPSET)
-    writer = LayerWriter(graph, batch)
-    y = writer.write(folded, x)
+    nodes = Nodes(graph, batch)
+    y = write_layer(nodes, folded, x)
     y.name, y.shape = "y", (batch, folded.out_channels, *folded.output_size)
     shown: dict[int, gs.Tensor] = {}
     for node in graph.nodes:
         if node.domain == DOMAIN:
-            function = writer.functions[node.op]
+            function = nodes.functions[node.op]
             names = *function.input, *function.output
             named = zip(names, (*node.inputs, *node.outputs), strict=True)
             for name, tensor in named:
@@ -41,7 +41,7 @@ def layer_model(folded: FoldedConv, batch: int) -> ModelProto:
                     shown[id(tensor)] = tensor
     graph.outputs = [y, *shown.values()]
     model = gs.export_onnx(graph.toposort())
-    model.functions.extend(functions_checked(list(writer.functions.values())))
+    model.functions.extend(functions_checked(list(nodes.functions.values())))
     del model.opset_import[:]
     model.opset_import.append(helper.make_opsetid("", OPSET))
     model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))

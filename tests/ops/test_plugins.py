@@ -18,9 +18,10 @@ import pytest
 from benchmarks.gpu.shapes import RESNET50, layer_sizes
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops import tensorrt_plugins as plugins
-from fdconv_deploy.ops.frequency_assembly.kernel_launch import AssemblySizes, half_shape
 from fdconv_deploy.ops.frequency_assembly.launch import (
+    AssemblySizes,
     column_transform,
+    half_shape,
     root_table,
     transform_of,
 )
@@ -206,7 +207,7 @@ def test_an_older_tensorrt_is_told_apart():
 
 
 def test_code_needs_a_target(monkeypatch):
-    monkeypatch.setattr(plugins, "_target", None)
+    monkeypatch.setattr(plugins, "_capability", None)
     launch = plugins.launch_of("FrequencyBandCombination", [8, 4, 4, 1, 3, 4, 1])
     with pytest.raises(BackendError, match="set_target"):
         plugins.kernel_ptx(launch)

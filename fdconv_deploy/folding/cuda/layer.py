@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.cuda.bands import FusedBandModulation
 from fdconv_deploy.folding.layer import FoldedConv
-from fdconv_deploy.ops.frequency_assembly.kernel_launch import assembly_sizes
 from fdconv_deploy.ops.frequency_assembly.launch import (
+    assembly_sizes,
     column_transform,
     kernel_spectrum,
     root_table,
@@ -53,7 +53,8 @@ class FusedConv2d(nn.Module):
         }
         self.sizes: list[int] = []
         if folded.constant_weight is None and folded.spectrum is not None:
-            modulation, spectrum = folded.modulation, kernel_spectrum(folded.spectrum)
+            modulation = folded.modulation
+            spectrum = kernel_spectrum(folded.spectrum.by_frequency())
             sizes = assembly_sizes(folded, spectrum)
             self.sizes = sizes.numbers()
             constants |= {

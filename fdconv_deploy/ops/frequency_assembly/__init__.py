@@ -26,9 +26,18 @@ Layers differ in which inputs they have; each form is a function of its own, nam
 what it departs in from the published 3×3 layer.
 """
 
-from fdconv_deploy.ops.frequency_assembly.blocks import GroupBlocks, group_blocks
-from fdconv_deploy.ops.frequency_assembly.function import AssemblyForm, assembly_function
-from fdconv_deploy.ops.frequency_assembly.reference import frequency_assembly
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fdconv_deploy.folding.spectrum import FoldedSpectrum
+from fdconv_deploy.ops.frequency_assembly.function import (
+    AssemblyForm,
+    GroupBlocks,
+    assembly_function,
+    group_blocks,
+)
 
 __all__ = [
     "AssemblyForm",
@@ -37,3 +46,26 @@ __all__ = [
     "frequency_assembly",
     "group_blocks",
 ]
+
+Float64 = NDArray[np.float64]
+
+
+def frequency_assembly(attention: Float64, spectrum: FoldedSpectrum) -> Float64:
+    """What the operator means: kernel matrices from kernel attention, by numpy's FFT.
+
+    Args:
+        attention: ``(B, n)``.
+        spectrum: of a matrix of R rows and C columns.
+
+    Returns:
+        ``(B, R, C)`` float64.
+    """
+    rows, columns = spectrum.rows, spectrum.columns
+    stored = spectrum.by_frequency()
+    by_slot = (stored.values.astype(np.complex128) * attention[:, stored.groups]).sum(1)
+    half = np.zeros((len(attention), rows // 2 + 1, columns), dtype=np.complex128)
+    for place, q in enumerate(stored.frequencies):
+        half[:, q] += by_slot[:, place]
+    # numpy normalises, the folded spectrum already is.
+    matrix = np.fft.irfft(np.fft.ifft(half, axis=2), n=rows, axis=1)
+    return matrix * (rows * columns)

@@ -1,15 +1,33 @@
-"""``fdconv::FrequencyAssembly`` as a function of standard ONNX operators."""
+"""``fdconv::FrequencyAssembly`` as a function of standard ONNX operators.
+
+The body gathers the attention of each bin by blocks of neighbouring bins: groups are rings around
+frequency zero, so that bins side by side mostly share one, and the patterns of groups in a short
+block of bins repeat over and over. Runtimes gather blocks several times faster than single numbers.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from onnx import FunctionProto
 
 from fdconv_deploy.ops.function_body import FunctionBody
 
 # In how many stages the published 3×3 layer's columns and rows are inverted.
 USUAL_STAGES = (3, 3)
+# What a node says of itself beside the shapes that its body reshapes to: see the folder's
+# ``__init__``. Of a layer that is convolved by kernel rows also the convolution's geometry.
+ATTRIBUTES = (
+    "layer out_channels in_channels kernel_size by_rows taps row_frequencies column_frequencies "
+    "heads filter_at spatial_at channel_at"
+).split()
+GEOMETRY = "strides pads dilations input_size".split()
+# Lengths of blocks of bins.
+LENGTHS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -61,7 +79,7 @@ class AssemblyForm:
 
 def assembly_function(form: AssemblyForm) -> FunctionProto:
     """The body for one form. Its attributes are the shapes named in `reshape` calls."""
-    f = FunctionBody(form.name, form.inputs)
+    f = FunctionBody(form.name, form.inputs, ATTRIBUTES + GEOMETRY * form.by_rows)
     # Attention by bin in two steps: first by the few patterns of groups that blocks of
     # neighbouring bins have, then whole blocks, which are copied several numbers at a time.
     index = f("Cast", "patterns", to=6)  # int32
@@ -98,3 +116,48 @@ def assembly_function(form: AssemblyForm) -> FunctionProto:
         kernel = f("Transpose", f.reshape(kernel, "interleaved_shape"), perm=[0, 1, 3, 2, 4])
     kernel = f.reshape(kernel, "kernel_shape")
     return f.finish(kernel, "One kernel per image from kernel attention and constant spectra.")
+
+
+@dataclass(frozen=True)
+class GroupBlocks:
+    """``groups.reshape(-1) == patterns[blocks].reshape(-1)``.
+
+    patterns: ``(N, L)``, of the type of the group map; blocks: ``(bins / L,)`` int32.
+    """
+
+    patterns: NDArray[Any]
+    blocks: NDArray[np.int32]
+
+
+def _cost(patterns: int, length: int, bins: int) -> float:
+    """Nanoseconds of gathering: measured in ONNX Runtime, benchmarks/primitives.py."""
+    return 2.9 * patterns * length + (2.8 + 0.11 * length) * bins / length
+
+
+def group_blocks(groups: NDArray[Any]) -> GroupBlocks:
+    """Blocks of the length that is fastest to gather.
+
+    Args:
+        groups: a group map of any shape, integer.
+    """
+    return _group_blocks(groups.tobytes(), groups.dtype.str)
+
+
+# Layers of one shape share a group map, and so do the graphs of several batch sizes.
+@lru_cache(maxsize=32)
+def _group_blocks(content: bytes, dtype: str) -> GroupBlocks:
+    flat = np.frombuffer(content, dtype)
+    best: tuple[float, GroupBlocks] | None = None
+    for length in LENGTHS:
+        if flat.size % length:
+            continue
+        rows = flat.reshape(-1, length)
+        # One bytes-like key per block: sorting those is much faster than sorting rows.
+        keys = rows.view(np.dtype((np.void, rows.itemsize * length))).reshape(-1)
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        found = GroupBlocks(rows[first], inverse.reshape(-1).astype(np.int32))
+        cost = _cost(len(first), length, flat.size)
+        if best is None or cost < best[0]:
+            best = cost, found
+    assert best is not None
+    return best[1]

@@ -1,4 +1,4 @@
-"""Constants and launch shapes of the GPU kernels: numpy, no Triton.
+"""Constants and launches of the GPU kernels of a layer: numpy, no Triton, no torch.
 
 The kernels invert the spectrum as the published code does, rows of the kernel matrix first,
 then its columns onto real numbers; a folded spectrum is stored the other way round (half of
@@ -13,14 +13,24 @@ Sizes: R rows, C columns, P planes, h = C/2. A tile is ``tile_columns`` columns 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.folding.spectrum import FoldedSpectrum
+from fdconv_deploy.folding.spectrum import HalfSpectrum
+from fdconv_deploy.ops.launch import THREADS_PER_WARP, KernelLaunch, warps_for
 
+if TYPE_CHECKING:  # it imports torch, which compiling kernels does without
+    from fdconv_deploy.folding.layer import FoldedConv
+
+F32 = "*fp32"
+DENSE_BLOCK = 32
+# Two for each of the 132 multiprocessors of an H200, roughly.
+PROGRAMS = 256
 # Above this the odd part of a length would not fit a thread's registers.
 LARGEST_ODD = 27
 
@@ -132,12 +142,12 @@ class KernelSpectrum:
 
 
 def _half_columns(
-    spectrum: FoldedSpectrum,
+    spectrum: HalfSpectrum,
 ) -> tuple[NDArray[np.complex64], NDArray[np.int64]]:
     """Values and groups ``(P, R, C/2 + 1)`` whose transform's real part is the kernel matrix."""
     rows, columns = spectrum.rows, spectrum.columns
     half = columns // 2
-    stored, values, groups = spectrum.by_frequency()
+    values, groups = spectrum.values, spectrum.groups
     ratio = len(values)
     full = np.zeros((ratio, rows, half + 1), dtype=np.complex64)
     owner = np.zeros((ratio, rows, half + 1), dtype=np.int64)
@@ -145,7 +155,7 @@ def _half_columns(
     own = [0] if columns % 2 else [0, half]
     inner = slice(1, (columns + 1) // 2)
     seen: set[int] = set()
-    for place, q in enumerate(stored.tolist()):
+    for place, q in enumerate(spectrum.frequencies.tolist()):
         value, group, mirror = values[:, place], groups[:, place], (rows - q) % rows
         if q in seen:
             # The transform keeps the real part of twice this; so does its conjugate's at -q.
@@ -163,8 +173,8 @@ def _half_columns(
     return full, owner
 
 
-def kernel_spectrum(spectrum: FoldedSpectrum) -> KernelSpectrum:
-    """Lay a folded spectrum out for the kernels."""
+def kernel_spectrum(spectrum: HalfSpectrum) -> KernelSpectrum:
+    """Lay a layer's spectra out for the kernels."""
     width = tile_columns(spectrum.rows, spectrum.columns)
     values, groups = _half_columns(spectrum)
     ratio, rows, used = values.shape
@@ -182,3 +192,176 @@ def kernel_spectrum(spectrum: FoldedSpectrum) -> KernelSpectrum:
         np.ascontiguousarray(np.stack([values.real, values.imag], axis=2)),
         np.ascontiguousarray(compact),
     )
+
+
+@dataclass(frozen=True)
+class AssemblySizes:
+    """Everything of a layer that its kernels are specialised to.
+
+    heads: columns of the attention matrix. The kernel attentions come first, then filter, spatial
+    and channel gates from filter_at, spatial_at and channel_at on; -1 where there is none, or where
+    it is not applied to the kernel. taps: of the local attention, 0 without one. scaled: by a
+    following BatchNorm. planes, tiles, width: of the `KernelSpectrum`; wide_groups: more than 256
+    attentions.
+    """
+
+    out_channels: int
+    in_channels: int
+    kernel_height: int
+    kernel_width: int
+    heads: int
+    filter_at: int
+    spatial_at: int
+    channel_at: int
+    taps: int
+    scaled: bool
+    planes: int
+    tiles: int
+    width: int
+    wide_groups: bool
+
+    def numbers(self) -> list[int]:
+        """The fields in order, as integers, for a PyTorch operator's schema or a plugin's field."""
+        return [int(number) for number in astuple(self)]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> AssemblySizes:
+        """The sizes that `numbers` lists."""
+        kinds = [bool if field.type == "bool" else int for field in fields(cls)]
+        typed = (kind(number) for kind, number in zip(kinds, numbers, strict=True))
+        return cls(*typed)  # type: ignore[arg-type]
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        """Height and width of a kernel."""
+        return self.kernel_height, self.kernel_width
+
+    @property
+    def rows(self) -> int:
+        """Rows of the kernel matrix, R = out_channels * kernel_height."""
+        return self.out_channels * self.kernel_height
+
+    @property
+    def columns(self) -> int:
+        """Columns of the kernel matrix, C = in_channels * kernel_width."""
+        return self.in_channels * self.kernel_width
+
+
+def gate_offsets(folded: FoldedConv) -> dict[str, int]:
+    """``heads`` and the gates' offsets of a dynamic layer, as `AssemblySizes` names them."""
+    gates = folded.modulation
+    after_kernel, after_filter = gates.kernel, gates.kernel + gates.filter
+    filters = gates.filter and folded.filter_side == "kernel"
+    channels = gates.channel and folded.channel_side == "kernel"
+    return {
+        "heads": len(gates.heads),
+        "filter_at": after_kernel if filters else -1,
+        "spatial_at": after_filter if gates.spatial else -1,
+        "channel_at": after_filter + gates.spatial if channels else -1,
+    }
+
+
+def assembly_sizes(folded: FoldedConv, spectrum: KernelSpectrum) -> AssemblySizes:
+    """The sizes of a dynamic layer whose spectrum was laid out for the kernels."""
+    tiles, planes, _, _, width = spectrum.values.shape
+    return AssemblySizes(
+        folded.out_channels,
+        folded.in_channels,
+        *folded.kernel_size,
+        **gate_offsets(folded),
+        taps=0 if folded.local is None else folded.local.taps,
+        scaled=folded.output_scale is not None and folded.filter_side == "kernel",
+        planes=planes,
+        tiles=tiles,
+        width=width,
+        wide_groups=spectrum.groups.itemsize > 1,
+    )
+
+
+def _of_transform(transform: Transform) -> dict[str, int]:
+    return {"odd": transform.odd, "power": transform.power, "limit": transform.limit}
+
+
+def row_pairs(sizes: AssemblySizes) -> int:
+    """Pairs of rows per program of the second kernel.
+
+    One pair already makes full 32-byte sectors of what the first kernel writes, more make
+    longer stretches. So: as many as leave two programs to each multiprocessor of a large GPU,
+    and no fewer than give a warp work.
+    """
+    transform = column_transform(sizes.columns, sizes.kernel_width)
+    if transform is None:
+        return 4
+    pairs = 1
+    while pairs < 4 and -(-sizes.rows // (4 * pairs)) >= PROGRAMS:
+        pairs *= 2
+    while pairs * transform.block < THREADS_PER_WARP and 2 * pairs < sizes.rows:
+        pairs *= 2
+    return pairs
+
+
+def half_shape(sizes: AssemblySizes) -> tuple[int, int, int, int]:
+    """Of what the first kernel gives the second, per image: ``(row blocks, 2, columns, rows)``."""
+    block = 2 * row_pairs(sizes)
+    return -(-sizes.rows // block), 2, sizes.tiles * sizes.width, block
+
+
+def row_launch(sizes: AssemblySizes) -> KernelLaunch:
+    """The launch of the row kernel, which runs first."""
+    groups = "*i32" if sizes.wide_groups else "*u8"
+    arguments = ("gates", F32), ("values", F32), ("groups", groups), ("table", F32), ("half", F32)
+    transform = transform_of(sizes.rows)
+    row_blocks, _, _, row_block = half_shape(sizes)
+    common = {
+        "heads": sizes.heads,
+        "planes": sizes.planes,
+        "width": sizes.width,
+        "row_block": row_block,
+        "row_blocks": row_blocks,
+        "table_size": root_table(sizes.rows, transform).shape[1],
+    }
+    if transform is None:
+        constants = common | {"rows": sizes.rows, "block": DENSE_BLOCK}
+        blocks = sizes.tiles, -(-sizes.rows // DENSE_BLOCK)
+        return KernelLaunch("dense_row_kernel", arguments, constants, blocks, 4)
+    constants = common | _of_transform(transform)
+    warps = warps_for(transform.block * sizes.width, most=16)
+    return KernelLaunch("row_kernel", arguments, constants, (sizes.tiles, 1), warps)
+
+
+def column_launch(
+    sizes: AssemblySizes, *, channels_last: bool = False, dtype: str = "float32"
+) -> KernelLaunch:
+    """The launch of the column kernel, for weights of a layout and a type of `FLOAT_TYPES`."""
+    names = "half", "gates", "table", "average", "local_weight", "output_scale", "weight"
+    arguments = tuple((name, F32) for name in names)
+    height, width = sizes.kernel_size
+    transform = column_transform(sizes.columns, width)
+    rows = transform_of(sizes.rows)
+    row_blocks, _, stored_columns, row_block = half_shape(sizes)
+    constants: dict[str, int | bool] = {
+        "heads": sizes.heads,
+        "table_size": root_table(sizes.columns, transform).shape[1],
+        "stored_columns": stored_columns,
+        "row_odd": 1 if rows is None else rows.odd,
+        "row_power": sizes.rows if rows is None else rows.power,
+        "out_channels": sizes.out_channels,
+        "in_channels": sizes.in_channels,
+        "kernel_height": height,
+        "kernel_width": width,
+        "taps": sizes.taps,
+        "filter_at": sizes.filter_at,
+        "spatial_at": sizes.spatial_at,
+        "channel_at": sizes.channel_at,
+        "scaled": sizes.scaled,
+        "channels_last": channels_last,
+    }
+    if transform is None:
+        constants |= {"row_block": row_block, "channel_block": DENSE_BLOCK}
+        blocks = row_blocks, -(-sizes.in_channels // DENSE_BLOCK) * width
+        launch = KernelLaunch("dense_column_kernel", arguments, constants, blocks, 4)
+        return launch.typed(weight=dtype)
+    constants |= _of_transform(transform) | {"pairs": row_block // 2}
+    warps = warps_for(transform.block * row_block // 2, most=16)
+    launch = KernelLaunch("column_kernel", arguments, constants, (row_blocks, 1), warps)
+    return launch.typed(weight=dtype)

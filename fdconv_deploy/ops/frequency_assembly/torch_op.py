@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fdconv_deploy.ops.frequency_assembly import kernel_rows, kernels
-from fdconv_deploy.ops.frequency_assembly.kernel_launch import (
+from fdconv_deploy.ops.frequency_assembly import kernels
+from fdconv_deploy.ops.frequency_assembly.launch import (
     AssemblySizes,
     column_launch,
     half_shape,
     row_launch,
 )
-from fdconv_deploy.ops.torch_launch import launch, require_device
+from fdconv_deploy.ops.launch import require_device, run_kernel
 
 
 @torch.library.custom_op("fdconv::assemble_kernels", mutates_args=())
@@ -35,7 +37,7 @@ def assemble_kernels(
         gates: ``(B, heads)`` float32, all attentions after their activations.
         average: ``(B, I)`` float32, the normalised average, with local attention only.
         values, groups: a `KernelSpectrum`'s.
-        row_table, column_table: ``(2, n)`` float32, of `kernel_layout`.
+        row_table, column_table: ``(2, n)`` float32, of `launch.root_table`.
         local_weight: ``(R, kernel width · taps)`` float32, with local attention only.
         output_scale: ``(O,)`` float32, with a following BatchNorm only.
         sizes: `AssemblySizes.numbers`.
@@ -54,10 +56,10 @@ def assemble_kernels(
     batch = gates.shape[0]
     half = torch.empty((batch, *half_shape(layer)), device=gates.device)
     weight = _result(gates, layer, dtype, channels_last)
-    launch(kernel_rows, row_launch(layer), batch, gates, values, groups, row_table, half)
+    run_kernel(kernels, row_launch(layer), batch, gates, values, groups, row_table, half)
     columns = column_launch(layer, channels_last=channels_last, dtype=str(dtype).split(".")[1])
     # A pointer that a kernel never follows may point anywhere.
-    launch(
+    run_kernel(
         kernels,
         columns,
         batch,
@@ -82,17 +84,6 @@ def _result(gates: Tensor, layer: AssemblySizes, dtype: torch.dtype, last: bool)
 
 
 @assemble_kernels.register_fake
-def _(
-    gates: Tensor,
-    average: Tensor | None,
-    values: Tensor,
-    groups: Tensor,
-    row_table: Tensor,
-    column_table: Tensor,
-    local_weight: Tensor | None,
-    output_scale: Tensor | None,
-    sizes: list[int],
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
+def _(gates: Tensor, *rest: Any) -> Tensor:
+    *_, sizes, dtype, channels_last = rest
     return _result(gates, AssemblySizes.of(sizes), dtype, channels_last)

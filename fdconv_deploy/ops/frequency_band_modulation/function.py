@@ -8,6 +8,9 @@ from onnx import FunctionProto
 
 from fdconv_deploy.ops.function_body import FunctionBody
 
+# What a node says of itself beside the shapes that its body reshapes to.
+ATTRIBUTES = ["layer", "groups", "feature_size", "complex_rows", "softmax"]
+
 
 @dataclass(frozen=True)
 class BandForm:
@@ -44,7 +47,7 @@ def band_function(form: BandForm) -> FunctionProto:
     Attributes: ``groups``, ``conv_pads`` of the band convolution (four ints), and the shapes
     and slice ends named below.
     """
-    f = FunctionBody(form.name, form.inputs)
+    f = FunctionBody(form.name, form.inputs, ATTRIBUTES)
     # A convolution onto a few maps, as its transpose: one small product that reads the input
     # once, then overlapping sums of a few maps. Runtimes gather nine copies of the input for
     # the other form.

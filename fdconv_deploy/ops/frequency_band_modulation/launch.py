@@ -52,4 +52,4 @@ def combination_launch(
         "channels_last": channels_last,
     }
     blocks = -(-pixels // pixel_block), -(-channels // channel_block)
-    return KernelLaunch("combination_kernel", arguments, 1, constants, blocks, 4)
+    return KernelLaunch("combination_kernel", arguments, constants, blocks, 4)

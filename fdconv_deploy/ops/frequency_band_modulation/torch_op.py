@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fdconv_deploy.ops.frequency_band_modulation import kernel
 from fdconv_deploy.ops.frequency_band_modulation.launch import combination_launch
-from fdconv_deploy.ops.torch_launch import launch, require_device
+from fdconv_deploy.ops.launch import require_device, run_kernel
 
 
 @torch.library.custom_op("fdconv::combine_bands", mutates_args=())
@@ -35,7 +37,7 @@ def combine_bands(
     memory = torch.channels_last if last else torch.contiguous_format
     logits = logits.contiguous(memory_format=memory)
     terms = len(lows) + 1
-    combination = combination_launch(
+    launch = combination_launch(
         channels=channels,
         pixels=height * width,
         groups=len(mix) // terms,
@@ -47,12 +49,10 @@ def combine_bands(
     )
     x = x.contiguous(memory_format=memory)
     y = torch.empty_like(x, memory_format=memory)
-    launch(kernel, combination, batch, x, logits, mix, mix_bias, lows, y)
+    run_kernel(kernel, launch, batch, x, logits, mix, mix_bias, lows, y)
     return y
 
 
 @combine_bands.register_fake
-def _(
-    x: Tensor, logits: Tensor, mix: Tensor, mix_bias: Tensor, lows: Tensor, sigmoid: bool
-) -> Tensor:
+def _(x: Tensor, *_rest: Any) -> Tensor:
     return torch.empty_like(x)

@@ -1,8 +1,8 @@
 """The ``fdconv`` operators in C for ONNX Runtime's CPU provider: optional, and faster.
 
 A library of custom operators under the names of the model-local functions that every bundle
-carries; where it is registered, ONNX Runtime takes it for them, and any bundle exported before
-runs faster. ``source/`` holds the C, `build` compiles it; see docs/native.md.
+carries; where it is registered, ONNX Runtime takes it for them, and bundles of format 3 and later
+run faster. ``source/`` holds the C, `build` compiles it; see docs/native.md.
 """
 
 from __future__ import annotations
@@ -32,15 +32,19 @@ log = logging.getLogger("fdconv.native")
 HOW = "python -m fdconv_deploy.ops.native builds them"
 
 
-def native_library(wanted: bool | None = None) -> tuple[Path | None, str]:
+def native_library(
+    wanted: bool | None = None, problem: str | None = None
+) -> tuple[Path | None, str]:
     """The library to register, or None, and why, as a clause.
 
     Args:
         wanted: use them; never do; None: as the environment's ``FDCONV_NATIVE`` says, else
             where they are built.
+        problem: why they cannot run a bundle, as a clause; see `Manifest.older_nodes`.
 
     Raises:
-        BackendError: they are wanted and not built, or the switch has a value of no meaning.
+        BackendError: they are wanted and not built or cannot run the bundle, or the switch has a
+            value of no meaning.
     """
     by = "open_session(native=False)"
     if wanted is None and (switch := os.environ.get(SWITCH)):
@@ -49,6 +53,11 @@ def native_library(wanted: bool | None = None) -> tuple[Path | None, str]:
         wanted, by = switch == "1", f"{SWITCH}=0"
     if wanted is False:
         return None, f"{by} says so"
+    if problem is not None:
+        if wanted:
+            raise BackendError(f"Native operators were asked for, and {problem}.")
+        log.warning("portable operators run, since %s", problem)
+        return None, problem
     path = FOLDER / library_name()
     if path.is_file():
         return path, "they are built here"

@@ -66,6 +66,7 @@ class OnnxRuntimeBackend:
             )
         if provider == CUDA and hasattr(self._ort, "preload_dlls"):
             self._ort.preload_dlls()  # finds CUDA and cuDNN as installed by pip
+        self._native = options.native
         self._library: Path | None = None
         self.operators = ""
         if self.device == "cpu" and [first_name([p]) for p in self._providers] == [CPU]:
@@ -84,6 +85,9 @@ class OnnxRuntimeBackend:
 
     def load(self, bundle: Bundle, batch: int, threads: int | None = None) -> OnnxRuntimeGraph:
         """Load the graph of one batch size. See :class:`Backend`."""
+        if self._library is not None and (problem := bundle.manifest.older_nodes):
+            self._library, why = native_library(self._native, problem)
+            self.operators = f"portable operators, since {why}"
         options = self._session_options(threads or self._threads)
         name = bundle.manifest.models[batch]
         try:

@@ -159,7 +159,7 @@ def layer_errors(case: Case) -> dict[str, Any]:
         expected = expected * scale[:, None, None, None]
         output = output * scale[:, None, None] + shift[:, None, None]
     assert folded.spectrum is not None
-    stored, _, _ = folded.spectrum.by_frequency()
+    stored = folded.spectrum.by_frequency().frequencies
     result["kernel"] = error(kernels, expected.reshape(kernels.shape))
     result["layer"] = error(y, output)
     result["memory format"] = (

@@ -16,6 +16,7 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("Triton interprets here (TRITON_INTERPRET=1)", allow_module_level=True)
 
+from benchmarks.gpu.resources import resources
 from benchmarks.gpu.shapes import RESNET50, layer_sizes
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.cuda import CapturedNetwork, FusedConv2d, FusedNetwork, fuse_network
@@ -27,7 +28,7 @@ from fdconv_deploy.ops.compile_kernels import (
     compile_kernel,
     without_hidden_parameters,
 )
-from fdconv_deploy.ops.frequency_assembly.kernel_launch import column_launch, row_launch
+from fdconv_deploy.ops.frequency_assembly.launch import column_launch, row_launch
 from fdconv_deploy.ops.frequency_band_modulation.launch import combination_launch
 from fdconv_deploy.ops.launch import KernelLaunch
 from tests.reference.lively import enliven, lively_input
@@ -66,11 +67,11 @@ def check(launch: KernelLaunch, capability: int) -> CompiledKernel:
     assert kernel.threads == launch.threads
     assert kernel.shared <= SHARED_MEMORY
     assert f".target sm_{capability}" in kernel.ptx
-    resources = kernel.resources()  # ptxas takes it
-    assert resources.registers * kernel.threads <= 65536
+    used = resources(kernel)  # ptxas takes it
+    assert used.registers * kernel.threads <= 65536
     print(
         f"{launch.kernel} sm_{capability}: {len(kernel.parameters)} parameters, "
-        f"{kernel.threads} threads, {kernel.shared} bytes shared, {resources}"
+        f"{kernel.threads} threads, {kernel.shared} bytes shared, {used}"
     )
     return kernel
 
@@ -79,7 +80,7 @@ def check(launch: KernelLaunch, capability: int) -> CompiledKernel:
 @pytest.mark.parametrize("name", SMALL)
 def test_every_kernel_on_every_gpu(name, capability, proved):
     kernel = check(SMALL[name], capability)
-    assert kernel.resources().spill_stores == 0
+    assert resources(kernel).spill_stores == 0
     targets = ", ".join(map(str, CAPABILITIES))
     proved(f"GPU kernels compiled and assembled, no spills, for sm_ {targets}", 1)
 
@@ -95,7 +96,7 @@ def test_every_layer_of_a_resnet50_without_spills(shape, capability):
         column_launch(sizes),
         column_launch(sizes, channels_last=True, dtype="float16"),
     ):
-        assert check(launch, capability).resources().spill_stores == 0
+        assert resources(check(launch, capability)).spill_stores == 0
 
 
 @pytest.mark.slow
@@ -111,14 +112,14 @@ def test_an_older_instruction_set_on_request():
     older = compile_kernel(BANDS, 80, ptx_version=80)
     assert older.ptx_version == "8.0"
     assert newest.ptx_version > "8.0"
-    assert older.resources().registers > 0
+    assert resources(older).registers > 0
 
 
 def test_compiling_takes_no_torch():
     """`fdconv build` compiles plugins where torch need not be."""
     code = (
         "import sys, fdconv_deploy.ops.compile_kernels as c;"
-        "import fdconv_deploy.ops.frequency_assembly.kernel_launch;"
+        "import fdconv_deploy.ops.frequency_assembly.launch;"
         "import fdconv_deploy.ops.frequency_band_modulation.launch;"
         "[c.kernel_function(n) for n in ('row_kernel', 'column_kernel', 'combination_kernel')];"
         "assert 'torch' not in sys.modules"

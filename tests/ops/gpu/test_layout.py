@@ -17,17 +17,15 @@ from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.network import dynamic_layers, input_sizes
 from fdconv_deploy.nn import FDConv2d, ResNet
 from fdconv_deploy.ops.frequency_assembly import frequency_assembly
-from fdconv_deploy.ops.frequency_assembly.kernel_launch import (
+from fdconv_deploy.ops.frequency_assembly.launch import (
     AssemblySizes,
     assembly_sizes,
     column_launch,
-    half_shape,
-    row_launch,
-)
-from fdconv_deploy.ops.frequency_assembly.launch import (
     column_transform,
+    half_shape,
     kernel_spectrum,
     root_table,
+    row_launch,
     transform_of,
 )
 from tests.reference.arguments import layer_arguments
@@ -42,7 +40,7 @@ def test_the_layout_holds_the_same_spectrum(case):
     folded = fold_layer(enliven(FDConv2d(**arguments), seed), size)
     assert folded.spectrum is not None
     gates = np.random.default_rng(seed).random((2, folded.modulation.kernel))
-    spectrum = kernel_spectrum(folded.spectrum)
+    spectrum = kernel_spectrum(folded.spectrum.by_frequency())
     values = spectrum.values[:, :, 0] + 1j * spectrum.values[:, :, 1].astype(np.float64)
     total = (values * gates[:, spectrum.groups]).sum(2)  # (B, tiles, R, width)
     rows, columns = spectrum.rows, spectrum.columns
@@ -89,7 +87,7 @@ def sizes_of(out_channels: int, in_channels: int, kernel_size: tuple[int, int]) 
     )  # fmt: skip
     folded = fold_layer(enliven(layer), (9, 9))
     assert folded.spectrum is not None
-    return assembly_sizes(folded, kernel_spectrum(folded.spectrum))
+    return assembly_sizes(folded, kernel_spectrum(folded.spectrum.by_frequency()))
 
 
 @pytest.mark.parametrize("given", SIZES[2:], ids=str)
@@ -131,7 +129,7 @@ def test_the_benchmarks_shapes_are_the_networks():
     layer = next(m for m in network.modules() if isinstance(m, FDConv2d) and m.is_dynamic)
     folded = fold_layer(enliven(layer), (8, 8))
     assert folded.spectrum is not None
-    made = assembly_sizes(folded, kernel_spectrum(folded.spectrum))
+    made = assembly_sizes(folded, kernel_spectrum(folded.spectrum.by_frequency()))
     named = layer_sizes(layer.out_channels, layer.in_channels, layer.kernel_size[0])
     # A small feature map: its gates scale that, not the kernel.
     assert made == replace(named, filter_at=made.filter_at, channel_at=made.channel_at)

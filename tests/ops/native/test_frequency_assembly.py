@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import NodeProto, helper, numpy_helper
 
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.nn import FDConv2d
@@ -138,14 +138,36 @@ def test_runs_repeat_and_do_not_share(library: Path) -> None:
         assert np.abs(alone - together[image]).max() <= 1e-6 * np.abs(alone).max()
 
 
-@pytest.mark.parametrize("shape", [[4, 3, 0, 3], [4, 3, 3, 0], [4, 3, -1, 3], [4, 3, 2**40, 3]])
-def test_kernel_shapes_that_do_not_fit_are_refused(shape: list[int], library: Path) -> None:
+def set_attribute(node: NodeProto, name: str, value: Any) -> None:
+    (old,) = (each for each in node.attribute if each.name == name)
+    node.attribute.remove(old)
+    if value is not None:
+        node.attribute.append(helper.make_attribute(name, value))
+
+
+WRONG = [
+    ("kernel_size", [0, 3]), ("kernel_size", [3, 0]), ("kernel_size", [-1, 3]),
+    ("kernel_size", [2**40, 3]), ("kernel_size", [1 << 24, 1 << 24]), ("kernel_size", [5, 3]),
+    ("out_channels", 13), ("in_channels", 2**40), ("taps", 9), ("taps", 0), ("taps", -1),
+    ("row_frequencies", [0, 1]), ("row_frequencies", [1 << 20] * 24),
+    ("column_frequencies", [0]), ("column_frequencies", [-1] * 3 * CHANNELS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=str)
+def test_attributes_that_do_not_fit_are_refused(name: str, value: Any, library: Path) -> None:
     model = layer_model(layer_of(CHANNELS, 12, 3)[1], 1)
-    node = fdconv_node(model, "FrequencyAssembly")
-    (told,) = (each for each in node.attribute if each.name == "kernel_shape")
-    told.ints[:] = shape
+    set_attribute(fdconv_node(model, "FrequencyAssembly"), name, value)
     x = lively_input((1, CHANNELS, 7, 9)).numpy()
     assert "its constants are not" in refusal(model, x, library)
+
+
+@pytest.mark.parametrize("name", ["kernel_size", "by_rows", "row_frequencies"])
+def test_a_node_of_an_older_format_is_refused(name: str, library: Path) -> None:
+    model = layer_model(layer_of(CHANNELS, 12, 3)[1], 1)
+    set_attribute(fdconv_node(model, "FrequencyAssembly"), name, None)
+    x = lively_input((1, CHANNELS, 7, 9)).numpy()
+    assert "export the bundle again" in refusal(model, x, library)
 
 
 @pytest.mark.parametrize("kept", [slice(0, 0), slice(0, -1)], ids=["empty", "shorter"])

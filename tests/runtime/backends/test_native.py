@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from fdconv_deploy.export import export_module
@@ -106,6 +109,40 @@ def test_built_of_an_older_source(here: Path, built: Path, bundle: Path, caplog)
     with open_session(bundle) as session:
         assert "are built of another version of their source" in session.operators
     assert "python -m fdconv_deploy.ops.native builds them anew" in caplog.text
+
+
+def test_a_bundle_of_an_older_format_runs_portably(
+    here: Path, built: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Its nodes lack what the C reads: stock ONNX Runtime runs it as it always did."""
+    shutil.copy(built / library_name(), here)
+    older = tmp_path_factory.mktemp("older") / "bundle"
+    shutil.copytree(bundle, older)
+    for path in older.glob("*.onnx"):
+        model = onnx.load(str(path), load_external_data=False)
+        for node in model.graph.node:
+            names = {"layer", "kernel_size", "row_frequencies", "feature_size", "complex_rows"}
+            kept = [a for a in node.attribute if a.name not in names]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+        for function in model.functions:
+            declared = [name for name in function.attribute if name not in names]
+            del function.attribute[:]
+            function.attribute.extend(declared)
+        onnx.save(model, str(path))
+    manifest = json.loads((older / "manifest.json").read_text())
+    manifest["format_version"] = 2
+    for name, info in manifest["files"].items():
+        content = (older / name).read_bytes()
+        info.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    (older / "manifest.json").write_text(json.dumps(manifest))
+    assert np.array_equal(answer(older), answer(bundle, native=False))
+    with open_session(older) as session:
+        session.warm_up()
+        assert session.operators.startswith("portable operators, since this bundle is of format 2")
+        assert "export it again" in session.operators
+    with pytest.raises(BackendError, match="asked for, and this bundle is of format 2"):
+        answer(older, native=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"no library", b"\x7fELF" + bytes(100)])

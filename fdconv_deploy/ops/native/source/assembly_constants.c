@@ -7,78 +7,12 @@
  * two slots, its own and its mirror image's, weighed by different attentions: the image goes back
  * to its own row.
  */
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "node.h"
 
-enum { UNSET = 0xffff, MOST_LENGTH = 1 << 24 };
-
-typedef struct {
-    int factors[MOST_PASSES], count, length;
-} Digits;
-
-/* frequency of each place of the axes `first` ..., last varying fastest; factor j weighs the
- * product of those before it. */
-static int *digit_order(const Digits *digits, int first) {
-    int weight = 1, size = 1;
-    for (int j = 0; j < first; j++) weight *= digits->factors[j];
-    int *order = calloc((size_t)digits->length, sizeof(int));
-    if (!order) return NULL;
-    for (int j = first; j < digits->count; j++) {
-        int factor = digits->factors[j];
-        for (int place = size - 1; place >= 0; place--)
-            for (int digit = factor - 1; digit >= 0; digit--)
-                order[place * factor + digit] = order[place] + weight * digit;
-        size *= factor;
-        weight *= factor;
-    }
-    return order;
-}
-
-/* Factors from the stages' shapes, which go from the last factor to `until`. */
-static int read_factors(Digits *digits, const Tensor *stages, int count, int outer) {
-    digits->count = count + (outer > 0);
-    digits->length = outer > 0 ? outer : 1;
-    if (outer > 0) digits->factors[0] = outer;
-    for (int i = 0; i < count; i++) {
-        const Tensor *stage = &stages[i];
-        if (stage->rank < 2 || stage->shape[stage->rank - 1] % 2) return -1;
-        int factor = (int)(stage->shape[stage->rank - 1] / 2);
-        if (factor > MOST_LENGTH / digits->length) return -1;
-        digits->factors[digits->count - 1 - i] = factor;
-        digits->length *= factor;
-    }
-    return 0;
-}
-
-/* The row frequency of each slot, `classes` times the further digits. */
-static int *slot_rows(const Digits *digits, const Tensor *outer, int slots) {
-    int first = digits->factors[0], classes = (int)(outer->shape[1] / 2);
-    int higher = digits->length / first;
-    const float *matrix = outer->data;
-    int *rows = malloc((size_t)slots * sizeof(int));
-    int *order = digit_order(digits, 1);
-    int told = classes <= first / 2 + 1 || outer->shape[0] > 1;
-    if (rows && order && told && (size_t)classes * higher == (size_t)slots)
-        for (int class = 0; class < classes; class++) {
-            /* Classes after the first few are second slots; position 1's phase tells whose. */
-            int residue = class;
-            if (class > first / 2) {
-                const float *phase = matrix + outer->shape[1] + 2 * class;
-                double turns = atan2(-phase[1], phase[0]) / 6.283185307179586477;
-                residue = turns == turns ? ((int)lround(turns * first) + first) % first : 0;
-            }
-            for (int k = 0; k < higher; k++) rows[class * higher + k] = residue + order[k];
-        }
-    else {
-        free(rows);
-        rows = NULL;
-    }
-    free(order);
-    return rows;
-}
+enum { UNSET = 0xffff };
 
 typedef struct {
     Assembly *to;
@@ -144,8 +78,10 @@ static int group_at(const Tensor *patterns, const int32_t *blocks, size_t bin) {
                                        : ((const int32_t *)patterns->data)[at];
 }
 
-static const char *fill(Assembly *a, const Node *node, const int *rows, const int *columns,
-                        int slots, int last) {
+/* `last` columns and all row slots lie side by side. */
+static const char *fill(Assembly *a, const Node *node, int last) {
+    const int *rows = node->row_frequencies, *columns = node->column_frequencies;
+    int slots = (int)node->slots;
     const float *spectrum = node->inputs[1].data;
     const Tensor *patterns = &node->inputs[2];
     const int32_t *blocks = node->inputs[3].data;
@@ -159,7 +95,7 @@ static const char *fill(Assembly *a, const Node *node, const int *rows, const in
                     const float *value = spectrum + (bin / image) * 2 * image + bin % image;
                     if (value[0] == 0 && value[image] == 0) continue; /* no bin, or none kept */
                     int group = group_at(patterns, blocks, bin);
-                    if (group < 0 || group >= UNSET) return unknown;
+                    if (group < 0 || group >= UNSET || rows[slot] < 0) return unknown;
                     if (group >= a->attentions) a->attentions = group + 1;
                     place(&placing, plane, rows[slot], columns[lead * last + digit], value[0],
                           value[image], group);
@@ -189,68 +125,66 @@ static void fill_local(Assembly *a, const float *weight) {
                     }
 }
 
-static const char *make(Assembly *a, const Node *node, int **rows, int **columns) {
+static int within(const int *numbers, size_t count, int least, int end) {
+    for (size_t i = 0; i < count; i++)
+        if (numbers[i] < least || numbers[i] >= end) return 0;
+    return 1;
+}
+
+static const char *make(Assembly *a, const Node *node) {
     const Form *form = node->form;
-    const Tensor *inputs = node->inputs, *column_stages = inputs + 4;
-    const Tensor *row_stages = column_stages + form->column_stages;
-    const Tensor *outer = row_stages + form->row_stages - 1;
-    const Tensor *after = outer + 1;
-    size_t constants = (size_t)(outer - inputs) + 1;
-    for (size_t i = 1; i < constants; i++)
-        if (!inputs[i].data) return "a constant input of it is not constant";
-    for (size_t i = 4; i < constants; i++)
-        if (!elements(&inputs[i], ORT_FLOAT)) return unknown;
-    const Tensor *spectrum = &inputs[1];
-    if (spectrum->rank != (form->planes ? 4 : 3) || outer->rank != 2 ||
-        !elements(spectrum, ORT_FLOAT))
-        return unknown;
-
-    Digits column_digits, row_digits;
-    if (read_factors(&column_digits, column_stages, form->column_stages, 0) ||
-        read_factors(&row_digits, row_stages, form->row_stages - 1, (int)outer->shape[0]))
-        return unknown;
-    a->rows = row_digits.length;
-    a->columns = column_digits.length;
-    a->planes = form->planes ? (int)spectrum->shape[0] : 1;
-    a->by_rows = form->by_rows;
-    int last = column_digits.factors[column_digits.count - 1];
-    int slots = (int)(spectrum->shape[spectrum->rank - 1] / last);
-    size_t bins_told = (size_t)a->planes * a->columns * slots;
-    if (elements(spectrum, ORT_FLOAT) != 2 * bins_told ||
-        !covered(&inputs[2], &inputs[3], bins_told))
-        return unknown;
-
-    const int64_t *shape = node->kernel_shape;
-    a->kernel_height = (int)shape[2];
-    a->kernel_width = form->by_rows ? (node->kernel_width ? node->kernel_width : 1) : (int)shape[3];
-    if (a->kernel_height < 1 || a->kernel_width < 1) return unknown;
-    a->in_channels = a->columns / a->kernel_width;
-    a->out_channels = a->rows / a->kernel_height;
-    if (a->in_channels * a->kernel_width != a->columns ||
-        a->out_channels * a->kernel_height != a->rows)
-        return unknown;
-    a->row_tiles = (a->out_channels + LANES - 1) / LANES;
-    a->column_tiles = ((a->columns + 1) / 2 + LANES - 1) / LANES;
-
-    int at = (int)constants;
+    const Tensor *spectrum = &node->inputs[1];
+    /* After the spectrum and its groups come the matrices of the portable transform, unread. */
+    int at = 4 + form->column_stages + form->row_stages;
     a->local_at = a->column_scale_at = a->row_scale_at = -1;
     if (form->local) {
-        const Tensor *weight = &after[2];
         a->local_at = at;
         at += 3;
-        if (!weight->data || weight->rank != 2 || !elements(weight, ORT_FLOAT) ||
-            weight->shape[0] != a->rows ||
-            weight->shape[1] % a->kernel_width)
-            return unknown;
-        a->taps = (int)(weight->shape[1] / a->kernel_width);
-        size_t floats = (size_t)a->row_tiles * LANES * a->kernel_height * weight->shape[1];
-        a->local = aligned(floats * sizeof(float));
-        if (!a->local) return no_memory;
-        fill_local(a, weight->data);
     }
     if (form->column_scale) a->column_scale_at = at++;
     if (form->row_scale) a->row_scale_at = at++;
     if ((size_t)at != node->count) return "it has another number of inputs than its name says";
+    for (size_t i = 1; i < 4; i++)
+        if (!node->inputs[i].data) return "a constant input of it is not constant";
+
+    a->out_channels = node->out_channels;
+    a->in_channels = node->in_channels;
+    a->kernel_height = node->kernel_height;
+    a->kernel_width = node->kernel_width;
+    a->by_rows = node->by_rows;
+    a->taps = node->taps;
+    int64_t rows = (int64_t)a->out_channels * a->kernel_height;
+    int64_t columns = (int64_t)a->in_channels * a->kernel_width;
+    if (a->kernel_height < 1 || a->kernel_width < 1 || rows < 1 || rows > MOST_LENGTH ||
+        columns < 1 || columns > MOST_LENGTH || (size_t)columns != node->places ||
+        !within(node->row_frequencies, node->slots, -1, (int)rows) ||
+        !within(node->column_frequencies, node->places, 0, (int)columns))
+        return unknown;
+    a->rows = (int)rows;
+    a->columns = (int)columns;
+    a->row_tiles = (a->out_channels + LANES - 1) / LANES;
+    a->column_tiles = ((a->columns + 1) / 2 + LANES - 1) / LANES;
+
+    int rank = spectrum->rank;
+    if ((rank != 3 && rank != 4) || spectrum->shape[rank - 2] != 2) return unknown;
+    a->planes = rank == 4 ? (int)spectrum->shape[0] : 1;
+    size_t stored = (size_t)a->planes * a->columns * node->slots;
+    size_t side = (size_t)spectrum->shape[rank - 1];
+    if (elements(spectrum, ORT_FLOAT) != 2 * stored || side % node->slots ||
+        !covered(&node->inputs[2], &node->inputs[3], stored))
+        return unknown;
+
+    if (form->local) {
+        const Tensor *weight = &node->inputs[a->local_at + 2];
+        if (!weight->data || weight->rank != 2 || !elements(weight, ORT_FLOAT) || a->taps < 1 ||
+            weight->shape[0] != rows || weight->shape[1] != (int64_t)a->taps * a->kernel_width)
+            return unknown;
+        size_t floats = (size_t)a->row_tiles * LANES * a->kernel_height * weight->shape[1];
+        a->local = aligned(floats * sizeof(float));
+        if (!a->local) return no_memory;
+        fill_local(a, weight->data);
+    } else if (a->taps)
+        return unknown;
 
     size_t bins = (size_t)a->column_tiles * a->planes * a->rows * LANES;
     size_t outside = (size_t)a->planes * a->rows;
@@ -258,25 +192,19 @@ static const char *make(Assembly *a, const Node *node, int **rows, int **columns
     a->groups = aligned(bins * sizeof(uint16_t));
     a->nyquist = calloc(2 * outside, sizeof(float));
     a->nyquist_groups = malloc(outside * sizeof(uint16_t));
-    *columns = digit_order(&column_digits, 0);
-    if (!a->values || !a->groups || !a->nyquist || !a->nyquist_groups || !*columns) return no_memory;
+    if (!a->values || !a->groups || !a->nyquist || !a->nyquist_groups) return no_memory;
     if (transform_make(&a->row_transform, a->rows) ||
         transform_make(&a->column_transform, a->columns))
         return no_memory;
-    *rows = slot_rows(&row_digits, outer, slots);
-    if (!*rows) return unknown;
     memset(a->values, 0, 2 * bins * sizeof(float));
     memset(a->groups, 0xff, bins * sizeof(uint16_t));
     memset(a->nyquist_groups, 0xff, outside * sizeof(uint16_t));
-    return fill(a, node, *rows, *columns, slots, last);
+    return fill(a, node, (int)(side / node->slots));
 }
 
 const char *assembly_make(Assembly *assembly, const Node *node) {
-    int *rows = NULL, *columns = NULL;
     memset(assembly, 0, sizeof *assembly);
-    const char *problem = make(assembly, node, &rows, &columns);
-    free(rows);
-    free(columns);
+    const char *problem = make(assembly, node);
     if (problem) assembly_free(assembly);
     return problem;
 }

@@ -35,26 +35,34 @@ static OrtStatus *read_node(const Kernel *kernel, const OrtKernelInfo *info, Nod
     for (size_t i = 0; i < node->count; i++) {
         CHECK(read_constant(kernel, info, i, &node->inputs[i]));
     }
-    size_t rank = 4;
-    CHECK(api->KernelInfoGetAttributeArray_int64(info, "kernel_shape", node->kernel_shape, &rank));
-    if (rank != 4) return failure(kernel, "its kernel_shape is not of four numbers");
-    for (int i = 0; i < 4; i++)
-        if (node->kernel_shape[i] > INT32_MAX) return failure(kernel, unknown);
-    if (node->form->local) {
-        int64_t spread[6];
-        size_t count = 6;
-        CHECK(api->KernelInfoGetAttributeArray_int64(info, "local_spread", spread, &count));
-        if (count != 6 || spread[5] < 0 || spread[5] >= INT32_MAX) return failure(kernel, unknown);
-        node->kernel_width = (int)spread[5] + 1;
+    CHECK(read_int(kernel, info, "out_channels", &node->out_channels));
+    CHECK(read_int(kernel, info, "in_channels", &node->in_channels));
+    CHECK(read_int(kernel, info, "by_rows", &node->by_rows));
+    CHECK(read_int(kernel, info, "taps", &node->taps));
+    CHECK(read_ints(kernel, info, "row_frequencies", &node->row_frequencies, &node->slots));
+    CHECK(read_ints(kernel, info, "column_frequencies", &node->column_frequencies, &node->places));
+    int *size = NULL;
+    size_t rank;
+    OrtStatus *status = read_ints(kernel, info, "kernel_size", &size, &rank);
+    if (!status && rank != 2) status = failure(kernel, "its kernel_size is not of two numbers");
+    if (!status) {
+        node->kernel_height = size[0];
+        node->kernel_width = size[1];
     }
-    return NULL;
+    free(size);
+    return status;
 }
 
 static OrtStatus *make(Kernel *kernel, const OrtKernelInfo *info) {
     Node node;
-    CHECK(read_node(kernel, info, &node));
-    const char *problem = assembly_make(&((AssemblyKernel *)kernel)->assembly, &node);
-    return problem ? failure(kernel, problem) : NULL;
+    OrtStatus *status = read_node(kernel, info, &node);
+    if (!status) {
+        const char *problem = assembly_make(&((AssemblyKernel *)kernel)->assembly, &node);
+        if (problem) status = failure(kernel, problem);
+    }
+    free(node.row_frequencies);
+    free(node.column_frequencies);
+    return status;
 }
 
 static void release(Kernel *kernel) { assembly_free(&((AssemblyKernel *)kernel)->assembly); }
@@ -129,15 +137,14 @@ static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
 
 static void make_op(AssemblyOp *op, int number) {
     Form *form = &op->form;
-    int kind = number % 3;
-    form->spatial = kind == 1;
-    form->by_rows = kind == 2;
+    static const char *const kinds[] = {"_Pointwise", "", "_ByRows"};
+    const char *kind = kinds[number % 3];
     number /= 3;
     form->column_stages = 1 + number % MOST_STAGES;
     number /= MOST_STAGES;
     form->row_stages = 1 + number % MOST_STAGES;
     number /= MOST_STAGES;
-    form->planes = number & 1;
+    int planes = number & 1;
     form->local = number >> 1 & 1;
     form->column_scale = number >> 2 & 1;
     form->row_scale = number >> 3 & 1;
@@ -147,8 +154,7 @@ static void make_op(AssemblyOp *op, int number) {
     op->head = (Op){.least_inputs = 6, .kernel_size = sizeof(AssemblyKernel), .make = make,
                     .compute = compute, .release = release};
     snprintf(op->head.name, sizeof op->head.name, "FrequencyAssembly%s%s%s%s%s%s",
-             kind == 0 ? "_Pointwise" : kind == 2 ? "_ByRows" : "", stages,
-             form->planes ? "_Planes" : "", form->local ? "" : "_NoLocal",
+             kind, stages, planes ? "_Planes" : "", form->local ? "" : "_NoLocal",
              form->column_scale ? "" : "_NoColumnScale", form->row_scale ? "" : "_NoRowScale");
 }
 

@@ -51,22 +51,17 @@ static void release(Kernel *kernel) {
     }
 }
 
-static const char *lay_out(Bands *b, const Tensor *in, const int64_t *factors, int count) {
+static const char *lay_out(Bands *b, const Tensor *in, int count) {
     b->bands = count;
     for (int i = CONV; i < FIRST_BAND + 2 * count; i++) {
         int rank = i == CONV ? 4 : i == CONV_BIAS ? 1 : 2;
         if (!in[i].data) return "a constant input of it is not constant";
         if (in[i].rank != rank || !elements(&in[i], ORT_FLOAT)) return unknown;
     }
-    if (factors[2] < 1 || factors[3] < 1 || factors[2] > in[TO_ROWS].shape[1] ||
-        in[TO_ROWS].shape[1] / factors[2] > 2)
-        return unknown;
-    b->height = (int)factors[2];
-    b->width = (int)factors[3];
+    if (b->height < 1 || b->width < 1) return unknown;
     b->channels = (int)in[CONV].shape[0];
     b->weighted = (int)in[CONV].shape[1];
     b->taps = (int)in[CONV].shape[2];
-    b->parts = (int)(in[TO_ROWS].shape[1] / b->height);
     b->kept_rows = (int)in[TO_ROWS].shape[0];
     b->kept_columns = (int)(in[TO_COLUMNS].shape[1] / b->parts);
     b->kept_step = padded(b->kept_columns);
@@ -127,11 +122,20 @@ static OrtStatus *make(Kernel *kernel, const OrtKernelInfo *info) {
     if (count != (size_t)FIRST_BAND + 2 * bands)
         return failure(kernel, "it has another number of inputs than its name says");
     for (size_t i = 0; i < count; i++) CHECK(read_constant(kernel, info, i, &inputs[i]));
-    int64_t factors[4];
-    size_t rank = 4;
-    CHECK(api->KernelInfoGetAttributeArray_int64(info, "factors_shape", factors, &rank));
-    if (rank != 4) return failure(kernel, unknown);
-    const char *problem = lay_out(&((BandsKernel *)kernel)->bands, inputs, factors, bands);
+    Bands *b = &((BandsKernel *)kernel)->bands;
+    int complex_rows, *size = NULL;
+    size_t rank;
+    CHECK(read_int(kernel, info, "complex_rows", &complex_rows));
+    b->parts = complex_rows ? 2 : 1;
+    OrtStatus *status = read_ints(kernel, info, "feature_size", &size, &rank);
+    if (!status && rank != 2) status = failure(kernel, "its feature_size is not of two numbers");
+    if (!status) {
+        b->height = size[0];
+        b->width = size[1];
+    }
+    free(size);
+    CHECK(status);
+    const char *problem = lay_out(b, inputs, bands);
     return problem ? failure(kernel, problem) : NULL;
 }
 

@@ -5,7 +5,8 @@
 #include "assembly.h"
 #include "ort_api.h"
 
-enum { MOST_RANK = 8, MOST_INPUTS = 24 };
+/* No length of any layer is beyond MOST_LENGTH, so that products of two may be trusted. */
+enum { MOST_RANK = 8, MOST_INPUTS = 24, MOST_LENGTH = 1 << 24 };
 
 /* A constant input, or one known at run time only (`data` is NULL then). */
 typedef struct {
@@ -14,25 +15,27 @@ typedef struct {
     int64_t shape[MOST_RANK];
 } Tensor;
 
-/* Which inputs a node has: told by its operator's name. */
+/* Which inputs a node has, which is what its operator's name tells. */
 typedef struct {
-    int column_stages, row_stages;
-    int planes, local, column_scale, row_scale, spatial, by_rows;
+    int column_stages, row_stages, local, column_scale, row_scale;
 } Form;
 
+/* A node's inputs and attributes (fdconv_deploy/ops/frequency_assembly/__init__.py).
+ * row_frequencies: of each of `slots`; column_frequencies: of each of `places`. */
 typedef struct {
     const Form *form;
     Tensor inputs[MOST_INPUTS];
-    size_t count;
-    int64_t kernel_shape[4];
-    int kernel_width; /* 0 where nothing tells it */
+    size_t count, slots, places;
+    int out_channels, in_channels, by_rows, taps;
+    int kernel_height, kernel_width;
+    int *row_frequencies, *column_frequencies;
 } Node;
 
 /* Why a node cannot be run. */
 extern const char no_memory[], unknown[];
 
-/* How many elements there are of a type; 0 where it is another, or a length is 0 or beyond what
- * any layer has, so that products of lengths may be trusted. */
+/* How many elements there are of a type; 0 where it is another, or a length is 0 or beyond
+ * MOST_LENGTH. */
 size_t elements(const Tensor *tensor, int type);
 
 /* So many bytes, at an aligned address. */

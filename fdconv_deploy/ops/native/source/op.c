@@ -8,6 +8,8 @@
 
 const char no_memory[] = "there is not enough memory";
 const char unknown[] = "its constants are not laid out as this version knows";
+static const char older[] =
+    "it lacks attributes that nodes have since bundle format 3; export the bundle again";
 
 void *aligned(size_t bytes) { return aligned_alloc(64, (bytes + 63) & ~(size_t)63); }
 
@@ -37,10 +39,9 @@ static OrtStatus *read_tensor(const OrtApi *api, const OrtValue *value, Tensor *
 }
 
 size_t elements(const Tensor *tensor, int type) {
-    enum { LONGEST = 1 << 24 };
     size_t count = tensor->type == type;
     for (int i = 0; i < tensor->rank; i++) {
-        if (tensor->shape[i] < 1 || tensor->shape[i] > LONGEST) return 0;
+        if (tensor->shape[i] < 1 || tensor->shape[i] > MOST_LENGTH) return 0;
         count *= (size_t)tensor->shape[i];
     }
     return count;
@@ -58,6 +59,41 @@ OrtStatus *read_constant(const Kernel *kernel, const OrtKernelInfo *info, size_t
     int constant = 0;
     CHECK(kernel->api->KernelInfoGetConstantInput_tensor(info, index, &constant, &value));
     return constant ? read_tensor(kernel->api, value, to) : NULL;
+}
+
+/* What a missing attribute is answered with, in place of the runtime's own words. */
+static OrtStatus *missing(const Kernel *kernel, OrtStatus *status) {
+    kernel->api->ReleaseStatus(status);
+    return failure(kernel, older);
+}
+
+OrtStatus *read_int(const Kernel *kernel, const OrtKernelInfo *info, const char *name, int *to) {
+    int64_t value;
+    OrtStatus *status = kernel->api->KernelInfoGetAttribute_int64(info, name, &value);
+    if (status) return missing(kernel, status);
+    if (value < 0 || value > MOST_LENGTH) return failure(kernel, unknown);
+    *to = (int)value;
+    return NULL;
+}
+
+OrtStatus *read_ints(const Kernel *kernel, const OrtKernelInfo *info, const char *name, int **to,
+                     size_t *count) {
+    const OrtApi *api = kernel->api;
+    *count = 0;
+    OrtStatus *status = api->KernelInfoGetAttributeArray_int64(info, name, NULL, count);
+    if (status) return missing(kernel, status);
+    if (*count < 1 || *count > MOST_LENGTH) return failure(kernel, unknown);
+    int64_t *values = malloc(*count * sizeof *values);
+    *to = malloc(*count * sizeof **to);
+    status = !values || !*to
+                 ? failure(kernel, no_memory)
+                 : api->KernelInfoGetAttributeArray_int64(info, name, values, count);
+    for (size_t i = 0; !status && i < *count; i++) {
+        if (values[i] < -1 || values[i] > MOST_LENGTH) status = failure(kernel, unknown);
+        (*to)[i] = (int)values[i];
+    }
+    free(values);
+    return status;
 }
 
 OrtStatus *make_output(const Kernel *kernel, OrtKernelContext *context, const int64_t *shape,

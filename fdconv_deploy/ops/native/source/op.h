@@ -51,6 +51,11 @@ OrtStatus *failure(const Kernel *kernel, const char *why);
 OrtStatus *read_input(const Kernel *kernel, OrtKernelContext *context, int index, Tensor *to);
 /* An input where it is constant, else its `data` stays NULL. */
 OrtStatus *read_constant(const Kernel *kernel, const OrtKernelInfo *info, size_t index, Tensor *to);
+/* An attribute that is an integer within 0 and MOST_LENGTH. */
+OrtStatus *read_int(const Kernel *kernel, const OrtKernelInfo *info, const char *name, int *to);
+/* An attribute of integers within -1 and MOST_LENGTH: `*to`, to be freed, holds `*count`. */
+OrtStatus *read_ints(const Kernel *kernel, const OrtKernelInfo *info, const char *name, int **to,
+                     size_t *count);
 /* The only output, of four dimensions. */
 OrtStatus *make_output(const Kernel *kernel, OrtKernelContext *context, const int64_t *shape,
                        float **to);
