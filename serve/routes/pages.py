@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 from importlib.resources import files
 
@@ -16,9 +15,8 @@ _TYPES = {
     "css": "text/css; charset=utf-8",
     "js": "text/javascript; charset=utf-8",
     "svg": "image/svg+xml",
-    "png": "image/png",
+    "jpg": "image/jpeg",
 }
-_SAMPLES = 6
 _HEADERS = {
     # Nothing from elsewhere, nothing inline, in no frame.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -55,7 +53,7 @@ async def static(name: str) -> Response:
 @router.get("/samples")
 async def samples() -> JSONResponse:
     """The names of the sample scenes."""
-    return JSONResponse({"samples": [*_samples()]})
+    return JSONResponse({"samples": sorted(_samples())})
 
 
 @router.get("/samples/{name}")
@@ -73,10 +71,8 @@ def _static() -> dict[str, bytes]:
 
 @lru_cache(maxsize=1)
 def _samples() -> dict[str, bytes]:
-    folder = files("fdconv_deploy.demo") / "assets" / "heldout"
-    found = [*folder.iterdir()] if folder.is_dir() else []
-    scenes = sorted(e.name for e in found if re.fullmatch(r"\d{3}\.png", e.name))
-    return {name: (folder / name).read_bytes() for name in scenes[:_SAMPLES]}
+    pictures = files("fdconv_deploy.sample_images").iterdir()
+    return {entry.name: entry.read_bytes() for entry in pictures if entry.name.endswith(".jpg")}
 
 
 def _file(found: dict[str, bytes], name: str) -> Response:

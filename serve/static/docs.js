@@ -83,8 +83,8 @@ function operation(path, verb, found) {
     prose(found.description),
     table("Parameters", ["Name", "In", "Type", "Meaning"], inputs),
     bodies.length ? prose(found.requestBody.description) : null,
-    table("Bodies", ["Content type", "Type"], bodies),
-    table("Answers", ["Status", "Meaning", "Content types"], answers),
+    table("Request bodies", ["Content type", "Type"], bodies),
+    table("Responses", ["Status", "Meaning", "Content types"], answers),
     example === undefined ? null : make("pre", {}, code(typeof example === "string" ? example : JSON.stringify(example, null, 2))),
   );
 }

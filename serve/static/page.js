@@ -206,7 +206,7 @@ function showTimes(timing) {
     const [name, rest] = part.trim().split(";dur=");
     return [name, Number(rest)];
   });
-  stages.push(["together", stages.reduce((sum, [, ms]) => sum + ms, 0)]);
+  stages.push(["total", stages.reduce((sum, [, ms]) => sum + ms, 0)]);
   $("times").replaceChildren(
     ...stages.map(([name, ms]) =>
       make(

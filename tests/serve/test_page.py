@@ -44,8 +44,8 @@ class TestWithoutABrowser:
         names = client.get("/samples").json()["samples"]
         assert len(names) == 6
         for name in names:
-            assert client.get(f"/samples/{name}").headers["content-type"] == "image/png"
-        assert client.get("/samples/000_labels.png").status_code == 404
+            assert client.get(f"/samples/{name}").headers["content-type"] == "image/jpeg"
+        assert client.get("/samples/__init__.py").status_code == 404
 
     def test_nothing_else(self, client: TestClient) -> None:
         for name in ("/static/app.py", "/static/", "/static/index.html/x", "/samples/x"):
