@@ -15,9 +15,8 @@ from onnxscript import opset18
 from torch import Tensor, nn
 
 from fdconv_deploy.folding.pooling import FoldedAdaptivePool
-from fdconv_deploy.nn.detection.roi_align import RoIAlign
-from fdconv_deploy.nn.detection.selection import EXCLUDED, BestScores
-from fdconv_deploy.nn.detection.suppression import NonMaxSuppression
+from fdconv_deploy.nn.detection.box_ops import EXCLUDED, BestScores, NonMaxSuppression
+from fdconv_deploy.nn.detection.roi_pooling import RoIAlign
 
 # onnxscript's own annotations do not know what an exporter's values are.
 op: Any = opset18

@@ -20,8 +20,8 @@ from fdconv_deploy.checkpoints.infer_layers import backbone_prefix, dynamic_name
 from fdconv_deploy.config import BackboneConfig, FDConvConfig
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn import ResNet
-from fdconv_deploy.nn.equivalence import set_equivalent
 from fdconv_deploy.nn.fdconv import dynamic_layers
+from fdconv_deploy.nn.replace import set_equivalent
 from fdconv_deploy.nn.spectrum import kernel_spectrum
 
 # What FDConv and FDLinear replace: block and stem convolutions of a ResNet, and the two

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.bands import FoldedBands, fold_bands
-from fdconv_deploy.folding.constant import constant_kernel
 from fdconv_deploy.folding.modulation import (
     FoldedLocal,
     FoldedModulation,
@@ -199,3 +200,21 @@ def fold_layer(
     channel_side, filter_side = _cheaper_sides(folded)
     by_rows = spectrum is not None and _cheaper_by_rows(folded)
     return replace(folded, channel_side=channel_side, filter_side=filter_side, by_rows=by_rows)
+
+
+def constant_kernel(
+    layer: FDConv2d, modulation: FoldedModulation, local: FoldedLocal | None
+) -> NDArray[np.float32] | None:
+    """The kernel ``(O, I, kh, kw)`` if no image can change it, else None.
+
+    That is so where all heads are zero and so is the local attention's convolution (or its
+    normalisation's weight): converted layers that were never trained, and pruned ones.
+    """
+    if modulation.varies or (local is not None and local.varies):
+        return None
+    double = copy.deepcopy(layer).double().eval()
+    average = torch.zeros(1, layer.in_channels, dtype=torch.float64)
+    with torch.no_grad():
+        detail = double.KSM_Local(average) if double.KSM_Local is not None else None
+        kernel = double.kernels(double.KSM_Global(average), detail, full=True)
+    return kernel[0].float().numpy()

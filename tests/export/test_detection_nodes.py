@@ -13,11 +13,9 @@ from fdconv_deploy.export.torch_export import capture
 from torch import Tensor, nn
 
 from fdconv_deploy.config import RoIConfig, RPNHeadConfig, RPNTestConfig
-from fdconv_deploy.nn.detection.roi_align import RoIAlign
-from fdconv_deploy.nn.detection.roi_extractor import RoIExtractor
-from fdconv_deploy.nn.detection.rpn_head import RPNHead
-from fdconv_deploy.nn.detection.selection import BestScores
-from fdconv_deploy.nn.detection.suppression import NonMaxSuppression, set_apart
+from fdconv_deploy.nn.detection.box_ops import BestScores, NonMaxSuppression, set_apart
+from fdconv_deploy.nn.detection.heads import RPNHead
+from fdconv_deploy.nn.detection.roi_pooling import RoIAlign, RoIExtractor
 from tests.reference import detection as reference
 
 

@@ -14,8 +14,12 @@ except ImportError:
         f"({install('triton')}), or use fold_network."
     ) from None
 
-from fdconv_deploy.folding.cuda.capture import CapturedNetwork
 from fdconv_deploy.folding.cuda.layer import FusedConv2d
-from fdconv_deploy.folding.cuda.network import FusedNetwork, fuse_network, require_cuda
+from fdconv_deploy.folding.cuda.network import (
+    CapturedNetwork,
+    FusedNetwork,
+    fuse_network,
+    require_cuda,
+)
 
 __all__ = ["CapturedNetwork", "FusedConv2d", "FusedNetwork", "fuse_network", "require_cuda"]

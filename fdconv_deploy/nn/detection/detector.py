@@ -8,8 +8,7 @@ from fdconv_deploy.config import DetectorConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.backbones.resnet import ResNet
 from fdconv_deploy.nn.detection.fpn import FPN
-from fdconv_deploy.nn.detection.roi_head import RoIHead
-from fdconv_deploy.nn.detection.rpn_head import RPNHead
+from fdconv_deploy.nn.detection.heads import RoIHead, RPNHead
 from fdconv_deploy.nn.spectrum import FrequencyOrder
 
 

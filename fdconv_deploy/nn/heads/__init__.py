@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from fdconv_deploy.config import DecodeHeadConfig, HeadType
-from fdconv_deploy.nn.heads.aspp_head import ASPPHead
+from fdconv_deploy.nn.heads.aspp_head import ASPPHead, DepthwiseSeparableASPPHead
 from fdconv_deploy.nn.heads.decode_head import DecodeHead, resize
 from fdconv_deploy.nn.heads.fcn_head import FCNHead
 from fdconv_deploy.nn.heads.psp_head import PSPHead
-from fdconv_deploy.nn.heads.sep_aspp_head import DepthwiseSeparableASPPHead
 from fdconv_deploy.nn.heads.uper_head import UPerHead
 
 __all__ = ["DecodeHead", "build_head", "resize"]

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdconv_deploy.nn.detection.selection import EXCLUDED, BestScores
-from fdconv_deploy.nn.detection.suppression import NonMaxSuppression, set_apart
+from fdconv_deploy.nn.detection.box_ops import EXCLUDED, BestScores, NonMaxSuppression, set_apart
 from tests.nn.detection.published import node_case
 from tests.reference import detection as reference
 

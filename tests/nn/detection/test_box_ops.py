@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdconv_deploy.config import BoxCoderConfig, RPNHeadConfig
-from fdconv_deploy.nn.detection.anchors import base_anchors, grid_anchors
-from fdconv_deploy.nn.detection.boxes import clip, decode, encode
+from fdconv_deploy.nn.detection.box_ops import base_anchors, clip, decode, encode, grid_anchors
 from tests.reference import detection as reference
 
 RCNN = BoxCoderConfig(stds=(0.1, 0.1, 0.2, 0.2))

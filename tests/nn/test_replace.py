@@ -11,7 +11,7 @@ from torch import nn
 
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn import FDConv2d, replace_convolutions
-from fdconv_deploy.nn.equivalence import set_equivalent
+from fdconv_deploy.nn.replace import set_equivalent
 from tests.reference.arguments import layer_arguments
 from tests.reference.lively import error, lively_input
 from tests.reference.networks import Wired
