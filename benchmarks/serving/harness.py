@@ -275,7 +275,7 @@ def demo_bundle(given: Path | None) -> Path:
 
 def scene(quality: int = 90) -> bytes:
     """A packaged scene as a JPEG."""
-    path = ROOT / "fdconv_deploy" / "demo" / "assets" / "heldout" / "000.png"
+    path = ROOT / "examples" / "assets" / "heldout" / "000.png"
     buffer = io.BytesIO()
     Image.open(path).convert("RGB").save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,58 +18,76 @@ from fdconv_deploy.errors import FDConvError
 def serve(
     context: typer.Context,
     bundles: Annotated[
-        list[Path], typer.Argument(metavar="BUNDLE", help="Bundles, or folders of them.")
+        list[Path], typer.Argument(metavar="BUNDLE", help="Bundles, or folders of bundles.")
     ],
-    host: Annotated[str, typer.Option(help="0.0.0.0 listens to other machines too.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for other machines too.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")
+    ] = 8000,
     backend: Backend = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per run.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads per inference run.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Inference runs at a time.")] = 1,
     isolation: Annotated[
-        str,
-        typer.Option(metavar="thread|process", help="Run models in threads, or a process each."),
+        Literal["thread", "process"],
+        typer.Option(help="Run models in threads, or in a process per worker."),
     ] = "thread",
-    queue: Annotated[int, typer.Option(min=0, help="Images that may wait; more get 503.")] = 16,
-    batch_delay_ms: Annotated[float, typer.Option(min=0, help="Wait for more to run with.")] = 0.0,
+    queue_limit: Annotated[
+        int, typer.Option("--queue", min=0, help="Images that may wait; more get a 503.")
+    ] = 16,
+    batch_delay_ms: Annotated[
+        float, typer.Option(min=0, help="Time that a batch waits to be filled.")
+    ] = 0.0,
     load: Annotated[
-        str, typer.Option(metavar="start|demand", help="When models are loaded.")
+        Literal["start", "demand"],
+        typer.Option(help="Load models at the start, or each at its first request."),
     ] = "start",
     memory_budget_mb: Annotated[
-        int | None, typer.Option(min=1, help="Unload models beyond it, least used first.")
+        int | None,
+        typer.Option(min=1, help="Unload models beyond it, the least recently used first."),
     ] = None,
     reload_seconds: Annotated[
-        float, typer.Option(min=0, help="Look for changed bundles so often; 0 never.")
+        float, typer.Option(min=0, help="Interval to look for changed bundles; 0 for never.")
     ] = 0.0,
     model_control: Annotated[
         bool,
         typer.Option(
-            "--model-control/--no-model-control", help="Clients may load and unload models."
+            "--model-control/--no-model-control", help="Let clients load and unload models."
         ),
     ] = False,
     grpc_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Serve KServe's gRPC there too.")
+        int | None, typer.Option(min=0, max=65535, help="Port of the KServe gRPC service.")
     ] = None,
     root_path: Annotated[
         str, typer.Option(metavar="/PREFIX", help="Path prefix at which a proxy serves this.")
     ] = "",
     api_keys: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="One key a line; then one is needed.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="File with one API key per line; requests must then present one."
+        ),
     ] = None,
     tls_certificate: Annotated[
-        Path | None, typer.Option(metavar="PEM", help="Serve HTTPS by it.")
+        Path | None, typer.Option(metavar="PEM", help="Certificate to serve HTTPS with.")
     ] = None,
-    tls_key: Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate's.")] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="Private key of the certificate.")
+    ] = None,
     log_format: Annotated[
-        str, typer.Option(metavar="text|json", help="A line, or an object a line.")
+        Literal["text", "json"], typer.Option(help="Log as text, or as one JSON object per line.")
     ] = "text",
     log_level: Annotated[
-        str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")
+        Literal["debug", "info", "warning", "error"],
+        typer.Option(help="Least important messages that are logged."),
     ] = "info",
     settings: Annotated[
         Path | None,
         typer.Option(
             metavar="JSON",
-            help="A file of any settings; see docs/serving.md. Options given here win over it.",
+            help="File of any settings (docs/serving.md); options on the command line win over it.",
         ),
     ] = None,
 ) -> None:
@@ -79,38 +97,19 @@ def serve(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with needed_by("The service", "serve"):
         from fdconv_deploy import serve as service
-    if log_level not in ("debug", "info", "warning", "error"):
-        raise typer.BadParameter(
-            f"--log-level is debug, info, warning or error, not {log_level!r}."
-        )
-    given: dict[str, Any] = {
-        "backend": backend,
-        "threads": threads,
-        "workers": workers,
-        "isolation": isolation,
-        "queue_limit": queue,
-        "batch_delay_ms": batch_delay_ms,
-        "load": load,
-        "memory_budget_bytes": memory_budget_mb and memory_budget_mb << 20,
-        "reload_seconds": reload_seconds,
-        "model_control": model_control,
-        "grpc_port": grpc_port,
-        "root_path": root_path,
-        "api_keys": api_keys and _keys(api_keys),
-        "tls_certificate": tls_certificate,
-        "tls_key": tls_key,
-        "log_format": log_format,
-    }
     typed = {
-        setting: value
-        for setting, value in given.items()
-        if _was_typed(context, _OPTIONS.get(setting, setting))
+        name: value
+        for name, value in context.params.items()
+        if name not in _NO_SETTINGS and _was_typed(context, name)
     }
+    if "memory_budget_mb" in typed:
+        typed["memory_budget_bytes"] = typed.pop("memory_budget_mb") << 20
+    if api_keys is not None:
+        typed["api_keys"] = _keys(api_keys)
     service.run(bundles, host, port, _checked({**_read(settings), **typed}), log_level=log_level)
 
 
-# Options that are not called as the setting they give.
-_OPTIONS = {"queue_limit": "queue", "memory_budget_bytes": "memory_budget_mb"}
+_NO_SETTINGS = ("bundles", "host", "port", "log_level", "settings")
 
 
 def _was_typed(context: typer.Context, option: str) -> bool:
