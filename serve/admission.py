@@ -14,8 +14,10 @@ from fdconv_deploy.serve.settings import Settings
 class Admission:
     """Counts images from the end of their request's body to the end of its answer.
 
-    :param backlog_seconds: how long what waits will take; Retry-After is at least that.
-    :param on_reject: told the reason of each refusal.
+    Args:
+        settings: The limits.
+        backlog_seconds: How long what waits will take; Retry-After is at least that.
+        on_reject: Called with the reason of each refusal.
     """
 
     def __init__(
@@ -34,8 +36,9 @@ class Admission:
     def check_room(self, client: str, images: int = 1) -> None:
         """Refuse early, before a body is read, what :meth:`admit` would refuse.
 
-        :raises RefusedError: 429, this client has too much in hand; 503, everybody has; 413,
-            the request alone is more than is ever taken.
+        Raises:
+            RefusedError: 429, this client has too much in hand; 503, everybody has; 413, the
+                request alone is more than is ever taken.
         """
         settings = self._settings
         if images > self._limit:
@@ -63,10 +66,7 @@ class Admission:
 
     @contextmanager
     def admit(self, client: str, images: int = 1) -> Iterator[None]:
-        """Hold places for ``images``.
-
-        :raises RefusedError: as :meth:`check_room`.
-        """
+        """Hold places for ``images``; refused as by :meth:`check_room`."""
         self.check_room(client, images)
         self.in_hand += images
         self._clients[client] += images

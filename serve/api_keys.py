@@ -23,9 +23,12 @@ class Keys:
     def check(self, authorization: str, api_key: str) -> str:
         """Who asks: a short name for the key, empty where none is needed.
 
-        :param authorization: the header ``Authorization: Bearer KEY``.
-        :param api_key: the header ``X-API-Key: KEY``.
-        :raises RefusedError: 401.
+        Args:
+            authorization: The header ``Authorization: Bearer KEY``.
+            api_key: The header ``X-API-Key: KEY``.
+
+        Raises:
+            RefusedError: 401, it is none of the keys.
         """
         if not self._digests:
             return ""

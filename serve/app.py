@@ -11,8 +11,6 @@ import ssl
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -159,14 +157,17 @@ def running(
     settings = settings or Settings()
     with _bound(host, port) as listener:
         server = _Server(bundles, settings, "warning", host)
-        address = _address(listener, settings)
         thread = threading.Thread(
             target=server.run, args=([listener],), name="fdconv-serve", daemon=True
         )
         thread.start()
         try:
-            _wait_until_ready(address, thread, time.monotonic() + ready_within)
-            yield address
+            end = time.monotonic() + ready_within
+            while not (server.started and server.service.ready):
+                if not thread.is_alive() or time.monotonic() > end:
+                    raise ServerError("The service did not become ready; its log says why.")
+                time.sleep(0.02)
+            yield _address(listener, settings)
         finally:
             server.should_exit = True
             thread.join()
@@ -185,11 +186,11 @@ class _Server(uvicorn.Server):
             # traceback.
             _bound(host, settings.grpc_port).close()
         app = create_app(bundles, settings, host=host)
-        self._service: Service = app.state.service
+        self.service: Service = app.state.service
         super().__init__(
             uvicorn.Config(
                 app,
-                http=partial(LimitedProtocol, settings, partial(refuse, self._service)),  # type: ignore[arg-type]
+                http=partial(LimitedProtocol, settings, partial(refuse, self.service)),  # type: ignore[arg-type]
                 ws="none",
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 log_level=log_level,
@@ -213,7 +214,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """See ``uvicorn.Server``; a second signal ends it without waiting."""
-        self._service.drain()
+        self.service.drain()
         end = time.monotonic() + self._settings.shutdown_delay_seconds
         while time.monotonic() < end and not self.force_exit:
             await asyncio.sleep(0.05)
@@ -238,23 +239,6 @@ def _address(listener: socket.socket, settings: Settings) -> str:
     host, port = listener.getsockname()[:2]
     scheme = "http" if settings.tls_certificate is None else "https"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _wait_until_ready(address: str, thread: threading.Thread, deadline: float) -> None:
-    # Our own server on this machine, whose certificate may be for another name.
-    context = ssl._create_unverified_context() if address.startswith("https") else None  # noqa: S323
-    while thread.is_alive() and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(  # noqa: S310 - http
-                f"{address}/readyz", timeout=1, context=context
-            ):
-                return
-        except urllib.error.HTTPError as error:
-            error.close()  # 503: not ready yet
-        except OSError:
-            pass  # it does not accept connections yet
-        time.sleep(0.02)
-    raise ServerError("The service did not become ready; its log says why.")
 
 
 def return_large_blocks() -> bool:

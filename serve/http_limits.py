@@ -1,7 +1,4 @@
-"""What uvicorn lacks against clients that send or read too slowly, or send too long a head.
-
-How large a body may be, and how long it may take, is limited where it is read: see `uploads`.
-"""
+"""What uvicorn lacks against slow clients and long headers; `uploads` limits the bodies."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 MAX_HEAD_BYTES = 32 << 10  # address and headers, unless they come in one piece
 LINGER_SECONDS = 2.0  # to read why: a refused client that is cut off at once loses the answer
 LAST_REQUEST_SECONDS = 0.5  # for a request that is on its way when the server stops
-# Makes an answer's headers and body of its status, its sentence, and the ASGI scope, if any.
+# Makes headers and body of an answer of its status, its sentence, and the ASGI scope, if any.
 Refusal = Callable[[int, str, Any], tuple[list[tuple[bytes, bytes]], bytes]]
 
 

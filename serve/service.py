@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from fdconv_deploy.serve.admission import Admission
@@ -26,7 +26,12 @@ log = logging.getLogger("fdconv.serve")
 class Service:
     """The models, the threads, the counters, and whether they are ready.
 
-    :raises BundleError, BackendError: a bundle cannot be served.
+    Attributes:
+        ready: Every model that is to be is loaded, and the service is not stopping.
+        draining: It is about to stop: it still answers, and closes connections after answers.
+
+    Raises:
+        BundleError, BackendError: A bundle cannot be served.
     """
 
     def __init__(self, sources: Sequence[Path | str | Session], settings: Settings) -> None:
@@ -58,15 +63,14 @@ class Service:
         )
         self.budget = BodyBudget(settings.max_bytes_in_hand, settings.retry_after_seconds)
         self._unready = "The models are still being loaded. Try again in a moment."
-        self._ready = False
-        self.draining = False  # then still answering, and closing connections after answers
+        self.ready = self.draining = False
         self._tasks: list[asyncio.Task[None]] = []
         watch = self.metrics.watch
         watch("fdconv_queue_images", "Images waiting to run.", lambda: self.scheduler.waiting)
         watch("fdconv_running_images", "Images being run.", lambda: self.scheduler.running)
         watch("fdconv_in_hand_images", "Images admitted.", lambda: self.admission.in_hand)
         watch("fdconv_body_bytes", "Bytes of requests in hand.", lambda: self.budget.used)
-        watch("fdconv_ready", "1 when ready for requests.", lambda: self._ready)
+        watch("fdconv_ready", "1 when ready for requests.", lambda: self.ready)
 
     async def start(self) -> None:
         """Start the threads, and load models beside the event loop."""
@@ -78,37 +82,25 @@ class Service:
             self._tasks.append(asyncio.create_task(self._watch_bundles()))
 
     def check_ready(self) -> None:
-        """Refuse while models are loading, or when one did not.
-
-        :raises RefusedError: 503.
-        """
-        if not self._ready:
+        """Refuse with a 503 while models are loading, or when one did not load."""
+        if not self.ready:
             raise RefusedError(503, self._unready, self.admission.retry_after())
 
-    @property
-    def ready(self) -> bool:
-        """Whether every model that is to be is loaded, and the service is not stopping."""
-        return self._ready
-
-    def count(self, model: str, stages: Iterable[tuple[str, float]], images: int = 1) -> None:
+    def count(self, model: str, stages: Sequence[tuple[str, float]], images: int = 1) -> None:
         """Count an answered request and its seconds by stage."""
-        stages = list(stages)
         self.statistics[model].succeeded(stages, images)
         self.metrics.images.labels(model).inc(images)
         for stage, seconds in stages:
             self.metrics.stage_seconds.labels(model, stage).observe(seconds)
 
     def check_loaded(self) -> None:
-        """As :meth:`check_ready`, but a service about to stop still answers.
-
-        :raises RefusedError: 503.
-        """
+        """As :meth:`check_ready`, but a service about to stop still answers."""
         if not self.draining:
             self.check_ready()
 
     def drain(self) -> None:
         """Become unready, so that nobody sends more; what comes all the same is answered."""
-        self._ready, self._unready = False, "The service is stopping."
+        self.ready, self._unready = False, "The service is stopping."
         self.draining = True
 
     def deadline(self, wanted_ms: float | None) -> float:
@@ -118,7 +110,7 @@ class Service:
 
     async def close(self) -> None:
         """Finish what was begun; let go of models and threads."""
-        self._ready, self._unready = False, "The service is stopping."
+        self.drain()
         for task in self._tasks[1:]:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -136,7 +128,7 @@ class Service:
             log.error("a model failed to start: %s", error, exc_info=error)
             self._unready = "A model failed to start; the server's log says why."
         else:
-            self._ready = not self.draining
+            self.ready = not self.draining
 
     async def _watch_bundles(self) -> None:
         while True:

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -50,25 +51,14 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_config(level: str, form: Literal["text", "json"]) -> dict[str, Any]:
-    """Uvicorn's logging with the service's own beside it, for ``logging.config``."""
+    """The logging of uvicorn and the service, for ``logging.config``."""
     config = copy.deepcopy(LOGGING_CONFIG)
     # The service writes its own access log, with request ids and timings.
     config["loggers"].pop("uvicorn.access", None)
     for name in ("fdconv.serve", "fdconv.access"):
-        config["loggers"][name] = {
-            "handlers": ["default"],
-            "level": level.upper(),
-        }
+        config["loggers"][name] = {"handlers": ["default"], "level": level.upper()}
     if form == "json":
-        config["formatters"] = {"default": {"()": JsonFormatter}}
-        config["handlers"] = {
-            "default": {
-                "class": "logging.StreamHandler",
-                "formatter": "default",
-                "stream": "ext://sys.stderr",
-            }
-        }
-        config["loggers"]["uvicorn"] = {"handlers": ["default"], "level": "INFO"}
+        config["formatters"]["default"] = {"()": JsonFormatter}
     return config
 
 
@@ -82,46 +72,36 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        make: dict[str, Any] = {"registry": self._registry}
-        self.requests = Counter(
-            "fdconv_requests", "Requests answered.", ["route", "status"], **make
-        )
-        self.request_seconds = Histogram(
+        counter = partial(Counter, registry=self._registry)
+        gauge = partial(Gauge, registry=self._registry)
+        histogram = partial(Histogram, registry=self._registry)
+        self.requests = counter("fdconv_requests", "Requests answered.", ["route", "status"])
+        self.request_seconds = histogram(
             "fdconv_request_seconds",
             "From a request's headers to the end of its answer.",
             ["route"],
             buckets=_SECONDS,
-            **make,
         )
-        self.stage_seconds = Histogram(
+        self.stage_seconds = histogram(
             "fdconv_stage_seconds",
             "Seconds by stage: decode, preprocess, queue, inference, postprocess, encode.",
             ["model", "stage"],
             buckets=_SECONDS,
-            **make,
         )
-        self.images = Counter("fdconv_images", "Images segmented.", ["model"], **make)
-        self.batch_size = Histogram(
-            "fdconv_batch_size", "Images per inference run.", ["model"], buckets=_BATCHES, **make
+        self.images = counter("fdconv_images", "Images segmented.", ["model"])
+        self.batch_size = histogram(
+            "fdconv_batch_size", "Images per inference run.", ["model"], buckets=_BATCHES
         )
-        self.rejected = Counter(
-            "fdconv_rejected",
-            "Requests turned away, by reason.",
-            ["reason"],
-            **make,
+        self.rejected = counter("fdconv_rejected", "Requests turned away, by reason.", ["reason"])
+        self.deaths = counter("fdconv_worker_deaths", "Workers that ended and were replaced.")
+        self.model_bytes = gauge(
+            "fdconv_model_bytes", "Memory a loaded model holds at least.", ["model"]
         )
-        self.deaths = Counter(
-            "fdconv_worker_deaths", "Workers that ended and were replaced.", **make
-        )
-        self.model_bytes = Gauge(
-            "fdconv_model_bytes", "Memory a loaded model holds at least.", ["model"], **make
-        )
-        self.loads = Counter("fdconv_model_loads", "Times a model was loaded.", ["model"], **make)
-        self._make = make
+        self.loads = counter("fdconv_model_loads", "Times a model was loaded.", ["model"])
 
     def watch(self, name: str, documentation: str, read: Callable[[], float]) -> None:
         """A gauge whose value is read when it is asked for."""
-        Gauge(name, documentation, **self._make).set_function(read)
+        Gauge(name, documentation, registry=self._registry).set_function(read)
 
     def text(self) -> bytes:
         """All of it."""
@@ -138,7 +118,8 @@ class Tracing:
     by its SDK; OTEL_TRACES_EXPORTER is "otlp" (over HTTP), "console" or "none". A program that
     embeds the service and has set a tracer provider of its own gets the spans there.
 
-    :raises FDConvError: asked for, and opentelemetry is not installed or told something else.
+    Raises:
+        FDConvError: It is wanted, and opentelemetry is not installed or exports to something else.
     """
 
     def __init__(self, wanted: bool) -> None:
@@ -174,10 +155,13 @@ class Tracing:
     ) -> None:
         """Record a request that has just ended.
 
-        :param headers: the request's, for the caller's trace context.
-        :param seconds: what it took in all.
-        :param stages: (name, seconds) in the order they happened.
-        :param failed: it was the service's fault.
+        Args:
+            name: The span's.
+            headers: The request's, for the caller's trace context.
+            seconds: Its whole duration.
+            stages: (name, seconds) in the order they happened.
+            attributes: The span's.
+            failed: It was the service's fault.
         """
         if self._tracer is None:
             return

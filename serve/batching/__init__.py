@@ -1,6 +1,5 @@
 """Which image runs when, with which others, on which worker."""
 
-from fdconv_deploy.serve.batching.queue import Batch, BatchQueue, Item
 from fdconv_deploy.serve.batching.scheduler import (
     DeadlineError,
     Outcome,
@@ -8,12 +7,4 @@ from fdconv_deploy.serve.batching.scheduler import (
     WorkerDiedError,
 )
 
-__all__ = [
-    "Batch",
-    "BatchQueue",
-    "DeadlineError",
-    "Item",
-    "Outcome",
-    "Scheduler",
-    "WorkerDiedError",
-]
+__all__ = ["DeadlineError", "Outcome", "Scheduler", "WorkerDiedError"]

@@ -25,17 +25,12 @@ _UNKNOWN = 0.001
 
 @dataclass(eq=False)
 class Item:
-    """One image's input, waiting.
+    """One image's input, waiting; times are in seconds of one clock."""
 
-    ``payload`` is what the worker needs. ``alone``: never batched with others.
-    ``enqueued`` and ``deadline`` are in seconds of one clock.
-    """
-
-    payload: Any
+    payload: Any  # what the worker needs
     enqueued: float
     deadline: float = float("inf")
-    alone: bool = False
-    cancelled: bool = field(default=False)
+    alone: bool = False  # never batched with others
 
 
 @dataclass(eq=False)
@@ -61,8 +56,9 @@ class _Lane:
 class BatchQueue:
     """The lanes. Times are seconds of the caller's clock; nothing here blocks.
 
-    :param max_batch: the largest batch; a lane's own largest size when None.
-    :param delay: seconds the oldest item of a batch that is not full waits for company.
+    Args:
+        max_batch: The largest batch; a lane's own largest size when None.
+        delay: Seconds that the oldest item of a batch that is not full waits for others.
     """
 
     def __init__(self, *, max_batch: int | None = None, delay: float = 0.0) -> None:
@@ -98,7 +94,6 @@ class BatchQueue:
 
     def cancel(self, key: Hashable, item: Item) -> None:
         """Forget an item, if it still waits."""
-        item.cancelled = True
         lane = self._lanes.get(key)
         if lane is not None and item in lane.waiting:
             lane.waiting.remove(item)
@@ -153,12 +148,9 @@ class BatchQueue:
         return lane.waiting[0].enqueued + (0.0 if full else self._delay)
 
     def _take(self, lane: _Lane) -> list[Item]:
-        together = 0
-        while (
-            together < min(len(lane.waiting), max(lane.sizes)) and not lane.waiting[together].alone
-        ):
+        most, together, count = min(len(lane.waiting), max(lane.sizes)), 0, 1
+        while together < most and not lane.waiting[together].alone:
             together += 1
-        count = 1
         if together > 1:
             count = min(plan_batches(together, lane.sizes, lane.cost)[0], together)
         self.waiting -= count

@@ -33,7 +33,7 @@ class DeadlineError(Exception):
     """The request's deadline passed before it was answered."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Outcome:
     """The answer to a request.
 
@@ -42,19 +42,18 @@ class Outcome:
     """
 
     rows: list[Any]
-    queue_seconds: float
-    run_seconds: float
-    batch_sizes: tuple[int, ...]
+    queue_seconds: float = 0.0
+    run_seconds: float = 0.0
+    batch_sizes: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
 class _Request:
     answer: asyncio.Future[Outcome] | None  # None once it is over
-    rows: list[Any]
     missing: int
-    queue_seconds: float = 0.0
-    run_seconds: float = 0.0
-    batch_sizes: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.outcome = Outcome([None] * self.missing)
 
 
 @dataclass(eq=False)
@@ -158,7 +157,7 @@ class Scheduler:
             WorkerDiedError: The worker ended; the request may be sent again.
         """
         count = len(next(iter(inputs.values())))
-        request = _Request(self._loop.create_future(), [None] * count, count)
+        request = _Request(self._loop.create_future(), count)
         jobs = [_Job(request, index, inputs) for index in range(count)]
         return await self._answer(key, request, jobs, deadline)
 
@@ -166,7 +165,7 @@ class Scheduler:
         self, key: Hashable, call: Callable[[], Any], deadline: float = float("inf")
     ) -> Outcome:
         """Run ``call`` by itself on an inference thread, in turn; ``rows[0]`` is its result."""
-        request = _Request(self._loop.create_future(), [None], 1)
+        request = _Request(self._loop.create_future(), 1)
         return await self._answer(key, request, [_Job(request, call=call)], deadline)
 
     async def code(self, call: Callable[[], T]) -> T:
@@ -279,16 +278,14 @@ class Scheduler:
             return
         for item, row in zip(batch.items, found, strict=True):
             request: _Request = item.payload.request
-            request.rows[item.payload.index] = row
-            request.queue_seconds = max(request.queue_seconds, start - item.enqueued)
-            request.run_seconds = max(request.run_seconds, seconds)
-            request.batch_sizes.append(len(batch.items))
+            outcome = request.outcome
+            outcome.rows[item.payload.index] = row
+            outcome.queue_seconds = max(outcome.queue_seconds, start - item.enqueued)
+            outcome.run_seconds = max(outcome.run_seconds, seconds)
+            outcome.batch_sizes += (len(batch.items),)
             request.missing -= 1
             if not request.missing and request.answer is not None and not request.answer.done():
-                sizes = tuple(request.batch_sizes)
-                request.answer.set_result(
-                    Outcome(request.rows, request.queue_seconds, request.run_seconds, sizes)
-                )
+                request.answer.set_result(outcome)
         self._on_batch(batch.lane, len(batch.items), seconds)
 
 

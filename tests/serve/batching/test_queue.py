@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fdconv_deploy.serve.batching import Batch, BatchQueue, Item
+from fdconv_deploy.serve.batching.queue import Batch, BatchQueue, Item
 
 from fdconv_deploy.runtime.batching import measured_cost
 
