@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -48,14 +48,7 @@ async def segment(
     request: SegmentRequest,
     deadline: float,
 ) -> SegmentAnswer:
-    """Answer for one image or several, with a segmentor or a detector.
-
-    Args:
-        service: its threads and settings.
-        version: the model.
-        uploads: the images.
-        request: what is asked for.
-        deadline: on the scheduler's clock.
+    """Answer for one image or several by ``deadline``, on the scheduler's clock.
 
     Raises:
         RefusedError: an image is not accepted; of several, it says which.
@@ -81,26 +74,23 @@ async def segment(
     return SegmentAnswer(body, media_type, list(stages.items()), fits)
 
 
+@dataclass(eq=False)
 class _Image:
     """One image on its way. ``run`` waits on the event loop; the rest works on codec threads."""
 
-    def __init__(
-        self,
-        service: Service,
-        version: Version,
-        upload: Upload,
-        request: SegmentRequest,
-        deadline: float,
-    ) -> None:
-        self._service, self._version, self._request = service, version, request
-        self._session, self._deadline = version.session, deadline
-        self._upload: Upload | None = upload
-        self._name = upload.name
-        self.times: dict[str, float] = {}
-        self._size = (0, 0)
-        self._image: npt.NDArray[Any] | None = None
-        self._prepared: Prepared | None = None
-        self._outcome: Outcome | None = None
+    _service: Service
+    _version: Version
+    _upload: Upload
+    _request: SegmentRequest
+    _deadline: float
+    times: dict[str, float] = field(default_factory=dict)
+    _size: tuple[int, int] = (0, 0)
+    _image: npt.NDArray[Any] | None = None
+    _prepared: Prepared | None = None
+    _outcome: Outcome | None = None
+
+    def __post_init__(self) -> None:
+        self._session = self._version.session
 
     async def run(self) -> None:
         """Decode and prepare the image, and run the network."""
@@ -124,7 +114,8 @@ class _Image:
 
     async def run_numbered(self, number: int) -> None:
         """As :meth:`run`, with errors that say which image it was."""
-        image = f"Image {number}" + (f" ({self._name})" if self._name else "")
+        name = self._upload.name
+        image = f"Image {number}" + (f" ({name})" if name else "")
         try:
             await self.run()
         except (RefusedError, ImageError) as error:
@@ -156,7 +147,7 @@ class _Image:
             model=self._version.name,
             found=found,
             image=self._image,
-            name=self._name,
+            name=self._upload.name,
             timings_ms={stage: round(seconds * 1e3, 3) for stage, seconds in self.times.items()},
             kept=request.kept,
             logits=logits,
@@ -169,9 +160,8 @@ class _Image:
 
     def _open(self) -> None:
         start = time.perf_counter()
-        assert self._upload is not None
         data, settings = self._upload.data, self._service.settings
-        self._upload = None
+        self._upload = replace(self._upload, data=b"")
         if tuple(settings.formats) != FORMATS:
             check_format(data, settings.formats)
         image = self._session.read_image(data, max_pixels=settings.max_pixels)

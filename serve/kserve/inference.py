@@ -27,7 +27,10 @@ async def infer(
         or, above 256 classes, uint16; a detector's are its graph's outputs.
     """
     session, code = version.session, service.scheduler.code
-    inputs = await code(lambda: _inputs(session, request))
+    if request.images.dtype == np.uint8:  # to be normalised, which would keep the event loop
+        inputs = await code(lambda: _inputs(session, request))
+    else:
+        inputs = _inputs(session, request)
     outcome = await service.scheduler.run(version, inputs, deadline)
     stages = [("queue", outcome.queue_seconds), ("inference", outcome.run_seconds)]
     found: dict[str, Array] = {}

@@ -146,13 +146,7 @@ def json_length(header: str | None, size: int) -> int:
 def read_request(
     body: memoryview, length: int, card: ModelCard, max_images: int
 ) -> tuple[InferRequest, dict[str, bool]]:
-    """Read a request's body.
-
-    Args:
-        body: the JSON, then the binary tensors in the order of the inputs.
-        length: bytes of JSON, as :func:`json_length` gives it.
-        card: of the model it is for.
-        max_images: most images in one request.
+    """Read a body of ``length`` bytes of JSON and then binary tensors, in the inputs' order.
 
     Returns:
         The request, and which of its outputs the client wants in binary.
@@ -186,7 +180,7 @@ def read_request(
         inputs.append(InputTensor(given.name, given.datatype, given.shape, raw, given.data))
     if len(tail):
         raise RefusedError(
-            400, f"{len(tail)} bytes follow the JSON that no 'binary_data_size' speaks of."
+            400, f"{len(tail)} bytes follow the JSON that no 'binary_data_size' announces."
         )
     parameters, outputs = call.parameters or Parameters(), call.outputs or []
     names = [output.name for output in outputs]

@@ -51,12 +51,6 @@ def answered(
 ) -> dict[str, float]:
     """Note what was done, for the middleware to count, log and trace once the answer is sent.
 
-    Args:
-        request: the request.
-        model: the model's name.
-        images: number of images.
-        stages: (name, seconds) in order.
-
     Returns:
         Milliseconds by stage.
     """

@@ -63,13 +63,7 @@ _EXAMPLE = {
         {"id": 1, "name": "car", "color": [0, 0, 142], "area": 3, "share": 0.375},
     ],
     "mask": {"size": [2, 4], "counts": [5, 3], "values": [0, 1]},
-    "timings_ms": {
-        "decode": 4.1,
-        "preprocess": 2.0,
-        "queue": 0.1,
-        "inference": 35.2,
-        "postprocess": 3.9,
-    },
+    "timings_ms": {"decode": 4.1, "preprocess": 2.0, "inference": 35.2, "postprocess": 3.9},
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
