@@ -20,7 +20,7 @@ def theirs(mask: np.ndarray) -> dict:
 
 
 @given(masks)
-def test_the_same_characters_as_pycocotools(mask: np.ndarray) -> None:
+def test_encode_gives_the_characters_of_pycocotools(mask: np.ndarray) -> None:
     found = encode(mask)
     assert found == theirs(mask)
     assert np.array_equal(decode(found), mask)
@@ -28,7 +28,7 @@ def test_the_same_characters_as_pycocotools(mask: np.ndarray) -> None:
 
 
 @given(masks, st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
-def test_a_part_is_the_whole(part, above: int, below: int, left: int, right: int) -> None:
+def test_encode_part_is_as_the_whole(part, above: int, below: int, left: int, right: int) -> None:
     whole = np.pad(part, ((above, below), (left, right)))
     size = whole.shape[0], whole.shape[1]
     assert encode_part(part, above, left, size) == theirs(whole)
@@ -36,19 +36,19 @@ def test_a_part_is_the_whole(part, above: int, below: int, left: int, right: int
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (700, 900)])
 @pytest.mark.parametrize("value", [False, True])
-def test_nothing_and_everything(size: tuple[int, int], value: bool) -> None:
+def test_encode_empty_and_full_masks(size: tuple[int, int], value: bool) -> None:
     mask = np.full(size, value)
     assert encode(mask) == theirs(mask)
     assert np.array_equal(decode(encode(mask)), mask)
 
 
-def test_an_empty_part() -> None:
+def test_encode_part_that_is_empty() -> None:
     empty = np.zeros((4, 6), np.bool_)
     assert encode_part(np.zeros((0, 0), np.bool_), 0, 0, (4, 6)) == theirs(empty)
     assert encode_part(np.zeros((0, 3), np.bool_), 4, 2, (4, 6)) == theirs(empty)
 
 
-def test_large_blobs() -> None:
+def test_encode_large_masks() -> None:
     y, x = np.mgrid[:1080, :1920]
     mask = ((y - 500) ** 2 / 90000 + (x - 900) ** 2 / 400000 < 1) & ((x // 7 + y // 11) % 3 > 0)
     assert encode(mask) == theirs(mask)
@@ -56,17 +56,17 @@ def test_large_blobs() -> None:
 
 
 @given(st.lists(st.integers(0, 1 << 31), min_size=1, max_size=30))
-def test_any_counts_survive(counts: list[int]) -> None:
+def test_compress_round_trip(counts: list[int]) -> None:
     assert decompress(compress(np.array(counts))).tolist() == counts
 
 
 @pytest.mark.parametrize("text", ["", "\x20", "ü4", "P", "o" * 13 + "0"])
-def test_what_is_not_run_lengths(text: str) -> None:
+def test_decompress_refuses_other_text(text: str) -> None:
     with pytest.raises(ValueError, match="compressed run lengths"):
         decompress(text)
 
 
-def test_of_another_size() -> None:
+def test_decode_refuses_another_size() -> None:
     with pytest.raises(ValueError, match="5 x 5"):
         decode({**encode(np.ones((4, 4), np.bool_)), "size": [5, 5]})
 

@@ -35,7 +35,7 @@ def labels(bundles: list[Path], picture: np.ndarray) -> np.ndarray:
         return session.segment(picture).labels
 
 
-def test_segment(client: Client, picture, png: bytes, labels, tmp_path: Path) -> None:
+def test_client_segments(client: Client, picture, png: bytes, labels, tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     file.write_bytes(png)
     for image in (png, file, str(file), picture):
@@ -47,14 +47,14 @@ def test_segment(client: Client, picture, png: bytes, labels, tmp_path: Path) ->
     assert len(answer.request_id) == 32
 
 
-def test_options(client: Client, png: bytes, labels) -> None:
+def test_client_passes_options(client: Client, png: bytes, labels) -> None:
     answer = client.segment(png, classes=["class 1", 3])
     assert np.array_equal(answer.labels, np.where(np.isin(labels, [1, 3]), labels.astype(int), -1))
     assert client.segment(png, size="network").labels.shape == (32, 48)
     assert client.segment(png, "sliding", mode="whole").mode == "whole"
 
 
-def test_files(client: Client, picture, png: bytes, labels) -> None:
+def test_client_gets_files(client: Client, picture, png: bytes, labels) -> None:
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(client.mask(png)))), labels)
     assert read_image(client.overlay(png, opacity=0)).tolist() == picture.tolist()
     assert client.overlay(png, kind="jpeg")[:3] == b"\xff\xd8\xff"
@@ -62,7 +62,7 @@ def test_files(client: Client, picture, png: bytes, labels) -> None:
     assert np.array_equal(found["logits"].argmax(axis=0), labels)
 
 
-def test_infer(client: Client, bundles) -> None:
+def test_client_infers(client: Client, bundles) -> None:
     batch = np.random.default_rng(1).integers(0, 256, (3, 32, 48, 3), dtype=np.uint8)
     with open_session(bundles[0], threads=1) as session:
         expected = session.run(batch)
@@ -70,7 +70,7 @@ def test_infer(client: Client, bundles) -> None:
     assert client.infer("street", batch, "labels").shape == (3, 32, 48)
 
 
-def test_cards(client: Client) -> None:
+def test_client_reads_cards(client: Client) -> None:
     assert [card["name"] for card in client.models()] == ["street", "sliding"]
     assert client.model("street")["input"] == {
         "channels": 3,
@@ -80,7 +80,7 @@ def test_cards(client: Client) -> None:
     assert client.ready()
 
 
-def test_refusals(client: Client, png: bytes) -> None:
+def test_client_raises_refusals(client: Client, png: bytes) -> None:
     with pytest.raises(ServiceError, match="no model of that name") as caught:
         client.segment(png, "none")
     assert caught.value.status == 404
@@ -102,7 +102,7 @@ def _url(client: Client) -> str:
     return f"http://{client._connection.host}:{client._connection.port}"
 
 
-def test_nobody_there() -> None:
+def test_client_names_an_unreachable_service() -> None:
     client = Client("http://127.0.0.1:9", retries=0)
     assert not client.ready()
     with pytest.raises(ServiceError, match="cannot be reached"):
@@ -111,7 +111,7 @@ def test_nobody_there() -> None:
         Client("localhost:8000")
 
 
-def test_asks_again_when_turned_away() -> None:
+def test_client_retries_when_turned_away() -> None:
     """A 503 with Retry-After, a broken connection, then an answer."""
     asked = []
 
@@ -146,7 +146,7 @@ def test_asks_again_when_turned_away() -> None:
         server.shutdown()
 
 
-def test_needs_no_service_and_no_runtime() -> None:
+def test_client_imports_no_service_and_no_runtime() -> None:
     code = (
         "import sys, fdconv_deploy.client\n"
         "bad = {'serve', 'fastapi', 'onnxruntime', 'torch', 'onnx', 'cv2', 'pydantic'}\n"

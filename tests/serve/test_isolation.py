@@ -24,7 +24,7 @@ from tests.runtime import toy
 from tests.serve.conftest import wait_until_ready
 from tests.serve.kserve.conftest import free_port
 from tests.serve.test_refusals import refused
-from tests.serve.test_segment import decode
+from tests.serve.test_segment_request import decode
 
 PNG = {"Content-Type": "image/png"}
 

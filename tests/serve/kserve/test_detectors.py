@@ -36,7 +36,7 @@ def arrays(answer: dict) -> dict[str, np.ndarray]:
     return {o["name"]: np.array(o["data"]).reshape(o["shape"]) for o in answer["outputs"]}
 
 
-def test_metadata(detecting: TestClient) -> None:
+def test_detector_metadata_has_sizes_and_objects(detecting: TestClient) -> None:
     found = detecting.get("/v2/models/things").json()
     metadata.ModelMetadata.model_validate(found)
     assert [(t["name"], t["shape"]) for t in found["inputs"]] == [
@@ -53,7 +53,7 @@ def test_metadata(detecting: TestClient) -> None:
     assert len(detecting.get("/v2/models/boxes").json()["outputs"]) == 4
 
 
-def test_json(detecting: TestClient, images: np.ndarray) -> None:
+def test_detector_infers_json(detecting: TestClient, images: np.ndarray) -> None:
     call = {"inputs": [tensor("images", images), tensor("sizes", SIZES)]}
     answer = detecting.post(URL, json=call)
     assert answer.status_code == 200, answer.text
@@ -66,7 +66,9 @@ def test_json(detecting: TestClient, images: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_binary(detecting: TestClient, images: np.ndarray, order: tuple[int, int]) -> None:
+def test_detector_infers_binary(
+    detecting: TestClient, images: np.ndarray, order: tuple[int, int]
+) -> None:
     parts = [("images", images), ("sizes", SIZES)]
     told, tail = [], b""
     for name, array in (parts[place] for place in order):
@@ -89,13 +91,13 @@ def test_binary(detecting: TestClient, images: np.ndarray, order: tuple[int, int
     assert json.loads(answer.content[:length])["outputs"][1]["data"] == expected["count"].tolist()
 
 
-def test_without_sizes_the_image_fills_the_input(detecting, images: np.ndarray) -> None:
+def test_detector_without_sizes_takes_the_whole_input(detecting, images: np.ndarray) -> None:
     alone = detecting.post(URL, json={"inputs": [tensor("images", images)]}).json()
     full = np.array([[64, 96]] * 2, np.float32)
     assert np.allclose(arrays(alone)["boxes"], toy_detector.reference(images, full)["boxes"])
 
 
-def test_pixels_are_padded_with_zeros(detecting, detectors: list[Path]) -> None:
+def test_detector_pads_pixels_with_zeros(detecting, detectors: list[Path]) -> None:
     image = np.random.default_rng(1).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     call = {"inputs": [tensor("images", image[None], "UINT8"), tensor("sizes", SIZES[:1])]}
     found = arrays(detecting.post(URL, json=call).json())
@@ -117,7 +119,9 @@ def test_pixels_are_padded_with_zeros(detecting, detectors: list[Path]) -> None:
         (["images", "lamps"], "'images' or 'sizes'"),
     ],
 )
-def test_which_inputs(detecting, images: np.ndarray, inputs: list[str], says: str) -> None:
+def test_detector_refuses_wrong_inputs(
+    detecting, images: np.ndarray, inputs: list[str], says: str
+) -> None:
     made = {"images": tensor("images", images), "sizes": tensor("sizes", SIZES)}
     call = {"inputs": [made.get(n, {**made["sizes"], "name": n}) for n in inputs]}
     assert says in refused(detecting.post(URL, json=call), 400)
@@ -133,24 +137,26 @@ def test_which_inputs(detecting, images: np.ndarray, inputs: list[str], says: st
         (SIZES.reshape(4, 1), "shape [N, 2]"),
     ],
 )
-def test_which_sizes(detecting, images: np.ndarray, sizes: np.ndarray, says: str) -> None:
+def test_detector_refuses_wrong_sizes(
+    detecting, images: np.ndarray, sizes: np.ndarray, says: str
+) -> None:
     call = {"inputs": [tensor("images", images), tensor("sizes", sizes)]}
     assert says in refused(detecting.post(URL, json=call), 400)
 
 
-def test_which_outputs(detecting, images: np.ndarray) -> None:
+def test_detector_refuses_unknown_outputs(detecting, images: np.ndarray) -> None:
     call = {"inputs": [tensor("images", images)], "outputs": [{"name": "logits"}]}
     assert "boxes, scores, labels, count, masks" in refused(detecting.post(URL, json=call), 400)
 
 
-def test_a_segmentor_has_no_sizes(client: TestClient) -> None:
+def test_segmentor_refuses_sizes(client: TestClient) -> None:
     call = {"inputs": [tensor("sizes", SIZES)]}
     answer = client.post("/v2/models/street/infer", json=call)
     assert "called 'images'" in refused(answer, 400)
 
 
 @pytest.mark.parametrize("way", ["http", "grpc"])
-def test_triton_clients(detectors: list[Path], images: np.ndarray, way: str) -> None:
+def test_detector_answers_tritonclient(detectors: list[Path], images: np.ndarray, way: str) -> None:
     triton = pytest.importorskip(f"tritonclient.{way}", reason="tritonclient is not installed")
     port = free_port()
     with running(detectors, settings=Settings(threads=1, grpc_port=port)) as url:

@@ -50,20 +50,20 @@ def as_dict(triton, found) -> Any:
     return MessageToDict(found, preserving_proto_field_name=True)
 
 
-def test_health(triton) -> None:
+def test_client_reads_health(triton) -> None:
     assert triton.is_server_live()
     assert triton.is_server_ready()
     assert triton.is_model_ready("street")
     assert triton.is_model_ready("street", "1")
 
 
-def test_server_metadata(triton) -> None:
+def test_client_reads_server_metadata(triton) -> None:
     found = as_dict(triton, triton.get_server_metadata())
     assert found["name"] == "fdconv-deploy"
     assert "binary_tensor_data" in found["extensions"]
 
 
-def test_model_metadata(triton) -> None:
+def test_client_reads_model_metadata(triton) -> None:
     found = as_dict(triton, triton.get_model_metadata("street"))
     assert found["name"] == "street"
     assert found["versions"] == ["1"]
@@ -73,13 +73,13 @@ def test_model_metadata(triton) -> None:
     assert outputs == [("logits", "FP32", [-1, 5, 8, 12]), ("labels", "UINT8", [-1, 32, 48])]
 
 
-def test_infer_float(triton, session, tensor) -> None:
+def test_client_infers_float(triton, session, tensor) -> None:
     found = triton.infer("street", given(triton, tensor), outputs=wanted(triton, "logits"))
     assert close(found.as_numpy("logits"), session.run(tensor))
     assert found.as_numpy("labels") is None
 
 
-def test_infer_pixels(triton, session, pixels) -> None:
+def test_client_infers_pixels(triton, session, pixels) -> None:
     found = triton.infer("street", given(triton, pixels, "UINT8"), request_id="abc")
     assert close(found.as_numpy("logits"), session.run(pixels))
     expected = [session.segment(image).labels for image in pixels]
@@ -87,7 +87,7 @@ def test_infer_pixels(triton, session, pixels) -> None:
     assert as_dict(triton, found.get_response())["id"] == "abc"
 
 
-def test_asynchronous(triton, session, tensor) -> None:
+def test_client_infers_asynchronously(triton, session, tensor) -> None:
     import queue
 
     done: queue.Queue = queue.Queue()
@@ -108,7 +108,7 @@ def test_asynchronous(triton, session, tensor) -> None:
         assert close(answer.as_numpy("logits"), session.run(x))
 
 
-def test_json_tensors(served, session, pixels) -> None:
+def test_client_infers_json_tensors(served, session, pixels) -> None:
     client = http.InferenceServerClient(served.http)
     tensor = http.InferInput("images", pixels.shape, "UINT8")
     tensor.set_data_from_numpy(pixels, binary_data=False)
@@ -119,7 +119,7 @@ def test_json_tensors(served, session, pixels) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
-def test_compressed(served, session, tensor, algorithm: str) -> None:
+def test_client_infers_compressed(served, session, tensor, algorithm: str) -> None:
     client = http.InferenceServerClient(served.http)
     x = http.InferInput("images", tensor.shape, "FP32")
     x.set_data_from_numpy(tensor)
@@ -137,12 +137,12 @@ def test_compressed(served, session, tensor, algorithm: str) -> None:
         (np.zeros((3, 32, 48), np.float32), "FP32", "shape"),
     ],
 )
-def test_other_tensors_are_refused(triton, array, kind: str, says: str) -> None:
+def test_client_is_refused_other_tensors(triton, array, kind: str, says: str) -> None:
     with pytest.raises(triton.module.InferenceServerException, match=says):
         triton.infer("street", given(triton, array, kind))
 
 
-def test_other_names_are_refused(triton, tensor) -> None:
+def test_client_is_refused_other_names(triton, tensor) -> None:
     error = triton.module.InferenceServerException
     with pytest.raises(error, match="no model of that name"):
         triton.infer("none", given(triton, tensor))
@@ -156,12 +156,12 @@ def test_other_names_are_refused(triton, tensor) -> None:
         triton.infer("street", [other])
 
 
-def test_deadline(triton, tensor) -> None:
+def test_client_timeout_is_a_deadline(triton, tensor) -> None:
     with pytest.raises(triton.module.InferenceServerException, match=r"deadline|Deadline"):
         triton.infer("street", given(triton, tensor), timeout=1)
 
 
-def test_repository(triton, tensor) -> None:
+def test_client_loads_and_unloads_models(triton, tensor) -> None:
     def states() -> dict[str, str]:
         found = as_dict(triton, triton.get_model_repository_index())
         entries = found if isinstance(found, list) else found["models"]
@@ -183,7 +183,7 @@ def config_of(triton, model: str, version: str = "") -> dict[str, Any]:
     return found["config"] if triton.module is grpc else found
 
 
-def test_model_config(triton) -> None:
+def test_client_reads_model_config(triton) -> None:
     found = config_of(triton, "street")
     assert config_of(triton, "street", "1") == found
     (images,), outputs = found["input"], found["output"]
@@ -211,7 +211,7 @@ def count(entry: dict[str, Any], *path: str) -> int:
     return int(entry or 0)  # type: ignore[call-overload]
 
 
-def test_inference_statistics(triton, tensor) -> None:
+def test_client_reads_statistics(triton, tensor) -> None:
     before = statistics_of(triton, "street")["street"]
     triton.infer("street", given(triton, tensor))
     triton.infer("street", given(triton, tensor[:1]))
@@ -235,11 +235,11 @@ def test_inference_statistics(triton, tensor) -> None:
     assert count(after, "last_inference") > 1.7e12  # milliseconds
 
 
-def test_inference_statistics_of_all_models(triton) -> None:
+def test_client_reads_statistics_of_all_models(triton) -> None:
     assert sorted(statistics_of(triton)) == ["sliding", "street"]
 
 
-def test_configurations_and_statistics_of_other_names_are_refused(triton) -> None:
+def test_client_is_refused_config_and_statistics_of_other_names(triton) -> None:
     error = triton.module.InferenceServerException
     for ask in (triton.get_model_config, triton.get_inference_statistics):
         with pytest.raises(error, match="no model of that name"):
@@ -248,7 +248,7 @@ def test_configurations_and_statistics_of_other_names_are_refused(triton) -> Non
             ask("street", "7")
 
 
-def test_a_model_called_stats(bundles, tmp_path, tensor) -> None:
+def test_client_reads_a_model_called_stats(bundles, tmp_path, tensor) -> None:
     """Its metadata and every model's statistics have one address over HTTP."""
     folder = Path(shutil.copytree(bundles[0], tmp_path / "stats"))
     port = free_port()

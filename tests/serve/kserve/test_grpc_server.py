@@ -14,7 +14,7 @@ from tests.test_cli import fdconv
 @pytest.mark.parametrize(
     ("module", "package"), [("grpc", "grpcio"), ("google.protobuf", "protobuf")]
 )
-def test_without_its_packages(
+def test_grpc_names_the_package_it_lacks(
     module: str, package: str, bundles: list[Path], monkeypatch, capfd
 ) -> None:
     monkeypatch.delitem(sys.modules, "fdconv_deploy.serve.kserve.grpc_server", raising=False)
@@ -26,7 +26,7 @@ def test_without_its_packages(
     assert "listening" not in out + err
 
 
-def test_on_a_taken_port(bundles: list[Path], monkeypatch, capfd) -> None:
+def test_grpc_refuses_a_taken_port(bundles: list[Path], monkeypatch, capfd) -> None:
     """gRPC itself shares a port with another service, or ends in a traceback."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -37,7 +37,7 @@ def test_on_a_taken_port(bundles: list[Path], monkeypatch, capfd) -> None:
     assert "listening" not in out + err
 
 
-def test_on_the_port_of_http(bundles: list[Path], monkeypatch, capfd) -> None:
+def test_grpc_refuses_the_port_of_http(bundles: list[Path], monkeypatch, capfd) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     arguments = ["serve", bundles[0], "--port", port, "--grpc-port", port]

@@ -30,7 +30,7 @@ def call(pixels) -> dict:
     }
 
 
-def test_json(client: TestClient, session, pixels, call) -> None:
+def test_infer_answers_json(client: TestClient, session, pixels, call) -> None:
     answer = client.post(URL, json=call)
     found = tensors.InferAnswer.model_validate(answer.json())
     assert (found.model_name, found.model_version, found.id) == ("street", "1", "7")
@@ -38,13 +38,13 @@ def test_json(client: TestClient, session, pixels, call) -> None:
     assert np.array_equal(labels[0], session.segment(pixels[0]).labels)
 
 
-def test_nested_data(client: TestClient, pixels, call) -> None:
+def test_infer_takes_nested_data(client: TestClient, pixels, call) -> None:
     flat = client.post(URL, json=call).json()["outputs"]
     call["inputs"][0]["data"] = pixels[:1].tolist()
     assert client.post(URL, json=call).json()["outputs"] == flat
 
 
-def test_documented_examples_are_of_the_form(client: TestClient) -> None:
+def test_infer_examples_in_openapi_are_valid(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()["components"]["schemas"]["InferCall"]
     assert tensors.InferCall.model_validate(schema["examples"][0])
 
@@ -76,7 +76,7 @@ def change(call: dict, **changes) -> dict:
         {"parameters": {"binary_data_size": 4608}},
     ],
 )
-def test_wrong_inputs(client: TestClient, call, changes) -> None:
+def test_infer_refuses_wrong_inputs(client: TestClient, call, changes) -> None:
     answer = client.post(URL, json=change(call, **changes))
     assert answer.json()["error"] == refused(answer, 400)
 
@@ -95,28 +95,28 @@ def test_wrong_inputs(client: TestClient, call, changes) -> None:
         b"\xff\xfe",
     ],
 )
-def test_wrong_bodies(client: TestClient, body: bytes) -> None:
+def test_infer_refuses_wrong_bodies(client: TestClient, body: bytes) -> None:
     refused(client.post(URL, content=body), 400)
 
 
 @pytest.mark.parametrize("outputs", [1, [1], [{}], [{"name": 3}], [{"name": "x"}]])
-def test_wrong_outputs(client: TestClient, call, outputs) -> None:
+def test_infer_refuses_wrong_outputs(client: TestClient, call, outputs) -> None:
     refused(client.post(URL, json={**call, "outputs": outputs}), 400)
 
 
 @pytest.mark.parametrize("timeout", ["1", -1, 1.5, True])
-def test_wrong_timeout(client: TestClient, call, timeout) -> None:
+def test_infer_refuses_wrong_timeouts(client: TestClient, call, timeout) -> None:
     refused(client.post(URL, json={**call, "parameters": {"timeout": timeout}}), 400)
 
 
 @pytest.mark.parametrize("length", ["x", "-1", "99999999", "1e3", "9" * 50, "²"])
-def test_wrong_header_length(client: TestClient, call, length: str) -> None:
+def test_infer_refuses_wrong_header_lengths(client: TestClient, call, length: str) -> None:
     headers = {"Inference-Header-Content-Length": length.encode("utf-8")}
     refused(client.post(URL, content=json.dumps(call), headers=headers), 400)
 
 
 @pytest.mark.parametrize("size", [0, 4607, 4609, -1, "4608", None])
-def test_wrong_binary_size(client: TestClient, call, size) -> None:
+def test_infer_refuses_wrong_binary_sizes(client: TestClient, call, size) -> None:
     wanted = change(call, parameters={"binary_data_size": size})
     del wanted["inputs"][0]["data"]
     head = json.dumps(wanted).encode()
@@ -124,7 +124,7 @@ def test_wrong_binary_size(client: TestClient, call, size) -> None:
     refused(client.post(URL, content=head + bytes(4608), headers=headers), 400)
 
 
-def test_not_finite(client: TestClient) -> None:
+def test_infer_answers_values_that_are_not_finite_in_binary_only(client: TestClient) -> None:
     """JSON has no NaN; the answer says to ask in binary, which works."""
     tensor = np.full((1, 3, 32, 48), np.nan, np.float32)
     given = {"name": "images", "shape": [1, 3, 32, 48], "datatype": "FP32"}
@@ -138,7 +138,7 @@ def test_not_finite(client: TestClient) -> None:
         assert answer.status_code == status, answer.text
 
 
-def test_control_is_the_operators(client: TestClient) -> None:
+def test_repository_control_is_off_by_default(client: TestClient) -> None:
     for what in ("load", "unload"):
         answer = client.post(f"/v2/repository/models/street/{what}")
         assert "--model-control" in refused(answer, 403)

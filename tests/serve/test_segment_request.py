@@ -81,7 +81,7 @@ class TestJson:
         ("*/*", "?output=json", "application/json"),
     ],
 )
-def test_the_form_of_the_answer(client, png, accept, query, kind) -> None:
+def test_answer_has_the_accepted_type(client, png, accept, query, kind) -> None:
     headers = PNG if accept is None else {**PNG, "Accept": accept}
     answer = client.post(f"/v1/segment{query}", content=png, headers=headers)
     assert answer.status_code == 200
@@ -100,14 +100,14 @@ def test_the_form_of_the_answer(client, png, accept, query, kind) -> None:
         ("image/png;q=x", ""),
     ],
 )
-def test_nothing_acceptable(client, png, accept, query) -> None:
+def test_answer_of_no_accepted_type_is_refused(client, png, accept, query) -> None:
     headers = {**PNG, "Accept": accept}
     answer = client.post(f"/v1/segment{query}", content=png, headers=headers)
     assert answer.status_code == 406
     assert "Accept header" in answer.json()["detail"]
 
 
-def test_mask_png(client: TestClient, png: bytes, expected) -> None:
+def test_mask_png_holds_the_labels(client: TestClient, png: bytes, expected) -> None:
     answer = client.post("/v1/segment", content=png, headers={**PNG, "Accept": "image/png"})
     image = Image.open(io.BytesIO(answer.content))
     assert image.mode == "P"
@@ -120,7 +120,9 @@ def test_mask_png(client: TestClient, png: bytes, expected) -> None:
     assert answer.headers["x-mode"] == "whole"
 
 
-def test_overlay(client: TestClient, picture: np.ndarray, png: bytes, expected) -> None:
+def test_overlay_is_the_sessions(
+    client: TestClient, picture: np.ndarray, png: bytes, expected
+) -> None:
     for opacity in (0, 0.3, 1):
         url = f"/v1/segment?output=overlay&opacity={opacity}"
         answer = client.post(url, content=png, headers=PNG)
@@ -135,7 +137,7 @@ def test_options_reach_the_session(client: TestClient, bundles, picture, png: by
     assert np.array_equal(decode(found["mask"]), padded.labels)
 
 
-def test_a_model_by_name(client: TestClient, bundles, picture, png: bytes) -> None:
+def test_model_is_chosen_by_name(client: TestClient, bundles, picture, png: bytes) -> None:
     with open_session(bundles[1], threads=1) as session:
         slid = session.segment(picture)
     found = client.post("/v1/models/sliding/segment", content=png, headers=PNG).json()
@@ -145,7 +147,7 @@ def test_a_model_by_name(client: TestClient, bundles, picture, png: bytes) -> No
     assert whole.json()["mode"] == "whole"
 
 
-def test_exif_rotated_gray_and_cmyk(client: TestClient, picture: np.ndarray) -> None:
+def test_image_is_read_rotated_gray_and_cmyk(client: TestClient, picture: np.ndarray) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = encoded(picture, "JPEG", exif=exif)
