@@ -23,7 +23,7 @@ from fdconv_deploy.config import BandModulationConfig, FDConvConfig
 from fdconv_deploy.ops.native import build, compiler
 from tests.checkpoints.test_saved_buffers import MASKS, masks_of
 from tests.export.graphs import relative, run_file
-from tests.nn.test_published import copy_of
+from tests.nn.test_from_published import copy_of
 from tests.reference.lively import lively_input
 from tests.reference.networks import small_segmentor
 
