@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,30 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+TEMPORARY: list[Path] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the run a temporary folder of its own, which the processes it starts inherit."""
+    if not hasattr(config, "workerinput"):  # not in the processes of pytest-xdist, which inherit it
+        TEMPORARY.append(Path(tempfile.mkdtemp(prefix="fdconv-")))
+        tempfile.tempdir = os.environ["TMPDIR"] = str(TEMPORARY[0])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run that left something behind, pytest's own folder aside."""
+    for folder in TEMPORARY:
+        left = sorted(entry.name for entry in folder.iterdir() if "pytest-of-" not in entry.name)
+        if left:
+            print(f"\nleft in the temporary folder: {', '.join(left)}")
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_unconfigure() -> None:
+    """Remove the run's temporary folder."""
+    while TEMPORARY:
+        shutil.rmtree(TEMPORARY.pop(), ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
