@@ -3,7 +3,7 @@
 # removed, as if the quantization of its output cut negative numbers off, which a zero point of 0 does. But the
 # symmetric range makes that zero point 128, so negative numbers pass and the network has no activations left: no
 # warning, an error as large as the answer itself. Without the option the zero point is 0 and removal is right.
-# Seen: "relu kept: False, its zero point: 128, error 1.01" (without the option: False, 0, 0.016). Expected with the
+# Seen: "relu kept: False, its zero point: 128, error 1" (without the option: False, 0, 0.016). Expected with the
 # option: the Relu kept, or a zero point of 0. Exits with another status than 0 if that changes.
 set -euo pipefail
 folder=$(mktemp -d)
