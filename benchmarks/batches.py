@@ -1,8 +1,8 @@
 """What four images cost beside one: ``python -m benchmarks.batches``.
 
 As the graph of batch 4 (``run_raw``), and as ``run_batches`` divides them after warm-up. The runs
-of one bundle take turns in one process, with native operators and without, and so do the plain
-twin's. Cases of `benchmarks.matrix` have a process each, minutes apart, and a shared machine's
+of one bundle take turns in one process, with native operators and without, and so do the
+baseline's. Cases of `benchmarks.matrix` have a process each, minutes apart, and a shared machine's
 speed drifts by more than the difference; ratios here are of one run.
 """
 
@@ -25,7 +25,7 @@ from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.runtime import open_session
 
 MANY = 4
-# (FDConv rather than its plain twin, native operators)
+# (FDConv rather than its baseline, native operators)
 SIDES = {"native": (True, True), "portable": (True, False), "plain": (False, False)}
 
 

@@ -68,7 +68,7 @@ class Case:
         return made_up_images(self.batch, (self.height, self.width), seed=1)
 
     def make(self, *, dynamic: bool = True) -> nn.Module:
-        """The network with weights that behave as trained ones, or its plain twin."""
+        """The network with weights that behave as trained ones, or its baseline."""
         kernel_num = self.kernel_num if dynamic else None
         if self.network == "upernet":
             return build(upernet(self.depth, kernel_num, width=self.channels))

@@ -1,7 +1,7 @@
 """What FDConv costs layer by layer, before and after folding: ``python -m benchmarks.layers``.
 
 The R50 backbone at 512×512: FDConv as published in eager PyTorch, exported in ONNX Runtime as it
-is and with native operators where they are built, and the plain twin in ONNX Runtime, taking
+is and with native operators where they are built, and the baseline in ONNX Runtime, taking
 turns in one process. Each is told apart by layer and by
 part (`fdconv_deploy.profiling`); ``--json`` keeps all of it, ``--svg`` draws the README's
 figure from this run, ``--draw FILE`` from an earlier one.

@@ -17,7 +17,7 @@ from fdconv_deploy.nn.detection.fpn import FPN
 
 
 def backbone(depth: int = 50, kernel_num: int | None = 64, width: int = 64) -> BackboneConfig:
-    """ResNet with FDConv layers; ``kernel_num=None`` is the plain twin."""
+    """ResNet with FDConv layers; ``kernel_num=None`` is the baseline."""
     conv = None if kernel_num is None else FDConvConfig(kernel_num=kernel_num)
     return BackboneConfig(depth=depth, base_channels=width, conv=conv)
 

@@ -12,7 +12,7 @@ BARS = {
     "eager": ("#e0703a", "as published, PyTorch"),
     "exported": ("#3b8eea", "exported, ONNX Runtime"),
     "native": ("#1f6feb", "with native operators"),
-    "plain": ("#8d969e", "plain twin, ONNX Runtime"),
+    "plain": ("#8d969e", "baseline, ONNX Runtime"),
 }
 WIDTH, BAR_HEIGHT = 8.6, 0.42  # inches; the README shows it about as wide
 

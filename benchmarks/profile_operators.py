@@ -1,7 +1,7 @@
 """Where an exported network's time goes: ``python -m benchmarks.profile_operators``.
 
 Milliseconds per run by part (convolutions, kernel assembly, band modulation, attention, the
-rest) and by operator, FDConv beside its plain twin, both profiled in one process by ONNX
+rest) and by operator, FDConv beside its baseline, both profiled in one process by ONNX
 Runtime; by default the R50 backbone at 512×512.
 """
 

@@ -51,7 +51,7 @@ def markdown(
         f"{machine.QUIET:.0%} of the CPUs. Measured at commit {', '.join(commits)}; a + is a tree "
         "with changes of its own.\n",
         "![Milliseconds of one image through FDConv as published, exported, and the plain "
-        "twin](cost.svg)\n",
+        "baseline](cost.svg)\n",
         *_section("Limits set beforehand", _limits(cases, batches)),
     ]
     for network in NETWORKS:
@@ -173,7 +173,7 @@ def _batches(batches: Sequence[dict[str, Any]]) -> Iterator[str]:
             of_one = (f"{found['of one'][way]['value']:.2f}" for way in ("graph", "divided"))
             times = [_ms(found, way) for way in ("one", "graph", "divided")]
             yield _row(
-                f"{_untold(batch)}, {'plain twin' if side == 'plain' else side}{_noise(batch)}",
+                f"{_untold(batch)}, {'baseline' if side == 'plain' else side}{_noise(batch)}",
                 *times[:2],
                 next(of_one),
                 times[2],
@@ -249,7 +249,7 @@ def _parts(profile: dict[str, Any]) -> Iterator[str]:
     fdconv, plain = profile["fdconv"], profile["plain"]
     commit = profile["machine"]["commit"]
     yield f"By ONNX Runtime's own profile, milliseconds per run; commit {commit}.\n"
-    yield from _head("part", "FDConv", "plain twin", "of FDConv's, the largest operators")
+    yield from _head("part", "FDConv", "baseline", "of FDConv's, the largest operators")
     for part in PARTS:
         largest = list(fdconv["operators_by_part"][part].items())[:4]
         said = ", ".join(f"{operator} {spent:.1f}" for operator, spent in largest if spent >= 0.1)

@@ -1,7 +1,7 @@
 """What FDConv costs, side by side in one process: ``python -m benchmarks.speed``.
 
 Eager PyTorch as published, the folded network in PyTorch, the exported bundle in ONNX Runtime
-as it is and, where they are built, with the native operators, and the plain twin in both, one
+as it is and, where they are built, with the native operators, and the baseline in both, one
 run of each in turn so that a machine's drift hits all alike. Medians with quartiles; quote the
 ratios. The exports are made, and measured, in fresh processes.
 """
@@ -33,8 +33,8 @@ SIDES = {
     "folded": "FDConv, folded, PyTorch",
     "exported": "FDConv, exported, ONNX Runtime",
     "native": "FDConv, exported, native operators",
-    "plain_eager": "plain twin, PyTorch",
-    "plain": "plain twin, ONNX Runtime",
+    "plain_eager": "baseline, PyTorch",
+    "plain": "baseline, ONNX Runtime",
 }
 RATIOS = (
     ("exported", "eager"),

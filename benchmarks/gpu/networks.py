@@ -33,7 +33,7 @@ class LastFeature(nn.Module):
 
 
 def _pair(dry: bool) -> tuple[nn.Module, nn.Module, Tensor]:
-    """An FDConv network, its plain twin, and one image."""
+    """An FDConv network, its baseline, and one image."""
     torch.manual_seed(0)
     if dry:
         dynamic = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), FDConv2d(32, 32, 1, kernel_num=4))
@@ -97,17 +97,17 @@ class _Networks:
         captured = CapturedNetwork(network, x)
         self.add("FDConv, fused kernels, CUDA graph", dtype, size, captured, x)
 
-    def twin(self, dtype: torch.dtype, size: int) -> None:
+    def baseline(self, dtype: torch.dtype, size: int) -> None:
         last = dtype is torch.float16
         plain = copy.deepcopy(self.plain).to(self.device, dtype)
         if last:
             plain = plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         network, x = FusedNetwork(plain, dtype, last), self.batch(size)
         if self.dry:
-            self.add("plain twin", dtype, size, network, x, dynamic=False)
+            self.add("baseline", dtype, size, network, x, dynamic=False)
             return
         captured = CapturedNetwork(network, x)
-        self.add("plain twin, CUDA graph", dtype, size, captured, x, dynamic=False)
+        self.add("baseline, CUDA graph", dtype, size, captured, x, dynamic=False)
 
     def eager(self, dtype: torch.dtype, size: int, compiled: bool = False) -> None:
         network: Any = copy.deepcopy(self.dynamic).to(self.device)
@@ -164,7 +164,7 @@ def measure_networks(record: Any, dry: bool) -> None:
             what = f"{dtype}, batch {size}"
             parts += [
                 (f"fused, {what}", lambda d=dtype, s=size: networks.fused(d, s)),
-                (f"plain twin, {what}", lambda d=dtype, s=size: networks.twin(d, s)),
+                (f"baseline, {what}", lambda d=dtype, s=size: networks.baseline(d, s)),
             ]
             if not (dry and dtype is torch.float16):
                 parts.append(

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from examples.streets.recipe import Recipe
 from examples.streets.scenes import CLASSES, draw_scene
+from examples.streets.schedule import Recipe
 from examples.training.scenes import SIZE, draw_many
 
 Scenes = tuple[NDArray[np.uint8], NDArray[np.uint8]]
@@ -24,7 +24,7 @@ def draw_scenes(seeds: range, size: tuple[int, int] = SIZE) -> Scenes:
 
 
 def batch_of(recipe: Recipe, step: int, scenes: Scenes) -> tuple[Tensor, Tensor]:
-    """Step number `step`'s batch: a function of (seed, step), so that twins see the same.
+    """Step number `step`'s batch: a function of (seed, step), so that both networks see the same.
 
     Returns RGB 0..255 float32 ``(B, 3, h, w)`` and labels int64 ``(B, h, w)``.
     """

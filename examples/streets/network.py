@@ -1,4 +1,4 @@
-"""The twins: what they are made of, and how they go on from their base."""
+"""The two networks: what they are made of, and how they go on from their base."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def architecture(name: str) -> SegmentorConfig:
 
 
 def continue_from(network: Segmentor, base: dict[str, Tensor]) -> None:
-    """Start a twin where the base ended; an FDConv network computes the same at first.
+    """Start a network where the base ended; an FDConv network computes the same at first.
 
     Kernels become spectra by the published conversion. The published layer leaves one
     attention head, `filter_fc`, far from zero, which would spoil what the base has learnt:

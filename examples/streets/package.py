@@ -1,4 +1,4 @@
-"""Trained twins → what is packaged: checkpoints, held-out scenes, the record of the comparison."""
+"""Trained networks → what is packaged: checkpoints, held-out scenes, the record of the comparison."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rich.table import Table
 
 from examples.streets.data import Scenes, draw_scenes
 from examples.streets.network import FILES, TWINS, architecture
-from examples.streets.recipe import Recipe
 from examples.streets.scenes import CLASSES, PALETTE
+from examples.streets.schedule import Recipe
 from examples.training.attention_statistics import FRAMES, SIZES, frames, recalibrate
 from examples.training.layers import dynamic_layers
 from examples.training.record import attention_spread, origins, write_json

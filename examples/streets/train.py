@@ -1,11 +1,11 @@
-"""Train the packaged FDConv segmentor and its plain twin on drawn streets.
+"""Train the packaged FDConv segmentor and its baseline on drawn streets.
 
     python -m examples.streets.train                     # from the repository's root: all of it
     python -m examples.streets.train --only fdconv       # one network: two processes, two cores
     python -m examples.streets.train --steps 60 --scenes 64 --out /tmp/try
 
 As FDConv networks are made in practice: a plain network is trained first (`base`), its
-kernels become spectra, and training goes on. The twins both start from that base and get the
+kernels become spectra, and training goes on. Both networks start from that base and get the
 same seed, scenes, order, augmentation, schedule and number of steps; the one difference is
 `BackboneConfig.conv`. Training can be stopped and started again: it goes on from the last
 state in --work. Runs on a CPU; the packaged networks took about an hour.
@@ -23,7 +23,7 @@ from torch import Tensor
 from examples.streets.data import Scenes, batch_of, class_weights, draw_scenes
 from examples.streets.network import TWINS, architecture, continue_from
 from examples.streets.package import evaluate
-from examples.streets.recipe import Recipe, rate
+from examples.streets.schedule import Recipe, rate
 from examples.training.layers import parameter_groups, quicken
 from examples.training.run import STOPPED, Run, add_arguments, console, load_state, recipe_of
 from examples.training.scenes import TRAINING_SEEDS, normalise
@@ -33,7 +33,7 @@ from fdconv_deploy.nn import Segmentor, build_segmentor
 def train(name: str, recipe: Recipe, scenes: Scenes, work: Path, minutes: float) -> bool:
     """Train one network to the end of its span, or for `minutes`. True when it is done.
 
-    Its state is ``work/<name>.state``; a twin starts from ``work/base.state``.
+    Its state is ``work/<name>.state``; each network starts from ``work/base.state``.
     """
     torch.manual_seed(recipe.seed)
     network = build_segmentor(architecture(name))

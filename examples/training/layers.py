@@ -60,7 +60,7 @@ def quicken(network: nn.Module) -> None:
 
 
 def parameter_groups(network: nn.Module, recipe: Rates) -> list[dict[str, Any]]:
-    """AdamW's groups: no decay on vectors; rates that let the twins learn alike.
+    """AdamW's groups: no decay on vectors; rates that let the baselines learn alike.
 
     AdamW moves each number by about the learning rate. Moving every bin of a stored spectrum
     by r moves its kernel's weights by r · scale / sqrt(R·C / 2) only, three to four times

@@ -13,8 +13,8 @@ import torch
 from examples.streets import package
 from examples.streets.data import batch_of
 from examples.streets.network import TWINS, architecture, continue_from
-from examples.streets.recipe import Recipe, rate
 from examples.streets.scenes import draw_scene
+from examples.streets.schedule import Recipe, rate
 from examples.streets.train import train
 from examples.training.attention_statistics import frames
 from examples.training.layers import FastSpectrum, dynamic_layers

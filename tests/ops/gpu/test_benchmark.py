@@ -41,8 +41,8 @@ def test_a_dry_run_measures_every_part(tmp_path):
         assert row["error"] <= (2e-6 if row["dtype"] == "float32" else 1.5e-3)
         assert row["us"].keys() == {"rows", "columns"}
     errors = {(r["backend"], r["dtype"]): r["error"] for r in record["networks"]}
-    assert errors.pop(("plain twin", "float16")) is None
-    assert errors.pop(("plain twin", "float32")) is None
+    assert errors.pop(("baseline", "float16")) is None
+    assert errors.pop(("baseline", "float32")) is None
     assert len(errors) == 4
     for (_, dtype), error in errors.items():
         assert error <= (4e-6 if dtype == "float32" else 5e-3)

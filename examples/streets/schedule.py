@@ -1,4 +1,4 @@
-"""How the twins are trained."""
+"""How the baselines are trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Recipe:
     """All that decides how a network comes out, the architecture apart.
 
     Two cycles of falling learning rate. The base learns from small crops, by cross-entropy
-    that favours rare classes. The twins' cycle, the last third of the steps, sees larger
+    that favours rare classes. The two networks' cycle, the last third of the steps, sees larger
     crops and adds a soft Jaccard loss: favouring made people and poles fat, and IoU is what
     is scored.
     """
@@ -32,7 +32,7 @@ class Recipe:
 
     @property
     def turn(self) -> int:
-        """The twins' first step."""
+        """The two networks' first step."""
         return 2 * self.steps // 3
 
     def span(self, name: str) -> tuple[int, int]:
