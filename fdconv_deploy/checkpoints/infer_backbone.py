@@ -79,10 +79,7 @@ def infer_backbone(
         because=f"the weights' stem makes {stem} channels",
     )
     settings.exact(
-        "names",
-        num_stages=stages,
-        deep_stem=deep,
-        avg_down=averaged if shortcuts else UNSET,
+        "names", num_stages=stages, deep_stem=deep, avg_down=averaged if shortcuts else UNSET
     )
     for name in ("strides", "dilations"):
         settings.resolve(

@@ -149,9 +149,7 @@ def _neck(
     outputs = state["lateral_convs.0.conv.weight"].shape[0]
     settings.exact("shapes", in_channels=inputs, out_channels=outputs)
     settings.resolve(
-        "num_outs",
-        accepts=lambda value: value >= count,
-        because=f"the weights have {count} levels",
+        "num_outs", accepts=lambda value: value >= count, because=f"the weights have {count} levels"
     )
     return settings.build()
 

@@ -122,11 +122,7 @@ def _normalisation(
     swapped = stated(section, "bgr_to_rgb", "to_rgb")
     if stated(section, "rgb_to_bgr") is True:
         swapped = True  # the same swap under another name
-    return {
-        "mean": _each(mean, channels),
-        "std": _each(std, channels),
-        "bgr_to_rgb": swapped,
-    }
+    return {"mean": _each(mean, channels), "std": _each(std, channels), "bgr_to_rgb": swapped}
 
 
 def _loading(loader: Mapping[str, Any], channels: int, evidence: Evidence) -> Any:

@@ -101,10 +101,7 @@ def infer_segmentor_config(
 
 
 def infer_backbone_only(
-    state: Shapes,
-    *,
-    config: Config | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    state: Shapes, *, config: Config | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Inference[BackboneConfig]:
     """The backbone of a classifier or a bare backbone; arguments as `infer_segmentor_config`'s."""
     config = config or Config()

@@ -30,10 +30,7 @@ Sizes = dict[str, tuple[Size, Size]]
 
 @torch.no_grad()
 def layer_sizes(
-    state: Shapes,
-    architecture: SegmentorConfig | None,
-    backbone: BackboneConfig | None,
-    size: Size,
+    state: Shapes, architecture: SegmentorConfig | None, backbone: BackboneConfig | None, size: Size
 ) -> Sizes:
     """Input and output size, (height, width), of every convolution that runs at inference.
 
