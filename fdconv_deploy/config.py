@@ -138,6 +138,12 @@ class BackboneConfig(Frozen):
     multi_grid: tuple[int, ...] | None = None
     conv: FDConvConfig | None = FDConvConfig()
 
+    @property
+    def output_widths(self) -> tuple[int, ...]:
+        """Channels of each output, in the order of ``out_indices``."""
+        expansion = 4 if RESNET_BLOCKS[self.depth][0] == "bottleneck" else 1
+        return tuple(self.base_channels * 2**i * expansion for i in sorted(self.out_indices))
+
 
 class DecodeHeadConfig(Frozen):
     """What mmsegmentation's decode heads have in common. ``in_index`` names backbone outputs.
@@ -146,7 +152,7 @@ class DecodeHeadConfig(Frozen):
     takes one, and UPerHead each by itself. ``norm=False``: convolutions with a bias instead
     of batch normalisation.
 
-    ``out_channels`` is 1 for a head that tells two classes apart by one output, None where
+    ``out_channels`` is 1 for a head that distinguishes two classes by one output, None where
     there is an output for each of ``num_classes`` (which may be 1 as well). Of one output, a
     pixel is of class 1 where its sigmoid is above ``threshold``, else of class 0: the rule of
     mmsegmentation 1.2.2's ``BaseDecodeHead.__init__`` (None means 0.3) and
@@ -272,12 +278,11 @@ class Preprocessing(Frozen):
     """From an image to the network's input: ``(image - mean) / std``, float32, band by band.
 
     ``mean`` and ``std`` have a value for each band the network takes. ``scale`` is the
-    (long, short) pixel budget of the published keep-ratio resize, when the checkpoint's config
-    told one.
+    (long, short) pixel budget of the published keep-ratio resize, where the config has one.
 
     ``loading`` is how files were loaded in training:
 
-    - ``color``: 8 bits of red, green and blue, as ``LoadImageFromFile`` does unless told.
+    - ``color``: 8 bits of red, green and blue, as ``LoadImageFromFile`` does by default.
     - ``grayscale`` and ``unchanged``: as its ``color_type`` of that name, by OpenCV. A file of
       four bands is then blue, green, red, alpha.
     - ``bands``: every band of the file, in the file's order and type, as mmsegmentation's

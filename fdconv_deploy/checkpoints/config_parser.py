@@ -46,7 +46,7 @@ _CALLS: dict[str, Callable[..., Any]] = {"list": list, "tuple": tuple, "int": in
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A value that could not be read: ``reason`` says why, ``line`` where it stands."""
+    """A value that could not be read: ``reason`` says why, ``line`` the line it is on."""
 
     reason: str
     line: int
@@ -270,7 +270,7 @@ class _Reader:
         match target:
             case ast.Name(id="_base_"):
                 self._base(target.lineno)
-                self.names["_base_"] = Unreadable("it stands in a base config file", target.lineno)
+                self.names["_base_"] = Unreadable("it is in a base config file", target.lineno)
             case ast.Name(id=name):
                 self.names[name] = value
             case ast.Tuple(elts=targets) | ast.List(elts=targets) if isinstance(

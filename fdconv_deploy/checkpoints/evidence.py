@@ -30,8 +30,7 @@ Source = Literal[
 
 CHECKPOINT_META = "the checkpoint's meta"
 UNSET: Any = object()
-_OF_THE_SECTION: Any = object()
-_OF_THE_MODEL: Any = object()
+_USUAL: Any = object()
 ConfigT = TypeVar("ConfigT", bound=Frozen)
 
 
@@ -99,13 +98,10 @@ class Evidence:
                     f"Did you mean {' or '.join(near)}?" if near else "fdconv inspect lists them."
                 )
                 raise CheckpointError(f"{name!r} is not a field of this network. {hint}")
-        assumed = [setting.source == "published default" for setting in self.settings]
-        pairs = list(zip(self.settings, assumed, strict=True))
+        assumed = tuple(s for s in self.settings if s.source == "published default")
+        found = tuple(s for s in self.settings if s.source != "published default")
         return Inference(
-            architecture=architecture,
-            found=tuple(setting for setting, default in pairs if not default),
-            assumed=tuple(setting for setting, default in pairs if default),
-            notes=tuple(self.notes),
+            architecture=architecture, found=found, assumed=assumed, notes=tuple(self.notes)
         )
 
 
@@ -114,9 +110,9 @@ class SettingResolver(Generic[ConfigT]):
 
     Args:
         evidence: takes the settings, and holds what the user gave.
-        model: the model; its fields' types convert what the user and the config say.
+        model: the model; its fields' types convert values of the user and the config.
         prefix: of the fields' dotted names, as ``backbone.conv``; empty for the whole network.
-        section: what the config says, by the model's field names; empty without a config.
+        section: the config's values, by the model's field names; empty without a config.
         defaults: published defaults that differ from the model's own.
         note: what to note beside one of ``defaults`` that is assumed.
     """
@@ -144,9 +140,9 @@ class SettingResolver(Generic[ConfigT]):
         name: str,
         *,
         kind: Any = None,
-        config: Any = _OF_THE_SECTION,
+        config: Any = _USUAL,
         config_name: str = "the config",
-        default: Any = _OF_THE_MODEL,
+        default: Any = _USUAL,
         exact: Any = UNSET,
         accepts: Callable[[Any], bool] | None = None,
         derived: Any = UNSET,
@@ -160,8 +156,8 @@ class SettingResolver(Generic[ConfigT]):
         Args:
             name: the model's field.
             kind: its type, by default the model's.
-            config: what the config says, by default its section's entry of that name. Values
-                that could not be read count as none.
+            config: the config's value, by default its section's entry of that name. One that
+                could not be read counts as none.
             config_name: what to call the config's entry in an error.
             default: the published default, by default the model's.
             exact: the value, if the weights leave only one.
@@ -174,14 +170,14 @@ class SettingResolver(Generic[ConfigT]):
             note: something to note beside a value that is assumed.
 
         Raises:
-            CheckpointError: the config or the user contradicts the weights, or nothing tells
-                the value.
+            CheckpointError: the config or the user contradicts the weights, or the value is in
+                none of them and has no default.
         """
         field = self.prefix + name
         self.evidence.fields.add(field)
-        if config is _OF_THE_SECTION:
+        if config is _USUAL:
             config = stated(self.section, name)
-        if default is _OF_THE_MODEL:
+        if default is _USUAL:
             info = self.model.model_fields[name]
             default = self.defaults.get(name, UNSET if info.is_required() else info.default)
             note = note or (self.note if name in self.defaults else "")
@@ -190,11 +186,11 @@ class SettingResolver(Generic[ConfigT]):
             because = because or f"the weights' {source} give {exact!r}"
         adapter = _adapter(self.model, name) if kind is None else TypeAdapter(kind)
         override = self.evidence.overrides.get(field, UNSET)
-        asked = _converted(field, adapter, override, "the command line")
+        given = _converted(field, adapter, override, "the command line")
         # The user settles what config and weights disagree on.
-        config = config if asked is UNSET else UNSET
+        config = config if given is UNSET else UNSET
         written = _converted(field, adapter, config, config_name)
-        for witness, value in (("the command line", asked), (config_name, written)):
+        for witness, value in (("the command line", given), (config_name, written)):
             if value is not UNSET and accepts is not None and not accepts(value):
                 raise CheckpointError(
                     f"{field}: {witness} says {value!r}, but {because}. The weights decide: correct"
@@ -204,7 +200,7 @@ class SettingResolver(Generic[ConfigT]):
             default = UNSET
         origin: Source = "checkpoint meta" if config_name == CHECKPOINT_META else "config"
         choices: list[tuple[Any, Source]] = [
-            (asked, "command line"),
+            (given, "command line"),
             (written, origin),
             (default, "published default"),
             (derived, source),
@@ -212,8 +208,8 @@ class SettingResolver(Generic[ConfigT]):
         chosen = next((choice for choice in choices if choice[0] is not UNSET), None)
         if chosen is None:
             raise CheckpointError(
-                f"{field} is not known: {because or 'names and shapes of the weights do not tell'}."
-                f" Give the network's config, or {field} itself on the command line."
+                f"{field} is not known: {because or 'names and shapes leave it open'}. "
+                f"Give the network's config, or {field} itself on the command line."
             )
         value, decider = chosen[0], source if derived is not UNSET else chosen[1]
         if matters:
@@ -224,7 +220,7 @@ class SettingResolver(Generic[ConfigT]):
         return value
 
     def exact(self, source: Source, **values: Any) -> None:
-        """Fields whose values the weights tell; UNSET ones are resolved without the weights."""
+        """Fields whose values follow from the weights; UNSET ones are resolved without them."""
         for name, value in values.items():
             self.resolve(name, exact=value, source=source)
 
@@ -270,10 +266,7 @@ def _flat(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def stated(section: Mapping[str, Any], *names: str) -> Any:
-    """What a config's section says under the first of ``names`` it has.
-
-    UNSET if it has none, or if what it says could not be read in full.
-    """
+    """A section's value under the first of ``names`` it has; UNSET if none could be read."""
     for name in names:
         if name in section:
             value = section[name]
@@ -286,3 +279,32 @@ def type_of(section: Mapping[str, Any]) -> str:
     """A section's ``type`` without its module; empty if it is not there."""
     value = section.get("type")
     return value.rpartition(".")[2] if isinstance(value, str) else ""
+
+
+def expect_type(name: str, section: Mapping[str, Any], *known: str) -> None:
+    """Refuse a section of another type than those ``known``; one without a type is taken.
+
+    Raises:
+        CheckpointError: it is of another.
+    """
+    kind = type_of(section)
+    if kind and kind not in known:
+        raise CheckpointError(
+            f"The config's {name} is a {kind}. Expected {' or '.join(known)}; others are not "
+            "supported yet."
+        )
+
+
+def refuse_settings(name: str, section: Mapping[str, Any], **expected: Any) -> None:
+    """Refuse settings that change what is computed and are built in one way only.
+
+    Raises:
+        CheckpointError: a setting has another value than the expected one.
+    """
+    for field, only in expected.items():
+        value = stated(section, field)
+        if value is not UNSET and value != only:
+            raise CheckpointError(
+                f"The config's {name} has {field}={str(value)[:60]}. Expected {only!r}; anything "
+                "else is not supported yet."
+            )

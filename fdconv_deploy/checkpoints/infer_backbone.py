@@ -6,39 +6,51 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fdconv_deploy.checkpoints.evidence import UNSET, Evidence, SettingResolver, stated, type_of
+from fdconv_deploy.checkpoints.config_parser import Config
+from fdconv_deploy.checkpoints.evidence import (
+    UNSET,
+    Evidence,
+    SettingResolver,
+    expect_type,
+    refuse_settings,
+    stated,
+    type_of,
+)
 from fdconv_deploy.checkpoints.infer_fdconv import infer_fdconv
 from fdconv_deploy.checkpoints.infer_layers import Layer, Shapes, conv_layers, dynamic_names
 from fdconv_deploy.config import RESNET_BLOCKS, BackboneConfig, FDConvConfig
 from fdconv_deploy.errors import CheckpointError
 
 _BLOCK = re.compile(r"layer(\d+)\.(\d+)\.conv\d$")
-# Settings that change what a ResNet computes and that are not built here.
-_UNSUPPORTED = ("dcn", "plugins")
 
 
 def infer_backbone(
     state: Shapes,
-    section: Mapping[str, Any],
+    config: Config,
     evidence: Evidence,
     stock: Mapping[str, Any] | None = None,
 ) -> BackboneConfig:
-    """The backbone, by its names and shapes and the config's section.
+    """The backbone, by its names and shapes and the config's ``model.backbone``.
 
     Args:
         state: the backbone's tensors, names without ``backbone.``; only shapes are read.
-        section: the config's ``model.backbone``; empty if there is no config.
+        config: the whole network's; it may be empty.
         evidence: takes the settings.
         stock: settings of the stock config this network is probably of, where they differ from
             the defaults; taken if there is no section.
 
     Raises:
-        CheckpointError: it is no ResNet of mmsegmentation's, or the config or the user
-            contradicts the weights.
+        CheckpointError: it is no ResNet of mmsegmentation's, the config normalises in another
+            way than by BatchNorm, or the config or the user contradicts the weights.
     """
     _refuse_a_start(state)
+    section = config.section("model", "backbone")
     layers = {layer.name: layer for layer in conv_layers(state)}
     _check_is_resnet(layers, section)
+    for owner in ("backbone", "decode_head"):
+        norm = config.section("model", owner, "norm_cfg")
+        expect_type(f"{owner}.norm_cfg", norm, "BN", "BN2d", "SyncBN", "MMSyncBN", "BatchNorm2d")
+        refuse_settings(f"{owner}.norm_cfg", norm, eps=1e-5)
     blocks = _blocks(layers)
     stages = len(blocks)
     bottleneck = "layer1.0.conv3" in layers
@@ -135,14 +147,14 @@ def _conv(
     conv_section: Mapping[str, Any] = conv_cfg if isinstance(conv_cfg, Mapping) else {}
     if not dynamic:
         _check_all_plain(scope, conv_section)
-    asked = evidence.overrides.get("backbone.style", stated(section, "style"))
+    given = evidence.overrides.get("backbone.style", stated(section, "style"))
     strides = settings.values["strides"][: settings.values["num_stages"]]
     # In each style, the names of the convolutions that have a stride above 1.
     strided = {
         style: {"stem.0"} | {f"layer{i}.0.{conv}" for i, s in enumerate(strides, 1) if s > 1}
         for style, conv in (("pytorch", "conv2" if bottleneck else "conv1"), ("caffe", "conv1"))
     }
-    candidates = [style for style in strided if style == asked] or list(strided)
+    candidates = [style for style in strided if style == given] or list(strided)
     return infer_fdconv(scope, conv_section, evidence, strided, candidates)
 
 
@@ -185,12 +197,7 @@ def _check_is_resnet(layers: Mapping[str, Layer], section: Mapping[str, Any]) ->
             "The backbone is not a ResNet as mmsegmentation names it: expected layers conv1 or "
             f"stem, layer1.0.conv1 and so on, found {names}. Other backbones are not supported yet."
         )
-    for name in _UNSUPPORTED:
-        if stated(section, name) not in (UNSET, None):
-            raise CheckpointError(
-                f"The config's backbone has {name}={str(section[name])[:60]}, which is not "
-                "supported. Expected a ResNet without it; it changes what the network computes."
-            )
+    refuse_settings("backbone", section, dcn=None, plugins=None)
 
 
 def _blocks(layers: Mapping[str, Layer]) -> list[int]:

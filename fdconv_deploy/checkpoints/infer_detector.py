@@ -12,13 +12,15 @@ from fdconv_deploy.checkpoints.evidence import (
     Evidence,
     Inference,
     SettingResolver,
+    expect_type,
+    refuse_settings,
     stated,
     type_of,
 )
+from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
 from fdconv_deploy.checkpoints.infer_classes import infer_classes
 from fdconv_deploy.checkpoints.infer_layers import Shapes, dynamic_names, part
 from fdconv_deploy.checkpoints.infer_preprocessing import infer_preprocessing
-from fdconv_deploy.checkpoints.infer_segmentor import infer_whole_backbone, output_widths
 from fdconv_deploy.config import (
     PUBLISHED_SCALE,
     BoxCoderConfig,
@@ -60,14 +62,13 @@ def infer_detector_config(
     config = config or Config()
     _check_kind(state, config)
     evidence = Evidence(_without_mode(overrides or {}), config.notes)
-    backbone = infer_whole_backbone(part(state, "backbone."), config, evidence)
+    backbone = infer_backbone(part(state, "backbone."), config, evidence)
     if backbone.in_channels != 3:
         raise CheckpointError(
             f"it is a detector whose images have {backbone.in_channels} bands. Expected 3: "
             "detectors of other images are not supported."
         )
-    widths = output_widths(backbone, part(state, "backbone."))
-    model = config.section("model")
+    model, widths = config.section("model"), backbone.output_widths
     neck = _neck(part(state, "neck."), widths, _inner(model, "neck"), evidence)
     rpn_head = _rpn_head(part(state, "rpn_head."), neck, _inner(model, "rpn_head"), evidence)
     section = _inner(model, "roi_head")
@@ -133,8 +134,10 @@ def _neck(
     state: Shapes, widths: Sequence[int], section: Mapping[str, Any], evidence: Evidence
 ) -> FPNConfig:
     """The feature pyramid over outputs of ``widths`` channels."""
-    _expect_type("neck", section, "FPN")
-    _refuse("neck", section, add_extra_convs=False, start_level=0, end_level=-1, norm_cfg=None)
+    expect_type("neck", section, "FPN")
+    refuse_settings(
+        "neck", section, add_extra_convs=False, start_level=0, end_level=-1, norm_cfg=None
+    )
     count = len({key.split(".")[1] for key in state if key.startswith("lateral_convs.")})
     convs = [f"{name}.{i}.conv" for name in ("lateral_convs", "fpn_convs") for i in range(count)]
     _refuse_strange("neck", state, convs, "an FPN without normalisation or extra convolutions")
@@ -158,7 +161,7 @@ def _rpn_head(
     state: Shapes, neck: FPNConfig, section: Mapping[str, Any], evidence: Evidence
 ) -> RPNHeadConfig:
     """The region proposal head and its anchors."""
-    _expect_type("rpn_head", section, "RPNHead")
+    expect_type("rpn_head", section, "RPNHead")
     _refuse_strange(
         "rpn_head", state, ["rpn_conv", "rpn_cls", "rpn_reg"], "one convolution, scores and deltas"
     )
@@ -170,8 +173,8 @@ def _rpn_head(
             "softmax scores are not supported."
         )
     generator = _inner(section, "anchor_generator")
-    _expect_type("rpn_head.anchor_generator", generator, "AnchorGenerator")
-    _refuse(
+    expect_type("rpn_head.anchor_generator", generator, "AnchorGenerator")
+    refuse_settings(
         "rpn_head.anchor_generator",
         generator,
         base_sizes=None, centers=None, center_offset=0, scale_major=True,
@@ -204,9 +207,9 @@ def _box_head(
 ) -> BoxHeadConfig:
     """The box head. ``section``: the config's ``model.roi_head``."""
     own = _inner(section, "bbox_head")
-    _expect_type("roi_head", section, "StandardRoIHead")
-    _expect_type("bbox_head", own, "Shared2FCBBoxHead", "ConvFCBBoxHead", "BBoxHead")
-    _refuse("bbox_head", own, with_avg_pool=False, reg_decoded_bbox=False)
+    expect_type("roi_head", section, "StandardRoIHead")
+    expect_type("bbox_head", own, "Shared2FCBBoxHead", "ConvFCBBoxHead", "BBoxHead")
+    refuse_settings("bbox_head", own, with_avg_pool=False, reg_decoded_bbox=False)
     layers = len({key.split(".")[1] for key in state if key.startswith("shared_fcs.")})
     names = ["fc_cls", "fc_reg", *(f"shared_fcs.{i}" for i in range(layers))]
     _refuse_strange("bbox_head", state, names, "shared linear layers, classes and deltas")
@@ -241,8 +244,8 @@ def _mask_head(
 ) -> MaskHeadConfig:
     """The mask head. ``classes``: of the box head; ``section``: ``model.roi_head``."""
     own = _inner(section, "mask_head")
-    _expect_type("mask_head", own, "FCNMaskHead")
-    _expect_type("mask_head.upsample_cfg", _inner(own, "upsample_cfg"), "deconv")
+    expect_type("mask_head", own, "FCNMaskHead")
+    expect_type("mask_head.upsample_cfg", _inner(own, "upsample_cfg"), "deconv")
     convs = len({key.split(".")[1] for key in state if key.startswith("convs.")})
     names = ["upsample", "conv_logits", *(f"convs.{i}.conv" for i in range(convs))]
     _refuse_strange("mask_head", state, names, "plain convolutions and a deconvolution")
@@ -280,9 +283,9 @@ def _roi(
 ) -> RoIConfig:
     """How regions are cut out. ``size``: ``output_size``, UNSET where weights don't show it."""
     layer = _inner(section, "roi_layer")
-    _expect_type(f"{head}'s roi_extractor", section, "SingleRoIExtractor")
-    _expect_type(f"{head}'s roi_layer", layer, "RoIAlign")
-    _refuse(f"{head}'s roi_layer", layer, aligned=True, pool_mode="avg")
+    expect_type(f"{head}'s roi_extractor", section, "SingleRoIExtractor")
+    expect_type(f"{head}'s roi_layer", layer, "RoIAlign")
+    refuse_settings(f"{head}'s roi_layer", layer, aligned=True, pool_mode="avg")
     written = {
         **section,
         "output_size": _pixels(stated(layer, "output_size", "out_size")),
@@ -304,8 +307,8 @@ def _coder(
     head: str, section: Mapping[str, Any], default: BoxCoderConfig, evidence: Evidence
 ) -> BoxCoderConfig:
     coder = _inner(section, "bbox_coder")
-    _expect_type(f"{head}.bbox_coder", coder, "DeltaXYWHBBoxCoder")
-    _refuse(f"{head}.bbox_coder", coder, clip_border=True, add_ctr_clamp=False)
+    expect_type(f"{head}.bbox_coder", coder, "DeltaXYWHBBoxCoder")
+    refuse_settings(f"{head}.bbox_coder", coder, clip_border=True, add_ctr_clamp=False)
     written = {"means": stated(coder, "target_means"), "stds": stated(coder, "target_stds")}
     return SettingResolver(
         evidence, BoxCoderConfig, f"{head}.bbox_coder", written, defaults=default.model_dump()
@@ -320,11 +323,7 @@ def _test(config: Config, evidence: Evidence, *, masks: bool) -> DetectorTestCon
         or config.section("test_cfg", "rcnn")
         or config.section("model", "roi_head", "test_cfg")
     )
-    if stated(rpn, "nms_across_levels") not in (UNSET, False):
-        raise CheckpointError(
-            "The config's test_cfg.rpn has nms_across_levels=True. Expected suppression level by "
-            "level; the other is not supported."
-        )
+    refuse_settings("test_cfg.rpn", rpn, nms_across_levels=False)
     kept = {"max_per_img": stated(rpn, "max_per_img", "max_num", "nms_post")}
     first = SettingResolver(
         evidence, RPNTestConfig, "test.rpn", rpn | kept | _suppression("rpn", rpn)
@@ -339,14 +338,8 @@ def _test(config: Config, evidence: Evidence, *, masks: bool) -> DetectorTestCon
 def _suppression(stage: str, section: Mapping[str, Any]) -> dict[str, Any]:
     """The threshold of the ``nms`` entry, which must be plain suppression, group by group."""
     nms = _inner(section, "nms")
-    kind = type_of(nms)
-    across = stated(nms, "class_agnostic") not in (UNSET, False)
-    if kind not in ("", "nms") or across:
-        found = f"nms type {kind}" if kind not in ("", "nms") else "class_agnostic=True"
-        raise CheckpointError(
-            f"The config's test_cfg.{stage} has {found}. Expected plain nms of each level or "
-            "class; others are not supported yet."
-        )
+    expect_type(f"test_cfg.{stage}.nms", nms, "nms")
+    refuse_settings(f"test_cfg.{stage}.nms", nms, class_agnostic=False)
     value = stated(nms, "iou_threshold", "iou_thr")
     return {"nms_iou_threshold": stated(section, "nms_thr") if value is UNSET else value}
 
@@ -367,26 +360,6 @@ def _pixels(size: Any) -> Any:
     """The one number of several equal ones."""
     several = isinstance(size, (list, tuple)) and len(size) > 0
     return size[0] if several and all(side == size[0] for side in size) else size
-
-
-def _expect_type(name: str, section: Mapping[str, Any], *known: str) -> None:
-    kind = type_of(section)
-    if kind and kind not in known:
-        raise CheckpointError(
-            f"The config's {name} is a {kind}. Expected {' or '.join(known)}; others are not "
-            "supported yet."
-        )
-
-
-def _refuse(name: str, section: Mapping[str, Any], **expected: Any) -> None:
-    """Refuse settings that change what is computed and are built one way only."""
-    for field, only in expected.items():
-        value = stated(section, field)
-        if value is not UNSET and value != only:
-            raise CheckpointError(
-                f"The config's {name} has {field}={str(value)[:60]}. Expected {only!r}; anything "
-                "else is not supported yet."
-            )
 
 
 def _refuse_strange(name: str, state: Shapes, layers: Sequence[str], what: str) -> None:

@@ -16,8 +16,8 @@ from fdconv_deploy.errors import CheckpointError
 
 # Reductions people use, tried before any other that fits.
 _USUAL_REDUCTIONS = (1 / 16, 1 / 32, 1 / 8, 1 / 4, 1 / 2, 1 / 64)
-# What a state dict holds of each normalisation, and what it does not tell of those that are not
-# the published one.
+# What a state dict holds of each normalisation, and what is assumed of those that are not the
+# published one.
 _STORED: dict[AttentionNorm, str] = {
     "batch": "running statistics",
     "group": "a scale and a shift without running statistics",
@@ -26,7 +26,7 @@ _STORED: dict[AttentionNorm, str] = {
 _NORM_NOTES: dict[AttentionNorm, str] = {
     "group": "The attention's normalisation has a scale and a shift and no running statistics: "
     "taken for GroupNorm(1, C) with epsilon 1e-5, as public copies of FDConv have it; weights do "
-    "not tell its number of groups or epsilon.",
+    "not show its number of groups or epsilon.",
     "none": "The attention has no normalisation (nothing under KSM_Global.bn): taken for Identity, "
     "as public copies of FDConv have it; one without weights of its own would look the same.",
 }
@@ -50,7 +50,7 @@ def infer_fdconv(
         section: the config's ``conv_cfg``.
         evidence: takes the settings.
         strided: for each ResNet style, the layers with a stride above 1.
-        styles: the styles that may be: one if the config or the user says so.
+        styles: those that are possible: one if the config or the user gives it.
 
     Raises:
         CheckpointError: no ``conv_cfg`` explains these layers.
@@ -132,7 +132,7 @@ def _thresholds(settings: Conv, layers: Sequence[Layer]) -> None:
         raise CheckpointError(
             "Which layers are FDConv layers follows no channel threshold: one with fewer channels "
             "is dynamic and one with more, of the same kernel size, is not. Expected all layers "
-            "above use_fdconv_if_c_gt; a network changed by hand cannot be told from its weights."
+            "above use_fdconv_if_c_gt; a network changed by hand cannot be inferred."
         )
     sizes = settings.resolve(
         "use_fdconv_if_k_in",
@@ -263,7 +263,7 @@ def _bands(
     section = section if isinstance(section, Mapping) else {}
     if stated(section, "spatial") not in (UNSET, "conv"):
         raise CheckpointError(
-            f"The config's fbm_cfg says spatial={section['spatial']!r}; the published code has "
+            f"The config's fbm_cfg has spatial={section['spatial']!r}; the published code has "
             "'conv' only. Remove it, or give the config this checkpoint was trained with."
         )
     if len({(layer.spatial_kernel, layer.bands) for layer in banded}) > 1:
@@ -325,7 +325,7 @@ def _with_masks(banded: Sequence[Layer]) -> Layer | None:
 
 
 def _band_count(settings: Bands, count: int, given: bool, masked: Layer | None) -> None:
-    """``k_list`` and ``lowfreq_att``, of which shapes tell the sum.
+    """``k_list`` and ``lowfreq_att``, of which shapes give the sum.
 
     A layer has one convolution per band, and one more with ``lowfreq_att``. Which of the two it
     is comes from the band masks, if the file saves them, else from the config, or from the

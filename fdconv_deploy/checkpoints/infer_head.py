@@ -18,6 +18,7 @@ from fdconv_deploy.checkpoints.infer_layers import Shapes, dynamic_names, part
 from fdconv_deploy.config import BINARY_THRESHOLD, HEAD_CONFIGS, HeadConfig, HeadType
 from fdconv_deploy.errors import CheckpointError
 
+Head = SettingResolver[HeadConfig]
 SUPPORTED: tuple[HeadType, ...] = get_args(HeadType)
 _SUPPORTED = f"Supported decode heads: {', '.join(SUPPORTED)}."
 
@@ -65,7 +66,7 @@ _OTHER_HEADS = {
     "SideAdapterCLIPHead": {"side_adapter_network"},
 }
 # What mmsegmentation's pspnet_r50-d8, deeplabv3_r50-d8 and deeplabv3plus_r50-d8 have in common,
-# for weights without a config. A config that is silent means the classes' own defaults instead.
+# for weights without a config. A config without them means the classes' own defaults instead.
 _STOCK_BACKBONE: dict[str, Any] = {
     "strides": (1, 2, 1, 1),
     "dilations": (1, 1, 2, 4),
@@ -104,8 +105,8 @@ def infer_head(
         widths: channels of each of the backbone's outputs.
         section: the config's section of this head; empty if there is none.
         evidence: takes the settings.
-        class_count: how many class names there are, 0 where there are none: they tell how many
-            classes a head with one output has, when its config does not.
+        class_count: how many class names there are, 0 where there are none: they give the
+            classes of a head with one output, when its config does not.
 
     Raises:
         CheckpointError: a head of another type, or the config or the user contradicts the
@@ -120,9 +121,7 @@ def infer_head(
         "in_channels": _entry(section, "in_channels", _several),
         "in_index": _entry(section, "in_index", lambda value: _positive(value, len(widths))),
     }
-    settings: SettingResolver[HeadConfig] = SettingResolver(
-        evidence, HEAD_CONFIGS[kind], name, written
-    )
+    settings: Head = SettingResolver(evidence, HEAD_CONFIGS[kind], name, written)
     outputs, channels = _shape(state, "conv_seg.weight")[:2]
     settings.resolve("type", kind=HeadType, exact=kind, source="names")
     settings.exact("shapes", channels=channels)
@@ -140,10 +139,8 @@ def infer_head(
     return settings.build()
 
 
-def _outputs(
-    settings: SettingResolver[HeadConfig], name: str, outputs: int, class_count: int
-) -> None:
-    """How many classes ``outputs`` channels of logits tell apart, and how.
+def _outputs(settings: Head, name: str, outputs: int, class_count: int) -> None:
+    """How many classes ``outputs`` channels of logits distinguish, and how.
 
     As mmsegmentation 1.2.2's ``BaseDecodeHead``: there is an output for each class, or one
     output and a threshold for a head of two classes (or of one, the other being the rest).
@@ -159,7 +156,7 @@ def _outputs(
         default=2,
         exact=UNSET if one else outputs,
         accepts=lambda value: value in (1, 2),
-        because=f"{name}.conv_seg has one output, which tells two classes apart (num_classes=2, "
+        because=f"{name}.conv_seg has one output, which distinguishes two classes (num_classes=2, "
         "or 1 where the other class is the rest)"
         if one
         else f"{name}.conv_seg makes {outputs}",
@@ -186,8 +183,8 @@ def _outputs(
     )
 
 
-def _norm(settings: SettingResolver[HeadConfig], state: Shapes, name: str) -> None:
-    """Whether batch normalisation follows the convolutions, as the names beside them tell."""
+def _norm(settings: Head, state: Shapes, name: str) -> None:
+    """Whether batch normalisation follows the convolutions, by the names beside them."""
     suffix = ".conv.weight"
     modules = [key.removesuffix(suffix) for key in state if key.endswith(suffix)]
     bare = [module for module in modules if f"{module}.bn.running_var" not in state]
@@ -211,7 +208,7 @@ def _norm(settings: SettingResolver[HeadConfig], state: Shapes, name: str) -> No
 
 
 def _inputs(
-    settings: SettingResolver[HeadConfig],
+    settings: Head,
     state: Shapes,
     kind: HeadType,
     name: str,
@@ -219,7 +216,7 @@ def _inputs(
 ) -> None:
     """Which of the backbone's outputs the head takes: ``in_index`` and ``input_transform``.
 
-    Widths double from stage to stage, so that a number of channels tells which outputs they are.
+    Widths double from stage to stage, so that a number of channels identifies the outputs.
     """
     if kind == "UPerHead":
         laterals = sorted(
@@ -262,7 +259,7 @@ def _inputs(
         exact=UNSET if joined else outputs,
         accepts=lambda value: sorted(value) == list(outputs),
         because=because,
-        note="the weights tell which, not in what order",
+        note="the weights show which outputs, not their order",
     )
     settings.exact("shapes", in_channels=tuple(widths[i] for i in index))
 
@@ -280,7 +277,7 @@ def _channels_in(state: Shapes, kind: HeadType) -> int:
     return _shape(state, "conv_seg.weight")[1]
 
 
-def _pool_scales(settings: SettingResolver[HeadConfig], state: Shapes) -> None:
+def _pool_scales(settings: Head, state: Shapes) -> None:
     count = len([key for key in state if key.startswith("psp_") and key.endswith("conv.weight")])
     settings.resolve(
         "pool_scales",
@@ -289,7 +286,7 @@ def _pool_scales(settings: SettingResolver[HeadConfig], state: Shapes) -> None:
     )
 
 
-def _fcn(settings: SettingResolver[HeadConfig], state: Shapes) -> None:
+def _fcn(settings: Head, state: Shapes) -> None:
     count = len({key.split(".")[1] for key in state if key.startswith("convs.")})
     kernels = {
         value.shape[2]
@@ -306,7 +303,7 @@ def _fcn(settings: SettingResolver[HeadConfig], state: Shapes) -> None:
     settings.resolve("dilation", matters=count > 0)
 
 
-def _dilations(settings: SettingResolver[HeadConfig], state: Shapes, *, stock: bool) -> None:
+def _dilations(settings: Head, state: Shapes, *, stock: bool) -> None:
     """ASPP's dilations: a branch of dilation 1 has a 1×1 kernel, the others 3×3."""
     single: dict[int, bool] = {}
     for key, value in state.items():
@@ -326,9 +323,7 @@ def _dilations(settings: SettingResolver[HeadConfig], state: Shapes, *, stock: b
     )
 
 
-def _finer_map(
-    settings: SettingResolver[HeadConfig], state: Shapes, name: str, widths: Sequence[int]
-) -> None:
+def _finer_map(settings: Head, state: Shapes, name: str, widths: Sequence[int]) -> None:
     """The finer feature map of DeepLabV3+, which is the backbone's first output."""
     weight = "c1_bottleneck.conv.weight"
     out, into = _shape(state, weight)[:2] if weight in state else (0, 0)
@@ -398,8 +393,10 @@ def _type_by_names(state: Shapes) -> HeadType | None:
     return None
 
 
-def _head_type(state: Shapes, name: str, section: Mapping[str, Any], asked: str | None) -> HeadType:
-    """The head's type by its names; ``asked`` is the type that the user says it is.
+def _head_type(
+    state: Shapes, name: str, section: Mapping[str, Any], override: str | None
+) -> HeadType:
+    """The head's type by its names; ``override`` is the type that the user gave.
 
     Raises:
         CheckpointError: another head, or FDConv layers in it.
@@ -424,7 +421,7 @@ def _head_type(state: Shapes, name: str, section: Mapping[str, Any], asked: str 
             f"{name} is {f'a {other}' if other else 'of an unknown type'}: it has {modules}. Such "
             f"heads are not supported yet. {_SUPPORTED}"
         )
-    if written and written not in SUPPORTED and asked is None:
+    if written and written not in SUPPORTED and override is None:
         raise CheckpointError(
             f"{name} is a {written} in the config, which is not supported. {_SUPPORTED} "
             f"Its tensors are named as {found}'s: if it computes the same, set {name}.type={found}."

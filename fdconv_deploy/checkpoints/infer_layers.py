@@ -28,11 +28,11 @@ NOT_PARAMETERS = (
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution as its tensors tell it.
+    """A convolution, as its tensors show it.
 
     ``attentions`` is kernel_num × param_ratio, the length of the kernel attention, and
     ``hidden`` the channels of the attention's hidden layer; both 0 for a plain layer, as
-    everything after them. ``ratio`` is None when the file does not tell param_ratio. ``norm`` is
+    everything after them. ``ratio`` is None when the file does not show param_ratio. ``norm`` is
     that of the attention's hidden layer. ``masks`` and ``indices`` are there if the file saves
     them, and not without their values.
     """
@@ -200,7 +200,7 @@ def _out_and_kernel(
         rows, columns = spectrum[1], 2 * (spectrum[2] - 1)
         columns += 1 if columns % into and not (columns + 1) % into else 0
         width = columns // into
-        # Only square kernels and those of height 1 have an out count told by nothing else.
+        # Only square kernels and those of height 1 have output channels that only this shows.
         height = rows // out if out else width
         out = out or rows // max(width, 1)
         if out * height != rows or into * width != columns or not width:
@@ -209,19 +209,19 @@ def _out_and_kernel(
             )
         return out, (height, width)
     if len(spectrum) == 3:
-        # Bins alone: the channels, if nothing in the layer tells them, are those of the
-        # normalisation that follows, and the kernel is told by what attends to its taps.
+        # Bins alone: the channels, if nothing in the layer shows them, are those of the
+        # normalisation that follows, and the kernel's taps are those attended to.
         owner, _, last = name.rpartition(".")
         if not out:
             norm = f"{int(last) + 1}" if last.isdigit() else last.replace("conv", "bn")
             if norm == last or f"{owner}.{norm}.weight" not in state:
-                raise _misfit(name, "its number of output channels stands nowhere")
+                raise _misfit(name, "nothing shows its number of output channels")
             out = int(state[f"{owner}.{norm}.weight"].shape[0])
         if "KSM_Local.conv.weight" in shapes:
             taps = shapes["KSM_Local.conv.weight"][0] // max(out, 1)
         elif "KSM_Global.filter_fc.weight" in shapes:
             taps = shapes.get("KSM_Global.spatial_fc.weight", (1,))[0]
-        else:  # nothing attends to taps: the layer's place in a ResNet's block tells
+        else:  # nothing attends to taps: the layer's place in a ResNet's block decides
             bottleneck = any(key.startswith(f"{owner}.conv3.") for key in state)
             taps = 1 if bottleneck and last in ("conv1", "conv3") else 9
         side = round(max(taps, 1) ** 0.5)

@@ -11,8 +11,8 @@ from fdconv_deploy.checkpoints.evidence import (
     Evidence,
     Inference,
     SettingResolver,
+    expect_type,
     stated,
-    type_of,
 )
 from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
 from fdconv_deploy.checkpoints.infer_classes import count_names, infer_classes
@@ -72,17 +72,11 @@ def infer_segmentor_config(
     config, meta = config or Config(), meta or {}
     evidence = Evidence(overrides, config.notes)
     _check_model(state, config)
-    tensors, head_tensors = part(state, "backbone."), part(state, "decode_head.")
-    backbone = infer_whole_backbone(tensors, config, evidence, stock_backbone(head_tensors))
-    widths = output_widths(backbone, tensors)
-    head = infer_head(
-        head_tensors,
-        "decode_head",
-        widths,
-        config.section("model", "decode_head"),
-        evidence,
-        class_count=count_names(config, meta),
-    )
+    tensors, section = part(state, "decode_head."), config.section("model", "decode_head")
+    stock = stock_backbone(tensors)
+    backbone = infer_backbone(part(state, "backbone."), config, evidence, stock)
+    widths, count = backbone.output_widths, count_names(config, meta)
+    head = infer_head(tensors, "decode_head", widths, section, evidence, class_count=count)
     auxiliary = _auxiliary(state, widths, config, evidence)
     settings = SettingResolver(evidence, SegmentorConfig, "", {})
     # The labels 0 and 1 of one output: a dataset names both, or 1 alone.
@@ -104,43 +98,9 @@ def infer_backbone_only(
     state: Shapes, *, config: Config | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Inference[BackboneConfig]:
     """The backbone of a classifier or a bare backbone; arguments as `infer_segmentor_config`'s."""
-    config = config or Config()
     evidence = Evidence(overrides)
-    backbone = infer_whole_backbone(part(state, backbone_prefix(state)), config, evidence)
-    return evidence.inference(backbone)
-
-
-def output_widths(backbone: BackboneConfig, state: Shapes) -> tuple[int, ...]:
-    """Channels of each of the backbone's outputs, in the order of ``out_indices``."""
-    expansion = 4 if "layer1.0.bn3.weight" in state else 1
-    return tuple(backbone.base_channels * 2**i * expansion for i in sorted(backbone.out_indices))
-
-
-def infer_whole_backbone(
-    state: Shapes, config: Config, evidence: Evidence, stock: Mapping[str, Any] | None = None
-) -> BackboneConfig:
-    """The backbone by its tensors, names without ``backbone.``, and the config's section.
-
-    Raises:
-        CheckpointError: as :func:`infer_backbone`; or the config normalises the backbone or the
-            decode head in another way than it is built here.
-    """
-    for owner in ("backbone", "decode_head"):
-        norm = config.section("model", owner, "norm_cfg")
-        kind, epsilon = type_of(norm), stated(norm, "eps")
-        if kind and kind not in ("BN", "BN2d", "SyncBN", "MMSyncBN", "BatchNorm2d"):
-            network = type_of(config.section("model", owner))
-            which = f"{owner}, a {network}," if network else owner
-            raise CheckpointError(
-                f"The config's {which} normalises with {kind}. "
-                "Expected a ResNet and heads with BN or SyncBN; others are not supported."
-            )
-        if epsilon not in (UNSET, 1e-5):
-            raise CheckpointError(
-                f"The config's {owner} has norm_cfg.eps={epsilon!r}. Expected 1e-5, which the "
-                "network here uses; another would change every output."
-            )
-    return infer_backbone(state, config.section("model", "backbone"), evidence, stock)
+    tensors = part(state, backbone_prefix(state))
+    return evidence.inference(infer_backbone(tensors, config or Config(), evidence))
 
 
 def training_size(config: Config | None) -> tuple[int, int] | None:
@@ -222,12 +182,7 @@ def _binary_note(classes: tuple[str, ...], threshold: float) -> str:
 
 def _check_model(state: Shapes, config: Config) -> None:
     refuse_cascade(state, config.section("model").get("decode_head"))
-    kind = type_of(config.section("model"))
-    if kind and kind != "EncoderDecoder":
-        raise CheckpointError(
-            f"The config's model is a {kind}. Expected mmsegmentation's EncoderDecoder; other "
-            "networks are not supported yet."
-        )
+    expect_type("model", config.section("model"), "EncoderDecoder")
     necks = [key for key in state if key.startswith("neck.")]
     if necks:
         raise CheckpointError(

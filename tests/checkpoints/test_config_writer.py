@@ -201,7 +201,7 @@ quick = settings(
 
 @quick
 @given(architectures())
-def test_config_and_shapes_tell_everything(architecture: SegmentorConfig) -> None:
+def test_config_written_is_read_back_with_the_shapes(architecture: SegmentorConfig) -> None:
     state = built(architecture)
     config = parse_config(format_config(architecture))
     meta = {
@@ -217,7 +217,9 @@ def test_config_and_shapes_tell_everything(architecture: SegmentorConfig) -> Non
 
 @quick
 @given(architectures())
-def test_shapes_alone_tell_a_network_of_the_same_shapes(architecture: SegmentorConfig) -> None:
+def test_config_inferred_from_shapes_alone_has_the_same_shapes(
+    architecture: SegmentorConfig,
+) -> None:
     state = built(architecture)
     # What a config would be needed for: see BandModulationConfig and DecodeHeadConfig.
     preprocessing = architecture.preprocessing
@@ -248,7 +250,9 @@ def test_shapes_alone_tell_a_network_of_the_same_shapes(architecture: SegmentorC
 
 @settings(quick, max_examples=15)
 @given(architecture=architectures())
-def test_files_tell_everything(tmp_path_factory: Any, architecture: SegmentorConfig) -> None:
+def test_config_in_a_file_is_read_back(
+    tmp_path_factory: Any, architecture: SegmentorConfig
+) -> None:
     state = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in built(architecture).items()}
     path: Path = tmp_path_factory.mktemp("round") / "a.pth"
     save_checkpoint(path, state, architecture)

@@ -1,4 +1,4 @@
-"""Detectors: what weights tell, what the config tells, what is assumed, what is refused."""
+"""Detectors: settings from weights, from the config, assumed; and which are refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.checkpoints.small import key_list, small_architecture, weights_of
 
 
 def small(*, masks: bool = True, conv: FDConvConfig | None = None, **fields: Any) -> Any:
-    """Nothing in it is a default, so that nothing is told by chance."""
+    """Nothing in it is a default, so that nothing is right by chance."""
     mask_head = MaskHeadConfig(
         num_classes=3,
         num_convs=1,
@@ -97,7 +97,7 @@ def infer(state: dict[str, Tensor], model: dict[str, Any] | None = None, **more:
 
 
 @pytest.mark.parametrize("masks", [True, False])
-def test_our_own_config_tells_it_all(masks: bool) -> None:
+def test_detector_of_a_written_config_is_inferred_in_full(masks: bool) -> None:
     architecture = small(masks=masks)
     config = parse_config(format_config(architecture))
     meta = {"CLASSES": architecture.classes, "PALETTE": [list(c) for c in architecture.palette]}
@@ -109,7 +109,7 @@ def test_our_own_config_tells_it_all(masks: bool) -> None:
 
 @pytest.mark.parametrize("name", ["mask_rcnn", "faster_rcnn"])
 @pytest.mark.parametrize("with_config", [True, False])
-def test_the_published_detectors(oracle: Path, name: str, with_config: bool) -> None:
+def test_detector_as_published_is_inferred(oracle: Path, name: str, with_config: bool) -> None:
     path = oracle / f"mmdet/{name}_r50_fpn_fdconv_kn64_c80_keys_mmdet2.28.1.json"
     model = json.loads(path.read_text())["cfg_model"] if with_config else None
     found = infer(key_list(path), model)
@@ -118,14 +118,18 @@ def test_the_published_detectors(oracle: Path, name: str, with_config: bool) -> 
         mask_head=MaskHeadConfig() if name == "mask_rcnn" else None,
     )
     assumed = {fact.field for fact in found.assumed}
-    told = {fact.field for fact in found.found}
+    found_fields = {fact.field for fact in found.found}
     by_config = {"rpn_head.strides", "test.rcnn.score_thr", "bbox_head.bbox_coder.stds"}
-    assert by_config <= (told if with_config else assumed)
-    assert {"bbox_head.roi.output_size", "neck.out_channels", "bbox_head.num_classes"} <= told
-    assert ("test.rcnn.mask_thr_binary" in told | assumed) == (name == "mask_rcnn")
+    assert by_config <= (found_fields if with_config else assumed)
+    assert {
+        "bbox_head.roi.output_size",
+        "neck.out_channels",
+        "bbox_head.num_classes",
+    } <= found_fields
+    assert ("test.rcnn.mask_thr_binary" in found_fields | assumed) == (name == "mask_rcnn")
 
 
-def test_mmdetection_3_config() -> None:
+def test_detector_of_an_mmdetection_3_config() -> None:
     """Preprocessing stands in the model, classes in dataset_meta, strides may be pairs."""
     architecture = small()
     config = parse_config(format_config(architecture))
@@ -156,7 +160,7 @@ def test_mmdetection_3_config() -> None:
     assert not found.notes
 
 
-def test_older_configs() -> None:
+def test_detector_of_an_older_config() -> None:
     """mmdetection before 2.?: test_cfg beside the model, nms_thr and max_num."""
     architecture = small(masks=False)
     state = shapes(architecture)
@@ -170,7 +174,7 @@ def test_older_configs() -> None:
     assert found.architecture.test == architecture.test
 
 
-def test_the_user_has_the_last_word_and_the_weights_the_first() -> None:
+def test_detector_settings_of_the_user_must_fit_the_weights() -> None:
     state = shapes(small())
     changes = {
         "neck.num_outs": 6,
@@ -214,7 +218,7 @@ def changed(*path: str, to: Any) -> dict[str, Any]:
         (("roi_head", "bbox_roi_extractor", "roi_layer", "type"), "RoIPool", "is a RoIPool"),
         (("roi_head", "bbox_roi_extractor", "roi_layer", "aligned"), False, "aligned=False"),
         (("roi_head", "mask_head", "upsample_cfg"), {"type": "carafe"}, "is a carafe"),
-        (("test_cfg", "rcnn", "nms"), {"type": "soft_nms"}, "nms type soft_nms"),
+        (("test_cfg", "rcnn", "nms"), {"type": "soft_nms"}, "rcnn.nms is a soft_nms"),
         (
             ("test_cfg", "rcnn", "max_per_img"),
             -1,
@@ -224,7 +228,7 @@ def changed(*path: str, to: Any) -> dict[str, Any]:
         (("test_cfg", "rpn", "nms_across_levels"), True, "nms_across_levels=True"),
     ],
 )
-def test_what_is_built_differently_is_refused(path: tuple, value: Any, says: str) -> None:
+def test_detector_built_differently_is_refused(path: tuple, value: Any, says: str) -> None:
     with pytest.raises(CheckpointError, match=says):
         infer(shapes(small()), changed(*path, to=value))
 
@@ -245,14 +249,14 @@ def test_what_is_built_differently_is_refused(path: tuple, value: Any, says: str
         ("rpn_head.rpn_conv.KSM_Global.fc.weight", (4, 8, 1, 1), "FDConv in the backbone only"),
     ],
 )
-def test_other_weights_are_refused(key: str, shape: tuple[int, ...], says: str) -> None:
+def test_detector_of_other_weights_is_refused(key: str, shape: tuple[int, ...], says: str) -> None:
     architecture = small()
     state = shapes(architecture) | {key: torch.empty(shape, device="meta")}
     with pytest.raises(CheckpointError, match=says):
         infer(state, parse_config(format_config(architecture)).section("model"))
 
 
-def test_other_detectors_are_named() -> None:
+def test_detector_of_another_kind_is_refused() -> None:
     retina = {"backbone.layer1.0.conv1.weight": 1, "neck.x": 1, "bbox_head.retina_cls.weight": 1}
     with pytest.raises(CheckpointError, match=r"not one known here: .*backbone can be used"):
         infer({name: torch.empty(1) for name in retina})
@@ -268,7 +272,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.no_grad()
-def test_a_file_becomes_the_network_that_was_saved(saved: Path) -> None:
+def test_detector_file_becomes_the_network_that_was_saved(saved: Path) -> None:
     torch.manual_seed(0)
     built = build_detector(small()).eval()
     network = load_checkpoint(saved)
@@ -283,7 +287,7 @@ def test_a_file_becomes_the_network_that_was_saved(saved: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_who_expects_the_other_kind_is_told(saved: Path, tmp_path: Path) -> None:
+def test_detector_and_segmentor_files_are_not_confused(saved: Path, tmp_path: Path) -> None:
     assert load_detector(saved, overrides={"test.rcnn.score_thr": 0.2}).architecture.test.rcnn
     with pytest.raises(CheckpointError, match=r"mask\.pth is of a detector"):
         load_segmentor(saved)
@@ -293,7 +297,7 @@ def test_who_expects_the_other_kind_is_told(saved: Path, tmp_path: Path) -> None
         load_detector(tmp_path / "a.pth")
 
 
-def test_inspection(saved: Path) -> None:
+def test_detector_is_inspected(saved: Path) -> None:
     report = inspect_checkpoint(saved)
     assert report.kind == "detector"
     assert report.detector == small()

@@ -28,7 +28,7 @@ def cases(oracle: Path) -> list[tuple[str, dict[str, Any], dict[str, torch.Tenso
     return found
 
 
-def test_every_published_layer_is_understood(oracle: Path) -> None:
+def test_layer_of_every_published_kind_is_understood(oracle: Path) -> None:
     seen = 0
     for file, arguments, state in cases(oracle):
         if "groups" in arguments:
@@ -69,7 +69,7 @@ def test_parameters_leave_statistics_out() -> None:
 
 
 @pytest.mark.parametrize("bottleneck", [True, False])
-def test_kernel_size_that_only_the_place_tells(bottleneck: bool) -> None:
+def test_layer_kernel_size_that_only_the_place_tells(bottleneck: bool) -> None:
     """A cut spectrum with nothing but kernel attention: the block says 1×1 or 3×3."""
     side = 1 if bottleneck else 3
     bins = 24 * side * (32 * side // 2 + 1)

@@ -1,4 +1,4 @@
-"""Checkpoints whose images have other bands than red, green and blue."""
+"""How images are loaded and normalised, by the config's test pipeline; images of other bands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fdconv_deploy.checkpoints.config_writer import format_config
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.errors import CheckpointError
-from tests.checkpoints.small import shapes_of, small_architecture, weights_of
+from tests.checkpoints.small import dynamic_state, shapes_of, small_architecture, weights_of
 
 
 def of(bands: int) -> Preprocessing:
@@ -38,9 +38,7 @@ def config(load: str, bands: int, more: str = "") -> Any:
 
 
 @pytest.mark.parametrize("bands", [1, 4, 12])
-def test_packaged_network_of_other_bands_asks_for_their_statistics(
-    bands: int, tmp_path: Path
-) -> None:
+def test_preprocessing_of_other_bands_asks_for_their_statistics(bands: int, tmp_path: Path) -> None:
     packaged = read_checkpoint(packaged_checkpoint())
     content = {"meta": dict(packaged.meta), "state_dict": dict(packaged.state_dict)}
     first = content["state_dict"]["backbone.conv1.weight"]
@@ -65,7 +63,7 @@ def test_packaged_network_of_other_bands_asks_for_their_statistics(
     assert network.architecture.preprocessing.loading == "bands"
 
 
-def test_statistics_of_other_bands_are_never_guessed() -> None:
+def test_preprocessing_of_other_bands_is_never_guessed() -> None:
     with pytest.raises(CheckpointError, match=r"mean is not known: the network takes 4 bands"):
         infer_segmentor_config(shapes(4))
     told = {"preprocessing.mean": [0, 1, 2, 3]}
@@ -95,7 +93,7 @@ def test_statistics_of_other_bands_are_never_guessed() -> None:
         ("type='LoadOurOwnFiles'", 4, "bands", True),
     ],
 )
-def test_loading_is_that_of_the_pipeline(
+def test_preprocessing_loading_is_that_of_the_pipeline(
     load: str, bands: int, loading: str, to_float32: bool
 ) -> None:
     state = shapes(bands)
@@ -104,7 +102,7 @@ def test_loading_is_that_of_the_pipeline(
     assert found.channels == bands
 
 
-def test_loading_that_gives_other_bands_is_refused() -> None:
+def test_preprocessing_loading_of_other_bands_is_refused() -> None:
     for load in (
         "type='LoadImageFromFile', color_type='grayscale'",
         "type='LoadImageFromFile', color_type='x'",
@@ -119,7 +117,7 @@ def test_loading_that_gives_other_bands_is_refused() -> None:
         )
 
 
-def test_one_mean_stands_for_every_band() -> None:
+def test_preprocessing_mean_stands_for_every_band() -> None:
     load = "type='LoadSingleRSImageFromFile'"
     found = infer_segmentor_config(shapes(4), config=config(load, 1)).architecture.preprocessing
     assert (found.mean, found.std) == ((1.5,) * 4, (2.0,) * 4)
@@ -131,7 +129,7 @@ def test_one_mean_stands_for_every_band() -> None:
     assert (found.mean, found.std) == ((0.0,) * 4, (1.0,) * 4)
 
 
-def test_swap_of_three_bands_goes_by_its_other_name() -> None:
+def test_preprocessing_swap_goes_by_its_other_name() -> None:
     load = "type='LoadSingleRSImageFromFile'"
     for more, swapped in ((", rgb_to_bgr=True", True), (", bgr_to_rgb=True", True), ("", False)):
         found = infer_segmentor_config(shapes(3), config=config(load, 3, more)).architecture
@@ -140,7 +138,7 @@ def test_swap_of_three_bands_goes_by_its_other_name() -> None:
 
 @pytest.mark.parametrize("bands", [1, 3, 4])
 @pytest.mark.parametrize("loading", ["bands", "unchanged"])
-def test_config_of_other_bands_is_read_back(bands: int, loading: str) -> None:
+def test_preprocessing_of_other_bands_is_read_back(bands: int, loading: str) -> None:
     how = of(bands).model_copy(update={"loading": loading})
     architecture = small_architecture(in_channels=bands, preprocessing=how)
     text = format_config(architecture)
@@ -148,9 +146,60 @@ def test_config_of_other_bands_is_read_back(bands: int, loading: str) -> None:
     assert found.preprocessing == how
 
 
-def test_older_bundles_fields_are_all_there_are_of_photographs() -> None:
+def test_preprocessing_of_photographs_has_only_the_fields_of_older_bundles() -> None:
     usual = Preprocessing().model_dump()
     assert sorted(usual) == ["bgr_to_rgb", "keep_ratio", "mean", "scale", "std"]
     assert Preprocessing.model_validate(usual) == Preprocessing()
     assert of(4).model_dump()["loading"] == "bands"
     assert Preprocessing.model_validate_json(of(4).model_dump_json()) == of(4)
+
+
+def test_preprocessing_of_mmseg_0() -> None:
+    text = """
+img_norm_cfg = dict(mean=[1.0, 2, 3], std=[4, 5, 6], to_rgb=False)
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='MultiScaleFlipAug', img_scale=(512, 2048), flip=False, transforms=[
+        dict(type='Resize', keep_ratio=True), dict(type='RandomFlip'),
+        dict(type='Normalize', **img_norm_cfg), dict(type='Pad', size_divisor=32),
+        dict(type='ImageToTensor', keys=['img']), dict(type='Collect', keys=['img'])])]
+test_cfg = dict(mode='slide', crop_size=(512, 512), stride=341)
+data = dict(test=dict(classes=['a', 'b', 'c'], palette=[[1, 2, 3]]))
+"""
+    found = infer_segmentor_config(dynamic_state(), config=parse_config(text))
+    settings = found.architecture.preprocessing
+    assert (settings.mean, settings.std, settings.bgr_to_rgb) == ((1, 2, 3), (4, 5, 6), False)
+    assert settings.scale == (2048, 512)
+    test = found.architecture.test
+    assert (test.mode, test.crop_size, test.stride) == ("slide", (512, 512), (341, 341))
+    assert found.architecture.classes == ("a", "b", "c")
+    assert found.architecture.palette == ()
+    assert any("Pad step" in note for note in found.notes)
+    assert any("palette in the config is not one RGB colour" in note for note in found.notes)
+
+
+def test_preprocessing_of_mmseg_1() -> None:
+    text = """
+model = dict(data_preprocessor=dict(type='SegDataPreProcessor', mean=None))
+train_cfg = dict(type='IterBasedTrainLoop')
+test_cfg = dict(type='TestLoop')
+test_dataloader = dict(dataset=dict(metainfo=dict(classes=('a', 'b', 'c')), pipeline=[
+    dict(type='Resize', scale=(300, 200), keep_ratio=False)]))
+"""
+    found = infer_segmentor_config(dynamic_state(), config=parse_config(text)).architecture
+    assert found.preprocessing.mean == (0, 0, 0)
+    assert found.preprocessing.std == (1, 1, 1)
+    assert (found.preprocessing.scale, found.preprocessing.keep_ratio) == ((300, 200), False)
+    assert found.test.mode == "whole"
+    assert found.classes == ("a", "b", "c")
+
+
+def test_preprocessing_takes_the_first_of_several_scales() -> None:
+    text = """
+data = dict(test=dict(pipeline=[
+    dict(type='MultiScaleFlipAug', img_scale=[(1024, 512), (2048, 1024)], transforms=[
+        dict(type='Resize', keep_ratio=True)])]))
+"""
+    found = infer_segmentor_config(dynamic_state(), config=parse_config(text))
+    assert found.architecture.preprocessing.scale == (1024, 512)
+    assert any("has 2 scales; the first is used" in note for note in found.notes)
