@@ -27,6 +27,7 @@ AttentionNorm = Literal["batch", "group", "none"]
 # Red, green and blue of 0 to 255.
 Level = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Level, Level, Level]
+Positive = Annotated[int, Field(ge=1)]
 Four = tuple[float, float, float, float]
 Loading = Literal["color", "grayscale", "unchanged", "bands"]
 
@@ -128,14 +129,14 @@ class BackboneConfig(Frozen):
     base_channels: int = 64
     stem_channels: int | None = None
     num_stages: int = Field(4, ge=1, le=4)
-    strides: tuple[int, ...] = (1, 2, 2, 2)
-    dilations: tuple[int, ...] = (1, 1, 1, 1)
+    strides: tuple[Positive, ...] = (1, 2, 2, 2)
+    dilations: tuple[Positive, ...] = (1, 1, 1, 1)
     out_indices: tuple[int, ...] = (0, 1, 2, 3)
     style: Literal["pytorch", "caffe"] = "pytorch"
     deep_stem: bool = False
     avg_down: bool = False
     contract_dilation: bool = False
-    multi_grid: tuple[int, ...] | None = None
+    multi_grid: tuple[Positive, ...] | None = None
     conv: FDConvConfig | None = FDConvConfig()
 
     @property
@@ -203,7 +204,7 @@ class UPerHeadConfig(DecodeHeadConfig):
     """UPerHead: a pyramid pooling of ``pool_scales``, and a feature pyramid."""
 
     type: Literal["UPerHead"] = "UPerHead"
-    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    pool_scales: tuple[Positive, ...] = (1, 2, 3, 6)
 
 
 class FCNHeadConfig(DecodeHeadConfig):
@@ -213,21 +214,21 @@ class FCNHeadConfig(DecodeHeadConfig):
     num_convs: int = 2
     kernel_size: int = 3
     concat_input: bool = True
-    dilation: int = Field(1, ge=1)
+    dilation: Positive = 1
 
 
 class PSPHeadConfig(DecodeHeadConfig):
     """PSPHead: a pyramid pooling of ``pool_scales``."""
 
     type: Literal["PSPHead"] = "PSPHead"
-    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    pool_scales: tuple[Positive, ...] = (1, 2, 3, 6)
 
 
 class ASPPHeadConfig(DecodeHeadConfig):
     """ASPPHead (DeepLabV3): a convolution for each of ``dilations``, side by side."""
 
     type: Literal["ASPPHead"] = "ASPPHead"
-    dilations: tuple[int, ...] = (1, 6, 12, 18)
+    dilations: tuple[Positive, ...] = (1, 6, 12, 18)
 
 
 class DepthwiseSeparableASPPHeadConfig(DecodeHeadConfig):
@@ -238,7 +239,7 @@ class DepthwiseSeparableASPPHeadConfig(DecodeHeadConfig):
     """
 
     type: Literal["DepthwiseSeparableASPPHead"] = "DepthwiseSeparableASPPHead"
-    dilations: tuple[int, ...] = (1, 6, 12, 18)
+    dilations: tuple[Positive, ...] = (1, 6, 12, 18)
     c1_in_channels: int = 0
     c1_channels: int = 0
 
@@ -270,8 +271,8 @@ class TestMode(Frozen):
     __test__ = False  # not a test case, whatever pytest thinks of the name
 
     mode: Literal["whole", "slide"] = "whole"
-    crop_size: tuple[int, int] | None = None
-    stride: tuple[int, int] | None = None
+    crop_size: tuple[Positive, Positive] | None = None
+    stride: tuple[Positive, Positive] | None = None
 
 
 class Preprocessing(Frozen):
@@ -296,7 +297,7 @@ class Preprocessing(Frozen):
     LATER: ClassVar[frozenset[str]] = frozenset({"loading", "to_float32"})
 
     mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    std: tuple[Annotated[float, Field(gt=0)], ...] = IMAGENET_STD
     # Where False, a network that loads by OpenCV was trained on BGR. Of three bands only, as
     # mmsegmentation 1.2.2's SegDataPreProcessor has it.
     bgr_to_rgb: bool = True
@@ -422,8 +423,8 @@ class RPNTestConfig(Frozen):
     Boxes no wider or no higher than ``min_bbox_size`` pixels are left out; below 0, none are.
     """
 
-    nms_pre: int = Field(default=1000, ge=1)
-    max_per_img: int = Field(default=1000, ge=1)
+    nms_pre: Positive = 1000
+    max_per_img: Positive = 1000
     nms_iou_threshold: float = Field(default=0.7, ge=0, le=1)
     min_bbox_size: float = 0.0
 
@@ -436,7 +437,7 @@ class RCNNTestConfig(Frozen):
 
     score_thr: float = Field(default=0.05, ge=0, le=1)
     nms_iou_threshold: float = Field(default=0.5, ge=0, le=1)
-    max_per_img: int = Field(default=100, ge=1)
+    max_per_img: Positive = 100
     mask_thr_binary: float = Field(default=0.5, ge=0, le=1)
 
 

@@ -96,8 +96,8 @@ def infer_backbone(
     for name in ("strides", "dilations"):
         settings.resolve(
             name,
-            accepts=lambda value: len(value) >= stages and min(value) > 0,
-            because=f"the weights have {stages} stages and each needs one, 1 or more",
+            accepts=lambda value: len(value) >= stages,
+            because=f"the weights have {stages} stages and each needs one",
         )
     dilated = any(dilation > 1 for dilation in settings.values["dilations"])
     settings.resolve("contract_dilation", matters=dilated)
@@ -106,7 +106,7 @@ def infer_backbone(
         "multi_grid",
         # Few networks have one, and it is no news that this one has none.
         matters=gridded or "backbone.multi_grid" in evidence.overrides,
-        accepts=lambda v: v is None or (len(v) == blocks[-1] and all(d > 0 for d in v)),
+        accepts=lambda value: value is None or len(value) == blocks[-1],
         because=f"the weights' last stage has {blocks[-1]} blocks and each needs one dilation",
     )
     settings.resolve(

@@ -281,7 +281,7 @@ def _pool_scales(settings: Head, state: Shapes) -> None:
     count = len([key for key in state if key.startswith("psp_") and key.endswith("conv.weight")])
     settings.resolve(
         "pool_scales",
-        accepts=lambda value: len(value) == count and min(value) > 0,
+        accepts=lambda value: len(value) == count,
         because=f"the weights have {count} pooling branches",
     )
 
@@ -316,7 +316,7 @@ def _dilations(settings: Head, state: Shapes, *, stock: bool) -> None:
     settings.resolve(
         "dilations",
         default=_STOCK_DILATIONS if stock else (1, 6, 12, 18),
-        accepts=lambda value: [d == 1 for d in value] == ones and all(d > 0 for d in value),
+        accepts=lambda value: [dilation == 1 for dilation in value] == ones,
         because=f"the weights have {len(ones)} branches of {kernels} kernels, and a branch is 1×1 "
         "where its dilation is 1",
         note="those of the stock d8 configs; d16 ones have 1, 6, 12, 18" if stock else "",

@@ -83,18 +83,13 @@ def infer_preprocessing(
         f"{bands}, with a mean and a deviation each (--set 'preprocessing.mean=[…]' and "
         "--set 'preprocessing.std=[…]' give them)"
     )
-    settings.resolve(
-        "mean",
-        default=IMAGENET_MEAN if channels == 3 else UNSET,
-        accepts=lambda value: len(value) == channels,
-        because=each,
-    )
-    settings.resolve(
-        "std",
-        default=IMAGENET_STD if channels == 3 else UNSET,
-        accepts=lambda value: len(value) == channels and min(value) > 0,
-        because=f"{each}, and a deviation is above 0",
-    )
+    for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        settings.resolve(
+            name,
+            default=default if channels == 3 else UNSET,
+            accepts=lambda value: len(value) == channels,
+            because=each,
+        )
     settings.resolve("bgr_to_rgb", default=loading != "bands", matters=channels == 3)
     keep_ratio = settings.resolve("keep_ratio", matters=bool(resize))
     written = stated(resize, "scale", "img_scale")

@@ -77,7 +77,9 @@ def test_head_dilations_are_noted_and_must_fit_the_kernels() -> None:
     assert silent.architecture.backbone.strides == (1, 2, 2, 2)
     given = infer(state, {"decode_head": {"dilations": [1, 2, 3, 4]}})
     assert setting_of(given, "decode_head.dilations").source == "config"
-    for wrong in ([2, 1, 3, 4], [1, 2, 3], [1, 0, 3, 4]):
+    with pytest.raises(CheckpointError, match=r"dilations: .* greater than or equal to 1"):
+        infer(state, {"decode_head": {"dilations": [1, 0, 3, 4]}})
+    for wrong in ([2, 1, 3, 4], [1, 2, 3]):
         with pytest.raises(CheckpointError, match=r"1×1, 3×3, 3×3, 3×3 kernels"):
             infer(state, {"decode_head": {"dilations": wrong}})
     with pytest.raises(CheckpointError, match=r"decode_head\.dilations is not known"):

@@ -157,7 +157,11 @@ def test_segmentor_that_weights_describe_needs_no_config() -> None:
         ({}, {"model": {"test_cfg": {"mode": "slide"}}}, "test.crop_size is not known"),
         ({}, {"model": {"test_cfg": {"mode": "zigzag"}}}, "not possible"),
         ({}, {"model": {"data_preprocessor": {"mean": [1, 2]}}}, "preprocessing.mean"),
-        ({}, {"model": {"data_preprocessor": {"mean": [1, 2, 3], "std": [0, 1, 1]}}}, "above 0"),
+        (
+            {},
+            {"model": {"data_preprocessor": {"mean": [1, 2, 3], "std": [0, 1, 1]}}},
+            "greater than 0",
+        ),
     ],
 )
 def test_segmentor_whose_config_does_not_fit_is_refused(
