@@ -1,4 +1,4 @@
-"""Labels as polygons along pixels' edges, exactly: filling them gives the labels back."""
+"""Exact polygons of labels, along the pixels' edges: filling them gives the labels back."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ import numpy as np
 import numpy.typing as npt
 
 
-def class_rings(labels: npt.NDArray[Any], number: int) -> list[list[int]]:
+def class_rings(
+    labels: npt.NDArray[Any], number: int, top: int = 0, left: int = 0
+) -> list[list[int]]:
     """The outlines of one class.
 
-    :param labels: (H, W).
-    :returns: closed rings ``[x0, y0, x1, y1, ...]`` of pixel corners, (0, 0) being the top
-        left corner of the image and (W, H) its bottom right one. A pixel is of the class when
-        its centre is inside an odd number of rings (SVG's ``evenodd``). Pixels that touch at
-        a corner only are in different rings.
+    Args:
+        labels: (H, W).
+        number: the class id.
+        top: row of the image where the labels begin.
+        left: column of the image where the labels begin.
+
+    Returns:
+        Closed rings ``[x0, y0, x1, y1, ...]`` of pixel corners, (0, 0) being the top left corner
+        of the image. A pixel is of the class when its centre is inside an odd number of rings
+        (SVG's ``evenodd``). Pixels that touch only at a corner are in different rings.
     """
     inside = np.pad(labels == number, 1)
     nw, ne, sw, se = inside[:-1, :-1], inside[:-1, 1:], inside[1:, :-1], inside[1:, 1:]
@@ -34,7 +41,7 @@ def class_rings(labels: npt.NDArray[Any], number: int) -> list[list[int]]:
     # Along each grid line, vertices pair up: first with second, third with fourth.
     across = _pairs(np.lexsort((right, xs, ys)))
     down = _pairs(np.lexsort((lower, ys, xs)))
-    return _rings(xs, ys, across, down)
+    return _rings(xs + left, ys + top, across, down)
 
 
 def _pairs(order: npt.NDArray[np.intp]) -> list[int]:

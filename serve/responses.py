@@ -256,11 +256,7 @@ def _detection(answer: Answer, found: Detection, form: MaskForm) -> dict[str, An
     entries = found.as_dicts(masks=form == "rle")
     if form == "polygons" and found.has_masks:
         for entry, part, area in zip(entries, found.pasted, found.areas().tolist(), strict=True):
-            corner = (part.left, part.top)
-            rings = [
-                [value + corner[place % 2] for place, value in enumerate(ring)]
-                for ring in class_rings(part.pixels, 1)
-            ]
+            rings = class_rings(part.pixels, 1, part.top, part.left)
             entry |= {"area": area, "mask": {"size": size, "rings": rings}}
     counts = np.bincount(found.labels, minlength=len(found.classes)).tolist()
     return {

@@ -1,14 +1,6 @@
-"""The addresses of the service."""
+"""The service's routes, one file per group of addresses."""
 
 from fdconv_deploy.serve.routes import health, kserve, models, pages, segment
 
-# In the order in which they are tried: what is asked most comes first.
-ROUTERS = (
-    segment.router,
-    health.router,
-    models.router,
-    kserve.router,
-    pages.router,
-)
-
-__all__ = ["ROUTERS"]
+# In the order in which they are tried: the most frequent first.
+ROUTERS = [module.router for module in (segment, health, models, kserve, pages)]

@@ -16,7 +16,7 @@ from tests.serve.conftest import wait_until_ready
 
 # Every address that answers GET, of the model that is served.
 PATHS = sorted(
-    path.replace("{version}", "1").replace("/samples/{name}", "/samples/000.png")
+    path.replace("{version}", "1").replace("/samples/{name}", "/samples/0.jpg")
     for router in ROUTERS
     for route in router.routes
     if isinstance(route, APIRoute) and "GET" in route.methods

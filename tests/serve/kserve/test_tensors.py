@@ -104,6 +104,30 @@ def test_infer_refuses_wrong_outputs(client: TestClient, call, outputs) -> None:
     refused(client.post(URL, json={**call, "outputs": outputs}), 400)
 
 
+def test_infer_takes_null_for_what_is_optional(client: TestClient, call) -> None:
+    given = {**call["inputs"][0], "parameters": None}
+    answer = client.post(
+        URL, json={"id": None, "parameters": None, "inputs": [given], "outputs": None}
+    )
+    assert answer.status_code == 200, answer.text
+    assert [output["name"] for output in answer.json()["outputs"]] == ["logits", "labels"]
+    assert "id" not in answer.json()
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"id": 7}, "id"),
+        ({"parameters": [1]}, "parameters"),
+        ({"parameters": {"binary_data_output": "yes"}}, "parameters.binary_data_output"),
+        ({"outputs": [{"name": "labels", "parameters": 1}]}, "outputs.0.parameters"),
+        ({"inputs": [{"name": "images"}]}, "inputs.0.shape"),
+    ],
+)
+def test_infer_says_where_a_field_is_wrong(client: TestClient, call, changes, where: str) -> None:
+    assert f"at {where}: " in refused(client.post(URL, json={**call, **changes}), 400)
+
+
 @pytest.mark.parametrize("timeout", ["1", -1, 1.5, True])
 def test_infer_refuses_wrong_timeouts(client: TestClient, call, timeout) -> None:
     refused(client.post(URL, json={**call, "parameters": {"timeout": timeout}}), 400)
