@@ -63,7 +63,7 @@ class ModelMetadata(BaseModel):
 
     name: str
     versions: list[str]
-    platform: str
+    platform: str = PLATFORM
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
 
@@ -90,8 +90,8 @@ class ModelConfig(BaseModel):
     """Triton: how a model is served, as far as its ModelConfig applies here."""
 
     name: str
-    platform: str
-    version_policy: dict[str, dict[str, int]]
+    platform: str = PLATFORM
+    version_policy: dict[str, dict[str, int]] = {"latest": {"num_versions": 1}}
     max_batch_size: int = Field(description="Most images in one request.")
     input: list[ConfigTensor]
     output: list[ConfigTensor]
@@ -109,62 +109,55 @@ class ModelIndexEntry(BaseModel):
 
 def model_metadata(card: ModelCard) -> ModelMetadata:
     """A model's inputs and outputs; -1 is the batch, of any size."""
-    size = card.input
-    image = [-1, size.channels, size.height, size.width]
-    inputs = [TensorMetadata(name="images", datatype="FP32", shape=image)]
-    outputs: dict[str, tuple[str, list[int]]] = {}
-    if limits := card.instances:
-        inputs.append(TensorMetadata(name="sizes", datatype="FP32", shape=[-1, 2]))
-        outputs = {
-            "boxes": ("FP32", [-1, limits.most, 4]),
-            "scores": ("FP32", [-1, limits.most]),
-            "labels": ("INT64", [-1, limits.most]),
-            "count": ("INT64", [-1]),
-        }
+
+    def tensor(name: str, datatype: str, *shape: int) -> TensorMetadata:
+        return TensorMetadata(name=name, datatype=datatype, shape=[-1, *shape])
+
+    size, limits, logits = card.input, card.instances, card.output
+    inputs = [tensor("images", "FP32", size.channels, size.height, size.width)]
+    outputs = []
+    if limits is not None:
+        inputs.append(tensor("sizes", "FP32", 2))
+        outputs = [
+            tensor("boxes", "FP32", limits.most, 4),
+            tensor("scores", "FP32", limits.most),
+            tensor("labels", "INT64", limits.most),
+            tensor("count", "INT64"),
+        ]
         if limits.masks:
-            outputs["masks"] = ("FP32", [-1, limits.most, limits.mask_size, limits.mask_size])
-    elif out := card.output:
+            outputs.append(tensor("masks", "FP32", limits.most, limits.mask_size, limits.mask_size))
+    elif logits is not None:
         label_type = "UINT8" if len(card.classes) <= 256 else "UINT16"
-        outputs = {
-            "logits": ("FP32", [-1, out.channels, out.height, out.width]),
-            "labels": (label_type, [-1, size.height, size.width]),
-        }
-    return ModelMetadata(
-        name=card.name,
-        versions=[card.version] if card.state == "ready" else [],
-        platform=PLATFORM,
-        inputs=inputs,
-        outputs=[
-            TensorMetadata(name=name, datatype=datatype, shape=shape)
-            for name, (datatype, shape) in outputs.items()
-        ],
-    )
+        outputs = [
+            tensor("logits", "FP32", logits.channels, logits.height, logits.width),
+            tensor("labels", label_type, size.height, size.width),
+        ]
+    versions = [card.version] if card.state == "ready" else []
+    return ModelMetadata(name=card.name, versions=versions, inputs=inputs, outputs=outputs)
 
 
 def model_config(card: ModelCard, settings: Settings) -> ModelConfig:
     """A model's configuration, as Triton's ModelConfig; shapes without the batch."""
+
+    def described(tensor: TensorMetadata) -> ConfigTensor:
+        dims, datatype = tensor.shape[1:], f"TYPE_{tensor.datatype}"
+        if dims:
+            return ConfigTensor(name=tensor.name, data_type=datatype, dims=dims)
+        # One number per image: dims may not be empty.
+        return ConfigTensor(name=tensor.name, data_type=datatype, dims=[1], reshape={"shape": []})
+
     metadata = model_metadata(card)
     return ModelConfig(
         name=card.name,
-        platform=PLATFORM,
-        version_policy={"latest": {"num_versions": 1}},
         # Requests of more images than the graphs' batch are run in parts.
         max_batch_size=settings.max_images,
-        input=[_config_tensor(tensor) for tensor in metadata.inputs],
-        output=[_config_tensor(tensor) for tensor in metadata.outputs],
+        input=[described(tensor) for tensor in metadata.inputs],
+        output=[described(tensor) for tensor in metadata.outputs],
         dynamic_batching=DynamicBatching(
             preferred_batch_size=card.batch_sizes,
             max_queue_delay_microseconds=round(settings.batch_delay_ms * 1e3),
         ),
     )
-
-
-def _config_tensor(tensor: TensorMetadata) -> ConfigTensor:
-    dims, datatype = tensor.shape[1:], f"TYPE_{tensor.datatype}"
-    if dims:
-        return ConfigTensor(name=tensor.name, data_type=datatype, dims=dims)
-    # One number an image: dims may not be empty.
-    return ConfigTensor(name=tensor.name, data_type=datatype, dims=[1], reshape={"shape": []})
 
 
 def model_statistics(service: Service, name: str = "", version: str = "") -> ModelStatisticsList:
