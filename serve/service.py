@@ -151,7 +151,7 @@ class Service:
             version,
             lambda inputs: session.run_batches(inputs),
             session.batch_sizes,
-            cost=session.batch_cost,
+            cost=session.runner.batch_cost,
             weight=self.settings.weights.get(version.name, 1.0),
         )
         self.statistics[version.name] = ModelStatistics(

@@ -205,17 +205,16 @@ class Children:
 class WorkerRunner:
     """Runs a bundle in the worker processes. See :class:`fdconv_deploy.runtime.Runner`."""
 
-    choice = "It runs in worker processes."
-    # Each worker process measures and chooses for itself.
-    batch_cost = staticmethod(linear_cost)
-
     def __init__(self, bundle: Bundle, settings: Settings, children: Children) -> None:
         self._bundle, self._children = bundle, children
         self._key = f"{bundle.path}\0{id(self)}"
         self._manifest = bundle.manifest.model_dump_json()
         self.backend = f"{settings.backend} (worker processes)"
+        self.choice = "It runs in worker processes."
         self.operators = ""
+        # Each worker process measures and chooses for itself.
         self.ways: dict[int, str] = {}
+        self.batch_cost: Callable[[int], float] = linear_cost
         self.closed = False
 
     def run_batches(self, feeds: Tensors) -> dict[str, Array]:

@@ -33,18 +33,12 @@ class Runner(Protocol):
         closed: whether ``close`` was called.
     """
 
-    @property
-    def backend(self) -> str: ...  # noqa: D102
-    @property
-    def choice(self) -> str: ...  # noqa: D102
-    @property
-    def operators(self) -> str: ...  # noqa: D102
-    @property
-    def ways(self) -> dict[int, str]: ...  # noqa: D102
-    @property
-    def batch_cost(self) -> Callable[[int], float]: ...  # noqa: D102
-    @property
-    def closed(self) -> bool: ...  # noqa: D102
+    backend: str
+    choice: str
+    operators: str
+    ways: dict[int, str]
+    batch_cost: Callable[[int], float]
+    closed: bool
 
     def run_batches(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
         """Every output for any number of images, given every input; images along first axes."""
@@ -62,7 +56,14 @@ class Runner(Protocol):
 class GraphRunner:
     """Runs a bundle's graphs in this process. See :class:`Runner`.
 
-    Any method may be called from several threads at once.
+    Any method may be called from several threads at once. ``batch_cost`` is in seconds, once
+    :meth:`warm_up` has measured them, and what the backend supposes before.
+
+    Args:
+        bundle: the bundle.
+        backend: what loads its graphs.
+        choice: why that backend was chosen, as a sentence.
+        graphs: graphs that are loaded already, by batch size.
     """
 
     def __init__(
@@ -72,30 +73,15 @@ class GraphRunner:
         choice: str = "",
         graphs: Mapping[int, Graph] | None = None,
     ) -> None:
-        """Load nothing yet.
-
-        Args:
-            bundle: the bundle.
-            backend: what loads its graphs.
-            choice: why that backend was chosen, as a sentence.
-            graphs: graphs that are loaded already, by batch size.
-        """
-        self.choice = choice
+        self.backend, self.choice, self.operators = backend.name, choice, backend.operators
+        self.ways = dict.fromkeys(bundle.batch_sizes, "its graph")
+        self.batch_cost: Callable[[int], float] = backend.batch_cost
+        self.closed = False
         self._bundle, self._backend = bundle, backend
         self._graphs = LazyGraphs(lambda batch: backend.load(bundle, batch), graphs or {})
         self._beside = LazyGraphs(self._load_beside, {})
         self._streams: dict[int, int] = {}  # by batch size: images at a time, side by side
-        self._measured: Callable[[int], float] | None = None
-
-    @property
-    def backend(self) -> str:
-        """The name of the backend in use."""
-        return self._backend.name
-
-    @property
-    def operators(self) -> str:
-        """What runs the ``fdconv`` operators, and why; empty where the backend settles it."""
-        return self._backend.operators
+        self._measured = False
 
     @property
     def loaded_batch_sizes(self) -> tuple[int, ...]:
@@ -103,32 +89,12 @@ class GraphRunner:
         beside = {b for b, streams in self._streams.items() if streams in self._beside.loaded}
         return tuple(sorted({*self._graphs.loaded, *beside}))
 
-    @property
-    def ways(self) -> dict[int, str]:
-        """How each batch size is run by :meth:`run_batches`, in words."""
-        beside = {b: f"single images, {streams} at a time" for b, streams in self._streams.items()}
-        return {batch: beside.get(batch, "its graph") for batch in self._bundle.batch_sizes}
-
-    @property
-    def batch_cost(self) -> Callable[[int], float]:
-        """What one run costs by its batch size, in any unit; see `plan_batches`.
-
-        Seconds, once :meth:`warm_up` has measured them; what the backend supposes before.
-        """
-        return self._measured or self._backend.batch_cost
-
     def run_batches(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
         """Run any number of images, divided over the bundle's batch sizes at the least cost.
 
-        By what :meth:`warm_up` has measured, if it has. A run of several images may be one of the
-        batch's graph or several of the single image's: answers differ in their rounding only.
-        Slots left over in the last run hold repeated images, whose answers are dropped.
-
-        Args:
-            feeds: every input by name, each with the images along its first axis.
-
-        Returns:
-            Every output by name, likewise.
+        A run of several images may be one of the batch's graph or several of the single image's:
+        answers differ in their rounding only. Slots left over in the last run hold repeated
+        images, whose answers are dropped. See :class:`Runner`.
         """
         count, position = len(next(iter(feeds.values()))), 0
         parts: list[dict[str, npt.NDArray[Any]]] = []
@@ -145,15 +111,7 @@ class GraphRunner:
         return _concatenated(parts)
 
     def run_raw(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
-        """Run a graph on exactly its inputs; their shapes tell which batch size.
-
-        That graph and no other, whatever it costs: :meth:`run_batches` takes the cheapest way.
-
-        Args:
-            feeds: every input by name.
-
-        Returns:
-            Every output by name.
+        """Run a batch's own graph, whatever it costs: :meth:`run_batches` takes the cheapest way.
 
         Raises:
             BackendError: no graph of the bundle takes these names, shapes and types.
@@ -174,9 +132,6 @@ class GraphRunner:
         takes one graph more to load and run, and four seconds, or one run in each way where that
         is longer.
 
-        Args:
-            batch_sizes: those to warm up; all by default.
-
         Raises:
             BackendError: the bundle has no graph of a batch size.
         """
@@ -185,16 +140,12 @@ class GraphRunner:
             if batch not in sizes:
                 raise BackendError(f"The bundle has no graph of batch {batch}, only {list(sizes)}.")
             self._way(batch).run(self._zeros(batch))
-        if batch_sizes is None and len(sizes) > 1 and self._measured is None:
+        if batch_sizes is None and len(sizes) > 1 and not self._measured:
             self._choose_ways()
-
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self._graphs.closed
 
     def close(self) -> None:
         """Let go of the graphs and their memory. Runs under way end first."""
+        self.closed = True
         self._graphs.close()
         self._beside.close()
 
@@ -227,7 +178,9 @@ class GraphRunner:
             self._beside.drop(streams)
         for batch in chosen:
             self._graphs.drop(batch)
-        self._measured = measured_cost({batch: seconds for batch, (seconds, _) in ways.items()})
+            self.ways[batch] = f"single images, {chosen[batch]} at a time"
+        self.batch_cost = measured_cost({batch: seconds for batch, (seconds, _) in ways.items()})
+        self._measured = True
 
     def _most_streams(self, batch: int) -> int:
         """How many images of a batch may run at once, each on the same share of the threads."""
@@ -253,15 +206,13 @@ class SideBySide:
     batch shares next to no work; threads that each have an image of their own do not wait for
     each other after every operator; and a layer's answer is read again while it is still in a
     cache, where that of four images is not.
+
+    Args:
+        graph: takes one image, on its share of the threads.
+        streams: images at a time, over all callers.
     """
 
     def __init__(self, graph: Graph, streams: int) -> None:
-        """Start no thread yet.
-
-        Args:
-            graph: takes one image, on its share of the threads.
-            streams: images at a time, over all callers.
-        """
         self._graph = graph
         self._pool = ThreadPoolExecutor(streams, "image")
 
@@ -276,12 +227,6 @@ class LazyGraphs:
     """Graphs by a number, each loaded once, whichever thread asks first."""
 
     def __init__(self, load: Callable[[int], Graph], loaded: Mapping[int, Graph]) -> None:
-        """Load nothing yet.
-
-        Args:
-            load: loads the graph of a number.
-            loaded: graphs that are loaded already.
-        """
         self._load = load
         self._graphs = dict(loaded)
         self._lock = threading.Lock()

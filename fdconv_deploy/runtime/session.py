@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -140,11 +140,6 @@ class Session:
         return self.bundle.batch_sizes
 
     @property
-    def batch_cost(self) -> Callable[[int], float]:
-        """What one run costs by its batch size; see :class:`Runner`."""
-        return self.runner.batch_cost
-
-    @property
     def input_size(self) -> tuple[int, int]:
         """(height, width) in pixels of the images a segmentor or detector takes."""
         size = self.bundle.manifest.input
@@ -175,15 +170,9 @@ class Session:
     def read_image(
         self, source: bytes | str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS
     ) -> npt.NDArray[Any]:
-        """Decode an image file as the network's images were loaded in training.
+        """Decode an image file as the network's images were loaded in training: (H, W, C).
 
-        Args:
-            source: the file's bytes or its path.
-            max_pixels: the largest image to decode, in pixels.
-
-        Returns:
-            (H, W, C) as :meth:`segment` and :meth:`detect` take it. See :func:`load_image`, also
-            for what it raises.
+        See :func:`load_image`, also for what it raises.
         """
         return load_image(source, self.preprocessing, max_pixels=max_pixels)
 
@@ -261,10 +250,7 @@ class Session:
 
         Args:
             feeds: every input by name, as the manifest describes them, but with any number of
-                images N along each first axis.
-
-        Returns:
-            Every output by name, likewise.
+                images N along each first axis; so are the outputs.
 
         Raises:
             ImageError: the inputs have other names, shapes or types.
@@ -296,9 +282,6 @@ class Session:
         """Load the graphs and run each once, so that the first request is as fast as any.
 
         The pipeline's steps run once as well. See :meth:`GraphRunner.warm_up`.
-
-        Args:
-            batch_sizes: those to warm up; all by default.
 
         Returns:
             The seconds it took.

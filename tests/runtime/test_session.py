@@ -40,6 +40,7 @@ class FakeBackend:
     """A backend made of a function; counts its loads and remembers batch sizes run."""
 
     name = device = "fake"
+    operators = ""
     threads = 1
 
     def __init__(self, answer) -> None:

@@ -79,7 +79,7 @@ def test_the_cheapest_way_is_taken(toy_bundle, four, alone, ran, way) -> None:
     session, runs = runs_of_four(Timed(four, alone), toy_bundle)
     assert runs == ran
     assert session.runner.ways == {1: "its graph", 4: way}
-    assert session.batch_cost(4) > session.batch_cost(1) > SECOND
+    assert session.runner.batch_cost(4) > session.runner.batch_cost(1) > SECOND
 
 
 def test_images_side_by_side_do_not_wait_for_each_other(toy_bundle) -> None:
@@ -121,12 +121,12 @@ def test_run_raw_keeps_to_the_graph_it_is_asked_for(toy_bundle) -> None:
 
 def test_is_measured_once(toy_bundle) -> None:
     session, runs = runs_of_four(Timed(8.0, 1.2), toy_bundle)
-    cost = session.batch_cost
+    cost = session.runner.batch_cost
     runs.clear()
     session.warm_up()
     session.warm_up([4])
     assert runs == [("1", 1)] + [("alone", 1)] * 8
-    assert session.batch_cost is cost
+    assert session.runner.batch_cost is cost
 
 
 def test_a_bundle_of_one_size_is_not_timed(tmp_path) -> None:
