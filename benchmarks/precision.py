@@ -40,7 +40,7 @@ from examples.streets.scenes import CLASSES, draw_scene
 from fdconv_deploy.demo import HELD_OUT_SEEDS, held_out, packaged_checkpoint
 from fdconv_deploy.evaluation.metrics import confusion_matrix, scores
 from fdconv_deploy.runtime import Bundle, Session, open_session
-from fdconv_deploy.runtime.bundle import sha256_of
+from fdconv_deploy.runtime.bundle_checks import sha256_of
 
 CALIBRATION_SEEDS = range(5_000, 5_064)
 FORMS = {

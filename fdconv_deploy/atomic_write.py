@@ -1,14 +1,21 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_path", "write_atomically"]
+__all__ = ["atomic_folder", "atomic_path", "replace_folder", "write_atomically"]
+
+# Of Linux: paths are relative to the current folder; swap two names.
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 @contextmanager
@@ -43,3 +50,67 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """An empty temporary folder beside ``path`` that takes its place if no error ends the block.
+
+    Yields:
+        The temporary folder. It is removed if the block raises.
+
+    Raises:
+        OSError: the folder cannot be made or renamed.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        replace_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(made: Path, path: Path) -> None:
+    """Move a folder to ``path`` beside it; what was there, if not empty, is ``made`` afterwards.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    if not path.exists() or not any(path.iterdir()):
+        made.replace(path)  # also takes the place of an empty folder
+    else:
+        _exchange(made, path)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap the names of two folders beside each other, both of which exist.
+
+    On Linux in one step (renameat2), so that a reader finds the old folder or the new one
+    at every moment. Elsewhere, and on file systems without it, in three renames: for an
+    instant ``second`` is missing, and a failure puts it back.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    if _exchange_in_one_step(first, second):
+        return
+    aside = second.with_name(f".{second.name}.replaced-{secrets.token_hex(4)}")
+    second.rename(aside)
+    try:
+        first.rename(second)
+    except BaseException:
+        aside.rename(second)
+        raise
+    aside.rename(first)
+
+
+def _exchange_in_one_step(first: Path, second: Path) -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # a C library without it
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    return bool(renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)

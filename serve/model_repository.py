@@ -24,8 +24,8 @@ from fdconv_deploy.serve.settings import Settings
 from fdconv_deploy.errors import BundleError, FDConvError
 from fdconv_deploy.runtime import Bundle, Session
 from fdconv_deploy.runtime.batching import least_seconds
-from fdconv_deploy.runtime.bundle import MANIFEST_NAME
 from fdconv_deploy.runtime.bundle_checks import bundle_root
+from fdconv_deploy.runtime.manifest import MANIFEST_NAME
 
 log = logging.getLogger("fdconv.serve")
 # What timing may add to a model's loading, beyond one run of each batch size.

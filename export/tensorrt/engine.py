@@ -40,7 +40,8 @@ from fdconv_deploy.runtime.backends.tensorrt_engines import (
     graph_hash,
     keep_engine,
 )
-from fdconv_deploy.runtime.bundle import Bundle, sha256_of
+from fdconv_deploy.runtime.bundle import Bundle
+from fdconv_deploy.runtime.bundle_checks import sha256_of
 from fdconv_deploy.runtime.manifest import FileInfo
 
 Progress = Callable[[str], None]

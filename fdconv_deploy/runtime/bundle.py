@@ -12,15 +12,14 @@ Files the manifest does not list are left alone: nothing here opens them.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from fdconv_deploy.atomic_write import replace_folder
 from fdconv_deploy.errors import BundleError, in_the_way
 from fdconv_deploy.runtime.bundle_checks import (
     bundle_root,
@@ -31,32 +30,7 @@ from fdconv_deploy.runtime.bundle_checks import (
     read_manifest,
     sha256_of,
 )
-from fdconv_deploy.runtime.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    CheckpointInfo,
-    FileInfo,
-    InputSize,
-    Manifest,
-    OutputParity,
-    ParityReport,
-    TensorSpec,
-)
-
-__all__ = [
-    "FORMAT_VERSION",
-    "MANIFEST_NAME",
-    "Bundle",
-    "BundleWriter",
-    "CheckpointInfo",
-    "FileInfo",
-    "InputSize",
-    "Manifest",
-    "OutputParity",
-    "ParityReport",
-    "TensorSpec",
-    "sha256_of",
-]
+from fdconv_deploy.runtime.manifest import MANIFEST_NAME, FileInfo, Manifest
 
 
 @dataclass(frozen=True)
@@ -165,7 +139,7 @@ class BundleWriter:
         )
         Bundle.open(self.path, verify=False)
         self._check_destination()
-        self._move()
+        replace_folder(self.path, self.destination)  # __exit__ removes an old one
         return Bundle(self.destination, complete)
 
     def _check_destination(self) -> None:
@@ -184,46 +158,3 @@ class BundleWriter:
             )
         if not self.overwrite:
             raise in_the_way(BundleError, f"The bundle {target} exists already.")
-
-    def _move(self) -> None:
-        if not self.destination.exists() or not any(self.destination.iterdir()):
-            self.path.replace(self.destination)  # also takes the place of an empty folder
-        else:
-            # Afterwards self.path holds the old bundle, which __exit__ removes.
-            exchange_folders(self.path, self.destination)
-
-
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
-
-
-def exchange_folders(first: Path, second: Path) -> None:
-    """Swap the names of two folders beside each other, both of which exist.
-
-    On Linux in one step (renameat2), so that a reader finds the old folder or the new one
-    at every moment. Elsewhere, and on file systems without it, in three renames: for an
-    instant ``second`` is missing, and a failure puts it back.
-
-    :raises OSError: the file system refused.
-    """
-    if _exchange_in_one_step(first, second):
-        return
-    aside = second.with_name(f".{second.name}.replaced-{secrets.token_hex(4)}")
-    second.rename(aside)
-    try:
-        first.rename(second)
-    except BaseException:
-        aside.rename(second)
-        raise
-    aside.rename(first)
-
-
-def _exchange_in_one_step(first: Path, second: Path) -> bool:
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):  # a C library without it
-        return False
-    names = os.fsencode(first), os.fsencode(second)
-    return bool(renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)

@@ -10,15 +10,17 @@ import json
 import mmap
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime.images import SUFFIXES
 from fdconv_deploy.runtime.manifest import FORMAT_VERSION, MANIFEST_NAME, FileInfo, Manifest
 
+M = TypeVar("M", bound=BaseModel)
 _CHECKPOINTS = (".pth", ".pt", ".ckpt", ".safetensors", ".pkl")
-_MANIFEST_LIMIT = 64 << 20  # bytes; a real one has some tens of kilobytes
+_JSON_LIMIT = 64 << 20  # bytes; a real manifest has some tens of kilobytes
 
 
 def sha256_of(path: Path) -> str:
@@ -73,43 +75,41 @@ def read_manifest(root: Path) -> Manifest:
             "short. Give a folder made by `fdconv export`."
         )
     file = inside(root, MANIFEST_NAME)
+    return read_versioned(file, Manifest, FORMAT_VERSION, "Export the bundle again.")
+
+
+def read_versioned(file: Path, model: type[M], newest: int, advice: str) -> M:
+    """A JSON file that gives its ``format_version``, 1 to ``newest``.
+
+    Raises:
+        BundleError: it is none, or does not fit ``model``; ``advice`` ends the message.
+    """
     try:
-        if file.stat().st_size > _MANIFEST_LIMIT:
-            raise BundleError(f"The {MANIFEST_NAME} of {root} is too large to be one.")
+        if file.stat().st_size > _JSON_LIMIT:
+            raise BundleError(f"{file} is too large, over {_JSON_LIMIT:,} bytes. {advice}")
         raw = json.loads(file.read_text(encoding="utf-8"))
         version = raw["format_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BundleError(
-            f"The {MANIFEST_NAME} of {root} cannot be read as a bundle's manifest "
-            f"({_reason(error)}). Export the bundle again."
-        ) from error
+        reason = "it is not a JSON object in UTF-8 with a format_version"
+        if isinstance(error, (OSError, json.JSONDecodeError)):
+            reason = str(error)
+        raise BundleError(f"{file} cannot be read ({reason}). {advice}") from error
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise BundleError(
-            f"The {MANIFEST_NAME} of {root} gives {version!r} as its format version, where a "
-            "number from 1 was expected. Export the bundle again."
+            f"{file} gives {version!r} as its format version, where a number from 1 was expected. "
+            f"{advice}"
         )
-    if version > FORMAT_VERSION:
+    if version > newest:
         raise BundleError(
-            f"The bundle {root} is of format {version}, newer than the {FORMAT_VERSION} this "
-            "version of fdconv-deploy reads. Update fdconv-deploy, or export again with this one."
+            f"{file} is of format {version}, newer than the {newest} this version of fdconv-deploy "
+            f"reads. Update fdconv-deploy. Or: {advice}"
         )
     try:
-        return Manifest.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "its contents"
-        raise BundleError(
-            f"The {MANIFEST_NAME} of {root} is not valid at {where}: {first['msg']}. "
-            "Export the bundle again."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"it has no {error.args[0]!r}"
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON at line {error.lineno}"
-    return "it is not a JSON object in UTF-8" if not isinstance(error, OSError) else "no access"
+        raise BundleError(f"{file} is not valid at {where}: {first['msg']}. {advice}") from error
 
 
 def inside(root: Path, name: str) -> Path:

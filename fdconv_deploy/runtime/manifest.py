@@ -157,31 +157,31 @@ class Manifest(_Model):
                 f"{sorted(self.models)}, {sorted(self.inputs)} and {sorted(self.outputs)}"
             )
         if self.kind == "segmentor":
-            check_segmentor(self)
+            _check_segmentor(self)
         elif self.kind == "detector":
-            check_detector(self)
+            _check_detector(self)
         return self
 
 
 # A tensor's name, shape (None where any size is good) and type.
-Expected = tuple[str, tuple[int | None, ...], str]
+_Port = tuple[str, tuple[int | None, ...], str]
 
 
-def check_segmentor(manifest: Manifest) -> None:
+def _check_segmentor(manifest: Manifest) -> None:
     """An architecture and a size, and graphs from ``images`` to ``logits`` that fit them."""
-    architecture, size = manifest.architecture, manifest.input
-    if architecture is None or size is None:
+    segmentor, size = manifest.architecture, manifest.input
+    if segmentor is None or size is None:
         raise ValueError("a segmentor's manifest must hold 'architecture' and 'input'")
-    head, bands = architecture.decode_head, architecture.backbone.in_channels
+    head, bands = segmentor.decode_head, segmentor.backbone.in_channels
     counts = [head.num_classes] if head.label_threshold is None else [1, 2]
-    _check_names(counts, architecture.classes, architecture.palette)
+    _check_names(counts, segmentor.classes, segmentor.palette)
     for batch in manifest.models:
         images = ("images", (batch, bands, size.height, size.width), "float32")
         logits = ("logits", (batch, head.outputs, None, None), "float32")
         _check_graph(manifest, batch, [images], [logits])
 
 
-def check_detector(manifest: Manifest) -> None:
+def _check_detector(manifest: Manifest) -> None:
     """A detector's architecture and a size, and graphs from images to objects that fit them."""
     detector, size = manifest.detector, manifest.input
     if detector is None or size is None:
@@ -189,11 +189,11 @@ def check_detector(manifest: Manifest) -> None:
     _check_names([detector.bbox_head.num_classes], detector.classes, detector.palette)
     most, side = detector.test.rcnn.max_per_img, detector.mask_size
     for batch in manifest.models:
-        inputs: list[Expected] = [
+        inputs: list[_Port] = [
             ("images", (batch, 3, size.height, size.width), "float32"),
             ("sizes", (batch, 2), "float32"),
         ]
-        outputs: list[Expected] = [
+        outputs: list[_Port] = [
             ("boxes", (batch, most, 4), "float32"),
             ("scores", (batch, most), "float32"),
             ("labels", (batch, most), "int64"),
@@ -213,39 +213,26 @@ def _check_names(
             raise ValueError(f"the head has {classes} classes but there are {len(given)} {what}")
 
 
-def _check_graph(
-    manifest: Manifest, batch: int, inputs: list[Expected], outputs: list[Expected]
-) -> None:
-    for found, expected, does in (
+def _check_graph(manifest: Manifest, batch: int, inputs: list[_Port], outputs: list[_Port]) -> None:
+    for tensors, expected, does in (
         (manifest.inputs[batch], inputs, "take"),
         (manifest.outputs[batch], outputs, "give"),
     ):
+        found: list[_Port] = [(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors]
         if len(found) != len(expected) or not all(map(_fits, found, expected)):
-            ports = ("input" if does == "take" else "output") + "s" * (len(expected) > 1)
             raise ValueError(
-                f"a {manifest.kind}'s graph of batch {batch} must {does} "
-                f"{_number(len(expected))} {ports} {', '.join(map(_named, expected))}, found "
-                f"{_listed(found)}"
+                f"a {manifest.kind}'s graph of batch {batch} must {does} {_listed(expected)}; "
+                f"found {_listed(found)}"
             )
 
 
-def _fits(tensor: TensorSpec, expected: Expected) -> bool:
-    name, shape, dtype = expected
-    return ((tensor.name, tensor.dtype, len(tensor.shape)) == (name, dtype, len(shape))) and all(
-        b in (None, a) for a, b in zip(tensor.shape, shape, strict=True)
+def _fits(found: _Port, expected: _Port) -> bool:
+    (name, shape, dtype), (wanted_name, wanted_shape, wanted_dtype) = found, expected
+    return (name, dtype, len(shape)) == (wanted_name, wanted_dtype, len(wanted_shape)) and all(
+        wanted in (None, length) for length, wanted in zip(shape, wanted_shape, strict=True)
     )
 
 
-def _named(expected: Expected) -> str:
-    name, shape, dtype = expected
-    free = iter("hw")
-    sizes = [str(length) if length is not None else next(free) for length in shape]
-    return f"{name} ({', '.join(sizes)}{',' * (len(sizes) == 1)}) {dtype}"
-
-
-def _number(count: int) -> str:
-    return ("no", "one", "two", "three", "four", "five")[count]
-
-
-def _listed(tensors: tuple[TensorSpec, ...]) -> str:
-    return ", ".join(f"{t.name} {t.shape} {t.dtype}" for t in tensors) or "none"
+def _listed(ports: list[_Port]) -> str:
+    texts = [f"{name} {shape} {dtype}" for name, shape, dtype in ports]
+    return ", ".join(texts).replace("None", "any") or "none"

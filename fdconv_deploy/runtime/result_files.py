@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fdconv_deploy.atomic_write import atomic_path, write_atomically
+from fdconv_deploy.atomic_write import atomic_folder, atomic_path, write_atomically
 from fdconv_deploy.errors import ImageError, in_the_way
 from fdconv_deploy.runtime.detection import SHOWN_SCORE, Detection
 from fdconv_deploy.runtime.input_files import CLASSES_NAME, LEGEND_NAME, Source
@@ -306,13 +304,8 @@ def _atomic_masks(folder: Path) -> Iterator[Path]:
             f"The folder {folder} holds other files than masks of frames, so it is not replaced. "
             "Give another output folder."
         )
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        made = Path(temporary, folder.name)
-        made.mkdir()
+    with atomic_folder(folder) as made:
         yield made
-        if folder.exists():
-            shutil.rmtree(folder)
-        made.replace(folder)
 
 
 def _endings(session: Session, source: Source, options: ResultOptions) -> dict[str, str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fdconv_deploy import atomic_write
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime import Bundle, BundleWriter
-from fdconv_deploy.runtime import bundle as exchange_module
 from tests.runtime import toy
 
 
@@ -127,7 +127,7 @@ def test_overwriting_never_shows_a_missing_bundle(tmp_path: Path) -> None:
 
 
 def test_exchange_without_the_system_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange_module, "_exchange_in_one_step", lambda *_: False)
+    monkeypatch.setattr(atomic_write, "_exchange_in_one_step", lambda *_: False)
     toy.make_bundle(tmp_path / "b", seed=0)
     before = (tmp_path / "b" / "weights.bin").read_bytes()
     toy.make_bundle(tmp_path / "b", seed=1, overwrite=True)
@@ -138,11 +138,11 @@ def test_exchange_without_the_system_call(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_exchange_that_fails_half_way_leaves_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exchange_module, "_exchange_in_one_step", lambda *_: False)
+    monkeypatch.setattr(atomic_write, "_exchange_in_one_step", lambda *_: False)
     new, old = tmp_path / "new", tmp_path / "old"
     old.mkdir()
     (old / "kept").touch()
     with pytest.raises(FileNotFoundError):  # there is no new one to put in its place
-        exchange_module.exchange_folders(new, old)
+        atomic_write.replace_folder(new, old)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert (old / "kept").exists()

@@ -18,9 +18,8 @@ from fdconv_deploy.config import (
     TestMode,
 )
 from fdconv_deploy.runtime import GraphRunner, Session
-from fdconv_deploy.runtime.bundle import (
-    Bundle,
-    BundleWriter,
+from fdconv_deploy.runtime.bundle import Bundle, BundleWriter
+from fdconv_deploy.runtime.manifest import (
     InputSize,
     Manifest,
     OutputParity,

@@ -15,24 +15,22 @@ with the hash that the index gives; whoever can write there can run code here, a
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.errors import BackendError, BundleError
 from fdconv_deploy.runtime.bundle import Bundle
-from fdconv_deploy.runtime.bundle_checks import inside, sha256_of
+from fdconv_deploy.runtime.bundle_checks import inside, read_versioned, sha256_of
 from fdconv_deploy.runtime.manifest import FileInfo, OutputParity, Sha256
 
 FOLDER = "engines"
 INDEX = f"{FOLDER}/index.json"
 INDEX_VERSION = 1
-_INDEX_LIMIT = 16 << 20
 
 Hardware = Literal["none", "same_compute_capability", "ampere_plus"]
 
@@ -155,21 +153,8 @@ def read_index(bundle: Bundle) -> EngineIndex:
     """
     if not (bundle.path / INDEX).exists():
         return EngineIndex()
-    path = inside(bundle.path, INDEX)
     advice = f"Remove the folder {bundle.path / FOLDER} and run `fdconv build` again."
-    try:
-        if path.stat().st_size > _INDEX_LIMIT:
-            raise BundleError(f"{path} is too large to be an index of engines. {advice}")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        version = raw["format_version"]
-        if version != INDEX_VERSION:
-            raise BundleError(
-                f"{path} is of format {version!r}, and this version of fdconv-deploy reads "
-                f"{INDEX_VERSION}. Update fdconv-deploy. Or: {advice}"
-            )
-        return EngineIndex.model_validate(raw)
-    except (OSError, ValueError, KeyError, TypeError, ValidationError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read as an index of engines. {advice}") from error
+    return read_versioned(inside(bundle.path, INDEX), EngineIndex, INDEX_VERSION, advice)
 
 
 def find_engine(bundle: Bundle, batch: int, machine: Machine) -> EngineRecord:

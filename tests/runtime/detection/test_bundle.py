@@ -36,15 +36,15 @@ def _output(number: int, **changes: object):
         (lambda m: m["detector"].update(surprise=1), "surprise"),
         (
             lambda m: m["inputs"]["1"].pop(),
-            "two inputs images (1, 3, 64, 96) float32, sizes (1, 2)",
+            "images (1, 3, 64, 96) float32, sizes (1, 2)",
         ),
-        (lambda m: m["inputs"]["1"].reverse(), "two inputs"),
-        (lambda m: m["outputs"]["1"].pop(), "five outputs"),
+        (lambda m: m["inputs"]["1"].reverse(), "must take images"),
+        (lambda m: m["outputs"]["1"].pop(), "must give boxes"),
         (_output(0, shape=[1, 8, 4]), "boxes (1, 7, 4)"),
         (_output(2, dtype="int32"), "labels (1, 7) int64"),
         (_output(3, shape=[1, 1]), "count (1,) int64"),
         (_output(4, shape=[1, 7, 14, 14]), "masks (1, 7, 28, 28)"),
-        (lambda m: m["detector"].update(mask_head=None), "four outputs"),
+        (lambda m: m["detector"].update(mask_head=None), "must give boxes"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, change, says: str) -> None:
@@ -54,7 +54,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, change, says: str) -> None
 
 
 def test_is_not_written_either(tmp_path: Path) -> None:
-    with pytest.raises((BundleError, ValueError), match="five outputs"):
+    with pytest.raises((BundleError, ValueError), match="must give boxes"):
         toy_detector.make_bundle(
             tmp_path / "b", outputs={b: toy_detector.outputs(b, masks=False) for b in (1, 4)}
         )
