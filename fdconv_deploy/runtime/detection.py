@@ -36,7 +36,6 @@ from fdconv_deploy.runtime.visualization import (
     default_palette,
     draw_instances,
     encode,
-    instance_colours,
     mask_png,
 )
 
@@ -99,7 +98,7 @@ class Detection:
             return None
         found = np.zeros((len(self), *self.image_size), np.bool_)
         for canvas, part in zip(found, self.pasted, strict=True):
-            part.into(canvas)
+            part.of(canvas)[:] = part.pixels
         return found
 
     def rle(self) -> list[Rle]:
@@ -142,9 +141,7 @@ class Detection:
         """
         canvas = np.zeros(self.image_size, np.uint8 if len(self) < 256 else np.uint16)
         for number, part in reversed(list(enumerate(self.pasted, 1))):
-            height, width = part.pixels.shape
-            region = canvas[part.top : part.top + height, part.left : part.left + width]
-            region[part.pixels] = number
+            part.of(canvas)[part.pixels] = number
         return canvas
 
     def mask_png(self) -> bytes:
@@ -155,7 +152,7 @@ class Detection:
         numbers = self.instance_map()
         if numbers.dtype == np.uint16:
             return encode(Image.fromarray(numbers), "PNG")
-        return mask_png(numbers, instance_colours(len(self)))
+        return mask_png(numbers, default_palette(len(self) + 1))
 
     def overlay(self, image: npt.NDArray[np.uint8], opacity: float = 0.5) -> npt.NDArray[np.uint8]:
         """The image (H, W, 3) uint8 RGB with masks, boxes, names and scores, as another such."""
@@ -164,7 +161,14 @@ class Detection:
                 f"The image {image.shape[:2]} and the one the objects were found in "
                 f"{self.image_size} differ in size."
             )
-        return draw_instances(image, self, opacity)
+        labels = self.labels.tolist()
+        captions = [
+            f"{self.classes[label]} {score:.2f}"
+            for label, score in zip(labels, self.scores, strict=True)
+        ]
+        colours = [self.palette[label] for label in labels]
+        masks = self.pasted if self.has_masks else ()
+        return draw_instances(image, self.boxes, captions, colours, masks, opacity)
 
     def as_dicts(self, *, masks: bool = True) -> list[dict[str, Any]]:
         """For JSON, an object each: class, score, box, and its mask's run lengths and area.

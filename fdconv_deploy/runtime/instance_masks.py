@@ -11,11 +11,12 @@ former. A box without area has an empty mask here; there, it paints stripes.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+T = TypeVar("T", bound=np.generic)
 Probabilities = npt.NDArray[np.float32]
 
 
@@ -26,10 +27,10 @@ class Pasted(NamedTuple):
     left: int
     pixels: npt.NDArray[np.bool_]
 
-    def into(self, canvas: npt.NDArray[np.bool_]) -> None:
-        """Write it into a mask (H, W) bool of False."""
+    def of(self, canvas: npt.NDArray[T]) -> npt.NDArray[T]:
+        """A view of its part of an image (H, W) or (H, W, C)."""
         height, width = self.pixels.shape
-        canvas[self.top : self.top + height, self.left : self.left + width] = self.pixels
+        return canvas[self.top : self.top + height, self.left : self.left + width]
 
 
 def paste(
@@ -40,11 +41,12 @@ def paste(
 ) -> Pasted:
     """The pixels of one instance.
 
-    :param mask: (h, w) float32, 0 to 1.
-    :param box: (4,) float32 x1, y1, x2, y2 in pixels of the image.
-    :param size: (H, W) of the image.
-    :param threshold: a pixel belongs to the instance from this probability on; mmdetection's
-        ``mask_thr_binary``. From 0 on, every pixel does.
+    Args:
+        mask: (h, w) float32, 0 to 1.
+        box: (4,) float32 x1, y1, x2, y2 in pixels of the image.
+        size: (H, W) of the image.
+        threshold: a pixel belongs to the instance from this probability on; mmdetection's
+            ``mask_thr_binary``. At 0 or less, every pixel does.
     """
     if threshold <= 0:
         return Pasted(0, 0, np.ones(size, np.bool_))

@@ -24,7 +24,7 @@ from fdconv_deploy.runtime.preprocessing import (
     resize,
 )
 from fdconv_deploy.runtime.sliding_window import SlidingRows, slide_stride
-from fdconv_deploy.runtime.visualization import RGB, class_areas, default_palette, mask_png, overlay
+from fdconv_deploy.runtime.visualization import RGB, default_palette, mask_png, overlay
 
 Mode = Literal["whole", "slide"]
 
@@ -48,7 +48,8 @@ class Segmentation:
 
     def areas(self) -> npt.NDArray[np.int64]:
         """How many pixels each class has: (classes,) int64."""
-        return class_areas(self.labels, len(self.classes))
+        counts = np.bincount(self.labels.reshape(-1), minlength=len(self.classes))
+        return counts.astype(np.int64)
 
     def shares(self) -> dict[str, float]:
         """The share of the image's pixels, 0 to 1, of each class that is in it."""

@@ -1,11 +1,10 @@
-"""Labels as pictures and numbers: indexed PNG, overlay, areas, and colours for classes."""
+"""Answers as pictures: indexed masks, overlays, legends, drawn objects, colours of classes."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -13,11 +12,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from fdconv_deploy.errors import ImageError
+from fdconv_deploy.runtime.instance_masks import Pasted
 from fdconv_deploy.runtime.postprocessing import Labels
-
-if TYPE_CHECKING:
-    from fdconv_deploy.runtime.detection import Detection
-
 
 RGB = tuple[int, int, int]
 _PALETTE_SIZE = 256
@@ -42,7 +38,8 @@ def default_palette(classes: int) -> tuple[RGB, ...]:
 def mask_png(labels: Labels, palette: tuple[RGB, ...]) -> bytes:
     """Labels (H, W) as an indexed PNG: each pixel's value is its class, shown in its colour.
 
-    :raises ImageError: more than 256 classes, which an indexed PNG cannot hold.
+    Raises:
+        ImageError: more than 256 classes, which an indexed PNG cannot hold.
     """
     if len(palette) > _PALETTE_SIZE or labels.dtype != np.uint8:
         raise ImageError(
@@ -61,7 +58,8 @@ def as_rgb(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     of fewer than three the first in gray; each is stretched from its 2nd to its 98th percentile,
     where it is not in eight bits.
 
-    :param image: (H, W) or (H, W, C), any real type.
+    Args:
+        image: (H, W) or (H, W, C), any real type.
     """
     bands = image if image.ndim == 3 else image[:, :, None]
     shown = bands[:, :, :3] if bands.shape[2] >= 3 else bands[:, :, [0, 0, 0]]
@@ -80,14 +78,19 @@ def overlay(
 ) -> npt.NDArray[np.uint8]:
     """The image with every pixel's class colour laid over it.
 
-    :param image: (H, W, 3) uint8 RGB, or another that :func:`as_rgb` shows.
-    :param labels: (H, W), each below ``len(palette)``.
-    :param opacity: 0 gives the image, 1 the colours alone.
-    :returns: (H, W, 3) uint8 RGB.
-    :raises ImageError: the sizes differ, or ``opacity`` is not within 0 to 1.
+    Args:
+        image: (H, W, 3) uint8 RGB, or another that :func:`as_rgb` shows.
+        labels: (H, W), each below ``len(palette)``.
+        palette: an RGB colour for each class.
+        opacity: 0 gives the image, 1 the colours alone.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        ImageError: the sizes differ, or ``opacity`` is not within 0 to 1.
     """
-    if not 0 <= opacity <= 1:
-        raise ImageError(f"The opacity of an overlay is a number from 0 to 1, not {opacity}.")
+    _check_opacity(opacity)
     if image.shape[:2] != labels.shape:
         raise ImageError(
             f"The image {image.shape[:2]} and its labels {labels.shape} differ in size; an "
@@ -126,11 +129,6 @@ def legend(classes: Sequence[str], palette: Sequence[RGB]) -> Image.Image:
     return picture
 
 
-def class_areas(labels: Labels, classes: int) -> npt.NDArray[np.int64]:
-    """How many pixels each class has: (classes,) int64, summing to H · W."""
-    return np.bincount(labels.reshape(-1), minlength=classes).astype(np.int64)
-
-
 def encode(
     image: Image.Image | npt.NDArray[np.uint8], kind: Literal["PNG", "JPEG"], **options: Any
 ) -> bytes:
@@ -142,83 +140,71 @@ def encode(
     return buffer.getvalue()
 
 
-Picture = npt.NDArray[np.uint8]
+def draw_instances(
+    image: npt.NDArray[np.uint8],
+    boxes: npt.NDArray[np.float32],
+    captions: Sequence[str],
+    colours: Sequence[RGB],
+    masks: Sequence[Pasted],
+    opacity: float,
+) -> npt.NDArray[np.uint8]:
+    """The image with its objects drawn, the first on top.
 
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        boxes: (N, 4) x1, y1, x2, y2 in pixels of the image.
+        captions: one for each box.
+        colours: one for each box.
+        masks: one for each box, or none at all.
+        opacity: of the masks' colours, 0 to 1; outlines, boxes and captions are opaque.
 
-def instance_colours(count: int) -> tuple[RGB, ...]:
-    """Black for what is no object, then a colour for each of ``count`` objects."""
-    return default_palette(count + 1)
-
-
-def draw_instances(image: Picture, found: Detection, opacity: float) -> Picture:
-    """The image with its objects drawn, the best scores last and so on top.
-
-    :param image: (H, W, 3) uint8 RGB.
-    :param opacity: of the masks' colours, 0 to 1; outlines, boxes and labels are opaque.
-    :raises ImageError: ``opacity`` is not within 0 to 1.
+    Raises:
+        ImageError: ``opacity`` is not within 0 to 1.
     """
-    if not 0 <= opacity <= 1:
-        raise ImageError(f"The opacity of an overlay is a number from 0 to 1, not {opacity}.")
+    _check_opacity(opacity)
     out = as_rgb(image).copy()
     thickness = max(1, round(min(image.shape[:2]) / 400))
-    worst_first = range(len(found) - 1, -1, -1)
-    if found.has_masks:
-        for index in worst_first:
-            _draw_mask(out, found, index, opacity, thickness)
+    for mask, colour in reversed([*zip(masks, colours, strict=False)]):
+        _draw_mask(out, mask, colour, opacity, thickness)
     picture = Image.fromarray(out)
     pen = ImageDraw.Draw(picture)
-    font = _font(max(11, round(min(image.shape[:2]) / 45)))
-    for index in worst_first:
-        _draw_box(pen, font, found, index, thickness, picture.size)
+    font = ImageFont.load_default(max(11, round(min(image.shape[:2]) / 45)))
+    for (x1, y1, x2, y2), text, colour in reversed(
+        [*zip(boxes.tolist(), captions, colours, strict=True)]
+    ):
+        # A box's far edges are those of its last pixels.
+        corners = (x1, y1, max(x2 - 1, x1), max(y2 - 1, y1))
+        pen.rectangle(corners, outline=colour, width=thickness)
+        _, _, wide, high = pen.textbbox((0, 0), text, font=font)
+        margin = max(1, int(high) // 6)
+        # Above the box, else inside it at its top; never out of the picture where it can fit.
+        left = max(min(x1, picture.width - wide - 2 * margin), 0)
+        above = y1 - high - 2 * margin
+        top = above if above >= 0 else max(y1, 0)
+        pen.rectangle((left, top, left + wide + 2 * margin, top + high + 2 * margin), fill=colour)
+        bright = np.dot(colour, (0.299, 0.587, 0.114)) > 140
+        pen.text((left + margin, top + margin), text, "black" if bright else "white", font)
     return np.asarray(picture)
 
 
 def _draw_mask(
-    canvas: Picture, found: Detection, index: int, opacity: float, thickness: int
+    canvas: npt.NDArray[np.uint8], mask: Pasted, colour: RGB, opacity: float, thickness: int
 ) -> None:
-    part = found.pasted[index]
-    height, width = part.pixels.shape
-    if not height or not width:
+    if not mask.pixels.size:
         return
-    colour = found.palette[int(found.labels[index])]
-    view = canvas[part.top : part.top + height, part.left : part.left + width]
-    inside = part.pixels
-    plain = np.full_like(view, colour)
-    mixed = cv2.addWeighted(view, 1 - opacity, plain, opacity, 0)
-    np.copyto(view, mixed, where=inside[..., None])
+    view = mask.of(canvas)
+    mixed = cv2.addWeighted(view, 1 - opacity, np.full_like(view, colour), opacity, 0)
+    np.copyto(view, mixed, where=mask.pixels[..., None])
     # Objects of one class have one colour: an outline parts those that touch.
     outlines, _ = cv2.findContours(
-        inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(part.left, part.top)
+        mask.pixels.astype(np.uint8),
+        cv2.RETR_CCOMP,
+        cv2.CHAIN_APPROX_NONE,
+        offset=(mask.left, mask.top),
     )
     cv2.drawContours(canvas, outlines, -1, colour, thickness)
 
 
-def _draw_box(
-    pen: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    found: Detection,
-    index: int,
-    thickness: int,
-    size: tuple[int, int],
-) -> None:
-    colour = found.palette[int(found.labels[index])]
-    x1, y1, x2, y2 = found.boxes[index].tolist()
-    # A box's far edges are those of its last pixels.
-    corners = (x1, y1, max(x2 - 1, x1), max(y2 - 1, y1))
-    pen.rectangle(corners, outline=colour, width=thickness)
-    text = f"{found.classes[int(found.labels[index])]} {found.scores[index]:.2f}"
-    _, _, wide, high = pen.textbbox((0, 0), text, font=font)
-    margin = max(1, int(high) // 6)
-    # Above the box, else inside it at its top; never out of the picture where it can fit.
-    left = max(min(x1, size[0] - wide - 2 * margin), 0)
-    above = y1 - high - 2 * margin
-    top = above if above >= 0 else max(y1, 0)
-    pen.rectangle((left, top, left + wide + 2 * margin, top + high + 2 * margin), fill=colour)
-    red, green, blue = colour
-    bright = 0.299 * red + 0.587 * green + 0.114 * blue > 140
-    pen.text((left + margin, top + margin), text, fill="black" if bright else "white", font=font)
-
-
-@lru_cache(maxsize=16)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+def _check_opacity(opacity: float) -> None:
+    if not 0 <= opacity <= 1:
+        raise ImageError(f"The opacity of an overlay is a number from 0 to 1, not {opacity}.")

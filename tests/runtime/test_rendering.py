@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fdconv_deploy.errors import ImageError
+from fdconv_deploy.runtime import Segmentation
 from fdconv_deploy.runtime.visualization import (
-    class_areas,
     default_palette,
-    encode,
     mask_png,
     overlay,
 )
@@ -79,8 +78,10 @@ def test_overlay_refuses_other_sizes() -> None:
 
 
 def test_class_areas() -> None:
-    labels = np.array([[0, 2], [2, 2]], np.uint16)
-    assert class_areas(labels, 4).tolist() == [1, 0, 3, 0]
+    labels = np.array([[0, 2], [2, 2]], np.uint8)
+    found = Segmentation(labels, ("a", "b", "c", "d"), default_palette(4), "resized", "whole", {})
+    assert found.areas().tolist() == [1, 0, 3, 0]
+    assert found.shares() == {"a": 0.25, "c": 0.75}
 
 
 def test_encode_jpeg_quality() -> None:

@@ -17,7 +17,8 @@ SIZE = 37, 45
 
 def whole(mask: np.ndarray, box: np.ndarray, threshold: float, size=SIZE) -> np.ndarray:
     canvas = np.zeros(size, np.bool_)
-    paste(mask, box, size, threshold).into(canvas)
+    part = paste(mask, box, size, threshold)
+    part.of(canvas)[:] = part.pixels
     return canvas
 
 
