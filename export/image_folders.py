@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.evaluation.datasets import DatasetError, read_mask
-from fdconv_deploy.runtime.images import ImageTooLargeError, checked_source, image_size, is_array
+from fdconv_deploy.runtime.images import ImageFile, ImageTooLargeError, image_size
 from fdconv_deploy.runtime.input_files import MASK_ENDING as MASK
 from fdconv_deploy.runtime.input_files import images_of
 from fdconv_deploy.runtime.multiband import load_image
@@ -83,8 +83,7 @@ def _size(image: Path) -> tuple[int, int] | None:
     Raises:
         ImageError: it is no picture, or too large.
     """
-    file, _ = checked_source(image)
-    if is_array(file):
+    if ImageFile.of(image).is_array:
         return None
     try:
         return image_size(image)

@@ -12,6 +12,7 @@ from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Segmentation
 from fdconv_deploy.runtime.visualization import (
     default_palette,
+    encode,
     mask_png,
     overlay,
 )
