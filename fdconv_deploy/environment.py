@@ -49,9 +49,10 @@ def install(*names: str, extra: str | None = None) -> str:
     kind; without an NVIDIA driver it comes from PyTorch's CPU index (PyPI's Linux build holds
     gigabytes of CUDA).
 
-    :param names: modules or packages that are wanted, installed or not.
-    :param extra: of this project's; what else of it is not installed is named too, so that
-        the next attempt does not end at the next package.
+    Args:
+        names: modules or packages that are wanted, installed or not.
+        extra: of this project's; what else of it is not installed is named too, so that the next
+            attempt does not end at the next package.
     """
     known = list(_requirements())
     wanted = dict.fromkeys(_package(name) for name in names)
@@ -84,9 +85,12 @@ def nvidia_driver() -> bool:
 def missing(error: ImportError, extra: str | None = None) -> str | None:
     """A package that an import did not find, and what installs it, to end a sentence with.
 
-    :param extra: it belongs to; the smallest that has it when not given.
-    :returns: "onnx, which is not installed: pip install …", or None where the error is another:
-        a package that does not load, or none that this project asks for.
+    Args:
+        extra: it belongs to; the smallest that has it when not given.
+
+    Returns:
+        "onnx, which is not installed: pip install …", or None where the error is another: a package
+        that does not load, or none that this project asks for.
     """
     if error.name is None or not isinstance(error, ModuleNotFoundError):
         return None
@@ -104,7 +108,8 @@ def missing(error: ImportError, extra: str | None = None) -> str | None:
 def needed_by(what: str, extra: str | None = None) -> Iterator[None]:
     """Around imports: a missing package ends in a sentence, as :func:`missing` says it.
 
-    :raises FDConvError: a package is missing.
+    Raises:
+        FDConvError: a package is missing.
     """
     try:
         yield

@@ -41,8 +41,9 @@ class BackendError(FDConvError):
 def in_the_way(kind: type[FDConvError], what: str) -> FDConvError:
     """The error that a result's place is taken.
 
-    :param what: a sentence that names it. How to replace it is added: by an argument in Python,
-        by an option on the command line.
+    Args:
+        what: a sentence that names it. How to replace it is added: by an argument in Python, by an
+            option on the command line.
     """
     error = kind(f"{what} Give another name, or replace it with overwrite=True.")
     error.command_line = f"{what} Give another name, or replace it with --overwrite."

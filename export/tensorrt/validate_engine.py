@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.runtime.backends import BackendOptions
-from fdconv_deploy.runtime.backends.onnxruntime import CPU, OnnxRuntimeBackend
+from fdconv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import OutputParity
 
@@ -38,7 +38,9 @@ def prove(bundle: Bundle, batch: int, engine: Any, tolerance: float) -> tuple[Ou
     :raises ExportError: they are further apart than ``tolerance``.
     """
     feeds, rule = feeds_of(bundle, batch), rule_of(bundle)
-    reference = OnnxRuntimeBackend(CPU, BackendOptions(native=False)).load(bundle, batch)
+    reference = OnnxRuntimeBackend("onnxruntime-cpu", BackendOptions(native=False)).load(
+        bundle, batch
+    )
     expected = reference.run(feeds)
     actual = engine.run(feeds)
     try:

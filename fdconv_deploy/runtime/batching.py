@@ -80,8 +80,9 @@ def least_seconds(
 ) -> dict[Key, float]:
     """The least seconds of each run, taking turns: others' work only ever adds to a time.
 
-    :param runs: each has been run before, so that none pays for its first time.
-    :param seconds: no further round starts after this long.
+    Args:
+        runs: each has been run before, so that none pays for its first time.
+        seconds: no further round starts after this long.
     """
     found: dict[Key, float] = {}
     began = clock()

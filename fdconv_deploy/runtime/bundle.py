@@ -47,8 +47,9 @@ class Bundle:
         ``verify=False`` skips hashing the files (0.5 s per GB); their presence, sizes and
         every path are checked all the same.
 
-        :raises BundleError: not a bundle, incomplete, changed, of a newer format, or
-            naming a path outside itself.
+        Raises:
+            BundleError: not a bundle, incomplete, changed, of a newer format, or naming a path
+                outside itself.
         """
         root = bundle_root(Path(path))
         manifest = read_manifest(root)
@@ -79,7 +80,8 @@ class Bundle:
     def file(self, name: str) -> Path:
         """The real path of a listed file, which lies inside the bundle.
 
-        :raises BundleError: the manifest does not list ``name``, or it leads outside.
+        Raises:
+            BundleError: the manifest does not list ``name``, or it leads outside.
         """
         if name not in self.manifest.files:
             raise BundleError(f"{name!r} is not listed in the manifest of the bundle {self.path}.")
@@ -93,7 +95,8 @@ class BundleWriter:
     :meth:`commit`. Leaving the block without a commit, or with an exception, removes
     everything that was written.
 
-    :raises BundleError: on entering, when ``destination`` exists and must not be replaced.
+    Raises:
+        BundleError: on entering, when ``destination`` exists and must not be replaced.
     """
 
     def __init__(self, destination: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -124,7 +127,8 @@ class BundleWriter:
         ``manifest.files`` is ignored and made anew. The written bundle goes through the
         same checks as :meth:`Bundle.open` before it is moved.
 
-        :raises BundleError: the files and the manifest do not make a bundle that opens.
+        Raises:
+            BundleError: the files and the manifest do not make a bundle that opens.
         """
         files: dict[str, FileInfo] = {}
         for file in sorted(self.path.rglob("*")):

@@ -219,7 +219,8 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 def external_locations(path: Path) -> set[str]:
     """Every external-data ``location`` in the ONNX file at ``path``, as written there.
 
-    :raises ValueError: the file is not an ONNX file, or is cut off.
+    Raises:
+        ValueError: the file is not an ONNX file, or is cut off.
     """
     found: set[str] = set()
     if path.stat().st_size == 0:

@@ -80,7 +80,8 @@ class Detection:
     def pasted(self) -> tuple[Pasted, ...]:
         """Each object's mask about its box: made when first asked for.
 
-        :raises ImageError: the network gives none.
+        Raises:
+            ImageError: the network gives none.
         """
         if self.mask_probabilities is None:
             raise ImageError(
@@ -104,14 +105,16 @@ class Detection:
     def rle(self) -> list[Rle]:
         """Every object's pixels as COCO's compressed run lengths.
 
-        :raises ImageError: the network gives no masks.
+        Raises:
+            ImageError: the network gives no masks.
         """
         return [encode_part(p.pixels, p.top, p.left, self.image_size) for p in self.pasted]
 
     def areas(self) -> npt.NDArray[np.int64]:
         """How many pixels each object has: (N,) int64.
 
-        :raises ImageError: the network gives no masks.
+        Raises:
+            ImageError: the network gives no masks.
         """
         return np.array([part.pixels.sum() for part in self.pasted], np.int64)
 
@@ -137,7 +140,8 @@ class Detection:
 
         uint8, or uint16 above 255 objects. Where objects overlap, the better score is on top.
 
-        :raises ImageError: the network gives no masks.
+        Raises:
+            ImageError: the network gives no masks.
         """
         canvas = np.zeros(self.image_size, np.uint8 if len(self) < 256 else np.uint16)
         for number, part in reversed(list(enumerate(self.pasted, 1))):
@@ -173,7 +177,8 @@ class Detection:
     def as_dicts(self, *, masks: bool = True) -> list[dict[str, Any]]:
         """For JSON, an object each: class, score, box, and its mask's run lengths and area.
 
-        :param masks: False leaves out run lengths and areas, as do networks without masks.
+        Args:
+            masks: False leaves out run lengths and areas, as do networks without masks.
         """
         found: list[dict[str, Any]] = [
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -64,6 +65,7 @@ class GraphRunner:
         backend: what loads its graphs.
         choice: why that backend was chosen, as a sentence.
         graphs: graphs that are loaded already, by batch size.
+        clock: seconds, by which :meth:`warm_up` chooses.
     """
 
     def __init__(
@@ -72,12 +74,14 @@ class GraphRunner:
         backend: Backend,
         choice: str = "",
         graphs: Mapping[int, Graph] | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.backend, self.choice, self.operators = backend.name, choice, backend.operators
         self.ways = dict.fromkeys(bundle.batch_sizes, "its graph")
         self.batch_cost: Callable[[int], float] = backend.batch_cost
         self.closed = False
-        self._bundle, self._backend = bundle, backend
+        self._bundle, self._backend, self._clock = bundle, backend, clock
         self._graphs = LazyGraphs(lambda batch: backend.load(bundle, batch), graphs or {})
         self._beside = LazyGraphs(self._load_beside, {})
         self._streams: dict[int, int] = {}  # by batch size: images at a time, side by side
@@ -169,7 +173,7 @@ class GraphRunner:
                 runs[batch, streams]()
         ways: dict[int, tuple[float, int]] = {}
         # A batch's own graph comes first of its ways.
-        for (batch, streams), seconds in least_seconds(runs).items():
+        for (batch, streams), seconds in least_seconds(runs, clock=self._clock).items():
             if batch not in ways or seconds < _BETTER * ways[batch][0]:
                 ways[batch] = seconds, streams
         chosen = {batch: streams for batch, (_, streams) in ways.items() if streams}

@@ -1,9 +1,15 @@
-"""From a network's logits to labels at the image's size, as mmsegmentation does it.
+"""From a network's logits to labels at the image's size: upsampling, and choosing classes.
 
-Published: logits at the head's resolution are resized to the network's input, cut to the
-part the image covers, resized to the image's own size, and the highest class wins; of a head
-with one output, class 1 where its sigmoid is above the head's threshold. Both resizes
-are bilinear with the head's ``align_corners``. They are done as one here.
+As mmsegmentation does it: logits at the head's resolution are resized to the network's input, cut
+to the part the image covers, resized to the image's own size, and the highest class wins; of a head
+with one output, class 1 where its sigmoid is above the head's threshold. Both resizes are torch's
+bilinear ``F.interpolate`` with the head's ``align_corners``.
+
+Along one axis a resize is a small matrix with two entries per row (:class:`Taps`), so two resizes
+in a row are one with four, and neither intermediate is ever made. :func:`labels_of` walks down the
+result in blocks of rows: 150 classes on a 4K image are 5 GB of logits, of which some tens of
+megabytes exist at a time. Own code, since ``cv2.resize`` (5.0) knows no ``align_corners``, takes
+128 channels at most and, as ONNX Runtime's Resize does, makes all logits at once.
 """
 
 from __future__ import annotations
@@ -123,11 +129,14 @@ def labels_of(
 ) -> Labels:
     """Resize by ``rows`` and ``columns``, then choose the class of each pixel.
 
-    :param threshold: of logits with one class alone, the probability (0 to 1) above which a
-        pixel is of class 1, else of class 0. It is compared after resizing, as in
-        mmsegmentation 1.2.2's ``BaseSegmentor.postprocess_result``.
-    :returns: (rows.size, columns.size), uint8, or uint16 above 256 classes: the class of the
-        highest logit, and of equal ones the lowest.
+    Args:
+        threshold: of logits with one class alone, the probability (0 to 1) above which a pixel is
+            of class 1, else of class 0. It is compared after resizing, as in mmsegmentation 1.2.2's
+            ``BaseSegmentor.postprocess_result``.
+
+    Returns:
+        (rows.size, columns.size), uint8, or uint16 above 256 classes: the class of the highest
+        logit, and of equal ones the lowest.
     """
     if (source.classes == 1) != (threshold is not None):
         raise ValueError(f"{source.classes} logits a pixel do not go with threshold={threshold}.")
@@ -193,12 +202,15 @@ def label_map(
 ) -> Labels:
     """The class of every pixel.
 
-    :param logits: (classes, h, w) float32 at the head's resolution.
-    :param network: (H, W) of the network's input.
-    :param covered: (H, W) of the input's top left part that holds the image.
-    :param image: (H, W) of the answer.
-    :param threshold: `HeadConfig.label_threshold`: of a head with one output, else None.
-    :returns: (H, W) uint8, or uint16 above 256 classes; of equal logits, the lowest class.
+    Args:
+        logits: (classes, h, w) float32 at the head's resolution.
+        network: (H, W) of the network's input.
+        covered: (H, W) of the input's top left part that holds the image.
+        image: (H, W) of the answer.
+        threshold: `HeadConfig.label_threshold`: of a head with one output, else None.
+
+    Returns:
+        (H, W) uint8, or uint16 above 256 classes; of equal logits, the lowest class.
     """
     maps = _maps(logits, network, covered, image, align_corners)
     return labels_of(ArrayRows(logits), *maps, threshold=threshold)

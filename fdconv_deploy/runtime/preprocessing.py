@@ -66,10 +66,13 @@ class Prepared:
 def check_image(image: npt.NDArray[Any], preprocessing: Preprocessing | None = None) -> Pixels:
     """``image`` as it is to be resized: of the network's bands, and float32 where that is asked.
 
-    :param image: (H, W, 3) uint8 in RGB order; for a network of another ``loading``, (H, W, C)
-        of any real numbers, for one band (H, W) as well. Types that OpenCV cannot resize
-        become float32, as all do for ``to_float32``.
-    :raises ImageError: it is not such an array, or holds numbers that are not finite.
+    Args:
+        image: (H, W, 3) uint8 in RGB order; for a network of another ``loading``, (H, W, C) of any
+            real numbers, for one band (H, W) as well. Types that OpenCV cannot resize become
+            float32, as all do for ``to_float32``.
+
+    Raises:
+        ImageError: it is not such an array, or holds numbers that are not finite.
     """
     how = preprocessing or Preprocessing()
     if how.loading == "color":
@@ -130,8 +133,11 @@ def scene_bands(scene: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> P
     scene has ImageNet's, for its bands may be in any unit; where the network does not
     normalise, they keep the scene's values.
 
-    :param scene: (H, W, 3) uint8 RGB.
-    :returns: ``scene`` itself for a network of ``color``, else (H, W, C) float32.
+    Args:
+        scene: (H, W, 3) uint8 RGB.
+
+    Returns:
+        ``scene`` itself for a network of ``color``, else (H, W, C) float32.
     """
     if preprocessing.loading == "color":
         return scene
@@ -236,10 +242,11 @@ def normalise(
 ) -> npt.NDArray[np.float32]:
     """(h, w, C) to (C, H, W) float32: ``(image - mean) / std``, zeros where padded.
 
-    :param image: RGB where ``loading`` is "color", uint8 or any real type.
-    :param size: the (H, W) of the result, at least the image's (its own, when not given);
-        the image lies at the top left.
-    :param out: a (C, H, W) float32 array to write into.
+    Args:
+        image: RGB where ``loading`` is "color", uint8 or any real type.
+        size: the (H, W) of the result, at least the image's (its own, when not given); the image
+            lies at the top left.
+        out: a (C, H, W) float32 array to write into.
     """
     height, width, channels = image.shape
     full = size or (height, width)

@@ -64,7 +64,8 @@ def windows_of(
 def slide_stride(test: TestMode, crop: tuple[int, int]) -> tuple[int, int]:
     """The stride to slide a crop by.
 
-    :raises BundleError: none was recorded, or it would leave pixels between windows.
+    Raises:
+        BundleError: none was recorded, or it would leave pixels between windows.
     """
     if test.stride is None:
         tested = "in slide mode" if test.mode == "slide" else "on whole images"

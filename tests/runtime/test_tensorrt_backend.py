@@ -280,7 +280,7 @@ class TestMachinesWithout:
         assert not cuda.buffers, "what was taken before is given back"
 
     def test_onnxruntimes_tensorrt_provider(self, toy_bundle):
-        with pytest.raises(BackendError, match=r"no TensorRT provider.*onnxruntime-cpu"):
+        with pytest.raises(BackendError, match=r"no TensorrtExecutionProvider.*onnxruntime-cpu"):
             open_session(toy_bundle, "onnxruntime-tensorrt")
 
     def test_stays_importable(self):

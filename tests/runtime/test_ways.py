@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,7 @@ from fdconv_deploy.errors import BackendError
 from fdconv_deploy.runtime import Bundle, Session, graph_runner, open_session
 from tests.runtime import toy
 
-SECOND = 0.01  # what one image takes with all threads
+SECOND = 1.0  # what one image takes with all threads, by the test's clock
 
 
 class Graph:
@@ -25,14 +24,19 @@ class Graph:
 
     def run(self, feeds):
         images = feeds["images"]
+        if self.name == "alone" and self.backend.together is not None:
+            self.backend.together.wait()
         with self.backend.lock:
             self.backend.runs.append((self.name, len(images)))
-        time.sleep(self.seconds)
+            self.backend.now += self.seconds
         return {"logits": toy.reference_logits(images)}
 
 
 class Timed:
-    """A backend of two threads whose graphs take what a test says."""
+    """A backend whose graphs take, by its own clock, as many images' time as a test says.
+
+    ``four``: of the graph of four images; ``alone``: of an image on its share of the threads.
+    """
 
     name = device = "timed"
     operators = ""
@@ -42,11 +46,18 @@ class Timed:
         self.runs: list[tuple[str, int]] = []
         self.loads: list[tuple[int, int | None]] = []
         self.lock = threading.Lock()
+        self.now = 0.0
+        self.together: threading.Barrier | None = None
+
+    def clock(self) -> float:
+        return self.now
 
     def load(self, bundle: Bundle, batch: int, threads: int | None = None) -> Graph:
         self.loads.append((batch, threads))
         if threads is not None:
-            return Graph(self, "alone", self.alone * SECOND)
+            # As many run at a time as there are shares: each adds its part to the clock.
+            streams = self.threads // threads
+            return Graph(self, "alone", self.alone * SECOND / streams)
         return Graph(self, str(batch), (self.four if batch == 4 else 1.0) * SECOND)
 
     def batch_cost(self, batch: int) -> float:
@@ -59,7 +70,7 @@ def images(count: int) -> np.ndarray:
 
 def runs_of_four(backend: Timed, bundle: Path) -> tuple[Session, list[tuple[str, int]]]:
     """A session that has been warmed up, and what it then runs for four images."""
-    session = toy.session(Bundle.open(bundle), backend)
+    session = toy.session(Bundle.open(bundle), backend, clock=backend.clock)
     session.warm_up()
     backend.runs.clear()
     x = images(4)
@@ -82,11 +93,12 @@ def test_the_cheapest_way_is_taken(toy_bundle, four, alone, ran, way) -> None:
     assert session.runner.batch_cost(4) > session.runner.batch_cost(1) > SECOND
 
 
-def test_images_side_by_side_do_not_wait_for_each_other(toy_bundle) -> None:
-    session, _ = runs_of_four(Timed(8.0, 1.5), toy_bundle)
-    start = time.perf_counter()
+def test_images_side_by_side_run_at_the_same_time(toy_bundle) -> None:
+    backend = Timed(8.0, 1.5)
+    session, runs = runs_of_four(backend, toy_bundle)
+    backend.together = threading.Barrier(2, timeout=20)  # breaks if they came one by one
     session.run(images(4))
-    assert 2 * 1.5 * SECOND <= time.perf_counter() - start < 4 * 1.5 * SECOND
+    assert runs == [("alone", 1)] * 8
 
 
 def test_one_thread_has_nothing_to_share(toy_bundle) -> None:

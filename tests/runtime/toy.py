@@ -188,6 +188,6 @@ def make_module_bundle(path: Path) -> Bundle:
         )
 
 
-def session(bundle: Bundle, backend: Any) -> Session:
-    """A session whose graphs a test's own backend loads."""
-    return Session(bundle, GraphRunner(bundle, backend))
+def session(bundle: Bundle, backend: Any, **options: Any) -> Session:
+    """A session whose graphs a test's own backend loads; see `GraphRunner` for options."""
+    return Session(bundle, GraphRunner(bundle, backend, **options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from fdconv_deploy.errors import BackendError, FDConvError
 from fdconv_deploy.runtime.backends.base import (
@@ -12,13 +13,7 @@ from fdconv_deploy.runtime.backends.base import (
     Tensors,
     feeds_problem,
 )
-from fdconv_deploy.runtime.backends.onnxruntime import (
-    CPU,
-    CUDA,
-    OnnxRuntimeBackend,
-    OnnxRuntimeTensorRTBackend,
-    cuda_problem,
-)
+from fdconv_deploy.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, cuda_problem
 from fdconv_deploy.runtime.backends.tensorrt import TensorRTBackend
 from fdconv_deploy.runtime.backends.tensorrt_engines import find_engine, has_engines
 from fdconv_deploy.runtime.bundle import Bundle
@@ -27,10 +22,8 @@ __all__ = ["BACKENDS", "Backend", "BackendOptions", "Graph", "Tensors", "feeds_p
 
 # Name -> maker, the fastest first. Making one is cheap and loads no graph.
 BACKENDS: dict[str, Callable[[BackendOptions], Backend]] = {
-    "tensorrt": lambda options: TensorRTBackend(options),
-    "onnxruntime-tensorrt": lambda options: OnnxRuntimeTensorRTBackend(options),
-    "onnxruntime-cuda": lambda options: OnnxRuntimeBackend(CUDA, options),
-    "onnxruntime-cpu": lambda options: OnnxRuntimeBackend(CPU, options),
+    "tensorrt": TensorRTBackend,
+    **{name: partial(OnnxRuntimeBackend, name) for name in PROVIDERS},
 }
 
 
@@ -39,12 +32,19 @@ def select(
 ) -> tuple[Backend, str, dict[int, Graph]]:
     """Choose and make a backend.
 
-    :param name: a key of ``BACKENDS``, or "auto": TensorRT where the bundle has an engine for
-        this machine, else CUDA where it really starts, else CPU. "onnxruntime-tensorrt" is only
-        ever asked for: it builds engines each time a bundle is opened.
-    :returns: the backend, a sentence on why it was chosen, and graphs already loaded in
-        finding out, by batch size.
-    :raises BackendError: no such backend, or it cannot be used here.
+    Args:
+        bundle: the bundle to be run.
+        name: a key of ``BACKENDS``, or "auto": TensorRT where the bundle has an engine for this
+            machine, else CUDA where it really starts, else CPU. "onnxruntime-tensorrt" must be
+            named: it builds engines each time a bundle is opened.
+        options: what the caller set.
+
+    Returns:
+        The backend, a sentence on why it was chosen, and graphs already loaded in finding out, by
+        batch size.
+
+    Raises:
+        BackendError: no such backend, or it cannot be used here.
     """
     if options.native and name not in ("auto", "onnxruntime-cpu"):
         raise BackendError(
@@ -62,6 +62,7 @@ def select(
         return BACKENDS[cpu](options), "The ONNX Runtime providers were given.", {}
     if options.native:
         return BACKENDS[cpu](options), f"{cpu}, since native operators were asked for.", {}
+    first = min(bundle.manifest.models)
     graphs: dict[int, Graph]
     engines = ""
     if has_engines(bundle):
@@ -69,7 +70,6 @@ def select(
             fast = TensorRTBackend(options)
             for batch in bundle.manifest.models:
                 find_engine(bundle, batch, fast.machine)
-            first = min(bundle.manifest.models)
             graphs = {first: fast.load(bundle, first)}
         except FDConvError as error:
             engines = f"; its TensorRT engines cannot be used: {str(error).rstrip('.')}"
@@ -80,7 +80,6 @@ def select(
         try:
             # Only loading a graph shows whether a GPU, its driver and libraries are there.
             backend = BACKENDS["onnxruntime-cuda"](options)
-            first = min(bundle.manifest.models)
             graphs = {first: backend.load(bundle, first)}
         except BackendError as error:
             reason = f"CUDA did not start ({error})"

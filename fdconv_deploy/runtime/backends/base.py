@@ -21,16 +21,19 @@ class Graph(Protocol):
     def run(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
         """Every output by name, for every input by name; the arrays are the caller's own.
 
-        :raises BackendError: the backend failed.
+        Raises:
+            BackendError: the backend failed.
         """
 
 
 class Backend(Protocol):
     """A way to run a bundle on a device.
 
-    ``threads``: CPU threads of a run; 1 where a device other than the CPU does the work.
-    ``operators``: what runs the ``fdconv`` operators, and why, as a clause; empty where that
-    goes without saying.
+    Attributes:
+        name: a key of ``BACKENDS``.
+        device: "cpu" or "cuda".
+        operators: what runs the ``fdconv`` operators, and why, as a clause; empty where the
+            backend settles it.
     """
 
     name: str
@@ -39,13 +42,18 @@ class Backend(Protocol):
 
     @property
     def threads(self) -> int:
-        """CPU threads of a run."""
+        """Number of CPU threads of a run; 1 where another device does the work."""
 
     def load(self, bundle: Bundle, batch: int, threads: int | None = None) -> Graph:
         """Load the graph of one batch size, whose files the bundle has checked.
 
-        :param threads: in place of all those a run takes.
-        :raises BackendError: the backend cannot run this graph.
+        Args:
+            bundle: the bundle.
+            batch: the batch size.
+            threads: number of CPU threads, where not all those of the backend.
+
+        Raises:
+            BackendError: the backend cannot run this graph.
         """
 
     def batch_cost(self, batch: int) -> float:
@@ -54,13 +62,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """What a caller may set. ``None`` leaves it to the backend.
-
-    ``threads``: CPU threads per run. ``providers``: ONNX Runtime execution providers, in
-    its own notation, in place of those the backend stands for. ``spinning``: threads wait
-    busily within a run. ``native``: ONNX Runtime's CPU provider uses the ``fdconv`` operators
-    in C, see ``fdconv_deploy.ops.native``.
-    """
+    """What a caller may set; ``None`` leaves it to the backend. See `open_session`."""
 
     threads: int | None = None
     providers: tuple[Any, ...] | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,50 +20,50 @@ from fdconv_deploy.runtime.bundle import Bundle
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-_PACKAGES = {CPU: "onnxruntime", CUDA: "onnxruntime-gpu"}
+TENSORRT = "TensorrtExecutionProvider"
+# Backend -> its execution provider, and the packages that have it.
+PROVIDERS = {
+    "onnxruntime-tensorrt": (TENSORRT, ("onnxruntime-gpu", "tensorrt")),
+    "onnxruntime-cuda": (CUDA, ("onnxruntime-gpu",)),
+    "onnxruntime-cpu": (CPU, ("onnxruntime",)),
+}
 _MARK = re.compile(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
 _NO_MEMORY = re.compile(r"bad_?alloc|bad allocation|[Ff]ailed to allocate memory|out of memory")
-_NUMPY_TYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(double)": "float64",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(uint8)": "uint8",
-    "tensor(bool)": "bool",
-}
+_NUMPY_TYPES = {"float": "float32", "double": "float64"}  # other types have numpy's names
 
 
 class OnnxRuntimeBackend:
     """Runs graphs in ONNX Runtime with one execution provider first.
 
-    :raises BackendError: onnxruntime is not installed, or lacks the provider.
+    With TensorRT's provider, loading a graph builds an engine, which takes minutes.
+
+    Args:
+        name: of the backend, a key of ``PROVIDERS``.
+        options: what the caller set.
+
+    Raises:
+        BackendError: onnxruntime is not installed, or lacks the provider.
     """
 
-    def __init__(self, provider: str, options: BackendOptions) -> None:
-        self._ort = import_onnxruntime(provider)
-        self.name = "onnxruntime-cuda" if provider == CUDA else "onnxruntime-cpu"
-        self.device = "cuda" if provider == CUDA else "cpu"
-        self._provider = provider
+    def __init__(self, name: str, options: BackendOptions) -> None:
+        self.name = name
+        self._provider, packages = PROVIDERS[name]
+        self._ort = import_onnxruntime(packages[0])
+        self.device = "cpu" if self._provider == CPU else "cuda"
         self._threads = options.threads or available_cores()
         self._spinning = options.spinning
         if options.providers is not None:
-            self._providers: list[Any] = list(options.providers)
-            self._provider = first_name(self._providers)
-        elif provider == CUDA:
-            # The default, EXHAUSTIVE, spends over half a second on every new shape.
-            self._providers = [(CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}), CPU]
-        else:
-            self._providers = [CPU]
+            self._provider = first_name(list(options.providers))
+            packages = next((known for p, known in PROVIDERS.values() if p == self._provider), ())
         available = self._ort.get_available_providers()
         if self._provider not in available:
-            package = _PACKAGES.get(self._provider)
             raise BackendError(
-                f"The installed onnxruntime has no {self._provider}, only "
-                f"{', '.join(available)}. Install one that has it "
-                f"({install(package) if package else 'see onnxruntime.ai'})."
+                f"The installed onnxruntime has no {self._provider}, only {', '.join(available)}. "
+                f"Install one that has it ({install(*packages) or 'see onnxruntime.ai'}), or "
+                "choose 'onnxruntime-cpu'."
             )
-        if provider == CUDA and hasattr(self._ort, "preload_dlls"):
+        self._providers = list(options.providers or _default_providers(self._provider))
+        if self.device == "cuda" and hasattr(self._ort, "preload_dlls"):
             self._ort.preload_dlls()  # finds CUDA and cuDNN as installed by pip
         self._native = options.native
         self._library: Path | None = None
@@ -172,10 +171,11 @@ class OnnxRuntimeGraph:
         return dict(zip(self._outputs, values, strict=True))
 
 
-def import_onnxruntime(provider: str = CPU) -> Any:
+def import_onnxruntime(package: str = "onnxruntime") -> Any:
     """The onnxruntime module.
 
-    :raises BackendError: it is not installed, or does not load.
+    Raises:
+        BackendError: it is not installed, or does not load.
     """
     try:
         import onnxruntime
@@ -183,9 +183,24 @@ def import_onnxruntime(provider: str = CPU) -> Any:
         found = "is not installed" if isinstance(error, ModuleNotFoundError) else "does not load"
         raise BackendError(
             f"ONNX Runtime {found} here, and this backend runs on it. Install it "
-            f"({install(_PACKAGES.get(provider, _PACKAGES[CPU]))})."
+            f"({install(package)})."
         ) from error
     return onnxruntime
+
+
+def _default_providers(provider: str) -> list[Any]:
+    """In ONNX Runtime's notation, those that a backend tries in turn."""
+    # The default, EXHAUSTIVE, spends over half a second on every new shape.
+    cuda = (CUDA, {"cudnn_conv_algo_search": "HEURISTIC"})
+    if provider != TENSORRT:
+        return [CPU] if provider == CPU else [cuda, CPU]
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(root, "fdconv-deploy", "onnxruntime-tensorrt")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Measurements of earlier builds are kept, and no engines: those are code, and ONNX Runtime's
+    # own store of them knows no hashes.
+    timing = {"trt_timing_cache_enable": True, "trt_timing_cache_path": str(folder)}
+    return [(TENSORRT, timing), cuda, CPU]
 
 
 def cuda_problem() -> str | None:
@@ -201,7 +216,8 @@ def cuda_problem() -> str | None:
 def first_name(providers: list[Any]) -> str:
     """The name of the first execution provider in ONNX Runtime's notation.
 
-    :raises BackendError: there is none.
+    Raises:
+        BackendError: there is none.
     """
     if not providers:
         raise BackendError("An empty list of ONNX Runtime providers was given; name one or more.")
@@ -233,7 +249,7 @@ def _check_signature(bundle: Bundle, batch: int, session: Any) -> None:
         ("outputs", bundle.manifest.outputs[batch], session.get_outputs()),
     ):
         said = {(s.name, tuple(s.shape), np.dtype(s.dtype).name) for s in specs}
-        found = {(v.name, tuple(v.shape), _NUMPY_TYPES.get(v.type, v.type)) for v in values}
+        found = {(v.name, tuple(v.shape), _numpy_type(v.type)) for v in values}
         if said != found:
             raise BackendError(
                 f"The graph of batch {batch} in the bundle {bundle.path} has the {what} "
@@ -242,40 +258,7 @@ def _check_signature(bundle: Bundle, batch: int, session: Any) -> None:
             )
 
 
-TENSORRT = "TensorrtExecutionProvider"
-NAME = "onnxruntime-tensorrt"
-
-
-def providers(folder: Path) -> list[Any]:
-    """In ONNX Runtime's notation; measurements of earlier builds are kept in ``folder``.
-
-    Measurements only: engines are code, and ONNX Runtime's own store of them knows no hashes.
-    """
-    timing = {"trt_timing_cache_enable": True, "trt_timing_cache_path": str(folder)}
-    return [(TENSORRT, timing), (CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}), CPU]
-
-
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "fdconv-deploy" / "onnxruntime-tensorrt"
-
-
-class OnnxRuntimeTensorRTBackend(OnnxRuntimeBackend):
-    """See :class:`OnnxRuntimeBackend`. Loading builds an engine, which takes minutes.
-
-    :raises BackendError: onnxruntime is not installed, or lacks the provider.
-    """
-
-    def __init__(self, options: BackendOptions) -> None:
-        ort = import_onnxruntime(CUDA)
-        if TENSORRT not in ort.get_available_providers():
-            raise BackendError(
-                "The installed onnxruntime has no TensorRT provider, only "
-                f"{', '.join(ort.get_available_providers())}. Install one that has it "
-                f"({install('onnxruntime-gpu', 'tensorrt')}), or choose 'onnxruntime-cpu'."
-            )
-        folder = _cache()
-        folder.mkdir(parents=True, exist_ok=True)
-        given = options.providers or tuple(providers(folder))
-        super().__init__(CUDA, replace(options, providers=given))
-        self.name = NAME
+def _numpy_type(kind: str) -> str:
+    """ONNX Runtime's ``tensor(float)`` as numpy's ``float32``."""
+    name = kind.removeprefix("tensor(").removesuffix(")")
+    return _NUMPY_TYPES.get(name, name)

@@ -26,44 +26,35 @@ from fdconv_deploy.runtime.backends.tensorrt_engines import (
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import TensorSpec
 
-_NO_MEMORY = "cudaErrorMemoryAllocation"
-
-
-def import_cudart() -> Any:
-    """The module ``cuda.bindings.runtime``.
-
-    Raises:
-        BackendError: it is not installed.
-    """
-    try:
-        from cuda.bindings import runtime  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise BackendError(
-            "TensorRT's buffers need cuda-bindings, which is not installed "
-            f"({install('cuda.bindings')}). {_OTHERS}"
-        ) from error
-    return runtime
+# Runs at a time, each with its own stream and buffers; further callers wait.
+CONTEXTS = 2
+OLDEST = (10, 9)
+_OTHERS = "Backend 'onnxruntime-cpu' runs this bundle now, 'onnxruntime-cuda' where it starts."
 
 
 class Cuda:
-    """The CUDA runtime on the first visible GPU, its errors as sentences.
+    """The little of the CUDA runtime that TensorRT's buffers need, on the first visible GPU.
 
     Raises:
-        BackendError: no GPU, no driver, or no bindings.
+        BackendError: no GPU, no driver, or no cuda-bindings.
     """
 
     def __init__(self, runtime: Any = None) -> None:
-        self.rt = import_cudart() if runtime is None else runtime
+        if runtime is None:
+            try:
+                from cuda.bindings import runtime  # type: ignore[import-not-found,unused-ignore]
+            except ImportError as error:
+                raise BackendError(
+                    "TensorRT's buffers need cuda-bindings, which is not installed "
+                    f"({install('cuda.bindings')}). {_OTHERS}"
+                ) from error
+        self.rt: Any = runtime
         status, *rest = self.rt.cudaGetDeviceCount()
-        if self._failed(status) or not rest or rest[0] < 1:
+        if int(status) or not rest or rest[0] < 1:
             raise BackendError(
                 f"TensorRT needs an NVIDIA GPU and its driver, and CUDA sees none ({status.name}). "
-                "Check `nvidia-smi`; in a container, start it with --gpus all. "
-                f"{_OTHERS}"
+                f"Check `nvidia-smi`; in a container, start it with --gpus all. {_OTHERS}"
             )
-
-    def _failed(self, status: Any) -> bool:
-        return int(status) != 0
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function of the runtime; what it returns beside its status.
@@ -72,8 +63,8 @@ class Cuda:
             BackendError: it failed.
         """
         status, *rest = getattr(self.rt, name)(*arguments)
-        if self._failed(status):
-            if status.name == _NO_MEMORY:
+        if int(status):
+            if status.name == "cudaErrorMemoryAllocation":
                 raise BackendError(
                     f"The GPU has no memory left ({name}). Free some (see `nvidia-smi`), use a "
                     f"bundle of a smaller batch size or input, or another backend. {_OTHERS}"
@@ -101,12 +92,6 @@ class Cuda:
         return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
 
-# Runs at a time, each with its own stream and buffers; further callers wait.
-CONTEXTS = 2
-OLDEST = (10, 9)
-_OTHERS = "Backend 'onnxruntime-cpu' runs this bundle now, 'onnxruntime-cuda' where it starts."
-
-
 def import_tensorrt() -> Any:
     """The module ``tensorrt``, of a version that is known here.
 
@@ -130,14 +115,6 @@ def import_tensorrt() -> Any:
             f"Update it ({install('tensorrt')}). {_OTHERS}"
         )
     return tensorrt
-
-
-def find_machine(trt: Any, cuda: Cuda) -> Machine:
-    """This machine, as engines are fitted to it."""
-    gpu, capability = cuda.device()
-    return Machine(
-        gpu=gpu, capability=capability, driver=cuda.driver(), tensorrt=str(trt.__version__)
-    )
 
 
 class Messages:
@@ -176,7 +153,8 @@ class Messages:
 class TensorRTBackend:
     """Runs engines. See :class:`Backend`.
 
-    :raises BackendError: no GPU, no driver, no TensorRT, or one that is too old.
+    Raises:
+        BackendError: no GPU, no driver, no TensorRT, or one that is too old.
     """
 
     name = "tensorrt"
@@ -189,7 +167,11 @@ class TensorRTBackend:
         self._cuda = Cuda() if cuda is None else cuda
         self._messages = Messages()
         self._logger = self._messages.logger(self.trt)
-        self.machine = find_machine(self.trt, self._cuda)
+        gpu, capability = self._cuda.device()
+        version = str(self.trt.__version__)
+        self.machine = Machine(
+            gpu=gpu, capability=capability, driver=self._cuda.driver(), tensorrt=version
+        )
         del options  # of threads and providers nothing applies
 
     def load(self, bundle: Bundle, batch: int, threads: int | None = None) -> TensorRTGraph:
@@ -208,7 +190,8 @@ class TensorRTBackend:
     ) -> TensorRTGraph:
         """An engine from its bytes, which the caller has checked.
 
-        :raises BackendError: TensorRT does not take it, or memory runs out.
+        Raises:
+            BackendError: TensorRT does not take it, or memory runs out.
         """
         self._messages.errors.clear()
         runtime = self.trt.Runtime(self._logger)

@@ -15,7 +15,8 @@ def available_cores(root: Path = Path("/")) -> int:
     container or under ``taskset`` that is too many, and threads that take turns on a core
     wait for each other at the end of every operator.
 
-    :param root: where ``/proc`` and ``/sys`` are.
+    Args:
+        root: where ``/proc`` and ``/sys`` are.
     """
     logical = _allowed()
     cores = len({_core(root, cpu) for cpu in logical})
