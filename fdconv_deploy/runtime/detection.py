@@ -45,15 +45,22 @@ SHOWN_SCORE = 0.3
 
 @dataclass(frozen=True)
 class Detection:
-    """Objects found in an image, the best score first, and how they came about.
+    """Objects found in an image, the best score first, and how they were computed.
 
-    ``boxes``: (N, 4) float32 x1, y1, x2, y2 in pixels of the image, whose top left corner is
-    (0, 0). ``scores``: (N,) float32, 0 to 1. ``labels``: (N,) int64, indices into ``classes``
-    and ``palette``. ``mask_probabilities``: (N, h, w) float32 over each box; None when the
-    network gives no masks. ``image_size``, ``resized_to``: (H, W) of the image, and of the
-    part of the network's input it covered. ``fit``: "resized" when the network saw the image with
-    no more padding than published, "letterboxed" when with more, which changes the answer somewhat.
-    ``timings``: seconds, by stage.
+    Attributes:
+        boxes: (N, 4) float32 x1, y1, x2, y2 in pixels of the image, whose top left corner is
+            (0, 0).
+        scores: (N,) float32, 0 to 1.
+        labels: (N,) int64, indices into ``classes`` and ``palette``.
+        mask_probabilities: (N, h, w) float32 over each box; None when the network gives no masks.
+        mask_threshold: the probability from which a pixel belongs to an object.
+        image_size: (H, W) of the image.
+        resized_to: (H, W) of the part of the network's input that it covered.
+        classes: the names of the classes.
+        palette: an RGB colour for each class.
+        fit: "resized" when the network saw the image with no more padding than published,
+            "letterboxed" when with more, which changes the answer somewhat.
+        timings: seconds, by stage.
     """
 
     boxes: npt.NDArray[np.float32]
@@ -198,15 +205,14 @@ class Detection:
 
 
 class DetectionPipeline:
-    """A detector's steps before and after a run of its network."""
+    """A detector's steps before and after a run of its network.
+
+    Args:
+        detector: what the network is made of.
+        size: (height, width) of its input.
+    """
 
     def __init__(self, detector: DetectorConfig, size: tuple[int, int]) -> None:
-        """Take a network's configuration.
-
-        Args:
-            detector: what the network is made of.
-            size: (height, width) of its input.
-        """
         self.preprocessing = detector.preprocessing
         self.size = size
         self.classes = detector_classes(detector)

@@ -31,12 +31,17 @@ Mode = Literal["whole", "slide"]
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Labels of an image, and how they came about.
+    """Labels of an image, and how they were computed.
 
-    ``labels``: (H, W) at the image's own size, uint8, or uint16 above 256 classes; indices
-    into ``classes`` and ``palette``. ``fit``: "resized" when the network saw the image in its
-    own aspect ratio and nothing else, "stretched" or "letterboxed" when it had to be fitted, which
-    changes the answer. ``timings``: seconds, by stage.
+    Attributes:
+        labels: (H, W) at the image's own size, uint8, or uint16 above 256 classes; indices into
+            ``classes`` and ``palette``.
+        classes: the names of the classes.
+        palette: an RGB colour for each class.
+        fit: "resized" when the network saw the image in its own aspect ratio and nothing else,
+            "stretched" or "letterboxed" when it had to be fitted, which changes the answer.
+        mode: "whole" or "slide".
+        timings: seconds, by stage.
     """
 
     labels: Labels
@@ -69,16 +74,15 @@ class Segmentation:
 
 
 class SegmentationPipeline:
-    """A segmentor's steps before and after a run of its network."""
+    """A segmentor's steps before and after a run of its network.
+
+    Args:
+        segmentor: what the network is made of.
+        size: (height, width) of its input.
+        fit: how images of another aspect ratio are brought to ``size`` by default.
+    """
 
     def __init__(self, segmentor: SegmentorConfig, size: tuple[int, int], fit: Fit) -> None:
-        """Take a network's configuration.
-
-        Args:
-            segmentor: what the network is made of.
-            size: (height, width) of its input.
-            fit: how images of another aspect ratio are brought to ``size`` by default.
-        """
         self.preprocessing = segmentor.preprocessing
         self.size = size
         self.fit = fit

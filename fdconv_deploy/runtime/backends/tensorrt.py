@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import re
 import threading
 from collections import deque
@@ -42,7 +43,7 @@ class Cuda:
     def __init__(self, runtime: Any = None) -> None:
         if runtime is None:
             try:
-                from cuda.bindings import runtime  # type: ignore[import-not-found,unused-ignore]
+                runtime = importlib.import_module("cuda.bindings.runtime")
             except ImportError as error:
                 raise BackendError(
                     "TensorRT's buffers need cuda-bindings, which is not installed "
