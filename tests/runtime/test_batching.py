@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdconv_deploy.runtime.batching import linear_cost, measured_cost, plan_batches
+from fdconv_deploy.runtime.batching import least_seconds, linear_cost, measured_cost, plan_batches
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,38 @@ def test_is_the_cheapest_of_all(images: int, sizes: list[int]) -> None:
 def test_many_images_are_planned_quickly() -> None:
     plan = plan_batches(100_003, (1, 4, 8))
     assert sum(plan) == 100_003
+
+
+class Clock:
+    """Time that passes only in runs."""
+
+    def __init__(self) -> None:
+        self.now, self.order = 0.0, []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def run(self, name: str, *seconds: float):
+        left = iter(seconds)
+
+        def run() -> None:
+            self.order.append(name)
+            self.now += next(left)
+
+        return run
+
+
+def test_the_least_of_runs_that_take_turns() -> None:
+    clock = Clock()
+    runs = {"a": clock.run("a", 3, 1, 2), "b": clock.run("b", 0.5, 9, 4)}
+    assert least_seconds(runs, rounds=3, seconds=100, clock=clock) == {"a": 1, "b": 0.5}
+    assert "".join(clock.order) == "ababab"
+
+
+def test_no_round_starts_when_time_is_up_but_the_first() -> None:
+    clock = Clock()
+    runs = {"a": clock.run("a", 4, 1, 1), "b": clock.run("b", 4, 1, 1)}
+    assert least_seconds(runs, rounds=9, seconds=9, clock=clock) == {"a": 1, "b": 1}
+    assert len(clock.order) == 4
+    slow = Clock()
+    assert least_seconds({"a": slow.run("a", 60)}, seconds=9, clock=slow) == {"a": 60}

@@ -188,3 +188,8 @@ def make_bundle(
             made = model(batch, height, width, masks=arch.mask_head is not None)
             onnx.save(made, str(writer.path / f"model.b{batch}.onnx"))
         return writer.commit(manifest(height, width, batches, arch, **changes))
+
+
+def picture(height: int = 50, width: int = 70, seed: int = 7) -> np.ndarray:
+    """(height, width, 3) uint8 RGB."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

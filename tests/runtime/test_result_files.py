@@ -12,7 +12,7 @@ from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Session
 from fdconv_deploy.runtime.input_files import Source, sources_at
 from fdconv_deploy.runtime.result_files import ResultOptions, segment_files
-from tests.runtime.detection.conftest import picture
+from tests.runtime.toy_detector import picture
 from tests.test_cli import fdconv
 
 
