@@ -28,7 +28,6 @@ class Runner(Protocol):
     Attributes:
         backend: the name of the backend in use.
         choice: why it is, as a sentence.
-        operators: what runs the ``fdconv`` operators, and why; empty where the backend settles it.
         ways: how each batch size is run by ``run_batches``, in words; empty where not known.
         batch_cost: what one run costs by its batch size, in any unit; see `plan_batches`.
         closed: whether ``close`` was called.
@@ -36,10 +35,13 @@ class Runner(Protocol):
 
     backend: str
     choice: str
-    operators: str
     ways: dict[int, str]
     batch_cost: Callable[[int], float]
     closed: bool
+
+    @property
+    def operators(self) -> str:
+        """What runs the ``fdconv`` operators, and why; empty where the backend settles it."""
 
     def run_batches(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
         """Every output for any number of images, given every input; images along first axes."""
@@ -77,7 +79,7 @@ class GraphRunner:
         *,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.backend, self.choice, self.operators = backend.name, choice, backend.operators
+        self.backend, self.choice = backend.name, choice
         self.ways = dict.fromkeys(bundle.batch_sizes, "its graph")
         self.batch_cost: Callable[[int], float] = backend.batch_cost
         self.closed = False
@@ -86,6 +88,11 @@ class GraphRunner:
         self._beside = LazyGraphs(self._load_beside, {})
         self._streams: dict[int, int] = {}  # by batch size: images at a time, side by side
         self._measured = False
+
+    @property
+    def operators(self) -> str:
+        """What runs the ``fdconv`` operators, and why: a backend decides when it loads a graph."""
+        return self._backend.operators
 
     @property
     def loaded_batch_sizes(self) -> tuple[int, ...]:
