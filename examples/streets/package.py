@@ -1,4 +1,4 @@
-"""Trained networks → what is packaged: checkpoints, held-out scenes, the record of the comparison."""
+"""Trained networks → what is packaged: checkpoints, held-out scenes, the comparison's record."""
 
 from __future__ import annotations
 

@@ -78,16 +78,18 @@ def least_seconds(
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Key, float]:
-    """The least seconds of each run, taking turns: others' work only ever adds to a time.
+    """The shortest time of each run, interleaved: other processes only ever add to a time.
 
     Args:
         runs: each has been run before, so that none pays for its first time.
+        rounds: how often to run each.
         seconds: no further round starts after this long.
+        clock: seconds.
     """
     found: dict[Key, float] = {}
     began = clock()
-    for turn in range(rounds):
-        if turn and clock() - began > seconds:
+    for number in range(rounds):
+        if number and clock() - began > seconds:
             break
         for key, run in runs.items():
             start = clock()

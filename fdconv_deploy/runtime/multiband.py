@@ -149,7 +149,7 @@ def _array(file: ImageFile, max_pixels: int) -> npt.NDArray[Any]:
 
 def _by_opencv(file: ImageFile, max_pixels: int, loading: str) -> npt.NDArray[Any]:
     def decode(_: Image.Image) -> npt.NDArray[Any]:
-        # Pillow has told the size by now, and that the file is whole.
+        # By now Pillow has checked the size, and that the file is whole.
         found = cv2.imdecode(np.frombuffer(file.read(), np.uint8), _FLAGS[loading])
         if found is None:
             raise ImageError(

@@ -81,12 +81,12 @@ class Cuda:
         return text.rstrip("\0"), 10 * properties.major + properties.minor
 
     def driver(self, root: Path = Path("/")) -> str:
-        """The driver's version; where only CUDA's is told, ``CUDA 13.0``."""
+        """The driver's version; where only CUDA's is known, e.g. ``CUDA 13.0``."""
         try:
-            told = (root / "proc/driver/nvidia/version").read_text()
+            text = (root / "proc/driver/nvidia/version").read_text()
         except OSError:
-            told = ""
-        match = re.search(r"\b(\d{3}\.\d+(\.\d+)?)\b", told)
+            text = ""
+        match = re.search(r"\b(\d{3}\.\d+(\.\d+)?)\b", text)
         if match is not None:
             return match[1]
         version = int(self.call("cudaDriverGetVersion"))

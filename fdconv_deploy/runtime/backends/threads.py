@@ -1,4 +1,4 @@
-"""How many CPU cores this process may really use."""
+"""The number of threads to run with: how many CPU cores this process may really use."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def _core(root: Path, cpu: int) -> str:
     """What the logical CPUs of one physical core have in common."""
     topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
     names = "core_cpus_list", "thread_siblings_list"  # the same, in new and old kernels
-    told = [topology / name for name in names if (topology / name).is_file()]
-    return told[0].read_text().strip() if told else str(cpu)
+    files = [topology / name for name in names if (topology / name).is_file()]
+    return files[0].read_text().strip() if files else str(cpu)
 
 
 def _limits(mounted: Path, line: str) -> Iterator[float]:
