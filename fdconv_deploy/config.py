@@ -27,7 +27,8 @@ AttentionNorm = Literal["batch", "group", "none"]
 # Red, green and blue of 0 to 255.
 Level = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Level, Level, Level]
-Positive = Annotated[int, Field(ge=1)]
+# Pixels, counts and dilations, far above any in use; what is larger overflows in convolutions.
+Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 Four = tuple[float, float, float, float]
 Loading = Literal["color", "grayscale", "unchanged", "bands"]
 

@@ -9,6 +9,7 @@ from fdconv_deploy.config import (
     BackboneConfig,
     BoxCoderConfig,
     DetectorConfig,
+    Frozen,
     HeadConfig,
     Preprocessing,
     RoIConfig,
@@ -49,6 +50,12 @@ def _source(value: Any, indent: int = 0) -> str:
     return repr(value)
 
 
+def _fields(config: Frozen, *names: str) -> dict[str, Any]:
+    """Fields of a configuration; tuples as lists, which mmdetection's FPN insists on."""
+    values = {name: getattr(config, name) for name in names}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
 def _backbone(config: BackboneConfig, norm: str) -> dict[str, Any]:
     values = config.model_dump()
     conv = values.pop("conv")
@@ -67,9 +74,7 @@ def _segmentor(config: SegmentorConfig) -> dict[str, Any]:
         "type": "EncoderDecoder",
         "data_preprocessor": {
             "type": "SegDataPreProcessor",
-            "mean": list(config.preprocessing.mean),
-            "std": list(config.preprocessing.std),
-            "bgr_to_rgb": config.preprocessing.bgr_to_rgb,
+            **_fields(config.preprocessing, "mean", "std", "bgr_to_rgb"),
         },
         "backbone": _backbone(config.backbone, "SyncBN"),
         "decode_head": _head(config.decode_head),
@@ -108,13 +113,8 @@ def _segmentor_pipeline(preprocessing: Preprocessing) -> list[dict[str, Any]]:
 
 def _detector(config: DetectorConfig) -> dict[str, Any]:
     """mmdetection 2.x's ``model``."""
-    channels, rpn, box, mask = (
-        config.neck.out_channels,
-        config.rpn_head,
-        config.bbox_head,
-        config.mask_head,
-    )
-    anchors = {name: list(getattr(rpn, name)) for name in ("scales", "ratios", "strides")}
+    channels, rpn, box = config.neck.out_channels, config.rpn_head, config.bbox_head
+    anchors = _fields(rpn, "scales", "ratios", "strides")
     # The head's own name says two shared layers; any other number is the general head's.
     box_type: dict[str, Any] = {"type": "Shared2FCBBoxHead"}
     if box.num_shared_fcs != 2:
@@ -125,26 +125,24 @@ def _detector(config: DetectorConfig) -> dict[str, Any]:
         "bbox_head": {
             **box_type,
             "in_channels": channels,
-            "fc_out_channels": box.fc_out_channels,
             "roi_feat_size": box.roi.output_size,
-            "num_classes": box.num_classes,
+            **_fields(box, "fc_out_channels", "num_classes", "reg_class_agnostic"),
             "bbox_coder": _coder(box.bbox_coder),
-            "reg_class_agnostic": box.reg_class_agnostic,
             "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": False},
         },
     }
-    if mask is not None:
-        roi_head["mask_roi_extractor"] = _extractor(mask.roi, channels)
+    if config.mask_head is not None:
+        roi_head["mask_roi_extractor"] = _extractor(config.mask_head.roi, channels)
         roi_head["mask_head"] = {
             "type": "FCNMaskHead",
-            "roi_feat_size": mask.roi.output_size,
+            "roi_feat_size": config.mask_head.roi.output_size,
             "in_channels": channels,
-            **mask.model_dump(exclude={"roi"}),
+            **config.mask_head.model_dump(exclude={"roi"}),
         }
     return {
-        "type": "FasterRCNN" if mask is None else "MaskRCNN",
+        "type": "FasterRCNN" if config.mask_head is None else "MaskRCNN",
         "backbone": _backbone(config.backbone, "BN"),
-        "neck": {"type": "FPN", **config.neck.model_dump()},
+        "neck": {"type": "FPN", **_fields(config.neck, "in_channels", "out_channels", "num_outs")},
         "rpn_head": {
             "type": "RPNHead",
             "in_channels": channels,
@@ -166,14 +164,9 @@ def _coder(config: BoxCoderConfig) -> dict[str, Any]:
 def _extractor(config: RoIConfig, channels: int) -> dict[str, Any]:
     return {
         "type": "SingleRoIExtractor",
-        "roi_layer": {
-            "type": "RoIAlign",
-            "output_size": config.output_size,
-            "sampling_ratio": config.sampling_ratio,
-        },
+        "roi_layer": {"type": "RoIAlign", **_fields(config, "output_size", "sampling_ratio")},
         "out_channels": channels,
-        "featmap_strides": list(config.featmap_strides),
-        "finest_scale": config.finest_scale,
+        **_fields(config, "featmap_strides", "finest_scale"),
     }
 
 
@@ -187,15 +180,11 @@ def _detector_test(config: DetectorConfig) -> dict[str, Any]:
 
 
 def _detector_pipeline(preprocessing: Preprocessing) -> list[dict[str, Any]]:
+    statistics = _fields(preprocessing, "mean", "std")
     steps = [
         {"type": "Resize", "keep_ratio": preprocessing.keep_ratio},
         {"type": "RandomFlip"},
-        {
-            "type": "Normalize",
-            "mean": list(preprocessing.mean),
-            "std": list(preprocessing.std),
-            "to_rgb": preprocessing.bgr_to_rgb,
-        },
+        {"type": "Normalize", **statistics, "to_rgb": preprocessing.bgr_to_rgb},
         {"type": "Pad", "size_divisor": SIZE_DIVISOR},
         {"type": "ImageToTensor", "keys": ["img"]},
         {"type": "Collect", "keys": ["img"]},

@@ -112,8 +112,10 @@ def infer_backbone(
     settings.resolve(
         "out_indices",
         default=tuple(range(stages)),
-        accepts=lambda v: bool(v) and all(0 <= index < stages for index in v),
-        because=f"the weights have the stages 0 to {stages - 1}",
+        accepts=lambda value: (
+            bool(value) and set(value) <= set(range(stages)) and len(set(value)) == len(value)
+        ),
+        because=f"the weights have the stages 0 to {stages - 1}, each of which is one output",
     )
     conv, styles = _conv(layers, settings, bottleneck)
     settings.resolve(

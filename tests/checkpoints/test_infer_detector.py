@@ -307,3 +307,9 @@ def test_detector_is_inspected(saved: Path) -> None:
     broken = inspect_checkpoint(saved, overrides={"neck.num_outs": 2})
     assert broken.detector is None
     assert "neck.num_outs" in (broken.problem or "")
+
+
+def test_detector_config_has_lists_where_mmdetection_insists_on_them() -> None:
+    model = parse_config(format_config(small())).section("model")
+    assert model["neck"]["in_channels"] == [18, 36, 72, 144]
+    assert isinstance(model["roi_head"]["bbox_roi_extractor"]["featmap_strides"], list)
