@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections.abc import Callable
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -32,8 +33,6 @@ class LimitedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Limit the time to the first request."""
         super().connection_made(transport)
-        # To be told of every unread byte, not of 64 KiB; 0 would stop TLS transports for good.
-        transport.set_write_buffer_limits(high=1)
         self.app_state["connections"] = self.connections  # which the middleware limits
         self._limit_receiving()
 
@@ -44,7 +43,7 @@ class LimitedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Limit the time to the next part of a request; after a refusal, discard."""
+        """Limit the time to the rest of a request; after a refusal, discard."""
         if not self._refused:
             super().data_received(data)
             self._limit_receiving()
@@ -53,6 +52,7 @@ class LimitedProtocol(H11Protocol):
         """Discard what still comes of an answered request, but not for ever."""
         super().on_response_complete()
         self._limit_receiving()
+        self._limit_writing()  # less than 64 KiB unread, of which no transport tells
 
     def _limit_receiving(self) -> None:
         state, cycle = self.conn.their_state, self.cycle
@@ -72,8 +72,8 @@ class LimitedProtocol(H11Protocol):
         if self.conn.their_state is not h11.IDLE or not self.conn.trailing_data[0]:
             self.transport.abort()
             return
-        limit = f"{self._settings.header_seconds:g} s"
-        self._refuse(408, f"The request's headers did not arrive within {limit}. Send faster.")
+        seconds = self._settings.header_seconds
+        self._refuse(408, f"The headers did not arrive within {seconds:g} s. Send them faster.")
 
     def pause_writing(self) -> None:
         """Limit the time in which the client reads nothing."""
@@ -103,7 +103,7 @@ class LimitedProtocol(H11Protocol):
         if getattr(error, "error_status_hint", 400) == 431:
             self._refuse(431, f"The headers have more than {MAX_HEAD_BYTES:,} bytes. Send fewer.")
         else:
-            self._refuse(400, f"This is not a valid HTTP/1.1 request ({error}). Correct it.")
+            self._refuse(400, f"This is no valid HTTP/1.1 request ({error!s:.100}). Correct it.")
 
     def _refuse(self, status: int, detail: str) -> None:
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
@@ -112,7 +112,9 @@ class LimitedProtocol(H11Protocol):
         cycle = None if self.cycle is None or self.cycle.response_complete else self.cycle
         headers, body = self._refusal(status, detail, cycle and cycle.scope)
         headers = [*headers, (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
-        response = h11.Response(status_code=status, headers=headers)
+        response = h11.Response(
+            status_code=status, headers=headers, reason=HTTPStatus(status).phrase
+        )
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self._refused = True

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import anyio
 import numpy as np
 import python_multipart  # noqa: F401 - Starlette finds it missing at the first upload only
 from fastapi import Request
@@ -168,17 +168,27 @@ class Body:
 
     @contextmanager
     def _in_time(self) -> Iterator[None]:
-        seconds = self._settings.body_seconds
+        task, seconds, late = asyncio.current_task(), self._settings.body_seconds, False
+        assert task is not None
+
+        def end() -> None:
+            nonlocal late
+            late = task.cancel()
+
+        timer = asyncio.get_running_loop().call_later(seconds, end)
         try:
-            with anyio.fail_after(seconds):
-                yield
-        except TimeoutError as error:
+            yield
+        except asyncio.CancelledError:
+            if not late:
+                raise
             raise RefusedError(
                 408,
                 f"The request's body did not arrive within {seconds:g} s. Send it faster, or less "
                 "of it.",
                 {"Connection": "close"},
-            ) from error
+            ) from None
+        finally:
+            timer.cancel()
 
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
         unpack = None if self._window is None else zlib.decompressobj(self._window)

@@ -3,4 +3,4 @@
 from fdconv_deploy.serve.routes import health, kserve, models, pages, segment
 
 # In the order in which they are tried: the most frequent first.
-ROUTERS = [module.router for module in (segment, health, models, kserve, pages)]
+ROUTERS = [module.router for module in (segment, kserve, health, models, pages)]

@@ -62,82 +62,7 @@ def _of_model(
     return register
 
 
-@router.get("", summary="What this server is", responses=problem_docs(401))
-async def server_metadata() -> ServerMetadata:
-    """Name, version and extensions."""
-    return ServerMetadata()
-
-
-@router.get("/health/live", summary="Is the process alive?")
-async def live() -> ServerLive:
-    """As `/healthz`."""
-    return ServerLive()
-
-
-@router.get("/health/ready", summary="Is it ready for requests?", responses=problem_docs(503))
-async def ready(request: Request) -> ServerReady:
-    """As `/readyz`."""
-    service_of(request).check_ready()
-    return ServerReady(ready=True)
-
-
-@router.get(
-    "/models/stats",
-    summary="Statistics of every model",
-    response_model=ModelStatisticsList,
-    responses=problem_docs(401),
-)
-async def all_statistics(request: Request) -> JSONResponse:
-    """Counts and times of each loaded model since it was loaded.
-
-    A model called `stats` has its metadata at this address as well: the answer holds both.
-    """
-    service = service_of(request)
-    found = model_statistics(service).model_dump()
-    for model in service.repository:
-        if model.name == "stats":
-            found |= model_metadata(service.repository.card(model)).model_dump()
-    return JSONResponse(found)
-
-
-@_of_model("GET", "/stats", "Statistics of a model", responses=_NOT_FOUND)
-async def statistics(request: Request, name: str, version: str = "") -> ModelStatisticsList:
-    """Counts and times since the model was loaded; an empty list while it is not."""
-    return model_statistics(service_of(request), name, version)
-
-
-@_of_model(
-    "GET",
-    "/config",
-    "A model's configuration",
-    response_model_exclude_none=True,
-    responses=_NOT_FOUND,
-)
-async def config(request: Request, name: str, version: str = "") -> ModelConfig:
-    """Inputs, outputs and batching, as Triton's ModelConfig has them."""
-    service = service_of(request)
-    model = service.repository.get_version(name, version)
-    return model_config(service.repository.card(model), service.settings)
-
-
-@_of_model("GET", "", "A model's inputs and outputs", responses=_NOT_FOUND)
-async def metadata(request: Request, name: str, version: str = "") -> ModelMetadata:
-    """Names, datatypes and shapes; -1 stands for the batch."""
-    repository = service_of(request).repository
-    return model_metadata(repository.card(repository.get_version(name, version)))
-
-
-@_of_model("GET", "/ready", "Is a model loaded?", responses=_READY)
-async def model_ready(request: Request, name: str, version: str = "") -> ServerReady:
-    """200 if it is, 503 if not."""
-    service = service_of(request)
-    if service.repository.get_version(name, version).version is None:
-        raise RefusedError(
-            503, f"The model {name!r} is not loaded.", service.admission.retry_after()
-        )
-    return ServerReady(ready=True)
-
-
+# First, since routes are tried in order and this one is asked most.
 _INFER: dict[str, Any] = {
     "response_class": Response,
     "openapi_extra": {
@@ -212,6 +137,82 @@ async def run(request: Request, name: str, version: str = "") -> Response:
     if head is None:
         return Parts(parts, "application/json", {})
     return Parts(parts, "application/octet-stream", {HEADER_LENGTH: str(head)})
+
+
+@router.get("", summary="What this server is", responses=problem_docs(401))
+async def server_metadata() -> ServerMetadata:
+    """Name, version and extensions."""
+    return ServerMetadata()
+
+
+@router.get("/health/live", summary="Is the process alive?")
+async def live() -> ServerLive:
+    """As `/healthz`."""
+    return ServerLive()
+
+
+@router.get("/health/ready", summary="Is it ready for requests?", responses=problem_docs(503))
+async def ready(request: Request) -> ServerReady:
+    """As `/readyz`."""
+    service_of(request).check_ready()
+    return ServerReady(ready=True)
+
+
+@router.get(
+    "/models/stats",
+    summary="Statistics of every model",
+    response_model=ModelStatisticsList,
+    responses=problem_docs(401),
+)
+async def all_statistics(request: Request) -> JSONResponse:
+    """Counts and times of each loaded model since it was loaded.
+
+    A model called `stats` has its metadata at this address as well: the answer holds both.
+    """
+    service = service_of(request)
+    found = model_statistics(service).model_dump()
+    for model in service.repository:
+        if model.name == "stats":
+            found |= model_metadata(service.repository.card(model)).model_dump()
+    return JSONResponse(found)
+
+
+@_of_model("GET", "/stats", "Statistics of a model", responses=_NOT_FOUND)
+async def statistics(request: Request, name: str, version: str = "") -> ModelStatisticsList:
+    """Counts and times since the model was loaded; an empty list while it is not."""
+    return model_statistics(service_of(request), name, version)
+
+
+@_of_model(
+    "GET",
+    "/config",
+    "A model's configuration",
+    response_model_exclude_none=True,
+    responses=_NOT_FOUND,
+)
+async def config(request: Request, name: str, version: str = "") -> ModelConfig:
+    """Inputs, outputs and batching, as Triton's ModelConfig has them."""
+    service = service_of(request)
+    model = service.repository.get_version(name, version)
+    return model_config(service.repository.card(model), service.settings)
+
+
+@_of_model("GET", "", "A model's inputs and outputs", responses=_NOT_FOUND)
+async def metadata(request: Request, name: str, version: str = "") -> ModelMetadata:
+    """Names, datatypes and shapes; -1 stands for the batch."""
+    repository = service_of(request).repository
+    return model_metadata(repository.card(repository.get_version(name, version)))
+
+
+@_of_model("GET", "/ready", "Is a model loaded?", responses=_READY)
+async def model_ready(request: Request, name: str, version: str = "") -> ServerReady:
+    """200 if it is, 503 if not."""
+    service = service_of(request)
+    if service.repository.get_version(name, version).version is None:
+        raise RefusedError(
+            503, f"The model {name!r} is not loaded.", service.admission.retry_after()
+        )
+    return ServerReady(ready=True)
 
 
 @router.post("/repository/index", summary="List models and states", responses=problem_docs(401))
