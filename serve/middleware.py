@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import time
-import uuid
 
 from fdconv_deploy.serve.api_keys import Keys
 from fdconv_deploy.serve.errors import (
@@ -41,7 +41,7 @@ SECURITY = [
 
 def accepted_id(given: str) -> str:
     """The request's id: the client's own, or a new one where that is none."""
-    return given if _ACCEPTED.fullmatch(given) else uuid.uuid4().hex
+    return given if _ACCEPTED.fullmatch(given) else secrets.token_hex(16)
 
 
 class Edge:
@@ -204,7 +204,7 @@ def refuse(
         request_id = scope["state"]["request_id"]
         scope["state"]["refused"] = status
     else:
-        request_id = uuid.uuid4().hex
+        request_id = secrets.token_hex(16)
         service.metrics.requests.labels("unmatched", str(status)).inc()
         log_access(request_id=request_id, status=status)
     body = json.dumps(problem(request_id, status, detail, kserve=True)).encode()

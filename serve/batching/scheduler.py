@@ -286,7 +286,8 @@ class Scheduler:
             request.missing -= 1
             if not request.missing and request.answer is not None and not request.answer.done():
                 request.answer.set_result(outcome)
-        self._on_batch(batch.lane, len(batch.items), seconds)
+        # Counted while the answers are on their way.
+        self._loop.call_soon(self._on_batch, batch.lane, len(batch.items), seconds)
 
 
 def _fail(request: _Request, error: Exception) -> None:

@@ -13,6 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 NO_LIMIT = 1e9
+_SMALL_BYTES = 64 << 10
+# How long work goes on before it is watched whether its client stays.
+_WATCHED_AFTER_SECONDS = 0.002
 TimeoutMs = Annotated[
     float,
     Header(
@@ -25,12 +28,12 @@ TimeoutMs = Annotated[
 
 
 class Parts(Response):
-    """A body in parts, which are sent one after another without being joined."""
+    """A body in parts; large ones are sent one after another without being joined."""
 
     def __init__(self, parts: list[Any], media_type: str, headers: dict[str, str]) -> None:
         size = sum(len(part) for part in parts)
         super().__init__(None, 200, {**headers, "Content-Length": str(size)}, media_type)
-        self._parts = parts
+        self._parts = parts if size > _SMALL_BYTES else [b"".join(parts)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
@@ -77,9 +80,15 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
             left = True
             task.cancel()
 
-    # One task beside, not the work in a task of its own: most clients stay.
-    gone = asyncio.ensure_future(_disconnected(request))
-    gone.add_done_callback(leave)
+    gone: asyncio.Future[None] | None = None
+
+    def watch() -> None:
+        nonlocal gone
+        gone = asyncio.ensure_future(_disconnected(request))
+        gone.add_done_callback(leave)
+
+    # Not at once: the work has begun by then, and does not wait for this.
+    timer = asyncio.get_running_loop().call_later(_WATCHED_AFTER_SECONDS, watch)
     try:
         return await work
     except asyncio.CancelledError:
@@ -88,7 +97,9 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         raise
     finally:
         over = True
-        gone.cancel()
+        timer.cancel()
+        if gone is not None:
+            gone.cancel()
 
 
 async def _disconnected(request: Request) -> None:
