@@ -13,6 +13,7 @@ from fdconv_deploy.checkpoints.evidence import UNSET, Evidence, SettingResolver,
 from fdconv_deploy.checkpoints.infer_layers import Layer
 from fdconv_deploy.config import AttentionNorm, BandModulationConfig, FDConvConfig
 from fdconv_deploy.errors import CheckpointError
+from fdconv_deploy.nn.band_modulation import SavedMasks
 
 # Reductions people use, tried before any other that fits.
 _USUAL_REDUCTIONS = (1 / 16, 1 / 32, 1 / 8, 1 / 4, 1 / 2, 1 / 64)
@@ -277,14 +278,14 @@ def _bands(
         for name in BandModulationConfig.model_fields:
             settings.resolve(name, matters=False)
         return settings.build()
-    masked = _with_masks(banded)
-    _band_count(settings, banded[0].bands, given, masked)
+    buffer, saved = _saved_masks(banded)
+    _band_count(settings, banded[0], given, buffer, saved)
     settings.exact("shapes", spatial_kernel=banded[0].spatial_kernel)
     _band_groups(settings, banded)
     settings.resolve("act")
-    if masked is not None and masked.masks is not None:
-        saved, k_list = masked.masks, settings.values["k_list"]
-        buffer, size = f"{masked.name}.FBM.cached_masks", saved.size_for(k_list)
+    if saved is not None:
+        k_list = settings.values["k_list"]
+        size = saved.size_for(k_list)
         settings.resolve(
             "max_size",
             accepts=lambda value: saved.are_of(k_list, value),
@@ -298,39 +299,43 @@ def _bands(
     return settings.build()
 
 
-def _with_masks(banded: Sequence[Layer]) -> Layer | None:
-    """A layer whose masks the file saves, if it saves any."""
-    masked = [(layer, layer.masks) for layer in banded if layer.masks is not None]
+def _saved_masks(banded: Sequence[Layer]) -> tuple[str, SavedMasks | None]:
+    """The band masks of all layers and the buffer's name; None if the file saves none."""
+    masked = [(f"{la.name}.FBM.cached_masks", la.masks) for la in banded if la.masks is not None]
     if not masked:
-        return None
-    first, masks = masked[0]
-    for layer, other in masked:
-        if not torch.equal(masks.masks, other.masks):
-            described = [
-                f"{la.name}.FBM.cached_masks, of shape {tuple(saved.masks.shape)}, those of k_list "
-                f"{None if saved.k_list is None else list(saved.k_list)},"
-                for la, saved in ((first, masks), (layer, other))
-            ]
+        return "", None
+    name, saved = masked[0]
+    for other_name, other in masked:
+        if not torch.equal(saved.masks, other.masks):
             raise CheckpointError(
-                f"The saved band masks differ between layers: {' and '.join(described)[:-1]}. "
-                "Expected the same fbm_cfg for all layers; the file mixes two networks."
+                f"The saved band masks differ between layers: {_described(name, saved)}, and "
+                f"{_described(other_name, other)}. Expected the same fbm_cfg for all layers; the "
+                "file mixes two networks."
             )
-    if masks.k_list is None:
+    if saved.k_list is None:
         raise CheckpointError(
-            f"{first.name}.FBM.cached_masks, {tuple(masks.masks.shape)}, are not the published "
-            "band masks of any k_list. Expected, for each band k, all frequencies below 0.5 / k "
-            "in both directions; a network with masks of its own cannot be built here."
+            f"{name}, {tuple(saved.masks.shape)}, are not the published band masks of any k_list. "
+            "Expected, for each band k, all frequencies below 0.5 / k in both directions; a "
+            "network with masks of its own cannot be built here."
         )
-    return first
+    return name, saved
 
 
-def _band_count(settings: Bands, count: int, given: bool, masked: Layer | None) -> None:
+def _described(name: str, saved: SavedMasks) -> str:
+    k_list = None if saved.k_list is None else list(saved.k_list)
+    return f"{name}, of shape {tuple(saved.masks.shape)}, those of k_list {k_list}"
+
+
+def _band_count(
+    settings: Bands, layer: Layer, given: bool, buffer: str, saved: SavedMasks | None
+) -> None:
     """``k_list`` and ``lowfreq_att``, of which shapes give the sum.
 
     A layer has one convolution per band, and one more with ``lowfreq_att``. Which of the two it
     is comes from the band masks, if the file saves them, else from the config, or from the
     published defaults.
     """
+    count = layer.bands
     because = (
         f"the weights have {count} band convolutions a layer, which is one per band and one more "
         "with lowfreq_att"
@@ -339,26 +344,22 @@ def _band_count(settings: Bands, count: int, given: bool, masked: Layer | None) 
     def explains(value: tuple[float, ...]) -> bool:
         return len(value) >= 1 and count - len(value) in (0, 1)
 
-    accepts, derived = explains, UNSET
-    if masked is not None and masked.masks is not None and masked.masks.k_list is not None:
-        saved, derived = masked.masks, masked.masks.k_list
-        because = f"{masked.name}.FBM.cached_masks are the masks of k_list {list(derived)}"
+    derived = UNSET
+    if saved is not None and saved.k_list is not None:
+        derived = saved.k_list
+        because = f"{buffer} are the masks of k_list {list(derived)}"
         if not explains(derived):
             raise CheckpointError(
-                f"{because}, {len(derived)} bands, and {masked.name} has {count} band convolutions."
+                f"{because}, {len(derived)} bands, and {layer.name} has {count} band convolutions."
                 " Expected one per band, and one more with lowfreq_att; the file mixes two "
                 "networks."
             )
-
-        def accepts(value: tuple[float, ...]) -> bool:
-            return saved.size_for(value) is not None  # bands of the same masks are as good
-
-    # The published code reads an fbm_cfg without k_list as one band, [2].
-    one = given or count == 1
     bands = settings.resolve(
         "k_list",
-        default=(2.0,) if one else BandModulationConfig().k_list,
-        accepts=accepts,
+        # The published code reads an fbm_cfg without k_list as one band, [2].
+        default=(2.0,) if given or count == 1 else BandModulationConfig().k_list,
+        # Bands of the same masks are as good as those that were saved.
+        accepts=explains if saved is None else lambda value: saved.size_for(value) is not None,
         derived=derived,
         source="shapes" if derived is UNSET else "saved buffers",
         because=because,

@@ -1,4 +1,4 @@
-"""A segmentation network's configuration, from its state dict and what was written beside it."""
+"""A segmentation network's configuration, its test mode (whole or slide) included."""
 
 from __future__ import annotations
 
