@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fdconv_deploy.checkpoints.convert_file import convert_checkpoint
     from fdconv_deploy.checkpoints.evidence import Inference, Setting
     from fdconv_deploy.checkpoints.exportability import export_command
-    from fdconv_deploy.checkpoints.frequency_order.detect import OrderReport, tell_order
+    from fdconv_deploy.checkpoints.frequency_order import OrderReport, tell_order
     from fdconv_deploy.checkpoints.frequency_order.from_weights import order_of_weights
     from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
     from fdconv_deploy.checkpoints.infer_segmentor import infer_segmentor_config
@@ -46,7 +46,7 @@ _HOMES = {
     "Inference": "evidence",
     "LoadedDetector": "loading",
     "LoadedSegmentor": "loading",
-    "OrderReport": "frequency_order.detect",
+    "OrderReport": "frequency_order",
     "Report": "inspect",
     "Setting": "evidence",
     "format_config": "config_writer",
@@ -67,7 +67,7 @@ _HOMES = {
     "render": "inspect_report",
     "report_on": "inspect",
     "save_checkpoint": "save",
-    "tell_order": "frequency_order.detect",
+    "tell_order": "frequency_order",
 }
 
 __all__ = [

@@ -13,7 +13,7 @@ from fdconv_deploy.checkpoints import model_size
 from fdconv_deploy.checkpoints.attention_stability import AttentionStability, attention_stability
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.evidence import Inference, Setting
-from fdconv_deploy.checkpoints.frequency_order.detect import OrderReport, tell_order
+from fdconv_deploy.checkpoints.frequency_order import OrderReport, tell_order
 from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
 from fdconv_deploy.checkpoints.infer_layers import (
     Kind,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fdconv_deploy.checkpoints.choose_weights import behind_code, choose, tensors_of
 from fdconv_deploy.checkpoints.file_formats import PickledFile, container_of, load_safetensors
 from fdconv_deploy.checkpoints.safe_unpickling import (
     Made,
@@ -22,7 +23,6 @@ from fdconv_deploy.checkpoints.safe_unpickling import (
     tensors_in,
 )
 from fdconv_deploy.checkpoints.shards import find_index, read_shards, refuse_one_shard
-from fdconv_deploy.checkpoints.state_dict import behind_code, choose, tensors_of
 from fdconv_deploy.errors import CheckpointError
 
 Format = Literal[
@@ -68,7 +68,7 @@ def read_checkpoint(path: str | Path, *, weights: str | None = None) -> Checkpoi
             index of a checkpoint in several files.
         weights: the entry or prefix to take the weights from, e.g. ``"state_dict_ema"`` or
             ``"teacher"``. By default the trained weights, or the averaged ones if there are no
-            others; see :func:`fdconv_deploy.checkpoints.state_dict.choose`.
+            others; see :func:`fdconv_deploy.checkpoints.choose_weights.choose`.
 
     Raises:
         CheckpointError: it cannot be read, needs code to be read, or holds no state dict.

@@ -24,7 +24,7 @@ from fdconv_deploy.config import FDConvConfig
 from fdconv_deploy.demo import plain_checkpoint
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn.detection import build_detector
-from tests.checkpoints.test_conversion import NAMES, plain_resnet, resnext
+from tests.checkpoints.test_convert import NAMES, plain_resnet, resnext
 from tests.checkpoints.test_infer_detector import small
 from tests.reference.lively import error
 
