@@ -1,28 +1,27 @@
-"""What a file holds → the state dicts in it, the networks in those, and the one that is meant.
+"""Which weights of a file are meant: its state dicts, the networks in them, and the one to take.
 
 Training scripts put networks into files in many ways: under a key of their own, with an averaged
-copy beside them, in wrappers that each add a prefix to all names, with the loss's buffers among
-the weights. A network is found here by the names of its parts (``backbone.``, ``decode_head.``),
-wherever they stand. What does not belong to it is listed, not dropped in silence.
+(EMA) copy beside them, in wrappers that each add a prefix to all names, with the loss's buffers
+among the weights. A network is found here by the names of its parts (``backbone.``,
+``decode_head.``), wherever they stand. What does not belong to it is listed.
 """
 
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fdconv_deploy.checkpoints.safe_unpickling import (
     Made,
-    TensorRecord,
-    as_array,
     as_mapping,
     describe,
+    is_tensor,
+    refusal_of_code,
     tensors_in,
 )
 from fdconv_deploy.errors import CheckpointError
@@ -37,7 +36,8 @@ AVERAGED_KEYS = ("ema_state_dict", "state_dict_ema", "model_ema", "ema", "params
 # Entries with tensors that are the state of training, never a network's.
 _TRAINING = re.compile(
     r"optim|sched|scaler|random|message_hub|callback|hyper|hparams"
-    r"|(^|[_.])(meta|args?|config|cfg|amp|rng|loops)($|[_.])"
+    r"|(^|[_.])(meta|args?|config|cfg|amp|rng|loops)($|[_.])",
+    re.I,
 )
 # Copies that are kept beside the trained weights. A choice goes to the others.
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged|teacher|shadow|momentum)($|[._\d])")
@@ -49,45 +49,34 @@ _PARTS = {
 }  # fmt: skip
 # Wrappers that stand between a module and its own parts, anywhere in a name: DataParallel,
 # torch.compile, FSDP, activation checkpointing, Lightning Fabric.
-_BETWEEN = {
+_WRAPPERS = {
     "module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module",
     "_forward_module",
 }  # fmt: skip
 # Attributes that hold a network of parts not known here.
-_HOLDERS = ("model", "ema_model", "net", "network")
-_COUNTERS = ("steps", "n_averaged")
-# Buffers that profilers (thop) and OpenMMLab's preprocessors leave beside any module's weights.
-_NOT_WEIGHTS = re.compile(
-    r"(^|\.)(total_ops|total_params)$|(^|\.)data_preprocessor\.(mean|std|batch_augments\..*)$"
+_HOLDERS = {"model", "ema_model", "net", "network"}
+# Names in a state dict that are no weights: (which, what is said of them).
+_NOT_WEIGHTS = (
+    (re.compile(r"^(steps|n_averaged)$"), "{first} (a counter)"),
+    # mmcv's EMA hook keeps a second copy as buffers: `ema_` + the name with _ for dots.
+    (
+        re.compile(r"^ema_[^.]*$"),
+        "{count} ema_… buffers (mmcv keeps the weights not deployed there)",
+    ),
+    # thop, and OpenMMLab's preprocessors.
+    (
+        re.compile(
+            r"(^|\.)(total_ops|total_params)$"
+            r"|(^|\.)data_preprocessor\.(mean|std|batch_augments\..*)$"
+        ),
+        "{count} buffers of a profiler or of the data preprocessor ({first} …)",
+    ),
 )
-_LOSS = re.compile(r"(^|_)(criterion|criteria|loss|losses)(_|\d|$)")
+_LOSS = re.compile(r"(^|_)(criterion|criteria|loss|losses)(_|\d|$)", re.I)
 _METRIC = re.compile(
-    r"(^|_)(metrics?|acc|accuracy|m?iou|jaccard|dice|f1|auroc|confmat|psnr|ssim|lpips)(_|\d|$)"
+    r"(^|_)(metrics?|acc|accuracy|m?iou|jaccard|dice|f1|auroc|confmat|psnr|ssim|lpips)(_|\d|$)",
+    re.I,
 )
-
-
-@dataclass(frozen=True)
-class Network:
-    """One network's part of a state dict.
-
-    Attributes:
-        entry: dotted keys of the state dict in the file; empty if the file is one.
-        root: what stands before its parts in their names, without the last dot; often empty.
-        values: names without prefixes → tensors, records of them, or whatever stands there.
-        left: phrases about names of the state dict that are no network's.
-        stripped: phrases about the prefixes that ``values`` has no more.
-    """
-
-    entry: str
-    root: str
-    values: dict[str, Any]
-    left: tuple[str, ...] = ()
-    stripped: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Entry and root, as one dotted name."""
-        return ".".join(filter(None, (self.entry, self.root)))
 
 
 @dataclass(frozen=True)
@@ -95,17 +84,52 @@ class Chosen:
     """The network that is taken, and what is not.
 
     Attributes:
-        network: the one.
+        tensors: names without prefixes → tensors, records of them, or pickled numpy arrays.
         others: names by which other networks in the file can be chosen.
-        left: phrases about what else is in the file.
+        dropped: phrases about what else is in the file, and about prefixes that were taken off.
     """
 
-    network: Network
+    tensors: dict[str, Any]
     others: tuple[str, ...]
-    left: tuple[str, ...]
+    dropped: tuple[str, ...]
 
 
-def choose(path: Path, content: Mapping[Any, Any], wanted: str | None = None) -> Chosen:
+@dataclass(frozen=True)
+class _Network:
+    """One network's part of a state dict.
+
+    Attributes:
+        entry: dotted keys of the state dict in the file; empty if the file is one.
+        root: what stands before its parts in their names, without the last dot; often empty.
+        values: names without prefixes → tensors, records of them, or whatever stands there.
+        dropped: phrases about names of the state dict that are no network's, and about prefixes.
+    """
+
+    entry: str
+    root: str
+    values: dict[str, Any]
+    dropped: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Entry and root, as one dotted name."""
+        return ".".join(filter(None, (self.entry, self.root))) or "the state dict itself"
+
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        """The smallest goes first."""
+        usual = (*WEIGHT_KEYS, *AVERAGED_KEYS)
+        entry = self.entry.split(".")[0]
+        return (
+            bool(_AVERAGED.search(self.entry)),
+            bool(_AVERAGED.search(self.root)),
+            usual.index(entry) if entry in usual else len(usual),
+            not any(".KSM_Global." in name for name in self.values),
+            -len(self.values),
+        )
+
+
+def choose_weights(path: Path, content: Mapping[Any, Any], wanted: str | None = None) -> Chosen:
     """Find the networks in a file and take one.
 
     Of several, trained weights go before averaged ones and a teacher, ``state_dict`` before other
@@ -118,67 +142,41 @@ def choose(path: Path, content: Mapping[Any, Any], wanted: str | None = None) ->
             (``state_dict.teacher``) to take instead.
 
     Raises:
-        CheckpointError: there are no weights, or none of that name.
+        CheckpointError: there are no weights, or none of that name, or a tensor among them is
+            sharded, sparse, quantised or made by code.
     """
     entries = _entries(content)
     if not entries:
         raise _no_weights(path, content)
     networks = [network for entry, state in entries.items() for network in _networks(entry, state)]
-    networks.sort(key=_rank)
-    names = _names(networks)
-    if wanted is None:
-        network = networks[0]
-    else:
-        named = [n for n in networks if wanted in (names[id(n)], n.entry, n.root, n.name)]
-        if not named:
+    networks.sort(key=lambda network: network.rank)
+    # The shortest name that chooses a network and no earlier one.
+    names: list[str] = []
+    for index, network in enumerate(networks):
+        before = networks[:index]
+        taken = {"", *(n.entry for n in before)}, {"", *(n.root for n in before)}
+        options = zip((network.entry, network.root), taken, strict=True)
+        names.append(next((name for name, used in options if name not in used), network.name))
+    chosen = 0
+    if wanted is not None:
+        known = [{name, n.entry, n.root, n.name} for name, n in zip(names, networks, strict=True)]
+        fitting = [index for index, ways in enumerate(known) if wanted in ways]
+        if not fitting:
             error = CheckpointError(
-                f"{path} has no weights under {wanted!r}; it has: {', '.join(names.values())}."
+                f"{path} has no weights under {wanted!r}; it has: {', '.join(names)}."
             )
             error.command_line = f"{error} Choose one with --weights NAME, or leave it out."
             raise error
-        network = named[0]
-    taken = network.entry.split(".")[0]
-    left = [
-        str(key)
-        for key in content
-        if network.entry and key not in (taken, "meta") and str(key) not in entries
-    ]
-    others = tuple(names[id(n)] for n in networks if n is not network)
-    return Chosen(network, others, (*left, *network.left))
-
-
-def _rank(network: Network) -> tuple[Any, ...]:
-    usual = (*WEIGHT_KEYS, *AVERAGED_KEYS)
-    entry = network.entry.split(".")[0]
-    return (
-        bool(_AVERAGED.search(network.entry)),
-        bool(_AVERAGED.search(network.root)),
-        usual.index(entry) if entry in usual else len(usual),
-        not any(".KSM_Global." in name for name in network.values),
-        -len(network.values),
-    )
-
-
-def _names(networks: Sequence[Network]) -> dict[int, str]:
-    """For each network, by its id, the shortest name that chooses it and no earlier one."""
-    names: dict[int, str] = {}
-    for index, network in enumerate(networks):
-        before = networks[:index]
-        options = [
-            (network.entry, [n.entry for n in before]),
-            (network.root, [n.root for n in before]),
-        ]
-        free = [name for name, used in options if name and name not in used]
-        names[id(network)] = free[0] if free else network.name or "the state dict itself"
-    return names
+        chosen = fitting[0]
+    network = networks[chosen]
+    used = {network.entry.split(".")[0], "meta", *entries}
+    beside = [str(key) for key in content if network.entry and str(key) not in used]
+    tensors, left = _tensors(path, network)
+    others = (*names[:chosen], *names[chosen + 1 :])
+    return Chosen(tensors, others, (*beside, *left, *network.dropped))
 
 
 # State dicts in a file
-
-
-def is_tensor(value: Any) -> bool:
-    """Whether it is a tensor, the record of one, or a pickled numpy array."""
-    return isinstance(value, (Tensor, TensorRecord)) or as_array(value) is not None
 
 
 def _entries(content: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
@@ -188,26 +186,22 @@ def _entries(content: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
         state = as_mapping(content.get(key))
         if state is None:
             continue
-        inner = {} if any(map(is_tensor, state.values())) else _inner(key, state)
-        found |= inner or {key: state}
-    if not any(map(_holds_tensors, found.values())) and any(map(is_tensor, content.values())):
+        # One level down: {"model": {"student": …, "teacher": …}}.
+        inner = {f"{key}.{name}": as_mapping(value) for name, value in state.items()}
+        networks = {
+            name: value
+            for name, value in inner.items()
+            if value is not None and _holds_tensors(value) and not _TRAINING.search(name)
+        }
+        found |= {key: state} if _holds_tensors(state) or not networks else networks
+    if not any(map(_holds_tensors, found.values())) and _holds_tensors(content):
         return {"": content}
     taken = {name.split(".")[0] for name in found}
     for key, value in content.items():
         state = as_mapping(value) if isinstance(key, str) and key not in taken else None
-        if state is not None and not _TRAINING.search(key.lower()) and _roots(state):
+        if state is not None and not _TRAINING.search(key) and _roots(state):
             found[key] = state
     return found
-
-
-def _inner(key: str, state: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
-    """State dicts one level down: ``{"model": {"student": …, "teacher": …}}``."""
-    inner = {f"{key}.{name}": as_mapping(value) for name, value in state.items()}
-    return {
-        name: value
-        for name, value in inner.items()
-        if value is not None and _holds_tensors(value) and not _TRAINING.search(name.lower())
-    }
 
 
 def _holds_tensors(state: Mapping[Any, Any]) -> bool:
@@ -217,10 +211,10 @@ def _holds_tensors(state: Mapping[Any, Any]) -> bool:
 def _no_weights(path: Path, content: Mapping[Any, Any]) -> CheckpointError:
     seen: set[int] = set()
     for key, value in content.items():
-        if _TRAINING.search(str(key).lower()):
+        if _TRAINING.search(str(key)):
             continue
         if isinstance(value, Made) and tensors_in(value, seen):
-            return behind_code(path, key, value)
+            return refusal_of_code(path, key, value)
     keys = ", ".join(str(key)[:40] for key in list(content)[:10]) or "nothing"
     return CheckpointError(
         f"{path} holds no weights: expected a state dict, or one under "
@@ -231,57 +225,52 @@ def _no_weights(path: Path, content: Mapping[Any, Any]) -> CheckpointError:
 # Networks in a state dict
 
 
-def _networks(entry: str, state: Mapping[Any, Any]) -> list[Network]:
+def _networks(entry: str, state: Mapping[Any, Any]) -> list[_Network]:
     """The networks that are told by their parts' names, or else all of it as one."""
-    left = [f"{describe(key)} as a name" for key in state if not isinstance(key, str)]
+    dropped = [f"{describe(key)} as a name" for key in state if not isinstance(key, str)]
     names = {key: value for key, value in state.items() if isinstance(key, str)}
-    stripped: list[str] = []
-    left += [f"{key} (a counter)" for key in names if key in _COUNTERS]
-    # mmcv's EMA hook keeps a second copy as buffers: `ema_` + the name with _ for dots.
-    copies = [key for key in names if key.startswith("ema_") and "." not in key]
-    if copies:
-        left.append(f"{len(copies)} ema_… buffers (mmcv keeps the weights not deployed there)")
-    beside = [key for key in names if _NOT_WEIGHTS.search(key)]
-    if beside:
-        left.append(
-            f"{len(beside)} buffers of a profiler or of the data preprocessor ({beside[0]} …)"
-        )
-    for key in (*copies, *beside, *(key for key in _COUNTERS if key in names)):
-        del names[key]
-    names = _without_wrappers(names, stripped)
-    roots = _roots(names)
-    if not roots:
-        return [_as_one(entry, names, left, stripped)]
+    for pattern, phrase in _NOT_WEIGHTS:
+        found = [name for name in names if pattern.search(name)]
+        if found:
+            dropped.append(phrase.format(count=len(found), first=found[0]))
+            names = {name: value for name, value in names.items() if name not in set(found)}
+    names = _without_wrappers(names, dropped)
+    roots = _roots(names) or [_holder(names)]
     groups: dict[str, dict[str, Any]] = {root: {} for root in roots}
-    others: list[str] = []
+    others: dict[str, list[str]] = {}
     deepest = sorted(roots, key=len, reverse=True)
     for name, value in names.items():
         root = next((r for r in deepest if not r or name.startswith(f"{r}.")), None)
-        inside = name if not root else name[len(root) + 1 :]
+        inside = name[len(root) + 1 :] if root else name
         if root is None or _is_of_training(inside):
-            others.append(name)
+            others.setdefault(name.split(".")[0], []).append(name)
         else:
             groups[root][inside] = value
-    left += _listed(others)
-    result = []
-    for root, values in groups.items():
-        prefix = [f"the prefix {root + '.'!r} of its names"] if root else []
-        result.append(Network(entry, root, values, tuple(left), (*stripped, *prefix)))
-    return result
+    if not any(groups.values()):  # a loss alone
+        return [_Network(entry, "", names, tuple(dropped))]
+    dropped += (
+        found[0] if len(found) == 1 else f"{first}.… ({len(found)} entries)"
+        for first, found in others.items()
+    )
+    prefix = "the prefix {!r} of its names"
+    return [
+        _Network(entry, root, values, (*dropped, *([prefix.format(f"{root}.")] if root else ())))
+        for root, values in groups.items()
+    ]
 
 
-def _without_wrappers(names: dict[str, Any], stripped: list[str]) -> dict[str, Any]:
+def _without_wrappers(names: dict[str, Any], dropped: list[str]) -> dict[str, Any]:
     """Names without what wrappers put in between, unless two would become one."""
     plain = {
-        name: ".".join(part for part in name.split(".") if part not in _BETWEEN) for name in names
+        name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names
     }
     if len(set(plain.values())) < len(plain) or not all(plain.values()):
         return names
-    for wrapper in sorted(_BETWEEN):
+    for wrapper in sorted(_WRAPPERS):
         count = sum(wrapper in name.split(".") for name in names)
         if count:
             which = "every name" if count == len(names) else f"{count} names"
-            stripped.append(f"the wrapper's {wrapper + '.'!r} of {which}")
+            dropped.append(f"the wrapper's {wrapper + '.'!r} of {which}")
     return {plain[name]: value for name, value in names.items()}
 
 
@@ -304,54 +293,24 @@ def _roots(state: Mapping[Any, Any]) -> list[str]:
     return [root for root, backbone in whole.items() if backbone] or list(whole) or list(bare)
 
 
-def _as_one(
-    entry: str, names: dict[str, Any], left: Iterable[str], stripped: Iterable[str]
-) -> Network:
-    """A network of unknown parts: its names without the attribute they all are in."""
-    values = {name: value for name, value in names.items() if not _is_of_training(name)}
-    others = [name for name in names if name not in values]
-    if not values:
-        values, others = names, []
-    root = ""
-    while values:
-        first = next(iter(values)).split(".")[0]
-        if first not in _HOLDERS or not all(name.startswith(f"{first}.") for name in values):
-            break
-        values = {name[len(first) + 1 :]: value for name, value in values.items()}
-        root = f"{root}.{first}" if root else first
-    prefix = [f"the prefix {root + '.'!r} of its names"] if root else []
-    return Network(entry, root, values, (*left, *_listed(others)), (*stripped, *prefix))
+def _holder(names: Iterable[str]) -> str:
+    """The attributes that a network of unknown parts stands in, as ``model`` of ``model.a``."""
+    parents = [name.split(".")[:-1] for name in names if not _is_of_training(name)]
+    shared = commonprefix(parents)  # noqa: RUF071 - of lists, so part by part
+    return ".".join(takewhile(_HOLDERS.__contains__, shared))
 
 
 def _is_of_training(name: str) -> bool:
     """Whether a name in a network is a loss's or a metric's."""
-    first, *inner = name.lower().split(".")
+    first, *inner = name.split(".")
     if first in _PARTS:
         return any(map(_LOSS.search, inner[:-1]))
     metric = _METRIC.search(first) and "head" not in first  # an iou_head is part of a network
     return bool(metric) or any(map(_LOSS.search, (first, *inner[:-1])))
 
 
-def _listed(names: Iterable[str]) -> list[str]:
-    """One phrase per first part of the names."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name.split(".")[0], []).append(name)
-    return [
-        found[0] if len(found) == 1 else f"{first}.… ({len(found)} entries)"
-        for first, found in groups.items()
-    ]
-
-
-# Tensors in a network
-
-
-def tensors_of(path: Path, network: Network) -> tuple[dict[str, Any], list[str]]:
-    """The tensors and arrays among a network's values, and phrases about the others.
-
-    Raises:
-        CheckpointError: a tensor is sharded, sparse, quantised or made by code, or there is none.
-    """
+def _tensors(path: Path, network: _Network) -> tuple[dict[str, Any], list[str]]:
+    """The tensors and arrays among a network's values, and phrases about the others."""
     flat = [name for name in network.values if name.split(".")[-1].startswith("_flat_param")]
     if flat:
         raise CheckpointError(
@@ -365,72 +324,8 @@ def tensors_of(path: Path, network: Network) -> tuple[dict[str, Any], list[str]]
         if name in tensors:
             continue
         if isinstance(value, Made) and tensors_in(value, seen):
-            raise behind_code(path, name, value)
+            raise refusal_of_code(path, name, value)
         left.append(f"{name} ({describe(value)})")
     if not tensors:
         raise CheckpointError(f"{path} holds an empty state dict: there are no weights in it.")
     return tensors, left
-
-
-_DENSE = "Expected dense weights; save the network before quantising or pruning it."
-# What torch's own functions would have rebuilt, and other tensors that are no plain numbers.
-_FOREIGN = (
-    ("_rebuild_sparse", "is a sparse tensor", _DENSE),
-    ("_rebuild_qtensor", "is a quantised tensor", _DENSE),
-    ("torchao.", "is a tensor quantised by torchao", _DENSE),
-    ("bitsandbytes.", "is a tensor quantised by bitsandbytes", _DENSE),
-    ("_rebuild_nested", "is a nested tensor", _DENSE),
-    (
-        "_rebuild_meta",
-        "has a shape but no data (a `meta` tensor)",
-        "Save the network after its weights were loaded.",
-    ),
-    (
-        "torch.distributed.",
-        "is one process's piece of a sharded tensor (FSDP2's DTensor)",
-        "Gather before saving: torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-        "options=StateDictOptions(full_state_dict=True, cpu_offload=True)).",
-    ),
-)
-
-
-def behind_code(path: Path, name: Any, value: Made) -> CheckpointError:
-    """The refusal of weights that only running code would make."""
-    makers = _makers(value)
-    for mark, what, remedy in _FOREIGN:
-        if any(mark in maker for maker in makers):
-            return CheckpointError(f"{path}: {name} {what}. {remedy}")
-    state = as_mapping(value.state) or {}
-    if "_modules" in state or "_parameters" in state:
-        return CheckpointError(
-            f"{path}: {name} is a whole network, pickled as code ({value}). Checkpoints are read "
-            "without running code. Where its code is, load it and save its weights alone: "
-            "torch.save(network.state_dict(), path)."
-        )
-    return CheckpointError(
-        f"{path}: {name} is made by {value}, which is code and not weights. Checkpoints are read "
-        "without running code. If you trust the file, load it where it was written and save plain "
-        "tensors: torch.save(network.state_dict(), path)."
-    )
-
-
-def _makers(value: Any) -> list[str]:
-    """The names of all code that ``value`` is made by, the outermost first."""
-    left = deque([value])
-    seen: set[int] = set()
-    found: list[str] = []
-    while left and len(seen) < 10_000:
-        part = left.popleft()
-        if id(part) in seen:
-            continue
-        seen.add(id(part))
-        if isinstance(part, Made):
-            found.append(str(part))
-            left += [part.maker, part.arguments, part.state]
-        elif isinstance(part, (list, tuple)):
-            left += part
-        elif isinstance(part, dict):
-            left += part.values()
-        elif not isinstance(part, (str, bytes, int, float, TensorRecord)) and part is not None:
-            found.append(str(part))
-    return found

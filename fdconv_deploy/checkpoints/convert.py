@@ -1,4 +1,4 @@
-"""Weights of a plain network → the start of an FDConv network.
+"""Weights of a plain network, as an ImageNet ResNet's → the start of an FDConv network.
 
 An FDConv layer stores its kernel as a half spectrum. Before training, that is the
 transform of the plain layer's weights, as the published converter writes it.
@@ -10,15 +10,23 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from itertools import pairwise
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from fdconv_deploy.checkpoints.infer_layers import backbone_prefix, dynamic_names, part
-from fdconv_deploy.config import BackboneConfig, FDConvConfig
-from fdconv_deploy.errors import CheckpointError
+from fdconv_deploy.checkpoints.config_parser import Config
+from fdconv_deploy.checkpoints.config_writer import format_config
+from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
+from fdconv_deploy.checkpoints.infer_layers import backbone_prefix, dynamic_names, kind_of, part
+from fdconv_deploy.checkpoints.infer_segmentor import infer_backbone_only, infer_segmentor_config
+from fdconv_deploy.checkpoints.loading import config_for
+from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
+from fdconv_deploy.checkpoints.save import write_checkpoint
+from fdconv_deploy.config import BackboneConfig, DetectorConfig, FDConvConfig, SegmentorConfig
+from fdconv_deploy.errors import CheckpointError, in_the_way
 from fdconv_deploy.nn import ResNet
 from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.nn.replace import set_equivalent
@@ -62,6 +70,129 @@ class Conversion(BaseModel):
     left_random: tuple[str, ...] = ()
     grouped: tuple[str, ...] = ()
     unrecognised: tuple[str, ...] = ()
+
+
+def convert_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    equivalent: bool = False,
+    arguments: Mapping[str, Any] | None = None,
+    config: str | Path | Config | None = None,
+    weights: str | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Convert a plain checkpoint for an FDConv network to start from.
+
+    Args:
+        source: any file :func:`read_checkpoint` takes, of a ResNet alone or in a network
+            (``backbone.`` names), or of a ViT.
+        destination: where to write: a ``.safetensors`` file by that name, else a PyTorch one.
+        equivalent: write a whole FDConv network that computes what the plain one does. Without
+            it, what the published converter writes: spectra, and no attentions.
+        arguments: of the FDConv layers, as ``{"kernel_num": 64}``: fields of
+            :class:`FDConvConfig`. They go into the config the file carries. If
+            ``use_fdconv_if_c_gt`` is among them, all layers above it are converted; if not,
+            the published converter's own limit holds unless ``equivalent``.
+        config: the plain network's config, if the file has none.
+        weights: the entry to take weights from, see :func:`read_checkpoint`.
+        overwrite: replace a file that is there.
+
+    Returns:
+        What was converted and what was not.
+
+    Raises:
+        CheckpointError: ``source`` can't be read or has nothing to convert, an argument is
+            unknown, or ``destination`` is in the way.
+        UnsupportedLayerError: an argument does not suit a layer.
+    """
+    destination = Path(destination)
+    if destination.exists() and not overwrite:
+        raise in_the_way(CheckpointError, f"{destination} is there already.")
+    conv = _conv(arguments or {})
+    checkpoint = read_checkpoint(source, weights=weights)
+    state = checkpoint.state_dict
+    try:
+        backbone, text = _described(checkpoint, config_for(checkpoint, config), conv)
+        if not equivalent:
+            given = "use_fdconv_if_c_gt" in (arguments or {})
+            made = convert_state_dict(
+                state,
+                use_fdconv_if_c_gt=conv.use_fdconv_if_c_gt if given else PUBLISHED_THRESHOLD,
+                use_fdconv_if_k_in=conv.use_fdconv_if_k_in,
+                param_ratio=conv.param_ratio,
+            )
+        elif backbone is None:
+            raise CheckpointError(f"Expected a ResNet for an equivalent network. {text}")
+        else:
+            made = equivalent_state_dict(state, backbone)
+        report = describe_conversion(state, made, conv, "equivalent" if equivalent else "published")
+        if not report.converted and report.unrecognised:
+            raise CheckpointError(
+                f"Nothing in it is converted: {len(report.unrecognised)} layers of a size that "
+                f"FDConv replaces have names that the published converter does not know "
+                f"({', '.join(report.unrecognised[:3])}…), so that it writes the same weights "
+                "again. Expected a ResNet's layer1.0.conv1.weight… or a ViT's "
+                "layers.0.ffn.layers.0.0.weight…; in Python, "
+                "fdconv_deploy.nn.replace_convolutions takes any network."
+            )
+        if not report.converted:
+            raise CheckpointError(
+                "Nothing in it is to be converted: expected a ResNet's layer1.0.conv1.weight… or "
+                "a ViT's layers.0.ffn.layers.0.0.weight… of more channels than the limit, found "
+                f"{_first_names(state)}…. Lower the limit (--channels-above), or give a ResNet's "
+                "checkpoint."
+            )
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    meta = {k: v for k, v in checkpoint.meta.items() if k not in ("config", "cfg")}
+    meta |= {"cfg": text} if backbone is not None else {}
+    meta |= {"converted_from": Path(source).name, "conversion": report.method}
+    write_checkpoint(destination, made, meta)
+    return report
+
+
+def _conv(arguments: Mapping[str, Any]) -> FDConvConfig:
+    try:
+        return FDConvConfig(**arguments)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"FDConv argument {field}: {first['msg']}, got {first['input']!r}. Expected the "
+            f"published layer's: {', '.join(FDConvConfig.model_fields)}."
+        ) from None
+
+
+def _described(
+    checkpoint: Checkpoint, config: Config | None, conv: FDConvConfig
+) -> tuple[BackboneConfig | None, str]:
+    """The FDConv backbone and its config's text; None and the reason if it is no ResNet."""
+    state, meta = checkpoint.state_dict, checkpoint.meta
+    kind = kind_of(state)
+    if kind == "unknown":
+        return None, f"None of its names is of one: {_first_names(state)}…"
+    network: SegmentorConfig | DetectorConfig | BackboneConfig
+    try:
+        if kind == "segmentor":
+            network = infer_segmentor_config(state, config=config, meta=meta).architecture
+        elif kind == "detector":
+            network = infer_detector_config(state, config=config, meta=meta).architecture
+        else:
+            network = infer_backbone_only(state, config=config).architecture
+    except CheckpointError as error:
+        if kind == "segmentor":
+            raise
+        return None, str(error)
+    if isinstance(network, BackboneConfig):
+        backbone = network.model_copy(update={"conv": conv})
+        return backbone, format_config(backbone)
+    backbone = network.backbone.model_copy(update={"conv": conv})
+    return backbone, format_config(network.model_copy(update={"backbone": backbone}))
+
+
+def _first_names(state: Mapping[str, Tensor]) -> str:
+    return ", ".join(list(state)[:3])
 
 
 def convert_state_dict(
@@ -183,17 +314,16 @@ def equivalent_state_dict(
     for name, layer in dynamic.items():
         set_equivalent(layer, plain[f"{name}.weight"].detach().float())
     taken = {f"{prefix}{name}.weight" for name in dynamic}
-    rest = {key: value for key, value in state_dict.items() if key not in taken}
     made = {f"{prefix}{key}": value for key, value in network.state_dict().items()}
-    return made | {key: value for key, value in rest.items() if key not in made}
+    return made | {k: v for k, v in state_dict.items() if k not in taken and k not in made}
 
 
 def _refuse_fdconv(state_dict: Mapping[str, Tensor]) -> None:
-    dynamic = next((key for key in state_dict if key.endswith(".dft_weight")), None)
-    if dynamic is not None or dynamic_names(state_dict):
+    spectra = [key for key in state_dict if key.endswith(".dft_weight")]
+    dynamic = [*spectra, *dynamic_names(state_dict)]
+    if dynamic:
         raise CheckpointError(
-            "These weights are of an FDConv network already "
-            f"({dynamic or dynamic_names(state_dict)[0]}). Expected plain ones."
+            f"These weights are of an FDConv network already ({dynamic[0]}). Expected plain ones."
         )
 
 

@@ -1,13 +1,17 @@
-"""A checkpoint file → a report on what is in it. Builds no network."""
+"""A checkpoint file → a report on what is in it, and whether and how it can be exported."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, computed_field
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from fdconv_deploy.checkpoints import model_size
 from fdconv_deploy.checkpoints.attention_stability import AttentionStability, attention_stability
@@ -30,7 +34,7 @@ from fdconv_deploy.checkpoints.infer_segmentor import (
     infer_segmentor_config,
     training_size,
 )
-from fdconv_deploy.checkpoints.loading import config_for, network_of
+from fdconv_deploy.checkpoints.loading import config_for, load_checkpoint
 from fdconv_deploy.checkpoints.reading import read_checkpoint
 from fdconv_deploy.config import BackboneConfig, DetectorConfig, Preprocessing, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
@@ -58,7 +62,7 @@ class Report(BaseModel):
     """What a checkpoint holds.
 
     Attributes:
-        path: the file.
+        path: the file; empty for tensors at hand.
         format: its layout, see :class:`Checkpoint`.
         kind: what network it is of.
         dynamic_layers: how many FDConv layers it has; 0 for a plain network.
@@ -89,8 +93,8 @@ class Report(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    path: str
-    format: str
+    path: str = ""
+    format: str = "plain"
     kind: Kind
     dynamic_layers: int
     tensors: int
@@ -101,15 +105,15 @@ class Report(BaseModel):
     macs: dict[str, int] | None
     spectrum_bytes: int
     published_buffer_bytes: int
-    architecture: SegmentorConfig | None
+    architecture: SegmentorConfig | None = None
     detector: DetectorConfig | None = None
-    backbone: BackboneConfig | None
-    found: tuple[Setting, ...]
-    assumed: tuple[Setting, ...]
-    notes: tuple[str, ...]
-    dropped: tuple[str, ...]
+    backbone: BackboneConfig | None = None
+    found: tuple[Setting, ...] = ()
+    assumed: tuple[Setting, ...] = ()
+    notes: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
     other_weights: tuple[str, ...] = ()
-    problem: str | None
+    problem: str | None = None
     refusal: str | None = None
     training_size: tuple[int, int] | None = None
     command: str | None = None
@@ -122,6 +126,11 @@ class Report(BaseModel):
     def ready(self) -> bool:
         """Whether ``fdconv export`` takes it."""
         return self.problem is None and self.refusal is None
+
+    @property
+    def needs_size(self) -> bool:
+        """Whether export asks for ``--size``: of a segmentor that was tested on whole images."""
+        return self.architecture is not None and self.architecture.test.mode == "whole"
 
 
 def inspect_checkpoint(
@@ -153,10 +162,6 @@ def inspect_checkpoint(
     checkpoint = read_checkpoint(path, weights=weights)
     report = report_on(
         checkpoint.state_dict,
-        path=str(path),
-        format=checkpoint.format,
-        dropped=checkpoint.dropped,
-        other_weights=checkpoint.other_weights,
         config=config_for(checkpoint, config),
         meta=checkpoint.meta,
         overrides=overrides,
@@ -164,21 +169,26 @@ def inspect_checkpoint(
         images=images,
         progress=progress,
     )
+    problem = report.problem
     if report.ready:
         try:  # as export will; takes no copy of the weights
-            network_of(checkpoint, path, config=config, overrides=overrides)
+            load_checkpoint(checkpoint, config=config, overrides=overrides)
         except (CheckpointError, UnsupportedLayerError) as error:
-            return report.model_copy(update={"problem": str(error).removeprefix(f"{path}: ")})
-    return report
+            problem = str(error).removeprefix(f"{path}: ")
+    return report.model_copy(
+        update={
+            "path": str(path),
+            "format": checkpoint.format,
+            "dropped": checkpoint.dropped,
+            "other_weights": checkpoint.other_weights,
+            "problem": problem,
+        }
+    )
 
 
 def report_on(
     state: Shapes,
     *,
-    path: str = "",
-    format: str = "plain",  # noqa: A002 - the report's own word
-    dropped: Sequence[str] = (),
-    other_weights: Sequence[str] = (),
     config: Config | None = None,
     meta: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -188,45 +198,39 @@ def report_on(
 ) -> Report:
     """:func:`inspect_checkpoint` for tensors at hand; tensors on the meta device do."""
     state = as_published(state)
-    architecture: SegmentorConfig | None = None
-    detector: DetectorConfig | None = None
-    backbone: BackboneConfig | None = None
+    kind = kind_of(state)
     inference: Inference[Any] | None = None
     problem: str | None = None
-    kind = kind_of(state)
+    layers: list[Layer] = []
     try:
         if kind == "segmentor":
             inference = infer_segmentor_config(state, config=config, meta=meta, overrides=overrides)
-            architecture, backbone = inference.architecture, inference.architecture.backbone
         elif kind == "detector":
             inference = infer_detector_config(state, config=config, meta=meta, overrides=overrides)
-            detector, backbone = inference.architecture, inference.architecture.backbone
         elif kind != "unknown":
             inference = infer_backbone_only(state, config=config, overrides=overrides)
-            backbone = inference.architecture
         else:
             names = ", ".join(list(state)[:3])
             problem = f"None of its names is of a network known here: {names}…"
     except CheckpointError as error:
         problem = str(error)
+    network = inference.architecture if inference else None
+    backbone = (
+        network if isinstance(network, BackboneConfig) else getattr(network, "backbone", None)
+    )
+    order = None
     try:
         layers = conv_layers(state)
+        if any(layer.dynamic for layer in layers) and not any(v.is_meta for v in state.values()):
+            preprocessing = getattr(network, "preprocessing", None)
+            given = images(preprocessing or Preprocessing()) if callable(images) else images
+            order = tell_order(state, backbone, preprocessing, given, progress)
     except CheckpointError as error:
-        layers, problem = [], problem or str(error)
+        problem = problem or str(error)
+    architecture = network if isinstance(network, SegmentorConfig) else None
     sizes = model_size.layer_sizes(state, architecture, backbone, size)
     ratio = backbone.conv.param_ratio if backbone and backbone.conv else 1
-    order = None
-    if any(layer.dynamic for layer in layers) and not any(v.is_meta for v in state.values()):
-        whole_network = architecture or detector
-        preprocessing = whole_network.preprocessing if whole_network else None
-        given = images(preprocessing or Preprocessing()) if callable(images) else images
-        try:
-            order = tell_order(state, backbone, preprocessing, given, progress)
-        except CheckpointError as error:
-            problem = problem or str(error)
     return Report(
-        path=path,
-        format=format,
         kind=kind,
         dynamic_layers=sum(layer.dynamic for layer in layers),
         tensors=len(state),
@@ -238,19 +242,17 @@ def report_on(
         spectrum_bytes=sum(model_size.spectrum_bytes(layer, ratio) for layer in layers),
         published_buffer_bytes=model_size.published_buffer_bytes(layers, backbone, ratio),
         architecture=architecture,
-        detector=detector,
+        detector=network if isinstance(network, DetectorConfig) else None,
         backbone=backbone,
-        found=inference.found if inference else (),
-        assumed=inference.assumed if inference else (),
-        notes=inference.notes if inference else (),
-        dropped=tuple(dropped),
-        other_weights=tuple(other_weights),
         problem=problem,
         refusal=None if problem else _refusal(kind, layers),
         training_size=training_size(config) if architecture is not None else None,
         layers=tuple(_layer(state, layer, ratio, sizes) for layer in layers),
         frequency_order=order,
         attention_stability=attention_stability(state),
+        found=inference.found if inference else (),
+        assumed=inference.assumed if inference else (),
+        notes=inference.notes if inference else (),
     )
 
 
@@ -281,3 +283,186 @@ def _layer(state: Shapes, layer: Layer, ratio: int, sizes: model_size.Sizes) -> 
         spectrum_bytes=model_size.spectrum_bytes(layer, ratio),
         macs=macs,
     )
+
+
+def export_command(report: Report, options: Sequence[str] = ()) -> str | None:
+    """A command line that exports the inspected checkpoint, ready to be pasted.
+
+    Args:
+        report: of a file (`Report.path` is its path).
+        options: those given to ``inspect`` that ``export`` needs too, such as ``--config``.
+
+    Returns:
+        The command, or None where export would refuse the checkpoint.
+    """
+    if not report.ready:
+        return None
+    source = Path(report.path)
+    words = ["fdconv", "export", str(source), "-o", f"{source.stem}_bundle", *options]
+    if report.needs_size:
+        height, width = report.training_size or (512, 512)
+        words += ["--size", f"{height}x{width}"]
+    return shlex.join(words)
+
+
+_KINDS = {
+    "segmentor": "segmentation network",
+    "detector": "detector",
+    "classifier": "classifier",
+    "backbone": "backbone alone",
+    "unknown": "unknown network",
+}
+
+
+def render(report: Report, console: Console, *, layers: bool = False) -> None:
+    """Print a report: the verdict first, then what was told and assumed, and sizes.
+
+    Args:
+        report: of :func:`inspect_checkpoint`.
+        console: where to print.
+        layers: print the table of all FDConv layers too.
+    """
+    _verdict(report, console)
+    count = report.dynamic_layers
+    fdconv = f"{count} FDConv layers" if count else "no FDConv layer"
+    console.print(f"{_KINDS[report.kind]}, {fdconv}; file format: {report.format}")
+    console.print(f"{report.tensors} tensors, {', '.join(report.dtypes)}")
+    for note in report.notes:
+        console.print(f"[yellow]Note:[/yellow] {escape(note)}")
+    if report.attention_stability is not None and report.attention_stability.amplifies:
+        console.print(f"[yellow]Unstable:[/yellow] {escape(report.attention_stability.advice)}")
+    if report.frequency_order is not None:
+        order = report.frequency_order
+        if order.order:
+            known = f"[bold]{order.order}[/bold]"
+        elif order.saved:
+            known = "as saved in the file"
+        else:
+            known = (
+                "[yellow]not told[/yellow], so that torch, the published one, will be assumed "
+                "(--frequency-order of export gives another)"
+            )
+        console.print(f"Frequency order: {known}. {escape(' '.join(order.reasons))}")
+    if report.other_weights:
+        console.print(
+            f"[yellow]Other weights in it:[/yellow] {escape(', '.join(report.other_weights))}. "
+            f"To take them: --weights {escape(report.other_weights[0])}"
+        )
+    if report.dropped:
+        console.print(f"Left out: {escape('; '.join(report.dropped))}")
+    if report.found:
+        console.print(_settings("Found in the file or given", report.found))
+    if report.assumed:
+        title = "Assumed: published defaults that nothing in the file confirms"
+        console.print(_settings(title, report.assumed))
+    if layers and report.dynamic_layers:
+        console.print(_layers([layer for layer in report.layers if layer.dynamic]))
+    console.print(_sizes(report))
+
+
+def _verdict(report: Report, console: Console) -> None:
+    """Whether it can be exported; if so by which command, of which classes, at which size."""
+    name = escape(report.path or "state dict")
+    if not report.ready:
+        style = "bold red" if report.problem else "bold yellow"
+        why = "Not understood" if report.problem else "fdconv export will refuse it"
+        console.print(f"[{style}]Not ready to export:[/] [bold]{name}[/]", soft_wrap=True)
+        console.print(f"[{style}]{why}:[/] {escape(report.problem or report.refusal or '')}")
+        return
+    console.print(f"[bold green]Ready to export:[/] [bold]{name}[/]", soft_wrap=True)
+    if report.command:
+        console.print(f"  {report.command}", markup=False, highlight=False, soft_wrap=True)
+    network = report.architecture or report.detector
+    if network is not None:
+        head = network.bbox_head if isinstance(network, DetectorConfig) else network.decode_head
+        names = f": {_short(network.classes)[1:-1]}" if network.classes else ", not named in it"
+        console.print(f"Classes: {head.num_classes}{escape(names)}")
+    console.print(f"Input size: {_input_size(report)}")
+
+
+def _input_size(report: Report) -> str:
+    if report.detector is not None:
+        height, width = report.detector.published_size
+        return f"{height}x{width}, as published; --size takes any other multiple of 32"
+    if not report.needs_size:
+        assert report.architecture is not None
+        height, width = report.architecture.test.crop_size or (0, 0)
+        return f"{height}x{width}, the crop it was tested by sliding over images"
+    if report.training_size:
+        height, width = report.training_size
+        return f"{height}x{width}, which it was trained at; --size takes any other"
+    return (
+        "the file does not tell what it was trained at; 512x512 is an example, and answers are "
+        "best near the size of training"
+    )
+
+
+def _settings(title: str, settings: Iterable[Setting]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    for column in ("field", "value", "from"):
+        # Names stay whole: a reader copies them into --set.
+        table.add_column(column, overflow="fold", no_wrap=column == "field")
+    for setting in settings:
+        value = _short(setting.value)
+        value = f"{value}  ({setting.note})" if setting.note else value
+        table.add_row(setting.field, escape(value), setting.source)
+    return table
+
+
+def _layers(layers: Sequence[LayerReport]) -> Table:
+    # Without what all names begin with, a row fits in 80 columns.
+    first = layers[0].name.split(".")[0] + "."
+    shared = first if all(layer.name.startswith(first) for layer in layers) else ""
+    title = f"FDConv layers of {shared}" if shared else "FDConv layers"
+    table = Table(title=title.rstrip("."), title_justify="left", box=None, header_style="bold")
+    table.add_column("layer", overflow="fold")
+    for column in ("in", "out", "kernel", "kernel_num", "parameters", "spectrum", "MMAC"):
+        table.add_column(column, justify="right")
+    for layer in layers:
+        table.add_row(
+            layer.name.removeprefix(shared),
+            str(layer.in_channels),
+            str(layer.out_channels),
+            "×".join(map(str, layer.kernel)),
+            str(layer.kernel_num),
+            f"{layer.parameters:,}",
+            f"{layer.spectrum_bytes / 1e6:.2f} MB",
+            "" if layer.macs is None else f"{layer.macs / 1e6:,.1f}",
+        )
+    return table
+
+
+def _sizes(report: Report) -> Table:
+    height, width = report.size
+    table = Table(title="Sizes", title_justify="left", box=None, header_style="bold")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    table.add_column(f"GMAC at {height}×{width}", justify="right")
+    macs = report.macs or {}
+    inside = {"main", *report.fdconv_parameters} if report.dynamic_layers else {"main"}
+    names = dict.fromkeys([*report.parameters, *macs, *sorted(inside - {"main"})])
+    for name in [*(n for n in names if n != "total"), "total"]:
+        count = report.parameters.get(name, report.fdconv_parameters.get(name))
+        if count is None and name not in macs:
+            continue
+        shown = "convolutions of the backbone" if name == "main" else name
+        shown = f"  {shown}" if name in inside else shown
+        table.add_row(
+            shown,
+            "" if count is None else f"{count:,}",
+            f"{macs[name] / 1e9:,.3f}" if name in macs else "",
+            style="bold" if name == "total" else None,
+        )
+    if report.dynamic_layers:
+        mega = report.spectrum_bytes / 1e6
+        table.add_row("spectra", f"{mega:,.1f} MB", "")
+        published = report.published_buffer_bytes / 1e6
+        table.add_row("published code's bin order and masks", f"{published:,.1f} MB", "")
+    return table
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        shown = ", ".join(_short(item) for item in value[:8])
+        return f"({shown}{f', … {len(value)} in all' if len(value) > 8 else ''})"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fdconv_deploy.checkpoints.config_parser import Config, config_of, read_config
 from fdconv_deploy.checkpoints.evidence import Inference
-from fdconv_deploy.checkpoints.frequency_order.choose import ChosenOrder, choose_order
+from fdconv_deploy.checkpoints.frequency_order import ChosenOrder, choose_order
 from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
 from fdconv_deploy.checkpoints.infer_layers import (
     SAVED_BUFFERS,
@@ -34,27 +34,27 @@ from fdconv_deploy.runtime.manifest import Manifest
 class LoadedSegmentor(Segmentor):
     """A :class:`Segmentor` from a checkpoint.
 
-    ``inference`` says who told its architecture, ``order`` the order of its frequencies,
-    ``weights`` which weights of several in the file were asked for.
+    Attributes:
+        inference: who told its architecture.
+        order: the order of its frequencies, and who told it.
+        weights: which weights of several in the file were asked for.
     """
-
-    weights: str | None = None
 
     inference: Inference[SegmentorConfig]
     order: ChosenOrder
+    weights: str | None = None
 
 
 class LoadedDetector(Detector):
     """A :class:`Detector` from a checkpoint, its attributes as :class:`LoadedSegmentor`'s."""
 
-    weights: str | None = None
-
     inference: Inference[DetectorConfig]
     order: ChosenOrder
+    weights: str | None = None
 
 
 def load_checkpoint(
-    path: str | Path,
+    source: str | Path | Checkpoint,
     *,
     config: str | Path | Config | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -66,7 +66,7 @@ def load_checkpoint(
     """Load a network from a checkpoint, without running anything in the file.
 
     Args:
-        path: a checkpoint of mmcv 1.x, mmengine or plain PyTorch, or ``.safetensors``.
+        source: any file :func:`read_checkpoint` takes, or what it gave.
         config: the network's config (a ``.py`` or ``.json`` file), read without running it.
             By default the one the checkpoint carries.
         overrides: fields the weights do not tell, e.g. ``{"backbone.style": "caffe"}``.
@@ -86,85 +86,47 @@ def load_checkpoint(
             contradicts it, or tensors are left over, missing or not finite.
         UnsupportedLayerError: an FDConv layer of it cannot be built.
     """
-    checkpoint = read_checkpoint(path, weights=weights)
-    network = network_of(
-        checkpoint,
-        path,
-        config=config,
-        overrides=overrides,
-        frequency_order=frequency_order,
-        auxiliary=auxiliary,
-        require_fdconv=require_fdconv,
-    )
-    network.weights = weights
-    return network
+    if not isinstance(source, Checkpoint):
+        source = read_checkpoint(source, weights=weights)
+    settings = config_for(source, config)
+    state = as_published(source.state_dict)
+    told: dict[str, Any] = {"config": settings, "meta": source.meta, "overrides": overrides}
+    network: LoadedSegmentor | LoadedDetector
+    try:
+        order = choose_order(state, frequency_order)
+        # On the meta device nothing is initialised: all that has data comes from the file.
+        if kind_of(state) == "detector":
+            detector = infer_detector_config(state, **told)
+            with torch.device("meta"):
+                network = LoadedDetector(detector.architecture, order.used)
+            network.inference = order.noted(detector)
+        else:
+            inferred = infer_segmentor_config(state, **told)
+            segmentor, state = _auxiliary(inferred, state, auxiliary)
+            with torch.device("meta"):
+                network = LoadedSegmentor(segmentor.architecture, order.used)
+            network.inference = order.noted(segmentor)
+        order.apply(network)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.path}: {error}") from None
+    if require_fdconv and not dynamic_names(state):
+        raise CheckpointError(
+            f"{source.path} is not an FDConv checkpoint: no layer in it is one (no …KSM_Global… "
+            "among its names). Expected a network trained with conv_cfg type FDConv. `fdconv "
+            "convert --equivalent` makes one of a plain network; from Python, "
+            "require_fdconv=False loads it as it is."
+        )
+    _fill(network, state, source.path)
+    network.order, network.weights = order, weights
+    return network.eval()
 
 
 def recorded_weights(manifest: Manifest, checkpoint: str | Path) -> str | None:
-    """Which weights of a file a bundle was exported from; None where it is another file.
-
-    Args:
-        manifest: the bundle's.
-        checkpoint: the file.
-    """
+    """Which weights of a file a bundle was exported from; None where it is another file."""
     recorded, source = manifest.graph.get("weights"), manifest.checkpoint
     if recorded is None or source is None or source.sha256 != digest_of(Path(checkpoint)):
         return None
     return str(recorded)
-
-
-def network_of(
-    checkpoint: Checkpoint,
-    path: str | Path,
-    *,
-    config: str | Path | Config | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    frequency_order: FrequencyOrder | Literal["auto"] = "auto",
-    auxiliary: bool = False,
-    require_fdconv: bool = True,
-) -> LoadedSegmentor | LoadedDetector:
-    """:func:`load_checkpoint` of a file that has been read; ``path`` is for messages."""
-    settings = config_for(checkpoint, config)
-    state = as_published(checkpoint.state_dict)
-    network: LoadedSegmentor | LoadedDetector
-    told: dict[str, Any] = {"config": settings, "meta": checkpoint.meta, "overrides": overrides}
-    try:
-        order = choose_order(state, frequency_order)
-        if kind_of(state) == "detector":
-            network = _detector(infer_detector_config(state, **told), order)
-        else:
-            inference, state = _auxiliary(infer_segmentor_config(state, **told), state, auxiliary)
-            network = _segmentor(inference, order)
-        order.apply(network)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    if require_fdconv and not dynamic_names(state):
-        raise CheckpointError(
-            f"{path} is not an FDConv checkpoint: no layer in it is one (no …KSM_Global… among its "
-            "names). Expected a network trained with conv_cfg type FDConv. `fdconv convert "
-            "--equivalent` makes one of a plain network; from Python, require_fdconv=False loads "
-            "it as it is."
-        )
-    _fill(network, state, path)
-    network.eval()
-    return network
-
-
-# On the meta device nothing is initialised: all that has data comes from the file.
-
-
-def _segmentor(inference: Inference[SegmentorConfig], order: ChosenOrder) -> LoadedSegmentor:
-    with torch.device("meta"):
-        network = LoadedSegmentor(inference.architecture, order.used)
-    network.inference, network.order = order.noted(inference), order
-    return network
-
-
-def _detector(inference: Inference[DetectorConfig], order: ChosenOrder) -> LoadedDetector:
-    with torch.device("meta"):
-        network = LoadedDetector(inference.architecture, order.used)
-    network.inference, network.order = order.noted(inference), order
-    return network
 
 
 def load_segmentor(path: str | Path, **options: Any) -> LoadedSegmentor:
@@ -225,30 +187,29 @@ def config_for(checkpoint: Checkpoint, config: str | Path | Config | None) -> Co
     return given
 
 
-def _fill(network: Segmentor | Detector, state: dict[str, Tensor], path: str | Path) -> None:
+def _fill(network: Segmentor | Detector, state: dict[str, Tensor], path: Path | None) -> None:
     expected = network.state_dict()
     for key, value in expected.items():
         # Only training counts batches, and old files don't have the count.
         if key.endswith(".num_batches_tracked"):
             state.setdefault(key, torch.zeros(value.shape, dtype=value.dtype))
     read = {f"{name}.{buffer}" for name in dynamic_layers(network) for buffer in SAVED_BUFFERS}
-    missing = [key for key in expected if key not in state]
-    extra = [
-        k
-        for k in state
-        if k not in expected and k not in read and not k.endswith(".num_batches_tracked")
+    unread = [key for key in state if key not in expected and key not in read]
+    misfits = [
+        *_grouped("missing", (key for key in expected if key not in state)),
+        *_grouped("left over", (k for k in unread if not k.endswith(".num_batches_tracked"))),
     ]
-    wrong = [k for k, v in expected.items() if k in state and state[k].shape != v.shape]
-    if missing or extra or wrong:
-        shapes = [
-            f"{k} {tuple(state[k].shape)} instead of {tuple(expected[k].shape)}" for k in wrong
-        ]
-        parts = [*_grouped("missing", missing), *_grouped("left over", extra)]
-        if shapes:
-            parts.append(f"{len(shapes)} of another shape: {_some(shapes)}")
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if shapes:
+        misfits.append(f"{len(shapes)} of another shape: {_some(shapes)}")
+    if misfits:
         raise CheckpointError(
             f"{path} does not fit the network its names and shapes tell. "
-            + "; ".join(parts)
+            + "; ".join(misfits)
             + ". Expected exactly the tensors of OpenMMLab's ResNet and heads; if the network has "
             "parts of its own, it cannot be loaded."
         )

@@ -1,26 +1,35 @@
-"""A checkpoint file → its state dict and what was written beside it."""
+"""A checkpoint file → its state dict and its metadata. Never runs code from a file."""
 
 from __future__ import annotations
 
+import json
+import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fdconv_deploy.checkpoints.choose_weights import behind_code, choose, tensors_of
-from fdconv_deploy.checkpoints.file_formats import PickledFile, container_of, load_safetensors
+from fdconv_deploy.checkpoints.choose_weights import choose_weights
+from fdconv_deploy.checkpoints.config_parser import printable
 from fdconv_deploy.checkpoints.safe_unpickling import (
+    DamagedPickleError,
+    HostilePickleError,
     Made,
+    StorageRecord,
     TensorRecord,
     as_array,
     as_mapping,
     describe,
     plain,
+    refusal_of_code,
     tensors_in,
+    unpickle,
 )
 from fdconv_deploy.checkpoints.shards import find_index, read_shards, refuse_one_shard
 from fdconv_deploy.errors import CheckpointError
@@ -68,69 +77,46 @@ def read_checkpoint(path: str | Path, *, weights: str | None = None) -> Checkpoi
             index of a checkpoint in several files.
         weights: the entry or prefix to take the weights from, e.g. ``"state_dict_ema"`` or
             ``"teacher"``. By default the trained weights, or the averaged ones if there are no
-            others; see :func:`fdconv_deploy.checkpoints.choose_weights.choose`.
+            others; see :mod:`fdconv_deploy.checkpoints.choose_weights`.
 
     Raises:
         CheckpointError: it cannot be read, needs code to be read, or holds no state dict.
     """
     path = Path(path)
     index = find_index(path)
+    file: PickledFile | None = None
+    layout: Format = "safetensors"
+    content: Mapping[Any, Any]
     if index is not None:
-        tensors, meta = read_shards(index, _all_tensors)
-        layout: Format = "safetensors" if ".safetensors" in index.name else "plain"
-        return _checkpoint(path, None, tensors, meta, layout, weights)
-    container = container_of(path)
-    refuse_one_shard(path)
-    if container == "safetensors":
-        tensors, meta = load_safetensors(path)
-        return _checkpoint(path, None, tensors, meta, "safetensors", weights)
-    file = PickledFile(path, container)
-    content = _mapping(path, file.content)
-    meta = plain(content.get("meta"))
-    meta = meta if isinstance(meta, dict) else {}
-    return _checkpoint(path, file, content, meta, _format(content, meta), weights)
-
-
-def _mapping(path: Path, content: Any) -> Mapping[Any, Any]:
-    mapping = as_mapping(content)
-    if mapping is not None:
-        return mapping
-    if isinstance(content, Made) and tensors_in(content):
-        raise behind_code(path, "what it holds", content)
-    raise CheckpointError(
-        f"{path} holds {describe(content)}. Expected a state dict (names → tensors) or a dict "
-        "with one in it. Save the network with torch.save(network.state_dict(), path)."
-    )
-
-
-def _checkpoint(
-    path: Path,
-    file: PickledFile | None,
-    content: Mapping[Any, Any],
-    meta: dict[str, Any],
-    layout: Format,
-    weights: str | None,
-) -> Checkpoint:
-    chosen = choose(path, content, weights)
-    found, left = tensors_of(path, chosen.network)
-    state = _read(path, file, found)
+        content, meta = read_shards(index, _all_tensors)
+        layout = "safetensors" if ".safetensors" in index.name else "plain"
+    else:
+        container = container_of(path)
+        refuse_one_shard(path)
+        if container == "safetensors":
+            content, meta = load_safetensors(path)
+        else:
+            file = PickledFile(path, container)
+            content = file.mapping()
+            meta = plain(as_mapping(content.get("meta"))) or {}
+            layout = _format(content, meta)
+    chosen = choose_weights(path, content, weights)
+    state = _read(path, file, chosen.tensors)
     if layout == "DeepSpeed" and not any(tensor.numel() for tensor in state.values()):
         raise CheckpointError(
             f"{path} holds names without weights: DeepSpeed's stage 3 keeps them in the other "
             "files of its folder. Gather them with the zero_to_fp32.py that lies there."
         )
-    dropped = (*chosen.left, *left, *chosen.network.stripped)
-    return Checkpoint(state, meta, layout, dropped, chosen.others, path)
+    return Checkpoint(state, meta, layout, chosen.dropped, chosen.others, path)
 
 
 def _all_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Every tensor of one part of a checkpoint in several files, and its meta data."""
+    """Every tensor of one part of a checkpoint in several files, and its metadata."""
     container = container_of(path)
     if container == "safetensors":
         return load_safetensors(path)
     file = PickledFile(path, container)
-    content = _mapping(path, file.content)
-    found = {str(key): value for key, value in content.items() if isinstance(value, TensorRecord)}
+    found = {str(k): v for k, v in file.mapping().items() if isinstance(v, TensorRecord)}
     return dict(file.read(found)), {}
 
 
@@ -138,23 +124,19 @@ def _read(path: Path, file: PickledFile | None, found: Mapping[str, Any]) -> dic
     """Records and arrays as tensors, in the file's order."""
     records = {name: value for name, value in found.items() if isinstance(value, TensorRecord)}
     tensors = file.read(records) if file is not None else {}
-    result: dict[str, Tensor] = {}
     for name, value in found.items():
-        if name in tensors:
-            result[name] = tensors[name]
-        elif isinstance(value, Tensor):
-            result[name] = value.detach()
-        else:
-            result[name] = _from_array(path, name, value)
-    return result
+        if isinstance(value, Tensor):
+            tensors[name] = value.detach()
+        elif name not in tensors:
+            tensors[name] = _from_array(path, name, value)
+    return {name: tensors[name] for name in found}
 
 
 def _from_array(path: Path, name: str, value: Any) -> Tensor:
     array = as_array(value)
     assert array is not None
-    native = np.array(array, array.dtype.newbyteorder("="))
     try:
-        return torch.from_numpy(native)
+        return torch.from_numpy(np.array(array, array.dtype.newbyteorder("=")))
     except TypeError:
         raise CheckpointError(
             f"{path}: {name} is an array of {array.dtype}, which PyTorch does not have. Expected "
@@ -178,3 +160,312 @@ def _format(content: Mapping[Any, Any], meta: Mapping[str, Any]) -> Format:
         if {"mmcv_version", "config", "CLASSES"} & set(meta):
             return "mmcv 1.x"
     return "plain"
+
+
+# What a file is, by its bytes
+
+Container = Literal["torch zip", "pickle", "safetensors"]
+
+EXPECTED = "Expected a PyTorch checkpoint (.pth, .pt, .ckpt) or a .safetensors file"
+
+# What people hand over by mistake: (first bytes, what it is, what to do).
+_MISTAKES = (
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer",
+        "Run `git lfs pull` to fetch the file itself.",
+    ),
+    (b"<", "an HTML or XML page", "Download the checkpoint itself, not the page that shows it."),
+    (b"\x1f\x8b", "a gzip archive", "Unpack it first."),
+    (b"\x08", "probably an ONNX model", "Give the checkpoint it was exported from."),
+    (b"\x89HDF", "an HDF5 file", "Only PyTorch checkpoints can be read."),
+    (
+        b"\x93NUMPY",
+        "one NumPy array (.npy)",
+        "Give the whole checkpoint; a network's weights are many arrays under names.",
+    ),
+)
+
+
+def container_of(path: Path) -> Container:
+    """What kind of file ``path`` is, by its first bytes.
+
+    Raises:
+        CheckpointError: it does not exist, is a folder, is empty or is something else.
+    """
+    if (path / "manifest.json").is_file():
+        raise CheckpointError(
+            f"{path} is a bundle, which an export made. {EXPECTED}: the one it was exported from."
+        )
+    if path.is_dir():
+        suffixes = (".pth", ".pt", ".safetensors")
+        found = [file.name for file in path.iterdir() if file.suffix in suffixes]
+        example = max(found, default="epoch_12.pth")
+        raise CheckpointError(f"{path} is a folder. {EXPECTED}; give a file in it, e.g. {example}.")
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist. {EXPECTED}. Check the path.") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be opened: {error.strerror}. {EXPECTED} that you may read."
+        ) from None
+    if not head:
+        raise CheckpointError(f"{path} is empty. {EXPECTED}. Download or copy it again.")
+    if head.startswith(b"PK\x03\x04"):
+        return "torch zip"
+    if len(head) > 9 and head[8:9] == b"{":
+        return "safetensors"
+    if head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
+        return "pickle"
+    for start, what, remedy in _MISTAKES:
+        if head.startswith(start):
+            raise CheckpointError(f"{path} is {what}. {EXPECTED}. {remedy}")
+    raise CheckpointError(
+        f"{path} is not a checkpoint: it starts with {head[:8]!r}. {EXPECTED}. "
+        "Check that this is the right file and that it was downloaded whole."
+    )
+
+
+def load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors and metadata of a .safetensors file.
+
+    The format's metadata are strings; ``config`` or ``cfg`` (text), ``classes`` and
+    ``palette`` (JSON) become what mmengine's ``meta`` holds. Others are kept as strings.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            meta: dict[str, Any] = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} looks like a safetensors file but cannot be read: {_first_line(error)}. "
+            "Download or copy it again."
+        ) from None
+    dataset: dict[str, Any] = {}
+    name = ""
+    try:
+        for name in ("classes", "palette"):
+            if name in meta:
+                dataset[name] = printable(json.loads(meta[name]))
+                del meta[name]
+    except (ValueError, RecursionError):
+        raise CheckpointError(
+            f"{path}: the metadata entry {name!r} should be a JSON list, found "
+            f"{meta[name][:40]!r}. Write it with json.dumps, or remove it and give {name} yourself."
+        ) from None
+    return tensors, meta | ({"dataset_meta": dataset} if dataset else {})
+
+
+# What zipfile raises for damaged archives beside its own error, and torch for odd strides.
+_DAMAGE = (
+    DamagedPickleError, zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError,
+    NotImplementedError, RuntimeError, OverflowError, struct.error,
+)  # fmt: skip
+
+
+class PickledFile:
+    """A PyTorch file: what its pickle describes, and its tensors on request.
+
+    Attributes:
+        path: the file.
+        content: plain containers, and records of the tensors and of all that is code; see
+            :mod:`fdconv_deploy.checkpoints.safe_unpickling`.
+    """
+
+    def __init__(self, path: Path, container: Container) -> None:
+        """Read the pickle and none of the tensors.
+
+        Raises:
+            CheckpointError: the file is cut, compressed, a TorchScript program or an archive of
+                something else, or names code that runs programs. Nothing it names is ever
+                imported or run.
+        """
+        self.path = path
+        self._size = path.stat().st_size
+        self._folder = _check_zip(path, self._size) if container == "torch zip" else None
+        # Where each storage begins in the file (unused in a zip archive), and its bytes.
+        self._places: dict[str, tuple[int, int]] = {}
+        self._swapped = False
+        try:
+            self.content = self._unpickle() if self._folder is None else self._unzip(self._folder)
+        except HostilePickleError as error:
+            raise CheckpointError(
+                f"{path} names {error}, which is code and not weights. Checkpoints are read "
+                "without running code, so it was refused and nothing in it was run. If you trust "
+                "the file, load it where it was trained and save only its weights: "
+                "torch.save({'meta': ckpt['meta'], 'state_dict': ckpt['state_dict']}, path)."
+            ) from None
+        except MemoryError:
+            raise CheckpointError(
+                f"{path} asks for more memory than this machine has. If it is a checkpoint you "
+                "trust, save its state_dict alone on the machine that trained it."
+            ) from None
+        except _DAMAGE as error:
+            raise self._damaged(error) from None
+
+    def mapping(self) -> Mapping[Any, Any]:
+        """What it holds, by name.
+
+        Raises:
+            CheckpointError: it holds something else, or something made by code.
+        """
+        mapping = as_mapping(self.content)
+        if mapping is not None:
+            return mapping
+        if isinstance(self.content, Made) and tensors_in(self.content):
+            raise refusal_of_code(self.path, "what it holds", self.content)
+        raise CheckpointError(
+            f"{self.path} holds {describe(self.content)}. Expected a state dict (names → tensors) "
+            "or a dict with one in it. Save the network with torch.save(network.state_dict(), "
+            "path)."
+        )
+
+    def read(self, records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
+        """Tensors under the same names, on the CPU. Those that shared a storage share it still.
+
+        Raises:
+            CheckpointError: the file is cut or damaged, or a tensor claims more than it stores.
+        """
+        for name, record in records.items():
+            stored = self._places.get(record.storage.key, (0, 0))[1]
+            # Strides of zero let a few bytes pose as a tensor of any size.
+            if record.needed > stored or record.nbytes > max(stored, 1 << 20):
+                raise CheckpointError(
+                    f"{self.path}: {name} claims {record.shape} elements but the file stores "
+                    f"{stored} bytes for it. Get the original file again."
+                )
+        claimed = sum(record.nbytes for record in records.values())
+        if claimed > 4 * self._size + (64 << 20):
+            raise CheckpointError(
+                f"{self.path}: its tensors claim {claimed:,} bytes, many times those of the file. "
+                "Get the original file again."
+            )
+        storages: dict[str, Tensor] = {}
+        try:
+            with self.path.open("rb") if self._folder is None else zipfile.ZipFile(self.path) as f:
+                for record in records.values():
+                    key = record.storage.key
+                    if key not in storages and self._places.get(key, (0, 0))[1]:
+                        storages[key] = self._storage(f, key, record.dtype)
+            return {name: _tensor(record, storages) for name, record in records.items()}
+        except _DAMAGE as error:
+            raise self._damaged(error) from None
+
+    def _storage(self, file: zipfile.ZipFile | IO[bytes], key: str, dtype: torch.dtype) -> Tensor:
+        place, size = self._places[key]
+        flat = torch.empty(size, dtype=torch.uint8)
+        target: Any = flat.numpy()
+        if isinstance(file, zipfile.ZipFile):
+            with file.open(f"{self._folder}data/{key}") as entry:
+                count = entry.readinto(target)  # type: ignore[attr-defined]
+        else:
+            file.seek(place)
+            count = file.readinto(target)  # type: ignore[attr-defined]
+        if count != size:
+            raise DamagedPickleError("it ends within a tensor")
+        if self._swapped and dtype.itemsize > 1:
+            flat.untyped_storage().byteswap(dtype)
+        return flat
+
+    def _unzip(self, folder: str) -> Any:
+        prefix = f"{folder}data/"
+        with zipfile.ZipFile(self.path) as archive:
+            for entry in archive.infolist():
+                if entry.filename.startswith(prefix):
+                    self._places[entry.filename.removeprefix(prefix)] = (0, entry.file_size)
+            order = f"{folder}byteorder"
+            self._swapped = order in archive.NameToInfo and archive.read(order) == b"big"
+            entry = archive.getinfo(f"{folder}data.pkl")
+            with archive.open(entry) as file:
+                return unpickle(file, entry.file_size)
+
+    def _unpickle(self) -> Any:
+        """PyTorch's format before 1.6: five pickles, then the storages. Or a pickle alone."""
+        size = self._size
+        with self.path.open("rb") as file:
+            first = unpickle(file, size)
+            if first != torch.serialization.MAGIC_NUMBER:
+                return first
+            unpickle(file, size)  # the format's version
+            system = unpickle(file, size)
+            self._swapped = isinstance(system, dict) and system.get("little_endian") is False
+            found: dict[str, StorageRecord] = {}
+            content = unpickle(file, size, found)
+            keys = unpickle(file, size)
+            if not isinstance(keys, list):
+                raise DamagedPickleError("its list of storages is missing")
+            for key in map(str, keys):
+                count = int.from_bytes(file.read(8), "big" if self._swapped else "little")
+                dtype = found[key].dtype
+                length = count * (1 if dtype is None else dtype.itemsize)
+                if file.tell() + length > size:
+                    raise DamagedPickleError("it ends within a tensor")
+                self._places[key] = (file.tell(), length)
+                file.seek(length, 1)
+            return content
+
+    def _damaged(self, error: BaseException) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} is damaged or cut short: {_first_line(error)}. {EXPECTED}, whole. "
+            "Download or copy it again."
+        )
+
+
+def _tensor(record: TensorRecord, storages: Mapping[str, Tensor]) -> Tensor:
+    if 0 in record.shape:
+        return torch.empty(record.shape, dtype=record.dtype)
+    flat = storages[record.storage.key]
+    size = record.dtype.itemsize
+    whole = flat[: flat.numel() // size * size].view(record.dtype)
+    return whole.as_strided(record.shape, record.stride, record.offset)
+
+
+def _check_zip(path: Path, size: int) -> str:
+    """The folder of PyTorch's files in a zip archive, with its slash.
+
+    Raises:
+        CheckpointError: it is cut, holds something else, or could unpack to any size.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except _DAMAGE:
+        raise CheckpointError(
+            f"{path} is a PyTorch file that was cut short (its index, at the end, is missing). "
+            "Download or copy it again."
+        ) from None
+    names = [entry.filename.split("/", 1)[-1] for entry in entries]
+    if "constants.pkl" in names:
+        raise CheckpointError(
+            f"{path} is a TorchScript program, not a checkpoint. {EXPECTED}: "
+            "give the file that training wrote."
+        )
+    if names and all(name.endswith(".npy") for name in names):
+        raise CheckpointError(
+            f"{path} is a NumPy archive (.npz). {EXPECTED}. Make one of it: torch.save({{k: "
+            "torch.from_numpy(v) for k, v in numpy.load(path).items()}, 'weights.pth')."
+        )
+    if "data.pkl" not in names:
+        raise CheckpointError(
+            f"{path} is a zip archive without PyTorch's data.pkl. {EXPECTED}. "
+            "If it holds a checkpoint, unpack it first."
+        )
+    # torch stores entries as they are. Compressed or overlapping ones could unpack to
+    # any size, so they are refused before anything is allocated.
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(
+            f"{path} holds compressed entries, which PyTorch never writes. "
+            "Save it again with torch.save, or get the original file."
+        )
+    if sum(entry.file_size for entry in entries) > size:
+        raise CheckpointError(
+            f"{path} claims to hold more bytes than it has. Get the original file again."
+        )
+    return entries[names.index("data.pkl")].filename.removesuffix("data.pkl")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200].rstrip(".") if text else type(error).__name__

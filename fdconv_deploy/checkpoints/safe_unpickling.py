@@ -5,6 +5,10 @@ names and calls it. :func:`unpickle` runs the same program (decoded by the stand
 :mod:`pickletools`) and puts a record where Python would put an object: a :class:`Name` for a
 class or function, a :class:`Made` for what a call would have returned. Only plain containers and
 the description of a tensor (:class:`TensorRecord`) are made for real, by the code below.
+
+``torch.load(weights_only=True)`` cannot take its place. It refuses the whole file at the first
+class that it does not know (a training checkpoint of mmengine or Lightning names many), reads
+protocol 2 only, and follows small hostile programs into any amount of time and memory.
 """
 
 from __future__ import annotations
@@ -13,12 +17,15 @@ import math
 import pickletools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 
 from fdconv_deploy.checkpoints.config_parser import printable
+from fdconv_deploy.errors import CheckpointError
 
 # An opcode of one byte can make an object of a hundred, so their number is what bounds memory.
 # A training checkpoint of a ResNet-50 with its optimizer has 60,000.
@@ -73,39 +80,25 @@ class Made:
 
     Attributes:
         maker: a :class:`Name`, or whatever else the program would have called.
-        arguments: of the call.
+        arguments: those of the call.
         state: what the object would have been given afterwards.
+        items: what would have been appended to it, None if nothing.
+        pairs: what would have been set in it by key, None if nothing.
     """
 
     # A small file can have a hundred thousand of them, so none is larger than it must be.
-    __slots__ = ("_items", "_pairs", "arguments", "maker", "state")
+    __slots__ = ("arguments", "items", "maker", "pairs", "state")
 
     def __init__(self, maker: Any, arguments: Any = ()) -> None:
-        self.maker, self.arguments = maker, arguments
-        self.state: Any = None
-        self._items: list[Any] | None = None
-        self._pairs: dict[Any, Any] | None = None
-
-    @property
-    def items(self) -> list[Any]:
-        """What would have been appended to it, if it is a list's kind."""
-        if self._items is None:
-            self._items = []
-        return self._items
-
-    @property
-    def pairs(self) -> dict[Any, Any]:
-        """What would have been set in it, if it is a dict's kind."""
-        if self._pairs is None:
-            self._pairs = {}
-        return self._pairs
+        self.maker, self.arguments, self.state = maker, arguments, None
+        self.items: list[Any] | None = None
+        self.pairs: dict[Any, Any] | None = None
 
     def __str__(self) -> str:
         maker = self.maker
         for _ in range(8):  # a method of an object: the object's class tells more
-            if not isinstance(maker, Made):
-                break
-            maker = maker.maker
+            if isinstance(maker, Made):
+                maker = maker.maker
         return str(maker) if isinstance(maker, Name) else "code"
 
 
@@ -113,13 +106,14 @@ class Made:
 class StorageRecord:
     """Where a tensor's numbers stand in the file.
 
-    ``dtype`` is None for bytes that the tensor gives a dtype to. ``shift`` is the element of the
-    storage at which this part of it begins, which only old files have.
+    Attributes:
+        key: its name in the file.
+        dtype: None for bytes that the tensor gives a dtype to.
+        shift: the element at which this part of the storage begins; old files alone have it.
     """
 
     key: str
     dtype: torch.dtype | None
-    elements: int
     shift: int = 0
 
 
@@ -161,7 +155,21 @@ def unpickle(file: IO[bytes], size: int, storages: dict[str, StorageRecord] | No
         DamagedPickleError: it is cut, or is no pickle.
         HostilePickleError: it names code that runs commands or programs.
     """
-    return _Machine(size, storages).run(file, size)
+    machine = _Machine(size, {} if storages is None else storages)
+    try:
+        opcodes = pickletools.genops(_Bounded(file, size))  # type: ignore[arg-type]
+        for count, (opcode, argument, _) in enumerate(opcodes):
+            if opcode.name == "STOP":
+                return machine.stack.pop()
+            if count >= MAX_OPCODES:
+                raise DamagedPickleError(f"its pickle has more than {MAX_OPCODES} steps")
+            machine.step(opcode.name, argument)
+    except (DamagedPickleError, HostilePickleError):
+        raise
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        # What the steps do with a stack that no pickler leaves behind.
+        raise DamagedPickleError(f"its pickle is not whole ({type(error).__name__})") from None
+    raise DamagedPickleError("its pickle has no end")
 
 
 class _Bounded:
@@ -177,181 +185,202 @@ class _Bounded:
         return self._file.read(count)
 
 
-class _Machine:
-    """The stack machine. One method per opcode that is more than a constant."""
+_CONSTANTS = {
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
+    "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
+}  # fmt: skip
+_EMPTY: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
+}
+_COLLECTIONS: dict[str, Callable[..., Any]] = {
+    "list": list,
+    "tuple": tuple,
+    "torch.Size": tuple,
+    "set": set,
+    "frozenset": frozenset,
+}
+# Subclasses of Tensor that hold their numbers as they are. Others may pack or quantise them.
+_PLAIN_TENSORS = {
+    "torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter",
+    "torch.nn.parameter.Buffer",
+}  # fmt: skip
 
-    def __init__(self, size: int, storages: dict[str, StorageRecord] | None = None) -> None:
-        self.storages = {} if storages is None else storages
+
+class _Machine:
+    """The stack machine.
+
+    Attributes:
+        allowance: how many values may still be copied. An honest file has each part copied once,
+            a small hostile one the same part a million times.
+    """
+
+    def __init__(self, size: int, storages: dict[str, StorageRecord]) -> None:
+        self.storages = storages
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        # Copies of what was read. An honest file has each part copied once, a small hostile
-        # one the same part a million times.
         self.allowance = 4 * size + 10_000
 
-    def run(self, file: IO[bytes], size: int) -> Any:
-        steps = pickletools.genops(_Bounded(file, size))  # type: ignore[arg-type]
-        try:
-            for count, (opcode, argument, _) in enumerate(steps):
-                name = opcode.name
-                if name == "STOP":
-                    return self.stack.pop()
-                if count >= MAX_OPCODES:
-                    raise DamagedPickleError(f"its pickle has more than {MAX_OPCODES} steps")
-                if name in _CONSTANTS:
-                    self.stack.append(_harmless(argument))
-                elif name in _SINGLE:
-                    self.stack.append(_SINGLE[name])
-                elif name in _EMPTY:
-                    self.stack.append(_EMPTY[name]())
-                elif name not in ("PROTO", "FRAME"):
-                    _STEPS[name](self, argument)
-        except (DamagedPickleError, HostilePickleError):
-            raise
-        except (IndexError, KeyError, TypeError, ValueError, OverflowError, AttributeError) as e:
-            # What the steps below do with a stack that no pickler leaves behind.
-            raise DamagedPickleError(f"its pickle is not whole ({type(e).__name__})") from None
-        raise DamagedPickleError("its pickle has no end")
+    def step(self, opcode: str, argument: Any) -> None:
+        """Follow one instruction; ``argument`` is what stands behind it in the file."""
+        stack = self.stack
+        match opcode:
+            case "BINGET" | "LONG_BINGET" | "GET":
+                stack.append(self.memo[argument])
+            case "BINPUT" | "LONG_BINPUT" | "PUT":
+                self.memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case _ if opcode in _CONSTANTS:
+                stack.append(_harmless(argument))
+            case _ if opcode in _EMPTY:
+                stack.append(_EMPTY[opcode]())
+            case "MARK":
+                self.marks.append(len(stack))
+            case "POP" if self.marks and self.marks[-1] == len(stack):
+                self.marks.pop()  # as Python's own machine lets it
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                self.above_mark()
+            case "DUP":
+                stack.append(stack[-1])
+            case "TUPLE":
+                stack.append(tuple(self.above_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(self.take(int(opcode[-1]))))
+            case "LIST":
+                stack.append(self.above_mark())
+            case "DICT":
+                stack.append(_set_pairs({}, self.above_mark()))
+            case "FROZENSET":
+                stack.append(frozenset(map(_key, self.above_mark())))
+            case "APPEND" | "APPENDS":
+                values = self.take(1) if opcode == "APPEND" else self.above_mark()
+                _list_of(stack[-1]).extend(values)
+            case "SETITEM" | "SETITEMS":
+                values = self.take(2) if opcode == "SETITEM" else self.above_mark()
+                _set_pairs(stack[-1], values)
+            case "ADDITEMS":
+                values = self.above_mark()
+                if isinstance(stack[-1], Made):
+                    _list_of(stack[-1]).extend(values)
+                else:
+                    stack[-1].update(map(_key, values))
+            case "GLOBAL":
+                stack.append(_name(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                stack.append(_name(*self.take(2)))
+            case "EXT1" | "EXT2" | "EXT4":
+                stack.append(Name("copyreg", f"extension {argument}"))
+            case "REDUCE" | "NEWOBJ":
+                stack.append(self.call(*self.take(2)))
+            case "NEWOBJ_EX":
+                maker, arguments, names = self.take(3)
+                stack.append(Made(maker, arguments) if names else self.call(maker, arguments))
+            case "OBJ":
+                maker, *rest = self.above_mark()
+                stack.append(self.call(maker, tuple(rest)))
+            case "INST":
+                maker = _name(*argument.split(" ", 1))
+                stack.append(self.call(maker, tuple(self.above_mark())))
+            case "BUILD":
+                state = stack.pop()
+                # Attributes of anything else, such as a state dict's `_metadata`, are not needed.
+                if isinstance(stack[-1], Made):
+                    stack[-1].state = state
+            case "PERSID" | "BINPERSID":
+                found = _persistent(argument if opcode == "PERSID" else stack.pop())
+                if isinstance(found, StorageRecord):
+                    self.storages.setdefault(found.key, found)
+                stack.append(found)
+            case "PROTO" | "FRAME":
+                pass
+            case _:  # NEXT_BUFFER, READONLY_BUFFER
+                raise DamagedPickleError("part of it is stored outside of it")
+
+    def above_mark(self) -> list[Any]:
+        """Take what was put on the stack since the last mark."""
+        return self.take(len(self.stack) - self.marks.pop())
+
+    def take(self, count: int) -> list[Any]:
+        """Take the last values from the stack."""
+        if not 0 <= count <= len(self.stack):
+            raise IndexError
+        start = len(self.stack) - count
+        found = self.stack[start:]
+        del self.stack[start:]
+        return found
 
     def spend(self, amount: int) -> None:
+        """Count values that are copied."""
         self.allowance -= amount
         if self.allowance < 0:
             raise DamagedPickleError("its pickle copies the same part again and again")
 
-    # The stack
-
-    def above_mark(self) -> list[Any]:
-        mark = self.marks.pop()
-        found = self.stack[mark:]
-        del self.stack[mark:]
-        return found
-
-    def mark(self, _: Any) -> None:
-        self.marks.append(len(self.stack))
-
-    def pop(self, _: Any) -> None:
-        # Python's own machine lets POP take a mark as well.
-        if self.marks and self.marks[-1] == len(self.stack):
-            self.marks.pop()
-        else:
-            self.stack.pop()
-
-    def pop_mark(self, _: Any) -> None:
-        self.above_mark()
-
-    def dup(self, _: Any) -> None:
-        self.stack.append(self.stack[-1])
-
-    def get(self, index: int) -> None:
-        self.stack.append(self.memo[index])
-
-    def put(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
-
-    def memoize(self, _: Any) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    # Containers
-
-    def build_tuple(self, _: Any) -> None:
-        self.stack.append(tuple(self.above_mark()))
-
-    def small_tuple(self, length: int) -> None:
-        parts = tuple(self.stack[-length:])
-        if len(parts) < length:
-            raise IndexError
-        del self.stack[-length:]
-        self.stack.append(parts)
-
-    def build_list(self, _: Any) -> None:
-        self.stack.append(self.above_mark())
-
-    def build_dict(self, _: Any) -> None:
-        made: dict[Any, Any] = {}
-        _set_pairs(made, self.above_mark())
-        self.stack.append(made)
-
-    def build_frozenset(self, _: Any) -> None:
-        self.stack.append(frozenset(map(_key, self.above_mark())))
-
-    def append(self, _: Any) -> None:
-        value = self.stack.pop()
-        _list_of(self.stack[-1]).append(value)
-
-    def appends(self, _: Any) -> None:
-        values = self.above_mark()
-        _list_of(self.stack[-1]).extend(values)
-
-    def set_item(self, _: Any) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        _set_pairs(self.stack[-1], [key, value])
-
-    def set_items(self, _: Any) -> None:
-        values = self.above_mark()
-        _set_pairs(self.stack[-1], values)
-
-    def add_items(self, _: Any) -> None:
-        values = self.above_mark()
-        target = self.stack[-1]
-        if isinstance(target, Made):
-            target.items.extend(values)
-        else:
-            target.update(map(_key, values))
-
-    # Names and calls
-
-    def name(self, argument: str) -> None:
-        self.stack.append(_name(*argument.split(" ", 1)))
-
-    def stack_name(self, _: Any) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        if not isinstance(name, str) or not isinstance(module, str):
-            raise TypeError
-        self.stack.append(_name(module, name))
-
-    def extension(self, code: int) -> None:
-        self.stack.append(Name("copyreg", f"extension {code}"))
-
-    def reduce(self, _: Any) -> None:
-        arguments, maker = self.stack.pop(), self.stack.pop()
-        self.stack.append(self.call(maker, arguments))
-
-    def new_object_with_names(self, _: Any) -> None:
-        names, arguments, maker = self.stack.pop(), self.stack.pop(), self.stack.pop()
-        self.stack.append(self.call(maker, arguments) if not names else Made(maker, arguments))
-
-    def object(self, _: Any) -> None:
-        maker, *arguments = self.above_mark()
-        self.stack.append(self.call(maker, tuple(arguments)))
-
-    def instance(self, argument: str) -> None:
-        arguments = tuple(self.above_mark())
-        self.stack.append(self.call(_name(*argument.split(" ", 1)), arguments))
-
-    def build(self, _: Any) -> None:
-        state = self.stack.pop()
-        target = self.stack[-1]
-        # Attributes of anything else, such as a state dict's `_metadata`, are not needed.
-        if isinstance(target, Made):
-            target.state = state
-
-    def persistent(self, _: Any) -> None:
-        found = _persistent(self.stack.pop())
-        if isinstance(found, StorageRecord):
-            self.storages.setdefault(found.key, found)
-        self.stack.append(found)
-
-    def refuse(self, _: Any) -> None:
-        raise DamagedPickleError("part of it is stored outside of it")
-
     def call(self, maker: Any, arguments: Any) -> Any:
         """What the call makes if it is one of those known here, else a record of it."""
+        made = None
         if isinstance(maker, Name) and isinstance(arguments, tuple):
-            known = _KNOWN.get((maker.module, maker.name))
-            made = None if known is None else known(self, arguments)
-            if made is not None:
-                return made
-        return Made(maker, arguments)
+            made = self.known(str(maker), arguments)
+        return Made(maker, arguments) if made is None else made
+
+    def known(self, maker: str, arguments: tuple[Any, ...]) -> Any:
+        """What a call of a known name makes; None for a name or arguments not known here."""
+        match maker, arguments:
+            case ("dict" | "collections.OrderedDict", ()) | ("collections.defaultdict", () | (_,)):
+                return {}
+            case ("dict" | "collections.OrderedDict", (dict() | list() as pairs,)) | (
+                "collections.defaultdict",
+                (_, dict() | list() as pairs),
+            ):
+                self.spend(len(pairs))
+                items = pairs.items() if isinstance(pairs, dict) else pairs
+                return {_key(key): value for key, value in items}
+            case _, () if maker in _COLLECTIONS:
+                return _COLLECTIONS[maker]()
+            case _, (list() | tuple() | set() | frozenset() as values,) if maker in _COLLECTIONS:
+                self.spend(len(values))
+                hashed = maker in ("set", "frozenset")
+                return _COLLECTIONS[maker](map(_key, values) if hashed else values)
+            # Protocol 2 has no bytes: text, and the encoding that makes bytes of it.
+            case (
+                "_codecs.encode" | "bytes" | "bytearray",
+                (str() as text, "latin1" | "latin-1"),
+            ):
+                self.spend(len(text))
+                return text.encode("latin-1")
+            case "bytes" | "bytearray", (bytes() | bytearray() as data,):
+                self.spend(len(data))
+                return bytes(data)
+            case "bytes" | "bytearray", ():
+                return b""
+            case (
+                "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2",
+                (StorageRecord() as storage, offset, shape, stride, *rest),
+            ):
+                return _tensor(storage, storage.dtype, offset, shape, stride, *rest[2:3])
+            case (
+                "torch._utils._rebuild_tensor_v3",
+                (StorageRecord() as storage, offset, shape, stride, _, _, Name() as kind, *rest),
+            ):
+                return _tensor(storage, DTYPES.get(kind.name), offset, shape, stride, *rest[:1])
+            case (
+                "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state",
+                (TensorRecord() as tensor, *_),
+            ):
+                return tensor
+            case "torch._tensor._rebuild_from_type_v2", (rebuild, Name() as kind, inner, _):
+                made = self.call(rebuild, inner) if str(kind) in _PLAIN_TENSORS else None
+                return made if isinstance(made, TensorRecord) else None
+        return None
 
 
 def _harmless(constant: Any) -> Any:
@@ -365,22 +394,27 @@ def _harmless(constant: Any) -> Any:
 
 def _list_of(target: Any) -> list[Any]:
     if isinstance(target, Made):
+        target.items = target.items or []
         return target.items
     if not isinstance(target, list):
         raise TypeError
     return target
 
 
-def _set_pairs(target: Any, flat: list[Any]) -> None:
-    pairs = target.pairs if isinstance(target, Made) else target
-    if not isinstance(pairs, dict) or len(flat) % 2:
+def _set_pairs(target: Any, flat: list[Any]) -> Any:
+    """``target`` with the keys and values that stand one after another in ``flat``."""
+    pairs = target
+    if isinstance(target, Made):
+        pairs = target.pairs = target.pairs or {}
+    if not isinstance(pairs, dict):
         raise TypeError
     for key, value in zip(flat[::2], flat[1::2], strict=True):
         pairs[_key(key)] = value
+    return target
 
 
 def _key(key: Any) -> Any:
-    """A key that is quick to hash: nested tuples and huge numbers can take for ever."""
+    """A key that is quick to hash: nested tuples and huge numbers can take forever."""
     left, parts = [key], 0
     while left:
         part = left.pop()
@@ -392,6 +426,45 @@ def _key(key: Any) -> Any:
         if isinstance(part, int) and part.bit_length() > 64:
             raise DamagedPickleError("a dict in it has a number of more than 64 bits as a key")
     return key
+
+
+def _tensor(
+    storage: StorageRecord,
+    dtype: torch.dtype | None,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+    metadata: Any = None,
+) -> TensorRecord | None:
+    """The record of a tensor; None for a view that negates or conjugates (``metadata``)."""
+    if metadata or dtype is None or not isinstance(shape, tuple) or not isinstance(stride, tuple):
+        return None
+    if not all(map(_is_count, (offset, *shape, *stride))):
+        return None
+    if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
+        return None
+    if math.prod(n or 1 for n in shape) > MAX_ELEMENTS:
+        return None
+    return TensorRecord(storage, dtype, offset + storage.shift, shape, stride)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_ELEMENTS
+
+
+def _persistent(identity: Any) -> Any:
+    """What torch keeps outside the pickle: a storage, or the source of a class."""
+    match identity:
+        case ("storage", kind, key, _, elements, *rest):
+            dtype = _STORAGES.get(kind.name, 0) if isinstance(kind, Name) else 0
+            shift = rest[0][1] if rest and rest[0] is not None else 0
+            if dtype == 0 or not _is_count(elements) or not _is_count(shift):
+                return Made(Name("torch", f"storage of {kind}"))
+            return StorageRecord(str(key), dtype, shift)  # type: ignore[arg-type]
+        case ("module", source, *_):
+            return source
+        case _:
+            return Made(Name("pickle", "persistent object"))
 
 
 # What Python would run these for is never what a checkpoint needs them for. They are not run here
@@ -419,221 +492,26 @@ def _name(module: str, name: str = "") -> Name:
     return Name(module, name)
 
 
-def _persistent(identity: Any) -> Any:
-    """What torch keeps outside the pickle: a storage, or the source of a class."""
-    if isinstance(identity, tuple) and len(identity) in (5, 6) and identity[0] == "storage":
-        _, kind, key, _, elements, *rest = identity
-        dtype = _STORAGES.get(kind.name, 0) if isinstance(kind, Name) else 0
-        view = rest[0] if rest else None
-        shift = 0 if view is None else view[1]
-        if dtype == 0 or not _is_count(elements) or not _is_count(shift):
-            return Made(Name("torch", f"storage of {kind}"))
-        return StorageRecord(str(key), dtype, elements, shift)  # type: ignore[arg-type]
-    if isinstance(identity, tuple) and len(identity) > 1 and identity[0] == "module":
-        return identity[1]
-    return Made(Name("pickle", "persistent object"))
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_ELEMENTS
-
-
-# Each takes the machine and the call's arguments, and gives None for arguments it does not know.
-
-
-def _pairs_to_dict(machine: _Machine, arguments: tuple[Any, ...]) -> Any:
-    if not arguments:
-        return {}
-    if len(arguments) > 1 or not isinstance(arguments[0], (list, dict)):
-        return None
-    pairs = arguments[0].items() if isinstance(arguments[0], dict) else arguments[0]
-    machine.spend(len(pairs))
-    made: dict[Any, Any] = {}
-    for key, value in pairs:
-        made[_key(key)] = value
-    return made
-
-
-def _default_dict(machine: _Machine, arguments: tuple[Any, ...]) -> Any:
-    return _pairs_to_dict(machine, arguments[1:])
-
-
-def _collection(kind: Callable[..., Any]) -> Callable[[_Machine, tuple[Any, ...]], Any]:
-    def build(machine: _Machine, arguments: tuple[Any, ...]) -> Any:
-        if not arguments:
-            return kind()
-        if len(arguments) > 1 or not isinstance(arguments[0], (list, tuple, set, frozenset)):
-            return None
-        machine.spend(len(arguments[0]))
-        hashed = kind in (set, frozenset)
-        return kind(map(_key, arguments[0])) if hashed else kind(arguments[0])
-
-    return build
-
-
-def _encode(machine: _Machine, arguments: tuple[Any, ...]) -> bytes | None:
-    """Bytes in protocol 2, which has none: text and the encoding that makes bytes of it."""
-    if len(arguments) != 2 or not isinstance(arguments[0], str):
-        return None
-    if arguments[1] not in ("latin1", "latin-1"):
-        return None
-    machine.spend(len(arguments[0]))
-    return arguments[0].encode("latin-1")
-
-
-def _bytes(machine: _Machine, arguments: tuple[Any, ...]) -> bytes | None:
-    if len(arguments) == 1 and isinstance(arguments[0], (bytes, bytearray)):
-        machine.spend(len(arguments[0]))
-        return bytes(arguments[0])
-    return _encode(machine, arguments) if arguments else b""
-
-
-def _tensor(_: _Machine, arguments: tuple[Any, ...]) -> TensorRecord | None:
-    return _tensor_record(arguments, None, arguments[6:7])
-
-
-def _typed_tensor(_: _Machine, arguments: tuple[Any, ...]) -> TensorRecord | None:
-    if len(arguments) < 7 or not isinstance(arguments[6], Name):
-        return None
-    dtype = DTYPES.get(arguments[6].name)
-    return None if dtype is None else _tensor_record(arguments, dtype, arguments[7:8])
-
-
-def _tensor_record(
-    arguments: tuple[Any, ...], dtype: torch.dtype | None, metadata: tuple[Any, ...]
-) -> TensorRecord | None:
-    if len(arguments) < 4 or (metadata and metadata[0]):  # metadata: a view negates or conjugates
-        return None
-    storage, offset, shape, stride = arguments[:4]
-    if not isinstance(storage, StorageRecord) or not _is_count(offset):
-        return None
-    for counts in (shape, stride):
-        if not isinstance(counts, tuple) or not all(map(_is_count, counts)):
-            return None
-    dtype = dtype or storage.dtype
-    if dtype is None or len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
-        return None
-    if math.prod(n or 1 for n in shape) > MAX_ELEMENTS:
-        return None
-    return TensorRecord(storage, dtype, offset + storage.shift, shape, stride)
-
-
-def _parameter(_: _Machine, arguments: tuple[Any, ...]) -> TensorRecord | None:
-    return arguments[0] if arguments and isinstance(arguments[0], TensorRecord) else None
-
-
-# Subclasses of Tensor that hold their numbers as they are. Others may pack or quantise them.
-_PLAIN_TENSORS = {
-    ("torch", "Tensor"),
-    ("torch._tensor", "Tensor"),
-    ("torch.nn.parameter", "Parameter"),
-    ("torch.nn.parameter", "Buffer"),
-}
-
-
-def _subclass(machine: _Machine, arguments: tuple[Any, ...]) -> Any:
-    if len(arguments) != 4 or not isinstance(arguments[1], Name):
-        return None
-    rebuild, kind, inner, _ = arguments
-    if (kind.module, kind.name) not in _PLAIN_TENSORS:
-        return None
-    made = machine.call(rebuild, inner)
-    return made if isinstance(made, TensorRecord) else None
-
-
-_KNOWN: dict[tuple[str, str], Callable[[_Machine, tuple[Any, ...]], Any]] = {
-    ("collections", "OrderedDict"): _pairs_to_dict,
-    ("collections", "defaultdict"): _default_dict,
-    ("torch", "Size"): _collection(tuple),
-    ("_codecs", "encode"): _encode,
-    ("torch._utils", "_rebuild_tensor"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
-    ("torch._tensor", "_rebuild_from_type_v2"): _subclass,
-}
-for _module in ("builtins", "__builtin__"):
-    _KNOWN |= {
-        (_module, "dict"): _pairs_to_dict,
-        (_module, "list"): _collection(list),
-        (_module, "tuple"): _collection(tuple),
-        (_module, "set"): _collection(set),
-        (_module, "frozenset"): _collection(frozenset),
-        (_module, "bytes"): _bytes,
-        (_module, "bytearray"): _bytes,
-    }
-
-_CONSTANTS = {
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
-    "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
-    "BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
-}  # fmt: skip
-_SINGLE = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
-_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
-    "MARK": _Machine.mark,
-    "POP": _Machine.pop,
-    "POP_MARK": _Machine.pop_mark,
-    "DUP": _Machine.dup,
-    "GET": _Machine.get,
-    "BINGET": _Machine.get,
-    "LONG_BINGET": _Machine.get,
-    "PUT": _Machine.put,
-    "BINPUT": _Machine.put,
-    "LONG_BINPUT": _Machine.put,
-    "MEMOIZE": _Machine.memoize,
-    "TUPLE": _Machine.build_tuple,
-    "TUPLE1": lambda machine, _: machine.small_tuple(1),
-    "TUPLE2": lambda machine, _: machine.small_tuple(2),
-    "TUPLE3": lambda machine, _: machine.small_tuple(3),
-    "LIST": _Machine.build_list,
-    "DICT": _Machine.build_dict,
-    "FROZENSET": _Machine.build_frozenset,
-    "APPEND": _Machine.append,
-    "APPENDS": _Machine.appends,
-    "SETITEM": _Machine.set_item,
-    "SETITEMS": _Machine.set_items,
-    "ADDITEMS": _Machine.add_items,
-    "GLOBAL": _Machine.name,
-    "STACK_GLOBAL": _Machine.stack_name,
-    "EXT1": _Machine.extension,
-    "EXT2": _Machine.extension,
-    "EXT4": _Machine.extension,
-    "REDUCE": _Machine.reduce,
-    "NEWOBJ": _Machine.reduce,
-    "NEWOBJ_EX": _Machine.new_object_with_names,
-    "OBJ": _Machine.object,
-    "INST": _Machine.instance,
-    "BUILD": _Machine.build,
-    "PERSID": lambda machine, identity: machine.stack.append(_persistent(identity)),
-    "BINPERSID": _Machine.persistent,
-    "NEXT_BUFFER": _Machine.refuse,
-    "READONLY_BUFFER": _Machine.refuse,
-}
-
-
-# numpy's arrays
+# What a reader does with the records
 
 
 def as_array(value: Any) -> np.ndarray[Any, Any] | None:
     """The booleans, integers or floats of a pickled numpy array or scalar; None for all else."""
     if not isinstance(value, Made) or not isinstance(value.maker, Name):
         return None
-    name, arguments, state = value.maker.name, value.arguments, value.state
-    if not value.maker.module.startswith("numpy.") or not isinstance(arguments, tuple):
+    if not value.maker.module.startswith("numpy."):
         return None
     shape: Any = ()
     fortran: Any = False
-    if name == "_reconstruct" and isinstance(state, tuple) and len(state) == 5:
-        _, shape, kind, fortran, content = state
-    elif name == "_frombuffer" and len(arguments) == 4:
-        content, kind, shape, order = arguments
-        fortran = order == "F"
-    elif name == "scalar" and len(arguments) == 2:
-        kind, content = arguments
-    else:
-        return None
+    match value.maker.name, value.arguments, value.state:
+        case "_reconstruct", tuple(), (_, shape, kind, fortran, content):
+            pass
+        case "_frombuffer", (content, kind, shape, order), _:
+            fortran = order == "F"
+        case "scalar", (kind, content), _:
+            pass
+        case _:
+            return None
     dtype = _dtype(kind)
     if dtype is None or not isinstance(content, (bytes, bytearray)):
         return None
@@ -647,19 +525,19 @@ def _dtype(value: Any) -> np.dtype[Any] | None:
     """A pickled numpy dtype: its short name, e.g. ``f8``, and its byte order in the state."""
     if not isinstance(value, Made) or str(value.maker) != "numpy.dtype":
         return None
-    arguments, state = value.arguments, value.state
-    name = arguments[0] if isinstance(arguments, tuple) and arguments else None
-    order = state[1] if isinstance(state, tuple) and len(state) > 1 else "|"
-    if not isinstance(name, str) or len(name) > 3 or order not in ("<", ">", "|", "="):
-        return None
+    match value.arguments, value.state:
+        case (str() as name, *_), (_, "<" | ">" | "|" | "=" as order, *_):
+            pass
+        case (str() as name, *_), _:
+            order = "|"
+        case _:
+            return None
     try:
-        dtype = np.dtype(f"{order}{name}")
+        dtype = np.dtype(f"{order}{name}") if len(name) < 4 else None
     except (TypeError, ValueError):
         return None
-    return dtype if dtype.kind in "biuf" else None
+    return dtype if dtype is not None and dtype.kind in "biuf" else None
 
-
-# What a reader does with the records
 
 MAX_DEPTH = 50
 MAX_VALUES = 200_000
@@ -671,36 +549,30 @@ def plain(value: Any) -> Any:
     Subclasses of dict and list come out as these. What is nested deeper than 50 levels or comes
     after 200,000 values is None, so a small file cannot make this run long.
     """
-    return _Plain().of(value, 0)
+    left = MAX_VALUES
 
-
-class _Plain:
-    def __init__(self) -> None:
-        self.left = MAX_VALUES
-
-    def of(self, value: Any, depth: int) -> Any:
-        self.left -= 1
+    def of(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
         if isinstance(value, (str, int, float, bytes, bytearray, type(None))):
             return value
-        if depth > MAX_DEPTH or self.left < 0:
+        if depth > MAX_DEPTH or left < 0:
             return None
         array = as_array(value)
         if array is not None:
-            self.left -= array.size
-            return array.tolist() if self.left >= 0 else None
+            left -= array.size
+            return array.tolist() if left >= 0 else None
         if isinstance(value, Made):
             value = value.pairs or value.items or None
         if isinstance(value, dict):
-            return {
-                key: self.of(item, depth + 1)
-                for key, item in value.items()
-                if isinstance(key, (str, int, float))
-            }
-        if isinstance(value, (list, tuple)):
-            return type(value)(self.of(item, depth + 1) for item in value)
-        if isinstance(value, (set, frozenset)):
-            return [self.of(item, depth + 1) for item in value]
+            named = ((k, v) for k, v in value.items() if isinstance(k, (str, int, float)))
+            return {key: of(item, depth + 1) for key, item in named}
+        if isinstance(value, (list, tuple, set, frozenset)):
+            items = [of(item, depth + 1) for item in value]
+            return tuple(items) if isinstance(value, tuple) else items
         return None
+
+    return of(value, 0)
 
 
 def as_mapping(value: Any) -> dict[Any, Any] | None:
@@ -710,32 +582,41 @@ def as_mapping(value: Any) -> dict[Any, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def is_tensor(value: Any) -> bool:
+    """Whether it is a tensor, the record of one, or a pickled numpy array."""
+    return isinstance(value, (torch.Tensor, TensorRecord)) or as_array(value) is not None
+
+
 def tensors_in(value: Any, seen: set[int] | None = None) -> bool:
     """Whether there is a tensor or an array anywhere in ``value``.
 
-    ``seen``: ids of objects in which there is none; those of ``value`` are added to them.
+    Args:
+        value: what was read.
+        seen: ids of objects in which there is none; those of ``value`` are added to them.
     """
-    left, seen = [value], set() if seen is None else seen
+    return any(
+        isinstance(part, (TensorRecord, StorageRecord))
+        or as_array(part) is not None
+        or (isinstance(part, Name) and part.module == "torch._utils")  # rebuilds one without data
+        for part in _parts(value, set() if seen is None else seen)
+    )
+
+
+def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
+    """``value`` and all that is in it, each once, but for what is ``seen``."""
+    left = [value]
     while left:
         part = left.pop()
-        if isinstance(part, (TensorRecord, StorageRecord)) or as_array(part) is not None:
-            return True
-        if isinstance(part, Name) and part.module == "torch._utils":  # rebuilds one without data
-            return True
         if id(part) in seen:
             continue
         seen.add(id(part))
-        left.extend(_inside(part))
-    return False
-
-
-def _inside(part: Any) -> Iterator[Any]:
-    if isinstance(part, Made):
-        yield from (part.maker, part.arguments, part.state, part.items, part.pairs)
-    elif isinstance(part, dict):
-        yield from part.values()
-    elif isinstance(part, (list, tuple, set, frozenset)):
-        yield from part
+        yield part
+        if isinstance(part, Made):
+            left += (part.maker, part.arguments, part.state, part.items, part.pairs)
+        elif isinstance(part, dict):
+            left += part.values()
+        elif isinstance(part, (list, tuple, set, frozenset)):
+            left += part
 
 
 def describe(value: Any) -> str:
@@ -748,3 +629,47 @@ def describe(value: Any) -> str:
         return f"code's ({value})" if str(value) == "code" else f"an object of {value}"
     name = type(value).__name__
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+# Why weights are refused that only running code would make
+
+_DENSE = "Expected dense weights; save the network before quantising or pruning it."
+# What torch's own functions would have rebuilt, and other tensors that are no plain numbers.
+_FOREIGN = (
+    ("_rebuild_sparse", "is a sparse tensor", _DENSE),
+    ("_rebuild_qtensor", "is a quantised tensor", _DENSE),
+    ("torchao.", "is a tensor quantised by torchao", _DENSE),
+    ("bitsandbytes.", "is a tensor quantised by bitsandbytes", _DENSE),
+    ("_rebuild_nested", "is a nested tensor", _DENSE),
+    (
+        "_rebuild_meta",
+        "has a shape but no data (a `meta` tensor)",
+        "Save the network after its weights were loaded.",
+    ),
+    (
+        "torch.distributed.",
+        "is one process's piece of a sharded tensor (FSDP2's DTensor)",
+        "Gather before saving: torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+        "options=StateDictOptions(full_state_dict=True, cpu_offload=True)).",
+    ),
+)
+
+
+def refusal_of_code(path: Path, name: Any, value: Made) -> CheckpointError:
+    """The error for weights, under ``name`` in the file, that only running code would make."""
+    makers = [str(part) for part in islice(_parts(value, set()), 10_000) if isinstance(part, Name)]
+    for mark, what, remedy in _FOREIGN:
+        if any(mark in maker for maker in makers):
+            return CheckpointError(f"{path}: {name} {what}. {remedy}")
+    state = as_mapping(value.state) or {}
+    if "_modules" in state or "_parameters" in state:
+        return CheckpointError(
+            f"{path}: {name} is a whole network, pickled as code ({value}). Checkpoints are read "
+            "without running code. Where its code is, load it and save its weights alone: "
+            "torch.save(network.state_dict(), path)."
+        )
+    return CheckpointError(
+        f"{path}: {name} is made by {value}, which is code and not weights. Checkpoints are read "
+        "without running code. If you trust the file, load it where it was written and save plain "
+        "tensors: torch.save(network.state_dict(), path)."
+    )

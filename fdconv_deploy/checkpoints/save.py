@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
+from fdconv_deploy.atomic_write import atomic_path
 from fdconv_deploy.checkpoints.config_writer import format_config
-from fdconv_deploy.checkpoints.write import write_checkpoint
-from fdconv_deploy.config import DecodeHeadConfig, DetectorConfig, MaskHeadConfig, SegmentorConfig
+from fdconv_deploy.config import DetectorConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError
+from fdconv_deploy.version import __version__
 
 
 def save_checkpoint(
@@ -24,11 +29,8 @@ def save_checkpoint(
     """Write a segmentor as mmengine publishes one, a detector as mmdetection 2.x saves one.
 
     The first is ``{meta: {cfg, dataset_meta}, state_dict}``, the second ``{meta: {config,
-    CLASSES, PALETTE}, state_dict}``.
-
-    The config text is generated from ``architecture``, and reading the file back infers an
-    equal one. The file appears whole or not at all: it is written beside ``path`` under a
-    temporary name, then renamed.
+    CLASSES, PALETTE}, state_dict}``. The config text is generated from ``architecture``, and
+    reading the file back infers an equal one. The file appears whole or not at all.
 
     Args:
         path: where to write. An existing file is replaced; its folder must exist.
@@ -41,33 +43,28 @@ def save_checkpoint(
         CheckpointError: the weights do not belong to ``architecture``, or the file can't be
             written.
     """
-    path = Path(path)
     weights = state_dict.state_dict() if isinstance(state_dict, nn.Module) else state_dict
-    _check(weights, architecture)
-    write_checkpoint(path, weights, _meta(architecture, config_text))
-
-
-def _meta(
-    architecture: SegmentorConfig | DetectorConfig, config_text: str | None
-) -> dict[str, Any]:
     palette = [list(colour) for colour in architecture.palette]
     text = format_config(architecture) if config_text is None else config_text
+    meta: dict[str, Any]
     if isinstance(architecture, DetectorConfig):
-        return {"config": text, "CLASSES": architecture.classes, "PALETTE": palette}
-    return {"cfg": text, "dataset_meta": {"classes": architecture.classes, "palette": palette}}
-
-
-def _check(weights: Mapping[str, Tensor], architecture: SegmentorConfig | DetectorConfig) -> None:
-    optional: DecodeHeadConfig | MaskHeadConfig | None
-    if isinstance(architecture, DetectorConfig):
-        kind, library, background = "detector", "mmdetection", 1
-        name, expected = "roi_head.bbox_head.fc_cls.weight", architecture.bbox_head.num_classes
-        part, prefix, optional = "mask head", "roi_head.mask_head.", architecture.mask_head
+        classes, library, background = architecture.bbox_head.num_classes, "mmdetection", 1
+        _check_head(weights, "roi_head.bbox_head.fc_cls.weight", classes, library, background)
+        _check_part(weights, "roi_head.mask_head", architecture.mask_head)
+        meta = {"config": text, "CLASSES": architecture.classes, "PALETTE": palette}
     else:
-        kind, library, background = "segmentor", "mmsegmentation", 0
-        name, expected = "decode_head.conv_seg.weight", architecture.decode_head.outputs
-        part, prefix, optional = "auxiliary head", "auxiliary_head.", architecture.auxiliary_head
+        outputs = architecture.decode_head.outputs
+        _check_head(weights, "decode_head.conv_seg.weight", outputs, "mmsegmentation")
+        _check_part(weights, "auxiliary_head", architecture.auxiliary_head)
+        meta = {"cfg": text, "dataset_meta": {"classes": architecture.classes, "palette": palette}}
+    write_checkpoint(Path(path), weights, meta)
+
+
+def _check_head(
+    weights: Mapping[str, Tensor], name: str, expected: int, library: str, background: int = 0
+) -> None:
     if name not in weights:
+        kind = {"mmdetection": "detector", "mmsegmentation": "segmentor"}[library]
         raise CheckpointError(
             f"The weights to save have no {name}: expected a {kind}'s state dict, with names as "
             f"in {library}, found {', '.join(list(weights)[:3]) or 'nothing'}…"
@@ -78,10 +75,48 @@ def _check(weights: Mapping[str, Tensor], architecture: SegmentorConfig | Detect
             f"The weights to save have {found} classes ({name}) and the architecture {expected}. "
             "Give the architecture the network was built from."
         )
-    has_part = any(key.startswith(prefix) for key in weights)
-    if has_part != (optional is not None):
+
+
+def _check_part(weights: Mapping[str, Tensor], name: str, expected: BaseModel | None) -> None:
+    has_part = any(key.startswith(f"{name}.") for key in weights)
+    if has_part != (expected is not None):
         there, wanted = ("a", "none") if has_part else ("no", "one")
+        part = name.split(".")[-1].replace("_", " ")
         raise CheckpointError(
             f"The weights to save have {there} {part} and the architecture {wanted}. "
             "Give the architecture the network was built from."
         )
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write ``{meta, state_dict}``: a file that appears whole or not at all.
+
+    A ``.safetensors`` file holds the tensors and, of ``meta``, what is text.
+
+    Args:
+        path: an existing file is replaced; its folder must exist.
+        state: names → tensors, copied: a view would drag its whole storage into the file.
+        meta: plain data; this package's version is added.
+
+    Raises:
+        CheckpointError: the file can't be written.
+    """
+    tensors = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in state.items()
+    }
+    meta = {**meta, "fdconv_deploy_version": __version__}
+    try:
+        with atomic_path(path) as temporary, temporary.open("xb") as file:
+            if path.suffix == ".safetensors":
+                texts = {key: value for key, value in meta.items() if isinstance(value, str)}
+                file.write(safetensors.torch.save(tensors, texts))
+            else:
+                torch.save({"meta": meta, "state_dict": tensors}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror}. Give a file name in a folder that exists "
+            "and that you may write to."
+        ) from None

@@ -1,4 +1,4 @@
-"""Checkpoints in several files: read by their index, or named as what they are."""
+"""Sharded checkpoints: read by their index, or named as what they are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fdconv_deploy.checkpoints.config_parser import printable
-from fdconv_deploy.checkpoints.file_formats import EXPECTED
 from fdconv_deploy.errors import CheckpointError
 
 _INDEX = re.compile(r"\.(safetensors|bin|pth|pt)\.index\.json$")
@@ -18,25 +17,25 @@ _SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})\.(safetensors|bin|pth|pt)$")
 _NAME = re.compile(r"[^\\/\0]{1,200}")
 MAX_INDEX_BYTES = 64 << 20
 
-Read = Callable[[Path], tuple[dict[str, Any], dict[str, Any]]]
-
 
 def find_index(path: Path) -> Path | None:
-    """The index of a checkpoint in several files, if ``path`` is one or its folder.
+    """The index of a sharded checkpoint, if ``path`` is one or its folder.
 
     Raises:
-        CheckpointError: the folder is of torch's distributed checkpoints or of DeepSpeed, which
-            have to be gathered first, or has several indices.
+        CheckpointError: it is of torch's distributed checkpoints or of DeepSpeed, which have to
+            be gathered first, or the folder has several indices.
     """
     if not path.is_dir():
-        _refuse_piece(path)
+        if path.suffix == ".distcp" or path.name == ".metadata":
+            raise _distributed(path, path.parent)
         return path if _INDEX.search(path.name) and path.is_file() else None
     if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
         raise _distributed(path, path)
     if (path / "latest").is_file() or (path / "zero_to_fp32.py").is_file():
         raise CheckpointError(
-            f"{path} is a folder of DeepSpeed. {EXPECTED}. Give the mp_rank_00_model_states.pt in "
-            "it; of stage 3, gather it first with the zero_to_fp32.py that lies there."
+            f"{path} is a folder of DeepSpeed. Expected a file: give the "
+            "mp_rank_00_model_states.pt in it; of stage 3, gather it first with the "
+            "zero_to_fp32.py that lies there."
         )
     found = sorted(file for file in path.iterdir() if _INDEX.search(file.name))
     if len(found) > 1:
@@ -45,6 +44,14 @@ def find_index(path: Path) -> Path | None:
             "Give one of these files."
         )
     return found[0] if found else None
+
+
+def _distributed(path: Path, folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is of a distributed checkpoint of PyTorch (.metadata and .distcp files). "
+        "Expected one file. Gather it first: python -m torch.distributed.checkpoint.format_utils "
+        f"dcp_to_torch {folder} gathered.pth"
+    )
 
 
 def refuse_one_shard(path: Path) -> None:
@@ -59,19 +66,6 @@ def refuse_one_shard(path: Path) -> None:
             f"{path} is one of {int(found[2])} files that hold one network. Give their folder, or "
             "the ….index.json in it, and keep all of them there."
         )
-
-
-def _refuse_piece(path: Path) -> None:
-    if path.suffix == ".distcp" or path.name == ".metadata":
-        raise _distributed(path, path.parent)
-
-
-def _distributed(path: Path, folder: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is of a distributed checkpoint of PyTorch (.metadata and .distcp files). "
-        f"{EXPECTED}. Gather it first: python -m torch.distributed.checkpoint.format_utils "
-        f"dcp_to_torch {folder} gathered.pth"
-    )
 
 
 def digest_of(path: Path) -> str:
@@ -91,12 +85,14 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_shards(index: Path, read: Read) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All tensors that an index names, in its order, and the meta data of the files.
+def read_shards(
+    index: Path, read: Callable[[Path], tuple[dict[str, Any], dict[str, Any]]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All tensors that an index names, in its order, and the metadata of the files.
 
     Args:
         index: a JSON object with a ``weight_map``: names of tensors → names of files beside it.
-        read: gives the tensors and meta data of one file.
+        read: gives the tensors and metadata of one file.
 
     Raises:
         CheckpointError: the index or a file is damaged, a file is missing, or a tensor is not

@@ -100,44 +100,34 @@ def _judge(divergences: Mapping[NamedOrder, Mapping[str, float]], images: int) -
         for name, found in divergences.items()
     }
 
-    def evidence(order: NamedOrder | None, reason: str, factor: float = 1.0) -> ImageEvidence:
-        return ImageEvidence(
-            order=order,
-            reason=reason,
-            images=images,
-            norms=len(norms),
-            distances=distances,
-            factor=factor,
-        )
-
+    evidence = partial(ImageEvidence, images=images, norms=len(norms), distances=distances)
     if not norms:
-        return evidence(None, "The images do not tell: no BatchNorm's input depends on the order.")
+        reason = "The images do not tell: no BatchNorm's input depends on the order."
+        return evidence(order=None, reason=reason, factor=1.0)
     logs = {n: np.log([max(f[key], 1e-30) for key in norms]) for n, f in divergences.items()}
     best, second = sorted(logs, key=lambda name: float(logs[name].mean()))[:2]
     factor = math.exp(min(float((logs[second] - logs[best]).mean()), 100.0))
     shown = ", ".join(f"{name!r} {value:.3g}" for name, value in distances.items())
+    order: NamedOrder | None = None
     if distances[best] > NEAR:
-        return evidence(
-            None,
+        reason = (
             f"The images do not tell: what reaches the BatchNorms is far from what they store "
             f"({shown} nats, {NEAR} is near), so they are not of the kind the network was "
-            "trained on.",
-            factor,
+            "trained on."
         )
-    if factor < FACTOR:
-        return evidence(
-            None,
+    elif factor < FACTOR:
+        reason = (
             f"The images do not tell: the orders are equally near to the stored statistics "
-            f"({shown} nats; the other {factor:.2f} times as far as {best!r}, {FACTOR:g} times are "
-            "asked).",
-            factor,
+            f"({shown} nats; the other {factor:.2f} times as far as {best!r}, at least "
+            f"{FACTOR:g} times are needed)."
         )
-    return evidence(
-        best,
-        f"The stored statistics are those of the order {best!r}: {shown} nats away, the other "
-        f"{factor:.2g} times as far.",
-        factor,
-    )
+    else:
+        order = best
+        reason = (
+            f"The stored statistics are those of the order {best!r}: {shown} nats away, the other "
+            f"{factor:.2g} times as far."
+        )
+    return evidence(order=order, reason=reason, factor=factor)
 
 
 def _norms(network: nn.Module) -> dict[str, nn.BatchNorm2d]:

@@ -11,6 +11,7 @@ Mirror bins have equal radii, so which of them lie in one group is just what ord
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -56,11 +57,11 @@ class WeightEvidence(BaseModel):
     order: NamedOrder | None
     reason: str
     none_of_them: bool = False
-    pairs: int
-    telling: int
-    parted: int
-    parted_in_one_group: dict[str, int]
-    mirrored_in_two_groups: dict[str, int]
+    pairs: int = 0
+    telling: int = 0
+    parted: int = 0
+    parted_in_one_group: dict[str, int] = dict.fromkeys(CANDIDATES, 0)
+    mirrored_in_two_groups: dict[str, int] = dict.fromkeys(CANDIDATES, 0)
 
 
 class _Pairs(NamedTuple):
@@ -81,7 +82,7 @@ def order_of_weights(state: Shapes, layers: Sequence[Layer] | None = None) -> We
     stored = [layer for layer in dynamic if layer.converted]
     if not stored:
         what = "they store kernels, not spectra" if dynamic else "there is no FDConv layer"
-        return _nothing(f"The weights do not tell: {what}.")
+        return WeightEvidence(order=None, reason=f"The weights do not tell: {what}.")
     found = {name: _pairs(state, stored, name) for name in CANDIDATES}
     types = {state[f"{layer.name}.dft_weight"].dtype for layer in stored}
     return _judge(
@@ -96,55 +97,51 @@ def _judge(found: Mapping[NamedOrder, _Pairs], *, whole: bool, precision: float)
     usual = min((float(np.median(d)) for d in together.values() if len(d)), default=np.inf)
     limit = max(PARTED, 200 * usual, 4 * precision)
     parted = {name: pairs.distance > limit for name, pairs in found.items()}
-    impossible = {n: int((parted[n] & ~pairs.split).sum()) for n, pairs in found.items()}
-    missing = {n: int((pairs.split & ~parted[n]).sum()) for n, pairs in found.items()}
+    impossible: dict[str, int] = {
+        n: int((parted[n] & ~pairs.split).sum()) for n, pairs in found.items()
+    }
+    missing: dict[str, int] = {
+        n: int((pairs.split & ~parted[n]).sum()) for n, pairs in found.items()
+    }
     best = min(found, key=lambda name: impossible[name] + missing[name])
     splits = np.stack([pairs.split for pairs in found.values()])
     differs = splits.any(0) & ~splits.all(0)
     if not whole:  # where a bin is stored depends on the order, too
         differs |= parted[best] != np.stack(list(parted.values())).any(0)
 
-    def evidence(
-        order: NamedOrder | None, reason: str, *, none_of_them: bool = False
-    ) -> WeightEvidence:
-        return WeightEvidence(
-            order=order,
-            reason=reason,
-            none_of_them=none_of_them,
-            pairs=splits.shape[1],
-            telling=int(differs.sum()),
-            parted=int(parted[best].sum()),
-            parted_in_one_group={str(name): count for name, count in impossible.items()},
-            mirrored_in_two_groups={str(name): count for name, count in missing.items()},
-        )
+    evidence = partial(
+        WeightEvidence,
+        pairs=splits.shape[1],
+        telling=int(differs.sum()),
+        parted=int(parted[best].sum()),
+        parted_in_one_group=dict(impossible),
+        mirrored_in_two_groups=dict(missing),
+    )
+
+    def untold(reason: str) -> WeightEvidence:
+        return evidence(order=None, reason=f"The weights do not tell: {reason}")
 
     if usual > max(MIRRORED, precision):
-        return evidence(
-            None,
-            "The weights do not tell: their spectra are not mirrored, so they did not start from "
-            "kernels.",
-        )
+        return untold("their spectra are not mirrored, so they did not start from kernels.")
     left = [name for name in found if impossible[name] < LEAD]
     counts = f"of {splits.shape[1]} pairs of mirror bins, {int(parted[best].sum())} have parted"
     against = ", ".join(f"{n} by {name!r}" for name, n in impossible.items())
     if not left:
         return evidence(
-            None,
-            f"The weights were trained with none of the orders {', '.join(found)}, or with several "
-            f"in turn: {counts}, and some lie in one group by each ({against}), where they could "
-            "not. Give the indices of the machine that trained them.",
+            order=None,
             none_of_them=True,
+            reason=f"The weights were trained with none of the orders {', '.join(found)}, or with "
+            f"several in turn: {counts}, and some lie in one group by each ({against}), where they "
+            "could not. Give the indices of the machine that trained them.",
         )
     if len(left) == 1:
         return evidence(
-            left[0],
-            f"The weights were trained with the order {left[0]!r}: {counts} that lie in one "
+            order=left[0],
+            reason=f"The weights were trained with the order {left[0]!r}: {counts} that lie in one "
             f"group, where they could not part: {against}.",
         )
     if not differs.any():
-        return evidence(
-            None, "The weights do not tell: all orders put these layers' mirror bins alike."
-        )
+        return untold("all orders put these layers' mirror bins alike.")
     control = splits.all(0)
     seen = int((parted[best] & control).sum())
     rest = min(missing[name] for name in left if name != best) - missing[best]
@@ -152,50 +149,31 @@ def _judge(found: Mapping[NamedOrder, _Pairs], *, whole: bool, precision: float)
     if parts and rest >= LEAD and missing[best] <= 0.1 * rest and not impossible[best]:
         unparted = ", ".join(f"{n} by {name!r}" for name, n in missing.items())
         return evidence(
-            best,
-            f"The weights were trained with the order {best!r}: {counts}. Pairs that have not, and "
-            f"that lie in two groups, where they would: {unparted}.",
+            order=best,
+            reason=f"The weights were trained with the order {best!r}: {counts}. Pairs that have "
+            f"not, and that lie in two groups, where they would: {unparted}.",
         )
     if not parted[best].any():
-        return evidence(
-            None,
-            "The weights do not tell: no mirror bins have parted, as in a network that was not "
-            "trained since its conversion or whose kernel attention never differed.",
+        return untold(
+            "no mirror bins have parted, as in a network that was not trained since its "
+            "conversion or whose kernel attention never differed."
         )
-    return evidence(
-        None,
-        f"The weights do not tell: {counts}, and {int(differs.sum())} could tell orders apart, "
-        "too few or too little trained.",
-    )
-
-
-def _nothing(reason: str) -> WeightEvidence:
-    return WeightEvidence(
-        order=None,
-        reason=reason,
-        pairs=0,
-        telling=0,
-        parted=0,
-        parted_in_one_group={str(name): 0 for name in CANDIDATES},
-        mirrored_in_two_groups={str(name): 0 for name in CANDIDATES},
+    return untold(
+        f"{counts}, and {int(differs.sum())} could tell orders apart, too few or too little "
+        "trained."
     )
 
 
 def _pairs(state: Mapping[str, Tensor], layers: Sequence[Layer], order: NamedOrder) -> _Pairs:
-    distances, splits = [], []
-    for layer in layers:
-        for distance, split in _pairs_of(state[f"{layer.name}.dft_weight"], layer, order):
-            distances.append(distance)
-            splits.append(split)
+    found = [pairs for layer in layers for pairs in _pairs_of(state, layer, order)]
+    distances, splits = zip(*found, strict=True)
     return _Pairs(np.concatenate(distances), np.concatenate(splits))
 
 
-def _pairs_of(
-    stored: Tensor, layer: Layer, order: NamedOrder
-) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
+def _pairs_of(state: Mapping[str, Tensor], layer: Layer, order: NamedOrder) -> list[_Pairs]:
     """Of each plane: relative distances of mirror pairs, and whether they are in two groups."""
-    rows = layer.out_channels * layer.kernel[0]
-    columns = layer.columns
+    stored = state[f"{layer.name}.dft_weight"]
+    rows, columns = layer.out_channels * layer.kernel[0], layer.columns
     half = columns // 2 + 1
     kept = layer.kept_bins
     ranking = bin_order(rows, columns, order)[:kept]
@@ -222,5 +200,5 @@ def _pairs_of(
         usual = float(plane.abs().median())
         distance = (one - other).abs() / sizes.clamp_min(0.1 * usual + 1e-30)
         # A pair that is not stored says nothing: it counts as mirrored and in one group.
-        result.append((torch.where(both, distance, 0.0).numpy(), split))
+        result.append(_Pairs(torch.where(both, distance, 0.0).numpy(), split))
     return result
