@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +122,23 @@ def infer(state: dict[str, Tensor], model: dict[str, Any] | None = None, **more:
     """What weights and a config's ``model`` tell."""
     config = None if model is None else Config({"model": model})
     return infer_segmentor_config(state, config=config, **more)
+
+
+@contextmanager
+def bounded_work(most: int) -> Iterator[None]:
+    """A block that may make this many calls of functions, however long they take."""
+    count = 0
+
+    def look(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+        if count > most:
+            sys.setprofile(None)
+            raise AssertionError(f"more than {most} calls")
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)

@@ -195,7 +195,9 @@ def test_full_size_network(tmp_path: Path, oracle: Path) -> None:
     keys = key_list(oracle / "segmentor" / "upernet_r50_fdconv_kn64_c150_keys.json")
     weights = {key: torch.zeros(v.shape, dtype=v.dtype) for key, v in keys.items()}
     torch.save(weights, tmp_path / "full.pth")
+    before = torch.random.get_rng_state()
     network = load_checkpoint(tmp_path / "full.pth", auxiliary=True)
+    assert torch.equal(torch.random.get_rng_state(), before)  # no weight is initialised in vain
     assert network.state_dict().keys() == keys.keys()
     assert sum(p.numel() for p in network.parameters()) == 70_143_996
     conv = network.architecture.backbone.conv

@@ -1,9 +1,11 @@
-"""Every file layout is read, and none is executed."""
+"""Every file layout is read, real packages' files too; damaged and foreign ones get a sentence."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
+import zipfile
 from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
@@ -14,9 +16,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fdconv_deploy.checkpoints import read_checkpoint
+from fdconv_deploy.checkpoints import inspect_checkpoint, load_checkpoint, read_checkpoint
 from fdconv_deploy.errors import CheckpointError
 from tests.checkpoints.small import WEIGHTS, saved
+
+FILES = Path(__file__).parents[1] / "real_packages"
+
+
+NAMES = {"backbone.0.weight", "backbone.1.running_mean", "decode_head.conv_seg.bias"}
 
 
 def wrapped(prefix: str) -> dict[str, torch.Tensor]:
@@ -168,3 +175,186 @@ def test_safetensors_under_another_name_is_recognised(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     save_file(WEIGHTS, path)
     assert same(read_checkpoint(path).state_dict)
+
+
+def test_truncated_files(tmp_path: Path) -> None:
+    for zipped in (True, False):
+        whole = saved(tmp_path / "a.pth", WEIGHTS, _use_new_zipfile_serialization=zipped)
+        data = whole.read_bytes()
+        for part in (0.2, 0.5, 0.9, 0.99):
+            path = tmp_path / "cut.pth"
+            path.write_bytes(data[: int(len(data) * part)])
+            with pytest.raises(CheckpointError, match=r"[Dd]ownload"):
+                read_checkpoint(path)
+    whole = tmp_path / "a.safetensors"
+    save_file(WEIGHTS, whole)
+    (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match="safetensors file but cannot be read"):
+        read_checkpoint(tmp_path / "cut.safetensors")
+
+
+def test_damaged_bytes_are_an_error_or_still_tensors(tmp_path: Path) -> None:
+    data = saved(tmp_path / "a.pth", {"meta": {"cfg": "a=1"}, "state_dict": WEIGHTS}).read_bytes()
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        damaged = bytearray(data)
+        for place in generator.integers(0, len(data), 3):
+            damaged[place] = generator.integers(0, 256)
+        path = tmp_path / "damaged.pth"
+        path.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            found = read_checkpoint(path)
+            assert all(isinstance(v, torch.Tensor) for v in found.state_dict.values())
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (b"hello world, I am a text", "is not a checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "HTML"),
+        (b"\x1f\x8b\x08\x00" * 4, "gzip"),
+        (b"PK\x03\x04 but no zip", "cut short"),
+    ],
+)
+def test_other_files(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=says):
+        read_checkpoint(path)
+
+
+def test_folder_and_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_checkpoint(tmp_path / "none.pth")
+    saved(tmp_path / "epoch_3.pth", WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"is a folder.*epoch_3\.pth"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (torch.ones(3), "holds a single tensor"),
+        ([1, 2], "holds a list"),
+        ({"epoch": 3, "lr": 0.1}, "holds no weights.*epoch, lr"),
+        ({"state_dict": {}}, "empty state dict"),
+        ({"state_dict": {"x": [1]}}, "empty state dict"),
+        ({"a": torch.ones(2).to_sparse()}, "sparse"),
+        ({"a": torch.empty(3, device="meta")}, "no data"),
+        ({"a": torch.ones(1).expand(1 << 20, 1 << 20)}, "claims"),
+    ],
+)
+def test_not_a_state_dict(tmp_path: Path, content: Any, says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        read_checkpoint(saved(tmp_path / "a.pth", content))
+
+
+def test_compressed_zip_is_refused_before_it_unpacks(tmp_path: Path) -> None:
+    whole = saved(tmp_path / "a.pth", {"a": torch.zeros(1 << 20)})
+    path = tmp_path / "bomb.pth"
+    with (
+        zipfile.ZipFile(whole) as source,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    assert path.stat().st_size < 1 << 16
+    with pytest.raises(CheckpointError, match="compressed entries"):
+        read_checkpoint(path)
+
+
+def test_torchscript_and_other_archives(tmp_path: Path) -> None:
+    path = tmp_path / "script.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("net/data.pkl", b"\x80\x02}.")
+        archive.writestr("net/constants.pkl", b"\x80\x02).")
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        read_checkpoint(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(CheckpointError, match=r"without PyTorch's data\.pkl"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("train", "mmengine training"),
+        ("train_ema", "mmengine training"),
+        ("published", "mmengine published"),
+    ],
+)
+def test_mmengine_runner_and_publish_tool(name: str, layout: str) -> None:
+    found = read_checkpoint(FILES / f"mmengine/files/{name}.pth")
+    assert found.format == layout
+    assert set(found.state_dict) >= NAMES
+    assert "message_hub" in found.dropped
+    assert found.meta["dataset_meta"]["classes"] == ("road", "sky")
+    assert "ResNet_FDConv" in found.meta["cfg"]
+    if name == "train_ema":
+        assert found.other_weights == ("ema_state_dict",)
+        trained = read_checkpoint(found.path, weights="ema_state_dict").state_dict
+        assert trained.keys() == found.state_dict.keys()
+        assert not torch.equal(trained["backbone.0.weight"], found.state_dict["backbone.0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [("model", ()), ("compiled", ()), ("averaged", ("current_model_state",))],
+)
+def test_lightning_with_hyper_parameters_of_omegaconf(name: str, others: tuple[str, ...]) -> None:
+    found = read_checkpoint(FILES / f"lightning/files/{name}.ckpt")
+    assert found.format == "Lightning"
+    assert set(found.state_dict) >= NAMES
+    assert not any("criterion" in key or "loss" in key for key in found.state_dict)
+    assert {"criterion.pos_weight", "train_loss.… (2 entries)"} <= set(found.dropped)
+    assert found.other_weights == others
+
+
+def test_detectron2_checkpoints_and_pickles_of_arrays_are_the_same_weights() -> None:
+    folder = FILES / "fvcore/files"
+    expected = read_checkpoint(folder / "model.pth")
+    assert expected.format == "detectron2"
+    for protocol in (2, 4, 5):
+        found = read_checkpoint(folder / f"model_{protocol}.pkl")
+        assert found.format == "detectron2"
+        assert set(found.state_dict) == set(expected.state_dict)
+        for name, value in found.state_dict.items():
+            assert value.dtype == expected.state_dict[name].dtype
+            assert torch.equal(value, expected.state_dict[name])
+
+
+def test_numpy_archives_are_named_as_what_they_are(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", **{"backbone.conv1.weight": np.ones(3)})
+    with pytest.raises(CheckpointError, match=r"\.npz.*from_numpy"):
+        read_checkpoint(tmp_path / "a.npz")
+    np.save(tmp_path / "a.npy", np.ones(3))
+    with pytest.raises(CheckpointError, match="one NumPy array"):
+        read_checkpoint(tmp_path / "a.npy")
+
+
+def test_fsdp_flat_parameters_are_named_as_what_they_are(tmp_path: Path) -> None:
+    state = {"backbone._flat_param": torch.ones(8), "backbone.a.b": torch.ones(1)}
+    with pytest.raises(CheckpointError, match="FULL_STATE_DICT"):
+        read_checkpoint(saved(tmp_path / "a.pth", state))
+
+
+@pytest.mark.parametrize(
+    ("family", "says"),
+    [
+        ("segformer_mit", "MixVisionTransformer"),
+        ("upernet_swin", "SwinTransformer"),
+        ("mask_rcnn_convnext", "ConvNeXt"),
+        ("mask2former_r50", "Mask2Former"),
+    ],
+)
+def test_networks_not_supported_are_named(oracle: Path, family: str, says: str) -> None:
+    path = oracle / "families" / family / "fdconv_train.pth"
+    found = read_checkpoint(path)
+    assert found.format == "mmengine training"
+    assert found.meta["mmengine_version"] == "0.10.7"
+    assert says in (inspect_checkpoint(path).problem or "")
+    with pytest.raises(CheckpointError, match=rf"{says}.*not supported"):
+        load_checkpoint(path)
