@@ -1,15 +1,10 @@
-"""Whether a checkpoint's attentions amplify rounding, told by their weights alone.
+"""Whether a checkpoint's attentions amplify rounding, by their weights alone (docs/stability.md).
 
-Each attention normalises one pooled value per image and channel by the statistics of training,
-squares it (StarReLU) and passes it to its gates. A frame unlike those of training (blank,
-letterboxed, of another size) lies many standard deviations away. There a square is steep, the
-gates run to their stops, the layer's output leaves what the next layer knows, and after some
-layers a relative change of 1e-7 has become one of the logits' own size.
-
-The weights tell how far away such a frame is: ``running_mean / sqrt(running_var)`` is how many
-standard deviations lie between the training's mean pooled value and none, or its double. Put
-through the square and the gates' weights this gives the `swing` of the gates' logits. Both are
-free of the scale of features.
+Each attention normalises one pooled value per image and channel by the training's statistics,
+squares it (StarReLU) and passes it to its gates. ``running_mean / sqrt(running_var)`` is how many
+standard deviations lie between the mean pooled value and that of a frame without features, or with
+features twice as strong. Put through the square and the gates' weights, this gives the `swing` of
+the gates' logits, free of the scale of features.
 """
 
 from __future__ import annotations
@@ -23,9 +18,8 @@ from fdconv_deploy.checkpoints.infer_layers import Shapes, dynamic_names
 
 # Half the width of a sigmoid: a gate at rest is at 1/2, one this far from it at 0.993.
 SATURATED = 5.0
-# The share of layers with a larger swing that makes a network amplify: the packaged network had
-# 26 of 30 and was unstable, with 7 to 10 it was on some frames, with 1 to 4 on none
-# (docs/stability.md).
+# The share of layers with a larger swing that makes a network amplify: with 26 of 30 the packaged
+# network was unstable, with 7 to 10 it was on some frames, with 1 to 4 on none.
 AMPLIFYING = 0.2
 
 # BatchNorm's own constant, as the published attention has it.
@@ -73,10 +67,7 @@ class AttentionStability(BaseModel):
 
 
 def attention_stability(state: Shapes) -> AttentionStability | None:
-    """What the attentions' running statistics and gates say.
-
-    Args:
-        state: the network's tensors by name.
+    """How strongly a network's attentions answer to unfamiliar frames, from its tensors by name.
 
     Returns:
         None where no FDConv layer's attention has running statistics, or where tensors hold

@@ -235,18 +235,19 @@ def _networks(entry: str, state: Mapping[Any, Any]) -> list[_Network]:
             dropped.append(phrase.format(count=len(found), first=found[0]))
             names = {name: value for name, value in names.items() if name not in set(found)}
     names = _without_wrappers(names, dropped)
-    roots = _roots(names) or [_holder(names)]
+    known = _roots(names)
+    roots = known or [_holder(names)]
     groups: dict[str, dict[str, Any]] = {root: {} for root in roots}
     others: dict[str, list[str]] = {}
     deepest = sorted(roots, key=len, reverse=True)
     for name, value in names.items():
         root = next((r for r in deepest if not r or name.startswith(f"{r}.")), None)
         inside = name[len(root) + 1 :] if root else name
-        if root is None or _is_of_training(inside):
+        if root is None or _is_of_training(inside if known else name):
             others.setdefault(name.split(".")[0], []).append(name)
         else:
             groups[root][inside] = value
-    if not any(groups.values()):  # a loss alone
+    if not known and not any(groups.values()):  # a loss alone
         return [_Network(entry, "", names, tuple(dropped))]
     dropped += (
         found[0] if len(found) == 1 else f"{first}.… ({len(found)} entries)"

@@ -40,20 +40,12 @@ DTYPES: dict[str, torch.dtype] = {
     name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
 }
 _STORAGES: dict[str, torch.dtype | None] = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-    "UntypedStorage": None,
-}
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128, "UntypedStorage": None,
+}  # fmt: skip
 
 
 class DamagedPickleError(ValueError):
@@ -66,7 +58,7 @@ class HostilePickleError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Name:
-    """A class or function that a file names. Stands for it; nothing is imported."""
+    """Stands for a class or function that a file names; nothing is imported."""
 
     module: str
     name: str
@@ -192,21 +184,12 @@ _CONSTANTS = {
     "BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
 }  # fmt: skip
 _EMPTY: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_SET": set,
-}
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set,
+}  # fmt: skip
 _COLLECTIONS: dict[str, Callable[..., Any]] = {
-    "list": list,
-    "tuple": tuple,
-    "torch.Size": tuple,
-    "set": set,
-    "frozenset": frozenset,
-}
+    "list": list, "tuple": tuple, "torch.Size": tuple, "set": set, "frozenset": frozenset,
+}  # fmt: skip
 # Subclasses of Tensor that hold their numbers as they are. Others may pack or quantise them.
 _PLAIN_TENSORS = {
     "torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from fdconv_deploy.cli.options import Config, Json, Quiet, Weights, parse_settings
+
+if TYPE_CHECKING:
+    from fdconv_deploy.checkpoints import Conversion
 
 err = Console(stderr=True)
 
@@ -78,25 +81,24 @@ def convert(
         _print(report, output)
 
 
-def _print(report: Any, output: Path) -> None:
+def _print(report: Conversion, output: Path) -> None:
     console = Console()
+    equivalent = report.method == "equivalent"
     what = (
         "now FDConv layers; the network computes what it did"
-        if report.method == "equivalent"
+        if equivalent
         else "have their spectrum now; attentions start with training"
     )
     console.print(f"{output}: {len(report.converted)} layers {what}.", markup=False)
-    if report.left_random:
-        conv = report.conv
-        console.print(
-            f"[yellow]Left as they were[/], as the published converter leaves layers of less than "
-            f"32 channels: {len(report.left_random)} layers. An FDConv network with "
-            f"use_fdconv_if_c_gt={conv.use_fdconv_if_c_gt} makes them dynamic and finds no "
-            f"spectrum, so it starts them from random weights. --channels-above "
-            f"{conv.use_fdconv_if_c_gt} converts them too:"
-        )
-        console.print("  " + ", ".join(report.left_random), markup=False)
+    threshold = report.conv.use_fdconv_if_c_gt
     for names, what in (
+        (
+            report.left_random,
+            "are as they were, as the published converter leaves layers of less than 32 channels. "
+            f"An FDConv network with use_fdconv_if_c_gt={threshold} makes them dynamic and finds "
+            "no spectrum, so it starts them from random weights. "
+            f"--channels-above {threshold} converts them too",
+        ),
         (report.grouped, "are grouped convolutions, which no FDConv layer can be: they stay plain"),
         (
             report.unrecognised,
@@ -105,15 +107,11 @@ def _print(report: Any, output: Path) -> None:
         ),
     ):
         if names:
-            console.print(f"{len(names)} layers {what}:")
-            console.print("  " + ", ".join(names), markup=False)
-    if report.method == "equivalent":
-        console.print(
-            f"Next: fdconv inspect {output}, then train it: its attentions are at rest until then.",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
-    else:
-        console.print(
-            "Next: train an FDConv network that starts from it. Without attentions it is no whole "
-            "network yet, and fdconv export refuses it."
-        )
+            console.print(f"{len(names)} layers {what}:\n  {', '.join(names)}", markup=False)
+    following = (
+        f"fdconv inspect {output}, then train it: its attentions are at rest until then."
+        if equivalent
+        else "train an FDConv network that starts from it. Without attentions it is no whole "
+        "network yet, and fdconv export refuses it."
+    )
+    console.print(f"Next: {following}", markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Which frequency order a checkpoint was trained with, told by images and stored statistics.
+"""Which frequency order a checkpoint was trained with, by images and its stored statistics.
 
 BatchNorms store the mean and variance of what reached them in training. A network in the order
 it was trained with sees about those on images of the same kind; in another order, what reaches
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,11 +52,6 @@ class ImageEvidence(BaseModel):
     factor: float
 
 
-class _Moments(NamedTuple):
-    mean: Tensor
-    square: Tensor
-
-
 def order_of_statistics(
     networks: Mapping[NamedOrder, nn.Module], inputs: Iterable[Tensor]
 ) -> ImageEvidence:
@@ -70,30 +64,68 @@ def order_of_statistics(
     Raises:
         ImageError: there are fewer than eight.
     """
-    sums: dict[NamedOrder, dict[str, _Moments]] = {name: {} for name in networks}
+    sums: dict[NamedOrder, dict[str, Tensor]] = {order: {} for order in networks}
+    hooks = [
+        norm.register_forward_pre_hook(partial(_add_moments, sums[order], name))
+        for order, network in networks.items()
+        for name, norm in _norms(network).items()
+    ]
     count = 0
-    for x in inputs:
-        count += 1
-        for name, network in networks.items():
-            _observe(network, x, sums[name])
+    try:
+        with torch.no_grad():
+            for x in inputs:
+                count += 1
+                for network in networks.values():
+                    network(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
     if count < FEWEST:
         raise ImageError(
             f"The order's check needs {FEWEST} images or more, found {count}. Give a folder of "
             "images of the kind the network was trained on."
         )
     divergences = {
-        name: {key: _divergence(network, key, moments, count) for key, moments in found.items()}
-        for (name, network), found in zip(networks.items(), sums.values(), strict=True)
+        order: {name: _divergence(norm, sums[order][name] / count) for name, norm in norms.items()}
+        for order, norms in ((order, _norms(network)) for order, network in networks.items())
     }
     return _judge(divergences, count)
+
+
+def _add_moments(
+    sums: dict[str, Tensor], name: str, _: nn.Module, inputs: tuple[Tensor, ...]
+) -> None:
+    """Add an image's mean and mean square, ``(2, C)`` float64, of what reaches a BatchNorm."""
+    seen = inputs[0].double()
+    moments = torch.stack([seen.mean((0, 2, 3)), seen.square().mean((0, 2, 3))])
+    sums[name] = sums.get(name, 0) + moments
+
+
+def _norms(network: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    """Those that see feature maps: an attention's own sees one number per image."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+        and module.running_mean is not None
+        and ".KSM_Global." not in f".{name}."
+    }
+
+
+def _divergence(norm: nn.BatchNorm2d, moments: Tensor) -> float:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean, square = moments
+    variance = (square - mean**2).clamp_min(0) + norm.eps
+    stored = norm.running_var.double() + norm.eps
+    off = (variance + (mean - norm.running_mean.double()) ** 2) / stored
+    return float((0.5 * (torch.log(stored / variance) + off - 1)).mean())
 
 
 def _judge(divergences: Mapping[NamedOrder, Mapping[str, float]], images: int) -> ImageEvidence:
     first = next(iter(divergences.values()))
     norms = [
-        key
-        for key in first
-        if any(abs(found[key] - first[key]) > 1e-12 for found in divergences.values())
+        key for key in first if any(abs(d[key] - first[key]) > 1e-12 for d in divergences.values())
     ]
     distances: dict[str, float] = {
         name: float(np.mean([found[key] for key in norms])) if norms else 0.0
@@ -128,46 +160,3 @@ def _judge(divergences: Mapping[NamedOrder, Mapping[str, float]], images: int) -
             f"{factor:.2g} times as far."
         )
     return evidence(order=order, reason=reason, factor=factor)
-
-
-def _norms(network: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    """Those that see feature maps: an attention's own sees one number per image."""
-    return {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
-        and module.running_mean is not None
-        and ".KSM_Global." not in f".{name}."
-    }
-
-
-def _observe(network: nn.Module, x: Tensor, sums: dict[str, _Moments]) -> None:
-    """Add an image's moments of what reaches each BatchNorm."""
-
-    def look(name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen = inputs[0].detach().double()
-        mean, square = seen.mean((0, 2, 3)), seen.square().mean((0, 2, 3))
-        before = sums.get(name)
-        if before is not None:
-            mean, square = mean + before.mean, square + before.square
-        sums[name] = _Moments(mean, square)
-
-    hooks = [m.register_forward_pre_hook(partial(look, n)) for n, m in _norms(network).items()]
-    try:
-        with torch.no_grad():
-            network(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _divergence(network: nn.Module, name: str, moments: _Moments, images: int) -> float:
-    norm = network.get_submodule(name)
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    mean = moments.mean / images
-    variance = (moments.square / images - mean**2).clamp_min(0) + norm.eps
-    stored = norm.running_var.double() + norm.eps
-    off = (variance + (mean - norm.running_mean.double()) ** 2) / stored
-    return float((0.5 * (torch.log(stored / variance) + off - 1)).mean())

@@ -1,4 +1,4 @@
-"""Which frequency order a checkpoint was trained with, told by its weights alone.
+"""Which frequency order a checkpoint was trained with, by its weights alone.
 
 The spectrum of a real kernel is mirrored in its first column and in its Nyquist column: bins r
 and R − r are complex conjugates. A layer starts from such a spectrum. In those two columns the
