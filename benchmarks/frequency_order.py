@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from examples.streets.scenes import CLASSES, draw_scene
-from fdconv_deploy.checkpoints import load_segmentor, tell_order
+from fdconv_deploy.checkpoints import detect_order, load_segmentor
 from fdconv_deploy.checkpoints.frequency_order.from_weights import CANDIDATES, NamedOrder
 from fdconv_deploy.demo import held_out, packaged_checkpoint
 from fdconv_deploy.evaluation.metrics import confusion_matrix, scores
@@ -117,7 +117,7 @@ def measure(steps: int) -> list[dict[str, Any]]:
             "images": {},
         }
         for kind, pictures in sets.items():
-            found = tell_order(
+            found = detect_order(
                 network.state_dict(), backbone, network.architecture.preprocessing, pictures
             )
             assert found.images is not None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         equivalent_state_dict,
     )
     from fdconv_deploy.checkpoints.evidence import Inference, Setting
-    from fdconv_deploy.checkpoints.frequency_order import OrderReport, tell_order
+    from fdconv_deploy.checkpoints.frequency_order import OrderReport, detect_order
     from fdconv_deploy.checkpoints.frequency_order.from_weights import order_of_weights
     from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
     from fdconv_deploy.checkpoints.infer_segmentor import infer_segmentor_config
@@ -49,7 +49,7 @@ _NAMES = {
     "config_writer": "format_config",
     "convert": "Conversion convert_checkpoint convert_state_dict equivalent_state_dict",
     "evidence": "Inference Setting",
-    "frequency_order": "OrderReport tell_order",
+    "frequency_order": "OrderReport detect_order",
     "frequency_order.from_weights": "order_of_weights",
     "infer_detector": "infer_detector_config",
     "infer_segmentor": "infer_segmentor_config",

@@ -55,7 +55,7 @@ _WRAPPERS = {
 }  # fmt: skip
 # Attributes that hold a network of parts not known here.
 _HOLDERS = {"model", "ema_model", "net", "network"}
-# Names in a state dict that are no weights: (which, what is said of them).
+# Names in a state dict that are no weights: (pattern, how they are listed).
 _NOT_WEIGHTS = (
     (re.compile(r"^(steps|n_averaged)$"), "{first} (a counter)"),
     # mmcv's EMA hook keeps a second copy as buffers: `ema_` + the name with _ for dots.
@@ -226,7 +226,7 @@ def _no_weights(path: Path, content: Mapping[Any, Any]) -> CheckpointError:
 
 
 def _networks(entry: str, state: Mapping[Any, Any]) -> list[_Network]:
-    """The networks that are told by their parts' names, or else all of it as one."""
+    """The networks that are found by their parts' names, or else all of it as one."""
     dropped = [f"{describe(key)} as a name" for key in state if not isinstance(key, str)]
     names = {key: value for key, value in state.items() if isinstance(key, str)}
     for pattern, phrase in _NOT_WEIGHTS:

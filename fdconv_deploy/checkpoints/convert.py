@@ -19,13 +19,11 @@ from torch import Tensor
 
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.config_writer import format_config
-from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
 from fdconv_deploy.checkpoints.infer_layers import backbone_prefix, dynamic_names, kind_of, part
-from fdconv_deploy.checkpoints.infer_segmentor import infer_backbone_only, infer_segmentor_config
-from fdconv_deploy.checkpoints.loading import config_for
+from fdconv_deploy.checkpoints.loading import config_for, infer_config
 from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
 from fdconv_deploy.checkpoints.save import write_checkpoint
-from fdconv_deploy.config import BackboneConfig, DetectorConfig, FDConvConfig, SegmentorConfig
+from fdconv_deploy.config import BackboneConfig, FDConvConfig
 from fdconv_deploy.errors import CheckpointError, in_the_way
 from fdconv_deploy.nn import ResNet
 from fdconv_deploy.nn.fdconv import dynamic_layers
@@ -140,8 +138,8 @@ def convert_checkpoint(
             raise CheckpointError(
                 "Nothing in it is to be converted: expected a ResNet's layer1.0.conv1.weight… or "
                 "a ViT's layers.0.ffn.layers.0.0.weight… of more channels than the limit, found "
-                f"{_first_names(state)}…. Lower the limit (--channels-above), or give a ResNet's "
-                "checkpoint."
+                f"{', '.join(list(state)[:3])}…. Lower the limit (--channels-above), or give a "
+                "ResNet's checkpoint."
             )
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
@@ -168,20 +166,11 @@ def _described(
     checkpoint: Checkpoint, config: Config | None, conv: FDConvConfig
 ) -> tuple[BackboneConfig | None, str]:
     """The FDConv backbone and its config's text; None and the reason if it is no ResNet."""
-    state, meta = checkpoint.state_dict, checkpoint.meta
-    kind = kind_of(state)
-    if kind == "unknown":
-        return None, f"None of its names is of one: {_first_names(state)}…"
-    network: SegmentorConfig | DetectorConfig | BackboneConfig
+    state = checkpoint.state_dict
     try:
-        if kind == "segmentor":
-            network = infer_segmentor_config(state, config=config, meta=meta).architecture
-        elif kind == "detector":
-            network = infer_detector_config(state, config=config, meta=meta).architecture
-        else:
-            network = infer_backbone_only(state, config=config).architecture
+        network = infer_config(state, config=config, meta=checkpoint.meta).architecture
     except CheckpointError as error:
-        if kind == "segmentor":
+        if kind_of(state) == "segmentor":
             raise
         return None, str(error)
     if isinstance(network, BackboneConfig):
@@ -189,10 +178,6 @@ def _described(
         return backbone, format_config(backbone)
     backbone = network.backbone.model_copy(update={"conv": conv})
     return backbone, format_config(network.model_copy(update={"backbone": backbone}))
-
-
-def _first_names(state: Mapping[str, Tensor]) -> str:
-    return ", ".join(list(state)[:3])
 
 
 def convert_state_dict(
@@ -240,32 +225,28 @@ def describe_conversion(
 ) -> Conversion:
     """What :func:`convert_state_dict` or :func:`equivalent_state_dict` did and did not do."""
 
-    def layer(key: str) -> str:
-        return key.removesuffix(".weight")
-
     grouped = _grouped(before)
     large = {
-        key: weight
+        key.removesuffix(".weight"): _is_known(key, weight)
         for key, weight in before.items()
         if key not in grouped
         and _is_large(weight, conv.use_fdconv_if_c_gt, conv.use_fdconv_if_k_in)
     }
-    dynamic = [layer(key) for key, weight in large.items() if _is_known(key, weight)]
     spectra = {key.removesuffix(".dft_weight") for key in after if key.endswith(".dft_weight")}
     changed = spectra | set(dynamic_names(after))
+    unchanged = {name: known for name, known in large.items() if name not in changed}
     return Conversion(
         method=method,
         conv=conv,
-        converted=tuple(layer(key) for key in before if layer(key) in changed),
-        left_random=tuple(name for name in dynamic if name not in changed),
-        grouped=tuple(layer(key) for key in grouped),
+        converted=tuple(
+            name for name in (key.removesuffix(".weight") for key in before) if name in changed
+        ),
+        left_random=tuple(name for name, known in unchanged.items() if known),
+        grouped=tuple(key.removesuffix(".weight") for key in grouped),
         unrecognised=tuple(
-            layer(key)
-            for key, weight in large.items()
-            if key.endswith(".weight")
-            and not _is_known(key, weight)
-            and not _PLAIN.search(key)
-            and layer(key) not in changed
+            name
+            for name, known in unchanged.items()
+            if not known and f"{name}.weight" in before and not _PLAIN.search(f"{name}.weight")
         ),
     )
 
@@ -342,9 +323,9 @@ def _is_known(key: str, weight: Tensor) -> bool:
 
 
 def _grouped(state_dict: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Those of the known convolutions that see a part of what comes in only.
+    """The known convolutions that are grouped: each filter sees a part of the input channels.
 
-    A weight does not tell its number of groups: what the convolution before it gives tells.
+    A weight does not show its number of groups; the channels of the convolution before it do.
     """
     placed: dict[str, list[tuple[tuple[int, ...], str]]] = defaultdict(list)
     for key, weight in state_dict.items():

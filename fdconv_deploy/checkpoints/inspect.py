@@ -17,8 +17,7 @@ from fdconv_deploy.checkpoints import model_size
 from fdconv_deploy.checkpoints.attention_stability import AttentionStability, attention_stability
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.evidence import Inference, Setting
-from fdconv_deploy.checkpoints.frequency_order import OrderReport, tell_order
-from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
+from fdconv_deploy.checkpoints.frequency_order import OrderReport, detect_order
 from fdconv_deploy.checkpoints.infer_layers import (
     Kind,
     Layer,
@@ -29,12 +28,8 @@ from fdconv_deploy.checkpoints.infer_layers import (
     parameters,
     part,
 )
-from fdconv_deploy.checkpoints.infer_segmentor import (
-    infer_backbone_only,
-    infer_segmentor_config,
-    training_size,
-)
-from fdconv_deploy.checkpoints.loading import config_for, load_checkpoint
+from fdconv_deploy.checkpoints.infer_segmentor import training_size
+from fdconv_deploy.checkpoints.loading import config_for, infer_config, load_checkpoint
 from fdconv_deploy.checkpoints.reading import read_checkpoint
 from fdconv_deploy.config import BackboneConfig, DetectorConfig, Preprocessing, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
@@ -74,8 +69,8 @@ class Report(BaseModel):
         spectrum_bytes: of all stored spectra, float32.
         published_buffer_bytes: what the published code holds beside the weights: the bin
             order as int64 and the band masks.
-        architecture: None for anything but a segmentation network told without contradiction.
-        detector: the same of a detector.
+        architecture: a segmentation network's, None for others and where it is contradictory.
+        detector: a detector's, in the same way.
         backbone: None if it is not a ResNet known here.
         found, assumed, notes: see :class:`Inference`.
         dropped, other_weights: see :class:`Checkpoint`.
@@ -84,9 +79,9 @@ class Report(BaseModel):
         training_size: (height, width) in pixels of the crops a segmentor was trained on, where
             its config states them.
         command: the command line that exports it; None where it cannot be exported, or where
-            the report was not asked for by the command line.
-        frequency_order: what tells the order of frequencies, which few checkpoints hold; None
-            without FDConv layers or data.
+            the report was not made by the command line.
+        frequency_order: the order of frequencies, which few checkpoints save, and its evidence;
+            None without FDConv layers or data.
         attention_stability: whether its attentions amplify rounding on frames unlike the
             training's; None without FDConv layers, running statistics or data.
     """
@@ -149,15 +144,15 @@ def inspect_checkpoint(
         path: any file :func:`read_checkpoint` takes.
         config: a config file, by default the one in the checkpoint.
         size: (height, width) in pixels to count multiply-adds for.
-        overrides: fields the weights do not tell.
+        overrides: fields that neither weights nor config determine, by dotted name.
         weights: the entry to take weights from.
-        images: of the kind the network was trained on, to tell its frequency order by, or what
-            gives them, decoded for its preprocessing; see :func:`tell_order`.
-        progress: told of each step.
+        images: of the kind the network was trained on, to detect its frequency order by, or what
+            gives them, decoded for its preprocessing; see :func:`detect_order`.
+        progress: called with a description of each step.
 
     Raises:
         CheckpointError: the file or the config cannot be read. A network that is not
-            understood is not an error here: the report's ``problem`` says what is wrong.
+            understood is not an error here: the report's ``problem`` describes it.
     """
     checkpoint = read_checkpoint(path, weights=weights)
     report = report_on(
@@ -203,15 +198,7 @@ def report_on(
     problem: str | None = None
     layers: list[Layer] = []
     try:
-        if kind == "segmentor":
-            inference = infer_segmentor_config(state, config=config, meta=meta, overrides=overrides)
-        elif kind == "detector":
-            inference = infer_detector_config(state, config=config, meta=meta, overrides=overrides)
-        elif kind != "unknown":
-            inference = infer_backbone_only(state, config=config, overrides=overrides)
-        else:
-            names = ", ".join(list(state)[:3])
-            problem = f"None of its names is of a network known here: {names}…"
+        inference = infer_config(state, config=config, meta=meta, overrides=overrides)
     except CheckpointError as error:
         problem = str(error)
     network = inference.architecture if inference else None
@@ -224,7 +211,7 @@ def report_on(
         if any(layer.dynamic for layer in layers) and not any(v.is_meta for v in state.values()):
             preprocessing = getattr(network, "preprocessing", None)
             given = images(preprocessing or Preprocessing()) if callable(images) else images
-            order = tell_order(state, backbone, preprocessing, given, progress)
+            order = detect_order(state, backbone, preprocessing, given, progress)
     except CheckpointError as error:
         problem = problem or str(error)
     architecture = network if isinstance(network, SegmentorConfig) else None
@@ -315,7 +302,7 @@ _KINDS = {
 
 
 def render(report: Report, console: Console, *, layers: bool = False) -> None:
-    """Print a report: the verdict first, then what was told and assumed, and sizes.
+    """Print a report: the verdict first, then settings found and assumed, and sizes.
 
     Args:
         report: of :func:`inspect_checkpoint`.
@@ -339,7 +326,7 @@ def render(report: Report, console: Console, *, layers: bool = False) -> None:
             known = "as saved in the file"
         else:
             known = (
-                "[yellow]not told[/yellow], so that torch, the published one, will be assumed "
+                "[yellow]unknown[/yellow], so that torch, the published one, will be assumed "
                 "(--frequency-order of export gives another)"
             )
         console.print(f"Frequency order: {known}. {escape(' '.join(order.reasons))}")
@@ -392,7 +379,7 @@ def _input_size(report: Report) -> str:
         height, width = report.training_size
         return f"{height}x{width}, which it was trained at; --size takes any other"
     return (
-        "the file does not tell what it was trained at; 512x512 is an example, and answers are "
+        "the file does not state what it was trained at; 512x512 is an example, and answers are "
         "best near the size of training"
     )
 

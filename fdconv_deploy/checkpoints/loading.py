@@ -19,7 +19,7 @@ from fdconv_deploy.checkpoints.infer_layers import (
     dynamic_names,
     kind_of,
 )
-from fdconv_deploy.checkpoints.infer_segmentor import infer_segmentor_config
+from fdconv_deploy.checkpoints.infer_segmentor import infer_backbone_only, infer_segmentor_config
 from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
 from fdconv_deploy.checkpoints.shards import digest_of
 from fdconv_deploy.config import DetectorConfig, SegmentorConfig
@@ -35,9 +35,9 @@ class LoadedSegmentor(Segmentor):
     """A :class:`Segmentor` from a checkpoint.
 
     Attributes:
-        inference: who told its architecture.
-        order: the order of its frequencies, and who told it.
-        weights: which weights of several in the file were asked for.
+        inference: its architecture, and where each setting came from.
+        order: the order of its frequencies, and where that came from.
+        weights: the name of the weights that were chosen from several, None for the default.
     """
 
     inference: Inference[SegmentorConfig]
@@ -69,17 +69,18 @@ def load_checkpoint(
         source: any file :func:`read_checkpoint` takes, or what it gave.
         config: the network's config (a ``.py`` or ``.json`` file), read without running it.
             By default the one the checkpoint carries.
-        overrides: fields the weights do not tell, e.g. ``{"backbone.style": "caffe"}``.
+        overrides: fields that neither weights nor config determine, e.g.
+            ``{"backbone.style": "caffe"}``.
         frequency_order: how bins of equal radius are ordered, see :class:`FDConv2d`. ``"auto"``
-            takes the indices that the file saves, else the order the weights tell, see
+            takes the indices that the file saves, else the order found in the weights, see
             :func:`order_of_weights`, else ``"torch"``.
         auxiliary: keep a segmentor's auxiliary head, which only training needs.
         require_fdconv: refuse a network without a single FDConv layer.
         weights: the entry to take weights from, see :func:`read_checkpoint`.
 
     Returns:
-        The network in eval mode, float32, on the CPU: a segmentor or a detector, as its names
-        tell. ``.architecture`` is what was built, ``.inference`` how it was told.
+        The network in eval mode, float32, on the CPU: a segmentor or a detector, by the
+        names of its tensors. ``.architecture`` is what was built.
 
     Raises:
         CheckpointError: the file can't be read, is of no network known here, its config
@@ -90,18 +91,18 @@ def load_checkpoint(
         source = read_checkpoint(source, weights=weights)
     settings = config_for(source, config)
     state = as_published(source.state_dict)
-    told: dict[str, Any] = {"config": settings, "meta": source.meta, "overrides": overrides}
+    given: dict[str, Any] = {"config": settings, "meta": source.meta, "overrides": overrides}
     network: LoadedSegmentor | LoadedDetector
     try:
         order = choose_order(state, frequency_order)
         # On the meta device nothing is initialised: all that has data comes from the file.
         if kind_of(state) == "detector":
-            detector = infer_detector_config(state, **told)
+            detector = infer_detector_config(state, **given)
             with torch.device("meta"):
                 network = LoadedDetector(detector.architecture, order.used)
             network.inference = order.noted(detector)
         else:
-            inferred = infer_segmentor_config(state, **told)
+            inferred = infer_segmentor_config(state, **given)
             segmentor, state = _auxiliary(inferred, state, auxiliary)
             with torch.device("meta"):
                 network = LoadedSegmentor(segmentor.architecture, order.used)
@@ -119,6 +120,29 @@ def load_checkpoint(
     _fill(network, state, source.path)
     network.order, network.weights = order, weights
     return network.eval()
+
+
+def infer_config(
+    state: Mapping[str, Tensor],
+    *,
+    config: Config | None = None,
+    meta: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Inference[Any]:
+    """The configuration of a segmentor, a detector or a backbone alone, whichever a file holds.
+
+    Raises:
+        CheckpointError: it is none of them, or contradicts its config.
+    """
+    kind = kind_of(state)
+    if kind == "segmentor":
+        return infer_segmentor_config(state, config=config, meta=meta, overrides=overrides)
+    if kind == "detector":
+        return infer_detector_config(state, config=config, meta=meta, overrides=overrides)
+    if kind == "unknown":
+        names = ", ".join(list(state)[:3])
+        raise CheckpointError(f"None of its names is of a network known here: {names}…")
+    return infer_backbone_only(state, config=config, overrides=overrides)
 
 
 def recorded_weights(manifest: Manifest, checkpoint: str | Path) -> str | None:
@@ -208,7 +232,7 @@ def _fill(network: Segmentor | Detector, state: dict[str, Tensor], path: Path | 
         misfits.append(f"{len(shapes)} of another shape: {_some(shapes)}")
     if misfits:
         raise CheckpointError(
-            f"{path} does not fit the network its names and shapes tell. "
+            f"{path} does not fit the network that its names and shapes describe. "
             + "; ".join(misfits)
             + ". Expected exactly the tensors of OpenMMLab's ResNet and heads; if the network has "
             "parts of its own, it cannot be loaded."

@@ -33,15 +33,15 @@ def inspect(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Images of the kind it was trained on, to check its frequency order by.",
+            help="Images like those of its training, to check its frequency order with.",
         ),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="List every FDConv layer.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Tell whether a checkpoint can be exported, by which command, and what is in it.
+    """Check whether a checkpoint can be exported, and by which command; list what is in it.
 
-    Exit code 1 if its network is not understood. A plain one is, though export refuses it.
+    Exits with 1 if its network is not understood. (A plain network is, though export refuses it.)
     """
     from fdconv_deploy.checkpoints import export_command, inspect_checkpoint, render
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from fdconv_deploy.checkpoints import (
     Report,
+    detect_order,
     inspect_checkpoint,
     load_segmentor,
     order_of_weights,
     save_checkpoint,
-    tell_order,
 )
 from fdconv_deploy.cli import app as cli
 from fdconv_deploy.config import BackboneConfig, FDConvConfig
@@ -149,7 +149,7 @@ def test_the_packaged_checkpoint_trained_on_in_the_other_order() -> None:
     preprocessing = network.architecture.preprocessing
     inputs = [torch.from_numpy(normalise(p, preprocessing))[:, ::2, ::2] for p in PICTURES]
     train(network, torch.stack(inputs).split(4), rate=3.0)
-    found = tell_order(network.state_dict())
+    found = detect_order(network.state_dict())
     assert found.order == "stable", found
     assert found.weights.parted_in_one_group["stable"] == 0
 
@@ -207,7 +207,7 @@ def test_images_tell_where_the_statistics_are_theirs(order: Order) -> None:
     """The order shows in the statistics; on other images it drowns in how images differ."""
     network = with_statistics_of(order, PICTURES[:8])
     given = network.architecture.backbone, network.architecture.preprocessing
-    found = tell_order(network.state_dict(), *given, PICTURES[:8])
+    found = detect_order(network.state_dict(), *given, PICTURES[:8])
     assert found.images is not None
     assert found.images.order == order, found
     assert found.images.distances[order] < 1e-3
@@ -223,7 +223,7 @@ def test_images_of_the_kind_do_not_tell_by_a_hair() -> None:
     BatchNorms, by a hundredth."""
     network = with_statistics_of("torch", PICTURES)
     given = network.architecture.backbone, network.architecture.preprocessing
-    found = tell_order(network.state_dict(), *given, PICTURES[:8]).images
+    found = detect_order(network.state_dict(), *given, PICTURES[:8]).images
     assert found is not None
     assert found.order is None
     assert 1 < found.factor < 1.1
@@ -247,4 +247,4 @@ def test_too_few_images() -> None:
 def test_networks_of_other_inputs_take_no_images() -> None:
     config = BackboneConfig(in_channels=4)
     with pytest.raises(ImageError, match="takes 4 channels"):
-        tell_order(lively_layers().state_dict(), config, images=PICTURES)
+        detect_order(lively_layers().state_dict(), config, images=PICTURES)

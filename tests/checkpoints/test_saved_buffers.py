@@ -201,7 +201,7 @@ def test_an_order_that_contradicts_saved_indices_is_refused(tmp_path: Path) -> N
     state = dict(network.state_dict())
     state |= {f"{name}.indices": i for name, i in indices_of(network, "stable").items()}
     path = saved(tmp_path / "a.pth", state)
-    with pytest.raises(CheckpointError, match=r"'torch', but the file says otherwise.*'stable'"):
+    with pytest.raises(CheckpointError, match=r"'torch', but the file saves another.*'stable'"):
         load_checkpoint(path, frequency_order="torch")
     assert load_checkpoint(path, frequency_order="stable").order.name == "stable"
 

@@ -1,7 +1,7 @@
-"""Which frequency order a checkpoint was trained with: saved in it, or told by what is in it.
+"""Which frequency order a checkpoint was trained with: as saved in it, or by evidence.
 
 The order decides which spectrum bins share a kernel attention (docs/frequency-order.md). Few files
-save it; for the others its weights tell it (:mod:`.from_weights`) or images do
+save it; for others it is detected in the weights (:mod:`.from_weights`) or by images
 (:mod:`.from_images`).
 """
 
@@ -85,7 +85,7 @@ def _saved_indices(layer: Layer, buffer: Tensor) -> tuple[Tensor, list[NamedOrde
         raise CheckpointError(
             f"{layer.name}.indices, {buffer.dtype} {tuple(buffer.shape)}, are no frequency "
             "indices. Expected whole numbers of shape (param_ratio, 2, kernel_num, bins per group) "
-            "for this layer; remove them from the file to have the order told by its weights."
+            "for this layer; remove them from the file to have the order detected in its weights."
         )
     size = (layer.out_channels * layer.kernel[0], layer.columns)
     groups = layer.attentions // ratio
@@ -110,7 +110,7 @@ def _checked(
     except UnsupportedLayerError as error:
         raise CheckpointError(
             f"{name}.indices in the file: {str(error).replace('frequency_order', 'They')} Remove "
-            "them from the file to have the order told by its weights."
+            "them from the file to have the order detected in its weights."
         ) from None
 
 
@@ -123,7 +123,7 @@ class ChosenOrder:
 
     Attributes:
         used: that of the layers whose indices the file does not save.
-        evidence: what its weights say, None if not asked.
+        evidence: that of the weights, None if it was not needed.
         saved: the order of the other layers.
     """
 
@@ -140,17 +140,17 @@ class ChosenOrder:
 
     @property
     def assumed(self) -> bool:
-        """Whether nothing told it."""
+        """Whether there is no evidence for it."""
         return self.saved is None and self.evidence is not None and self.evidence.order is None
 
     def noted(self, inference: Inference[ConfigT]) -> Inference[ConfigT]:
-        """What was told of a network, and a note if its order is not the published one."""
+        """``inference`` with a note if the order is not the published one."""
         found = self.evidence
         notes: list[str] = []
         if self.saved is not None:
             notes.append(f"{self.saved.reason} They are used.")
-        told = "torch" if self.saved is None else self.name
-        if found is not None and (found.none_of_them or found.order not in (None, told)):
+        expected = "torch" if self.saved is None else self.name
+        if found is not None and (found.none_of_them or found.order not in (None, expected)):
             notes.append(found.reason)
         return inference.model_copy(update={"notes": (*inference.notes, *notes)})
 
@@ -177,8 +177,8 @@ def choose_order(
 
     Args:
         state: its tensors.
-        wanted: an order, or ``"auto"`` for the indices in the file, else for what the weights
-            tell, ``"torch"`` if they do not.
+        wanted: an order, or ``"auto"`` for the indices in the file, else for the order detected in
+            the weights, else ``"torch"``.
 
     Raises:
         CheckpointError: the file's indices cannot be read, or ``wanted`` contradicts them.
@@ -186,11 +186,11 @@ def choose_order(
     saved = saved_order(state)
     if isinstance(wanted, str) and wanted == "auto":
         evidence = order_of_weights(state)
-        told = saved.name if saved is not None else None
-        return ChosenOrder(told or evidence.order or "torch", evidence, saved)
+        name = saved.name if saved is not None else None
+        return ChosenOrder(name or evidence.order or "torch", evidence, saved)
     if saved is not None and saved.name != wanted:
         raise CheckpointError(
-            f"frequency_order is {wanted!r}, but the file says otherwise. {saved.reason} The "
+            f"frequency_order is {wanted!r}, but the file saves another. {saved.reason} The "
             "file decides: leave frequency_order out."
             if isinstance(wanted, str)
             else "frequency_order gives indices, and the file has its own. "
@@ -199,14 +199,17 @@ def choose_order(
     return ChosenOrder(wanted, saved=saved)
 
 
-# A report on what tells it
+# The evidence for an order
 
 
 class OrderReport(BaseModel):
-    """Which order the network was trained with, or None: it cannot be told.
+    """Which order the network was trained with, and the evidence.
 
-    ``saved`` says what indices the file holds, which then decide; empty if it holds none.
-    ``images`` is None where none were given.
+    Attributes:
+        order: None where it cannot be determined.
+        weights: the evidence in the weights.
+        saved: which indices the file holds, which then decide; empty if it holds none.
+        images: the evidence of images; None where none were given.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -223,24 +226,24 @@ class OrderReport(BaseModel):
         return tuple(reason for reason in found if reason)
 
 
-def tell_order(
+def detect_order(
     state: Shapes,
     backbone: BackboneConfig | None = None,
     preprocessing: Preprocessing | None = None,
     images: Sequence[NDArray[Any]] = (),
     progress: Callable[[str], None] | None = None,
 ) -> OrderReport:
-    """Tell the order by the weights, and by images if there are some.
+    """Detect the order in the weights, and by images if there are some.
 
-    Where both tell and contradict each other, neither is believed.
+    Where the two contradict each other, neither is taken.
 
     Args:
         state: a checkpoint's tensors.
-        backbone: of the network; images are run through it alone.
-        preprocessing: of the network's images; the published one if not given.
+        backbone: the network's; images are run through it alone.
+        preprocessing: the network's; the published one if not given.
         images: as `check_image` takes them, of the kind the network was trained on; the first
             32 are used.
-        progress: told of each step.
+        progress: called with a description of each step.
 
     Raises:
         ImageError: there are images, but too few.
@@ -255,15 +258,15 @@ def tell_order(
     how = preprocessing or Preprocessing()
     if backbone.in_channels != how.channels:
         raise ImageError(
-            f"This network takes {backbone.in_channels} channels, so RGB images do not tell its "
+            f"This network takes {backbone.in_channels} channels, so RGB images do not show its "
             "order. Leave --images out."
         )
     networks = {name: _backbone(state, backbone, name) for name in CANDIDATES}
     inputs = _inputs(images, how, progress or (lambda _: None))
     statistics = order_of_statistics(networks, inputs)
-    told = {found for found in (weights.order, statistics.order) if found is not None}
+    orders = {found for found in (weights.order, statistics.order) if found is not None}
     return OrderReport(
-        order=told.pop() if len(told) == 1 else None, weights=weights, images=statistics
+        order=orders.pop() if len(orders) == 1 else None, weights=weights, images=statistics
     )
 
 

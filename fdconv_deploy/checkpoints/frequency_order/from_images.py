@@ -32,7 +32,7 @@ class ImageEvidence(BaseModel):
     """How near each order comes to the stored statistics.
 
     Attributes:
-        order: the order they are of, or None: images do not tell.
+        order: the order they are of, or None: images do not show it.
         reason: in a sentence.
         images: how many were looked at.
         norms: BatchNorms whose input differs between the orders.
@@ -134,7 +134,7 @@ def _judge(divergences: Mapping[NamedOrder, Mapping[str, float]], images: int) -
 
     evidence = partial(ImageEvidence, images=images, norms=len(norms), distances=distances)
     if not norms:
-        reason = "The images do not tell: no BatchNorm's input depends on the order."
+        reason = "The images do not show the order: no BatchNorm's input depends on the order."
         return evidence(order=None, reason=reason, factor=1.0)
     logs = {n: np.log([max(f[key], 1e-30) for key in norms]) for n, f in divergences.items()}
     best, second = sorted(logs, key=lambda name: float(logs[name].mean()))[:2]
@@ -143,14 +143,14 @@ def _judge(divergences: Mapping[NamedOrder, Mapping[str, float]], images: int) -
     order: NamedOrder | None = None
     if distances[best] > NEAR:
         reason = (
-            f"The images do not tell: what reaches the BatchNorms is far from what they store "
-            f"({shown} nats, {NEAR} is near), so they are not of the kind the network was "
+            "The images do not show the order: what reaches the BatchNorms is far from what they "
+            f"store ({shown} nats, {NEAR} is near), so they are not of the kind the network was "
             "trained on."
         )
     elif factor < FACTOR:
         reason = (
-            f"The images do not tell: the orders are equally near to the stored statistics "
-            f"({shown} nats; the other {factor:.2f} times as far as {best!r}, at least "
+            "The images do not show the order: both are equally near to the stored "
+            f"statistics ({shown} nats; the other {factor:.2f} times as far as {best!r}, at least "
             f"{FACTOR:g} times are needed)."
         )
     else:

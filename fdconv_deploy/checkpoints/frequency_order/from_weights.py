@@ -42,7 +42,7 @@ class WeightEvidence(BaseModel):
     """What the weights say about their frequency order.
 
     Attributes:
-        order: the order they were trained with, or None: they do not tell.
+        order: the order they were trained with, or None: they do not show it.
         reason: in a sentence.
         pairs: mirror pairs looked at, of all FDConv layers.
         telling: those that lie in one group by one candidate and in two by another.
@@ -72,7 +72,7 @@ class _Pairs(NamedTuple):
 
 
 def order_of_weights(state: Shapes, layers: Sequence[Layer] | None = None) -> WeightEvidence:
-    """Tell the frequency order by which mirror bins of the spectra have parted.
+    """Detect the frequency order by which mirror bins of the spectra have parted.
 
     Args:
         state: a checkpoint's tensors, of any network with FDConv layers.
@@ -82,7 +82,7 @@ def order_of_weights(state: Shapes, layers: Sequence[Layer] | None = None) -> We
     stored = [layer for layer in dynamic if layer.converted]
     if not stored:
         what = "they store kernels, not spectra" if dynamic else "there is no FDConv layer"
-        return WeightEvidence(order=None, reason=f"The weights do not tell: {what}.")
+        return WeightEvidence(order=None, reason=f"The weights do not show the order: {what}.")
     found = {name: _pairs(state, stored, name) for name in CANDIDATES}
     types = {state[f"{layer.name}.dft_weight"].dtype for layer in stored}
     return _judge(
@@ -118,11 +118,11 @@ def _judge(found: Mapping[NamedOrder, _Pairs], *, whole: bool, precision: float)
         mirrored_in_two_groups=dict(missing),
     )
 
-    def untold(reason: str) -> WeightEvidence:
-        return evidence(order=None, reason=f"The weights do not tell: {reason}")
+    def unknown(reason: str) -> WeightEvidence:
+        return evidence(order=None, reason=f"The weights do not show the order: {reason}")
 
     if usual > max(MIRRORED, precision):
-        return untold("their spectra are not mirrored, so they did not start from kernels.")
+        return unknown("their spectra are not mirrored, so they did not start from kernels.")
     left = [name for name in found if impossible[name] < LEAD]
     counts = f"of {splits.shape[1]} pairs of mirror bins, {int(parted[best].sum())} have parted"
     against = ", ".join(f"{n} by {name!r}" for name, n in impossible.items())
@@ -141,7 +141,7 @@ def _judge(found: Mapping[NamedOrder, _Pairs], *, whole: bool, precision: float)
             f"group, where they could not part: {against}.",
         )
     if not differs.any():
-        return untold("all orders put these layers' mirror bins alike.")
+        return unknown("all orders put these layers' mirror bins alike.")
     control = splits.all(0)
     seen = int((parted[best] & control).sum())
     rest = min(missing[name] for name in left if name != best) - missing[best]
@@ -154,12 +154,12 @@ def _judge(found: Mapping[NamedOrder, _Pairs], *, whole: bool, precision: float)
             f"not, and that lie in two groups, where they would: {unparted}.",
         )
     if not parted[best].any():
-        return untold(
+        return unknown(
             "no mirror bins have parted, as in a network that was not trained since its "
             "conversion or whose kernel attention never differed."
         )
-    return untold(
-        f"{counts}, and {int(differs.sum())} could tell orders apart, too few or too little "
+    return unknown(
+        f"{counts}, and {int(differs.sum())} could distinguish orders, too few or too little "
         "trained."
     )
 
