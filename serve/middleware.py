@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import secrets
@@ -89,6 +90,7 @@ class Edge:
         try:
             app = self._refusal(scope, path, headers) or self.app
             await app(scope, receive, send_named)
+            await asyncio.sleep(0)  # uvloop writes when its callbacks are done: the answer first
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             self._record(scope, method, path, route, headers, status, time.perf_counter() - start)
