@@ -50,7 +50,7 @@ def markdown(
         "\\* marks cases during which other processes had over "
         f"{machine.QUIET:.0%} of the CPUs. Measured at commit {', '.join(commits)}; a + is a tree "
         "with changes of its own.\n",
-        "![Milliseconds of one image through FDConv as published, exported, and the plain "
+        "![Milliseconds of one image through FDConv as published, exported, and the "
         "baseline](cost.svg)\n",
         *_section("Limits set beforehand", _limits(cases, batches)),
     ]
