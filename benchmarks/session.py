@@ -54,7 +54,7 @@ session = open_session(bundle, "onnxruntime-cpu", threads=int(threads), verify=v
 step("open", start)
 batch = int(batch)
 start = time.perf_counter()
-session._graphs.get(batch)
+session.runner._graphs.get(batch)
 step("load", start)
 start = time.perf_counter()
 session.warm_up([batch])
