@@ -27,8 +27,7 @@ class LimitedProtocol(H11Protocol):
         super().__init__(**uvicorn)
         self._settings, self._refusal = settings, refusal
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._awaited: object = None
-        self._refused = False
+        self._awaited, self._refused = object(), False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Limit the time to the first request."""
