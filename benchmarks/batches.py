@@ -20,7 +20,7 @@ from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import TOLERANCE
 from benchmarks.options import keep, script
 from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.timing import interleave, ratio, spread
+from benchmarks.timing import interleave, ratio, spread
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.runtime import open_session
 

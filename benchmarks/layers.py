@@ -28,7 +28,7 @@ from benchmarks.records import write_json
 from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.latency import machine
 from fdconv_deploy.ops.native import native_library
-from fdconv_deploy.profiling.attribution import PARTS, WARM_UP, ProfiledGraph, by_layer
+from fdconv_deploy.profiling.onnx_profile import PARTS, WARM_UP, ProfiledGraph, by_layer
 from fdconv_deploy.profiling.torch_profile import ProfiledNetwork
 
 HEIGHT = 3.7  # inches

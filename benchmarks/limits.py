@@ -21,7 +21,7 @@ from benchmarks.primitives import random, runner
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.folding.network import dynamic_layers, input_sizes
 from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.timing import interleave
+from benchmarks.timing import interleave
 from fdconv_deploy.ops.frequency_assembly import group_blocks
 
 Counts = Counter[str]

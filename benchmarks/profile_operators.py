@@ -17,7 +17,7 @@ from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import TOLERANCE
 from benchmarks.options import keep, script
 from fdconv_deploy.latency import machine
-from fdconv_deploy.profiling.attribution import PARTS, as_json, profile
+from fdconv_deploy.profiling.onnx_profile import PARTS, as_json, profile
 
 
 def measure(case: Case, folder: Path, *, threads: int, runs: int = 10) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from benchmarks.records import FOLDER, every, newest
 from benchmarks.speed import SIDES
 from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.latency import machine
-from fdconv_deploy.profiling.attribution import PARTS
+from fdconv_deploy.profiling.onnx_profile import PARTS
 
 DOCS = machine.ROOT / "docs"
 NAMES = {"backbone": "ResNet backbone", "upernet": "UPerNet, 150 classes"}

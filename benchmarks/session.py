@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.options import keep, script
 from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.timing import interleave, spread
+from benchmarks.timing import interleave, spread
 from fdconv_deploy.runtime import Bundle
 
 REQUESTS = 10

@@ -24,7 +24,7 @@ from benchmarks.export_size import measure as measure_export
 from benchmarks.options import keep, script
 from fdconv_deploy.folding.network import fold_network
 from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.timing import interleave, ratio, spread
+from benchmarks.timing import interleave, ratio, spread
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.runtime import Session, open_session
 

@@ -30,7 +30,7 @@ from benchmarks.table1_side import WEIGHTS, open_session
 from fdconv_deploy.latency import machine
 from fdconv_deploy.latency.interleaving import Case, Rules, take_turns
 from fdconv_deploy.latency.targets import Side
-from fdconv_deploy.latency.timing import ratio, spread
+from benchmarks.timing import ratio, spread
 from fdconv_deploy.latency.worker_handle import Child
 from fdconv_deploy.ops.native import native_library
 

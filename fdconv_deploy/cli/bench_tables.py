@@ -25,7 +25,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     Where the console is narrow, sides are numbered and named above their table; what still finds
     no room is left out, and that is said.
     """
-    from fdconv_deploy.latency import tables
+    from fdconv_deploy.latency import report as tables
 
     titles, rows = tables.cells(report)
     if not console.is_terminal:

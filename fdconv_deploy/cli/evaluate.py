@@ -95,7 +95,7 @@ def evaluate(
 
     A detector: box and mask AP, by COCO's own code, on objects annotated as COCO's are.
     """
-    from fdconv_deploy.evaluation.candidates import open_sides
+    from fdconv_deploy.evaluation.targets import open_sides
     from fdconv_deploy.evaluation.compare import evaluate as run
     from fdconv_deploy.evaluation.datasets import find_pairs, layout_of
 
@@ -280,7 +280,7 @@ def _evaluate_detectors(
 ) -> None:
     import pycocotools.mask  # noqa: F401 - said to be missing now, not after the last image
 
-    from fdconv_deploy.evaluation.candidates import open_detection_sides
+    from fdconv_deploy.evaluation.targets import open_detection_sides
     from fdconv_deploy.evaluation.coco import read_coco
     from fdconv_deploy.evaluation.compare_detectors import evaluate_detectors
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
-from fdconv_deploy.latency import tables
+from fdconv_deploy.latency import report as tables
 from fdconv_deploy.latency.style import STYLE
 from fdconv_deploy.latency.svg import Bar, Point, bars, curves, legend
-from fdconv_deploy.latency.tables import Report, Row, side_name
+from fdconv_deploy.latency.report import Report, Row, side_name
 
 # Where bars of divergence start: what float32 rounds away anyhow.
 LEAST = 1e-8

@@ -14,7 +14,7 @@ from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.latency import machine
 from fdconv_deploy.latency.interleaving import Case, Rules, take_turns
 from fdconv_deploy.latency.targets import Plan, Side, Skipped, UnavailableError
-from fdconv_deploy.latency.timing import ratio
+from benchmarks.timing import ratio
 from fdconv_deploy.latency.worker_handle import Child
 
 FORMAT = 1

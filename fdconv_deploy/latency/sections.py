@@ -78,7 +78,7 @@ def _by_source(sides: Sequence[Side]) -> Iterator[tuple[tuple[str, bool | None],
 
 
 def _of_bundle(side: Side) -> Section:
-    from fdconv_deploy.profiling.attribution import PARTS, by_layer, profile
+    from fdconv_deploy.profiling.onnx_profile import PARTS, by_layer, profile
 
     bundle = Bundle.open(side.source, verify=False)
     library, _ = native_library(side.native)
@@ -102,7 +102,7 @@ def _of_bundle(side: Side) -> Section:
 
 def _of_checkpoint(side: Side) -> Section:
     from fdconv_deploy.latency.torch_targets import load
-    from fdconv_deploy.profiling.attribution import PARTS
+    from fdconv_deploy.profiling.onnx_profile import PARTS
     from fdconv_deploy.profiling.torch_profile import profile_network
 
     network, inputs = load(side)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fdconv_deploy.latency.tables import row_name
+from fdconv_deploy.latency.report import row_name
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Child(contextlib.AbstractContextManager["Child"]):
         self._log = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115
         path = os.pathsep.join([str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter and package
-            [sys.executable, "-m", "fdconv_deploy.latency.worker", side.as_json()],
+            [sys.executable, "-m", "fdconv_deploy.latency.workers", side.as_json()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.nn.fdconv import FDConv2d
-from fdconv_deploy.profiling.attribution import WARM_UP, LayerTimes
+from fdconv_deploy.profiling.onnx_profile import WARM_UP, LayerTimes
 
 Place = tuple[str, str]
 BEFORE = "before the first convolution"

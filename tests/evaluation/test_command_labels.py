@@ -11,7 +11,7 @@ from PIL import Image
 
 from fdconv_deploy.runtime import Session
 from tests.evaluation import layouts
-from tests.evaluation.test_labels import ADE, CITY_NAMES
+from tests.evaluation.test_class_mapping import ADE, CITY_NAMES
 from tests.runtime import toy
 from tests.test_cli import fdconv
 

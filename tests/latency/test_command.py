@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fdconv_deploy.cli.bench_tables import show
 from fdconv_deploy.demo import packaged_checkpoint
-from fdconv_deploy.latency import tables
+from fdconv_deploy.latency import report as tables
 from fdconv_deploy.latency.thresholds import Floors
 from fdconv_deploy.ops.native import FOLDER, native_library
 from tests.test_cli import fdconv

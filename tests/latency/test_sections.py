@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fdconv_deploy.demo import packaged_checkpoint
-from fdconv_deploy.latency import tables
+from fdconv_deploy.latency import report as tables
 from fdconv_deploy.latency.html import page
 from tests.latency.test_command import BRIEF
 from tests.test_cli import fdconv

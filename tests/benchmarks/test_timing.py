@@ -6,7 +6,7 @@ import time
 import pytest
 
 from fdconv_deploy.latency.machine import Bystanders, describe
-from fdconv_deploy.latency.timing import FEWEST_ROUNDS, interleave, ratio, spread
+from benchmarks.timing import FEWEST_ROUNDS, interleave, ratio, spread
 
 
 class TestInterleave:

@@ -17,7 +17,7 @@ from fdconv_deploy.errors import BackendError, FDConvError
 from fdconv_deploy.latency.images import feeds, picture
 from fdconv_deploy.latency.open_target import open_work
 from fdconv_deploy.latency.targets import Side, UnavailableError, plan
-from fdconv_deploy.latency.worker import turn
+from fdconv_deploy.latency.workers import turn
 from fdconv_deploy.latency.worker_handle import Child
 from fdconv_deploy.runtime.manifest import TensorSpec
 from tests.runtime import toy, toy_detector

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdconv_deploy.latency.interleaving import Case, Rules, Turn, agree, take_turns
-from fdconv_deploy.latency.timing import ratio
+from benchmarks.timing import ratio
 
 QUICK = Rules(seconds=0.2, warm_up=0, turn=0, window=4)
 

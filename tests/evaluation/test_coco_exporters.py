@@ -14,7 +14,7 @@ from fdconv_deploy.evaluation.coco import read_coco
 from fdconv_deploy.evaluation.coco_annotations import counted
 from fdconv_deploy.evaluation.compare_detectors import evaluate_detectors
 from fdconv_deploy.evaluation.interleaving import Answer, Side
-from tests.evaluation.detection.conftest import as_found, drawn
+from tests.evaluation.drawn_streets import as_found, drawn
 
 FILES = Path(__file__).parents[2] / "real_packages" / "coco_exporters"
 

@@ -16,7 +16,7 @@ from fdconv_deploy.evaluation.compare_detectors import bundle_side, coco_results
 from fdconv_deploy.evaluation.datasets import DatasetError
 from fdconv_deploy.evaluation.interleaving import Answer, Side
 from fdconv_deploy.runtime import Detection, open_session
-from tests.evaluation.detection.conftest import as_found, drawn
+from tests.evaluation.drawn_streets import as_found, drawn
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from fdconv_deploy.export import export_module
 from torch import nn
 
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.profiling.attribution import (
+from fdconv_deploy.profiling.onnx_profile import (
     PARTS,
     as_json,
     attribute,

@@ -1,6 +1,6 @@
 """One side in a process of its own: it opens the side, then runs when it is told to.
 
-``python -m fdconv_deploy.latency.worker SIDE`` answers each line of JSON on its standard
+``python -m fdconv_deploy.latency.workers SIDE`` answers each line of JSON on its standard
 input with one on its standard output. Between them it waits in a read, and takes no CPU time.
 Its memory is the side's alone.
 """
