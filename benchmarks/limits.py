@@ -18,10 +18,10 @@ from onnx import helper
 from benchmarks.cases import Case
 from benchmarks.options import keep, script
 from benchmarks.primitives import random, runner
+from benchmarks.timing import interleave
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.folding.network import dynamic_layers, input_sizes
 from fdconv_deploy.latency import machine
-from benchmarks.timing import interleave
 from fdconv_deploy.ops.frequency_assembly import group_blocks
 
 Counts = Counter[str]

@@ -8,6 +8,8 @@ Runtime; by default the R50 backbone at 512×512.
 from __future__ import annotations
 
 import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import TOLERANCE
 from benchmarks.options import keep, script
 from fdconv_deploy.latency import machine
-from fdconv_deploy.profiling.onnx_profile import PARTS, as_json, profile
+from fdconv_deploy.profiling.onnx_profile import PARTS, Cost, profile
 
 
 def measure(case: Case, folder: Path, *, threads: int, runs: int = 10) -> dict[str, Any]:
@@ -31,8 +33,32 @@ def measure(case: Case, folder: Path, *, threads: int, runs: int = 10) -> dict[s
         bundle = export_module(network, x, place / "bundle", tolerance=TOLERANCE)
         model = bundle.model_path(case.batch)
         costs = profile(model, {"input": x.numpy()}, place, threads=threads, runs=runs)
-        result[name] = as_json(costs)
+        result[name] = by_part(costs)
     return result
+
+
+def sums_by(costs: Sequence[Cost], what: str) -> dict[str, float]:
+    """Milliseconds by ``part`` or by ``operator``, the largest first."""
+    sums: defaultdict[str, float] = defaultdict(float)
+    for cost in costs:
+        sums[getattr(cost, what)] += cost.milliseconds
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def by_part(costs: Sequence[Cost]) -> dict[str, Any]:
+    """Sums by part, by operator, and by operator within each part, in milliseconds."""
+
+    def rounded(sums: Mapping[str, float]) -> dict[str, float]:
+        return {key: round(value, 2) for key, value in sums.items()}
+
+    within = {part: [cost for cost in costs if cost.part == part] for part in PARTS}
+    return {
+        "total": round(sum(cost.milliseconds for cost in costs), 2),
+        "nodes": len(costs),
+        "parts": {part: round(sum(c.milliseconds for c in within[part]), 2) for part in PARTS},
+        "operators": rounded(sums_by(costs, "operator")),
+        "operators_by_part": {part: rounded(sums_by(within[part], "operator")) for part in PARTS},
+    }
 
 
 def show(result: dict[str, Any]) -> None:

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.options import keep, script
-from fdconv_deploy.latency import machine
 from benchmarks.timing import interleave, spread
+from fdconv_deploy.latency import machine
 from fdconv_deploy.runtime import Bundle
 
 REQUESTS = 10

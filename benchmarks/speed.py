@@ -22,9 +22,10 @@ import torch
 from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import measure as measure_export
 from benchmarks.options import keep, script
+from benchmarks.timing import interleave, spread
 from fdconv_deploy.folding.network import fold_network
 from fdconv_deploy.latency import machine
-from benchmarks.timing import interleave, ratio, spread
+from fdconv_deploy.latency.interleaving import ratio
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.runtime import Session, open_session
 

@@ -32,7 +32,7 @@ from benchmarks.records import write_json
 from benchmarks.rivals import METHODS
 from benchmarks.table1_rows import COUNTED_AT, PLAIN, Frame, Published, make, rows
 from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.interleaving import Rules
+from fdconv_deploy.latency.interleaving import Schedule
 
 
 def count(names: Iterable[str], frame: Frame) -> dict[str, Any]:
@@ -145,14 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     where = machine.describe(options.threads)
     if not options.counts:
         machine.warn_if_busy()
-        rules = Rules(seconds=options.seconds)
+        schedule = Schedule(seconds=options.seconds)
         with tempfile.TemporaryDirectory(prefix="fdconv-table1-") as scratch:
             folder = options.latency
             if folder is None:
                 folder = Path(scratch)
                 table1_latency.prepare(names, frame, options.size, folder, said)
             timed = table1_latency.measure(
-                folder, threads=options.threads, rules=rules, progress=said
+                folder, threads=options.threads, schedule=schedule, progress=said
             )
         frame, names = Frame(**timed["frame"]), list(timed["onnx_mb"])
     result: dict[str, Any] = {"frame": asdict(frame), "counts": count(names, frame)}

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from benchmarks.networks import trained_like
 from benchmarks.table1_rows import FDCONV, PLAIN, Frame, make
 from benchmarks.table1_side import WEIGHTS, open_session
+from benchmarks.timing import spread
 from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.interleaving import Case, Rules, take_turns
-from fdconv_deploy.latency.targets import Side
-from benchmarks.timing import ratio, spread
-from fdconv_deploy.latency.worker_handle import Child
+from fdconv_deploy.latency.interleaving import Schedule, Series, ratio, sample_until_steady
+from fdconv_deploy.latency.targets import RunOptions, Target
+from fdconv_deploy.latency.workers import Worker
 from fdconv_deploy.ops.native import native_library
 
 FORMS = ("eager", "exported")
@@ -100,7 +100,7 @@ def measure(
     folder: Path,
     *,
     threads: int,
-    rules: Rules,
+    schedule: Schedule,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Time every row that `prepare` left in ``folder``, in both forms: JSON."""
@@ -114,46 +114,46 @@ def measure(
     shares = []
     for form in FORMS:
         with ExitStack() as stack:
-            children = {}
+            workers = {}
             natively = [NATIVE] if form == "exported" and FDCONV in names and library else []
             for name in [*names, *natively]:
                 progress(f"{form}: opening {name}")
                 given = {"library": str(library)} if name == NATIVE else {}
                 row = FDCONV if name == NATIVE else name
-                side = _side(form, row, folder, {**prepared, **given}, threads)
-                children[name] = stack.enter_context(Child(side))
-            cases = {name: Case(child) for name, child in children.items()}
-            shares.append(_take_turns(form, cases, list(children.values()), rules, progress))
-        plain = [float(np.median(one)) for one in cases[PLAIN].rounds]
+                target = _target(form, row, folder, {**prepared, **given}, threads)
+                workers[name] = stack.enter_context(Worker(target))
+            cases = {name: Series(worker) for name, worker in workers.items()}
+            shares.append(_take_turns(form, cases, list(workers.values()), schedule, progress))
+        plain = cases[PLAIN].medians
         for name, case in cases.items():
             key = f"{form}/{name}"
             result["ms"][key] = spread(case.seconds)
             result["steady"][key] = case.steady
-            result["memory_mb"][key] = round(children[name].peak_mb)
+            result["memory_mb"][key] = round(workers[name].peak_mb)
             if name != PLAIN:
-                medians = [float(np.median(one)) for one in case.rounds]
-                result["over_plain"][key] = ratio(medians, plain)
+                result["over_plain"][key] = ratio(case.medians, plain)
     return {**result, "others_cpu": max(shares)}
 
 
 def _take_turns(
     form: str,
-    cases: dict[str, Case],
-    children: list[Child],
-    rules: Rules,
+    cases: dict[str, Series],
+    workers: list[Worker],
+    schedule: Schedule,
     progress: Callable[[str], None],
 ) -> float:
     """The share of the CPUs that others had meanwhile."""
 
-    def told(turns: int, steady: int, spent: float) -> None:
-        progress(f"{form}: {turns} turns, {steady} of {len(cases)} steady, {spent:.0f} s")
+    def told(rounds: int, steady: int, spent: float) -> None:
+        progress(f"{form}: {rounds} rounds, {steady} of {len(cases)} steady, {spent:.0f} s")
 
-    with machine.Bystanders(lambda: sum(child.cpu_seconds for child in children)) as others:
-        take_turns(list(cases.values()), rules, told)
+    with machine.Bystanders(lambda: sum(worker.cpu_seconds for worker in workers)) as others:
+        sample_until_steady(list(cases.values()), schedule, told)
     return others.share or 0.0
 
 
-def _side(form: str, name: str, folder: Path, prepared: dict[str, Any], threads: int) -> Side:
+def _target(form: str, name: str, folder: Path, prepared: dict[str, Any], threads: int) -> Target:
     given = {"form": form, "name": name, "folder": str(folder), **prepared}
     source = "benchmarks.table1_side:open_side"
-    return Side("call", source, form, 1, "fp32", threads, overrides=given)
+    options = RunOptions(threads=threads, overrides=given)
+    return Target(kind="call", source=source, backend=form, options=options)

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from fdconv_deploy.latency.images import images
-from fdconv_deploy.latency.open_target import Work
-from fdconv_deploy.latency.targets import Side
+from fdconv_deploy.latency.targets import OpenTarget, Target
 
 WEIGHTS = "weights.safetensors"
 
 
-def open_side(side: Side) -> Work:
+def open_side(target: Target) -> OpenTarget:
     """``overrides``: ``form``, ``name``, ``folder``, and what `table1_latency.prepare` noted."""
-    given = side.overrides
+    given = target.options.overrides
     place = Path(given["folder"]) / given["name"]
-    return (_exported if given["form"] == "exported" else _eager)(side, place)
+    return (_exported if given["form"] == "exported" else _eager)(target, place)
 
 
 def open_session(file: Path, threads: int, library: str | None = None) -> Any:
@@ -37,27 +36,27 @@ def open_session(file: Path, threads: int, library: str | None = None) -> Any:
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
-def _exported(side: Side, place: Path) -> Work:
+def _exported(target: Target, place: Path) -> OpenTarget:
     (file,) = (place / "onnx").glob("*.onnx")
-    session = open_session(file, side.threads, side.overrides.get("library"))
-    feeds = {session.get_inputs()[0].name: images(1, tuple(side.overrides["size"]), None)}
-    return Work(lambda: session.run(None, feeds), "cpu", {})
+    session = open_session(file, target.options.threads, target.options.overrides.get("library"))
+    feeds = {session.get_inputs()[0].name: images(1, tuple(target.options.overrides["size"]), None)}
+    return OpenTarget(lambda: session.run(None, feeds), "cpu", {})
 
 
-def _eager(side: Side, place: Path) -> Work:
+def _eager(target: Target, place: Path) -> OpenTarget:
     import torch
     from safetensors.torch import load_model
 
     from benchmarks.table1_rows import Frame, make
 
-    torch.set_num_threads(side.threads)
-    network = make(side.overrides["name"], Frame(**side.overrides["frame"]))
+    torch.set_num_threads(target.options.threads)
+    network = make(target.options.overrides["name"], Frame(**target.options.overrides["frame"]))
     load_model(network, str(place / WEIGHTS))  # some rows' layers share their weights
-    x = torch.from_numpy(images(1, tuple(side.overrides["size"]), None))
+    x = torch.from_numpy(images(1, tuple(target.options.overrides["size"]), None))
 
     def run() -> Any:
         # Outside inference mode PyTorch would keep every layer's input for a backward pass.
         with torch.inference_mode():
             return network(x)
 
-    return Work(run, "cpu", {})
+    return OpenTarget(run, "cpu", {})

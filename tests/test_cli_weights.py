@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fdconv_deploy.checkpoints import load_checkpoint, read_checkpoint
 from fdconv_deploy.demo import held_out, packaged_checkpoint
-from fdconv_deploy.latency.targets import plan
-from fdconv_deploy.latency.torch_targets import load
+from fdconv_deploy.latency.targets import RunOptions, Target, expand_targets, load_network
 from tests.test_cli import fdconv
 
 BIAS = "decode_head.conv_seg.bias"
@@ -118,9 +117,10 @@ def test_export_verify_evaluate_and_bench_take_the_same_weights(
         assert code == 0, err
         found.append(json.loads(out)["sides"][0]["mean_iou"])
     assert found[0] > 0.3 > found[1]
-    (side,) = plan([path], threads=1, size=(64, 64), weights="state_dict_ema").sides
-    assert side.weights == "state_dict_ema"
-    network, _ = load(type(side).from_json(side.as_json()))
+    options = RunOptions(threads=1, size=(64, 64), weights="state_dict_ema")
+    (target,), _ = expand_targets([path], options)
+    assert target.options.weights == "state_dict_ema"
+    network, _ = load_network(Target.model_validate_json(target.model_dump_json()))
     assert network.state_dict()[BIAS][1] > 500
 
 

@@ -92,8 +92,7 @@ _COCO_ODD: list[Any] = [
 
 def read_annotations(path: Path) -> None:
     """As ``fdconv evaluate``: all that is found in a file, its images, and both scores."""
-    from fdconv_deploy.evaluation.average_precision import average_precision
-    from fdconv_deploy.evaluation.coco import read_coco
+    from fdconv_deploy.evaluation.coco import average_precision, read_coco
 
     folder = path.parent / "images"
     if not folder.is_dir():

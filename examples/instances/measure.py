@@ -36,12 +36,8 @@ from fdconv_deploy.demo import (
     packaged_detector,
 )
 from fdconv_deploy.evaluation.coco import CocoSet, read_coco
-from fdconv_deploy.evaluation.compare_detectors import (
-    DetectionEvaluation,
-    bundle_side,
-    evaluate_detectors,
-)
-from fdconv_deploy.evaluation.torch_detector import torch_side
+from fdconv_deploy.evaluation.compare import DetectionEvaluation, evaluate_detectors
+from fdconv_deploy.evaluation.targets import bundle_target, torch_target
 from fdconv_deploy.runtime import Session, open_session, read_image
 
 SIDES = ("pytorch", "bundle")
@@ -70,7 +66,7 @@ def measure(session: Session, data: CocoSet) -> DetectionEvaluation:
     network = load_checkpoint(packaged_detector())
     size = session.input_size
     return evaluate_detectors(
-        [torch_side(network, packaged_detector(), size=size), bundle_side(session)], data
+        [torch_target(network, packaged_detector(), size=size), bundle_target(session)], data
     )
 
 

@@ -27,7 +27,7 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, num
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.ops import DOMAIN
-from fdconv_deploy.profiling.node_labels import Label, label_nodes, matches, unknown_pattern
+from fdconv_deploy.profiling.layer_names import Label, label_nodes, matches, unknown_pattern
 
 HALF, SINGLE = TensorProto.FLOAT16, TensorProto.FLOAT
 LARGEST = float(np.finfo(np.float16).max)

@@ -27,7 +27,7 @@ from fdconv_deploy.export.quantization.calibration import Magnitudes
 from fdconv_deploy.export.quantization.element_types import tensor_types
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from fdconv_deploy.profiling.node_labels import Label, label_nodes, matches, unknown_pattern
+from fdconv_deploy.profiling.layer_names import Label, label_nodes, matches, unknown_pattern
 
 WEIGHT_LEVELS = 127
 # A convolution with less than this share of all multiplications stays float32: pooled

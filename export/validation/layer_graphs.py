@@ -16,7 +16,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
-from fdconv_deploy.profiling.node_labels import label_nodes
+from fdconv_deploy.profiling.layer_names import label_nodes
 
 _USE = re.compile(r"\.(use\d+)\.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,9 +19,11 @@ from fdconv_deploy.cli.options import (
     parse_settings,
     parse_size,
 )
+from fdconv_deploy.environment import needed_by
 from fdconv_deploy.errors import FDConvError
 
 STDOUT = Path("-")
+NATIVE = {None: [], "on": [True], "off": [False], "both": [False, True]}
 
 
 def bench(
@@ -38,10 +40,9 @@ def bench(
         ),
     ] = None,
     native: Annotated[
-        str | None,
+        Literal["on", "off", "both"] | None,
         typer.Option(
-            metavar="on|off|both",
-            help="Bundles' operators in C on a CPU; where they are built if not given.",
+            help="Whether bundles' operators run in C on a CPU; where they are built if not given."
         ),
     ] = None,
     batch: Annotated[
@@ -49,7 +50,7 @@ def bench(
         typer.Option(min=1, help="Batch size; those of the bundles if none. Repeatable."),
     ] = None,
     concurrency: Annotated[
-        str, typer.Option(metavar="N,N,…", help="Requests at a time: 1,2,4 is a sweep.")
+        str, typer.Option(metavar="N,N,…", help="Requests at a time; 1,2,4 is a sweep.")
     ] = "1",
     url: Annotated[
         list[str] | None,
@@ -59,36 +60,43 @@ def bench(
         str | None, typer.Option(help="The service's model, if not its first.")
     ] = None,
     end_to_end: Annotated[
-        bool, typer.Option("--end-to-end", help="From decoded pixels to labels, image by image.")
+        bool,
+        typer.Option("--end-to-end", help="Time from decoded pixels to labels, image by image."),
     ] = False,
-    image: Annotated[Path | None, typer.Option(help="Run this image, not a drawn one.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Run this image instead of packaged ones.")
+    ] = None,
     size: Size = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of every side.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of every target.")] = None,
     seconds: Annotated[
         float, typer.Option(min=0, help="Longest time for one batch size, after warming up.")
     ] = 60.0,
-    warm_up: Annotated[float, typer.Option(min=0, help="Seconds of each side before that.")] = 0.5,
+    warm_up: Annotated[
+        float, typer.Option(min=0, help="Seconds that each target is warmed up for.")
+    ] = 0.5,
     agree: Annotated[
-        float, typer.Option(min=0, help="A side is steady when three windows agree this closely.")
+        float, typer.Option(min=0, help="A target is steady when three windows agree this closely.")
     ] = 0.03,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Say which layers take how long, on a CPU.")
+        bool, typer.Option("--profile", help="Add time by layer, on a CPU.")
     ] = False,
     divergence: Annotated[
         bool,
-        typer.Option("--divergence", help="Say how far each bundle's layers are from the first's."),
+        typer.Option("--divergence", help="Add how far each bundle is from the first, by layer."),
     ] = False,
     fail_under: Annotated[
         float | None,
-        typer.Option(metavar="IMAGES/S", help="Exit with 1 if a side is slower than this."),
+        typer.Option(metavar="IMAGES/S", help="Exit with 1 if a target is slower than this."),
     ] = None,
     fail_over: Annotated[
         float | None,
-        typer.Option(metavar="MS", help="Exit with 1 if a side's median is longer than this."),
+        typer.Option(metavar="MS", help="Exit with 1 if a target's median is longer than this."),
     ] = None,
     fail_ratio: Annotated[
         float | None,
-        typer.Option(metavar="TIMES", help="Exit with 1 if one takes so often the first's time."),
+        typer.Option(
+            metavar="TIMES", help="Exit with 1 if a target takes longer than TIMES the first's."
+        ),
     ] = None,
     json_file: Annotated[
         Path | None,
@@ -103,7 +111,7 @@ def bench(
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write one page with plots; needs no network."),
+        typer.Option(metavar="FILE", help="Write one page with plots (needs matplotlib)."),
     ] = None,
     config: Config = None,
     settings: Settings = None,
@@ -111,50 +119,56 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Time bundles, checkpoints and services side by side."""
-    from fdconv_deploy.latency import machine, tables
-    from fdconv_deploy.latency.html import page
-    from fdconv_deploy.latency.interleaving import Rules
-    from fdconv_deploy.latency.measure import measure
-    from fdconv_deploy.latency.sections import add_divergences, add_profiles, check_divergences
-    from fdconv_deploy.latency.targets import plan
-    from fdconv_deploy.latency.thresholds import Floors
+    from fdconv_deploy.latency import machine, report
+    from fdconv_deploy.latency.interleaving import Schedule
+    from fdconv_deploy.latency.measure import (
+        add_divergences,
+        add_profiles,
+        check_divergences,
+        measure,
+    )
+    from fdconv_deploy.latency.targets import RunOptions, expand_targets
     from fdconv_deploy.runtime.backends.threads import available_cores
 
-    wanted = [
-        (file, render)
-        for file, render in (
-            (json_file, tables.as_json),
-            (markdown, tables.markdown),
-            (csv, tables.csv),
-            (html, page),
-        )
-        if file is not None
+    outputs = [
+        (json_file, report.as_json),
+        (markdown, report.markdown),
+        (csv, report.csv),
     ]
+    # What is missing is told now, not after minutes of measuring.
+    if html is not None:
+        with needed_by("The report's page (--html)", "bench"):
+            from fdconv_deploy.latency.html import page
+        outputs.append((html, page))
+    wanted = [(file, render) for file, render in outputs if file is not None]
     check_places([file for file, _ in wanted])
-    sides = plan(
+    targets, skipped = expand_targets(
         paths or [],
+        RunOptions(
+            threads=threads or available_cores(),
+            size=parse_size(size) if size else None,
+            whole=end_to_end,
+            image=image,
+            model=model,
+            config=config,
+            overrides=parse_settings(settings),
+            weights=weights,
+        ),
         urls=url or [],
         backends=backend or [],
         batches=batch or [],
-        native=parse_native(native),
-        threads=threads or available_cores(),
-        size=parse_size(size) if size else None,
-        whole=end_to_end,
-        image=image,
-        model=model,
-        config=config,
-        overrides=parse_settings(settings),
-        weights=weights,
+        native=NATIVE[native],
     )
-    if size and all(side.kind == "bundle" for side in sides.sides):
+    if size and all(target.kind == "bundle" for target in targets):
         raise typer.BadParameter(
             "--size is of checkpoints; a bundle's graphs have the size it was exported at."
         )
     levels = parse_levels(concurrency)
     if divergence:
-        check_divergences(sides.sides)
-    if divergence or (profile and any(side.kind == "bundle" for side in sides.sides)):
-        import onnx  # noqa: F401 - said to be missing now, not after minutes of measuring
+        check_divergences(targets)
+    if divergence or (profile and any(target.kind == "bundle" for target in targets)):
+        with needed_by("Time and divergence by layer"):
+            import onnx  # noqa: F401
     err = Console(stderr=True)
     if not quiet and (sentence := machine.busy()):
         err.print(sentence, highlight=False)
@@ -164,17 +178,17 @@ def bench(
         def told(text: str, share: float) -> None:
             bar.update(task, description=text, completed=share)
 
-        rules = Rules(seconds=seconds, warm_up=warm_up, agree=agree)
-        report = measure(sides, rules, concurrency=levels, progress=told)
+        schedule = Schedule(seconds=seconds, warm_up=warm_up, agree=agree)
+        found = measure(targets, schedule, concurrency=levels, skipped=skipped, progress=told)
         if profile:
-            add_profiles(report, sides.sides, told)
+            add_profiles(found, targets, told)
         if divergence:
-            add_divergences(report, sides.sides, told)
+            add_divergences(found, targets, told)
     for file, render in wanted:
-        write(file, render(report))
+        write(file, render(found))
     if not quiet and STDOUT not in [file for file, _ in wanted]:
-        show(report, Console())
-    broken = list(Floors(fail_under, fail_over, fail_ratio).broken(report))
+        show(found, Console())
+    broken = list(report.broken_limits(found, fail_under, fail_over, fail_ratio))
     if broken:
         raise FDConvError("\n".join(["too slow.", *broken]))
 
@@ -187,18 +201,11 @@ def parse_levels(text: str) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
-def parse_native(text: str | None) -> list[bool]:
-    """``"both"`` -> [False, True]."""
-    known = {None: [], "on": [True], "off": [False], "both": [False, True]}
-    if text not in known:
-        raise typer.BadParameter(f"--native is on, off or both; not {text!r}.")
-    return known[text]
-
-
 def check_places(files: list[Path]) -> None:
-    """Before minutes are spent: can these files be written?
+    """Refuse files that could not be written, before minutes are spent.
 
-    :raises FDConvError: a folder is missing, or two outputs are one file.
+    Raises:
+        FDConvError: a folder is missing, or two outputs are one file.
     """
     for file in files:
         if file != STDOUT and not file.parent.is_dir():

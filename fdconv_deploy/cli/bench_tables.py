@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from fdconv_deploy.latency.report import Divergences, Profile, Report
 
 # In a file, where eighty columns are nobody's.
 WIDEST = 140
@@ -19,15 +22,15 @@ SHOWN = 8
 LEFT_OUT = ("first ms", "load s", "p99", "runs", "peak MB", "input", "p90")
 
 
-def show(report: dict[str, Any], console: Console) -> None:
+def show(report: Report, console: Console) -> None:
     """The report as tables and notes.
 
-    Where the console is narrow, sides are numbered and named above their table; what still finds
-    no room is left out, and that is said.
+    Where the console is narrow, targets are numbered and named above their table; columns that
+    still find no room are left out, and a caption names them.
     """
-    from fdconv_deploy.latency import report as tables
+    from fdconv_deploy.latency.report import cells, notes
 
-    titles, rows = tables.cells(report)
+    titles, rows = cells(report)
     if not console.is_terminal:
         console.width = max(console.width, WIDEST)
     table = _rows(titles, rows)
@@ -50,11 +53,11 @@ def show(report: dict[str, Any], console: Console) -> None:
             table.caption = f"No room for {', '.join(missing)}: --markdown - prints all."
             table.caption_justify = "left"
     console.print(table)
-    for section in report.get("profiles", []):
-        console.print(_parts(section))
-    for section in report.get("divergences", []):
-        console.print(_drift(section))
-    for note in tables.notes(report):
+    for profile in report.get("profiles", []):
+        console.print(_profile(profile))
+    for found in report.get("divergences", []):
+        console.print(_divergences(found))
+    for note in notes(report):
         console.print(note, markup=False, highlight=False)
 
 
@@ -73,7 +76,7 @@ def _width(table: Table) -> int:
     return console.measure(table).maximum
 
 
-def _parts(section: dict[str, Any]) -> Table:
+def _profile(section: Profile) -> Table:
     """Sums over the network, and the layers that take most; all are in the files."""
     parts = section["parts"]
     title = f"ms by layer: {section['title']}"
@@ -84,12 +87,12 @@ def _parts(section: dict[str, Any]) -> Table:
     slowest = sorted(section["layers"], key=lambda layer: -sum(layer["ms"].values()))[:SHOWN]
     named = [(_short(layer["name"]), layer["ms"]) for layer in slowest]
     for name, spent in [("all layers", section["sums"]), *named]:
-        cells = [f"{spent[part]:.2f}" if part in spent else "" for part in parts]
-        table.add_row(Text(name), *cells, f"{sum(spent.values()):.2f}")
+        values = [f"{spent[part]:.2f}" if part in spent else "" for part in parts]
+        table.add_row(Text(name), *values, f"{sum(spent.values()):.2f}")
     return table
 
 
-def _drift(section: dict[str, Any]) -> Table:
+def _divergences(section: Divergences) -> Table:
     """The layers that differ most; all are in the files."""
     title = f"divergence by layer: {section['title']}"
     table = Table("", "largest error", "1 − cosine", title=title, box=box.SIMPLE_HEAD)

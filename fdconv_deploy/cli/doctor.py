@@ -76,7 +76,7 @@ def doctor(as_json: Json = False) -> None:
 
 def _diagnose() -> Diagnosis:
     from fdconv_deploy.environment import nvidia_driver
-    from fdconv_deploy.latency.nvml import describe_gpus
+    from fdconv_deploy.latency.machine import describe_gpus
     from fdconv_deploy.ops.native import native_library
     from fdconv_deploy.runtime.backends.threads import available_cores
 

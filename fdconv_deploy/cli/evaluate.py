@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -25,14 +25,9 @@ from fdconv_deploy.cli.options import (
     parse_settings,
     print_operators,
 )
-from fdconv_deploy.errors import FDConvError
 
 if TYPE_CHECKING:
-    from fdconv_deploy.evaluation.compare import Evaluation, Labels
-    from fdconv_deploy.evaluation.datasets import Pair, Samples
-    from fdconv_deploy.evaluation.interleaving import Side
-    from fdconv_deploy.runtime.manifest import Fit
-    from fdconv_deploy.runtime.segmentation import Mode
+    from fdconv_deploy.evaluation.compare import Evaluation, Target
 
 
 def evaluate(
@@ -74,14 +69,13 @@ def evaluate(
         ),
     ] = None,
     mode: Annotated[
-        str | None,
-        typer.Option(metavar="whole|slide", help="If not as the network was tested."),
+        Literal["whole", "slide"] | None, typer.Option(help="If not as the network was tested.")
     ] = None,
     fit: Annotated[
-        str | None, typer.Option(metavar="stretch|pad", help="If not as the bundle says.")
+        Literal["stretch", "pad"] | None, typer.Option(help="If not as the bundle says.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many images.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, of all sides.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N images.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of every target.")] = None,
     config: Config = None,
     settings: Settings = None,
     weights: Weights = None,
@@ -95,16 +89,8 @@ def evaluate(
 
     A detector: box and mask AP, by COCO's own code, on objects annotated as COCO's are.
     """
-    from fdconv_deploy.evaluation.targets import open_sides
-    from fdconv_deploy.evaluation.compare import evaluate as run
-    from fdconv_deploy.evaluation.datasets import find_pairs, layout_of
+    from fdconv_deploy.evaluation.targets import open_targets
 
-    for name, value, known in (
-        ("mode", mode, ("whole", "slide")),
-        ("fit", fit, ("stretch", "pad")),
-    ):
-        if value not in (None, *known):
-            raise typer.BadParameter(f"--{name} is {' or '.join(known)}, not {value!r}.")
     labels = masks or annotations
     if (
         (data is None) == (images is None)
@@ -116,61 +102,98 @@ def evaluate(
         )
     coco = coco_folders(data, annotations, images)
     if coco is not None:
-        _refuse(
-            mode=mode, fit=fit, label_map=label_map, reduce_zero_label=reduce_zero_label or None
-        )
-        _evaluate_detectors(
-            [network, *(against or [])],
-            coco,
-            limit=limit,
-            backend=backend,
-            threads=threads,
-            config=config,
-            settings=settings,
-            weights=weights,
-            quiet=quiet,
-            as_json=as_json,
-        )
-        return
+        given: dict[str, object] = {"mode": mode, "fit": fit, "label-map": label_map}
+        given["reduce-zero-label"] = reduce_zero_label or None
+        for name, value in given.items():
+            if value is not None:
+                raise typer.BadParameter(f"--{name} is of segmentors, which are scored on masks.")
+    paths = [network, *(against or [])]
+    opened = open_targets(
+        paths,
+        detectors=coco is not None,
+        mode=mode,
+        fit=fit,
+        backend=backend,
+        threads=threads,
+        config=config,
+        overrides=parse_settings(settings),
+        weights=weights,
+    )
+    if coco is not None:
+        first = _evaluate_detectors(opened, coco, limit, quiet, as_json)
+    else:
+        first = _evaluate_segmentors(
+            opened, data, images, masks, limit, quiet, as_json,
+            label_map=label_map, reduce_zero_label=reduce_zero_label, ignore_index=ignore_index,
+        )  # fmt: skip
+    if not (quiet or as_json):
+        _verify(paths, first, config, settings, weights)
+
+
+def _evaluate_segmentors(
+    opened: AbstractContextManager[list[Target[Any]]],
+    data: Path | None,
+    images: Path | None,
+    masks: Path | None,
+    limit: int | None,
+    quiet: bool,
+    as_json: bool,
+    **labels: Any,
+) -> Path:
+    """Score, print, and give the first image's file."""
+    from fdconv_deploy.evaluation.compare import evaluate as score
+    from fdconv_deploy.evaluation.datasets import find_pairs, labelled_samples, layout_of
+
     if data is not None:
         images, masks = layout_of(data)
     assert images is not None
     assert masks is not None
     pairs = find_pairs(images, masks)[:limit]
-    with (
-        open_sides(
-            [network, *(against or [])],
-            mode=cast("Mode | None", mode),
-            fit=cast("Fit | None", fit),
-            backend=backend,
-            threads=threads,
-            config=config,
-            overrides=parse_settings(settings),
-            weights=weights,
-        ) as sides,
-        _progress(hidden=quiet or as_json) as bar,
-    ):
-        samples, notes = _labelled(
+    with opened as targets, _progress(hidden=quiet or as_json) as bar:
+        samples, notes = labelled_samples(
             pairs,
-            sides[0],
-            data,
-            label_map,
-            reduce_zero_label,
-            ignore_index,
-            _counting(bar, "masks", len(pairs)),
+            targets[0].classes,
+            targets[0].preprocessing,
+            data=data,
+            **labels,
+            progress=_counting(bar, "masks", len(pairs)),
         )
         if not quiet:
             for note in notes:
                 bar.console.print(note, markup=False, highlight=False, soft_wrap=True)
-        result = run(sides, samples, progress=_counting(bar, "images", len(pairs)))
+        result = score(targets, samples, progress=_counting(bar, "images", len(pairs)))
     if as_json:
         where = {"images_from": str(images), "masks_from": str(masks), "notes": notes}
         print(json.dumps({**where, **result.as_dict()}, indent=2))
     else:
         _show(result, Console(), quiet)
-        if not quiet:
-            path = pairs[0].image
-            _verify([network, *(against or [])], path, config, settings, weights)
+    return pairs[0].image
+
+
+def _evaluate_detectors(
+    opened: AbstractContextManager[list[Target[Any]]],
+    coco: tuple[Path, Path],
+    limit: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> Path:
+    """Score, print, and give the first image's file."""
+    import pycocotools.mask  # noqa: F401 - told to be missing now, not after the last image
+
+    from fdconv_deploy.evaluation.coco import read_coco
+    from fdconv_deploy.evaluation.compare import evaluate_detectors
+
+    data = read_coco(*coco, limit)
+    if not quiet:
+        announce(data.checked, Console(stderr=True))
+    with opened as targets, _progress(hidden=quiet or as_json) as bar:
+        result = evaluate_detectors(targets, data, progress=_counting(bar, "images", len(data)))
+    if as_json:
+        where = {"annotations_from": str(coco[0]), "images_from": str(coco[1])}
+        print(json.dumps({**where, **result.as_dict()}, indent=2))
+    else:
+        show_detection(result, Console(), quiet)
+    return data.images / next(iter(data)).name
 
 
 def _verify(
@@ -180,7 +203,7 @@ def _verify(
     settings: list[str] | None,
     weights: str | None,
 ) -> None:
-    """Say of a bundle beside its own checkpoint what `fdconv verify` says on an image."""
+    """Verify each bundle beside its own checkpoint, as `fdconv verify` does, on an image."""
     from fdconv_deploy.checkpoints.shards import digest_of
     from fdconv_deploy.runtime.bundle import Bundle
 
@@ -204,119 +227,6 @@ def _verify(
                 print(*verdict.sentences(), sep="\n")
 
 
-def _labelled(
-    pairs: list[Pair],
-    side: Side[Labels],
-    data: Path | None,
-    label_map: Path | None,
-    reduce_zero_label: bool,
-    ignore_index: int | None,
-    progress: Callable[[int], None],
-) -> tuple[Samples, list[str]]:
-    """The samples, once every mask has been read, and what there is to say about their labels."""
-    from fdconv_deploy.evaluation.class_mapping import (
-        CITYSCAPES,
-        IGNORE_INDEX,
-        LabelRule,
-        class_order,
-        read_label_map,
-    )
-    from fdconv_deploy.evaluation.datasets import Samples, binary_map, names_of
-
-    classes = side.classes
-    mapping = read_label_map(label_map, classes) if label_map else None
-    order, notes = None, []
-    if mapping is None:
-        ids = any(pair.city_ids for pair in pairs)
-        table = ("Cityscapes", CITYSCAPES) if ids else names_of(data) if data else None
-        try:
-            order = class_order(classes, table[1], table[0]) if table else None
-        except FDConvError as error:
-            if ids:
-                raise FDConvError(
-                    f"{error} The masks hold Cityscapes' label ids: say by a --label-map what "
-                    "they stand for."
-                ) from None
-            notes.append(f"{error} The masks' numbers are taken for the network's classes.")
-        if table and order:
-            notes.append(
-                f"The network has {table[0]}'s classes in another order: they are matched by name."
-            )
-    rule = LabelRule(
-        len(classes),
-        mapping,
-        reduce_zero_label,
-        IGNORE_INDEX if ignore_index is None else ignore_index,
-        order,
-    )
-    samples = Samples(pairs, rule, side.preprocessing)
-    numbers = samples.numbers(progress)
-    if mapping is None and ignore_index is None and not reduce_zero_label:
-        black_and_white = binary_map(numbers, len(classes))
-        if black_and_white:
-            notes.append(
-                "The masks hold 0 and 255 alone, black and white: they are taken for the classes "
-                f"{classes[0]!r} and {classes[1]!r}. Say --ignore-index 255 if 255 is to be "
-                "ignored."
-            )
-            rule = replace(rule, label_map=black_and_white)
-            return Samples(pairs, rule, side.preprocessing), notes
-    samples.check(numbers)
-    return samples, notes
-
-
-def _evaluate_detectors(
-    paths: list[Path],
-    coco: tuple[Path, Path],
-    *,
-    limit: int | None,
-    backend: str | None,
-    threads: int | None,
-    config: Path | None,
-    settings: list[str] | None,
-    weights: str | None,
-    quiet: bool,
-    as_json: bool,
-) -> None:
-    import pycocotools.mask  # noqa: F401 - said to be missing now, not after the last image
-
-    from fdconv_deploy.evaluation.targets import open_detection_sides
-    from fdconv_deploy.evaluation.coco import read_coco
-    from fdconv_deploy.evaluation.compare_detectors import evaluate_detectors
-
-    data = read_coco(*coco, limit)
-    if not quiet:
-        announce(data.checked, Console(stderr=True))
-    with (
-        open_detection_sides(
-            paths,
-            backend=backend,
-            threads=threads,
-            config=config,
-            overrides=parse_settings(settings),
-            weights=weights,
-        ) as sides,
-        _progress(hidden=quiet or as_json) as bar,
-    ):
-        result = evaluate_detectors(sides, data, progress=_counting(bar, "images", len(data)))
-    if as_json:
-        where = {"annotations_from": str(coco[0]), "images_from": str(coco[1])}
-        print(json.dumps({**where, **result.as_dict()}, indent=2))
-    else:
-        show_detection(result, Console(), quiet)
-        if not quiet:
-            first = data.images / next(iter(data)).name
-            _verify(paths, first, config, settings, weights)
-
-
-def _refuse(**options: object) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise typer.BadParameter(
-                f"--{name.replace('_', '-')} is of segmentors, which are scored on masks."
-            )
-
-
 def _progress(*, hidden: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -335,31 +245,31 @@ def _counting(bar: Progress, what: str, total: int) -> Callable[[int], None]:
 
 
 def _show(result: Evaluation, console: Console, quiet: bool) -> None:
-    sides = result.results
+    results = result.results
     names = column_names(
-        [side.side.name for side in sides],
+        [one.target.name for one in results],
         [
-            f"{side.side.details['backend']}, {side.side.details['precision']}, "
-            f"{side.side.details['mode']}"
-            for side in sides
+            f"{one.target.details['backend']}, {one.target.details['precision']}, "
+            f"{one.target.details['mode']}"
+            for one in results
         ],
     )
     if not quiet:
         table = Table("IoU by class", *names)
-        for index, name in enumerate(sides[0].side.classes):
-            values = [side.scores.iou[index] for side in sides]
+        for index, name in enumerate(results[0].target.classes):
+            values = [one.scores.iou[index] for one in results]
             table.add_row(name, *("–" if v != v else f"{v:.4f}" for v in values))
         console.print(table)
     table = Table(f"{result.images} images", *names)
     rows = {
-        "mIoU": [f"{side.scores.mean_iou:.4f}" for side in sides],
-        "pixel accuracy": [f"{side.scores.pixel_accuracy:.4f}" for side in sides],
-        "mean class accuracy": [f"{side.scores.mean_accuracy:.4f}" for side in sides],
-        "images/s": [f"{side.images_per_second:.2f}" for side in sides],
+        "mIoU": [f"{one.scores.mean_iou:.4f}" for one in results],
+        "pixel accuracy": [f"{one.scores.pixel_accuracy:.4f}" for one in results],
+        "mean class accuracy": [f"{one.scores.mean_accuracy:.4f}" for one in results],
+        "images/s": [f"{one.images_per_second:.2f}" for one in results],
     }
-    if len(sides) > 1:
+    if len(results) > 1:
         rows["same class as the first"] = [f"{share:.4%}" for share in result.agreement]
     for name, cells in rows.items():
         table.add_row(name, *cells)
     console.print(table)
-    print_operators(console, [side.side for side in sides])
+    print_operators(console, [one.target for one in results])

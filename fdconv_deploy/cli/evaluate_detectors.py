@@ -1,4 +1,4 @@
-"""What ``fdconv evaluate`` does with annotated objects."""
+"""What ``fdconv evaluate`` prints of detectors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rich.table import Table
 from fdconv_deploy.cli.options import column_names, print_operators
 
 if TYPE_CHECKING:
-    from fdconv_deploy.evaluation.average_precision import AveragePrecision
+    from fdconv_deploy.evaluation.coco import AveragePrecision
     from fdconv_deploy.evaluation.coco_annotations import Annotations
-    from fdconv_deploy.evaluation.compare_detectors import DetectionEvaluation
+    from fdconv_deploy.evaluation.compare import DetectionEvaluation
 
 # How many findings are named in the terminal.
 _NAMED, _ODD = 20, 5
@@ -57,7 +57,7 @@ def announce(checked: Annotations, console: Console) -> None:
 def _closing(checked: Annotations) -> str | None:
     from fdconv_deploy.evaluation.coco_annotations import counted
 
-    said = [
+    parts = [
         f"{title}: {', '.join(counted(findings))}"
         for title, findings in (
             ("Left out", checked.left_out),
@@ -65,28 +65,28 @@ def _closing(checked: Annotations) -> str | None:
         )
         if findings
     ]
-    return "; ".join(said) + "." if said else None
+    return "; ".join(parts) + "." if parts else None
 
 
 def show(result: DetectionEvaluation, console: Console, quiet: bool) -> None:
     """The scores as tables."""
-    sides = result.results
+    results = result.results
     names = column_names(
-        [side.side.name for side in sides],
-        [f"{side.side.details['backend']}, {side.side.details['precision']}" for side in sides],
+        [one.target.name for one in results],
+        [f"{one.target.details['backend']}, {one.target.details['precision']}" for one in results],
     )
     kinds: list[tuple[str, Callable[[int], AveragePrecision | None]]] = [
-        ("box", lambda index: sides[index].boxes),
-        ("mask", lambda index: sides[index].masks),
+        ("box", lambda index: results[index].boxes),
+        ("mask", lambda index: results[index].masks),
     ]
     shown = [
-        (kind, [score(index) for index in range(len(sides))])
+        (kind, [score(index) for index in range(len(results))])
         for kind, score in kinds
-        if any(score(index) for index in range(len(sides)))
+        if any(score(index) for index in range(len(results)))
     ]
     if not quiet:
         table = Table("AP by class", *names)
-        for index, name in enumerate(sides[0].side.classes):
+        for index, name in enumerate(results[0].target.classes):
             for kind, scores in shown:
                 values = [None if s is None else s.classes[index] for s in scores]
                 table.add_row(f"{name}, {kind}", *map(_text, values))
@@ -97,14 +97,14 @@ def show(result: DetectionEvaluation, console: Console, quiet: bool) -> None:
         for title, field in _ROWS.items():
             values = [None if s is None else getattr(s, field) for s in scores]
             table.add_row(f"{kind} {title}", *map(_text, values))
-    table.add_row("images/s", *(f"{side.images_per_second:.2f}" for side in sides))
-    if len(sides) > 1:
-        table.add_row("same objects as the first", *(f"{side.agreement:.4%}" for side in sides))
+    table.add_row("images/s", *(f"{one.images_per_second:.2f}" for one in results))
+    if len(results) > 1:
+        table.add_row("same objects as the first", *(f"{one.agreement:.4%}" for one in results))
     console.print(table)
     closing = _closing(result.checked)
     if closing is not None:
         console.print(closing, markup=False, highlight=False, soft_wrap=True)
-    print_operators(console, [side.side for side in sides])
+    print_operators(console, [one.target for one in results])
 
 
 def _text(value: float | None) -> str:

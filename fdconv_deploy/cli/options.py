@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from fdconv_deploy.evaluation.interleaving import Side
+    from fdconv_deploy.evaluation.compare import Target
     from fdconv_deploy.runtime import Session
 
 Checkpoint = Annotated[
@@ -90,12 +90,12 @@ def ran_by(session: Session) -> str:
     return f"Run by {session.backend}{operators}."
 
 
-def print_operators(console: Console, sides: Iterable[Side[Any]]) -> None:
-    """What ran the ``fdconv`` operators of each side compared, where that is a question."""
-    for side in sides:
-        if operators := side.details.get("operators"):
+def print_operators(console: Console, targets: Iterable[Target[Any]]) -> None:
+    """What ran the ``fdconv`` operators of each target, where that is a question."""
+    for target in targets:
+        if operators := target.details.get("operators"):
             console.print(
-                f"{side.name}: {operators}.", markup=False, highlight=False, soft_wrap=True
+                f"{target.name}: {operators}.", markup=False, highlight=False, soft_wrap=True
             )
 
 

@@ -1,1 +1,1 @@
-"""Latency, throughput, memory and accuracy, side by side."""
+"""Accuracy and speed of networks on labelled images, side by side: ``fdconv evaluate``."""

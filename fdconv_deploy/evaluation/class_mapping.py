@@ -1,4 +1,4 @@
-"""From the numbers in a mask to the classes of a network."""
+"""From the numbers in a mask to the classes of a network: label maps and class names."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ class LabelRule:
     def apply(self, raw: NDArray[np.int64]) -> NDArray[np.int64]:
         """(H, W) int64 numbers -> (H, W) int64 classes, and `UNCOUNTED` where none counts.
 
-        :raises ValueError: a number stands for no class. The message goes on after "The mask
-            PATH ".
+        Raises:
+            ValueError: a number stands for no class. The message goes on after "The mask PATH ".
         """
         lowest = int(raw.min())
         # As a table: masks have millions of pixels, and a few numbers.
@@ -118,11 +118,14 @@ def class_order(
 ) -> tuple[int, ...] | None:
     """A network's class for each of a data set's, by name; None where they stand alike.
 
-    :param classes: the network's class names. Where a checkpoint gave none, they are numbers
-        ("class 0"), which say nothing against the data set's order.
-    :param table: of each of the data set's classes, the names it goes by.
-    :param data_set: its name, for the message.
-    :raises FDConvError: a class of one is none of the other's. The message says which.
+    Args:
+        classes: the network's class names. Where a checkpoint gave none, they are numbers
+            ("class 0"), which say nothing against the data set's order.
+        table: of each of the data set's classes, the names it goes by.
+        data_set: its name, for the message.
+
+    Raises:
+        FDConvError: a class of one is none of the other's. The message says which.
     """
     unnamed = tuple(f"class {number}" for number in range(len(classes)))
     if tuple(classes) == unnamed and len(classes) == len(table):
@@ -136,14 +139,11 @@ def class_order(
             found[index] = next((n for n in others if n is not None and n not in found), None)
     lacking = [table[index][0] for index, where in enumerate(found) if where is None]
     extra = [name for index, name in enumerate(classes) if index not in found]
-    if lacking or extra:
-        sides = (
-            (f"the network has {_listed(extra)}", extra),
-            (f"{data_set} has {_listed(lacking)}", lacking),
-        )
+    differ = [f"only the network has {_listed(extra)}"] if extra else []
+    differ += [f"only {data_set} has {_listed(lacking)}"] if lacking else []
+    if differ:
         raise FDConvError(
-            f"The network's classes are not those of {data_set}: only "
-            f"{' and only '.join(said for said, names in sides if names)}."
+            f"The network's classes are not those of {data_set}: {' and '.join(differ)}."
         )
     order = tuple(where for where in found if where is not None)
     return None if order == tuple(range(len(order))) else order
@@ -178,8 +178,12 @@ def read_label_map(path: Path, classes: Sequence[str]) -> dict[int, int]:
     What: a class's number or name, or null for pixels that are not counted, such as
     ``{"0": null, "7": "road", "8": 1}``.
 
-    :param classes: the network's class names, in order.
-    :raises FDConvError: the file is no such object.
+    Args:
+        path: the file.
+        classes: the network's class names, in order.
+
+    Raises:
+        FDConvError: the file is no such object.
     """
     try:
         told = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -189,24 +193,19 @@ def read_label_map(path: Path, classes: Sequence[str]) -> dict[int, int]:
         raise FDConvError(f'The label map {path} is not a JSON object such as {{"7": "road"}}.')
     result = {}
     for key, value in told.items():
+        wrong = None
         if not key.isdecimal() or len(key) > 9:
-            raise FDConvError(
-                f"The label map {path}: {key[:40]!r} is not a number that masks hold."
-            )
-        if value is None:
+            wrong = f"{key[:40]!r} is not a number that masks hold"
+        elif value is None:
             result[int(key)] = UNCOUNTED
+        elif isinstance(value, str) and value not in classes:
+            wrong = f"the network has no class {value!r}; it has {', '.join(classes)}"
         elif isinstance(value, str):
-            if value not in classes:
-                raise FDConvError(
-                    f"The label map {path}: the network has no class {value!r}; it has "
-                    f"{', '.join(classes)}."
-                )
             result[int(key)] = classes.index(value)
         elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             result[int(key)] = value
         else:
-            raise FDConvError(
-                f"The label map {path}: label {key} stands for a class's number or name, or "
-                f"null, not {value!r}."
-            )
+            wrong = f"label {key} stands for a class's number or name, or null, not {value!r}"
+        if wrong is not None:
+            raise FDConvError(f"The label map {path}: {wrong}.")
     return result

@@ -1,8 +1,14 @@
-"""A data set annotated as COCO is: one JSON file of objects, and a folder of images."""
+"""COCO's data sets and scores: a JSON file of objects with a folder of images, and their AP.
+
+Average precision is computed by COCO's own code, ``pycocotools`` (the extra ``coco``).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import math
 import os
 import re
 import reprlib
@@ -10,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +26,7 @@ from fdconv_deploy.evaluation.coco_annotations import Annotations, Image, read_a
 from fdconv_deploy.evaluation.datasets import DatasetError
 from fdconv_deploy.runtime.images import image_size, read_image
 
+Kind = Literal["bbox", "segm"]
 # Of a character beyond 16 bits, of which JSON may hold one half.
 _ESCAPED_HALF = re.compile(r"\\u[dD]")
 
@@ -61,7 +68,8 @@ class CocoSet:
     def __iter__(self) -> Iterator[CocoSample]:
         """Each image, decoded when its turn comes.
 
-        :raises ImageError: it cannot be read.
+        Raises:
+            ImageError: it cannot be read.
         """
         for entry in self.truth["images"]:
             image = read_image(self.images / entry["file_name"])
@@ -70,7 +78,8 @@ class CocoSet:
     def category_ids(self, classes: Sequence[str]) -> list[int]:
         """The category that each of a network's classes is, by name.
 
-        :raises DatasetError: the JSON has no category of some class's name.
+        Raises:
+            DatasetError: the JSON has no category of some class's name, or two.
         """
         known = {entry["name"]: entry["id"] for entry in self.truth["categories"]}
         twice = Counter(entry["name"] for entry in self.truth["categories"])
@@ -97,7 +106,8 @@ def find_coco(root: Path) -> tuple[Path, Path] | None:
     ``annotations/instances_NAME.json`` with a folder ``NAME`` beside ``annotations``, or in a
     folder ``images`` there. Of several, the one for validation.
 
-    :raises DatasetError: there are several, and none has "val" in its name.
+    Raises:
+        DatasetError: there are several, and none has "val" in its name.
     """
     found = []
     for file in sorted((root / "annotations").glob("instances_*.json")):
@@ -118,11 +128,15 @@ def find_coco(root: Path) -> tuple[Path, Path] | None:
 def read_coco(annotations: Path, images: Path, limit: int | None = None) -> CocoSet:
     """Read an annotation file.
 
-    :param images: the folder that its file names are in.
-    :param limit: take the first so many images alone.
-    :raises DatasetError: the file is not one of COCO's, the folder is missing, an image is of
-        another size than the file says, or no annotation can be scored.
-    :raises ImageError: an image is missing, or none.
+    Args:
+        annotations: an instances file of COCO.
+        images: the folder that its file names are in.
+        limit: use only the first N images.
+
+    Raises:
+        DatasetError: the file is not one of COCO's, the folder is missing, an image is of
+            another size than the file says, or no annotation can be scored.
+        ImageError: an image is missing, or none.
     """
     if not images.is_dir():
         raise DatasetError(f"A folder of images was expected, but {images} is none.")
@@ -260,3 +274,107 @@ def _within(folder: Path, name: str) -> str:
     parts = name.replace("\\", "/").split("/")
     ends = ("/".join(parts[start:]) for start in range(len(parts)))
     return next((end for end in ends if end and os.path.isfile(folder / end)), name)  # noqa: PTH113
+
+
+@dataclass(frozen=True)
+class AveragePrecision:
+    """COCO's scores, 0 to 1; NaN where nothing annotated would count.
+
+    Attributes:
+        ap: mean over IoU thresholds 0.50 to 0.95 and classes.
+        ap50: at one threshold.
+        ap75: at one threshold.
+        small: of objects below 32² pixels.
+        medium: of objects from 32² and below 96² pixels.
+        large: of objects from 96² pixels on.
+        recall: with at most 100 objects an image.
+        classes: ``ap`` of each.
+    """
+
+    ap: float
+    ap50: float
+    ap75: float
+    small: float
+    medium: float
+    large: float
+    recall: float
+    classes: tuple[float, ...]
+
+    def as_dict(self) -> dict[str, float | None]:
+        """For JSON, without the classes; scores that are not defined are null."""
+        return {
+            name: None if math.isnan(value) else value
+            for name, value in vars(self).items()
+            if name != "classes"
+        }
+
+
+def average_precision(
+    data: CocoSet, found: Sequence[dict[str, Any]], categories: Sequence[int], kind: Kind
+) -> AveragePrecision:
+    """Score objects found against those annotated.
+
+    Of an annotation of which a box or a mask was left out, its place is a crowd in that score:
+    what is found there is neither right nor wrong.
+
+    Args:
+        data: what was annotated.
+        found: ``image_id``, ``category_id``, ``score``, and ``bbox`` [x, y, width, height]
+            or ``segmentation`` (compressed run lengths) of each. Of a mask the area is the
+            mask's.
+        categories: the ids that count, in the order of ``classes``.
+        kind: box or mask AP.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
+        field = "bbox" if kind == "bbox" else "segmentation"
+        ignored = data.checked.ignored[field]
+        truth = COCO()
+        # Copies, since pycocotools leaves marks on them.
+        objects = [
+            {**entry, "iscrowd": int(entry["id"] in ignored) or entry["iscrowd"]}
+            for entry in data.truth["annotations"]
+        ]
+        truth.dataset = {**data.truth, "annotations": objects}
+        truth.createIndex()
+        rows = [
+            {key: entry[key] for key in ("image_id", "category_id", "score", field)}
+            for entry in found
+        ]
+        answers = truth.loadRes(rows) if rows else _nothing(COCO, data)
+        evaluator = COCOeval(truth, answers, kind)
+        evaluator.params.catIds = list(categories)
+        evaluator.params.imgIds = [entry["id"] for entry in data.truth["images"]]
+        evaluator.evaluate()
+        evaluator.accumulate()
+    # (thresholds, recalls, classes, areas: all, small, medium, large), at most 100 objects an
+    # image; -1 is not defined.
+    precision = evaluator.eval["precision"][..., -1]
+    recall = evaluator.eval["recall"][:, :, 0, -1]
+    thresholds = evaluator.params.iouThrs
+    order = [evaluator.params.catIds.index(category) for category in categories]
+    return AveragePrecision(
+        ap=_mean(precision[..., 0]),
+        ap50=_mean(precision[np.isclose(thresholds, 0.5), ..., 0]),
+        ap75=_mean(precision[np.isclose(thresholds, 0.75), ..., 0]),
+        small=_mean(precision[..., 1]),
+        medium=_mean(precision[..., 2]),
+        large=_mean(precision[..., 3]),
+        recall=_mean(recall),
+        classes=tuple(_mean(precision[:, :, place, 0]) for place in order),
+    )
+
+
+def _nothing(coco: Any, data: CocoSet) -> Any:
+    """What loadRes gives for no objects at all, which it cannot take."""
+    answers = coco()
+    answers.dataset = {**data.truth, "annotations": []}
+    answers.createIndex()
+    return answers
+
+
+def _mean(values: np.ndarray) -> float:
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else math.nan

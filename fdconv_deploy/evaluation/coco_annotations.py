@@ -3,6 +3,10 @@
 What COCO's own code takes counts as it counts there. What it cannot take is named and left out
 of both sides of a score: it is no object to be found, and what is found in its place is no
 mistake. COCO's code has one means for the latter, a crowd: a region in which answers are ignored.
+
+Segmentations become run lengths, as ``pycocotools`` makes them. It is C below, which trusts its
+input: run lengths that do not add up to their size keep its overlap from ever ending, and a
+coordinate that is no number makes it ask for gigabytes. So only what it can take is given to it.
 """
 
 from __future__ import annotations
@@ -17,14 +21,33 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.coco_rle import Rle, area
-from fdconv_deploy.evaluation.coco_masks import NotAMaskError, box_mask, coco_mask, mask_box
+from fdconv_deploy.coco_rle import MAX_PIXELS, Rle, area, compress, decompress
 
 Part: TypeAlias = Literal["object", "box", "mask"]
 T = TypeVar("T")
 
-_ARTICLES = {"image": "an", "category": "a"}
+# pycocotools walks along a polygon in fifths of a pixel and holds every step, 16 bytes of it.
+_STEPS = 5
+_MOST_STEPS = 1 << 24
+
+POLYGONS = "[[x1, y1, x2, y2, x3, y3, …], …], polygons of three points or more"
+RUN_LENGTHS = "run lengths that add up to their size, {'size': [height, width], 'counts': …}"
+_BOX = "[x, y, width, height], four finite numbers"
 _NEVER_FOUND = "COCO's code counts it as an object that nothing finds"
+
+
+class UnfitError(ValueError):
+    """Something that pycocotools cannot take.
+
+    Args:
+        problem: what it is, as a phrase that findings are counted by.
+        expected: what was expected, as a phrase.
+        found: what stands there, shortened; the whole box or segmentation if not given.
+    """
+
+    def __init__(self, problem: str, expected: str, found: str | None = None) -> None:
+        super().__init__(problem)
+        self.expected, self.found = expected, found
 
 
 @dataclass(frozen=True)
@@ -106,17 +129,17 @@ def read_annotations(
     # A file of boxes alone has nothing in place of masks, or an empty list.
     masks = any(isinstance(entry, dict) and entry.get("segmentation") for entry in told)
     made = Annotations()
-    seen = Counter(_name(entry, place) for place, entry in enumerate(told))
-    for place, entry in enumerate(told):
-        _Annotation(made, entry, _name(entry, place)).read(images, categories, masks)
-    for name, count in seen.items():
-        if count > 1:
-            made.noted.append(
-                Finding(
-                    name, None, "object", "an id of several annotations", f"{count} have it",
-                    "each counts as itself, where COCO's code counts the last one for all",
-                )
-            )  # fmt: skip
+    names = [_name(entry, place) for place, entry in enumerate(told)]
+    for entry, name in zip(told, names, strict=True):
+        _Annotation(made, entry, name).read(images, categories, masks)
+    made.noted += [
+        Finding(
+            name, None, "object", "an id of several annotations", f"{count} have it",
+            "each counts as itself, where COCO's code counts the last one for all",
+        )
+        for name, count in Counter(names).items()
+        if count > 1
+    ]  # fmt: skip
     return made
 
 
@@ -128,12 +151,6 @@ def counted(findings: Iterable[Finding]) -> list[str]:
         f"{count} {part if count == 1 else plurals[part]} ({problem})"
         for (part, problem), count in counts.most_common()
     ]
-
-
-class _Unfit(ValueError):  # noqa: N818 - caught here
-    def __init__(self, problem: str, found: Any, expected: str) -> None:
-        super().__init__(problem)
-        self.finding = problem, found if isinstance(found, str) else _short(found), expected
 
 
 class _Annotation:
@@ -149,17 +166,22 @@ class _Annotation:
         entry = self.entry
         try:
             if not isinstance(entry, dict):
-                raise _Unfit("no annotation", entry, "expected {'image_id': …, 'bbox': …, …}")
-            self.image = image = _listed(entry, "image_id", images, "image")
+                expected = "{'image_id': …, 'bbox': …, …}"
+                raise UnfitError("no annotation", expected, _short(entry))
+            self.image = image = _listed(entry, "image_id", images, "an image")
             if image is None:
                 return
-            category = _listed(entry, "category_id", categories, "category")
+            category = _listed(entry, "category_id", categories, "a category")
             crowd = _crowd(entry)
-        except _Unfit as error:
-            self._leave("object", error)
+        except UnfitError as error:
+            self._leave_out("object", error, entry)
             return
-        box = self._part("box", lambda: _box(entry))
-        mask = self._part("mask", lambda: _mask(entry, image)) if masks else None
+        box = self._part("box", "bbox", _box)
+        mask = None
+        if masks:
+            mask = self._part(
+                "mask", "segmentation", lambda told: coco_mask(told, image.height, image.width)
+            )
         if box is None and mask is None:
             return
         number = len(self.made.objects) + 1
@@ -180,18 +202,19 @@ class _Annotation:
         if box is not None:
             made["bbox"] = box.tolist()
             if not (box[2:] > 0).all():
-                self._note("box", "without an area", entry["bbox"], _NEVER_FOUND)
+                self._note("box", "without an area", _short(entry["bbox"]), _NEVER_FOUND)
         else:
             assert mask is not None
             made["bbox"] = mask_box(mask)
             self.made.ignored["bbox"].add(number)
         self.made.objects.append(made)
 
-    def _part(self, part: Part, read: Callable[[], T]) -> T | None:
+    def _part(self, part: Part, key: str, read: Callable[[Any], T]) -> T | None:
+        told = self.entry.get(key)
         try:
-            return read()
-        except _Unfit as error:
-            self._leave(part, error)
+            return read(told)
+        except UnfitError as error:
+            self._leave_out(part, error, told)
             return None
 
     def _area(self, box: NDArray[np.float64] | None, mask: Rle | None) -> float:
@@ -199,90 +222,71 @@ class _Annotation:
         told = self.entry.get("area")
         if isinstance(told, int | float) and math.isfinite(told):
             return told
-        found = f"area {_short(told)}"
+        whose = "box" if mask is None else "mask"
+        remark = f"its {whose}'s is taken"
+        self._note("object", "without an area in the file", f"area {_short(told)}", remark)
         if mask is not None:
-            self._note("object", "without an area in the file", found, "its mask's is taken")
             return area(mask)
         assert box is not None
-        self._note("object", "without an area in the file", found, "its box's is taken")
         return float(box[2] * box[3])
 
     def _note_mask(self, mask: Rle, image: Image) -> None:
-        (height, width), right = mask["size"], [image.height, image.width]
-        if [height, width] != right:
+        height, width = mask["size"]
+        if (height, width) != (image.height, image.width):
             found = f"{height}x{width} (height x width) for {image.height}x{image.width}"
             self._note("mask", "of another size than its image", found, _NEVER_FOUND)
         elif area(mask) == 0:
-            self._note("mask", "without a pixel", self.entry["segmentation"], _NEVER_FOUND)
+            found = _short(self.entry["segmentation"])
+            self._note("mask", "without a pixel", found, _NEVER_FOUND)
 
-    def _note(self, part: Part, problem: str, found: Any, remark: str) -> None:
-        self._add(self.made.noted, part, problem, found, remark)
-
-    def _leave(self, part: Part, error: _Unfit) -> None:
-        self._add(self.made.left_out, part, *error.finding)
-
-    def _add(
-        self, findings: list[Finding], part: Part, problem: str, found: Any, remark: str
-    ) -> None:
+    def _note(self, part: Part, problem: str, found: str, remark: str) -> None:
         image = None if self.image is None else self.image.name
-        found = found if isinstance(found, str) else _short(found)
-        findings.append(Finding(self.name, image, part, problem, found, remark))
+        self.made.noted.append(Finding(self.name, image, part, problem, found, remark))
+
+    def _leave_out(self, part: Part, error: UnfitError, told: Any) -> None:
+        image = None if self.image is None else self.image.name
+        found = _short(told) if error.found is None else error.found
+        remark = f"expected {error.expected}"
+        self.made.left_out.append(Finding(self.name, image, part, str(error), found, remark))
 
 
 def _listed(entry: dict[str, Any], key: str, known: Mapping[Any, T], what: str) -> T:
-    number = entry.get(key)
+    number, noun = entry.get(key), what.partition(" ")[2]
     try:
         return known[number]
     except (KeyError, TypeError):  # TypeError: a list or an object is no key
-        pass
+        found = f"{key} {_short(number)}"
     if number is None:
-        raise _Unfit(f"of no {what}", f"{key} {_short(number)}", f"expected a listed {what}'s id")
-    twin = _other_type(number)
-    hint = f": {_short(twin)} is, so write it as there" if twin in known else ""
-    raise _Unfit(
-        f"of {_ARTICLES[what]} {what} that is not listed",
-        f"{key} {_short(number)}",
-        f"expected the id of a listed {what}{hint}",
-    )
-
-
-def _other_type(number: Any) -> Any:
-    """An id as text if it is a number, as a number if it is text."""
+        raise UnfitError(f"of no {noun}", f"a listed {noun}'s id", found)
+    other: Any = None  # as text if it is a number, as a number if it is text
     if isinstance(number, int):
-        return str(number)
-    decimal = isinstance(number, str) and number.isdecimal() and len(number) < 20
-    return int(number) if decimal else None
+        other = str(number)
+    elif isinstance(number, str) and number.isdecimal() and len(number) < 20:
+        other = int(number)
+    hint = f": {_short(other)} is, so write it as there" if other in known else ""
+    raise UnfitError(f"of {what} that is not listed", f"the id of a listed {noun}{hint}", found)
 
 
 def _crowd(entry: dict[str, Any]) -> int:
     """What pycocotools makes of it; a file that says nothing of crowds has none."""
     told = entry.get("iscrowd", 0)
     if not isinstance(told, int | float) or not math.isfinite(told):
-        raise _Unfit("of unknown iscrowd", f"iscrowd {_short(told)}", "expected 0 or 1")
+        raise UnfitError("of unknown iscrowd", "0 or 1", f"iscrowd {_short(told)}")
     return int(bool(told))
 
 
-def _box(entry: dict[str, Any]) -> NDArray[np.float64]:
-    told, expected = entry.get("bbox"), "expected [x, y, width, height], four finite numbers"
+def _box(told: Any) -> NDArray[np.float64]:
     if told is None:
-        raise _Unfit("missing", "no bbox", expected)
+        raise UnfitError("missing", _BOX, "no bbox")
     try:
         box = np.array(told, np.float64) if isinstance(told, list) else np.empty(0)
     except (ValueError, TypeError, OverflowError):
-        raise _Unfit("not of numbers", told, expected) from None
+        raise UnfitError("not of numbers", _BOX) from None
     if box.shape != (4,):
-        raise _Unfit("not of four numbers", told, expected)
+        raise UnfitError("not of four numbers", _BOX)
     if not np.isfinite(box).all():
-        raise _Unfit("not finite", told, expected)
+        raise UnfitError("not finite", _BOX)
     return box
-
-
-def _mask(entry: dict[str, Any], image: Image) -> Rle:
-    told = entry.get("segmentation")
-    try:
-        return coco_mask(told, image.height, image.width)
-    except NotAMaskError as error:
-        raise _Unfit(str(error), told, f"expected {error.expected}") from None
 
 
 def _name(entry: Any, place: int) -> str:
@@ -292,3 +296,149 @@ def _name(entry: Any, place: int) -> str:
 
 def _short(value: Any) -> str:
     return "null" if value is None else reprlib.repr(value)
+
+
+def coco_mask(segmentation: Any, height: int, width: int) -> Rle:
+    """The mask that an annotation's ``segmentation`` stands for.
+
+    Args:
+        segmentation: as it stands in the JSON: polygons, or run lengths, compressed or not.
+        height: the image's, which polygons are drawn in. Run lengths have a size of their own.
+        width: likewise.
+
+    Raises:
+        UnfitError: pycocotools cannot take it, or would not come back from it.
+    """
+    if isinstance(segmentation, dict):
+        return _run_lengths(segmentation)
+    if not isinstance(segmentation, list):
+        kinds = {type(None): "null", str: "text"}
+        kind = kinds.get(type(segmentation), "a number")
+        raise UnfitError(f"it is {kind}", f"{POLYGONS}, or {RUN_LENGTHS}")
+    if not segmentation:
+        raise UnfitError("an empty list", POLYGONS)
+    if isinstance(segmentation[0], dict):
+        return _merged([_run_lengths(entry, listed=True) for entry in segmentation])
+    return _polygons(segmentation, height, width)
+
+
+def box_mask(box: NDArray[np.float64], height: int, width: int) -> Rle:
+    """The mask of all pixels of a box [x, y, width, height] that lie within the image."""
+    from pycocotools import mask
+
+    low, high = box[:2], box[:2] + box[2:]
+    inside = np.clip(np.stack([np.minimum(low, high), np.maximum(low, high)]), 0, [width, height])
+    within = np.concatenate([inside[0], inside[1] - inside[0]])
+    return _text(mask.frPyObjects(within[None], height, width)[0])
+
+
+def mask_box(rle: Rle) -> list[float]:
+    """The box [x, y, width, height] around a mask, a pixel away from it; all 0 around none.
+
+    A pixel away, since boxes end between pixels, and masks do not.
+    """
+    from pycocotools import mask
+
+    if not decompress(rle["counts"])[1::2].any():
+        return [0.0] * 4
+    left, top, width, height = mask.toBbox(rle).tolist()
+    return [left - 1, top - 1, width + 2, height + 2]
+
+
+def _run_lengths(told: Any, *, listed: bool = False) -> Rle:
+    """Run lengths; of a list of them, pycocotools takes uncompressed ones alone."""
+    if not isinstance(told, dict):
+        raise UnfitError("a list of run lengths and other things", RUN_LENGTHS)
+    (height, width), counts = _size(told), told.get("counts")
+    if not isinstance(counts, str):
+        lengths = _counts(counts)
+    elif listed:
+        raise UnfitError("a list of compressed run lengths", RUN_LENGTHS)
+    else:
+        try:
+            lengths = decompress(counts)
+        except ValueError:
+            raise UnfitError("run lengths of other characters than COCO's", RUN_LENGTHS) from None
+    pixels = height * width
+    if not len(lengths) or lengths.min() < 0 or lengths.max() > pixels or lengths.sum() != pixels:
+        raise UnfitError("run lengths that do not add up to their size", RUN_LENGTHS)
+    return {"size": [height, width], "counts": compress(lengths)}
+
+
+def _size(told: dict[str, Any]) -> tuple[int, int]:
+    size = told.get("size")
+    if size is None:
+        raise UnfitError("run lengths without a size", RUN_LENGTHS)
+    sides = size[:2] if isinstance(size, list) else []
+    # Fractions are cut off, as pycocotools does it; 20.0 is what pandas makes of 20.
+    if len(sides) < 2 or not all(
+        isinstance(side, int | float) and 1 <= side <= MAX_PIXELS for side in sides
+    ):
+        raise UnfitError("run lengths whose size is not [height, width]", RUN_LENGTHS)
+    height, width = map(int, sides)
+    if height * width > MAX_PIXELS:
+        raise UnfitError("run lengths of more pixels than any image has", RUN_LENGTHS)
+    return height, width
+
+
+def _counts(told: Any) -> NDArray[np.int64]:
+    if told is None:
+        raise UnfitError("run lengths without counts", RUN_LENGTHS)
+    if not isinstance(told, list):
+        raise UnfitError("run lengths whose counts are neither text nor a list", RUN_LENGTHS)
+    try:
+        with np.errstate(invalid="raise"):
+            lengths = np.array(told, np.uint32)  # fractions are cut off, as pycocotools does it
+    except (ValueError, TypeError, OverflowError, FloatingPointError):
+        lengths = np.zeros((0, 0), np.uint32)
+    if lengths.ndim != 1:
+        raise UnfitError("run lengths whose counts are not numbers from 0 on", RUN_LENGTHS)
+    return lengths.astype(np.int64)
+
+
+def _polygons(told: list[Any], height: int, width: int) -> Rle:
+    first = told[0]
+    if isinstance(first, int | float):
+        raise UnfitError("one list of numbers, not a list of polygons", POLYGONS)
+    # The first one alone decides how pycocotools reads all of them.
+    if not isinstance(first, list) or len(first) < 4:
+        raise UnfitError("a list whose first part is not a polygon", POLYGONS)
+    if len(first) == 4:
+        raise UnfitError("a polygon of two points", POLYGONS)
+    for polygon in told:
+        _check_polygon(polygon)
+    from pycocotools import mask
+
+    return _merged([_text(made) for made in mask.frPyObjects(told, height, width)])
+
+
+def _check_polygon(polygon: Any) -> None:
+    try:
+        values = np.array(polygon, np.float64)
+    except (ValueError, TypeError, OverflowError):
+        raise UnfitError("a polygon that is not a list of numbers", POLYGONS) from None
+    if values.ndim != 1:
+        raise UnfitError("a polygon nested deeper than a list of numbers", POLYGONS)
+    if not np.isfinite(values).all():
+        raise UnfitError("a polygon with coordinates that are not finite", POLYGONS)
+    farthest = np.abs(values).max(initial=0)
+    if farthest * _STEPS >= 1 << 30:
+        raise UnfitError("a polygon millions of pixels away", POLYGONS)
+    if farthest * _STEPS * len(values) > _MOST_STEPS:  # seldom, and then it is worth a sum
+        points = values[: len(values) // 2 * 2].reshape(-1, 2)
+        if _STEPS * np.abs(points - np.roll(points, 1, 0)).max(1).sum() > _MOST_STEPS:
+            raise UnfitError("a polygon millions of pixels long", POLYGONS)
+
+
+def _merged(parts: list[Rle]) -> Rle:
+    if len(parts) == 1:
+        return parts[0]
+    from pycocotools import mask
+
+    if any(part["size"] != parts[0]["size"] for part in parts):
+        raise UnfitError("a list of run lengths of several sizes", RUN_LENGTHS)
+    return _text(mask.merge(parts))
+
+
+def _text(made: dict[str, Any]) -> Rle:
+    return {"size": [int(side) for side in made["size"]], "counts": made["counts"].decode("ascii")}

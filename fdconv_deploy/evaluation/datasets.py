@@ -1,4 +1,4 @@
-"""Folders of images and masks, as the data sets have them on disk.
+"""Folders of images and masks, laid out as ADE20K, Cityscapes or any other data set.
 
 ADE20K: ``images/validation/NAME.jpg`` with ``annotations/validation/NAME.png``. Cityscapes:
 ``leftImg8bit/val/CITY/NAME_leftImg8bit.png`` with ``gtFine/val/CITY/NAME_gtFine_….png``.
@@ -23,9 +23,12 @@ from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.class_mapping import (
     CITYSCAPES,
     CITYSCAPES_LABEL_IDS,
+    IGNORE_INDEX,
     UNCOUNTED,
     LabelRule,
     ade20k_names,
+    class_order,
+    read_label_map,
 )
 from fdconv_deploy.runtime.images import FORMATS, SUFFIXES, image_size
 from fdconv_deploy.runtime.input_files import image_files
@@ -88,10 +91,7 @@ class Samples(Sequence[Sample]):
     """
 
     def __init__(
-        self,
-        pairs: Sequence[Pair],
-        rule: LabelRule,
-        preprocessing: Preprocessing | None = None,
+        self, pairs: Sequence[Pair], rule: LabelRule, preprocessing: Preprocessing | None = None
     ) -> None:
         self.pairs, self.rule = tuple(pairs), rule
         self.preprocessing = preprocessing or Preprocessing()
@@ -115,9 +115,10 @@ class Samples(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | Samples:
         """One sample, or a slice of the samples without reading them.
 
-        :raises ImageError: an image cannot be read.
-        :raises DatasetError: a mask cannot be read, is not of its image's size, or names what
-            is no class.
+        Raises:
+            ImageError: an image cannot be read.
+            DatasetError: a mask cannot be read, is not of its image's size, or names what is
+                no class.
         """
         if isinstance(index, slice):
             return Samples(self.pairs[index], self.rule, self.preprocessing)
@@ -139,9 +140,12 @@ class Samples(Sequence[Sample]):
     def numbers(self, progress: Callable[[int], None] = lambda _: None) -> list[Numbers]:
         """What the masks hold, all of them read; of images, the size alone.
 
-        :param progress: called with the number of masks done after each.
-        :raises DatasetError: a mask cannot be read, or is not of its image's size.
-        :raises ImageError: an image is missing, or none.
+        Args:
+            progress: called with the number of masks done after each.
+
+        Raises:
+            DatasetError: a mask cannot be read, or is not of its image's size.
+            ImageError: an image is missing, or none.
         """
         found: dict[tuple[bool, int], Numbers] = {}
         for done, pair in enumerate(self.pairs, 1):
@@ -160,8 +164,9 @@ class Samples(Sequence[Sample]):
     def check(self, numbers: Sequence[Numbers]) -> None:
         """Refuse masks that cannot be scored, before anything is run.
 
-        :raises DatasetError: they hold numbers that are no class, which are named, or nothing
-            that counts.
+        Raises:
+            DatasetError: they hold numbers that are no class, which are named, or nothing that
+                counts.
         """
         found = [one.rule.class_of(one.number) for one in numbers]
         if all(label == UNCOUNTED for label in found):
@@ -183,21 +188,79 @@ class Samples(Sequence[Sample]):
         )
 
 
-def binary_map(numbers: Sequence[Numbers], classes: int) -> dict[int, int] | None:
-    """A label map for masks of two classes that are saved as black and white, 0 and 255.
+def labelled_samples(
+    pairs: Sequence[Pair],
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
+    *,
+    data: Path | None = None,
+    label_map: Path | None = None,
+    reduce_zero_label: bool = False,
+    ignore_index: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> tuple[Samples, list[str]]:
+    """Samples for a network, once every mask has been read.
 
-    None where they are not: some hold another number, or none holds 255, or the network has
-    not two classes.
+    Args:
+        pairs: images and masks.
+        classes: the network's class names, which are compared with the data set's.
+        preprocessing: of the network.
+        data: the data set's folder, where the names of its classes may be.
+        label_map: see `read_label_map`.
+        reduce_zero_label: see `LabelRule`.
+        ignore_index: see `LabelRule.ignore`; 255 when not given.
+        progress: called with the number of masks done after each.
+
+    Returns:
+        The samples, and sentences on how their labels are read.
+
+    Raises:
+        DatasetError: masks cannot be read or scored.
+        FDConvError: the label map cannot be read, or Cityscapes' label ids have no meaning here.
     """
+    mapping = read_label_map(label_map, classes) if label_map else None
+    order, notes = None, []
+    if mapping is None:
+        ids = any(pair.city_ids for pair in pairs)
+        table = ("Cityscapes", CITYSCAPES) if ids else _class_names(data) if data else None
+        try:
+            order = class_order(classes, table[1], table[0]) if table else None
+        except FDConvError as error:
+            if ids:
+                raise FDConvError(
+                    f"{error} The masks hold Cityscapes' label ids: say by a --label-map what "
+                    "they stand for."
+                ) from None
+            notes.append(f"{error} The masks' numbers are taken for the network's classes.")
+        if table and order:
+            notes.append(
+                f"The network has {table[0]}'s classes in another order: they are matched by name."
+            )
+    ignore = IGNORE_INDEX if ignore_index is None else ignore_index
+    rule = LabelRule(len(classes), mapping, reduce_zero_label, ignore, order)
+    samples = Samples(pairs, rule, preprocessing)
+    numbers = samples.numbers(progress)
+    as_they_are = mapping is None and ignore_index is None and not reduce_zero_label
     held = {one.number for one in numbers}
-    return {0: 0, 255: 1} if classes == 2 and 255 in held <= {0, 255} else None
+    if as_they_are and len(classes) == 2 and 255 in held and held <= {0, 255}:
+        notes.append(
+            "The masks hold 0 and 255 alone, black and white: they are taken for the classes "
+            f"{classes[0]!r} and {classes[1]!r}. Say --ignore-index 255 if 255 is to be ignored."
+        )
+        rule = replace(rule, label_map={0: 0, 255: 1})
+        return Samples(pairs, rule, preprocessing), notes
+    samples.check(numbers)
+    return samples, notes
 
 
 def layout_of(root: Path) -> tuple[Path, Path]:
     """The folders of validation images and masks of a data set.
 
-    :param root: such as ``ADEChallengeData2016`` or ``cityscapes``, as unpacked.
-    :raises DatasetError: it has neither layout.
+    Args:
+        root: such as ``ADEChallengeData2016`` or ``cityscapes``, as unpacked.
+
+    Raises:
+        DatasetError: it has neither layout.
     """
     for images, masks in _LAYOUTS.values():
         if (root / images).is_dir() and (root / masks).is_dir():
@@ -212,7 +275,8 @@ def layout_of(root: Path) -> tuple[Path, Path]:
 def find_pairs(images: Path, masks: Path) -> list[Pair]:
     """Every image below a folder with its mask, sorted by path.
 
-    :raises DatasetError: a folder is missing or holds no images, or an image has no mask.
+    Raises:
+        DatasetError: a folder is missing or holds no images, or an image has no mask.
     """
     for folder, what in ((images, "images"), (masks, "masks")):
         if not folder.is_dir():
@@ -239,12 +303,10 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
     return pairs
 
 
-def names_of(root: Path) -> tuple[str, Sequence[Sequence[str]]] | None:
+def _class_names(root: Path) -> tuple[str, Sequence[Sequence[str]]] | None:
     """A data set's name and its classes' names, each by all that it goes by.
 
-    :param root: as `layout_of` takes it.
-    :returns: None where the data set's folder does not tell, as many that are laid out like
-        ADE20K do not.
+    None where the data set's folder does not tell, as many that are laid out like ADE20K do not.
     """
     if (root / _LAYOUTS["Cityscapes"][0]).is_dir():
         return "Cityscapes", CITYSCAPES
@@ -264,7 +326,8 @@ def _check_sizes(pair: Pair, mask: tuple[int, ...], image: tuple[int, ...]) -> N
 def read_mask(path: Path) -> NDArray[np.int64]:
     """A mask's numbers, (H, W) int64: gray levels of 8 or 16 bits, or indices of a palette.
 
-    :raises DatasetError: it cannot be read, or has colours in place of numbers.
+    Raises:
+        DatasetError: it cannot be read, or has colours in place of numbers.
     """
     try:
         # From memory: of a file, Pillow reads as many bytes as a damaged length says there are.

@@ -1,4 +1,4 @@
-"""Segmentation scores from a confusion matrix, in numpy."""
+"""Mean IoU (mIoU) and accuracies of segmentors, from a confusion matrix."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ def confusion_matrix(
 ) -> NDArray[np.int64]:
     """Count pixels by (true class, predicted class): ``(num_classes, num_classes)`` int64.
 
-    ``truth`` and ``prediction`` are integer arrays of one shape. Pixels whose truth is not
-    a class (mmsegmentation's 255) are left out. Matrices of several images add up.
-    ValueError when shapes differ or a prediction is not a class.
+    Matrices of several images add up.
+
+    Args:
+        truth: integers. Pixels whose truth is not a class (mmsegmentation's 255) do not count.
+        prediction: classes, in the same shape.
+        num_classes: how many there are.
+
+    Raises:
+        ValueError: shapes differ, or a prediction is not a class.
     """
     true, predicted = np.asarray(truth), np.asarray(prediction)
     if true.shape != predicted.shape:
@@ -33,9 +39,11 @@ def confusion_matrix(
 class Scores:
     """Scores from 0 to 1.
 
-    ``iou`` per class (NaN where a class is in neither truth nor prediction), their mean, and
-    the share of all pixels that are right; ``accuracy`` per class, the share of its true
-    pixels that are right (NaN where it is not in the truth), and their mean.
+    Attributes:
+        iou: per class; NaN where a class is in neither truth nor prediction.
+        pixel_accuracy: the share of all pixels that are right.
+        accuracy: per class, the share of its true pixels that are right; NaN where it is not in
+            the truth.
     """
 
     iou: tuple[float, ...]
@@ -49,8 +57,10 @@ def scores(confusion: NDArray[np.int64]) -> Scores:
     """Score a confusion matrix (rows: truth).
 
     IoU = intersection / union. Its mean goes over the classes that occur in the truth or the
-    prediction, accuracy's over those in the truth. ValueError for an empty matrix: there is
-    nothing to score.
+    prediction, accuracy's over those in the truth.
+
+    Raises:
+        ValueError: the matrix is empty.
     """
     total = int(confusion.sum())
     if total == 0:

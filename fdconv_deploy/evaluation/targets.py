@@ -1,26 +1,43 @@
-"""Bundles and checkpoints, opened as the sides of an evaluation."""
+"""Bundles and checkpoints, opened as the targets of an evaluation.
+
+Checkpoints run in PyTorch, with the same steps around them as bundles. It is not imported where
+there are none.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.evaluation.compare import Labels, bundle_side
-from fdconv_deploy.evaluation.compare_detectors import bundle_side as detector_side
-from fdconv_deploy.evaluation.interleaving import Side
+from fdconv_deploy.evaluation.compare import Answer, Labels, Target
 from fdconv_deploy.runtime import Detection, Session, open_session
 from fdconv_deploy.runtime.bundle_checks import bundle_root
+from fdconv_deploy.runtime.detection import DetectionPipeline, detector_classes
 from fdconv_deploy.runtime.manifest import Fit
-from fdconv_deploy.runtime.segmentation import Mode
+from fdconv_deploy.runtime.preprocessing import (
+    check_image,
+    published_detector_input,
+    published_size,
+)
+from fdconv_deploy.runtime.segmentation import Mode, SegmentationPipeline, class_names
+
+if TYPE_CHECKING:
+    from fdconv_deploy.nn import Segmentor
+    from fdconv_deploy.nn.detection import Detector
 
 
 @contextmanager
-def open_sides(
+def open_targets(
     paths: Sequence[Path],
     *,
+    detectors: bool = False,
     mode: Mode | None = None,
     fit: Fit | None = None,
     backend: str | None = None,
@@ -28,93 +45,30 @@ def open_sides(
     config: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     weights: str | None = None,
-) -> Iterator[list[Side[Labels]]]:
-    """The sides, in order, while the context lasts.
+) -> Iterator[list[Target[Any]]]:
+    """The targets, in order, while the context lasts.
 
-    Checkpoints run in PyTorch, which is not imported where there are none. Beside a bundle
-    they see images at the first bundle's size, fitted as it fits them, so that only the way
-    of computing differs; alone, they see them as the published pipeline resizes them.
+    Beside a bundle, checkpoints see images at the first bundle's size, fitted as it fits them, so
+    that only the way of computing differs; alone, they see them as the published pipeline
+    resizes (and pads) them.
 
-    :param paths: bundles' folders and checkpoint files.
-    :param mode: "whole" or "slide"; the one each network was tested in when not given.
-    :param fit: of bundles, and of checkpoints beside them; the first bundle's own when not
-        given.
-    :param backend: of bundles; "auto" when not given.
-    :param threads: CPU threads of every side.
-    :param config: the checkpoints' config.
-    :param overrides: what the checkpoints do not tell.
-    :param weights: which weights of each checkpoint, see `read_checkpoint`.
-    :raises FDConvError: a path is missing, cannot be opened, or an option is of no use here.
+    Args:
+        paths: bundles' folders and checkpoint files.
+        detectors: whether all must be detectors, or segmentors.
+        mode: of segmentors, "whole" or "slide"; what each was tested in when not given.
+        fit: of segmentors' bundles, and of checkpoints beside them; the first bundle's own when
+            not given.
+        backend: of bundles; "auto" when not given.
+        threads: CPU threads of every target.
+        config: the checkpoints' config.
+        overrides: settings that the checkpoints do not contain.
+        weights: which weights of each checkpoint, see `read_checkpoint`; those that the bundle
+            beside it was exported from when not given.
+
+    Raises:
+        FDConvError: a path is missing, cannot be opened, or an option is of no use here.
     """
     paths = [bundle_root(path) for path in paths]
-    with _sessions(paths, backend, threads, fit) as sessions:
-        for path, session in sessions.items():
-            if session.detects:
-                raise FDConvError(
-                    f"The bundle {path} is of a detector, which is scored on objects annotated as "
-                    "COCO's: give --annotations and --images, or a --data folder of COCO's layout."
-                )
-        first = next(iter(sessions.values()), None)
-        sides = []
-        for path in paths:
-            if path in sessions:
-                sides.append(bundle_side(sessions[path], mode=mode, fit=fit))
-            else:
-                sides.append(
-                    _checkpoint(
-                        path,
-                        first,
-                        mode,
-                        fit,
-                        threads,
-                        config,
-                        overrides,
-                        weights or _recorded(path, first),
-                    )
-                )
-        yield sides
-
-
-@contextmanager
-def open_detection_sides(
-    paths: Sequence[Path],
-    *,
-    backend: str | None = None,
-    threads: int | None = None,
-    config: Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    weights: str | None = None,
-) -> Iterator[list[Side[Detection]]]:
-    """As :func:`open_sides`, of detectors.
-
-    Beside a bundle, checkpoints see images at the first bundle's size; alone, as the published
-    pipeline resizes and pads them.
-    """
-    paths = [bundle_root(path) for path in paths]
-    with _sessions(paths, backend, threads) as sessions:
-        for path, session in sessions.items():
-            if not session.detects:
-                raise FDConvError(
-                    f"The bundle {path} is of a {session.bundle.manifest.kind}, not of a detector, "
-                    "which alone is scored on annotated objects. Give --images and --masks."
-                )
-        first = next(iter(sessions.values()), None)
-        size = first.input_size if first else None
-        sides = []
-        for path in paths:
-            if path in sessions:
-                sides.append(detector_side(sessions[path]))
-            else:
-                chosen = weights or _recorded(path, first)
-                sides.append(_detector_checkpoint(path, size, threads, config, overrides, chosen))
-        yield sides
-
-
-@contextmanager
-def _sessions(
-    paths: Sequence[Path], backend: str | None, threads: int | None, fit: Fit | None = None
-) -> Iterator[dict[Path, Session]]:
-    """Those of the paths that are bundles, opened."""
     for path in paths:
         if not path.exists():
             raise FDConvError(f"{path} does not exist. Give a bundle's folder or a checkpoint.")
@@ -125,61 +79,181 @@ def _sessions(
             "PyTorch, with images as the published pipeline resizes them."
         )
     with ExitStack() as stack:
-        yield {
+        sessions = {
             path: stack.enter_context(open_session(path, backend or "auto", threads=threads))
             for path in bundles
         }
+        for path, session in sessions.items():
+            _check_kind(path, session, detectors)
+        first = next(iter(sessions.values()), None)
+        targets = []
+        for path in paths:
+            if path in sessions:
+                targets.append(bundle_target(sessions[path], mode=mode, fit=fit))
+                continue
+            from fdconv_deploy.checkpoints import load_detector, load_segmentor
+            from fdconv_deploy.checkpoints.loading import recorded_weights
+
+            if threads is not None:
+                import torch
+
+                torch.set_num_threads(threads)
+            recorded = first and recorded_weights(first.bundle.manifest, path)
+            network = (load_detector if detectors else load_segmentor)(
+                path,
+                config=config,
+                overrides=overrides,
+                weights=weights or recorded,
+                require_fdconv=False,
+            )
+            size = first.input_size if first else None
+            own = first.bundle.manifest.fit if first else "stretch"
+            targets.append(torch_target(network, path, size=size, mode=mode, fit=fit or own))
+        yield targets
 
 
-def _recorded(path: Path, beside: Session | None) -> str | None:
-    """The weights that the bundle beside a checkpoint was exported from, where it is that file."""
-    from fdconv_deploy.checkpoints.loading import recorded_weights
+def _check_kind(path: Path, session: Session, detectors: bool) -> None:
+    if detectors and not session.detects:
+        raise FDConvError(
+            f"The bundle {path} is of a {session.bundle.manifest.kind}, not of a detector, which "
+            "alone is scored on annotated objects. Give --images and --masks."
+        )
+    if session.detects and not detectors:
+        raise FDConvError(
+            f"The bundle {path} is of a detector, which is scored on objects annotated as COCO's: "
+            "give --annotations and --images, or a --data folder of COCO's layout."
+        )
 
-    return None if beside is None else recorded_weights(beside.bundle.manifest, path)
+
+def bundle_target(
+    session: Session, *, mode: Mode | None = None, fit: Fit | None = None
+) -> Target[Any]:
+    """A bundle's target.
+
+    Args:
+        session: on the bundle; the caller closes it.
+        mode: of a segmentor, "whole" or "slide"; what it was tested in when not given.
+        fit: see `Session.segment`.
+    """
+    details = {
+        "kind": "bundle",
+        "backend": session.backend,
+        "operators": session.operators,
+        "precision": session.bundle.manifest.precision,
+    }
+    if not session.detects:
+        details["mode"] = mode or session.segmentation.mode
+
+    def segment(image: NDArray[Any]) -> Answer[Labels]:
+        found = session.segment(image, mode=mode, fit=fit)
+        return Answer(found.labels, found.timings["inference"])
+
+    def detect(image: NDArray[Any]) -> Answer[Detection]:
+        found = session.detect(image)
+        return Answer(found, found.timings["inference"])
+
+    return Target(
+        str(session.bundle.path),
+        detect if session.detects else segment,
+        session.classes,
+        {**details, "size": list(session.input_size)},
+        session.preprocessing,
+    )
 
 
-def _detector_checkpoint(
+def torch_target(
+    network: Segmentor | Detector,
     path: Path,
-    size: tuple[int, int] | None,
-    threads: int | None,
-    config: Path | None,
-    overrides: Mapping[str, Any] | None,
-    weights: str | None,
-) -> Side[Detection]:
+    *,
+    size: tuple[int, int] | None = None,
+    mode: Mode | None = None,
+    fit: Fit = "stretch",
+) -> Target[Any]:
+    """The published network's target.
+
+    Args:
+        network: in eval mode.
+        path: where it comes from, for the report.
+        size: (height, width) that images are brought to, a bundle's; when not given, each image
+            is resized (and padded) as the published pipeline does it, and ``slide`` uses the crop
+            that the network was tested with.
+        mode: of a segmentor, "whole" or "slide"; what it was tested in when not given.
+        fit: how images of another aspect ratio are brought to ``size``.
+
+    Raises:
+        FDConvError: ``slide`` is asked for, and neither ``size`` nor a crop is known.
+    """
+    from fdconv_deploy.nn.detection import Detector
+
+    if isinstance(network, Detector):
+        return _torch_detector(network, path, size)
+    return _torch_segmentor(network, path, size, mode, fit)
+
+
+def _torch_segmentor(
+    network: Segmentor, path: Path, size: tuple[int, int] | None, mode: Mode | None, fit: Fit
+) -> Target[Labels]:
     import torch
 
-    from fdconv_deploy.checkpoints import load_detector
-    from fdconv_deploy.evaluation.torch_detector import torch_side
+    architecture = network.architecture
+    mode = mode or architecture.test.mode
+    crop = size or architecture.test.crop_size
+    if mode == "slide" and crop is None:
+        raise FDConvError(
+            "The network records no crop to slide. Give the config it was tested with: --config."
+        )
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    network = load_detector(
-        path, config=config, overrides=overrides, weights=weights, require_fdconv=False
-    )
-    return torch_side(network, path, size=size)
+    def run(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            return network(torch.from_numpy(inputs)).numpy()
+
+    def whole(image: NDArray[Any]) -> Answer[Labels]:
+        height, width = check_image(image, architecture.preprocessing).shape[:2]
+        target = size or published_size(height, width, architecture.preprocessing)
+        pipeline = SegmentationPipeline(architecture, target, fit)
+        prepared = pipeline.prepare(image)
+        start = time.perf_counter()
+        logits = run(prepared.inputs["images"][None])[0]
+        spent = time.perf_counter() - start
+        return Answer(pipeline.finish(prepared, {"logits": logits}).labels, spent)
+
+    def sliding(image: NDArray[Any]) -> Answer[Labels]:
+        assert crop is not None
+        found = SegmentationPipeline(architecture, crop, fit).slide(image, run, batch=1)
+        return Answer(found.labels, found.timings["inference"])
+
+    slides = mode == "slide"
+    details = _torch_details(crop if slides else size, mode=mode)
+    answer, preprocessing = sliding if slides else whole, architecture.preprocessing
+    return Target(str(path), answer, class_names(architecture), details, preprocessing)
 
 
-def _checkpoint(
-    path: Path,
-    beside: Session | None,
-    mode: Mode | None,
-    fit: Fit | None,
-    threads: int | None,
-    config: Path | None,
-    overrides: Mapping[str, Any] | None,
-    weights: str | None,
-) -> Side[Labels]:
+def _torch_detector(
+    network: Detector, path: Path, size: tuple[int, int] | None
+) -> Target[Detection]:
     import torch
 
-    from fdconv_deploy.checkpoints import load_segmentor
-    from fdconv_deploy.evaluation.torch_segmentor import torch_side
+    architecture = network.architecture
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    network = load_segmentor(
-        path, config=config, overrides=overrides, weights=weights, require_fdconv=False
-    )
-    if beside is None:
-        return torch_side(network, path, mode=mode)
-    fit = fit or beside.bundle.manifest.fit
-    return torch_side(network, path, size=beside.input_size, mode=mode, fit=fit)
+    def answer(image: NDArray[Any]) -> Answer[Detection]:
+        height, width = check_image(image).shape[:2]
+        target = size or published_detector_input((height, width), architecture.preprocessing)
+        pipeline = DetectionPipeline(architecture, target)
+        prepared = pipeline.prepare(image)
+        inputs = [torch.from_numpy(prepared.inputs[name][None]) for name in ("images", "sizes")]
+        start = time.perf_counter()
+        with torch.inference_mode():
+            outputs = network(*inputs)
+        spent = time.perf_counter() - start
+        found = zip(network.output_names, outputs, strict=True)
+        arrays = {name: tensor[0].numpy() for name, tensor in found}
+        return Answer(pipeline.finish(prepared, arrays, spent), spent)
+
+    return Target(str(path), answer, detector_classes(architecture), _torch_details(size))
+
+
+def _torch_details(size: tuple[int, int] | None, **more: Any) -> dict[str, Any]:
+    computed = None if size is None else list(size)
+    return {
+        "kind": "checkpoint", "backend": "pytorch", "precision": "fp32", **more, "size": computed
+    }  # fmt: skip

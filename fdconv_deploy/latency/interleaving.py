@@ -1,26 +1,64 @@
-"""Letting sides take turns until their figures stand still.
+"""Interleaved timing: targets take turns, so that a machine's drift slows all of them alike.
 
-A machine's speed drifts: its clock, its memory, its neighbours. Sides that take turns all see
-the same drift, so their ratios do not. A side's time is taken for steady when the medians of
-its last three windows agree.
+A machine's speed drifts: its clock, its memory, its neighbours. Targets that take turns see the
+same drift, so ratios of their times hold where milliseconds do not.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+R = TypeVar("R")
+Clock = Callable[[], float]
+# So many windows must agree.
 AGREEING = 3
 
 
+class Interleaver(Generic[R]):
+    """Calls every target once a round, and keeps the seconds of each call.
+
+    Each round begins with another target, so that none always follows the same one.
+
+    Args:
+        targets: what is called.
+        clock: seconds, as `time.perf_counter` gives them.
+
+    Attributes:
+        seconds: for each target, the seconds of each round.
+    """
+
+    def __init__(
+        self, targets: Sequence[Callable[..., R]], clock: Clock = time.perf_counter
+    ) -> None:
+        self._targets, self._clock, self._rounds = tuple(targets), clock, 0
+        self.seconds: list[list[float]] = [[] for _ in targets]
+
+    def warm_up(self, *arguments: Any) -> None:
+        """Call every target once, untimed."""
+        for target in self._targets:
+            target(*arguments)
+
+    def round(self, *arguments: Any) -> list[R]:
+        """Call every target with these arguments; the answers in the targets' order."""
+        count = len(self._targets)
+        answers: dict[int, R] = {}
+        for place in range(count):
+            index = (self._rounds + place) % count
+            start = self._clock()
+            answers[index] = self._targets[index](*arguments)
+            self.seconds[index].append(self._clock() - start)
+        self._rounds += 1
+        return [answers[index] for index in range(count)]
+
+
 @dataclass(frozen=True)
-class Turn:
-    """What one turn took: seconds of every run, of all together, and energy if it is known."""
+class Sample:
+    """Seconds of each run of one turn, of all runs together (``wall``), and joules if known."""
 
     seconds: tuple[float, ...]
     wall: float
@@ -28,22 +66,22 @@ class Turn:
 
 
 class Runner(Protocol):
-    """What can take a turn: a `handle.Child`, or a stand-in."""
+    """What can be sampled, such as a `workers.Worker`."""
 
-    def turn(self, runs: int, concurrency: int) -> Turn:
-        """Run so often in so many threads at once."""
+    def sample(self, runs: int, concurrency: int) -> Sample:
+        """Run ``runs`` times in each of ``concurrency`` threads."""
 
 
 @dataclass(frozen=True)
-class Rules:
-    """How long to go on.
+class Schedule:
+    """How long targets take turns.
 
     Attributes:
         seconds: no round starts after this long.
-        warm_up: seconds of each case before anything counts, two runs at the least.
-        turn: seconds that a turn shall take; one run if that takes longer.
-        window: turns in a window.
-        agree: three medians agree when they lie within this share of the middle one.
+        warm_up: seconds of each target that do not count, two runs at the least.
+        turn: seconds that one target runs for in a round; one run if that takes longer.
+        window: rounds in a window.
+        agree: three windows agree when their medians lie within this share of the middle one.
     """
 
     seconds: float = 60.0
@@ -54,49 +92,49 @@ class Rules:
 
 
 @dataclass
-class Case:
-    """A side at one concurrency, and what its turns took.
+class Series:
+    """A runner at one concurrency, and its samples: one for each round.
 
-    ``rounds``: for each turn, the seconds of its runs. ``walls``, ``joules``: of each turn.
+    Attributes:
+        runs: in a sample, and thread.
+        windows: median seconds of each window.
+        steady: whether the last three windows agree.
     """
 
     runner: Runner
     concurrency: int = 1
     runs: int = 1
-    rounds: list[list[float]] = field(default_factory=list)
-    walls: list[float] = field(default_factory=list)
-    joules: list[float] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     windows: list[float] = field(default_factory=list)
     steady: bool = False
 
     @property
     def seconds(self) -> list[float]:
         """Of every run that counts."""
-        return [second for one in self.rounds for second in one]
+        return [second for sample in self.samples for second in sample.seconds]
 
-    def warm_up(self, rules: Rules) -> None:
-        """Run until caches are full and clocks are up; settle how many runs make a turn."""
-        start, done = time.perf_counter(), 0
-        last = math.inf
-        while done < 2 or time.perf_counter() - start < rules.warm_up:
-            last = float(np.median(self.runner.turn(1, self.concurrency).seconds))
+    @property
+    def medians(self) -> list[float]:
+        """Median seconds of each round."""
+        return [float(np.median(sample.seconds)) for sample in self.samples]
+
+    def warm_up(self, schedule: Schedule, clock: Clock) -> None:
+        """Run until caches are full and clocks are up; settle how many runs make a sample."""
+        start, done, last = clock(), 0, 0.0
+        while done < 2 or clock() - start < schedule.warm_up:
+            last = float(np.median(self.runner.sample(1, self.concurrency).seconds))
             done += 1
-        self.runs = max(1, round(rules.turn / max(last, 1e-6)))
+        self.runs = max(1, round(schedule.turn / max(last, 1e-6)))
 
     def take(self) -> None:
-        """One turn that counts."""
-        taken = self.runner.turn(self.runs, self.concurrency)
-        self.rounds.append(list(taken.seconds))
-        self.walls.append(taken.wall)
-        if taken.joules is not None:
-            self.joules.append(taken.joules)
+        """Take a sample."""
+        self.samples.append(self.runner.sample(self.runs, self.concurrency))
 
-    def end_window(self, rules: Rules) -> None:
+    def end_window(self, schedule: Schedule) -> None:
         """Note the window's median, and whether the last three agree."""
-        counted = len(self.windows) * rules.window
-        window = [second for one in self.rounds[counted:] for second in one]
-        self.windows.append(float(np.median(window)))
-        self.steady = agree(self.windows, rules.agree)
+        window = self.samples[len(self.windows) * schedule.window :]
+        self.windows.append(float(np.median([s for sample in window for s in sample.seconds])))
+        self.steady = agree(self.windows, schedule.agree)
 
 
 def agree(medians: Sequence[float], share: float) -> bool:
@@ -105,34 +143,49 @@ def agree(medians: Sequence[float], share: float) -> bool:
     return len(last) == AGREEING and last[-1] - last[0] <= share * last[1]
 
 
-def take_turns(
-    cases: Sequence[Case],
-    rules: Rules,
+def sample_until_steady(
+    series: Sequence[Series],
+    schedule: Schedule,
     progress: Callable[[int, int, float], None] = lambda *_: None,
+    clock: Clock = time.perf_counter,
 ) -> None:
-    """Let cases take turns until each is steady, or time is up.
+    """Sample series in turn until each is steady, or time is up.
 
-    Each round starts with another case, so that none always follows the same one. Cases that
-    are steady go on while others are not: every case has the same rounds.
+    Series that are steady go on while others are not: all have the same rounds.
 
-    :param progress: told after every turn how many there were, how many cases are steady, and
-        the seconds so far.
+    Args:
+        series: they are warmed up first, and their samples are added to them.
+        schedule: how long to go on.
+        progress: called after every round with the number of rounds, the number of steady
+            series and the seconds so far.
+        clock: seconds, as `time.perf_counter` gives them.
     """
-    for case in cases:
-        case.warm_up(rules)
-    start = time.perf_counter()
-    turns = 0
-    while not all(case.steady for case in cases):
-        for number in range(rules.window):
-            for place in range(len(cases)):
-                cases[(place + number) % len(cases)].take()
-                turns += 1
-                steady = sum(case.steady for case in cases)
-                progress(turns, steady, time.perf_counter() - start)
+    for one in series:
+        one.warm_up(schedule, clock)
+    turns = Interleaver([one.take for one in series], clock)
+    start, rounds, elapsed = clock(), 0, 0.0
+    while not all(one.steady for one in series) and (not rounds or elapsed <= schedule.seconds):
+        for number in range(schedule.window):
+            turns.round()
+            rounds, elapsed = rounds + 1, clock() - start
+            progress(rounds, sum(one.steady for one in series), elapsed)
             # A window is cut short only where the next round would be of no use.
-            if number >= 1 and time.perf_counter() - start > rules.seconds:
+            if number >= 1 and elapsed > schedule.seconds:
                 break
-        for case in cases:
-            case.end_window(rules)
-        if time.perf_counter() - start > rules.seconds:
-            return
+        for one in series:
+            one.end_window(schedule)
+
+
+def ratio(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
+    """How many times the baseline's time something took, round by round.
+
+    Returns:
+        ``value``: the ratio of medians; ``q1`` and ``q3``: quartiles of the rounds' own ratios,
+        in which drift between rounds cancels.
+    """
+    q1, q3 = np.percentile(np.array(times) / np.array(baseline), [25, 75])
+    return {
+        "value": round(float(np.median(times) / np.median(baseline)), 3),
+        "q1": round(float(q1), 3),
+        "q3": round(float(q3), 3),
+    }

@@ -1,7 +1,12 @@
-"""Where a measurement was made, and whether the machine was quiet."""
+"""The machine a measurement was made on: CPU, GPUs, versions, and whether it was quiet.
+
+GPUs are described by NVIDIA's management library, the package ``nvidia-ml-py`` (module
+``pynvml``), where it is installed and a driver answers; elsewhere there simply are none.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -10,32 +15,37 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from importlib import import_module
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.latency.nvml import describe_gpus
 from fdconv_deploy.runtime.backends.threads import available_cores, cpu_quota
 
 ROOT = Path(__file__).resolve().parents[2]
-# Others may take this share of the machine before a measurement is called noisy.
+# Other processes may take this share of the machine before a measurement is called noisy.
 QUIET = 0.05
 # What decides speed: measurements of different ones of these do not belong in one table.
 DECISIVE = ("cpu", "cores", "threads", "versions")
 _PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "triton", "numpy")
-# What this project's figures always depend on, in the order they are said.
-_SAID = {"torch": "torch", "onnxruntime": "ONNX Runtime", "onnxruntime-gpu": "ONNX Runtime GPU"}
+# Packages that `say` names, by their names for people.
+_NAMED = {"torch": "torch", "onnxruntime": "ONNX Runtime", "onnxruntime-gpu": "ONNX Runtime GPU"}
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 def describe(threads: int) -> dict[str, Any]:
     """The machine, as JSON: CPU, clock, cores, memory, load, GPUs, versions, commit and date.
 
-    :param threads: that both runtimes use.
+    Args:
+        threads: CPU threads that measurements use.
     """
+    clock = _proc("/proc/cpuinfo", "cpu MHz")
+    installed = {d.metadata["Name"].lower(): d.version for d in distributions()}
+    versions = {name: installed[name] for name in _PACKAGES if name in installed}
     return {
         "cpu": cpu_model(),
-        "cpu_mhz": cpu_clock(),
-        "governor": _line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
+        "cpu_mhz": round(float(clock)) if clock else None,
+        "governor": _GOVERNOR.read_text().strip() if _GOVERNOR.is_file() else None,
         "cores": available_cores(),
         "logical_cpus": os.cpu_count(),
         "quota": cpu_quota(),
@@ -44,17 +54,18 @@ def describe(threads: int) -> dict[str, Any]:
         "load_at_start": round(os.getloadavg()[0], 2),
         "gpus": describe_gpus(),
         "system": f"{platform.system()} {platform.release()}",
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions},
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 
 def say(machine: dict[str, Any]) -> str:
-    """A machine in one line."""
+    """A machine, as `describe` gives it, in one line."""
     versions = machine["versions"]
-    known = {name: versions[key] for key, name in _SAID.items() if key in versions}
-    packages = ", ".join(f"{name} {found}" for name, found in known.items())
+    packages = ", ".join(
+        f"{name} {versions[key]}" for key, name in _NAMED.items() if key in versions
+    )
     gpus = "".join(f", {gpu['name']} (driver {gpu['driver']})" for gpu in machine.get("gpus", []))
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads{gpus}; "
@@ -74,37 +85,34 @@ def busy() -> str | None:
 
 
 def warn_if_busy() -> None:
-    """Say so on stderr when the machine has other work: its figures will be high and uneven."""
+    """Print a warning on stderr when the machine has other work."""
     if sentence := busy():
         print(sentence, file=sys.stderr)
 
 
 def cpu_model() -> str:
     """The processor's name."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def cpu_clock() -> int | None:
-    """The first core's clock now, in MHz; None where the system does not tell."""
-    told = _cpuinfo("cpu MHz")
-    return round(float(told)) if told else None
-
-
-def _cpuinfo(key: str) -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
+    return _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
 
 
 def memory(key: str = "MemAvailable") -> int:
     """A line of ``/proc/meminfo`` in bytes; 0 where the system has none."""
+    return proc_bytes("/proc/meminfo", key)
+
+
+def proc_bytes(path: str, key: str) -> int:
+    """A line such as ``MemTotal: 12 kB`` of a file, in bytes; 0 where the system has none."""
+    value = _proc(path, key)
+    return int(value.split()[0]) * 1024 if value else 0
+
+
+def _proc(path: str, key: str) -> str:
+    """What follows a key and its colon in a file of lines; "" where the system has none."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path(path).read_text().splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), 0)
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
 
 
 def commit() -> str:
@@ -124,18 +132,6 @@ def _git(*arguments: str) -> str:
     return subprocess.check_output(command, text=True).strip()  # noqa: S603 - nothing of a user's
 
 
-def _versions() -> dict[str, str]:
-    installed = {d.metadata["Name"].lower(): d.version for d in distributions()}
-    return {name: installed[name] for name in _PACKAGES if name in installed}
-
-
-def _line(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return None
-
-
 @dataclass
 class Bystanders:
     """A context manager: the share of the machine's CPU time that went to others meanwhile.
@@ -143,7 +139,8 @@ class Bystanders:
     ``share`` is 0 when only this process worked, 1 when it got nothing; other processes and
     time the hypervisor took both count. None where the system does not tell.
 
-    :param own: seconds of CPU time that are not others'; this process's when not given.
+    Args:
+        own: seconds of CPU time that are not others'; this process's when not given.
     """
 
     own: Callable[[], float] = time.process_time
@@ -173,3 +170,70 @@ class Bystanders:
         spent = [int(tick) for tick in ticks[:8]]
         busy = sum(spent) - spent[3] - spent[4]
         return busy / os.sysconf("SC_CLK_TCK"), self.own(), time.perf_counter()
+
+
+class Gpu:
+    """One GPU. What the driver does not tell is None.
+
+    Args:
+        nvml: the module ``pynvml``, started.
+        index: the GPU's number.
+    """
+
+    def __init__(self, nvml: Any, index: int) -> None:
+        self._nvml = nvml
+        self._handle = nvml.nvmlDeviceGetHandleByIndex(index)
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        """What a function of the library says of this GPU."""
+        with contextlib.suppress(self._nvml.NVMLError):
+            return getattr(self._nvml, name)(self._handle, *arguments)
+        return None
+
+    def memory_mb(self) -> float | None:
+        """Memory in use, by whomever, in MB."""
+        found = self._ask("nvmlDeviceGetMemoryInfo")
+        return None if found is None else found.used / 1e6
+
+    def joules(self) -> float | None:
+        """Energy since the driver was loaded."""
+        found = self._ask("nvmlDeviceGetTotalEnergyConsumption")
+        return None if found is None else found / 1e3
+
+    def describe(self) -> dict[str, Any]:
+        """Name, driver, memory, clocks, power limit and temperature, as JSON."""
+        nvml, driver = self._nvml, None
+        with contextlib.suppress(nvml.NVMLError):
+            driver = nvml.nvmlSystemGetDriverVersion()
+        memory = self._ask("nvmlDeviceGetMemoryInfo")
+        limit = self._ask("nvmlDeviceGetEnforcedPowerLimit")
+        clocks = {"sm": nvml.NVML_CLOCK_SM, "memory": nvml.NVML_CLOCK_MEM}
+        return {
+            "name": _text(self._ask("nvmlDeviceGetName")),
+            "driver": _text(driver),
+            "memory_gb": None if memory is None else round(memory.total / 1e9, 1),
+            "clocks_mhz": {
+                name: self._ask("nvmlDeviceGetClockInfo", kind) for name, kind in clocks.items()
+            },
+            "power_limit_w": None if limit is None else limit / 1e3,
+            "temperature_c": self._ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
+        }
+
+
+def gpus(nvml: Any = None) -> list[Gpu]:
+    """Every GPU that the driver shows; none where there is no driver or no ``pynvml``."""
+    try:
+        nvml = import_module("pynvml") if nvml is None else nvml
+        nvml.nvmlInit()
+        return [Gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+    except Exception:  # a missing library raises whatever its loader does
+        return []
+
+
+def describe_gpus() -> list[dict[str, Any]]:
+    """Every GPU, as JSON."""
+    return [gpu.describe() for gpu in gpus()]
+
+
+def _text(value: Any) -> str | None:
+    return value.decode() if isinstance(value, bytes) else value

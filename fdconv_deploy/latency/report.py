@@ -1,4 +1,4 @@
-"""A report as tables: for a terminal, Markdown, CSV and JSON."""
+"""The report of ``fdconv bench``: as JSON, a table, Markdown and CSV, and its limits."""
 
 from __future__ import annotations
 
@@ -7,68 +7,137 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from fdconv_deploy.latency import machine
 
-Row = dict[str, Any]
-Report = dict[str, Any]
+
+class Row(TypedDict):
+    """One target at one concurrency.
+
+    ``ms`` holds quantiles of a request's milliseconds ("p50", "p90", "p99", "q1", "q3", "min",
+    "mean"), ``over_first`` how many times the first target's time it took ("value", "q1", "q3"),
+    None for the first. What is not known is None.
+    """
+
+    kind: str
+    source: str
+    backend: str
+    choice: str
+    native: bool | None
+    operators: str
+    device: str
+    precision: str
+    batch: int
+    concurrency: int
+    size: Sequence[int] | None
+    whole: bool
+    threads: int
+    runs: int
+    ms: dict[str, float]
+    images_per_second: float
+    steady: bool
+    windows_ms: list[float]
+    over_first: dict[str, float] | None
+    import_seconds: float
+    load_seconds: float
+    first_ms: float
+    loaded_mb: int | None
+    peak_mb: int | None
+    device_mb: int | None
+    joules_per_image: float | None
+
+
+class LayerTime(TypedDict):
+    """Milliseconds of a layer by part."""
+
+    name: str
+    ms: dict[str, float]
+
+
+class Profile(TypedDict):
+    """Time by layer of one target; ``sums`` are milliseconds by part over all layers."""
+
+    title: str
+    source: str
+    how: str
+    parts: list[str]
+    sums: dict[str, float]
+    layers: list[LayerTime]
+
+
+class LayerDivergence(TypedDict):
+    """Largest difference as a share of the largest value, and 1 − cosine of the angle."""
+
+    name: str
+    max_rel: float
+    angle: float
+
+
+class Divergences(TypedDict):
+    """How far one bundle is from the first, by layer."""
+
+    title: str
+    how: str
+    layers: list[LayerDivergence]
+
+
+class _Report(TypedDict):
+    kind: str
+    format: int
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    rows: list[Row]
+    skipped: list[dict[str, str]]
+    others_cpu: float | None
+
+
+class Report(_Report, total=False):
+    """All of it; layers where they were asked for."""
+
+    profiles: list[Profile]
+    divergences: list[Divergences]
 
 
 def _milliseconds(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _over(row: Row) -> str:
-    over = row["over_first"]
-    return "1" if over is None else f"{over['value']:.2f}×"
-
-
-def _known(key: str) -> Callable[[Row], str]:
-    return lambda row: "–" if row[key] is None else f"{row[key]:,}"
-
-
-def _size(row: Row) -> str:
-    return "×".join(map(str, row["size"])) if row["size"] else "–"
+def _known(value: float | None) -> str:
+    return "–" if value is None else f"{value:,}"
 
 
 _COLUMNS: dict[str, Callable[[Row], str]] = {
     "batch": lambda row: str(row["batch"]),
-    "at a time": lambda row: str(row["concurrency"]),
-    "input": _size,
+    "concurrency": lambda row: str(row["concurrency"]),
+    "input": lambda row: "×".join(map(str, row["size"])) if row["size"] else "–",
     "p50 ms": lambda row: _milliseconds(row["ms"]["p50"]) + ("" if row["steady"] else " ~"),
     "p90": lambda row: _milliseconds(row["ms"]["p90"]),
     "p99": lambda row: _milliseconds(row["ms"]["p99"]),
-    "of first": _over,
+    "vs. first": lambda row: f"{row['over_first']['value']:.2f}×" if row["over_first"] else "1",
     "images/s": lambda row: f"{row['images_per_second']:.2f}",
     "load s": lambda row: "–" if row["kind"] == "service" else f"{row['load_seconds']:.2f}",
     "first ms": lambda row: _milliseconds(row["first_ms"]),
-    "peak MB": _known("peak_mb"),
-    "GPU MB": _known("device_mb"),
-    "J/image": _known("joules_per_image"),
+    "peak MB": lambda row: _known(row["peak_mb"]),
+    "GPU MB": lambda row: _known(row["device_mb"]),
+    "J/image": lambda row: _known(row["joules_per_image"]),
     "runs": lambda row: str(row["runs"]),
 }
-# Said only where it tells rows apart or is known at all.
+# Shown only where it tells rows apart or is known at all.
 _ONLY_WHERE: dict[str, Callable[[Row], bool]] = {
-    "at a time": lambda row: row["concurrency"] > 1,
+    "concurrency": lambda row: row["concurrency"] > 1,
     "GPU MB": lambda row: row["device_mb"] is not None,
     "J/image": lambda row: row["joules_per_image"] is not None,
 }
 
 
-def side_name(row: Row) -> str:
+def target_name(row: Row) -> str:
     """What a row is of: source, backend and precision."""
     short = row["source"] if row["kind"] == "service" else Path(row["source"]).name
     # Portable operators go without saying, unless they were asked for.
     operators = row["operators"].partition(" ")[0]
     how = f", {operators}" if operators == "native" or row["native"] is False else ""
     return f"{short}, {row['backend']}{how}, {row['precision']}"
-
-
-def row_name(row: Row) -> str:
-    """A row's full name."""
-    many = f", {row['concurrency']} at a time" if row["concurrency"] > 1 else ""
-    return f"{side_name(row)}, batch {row['batch']}{many}"
 
 
 def cells(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -79,7 +148,9 @@ def cells(report: Report) -> tuple[list[str], list[list[str]]]:
         for title, cell in _COLUMNS.items()
         if title not in _ONLY_WHERE or any(map(_ONLY_WHERE[title], rows))
     }
-    return ["", *shown], [[side_name(row), *(cell(row) for cell in shown.values())] for row in rows]
+    return ["", *shown], [
+        [target_name(row), *(cell(row) for cell in shown.values())] for row in rows
+    ]
 
 
 def notes(report: Report) -> Iterator[str]:
@@ -92,14 +163,45 @@ def notes(report: Report) -> Iterator[str]:
         )
     share = report["others_cpu"]
     if share is not None and share > machine.QUIET:
-        yield f"Others had {share:.0%} of the CPUs meanwhile: measure again before quoting."
+        yield (
+            f"Measured on a shared machine ({100 * share:.0f} % of CPU used by other processes): "
+            "compare ratios, not milliseconds."
+        )
     if any(row["kind"] == "service" for row in rows):
         yield "A service is timed over its network: from an encoded image to a mask, or to objects."
     if any(row["whole"] and row["kind"] != "service" for row in rows):
         yield "Timed from decoded pixels to labels."
     for one in report["skipped"]:
-        yield f"Left out: {one['what']}. {one['why']}"
+        yield f"Skipped: {one['what']}. {one['why']}"
     yield f"{machine.say(report['machine'])}."
+
+
+def broken_limits(
+    report: Report,
+    images_per_second: float | None = None,
+    milliseconds: float | None = None,
+    ratio: float | None = None,
+) -> Iterator[str]:
+    """A sentence for every limit that a row does not keep, for continuous integration.
+
+    Args:
+        images_per_second: the least throughput; None for any.
+        milliseconds: the longest median.
+        ratio: how many times the first target's median another may take.
+    """
+    for row in report["rows"]:
+        many = f", concurrency {row['concurrency']}" if row["concurrency"] > 1 else ""
+        name = f"{target_name(row)}, batch {row['batch']}{many}"
+        rate, median, over = row["images_per_second"], row["ms"]["p50"], row["over_first"]
+        if images_per_second is not None and rate < images_per_second:
+            yield f"{name}: {rate:.2f} images/s; at least {images_per_second:g} are required."
+        if milliseconds is not None and median > milliseconds:
+            yield f"{name}: {median:.2f} ms; at most {milliseconds:g} are allowed."
+        if ratio is not None and over is not None and over["value"] > ratio:
+            yield (
+                f"{name}: {over['value']:.3f} times the first target's time; at most {ratio:g} "
+                "are allowed."
+            )
 
 
 def as_json(report: Report) -> str:
@@ -108,36 +210,31 @@ def as_json(report: Report) -> str:
 
 
 def markdown(report: Report) -> str:
-    """A table and notes, to be pasted."""
+    """Tables and notes, to be pasted."""
     titles, rows = cells(report)
-    lines = [_line(titles), _line(["---", *["---:"] * (len(titles) - 1)])]
-    lines += [_line([cell.replace("|", "\\|") for cell in row]) for row in rows]
+    lines = _table(titles, [[cell.replace("|", "\\|") for cell in row] for row in rows])
     lines += ["", *(f"- {note}" for note in notes(report))]
-    for section in report.get("profiles", []):
-        lines += ["", f"Milliseconds by layer: {section['title']}", "", *_layers(section)]
-    for section in report.get("divergences", []):
-        lines += ["", f"Divergence by layer: {section['title']}", "", *_divergence(section)]
+    for profile in report.get("profiles", []):
+        parts = profile["parts"]
+        layers = [*profile["layers"], LayerTime(name="**sum**", ms=profile["sums"])]
+        spent = [[layer["ms"].get(part, 0.0) for part in parts] for layer in layers]
+        rows = [
+            [layer["name"], *(f"{one:.2f}" for one in (*times, sum(times)))]
+            for layer, times in zip(layers, spent, strict=True)
+        ]
+        lines += ["", f"Milliseconds by layer: {profile['title']}", ""]
+        lines += _table(["", *parts, "sum"], rows)
+    for found in report.get("divergences", []):
+        rows = [[x["name"], f"{x['max_rel']:.1e}", f"{x['angle']:.1e}"] for x in found["layers"]]
+        lines += ["", f"Divergence by layer: {found['title']}", ""]
+        lines += _table(["", "largest error / largest value", "1 − cosine"], rows)
     return "\n".join(lines) + "\n"
 
 
-def _line(row: Sequence[str]) -> str:
-    return f"| {' | '.join(row)} |"
-
-
-def _layers(section: dict[str, Any]) -> Iterator[str]:
-    parts = section["parts"]
-    yield _line(["", *parts, "sum"])
-    yield _line(["---", *["---:"] * (len(parts) + 1)])
-    for layer in [*section["layers"], {"name": "**sum**", "ms": section["sums"]}]:
-        spent = [layer["ms"].get(part, 0.0) for part in parts]
-        yield _line([layer["name"], *(f"{one:.2f}" for one in spent), f"{sum(spent):.2f}"])
-
-
-def _divergence(section: dict[str, Any]) -> Iterator[str]:
-    yield _line(["", "largest error / largest value", "1 − cosine"])
-    yield _line(["---", "---:", "---:"])
-    for layer in section["layers"]:
-        yield _line([layer["name"], f"{layer['max_rel']:.1e}", f"{layer['angle']:.1e}"])
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(row)} |" for row in (titles, ["---", *["---:"] * (len(titles) - 1)], *rows)
+    ]
 
 
 def csv(report: Report) -> str:
@@ -151,11 +248,10 @@ def csv(report: Report) -> str:
     return file.getvalue()
 
 
-def _flat(row: Row, before: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(row: Any, before: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in row.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{before}{key}.")
-        elif isinstance(value, list):
-            yield f"{before}{key}", " ".join(map(str, value))
         else:
-            yield f"{before}{key}", value
+            text = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            yield f"{before}{key}", text

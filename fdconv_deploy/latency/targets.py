@@ -1,16 +1,28 @@
-"""What is timed: paths and services × backends × batch sizes."""
+"""What is timed: bundles, checkpoints and services × backends × batch sizes; and opening them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import io
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.runtime import BACKENDS, Bundle
+from fdconv_deploy.latency.images import feeds, images, picture
+from fdconv_deploy.runtime import BACKENDS, Bundle, GraphRunner, Session
+from fdconv_deploy.runtime.backends import BackendOptions, select
 from fdconv_deploy.runtime.bundle_checks import bundle_root
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Kind = Literal["bundle", "checkpoint", "service", "call"]
 TORCH_BACKENDS = {
@@ -20,46 +32,60 @@ TORCH_BACKENDS = {
     "fused": "the folded network in this package's GPU kernels",
 }
 ALL, CPU = "all", "onnxruntime-cpu"
-DEFAULTS: dict[Kind, str] = {"bundle": "auto", "checkpoint": "eager"}
 
 
 class UnavailableError(FDConvError):
-    """A side cannot be had here; left out where nobody asked for it by name."""
+    """A target cannot be had on this machine; skipped where nobody asked for it by name."""
 
 
-@dataclass(frozen=True)
-class Side:
-    """One thing to time.
+class RunOptions(BaseModel):
+    """How targets are run.
+
+    Attributes:
+        threads: CPU threads.
+        size: (height, width) of a checkpoint's input; a bundle knows its own.
+        whole: time a request from decoded pixels to labels, not the network alone.
+        image: file that is run; packaged pictures when not given.
+        model: of a service; its first when not given.
+        config: a checkpoint's config file.
+        overrides: settings that a checkpoint does not contain; of a call, whatever it takes.
+        weights: which weights of a checkpoint, see `read_checkpoint`.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    threads: int
+    size: tuple[int, int] | None = None
+    whole: bool = False
+    image: Path | None = None
+    model: str | None = None
+    config: Path | None = None
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = None
+
+
+class Target(BaseModel):
+    """One thing to time. Travels to its `workers.Worker` as JSON.
 
     Attributes:
         source: a bundle's or checkpoint's path, a service's address, or for scripts
-            "module:function", which makes a `work.Work` of the side.
+            "module:function", which makes an `OpenTarget` of the target.
         backend: of ``BACKENDS``, "auto", of ``TORCH_BACKENDS``, or "http".
         named: whether this backend was asked for, rather than every one there is.
         native: whether a bundle's ``fdconv`` operators run in C on a CPU; where they are built
             when None.
-        size: (height, width) of a checkpoint's input; a bundle knows its own.
-        whole: time a request from decoded pixels to labels, not the network alone.
-        image: file that is run; drawn scenes when not given.
-        model: of a service; its first when not given.
-        config, overrides, weights: what a checkpoint does not tell; of a call, whatever it takes.
     """
+
+    model_config = ConfigDict(frozen=True)
 
     kind: Kind
     source: str
-    backend: str
-    batch: int
-    precision: str
-    threads: int
+    options: RunOptions
+    backend: str = "auto"
+    batch: int = 1
+    precision: str = "fp32"
     named: bool = True
     native: bool | None = None
-    size: tuple[int, int] | None = None
-    whole: bool = False
-    image: str | None = None
-    model: str | None = None
-    config: str | None = None
-    overrides: dict[str, Any] = field(default_factory=dict)
-    weights: str | None = None
 
     @property
     def name(self) -> str:
@@ -68,148 +94,331 @@ class Side:
         how = {None: "", True: ", native", False: ", portable"}[self.native]
         return f"{short}, {self.backend}{how}, {self.precision}, batch {self.batch}"
 
-    def as_json(self) -> str:
-        """One line that `from_json` reads."""
-        return json.dumps(asdict(self))
 
-    @classmethod
-    def from_json(cls, text: str) -> Side:
-        """See `as_json`."""
-        given = json.loads(text)
-        size = given.pop("size")
-        return cls(**given, size=None if size is None else tuple(size))
-
-
-@dataclass(frozen=True)
-class Skipped:
+class Skipped(NamedTuple):
     """Something that was not timed, and why, as a sentence."""
 
     what: str
     why: str
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The sides in order, and what is left out from the start."""
-
-    sides: tuple[Side, ...]
-    skipped: tuple[Skipped, ...]
-
-
-def plan(
+def expand_targets(
     paths: Sequence[Path],
+    options: RunOptions,
     *,
     urls: Sequence[str] = (),
     backends: Sequence[str] = (),
     batches: Sequence[int] = (),
     native: Sequence[bool] = (),
-    threads: int,
-    size: tuple[int, int] | None = None,
-    whole: bool = False,
-    image: Path | None = None,
-    model: str | None = None,
-    config: Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    weights: str | None = None,
-) -> Plan:
-    """Every combination that means something.
+) -> tuple[list[Target], list[Skipped]]:
+    """Every combination that means something, and those that do not exist.
 
-    :param paths: bundles' folders and checkpoint files.
-    :param urls: of running services.
-    :param backends: names, or "all"; the best one for bundles and the published network for
-        checkpoints when not given.
-    :param batches: batch sizes; those of the bundles when not given.
-    :param native: run bundles with operators in C, without, or both, on a CPU.
-    :param threads: CPU threads of every side.
-    :param size: (height, width) of checkpoints' inputs; the first bundle's when not given.
-    :param whole: see `Side`; batches of one image only.
-    :raises FDConvError: nothing can be timed, or an option fits nothing here.
+    Args:
+        paths: bundles' folders and checkpoint files.
+        options: of every target. Checkpoints take the first bundle's input size when none is
+            given; ``whole`` goes with batches of one image only.
+        urls: of running services.
+        backends: names, or "all"; the best one for bundles and the published network for
+            checkpoints when not given.
+        batches: batch sizes; those of the bundles when not given.
+        native: run bundles with operators in C, without, or both, on a CPU.
+
+    Raises:
+        FDConvError: nothing can be timed, or an option fits nothing here.
     """
-    _check_backends(backends)
+    known = (ALL, "auto", *BACKENDS, *TORCH_BACKENDS)
+    for name in backends:
+        if name not in known:
+            raise FDConvError(f"There is no backend {name!r}; there are {', '.join(known)}.")
     paths = [bundle_root(path) for path in paths]
     for path in paths:
         if not path.exists():
             raise FDConvError(f"{path} does not exist. Give a bundle's folder or a checkpoint.")
     bundles = {path: Bundle.open(path, verify=False) for path in paths if path.is_dir()}
-    known = sorted({size for bundle in bundles.values() for size in bundle.batch_sizes}) or [1]
-    wanted = [1] if whole and not batches else list(dict.fromkeys(batches)) or known
-    if whole and wanted != [1]:
+    sizes = sorted({size for bundle in bundles.values() for size in bundle.batch_sizes}) or [1]
+    wanted = [1] if options.whole and not batches else list(dict.fromkeys(batches)) or sizes
+    if options.whole and wanted != [1]:
         raise FDConvError(
             "A whole request is one image's: --end-to-end goes without --batch, or with --batch 1."
         )
-    base = Side(
-        "bundle", "", "", 1, "fp32", threads,
-        whole=whole, image=str(image) if image else None, model=model,
-        config=str(config) if config else None, overrides=dict(overrides or {}),
-        weights=weights,
-    )  # fmt: skip
-    size = size or next((s for b in bundles.values() if (s := _input_size(b))), None)
-    sides: list[Side] = []
+    if options.size is None:
+        inputs = (bundle.manifest.input for bundle in bundles.values())
+        found = next(((size.height, size.width) for size in inputs if size is not None), None)
+        options = options.model_copy(update={"size": found})
+    targets: list[Target] = []
     skipped: list[Skipped] = []
     for path in paths:
         bundle = bundles.get(path)
-        made = replace(base, kind="checkpoint" if bundle is None else "bundle", source=str(path))
-        if bundle is None:
-            made = replace(made, size=size)
-        else:
-            made = replace(made, precision=bundle.manifest.precision)
         for batch in wanted:
-            if bundle is not None and batch not in bundle.batch_sizes:
-                has = ", ".join(map(str, bundle.batch_sizes))
-                skipped.append(Skipped(f"{path.name}, batch {batch}", f"It has graphs of {has}."))
-                continue
-            for side in _in_backends(replace(made, batch=batch), backends):
-                sides += _in_operators(side, native)
-    sides += [replace(base, kind="service", source=url, backend="http") for url in urls]
-    _check_used(sides, skipped, backends, wanted)
-    if native and all(side.native is None for side in sides):
+            target = Target(kind="checkpoint", source=str(path), options=options, batch=batch)
+            if bundle is not None:
+                if batch not in bundle.batch_sizes:
+                    has = ", ".join(map(str, bundle.batch_sizes))
+                    skipped.append(
+                        Skipped(f"{path.name}, batch {batch}", f"It has graphs of {has}.")
+                    )
+                    continue
+                precision = bundle.manifest.precision
+                target = target.model_copy(update={"kind": "bundle", "precision": precision})
+            targets += _in_backends(target, backends, native)
+    targets += [Target(kind="service", source=url, options=options, backend="http") for url in urls]
+    _check_used(targets, skipped, backends, wanted)
+    if native and all(target.native is None for target in targets):
         raise FDConvError("Native operators run bundles in 'onnxruntime-cpu': there is none here.")
-    return Plan(tuple(sides), tuple(skipped))
+    return targets, skipped
 
 
-def _in_backends(side: Side, backends: Sequence[str]) -> Iterator[Side]:
-    of_kind = list(TORCH_BACKENDS) if side.kind == "checkpoint" else list(BACKENDS)
-    if not backends:
-        yield replace(side, backend=DEFAULTS[side.kind])
-    for name in dict.fromkeys(backends):
+def _in_backends(
+    target: Target, backends: Sequence[str], native: Sequence[bool]
+) -> Iterator[Target]:
+    bundle = target.kind == "bundle"
+    of_kind = list(BACKENDS if bundle else TORCH_BACKENDS)
+    for name in dict.fromkeys(backends or ["auto" if bundle else "eager"]):
+        names = [name] if name in of_kind or (name == "auto" and bundle) else []
         if name == ALL:
-            yield from (replace(side, backend=n, named=False) for n in of_kind if n not in backends)
-        elif name in of_kind or (name == "auto" and side.kind == "bundle"):
-            yield replace(side, backend=name)
-
-
-def _in_operators(side: Side, native: Sequence[bool]) -> list[Side]:
-    if not native or side.kind != "bundle" or side.backend not in ("auto", CPU):
-        return [side]
-    return [replace(side, backend=CPU, native=one) for one in native]
-
-
-def _check_backends(backends: Sequence[str]) -> None:
-    known = (ALL, "auto", *BACKENDS, *TORCH_BACKENDS)
-    for name in backends:
-        if name not in known:
-            raise FDConvError(f"There is no backend {name!r}; there are {', '.join(known)}.")
+            names = [each for each in of_kind if each not in backends]
+        for each in names:
+            made = target.model_copy(update={"backend": each, "named": name != ALL})
+            if native and bundle and each in ("auto", CPU):
+                updates = ({"backend": CPU, "native": one} for one in native)
+                yield from (made.model_copy(update=update) for update in updates)
+            else:
+                yield made
 
 
 def _check_used(
-    sides: Sequence[Side], skipped: Sequence[Skipped], backends: Sequence[str], batches: list[int]
+    targets: Sequence[Target],
+    skipped: Sequence[Skipped],
+    backends: Sequence[str],
+    batches: Sequence[int],
 ) -> None:
-    if not sides and skipped:
+    if not targets and skipped:
         raise FDConvError(f"Nothing can be timed. {skipped[0].what}: {skipped[0].why}")
     for batch in batches:
-        if all(side.batch != batch for side in sides if side.kind != "service") and skipped:
+        if all(one.batch != batch for one in targets if one.kind != "service") and skipped:
             raise FDConvError(
                 f"No bundle has a graph of batch {batch}. {skipped[0].why} Export again with "
                 f"--batch {batch}, or ask for another."
             )
     for name in backends:
-        if name != ALL and all(side.backend != name for side in sides):
+        if name != ALL and all(target.backend != name for target in targets):
             kind = "checkpoints" if name in TORCH_BACKENDS else "bundles (fdconv export)"
             raise FDConvError(f"Backend {name!r} runs {kind}, and none was given.")
-    if not sides:
+    if not targets:
         raise FDConvError("Give a bundle's folder, a checkpoint, or --url of a running service.")
 
 
-def _input_size(bundle: Bundle) -> tuple[int, int] | None:
-    size = bundle.manifest.input
-    return None if size is None else (size.height, size.width)
+class Details(TypedDict, total=False):
+    """What turned out when a target was opened: the backend and why, the input's size."""
+
+    backend: str
+    choice: str
+    operators: str
+    precision: str
+    size: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class OpenTarget:
+    """A target that answers one request after another.
+
+    Attributes:
+        run: one request; may be called from several threads at once.
+        device: "cpu", "cuda" or "service".
+    """
+
+    run: Callable[[], Any]
+    device: str
+    details: Details
+    close: Callable[[], None] = lambda: None
+
+
+def open_target(target: Target) -> OpenTarget:
+    """Load everything a target needs; nothing has been run then.
+
+    Raises:
+        FDConvError: it cannot be had.
+    """
+    if target.kind == "call":
+        module, _, function = target.source.partition(":")
+        made: OpenTarget = getattr(import_module(module), function)(target)
+        return made
+    opening = {"bundle": _open_bundle, "service": _open_service, "checkpoint": _open_checkpoint}
+    return opening[target.kind](target)
+
+
+def _open_bundle(target: Target) -> OpenTarget:
+    bundle, options = Bundle.open(target.source), target.options
+    backend_options = BackendOptions(threads=options.threads, native=target.native)
+    backend, choice, graphs = select(bundle, target.backend, backend_options)
+    graphs = {target.batch: graphs.get(target.batch) or backend.load(bundle, target.batch)}
+    session = Session(bundle, GraphRunner(bundle, backend, choice, graphs))
+    shapes = (spec.shape for spec in bundle.manifest.inputs[target.batch])
+    size = next(((shape[2], shape[3]) for shape in shapes if len(shape) == 4), None)
+    details = Details(
+        backend=session.backend, choice=choice, operators=backend.operators, size=size
+    )
+    if options.whole:
+        image = picture(session.input_size, session.preprocessing, _text(options.image))
+        ask = session.detect if session.detects else session.segment
+        return OpenTarget(lambda: ask(image), backend.device, details, session.close)
+    inputs = bundle_inputs(bundle, target)
+    run = lambda: session.run_raw(inputs)  # noqa: E731 - one request
+    return OpenTarget(run, backend.device, details, session.close)
+
+
+def bundle_inputs(
+    bundle: Bundle, target: Target, batch: int | None = None
+) -> dict[str, NDArray[Any]]:
+    """Inputs of the bundle's graph of the target's batch size, or of another, by name."""
+    described = bundle.manifest.architecture or bundle.manifest.detector
+    preprocessing = described.preprocessing if described else None
+    specs = bundle.manifest.inputs[batch or target.batch]
+    return feeds(specs, preprocessing, _text(target.options.image))
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _open_service(target: Target) -> OpenTarget:
+    from fdconv_deploy.client import Client
+
+    url, wanted, image = target.source, target.options.model, target.options.image
+    with Client(url) as client:
+        cards = client.models()
+    names = [card["name"] for card in cards]
+    if not cards or (wanted is not None and wanted not in names):
+        raise FDConvError(
+            f"The service at {url} has the models {', '.join(names) or 'none'}"
+            + (f", not {wanted!r}." if wanted else ".")
+        )
+    card = next((card for card in cards if card["name"] == wanted), cards[0])
+    size = card["input"]["height"], card["input"]["width"]
+    preprocessing = Preprocessing.model_validate(card.get("preprocessing", {}))
+    if image is not None:
+        body = image.read_bytes()
+    elif preprocessing.loading == "color":
+        from fdconv_deploy.runtime.visualization import encode
+
+        body = encode(picture(size), "JPEG")
+    else:
+        buffer = io.BytesIO()
+        np.save(buffer, picture(size, preprocessing), allow_pickle=False)
+        body = buffer.getvalue()
+    name, detects = card["name"], card.get("kind") == "detector"
+    of_thread = threading.local()
+
+    def run() -> Any:
+        client = getattr(of_thread, "client", None)
+        if client is None:
+            # A refusal is part of what a client sees, so it is not asked again in silence.
+            client = of_thread.client = Client(url, retries=0)
+        return client.detect(body, name) if detects else client.mask(body, name)
+
+    details = Details(
+        backend="http",
+        choice=f"model {name}, {card.get('backend') or 'not loaded yet'}",
+        size=size,
+        precision=card.get("precision", "?"),
+    )
+    return OpenTarget(run, "service", details)
+
+
+def load_network(target: Target) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A checkpoint's network, in eval mode on the CPU, and the inputs that it is run on.
+
+    Raises:
+        FDConvError: the checkpoint cannot be read, or its input's size is not known.
+    """
+    import torch
+
+    from fdconv_deploy.checkpoints import load_checkpoint
+    from fdconv_deploy.nn.detection import Detector
+
+    options = target.options
+    torch.set_num_threads(options.threads)
+    network = load_checkpoint(
+        target.source,
+        config=options.config,
+        overrides=options.overrides,
+        weights=options.weights,
+        require_fdconv=False,
+    )
+    detects = isinstance(network, Detector)
+    size = options.size or (
+        network.architecture.published_size
+        if isinstance(network, Detector)
+        else network.architecture.test.crop_size
+    )
+    if size is None:
+        raise FDConvError(
+            f"{Path(target.source).name} was tested on whole images and records no size. Say "
+            "which: --size 512x512, or give a bundle beside it."
+        )
+    how, image = network.architecture.preprocessing, _text(options.image)
+    x = torch.from_numpy(images(target.batch, size, how, image))
+    sizes = torch.tensor([size] * target.batch, dtype=torch.float32)
+    return network, (x, sizes) if detects else (x,)
+
+
+def _open_checkpoint(target: Target) -> OpenTarget:
+    """A checkpoint in PyTorch: as published, compiled, folded, or folded and fused.
+
+    On a GPU where PyTorch sees one; inputs and answers are in host memory then, too, as a
+    bundle's are.
+    """
+    import torch
+
+    network, inputs = load_network(target)
+    size = inputs[0].shape[2], inputs[0].shape[3]
+    choice = f"PyTorch {torch.__version__}"
+    details = Details(backend=target.backend, choice=choice, size=size)
+    if target.options.whole:
+        return OpenTarget(_whole_request(target, network, size), "cpu", details)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made = _variant(target.backend, network, inputs, device)
+
+    def on_host(answer: Any) -> Any:
+        return answer.cpu() if isinstance(answer, torch.Tensor) else tuple(map(on_host, answer))
+
+    def run() -> Any:
+        # Outside inference mode PyTorch would keep every layer's input for a backward pass.
+        with torch.inference_mode():
+            return on_host(made(*(x.to(device) for x in inputs)))
+
+    return OpenTarget(run, device, details)
+
+
+def _variant(
+    backend: str, network: nn.Module, inputs: tuple[Tensor, ...], device: str
+) -> Callable[..., Any]:
+    if backend == "fused":
+        from fdconv_deploy.folding.cuda.network import fuse_network, require_cuda
+
+        require_cuda()
+        if len(inputs) > 1:
+            raise UnavailableError("Backend 'fused' takes networks of one input, not detectors.")
+        return fuse_network(network, inputs[0])
+    if backend == "folded":
+        from fdconv_deploy.folding.network import fold_network
+
+        return fold_network(network, inputs).to(device)
+    network = network.to(device)
+    if backend == "compile":
+        import torch
+
+        return torch.compile(network)
+    return network
+
+
+def _whole_request(target: Target, network: Any, size: tuple[int, int]) -> Callable[[], Any]:
+    from fdconv_deploy.evaluation.targets import torch_target
+
+    if target.backend != "eager":
+        raise UnavailableError(
+            f"A checkpoint's whole request is timed in backend 'eager' only; this is {target.name}."
+        )
+    image = picture(size, network.architecture.preprocessing, _text(target.options.image))
+    answer = torch_target(network, Path(target.source), size=size).answer
+    return lambda: answer(image)

@@ -1,8 +1,8 @@
-"""One side in a process of its own: it opens the side, then runs when it is told to.
+"""A process for each target: nothing of another target is in its memory or in its way.
 
-``python -m fdconv_deploy.latency.workers SIDE`` answers each line of JSON on its standard
-input with one on its standard output. Between them it waits in a read, and takes no CPU time.
-Its memory is the side's alone.
+`Worker` starts ``python -m fdconv_deploy.latency.workers TARGET SECONDS``, which opens the target
+and then answers each line of JSON on its standard input with one on its standard output. Between
+them it waits in a read, and takes no CPU time.
 """
 
 from __future__ import annotations
@@ -11,15 +11,135 @@ import contextlib
 import gc
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-STARTED = time.perf_counter()
+from fdconv_deploy.environment import missing
+from fdconv_deploy.errors import BackendError, FDConvError
+from fdconv_deploy.latency import machine
+from fdconv_deploy.latency.interleaving import Sample
+from fdconv_deploy.latency.targets import Details, Target, UnavailableError, open_target
+
+# What is imported before opening a target of each kind is timed.
+_IMPORTS = {
+    "checkpoint": ("torch", "fdconv_deploy.checkpoints", "fdconv_deploy.nn.detection"),
+    "bundle": ("fdconv_deploy.runtime", "onnxruntime"),
+    "service": ("fdconv_deploy.client",),
+}
+
+
+class Opened(TypedDict):
+    """What a worker says once its target is open and was run once.
+
+    ``import_seconds``: from starting the process until its libraries were imported. Memory of
+    the process: ``empty_mb`` before loading, ``loaded_mb`` after it, ``peak_mb`` at the most.
+    """
+
+    import_seconds: float
+    load_seconds: float
+    first_seconds: float
+    cpu: float
+    empty_mb: float
+    loaded_mb: float
+    peak_mb: float
+    device: str
+    details: Details
+
+
+class Worker(contextlib.AbstractContextManager["Worker"]):
+    """A target in a process of its own, opened and run once. A context manager.
+
+    Attributes:
+        opened: what opening took.
+        cpu_seconds: CPU time of the process so far.
+        peak_mb: the most memory that the process held so far.
+        device_mb: GPU memory taken since the process started; None where it is not known.
+
+    Raises:
+        UnavailableError: the target's backend cannot be had on this machine.
+        FDConvError: the target cannot be opened or run.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.cpu_seconds = self.peak_mb = 0.0
+        self.device_mb: float | None = None
+        # Closed in `close`: it lives as long as the process.
+        self._log = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115
+        path = os.pathsep.join([str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        threads = str(target.options.threads)
+        command = [sys.executable, "-m", __name__, target.model_dump_json(), repr(time.time())]
+        self._process = subprocess.Popen(  # noqa: S603 - this interpreter and package
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads},
+        )
+        try:
+            self.opened: Opened = self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def sample(self, runs: int, concurrency: int) -> Sample:
+        """Run ``runs`` times in each of ``concurrency`` threads.
+
+        Raises:
+            FDConvError: a run failed.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # what it died of is read below
+            request = json.dumps({"runs": runs, "concurrency": concurrency})
+            self._process.stdin.write(request + "\n")
+            self._process.stdin.flush()
+        found = self._read()
+        if found["device_mb"] is not None:
+            self.device_mb = max(self.device_mb or 0.0, found["device_mb"])
+        return Sample(tuple(found["seconds"]), found["wall"], found["joules"])
+
+    def close(self) -> None:
+        """End the process; one that runs is not waited for."""
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._log.close()
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise FDConvError(f"{self.target.name} {self._end()}")
+        found = json.loads(line)
+        if "error" in found:
+            raise (UnavailableError if found["unavailable"] else FDConvError)(found["error"])
+        self.cpu_seconds, self.peak_mb = found["cpu"], found["peak_mb"]
+        return found
+
+    def _end(self) -> str:
+        code = self._process.wait()
+        if code == -9:
+            return "was killed, most likely for want of memory. Free some, or time fewer targets."
+        self._log.seek(0)
+        lines = self._log.read().strip().splitlines()
+        return f"ended with {code}: {lines[-1] if lines else 'it gave no reason'}"
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def main() -> None:
@@ -27,119 +147,105 @@ def main() -> None:
     # Whatever libraries print goes to the log, not between the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    from fdconv_deploy.environment import missing
-    from fdconv_deploy.errors import BackendError, FDConvError
-    from fdconv_deploy.latency.nvml import gpus
-    from fdconv_deploy.latency.open_target import open_work
-    from fdconv_deploy.latency.targets import Side, UnavailableError
+    target, started = Target.model_validate_json(sys.argv[1]), float(sys.argv[2])
 
     def answer(**found: Any) -> None:
         answers.write(json.dumps(found) + "\n")
 
-    side = Side.from_json(sys.argv[1])
     try:
-        imports(side)
-        imported = time.perf_counter() - STARTED
-        gpu = next(iter(gpus()), None)
-        before = gpu.memory_mb() if gpu else None
-        empty = memory_mb("VmRSS")
-        start = time.perf_counter()
-        work = open_work(side)
-        loaded = time.perf_counter() - start
-        loaded_mb = memory_mb("VmRSS")
-        start = time.perf_counter()
-        work.run()
-        first = time.perf_counter() - start
-        gpu = gpu if work.device == "cuda" else None
-        answer(
-            import_seconds=imported, load_seconds=loaded, first_seconds=first,
-            cpu=time.process_time(), peak_mb=memory_mb("VmHWM"),
-            empty_mb=empty, loaded_mb=loaded_mb, device=work.device, details=work.details,
-        )  # fmt: skip
-        gc.collect()
-        gc.freeze()
-        for line in sys.stdin:
-            request = json.loads(line)
-            spent = gpu.joules() if gpu else None
-            seconds, wall = turn(work.run, request["runs"], request["concurrency"])
-            after, used = (gpu.joules(), gpu.memory_mb()) if gpu else (None, None)
-            answer(
-                seconds=seconds, wall=wall, cpu=time.process_time(), peak_mb=memory_mb("VmHWM"),
-                joules=None if spent is None or after is None else after - spent,
-                device_mb=None if used is None or before is None else used - before,
-            )  # fmt: skip
-            gc.collect()
-        work.close()
+        _serve(target, started, answer)
     except (FDConvError, OSError, ImportError, RuntimeError, MemoryError) as error:
         package = missing(error) if isinstance(error, ImportError) else None
-        known = isinstance(error, FDConvError) or package is not None
         unavailable = isinstance(error, UnavailableError | BackendError | ImportError)
         if package is not None:
-            said = f"{side.name} needs {package}"
+            answer(error=f"{target.name} needs {package}", unavailable=True)
+        elif isinstance(error, FDConvError):
+            answer(error=str(error), unavailable=unavailable)
         else:
-            said = str(error) if known else f"{side.name} failed. {_said(error)}"
-        answer(error=said, unavailable=unavailable)
-        if not known:
+            first = (str(error).strip().splitlines() or [""])[0]
+            text = f"{target.name} failed. {type(error).__name__}: {first}"
+            answer(error=text.rstrip(": "), unavailable=unavailable)
             raise
 
 
-def imports(side: Any) -> None:
-    """What a side needs is imported before anything of it is timed."""
-    needed = {
-        "checkpoint": ["fdconv_deploy.latency.torch_targets"],
-        "bundle": ["fdconv_deploy.runtime", "onnxruntime"],
-        "service": ["fdconv_deploy.client"],
-        "call": [side.source.partition(":")[0]],
-    }
-    for name in needed[side.kind]:
-        # What is missing is said when it is used, in a sentence of its own.
+def _serve(target: Target, started: float, answer: Callable[..., None]) -> None:
+    for name in _IMPORTS.get(target.kind, (target.source.partition(":")[0],)):
+        # What is missing is told where it is used, in a sentence of its own.
         with contextlib.suppress(ImportError):
             import_module(name)
+    imported = time.time() - started
+    gpu = next(iter(machine.gpus()), None)
+    before = gpu.memory_mb() if gpu else None
+    empty = memory_mb("VmRSS")
+    start = time.perf_counter()
+    work = open_target(target)
+    loaded = time.perf_counter() - start
+    loaded_mb = memory_mb("VmRSS")
+    start = time.perf_counter()
+    work.run()
+    first = time.perf_counter() - start
+    gpu = gpu if work.device == "cuda" else None
+    answer(
+        import_seconds=imported, load_seconds=loaded, first_seconds=first,
+        cpu=time.process_time(), peak_mb=memory_mb("VmHWM"),
+        empty_mb=empty, loaded_mb=loaded_mb, device=work.device, details=work.details,
+    )  # fmt: skip
+    gc.collect()
+    gc.freeze()
+    for line in sys.stdin:
+        request = json.loads(line)
+        spent = gpu.joules() if gpu else None
+        seconds, wall = timed_runs(work.run, request["runs"], request["concurrency"])
+        after, used = (gpu.joules(), gpu.memory_mb()) if gpu else (None, None)
+        answer(
+            seconds=seconds, wall=wall, cpu=time.process_time(), peak_mb=memory_mb("VmHWM"),
+            joules=None if spent is None or after is None else after - spent,
+            device_mb=None if used is None or before is None else used - before,
+        )  # fmt: skip
+        gc.collect()
+    work.close()
 
 
-def turn(run: Callable[[], Any], runs: int, concurrency: int) -> tuple[list[float], float]:
-    """Seconds of each of ``runs`` runs in each of ``concurrency`` threads, and of them all."""
-    gc.disable()
-    try:
-        if concurrency == 1:
-            start = time.perf_counter()
-            seconds = timed(run, runs)
-            return seconds, time.perf_counter() - start
-        return _together(run, runs, concurrency)
-    finally:
-        gc.enable()
+def timed_runs(
+    run: Callable[[], Any],
+    runs: int,
+    concurrency: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[float], float]:
+    """Seconds of each of ``runs`` runs in each of ``concurrency`` threads, and of all together.
 
+    The garbage collector is off meanwhile.
 
-def timed(run: Callable[[], Any], runs: int) -> list[float]:
-    """Seconds of each of some runs, one after the other."""
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-def _together(run: Callable[[], Any], runs: int, concurrency: int) -> tuple[list[float], float]:
+    Raises:
+        BaseException: what a run raised, in whichever thread.
+    """
     found: list[list[float]] = [[] for _ in range(concurrency)]
     failures: list[BaseException] = []
-    ready = threading.Barrier(concurrency + 1)
+    ready = threading.Barrier(concurrency)
 
     def loop(place: int) -> None:
         ready.wait()
         try:
-            found[place] = timed(run, runs)
-        except BaseException as error:  # raised where the turn was asked for
+            for _ in range(runs):
+                start = clock()
+                run()
+                found[place].append(clock() - start)
+        except BaseException as error:  # raised below, in the thread that asked
             failures.append(error)
 
-    threads = [threading.Thread(target=loop, args=(place,)) for place in range(concurrency)]
-    for thread in threads:
-        thread.start()
-    ready.wait()
-    start = time.perf_counter()
-    for thread in threads:
-        thread.join()
-    wall = time.perf_counter() - start
+    # This thread is one of them: with a concurrency of 1 no thread is started.
+    threads = [threading.Thread(target=loop, args=(place,)) for place in range(1, concurrency)]
+    gc.disable()
+    try:
+        for thread in threads:
+            thread.start()
+        start = clock()
+        loop(0)
+        for thread in threads:
+            thread.join()
+        wall = clock() - start
+    finally:
+        gc.enable()
     if failures:
         raise failures[0]
     return [second for one in found for second in one], wall
@@ -151,16 +257,7 @@ def memory_mb(key: str) -> float:
     Not ``getrusage``, whose maximum a process inherits from the one that started it. 0 where
     the system has no such file.
     """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(key)), 0.0)
-
-
-def _said(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return machine.proc_bytes("/proc/self/status", key) / 1e6
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How far two graphs of one network drift apart, layer by layer.
 
-The answer alone says that something is lost. Where, the outputs of the FDConv layers, of the
-plain convolutions and of the blocks they add up to tell.
+Compared are the outputs of the FDConv layers, of the plain convolutions, and of the blocks that
+they add up to.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
@@ -16,12 +17,14 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from fdconv_deploy.profiling.node_labels import label_nodes
+from fdconv_deploy.errors import BundleError
+from fdconv_deploy.profiling.layer_names import fdconv_layers, label_nodes
+from fdconv_deploy.runtime.bundle import Bundle
 
 
 @dataclass(frozen=True)
 class Point:
-    """A place both graphs have: a layer's or a block's name and its tensor's."""
+    """A place that both graphs have: the name of a layer or block, and of its tensor."""
 
     name: str
     tensor: str
@@ -119,3 +122,56 @@ def _between(name: str, exact: NDArray, found: NDArray) -> Divergence:
     norm = float(np.linalg.norm(a) * np.linalg.norm(b))
     cosine = float(a @ b) / norm if norm else 1.0
     return Divergence(name, float(np.abs(a - b).max(initial=0)) / largest, min(cosine, 1.0))
+
+
+def compare_bundles(
+    first: Bundle, second: Bundle, batch: int, feeds: dict[str, NDArray[np.generic]]
+) -> list[Divergence]:
+    """``second`` beside ``first`` at every layer that both have, on the same inputs.
+
+    In ONNX Runtime's CPU provider. What both graphs answer at a layer is kept on the disk
+    meanwhile: some gigabytes for a large network.
+
+    Args:
+        first: the exact one.
+        second: of the same network.
+        batch: a batch size of both.
+        feeds: inputs of that batch size, by name.
+
+    Raises:
+        BundleError: they take other inputs, or have no layer in common.
+    """
+    mine, others = first.manifest.inputs[batch], second.manifest.inputs[batch]
+    if mine != others:
+        raise BundleError(
+            f"{second.path.name} takes {_inputs(second, batch)}, {first.path.name} "
+            f"{_inputs(first, batch)}: layers can be compared on equal inputs only."
+        )
+    with TemporaryDirectory(prefix="fdconv-divergence-") as name:
+        folder = Path(name)
+        points = [_exposed(bundle, batch, folder / f"{n}.onnx")
+                  for n, bundle in enumerate((first, second))]  # fmt: skip
+        common = [name for name in points[0] if name in points[1]]
+        if not common:
+            raise BundleError(
+                f"{first.path.name} and {second.path.name} have no layer's name in common: they "
+                "are of different networks."
+            )
+        exact, found = (
+            [Point(name, of[name]) for name in common] for of in points
+        )  # the same layers, whatever either graph calls their tensors
+        answers = Answers(folder / "0.onnx", exact, feeds, folder)
+        return answers.divergences(folder / "1.onnx", feeds, found)
+
+
+def _exposed(bundle: Bundle, batch: int, path: Path) -> dict[str, str]:
+    """Write the bundle's graph with every point among its outputs; tensors by layer."""
+    model = onnx.load(str(bundle.model_path(batch)))
+    points = points_of(model, fdconv_layers(model))
+    save_exposed(model, [point.tensor for point in points], path)
+    return {point.name: point.tensor for point in points}
+
+
+def _inputs(bundle: Bundle, batch: int) -> str:
+    specs = bundle.manifest.inputs[batch]
+    return ", ".join(f"{spec.name} {spec.shape} {spec.dtype}" for spec in specs)

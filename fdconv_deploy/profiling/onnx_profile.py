@@ -1,4 +1,4 @@
-"""Which part of a network, and which layer, each node of its optimised graph belongs to.
+"""Where an exported network's time goes in ONNX Runtime's CPU provider, by layer and part.
 
 ONNX Runtime inlines function bodies, fuses nodes and changes layouts before it runs a graph, and
 its profile then names nodes that the exported file does not have. So the graph is optimised
@@ -63,9 +63,11 @@ class LayerTimes:
 class ProfiledGraph:
     """A graph that notes what each of its nodes takes. Profiling itself adds a few percent.
 
-    :param model: an exported graph.
-    :param folder: for files that are left there.
-    :param library: of native operators, to run in place of the graph's own functions.
+    Args:
+        model: an exported graph.
+        folder: for files that are left there.
+        threads: CPU threads.
+        library: of native operators, to run in place of the graph's own functions.
     """
 
     def __init__(
@@ -100,7 +102,8 @@ class ProfiledGraph:
     def costs(self, warm_up: int = 0) -> list[Cost]:
         """Every node's median over the runs; none can follow.
 
-        :param warm_up: the first of them, which do not count.
+        Args:
+            warm_up: how many of the first runs do not count.
         """
         events = json.loads(Path(self._session.end_profiling()).read_text())
         durations: defaultdict[str, list[float]] = defaultdict(list)
@@ -125,9 +128,10 @@ def profile(
     runs: int = 10,
     library: Path | None = None,
 ) -> list[Cost]:
-    """Every node's cost in ONNX Runtime's CPU provider. See `ProfiledGraph`.
+    """Every node's cost; see `ProfiledGraph` for the arguments.
 
-    :param runs: that count, after two that do not.
+    Args:
+        runs: that count, after two that do not.
     """
     graph = ProfiledGraph(model, folder, threads=threads, library=library)
     for _ in range(runs + WARM_UP):
@@ -167,7 +171,7 @@ def attribute(exported: ModelProto, optimised: ModelProto) -> list[str]:
 
 
 def _named_part(node: NodeProto, calls: Mapping[str, str], layers: tuple[str, ...]) -> str | None:
-    """What names tell: of the node and its outputs, where the exporter's and ORT's survive."""
+    """The part by names of the node and its outputs, where the exporter's survive; or None."""
     for output in node.output:
         if inlined := _INLINED.match(output):
             return _OPERATORS[inlined[1]]
@@ -200,14 +204,6 @@ def _spread(graph: ModelProto, parts: list[str | None]) -> list[str | None]:
     return found
 
 
-def by(costs: Sequence[Cost], what: str) -> dict[str, float]:
-    """Milliseconds by ``part`` or by ``operator``, the largest first."""
-    sums: defaultdict[str, float] = defaultdict(float)
-    for cost in costs:
-        sums[getattr(cost, what)] += cost.milliseconds
-    return dict(sorted(sums.items(), key=lambda item: -item[1]))
-
-
 def by_layer(costs: Sequence[Cost]) -> list[LayerTimes]:
     """Every layer's milliseconds by part, layers in the order in which they first run."""
     layers: dict[str, dict[str, float]] = {}
@@ -215,19 +211,3 @@ def by_layer(costs: Sequence[Cost]) -> list[LayerTimes]:
         parts = layers.setdefault(cost.layer, {})
         parts[cost.part] = parts.get(cost.part, 0.0) + cost.milliseconds
     return [LayerTimes(name, parts) for name, parts in layers.items()]
-
-
-def as_json(costs: Sequence[Cost]) -> dict[str, Any]:
-    """Sums by part, by operator, and by operator within each part, in milliseconds."""
-
-    def rounded(sums: Mapping[str, float]) -> dict[str, float]:
-        return {key: round(value, 2) for key, value in sums.items()}
-
-    within = {part: [cost for cost in costs if cost.part == part] for part in PARTS}
-    return {
-        "total": round(sum(cost.milliseconds for cost in costs), 2),
-        "nodes": len(costs),
-        "parts": {part: round(sum(c.milliseconds for c in within[part]), 2) for part in PARTS},
-        "operators": rounded(by(costs, "operator")),
-        "operators_by_part": {part: rounded(by(within[part], "operator")) for part in PARTS},
-    }

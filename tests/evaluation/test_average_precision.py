@@ -16,8 +16,7 @@ from pycocotools import mask as coco
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fdconv_deploy.evaluation.average_precision import AveragePrecision, average_precision
-from fdconv_deploy.evaluation.coco import CocoSet, read_coco
+from fdconv_deploy.evaluation.coco import AveragePrecision, CocoSet, average_precision, read_coco
 
 Kind = Literal["bbox", "segm"]
 HEIGHT, WIDTH = 200, 240

@@ -13,8 +13,7 @@ from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
 from fdconv_deploy.evaluation.coco import CocoSet, read_coco
-from fdconv_deploy.evaluation.coco_annotations import counted
-from fdconv_deploy.evaluation.coco_masks import NotAMaskError, coco_mask
+from fdconv_deploy.evaluation.coco_annotations import UnfitError, coco_mask, counted
 
 HEIGHT, WIDTH = 20, 30
 SQUARE = [2, 2, 12, 2, 12, 12, 2, 12]
@@ -110,7 +109,7 @@ def test_coco_mask_takes_compressed_run_lengths() -> None:
     ids=repr,
 )
 def test_coco_mask_refuses_what_pycocotools_cannot_take(segmentation: Any, found: str) -> None:
-    with pytest.raises(NotAMaskError) as caught:
+    with pytest.raises(UnfitError) as caught:
         ours(segmentation)
     assert found in str(caught.value)
     assert caught.value.expected
@@ -145,7 +144,7 @@ def test_coco_mask_refuses_what_pycocotools_cannot_take(segmentation: Any, found
     ids=lambda value: repr(value)[:60],
 )
 def test_coco_mask_refuses_what_pycocotools_would_not_survive(segmentation, found) -> None:
-    with pytest.raises(NotAMaskError, match=found):
+    with pytest.raises(UnfitError, match=found):
         ours(segmentation)
 
 

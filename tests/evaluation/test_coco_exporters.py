@@ -12,11 +12,10 @@ from pycocotools.coco import COCO
 from fdconv_deploy.coco_rle import decode
 from fdconv_deploy.evaluation.coco import read_coco
 from fdconv_deploy.evaluation.coco_annotations import counted
-from fdconv_deploy.evaluation.compare_detectors import evaluate_detectors
-from fdconv_deploy.evaluation.interleaving import Answer, Side
+from fdconv_deploy.evaluation.compare import Answer, Target, evaluate_detectors
 from tests.evaluation.drawn_streets import as_found, drawn
 
-FILES = Path(__file__).parents[2] / "real_packages" / "coco_exporters"
+FILES = Path(__file__).parents[1] / "real_packages" / "coco_exporters"
 
 
 def test_labelme2coco() -> None:
@@ -72,8 +71,8 @@ def test_supervisions_crowds_are_told() -> None:
     data = read_coco(folder / "annotations.json", folder / "images")
     _, things = drawn()[0]
     nothing = as_found(things, (64, 96)).kept(2.0)
-    side = Side(
+    target = Target(
         "none", lambda image: Answer(nothing, 0.1), ("person", "car", "sign"), {"backend": "none"}
     )
-    told = evaluate_detectors([side], data).as_dict()
+    told = evaluate_detectors([target], data).as_dict()
     assert (told["objects"], told["crowds"]) == (10, 4)

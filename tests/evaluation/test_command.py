@@ -112,7 +112,7 @@ def test_slide(sliding, tmp_path, monkeypatch, capfd):
         (["--images", "."], 2, "give --images with --masks"),
         ([], 2, "give --images with --masks"),
         (["--data", ".", "--images", ".", "--masks", "."], 2, "or --data alone"),
-        (["--data", ".", "--mode", "half"], 2, "--mode is whole or slide, not 'half'"),
+        (["--data", ".", "--mode", "half"], 2, "'half' is not one of 'whole', 'slide'"),
         (["--data", "."], 1, "no folders of a known data set"),
     ],
 )

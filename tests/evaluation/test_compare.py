@@ -1,4 +1,4 @@
-"""Sides scored beside each other: the numbers, and that each sees the same images."""
+"""Targets scored beside each other: the numbers, and that each sees the same images."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from fdconv_deploy.config import TestMode
 from fdconv_deploy.demo import held_out, packaged_checkpoint
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.class_mapping import LabelRule
-from fdconv_deploy.evaluation.compare import bundle_side, evaluate
+from fdconv_deploy.evaluation.compare import Answer, Target, evaluate
 from fdconv_deploy.evaluation.datasets import DatasetError, Sample, Samples, find_pairs
-from fdconv_deploy.evaluation.interleaving import Answer, Side
-from fdconv_deploy.evaluation.torch_segmentor import torch_side
+from fdconv_deploy.evaluation.targets import bundle_target, torch_target
 from fdconv_deploy.runtime import open_session
 
 NAMES = ("road", "sky", "car", "tree")
 
 
 def made_up(count: int = 5, size: tuple[int, int] = (7, 9)) -> list[Sample]:
-    """Images whose red channel is what a side answers, and truths."""
+    """Images whose red channel is what a target answers, and truths."""
     rng = np.random.default_rng(5)
     made = []
     for index in range(count):
@@ -31,15 +30,15 @@ def made_up(count: int = 5, size: tuple[int, int] = (7, 9)) -> list[Sample]:
     return made
 
 
-def reading(channel: int, log: list[str] | None = None, name: str = "side") -> Side:
-    """A side that answers one of the image's channels."""
+def reading(channel: int, log: list[str] | None = None, name: str = "target") -> Target:
+    """A target that answers one of the image's channels."""
 
     def answer(image: np.ndarray) -> Answer:
         if log is not None:
             log.append(name)
         return Answer(image[:, :, channel], 0.5)
 
-    return Side(name, answer, NAMES, {"backend": "none", "mode": "whole"})
+    return Target(name, answer, NAMES, {"backend": "none", "mode": "whole"})
 
 
 def test_scores_are_those_of_a_plain_loop():
@@ -64,11 +63,11 @@ def test_scores_are_those_of_a_plain_loop():
     assert evaluation.images == 5
 
 
-def test_sides_take_turns_and_see_the_first_image_once_before():
+def test_targets_take_turns_and_see_the_first_image_once_before():
     log: list[str] = []
     done: list[int] = []
-    sides = [reading(0, log, "a"), reading(1, log, "b"), reading(0, log, "c")]
-    evaluation = evaluate(sides, made_up(4), progress=done.append)
+    targets = [reading(0, log, "a"), reading(1, log, "b"), reading(0, log, "c")]
+    evaluation = evaluate(targets, made_up(4), progress=done.append)
     assert log == list("abc" + "abc" + "bca" + "cab" + "abc")
     assert done == [1, 2, 3, 4]
     assert [len(result.seconds) for result in evaluation.results] == [4, 4, 4]
@@ -91,8 +90,8 @@ def test_what_cannot_be_scored_is_refused():
     blank = [Sample("a", np.zeros((2, 3, 3), np.uint8), np.full((2, 3), -1))]
     with pytest.raises(DatasetError, match="Of 1 images no pixel counts"):
         evaluate([reading(0)], blank)
-    other = Side("other", reading(0).answer, NAMES[:2], {})
-    with pytest.raises(DatasetError, match=r"side has 4 classes .* other 2 \(road, sky\)"):
+    other = Target("other", reading(0).answer, NAMES[:2], {})
+    with pytest.raises(DatasetError, match=r"target has 4 classes .* other 2 \(road, sky\)"):
         evaluate([reading(0), other], made_up())
 
 
@@ -101,12 +100,12 @@ def test_a_bundle_beside_pytorch(streets):
     samples = Samples(find_pairs(folder, folder), LabelRule(11))[:6]
     network = load_checkpoint(packaged_checkpoint())
     with open_session(streets) as session:
-        sides = [
-            bundle_side(session),
-            torch_side(network, packaged_checkpoint(), size=session.input_size),
-            torch_side(network, packaged_checkpoint()),
+        targets = [
+            bundle_target(session),
+            torch_target(network, packaged_checkpoint(), size=session.input_size),
+            torch_target(network, packaged_checkpoint()),
         ]
-        evaluation = evaluate(sides, samples)
+        evaluation = evaluate(targets, samples)
     exported, eager, published = (result.scores for result in evaluation.results)
     assert exported.mean_iou == pytest.approx(eager.mean_iou, abs=1e-4)
     assert evaluation.agreement[1] > 0.9999
@@ -115,7 +114,7 @@ def test_a_bundle_beside_pytorch(streets):
 
 
 @pytest.mark.parametrize("mode", ["whole", "slide"])
-def test_pytorch_sides_are_the_published_inference(sliding, mode):
+def test_pytorch_targets_are_the_published_inference(sliding, mode):
     network = load_checkpoint(sliding[0])
     image = np.random.default_rng(2).integers(0, 256, (90, 150, 3)).astype(np.uint8)
     image = cv2.GaussianBlur(image, (0, 0), 4)
@@ -128,7 +127,7 @@ def test_pytorch_sides_are_the_published_inference(sliding, mode):
     logits = network.predict(x, crop if mode == "slide" else TestMode(mode="whole"))
     logits = torch.nn.functional.interpolate(logits, (90, 150), mode="bilinear")
     expected = logits[0].argmax(0).numpy()
-    labels = torch_side(network, sliding[0], mode=mode).answer(image).found
+    labels = torch_target(network, sliding[0], mode=mode).answer(image).found
     assert (labels == expected).mean() > 0.9995
     assert len(np.unique(expected)) > 1
 
@@ -142,10 +141,13 @@ def test_slide_beside_pytorch(sliding):
     ]
     with open_session(bundle) as session:
         network = load_checkpoint(checkpoint)
-        sides = [bundle_side(session), torch_side(network, checkpoint, size=session.input_size)]
-        assert [side.details["mode"] for side in sides] == ["slide", "slide"]
-        evaluation = evaluate(sides, samples)
-        whole = evaluate([bundle_side(session, mode="whole")], samples)
+        targets = [
+            bundle_target(session),
+            torch_target(network, checkpoint, size=session.input_size),
+        ]
+        assert [target.details["mode"] for target in targets] == ["slide", "slide"]
+        evaluation = evaluate(targets, samples)
+        whole = evaluate([bundle_target(session, mode="whole")], samples)
     assert evaluation.agreement[1] > 0.999
     assert not np.array_equal(whole.results[0].confusion, evaluation.results[0].confusion)
 
@@ -153,11 +155,14 @@ def test_slide_beside_pytorch(sliding):
 def test_a_network_without_a_crop_cannot_slide():
     network = load_checkpoint(packaged_checkpoint())
     with pytest.raises(FDConvError, match="records no crop to slide"):
-        torch_side(network, packaged_checkpoint(), mode="slide")
+        torch_target(network, packaged_checkpoint(), mode="slide")
 
 
 def test_classes_in_another_order_are_shown_where_they_differ():
     answer = reading(0).answer
-    sides = [Side("one", answer, tuple("abcdef"), {}), Side("two", answer, tuple("abcedf"), {})]
+    targets = [
+        Target("one", answer, tuple("abcdef"), {}),
+        Target("two", answer, tuple("abcedf"), {}),
+    ]
     with pytest.raises(DatasetError, match=r"one has 6 .* \(…, b, c, d, …\).* 6 \(…, b, c, e, …\)"):
-        evaluate(sides, made_up())
+        evaluate(targets, made_up())

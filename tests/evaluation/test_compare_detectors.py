@@ -12,9 +12,9 @@ import pytest
 
 from examples.streets.instances import CLASSES
 from fdconv_deploy.evaluation.coco import CocoSet, find_coco, read_coco
-from fdconv_deploy.evaluation.compare_detectors import bundle_side, coco_results, evaluate_detectors
+from fdconv_deploy.evaluation.compare import Answer, Target, coco_results, evaluate_detectors
 from fdconv_deploy.evaluation.datasets import DatasetError
-from fdconv_deploy.evaluation.interleaving import Answer, Side
+from fdconv_deploy.evaluation.targets import bundle_target
 from fdconv_deploy.runtime import Detection, open_session
 from tests.evaluation.drawn_streets import as_found, drawn
 
@@ -26,20 +26,20 @@ def data(street_set: Path) -> CocoSet:
     return read_coco(*found)
 
 
-def side(
-    change: Callable[[Detection], Detection] = lambda d: d, name: str = "side"
-) -> Side[Detection]:
+def target(
+    change: Callable[[Detection], Detection] = lambda d: d, name: str = "target"
+) -> Target[Detection]:
     """One that knows the drawn scenes, and answers with them after ``change``."""
     known = {image.tobytes(): as_found(things, image.shape[:2]) for image, things in drawn()}
 
     def answer(image: np.ndarray) -> Answer[Detection]:
         return Answer(change(known[image.tobytes()]), 0.1)
 
-    return Side(name, answer, CLASSES, {"backend": "none", "precision": "fp32"})
+    return Target(name, answer, CLASSES, {"backend": "none", "precision": "fp32"})
 
 
 def scored(data: CocoSet, *changes: Callable[[Detection], Detection]):
-    return evaluate_detectors([side(change) for change in changes], data)
+    return evaluate_detectors([target(change) for change in changes], data)
 
 
 def test_what_was_drawn_scores_one(data: CocoSet) -> None:
@@ -78,7 +78,7 @@ def test_one_object_of_two_scores_as_counted_by_hand(street_set: Path, data: Coc
     def both(found: Detection) -> Detection:
         return replace(found, labels=np.ones_like(found.labels)).kept(most=2)
 
-    first, second = evaluate_detectors([side(one), side(both)], two).results
+    first, second = evaluate_detectors([target(one), target(both)], two).results
     assert first.boxes.ap == pytest.approx(51 / 101)
     assert first.boxes.recall == pytest.approx(0.5)
     assert second.boxes.ap == pytest.approx(1)
@@ -117,11 +117,11 @@ def test_areas_and_what_is_not_defined(data: CocoSet) -> None:
     assert [set(c) for c in told["classes"]] == [{"name", "box_ap", "mask_ap"}] * 3
 
 
-def test_sides_take_turns(data: CocoSet) -> None:
+def test_targets_take_turns(data: CocoSet) -> None:
     log: list[str] = []
 
-    def logged(name: str) -> Side[Detection]:
-        made = side(name=name)
+    def logged(name: str) -> Target[Detection]:
+        made = target(name=name)
 
         def answer(image: np.ndarray) -> Answer[Detection]:
             log.append(name)
@@ -146,7 +146,7 @@ def test_results_are_cocos(data: CocoSet) -> None:
 
 def test_a_bundle(data: CocoSet, detector: Path) -> None:
     with open_session(detector, threads=1) as session:
-        evaluation = evaluate_detectors([bundle_side(session)], data)
+        evaluation = evaluate_detectors([bundle_target(session)], data)
     (result,) = evaluation.results
     told = evaluation.as_dict()
     assert told["sides"][0]["size"] == [64, 96]
@@ -156,8 +156,8 @@ def test_a_bundle(data: CocoSet, detector: Path) -> None:
 
 
 def test_other_classes(data: CocoSet) -> None:
-    other = replace(side(), classes=("person", "car", "lamp"))
+    other = replace(target(), classes=("person", "car", "lamp"))
     with pytest.raises(DatasetError, match=r"3 \(person, car, lamp\): they cannot be compared"):
-        evaluate_detectors([side(), other], data)
+        evaluate_detectors([target(), other], data)
     with pytest.raises(DatasetError, match=r"class 'lamp' is none of the categories"):
         evaluate_detectors([other], data)

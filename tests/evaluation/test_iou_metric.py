@@ -16,16 +16,15 @@ import pytest
 from PIL import Image
 
 from fdconv_deploy.evaluation.class_mapping import LabelRule
-from fdconv_deploy.evaluation.compare import Evaluation, evaluate
+from fdconv_deploy.evaluation.compare import Answer, Evaluation, Target, evaluate
 from fdconv_deploy.evaluation.datasets import Pair, Samples
-from fdconv_deploy.evaluation.interleaving import Answer, Side
 
 CASES = Path(__file__).parents[1] / "real_packages" / "mmsegmentation" / "iou_metric"
 NAMES = sorted(path.parent.name for path in CASES.glob("*/scores.json"))
 
 
 def scored(folder: Path, tmp_path: Path, told: dict[str, Any]) -> Evaluation:
-    """What ``fdconv evaluate`` makes of a side that gives the case's answers."""
+    """What ``fdconv evaluate`` makes of a target that gives the case's answers."""
     pairs, answers = [], []
     for mask in sorted(folder.glob("?.png")):
         answer = np.asarray(Image.open(folder / f"{mask.stem}_answer.png"))
@@ -44,8 +43,8 @@ def scored(folder: Path, tmp_path: Path, told: dict[str, Any]) -> Evaluation:
     # The first image is answered twice: once before anything is timed.
     turn: Iterator[np.ndarray] = iter([answers[0], *answers])
     names = tuple(f"class {number}" for number in range(told["classes"]))
-    side = Side("answers", lambda image: Answer(next(turn), 0.1), names, {"backend": "none"})
-    return evaluate([side], samples)
+    target = Target("answers", lambda image: Answer(next(turn), 0.1), names, {"backend": "none"})
+    return evaluate([target], samples)
 
 
 def test_there_is_a_case_of_each_setting() -> None:
@@ -97,6 +96,6 @@ def test_an_order_of_classes_changes_no_score(tmp_path: Path) -> None:
         pairs.append(Pair(tmp_path / mask.name, mask))
     rule = replace(LabelRule(5), order=turned)
     turn = iter([answers[0], *answers])
-    side = Side("turned", lambda image: Answer(next(turn), 0.1), ("e", "d", "c", "b", "a"), {})
-    (result,) = evaluate([side], Samples(pairs, rule)).results
+    target = Target("turned", lambda image: Answer(next(turn), 0.1), ("e", "d", "c", "b", "a"), {})
+    (result,) = evaluate([target], Samples(pairs, rule)).results
     assert result.scores.iou[::-1] == pytest.approx(told["IoU"])

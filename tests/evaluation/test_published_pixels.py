@@ -14,7 +14,7 @@ import torch
 
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.checkpoints.loading import LoadedSegmentor
-from fdconv_deploy.evaluation.torch_segmentor import torch_side
+from fdconv_deploy.evaluation.targets import torch_target
 from fdconv_deploy.runtime.multiband import load_image
 from fdconv_deploy.runtime.preprocessing import check_image, normalise, published_size, resize
 
@@ -48,8 +48,8 @@ def test_published_pixels_are_prepared_as_mmsegmentation_does(name: str) -> None
 @pytest.mark.parametrize("name", NAMES)
 def test_published_labels_are_mmsegmentations(name: str) -> None:
     network, image, answers = read(name)
-    side = torch_side(network, FILES / f"{name}.pth")
-    labels = side.answer(image).found
+    target = torch_target(network, FILES / f"{name}.pth")
+    labels = target.answer(image).found
     assert set(np.unique(labels)) == {0, 1}
     score = answers["seg_logits"]  # of one output, its sigmoid
     head = network.architecture.decode_head
@@ -58,7 +58,7 @@ def test_published_labels_are_mmsegmentations(name: str) -> None:
     different = labels != answers["labels"]
     assert different.mean() <= 0.002
     assert margin[different].max(initial=0) <= 1e-3
-    assert len(side.classes) == 2
+    assert len(target.classes) == 2
 
 
 def test_published_heads_are_told_by_the_config() -> None:

@@ -3,7 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from fdconv_deploy.export import export_checkpoint
 
+from fdconv_deploy.demo import packaged_checkpoint
 from tests.runtime import toy
 
 
@@ -17,6 +19,13 @@ def toy_bundle(tmp_path_factory) -> Path:
 def other_bundle(tmp_path_factory) -> Path:
     """The same, batch 1 only."""
     return toy.make_bundle(tmp_path_factory.mktemp("speed") / "other", batches=(1,)).path
+
+
+@pytest.fixture(scope="package")
+def streets(tmp_path_factory) -> Path:
+    """A bundle of the packaged network at 96×128, batch 1."""
+    path = tmp_path_factory.mktemp("speed") / "streets"
+    return export_checkpoint(packaged_checkpoint(), path, size=(96, 128)).path
 
 
 @pytest.fixture(autouse=True)

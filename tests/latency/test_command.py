@@ -17,8 +17,7 @@ from rich.console import Console
 
 from fdconv_deploy.cli.bench_tables import show
 from fdconv_deploy.demo import packaged_checkpoint
-from fdconv_deploy.latency import report as tables
-from fdconv_deploy.latency.thresholds import Floors
+from fdconv_deploy.latency.report import broken_limits, target_name
 from fdconv_deploy.ops.native import FOLDER, native_library
 from tests.test_cli import fdconv
 
@@ -43,7 +42,7 @@ def test_every_output(toy_bundle, other_bundle, tmp_path, monkeypatch, capfd):
     assert code == 0, err
     report = json.loads(files[0].read_text())
     rows = report["rows"]
-    # Sides of one batch size are together, and each has every concurrency.
+    # Targets of one batch size are together, and each has every concurrency.
     assert [(Path(r["source"]).name, r["batch"], r["concurrency"]) for r in rows] == [
         ("toy", 1, 1), ("toy", 1, 2), ("other", 1, 1), ("other", 1, 2),
         ("toy", 4, 1), ("toy", 4, 2),
@@ -70,8 +69,8 @@ def test_every_output(toy_bundle, other_bundle, tmp_path, monkeypatch, capfd):
     shown = f"{p50:.2f}" if p50 < 10 else f"{p50:.1f}"
     for text in (out, markdown, files[3].read_text()):
         assert shown in text
-        assert "Left out: other, batch 4. It has graphs of 1." in text
-        assert "at a time" in text
+        assert "Skipped: other, batch 4. It has graphs of 1." in text
+        assert "concurrency" in text
     assert not list(tmp_path.glob(".*"))
 
 
@@ -98,7 +97,7 @@ def test_native_beside_portable(streets, monkeypatch, capfd):
     portable, native = report["rows"]
     assert portable["operators"].startswith("portable")
     assert native["operators"].startswith("native")
-    assert tables.side_name(native) == "streets, onnxruntime-cpu, native, fp32"
+    assert target_name(native) == "streets, onnxruntime-cpu, native, fp32"
     first, second = report["profiles"]
     assert second["title"] == "streets, onnxruntime-cpu, native, batch 1"
     # The same layers, in whatever order the runtime takes branches; each kernel in one node.
@@ -151,7 +150,7 @@ def test_tables_fit_a_terminal(width, toy_bundle, other_bundle, monkeypatch, cap
     assert "peak MB" in text.partition("No room")[0]
 
 
-def test_all_backends_leave_out_what_is_not_here(toy_bundle, monkeypatch, capfd):
+def test_all_backends_skip_what_is_not_here(toy_bundle, monkeypatch, capfd):
     report = benched(monkeypatch, capfd, toy_bundle, "--backend", "all", "--batch", 1)
     assert [row["backend"] for row in report["rows"]] == ["onnxruntime-cpu"]
     why = {one["what"]: one["why"] for one in report["skipped"]}
@@ -162,7 +161,7 @@ def test_all_backends_leave_out_what_is_not_here(toy_bundle, monkeypatch, capfd)
     assert all(sentence.endswith(".") and len(sentence) > 40 for sentence in why.values())
 
 
-def test_a_backend_asked_for_by_name_is_not_left_out(toy_bundle, monkeypatch, capfd):
+def test_a_backend_asked_for_by_name_is_not_skipped(toy_bundle, monkeypatch, capfd):
     code, out, err = fdconv(
         monkeypatch, capfd, "bench", toy_bundle, "--backend", "onnxruntime-cuda", *BRIEF
     )
@@ -178,17 +177,17 @@ def test_limits(toy_bundle, other_bundle, tmp_path, monkeypatch, capfd):
     code, out, err = fdconv(monkeypatch, capfd, *arguments, *limits)
     assert code == 1
     for message in (
-        r"toy, onnxruntime-cpu, fp32, batch 1: [\d.]+ images/s, 1e\+09 are asked for\.",
-        r"toy, onnxruntime-cpu, fp32, batch 1: [\d.]+ ms, at most 0 are allowed\.",
-        r"other, .* times the first side's time, at most 0 are allowed\.",
+        r"toy, onnxruntime-cpu, fp32, batch 1: [\d.]+ images/s; at least 1e\+09 are required\.",
+        r"toy, onnxruntime-cpu, fp32, batch 1: [\d.]+ ms; at most 0 are allowed\.",
+        r"other, .* times the first target's time; at most 0 are allowed\.",
     ):
         assert re.search(message, err)
     # What broke the limits is there to be read.
     report = json.loads(file.read_text())
     assert "images/s" in out
-    assert not list(Floors(0, 1e9, 1e9).broken(report))
-    assert not list(Floors().broken(report))
-    assert len(list(Floors(ratio=0).broken(report))) == 1  # of the first itself there is none
+    assert not list(broken_limits(report, 0, 1e9, 1e9))
+    assert not list(broken_limits(report))
+    assert len(list(broken_limits(report, ratio=0))) == 1  # of the first itself there is none
 
 
 @pytest.mark.parametrize(
@@ -196,7 +195,7 @@ def test_limits(toy_bundle, other_bundle, tmp_path, monkeypatch, capfd):
     [
         (["--concurrency", "1,x"], 2, "--concurrency is numbers such as 1,2,4; not '1,x'"),
         (["--concurrency", "0"], 2, "--concurrency is numbers such as 1,2,4; not '0'"),
-        (["--native", "maybe"], 2, "--native is on, off or both; not 'maybe'"),
+        (["--native", "maybe"], 2, "'maybe' is not one of 'on', 'off', 'both'"),
         (["--json", "no/where.json"], 1, "there is no folder no."),
         (["--json", "a", "--html", "a"], 1, "Two outputs would be written to a."),
         (["--image", "nothing.png"], 1, "nothing.png"),
@@ -217,8 +216,23 @@ def test_bundles_are_timed_without_torch(toy_bundle, tmp_path):
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')")
     command = [sys.executable, "-m", "fdconv_deploy", "bench", str(toy_bundle), *BRIEF]
     finished = subprocess.run(
-        [*command, "--html", str(tmp_path / "r.html")],
+        [*command, "--markdown", str(tmp_path / "r.md")],
         env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     assert "images/s" in finished.stdout
+
+
+def test_a_page_without_matplotlib_is_refused_before_anything_is_run(
+    toy_bundle, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.delitem(sys.modules, "fdconv_deploy.latency.html", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("fdconv_deploy.latency.measure.measure", lambda *_, **__: 1 / 0)
+    file = tmp_path / "r.html"
+    code, _, err = fdconv(monkeypatch, capfd, "bench", toy_bundle, "--html", file, *BRIEF)
+    assert code == 1
+    assert "(--html) needs matplotlib, which is not installed: pip install" in err
+    assert not file.exists()

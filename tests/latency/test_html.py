@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from benchmarks.screenshots import find_browser, take
 from fdconv_deploy.latency import machine
 from fdconv_deploy.latency.html import page
-from fdconv_deploy.latency.svg import powers, ticks
 
 
 def row(name: str, ms: float, **changes: object) -> dict:
@@ -70,56 +66,39 @@ def test_everything_is_on_the_page(report):
     for said in (
         "&lt;script&gt;alert(1)", "850", "20 ms ~", "Not &amp; here.", "1.0e-03",
         "layer1.0.conv2", "By a stopwatch. Milliseconds in all: convolutions 3.0, rest 1.5.",
-        report["machine"]["cpu"].replace("&", "&amp;"), "Others had 20%", "b1×2", "150 MB",
+        report["machine"]["cpu"].replace("&", "&amp;"),
+        "Measured on a shared machine (20 % of CPU used by other processes)", "b1×2", "150 MB",
     ):  # fmt: skip
         assert said in text, said
     assert text.count("<h2>") == 8
 
 
 def test_nothing_comes_from_elsewhere_and_nothing_runs(report):
-    text = page(report)
-    assert not re.search(r"<script|<link|<img|@import|url\(|src=|href=", text)
+    text = re.sub(r'xmlns(:xlink)?="[^"]*"', "", page(report))
+    # Within the page, plots refer to their own shapes.
+    assert not re.search(r"<script|<link|<img|@import|url\((?!#)|src=|href=\"(?!#)", text)
     assert not re.search(r"https?://(?!127\.0\.0\.1)", text)
 
 
-def test_plots_are_whole_and_within_the_page(report):
+def test_plots_are_whole_and_in_the_colours_of_the_page(report):
     plots = re.findall(r'<svg class="plot".*?</svg>', page(report), re.S)
     assert len(plots) == 6
     for plot in plots:
         tree = ElementTree.fromstring(plot)
-        for shape in tree.iter("rect"):
-            end = sum(float(shape.get(key).rstrip("%")) for key in ("x", "width"))
-            assert 0 <= end <= 80
-        for mark in tree.iter():
-            for key in ("x1", "x2", "cx"):
-                value = mark.get(key, "0").rstrip("%")
-                assert 0 <= float(value) <= 100
-                assert math.isfinite(float(value))
+        assert any(text.text for text in tree.iter("{http://www.w3.org/2000/svg}text"))
+        colours = set(re.findall(r"(?:fill|stroke): ?([^;\"]+)", plot))
+        assert {c for c in colours if not c.startswith(("var(--", "none"))} == set(), colours
+
+
+def test_names_are_no_formulas(report):
+    report["rows"][0]["source"] = "$\\frac"
+    assert "$\\frac, onnxruntime-cpu" in page(report)
 
 
 def test_light_dark_and_print(report):
     text = page(report)
     dark, printed = text.index("prefers-color-scheme: dark"), text.index("@media print")
     assert dark < printed  # a dark screen's page is printed light
-
-
-@given(st.floats(1e-6, 1e9))
-def test_ticks_cover_what_there_is(most):
-    found = ticks(most)
-    assert found[0] == 0
-    assert found[-1] >= most * 0.999
-    assert 4 <= len(found) <= 6
-    assert found[-2] < most
-
-
-@given(st.lists(st.floats(1e-3, 1e6), min_size=1))
-def test_powers_enclose_what_there_is(values):
-    found = powers(values)
-    assert found[0] <= min(values)
-    assert found[-1] >= max(values)
-    assert len(found) >= 2
-    assert found == sorted(set(found))
-    assert len(found) < 3 or found[1] > min(values)
 
 
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed")

@@ -1,10 +1,11 @@
-"""What is asked of NVIDIA's management library, on a stand-in of it."""
+"""The machine, whether it is quiet, and its GPUs: on a stand-in of NVIDIA's library."""
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
-from fdconv_deploy.latency.nvml import describe_gpus, gpus
+from fdconv_deploy.latency.machine import Bystanders, describe, describe_gpus, gpus
 
 
 class Nvml:
@@ -75,3 +76,20 @@ def test_no_driver_means_no_gpus(monkeypatch):
     monkeypatch.setattr(broken, "nvmlInit", lambda: 1 / 0)
     assert gpus(broken) == []
     assert isinstance(describe_gpus(), list)
+
+
+def test_machine_says_what_a_reader_must_know() -> None:
+    found = describe(threads=2)
+    assert found["threads"] == 2
+    assert found["cpu"]
+    assert found["cores"] >= 1
+    assert set(found["versions"]) >= {"torch", "onnxruntime"}
+    assert found["date"].endswith("UTC")
+
+
+def test_own_work_is_not_others() -> None:
+    with Bystanders() as others:
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
+    assert others.share is None or 0 <= others.share <= 1

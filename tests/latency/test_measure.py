@@ -1,29 +1,28 @@
-"""Sides that cannot be opened: left out and said, or an error where they were asked for."""
+"""Targets that cannot be opened: skipped and named, or an error where they were asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.interleaving import Rules
+from fdconv_deploy.latency.interleaving import Schedule
 from fdconv_deploy.latency.measure import measure
-from fdconv_deploy.latency.targets import Plan, UnavailableError, plan
+from fdconv_deploy.latency.targets import RunOptions, Target, UnavailableError, expand_targets
 
-BRIEF = Rules(seconds=0.1, warm_up=0.0, turn=0.01)
+BRIEF = Schedule(seconds=0.1, warm_up=0.0, turn=0.01)
 
 
 @pytest.fixture
-def two(toy_bundle: Path, other_bundle: Path) -> Plan:
-    return plan([toy_bundle, other_bundle], threads=1, batches=[1])
+def two(toy_bundle: Path, other_bundle: Path) -> list[Target]:
+    return expand_targets([toy_bundle, other_bundle], RunOptions(threads=1), batches=[1])[0]
 
 
-def unnamed(asked: Plan) -> Plan:
-    return replace(asked, sides=tuple(replace(side, named=False) for side in asked.sides))
+def unnamed(targets: list[Target]) -> list[Target]:
+    return [target.model_copy(update={"named": False}) for target in targets]
 
 
 def starve(monkeypatch: pytest.MonkeyPatch, free: Iterator[float]) -> None:
@@ -36,13 +35,13 @@ def starve(monkeypatch: pytest.MonkeyPatch, free: Iterator[float]) -> None:
     monkeypatch.setattr(machine, "memory", memory)
 
 
-def test_a_side_too_many_for_the_memory_is_left_out(two, monkeypatch):
+def test_a_target_too_many_for_the_memory_is_skipped(two, monkeypatch):
     starve(monkeypatch, iter((8e9, 3e8)))
     report = measure(unnamed(two), BRIEF)
     assert [Path(row["source"]).name for row in report["rows"]] == ["toy"]
-    (left_out,) = report["skipped"]
-    assert left_out["what"].startswith("other")
-    assert "300 MB of memory are free, and a side held" in left_out["why"]
+    (skipped,) = report["skipped"]
+    assert skipped["what"].startswith("other")
+    assert "300 MB of memory are free, and a target held" in skipped["why"]
 
 
 def test_asked_for_by_name_it_is_an_error(two, monkeypatch):
@@ -51,7 +50,7 @@ def test_asked_for_by_name_it_is_an_error(two, monkeypatch):
         measure(two, BRIEF)
 
 
-def test_no_side_at_all(two, monkeypatch):
+def test_no_target_at_all(two, monkeypatch):
     starve(monkeypatch, iter((1e6, 1e6)))
     with pytest.raises(
         FDConvError, match=r"Nothing could be timed\. toy.*: 1 MB of memory are free"

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from fdconv_deploy.demo import packaged_checkpoint
-from fdconv_deploy.latency import report as tables
 from fdconv_deploy.latency.html import page
+from fdconv_deploy.latency.report import markdown
 from tests.latency.test_command import BRIEF
 from tests.test_cli import fdconv
 
@@ -55,7 +55,7 @@ def test_divergence_by_layer(report):
 
 
 def test_both_are_in_every_form(report):
-    text, html = tables.markdown(report), page(report)
+    text, html = markdown(report), page(report)
     for said in ("Milliseconds by layer: streets, onnxruntime-cpu", "Divergence by layer: copy"):
         assert said in text
     for said in ("Time by layer: streets, onnxruntime-cpu", "Divergence by layer: copy"):
@@ -70,7 +70,7 @@ def test_divergence_needs_two_bundles(toy_bundle, monkeypatch, capfd):
     assert "give two bundles" in err
 
 
-def test_what_has_no_layers_is_left_out(toy_bundle, other_bundle, monkeypatch, capfd):
+def test_layers_of_toys_are_few(toy_bundle, other_bundle, monkeypatch, capfd):
     code, out, err = fdconv(
         monkeypatch, capfd, "bench", toy_bundle, other_bundle, "--divergence", "--profile", *BRIEF
     )

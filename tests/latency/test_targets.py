@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.latency.targets import TORCH_BACKENDS, Side, plan
+from fdconv_deploy.latency.targets import TORCH_BACKENDS, RunOptions, Target, expand_targets
 from fdconv_deploy.runtime import BACKENDS
+
+
+def plan(paths: list[Path], *, threads: int = 1, whole: bool = False, **how):
+    return expand_targets(paths, RunOptions(threads=threads, whole=whole), **how)
 
 
 @pytest.fixture
@@ -20,47 +23,46 @@ def checkpoint(tmp_path) -> Path:
 
 
 def test_bundles_and_checkpoints_by_default(toy_bundle, other_bundle, checkpoint):
-    made = plan([toy_bundle, other_bundle, checkpoint], threads=1)
-    assert [(side.kind, side.backend, side.batch) for side in made.sides] == [
+    targets, skipped = plan([toy_bundle, other_bundle, checkpoint])
+    assert [(one.kind, one.backend, one.batch) for one in targets] == [
         ("bundle", "auto", 1), ("bundle", "auto", 4), ("bundle", "auto", 1),
         ("checkpoint", "eager", 1), ("checkpoint", "eager", 4),
     ]  # fmt: skip
-    assert made.sides[-1].size == (32, 48)
-    assert [(one.what, one.why) for one in made.skipped] == [
-        ("other, batch 4", "It has graphs of 1.")
-    ]
+    assert targets[-1].options.size == (32, 48)
+    assert skipped == [("other, batch 4", "It has graphs of 1.")]
 
 
 def test_every_backend_there_is(toy_bundle, checkpoint):
-    made = plan([toy_bundle, checkpoint], backends=["all", "eager"], batches=[4], threads=1)
-    assert [side.backend for side in made.sides if side.kind == "bundle"] == list(BACKENDS)
-    of_torch = {side.backend: side.named for side in made.sides if side.kind == "checkpoint"}
+    targets, _ = plan([toy_bundle, checkpoint], backends=["all", "eager"], batches=[4])
+    assert [one.backend for one in targets if one.kind == "bundle"] == list(BACKENDS)
+    of_torch = {one.backend: one.named for one in targets if one.kind == "checkpoint"}
     assert of_torch == {name: name == "eager" for name in TORCH_BACKENDS}
 
 
 def test_native_operators_beside_portable_ones(toy_bundle, checkpoint):
-    made = plan([toy_bundle, checkpoint], batches=[1], native=[False, True], threads=1)
-    found = [(side.kind, side.backend, side.native) for side in made.sides]
+    targets, _ = plan([toy_bundle, checkpoint], batches=[1], native=[False, True])
+    found = [(one.kind, one.backend, one.native) for one in targets]
     assert found == [
         ("bundle", "onnxruntime-cpu", False), ("bundle", "onnxruntime-cpu", True),
         ("checkpoint", "eager", None),
     ]  # fmt: skip
-    assert [side.name for side in made.sides][1] == "toy, onnxruntime-cpu, native, fp32, batch 1"
+    assert targets[1].name == "toy, onnxruntime-cpu, native, fp32, batch 1"
     with pytest.raises(FDConvError, match="Native operators run bundles in 'onnxruntime-cpu'"):
-        plan([checkpoint], native=[True], threads=1)
+        plan([checkpoint], native=[True])
 
 
 def test_a_service_alone():
-    (side,) = plan([], urls=["http://127.0.0.1:1"], threads=2).sides
-    assert (side.kind, side.backend, side.batch) == ("service", "http", 1)
-    assert side.name.startswith("http://127.0.0.1:1, http")
+    ((target,), _) = plan([], urls=["http://127.0.0.1:1"])
+    assert (target.kind, target.backend, target.batch) == ("service", "http", 1)
+    assert target.name.startswith("http://127.0.0.1:1, http")
 
 
-def test_a_side_survives_its_journey(toy_bundle):
-    (side,) = plan([toy_bundle], batches=[4], threads=3).sides
-    for one in (side, replace(side, size=(3, 5), overrides={"backbone.style": "caffe"})):
-        assert Side.from_json(one.as_json()) == one
-    assert side.name == "toy, auto, fp32, batch 4"
+def test_a_target_survives_its_journey_to_a_worker(toy_bundle):
+    ((target,), _) = plan([toy_bundle], batches=[4], threads=3)
+    options = RunOptions(threads=3, size=(3, 5), overrides={"backbone.style": "caffe"})
+    for one in (target, target.model_copy(update={"options": options})):
+        assert Target.model_validate_json(one.model_dump_json()) == one
+    assert target.name == "toy, auto, fp32, batch 4"
 
 
 @pytest.mark.parametrize(
@@ -75,15 +77,15 @@ def test_a_side_survives_its_journey(toy_bundle):
 )
 def test_mistakes(toy_bundle, options, message):
     with pytest.raises(FDConvError, match=message):
-        plan([toy_bundle], threads=1, **options)
+        plan([toy_bundle], **options)
 
 
 def test_mistakes_about_paths(toy_bundle, checkpoint, tmp_path):
     with pytest.raises(FDConvError, match="Give a bundle's folder, a checkpoint, or --url"):
-        plan([], threads=1)
+        plan([])
     with pytest.raises(FDConvError, match="none does not exist"):
-        plan([tmp_path / "none"], threads=1)
+        plan([tmp_path / "none"])
     with pytest.raises(FDConvError, match=r"'tensorrt' runs bundles \(fdconv export\), and none"):
-        plan([checkpoint], backends=["tensorrt"], threads=1)
+        plan([checkpoint], backends=["tensorrt"])
     with pytest.raises(FDConvError, match="no manifest"):
-        plan([tmp_path], threads=1)
+        plan([tmp_path])

@@ -12,7 +12,7 @@ from torch import nn
 
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.profiling.bundle_divergence import compare_bundles
+from fdconv_deploy.profiling.divergence import compare_bundles
 from fdconv_deploy.runtime.bundle import Bundle
 from tests.reference.lively import enliven
 

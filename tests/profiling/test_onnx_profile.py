@@ -8,16 +8,16 @@ import torch
 from fdconv_deploy.export import export_module
 from torch import nn
 
+from benchmarks.profile_operators import by_part
 from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.profiling.layer_names import layer_names
 from fdconv_deploy.profiling.onnx_profile import (
     PARTS,
-    as_json,
     attribute,
     by_layer,
     optimise,
     profile,
 )
-from fdconv_deploy.profiling.layer_names import layer_names
 
 LAYERS = 3
 
@@ -72,7 +72,7 @@ def test_every_node_belongs_somewhere(model: Path, tmp_path: Path) -> None:
 def test_profile(model: Path, images, tmp_path: Path) -> None:
     feeds = {"input": images.numpy()}
     costs = profile(model, feeds, tmp_path, threads=1, runs=3)
-    found = as_json(costs)
+    found = by_part(costs)
     assert found["nodes"] == len(costs) > 100
     assert all(spent > 0 for spent in found["parts"].values())
     for sums in (found["parts"], found["operators"]):
