@@ -91,7 +91,13 @@ def measure(
                     part: round(sum(one.milliseconds.get(part, 0.0) for one in layers), 3)
                     for part in PARTS
                 },
-                "layers": [layer.as_dict() for layer in layers],
+                "layers": [
+                    {
+                        "name": layer.name,
+                        "ms": {k: round(v, 4) for k, v in layer.milliseconds.items()},
+                    }
+                    for layer in layers
+                ],
             }
             for side, layers in found.items()
         },

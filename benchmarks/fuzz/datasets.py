@@ -203,7 +203,8 @@ def read_label_image(path: Path) -> None:
     assert labels.shape == (HEIGHT, WIDTH)
     samples = Samples([Pair(image, path)], LabelRule(3))
     samples.check(samples.numbers())
-    assert samples[0].truth.shape == (HEIGHT, WIDTH)
+    (sample,) = samples
+    assert sample.truth.shape == (HEIGHT, WIDTH)
 
 
 def _label_maps() -> dict[str, bytes]:

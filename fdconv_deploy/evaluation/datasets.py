@@ -9,10 +9,10 @@ subfolder of the masks' folder as the image of the images' folder.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,10 +84,13 @@ class Numbers:
     masks: int = 0
 
 
-class Samples(Sequence[Sample]):
-    """Pairs, decoded and checked when they are asked for.
+class Samples:
+    """Labelled images, decoded and checked one after the other.
 
-    ``preprocessing``: of the network that the images are decoded for.
+    Args:
+        pairs: images and masks.
+        rule: what the masks' numbers stand for.
+        preprocessing: of the network that the images are decoded for.
     """
 
     def __init__(
@@ -106,30 +109,22 @@ class Samples(Sequence[Sample]):
         height, width = load_image(image, self.preprocessing).shape[:2]
         return height, width
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Samples: ...
-
-    def __getitem__(self, index: int | slice) -> Sample | Samples:
-        """One sample, or a slice of the samples without reading them.
+    def __iter__(self) -> Iterator[Sample]:
+        """Each sample, decoded when its turn comes.
 
         Raises:
             ImageError: an image cannot be read.
             DatasetError: a mask cannot be read, is not of its image's size, or names what is
                 no class.
         """
-        if isinstance(index, slice):
-            return Samples(self.pairs[index], self.rule, self.preprocessing)
-        pair = self.pairs[index]
-        image, raw = load_image(pair.image, self.preprocessing), read_mask(pair.mask)
-        _check_sizes(pair, raw.shape, image.shape[:2])
-        try:
-            truth = self.rule_of(pair).apply(raw)
-        except ValueError as error:
-            raise DatasetError(f"The mask {pair.mask} {error}") from None
-        return Sample(pair.image.name, image, truth)
+        for pair in self.pairs:
+            image, raw = load_image(pair.image, self.preprocessing), read_mask(pair.mask)
+            _check_sizes(pair, raw.shape, image.shape[:2])
+            try:
+                truth = self.rule_of(pair).apply(raw)
+            except ValueError as error:
+                raise DatasetError(f"The mask {pair.mask} {error}") from None
+            yield Sample(pair.image.name, image, truth)
 
     def rule_of(self, pair: Pair) -> LabelRule:
         """The rule for a pair's mask: a label map is of the file's numbers, whatever its name."""

@@ -15,7 +15,14 @@ import numpy as np
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.latency import machine
 from fdconv_deploy.latency.interleaving import Schedule, Series, ratio, sample_until_steady
-from fdconv_deploy.latency.report import Divergences, LayerDivergence, Profile, Report, Row
+from fdconv_deploy.latency.report import (
+    Divergences,
+    LayerDivergence,
+    LayerTime,
+    Profile,
+    Report,
+    Row,
+)
 from fdconv_deploy.latency.targets import (
     Skipped,
     Target,
@@ -246,7 +253,10 @@ def _profile_checkpoint(target: Target) -> Profile:
 def _profile(target: Target, backend: str, how: str, layers: Sequence[LayerTimes]) -> Profile:
     from fdconv_deploy.profiling.onnx_profile import PARTS
 
-    told = [layer.as_dict() for layer in layers]
+    told = [
+        LayerTime(name=one.name, ms={k: round(v, 4) for k, v in one.milliseconds.items()})
+        for one in layers
+    ]
     return Profile(
         title=f"{Path(target.source).name}, {backend}, batch {target.batch}",
         source=target.source,

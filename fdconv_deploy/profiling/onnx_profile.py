@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -54,10 +53,6 @@ class LayerTimes:
 
     name: str
     milliseconds: dict[str, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"name": self.name, "ms": {k: round(v, 4) for k, v in self.milliseconds.items()}}
 
 
 class ProfiledGraph:

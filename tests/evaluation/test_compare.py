@@ -97,7 +97,7 @@ def test_what_cannot_be_scored_is_refused():
 
 def test_a_bundle_beside_pytorch(streets):
     folder = held_out()[0][0].parent
-    samples = Samples(find_pairs(folder, folder), LabelRule(11))[:6]
+    samples = Samples(find_pairs(folder, folder)[:6], LabelRule(11))
     network = load_checkpoint(packaged_checkpoint())
     with open_session(streets) as session:
         targets = [
