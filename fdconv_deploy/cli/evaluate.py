@@ -11,23 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from fdconv_deploy.cli.evaluate_detectors import announce, coco_folders
-from fdconv_deploy.cli.evaluate_detectors import show as show_detection
+from fdconv_deploy.cli.evaluate_tables import announce, show_detectors, show_segmentors
 from fdconv_deploy.cli.options import (
     Config,
     Json,
     Quiet,
     Settings,
     Weights,
-    column_names,
     parse_settings,
-    print_operators,
 )
 
 if TYPE_CHECKING:
-    from fdconv_deploy.evaluation.compare import Evaluation, Target
+    from fdconv_deploy.evaluation.compare import Target
 
 
 def evaluate(
@@ -89,6 +85,7 @@ def evaluate(
 
     A detector: box and mask AP, by COCO's own code, on objects annotated as COCO's are.
     """
+    from fdconv_deploy.evaluation.coco import find_coco
     from fdconv_deploy.evaluation.targets import open_targets
 
     labels = masks or annotations
@@ -100,7 +97,10 @@ def evaluate(
         raise typer.BadParameter(
             "give --images with --masks (or with --annotations, of a detector), or --data alone."
         )
-    coco = coco_folders(data, annotations, images)
+    if annotations is not None and images is not None:
+        coco: tuple[Path, Path] | None = annotations, images
+    else:
+        coco = find_coco(data) if data is not None else None
     if coco is not None:
         given: dict[str, object] = {"mode": mode, "fit": fit, "label-map": label_map}
         given["reduce-zero-label"] = reduce_zero_label or None
@@ -166,7 +166,7 @@ def _evaluate_segmentors(
         where = {"images_from": str(images), "masks_from": str(masks), "notes": notes}
         print(json.dumps({**where, **result.as_dict()}, indent=2))
     else:
-        _show(result, Console(), quiet)
+        show_segmentors(result, Console(), quiet)
     return pairs[0].image
 
 
@@ -192,7 +192,7 @@ def _evaluate_detectors(
         where = {"annotations_from": str(coco[0]), "images_from": str(coco[1])}
         print(json.dumps({**where, **result.as_dict()}, indent=2))
     else:
-        show_detection(result, Console(), quiet)
+        show_detectors(result, Console(), quiet)
     return data.images / next(iter(data)).name
 
 
@@ -242,34 +242,3 @@ def _progress(*, hidden: bool) -> Progress:
 def _counting(bar: Progress, what: str, total: int) -> Callable[[int], None]:
     task = bar.add_task(what, total=total)
     return lambda done: bar.update(task, completed=done)
-
-
-def _show(result: Evaluation, console: Console, quiet: bool) -> None:
-    results = result.results
-    names = column_names(
-        [one.target.name for one in results],
-        [
-            f"{one.target.details['backend']}, {one.target.details['precision']}, "
-            f"{one.target.details['mode']}"
-            for one in results
-        ],
-    )
-    if not quiet:
-        table = Table("IoU by class", *names)
-        for index, name in enumerate(results[0].target.classes):
-            values = [one.scores.iou[index] for one in results]
-            table.add_row(name, *("–" if v != v else f"{v:.4f}" for v in values))
-        console.print(table)
-    table = Table(f"{result.images} images", *names)
-    rows = {
-        "mIoU": [f"{one.scores.mean_iou:.4f}" for one in results],
-        "pixel accuracy": [f"{one.scores.pixel_accuracy:.4f}" for one in results],
-        "mean class accuracy": [f"{one.scores.mean_accuracy:.4f}" for one in results],
-        "images/s": [f"{one.images_per_second:.2f}" for one in results],
-    }
-    if len(results) > 1:
-        rows["same class as the first"] = [f"{share:.4%}" for share in result.agreement]
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
-    console.print(table)
-    print_operators(console, [one.target for one in results])

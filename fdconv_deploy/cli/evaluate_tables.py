@@ -1,11 +1,9 @@
-"""What ``fdconv evaluate`` prints of detectors."""
+"""What ``fdconv evaluate`` prints on a terminal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,9 +11,10 @@ from rich.table import Table
 from fdconv_deploy.cli.options import column_names, print_operators
 
 if TYPE_CHECKING:
-    from fdconv_deploy.evaluation.coco import AveragePrecision
+    from collections.abc import Sequence
+
     from fdconv_deploy.evaluation.coco_annotations import Annotations
-    from fdconv_deploy.evaluation.compare import DetectionEvaluation
+    from fdconv_deploy.evaluation.compare import DetectionEvaluation, Evaluation, Timed
 
 # How many findings are named in the terminal.
 _NAMED, _ODD = 20, 5
@@ -30,15 +29,56 @@ _ROWS = {
 }
 
 
-def coco_folders(
-    data: Path | None, annotations: Path | None, images: Path | None
-) -> tuple[Path, Path] | None:
-    """Where annotated objects and their images are; None where masks are scored instead."""
-    from fdconv_deploy.evaluation.coco import find_coco
+def show_segmentors(result: Evaluation, console: Console, quiet: bool) -> None:
+    """IoU by class, and means."""
+    results = result.results
+    names = _columns(results)
+    if not quiet:
+        table = Table("IoU by class", *names)
+        for index, name in enumerate(results[0].target.classes):
+            table.add_row(name, *(_text(one.scores.iou[index]) for one in results))
+        console.print(table)
+    table = Table(f"{result.images} images", *names)
+    rows = {
+        "mIoU": [f"{one.scores.mean_iou:.4f}" for one in results],
+        "pixel accuracy": [f"{one.scores.pixel_accuracy:.4f}" for one in results],
+        "mean class accuracy": [f"{one.scores.mean_accuracy:.4f}" for one in results],
+        "images/s": [f"{one.images_per_second:.2f}" for one in results],
+    }
+    if len(results) > 1:
+        rows["same class as the first"] = [f"{share:.4%}" for share in result.agreement]
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    console.print(table)
+    print_operators(console, [one.target for one in results])
 
-    if annotations is not None and images is not None:
-        return annotations, images
-    return find_coco(data) if data is not None else None
+
+def show_detectors(result: DetectionEvaluation, console: Console, quiet: bool) -> None:
+    """AP by class, means, and how many annotations do not count."""
+    results = result.results
+    names = _columns(results)
+    kinds = {"box": [one.boxes for one in results], "mask": [one.masks for one in results]}
+    shown = {kind: scores for kind, scores in kinds.items() if any(scores)}
+    if not quiet:
+        table = Table("AP by class", *names)
+        for index, name in enumerate(results[0].target.classes):
+            for kind, scores in shown.items():
+                values = [None if s is None else s.classes[index] for s in scores]
+                table.add_row(f"{name}, {kind}", *map(_text, values))
+        console.print(table)
+    crowds = f", {result.crowds} of them crowds" if result.crowds else ""
+    table = Table(f"{result.images} images, {result.objects} objects{crowds}", *names)
+    for kind, scores in shown.items():
+        for title, field in _ROWS.items():
+            values = [None if s is None else getattr(s, field) for s in scores]
+            table.add_row(f"{kind} {title}", *map(_text, values))
+    table.add_row("images/s", *(f"{one.images_per_second:.2f}" for one in results))
+    if len(results) > 1:
+        table.add_row("same objects as the first", *(f"{one.agreement:.4%}" for one in results))
+    console.print(table)
+    if closing := _closing(result.checked):
+        console.print(closing, markup=False, highlight=False, soft_wrap=True)
+    print_operators(console, [one.target for one in results])
 
 
 def announce(checked: Annotations, console: Console) -> None:
@@ -54,57 +94,23 @@ def announce(checked: Annotations, console: Console) -> None:
             console.print(rest, markup=False, highlight=False)
 
 
-def _closing(checked: Annotations) -> str | None:
+def _closing(checked: Annotations) -> str:
     from fdconv_deploy.evaluation.coco_annotations import counted
 
+    kinds = {"Left out": checked.left_out, "Counted as COCO's code does it": checked.noted}
     parts = [
-        f"{title}: {', '.join(counted(findings))}"
-        for title, findings in (
-            ("Left out", checked.left_out),
-            ("Counted as COCO's code does it", checked.noted),
-        )
-        if findings
+        f"{title}: {', '.join(counted(findings))}" for title, findings in kinds.items() if findings
     ]
-    return "; ".join(parts) + "." if parts else None
+    return "; ".join(parts) + "." if parts else ""
 
 
-def show(result: DetectionEvaluation, console: Console, quiet: bool) -> None:
-    """The scores as tables."""
-    results = result.results
-    names = column_names(
+def _columns(results: Sequence[Timed[Any]]) -> list[str]:
+    details = [one.target.details for one in results]
+    shown = ("backend", "precision", "mode")
+    return column_names(
         [one.target.name for one in results],
-        [f"{one.target.details['backend']}, {one.target.details['precision']}" for one in results],
+        [", ".join(one[key] for key in shown if key in one) for one in details],
     )
-    kinds: list[tuple[str, Callable[[int], AveragePrecision | None]]] = [
-        ("box", lambda index: results[index].boxes),
-        ("mask", lambda index: results[index].masks),
-    ]
-    shown = [
-        (kind, [score(index) for index in range(len(results))])
-        for kind, score in kinds
-        if any(score(index) for index in range(len(results)))
-    ]
-    if not quiet:
-        table = Table("AP by class", *names)
-        for index, name in enumerate(results[0].target.classes):
-            for kind, scores in shown:
-                values = [None if s is None else s.classes[index] for s in scores]
-                table.add_row(f"{name}, {kind}", *map(_text, values))
-        console.print(table)
-    crowds = f", {result.crowds} of them crowds" if result.crowds else ""
-    table = Table(f"{result.images} images, {result.objects} objects{crowds}", *names)
-    for kind, scores in shown:
-        for title, field in _ROWS.items():
-            values = [None if s is None else getattr(s, field) for s in scores]
-            table.add_row(f"{kind} {title}", *map(_text, values))
-    table.add_row("images/s", *(f"{one.images_per_second:.2f}" for one in results))
-    if len(results) > 1:
-        table.add_row("same objects as the first", *(f"{one.agreement:.4%}" for one in results))
-    console.print(table)
-    closing = _closing(result.checked)
-    if closing is not None:
-        console.print(closing, markup=False, highlight=False, soft_wrap=True)
-    print_operators(console, [one.target for one in results])
 
 
 def _text(value: float | None) -> str:
