@@ -135,7 +135,7 @@ def bench(
         (markdown, report.markdown),
         (csv, report.csv),
     ]
-    # What is missing is told now, not after minutes of measuring.
+    # A missing package is reported now, not after minutes of measuring.
     if html is not None:
         with needed_by("The report's page (--html)", "bench"):
             from fdconv_deploy.latency.html import page
@@ -175,15 +175,17 @@ def bench(
     with _progress(err, hidden=quiet) as bar:
         task = bar.add_task("starting", total=1.0)
 
-        def told(text: str, share: float) -> None:
+        def on_progress(text: str, share: float) -> None:
             bar.update(task, description=text, completed=share)
 
         schedule = Schedule(seconds=seconds, warm_up=warm_up, agree=agree)
-        found = measure(targets, schedule, concurrency=levels, skipped=skipped, progress=told)
+        found = measure(
+            targets, schedule, concurrency=levels, skipped=skipped, progress=on_progress
+        )
         if profile:
-            add_profiles(found, targets, told)
+            add_profiles(found, targets, on_progress)
         if divergence:
-            add_divergences(found, targets, told)
+            add_divergences(found, targets, on_progress)
     for file, render in wanted:
         write(file, render(found))
     if not quiet and STDOUT not in [file for file, _ in wanted]:

@@ -178,7 +178,7 @@ def _evaluate_detectors(
     as_json: bool,
 ) -> Path:
     """Score, print, and give the first image's file."""
-    import pycocotools.mask  # noqa: F401 - told to be missing now, not after the last image
+    import pycocotools.mask  # noqa: F401 - reported as missing now, not after the last image
 
     from fdconv_deploy.evaluation.coco import read_coco
     from fdconv_deploy.evaluation.compare import evaluate_detectors

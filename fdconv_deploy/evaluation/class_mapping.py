@@ -104,13 +104,15 @@ class LabelRule:
                 "not every number is in the label map. Add it, with null if its pixels are not "
                 "to be counted."
             )
-        said = (
+        expected = (
             f"the network has classes 0 to {self.classes - 1}, and {self.ignore} stands for "
             "pixels that are not counted."
         )
         if self.label_map is None and not self.reduce_zero_label and wrong == {self.classes}:
-            return f"{said} If 0 stands for none of the classes (ADE20K), say --reduce-zero-label."
-        return f"{said} Give the masks of this network's data set, or a --label-map."
+            return (
+                f"{expected} If 0 stands for none of the classes (ADE20K), say --reduce-zero-label."
+            )
+        return f"{expected} Give the masks of this network's data set, or a --label-map."
 
 
 def class_order(
@@ -186,13 +188,13 @@ def read_label_map(path: Path, classes: Sequence[str]) -> dict[int, int]:
         FDConvError: the file is no such object.
     """
     try:
-        told = json.loads(path.read_text(encoding="utf-8-sig"))
+        given = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise FDConvError(f"The label map {path} is not JSON: {error}.") from error
-    if not isinstance(told, dict):
+    if not isinstance(given, dict):
         raise FDConvError(f'The label map {path} is not a JSON object such as {{"7": "road"}}.')
     result = {}
-    for key, value in told.items():
+    for key, value in given.items():
         wrong = None
         if not key.isdecimal() or len(key) > 9:
             wrong = f"{key[:40]!r} is not a number that masks hold"

@@ -95,7 +95,7 @@ class CocoSet:
         if several:
             raise DatasetError(
                 f"{self.annotations} has {twice[several[0]]} categories named {several[0]!r}, and "
-                "it cannot be told which is the network's. Give each category a name of its own."
+                "it cannot be known which is the network's. Give each category a name of its own."
             )
         return [known[name] for name in classes]
 
@@ -145,16 +145,16 @@ def read_coco(annotations: Path, images: Path, limit: int | None = None) -> Coco
     try:
         # Windows' editors begin a file with a mark that JSON does not know.
         text = annotations.read_text(encoding="utf-8-sig")
-        told = json.loads(text)
+        given = json.loads(text)
         if _ESCAPED_HALF.search(text):  # seldom, and millions of numbers need not be walked through
-            told = printable(told)
+            given = printable(given)
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"The annotations {annotations} are not JSON: {error}.") from error
-    listed = {name: _entries(told, name, annotations) for name in ("images", "categories")}
+    listed = {name: _entries(given, name, annotations) for name in ("images", "categories")}
     categories = _categories(listed["categories"], annotations)
     taken = _images(listed["images"], images, annotations, limit)
     checked = read_annotations(
-        _list(told, "annotations", annotations),
+        _list(given, "annotations", annotations),
         taken,
         {key: number for number, key in enumerate(categories, 1)},
     )
@@ -178,8 +178,8 @@ def read_coco(annotations: Path, images: Path, limit: int | None = None) -> Coco
     return CocoSet(annotations, images, truth, checked)
 
 
-def _list(told: Any, name: str, path: Path) -> list[Any]:
-    entries = told.get(name) if isinstance(told, dict) else None
+def _list(given: Any, name: str, path: Path) -> list[Any]:
+    entries = given.get(name) if isinstance(given, dict) else None
     if not isinstance(entries, list):
         raise DatasetError(
             f"The annotations {path} have no list of {name}; expected an instances file of "
@@ -188,11 +188,11 @@ def _list(told: Any, name: str, path: Path) -> list[Any]:
     return entries
 
 
-def _entries(told: Any, name: str, path: Path) -> list[tuple[Any, dict[str, Any]]]:
+def _entries(given: Any, name: str, path: Path) -> list[tuple[Any, dict[str, Any]]]:
     """The entries of images or categories with their ids, in the ids' order."""
     found = []
     text = "file_name" if name == "images" else "name"
-    for place, entry in enumerate(_list(told, name, path)):
+    for place, entry in enumerate(_list(given, name, path)):
         which = f"The annotations {path}: number {place} of {name}"
         if not isinstance(entry, dict):
             raise DatasetError(f"{which} is {reprlib.repr(entry)}; expected {{'id': …}}.")
@@ -248,11 +248,11 @@ def _images(
         name = _within(folder, name)
         height, width = image_size(folder / name)
         # Not every exporter says how large an image is, and the files tell it.
-        told = entry.get("height", height), entry.get("width", width)
-        if told != (height, width):
+        given = entry.get("height", height), entry.get("width", width)
+        if given != (height, width):
             raise DatasetError(
                 f"The image {folder / name} is {height}x{width} (height x width), and {path} says "
-                f"{'x'.join(map(reprlib.repr, told))}. Give the images that were annotated."
+                f"{'x'.join(map(reprlib.repr, given))}. Give the images that were annotated."
             )
         if taken.setdefault(name, entry["file_name"]) != entry["file_name"]:
             raise DatasetError(

@@ -117,20 +117,20 @@ class Annotations:
 
 
 def read_annotations(
-    told: list[Any], images: Mapping[Any, Image | None], categories: Mapping[Any, int]
+    given: list[Any], images: Mapping[Any, Image | None], categories: Mapping[Any, int]
 ) -> Annotations:
     """Check a file's annotations.
 
     Args:
-        told: the file's list.
+        given: the file's list.
         images: by their ids in the file; None for those that are not taken.
         categories: pycocotools' ids by the file's.
     """
     # A file of boxes alone has nothing in place of masks, or an empty list.
-    masks = any(isinstance(entry, dict) and entry.get("segmentation") for entry in told)
+    masks = any(isinstance(entry, dict) and entry.get("segmentation") for entry in given)
     made = Annotations()
-    names = [_name(entry, place) for place, entry in enumerate(told)]
-    for entry, name in zip(told, names, strict=True):
+    names = [_name(entry, place) for place, entry in enumerate(given)]
+    for entry, name in zip(given, names, strict=True):
         _Annotation(made, entry, name).read(images, categories, masks)
     made.noted += [
         Finding(
@@ -180,7 +180,7 @@ class _Annotation:
         mask = None
         if masks:
             mask = self._part(
-                "mask", "segmentation", lambda told: coco_mask(told, image.height, image.width)
+                "mask", "segmentation", lambda given: coco_mask(given, image.height, image.width)
             )
         if box is None and mask is None:
             return
@@ -210,21 +210,21 @@ class _Annotation:
         self.made.objects.append(made)
 
     def _part(self, part: Part, key: str, read: Callable[[Any], T]) -> T | None:
-        told = self.entry.get(key)
+        given = self.entry.get(key)
         try:
-            return read(told)
+            return read(given)
         except UnfitError as error:
-            self._leave_out(part, error, told)
+            self._leave_out(part, error, given)
             return None
 
     def _area(self, box: NDArray[np.float64] | None, mask: Rle | None) -> float:
         """As it stands there; the format's own definition where it does not."""
-        told = self.entry.get("area")
-        if isinstance(told, int | float) and math.isfinite(told):
-            return told
+        given = self.entry.get("area")
+        if isinstance(given, int | float) and math.isfinite(given):
+            return given
         whose = "box" if mask is None else "mask"
         remark = f"its {whose}'s is taken"
-        self._note("object", "without an area in the file", f"area {_short(told)}", remark)
+        self._note("object", "without an area in the file", f"area {_short(given)}", remark)
         if mask is not None:
             return area(mask)
         assert box is not None
@@ -243,9 +243,9 @@ class _Annotation:
         image = None if self.image is None else self.image.name
         self.made.noted.append(Finding(self.name, image, part, problem, found, remark))
 
-    def _leave_out(self, part: Part, error: UnfitError, told: Any) -> None:
+    def _leave_out(self, part: Part, error: UnfitError, given: Any) -> None:
         image = None if self.image is None else self.image.name
-        found = _short(told) if error.found is None else error.found
+        found = _short(given) if error.found is None else error.found
         remark = f"expected {error.expected}"
         self.made.left_out.append(Finding(self.name, image, part, str(error), found, remark))
 
@@ -269,17 +269,17 @@ def _listed(entry: dict[str, Any], key: str, known: Mapping[Any, T], what: str) 
 
 def _crowd(entry: dict[str, Any]) -> int:
     """What pycocotools makes of it; a file that says nothing of crowds has none."""
-    told = entry.get("iscrowd", 0)
-    if not isinstance(told, int | float) or not math.isfinite(told):
-        raise UnfitError("of unknown iscrowd", "0 or 1", f"iscrowd {_short(told)}")
-    return int(bool(told))
+    given = entry.get("iscrowd", 0)
+    if not isinstance(given, int | float) or not math.isfinite(given):
+        raise UnfitError("of unknown iscrowd", "0 or 1", f"iscrowd {_short(given)}")
+    return int(bool(given))
 
 
-def _box(told: Any) -> NDArray[np.float64]:
-    if told is None:
+def _box(given: Any) -> NDArray[np.float64]:
+    if given is None:
         raise UnfitError("missing", _BOX, "no bbox")
     try:
-        box = np.array(told, np.float64) if isinstance(told, list) else np.empty(0)
+        box = np.array(given, np.float64) if isinstance(given, list) else np.empty(0)
     except (ValueError, TypeError, OverflowError):
         raise UnfitError("not of numbers", _BOX) from None
     if box.shape != (4,):
@@ -345,11 +345,11 @@ def mask_box(rle: Rle) -> list[float]:
     return [left - 1, top - 1, width + 2, height + 2]
 
 
-def _run_lengths(told: Any, *, listed: bool = False) -> Rle:
+def _run_lengths(given: Any, *, listed: bool = False) -> Rle:
     """Run lengths; of a list of them, pycocotools takes uncompressed ones alone."""
-    if not isinstance(told, dict):
+    if not isinstance(given, dict):
         raise UnfitError("a list of run lengths and other things", RUN_LENGTHS)
-    (height, width), counts = _size(told), told.get("counts")
+    (height, width), counts = _size(given), given.get("counts")
     if not isinstance(counts, str):
         lengths = _counts(counts)
     elif listed:
@@ -365,30 +365,30 @@ def _run_lengths(told: Any, *, listed: bool = False) -> Rle:
     return {"size": [height, width], "counts": compress(lengths)}
 
 
-def _size(told: dict[str, Any]) -> tuple[int, int]:
-    size = told.get("size")
+def _size(given: dict[str, Any]) -> tuple[int, int]:
+    size = given.get("size")
     if size is None:
         raise UnfitError("run lengths without a size", RUN_LENGTHS)
-    sides = size[:2] if isinstance(size, list) else []
+    pair = size[:2] if isinstance(size, list) else []
     # Fractions are cut off, as pycocotools does it; 20.0 is what pandas makes of 20.
-    if len(sides) < 2 or not all(
-        isinstance(side, int | float) and 1 <= side <= MAX_PIXELS for side in sides
+    if len(pair) < 2 or not all(
+        isinstance(length, int | float) and 1 <= length <= MAX_PIXELS for length in pair
     ):
         raise UnfitError("run lengths whose size is not [height, width]", RUN_LENGTHS)
-    height, width = map(int, sides)
+    height, width = map(int, pair)
     if height * width > MAX_PIXELS:
         raise UnfitError("run lengths of more pixels than any image has", RUN_LENGTHS)
     return height, width
 
 
-def _counts(told: Any) -> NDArray[np.int64]:
-    if told is None:
+def _counts(given: Any) -> NDArray[np.int64]:
+    if given is None:
         raise UnfitError("run lengths without counts", RUN_LENGTHS)
-    if not isinstance(told, list):
+    if not isinstance(given, list):
         raise UnfitError("run lengths whose counts are neither text nor a list", RUN_LENGTHS)
     try:
         with np.errstate(invalid="raise"):
-            lengths = np.array(told, np.uint32)  # fractions are cut off, as pycocotools does it
+            lengths = np.array(given, np.uint32)  # fractions are cut off, as pycocotools does it
     except (ValueError, TypeError, OverflowError, FloatingPointError):
         lengths = np.zeros((0, 0), np.uint32)
     if lengths.ndim != 1:
@@ -396,8 +396,8 @@ def _counts(told: Any) -> NDArray[np.int64]:
     return lengths.astype(np.int64)
 
 
-def _polygons(told: list[Any], height: int, width: int) -> Rle:
-    first = told[0]
+def _polygons(given: list[Any], height: int, width: int) -> Rle:
+    first = given[0]
     if isinstance(first, int | float):
         raise UnfitError("one list of numbers, not a list of polygons", POLYGONS)
     # The first one alone decides how pycocotools reads all of them.
@@ -405,11 +405,11 @@ def _polygons(told: list[Any], height: int, width: int) -> Rle:
         raise UnfitError("a list whose first part is not a polygon", POLYGONS)
     if len(first) == 4:
         raise UnfitError("a polygon of two points", POLYGONS)
-    for polygon in told:
+    for polygon in given:
         _check_polygon(polygon)
     from pycocotools import mask
 
-    return _merged([_text(made) for made in mask.frPyObjects(told, height, width)])
+    return _merged([_text(made) for made in mask.frPyObjects(given, height, width)])
 
 
 def _check_polygon(polygon: Any) -> None:
@@ -441,4 +441,7 @@ def _merged(parts: list[Rle]) -> Rle:
 
 
 def _text(made: dict[str, Any]) -> Rle:
-    return {"size": [int(side) for side in made["size"]], "counts": made["counts"].decode("ascii")}
+    return {
+        "size": [int(length) for length in made["size"]],
+        "counts": made["counts"].decode("ascii"),
+    }

@@ -85,10 +85,10 @@ def measure(
     groups = [list(group) for _, group in by_batch]
     for number, group in enumerate(groups):
 
-        def told(text: str, share: float, number: int = number) -> None:
+        def on_progress(text: str, share: float, number: int = number) -> None:
             progress(text, (number + share) / len(groups))
 
-        _measure_group(group, schedule, concurrency, report, told)
+        _measure_group(group, schedule, concurrency, report, on_progress)
     if not report["rows"]:
         first = report["skipped"][0]
         raise FDConvError(f"Nothing could be timed. {first['what']}: {first['why']}")
@@ -119,17 +119,17 @@ def _measure_group(
         series = [(worker, Series(worker, each)) for worker in workers for each in concurrency]
         batch = targets[0].batch
 
-        def told(rounds: int, steady: int, seconds: float) -> None:
+        def on_round(rounds: int, steady: int, seconds: float) -> None:
             text = f"batch {batch}: {rounds} rounds, {steady} of {len(series)} steady"
             progress(text, min(seconds / schedule.seconds, 1.0) if schedule.seconds else 1.0)
 
         progress(f"batch {batch}: warming up", 0.0)
         with machine.Bystanders(lambda: sum(worker.cpu_seconds for worker in workers)) as others:
-            sample_until_steady([one for _, one in series], schedule, told)
+            sample_until_steady([one for _, one in series], schedule, on_round)
         for worker, one in series:
             first = next(base for _, base in series if base.concurrency == one.concurrency)
             report["rows"].append(_row(worker, one, None if first is one else first))
-        # A service's own work is not told from that of others.
+        # A service's own work cannot be separated from that of others.
         if others.share is not None and all(target.kind != "service" for target in targets):
             report["others_cpu"] = max(report["others_cpu"] or 0.0, others.share)
 
@@ -253,7 +253,7 @@ def _profile_checkpoint(target: Target) -> Profile:
 def _profile(target: Target, backend: str, how: str, layers: Sequence[LayerTimes]) -> Profile:
     from fdconv_deploy.profiling.onnx_profile import PARTS
 
-    told = [
+    times = [
         LayerTime(name=one.name, ms={k: round(v, 4) for k, v in one.milliseconds.items()})
         for one in layers
     ]
@@ -262,8 +262,8 @@ def _profile(target: Target, backend: str, how: str, layers: Sequence[LayerTimes
         source=target.source,
         how=how,
         parts=list(PARTS),
-        sums={part: round(sum(one["ms"].get(part, 0.0) for one in told), 3) for part in PARTS},
-        layers=told,
+        sums={part: round(sum(one["ms"].get(part, 0.0) for one in times), 3) for part in PARTS},
+        layers=times,
     )
 
 

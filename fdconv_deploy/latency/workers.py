@@ -170,7 +170,7 @@ def main() -> None:
 
 def _serve(target: Target, started: float, answer: Callable[..., None]) -> None:
     for name in _IMPORTS.get(target.kind, (target.source.partition(":")[0],)):
-        # What is missing is told where it is used, in a sentence of its own.
+        # A missing package is reported where it is used.
         with contextlib.suppress(ImportError):
             import_module(name)
     imported = time.time() - started

@@ -1,6 +1,6 @@
 """Where a PyTorch network's time goes on a CPU, layer by layer.
 
-By a clock that is always running and is told at every boundary whose time it is now, so the
+One clock runs all the time and is switched to another layer and part at every boundary, so the
 parts add up to the whole. What runs between two convolutions (normalisation, activation, an
 addition) goes with the first of them, as in an exported graph, where most of it is folded into
 that convolution.
@@ -58,7 +58,7 @@ class ProfiledNetwork:
     def run(self, inputs: tuple[Tensor, ...]) -> None:
         """Run once."""
         clock = self._clock
-        with torch.inference_mode(), _told(self._network, clock):
+        with torch.inference_mode(), _switching(self._network, clock):
             clock.start()
             self._network(*inputs)
             clock.switch(clock.at)
@@ -93,8 +93,8 @@ def profile_network(
 
 
 @contextmanager
-def _told(network: nn.Module, clock: _Clock) -> Iterator[None]:
-    """Let a network's layers tell the clock whose time it is."""
+def _switching(network: nn.Module, clock: _Clock) -> Iterator[None]:
+    """Let a network's layers switch the clock."""
     with ExitStack() as stack:
         inside: set[nn.Module] = set()
         for name, module in network.named_modules():
