@@ -150,10 +150,10 @@ def test_a_fit_without_a_bundle_is_of_no_use(scenes, monkeypatch, capfd):
 
 def test_a_bundle_is_scored_without_torch(streets, scenes):
     code = (
-        "import sys; from fdconv_deploy import cli\n"
+        "import sys; from fdconv_deploy.cli.app import main\n"
         f"sys.argv = ['fdconv', 'evaluate', {str(streets)!r}, '--images', {str(scenes)!r}, "
         f"'--masks', {str(scenes)!r}, '--limit', '1', '--json']\n"
-        "cli.main()\n"
+        "main()\n"
         "assert not {'torch', 'onnx'} & set(sys.modules), 'loaded'"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
