@@ -13,6 +13,7 @@ from fdconv_deploy.cli.options import column_names, print_operators
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fdconv_deploy.evaluation.coco import AveragePrecision
     from fdconv_deploy.evaluation.coco_annotations import Annotations
     from fdconv_deploy.evaluation.compare import DetectionEvaluation, Evaluation, Timed
 
@@ -57,7 +58,10 @@ def show_detectors(result: DetectionEvaluation, console: Console, quiet: bool) -
     """AP by class, means, and how many annotations do not count."""
     results = result.results
     names = _columns(results)
-    kinds = {"box": [one.boxes for one in results], "mask": [one.masks for one in results]}
+    kinds: dict[str, list[AveragePrecision | None]] = {
+        "box": [one.boxes for one in results],
+        "mask": [one.masks for one in results],
+    }
     shown = {kind: scores for kind, scores in kinds.items() if any(scores)}
     if not quiet:
         table = Table("AP by class", *names)
