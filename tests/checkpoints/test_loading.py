@@ -9,7 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fdconv_deploy.checkpoints import format_config, load_checkpoint, save_checkpoint
+from fdconv_deploy.checkpoints import (
+    format_config,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from fdconv_deploy.config import FDConvConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
 from fdconv_deploy.nn import Segmentor
@@ -151,6 +156,16 @@ def test_large_finite_weights_are_fine(tmp_path: Path, architecture: SegmentorCo
     weights = weights_of(architecture) | {"backbone.bn1.bias": torch.full((8,), 3e38)}
     torch.save(weights, tmp_path / "large.pth")
     load_checkpoint(tmp_path / "large.pth")
+
+
+def test_loading_takes_what_was_read(tmp_path: Path) -> None:
+    architecture = small_architecture()
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, weights_of(architecture), architecture)
+    assert load_checkpoint(read_checkpoint(path)).architecture == architecture
+    save_checkpoint(path, weights_of(small_architecture(conv=None)), architecture)
+    with pytest.raises(CheckpointError, match=r"a\.pth"):
+        load_checkpoint(read_checkpoint(path))
 
 
 def test_plain_networks_only_when_asked_for(tmp_path: Path) -> None:
