@@ -90,7 +90,7 @@ def show(result: dict[str, Any]) -> None:
             print(f"  {side:9} {name:8} {said}")
         print(f"  {side:9} batch {MANY} by {found['ways'][str(MANY)]}")
     if result["others_cpu"] is not None:
-        print(f"Others had {result['others_cpu']:.1%} of the CPUs.")
+        print(f"Other processes used {result['others_cpu']:.1%} of the CPUs.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

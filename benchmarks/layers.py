@@ -190,7 +190,7 @@ def show(result: Mapping[str, Any]) -> None:
     print(f"{f'all {len(layers)} dynamic layers':28}" + "".join(f"{one:12.1f}" for one in sums))
     if (result["others_cpu"] or 0) > machine.QUIET:
         share = result["others_cpu"]
-        print(f"Others had {share:.0%} of the CPUs meanwhile: measure again before quoting.")
+        print(f"Measured on a shared machine ({share:.0%} of CPU used by others): compare ratios.")
 
 
 def main() -> None:

@@ -136,7 +136,9 @@ def show(result: dict[str, Any]) -> None:
     )
     others = result["others_cpu"]
     if others is not None and others > machine.QUIET:
-        print(f"  Others had {others:.0%} of the CPUs meanwhile: measure again before quoting.")
+        print(
+            f"  Measured on a shared machine ({others:.0%} of CPU used by others): compare ratios."
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

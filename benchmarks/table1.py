@@ -162,7 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if timed is not None:
         if timed["others_cpu"] > machine.QUIET:
             share = timed["others_cpu"]
-            print(f"\nOthers had {share:.0%} of the CPUs meanwhile: measure again before quoting.")
+            print(
+                f"\nMeasured on a shared machine ({share:.0%} of CPU used by others): compare ratios."
+            )
         print(f"\n{machine.say(where)}")
     if options.json:
         write_json(options.json, {"kind": "table1", "machine": where, **result})

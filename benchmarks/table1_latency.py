@@ -142,7 +142,7 @@ def _take_turns(
     schedule: Schedule,
     progress: Callable[[str], None],
 ) -> float:
-    """The share of the CPUs that others had meanwhile."""
+    """The share of the CPUs that other processes used meanwhile."""
 
     def told(rounds: int, steady: int, spent: float) -> None:
         progress(f"{form}: {rounds} rounds, {steady} of {len(cases)} steady, {spent:.0f} s")

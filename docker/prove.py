@@ -130,7 +130,7 @@ def _serve(found: list[tuple[str, str]], prefix: Path, bundle: Path, folder: Pat
         check = json.loads(re.sub(r"^.*?CMD ", "", words["HEALTHCHECK"]))
         code = check[2].replace(":8000", f":{port}")
         subprocess.run([prefix / "bin" / "python", "-c", code], check=True, env=_clean())
-        image = ROOT / "fdconv_deploy" / "demo" / "assets" / "heldout" / "000.png"
+        image = ROOT / "examples" / "assets" / "heldout" / "000.png"
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/segment?output=mask",
             data=image.read_bytes(),

@@ -31,7 +31,7 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="FIELD=VALUE",
-        help="What the file does not tell, e.g. backbone.style=caffe.",
+        help="Override a setting that the checkpoint does not contain, e.g. backbone.style=caffe.",
     ),
 ]
 Weights = Annotated[

@@ -119,7 +119,7 @@ def _was_typed(context: typer.Context, option: str) -> bool:
 
 
 def _keys(path: Path) -> list[str]:
-    """One key a line. A file without any would leave the service open, unasked."""
+    """The API keys of a file, one per line; an empty file would leave the service open."""
     try:
         keys = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:

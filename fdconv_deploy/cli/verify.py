@@ -34,7 +34,7 @@ def verify(
     checkpoint: Checkpoint,
     images: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="IMAGE", help="Images; drawn scenes if none."),
+        typer.Argument(metavar="IMAGE", help="Images to compare on; packaged pictures if none."),
     ] = None,
     config: Config = None,
     settings: Settings = None,

@@ -137,7 +137,7 @@ class Bystanders:
     """A context manager: the share of the machine's CPU time that went to others meanwhile.
 
     ``share`` is 0 when only this process worked, 1 when it got nothing; other processes and
-    time the hypervisor took both count. None where the system does not tell.
+    time the hypervisor took both count. None where the system has no such figure.
 
     Args:
         own: seconds of CPU time that are not others'; this process's when not given.
@@ -173,7 +173,7 @@ class Bystanders:
 
 
 class Gpu:
-    """One GPU. What the driver does not tell is None.
+    """One GPU; a figure that the driver does not give is None.
 
     Args:
         nvml: the module ``pynvml``, started.
