@@ -163,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if timed["others_cpu"] > machine.QUIET:
             share = timed["others_cpu"]
             print(
-                f"\nMeasured on a shared machine ({share:.0%} of CPU used by others): compare ratios."
+                f"\nMeasured on a shared machine ({share:.0%} of CPU used by others): compare "
+                "ratios."
             )
         print(f"\n{machine.say(where)}")
     if options.json:

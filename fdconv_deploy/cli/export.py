@@ -211,7 +211,7 @@ def _print_export(bundle: Any) -> None:
     assumed = manifest.graph.get("assumed", {})
     if assumed:
         console.print(
-            f"[yellow]Assumed[/], since the checkpoint does not contain it ({len(assumed)} in all; check "
+            f"[yellow]Assumed[/], not in the checkpoint ({len(assumed)} in all; check "
             "them, and give --config or --set where they are wrong):"
         )
         console.print(", ".join(f"{name}={value}" for name, value in assumed.items()), markup=False)
