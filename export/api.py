@@ -13,16 +13,16 @@ import torch
 from fdconv_deploy.export.detector_export import export_detector
 from fdconv_deploy.export.exporter import produce
 from fdconv_deploy.export.image_folders import for_network
-from fdconv_deploy.export.outputs import flatten_outputs
-from fdconv_deploy.export.preconditions import (
+from fdconv_deploy.export.options import (
     TOLERANCES,
     Activations,
     PrecisionName,
     batch_sizes,
     check_precision,
 )
+from fdconv_deploy.export.outputs import flatten_outputs
 from fdconv_deploy.export.quantization.agreement import Evaluation
-from fdconv_deploy.export.source import (
+from fdconv_deploy.export.source_network import (
     Precision,
     Progress,
     Recipe,
@@ -96,7 +96,7 @@ def export_checkpoint(
             float32 all the same.
         tolerance: fp32, fp16: the largest error, relative to the largest value, that is kept,
             in fp16 of each layer's output too. int8: the largest share of positions of
-            another class. `fdconv_deploy.export.preconditions.TOLERANCES` if not given.
+            another class. `fdconv_deploy.export.options.TOLERANCES` if not given.
         keep_fp32: paths of modules, or shell patterns of them, that stay float32.
         calibration: pictures to learn the ranges of activations from, for int8.
         activations: ``unsigned`` for ONNX Runtime, ``signed`` for TensorRT, in int8.

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from fdconv_deploy.export.exporter import produce
 from fdconv_deploy.export.image_folders import for_network
-from fdconv_deploy.export.preconditions import (
+from fdconv_deploy.export.options import (
     PrecisionName,
     batch_sizes,
     check_precision,
     check_size,
 )
-from fdconv_deploy.export.source import (
+from fdconv_deploy.export.source_network import (
     Precision,
     Progress,
     Recipe,

@@ -15,7 +15,7 @@ import torch
 from fdconv_deploy.export.graph import build_graph, check_model
 from fdconv_deploy.export.quantization.reduce_precision import Reduction
 from fdconv_deploy.export.shared_weights import WeightsFile
-from fdconv_deploy.export.source import Precision, Recipe
+from fdconv_deploy.export.source_network import Precision, Recipe
 from fdconv_deploy.export.torch_export import capture
 from fdconv_deploy.export.validation.judge import Judge, Subject, fresh
 from fdconv_deploy.export.validation.verdict import Verdict, refusal

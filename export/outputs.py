@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fdconv_deploy.export.source import answer_of, output_names
+from fdconv_deploy.export.source_network import answer_of, output_names
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 

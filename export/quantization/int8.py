@@ -22,9 +22,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from fdconv_deploy.export.preconditions import Activations
-from fdconv_deploy.export.quantization.calibration import Magnitudes
+from fdconv_deploy.export.options import Activations
 from fdconv_deploy.export.quantization.element_types import tensor_types
+from fdconv_deploy.export.quantization.calibration import Magnitudes
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fdconv_deploy.profiling.layer_names import Label, label_nodes, matches, unknown_pattern

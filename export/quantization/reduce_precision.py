@@ -18,7 +18,7 @@ from fdconv_deploy.export.quantization.int8 import (
     quantizable,
     quantize,
 )
-from fdconv_deploy.export.source import Recipe
+from fdconv_deploy.export.source_network import Recipe
 from numpy.typing import NDArray
 from onnx import ModelProto
 

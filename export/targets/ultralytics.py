@@ -22,8 +22,8 @@ import onnx
 import onnxruntime
 import torch
 from fdconv_deploy.export.api import export_module
-from fdconv_deploy.export.preconditions import TOLERANCES, batch_sizes, check_size
-from fdconv_deploy.export.source import answer_of
+from fdconv_deploy.export.options import TOLERANCES, batch_sizes, check_size
+from fdconv_deploy.export.source_network import answer_of
 from fdconv_deploy.export.validation.sample_inputs import Picture, made_up_images, normalised
 from numpy.typing import NDArray
 from torch import Tensor, nn

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from fdconv_deploy.export.preconditions import TOLERANCES
+from fdconv_deploy.export.options import TOLERANCES
 from fdconv_deploy.export.tensorrt.builder import BuildOptions
-from fdconv_deploy.export.validation.comparison import Rule
+from fdconv_deploy.export.validation.comparison import Rule, compare_all
 from fdconv_deploy.export.validation.detections import perturbed
-from fdconv_deploy.export.validation.parity import compare_all
 from numpy.typing import NDArray
 
 from fdconv_deploy.errors import ExportError

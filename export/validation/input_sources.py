@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from fdconv_deploy.export.source import Source
+from fdconv_deploy.export.source_network import Source
 from fdconv_deploy.export.validation.detector_inputs import made_up_detector_inputs
 from fdconv_deploy.export.validation.sample_inputs import made_up_images
 from torch import Tensor

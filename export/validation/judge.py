@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fdconv_deploy.export.source import Source
-from fdconv_deploy.export.validation.comparison import Rule
+from fdconv_deploy.export.source_network import Source
+from fdconv_deploy.export.validation.comparison import Arrays, Rule, compare_all
 from fdconv_deploy.export.validation.detections import perturbed
 from fdconv_deploy.export.validation.layer_graphs import CutGraph, Piece
-from fdconv_deploy.export.validation.parity import Arrays, compare_all
 from fdconv_deploy.export.validation.reference import Observation, Observer
 from fdconv_deploy.export.validation.subprocess_run import Run, run_fresh
 from fdconv_deploy.export.validation.verdict import LAYER_LIMIT, Finding, Verdict, decide

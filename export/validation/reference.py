@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fdconv_deploy.export.source import outputs_of
+from fdconv_deploy.export.source_network import outputs_of
 from numpy.typing import NDArray
 from torch import Tensor, nn
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from fdconv_deploy.export.preconditions import TOLERANCES
-from fdconv_deploy.export.source import Precision, Source
-from fdconv_deploy.export.validation.comparison import Rule
+from fdconv_deploy.export.options import TOLERANCES
+from fdconv_deploy.export.source_network import Precision, Source
+from fdconv_deploy.export.validation.comparison import Arrays, Rule
 from fdconv_deploy.export.validation.input_sources import drawn
 from fdconv_deploy.export.validation.judge import Judge, Subject
-from fdconv_deploy.export.validation.parity import Arrays
 from fdconv_deploy.export.validation.verdict import Verdict
 from numpy.typing import NDArray
 from torch import Tensor

@@ -24,7 +24,7 @@ from fdconv_deploy.cli.options import (
 from fdconv_deploy.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from fdconv_deploy.export.preconditions import Activations, PrecisionName
+    from fdconv_deploy.export.options import Activations, PrecisionName
 
 err = Console(stderr=True)
 
@@ -105,7 +105,7 @@ def export(
     """Export a checkpoint to a bundle and prove the bundle equal to the network."""
     # All that can be refused without the network is refused before torch is imported.
     from fdconv_deploy.export.image_folders import Pictures
-    from fdconv_deploy.export.preconditions import batch_sizes, check_precision, check_size
+    from fdconv_deploy.export.options import batch_sizes, check_precision, check_size
     from fdconv_deploy.runtime import BundleWriter
 
     for option, given, choices in (

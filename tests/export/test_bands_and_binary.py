@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fdconv_deploy.export.api import export_segmentor
-from fdconv_deploy.export.validation.parity import compare
+from fdconv_deploy.export.validation.comparison import compare
 from fdconv_deploy.export.validation.sample_inputs import made_up_images
 from fdconv_deploy.export.validation.verify import verify_bundle
 

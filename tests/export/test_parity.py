@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fdconv_deploy.export.validation.parity import compare
+from fdconv_deploy.export.validation.comparison import compare
 
 from fdconv_deploy.errors import ExportError
 

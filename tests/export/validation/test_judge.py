@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from fdconv_deploy.export.api import export_module
-from fdconv_deploy.export.source import Source
+from fdconv_deploy.export.source_network import Source
 from fdconv_deploy.export.validation.comparison import Rule
 from fdconv_deploy.export.validation.judge import Judge, Subject, fresh
 from fdconv_deploy.export.validation.verdict import Verdict

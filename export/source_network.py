@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fdconv_deploy.export.preconditions import TOLERANCES, Activations, PrecisionName, check_size
+from fdconv_deploy.export.options import TOLERANCES, Activations, PrecisionName, check_size
 from fdconv_deploy.export.quantization.agreement import Evaluation
 from fdconv_deploy.export.validation.comparison import Rule
 from numpy.typing import NDArray
