@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from fdconv_deploy.export.validation.sample_inputs import made_up_images
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from torch import Tensor, nn
 
 from benchmarks.networks import backbone, build, trained_like, upernet
@@ -65,7 +65,7 @@ class Case:
 
     def images(self) -> Tensor:
         """(batch, 3, height, width) float32: drawn scenes."""
-        return made_up_images(self.batch, (self.height, self.width), seed=1)
+        return sample_tensor(self.batch, (self.height, self.width), seed=1)
 
     def make(self, *, dynamic: bool = True) -> nn.Module:
         """The network with weights that behave as trained ones, or its baseline."""

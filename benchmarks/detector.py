@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fdconv_deploy.export.validation.detections import compare_detections
+from fdconv_deploy.export.validation.comparison import compare_detections
 
 from benchmarks.cases import add_size_argument, add_width_arguments
 from benchmarks.detector_steps import Answer, build, load, say

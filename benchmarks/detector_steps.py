@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fdconv_deploy.export.validation.detections import perturbed
-from fdconv_deploy.export.validation.detector_inputs import made_up_detector_inputs
+from fdconv_deploy.export.validation.comparison import perturbed
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from fdconv_deploy.checkpoints import load_detector
 from fdconv_deploy.config import DetectorConfig, FPNConfig, MaskHeadConfig
 from fdconv_deploy.nn.detection import Detector, build_detector
 from fdconv_deploy.runtime import open_session
+from fdconv_deploy.sample_images.inputs import sample_detector_batch
 
 Inputs = tuple[Tensor, Tensor]
 Answer = dict[str, NDArray]
@@ -50,14 +50,15 @@ def build(width: int, *, masks: bool = True, kernel_num: int = 64) -> Detector:
     )
     network = build_detector(architecture)
     trained_like(network.backbone)
-    images, _ = made_up_detector_inputs(1, (416, 672), architecture.preprocessing)
-    return lively_heads(network, images)
+    images, _ = sample_detector_batch(1, (416, 672), architecture.preprocessing)
+    return lively_heads(network, torch.from_numpy(images))
 
 
 def _pictures(size: tuple[int, int], count: int, preprocessing: Any) -> list[Inputs]:
-    return [
-        made_up_detector_inputs(1, size, preprocessing, seed=seed) for seed in range(1, count + 1)
-    ]
+    batches = (
+        sample_detector_batch(1, size, preprocessing, seed=seed) for seed in range(1, count + 1)
+    )
+    return [(torch.from_numpy(images), torch.from_numpy(sizes)) for images, sizes in batches]
 
 
 def _export(spec: dict[str, Any], file: Path, bundle: Path) -> dict[str, Any]:

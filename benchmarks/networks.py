@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from fdconv_deploy.export.validation.sample_inputs import made_up_images
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from torch import Tensor, nn
 
 from benchmarks.rivals.omni_dimensional import OmniDimensionalConv2d
@@ -61,7 +61,7 @@ def trained_like(network: nn.Module, seed: int = 0, size: int = 128) -> nn.Modul
         if isinstance(module, BasicBlock | Bottleneck):
             last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
             last.weight.fill_(0.2)
-    images = made_up_images(6, (size, size))
+    images = sample_tensor(6, (size, size))
     norms = {n: m for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
     pooled = [m for n, m in norms.items() if "KSM_Global" in n or "psp_modules" in n]
     pooled += [m.norm for m in network.modules() if isinstance(m, OmniDimensionalConv2d)]

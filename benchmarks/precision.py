@@ -30,7 +30,6 @@ import numpy as np
 import onnx
 import onnxruntime
 from fdconv_deploy.export.api import export_checkpoint
-from fdconv_deploy.export.image_folders import Pictures
 from fdconv_deploy.export.quantization.fp16_rounding import rounding_model
 from numpy.typing import NDArray
 
@@ -38,9 +37,11 @@ from benchmarks.options import script
 from benchmarks.records import write_json
 from examples.streets.scenes import CLASSES, draw_scene
 from fdconv_deploy.demo import HELD_OUT_SEEDS, held_out, packaged_checkpoint
+from fdconv_deploy.evaluation.datasets import read_mask
 from fdconv_deploy.evaluation.metrics import confusion_matrix, scores
 from fdconv_deploy.runtime import Bundle, Session, open_session
 from fdconv_deploy.runtime.bundle_checks import sha256_of
+from fdconv_deploy.runtime.images import read_image
 
 CALIBRATION_SEEDS = range(5_000, 5_064)
 FORMS = {
@@ -90,10 +91,8 @@ def rounded(bundle: Bundle, folder: Path) -> Bundle:
 
 
 def packaged() -> Iterator[tuple[NDArray, NDArray]]:
-    pictures = Pictures(held_out()[0][0].parent)
-    for place, labels in enumerate(pictures.masks()):
-        assert labels is not None
-        yield pictures[place], labels
+    for image, mask in held_out():
+        yield read_image(image), read_mask(mask)
 
 
 def drawn(count: int) -> Iterator[tuple[NDArray, NDArray]]:

@@ -23,7 +23,7 @@ import torch
 from fdconv_deploy.export.api import export_checkpoint
 from fdconv_deploy.export.validation.layer_graphs import CutGraph
 from fdconv_deploy.export.validation.reference import UNIT
-from fdconv_deploy.export.validation.sample_inputs import made_up_images, normalised
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -34,6 +34,7 @@ from fdconv_deploy.folding.network import dynamic_layers, fold_network
 from fdconv_deploy.latency import machine
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.profiling.divergence import save_exposed
+from fdconv_deploy.sample_images.inputs import prepared_batch
 
 FLAT = {"black": 0, "gray": 128, "white": 255}
 ANSWER = "answer"
@@ -43,14 +44,14 @@ See = Callable[[str, NDArray], None]
 def picture(kind: str, size: tuple[int, int]) -> Tensor:
     """(1, 3, height, width) float32: a drawn scene, a flat frame, noise, or a file."""
     if kind == "scene":
-        return made_up_images(1, size)
+        return sample_tensor(1, size)
     if kind in FLAT:
         pixels = np.full((*size, 3), FLAT[kind], np.uint8)
     elif kind == "noise":
         pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     else:
         pixels = np.asarray(cv2.imread(kind)[..., ::-1])
-    return normalised([pixels], size)
+    return torch.from_numpy(prepared_batch([pixels], size))
 
 
 @torch.no_grad()

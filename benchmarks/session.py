@@ -249,12 +249,12 @@ def main() -> None:
 
 
 def _export(destination: Path) -> Path:
-    from fdconv_deploy.export.api import export_segmentor
+    from fdconv_deploy.export.api import export_network
 
     from benchmarks.networks import build, upernet
 
     network = build(upernet(50))
-    export_segmentor(network, destination, size=(512, 512), batches=(1, 4), tolerance=1e-2)
+    export_network(network, destination, size=(512, 512), batches=(1, 4), tolerance=1e-2)
     return destination
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fdconv_deploy.export.api import export_segmentor
-from fdconv_deploy.export.validation.sample_inputs import made_up_images
+from fdconv_deploy.export.api import export_network
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 
 from benchmarks.networks import build, upernet
 from benchmarks.options import script
@@ -91,9 +91,9 @@ def main() -> None:
         folder = Path(name)
         network = build(upernet(options.depth))
         size = (options.size, options.size)
-        bundle = export_segmentor(network, folder / "bundle", size=size)
+        bundle = export_network(network, folder / "bundle", size=size)
         model, request = bundle.model_path(1), folder / "request.npz"
-        images = made_up_images(1, size, seed=1)
+        images = sample_tensor(1, size, seed=1)
         with torch.no_grad():
             np.savez(request, images=images.numpy(), logits=network(images).numpy())
         results = {

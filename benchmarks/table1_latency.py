@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from fdconv_deploy.export import export_module
-from fdconv_deploy.export.validation.sample_inputs import made_up_images
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
@@ -68,7 +68,7 @@ def prepare(
 
 def _prepare(name: str, frame: Frame, size: tuple[int, int], place: Path) -> dict[str, float]:
     """One row: the exported file's size in MB, and its largest error against PyTorch."""
-    x = made_up_images(1, size, seed=1)
+    x = sample_tensor(1, size, seed=1)
     torch.manual_seed(0)
     network = trained_like(make(name, frame))
     place.mkdir(parents=True)

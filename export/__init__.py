@@ -6,15 +6,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fdconv_deploy.export.api import export_checkpoint, export_module
+    from fdconv_deploy.export.api import export_checkpoint, export_module, export_network
+    from fdconv_deploy.export.options import ExportOptions
     from fdconv_deploy.export.targets.ultralytics import export_ultralytics
 
-__all__ = ["export_checkpoint", "export_module", "export_ultralytics"]
+__all__ = [
+    "ExportOptions",
+    "export_checkpoint",
+    "export_module",
+    "export_network",
+    "export_ultralytics",
+]
+
+_HOMES = {"ExportOptions": "options", "export_ultralytics": "targets.ultralytics"}
 
 
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import; importing the package should not.
     if name in __all__:
-        module = "targets.ultralytics" if name == "export_ultralytics" else "api"
-        return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,25 +1,30 @@
-"""Carries a recipe out: graphs, checks, manifest, all or nothing."""
+"""Source network -> folded graphs -> validated -> bundle: all of it, or nothing."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 import tempfile
 import time
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import onnx
 import torch
 from fdconv_deploy.export.graph import build_graph, check_model
+from fdconv_deploy.export.options import ExportOptions
 from fdconv_deploy.export.quantization.reduce_precision import Reduction
-from fdconv_deploy.export.shared_weights import WeightsFile
-from fdconv_deploy.export.source_network import Precision, Recipe
+from fdconv_deploy.export.source_network import SourceNetwork
 from fdconv_deploy.export.torch_export import capture
 from fdconv_deploy.export.validation.judge import Judge, Subject, fresh
+from fdconv_deploy.export.validation.tolerance import TOLERANCES, Precision, counts_classes
 from fdconv_deploy.export.validation.verdict import Verdict, refusal
 from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers, input_sizes
@@ -27,60 +32,56 @@ from fdconv_deploy.runtime.bundle import Bundle, BundleWriter
 from fdconv_deploy.runtime.manifest import Manifest, ParityReport, TensorSpec
 from fdconv_deploy.version import __version__
 
-FP32 = Precision()
+# Smaller tensors (shapes, biases tiled per batch size) stay in the graph itself.
+INLINE_BYTES = 1024
+# ONNX Runtime maps aligned tensors from the file; 64 is a cache line.
+ALIGNMENT = 64
+WEIGHTS = "weights.bin"
 
 
-def produce(recipe: Recipe, destination: str | os.PathLike[str], overwrite: bool) -> Bundle:
-    """Write the bundle, or nothing.
+def write_bundle(
+    source: SourceNetwork, output: str | os.PathLike[str], options: ExportOptions
+) -> Bundle:
+    """Export a network to a bundle, or leave nothing behind.
 
     Raises:
         ExportError: the network cannot be exported, or a graph is too far from it.
-        BundleError: ``destination`` is in the way.
+        BundleError: ``output`` is in the way.
     """
     started = time.perf_counter()
-    network = recipe.network
+    network = source.module
     inputs: dict[int, tuple[TensorSpec, ...]] = {}
     outputs: dict[int, tuple[TensorSpec, ...]] = {}
     models: dict[int, str] = {}
     group_maps: dict[str, str] = {}
     nodes: dict[str, int] = {}
     sizes: dict[str, tuple[int, int]] | None = None
-    with (
-        BundleWriter(destination, overwrite=overwrite) as writer,
-        tempfile.TemporaryDirectory(prefix="fdconv-export-") as name,
-    ):
-        scratch = Path(name)
-        judge = Judge(
-            network,
-            recipe.rule,
-            recipe.input_names,
-            recipe.output_names,
-            scratch,
-            independent=recipe.rule.kind != "values",
-            progress=recipe.progress,
-        )
-        verdicts: dict[int, Verdict] = {}
-        reduction = Reduction(recipe, scratch)
-        with WeightsFile(writer.path / "weights.bin") as weights:
-            for batch in recipe.batches:
-                example = recipe.source.rows(batch)
-                recipe.progress(f"batch {batch}: running the network")
-                answers = judge.answers(recipe.source, batch)
-                recipe.progress(f"batch {batch}: writing the graph")
+    with ExitStack() as stack:
+        writer = stack.enter_context(BundleWriter(output, overwrite=options.overwrite))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fdconv-export-")))
+        judge = Judge(source, scratch, progress=options.say)
+        reduction = Reduction(source, options, scratch)
+        with (writer.path / WEIGHTS).open("wb") as file:
+            weights = SharedWeights(file)
+            for batch in source.batches:
+                example = source.inputs[0].rows(batch)
+                options.say(f"batch {batch}: running the network")
+                answers = judge.answers(source.inputs[0], batch)
+                options.say(f"batch {batch}: writing the graph")
                 captured = capture(
                     network,
                     example,
-                    input_names=recipe.input_names,
-                    output_names=recipe.output_names,
+                    input_names=source.input_names,
+                    output_names=source.output_names,
                 )
                 if sizes is None:  # the same for every batch size
                     sizes = input_sizes(network, tuple(tensor[:1] for tensor in example))
                 graph = build_graph(captured, network, sizes, batch)
                 del captured
-                if recipe.precision.name != "fp32":
+                if options.precision != "fp32":
                     exact = scratch / "fp32.onnx"
                     onnx.save(graph.model, str(exact))
-                    _prove(recipe, judge, batch, exact, scratch, FP32)
+                    _validate(source, judge, batch, exact, "fp32", TOLERANCES["fp32"])
                     exact.unlink()
                     reduction.apply(graph.model, batch)
                 weights.take(graph.model)
@@ -88,73 +89,90 @@ def produce(recipe: Recipe, destination: str | os.PathLike[str], overwrite: bool
                 onnx.save(graph.model, str(writer.path / models[batch]))
                 group_maps |= graph.group_maps
                 nodes[f"nodes.b{batch}"] = len(graph.model.graph.node)
-                inputs[batch] = tuple(_spec(n, a) for n, a in recipe.feed(batch).items())
-                outputs[batch] = tuple(_spec(n, a) for n, a in answers.items())
-        for batch in recipe.batches:
-            path = writer.path / models[batch]
+                inputs[batch] = _specs(source.feed(batch))
+                outputs[batch] = _specs(answers)
+        verdicts: dict[int, Verdict] = {}
+        for batch, name in models.items():
+            path = writer.path / name
             check_model(str(path))
-            verdicts[batch] = _prove(recipe, judge, batch, path, scratch, recipe.precision)
-        manifest = Manifest(
-            created_by=f"fdconv-deploy {__version__}",
-            created_at=datetime.now(timezone.utc),
-            precision=recipe.precision.name,
-            models=models,
-            weights="weights.bin",
-            inputs=inputs,
-            outputs=outputs,
-            group_maps=group_maps,
-            parity=ParityReport(
-                batches={batch: verdict.parity for batch, verdict in verdicts.items()},
-                reference=f"PyTorch {torch.__version__}, float32, CPU",
-                backend=f"ONNX Runtime {version('onnxruntime')}, CPU",
-                inputs=", ".join(
-                    dict.fromkeys(f.source for v in verdicts.values() for f in v.shown)
-                ),
-            ),
-            graph={
-                **recipe.manifest.get("graph", {}),
-                **nodes,
-                "fdconv_layers": len(dynamic_layers(network)),
-                "exactness": {str(batch): v.as_dict() for batch, v in verdicts.items()},
-                **({"precision": reduction.report} if reduction.report else {}),
-                "export_seconds": round(time.perf_counter() - started, 1),
-                "export_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            },
-            versions={n: version(n) for n in ("torch", "onnx", "onnxruntime", "numpy")},
-            **{k: v for k, v in recipe.manifest.items() if k != "graph"},
+            verdicts[batch] = _validate(
+                source, judge, batch, path, options.precision, options.allowed
+            )
+        entries: dict[str, Any] = {
+            **source.manifest.get("graph", {}),
+            **nodes,
+            "fdconv_layers": len(dynamic_layers(network)),
+            "exactness": {str(batch): verdict.as_dict() for batch, verdict in verdicts.items()},
+            **({"precision": reduction.report} if reduction.report else {}),
+            "export_seconds": round(time.perf_counter() - started, 1),
+            "export_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        }
+        return writer.commit(
+            Manifest(
+                created_by=f"fdconv-deploy {__version__}",
+                created_at=datetime.now(timezone.utc),
+                precision=options.precision,
+                models=models,
+                weights=WEIGHTS,
+                inputs=inputs,
+                outputs=outputs,
+                group_maps=group_maps,
+                parity=_parity(verdicts),
+                versions={n: version(n) for n in ("torch", "onnx", "onnxruntime", "numpy")},
+                **{**source.manifest, "graph": entries},
+            )
         )
-        return writer.commit(manifest)
 
 
-def _prove(
-    recipe: Recipe, judge: Judge, batch: int, model: Path, scratch: Path, precision: Precision
+class SharedWeights:
+    """One weights file that the graphs of all batch sizes share: equal tensors are stored once."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._name = file, Path(file.name).name
+        self._offsets: dict[str, int] = {}
+
+    def take(self, model: ModelProto) -> None:
+        """Move a model's large initializers here; it then refers to this file by name."""
+        for tensor in model.graph.initializer:
+            if not tensor.HasField("raw_data"):
+                values = onnx.numpy_helper.to_array(tensor)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+            if len(tensor.raw_data) <= INLINE_BYTES:
+                continue
+            offset, length = self._store(tensor.raw_data), len(tensor.raw_data)
+            onnx.external_data_helper.set_external_data(tensor, self._name, offset, length)
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+
+    def _store(self, data: bytes) -> int:
+        key = hashlib.sha256(data).hexdigest()
+        if key not in self._offsets:
+            self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+            self._offsets[key] = self._file.tell()
+            self._file.write(data)
+        return self._offsets[key]
+
+
+def _validate(
+    source: SourceNetwork, judge: Judge, batch: int, model: Path, precision: Precision, limit: float
 ) -> Verdict:
     """Judge a graph, and refuse it where it is not the network.
 
     In float32 that is asked of every layer; what lower precision costs, `Reduction` measures
-    layer by layer, and here the answer alone is held against the tolerance.
+    layer by layer, and here the answer alone is compared with the tolerance.
     """
-    exact = precision.name == "fp32"
-    verdict = judge.judge(
-        Subject(
-            batch,
-            fresh(model, recipe.output_names, scratch),
-            precision.tolerance,
-            model if exact else None,
-            distance=precision.distance,
-        ),
-        [recipe.source],
-        recipe.spares,
-    )
+    exact = precision == "fp32"
+    run = fresh(model, source.output_names, judge.folder)
+    subject = Subject(batch, run, precision, limit, model if exact else None)
+    verdict = judge.judge(subject, source.inputs[:1], source.inputs[1:])
     if verdict.equal:
         return verdict
-    said = "" if precision is recipe.precision else ", in float32,"
-    message = refusal(verdict, f"the exported graph of batch {batch}{said}")
+    message = refusal(verdict, f"the exported {precision} graph of batch {batch}")
     wrong = verdict.wrong
-    if wrong is not None and wrong.parity is not None and precision.counts_classes(wrong.parity):
+    if wrong is not None and wrong.parity is not None and counts_classes(wrong.parity, precision):
         message = (
             f"the int8 graph of batch {batch} gives {wrong.error:.1%} of the positions another "
-            f"class than the network, {precision.tolerance:.1%} is allowed. Calibrate on pictures "
+            f"class than the network, {limit:.1%} is allowed. Calibrate on pictures "
             "of the kind the network will see (--calibrate), compare on such (--image), keep "
             "modules in float32 (--keep-fp32), or raise --tolerance."
         )
@@ -168,5 +186,18 @@ def _prove(
     raise ExportError(f"{message} Nothing was kept.")
 
 
-def _spec(name: str, array: NDArray) -> TensorSpec:
-    return TensorSpec(name=name, shape=array.shape, dtype=str(array.dtype))
+def _parity(verdicts: dict[int, Verdict]) -> ParityReport:
+    shown = [finding.source for verdict in verdicts.values() for finding in verdict.shown]
+    return ParityReport(
+        batches={batch: verdict.parity for batch, verdict in verdicts.items()},
+        reference=f"PyTorch {torch.__version__}, float32, CPU",
+        backend=f"ONNX Runtime {version('onnxruntime')}, CPU",
+        inputs=", ".join(dict.fromkeys(shown)),
+    )
+
+
+def _specs(arrays: dict[str, NDArray]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(name=name, shape=array.shape, dtype=str(array.dtype))
+        for name, array in arrays.items()
+    )

@@ -1,4 +1,4 @@
-"""Folders of images, with or without masks, read when they are asked for."""
+"""Files and folders of images, decoded when they are asked for."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from copy import copy
 from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
 from numpy.typing import NDArray
 
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.evaluation.datasets import DatasetError, read_mask
 from fdconv_deploy.runtime.images import ImageFile, ImageTooLargeError, image_size
-from fdconv_deploy.runtime.input_files import MASK_ENDING as MASK
 from fdconv_deploy.runtime.input_files import images_of
 from fdconv_deploy.runtime.multiband import load_image
 
@@ -24,8 +21,8 @@ Picture = NDArray[Any]
 class Pictures(Sequence[Picture]):
     """Image files, or those of a folder, decoded when they are asked for.
 
-    Files of a folder that are named like another with ``_labels.png`` at the end are its masks,
-    not images.
+    Files of a folder that are named like another with ``_labels.png`` at the end are masks, and
+    left out.
 
     Args:
         source: a folder, or files.
@@ -39,7 +36,7 @@ class Pictures(Sequence[Picture]):
         self.paths = images_of(source) if isinstance(source, Path) else list(source)
         self.preprocessing = Preprocessing()
         for path in self.paths:
-            _size(path)
+            _check_header(path)
 
     def for_network(self, preprocessing: Preprocessing) -> Pictures:
         """The same, decoded as a network's images are."""
@@ -61,52 +58,16 @@ class Pictures(Sequence[Picture]):
             return [load_image(path, self.preprocessing) for path in self.paths[index]]
         return load_image(self.paths[index], self.preprocessing)
 
-    def masks(self) -> list[NDArray[np.integer] | None]:
-        """Of each image, its labels ``(H, W)`` if there is such a file.
 
-        Raises:
-            ImageError: a mask cannot be read, has more than one channel or another size.
-        """
-        return [_mask(path) for path in self.paths]
-
-
-def for_network(pictures: Sequence[Picture], preprocessing: Preprocessing) -> Sequence[Picture]:
-    """Images as a network takes them: `Pictures` are decoded accordingly, arrays are already."""
-    if isinstance(pictures, Pictures):
-        return pictures.for_network(preprocessing)
-    return pictures
-
-
-def _size(image: Path) -> tuple[int, int] | None:
-    """Height and width of a picture; None where the network's reader alone can tell them.
-
-    Raises:
-        ImageError: it is no picture, or too large.
-    """
+def _check_header(image: Path) -> None:
+    """Refuse a file that is no picture, or too large, as far as its header can tell."""
     if ImageFile.of(image).is_array:
-        return None
+        return
     try:
-        return image_size(image)
+        image_size(image)
     except ImageTooLargeError:
         raise
     except ImageError:
-        if image.suffix.lower() in (".tif", ".tiff"):
-            return None  # Pillow does not know TIFF files of any number of bands
-        raise
-
-
-def _mask(image: Path) -> NDArray[np.integer] | None:
-    path = image.with_name(image.stem + MASK)
-    if not path.is_file():
-        return None
-    try:
-        labels = read_mask(path)
-    except DatasetError as error:
-        raise ImageError(str(error)) from error
-    size = _size(image) or labels.shape
-    if labels.shape != size:
-        raise ImageError(
-            f"The mask {path} must hold one class index for each pixel of its image, "
-            f"{size[0]}x{size[1]} (height x width); it is {'x'.join(map(str, labels.shape))}."
-        )
-    return labels
+        # Pillow does not know TIFF files of any number of bands; the network's reader does.
+        if image.suffix.lower() not in (".tif", ".tiff"):
+            raise

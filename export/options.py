@@ -1,24 +1,120 @@
-"""What an export refuses before anything is loaded. Imports neither torch nor onnx."""
+"""What an export is asked for, and what of it is refused before anything is loaded.
+
+Imports neither torch nor onnx, so that the command line finds mistakes at once.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Literal, cast, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from fdconv_deploy.export.validation.tolerance import TOLERANCES, Precision
 
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.runtime.manifest import Fit
 
-PrecisionName = Literal["fp32", "fp16", "int8"]
 Activations = Literal["unsigned", "signed"]
+Progress = Callable[[str], None]
 
-# What is not kept when exceeded. fp32 and fp16: the largest error, relative to the largest
-# value. int8: the share of positions whose class changes, where a class is chosen.
-TOLERANCES: dict[PrecisionName, float] = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.1}
 LARGEST_SIDE = 16384
 
 
+def _silent(_step: str) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExportOptions:
+    """How a network is exported. Impossible options raise an `ExportError` as this is made.
+
+    Attributes:
+        size: height and width of the graphs in pixels. If not given: the crop of a network tested
+            in ``slide`` mode, what a detector's published resize makes of a landscape image, or
+            the example's of any other module.
+        batches: batch sizes, one graph each. If not given: 1, or the example's.
+        fit: how a segmentor's images of another aspect ratio are brought to ``size``. Detectors
+            always pad.
+        pictures: ``(H, W, 3)`` uint8 RGB or of the network's bands, of any size, to compare the
+            graphs with the network on; packaged pictures if none are given.
+        precision: ``fp16`` computes plain parts in float16, ``int8`` plain convolutions in eight
+            bits; what makes FDConv's kernels stays float32. Inputs and outputs are float32 in all.
+        tolerance: largest error kept, as a share of an output's largest value; in int8 the largest
+            share of positions of another class. `tolerance.TOLERANCES` if not given.
+        keep_fp32: paths of modules, or shell patterns of them, that stay float32.
+        calibration: pictures that int8 learns the ranges of activations from; of any other module
+            its inputs, ``(B, …)`` float32.
+        activations: ``unsigned`` int8 for ONNX Runtime, ``signed`` for TensorRT.
+        overwrite: replace a bundle that exists.
+        progress: called with a sentence as each step begins.
+    """
+
+    size: tuple[int, int] | None = None
+    batches: Sequence[int] | None = None
+    fit: Fit = "stretch"
+    pictures: Sequence[Any] = ()
+    precision: Precision = "fp32"
+    tolerance: float | None = None
+    keep_fp32: Sequence[str] = ()
+    calibration: Sequence[Any] = ()
+    activations: Activations = "unsigned"
+    overwrite: bool = False
+    progress: Progress | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what does not fit together."""
+        for name, choices in (("fit", Fit), ("precision", Precision), ("activations", Activations)):
+            expected, found = get_args(choices), getattr(self, name)
+            if found not in expected:
+                listed = f"{', '.join(expected[:-1])} or {expected[-1]}"
+                raise ExportError(f"{name} is {listed}, not {found!r}.")
+        if self.size is not None:
+            check_size(self.size)
+        if self.batches is not None:
+            unique = tuple(sorted(set(self.batches)))
+            if not unique or unique[0] < 1:
+                raise ExportError(f"batch sizes must be 1 or more, got {list(self.batches)}.")
+            object.__setattr__(self, "batches", unique)
+        if self.tolerance is not None and not 0 <= self.tolerance < math.inf:
+            raise ExportError(
+                "the tolerance is a share, 0 or more, "
+                f"e.g. {TOLERANCES[self.precision]:g}; got {self.tolerance:g}."
+            )
+        if self.precision == "int8" and not len(self.calibration):
+            raise ExportError(
+                "int8 needs images to learn the activations' ranges from: give some hundred "
+                "pictures of the kind the network will see, as calibration (--calibrate FOLDER)."
+            )
+        if self.precision != "int8" and len(self.calibration):
+            raise ExportError(
+                f"calibration images are for int8, and the precision is {self.precision}. Choose "
+                "int8, or leave them out."
+            )
+        if self.precision == "fp32" and self.keep_fp32:
+            raise ExportError(
+                "keep_fp32 names modules that stay float32 in an fp16 or int8 bundle; in fp32 all "
+                "do. Choose another precision, or leave it out."
+            )
+
+    @classmethod
+    def of(cls, options: ExportOptions | None, fields: dict[str, Any]) -> ExportOptions:
+        """Options with some fields changed; defaults where none are given."""
+        return cls(**fields) if options is None else replace(options, **fields)
+
+    @property
+    def allowed(self) -> float:
+        """The tolerance given, or the precision's own."""
+        return TOLERANCES[self.precision] if self.tolerance is None else self.tolerance
+
+    @property
+    def say(self) -> Progress:
+        """``progress``, or what does nothing."""
+        return self.progress or _silent
+
+
 def check_size(size: tuple[int, int]) -> None:
-    """Height and width in pixels.
+    """Refuse a height and width in pixels that no graph could have.
 
     Raises:
         ExportError: out of range.
@@ -27,62 +123,3 @@ def check_size(size: tuple[int, int]) -> None:
         raise ExportError(
             f"height and width must be 1 to {LARGEST_SIDE} pixels, got {size[0]}x{size[1]}."
         )
-
-
-def batch_sizes(batches: Iterable[int]) -> list[int]:
-    """Each batch size once, ascending.
-
-    Raises:
-        ExportError: there is none, or one is below 1.
-    """
-    given = list(batches)
-    unique = sorted(set(given))
-    if not unique or unique[0] < 1:
-        raise ExportError(f"batch sizes must be 1 or more, got {given}.")
-    return unique
-
-
-def check_precision(
-    precision: str,
-    *,
-    tolerance: float | None,
-    keep_fp32: Sequence[str],
-    calibration: Sequence[object],
-    activations: str,
-    evaluation: Sequence[object] = (),
-) -> float:
-    """The tolerance to go by, when the rest fits together.
-
-    Raises:
-        ExportError: it does not.
-    """
-    if precision not in get_args(PrecisionName):
-        raise ExportError(f"--precision is fp32, fp16 or int8, not {precision!r}.")
-    named = cast(PrecisionName, precision)
-    if activations not in get_args(Activations):
-        raise ExportError(f"--activations is unsigned or signed, not {activations!r}.")
-    if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise ExportError(
-            f"--tolerance is a share, 0 or more, e.g. {TOLERANCES[named]:g}; got {tolerance:g}."
-        )
-    if precision == "int8" and not len(calibration):
-        raise ExportError(
-            "int8 needs images to learn the activations' ranges from: give a folder of some "
-            "hundred pictures of the kind the network will see, --calibrate FOLDER."
-        )
-    if precision != "int8" and len(calibration):
-        raise ExportError(
-            f"calibration images are for int8, and --precision is {precision}. Say --precision "
-            "int8, or leave --calibrate out."
-        )
-    if precision == "fp32" and keep_fp32:
-        raise ExportError(
-            "--keep-fp32 names what stays float32 in an fp16 or int8 bundle; in fp32 all does. "
-            "Say --precision, or leave it out."
-        )
-    if precision == "fp32" and len(evaluation):
-        raise ExportError(
-            "--evaluate compares an fp16 or int8 bundle's answers with float32's; in fp32 they "
-            "are the same. Say --precision, or leave it out."
-        )
-    return TOLERANCES[named] if tolerance is None else tolerance

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fdconv_deploy.export.source_network import answer_of, output_names
+from fdconv_deploy.export.validation.reference import answer_of
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -65,7 +65,9 @@ def flatten_outputs(
                 f"{_described(leaf)}. {_choice(leaves)}"
             )
     own = [leaves[place][0] for place in places]
-    names = own if given is None else output_names(len(own), given)
+    names = own if given is None else list(given)
+    if len(names) != len(own):
+        raise ExportError(f"the module has {len(own)} outputs, output_names names {len(names)}.")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice or "" in names:
         raise ExportError(

@@ -1,63 +1,180 @@
 """PyTorch network -> ONNX graph in which each FDConv layer is one placeholder node.
 
 torch's exporter never sees a layer's inside: its time grows with every node, and the folded
-layers are written directly (`fdconv_deploy.export.layers`) instead.
+layers are written directly (`fdconv_deploy.export.layers`) instead. Nor does it see loops over
+boxes or shapes that depend on values: such modules of detectors become opaque operators as well,
+and are translated to a few nodes of ONNX here.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import onnx
 import onnxscript
 import torch
-from fdconv_deploy.export.detection_ops import TRANSLATIONS, stand_in
+from onnxscript import opset18
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import Example, replace_layers, tensors_of
+from fdconv_deploy.folding.pooling import FoldedAdaptivePool
+from fdconv_deploy.nn.detection.box_ops import EXCLUDED, BestScores, NonMaxSuppression
+from fdconv_deploy.nn.detection.roi_pooling import RoIAlign
 from fdconv_deploy.nn.fdconv import FDConv2d
 from fdconv_deploy.ops import OPSET
 
 PLACEHOLDER_DOMAIN = "fdconv.export"
 PLACEHOLDER = "FoldedLayer"
+# onnxscript's own annotations do not know what an exporter's values are.
+op: Any = opset18
+_placeholders = onnxscript.values.Opset(PLACEHOLDER_DOMAIN, 1)
 
 
-@torch.library.custom_op("fdconv_deploy::folded_layer", mutates_args=())
+def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator of which the exporter knows the shapes that ``function`` gives, and no more."""
+    name = f"fdconv_deploy::{function.__name__.removeprefix('_')}"
+    operator = torch.library.custom_op(name, function, mutates_args=())
+    operator.register_fake(function)
+    return operator
+
+
+@_opaque
 def _folded_layer(x: Tensor, layer: str, channels: int, height: int, width: int) -> Tensor:
     return x.new_zeros(x.shape[0], channels, height, width)
 
 
-@_folded_layer.register_fake
-def _(x: Tensor, layer: str, channels: int, height: int, width: int) -> Tensor:
-    return x.new_empty(x.shape[0], channels, height, width)
+@_opaque
+def _roi_align(
+    features: Tensor, boxes: Tensor, images: Tensor, size: int, scale: float, ratio: int
+) -> Tensor:
+    return features.new_zeros(boxes.shape[0], features.shape[1], size, size)
 
 
-class _Placeholder(nn.Module):
-    """Stands for an FDConv layer while the network is exported."""
+@_opaque
+def _suppress(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int) -> Tensor:
+    return torch.zeros_like(scores, dtype=torch.bool)
 
-    def __init__(self, name: str, layer: FDConv2d) -> None:
+
+@_opaque
+def _best_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    shape = (scores.shape[0], count)
+    return scores.new_zeros(shape), torch.zeros(shape, dtype=torch.int64, device=scores.device)
+
+
+def _translate_folded_layer(x: Any, layer: str, channels: int, height: int, width: int) -> Any:
+    return _placeholders.FoldedLayer(x, layer=layer, channels=channels, height=height, width=width)
+
+
+def _translate_roi_align(
+    features: Any, boxes: Any, images: Any, size: int, scale: float, ratio: int
+) -> Any:
+    # half_pixel is what detection libraries call aligned.
+    return op.RoiAlign(
+        features,
+        boxes,
+        images,
+        coordinate_transformation_mode="half_pixel",
+        mode="avg",
+        output_height=size,
+        output_width=size,
+        sampling_ratio=ratio,
+        spatial_scale=scale,
+    )
+
+
+def _constant(value: float, data_type: int) -> Any:
+    return op.Constant(value=onnx.helper.make_tensor("value", data_type, [1], [value]))
+
+
+def _translate_suppress(boxes: Any, scores: Any, iou_threshold: float, limit: int) -> Any:
+    # How many are kept depends on the values, and their order is the runtime's: marks in a
+    # tensor as long as the scores make that a static shape again, and no order matters.
+    selected = op.NonMaxSuppression(
+        boxes,
+        op.Unsqueeze(scores, op.Constant(value_ints=[1])),
+        _constant(limit, onnx.TensorProto.INT64),
+        _constant(iou_threshold, onnx.TensorProto.FLOAT),
+        # Scores proper are probabilities, which may be 0.
+        _constant(EXCLUDED / 2, onnx.TensorProto.FLOAT),
+    )
+    places = op.Gather(selected, op.Constant(value_ints=[0, 2]), axis=1)  # (K, 2): image, box
+    of_class_zero = op.Equal(
+        op.Gather(selected, op.Constant(value_int=1), axis=1), op.Constant(value_int=0)
+    )
+    marks = op.ScatterND(
+        op.Mul(scores, op.Constant(value_float=0.0)),
+        places,
+        op.Cast(of_class_zero, to=onnx.TensorProto.FLOAT),
+    )
+    return op.Greater(marks, op.Constant(value_float=0.5))
+
+
+def _translate_best_scores(scores: Any, count: int) -> Any:
+    return op.TopK(scores, _constant(count, onnx.TensorProto.INT64), axis=1, largest=1, sorted=1)
+
+
+TRANSLATIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.fdconv_deploy.folded_layer.default: _translate_folded_layer,
+    torch.ops.fdconv_deploy.roi_align.default: _translate_roi_align,
+    torch.ops.fdconv_deploy.suppress.default: _translate_suppress,
+    torch.ops.fdconv_deploy.best_scores.default: _translate_best_scores,
+}
+
+
+class _StandIn(nn.Module):
+    """Takes a module's place while its network is captured, and calls an opaque operator."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
         super().__init__()
-        self.name = name
-        self.geometry = [getattr(layer, a) for a in ("kernel_size", "stride", "dilation")]
-        self.padding, self.channels = layer.padding, layer.out_channels
+        self.call = call
 
-    def _size(self, axis: int, length: int) -> int:
-        kernel, stride, dilation = (g[axis] for g in self.geometry)
-        reach = dilation * (kernel - 1)
-        if isinstance(self.padding, str):
-            padding = reach if self.padding == "same" else 0
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.call(*inputs)
+
+
+def _layer_stand_in(name: str, layer: FDConv2d) -> nn.Module:
+    padding = layer.padding
+
+    def length(axis: int, size: int) -> int:
+        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+        if isinstance(padding, str):
+            added = reach if padding == "same" else 0
         else:
-            padding = 2 * self.padding[axis]
-        return (length + padding - reach - 1) // stride + 1
+            added = 2 * padding[axis]
+        return (size + added - reach - 1) // layer.stride[axis] + 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = self._size(0, x.shape[-2]), self._size(1, x.shape[-1])
-        return _folded_layer(x, self.name, self.channels, height, width)
+    def call(x: Tensor) -> Tensor:
+        height, width = length(0, x.shape[-2]), length(1, x.shape[-1])
+        return _folded_layer(x, name, layer.out_channels, height, width)
+
+    return _StandIn(call)
+
+
+def _stand_in(module: nn.Module) -> nn.Module | None:
+    """For a module that torch's exporter should not see the inside of, else None."""
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        return FoldedAdaptivePool(module)
+    if isinstance(module, RoIAlign):
+        settings = module.output_size, module.spatial_scale, module.sampling_ratio
+
+        def align(features: Tensor, boxes: Tensor) -> Tensor:
+            images, count = boxes.shape[:2]
+            image = torch.tensor([i for i in range(images) for _ in range(count)])
+            return _roi_align(features, boxes.reshape(-1, 4), image, *settings)
+
+        return _StandIn(align)
+    if isinstance(module, NonMaxSuppression):
+        threshold, limit = module.iou_threshold, module.limit
+        return _StandIn(lambda boxes, scores: _suppress(boxes, scores, threshold, limit))
+    if isinstance(module, BestScores):
+        count = module.count
+        return _StandIn(lambda scores: _best_scores(scores, min(count, scores.shape[1])))
+    return None
 
 
 def _register_schema() -> None:
@@ -81,13 +198,6 @@ def _register_schema() -> None:
             ],
         )
     )
-
-
-_opset = onnxscript.values.Opset(PLACEHOLDER_DOMAIN, 1)
-
-
-def _translate(x: Any, layer: str, channels: int, height: int, width: int) -> Any:
-    return _opset.FoldedLayer(x, layer=layer, channels=channels, height=height, width=width)
 
 
 @contextmanager
@@ -120,9 +230,9 @@ def capture(
     Raises:
         ExportError: torch's exporter does not take the rest of the network.
     """
-    stripped = replace_layers(network, _Placeholder)
+    stripped = replace_layers(network, _layer_stand_in)
     for name, module in list(stripped.named_modules()):
-        replacement = stand_in(module)
+        replacement = _stand_in(module)
         if replacement is not None:
             parent, _, child = name.rpartition(".")
             setattr(stripped.get_submodule(parent), child, replacement)
@@ -137,10 +247,7 @@ def capture(
                 opset_version=OPSET,
                 input_names=list(input_names),
                 output_names=list(output_names),
-                custom_translation_table={
-                    torch.ops.fdconv_deploy.folded_layer.default: _translate,
-                    **TRANSLATIONS,
-                },
+                custom_translation_table=TRANSLATIONS,
                 verbose=False,
             )
     except Exception as error:

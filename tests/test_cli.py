@@ -128,7 +128,7 @@ def test_verify_says_when_it_is_another_checkpoint(bundle, monkeypatch, capfd, t
 def test_verify_says_that_all_is_well(bundle, monkeypatch, capfd):
     code, out, _ = fdconv(monkeypatch, capfd, "verify", bundle, packaged_checkpoint())
     assert code == 0
-    assert "drawn street scenes: logits differs from the network's by" in out
+    assert "packaged pictures: logits differs from the network's by" in out
     assert "Layer by layer, on the network's own inputs" in out
     assert "The graph is the network." in out
     assert "Run by onnxruntime-cpu with " in out

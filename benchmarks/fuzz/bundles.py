@@ -31,7 +31,7 @@ _DETECTOR_OUTPUTS = [
 def _files() -> dict[str, bytes]:
     """A bundle of a small network whose layers are all there is to fold, by file name."""
     import torch
-    from fdconv_deploy.export.api import export_segmentor
+    from fdconv_deploy.export.api import export_network
 
     from benchmarks.networks import trained_like
     from fdconv_deploy.config import BackboneConfig, FCNHeadConfig, FDConvConfig, SegmentorConfig
@@ -53,7 +53,7 @@ def _files() -> dict[str, bytes]:
     network = build_segmentor(SegmentorConfig(backbone=backbone, decode_head=head, **names))  # type: ignore[arg-type]
     trained_like(network, size=64)
     with tempfile.TemporaryDirectory() as folder:
-        bundle = export_segmentor(network, Path(folder) / "bundle", size=(HEIGHT, WIDTH))  # type: ignore[arg-type]
+        bundle = export_network(network, Path(folder) / "bundle", size=(HEIGHT, WIDTH))  # type: ignore[arg-type]
         return {file.name: file.read_bytes() for file in bundle.path.iterdir()}
 
 

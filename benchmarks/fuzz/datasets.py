@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import shutil
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -188,19 +187,13 @@ def _label_images() -> dict[str, bytes]:
 
 
 def read_label_image(path: Path) -> None:
-    """As ``fdconv evaluate`` and ``export``: what a mask holds, whether those are classes."""
-    from fdconv_deploy.export.image_folders import Pictures
-
+    """As ``fdconv evaluate``: what a mask holds, whether those are classes."""
     from fdconv_deploy.evaluation.class_mapping import LabelRule
     from fdconv_deploy.evaluation.datasets import Pair, Samples
 
     image = path.parent / "image.bmp"
     if not image.is_file():
         _picture().save(image)
-    shutil.copyfile(path, path.parent / "image_labels.png")
-    (labels,) = Pictures([image]).masks()
-    assert labels is not None
-    assert labels.shape == (HEIGHT, WIDTH)
     samples = Samples([Pair(image, path)], LabelRule(3))
     samples.check(samples.numbers())
     (sample,) = samples

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fdconv_deploy.export.options import ExportOptions
 from fdconv_deploy.export.quantization.calibration import Magnitudes, magnitudes
 from fdconv_deploy.export.quantization.fp16 import to_half_precision
 from fdconv_deploy.export.quantization.fp16_rounding import rounding_model
@@ -18,7 +19,7 @@ from fdconv_deploy.export.quantization.int8 import (
     quantizable,
     quantize,
 )
-from fdconv_deploy.export.source_network import Recipe
+from fdconv_deploy.export.source_network import SourceNetwork
 from numpy.typing import NDArray
 from onnx import ModelProto
 
@@ -36,9 +37,9 @@ class Reduction:
     was found, for the manifest. Ranges of activations are learned on it, too.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.recipe, self.precision, self.folder = recipe, recipe.precision, folder
-        self.layers = list(dynamic_layers(recipe.network))
+    def __init__(self, source: SourceNetwork, options: ExportOptions, folder: Path) -> None:
+        self.source, self.options, self.folder = source, options, folder
+        self.layers = list(dynamic_layers(source.module))
         self.report: dict[str, Any] = {}
         self._seen: dict[tuple[str, int], Magnitudes] = {}
         self._images = 0
@@ -49,8 +50,6 @@ class Reduction:
         Raises:
             ExportError: the conversion is not possible, or float16 goes too far astray.
         """
-        if self.precision.name == "fp32":
-            return
         if self.report:
             self._convert(model, batch)
         else:
@@ -62,56 +61,52 @@ class Reduction:
         reference, reduced = folder / "reference.onnx", folder / "reduced.onnx"
         points = points_of(model, self.layers)
         tensors = [point.tensor for point in points]
-        if self.precision.name == "int8":
+        if self.options.precision == "int8":
             convs = self._convolutions(model)
             seen = {(c.key, i): t for c in convs for i, t in enumerate((c.input, c.output))}
             save_exposed(model, [*tensors, *seen.values()], reference)
             self._calibrate(reference, seen, batch)
         else:
             save_exposed(model, tensors, reference)
-        feed = self.recipe.feed(batch)
+        feed = self.source.feed(batch)
         exact = Answers(reference, points, feed, folder)
         self._convert(model, batch)
-        measured = rounding_model(model) if self.precision.name == "fp16" else model
+        measured = rounding_model(model) if self.options.precision == "fp16" else model
         save_exposed(measured, tensors, reduced)
         del measured
-        self.recipe.progress(f"batch {batch}: comparing it with float32, layer by layer")
+        self.options.say(f"batch {batch}: comparing it with float32, layer by layer")
         found = exact.divergences(reduced, feed)
         self.report["layers"] = {
             d.name: [float(f"{d.max_rel:.2e}"), float(f"{1 - d.cosine:.1e}")] for d in found
         }
         worst = sorted(found, key=lambda d: -d.max_rel)
         self.report["worst"] = [d.name for d in worst[:NAMED]]
-        if self.precision.name == "fp16":
+        if self.options.precision == "fp16":
             self._refuse_if_far(found)
-        if self.precision.evaluation is not None:
-            self.recipe.progress("comparing answers with float32's")
-            compared = self.precision.evaluation.compare(reference, reduced, batch)
-            self.report["evaluation"] = compared
 
     def _convert(self, model: ModelProto, batch: int) -> None:
-        if self.precision.name == "fp16":
-            self.recipe.progress(f"batch {batch}: converting to float16")
-            done = to_half_precision(model, self.layers, self.precision.keep_fp32)
+        if self.options.precision == "fp16":
+            self.options.say(f"batch {batch}: converting to float16")
+            done = to_half_precision(model, self.layers, self.options.keep_fp32)
             self.report = self.report or asdict(done)
             return
         convs = self._convolutions(model)
-        self.recipe.progress(f"batch {batch}: quantising {len(convs)} convolutions")
+        self.options.say(f"batch {batch}: quantising {len(convs)} convolutions")
         # By the convolution's place, since another batch size may name its tensors otherwise.
         seen: dict[str, Magnitudes] = {}
         for conv in convs:
             for place, tensor in enumerate((conv.input, conv.output)):
                 seen.setdefault(tensor, self._seen[conv.key, place])
-        quantize(model, convs, activation_steps(model, seen, self.precision.activations))
+        quantize(model, convs, activation_steps(model, seen, self.options.activations))
         self.report = self.report or {
             "quantized": [conv.module for conv in convs],
-            "activations": self.precision.activations,
+            "activations": self.options.activations,
             "calibration_images": self._images,
-            "kept": list(self.precision.keep_fp32),
+            "kept": list(self.options.keep_fp32),
         }
 
     def _convolutions(self, model: ModelProto) -> list[QuantizedConv]:
-        convs = quantizable(model, self.layers, self.precision.keep_fp32)
+        convs = quantizable(model, self.layers, self.options.keep_fp32)
         if not convs:
             raise ExportError(
                 "this network has no plain convolution to compute in eight bits, besides its "
@@ -121,16 +116,16 @@ class Reduction:
 
     def _calibrate(self, model: Path, tensors: dict[tuple[str, int], str], batch: int) -> None:
         def feeds() -> Iterator[dict[str, NDArray]]:
-            for image in self.precision.calibration:
+            for image in self.source.calibration:
                 self._images += 1
-                self.recipe.progress(f"learning the ranges of activations: image {self._images}")
-                yield {self.recipe.input_names[0]: np.repeat(image, batch, axis=0)}
+                self.options.say(f"learning the ranges of activations: image {self._images}")
+                yield {self.source.input_names[0]: np.repeat(image, batch, axis=0)}
 
         seen = magnitudes(model, dict.fromkeys(tensors.values()), feeds())
         self._seen = {key: seen[tensor] for key, tensor in tensors.items()}
 
     def _refuse_if_far(self, found: list[Divergence]) -> None:
-        far = [d for d in found if d.max_rel > self.precision.tolerance]
+        far = [d for d in found if d.max_rel > self.options.allowed]
         if not far:
             return
         worst = sorted(far, key=lambda d: -d.max_rel)[:NAMED]
@@ -138,7 +133,7 @@ class Reduction:
         start = far[0].name.removesuffix(" (sum)")
         raise ExportError(
             f"in fp16, {len(far)} of {len(found)} layers' outputs are further from float32's than "
-            f"{self.precision.tolerance:.0e} of their largest value. Worst: {named}. The first is "
+            f"{self.options.allowed:.0e} of their largest value. Worst: {named}. The first is "
             f"{start}: keep it in float32 (--keep-fp32 {start!r}; may be repeated), or raise the "
             "tolerance. Nothing was kept."
         )

@@ -22,9 +22,9 @@ import onnx
 import onnxruntime
 import torch
 from fdconv_deploy.export.api import export_module
-from fdconv_deploy.export.options import TOLERANCES, batch_sizes, check_size
-from fdconv_deploy.export.source_network import answer_of
-from fdconv_deploy.export.validation.sample_inputs import Picture, made_up_images, normalised
+from fdconv_deploy.export.options import ExportOptions, check_size
+from fdconv_deploy.export.validation.reference import answer_of
+from fdconv_deploy.export.validation.sample_inputs import Picture
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.sample_images.inputs import prepared_batch, sample_batch
 from fdconv_deploy.version import __version__
 
 INPUT = "images"
@@ -79,28 +80,32 @@ def export_ultralytics(
             the way, or the file is not equal to the network.
         UnsupportedLayerError: an FDConv layer is a variant of the published one.
     """
-    say = progress or (lambda _: None)
+    options = ExportOptions(batches=[batch], tolerance=tolerance, progress=progress)
     path = _free(Path(output), overwrite)
-    batch_sizes([batch])
     source = _network(model)
     network = _in_export_mode(source)
     size = _size(network, imgsz)
     preprocessing = _preprocessing(network)
-    if pictures:
-        example = normalised(pictures, size, preprocessing)[torch.arange(batch) % len(pictures)]
+    if len(pictures):
+        rows = prepared_batch(pictures, size, preprocessing)[np.arange(batch) % len(pictures)]
     else:
-        example = made_up_images(batch, size, preprocessing)
+        rows = sample_batch(batch, size, preprocessing)
+    example = torch.from_numpy(rows)
     expected = _tensors(network, example)
     names = [f"output{place}" for place in range(len(expected))]
     with tempfile.TemporaryDirectory(prefix="fdconv-export-") as scratch:
         bundle = export_module(
-            network, example, Path(scratch) / "bundle", input_name=INPUT, output_names=names,
-            tolerance=tolerance, progress=progress,
-        )  # fmt: skip
+            network,
+            example,
+            Path(scratch) / "bundle",
+            options,
+            input_name=INPUT,
+            output_names=names,
+        )
         graph = onnx.load(str(bundle.model_path(batch)))
     for key, value in _metadata(network, size, batch).items():
         graph.metadata_props.add(key=key, value=str(value))
-    say("writing one file, and checking it against the network")
+    options.say("writing one file, and checking it against the network")
     try:
         data = graph.SerializeToString()
     except ValueError as error:
@@ -109,8 +114,8 @@ def export_ultralytics(
             "by export_module instead."
         ) from error
     end2end = bool(getattr(network, "end2end", False))
-    limit = TOLERANCES["fp32"] if tolerance is None else tolerance
-    _prove(data, example, dict(zip(names, expected, strict=True)), limit, 2 if end2end else 1)
+    answers = dict(zip(names, expected, strict=True))
+    _prove(data, example, answers, options.allowed, 2 if end2end else 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data)
     return path

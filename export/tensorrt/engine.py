@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 import onnx
 from fdconv_deploy.export.tensorrt.builder import BuildOptions, build_plan
-from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
-from fdconv_deploy.export.tensorrt.validate_engine import prove, tolerance_of
+from fdconv_deploy.export.tensorrt.plugin_graph import ask_for_plugins
+from fdconv_deploy.export.tensorrt.validate_engine import validate_engine
 
 from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError, ExportError
@@ -106,7 +106,7 @@ def build_engines(
             f"the bundle has graphs of batch {', '.join(map(str, bundle.batch_sizes))}, not of "
             f"{', '.join(map(str, unknown))}. Export it with --batch {unknown[0]}."
         )
-    trtp, why_not = _plugin_layer(trt, plugins, bundle.manifest.older_nodes)
+    trtp, why_not = _plugin_layer(trt, plugins)
     if why_not is not None:
         say(f"note: FDConv layers run in TensorRT's own operators, since {why_not}")
     results = []
@@ -135,14 +135,12 @@ def _same(record: EngineRecord, options: BuildOptions) -> bool:
     )  # fmt: skip
 
 
-def _plugin_layer(trt: Any, choice: PluginChoice, problem: str | None) -> tuple[Any, str | None]:
-    """TensorRT's plugin module, or None and why not: the bundle's ``problem``, or the machine's."""
+def _plugin_layer(trt: Any, choice: PluginChoice) -> tuple[Any, str | None]:
+    """TensorRT's plugin module, or None and why not."""
     if choice == "off":
         return None, "--plugins is off"
-    trtp = None
-    if problem is not None:
-        pass
-    elif importlib.util.find_spec("triton") is None:
+    problem, trtp = None, None
+    if importlib.util.find_spec("triton") is None:
         problem = f"Triton is not installed ({install('triton')})"
     else:
         try:
@@ -200,7 +198,7 @@ def _build_one(
         say(f"batch {batch}: comparing it with ONNX Runtime")
         specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
         engine = backend.load_plan(plan, record, *specs)
-        parity = prove(bundle, batch, engine, tolerance_of(bundle, options, tolerance))
+        parity = validate_engine(bundle, batch, engine, options, tolerance)
         seconds = round(time.perf_counter() - started, 1)
         record = record.model_copy(update={"parity": parity, "build_seconds": seconds})
         keep_engine(bundle, record, partial, engine.inspect())

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fdconv_deploy.export.source_network import Source
-from fdconv_deploy.export.validation.comparison import Arrays, Rule, compare_all
-from fdconv_deploy.export.validation.detections import perturbed
+from fdconv_deploy.export.source_network import SourceNetwork
+from fdconv_deploy.export.validation.comparison import Arrays, perturbed
 from fdconv_deploy.export.validation.layer_graphs import CutGraph, Piece
 from fdconv_deploy.export.validation.reference import Observation, Observer
+from fdconv_deploy.export.validation.sample_inputs import InputSource
 from fdconv_deploy.export.validation.subprocess_run import Run, run_fresh
-from fdconv_deploy.export.validation.verdict import LAYER_LIMIT, Finding, Verdict, decide
+from fdconv_deploy.export.validation.tolerance import LAYER_TOLERANCE, Precision, decide
+from fdconv_deploy.export.validation.verdict import Finding, Verdict
 from numpy.typing import NDArray
-from torch import nn
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.runtime.manifest import OutputParity
@@ -32,46 +32,49 @@ PIECES_BYTES = 2**28
 class Subject:
     """A graph to be judged.
 
-    run: its answers to a feed. path: of the float32 model to cut into layers, if it shall be.
-    library: of the native operators it runs with. distance: what ``tolerance`` is held against.
+    Attributes:
+        batch: its batch size.
+        run: gives its answers to a feed.
+        precision: what it computes in, and with that what ``tolerance`` is about.
+        tolerance: of an output, see `TOLERANCES`.
+        path: of the float32 model to cut into layers, if it shall be.
+        library: of the native operators that the layers are run with.
     """
 
     batch: int
     run: Callable[[Mapping[str, NDArray]], Arrays]
+    precision: Precision
     tolerance: float
     path: Path | None = None
     library: Path | None = None
-    distance: Callable[[OutputParity], float] = lambda parity: parity.max_rel
 
 
 class Judge:
     """Judges graphs of one network; what the network computes is kept for the next graph.
 
     Args:
-        rule: how answers are compared.
-        independent: whether the answer to an image is the same in any batch, as a segmentor's
-            or a detector's; batches are then computed image by image.
+        source: the network, and how its answers are compared.
         folder: for files, together as large as the layers' inputs; the caller removes it.
+        progress: called with a sentence as each step begins.
     """
 
     def __init__(
         self,
-        network: nn.Module,
-        rule: Rule,
-        input_names: Sequence[str],
-        output_names: Sequence[str],
+        source: SourceNetwork,
         folder: Path,
         *,
-        independent: bool,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.rule, self.input_names, self.independent = rule, list(input_names), independent
+        self.comparison, self.input_names = source.comparison, source.input_names
+        # A segmentor's or detector's answer to an image is the same in any batch, so that batches
+        # are computed image by image.
+        self.independent = source.comparison.kind != "values"
         self.folder, self.progress = folder, progress
-        self._observer = Observer(network, list(output_names), folder)
+        self._observer = Observer(source.module, source.output_names, folder)
         self._observed: dict[tuple[int, int], Observation] = {}
-        self._sources: list[Source] = []
+        self._sources: list[InputSource] = []
 
-    def answers(self, source: Source, batch: int) -> dict[str, NDArray]:
+    def answers(self, source: InputSource, batch: int) -> dict[str, NDArray]:
         """What the network answers, by output name.
 
         Raises:
@@ -82,7 +85,7 @@ class Judge:
         return answers
 
     def judge(
-        self, subject: Subject, sources: Sequence[Source], spares: Sequence[Source] = ()
+        self, subject: Subject, sources: Sequence[InputSource], spares: Sequence[InputSource] = ()
     ) -> Verdict:
         """Compare a graph with the network.
 
@@ -110,17 +113,17 @@ class Judge:
             observed = self._observe(source, subject.batch, layers=open_)
             if number < len(sources) or not told:
                 self.progress(
-                    f"batch {subject.batch}: comparing it with the network, {source.said}"
+                    f"batch {subject.batch}: comparing it with the network, {source.name}"
                 )
                 whole += self._whole(subject, source, observed)
             if open_ and cut is not None:
-                self.progress(f"batch {subject.batch}: comparing layer by layer, {source.said}")
+                self.progress(f"batch {subject.batch}: comparing layer by layer, {source.name}")
                 self._layers(subject, source, observed, cut, layers)
             if any(f.outcome == "differs" for f in (*whole, *layers.values())):
                 break
         return Verdict(tuple(whole), tuple(layers.values()))
 
-    def _observe(self, source: Source, batch: int, *, layers: bool) -> list[Observation]:
+    def _observe(self, source: InputSource, batch: int, *, layers: bool) -> list[Observation]:
         """The network on each image, or on the whole batch where images are not independent."""
         if source not in self._sources:
             self._sources.append(source)
@@ -143,13 +146,13 @@ class Judge:
         self, actual: Arrays, expected: Arrays, feed: dict[str, NDArray] | None = None
     ) -> tuple[OutputParity, ...]:
         others = perturbed(self._ask, feed) if feed is not None else ()
-        return compare_all(actual, expected, self.rule, others)
+        return self.comparison.compare(actual, expected, others)
 
     def _ask(self, feed: Arrays) -> Arrays:
         return self._observer.answer(tuple(map(torch.from_numpy, feed.values()))).answers
 
     def _whole(
-        self, subject: Subject, source: Source, observed: Sequence[Observation]
+        self, subject: Subject, source: InputSource, observed: Sequence[Observation]
     ) -> list[Finding]:
         feed = self._feed(observed)
         expected = _joined([o.answers for o in observed])
@@ -159,19 +162,19 @@ class Judge:
         try:
             parities = {p.name: p for p in self._compare(actual, expected, feed)}
         except ExportError as problem:
-            if self.rule.kind != "detections":
+            if self.comparison.kind != "detections":
                 raise
             said = str(problem).rstrip(".")  # other objects: which, and where
 
         def error_of(name: str) -> float:
             if name not in parities:
                 return math.inf
-            return subject.distance(parities[name]) / self.rule.slack(name)
+            return self.comparison.error(parities[name], subject.precision)
 
         rounding: dict[str, float] = {}
         if any(error_of(name) > subject.tolerance for name in expected):
             rounding, exact = self._rounding(subject, observed, expected)
-            if exact is not None and self.rule.kind != "detections":
+            if exact is not None and self.comparison.kind != "detections":
                 # What is true is not PyTorch in float32.
                 parities = {p.name: p for p in self._compare(actual, exact)}
         findings = []
@@ -179,10 +182,10 @@ class Judge:
             error = error_of(name)
             own = partial(rounding.__getitem__, name)
             outcome, cost = decide(error, own, subject.tolerance, subject.tolerance)
-            allowed = subject.tolerance * self.rule.slack(name)
+            multiple = self.comparison.multiple(name)
             findings.append(
-                Finding(name, source.said, subject.batch, error * self.rule.slack(name), allowed,
-                        outcome, cost, parities.get(name), said)
+                Finding(name, source.name, subject.batch, error * multiple,
+                        subject.tolerance * multiple, outcome, cost, parities.get(name), said)
             )  # fmt: skip
         return findings
 
@@ -204,12 +207,12 @@ class Judge:
             found = self._compare(actual, expected)
         except ExportError:
             return dict.fromkeys(expected, math.inf)
-        return {p.name: subject.distance(p) / self.rule.slack(p.name) for p in found}
+        return {p.name: self.comparison.error(p, subject.precision) for p in found}
 
     def _layers(
         self,
         subject: Subject,
-        source: Source,
+        source: InputSource,
         observed: Sequence[Observation],
         cut: CutGraph,
         layers: dict[tuple[str, ...], Finding],
@@ -276,7 +279,7 @@ class Judge:
     def _piece(
         self,
         subject: Subject,
-        source: Source,
+        source: InputSource,
         observed: Sequence[Observation],
         piece: Piece,
         file: Path,
@@ -294,14 +297,16 @@ class Judge:
             return max(one.off for one in seen) / largest
 
         error = off / largest if finite else math.inf
-        outcome, own = decide(error, rounding, LAYER_LIMIT, max(subject.tolerance, LAYER_LIMIT))
+        outcome, own = decide(
+            error, rounding, LAYER_TOLERANCE, max(subject.tolerance, LAYER_TOLERANCE)
+        )
         part = ", ".join(piece.layers) or f"what is before {piece.use}"
-        return Finding(part, source.said, subject.batch, error, LAYER_LIMIT, outcome, own)
+        return Finding(part, source.name, subject.batch, error, LAYER_TOLERANCE, outcome, own)
 
     def _outputs(
         self,
         subject: Subject,
-        source: Source,
+        source: InputSource,
         observed: Sequence[Observation],
         piece: Piece,
         files: Mapping[str, Path],
@@ -309,13 +314,13 @@ class Judge:
         """The graph's outputs, where its layers see what the network's own do."""
         expected = _joined([o.expected for o in observed])
         actual = {name: np.load(files[name]) for name in expected}
-        detects = self.rule.kind == "detections"
-        limit = subject.tolerance if detects else LAYER_LIMIT
+        detects = self.comparison.kind == "detections"
+        limit = subject.tolerance if detects else LAYER_TOLERANCE
         said = ""
         try:
             feed = self._feed(observed) if detects else None
             error = max(
-                subject.distance(p) / self.rule.slack(p.name)
+                self.comparison.error(p, subject.precision)
                 for p in self._compare(actual, expected, feed)
             )
         except ExportError as problem:
@@ -333,7 +338,7 @@ class Judge:
 
         outcome, own = decide(error, rounding, limit, max(subject.tolerance, limit))
         part = ", ".join(piece.layers) or f"what makes {', '.join(expected)}"
-        return Finding(part, source.said, subject.batch, error, limit, outcome, own, said=said)
+        return Finding(part, source.name, subject.batch, error, limit, outcome, own, said=said)
 
 
 def fresh(path: Path, names: Collection[str], folder: Path) -> Callable[[Mapping], Arrays]:
@@ -360,11 +365,11 @@ def _joined(parts: Sequence[Arrays]) -> dict[str, NDArray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _check_finite(answers: Arrays, source: Source) -> None:
+def _check_finite(answers: Arrays, source: InputSource) -> None:
     for name, values in answers.items():
         if not np.isfinite(values).all():
             raise ExportError(
-                f"the PyTorch network's own output {name!r} on {source.said} holds values that are "
+                f"the PyTorch network's own output {name!r} on {source.name} holds values that are "
                 "not finite, so there is nothing to compare a graph with. Check the checkpoint, "
                 "or give pictures of the kind it was trained on (--image)."
             )

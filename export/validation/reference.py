@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from fdconv_deploy.export.source_network import outputs_of
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.folding.network import dynamic_layers, replace_layers
+from fdconv_deploy.folding.network import Example, dynamic_layers, replace_layers, tensors_of
 
 Arrays = dict[str, NDArray]
 Act = Callable[[str, nn.Module, Tensor], Tensor]
@@ -68,7 +68,7 @@ class Observer:
         folder: for layers' inputs, which together may be gigabytes.
     """
 
-    def __init__(self, network: nn.Module, output_names: list[str], folder: Path) -> None:
+    def __init__(self, network: nn.Module, output_names: Sequence[str], folder: Path) -> None:
         self.network, self.output_names, self.folder = network, output_names, folder
         self.names = list(dynamic_layers(network))
         self.refusal = ""  # why there is no answer in float64
@@ -190,3 +190,28 @@ def _shifted(x: Tensor, seed: str) -> Tensor:
     generator = torch.Generator().manual_seed(sum(seed.encode()))
     sides = torch.randint(0, 2, x.shape[:2], generator=generator) * 2 - 1
     return x * (1 + UNIT * sides.reshape(*x.shape[:2], *[1] * (x.ndim - 2)).to(x.dtype))
+
+
+def answer_of(network: nn.Module, example: Example) -> Any:
+    """Whatever the network answers.
+
+    Raises:
+        ExportError: it does not take the example.
+    """
+    inputs = tensors_of(example)
+    try:
+        with torch.no_grad():
+            return network(*inputs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        shapes = " and ".join(str(tuple(tensor.shape)) for tensor in inputs)
+        raise ExportError(f"the network does not take inputs of shape {shapes}: {error}") from error
+
+
+def outputs_of(network: nn.Module, example: Example) -> list[Tensor]:
+    """The outputs of a network that gives a tensor, or several in a tuple or list.
+
+    Raises:
+        ExportError: it does not take the example.
+    """
+    answer = answer_of(network, example)
+    return [answer] if isinstance(answer, Tensor) else list(answer)

@@ -1,55 +1,119 @@
-"""Inputs to compare networks on: pictures of something, as a camera could have taken them.
-
-Comparing on noise would not do. Its global averages lie far from those of any photograph,
-the attentions they drive run to their ends, and a trained network (the demo's, for one) may
-then amplify rounding until it hides errors.
-"""
+"""Inputs that graphs are compared with their networks on: pictures given, or packaged ones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from fdconv_deploy.export.image_folders import Pictures
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fdconv_deploy.config import Preprocessing
-from fdconv_deploy.runtime.preprocessing import check_image, normalise, resize, scene_bands
-from fdconv_deploy.sample_images import sample_image
+from fdconv_deploy.nn.detection import Detector
+from fdconv_deploy.nn.segmentor import Segmentor
+from fdconv_deploy.runtime.detection import place_whole
+from fdconv_deploy.runtime.preprocessing import resize
+from fdconv_deploy.sample_images.inputs import (
+    padded_batch,
+    prepared_batch,
+    sample_batch,
+    sample_detector_batch,
+)
 
 Picture = NDArray[Any]
+# How many sets of packaged pictures are tried until one can tell a graph from its network.
+SETS = 4
 
 
-def made_up_images(
-    batch: int,
-    size: tuple[int, int],
-    preprocessing: Preprocessing | None = None,
-    *,
-    seed: int = 0,
-) -> Tensor:
-    """Packaged pictures, normalised as the network's own images.
+@dataclass(frozen=True, eq=False)
+class InputSource:
+    """Inputs to compare a graph with its network on, and what to call them.
 
-    Args:
-        size: height and width in pixels.
-        preprocessing: of the network; the published one if not given. For bands that are not a
-            photograph's, see `scene_bands`.
-
-    Returns:
-        ``(batch, channels, height, width)`` float32. The same for the same arguments.
+    ``rows(batch)`` gives the network's inputs, batch first; of a larger batch, the first rows
+    are a smaller one's.
     """
-    how = preprocessing or Preprocessing()
-    scenes = [
-        scene_bands(sample_image(seed * batch + number, size), how) for number in range(batch)
-    ]
-    return normalised(scenes, size, how)
+
+    name: str
+    rows: Callable[[int], tuple[Tensor, ...]]
 
 
-def normalised(
-    pictures: Sequence[Picture], size: tuple[int, int], preprocessing: Preprocessing | None = None
+def sample_tensor(
+    batch: int, size: tuple[int, int], preprocessing: Preprocessing | None = None, *, seed: int = 0
 ) -> Tensor:
-    """Images of any size, as `check_image` takes them -> ``(B, C, height, width)`` float32."""
-    how = preprocessing or Preprocessing()
-    resized = (resize(check_image(picture, how), *size) for picture in pictures)
-    return torch.from_numpy(np.stack([normalise(image, how) for image in resized]))
+    """Packaged pictures ``(batch, channels, height, width)`` float32, see `sample_batch`."""
+    return torch.from_numpy(sample_batch(batch, size, preprocessing, seed=seed))
+
+
+def sample_sources(network: Segmentor | Detector, size: tuple[int, int]) -> list[InputSource]:
+    """Sets of packaged pictures as a segmentor's or detector's inputs of ``(height, width)``."""
+    how = network.architecture.preprocessing
+
+    def rows(seed: int) -> Callable[[int], tuple[Tensor, ...]]:
+        def make(batch: int) -> tuple[Tensor, ...]:
+            if isinstance(network, Detector):
+                return tuple(
+                    map(torch.from_numpy, sample_detector_batch(batch, size, how, seed=seed))
+                )
+            return (sample_tensor(batch, size, how, seed=seed),)
+
+        return make
+
+    name = "packaged pictures"
+    return [InputSource(f"{name}, set {n + 1}" if n else name, rows(n)) for n in range(SETS)]
+
+
+def picture_source(
+    network: Segmentor | Detector, pictures: Sequence[Picture], size: tuple[int, int]
+) -> InputSource:
+    """Pictures of any size as a network's inputs, resized as the runtime resizes them."""
+    how = network.architecture.preprocessing
+    pictures = decoded_for(pictures, how)
+    if isinstance(network, Detector):
+        resized = []
+        for picture in pictures:
+            place = place_whole((picture.shape[0], picture.shape[1]), size, how)
+            resized.append(resize(picture, place.height, place.width))
+        tensors = tuple(map(torch.from_numpy, padded_batch(resized, size, how)))
+    else:
+        tensors = (torch.from_numpy(prepared_batch(pictures, size, how)),)
+
+    def rows(batch: int) -> tuple[Tensor, ...]:
+        index = torch.arange(batch) % len(pictures)
+        return tuple(tensor[index] for tensor in tensors)
+
+    return InputSource(f"{len(pictures)} pictures given", rows)
+
+
+def calibration_inputs(
+    pictures: Sequence[Picture], size: tuple[int, int], preprocessing: Preprocessing
+) -> Iterator[NDArray[np.float32]]:
+    """A segmentor's inputs ``(1, C, H, W)``, each prepared when it is its turn."""
+    pictures = decoded_for(pictures, preprocessing)
+    # By index: a sequence that reads files need not hold all of them.
+    for index in range(len(pictures)):
+        yield prepared_batch([pictures[index]], size, preprocessing)
+
+
+def decoded_for(pictures: Sequence[Picture], preprocessing: Preprocessing) -> Sequence[Picture]:
+    """Pictures as a network takes them: files are decoded accordingly, arrays are already."""
+    return pictures.for_network(preprocessing) if isinstance(pictures, Pictures) else pictures
+
+
+def example_sources(example: Tensor) -> list[InputSource]:
+    """A module's example, and images also from right to left and upside down."""
+
+    def rows(*flipped: int) -> Callable[[int], tuple[Tensor, ...]]:
+        def make(batch: int) -> tuple[Tensor, ...]:
+            return (example[torch.arange(batch) % len(example)].flip(flipped).contiguous(),)
+
+        return make
+
+    found = [InputSource("the example given", rows())]
+    if example.ndim == 4:
+        found.append(InputSource("the example, mirrored", rows(-1)))
+        found.append(InputSource("the example, upside down", rows(-2)))
+    return found

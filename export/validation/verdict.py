@@ -6,40 +6,12 @@ the whole beside what float32 itself costs on that input. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+
+from fdconv_deploy.export.validation.tolerance import Outcome
 
 from fdconv_deploy.runtime.manifest import OutputParity
-
-Outcome = Literal["equal", "cannot tell", "differs"]
-# What a piece of the graph may err by, as a share of its largest value, wherever float32 itself
-# does not cost a tenth of it.
-LAYER_LIMIT = 1e-5
-# Two float32 computations may be this many times as far from each other as one is from exact.
-ROUNDING_MULTIPLE = 10.0
-
-
-def decide(
-    error: float, rounding: Callable[[], float], limit: float, tolerance: float
-) -> tuple[Outcome, float | None]:
-    """Judge one error.
-
-    Args:
-        error: of the graph.
-        rounding: what float32 itself costs on this input; asked for if need be.
-        limit: what it may err by at least.
-        tolerance: where float32 needs more than this, the input cannot tell.
-
-    Returns:
-        The outcome, and float32's cost if it was asked for.
-    """
-    if error <= limit:
-        return "equal", None
-    own = rounding()
-    if not ROUNDING_MULTIPLE * own <= tolerance:
-        return "cannot tell", own
-    return "equal" if error <= ROUNDING_MULTIPLE * own else "differs", own
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,36 @@
-"""A finished bundle against the PyTorch network, on real images or made-up ones."""
+"""A finished bundle against the PyTorch network, on real images or packaged ones."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from fdconv_deploy.export.options import TOLERANCES
-from fdconv_deploy.export.source_network import Precision, Source
-from fdconv_deploy.export.validation.comparison import Arrays, Rule
-from fdconv_deploy.export.validation.input_sources import drawn
+from fdconv_deploy.export.source_network import network_of
 from fdconv_deploy.export.validation.judge import Judge, Subject
+from fdconv_deploy.export.validation.sample_inputs import InputSource
+from fdconv_deploy.export.validation.tolerance import TOLERANCES
 from fdconv_deploy.export.validation.verdict import Verdict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fdconv_deploy.checkpoints import load_checkpoint
+from fdconv_deploy.checkpoints import LoadedDetector, LoadedSegmentor, load_checkpoint
 from fdconv_deploy.checkpoints.loading import recorded_weights
 from fdconv_deploy.config import Frozen
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.ops.native import native_library
-from fdconv_deploy.runtime import Session, open_session
-from fdconv_deploy.runtime.manifest import CheckpointInfo
-
-Pictures = Sequence[tuple[str, NDArray[np.uint8]]]
+from fdconv_deploy.runtime import Session
 
 
 def verify_bundle(
     session: Session,
     network: Segmentor | Detector,
-    images: Pictures = (),
+    images: Sequence[tuple[str, NDArray[np.uint8]]] = (),
     *,
     tolerance: float | None = None,
 ) -> list[Verdict]:
@@ -48,61 +43,63 @@ def verify_bundle(
         session: on the bundle.
         network: what it was exported from, in eval mode.
         images: (name, HxWx3 uint8 RGB); each is brought to the bundle's size as the runtime
-            does it, and both sides get the same tensor. Drawn street scenes if none are given,
+            does it, and both sides get the same tensor. Packaged pictures if none are given,
             and where these images cannot tell.
         tolerance: what export allows at the bundle's precision if not given.
 
     Returns:
-        One verdict on all images, or one per batch size on drawn scenes.
+        One verdict on all images, or one per batch size on packaged pictures.
 
     Raises:
         ExportError: the bundle is of another network, or its answers have another form.
     """
     manifest = session.bundle.manifest
-    theirs: Frozen | None = manifest.architecture or manifest.detector
-    _check_same(theirs, network.architecture)
-    spares = drawn(network, session.input_size)
-    sources = [_source(session, name, image) for name, image in images]
-    jobs = [(session.batch_sizes[0], sources, spares)]
-    if not images:
-        jobs = [(batch, spares[:1], spares[1:]) for batch in session.batch_sizes]
+    _check_same(manifest.architecture or manifest.detector, network.architecture)
+    source = network_of(network, session.input_size)
     allowed = TOLERANCES[manifest.precision] if tolerance is None else tolerance
-    precision = Precision(manifest.precision, allowed)
-    native = session.operators.startswith("native")
-    detects = isinstance(network, Detector)
+    native = native_library(True)[0] if session.operators.startswith("native") else None
+
     with tempfile.TemporaryDirectory(prefix="fdconv-verify-") as folder:
-        judge = Judge(
-            network,
-            Rule("detections", network.architecture.test.rcnn.score_thr)
-            if isinstance(network, Detector)
-            else Rule("classes", threshold=network.architecture.decode_head.label_threshold),
-            ["images", "sizes"] if detects else ["images"],
-            network.output_names if isinstance(network, Detector) else ["logits"],
-            Path(folder),
-            independent=True,
-        )
+        judge = Judge(source, Path(folder))
 
-        def run(feed: Mapping[str, NDArray]) -> Arrays:
-            return session.run_batches(feed)
+        def judged(
+            batch: int, first: Sequence[InputSource], more: Sequence[InputSource]
+        ) -> Verdict:
+            path = session.bundle.model_path(batch) if manifest.precision == "fp32" else None
+            subject = Subject(batch, session.run_batches, manifest.precision, allowed, path, native)
+            return judge.judge(subject, first, more)
 
-        return [
-            judge.judge(
-                Subject(
-                    batch,
-                    run,
-                    allowed,
-                    session.bundle.model_path(batch) if manifest.precision == "fp32" else None,
-                    native_library(native)[0] if native else None,
-                    precision.distance,
-                ),
-                first,
-                more,
-            )
-            for batch, first, more in jobs
-        ]
+        if images:
+            given = [_image_source(session, name, image) for name, image in images]
+            return [judged(session.batch_sizes[0], given, source.inputs)]
+        return [judged(b, source.inputs[:1], source.inputs[1:]) for b in session.batch_sizes]
 
 
-def _source(session: Session, name: str, image: NDArray[np.uint8]) -> Source:
+def load_exported(
+    session: Session,
+    checkpoint: Path,
+    *,
+    config: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+) -> LoadedSegmentor | LoadedDetector:
+    """Read a checkpoint as the export of a session's bundle read it.
+
+    Which weights of several, and which order of frequencies, was decided then, maybe by the user.
+    """
+    manifest = session.bundle.manifest
+    order = manifest.graph.get("frequency_order")
+    return load_checkpoint(
+        checkpoint,
+        config=config,
+        overrides=overrides,
+        weights=weights or recorded_weights(manifest, checkpoint),
+        frequency_order=order if order in ("torch", "stable") else "auto",
+        require_fdconv=False,
+    )
+
+
+def _image_source(session: Session, name: str, image: NDArray[np.uint8]) -> InputSource:
     """An image as often as a batch needs it."""
 
     def rows(batch: int) -> tuple[Tensor, ...]:
@@ -110,7 +107,7 @@ def _source(session: Session, name: str, image: NDArray[np.uint8]) -> Source:
         one = [torch.from_numpy(value[None]) for value in inputs.values()]
         return tuple(tensor.repeat(batch, *[1] * (tensor.ndim - 1)) for tensor in one)
 
-    return Source(name, rows)
+    return InputSource(name, rows)
 
 
 def _check_same(theirs: Frozen | None, ours: Frozen) -> None:
@@ -131,51 +128,3 @@ def _check_same(theirs: Frozen | None, ours: Frozen) -> None:
             f"the bundle was exported from another network than this checkpoint's: they differ "
             f"in {', '.join(other)}. If it was exported with --config or --set, give the same."
         )
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What `verify_files` found.
-
-    ran, how: what ran the bundle, as a sentence and by name. weights: those of several in the
-    checkpoint that were taken.
-    """
-
-    verdicts: list[Verdict]
-    ran: str
-    how: dict[str, str]
-    digest: str
-    checkpoint: CheckpointInfo | None
-    weights: str | None = None
-
-
-def verify_files(
-    bundle: Path,
-    checkpoint: Path,
-    images: Sequence[Path] = (),
-    *,
-    config: Path | None = None,
-    overrides: dict[str, Any] | None = None,
-    weights: str | None = None,
-    tolerance: float | None = None,
-    backend: str = "auto",
-) -> Verified:
-    """`verify_bundle` on files: the checkpoint is read as the export read it."""
-    from fdconv_deploy.cli.options import how_it_ran, ran_by
-
-    with open_session(bundle, backend) as session:
-        manifest = session.bundle.manifest
-        # Which weights, and in which order, was decided at export, maybe by the user.
-        order = manifest.graph.get("frequency_order")
-        network = load_checkpoint(
-            checkpoint,
-            config=config,
-            overrides=overrides,
-            weights=weights or recorded_weights(manifest, checkpoint),
-            frequency_order=order if order in ("torch", "stable") else "auto",
-            require_fdconv=False,
-        )
-        pictures = [(path.name, session.read_image(path)) for path in images]
-        verdicts = verify_bundle(session, network, pictures, tolerance=tolerance)
-        ran, how, digest = ran_by(session), how_it_ran(session), session.bundle.digest
-        return Verified(verdicts, ran, how, digest, manifest.checkpoint, network.weights)

@@ -212,18 +212,18 @@ def _verify(
         for checkpoint in (path for path in paths if path.is_file()):
             if source is None or source.sha256 != digest_of(checkpoint):
                 continue
-            from fdconv_deploy.export.validation.verify import verify_files
+            from fdconv_deploy.export.validation.verify import load_exported, verify_bundle
+            from fdconv_deploy.runtime import open_session
 
-            found = verify_files(
-                bundle,
-                checkpoint,
-                [image],
-                config=config,
-                overrides=parse_settings(settings),
-                weights=weights,
-            )
+            overrides = parse_settings(settings)
+            with open_session(bundle) as session:
+                network = load_exported(
+                    session, checkpoint, config=config, overrides=overrides, weights=weights
+                )
+                picture = session.read_image(image)
+                verdicts = verify_bundle(session, network, [(image.name, picture)])
             print(f"{bundle} beside {checkpoint}:")
-            for verdict in found.verdicts:
+            for verdict in verdicts:
                 print(*verdict.sentences(), sep="\n")
 
 

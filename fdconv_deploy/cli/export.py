@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -24,80 +24,65 @@ from fdconv_deploy.cli.options import (
 from fdconv_deploy.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from fdconv_deploy.export.options import Activations, PrecisionName
+    from fdconv_deploy.runtime.bundle import Bundle
 
 err = Console(stderr=True)
 
 
 def export(
     checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to make.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")],
     size: Size = None,
     batch: Annotated[
-        list[int] | None, typer.Option(help="A batch size to make a graph for; may be repeated.")
+        list[int] | None, typer.Option(help="Batch size to export a graph for; repeatable.")
     ] = None,
     config: Config = None,
     settings: Settings = None,
     weights: Weights = None,
     frequency_order: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|torch|stable",
-            help="auto: the one the weights tell, else torch. See inspect.",
-        ),
+        Literal["auto", "torch", "stable"],
+        typer.Option(help="auto: the order recognised in the weights, else torch. See inspect."),
     ] = "auto",
     mode: Annotated[
-        str | None,
-        typer.Option(metavar="whole|slide", help="If not as the network was tested."),
+        Literal["whole", "slide"] | None,
+        typer.Option(help="Inference mode, if other than the checkpoint's test mode."),
     ] = None,
     fit: Annotated[
-        str,
-        typer.Option(metavar="stretch|pad", help="How images of another shape are fitted."),
+        Literal["stretch", "pad"],
+        typer.Option(help="How images of another aspect ratio are fitted."),
     ] = "stretch",
     image: Annotated[
         list[Path] | None,
-        typer.Option(help="Compare on this image; may be repeated. Drawn scenes if none."),
+        typer.Option(help="Image to compare on; repeatable. Default: packaged pictures."),
     ] = None,
     precision: Annotated[
-        str,
-        typer.Option(
-            metavar="fp32|fp16|int8", help="FDConv's kernels are made in fp32 in all of them."
-        ),
+        Literal["fp32", "fp16", "int8"],
+        typer.Option(help="FDConv's kernels are made in fp32 in all of them."),
     ] = "fp32",
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="Largest error kept, relative to the largest value (1e-4; fp16: 2e-2, of each "
-            "layer too). int8: largest share of pixels of another class (0.1)."
+            help="Largest error accepted, relative to the largest value (default 1e-4; fp16: 2e-2, "
+            "for each layer too). int8: largest share of pixels of another class (default 0.1)."
         ),
     ] = None,
     keep_fp32: Annotated[
         list[str] | None,
         typer.Option(
             metavar="MODULE",
-            help="Keep this module, or those of a pattern, in float32; may be repeated.",
+            help="Module, or pattern of modules, to keep in float32; repeatable.",
         ),
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Images to learn int8's ranges from."),
+        typer.Option(metavar="FOLDER", help="Folder of calibration images for int8."),
     ] = None,
     activations: Annotated[
-        str,
-        typer.Option(
-            metavar="unsigned|signed", help="Form of int8: ONNX Runtime's, or TensorRT's."
-        ),
+        Literal["unsigned", "signed"],
+        typer.Option(help="int8 activations: unsigned for ONNX Runtime, signed for TensorRT."),
     ] = "unsigned",
-    evaluate: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Images to compare fp16 or int8 answers with fp32's on; mean IoU where there "
-            "is a NAME_labels.png.",
-        ),
-    ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a bundle that is there.")
+        bool, typer.Option("--overwrite", help="Replace an existing bundle.")
     ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -105,67 +90,43 @@ def export(
     """Export a checkpoint to a bundle and prove the bundle equal to the network."""
     # All that can be refused without the network is refused before torch is imported.
     from fdconv_deploy.export.image_folders import Pictures
-    from fdconv_deploy.export.options import batch_sizes, check_precision, check_size
-    from fdconv_deploy.runtime import BundleWriter
+    from fdconv_deploy.export.options import ExportOptions
+    from fdconv_deploy.runtime.bundle import BundleWriter
 
-    for option, given, choices in (
-        ("--fit", fit, ("stretch", "pad")),
-        ("--frequency-order", frequency_order, ("auto", "torch", "stable")),
-        ("--precision", precision, ("fp32", "fp16", "int8")),
-        ("--activations", activations, ("unsigned", "signed")),
-    ):
-        if given not in choices:
-            expected = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
-            raise typer.BadParameter(f"{option} is {expected}, not {given!r}.")
     overrides = parse_settings(settings)
     if mode is not None:
-        if mode not in ("whole", "slide"):
-            raise typer.BadParameter(f"--mode is 'whole' or 'slide', not {mode!r}.")
         overrides["test.mode"] = mode
     pixels = parse_size(size) if size else None
-    if pixels is not None:
-        check_size(pixels)
-    batches = batch_sizes(batch or [1])
     for path in (checkpoint, config):
         if path is not None and not path.exists():
             raise CheckpointError(f"{path} does not exist. Check the path.")
-    calibration = Pictures(calibrate) if calibrate is not None else ()
-    evaluation = Pictures(evaluate) if evaluate is not None else ()
-    check_precision(
-        precision,
-        tolerance=tolerance,
-        keep_fp32=keep_fp32 or (),
-        calibration=calibration,
-        evaluation=evaluation,
-        activations=activations,
-    )
-    pictures = Pictures(image or [])
-    with BundleWriter(output, overwrite=overwrite):
-        pass  # nothing is in the way, and the place can be written to
-
-    from fdconv_deploy.export.api import export_checkpoint
-
     with err.status("starting", spinner="dots") as status:
+        options = ExportOptions(
+            size=pixels,
+            batches=batch or None,
+            fit=fit,
+            pictures=Pictures(image or []),
+            precision=precision,
+            tolerance=tolerance,
+            keep_fp32=keep_fp32 or (),
+            calibration=() if calibrate is None else Pictures(calibrate),
+            activations=activations,
+            overwrite=overwrite,
+            progress=None if quiet or as_json else status.update,
+        )
+        with BundleWriter(output, overwrite=overwrite):
+            pass  # nothing is in the way, and the place can be written to
+
+        from fdconv_deploy.export.api import export_checkpoint
+
         bundle = export_checkpoint(
             checkpoint,
             output,
-            size=pixels,
-            batches=batches,
+            options,
             config=config,
             overrides=overrides,
             weights=weights,
-            frequency_order=cast('Literal["auto", "torch", "stable"]', frequency_order),
-            fit="stretch" if fit == "stretch" else "pad",
-            pictures=pictures,
-            precision=cast("PrecisionName", precision),
-            tolerance=tolerance,
-            keep_fp32=keep_fp32 or (),
-            calibration=calibration,
-            activations=cast("Activations", activations),
-            evaluation=evaluation,
-            masks=evaluation.masks() if isinstance(evaluation, Pictures) else None,
-            overwrite=overwrite,
-            progress=None if quiet or as_json else status.update,
+            frequency_order=frequency_order,
         )
     if as_json:
         print(bundle.manifest.model_dump_json(indent=2))
@@ -173,7 +134,7 @@ def export(
         _print_export(bundle)
 
 
-def _print_export(bundle: Any) -> None:
+def _print_export(bundle: Bundle) -> None:
     manifest = bundle.manifest
     same = "same objects" if manifest.kind == "detector" else "same class"
     table = Table("batch", "output", "error", "relative", same, title=Path(bundle.path).name)
@@ -200,19 +161,22 @@ def _print_export(bundle: Any) -> None:
     )
     if manifest.precision != "fp32":
         _print_precision(console, manifest.precision, manifest.graph["precision"])
+    assert manifest.input is not None
     height, width = manifest.input.height, manifest.input.width
     if manifest.kind == "detector":
-        console.print(f"Images keep their proportions and are padded to {height}x{width}.")
+        console.print(f"Images keep their aspect ratio and are padded to {height}x{width}.")
     else:
         how = "stretched" if manifest.fit == "stretch" else "padded"
-        console.print(f"Images of other proportions than {height}x{width} are {how} (see --fit).")
+        console.print(
+            f"Images of another aspect ratio than {height}x{width} are {how} (see --fit)."
+        )
     if manifest.graph.get("frequency_order") == "stable":
         console.print("Frequency order: stable, not the published one (see fdconv inspect).")
     assumed = manifest.graph.get("assumed", {})
     if assumed:
         console.print(
-            f"[yellow]Assumed[/], not in the checkpoint ({len(assumed)} in all; check "
-            "them, and give --config or --set where they are wrong):"
+            f"[yellow]Assumed[/], because the checkpoint does not contain it ({len(assumed)} in "
+            "all; check them, and give --config or --set where they are wrong):"
         )
         console.print(", ".join(f"{name}={value}" for name, value in assumed.items()), markup=False)
     # What may be long or copied is not broken into lines.
@@ -239,14 +203,3 @@ def _print_precision(console: Console, name: str, report: dict[str, Any]) -> Non
         )
     worst = ", ".join(f"{name} {report['layers'][name][0]:.1e}" for name in report["worst"])
     console.print(f"Furthest from float32: {worst} (of the layer's largest value).")
-    found = report.get("evaluation")
-    if found:
-        console.print(
-            f"Same class as float32: {found['argmax_agreement']:.4%} of the pixels of "
-            f"{found['images']} images."
-        )
-        if "mean_iou" in found:
-            console.print(
-                f"Mean IoU of {found['labelled']} labelled images: {found['mean_iou']:.4f}, "
-                f"float32 {found['mean_iou_fp32']:.4f} ({found['mean_iou_change']:+.4f})."
-            )

@@ -20,13 +20,15 @@ from fdconv_deploy.cli.options import (
     Json,
     Settings,
     Weights,
+    how_it_ran,
     parse_settings,
+    ran_by,
 )
 from fdconv_deploy.errors import ExportError, FDConvError
 
 if TYPE_CHECKING:
     from fdconv_deploy.export.validation.verdict import Finding
-    from fdconv_deploy.runtime.manifest import CheckpointInfo
+    from fdconv_deploy.runtime import Bundle
 
 
 def verify(
@@ -34,7 +36,7 @@ def verify(
     checkpoint: Checkpoint,
     images: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="IMAGE", help="Images to compare on; packaged pictures if none."),
+        typer.Argument(metavar="IMAGE", help="Images to compare on. Default: packaged pictures."),
     ] = None,
     config: Config = None,
     settings: Settings = None,
@@ -42,8 +44,8 @@ def verify(
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="Largest error allowed, relative to the largest value (int8: largest share of "
-            "positions of another class); what export allows at this precision if not given."
+            help="Largest error accepted, relative to the largest value (int8: largest share of "
+            "positions of another class). Default: what export accepts at this precision."
         ),
     ] = None,
     backend: Backend = "auto",
@@ -53,40 +55,36 @@ def verify(
     if tolerance is not None and not tolerance >= 0:
         raise FDConvError(f"the tolerance must be 0 or more, got {tolerance}.")
     from fdconv_deploy.export.validation.verdict import refusal
-    from fdconv_deploy.export.validation.verify import verify_files
-    from fdconv_deploy.runtime import Bundle
+    from fdconv_deploy.export.validation.verify import load_exported, verify_bundle
+    from fdconv_deploy.runtime import open_session
 
-    try:
-        found = verify_files(
-            bundle,
-            checkpoint,
-            images or (),
-            config=config,
-            overrides=parse_settings(settings),
-            weights=weights,
-            tolerance=tolerance,
-            backend=backend,
-        )
-    except ExportError as error:
-        # Another network, or answers of another form: no wonder, where it is another file.
-        source = Bundle.open(bundle).manifest.checkpoint
-        raise ExportError(f"{error} {_advice(source, checkpoint)}".rstrip()) from error
-    findings = [finding for verdict in found.verdicts for finding in verdict.whole]
-    if as_json:
-        rows = [{**_as_dict(f), **found.how, "bundle": found.digest} for f in findings]
-        print(json.dumps(rows, indent=2))
-    else:
-        print_findings(Console(), findings)
-        print(found.ran)
-        print(f"Bundle {found.digest} (sha256 of its manifest).")
-        if found.weights:
-            print(f"Weights of the checkpoint: {found.weights}.")
-        for verdict in found.verdicts:
-            print(*verdict.sentences(), sep="\n")
-    for verdict in found.verdicts:
+    overrides = parse_settings(settings)
+    with open_session(bundle, backend) as session:
+        try:
+            network = load_exported(
+                session, checkpoint, config=config, overrides=overrides, weights=weights
+            )
+            pictures = [(path.name, session.read_image(path)) for path in images or ()]
+            verdicts = verify_bundle(session, network, pictures, tolerance=tolerance)
+        except ExportError as error:
+            # Another network, or answers of another form: no wonder, where it is another file.
+            raise ExportError(f"{error} {_advice(session.bundle, checkpoint)}".rstrip()) from error
+        findings = [finding for verdict in verdicts for finding in verdict.whole]
+        if as_json:
+            how = {**how_it_ran(session), "bundle": session.bundle.digest}
+            print(json.dumps([{**_as_dict(finding), **how} for finding in findings], indent=2))
+        else:
+            print_findings(Console(), findings)
+            print(ran_by(session))
+            print(f"Bundle {session.bundle.digest} (sha256 of its manifest).")
+            if network.weights:
+                print(f"Weights of the checkpoint: {network.weights}.")
+            for verdict in verdicts:
+                print(*verdict.sentences(), sep="\n")
+    for verdict in verdicts:
         if not verdict.equal:
             message = refusal(verdict, "the bundle")
-            raise FDConvError(f"{message} {_advice(found.checkpoint, checkpoint)}".rstrip())
+            raise FDConvError(f"{message} {_advice(session.bundle, checkpoint)}".rstrip())
         # Layer by layer it is the network; but this was asked of the whole.
         if tolerance is not None and not verdict.told:
             worst = verdict.whole[0]
@@ -97,16 +95,13 @@ def verify(
             )
 
 
-def _is_another(source: CheckpointInfo, checkpoint: Path) -> bool:
+def _advice(bundle: Bundle, checkpoint: Path) -> str:
     from fdconv_deploy.checkpoints.shards import digest_of
 
-    return source.sha256 != digest_of(checkpoint)
-
-
-def _advice(source: CheckpointInfo | None, checkpoint: Path) -> str:
-    if source is not None and _is_another(source, checkpoint):
-        return f"It was exported from another file than this one, {source.name}: compare with that."
-    return ""
+    source = bundle.manifest.checkpoint
+    if source is None or source.sha256 == digest_of(checkpoint):
+        return ""
+    return f"It was exported from another file than this one, {source.name}: compare with that."
 
 
 def _as_dict(finding: Finding) -> dict[str, Any]:

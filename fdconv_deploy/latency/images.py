@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.runtime.manifest import TensorSpec
 from fdconv_deploy.runtime.multiband import load_image
-from fdconv_deploy.runtime.preprocessing import check_image, normalise, resize, scene_bands
+from fdconv_deploy.runtime.preprocessing import check_image, resize, scene_bands
 from fdconv_deploy.sample_images import sample_image
+from fdconv_deploy.sample_images.inputs import prepared_batch, sample_batch, sample_feeds
 
 
 def picture(
@@ -24,48 +24,36 @@ def picture(
 ) -> NDArray[Any]:
     """(height, width, C) of exactly that size, as a network takes it; uint8 RGB mostly.
 
-    :param preprocessing: of the network; one of photographs when not given.
-    :param image: a file; the packaged picture number ``seed`` when not given.
+    Args:
+        size: height and width in pixels.
+        preprocessing: of the network; one of photographs when not given.
+        image: a file; the packaged picture number ``seed`` when not given.
+        seed: number of the packaged picture.
     """
     how = preprocessing or Preprocessing()
-    if image is not None and how.loading != "color":
-        return resize(check_image(load_image(Path(image), how), how), *size)
     if image is None:
         return scene_bands(sample_image(seed, size), how)
-    pixels = load_image(Path(image), how)
-    if pixels.shape[:2] != size:
-        pixels = cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8)
-    return scene_bands(pixels, how)
+    return resize(check_image(load_image(Path(image), how), how), *size)
 
 
 def feeds(
     specs: tuple[TensorSpec, ...], preprocessing: Preprocessing | None, image: str | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Inputs for a graph, by name.
+    """Inputs for a graph, by name, see `sample_feeds`; each picture fills its input.
 
-    Images ``(B, C, H, W)`` float32 hold pictures, normalised; ``sizes`` ``(B, 2)`` that all of
-    each is a picture; whatever else there is, small numbers from a fixed seed.
+    Args:
+        specs: of the graph's inputs.
+        preprocessing: of the network; one of photographs when not given.
+        image: a file that all pictures are; packaged pictures when not given.
     """
-    random = np.random.default_rng(0)
-    found: dict[str, NDArray[Any]] = {}
-    height = width = 0
-    channels = (preprocessing or Preprocessing()).channels
-    for spec in specs:
-        if len(spec.shape) == 4 and spec.shape[1] == channels and spec.dtype == "float32":
-            height, width = spec.shape[2:]
-            found[spec.name] = images(spec.shape[0], (height, width), preprocessing, image)
-        elif spec.name == "sizes" and height:
-            found[spec.name] = np.full(spec.shape, (height, width), spec.dtype)
-        elif np.dtype(spec.dtype).kind == "f":
-            found[spec.name] = random.standard_normal(spec.shape).astype(spec.dtype)
-        else:
-            found[spec.name] = np.zeros(spec.shape, spec.dtype)
-    return found
+    found = None if image is None else load_image(Path(image), preprocessing or Preprocessing())
+    return sample_feeds(specs, preprocessing, image=found)
 
 
 def images(
     batch: int, size: tuple[int, int], preprocessing: Preprocessing | None, image: str | None = None
 ) -> NDArray[np.float32]:
     """(batch, C, height, width) float32 normalised."""
-    how = preprocessing or Preprocessing()
-    return np.stack([normalise(picture(size, how, image, number), how) for number in range(batch)])
+    if image is None:
+        return sample_batch(batch, size, preprocessing)
+    return prepared_batch([picture(size, preprocessing, image)] * batch, size, preprocessing)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fdconv_deploy.export.api import export_module, export_segmentor
+from fdconv_deploy.export.api import export_module, export_network
 from torch import Tensor, nn
 
 from fdconv_deploy.nn import FDConv2d, Segmentor
@@ -24,7 +24,7 @@ def segmentor() -> Segmentor:
 def bundle(segmentor, tmp_path_factory) -> Bundle:
     """The segmentor at an odd size, for batches of 1, 2 and 5."""
     path = tmp_path_factory.mktemp("segmentor") / "bundle"
-    return export_segmentor(segmentor, path, size=(65, 97), batches=(5, 1, 2, 2))
+    return export_network(segmentor, path, size=(65, 97), batches=(5, 1, 2, 2))
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fdconv_deploy.export.api import export_segmentor
-from fdconv_deploy.export.validation.comparison import compare
-from fdconv_deploy.export.validation.sample_inputs import made_up_images
+from fdconv_deploy.export.api import export_network
+from fdconv_deploy.export.validation.comparison import compare_output
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from fdconv_deploy.export.validation.verify import verify_bundle
 
 from examples.streets.scenes import draw_scene
@@ -40,10 +40,10 @@ def binary(preprocessing: Preprocessing, seed: int = 0, **head: object) -> Segme
     )
     torch.manual_seed(seed)
     network = Segmentor(architecture)
-    seen = [made_up_images(4, (64, 64), preprocessing, seed=seed + step) for step in range(2)]
+    seen = [sample_tensor(4, (64, 64), preprocessing, seed=seed + step) for step in range(2)]
     enliven_network(network, seed, seen)
     with torch.no_grad():
-        logits = network(made_up_images(1, SIZE, preprocessing))
+        logits = network(sample_tensor(1, SIZE, preprocessing))
         network.decode_head.conv_seg.bias -= logits.median()  # type: ignore[operator,union-attr]
     return network.eval()
 
@@ -62,7 +62,7 @@ def network() -> Segmentor:
 @pytest.fixture(scope="module")
 def bundle(network: Segmentor, tmp_path_factory) -> Bundle:
     folder = tmp_path_factory.mktemp("bands")
-    return export_segmentor(network, folder / "four", size=SIZE, batches=(1, 2))
+    return export_network(network, folder / "four", size=SIZE, batches=(1, 2))
 
 
 def test_bands_and_one_output_export_exactly(bundle: Bundle) -> None:
@@ -102,30 +102,25 @@ def test_bands_and_one_output_verify_and_segment(network: Segmentor, bundle: Bun
 def test_bands_and_one_output_export_in_lower_precision(
     precision: str, network: Segmentor, tmp_path: Path
 ) -> None:
-    made = export_segmentor(
+    made = export_network(
         network,
         tmp_path / precision,
         size=SIZE,
         pictures=pictures(1),
         precision=precision,  # type: ignore[arg-type]
         calibration=pictures(3, seed=1) if precision == "int8" else (),
-        evaluation=pictures(2, seed=4),
-        masks=[np.ones((70, 90), np.int64), None],
     )
     assert made.manifest.parity is not None
     (output,) = made.manifest.parity.batches[1]
     assert output.argmax_agreement is not None
     assert output.argmax_agreement >= 0.9
-    found = made.manifest.graph["precision"]["evaluation"]
-    assert found["argmax_agreement"] >= 0.9
-    assert found["labelled"] == 1
-    assert 0 <= found["mean_iou"] <= 1
+    assert made.manifest.graph["precision"]["worst"]
 
 
 def test_one_class_exports(tmp_path: Path) -> None:
     gray = Preprocessing(mean=(110.0,), std=(60.0,), loading="grayscale")
     network = binary(gray, num_classes=1, out_channels=None)
-    made = export_segmentor(network, tmp_path / "one", size=SIZE)
+    made = export_network(network, tmp_path / "one", size=SIZE)
     with open_session(made, threads=1) as session:
         assert session.classes == ("class 0", "class 1")
         image = np.random.default_rng(0).integers(0, 256, (30, 40), np.uint8)
@@ -135,6 +130,6 @@ def test_one_class_exports(tmp_path: Path) -> None:
 def test_one_logit_agrees_where_it_is_on_the_same_side() -> None:
     expected = np.array([[[[-2.0, -0.9, 0.0, 2.0]]]], np.float32)
     actual = expected + np.float32([0, 0.1, 0, 0])
-    found = compare("logits", actual, expected, classes=True, threshold=0.3)
+    found = compare_output("logits", actual, expected, classes=True, threshold=0.3)
     assert found.argmax_agreement == 0.75  # a sigmoid of 0.3 is a logit of -0.847
-    assert compare("logits", actual, expected, classes=True).argmax_agreement is None
+    assert compare_output("logits", actual, expected, classes=True).argmax_agreement is None

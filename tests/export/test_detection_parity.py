@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fdconv_deploy.export.validation.detections import compare_detections, perturbed
+from fdconv_deploy.export.validation.comparison import compare_detections, perturbed
 
 from fdconv_deploy.errors import ExportError
 

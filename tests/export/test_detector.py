@@ -7,12 +7,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from fdconv_deploy.export.api import export_checkpoint
-from fdconv_deploy.export.detector_export import export_detector
-from fdconv_deploy.export.tensorrt.validate_engine import feeds_of, rule_of
-from fdconv_deploy.export.validation.comparison import Rule
-from fdconv_deploy.export.validation.detections import compare_detections
-from fdconv_deploy.export.validation.detector_inputs import made_up_detector_inputs
+from fdconv_deploy.export import ExportOptions, torch_export
+from fdconv_deploy.export.api import export_checkpoint, export_network
+from fdconv_deploy.export.source_network import network_to_export
+from fdconv_deploy.export.validation.comparison import Comparison, compare_detections
 from fdconv_deploy.export.validation.verify import verify_bundle
 
 from examples.streets.scenes import draw_scene
@@ -23,6 +21,7 @@ from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.runtime.bundle import Bundle
+from fdconv_deploy.sample_images.inputs import sample_detector_batch, sample_feeds
 from tests.reference.networks import small_detector, small_segmentor
 
 SIZE = (96, 128)
@@ -39,6 +38,13 @@ def bundle(detector, tmp_path_factory) -> Bundle:
     folder = tmp_path_factory.mktemp("detector")
     save_checkpoint(folder / "mask.pth", detector, detector.architecture)
     return export_checkpoint(folder / "mask.pth", folder / "bundle", size=SIZE, batches=(1, 3))
+
+
+def sample_inputs(
+    batch: int, size: tuple[int, int], *, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    images, sizes = sample_detector_batch(batch, size, Preprocessing(), seed=seed)
+    return torch.from_numpy(images), torch.from_numpy(sizes)
 
 
 def ask(bundle: Bundle, images: torch.Tensor, sizes: torch.Tensor) -> dict[str, np.ndarray]:
@@ -59,7 +65,7 @@ def answer(network: Detector, images: torch.Tensor, sizes: torch.Tensor) -> dict
 def test_graph_equals_network(bundle, detector, batch):
     """On images the export did not check it with."""
     for seed in (3, 4):
-        inputs = made_up_detector_inputs(batch, SIZE, Preprocessing(), seed=seed)
+        inputs = sample_inputs(batch, SIZE, seed=seed)
         expected = answer(detector, *inputs)
         assert expected["count"].min() > 5
         found = compare_detections(ask(bundle, *inputs), expected, 0.05)
@@ -116,11 +122,11 @@ def test_manifest(bundle, detector):
 
 
 def test_an_engine_of_it_is_compared_on_streets_object_by_object(bundle):
-    feeds = feeds_of(bundle, 3)
+    feeds = sample_feeds(bundle.manifest.inputs[3], Preprocessing(), vary_sizes=True)
     specs = [(t.name, t.shape, t.dtype) for t in bundle.manifest.inputs[3]]
     assert [(n, x.shape, str(x.dtype)) for n, x in feeds.items()] == specs
     assert len({tuple(size) for size in feeds["sizes"]}) == 3
-    assert rule_of(bundle) == Rule("detections", 0.05)
+    assert Comparison.of(bundle.manifest.detector) == Comparison("detections", 0.05)
 
 
 def test_the_runtime_takes_it(bundle):
@@ -159,9 +165,9 @@ def test_a_plain_faster_rcnn_that_finds_nothing(tmp_path):
     with torch.no_grad():
         network.roi_head.bbox_head.fc_cls.bias[-1] += 100
     said: list[str] = []
-    made = export_detector(network, tmp_path / "bundle", size=(64, 64), progress=said.append)
+    made = export_network(network, tmp_path / "bundle", size=(64, 64), progress=said.append)
     assert any("no FDConv layer" in line for line in said)
-    found = ask(made, *made_up_detector_inputs(1, (64, 64), Preprocessing()))
+    found = ask(made, *sample_inputs(1, (64, 64)))
     assert list(found) == ["boxes", "scores", "labels", "count"]
     assert found["count"].tolist() == [0]
     assert not any(values.any() for values in found.values())
@@ -169,35 +175,32 @@ def test_a_plain_faster_rcnn_that_finds_nothing(tmp_path):
 
 def test_refusals(detector, tmp_path):
     with pytest.raises(ExportError, match=r"multiples of 32.*got 100x128. Give 128x128"):
-        export_detector(detector, tmp_path / "b", size=(100, 128))
+        export_network(detector, tmp_path / "b", size=(100, 128))
     with pytest.raises(ExportError, match=r"float32 only.*not in fp16"):
-        export_detector(detector, tmp_path / "b", size=SIZE, precision="fp16")
+        export_network(detector, tmp_path / "b", size=SIZE, precision="fp16")
     with pytest.raises(ExportError, match="training mode"):
-        export_detector(small_detector(8, conv=None).train(), tmp_path / "b", size=SIZE)
+        export_network(small_detector(8, conv=None).train(), tmp_path / "b", size=SIZE)
     assert not list(tmp_path.iterdir())
 
 
 def test_other_objects_are_refused(detector, tmp_path, monkeypatch):
     """A graph whose suppression is another's."""
-    from fdconv_deploy.export import detection_ops as detection_nodes
-
-    translate = detection_nodes.TRANSLATIONS[torch.ops.fdconv_deploy.suppress.default]
+    translate = torch_export.TRANSLATIONS[torch.ops.fdconv_deploy.suppress.default]
 
     def lax(boxes, scores, iou_threshold, limit):
         return translate(boxes, scores, 0.9, limit)
 
-    monkeypatch.setitem(detection_nodes.TRANSLATIONS, torch.ops.fdconv_deploy.suppress.default, lax)
+    monkeypatch.setitem(torch_export.TRANSLATIONS, torch.ops.fdconv_deploy.suppress.default, lax)
     with pytest.raises(ExportError, match=r"finds class.*does not\. Rounding does not explain it"):
-        export_detector(detector, tmp_path / "b", size=SIZE)
+        export_network(detector, tmp_path / "b", size=SIZE)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_published_size_is_the_default():
-    from fdconv_deploy.export.detector_export import _graph_size
-
     network = small_detector(8, conv=None)
     assert network.architecture.preprocessing.scale == PUBLISHED_SCALE
-    assert _graph_size(network, None) == (800, 1344)
+    size = network_to_export(network, ExportOptions()).manifest["input"]
+    assert (size.height, size.width) == (800, 1344)
 
 
 def test_fdconv_config_reaches_the_manifest(bundle):

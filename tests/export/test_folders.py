@@ -1,4 +1,4 @@
-"""Folders of images and their masks."""
+"""Folders of images."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ def write(path, size=(6, 4), mode="RGB"):
 def test_the_packaged_folder():
     found = Pictures(held_out()[0][0].parent)
     assert found.paths == [image for image, _ in held_out()]
-    masks = found.masks()
-    for place, (image, labels) in enumerate(held_out()):
+    for place, (image, _) in enumerate(held_out()):
         np.testing.assert_array_equal(found[place], np.asarray(Image.open(image)))
-        np.testing.assert_array_equal(masks[place], np.asarray(Image.open(labels)))
 
 
-def test_masks_belong_to_an_image(tmp_path):
+def test_masks_are_left_out(tmp_path):
     write(tmp_path / "a.jpg")
     write(tmp_path / "a_labels.png", mode="L")
     write(tmp_path / "b.png")
@@ -34,47 +32,13 @@ def test_masks_belong_to_an_image(tmp_path):
     (tmp_path / "notes.txt").write_text("not an image")
     found = Pictures(tmp_path)
     assert [path.name for path in found.paths] == ["a.jpg", "b.png", "c_labels.png"]
-    first, *others = found.masks()
-    assert first.shape == (4, 6)
-    assert others == [None, None]
     assert [picture.shape for picture in found[1:]] == [(4, 6, 3)] * 2
-
-
-@pytest.mark.parametrize(
-    ("size", "mode", "says"),
-    [
-        ((5, 4), "L", "one class index for each pixel of its image, 4x6"),
-        ((6, 4), "RGB", "holds RGB pixels. A mask holds one number a pixel"),
-    ],
-)
-def test_masks_that_do_not_fit(tmp_path, size, mode, says):
-    write(tmp_path / "a.png")
-    write(tmp_path / "a_labels.png", size, mode)
-    with pytest.raises(ImageError, match=says):
-        Pictures(tmp_path).masks()
-
-
-def _without_half_of_its_pixels(whole: bytes) -> bytes:
-    """Of the length that is told, so that the next chunk begins among compressed pixels."""
-    at = whole.index(b"IDAT")
-    length = int.from_bytes(whole[at - 4 : at], "big") // 2
-    return whole[: at - 4] + length.to_bytes(4, "big") + whole[at:]
 
 
 def _with_a_short_header(whole: bytes) -> bytes:
     header = b"IHDR" + whole[16:21]
     chunk = (5).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
     return whole[:8] + chunk + whole[33:]
-
-
-@pytest.mark.parametrize("damage", [_without_half_of_its_pixels, _with_a_short_header])
-def test_damaged_masks_are_refused(tmp_path, damage):
-    write(tmp_path / "a.png", (200, 200))
-    labels = np.random.default_rng(0).integers(0, 9, (200, 200), np.uint8)
-    Image.fromarray(labels).save(tmp_path / "a_labels.png")
-    (tmp_path / "a_labels.png").write_bytes(damage((tmp_path / "a_labels.png").read_bytes()))
-    with pytest.raises(ImageError, match=r"a_labels\.png cannot be read"):
-        Pictures(tmp_path).masks()
 
 
 def test_damaged_headers_are_refused_before_any_image_is_read(tmp_path):
@@ -88,15 +52,6 @@ def test_images_too_large_are_refused_before_any_is_read(tmp_path):
     Image.new("1", (20_000, 10_000)).save(tmp_path / "a.png")
     with pytest.raises(ImageError, match=r"a\.png has .* pixels"):
         Pictures(tmp_path)
-
-
-def test_a_mask_fits_an_image_on_its_side_as_it_is_looked_at(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=exif)
-    write(tmp_path / "a_labels.png", (4, 6), "L")
-    found = Pictures(tmp_path)
-    assert found[0].shape[:2] == found.masks()[0].shape == (6, 4)
 
 
 def test_what_is_no_folder_of_images(tmp_path):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fdconv_deploy.export.api import export_segmentor
-from fdconv_deploy.export.validation.sample_inputs import made_up_images
+from fdconv_deploy.export.api import export_network
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 
 from benchmarks.networks import upernet
 from fdconv_deploy.nn import build_segmentor
@@ -19,10 +19,10 @@ def test_upernet_r50(tmp_path):
     torch.manual_seed(0)
     network = build_segmentor(upernet())
     # Of very few images' averages the deviation would be far too small for another's.
-    images = [made_up_images(4, (256, 256), seed=seed) for seed in (2, 3)]
-    images.append(made_up_images(2, (512, 512), seed=4))
+    images = [sample_tensor(4, (256, 256), seed=seed) for seed in (2, 3)]
+    images.append(sample_tensor(2, (512, 512), seed=4))
     enliven_network(network, images=images)
-    bundle = export_segmentor(network, tmp_path / "bundle", size=(512, 512), batches=(1, 2))
+    bundle = export_network(network, tmp_path / "bundle", size=(512, 512), batches=(1, 2))
 
     weights = [v for k, v in network.state_dict().items() if "num_batches_tracked" not in k]
     inference_bytes = sum(v.numel() * v.element_size() for v in weights)
@@ -30,7 +30,7 @@ def test_upernet_r50(tmp_path):
     assert stored <= 1.05 * inference_bytes, f"{stored / inference_bytes:.3f}"
 
     assert bundle.manifest.parity.max_rel <= 1e-5
-    x = made_up_images(2, (512, 512), seed=1)
+    x = sample_tensor(2, (512, 512), seed=1)
     with torch.inference_mode():
         single = network(x).numpy()
         network.double()  # one image after another: of both at once it holds gigabytes

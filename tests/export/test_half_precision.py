@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from fdconv_deploy.export.api import export_module, export_segmentor
+from fdconv_deploy.export.api import export_module, export_network
 from fdconv_deploy.export.quantization.element_types import tensor_types
 from fdconv_deploy.export.quantization.fp16 import to_half_precision
 from fdconv_deploy.export.quantization.fp16_rounding import rounding_model
@@ -24,7 +24,7 @@ SIZE = (65, 97)
 @pytest.fixture(scope="module")
 def half(segmentor, tmp_path_factory) -> Bundle:
     path = tmp_path_factory.mktemp("half") / "bundle"
-    return export_segmentor(segmentor, path, size=SIZE, batches=(1, 2), precision="fp16")
+    return export_network(segmentor, path, size=SIZE, batches=(1, 2), precision="fp16")
 
 
 def loaded(bundle: Bundle, batch: int = 1) -> tuple[onnx.ModelProto, dict[str, int]]:
@@ -121,7 +121,7 @@ def test_report(half, segmentor):
 
 def test_a_kept_module_is_float32(segmentor, tmp_path):
     keep = ["decode_head.*", "backbone.layer2.1"]
-    made = export_segmentor(
+    made = export_network(
         segmentor, tmp_path / "bundle", size=SIZE, precision="fp16", keep_fp32=keep
     )
     model, types = loaded(made)
@@ -140,15 +140,13 @@ def test_past_the_tolerance_nothing_is_kept(segmentor, tmp_path):
         ExportError,
         match=r"in fp16, \d+ of \d+ layers.*Worst: \S+ \(.*--keep-fp32 'backbone.conv1'.*Nothing",
     ):
-        export_segmentor(
-            segmentor, tmp_path / "bundle", size=SIZE, precision="fp16", tolerance=1e-4
-        )
+        export_network(segmentor, tmp_path / "bundle", size=SIZE, precision="fp16", tolerance=1e-4)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_pattern_of_nothing(segmentor, tmp_path):
     with pytest.raises(ExportError, match=r"'neck' names no module of the exported graph.*e\.g\."):
-        export_segmentor(
+        export_network(
             segmentor, tmp_path / "bundle", size=SIZE, precision="fp16", keep_fp32=["neck"]
         )
     assert list(tmp_path.iterdir()) == []

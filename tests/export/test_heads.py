@@ -93,7 +93,6 @@ def test_eight_bits_reach_the_head(name, attribute, tmp_path):
         size=SIZE,
         precision="int8",
         calibration=images,
-        evaluation=images,
         tolerance=0.1,
     )
     graph = onnx.load(bundle.model_path(1)).graph

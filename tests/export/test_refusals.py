@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fdconv_deploy.export import graph
-from fdconv_deploy.export.api import export_checkpoint, export_segmentor
+from fdconv_deploy.export.api import export_checkpoint, export_network
 
 from fdconv_deploy.config import TestMode
 from fdconv_deploy.errors import BundleError, CheckpointError, ExportError
@@ -36,7 +36,7 @@ SIZES = [
 @pytest.mark.parametrize(("size", "hint"), SIZES)
 def test_sizes(network, tmp_path, size, hint):
     with pytest.raises(ExportError, match=hint):
-        export_segmentor(network, tmp_path / "bundle", size=size)
+        export_network(network, tmp_path / "bundle", size=size)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -44,28 +44,28 @@ def test_a_size_that_is_not_the_crop(tmp_path):
     test = TestMode(mode="slide", crop_size=(40, 56), stride=(30, 40))
     network = small_segmentor(50, 20, stages=1, test=test)
     with pytest.raises(ExportError, match=r"sliding a 40x56 crop.*--size is 56x40.*--mode whole"):
-        export_segmentor(network, tmp_path / "bundle", size=(56, 40))
+        export_network(network, tmp_path / "bundle", size=(56, 40))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("batches", [(), (0,), (1, -2)])
 def test_batches(network, tmp_path, batches):
     with pytest.raises(ExportError, match="batch sizes must be 1 or more"):
-        export_segmentor(network, tmp_path / "bundle", size=(32, 32), batches=batches)
+        export_network(network, tmp_path / "bundle", size=(32, 32), batches=batches)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("tolerance", [-1.0, float("nan"), float("inf")])
 def test_tolerances(network, tmp_path, tolerance):
     with pytest.raises(ExportError, match=r"0 or more, e\.g\. 0\.0001; got"):
-        export_segmentor(network, tmp_path / "bundle", size=(32, 32), tolerance=tolerance)
+        export_network(network, tmp_path / "bundle", size=(32, 32), tolerance=tolerance)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_training_mode(tmp_path):
     network = small_segmentor(50, 20, stages=1).train()
     with pytest.raises(ExportError, match="training mode"):
-        export_segmentor(network, tmp_path / "bundle", size=(32, 32))
+        export_network(network, tmp_path / "bundle", size=(32, 32))
 
 
 def test_what_is_in_the_way(network, tmp_path):
@@ -74,9 +74,7 @@ def test_what_is_in_the_way(network, tmp_path):
 
     def refused(name: str, hint: str, **options) -> None:
         with pytest.raises(BundleError, match=hint):
-            export_segmentor(
-                network, tmp_path / name, size=(32, 32), progress=said.append, **options
-            )
+            export_network(network, tmp_path / name, size=(32, 32), progress=said.append, **options)
 
     (tmp_path / "file").write_text("mine")
     refused("file", "is a file", overwrite=True)
@@ -111,22 +109,22 @@ def test_a_wrong_weight_is_not_kept(network, tmp_path, monkeypatch):
         ExportError,
         match=r"batch 1 differs from the network: backbone\.layer\d\.0\.conv2 .*Nothing was kept",
     ):
-        export_segmentor(network, tmp_path / "bundle", size=(33, 40))
+        export_network(network, tmp_path / "bundle", size=(33, 40))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bundle_is_replaced_whole_or_not_at_all(network, tmp_path, monkeypatch):
-    made = export_segmentor(network, tmp_path / "bundle", size=(33, 40))
+    made = export_network(network, tmp_path / "bundle", size=(33, 40))
     x = np.ones((1, 3, 33, 40), np.float32)
     (before,) = run_file(made.model_path(1), x)
     with monkeypatch.context() as patched:
         plant(patched)
         with pytest.raises(ExportError, match="Nothing was kept"):
-            export_segmentor(network, made.path, size=(33, 40), batches=(2,), overwrite=True)
+            export_network(network, made.path, size=(33, 40), batches=(2,), overwrite=True)
     assert Bundle.open(made.path).manifest == made.manifest
     np.testing.assert_array_equal(run_file(made.model_path(1), x)[0], before)
 
-    again = export_segmentor(network, made.path, size=(20, 24), batches=(2,), overwrite=True)
+    again = export_network(network, made.path, size=(20, 24), batches=(2,), overwrite=True)
     assert Bundle.open(made.path).manifest == again.manifest
     assert again.batch_sizes == (2,)
     assert not (made.path / "model.b1.onnx").exists()
@@ -138,7 +136,7 @@ def test_a_network_of_numbers_that_overflow(tmp_path):
     network = small_segmentor(50, 20, stages=1)
     network.decode_head.conv_seg.weight.fill_(3e38)
     with pytest.raises(ExportError, match="not finite"):
-        export_segmentor(network, tmp_path / "bundle", size=(32, 32))
+        export_network(network, tmp_path / "bundle", size=(32, 32))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from fdconv_deploy.export.api import export_segmentor
+from fdconv_deploy.export.api import export_network
 
 import fdconv_deploy
 from fdconv_deploy.config import TestMode
@@ -114,7 +114,7 @@ def test_batches_share_the_weights(bundle):
 @pytest.mark.parametrize("size", [(8, 8), (33, 31)])
 @torch.no_grad()
 def test_other_sizes(segmentor, tmp_path, size):
-    made = export_segmentor(segmentor, tmp_path / "bundle", size=size)
+    made = export_network(segmentor, tmp_path / "bundle", size=size)
     x = images(1, size)
     (logits,) = run_file(made.model_path(1), x)
     assert relative(logits, segmentor(torch.from_numpy(x)).numpy()) <= 1e-5
@@ -125,7 +125,7 @@ def test_a_slide_network_is_exported_at_its_crop(tmp_path):
     test = TestMode(mode="slide", crop_size=(40, 56), stride=(30, 40))
     network = small_segmentor(50, 20, stages=1, test=test)
     said: list[str] = []
-    made = export_segmentor(network, tmp_path / "bundle", progress=said.append)
+    made = export_network(network, tmp_path / "bundle", progress=said.append)
     assert (made.manifest.input.height, made.manifest.input.width) == (40, 56)
     x = images(1, (40, 56))
     (logits,) = run_file(made.model_path(1), x)
@@ -137,6 +137,6 @@ def test_a_slide_network_is_exported_at_its_crop(tmp_path):
 def test_a_plain_network_is_exported_and_said_to_be_plain(tmp_path):
     network = small_segmentor(18, 18, stages=1, conv=None)
     said: list[str] = []
-    made = export_segmentor(network, tmp_path / "bundle", size=(32, 32), progress=said.append)
+    made = export_network(network, tmp_path / "bundle", size=(32, 32), progress=said.append)
     assert any("no FDConv layer" in step for step in said)
     assert made.manifest.group_maps == {}

@@ -18,7 +18,7 @@ import pytest
 import torch
 from fdconv_deploy.export import export_ultralytics
 from fdconv_deploy.export.targets import ultralytics as exporter
-from fdconv_deploy.export.validation.sample_inputs import made_up_images
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from torch import Tensor, nn
 
 from fdconv_deploy.config import Preprocessing
@@ -122,7 +122,7 @@ def opened(path: Path) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
 
 
 def pixels(batch: int, size: tuple[int, int]) -> Tensor:
-    return made_up_images(batch, size, Preprocessing(mean=(0.0,) * 3, std=(255.0,) * 3), seed=5)
+    return sample_tensor(batch, size, Preprocessing(mean=(0.0,) * 3, std=(255.0,) * 3), seed=5)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from fdconv_deploy.export.shared_weights import ALIGNMENT, INLINE_BYTES, WeightsFile
+from fdconv_deploy.export.exporter import ALIGNMENT, INLINE_BYTES, SharedWeights
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 RNG = np.random.default_rng(0)
@@ -52,7 +52,8 @@ def test_graphs_share_each_tensor_once(tmp_path):
     first = model(1, w=wide, v=other, s=small)
     second = model(3, renamed=wide, u=random(3, 401), again=wide)
     extra = numpy_helper.to_array(second.graph.initializer[1])
-    with WeightsFile(tmp_path / "weights.bin") as weights:
+    with (tmp_path / "weights.bin").open("wb") as file:
+        weights = SharedWeights(file)
         for batch, m in ((1, first), (3, second)):
             weights.take(m)
             onnx.save(m, str(tmp_path / f"b{batch}.onnx"))
@@ -74,7 +75,8 @@ def test_small_tensors_stay_in_the_graph(tmp_path):
     edge = INLINE_BYTES // 4
     m = model(1, inside=random(1, edge))
     n = model(1, outside=random(1, edge + 1))
-    with WeightsFile(tmp_path / "weights.bin") as weights:
+    with (tmp_path / "weights.bin").open("wb") as file:
+        weights = SharedWeights(file)
         weights.take(m)
         weights.take(n)
     assert places(m) == {}
@@ -87,7 +89,8 @@ def test_tensors_not_stored_as_bytes(tmp_path):
     m = model(1, w=values)
     typed = helper.make_tensor("w", TensorProto.FLOAT, values.shape, values.reshape(-1).tolist())
     m.graph.initializer[0].CopyFrom(typed)
-    with WeightsFile(tmp_path / "weights.bin") as weights:
+    with (tmp_path / "weights.bin").open("wb") as file:
+        weights = SharedWeights(file)
         weights.take(m)
     onnx.save(m, str(tmp_path / "m.onnx"))
     assert set(places(m)) == {"w"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fdconv_deploy.export.validation.sample_inputs import made_up_images
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.demo import packaged_checkpoint
@@ -22,7 +22,7 @@ def network():
 )
 @torch.no_grad()
 def test_folded_equals_the_network(network, size, batch):
-    x = made_up_images(batch, size, network.architecture.preprocessing, seed=3)
+    x = sample_tensor(batch, size, network.architecture.preprocessing, seed=3)
     folded = fold_network(network, x[:1])
     expected = network(x)
     error = (folded(x) - expected).abs().max() / expected.abs().max()

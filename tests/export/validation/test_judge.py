@@ -13,9 +13,10 @@ import onnx
 import pytest
 import torch
 from fdconv_deploy.export.api import export_module
-from fdconv_deploy.export.source_network import Source
-from fdconv_deploy.export.validation.comparison import Rule
+from fdconv_deploy.export.source_network import SourceNetwork
+from fdconv_deploy.export.validation.comparison import Comparison
 from fdconv_deploy.export.validation.judge import Judge, Subject, fresh
+from fdconv_deploy.export.validation.sample_inputs import InputSource
 from fdconv_deploy.export.validation.verdict import Verdict
 
 from fdconv_deploy.errors import ExportError
@@ -35,9 +36,10 @@ class Single(torch.nn.Module):
 
 
 def judged(made: Exported, path: Path, folder: Path, batch: int = 2, **options) -> Verdict:
-    judge = Judge(made.network, Rule(), ["input"], ["output"], folder, independent=False)
-    subject = Subject(batch, fresh(path, ["output"], folder), 1e-4, path)
-    source = options.get("source") or Source(
+    network = SourceNetwork(made.network, ("input",), ("output",), Comparison(), [])
+    judge = Judge(network, folder)
+    subject = Subject(batch, fresh(path, ["output"], folder), "fp32", 1e-4, path)
+    source = options.get("source") or InputSource(
         "the example", lambda b: (made.example.repeat(b, 1, 1, 1),)
     )
     return judge.judge(subject, [source], options.get("spares", ()))
@@ -111,7 +113,7 @@ def test_a_planted_error_is_found_where_it_is(request, kind, planted, tmp_path):
 
 
 def test_another_input_is_taken_where_one_cannot_tell(unstable, tmp_path):
-    mirrored = Source("mirrored", lambda b: (unstable.example.flip(-1).contiguous(),))
+    mirrored = InputSource("mirrored", lambda b: (unstable.example.flip(-1).contiguous(),))
     path = unstable.bundle.model_path(1)
     verdict = judged(unstable, path, tmp_path, 1, spares=[mirrored])
     assert verdict.equal

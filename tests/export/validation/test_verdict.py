@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from fdconv_deploy.export.validation.verdict import Finding, Verdict, decide, refusal
+from fdconv_deploy.export.validation.tolerance import decide
+from fdconv_deploy.export.validation.verdict import Finding, Verdict, refusal
 
 
 def never() -> float:
