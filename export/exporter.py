@@ -20,7 +20,8 @@ from fdconv_deploy.export.options import ExportOptions
 from fdconv_deploy.export.quantization.reduce_precision import Reduction
 from fdconv_deploy.export.source_network import SourceNetwork
 from fdconv_deploy.export.torch_export import capture
-from fdconv_deploy.export.validation.judge import Judge, Subject, fresh
+from fdconv_deploy.export.validation.judge import Judge, Subject
+from fdconv_deploy.export.validation.subprocess_run import fresh
 from fdconv_deploy.export.validation.tolerance import TOLERANCES, Precision, counts_classes
 from fdconv_deploy.export.validation.verdict import Verdict, refusal
 from numpy.typing import NDArray

@@ -66,11 +66,11 @@ def export_ultralytics(
         imgsz: height and width in pixels, or one number for both; what the network was trained
             at if not given. Multiples of the network's stride.
         batch: images at a time.
-        pictures: HxWx3 uint8 RGB images of any size to compare the file with the network on;
-            synthetic scenes if not given.
+        pictures: ``(H, W, 3)`` uint8 RGB images of any size to compare the file with the network
+            on; packaged pictures if not given.
         tolerance: largest error that is kept, as a share of the largest value; 1e-4 if not given.
         overwrite: replace a file that is there.
-        progress: told of each step as it begins.
+        progress: called with a sentence as each step begins.
 
     Returns:
         The file's path.
@@ -85,13 +85,16 @@ def export_ultralytics(
     source = _network(model)
     network = _in_export_mode(source)
     size = _size(network, imgsz)
-    preprocessing = _preprocessing(network)
+    # Ultralytics' own: pixels from 0 to 1, of as many channels as the network takes.
+    channels = _channels(network)
+    preprocessing = Preprocessing(mean=(0.0,) * channels, std=(255.0,) * channels)
     if len(pictures):
         rows = prepared_batch(pictures, size, preprocessing)[np.arange(batch) % len(pictures)]
     else:
         rows = sample_batch(batch, size, preprocessing)
     example = torch.from_numpy(rows)
-    expected = _tensors(network, example)
+    # In the order in which the graph has them.
+    expected = [leaf.numpy() for leaf in pytree.tree_leaves(answer_of(network, example))]
     names = [f"output{place}" for place in range(len(expected))]
     with tempfile.TemporaryDirectory(prefix="fdconv-export-") as scratch:
         bundle = export_module(
@@ -195,12 +198,6 @@ def _channels(network: Any) -> int:
     return int(described.get("channels", 3)) if isinstance(described, Mapping) else 3
 
 
-def _preprocessing(network: Any) -> Preprocessing:
-    """Ultralytics' own: pixels from 0 to 1, of as many channels as the network takes."""
-    channels = _channels(network)
-    return Preprocessing(mean=(0.0,) * channels, std=(255.0,) * channels)
-
-
 def _metadata(network: Any, size: tuple[int, int], batch: int) -> dict[str, Any]:
     """What `AutoBackend` reads, and where the file comes from."""
     head: Any = network.model[-1] if isinstance(network.model, nn.Sequential) else network.model
@@ -230,11 +227,6 @@ def _metadata(network: Any, size: tuple[int, int], batch: int) -> dict[str, Any]
     return found
 
 
-def _tensors(network: nn.Module, example: Tensor) -> list[NDArray]:
-    """The network's answer, in the order in which the graph has it."""
-    return [leaf.numpy() for leaf in pytree.tree_leaves(answer_of(network, example))]
-
-
 def _prove(
     data: bytes, example: Tensor, expected: Mapping[str, NDArray], tolerance: float, axis: int
 ) -> None:
@@ -249,20 +241,14 @@ def _prove(
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     answers = session.run(list(expected), {INPUT: example.numpy()})
     for found, (name, tensor) in zip(answers, expected.items(), strict=True):
-        error, place = _largest_error(found, tensor, axis)
-        if not error <= tolerance:
+        others = tuple(a for a in range(tensor.ndim) if a != min(axis, tensor.ndim - 1))
+        largest = np.maximum(np.abs(tensor).max(axis=others), 1.0)
+        errors = np.abs(found.astype(np.float64) - tensor).max(axis=others) / largest
+        channel = int(errors.argmax())
+        if not errors[channel] <= tolerance:
             raise ExportError(
-                f"the exported file is not equal to the network: channel {place} of {name!r} "
-                f"differs by {error:.1e} of its largest value (of 1 where that is less), "
+                f"the exported file is not equal to the network: channel {channel} of {name!r} "
+                f"differs by {errors[channel]:.1e} of its largest value (of 1 where that is less), "
                 f"{tolerance:.0e} is allowed. Nothing was kept. Compare on pictures of the kind "
                 "the network was trained on (pictures=[...])."
             )
-
-
-def _largest_error(found: NDArray, expected: NDArray, axis: int) -> tuple[float, int]:
-    """The largest error of a channel relative to its largest value or 1, and which it is in."""
-    axis = min(axis, expected.ndim - 1)
-    others = tuple(a for a in range(expected.ndim) if a != axis)
-    largest = np.maximum(np.abs(expected).max(axis=others), 1.0)
-    errors = np.abs(found.astype(np.float64) - expected).max(axis=others) / largest
-    return float(errors.max()), int(errors.argmax())

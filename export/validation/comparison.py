@@ -144,11 +144,12 @@ def compare_detections(
     """Errors of each output over the objects both sides found.
 
     Args:
-        actual, expected: ``boxes`` (B, D, 4), ``scores`` (B, D), ``labels`` (B, D), ``count``
-            (B,) and perhaps ``masks`` (B, D, h, w), as the graph and the network give them.
+        actual: ``boxes`` (B, D, 4), ``scores`` (B, D), ``labels`` (B, D), ``count`` (B,) and
+            perhaps ``masks`` (B, D, h, w), as the graph gives them.
+        expected: the same of the network.
         score_thr: objects of a score up to this are left out.
         others: what the network answers when its inputs change by rounding, see `perturbed`;
-            asked for while there are objects on one side that rounding may explain.
+            taken while there are objects on one side that rounding may explain.
 
     Returns:
         One entry per output. ``argmax_agreement`` of ``labels`` is the share of objects that
@@ -163,13 +164,19 @@ def compare_detections(
     singles: list[_Single] = []
     total = 0
     for image in range(len(expected["count"])):
-        ours, theirs = _rows(actual, image), _rows(expected, image)
+        ours, theirs = _Objects.of(actual, image), _Objects.of(expected, image)
         same = _matched(ours, theirs)
         pairs += [(image, a, e) for a, e in same]
-        singles += _singles(image, ours, {a for a, _ in same}, _edge(theirs, score_thr), True)
-        singles += _singles(image, theirs, {e for _, e in same}, _edge(ours, score_thr), False)
+        for objects, other, matched, in_graph in (
+            (ours, theirs, {a for a, _ in same}, True),
+            (theirs, ours, {e for _, e in same}, False),
+        ):
+            # A score near the edge itself explains that the other side lacks the object.
+            least = other.edge(score_thr) + EDGE
+            rows = set(np.flatnonzero(objects.scores > least).tolist()) - matched
+            singles += [_Single(image, objects.row(n), in_graph) for n in sorted(rows)]
         total += max(len(ours.scores), len(theirs.scores))
-    _explain(singles, others)
+    _refuse_unexplained(singles, others)
     report = []
     for name, values in expected.items():
         difference = largest = 0.0
@@ -206,18 +213,35 @@ def perturbed(run: Callable[[Arrays], Arrays], feed: Arrays) -> Iterator[Arrays]
 
 @dataclass(frozen=True)
 class _Objects:
-    """Those of one image; ``full``: no place is left."""
+    """Objects of one image, the best score first; ``full``: no place is left."""
 
     boxes: NDArray
     scores: NDArray
     labels: NDArray
     full: bool = False
 
+    @classmethod
+    def of(cls, answer: Arrays, image: int) -> _Objects:
+        count = int(answer["count"][image])
+        boxes, scores, labels = (answer[n][image, :count] for n in ("boxes", "scores", "labels"))
+        return cls(boxes, scores, labels, count == answer["scores"].shape[1])
 
-def _rows(answer: Arrays, image: int) -> _Objects:
-    count = int(answer["count"][image])
-    boxes, scores, labels = (answer[n][image, :count] for n in ("boxes", "scores", "labels"))
-    return _Objects(boxes, scores, labels, count == answer["scores"].shape[1])
+    def row(self, row: int) -> _Objects:
+        own = slice(row, row + 1)
+        return _Objects(self.boxes[own], self.scores[own], self.labels[own])
+
+    def edge(self, score_thr: float) -> float:
+        """The score up to which nothing is shown: there is no place left, or it may not be."""
+        return max(float(self.scores[-1]), score_thr) if self.full else score_thr
+
+
+@dataclass(frozen=True)
+class _Single:
+    """An object that only the graph, or only the network, found in ``image``."""
+
+    image: int
+    object: _Objects
+    in_graph: bool
 
 
 def _check_form(actual: Arrays) -> None:
@@ -238,18 +262,15 @@ def _check_form(actual: Arrays) -> None:
 
 
 def _matched(ours: _Objects, theirs: _Objects) -> list[tuple[int, int]]:
-    """Pairs of rows, each row once, the nearest places first."""
+    """Pairs of rows of one class and place, each row once, the nearest places first."""
     overlap = _overlaps(ours.boxes.astype(np.float64), theirs.boxes.astype(np.float64))
     overlap[ours.labels[:, None] != theirs.labels[None]] = -1
+    near = np.argwhere(overlap >= SAME_PLACE)
     pairs = []
-    for flat in np.argsort(-overlap, axis=None, kind="stable"):
-        a, e = np.unravel_index(flat, overlap.shape)
-        if overlap[a, e] < SAME_PLACE:
-            if overlap[a, e] == -1:
-                break
-            continue
-        pairs.append((int(a), int(e)))
-        overlap[a] = overlap[:, e] = -1
+    for a, e in near[np.argsort(-overlap[tuple(near.T)], kind="stable")].tolist():
+        if overlap[a, e] >= SAME_PLACE:
+            pairs.append((a, e))
+            overlap[a] = overlap[:, e] = -1
     return pairs
 
 
@@ -258,64 +279,36 @@ def _overlaps(a: NDArray, b: NDArray) -> NDArray:
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     common = np.clip(high - low, 0, None).prod(-1)
-    areas = [(side[:, 2:] - side[:, :2]).prod(-1) for side in (a, b)]
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (a, b)]
     union = areas[0][:, None] + areas[1][None] - common
     equal = (a[:, None] == b[None]).all(-1)
     return np.where(equal, 1.0, common / np.where(union > 0, union, 1))
 
 
-def _edge(side: _Objects, score_thr: float) -> float:
-    """The score up to which this side shows nothing: it has no place left, or may not."""
-    return max(float(side.scores[-1]), score_thr) if side.full else score_thr
-
-
-@dataclass(frozen=True)
-class _Single:
-    """An object that only one side found, in ``image``: the graph, or else the network."""
-
-    image: int
-    object: _Objects
-    graphs: bool
-
-
-def _singles(
-    image: int, side: _Objects, matched: set[int], edge: float, graphs: bool
-) -> list[_Single]:
-    """Those of a score that does not itself explain that the other side lacks them."""
-    single = []
-    for row in sorted(set(range(len(side.scores))) - matched):
-        if side.scores[row] > edge + EDGE:
-            own = slice(row, row + 1)
-            found = _Objects(side.boxes[own], side.scores[own], side.labels[own])
-            single.append(_Single(image, found, graphs))
-    return single
-
-
-def _explain(singles: list[_Single], others: Iterable[Arrays]) -> None:
+def _refuse_unexplained(singles: list[_Single], others: Iterable[Arrays]) -> None:
     """Refuse an object that the network, but for rounding, always finds, or never."""
-    answers = iter(others)
-    asked = 0
-    while singles:
-        answer = next(answers, None)
-        if answer is None:
-            raise _one_sided(singles[0], asked)
-        asked += 1
+    tries = 0
+    for answer in others if singles else ():
+        tries += 1
         singles = [
             single
             for single in singles
-            if bool(_matched(single.object, _rows(answer, single.image))) != single.graphs
+            if bool(_matched(single.object, _Objects.of(answer, single.image))) != single.in_graph
         ]
-
-
-def _one_sided(single: _Single, asked: int) -> ExportError:
-    has, lacks = ("graph", "network") if single.graphs else ("network", "graph")
+        if not singles:
+            break
+    if not singles:
+        return
+    single = singles[0]
+    has, lacks = ("graph", "network") if single.in_graph else ("network", "graph")
     found = single.object
     place = ", ".join(f"{v:.1f}" for v in found.boxes[0])
+    finds = "never finds" if single.in_graph else "finds"
     rounding = (
-        f" Rounding does not explain it: the network {'never finds' if single.graphs else 'finds'} "
-        f"it when its images change by a millionth, in {asked} of {asked} tries."
+        f" Rounding does not explain it: the network {finds} it when its images change by a "
+        f"millionth, in {tries} of {tries} tries."
     )
-    return ExportError(
+    raise ExportError(
         f"in image {single.image} the {has} finds class {found.labels[0]} at ({place}) with score "
-        f"{found.scores[0]:.4f}, and the {lacks} does not.{rounding if asked else ''}"
+        f"{found.scores[0]:.4f}, and the {lacks} does not.{rounding if tries else ''}"
     )

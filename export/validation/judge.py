@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -16,16 +16,13 @@ from fdconv_deploy.export.validation.comparison import Arrays, perturbed
 from fdconv_deploy.export.validation.layer_graphs import CutGraph, Piece
 from fdconv_deploy.export.validation.reference import Observation, Observer
 from fdconv_deploy.export.validation.sample_inputs import InputSource
-from fdconv_deploy.export.validation.subprocess_run import Run, run_fresh
+from fdconv_deploy.export.validation.subprocess_run import Run, run_fresh, saved
 from fdconv_deploy.export.validation.tolerance import LAYER_TOLERANCE, Precision, decide
 from fdconv_deploy.export.validation.verdict import Finding, Verdict
 from numpy.typing import NDArray
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.runtime.manifest import OutputParity
-
-# Layers' inputs that one model of pieces takes, in bytes: what they need in memory.
-PIECES_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,18 @@ class Subject:
     tolerance: float
     path: Path | None = None
     library: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Two answers compared: by output the error in units of the tolerance, and the figures.
+
+    ``problem``: that other objects were found, in place of figures.
+    """
+
+    errors: dict[str, float]
+    parities: dict[str, OutputParity]
+    problem: str = ""
 
 
 class Judge:
@@ -143,10 +152,23 @@ class Judge:
         return dict(zip(self.input_names, tensors, strict=True))
 
     def _compare(
-        self, actual: Arrays, expected: Arrays, feed: dict[str, NDArray] | None = None
-    ) -> tuple[OutputParity, ...]:
+        self,
+        subject: Subject,
+        actual: Arrays,
+        expected: Arrays,
+        feed: dict[str, NDArray] | None = None,
+    ) -> _Compared:
+        """Compare two answers; a detector's to ``feed``, where rounding may explain an object."""
         others = perturbed(self._ask, feed) if feed is not None else ()
-        return self.comparison.compare(actual, expected, others)
+        try:
+            found = self.comparison.compare(actual, expected, others)
+        except ExportError as problem:
+            if self.comparison.kind != "detections":
+                raise
+            # Other objects: which, and where.
+            return _Compared(dict.fromkeys(expected, math.inf), {}, str(problem).rstrip("."))
+        errors = {p.name: self.comparison.error(p, subject.precision) for p in found}
+        return _Compared(errors, {p.name: p for p in found})
 
     def _ask(self, feed: Arrays) -> Arrays:
         return self._observer.answer(tuple(map(torch.from_numpy, feed.values()))).answers
@@ -157,35 +179,22 @@ class Judge:
         feed = self._feed(observed)
         expected = _joined([o.answers for o in observed])
         _check_finite(expected, source)
-        actual = subject.run(feed)
-        said, parities = "", {}
-        try:
-            parities = {p.name: p for p in self._compare(actual, expected, feed)}
-        except ExportError as problem:
-            if self.comparison.kind != "detections":
-                raise
-            said = str(problem).rstrip(".")  # other objects: which, and where
-
-        def error_of(name: str) -> float:
-            if name not in parities:
-                return math.inf
-            return self.comparison.error(parities[name], subject.precision)
-
+        actual, tolerance = subject.run(feed), subject.tolerance
+        found = self._compare(subject, actual, expected, feed)
         rounding: dict[str, float] = {}
-        if any(error_of(name) > subject.tolerance for name in expected):
+        if max(found.errors.values()) > tolerance:
             rounding, exact = self._rounding(subject, observed, expected)
             if exact is not None and self.comparison.kind != "detections":
                 # What is true is not PyTorch in float32.
-                parities = {p.name: p for p in self._compare(actual, exact)}
+                found = self._compare(subject, actual, exact)
         findings = []
-        for name in expected:
-            error = error_of(name)
+        for name, error in found.errors.items():
             own = partial(rounding.__getitem__, name)
-            outcome, cost = decide(error, own, subject.tolerance, subject.tolerance)
+            outcome, cost = decide(error, own, tolerance, tolerance)
             multiple = self.comparison.multiple(name)
             findings.append(
-                Finding(name, source.name, subject.batch, error * multiple,
-                        subject.tolerance * multiple, outcome, cost, parities.get(name), said)
+                Finding(name, source.name, subject.batch, error * multiple, tolerance * multiple,
+                        outcome, cost, found.parities.get(name), found.problem)
             )  # fmt: skip
         return findings
 
@@ -204,10 +213,9 @@ class Judge:
     def _distances(self, subject: Subject, actual: Arrays, expected: Arrays) -> dict[str, float]:
         """Of the network's own answers from others of its own, by output."""
         try:
-            found = self._compare(actual, expected)
-        except ExportError:
+            return self._compare(subject, actual, expected).errors
+        except ExportError:  # values that are not finite
             return dict.fromkeys(expected, math.inf)
-        return {p.name: self.comparison.error(p, subject.precision) for p in found}
 
     def _layers(
         self,
@@ -222,22 +230,15 @@ class Judge:
             p for p in cut.pieces
             if p.tensors not in layers or layers[p.tensors].outcome == "cannot tell"
         ]  # fmt: skip
-        answers = self._run_pieces(subject, observed, cut, pieces)
-        outputs = list(observed[0].expected)
-        # A layer's output may be the graph's as well, so a file stays until nobody reads it.
-        readers = Counter(t for p in pieces for t in (p.tensors[:1] if p.use else outputs))
-        for piece in pieces:
-            if piece.use:
-                finding = self._piece(subject, source, observed, piece, answers[piece.tensors[0]])
-            else:
-                finding = self._outputs(subject, source, observed, piece, answers)
-            before = layers.get(piece.tensors)
-            if before is None or finding.outcome != "cannot tell":
-                layers[piece.tensors] = finding
-            for tensor in piece.tensors[:1] if piece.use else outputs:
-                readers[tensor] -= 1
-                if not readers[tensor]:
-                    answers[tensor].unlink()
+        with TemporaryDirectory(dir=self.folder) as name:
+            answers = self._run_pieces(subject, observed, cut, pieces, Path(name))
+            for piece, files in zip(pieces, answers, strict=True):
+                if piece.use:
+                    finding = self._piece(subject, source, observed, piece, *files.values())
+                else:
+                    finding = self._outputs(subject, source, observed, piece, files)
+                if piece.tensors not in layers or finding.outcome != "cannot tell":
+                    layers[piece.tensors] = finding
 
     def _run_pieces(
         self,
@@ -245,36 +246,26 @@ class Judge:
         observed: Sequence[Observation],
         cut: CutGraph,
         pieces: Sequence[Piece],
-    ) -> dict[str, Path]:
-        """Each tensor's file; the pieces run on what the network's layers see."""
+        folder: Path,
+    ) -> list[dict[str, Path]]:
+        """Files of each piece's tensors; the pieces run on what the network's layers see."""
         seen = [o.layers for o in observed]
         batch = sum(len(o.feed[0]) for o in observed)
         shapes = {use: (batch, *one.shape[1:]) for use, one in seen[0].items()}
-        own = _saved(self._feed(observed), self.folder)
-        groups: list[list[Piece]] = [[]]
-        size = 0
-        for piece in pieces:
-            size += 4 * sum(math.prod(shapes.get(use, (0,))) for use in (piece.use, *piece.layers))
-            if size > PIECES_BYTES and groups[-1]:
-                groups.append([])
-                size = 0
-            groups[-1].append(piece)
-        files: dict[str, Path] = {}
-        runs = []
-        for number, group in enumerate(groups):
-            path = self.folder / f"pieces{number}.onnx"
-            taken, given = cut.write(group, path, shapes)
-            for tensor in given:
-                files[tensor] = self.folder / f"piece{len(files)}.npy"
+        own = saved(self._feed(observed), folder)
+        runs, found = [], []
+        for number, piece in enumerate(pieces):
+            model = folder / f"piece{number}.onnx"
+            taken, given = cut.write(piece, model, shapes)
+            files = {t: folder / f"piece{number}.{i}.npy" for i, t in enumerate(piece.tensors)}
             feeds = {
                 t: [str(layers[use].inputs) for layers in seen] if use else own[t]
                 for t, use in taken.items()
             }
-            runs.append(Run(str(path), feeds, {n: str(files[t]) for t, n in given.items()}))
-        run_fresh(runs, self.folder, subject.library)
-        for run in runs:
-            Path(run.model).unlink()
-        return files
+            runs.append(Run(str(model), feeds, {n: str(files[t]) for t, n in given.items()}))
+            found.append(files)
+        run_fresh(runs, folder, subject.library)
+        return found
 
     def _piece(
         self,
@@ -316,17 +307,9 @@ class Judge:
         actual = {name: np.load(files[name]) for name in expected}
         detects = self.comparison.kind == "detections"
         limit = subject.tolerance if detects else LAYER_TOLERANCE
-        said = ""
-        try:
-            feed = self._feed(observed) if detects else None
-            error = max(
-                self.comparison.error(p, subject.precision)
-                for p in self._compare(actual, expected, feed)
-            )
-        except ExportError as problem:
-            if not detects:
-                raise
-            error, said = math.inf, str(problem).rstrip(".")
+        feed = self._feed(observed) if detects else None
+        found = self._compare(subject, actual, expected, feed)
+        error = max(found.errors.values())
 
         def rounding() -> float:
             for one in observed:
@@ -338,25 +321,9 @@ class Judge:
 
         outcome, own = decide(error, rounding, limit, max(subject.tolerance, limit))
         part = ", ".join(piece.layers) or f"what makes {', '.join(expected)}"
-        return Finding(part, source.name, subject.batch, error, limit, outcome, own, said=said)
-
-
-def fresh(path: Path, names: Collection[str], folder: Path) -> Callable[[Mapping], Arrays]:
-    """Runs a graph in a fresh process: ``names`` are its outputs."""
-
-    def run(feed: Mapping[str, NDArray]) -> Arrays:
-        answers = {name: str(folder / f"answer{i}.npy") for i, name in enumerate(names)}
-        run_fresh([Run(str(path), _saved(feed, folder), answers)], folder)
-        return {name: np.load(file) for name, file in answers.items()}
-
-    return run
-
-
-def _saved(feed: Mapping[str, NDArray], folder: Path) -> dict[str, list[str]]:
-    files = {name: folder / f"feed{i}.npy" for i, name in enumerate(feed)}
-    for name, file in files.items():
-        np.save(file, feed[name])
-    return {name: [str(file)] for name, file in files.items()}
+        return Finding(
+            part, source.name, subject.batch, error, limit, outcome, own, problem=found.problem
+        )
 
 
 def _joined(parts: Sequence[Arrays]) -> dict[str, NDArray]:

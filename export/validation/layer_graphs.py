@@ -99,27 +99,29 @@ class CutGraph:
         return Piece(tensors, use, tuple(within))
 
     def write(
-        self, pieces: Sequence[Piece], path: Path, shapes: Mapping[str, Sequence[int]]
+        self, piece: Piece, path: Path, shapes: Mapping[str, Sequence[int]]
     ) -> tuple[dict[str, str], dict[str, str]]:
-        """Write a model of some pieces, with its data.
+        """Write a model of a piece, with its data.
 
         Args:
+            piece: one of `pieces`.
+            path: the file to write.
             shapes: of each use's input, batch included.
 
         Returns:
             What it takes, by tensor the use whose input it is ("" for an input of the graph's
             own); and what it gives, by tensor its name among the model's outputs.
         """
-        ends = [tensor for piece in pieces for tensor in piece.tensors]
-        chosen, read = self._reach(ends)
+        chosen, read = self._reach(piece.tensors)
         graph = self._model.graph
-        renamed = {t: f"{t}.computed" if t in self.cuts else t for t in ends}
+        # One output may be computed from another, which is given then.
+        given = {t: f"{t}.computed" if t in self.cuts else t for t in piece.tensors}
         nodes = []
         for index in sorted(chosen):
             node = NodeProto()
             node.CopyFrom(graph.node[index])
             for place, name in enumerate(node.output):
-                node.output[place] = renamed.get(name, name)
+                node.output[place] = given.get(name, name)
             nodes.append(node)
         inputs = []
         for name in sorted(read):
@@ -128,16 +130,13 @@ class CutGraph:
             else:
                 shape = self._shapes.get(name) or list(shapes[self.cuts[name]])
                 inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
-        known = {v.name: v for v in (*graph.value_info, *graph.output)}
-        outputs = [known[n] if n in known and n == r else onnx.ValueInfoProto(name=r)
-                   for n, r in renamed.items()]  # fmt: skip
-        made = {name for node in nodes for name in node.output} - set(renamed.values())
+        made = {name for node in nodes for name in node.output} - set(given.values())
         model = helper.make_model(
             helper.make_graph(
                 nodes,
-                "pieces",
+                "piece",
                 inputs,
-                outputs,
+                [onnx.ValueInfoProto(name=name) for name in given.values()],
                 list(self._data({name for node in nodes for name in _reads(node)})),
                 value_info=[v for v in graph.value_info if v.name in made],
             ),
@@ -146,7 +145,7 @@ class CutGraph:
             ir_version=self._model.ir_version,
         )
         onnx.save(model, str(path))
-        return {name: self.cuts.get(name, "") for name in read}, renamed
+        return {name: self.cuts.get(name, "") for name in read}, given
 
     def _data(self, names: set[str]) -> Iterator[TensorProto]:
         """Constants with their values."""

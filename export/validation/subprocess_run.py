@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fdconv_deploy.errors import ExportError
 
+Arrays = Mapping[str, NDArray]
 FAILED = "the exported graph did not pass its check"
 
 
@@ -56,6 +58,25 @@ def run_fresh(runs: Sequence[Run], folder: Path, library: Path | None = None) ->
     if finished.returncode:
         lines = finished.stderr.strip().splitlines() or ["it gave no reason"]
         raise ExportError(f"{FAILED}: {lines[-1]}")
+
+
+def fresh(path: Path, names: Collection[str], folder: Path) -> Callable[[Arrays], Arrays]:
+    """What runs a graph in a fresh process; ``names`` are its outputs, ``folder`` for files."""
+
+    def run(feed: Arrays) -> Arrays:
+        answers = {name: str(folder / f"answer{i}.npy") for i, name in enumerate(names)}
+        run_fresh([Run(str(path), saved(feed, folder), answers)], folder)
+        return {name: np.load(file) for name, file in answers.items()}
+
+    return run
+
+
+def saved(feed: Arrays, folder: Path) -> dict[str, list[str]]:
+    """The files of a feed's tensors, as `Run` takes them."""
+    files = {name: folder / f"feed{i}.npy" for i, name in enumerate(feed)}
+    for name, file in files.items():
+        np.save(file, feed[name])
+    return {name: [str(file)] for name, file in files.items()}
 
 
 def _main(job: Path) -> int:

@@ -18,9 +18,16 @@ from fdconv_deploy.runtime.manifest import OutputParity
 class Finding:
     """One comparison.
 
-    part: the output's name, or the FDConv layers of a piece. source: what went in. parity: of
-    the output; None where other objects were found, as ``said`` tells. error: what is held
-    against ``allowed``. rounding: what float32 itself costs, where it was measured.
+    Attributes:
+        part: the output's name, or the FDConv layers of a piece.
+        source: name of the input.
+        batch: the graph's batch size.
+        error: what is compared with ``allowed``.
+        allowed: the tolerance.
+        outcome: see `decide`.
+        rounding: what float32 itself costs on this input, where it was measured.
+        parity: figures of the output; None where other objects were found.
+        problem: which objects those are.
     """
 
     part: str
@@ -31,7 +38,7 @@ class Finding:
     outcome: Outcome
     rounding: float | None = None
     parity: OutputParity | None = None
-    said: str = ""
+    problem: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; figures that are not finite are null."""
@@ -46,7 +53,9 @@ class Finding:
 
     def figures(self) -> str:
         """The error beside what it is judged by."""
-        off = self.said or f"{self.error:.1e} of its largest value ({self.allowed:.0e} is allowed)"
+        off = (
+            self.problem or f"{self.error:.1e} of its largest value ({self.allowed:.0e} is allowed)"
+        )
         if self.rounding is None:
             return off
         return f"{off}, where float32 rounding alone makes {_amount(self.rounding)}"
