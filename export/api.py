@@ -99,8 +99,8 @@ def export_module(
     Args:
         module: in eval mode, taking one tensor and giving tensors, batch first: one, or several
             in tuples, lists and dicts, nested at will. Its layers may be `FDConv2d` layers or
-            those of a copy of the published class: those are told by their structure, converted
-            in a copy of the module, and compared with their originals on the example.
+            those of a copy of the published class: those are recognised by their structure,
+            converted in a copy of the module, and compared with their originals on the example.
         example: a float32 input; its shape past the batch is the graphs', its values are what
             the graphs are checked on.
         output: the bundle's folder.

@@ -46,7 +46,7 @@ def flatten_outputs(
 
     Returns:
         The module itself where its answer is flat already, else a shallow copy of it, of the
-        same submodules. A ``None`` in an answer is left out, which ``progress`` is told.
+        same submodules. A ``None`` in an answer is left out, which ``progress`` reports.
 
     Raises:
         ExportError: the module does not run on the example, an output is not a tensor, or names

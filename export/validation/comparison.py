@@ -41,7 +41,7 @@ class Comparison:
         kind: ``values``: number by number. ``classes``: and which of axis 1's scores is highest.
             ``detections``: object by object.
         score_thr: a detector leaves out objects of a score up to this.
-        threshold: of classes told by one score, the probability its sigmoid is compared with.
+        threshold: of a head with one score, the probability above which it means class 1.
     """
 
     kind: Literal["values", "classes", "detections"] = "values"

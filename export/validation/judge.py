@@ -99,8 +99,9 @@ class Judge:
         """Compare a graph with the network.
 
         Args:
+            subject: the graph.
             sources: the whole is compared on all of these.
-            spares: and on one after the other of these, while the whole or a layer is open.
+            spares: inputs tried one after the other while the whole or a layer is undecided.
 
         Raises:
             ExportError: the graph does not load or run, or its answers have another form.
@@ -108,25 +109,20 @@ class Judge:
         whole: list[Finding] = []
         layers: dict[tuple[str, ...], Finding] = {}
         cut = None
-        if subject.path is not None:
+        if subject.path is not None and self._observer.names:
             cut = CutGraph(subject.path, self._observer.names)
         for number, source in enumerate([*sources, *spares]):
-            told = any(finding.outcome == "equal" for finding in whole)
-            open_ = cut is not None and (
-                not layers or any(f.outcome == "cannot tell" for f in layers.values())
-            )
-            if number >= len(sources) and told and not open_:
+            done = number >= len(sources) and any(f.outcome == "equal" for f in whole)
+            undecided = not layers or any(f.outcome == "cannot tell" for f in layers.values())
+            cuts = cut is not None and bool(cut.pieces) and undecided
+            if done and not cuts:
                 break
-            if cut is not None and not cut.pieces:
-                open_ = False
-            observed = self._observe(source, subject.batch, layers=open_)
-            if number < len(sources) or not told:
-                self.progress(
-                    f"batch {subject.batch}: comparing it with the network, {source.name}"
-                )
+            observed = self._observe(source, subject.batch, layers=cuts)
+            if not done:
+                self.progress(f"batch {subject.batch}: comparing the graph on {source.name}")
                 whole += self._whole(subject, source, observed)
-            if open_ and cut is not None:
-                self.progress(f"batch {subject.batch}: comparing layer by layer, {source.name}")
+            if cut is not None and cuts:
+                self.progress(f"batch {subject.batch}: comparing layer by layer on {source.name}")
                 self._layers(subject, source, observed, cut, layers)
             if any(f.outcome == "differs" for f in (*whole, *layers.values())):
                 break

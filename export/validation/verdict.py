@@ -65,8 +65,10 @@ class Finding:
 class Verdict:
     """What was found on one graph, in the order of its inputs.
 
-    whole: one finding per output and input. layers: one per piece, on the input that told, and
-    one of the outputs where the layers before them see what the network's own do.
+    Attributes:
+        whole: one finding per output and input.
+        layers: one per piece, on the input that could tell, and one of the outputs where the
+            layers before them see what the network's own do.
     """
 
     whole: tuple[Finding, ...]
@@ -79,7 +81,7 @@ class Verdict:
         return next((finding for finding in found if finding.outcome == "differs"), None)
 
     @property
-    def told(self) -> bool:
+    def conclusive(self) -> bool:
         """Whether the whole was compared on an input that can tell."""
         return any(finding.outcome == "equal" for finding in self.whole)
 
@@ -98,7 +100,7 @@ class Verdict:
     def undecided(self) -> list[Finding]:
         """Pieces that no input could tell; where nothing is cut, the whole."""
         if not self.layers:
-            return [] if self.told else list(self.whole)
+            return [] if self.conclusive else list(self.whole)
         return [finding for finding in self.layers if finding.outcome == "cannot tell"]
 
     @property
@@ -146,7 +148,7 @@ class Verdict:
         if self.undecided:
             names = "; ".join(dict.fromkeys(f.part for f in self.undecided[:3]))
             return f"No input could tell whether the graph is the network in {names}."
-        if self.told:
+        if self.conclusive:
             return "The graph is the network."
         return "The graph is the network, layer by layer; none of these inputs can tell the whole."
 

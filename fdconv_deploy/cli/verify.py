@@ -86,7 +86,7 @@ def verify(
             message = refusal(verdict, "the bundle")
             raise FDConvError(f"{message} {_advice(session.bundle, checkpoint)}".rstrip())
         # Layer by layer it is the network; but this was asked of the whole.
-        if tolerance is not None and not verdict.told:
+        if tolerance is not None and not verdict.conclusive:
             worst = verdict.whole[0]
             raise FDConvError(
                 f"no input can tell at a tolerance of {tolerance:.0e}: {worst.part} "

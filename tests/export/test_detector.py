@@ -146,7 +146,7 @@ def test_verify(bundle, detector):
         assert [(f.batch, f.part) for f in whole] == [
             (batch, name) for batch in (1, 3) for name in detector.output_names
         ]
-        assert all(verdict.equal and verdict.told for verdict in [*made_up, *given])
+        assert all(verdict.equal and verdict.conclusive for verdict in [*made_up, *given])
         assert {f.source for f in given[0].whole} == {"street"}
         assert {f.part for f in given[0].whole if f.allowed > 1e-4} == {"masks"}
         # The weights of another seed: other objects, and other layers.

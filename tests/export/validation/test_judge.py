@@ -55,7 +55,7 @@ def test_a_true_graph_is_the_network(request, kind, batch, tmp_path):
     assert len(verdict.layers) == len(made.network)  # each but the first's input, and the output
     assert max(f.error for f in verdict.layers) < 1e-4
     assert [f.part for f in verdict.layers] == [f"{i}.0" for i in range(len(made.network))]
-    assert verdict.told is (kind == "stable")
+    assert verdict.conclusive is (kind == "stable")
 
 
 def test_the_unstable_network_is_unstable(unstable):
@@ -118,7 +118,7 @@ def test_another_input_is_taken_where_one_cannot_tell(unstable, tmp_path):
     path = unstable.bundle.model_path(1)
     verdict = judged(unstable, path, tmp_path, 1, spares=[mirrored])
     assert verdict.equal
-    assert verdict.told
+    assert verdict.conclusive
     outcomes = {f.source: f.outcome for f in verdict.whole}
     assert outcomes == {"the example": "cannot tell", "mirrored": "equal"}
     assert "the example: output differs" in verdict.sentences()[0]

@@ -1,12 +1,18 @@
-"""What counts as the same objects, and what is refused."""
+"""Errors of outputs; what counts as the same objects, and what is refused."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from fdconv_deploy.export.validation.comparison import compare_detections, perturbed
+from fdconv_deploy.export.validation.comparison import (
+    Comparison,
+    compare_detections,
+    compare_output,
+    perturbed,
+)
 
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.runtime.manifest import OutputParity
 
 
 def answer(rows: list[tuple], places: int = 4) -> dict[str, np.ndarray]:
@@ -141,3 +147,66 @@ def test_padding_and_numbers():
     broken = answer([A]) | {"count": np.array([9])}
     with pytest.raises(ExportError, match="counts 9"):
         compare_detections(broken, expected, 0.05)
+
+
+RNG = np.random.default_rng(0)
+
+
+def array(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def test_errors_are_the_largest_and_relative_to_the_largest():
+    expected = array(2, 3, 4, 5)
+    expected[0, 0, 0, 0] = -8
+    actual = expected.copy()
+    actual[1, 2, 3, 4] += 0.5
+    found = compare_output("logits", actual, expected, classes=False)
+    assert found.max_abs == pytest.approx(0.5)
+    assert found.max_rel == pytest.approx(0.5 / 8)
+    assert found.argmax_agreement is None
+
+
+def test_share_of_equal_classes():
+    expected = np.zeros((1, 3, 2, 5), np.float32)
+    expected[0, 1] = 1
+    actual = expected.copy()
+    actual[0, 2, 0, :3] = 2
+    assert compare_output("logits", actual, expected, classes=True).argmax_agreement == 0.7
+    single = compare_output("logits", actual[:, :1], expected[:, :1], classes=True)
+    assert single.argmax_agreement is None  # of one class there is nothing to choose
+
+
+def test_answers_of_zeros():
+    zero = np.zeros((1, 2), np.float32)
+    assert compare_output("y", zero, zero, classes=False).max_rel == 0
+    assert compare_output("y", zero + 2, zero, classes=False).max_rel == 2
+
+
+@pytest.mark.parametrize(
+    ("actual", "hint"),
+    [
+        (array(1, 4), r"'y'.*\(1, 4\).*network's is float32 \(1, 3\)"),
+        (np.zeros((1, 3)), "float64"),
+        (np.full((1, 3), np.nan, np.float32), "not finite"),
+        (np.full((1, 3), np.inf, np.float32), "not finite"),
+    ],
+)
+def test_what_cannot_be_compared_is_a_sentence(actual, hint):
+    with pytest.raises(ExportError, match=hint):
+        compare_output("y", actual, np.zeros((1, 3), np.float32), classes=False)
+
+
+def test_float64_may_be_expected_of_float32():
+    expected = np.full((1, 2), 1 + 1e-9)
+    found = compare_output("y", np.ones((1, 2), np.float32), expected, classes=False)
+    assert found.max_abs == pytest.approx(1e-9, rel=1e-3)
+
+
+def test_masks_may_err_ten_times_a_score_and_only_a_detectors():
+    masks = OutputParity(name="masks", max_abs=5e-4, max_rel=5e-4)
+    assert Comparison("detections").error(masks, "fp32") == pytest.approx(5e-5)
+    assert Comparison("values").error(masks, "fp32") == 5e-4
+    classes = OutputParity(name="logits", max_abs=1, max_rel=0.3, argmax_agreement=0.98)
+    assert Comparison("classes").error(classes, "fp16") == 0.3
+    assert Comparison("classes").error(classes, "int8") == pytest.approx(0.02)
