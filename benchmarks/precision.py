@@ -30,7 +30,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from fdconv_deploy.export.api import export_checkpoint
-from fdconv_deploy.export.quantization.fp16_rounding import rounding_model
+from fdconv_deploy.export.quantization.fp16 import rounding_model
 from numpy.typing import NDArray
 
 from benchmarks.options import script

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,8 +12,10 @@ from fdconv_deploy.export.options import ExportOptions
 from fdconv_deploy.export.outputs import flatten_outputs
 from fdconv_deploy.export.validation.comparison import Comparison
 from fdconv_deploy.export.validation.sample_inputs import (
+    CalibrationImages,
     InputSource,
-    calibration_inputs,
+    PreparedPictures,
+    decoded_for,
     example_sources,
     picture_source,
     sample_sources,
@@ -40,7 +42,7 @@ class SourceNetwork:
         inputs: to compare on. Graphs are traced on the first; the others are tried where those
             before cannot tell whether a graph is the network.
         batches: batch sizes to export.
-        calibration: inputs ``(1, …)`` float32 for int8; they can be read once.
+        calibration: inputs ``(1, …)`` float32 for int8.
         manifest: entries of the bundle's manifest that say what the network is.
     """
 
@@ -50,7 +52,7 @@ class SourceNetwork:
     comparison: Comparison
     inputs: Sequence[InputSource]
     batches: tuple[int, ...] = (1,)
-    calibration: Iterable[NDArray[np.float32]] = ()
+    calibration: CalibrationImages = ()
     manifest: Mapping[str, Any] = field(default_factory=dict)
 
     def feed(self, batch: int) -> dict[str, NDArray]:
@@ -87,6 +89,7 @@ def network_to_export(
     if not dynamic_layers(network):
         # A plain baseline is exported all the same: benchmarks need both sides.
         options.say("note: this network has no FDConv layer")
+    how = network.architecture.preprocessing
     source = network_of(network, size)
     inputs = list(source.inputs)
     if len(options.pictures):
@@ -95,9 +98,7 @@ def network_to_export(
         source,
         inputs=inputs,
         batches=tuple(options.batches or (1,)),
-        calibration=calibration_inputs(
-            options.calibration, size, network.architecture.preprocessing
-        ),
+        calibration=PreparedPictures(decoded_for(options.calibration, how), size, how),
         manifest={
             "kind": "detector" if detects else "segmentor",
             "detector" if detects else "architecture": network.architecture,

@@ -7,12 +7,16 @@ takes and gives stays float32.
 What stays float32: the ``fdconv`` operators and everything that makes a kernel, from the
 pooled average on (a kernel is cast once, at its convolution); normalisations, softmaxes,
 global averages; what the caller names.
+
+ONNX Runtime's own converter was tried (November 2026) and is not used: it rounds values between two
+nodes that stay float32, and changes weights past float16's largest value without a word; its nodes
+are out of order, which onnx's checker refuses; and the plugin pass cannot read its FDConv layers.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -97,207 +101,165 @@ def to_half_precision(
     """Convert a model in place. Its initializers hold their data.
 
     Args:
+        model: a float32 graph, nodes in the order in which they run.
         layers: names of the network's FDConv layers.
         keep: paths of modules, or shell patterns of them, that stay float32.
 
     Raises:
-        ExportError: a pattern means nothing, a weight is too large for float16, or the graph
-            branches.
+        ExportError: a pattern matches no module, a weight is too large for float16, or the
+            graph branches.
     """
-    return _Converter(model, layers, list(keep)).convert()
+    graph, opset = model.graph, standard_opset(model)
+    nodes, labels = list(graph.node), label_nodes(model, layers)
+    types = {name: t.element for name, t in tensor_types(model).items()}
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    outputs = {output.name for output in graph.output}
+    report = HalfReport(kept=list(keep))
+    single = _single(nodes, labels, types, opset, report.kept)
+    report.single_nodes, report.half_nodes = len(single), len(nodes) - len(single)
+    written: list[NodeProto] = []
 
+    def cast(source: str, result: str, to: int) -> None:
+        written.append(helper.make_node("Cast", [source], [result], f"{result}.cast", to=to))
+        types[result] = to
+        report.casts += 1
 
-class _Converter:
-    def __init__(self, model: ModelProto, layers: Collection[str], keep: list[str]) -> None:
-        self.model, self.graph = model, model.graph
-        _lift_constants(model)
-        self.opset = standard_opset(model)
-        self.labels = label_nodes(model, layers)
-        self.types = {name: t.element for name, t in tensor_types(model).items()}
-        self.initializers = {t.name: t for t in self.graph.initializer}
-        self.report = HalfReport()
-        self.keep = keep
-        self.nodes: list[NodeProto] = []
-        self.made: dict[tuple[str, int], str] = {}
-        self.wanted: dict[str, set[int]] = defaultdict(set)
-
-    def convert(self) -> HalfReport:
-        """Decide, then rewrite."""
-        single = self._single()
-        outputs = {output.name for output in self.graph.output}
-        nodes = list(self.graph.node)
-        for index, node in enumerate(nodes):
-            for _, name, want in self._floats(node, index in single):
-                self.wanted[name].add(want)
-        for name, tensor in self.initializers.items():
-            if tensor.data_type == SINGLE and HALF in self.wanted[name]:
-                self._check_range(tensor, nodes, single)
-        for index, node in enumerate(nodes):
-            self._rewrite(node, index in single, outputs)
-        self._write_initializers(outputs)
-        del self.graph.node[:]
-        self.graph.node.extend(self.nodes)
-        del self.graph.value_info[:]
-        self.report.single_nodes, self.report.half_nodes = len(single), len(nodes) - len(single)
-        return self.report
-
-    def _single(self) -> set[int]:
-        nodes = list(self.graph.node)
-        single = kernel_makers(nodes, self.labels)
-        for pattern in self.keep:
-            found = {i for i, label in enumerate(self.labels) if matches(pattern, label)}
-            if not found:
-                raise unknown_pattern(pattern, self.labels)
-            single |= found
-            self.report.kept.append(pattern)
-        for index, node in enumerate(nodes):
-            if any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute):
-                raise ExportError(
-                    f"the graph branches or loops ({node.op_type} {node.name!r}), which the fp16 "
-                    "conversion does not take. Export it in fp32."
-                )
-            # An operator of another domain has no schema to ask.
-            standard = node.domain in ("", "ai.onnx") and node.op_type not in SINGLE_OPERATORS
-            if not standard or not any(map(_may_be_half, signature(node, self.opset)[0])):
-                single.add(index)
-        self._leave_movers(nodes, single)
-        return single
-
-    def _leave_movers(self, nodes: Sequence[NodeProto], single: set[int]) -> None:
-        """What only moves float32 values from one float32 node to another stays float32."""
-        producers = {name: i for i, node in enumerate(nodes) for name in node.output if name}
-        readers: dict[str, set[int]] = defaultdict(set)
-        for index, node in enumerate(nodes):
-            for name in node.input:
-                readers[name].add(index)
-        changed = True
-        while changed:
-            changed = False
-            for index, node in enumerate(nodes):
-                if index in single or node.op_type not in MOVERS:
-                    continue
-                before = {producers.get(n, -1) for n in node.input if self._is_float(n)}
-                after = {i for name in node.output for i in readers[name]}
-                if before <= single and after and after <= single:
-                    single.add(index)
-                    changed = True
-
-    def _is_float(self, name: str) -> bool:
-        return bool(name) and self.types[name] == SINGLE
-
-    def _floats(self, node: NodeProto, single: bool) -> list[tuple[int, str, int]]:
-        """Place, name and wanted type of each float32 input."""
-        if single:
-            return [(i, n, SINGLE) for i, n in enumerate(node.input) if self._is_float(n)]
-        inputs, _ = signature(node, self.opset)
-        return [
-            (place, name, HALF if _may_be_half(parameter) else SINGLE)
-            for place, (name, parameter) in enumerate(zip(node.input, inputs, strict=True))
-            if self._is_float(name)
-        ]
-
-    def _rewrite(self, node: NodeProto, single: bool, outputs: Collection[str]) -> None:
-        halves = set()
-        for place, name, want in self._floats(node, single):
-            node.input[place] = self._as(name, want)
-            if want == HALF:
-                halves.add(signature(node, self.opset)[0][place].variable)
-        self.nodes.append(node)
-        if not halves:
-            return
-        _, results = signature(node, self.opset)
-        for place, parameter in enumerate(results):
+    for index, (node, label) in enumerate(zip(nodes, labels, strict=True)):
+        taken, given = ([], []) if index in single else signature(node, opset)
+        halves = {p.variable for p in taken if _may_be_half(p)}
+        for place, name in enumerate(node.input):
+            if types.get(name) not in (HALF, SINGLE):
+                continue
+            want = HALF if taken and taken[place].variable in halves else SINGLE
+            if types[name] == want:
+                continue
+            node.input[place] = f"{name}.fp{16 if want == HALF else 32}"
+            if node.input[place] in types:
+                continue
+            if name in weights:
+                rounded = _rounded(weights[name], label, report)
+                graph.initializer.append(numpy_helper.from_array(rounded, node.input[place]))
+                types[node.input[place]] = HALF
+            else:
+                cast(name, node.input[place], want)
+        written.append(node)
+        for place, parameter in enumerate(given):
             name = node.output[place]
-            if not self._is_float(name) or parameter.variable not in halves:
+            if types.get(name) != SINGLE or parameter.variable not in halves:
                 continue
             if name in outputs:
                 node.output[place] = f"{name}.fp16"
-                self.made[name, HALF] = node.output[place]
-                self._cast(node.output[place], name, SINGLE)
-                self.made[name, SINGLE] = name
+                types[node.output[place]] = HALF
+                cast(node.output[place], name, SINGLE)
             else:
-                self.made[name, HALF] = name
+                types[name] = HALF
+    read = outputs.union(*(node.input for node in written))
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(written)
+    graph.initializer.extend(kept)
+    return report
 
-    def _as(self, name: str, want: int) -> str:
-        """The name under which a tensor is there in the type wanted, cast if need be."""
-        if (name, want) in self.made:
-            return self.made[name, want]
-        if name in self.initializers:
-            alone = self.wanted[name] == {want}
-            self.made[name, want] = name if alone or want == SINGLE else f"{name}.fp16"
-            return self.made[name, want]
-        source = self.made.get((name, HALF if want == SINGLE else SINGLE), name)
-        if want == SINGLE and source == name and (name, HALF) not in self.made:
-            self.made[name, SINGLE] = name  # it never was anything else
-            return name
-        self.made[name, want] = f"{name}.fp{16 if want == HALF else 32}"
-        self._cast(source, self.made[name, want], want)
-        return self.made[name, want]
 
-    def _cast(self, source: str, result: str, to: int) -> None:
-        self.nodes.append(
-            helper.make_node("Cast", [source], [result], name=f"{result}.cast", to=to)
-        )
-        self.report.casts += 1
-
-    def _check_range(
-        self, tensor: TensorProto, nodes: Sequence[NodeProto], single: Collection[int]
-    ) -> None:
-        values = numpy_helper.to_array(tensor)
-        half = _rounded(values)
-        lost = np.isinf(half) & np.isfinite(values)
-        if lost.any():
-            reader = next(
-                label.layer or label.module
-                for i, (node, label) in enumerate(zip(nodes, self.labels, strict=True))
-                if i not in single and tensor.name in node.input
-            )
+def _single(
+    nodes: Sequence[NodeProto],
+    labels: Sequence[Label],
+    types: Mapping[str, int],
+    opset: int,
+    keep: Sequence[str],
+) -> set[int]:
+    """Indices of the nodes that stay float32."""
+    single = kernel_makers(nodes, labels)
+    for pattern in keep:
+        found = {i for i, label in enumerate(labels) if matches(pattern, label)}
+        if not found:
+            raise unknown_pattern(pattern, labels)
+        single |= found
+    for index, node in enumerate(nodes):
+        if any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute):
             raise ExportError(
-                f"{tensor.name!r} holds {np.abs(values[lost]).max():.3g}, and float16 ends at "
-                f"{LARGEST:.0f}. Keep its module in float32: --keep-fp32 {reader!r}."
+                f"the graph branches or loops ({node.op_type} {node.name!r}), which the fp16 "
+                "conversion does not take. Export it in fp32."
             )
-        magnitude = np.abs(half)
-        self.report.values += values.size
-        self.report.flushed += int(((magnitude == 0) & (values != 0)).sum())
-        self.report.subnormal += int(((magnitude > 0) & (magnitude < SMALLEST_NORMAL)).sum())
+        # An operator of another domain has no schema to ask.
+        standard = node.domain in ("", "ai.onnx") and node.op_type not in SINGLE_OPERATORS
+        if not standard or not any(map(_may_be_half, signature(node, opset)[0])):
+            single.add(index)
+    # What only moves float32 values from one float32 node to another stays float32.
+    producers = {name: i for i, node in enumerate(nodes) for name in node.output if name}
+    readers: dict[str, set[int]] = defaultdict(set)
+    for index, node in enumerate(nodes):
+        for name in node.input:
+            readers[name].add(index)
+    movers = {i for i, node in enumerate(nodes) if node.op_type in MOVERS}
+    changed = True
+    while changed:
+        changed = False
+        for index in movers - single:
+            node = nodes[index]
+            before = {producers.get(n, -1) for n in node.input if types.get(n) == SINGLE}
+            after = {i for name in node.output for i in readers[name]}
+            if before <= single and after and after <= single:
+                single.add(index)
+                changed = True
+    return single
 
-    def _write_initializers(self, outputs: Collection[str]) -> None:
-        kept = []
-        for name, tensor in self.initializers.items():
-            if tensor.data_type != SINGLE or HALF not in self.wanted[name]:
-                kept.append(tensor)
-                continue
-            half = _rounded(numpy_helper.to_array(tensor))
-            kept.append(numpy_helper.from_array(half, self.made[name, HALF]))
-            if SINGLE in self.wanted[name] or name in outputs:
-                kept.append(tensor)
-        # Copied out first: assigning clears what `kept` would still refer to.
-        copies = [TensorProto.FromString(t.SerializeToString()) for t in kept]
-        del self.graph.initializer[:]
-        self.graph.initializer.extend(copies)
 
-
-def _rounded(values: NDArray) -> NDArray[np.float16]:
+def _rounded(tensor: TensorProto, label: Label, report: HalfReport) -> NDArray[np.float16]:
+    """A weight in float16; what that loses is counted, and refused where it is everything."""
+    values = numpy_helper.to_array(tensor)
     with np.errstate(over="ignore", under="ignore"):
-        return values.astype(np.float16)
+        half = values.astype(np.float16)
+    lost = np.isinf(half) & np.isfinite(values)
+    if lost.any():
+        raise ExportError(
+            f"{tensor.name!r} holds {np.abs(values[lost]).max():.3g}, and float16 ends at "
+            f"{LARGEST:.0f}. Keep its module in float32: --keep-fp32 "
+            f"{label.layer or label.module!r}."
+        )
+    magnitude = np.abs(half)
+    report.values += values.size
+    report.flushed += int(((magnitude == 0) & (values != 0)).sum())
+    report.subnormal += int(((magnitude > 0) & (magnitude < SMALLEST_NORMAL)).sum())
+    return half
 
 
 def _may_be_half(parameter: Parameter) -> bool:
     return {"tensor(float16)", "tensor(float)"} <= parameter.allowed
 
 
-def _lift_constants(model: ModelProto) -> None:
-    """Float ``Constant`` nodes become initializers, which are converted rather than cast."""
-    kept = []
+def rounding_model(model: ModelProto) -> ModelProto:
+    """A converted model as one of float32 operators that rounds every result to float16.
+
+    ONNX Runtime has few float16 operators for a CPU: it computes them in float32 and skips
+    the rounding between them, so that what it answers is better than a GPU's answer. This
+    model keeps each rounding; sums within an operator are float32, as they are in tensor cores.
+    """
+    types = {name: t.element for name, t in tensor_types(model).items()}
+    result = ModelProto()
+    result.CopyFrom(model)
+    del result.graph.node[:]
+    counts: Counter[str] = Counter()
     for node in model.graph.node:
-        value = node.attribute[0] if node.op_type == "Constant" else None
-        if value is not None and value.name == "value" and value.t.data_type == SINGLE:
-            tensor = model.graph.initializer.add()
-            tensor.CopyFrom(value.t)
-            tensor.name = node.output[0]
-        else:
-            kept.append(node)
-    if len(kept) != len(model.graph.node):
-        copies = [NodeProto.FromString(node.SerializeToString()) for node in kept]
-        del model.graph.node[:]
-        model.graph.node.extend(copies)
+        halves = [i for i, n in enumerate(node.input) if n and types[n] == HALF]
+        if node.op_type == "Cast" or not halves:
+            result.graph.node.append(node)
+            continue
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        for place in halves:
+            name = node.input[place]
+            counts[name] += 1
+            copy.input[place] = f"{name}.read{counts[name]}"
+            result.graph.node.append(
+                helper.make_node("Cast", [name], [copy.input[place]], to=SINGLE)
+            )
+        rounded = []
+        for place, name in enumerate(node.output):
+            if name and types[name] == HALF:
+                copy.output[place] = f"{name}.exact"
+                rounded.append(helper.make_node("Cast", [copy.output[place]], [name], to=HALF))
+        result.graph.node.append(copy)
+        result.graph.node.extend(rounded)
+    del result.graph.value_info[:]
+    return result

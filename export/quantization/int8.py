@@ -1,106 +1,93 @@
-"""Q/DQ around plain convolutions: eight bits where FDConv has no part.
+"""Plain convolutions in eight bits, by ONNX Runtime's `quantize_static`.
+
+Which convolutions are quantised is decided here. The first, whose input is the image, and the
+last, whose output is the answer, stay float32; so do FDConv layers, what the caller names, and
+convolutions too small for eight bits to save anything.
 
 Weights are int8, symmetric, with a scale for each output channel; biases stay float32.
-Activations have one scale for each tensor and one of two forms:
+Activations take one of two forms:
 
-- ``unsigned``: uint8, zero point 0 where a tensor cannot be negative and 128 elsewhere. All
-  eight bits of a Relu's output count, and ONNX Runtime fuses the Relu away.
-- ``signed``: int8 with zero point 0, the only one that TensorRT takes.
-
-A convolution's output is quantised as well (after its Relu), since ONNX Runtime computes in
-integers only between two quantised tensors.
-
-The first convolution, whose input is the image, and the last, whose output is the answer,
-stay float32; so do FDConv layers, what the caller names, and convolutions too small for eight
-bits to save anything.
+- ``unsigned``: uint8, for ONNX Runtime, which computes in integers only between two quantised
+  tensors: outputs are quantised as well, after their Relu.
+- ``signed``: int8 with zero point 0, the only form TensorRT accepts. Inputs alone are
+  quantised: TensorRT fuses what follows a convolution into it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
 
 import numpy as np
+import onnx
 from fdconv_deploy.export.options import Activations
 from fdconv_deploy.export.quantization.element_types import tensor_types
-from fdconv_deploy.export.quantization.calibration import Magnitudes
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from fdconv_deploy.export.validation.sample_inputs import CalibrationImages
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantType,
+    quantize_static,
+)
 
-from fdconv_deploy.profiling.layer_names import Label, label_nodes, matches, unknown_pattern
+from fdconv_deploy.errors import ExportError
+from fdconv_deploy.profiling.layer_names import label_nodes, matches, unknown_pattern
 
-WEIGHT_LEVELS = 127
+# The few values beyond are cut off, so that all others are stored more finely.
+PERCENTILE = 99.99
 # A convolution with less than this share of all multiplications stays float32: pooled
 # branches cost nothing, and what they lose, every pixel sees.
 SMALLEST_SHARE = 1e-3
-# Of inputs that are not negative they make outputs that are not.
-KEEP_SIGN = frozenset(
-    """MaxPool AveragePool GlobalAveragePool Concat Reshape Flatten Transpose Identity Add Mul
-    Slice Split Squeeze Unsqueeze MatMul""".split()
-)
-
-
-@dataclass(frozen=True)
-class QuantizedConv:
-    """A convolution to be computed in eight bits; tensors by name.
-
-    output: after the Relu, if that alone reads the convolution. key: the same in the graphs
-    of all batch sizes.
-    """
-
-    key: str
-    node: str
-    module: str
-    input: str
-    weight: str
-    output: str
 
 
 def quantizable(
     model: ModelProto, layers: Collection[str], keep: Iterable[str] = ()
-) -> list[QuantizedConv]:
-    """The convolutions to quantise, in the graph's order.
+) -> dict[str, str]:
+    """The convolutions to quantise: each node's name and the path of its module.
+
+    Args:
+        model: a float32 graph.
+        layers: names of the network's FDConv layers.
+        keep: paths of modules, or shell patterns of them, that stay float32.
 
     Raises:
-        ExportError: a pattern of ``keep`` means nothing in this graph.
+        ExportError: a pattern matches no module, or no convolution is left.
     """
-    nodes = list(model.graph.node)
+    nodes, patterns = list(model.graph.node), list(keep)
     labels = label_nodes(model, layers)
-    patterns = list(keep)
     for pattern in patterns:
         if not any(matches(pattern, label) for label in labels):
             raise unknown_pattern(pattern, labels)
-    constants = {tensor.name for tensor in model.graph.initializer}
-    readers: dict[str, list[NodeProto]] = {}
-    for node in nodes:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    outputs = {output.name for output in model.graph.output}
+    ends = _nearest(nodes, model.graph.input, lambda n: (n.input, n.output))
+    ends |= _nearest(nodes[::-1], model.graph.output, lambda n: (n.output, n.input))
     work = _multiplications(model)
-    ends = _first(nodes, model) | _last(nodes, outputs)
-    found: list[QuantizedConv] = []
-    for index, (node, label) in enumerate(zip(nodes, labels, strict=True)):
-        if node.op_type != "Conv" or index in ends or _stays(label, patterns):
-            continue
-        if node.input[1] not in constants:
-            continue
-        if work[node.name] < SMALLEST_SHARE * sum(work.values()):
-            continue
-        output = node.output[0]
-        after = readers.get(output, [])
-        if len(after) == 1 and after[0].op_type == "Relu" and output not in outputs:
-            output = after[0].output[0]
-        # A module may be used more than once.
-        uses = sum(conv.module == label.module for conv in found)
-        key = f"{label.module}.use{uses}"
-        found.append(
-            QuantizedConv(key, node.name, label.module, node.input[0], node.input[1], output)
+    least = SMALLEST_SHARE * sum(work.values())
+    found = {
+        node.name: label.module
+        for node, label in zip(nodes, labels, strict=True)
+        if work.get(node.name, -1) >= least
+        and node.name not in ends
+        and label.layer is None
+        and not any(matches(pattern, label) for pattern in patterns)
+    }
+    if not found:
+        raise ExportError(
+            "this network has no plain convolution to compute in eight bits, besides its "
+            "first and last. Export it in fp16, or keep fewer modules in float32."
         )
     return found
 
 
 def _multiplications(model: ModelProto) -> dict[str, int]:
-    """Of each constant convolution, by its node's name."""
+    """Of each convolution with a constant kernel, by its node's name."""
     types = tensor_types(model)
     weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     return {
@@ -111,158 +98,121 @@ def _multiplications(model: ModelProto) -> dict[str, int]:
     }
 
 
-def _stays(label: Label, patterns: Collection[str]) -> bool:
-    return label.layer is not None or any(matches(pattern, label) for pattern in patterns)
-
-
-def _first(nodes: list[NodeProto], model: ModelProto) -> set[int]:
-    """Convolutions that see the graph's input and no other convolution's output."""
-    raw = {value.name for value in model.graph.input}
-    found = set()
-    for index, node in enumerate(nodes):
-        if not any(name in raw for name in node.input):
+def _nearest(
+    nodes: Sequence[NodeProto],
+    ends: Iterable[onnx.ValueInfoProto],
+    tensors: Callable[[NodeProto], tuple[Iterable[str], Iterable[str]]],
+) -> set[str]:
+    """Names of the convolutions that are reached from a graph's ends through no other one."""
+    reached, found = {value.name for value in ends}, set()
+    for node in nodes:
+        near, far = tensors(node)
+        if reached.isdisjoint(near):
             continue
         if node.op_type == "Conv":
-            found.add(index)
+            found.add(node.name)
         else:
-            raw.update(node.output)
+            reached.update(far)
     return found
 
 
-def _last(nodes: list[NodeProto], outputs: Collection[str]) -> set[int]:
-    """Convolutions whose output becomes an answer through no other convolution."""
-    final, found = set(outputs), set()
-    for index in reversed(range(len(nodes))):
-        node = nodes[index]
-        if not any(name in final for name in node.output):
-            continue
-        if node.op_type == "Conv":
-            found.add(index)
-        else:
-            final.update(node.input)
-    return found
+@dataclass
+class CalibrationInputs(CalibrationDataReader):
+    """Inputs to learn the ranges of activations from, handed to ONNX Runtime one by one."""
+
+    name: str
+    images: CalibrationImages
+    batch: int
+    progress: Callable[[str], None]
+    # While ONNX Runtime is silenced, progress still reaches whoever prints it.
+    stdout: TextIO = field(default_factory=lambda: sys.stdout)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """Hand out these next; called once for each image, see ``CalibStridedMinMax``."""
+        self._places = iter(range(start_index, end_index))
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        """The next input, repeated to the graph's batch size; None after the last."""
+        place = next(self._places, None)
+        if place is None:
+            return None
+        with contextlib.redirect_stdout(self.stdout):
+            self.progress(f"learning the ranges of activations: image {place + 1}")
+        image = self.images[place]
+        if not np.isfinite(image).all():  # NaN would be left out of the histograms
+            raise ValueError(f"image {place + 1} is not finite")
+        return {self.name: np.repeat(image, self.batch, axis=0)}
 
 
-def never_negative(model: ModelProto) -> set[str]:
-    """Tensors that cannot hold a negative value, whatever the input."""
-    found = {
-        tensor.name
-        for tensor in model.graph.initializer
-        if tensor.data_type == TensorProto.FLOAT and (numpy_helper.to_array(tensor) >= 0).all()
-    }
-    integers = {t.name for t in model.graph.initializer if t.data_type != TensorProto.FLOAT}
-    for node in model.graph.node:
-        inputs = [name for name in node.input if name and name not in integers]
-        if node.op_type in ("Relu", "Sigmoid", "Softmax", "Abs", "Sqrt") or (
-            (node.op_type in KEEP_SIGN or _linear_resize(node)) and found.issuperset(inputs)
-        ):
-            found.update(node.output)
-    return found
-
-
-def _linear_resize(node: NodeProto) -> bool:
-    # Cubic interpolation undershoots.
-    modes = [a.s for a in node.attribute if a.name == "mode"] or [b"nearest"]
-    return node.op_type == "Resize" and modes[0] in (b"nearest", b"linear")
-
-
-@dataclass(frozen=True)
-class Steps:
-    """A tensor's quantisation: value = (integer - zero) · scale."""
-
-    scale: float
-    zero: np.uint8 | np.int8
-
-
-def activation_steps(
-    model: ModelProto, seen: Mapping[str, Magnitudes], form: Activations
-) -> dict[str, Steps]:
-    """Scales and zero points from what a calibration has seen of each tensor."""
-    positive = never_negative(model) if form == "unsigned" else set()
-    steps = {}
-    for name, magnitudes in seen.items():
-        if name in positive:
-            steps[name] = Steps(magnitudes.scale(255), np.uint8(0))
-        else:
-            zero = np.uint8(128) if form == "unsigned" else np.int8(0)
-            steps[name] = Steps(magnitudes.scale(127), zero)
-    return steps
-
-
-def quantize(model: ModelProto, convs: Iterable[QuantizedConv], steps: Mapping[str, Steps]) -> None:
-    """Insert the Q/DQ pairs in place.
+def quantize(
+    model: ModelProto,
+    convolutions: Collection[str],
+    activations: Activations,
+    inputs: CalibrationInputs,
+    folder: Path,
+) -> None:
+    """Put quantisation around convolutions, in place.
 
     Args:
-        convs: of this model, from `quantizable`.
-        steps: by tensor, of every convolution's input and output.
+        model: a float32 graph; its initializers hold their data.
+        convolutions: names of nodes, from `quantizable`.
+        activations: their form, see the module.
+        inputs: read unless a graph of the same tensor names was calibrated in ``folder``.
+        folder: keeps the ranges for the graphs of other batch sizes, which name their tensors
+            the same.
+
+    Raises:
+        ExportError: a calibration image gives activations without a finite range.
     """
-    chosen = {conv.node: conv for conv in convs}
-    rounded = {name for conv in chosen.values() for name in (conv.input, conv.output)}
-    weights = {conv.weight for conv in chosen.values()}
-    graph = model.graph
-    initializers = {tensor.name: tensor for tensor in graph.initializer}
-    still_read = {
-        name
-        for node in graph.node
-        for name in node.input
-        if not (node.name in chosen and name == chosen[node.name].weight)
+    signed = activations == "signed"
+    names = [*convolutions, *([] if signed else _relus(model, convolutions))]
+    chosen = [node for node in model.graph.node if node.name in names]
+    tensors = tuple(name for node in chosen for name in (node.input[0], node.output[0]))
+    options = {
+        "CalibPercentile": PERCENTILE,
+        "CalibStridedMinMax": 1,  # one image's activations in memory at a time
+        "QuantizeBias": False,
+        "QDQKeepRemovableActivations": True,  # a Relu's name is a place to compare graphs at
+        "ActivationSymmetric": signed,
+        "OpTypesToExcludeOutputQuantization": ["Conv"] if signed else [],
     }
-    zeros = {repr(s.zero): s.zero for s in steps.values()}
-    added = [_tensor(f"zero.{z.dtype.name}.{int(z)}", z) for z in zeros.values()]
-    nodes: list[NodeProto] = []
-
-    def pair(tensor: str) -> None:
-        scale, zero = f"{tensor}.scale", steps[tensor].zero
-        added.append(_tensor(scale, np.float32(steps[tensor].scale)))
-        for op, source, result in (
-            ("QuantizeLinear", tensor, f"{tensor}.quantized"),
-            ("DequantizeLinear", f"{tensor}.quantized", f"{tensor}.dequantized"),
-        ):
-            inputs = [source, scale, f"zero.{zero.dtype.name}.{int(zero)}"]
-            nodes.append(helper.make_node(op, inputs, [result], name=f"{result}.{op}"))
-
-    for name in sorted(weights):
-        values = numpy_helper.to_array(initializers[name])
-        added += _quantized_weight(name, values)
-    for name in [value.name for value in graph.input if value.name in rounded]:
-        pair(name)
-    for node in graph.node:
-        for place, name in enumerate(node.input):
-            if name in rounded:
-                node.input[place] = f"{name}.dequantized"
-        if node.name in chosen:
-            weight = chosen[node.name].weight
-            result = f"{weight}.dequantized.{node.output[0]}"
-            inputs = [f"{weight}.int8", f"{weight}.scale", f"{weight}.zero"]
-            nodes.append(
-                helper.make_node("DequantizeLinear", inputs, [result], name=result, axis=0)
+    # Or its logger complains of a model that its own optimiser has not prepared.
+    model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
+    path = folder / "int8.onnx"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
+            quantize_static(
+                model,
+                path,
+                inputs,
+                op_types_to_quantize=["Conv", "Relu"],
+                nodes_to_quantize=names,
+                per_channel=True,
+                activation_type=QuantType.QInt8 if signed else QuantType.QUInt8,
+                calibrate_method=CalibrationMethod.Percentile,
+                calibration_cache_path=folder / f"ranges-{hash(tensors):x}.json",
+                extra_options=options,
             )
-            node.input[1] = result
-        nodes.append(node)
-        for name in node.output:
-            if name in rounded:
-                pair(name)
-    kept = [t for t in graph.initializer if t.name not in weights or t.name in still_read]
-    tensors = [TensorProto.FromString(t.SerializeToString()) for t in (*kept, *added)]
-    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.initializer[:], graph.node[:], graph.value_info[:]
-    graph.initializer.extend(tensors)
-    graph.node.extend(copies)
+    except (ValueError, OverflowError) as error:  # of numpy's histograms
+        raise ExportError(
+            f"the ranges of activations cannot be learned from the calibration images: {error}. "
+            "The network must give finite numbers for each of them."
+        ) from error
+    model.graph.CopyFrom(onnx.load(path).graph)
+    del model.metadata_props[:]
+    path.unlink()
 
 
-def _quantized_weight(name: str, values: np.ndarray) -> list[TensorProto]:
-    largest = np.abs(values).reshape(len(values), -1).max(1)
-    scale = np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(WEIGHT_LEVELS)
-    shape = (-1, *[1] * (values.ndim - 1))
-    steps = (
-        np.rint(values / scale.reshape(shape)).clip(-WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8)
-    )
+def _relus(model: ModelProto, convolutions: Collection[str]) -> list[str]:
+    """Names of the Relus that alone read a quantised convolution."""
+    nodes = model.graph.node
+    outputs = {node.output[0] for node in nodes if node.name in convolutions}
+    reads = [name for node in nodes for name in node.input]
     return [
-        _tensor(f"{name}.int8", steps),
-        _tensor(f"{name}.scale", scale),
-        _tensor(f"{name}.zero", np.zeros(len(values), np.int8)),
+        node.name
+        for node in nodes
+        if node.op_type == "Relu" and node.input[0] in outputs and reads.count(node.input[0]) == 1
     ]
-
-
-def _tensor(name: str, values: np.ndarray | np.generic) -> TensorProto:
-    return numpy_helper.from_array(np.asarray(values), name)

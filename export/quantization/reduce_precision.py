@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from fdconv_deploy.export.options import ExportOptions
-from fdconv_deploy.export.quantization.calibration import Magnitudes, magnitudes
-from fdconv_deploy.export.quantization.fp16 import to_half_precision
-from fdconv_deploy.export.quantization.fp16_rounding import rounding_model
-from fdconv_deploy.export.quantization.int8 import (
-    QuantizedConv,
-    activation_steps,
-    quantizable,
-    quantize,
-)
+from fdconv_deploy.export.quantization.fp16 import rounding_model, to_half_precision
+from fdconv_deploy.export.quantization.int8 import CalibrationInputs, quantizable, quantize
 from fdconv_deploy.export.source_network import SourceNetwork
-from numpy.typing import NDArray
 from onnx import ModelProto
 
 from fdconv_deploy.errors import ExportError
@@ -41,8 +31,6 @@ class Reduction:
         self.source, self.options, self.folder = source, options, folder
         self.layers = list(dynamic_layers(source.module))
         self.report: dict[str, Any] = {}
-        self._seen: dict[tuple[str, int], Magnitudes] = {}
-        self._images = 0
 
     def apply(self, model: ModelProto, batch: int) -> None:
         """Convert a float32 graph in place.
@@ -61,13 +49,7 @@ class Reduction:
         reference, reduced = folder / "reference.onnx", folder / "reduced.onnx"
         points = points_of(model, self.layers)
         tensors = [point.tensor for point in points]
-        if self.options.precision == "int8":
-            convs = self._convolutions(model)
-            seen = {(c.key, i): t for c in convs for i, t in enumerate((c.input, c.output))}
-            save_exposed(model, [*tensors, *seen.values()], reference)
-            self._calibrate(reference, seen, batch)
-        else:
-            save_exposed(model, tensors, reference)
+        save_exposed(model, tensors, reference)
         feed = self.source.feed(batch)
         exact = Answers(reference, points, feed, folder)
         self._convert(model, batch)
@@ -90,39 +72,17 @@ class Reduction:
             done = to_half_precision(model, self.layers, self.options.keep_fp32)
             self.report = self.report or asdict(done)
             return
-        convs = self._convolutions(model)
-        self.options.say(f"batch {batch}: quantising {len(convs)} convolutions")
-        # By the convolution's place, since another batch size may name its tensors otherwise.
-        seen: dict[str, Magnitudes] = {}
-        for conv in convs:
-            for place, tensor in enumerate((conv.input, conv.output)):
-                seen.setdefault(tensor, self._seen[conv.key, place])
-        quantize(model, convs, activation_steps(model, seen, self.options.activations))
+        images = self.source.calibration
+        inputs = CalibrationInputs(self.source.input_names[0], images, batch, self.options.say)
+        found = quantizable(model, self.layers, self.options.keep_fp32)
+        self.options.say(f"batch {batch}: quantising {len(found)} convolutions")
+        quantize(model, found, self.options.activations, inputs, self.folder)
         self.report = self.report or {
-            "quantized": [conv.module for conv in convs],
+            "quantized": list(found.values()),
             "activations": self.options.activations,
-            "calibration_images": self._images,
+            "calibration_images": len(images),
             "kept": list(self.options.keep_fp32),
         }
-
-    def _convolutions(self, model: ModelProto) -> list[QuantizedConv]:
-        convs = quantizable(model, self.layers, self.options.keep_fp32)
-        if not convs:
-            raise ExportError(
-                "this network has no plain convolution to compute in eight bits, besides its "
-                "first and last. Export it in fp16, or keep fewer modules in float32."
-            )
-        return convs
-
-    def _calibrate(self, model: Path, tensors: dict[tuple[str, int], str], batch: int) -> None:
-        def feeds() -> Iterator[dict[str, NDArray]]:
-            for image in self.source.calibration:
-                self._images += 1
-                self.options.say(f"learning the ranges of activations: image {self._images}")
-                yield {self.source.input_names[0]: np.repeat(image, batch, axis=0)}
-
-        seen = magnitudes(model, dict.fromkeys(tensors.values()), feeds())
-        self._seen = {key: seen[tensor] for key, tensor in tensors.items()}
 
     def _refuse_if_far(self, found: list[Divergence]) -> None:
         far = [d for d in found if d.max_rel > self.options.allowed]

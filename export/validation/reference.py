@@ -1,4 +1,4 @@
-"""What a network answers, what its FDConv layers see, and what float32 costs there."""
+"""What a PyTorch network answers, what its FDConv layers see, and what float32 costs there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Arrays = dict[str, NDArray]
 Act = Callable[[str, nn.Module, Tensor], Tensor]
 # One unit in the last place of a float32.
 UNIT = 2.0**-23
-# One may hardly matter by chance where another grows.
+# Random changes tried: one may hardly matter by chance where another grows.
 DRAWS = 3
 
 
@@ -29,15 +29,18 @@ DRAWS = 3
 class Seen:
     """A layer's input, in files of float32.
 
-    inputs: what the network in float32 computes. expected: what it computes from the same
-    where the FDConv layers just before are in float64. largest: of the latter. off: how far the
-    former is from it, and a third one is, whose layers' inputs were changed by `UNIT`.
+    Attributes:
+        inputs: what the network in float32 computes.
+        expected: what it computes from the same where the FDConv layers just before are in
+            float64.
+        shape: of both.
+        off: how far the former is from the latter, and a third one is, whose layers' inputs were
+            changed by `UNIT`.
     """
 
     inputs: Path
     expected: Path
     shape: tuple[int, ...] = ()
-    largest: float = 0.0
     off: float = 0.0
 
 
@@ -45,10 +48,14 @@ class Seen:
 class Observation:
     """A network on one input.
 
-    answers: in float32. expected: where each layer is in float64 and sees what it does in the
-    float32 network. changed: in float32, each layer's input changed by `UNIT`, `DRAWS` times;
-    none until asked for, as are ``exact``, all in float64, and ``shifted``, as ``expected`` but
-    changed.
+    Attributes:
+        feed: the input.
+        answers: in float32.
+        expected: where each layer is in float64 and sees what it does in the float32 network.
+        layers: what each use of a layer sees.
+        changed: in float32, each layer's input changed by `UNIT`, `DRAWS` times, see `change`.
+        exact: all in float64, see `in_double`.
+        shifted: as ``expected``, but each layer in float32 on a changed input, see `shift`.
     """
 
     feed: tuple[Tensor, ...]
@@ -117,7 +124,6 @@ class Observer:
             seen = layers[use]
             own = torch.from_numpy(np.load(seen.inputs))
             np.save(seen.expected, x.contiguous().numpy())
-            seen.largest = float(x.abs().max())
             seen.off = float((own - x).abs().max())
             _overwrite(x, own)
             return copy.deepcopy(layer).double()(own.double()).to(x.dtype)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -88,14 +88,27 @@ def picture_source(
     return InputSource(f"{len(pictures)} pictures given", rows)
 
 
-def calibration_inputs(
-    pictures: Sequence[Picture], size: tuple[int, int], preprocessing: Preprocessing
-) -> Iterator[NDArray[np.float32]]:
-    """A segmentor's inputs ``(1, C, H, W)``, each prepared when it is its turn."""
-    pictures = decoded_for(pictures, preprocessing)
-    # By index: a sequence that reads files need not hold all of them.
-    for index in range(len(pictures)):
-        yield prepared_batch([pictures[index]], size, preprocessing)
+class CalibrationImages(Protocol):
+    """Inputs ``(1, …)`` float32 for int8, each made when it is indexed."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True)
+class PreparedPictures:
+    """Pictures as a segmentor's inputs ``(1, C, H, W)``: `CalibrationImages`."""
+
+    pictures: Sequence[Picture]
+    size: tuple[int, int]
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> NDArray[np.float32]:
+        return prepared_batch([self.pictures[index]], self.size, self.preprocessing)
 
 
 def decoded_for(pictures: Sequence[Picture], preprocessing: Preprocessing) -> Sequence[Picture]:

@@ -7,8 +7,7 @@ import onnx
 import pytest
 from fdconv_deploy.export.api import export_module, export_network
 from fdconv_deploy.export.quantization.element_types import tensor_types
-from fdconv_deploy.export.quantization.fp16 import to_half_precision
-from fdconv_deploy.export.quantization.fp16_rounding import rounding_model
+from fdconv_deploy.export.quantization.fp16 import rounding_model, to_half_precision
 from onnx import TensorProto, helper, numpy_helper
 
 from fdconv_deploy.errors import ExportError
@@ -87,7 +86,7 @@ def test_weights(half, bundle):
     plain = [n for n in before if n.startswith("decode_head") and before[n].dtype == np.float32]
     assert len(plain) > 10
     for name in plain:
-        np.testing.assert_array_equal(after[name], before[name].astype(np.float16))
+        np.testing.assert_array_equal(after[f"{name}.fp16"], before[name].astype(np.float16))
     spectra = [n for n in before if n.endswith(".spectrum")]
     assert len(spectra) > 5
     for name in spectra:
@@ -175,7 +174,6 @@ def chain(first: np.ndarray, second: np.ndarray) -> onnx.ModelProto:
     nodes = [
         helper.make_node("Conv", ["x", "one.weight"], ["y1"], name="a"),
         helper.make_node("Relu", ["y1"], ["r"], name="b"),
-        helper.make_node("Constant", [], ["two.weight"], name="c", value=tensor("", second)),
         helper.make_node("Conv", ["r", "two.weight"], ["z"], name="d"),
         helper.make_node("Resize", ["z", "", "scales"], ["y"], name="e", mode="nearest"),
     ]
@@ -185,7 +183,11 @@ def chain(first: np.ndarray, second: np.ndarray) -> onnx.ModelProto:
         "chain",
         [value("x", SINGLE, (1, 3, 4, 5))],
         [value("y", SINGLE, (1, 2, 8, 10)), value("y1", SINGLE, (1, 6, 4, 5))],
-        [tensor("one.weight", first), tensor("scales", np.array([1, 1, 2, 2], np.float32))],
+        [
+            tensor("one.weight", first),
+            tensor("two.weight", second),
+            tensor("scales", np.array([1, 1, 2, 2], np.float32)),
+        ],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
@@ -216,7 +218,7 @@ def test_inputs_that_must_be_float32_are():
     model = chain(FIRST, SECOND)
     report = to_half_precision(model, [])
     kinds = {t.name: t.data_type for t in model.graph.initializer}
-    assert kinds == {"one.weight": HALF, "two.weight": HALF, "scales": SINGLE}
+    assert kinds == {"one.weight.fp16": HALF, "two.weight.fp16": HALF, "scales": SINGLE}
     assert report.half_nodes == 4
     assert report.casts == 3
 

@@ -10,7 +10,6 @@ import onnxruntime
 import pytest
 import torch
 from fdconv_deploy.export.api import export_module, export_network
-from fdconv_deploy.export.quantization.int8 import never_negative
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
@@ -67,7 +66,7 @@ def dequantized_convolutions(graph: onnx.GraphProto) -> list[str]:
 def test_plain_convolutions_but_the_first_and_the_last(quantized):
     names = dequantized_convolutions(graph_of(quantized))
     modules = quantized.manifest.graph["precision"]["quantized"]
-    assert sorted(names) == sorted(f"{module}.weight.int8" for module in modules)
+    assert sorted(names) == sorted(f"{module}.weight_quantized" for module in modules)
     assert {"decode_head.fpn_bottleneck.conv", "backbone.layer1.0.conv2"} < set(modules)
     # The image's, the answer's, FDConv's, and one too small to save anything.
     kept = ("backbone.conv1", "decode_head.conv_seg", "backbone.layer3.0.conv2")
@@ -81,8 +80,8 @@ def test_weights_are_within_half_a_step(quantized, streets):
     norm = streets.get_submodule("decode_head.fpn_bottleneck.bn")
     gain = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
     exact = (conv.weight.detach() * gain[:, None, None, None]).numpy()
-    scale = tensors[f"{name}.weight.scale"]
-    steps = tensors[f"{name}.weight.int8"]
+    scale = tensors[f"{name}.weight_scale"]
+    steps = tensors[f"{name}.weight_quantized"]
     assert steps.dtype == np.int8
     assert scale.shape == (len(exact),)
     assert np.abs(steps).reshape(len(exact), -1).max(1).tolist() == [127] * len(exact)
@@ -133,7 +132,7 @@ def test_all_batch_sizes_have_the_same_ranges(quantized):
         return {
             t.name: float(numpy_helper.to_array(t))
             for t in tensors
-            if t.name.endswith(".scale") and not t.dims
+            if t.name.endswith("_scale") and not t.dims
         }
 
     assert len(steps(1)) > 20
@@ -202,21 +201,32 @@ def test_modules(tmp_path):
         )
 
 
-def test_signs_are_followed_through_the_graph():
-    node = onnx.helper.make_node
-    nodes = [
-        node("Conv", ["x", "w"], ["signed"]),
-        node("Relu", ["signed"], ["positive"]),
-        node("MaxPool", ["positive"], ["pooled"], kernel_shape=[1, 1]),
-        node("Resize", ["pooled", "", "scales"], ["linear"], mode="linear"),
-        node("Resize", ["pooled", "", "scales"], ["cubic"], mode="cubic"),
-        node("Concat", ["linear", "signed"], ["mixed"], axis=1),
-        node("Concat", ["linear", "positive"], ["both"], axis=1),
-        node("MatMul", ["positive", "averages"], ["mean"]),
-        node("MatMul", ["positive", "w"], ["product"]),
-    ]
-    weights = {"w": [-1.0, 1], "averages": [0.5, 0.5], "scales": [1.0, 1]}
-    tensors = [numpy_helper.from_array(np.array(v, np.float32), k) for k, v in weights.items()]
-    graph = onnx.helper.make_graph(nodes, "g", [], [], tensors)
-    found = never_negative(onnx.helper.make_model(graph)) - set(weights)
-    assert found == {"positive", "pooled", "linear", "both", "mean"}
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e38])
+def test_calibration_refuses_what_is_not_finite(tmp_path, value):
+    module = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 1)).eval()
+    for conv in module:
+        nn.init.constant_(conv.weight, 9.0)
+    images = torch.ones(2, 1, 4, 4)
+    images[1, 0, 0, 0] = value
+    with pytest.raises(ExportError, match=r"cannot be learned from the calibration images.*finite"):
+        export_module(
+            module, images[:1], tmp_path / "bundle", precision="int8", calibration=[images]
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_leaves_far_values_out(tmp_path):
+    module = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)).eval()
+    for conv in module:
+        nn.init.ones_(conv.weight)
+        nn.init.zeros_(conv.bias)
+    images = torch.linspace(-1, 1, 200_000).reshape(2, 1, 1000, 100)
+    images[0, 0, 0, :3] = 50.0
+    for name, calibration in (("far", images), ("zero", torch.zeros(1, 1, 1000, 100))):
+        made = export_module(
+            module, images[:1], tmp_path / name, precision="int8", calibration=[calibration],
+            activations="signed", tolerance=1e9,
+        )  # fmt: skip
+        tensors = {t.name: numpy_helper.to_array(t) for t in graph_of(made).initializer}
+        scales = [float(v) for n, v in tensors.items() if n.endswith("_scale") and not v.shape]
+        assert scales == [pytest.approx(1 / 127 if name == "far" else 1.0, rel=0.05)]
