@@ -113,10 +113,12 @@ def test_int8_answers_agree_with_float32_on_held_out_scenes(streets, quantized):
     same = []
     with open_session(quantized.path) as session:
         for image, mask in held_out()[:4]:
-            prepared = session.prepare(session.read_image(image))
-            exact = streets(torch.from_numpy(prepared.input[None])).numpy()[0]
-            found = session.run(prepared.input[None])[0]
-            labels = [session.finish(prepared, logits).labels for logits in (exact, found)]
+            prepared = session.segmentation.prepare(session.read_image(image))
+            x = prepared.inputs["images"][None]
+            labels = [
+                session.segmentation.finish(prepared, {"logits": logits}).labels
+                for logits in (streets(torch.from_numpy(x)).numpy()[0], session.run(x)[0])
+            ]
             same.append((labels[0] == labels[1]).mean())
             for confusion, answer in zip(confusions, labels, strict=True):
                 confusion += confusion_matrix(read_mask(mask), answer, 11)
