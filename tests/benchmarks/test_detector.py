@@ -11,7 +11,7 @@ import pytest
 from benchmarks.detector import compare, errors_between
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.latency import machine
-from tests.export.test_detection_parity import A, B, C, answer
+from tests.export.validation.test_comparison import A, B, C, answer
 
 near = (1, 0.4001, 50, 50, 90, 90)
 
