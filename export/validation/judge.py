@@ -17,7 +17,7 @@ from fdconv_deploy.export.validation.layer_graphs import CutGraph, Piece
 from fdconv_deploy.export.validation.reference import Observation, Observer
 from fdconv_deploy.export.validation.sample_inputs import InputSource
 from fdconv_deploy.export.validation.subprocess_run import Run, run_fresh, saved
-from fdconv_deploy.export.validation.tolerance import LAYER_TOLERANCE, Precision, decide
+from fdconv_deploy.export.validation.tolerance import LAYER_TOLERANCE, Outcome, Precision, decide
 from fdconv_deploy.export.validation.verdict import Finding, Verdict
 from numpy.typing import NDArray
 
@@ -56,6 +56,23 @@ class _Compared:
     errors: dict[str, float]
     parities: dict[str, OutputParity]
     problem: str = ""
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A graph, an input, and the network on that input, image by image or all at once."""
+
+    subject: Subject
+    source: InputSource
+    observed: Sequence[Observation]
+
+    def finding(
+        self, part: str, error: float, allowed: float, decided: tuple[Outcome, float | None],
+        parity: OutputParity | None = None, problem: str = "",
+    ) -> Finding:  # fmt: skip
+        outcome, rounding = decided
+        return Finding(part, self.source.name, self.subject.batch, error, allowed, outcome,
+                       rounding, parity, problem)  # fmt: skip
 
 
 class Judge:
@@ -117,13 +134,13 @@ class Judge:
             cuts = cut is not None and bool(cut.pieces) and undecided
             if done and not cuts:
                 break
-            observed = self._observe(source, subject.batch, layers=cuts)
+            case = _Case(subject, source, self._observe(source, subject.batch, layers=cuts))
             if not done:
                 self.progress(f"batch {subject.batch}: comparing the graph on {source.name}")
-                whole += self._whole(subject, source, observed)
+                whole += self._whole(case)
             if cut is not None and cuts:
                 self.progress(f"batch {subject.batch}: comparing layer by layer on {source.name}")
-                self._layers(subject, source, observed, cut, layers)
+                self._layers(case, cut, layers)
             if any(f.outcome == "differs" for f in (*whole, *layers.values())):
                 break
         return Verdict(tuple(whole), tuple(layers.values()))
@@ -169,35 +186,32 @@ class Judge:
     def _ask(self, feed: Arrays) -> Arrays:
         return self._observer.answer(tuple(map(torch.from_numpy, feed.values()))).answers
 
-    def _whole(
-        self, subject: Subject, source: InputSource, observed: Sequence[Observation]
-    ) -> list[Finding]:
-        feed = self._feed(observed)
-        expected = _joined([o.answers for o in observed])
-        _check_finite(expected, source)
-        actual, tolerance = subject.run(feed), subject.tolerance
-        found = self._compare(subject, actual, expected, feed)
+    def _whole(self, case: _Case) -> list[Finding]:
+        feed, tolerance = self._feed(case.observed), case.subject.tolerance
+        expected = _joined([o.answers for o in case.observed])
+        _check_finite(expected, case.source)
+        actual = case.subject.run(feed)
+        found = self._compare(case.subject, actual, expected, feed)
         rounding: dict[str, float] = {}
         if max(found.errors.values()) > tolerance:
-            rounding, exact = self._rounding(subject, observed, expected)
+            rounding, exact = self._rounding(case, expected)
             if exact is not None and self.comparison.kind != "detections":
                 # What is true is not PyTorch in float32.
-                found = self._compare(subject, actual, exact)
+                found = self._compare(case.subject, actual, exact)
         findings = []
         for name, error in found.errors.items():
-            own = partial(rounding.__getitem__, name)
-            outcome, cost = decide(error, own, tolerance, tolerance)
-            multiple = self.comparison.multiple(name)
+            decided = decide(error, partial(rounding.__getitem__, name), tolerance, tolerance)
+            multiple, parity = self.comparison.multiple(name), found.parities.get(name)
             findings.append(
-                Finding(name, source.name, subject.batch, error * multiple, tolerance * multiple,
-                        outcome, cost, found.parities.get(name), found.problem)
-            )  # fmt: skip
+                case.finding(
+                    name, error * multiple, tolerance * multiple, decided, parity, found.problem
+                )
+            )
         return findings
 
-    def _rounding(
-        self, subject: Subject, observed: Sequence[Observation], expected: Arrays
-    ) -> tuple[dict[str, float], Arrays | None]:
+    def _rounding(self, case: _Case, expected: Arrays) -> tuple[dict[str, float], Arrays | None]:
         """What float32 costs the network's outputs, and those in float64."""
+        subject, observed = case.subject, case.observed
         exact = [self._observer.in_double(o) for o in observed]
         changed = zip(*(self._observer.change(o) for o in observed), strict=True)
         double = _joined([e for e in exact if e is not None]) if None not in exact else None
@@ -213,42 +227,30 @@ class Judge:
         except ExportError:  # values that are not finite
             return dict.fromkeys(expected, math.inf)
 
-    def _layers(
-        self,
-        subject: Subject,
-        source: InputSource,
-        observed: Sequence[Observation],
-        cut: CutGraph,
-        layers: dict[tuple[str, ...], Finding],
-    ) -> None:
-        """Judge the pieces that are still open, in place."""
+    def _layers(self, case: _Case, cut: CutGraph, layers: dict[tuple[str, ...], Finding]) -> None:
+        """Judge the pieces that are still undecided, in place."""
         pieces = [
             p for p in cut.pieces
             if p.tensors not in layers or layers[p.tensors].outcome == "cannot tell"
         ]  # fmt: skip
         with TemporaryDirectory(dir=self.folder) as name:
-            answers = self._run_pieces(subject, observed, cut, pieces, Path(name))
+            answers = self._run_pieces(case, cut, pieces, Path(name))
             for piece, files in zip(pieces, answers, strict=True):
                 if piece.use:
-                    finding = self._piece(subject, source, observed, piece, *files.values())
+                    finding = self._piece(case, piece, *files.values())
                 else:
-                    finding = self._outputs(subject, source, observed, piece, files)
+                    finding = self._outputs(case, piece, files)
                 if piece.tensors not in layers or finding.outcome != "cannot tell":
                     layers[piece.tensors] = finding
 
     def _run_pieces(
-        self,
-        subject: Subject,
-        observed: Sequence[Observation],
-        cut: CutGraph,
-        pieces: Sequence[Piece],
-        folder: Path,
+        self, case: _Case, cut: CutGraph, pieces: Sequence[Piece], folder: Path
     ) -> list[dict[str, Path]]:
         """Files of each piece's tensors; the pieces run on what the network's layers see."""
-        seen = [o.layers for o in observed]
-        batch = sum(len(o.feed[0]) for o in observed)
+        seen = [o.layers for o in case.observed]
+        batch = sum(len(o.feed[0]) for o in case.observed)
         shapes = {use: (batch, *one.shape[1:]) for use, one in seen[0].items()}
-        own = saved(self._feed(observed), folder)
+        own = saved(self._feed(case.observed), folder)
         runs, found = [], []
         for number, piece in enumerate(pieces):
             model = folder / f"piece{number}.onnx"
@@ -260,51 +262,35 @@ class Judge:
             }
             runs.append(Run(str(model), feeds, {n: str(files[t]) for t, n in given.items()}))
             found.append(files)
-        run_fresh(runs, folder, subject.library)
+        run_fresh(runs, folder, case.subject.library)
         return found
 
-    def _piece(
-        self,
-        subject: Subject,
-        source: InputSource,
-        observed: Sequence[Observation],
-        piece: Piece,
-        file: Path,
-    ) -> Finding:
-        seen = [o.layers[piece.use] for o in observed]
+    def _piece(self, case: _Case, piece: Piece, file: Path) -> Finding:
+        seen = [o.layers[piece.use] for o in case.observed]
         expected = np.concatenate([np.load(one.expected) for one in seen])
         found = np.load(file)
-        finite = bool(np.isfinite(found).all())
         off = float(np.abs(found.reshape(expected.shape) - expected).max(initial=0))
         largest = float(np.abs(expected).max(initial=0)) or 1.0
 
         def rounding() -> float:
-            for one in observed:
+            for one in case.observed:
                 self._observer.shift(one)
             return max(one.off for one in seen) / largest
 
-        error = off / largest if finite else math.inf
-        outcome, own = decide(
-            error, rounding, LAYER_TOLERANCE, max(subject.tolerance, LAYER_TOLERANCE)
-        )
+        error = off / largest if np.isfinite(found).all() else math.inf
+        tolerance = max(case.subject.tolerance, LAYER_TOLERANCE)
         part = ", ".join(piece.layers) or f"what is before {piece.use}"
-        return Finding(part, source.name, subject.batch, error, LAYER_TOLERANCE, outcome, own)
+        decided = decide(error, rounding, LAYER_TOLERANCE, tolerance)
+        return case.finding(part, error, LAYER_TOLERANCE, decided)
 
-    def _outputs(
-        self,
-        subject: Subject,
-        source: InputSource,
-        observed: Sequence[Observation],
-        piece: Piece,
-        files: Mapping[str, Path],
-    ) -> Finding:
+    def _outputs(self, case: _Case, piece: Piece, files: Mapping[str, Path]) -> Finding:
         """The graph's outputs, where its layers see what the network's own do."""
+        subject, observed = case.subject, case.observed
         expected = _joined([o.expected for o in observed])
         actual = {name: np.load(files[name]) for name in expected}
         detects = self.comparison.kind == "detections"
         limit = subject.tolerance if detects else LAYER_TOLERANCE
-        feed = self._feed(observed) if detects else None
-        found = self._compare(subject, actual, expected, feed)
+        found = self._compare(subject, actual, expected, self._feed(observed) if detects else None)
         error = max(found.errors.values())
 
         def rounding() -> float:
@@ -315,11 +301,9 @@ class Judge:
                 max(self._distances(subject, _joined(other), expected).values()) for other in others
             )
 
-        outcome, own = decide(error, rounding, limit, max(subject.tolerance, limit))
         part = ", ".join(piece.layers) or f"what makes {', '.join(expected)}"
-        return Finding(
-            part, source.name, subject.batch, error, limit, outcome, own, problem=found.problem
-        )
+        decided = decide(error, rounding, limit, max(subject.tolerance, limit))
+        return case.finding(part, error, limit, decided, problem=found.problem)
 
 
 def _joined(parts: Sequence[Arrays]) -> dict[str, NDArray]:
