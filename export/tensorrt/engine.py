@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import onnx
 from fdconv_deploy.export.tensorrt.builder import BuildOptions, build_plan
-from fdconv_deploy.export.tensorrt.plugin_graph import ask_for_plugins
+from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 from fdconv_deploy.export.tensorrt.validate_engine import validate_engine
 
 from fdconv_deploy.environment import install
@@ -106,7 +106,7 @@ def build_engines(
             f"the bundle has graphs of batch {', '.join(map(str, bundle.batch_sizes))}, not of "
             f"{', '.join(map(str, unknown))}. Export it with --batch {unknown[0]}."
         )
-    trtp, why_not = _plugin_layer(trt, plugins)
+    trtp, why_not = _plugin_layer(trt, plugins, bundle.manifest.older_nodes)
     if why_not is not None:
         say(f"note: FDConv layers run in TensorRT's own operators, since {why_not}")
     results = []
@@ -135,12 +135,14 @@ def _same(record: EngineRecord, options: BuildOptions) -> bool:
     )  # fmt: skip
 
 
-def _plugin_layer(trt: Any, choice: PluginChoice) -> tuple[Any, str | None]:
-    """TensorRT's plugin module, or None and why not."""
+def _plugin_layer(trt: Any, choice: PluginChoice, problem: str | None) -> tuple[Any, str | None]:
+    """TensorRT's plugin module, or None and why not: the bundle's ``problem``, or the machine's."""
     if choice == "off":
         return None, "--plugins is off"
-    problem, trtp = None, None
-    if importlib.util.find_spec("triton") is None:
+    trtp = None
+    if problem is not None:
+        pass
+    elif importlib.util.find_spec("triton") is None:
         problem = f"Triton is not installed ({install('triton')})"
     else:
         try:
