@@ -159,7 +159,7 @@ def _validate(
 ) -> Verdict:
     """Judge a graph, and refuse it where it is not the network.
 
-    In float32 that is asked of every layer; what lower precision costs, `Reduction` measures
+    In float32 every layer is judged; what lower precision costs, `Reduction` measures
     layer by layer, and here the answer alone is compared with the tolerance.
     """
     exact = precision == "fp32"

@@ -1,4 +1,4 @@
-"""What an export is asked for, and what of it is refused before anything is loaded.
+"""The options of an export, and which of them are refused before anything is loaded.
 
 Imports neither torch nor onnx, so that the command line finds mistakes at once.
 """

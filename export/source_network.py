@@ -87,7 +87,7 @@ def network_to_export(
     else:
         detects, size = False, _segmentor_size(network, options)
     if not dynamic_layers(network):
-        # A plain baseline is exported all the same: benchmarks need both sides.
+        # A plain baseline is exported all the same: benchmarks compare with it.
         options.say("note: this network has no FDConv layer")
     how = network.architecture.preprocessing
     source = network_of(network, size)

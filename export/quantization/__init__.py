@@ -1,1 +1,1 @@
-"""Graphs of lower precision: float16 and int8, and what they cost in answers."""
+"""Graphs of lower precision, float16 and int8, and what they cost layer by layer."""

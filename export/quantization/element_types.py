@@ -29,7 +29,7 @@ def tensor_types(model: ModelProto) -> dict[str, TensorType]:
         model: its initializers hold their data or not.
 
     Raises:
-        ExportError: a tensor's element type cannot be told.
+        ExportError: a tensor's element type cannot be inferred.
     """
     light = ModelProto(ir_version=model.ir_version)
     light.opset_import.extend(model.opset_import)
@@ -62,7 +62,7 @@ def tensor_types(model: ModelProto) -> dict[str, TensorType]:
             if name not in found or found[name].element == TensorProto.UNDEFINED:
                 raise ExportError(
                     f"the type of {name!r}, which {node.op_type} {node.name!r} gives, cannot be "
-                    "told, so the graph's precision cannot be changed. Export it in fp32."
+                    "inferred, so the graph's precision cannot be changed. Export it in fp32."
                 )
     return found
 

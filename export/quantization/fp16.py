@@ -56,7 +56,7 @@ MOVERS = frozenset(
 class HalfReport:
     """What the pass did. ``values``: weights now float16, ``flushed``: of those, not zero before
     and zero now; ``subnormal``: stored with fewer than 11 bits. ``kept``: module paths that
-    stay float32 because the caller said so."""
+    stay float32 at the caller's wish."""
 
     half_nodes: int = 0
     single_nodes: int = 0

@@ -1,1 +1,1 @@
-"""Exports for runtimes other than ours."""
+"""Exports for other runtimes than this package's."""

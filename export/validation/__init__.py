@@ -1,1 +1,1 @@
-"""Whether a graph is its network: one verdict for export, verify and evaluate."""
+"""How graphs, bundles and engines are validated: one verdict for all of them."""

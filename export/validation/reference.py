@@ -194,8 +194,8 @@ def _overwrite(x: Tensor, own: Tensor) -> None:
 def _shifted(x: Tensor, seed: str) -> Tensor:
     """Every channel a unit larger or smaller, as a sum in another order may leave its mean."""
     generator = torch.Generator().manual_seed(sum(seed.encode()))
-    sides = torch.randint(0, 2, x.shape[:2], generator=generator) * 2 - 1
-    return x * (1 + UNIT * sides.reshape(*x.shape[:2], *[1] * (x.ndim - 2)).to(x.dtype))
+    signs = torch.randint(0, 2, x.shape[:2], generator=generator) * 2 - 1
+    return x * (1 + UNIT * signs.reshape(*x.shape[:2], *[1] * (x.ndim - 2)).to(x.dtype))
 
 
 def answer_of(network: nn.Module, example: Example) -> Any:

@@ -46,8 +46,8 @@ def run_fresh(runs: Sequence[Run], folder: Path, library: Path | None = None) ->
         ExportError: a graph does not load or run, or its outputs have other names.
     """
     job = folder / "job.json"
-    said = {"library": library and str(library), "runs": [asdict(run) for run in runs]}
-    job.write_text(json.dumps(said))
+    described = {"library": library and str(library), "runs": [asdict(run) for run in runs]}
+    job.write_text(json.dumps(described))
     finished = subprocess.run(  # noqa: S603 - our own interpreter and module
         [sys.executable, "-m", "fdconv_deploy.export.validation.subprocess_run", str(job)],
         capture_output=True,
@@ -82,11 +82,11 @@ def saved(feed: Arrays, folder: Path) -> dict[str, list[str]]:
 def _main(job: Path) -> int:
     import onnxruntime
 
-    said = json.loads(job.read_text())
-    for run in said["runs"]:
+    described = json.loads(job.read_text())
+    for run in described["runs"]:
         options = onnxruntime.SessionOptions()
-        if said["library"]:
-            options.register_custom_ops_library(said["library"])
+        if described["library"]:
+            options.register_custom_ops_library(described["library"])
         session = onnxruntime.InferenceSession(
             run["model"], options, providers=["CPUExecutionProvider"]
         )

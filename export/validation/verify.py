@@ -110,21 +110,21 @@ def _image_source(session: Session, name: str, image: NDArray[np.uint8]) -> Inpu
     return InputSource(name, rows)
 
 
-def _check_same(theirs: Frozen | None, ours: Frozen) -> None:
-    if theirs is None:
+def _check_same(exported: Frozen | None, given: Frozen) -> None:
+    if exported is None:
         raise ExportError(
             "the bundle is of a module, not of a network that a checkpoint could be compared "
             "with. Its own parity report is in its manifest.json."
         )
-    if type(theirs) is not type(ours):
+    if type(exported) is not type(given):
         raise ExportError(
             "one of the bundle and the checkpoint is of a detector, the other of a segmentation "
             "network. Give the checkpoint the bundle was exported from."
         )
-    if theirs != ours:
-        fields = type(theirs).model_fields
-        other = [name for name in fields if getattr(theirs, name) != getattr(ours, name)]
+    if exported != given:
+        fields = type(exported).model_fields
+        different = [name for name in fields if getattr(exported, name) != getattr(given, name)]
         raise ExportError(
             f"the bundle was exported from another network than this checkpoint's: they differ "
-            f"in {', '.join(other)}. If it was exported with --config or --set, give the same."
+            f"in {', '.join(different)}. If it was exported with --config or --set, give the same."
         )

@@ -85,7 +85,7 @@ def verify(
         if not verdict.equal:
             message = refusal(verdict, "the bundle")
             raise FDConvError(f"{message} {_advice(session.bundle, checkpoint)}".rstrip())
-        # Layer by layer it is the network; but this was asked of the whole.
+        # Layer by layer it is the network; but the tolerance given is about the whole.
         if tolerance is not None and not verdict.conclusive:
             worst = verdict.whole[0]
             raise FDConvError(
