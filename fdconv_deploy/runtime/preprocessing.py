@@ -75,22 +75,28 @@ def check_image(image: npt.NDArray[Any], preprocessing: Preprocessing | None = N
         ImageError: it is not such an array, or holds numbers that are not finite.
     """
     how = preprocessing or Preprocessing()
-    if how.loading == "color":
-        return _check_color(image, how)
-    bands = how.channels
-    if isinstance(image, np.ndarray) and image.ndim == 2 and bands == 1:
+    bands, color = how.channels, how.loading == "color"
+    found = type(image).__name__
+    if isinstance(image, np.ndarray):
+        found = f"{image.shape} {image.dtype}"
+    if not color and isinstance(image, np.ndarray) and image.ndim == 2 and bands == 1:
         image = image[:, :, None]
     if (
         not isinstance(image, np.ndarray)
         or image.ndim != 3
         or image.shape[2] != bands
-        or image.dtype.kind not in "uif"
+        or (image.dtype != np.uint8 if color else image.dtype.kind not in "uif")
         or image.size == 0
     ):
+        if color:
+            raise ImageError(
+                f"An image must be a numpy array (H, W, 3) uint8 in RGB order, found {found}. "
+                "read_image makes one from a file."
+            )
         turned = getattr(image, "ndim", 0) == 3 and image.shape[0] == bands
         raise ImageError(
             f"An image for this network must be an array (H, W, {bands}) of real numbers, found "
-            f"{_found(image)}. "
+            f"{found}. "
             + (
                 "Its bands come first: np.moveaxis(image, 0, -1) puts them last."
                 if turned
@@ -105,25 +111,6 @@ def check_image(image: npt.NDArray[Any], preprocessing: Preprocessing | None = N
     if how.to_float32 or image.dtype.newbyteorder("=") not in _RESIZABLE:
         return image.astype(np.float32)
     return image.astype(image.dtype.newbyteorder("="), copy=False)
-
-
-def _check_color(image: npt.NDArray[Any], how: Preprocessing) -> Pixels:
-    if (
-        not isinstance(image, np.ndarray)
-        or image.dtype != np.uint8
-        or image.ndim != 3
-        or image.shape[2] != 3
-        or image.size == 0
-    ):
-        raise ImageError(
-            "An image must be a numpy array (H, W, 3) uint8 in RGB order, found "
-            f"{_found(image)}. read_image makes one from a file."
-        )
-    return image.astype(np.float32) if how.to_float32 else image
-
-
-def _found(image: Any) -> str:
-    return f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
 
 
 def scene_bands(scene: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Pixels:

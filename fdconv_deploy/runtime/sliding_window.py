@@ -26,10 +26,7 @@ from fdconv_deploy.runtime.postprocessing import (
     labels_of,
     resized_tiles,
 )
-from fdconv_deploy.runtime.preprocessing import (
-    Pixels,
-    normalise,
-)
+from fdconv_deploy.runtime.preprocessing import Pixels, normalise
 
 Infer = Callable[[Logits], Logits]
 
@@ -74,17 +71,28 @@ def slide_stride(test: TestMode, crop: tuple[int, int]) -> tuple[int, int]:
             "the mode out, or export it again with a config, or --set test.stride=[…], that gives "
             "one."
         )
-    if any(s < 1 or s > c for s, c in zip(test.stride, crop, strict=True)):
+    if any(s > c for s, c in zip(test.stride, crop, strict=True)):
         raise BundleError(
-            f"The stride {test.stride} of the network's slide mode must be from 1 to the "
-            f"bundle's input size {crop}, or pixels would lie between windows. Export it at "
+            f"The stride {test.stride} of the network's slide mode must be at most the bundle's "
+            f"input size {crop}, or pixels would lie between windows. Export it at "
             f"the network's crop size{f', {test.crop_size}' if test.crop_size else ''}."
         )
     return test.stride
 
 
 class SlidingRows:
-    """The averaged logits of a slid crop, row by row (a ``LogitRows``)."""
+    """The averaged logits of a slid crop, row by row (a ``LogitRows``).
+
+    Args:
+        image: (H, W, C), already resized as published.
+        preprocessing: how its pixels become an input.
+        crop: (H, W) of the network's input. A smaller image is padded to it with the mean colour,
+            at the bottom and right.
+        stride: (vertical, horizontal) pixels from one window to the next.
+        infer: (n, C, *crop) float32 to (n, classes, h, w) float32, for n ≤ ``batch``.
+        head: the network's.
+        batch: the most windows to run together.
+    """
 
     def __init__(
         self,
@@ -96,18 +104,6 @@ class SlidingRows:
         head: HeadConfig,
         batch: int,
     ) -> None:
-        """Run nothing yet.
-
-        Args:
-            image: (H, W, C), already resized as published.
-            preprocessing: how its pixels become an input.
-            crop: (H, W) of the network's input. A smaller image is padded to it with the mean
-                colour, at the bottom and right.
-            stride: (vertical, horizontal) pixels from one window to the next.
-            infer: (n, C, *crop) float32 to (n, classes, h, w) float32, for n ≤ ``batch``.
-            head: the network's.
-            batch: the most windows to run together.
-        """
         self.height, self.width = image.shape[:2]
         self.classes = head.outputs
         self._image, self._preprocessing = image, preprocessing

@@ -162,7 +162,7 @@ class TestStride:
         with pytest.raises(BundleError, match="records no stride"):
             slide_stride(TestMode(mode="slide"), (8, 8))
 
-    @pytest.mark.parametrize("stride", [(0, 4), (4, 9), (-1, 4)])
+    @pytest.mark.parametrize("stride", [(4, 9), (9, 4)])
     def test_that_leaves_gaps(self, stride) -> None:
         with pytest.raises(BundleError, match="between windows"):
             slide_stride(TestMode(mode="slide", stride=stride), (8, 8))

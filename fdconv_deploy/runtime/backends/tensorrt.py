@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import queue
 import re
-import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +164,13 @@ class TensorRTBackend:
 
     def __init__(self, options: BackendOptions, trt: Any = None, cuda: Cuda | None = None) -> None:
         self.trt = import_tensorrt() if trt is None else trt
-        self._cuda = Cuda() if cuda is None else cuda
-        self._messages = Messages()
-        self._logger = self._messages.logger(self.trt)
-        gpu, capability = self._cuda.device()
+        self.cuda = Cuda() if cuda is None else cuda
+        self.messages = Messages()
+        self._logger = self.messages.logger(self.trt)
+        gpu, capability = self.cuda.device()
         version = str(self.trt.__version__)
         self.machine = Machine(
-            gpu=gpu, capability=capability, driver=self._cuda.driver(), tensorrt=version
+            gpu=gpu, capability=capability, driver=self.cuda.driver(), tensorrt=version
         )
         del options  # of threads and providers nothing applies
 
@@ -194,24 +193,22 @@ class TensorRTBackend:
         Raises:
             BackendError: TensorRT does not take it, or memory runs out.
         """
-        self._messages.errors.clear()
+        self.messages.errors.clear()
         runtime = self.trt.Runtime(self._logger)
         if record.fingerprint.version_compatible:
             runtime.engine_host_code_allowed = True  # the lean runtime that it carries
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            if self._messages.no_memory:
+            if self.messages.no_memory:
                 raise BackendError(
                     f"The GPU has no memory left for the engine {record.name}. Free some (see "
                     f"`nvidia-smi`), or use a smaller batch size. {_OTHERS}"
                 )
             raise BackendError(
                 f"TensorRT {self.machine.tensorrt} does not take the engine {record.name}: "
-                f"{self._messages.last}. Build it again: `fdconv build --force`. {_OTHERS}"
+                f"{self.messages.last}. Build it again: `fdconv build --force`. {_OTHERS}"
             )
-        return TensorRTGraph(
-            self.trt, self._cuda, runtime, engine, record.name, inputs, outputs, self._messages
-        )
+        return TensorRTGraph(self, runtime, engine, record.name, inputs, outputs)
 
     def batch_cost(self, batch: int) -> float:
         """The cost of one run at this batch size. See :class:`Backend`."""
@@ -223,24 +220,23 @@ class TensorRTGraph:
 
     def __init__(
         self,
-        trt: Any,
-        cuda: Cuda,
+        backend: TensorRTBackend,
         runtime: Any,
         engine: Any,
         name: str,
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
-        messages: Messages,
     ) -> None:
         self._runtime, self._engine, self._name = runtime, engine, name
         self._inputs, self._outputs = inputs, outputs
-        self._trt, self._cuda, self._messages = trt, cuda, messages
+        self._trt, self._cuda, self._messages = backend.trt, backend.cuda, backend.messages
         self._check_signature()
-        self._idle: list[_Run] = []
-        self._lock = threading.Lock()
-        self._places = threading.BoundedSemaphore(CONTEXTS)
+        # Idle contexts, the last used on top; None is one that is not made yet.
+        self._idle: queue.LifoQueue[_Run | None] = queue.LifoQueue()
+        for _ in range(CONTEXTS - 1):
+            self._idle.put(None)
         # The first at once: memory that is missing is missed at loading.
-        self._idle.append(self._new_run())
+        self._idle.put(self._new_run())
 
     def inspect(self) -> str:
         """What TensorRT says of the engine's layers, JSON."""
@@ -252,19 +248,15 @@ class TensorRTGraph:
         problem = feeds_problem(self._inputs, feeds)
         if problem is not None:
             raise BackendError(f"The engine {self._name} does not take these inputs: {problem}.")
-        with self._borrowed() as run:
-            return run(feeds)
-
-    @contextmanager
-    def _borrowed(self) -> Iterator[_Run]:
-        with self._places:
-            with self._lock:
-                run = self._idle.pop() if self._idle else None
-            run = self._new_run() if run is None else run
-            # Not returned after an error: its stream may be in any state.
-            yield run
-            with self._lock:
-                self._idle.append(run)
+        run = self._idle.get()
+        try:
+            run = run or self._new_run()
+            answers = run(feeds)
+        except BaseException:
+            self._idle.put(None)  # its stream may be in any state
+            raise
+        self._idle.put(run)
+        return answers
 
     def _new_run(self) -> _Run:
         self._messages.errors.clear()
@@ -324,9 +316,10 @@ class _Run:
         self._pinned: dict[str, int] = {}
         self._device: dict[str, int] = {}
         self._graph: Any = None
-        self._stream: Any = None
+        self._cleanup = ExitStack()  # whatever fails in that is past helping
         try:
             self._stream = cuda.call("cudaStreamCreateWithFlags", cuda.rt.cudaStreamNonBlocking)
+            self._cleanup.callback(cuda.rt.cudaStreamDestroy, self._stream)
             for spec in (*inputs, *outputs):
                 self._allocate(spec)
             self._warm_up()
@@ -339,10 +332,12 @@ class _Run:
         count = int(np.prod(spec.shape, dtype=np.int64))
         size = max(1, count * dtype.itemsize)
         pinned = int(self._cuda.call("cudaHostAlloc", size, self._cuda.rt.cudaHostAllocDefault))
+        self._cleanup.callback(self._cuda.rt.cudaFreeHost, pinned)
         self._pinned[spec.name] = pinned
         memory: Any = (ctypes.c_byte * size).from_address(pinned)
         self._host[spec.name] = np.frombuffer(memory, dtype, count).reshape(spec.shape)
         self._device[spec.name] = int(self._cuda.call("cudaMalloc", size))
+        self._cleanup.callback(self._cuda.rt.cudaFree, self._device[spec.name])
         self._context.set_tensor_address(spec.name, self._device[spec.name])
 
     def _work(self) -> None:
@@ -378,6 +373,7 @@ class _Run:
             finally:
                 graph = self._cuda.call("cudaStreamEndCapture", self._stream)
             self._graph = self._cuda.call("cudaGraphInstantiate", graph, 0)
+            self._cleanup.callback(rt.cudaGraphExecDestroy, self._graph)
             self._cuda.call("cudaGraphDestroy", graph)
         except BackendError:
             # Some engines cannot be captured (a shape that is read on the host, say).
@@ -399,22 +395,11 @@ class _Run:
         return {name: self._host[name].copy() for name in self._outputs}
 
     def close(self) -> None:
-        """Free everything; whatever fails in that is past helping."""
-        rt = self._cuda.rt
-        if self._graph is not None:
-            rt.cudaGraphExecDestroy(self._graph)
-            self._graph = None
+        """Free everything."""
+        self._graph = None
         self._host.clear()
-        for address in self._device.values():
-            rt.cudaFree(address)
-        for address in self._pinned.values():
-            rt.cudaFreeHost(address)
-        self._device.clear()
-        self._pinned.clear()
-        if self._stream is not None:
-            rt.cudaStreamDestroy(self._stream)
-            self._stream = None
+        self._cleanup.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_cuda", None) is not None and hasattr(self, "_stream"):
+        if hasattr(self, "_cleanup"):
             self.close()
