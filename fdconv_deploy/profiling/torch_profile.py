@@ -26,20 +26,19 @@ BEFORE = "before the first convolution"
 
 
 class _Clock:
-    """Seconds by (layer, part)."""
+    """Seconds by (layer, part), by a clock such as `time.perf_counter`."""
 
-    def __init__(self) -> None:
-        self.spent: defaultdict[Place, float] = defaultdict(float)
-        self.at: Place = (BEFORE, "rest")
-        self._last = time.perf_counter()
+    def __init__(self, seconds: Callable[[], float]) -> None:
+        self._seconds = seconds
+        self.start()
 
     def start(self) -> None:
-        self.spent.clear()
-        self.at = (BEFORE, "rest")
-        self._last = time.perf_counter()
+        self.spent: defaultdict[Place, float] = defaultdict(float)
+        self.at: Place = (BEFORE, "rest")
+        self._last = self._seconds()
 
     def switch(self, place: Place) -> None:
-        now = time.perf_counter()
+        now = self._seconds()
         self.spent[self.at] += now - self._last
         self.at, self._last = place, now
 
@@ -49,10 +48,11 @@ class ProfiledNetwork:
 
     Args:
         network: on the CPU, in eval mode. It is as it was after each run.
+        clock: seconds, as `time.perf_counter` gives them.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network, self._clock = network, _Clock()
+    def __init__(self, network: nn.Module, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._network, self._clock = network, _Clock(clock)
         self._runs: list[dict[Place, float]] = []
 
     def run(self, inputs: tuple[Tensor, ...]) -> None:
@@ -79,14 +79,18 @@ class ProfiledNetwork:
 
 
 def profile_network(
-    network: nn.Module, inputs: tuple[Tensor, ...], *, runs: int = 10
+    network: nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    runs: int = 10,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[LayerTimes]:
     """Milliseconds by part for every layer. See `ProfiledNetwork`.
 
     Args:
         runs: that count, after two that do not.
     """
-    profiled = ProfiledNetwork(network)
+    profiled = ProfiledNetwork(network, clock)
     for _ in range(runs + WARM_UP):
         profiled.run(inputs)
     return profiled.layers(WARM_UP)
