@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.config import ASPPHeadConfig, DepthwiseSeparableASPPHeadConfig
-from fdconv_deploy.nn.heads.conv_module import ConvModule, DepthwiseSeparableConvModule
-from fdconv_deploy.nn.heads.decode_head import DecodeHead
+from fdconv_deploy.nn.heads.decode_head import ConvModule, DecodeHead, DepthwiseSeparableConvModule
 
 
 class ASPPHead(DecodeHead):

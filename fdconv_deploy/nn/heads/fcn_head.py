@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.config import FCNHeadConfig
-from fdconv_deploy.nn.heads.conv_module import ConvModule
-from fdconv_deploy.nn.heads.decode_head import DecodeHead
+from fdconv_deploy.nn.heads.decode_head import ConvModule, DecodeHead
 
 
 class FCNHead(DecodeHead):

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fdconv_deploy.config import PSPHeadConfig
-from fdconv_deploy.nn.heads.conv_module import ConvModule
-from fdconv_deploy.nn.heads.decode_head import DecodeHead, PyramidPooling
+from fdconv_deploy.nn.heads.decode_head import ConvModule, DecodeHead, PyramidPooling
 
 
 class PSPHead(DecodeHead):

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.config import UPerHeadConfig
-from fdconv_deploy.nn.heads.conv_module import ConvModule
-from fdconv_deploy.nn.heads.decode_head import DecodeHead, PyramidPooling
+from fdconv_deploy.nn.heads.decode_head import ConvModule, DecodeHead, PyramidPooling
 
 
 class UPerHead(DecodeHead):
