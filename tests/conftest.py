@@ -18,6 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPORARY: list[Path] = []
+# pytest's own folder, torch.compile's cache, and what ONNX Runtime writes when it is imported.
+NOT_OURS = ("pytest-of-", "torchinductor_", ".ses")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,9 +31,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail a run that left something behind, pytest's own folder aside."""
+    """Fail a run that left something behind."""
     for folder in TEMPORARY:
-        left = sorted(entry.name for entry in folder.iterdir() if "pytest-of-" not in entry.name)
+        names = sorted(entry.name for entry in folder.iterdir())
+        left = [name for name in names if not name.startswith(NOT_OURS)]
         if left:
             print(f"\nleft in the temporary folder: {', '.join(left)}")
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

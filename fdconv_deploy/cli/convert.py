@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from fdconv_deploy.cli.options import Config, Json, Quiet, Weights, parse_settings
+from fdconv_deploy.cli.options import Config, Json, Quiet, Weights, parse_settings, require_files
 
 if TYPE_CHECKING:
     from fdconv_deploy.checkpoints import Conversion
@@ -59,6 +59,7 @@ def convert(
 ) -> None:
     """Convert an ImageNet ResNet's checkpoint for an FDConv network to start from."""
     arguments = parse_settings(settings)
+    require_files(checkpoint, config)
     for name, value in (("kernel_num", kernel_num), ("use_fdconv_if_c_gt", channels_above)):
         if value is not None:
             arguments[name] = value

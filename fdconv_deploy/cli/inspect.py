@@ -17,6 +17,7 @@ from fdconv_deploy.cli.options import (
     Weights,
     parse_settings,
     parse_size,
+    require_files,
 )
 
 if TYPE_CHECKING:
@@ -43,9 +44,12 @@ def inspect(
 
     Exits with 1 if its network is not understood. (A plain network is, though export refuses it.)
     """
+    pixels = parse_size(size) if size else (512, 512)
+    overrides = parse_settings(settings)
+    require_files(checkpoint, config)
+
     from fdconv_deploy.checkpoints import export_command, inspect_checkpoint, render
 
-    pixels = parse_size(size) if size else (512, 512)
     pictures: Images = ()
     if images is not None:
         from fdconv_deploy.export.image_folders import Pictures
@@ -56,7 +60,7 @@ def inspect(
             checkpoint,
             config=config,
             size=pixels,
-            overrides=parse_settings(settings),
+            overrides=overrides,
             weights=weights,
             images=pictures,
             progress=status.update,

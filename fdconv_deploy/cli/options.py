@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fdconv_deploy.errors import CheckpointError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -16,14 +18,29 @@ if TYPE_CHECKING:
     from fdconv_deploy.evaluation.compare import Target
     from fdconv_deploy.runtime import Session
 
+
+def require_files(checkpoint: Path, config: Path | None = None) -> None:
+    """Refuse missing files before anything is imported that takes seconds."""
+    if not checkpoint.exists():
+        raise CheckpointError(
+            f"{checkpoint} does not exist. Expected a PyTorch checkpoint (.pth, .pt, .ckpt) or a "
+            ".safetensors file. Check the path."
+        )
+    if config is not None and not config.is_file():
+        raise CheckpointError(
+            f"{config} is no file. Expected a .py or .json config. Check the path."
+        )
+
+
 Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A .pth or .safetensors file.")
+    Path,
+    typer.Argument(metavar="CHECKPOINT", help="A .pth or .safetensors file."),
 ]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
 Config = Annotated[
     Path | None,
     typer.Option(
-        help="The network's config (.py or .json; read, never run), if the file has none."
+        help="The network's config (.py or .json; read, never run), if the file has none.",
     ),
 ]
 Settings = Annotated[

@@ -23,6 +23,7 @@ from fdconv_deploy.cli.options import (
     how_it_ran,
     parse_settings,
     ran_by,
+    require_files,
 )
 from fdconv_deploy.errors import ExportError, FDConvError
 
@@ -54,12 +55,15 @@ def verify(
     """Compare a bundle with the PyTorch network: the whole on each image, and every layer."""
     if tolerance is not None and not tolerance >= 0:
         raise FDConvError(f"the tolerance must be 0 or more, got {tolerance}.")
-    from fdconv_deploy.export.validation.verdict import refusal
-    from fdconv_deploy.export.validation.verify import load_exported, verify_bundle
     from fdconv_deploy.runtime import open_session
 
     overrides = parse_settings(settings)
+    require_files(checkpoint, config)
     with open_session(bundle, backend) as session:
+        # With torch, which takes seconds to import: after what is quickly refused.
+        from fdconv_deploy.export.validation.verdict import refusal
+        from fdconv_deploy.export.validation.verify import load_exported, verify_bundle
+
         try:
             network = load_exported(
                 session, checkpoint, config=config, overrides=overrides, weights=weights
