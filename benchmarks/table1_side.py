@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.latency.images import images
 from fdconv_deploy.latency.targets import OpenTarget, Target
+from fdconv_deploy.sample_images.inputs import sample_batch
 
 WEIGHTS = "weights.safetensors"
 
@@ -39,7 +39,7 @@ def open_session(file: Path, threads: int, library: str | None = None) -> Any:
 def _exported(target: Target, place: Path) -> OpenTarget:
     (file,) = (place / "onnx").glob("*.onnx")
     session = open_session(file, target.options.threads, target.options.overrides.get("library"))
-    feeds = {session.get_inputs()[0].name: images(1, tuple(target.options.overrides["size"]), None)}
+    feeds = {session.get_inputs()[0].name: sample_batch(1, tuple(target.options.overrides["size"]))}
     return OpenTarget(lambda: session.run(None, feeds), "cpu", {})
 
 
@@ -52,7 +52,7 @@ def _eager(target: Target, place: Path) -> OpenTarget:
     torch.set_num_threads(target.options.threads)
     network = make(target.options.overrides["name"], Frame(**target.options.overrides["frame"]))
     load_model(network, str(place / WEIGHTS))  # some rows' layers share their weights
-    x = torch.from_numpy(images(1, tuple(target.options.overrides["size"]), None))
+    x = torch.from_numpy(sample_batch(1, tuple(target.options.overrides["size"])))
 
     def run() -> Any:
         # Outside inference mode PyTorch would keep every layer's input for a backward pass.

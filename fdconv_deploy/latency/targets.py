@@ -16,10 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.latency.images import feeds, images, picture
 from fdconv_deploy.runtime import BACKENDS, Bundle, GraphRunner, Session
 from fdconv_deploy.runtime.backends import BackendOptions, select
 from fdconv_deploy.runtime.bundle_checks import bundle_root
+from fdconv_deploy.runtime.multiband import load_image
+from fdconv_deploy.runtime.preprocessing import check_image, resize, scene_bands
+from fdconv_deploy.sample_images import sample_image
+from fdconv_deploy.sample_images.inputs import prepared_batch, sample_batch, sample_feeds
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -259,7 +262,7 @@ def _open_bundle(target: Target) -> OpenTarget:
         backend=session.backend, choice=choice, operators=backend.operators, size=size
     )
     if options.whole:
-        image = picture(session.input_size, session.preprocessing, _text(options.image))
+        image = _picture(session.input_size, session.preprocessing, options.image)
         ask = session.detect if session.detects else session.segment
         return OpenTarget(lambda: ask(image), backend.device, details, session.close)
     inputs = bundle_inputs(bundle, target)
@@ -273,12 +276,18 @@ def bundle_inputs(
     """Inputs of the bundle's graph of the target's batch size, or of another, by name."""
     described = bundle.manifest.architecture or bundle.manifest.detector
     preprocessing = described.preprocessing if described else None
-    specs = bundle.manifest.inputs[batch or target.batch]
-    return feeds(specs, preprocessing, _text(target.options.image))
+    specs, image = bundle.manifest.inputs[batch or target.batch], target.options.image
+    pixels = None if image is None else load_image(image, preprocessing or Preprocessing())
+    return sample_feeds(specs, preprocessing, image=pixels)
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+def _picture(
+    size: tuple[int, int], preprocessing: Preprocessing, image: Path | None = None
+) -> NDArray[Any]:
+    """An image file or a packaged picture, (height, width, C) of exactly that size."""
+    if image is None:
+        return scene_bands(sample_image(0, size), preprocessing)
+    return resize(check_image(load_image(image, preprocessing), preprocessing), *size)
 
 
 def _open_service(target: Target) -> OpenTarget:
@@ -301,10 +310,10 @@ def _open_service(target: Target) -> OpenTarget:
     elif preprocessing.loading == "color":
         from fdconv_deploy.runtime.visualization import encode
 
-        body = encode(picture(size), "JPEG")
+        body = encode(_picture(size, preprocessing), "JPEG")
     else:
         buffer = io.BytesIO()
-        np.save(buffer, picture(size, preprocessing), allow_pickle=False)
+        np.save(buffer, _picture(size, preprocessing), allow_pickle=False)
         body = buffer.getvalue()
     name, detects = card["name"], card.get("kind") == "detector"
     of_thread = threading.local()
@@ -356,8 +365,12 @@ def load_network(target: Target) -> tuple[nn.Module, tuple[Tensor, ...]]:
             f"{Path(target.source).name} was tested on whole images and records no size. Say "
             "which: --size 512x512, or give a bundle beside it."
         )
-    how, image = network.architecture.preprocessing, _text(options.image)
-    x = torch.from_numpy(images(target.batch, size, how, image))
+    how = network.architecture.preprocessing
+    if options.image is None:
+        batch = sample_batch(target.batch, size, how)
+    else:
+        batch = prepared_batch([load_image(options.image, how)] * target.batch, size, how)
+    x = torch.from_numpy(batch)
     sizes = torch.tensor([size] * target.batch, dtype=torch.float32)
     return network, (x, sizes) if detects else (x,)
 
@@ -419,6 +432,6 @@ def _whole_request(target: Target, network: Any, size: tuple[int, int]) -> Calla
         raise UnavailableError(
             f"A checkpoint's whole request is timed in backend 'eager' only; this is {target.name}."
         )
-    image = picture(size, network.architecture.preprocessing, _text(target.options.image))
+    image = _picture(size, network.architecture.preprocessing, target.options.image)
     answer = torch_target(network, Path(target.source), size=size).answer
     return lambda: answer(image)

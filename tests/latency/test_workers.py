@@ -16,7 +16,6 @@ from fdconv_deploy.serve import Settings, running
 
 from fdconv_deploy.demo import packaged_checkpoint, packaged_detector
 from fdconv_deploy.errors import BackendError, FDConvError
-from fdconv_deploy.latency.images import feeds, picture
 from fdconv_deploy.latency.targets import (
     RunOptions,
     Target,
@@ -26,6 +25,7 @@ from fdconv_deploy.latency.targets import (
 )
 from fdconv_deploy.latency.workers import Worker, timed_runs
 from fdconv_deploy.runtime.manifest import TensorSpec
+from fdconv_deploy.sample_images.inputs import sample_feeds
 from tests.runtime import toy, toy_detector
 
 
@@ -170,7 +170,7 @@ def test_inputs():
         TensorSpec(name="other", shape=(3,)),
         TensorSpec(name="number", shape=(1,), dtype="int64"),
     )
-    found = feeds(specs, None)
+    found = sample_feeds(specs)
     assert {name: (v.shape, str(v.dtype)) for name, v in found.items()} == {
         s.name: (s.shape, s.dtype) for s in specs
     }
@@ -178,4 +178,3 @@ def test_inputs():
     a, b = found["images"]
     assert np.abs(a - b).mean() > 0.1  # two pictures, not one twice
     assert 0.3 < a.std() < 3
-    assert picture((16, 24)).shape == (16, 24, 3)
