@@ -506,7 +506,7 @@ USAGE = [
         (["segment", "nowhere", "x.png", "-o", "OUT"], 1, "does not exist"),
         (["serve", "nowhere", "--port", "0"], 1, "does not exist"),
         (["serve", "nowhere", "--log-level", "loud"], 2, "log-level"),
-        (["serve", "nowhere", "--isolation", "fork"], 1, "isolation cannot be 'fork': it should"),
+        (["serve", "nowhere", "--isolation", "fork"], 2, "process"),
         (["serve", "nowhere", "--tls-key", "x"], 1, "do not fit together: tls_certificate and"),
         ([*GOOD, "--set", "nope=1"], 1, "'nope' is not a field of this network. fdconv inspect"),
         (["bench", "CHECKPOINT", "--size", "4x"], 2, "HEIGHTxWIDTH"),
