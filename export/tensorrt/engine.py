@@ -8,12 +8,10 @@ FDConv layers run in this package's kernels, which go into the engine as code.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,10 +22,13 @@ from fdconv_deploy.export.tensorrt.builder import BuildOptions, build_plan
 from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 from fdconv_deploy.export.tensorrt.validate_engine import validate_engine
 
-from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError, ExportError
-from fdconv_deploy.ops.launch import KernelLaunch
-from fdconv_deploy.ops.tensorrt_plugins import launch_of, precompile, register_plugins, set_target
+from fdconv_deploy.ops.tensorrt_plugins import (
+    plugin_module,
+    precompile,
+    register_plugins,
+    set_target,
+)
 from fdconv_deploy.runtime.backends import BackendOptions
 from fdconv_deploy.runtime.backends.tensorrt import Cuda, TensorRTBackend, import_tensorrt
 from fdconv_deploy.runtime.backends.tensorrt_engines import (
@@ -106,7 +107,7 @@ def build_engines(
             f"the bundle has graphs of batch {', '.join(map(str, bundle.batch_sizes))}, not of "
             f"{', '.join(map(str, unknown))}. Export it with --batch {unknown[0]}."
         )
-    trtp, why_not = _plugin_layer(trt, plugins, bundle.manifest.older_nodes)
+    trtp, why_not = _plugin_layer(trt, plugins, bundle)
     if why_not is not None:
         say(f"note: FDConv layers run in TensorRT's own operators, since {why_not}")
     results = []
@@ -135,22 +136,12 @@ def _same(record: EngineRecord, options: BuildOptions) -> bool:
     )  # fmt: skip
 
 
-def _plugin_layer(trt: Any, choice: PluginChoice, problem: str | None) -> tuple[Any, str | None]:
-    """TensorRT's plugin module, or None and why not: the bundle's ``problem``, or the machine's."""
+def _plugin_layer(trt: Any, choice: PluginChoice, bundle: Bundle) -> tuple[Any, str | None]:
+    """TensorRT's plugin module, or None and why the bundle's layers are not built with it."""
     if choice == "off":
         return None, "--plugins is off"
-    trtp = None
-    if problem is not None:
-        pass
-    elif importlib.util.find_spec("triton") is None:
-        problem = f"Triton is not installed ({install('triton')})"
-    else:
-        try:
-            trtp = importlib.import_module(f"{trt.__name__}.plugin")
-        except ImportError:
-            problem = f"TensorRT {trt.__version__} has no plugin module"
-        if trtp is not None and not hasattr(trtp, "aot_impl"):
-            problem = f"TensorRT {trt.__version__} has no ahead-of-time plugins (11 has)"
+    trtp, problem = plugin_module(trt)
+    problem = problem or bundle.manifest.older_nodes
     if problem is None:
         return trtp, None
     if choice == "on":
@@ -226,13 +217,5 @@ def _plugin_graph(
     )  # fmt: skip
     set_target(capability)
     register_plugins(trt, trtp, graph.plugins)
-    launches = list(_launches(graph.model.graph.node))
-    precompile(launches, capability, lambda n, of: say(f"compiling kernels: {n} of {of}"))
+    precompile(graph.launches, capability, lambda n, of: say(f"compiling kernels: {n} of {of}"))
     return graph.plugins
-
-
-def _launches(nodes: Iterable[onnx.NodeProto]) -> Iterable[KernelLaunch]:
-    for node in nodes:
-        sizes = [a.ints for a in node.attribute if a.name == "sizes"]
-        if sizes:
-            yield launch_of(node.op_type, list(sizes[0]))

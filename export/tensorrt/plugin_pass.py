@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,8 @@ from fdconv_deploy.ops.frequency_band_modulation.plugin import (
     combination_name,
 )
 from fdconv_deploy.ops.function_body import functions_checked
-from fdconv_deploy.ops.tensorrt_plugins import NAMESPACE
+from fdconv_deploy.ops.launch import KernelLaunch
+from fdconv_deploy.ops.tensorrt_plugins import NAMESPACE, launch_of
 
 FLOAT32, FLOAT16 = 1, 10
 Named = dict[str, gs.Tensor]
@@ -52,10 +53,11 @@ Named = dict[str, gs.Tensor]
 
 @dataclass(frozen=True)
 class PluginGraph:
-    """The variant, and how many nodes ask for each plugin."""
+    """The variant, how many nodes ask for each plugin, and the kernels that they launch."""
 
     model: ModelProto
-    plugins: dict[str, int] = field(default_factory=dict)
+    plugins: dict[str, int]
+    launches: list[KernelLaunch]
 
 
 def ask_for_plugins(model: ModelProto) -> PluginGraph:
@@ -91,8 +93,10 @@ def ask_for_plugins(model: ModelProto) -> PluginGraph:
     result.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
     result.ir_version = model.ir_version
     result.producer_name, result.producer_version = model.producer_name, model.producer_version
-    counts = Counter(node.op_type for node in result.graph.node if node.domain == DOMAIN)
-    return PluginGraph(result, dict(sorted(counts.items())))
+    asking = [node for node in graph.nodes if node.domain == DOMAIN]
+    counts = Counter(node.op for node in asking)
+    launches = [launch_of(node.op, node.attrs["sizes"]) for node in asking]
+    return PluginGraph(result, dict(sorted(counts.items())), launches)
 
 
 def _unknown(name: str) -> ExportError:

@@ -8,6 +8,8 @@ operators, which TensorRT takes where the plugin is not registered.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import inspect
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops.compile_kernels import CompiledKernel, compile_kernel
 from fdconv_deploy.ops.launch import KernelLaunch
@@ -126,6 +129,26 @@ def _implementation(trtp: Any, launch: KernelLaunch, batch: int) -> tuple[str, s
     return kernel.name, kernel.ptx, parameters, trtp.SymIntExprs(0)
 
 
+def plugin_module(trt: Any) -> tuple[Any, str | None]:
+    """TensorRT's module of ahead-of-time plugins, or None and why they cannot be built here.
+
+    Args:
+        trt: the module ``tensorrt``.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return None, f"Triton is not installed ({install('triton')})"
+    try:
+        trtp = importlib.import_module(f"{trt.__name__}.plugin")
+    except ImportError:
+        return None, f"TensorRT {trt.__version__} has no plugin module"
+    if not hasattr(trtp, "aot_impl"):
+        return None, (
+            f"TensorRT {trt.__version__} has no ahead-of-time plugins; they came with 10.9, and "
+            "this package is written for 11: update TensorRT"
+        )
+    return trtp, None
+
+
 def plugin_of(name: str) -> Plugin | None:
     """The plugin of an operator, in whatever form; None if there is none."""
     from fdconv_deploy.ops.frequency_assembly import plugin as assembly
@@ -186,15 +209,7 @@ def register_plugins(trt: Any, trtp: Any, names: Iterable[str]) -> list[str]:
 
     Returns:
         The names that have a plugin now.
-
-    Raises:
-        BackendError: this TensorRT has no ahead-of-time plugins.
     """
-    if not hasattr(trtp, "aot_impl"):
-        raise BackendError(
-            f"TensorRT {trt.__version__} has no ahead-of-time plugins; they came with 10.9, and "
-            "this package is written for 11. Update TensorRT, or build with --plugins off."
-        )
     done = []
     for name in sorted(set(names)):
         plugin = plugin_of(name)

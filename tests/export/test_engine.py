@@ -158,9 +158,7 @@ class TestPlugins:
             done(1, 2)
 
         monkeypatch.setattr("fdconv_deploy.export.tensorrt.engine.precompile", precompile)
-        monkeypatch.setattr(
-            "fdconv_deploy.export.tensorrt.engine.importlib.util.find_spec", lambda name: name
-        )
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
         return asked
 
     def test_layers_run_in_plugins(self, bundle, tmp_path, trt, layer, compiled):
@@ -190,13 +188,22 @@ class TestPlugins:
         assert compiled[0][1] == 80
 
     def test_without_triton(self, small, trt, layer, monkeypatch):
-        monkeypatch.setattr(
-            "fdconv_deploy.export.tensorrt.engine.importlib.util.find_spec", lambda name: None
-        )
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         steps: list[str] = []
         (built,) = build_engines(small, batches=[1], progress=steps.append)
         assert not built.record.fingerprint.plugins
         assert any("since Triton is not installed" in step for step in steps)
+
+    def test_an_older_bundle_runs_in_tensorrts_own_operators(self, small, trt, layer, compiled):
+        path = small.path / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
+        older = Bundle.open(small.path)
+        steps: list[str] = []
+        (built,) = build_engines(older, batches=[1], progress=steps.append)
+        assert not built.record.fingerprint.plugins
+        assert any("since this bundle is of format 2" in step for step in steps)
+        with pytest.raises(BackendError, match=r"format 2.*export it again"):
+            build_engines(older, batches=[1], plugins="on")
 
 
 class TestRefusals:

@@ -10,7 +10,6 @@ import onnxruntime
 import pytest
 import torch
 from fdconv_deploy.export.quantization.fp16 import to_half_precision
-from fdconv_deploy.export.tensorrt.engine import _launches
 from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 from numpy.typing import NDArray
 from onnx import ModelProto
@@ -46,7 +45,7 @@ def checked(model: ModelProto) -> ModelProto:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert (attributes["plugin_namespace"], attributes["aot"]) == (b"fdconv", 1)
         assert node.op_type in functions
-    assert sum(graph.plugins.values()) == len(asking) == len(list(_launches(asking))) > 0
+    assert sum(graph.plugins.values()) == len(asking) == len(graph.launches) > 0
     return graph.model
 
 

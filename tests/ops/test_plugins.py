@@ -6,11 +6,13 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,13 +199,13 @@ def test_kernels_compute_what_the_functions_do():
     assert len(kinds) == 3
 
 
-class OldTensorRT:
-    __version__ = "10.8.0.43"
-
-
-def test_an_older_tensorrt_is_told_apart():
-    with pytest.raises(BackendError, match=r"10\.8.*10\.9.*--plugins off"):
-        plugins.register_plugins(OldTensorRT, object(), {"FrequencyAssemblyRows"})
+def test_an_older_tensorrt_is_told_apart(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # of Triton
+    monkeypatch.setitem(sys.modules, "old_tensorrt.plugin", ModuleType("old_tensorrt.plugin"))
+    old = SimpleNamespace(__name__="old_tensorrt", __version__="10.8.0.43")
+    trtp, problem = plugins.plugin_module(old)
+    assert trtp is None
+    assert re.search(r"10\.8.*10\.9.*update TensorRT", problem)
 
 
 def test_code_needs_a_target(monkeypatch):

@@ -341,41 +341,6 @@ def _row_pairs(
 
 
 @triton.jit
-def _row_factor(
-    gates, output_scale, channel, place,
-    filter_at: tl.constexpr, spatial_at: tl.constexpr, scaled: tl.constexpr,
-):  # fmt: skip
-    """Filter and spatial attention and the following BatchNorm's scale, as far as there are."""
-    factor = tl.full(channel.shape, 1.0, tl.float32)
-    if filter_at >= 0:
-        factor *= tl.load(gates + filter_at + channel)
-    if spatial_at >= 0:
-        factor *= tl.load(gates + spatial_at + place)
-    if scaled:
-        factor *= tl.load(output_scale + channel)
-    return factor
-
-
-@triton.jit
-def _window(average, position, in_channels: tl.constexpr):
-    inside = (position >= 0) & (position < in_channels)
-    return tl.load(average + position, mask=inside, other=0.0)
-
-
-@triton.jit
-def _weight_offset(
-    channel, ins, u, v,
-    in_channels: tl.constexpr, kernel_height: tl.constexpr, kernel_width: tl.constexpr,
-    channels_last: tl.constexpr,
-):  # fmt: skip
-    """Of weight (o, i, u, v) within one image's kernels."""
-    if channels_last:
-        return ((channel * kernel_height + u) * kernel_width + v) * in_channels + ins
-    else:
-        return ((channel * in_channels + ins) * kernel_height + u) * kernel_width + v
-
-
-@triton.jit
 def _modulate_and_store(
     value, position, v, ins, gates, average, local_weight, output_scale, weight,
     rows: tl.constexpr, row_odd: tl.constexpr, row_power: tl.constexpr,
@@ -391,21 +356,32 @@ def _modulate_and_store(
     channel = row // kernel_height
     u = row % kernel_height
     place = u * kernel_width + v
-    factor = _row_factor(gates, output_scale, channel, place, filter_at, spatial_at, scaled)
+    factor = tl.full(channel.shape, 1.0, tl.float32)
+    if filter_at >= 0:
+        factor *= tl.load(gates + filter_at + channel)
+    if spatial_at >= 0:
+        factor *= tl.load(gates + spatial_at + place)
+    if scaled:
+        factor *= tl.load(output_scale + channel)
     value *= factor[None, :]
     if taps > 0:
         taps_of_row = local_weight + row * (kernel_width * taps) + v * taps
         logit = tl.zeros(value.shape, tl.float32)
         for t in tl.static_range(taps):
-            window = _window(average, ins + (t - taps // 2), in_channels)
+            seen = ins + (t - taps // 2)
+            inside = (seen >= 0) & (seen < in_channels)
+            window = tl.load(average + seen, mask=inside, other=0.0)
             logit += window[:, None] * tl.load(taps_of_row + t)[None, :]
         value *= tl.sigmoid(logit)
     if channel_at >= 0:
         value *= tl.load(gates + channel_at + ins)[:, None]
-    offset = _weight_offset(
-        channel[None, :], ins[:, None], u[None, :], v,
-        in_channels, kernel_height, kernel_width, channels_last,
-    )  # fmt: skip
+    # Of weight (o, i, u, v) within one image's kernels.
+    if channels_last:
+        pixel = (channel * kernel_height + u) * kernel_width + v
+        offset = pixel[None, :] * in_channels + ins[:, None]
+    else:
+        kernel = channel[None, :] * in_channels + ins[:, None]
+        offset = (kernel * kernel_height + u[None, :]) * kernel_width + v
     tl.store(weight + offset, value.to(weight.dtype.element_ty), mask=valid[None, :])
 
 
