@@ -23,41 +23,24 @@ EVERYTHING = np.iinfo(np.int64).max
 def write_attention(nodes: Nodes, layer: FoldedConv, average: gs.Tensor) -> Attention:
     """``(B, I)`` averages -> kernel, filter, spatial and channel attention, ``(B, n)`` each."""
     folded = layer.modulation
-    hidden = nodes(
-        "Gemm",
-        "hidden",
-        average,
-        nodes.constant("hidden.weight", folded.hidden),
-        nodes.constant("hidden.bias", folded.hidden_bias),
-        transB=1,
+
+    def affine(op: str, name: str, x: gs.Tensor, stem: str, w: Any, b: Any, **more: Any) -> Any:
+        constants = nodes.constant(f"{stem}.weight", w), nodes.constant(f"{stem}.bias", b)
+        return nodes(op, name, x, *constants, **more)
+
+    hidden = affine(
+        "Gemm", "hidden", average, "hidden", folded.hidden, folded.hidden_bias, transB=1
     )
-    if folded.norm is not None:
-        hidden = nodes(
-            "LayerNormalization",
-            "hidden.normalised",
-            hidden,
-            nodes.constant("hidden.norm.weight", folded.norm.weight),
-            nodes.constant("hidden.norm.bias", folded.norm.bias),
-            axis=-1,
-            epsilon=float(folded.norm.epsilon),
-        )
+    if (norm := folded.norm) is not None:
+        hidden = affine(
+            "LayerNormalization", "hidden.normalised", hidden, "hidden.norm", norm.weight,
+            norm.bias, axis=-1, epsilon=float(norm.epsilon),
+        )  # fmt: skip
     hidden = nodes("Relu", "hidden.relu", hidden)
     hidden = nodes("Mul", "hidden.squared", hidden, hidden)
-    logits = nodes(
-        "Gemm",
-        "heads",
-        hidden,
-        nodes.constant("heads.weight", folded.heads),
-        nodes.constant("heads.bias", folded.head_bias),
-        transB=1,
-    )
-    sizes = {
-        "kernel": folded.kernel,
-        "filter": folded.filter,
-        "spatial": folded.spatial,
-        "channel": folded.channel,
-    }
-    present = {name: size for name, size in sizes.items() if size}
+    logits = affine("Gemm", "heads", hidden, "heads", folded.heads, folded.head_bias, transB=1)
+    heads = "kernel", "filter", "spatial", "channel"
+    present = {name: size for name in heads if (size := getattr(folded, name))}
     if len(present) == 1:
         parts = [logits]
     else:

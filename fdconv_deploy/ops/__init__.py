@@ -1,7 +1,11 @@
 """The ``fdconv`` ONNX domain: one folder per operator.
 
-Each holds the operator's meaning in numpy (``reference.py``) and its body of standard ONNX
-operators (``function.py``), which makes a graph that uses it run on any runtime.
+Each holds the operator's specification and meaning in numpy (``__init__.py``), its ONNX function
+body of standard operators, by which a graph runs on any runtime (``function.py``), its Triton
+kernels and their launches, its TensorRT plugin and its PyTorch operator. `native` has both
+operators in C for ONNX Runtime's CPU provider.
+
+What a node is stands in its attributes; its function body declares them all.
 """
 
 DOMAIN = "fdconv"

@@ -10,6 +10,7 @@ import numpy as np
 import onnx.reference
 import pytest
 import torch
+from onnx import ModelProto, NodeProto
 
 from fdconv_deploy.folding.inverse_transform import complex_factors, real_factors
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
@@ -85,11 +86,38 @@ def by_reference(folded: FoldedConv, inputs: dict[str, np.ndarray]) -> np.ndarra
     return kernel.reshape(-1, outs, kh, ins, kw).swapaxes(2, 3).reshape(-1, ins, kh, kw)
 
 
+def check_attributes(model: ModelProto, node: NodeProto, folded: FoldedConv) -> None:
+    """They say what the layer is, and the function body declares each of them and no other."""
+    given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    (function,) = (f for f in model.functions if f.name == node.op_type)
+    assert set(given) == set(function.attribute)
+    assert given["layer"] == b"layer"
+    assert (given["out_channels"], given["in_channels"]) == (
+        folded.out_channels,
+        folded.in_channels,
+    )
+    assert given["kernel_size"] == list(folded.kernel_size)
+    assert given["by_rows"] == folded.by_rows
+    assert given["taps"] == (folded.local.taps if folded.local else 0)
+    gates = folded.modulation
+    assert given["heads"] == gates.kernel + gates.filter + gates.spatial + gates.channel
+    on_kernel = gates.filter > 0 and folded.filter_side == "kernel"
+    assert given["filter_at"] == (gates.kernel if on_kernel else -1)
+    columns = folded.in_channels * folded.kernel_size[1]
+    assert sorted(given["column_frequencies"]) == list(range(columns))
+    rows = folded.out_channels * folded.kernel_size[0]
+    stored = {q for q in given["row_frequencies"] if q >= 0}
+    assert stored | {-q % rows for q in stored} == set(range(rows))
+    if folded.by_rows:
+        assert given["pads"] == list(folded.padding)
+
+
 def check(form: AssemblyForm, layer: FDConv2d, folded: FoldedConv, batch: int) -> None:
     x = lively_input((batch, layer.in_channels, 7, 9))
     model = layer_model(folded, batch)
     node = fdconv_node(model, "FrequencyAssembly")
     assert node.op_type == form.name
+    check_attributes(model, node, folded)
     values = run(model, x.numpy())
     inputs = inputs_of(model, node, values)
     assert list(inputs) == form.inputs

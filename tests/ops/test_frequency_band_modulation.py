@@ -51,6 +51,13 @@ def check(layer: FDConv2d, folded: FoldedConv, batch: int) -> str:
     x = lively_input((batch, 18, *folded.input_size))
     model = layer_model(folded, batch)
     node = fdconv_node(model, "FrequencyBandModulation")
+    given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    (function,) = (f for f in model.functions if f.name == node.op_type)
+    assert set(given) == set(function.attribute)
+    assert folded.bands is not None
+    assert given["feature_size"] == [folded.bands.height, folded.bands.width]
+    assert given["complex_rows"] == folded.bands.complex_rows
+    assert given["softmax"] == folded.bands.softmax
     values = run(model, x.numpy())
     assert layer.FBM is not None
     expected = by_reference(layer.FBM, x.double().numpy())

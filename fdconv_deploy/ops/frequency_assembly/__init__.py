@@ -21,7 +21,20 @@ Inputs, in order (B images, O·I kernels of kh × kw, R = O·kh, C = I·kw; see
 Output: ``(B·O, I, kh, kw)`` float32, the weight of a convolution of B groups; by rows
 ``(B, O, kh, I·kw)``.
 
-An attribute ``kernel_shape`` and the shapes its body reshapes to are on each node.
+Attributes, beside the shapes that the body reshapes to:
+
+    layer                       string: the layer's name, with its use where it has several
+    out_channels, in_channels   O, I
+    kernel_size                 kh, kw
+    taps                        of the local attention's convolution, 0 without
+    row_frequencies             of each row slot of the spectrum, -1 where nothing is stored
+    column_frequencies          of each of the C places along its columns
+    heads                       columns of the matrix that ``attention`` is split from
+    filter_at, spatial_at, channel_at
+                                where a gate that scales kernels begins in that matrix, else -1
+    by_rows                     1: the graph convolves with each kernel row by itself; then also
+                                strides, pads, dilations, input_size of the whole convolution
+
 Layers differ in which inputs they have; each form is a function of its own, named after
 what it departs in from the published 3×3 layer.
 """

@@ -85,7 +85,7 @@ def _count(f: FunctionBody, length: str) -> str:
 
 
 def rows_function(wide_groups: bool) -> FunctionProto:
-    """Gates and the constant spectrum -> `half`, as `kernel_rows` writes it."""
+    """Gates and the constant spectrum -> `half`, as the row kernel writes it."""
     f = FunctionBody(rows_name(wide_groups), ROW_INPUTS)
     groups = "groups"
     if not wide_groups:

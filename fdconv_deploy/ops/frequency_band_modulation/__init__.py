@@ -15,6 +15,10 @@ Inputs, in order (B images, I channels in g groups, H × W; see `fdconv_deploy.f
     from_columns…   per band: (columns of the band, W) float32
 
 Output: ``(B, I, H, W)`` float32.
+
+Attributes, beside the shapes that the body reshapes to: ``layer`` (its name), ``groups`` g,
+``feature_size`` H, W, ``softmax`` (1: over groups, in place of sigmoids) and ``complex_rows`` (1:
+projected rows are complex, real and imaginary parts a row each).
 """
 
 from __future__ import annotations

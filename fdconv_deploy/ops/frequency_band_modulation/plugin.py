@@ -21,7 +21,7 @@ def combination_name(sigmoid: bool, half: bool) -> str:
 
 
 def combination_function(sigmoid: bool, half: bool) -> FunctionProto:
-    """The weighted sum of the input and its low-passes; inputs as `kernel_combination`'s."""
+    """The weighted sum of the input and its low-passes; inputs as the kernel's."""
     f = FunctionBody(combination_name(sigmoid, half), INPUTS)
 
     def single(name: str) -> str:

@@ -130,7 +130,7 @@ class TestBuilding:
 
 
 class TestPlugins:
-    """The plugin layer here only takes note; `tests/ops/test_plugins.py` has NVIDIA's own."""
+    """The plugin layer only takes note; `tests/ops/test_tensorrt_plugins.py` has NVIDIA's own."""
 
     @pytest.fixture
     def layer(self, trt, monkeypatch) -> dict[str, list[str]]:

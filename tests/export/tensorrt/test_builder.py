@@ -44,7 +44,7 @@ for graph in sys.argv[1:]:
         print("built", len(plan))
 print(len(steps), trt.__version__)
 """
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def build(*graphs: Path) -> list[str]:
