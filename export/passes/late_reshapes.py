@@ -25,9 +25,16 @@ def _splits_batch(node: gs.Node, batch: int) -> bool:
     if node.op != "Reshape" or not isinstance(node.inputs[1], gs.Constant):
         return False
     sizes = node.inputs[1].values
-    producers = node.inputs[0].inputs
-    grouped = bool(producers) and producers[0].op in ("Conv", "Add")
-    return grouped and node.name.endswith(".output") and len(sizes) == 4 and sizes[0] == batch
+    producer = _producer(node.inputs[0])
+    while producer is not None and producer.op == "Add":  # the sum over kernel rows
+        producer = _producer(producer.inputs[-1])
+    if producer is None or producer.op != "Conv" or producer.attrs.get("group", 1) != batch:
+        return False
+    return len(sizes) == 4 and sizes[0] == batch
+
+
+def _producer(tensor: gs.Tensor) -> gs.Node | None:
+    return tensor.inputs[0] if tensor.inputs else None
 
 
 def _move(node: gs.Node, graph: gs.Graph, nodes: Nodes) -> bool:
@@ -64,7 +71,7 @@ def _move(node: gs.Node, graph: gs.Graph, nodes: Nodes) -> bool:
 
 def _joined(tensor: gs.Tensor, sizes: list[int], nodes: Nodes, name: str) -> gs.Tensor:
     """``(B, O, H, W)`` as ``(1, B·O, H, W)``: what it was before a reshape, or reshaped."""
-    producer = tensor.inputs[0] if tensor.inputs else None
+    producer = _producer(tensor)
     if producer is not None and producer.op == "Reshape":
         before = producer.inputs[0]
         if list(before.shape or []) == sizes:

@@ -44,8 +44,8 @@ def _axes(node: gs.Node, shape: list[int]) -> list[int]:
     given = node.inputs[1] if len(node.inputs) > 1 else None
     if isinstance(given, gs.Constant) and given.values.size:
         return sorted(int(axis) % len(shape) for axis in np.ravel(given.values))
-    unsaid = given is None and not node.attrs.get("noop_with_empty_axes", 0)
-    return list(range(len(shape))) if unsaid else []
+    over_all = given is None and not node.attrs.get("noop_with_empty_axes", 0)
+    return list(range(len(shape))) if over_all else []
 
 
 def _piece(length: int) -> int:

@@ -1,4 +1,4 @@
-"""One ONNX file to one serialized TensorRT engine."""
+"""One ONNX file to one serialized TensorRT engine: TensorRT build flags, timing cache, progress."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEVELS: dict[Hardware, str] = {
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build.
+    """TensorRT build flags.
 
     hardware: which GPUs the engine shall run on: this model, any of this compute capability, or
     any from Ampere on. version_compatible: later TensorRT of the same major version runs it, too.
@@ -49,7 +49,7 @@ def build_plan(
         trt: the module ``tensorrt``, or ``tensorrt_rtx``.
         graph: the ONNX file; its external data lies beside it.
         timing_cache: what earlier builds on this machine measured; read, and written again.
-        progress: told of the phases of the build.
+        progress: called with a line for each phase of the build.
 
     Raises:
         BackendError: TensorRT does not take the graph, cannot build it, or runs out of memory.
@@ -95,7 +95,7 @@ def _not_built(trt: Any, messages: Messages, options: BuildOptions) -> BackendEr
 
 
 def _network_flags(trt: Any) -> int:
-    """Strongly typed: the graph says each type. Before 11 that has to be asked for."""
+    """Flags of a strongly typed network, whose types are the graph's; TensorRT 11 has no other."""
     flags = 0
     for name in ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS"):
         flag = getattr(trt.NetworkDefinitionCreationFlag, name, None)

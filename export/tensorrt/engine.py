@@ -8,7 +8,7 @@ FDConv layers run in this package's kernels, which go into the engine as code.
 
 from __future__ import annotations
 
-import secrets
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -42,7 +42,6 @@ from fdconv_deploy.runtime.backends.tensorrt_engines import (
     keep_engine,
 )
 from fdconv_deploy.runtime.bundle import Bundle
-from fdconv_deploy.runtime.bundle_checks import sha256_of
 from fdconv_deploy.runtime.manifest import FileInfo
 
 Progress = Callable[[str], None]
@@ -68,21 +67,18 @@ def build_engines(
     tolerance: float | None = None,
     force: bool = False,
     progress: Progress | None = None,
-    tensorrt: Any = None,
-    cuda: Cuda | None = None,
 ) -> list[BuiltEngine]:
     """Build the engines of a bundle that this machine lacks.
 
     Args:
         batches: all of the bundle's if not given.
         plugins: whether FDConv layers run in this package's kernels; ``auto``: where they can,
-            and progress says why not.
+            else a progress line gives the reason.
         options: compatibility levels, memory, TF32.
         tolerance: the largest error kept, relative to the largest value, against ONNX Runtime on
             the CPU; in int8 the largest share of positions of another class.
         force: build also where a fitting engine is there.
-        progress: told of each step.
-        tensorrt, cuda: in place of the installed ones, for tests.
+        progress: called with a line for each step.
 
     Raises:
         BackendError: no GPU or TensorRT, or TensorRT cannot build, with what would work now.
@@ -91,8 +87,8 @@ def build_engines(
     """
     say = progress or (lambda _: None)
     options = options or BuildOptions()
-    trt = import_tensorrt() if tensorrt is None else tensorrt
-    backend = TensorRTBackend(BackendOptions(), trt, Cuda() if cuda is None else cuda)
+    trt = import_tensorrt()
+    backend = TensorRTBackend(BackendOptions(), trt, Cuda())
     machine = backend.machine
     if machine.capability < OLDEST_CAPABILITY:
         raise BackendError(
@@ -179,24 +175,19 @@ def _build_one(
         cache = folder / f"{name.rpartition('-b')[0]}.timing"
         say(f"batch {batch}: TensorRT {machine.tensorrt} builds for {machine.gpu}")
         plan = build_plan(trt, graph, options, cache, lambda step: say(f"batch {batch}: {step}"))
-    partial = folder / f".{name}.plan.{secrets.token_hex(4)}"
-    try:
-        partial.write_bytes(plan)
-        record = EngineRecord(
-            name=name, batch=batch, precision=bundle.manifest.precision,
-            file=FileInfo(sha256=sha256_of(partial), bytes=len(plan)),
-            fingerprint=fingerprint, built_at=datetime.now(timezone.utc), build_seconds=0,
-            kernels=kernels,
-        )  # fmt: skip
-        say(f"batch {batch}: comparing it with ONNX Runtime")
-        specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
-        engine = backend.load_plan(plan, record, *specs)
-        parity = validate_engine(bundle, batch, engine, options, tolerance)
-        seconds = round(time.perf_counter() - started, 1)
-        record = record.model_copy(update={"parity": parity, "build_seconds": seconds})
-        keep_engine(bundle, record, partial, engine.inspect())
-    finally:
-        partial.unlink(missing_ok=True)
+    record = EngineRecord(
+        name=name, batch=batch, precision=bundle.manifest.precision,
+        file=FileInfo(sha256=hashlib.sha256(plan).hexdigest(), bytes=len(plan)),
+        fingerprint=fingerprint, built_at=datetime.now(timezone.utc), build_seconds=0,
+        kernels=kernels,
+    )  # fmt: skip
+    say(f"batch {batch}: comparing it with ONNX Runtime")
+    specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
+    engine = backend.load_plan(plan, record, *specs)
+    parity = validate_engine(bundle, batch, engine, options, tolerance)
+    seconds = round(time.perf_counter() - started, 1)
+    record = record.model_copy(update={"parity": parity, "build_seconds": seconds})
+    keep_engine(bundle, record, plan, engine.inspect())
     say(f"batch {batch}: kept {FOLDER}/{name}.plan, {len(plan) / 1e6:.0f} MB")
     return record
 

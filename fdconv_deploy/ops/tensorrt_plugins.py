@@ -67,8 +67,8 @@ Sizes = npt.NDArray[np.int32]
 class Plugin:
     """A kernel as a plugin of one output.
 
-    inputs: names, in the kernel's order. kinds: numpy's names of the inputs' types and then the
-    output's. shape: of the output, by a node's ``sizes``; launch: likewise.
+    inputs: their names, in the kernel's order. kinds: numpy's names of the inputs' types and then
+    the output's. shape, launch: the output's shape and the kernel's launch for a node's ``sizes``.
     """
 
     inputs: tuple[str, ...]
@@ -78,9 +78,10 @@ class Plugin:
 
 
 def _define(trt: Any, trtp: Any, name: str, plugin: Plugin) -> None:
-    """Register one under its operator's name.
+    """Register a plugin under its operator's name.
 
-    TensorRT reads parameters and types from signatures, so these are made to say them.
+    TensorRT reads parameters and types from the functions' signatures, which are therefore made
+    here from the plugin's inputs.
     """
     identity = f"{NAMESPACE}::{name}"
     desc: Any = trtp.TensorDesc
@@ -88,7 +89,7 @@ def _define(trt: Any, trtp: Any, name: str, plugin: Plugin) -> None:
     given = dict.fromkeys(plugin.inputs, desc) | {"sizes": Sizes}
     place = len(plugin.inputs)
 
-    def says(returned: Any, **more: Any) -> Callable[[Any], Any]:
+    def signed(returned: Any, **more: Any) -> Callable[[Any], Any]:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter(n, kind, annotation=a) for n, a in (given | more).items()]
 
@@ -99,13 +100,13 @@ def _define(trt: Any, trtp: Any, name: str, plugin: Plugin) -> None:
         return sign
 
     @trtp.register(identity)
-    @says(desc)
+    @signed(desc)
     def describe(*_descs: Any, sizes: Sizes) -> Any:
         kind = trt.float16 if plugin.kinds[-1] == "float16" else trt.float32
         return trtp.from_shape_expr(plugin.shape(sizes), kind)
 
     @trtp.autotune(identity)
-    @says(list[trtp.AutoTuneCombination], outputs=outputs)
+    @signed(list[trtp.AutoTuneCombination], outputs=outputs)
     def types(*_arguments: Any) -> list[Any]:
         kinds = ", ".join(TYPE_NAMES[kind] for kind in plugin.kinds)
         return [trtp.AutoTuneCombination(kinds, "LINEAR")]
@@ -113,7 +114,7 @@ def _define(trt: Any, trtp: Any, name: str, plugin: Plugin) -> None:
     answer = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]
 
     @trtp.aot_impl(identity)
-    @says(answer, outputs=outputs, tactic=int)
+    @signed(answer, outputs=outputs, tactic=int)
     def kernel(*arguments: Any) -> Any:
         sizes = arguments[place]
         return _implementation(trtp, plugin.launch(sizes), int(sizes[-1]))
@@ -176,7 +177,7 @@ def precompile(
     A kernel takes seconds, and TensorRT asks for one after another.
 
     Args:
-        done: told how many are compiled, of how many.
+        done: called with the number of kernels compiled so far and of all.
 
     Raises:
         BackendError: as `compile_kernel`.

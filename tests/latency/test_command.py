@@ -110,7 +110,7 @@ def test_native_beside_portable(streets, monkeypatch, capfd):
 def test_native_operators_that_are_not_built(toy_bundle, monkeypatch, capfd):
     code, _, err = fdconv(monkeypatch, capfd, "bench", toy_bundle, "--native", "on", *BRIEF)
     assert code == 1
-    assert "Native operators were asked for" in err
+    assert "Native operators are required" in err
 
 
 def test_a_service_without_that_model(toy_bundle, monkeypatch, capfd):

@@ -19,8 +19,8 @@ from fdconv_deploy.ops.function_body import FunctionBody
 
 # In how many stages the published 3×3 layer's columns and rows are inverted.
 USUAL_STAGES = (3, 3)
-# What a node says of itself beside the shapes that its body reshapes to: see the folder's
-# ``__init__``. Of a layer that is convolved by kernel rows also the convolution's geometry.
+# Attributes of a node that other readers than its body need; the folder's ``__init__`` lists what
+# they mean. GEOMETRY is that of a convolution by kernel rows.
 ATTRIBUTES = (
     "layer out_channels in_channels kernel_size by_rows taps row_frequencies column_frequencies "
     "heads filter_at spatial_at channel_at"
@@ -49,7 +49,7 @@ class AssemblyForm:
 
     @property
     def name(self) -> str:
-        """Of the function; the published 3×3 layer's is plain ``FrequencyAssembly``."""
+        """Name of the function; the published 3×3 layer's is plain ``FrequencyAssembly``."""
         departures = [
             ("Pointwise", not self.spatial_kernel and not self.by_rows),
             ("ByRows", self.by_rows),
@@ -78,7 +78,7 @@ class AssemblyForm:
 
 
 def assembly_function(form: AssemblyForm) -> FunctionProto:
-    """The body for one form. Its attributes are the shapes named in `reshape` calls."""
+    """The ONNX function body for one form."""
     f = FunctionBody(form.name, form.inputs, ATTRIBUTES + GEOMETRY * form.by_rows)
     # Attention by bin in two steps: first by the few patterns of groups that blocks of
     # neighbouring bins have, then whole blocks, which are copied several numbers at a time.

@@ -35,13 +35,13 @@ COLUMN_INPUTS = [
 
 
 def rows_name(wide_groups: bool) -> str:
-    """Of the first half. wide_groups: groups are int32, not four bytes to an int32."""
+    """Name of the row plugin. wide_groups: groups are int32, not four bytes to an int32."""
     return f"{ROWS}_Wide" if wide_groups else ROWS
 
 
 @dataclass(frozen=True)
 class ColumnForm:
-    """Which parts the second half has. taps: of the local attention, 0 without."""
+    """Which modulations the column plugin applies. taps: of the local attention, 0 without."""
 
     taps: int
     filter: bool
@@ -52,7 +52,7 @@ class ColumnForm:
 
     @property
     def name(self) -> str:
-        """Of the function."""
+        """Name of the plugin and its function."""
         parts = [
             (f"Local{self.taps}", self.taps > 0),
             ("Filter", self.filter),

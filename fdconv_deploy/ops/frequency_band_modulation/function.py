@@ -8,7 +8,7 @@ from onnx import FunctionProto
 
 from fdconv_deploy.ops.function_body import FunctionBody
 
-# What a node says of itself beside the shapes that its body reshapes to.
+# Attributes of a node that other readers than its body need, see the folder's ``__init__``.
 ATTRIBUTES = ["layer", "groups", "feature_size", "complex_rows", "softmax"]
 
 
@@ -25,7 +25,7 @@ class BandForm:
 
     @property
     def name(self) -> str:
-        """Of the function; the published one (bands 2, 4, 8) is ``FrequencyBandModulation``."""
+        """Name of the function; that of three bands and sigmoids is the operator's alone."""
         name = "FrequencyBandModulation"
         if self.bands != 3:
             name += f"_{self.bands}Bands"
@@ -42,11 +42,7 @@ class BandForm:
 
 
 def band_function(form: BandForm) -> FunctionProto:
-    """The body for one form.
-
-    Attributes: ``groups``, ``conv_pads`` of the band convolution (four ints), and the shapes
-    and slice ends named below.
-    """
+    """The ONNX function body for one form."""
     f = FunctionBody(form.name, form.inputs, ATTRIBUTES)
     # A convolution onto a few maps, as its transpose: one small product that reads the input
     # once, then overlapping sums of a few maps. Runtimes gather nine copies of the input for

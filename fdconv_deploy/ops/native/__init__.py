@@ -38,8 +38,8 @@ def native_library(
     """The library to register, or None, and why, as a clause.
 
     Args:
-        wanted: use them; never do; None: as the environment's ``FDCONV_NATIVE`` says, else
-            where they are built.
+        wanted: True: use them; False: do not; None: as the environment variable ``FDCONV_NATIVE``
+            decides, else where they are built.
         problem: why they cannot run a bundle, as a clause; see `Manifest.older_nodes`.
 
     Raises:
@@ -52,10 +52,10 @@ def native_library(
             raise BackendError(f"{SWITCH} is 0 or 1, not {switch!r}.")
         wanted, by = switch == "1", f"{SWITCH}=0"
     if wanted is False:
-        return None, f"{by} says so"
+        return None, f"{by} switches native ones off"
     if problem is not None:
         if wanted:
-            raise BackendError(f"Native operators were asked for, and {problem}.")
+            raise BackendError(f"Native operators are required, but {problem}.")
         log.warning("portable operators run, since %s", problem)
         return None, problem
     path = FOLDER / library_name()
@@ -63,7 +63,7 @@ def native_library(
         return path, "they are built here"
     if wanted:
         raise BackendError(
-            f"Native operators were asked for, and there is no {path.name} in {FOLDER}: {HOW}."
+            f"Native operators are required, but there is no {path.name} in {FOLDER}: {HOW}."
         )
     if any(FOLDER.glob("fdconv_native_*")):
         why = f"the native ones here are built of another version of their source ({HOW} anew)"

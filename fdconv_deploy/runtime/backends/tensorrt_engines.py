@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.errors import BackendError, BundleError
 from fdconv_deploy.runtime.bundle import Bundle
-from fdconv_deploy.runtime.bundle_checks import inside, read_versioned, sha256_of
+from fdconv_deploy.runtime.bundle_checks import inside, read_versioned
 from fdconv_deploy.runtime.manifest import FileInfo, OutputParity, Sha256
 
 FOLDER = "engines"
@@ -201,15 +201,15 @@ def read_engine(bundle: Bundle, record: EngineRecord) -> bytes:
     return data
 
 
-def keep_engine(bundle: Bundle, record: EngineRecord, plan: Path, layers: str | None) -> None:
-    """Move a built engine into the bundle and list it, in place of one of its name.
+def keep_engine(bundle: Bundle, record: EngineRecord, plan: bytes, layers: str | None) -> None:
+    """Write a built engine into the bundle and list it, in place of one of its name.
 
     Args:
-        plan: the engine, in `engines_folder`, with the hash its record gives.
+        plan: the engine, with the hash its record gives.
         layers: what TensorRT says of its layers, JSON.
     """
     folder = engines_folder(bundle)
-    assert sha256_of(plan) == record.file.sha256
+    assert hashlib.sha256(plan).hexdigest() == record.file.sha256
     if layers is not None:
         write_atomically(folder / f"{record.name}.layers.json", layers.encode())
     try:
@@ -217,7 +217,7 @@ def keep_engine(bundle: Bundle, record: EngineRecord, plan: Path, layers: str | 
     except BundleError:
         others = []  # what it listed cannot be trusted any more
     index = EngineIndex(engines=(*others, record))
-    plan.replace(folder / f"{record.name}.plan")
+    write_atomically(folder / f"{record.name}.plan", plan)
     write_atomically(bundle.path / INDEX, (index.model_dump_json(indent=2) + "\n").encode())
 
 

@@ -81,11 +81,14 @@ def test_switched_off(
     shutil.copy(built / library_name(), here)
     monkeypatch.setenv("FDCONV_NATIVE", "0")
     with open_session(bundle) as session:
-        assert session.operators == "portable operators, since FDCONV_NATIVE=0 says so"
+        assert (
+            session.operators
+            == "portable operators, since FDCONV_NATIVE=0 switches native ones off"
+        )
     with open_session(bundle, native=True) as session:  # closer to the caller than the switch
         assert session.operators.startswith("native")
     with open_session(bundle, native=False) as session:
-        assert "open_session(native=False) says so" in session.operators
+        assert "open_session(native=False) switches native ones off" in session.operators
 
 
 def test_absent(here: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +96,7 @@ def test_absent(here: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert session.operators.startswith("portable operators")
         assert "python -m fdconv_deploy.ops.native" in session.operators
     answer(bundle)
-    with pytest.raises(BackendError, match="Native operators were asked for"):
+    with pytest.raises(BackendError, match="Native operators are required"):
         open_session(bundle, native=True)
     monkeypatch.setenv("FDCONV_NATIVE", "1")
     with pytest.raises(BackendError, match=r"python -m fdconv_deploy\.ops\.native builds them"):
@@ -141,7 +144,7 @@ def test_a_bundle_of_an_older_format_runs_portably(
         session.warm_up()
         assert session.operators.startswith("portable operators, since this bundle is of format 2")
         assert "export it again" in session.operators
-    with pytest.raises(BackendError, match="asked for, and this bundle is of format 2"):
+    with pytest.raises(BackendError, match="required, but this bundle is of format 2"):
         answer(older, native=True)
 
 

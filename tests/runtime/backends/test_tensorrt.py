@@ -27,7 +27,6 @@ from fdconv_deploy.runtime.backends.tensorrt_engines import (
     Fingerprint,
     Machine,
     engine_name,
-    engines_folder,
     graph_hash,
     keep_engine,
     read_index,
@@ -68,8 +67,6 @@ def add_engine(bundle: Bundle, batch: int, of: Machine, **changes) -> EngineReco
 
     trt = FakeTensorRT(FakeCuda(), of.tensorrt)
     plan = build_plan(trt, bundle.model_path(batch), BuildOptions())
-    path = engines_folder(bundle) / "partial"
-    path.write_bytes(plan)
     mark = {"machine": of, "graph": graph_hash(bundle, batch), "plugins": False} | changes
     record = EngineRecord(
         name=engine_name(bundle, batch, of),
@@ -80,7 +77,7 @@ def add_engine(bundle: Bundle, batch: int, of: Machine, **changes) -> EngineReco
         built_at=datetime.now(timezone.utc),
         build_seconds=1,
     )
-    keep_engine(bundle, record, path, '{"Layers": []}')
+    keep_engine(bundle, record, plan, '{"Layers": []}')
     return record
 
 
