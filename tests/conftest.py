@@ -18,8 +18,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPORARY: list[Path] = []
-# pytest's own folder, torch.compile's cache, and what ONNX Runtime writes when it is imported.
-NOT_OURS = ("pytest-of-", "torchinductor_", ".ses")
+# pytest's own folder, torch.compile's cache, what ONNX Runtime writes when it is imported, and
+# the engines of tests' stand-in for TensorRT, which live as long as its process.
+NOT_OURS = ("pytest-of-", "torchinductor_", ".ses", "fake-engine-")
 
 
 def pytest_configure(config: pytest.Config) -> None:
