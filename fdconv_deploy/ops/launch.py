@@ -7,10 +7,13 @@ Kernels take pointers only; everything else is a constant of the specialisation.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from fdconv_deploy.errors import BackendError
 
@@ -90,3 +93,21 @@ def run_kernel(module: ModuleType, launch: KernelLaunch, batch: int, *tensors: A
     assert len(tensors) == len(launch.arguments)
     function = getattr(module, launch.kernel)
     function[launch.grid(batch)](*tensors, **launch.constants, num_warps=launch.warps, **OPTIONS)
+
+
+# What a plugin's node says of its layer, in the order its operator names them.
+Sizes = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A kernel as a plugin of one output.
+
+    inputs: their names, in the kernel's order. kinds: numpy's names of the inputs' types and then
+    the output's. shape, launch: the output's shape and the kernel's launch for a node's ``sizes``.
+    """
+
+    inputs: tuple[str, ...]
+    kinds: tuple[str, ...]
+    shape: Callable[[Sizes], tuple[int, ...]]
+    launch: Callable[[Sizes], KernelLaunch]

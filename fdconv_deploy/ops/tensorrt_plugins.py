@@ -14,17 +14,15 @@ import inspect
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops.compile_kernels import CompiledKernel, compile_kernel
-from fdconv_deploy.ops.launch import KernelLaunch
+from fdconv_deploy.ops.launch import KernelLaunch, Plugin, Sizes
 from fdconv_deploy.runtime.backends.threads import available_cores
 
 NAMESPACE = "fdconv"
@@ -58,23 +56,6 @@ def kernel_ptx(launch: KernelLaunch) -> CompiledKernel:
 @lru_cache(maxsize=512)
 def _compiled(launch: KernelLaunch, capability: int) -> CompiledKernel:
     return compile_kernel(launch, capability, PTX_VERSIONS.get(capability, OLDEST_PTX))
-
-
-Sizes = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class Plugin:
-    """A kernel as a plugin of one output.
-
-    inputs: their names, in the kernel's order. kinds: numpy's names of the inputs' types and then
-    the output's. shape, launch: the output's shape and the kernel's launch for a node's ``sizes``.
-    """
-
-    inputs: tuple[str, ...]
-    kinds: tuple[str, ...]
-    shape: Callable[[Sizes], tuple[int, ...]]
-    launch: Callable[[Sizes], KernelLaunch]
 
 
 def _define(trt: Any, trtp: Any, name: str, plugin: Plugin) -> None:

@@ -24,8 +24,7 @@ from fdconv_deploy.ops.frequency_assembly.launch import (
     row_launch,
 )
 from fdconv_deploy.ops.function_body import FunctionBody
-from fdconv_deploy.ops.launch import KernelLaunch
-from fdconv_deploy.ops.tensorrt_plugins import Plugin, Sizes
+from fdconv_deploy.ops.launch import KernelLaunch, Plugin, Sizes
 
 ROWS, COLUMNS = "FrequencyAssemblyRows", "FrequencyAssemblyColumns"
 ROW_INPUTS = ["gates", "values", "groups", "table"]

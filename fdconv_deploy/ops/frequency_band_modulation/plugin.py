@@ -6,8 +6,7 @@ from onnx import FunctionProto, TensorProto
 
 from fdconv_deploy.ops.frequency_band_modulation.launch import combination_launch
 from fdconv_deploy.ops.function_body import FunctionBody
-from fdconv_deploy.ops.launch import KernelLaunch
-from fdconv_deploy.ops.tensorrt_plugins import Plugin, Sizes
+from fdconv_deploy.ops.launch import KernelLaunch, Plugin, Sizes
 
 COMBINATION = "FrequencyBandCombination"
 INPUTS = ["x", "logits", "mix", "mix_bias", "lows"]
