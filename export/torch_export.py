@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxscript
 import torch
+from numpy.typing import NDArray
 from onnxscript import opset18
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import Example, replace_layers, tensors_of
-from fdconv_deploy.folding.pooling import FoldedAdaptivePool
 from fdconv_deploy.nn.detection.box_ops import EXCLUDED, BestScores, NonMaxSuppression
 from fdconv_deploy.nn.detection.roi_pooling import RoIAlign
 from fdconv_deploy.nn.fdconv import FDConv2d
@@ -265,3 +266,38 @@ def capture(
     for node in model.graph.node:  # source paths and line numbers of this machine
         del node.metadata_props[:]
     return model
+
+
+def pooling_matrix(length: int, bins: int) -> NDArray[np.float64]:
+    """Row i averages the inputs from floor(i·length/bins) to ceil((i+1)·length/bins).
+
+    Returns:
+        ``(bins, length)`` float64, each row's sum 1.
+    """
+    matrix = np.zeros((bins, length))
+    for i in range(bins):
+        start, stop = i * length // bins, -(-(i + 1) * length // bins)
+        matrix[i, start:stop] = 1 / (stop - start)
+    return matrix
+
+
+class FoldedAdaptivePool(nn.Module):
+    """``nn.AdaptiveAvgPool2d`` for inputs of whatever size it is traced at."""
+
+    def __init__(self, pool: nn.AdaptiveAvgPool2d) -> None:
+        super().__init__()
+        size = pool.output_size
+        self.output_size = (size, size) if isinstance(size, int) or size is None else size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` float -> ``(B, C, h, w)``."""
+        height, width = x.shape[-2:]
+        rows, columns = self.output_size
+        rows, columns = rows or height, columns or width
+        if width % columns == 0:
+            x = x.unflatten(-1, (columns, width // columns)).mean(-1)
+        else:
+            x = x @ torch.from_numpy(pooling_matrix(width, columns).T).to(x)
+        if height % rows == 0:
+            return x.unflatten(-2, (rows, height // rows)).mean(-2)
+        return torch.from_numpy(pooling_matrix(height, rows)).to(x) @ x

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from fdconv_deploy.export import export_module
-from fdconv_deploy.export.outputs import flatten_outputs
+from fdconv_deploy.export.source_network import flatten_outputs
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 

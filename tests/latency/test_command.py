@@ -15,7 +15,7 @@ import pytest
 from fdconv_deploy.serve import Settings, running
 from rich.console import Console
 
-from fdconv_deploy.cli.bench_tables import show
+from fdconv_deploy.cli.bench import show
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.latency.report import broken_limits, target_name
 from fdconv_deploy.ops.native import FOLDER, native_library
