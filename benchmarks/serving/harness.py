@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import io
 import json
 import os
@@ -220,6 +222,26 @@ def ours(bundle: Path, *options: str) -> list[str]:
         *(sys.executable, "-m", "fdconv_deploy", "serve", str(bundle), "--port", "{port}"),
         *("--threads", "1", "--log-level", "warning", *options),
     ]
+
+
+def litserve(arguments: argparse.Namespace, bundle: Path, workers: int) -> list[str] | None:
+    """The command that serves a bundle with LitServe; None where it is not installed.
+
+    Its Python is that of ``--litserve``: an environment that holds onnxruntime and LitServe, which
+    brings torch with it.
+    """
+    if arguments.litserve is None and importlib.util.find_spec("litserve") is None:
+        return None
+    python = str(arguments.litserve or sys.executable)
+    module = [python, "-m", "benchmarks.serving.baselines", "litserve"]
+    return [*module, str(bundle), "{port}", str(workers)]
+
+
+def litserve_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that :func:`litserve` reads."""
+    parser.add_argument(
+        "--litserve", type=Path, metavar="PYTHON", help="Of an environment that has LitServe."
+    )
 
 
 class Memory:

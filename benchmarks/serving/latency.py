@@ -11,11 +11,9 @@ its own, and is run so.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import multiprocessing
 import socket
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +34,8 @@ from benchmarks.serving.harness import (
     finish,
     in_form,
     kserve_request,
+    litserve,
+    litserve_option,
     machine,
     median,
     server,
@@ -127,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--full", action="store_true", help="More turns; keep the result.")
+    litserve_option(parser)
     arguments = parser.parse_args()
     turns, seconds = (40, 0.5) if arguments.full else (12, 0.3)
     bundle, about = demo_bundle(arguments.bundle), machine()
@@ -143,9 +144,7 @@ def main() -> None:
             PLAIN: (stack.enter_context(plain_service(session)), "/tensor", body, {}),
             BARE: (stack.enter_context(bare_service(session)), "/tensor", body, {}),
         }
-        if importlib.util.find_spec("litserve"):
-            module = [sys.executable, "-m", "benchmarks.serving.baselines"]
-            command = [*module, "litserve", str(bundle), "{port}", "1"]
+        if command := litserve(arguments, bundle, workers=1):
             port = stack.enter_context(server(command)).port
             posted[LITSERVE] = (port, "/tensor", *in_form(body))
         sides: dict[str, Callable[[], list[float]]] = {

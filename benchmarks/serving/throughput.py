@@ -11,7 +11,6 @@ ratios, medians of turns. For latency see `benchmarks.serving.latency`.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import threading
 import time
@@ -33,6 +32,8 @@ from benchmarks.serving.harness import (
     image_request,
     in_form,
     kserve,
+    litserve,
+    litserve_option,
     machine,
     median,
     ours,
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="More and longer turns.")
     parser.add_argument("--workers", type=int, default=1, help="Of every side.")
     parser.add_argument("--isolation", default="thread", choices=["thread", "process"])
+    litserve_option(parser)
     arguments = parser.parse_args()
     turns, seconds = (12, 1.0) if arguments.full else (6, 0.5)
     workers, connections = arguments.workers, 4 * arguments.workers
@@ -168,8 +170,8 @@ def main() -> None:
         PLAIN: [*module, "plain", str(bundle), "{port}", str(workers)],
         MORE: [*module, "plain", str(bundle), "{port}", str(workers + 2)],
     }
-    if importlib.util.find_spec("litserve"):
-        commands[LITSERVE] = [*module, "litserve", str(bundle), "{port}", str(workers)]
+    if command := litserve(arguments, bundle, workers):
+        commands[LITSERVE] = command
     with ExitStack() as stack:
         session = stack.enter_context(open_session(bundle, threads=1))
         session.warm_up()
