@@ -102,8 +102,8 @@ def create_app(
     )
     app.state.service = service
     problems.install(app)
-    for router in ROUTERS:
-        app.include_router(router)
+    for router in ROUTERS:  # not include_router, whose routers would match every request twice
+        app.router.routes += router.routes
     openapi.install(app, service, keys_needed=keys.needed)
     return app
 

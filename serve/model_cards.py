@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,14 @@ class TensorSize(BaseModel):
     channels: int = Field(description="Bands of the input; logits per pixel of the output.")
     height: int
     width: int
+
+
+class TensorMetadata(BaseModel):
+    """KServe v2: one input or output of a model; -1 in its shape is any size."""
+
+    name: str
+    datatype: str
+    shape: list[int]
 
 
 class InstanceLimits(BaseModel):
@@ -103,6 +112,35 @@ class ModelCard(BaseModel):
     benchmark: list[Benchmark]
     created_at: datetime
     created_by: str
+
+    @cached_property
+    def tensors(self) -> tuple[list[TensorMetadata], list[TensorMetadata]]:
+        """The inputs and outputs that /v2 takes and gives."""
+
+        def tensor(name: str, datatype: str, *shape: int) -> TensorMetadata:
+            return TensorMetadata(name=name, datatype=datatype, shape=[-1, *shape])
+
+        size, limits, logits = self.input, self.instances, self.output
+        inputs = [tensor("images", "FP32", size.channels, size.height, size.width)]
+        outputs = []
+        if limits is not None:
+            inputs.append(tensor("sizes", "FP32", 2))
+            outputs = [
+                tensor("boxes", "FP32", limits.most, 4),
+                tensor("scores", "FP32", limits.most),
+                tensor("labels", "INT64", limits.most),
+                tensor("count", "INT64"),
+            ]
+            if limits.masks:
+                side = limits.mask_size
+                outputs.append(tensor("masks", "FP32", limits.most, side, side))
+        elif logits is not None:
+            label_type = "UINT8" if len(self.classes) <= 256 else "UINT16"
+            outputs = [
+                tensor("logits", "FP32", logits.channels, logits.height, logits.width),
+                tensor("labels", label_type, size.height, size.width),
+            ]
+        return inputs, outputs
 
 
 class ModelList(BaseModel):

@@ -115,7 +115,7 @@ class Repository:
             )
         return self._models[name]
 
-    def get_version(self, name: str, version: str | None) -> Model:
+    def get_version(self, name: str, version: str | None = None) -> Model:
         """As :meth:`get`, and of this version where one is given."""
         model = self.get(name)
         if version and (model.version is None or model.version.card.version != version):

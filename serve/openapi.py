@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import FastAPI
@@ -34,6 +35,7 @@ Errors are problem documents (RFC 9457) with a sentence in `detail`. Every answe
 back; nothing was done, so the same request may be sent again.
 """
 _OPEN = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+_TEXT = {"type": "string"}
 _ID = "3f1c9a52f8d04b5e9c0e6a7d2b814c11"
 # An example of each status's `detail`; real ones name what was found.
 _DETAILS = {
@@ -110,7 +112,11 @@ def _add_examples(document: dict[str, Any], service: Service) -> None:
     for path, operations in document["paths"].items():
         answer = answers.get(path.replace("/versions/{version}", ""))
         for operation in operations.values():
-            for parameter in operation.get("parameters", ()):
+            described = operation.setdefault("parameters", [])
+            # The inference routes take theirs from the address by hand, for its speed.
+            for name in set(re.findall(r"{(\w+)}", path)) - {p["name"] for p in described}:
+                described.append({"name": name, "in": "path", "required": True, "schema": _TEXT})
+            for parameter in described:
                 if parameter["name"] in parameters:
                     parameter.setdefault("example", parameters[parameter["name"]])
             for status, response in operation["responses"].items():

@@ -6,7 +6,7 @@ from typing import Literal
 
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.kserve.statistics import ModelStatisticsList
-from fdconv_deploy.serve.model_cards import ModelCard
+from fdconv_deploy.serve.model_cards import ModelCard, TensorMetadata
 from fdconv_deploy.serve.model_repository import Repository
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.settings import Settings
@@ -48,14 +48,6 @@ class ServerMetadata(BaseModel):
         "model_repository",
         "statistics",
     ]
-
-
-class TensorMetadata(BaseModel):
-    """KServe v2: one input or output of a model; -1 in its shape is any size."""
-
-    name: str
-    datatype: str
-    shape: list[int]
 
 
 class ModelMetadata(BaseModel):
@@ -109,30 +101,8 @@ class ModelIndexEntry(BaseModel):
 
 def model_metadata(card: ModelCard) -> ModelMetadata:
     """A model's inputs and outputs; -1 is the batch, of any size."""
-
-    def tensor(name: str, datatype: str, *shape: int) -> TensorMetadata:
-        return TensorMetadata(name=name, datatype=datatype, shape=[-1, *shape])
-
-    size, limits, logits = card.input, card.instances, card.output
-    inputs = [tensor("images", "FP32", size.channels, size.height, size.width)]
-    outputs = []
-    if limits is not None:
-        inputs.append(tensor("sizes", "FP32", 2))
-        outputs = [
-            tensor("boxes", "FP32", limits.most, 4),
-            tensor("scores", "FP32", limits.most),
-            tensor("labels", "INT64", limits.most),
-            tensor("count", "INT64"),
-        ]
-        if limits.masks:
-            outputs.append(tensor("masks", "FP32", limits.most, limits.mask_size, limits.mask_size))
-    elif logits is not None:
-        label_type = "UINT8" if len(card.classes) <= 256 else "UINT16"
-        outputs = [
-            tensor("logits", "FP32", logits.channels, logits.height, logits.width),
-            tensor("labels", label_type, size.height, size.width),
-        ]
     versions = [card.version] if card.state == "ready" else []
+    inputs, outputs = card.tensors
     return ModelMetadata(name=card.name, versions=versions, inputs=inputs, outputs=outputs)
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from fdconv_deploy.serve.errors import RefusedError
-from fdconv_deploy.serve.kserve.metadata import model_metadata
 from fdconv_deploy.serve.model_cards import ModelCard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,6 +24,8 @@ DATATYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(code)
     for name, code in {"FP32": "<f4", "UINT8": "u1", "UINT16": "<u2", "INT64": "<i8"}.items()
 }
+_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+_JSON = json.JSONEncoder(separators=(",", ":"))
 _OUTPUTS: list[Any] = ["logits", "labels", "boxes", "scores", "count", "masks"]
 _EXAMPLE: dict[str, Any] = {
     "id": "42",
@@ -224,13 +225,13 @@ def write_answer(
     header = {"model_name": model, "model_version": version, "outputs": described}
     if request.id:
         header["id"] = request.id
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = _JSON.encode(header).encode()
     return [text, *parts], len(text) if parts else None
 
 
 def datatype_of(array: Array) -> str:
     """The protocol's name of an array's datatype."""
-    return next(name for name, dtype in DATATYPES.items() if dtype == array.dtype)
+    return _NAMES[array.dtype]
 
 
 def infer_request(
@@ -254,8 +255,7 @@ def infer_request(
     Raises:
         RefusedError: 400, they are no inputs or outputs of this model.
     """
-    metadata = model_metadata(card)
-    names = [tensor.name for tensor in metadata.inputs]
+    names, known = ([tensor.name for tensor in side] for side in card.tensors)
     if not 1 <= len(inputs) <= len(names):
         wanted = "exactly one input, 'images'" if len(names) == 1 else "'images' and 'sizes'"
         raise RefusedError(400, f"The request must have {wanted}.")
@@ -274,7 +274,6 @@ def infer_request(
         raise RefusedError(400, "The request must have the input 'images'.")
     if "sizes" in arrays:
         _check_size_values(card, arrays["sizes"], len(arrays["images"]))
-    known = [tensor.name for tensor in metadata.outputs]
     for name in outputs:
         if name not in known:
             raise RefusedError(

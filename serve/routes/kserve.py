@@ -100,16 +100,17 @@ _INFER: dict[str, Any] = {
 
 
 @_of_model("POST", "/infer", "Run a model on a tensor", **_INFER)
-async def run(request: Request, name: str, version: str = "") -> Response:
+async def run(request: Request) -> Response:
     """A segmentor's logits at the network's own resolution, and labels at its input's size.
 
     Of a detector, its graph's boxes (in pixels of the input), scores, labels, count and masks.
     The parameter `timeout` is a time limit in microseconds.
     """
+    # Without parameters of its own: FastAPI's checks of them cost as much as the rest here.
     service = service_of(request)
     repository, code = service.repository, service.scheduler.code
     client = request.state.client
-    model = repository.get_version(name, version)
+    model = repository.get_version(**request.path_params)
     service.check_loaded()
     service.admission.check_room(client)
     with Body(request, service.settings, service.budget) as body:
