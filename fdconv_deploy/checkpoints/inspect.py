@@ -215,7 +215,7 @@ def report_on(
     except CheckpointError as error:
         problem = problem or str(error)
     architecture = network if isinstance(network, SegmentorConfig) else None
-    sizes = model_size.layer_sizes(state, architecture, backbone, size)
+    macs = model_size.layer_macs(state, layers, architecture, backbone, size)
     ratio = backbone.conv.param_ratio if backbone and backbone.conv else 1
     return Report(
         kind=kind,
@@ -225,7 +225,7 @@ def report_on(
         size=size,
         parameters=model_size.parameters_by_part(state),
         fdconv_parameters=model_size.parameters_by_role(state),
-        macs=model_size.macs_by_part(state, layers, sizes) if sizes else None,
+        macs=model_size.macs_by_part(macs) if macs else None,
         spectrum_bytes=sum(model_size.spectrum_bytes(layer, ratio) for layer in layers),
         published_buffer_bytes=model_size.published_buffer_bytes(layers, backbone, ratio),
         architecture=architecture,
@@ -234,7 +234,7 @@ def report_on(
         problem=problem,
         refusal=None if problem else _refusal(kind, layers),
         training_size=training_size(config) if architecture is not None else None,
-        layers=tuple(_layer(state, layer, ratio, sizes) for layer in layers),
+        layers=tuple(_layer(state, layer, ratio, macs.get(layer.name)) for layer in layers),
         frequency_order=order,
         attention_stability=attention_stability(state),
         found=inference.found if inference else (),
@@ -257,8 +257,7 @@ def _refusal(kind: Kind, layers: Sequence[Layer]) -> str | None:
     return None
 
 
-def _layer(state: Shapes, layer: Layer, ratio: int, sizes: model_size.Sizes) -> LayerReport:
-    macs = sum(model_size.layer_macs(state, layer, sizes).values()) if layer.name in sizes else None
+def _layer(state: Shapes, layer: Layer, ratio: int, macs: dict[str, int] | None) -> LayerReport:
     return LayerReport(
         name=layer.name,
         dynamic=layer.dynamic,
@@ -268,7 +267,7 @@ def _layer(state: Shapes, layer: Layer, ratio: int, sizes: model_size.Sizes) -> 
         kernel_num=layer.attentions // (layer.ratio or ratio) if layer.dynamic else None,
         parameters=parameters(part(state, f"{layer.name}.")),
         spectrum_bytes=model_size.spectrum_bytes(layer, ratio),
-        macs=macs,
+        macs=None if macs is None else sum(macs.values()),
     )
 
 

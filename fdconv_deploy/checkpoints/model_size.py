@@ -7,10 +7,10 @@ paper's tables count: transforms and element-wise products are not in them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fdconv_deploy.checkpoints.infer_layers import (
     Layer,
@@ -20,52 +20,62 @@ from fdconv_deploy.checkpoints.infer_layers import (
     parameters,
 )
 from fdconv_deploy.config import BackboneConfig, SegmentorConfig
+from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn import ResNet, Segmentor
 
 FDCONV_PARTS = ("dft_weight", "KSM_Global", "KSM_Local", "FBM")
 
-Size = tuple[int, int]
-Sizes = dict[str, tuple[Size, Size]]
+# Multiply-adds of each layer by what they are for: its own convolution, ``main``, whatever makes
+# the kernel, and the modulations of an FDConv layer.
+Macs = dict[str, dict[str, int]]
 
 
 @torch.no_grad()
-def layer_sizes(
-    state: Shapes, architecture: SegmentorConfig | None, backbone: BackboneConfig | None, size: Size
-) -> Sizes:
-    """Input and output size, (height, width), of every convolution that runs at inference.
-
-    They are seen in a run of the plain network of the same shape, without data.
+def layer_macs(
+    state: Shapes,
+    layers: Sequence[Layer],
+    architecture: SegmentorConfig | None,
+    backbone: BackboneConfig | None,
+    size: tuple[int, int],
+) -> Macs:
+    """Multiply-adds of every layer that runs at inference, counted in a run without data.
 
     Args:
-        state: the network's tensors, by which names begin with ``backbone.``.
-        architecture: of a segmentor; None for another network, of which the backbone is sized.
-        backbone: None if it is not understood; then no size is known.
-        size: of the image, in pixels.
+        state: the network's tensors.
+        layers: those to count.
+        architecture: of a segmentor; None for another network, of which the backbone is counted.
+        backbone: None if it is not understood; then nothing is counted, nor of one that cannot
+            be built.
+        size: (height, width) of the image, in pixels.
     """
     if backbone is None:
         return {}
-    plain = backbone.model_copy(update={"conv": None})
     network: nn.Module
-    with torch.device("meta"):
-        if architecture is None:
-            network, prefix = ResNet(plain), backbone_prefix(state)
-        else:
-            changes = {"backbone": plain, "auxiliary_head": None}
-            network, prefix = Segmentor(architecture.model_copy(update=changes)), ""
-        image = torch.empty(1, backbone.in_channels, *size)
-    sizes: Sizes = {}
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            sizes[name] = (_size(inputs[0]), _size(output))
-
-        return hook
-
-    for name, module in network.eval().named_modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(note(f"{prefix}{name}"))
-    network(image)
-    return sizes
+    try:
+        with torch.device("meta"):
+            if architecture is None:
+                network, prefix = ResNet(backbone), backbone_prefix(state)
+            else:
+                changes = {"auxiliary_head": None}
+                network, prefix = Segmentor(architecture.model_copy(update=changes)), ""
+            image = torch.empty(1, backbone.in_channels, *size)
+    except UnsupportedLayerError:
+        return {}
+    with FlopCounterMode(display=False) as counter:
+        network.eval()(image)
+    counts = {
+        name.partition(".")[2]: flops[torch.ops.aten.convolution] // 2
+        for name, flops in counter.get_flop_counts().items()
+        if torch.ops.aten.convolution in flops
+    }
+    macs: Macs = {}
+    for layer in layers:
+        name = layer.name.removeprefix(prefix)
+        if name in counts:
+            added = {part: counts.get(f"{name}.{part}", 0) for part in FDCONV_PARTS[1:]}
+            main = counts[name] - sum(added.values())
+            macs[layer.name] = {"main": main} | (added if layer.dynamic else {})
+    return macs
 
 
 def parameters_by_part(state: Shapes) -> dict[str, int]:
@@ -89,39 +99,14 @@ def parameters_by_role(state: Shapes) -> dict[str, int]:
     }
 
 
-def macs_by_part(state: Shapes, layers: Sequence[Layer], sizes: Sizes) -> dict[str, int]:
+def macs_by_part(macs: Macs) -> dict[str, int]:
     """Multiply-adds of an image: of plain convolutions, of what FDConv adds, of the head."""
-    totals = dict.fromkeys(("main", "KSM_Global", "KSM_Local", "FBM"), 0)
-    for layer in layers:
-        if layer.name in sizes:
-            for name, count in layer_macs(state, layer, sizes).items():
-                head = layer.name.startswith("decode_head.")
-                place = "decode_head" if head else name
-                totals[place] = totals.get(place, 0) + count
+    totals = dict.fromkeys(("main", *FDCONV_PARTS[1:]), 0)
+    for layer, counts in macs.items():
+        for part, count in counts.items():
+            place = "decode_head" if layer.startswith("decode_head.") else part
+            totals[place] = totals.get(place, 0) + count
     return totals | {"total": sum(totals.values())}
-
-
-def layer_macs(state: Shapes, layer: Layer, sizes: Sizes) -> dict[str, int]:
-    """A layer's multiply-adds by what they are for; its size is known.
-
-    ``main`` is the convolution itself, whatever makes its kernel. Kernel modulation runs once
-    per image, and band convolutions at the size of the layer's input.
-    """
-    (height_in, width_in), (height, width) = sizes[layer.name]
-    taps = layer.kernel[0] * layer.kernel[1]
-    weights = layer.in_channels * layer.out_channels * taps
-    macs = {"main": height * width * weights}
-    if layer.dynamic:
-        attentions = layer.attentions if layer.attentions > 1 else 0
-        if not layer.only_kernel:
-            attentions += layer.in_channels + layer.out_channels
-            attentions += taps if layer.kernel[0] > 1 else 0
-        local = state.get(f"{layer.name}.KSM_Local.conv.weight")
-        macs["KSM_Global"] = layer.hidden * (layer.in_channels + attentions)
-        macs["KSM_Local"] = 0 if local is None else weights * local.shape[-1]
-        per_pixel = layer.in_channels * layer.spatial_kernel**2
-        macs["FBM"] = layer.bands * height_in * width_in * per_pixel
-    return macs
 
 
 def spectrum_bytes(layer: Layer, ratio: int) -> int:
@@ -149,7 +134,3 @@ def published_buffer_bytes(
     height, width = bands.max_size
     mask = len(bands.k_list) * height * (width // 2 + 1)
     return indices + mask * sum(1 for layer in layers if layer.bands)
-
-
-def _size(x: Tensor) -> Size:
-    return x.shape[-2], x.shape[-1]
