@@ -12,9 +12,76 @@ from fdconv_deploy.config import (
     Frozen,
     HeadConfig,
     Preprocessing,
+    RCNNTestConfig,
     RoIConfig,
+    RPNHeadConfig,
+    RPNTestConfig,
     SegmentorConfig,
 )
+
+_CODER: dict[str, Any] = {"clip_border": True, "add_ctr_clamp": False}
+_ALIGN: dict[str, Any] = {"aligned": True, "pool_mode": "avg"}
+_NMS_ENTRIES = ("nms.iou_threshold", "nms.iou_thr", "nms_thr")
+
+# Sections of mmdetection's ``model``, the types each may have (the first is written), and what
+# is built in one way only.
+DETECTOR_TYPES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "neck": (
+        ("FPN",),
+        {"add_extra_convs": False, "start_level": 0, "end_level": -1, "norm_cfg": None},
+    ),
+    "rpn_head": (("RPNHead",), {}),
+    "rpn_head.anchor_generator": (
+        ("AnchorGenerator",),
+        dict.fromkeys(("base_sizes", "centers", "octave_base_scale", "scales_per_octave"))
+        | {"center_offset": 0, "scale_major": True},
+    ),
+    "rpn_head.bbox_coder": (("DeltaXYWHBBoxCoder",), _CODER),
+    "roi_head": (("StandardRoIHead",), {}),
+    "roi_head.bbox_head": (
+        ("Shared2FCBBoxHead", "ConvFCBBoxHead", "BBoxHead"),
+        {"with_avg_pool": False, "reg_decoded_bbox": False},
+    ),
+    "roi_head.bbox_head.bbox_coder": (("DeltaXYWHBBoxCoder",), _CODER),
+    "roi_head.bbox_roi_extractor": (("SingleRoIExtractor",), {}),
+    "roi_head.bbox_roi_extractor.roi_layer": (("RoIAlign",), _ALIGN),
+    "roi_head.mask_head": (("FCNMaskHead",), {}),
+    "roi_head.mask_head.upsample_cfg": (("deconv",), {}),
+    "roi_head.mask_roi_extractor": (("SingleRoIExtractor",), {}),
+    "roi_head.mask_roi_extractor.roi_layer": (("RoIAlign",), _ALIGN),
+    "test_cfg.rpn": ((), {"nms_across_levels": False}),
+    "test_cfg.rpn.nms": (("nms",), {"class_agnostic": False}),
+    "test_cfg.rcnn.nms": (("nms",), {"class_agnostic": False}),
+}
+# Which of those sections describes which part of `DetectorConfig`.
+DETECTOR_SECTIONS = {
+    "neck": "neck",
+    "rpn_head": "rpn_head",
+    "rpn_head.bbox_coder": "rpn_head.bbox_coder",
+    "bbox_head": "roi_head.bbox_head",
+    "bbox_head.bbox_coder": "roi_head.bbox_head.bbox_coder",
+    "bbox_head.roi": "roi_head.bbox_roi_extractor",
+    "mask_head": "roi_head.mask_head",
+    "mask_head.roi": "roi_head.mask_roi_extractor",
+    "test.rpn": "test_cfg.rpn",
+    "test.rcnn": "test_cfg.rcnn",
+}
+# Entries of those sections that are not named as the field is: the one to write, then older ones.
+CONFIG_ENTRIES: dict[type[Frozen], dict[str, tuple[str, ...]]] = {
+    RPNHeadConfig: {
+        name: (f"anchor_generator.{name}",) for name in ("scales", "ratios", "strides")
+    },
+    BoxCoderConfig: {"means": ("target_means",), "stds": ("target_stds",)},
+    RoIConfig: {
+        "output_size": ("roi_layer.output_size", "roi_layer.out_size"),
+        "sampling_ratio": ("roi_layer.sampling_ratio", "roi_layer.sample_num"),
+    },
+    RPNTestConfig: {
+        "max_per_img": ("max_per_img", "max_num", "nms_post"),
+        "nms_iou_threshold": _NMS_ENTRIES,
+    },
+    RCNNTestConfig: {"nms_iou_threshold": _NMS_ENTRIES},
+}
 
 
 def format_config(config: SegmentorConfig | DetectorConfig | BackboneConfig) -> str:
@@ -113,70 +180,52 @@ def _segmentor_pipeline(preprocessing: Preprocessing) -> list[dict[str, Any]]:
 
 def _detector(config: DetectorConfig) -> dict[str, Any]:
     """mmdetection 2.x's ``model``."""
-    channels, rpn, box = config.neck.out_channels, config.rpn_head, config.bbox_head
-    anchors = _fields(rpn, "scales", "ratios", "strides")
-    # The head's own name says two shared layers; any other number is the general head's.
-    box_type: dict[str, Any] = {"type": "Shared2FCBBoxHead"}
-    if box.num_shared_fcs != 2:
-        box_type = {"type": "ConvFCBBoxHead", "num_shared_fcs": box.num_shared_fcs}
-    roi_head = {
-        "type": "StandardRoIHead",
-        "bbox_roi_extractor": _extractor(box.roi, channels),
-        "bbox_head": {
-            **box_type,
-            "in_channels": channels,
-            "roi_feat_size": box.roi.output_size,
-            **_fields(box, "fc_out_channels", "num_classes", "reg_class_agnostic"),
-            "bbox_coder": _coder(box.bbox_coder),
-            "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": False},
-        },
-    }
-    if config.mask_head is not None:
-        roi_head["mask_roi_extractor"] = _extractor(config.mask_head.roi, channels)
-        roi_head["mask_head"] = {
-            "type": "FCNMaskHead",
-            "roi_feat_size": config.mask_head.roi.output_size,
-            "in_channels": channels,
-            **config.mask_head.model_dump(exclude={"roi"}),
-        }
-    return {
-        "type": "FasterRCNN" if config.mask_head is None else "MaskRCNN",
+    masks, box = config.mask_head is not None, config.bbox_head
+    model: dict[str, Any] = {
+        "type": "MaskRCNN" if masks else "FasterRCNN",
         "backbone": _backbone(config.backbone, "BN"),
-        "neck": {"type": "FPN", **_fields(config.neck, "in_channels", "out_channels", "num_outs")},
-        "rpn_head": {
-            "type": "RPNHead",
-            "in_channels": channels,
-            "feat_channels": rpn.feat_channels,
-            "anchor_generator": {"type": "AnchorGenerator", **anchors},
-            "bbox_coder": _coder(rpn.bbox_coder),
-            "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True},
-        },
-        "roi_head": roi_head,
-        "test_cfg": _detector_test(config),
     }
-
-
-def _coder(config: BoxCoderConfig) -> dict[str, Any]:
-    means, stds = list(config.means), list(config.stds)
-    return {"type": "DeltaXYWHBBoxCoder", "target_means": means, "target_stds": stds}
-
-
-def _extractor(config: RoIConfig, channels: int) -> dict[str, Any]:
-    return {
-        "type": "SingleRoIExtractor",
-        "roi_layer": {"type": "RoIAlign", **_fields(config, "output_size", "sampling_ratio")},
-        "out_channels": channels,
-        **_fields(config, "featmap_strides", "finest_scale"),
+    for part in ("neck", "rpn_head", "bbox_head", "mask_head", "test"):
+        if getattr(config, part) is not None:
+            _put_fields(model, part, getattr(config, part))
+    channels, roi_head = config.neck.out_channels, model["roi_head"]
+    model["rpn_head"] |= {
+        "in_channels": channels,
+        "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True},
     }
+    box_head = roi_head["bbox_head"]
+    box_head["loss_cls"] = {"type": "CrossEntropyLoss", "use_sigmoid": False}
+    # The head's own name says two shared layers; any other number is the general head's.
+    if box.num_shared_fcs == 2:
+        del box_head["num_shared_fcs"]
+    else:
+        box_head["type"] = "ConvFCBBoxHead"
+    for name, head in (("bbox", config.bbox_head), ("mask", config.mask_head)):
+        if head is not None:
+            sizes = {"in_channels": channels, "roi_feat_size": head.roi.output_size}
+            roi_head[f"{name}_head"] |= sizes
+            roi_head[f"{name}_roi_extractor"]["out_channels"] = channels
+    if not masks:
+        del model["test_cfg"]["rcnn"]["mask_thr_binary"]
+    return model
 
 
-def _detector_test(config: DetectorConfig) -> dict[str, Any]:
-    stages = {"rpn": config.test.rpn.model_dump(), "rcnn": config.test.rcnn.model_dump()}
-    for stage in stages.values():
-        stage["nms"] = {"type": "nms", "iou_threshold": stage.pop("nms_iou_threshold")}
-    if config.mask_head is None:
-        del stages["rcnn"]["mask_thr_binary"]
-    return stages
+def _put_fields(model: dict[str, Any], part: str, config: Frozen) -> None:
+    """Write a part of a detector's configuration where mmdetection's ``model`` has it."""
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, Frozen):
+            _put_fields(model, f"{part}.{name}", value)
+            continue
+        entry = CONFIG_ENTRIES.get(type(config), {}).get(name, (name,))[0]
+        *path, last = f"{DETECTOR_SECTIONS[part]}.{entry}".split(".")
+        section, known = model, ""
+        for step in path:
+            known = f"{known}.{step}".removeprefix(".")
+            types = DETECTOR_TYPES.get(known, ((), {}))[0]
+            section = section.setdefault(step, {"type": types[0]} if types else {})
+        # mmdetection's FPN insists on lists.
+        section[last] = list(value) if isinstance(value, tuple) else value
 
 
 def _detector_pipeline(preprocessing: Preprocessing) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from fdconv_deploy.checkpoints.config_parser import Unreadable
+from fdconv_deploy.checkpoints.config_parser import Config, Unreadable
 from fdconv_deploy.config import Frozen
 from fdconv_deploy.errors import CheckpointError
 
@@ -266,10 +266,15 @@ def _flat(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def stated(section: Mapping[str, Any], *names: str) -> Any:
-    """A section's value under the first of ``names`` it has; UNSET if none could be read."""
-    for name in names:
-        if name in section:
-            value = section[name]
+    """A section's value under the first of ``names`` it has; UNSET if none could be read.
+
+    A name may be a dotted path to an inner section's entry.
+    """
+    for path in names:
+        *inner, name = path.split(".")
+        owner = Config(dict(section)).section(*inner)
+        if name in owner:
+            value = owner[name]
             entries = value if isinstance(value, (list, tuple)) else (value,)
             return UNSET if any(isinstance(entry, Unreadable) for entry in entries) else value
     return UNSET

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fdconv_deploy.checkpoints.config_parser import Config
+from fdconv_deploy.checkpoints.config_writer import (
+    CONFIG_ENTRIES,
+    DETECTOR_SECTIONS,
+    DETECTOR_TYPES,
+)
 from fdconv_deploy.checkpoints.evidence import (
     UNSET,
+    ConfigT,
     Evidence,
     Inference,
     SettingResolver,
@@ -68,13 +75,14 @@ def infer_detector_config(
             f"it is a detector whose images have {backbone.in_channels} bands. Expected 3: "
             "detectors of other images are not supported."
         )
-    model, widths = config.section("model"), backbone.output_widths
-    neck = _neck(part(state, "neck."), widths, _inner(model, "neck"), evidence)
-    rpn_head = _rpn_head(part(state, "rpn_head."), neck, _inner(model, "rpn_head"), evidence)
-    section = _inner(model, "roi_head")
-    bbox_head = _box_head(part(state, "roi_head.bbox_head."), neck, section, evidence)
+    parts = _Parts(_model(config), evidence)
+    neck = _neck(part(state, "neck."), backbone.output_widths, parts)
+    rpn_head = _rpn_head(part(state, "rpn_head."), neck, parts)
+    bbox_head = _box_head(part(state, "roi_head.bbox_head."), neck, parts)
     classes, tensors = bbox_head.num_classes, part(state, "roi_head.mask_head.")
-    mask_head = _mask_head(tensors, neck, classes, section, evidence) if tensors else None
+    mask_head = _mask_head(tensors, neck, classes, parts) if tensors else None
+    rcnn = parts.resolver("test.rcnn", RCNNTestConfig)
+    rcnn.resolve("mask_thr_binary", matters=mask_head is not None)
     settings = SettingResolver(evidence, DetectorConfig, "", {})
     infer_classes(settings, {classes}, config, meta or {}, head="box head")
     architecture = settings.build(
@@ -83,7 +91,9 @@ def infer_detector_config(
         rpn_head=rpn_head,
         bbox_head=bbox_head,
         mask_head=mask_head,
-        test=_test(config, evidence, masks=mask_head is not None),
+        test=DetectorTestConfig(
+            rpn=parts.resolver("test.rpn", RPNTestConfig).build(), rcnn=rcnn.build()
+        ),
         # A graph's input is padded to multiples of 32, as published.
         preprocessing=infer_preprocessing(
             config, evidence, scale=PUBLISHED_SCALE, harmless=("Pad",)
@@ -130,15 +140,73 @@ def _check_kind(state: Shapes, config: Config) -> None:
         )
 
 
-def _neck(
-    state: Shapes, widths: Sequence[int], section: Mapping[str, Any], evidence: Evidence
-) -> FPNConfig:
-    """The feature pyramid over outputs of ``widths`` channels."""
-    expect_type("neck", section, "FPN")
-    refuse_settings(
-        "neck", section, add_extra_convs=False, start_level=0, end_level=-1, norm_cfg=None
+def _model(config: Config) -> Config:
+    """The config's ``model``, with ``test_cfg`` of both stages, and nothing not known here.
+
+    Raises:
+        CheckpointError: a section is of another type, or is set to what is not built here.
+    """
+    rpn, rcnn = (
+        config.section("model", "test_cfg", stage) or config.section("test_cfg", stage)
+        for stage in ("rpn", "rcnn")
     )
-    count = len({key.split(".")[1] for key in state if key.startswith("lateral_convs.")})
+    rcnn = rcnn or config.section("model", "roi_head", "test_cfg")
+    roi_head = config.section("model", "roi_head")
+    # Without an extractor of its own, the mask head takes the box head's regions.
+    extractor = roi_head.get("mask_roi_extractor") or roi_head.get("bbox_roi_extractor")
+    own = {
+        "test_cfg": {"rpn": rpn, "rcnn": rcnn},
+        "roi_head": roi_head | {"mask_roi_extractor": extractor},
+    }
+    model = Config(config.section("model") | own)
+    for path, (types, only) in DETECTOR_TYPES.items():
+        section = model.section(*path.split("."))
+        if types:
+            expect_type(path, section, *types)
+        refuse_settings(path, section, **only)
+    return model
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Gives a resolver for each part of a detector, with what the config's ``model`` has of it."""
+
+    model: Config
+    evidence: Evidence
+
+    def resolver(
+        self, name: str, kind: type[ConfigT], default: ConfigT | None = None
+    ) -> SettingResolver[ConfigT]:
+        """The resolver of the part ``name``, whose published defaults may be its owner's."""
+        section = self.model.section(*DETECTOR_SECTIONS[name].split("."))
+        entries = {field: (field,) for field in kind.model_fields} | CONFIG_ENTRIES.get(kind, {})
+        written = {field: stated(section, *names) for field, names in entries.items()}
+        if kind is RoIConfig:
+            written["output_size"] = _pixels(written["output_size"])
+        if isinstance(written.get("strides"), (list, tuple)):
+            written["strides"] = tuple(map(_pixels, written["strides"]))
+        defaults = default.model_dump() if default else {}
+        return SettingResolver(self.evidence, kind, name, written, defaults=defaults)
+
+    def roi(self, head: str, default: RoIConfig, neck: FPNConfig, size: Any) -> RoIConfig:
+        """How regions are cut out, of ``size`` pixels a side; UNSET where weights hide it."""
+        settings = self.resolver(f"{head}.roi", RoIConfig, default)
+        settings.exact("shapes", output_size=size)
+        settings.resolve(
+            "featmap_strides",
+            accepts=lambda value: 0 < len(value) <= neck.num_outs,
+            because=f"the neck has {neck.num_outs} levels",
+        )
+        return settings.build()
+
+    def coder(self, head: str, default: BoxCoderConfig) -> BoxCoderConfig:
+        """How a head's deltas move a box."""
+        return self.resolver(f"{head}.bbox_coder", BoxCoderConfig, default).build()
+
+
+def _neck(state: Shapes, widths: Sequence[int], parts: _Parts) -> FPNConfig:
+    """The feature pyramid over outputs of ``widths`` channels."""
+    count = _count(state, "lateral_convs.")
     convs = [f"{name}.{i}.conv" for name in ("lateral_convs", "fpn_convs") for i in range(count)]
     _refuse_strange("neck", state, convs, "an FPN without normalisation or extra convolutions")
     inputs = tuple(state[f"lateral_convs.{i}.conv.weight"].shape[1] for i in range(count))
@@ -148,7 +216,7 @@ def _neck(
             f"{tuple(widths)}. Expected an FPN over all of them. If out_indices is wrong, correct "
             "it."
         )
-    settings = SettingResolver(evidence, FPNConfig, "neck", section)
+    settings = parts.resolver("neck", FPNConfig)
     outputs = state["lateral_convs.0.conv.weight"].shape[0]
     settings.exact("shapes", in_channels=inputs, out_channels=outputs)
     settings.resolve(
@@ -157,11 +225,8 @@ def _neck(
     return settings.build()
 
 
-def _rpn_head(
-    state: Shapes, neck: FPNConfig, section: Mapping[str, Any], evidence: Evidence
-) -> RPNHeadConfig:
+def _rpn_head(state: Shapes, neck: FPNConfig, parts: _Parts) -> RPNHeadConfig:
     """The region proposal head and its anchors."""
-    expect_type("rpn_head", section, "RPNHead")
     _refuse_strange(
         "rpn_head", state, ["rpn_conv", "rpn_cls", "rpn_reg"], "one convolution, scores and deltas"
     )
@@ -172,16 +237,7 @@ def _rpn_head(
             f"rpn_head makes {scores} scores for {anchors} anchors. Expected one each, a sigmoid; "
             "softmax scores are not supported."
         )
-    generator = _inner(section, "anchor_generator")
-    expect_type("rpn_head.anchor_generator", generator, "AnchorGenerator")
-    refuse_settings(
-        "rpn_head.anchor_generator",
-        generator,
-        base_sizes=None, centers=None, center_offset=0, scale_major=True,
-        octave_base_scale=None, scales_per_octave=None,
-    )  # fmt: skip
-    written = {**section, **generator, "strides": _single(stated(generator, "strides"))}
-    settings = SettingResolver(evidence, RPNHeadConfig, "rpn_head", written)
+    settings = parts.resolver("rpn_head", RPNHeadConfig)
     ratios = settings.resolve(
         "ratios",
         accepts=lambda value: len(value) > 0 and anchors % len(value) == 0,
@@ -199,18 +255,12 @@ def _rpn_head(
         because=f"the neck has {neck.num_outs} levels",
     )
     settings.exact("shapes", feat_channels=state["rpn_conv.weight"].shape[0])
-    return settings.build(bbox_coder=_coder("rpn_head", section, BoxCoderConfig(), evidence))
+    return settings.build(bbox_coder=parts.coder("rpn_head", BoxCoderConfig()))
 
 
-def _box_head(
-    state: Shapes, neck: FPNConfig, section: Mapping[str, Any], evidence: Evidence
-) -> BoxHeadConfig:
-    """The box head. ``section``: the config's ``model.roi_head``."""
-    own = _inner(section, "bbox_head")
-    expect_type("roi_head", section, "StandardRoIHead")
-    expect_type("bbox_head", own, "Shared2FCBBoxHead", "ConvFCBBoxHead", "BBoxHead")
-    refuse_settings("bbox_head", own, with_avg_pool=False, reg_decoded_bbox=False)
-    layers = len({key.split(".")[1] for key in state if key.startswith("shared_fcs.")})
+def _box_head(state: Shapes, neck: FPNConfig, parts: _Parts) -> BoxHeadConfig:
+    """The box head."""
+    layers = _count(state, "shared_fcs.")
     names = ["fc_cls", "fc_reg", *(f"shared_fcs.{i}" for i in range(layers))]
     _refuse_strange("bbox_head", state, names, "shared linear layers, classes and deltas")
     first = "shared_fcs.0.weight" if layers else "fc_cls.weight"
@@ -225,135 +275,46 @@ def _box_head(
         raise CheckpointError(
             f"bbox_head makes {deltas} deltas for {classes} classes. Expected 4, or 4 for each."
         )
-    settings = SettingResolver(evidence, BoxHeadConfig, "bbox_head", own)
+    default, settings = BoxHeadConfig(), parts.resolver("bbox_head", BoxHeadConfig)
     settings.exact("shapes", num_classes=classes)
     width = state[first].shape[0] if layers else UNSET
     settings.resolve("fc_out_channels", exact=width, matters=layers > 0)
     settings.exact("names", num_shared_fcs=layers)
     agnostic = UNSET if classes == 1 else deltas == 4
     settings.resolve("reg_class_agnostic", exact=agnostic, matters=classes > 1)
-    default, extractor = BoxHeadConfig(), _inner(section, "bbox_roi_extractor")
-    return settings.build(
-        bbox_coder=_coder("bbox_head", own, default.bbox_coder, evidence),
-        roi=_roi("bbox_head", extractor, default.roi, neck, evidence, size),
-    )
+    coder = parts.coder("bbox_head", default.bbox_coder)
+    return settings.build(bbox_coder=coder, roi=parts.roi("bbox_head", default.roi, neck, size))
 
 
-def _mask_head(
-    state: Shapes, neck: FPNConfig, classes: int, section: Mapping[str, Any], evidence: Evidence
-) -> MaskHeadConfig:
-    """The mask head. ``classes``: of the box head; ``section``: ``model.roi_head``."""
-    own = _inner(section, "mask_head")
-    expect_type("mask_head", own, "FCNMaskHead")
-    expect_type("mask_head.upsample_cfg", _inner(own, "upsample_cfg"), "deconv")
-    convs = len({key.split(".")[1] for key in state if key.startswith("convs.")})
+def _mask_head(state: Shapes, neck: FPNConfig, classes: int, parts: _Parts) -> MaskHeadConfig:
+    """The mask head of as many ``classes`` as the box head has."""
+    convs = _count(state, "convs.")
     names = ["upsample", "conv_logits", *(f"convs.{i}.conv" for i in range(convs))]
     _refuse_strange("mask_head", state, names, "plain convolutions and a deconvolution")
-    if tuple(state["upsample.weight"].shape[2:]) != (2, 2):
+    upsample = tuple(state["upsample.weight"].shape)
+    if upsample[2:] != (2, 2):
         raise CheckpointError(
-            f"mask_head.upsample has a kernel of {tuple(state['upsample.weight'].shape[2:])}. "
-            "Expected 2×2, which doubles the mask."
+            f"mask_head.upsample has a kernel of {upsample[2:]}. Expected 2×2, which doubles the "
+            "mask."
         )
     masks = state["conv_logits.weight"].shape[0]
     if masks not in (1, classes):
         raise CheckpointError(
             f"mask_head makes {masks} masks for {classes} classes. Expected one, or one for each."
         )
-    settings = SettingResolver(evidence, MaskHeadConfig, "mask_head", own)
-    settings.exact("shapes", num_classes=classes)
+    settings = parts.resolver("mask_head", MaskHeadConfig)
+    settings.exact("shapes", num_classes=classes, conv_out_channels=upsample[1])
     settings.exact("names", num_convs=convs)
     kernel = state["convs.0.conv.weight"].shape[2] if convs else UNSET
     settings.resolve("conv_kernel_size", exact=kernel, matters=convs > 0)
-    settings.exact("shapes", conv_out_channels=state["upsample.weight"].shape[1])
     agnostic = UNSET if classes == 1 else masks == 1
     settings.resolve("class_agnostic", exact=agnostic, matters=classes > 1)
-    # Without an extractor of its own it takes the box head's regions.
-    extractor = _inner(section, "mask_roi_extractor") or _inner(section, "bbox_roi_extractor")
-    roi = _roi("mask_head", extractor, MaskHeadConfig().roi, neck, evidence, UNSET)
-    return settings.build(roi=roi)
+    return settings.build(roi=parts.roi("mask_head", MaskHeadConfig().roi, neck, UNSET))
 
 
-def _roi(
-    head: str,
-    section: Mapping[str, Any],
-    default: RoIConfig,
-    neck: FPNConfig,
-    evidence: Evidence,
-    size: Any,
-) -> RoIConfig:
-    """How regions are cut out. ``size``: ``output_size``, UNSET where weights don't show it."""
-    layer = _inner(section, "roi_layer")
-    expect_type(f"{head}'s roi_extractor", section, "SingleRoIExtractor")
-    expect_type(f"{head}'s roi_layer", layer, "RoIAlign")
-    refuse_settings(f"{head}'s roi_layer", layer, aligned=True, pool_mode="avg")
-    written = {
-        **section,
-        "output_size": _pixels(stated(layer, "output_size", "out_size")),
-        "sampling_ratio": stated(layer, "sampling_ratio", "sample_num"),
-    }
-    settings = SettingResolver(
-        evidence, RoIConfig, f"{head}.roi", written, defaults=default.model_dump()
-    )
-    settings.exact("shapes", output_size=size)
-    settings.resolve(
-        "featmap_strides",
-        accepts=lambda value: 0 < len(value) <= neck.num_outs,
-        because=f"the neck has {neck.num_outs} levels",
-    )
-    return settings.build()
-
-
-def _coder(
-    head: str, section: Mapping[str, Any], default: BoxCoderConfig, evidence: Evidence
-) -> BoxCoderConfig:
-    coder = _inner(section, "bbox_coder")
-    expect_type(f"{head}.bbox_coder", coder, "DeltaXYWHBBoxCoder")
-    refuse_settings(f"{head}.bbox_coder", coder, clip_border=True, add_ctr_clamp=False)
-    written = {"means": stated(coder, "target_means"), "stds": stated(coder, "target_stds")}
-    return SettingResolver(
-        evidence, BoxCoderConfig, f"{head}.bbox_coder", written, defaults=default.model_dump()
-    ).build()
-
-
-def _test(config: Config, evidence: Evidence, *, masks: bool) -> DetectorTestConfig:
-    """``test_cfg`` of both stages: of the model, the RoI head or, in older files, the config."""
-    rpn = config.section("model", "test_cfg", "rpn") or config.section("test_cfg", "rpn")
-    rcnn = (
-        config.section("model", "test_cfg", "rcnn")
-        or config.section("test_cfg", "rcnn")
-        or config.section("model", "roi_head", "test_cfg")
-    )
-    refuse_settings("test_cfg.rpn", rpn, nms_across_levels=False)
-    kept = {"max_per_img": stated(rpn, "max_per_img", "max_num", "nms_post")}
-    first = SettingResolver(
-        evidence, RPNTestConfig, "test.rpn", rpn | kept | _suppression("rpn", rpn)
-    ).build()
-    second = SettingResolver(
-        evidence, RCNNTestConfig, "test.rcnn", rcnn | _suppression("rcnn", rcnn)
-    )
-    second.resolve("mask_thr_binary", matters=masks)
-    return DetectorTestConfig(rpn=first, rcnn=second.build())
-
-
-def _suppression(stage: str, section: Mapping[str, Any]) -> dict[str, Any]:
-    """The threshold of the ``nms`` entry, which must be plain suppression, group by group."""
-    nms = _inner(section, "nms")
-    expect_type(f"test_cfg.{stage}.nms", nms, "nms")
-    refuse_settings(f"test_cfg.{stage}.nms", nms, class_agnostic=False)
-    value = stated(nms, "iou_threshold", "iou_thr")
-    return {"nms_iou_threshold": stated(section, "nms_thr") if value is UNSET else value}
-
-
-def _inner(section: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = section.get(name)
-    return value if isinstance(value, Mapping) else {}
-
-
-def _single(strides: Any) -> Any:
-    """Strides given as pairs of equal numbers as single ones."""
-    if not isinstance(strides, (list, tuple)):
-        return strides
-    return tuple(_pixels(stride) for stride in strides)
+def _count(state: Shapes, prefix: str) -> int:
+    """How many numbered layers there are under ``prefix``."""
+    return len({key.split(".")[1] for key in state if key.startswith(prefix)})
 
 
 def _pixels(size: Any) -> Any:
