@@ -224,15 +224,16 @@ class SettingResolver(Generic[ConfigT]):
         for name, value in values.items():
             self.resolve(name, exact=value, source=source)
 
-    def build(self, **others: Any) -> ConfigT:
+    def build(self, *, matters: bool = True, **others: Any) -> ConfigT:
         """The model, its remaining fields from the user, the config or the defaults.
 
         Args:
+            matters: False if these have no effect in this network.
             others: fields that are resolved elsewhere.
         """
         for name in self.model.model_fields:
             if name not in self.values and name not in others:
-                self.resolve(name)
+                self.resolve(name, matters=matters)
         return self.model(**(self.values | others))
 
 

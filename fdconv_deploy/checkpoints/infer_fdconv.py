@@ -154,20 +154,15 @@ def _thresholds(settings: Conv, layers: Sequence[Layer]) -> None:
 
 def _spectrum(settings: Conv, dynamic: Sequence[Layer]) -> None:
     """How the spectrum is stored and cut into groups."""
-    converted = _same(dynamic, "convert_param", "converted")
-    settings.exact("names", convert_param=converted)
-    linear = _same(dynamic, "linear_mode", "linear")
-    settings.resolve(
-        "linear_mode",
-        exact=UNSET if converted is True else linear,
-        source="names",
-        matters=converted is not True,
-    )
+    settings.exact("names", convert_param=_same(dynamic, "convert_param"))
+    whole = settings.values["convert_param"] is True and bool(dynamic)
+    linear = UNSET if whole else _same(dynamic, "linear_mode")
+    settings.resolve("linear_mode", exact=linear, source="names", matters=not whole)
     lengths = {layer.attentions for layer in dynamic}
     entries = f"the kernel attentions have {_few(lengths)} entries"
     ratio = settings.resolve(
         "param_ratio",
-        exact=_same(dynamic, "param_ratio", "ratio"),
+        exact=_same(dynamic, "param_ratio"),
         accepts=lambda value: value > 0 and all(length % value == 0 for length in lengths),
         because=entries,
     )
@@ -175,9 +170,10 @@ def _spectrum(settings: Conv, dynamic: Sequence[Layer]) -> None:
     halves = [layer.out_channels // 2 for layer in dynamic]
     several = len(set(groups)) > 1
     if several and groups != halves:
-        raise CheckpointError(
+        raise _mixed(
             f"kernel_num differs between layers ({_few(groups)}) and is not half their output "
-            "channels. Expected one kernel_num for all layers, or None."
+            "channels",
+            "one kernel_num, or None,",
         )
     settings.resolve(
         "kernel_num",
@@ -198,9 +194,9 @@ def _spectrum(settings: Conv, dynamic: Sequence[Layer]) -> None:
         )
         return
     if len(cut) < len(dynamic):
-        raise CheckpointError(
-            f"{cut[0].name} stores part of its spectrum and other layers all of it. Expected one "
-            "param_reduction for all layers."
+        raise _mixed(
+            f"{cut[0].name} stores part of its spectrum and other layers all of it",
+            "one param_reduction",
         )
     kept = max(layer.kept_bins / layer.bins for layer in cut)
     _reduction(
@@ -215,8 +211,8 @@ def _spectrum(settings: Conv, dynamic: Sequence[Layer]) -> None:
 def _attention(settings: Conv, dynamic: Sequence[Layer]) -> None:
     """Kernel spatial modulation: which branches there are, their sizes, their functions."""
     there = bool(dynamic)
-    local = _same(dynamic, "use_ksm_local", "local")
-    only_kernel = _same(dynamic, "ksm_only_kernel_att", "only_kernel")
+    local = _same(dynamic, "use_ksm_local")
+    only_kernel = _same(dynamic, "ksm_only_kernel_att")
     settings.exact("names", use_ksm_local=local, ksm_only_kernel_att=only_kernel)
     _reduction(
         settings,
@@ -231,7 +227,7 @@ def _attention(settings: Conv, dynamic: Sequence[Layer]) -> None:
         because="softmax needs ksm_only_kernel_att=True, and the weights have the other attentions",
         matters=there,
     )
-    norm = _same(dynamic, "ksm_global_norm", "norm")
+    norm = _same(dynamic, "ksm_global_norm")
     settings.resolve(
         "ksm_global_norm",
         exact=norm,
@@ -268,16 +264,11 @@ def _bands(
             "'conv' only. Remove it, or give the config this checkpoint was trained with."
         )
     if len({(layer.spatial_kernel, layer.bands) for layer in banded}) > 1:
-        raise CheckpointError(
-            "Layers differ in their number of bands or in spatial_kernel. Expected one fbm_cfg for "
-            "all layers; the file mixes two networks."
-        )
+        raise _mixed("Layers differ in their number of bands or in spatial_kernel", "one fbm_cfg")
     fields = "backbone.conv.fbm_cfg"
     settings = SettingResolver(evidence, BandModulationConfig, fields, section)
     if not banded:
-        for name in BandModulationConfig.model_fields:
-            settings.resolve(name, matters=False)
-        return settings.build()
+        return settings.build(matters=False)
     buffer, saved = _saved_masks(banded)
     _band_count(settings, banded[0], given, buffer, saved)
     settings.exact("shapes", spatial_kernel=banded[0].spatial_kernel)
@@ -307,10 +298,10 @@ def _saved_masks(banded: Sequence[Layer]) -> tuple[str, SavedMasks | None]:
     name, saved = masked[0]
     for other_name, other in masked:
         if not torch.equal(saved.masks, other.masks):
-            raise CheckpointError(
+            raise _mixed(
                 f"The saved band masks differ between layers: {_described(name, saved)}, and "
-                f"{_described(other_name, other)}. Expected the same fbm_cfg for all layers; the "
-                "file mixes two networks."
+                f"{_described(other_name, other)}",
+                "the same fbm_cfg",
             )
     if saved.k_list is None:
         raise CheckpointError(
@@ -378,9 +369,7 @@ def _band_groups(settings: Bands, banded: Sequence[Layer]) -> None:
     groups = sorted({layer.spatial_group for layer in banded})
     per_channel = all(layer.spatial_group == layer.in_channels for layer in banded)
     if not per_channel and len(groups) > 1:
-        raise CheckpointError(
-            f"spatial_group differs between layers ({groups}). Expected one for all layers."
-        )
+        raise _mixed(f"spatial_group differs between layers ({groups})", "one spatial_group")
     settings.resolve(
         "spatial_group",
         # Above 64 the published code reads "one group per channel".
@@ -390,21 +379,27 @@ def _band_groups(settings: Bands, banded: Sequence[Layer]) -> None:
     )
 
 
-def _same(dynamic: Sequence[Layer], field: str, attribute: str) -> Any:
-    """The one value of an attribute that all layers have; UNSET without layers or value.
+def _same(dynamic: Sequence[Layer], field: str) -> Any:
+    """The one value of a field that all layers have; UNSET without layers or value.
 
     Raises:
         CheckpointError: layers differ.
     """
-    values = [getattr(layer, attribute) for layer in dynamic]
-    for layer, value in zip(dynamic, values, strict=True):
-        if value != values[0]:
-            raise CheckpointError(
-                f"{field} differs between layers: {dynamic[0].name} has {values[0]!r}, "
-                f"{layer.name} {value!r}. Expected one value for all FDConv layers; the file mixes "
-                "two networks."
+    values = {layer.name: getattr(layer, field) for layer in dynamic}
+    first = next(iter(values), "")
+    for name, value in values.items():
+        if value != values[first]:
+            raise _mixed(
+                f"{field} differs between layers: {first} has {values[first]!r}, {name} {value!r}",
+                "one value",
             )
-    return UNSET if not values or values[0] is None else values[0]
+    return UNSET if values.get(first) is None else values[first]
+
+
+def _mixed(found: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{found}. Expected {expected} for all FDConv layers; the file mixes two networks."
+    )
 
 
 def _reduction(

@@ -32,9 +32,9 @@ class Layer:
 
     ``attentions`` is kernel_num × param_ratio, the length of the kernel attention, and
     ``hidden`` the channels of the attention's hidden layer; both 0 for a plain layer, as
-    everything after them. ``ratio`` is None when the file does not show param_ratio. ``norm`` is
-    that of the attention's hidden layer. ``masks`` and ``indices`` are there if the file saves
-    them, and not without their values.
+    everything after them. What is named as a field of :class:`FDConvConfig` is that field, None
+    where the file does not show it. ``masks`` and ``indices`` are there if the file saves them,
+    and not without their values.
     """
 
     name: str
@@ -44,16 +44,16 @@ class Layer:
     dynamic: bool
     attentions: int = 0
     hidden: int = 0
-    ratio: int | None = None
+    param_ratio: int | None = None
     spectrum: tuple[int, ...] = ()
-    converted: bool = True
-    linear: bool = False
-    local: bool = False
-    only_kernel: bool = False
+    convert_param: bool = True
+    linear_mode: bool = False
+    use_ksm_local: bool = False
+    ksm_only_kernel_att: bool = False
     bands: int = 0
     spatial_group: int = 0
     spatial_kernel: int = 0
-    norm: AttentionNorm = "batch"
+    ksm_global_norm: AttentionNorm = "batch"
     masks: SavedMasks | None = field(default=None, compare=False, repr=False)
     indices: Tensor | None = field(default=None, compare=False, repr=False)
 
@@ -173,16 +173,16 @@ def _dynamic_layer(state: Shapes, name: str) -> Layer:
         dynamic=True,
         attentions=shapes.get("KSM_Global.kernel_fc.weight", (1,))[0],
         hidden=hidden,
-        ratio=spectrum[0] if spectrum else None,
+        param_ratio=spectrum[0] if spectrum else None,
         spectrum=spectrum,
-        converted=bool(spectrum),
-        linear=not spectrum and len(shapes["weight"]) == 2,
-        local=local is not None,
-        only_kernel="KSM_Global.filter_fc.weight" not in own,
+        convert_param=bool(spectrum),
+        linear_mode=not spectrum and len(shapes["weight"]) == 2,
+        use_ksm_local=local is not None,
+        ksm_only_kernel_att="KSM_Global.filter_fc.weight" not in own,
         bands=len(bands),
         spatial_group=group,
         spatial_kernel=spatial,
-        norm="batch" if stored & {"running_mean", "running_var"} else norm,
+        ksm_global_norm="batch" if stored & {"running_mean", "running_var"} else norm,
         masks=None if masks is None or masks.is_meta else _saved_masks(name, masks),
         indices=None if indices is None or indices.is_meta else indices,
     )

@@ -264,7 +264,7 @@ def _layer(state: Shapes, layer: Layer, ratio: int, macs: dict[str, int] | None)
         in_channels=layer.in_channels,
         out_channels=layer.out_channels,
         kernel=layer.kernel,
-        kernel_num=layer.attentions // (layer.ratio or ratio) if layer.dynamic else None,
+        kernel_num=layer.attentions // (layer.param_ratio or ratio) if layer.dynamic else None,
         parameters=parameters(part(state, f"{layer.name}.")),
         spectrum_bytes=model_size.spectrum_bytes(layer, ratio),
         macs=None if macs is None else sum(macs.values()),

@@ -116,7 +116,7 @@ def spectrum_bytes(layer: Layer, ratio: int) -> int:
         layer: any convolution.
         ratio: ``param_ratio`` where the layer's tensors do not show it.
     """
-    return (layer.ratio or ratio) * layer.kept_bins * 2 * 4 if layer.dynamic else 0
+    return (layer.param_ratio or ratio) * layer.kept_bins * 2 * 4 if layer.dynamic else 0
 
 
 def published_buffer_bytes(

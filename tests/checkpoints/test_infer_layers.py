@@ -49,11 +49,11 @@ def test_layer_of_every_published_kind_is_understood(oracle: Path) -> None:
             groups = arguments["out_channels"] // 2
         assert layer.attentions == groups * ratio, file
         converted = arguments.get("convert_param", True)
-        assert layer.converted == converted, file
-        assert layer.ratio == (ratio if converted else None), file
-        assert layer.linear == (arguments.get("linear_mode", False) and not converted), file
-        assert layer.local == arguments.get("use_ksm_local", True), file
-        assert layer.only_kernel == arguments.get("ksm_only_kernel_att", False), file
+        assert layer.convert_param == converted, file
+        assert layer.param_ratio == (ratio if converted else None), file
+        assert layer.linear_mode == (arguments.get("linear_mode", False) and not converted), file
+        assert layer.use_ksm_local == arguments.get("use_ksm_local", True), file
+        assert layer.ksm_only_kernel_att == arguments.get("ksm_only_kernel_att", False), file
         kept = int(layer.bins * min(arguments.get("param_reduction", 1.0), 1.0))
         assert layer.kept_bins == kept, file
     assert seen > 40

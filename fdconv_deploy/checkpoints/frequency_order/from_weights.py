@@ -79,7 +79,7 @@ def order_of_weights(state: Shapes, layers: Sequence[Layer] | None = None) -> We
         layers: its convolutions, if they are known.
     """
     dynamic = [layer for layer in layers or conv_layers(state) if layer.dynamic]
-    stored = [layer for layer in dynamic if layer.converted]
+    stored = [layer for layer in dynamic if layer.convert_param]
     if not stored:
         what = "they store kernels, not spectra" if dynamic else "there is no FDConv layer"
         return WeightEvidence(order=None, reason=f"The weights do not show the order: {what}.")
@@ -185,7 +185,7 @@ def _pairs_of(state: Mapping[str, Tensor], layer: Layer, order: NamedOrder) -> l
     bins = torch.cat([upper * half + column for column in mirrored])
     mirrors = torch.cat([(rows - upper) * half + column for column in mirrored])
     both = (rank[bins] >= 0) & (rank[mirrors] >= 0)
-    ratio = layer.ratio or 1
+    ratio = layer.param_ratio or 1
     size = kept // (layer.attentions // ratio)
     split = (both & (rank[bins] // size != rank[mirrors] // size)).numpy()
     # A cut spectrum is stored by rank, a whole one by place.
