@@ -59,9 +59,7 @@ class _ImportedName(str):
 
 
 class _UnreadableError(Exception):
-    def __init__(self, reason: str, node: ast.AST) -> None:
-        super().__init__(reason)
-        self.value = Unreadable(reason, getattr(node, "lineno", 0))
+    """Why an expression, or an inner one that it depends on, could not be read."""
 
 
 @dataclass(frozen=True)
@@ -317,7 +315,7 @@ class _Reader:
         try:
             return self._evaluate(node, depth + 1)
         except _UnreadableError as error:
-            return error.value
+            return Unreadable(str(error), node.lineno)
         except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             return Unreadable(f"{type(error).__name__}: {error}"[:120], node.lineno)
 
@@ -325,27 +323,25 @@ class _Reader:
         """A value that the whole depends on: if it cannot be read, neither can the whole."""
         value = self._value(node, depth)
         if isinstance(value, Unreadable):
-            raise _UnreadableError(value.reason, node)
+            raise _UnreadableError(value.reason)
         return value
 
     def _evaluate(self, node: ast.expr, depth: int) -> Any:
         match node:
+            case ast.Constant(value=str(value)) if "{{" in value:
+                raise _UnreadableError(_OTHER_FILE)
             case ast.Constant(value=value):
-                if isinstance(value, str) and "{{" in value:
-                    raise _UnreadableError(_OTHER_FILE, node)
-                if _is_giant(value):
-                    raise _UnreadableError(_GIANT, node)
-                return printable(value)
+                return printable(_small(value))
             case ast.Name(id=name):
                 if name in self.names:
                     return self.names[name]
-                raise _UnreadableError(f"the name {name!r} is not assigned in the text", node)
+                raise _UnreadableError(f"the name {name!r} is not assigned in the text")
             case ast.List(elts=items):
                 return self._items(items, depth)
             case ast.Tuple(elts=items):
                 return tuple(self._items(items, depth))
             case ast.Set(elts=[ast.Set()]):
-                raise _UnreadableError(_OTHER_FILE, node)
+                raise _UnreadableError(_OTHER_FILE)
             case ast.Set(elts=items):
                 return set(self._items(items, depth))
             case ast.Dict(keys=keys, values=values):
@@ -357,12 +353,9 @@ class _Reader:
                 ]
                 return start | self._pairs(given, depth)
             case ast.Call(func=ast.Name(id=name), args=[arg], keywords=[]) if name in _CALLS:
-                made = _CALLS[name](self._needed(arg, depth))
-                if _is_giant(made):
-                    raise _UnreadableError(_GIANT, node)
-                return made
+                return _small(_CALLS[name](self._needed(arg, depth)))
             case ast.Call(func=func):
-                raise _UnreadableError(f"a call of {ast.unparse(func)[:60]}", node)
+                raise _UnreadableError(f"a call of {ast.unparse(func)[:60]}")
             case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
                 return _UNARY[type(op)](self._needed(operand, depth))
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
@@ -372,7 +365,7 @@ class _Reader:
                 return _item(self._needed(owner, depth), name)
             case ast.Subscript(value=owner, slice=index):
                 return _item(self._needed(owner, depth), self._needed(index, depth))
-        raise _UnreadableError(f"{type(node).__name__} is code, not data", node)
+        raise _UnreadableError(f"{type(node).__name__} is code, not data")
 
     def _items(self, nodes: list[ast.expr], depth: int) -> list[Any]:
         result: list[Any] = []
@@ -380,12 +373,12 @@ class _Reader:
             if isinstance(node, ast.Starred):
                 spread = self._value(node.value, depth)
                 if not isinstance(spread, (list, tuple)):
-                    raise _UnreadableError("a * of something that is not a list", node)
+                    raise _UnreadableError("a * of something that is not a list")
                 result.extend(spread)
             else:
                 result.append(_data(self._value(node, depth), node))
             if len(result) > MAX_ITEMS:
-                raise _UnreadableError(f"a list of more than {MAX_ITEMS} items", node)
+                raise _UnreadableError(f"a list of more than {MAX_ITEMS} items")
         return result
 
     def _pairs(self, pairs: list[tuple[ast.expr | None, ast.expr]], depth: int) -> dict[Any, Any]:
@@ -398,6 +391,13 @@ class _Reader:
             item = self._value(value, depth)
             result[name] = item if name == "type" else _data(item, value)
         return result
+
+
+def _small(value: Any) -> Any:
+    """``value``, unless it is an integer of more than 64 bits."""
+    if _is_giant(value):
+        raise _UnreadableError(_GIANT)
+    return value
 
 
 def _data(value: Any, node: ast.expr) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, get_args
@@ -11,6 +12,7 @@ from fdconv_deploy.checkpoints.evidence import (
     UNSET,
     Evidence,
     SettingResolver,
+    refuse_settings,
     stated,
     type_of,
 )
@@ -22,17 +24,22 @@ Head = SettingResolver[HeadConfig]
 SUPPORTED: tuple[HeadType, ...] = get_args(HeadType)
 _SUPPORTED = f"Supported decode heads: {', '.join(SUPPORTED)}."
 
-# Modules each head has, and those that depend on its settings. All have conv_seg.
+# Modules each head has, and those that depend on its settings.
 _MODULES: dict[HeadType, tuple[set[str], set[str]]] = {
-    "UPerHead": ({"psp_modules", "bottleneck", "fpn_bottleneck"}, {"lateral_convs", "fpn_convs"}),
-    "FCNHead": (set(), {"convs", "conv_cat"}),
-    "PSPHead": ({"psp_modules", "bottleneck"}, set()),
-    "ASPPHead": ({"image_pool", "aspp_modules", "bottleneck"}, set()),
+    "UPerHead": (
+        {"psp_modules", "bottleneck", "fpn_bottleneck", "conv_seg"},
+        {"lateral_convs", "fpn_convs"},
+    ),
+    "FCNHead": ({"conv_seg"}, {"convs", "conv_cat"}),
+    "PSPHead": ({"psp_modules", "bottleneck", "conv_seg"}, set()),
+    "ASPPHead": ({"image_pool", "aspp_modules", "bottleneck", "conv_seg"}, set()),
     "DepthwiseSeparableASPPHead": (
-        {"image_pool", "aspp_modules", "bottleneck", "sep_bottleneck"},
+        {"image_pool", "aspp_modules", "bottleneck", "sep_bottleneck", "conv_seg"},
         {"c1_bottleneck"},
     ),
 }
+# The convolution that takes the backbone's feature map, of the first module there is.
+_FIRST_CONVOLUTIONS = ("psp_modules.0.1.conv", "image_pool.1.conv", "convs.0.conv", "conv_cat.conv")
 # Modules that only one of the other heads has: to refuse it by its name.
 _OTHER_HEADS = {
     "ANNHead": {"fusion", "context"},
@@ -73,6 +80,7 @@ _STOCK_BACKBONE: dict[str, Any] = {
     "contract_dilation": True,
 }
 _STOCK_DILATIONS = (1, 12, 24, 36)
+_BRANCH = re.compile(r"aspp_modules\.(\d+)\.(?:depthwise_conv\.)?conv\.weight$")
 
 
 def stock_backbone(state: Shapes) -> dict[str, Any]:
@@ -113,17 +121,24 @@ def infer_head(
             weights.
     """
     kind = _head_type(state, name, section, evidence.overrides.get(f"{name}.type"))
-    _refuse_unsupported(kind, name, section)
+    norm, activation, transform = (
+        stated(section, entry) for entry in ("norm_cfg", "act_cfg", "input_transform")
+    )
+    activation = type_of(activation) if isinstance(activation, Mapping) else activation
+    refuse_settings(name, {"act_cfg": activation}, act_cfg="ReLU")
+    if kind == "UPerHead" and transform != "multiple_select":
+        # It takes each feature map by itself.
+        refuse_settings(name, section, input_transform=None)
     written = {
         **section,
         "type": type_of(section) or UNSET,
-        "norm": _entry(section, "norm_cfg", lambda value: value is not None),
-        "in_channels": _entry(section, "in_channels", _several),
-        "in_index": _entry(section, "in_index", lambda value: _positive(value, len(widths))),
+        "norm": UNSET if norm is UNSET else norm is not None,
+        "in_channels": _several(stated(section, "in_channels")),
+        "in_index": _positive(stated(section, "in_index"), len(widths)),
     }
     settings: Head = SettingResolver(evidence, HEAD_CONFIGS[kind], name, written)
-    outputs, channels = _shape(state, "conv_seg.weight")[:2]
     settings.resolve("type", kind=HeadType, exact=kind, source="names")
+    outputs, channels = _shape(state, "conv_seg.weight")[:2]
     settings.exact("shapes", channels=channels)
     _outputs(settings, name, outputs, class_count)
     _norm(settings, state, name)
@@ -224,12 +239,12 @@ def _inputs(
             for key in state
             if key.startswith("lateral_convs.") and key.endswith(".conv.weight")
         )
-        taken = [width for _, width in laterals] + [_channels_in(state, kind)]
+        taken = [width for _, width in laterals] + [_channels_in(state)]
         foreign = next((width for width in taken if width not in widths), None)
         outputs = tuple(list(widths).index(width) for width in taken if foreign is None)
         settings.values["input_transform"] = None
     else:
-        channels = _channels_in(state, kind)
+        channels = _channels_in(state)
         sets = (c for n in range(1, len(widths) + 1) for c in combinations(range(len(widths)), n))
         outputs = next((c for c in sets if sum(widths[i] for i in c) == channels), ())
         foreign = None if outputs else channels
@@ -264,17 +279,13 @@ def _inputs(
     settings.exact("shapes", in_channels=tuple(widths[i] for i in index))
 
 
-def _channels_in(state: Shapes, kind: HeadType) -> int:
+def _channels_in(state: Shapes) -> int:
     """Channels of the one feature map the head takes, maps it joins together; UPerHead's last."""
-    if kind in ("UPerHead", "PSPHead"):
-        return _shape(state, "psp_modules.0.1.conv.weight")[1]
-    if kind in ("ASPPHead", "DepthwiseSeparableASPPHead"):
-        return _shape(state, "image_pool.1.conv.weight")[1]
-    if "convs.0.conv.weight" in state:
-        return _shape(state, "convs.0.conv.weight")[1]
-    if "conv_cat.conv.weight" in state:  # no convs: the input is concatenated to itself
-        return _shape(state, "conv_cat.conv.weight")[1] // 2
-    return _shape(state, "conv_seg.weight")[1]
+    modules = _modules(state)
+    first = next((c for c in _FIRST_CONVOLUTIONS if c.split(".")[0] in modules), "conv_seg")
+    channels = _shape(state, f"{first}.weight")[1]
+    # Without convs before conv_cat, the input is concatenated to itself.
+    return channels // 2 if first == "conv_cat.conv" else channels
 
 
 def _pool_scales(settings: Head, state: Shapes) -> None:
@@ -305,12 +316,8 @@ def _fcn(settings: Head, state: Shapes) -> None:
 
 def _dilations(settings: Head, state: Shapes, *, stock: bool) -> None:
     """ASPP's dilations: a branch of dilation 1 has a 1×1 kernel, the others 3×3."""
-    single: dict[int, bool] = {}
-    for key, value in state.items():
-        if key.startswith("aspp_modules.") and key.endswith(".conv.weight") and value.ndim == 4:
-            number = key.split(".")[1]
-            if number.isdigit() and ".pointwise_conv." not in key:
-                single[int(number)] = value.shape[2] == 1
+    matches = ((_BRANCH.match(key), value) for key, value in state.items() if value.ndim == 4)
+    single = {int(found[1]): value.shape[2] == 1 for found, value in matches if found}
     ones = [single[i] for i in sorted(single)]
     kernels = ", ".join("1×1" if one else "3×3" for one in ones)
     settings.resolve(
@@ -334,28 +341,6 @@ def _finer_map(settings: Head, state: Shapes, name: str, widths: Sequence[int]) 
             "it."
         )
     settings.exact("shapes", c1_in_channels=into, c1_channels=out)
-
-
-def _refuse_unsupported(kind: HeadType, name: str, section: Mapping[str, Any]) -> None:
-    activation = stated(section, "act_cfg")
-    if activation is not UNSET:
-        found = type_of(activation) if isinstance(activation, Mapping) else activation
-        if found != "ReLU":
-            raise CheckpointError(
-                f"{name} has act_cfg={found} in the config. Expected ReLU; other activations are "
-                "not supported."
-            )
-    transform = stated(section, "input_transform")
-    if kind == "UPerHead" and transform not in (UNSET, None, "multiple_select"):
-        raise CheckpointError(
-            f"{name} is a UPerHead with input_transform={transform!r} in the config. Expected none "
-            "there: it takes each feature map by itself."
-        )
-
-
-def _entry(section: Mapping[str, Any], name: str, converted: Any) -> Any:
-    value = stated(section, name)
-    return UNSET if value is UNSET else converted(value)
 
 
 def _several(value: Any) -> Any:
@@ -387,10 +372,8 @@ def _type_by_names(state: Shapes) -> HeadType | None:
     modules = set(_modules(state))
     if any(".depthwise_conv." in key for key in state if key.startswith("convs.")):
         return None  # DepthwiseSeparableFCNHead
-    for kind, (needed, possible) in _MODULES.items():
-        if needed | {"conv_seg"} <= modules <= needed | possible | {"conv_seg"}:
-            return kind
-    return None
+    fitting = (k for k, (own, more) in _MODULES.items() if own <= modules <= own | more)
+    return next(fitting, None)
 
 
 def _head_type(
@@ -402,7 +385,8 @@ def _head_type(
         CheckpointError: another head, or FDConv layers in it.
     """
     found, written = _type_by_names(state), type_of(section)
-    other = "" if found else (written if written not in SUPPORTED else "") or _other_head(state)
+    foreign = written if written not in SUPPORTED else ""
+    other = "" if found else foreign or _other_head(state)
     dynamic = dynamic_names(state)
     if dynamic and not other:
         raise CheckpointError(
@@ -421,7 +405,7 @@ def _head_type(
             f"{name} is {f'a {other}' if other else 'of an unknown type'}: it has {modules}. Such "
             f"heads are not supported yet. {_SUPPORTED}"
         )
-    if written and written not in SUPPORTED and override is None:
+    if foreign and override is None:
         raise CheckpointError(
             f"{name} is a {written} in the config, which is not supported. {_SUPPORTED} "
             f"Its tensors are named as {found}'s: if it computes the same, set {name}.type={found}."
@@ -463,16 +447,16 @@ def _modules(state: Shapes) -> list[str]:
 
 def _extra(state: Shapes, name: str) -> str:
     """What there is beside a whole supported head; empty if there is no such head."""
-    modules = _modules(state)
-    # The one with the most modules: FCNHead's own, none but conv_seg, are in every head.
-    for kind, (needed, possible) in sorted(_MODULES.items(), key=lambda item: -len(item[1][0])):
-        if needed and needed | {"conv_seg"} <= set(modules):
-            own = needed | possible | {"conv_seg"}
-            found = [f"{name}.{key}" for key in state if key.split(".")[0] not in own]
-            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-            shown = f"{', '.join(found[:5])}{more}"
-            return f"all of a {kind}, and {len(found)} tensors left over: {shown}"
-    return ""
+    modules = set(_modules(state))
+    # The one with the most modules: FCNHead's own, conv_seg alone, are in every head.
+    whole = [kind for kind, (needed, _) in _MODULES.items() if {"conv_seg"} < needed <= modules]
+    if not whole:
+        return ""
+    kind = max(whole, key=lambda kind: len(_MODULES[kind][0]))
+    own = set.union(*_MODULES[kind])
+    found = [f"{name}.{key}" for key in state if key.split(".")[0] not in own]
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return f"all of a {kind}, and {len(found)} tensors left over: {', '.join(found[:5])}{more}"
 
 
 def _other_head(state: Shapes) -> str:

@@ -135,14 +135,10 @@ def infer_config(
         CheckpointError: it is none of them, or contradicts its config.
     """
     kind = kind_of(state)
-    if kind == "segmentor":
-        return infer_segmentor_config(state, config=config, meta=meta, overrides=overrides)
-    if kind == "detector":
-        return infer_detector_config(state, config=config, meta=meta, overrides=overrides)
-    if kind == "unknown":
-        names = ", ".join(list(state)[:3])
-        raise CheckpointError(f"None of its names is of a network known here: {names}…")
-    return infer_backbone_only(state, config=config, overrides=overrides)
+    if kind in ("backbone", "classifier"):
+        return infer_backbone_only(state, config=config, overrides=overrides)
+    infer = infer_detector_config if kind == "detector" else infer_segmentor_config
+    return infer(state, config=config, meta=meta, overrides=overrides)
 
 
 def recorded_weights(manifest: Manifest, checkpoint: str | Path) -> str | None:

@@ -151,7 +151,7 @@ def test_segmentor_that_weights_describe_needs_no_config() -> None:
         (
             {},
             {"model": {"decode_head": {"input_transform": "resize_concat"}}},
-            "input_transform='resize_concat'",
+            "input_transform=resize_concat",
         ),
         ({}, {"model": {"type": "CascadeEncoderDecoder"}}, "is a CascadeEncoderDecoder"),
         ({}, {"model": {"test_cfg": {"mode": "slide"}}}, "test.crop_size is not known"),
