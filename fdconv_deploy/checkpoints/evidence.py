@@ -69,7 +69,8 @@ class Evidence:
     Args:
         overrides: values the user gave, by dotted field names (``backbone.style``) or as nested
             dicts.
-        notes: of the config that was read.
+        config: from the checkpoint or the user; its notes are the first for the user.
+        meta: the checkpoint's meta data, for class names and palette.
 
     Attributes:
         settings: in the order in which they were resolved.
@@ -78,11 +79,15 @@ class Evidence:
     """
 
     def __init__(
-        self, overrides: Mapping[str, Any] | None = None, notes: tuple[str, ...] = ()
+        self,
+        overrides: Mapping[str, Any] | None = None,
+        config: Config | None = None,
+        meta: Mapping[str, Any] | None = None,
     ) -> None:
         self.overrides = _flat(overrides or {})
+        self.config, self.meta = config or Config(), meta or {}
         self.settings: list[Setting] = []
-        self.notes = list(notes)
+        self.notes = list(self.config.notes)
         self.fields: set[str] = set()
 
     def inference(self, architecture: ConfigT) -> Inference[ConfigT]:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.evidence import (
     UNSET,
     Evidence,
@@ -25,17 +24,13 @@ _BLOCK = re.compile(r"layer(\d+)\.(\d+)\.conv\d$")
 
 
 def infer_backbone(
-    state: Shapes,
-    config: Config,
-    evidence: Evidence,
-    stock: Mapping[str, Any] | None = None,
+    state: Shapes, evidence: Evidence, stock: Mapping[str, Any] | None = None
 ) -> BackboneConfig:
     """The backbone, by its names and shapes and the config's ``model.backbone``.
 
     Args:
         state: the backbone's tensors, names without ``backbone.``; only shapes are read.
-        config: the whole network's; it may be empty.
-        evidence: takes the settings.
+        evidence: has the config and takes the settings.
         stock: settings of the stock config this network is probably of, where they differ from
             the defaults; taken if there is no section.
 
@@ -44,11 +39,11 @@ def infer_backbone(
             way than by BatchNorm, or the config or the user contradicts the weights.
     """
     _refuse_a_start(state)
-    section = config.section("model", "backbone")
+    section = evidence.config.section("model", "backbone")
     layers = {layer.name: layer for layer in conv_layers(state)}
     _check_is_resnet(layers, section)
     for owner in ("backbone", "decode_head"):
-        norm = config.section("model", owner, "norm_cfg")
+        norm = evidence.config.section("model", owner, "norm_cfg")
         expect_type(f"{owner}.norm_cfg", norm, "BN", "BN2d", "SyncBN", "MMSyncBN", "BatchNorm2d")
         refuse_settings(f"{owner}.norm_cfg", norm, eps=1e-5)
     blocks = _blocks(layers)

@@ -5,33 +5,34 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from fdconv_deploy.checkpoints.config_parser import Config
-from fdconv_deploy.checkpoints.evidence import CHECKPOINT_META, UNSET, SettingResolver, stated
+from fdconv_deploy.checkpoints.evidence import (
+    CHECKPOINT_META,
+    UNSET,
+    Evidence,
+    SettingResolver,
+    stated,
+)
 
 
 def infer_classes(
-    settings: SettingResolver[Any],
-    counts: Collection[int],
-    config: Config,
-    meta: Mapping[str, Any],
-    *,
-    head: str = "decode head",
+    settings: SettingResolver[Any], counts: Collection[int], head: str = "decode head"
 ) -> None:
     """Resolve ``classes`` and ``palette``: the checkpoint's meta, else the config's dataset.
+
+    The meta has them as ``dataset_meta``, ``CLASSES`` or ``PALETTE``, a dataset as mmengine's
+    ``metainfo`` or in mmcv 1.x's ``data``.
 
     Args:
         settings: of the whole network.
         counts: how many classes the head has. More than one number for a head with one output:
             its labels are 0 and 1, and a dataset may name both, or 1 alone.
-        config: whose dataset may name them, in mmengine's ``metainfo`` or mmcv 1.x's ``data``.
-        meta: the checkpoint's meta, whose ``dataset_meta``, ``CLASSES`` or ``PALETTE`` may.
         head: what to call the head in an error.
 
     Raises:
         CheckpointError: there are not as many names as the head has classes.
     """
     classes = " or ".join(map(str, sorted(counts)))
-    names, origin = _labels("classes", config, meta)
+    names, origin = _labels("classes", settings.evidence)
     found = settings.resolve(
         "classes",
         config=names,
@@ -41,7 +42,7 @@ def infer_classes(
     )
     # As many colours as there are names.
     wanted = {len(found)} if found else set(counts)
-    palette, origin = _labels("palette", config, meta)
+    palette, origin = _labels("palette", settings.evidence)
     if palette is not UNSET and not _is_palette(palette, wanted):
         settings.evidence.notes.append(
             f"The palette in {origin} is not one RGB colour for each of the {classes} classes; "
@@ -58,14 +59,15 @@ def infer_classes(
     )
 
 
-def count_names(config: Config, meta: Mapping[str, Any]) -> int:
+def count_names(evidence: Evidence) -> int:
     """How many class names the checkpoint's meta or the config has; 0 for none."""
-    names, _ = _labels("classes", config, meta)
+    names, _ = _labels("classes", evidence)
     return 0 if names is UNSET else len(names)
 
 
-def _labels(name: str, config: Config, meta: Mapping[str, Any]) -> tuple[Any, str]:
+def _labels(name: str, evidence: Evidence) -> tuple[Any, str]:
     """The list of that name in the checkpoint's meta or the config, and which of them has it."""
+    config, meta = evidence.config, evidence.meta
     for place in (meta.get("dataset_meta"), meta):
         if isinstance(place, Mapping):
             for key in (name, name.upper()):

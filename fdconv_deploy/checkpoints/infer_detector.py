@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fdconv_deploy.checkpoints.config_parser import Config
@@ -68,23 +67,23 @@ def infer_detector_config(
     """
     config = config or Config()
     _check_kind(state, config)
-    evidence = Evidence(_without_mode(overrides or {}), config.notes)
-    backbone = infer_backbone(part(state, "backbone."), config, evidence)
+    evidence = Evidence(_without_mode(overrides or {}), config, meta)
+    backbone = infer_backbone(part(state, "backbone."), evidence)
     if backbone.in_channels != 3:
         raise CheckpointError(
             f"it is a detector whose images have {backbone.in_channels} bands. Expected 3: "
             "detectors of other images are not supported."
         )
-    parts = _Parts(_model(config), evidence)
-    neck = _neck(part(state, "neck."), backbone.output_widths, parts)
-    rpn_head = _rpn_head(part(state, "rpn_head."), neck, parts)
-    bbox_head = _box_head(part(state, "roi_head.bbox_head."), neck, parts)
+    evidence.config = _checked(config)
+    neck = _neck(part(state, "neck."), backbone.output_widths, evidence)
+    rpn_head = _rpn_head(part(state, "rpn_head."), neck, evidence)
+    bbox_head = _box_head(part(state, "roi_head.bbox_head."), neck, evidence)
     classes, tensors = bbox_head.num_classes, part(state, "roi_head.mask_head.")
-    mask_head = _mask_head(tensors, neck, classes, parts) if tensors else None
-    rcnn = parts.resolver("test.rcnn", RCNNTestConfig)
+    mask_head = _mask_head(tensors, neck, classes, evidence) if tensors else None
+    rcnn = _resolver(evidence, "test.rcnn", RCNNTestConfig)
     rcnn.resolve("mask_thr_binary", matters=mask_head is not None)
     settings = SettingResolver(evidence, DetectorConfig, "", {})
-    infer_classes(settings, {classes}, config, meta or {}, head="box head")
+    infer_classes(settings, {classes}, "box head")
     architecture = settings.build(
         backbone=backbone,
         neck=neck,
@@ -92,12 +91,10 @@ def infer_detector_config(
         bbox_head=bbox_head,
         mask_head=mask_head,
         test=DetectorTestConfig(
-            rpn=parts.resolver("test.rpn", RPNTestConfig).build(), rcnn=rcnn.build()
+            rpn=_resolver(evidence, "test.rpn", RPNTestConfig).build(), rcnn=rcnn.build()
         ),
         # A graph's input is padded to multiples of 32, as published.
-        preprocessing=infer_preprocessing(
-            config, evidence, scale=PUBLISHED_SCALE, harmless=("Pad",)
-        ),
+        preprocessing=infer_preprocessing(evidence, scale=PUBLISHED_SCALE, harmless=("Pad",)),
     )
     return evidence.inference(architecture)
 
@@ -140,8 +137,8 @@ def _check_kind(state: Shapes, config: Config) -> None:
         )
 
 
-def _model(config: Config) -> Config:
-    """The config's ``model``, with ``test_cfg`` of both stages, and nothing not known here.
+def _checked(config: Config) -> Config:
+    """The config with ``test_cfg`` of both stages in its ``model``.
 
     Raises:
         CheckpointError: a section is of another type, or is set to what is not built here.
@@ -158,53 +155,50 @@ def _model(config: Config) -> Config:
         "test_cfg": {"rpn": rpn, "rcnn": rcnn},
         "roi_head": roi_head | {"mask_roi_extractor": extractor},
     }
-    model = Config(config.section("model") | own)
+    checked = Config(config.values | {"model": config.section("model") | own}, config.notes)
     for path, (types, only) in DETECTOR_TYPES.items():
-        section = model.section(*path.split("."))
+        section = checked.section("model", *path.split("."))
         if types:
             expect_type(path, section, *types)
         refuse_settings(path, section, **only)
-    return model
+    return checked
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """Gives a resolver for each part of a detector, with what the config's ``model`` has of it."""
-
-    model: Config
-    evidence: Evidence
-
-    def resolver(
-        self, name: str, kind: type[ConfigT], default: ConfigT | None = None
-    ) -> SettingResolver[ConfigT]:
-        """The resolver of the part ``name``, whose published defaults may be its owner's."""
-        section = self.model.section(*DETECTOR_SECTIONS[name].split("."))
-        entries = {field: (field,) for field in kind.model_fields} | CONFIG_ENTRIES.get(kind, {})
-        written = {field: stated(section, *names) for field, names in entries.items()}
-        if kind is RoIConfig:
-            written["output_size"] = _pixels(written["output_size"])
-        if isinstance(written.get("strides"), (list, tuple)):
-            written["strides"] = tuple(map(_pixels, written["strides"]))
-        defaults = default.model_dump() if default else {}
-        return SettingResolver(self.evidence, kind, name, written, defaults=defaults)
-
-    def roi(self, head: str, default: RoIConfig, neck: FPNConfig, size: Any) -> RoIConfig:
-        """How regions are cut out, of ``size`` pixels a side; UNSET where weights hide it."""
-        settings = self.resolver(f"{head}.roi", RoIConfig, default)
-        settings.exact("shapes", output_size=size)
-        settings.resolve(
-            "featmap_strides",
-            accepts=lambda value: 0 < len(value) <= neck.num_outs,
-            because=f"the neck has {neck.num_outs} levels",
-        )
-        return settings.build()
-
-    def coder(self, head: str, default: BoxCoderConfig) -> BoxCoderConfig:
-        """How a head's deltas move a box."""
-        return self.resolver(f"{head}.bbox_coder", BoxCoderConfig, default).build()
+def _resolver(
+    evidence: Evidence, name: str, kind: type[ConfigT], default: ConfigT | None = None
+) -> SettingResolver[ConfigT]:
+    """The resolver of the part ``name``, whose published defaults may be its owner's."""
+    section = evidence.config.section("model", *DETECTOR_SECTIONS[name].split("."))
+    entries = {field: (field,) for field in kind.model_fields} | CONFIG_ENTRIES.get(kind, {})
+    written = {field: stated(section, *names) for field, names in entries.items()}
+    if kind is RoIConfig:
+        written["output_size"] = _pixels(written["output_size"])
+    if isinstance(written.get("strides"), (list, tuple)):
+        written["strides"] = tuple(map(_pixels, written["strides"]))
+    defaults = default.model_dump() if default else {}
+    return SettingResolver(evidence, kind, name, written, defaults=defaults)
 
 
-def _neck(state: Shapes, widths: Sequence[int], parts: _Parts) -> FPNConfig:
+def _roi(
+    evidence: Evidence, head: str, default: RoIConfig, neck: FPNConfig, size: Any
+) -> RoIConfig:
+    """How regions are cut out, of ``size`` pixels a side; UNSET where weights don't show it."""
+    settings = _resolver(evidence, f"{head}.roi", RoIConfig, default)
+    settings.exact("shapes", output_size=size)
+    settings.resolve(
+        "featmap_strides",
+        accepts=lambda value: 0 < len(value) <= neck.num_outs,
+        because=f"the neck has {neck.num_outs} levels",
+    )
+    return settings.build()
+
+
+def _coder(evidence: Evidence, head: str, default: BoxCoderConfig) -> BoxCoderConfig:
+    """How a head's deltas move a box."""
+    return _resolver(evidence, f"{head}.bbox_coder", BoxCoderConfig, default).build()
+
+
+def _neck(state: Shapes, widths: Sequence[int], evidence: Evidence) -> FPNConfig:
     """The feature pyramid over outputs of ``widths`` channels."""
     count = _count(state, "lateral_convs.")
     convs = [f"{name}.{i}.conv" for name in ("lateral_convs", "fpn_convs") for i in range(count)]
@@ -216,7 +210,7 @@ def _neck(state: Shapes, widths: Sequence[int], parts: _Parts) -> FPNConfig:
             f"{tuple(widths)}. Expected an FPN over all of them. If out_indices is wrong, correct "
             "it."
         )
-    settings = parts.resolver("neck", FPNConfig)
+    settings = _resolver(evidence, "neck", FPNConfig)
     outputs = state["lateral_convs.0.conv.weight"].shape[0]
     settings.exact("shapes", in_channels=inputs, out_channels=outputs)
     settings.resolve(
@@ -225,7 +219,7 @@ def _neck(state: Shapes, widths: Sequence[int], parts: _Parts) -> FPNConfig:
     return settings.build()
 
 
-def _rpn_head(state: Shapes, neck: FPNConfig, parts: _Parts) -> RPNHeadConfig:
+def _rpn_head(state: Shapes, neck: FPNConfig, evidence: Evidence) -> RPNHeadConfig:
     """The region proposal head and its anchors."""
     _refuse_strange(
         "rpn_head", state, ["rpn_conv", "rpn_cls", "rpn_reg"], "one convolution, scores and deltas"
@@ -237,7 +231,7 @@ def _rpn_head(state: Shapes, neck: FPNConfig, parts: _Parts) -> RPNHeadConfig:
             f"rpn_head makes {scores} scores for {anchors} anchors. Expected one each, a sigmoid; "
             "softmax scores are not supported."
         )
-    settings = parts.resolver("rpn_head", RPNHeadConfig)
+    settings = _resolver(evidence, "rpn_head", RPNHeadConfig)
     ratios = settings.resolve(
         "ratios",
         accepts=lambda value: len(value) > 0 and anchors % len(value) == 0,
@@ -255,10 +249,10 @@ def _rpn_head(state: Shapes, neck: FPNConfig, parts: _Parts) -> RPNHeadConfig:
         because=f"the neck has {neck.num_outs} levels",
     )
     settings.exact("shapes", feat_channels=state["rpn_conv.weight"].shape[0])
-    return settings.build(bbox_coder=parts.coder("rpn_head", BoxCoderConfig()))
+    return settings.build(bbox_coder=_coder(evidence, "rpn_head", BoxCoderConfig()))
 
 
-def _box_head(state: Shapes, neck: FPNConfig, parts: _Parts) -> BoxHeadConfig:
+def _box_head(state: Shapes, neck: FPNConfig, evidence: Evidence) -> BoxHeadConfig:
     """The box head."""
     layers = _count(state, "shared_fcs.")
     names = ["fc_cls", "fc_reg", *(f"shared_fcs.{i}" for i in range(layers))]
@@ -275,18 +269,20 @@ def _box_head(state: Shapes, neck: FPNConfig, parts: _Parts) -> BoxHeadConfig:
         raise CheckpointError(
             f"bbox_head makes {deltas} deltas for {classes} classes. Expected 4, or 4 for each."
         )
-    default, settings = BoxHeadConfig(), parts.resolver("bbox_head", BoxHeadConfig)
+    default, settings = BoxHeadConfig(), _resolver(evidence, "bbox_head", BoxHeadConfig)
     settings.exact("shapes", num_classes=classes)
     width = state[first].shape[0] if layers else UNSET
     settings.resolve("fc_out_channels", exact=width, matters=layers > 0)
     settings.exact("names", num_shared_fcs=layers)
     agnostic = UNSET if classes == 1 else deltas == 4
     settings.resolve("reg_class_agnostic", exact=agnostic, matters=classes > 1)
-    coder = parts.coder("bbox_head", default.bbox_coder)
-    return settings.build(bbox_coder=coder, roi=parts.roi("bbox_head", default.roi, neck, size))
+    coder = _coder(evidence, "bbox_head", default.bbox_coder)
+    return settings.build(
+        bbox_coder=coder, roi=_roi(evidence, "bbox_head", default.roi, neck, size)
+    )
 
 
-def _mask_head(state: Shapes, neck: FPNConfig, classes: int, parts: _Parts) -> MaskHeadConfig:
+def _mask_head(state: Shapes, neck: FPNConfig, classes: int, evidence: Evidence) -> MaskHeadConfig:
     """The mask head of as many ``classes`` as the box head has."""
     convs = _count(state, "convs.")
     names = ["upsample", "conv_logits", *(f"convs.{i}.conv" for i in range(convs))]
@@ -302,14 +298,14 @@ def _mask_head(state: Shapes, neck: FPNConfig, classes: int, parts: _Parts) -> M
         raise CheckpointError(
             f"mask_head makes {masks} masks for {classes} classes. Expected one, or one for each."
         )
-    settings = parts.resolver("mask_head", MaskHeadConfig)
+    settings = _resolver(evidence, "mask_head", MaskHeadConfig)
     settings.exact("shapes", num_classes=classes, conv_out_channels=upsample[1])
     settings.exact("names", num_convs=convs)
     kernel = state["convs.0.conv.weight"].shape[2] if convs else UNSET
     settings.resolve("conv_kernel_size", exact=kernel, matters=convs > 0)
     agnostic = UNSET if classes == 1 else masks == 1
     settings.resolve("class_agnostic", exact=agnostic, matters=classes > 1)
-    return settings.build(roi=parts.roi("mask_head", MaskHeadConfig().roi, neck, UNSET))
+    return settings.build(roi=_roi(evidence, "mask_head", MaskHeadConfig().roi, neck, UNSET))
 
 
 def _count(state: Shapes, prefix: str) -> int:

@@ -16,6 +16,7 @@ from fdconv_deploy.checkpoints.evidence import (
     stated,
     type_of,
 )
+from fdconv_deploy.checkpoints.infer_classes import count_names
 from fdconv_deploy.checkpoints.infer_layers import Shapes, dynamic_names, part
 from fdconv_deploy.config import BINARY_THRESHOLD, HEAD_CONFIGS, HeadConfig, HeadType
 from fdconv_deploy.errors import CheckpointError
@@ -87,39 +88,29 @@ def stock_backbone(state: Shapes) -> dict[str, Any]:
     """Backbone settings of the stock config that has such a head, by its tensors' names.
 
     Args:
-        state: the head's tensors, names without ``decode_head.``.
+        state: all tensors of the network.
 
     Returns:
         Those that differ from the backbone's own defaults.
     """
     dilated = ("PSPHead", "ASPPHead", "DepthwiseSeparableASPPHead")
-    return _STOCK_BACKBONE if _type_by_names(state) in dilated else {}
+    return _STOCK_BACKBONE if _type_by_names(part(state, "decode_head.")) in dilated else {}
 
 
-def infer_head(
-    state: Shapes,
-    name: str,
-    widths: Sequence[int],
-    section: Mapping[str, Any],
-    evidence: Evidence,
-    *,
-    class_count: int = 0,
-) -> HeadConfig:
+def infer_head(network: Shapes, name: str, widths: Sequence[int], evidence: Evidence) -> HeadConfig:
     """One head.
 
     Args:
-        state: the head's tensors, names without ``decode_head.``; only shapes are read.
+        network: all tensors; only shapes are read.
         name: ``decode_head`` or ``auxiliary_head``.
         widths: channels of each of the backbone's outputs.
-        section: the config's section of this head; empty if there is none.
-        evidence: takes the settings.
-        class_count: how many class names there are, 0 where there are none: they give the
-            classes of a head with one output, when its config does not.
+        evidence: has the config and takes the settings.
 
     Raises:
         CheckpointError: a head of another type, or the config or the user contradicts the
             weights.
     """
+    state, section = part(network, f"{name}."), evidence.config.section("model", name)
     kind = _head_type(state, name, section, evidence.overrides.get(f"{name}.type"))
     norm, activation, transform = (
         stated(section, entry) for entry in ("norm_cfg", "act_cfg", "input_transform")
@@ -140,7 +131,7 @@ def infer_head(
     settings.resolve("type", kind=HeadType, exact=kind, source="names")
     outputs, channels = _shape(state, "conv_seg.weight")[:2]
     settings.exact("shapes", channels=channels)
-    _outputs(settings, name, outputs, class_count)
+    _outputs(settings, name, outputs)
     _norm(settings, state, name)
     _inputs(settings, state, kind, name, widths)
     if kind in ("UPerHead", "PSPHead"):
@@ -154,7 +145,7 @@ def infer_head(
     return settings.build()
 
 
-def _outputs(settings: Head, name: str, outputs: int, class_count: int) -> None:
+def _outputs(settings: Head, name: str, outputs: int) -> None:
     """How many classes ``outputs`` channels of logits distinguish, and how.
 
     As mmsegmentation 1.2.2's ``BaseDecodeHead``: there is an output for each class, or one
@@ -162,8 +153,9 @@ def _outputs(settings: Head, name: str, outputs: int, class_count: int) -> None:
     """
     one = outputs == 1
     classes, origin = stated(settings.section, "num_classes"), "the config"
-    if one and classes is UNSET and class_count in (1, 2):
-        classes, origin = class_count, CHECKPOINT_META
+    if one and classes is UNSET and name == "decode_head":
+        names = count_names(settings.evidence)
+        classes, origin = (names, CHECKPOINT_META) if names in (1, 2) else (classes, origin)
     count = settings.resolve(
         "num_classes",
         config=classes,

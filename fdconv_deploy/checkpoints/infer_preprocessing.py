@@ -31,7 +31,6 @@ _HARMLESS = (
 
 
 def infer_preprocessing(
-    config: Config,
     evidence: Evidence,
     *,
     channels: int = 3,
@@ -45,8 +44,7 @@ def infer_preprocessing(
     three bands; of others there is none.
 
     Args:
-        config: the network's.
-        evidence: takes the settings.
+        evidence: has the config and takes the settings.
         channels: bands that the network takes.
         scale: the published default of the resize.
         harmless: further steps that need no note, as they are done here, too.
@@ -54,6 +52,7 @@ def infer_preprocessing(
     Raises:
         CheckpointError: the config or the user gives other bands than the network takes.
     """
+    config = evidence.config
     steps = _steps(config)
     section = _normalisation(config, steps, channels)
     loader = next((s for s in steps if type_of(s).startswith(("Load", "InferencerLoader"))), {})

@@ -15,7 +15,7 @@ from fdconv_deploy.checkpoints.evidence import (
     stated,
 )
 from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
-from fdconv_deploy.checkpoints.infer_classes import count_names, infer_classes
+from fdconv_deploy.checkpoints.infer_classes import infer_classes
 from fdconv_deploy.checkpoints.infer_head import infer_head, refuse_cascade, stock_backbone
 from fdconv_deploy.checkpoints.infer_layers import Shapes, backbone_prefix, kind_of, part
 from fdconv_deploy.checkpoints.infer_preprocessing import infer_preprocessing
@@ -69,27 +69,23 @@ def infer_segmentor_config(
             "Expected a segmentation checkpoint (names under backbone. and decode_head.); "
             f"{_NOT_A_SEGMENTOR[kind]}. Its first names: {names}."
         )
-    config, meta = config or Config(), meta or {}
-    evidence = Evidence(overrides, config.notes)
-    _check_model(state, config)
-    tensors, section = part(state, "decode_head."), config.section("model", "decode_head")
-    stock = stock_backbone(tensors)
-    backbone = infer_backbone(part(state, "backbone."), config, evidence, stock)
-    widths, count = backbone.output_widths, count_names(config, meta)
-    head = infer_head(tensors, "decode_head", widths, section, evidence, class_count=count)
-    auxiliary = _auxiliary(state, widths, config, evidence)
+    evidence = Evidence(overrides, config, meta)
+    _check_model(state, evidence.config)
+    backbone = infer_backbone(part(state, "backbone."), evidence, stock_backbone(state))
+    head = infer_head(state, "decode_head", backbone.output_widths, evidence)
+    auxiliary = _auxiliary(state, backbone.output_widths, evidence)
     settings = SettingResolver(evidence, SegmentorConfig, "", {})
     # The labels 0 and 1 of one output: a dataset names both, or 1 alone.
     counts = {head.num_classes} if head.label_threshold is None else {1, 2}
-    infer_classes(settings, counts, config, meta)
+    infer_classes(settings, counts)
     if head.label_threshold is not None:
         evidence.notes.append(_binary_note(settings.values["classes"], head.label_threshold))
     architecture = settings.build(
         backbone=backbone,
         decode_head=head,
         auxiliary_head=auxiliary,
-        test=_test_mode(config, evidence),
-        preprocessing=infer_preprocessing(config, evidence, channels=backbone.in_channels),
+        test=_test_mode(evidence),
+        preprocessing=infer_preprocessing(evidence, channels=backbone.in_channels),
     )
     return evidence.inference(architecture)
 
@@ -98,9 +94,8 @@ def infer_backbone_only(
     state: Shapes, *, config: Config | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Inference[BackboneConfig]:
     """The backbone of a classifier or a bare backbone; arguments as `infer_segmentor_config`'s."""
-    evidence = Evidence(overrides)
-    tensors = part(state, backbone_prefix(state))
-    return evidence.inference(infer_backbone(tensors, config or Config(), evidence))
+    evidence = Evidence(overrides, config)
+    return evidence.inference(infer_backbone(part(state, backbone_prefix(state)), evidence))
 
 
 def training_size(config: Config | None) -> tuple[int, int] | None:
@@ -126,11 +121,10 @@ def training_size(config: Config | None) -> tuple[int, int] | None:
     return None
 
 
-def _test_mode(config: Config, evidence: Evidence) -> TestMode:
+def _test_mode(evidence: Evidence) -> TestMode:
     """Whole images or sliding crops: ``model.test_cfg``, or mmseg 0.x's own ``test_cfg``."""
-    section, older = config.section("model", "test_cfg"), config.section("test_cfg")
-    if "mode" not in section and "mode" in older:
-        section = older
+    section, older = (evidence.config.section(*at, "test_cfg") for at in (("model",), ()))
+    section = older if "mode" in older and "mode" not in section else section
     sizes = {name: _pair(stated(section, name)) for name in ("crop_size", "stride")}
     settings = SettingResolver(evidence, TestMode, "test", section | sizes)
     slides = settings.resolve("mode") == "slide"
@@ -149,9 +143,7 @@ def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
 
 
-def _auxiliary(
-    state: Shapes, widths: tuple[int, ...], config: Config, evidence: Evidence
-) -> HeadConfig | None:
+def _auxiliary(state: Shapes, widths: tuple[int, ...], evidence: Evidence) -> HeadConfig | None:
     """The auxiliary head, which only training needs: one not known here is left out."""
     tensors = part(state, "auxiliary_head.")
     if not tensors:
@@ -159,9 +151,9 @@ def _auxiliary(
     if all(key.split(".")[0].isdigit() for key in tensors):
         evidence.notes.append("There are several auxiliary heads; they are left out.")
         return None
-    section, known = config.section("model", "auxiliary_head"), len(evidence.settings)
+    known = len(evidence.settings)
     try:
-        return infer_head(tensors, "auxiliary_head", widths, section, evidence)
+        return infer_head(state, "auxiliary_head", widths, evidence)
     except CheckpointError as error:
         if any(name.startswith("auxiliary_head.") for name in evidence.overrides):
             raise
