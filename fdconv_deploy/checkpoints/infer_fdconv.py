@@ -58,13 +58,20 @@ def infer_fdconv(
     """
     settings = SettingResolver(evidence, FDConvConfig, "backbone.conv", section)
     dynamic = [layer for layer in layers if layer.dynamic]
-    agreeing = _band_layers(settings, dynamic, strided, styles)
     _thresholds(settings, layers)
+    bands = stated(section, "fbm_cfg")
+    given = isinstance(bands, Mapping)
+    fields = "backbone.conv.fbm_cfg"
+    band_settings = SettingResolver(evidence, BandModulationConfig, fields, bands if given else {})
+    if not dynamic:  # nothing but the thresholds has an effect
+        fbm_cfg = band_settings.build(matters=False)
+        return settings.build(matters=False, fbm_cfg=fbm_cfg), set(strided)
+    agreeing = _band_layers(settings, dynamic, strided, styles)
     _spectrum(settings, dynamic)
     _attention(settings, dynamic)
     if settings.values["ksm_global_norm"] in _NORM_NOTES:
         evidence.notes.append(_NORM_NOTES[settings.values["ksm_global_norm"]])
-    return settings.build(fbm_cfg=_bands(dynamic, section, evidence)), agreeing
+    return settings.build(fbm_cfg=_bands(band_settings, dynamic, given)), agreeing
 
 
 def _band_layers(
@@ -75,16 +82,20 @@ def _band_layers(
 ) -> set[str]:
     """Which layers modulate bands: by kernel size, and by stride in one of the styles."""
 
-    def explain(sizes: Iterable[int], by_stride: bool, style: str) -> bool:
-        return all(
-            bool(layer.bands)
-            == (layer.kernel[0] in sizes or (by_stride and layer.name in strided[style]))
-            for layer in dynamic
+    def explain(sizes: Iterable[int], strides: Sequence[bool], styles: Sequence[str]) -> bool:
+        return any(
+            all(
+                bool(layer.bands)
+                == (layer.kernel[0] in sizes or (by_stride and layer.name in strided[style]))
+                for layer in dynamic
+            )
+            for by_stride, style in product(strides, styles)
         )
 
+    either = (False, True)
     sizes_seen = sorted({layer.kernel[0] for layer in dynamic})
     seen = tuple(k for k in sizes_seen if all(la.bands for la in dynamic if la.kernel[0] == k))
-    if not any(explain(seen, *rule) for rule in product((False, True), styles)):
+    if not explain(seen, either, styles):
         raise CheckpointError(
             "Which layers modulate bands follows neither kernel size nor stride. Expected FBM on "
             "all layers of a kernel size, or on those with a stride as well; if the network's "
@@ -93,21 +104,19 @@ def _band_layers(
     because = f"the weights have FBM on kernel sizes {seen} and elsewhere by stride only"
     sizes = settings.resolve(
         "use_fbm_if_k_in",
-        accepts=lambda value: any(explain(value, *r) for r in product((False, True), styles)),
+        accepts=lambda value: explain(value, either, styles),
         derived=seen,
         source="names",
         because=because,
-        matters=bool(dynamic),
     )
     by_stride = settings.resolve(
         "use_fbm_for_stride",
-        accepts=lambda value: any(explain(sizes, value, style) for style in styles),
+        accepts=lambda value: explain(sizes, [value], styles),
         derived=True,
         source="names",
         because=because,
-        matters=bool(dynamic),
     )
-    return {style for style in strided if explain(sizes, by_stride, style)}
+    return {style for style in strided if explain(sizes, [by_stride], [style])}
 
 
 def _thresholds(settings: Conv, layers: Sequence[Layer]) -> None:
@@ -155,7 +164,7 @@ def _thresholds(settings: Conv, layers: Sequence[Layer]) -> None:
 def _spectrum(settings: Conv, dynamic: Sequence[Layer]) -> None:
     """How the spectrum is stored and cut into groups."""
     settings.exact("names", convert_param=_same(dynamic, "convert_param"))
-    whole = settings.values["convert_param"] is True and bool(dynamic)
+    whole = settings.values["convert_param"]
     linear = UNSET if whole else _same(dynamic, "linear_mode")
     settings.resolve("linear_mode", exact=linear, source="names", matters=not whole)
     lengths = {layer.attentions for layer in dynamic}
@@ -178,10 +187,8 @@ def _spectrum(settings: Conv, dynamic: Sequence[Layer]) -> None:
     settings.resolve(
         "kernel_num",
         exact=None if several else UNSET,
-        accepts=lambda value: (
-            not groups or value == groups[0] or (value is None and groups == halves)
-        ),
-        derived=groups[0] if groups else UNSET,
+        accepts=lambda value: value == groups[0] or (value is None and groups == halves),
+        derived=groups[0],
         because=f"{entries}, for param_ratio {ratio}",
     )
     cut = [layer for layer in dynamic if len(layer.spectrum) == 3]
@@ -189,7 +196,7 @@ def _spectrum(settings: Conv, dynamic: Sequence[Layer]) -> None:
         settings.resolve(
             "param_reduction",
             # Above 1 it only divides alpha, which no shape shows.
-            accepts=lambda value: value >= 1 or not dynamic,
+            accepts=lambda value: value >= 1,
             because="the weights hold whole spectra",
         )
         return
@@ -210,7 +217,6 @@ def _spectrum(settings: Conv, dynamic: Sequence[Layer]) -> None:
 
 def _attention(settings: Conv, dynamic: Sequence[Layer]) -> None:
     """Kernel spatial modulation: which branches there are, their sizes, their functions."""
-    there = bool(dynamic)
     local = _same(dynamic, "use_ksm_local")
     only_kernel = _same(dynamic, "ksm_only_kernel_att")
     settings.exact("names", use_ksm_local=local, ksm_only_kernel_att=only_kernel)
@@ -223,59 +229,56 @@ def _attention(settings: Conv, dynamic: Sequence[Layer]) -> None:
     )
     settings.resolve(
         "ksm_global_act",
-        accepts=lambda value: value != "softmax" or not there or only_kernel,
+        accepts=lambda value: value != "softmax" or only_kernel,
         because="softmax needs ksm_only_kernel_att=True, and the weights have the other attentions",
-        matters=there,
     )
     norm = _same(dynamic, "ksm_global_norm")
     settings.resolve(
         "ksm_global_norm",
         exact=norm,
         source="names",
-        because=f"the weights have {_STORED[norm]} under {dynamic[0].name}.KSM_Global.bn"
-        if there
-        else "",
-        matters=there,
+        because=f"the weights have {_STORED[norm]} under {dynamic[0].name}.KSM_Global.bn",
     )
-    settings.resolve("ksm_local_act", matters=local is True)
-    settings.resolve("att_multi", matters=local is True or only_kernel is False)
+    settings.resolve("ksm_local_act", matters=local)
+    settings.resolve("att_multi", matters=local or not only_kernel)
     # kernel_num=None sets the kernel temperature by itself.
-    own = settings.values["kernel_num"] is not None
-    settings.resolve("kernel_temp", matters=own and there)
-    settings.resolve("temp", matters=only_kernel is False)
+    settings.resolve("kernel_temp", matters=settings.values["kernel_num"] is not None)
+    settings.resolve("temp", matters=not only_kernel)
 
 
-def _bands(
-    dynamic: Sequence[Layer], conv_section: Mapping[str, Any], evidence: Evidence
-) -> BandModulationConfig:
-    """Bands, groups and kernel of Frequency Band Modulation.
+def _bands(settings: Bands, dynamic: Sequence[Layer], given: bool) -> BandModulationConfig:
+    """Bands, groups and kernel of Frequency Band Modulation, whose config may be ``given``.
 
     Raises:
         CheckpointError: layers differ, neither config nor default explains their number of band
             convolutions, or saved masks are not those of the bands.
     """
     banded = [layer for layer in dynamic if layer.bands]
-    section = conv_section.get("fbm_cfg")
-    given = isinstance(section, Mapping)
-    section = section if isinstance(section, Mapping) else {}
-    if stated(section, "spatial") not in (UNSET, "conv"):
+    spatial = stated(settings.section, "spatial")
+    if spatial not in (UNSET, "conv"):
         raise CheckpointError(
-            f"The config's fbm_cfg has spatial={section['spatial']!r}; the published code has "
-            "'conv' only. Remove it, or give the config this checkpoint was trained with."
+            f"The config's fbm_cfg has spatial={spatial!r}; the published code has 'conv' only. "
+            "Remove it, or give the config this checkpoint was trained with."
         )
     if len({(layer.spatial_kernel, layer.bands) for layer in banded}) > 1:
         raise _mixed("Layers differ in their number of bands or in spatial_kernel", "one fbm_cfg")
-    fields = "backbone.conv.fbm_cfg"
-    settings = SettingResolver(evidence, BandModulationConfig, fields, section)
     if not banded:
         return settings.build(matters=False)
     buffer, saved = _saved_masks(banded)
-    _band_count(settings, banded[0], given, buffer, saved)
+    k_list = _band_count(settings, banded[0], given, buffer, saved)
     settings.exact("shapes", spatial_kernel=banded[0].spatial_kernel)
-    _band_groups(settings, banded)
-    settings.resolve("act")
+    groups = sorted({layer.spatial_group for layer in banded})
+    per_channel = all(layer.spatial_group == layer.in_channels for layer in banded)
+    if not per_channel and len(groups) > 1:
+        raise _mixed(f"spatial_group differs between layers ({groups})", "one spatial_group")
+    settings.resolve(
+        "spatial_group",
+        # Above 64 the published code reads "one group per channel".
+        accepts=lambda value: per_channel if value > 64 else groups == [value],
+        derived=groups[0] if len(groups) == 1 else 65,
+        because=f"the weights' band convolutions have {groups} groups",
+    )
     if saved is not None:
-        k_list = settings.values["k_list"]
         size = saved.size_for(k_list)
         settings.resolve(
             "max_size",
@@ -284,9 +287,8 @@ def _bands(
             source="saved buffers",
             because=f"{buffer} have shape {tuple(saved.masks.shape)}, as masks made at {size}",
         )
-        settings.resolve(
-            "masks", exact="cached", source="saved buffers", because=f"{buffer} are in the file"
-        )
+        because = f"{buffer} are in the file"
+        settings.resolve("masks", exact="cached", source="saved buffers", because=because)
     return settings.build()
 
 
@@ -319,7 +321,7 @@ def _described(name: str, saved: SavedMasks) -> str:
 
 def _band_count(
     settings: Bands, layer: Layer, given: bool, buffer: str, saved: SavedMasks | None
-) -> None:
+) -> tuple[float, ...]:
     """``k_list`` and ``lowfreq_att``, of which shapes give the sum.
 
     A layer has one convolution per band, and one more with ``lowfreq_att``. Which of the two it
@@ -363,37 +365,24 @@ def _band_count(
         exact=count == len(bands) + 1,
         because=f"{because}; with k_list {list(bands)} that leaves {count - len(bands)} for it",
     )
-
-
-def _band_groups(settings: Bands, banded: Sequence[Layer]) -> None:
-    groups = sorted({layer.spatial_group for layer in banded})
-    per_channel = all(layer.spatial_group == layer.in_channels for layer in banded)
-    if not per_channel and len(groups) > 1:
-        raise _mixed(f"spatial_group differs between layers ({groups})", "one spatial_group")
-    settings.resolve(
-        "spatial_group",
-        # Above 64 the published code reads "one group per channel".
-        accepts=lambda value: per_channel if value > 64 else groups == [value],
-        derived=groups[0] if len(groups) == 1 else 65,
-        because=f"the weights' band convolutions have {groups} groups",
-    )
+    return tuple(bands)
 
 
 def _same(dynamic: Sequence[Layer], field: str) -> Any:
-    """The one value of a field that all layers have; UNSET without layers or value.
+    """The one value of a field that all layers have; UNSET where they don't show it.
 
     Raises:
         CheckpointError: layers differ.
     """
-    values = {layer.name: getattr(layer, field) for layer in dynamic}
-    first = next(iter(values), "")
-    for name, value in values.items():
-        if value != values[first]:
+    first = getattr(dynamic[0], field)
+    for layer in dynamic:
+        if getattr(layer, field) != first:
             raise _mixed(
-                f"{field} differs between layers: {first} has {values[first]!r}, {name} {value!r}",
+                f"{field} differs between layers: {dynamic[0].name} has {first!r}, {layer.name} "
+                f"{getattr(layer, field)!r}",
                 "one value",
             )
-    return UNSET if values.get(first) is None else values[first]
+    return UNSET if first is None else first
 
 
 def _mixed(found: str, expected: str) -> CheckpointError:
