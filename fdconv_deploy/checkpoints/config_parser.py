@@ -103,19 +103,15 @@ def read_config(path: str | Path) -> Config:
             f"{path} is not a config: expected a .py or .json file of mmsegmentation."
         )
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CheckpointError(
-                f"{path} is larger than {MAX_BYTES >> 20} MiB. Expected the text of a config."
-            )
-        text = path.read_text("utf-8")
-    except OSError as error:
+        large = path.stat().st_size > MAX_BYTES
+        text = "" if large else path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}. Expected a .py or .json config file."
+            f"{path} cannot be read: {why}. Expected a .py or .json config file."
         ) from None
-    except UnicodeDecodeError:
-        raise CheckpointError(
-            f"{path} is not UTF-8 text. Expected a .py or .json config."
-        ) from None
+    if large:
+        raise CheckpointError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not a config's text.")
     return _json(text, str(path)) if path.suffix == ".json" else parse_config(text, name=str(path))
 
 
