@@ -292,26 +292,18 @@ def type_of(section: Mapping[str, Any]) -> str:
     return value.rpartition(".")[2] if isinstance(value, str) else ""
 
 
-def expect_type(name: str, section: Mapping[str, Any], *known: str) -> None:
-    """Refuse a section of another type than those ``known``; one without a type is taken.
+def refuse_unsupported(name: str, section: Mapping[str, Any], *types: str, **expected: Any) -> None:
+    """Refuse a section of another type than ``types``, or set to what is built in one way only.
 
     Raises:
-        CheckpointError: it is of another.
+        CheckpointError: it is; one without a type or such a setting is taken.
     """
     kind = type_of(section)
-    if kind and kind not in known:
+    if types and kind and kind not in types:
         raise CheckpointError(
-            f"The config's {name} is a {kind}. Expected {' or '.join(known)}; others are not "
+            f"The config's {name} is a {kind}. Expected {' or '.join(types)}; others are not "
             "supported yet."
         )
-
-
-def refuse_settings(name: str, section: Mapping[str, Any], **expected: Any) -> None:
-    """Refuse settings that change what is computed and are built in one way only.
-
-    Raises:
-        CheckpointError: a setting has another value than the expected one.
-    """
     for field, only in expected.items():
         value = stated(section, field)
         if value is not UNSET and value != only:

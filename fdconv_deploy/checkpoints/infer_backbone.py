@@ -10,8 +10,7 @@ from fdconv_deploy.checkpoints.evidence import (
     UNSET,
     Evidence,
     SettingResolver,
-    expect_type,
-    refuse_settings,
+    refuse_unsupported,
     stated,
     type_of,
 )
@@ -20,6 +19,7 @@ from fdconv_deploy.checkpoints.infer_layers import Layer, Shapes, conv_layers, d
 from fdconv_deploy.config import RESNET_BLOCKS, BackboneConfig, FDConvConfig
 from fdconv_deploy.errors import CheckpointError
 
+_BATCH_NORMS = ("BN", "BN2d", "SyncBN", "MMSyncBN", "BatchNorm2d")
 _BLOCK = re.compile(r"layer(\d+)\.(\d+)\.conv\d$")
 
 
@@ -44,8 +44,7 @@ def infer_backbone(
     _check_is_resnet(layers, section)
     for owner in ("backbone", "decode_head"):
         norm = evidence.config.section("model", owner, "norm_cfg")
-        expect_type(f"{owner}.norm_cfg", norm, "BN", "BN2d", "SyncBN", "MMSyncBN", "BatchNorm2d")
-        refuse_settings(f"{owner}.norm_cfg", norm, eps=1e-5)
+        refuse_unsupported(f"{owner}.norm_cfg", norm, *_BATCH_NORMS, eps=1e-5)
     blocks = _blocks(layers)
     stages = len(blocks)
     bottleneck = "layer1.0.conv3" in layers
@@ -194,17 +193,15 @@ def _check_is_resnet(layers: Mapping[str, Layer], section: Mapping[str, Any]) ->
             "The backbone is not a ResNet as mmsegmentation names it: expected layers conv1 or "
             f"stem, layer1.0.conv1 and so on, found {names}. Other backbones are not supported yet."
         )
-    refuse_settings("backbone", section, dcn=None, plugins=None)
+    refuse_unsupported("backbone", section, dcn=None, plugins=None)
 
 
 def _blocks(layers: Mapping[str, Layer]) -> list[int]:
     """Blocks in each stage."""
     found: dict[int, int] = {}
-    for name in layers:
-        match = _BLOCK.match(name)
-        if match:
-            stage, block = int(match[1]), int(match[2])
-            found[stage] = max(found.get(stage, 0), block + 1)
+    for match in filter(None, map(_BLOCK.match, layers)):
+        stage = int(match[1])
+        found[stage] = max(found.get(stage, 0), int(match[2]) + 1)
     if sorted(found) != list(range(1, len(found) + 1)):
         raise CheckpointError(
             f"The backbone has stages {sorted(found)}. Expected layer1, layer2… without a gap; the "

@@ -18,15 +18,14 @@ from fdconv_deploy.checkpoints.evidence import (
     Evidence,
     Inference,
     SettingResolver,
-    expect_type,
-    refuse_settings,
+    refuse_unsupported,
     stated,
     type_of,
 )
 from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
 from fdconv_deploy.checkpoints.infer_classes import infer_classes
 from fdconv_deploy.checkpoints.infer_layers import Shapes, dynamic_names, part
-from fdconv_deploy.checkpoints.infer_preprocessing import infer_preprocessing
+from fdconv_deploy.checkpoints.infer_preprocessing_and_test_mode import infer_preprocessing
 from fdconv_deploy.config import (
     PUBLISHED_SCALE,
     BoxCoderConfig,
@@ -157,10 +156,7 @@ def _checked(config: Config) -> Config:
     }
     checked = Config(config.values | {"model": config.section("model") | own}, config.notes)
     for path, (types, only) in DETECTOR_TYPES.items():
-        section = checked.section("model", *path.split("."))
-        if types:
-            expect_type(path, section, *types)
-        refuse_settings(path, section, **only)
+        refuse_unsupported(path, checked.section("model", *path.split(".")), *types, **only)
     return checked
 
 

@@ -12,7 +12,7 @@ from fdconv_deploy.checkpoints.evidence import (
     UNSET,
     Evidence,
     SettingResolver,
-    refuse_settings,
+    refuse_unsupported,
     stated,
     type_of,
 )
@@ -116,10 +116,10 @@ def infer_head(network: Shapes, name: str, widths: Sequence[int], evidence: Evid
         stated(section, entry) for entry in ("norm_cfg", "act_cfg", "input_transform")
     )
     activation = type_of(activation) if isinstance(activation, Mapping) else activation
-    refuse_settings(name, {"act_cfg": activation}, act_cfg="ReLU")
+    refuse_unsupported(name, {"act_cfg": activation}, act_cfg="ReLU")
     if kind == "UPerHead" and transform != "multiple_select":
         # It takes each feature map by itself.
-        refuse_settings(name, section, input_transform=None)
+        refuse_unsupported(name, section, input_transform=None)
     written = {
         **section,
         "type": type_of(section) or UNSET,
@@ -419,11 +419,10 @@ def refuse_cascade(state: Shapes, heads: Any) -> None:
     numbers = sorted({first for first in _modules(tensors) if first.isdigit()}, key=int)
     if not numbers:
         return
-    sections: Sequence[Any] = heads if isinstance(heads, (list, tuple)) else ()
+    sections = dict(enumerate(heads)) if isinstance(heads, (list, tuple)) else {}
     kinds = []
     for number in numbers:
-        section = sections[int(number)] if int(number) < len(sections) else {}
-        inner = part(tensors, f"{number}.")
+        inner, section = part(tensors, f"{number}."), sections.get(int(number))
         written = type_of(section) if isinstance(section, Mapping) else ""
         kinds.append(written or _type_by_names(inner) or _other_head(inner) or "unknown head")
     raise CheckpointError(

@@ -1,4 +1,4 @@
-"""A segmentation network's configuration, its test mode (whole or slide) included."""
+"""A segmentation network's configuration, from its state dict and what was written beside it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.evidence import (
-    UNSET,
     Evidence,
     Inference,
     SettingResolver,
-    expect_type,
-    stated,
+    refuse_unsupported,
 )
 from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
 from fdconv_deploy.checkpoints.infer_classes import infer_classes
 from fdconv_deploy.checkpoints.infer_head import infer_head, refuse_cascade, stock_backbone
 from fdconv_deploy.checkpoints.infer_layers import Shapes, backbone_prefix, kind_of, part
-from fdconv_deploy.checkpoints.infer_preprocessing import infer_preprocessing
-from fdconv_deploy.config import BackboneConfig, HeadConfig, SegmentorConfig, TestMode
+from fdconv_deploy.checkpoints.infer_preprocessing_and_test_mode import (
+    infer_preprocessing,
+    infer_test_mode,
+)
+from fdconv_deploy.config import BackboneConfig, HeadConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError
 
-_LARGEST_CROP = 16384  # pixels; export takes no larger side
 _NOT_A_SEGMENTOR = {
     "detector": "it is a detector, which infer_detector_config takes",
     "backbone": (
@@ -84,7 +84,7 @@ def infer_segmentor_config(
         backbone=backbone,
         decode_head=head,
         auxiliary_head=auxiliary,
-        test=_test_mode(evidence),
+        test=infer_test_mode(evidence),
         preprocessing=infer_preprocessing(evidence, channels=backbone.in_channels),
     )
     return evidence.inference(architecture)
@@ -96,51 +96,6 @@ def infer_backbone_only(
     """The backbone of a classifier or a bare backbone; arguments as `infer_segmentor_config`'s."""
     evidence = Evidence(overrides, config)
     return evidence.inference(infer_backbone(part(state, backbone_prefix(state)), evidence))
-
-
-def training_size(config: Config | None) -> tuple[int, int] | None:
-    """(height, width) in pixels that a segmentor was trained on, where its config states it.
-
-    That is mmsegmentation's ``crop_size``, which a config states at its top and in
-    ``model.data_preprocessor.size``.
-    """
-    if config is None:
-        return None
-    for value in (
-        config.section("model", "data_preprocessor").get("size"),
-        config.section("data_preprocessor").get("size"),
-        config.values.get("crop_size"),
-    ):
-        sides = _pair(value)
-        if (
-            isinstance(sides, (list, tuple))
-            and len(sides) == 2
-            and all(isinstance(s, int) and 0 < s <= _LARGEST_CROP for s in sides)
-        ):
-            return sides[0], sides[1]
-    return None
-
-
-def _test_mode(evidence: Evidence) -> TestMode:
-    """Whole images or sliding crops: ``model.test_cfg``, or mmseg 0.x's own ``test_cfg``."""
-    section, older = (evidence.config.section(*at, "test_cfg") for at in (("model",), ()))
-    section = older if "mode" in older and "mode" not in section else section
-    sizes = {name: _pair(stated(section, name)) for name in ("crop_size", "stride")}
-    settings = SettingResolver(evidence, TestMode, "test", section | sizes)
-    slides = settings.resolve("mode") == "slide"
-    for name in sizes:
-        settings.resolve(
-            name,
-            default=UNSET if slides else None,
-            accepts=lambda value: value is not None or not slides,
-            because="test mode slide needs a (height, width) in pixels",
-            matters=slides,
-        )
-    return settings.build()
-
-
-def _pair(value: Any) -> Any:
-    return (value, value) if isinstance(value, int) else value
 
 
 def _auxiliary(state: Shapes, widths: tuple[int, ...], evidence: Evidence) -> HeadConfig | None:
@@ -174,7 +129,7 @@ def _binary_note(classes: tuple[str, ...], threshold: float) -> str:
 
 def _check_model(state: Shapes, config: Config) -> None:
     refuse_cascade(state, config.section("model").get("decode_head"))
-    expect_type("model", config.section("model"), "EncoderDecoder")
+    refuse_unsupported("model", config.section("model"), "EncoderDecoder")
     necks = [key for key in state if key.startswith("neck.")]
     if necks:
         raise CheckpointError(

@@ -28,7 +28,7 @@ from fdconv_deploy.checkpoints.infer_layers import (
     parameters,
     part,
 )
-from fdconv_deploy.checkpoints.infer_segmentor import training_size
+from fdconv_deploy.checkpoints.infer_preprocessing_and_test_mode import training_size
 from fdconv_deploy.checkpoints.loading import config_for, infer_config, load_checkpoint
 from fdconv_deploy.checkpoints.reading import read_checkpoint
 from fdconv_deploy.config import BackboneConfig, DetectorConfig, Preprocessing, SegmentorConfig

@@ -1,4 +1,7 @@
-"""How a network's images are loaded, normalised and resized: its config's test pipeline."""
+"""How a network sees images: its config's test pipeline, and a segmentor's test mode.
+
+A detector's thresholds, which its config has as ``test_cfg``, are inferred with its heads.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from typing import Any
 
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.evidence import UNSET, Evidence, SettingResolver, stated, type_of
-from fdconv_deploy.config import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from fdconv_deploy.config import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, TestMode
+
+_LARGEST_CROP = 16384  # pixels; export takes no larger side
 
 # Loaders whose images are read as they do it: those of mmcv, and GDAL's in mmsegmentation.
 _FILE_LOADERS = ("LoadImageFromFile", "LoadImageFromNDArray", "InferencerLoader")
@@ -101,6 +106,49 @@ def infer_preprocessing(
                 f"The config's test pipeline has a {type_of(step)} step, which is not reproduced."
             )
     return settings.build()
+
+
+def training_size(config: Config | None) -> tuple[int, int] | None:
+    """(height, width) in pixels that a segmentor was trained on, where its config states it.
+
+    That is mmsegmentation's ``crop_size``, which a config states at its top and in
+    ``model.data_preprocessor.size``.
+    """
+    if config is None:
+        return None
+    for value in (
+        config.section("model", "data_preprocessor").get("size"),
+        config.section("data_preprocessor").get("size"),
+        config.values.get("crop_size"),
+    ):
+        sides = _pair(value)
+        two = isinstance(sides, (list, tuple)) and len(sides) == 2
+        if two and all(isinstance(s, int) and 0 < s <= _LARGEST_CROP for s in sides):
+            return sides[0], sides[1]
+    return None
+
+
+def infer_test_mode(evidence: Evidence) -> TestMode:
+    """Whole images or sliding crops: ``model.test_cfg``, or mmseg 0.x's own ``test_cfg``."""
+    section = evidence.config.section("model", "test_cfg")
+    older = evidence.config.section("test_cfg")
+    section = older if "mode" in older and "mode" not in section else section
+    sizes = {name: _pair(stated(section, name)) for name in ("crop_size", "stride")}
+    settings = SettingResolver(evidence, TestMode, "test", section | sizes)
+    slides = settings.resolve("mode") == "slide"
+    for name in sizes:
+        settings.resolve(
+            name,
+            default=UNSET if slides else None,
+            accepts=lambda value: value is not None or not slides,
+            because="test mode slide needs a (height, width) in pixels",
+            matters=slides,
+        )
+    return settings.build()
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
 
 
 def _normalisation(
