@@ -16,7 +16,7 @@ import numpy.typing as npt
 Mask = npt.NDArray[np.bool_]
 _FIRST = 48  # the character of an empty group of bits
 
-MAX_PIXELS = 1 << 29
+MAX_MASK_PIXELS = 1 << 29
 """The largest mask: pycocotools shifts run lengths by 30 bits at most, in 32."""
 
 
@@ -124,11 +124,11 @@ def _size(rle: Rle) -> tuple[int, int]:
         not isinstance(size, list | tuple)
         or len(size) != 2
         or not all(isinstance(side, int | np.integer) and side >= 0 for side in size)
-        or int(size[0]) * int(size[1]) > MAX_PIXELS
+        or int(size[0]) * int(size[1]) > MAX_MASK_PIXELS
     ):
         raise ValueError(
             f"the run lengths have the size {size!r:.60}; expected [height, width], whole numbers "
-            f"of at most {MAX_PIXELS:,} pixels"
+            f"of at most {MAX_MASK_PIXELS:,} pixels"
         )
     return int(size[0]), int(size[1])
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.coco_rle import MAX_PIXELS, Rle, area, compress, decompress
+from fdconv_deploy.coco_rle import MAX_MASK_PIXELS, Rle, area, compress, decompress
 
 Part: TypeAlias = Literal["object", "box", "mask"]
 T = TypeVar("T")
@@ -372,11 +372,11 @@ def _size(given: dict[str, Any]) -> tuple[int, int]:
     pair = size[:2] if isinstance(size, list) else []
     # Fractions are cut off, as pycocotools does it; 20.0 is what pandas makes of 20.
     if len(pair) < 2 or not all(
-        isinstance(length, int | float) and 1 <= length <= MAX_PIXELS for length in pair
+        isinstance(length, int | float) and 1 <= length <= MAX_MASK_PIXELS for length in pair
     ):
         raise UnfitError("run lengths whose size is not [height, width]", RUN_LENGTHS)
     height, width = map(int, pair)
-    if height * width > MAX_PIXELS:
+    if height * width > MAX_MASK_PIXELS:
         raise UnfitError("run lengths of more pixels than any image has", RUN_LENGTHS)
     return height, width
 

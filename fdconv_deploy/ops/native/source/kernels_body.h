@@ -22,8 +22,8 @@ PRAGMA(GCC target(TARGET))
 #include "lanes.h"
 #include "transform.h"
 #include "product.h"
-#include "assembly_kernels.h"
-#include "bands_kernels.h"
+#include "assembly_kernels.inc"
+#include "bands_kernels.inc"
 
 const Kernels KERNELS = {{rows_unit, columns_unit}, {band_products, band_maps, band_planes}};
 
