@@ -13,14 +13,20 @@ from fdconv_deploy.checkpoints.evidence import (
     stated,
 )
 
+# Where configs have a dataset's names: mmengine's ``metainfo``, and mmcv 1.x's ``data``.
+_DATASETS = (
+    ("test_dataloader", "dataset", "metainfo"),
+    ("val_dataloader", "dataset", "metainfo"),
+    ("data", "test"),
+    ("data", "val"),
+    ("metainfo",),
+)
+
 
 def infer_classes(
     settings: SettingResolver[Any], counts: Collection[int], head: str = "decode head"
 ) -> None:
     """Resolve ``classes`` and ``palette``: the checkpoint's meta, else the config's dataset.
-
-    The meta has them as ``dataset_meta``, ``CLASSES`` or ``PALETTE``, a dataset as mmengine's
-    ``metainfo`` or in mmcv 1.x's ``data``.
 
     Args:
         settings: of the whole network.
@@ -67,23 +73,14 @@ def count_names(evidence: Evidence) -> int:
 
 def _labels(name: str, evidence: Evidence) -> tuple[Any, str]:
     """The list of that name in the checkpoint's meta or the config, and which of them has it."""
-    config, meta = evidence.config, evidence.meta
-    for place in (meta.get("dataset_meta"), meta):
-        if isinstance(place, Mapping):
-            for key in (name, name.upper()):
-                if place.get(key) and isinstance(place[key], (list, tuple)):
-                    return place[key], CHECKPOINT_META
-    places = (
-        config.section("test_dataloader", "dataset", "metainfo"),
-        config.section("val_dataloader", "dataset", "metainfo"),
-        config.section("data", "test"),
-        config.section("data", "val"),
-        config.section("metainfo"),
-    )
-    for section in places:
-        value = stated(section, name, name.upper())
-        if value and isinstance(value, (list, tuple)):
-            return value, "the config"
+    own = evidence.meta.get("dataset_meta")
+    places = [(place, CHECKPOINT_META) for place in (own, evidence.meta)]
+    places += [(evidence.config.section(*path), "the config") for path in _DATASETS]
+    for section, origin in places:
+        for key in (name, name.upper()):
+            value = stated(section, key) if isinstance(section, Mapping) else UNSET
+            if value and isinstance(value, (list, tuple)):
+                return value, origin
     return UNSET, "the config"
 
 

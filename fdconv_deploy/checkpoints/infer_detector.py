@@ -137,11 +137,7 @@ def _check_kind(state: Shapes, config: Config) -> None:
 
 
 def _checked(config: Config) -> Config:
-    """The config with ``test_cfg`` of both stages in its ``model``.
-
-    Raises:
-        CheckpointError: a section is of another type, or is set to what is not built here.
-    """
+    """The config, none of it unsupported, with ``test_cfg`` of both stages in its ``model``."""
     rpn, rcnn = (
         config.section("model", "test_cfg", stage) or config.section("test_cfg", stage)
         for stage in ("rpn", "rcnn")

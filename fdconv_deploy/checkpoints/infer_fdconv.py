@@ -247,12 +247,7 @@ def _attention(settings: Conv, dynamic: Sequence[Layer]) -> None:
 
 
 def _bands(settings: Bands, dynamic: Sequence[Layer], given: bool) -> BandModulationConfig:
-    """Bands, groups and kernel of Frequency Band Modulation, whose config may be ``given``.
-
-    Raises:
-        CheckpointError: layers differ, neither config nor default explains their number of band
-            convolutions, or saved masks are not those of the bands.
-    """
+    """Bands, groups and kernel of Frequency Band Modulation, whose config may be ``given``."""
     banded = [layer for layer in dynamic if layer.bands]
     spatial = stated(settings.section, "spatial")
     if spatial not in (UNSET, "conv"):
@@ -369,11 +364,7 @@ def _band_count(
 
 
 def _same(dynamic: Sequence[Layer], field: str) -> Any:
-    """The one value of a field that all layers have; UNSET where they don't show it.
-
-    Raises:
-        CheckpointError: layers differ.
-    """
+    """The one value of a field that all layers must have; UNSET where they don't show it."""
     first = getattr(dynamic[0], field)
     for layer in dynamic:
         if getattr(layer, field) != first:

@@ -215,11 +215,7 @@ def _norm(settings: Head, state: Shapes, name: str) -> None:
 
 
 def _inputs(
-    settings: Head,
-    state: Shapes,
-    kind: HeadType,
-    name: str,
-    widths: Sequence[int],
+    settings: Head, state: Shapes, kind: HeadType, name: str, widths: Sequence[int]
 ) -> None:
     """Which of the backbone's outputs the head takes: ``in_index`` and ``input_transform``.
 
@@ -371,11 +367,7 @@ def _type_by_names(state: Shapes) -> HeadType | None:
 def _head_type(
     state: Shapes, name: str, section: Mapping[str, Any], override: str | None
 ) -> HeadType:
-    """The head's type by its names; ``override`` is the type that the user gave.
-
-    Raises:
-        CheckpointError: another head, or FDConv layers in it.
-    """
+    """The head's type by its names; ``override`` is the type that the user gave."""
     found, written = _type_by_names(state), type_of(section)
     foreign = written if written not in SUPPORTED else ""
     other = "" if found else foreign or _other_head(state)

@@ -52,6 +52,11 @@ def test_setting_that_cannot_be_read_is_left_to_the_default() -> None:
     assert found.architecture.backbone.strides == (1, 2, 2, 2)
     assert "backbone.strides" in {fact.field for fact in found.assumed}
     assert len(found.notes) == 2
+    text = "metainfo = dict(classes=['a', f(), 'c'])"
+    assert (
+        infer_segmentor_config(dynamic_state(), config=parse_config(text)).architecture.classes
+        == ()
+    )
 
 
 def resolver(section: dict[str, Any] | None = None, **overrides: Any) -> SettingResolver[TestMode]:
