@@ -235,7 +235,7 @@ def test_segment_replaces_results_only_when_told_to(bundle, monkeypatch, capfd, 
     arguments = ["segment", bundle, first, second, "-o", tmp_path]
     code, _, err = fdconv(monkeypatch, capfd, *arguments)
     assert code == 1
-    assert f"{there} is there already" in err
+    assert f"{there} exists already" in err
     assert err.endswith("replace it with --overwrite.")
     assert list(tmp_path.iterdir()) == [there]
     code, _, err = fdconv(monkeypatch, capfd, *arguments, "--overwrite")
