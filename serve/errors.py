@@ -20,6 +20,7 @@ from fdconv_deploy.runtime.images import ImageTooLargeError, UnsupportedImageErr
 log = logging.getLogger("fdconv.serve")
 REQUEST_ID = "X-Request-ID"
 MEDIA_TYPE = "application/problem+json"
+_EXAMPLE_ID = "3f1c9a52f8d04b5e9c0e6a7d2b814c11"
 
 
 class Problem(BaseModel):
@@ -80,11 +81,13 @@ def problem_response(
 
 def problem_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI description of these statuses' problem documents."""
-    content = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
-    return {
-        status: {"description": HTTPStatus(status).phrase, "content": content}
-        for status in statuses
-    }
+    docs: dict[int | str, dict[str, Any]] = {}
+    for status in statuses:
+        known = HTTPStatus(status)
+        example = problem(_EXAMPLE_ID, status, f"{known.description or known.phrase}.")
+        content = {"schema": Problem.model_json_schema(), "example": example}
+        docs[status] = {"description": known.phrase, "content": {MEDIA_TYPE: content}}
+    return docs
 
 
 def answer_to(error: Exception) -> RefusedError | None:

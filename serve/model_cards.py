@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime import Bundle
 from fdconv_deploy.runtime.detection import SHOWN_SCORE, detector_classes, detector_palette
+from fdconv_deploy.runtime.manifest import OutputParity
 from fdconv_deploy.runtime.segmentation import class_names, class_palette
 from fdconv_deploy.runtime.sliding_window import slide_stride
 
@@ -55,14 +56,10 @@ class InstanceLimits(BaseModel):
     min_score: float = Field(description="Used when a request names none.")
 
 
-class OutputParity(BaseModel):
+class BatchParity(OutputParity):
     """The exported graph compared with the network it came from, at export."""
 
-    name: str
     batch: int
-    max_abs: float
-    max_rel: float = Field(description="Largest difference over the largest reference value.")
-    argmax_agreement: float | None = Field(description="Share of positions of the same class.")
 
 
 class Benchmark(BaseModel):
@@ -108,7 +105,7 @@ class ModelCard(BaseModel):
     bytes: int = Field(description="Memory the loaded model holds at least: graphs and weights.")
     checkpoint: str | None = Field(description="File name of the checkpoint it was made from.")
     checkpoint_sha256: str | None
-    parity: list[OutputParity]
+    parity: list[BatchParity]
     benchmark: list[Benchmark]
     created_at: datetime
     created_by: str
@@ -202,7 +199,7 @@ def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
         checkpoint=Path(checkpoint.name).name if checkpoint else None,
         checkpoint_sha256=checkpoint.sha256 if checkpoint else None,
         parity=[
-            OutputParity(batch=batch, **output.model_dump())
+            BatchParity(batch=batch, **output.model_dump())
             for batch, outputs in (manifest.parity.batches if manifest.parity else {}).items()
             for output in outputs
         ],

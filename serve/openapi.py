@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.encoders import jsonable_encoder
 from fastapi.openapi.utils import get_openapi
-from fdconv_deploy.serve.errors import MEDIA_TYPE, problem
 from fdconv_deploy.serve.kserve.metadata import (
     ServerLive,
     ServerMetadata,
@@ -36,32 +35,6 @@ back; nothing was done, so the same request may be sent again.
 """
 _OPEN = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 _TEXT = {"type": "string"}
-_ID = "3f1c9a52f8d04b5e9c0e6a7d2b814c11"
-# An example of each status's `detail`; real ones name what was found.
-_DETAILS = {
-    400: "The request must have exactly one input, 'images'.",
-    401: "This service asks for an API key. Send it as 'Authorization: Bearer KEY' or "
-    "'X-API-Key: KEY'.",
-    403: "Clients may not load or unload models here. Start the service with --model-control to "
-    "allow it.",
-    404: "There is no model of that name; there are street.",
-    406: "Answers come as application/json or image/png or application/x-npz or application/zip, "
-    "which the Accept header rules out.",
-    408: "The request's body did not arrive within 60 s. Send it faster, or less of it.",
-    413: "The request's body is larger than the 67,108,864 bytes accepted. Send a smaller or more "
-    "strongly compressed image.",
-    414: "The address is longer than 8,192 bytes. Send a shorter one.",
-    415: "The request has no content type. Send an image as the body with its content type.",
-    422: "The image cannot be decoded: the file is cut off or damaged. Send the whole file, or "
-    "save it again.",
-    429: "You have as many images in hand here as one client may (4). Wait for answers before "
-    "sending more.",
-    431: "The request has more than 100 headers, or more than 32,768 bytes of them. Send fewer.",
-    500: "The service failed to answer this request; that is its fault, not the image's. Its log "
-    f"says why, under the request id {_ID}.",
-    503: "The worker that had this request ended before answering. Send the request again.",
-    504: "The request was not answered by its deadline. Try again later, or allow more time.",
-}
 
 
 def install(app: FastAPI, service: Service, *, keys_needed: bool) -> None:
@@ -113,18 +86,15 @@ def _add_examples(document: dict[str, Any], service: Service) -> None:
         answer = answers.get(path.replace("/versions/{version}", ""))
         for operation in operations.values():
             described = operation.setdefault("parameters", [])
-            # The inference routes take theirs from the address by hand, for its speed.
+            # Routes of models read their addresses by hand.
             for name in set(re.findall(r"{(\w+)}", path)) - {p["name"] for p in described}:
                 described.append({"name": name, "in": "path", "required": True, "schema": _TEXT})
             for parameter in described:
                 if parameter["name"] in parameters:
                     parameter.setdefault("example", parameters[parameter["name"]])
-            for status, response in operation["responses"].items():
+            for response in operation["responses"].values():
                 content = response.get("content", {})
-                if MEDIA_TYPE in content:
-                    detail = _DETAILS[int(status)]
-                    content[MEDIA_TYPE]["example"] = problem(_ID, int(status), detail)
-                elif answer is not None and "application/json" in content:
+                if answer is not None and "application/json" in content:
                     content["application/json"].setdefault("example", answer)
 
 

@@ -31,6 +31,7 @@ from fdconv_deploy.serve.kserve.tensors import (
     read_request,
     write_answer,
 )
+from fdconv_deploy.serve.model_cards import ModelCard
 from fdconv_deploy.serve.routes.common import Parts, answered, service_of, while_connected
 from fdconv_deploy.serve.uploads import Body
 
@@ -47,7 +48,11 @@ _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "
 def _of_model(
     method: str, address: str, summary: str, **options: Any
 ) -> Callable[[Endpoint], Endpoint]:
-    """Route an address of a model, and the same of one of its versions."""
+    """Route an address of a model, and the same of one of its versions.
+
+    Endpoints take both from ``request.path_params``: FastAPI's checks of them would cost as much
+    as reading an inference request, and would take a version from the query as well.
+    """
 
     def register(endpoint: Endpoint) -> Endpoint:
         for model, which in (
@@ -60,6 +65,12 @@ def _of_model(
         return endpoint
 
     return register
+
+
+def _card(request: Request) -> ModelCard:
+    """The card of the model, and of the version, that the address names."""
+    repository = service_of(request).repository
+    return repository.card(repository.get_version(**request.path_params))
 
 
 # First, since routes are tried in order and this one is asked most.
@@ -106,7 +117,6 @@ async def run(request: Request) -> Response:
     Of a detector, its graph's boxes (in pixels of the input), scores, labels, count and masks.
     The parameter `timeout` is a time limit in microseconds.
     """
-    # Without parameters of its own: FastAPI's checks of them cost as much as the rest here.
     service = service_of(request)
     repository, code = service.repository, service.scheduler.code
     client = request.state.client
@@ -179,9 +189,9 @@ async def all_statistics(request: Request) -> JSONResponse:
 
 
 @_of_model("GET", "/stats", "Statistics of a model", responses=_NOT_FOUND)
-async def statistics(request: Request, name: str, version: str = "") -> ModelStatisticsList:
+async def statistics(request: Request) -> ModelStatisticsList:
     """Counts and times since the model was loaded; an empty list while it is not."""
-    return model_statistics(service_of(request), name, version)
+    return model_statistics(service_of(request), **request.path_params)
 
 
 @_of_model(
@@ -191,28 +201,25 @@ async def statistics(request: Request, name: str, version: str = "") -> ModelSta
     response_model_exclude_none=True,
     responses=_NOT_FOUND,
 )
-async def config(request: Request, name: str, version: str = "") -> ModelConfig:
+async def config(request: Request) -> ModelConfig:
     """Inputs, outputs and batching, as Triton's ModelConfig has them."""
-    service = service_of(request)
-    model = service.repository.get_version(name, version)
-    return model_config(service.repository.card(model), service.settings)
+    return model_config(_card(request), service_of(request).settings)
 
 
 @_of_model("GET", "", "A model's inputs and outputs", responses=_NOT_FOUND)
-async def metadata(request: Request, name: str, version: str = "") -> ModelMetadata:
+async def metadata(request: Request) -> ModelMetadata:
     """Names, datatypes and shapes; -1 stands for the batch."""
-    repository = service_of(request).repository
-    return model_metadata(repository.card(repository.get_version(name, version)))
+    return model_metadata(_card(request))
 
 
 @_of_model("GET", "/ready", "Is a model loaded?", responses=_READY)
-async def model_ready(request: Request, name: str, version: str = "") -> ServerReady:
+async def model_ready(request: Request) -> ServerReady:
     """200 if it is, 503 if not."""
     service = service_of(request)
-    if service.repository.get_version(name, version).version is None:
-        raise RefusedError(
-            503, f"The model {name!r} is not loaded.", service.admission.retry_after()
-        )
+    model = service.repository.get_version(**request.path_params)
+    if model.version is None:
+        detail = f"The model {model.name!r} is not loaded."
+        raise RefusedError(503, detail, service.admission.retry_after())
     return ServerReady(ready=True)
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from fdconv_deploy.serve.errors import problem_docs
-from fdconv_deploy.serve.model_repository import Model
 from fdconv_deploy.serve.responses import (
     JPEG,
     JSON,
@@ -78,48 +77,34 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post(
-    "/v1/segment",
-    summary="Segment images with the default model",
-    response_class=Response,
-    responses=_RESPONSES,
-    openapi_extra=_REQUEST_BODY,
-)
-async def segment_with_default(
-    request: Request,
-    options: Annotated[SegmentOptions, Query()],
-    timeout_ms: TimeoutMs = NO_LIMIT,
-) -> Response:
-    """`curl -F image=@street.jpg -H 'Accept: image/png' localhost:8000/v1/segment -o mask.png`."""
-    model = service_of(request).repository.default
-    return await _segment(request, model, options, timeout_ms)
+_OPTIONS: dict[str, Any] = {"response_class": Response, "openapi_extra": _REQUEST_BODY}
 
 
 @router.post(
     "/v1/models/{name}/segment",
     summary="Segment images with one model",
-    response_class=Response,
     responses={**_RESPONSES, **problem_docs(404)},
-    openapi_extra=_REQUEST_BODY,
+    **_OPTIONS,
 )
-async def segment_with(
+@router.post(
+    "/v1/segment",
+    summary="Segment images with the default model",
+    responses=_RESPONSES,
+    **_OPTIONS,
+)
+async def segment_images(
     request: Request,
-    name: str,
     options: Annotated[SegmentOptions, Query()],
     timeout_ms: TimeoutMs = NO_LIMIT,
 ) -> Response:
-    """As `/v1/segment`, with the model called `name`."""
-    model = service_of(request).repository.get(name)
-    return await _segment(request, model, options, timeout_ms)
-
-
-async def _segment(
-    request: Request, model: Model, options: SegmentOptions, timeout_ms: float
-) -> Response:
+    """`curl -F image=@street.jpg -H 'Accept: image/png' localhost:8000/v1/segment -o mask.png`."""
+    repository = service_of(request).repository
+    name = request.path_params.get("name")
+    model = repository.default if name is None else repository.get(name)
     service, client = service_of(request), request.state.client
     accept = request.headers.get("accept", "")
     # Everything that can be refused without the body is refused before it is read.
-    card = service.repository.card(model)
+    card = repository.card(model)
     wanted = check_options(card, options, choose_form(accept, options.output))
     deadline = service.deadline(timeout_ms)
     service.check_loaded()
@@ -130,7 +115,7 @@ async def _segment(
         if count > 1:
             wanted = replace(wanted, form=form_for_several(accept, wanted.form))
         with service.admission.admit(client, count):
-            async with service.repository.lease(model) as version:
+            async with repository.lease(model) as version:
                 if version.card is not card:  # loaded, or replaced, in the meantime
                     wanted = check_options(version.card, options, wanted.form)
                 work = segment(service, version, uploads, wanted, deadline)
