@@ -16,47 +16,29 @@ from fdconv_deploy.runtime.detection import SHOWN_SCORE
 class SegmentOptions(BaseModel):
     """The query of a segment request."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    output: Output | None = Field(
-        default=None,
-        description="'json', 'mask' (indexed PNG), 'overlay' (PNG, or JPEG where Accept prefers "
-        "it) or, of segmentors, 'logits' (npz). When not given, the Accept header chooses.",
-    )
-    mask: MaskForm = Field(
-        default="rle",
-        description="How JSON holds masks: run lengths (COCO's for a detector's objects), "
-        "polygons, or not at all.",
-    )
-    classes: list[str] | None = Field(
-        default=None,
-        max_length=200,
-        description="Only these classes, by name or id, repeated or separated by commas. "
-        "Elsewhere masks hold 255 (transparent), run lengths -1, and overlays the image.",
-        examples=[["road", "3"]],
-    )
-    min_score: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="Leave out a detector's objects that score less; 0.3 when not given, 0 for "
-        "all that the network gives.",
-    )
-    opacity: float = Field(
-        default=0.5, ge=0, le=1, description="Opacity of the colours in an overlay."
-    )
-    size: Literal["original", "network"] | None = Field(
-        default=None,
-        description="Size of the answer: the image's own, or the network's input as far as the "
-        "image covers it. When not given: the image's own; for logits, the network's output.",
-    )
-    fit: Literal["stretch", "pad"] | None = Field(
-        default=None,
-        description="How an image of another aspect ratio is fitted; see the model's card.",
-    )
-    mode: Literal["whole", "slide"] | None = Field(
-        default=None, description="Whole image or sliding window; see the model's card."
-    )
+    output: Output | None = None
+    """'json', 'mask' (indexed PNG), 'overlay' (PNG, or JPEG where Accept prefers it) or, of
+    segmentors, 'logits' (npz). When not given, the Accept header chooses."""
+    mask: MaskForm = "rle"
+    """How JSON holds masks: run lengths (COCO's for a detector's objects), polygons, or not at
+    all."""
+    classes: list[str] | None = Field(default=None, max_length=200, examples=[["road", "3"]])
+    """Only these classes, by name or id, repeated or separated by commas. Elsewhere masks hold 255
+    (transparent), run lengths -1, and overlays the image."""
+    min_score: float | None = Field(default=None, ge=0, le=1)
+    """Leave out a detector's objects that score less; 0.3 when not given, 0 for all that the
+    network gives."""
+    opacity: float = Field(default=0.5, ge=0, le=1)
+    """Opacity of the colours in an overlay."""
+    size: Literal["original", "network"] | None = None
+    """Size of the answer: the image's own, or the network's input as far as the image covers it.
+    When not given: the image's own; for logits, the network's output."""
+    fit: Literal["stretch", "pad"] | None = None
+    """How an image of another aspect ratio is fitted; see the model's card."""
+    mode: Literal["whole", "slide"] | None = None
+    """Whole image or sliding window; see the model's card."""
 
 
 @dataclass(frozen=True)
