@@ -29,11 +29,11 @@ MAX_URL_BYTES = 8 << 10
 # What a client may choose: short, and of nothing that could break a log line or a header.
 _ACCEPTED = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Asked every few seconds by machines, which would end a service that does not answer.
-_HEALTH = {"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"}
+HEALTH = {"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"}
 # Open to all beside them: the page, which holds no data and asks for a key.
-_OPEN = {*_HEALTH, "/", "/docs", "/openapi.json"}
+_OPEN = {*HEALTH, "/", "/docs", "/openapi.json"}
 _OPEN_FOLDERS = ("/static/", "/samples")
-_UNTRACED = {*_HEALTH, "/metrics"}
+_UNTRACED = {*HEALTH, "/metrics"}
 SECURITY = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -115,7 +115,7 @@ class Edge:
             return RedirectResponse(f"{scope['root_path']}/")
         try:
             self._check_head(scope, headers)
-            if path not in _HEALTH:
+            if path not in HEALTH:
                 self._check_connections(scope)
             if self._keys.needed and path not in _OPEN and not path.startswith(_OPEN_FOLDERS):
                 given = headers.get("authorization", ""), headers.get("x-api-key", "")

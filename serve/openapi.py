@@ -18,6 +18,7 @@ from fdconv_deploy.serve.kserve.metadata import (
 )
 from fdconv_deploy.serve.kserve.statistics import ModelStatistics, ModelStatisticsList
 from fdconv_deploy.serve.kserve.tensors import HEADER_LENGTH, InferCall
+from fdconv_deploy.serve.middleware import HEALTH
 from fdconv_deploy.serve.service import Service
 
 DESCRIPTION = """\
@@ -33,7 +34,6 @@ Errors are problem documents (RFC 9457) with a sentence in `detail`. Every answe
 `X-Request-ID`, the client's own if it sent one. 429 and 503 say in `Retry-After` when to come
 back; nothing was done, so the same request may be sent again.
 """
-_OPEN = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 _TEXT = {"type": "string"}
 
 
@@ -68,7 +68,7 @@ def _add_security(document: dict[str, Any]) -> None:
         "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
     }
     for path, operations in document["paths"].items():
-        if path not in _OPEN:
+        if path not in HEALTH:
             for operation in operations.values():
                 operation["security"] = [{"bearer": []}, {"key": []}]
 

@@ -19,8 +19,8 @@ from PIL import Image
 
 from fdconv_deploy.runtime import Segmentation, open_session, read_image
 from tests.serve.conftest import encoded
-from tests.serve.test_polygons import filled
 from tests.serve.test_refusals import refused
+from tests.serve.test_responses import filled
 from tests.serve.test_segment_request import decode
 
 PNG = {"Content-Type": "image/png"}
