@@ -117,7 +117,8 @@ class Body:
             return room
         room, at = _aligned_room(self._length, start), 0
         with self._in_time():
-            async for chunk in self._chunks():  # HTTP sees to it that they are no more
+            async for chunk in self._request.stream():  # HTTP sees to it that they are no more
+                self._take(len(chunk))
                 room[at : at + len(chunk)] = chunk
                 at += len(chunk)
         return room[:at]
@@ -207,12 +208,15 @@ class Body:
             received += len(chunk)
             if received > most:
                 raise self._too_large()
-            self._budget.take(len(chunk))
-            self._taken += len(chunk)
+            self._take(len(chunk))
             if chunk:
                 yield chunk
         if unpack is not None and not unpack.eof:
             raise RefusedError(422, "The compressed body is cut off or damaged. Send it whole.")
+
+    def _take(self, size: int) -> None:
+        self._budget.take(size)
+        self._taken += size
 
     def _too_large(self) -> RefusedError:
         return RefusedError(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 
 from pydantic import BaseModel, Field
+from pydantic.dataclasses import dataclass
 
 # Which of Triton's durations each stage of this service counts as.
 _DURATION_OF = {
@@ -18,7 +19,8 @@ _DURATION_OF = {
 }
 
 
-class StatisticDuration(BaseModel):
+@dataclass
+class StatisticDuration:
     """Triton: how often something happened, and how long it took in all."""
 
     count: int = 0
@@ -30,34 +32,37 @@ class StatisticDuration(BaseModel):
         self.ns += round(seconds * 1e9)
 
 
-class InferStatistics(BaseModel):
+@dataclass
+class InferStatistics:
     """Triton: requests and their stages."""
 
-    success: StatisticDuration = StatisticDuration()
-    fail: StatisticDuration = StatisticDuration()
-    queue: StatisticDuration = StatisticDuration()
-    compute_input: StatisticDuration = StatisticDuration()
-    compute_infer: StatisticDuration = StatisticDuration()
-    compute_output: StatisticDuration = StatisticDuration()
+    success: StatisticDuration = Field(default_factory=StatisticDuration)
+    fail: StatisticDuration = Field(default_factory=StatisticDuration)
+    queue: StatisticDuration = Field(default_factory=StatisticDuration)
+    compute_input: StatisticDuration = Field(default_factory=StatisticDuration)
+    compute_infer: StatisticDuration = Field(default_factory=StatisticDuration)
+    compute_output: StatisticDuration = Field(default_factory=StatisticDuration)
     cache_hit: StatisticDuration = Field(
-        default=StatisticDuration(), description="Always 0: there is no response cache."
+        default_factory=StatisticDuration, description="Always 0: there is no response cache."
     )
-    cache_miss: StatisticDuration = StatisticDuration()
+    cache_miss: StatisticDuration = Field(default_factory=StatisticDuration)
 
 
-class InferBatchStatistics(BaseModel):
+@dataclass
+class InferBatchStatistics:
     """Triton: the runs of one batch size.
 
     Images are prepared and masks made one by one, so a batch's time is that of its run alone.
     """
 
     batch_size: int
-    compute_input: StatisticDuration = StatisticDuration()
-    compute_infer: StatisticDuration = StatisticDuration()
-    compute_output: StatisticDuration = StatisticDuration()
+    compute_input: StatisticDuration = Field(default_factory=StatisticDuration)
+    compute_infer: StatisticDuration = Field(default_factory=StatisticDuration)
+    compute_output: StatisticDuration = Field(default_factory=StatisticDuration)
 
 
-class ModelStatistics(BaseModel):
+@dataclass
+class ModelStatistics:
     """Triton: what one model has done since it was loaded."""
 
     name: str
@@ -67,8 +72,8 @@ class ModelStatistics(BaseModel):
     )
     inference_count: int = Field(default=0, description="Images answered.")
     execution_count: int = Field(default=0, description="Runs of the network.")
-    inference_stats: InferStatistics = InferStatistics()
-    batch_stats: list[InferBatchStatistics] = []
+    inference_stats: InferStatistics = Field(default_factory=InferStatistics)
+    batch_stats: list[InferBatchStatistics] = Field(default_factory=list)
 
     def succeeded(self, stages: Iterable[tuple[str, float]], images: int) -> None:
         """Count an answered request.
