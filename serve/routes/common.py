@@ -14,8 +14,9 @@ from starlette.types import Receive, Scope, Send
 T = TypeVar("T")
 NO_LIMIT = 1e9
 _SMALL_BYTES = 64 << 10
-# How long work goes on before it is watched whether its client stays.
-_WATCHED_AFTER_SECONDS = 0.002
+# How long work goes on before it is watched whether its client stays: the event loop, woken during
+# a run, would take its core from it.
+_WATCHED_AFTER_SECONDS = 0.05
 TimeoutMs = Annotated[
     float,
     Header(
