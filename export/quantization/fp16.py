@@ -54,9 +54,11 @@ MOVERS = frozenset(
 
 @dataclass
 class HalfReport:
-    """What the pass did. ``values``: weights now float16, ``flushed``: of those, not zero before
-    and zero now; ``subnormal``: stored with fewer than 11 bits. ``kept``: module paths that
-    stay float32 at the caller's wish."""
+    """What the pass did.
+
+    values: weights now float16. flushed: of those, not zero before and zero now. subnormal: stored
+    with fewer than 11 bits. kept: module paths that stay float32 at the caller's wish.
+    """
 
     half_nodes: int = 0
     single_nodes: int = 0

@@ -137,7 +137,7 @@ def parse_config(text: str, *, name: str = "the config") -> Config:
 def printable(value: Any) -> Any:
     """``value`` with the lone surrogates of its texts replaced: no terminal or file takes them.
 
-    They come from escapes such as ``"\\ud800"``, of which JSON and Python make half a character.
+    They come from escapes of half a character, which JSON and Python take.
     """
     if isinstance(value, str):
         return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")

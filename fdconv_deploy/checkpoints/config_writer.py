@@ -136,7 +136,7 @@ def _backbone(config: BackboneConfig, norm: str) -> dict[str, Any]:
 
 
 def _segmentor(config: SegmentorConfig) -> dict[str, Any]:
-    """mmsegmentation 1.x's ``model``."""
+    """The ``model`` of a config of mmsegmentation 1.x."""
     model: dict[str, Any] = {
         "type": "EncoderDecoder",
         "data_preprocessor": {
@@ -179,7 +179,7 @@ def _segmentor_pipeline(preprocessing: Preprocessing) -> list[dict[str, Any]]:
 
 
 def _detector(config: DetectorConfig) -> dict[str, Any]:
-    """mmdetection 2.x's ``model``."""
+    """The ``model`` of a config of mmdetection 2.x."""
     masks, box = config.mask_head is not None, config.bbox_head
     model: dict[str, Any] = {
         "type": "MaskRCNN" if masks else "FasterRCNN",

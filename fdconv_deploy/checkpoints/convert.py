@@ -224,7 +224,6 @@ def describe_conversion(
     method: Literal["published", "equivalent"] = "published",
 ) -> Conversion:
     """What :func:`convert_state_dict` or :func:`equivalent_state_dict` did and did not do."""
-
     grouped = _grouped(before)
     large = {
         key.removesuffix(".weight"): _is_known(key, weight)

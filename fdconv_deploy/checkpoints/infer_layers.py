@@ -97,7 +97,7 @@ def part(state: Shapes, prefix: str) -> dict[str, Tensor]:
 
 
 def dynamic_names(state: Shapes) -> list[str]:
-    """Names of the FDConv layers, in the file's order. (FDLinear's attention is 2-d.)"""
+    """Names of the FDConv layers, in the file's order; FDLinear's attention is 2-d."""
     return [
         key[: -len(_DYNAMIC)] for key, v in state.items() if key.endswith(_DYNAMIC) and v.ndim == 4
     ]

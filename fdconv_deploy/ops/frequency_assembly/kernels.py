@@ -55,7 +55,7 @@ def pass_radix(length, limit):
 
 @triton.jit
 def _turned(xr, xi, turn: tl.constexpr, length: tl.constexpr):
-    """x · exp(2πi · turn / length), 0 ≤ turn < length / 2; the easy angles without products."""
+    """Multiply: x · exp(2πi · turn / length), 0 ≤ turn < length / 2; the easy angles without products."""
     if turn == 0:
         return xr, xi
     elif 4 * turn == length:
@@ -90,7 +90,7 @@ def _small_inverse(xr, xi):
 
 @triton.jit
 def _power(wr, wi, exponent: tl.constexpr):
-    """w to a power ≥ 1, by squaring: its rounding grows with the logarithm only."""
+    """Raise w to a power ≥ 1, by squaring: its rounding grows with the logarithm only."""
     if exponent == 1:
         return wr, wi
     else:

@@ -64,7 +64,7 @@ class ColumnForm:
 
 
 def _turns(f: FunctionBody, left: str, right: str, length: str) -> tuple[str, str]:
-    """cos and sin of 2π · left · right / length, ``(len(left), len(right))`` float32."""
+    """The cos and sin of 2π · left · right / length, ``(len(left), len(right))`` float32."""
     axes0, axes1 = f.constant([1]), f.constant([0])
     product = f("Mul", f("Unsqueeze", left, axes0), f("Unsqueeze", right, axes1))
     # Reduced in integers, to within half a turn either way: float32 angles stay exact.
