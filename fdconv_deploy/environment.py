@@ -71,7 +71,7 @@ def install(*names: str, extra: str | None = None) -> str:
 
 
 def _torch_index() -> list[str]:
-    """The option of pip for PyTorch's CPU index, where PyPI's build would be the CUDA one in vain."""
+    """Options for PyTorch's CPU index, where PyPI's build would be the CUDA one in vain."""
     if sys.platform != "linux" or nvidia_driver():
         return []
     return ["--index-url", "https://download.pytorch.org/whl/cpu"]

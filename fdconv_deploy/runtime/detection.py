@@ -22,7 +22,7 @@ from PIL import Image
 from fdconv_deploy.coco_rle import Rle, encode_part
 from fdconv_deploy.config import DetectorConfig
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.instance_masks import Pasted, Probabilities, paste
+from fdconv_deploy.runtime.postprocessing import Pasted, Probabilities, paste
 from fdconv_deploy.runtime.preprocessing import (
     FitDone,
     Prepared,

@@ -12,8 +12,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.instance_masks import Pasted
-from fdconv_deploy.runtime.postprocessing import Labels
+from fdconv_deploy.runtime.postprocessing import Labels, Pasted
 
 RGB = tuple[int, int, int]
 _PALETTE_SIZE = 256

@@ -55,7 +55,7 @@ def pass_radix(length, limit):
 
 @triton.jit
 def _turned(xr, xi, turn: tl.constexpr, length: tl.constexpr):
-    """Multiply: x · exp(2πi · turn / length), 0 ≤ turn < length / 2; the easy angles without products."""
+    """Turn x by exp(2πi · turn / length), 0 ≤ turn < length / 2; easy angles without products."""
     if turn == 0:
         return xr, xi
     elif 4 * turn == length:

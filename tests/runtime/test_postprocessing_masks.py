@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdconv_deploy.runtime.instance_masks import paste
+from fdconv_deploy.runtime.postprocessing import paste
 from tests.reference.masks import pasted_probabilities
 
 SIZE = 37, 45
