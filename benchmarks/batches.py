@@ -14,12 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.export import export_module
-
 from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import TOLERANCE
 from benchmarks.options import keep, script
 from benchmarks.timing import interleave, spread
+from fdconv_deploy.export import export_module
 from fdconv_deploy.latency import machine
 from fdconv_deploy.latency.interleaving import ratio
 from fdconv_deploy.ops.native import native_library

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from torch import Tensor, nn
 
 from benchmarks.networks import backbone, build, trained_like, upernet
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from fdconv_deploy.nn import ResNet, build_segmentor
 
 NETWORKS = ("backbone", "upernet")

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from fdconv_deploy.export.validation.comparison import compare_detections
 
 from benchmarks.cases import add_size_argument, add_width_arguments
 from benchmarks.detector_steps import Answer, build, load, say
@@ -30,6 +29,7 @@ from benchmarks.options import script
 from benchmarks.records import FOLDER, write_json
 from fdconv_deploy.checkpoints import save_checkpoint
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.export.validation.comparison import compare_detections
 from fdconv_deploy.latency import machine
 
 # What is asked for: gigabytes, how far scores and masks may be apart, and how far masks from

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from fdconv_deploy.export.validation.comparison import perturbed
 from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.networks import backbone, lively_heads, trained_like
 from fdconv_deploy.checkpoints import load_detector
 from fdconv_deploy.config import DetectorConfig, FPNConfig, MaskHeadConfig
+from fdconv_deploy.export.validation.comparison import perturbed
 from fdconv_deploy.nn.detection import Detector, build_detector
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.sample_images.inputs import sample_detector_batch

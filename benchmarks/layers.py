@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fdconv_deploy.export import export_module
 
 from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import TOLERANCE
@@ -26,6 +25,7 @@ from benchmarks.options import script
 from benchmarks.plot import BARS, TEXT, WIDTH
 from benchmarks.records import write_json
 from fdconv_deploy.atomic_write import write_atomically
+from fdconv_deploy.export import export_module
 from fdconv_deploy.latency import machine
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.profiling.onnx_profile import PARTS, WARM_UP, ProfiledGraph, by_layer

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from torch import Tensor, nn
 
 from benchmarks.rivals.omni_dimensional import OmniDimensionalConv2d
 from fdconv_deploy.config import BackboneConfig, FDConvConfig, SegmentorConfig, UPerHeadConfig
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
 from fdconv_deploy.nn.backbones.resnet import BasicBlock, Bottleneck
 from fdconv_deploy.nn.detection import Detector

@@ -29,8 +29,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from fdconv_deploy.export.api import export_checkpoint
-from fdconv_deploy.export.quantization.fp16 import rounding_model
 from numpy.typing import NDArray
 
 from benchmarks.options import script
@@ -39,6 +37,8 @@ from examples.streets.scenes import CLASSES, draw_scene
 from fdconv_deploy.demo import HELD_OUT_SEEDS, held_out, packaged_checkpoint
 from fdconv_deploy.evaluation.datasets import read_mask
 from fdconv_deploy.evaluation.metrics import confusion_matrix, scores
+from fdconv_deploy.export.api import export_checkpoint
+from fdconv_deploy.export.quantization.fp16 import rounding_model
 from fdconv_deploy.runtime import Bundle, Session, open_session
 from fdconv_deploy.runtime.bundle_checks import sha256_of
 from fdconv_deploy.runtime.images import read_image

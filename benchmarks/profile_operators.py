@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.export import export_module
-
 from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import TOLERANCE
 from benchmarks.options import keep, script
+from fdconv_deploy.export import export_module
 from fdconv_deploy.latency import machine
 from fdconv_deploy.profiling.onnx_profile import PARTS, Cost, profile
 

@@ -20,16 +20,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from fdconv_deploy.export.api import export_checkpoint
-from fdconv_deploy.export.validation.layer_graphs import CutGraph
-from fdconv_deploy.export.validation.reference import UNIT
-from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.options import keep, script
 from fdconv_deploy.checkpoints import load_segmentor
 from fdconv_deploy.demo import packaged_checkpoint
+from fdconv_deploy.export.api import export_checkpoint
+from fdconv_deploy.export.validation.layer_graphs import CutGraph
+from fdconv_deploy.export.validation.reference import UNIT
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from fdconv_deploy.folding.network import dynamic_layers, fold_network
 from fdconv_deploy.latency import machine
 from fdconv_deploy.ops.native import native_library

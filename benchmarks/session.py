@@ -249,9 +249,8 @@ def main() -> None:
 
 
 def _export(destination: Path) -> Path:
-    from fdconv_deploy.export.api import export_network
-
     from benchmarks.networks import build, upernet
+    from fdconv_deploy.export.api import export_network
 
     network = build(upernet(50))
     export_network(network, destination, size=(512, 512), batches=(1, 4), tolerance=1e-2)

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fdconv_deploy.export.api import export_network
-from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 
 from benchmarks.networks import build, upernet
 from benchmarks.options import script
 from benchmarks.records import write_json
+from fdconv_deploy.export.api import export_network
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 
 RUN = """
 import json, sys

@@ -111,9 +111,8 @@ def main() -> None:
 
 
 def _export(destination: Path) -> Path:
-    from fdconv_deploy.export import export_checkpoint
-
     from fdconv_deploy.demo import held_out, packaged_checkpoint
+    from fdconv_deploy.export import export_checkpoint
     from fdconv_deploy.runtime import read_image
 
     # A picture it was trained on the like of: on others its own rounding may grow.

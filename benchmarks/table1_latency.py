@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from fdconv_deploy.export import export_module
-from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
@@ -28,6 +26,8 @@ from benchmarks.networks import trained_like
 from benchmarks.table1_rows import FDCONV, PLAIN, Frame, make
 from benchmarks.table1_side import WEIGHTS, open_session
 from benchmarks.timing import spread
+from fdconv_deploy.export import export_module
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from fdconv_deploy.latency import machine
 from fdconv_deploy.latency.interleaving import Schedule, Series, ratio, sample_until_steady
 from fdconv_deploy.latency.targets import RunOptions, Target

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fdconv_deploy.export.exporter import write_bundle
-from fdconv_deploy.export.options import ExportOptions
-from fdconv_deploy.export.source_network import module_to_export, network_to_export
 from torch import Tensor, nn
 
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.checkpoints.shards import digest_of
+from fdconv_deploy.export.exporter import write_bundle
+from fdconv_deploy.export.options import ExportOptions
+from fdconv_deploy.export.source_network import module_to_export, network_to_export
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime.bundle import Bundle

@@ -15,6 +15,10 @@ from typing import Any, BinaryIO
 
 import onnx
 import torch
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto
+
+from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.graph import build_graph, check_model
 from fdconv_deploy.export.options import ExportOptions
 from fdconv_deploy.export.quantization.reduce_precision import Reduction
@@ -24,10 +28,6 @@ from fdconv_deploy.export.validation.judge import Judge, Subject
 from fdconv_deploy.export.validation.subprocess_run import fresh
 from fdconv_deploy.export.validation.tolerance import TOLERANCES, Precision, counts_classes
 from fdconv_deploy.export.validation.verdict import Verdict, refusal
-from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto
-
-from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers, input_sizes
 from fdconv_deploy.runtime.bundle import Bundle, BundleWriter
 from fdconv_deploy.runtime.manifest import Manifest, ParityReport, TensorSpec

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import onnx
 import onnx_graphsurgeon as gs
+from onnx import ModelProto, helper
+from torch import nn
+
+from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.layers import Nodes, write_layer
 from fdconv_deploy.export.passes.batch_norm import fold_batch_norms
 from fdconv_deploy.export.passes.late_reshapes import move_reshapes
 from fdconv_deploy.export.passes.means import split_means
 from fdconv_deploy.export.torch_export import PLACEHOLDER
-from onnx import ModelProto, helper
-from torch import nn
-
-from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET

@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from fdconv_deploy.export.validation.tolerance import TOLERANCES, Precision
-
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.export.validation.tolerance import TOLERANCES, Precision
 from fdconv_deploy.runtime.manifest import Fit
 
 Activations = Literal["unsigned", "signed"]

@@ -10,6 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fdconv_deploy.checkpoints import LoadedDetector, LoadedSegmentor
+from fdconv_deploy.config import SIZE_DIVISOR
+from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.options import ExportOptions
 from fdconv_deploy.export.validation.comparison import Comparison
 from fdconv_deploy.export.validation.reference import answer_of
@@ -22,13 +29,6 @@ from fdconv_deploy.export.validation.sample_inputs import (
     picture_source,
     sample_sources,
 )
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-
-from fdconv_deploy.checkpoints import LoadedDetector, LoadedSegmentor
-from fdconv_deploy.config import SIZE_DIVISOR
-from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.from_published import convert_published

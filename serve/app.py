@@ -19,6 +19,12 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from fdconv_deploy import __version__
+from fdconv_deploy.environment import needed_by
+from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.runtime import Session
 from fdconv_deploy.serve import errors as problems
 from fdconv_deploy.serve import openapi
 from fdconv_deploy.serve.api_keys import Keys
@@ -28,12 +34,6 @@ from fdconv_deploy.serve.routes import ROUTERS
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.settings import Settings
 from fdconv_deploy.serve.telemetry import log_config
-from starlette.middleware import Middleware
-
-from fdconv_deploy import __version__
-from fdconv_deploy.environment import needed_by
-from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.runtime import Session
 
 log = logging.getLogger("fdconv.serve")
 Sources = Sequence[Path | str | Session]

@@ -9,13 +9,13 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fdconv_deploy.serve.batching import DeadlineError, WorkerDiedError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime.images import ImageTooLargeError, UnsupportedImageError
+from fdconv_deploy.serve.batching import DeadlineError, WorkerDiedError
 
 log = logging.getLogger("fdconv.serve")
 REQUEST_ID = "X-Request-ID"

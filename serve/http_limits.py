@@ -10,8 +10,9 @@ from http import HTTPStatus
 from typing import Any
 
 import h11
-from fdconv_deploy.serve.settings import Settings
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fdconv_deploy.serve.settings import Settings
 
 MAX_HEAD_BYTES = 32 << 10  # address and headers, unless they come in one piece
 LINGER_SECONDS = 2.0  # to read why: a refused client that is cut off at once loses the answer

@@ -8,6 +8,11 @@ import re
 import secrets
 import time
 
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import RedirectResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from fdconv_deploy.serve.api_keys import Keys
 from fdconv_deploy.serve.errors import (
     MEDIA_TYPE,
@@ -18,10 +23,6 @@ from fdconv_deploy.serve.errors import (
 )
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.telemetry import log_access
-from starlette.datastructures import Headers
-from starlette.requests import Request
-from starlette.responses import RedirectResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 << 10

@@ -17,15 +17,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from fdconv_deploy.serve.errors import RefusedError
-from fdconv_deploy.serve.model_cards import Benchmark, ModelCard, model_card, model_name
-from fdconv_deploy.serve.settings import Settings
 
 from fdconv_deploy.errors import BundleError, FDConvError
 from fdconv_deploy.runtime import Bundle, Session
 from fdconv_deploy.runtime.batching import least_seconds
 from fdconv_deploy.runtime.bundle_checks import bundle_root
 from fdconv_deploy.runtime.manifest import MANIFEST_NAME
+from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.model_cards import Benchmark, ModelCard, model_card, model_name
+from fdconv_deploy.serve.settings import Settings
 
 log = logging.getLogger("fdconv.serve")
 # What timing may add to a model's loading, beyond one run of each batch size.

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.encoders import jsonable_encoder
 from fastapi.openapi.utils import get_openapi
+
 from fdconv_deploy.serve.kserve.metadata import (
     ServerLive,
     ServerMetadata,

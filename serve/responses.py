@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from fdconv_deploy.serve.errors import RefusedError
 from PIL import Image
 
 from fdconv_deploy.runtime import Detection, Segmentation
 from fdconv_deploy.runtime.visualization import as_rgb, encode
+from fdconv_deploy.serve.errors import RefusedError
 
 Output = Literal["json", "mask", "overlay", "logits"]
 MaskForm = Literal["rle", "polygons", "none"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fdconv_deploy.serve.model_cards import ModelClass
 from pydantic import BaseModel, ConfigDict, Field
+
+from fdconv_deploy.serve.model_cards import ModelClass
 
 
 class ClassArea(ModelClass):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fdconv_deploy.serve.errors import RefusedError
-from fdconv_deploy.serve.model_cards import ModelCard
-from fdconv_deploy.serve.responses import JSON, Form, MaskForm, Output
 from pydantic import BaseModel, ConfigDict, Field
 
 from fdconv_deploy.runtime.detection import SHOWN_SCORE
+from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.model_cards import ModelCard
+from fdconv_deploy.serve.responses import JSON, Form, MaskForm, Output
 
 
 class SegmentOptions(BaseModel):

@@ -11,6 +11,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from fdconv_deploy.errors import ImageError
+from fdconv_deploy.runtime import Segmentation, Tensors
+from fdconv_deploy.runtime.multiband import FORMATS, check_format
+from fdconv_deploy.runtime.postprocessing import logit_map
+from fdconv_deploy.runtime.preprocessing import Prepared, resize
 from fdconv_deploy.serve.batching import Outcome
 from fdconv_deploy.serve.errors import RefusedError, answer_to
 from fdconv_deploy.serve.model_repository import Version
@@ -18,12 +24,6 @@ from fdconv_deploy.serve.responses import Answer, render
 from fdconv_deploy.serve.segment_options import SegmentRequest
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.uploads import Upload
-
-from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime import Segmentation, Tensors
-from fdconv_deploy.runtime.multiband import FORMATS, check_format
-from fdconv_deploy.runtime.postprocessing import logit_map
-from fdconv_deploy.runtime.preprocessing import Prepared, resize
 
 
 @dataclass(frozen=True)

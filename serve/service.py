@@ -8,6 +8,7 @@ import time
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
+from fdconv_deploy.runtime import Bundle, Session, open_session
 from fdconv_deploy.serve.admission import Admission
 from fdconv_deploy.serve.batching import Scheduler
 from fdconv_deploy.serve.errors import RefusedError
@@ -17,8 +18,6 @@ from fdconv_deploy.serve.settings import Settings
 from fdconv_deploy.serve.telemetry import Metrics, Tracing
 from fdconv_deploy.serve.uploads import BodyBudget
 from fdconv_deploy.serve.workers import Children, isolated_session
-
-from fdconv_deploy.runtime import Bundle, Session, open_session
 
 log = logging.getLogger("fdconv.serve")
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import python_multipart  # noqa: F401 - Starlette finds it missing at the first upload only
 from fastapi import Request
-from fdconv_deploy.serve.errors import RefusedError
-from fdconv_deploy.serve.settings import Settings
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+
+from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.settings import Settings
 
 FIELD = "image"
 NPY = "application/x-npy"

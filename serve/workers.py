@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from fdconv_deploy.serve.batching import WorkerDiedError
-from fdconv_deploy.serve.settings import Settings
 
 from fdconv_deploy.errors import BackendError, FDConvError
 from fdconv_deploy.runtime import Bundle, Session, Tensors, open_session
 from fdconv_deploy.runtime.batching import linear_cost
+from fdconv_deploy.serve.batching import WorkerDiedError
+from fdconv_deploy.serve.settings import Settings
 
 log = logging.getLogger("fdconv.serve")
 _START_SECONDS = 120.0

@@ -31,10 +31,10 @@ _DETECTOR_OUTPUTS = [
 def _files() -> dict[str, bytes]:
     """A bundle of a small network whose layers are all there is to fold, by file name."""
     import torch
-    from fdconv_deploy.export.api import export_network
 
     from benchmarks.networks import trained_like
     from fdconv_deploy.config import BackboneConfig, FCNHeadConfig, FDConvConfig, SegmentorConfig
+    from fdconv_deploy.export.api import export_network
     from fdconv_deploy.nn import build_segmentor
 
     backbone = BackboneConfig(

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import psutil
 import uvicorn
-from fdconv_deploy.serve import Settings, running
 
 from benchmarks.serving.baselines import SERVER, bare, plain_app
 from benchmarks.serving.harness import (
@@ -46,6 +45,7 @@ from benchmarks.serving.harness import (
 from fdconv_deploy.environment import install
 from fdconv_deploy.latency.machine import Bystanders
 from fdconv_deploy.runtime import Session, open_session
+from fdconv_deploy.serve import Settings, running
 
 RAW, OURS, PLAIN, BARE, LITSERVE = "in process", "fdconv", "plain", "bare socket", "litserve"
 Posted = tuple[int, str, bytes, dict[str, str]]  # port, path, body, headers

@@ -115,6 +115,7 @@ app.mount("/watch", watch)
 def run_limited(port: str, *tls: str) -> None:
     """Uvicorn's h11 protocol with this project's limits."""
     import uvicorn
+
     from fdconv_deploy.serve import Settings
     from fdconv_deploy.serve.http_limits import MAX_HEAD_BYTES, LimitedProtocol
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from fdconv_deploy.export import export_checkpoint
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -38,6 +37,7 @@ from fdconv_deploy.demo import (
 from fdconv_deploy.evaluation.coco import CocoSet, read_coco
 from fdconv_deploy.evaluation.compare import DetectionEvaluation, evaluate_detectors
 from fdconv_deploy.evaluation.targets import bundle_target, torch_target
+from fdconv_deploy.export import export_checkpoint
 from fdconv_deploy.runtime import Session, open_session, read_image
 
 SIDES = ("pytorch", "bundle")

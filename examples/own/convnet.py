@@ -12,9 +12,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from fdconv_deploy.export import export_module
 from torch import Tensor, nn
 
+from fdconv_deploy.export import export_module
 from fdconv_deploy.nn import replace_convolutions
 from fdconv_deploy.runtime import open_session
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fdconv_deploy.export import export_module
 from torch import Tensor, nn
 
+from fdconv_deploy.export import export_module
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.runtime import open_session
 

@@ -7,10 +7,10 @@ function bodies go into the model; the rest is a handful of standard nodes.
 from __future__ import annotations
 
 import onnx_graphsurgeon as gs
+
 from fdconv_deploy.export.layers.convolution import write_constant_convolution, write_convolution
 from fdconv_deploy.export.layers.nodes import Nodes
 from fdconv_deploy.export.layers.operators import write_assembly, write_attention, write_bands
-
 from fdconv_deploy.folding.layer import FoldedConv
 
 __all__ = ["Nodes", "write_layer"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_graphsurgeon as gs
+
 from fdconv_deploy.export.layers.nodes import Nodes, geometry
 from fdconv_deploy.export.layers.operators import Attention, write_row_scale
-
 from fdconv_deploy.folding.layer import FoldedConv
 
 

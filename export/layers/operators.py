@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from fdconv_deploy.export.layers.nodes import Nodes, geometry
 
+from fdconv_deploy.export.layers.nodes import Nodes, geometry
 from fdconv_deploy.folding.bands import FoldedBands
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.ops import DOMAIN

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from fdconv_deploy.export.torch_export import PLACEHOLDER
 from numpy.typing import NDArray
+
+from fdconv_deploy.export.torch_export import PLACEHOLDER
 
 Float64 = NDArray[np.float64]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_graphsurgeon as gs
+
 from fdconv_deploy.export.layers.nodes import Nodes
 
 

@@ -20,16 +20,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.quantization.element_types import (
     Parameter,
     signature,
     standard_opset,
     tensor_types,
 )
-from numpy.typing import NDArray
-from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
-
-from fdconv_deploy.errors import ExportError
 from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.profiling.layer_names import Label, label_nodes, matches, unknown_pattern
 

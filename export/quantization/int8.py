@@ -26,9 +26,6 @@ from typing import TextIO
 
 import numpy as np
 import onnx
-from fdconv_deploy.export.options import Activations
-from fdconv_deploy.export.quantization.element_types import tensor_types
-from fdconv_deploy.export.validation.sample_inputs import CalibrationImages
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 from onnxruntime.quantization import (
@@ -39,6 +36,9 @@ from onnxruntime.quantization import (
 )
 
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.export.options import Activations
+from fdconv_deploy.export.quantization.element_types import tensor_types
+from fdconv_deploy.export.validation.sample_inputs import CalibrationImages
 from fdconv_deploy.profiling.layer_names import label_nodes, matches, unknown_pattern
 
 # The few values beyond are cut off, so that all others are stored more finely.

@@ -7,13 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from onnx import ModelProto
+
+from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.options import ExportOptions
 from fdconv_deploy.export.quantization.fp16 import rounding_model, to_half_precision
 from fdconv_deploy.export.quantization.int8 import CalibrationInputs, quantizable, quantize
 from fdconv_deploy.export.source_network import SourceNetwork
-from onnx import ModelProto
-
-from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.profiling.divergence import Answers, Divergence, points_of, save_exposed
 

@@ -21,10 +21,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from fdconv_deploy.export.api import export_module
-from fdconv_deploy.export.options import ExportOptions, check_size
-from fdconv_deploy.export.validation.reference import answer_of
-from fdconv_deploy.export.validation.sample_inputs import Picture
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -32,6 +28,10 @@ from torch.utils import _pytree as pytree
 from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.export.api import export_module
+from fdconv_deploy.export.options import ExportOptions, check_size
+from fdconv_deploy.export.validation.reference import answer_of
+from fdconv_deploy.export.validation.sample_inputs import Picture
 from fdconv_deploy.sample_images.inputs import prepared_batch, sample_batch
 from fdconv_deploy.version import __version__
 

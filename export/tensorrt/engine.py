@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx
+
+from fdconv_deploy.errors import BackendError, ExportError
 from fdconv_deploy.export.tensorrt.builder import BuildOptions, build_plan
 from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 from fdconv_deploy.export.validation.comparison import Comparison, perturbed
 from fdconv_deploy.export.validation.tolerance import engine_tolerance
-
-from fdconv_deploy.errors import BackendError, ExportError
 from fdconv_deploy.ops.tensorrt_plugins import (
     plugin_module,
     precompile,

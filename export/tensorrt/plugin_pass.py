@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from fdconv_deploy.export.layers import Nodes
-from fdconv_deploy.export.layers.convolution import rows_met
 from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.export.layers import Nodes
+from fdconv_deploy.export.layers.convolution import rows_met
 from fdconv_deploy.folding.spectrum import half_spectrum
 from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION
 from fdconv_deploy.ops.frequency_assembly.launch import (

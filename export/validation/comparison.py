@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from fdconv_deploy.export.validation.tolerance import MASK_MULTIPLE, Precision, measured
 from numpy.typing import NDArray
 
 from fdconv_deploy.config import DetectorConfig, SegmentorConfig
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.export.validation.tolerance import MASK_MULTIPLE, Precision, measured
 from fdconv_deploy.runtime.manifest import OutputParity
 from fdconv_deploy.runtime.postprocessing import logit_of
 

@@ -11,6 +11,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
+from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.source_network import SourceNetwork
 from fdconv_deploy.export.validation.comparison import Arrays, perturbed
 from fdconv_deploy.export.validation.layer_graphs import CutGraph, Piece
@@ -19,9 +22,6 @@ from fdconv_deploy.export.validation.sample_inputs import InputSource
 from fdconv_deploy.export.validation.subprocess_run import Run, run_fresh, saved
 from fdconv_deploy.export.validation.tolerance import LAYER_TOLERANCE, Outcome, Precision, decide
 from fdconv_deploy.export.validation.verdict import Finding, Verdict
-from numpy.typing import NDArray
-
-from fdconv_deploy.errors import ExportError
 from fdconv_deploy.runtime.manifest import OutputParity
 
 

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from fdconv_deploy.export.image_folders import Pictures
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fdconv_deploy.config import Preprocessing
+from fdconv_deploy.export.image_folders import Pictures
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime.detection import place_whole

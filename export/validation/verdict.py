@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fdconv_deploy.export.validation.tolerance import Outcome
-
 from fdconv_deploy.runtime.manifest import OutputParity
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.json_format import ParseDict
+
 from fdconv_deploy.serve.api_keys import Keys
 from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, answer_to
 from fdconv_deploy.serve.kserve.inference import infer
@@ -33,8 +36,6 @@ from fdconv_deploy.serve.model_cards import ModelCard
 from fdconv_deploy.serve.model_repository import Version
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.telemetry import log_access
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.json_format import ParseDict
 
 log = logging.getLogger("fdconv.serve")
 _CODES = {

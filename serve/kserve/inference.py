@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from fdconv_deploy.serve.kserve.tensors import InferRequest
-from fdconv_deploy.serve.model_repository import Version
-from fdconv_deploy.serve.service import Service
 
 from fdconv_deploy.runtime import Session, Tensors
 from fdconv_deploy.runtime.preprocessing import Placement, Prepared, normalise
+from fdconv_deploy.serve.kserve.tensors import InferRequest
+from fdconv_deploy.serve.model_repository import Version
+from fdconv_deploy.serve.service import Service
 
 Array = npt.NDArray[Any]
 

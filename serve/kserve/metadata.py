@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import BaseModel, Field
+
+from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.kserve.statistics import ModelStatisticsList
 from fdconv_deploy.serve.model_cards import ModelCard, TensorMetadata
 from fdconv_deploy.serve.model_repository import Repository
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.settings import Settings
-from pydantic import BaseModel, Field
-
-from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.version import __version__
 
 PLATFORM = "onnxruntime_onnx"

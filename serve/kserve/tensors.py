@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.model_cards import ModelCard
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Array = npt.NDArray[Any]
 HEADER_LENGTH = "Inference-Header-Content-Length"

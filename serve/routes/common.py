@@ -7,9 +7,10 @@ from collections.abc import Coroutine
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Header, Request, Response
-from fdconv_deploy.serve.service import Service
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
+
+from fdconv_deploy.serve.service import Service
 
 T = TypeVar("T")
 NO_LIMIT = 1e9

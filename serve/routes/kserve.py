@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+
 from fdconv_deploy.serve.errors import RefusedError, problem_docs
 from fdconv_deploy.serve.kserve.inference import infer
 from fdconv_deploy.serve.kserve.metadata import (

@@ -7,6 +7,7 @@ from importlib.resources import files
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
+
 from fdconv_deploy.serve.errors import RefusedError
 
 router = APIRouter(include_in_schema=False)

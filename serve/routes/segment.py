@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
+
 from fdconv_deploy.serve.errors import problem_docs
 from fdconv_deploy.serve.responses import (
     JPEG,

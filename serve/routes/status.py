@@ -6,11 +6,12 @@ from typing import Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from pydantic import BaseModel
+
 from fdconv_deploy.serve.errors import problem_docs
 from fdconv_deploy.serve.model_cards import ModelCard, ModelList
 from fdconv_deploy.serve.routes.common import service_of
 from fdconv_deploy.serve.telemetry import CONTENT_TYPE_LATEST
-from pydantic import BaseModel
 
 router = APIRouter()
 

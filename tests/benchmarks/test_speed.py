@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from fdconv_deploy.export import export_module
 
 from benchmarks import matrix, session, speed
 from benchmarks.cases import Case
 from benchmarks.export_size import TOLERANCE
 from benchmarks.speed import RATIOS, SIDES
+from fdconv_deploy.export import export_module
 from fdconv_deploy.ops import native
 from tests.runtime import toy
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from fdconv_deploy.export.api import export_checkpoint
 from torch import Tensor, nn
 
 from fdconv_deploy.checkpoints import (
@@ -26,6 +25,7 @@ from fdconv_deploy.cli import app as cli
 from fdconv_deploy.config import BackboneConfig, FDConvConfig
 from fdconv_deploy.demo import held_out, packaged_checkpoint, plain_checkpoint
 from fdconv_deploy.errors import ImageError
+from fdconv_deploy.export.api import export_checkpoint
 from fdconv_deploy.nn import FDConv2d, build_segmentor
 from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.nn.spectrum import FrequencyOrder, bin_radii

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fdconv_deploy.serve import Settings
 from typer.testing import CliRunner
 
 from fdconv_deploy import serve
 from fdconv_deploy.cli.app import app
 from fdconv_deploy.cli.serve import serve as serve_command
+from fdconv_deploy.serve import Settings
 
 
 @pytest.fixture

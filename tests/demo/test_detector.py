@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from fdconv_deploy.export import export_checkpoint
 
 from examples.instances.measure import SIDES, measure, packaged_set, sheet, summary
 from examples.streets.instances import CLASSES, COLOURS, coco_annotations, draw_instances
@@ -21,6 +20,7 @@ from fdconv_deploy.demo import (
     held_out_instances,
     packaged_detector,
 )
+from fdconv_deploy.export import export_checkpoint
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.runtime import open_session, read_image

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fdconv_deploy.export import export_checkpoint
 from PIL import Image
 
 from examples.streets.instances import CLASSES, coco_annotations
 from fdconv_deploy.checkpoints import save_checkpoint
 from fdconv_deploy.config import SegmentorConfig
 from fdconv_deploy.demo import packaged_checkpoint
+from fdconv_deploy.export import export_checkpoint
 from tests.checkpoints.small import small_architecture, weights_of
 from tests.evaluation.drawn_streets import drawn
 from tests.runtime import toy_detector

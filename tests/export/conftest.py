@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fdconv_deploy.export.api import export_module, export_network
 from torch import Tensor, nn
 
+from fdconv_deploy.export.api import export_module, export_network
 from fdconv_deploy.nn import FDConv2d, Segmentor
 from fdconv_deploy.runtime.bundle import Bundle
 from tests.reference.lively import enliven, lively_input

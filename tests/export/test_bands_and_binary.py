@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from examples.streets.scenes import draw_scene
+from fdconv_deploy.config import Preprocessing, SegmentorConfig, UPerHeadConfig
 from fdconv_deploy.export.api import export_network
 from fdconv_deploy.export.validation.comparison import compare_output
 from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from fdconv_deploy.export.validation.verify import verify_bundle
-
-from examples.streets.scenes import draw_scene
-from fdconv_deploy.config import Preprocessing, SegmentorConfig, UPerHeadConfig
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.runtime import Bundle, open_session
 from fdconv_deploy.runtime.preprocessing import scene_bands

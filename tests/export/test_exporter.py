@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fdconv_deploy.export import graph
-from fdconv_deploy.export.api import export_checkpoint, export_network
 
 from fdconv_deploy.config import TestMode
 from fdconv_deploy.errors import BundleError, CheckpointError, ExportError
+from fdconv_deploy.export import graph
+from fdconv_deploy.export.api import export_checkpoint, export_network
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.runtime.bundle import Bundle
 from tests.export.graphs import run_file

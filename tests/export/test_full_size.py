@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fdconv_deploy.export.api import export_network
-from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 
 from benchmarks.networks import upernet
+from fdconv_deploy.export.api import export_network
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from fdconv_deploy.nn import build_segmentor
 from tests.export.graphs import relative, run_file
 from tests.reference.lively import enliven_network

@@ -9,12 +9,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from fdconv_deploy.export.graph import build_graph, check_model
-from fdconv_deploy.export.torch_export import capture
 from onnx import helper
 from torch import nn
 
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.export.graph import build_graph, check_model
+from fdconv_deploy.export.torch_export import capture
 from fdconv_deploy.folding.network import dynamic_layers, input_sizes
 from tests.reference.networks import dynamic
 

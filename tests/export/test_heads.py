@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from fdconv_deploy.export.api import export_checkpoint
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from fdconv_deploy.checkpoints import load_segmentor
+from fdconv_deploy.export.api import export_checkpoint
 from fdconv_deploy.runtime import Bundle, open_session
 from tests.export.graphs import relative
 

@@ -6,11 +6,11 @@ import zlib
 
 import numpy as np
 import pytest
-from fdconv_deploy.export.image_folders import Pictures
 from PIL import Image
 
 from fdconv_deploy.demo import held_out
 from fdconv_deploy.errors import ImageError
+from fdconv_deploy.export.image_folders import Pictures
 
 
 def write(path, size=(6, 4), mode="RGB"):

@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from fdconv_deploy.export.api import export_module
 from torch import nn
 
 from fdconv_deploy.errors import ExportError, UnsupportedLayerError
+from fdconv_deploy.export.api import export_module
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.nn import FDConv2d
 from tests.export.graphs import relative, run_file

@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from fdconv_deploy.export import ExportOptions, export_checkpoint
 
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.export import ExportOptions, export_checkpoint
 
 PICTURE = np.zeros((4, 4, 3), np.uint8)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from fdconv_deploy.export.api import export_checkpoint
-from fdconv_deploy.export.validation.verify import load_exported, verify_bundle
 
 from fdconv_deploy.demo import packaged_checkpoint, packaged_detector
+from fdconv_deploy.export.api import export_checkpoint
+from fdconv_deploy.export.validation.verify import load_exported, verify_bundle
 from fdconv_deploy.runtime import open_session
 
 SIZES = [(64, 64), (192, 256), (512, 512), (1024, 2048)]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fdconv_deploy.export.api import export_checkpoint
 from safetensors.numpy import load_file
 
+from fdconv_deploy.export.api import export_checkpoint
 from fdconv_deploy.runtime import Bundle, open_session, read_image
 
 NAMES = ("B_r18b14_mmengine_published.pth", "B_r18b14_mmcv1.pth")

@@ -9,7 +9,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from fdconv_deploy.export.api import export_module, export_network
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
@@ -19,6 +18,7 @@ from fdconv_deploy.demo import held_out, packaged_checkpoint
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.evaluation.datasets import read_mask
 from fdconv_deploy.evaluation.metrics import confusion_matrix, scores
+from fdconv_deploy.export.api import export_module, export_network
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.runtime.bundle import Bundle

@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from fdconv_deploy.export.api import export_network
 
 import fdconv_deploy
 from fdconv_deploy.config import TestMode
+from fdconv_deploy.export.api import export_network
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.nn.spectrum import group_map
 from fdconv_deploy.runtime.bundle import Bundle

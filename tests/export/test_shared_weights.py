@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from fdconv_deploy.export.exporter import ALIGNMENT, INLINE_BYTES, SharedWeights
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from fdconv_deploy.export.exporter import ALIGNMENT, INLINE_BYTES, SharedWeights
 
 RNG = np.random.default_rng(0)
 

@@ -9,12 +9,12 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from fdconv_deploy.export.torch_export import PLACEHOLDER, PLACEHOLDER_DOMAIN, capture
 from onnx import ModelProto
 from torch import Tensor, nn
 
 from fdconv_deploy.config import RoIConfig, RPNHeadConfig, RPNTestConfig
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.export.torch_export import PLACEHOLDER, PLACEHOLDER_DOMAIN, capture
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.nn.detection.box_ops import BestScores, NonMaxSuppression, set_apart
 from fdconv_deploy.nn.detection.heads import RPNHead

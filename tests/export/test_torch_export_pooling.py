@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fdconv_deploy.export.torch_export import FoldedAdaptivePool, pooling_matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from fdconv_deploy.export.torch_export import FoldedAdaptivePool, pooling_matrix
 
 SIDES = st.integers(1, 40)
 

@@ -16,13 +16,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from fdconv_deploy.export import export_ultralytics
-from fdconv_deploy.export.targets import ultralytics as exporter
-from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from torch import Tensor, nn
 
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.export import export_ultralytics
+from fdconv_deploy.export.targets import ultralytics as exporter
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from fdconv_deploy.nn import FDConv2d
 from tests.export.graphs import relative, run_file
 from tests.reference.lively import enliven

@@ -14,12 +14,12 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from fdconv_deploy.export.api import export_checkpoint, export_module
 from numpy.typing import NDArray
 from torch import nn
 
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.config import BandModulationConfig, FDConvConfig
+from fdconv_deploy.export.api import export_checkpoint, export_module
 from fdconv_deploy.ops.native import build, compiler
 from tests.checkpoints.test_saved_buffers import MASKS, masks_of
 from tests.export.graphs import relative, run_file

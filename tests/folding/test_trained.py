@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.demo import packaged_checkpoint
+from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from fdconv_deploy.folding.network import fold_network
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fdconv_deploy.export import export_checkpoint
 
 from fdconv_deploy.demo import packaged_checkpoint
+from fdconv_deploy.export import export_checkpoint
 from tests.runtime import toy
 
 

@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from fdconv_deploy.serve import Settings, running
 from rich.console import Console
 
 from fdconv_deploy.cli.bench import show
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.latency.report import broken_limits, target_name
 from fdconv_deploy.ops.native import FOLDER, native_library
+from fdconv_deploy.serve import Settings, running
 from tests.test_cli import fdconv
 
 # A toy's run takes microseconds: these are plumbing tests, and none reads a figure.

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fdconv_deploy.serve import Settings, running
 
 from fdconv_deploy.demo import packaged_checkpoint
+from fdconv_deploy.serve import Settings, running
 from tests.latency.test_command import BRIEF
 from tests.test_cli import fdconv
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fdconv_deploy.serve import Settings, running
 
 from fdconv_deploy.demo import packaged_checkpoint, packaged_detector
 from fdconv_deploy.errors import BackendError, FDConvError
@@ -26,6 +25,7 @@ from fdconv_deploy.latency.targets import (
 from fdconv_deploy.latency.workers import Worker, timed_runs
 from fdconv_deploy.runtime.manifest import TensorSpec
 from fdconv_deploy.sample_images.inputs import sample_feeds
+from fdconv_deploy.serve import Settings, running
 from tests.runtime import toy, toy_detector
 
 

@@ -16,10 +16,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from fdconv_deploy.export.quantization.fp16 import to_half_precision
-from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 from onnx import ModelProto, NodeProto
 
+from fdconv_deploy.export.quantization.fp16 import to_half_precision
+from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.ops.compile_kernels import kernel_function
 from fdconv_deploy.ops.frequency_assembly.launch import AssemblySizes

@@ -9,10 +9,10 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
-from fdconv_deploy.export.layers import Nodes, write_layer
 from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
 
+from fdconv_deploy.export.layers import Nodes, write_layer
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET
 from fdconv_deploy.ops.function_body import functions_checked

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fdconv_deploy.export import export_module
 from torch import nn
 
 from fdconv_deploy.errors import BundleError
+from fdconv_deploy.export import export_module
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.profiling.divergence import compare_bundles
 from fdconv_deploy.runtime.bundle import Bundle

@@ -5,10 +5,10 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from fdconv_deploy.export import export_module
 from torch import nn
 
 from benchmarks.profile_operators import by_part
+from fdconv_deploy.export import export_module
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.profiling.layer_names import layer_names
 from fdconv_deploy.profiling.onnx_profile import (

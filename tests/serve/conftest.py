@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import Settings, create_app
 from PIL import Image
 
 from fdconv_deploy.config import TestMode
+from fdconv_deploy.serve import Settings, create_app
 from tests.runtime import toy, toy_detector
 
 

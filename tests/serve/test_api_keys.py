@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+
 from fdconv_deploy.serve import Settings, create_app, running
 from fdconv_deploy.serve.app import ServerError
-
 from tests.serve.conftest import wait_until_ready
 from tests.serve.kserve.conftest import free_port
 from tests.serve.test_refusals import refused

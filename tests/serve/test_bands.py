@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import Settings, create_app
 from PIL import Image
 
 from fdconv_deploy.config import Preprocessing, TestMode
 from fdconv_deploy.runtime import open_session
+from fdconv_deploy.serve import Settings, create_app
 from tests.runtime import toy
 from tests.serve.conftest import encoded, wait_until_ready
 

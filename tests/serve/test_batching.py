@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from fdconv_deploy.runtime.batching import measured_cost
 from fdconv_deploy.serve.batching import (
     Batch,
     BatchQueue,
@@ -23,8 +25,6 @@ from fdconv_deploy.serve.batching import (
     Scheduler,
     WorkerDiedError,
 )
-
-from fdconv_deploy.runtime.batching import measured_cost
 
 
 def filled(queue: BatchQueue, lane: str, *names: str, at: float = 0.0, **options) -> list[Item]:

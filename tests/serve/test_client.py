@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fdconv_deploy.serve import Settings, running
 from PIL import Image
 
 from fdconv_deploy.client import Client, ServiceError
 from fdconv_deploy.runtime import open_session, read_image
+from fdconv_deploy.serve import Settings, running
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import Settings, create_app, running, schemas
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco
 
 from fdconv_deploy.client import Client, ServiceError
 from fdconv_deploy.runtime import Detection, open_session
+from fdconv_deploy.serve import Settings, create_app, running, schemas
 from tests.runtime import toy, toy_detector
 from tests.serve.conftest import wait_until_ready
 from tests.serve.test_refusals import refused

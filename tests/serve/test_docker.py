@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fdconv_deploy.serve import Settings
 
 ROOT = Path(__file__).resolve().parents[2]

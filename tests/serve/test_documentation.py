@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fdconv_deploy.serve import Settings, running
 from PIL import Image
 
+from fdconv_deploy.serve import Settings, running
 from tests.serve.conftest import encoded, typed
 
 ROOT = Path(__file__).resolve().parents[2]

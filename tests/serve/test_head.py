@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
+
 from fdconv_deploy.serve import Settings, create_app, running
 from fdconv_deploy.serve.routes import ROUTERS
-
 from tests.serve.conftest import wait_until_ready
 
 # Every address that answers GET, of the model that is served.

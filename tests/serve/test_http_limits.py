@@ -20,10 +20,10 @@ import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import Settings, create_app, http_limits, running
-from fdconv_deploy.serve.errors import Problem
 
 from fdconv_deploy.runtime import open_session
+from fdconv_deploy.serve import Settings, create_app, http_limits, running
+from fdconv_deploy.serve.errors import Problem
 from tests.serve.conftest import encoded, wait_until_ready
 from tests.serve.test_api_keys import authority  # noqa: F401 - a fixture
 from tests.serve.test_refusals import refused

@@ -14,12 +14,12 @@ import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import Settings, create_app
-from fdconv_deploy.serve.batching import WorkerDiedError
-from fdconv_deploy.serve.workers import Children, isolated_session
 
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.runtime import Bundle, open_session
+from fdconv_deploy.serve import Settings, create_app
+from fdconv_deploy.serve.batching import WorkerDiedError
+from fdconv_deploy.serve.workers import Children, isolated_session
 from tests.runtime import toy
 from tests.serve.conftest import wait_until_ready
 from tests.serve.kserve.conftest import free_port

@@ -17,11 +17,11 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import Settings, create_app
-from fdconv_deploy.serve.telemetry import JsonFormatter, log_config
 
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import open_session
+from fdconv_deploy.serve import Settings, create_app
+from fdconv_deploy.serve.telemetry import JsonFormatter, log_config
 from tests.serve.conftest import wait_until_ready
 from tests.serve.test_refusals import refused
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+
 from fdconv_deploy.serve import Settings, running
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fdconv_deploy.serve import Settings, running
 
 from fdconv_deploy.runtime import open_session
+from fdconv_deploy.serve import Settings, running
 from tests.serve.test_page import SCREENSHOTS, browser, canvas, done, shot
 
 __all__ = ["browser"]
@@ -46,9 +46,8 @@ def painted(page, name: str) -> bool:
 @pytest.mark.skipif(not SCREENSHOTS, reason="a picture for the guide, when it is asked for")
 def test_picture(browser, tmp_path: Path) -> None:
     """FDCONV_SCREENSHOTS=docs/serving: the trained detector's answer is worth looking at."""
-    from fdconv_deploy.export import export_checkpoint
-
     from fdconv_deploy.demo import packaged_detector
+    from fdconv_deploy.export import export_checkpoint
 
     bundle = export_checkpoint(packaged_detector(), tmp_path / "streets", size=(192, 256))
     with running([bundle.path], settings=Settings(threads=1)) as url:

@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from fdconv_deploy.serve.service import Service
 
 from fdconv_deploy.runtime import Session
+from fdconv_deploy.serve.service import Service
 from tests.serve.test_refusals import refused
 from tests.serve.test_repository import serving
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import Settings, create_app
-from fdconv_deploy.serve.errors import Problem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fdconv_deploy.serve import Settings, create_app
+from fdconv_deploy.serve.errors import Problem
 from tests.serve.conftest import encoded, wait_until_ready
 
 PNG = {"Content-Type": "image/png"}

@@ -13,10 +13,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from fdconv_deploy.serve import Settings, create_app
-from fdconv_deploy.serve.service import Service
 
 from fdconv_deploy.runtime import open_session
+from fdconv_deploy.serve import Settings, create_app
+from fdconv_deploy.serve.service import Service
 from tests.runtime import toy
 
 PNG = {"Content-Type": "image/png"}

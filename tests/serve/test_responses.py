@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fdconv_deploy.serve.responses import best_type, class_rings, run_lengths
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fdconv_deploy.serve.responses import best_type, class_rings, run_lengths
 
 
 @given(

@@ -10,12 +10,12 @@ from urllib.parse import urljoin
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import Settings, create_app
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from fdconv_deploy.serve import Settings, create_app
 from tests.serve.conftest import wait_until_ready
 
 PNG = {"Content-Type": "image/png"}

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import schemas
 from PIL import Image
 
 from fdconv_deploy.runtime import Segmentation, open_session, read_image
+from fdconv_deploy.serve import schemas
 from tests.serve.conftest import encoded
 from tests.serve.test_refusals import refused
 from tests.serve.test_responses import filled
@@ -134,7 +134,6 @@ class TestLogits:
 
     def test_more_than_is_answered(self, bundles, png: bytes) -> None:
         from fdconv_deploy.serve import Settings, create_app
-
         from tests.serve.conftest import wait_until_ready
 
         settings = Settings(threads=1, max_answer_bytes=10_000)

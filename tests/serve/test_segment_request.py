@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import schemas
 from PIL import Image
 
 from fdconv_deploy.runtime import Segmentation, open_session, read_image
+from fdconv_deploy.serve import schemas
 from tests.serve.conftest import encoded
 
 PNG = {"Content-Type": "image/png"}

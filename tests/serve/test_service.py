@@ -17,12 +17,12 @@ import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import Settings, create_app, model_cards, running
-from fdconv_deploy.serve.app import ServerError
 
 from fdconv_deploy.config import TestMode
 from fdconv_deploy.errors import BackendError, BundleError
 from fdconv_deploy.runtime import open_session
+from fdconv_deploy.serve import Settings, create_app, model_cards, running
+from fdconv_deploy.serve.app import ServerError
 from tests.runtime import toy
 from tests.serve.conftest import wait_until_ready
 from tests.serve.test_refusals import refused

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from fdconv_deploy.serve.model_repository import timed_runs
 
 from fdconv_deploy.runtime import open_session
+from fdconv_deploy.serve.model_repository import timed_runs
 
 
 def test_card_times_runs_of_the_network_alone(bundles: list[Path], monkeypatch) -> None:

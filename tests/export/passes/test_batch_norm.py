@@ -6,6 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
+
 from fdconv_deploy.export.passes.batch_norm import fold_batch_norms
 from fdconv_deploy.export.torch_export import PLACEHOLDER, PLACEHOLDER_DOMAIN
 

@@ -10,9 +10,9 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
-from fdconv_deploy.export import export_module
 from torch import Tensor, nn
 
+from fdconv_deploy.export import export_module
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.ops.native import native_library
 

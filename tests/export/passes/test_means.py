@@ -9,11 +9,11 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from fdconv_deploy.export.api import export_module
-from fdconv_deploy.export.passes.means import split_means
 from onnx import TensorProto, helper
 from torch import nn
 
+from fdconv_deploy.export.api import export_module
+from fdconv_deploy.export.passes.means import split_means
 from tests.export.graphs import run_file
 from tests.reference.networks import Wired
 

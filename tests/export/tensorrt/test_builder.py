@@ -13,9 +13,9 @@ from pathlib import Path
 
 import onnx
 import pytest
-from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 
 from fdconv_deploy.errors import BackendError
+from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 
 if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
     pytest.skip(

@@ -9,12 +9,12 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from fdconv_deploy.export.tensorrt.builder import BuildOptions
-from fdconv_deploy.export.tensorrt.engine import build_engines
 from typer.testing import CliRunner
 
 from fdconv_deploy.cli.app import app
 from fdconv_deploy.errors import BackendError, ExportError, FDConvError
+from fdconv_deploy.export.tensorrt.builder import BuildOptions
+from fdconv_deploy.export.tensorrt.engine import build_engines
 from fdconv_deploy.ops import tensorrt_plugins as plugins
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.runtime.backends.tensorrt import Cuda

@@ -9,12 +9,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from fdconv_deploy.export.quantization.fp16 import to_half_precision
-from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 from numpy.typing import NDArray
 from onnx import ModelProto
 
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.export.quantization.fp16 import to_half_precision
+from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.ops import DOMAIN

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fdconv_deploy.export.api import export_module
 from torch import Tensor, nn
 
+from fdconv_deploy.export.api import export_module
 from fdconv_deploy.folding.network import dynamic_layers
 from fdconv_deploy.runtime.bundle import Bundle
 from tests.reference.lively import lively_input

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
+from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.validation.comparison import (
     Comparison,
     compare_detections,
     compare_output,
     perturbed,
 )
-
-from fdconv_deploy.errors import ExportError
 from fdconv_deploy.runtime.manifest import OutputParity
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from fdconv_deploy.export.validation.tolerance import decide
 from fdconv_deploy.export.validation.verdict import Finding, Verdict, refusal
 

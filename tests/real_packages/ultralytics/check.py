@@ -18,12 +18,12 @@ import numpy as np
 import onnx
 import torch
 import ultralytics
-from fdconv_deploy.export import export_ultralytics
 from layers import Bottleneck_FDConv, C3k2_FDConv, ConvOfFDConv, FDConv
 from scenes import SIDE, draw, write
 from ultralytics import YOLO
 from ultralytics.nn import tasks
 
+from fdconv_deploy.export import export_ultralytics
 from fdconv_deploy.nn.fdconv import dynamic_layers
 
 ROOT = Path(__file__).resolve().parents[3]

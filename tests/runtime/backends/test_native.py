@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from fdconv_deploy.export import export_module
 
 from fdconv_deploy.errors import BackendError
+from fdconv_deploy.export import export_module
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.ops import native
 from fdconv_deploy.ops.native import BuildError, build, compiler, library_name

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from fdconv_deploy.serve import Settings, running
 
 from fdconv_deploy.runtime import Session, open_session
+from fdconv_deploy.serve import Settings, running
 
 
 class Served(NamedTuple):

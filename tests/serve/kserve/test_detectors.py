@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve import Settings, running
-from fdconv_deploy.serve.kserve import metadata, tensors
 
 from fdconv_deploy.runtime import open_session
+from fdconv_deploy.serve import Settings, running
+from fdconv_deploy.serve.kserve import metadata, tensors
 from tests.runtime import toy_detector
 from tests.serve.kserve.conftest import free_port
 from tests.serve.test_refusals import refused

@@ -8,8 +8,9 @@ from importlib.resources import files
 from typing import Any
 
 import pytest
-from fdconv_deploy.serve.kserve.grpc_server import MESSAGES, PROTOCOL
 from google.protobuf import descriptor_pb2
+
+from fdconv_deploy.serve.kserve.grpc_server import MESSAGES, PROTOCOL
 
 Facts = tuple[str, ...]
 FieldProto = descriptor_pb2.FieldDescriptorProto

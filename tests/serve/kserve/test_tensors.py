@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from fdconv_deploy.serve.kserve import tensors
 
+from fdconv_deploy.serve.kserve import tensors
 from tests.serve.test_refusals import refused
 
 URL = "/v2/models/street/infer"

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fdconv_deploy.serve import Settings, running
 
 from fdconv_deploy.runtime import open_session
+from fdconv_deploy.serve import Settings, running
 from tests.serve.kserve.conftest import free_port
 
 http = pytest.importorskip("tritonclient.http")
@@ -271,6 +271,7 @@ def test_client_reads_a_model_called_stats(bundles, tmp_path, tensor) -> None:
 
 def test_grpc_requests_have_ids_and_a_line_in_the_log(served, tensor, caplog) -> None:
     import grpc as grpcio
+
     from fdconv_deploy.serve.kserve.grpc_server import MESSAGES, PROTOCOL
 
     with (
