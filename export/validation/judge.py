@@ -20,7 +20,13 @@ from fdconv_deploy.export.validation.layer_graphs import CutGraph, Piece
 from fdconv_deploy.export.validation.reference import Observation, Observer
 from fdconv_deploy.export.validation.sample_inputs import InputSource
 from fdconv_deploy.export.validation.subprocess_run import Run, run_fresh, saved
-from fdconv_deploy.export.validation.tolerance import LAYER_TOLERANCE, Outcome, Precision, decide
+from fdconv_deploy.export.validation.tolerance import (
+    LAYER_TOLERANCE,
+    Outcome,
+    Precision,
+    counts_classes,
+    decide,
+)
 from fdconv_deploy.export.validation.verdict import Finding, Verdict
 from fdconv_deploy.runtime.manifest import OutputParity
 
@@ -72,7 +78,9 @@ class _Case:
     ) -> Finding:  # fmt: skip
         outcome, rounding = decided
         return Finding(part, self.source.name, self.subject.batch, error, allowed, outcome,
-                       rounding, parity, problem)  # fmt: skip
+                       rounding, parity, problem,
+                       parity is not None and counts_classes(parity, self.subject.precision),
+                       )  # fmt: skip
 
 
 class Judge:

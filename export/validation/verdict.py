@@ -27,6 +27,7 @@ class Finding:
         rounding: what float32 itself costs on this input, where it was measured.
         parity: figures of the output; None where other objects were found.
         problem: which objects those are.
+        counts_classes: whether ``error`` is a share of positions of another class, as of int8.
     """
 
     part: str
@@ -38,6 +39,7 @@ class Finding:
     rounding: float | None = None
     parity: OutputParity | None = None
     problem: str = ""
+    counts_classes: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; figures that are not finite are null."""
@@ -52,9 +54,8 @@ class Finding:
 
     def figures(self) -> str:
         """The error beside what it is judged by."""
-        off = (
-            self.problem or f"{self.error:.1e} of its largest value ({self.allowed:.0e} is allowed)"
-        )
+        unit = "of positions of another class" if self.counts_classes else "of its largest value"
+        off = self.problem or f"{self.error:.1e} {unit} (tolerance {self.allowed:.0e})"
         if self.rounding is None:
             return off
         return f"{off}, where float32 rounding alone makes {_amount(self.rounding)}"

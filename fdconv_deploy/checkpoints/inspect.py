@@ -271,12 +271,15 @@ def _layer(state: Shapes, layer: Layer, ratio: int, macs: dict[str, int] | None)
     )
 
 
-def export_command(report: Report, options: Sequence[str] = ()) -> str | None:
+def export_command(
+    report: Report, options: Sequence[str] = (), size: tuple[int, int] | None = None
+) -> str | None:
     """A command line that exports the inspected checkpoint, ready to be pasted.
 
     Args:
         report: of a file (`Report.path` is its path).
         options: those given to ``inspect`` that ``export`` needs too, such as ``--config``.
+        size: (height, width) in pixels of the graph, where one is wanted.
 
     Returns:
         The command, or None where export would refuse the checkpoint.
@@ -285,8 +288,8 @@ def export_command(report: Report, options: Sequence[str] = ()) -> str | None:
         return None
     source = Path(report.path)
     words = ["fdconv", "export", str(source), "-o", f"{source.stem}_bundle", *options]
-    if report.needs_size:
-        height, width = report.training_size or (512, 512)
+    if size or report.needs_size:
+        height, width = size or report.training_size or (512, 512)
         words += ["--size", f"{height}x{width}"]
     return shlex.join(words)
 

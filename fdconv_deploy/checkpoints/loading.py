@@ -198,7 +198,9 @@ def config_for(checkpoint: Checkpoint, config: str | Path | Config | None) -> Co
     given = read_config(config)
     if not given.section("model", "backbone"):
         # It takes the place of the checkpoint's own config, so it must not be an empty one.
-        why = f" What could not be read: {'; '.join(given.notes)}." if given.notes else ""
+        why = (
+            f" What could not be read: {'; '.join(given.notes).rstrip('.')}." if given.notes else ""
+        )
         raise CheckpointError(
             f"{config} describes no network: expected a config with model = dict(backbone=dict(…), "
             f"…), as OpenMMLab's.{why} Give another file, or leave --config out to use the "

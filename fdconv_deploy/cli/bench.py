@@ -18,7 +18,6 @@ from fdconv_deploy.cli.options import (
     Config,
     Quiet,
     Settings,
-    Size,
     Weights,
     parse_settings,
     parse_size,
@@ -79,7 +78,12 @@ def bench(
     image: Annotated[
         Path | None, typer.Option(help="Run this image instead of packaged ones.")
     ] = None,
-    size: Size = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEIGHTxWIDTH", help="Input size of checkpoints; a bundle has its own."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of every target.")] = None,
     seconds: Annotated[
         float, typer.Option(min=0, help="Longest time for one batch size, after warming up.")

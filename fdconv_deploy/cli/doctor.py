@@ -106,7 +106,7 @@ def _backends() -> dict[str, str | None]:
         try:
             BACKENDS[name](BackendOptions())
         except FDConvError as error:
-            return str(error)
+            return str(error).partition(". ")[0].rstrip(".") + "."  # what follows is of a bundle
         return cuda_problem() if name == "onnxruntime-cuda" else None
 
     return {name: problem(name) for name in BACKENDS}
@@ -153,4 +153,8 @@ def _print(found: Diagnosis) -> None:
     console.print(table)
     for purpose in found.purposes:
         if purpose.install:
-            console.print(f"To {purpose.purpose}: {purpose.install}", markup=False, soft_wrap=True)
+            console.print(
+                f"{purpose.extra or 'core'} ({purpose.purpose}): {purpose.install}",
+                markup=False,
+                soft_wrap=True,
+            )

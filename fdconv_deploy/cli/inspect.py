@@ -66,7 +66,9 @@ def inspect(
             progress=status.update,
         )
     report = report.model_copy(
-        update={"command": export_command(report, _options(config, settings))}
+        update={
+            "command": export_command(report, _options(config, settings), pixels if size else None)
+        }
     )
     if as_json:
         print(report.model_dump_json(indent=2))

@@ -32,7 +32,7 @@ def test_doctor_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     answer = CliRunner().invoke(app, ["doctor"])
     assert answer.exit_code == 0
-    (line,) = [line for line in answer.stdout.splitlines() if "serve over gRPC:" in line]
+    (line,) = [line for line in answer.stdout.splitlines() if "(serve over gRPC):" in line]
     assert "pip install 'grpcio>=" in line
 
 

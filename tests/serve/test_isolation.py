@@ -72,6 +72,14 @@ def test_a_terminals_signals_do_not_end_workers(isolated: TestClient, png: bytes
     assert isolated.post("/v1/segment", content=png, headers=PNG).status_code == 200
 
 
+def test_a_worker_starts_without_a_word(bundles: list[Path], capfd) -> None:
+    settings = Settings(threads=1, isolation="process", backend="onnxruntime-cpu")
+    workers = Children(settings)
+    workers.start()
+    workers.close()
+    assert capfd.readouterr().err == ""
+
+
 class TestDirectly:
     @pytest.fixture
     def started(self) -> Iterator[Children]:

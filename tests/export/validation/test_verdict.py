@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -84,3 +85,10 @@ def test_a_refusal_never_asks_to_export_again():
         assert "1.0e-01" in message
         assert "again" not in message
         assert "raise" not in message
+
+
+def test_finding_says_what_its_error_is_a_share_of() -> None:
+    found = Finding("logits", "a picture", 1, 6e-3, 0.1, "equal")
+    assert found.figures() == "6.0e-03 of its largest value (tolerance 1e-01)"
+    classes = replace(found, counts_classes=True)
+    assert classes.figures() == "6.0e-03 of positions of another class (tolerance 1e-01)"
