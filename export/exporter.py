@@ -57,8 +57,8 @@ def write_bundle(
     group_maps: dict[str, str] = {}
     nodes: dict[str, int] = {}
     sizes: dict[str, tuple[int, int]] | None = None
-    with ExitStack() as stack:
-        writer = stack.enter_context(BundleWriter(output, overwrite=options.overwrite))
+    # A `with` of its own: entered through the stack, a signal could come before it is left by it.
+    with BundleWriter(output, overwrite=options.overwrite) as writer, ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fdconv-export-")))
         judge = Judge(source, scratch, progress=options.say)
         reduction = Reduction(source, options, scratch)

@@ -63,8 +63,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         OSError: the folder cannot be made or renamed.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         yield temporary
         replace_folder(temporary, path)
     finally:

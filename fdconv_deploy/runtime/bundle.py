@@ -110,7 +110,11 @@ class BundleWriter:
     def __enter__(self) -> BundleWriter:
         self._check_destination()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.mkdir()
+        try:
+            self.path.mkdir()
+        except BaseException:  # a signal that came as the folder was made: nobody leaves the block
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
         return self
 
     def __exit__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -146,3 +147,21 @@ def test_an_exchange_that_fails_half_way_leaves_the_old_folder(
         atomic_write.replace_folder(new, old)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert (old / "kept").exists()
+
+
+def test_a_writer_that_is_stopped_as_it_begins_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Path.mkdir
+
+    def stopped(self: Path, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **options)
+        if self.name.startswith(".bundle"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", stopped)
+    with pytest.raises(KeyboardInterrupt), BundleWriter(tmp_path / "bundle"):
+        pass
+    with pytest.raises(KeyboardInterrupt), atomic_write.atomic_folder(tmp_path / "bundle"):
+        pass
+    assert not list(tmp_path.iterdir())
