@@ -20,8 +20,8 @@ from fdconv_deploy.cli.options import (
     Weights,
     parse_settings,
     parse_size,
+    require_files,
 )
-from fdconv_deploy.errors import CheckpointError
 
 if TYPE_CHECKING:
     from fdconv_deploy.runtime.bundle import Bundle
@@ -97,9 +97,7 @@ def export(
     if mode is not None:
         overrides["test.mode"] = mode
     pixels = parse_size(size) if size else None
-    for path in (checkpoint, config):
-        if path is not None and not path.exists():
-            raise CheckpointError(f"{path} does not exist. Check the path.")
+    require_files(checkpoint, config)
     with err.status("starting", spinner="dots") as status:
         options = ExportOptions(
             size=pixels,

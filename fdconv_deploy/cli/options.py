@@ -26,9 +26,9 @@ def require_files(checkpoint: Path, config: Path | None = None) -> None:
             f"{checkpoint} does not exist. Expected a PyTorch checkpoint (.pth, .pt, .ckpt) or a "
             ".safetensors file. Check the path."
         )
-    if config is not None and not config.is_file():
+    if config is not None and not config.exists():
         raise CheckpointError(
-            f"{config} is no file. Expected a .py or .json config. Check the path."
+            f"{config} does not exist. Expected a .py or .json config. Check the path."
         )
 
 
