@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rivals.omni_dimensional import OmniDimensionalConv2d
-from fdconv_deploy.config import BackboneConfig, FDConvConfig, SegmentorConfig, UPerHeadConfig
+from fdconv_deploy.config import FDConvConfig, ResNetConfig, SegmentorConfig, UPerHeadConfig
 from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
 from fdconv_deploy.nn.backbones.resnet import BasicBlock, Bottleneck
@@ -16,10 +16,10 @@ from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.detection.fpn import FPN
 
 
-def backbone(depth: int = 50, kernel_num: int | None = 64, width: int = 64) -> BackboneConfig:
+def backbone(depth: int = 50, kernel_num: int | None = 64, width: int = 64) -> ResNetConfig:
     """ResNet with FDConv layers; ``kernel_num=None`` is the baseline."""
     conv = None if kernel_num is None else FDConvConfig(kernel_num=kernel_num)
-    return BackboneConfig(depth=depth, base_channels=width, conv=conv)
+    return ResNetConfig(depth=depth, base_channels=width, conv=conv)
 
 
 def upernet(

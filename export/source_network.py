@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -197,13 +196,12 @@ def _segmentor_size(network: Segmentor, options: ExportOptions) -> tuple[int, in
         )
     backbone, head = network.architecture.backbone, network.architecture.decode_head
     deepest = max(backbone.out_indices[i] for i in head.in_index)
-    # Pixels that one position of the deepest feature map used covers, in a row.
-    stride = 4 * int(np.prod(backbone.strides[: deepest + 1]))
-    if min(size) < stride:
+    smallest = backbone.smallest_side(deepest)
+    if min(size) < smallest:
         raise ExportError(
-            f"this network shrinks its input {stride} times, so that of {size[0]}x{size[1]} "
-            f"pixels (height x width) nothing would be left to tell apart. Give {stride} or "
-            "more each way; networks do best near the size they were trained at."
+            f"this network shrinks its input so far that of {size[0]}x{size[1]} pixels (height x "
+            f"width) nothing would be left to tell apart. Give {smallest} or more each way; "
+            "networks do best near the size they were trained at."
         )
     return size
 

@@ -8,13 +8,16 @@ Shared2FCBBoxHead, FCNMaskHead and their published configs.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     model_serializer,
     model_validator,
 )
@@ -118,21 +121,50 @@ class FDConvConfig(Frozen):
 
 
 class BackboneConfig(Frozen):
-    """A ResNet whose blocks' convolutions are FDConv layers (``conv``) or plain (``None``).
+    """What the backbones have in common.
+
+    ``out_indices`` names the stages whose feature maps are given on, finest first. ``conv`` makes
+    layers FDConv: the blocks' convolutions of a ResNet, both linear layers of every feed-forward
+    network of the others. None: all are plain.
+    """
+
+    type: str
+    in_channels: int = 3
+    out_indices: tuple[int, ...] = (0, 1, 2, 3)
+    conv: FDConvConfig | None = None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        raise NotImplementedError
+
+    @property
+    def output_widths(self) -> tuple[int, ...]:
+        """Channels of each output, in the order of ``out_indices``."""
+        return tuple(self.widths[i] for i in sorted(self.out_indices))
+
+    def smallest_side(self, stage: int) -> int:
+        """Pixels an image needs each way so that the stages up to this one see something."""
+        raise NotImplementedError
+
+
+class ResNetConfig(BackboneConfig):
+    """mmsegmentation's ResNet.
 
     ``strides`` and ``dilations`` have one entry per stage. ``contract_dilation`` halves
     the dilation of a dilated stage's first block, as in mmsegmentation; ``multi_grid`` gives
     the dilation of each block of the last stage instead.
     """
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"type"})
+
+    type: Literal["ResNet"] = "ResNet"
     depth: int = 50
-    in_channels: int = 3
     base_channels: int = 64
     stem_channels: int | None = None
     num_stages: int = Field(4, ge=1, le=4)
     strides: tuple[Positive, ...] = (1, 2, 2, 2)
     dilations: tuple[Positive, ...] = (1, 1, 1, 1)
-    out_indices: tuple[int, ...] = (0, 1, 2, 3)
     style: Literal["pytorch", "caffe"] = "pytorch"
     deep_stem: bool = False
     avg_down: bool = False
@@ -141,10 +173,138 @@ class BackboneConfig(Frozen):
     conv: FDConvConfig | None = FDConvConfig()
 
     @property
-    def output_widths(self) -> tuple[int, ...]:
-        """Channels of each output, in the order of ``out_indices``."""
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage."""
         expansion = 4 if RESNET_BLOCKS[self.depth][0] == "bottleneck" else 1
-        return tuple(self.base_channels * 2**i * expansion for i in sorted(self.out_indices))
+        return tuple(self.base_channels * 2**i * expansion for i in range(self.num_stages))
+
+    def smallest_side(self, stage: int) -> int:
+        """Pixels that one position of the stage's map covers, in a row."""
+        return 4 * math.prod(self.strides[: stage + 1])
+
+
+class _StagesConfig(BackboneConfig):
+    """A backbone whose stages are given by one number each, in tuples of one length."""
+
+    PER_STAGE: ClassVar[tuple[str, ...]]
+
+    @model_validator(mode="after")
+    def _one_entry_per_stage(self) -> _StagesConfig:
+        lengths = {name: len(getattr(self, name)) for name in self.PER_STAGE}
+        if len(set(lengths.values())) > 1:
+            found = ", ".join(f"{name} {count}" for name, count in lengths.items())
+            raise ValueError(f"there must be one entry for each stage, got {found}")
+        stages = len(self.widths)
+        if not self.out_indices or not set(self.out_indices) <= set(range(stages)):
+            raise ValueError(
+                f"out_indices {self.out_indices} must name some of the stages 0…{stages - 1}"
+            )
+        return self
+
+
+class MixVisionTransformerConfig(_StagesConfig):
+    """SegFormer's backbone (MiT), as mmsegmentation names it.
+
+    A stage has ``embed_dims * num_heads`` channels, so every head has ``embed_dims``; keys and
+    values are of a map shrunk by its ``sr_ratios``. Defaults are MiT-B0's.
+    """
+
+    PER_STAGE: ClassVar[tuple[str, ...]] = (
+        "num_layers",
+        "num_heads",
+        "patch_sizes",
+        "strides",
+        "sr_ratios",
+    )
+
+    type: Literal["MixVisionTransformer"] = "MixVisionTransformer"
+    embed_dims: Positive = 32
+    num_layers: tuple[Positive, ...] = (2, 2, 2, 2)
+    num_heads: tuple[Positive, ...] = (1, 2, 5, 8)
+    patch_sizes: tuple[Positive, ...] = (7, 3, 3, 3)
+    strides: tuple[Positive, ...] = (4, 2, 2, 2)
+    sr_ratios: tuple[Positive, ...] = (8, 4, 2, 1)
+    mlp_ratio: Positive = 4
+    qkv_bias: bool = True
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(self.embed_dims * heads for heads in self.num_heads)
+
+    def smallest_side(self, stage: int) -> int:
+        """Pixels each way of which a convolution of stride ``sr_ratios`` finds one position."""
+        strides = [math.prod(self.strides[: i + 1]) for i in range(stage + 1)]
+        return max(s * (r - 1) + 1 for s, r in zip(strides, self.sr_ratios, strict=False))
+
+
+class SwinTransformerConfig(_StagesConfig):
+    """Swin. Each stage has twice the channels of the one before; defaults are Swin-T's.
+
+    ``merging`` is the order of the four pixels' channels where a stage halves the map:
+    ``"unfold"`` goes by channel first (mmsegmentation, mmdetection), ``"position"`` by pixel,
+    column by column (Microsoft's code, so detectron2's projects).
+    """
+
+    PER_STAGE: ClassVar[tuple[str, ...]] = ("depths", "num_heads")
+
+    type: Literal["SwinTransformer"] = "SwinTransformer"
+    embed_dims: Positive = 96
+    patch_size: Positive = 4
+    window_size: Positive = 7
+    depths: tuple[Positive, ...] = (2, 2, 6, 2)
+    num_heads: tuple[Positive, ...] = (3, 6, 12, 24)
+    mlp_ratio: Positive = 4
+    qkv_bias: bool = True
+    merging: Literal["unfold", "position"] = "unfold"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(self.embed_dims * 2**i for i in range(len(self.depths)))
+
+    def smallest_side(self, stage: int) -> int:
+        """One pixel: every map is padded."""
+        return 1
+
+
+class ConvNeXtConfig(_StagesConfig):
+    """mmpretrain's ConvNeXt with a norm for each output; defaults are ConvNeXt-T's.
+
+    ``linear_pw_conv``: a block's two pointwise layers are linear, with weights of rank 2;
+    otherwise convolutions, of rank 4. They compute the same.
+    """
+
+    PER_STAGE: ClassVar[tuple[str, ...]] = ("channels", "depths")
+
+    type: Literal["ConvNeXt"] = "ConvNeXt"
+    channels: tuple[Positive, ...] = (96, 192, 384, 768)
+    depths: tuple[Positive, ...] = (3, 3, 9, 3)
+    stem_patch_size: Positive = 4
+    linear_pw_conv: bool = True
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return self.channels
+
+    def smallest_side(self, stage: int) -> int:
+        """Pixels that one position of the stage's map covers, in a row; nothing is padded."""
+        return int(self.stem_patch_size * 2**stage)
+
+
+def _backbone_type(value: Any) -> Any:
+    """The tag of a backbone; bundles from before there were several recorded none."""
+    return value.get("type", "ResNet") if isinstance(value, dict) else getattr(value, "type", None)
+
+
+AnyBackboneConfig = Annotated[
+    Annotated[ResNetConfig, Tag("ResNet")]
+    | Annotated[MixVisionTransformerConfig, Tag("MixVisionTransformer")]
+    | Annotated[SwinTransformerConfig, Tag("SwinTransformer")]
+    | Annotated[ConvNeXtConfig, Tag("ConvNeXt")],
+    Discriminator(_backbone_type),
+]
 
 
 class DecodeHeadConfig(Frozen):
@@ -332,7 +492,7 @@ class Preprocessing(Frozen):
 class SegmentorConfig(Frozen):
     """A whole segmentation network. ``palette`` holds one RGB triple per class."""
 
-    backbone: BackboneConfig
+    backbone: AnyBackboneConfig
     decode_head: HeadConfig
     auxiliary_head: HeadConfig | None = None
     test: TestMode = TestMode()
@@ -452,7 +612,7 @@ class DetectorTestConfig(Frozen):
 class DetectorConfig(Frozen):
     """Faster R-CNN, or with a ``mask_head`` Mask R-CNN. One RGB triple per class in ``palette``."""
 
-    backbone: BackboneConfig
+    backbone: AnyBackboneConfig
     neck: FPNConfig = FPNConfig()
     rpn_head: RPNHeadConfig = RPNHeadConfig()
     bbox_head: BoxHeadConfig = BoxHeadConfig()

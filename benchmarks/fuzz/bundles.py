@@ -33,11 +33,11 @@ def _files() -> dict[str, bytes]:
     import torch
 
     from benchmarks.networks import trained_like
-    from fdconv_deploy.config import BackboneConfig, FCNHeadConfig, FDConvConfig, SegmentorConfig
+    from fdconv_deploy.config import FCNHeadConfig, FDConvConfig, ResNetConfig, SegmentorConfig
     from fdconv_deploy.export.api import export_network
     from fdconv_deploy.nn import build_segmentor
 
-    backbone = BackboneConfig(
+    backbone = ResNetConfig(
         depth=18,
         base_channels=16,
         num_stages=2,

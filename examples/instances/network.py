@@ -8,7 +8,6 @@ from examples.streets.instances import CLASSES, COLOURS
 from examples.training.scenes import SIZE
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.config import (
-    BackboneConfig,
     BoxHeadConfig,
     DetectorConfig,
     DetectorTestConfig,
@@ -16,6 +15,7 @@ from fdconv_deploy.config import (
     MaskHeadConfig,
     Preprocessing,
     RCNNTestConfig,
+    ResNetConfig,
     RoIConfig,
     RPNHeadConfig,
     RPNTestConfig,
@@ -24,7 +24,7 @@ from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.nn.detection import Detector, build_detector
 
 
-def architecture(backbone: BackboneConfig) -> DetectorConfig:
+def architecture(backbone: ResNetConfig) -> DetectorConfig:
     """A slim Mask R-CNN whose anchors and levels suit things of 8 to 80 pixels."""
     channels, levels = 48, (4, 8, 16)
     widths = tuple(backbone.base_channels * 4 * 2**stage for stage in range(3))

@@ -8,9 +8,9 @@ from examples.streets.scenes import CLASSES, PALETTE
 from examples.training.layers import dynamic_layers
 from fdconv_deploy.checkpoints import convert_state_dict
 from fdconv_deploy.config import (
-    BackboneConfig,
     FCNHeadConfig,
     FDConvConfig,
+    ResNetConfig,
     SegmentorConfig,
     UPerHeadConfig,
 )
@@ -25,7 +25,7 @@ def architecture(name: str) -> SegmentorConfig:
     base = 16
     widths = tuple(base * 4 * 2**stage for stage in range(3))
     return SegmentorConfig(
-        backbone=BackboneConfig(
+        backbone=ResNetConfig(
             depth=50,
             base_channels=base,
             num_stages=3,

@@ -7,7 +7,7 @@
 As FDConv networks are made in practice: a plain network is trained first (`base`), its
 kernels become spectra, and training goes on. Both networks start from that base and get the
 same seed, scenes, order, augmentation, schedule and number of steps; the one difference is
-`BackboneConfig.conv`. Training can be stopped and started again: it goes on from the last
+`ResNetConfig.conv`. Training can be stopped and started again: it goes on from the last
 state in --work. Runs on a CPU; the packaged networks took about an hour.
 """
 

@@ -25,7 +25,7 @@ from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
 from fdconv_deploy.checkpoints.save import write_checkpoint
 from fdconv_deploy.config import BackboneConfig, FDConvConfig
 from fdconv_deploy.errors import CheckpointError, in_the_way
-from fdconv_deploy.nn import ResNet
+from fdconv_deploy.nn.backbones import build_backbone
 from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.nn.replace import set_equivalent
 from fdconv_deploy.nn.spectrum import kernel_spectrum
@@ -272,7 +272,7 @@ def equivalent_state_dict(
     plain = part(state_dict, prefix)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = ResNet(backbone)
+        network = build_backbone(backbone)
     dynamic = dynamic_layers(network)
     own = {f"{name}.{key}" for name, layer in dynamic.items() for key in layer.state_dict()}
     expected = network.state_dict()
@@ -286,7 +286,7 @@ def equivalent_state_dict(
         if given is None or given.shape != value.shape:
             found = "nothing" if given is None else f"{tuple(given.shape)}"
             raise CheckpointError(
-                f"Expected the weights of a ResNet-{backbone.depth}, with {prefix}{key} "
+                f"Expected the weights of a {backbone.type}, with {prefix}{key} "
                 f"{tuple(value.shape)}; found {found}. Give the checkpoint's config (--config)."
             )
         state[key] = given

@@ -16,7 +16,7 @@ from fdconv_deploy.checkpoints.evidence import (
 )
 from fdconv_deploy.checkpoints.infer_fdconv import infer_fdconv
 from fdconv_deploy.checkpoints.infer_layers import Layer, Shapes, conv_layers, dynamic_names
-from fdconv_deploy.config import RESNET_BLOCKS, BackboneConfig, FDConvConfig
+from fdconv_deploy.config import RESNET_BLOCKS, FDConvConfig, ResNetConfig
 from fdconv_deploy.errors import CheckpointError
 
 _BATCH_NORMS = ("BN", "BN2d", "SyncBN", "MMSyncBN", "BatchNorm2d")
@@ -25,7 +25,7 @@ _BLOCK = re.compile(r"layer(\d+)\.(\d+)\.conv\d$")
 
 def infer_backbone(
     state: Shapes, evidence: Evidence, stock: Mapping[str, Any] | None = None
-) -> BackboneConfig:
+) -> ResNetConfig:
     """The backbone, by its names and shapes and the config's ``model.backbone``.
 
     Args:
@@ -64,7 +64,7 @@ def infer_backbone(
 
     settings = SettingResolver(
         evidence,
-        BackboneConfig,
+        ResNetConfig,
         "backbone",
         section,
         defaults={} if section else stock,
@@ -120,11 +120,11 @@ def infer_backbone(
         because="the layers with FBM follow the strides of the other style",
         matters=bottleneck,
     )
-    return settings.build(conv=conv)
+    return settings.build(type="ResNet", conv=conv)
 
 
 def _conv(
-    layers: Mapping[str, Layer], settings: SettingResolver[BackboneConfig], bottleneck: bool
+    layers: Mapping[str, Layer], settings: SettingResolver[ResNetConfig], bottleneck: bool
 ) -> tuple[FDConvConfig | None, set[str]]:
     """The FDConv config, or None; and the styles that agree with it."""
     section, evidence = settings.section, settings.evidence

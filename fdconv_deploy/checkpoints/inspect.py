@@ -31,7 +31,13 @@ from fdconv_deploy.checkpoints.infer_layers import (
 from fdconv_deploy.checkpoints.infer_preprocessing_and_test_mode import training_size
 from fdconv_deploy.checkpoints.loading import config_for, infer_config, load_checkpoint
 from fdconv_deploy.checkpoints.reading import read_checkpoint
-from fdconv_deploy.config import BackboneConfig, DetectorConfig, Preprocessing, SegmentorConfig
+from fdconv_deploy.config import (
+    AnyBackboneConfig,
+    BackboneConfig,
+    DetectorConfig,
+    Preprocessing,
+    SegmentorConfig,
+)
 from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
 
 Images = Sequence[NDArray[Any]] | Callable[[Preprocessing], Sequence[NDArray[Any]]]
@@ -102,7 +108,7 @@ class Report(BaseModel):
     published_buffer_bytes: int
     architecture: SegmentorConfig | None = None
     detector: DetectorConfig | None = None
-    backbone: BackboneConfig | None = None
+    backbone: AnyBackboneConfig | None = None
     found: tuple[Setting, ...] = ()
     assumed: tuple[Setting, ...] = ()
     notes: tuple[str, ...] = ()
@@ -202,7 +208,7 @@ def report_on(
     except CheckpointError as error:
         problem = str(error)
     network = inference.architecture if inference else None
-    backbone = (
+    backbone: Any = (
         network if isinstance(network, BackboneConfig) else getattr(network, "backbone", None)
     )
     order = None

@@ -21,7 +21,8 @@ from fdconv_deploy.checkpoints.infer_layers import (
 )
 from fdconv_deploy.config import BackboneConfig, SegmentorConfig
 from fdconv_deploy.errors import UnsupportedLayerError
-from fdconv_deploy.nn import ResNet, Segmentor
+from fdconv_deploy.nn import Segmentor
+from fdconv_deploy.nn.backbones import build_backbone
 
 FDCONV_PARTS = ("dft_weight", "KSM_Global", "KSM_Local", "FBM")
 
@@ -54,7 +55,7 @@ def layer_macs(
     try:
         with torch.device("meta"):
             if architecture is None:
-                network, prefix = ResNet(backbone), backbone_prefix(state)
+                network, prefix = build_backbone(backbone), backbone_prefix(state)
             else:
                 changes = {"auxiliary_head": None}
                 network, prefix = Segmentor(architecture.model_copy(update=changes)), ""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from fdconv_deploy.config import AttentionNorm, BandModulationConfig
+from fdconv_deploy.config import AttentionNorm, BandModulationConfig, FDConvConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.band_modulation import BandModulation
 from fdconv_deploy.nn.modulation import GlobalAttention, GlobalModulation, LocalModulation
@@ -279,9 +279,13 @@ class FDConv2d(nn.Conv2d):
         size = (self.rows, self.columns)
         return torch.fft.irfft2(torch.view_as_complex(spectrum), s=size, dim=(1, 2))
 
+    def average(self, x: Tensor) -> Tensor:
+        """``(B, I)``: the mean over all positions of an input, which the attentions are of."""
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
     def attention(self, x: Tensor) -> tuple[GlobalAttention, Tensor | None]:
         """Global attentions and the local one, ``(B, O, I, kh, kw)``, of an input."""
-        average = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        average = self.average(x)
         local = self.KSM_Local(average) if self.KSM_Local is not None else None
         return self.KSM_Global(average), local
 
@@ -342,6 +346,83 @@ class FDConv2d(nn.Conv2d):
         if not full and attention.filter is not None:
             y = y * attention.filter[:, :, None, None].to(y.dtype)
         return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
+
+
+class FDTokenConv(FDConv2d):
+    """A 1×1 FDConv layer in a linear layer's place: one weight matrix per image, for its tokens.
+
+    ``forward``: ``(B, …, I)`` -> ``(B, …, O)``, as ``nn.Linear`` but for the batch axis, which
+    there must be. It computes what `FDConv2d` does with the tokens as a map ``(B, I, L, 1)``, and
+    has its state-dict keys, so the mean that the attentions are of is over all of an image's
+    tokens. Where the layer is plain, its ``weight`` is a 1×1 convolution's.
+
+    Args:
+        in_features, out_features, bias: as ``nn.Linear``.
+        arguments: of `FDConv2d`, as ``kernel_num=16``.
+
+    Raises:
+        UnsupportedLayerError: as `FDConv2d`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, **arguments: Any
+    ) -> None:
+        super().__init__(in_features, out_features, 1, bias=bias, **arguments)
+        if self.is_dynamic and self.FBM is not None:
+            raise UnsupportedLayerError(
+                "use_fbm_if_k_in has 1, but tokens are no map whose frequency bands could be "
+                "modulated. Leave 1 out of it."
+            )
+
+    def average(self, x: Tensor) -> Tensor:
+        """``(B, I)``: the mean over all of an image's tokens."""
+        return x.flatten(1, -2).mean(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, …, I)`` float, of three axes or more -> ``(B, …, O)``, of the input's dtype."""
+        if not self.is_dynamic:
+            return F.linear(x, self.weight.flatten(1), self.bias)
+        if x.ndim < 3 or x.shape[-1] != self.in_channels or x.numel() == 0:
+            raise ValueError(
+                f"FDTokenConv expects a non-empty (B, …, {self.in_channels}) input of at least "
+                f"three axes, got {tuple(x.shape)}."
+            )
+        attention, local = self.attention(x)
+        tokens = x.flatten(1, -2)
+        full = self.modulates_kernel(tokens.shape[1], 1)
+        kernel = self.kernels(attention, local, full=full)[..., 0, 0].to(x.dtype)
+        if not full and attention.channel is not None:
+            tokens = tokens * attention.channel[:, None].to(x.dtype)
+        y = tokens @ kernel.transpose(1, 2)
+        if not full and attention.filter is not None:
+            y = y * attention.filter[:, None].to(y.dtype)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.reshape(*x.shape[:-1], self.out_channels)
+
+
+def fdconv_arguments(config: FDConvConfig, order: FrequencyOrder) -> dict[str, Any]:
+    """Keyword arguments of `FDConv2d` for a network's configuration."""
+    arguments = {name: getattr(config, name) for name in FDConvConfig.model_fields}
+    return {**arguments, "frequency_order": order}
+
+
+def conv_or_fdconv(
+    config: FDConvConfig | None, in_channels: int, out_channels: int, *, order: FrequencyOrder
+) -> nn.Conv2d:
+    """A 1×1 convolution with a bias: FDConv where a config is given, else plain."""
+    if config is None:
+        return nn.Conv2d(in_channels, out_channels, 1)
+    return FDConv2d(in_channels, out_channels, 1, **fdconv_arguments(config, order))
+
+
+def linear_or_fdconv(
+    config: FDConvConfig | None, in_features: int, out_features: int, *, order: FrequencyOrder
+) -> nn.Module:
+    """A linear layer with a bias: FDConv over tokens where a config is given, else plain."""
+    if config is None:
+        return nn.Linear(in_features, out_features)
+    return FDTokenConv(in_features, out_features, **fdconv_arguments(config, order))
 
 
 def dynamic_layers(network: nn.Module) -> dict[str, FDConv2d]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.config import SegmentorConfig, TestMode
-from fdconv_deploy.nn.backbones.resnet import ResNet
+from fdconv_deploy.nn.backbones import build_backbone
 from fdconv_deploy.nn.heads import build_head, resize
 from fdconv_deploy.nn.spectrum import FrequencyOrder
 
@@ -24,7 +24,7 @@ class Segmentor(nn.Module):
     ) -> None:
         super().__init__()
         self.architecture = architecture
-        self.backbone = ResNet(architecture.backbone, frequency_order)
+        self.backbone = build_backbone(architecture.backbone, frequency_order)
         self.decode_head = build_head(architecture.decode_head)
         self.auxiliary_head = None
         if architecture.auxiliary_head is not None:

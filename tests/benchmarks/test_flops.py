@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import Operations, count_operations
 from benchmarks.rivals import METHODS, install
-from fdconv_deploy.config import BackboneConfig, FDConvConfig
+from fdconv_deploy.config import FDConvConfig, ResNetConfig
 from fdconv_deploy.nn import ResNet
 
 
@@ -46,7 +46,7 @@ def test_the_published_network(oracle, size):
     shape = (1, 3, *(int(side) for side in size.split("x")))
     with torch.device("meta"):
         networks = [
-            ResNet(BackboneConfig(depth=50, conv=conv)).eval()
+            ResNet(ResNetConfig(depth=50, conv=conv)).eval()
             for conv in (FDConvConfig(kernel_num=64), None)
         ]
     dynamic, plain = (count_operations(network, shape) for network in networks)
@@ -64,7 +64,7 @@ def test_the_published_network(oracle, size):
 @pytest.mark.parametrize("method", METHODS)
 def test_multiply_adds_are_pytorchs_own(method):
     torch.manual_seed(0)
-    network = install(ResNet(BackboneConfig(depth=50, conv=None, base_channels=16)), method).eval()
+    network = install(ResNet(ResNetConfig(depth=50, conv=None, base_channels=16)), method).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.randn(1, 3, 64, 64))
     counts = count_operations(network, (1, 3, 64, 64))

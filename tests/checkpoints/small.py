@@ -16,11 +16,11 @@ from fdconv_deploy.checkpoints import Inference, infer_segmentor_config
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.config import (
     HEAD_CONFIGS,
-    BackboneConfig,
     DecodeHeadConfig,
     FCNHeadConfig,
     FDConvConfig,
     Preprocessing,
+    ResNetConfig,
     SegmentorConfig,
     TestMode,
 )
@@ -49,7 +49,7 @@ def small_architecture(
 ) -> SegmentorConfig:
     """A ResNet-18 with base 8 and two dynamic stages, UPerHead, three classes."""
     fields: dict[str, object] = {"depth": 18, "base_channels": 8, "conv": FDConvConfig()}
-    config = BackboneConfig(**(fields | backbone))
+    config = ResNetConfig(**(fields | backbone))
     widths = tuple(config.base_channels * 2**i * expansion(config) for i in config.out_indices)
     index = tuple(range(len(widths)))
     values = {"type": "UPerHead", "in_channels": widths, "in_index": index, "channels": 8}
@@ -73,7 +73,7 @@ def small_architecture(
     )
 
 
-def expansion(config: BackboneConfig) -> int:
+def expansion(config: ResNetConfig) -> int:
     return 1 if config.depth in (18, 34) else 4
 
 

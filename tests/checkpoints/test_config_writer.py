@@ -18,13 +18,13 @@ from fdconv_deploy.checkpoints import (
 )
 from fdconv_deploy.checkpoints.config_parser import config_of
 from fdconv_deploy.config import (
-    BackboneConfig,
     BandModulationConfig,
     DecodeHeadConfig,
     FCNHeadConfig,
     FDConvConfig,
     Preprocessing,
     PSPHeadConfig,
+    ResNetConfig,
     SegmentorConfig,
     TestMode,
     UPerHeadConfig,
@@ -75,11 +75,11 @@ def convs(draw: st.DrawFn) -> FDConvConfig:
 
 
 @st.composite
-def backbones(draw: st.DrawFn) -> BackboneConfig:
+def backbones(draw: st.DrawFn) -> ResNetConfig:
     stages, depth = draw(st.integers(1, 4)), draw(st.sampled_from([18, 34, 50]))
     outputs = draw(st.sets(st.integers(0, stages - 1), min_size=1))
     strides = draw(st.sampled_from([(1, 2, 2, 2), (1, 2, 1, 1)]))
-    return BackboneConfig(
+    return ResNetConfig(
         depth=depth,
         in_channels=draw(st.sampled_from([1, 3, 4])),
         base_channels=draw(st.sampled_from([8, 12, 24])),
@@ -99,7 +99,7 @@ def backbones(draw: st.DrawFn) -> BackboneConfig:
 
 
 @st.composite
-def heads(draw: st.DrawFn, backbone: BackboneConfig, classes: int) -> DecodeHeadConfig:
+def heads(draw: st.DrawFn, backbone: ResNetConfig, classes: int) -> DecodeHeadConfig:
     outputs = backbone.out_indices
     widths = [backbone.base_channels * 2**i * expansion(backbone) for i in outputs]
     common: dict[str, Any] = {

@@ -25,7 +25,7 @@ from fdconv_deploy.checkpoints import (
 )
 from fdconv_deploy.checkpoints.convert import describe_conversion
 from fdconv_deploy.cli import app as cli
-from fdconv_deploy.config import BackboneConfig, FDConvConfig
+from fdconv_deploy.config import FDConvConfig, ResNetConfig
 from fdconv_deploy.demo import plain_checkpoint
 from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
 from fdconv_deploy.folding.network import dynamic_layers
@@ -91,7 +91,7 @@ def test_converted_weights_are_refused() -> None:
 def plain_resnet(depth: int = 18, seed: int = 0, **fields: object) -> ResNet:
     """With statistics and scales that do something."""
     torch.manual_seed(seed)
-    network = ResNet(BackboneConfig(depth=depth, base_channels=18, conv=None, **fields)).eval()
+    network = ResNet(ResNetConfig(depth=depth, base_channels=18, conv=None, **fields)).eval()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)

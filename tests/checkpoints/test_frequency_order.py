@@ -22,7 +22,7 @@ from fdconv_deploy.checkpoints import (
     save_checkpoint,
 )
 from fdconv_deploy.cli import app as cli
-from fdconv_deploy.config import BackboneConfig, FDConvConfig
+from fdconv_deploy.config import FDConvConfig, ResNetConfig
 from fdconv_deploy.demo import held_out, packaged_checkpoint, plain_checkpoint
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.export.api import export_checkpoint
@@ -245,6 +245,6 @@ def test_too_few_images() -> None:
 
 
 def test_networks_of_other_inputs_take_no_images() -> None:
-    config = BackboneConfig(in_channels=4)
+    config = ResNetConfig(in_channels=4)
     with pytest.raises(ImageError, match="takes 4 channels"):
         detect_order(lively_layers().state_dict(), config, images=PICTURES)

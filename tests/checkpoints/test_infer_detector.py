@@ -24,7 +24,6 @@ from fdconv_deploy.checkpoints import (
 )
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.config import (
-    BackboneConfig,
     BoxCoderConfig,
     BoxHeadConfig,
     DetectorConfig,
@@ -34,6 +33,7 @@ from fdconv_deploy.config import (
     MaskHeadConfig,
     Preprocessing,
     RCNNTestConfig,
+    ResNetConfig,
     RoIConfig,
     RPNHeadConfig,
     RPNTestConfig,
@@ -53,7 +53,7 @@ def small(*, masks: bool = True, conv: FDConvConfig | None = None, **fields: Any
         roi=RoIConfig(output_size=6, featmap_strides=(4, 8, 16), sampling_ratio=2),
     )
     values: dict[str, Any] = {
-        "backbone": BackboneConfig(depth=18, base_channels=18, conv=conv or FDConvConfig()),
+        "backbone": ResNetConfig(depth=18, base_channels=18, conv=conv or FDConvConfig()),
         "neck": FPNConfig(in_channels=(18, 36, 72, 144), out_channels=8, num_outs=6),
         "rpn_head": RPNHeadConfig(
             feat_channels=7,
@@ -114,7 +114,7 @@ def test_detector_as_published_is_inferred(oracle: Path, name: str, with_config:
     model = json.loads(path.read_text())["cfg_model"] if with_config else None
     found = infer(key_list(path), model)
     assert found.architecture == DetectorConfig(
-        backbone=BackboneConfig(conv=FDConvConfig(kernel_num=64)),
+        backbone=ResNetConfig(conv=FDConvConfig(kernel_num=64)),
         mask_head=MaskHeadConfig() if name == "mask_rcnn" else None,
     )
     assumed = {fact.field for fact in found.assumed}

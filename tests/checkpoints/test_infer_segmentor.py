@@ -17,7 +17,7 @@ from fdconv_deploy.checkpoints import (
 )
 from fdconv_deploy.checkpoints.config_parser import Config, config_of
 from fdconv_deploy.checkpoints.infer_segmentor import infer_backbone_only
-from fdconv_deploy.config import BackboneConfig, FDConvConfig
+from fdconv_deploy.config import FDConvConfig, ResNetConfig
 from fdconv_deploy.errors import CheckpointError
 from tests.checkpoints.small import (
     dynamic_state,
@@ -81,7 +81,7 @@ def test_segmentor_without_a_config_is_inferred_from_names_and_shapes(
     found = infer(key_list(oracle / "segmentor" / f"{name}_keys.json"))
     conv = None if fields is None else FDConvConfig(**fields)
     deep = "deepstem" in name
-    assert found.architecture.backbone == BackboneConfig(depth=50, deep_stem=deep, conv=conv)
+    assert found.architecture.backbone == ResNetConfig(depth=50, deep_stem=deep, conv=conv)
     assert found.architecture.decode_head.num_classes == 150
     assert found.architecture.decode_head.channels == 512
     assert found.architecture.auxiliary_head is not None

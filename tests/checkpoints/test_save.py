@@ -17,12 +17,12 @@ from fdconv_deploy.checkpoints import (
     save_checkpoint,
 )
 from fdconv_deploy.config import (
-    BackboneConfig,
     BoxHeadConfig,
     DetectorConfig,
     FDConvConfig,
     FPNConfig,
     MaskHeadConfig,
+    ResNetConfig,
     RPNHeadConfig,
     SegmentorConfig,
 )
@@ -115,7 +115,7 @@ def test_weights_of_another_network(
 
 
 def small_detector(classes: int = 3, *, masks: bool = True) -> DetectorConfig:
-    backbone = BackboneConfig(depth=18, base_channels=8, conv=None)
+    backbone = ResNetConfig(depth=18, base_channels=8, conv=None)
     return DetectorConfig(
         backbone=backbone,
         neck=FPNConfig(in_channels=(8, 16, 32, 64), out_channels=8),
@@ -156,7 +156,7 @@ def test_the_published_detector_gets_the_published_config(oracle: Path) -> None:
     name = "mask_rcnn_r50_fpn_fdconv_kn64_c80_keys_mmdet2.28.1.json"
     told = json.loads((oracle / "mmdet" / name).read_text())
     architecture = DetectorConfig(
-        backbone=BackboneConfig(conv=FDConvConfig(kernel_num=64)), mask_head=MaskHeadConfig()
+        backbone=ResNetConfig(conv=FDConvConfig(kernel_num=64)), mask_head=MaskHeadConfig()
     )
     config = parse_config(format_config(architecture))
     assert not config.notes

@@ -51,10 +51,10 @@ def test_the_guides_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_guides_commands(tmp_path: Path) -> None:
     """On a ResNet-18 of torchvision's names, as wide as the groups of the guide ask for."""
-    from fdconv_deploy.config import BackboneConfig
+    from fdconv_deploy.config import ResNetConfig
     from fdconv_deploy.nn import ResNet
 
-    plain = ResNet(BackboneConfig(depth=18, conv=None, num_stages=1, out_indices=(0,)))
+    plain = ResNet(ResNetConfig(depth=18, conv=None, num_stages=1, out_indices=(0,)))
     torch.save(plain.state_dict(), tmp_path / "resnet50.pth")
     lines = re.findall(r"^\$ fdconv (convert .+)$", TEXT, re.M)
     assert len(lines) == 2

@@ -26,7 +26,7 @@ def network() -> Segmentor:
 
 SIZES = [
     (None, "no size of its own"),
-    ((3, 64), "shrinks its input 4 times, so that of 3x64"),
+    ((3, 64), "shrinks its input so far that of 3x64"),
 ]
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from fdconv_deploy.checkpoints import load_checkpoint
-from fdconv_deploy.config import BackboneConfig
+from fdconv_deploy.config import ResNetConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn import ResNet, Segmentor
 from tests.reference.lively import error
@@ -70,7 +70,7 @@ def test_the_fixtures_tell_align_corners_apart(name: str) -> None:
 
 
 def test_multi_grid_has_a_dilation_for_each_block() -> None:
-    stage = ResNet(BackboneConfig(depth=50, base_channels=4, multi_grid=(1, 2, 4))).stages[-1]
+    stage = ResNet(ResNetConfig(depth=50, base_channels=4, multi_grid=(1, 2, 4))).stages[-1]
     assert [block.conv2.dilation for block in stage] == [(1, 1), (2, 2), (4, 4)]
     with pytest.raises(UnsupportedLayerError, match="one dilation for each of the 3 blocks"):
-        ResNet(BackboneConfig(depth=50, base_channels=4, multi_grid=(1, 2)))
+        ResNet(ResNetConfig(depth=50, base_channels=4, multi_grid=(1, 2)))

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from fdconv_deploy.config import (
-    BackboneConfig,
     FCNHeadConfig,
     FDConvConfig,
+    ResNetConfig,
     SegmentorConfig,
     TestMode,
     UPerHeadConfig,
@@ -34,17 +34,17 @@ def listed(path) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        ("resnet18_fdconv_kn64", BackboneConfig(depth=18, conv=KN64)),
-        ("resnet18_plain", BackboneConfig(depth=18, conv=None)),
-        ("resnet50_fdconv_kn64", BackboneConfig(depth=50, conv=KN64)),
-        ("resnet50_plain", BackboneConfig(depth=50, conv=None)),
+        ("resnet18_fdconv_kn64", ResNetConfig(depth=18, conv=KN64)),
+        ("resnet18_plain", ResNetConfig(depth=18, conv=None)),
+        ("resnet50_fdconv_kn64", ResNetConfig(depth=50, conv=KN64)),
+        ("resnet50_plain", ResNetConfig(depth=50, conv=None)),
     ],
 )
 def test_backbone_keys(oracle, name, config):
     assert keys_of(ResNet(config)) == listed(oracle / f"backbone/{name}_keys.json")
 
 
-def upernet(backbone: BackboneConfig) -> SegmentorConfig:
+def upernet(backbone: ResNetConfig) -> SegmentorConfig:
     return SegmentorConfig(
         backbone=backbone,
         decode_head=UPerHeadConfig(
@@ -67,16 +67,16 @@ def upernet(backbone: BackboneConfig) -> SegmentorConfig:
 @pytest.mark.parametrize(
     ("name", "backbone"),
     [
-        ("upernet_r50_fdconv_kn64_c150", BackboneConfig(conv=KN64)),
-        ("upernet_r50_plain_c150", BackboneConfig(conv=None)),
-        ("upernet_r50_plain_deepstem_c150", BackboneConfig(conv=None, deep_stem=True)),
+        ("upernet_r50_fdconv_kn64_c150", ResNetConfig(conv=KN64)),
+        ("upernet_r50_plain_c150", ResNetConfig(conv=None)),
+        ("upernet_r50_plain_deepstem_c150", ResNetConfig(conv=None, deep_stem=True)),
         (
             "upernet_r50_fdconv_deepstem_kn32_c150",
-            BackboneConfig(conv=FDConvConfig(kernel_num=32), deep_stem=True),
+            ResNetConfig(conv=FDConvConfig(kernel_num=32), deep_stem=True),
         ),
         (
             "upernet_r50_fdconv_deepstem_kn64_cgt32_c150",
-            BackboneConfig(conv=FDConvConfig(kernel_num=64, use_fdconv_if_c_gt=32), deep_stem=True),
+            ResNetConfig(conv=FDConvConfig(kernel_num=64, use_fdconv_if_c_gt=32), deep_stem=True),
         ),
     ],
 )
@@ -90,7 +90,7 @@ def test_segmentor_keys(oracle, name, backbone):
 def test_detector_backbone_keys(oracle, kind):
     name = f"mmdet/{kind}_r50_fpn_fdconv_kn64_c80_keys_mmdet2.28.1.json"
     theirs = {k: v for k, v in listed(oracle / name).items() if k.startswith("backbone.")}
-    assert keys_of(ResNet(BackboneConfig(conv=KN64)), "backbone.") == theirs
+    assert keys_of(ResNet(ResNetConfig(conv=KN64)), "backbone.") == theirs
 
 
 VARIANTS = {
@@ -105,7 +105,7 @@ VARIANTS = {
 def test_backbone_equals_published_code(oracle, variant):
     tensors = load_file(oracle / "backbone/r50_base12_kn8.safetensors")
     info = json.loads((oracle / "backbone/index.json").read_text())[0]
-    config = BackboneConfig(
+    config = ResNetConfig(
         depth=50, base_channels=12, conv=FDConvConfig(kernel_num=8), **VARIANTS[variant]
     )
     network = ResNet(config).eval()
@@ -169,7 +169,7 @@ WHOLE = TestMode()
 
 def small(test: TestMode = WHOLE) -> SegmentorConfig:
     return SegmentorConfig(
-        backbone=BackboneConfig(
+        backbone=ResNetConfig(
             depth=18, base_channels=12, conv=FDConvConfig(kernel_num=4), num_stages=2,
             strides=(1, 2), dilations=(1, 1), out_indices=(0, 1),
         ),
@@ -208,11 +208,11 @@ def test_windows_cover_the_image():
 @pytest.mark.parametrize(
     ("config", "hint"),
     [
-        (BackboneConfig(depth=20), "18"),
-        (BackboneConfig(conv=KN64, deep_stem=True), "use_fdconv_if_c_gt"),
-        (BackboneConfig(conv=KN64, base_channels=32), "does not divide"),
-        (BackboneConfig(strides=(1, 2)), "one entry"),
-        (BackboneConfig(num_stages=3), "out_indices"),
+        (ResNetConfig(depth=20), "18"),
+        (ResNetConfig(conv=KN64, deep_stem=True), "use_fdconv_if_c_gt"),
+        (ResNetConfig(conv=KN64, base_channels=32), "does not divide"),
+        (ResNetConfig(strides=(1, 2)), "one entry"),
+        (ResNetConfig(num_stages=3), "out_indices"),
     ],
 )
 def test_networks_that_cannot_be_built_say_so(config, hint):
@@ -231,9 +231,7 @@ def test_networks_that_cannot_be_built_say_so(config, hint):
 )
 @torch.no_grad()
 def test_resnet_variants_run(depth, options):
-    config = BackboneConfig(
-        depth=depth, base_channels=8, conv=FDConvConfig(kernel_num=4), **options
-    )
+    config = ResNetConfig(depth=depth, base_channels=8, conv=FDConvConfig(kernel_num=4), **options)
     outputs = ResNet(config).eval()(torch.randn(1, 3, 33, 47))
     assert len(outputs) == len(config.out_indices)
     if "dilations" in options:

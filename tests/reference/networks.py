@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from benchmarks.networks import lively_heads
 from fdconv_deploy.config import (
-    BackboneConfig,
     BoxHeadConfig,
     DetectorConfig,
     DetectorTestConfig,
@@ -18,6 +17,7 @@ from fdconv_deploy.config import (
     FPNConfig,
     MaskHeadConfig,
     RCNNTestConfig,
+    ResNetConfig,
     RPNHeadConfig,
     RPNTestConfig,
     SegmentorConfig,
@@ -43,7 +43,7 @@ def small_segmentor(
     widths = [base * 2**stage * (1 if depth < 50 else 4) for stage in range(stages)]
     indices = tuple(range(stages))
     architecture = SegmentorConfig(
-        backbone=BackboneConfig(
+        backbone=ResNetConfig(
             depth=depth,
             base_channels=base,
             conv=conv,
@@ -71,7 +71,7 @@ def small_detector(
     """A narrow detector over a ResNet-18 that finds something; D = 20."""
     conv = backbone.pop("conv", FDConvConfig(kernel_num=4))
     architecture = DetectorConfig(
-        backbone=BackboneConfig(depth=18, base_channels=base, conv=conv, **backbone),
+        backbone=ResNetConfig(depth=18, base_channels=base, conv=conv, **backbone),
         neck=FPNConfig(in_channels=tuple(base * 2**i for i in range(4)), out_channels=24),
         rpn_head=RPNHeadConfig(feat_channels=24),
         bbox_head=BoxHeadConfig(num_classes=classes, fc_out_channels=32),

@@ -11,9 +11,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from fdconv_deploy.config import (
-    BackboneConfig,
     FCNHeadConfig,
     Preprocessing,
+    ResNetConfig,
     SegmentorConfig,
     TestMode,
 )
@@ -43,7 +43,7 @@ def architecture(
     """With a ``threshold``, the head has one output."""
     how = preprocessing or Preprocessing()
     return SegmentorConfig(
-        backbone=BackboneConfig(depth=18, base_channels=8, in_channels=how.channels),
+        backbone=ResNetConfig(depth=18, base_channels=8, in_channels=how.channels),
         decode_head=FCNHeadConfig(
             in_channels=(64,),
             in_index=(3,),

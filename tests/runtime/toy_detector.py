@@ -10,13 +10,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from fdconv_deploy.config import (
-    BackboneConfig,
     BoxHeadConfig,
     DetectorConfig,
     DetectorTestConfig,
     MaskHeadConfig,
     Preprocessing,
     RCNNTestConfig,
+    ResNetConfig,
 )
 from fdconv_deploy.runtime.bundle import Bundle, BundleWriter
 from fdconv_deploy.runtime.manifest import (
@@ -42,7 +42,7 @@ def architecture(
     threshold: float = 0.5,
 ) -> DetectorConfig:
     return DetectorConfig(
-        backbone=BackboneConfig(depth=18, base_channels=8),
+        backbone=ResNetConfig(depth=18, base_channels=8),
         bbox_head=BoxHeadConfig(num_classes=len(CLASSES)),
         mask_head=MaskHeadConfig(num_classes=len(CLASSES)) if masks else None,
         test=DetectorTestConfig(

@@ -27,7 +27,7 @@ from fdconv_deploy.checkpoints.frequency_order.from_weights import (
 from fdconv_deploy.checkpoints.infer_layers import Layer, Shapes, backbone_prefix, conv_layers, part
 from fdconv_deploy.config import BackboneConfig, Preprocessing
 from fdconv_deploy.errors import CheckpointError, ImageError, UnsupportedLayerError
-from fdconv_deploy.nn import ResNet
+from fdconv_deploy.nn.backbones import build_backbone
 from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.nn.spectrum import FrequencyOrder, frequency_indices, group_map
 from fdconv_deploy.runtime.preprocessing import check_image, normalise, published_size, resize
@@ -270,9 +270,9 @@ def detect_order(
     )
 
 
-def _backbone(state: Shapes, config: BackboneConfig, order: FrequencyOrder) -> ResNet:
+def _backbone(state: Shapes, config: BackboneConfig, order: FrequencyOrder) -> nn.Module:
     with torch.device("meta"):
-        network = ResNet(config, order)
+        network = build_backbone(config, order)
     given = part(state, backbone_prefix(state))
     own: Mapping[str, Tensor] = {
         key: given[key].to(value.dtype) if key in given else torch.zeros(value.shape)

@@ -7,9 +7,9 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdconv_deploy.config import RESNET_BLOCKS, BackboneConfig, FDConvConfig
+from fdconv_deploy.config import RESNET_BLOCKS, FDConvConfig, ResNetConfig
 from fdconv_deploy.errors import UnsupportedLayerError
-from fdconv_deploy.nn.fdconv import FDConv2d
+from fdconv_deploy.nn.fdconv import FDConv2d, fdconv_arguments
 from fdconv_deploy.nn.spectrum import FrequencyOrder
 
 
@@ -33,7 +33,6 @@ class ConvFactory:
             return nn.Conv2d(
                 in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False
             )
-        arguments = {name: getattr(self.config, name) for name in FDConvConfig.model_fields}
         return FDConv2d(
             in_channels,
             out_channels,
@@ -42,8 +41,7 @@ class ConvFactory:
             padding,
             dilation,
             bias=False,
-            frequency_order=self.order,
-            **arguments,
+            **fdconv_arguments(self.config, self.order),
         )
 
 
@@ -128,7 +126,7 @@ def _downsample(
 class ResNet(nn.Module):
     """``(B, in_channels, H, W)`` -> one feature map per entry of ``config.out_indices``."""
 
-    def __init__(self, config: BackboneConfig, frequency_order: FrequencyOrder = "torch") -> None:
+    def __init__(self, config: ResNetConfig, frequency_order: FrequencyOrder = "torch") -> None:
         super().__init__()
         if config.depth not in RESNET_BLOCKS:
             raise UnsupportedLayerError(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fdconv_deploy.config import DetectorConfig
 from fdconv_deploy.errors import UnsupportedLayerError
-from fdconv_deploy.nn.backbones.resnet import ResNet
+from fdconv_deploy.nn.backbones import build_backbone
 from fdconv_deploy.nn.detection.fpn import FPN
 from fdconv_deploy.nn.detection.heads import RoIHead, RPNHead
 from fdconv_deploy.nn.spectrum import FrequencyOrder
@@ -25,7 +25,7 @@ class Detector(nn.Module):
         super().__init__()
         _check(architecture)
         self.architecture = architecture
-        self.backbone = ResNet(architecture.backbone, frequency_order)
+        self.backbone = build_backbone(architecture.backbone, frequency_order)
         self.neck = FPN(architecture.neck)
         channels = architecture.neck.out_channels
         self.rpn_head = RPNHead(channels, architecture.rpn_head, architecture.test.rpn)

@@ -7,14 +7,14 @@ import torch
 
 from benchmarks.rivals import METHODS, install
 from benchmarks.rivals.frames import block_convs
-from fdconv_deploy.config import BackboneConfig, FDConvConfig
+from fdconv_deploy.config import FDConvConfig, ResNetConfig
 from fdconv_deploy.nn import ResNet
 
 PLAIN = 23_508_032
 
 
 def resnet50(method: str | None = None, **fields: object) -> ResNet:
-    network = ResNet(BackboneConfig(**({"depth": 50, "conv": None} | fields)))
+    network = ResNet(ResNetConfig(**({"depth": 50, "conv": None} | fields)))
     return network if method is None else install(network, method)
 
 
@@ -24,7 +24,7 @@ def parameters(network: torch.nn.Module) -> int:
 
 def test_fdconv_adds_what_the_paper_says():
     with torch.device("meta"):
-        network = ResNet(BackboneConfig(depth=50, conv=FDConvConfig(kernel_num=64)))
+        network = ResNet(ResNetConfig(depth=50, conv=FDConvConfig(kernel_num=64)))
         assert parameters(resnet50()) == PLAIN
     assert parameters(network) - PLAIN == 3_647_120
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fdconv_deploy.config import (
-    BackboneConfig,
     DetectorConfig,
     FDConvConfig,
     FPNConfig,
     MaskHeadConfig,
+    ResNetConfig,
     RoIConfig,
 )
 from fdconv_deploy.errors import UnsupportedLayerError
@@ -46,7 +46,7 @@ KN64 = FDConvConfig(kernel_num=64)
 @pytest.mark.parametrize("form", ["fdconv_kn64", "plain"])
 def test_keys_and_parameters(oracle, kind, form):
     architecture = DetectorConfig(
-        backbone=BackboneConfig(conv=None if form == "plain" else KN64),
+        backbone=ResNetConfig(conv=None if form == "plain" else KN64),
         mask_head=MaskHeadConfig() if kind == "mask_rcnn" else None,
     )
     with torch.device("meta"):
@@ -62,7 +62,7 @@ def test_keys_and_parameters(oracle, kind, form):
 
 
 def test_what_does_not_fit_is_refused():
-    backbone = BackboneConfig(depth=18, base_channels=8, conv=None)
+    backbone = ResNetConfig(depth=18, base_channels=8, conv=None)
     with pytest.raises(UnsupportedLayerError, match=r"has 4 levels.*5 strides"):
         build_detector(DetectorConfig(backbone=backbone, neck=FPNConfig(num_outs=4)))
     with pytest.raises(UnsupportedLayerError, match=r"num_outs.*below the 4"):

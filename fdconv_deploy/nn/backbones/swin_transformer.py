@@ -1,0 +1,247 @@
+"""Swin as mmsegmentation builds it, its feed-forward networks' linear layers FDConv or plain.
+
+Microsoft's segmentation code, and so detectron2's projects, computes the same but for the order
+of channels where patches are merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fdconv_deploy.config import SwinTransformerConfig
+from fdconv_deploy.nn.attention import weigh
+from fdconv_deploy.nn.fdconv import linear_or_fdconv
+from fdconv_deploy.nn.spectrum import FrequencyOrder
+
+# Added to the logits of tokens that a shifted window does not have side by side in the map.
+APART = -100.0
+
+
+def relative_positions(window: int) -> NDArray[np.int64]:
+    """Row of the bias table for each two places of a window, ``(window², window²)``."""
+    y, x = np.divmod(np.arange(window**2), window)
+    rows, columns = y[:, None] - y[None, :], x[:, None] - x[None, :]
+    return (rows + window - 1) * (2 * window - 1) + columns + window - 1
+
+
+class Windows:
+    """How the tokens of a map are cut into windows of one size, be they shifted or not.
+
+    The map is padded to multiples of the window, however small it is, and rolled by half a
+    window if shifted.
+
+    Attributes:
+        padded: whether there are places with no token.
+        places: ``(windows · window²,)`` int64, the token at each place, window by window; the
+            number of tokens where the map was padded.
+        back: ``(tokens,)`` int64, the place of each token.
+        mask: ``(windows, 1, window², window²)`` float32, what is added to the logits; None if
+            nothing is.
+    """
+
+    def __init__(self, height: int, width: int, window: int, shifted: bool) -> None:
+        rows, columns = (-(-side // window) * window for side in (height, width))
+        tokens = np.full((rows, columns), height * width, dtype=np.int64)
+        tokens[:height, :width] = np.arange(height * width).reshape(height, width)
+        self.padded = rows > height or columns > width
+        region = np.zeros((rows, columns), dtype=np.int64)
+        if shifted:
+            half = window // 2
+            tokens = np.roll(tokens, (-half, -half), (0, 1))
+            for axis, side in enumerate((rows, columns)):
+                place = np.arange(side)
+                number = (place >= side - window).astype(np.int64) + (place >= side - half)
+                region = region * 3 + (number[:, None] if axis == 0 else number[None, :])
+
+        def cut(array: NDArray[np.int64]) -> NDArray[np.int64]:
+            parts = array.reshape(rows // window, window, columns // window, window)
+            return parts.transpose(0, 2, 1, 3).reshape(-1, window**2)
+
+        places = cut(tokens).reshape(-1)
+        self.places = torch.from_numpy(places)
+        self.back = torch.from_numpy(np.argsort(places, kind="stable")[: height * width])
+        self.mask: Tensor | None = None
+        if shifted:
+            regions = cut(region)
+            apart = regions[:, :, None] != regions[:, None, :]
+            self.mask = torch.from_numpy(np.where(apart, APART, 0.0).astype(np.float32))[:, None]
+
+
+@lru_cache(maxsize=64)
+def windows_of(height: int, width: int, window: int, shifted: bool) -> Windows:
+    """The tables for one size of map, shared by all blocks."""
+    return Windows(height, width, window, shifted)
+
+
+class WindowAttention(nn.Module):
+    """Attention among the tokens of each window, with a learned bias per relative position."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, channels: int, heads: int, window: int, bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        table = torch.zeros((2 * window - 1) ** 2, heads)
+        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+        self.register_buffer(
+            "relative_position_index", torch.from_numpy(relative_positions(window))
+        )
+        self.qkv = nn.Linear(channels, 3 * channels, bias=bias)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Tokens of a map's windows -> the same shape.
+
+        Args:
+            x: ``(B, windows, window², C)``.
+            mask: ``(windows, 1, window², window²)``, added to the logits.
+        """
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(2, 3)
+            for part in self.qkv(x).chunk(3, -1)
+        )
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        # One after the other: their sum would be as large as the logits, a constant per block.
+        biases = (bias,) if mask is None else (bias, mask)
+        return self.proj(weigh(query, key, value, *biases).transpose(2, 3).flatten(3))
+
+
+class ShiftedWindowAttention(nn.Module):
+    """Cuts a map's tokens into windows, and puts what attention makes of them back."""
+
+    def __init__(self, config: SwinTransformerConfig, stage: int, shifted: bool) -> None:
+        super().__init__()
+        self.window, self.shifted = config.window_size, shifted
+        self.w_msa = WindowAttention(
+            config.widths[stage], config.num_heads[stage], config.window_size, config.qkv_bias
+        )
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """``x``: ``(B, H·W, C)``, normalised; places without a token are zeros, as keys too."""
+        windows = windows_of(*size, self.window, self.shifted)
+        if windows.padded:
+            x = F.pad(x, (0, 0, 0, 1))
+        x = x.index_select(1, windows.places.to(x.device)).unflatten(1, (-1, self.window**2))
+        mask = None if windows.mask is None else windows.mask.to(x)
+        return self.w_msa(x, mask).flatten(1, 2).index_select(1, windows.back.to(x.device))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, config: SwinTransformerConfig, channels: int, order: FrequencyOrder) -> None:
+        super().__init__()
+        hidden = channels * config.mlp_ratio
+        first = linear_or_fdconv(config.conv, channels, hidden, order=order)
+        second = linear_or_fdconv(config.conv, hidden, channels, order=order)
+        self.layers = nn.Sequential(nn.Sequential(first, nn.GELU()), second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, L, C)`` -> the same shape."""
+        return self.layers(x)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward network, each of the normalised tokens and added to them."""
+
+    def __init__(
+        self, config: SwinTransformerConfig, stage: int, shifted: bool, order: FrequencyOrder
+    ) -> None:
+        super().__init__()
+        channels = config.widths[stage]
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn = ShiftedWindowAttention(config, stage, shifted)
+        self.norm2 = nn.LayerNorm(channels)
+        self.ffn = FeedForward(config, channels, order)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """``x``: ``(B, H·W, C)``."""
+        x = x + self.attn(self.norm1(x), size)
+        return x + self.ffn(self.norm2(x))
+
+
+class PatchMerging(nn.Module):
+    """Four tokens become one of twice the channels; a map of odd size is padded with zeros."""
+
+    def __init__(self, channels: int, by_position: bool) -> None:
+        super().__init__()
+        self.by_position = by_position
+        self.norm = nn.LayerNorm(4 * channels)
+        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """``(B, H·W, C)`` -> tokens ``(B, ⌈H/2⌉·⌈W/2⌉, 2·C)``, and their map's size."""
+        height, width = size
+        x = F.pad(x.unflatten(1, size), (0, 0, 0, width % 2, 0, height % 2))
+        # (B, row, dy, column, dx, C)
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        order = (0, 1, 3, 4, 2, 5) if self.by_position else (0, 1, 3, 5, 2, 4)
+        x = x.permute(order).flatten(3).flatten(1, 2)
+        return self.reduction(self.norm(x)), ((height + 1) // 2, (width + 1) // 2)
+
+
+class Stage(nn.Module):
+    """Blocks, every other one with shifted windows, and the merging to the next stage."""
+
+    def __init__(self, config: SwinTransformerConfig, index: int, order: FrequencyOrder) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(config, index, block % 2 == 1, order) for block in range(config.depths[index])
+        )
+        self.downsample: PatchMerging | None = None
+        if index + 1 < len(config.depths):
+            self.downsample = PatchMerging(config.widths[index], config.merging == "position")
+
+
+class PatchEmbedding(nn.Module):
+    """Patches side by side, of an image padded with zeros to a multiple of their size."""
+
+    def __init__(self, in_channels: int, channels: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.projection = nn.Conv2d(in_channels, channels, size, size)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """``(B, I, H, W)`` -> tokens ``(B, L, C)``, and the height and width of their map."""
+        below, right = (-side % self.size for side in x.shape[-2:])
+        x = self.projection(F.pad(x, (0, right, 0, below)))
+        return self.norm(x.flatten(2).transpose(1, 2)), (x.shape[2], x.shape[3])
+
+
+class SwinTransformer(nn.Module):
+    """``(B, in_channels, H, W)`` -> one feature map per entry of ``config.out_indices``."""
+
+    def __init__(
+        self, config: SwinTransformerConfig, frequency_order: FrequencyOrder = "torch"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbedding(config.in_channels, config.embed_dims, config.patch_size)
+        self.stages = nn.ModuleList(
+            Stage(config, index, frequency_order) for index in range(len(config.depths))
+        )
+        for index in sorted(config.out_indices):
+            self.add_module(f"norm{index}", nn.LayerNorm(config.widths[index]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``x``: ``(B, in_channels, H, W)`` float32."""
+        tokens, size = self.patch_embed(x)
+        features = []
+        for index, stage in enumerate(cast(Iterable[Stage], self.stages)):
+            for block in stage.blocks:
+                tokens = block(tokens, size)
+            if index in self.config.out_indices:
+                normalised = self.get_submodule(f"norm{index}")(tokens)
+                features.append(normalised.transpose(1, 2).unflatten(2, size))
+            if stage.downsample is not None:
+                tokens, size = stage.downsample(tokens, size)
+        return tuple(features)
