@@ -151,16 +151,18 @@ class BackboneConfig(Frozen):
 class ResNetConfig(BackboneConfig):
     """mmsegmentation's ResNet.
 
-    ``strides`` and ``dilations`` have one entry per stage. ``contract_dilation`` halves
-    the dilation of a dilated stage's first block, as in mmsegmentation; ``multi_grid`` gives
-    the dilation of each block of the last stage instead.
+    A bottleneck gives ``expansion`` times its width, 4 times if it is None. ``strides`` and
+    ``dilations`` have one entry per stage. ``contract_dilation`` halves the dilation of a dilated
+    stage's first block, as in mmsegmentation; ``multi_grid`` gives the dilation of each block of
+    the last stage instead.
     """
 
-    LATER: ClassVar[frozenset[str]] = frozenset({"type"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"type", "expansion"})
 
     type: Literal["ResNet"] = "ResNet"
     depth: int = 50
     base_channels: int = 64
+    expansion: Positive | None = None
     stem_channels: int | None = None
     num_stages: int = Field(4, ge=1, le=4)
     strides: tuple[Positive, ...] = (1, 2, 2, 2)
@@ -175,8 +177,14 @@ class ResNetConfig(BackboneConfig):
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each stage."""
-        expansion = 4 if RESNET_BLOCKS[self.depth][0] == "bottleneck" else 1
-        return tuple(self.base_channels * 2**i * expansion for i in range(self.num_stages))
+        return tuple(
+            self.base_channels * 2**i * self.block_expansion for i in range(self.num_stages)
+        )
+
+    @property
+    def block_expansion(self) -> int:
+        """A block's output channels over its width."""
+        return (self.expansion or 4) if RESNET_BLOCKS[self.depth][0] == "bottleneck" else 1
 
     def smallest_side(self, stage: int) -> int:
         """Pixels that one position of the stage's map covers, in a row."""

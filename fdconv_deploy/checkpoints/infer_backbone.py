@@ -120,7 +120,8 @@ def infer_backbone(
         because="the layers with FBM follow the strides of the other style",
         matters=bottleneck,
     )
-    return settings.build(type="ResNet", conv=conv)
+    expansion = layers["layer1.0.conv3"].out_channels // base if bottleneck else 4
+    return settings.build(type="ResNet", expansion=expansion if expansion != 4 else None, conv=conv)
 
 
 def _conv(

@@ -48,13 +48,12 @@ class ConvFactory:
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut; the first one strides and dilates."""
 
-    expansion = 1
-
     def __init__(
         self,
         conv: ConvFactory,
         in_channels: int,
         channels: int,
+        out_channels: int,
         stride: int,
         dilation: int,
         style: str,
@@ -77,13 +76,12 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1×1, 3×3, 1×1 and a shortcut. The 3×3 strides in pytorch style, the first in caffe."""
 
-    expansion = 4
-
     def __init__(
         self,
         conv: ConvFactory,
         in_channels: int,
         channels: int,
+        out_channels: int,
         stride: int,
         dilation: int,
         style: str,
@@ -95,12 +93,12 @@ class Bottleneck(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3, second, dilation)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = conv(channels, channels * self.expansion, 1)
-        self.bn3 = nn.BatchNorm2d(channels * self.expansion)
+        self.conv3 = conv(channels, out_channels, 1)
+        self.bn3 = nn.BatchNorm2d(out_channels)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, I, H, W)`` -> ``(B, 4·channels, H/stride, W/stride)``."""
+        """``(B, I, H, W)`` -> ``(B, out_channels, H/stride, W/stride)``."""
         shortcut = x if self.downsample is None else self.downsample(x)
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
@@ -167,10 +165,10 @@ class ResNet(nn.Module):
             for index in range(depths[stage]):
                 first = index == 0
                 step = stride if first else 1
-                out = width * block.expansion
+                out = config.widths[stage]
                 shortcut = _downsample(channels, out, step, config.avg_down) if first else None
                 blocks.append(
-                    block(conv, channels, width, step, spread[index], config.style, shortcut)
+                    block(conv, channels, width, out, step, spread[index], config.style, shortcut)
                 )
                 channels = out
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
