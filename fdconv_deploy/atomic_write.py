@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_folder", "atomic_path", "replace_folder", "write_atomically"]
+__all__ = ["atomic_folder", "atomic_path", "replace_folder", "temporary_folder", "write_atomically"]
 
 # Of Linux: paths are relative to the current folder; swap two names.
 _AT_FDCWD = -100
@@ -53,6 +53,21 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 @contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """An empty hidden folder beside ``path``, removed when the block ends, however it ends.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir()
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """An empty temporary folder beside ``path`` that takes its place if no error ends the block.
 
@@ -62,13 +77,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be made or renamed.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir()
+    with temporary_folder(path) as temporary:
         yield temporary
         replace_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def replace_folder(made: Path, path: Path) -> None:

@@ -13,13 +13,12 @@ Files the manifest does not list are left alone: nothing here opens them.
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from fdconv_deploy.atomic_write import replace_folder
+from fdconv_deploy.atomic_write import replace_folder, temporary_folder
 from fdconv_deploy.errors import BundleError, in_the_way
 from fdconv_deploy.runtime.bundle_checks import (
     bundle_root,
@@ -103,18 +102,12 @@ class BundleWriter:
         # Absolute, because a caller may change directory while an export runs.
         self.destination = Path(os.path.abspath(destination))  # noqa: PTH100 - keeps symlinks
         self.overwrite = overwrite
-        self.path = self.destination.with_name(
-            f".{self.destination.name}.partial-{secrets.token_hex(4)}"
-        )
+        self._folder = ExitStack()
 
     def __enter__(self) -> BundleWriter:
         self._check_destination()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.path.mkdir()
-        except BaseException:  # a signal that came as the folder was made: nobody leaves the block
-            shutil.rmtree(self.path, ignore_errors=True)
-            raise
+        self.destination.parent.mkdir(parents=True, exist_ok=True)
+        self.path = self._folder.enter_context(temporary_folder(self.destination))
         return self
 
     def __exit__(
@@ -123,7 +116,7 @@ class BundleWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._folder.close()
 
     def commit(self, manifest: Manifest) -> Bundle:
         """Hash the files, write the manifest, move the bundle into place.
