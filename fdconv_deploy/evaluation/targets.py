@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.compare import Answer, Labels, Target
 from fdconv_deploy.runtime import Detection, Session, open_session
-from fdconv_deploy.runtime.bundle_checks import bundle_root
+from fdconv_deploy.runtime.bundle_checks import bundles_and_checkpoints
 from fdconv_deploy.runtime.detection import DetectionPipeline, detector_classes
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.preprocessing import (
@@ -68,10 +68,7 @@ def open_targets(
     Raises:
         FDConvError: a path is missing, cannot be opened, or an option is of no use here.
     """
-    paths = [bundle_root(path) for path in paths]
-    for path in paths:
-        if not path.exists():
-            raise FDConvError(f"{path} does not exist. Give a bundle's folder or a checkpoint.")
+    paths = bundles_and_checkpoints(paths)
     bundles = [path for path in paths if path.is_dir()]
     if not bundles and (fit or backend):
         raise FDConvError(

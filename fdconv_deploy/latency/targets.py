@@ -18,7 +18,7 @@ from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import BACKENDS, Bundle, GraphRunner, Session
 from fdconv_deploy.runtime.backends import BackendOptions, select
-from fdconv_deploy.runtime.bundle_checks import bundle_root
+from fdconv_deploy.runtime.bundle_checks import bundles_and_checkpoints
 from fdconv_deploy.runtime.multiband import load_image
 from fdconv_deploy.runtime.preprocessing import check_image, resize, scene_bands
 from fdconv_deploy.sample_images import sample_image
@@ -133,10 +133,7 @@ def expand_targets(
     for name in backends:
         if name not in known:
             raise FDConvError(f"There is no backend {name!r}; there are {', '.join(known)}.")
-    paths = [bundle_root(path) for path in paths]
-    for path in paths:
-        if not path.exists():
-            raise FDConvError(f"{path} does not exist. Give a bundle's folder or a checkpoint.")
+    paths = bundles_and_checkpoints(paths)
     bundles = {path: Bundle.open(path, verify=False) for path in paths if path.is_dir()}
     sizes = sorted({size for bundle in bundles.values() for size in bundle.batch_sizes}) or [1]
     wanted = [1] if options.whole and not batches else list(dict.fromkeys(batches)) or sizes

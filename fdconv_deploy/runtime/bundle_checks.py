@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from fdconv_deploy.errors import BundleError
+from fdconv_deploy.errors import BundleError, FDConvError
 from fdconv_deploy.runtime.images import SUFFIXES
 from fdconv_deploy.runtime.manifest import FORMAT_VERSION, MANIFEST_NAME, FileInfo, Manifest
 
@@ -38,6 +38,19 @@ def bundle_root(path: Path) -> Path:
         belongs = path.name == MANIFEST_NAME or path.suffix == ".onnx"
         return path.parent if belongs else path
     return path
+
+
+def bundles_and_checkpoints(paths: Iterable[Path]) -> list[Path]:
+    """Bundles' folders and checkpoint files as a user names them, the former as `bundle_root`.
+
+    Raises:
+        FDConvError: one does not exist.
+    """
+    found = [bundle_root(path) for path in paths]
+    for path in found:
+        if not path.exists():
+            raise FDConvError(f"{path} does not exist. Give a bundle's folder or a checkpoint.")
+    return found
 
 
 def _no_folder(path: Path) -> str:
