@@ -188,9 +188,8 @@ def show(result: Mapping[str, Any]) -> None:
         print(f"{name:28}" + "".join(f"{spent[side]:12.2f}" for side in sides))
     sums = (sum(one[side] for one in layers.values()) for side in sides)
     print(f"{f'all {len(layers)} dynamic layers':28}" + "".join(f"{one:12.1f}" for one in sums))
-    if (result["others_cpu"] or 0) > machine.QUIET:
-        share = result["others_cpu"]
-        print(f"Measured on a shared machine ({share:.0%} of CPU used by others): compare ratios.")
+    if shared := machine.shared_machine(result["others_cpu"]):
+        print(shared)
 
 
 def main() -> None:

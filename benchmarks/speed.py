@@ -134,11 +134,8 @@ def show(result: dict[str, Any]) -> None:
         f"  export {export['export_seconds']} s, {export['peak_mb']} MB peak, {export['nodes']} "
         f"nodes, {export['bundle_mb']} MB bundle; error {result['max_rel_error']:.1e}"
     )
-    others = result["others_cpu"]
-    if others is not None and others > machine.QUIET:
-        print(
-            f"  Measured on a shared machine ({others:.0%} of CPU used by others): compare ratios."
-        )
+    if shared := machine.shared_machine(result["others_cpu"]):
+        print(f"  {shared}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

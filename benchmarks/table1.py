@@ -160,12 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["latency"] = timed
     print(markdown(result))
     if timed is not None:
-        if timed["others_cpu"] > machine.QUIET:
-            share = timed["others_cpu"]
-            print(
-                f"\nMeasured on a shared machine ({share:.0%} of CPU used by others): compare "
-                "ratios."
-            )
+        if shared := machine.shared_machine(timed["others_cpu"]):
+            print(f"\n{shared}")
         print(f"\n{machine.say(where)}")
     if options.json:
         write_json(options.json, {"kind": "table1", "machine": where, **result})

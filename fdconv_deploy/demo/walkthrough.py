@@ -23,7 +23,8 @@ from fdconv_deploy.evaluation.metrics import Scores, confusion_matrix, scores
 from fdconv_deploy.export.api import export_checkpoint
 from fdconv_deploy.export.validation.verdict import Verdict, refusal
 from fdconv_deploy.export.validation.verify import verify_bundle
-from fdconv_deploy.latency.machine import QUIET, Bystanders
+from fdconv_deploy.latency.interleaving import Interleaver, ratio
+from fdconv_deploy.latency.machine import Bystanders, shared_machine
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime import Session, open_session, read_image
 from fdconv_deploy.runtime.segmentation import class_palette
@@ -31,6 +32,7 @@ from fdconv_deploy.runtime.visualization import encode, overlay
 
 Picture = NDArray[np.uint8]
 SHOWN = 3
+TURNS = 10
 
 
 def walk(folder: Path, console: Console) -> None:
@@ -83,14 +85,14 @@ def walk(folder: Path, console: Console) -> None:
             ("held-out mIoU, baseline in PyTorch", f"{plain.mean_iou:.4f}"),
         ]
         with step("time both, one image at a time, taking turns"), Bystanders() as others:
-            eager_ms, exported_ms = _race(network, session, pictures[0])
+            eager_seconds, exported_seconds = _race(network, session, pictures[0])
         rows += [
-            ("PyTorch, published form", f"{eager_ms:.0f} ms an image"),
-            ("bundle", f"{exported_ms:.0f} ms an image ({exported_ms / eager_ms:.2f}×)"),
+            ("PyTorch, published form", f"{1e3 * np.median(eager_seconds):.0f} ms an image"),
+            ("bundle", f"{1e3 * np.median(exported_seconds):.0f} ms an image"),
+            ("bundle vs. PyTorch", _ratio(exported_seconds, eager_seconds)),
         ]
-        if (others.share or 0) > QUIET:
-            said = f"measured on a shared machine ({others.share:.0%} of CPU used by others)"
-            rows.append(("both times", said))
+        if shared := shared_machine(others.share):
+            rows.append(("", shared))
         write_atomically(folder / "picture.png", _sheet(session, pictures[:SHOWN], truths[:SHOWN]))
     image = held_out()[0][0]
     with step("serve the bundle, POST an image to it, stop it"):
@@ -145,19 +147,24 @@ def _score(
     return scores(total)
 
 
-def _race(network: Segmentor, session: Session, picture: Picture) -> tuple[float, float]:
-    """Median milliseconds of the eager network and of the bundle, in turns."""
+def _race(network: Segmentor, session: Session, picture: Picture) -> list[list[float]]:
+    """Seconds of the eager network's and of the bundle's runs, in turns."""
     tensor = session.segmentation.prepare(picture).inputs["images"][None]
-    times: tuple[list[float], list[float]] = ([], [])
+    turns = Interleaver([lambda: network(torch.from_numpy(tensor)), lambda: session.run(tensor)])
     with torch.no_grad():
-        for _ in range(12):
-            for side, run in enumerate(
-                (lambda: network(torch.from_numpy(tensor)), lambda: session.run(tensor))
-            ):
-                start = time.perf_counter()
-                run()
-                times[side].append(time.perf_counter() - start)
-    return tuple(float(np.median(t[2:]) * 1e3) for t in times)  # type: ignore[return-value]
+        for _ in range(2):
+            turns.warm_up()
+        for _ in range(TURNS):
+            turns.round()
+    return turns.seconds
+
+
+def _ratio(times: Sequence[float], baseline: Sequence[float]) -> str:
+    """By how much the two differ, if so few turns can tell."""
+    found = ratio(times, baseline)
+    if found["q1"] < 1 < found["q3"]:
+        return f"{TURNS} turns cannot tell which is faster; fdconv bench takes as many as it needs"
+    return f"{found['value']:.2f}× ({found['q1']:.2f} to {found['q3']:.2f} in half of the turns)"
 
 
 def _sheet(

@@ -84,6 +84,20 @@ def busy() -> str | None:
     )
 
 
+def shared_machine(share: float | None) -> str | None:
+    """A sentence to put below figures; None when the machine was quiet.
+
+    Args:
+        share: of the machine's CPU time that went to others, as `Bystanders` measures it.
+    """
+    if share is None or share <= QUIET:
+        return None
+    return (
+        f"Measured on a shared machine ({100 * share:.0f} % of CPU used by other processes): "
+        "compare ratios, not milliseconds."
+    )
+
+
 def warn_if_busy() -> None:
     """Print a warning on stderr when the machine has other work."""
     if sentence := busy():
