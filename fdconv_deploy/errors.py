@@ -35,7 +35,19 @@ class ExportError(FDConvError):
 
 
 class BackendError(FDConvError):
-    """An inference backend is not installed or cannot run this bundle."""
+    """An inference backend is not installed or cannot run this bundle.
+
+    Args:
+        cause: what was found and expected.
+        advice: what to do.
+
+    Attributes:
+        cause: without the advice, for a list of what can be used.
+    """
+
+    def __init__(self, cause: str, advice: str = "") -> None:
+        super().__init__(f"{cause} {advice}".rstrip())
+        self.cause = cause
 
 
 def in_the_way(kind: type[FDConvError], what: str) -> FDConvError:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fdconv_deploy.cli.options import Json
 from fdconv_deploy.environment import extras, install, installed_version
-from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.errors import BackendError
 from fdconv_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ def _backends() -> dict[str, str | None]:
     def problem(name: str) -> str | None:
         try:
             BACKENDS[name](BackendOptions())
-        except FDConvError as error:
-            return str(error).partition(". ")[0].rstrip(".") + "."  # what follows is of a bundle
+        except BackendError as error:
+            return error.cause  # the advice is of a bundle
         return cuda_problem() if name == "onnxruntime-cuda" else None
 
     return {name: problem(name) for name in BACKENDS}

@@ -58,9 +58,9 @@ class OnnxRuntimeBackend:
         available = self._ort.get_available_providers()
         if self._provider not in available:
             raise BackendError(
-                f"The installed onnxruntime has no {self._provider}, only {', '.join(available)}. "
+                f"The installed onnxruntime has no {self._provider}, only {', '.join(available)}.",
                 f"Install one that has it ({install(*packages) or 'see onnxruntime.ai'}), or "
-                "choose 'onnxruntime-cpu'."
+                "choose 'onnxruntime-cpu'.",
             )
         self._providers = list(options.providers or _default_providers(self._provider))
         if self.device == "cuda" and hasattr(self._ort, "preload_dlls"):
@@ -182,8 +182,8 @@ def import_onnxruntime(package: str = "onnxruntime") -> Any:
     except ImportError as error:
         found = "is not installed" if isinstance(error, ModuleNotFoundError) else "does not load"
         raise BackendError(
-            f"ONNX Runtime {found} here, and this backend runs on it. Install it "
-            f"({install(package)})."
+            f"ONNX Runtime {found} here, and this backend runs on it.",
+            f"Install it ({install(package)}).",
         ) from error
     return onnxruntime
 

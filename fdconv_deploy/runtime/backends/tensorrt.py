@@ -45,15 +45,15 @@ class Cuda:
                 runtime = importlib.import_module("cuda.bindings.runtime")
             except ImportError as error:
                 raise BackendError(
-                    "TensorRT's buffers need cuda-bindings, which is not installed "
-                    f"({install('cuda.bindings')}). {_OTHERS}"
+                    "TensorRT's buffers need cuda-bindings, which is not installed.",
+                    f"Install it ({install('cuda.bindings')}). {_OTHERS}",
                 ) from error
         self.rt: Any = runtime
         status, *rest = self.rt.cudaGetDeviceCount()
         if int(status) or not rest or rest[0] < 1:
             raise BackendError(
-                f"TensorRT needs an NVIDIA GPU and its driver, and CUDA sees none ({status.name}). "
-                f"Check `nvidia-smi`; in a container, start it with --gpus all. {_OTHERS}"
+                f"TensorRT needs an NVIDIA GPU and its driver, and CUDA sees none ({status.name}).",
+                f"Check `nvidia-smi`; in a container, start it with --gpus all. {_OTHERS}",
             )
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -105,14 +105,14 @@ def import_tensorrt() -> Any:
         if not isinstance(error, ModuleNotFoundError):
             found = f"does not load ({str(error).splitlines()[0]})"
         raise BackendError(
-            f"TensorRT {found}. It needs an NVIDIA GPU ({install('tensorrt', 'cuda.bindings')}). "
-            f"{_OTHERS}"
+            f"TensorRT {found}.",
+            f"It needs an NVIDIA GPU ({install('tensorrt', 'cuda.bindings')}). {_OTHERS}",
         ) from error
     version = tuple(int(n) for n in str(tensorrt.__version__).split(".")[:2])
     if version < OLDEST:
         raise BackendError(
-            f"TensorRT {tensorrt.__version__} is installed, and 11 is needed (10.9 at the least). "
-            f"Update it ({install('tensorrt')}). {_OTHERS}"
+            f"TensorRT {tensorrt.__version__} is installed, and 11 is needed (10.9 at the least).",
+            f"Update it ({install('tensorrt')}). {_OTHERS}",
         )
     return tensorrt
 
