@@ -127,8 +127,10 @@ def _measure_group(
         with machine.Bystanders(lambda: sum(worker.cpu_seconds for worker in workers)) as others:
             sample_until_steady([one for _, one in series], schedule, on_round)
         for worker, one in series:
-            first = next(base for _, base in series if base.concurrency == one.concurrency)
-            report["rows"].append(_row(worker, one, None if first is one else first))
+            base, first = next(s for s in series if s[1].concurrency == one.concurrency)
+            # An image of another size is another amount of work.
+            alike = first is not one and _size(base) == _size(worker)
+            report["rows"].append(_row(worker, one, first if alike else None))
         # A service's own work cannot be separated from that of others.
         if others.share is not None and all(target.kind != "service" for target in targets):
             report["others_cpu"] = max(report["others_cpu"] or 0.0, others.share)
@@ -143,6 +145,12 @@ def _check_memory(target: Target, alive: Sequence[Worker]) -> None:
             f"{free / 1e6:,.0f} MB of memory are free, and a target held {held / 1e6:,.0f} MB. "
             f"Time fewer at once; {target.name} is the first too many."
         )
+
+
+def _size(worker: Worker) -> Sequence[int] | None:
+    """(height, width) of a target's input; None where it is not known."""
+    found = worker.opened["details"].get("size")
+    return found and tuple(found)
 
 
 def _row(worker: Worker, series: Series, first: Series | None) -> Row:

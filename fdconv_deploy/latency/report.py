@@ -17,7 +17,8 @@ class Row(TypedDict):
 
     ``ms`` holds quantiles of a request's milliseconds ("p50", "p90", "p99", "q1", "q3", "min",
     "mean"), ``over_first`` how many times the first target's time it took ("value", "q1", "q3"),
-    None for the first. What is not known is None.
+    None for the first, and where the input has another size than the first's. What is not known is
+    None.
     """
 
     kind: str
@@ -114,7 +115,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "p50 ms": lambda row: _milliseconds(row["ms"]["p50"]) + ("" if row["steady"] else " ~"),
     "p90": lambda row: _milliseconds(row["ms"]["p90"]),
     "p99": lambda row: _milliseconds(row["ms"]["p99"]),
-    "vs. first": lambda row: f"{row['over_first']['value']:.2f}×" if row["over_first"] else "1",
+    "vs. first": lambda row: f"{row['over_first']['value']:.2f}×" if row["over_first"] else "–",
     "images/s": lambda row: f"{row['images_per_second']:.2f}",
     "load s": lambda row: "–" if row["kind"] == "service" else f"{row['load_seconds']:.2f}",
     "first ms": lambda row: _milliseconds(row["first_ms"]),
@@ -148,9 +149,22 @@ def cells(report: Report) -> tuple[list[str], list[list[str]]]:
         for title, cell in _COLUMNS.items()
         if title not in _ONLY_WHERE or any(map(_ONLY_WHERE[title], rows))
     }
-    return ["", *shown], [
-        [target_name(row), *(cell(row) for cell in shown.values())] for row in rows
-    ]
+    found = [[target_name(row), *(cell(row) for cell in shown.values())] for row in rows]
+    place = ["", *shown].index("vs. first")
+    for row, line in zip(rows, found, strict=True):
+        if _first(report, row) is row:
+            line[place] = "1"
+    return ["", *shown], found
+
+
+def _first(report: Report, row: Row) -> Row:
+    """The row that another one is compared with."""
+    fields = row["batch"], row["concurrency"]
+    return next(one for one in report["rows"] if (one["batch"], one["concurrency"]) == fields)
+
+
+def _of_other_size(report: Report, row: Row) -> bool:
+    return row["over_first"] is None and _first(report, row) is not row
 
 
 def notes(report: Report) -> Iterator[str]:
@@ -161,12 +175,10 @@ def notes(report: Report) -> Iterator[str]:
             f"~ not steady: no three windows in a row agreed within {settings['agree']:.0%} "
             f"before {settings['seconds']:g} s were over."
         )
-    share = report["others_cpu"]
-    if share is not None and share > machine.QUIET:
-        yield (
-            f"Measured on a shared machine ({100 * share:.0f} % of CPU used by other processes): "
-            "compare ratios, not milliseconds."
-        )
+    if any(_of_other_size(report, row) for row in rows):
+        yield "No ratio where the input has another size than the first target's: other work."
+    if shared := machine.shared_machine(report["others_cpu"]):
+        yield shared
     if any(row["kind"] == "service" for row in rows):
         yield "A service is timed over its network: from an encoded image to a mask, or to objects."
     if any(row["whole"] and row["kind"] != "service" for row in rows):
@@ -197,6 +209,8 @@ def broken_limits(
             yield f"{name}: {rate:.2f} images/s; at least {images_per_second:g} are required."
         if milliseconds is not None and median > milliseconds:
             yield f"{name}: {median:.2f} ms; at most {milliseconds:g} are allowed."
+        if ratio is not None and _of_other_size(report, row):
+            yield f"{name}: its input has another size than the first target's: there is no ratio."
         if ratio is not None and over is not None and over["value"] > ratio:
             yield (
                 f"{name}: {over['value']:.3f} times the first target's time; at most {ratio:g} "
