@@ -19,6 +19,7 @@ from fdconv_deploy.cli.options import (
     Quiet,
     Settings,
     Weights,
+    parse_counts,
     parse_settings,
     parse_size,
 )
@@ -58,8 +59,10 @@ def bench(
         ),
     ] = None,
     batch: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Batch size; those of the bundles if none. Repeatable."),
+        list[str] | None,
+        typer.Option(
+            metavar="N", help="Batch size, or several as 1,4; those of the bundles if none."
+        ),
     ] = None,
     concurrency: Annotated[
         str, typer.Option(metavar="N,N,…", help="Requests at a time; 1,2,4 is a sweep.")
@@ -173,14 +176,14 @@ def bench(
         ),
         urls=url or [],
         backends=backend or [],
-        batches=batch or [],
+        batches=parse_counts(batch, "--batch"),
         native=NATIVE[native],
     )
     if size and all(target.kind == "bundle" for target in targets):
         raise typer.BadParameter(
             "--size is of checkpoints; a bundle's graphs have the size it was exported at."
         )
-    levels = parse_levels(concurrency)
+    levels = parse_counts([concurrency], "--concurrency")
     if divergence:
         check_divergences(targets)
     if divergence or (profile and any(target.kind == "bundle" for target in targets)):
@@ -210,14 +213,6 @@ def bench(
     broken = list(report.broken_limits(found, fail_under, fail_over, fail_ratio))
     if broken:
         raise FDConvError("\n".join(["too slow.", *broken]))
-
-
-def parse_levels(text: str) -> list[int]:
-    """``"1,2,4"`` -> [1, 2, 4]."""
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"--concurrency is numbers such as 1,2,4; not {text!r}.")
-    return list(dict.fromkeys(int(part) for part in parts))
 
 
 def check_places(files: list[Path]) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fdconv_deploy.cli.options import BundlePath, Json, Quiet
+from fdconv_deploy.cli.options import BundlePath, Json, Quiet, parse_counts
 from fdconv_deploy.errors import FDConvError
 
 PLUGINS = "auto", "on", "off"
@@ -19,7 +19,8 @@ HARDWARE = {"none": "none", "same": "same_compute_capability", "ampere-plus": "a
 def build(
     bundle: BundlePath,
     batch: Annotated[
-        list[int] | None, typer.Option(help="Of these batch sizes only; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="N", help="Of these batch sizes only; repeatable, or several as 1,4."),
     ] = None,
     plugins: Annotated[
         str,
@@ -83,7 +84,7 @@ def build(
     loud = not (quiet or as_json)
     built = build_engines(
         opened,
-        batches=batch,
+        batches=parse_counts(batch, "--batch") or None,
         plugins=plugins,  # type: ignore[arg-type]
         options=BuildOptions(
             HARDWARE[hardware],  # type: ignore[arg-type]

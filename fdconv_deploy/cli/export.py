@@ -18,6 +18,7 @@ from fdconv_deploy.cli.options import (
     Settings,
     Size,
     Weights,
+    parse_counts,
     parse_settings,
     parse_size,
     require_files,
@@ -34,7 +35,10 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")],
     size: Size = None,
     batch: Annotated[
-        list[int] | None, typer.Option(help="Batch size to export a graph for; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="N", help="Batch size to export a graph for; repeatable, or several as 1,4."
+        ),
     ] = None,
     config: Config = None,
     settings: Settings = None,
@@ -101,7 +105,7 @@ def export(
     with err.status("starting", spinner="dots") as status:
         options = ExportOptions(
             size=pixels,
-            batches=batch or None,
+            batches=parse_counts(batch, "--batch") or None,
             fit=fit,
             pictures=Pictures(image or []),
             precision=precision,

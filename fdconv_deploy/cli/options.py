@@ -11,7 +11,7 @@ import typer
 from fdconv_deploy.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from rich.console import Console
 
@@ -80,6 +80,16 @@ def parse_size(text: str) -> tuple[int, int]:
         raise typer.BadParameter(f"{text!r} is not HEIGHTxWIDTH in pixels, e.g. 512x1024.")
     height, width = (parts * 2)[:2]
     return int(height), int(width)
+
+
+def parse_counts(texts: Sequence[str] | None, option: str) -> list[int]:
+    """``["1,4", "2"]`` -> [1, 4, 2], each once."""
+    parts = [part for text in texts or () for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(
+            f"{option} is a number from 1, or several such as 1,4; not {','.join(parts)!r}."
+        )
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:

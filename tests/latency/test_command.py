@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fdconv_deploy.cli.bench import show
 from fdconv_deploy.demo import packaged_checkpoint
-from fdconv_deploy.latency.report import broken_limits, target_name
+from fdconv_deploy.latency.report import broken_limits, cells, target_name
 from fdconv_deploy.ops.native import FOLDER, native_library
 from fdconv_deploy.serve import Settings, running
 from tests.test_cli import fdconv
@@ -92,6 +92,21 @@ def test_a_bundle_beside_its_checkpoint_and_a_service(toy_bundle, tmp_path, monk
 
 
 @pytest.mark.skipif(native_library()[0] is None, reason="native operators are not built here")
+def test_inputs_of_other_sizes_have_no_ratio(toy_bundle, streets, tmp_path, monkeypatch, capfd):
+    code, out, err = fdconv(
+        monkeypatch, capfd, "bench", toy_bundle, streets, "--batch", "1,4", *BRIEF,
+        "--fail-ratio", "1e9", "--json", tmp_path / "r.json",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [row["batch"] for row in report["rows"]] == [1, 1, 4]
+    assert [row["over_first"] for row in report["rows"]] == [None] * 3
+    titles, rows = cells(report)
+    assert [row[titles.index("vs. first")] for row in rows] == ["1", "–", "1"]
+    assert "No ratio where the input has another size" in out
+    assert code == 1
+    assert "batch 1: its input has another size than the first target's" in err
+
+
 def test_native_beside_portable(streets, monkeypatch, capfd):
     report = benched(monkeypatch, capfd, streets, "--native", "both", "--profile")
     portable, native = report["rows"]
@@ -193,8 +208,8 @@ def test_limits(toy_bundle, other_bundle, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--concurrency", "1,x"], 2, "--concurrency is numbers such as 1,2,4; not '1,x'"),
-        (["--concurrency", "0"], 2, "--concurrency is numbers such as 1,2,4; not '0'"),
+        (["--concurrency", "1,x"], 2, "several such as 1,4; not '1,x'"),
+        (["--concurrency", "0"], 2, "--concurrency is a number from 1"),
         (["--native", "maybe"], 2, "'maybe' is not one of 'on', 'off', 'both'"),
         (["--json", "no/where.json"], 1, "there is no folder no."),
         (["--json", "a", "--html", "a"], 1, "Two outputs would be written to a."),
