@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,16 @@ def segment_files(
     """
     options = options or ResultOptions()
     places = _places(session, sources, folder, options, skipped)
-    if places and not session.detects:
-        _write_legend(session, folder, options.overwrite)
+    classes = b"" if session.detects else _classes_json(session, folder, options.overwrite)
+
+    @cache
+    def write_classes() -> None:
+        if classes:
+            _make_folder(folder)
+            picture = encode(legend(session.classes, session.palette), "PNG")
+            write_atomically(folder / LEGEND_NAME, picture)
+            write_atomically(folder / CLASSES_NAME, classes)
+
     images = [source for source in places if not source.is_video]
     for source, picture, answer in _answered(session, images, options, failed):
         result = ImageResult(source.path, places[source], answer)
@@ -196,6 +205,7 @@ def segment_files(
             "mask": answer.mask_png,
             "objects": lambda: json.dumps(result.as_dict(), indent=1).encode(),  # noqa: B023
         }
+        write_classes()
         for kind, path in result.places.items():
             _make_folder(path.parent)
             write_atomically(path, contents[kind]())
@@ -203,7 +213,9 @@ def segment_files(
     for source in places:
         if source.is_video:
             try:
-                yield _segment_video(session, source, places[source], options, progress)
+                yield _segment_video(
+                    session, source, places[source], options, progress, write_classes
+                )
             except ImageError as error:
                 if failed is None:
                     raise
@@ -259,8 +271,12 @@ def _segment_video(
     places: Mapping[str, Path],
     options: ResultOptions,
     progress: Progress | None,
+    last: Callable[[], None],
 ) -> VideoResult:
-    """Answer every frame of a video and write the results; all of them or none."""
+    """Answer every frame of a video and write the results; all of them or none.
+
+    ``last`` is called when all that can fail is done.
+    """
     start, frames = time.perf_counter(), 0
     with ExitStack() as stack:
         reader = stack.enter_context(VideoReader(source.path))
@@ -293,6 +309,7 @@ def _segment_video(
             if progress is not None:
                 progress(source.path, frames, reader.count)
         expected = reader.count
+        last()
     return VideoResult(source.path, places, frames, expected, time.perf_counter() - start)
 
 
@@ -374,8 +391,8 @@ def _exists(result: Path) -> bool:
     return result.is_dir() or (result.is_file() and result.stat().st_size > 0)
 
 
-def _write_legend(session: Session, folder: Path, overwrite: bool) -> None:
-    """Write ``classes.json`` and ``legend.png``.
+def _classes_json(session: Session, folder: Path, overwrite: bool) -> bytes:
+    """What ``classes.json`` holds.
 
     Raises:
         ImageError: the folder holds those of other classes, and ``overwrite`` is False.
@@ -388,10 +405,7 @@ def _write_legend(session: Session, folder: Path, overwrite: bool) -> None:
     file = folder / CLASSES_NAME
     if file.exists() and file.read_bytes() != text and not overwrite:
         raise in_the_way(ImageError, f"{file} exists already, and lists other classes.")
-    _make_folder(folder)
-    picture = encode(legend(session.classes, session.palette), "PNG")
-    write_atomically(folder / LEGEND_NAME, picture)
-    write_atomically(file, text)
+    return text
 
 
 def _make_folder(folder: Path) -> None:

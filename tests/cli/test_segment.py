@@ -141,6 +141,16 @@ def test_segment_goes_on_where_it_was_stopped(bundle, tree, monkeypatch, capfd, 
     assert (code, "exclude each other" in err) == (2, True)
 
 
+def test_segment_of_nothing_leaves_nothing(bundle, monkeypatch, capfd, tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"no video")
+    for name in ("none.png", "clip.mp4"):
+        code, _, _ = fdconv(
+            monkeypatch, capfd, "segment", bundle, tmp_path / name, "-o", tmp_path / "out"
+        )
+        assert code == 1
+        assert not (tmp_path / "out").exists()
+
+
 def test_segment_names_classes_and_colours(bundle, tree, monkeypatch, capfd, tmp_path):
     out = tmp_path / "out"
     assert fdconv(monkeypatch, capfd, "segment", bundle, tree / "a.png", "-o", out)[0] == 0
