@@ -54,9 +54,12 @@ def serve(
     ] = 0.0,
     model_control: Annotated[
         bool,
-        typer.Option(
-            "--model-control/--no-model-control", help="Let clients load and unload models."
-        ),
+        typer.Option("--model-control", help="Let clients load and unload models."),
+    ] = False,
+    no_model_control: Annotated[
+        bool,
+        # Beside the other it would take the room of longer names in an 80 columns' help.
+        typer.Option("--no-model-control", hidden=True, help="Undo what --settings say."),
     ] = False,
     grpc_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Port of the KServe gRPC service.")
@@ -102,6 +105,8 @@ def serve(
         for name, value in context.params.items()
         if name not in _NO_SETTINGS and _was_typed(context, name)
     }
+    if typed.pop("no_model_control", False):
+        typed["model_control"] = False
     if "memory_budget_mb" in typed:
         typed["memory_budget_bytes"] = typed.pop("memory_budget_mb") << 20
     if api_keys is not None:

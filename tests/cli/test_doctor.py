@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -34,6 +36,25 @@ def test_doctor_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer.exit_code == 0
     (line,) = [line for line in answer.stdout.splitlines() if "(serve over gRPC):" in line]
     assert "pip install 'grpcio>=" in line
+
+
+def test_doctor_gives_a_backends_whole_problem_without_the_advice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = "libnvinfer.so.11: version 2.31 not found. A newer C library is needed"
+    (tmp_path / "tensorrt.py").write_text(f"raise ImportError({text!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    answer = CliRunner().invoke(app, ["doctor", "--json"])
+    problem = json.loads(answer.stdout)["backends"]["tensorrt"]
+    assert problem == f"TensorRT does not load ({text})."
+
+
+@pytest.mark.parametrize("command", [found.callback.__name__ for found in app.registered_commands])
+def test_help_cuts_no_options_name_at_80_columns(command: str) -> None:
+    answer = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"})
+    names = re.findall(r"--[a-z0-9-]+\S*", answer.stdout)
+    assert "--help" in names
+    assert not [name for name in names if name.endswith("…")]
 
 
 def test_doctor_fails_where_nothing_can_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,13 @@ def test_typed_files_win(ran, tmp_path: Path) -> None:
 def test_every_option_that_is_a_setting_is_among_these() -> None:
     options = {option.removeprefix("--").replace("-", "_") for option, *_ in TYPED}
     options = {"queue_limit" if option == "queue" else option for option in options}
-    flags_and_files = {"model_control", "api_keys", "tls_certificate", "tls_key"}
+    flags_and_files = {
+        "model_control",
+        "no_model_control",
+        "api_keys",
+        "tls_certificate",
+        "tls_key",
+    }
     no_settings = {"context", "bundles", "host", "port", "log_level", "settings"}
     assert set(signature(serve_command).parameters) == options | flags_and_files | no_settings
 
