@@ -24,10 +24,9 @@ from fdconv_deploy.export.options import ExportOptions
 from fdconv_deploy.export.quantization.reduce_precision import Reduction
 from fdconv_deploy.export.source_network import SourceNetwork
 from fdconv_deploy.export.torch_export import capture
-from fdconv_deploy.export.validation.judge import Judge, Subject
 from fdconv_deploy.export.validation.subprocess_run import fresh
 from fdconv_deploy.export.validation.tolerance import TOLERANCES, Precision, counts_classes
-from fdconv_deploy.export.validation.verdict import Verdict, refusal
+from fdconv_deploy.export.validation.verdict import Judge, Subject, Verdict, refusal
 from fdconv_deploy.folding.network import dynamic_layers, input_sizes
 from fdconv_deploy.runtime.bundle import Bundle, BundleWriter
 from fdconv_deploy.runtime.manifest import Manifest, ParityReport, TensorSpec

@@ -1,15 +1,40 @@
-"""The verdict on a graph: is it its network, as far as float32 can tell?
+"""Is a graph its network? The judge, and the verdict that it gives.
 
 The claim is about the fold. Each FDConv layer is judged on the network's own inputs to it, and
-the whole beside what float32 itself costs on that input. Imports no torch.
+the whole beside what float32 itself costs on that input; where an input cannot tell, another is
+taken.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from fdconv_deploy.export.validation.tolerance import Outcome
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fdconv_deploy.errors import ExportError
+from fdconv_deploy.export.source_network import SourceNetwork
+from fdconv_deploy.export.validation.comparison import Arrays, perturbed
+from fdconv_deploy.export.validation.layer_graphs import CutGraph, Piece
+from fdconv_deploy.export.validation.reference import Observation, Observer
+from fdconv_deploy.export.validation.sample_inputs import InputSource
+from fdconv_deploy.export.validation.subprocess_run import Run, run_fresh, saved
+from fdconv_deploy.export.validation.tolerance import (
+    LAYER_TOLERANCE,
+    ROUNDING_MULTIPLE,
+    TOLERANCES,
+    Outcome,
+    Precision,
+    counts_classes,
+    decide,
+)
 from fdconv_deploy.runtime.manifest import OutputParity
 
 
@@ -40,6 +65,20 @@ class Finding:
     parity: OutputParity | None = None
     problem: str = ""
     counts_classes: bool = False
+
+    @property
+    def least_tolerance(self) -> float:
+        """The smallest tolerance that this input could tell at, as `decide` has it."""
+        return ROUNDING_MULTIPLE * (self.rounding or 0.0)
+
+    @property
+    def below_float32(self) -> bool:
+        """Whether nothing could be told because of the tolerance alone.
+
+        At what an export accepts by itself, the network's rounding would not hide an error.
+        """
+        usual = TOLERANCES["int8" if self.counts_classes else "fp32"]
+        return self.outcome == "cannot tell" and self.least_tolerance <= usual
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; figures that are not finite are null."""
@@ -130,7 +169,10 @@ class Verdict:
             worst = max(blind or of, key=lambda f: f.error / f.allowed)
             what = f"{source}: {worst.part} differs from the network's by {worst.figures()}"
             if blind:
-                what += ". This input cannot tell: the network amplifies rounding on it"
+                why = "the network amplifies rounding on it"
+                if worst.below_float32:
+                    why = "the tolerance is below what float32 can tell"
+                what += f". This input cannot tell: {why}"
             lines.append(f"{what}.")
         if self.layers:
             worst, count = self._worst(), len(self.layers)
@@ -175,3 +217,302 @@ def refusal(verdict: Verdict, what: str) -> str:
 
 def _amount(value: float) -> str:
     return f"{value:.1e}" if value < float("inf") else "other objects"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A graph to be judged.
+
+    Attributes:
+        batch: its batch size.
+        run: gives its answers to a feed.
+        precision: what it computes in, and with that what ``tolerance`` is about.
+        tolerance: of an output, see `TOLERANCES`.
+        path: of the float32 model to cut into layers, if it shall be.
+        library: of the native operators that the layers are run with.
+    """
+
+    batch: int
+    run: Callable[[Mapping[str, NDArray]], Arrays]
+    precision: Precision
+    tolerance: float
+    path: Path | None = None
+    library: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Two answers compared: by output the error in units of the tolerance, and the figures.
+
+    ``problem``: that other objects were found, in place of figures.
+    """
+
+    errors: dict[str, float]
+    parities: dict[str, OutputParity]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A graph, an input, and the network on that input, image by image or all at once."""
+
+    subject: Subject
+    source: InputSource
+    observed: Sequence[Observation]
+
+    def finding(
+        self, part: str, error: float, allowed: float, decided: tuple[Outcome, float | None],
+        parity: OutputParity | None = None, problem: str = "",
+    ) -> Finding:  # fmt: skip
+        outcome, rounding = decided
+        return Finding(part, self.source.name, self.subject.batch, error, allowed, outcome,
+                       rounding, parity, problem,
+                       parity is not None and counts_classes(parity, self.subject.precision),
+                       )  # fmt: skip
+
+
+class Judge:
+    """Judges graphs of one network; what the network computes is kept for the next graph.
+
+    Args:
+        source: the network, and how its answers are compared.
+        folder: for files, together as large as the layers' inputs; the caller removes it.
+        progress: called with a sentence as each step begins.
+    """
+
+    def __init__(
+        self,
+        source: SourceNetwork,
+        folder: Path,
+        *,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.comparison, self.input_names = source.comparison, source.input_names
+        # A segmentor's or detector's answer to an image is the same in any batch, so that batches
+        # are computed image by image.
+        self.independent = source.comparison.kind != "values"
+        self.folder, self.progress = folder, progress
+        self._observer = Observer(source.module, source.output_names, folder)
+        self._observed: dict[tuple[int, int], Observation] = {}
+        self._sources: list[InputSource] = []
+
+    def answers(self, source: InputSource, batch: int) -> dict[str, NDArray]:
+        """What the network answers, by output name.
+
+        Raises:
+            ExportError: some of it is not finite.
+        """
+        answers = _joined([o.answers for o in self._observe(source, batch, layers=True)])
+        _check_finite(answers, source)
+        return answers
+
+    def judge(
+        self, subject: Subject, sources: Sequence[InputSource], spares: Sequence[InputSource] = ()
+    ) -> Verdict:
+        """Compare a graph with the network.
+
+        Args:
+            subject: the graph.
+            sources: the whole is compared on all of these.
+            spares: inputs tried one after the other while the whole or a layer is undecided.
+
+        Raises:
+            ExportError: the graph does not load or run, or its answers have another form.
+        """
+        whole: list[Finding] = []
+        layers: dict[tuple[str, ...], Finding] = {}
+        cut = None
+        if subject.path is not None and self._observer.names:
+            cut = CutGraph(subject.path, self._observer.names)
+        for number, source in enumerate([*sources, *spares]):
+            done = number >= len(sources) and any(f.outcome == "equal" for f in whole)
+            undecided = not layers or any(f.outcome == "cannot tell" for f in layers.values())
+            cuts = cut is not None and bool(cut.pieces) and undecided
+            if done and not cuts:
+                break
+            case = _Case(subject, source, self._observe(source, subject.batch, layers=cuts))
+            if not done:
+                self.progress(f"batch {subject.batch}: comparing the graph on {source.name}")
+                whole += self._whole(case)
+            if cut is not None and cuts:
+                self.progress(f"batch {subject.batch}: comparing layer by layer on {source.name}")
+                self._layers(case, cut, layers)
+            if any(f.outcome == "differs" for f in (*whole, *layers.values())):
+                break
+        return Verdict(tuple(whole), tuple(layers.values()))
+
+    def _observe(self, source: InputSource, batch: int, *, layers: bool) -> list[Observation]:
+        """The network on each image, or on the whole batch where images are not independent."""
+        if source not in self._sources:
+            self._sources.append(source)
+        place = self._sources.index(source)
+        feed = source.rows(batch)
+        keys = [(place, row) for row in range(batch)] if self.independent else [(place, -batch)]
+        for row, key in enumerate(keys):
+            found = self._observed.get(key)
+            if found is None or (layers and self._observer.names and not found.layers):
+                part = tuple(t[row : row + 1] for t in feed) if self.independent else feed
+                act = self._observer.observe if layers else self._observer.answer
+                self._observed[key] = act(part)
+        return [self._observed[key] for key in keys]
+
+    def _feed(self, observed: Sequence[Observation]) -> dict[str, NDArray]:
+        tensors = [torch.cat(row).numpy() for row in zip(*(o.feed for o in observed), strict=True)]
+        return dict(zip(self.input_names, tensors, strict=True))
+
+    def _compare(
+        self,
+        subject: Subject,
+        actual: Arrays,
+        expected: Arrays,
+        feed: dict[str, NDArray] | None = None,
+    ) -> _Compared:
+        """Compare two answers; a detector's to ``feed``, where rounding may explain an object."""
+        others = perturbed(self._ask, feed) if feed is not None else ()
+        try:
+            found = self.comparison.compare(actual, expected, others)
+        except ExportError as problem:
+            if self.comparison.kind != "detections":
+                raise
+            # Other objects: which, and where.
+            return _Compared(dict.fromkeys(expected, math.inf), {}, str(problem).rstrip("."))
+        errors = {p.name: self.comparison.error(p, subject.precision) for p in found}
+        return _Compared(errors, {p.name: p for p in found})
+
+    def _ask(self, feed: Arrays) -> Arrays:
+        return self._observer.answer(tuple(map(torch.from_numpy, feed.values()))).answers
+
+    def _whole(self, case: _Case) -> list[Finding]:
+        feed, tolerance = self._feed(case.observed), case.subject.tolerance
+        expected = _joined([o.answers for o in case.observed])
+        _check_finite(expected, case.source)
+        actual = case.subject.run(feed)
+        found = self._compare(case.subject, actual, expected, feed)
+        rounding: dict[str, float] = {}
+        if max(found.errors.values()) > tolerance:
+            rounding, exact = self._rounding(case, expected)
+            if exact is not None and self.comparison.kind != "detections":
+                # What is true is not PyTorch in float32.
+                found = self._compare(case.subject, actual, exact)
+        findings = []
+        for name, error in found.errors.items():
+            decided = decide(error, partial(rounding.__getitem__, name), tolerance, tolerance)
+            multiple, parity = self.comparison.multiple(name), found.parities.get(name)
+            findings.append(
+                case.finding(
+                    name, error * multiple, tolerance * multiple, decided, parity, found.problem
+                )
+            )
+        return findings
+
+    def _rounding(self, case: _Case, expected: Arrays) -> tuple[dict[str, float], Arrays | None]:
+        """What float32 costs the network's outputs, and those in float64."""
+        subject, observed = case.subject, case.observed
+        exact = [self._observer.in_double(o) for o in observed]
+        changed = zip(*(self._observer.change(o) for o in observed), strict=True)
+        double = _joined([e for e in exact if e is not None]) if None not in exact else None
+        costs = [self._distances(subject, _joined(draw), expected) for draw in changed]
+        if double is not None:
+            costs.append(self._distances(subject, expected, double))
+        return {name: max(cost[name] for cost in costs) for name in expected}, double
+
+    def _distances(self, subject: Subject, actual: Arrays, expected: Arrays) -> dict[str, float]:
+        """Of the network's own answers from others of its own, by output."""
+        try:
+            return self._compare(subject, actual, expected).errors
+        except ExportError:  # values that are not finite
+            return dict.fromkeys(expected, math.inf)
+
+    def _layers(self, case: _Case, cut: CutGraph, layers: dict[tuple[str, ...], Finding]) -> None:
+        """Judge the pieces that are still undecided, in place."""
+        pieces = [
+            p for p in cut.pieces
+            if p.tensors not in layers or layers[p.tensors].outcome == "cannot tell"
+        ]  # fmt: skip
+        with TemporaryDirectory(dir=self.folder) as name:
+            answers = self._run_pieces(case, cut, pieces, Path(name))
+            for piece, files in zip(pieces, answers, strict=True):
+                if piece.use:
+                    finding = self._piece(case, piece, *files.values())
+                else:
+                    finding = self._outputs(case, piece, files)
+                if piece.tensors not in layers or finding.outcome != "cannot tell":
+                    layers[piece.tensors] = finding
+
+    def _run_pieces(
+        self, case: _Case, cut: CutGraph, pieces: Sequence[Piece], folder: Path
+    ) -> list[dict[str, Path]]:
+        """Files of each piece's tensors; the pieces run on what the network's layers see."""
+        seen = [o.layers for o in case.observed]
+        batch = sum(len(o.feed[0]) for o in case.observed)
+        shapes = {use: (batch, *one.shape[1:]) for use, one in seen[0].items()}
+        own = saved(self._feed(case.observed), folder)
+        runs, found = [], []
+        for number, piece in enumerate(pieces):
+            model = folder / f"piece{number}.onnx"
+            taken, given = cut.write(piece, model, shapes)
+            files = {t: folder / f"piece{number}.{i}.npy" for i, t in enumerate(piece.tensors)}
+            feeds = {
+                t: [str(layers[use].inputs) for layers in seen] if use else own[t]
+                for t, use in taken.items()
+            }
+            runs.append(Run(str(model), feeds, {n: str(files[t]) for t, n in given.items()}))
+            found.append(files)
+        run_fresh(runs, folder, case.subject.library)
+        return found
+
+    def _piece(self, case: _Case, piece: Piece, file: Path) -> Finding:
+        seen = [o.layers[piece.use] for o in case.observed]
+        expected = np.concatenate([np.load(one.expected) for one in seen])
+        found = np.load(file)
+        off = float(np.abs(found.reshape(expected.shape) - expected).max(initial=0))
+        largest = float(np.abs(expected).max(initial=0)) or 1.0
+
+        def rounding() -> float:
+            for one in case.observed:
+                self._observer.shift(one)
+            return max(one.off for one in seen) / largest
+
+        error = off / largest if np.isfinite(found).all() else math.inf
+        tolerance = max(case.subject.tolerance, LAYER_TOLERANCE)
+        part = ", ".join(piece.layers) or f"what is before {piece.use}"
+        decided = decide(error, rounding, LAYER_TOLERANCE, tolerance)
+        return case.finding(part, error, LAYER_TOLERANCE, decided)
+
+    def _outputs(self, case: _Case, piece: Piece, files: Mapping[str, Path]) -> Finding:
+        """The graph's outputs, where its layers see what the network's own do."""
+        subject, observed = case.subject, case.observed
+        expected = _joined([o.expected for o in observed])
+        actual = {name: np.load(files[name]) for name in expected}
+        detects = self.comparison.kind == "detections"
+        limit = subject.tolerance if detects else LAYER_TOLERANCE
+        found = self._compare(subject, actual, expected, self._feed(observed) if detects else None)
+        error = max(found.errors.values())
+
+        def rounding() -> float:
+            for one in observed:
+                self._observer.shift(one)
+            others = [[o.answers for o in observed], [o.shifted or {} for o in observed]]
+            return max(
+                max(self._distances(subject, _joined(other), expected).values()) for other in others
+            )
+
+        part = ", ".join(piece.layers) or f"what makes {', '.join(expected)}"
+        decided = decide(error, rounding, limit, max(subject.tolerance, limit))
+        return case.finding(part, error, limit, decided, problem=found.problem)
+
+
+def _joined(parts: Sequence[Arrays]) -> dict[str, NDArray]:
+    if len(parts) == 1:
+        return dict(parts[0])
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _check_finite(answers: Arrays, source: InputSource) -> None:
+    for name, values in answers.items():
+        if not np.isfinite(values).all():
+            raise ExportError(
+                f"the PyTorch network's own output {name!r} on {source.name} holds values that are "
+                "not finite, so there is nothing to compare a graph with. Check the checkpoint, "
+                "or give pictures of the kind it was trained on (--image)."
+            )

@@ -17,10 +17,9 @@ from fdconv_deploy.checkpoints.loading import recorded_weights
 from fdconv_deploy.config import Frozen
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.source_network import network_of
-from fdconv_deploy.export.validation.judge import Judge, Subject
 from fdconv_deploy.export.validation.sample_inputs import InputSource
 from fdconv_deploy.export.validation.tolerance import TOLERANCES
-from fdconv_deploy.export.validation.verdict import Verdict
+from fdconv_deploy.export.validation.verdict import Judge, Subject, Verdict
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.ops.native import native_library

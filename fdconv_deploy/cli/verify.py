@@ -60,6 +60,7 @@ def verify(
     overrides = parse_settings(settings)
     require_files(checkpoint, config)
     with open_session(bundle, backend) as session:
+        pictures = [(path.name, session.read_image(path)) for path in images or ()]
         # With torch, which takes seconds to import: after what is quickly refused.
         from fdconv_deploy.export.validation.verdict import refusal
         from fdconv_deploy.export.validation.verify import load_exported, verify_bundle
@@ -68,7 +69,6 @@ def verify(
             network = load_exported(
                 session, checkpoint, config=config, overrides=overrides, weights=weights
             )
-            pictures = [(path.name, session.read_image(path)) for path in images or ()]
             verdicts = verify_bundle(session, network, pictures, tolerance=tolerance)
         except ExportError as error:
             # Another network, or answers of another form: no wonder, where it is another file.
@@ -91,11 +91,17 @@ def verify(
             raise FDConvError(f"{message} {_advice(session.bundle, checkpoint)}".rstrip())
         # Layer by layer it is the network; but the tolerance given is about the whole.
         if tolerance is not None and not verdict.conclusive:
-            worst = verdict.whole[0]
+            worst = max(verdict.whole, key=lambda finding: finding.below_float32)
+            found = f"{worst.part} ({worst.source}) errs by {worst.figures()}"
+            if worst.below_float32:
+                raise FDConvError(
+                    f"the tolerance of {tolerance:.0e} is below what float32 itself can tell: "
+                    f"{found}. Give --tolerance {1.5 * worst.least_tolerance:.0e} or more, or "
+                    "leave it out."
+                )
             raise FDConvError(
-                f"no input can tell at a tolerance of {tolerance:.0e}: {worst.part} "
-                f"({worst.source}) errs by {worst.figures()}. Leave --tolerance out, and layers "
-                "are judged where the whole cannot be."
+                f"no input can tell at a tolerance of {tolerance:.0e}: {found}. Leave --tolerance "
+                "out, and layers are judged where the whole cannot be."
             )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fdconv_deploy.demo import packaged_checkpoint
+from tests.runtime import toy
 
 CHECKPOINT = str(packaged_checkpoint())
 MISTAKES = [
@@ -51,6 +52,13 @@ def test_mistakes_are_found_before_torch_is_imported(line: str, tmp_path: Path) 
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1] == "heavy: []"
     assert not (tmp_path / "out").exists()
+
+
+def test_verify_misses_an_image_before_torch_is_imported(tmp_path: Path) -> None:
+    toy.make_bundle(tmp_path / "bundle")
+    done = run(["verify", "bundle", CHECKPOINT, "none.png"], tmp_path)
+    assert "none.png does not exist" in done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy: []"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["serve", "--help"]])

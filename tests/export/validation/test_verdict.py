@@ -77,6 +77,14 @@ def test_a_blind_input_is_named_with_its_figures():
         assert piece in line
 
 
+def test_a_tolerance_below_float32_is_not_the_networks_fault():
+    found = Finding("logits", "gray.png", 1, 4e-7, 1e-9, "cannot tell", 3e-7)
+    line = Verdict((found,), (LAYER,)).sentences()[0]
+    assert line.endswith("the tolerance is below what float32 can tell.")
+    assert found.least_tolerance == pytest.approx(3e-6)
+    assert not finding("cannot tell", error=7e-3, rounding=1.1e-3).below_float32
+
+
 def test_a_refusal_never_asks_to_export_again():
     for layers in ([finding("differs", "layer2.conv", error=0.1, rounding=1e-7)],
                    [finding("cannot tell", "layer2.conv", error=0.1, rounding=0.1)]):  # fmt: skip
