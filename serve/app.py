@@ -20,6 +20,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from fdconv_deploy import __version__
 from fdconv_deploy.environment import needed_by
@@ -27,9 +28,9 @@ from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import Session
 from fdconv_deploy.serve import errors as problems
 from fdconv_deploy.serve import openapi
-from fdconv_deploy.serve.api_keys import Keys
 from fdconv_deploy.serve.http_limits import MAX_HEAD_BYTES, LimitedProtocol
-from fdconv_deploy.serve.middleware import Edge, refuse
+from fdconv_deploy.serve.identity import Clients
+from fdconv_deploy.serve.middleware import EXPOSED, Edge, refuse
 from fdconv_deploy.serve.routes import ROUTERS
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.settings import Settings
@@ -68,7 +69,7 @@ def create_app(
     if settings.grpc_port is not None:
         with needed_by("The gRPC service", "grpc"):
             from fdconv_deploy.serve.kserve.grpc_server import GrpcServer as grpc_server  # noqa: N813
-    keys = Keys(settings)
+    clients = Clients(settings)
     service = Service(bundles, settings)
 
     @asynccontextmanager
@@ -78,7 +79,7 @@ def create_app(
         grpc = None
         try:
             if grpc_server is not None:
-                grpc = grpc_server(service, keys)
+                grpc = grpc_server(service, clients)
                 await grpc.start(host, settings.grpc_port)
                 app.state.grpc_port = grpc.port
             yield
@@ -98,14 +99,30 @@ def create_app(
         redirect_slashes=False,
         # Edge does that, with the stages; versions without it take any name.
         telemetry={"tracing": False, "metrics": False, "logs": False},
-        middleware=[Middleware(Edge, service=service, keys=keys)],
+        middleware=[*_cors(settings), Middleware(Edge, service=service, clients=clients)],
     )
     app.state.service = service
     problems.install(app)
     for router in ROUTERS:  # not include_router, whose routers would match every request twice
         app.router.routes += router.routes
-    openapi.install(app, service, keys_needed=keys.needed)
+    openapi.install(app, service, keys_needed=clients.keys_needed)
     return app
+
+
+def _cors(settings: Settings) -> list[Middleware]:
+    """What lets pages of other origins call the service; outermost, for refusals are read, too."""
+    if not settings.cors_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=EXPOSED,
+            max_age=3600,
+        )
+    ]
 
 
 def run(
@@ -196,6 +213,7 @@ class _Server(uvicorn.Server):
                 log_level=log_level,
                 log_config=log_config(log_level, settings.log_format),
                 access_log=False,
+                proxy_headers=False,  # identity.py heeds them, and only from whom it is told to
                 server_header=False,
                 timeout_graceful_shutdown=settings.drain_seconds,
                 ssl_certfile=settings.tls_certificate,

@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fdconv_deploy.serve.api_keys import Keys
 from fdconv_deploy.serve.errors import (
     MEDIA_TYPE,
     REQUEST_ID,
@@ -21,6 +20,8 @@ from fdconv_deploy.serve.errors import (
     problem,
     problem_response,
 )
+from fdconv_deploy.serve.identity import Clients
+from fdconv_deploy.serve.kserve.tensors import HEADER_LENGTH
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.telemetry import log_access
 
@@ -34,7 +35,11 @@ HEALTH = {"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"}
 # Open to all beside them: the page, which holds no data and asks for a key.
 _OPEN = {*HEALTH, "/", "/docs", "/openapi.json"}
 _OPEN_FOLDERS = ("/static/", "/samples")
-_UNTRACED = {*HEALTH, "/metrics"}
+_PROBED = {*HEALTH, "/metrics"}
+# What scripts of other origins may read of an answer's headers beside the few that all may.
+EXPOSED = (
+    REQUEST_ID, "Retry-After", "Server-Timing", "X-Fit", "X-Mode", "X-Model", HEADER_LENGTH,
+)  # fmt: skip
 SECURITY = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -52,11 +57,11 @@ class Edge:
     Args:
         app: What is inside.
         service: Whose counters and limits hold.
-        keys: Those that may ask.
+        clients: Identifies who asks, and says who may.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, keys: Keys) -> None:
-        self.app, self._service, self._keys = app, service, keys
+    def __init__(self, app: ASGIApp, service: Service, clients: Clients) -> None:
+        self.app, self._service, self._clients = app, service, clients
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI event."""
@@ -110,17 +115,16 @@ class Edge:
 
     def _refusal(self, scope: Scope, path: str, headers: Headers) -> ASGIApp | None:
         """The answer to what is refused at the door, or to the page without its slash."""
-        address = scope.get("client")
-        scope["state"]["client"] = address[0] if address else ""
+        client = self._clients.identify((scope.get("client") or ("",))[0], headers.items())
+        scope["state"]["client"], scope["state"]["key"] = client.name, client.key
         if not path:  # the page's own addresses are relative to the slash
             return RedirectResponse(f"{scope['root_path']}/")
         try:
             self._check_head(scope, headers)
             if path not in HEALTH:
                 self._check_connections(scope)
-            if self._keys.needed and path not in _OPEN and not path.startswith(_OPEN_FOLDERS):
-                given = headers.get("authorization", ""), headers.get("x-api-key", "")
-                scope["state"]["client"] = self._keys.check(*given)
+            if path not in _OPEN and not path.startswith(_OPEN_FOLDERS):
+                self._clients.check(client)
         except RefusedError as error:
             return problem_response(Request(scope), error.status, error.detail, error.headers)
         return None
@@ -169,11 +173,10 @@ class Edge:
         service, state = self._service, scope["state"]
         facts, stages = state.get("facts", {}), state.get("stages", ())
         status = state.get("refused", status)
-        service.metrics.requests.labels(route, str(status)).inc()
-        service.metrics.request_seconds.labels(route).observe(seconds)
+        service.metrics.answered(route, str(status), seconds, state.get("key", ""))
         if facts:
             service.count(facts["model"], stages, facts["images"])
-        if service.tracing.wanted and path not in _UNTRACED:
+        if service.tracing.wanted and path not in _PROBED:
             attributes = {
                 "http.request.method": method,
                 "http.route": route,
@@ -185,6 +188,7 @@ class Edge:
                 f"{method} {route}", headers, seconds, stages, attributes, failed=status >= 500
             )
         log_access(
+            probe=path in _PROBED and status < 400,
             request_id=state["request_id"],
             client=state.get("client", ""),
             method=method,

@@ -10,6 +10,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    IPvAnyNetwork,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -116,6 +117,13 @@ class Settings(BaseModel):
     tls_client_ca: Path | None = None
     """PEM file; clients must show a certificate it has signed."""
 
+    trusted_proxies: tuple[IPvAnyNetwork, ...] = ()
+    """Addresses and networks, such as 10.0.0.0/8, of proxies whose X-Forwarded-For says who asks,
+    for limits and logs; from others it is ignored."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins, such as https://maps.example, whose pages may call the service from a browser; "*"
+    for all."""
+
     # Operation
     root_path: str = ""
     """Path prefix under which a proxy serves this service, such as /segmentation; the proxy may
@@ -143,6 +151,17 @@ class Settings(BaseModel):
         if path.partition("/")[2].partition("/")[0] in OWN_PATHS:
             raise ValueError(f"the service's own addresses begin with {', '.join(OWN_PATHS)}")
         return path
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in given:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s,]+", origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: it should be '*', or scheme and host, and the port "
+                    "if it has one, such as https://maps.example:8443"
+                )
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

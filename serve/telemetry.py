@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from uvicorn.config import LOGGING_CONFIG
+from uvicorn.logging import DefaultFormatter
 
 from fdconv_deploy.environment import needed_by
 from fdconv_deploy.errors import FDConvError
@@ -25,11 +26,29 @@ access = logging.getLogger("fdconv.access")
 M = TypeVar("M", Counter, Histogram)
 
 
-def log_access(**fields: Any) -> None:
-    """Write one request's line: its fields, and as JSON the same."""
-    if access.isEnabledFor(logging.INFO):
+def log_access(*, probe: bool = False, **fields: Any) -> None:
+    """Write one request's line: its fields, and as JSON the same.
+
+    Args:
+        probe: A machine asked, as it does every few seconds, and all is well: below INFO.
+        fields: What the line says.
+    """
+    level = logging.DEBUG if probe else logging.INFO
+    if access.isEnabledFor(level):
         text = " ".join(f"{name}={json.dumps(value)}" for name, value in fields.items())
-        access.info("%s", text, extra={"fields": fields})
+        access.log(level, "%s", text, extra={"fields": fields})
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+
+
+class TextFormatter(DefaultFormatter):
+    """A record as uvicorn writes it, with the time in UTC."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        """See ``logging.Formatter``."""
+        return _time(record)
 
 
 class JsonFormatter(logging.Formatter):
@@ -38,9 +57,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """See ``logging.Formatter``."""
         found: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(
-                timespec="milliseconds"
-            ),
+            "time": _time(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -60,6 +77,9 @@ def log_config(level: str, form: Literal["text", "json"]) -> dict[str, Any]:
         config["loggers"][name] = {"handlers": ["default"], "level": level.upper()}
     if form == "json":
         config["formatters"]["default"] = {"()": JsonFormatter}
+    else:
+        default = config["formatters"]["default"]
+        default |= {"()": TextFormatter, "fmt": f"%(asctime)s {default['fmt']}"}
     return config
 
 
@@ -84,6 +104,9 @@ class Metrics:
         gauge = partial(Gauge, registry=self._registry)
         histogram = partial(_metric, Histogram, registry=self._registry)
         self.requests = counter("fdconv_requests", "Requests answered.", ["route", "status"])
+        self.key_requests = counter(
+            "fdconv_key_requests", "Requests by API key, called as in the access log.", ["key"]
+        )
         self.request_seconds = histogram(
             "fdconv_request_seconds",
             "From a request's headers to the end of its answer.",
@@ -106,6 +129,13 @@ class Metrics:
             "fdconv_model_bytes", "Memory a loaded model holds at least.", ["model"]
         )
         self.loads = counter("fdconv_model_loads", "Times a model was loaded.", ["model"])
+
+    def answered(self, route: str, status: str, seconds: float, key: str) -> None:
+        """Count a request that was answered within ``seconds``; ``key`` is empty without one."""
+        self.requests.labels(route, status).inc()
+        self.request_seconds.labels(route).observe(seconds)
+        if key:  # addresses are too many to be labels
+            self.key_requests.labels(key).inc()
 
     def watch(self, name: str, documentation: str, read: Callable[[], float]) -> None:
         """A gauge whose value is read when it is asked for."""

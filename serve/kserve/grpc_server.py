@@ -1,20 +1,23 @@
-"""The KServe protocol over gRPC, on the same event loop, models and queue as HTTP."""
+"""The KServe protocol and gRPC's health checks, on the event loop, models and queue of HTTP."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import grpc
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.json_format import ParseDict
 
-from fdconv_deploy.serve.api_keys import Keys
 from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, answer_to
+from fdconv_deploy.serve.identity import Client, Clients
 from fdconv_deploy.serve.kserve.inference import infer
 from fdconv_deploy.serve.kserve.metadata import (
     ServerMetadata,
@@ -48,58 +51,71 @@ _CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-_OPEN = ("ServerLive", "ServerReady")
+# Asked every few seconds by machines, which would end a service that does not answer.
+_PROBES = ("ServerLive", "ServerReady", "Check", "Watch")
+# What needs no API key. Reflection tells the protocol, which the documentation tells, too.
+_OPEN = (*_PROBES, "ServerReflectionInfo")
 # Calls at a time beside those that run or wait: health, metadata, and those to be turned away.
 _SPARE = 16
+# Streams at a time: of inference, of health changes, of reflection.
+_STREAMS = 64
+_WATCH_SECONDS = 0.5
 
 
-def _load_protocol() -> tuple[Any, dict[str, Any]]:
-    """The protocol's service descriptor, and its message classes by name.
+def _load_protocols() -> tuple[Any, Any, dict[str, Any]]:
+    """The descriptors of the KServe and the health service, and message classes by name.
 
     They are in a pool of their own, so that they cannot clash with those of a client
     (tritonclient registers messages of the same names) in the same process.
     """
-    compiled = (files("fdconv_deploy.serve") / "kserve" / "open_inference.binpb").read_bytes()
-    (file,) = descriptor_pb2.FileDescriptorSet.FromString(compiled).file
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    found = pool.FindFileByName(file.name)
-    messages = {
-        name: message_factory.GetMessageClass(descriptor)
-        for name, descriptor in found.message_types_by_name.items()
-    }
-    return found.services_by_name["GRPCInferenceService"], messages
+    messages, services = {}, []
+    for name in ("open_inference", "health"):
+        compiled = (files("fdconv_deploy.serve") / "kserve" / f"{name}.binpb").read_bytes()
+        (file,) = descriptor_pb2.FileDescriptorSet.FromString(compiled).file
+        pool.Add(file)
+        found = pool.FindFileByName(file.name)
+        for message, descriptor in found.message_types_by_name.items():
+            messages[message] = message_factory.GetMessageClass(descriptor)
+        services += found.services_by_name.values()
+    protocol, health = services
+    return protocol, health, messages
 
 
-PROTOCOL, MESSAGES = _load_protocol()
+PROTOCOL, HEALTH, MESSAGES = _load_protocols()
+
+
+class _Call(NamedTuple):
+    """One call, or one stream of them."""
+
+    service: str
+    method: str
+    request_id: str
+    client: Client
 
 
 class GrpcServer:
     """Answers gRPC beside the application; needs ``grpcio`` and ``protobuf``."""
 
-    def __init__(self, service: Service, keys: Keys) -> None:
-        self._service, self._keys = service, keys
+    def __init__(self, service: Service, clients: Clients) -> None:
+        self._service, self._clients = service, clients
+        self._streams = 0
+        # What streams without anything to do wait for, the longest first.
+        self._idle: dict[asyncio.Future[Any], None] = {}
         settings = service.settings
         self._server = grpc.aio.server(
             # Messages are received whole before anybody can count them.
-            maximum_concurrent_rpcs=settings.workers + settings.queue_limit + _SPARE,
+            maximum_concurrent_rpcs=settings.workers + settings.queue_limit + _SPARE + _STREAMS,
             options=[
                 ("grpc.max_receive_message_length", settings.max_body_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
             ],
         )
-        handlers = {
-            method.name: grpc.unary_unary_rpc_method_handler(
-                self._guarded(method.name),
-                request_deserializer=MESSAGES[method.input_type.name].FromString,
-                response_serializer=lambda message: message.SerializeToString(),
-            )
-            for method in PROTOCOL.methods
-        }
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(PROTOCOL.full_name, handlers),)
-        )
+        for protocol in (PROTOCOL, HEALTH):
+            handlers = {method.name: self._handler(method) for method in protocol.methods}
+            self._register(protocol.full_name, handlers)
+        self._add_reflection()
         self.port: int | None = None
 
     async def start(self, host: str, port: int) -> None:
@@ -123,52 +139,145 @@ class GrpcServer:
         """Take no more requests, and finish those under way within ``grace`` seconds."""
         await self._server.stop(grace)
 
-    def _guarded(self, method: str) -> Callable[[Any, Any], Awaitable[Any]]:
-        """The method's handler: checks the API key, answers or says why not, counts and logs."""
-        route = f"grpc/{method}"
+    def _register(self, service: str, handlers: dict[str, Any]) -> None:
+        found = grpc.method_handlers_generic_handler(service, handlers)
+        self._server.add_generic_rpc_handlers((found,))
+
+    def _handler(self, method: Any) -> Any:
+        """The handler of one of the two protocols' methods."""
+        service, name = method.containing_service.full_name, method.name
+        how = {
+            "request_deserializer": MESSAGES[method.input_type.name].FromString,
+            "response_serializer": lambda message: message.SerializeToString(),
+        }
+        if name == "ModelStreamInfer":
+            stream = self._streamed(service, name, self._infer_stream)
+            return grpc.stream_stream_rpc_method_handler(stream, **how)
+        if name == "Watch":
+            stream = self._streamed(service, name, self._watch)
+            return grpc.unary_stream_rpc_method_handler(stream, **how)
 
         async def handle(request: Any, context: Any) -> Any:
-            start = time.perf_counter()
-            code, detail = grpc.StatusCode.OK, ""
-            answer = None
-            metadata = dict(context.invocation_metadata() or ())
-            request_id = accepted_id(metadata.get(REQUEST_ID.lower(), ""))
-            context.set_trailing_metadata(((REQUEST_ID.lower(), request_id),))
-            try:
-                if method not in _OPEN:
-                    given = metadata.get("authorization", ""), metadata.get("x-api-key", "")
-                    self._keys.check(*given)
-                if method == "ModelInfer":
-                    answer = await self._infer(request, context)
-                else:
-                    response = MESSAGES[f"{method}Response"]()
-                    answer = ParseDict(await self._answer(method, request), response)
-            except Exception as error:
-                found = answer_to(error)
-                if found is None:
-                    log.exception("the gRPC request %s (%s) failed", request_id, method)
-                    code = grpc.StatusCode.INTERNAL
-                    detail = "The service failed to answer this request; its log says why."
-                else:
-                    code = _CODES.get(found.status, grpc.StatusCode.INVALID_ARGUMENT)
-                    detail = found.detail
-            metrics = self._service.metrics
-            metrics.requests.labels(route, code.name).inc()
-            seconds = time.perf_counter() - start
-            metrics.request_seconds.labels(route).observe(seconds)
-            log_access(
-                request_id=request_id,
-                client=context.peer(),
-                method="gRPC",
-                path=f"/{PROTOCOL.full_name}/{method}",
-                status=code.name,
-                ms=round(seconds * 1e3, 3),
+            async with self._called(service, name, context) as call:
+                if name == "ModelInfer":
+                    return await self._infer(request, context, call)
+                response = MESSAGES[method.output_type.name]()
+                return ParseDict(await self._answer(name, request), response)
+
+        return grpc.unary_unary_rpc_method_handler(handle, **how)
+
+    def _add_reflection(self) -> None:
+        """Let tools such as grpcurl ask for the protocols, where grpcio-reflection is installed."""
+        try:
+            from grpc_reflection.v1alpha import reflection, reflection_pb2
+        except ImportError:
+            log.info("no gRPC reflection, since grpcio-reflection is not installed")
+            return
+        names = [PROTOCOL.full_name, HEALTH.full_name]
+        servicer = reflection.aio.ReflectionServicer(names, PROTOCOL.file.pool)
+
+        def reflect(requests: Any, context: Any, call: _Call) -> AsyncIterator[Any]:
+            answers: AsyncIterator[Any] = servicer.ServerReflectionInfo(requests, context)
+            return answers
+
+        # Both versions have the same messages.
+        for version in ("v1", "v1alpha"):
+            service = f"grpc.reflection.{version}.ServerReflection"
+            handler = grpc.stream_stream_rpc_method_handler(
+                self._streamed(service, "ServerReflectionInfo", reflect),
+                request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+                response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
             )
-            if code is not grpc.StatusCode.OK:
-                await context.abort(code, detail)
-            return answer
+            self._register(service, {"ServerReflectionInfo": handler})
+
+    def _streamed(
+        self, service: str, method: str, answers: Callable[..., AsyncIterator[Any]]
+    ) -> Callable[[Any, Any], AsyncIterator[Any]]:
+        """The handler of a stream: bounded in number, and ended if idle while others have none.
+
+        Args:
+            service: Full name of the method's service.
+            method: Its name.
+            answers: Makes the answers to (requests or the one request, context, call).
+        """
+
+        async def handle(given: Any, context: Any) -> AsyncIterator[Any]:
+            async with self._called(service, method, context) as call:
+                if self._streams >= _STREAMS:
+                    if not self._idle:
+                        detail = f"The service has {_STREAMS} streams, all it takes. Try again."
+                        raise RefusedError(503, detail)
+                    longest = next(iter(self._idle))
+                    del self._idle[longest]
+                    longest.cancel()
+                self._streams += 1
+                try:
+                    requests = self._requests(context) if hasattr(given, "__aiter__") else given
+                    async for answer in answers(requests, context, call):
+                        yield answer
+                finally:
+                    self._streams -= 1
 
         return handle
+
+    async def _requests(self, context: Any) -> AsyncIterator[Any]:
+        while (request := await self._idly(context.read())) is not grpc.aio.EOF:
+            yield request
+
+    async def _idly(self, awaitable: Awaitable[Any]) -> Any:
+        """Await what a stream waits for, unless its place is needed before that.
+
+        Raises:
+            RefusedError: 503, it was.
+        """
+        waiting = asyncio.ensure_future(awaitable)
+        self._idle[waiting] = None
+        try:
+            return await waiting
+        except asyncio.CancelledError:
+            if waiting in self._idle:  # it is the call that ends
+                raise
+            detail = "The stream was idle and others had no place. Start another."
+            raise RefusedError(503, detail) from None
+        finally:
+            self._idle.pop(waiting, None)
+
+    @asynccontextmanager
+    async def _called(self, service: str, method: str, context: Any) -> AsyncIterator[_Call]:
+        """A call's ``with`` block: checks the API key, explains errors, counts and logs."""
+        start = time.perf_counter()
+        metadata = _text(context)
+        request_id = accepted_id(dict(metadata).get(REQUEST_ID.lower(), ""))
+        call = _Call(
+            service, method, request_id, self._clients.identify(_address(context), metadata)
+        )
+        context.set_trailing_metadata(((REQUEST_ID.lower(), request_id),))
+        code, detail = grpc.StatusCode.CANCELLED, ""
+        try:
+            if method not in _OPEN:
+                self._clients.check(call.client)
+            yield call
+            code = grpc.StatusCode.OK
+        except Exception as error:
+            code, detail = _explained(error, call)
+        finally:
+            self._record(call, code, start)
+        if code is not grpc.StatusCode.OK:
+            await context.abort(code, detail)
+
+    def _record(self, call: _Call, code: grpc.StatusCode, start: float) -> None:
+        """Count an answer, and write it to the access log."""
+        seconds = time.perf_counter() - start
+        self._service.metrics.answered(f"grpc/{call.method}", code.name, seconds, call.client.key)
+        log_access(
+            probe=call.method in _PROBES and code.name in ("OK", "CANCELLED"),
+            request_id=call.request_id,
+            client=call.client.name,
+            method="gRPC",
+            path=f"/{call.service}/{call.method}",
+            status=code.name,
+            ms=round(seconds * 1e3, 3),
+        )
 
     async def _answer(self, method: str, request: Any) -> dict[str, Any]:
         """The response's fields, to every method but inference."""
@@ -180,6 +289,8 @@ class GrpcServer:
                 return {"ready": service.ready}
             case "ModelReady":
                 return {"ready": repository.get(request.name).version is not None}
+            case "Check":
+                return {"status": self._serving(request.service)}
             case "ServerMetadata":
                 return ServerMetadata().model_dump()
             case "ModelMetadata":
@@ -198,33 +309,79 @@ class GrpcServer:
                 await unload_model(service, request.model_name)
         return {}
 
-    async def _infer(self, request: Any, context: Any) -> Any:
+    def _serving(self, name: str) -> str:
+        """The health of the service, which has two names for itself, or of a model.
+
+        Raises:
+            RefusedError: 404, there is no such model.
+        """
+        ready = self._service.ready
+        if name not in ("", PROTOCOL.full_name):
+            ready &= self._service.repository.get(name).version is not None
+        return "SERVING" if ready else "NOT_SERVING"
+
+    async def _watch(self, request: Any, context: Any, call: _Call) -> AsyncIterator[Any]:
+        """The health that ``request`` asks for, now and at each change."""
+
+        def status() -> str:
+            try:
+                return self._serving(request.service)
+            except RefusedError:
+                return "SERVICE_UNKNOWN"
+
+        async def changed(told: str) -> str:
+            while (found := status()) == told:
+                await asyncio.sleep(_WATCH_SECONDS)
+            return found
+
+        told = ""
+        while True:
+            told = await self._idly(changed(told))
+            yield MESSAGES["HealthCheckResponse"](status=told)
+
+    async def _infer_stream(
+        self, requests: AsyncIterator[Any], context: Any, call: _Call
+    ) -> AsyncIterator[Any]:
+        """Answer a stream's requests one after another; an error does not end the stream."""
+        async for request in requests:
+            start, answer = time.perf_counter(), MESSAGES["ModelStreamInferResponse"]()
+            code, found = grpc.StatusCode.OK, answer.infer_response
+            try:
+                found.MergeFrom(await self._infer(request, context, call))
+            except Exception as error:
+                code, answer.error_message = _explained(error, call)
+                found.id = request.id
+            # One request, one response, which Triton's clients are told so.
+            found.parameters["triton_final_response"].bool_param = True
+            self._record(call, code, start)
+            yield answer
+
+    async def _infer(self, request: Any, context: Any, call: _Call) -> Any:
         service = self._service
         service.check_loaded()
         size = request.ByteSize()
         service.budget.take(size)
         try:
-            return await self._run(request, context)
+            return await self._run(request, context, call)
         finally:
             service.budget.give(size)
 
-    async def _run(self, request: Any, context: Any) -> Any:
+    async def _run(self, request: Any, context: Any, call: _Call) -> Any:
         service = self._service
         model = service.repository.get_version(request.model_name, request.model_version)
         wanted = _read(request, service.repository.card(model), service.settings.max_images)
         left = context.time_remaining()
         limits = [ms for ms in (wanted.timeout_ms, left and left * 1e3) if ms]
         deadline = service.deadline(min(limits) if limits else None)
-        client = context.peer().rpartition(":")[0]
         count = len(wanted.images)
-        with service.admission.admit(client, count):
+        with service.admission.admit(call.client.name, count):
             async with service.repository.lease(model) as version:
                 start = time.perf_counter()
                 outputs, stages = await infer(service, version, wanted, deadline)
                 service.count(version.name, stages, count)
                 service.tracing.record(
-                    f"{PROTOCOL.full_name}/ModelInfer",
-                    dict(context.invocation_metadata() or ()),
+                    f"{call.service}/{call.method}",
+                    dict(_text(context)),
                     time.perf_counter() - start,
                     stages,
                     {"rpc.system": "grpc", "fdconv.model": version.name},
@@ -234,6 +391,28 @@ class GrpcServer:
     def _card(self, request: Any) -> ModelCard:
         repository = self._service.repository
         return repository.card(repository.get_version(request.name, request.version))
+
+
+def _text(context: Any) -> list[tuple[str, str]]:
+    """A call's metadata, without those of bytes."""
+    return [(k, v) for k, v in context.invocation_metadata() or () if isinstance(v, str)]
+
+
+def _address(context: Any) -> str:
+    """The peer's address, of ``ipv4:127.0.0.1:5000``, ``ipv6:%5B::1%5D:5000`` and the like."""
+    peer = unquote(context.peer())
+    kind, _, rest = peer.partition(":")
+    return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else peer
+
+
+def _explained(error: Exception, call: _Call) -> tuple[grpc.StatusCode, str]:
+    """The status of an error, and the sentence for the client."""
+    found = answer_to(error)
+    if found is not None:
+        return _CODES.get(found.status, grpc.StatusCode.INVALID_ARGUMENT), found.detail
+    log.error("the gRPC request %s (%s) failed", call.request_id, call.method, exc_info=error)
+    detail = "The service failed to answer this request; its log says why."
+    return grpc.StatusCode.INTERNAL, detail
 
 
 def _read(request: Any, card: ModelCard, max_images: int) -> InferRequest:

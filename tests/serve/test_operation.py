@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import logging
+import logging.config
 import os
 import subprocess
 import sys
@@ -93,6 +94,31 @@ class TestLogs:
         assert found["level"] == "info"
         assert found["request_id"] == "abc"
         assert found["time"].endswith("+00:00")
+
+    @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v2/health/ready", "/metrics"])
+    def test_probes_are_below_info(self, client: TestClient, caplog, path: str) -> None:
+        with caplog.at_level(logging.DEBUG, "fdconv.access"):
+            client.get(path)
+            client.get("/v1/models")
+        assert [record.levelname for record in caplog.records[-2:]] == ["DEBUG", "INFO"]
+
+    def test_a_probe_that_is_refused_is_information(self, bundles: list[Path], caplog) -> None:
+        app = create_app(bundles, Settings(threads=1))
+        with caplog.at_level(logging.DEBUG, "fdconv.access"), TestClient(app) as client:
+            wait_until_ready(client)
+            app.state.service.drain()
+            assert client.get("/readyz").status_code == 503
+        assert caplog.records[-1].levelname == "INFO"
+
+    def test_text_has_the_time(self) -> None:
+        config = log_config("info", "text")
+        made = logging.config.DictConfigurator(config)
+        formatter = made.configure_formatter(config["formatters"]["default"])
+        record = logging.Logger("x").makeRecord("x", 20, "f", 1, "hello %s", ("you",), None)
+        record.created = 1795921200.25
+        found = formatter.format(record)
+        assert found.startswith("2026-11-29T03:00:00.250+00:00 INFO")
+        assert found.endswith("hello you")
 
     def test_json_config_is_one(self) -> None:
         config = log_config("info", "json")

@@ -49,30 +49,44 @@ def described(file: descriptor_pb2.FileDescriptorProto) -> Iterator[Facts]:
             choices = message.oneof_decl if field.HasField("oneof_index") else []
             choice = [f"oneof {choice.name}" for choice in choices[field.oneof_index :][:1]]
             yield (*here, *choice, f"{kind(field, maps)} {field.name} = {field.number}")
+        for enum in message.enum_type:
+            yield from values(enum, *here)
         for nested in message.nested_type:
             if nested.name not in maps:
                 yield from fields(nested, *here)
 
+    def values(enum: descriptor_pb2.EnumDescriptorProto, *outer: str) -> Iterator[Facts]:
+        for value in enum.value:
+            yield *outer, f"enum {enum.name}", f"{value.name} = {value.number}"
+
     for service in file.service:
         for method in service.method:
-            given, gives = (t.rpartition(".")[2] for t in (method.input_type, method.output_type))
+            given, gives = (
+                "stream " * streams + kind.rpartition(".")[2]
+                for streams, kind in (
+                    (method.client_streaming, method.input_type),
+                    (method.server_streaming, method.output_type),
+                )
+            )
             yield f"service {service.name}", f"rpc {method.name}({given}) returns ({gives})"
     for enum in file.enum_type:
-        for value in enum.value:
-            yield f"enum {enum.name}", f"{value.name} = {value.number}"
+        yield from values(enum)
     for message in file.message_type:
         yield from fields(message)
 
 
-def test_compiled_messages_are_those_of_the_proto_file() -> None:
+@pytest.mark.parametrize(
+    ("name", "package"), [("open_inference", "inference"), ("health", "grpc.health.v1")]
+)
+def test_compiled_messages_are_those_of_the_proto_file(name: str, package: str) -> None:
     folder = files("fdconv_deploy.serve") / "kserve"
     (file,) = descriptor_pb2.FileDescriptorSet.FromString(
-        (folder / "open_inference.binpb").read_bytes()
+        (folder / f"{name}.binpb").read_bytes()
     ).file
-    text = (folder / "open_inference.proto").read_text(encoding="utf-8")
+    text = (folder / f"{name}.proto").read_text(encoding="utf-8")
     assert sorted(described(file)) == sorted(written(text))
-    assert file.name == "open_inference.proto"
-    assert (file.package, file.syntax) == ("inference", "proto3")
+    assert file.name == f"{name}.proto"
+    assert (file.package, file.syntax) == (package, "proto3")
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +101,8 @@ def test_methods_are_those_of_tritonclient(published: Any) -> None:
         theirs = methods[method.name]
         assert method.input_type.full_name == theirs.input_type.full_name
         assert method.output_type.full_name == theirs.output_type.full_name
+        assert method.client_streaming == theirs.client_streaming
+        assert method.server_streaming == theirs.server_streaming
 
 
 def fields_of(message: Any) -> dict[str, Facts]:

@@ -1,0 +1,180 @@
+"""NVIDIA's clients in their other forms: asyncio, streams, compression, TLS, shared memory."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fdconv_deploy.serve import Settings, running
+from tests.serve.kserve.conftest import Served, free_port
+from tests.serve.kserve.test_tritonclient import close
+
+http = pytest.importorskip("tritonclient.http")
+grpc = pytest.importorskip("tritonclient.grpc")
+
+
+def given(module: Any, array: np.ndarray) -> list[Any]:
+    tensor = module.InferInput("images", array.shape, "FP32")
+    tensor.set_data_from_numpy(array)
+    return [tensor]
+
+
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+def test_asyncio_clients_are_answered(served: Served, session, tensor, kind: str) -> None:
+    module = pytest.importorskip(f"tritonclient.{kind}.aio")
+
+    async def ask() -> None:
+        async with module.InferenceServerClient(getattr(served, kind)) as client:
+            assert await client.is_server_live()
+            assert await client.is_server_ready()
+            assert await client.is_model_ready("street")
+            for method in ("get_server_metadata", "get_model_repository_index"):
+                assert await getattr(client, method)()
+            for method in ("get_model_metadata", "get_model_config", "get_inference_statistics"):
+                assert await getattr(client, method)("street")
+            answers = await asyncio.gather(
+                *(client.infer("street", given(module, tensor)) for _ in range(3))
+            )
+            for answer in answers:
+                assert close(answer.as_numpy("logits"), session.run(tensor))
+
+    asyncio.run(ask())
+
+
+class TestStreams:
+    @pytest.fixture
+    def streaming(self, served: Served) -> Iterator[tuple[Any, queue.Queue]]:
+        found: queue.Queue = queue.Queue()
+        with grpc.InferenceServerClient(served.grpc) as client:
+            client.start_stream(callback=lambda result, error: found.put((result, error)))
+            yield client, found
+            client.stop_stream()
+
+    def test_requests_are_answered_in_order(self, streaming, session, tensor) -> None:
+        client, found = streaming
+        for n in range(4):
+            client.async_stream_infer("street", given(grpc, tensor + n), request_id=str(n))
+        for n in range(4):
+            answer, error = found.get(timeout=60)
+            assert error is None
+            response = answer.get_response()
+            assert response.id == str(n)
+            assert response.parameters["triton_final_response"].bool_param
+            assert close(answer.as_numpy("logits"), session.run(tensor + n))
+
+    def test_an_error_does_not_end_the_stream(self, streaming, session, tensor) -> None:
+        client, found = streaming
+        client.async_stream_infer("none", given(grpc, tensor), request_id="a")
+        client.async_stream_infer("street", given(grpc, tensor[:, :, :5]), request_id="b")
+        client.async_stream_infer("street", given(grpc, tensor), request_id="c")
+        says = [str(found.get(timeout=60)[1]) for _ in range(2)]
+        assert "no model of that name" in says[0]
+        assert "shape" in says[1]
+        answer, error = found.get(timeout=60)
+        assert error is None
+        assert close(answer.as_numpy("logits"), session.run(tensor))
+
+    def test_asyncio_clients_stream(self, served: Served, session, tensor) -> None:
+        aio = pytest.importorskip("tritonclient.grpc.aio")
+
+        async def requests():
+            for n in range(3):
+                yield {"model_name": "street", "inputs": given(aio, tensor + n)}
+
+        async def ask() -> list[np.ndarray]:
+            async with aio.InferenceServerClient(served.grpc) as client:
+                found = []
+                async for answer, error in client.stream_infer(requests()):
+                    assert error is None
+                    found.append(answer.as_numpy("logits"))
+                return found
+
+        found = asyncio.run(ask())
+        assert len(found) == 3
+        for n, logits in enumerate(found):
+            assert close(logits, session.run(tensor + n))
+
+    def test_streams_need_the_key_and_are_counted_by_request(
+        self, bundles: list[Path], tensor
+    ) -> None:
+        port = free_port()
+        settings = Settings(threads=1, grpc_port=port, api_keys=("k",))
+        with (
+            running(bundles, settings=settings) as address,
+            http.InferenceServerClient(address.removeprefix("http://")) as rest,
+            grpc.InferenceServerClient(f"127.0.0.1:{port}") as client,
+        ):
+            found: queue.Queue = queue.Queue()
+
+            def told(result: Any, error: Any) -> None:
+                found.put((result, error))
+
+            client.start_stream(told)
+            assert "API key" in str(found.get(timeout=60)[1])
+            client.stop_stream()
+            client.start_stream(told, headers={"x-api-key": "k"})
+            for _ in range(3):
+                client.async_stream_infer("street", given(grpc, tensor[:1]))
+            assert [found.get(timeout=60)[1] for _ in range(3)] == [None] * 3
+            client.stop_stream()
+            statistics = rest.get_inference_statistics("street", headers={"x-api-key": "k"})
+            assert statistics["model_stats"][0]["inference_count"] == 3
+
+
+@pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+def test_compression_over_grpc_and_of_answers(
+    served: Served, session, tensor, algorithm: str
+) -> None:
+    with grpc.InferenceServerClient(served.grpc) as client:
+        found = client.infer("street", given(grpc, tensor), compression_algorithm=algorithm)
+        assert close(found.as_numpy("logits"), session.run(tensor))
+    with http.InferenceServerClient(served.http) as client:
+        found = client.infer(
+            "street",
+            given(http, tensor),
+            request_compression_algorithm=algorithm,
+            response_compression_algorithm=algorithm,
+        )
+        assert close(found.as_numpy("logits"), session.run(tensor))
+
+
+def test_shared_memory_is_refused_in_words(served: Served) -> None:
+    with http.InferenceServerClient(served.http) as client:
+        with pytest.raises(http.InferenceServerException, match="nothing at this address"):
+            client.register_system_shared_memory("region", "/key", 64)
+        with pytest.raises(http.InferenceServerException, match="nothing at this address"):
+            client.get_cuda_shared_memory_status()
+    with (
+        grpc.InferenceServerClient(served.grpc) as client,
+        pytest.raises(grpc.InferenceServerException, match="UNIMPLEMENTED"),
+    ):
+        client.register_system_shared_memory("region", "/key", 64)
+
+
+def test_tls_over_http_and_grpc(bundles: list[Path], session, tensor, tmp_path: Path) -> None:
+    trustme = pytest.importorskip("trustme")
+    authority, port = trustme.CA(), free_port()
+    made = authority.issue_cert("127.0.0.1", "localhost")
+    names = {name: tmp_path / f"{name}.pem" for name in ("ca", "certificate", "key")}
+    authority.cert_pem.write_to_path(str(names["ca"]))
+    made.cert_chain_pems[0].write_to_path(str(names["certificate"]))
+    made.private_key_pem.write_to_path(str(names["key"]))
+    settings = Settings(
+        threads=1, grpc_port=port, tls_certificate=names["certificate"], tls_key=names["key"]
+    )
+    with running(bundles, settings=settings) as address:
+        clients = (
+            (http, address.removeprefix("https://"), {"ssl_options": {"ca_certs": names["ca"]}}),
+            (grpc, f"localhost:{port}", {"root_certificates": str(names["ca"])}),
+        )
+        for module, url, options in clients:
+            with module.InferenceServerClient(url, ssl=True, **options) as client:
+                assert client.is_server_ready()
+                found = client.infer("street", given(module, tensor))
+                assert close(found.as_numpy("logits"), session.run(tensor))
