@@ -1,43 +1,57 @@
-"""How much may be in hand: in all, and for one client."""
+"""How much may be in hand: in time and memory, in all and for one client."""
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
+from fdconv_deploy.serve.batching import DeadlineError
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.settings import Settings
 
+# Of the pace known before, what counts beside a request that has just been answered.
+_KEPT = 0.9
+
 
 class Admission:
-    """Counts images from the end of their request's body to the end of its answer.
+    """Counts images from the end of their request's body to the end of its work, and its memory.
+
+    A request is refused where it would wait past its deadline, by the pace at which requests are
+    answered while there is work. Memory is not refused but waited for, in turn: meanwhile a
+    request holds nothing but its body.
 
     Args:
         settings: The limits.
-        backlog_seconds: How long what waits will take; Retry-After is at least that.
         on_reject: Called with the reason of each refusal.
+        clock: Seconds, of which deadlines are a time.
     """
 
     def __init__(
         self,
         settings: Settings,
         *,
-        backlog_seconds: Callable[[], float] = lambda: 0.0,
         on_reject: Callable[[str], None] = lambda _: None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._settings = settings
-        self._limit = settings.workers + settings.queue_limit
-        self._backlog_seconds, self._on_reject = backlog_seconds, on_reject
+        self._settings, self._on_reject, self._clock = settings, on_reject, clock
+        queue = settings.queue_limit
+        self._limit = math.inf if queue is None else settings.workers + queue
         self._clients: Counter[str] = Counter()
-        self.in_hand = 0
+        self._turns: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._since = self._seconds = self._images = 0.0
+        self.in_hand = 0  # images
+        self.memory_used = 0  # bytes
 
-    def check_room(self, client: str, images: int = 1) -> None:
+    def check_room(self, client: str, images: int = 1, deadline: float = math.inf) -> None:
         """Refuse early, before a body is read, what :meth:`admit` would refuse.
 
         Raises:
-            RefusedError: 429, this client has too much in hand; 503, everybody has; 413, the
+            RefusedError: 429, this client has too much in hand; 503, the service is too busy to
+                answer by the deadline, or everybody together has too much in hand; 413, the
                 request alone is more than is ever taken.
         """
         settings = self._settings
@@ -63,22 +77,112 @@ class Admission:
                 "The service has as many requests waiting as it takes. Try again in a moment.",
                 self.retry_after(),
             )
+        # With nothing in hand it is tried, whatever was measured before.
+        wait = self.backlog_seconds(images)
+        if self.in_hand and self._clock() + wait > deadline:
+            self._on_reject("deadline")
+            raise RefusedError(
+                503,
+                f"The service is too busy to answer by the request's deadline: {wait:.1f} s are "
+                "expected. Try again later, or allow more time.",
+                self.retry_after(),
+            )
 
     @contextmanager
-    def admit(self, client: str, images: int = 1) -> Iterator[None]:
+    def admit(self, client: str, images: int = 1, deadline: float = math.inf) -> Iterator[None]:
         """Hold places for ``images``; refused as by :meth:`check_room`."""
-        self.check_room(client, images)
+        self.check_room(client, images, deadline)
+        if not self.in_hand:
+            self._since = self._clock()
         self.in_hand += images
         self._clients[client] += images
         try:
             yield
+            now = self._clock()
+            self._seconds = _KEPT * self._seconds + now - self._since
+            self._images = _KEPT * self._images + images
+            self._since = now
         finally:
             self.in_hand -= images
             self._clients[client] -= images
             if not self._clients[client]:
                 del self._clients[client]
 
+    @asynccontextmanager
+    async def memory(self, size: int, deadline: float = math.inf) -> AsyncIterator[None]:
+        """Wait for ``size`` bytes of memory to work in, in the order of asking, and hold them.
+
+        To be asked for once for a whole request, before its work: with a part in hand, requests
+        could wait for one another.
+
+        Raises:
+            RefusedError: 413, it is more than there is.
+            DeadlineError: It passed first.
+        """
+        most = self._settings.max_memory_in_hand
+        if size > most:
+            raise RefusedError(
+                413,
+                f"The request needs {size:,} bytes of memory, and the service works in {most:,}. "
+                "Send smaller images, or fewer at a time.",
+            )
+        if self._turns or self.memory_used + size > most:
+            await self._turn(size, deadline)
+        else:
+            self.memory_used += size
+        try:
+            yield
+        finally:
+            self.memory_used -= size
+            self._next()
+
+    async def _turn(self, size: int, deadline: float) -> None:
+        loop = asyncio.get_running_loop()
+        turn = size, loop.create_future()
+        self._turns.append(turn)
+        timer = None
+        if deadline < math.inf:
+            left = max(deadline - self._clock(), 0.0)
+            timer = loop.call_later(left, _fail, turn[1])
+        try:
+            await turn[1]
+        except BaseException:
+            if turn in self._turns:
+                self._turns.remove(turn)
+            elif not turn[1].cancelled() and turn[1].exception() is None:
+                self.memory_used -= size  # given just before this was cancelled
+            self._next()
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _next(self) -> None:
+        """Give memory to those whose turn it is."""
+        while self._turns:
+            size, given = self._turns[0]
+            if self.memory_used + size > self._settings.max_memory_in_hand:
+                return
+            self._turns.popleft()
+            if not given.done():
+                self.memory_used += size
+                given.set_result(None)
+
+    def backlog_seconds(self, images: int = 0) -> float:
+        """How long what is in hand, and ``images`` more, will take, as far as is known."""
+        pace = self._seconds / self._images if self._images else 0.0
+        return (self.in_hand + images) * pace
+
+    def forget_pace(self) -> None:
+        """Measure anew, without what a model took to be loaded."""
+        self._since, self._seconds, self._images = self._clock(), 0.0, 0.0
+
     def retry_after(self) -> dict[str, str]:
         """The header that says when to come back."""
-        seconds = max(self._settings.retry_after_seconds, math.ceil(self._backlog_seconds()))
+        seconds = max(self._settings.retry_after_seconds, math.ceil(self.backlog_seconds()))
         return {"Retry-After": str(seconds)}
+
+
+def _fail(turn: asyncio.Future[None]) -> None:
+    if not turn.done():
+        turn.set_exception(DeadlineError())

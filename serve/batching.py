@@ -163,12 +163,6 @@ class BatchQueue:
         each, before = seconds / len(batch.items), lane.seconds_per_item
         lane.seconds_per_item = each if before is None else before + _SMOOTHING * (each - before)
 
-    def backlog_seconds(self) -> float:
-        """How long one worker would take for everything that waits, as far as is known."""
-        return sum(
-            len(lane.waiting) * (lane.seconds_per_item or 0.0) for lane in self._lanes.values()
-        )
-
     def _ready_at(self, lane: _Lane) -> float:
         full = len(lane.waiting) >= max(lane.sizes) or lane.waiting[0].alone
         return lane.waiting[0].enqueued + (0.0 if full else self._delay)
@@ -294,11 +288,6 @@ class Scheduler:
     def waiting(self) -> int:
         """Images queued and not yet running."""
         return self._queue.waiting
-
-    def backlog_seconds(self) -> float:
-        """How long what waits will take, as far as is known."""
-        with self._lock:
-            return self._queue.backlog_seconds() / self._workers
 
     async def run(self, key: Hashable, inputs: Tensors, deadline: float = float("inf")) -> Outcome:
         """Run each image of ``inputs``, batched with whatever else waits.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,14 @@ class Version:
     owned: bool
     leases: int = 0
     retired: bool = False
+
+    def tensor_bytes(self, images: int) -> int:
+        """Memory that so many images' inputs and outputs of the network take together."""
+        manifest = self.session.bundle.manifest
+        batch = min(manifest.models)
+        specs = (*manifest.inputs[batch], *manifest.outputs[batch])
+        sizes = [math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs]
+        return sum(sizes) // batch * images
 
 
 @dataclass(eq=False)

@@ -54,6 +54,17 @@ async def segment(
         RefusedError: an image is not accepted; of several, it says which.
         ImageError: the only image is not accepted.
     """
+    async with service.admission.memory(version.tensor_bytes(len(uploads)), deadline):
+        return await _segment(service, version, uploads, request, deadline)
+
+
+async def _segment(
+    service: Service,
+    version: Version,
+    uploads: list[Upload],
+    request: SegmentRequest,
+    deadline: float,
+) -> SegmentAnswer:
     images = [_Image(service, version, upload, request, deadline) for upload in uploads]
     if len(images) == 1:
         await images[0].run()

@@ -57,7 +57,6 @@ class Service:
         )
         self.admission = Admission(
             settings,
-            backlog_seconds=self.scheduler.backlog_seconds,
             on_reject=lambda reason: self.metrics.rejected.labels(reason).inc(),
         )
         self.budget = BodyBudget(settings.max_bytes_in_hand, settings.retry_after_seconds)
@@ -68,6 +67,8 @@ class Service:
         watch("fdconv_queue_images", "Images waiting to run.", lambda: self.scheduler.waiting)
         watch("fdconv_running_images", "Images being run.", lambda: self.scheduler.running)
         watch("fdconv_in_hand_images", "Images admitted.", lambda: self.admission.in_hand)
+        used = "Bytes of memory that admitted requests may need."
+        watch("fdconv_memory_bytes", used, lambda: self.admission.memory_used)
         watch("fdconv_body_bytes", "Bytes of requests in hand.", lambda: self.budget.used)
         watch("fdconv_ready", "1 when ready for requests.", lambda: self.ready)
 
@@ -146,6 +147,7 @@ class Service:
 
     def _loaded(self, version: Version) -> None:
         session = version.session
+        self.admission.forget_pace()
         self.scheduler.add_lane(
             version,
             lambda inputs: session.run_batches(inputs),

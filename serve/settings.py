@@ -33,10 +33,8 @@ OWN_PATHS = (
 class Settings(BaseModel):
     """Limits, sizes and policies of the service.
 
-    Memory: images in hand number at most ``workers + queue_limit``, and each may hold its
-    decoded pixels, 3 bytes for each of ``max_pixels``; all request bodies in hand together
-    hold at most ``max_bytes_in_hand``. At the defaults that is 3.8 GB if all of them are as
-    large as they may be.
+    Memory: beside the models, ``max_bytes_in_hand`` for request bodies and ``max_memory_in_hand``
+    for the images, tensors and answers of the requests being worked on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -62,8 +60,9 @@ class Settings(BaseModel):
     batch_delay_ms: NonNegativeFloat = 0.0
     """How long the first of a batch that is not full waits for others while a worker is free. 0
     batches only what waits anyway, right on a CPU; a GPU gains from 2-5."""
-    queue_limit: NonNegativeInt = 16
-    """Images that may wait beside those running; more get a 503."""
+    queue_limit: NonNegativeInt | None = None
+    """Images that may wait beside those running; more get a 503. Unset, as many as can be answered
+    by their deadlines, and as there is memory for their bodies."""
     client_limit: PositiveInt | None = None
     """Images one client (API key, else address) may have in hand; more get a 429."""
     deadline_ms: PositiveInt = 30_000
@@ -88,8 +87,10 @@ class Settings(BaseModel):
     # What a request may bring
     max_body_bytes: PositiveInt = 64 << 20
     """Largest body, in bytes, as sent and decompressed."""
-    max_bytes_in_hand: PositiveInt = 512 << 20
+    max_bytes_in_hand: PositiveInt = 256 << 20
     """All bodies in hand together; more get a 503."""
+    max_memory_in_hand: PositiveInt = 768 << 20
+    """Memory for the images, tensors and answers being worked on; other requests wait."""
     max_pixels: PositiveInt = MAX_PIXELS
     """Largest image, in pixels, checked before decoding."""
     max_images: PositiveInt = 16

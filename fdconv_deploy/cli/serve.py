@@ -36,8 +36,8 @@ def serve(
         typer.Option(help="Run models in threads, or in a process per worker."),
     ] = "thread",
     queue_limit: Annotated[
-        int, typer.Option("--queue", min=0, help="Images that may wait; more get a 503.")
-    ] = 16,
+        int | None, typer.Option("--queue", min=0, help="Images that may wait; more get a 503.")
+    ] = None,
     batch_delay_ms: Annotated[
         float, typer.Option(min=0, help="Time that a batch waits to be filled.")
     ] = 0.0,

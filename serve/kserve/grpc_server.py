@@ -55,8 +55,6 @@ _CODES = {
 _PROBES = ("ServerLive", "ServerReady", "Check", "Watch")
 # What needs no API key. Reflection tells the protocol, which the documentation tells, too.
 _OPEN = (*_PROBES, "ServerReflectionInfo")
-# Calls at a time beside those that run or wait: health, metadata, and those to be turned away.
-_SPARE = 16
 # Streams at a time: of inference, of health changes, of reflection.
 _STREAMS = 64
 _WATCH_SECONDS = 0.5
@@ -105,7 +103,7 @@ class GrpcServer:
         settings = service.settings
         self._server = grpc.aio.server(
             # Messages are received whole before anybody can count them.
-            maximum_concurrent_rpcs=settings.workers + settings.queue_limit + _SPARE + _STREAMS,
+            maximum_concurrent_rpcs=settings.max_connections,
             options=[
                 ("grpc.max_receive_message_length", settings.max_body_bytes),
                 ("grpc.max_send_message_length", -1),
@@ -374,7 +372,7 @@ class GrpcServer:
         limits = [ms for ms in (wanted.timeout_ms, left and left * 1e3) if ms]
         deadline = service.deadline(min(limits) if limits else None)
         count = len(wanted.images)
-        with service.admission.admit(call.client.name, count):
+        with service.admission.admit(call.client.name, count, deadline):
             async with service.repository.lease(model) as version:
                 start = time.perf_counter()
                 outputs, stages = await infer(service, version, wanted, deadline)

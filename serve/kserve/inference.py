@@ -26,6 +26,13 @@ async def infer(
         ``logits`` (N, classes, h, w) float32 and ``labels`` (N, H, W) at the input's size, uint8
         or, above 256 classes, uint16; a detector's are its graph's outputs.
     """
+    async with service.admission.memory(version.tensor_bytes(len(request.images)), deadline):
+        return await _infer(service, version, request, deadline)
+
+
+async def _infer(
+    service: Service, version: Version, request: InferRequest, deadline: float
+) -> tuple[dict[str, Array], list[tuple[str, float]]]:
     session, code = version.session, service.scheduler.code
     if request.images.dtype == np.uint8:  # to be normalised, which would keep the event loop
         inputs = await code(lambda: _inputs(session, request))

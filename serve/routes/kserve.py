@@ -123,7 +123,7 @@ async def run(request: Request) -> Response:
     client = request.state.client
     model = repository.get_version(**request.path_params)
     service.check_loaded()
-    service.admission.check_room(client)
+    service.admission.check_room(client, deadline=service.deadline(None))
     with Body(request, service.settings, service.budget) as body:
         header = request.headers.get(HEADER_LENGTH)
         data = await body.read_aligned(int(header[:9]) if header and header.isdecimal() else 0)
@@ -135,8 +135,8 @@ async def run(request: Request) -> Response:
             else:
                 wanted, binary = await code(lambda: read_request(*arguments))
             count = len(wanted.images)
-            with service.admission.admit(client, count):
-                deadline = service.deadline(wanted.timeout_ms)
+            deadline = service.deadline(wanted.timeout_ms)
+            with service.admission.admit(client, count, deadline):
                 work = infer(service, leased, wanted, deadline)
                 outputs, stages = await while_connected(request, work)
 

@@ -246,17 +246,6 @@ class TestWhatDoesNotRun:
         assert queue.pop(0.0) is None
 
 
-def test_backlog_is_known_from_what_was_measured() -> None:
-    queue = BatchQueue()
-    queue.add_lane("a", (1,))
-    filled(queue, "a", *"wxyz")
-    assert queue.backlog_seconds() == 0.0
-    batch = queue.pop(0.0)
-    assert isinstance(batch, Batch)
-    queue.done(batch, 2.0)
-    assert queue.backlog_seconds() == pytest.approx(6.0)
-
-
 def images(*values: float) -> dict[str, np.ndarray]:
     """Inputs of an image for each value, full of it."""
     return {"images": np.stack([np.full((3, 2, 2), value, np.float32) for value in values])}

@@ -194,6 +194,85 @@ def test_queue_limit(bundles: list[Path], png: bytes, limit: int) -> None:
     asyncio.run(test())
 
 
+@pytest.mark.parametrize(("clients", "images"), [(64, 1), (4, 16)])
+def test_moderate_load_is_served(
+    bundles: list[Path], png: bytes, clients: int, images: int
+) -> None:
+    """All at once, by the defaults: nobody is turned away."""
+
+    async def test() -> None:
+        async with serving(bundles[:1]) as (client, service):
+            runs = Runs(service)
+            runs.hold()
+            files = [("image", (f"{n}.png", png)) for n in range(images)]
+            url = "/v1/segment?output=json"
+            asked = [asyncio.create_task(client.post(url, files=files)) for _ in range(clients)]
+            await until(lambda: service.admission.in_hand == 64)
+            runs.let_go()
+            await all_answered(asked)
+
+    asyncio.run(test())
+
+
+def test_what_would_wait_past_its_deadline_is_refused(bundles: list[Path], png: bytes) -> None:
+    """By the pace at which others were answered; with more time, the same request is taken."""
+
+    async def test() -> None:
+        async with serving(bundles[:1]) as (client, service):
+            now = 0.0
+            service.admission._clock = lambda: now
+            service.deadline = lambda wanted: now + (wanted or 30_000) / 1e3  # type: ignore[method-assign]
+            service.scheduler._clock = lambda: now
+            runs = Runs(service)
+            runs.hold()
+            first = ask(client, png)
+            await until(lambda: service.scheduler.running == 1)
+            now = 6.0  # which is then the pace
+            runs.let_go()
+            await all_answered([first])
+            runs.hold()
+            waiting = [ask(client, png) for _ in range(3)]
+            await until(lambda: service.admission.in_hand == 3)
+            timeout = {"X-Timeout-Ms": "20000"}
+            late = await client.post("/v1/segment", content=png, headers={**PNG, **timeout})
+            assert "24.0 s are expected" in refused(late, 503)
+            assert late.headers["retry-after"] == "18"
+            waiting.append(ask(client, png))
+            await until(lambda: service.admission.in_hand == 4)
+            runs.let_go()
+            await all_answered(waiting)
+
+    asyncio.run(test())
+
+
+def test_max_memory_in_hand(bundles: list[Path], png: bytes) -> None:
+    """Requests wait for memory in turn, and are all answered; what never fits is refused."""
+
+    async def test() -> None:
+        async with serving(bundles[:1]) as (client, service):
+            each = service.repository.default.version.tensor_bytes(1)
+        async with serving(bundles[:1], max_memory_in_hand=3 * each) as (client, service):
+            runs = Runs(service)
+            runs.hold()
+            asked = [ask(client, png) for _ in range(7)]
+            await until(lambda: service.admission.in_hand == 7)
+            await until(lambda: service.scheduler.waiting + service.scheduler.running == 3)
+            assert service.admission.memory_used == 3 * each
+            short = {**PNG, "X-Timeout-Ms": "50"}
+            late = await client.post("/v1/segment", content=png, headers=short)
+            assert "deadline" in refused(late, 504)
+            asked[0].cancel()  # one that has memory, and one that waits for it
+            asked[5].cancel()
+            await until(lambda: service.admission.in_hand == 5)
+            files = [("image", (f"{n}.png", png)) for n in range(4)]
+            assert "bytes of memory" in refused(await client.post("/v1/segment", files=files), 413)
+            runs.let_go()
+            await all_answered([*asked[1:5], asked[6]])
+            assert service.admission.memory_used == 0
+
+    asyncio.run(test())
+
+
 @pytest.mark.parametrize("allowed", [50, 600_000])
 def test_deadline_ms(bundles: list[Path], png: bytes, allowed: int) -> None:
     """What waits longer than that is answered with 504, and never run."""
