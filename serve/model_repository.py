@@ -250,8 +250,15 @@ class Repository:
                     await self._loaded(model)
         except (FDConvError, OSError) as error:
             # Half-copied, perhaps: what is loaded goes on serving, and the next look decides.
-            log.warning("%s: changed, but does not load: %s", model.name, error)
-            model.error = str(error)
+            self._failed(model, error)
+
+    def _failed(self, model: Model, error: Exception) -> None:
+        text = str(error)
+        if model.version is not None:
+            text += f" Version {model.version.card.version}, loaded before, goes on serving."
+        if text != model.error:  # said once, and not at every look
+            log.error("%s: does not load: %s", model.name, text)
+        model.error = text
 
     async def _loaded(self, model: Model, *, anew: bool = False) -> Version:
         if model.version is not None and not anew:
@@ -270,8 +277,7 @@ class Repository:
                 self._loader, self._open, model
             )
         except Exception as error:
-            model.error = str(error)
-            log.error("%s: does not load: %s", model.name, error)
+            self._failed(model, error)
             raise
         finally:
             model.loading = None
@@ -288,7 +294,9 @@ class Repository:
         before = fingerprint(model.path)
         session, model.opened = model.session or model.opened, None
         if session is None:
-            session = self._open_version(Bundle.open(model.path, verify=self._settings.verify))
+            # All of it is read here and now: what is copied over it later is another version.
+            bundle = Bundle.open(model.path, verify=self._settings.verify, hold=True)
+            session = self._open_version(bundle)
         try:
             card = model_card(model.name, session.bundle, default=model.card.default)
             seconds = session.warm_up()

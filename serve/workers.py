@@ -1,8 +1,10 @@
 """Inference in child processes: a crash in native code costs one worker, not the service.
 
-Tensors cross in memory that both processes map; a pipe carries only what is to be done. Each
-inference thread of the service drives one child. A child that ends, or exceeds the time for a
-run, is replaced at once, and its request is answered with a 503 that may be retried.
+Tensors cross in memory that both processes map; a pipe carries only what is to be done. A bundle's
+files cross so, too: the service reads and hashes them once, and a child that starts anew gets the
+same bytes, whatever became of the folder. Each inference thread of the service drives one child. A
+child that ends, or exceeds the time for a run, is replaced at once, and its request is answered
+with a 503 that may be retried.
 
 A child is this module, run as ``python -m fdconv_deploy.serve.workers PIPE MEMORY BACKEND
 THREADS``. It ends when the service's end of the pipe is closed.
@@ -11,6 +13,7 @@ THREADS``. It ends when the service's end of the pipe is closed.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import mmap
 import os
@@ -22,6 +25,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +35,8 @@ import numpy.typing as npt
 from fdconv_deploy.errors import BackendError, FDConvError
 from fdconv_deploy.runtime import Bundle, Session, Tensors, open_session
 from fdconv_deploy.runtime.batching import linear_cost
+from fdconv_deploy.runtime.bundle import Bytes
+from fdconv_deploy.runtime.manifest import Manifest
 from fdconv_deploy.serve.batching import WorkerDiedError
 from fdconv_deploy.serve.settings import Settings
 
@@ -68,13 +75,42 @@ class _Memory:
         return {name: np.ndarray(shape, kind, self._map, at) for name, shape, kind, at in layout}
 
 
+class BundleMemory:
+    """A bundle's files in memory that every worker maps and, on Linux, nobody can change.
+
+    Attributes:
+        file: its descriptor.
+        path: the bundle's folder, for messages.
+        manifest: the bundle's, JSON.
+        places: where each file begins, and its length in bytes.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.path, self.manifest = str(bundle.path), bundle.manifest.model_dump_json()
+        self.places: dict[str, tuple[int, int]] = {}
+        self.file = _shared_file()
+        with open(self.file, "wb", closefd=False) as file:
+            for name, data in bundle.hold().items():
+                self.places[name] = file.tell(), len(data)
+                file.write(data)
+                file.write(bytes(-len(data) % _ALIGNED))
+        bundle.release()
+        if hasattr(os, "memfd_create"):
+            seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(self.file, fcntl.F_ADD_SEALS, seals)
+
+    def close(self) -> None:
+        """Let go of it; workers keep what they have mapped."""
+        os.close(self.file)
+
+
 class Child:
     """One worker process. Not for use from several threads at once; hold ``lock``."""
 
     def __init__(self, settings: Settings) -> None:
         self.lock = threading.Lock()
         self._settings = settings
-        self._models: dict[str, tuple[str, str]] = {}  # key -> (path, manifest's identity)
+        self._models: dict[str, BundleMemory] = {}
         self._start()
 
     @property
@@ -82,10 +118,11 @@ class Child:
         """The process's id."""
         return self._process.pid
 
-    def load(self, key: str, path: str, manifest: str) -> str:
+    def load(self, key: str, memory: BundleMemory) -> str:
         """Open a bundle under ``key`` and run each of its graphs once; its ``operators``."""
-        operators = self._ask("load", key, path, manifest, limit=_START_SECONDS)
-        self._models[key] = path, manifest
+        message = "load", key, memory.path, memory.manifest, memory.places
+        operators = self._ask(*message, file=memory.file, limit=_START_SECONDS)
+        self._models[key] = memory
         return str(operators)
 
     def unload(self, key: str) -> None:
@@ -107,7 +144,7 @@ class Child:
         models, self._models = self._models, {}
         for key, model in models.items():
             with contextlib.suppress(BackendError):  # which its requests are told
-                self.load(key, *model)
+                self.load(key, model)
 
     def close(self) -> None:
         """End the process."""
@@ -129,9 +166,11 @@ class Child:
         self._pipe = Connection(ours.detach())
         self._receive(_START_SECONDS)
 
-    def _ask(self, *message: Any, limit: float | None = None) -> Any:
+    def _ask(self, *message: Any, file: int | None = None, limit: float | None = None) -> Any:
         try:
             self._pipe.send(message)
+            if file is not None:
+                send_handle(self._pipe, file, self.pid)
         except OSError as error:
             raise self._died("ended") from error
         return self._receive(limit or self._settings.run_timeout_seconds)
@@ -208,7 +247,7 @@ class WorkerRunner:
     def __init__(self, bundle: Bundle, settings: Settings, children: Children) -> None:
         self._bundle, self._children = bundle, children
         self._key = f"{bundle.path}\0{id(self)}"
-        self._manifest = bundle.manifest.model_dump_json()
+        self._memory: BundleMemory | None = None
         self.backend = f"{settings.backend} (worker processes)"
         self.choice = "It runs in worker processes."
         self.operators = ""
@@ -228,10 +267,10 @@ class WorkerRunner:
     def warm_up(self, batch_sizes: Sequence[int] | None = None) -> None:
         """Load the bundle in every worker, or run these batch sizes once in the first."""
         if batch_sizes is None:
-            path = str(self._bundle.path)
+            memory = self._memory = self._memory or BundleMemory(self._bundle)
 
             def load(child: Child) -> None:
-                self.operators = child.load(self._key, path, self._manifest)
+                self.operators = child.load(self._key, memory)
 
             self._children.each(load)
             return
@@ -245,6 +284,9 @@ class WorkerRunner:
         """Let go of the bundle in every worker."""
         self.closed = True
         self._children.each(lambda child: child.unload(self._key))
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
 
 
 def isolated_session(bundle: Bundle, settings: Settings, children: Children) -> Session:
@@ -255,7 +297,7 @@ def isolated_session(bundle: Bundle, settings: Settings, children: Children) -> 
 def _shared_file() -> int:
     """A descriptor of memory that a child may map too."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("fdconv-worker")
+        return os.memfd_create("fdconv-worker", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 
@@ -267,12 +309,15 @@ class _Worker:
         self._memory, self._backend, self._threads = _Memory(memory), backend, threads or None
         self._sessions: dict[str, Session] = {}
 
-    def load(self, key: str, path: str, manifest: str) -> str:
-        bundle = Bundle.open(path, verify=False)  # the service has hashed it
-        if bundle.manifest.model_dump_json() != manifest:
-            raise BackendError(
-                "The bundle on disk is no longer the one being served; it is being replaced."
-            )
+    def load(
+        self, key: str, path: str, manifest: str, places: dict[str, tuple[int, int]], file: int
+    ) -> str:
+        mapped = memoryview(mmap.mmap(file, 0, prot=mmap.PROT_READ))
+        os.close(file)
+        contents: dict[str, Bytes] = {
+            name: mapped[at : at + size] for name, (at, size) in places.items()
+        }
+        bundle = Bundle(Path(path), Manifest.model_validate_json(manifest), contents=contents)
         session = open_session(bundle, self._backend, threads=self._threads)
         session.warm_up()
         self._sessions[key] = session
@@ -296,6 +341,8 @@ def _serve_pipe(pipe: int, memory: int, backend: str, threads: int) -> None:
         problem = answer = None
         try:
             name, *values = ours.recv()
+            if name == "load":
+                values.append(recv_handle(ours))
         except (EOFError, OSError):
             return
         try:

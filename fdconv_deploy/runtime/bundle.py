@@ -8,13 +8,18 @@ A bundle is a folder::
     weights.bin       the weights, shared by all graphs
 
 Files the manifest does not list are left alone: nothing here opens them.
+
+What runs is what was hashed: graphs and weights are read once, into memory of this process, and an
+inference engine is given those bytes. A file that an engine maps would change under it, or end it
+by a bus error, when somebody copies another bundle over this one.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -22,29 +27,49 @@ from fdconv_deploy.atomic_write import replace_folder, temporary_folder
 from fdconv_deploy.errors import BundleError, in_the_way
 from fdconv_deploy.runtime.bundle_checks import (
     bundle_root,
-    check_external_data,
     check_file,
     check_listed,
+    external_files,
     inside,
+    read_file,
     read_manifest,
     sha256_of,
 )
 from fdconv_deploy.runtime.manifest import MANIFEST_NAME, FileInfo, Manifest
 
+# What holds a file's bytes: of a read file, or of memory that processes share.
+Bytes = bytes | memoryview
+
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was opened and found whole. Make one with :meth:`open`."""
+    """A bundle that was opened and found whole. Make one with :meth:`open`.
+
+    Attributes:
+        path: its folder.
+        manifest: what it says about itself.
+        verify: whether the bytes that run are hashed when they are read.
+        contents: the files that were read and not let go of, by name.
+    """
 
     path: Path
     manifest: Manifest
+    verify: bool = True
+    contents: dict[str, Bytes] = field(default_factory=dict, repr=False, compare=False)
+    _locations: dict[str, dict[str, str]] = field(default_factory=dict, repr=False, compare=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
+    def open(
+        cls, path: str | os.PathLike[str], *, verify: bool = True, hold: bool = False
+    ) -> Bundle:
         """Open the bundle folder at ``path``, or the one whose graph or manifest ``path`` is.
 
-        ``verify=False`` skips hashing the files (0.5 s per GB); their presence, sizes and
-        every path are checked all the same.
+        Args:
+            path: the folder, or a file in it.
+            verify: False skips hashing the files, now and when they are read (0.5 s per GB);
+                their presence, sizes and every path are checked all the same.
+            hold: read graphs and weights into memory now, see :meth:`hold`.
 
         Raises:
             BundleError: not a bundle, incomplete, changed, of a newer format, or naming a path
@@ -53,14 +78,69 @@ class Bundle:
         root = bundle_root(Path(path))
         manifest = read_manifest(root)
         for name, info in manifest.files.items():
-            check_file(root, name, info, hashed=verify)
+            check_file(root, name, info, hashed=False)
         for batch, name in manifest.models.items():
             check_listed(root, manifest, name, f"the graph of batch {batch}")
         if manifest.weights is not None:
             check_listed(root, manifest, manifest.weights, "the weights")
-        for name in manifest.models.values():
-            check_external_data(root, manifest, name)
-        return cls(root, manifest)
+        bundle = cls(root, manifest, verify)
+        for model in manifest.models.values():
+            bundle._external(model)
+        if hold:
+            bundle.hold()
+        for name in manifest.files.keys() - bundle.contents.keys() if verify else ():
+            check_file(root, name, manifest.files[name], hashed=True)
+        if not hold:
+            bundle.release()
+        return bundle
+
+    def content(self, name: str) -> Bytes:
+        """A listed file's bytes, read and hashed at the first call, and kept.
+
+        Raises:
+            BundleError: they are not those that the manifest lists.
+        """
+        with self._lock:
+            if name not in self.contents:
+                info = self.manifest.files[name]
+                self.contents[name] = read_file(self.path, name, info, hashed=self.verify)
+            return self.contents[name]
+
+    def external_data(self, model: str) -> dict[str, Bytes]:
+        """Bytes of the files that a graph keeps data in, by how the graph calls them.
+
+        Raises:
+            BundleError: as :meth:`content`.
+        """
+        return {called: self.content(name) for called, name in self._external(model).items()}
+
+    def hold(self) -> dict[str, Bytes]:
+        """Read every graph and the weights into memory, so that the folder is needed no more.
+
+        Returns:
+            Their bytes by name.
+
+        Raises:
+            BundleError: as :meth:`content`.
+        """
+        with self._lock:
+            for model in self.manifest.models.values():
+                self.content(model)
+                self.external_data(model)
+            return dict(self.contents)
+
+    def release(self) -> None:
+        """Let go of what was read; asked for again, it is read and hashed again."""
+        with self._lock:
+            self.contents.clear()
+
+    def _external(self, model: str) -> dict[str, str]:
+        """The files that a graph keeps data in: their names here, by how the graph calls them."""
+        with self._lock:
+            if model not in self._locations:
+                graph = bytes(self.content(model))
+                self._locations[model] = external_files(self.path, self.manifest, model, graph)
+            return self._locations[model]
 
     @property
     def digest(self) -> str:

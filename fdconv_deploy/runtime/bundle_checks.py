@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
@@ -159,23 +159,58 @@ def inside(root: Path, name: str) -> Path:
     return real
 
 
+# What else may be the matter with a file that is not the listed one, and what to do.
+_NOT_LISTED = (
+    "It is damaged, or another bundle is being copied over this one: let the copy finish, copy the "
+    "folder again, or export it again."
+)
+
+
 def check_file(root: Path, name: str, info: FileInfo, *, hashed: bool) -> None:
     """A listed file is inside the bundle, of the listed size and, if asked, of its hash."""
     real = inside(root, name)
-    size = real.stat().st_size
+    _check_size(root, name, real.stat().st_size, info)
+    try:
+        found = sha256_of(real) if hashed else None
+    except OSError as error:
+        raise BundleError(f"The file {name!r} of the bundle {root} cannot be read.") from error
+    _check_hash(root, name, found, info)
+
+
+def read_file(root: Path, name: str, info: FileInfo, *, hashed: bool) -> bytes:
+    """A listed file's bytes, of the listed size and, if asked, of its hash.
+
+    The bytes that are hashed are those returned: the file is read once, and never mapped, so that
+    whoever writes to it later changes nothing here.
+
+    Raises:
+        BundleError: they are not.
+    """
+    real = inside(root, name)
+    try:
+        with real.open("rb") as file:
+            data = file.read(info.bytes + 1)  # a byte too many tells, however large the file is
+            size = len(data) if len(data) <= info.bytes else os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise BundleError(f"The file {name!r} of the bundle {root} cannot be read.") from error
+    _check_size(root, name, size, info)
+    _check_hash(root, name, hashlib.sha256(data).hexdigest() if hashed else None, info)
+    return data
+
+
+def _check_size(root: Path, name: str, size: int, info: FileInfo) -> None:
     if size != info.bytes:
         raise BundleError(
             f"The file {name!r} of the bundle {root} has {size} bytes where its manifest says "
-            f"{info.bytes}. Copy the folder again, or export it again."
+            f"{info.bytes}. {_NOT_LISTED}"
         )
-    try:
-        changed = hashed and sha256_of(real) != info.sha256
-    except OSError as error:
-        raise BundleError(f"The file {name!r} of the bundle {root} cannot be read.") from error
-    if changed:
+
+
+def _check_hash(root: Path, name: str, found: str | None, info: FileInfo) -> None:
+    if found not in (None, info.sha256):
         raise BundleError(
             f"The file {name!r} of the bundle {root} is not the one that was exported: its "
-            "sha256 differs from the manifest's. Copy the folder again, or export it again."
+            f"sha256 differs from the manifest's. {_NOT_LISTED}"
         )
 
 
@@ -189,23 +224,36 @@ def check_listed(root: Path, manifest: Manifest, name: str, what: str) -> None:
         )
 
 
-def check_external_data(root: Path, manifest: Manifest, model: str) -> None:
-    """Every file an ONNX graph keeps data in is inside the bundle, and listed."""
+def external_files(root: Path, manifest: Manifest, model: str, graph: bytes) -> dict[str, str]:
+    """The files an ONNX graph keeps data in: names in the bundle by how the graph calls them.
+
+    Args:
+        root: the bundle's folder.
+        manifest: its manifest.
+        model: the graph's name in the bundle.
+        graph: its bytes.
+
+    Raises:
+        BundleError: it is no ONNX graph, or a file is outside the bundle or not listed.
+    """
     try:
-        locations = external_locations(inside(root, model))
-    except (ValueError, OSError) as error:
+        locations = external_locations(graph)
+    except ValueError as error:
         raise BundleError(
             f"The file {model!r} of the bundle {root} is not an ONNX graph ({error}). "
             "Export the bundle again."
         ) from error
+    names = {}
     for location in sorted(locations):
         name = (PurePosixPath(model).parent / location).as_posix() if location else location
-        inside(root, name)
         if name not in manifest.files:
+            inside(root, name)  # a path outside, or a missing file, is the better sentence
             raise BundleError(
                 f"The graph {model!r} of the bundle {root} keeps data in {name!r}, which the "
                 "manifest does not list. Export the bundle again."
             )
+        names[location] = name
+    return names
 
 
 # message -> {field number: message of that field}
@@ -229,33 +277,32 @@ _FIELDS: dict[str, dict[int, str]] = {
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
-def external_locations(path: Path) -> set[str]:
-    """Every external-data ``location`` in the ONNX file at ``path``, as written there.
+def external_locations(data: bytes) -> set[str]:
+    """Every external-data ``location`` in an ONNX file's bytes, as written there.
 
     Raises:
-        ValueError: the file is not an ONNX file, or is cut off.
+        ValueError: they are not an ONNX file's, or are cut off.
     """
     found: set[str] = set()
-    if path.stat().st_size == 0:
+    if not data:
         raise ValueError("the file is empty")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        # A work list rather than recursion: nesting depth is the file's to choose.
-        pending = [("Model", 0, len(data))]
-        while pending:
-            message, start, end = pending.pop()
-            if message == "Entry":
-                entry = {field: data[a:b] for field, a, b in _fields(data, start, end)}
-                if entry.get(1) == b"location":
-                    found.add(entry.get(2, b"").decode("utf-8"))
-                continue
-            inner = _FIELDS[message]
-            for field, a, b in _fields(data, start, end):
-                if field in inner:
-                    pending.append((inner[field], a, b))
+    # A work list rather than recursion: nesting depth is the file's to choose.
+    pending = [("Model", 0, len(data))]
+    while pending:
+        message, start, end = pending.pop()
+        if message == "Entry":
+            entry = {field: data[a:b] for field, a, b in _fields(data, start, end)}
+            if entry.get(1) == b"location":
+                found.add(entry.get(2, b"").decode("utf-8"))
+            continue
+        inner = _FIELDS[message]
+        for field, a, b in _fields(data, start, end):
+            if field in inner:
+                pending.append((inner[field], a, b))
     return found
 
 
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """The length-delimited fields of the message in ``data[start:end]``: number, start, end."""
     at = start
     while at < end:
@@ -277,7 +324,7 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
         raise ValueError("the file is cut off or not ONNX")
 
 
-def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
+def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
     value = shift = 0
     while at < end and shift < 70:
         byte = data[at]

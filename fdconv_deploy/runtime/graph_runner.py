@@ -84,9 +84,10 @@ class GraphRunner:
         self.batch_cost: Callable[[int], float] = backend.batch_cost
         self.closed = False
         self._bundle, self._backend, self._clock = bundle, backend, clock
-        self._graphs = LazyGraphs(lambda batch: backend.load(bundle, batch), graphs or {})
+        self._graphs = LazyGraphs(self._load, graphs or {})
         self._beside = LazyGraphs(self._load_beside, {})
         self._streams: dict[int, int] = {}  # by batch size: images at a time, side by side
+        self._unloaded = set(bundle.batch_sizes) - set(graphs or {})  # never loaded so far
         self._measured = False
 
     @property
@@ -119,6 +120,7 @@ class GraphRunner:
             answers = self._way(size).run(part)
             parts.append({name: rows[: count - position] for name, rows in answers.items()})
             position += size
+        self._release()
         return _concatenated(parts)
 
     def run_raw(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
@@ -131,7 +133,9 @@ class GraphRunner:
         for batch in self._bundle.batch_sizes:
             problem = feeds_problem(self._bundle.manifest.inputs[batch], feeds)
             if problem is None:
-                return self._graphs.get(batch).run(feeds)
+                graph = self._graphs.get(batch)
+                self._release()
+                return graph.run(feeds)
             problems.append(f"at batch {batch}, {problem}")
         raise BackendError(f"No graph of this bundle takes these inputs: {'; '.join(problems)}.")
 
@@ -153,17 +157,29 @@ class GraphRunner:
             self._way(batch).run(self._zeros(batch))
         if batch_sizes is None and len(sizes) > 1 and not self._measured:
             self._choose_ways()
+        self._release()
 
     def close(self) -> None:
         """Let go of the graphs and their memory. Runs under way end first."""
         self.closed = True
         self._graphs.close()
         self._beside.close()
+        self._bundle.release()
+
+    def _release(self) -> None:
+        """Let go of the files' bytes once every graph was loaded: backends keep their own."""
+        if not self._unloaded:
+            self._bundle.release()
 
     def _way(self, batch: int) -> Graph:
         """What runs a batch of this size."""
         streams = self._streams.get(batch)
         return self._graphs.get(batch) if streams is None else self._beside.get(streams)
+
+    def _load(self, batch: int) -> Graph:
+        graph = self._backend.load(self._bundle, batch)
+        self._unloaded.discard(batch)
+        return graph
 
     def _load_beside(self, streams: int) -> Graph:
         share = self._backend.threads // streams

@@ -41,8 +41,13 @@ def open_session(
 ) -> Session:
     """Open a bundle to run inference on it.
 
+    Its files are read into memory once, and what was hashed is what runs: replacing, changing or
+    deleting the folder afterwards changes no answer. Their bytes are let go of when every graph is
+    loaded.
+
     Args:
-        bundle: the bundle's folder, or a ``Bundle`` already opened.
+        bundle: the bundle's folder, or a ``Bundle`` already opened, which is read when a graph is
+            first loaded unless it holds its files already.
         backend: "auto", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt" or
             "tensorrt" (engines made by ``fdconv build``).
         threads: number of CPU threads of a run. By default, as many as there are physical cores
@@ -61,12 +66,13 @@ def open_session(
         BundleError: the bundle is damaged, unsafe or of a newer format.
         BackendError: the backend is unknown, not installed, or cannot run the bundle.
     """
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
+    if not isinstance(bundle, Bundle):
+        bundle = Bundle.open(bundle, verify=verify, hold=True)
     if threads is not None and threads < 1:
         raise BackendError(f"A run takes 1 thread or more, not {threads}.")
     given = None if providers is None else tuple(providers)
     options = BackendOptions(threads, given, spinning, native)
-    return Session(opened, GraphRunner(opened, *select(opened, backend, options)))
+    return Session(bundle, GraphRunner(bundle, *select(bundle, backend, options)))
 
 
 class Session:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import onnx
 import pytest
 from fastapi.testclient import TestClient
 
@@ -19,8 +21,9 @@ from fdconv_deploy.errors import BackendError
 from fdconv_deploy.runtime import Bundle, open_session
 from fdconv_deploy.serve import Settings, create_app
 from fdconv_deploy.serve.batching import WorkerDiedError
-from fdconv_deploy.serve.workers import Children, isolated_session
+from fdconv_deploy.serve.workers import BundleMemory, Children, isolated_session
 from tests.runtime import toy
+from tests.runtime.test_bundle import relist
 from tests.serve.conftest import wait_until_ready
 from tests.serve.kserve.conftest import free_port
 from tests.serve.test_refusals import refused
@@ -120,11 +123,36 @@ class TestDirectly:
         assert session.run(zeros).shape == (1, 5, 8, 12)
 
     def test_errors_come_through(self, started: Children, tmp_path: Path) -> None:
+        path = toy.make_bundle(tmp_path / "b").path
+        onnx.save(toy.segmentor_model(1, 32, 48, 7), str(path / "model.b1.onnx"))
+        relist(path, "model.b1.onnx")
+        (path / "weights.bin").write_bytes(toy.weight(7).tobytes())
+        relist(path, "weights.bin")
+        session = isolated_session(Bundle.open(path), Settings(backend="onnxruntime-cpu"), started)
+        with pytest.raises(BackendError, match="but its manifest says"):
+            session.warm_up()
+
+    def test_a_new_worker_needs_no_folder(self, started: Children, tmp_path: Path) -> None:
         bundle = toy.make_bundle(tmp_path / "b")
         session = isolated_session(bundle, Settings(backend="onnxruntime-cpu"), started)
-        toy.make_bundle(tmp_path / "b", seed=1, arch=toy.architecture(7), overwrite=True)
-        with pytest.raises(BackendError, match="no longer the one"):
-            session.warm_up()
+        session.warm_up()
+        x = np.random.default_rng(0).normal(size=(4, 3, 32, 48)).astype(np.float32)
+        before = session.run(x)
+        shutil.rmtree(bundle.path)
+        os.kill(started.all[0].pid, signal.SIGKILL)
+        with pytest.raises(WorkerDiedError):
+            session.run(x)
+        assert np.array_equal(session.run(x), before)
+        session.close()
+
+    @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux seals memory")
+    def test_what_was_hashed_cannot_be_changed(self, tmp_path: Path) -> None:
+        memory = BundleMemory(toy.make_bundle(tmp_path / "b"))
+        with pytest.raises(PermissionError):
+            os.pwrite(memory.file, b"x", 0)
+        with pytest.raises(PermissionError):
+            os.ftruncate(memory.file, 0)
+        memory.close()
 
     def test_processes_end_with_their_pipe(self, bundles: list[Path]) -> None:
         made = Children(Settings(threads=1, backend="onnxruntime-cpu"))

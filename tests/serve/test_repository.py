@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -250,6 +253,46 @@ class TestReload:
                 assert answer.status_code == 200
                 assert (await client.get("/v1/models/m")).json()["version"] == "1"
                 assert "does not load" in caplog.text
+
+        asyncio.run(test())
+
+    def test_one_that_is_being_copied_is_not_taken(
+        self, tmp_path: Path, png: bytes, picture, caplog
+    ) -> None:
+        """In place, the manifest first: each look but the last finds half a copy."""
+        path = toy.make_bundle(tmp_path / "m", seed=0).path
+        other = toy.make_bundle(tmp_path / "other", seed=9).path
+        old, new = expected(path, picture), expected(other, picture)
+        names = ["manifest.json", "model.b1.onnx", "model.b4.onnx", "weights.bin"]
+
+        async def test() -> None:
+            async with serving([path]) as (client, service):
+                for name in names:
+                    data = (other / name).read_bytes()
+                    for length in (0, len(data) // 2, len(data)):
+                        (path / name).write_bytes(data[:length])
+                        touch(path)
+                        for _ in range(2):
+                            await service.repository.poll()
+                        whole = name == names[-1] and length == len(data)
+                        answer = await client.post("/v1/segment", content=png, headers=PNG)
+                        assert areas(answer) == (new if whole else old)
+
+        asyncio.run(test())
+        said = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+        assert any("being copied over" in one and "goes on serving" in one for one in said)
+        assert all(one != after for one, after in pairwise(said))  # once for several looks
+
+    def test_one_that_is_deleted_goes_on_serving(self, tmp_path: Path, png: bytes, picture) -> None:
+        path = toy.make_bundle(tmp_path / "m").path
+        old = expected(path, picture)
+
+        async def test() -> None:
+            async with serving([path]) as (client, service):
+                shutil.rmtree(path)
+                await service.repository.poll()
+                answer = await client.post("/v1/segment", content=png, headers=PNG)
+                assert areas(answer) == old
 
         asyncio.run(test())
 

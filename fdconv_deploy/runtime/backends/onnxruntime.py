@@ -89,10 +89,15 @@ class OnnxRuntimeBackend:
             self.operators = f"portable operators, since {why}"
         options = self._session_options(threads or self._threads)
         name = bundle.manifest.models[batch]
+        bundle.hold()  # all at once: a graph loaded later is of the same bundle and needs no file
+        graph, weights = bytes(bundle.content(name)), bundle.external_data(name)
         try:
-            session = self._ort.InferenceSession(
-                str(bundle.model_path(batch)), options, providers=self._providers
+            # Bytes, not paths: ONNX Runtime would map the files, whoever writes to them. It copies
+            # what it keeps as the session is made, and the bytes need not outlive that.
+            options.add_external_initializers_from_files_in_memory(
+                list(weights), list(weights.values()), [len(data) for data in weights.values()]
             )
+            session = self._ort.InferenceSession(graph, options, providers=self._providers)
         except Exception as error:
             doing = f"loading {name!r} of the bundle {bundle.path}"
             raise _out_of_memory(error, doing) or BackendError(

@@ -7,7 +7,7 @@ import importlib
 import queue
 import re
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.environment import install
-from fdconv_deploy.errors import BackendError
+from fdconv_deploy.errors import BackendError, FDConvError
 from fdconv_deploy.runtime.backends.base import BackendOptions, Tensors, feeds_problem
 from fdconv_deploy.runtime.backends.tensorrt_engines import (
     EngineRecord,
@@ -172,14 +172,25 @@ class TensorRTBackend:
         self.machine = Machine(
             gpu=gpu, capability=capability, driver=self.cuda.driver(), tensorrt=version
         )
+        self._held: dict[int, tuple[EngineRecord, bytes]] = {}
         del options  # of threads and providers nothing applies
 
     def load(self, bundle: Bundle, batch: int, threads: int | None = None) -> TensorRTGraph:
         """Load the engine of one batch size. See :class:`Backend`."""
         del threads  # the GPU does the work
-        record = find_engine(bundle, batch, self.machine)
+        if batch not in self._held:
+            # All at once: an engine loaded later is of the same bundle and needs no file.
+            for other in set(bundle.batch_sizes) - {batch}:
+                with suppress(FDConvError):  # said when it is asked for
+                    self._held[other] = self._read(bundle, other)
+            self._held[batch] = self._read(bundle, batch)
+        record, plan = self._held.pop(batch)
         specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
-        return self.load_plan(read_engine(bundle, record), record, *specs)
+        return self.load_plan(plan, record, *specs)
+
+    def _read(self, bundle: Bundle, batch: int) -> tuple[EngineRecord, bytes]:
+        record = find_engine(bundle, batch, self.machine)
+        return record, read_engine(bundle, record)
 
     def load_plan(
         self,
