@@ -15,7 +15,7 @@ FROM python:3.12-slim-bookworm
 COPY --from=build /opt/fdconv /opt/fdconv
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin fdconv
 USER 10001
-ENV PATH=/opt/fdconv/bin:$PATH PYTHONUNBUFFERED=1 \
+ENV PATH=/opt/fdconv/bin:$PATH PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 EXPOSE 8000 8001
 # Bundles are mounted, never baked in: /models holds one folder each.

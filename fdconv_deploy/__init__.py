@@ -6,6 +6,7 @@ arXiv 2503.18783).
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from fdconv_deploy.export import export_checkpoint, export_module
     from fdconv_deploy.runtime import open_session
 
+
+# ONNX Runtime (since 1.29) reports what it runs to its maker, from its import on, and looks that
+# host up. Not unasked for: whoever sets the variable, also to 0, decides.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Imported when first asked for: torch takes seconds, and a service needs none of it.
 _HOMES = {
