@@ -33,7 +33,10 @@ Labels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 Logits = npt.NDArray[np.float32]
 
 _BLOCK_BYTES = 16 << 20  # of interpolated logits alive at once, per intermediate
-_TILE = 48  # output columns per matrix product: few enough that the band stays narrow
+_TILE = 48  # output rows or columns per matrix product: few enough that the band stays narrow
+# Multiplications up to which OpenBLAS, numpy's own BLAS, stays on the calling thread. Its threads
+# wait busily for each other: for products of this kind they burn a second core and save no time.
+_ALONE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -179,23 +182,41 @@ def resized_tiles(
 ) -> Iterator[tuple[int, int, Logits]]:
     """The resized logits piece by piece: top, left, (height, width, classes) float32."""
     # Column tiles are the same in every block of rows, so their matrices are made once.
-    starts = range(0, columns.size, _TILE)
-    tiles = [(at, min(at + _TILE, columns.size)) for at in starts]
+    shrinks = max(source.width / max(columns.size, 1), 1 / 8)
+    tile = int(np.clip(math.sqrt(_ALONE / (source.classes * shrinks)) - 4, 4, _TILE))
+    tiles = [(at, min(at + tile, columns.size)) for at in range(0, columns.size, tile)]
     matrices = [] if columns.identity else [columns.matrix(*tile) for tile in tiles]
     row_bytes = 4 * source.classes * max(source.width, 1)
     step = int(np.clip(_BLOCK_BYTES // row_bytes, 8, 256))
     for top in range(0, rows.size, step):
         bottom = min(top + step, rows.size)
-        block = source.rows(*rows.span(top, bottom))
+        first, last = rows.span(top, bottom)
+        block = source.rows(first, last)
         if not rows.identity:
-            flat = rows.matrix(top, bottom) @ block.reshape(len(block), -1)
-            block = flat.reshape(bottom - top, *block.shape[1:])
+            flat = block.reshape(len(block), -1)
+            resized = np.empty((bottom - top, flat.shape[1]), np.float32)
+            for upper in range(top, bottom, _TILE):
+                lower = min(upper + _TILE, bottom)
+                low, high = rows.span(upper, lower)
+                _multiply(
+                    rows.matrix(upper, lower),
+                    flat[low - first : high - first],
+                    resized[upper - top : lower - top],
+                )
+            block = resized.reshape(bottom - top, *block.shape[1:])
         if columns.identity:
             yield top, 0, block[:, : columns.size]
             continue
         for (left, right), matrix in zip(tiles, matrices, strict=True):
             low, high = columns.span(left, right)
             yield top, left, np.matmul(matrix, block[:, low:high])
+
+
+def _multiply(left: Logits, right: Logits, out: Logits) -> None:
+    """(m, k) times (k, n) into ``out`` (m, n), on the calling thread: see ``_ALONE``."""
+    step = max(_ALONE // max(left.size, 1), 1)
+    for at in range(0, right.shape[1], step):
+        np.matmul(left, right[:, at : at + step], out=out[:, at : at + step])
 
 
 def label_map(
@@ -287,7 +308,11 @@ def paste(
         return Pasted(0, 0, np.ones(size, np.bool_))
     top, rows = _along(box[1], box[3], mask.shape[0], size[0])
     left, columns = _along(box[0], box[2], mask.shape[1], size[1])
-    values = rows @ mask.astype(np.float32, copy=False) @ columns.T
+    across = np.empty((mask.shape[0], len(columns)), np.float32)
+    _multiply(mask.astype(np.float32, copy=False), columns.T, across)
+    values = np.empty((len(rows), len(columns)), np.float32)
+    for at in range(0, len(rows), _TILE):
+        _multiply(rows[at : at + _TILE], across, values[at : at + _TILE])
     return Pasted(top, left, values >= np.float32(threshold))
 
 

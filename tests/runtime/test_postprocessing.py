@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
 import tracemalloc
 from pathlib import Path
 
@@ -202,3 +206,36 @@ def test_taps_of_one_sample() -> None:
             resized(np.float32([[[3.0]]]), 4, 5, align), np.full((1, 4, 5), 3, np.float32)
         )
     assert Taps(np.zeros((1, 1), np.int64), np.ones((1, 1))).identity
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="no Linux")
+def test_no_other_thread_works_on_an_answer() -> None:
+    """OpenBLAS's threads wait busily for each other; the products here are too small for that."""
+    code = """
+    import threading
+    import time
+    from pathlib import Path
+
+    import numpy as np
+
+    from fdconv_deploy.runtime.postprocessing import label_map, paste
+
+    def others():
+        own = str(threading.get_native_id())
+        tasks = [task for task in Path("/proc/self/task").iterdir() if task.name != own]
+        return {task.name: int((task / "schedstat").read_text().split()[0]) for task in tasks}
+
+    before = None
+    while before != (before := others()):  # threads wait busily for a while once they are made
+        time.sleep(0.2)
+    random = np.random.default_rng(0)
+    for classes in (5, 150):
+        logits = random.normal(size=(classes, 64, 96)).astype(np.float32)
+        for image in ((512, 768), (50, 70), (1000, 60)):
+            label_map(logits, (256, 384), (256, 384), image, align_corners=False)
+    box = np.array([5, 5, 700, 500], np.float32)
+    paste(random.random((28, 28)).astype(np.float32), box, (512, 768), 0.5)
+    assert others() == before
+    """
+    env = {name: value for name, value in os.environ.items() if not name.endswith("NUM_THREADS")}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=env)
