@@ -167,13 +167,13 @@ def _build_one(
     )  # fmt: skip
     kernels: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="fdconv-build-") as scratch:
-        graph = bundle.model_path(batch)
+        graph = source = bundle.copy_to(Path(scratch) / "bundle").model_path(batch)
         if trtp is not None:
             say(f"batch {batch}: asking for plugins")
             graph = Path(scratch) / "plugins.onnx"
             # Code for the oldest GPU the engine shall run on is translated for any later one.
             aimed = 80 if options.hardware == "ampere_plus" else machine.capability
-            kernels = _plugin_graph(bundle.model_path(batch), graph, trt, trtp, aimed, say)
+            kernels = _plugin_graph(source, graph, trt, trtp, aimed, say)
         cache = folder / f"{name.rpartition('-b')[0]}.timing"
         say(f"batch {batch}: TensorRT {machine.tensorrt} builds for {machine.gpu}")
         plan = build_plan(trt, graph, options, cache, lambda step: say(f"batch {batch}: {step}"))

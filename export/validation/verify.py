@@ -60,11 +60,12 @@ def verify_bundle(
 
     with tempfile.TemporaryDirectory(prefix="fdconv-verify-") as folder:
         judge = Judge(source, Path(folder))
+        files = session.bundle.copy_to(Path(folder, "bundle"))
 
         def judged(
             batch: int, first: Sequence[InputSource], more: Sequence[InputSource]
         ) -> Verdict:
-            path = session.bundle.model_path(batch) if manifest.precision == "fp32" else None
+            path = files.model_path(batch) if manifest.precision == "fp32" else None
             subject = Subject(batch, session.run_batches, manifest.precision, allowed, path, native)
             return judge.judge(subject, first, more)
 

@@ -226,12 +226,12 @@ def _first_of_each(targets: Sequence[Target]) -> Iterator[Target]:
 def _profile_bundle(target: Target) -> Profile:
     from fdconv_deploy.profiling.onnx_profile import by_layer, profile
 
-    bundle = Bundle.open(target.source, verify=False)
+    bundle = Bundle.open(target.source)
     library, _ = native_library(target.native)
     threads = target.options.threads
     with tempfile.TemporaryDirectory(prefix="fdconv-profile-") as folder:
         costs = profile(
-            bundle.model_path(target.batch),
+            bundle.copy_to(Path(folder)).model_path(target.batch),
             bundle_inputs(bundle, target),
             Path(folder),
             threads=threads,
@@ -285,7 +285,7 @@ def add_divergences(
     """
     bundles = check_divergences(targets)
     report["divergences"] = []
-    first = Bundle.open(bundles[0].source, verify=False)
+    first = Bundle.open(bundles[0].source)
     for target in bundles[1:]:
         progress(f"comparing {target.name} with the first, layer by layer", 1.0)
         try:
@@ -310,7 +310,7 @@ def check_divergences(targets: Sequence[Target]) -> list[Target]:
 def _between(first: Bundle, target: Target) -> Divergences:
     from fdconv_deploy.profiling.divergence import compare_bundles
 
-    second = Bundle.open(target.source, verify=False)
+    second = Bundle.open(target.source)
     batches = [batch for batch in first.batch_sizes if batch in second.batch_sizes]
     if not batches:
         raise FDConvError(

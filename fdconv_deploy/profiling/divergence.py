@@ -6,6 +6,7 @@ they add up to.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,9 @@ def compare_bundles(
 
 def _exposed(bundle: Bundle, batch: int, path: Path) -> dict[str, str]:
     """Write the bundle's graph with every point among its outputs; tensors by layer."""
-    model = onnx.load(str(bundle.model_path(batch)))
+    files = path.with_suffix("")
+    model = onnx.load(str(bundle.copy_to(files).model_path(batch)))
+    shutil.rmtree(files)
     points = points_of(model, fdconv_layers(model))
     save_exposed(model, [point.tensor for point in points], path)
     return {point.name: point.tensor for point in points}

@@ -134,6 +134,22 @@ class Bundle:
         with self._lock:
             self.contents.clear()
 
+    def copy_to(self, folder: Path) -> Bundle:
+        """Write what runs to a folder of one's own, for tools that read files, and let go of it.
+
+        Returns:
+            The bundle there.
+
+        Raises:
+            BundleError: as :meth:`content`.
+        """
+        for name, data in self.hold().items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        self.release()
+        return Bundle(folder, self.manifest, self.verify)
+
     def _external(self, model: str) -> dict[str, str]:
         """The files that a graph keeps data in: their names here, by how the graph calls them."""
         with self._lock:
