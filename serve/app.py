@@ -96,6 +96,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # a page of our own: FastAPI's loads its scripts from elsewhere
         redoc_url=None,
+        openapi_url=None,  # openapi.py's own: FastAPI's writes the document anew for each request
         redirect_slashes=False,
         # Edge does that, with the stages; versions without it take any name.
         telemetry={"tracing": False, "metrics": False, "logs": False},

@@ -20,6 +20,8 @@ from fdconv_deploy.serve.batching import DeadlineError, WorkerDiedError
 log = logging.getLogger("fdconv.serve")
 REQUEST_ID = "X-Request-ID"
 MEDIA_TYPE = "application/problem+json"
+# Where openapi.py puts the schema: generators name a model after each schema that is not one.
+PROBLEM_SCHEMA = "#/components/schemas/Problem"
 _EXAMPLE_ID = "3f1c9a52f8d04b5e9c0e6a7d2b814c11"
 
 
@@ -85,7 +87,7 @@ def problem_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
     for status in statuses:
         known = HTTPStatus(status)
         example = problem(_EXAMPLE_ID, status, f"{known.description or known.phrase}.")
-        content = {"schema": Problem.model_json_schema(), "example": example}
+        content = {"schema": {"$ref": PROBLEM_SCHEMA}, "example": example}
         docs[status] = {"description": known.phrase, "content": {MEDIA_TYPE: content}}
     return docs
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.encoders import jsonable_encoder
 from fastapi.openapi.utils import get_openapi
 
+from fdconv_deploy.serve.errors import Problem, problem_docs
 from fdconv_deploy.serve.kserve.metadata import (
     ServerLive,
     ServerMetadata,
@@ -39,7 +41,17 @@ _TEXT = {"type": "string"}
 
 
 def install(app: FastAPI, service: Service, *, keys_needed: bool) -> None:
-    """Give the application its OpenAPI document."""
+    """Give the application its OpenAPI document, and the address where it is kept."""
+    kept: dict[str, bytes] = {}  # by path prefix
+
+    # Not async: making it takes long enough to keep the event loop from others.
+    @app.get("/openapi.json", include_in_schema=False)
+    def address(request: Request) -> Response:
+        prefix = request.scope["root_path"]
+        if prefix not in kept:
+            servers = {"servers": [{"url": prefix}]} if prefix else {}
+            kept[prefix] = json.dumps({**document(), **servers}, separators=(",", ":")).encode()
+        return Response(kept[prefix], media_type="application/json")
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -54,6 +66,8 @@ def install(app: FastAPI, service: Service, *, keys_needed: bool) -> None:
             # The body of an inference request is read by hand, so FastAPI knows no schema of it.
             call = InferCall.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(call.pop("$defs", {}), InferCall=call)
+            schemas["Problem"] = Problem.model_json_schema()
+            _replace_validation_errors(found)
             if keys_needed:
                 _add_security(found)
             _add_examples(found, service)
@@ -61,6 +75,17 @@ def install(app: FastAPI, service: Service, *, keys_needed: bool) -> None:
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
+
+
+def _replace_validation_errors(document: dict[str, Any]) -> None:
+    """Put problems in the place of what FastAPI says of parameters that are not valid."""
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            found = operation["responses"].get("422", {}).get("content", {})
+            if "application/json" in found:
+                operation["responses"]["422"] = problem_docs(422)[422]
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
 
 
 def _add_security(document: dict[str, Any]) -> None:

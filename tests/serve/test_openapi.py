@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+
+from fdconv_deploy.serve import Settings, create_app
 
 jsonschema = pytest.importorskip("jsonschema")
 
@@ -67,3 +72,30 @@ def test_every_parameter_has_an_example_or_says_its_values(document: dict[str, A
 def test_examples_name_the_model_that_is_served(document: dict[str, Any]) -> None:
     answers = document["paths"]["/v1/models/{name}"]["get"]["responses"]
     assert answers["200"]["content"]["application/json"]["example"]["name"] == "street"
+
+
+def test_errors_are_one_model(document: dict[str, Any]) -> None:
+    """Generators name a model after every schema that stands where it is used, and drop doubles."""
+    for where, kind, content in contents(document):
+        if kind == "application/problem+json":
+            assert content["schema"] == {"$ref": "#/components/schemas/Problem"}, where
+    schemas = document["components"]["schemas"]
+    assert {"title", "status", "detail", "request_id"} <= set(schemas["Problem"]["required"])
+    assert not {"HTTPValidationError", "ValidationError"} & set(schemas)
+
+
+def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
+    found = set(re.findall(r'"\$ref": "#/components/schemas/([^"]+)"', json.dumps(document)))
+    assert found <= set(document["components"]["schemas"])
+    assert len(found) > 20
+
+
+def test_the_document_is_written_once(bundles: list[Path]) -> None:
+    """Whatever becomes of the document in memory, the bytes are those of the first answer."""
+    app = create_app(bundles, Settings(threads=1))
+    with TestClient(app) as client:
+        first = client.get("/openapi.json")
+        app.openapi()["info"]["title"] = "written again"
+        answers = [first, client.get("/openapi.json")]
+    assert answers[0].content == answers[1].content
+    assert answers[0].headers["content-type"] == "application/json"
