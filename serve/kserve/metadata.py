@@ -69,6 +69,7 @@ class ConfigTensor(BaseModel):
     reshape: dict[str, list[int]] | None = Field(
         default=None, description="The shape itself, where `dims` cannot express it."
     )
+    optional: bool | None = Field(default=None, description="An input that may be left out.")
 
 
 class DynamicBatching(BaseModel):
@@ -121,7 +122,11 @@ def model_config(card: ModelCard, settings: Settings) -> ModelConfig:
         name=card.name,
         # Requests of more images than the graphs' batch are run in parts.
         max_batch_size=settings.max_images,
-        input=[described(tensor) for tensor in metadata.inputs],
+        input=[
+            # A detector's `sizes` is the whole input when it is not given.
+            described(tensor).model_copy(update={"optional": tensor.name != "images" or None})
+            for tensor in metadata.inputs
+        ],
         output=[described(tensor) for tensor in metadata.outputs],
         dynamic_batching=DynamicBatching(
             preferred_batch_size=card.batch_sizes,

@@ -170,3 +170,11 @@ def test_detector_answers_tritonclient(detectors: list[Path], images: np.ndarray
         for name, value in toy_detector.reference(images, SIZES).items():
             assert np.allclose(answer.as_numpy(name), value, atol=1e-4), name
         client.close()
+
+
+def test_detector_config_says_which_inputs_may_be_left_out(detecting) -> None:
+    """perf_analyzer then takes --input-data without them; else it makes up values."""
+    images, sizes = detecting.get("/v2/models/things/config").json()["input"]
+    assert "optional" not in images
+    assert sizes["name"] == "sizes"
+    assert sizes["optional"] is True
