@@ -120,6 +120,11 @@ def _add_examples(document: dict[str, Any], service: Service) -> None:
                     parameter.setdefault("example", parameters[parameter["name"]])
             for response in operation["responses"].values():
                 content = response.get("content", {})
+                if "application/json" in content:  # first: generators take the first they know
+                    response["content"] = content = {
+                        "application/json": content.pop("application/json"),
+                        **content,
+                    }
                 if answer is not None and "application/json" in content:
                     content["application/json"].setdefault("example", answer)
 

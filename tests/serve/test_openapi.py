@@ -99,3 +99,13 @@ def test_the_document_is_written_once(bundles: list[Path]) -> None:
         answers = [first, client.get("/openapi.json")]
     assert answers[0].content == answers[1].content
     assert answers[0].headers["content-type"] == "application/json"
+
+
+def test_json_is_the_first_form_of_an_answer(document: dict[str, Any]) -> None:
+    """Generators make their functions of the first form they know; bytes would be one."""
+    forms: dict[str, list[str]] = {}
+    for where, kind, _ in contents(document):
+        forms.setdefault(where, []).append(kind)
+    several = [kinds for kinds in forms.values() if "application/json" in kinds]
+    assert {kinds[0] for kinds in several} == {"application/json"}
+    assert max(map(len, several)) > 1
