@@ -172,18 +172,23 @@ class Server:
 
 @contextmanager
 def server(
-    command: list[str], *, ready: str = "/readyz", within: float = 120.0
+    command: list[str], *, ready: str = "/readyz", within: float = 120.0, log: Path | None = None
 ) -> Iterator[Server]:
-    """Run ``command``, in which ``{port}`` is replaced by a free port, until it is ready."""
+    """Run ``command``, in which ``{port}`` is replaced by a free port, until it is ready.
+
+    What it says goes into the file ``log``, if one is given.
+    """
     port = free_port()
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = psutil.Popen(
-        [part.replace("{port}", str(port)) for part in command],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": path}
+    with (log or Path(os.devnull)).open("w") as said:
+        process = psutil.Popen(
+            [part.replace("{port}", str(port)) for part in command],
+            cwd=ROOT,
+            env=env,
+            stdout=said,
+            stderr=said,
+        )
     found = Server(port, process)
     try:
         end = time.monotonic() + within
