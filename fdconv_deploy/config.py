@@ -23,7 +23,15 @@ from pydantic import (
 )
 
 Act = Literal["sigmoid", "tanh", "softmax"]
-HeadType = Literal["UPerHead", "FCNHead", "PSPHead", "ASPPHead", "DepthwiseSeparableASPPHead"]
+HeadType = Literal[
+    "UPerHead",
+    "FCNHead",
+    "PSPHead",
+    "ASPPHead",
+    "DepthwiseSeparableASPPHead",
+    "Mask2FormerHead",
+    "MaskDINOHead",
+]
 # What normalises the hidden layer of the global attention: the published BatchNorm or, as in
 # copies that train with one image a batch, GroupNorm(1, C), or nothing.
 AttentionNorm = Literal["batch", "group", "none"]
@@ -413,12 +421,132 @@ class DepthwiseSeparableASPPHeadConfig(DecodeHeadConfig):
     c1_channels: int = 0
 
 
+class QueryHeadConfig(DecodeHeadConfig):
+    """What Mask2Former's and MaskDINO's heads have in common: masks and classes of queries.
+
+    A pixel decoder of ``channels`` mixes backbone outputs by deformable attention: the ones at
+    ``levels``, places in ``in_index``. A decoder of ``hidden_channels`` turns ``num_queries``
+    into classes and masks of ``mask_channels``. Tensors tell all but heads and ``norm_groups``;
+    of deformable attention they tell the product of heads, levels and points.
+    """
+
+    num_queries: Positive = 100
+    levels: tuple[int, ...] = (1, 2, 3)
+    hidden_channels: Positive = 256
+    mask_channels: Positive = 256
+    norm_groups: Positive = 32
+    encoder_layers: Positive = 6
+    encoder_heads: Positive = 8
+    encoder_points: Positive = 4
+    encoder_feedforward: Positive = 1024
+    decoder_layers: Positive = 9
+    decoder_heads: Positive = 8
+    decoder_feedforward: Positive = 2048
+    enforce_input_proj: bool = False
+
+    @property
+    def class_outputs(self) -> int:
+        """Class logits of a query."""
+        return self.num_classes + 1
+
+    @property
+    def input_projection(self) -> bool:
+        """Whether the decoder brings the pixel decoder's maps to its own width."""
+        return self.enforce_input_proj or self.hidden_channels != self.channels
+
+    @model_validator(mode="after")
+    def _divisible(self) -> QueryHeadConfig:
+        for channels, number, what in (
+            (self.channels, self.encoder_heads, "encoder_heads"),
+            (self.channels, self.norm_groups, "norm_groups"),
+            (self.hidden_channels, self.decoder_heads, "decoder_heads"),
+        ):
+            if channels % number:
+                raise ValueError(f"{what} must divide {channels} channels, and is {number}")
+        if len(self.in_channels) != 4 or len(self.in_index) != 4:
+            raise ValueError(
+                f"a {self.type} takes four maps, found in_channels {self.in_channels} and "
+                f"in_index {self.in_index}"
+            )
+        if not self.levels or list(self.levels) != list(range(4))[-len(self.levels) :]:
+            raise ValueError(f"levels must be the coarsest of 0…3 in order, found {self.levels}")
+        return self
+
+
+class Mask2FormerHeadConfig(QueryHeadConfig):
+    """Mask2FormerHead of mmdetection, also of detectron2's project.
+
+    ``pre_norm`` normalises what a decoder layer's attention takes, not what it gives.
+    """
+
+    type: Literal["Mask2FormerHead"] = "Mask2FormerHead"
+    pre_norm: bool = False
+
+    @model_validator(mode="after")
+    def _three_levels(self) -> Mask2FormerHeadConfig:
+        if len(self.levels) != 3:
+            raise ValueError(f"a Mask2FormerHead has three levels, found {self.levels}")
+        return self
+
+
+class MaskDINOHeadConfig(QueryHeadConfig):
+    """MaskDINOHead. Settings by the names of its configuration where they have one.
+
+    ``extra_levels`` is ``TOTAL_NUM_FEATURE_LEVELS`` less the maps that enter. ``feature_order``
+    is the name, though ``"high2low"`` begins with the lowest resolution. ``no_object``: the class
+    layer has one output more than classes. ``class_scores`` is how logits become scores: a
+    softmax that ends with "no object", or sigmoids, made sharper by a softmax of ``temperature``
+    unless it is None (``PANO_TRANSFORM_EVAL``).
+    """
+
+    type: Literal["MaskDINOHead"] = "MaskDINOHead"
+    encoder_feedforward: Positive = 2048
+    decoder_points: Positive = 4
+    num_queries: Positive = 300
+    extra_levels: int = Field(0, ge=0)
+    feature_order: Literal["high2low", "low2high"] = "high2low"
+    two_stage: bool = True
+    learn_tgt: bool = False
+    initialize_box_type: Literal["no", "mask2box", "bitmask"] = "no"
+    no_object: bool = False
+    class_scores: Literal["softmax", "sigmoid"] = "sigmoid"
+    temperature: float | None = Field(0.06, gt=0)
+
+    @property
+    def class_outputs(self) -> int:
+        """Class logits of a query."""
+        return self.num_classes + self.no_object
+
+    @property
+    def has_query_feat(self) -> bool:
+        """Whether contents of the queries are learned; else the encoder gives them."""
+        return self.learn_tgt or not self.two_stage
+
+    @model_validator(mode="after")
+    def _sensible(self) -> MaskDINOHeadConfig:
+        if self.class_scores == "softmax" and not self.no_object:
+            raise ValueError("class_scores 'softmax' needs the output for no object")
+        if self.hidden_channels != 256:
+            raise ValueError(
+                f"MaskDINO's decoder has 256 channels, found {self.hidden_channels}: its box "
+                "encoding is of four times 128"
+            )
+        if self.extra_levels > 1 and self.feature_order == "low2high":
+            raise ValueError(
+                "feature_order 'low2high' with more than one extra level is not supported: "
+                "MaskDINO's code mixes up their positions"
+            )
+        return self
+
+
 _AnyHead = (
     UPerHeadConfig
     | FCNHeadConfig
     | PSPHeadConfig
     | ASPPHeadConfig
     | DepthwiseSeparableASPPHeadConfig
+    | Mask2FormerHeadConfig
+    | MaskDINOHeadConfig
 )
 HeadConfig = Annotated[_AnyHead, Field(discriminator="type")]
 HEAD_CONFIGS: dict[HeadType, type[_AnyHead]] = {
@@ -427,6 +555,8 @@ HEAD_CONFIGS: dict[HeadType, type[_AnyHead]] = {
     "PSPHead": PSPHeadConfig,
     "ASPPHead": ASPPHeadConfig,
     "DepthwiseSeparableASPPHead": DepthwiseSeparableASPPHeadConfig,
+    "Mask2FormerHead": Mask2FormerHeadConfig,
+    "MaskDINOHead": MaskDINOHeadConfig,
 }
 _HEAD_FIELDS = {name for config in HEAD_CONFIGS.values() for name in config.model_fields}
 
@@ -461,9 +591,15 @@ class Preprocessing(Frozen):
 
     ``to_float32`` is the loader's setting: pixels become float32 before they are resized, and
     so are not rounded to their own type after it.
+
+    ``size_divisor``: the normalised image is padded with zeros, at the right and the bottom, to
+    multiples of it. ``resample`` is the library that resizes; Pillow's (detectron2) averages where
+    an image shrinks, OpenCV's (mmcv) does not.
     """
 
-    LATER: ClassVar[frozenset[str]] = frozenset({"loading", "to_float32"})
+    LATER: ClassVar[frozenset[str]] = frozenset(
+        {"loading", "to_float32", "size_divisor", "resample"}
+    )
 
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[Annotated[float, Field(gt=0)], ...] = IMAGENET_STD
@@ -474,6 +610,8 @@ class Preprocessing(Frozen):
     keep_ratio: bool = True
     loading: Loading = "color"
     to_float32: bool = False
+    size_divisor: Positive = 1
+    resample: Literal["opencv", "pillow"] = "opencv"
 
     @property
     def channels(self) -> int:
@@ -497,19 +635,48 @@ class Preprocessing(Frozen):
         return self
 
 
+class PanopticConfig(Frozen):
+    """How queries' classes and masks become panoptic segments, instances, and classes.
+
+    ``rule`` is whose: mmdetection's MaskFormerFusionHead, or the projects of detectron2
+    (``MODEL.MASK_FORMER.TEST``). Names are mmdetection's; detectron2's ``OBJECT_MASK_THRESHOLD``
+    is ``object_mask_thr``, its ``OVERLAP_THRESHOLD`` ``iou_thr``, ``DETECTIONS_PER_IMAGE``
+    ``max_per_image``.
+    """
+
+    rule: Literal["openmmlab", "detectron2"] = "openmmlab"
+    thing_classes: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    panoptic_on: bool = True
+    instance_on: bool = False
+    object_mask_thr: float = Field(0.8, ge=0, le=1)
+    iou_thr: float = Field(0.8, ge=0, le=1)
+    filter_low_score: bool = False
+    max_per_image: Positive = 100
+
+
 class SegmentorConfig(Frozen):
-    """A whole segmentation network. ``palette`` holds one RGB triple per class."""
+    """A whole segmentation network. ``palette`` holds one RGB triple per class.
+
+    ``panoptic`` is for query heads whose answer is segments and instances; None: classes alone.
+    """
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"panoptic"})
 
     backbone: AnyBackboneConfig
     decode_head: HeadConfig
     auxiliary_head: HeadConfig | None = None
     test: TestMode = TestMode()
     preprocessing: Preprocessing = Preprocessing()
+    panoptic: PanopticConfig | None = None
     classes: tuple[str, ...] = ()
     palette: tuple[Colour, ...] = ()
 
     @model_validator(mode="after")
     def _matching(self) -> SegmentorConfig:
+        if self.panoptic is not None and not isinstance(self.decode_head, QueryHeadConfig):
+            raise ValueError(
+                f"a {self.decode_head.type} gives no segments: 'panoptic' must be null"
+            )
         bands, channels = self.preprocessing.channels, self.backbone.in_channels
         if bands != channels:
             raise ValueError(f"the backbone takes {channels} bands, the preprocessing {bands}")
