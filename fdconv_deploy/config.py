@@ -25,6 +25,7 @@ from pydantic import (
 Act = Literal["sigmoid", "tanh", "softmax"]
 HeadType = Literal[
     "UPerHead",
+    "SegformerHead",
     "FCNHead",
     "PSPHead",
     "ASPPHead",
@@ -327,7 +328,7 @@ class DecodeHeadConfig(Frozen):
     """What mmsegmentation's decode heads have in common. ``in_index`` names backbone outputs.
 
     ``input_transform="resize_concat"`` makes one feature map of several; without it a head
-    takes one, and UPerHead each by itself. ``norm=False``: convolutions with a bias instead
+    takes one, and UPerHead and SegformerHead each by itself. ``norm=False``: convolutions with a bias instead
     of batch normalisation.
 
     ``out_channels`` is 1 for a head that distinguishes two classes by one output, None where
@@ -382,6 +383,12 @@ class UPerHeadConfig(DecodeHeadConfig):
 
     type: Literal["UPerHead"] = "UPerHead"
     pool_scales: tuple[Positive, ...] = (1, 2, 3, 6)
+
+
+class SegformerHeadConfig(DecodeHeadConfig):
+    """SegformerHead: a 1×1 convolution of each map, and one of all of them together."""
+
+    type: Literal["SegformerHead"] = "SegformerHead"
 
 
 class FCNHeadConfig(DecodeHeadConfig):
@@ -541,6 +548,7 @@ class MaskDINOHeadConfig(QueryHeadConfig):
 
 _AnyHead = (
     UPerHeadConfig
+    | SegformerHeadConfig
     | FCNHeadConfig
     | PSPHeadConfig
     | ASPPHeadConfig
@@ -551,6 +559,7 @@ _AnyHead = (
 HeadConfig = Annotated[_AnyHead, Field(discriminator="type")]
 HEAD_CONFIGS: dict[HeadType, type[_AnyHead]] = {
     "UPerHead": UPerHeadConfig,
+    "SegformerHead": SegformerHeadConfig,
     "FCNHead": FCNHeadConfig,
     "PSPHead": PSPHeadConfig,
     "ASPPHead": ASPPHeadConfig,

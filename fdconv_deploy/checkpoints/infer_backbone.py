@@ -1,10 +1,12 @@
-"""The ResNet of a checkpoint, from its names and shapes and the config's backbone."""
+"""The backbone of a checkpoint, from its names and shapes and the config's backbone."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from fdconv_deploy.checkpoints.evidence import (
     UNSET,
@@ -14,159 +16,196 @@ from fdconv_deploy.checkpoints.evidence import (
     stated,
     type_of,
 )
-from fdconv_deploy.checkpoints.infer_fdconv import infer_fdconv
-from fdconv_deploy.checkpoints.infer_layers import Layer, Shapes, conv_layers, dynamic_names
-from fdconv_deploy.config import RESNET_BLOCKS, FDConvConfig, ResNetConfig
+from fdconv_deploy.checkpoints.infer_fdconv import infer_conv
+from fdconv_deploy.checkpoints.infer_layers import Shapes, dynamic_names, layers_named
+from fdconv_deploy.checkpoints.infer_resnet import BATCH_NORMS, infer_resnet
+from fdconv_deploy.config import (
+    BackboneConfig,
+    ConvNeXtConfig,
+    MixVisionTransformerConfig,
+    SwinTransformerConfig,
+)
 from fdconv_deploy.errors import CheckpointError
+from fdconv_deploy.nn.backbones.swin_transformer import relative_positions
 
-_BATCH_NORMS = ("BN", "BN2d", "SyncBN", "MMSyncBN", "BatchNorm2d")
-_BLOCK = re.compile(r"layer(\d+)\.(\d+)\.conv\d$")
+# The layers that FDConv replaces in each, and a name that it alone has.
+FEED_FORWARD = {
+    "MixVisionTransformer": re.compile(r"layers\.\d+\.1\.\d+\.ffn\.layers\.[04](?=\.)"),
+    "SwinTransformer": re.compile(r"stages\.\d+\.blocks\.\d+\.ffn\.layers\.(?:0\.0|1)(?=\.)"),
+    "ConvNeXt": re.compile(r"stages\.\d+\.\d+\.pointwise_conv[12](?=\.)"),
+}
+_MARKS = {
+    "MixVisionTransformer": "layers.0.0.projection.weight",
+    "SwinTransformer": "patch_embed.projection.weight",
+    "ConvNeXt": "downsample_layers.0.0.weight",
+}
+# mmpretrain's ConvNeXt.arch_settings: depths and channels by name.
+_CONVNEXT = {
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
+}
+
+Settings = SettingResolver[Any]
+
+
+def backbone_type(state: Shapes) -> str:
+    """The type of backbone that has such names; ``ResNet`` if it is none of the others."""
+    return next((kind for kind, name in _MARKS.items() if name in state), "ResNet")
 
 
 def infer_backbone(
     state: Shapes, evidence: Evidence, stock: Mapping[str, Any] | None = None
-) -> ResNetConfig:
+) -> BackboneConfig:
     """The backbone, by its names and shapes and the config's ``model.backbone``.
 
     Args:
         state: the backbone's tensors, names without ``backbone.``; only shapes are read.
         evidence: has the config and takes the settings.
-        stock: settings of the stock config this network is probably of, where they differ from
-            the defaults; taken if there is no section.
+        stock: settings of the stock config that a ResNet is probably of, see `infer_resnet`.
 
     Raises:
-        CheckpointError: it is no ResNet of mmsegmentation's, the config normalises in another
-            way than by BatchNorm, or the config or the user contradicts the weights.
+        CheckpointError: it is none known here, the config is of another network or has parts
+            that are not built, or the config or the user contradicts the weights.
     """
     _refuse_a_start(state)
     section = evidence.config.section("model", "backbone")
-    layers = {layer.name: layer for layer in conv_layers(state)}
-    _check_is_resnet(layers, section)
-    for owner in ("backbone", "decode_head"):
-        norm = evidence.config.section("model", owner, "norm_cfg")
-        refuse_unsupported(f"{owner}.norm_cfg", norm, *_BATCH_NORMS, eps=1e-5)
-    blocks = _blocks(layers)
-    stages = len(blocks)
-    bottleneck = "layer1.0.conv3" in layers
-    kind = "bottleneck" if bottleneck else "basic"
-    depths = [d for d, (k, n) in RESNET_BLOCKS.items() if k == kind and n[:stages] == tuple(blocks)]
-    if not depths:
+    kind, written = backbone_type(state), type_of(section)
+    if written and kind not in written and evidence.overrides.get("backbone.type") != kind:
         raise CheckpointError(
-            f"The backbone has {blocks} {kind} blocks in its stages. Expected those of ResNet-"
-            f"{', '.join(map(str, RESNET_BLOCKS))}; another depth is not supported."
+            f"The config's backbone is a {written}, and the weights are named as a {kind}'s. Give "
+            "the config they were trained with; if that class computes what a "
+            f"{kind} does, set backbone.type={kind}."
         )
-    deep = "stem.0" in layers
-    first, last = ("stem.0", "stem.6") if deep else ("conv1", "conv1")
-    base, stem = layers["layer1.0.conv1"].out_channels, layers[last].out_channels
-    _check_widths(layers, base, blocks)
-    shortcuts = [name for name in layers if ".downsample." in name]
-    averaged = any(name.endswith(".downsample.1") for name in shortcuts)
+    norm = evidence.config.section("model", "decode_head", "norm_cfg")
+    refuse_unsupported("decode_head.norm_cfg", norm, *BATCH_NORMS, eps=1e-5)
+    if kind == "ResNet":
+        return infer_resnet(state, evidence, stock)
+    model, infer, epsilon = _KINDS[kind]
+    norm, act = (evidence.config.section("model", "backbone", n) for n in ("norm_cfg", "act_cfg"))
+    refuse_unsupported("backbone.norm_cfg", norm, "LN", "LN2d", eps=epsilon)
+    refuse_unsupported("backbone.act_cfg", act, "GELU")
+    settings: Settings = SettingResolver(evidence, model, "backbone", section)
+    infer(state, settings)
+    conv, _ = infer_conv(layers_named(state, FEED_FORWARD[kind]), settings)
+    return settings.build(type=kind, conv=conv)  # type: ignore[no-any-return]
 
-    settings = SettingResolver(
-        evidence,
-        ResNetConfig,
-        "backbone",
-        section,
-        defaults={} if section else stock,
-        note="as in the stock configs with such a head",
-    )
-    settings.resolve(
-        "depth",
-        accepts=lambda value: value in depths,
-        derived=depths[0],
-        source="names",
-        because=f"the weights have {blocks} {kind} blocks",
-    )
-    settings.exact("shapes", in_channels=layers[first].in_channels, base_channels=base)
-    settings.resolve(
-        "stem_channels",
-        accepts=lambda value: (value or base) == stem,
-        derived=stem,
-        because=f"the weights' stem makes {stem} channels",
-    )
+
+def _mix_vision_transformer(state: Shapes, settings: Settings) -> None:
+    blocks = _blocks(state, r"layers\.(\d+)\.1\.(\d+)\.")
+    stages = range(len(blocks))
+    patches = [_shape(state, f"layers.{i}.0.projection.weight", 4) for i in stages]
+    widths = [patch[0] for patch in patches]
+    ratios = [
+        _shape(state, f"layers.{i}.1.0.attn.sr.weight", 4)[2]
+        if f"layers.{i}.1.0.attn.sr.weight" in state
+        else 1
+        for i in stages
+    ]
+    hidden = [_shape(state, f"layers.{i}.1.0.ffn.layers.1.weight", 4)[0] for i in stages]
     settings.exact(
-        "names", num_stages=stages, deep_stem=deep, avg_down=averaged if shortcuts else UNSET
+        "shapes",
+        in_channels=patches[0][1],
+        num_layers=tuple(blocks),
+        patch_sizes=tuple(patch[2] for patch in patches),
+        sr_ratios=tuple(ratios),
+        mlp_ratio=_ratio(hidden, widths),
     )
-    for name in ("strides", "dilations"):
-        settings.resolve(
-            name,
-            accepts=lambda value: len(value) >= stages,
-            because=f"the weights have {stages} stages and each needs one",
-        )
-    dilated = any(dilation > 1 for dilation in settings.values["dilations"])
-    settings.resolve("contract_dilation", matters=dilated)
-    gridded = stated(section, "multi_grid") not in (UNSET, None)
-    settings.resolve(
-        "multi_grid",
-        # Few networks have one, and it is no news that this one has none.
-        matters=gridded or "backbone.multi_grid" in evidence.overrides,
-        accepts=lambda value: value is None or len(value) == blocks[-1],
-        because=f"the weights' last stage has {blocks[-1]} blocks and each needs one dilation",
-    )
-    settings.resolve(
-        "out_indices",
-        default=tuple(range(stages)),
+    heads = settings.resolve(
+        "num_heads",
         accepts=lambda value: (
-            bool(value) and set(value) <= set(range(stages)) and len(set(value)) == len(value)
+            len(value) == len(widths)
+            and len({width / count for width, count in zip(widths, value, strict=True)}) == 1
+            and widths[0] % value[0] == 0
         ),
-        because=f"the weights have the stages 0 to {stages - 1}, each of which is one output",
+        because=f"the weights' stages have {widths} channels, each embed_dims times its heads",
+        note="weights do not show how channels are divided among heads",
     )
-    conv, styles = _conv(layers, settings, bottleneck)
+    settings.exact("shapes", embed_dims=widths[0] // heads[0])
+    settings.exact("names", qkv_bias="layers.0.1.0.attn.attn.in_proj_bias" in state)
     settings.resolve(
-        "style",
-        accepts=lambda value: value in styles,
-        derived=UNSET if len(styles) > 1 else next(iter(styles)),
-        source="names",
-        because="the layers with FBM follow the strides of the other style",
-        matters=bottleneck,
+        "strides",
+        accepts=lambda value: len(value) == len(widths),
+        because=f"the weights have {len(widths)} stages and each needs one",
     )
-    expansion = layers["layer1.0.conv3"].out_channels // base if bottleneck else 4
-    return settings.build(type="ResNet", expansion=expansion if expansion != 4 else None, conv=conv)
+    _outputs(settings, tuple(stages), tuple(stages))
 
 
-def _conv(
-    layers: Mapping[str, Layer], settings: SettingResolver[ResNetConfig], bottleneck: bool
-) -> tuple[FDConvConfig | None, set[str]]:
-    """The FDConv config, or None; and the styles that agree with it."""
-    section, evidence = settings.section, settings.evidence
-    scope = [la for la in layers.values() if la.name.startswith("stem.") or _BLOCK.match(la.name)]
-    dynamic = [layer for layer in scope if layer.dynamic]
-    conv_cfg = stated(section, "conv_cfg")
-    fdconv = isinstance(conv_cfg, Mapping) and type_of(conv_cfg) == "FDConv"
-    if section and not fdconv and dynamic and conv_cfg is not UNSET:
-        raise CheckpointError(
-            f"The config's backbone has conv_cfg={conv_cfg!r}, but the weights have {len(dynamic)} "
-            f"FDConv layers, e.g. {dynamic[0].name}. Give the config they were trained with."
-        )
-    if not dynamic and not fdconv:
-        settings.exact("names", conv=None)
-        return None, {"pytorch", "caffe"}
-    conv_section: Mapping[str, Any] = conv_cfg if isinstance(conv_cfg, Mapping) else {}
-    if not dynamic:
-        _check_all_plain(scope, conv_section)
-    given = evidence.overrides.get("backbone.style", stated(section, "style"))
-    strides = settings.values["strides"][: settings.values["num_stages"]]
-    # In each style, the names of the convolutions that have a stride above 1.
-    strided = {
-        style: {"stem.0"} | {f"layer{i}.0.{conv}" for i, s in enumerate(strides, 1) if s > 1}
-        for style, conv in (("pytorch", "conv2" if bottleneck else "conv1"), ("caffe", "conv1"))
-    }
-    candidates = [style for style in strided if style == given] or list(strided)
-    return infer_fdconv(scope, conv_section, evidence, strided, candidates)
-
-
-def _check_all_plain(scope: Sequence[Layer], conv_cfg: Mapping[str, Any]) -> None:
-    threshold = conv_cfg.get("use_fdconv_if_c_gt", 16)
-    sizes = conv_cfg.get("use_fdconv_if_k_in", (1, 3))
-    if not isinstance(threshold, int) or not isinstance(sizes, (list, tuple)):
-        return
-    for layer in scope:
-        if min(layer.in_channels, layer.out_channels) > threshold and layer.kernel[0] in sizes:
+def _swin_transformer(state: Shapes, settings: Settings) -> None:
+    refuse_unsupported("backbone", settings.section, qk_scale=None, use_abs_pos_embed=False)
+    blocks = _blocks(state, r"stages\.(\d+)\.blocks\.(\d+)\.")
+    patch = _shape(state, _MARKS["SwinTransformer"], 4)
+    firsts = [f"stages.{i}.blocks.0" for i in range(len(blocks))]
+    widths = [_shape(state, f"{first}.norm1.weight", 1)[0] for first in firsts]
+    for i, width in enumerate(widths):
+        if width != patch[0] * 2**i:
             raise CheckpointError(
-                f"The config says FDConv, but the weights are of plain convolutions: {layer.name} "
-                "should have KSM_Global and has not. Use the checkpoint trained with this config; "
-                "fdconv_deploy.checkpoints.convert_state_dict starts one from plain weights."
+                f"Stage {i} of the backbone has {width} channels, where a Swin Transformer with "
+                f"embed_dims {patch[0]} has {patch[0] * 2**i}: each stage has twice those of the "
+                "one before. The file mixes two networks."
             )
+    name = "attn.w_msa.relative_position_bias_table"
+    tables = {
+        key: _shape(state, key, 2) for key in state if key.endswith(name) and key.startswith("st")
+    }
+    rows = {table[0] for table in tables.values()}
+    window = (round(max(rows, default=0) ** 0.5) + 1) // 2
+    if rows != {(2 * window - 1) ** 2}:
+        raise CheckpointError(
+            f"The backbone's tables of relative positions have {sorted(rows)} rows. Expected one "
+            "size of window w for all blocks, so (2w-1)² rows in each; the file mixes two "
+            "networks."
+        )
+    index = f"{firsts[0]}.attn.w_msa.relative_position_index"
+    if index in state and not state[index].is_meta:
+        expected = torch.from_numpy(relative_positions(window))
+        if not torch.equal(state[index].long(), expected):
+            raise CheckpointError(
+                f"backbone.{index} is not the order of a {window}×{window} window's positions, "
+                "row by row. Such an attention cannot be built here."
+            )
+    settings.exact(
+        "shapes",
+        in_channels=patch[1],
+        embed_dims=patch[0],
+        patch_size=patch[2],
+        depths=tuple(blocks),
+        num_heads=tuple(_shape(state, f"{first}.{name}", 2)[1] for first in firsts),
+        window_size=window,
+        mlp_ratio=_ratio([_hidden(state, f"{f}.ffn.layers.0.0") for f in firsts], widths),
+    )
+    settings.exact("names", qkv_bias=f"{firsts[0]}.attn.w_msa.qkv.bias" in state)
+    _outputs(settings, _norms(state), tuple(range(len(blocks))))
+
+
+def _convnext(state: Shapes, settings: Settings) -> None:
+    refuse_unsupported("backbone", settings.section, gap_before_final_norm=False, use_grn=False)
+    blocks = _blocks(state, r"stages\.(\d+)\.(\d+)\.")
+    stem = _shape(state, _MARKS["ConvNeXt"], 4)
+    later = [_shape(state, f"downsample_layers.{i}.1.weight", 4) for i in range(1, len(blocks))]
+    arch = stated(settings.section, "arch")
+    depths, channels = _CONVNEXT.get(arch, (UNSET, UNSET)) if isinstance(arch, str) else (UNSET,) * 2
+    if isinstance(arch, Mapping):
+        depths, channels = stated(arch, "depths"), stated(arch, "channels")
+    settings.resolve("depths", config=depths, exact=tuple(blocks), source="names")
+    widths = (stem[0], *(shape[0] for shape in later))
+    settings.resolve("channels", config=channels, exact=widths, source="shapes")
+    settings.exact("shapes", in_channels=stem[1], stem_patch_size=stem[2])
+    plain = [state.get(f"stages.{i}.0.pointwise_conv1.weight") for i in range(len(blocks))]
+    ranks = {weight.ndim for weight in plain if weight is not None}
+    # Of FDConv layers, and of both forms side by side, the form makes no difference.
+    linear = UNSET if len(ranks) != 1 or dynamic_names(state) else ranks == {2}
+    settings.resolve("linear_pw_conv", exact=linear, matters=linear is not UNSET)
+    _outputs(settings, _norms(state), tuple(range(len(blocks))))
+
+
+_KINDS: dict[str, tuple[type[BackboneConfig], Callable[[Shapes, Settings], None], float]] = {
+    "MixVisionTransformer": (MixVisionTransformerConfig, _mix_vision_transformer, 1e-6),
+    "SwinTransformer": (SwinTransformerConfig, _swin_transformer, 1e-5),
+    "ConvNeXt": (ConvNeXtConfig, _convnext, 1e-6),
+}
 
 
 def _refuse_a_start(state: Shapes) -> None:
@@ -181,49 +220,72 @@ def _refuse_a_start(state: Shapes) -> None:
         )
 
 
-def _check_is_resnet(layers: Mapping[str, Layer], section: Mapping[str, Any]) -> None:
-    kind = type_of(section)
-    if kind and "ResNet" not in kind:
+def _blocks(state: Shapes, pattern: str) -> list[int]:
+    """Blocks in each stage, by names that have the numbers of both."""
+    found: dict[int, set[int]] = {}
+    for match in filter(None, map(re.compile(pattern).match, state)):
+        found.setdefault(int(match[1]), set()).add(int(match[2]))
+    whole = all(numbers == set(range(len(numbers))) for numbers in found.values())
+    if not found or sorted(found) != list(range(len(found))) or not whole:
         raise CheckpointError(
-            f"The config's backbone is a {kind}. Expected a ResNet: other backbones are not "
-            "supported yet."
+            f"The backbone has stages {sorted(found)} with blocks "
+            f"{[sorted(found[i]) for i in sorted(found)]}. Expected both numbered from 0 without "
+            "a gap; the file may be cut."
         )
-    if "layer1.0.conv1" not in layers or not {"conv1", "stem.0"} & set(layers):
-        names = ", ".join(list(layers)[:3]) or "no convolution"
+    return [len(found[stage]) for stage in sorted(found)]
+
+
+def _shape(state: Shapes, key: str, rank: int) -> tuple[int, ...]:
+    tensor = state.get(key)
+    if tensor is None or tensor.ndim != rank:
+        found = "is not there" if tensor is None else f"has shape {tuple(tensor.shape)}"
         raise CheckpointError(
-            "The backbone is not a ResNet as mmsegmentation names it: expected layers conv1 or "
-            f"stem, layer1.0.conv1 and so on, found {names}. Other backbones are not supported yet."
+            f"backbone.{key} {found}. Expected a tensor of rank {rank}; the file may be cut, or "
+            "of another version of this network."
         )
-    refuse_unsupported("backbone", section, dcn=None, plugins=None)
+    return tuple(tensor.shape)
 
 
-def _blocks(layers: Mapping[str, Layer]) -> list[int]:
-    """Blocks in each stage."""
-    found: dict[int, int] = {}
-    for match in filter(None, map(_BLOCK.match, layers)):
-        stage = int(match[1])
-        found[stage] = max(found.get(stage, 0), int(match[2]) + 1)
-    if sorted(found) != list(range(1, len(found) + 1)):
+def _hidden(state: Shapes, name: str) -> int:
+    """Features that the linear layer ``name`` makes, be it plain or FDConv."""
+    layers = layers_named(state, re.compile(re.escape(name) + r"(?=\.)"))
+    if not layers:
+        raise CheckpointError(f"backbone.{name} is not there. The file may be cut.")
+    return layers[0].out_channels
+
+
+def _ratio(hidden: Sequence[int], widths: Sequence[int]) -> int:
+    ratios = {h / w for h, w in zip(hidden, widths, strict=True)}
+    ratio = int(next(iter(ratios)))
+    if ratios != {ratio}:
         raise CheckpointError(
-            f"The backbone has stages {sorted(found)}. Expected layer1, layer2… without a gap; the "
-            "file may be cut."
+            f"The backbone's feed-forward networks have {list(hidden)} hidden channels in stages "
+            f"of {list(widths)}. Expected the same whole multiple (mlp_ratio) in each; the file "
+            "mixes two networks."
         )
-    return [found[stage] for stage in sorted(found)]
+    return ratio
 
 
-def _check_widths(layers: Mapping[str, Layer], base: int, blocks: Sequence[int]) -> None:
-    for stage in range(1, len(blocks) + 1):
-        first, second = layers.get(f"layer{stage}.0.conv1"), layers.get(f"layer{stage}.0.conv2")
-        width = base * 2 ** (stage - 1)
-        for layer in (first, second):
-            if layer is None or layer.out_channels != width:
-                found = "nothing" if layer is None else f"{layer.out_channels} channels"
-                raise CheckpointError(
-                    f"Stage {stage} of the backbone has {found} where a ResNet with base_channels "
-                    f"{base} has {width}. Wide ResNets and ResNeXt are not supported."
-                )
-        if second is not None and second.in_channels != width:
-            raise CheckpointError(
-                f"layer{stage}.0.conv2 takes {second.in_channels} channels in, expected {width}: "
-                "grouped convolutions (ResNeXt) are not supported."
-            )
+def _norms(state: Shapes) -> tuple[int, ...]:
+    """Stages whose output has a norm, which are those given on."""
+    return tuple(sorted(int(key[4:-7]) for key in state if re.fullmatch(r"norm\d\.weight", key)))
+
+
+def _outputs(settings: Settings, outputs: tuple[int, ...], stages: tuple[int, ...]) -> None:
+    """``out_indices``: with a norm for each output, names tell; otherwise any stages may be."""
+    written = stated(settings.section, "out_indices")
+    if isinstance(written, int):
+        written = (written,)
+    if isinstance(written, (list, tuple)):
+        last = len(stages)
+        written = tuple(sorted(i + last if isinstance(i, int) and i < 0 else i for i in written))
+    told = settings.model is not MixVisionTransformerConfig
+    settings.resolve(
+        "out_indices",
+        config=written,
+        default=outputs,
+        exact=outputs if told else UNSET,
+        accepts=lambda value: bool(value) and set(value) <= set(stages),
+        source="names",
+        because=f"the weights have outputs of the stages {list(outputs)}",
+    )

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from fdconv_deploy.checkpoints.evidence import UNSET, Evidence, SettingResolver, stated
+from fdconv_deploy.checkpoints.evidence import (
+    UNSET,
+    Evidence,
+    SettingResolver,
+    stated,
+    type_of,
+)
 from fdconv_deploy.checkpoints.infer_layers import Layer
 from fdconv_deploy.config import AttentionNorm, BandModulationConfig, FDConvConfig
 from fdconv_deploy.errors import CheckpointError
@@ -36,26 +42,64 @@ Conv = SettingResolver[FDConvConfig]
 Bands = SettingResolver[BandModulationConfig]
 
 
-def infer_fdconv(
+def infer_conv(
+    layers: Sequence[Layer],
+    settings: SettingResolver[Any],
+    strided: Mapping[str, Collection[str]] | None = None,
+    styles: Sequence[str] = ("",),
+) -> tuple[FDConvConfig | None, set[str]]:
+    """A backbone's FDConv config, or None of a plain one; and the ResNet styles that agree.
+
+    Args:
+        layers: those that FDConv may replace in this backbone.
+        settings: the backbone's.
+        strided: for each ResNet style, the layers with a stride above 1.
+        styles: those that are possible: one if the config or the user gives it.
+
+    Raises:
+        CheckpointError: the config says FDConv and the weights are plain or the other way round,
+            or no ``conv_cfg`` explains these layers.
+    """
+    section, strided = settings.section, strided or {"": ()}
+    dynamic = [layer for layer in layers if layer.dynamic]
+    conv_cfg = stated(section, "conv_cfg")
+    fdconv = isinstance(conv_cfg, Mapping) and type_of(conv_cfg) == "FDConv"
+    if section and not fdconv and dynamic and conv_cfg is not UNSET:
+        raise CheckpointError(
+            f"The config's backbone has conv_cfg={conv_cfg!r}, but the weights have {len(dynamic)} "
+            f"FDConv layers, e.g. {dynamic[0].name}. Give the config they were trained with."
+        )
+    if not dynamic and not fdconv:
+        settings.exact("names", conv=None)
+        return None, set(strided)
+    conv_section: Mapping[str, Any] = conv_cfg if isinstance(conv_cfg, Mapping) else {}
+    if not dynamic:
+        _check_all_plain(layers, conv_section)
+    return _fdconv(layers, conv_section, settings.evidence, strided, styles)
+
+
+def _check_all_plain(layers: Sequence[Layer], conv_cfg: Mapping[str, Any]) -> None:
+    threshold = conv_cfg.get("use_fdconv_if_c_gt", 16)
+    sizes = conv_cfg.get("use_fdconv_if_k_in", (1, 3))
+    if not isinstance(threshold, int) or not isinstance(sizes, (list, tuple)):
+        return
+    for layer in layers:
+        if min(layer.in_channels, layer.out_channels) > threshold and layer.kernel[0] in sizes:
+            raise CheckpointError(
+                f"The config says FDConv, but the weights are of plain layers: {layer.name} "
+                "should have KSM_Global and has not. Use the checkpoint trained with this config; "
+                "fdconv_deploy.checkpoints.convert_state_dict starts one from plain weights."
+            )
+
+
+def _fdconv(
     layers: Sequence[Layer],
     section: Mapping[str, Any],
     evidence: Evidence,
     strided: Mapping[str, Collection[str]],
     styles: Sequence[str],
 ) -> tuple[FDConvConfig, set[str]]:
-    """The FDConv config of a backbone, and the ResNet styles that agree with it.
-
-    Args:
-        layers: the convolutions ``conv_cfg`` applies to; with no dynamic one among them,
-            the config must explain that.
-        section: the config's ``conv_cfg``.
-        evidence: takes the settings.
-        strided: for each ResNet style, the layers with a stride above 1.
-        styles: those that are possible: one if the config or the user gives it.
-
-    Raises:
-        CheckpointError: no ``conv_cfg`` explains these layers.
-    """
+    """The FDConv config, and the ResNet styles that agree; ``section`` is ``conv_cfg``."""
     settings = SettingResolver(evidence, FDConvConfig, "backbone.conv", section)
     dynamic = [layer for layer in layers if layer.dynamic]
     _thresholds(settings, layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any, get_args
 
 from fdconv_deploy.checkpoints.evidence import (
@@ -31,6 +31,7 @@ _MODULES: dict[HeadType, tuple[set[str], set[str]]] = {
         {"psp_modules", "bottleneck", "fpn_bottleneck", "conv_seg"},
         {"lateral_convs", "fpn_convs"},
     ),
+    "SegformerHead": ({"convs", "fusion_conv", "conv_seg"}, set()),
     "FCNHead": ({"conv_seg"}, {"convs", "conv_cat"}),
     "PSPHead": ({"psp_modules", "bottleneck", "conv_seg"}, set()),
     "ASPPHead": ({"image_pool", "aspp_modules", "bottleneck", "conv_seg"}, set()),
@@ -39,6 +40,9 @@ _MODULES: dict[HeadType, tuple[set[str], set[str]]] = {
         {"c1_bottleneck"},
     ),
 }
+# Heads that take each of several feature maps by itself, and where the first convolutions of all
+# of these but UPerHead's last one stand.
+_EACH = {"UPerHead": "lateral_convs.", "SegformerHead": "convs."}
 # The convolution that takes the backbone's feature map, of the first module there is.
 _FIRST_CONVOLUTIONS = ("psp_modules.0.1.conv", "image_pool.1.conv", "convs.0.conv", "conv_cat.conv")
 # Modules that only one of the other heads has: to refuse it by its name.
@@ -69,7 +73,6 @@ _OTHER_HEADS = {
     "SETRUPHead": {"up_convs", "norm"},
     "SETRMLAHead": {"up_convs"},
     "STDCHead": {"laplacian_kernel", "fusion_kernel"},
-    "SegformerHead": {"fusion_conv"},
     "SegmenterMaskTransformerHead": {"cls_emb", "classes_proj"},
     "SideAdapterCLIPHead": {"side_adapter_network"},
 }
@@ -117,9 +120,10 @@ def infer_head(network: Shapes, name: str, widths: Sequence[int], evidence: Evid
     )
     activation = type_of(activation) if isinstance(activation, Mapping) else activation
     refuse_unsupported(name, {"act_cfg": activation}, act_cfg="ReLU")
-    if kind == "UPerHead" and transform != "multiple_select":
-        # It takes each feature map by itself.
+    if kind in _EACH and transform != "multiple_select":
         refuse_unsupported(name, section, input_transform=None)
+    if kind == "SegformerHead":
+        refuse_unsupported(name, section, interpolate_mode="bilinear")
     written = {
         **section,
         "type": type_of(section) or UNSET,
@@ -138,7 +142,7 @@ def infer_head(network: Shapes, name: str, widths: Sequence[int], evidence: Evid
         _pool_scales(settings, state)
     elif kind == "FCNHead":
         _fcn(settings, state)
-    else:
+    elif kind != "SegformerHead":
         _dilations(settings, state, stock=not section)
     if kind == "DepthwiseSeparableASPPHead":
         _finer_map(settings, state, name, widths)
@@ -219,35 +223,43 @@ def _inputs(
 ) -> None:
     """Which of the backbone's outputs the head takes: ``in_index`` and ``input_transform``.
 
-    Widths double from stage to stage, so that a number of channels identifies the outputs.
+    Their channels identify them where no two outputs, or sums of several, have the same.
     """
-    if kind == "UPerHead":
-        laterals = sorted(
-            (int(key.split(".")[1]), _shape(state, key)[1])
-            for key in state
-            if key.startswith("lateral_convs.") and key.endswith(".conv.weight")
-        )
-        taken = [width for _, width in laterals] + [_channels_in(state)]
+    every = range(len(widths))
+    if kind in _EACH:
+        taken = [
+            width
+            for _, width in sorted(
+                (int(key.split(".")[1]), _shape(state, key)[1])
+                for key in state
+                if key.startswith(_EACH[kind]) and key.endswith(".conv.weight")
+            )
+        ] + ([_channels_in(state)] if kind == "UPerHead" else [])
         foreign = next((width for width in taken if width not in widths), None)
-        outputs = tuple(list(widths).index(width) for width in taken if foreign is None)
+        # In the order of the weights, which may be any.
+        choices = [c for c in permutations(every, len(taken)) if [widths[i] for i in c] == taken]
         settings.values["input_transform"] = None
     else:
         channels = _channels_in(state)
-        sets = (c for n in range(1, len(widths) + 1) for c in combinations(range(len(widths)), n))
-        outputs = next((c for c in sets if sum(widths[i] for i in c) == channels), ())
-        foreign = None if outputs else channels
-    if foreign is not None:
+        sets = (c for n in range(1, len(widths) + 1) for c in combinations(every, n))
+        choices = [c for c in sets if sum(widths[i] for i in c) == channels]
+        foreign = None if choices else channels
+    if not choices:
         raise CheckpointError(
-            f"{name} takes feature maps of {foreign} channels, and the backbone's outputs have "
-            f"{tuple(widths)}. Expected a head right behind the backbone; necks are not supported. "
-            "If out_indices leaves a stage out, correct it."
+            f"{name} takes feature maps of {foreign or taken} channels, and the backbone's outputs "
+            f"have {tuple(widths)}. Expected a head right behind the backbone; necks are not "
+            "supported. If out_indices leaves a stage out, correct it."
         )
-    joined = kind != "UPerHead" and len(outputs) > 1
+    written = settings.section.get("in_index")
+    wanted = settings.evidence.overrides.get(f"{name}.in_index", written)
+    wanted = sorted(wanted) if isinstance(wanted, (list, tuple)) else []
+    outputs = next((c for c in choices if sorted(c) == wanted), choices[0])
+    joined = kind not in _EACH and len(outputs) > 1
     because = (
         f"{name} takes {tuple(widths[i] for i in outputs)} channels and the backbone's outputs "
         f"have {tuple(widths)}"
     )
-    if kind != "UPerHead":
+    if kind not in _EACH:
         settings.resolve(
             "input_transform",
             # One map "joined" is that map.
@@ -259,10 +271,14 @@ def _inputs(
     index = settings.resolve(
         "in_index",
         default=outputs,
-        exact=UNSET if joined else outputs,
-        accepts=lambda value: sorted(value) == list(outputs),
+        exact=UNSET if joined or len(choices) > 1 else outputs,
+        accepts=lambda value: (
+            sorted(value) == list(outputs) if joined else tuple(value) in choices
+        ),
         because=because,
-        note="the weights show which outputs, not their order",
+        note="the weights show which outputs, not their order"
+        if joined
+        else "other outputs have as many channels",
     )
     settings.exact("shapes", in_channels=tuple(widths[i] for i in index))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,6 +18,11 @@ Kind = Literal["segmentor", "detector", "classifier", "backbone", "unknown"]
 Shapes = Mapping[str, Tensor]
 
 _DETECTOR = ("neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.", "panoptic_head.")
+_BACKBONES = tuple(
+    f"{owner}{name}"
+    for owner in (".", ".backbone.")
+    for name in ("layer1.0.", "layers.0.0.projection.", "patch_embed.projection.", "downsample_layers.0.")
+)
 _DYNAMIC = ".KSM_Global.fc.weight"
 _BANDS = "FBM.freq_weight_conv_list."
 # Buffers of an FDConv layer that the published class does not save, and some copies do.
@@ -80,7 +86,7 @@ def kind_of(state: Shapes) -> Kind:
         return "segmentor"
     if any(key.startswith(_DETECTOR) for key in state):
         return "detector"
-    if any(f".{key}".startswith((".layer1.0.", ".backbone.layer1.0.")) for key in state):
+    if any(f".{key}".startswith(_BACKBONES) for key in state):
         heads = ("fc.", "head.", "cls_head.")
         return "classifier" if any(key.startswith(heads) for key in state) else "backbone"
     return "unknown"
@@ -144,6 +150,27 @@ def conv_layers(state: Shapes) -> list[Layer]:
         elif key.endswith(".weight") and value.ndim == 4:
             out, into, height, width = value.shape
             found[module] = Layer(module, into, out, (height, width), dynamic=False)
+    return list(found.values())
+
+
+def layers_named(state: Shapes, names: re.Pattern[str]) -> list[Layer]:
+    """The layers of these names, linear ones as 1×1 convolutions, in the file's order.
+
+    Raises:
+        CheckpointError: an FDConv layer's tensors don't fit each other.
+    """
+    dynamic = set(dynamic_names(state))
+    found: dict[str, Layer] = {}
+    for key, value in state.items():
+        match = names.match(key)
+        if match is None or match[0] in found:
+            continue
+        if match[0] in dynamic:
+            found[match[0]] = _dynamic_layer(state, match[0])
+        elif key == f"{match[0]}.weight" and value.ndim in (2, 4):
+            out, into, *kernel = value.shape
+            height, width = kernel or (1, 1)
+            found[match[0]] = Layer(match[0], into, out, (height, width), dynamic=False)
     return list(found.values())
 
 

@@ -125,10 +125,10 @@ def test_backbone_of_a_stock_config_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda k: k.replace("layer1", "block1"), "stages|not a ResNet"),
+        (lambda k: k.replace("layer1", "block1"), "stages|none known here"),
         (lambda k: k.replace("layer2", "layer7"), "without a gap"),
         (lambda k: k.replace("layer4.1", "layer4.2"), "blocks in its stages"),
-        (lambda k: k.replace("backbone.conv1", "backbone.patch_embed"), "not a ResNet"),
+        (lambda k: k.replace("backbone.conv1", "backbone.patch_embed"), "none known here"),
     ],
 )
 def test_backbone_not_known_here_is_refused(change: Any, says: str) -> None:
