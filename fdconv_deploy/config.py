@@ -328,8 +328,8 @@ class DecodeHeadConfig(Frozen):
     """What mmsegmentation's decode heads have in common. ``in_index`` names backbone outputs.
 
     ``input_transform="resize_concat"`` makes one feature map of several; without it a head
-    takes one, and UPerHead and SegformerHead each by itself. ``norm=False``: convolutions with a bias instead
-    of batch normalisation.
+    takes one, and UPerHead and SegformerHead each by itself. ``norm=False``: convolutions with a
+    bias instead of batch normalisation.
 
     ``out_channels`` is 1 for a head that distinguishes two classes by one output, None where
     there is an output for each of ``num_classes`` (which may be 1 as well). Of one output, a

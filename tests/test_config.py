@@ -54,7 +54,7 @@ def test_head_is_recorded_without_fields_of_other_heads() -> None:
     assert not {"pool_scales", "dilations", "c1_channels"} & set(recorded)
 
 
-@pytest.mark.parametrize("change", [{"type": "SegformerHead"}, {"unknown": 1}, {"channels": "?"}])
+@pytest.mark.parametrize("change", [{"type": "GCHead"}, {"unknown": 1}, {"channels": "?"}])
 def test_head_refuses_other_types_and_fields(change: dict[str, object]) -> None:
     head = FCNHeadConfig(**COMMON).model_dump() | change
     with pytest.raises(ValidationError):

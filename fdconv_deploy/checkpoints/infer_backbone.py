@@ -90,7 +90,7 @@ def infer_backbone(
     settings: Settings = SettingResolver(evidence, model, "backbone", section)
     infer(state, settings)
     conv, _ = infer_conv(layers_named(state, FEED_FORWARD[kind]), settings)
-    return settings.build(type=kind, conv=conv)  # type: ignore[no-any-return]
+    return settings.build(type=kind, conv=conv)
 
 
 def _mix_vision_transformer(state: Shapes, settings: Settings) -> None:
@@ -186,7 +186,9 @@ def _convnext(state: Shapes, settings: Settings) -> None:
     stem = _shape(state, _MARKS["ConvNeXt"], 4)
     later = [_shape(state, f"downsample_layers.{i}.1.weight", 4) for i in range(1, len(blocks))]
     arch = stated(settings.section, "arch")
-    depths, channels = _CONVNEXT.get(arch, (UNSET, UNSET)) if isinstance(arch, str) else (UNSET,) * 2
+    depths, channels = (
+        _CONVNEXT.get(arch, (UNSET, UNSET)) if isinstance(arch, str) else (UNSET,) * 2
+    )
     if isinstance(arch, Mapping):
         depths, channels = stated(arch, "depths"), stated(arch, "channels")
     settings.resolve("depths", config=depths, exact=tuple(blocks), source="names")

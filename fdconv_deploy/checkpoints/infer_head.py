@@ -272,9 +272,7 @@ def _inputs(
         "in_index",
         default=outputs,
         exact=UNSET if joined or len(choices) > 1 else outputs,
-        accepts=lambda value: (
-            sorted(value) == list(outputs) if joined else tuple(value) in choices
-        ),
+        accepts=lambda value: sorted(value) == list(outputs) if joined else tuple(value) in choices,
         because=because,
         note="the weights show which outputs, not their order"
         if joined

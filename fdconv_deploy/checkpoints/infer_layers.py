@@ -21,7 +21,12 @@ _DETECTOR = ("neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.", "pan
 _BACKBONES = tuple(
     f"{owner}{name}"
     for owner in (".", ".backbone.")
-    for name in ("layer1.0.", "layers.0.0.projection.", "patch_embed.projection.", "downsample_layers.0.")
+    for name in (
+        "layer1.0.",
+        "layers.0.0.projection.",
+        "patch_embed.projection.",
+        "downsample_layers.0.",
+    )
 )
 _DYNAMIC = ".KSM_Global.fc.weight"
 _BANDS = "FBM.freq_weight_conv_list."

@@ -215,6 +215,9 @@ def _fill(network: Segmentor | Detector, state: dict[str, Tensor], path: Path | 
         # Only training counts batches, and old files don't have the count.
         if key.endswith(".num_batches_tracked"):
             state.setdefault(key, torch.zeros(value.shape, dtype=value.dtype))
+        # A linear layer is a 1×1 convolution; those too narrow for FDConv are stored as either.
+        if key in state and _shape_of_conv(state[key]) == _shape_of_conv(value):
+            state[key] = state[key].reshape(value.shape)
     read = {f"{name}.{buffer}" for name in dynamic_layers(network) for buffer in SAVED_BUFFERS}
     unread = [key for key in state if key not in expected and key not in read]
     misfits = [
@@ -232,7 +235,7 @@ def _fill(network: Segmentor | Detector, state: dict[str, Tensor], path: Path | 
         raise CheckpointError(
             f"{path} does not fit the network that its names and shapes describe. "
             + "; ".join(misfits)
-            + ". Expected exactly the tensors of OpenMMLab's ResNet and heads; if the network has "
+            + ". Expected exactly the tensors of the framework's own network; if this one has "
             "parts of its own, it cannot be loaded."
         )
     weights: dict[str, Tensor] = {}
@@ -250,6 +253,11 @@ def _fill(network: Segmentor | Detector, state: dict[str, Tensor], path: Path | 
             )
         weights[key] = tensor
     network.load_state_dict(weights, strict=True, assign=True)
+
+
+def _shape_of_conv(weight: Tensor) -> tuple[int, ...]:
+    """A weight's shape, a linear layer's as that of the 1×1 convolution it is."""
+    return (*weight.shape, 1, 1) if weight.ndim == 2 else tuple(weight.shape)
 
 
 def _is_finite(tensor: Tensor) -> bool:

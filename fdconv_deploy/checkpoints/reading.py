@@ -30,6 +30,7 @@ from fdconv_deploy.checkpoints.safe_unpickling import (
     refusal_of_code,
     tensors_in,
     unpickle,
+    unpickle_with_storages,
 )
 from fdconv_deploy.checkpoints.shards import find_index, read_shards, refuse_one_shard
 from fdconv_deploy.errors import CheckpointError
@@ -289,7 +290,12 @@ class PickledFile:
         self._places: dict[str, tuple[int, int]] = {}
         self._swapped = False
         try:
-            self.content = self._unpickle() if self._folder is None else self._unzip(self._folder)
+            if self._folder is not None:
+                self.content = self._unzip(self._folder)
+            else:
+                with path.open("rb") as file:
+                    found = unpickle_with_storages(file, self._size)
+                self.content, self._places, self._swapped = found
         except HostilePickleError as error:
             raise CheckpointError(
                 f"{path} names {error}, which is code and not weights. Checkpoints are read "
@@ -329,7 +335,7 @@ class PickledFile:
             CheckpointError: the file is cut or damaged, or a tensor claims more than it stores.
         """
         for name, record in records.items():
-            stored = self._places.get(record.storage.key, (0, 0))[1]
+            stored = self._stored(record.storage)
             # Strides of zero let a few bytes pose as a tensor of any size.
             if record.needed > stored or record.nbytes > max(stored, 1 << 20):
                 raise CheckpointError(
@@ -347,25 +353,37 @@ class PickledFile:
             with self.path.open("rb") if self._folder is None else zipfile.ZipFile(self.path) as f:
                 for record in records.values():
                     key = record.storage.key
-                    if key not in storages and self._places.get(key, (0, 0))[1]:
-                        storages[key] = self._storage(f, key, record.dtype)
+                    if key not in storages and self._stored(record.storage):
+                        storages[key] = self._storage(f, record.storage, record.dtype)
             return {name: _tensor(record, storages) for name, record in records.items()}
         except _DAMAGE as error:
             raise self._damaged(error) from None
 
-    def _storage(self, file: zipfile.ZipFile | IO[bytes], key: str, dtype: torch.dtype) -> Tensor:
-        place, size = self._places[key]
+    def _stored(self, storage: StorageRecord) -> int:
+        """How many bytes the file has of a storage."""
+        if storage.content is not None:
+            return len(storage.content)
+        return self._places.get(storage.key, (0, 0))[1]
+
+    def _storage(
+        self, file: zipfile.ZipFile | IO[bytes], storage: StorageRecord, dtype: torch.dtype
+    ) -> Tensor:
+        size = self._stored(storage)
         flat = torch.empty(size, dtype=torch.uint8)
         target: Any = flat.numpy()
-        if isinstance(file, zipfile.ZipFile):
-            with file.open(f"{self._folder}data/{key}") as entry:
+        if storage.content is not None:
+            target[:] = np.frombuffer(storage.content, np.uint8)
+            count = size
+        elif isinstance(file, zipfile.ZipFile):
+            with file.open(f"{self._folder}data/{storage.key}") as entry:
                 count = entry.readinto(target)  # type: ignore[attr-defined]
         else:
-            file.seek(place)
+            file.seek(self._places[storage.key][0])
             count = file.readinto(target)  # type: ignore[attr-defined]
         if count != size:
             raise DamagedPickleError("it ends within a tensor")
-        if self._swapped and dtype.itemsize > 1:
+        swapped = self._swapped if storage.content is None else storage.swapped
+        if swapped and dtype.itemsize > 1:
             flat.untyped_storage().byteswap(dtype)
         return flat
 
@@ -380,31 +398,6 @@ class PickledFile:
             entry = archive.getinfo(f"{folder}data.pkl")
             with archive.open(entry) as file:
                 return unpickle(file, entry.file_size)
-
-    def _unpickle(self) -> Any:
-        """PyTorch's format before 1.6: five pickles, then the storages. Or a pickle alone."""
-        size = self._size
-        with self.path.open("rb") as file:
-            first = unpickle(file, size)
-            if first != torch.serialization.MAGIC_NUMBER:
-                return first
-            unpickle(file, size)  # the format's version
-            system = unpickle(file, size)
-            self._swapped = isinstance(system, dict) and system.get("little_endian") is False
-            found: dict[str, StorageRecord] = {}
-            content = unpickle(file, size, found)
-            keys = unpickle(file, size)
-            if not isinstance(keys, list):
-                raise DamagedPickleError("its list of storages is missing")
-            for key in map(str, keys):
-                count = int.from_bytes(file.read(8), "big" if self._swapped else "little")
-                dtype = found[key].dtype
-                length = count * (1 if dtype is None else dtype.itemsize)
-                if file.tell() + length > size:
-                    raise DamagedPickleError("it ends within a tensor")
-                self._places[key] = (file.tell(), length)
-                file.seek(length, 1)
-            return content
 
     def _damaged(self, error: BaseException) -> CheckpointError:
         return CheckpointError(

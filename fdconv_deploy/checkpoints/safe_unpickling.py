@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 import pickletools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -103,11 +104,15 @@ class StorageRecord:
         key: its name in the file.
         dtype: None for bytes that the tensor gives a dtype to.
         shift: the element at which this part of the storage begins; old files alone have it.
+        content: its bytes where they stand in the pickle, None where they stand beside it.
+        swapped: whether these bytes are in the other order than this machine's.
     """
 
     key: str
     dtype: torch.dtype | None
     shift: int = 0
+    content: memoryview | None = field(default=None, compare=False, repr=False)
+    swapped: bool = field(default=False, compare=False, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +139,13 @@ class TensorRecord:
         return (self.offset + last + 1) * self.dtype.itemsize
 
 
-def unpickle(file: IO[bytes], size: int, storages: dict[str, StorageRecord] | None = None) -> Any:
+def unpickle(
+    file: IO[bytes],
+    size: int,
+    storages: dict[str, StorageRecord] | None = None,
+    *,
+    nested: bool = False,
+) -> Any:
     """The object that the pickle at ``file``'s position describes.
 
     The file is left behind the pickle's last byte.
@@ -143,12 +154,13 @@ def unpickle(file: IO[bytes], size: int, storages: dict[str, StorageRecord] | No
         file: open for reading.
         size: bytes that are left in it, which no length in the pickle may exceed.
         storages: filled with the storages it names, by their keys.
+        nested: whether it stands in another pickle, and so must hold no further one.
 
     Raises:
         DamagedPickleError: it is cut, or is no pickle.
         HostilePickleError: it names code that runs commands or programs.
     """
-    machine = _Machine(size, {} if storages is None else storages)
+    machine = _Machine(size, {} if storages is None else storages, nested)
     try:
         opcodes = pickletools.genops(_Bounded(file, size))  # type: ignore[arg-type]
         for count, (opcode, argument, _) in enumerate(opcodes):
@@ -163,6 +175,46 @@ def unpickle(file: IO[bytes], size: int, storages: dict[str, StorageRecord] | No
         # What the steps do with a stack that no pickler leaves behind.
         raise DamagedPickleError(f"its pickle is not whole ({type(error).__name__})") from None
     raise DamagedPickleError("its pickle has no end")
+
+
+def unpickle_with_storages(
+    file: IO[bytes], size: int, *, nested: bool = False
+) -> tuple[Any, dict[str, tuple[int, int]], bool]:
+    """PyTorch's format before 1.6: five pickles, then the storages. Or a pickle alone.
+
+    Args:
+        file: open at its beginning.
+        size: its bytes.
+        nested: whether it stands in another pickle, and so must hold no further one.
+
+    Returns:
+        The object, where each storage begins in the file and its bytes, by key, and whether these
+        are in the other order than this machine's.
+
+    Raises:
+        DamagedPickleError, HostilePickleError: see `unpickle`.
+    """
+    first = unpickle(file, size, nested=nested)
+    if first != torch.serialization.MAGIC_NUMBER:
+        return first, {}, False
+    unpickle(file, size, nested=nested)  # the format's version
+    system = unpickle(file, size, nested=nested)
+    swapped = isinstance(system, dict) and system.get("little_endian") is False
+    found: dict[str, StorageRecord] = {}
+    content = unpickle(file, size, found, nested=nested)
+    keys = unpickle(file, size, nested=nested)
+    if not isinstance(keys, list):
+        raise DamagedPickleError("its list of storages is missing")
+    places: dict[str, tuple[int, int]] = {}
+    for key in map(str, keys):
+        count = int.from_bytes(file.read(8), "big" if swapped else "little")
+        dtype = found[key].dtype
+        length = count * (1 if dtype is None else dtype.itemsize)
+        if file.tell() + length > size:
+            raise DamagedPickleError("it ends within a tensor")
+        places[key] = (file.tell(), length)
+        file.seek(length, 1)
+    return content, places, swapped
 
 
 class _Bounded:
@@ -205,8 +257,8 @@ class _Machine:
             a small hostile one the same part a million times.
     """
 
-    def __init__(self, size: int, storages: dict[str, StorageRecord]) -> None:
-        self.storages = storages
+    def __init__(self, size: int, storages: dict[str, StorageRecord], nested: bool) -> None:
+        self.storages, self.nested, self.embedded = storages, nested, 0
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -346,6 +398,9 @@ class _Machine:
                 return bytes(data)
             case "bytes" | "bytearray", ():
                 return b""
+            # What pickle alone makes of a tensor: its storage as a whole file of PyTorch's.
+            case "torch.storage._load_from_bytes", (bytes() | bytearray() as data,):
+                return None if self.nested else self.storage_in(data)
             case (
                 "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2",
                 (StorageRecord() as storage, offset, shape, stride, *rest),
@@ -365,6 +420,16 @@ class _Machine:
                 made = self.call(rebuild, inner) if str(kind) in _PLAIN_TENSORS else None
                 return made if isinstance(made, TensorRecord) else None
         return None
+
+    def storage_in(self, data: bytes | bytearray) -> StorageRecord | None:
+        """The storage that a file of PyTorch's holds; None if it holds anything else."""
+        found, places, swapped = unpickle_with_storages(BytesIO(data), len(data), nested=True)
+        if not isinstance(found, StorageRecord) or found.key not in places:
+            return None
+        place, length = places[found.key]
+        self.embedded += 1
+        content = memoryview(data)[place : place + length]
+        return replace(found, key=f"embedded {self.embedded}", content=content, swapped=swapped)
 
 
 def _harmless(constant: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from fdconv_deploy.checkpoints import (
 )
 from fdconv_deploy.checkpoints.config_writer import format_config
 from fdconv_deploy.checkpoints.evidence import Setting
-from fdconv_deploy.config import DecodeHeadConfig, UPerHeadConfig
+from fdconv_deploy.config import DecodeHeadConfig, HeadType, UPerHeadConfig
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.runtime.segmentation import class_names, class_palette
@@ -38,11 +38,11 @@ from tests.checkpoints.small import (
 
 def test_head_not_known_here_is_refused() -> None:
     state = dynamic_state()
-    with pytest.raises(CheckpointError, match="decode_head is a SegformerHead: it has fusion_conv"):
+    with pytest.raises(CheckpointError, match="decode_head is a GCHead: it has gc_block"):
         infer(
             {k: v for k, v in state.items() if k.startswith("backbone.")}
-            | {"decode_head.fusion_conv.conv.weight": torch.empty(1, 1, 1, 1)},
-            {"decode_head": {"type": "SegformerHead"}},
+            | {"decode_head.gc_block.conv_mask.weight": torch.empty(1, 1, 1, 1)},
+            {"decode_head": {"type": "GCHead"}},
         )
     moved = {k.replace("backbone.layer4.1.conv2", "decode_head.x"): v for k, v in state.items()}
     with pytest.raises(CheckpointError, match=r"decode_head\.x is an FDConv layer"):
@@ -173,7 +173,7 @@ CASCADES = json.loads((REAL / "heads.json").read_text())["cascades"]
 
 STOCK = json.loads((REAL / "stock.json").read_text())
 
-SUPPORTED = ("UPerHead", "FCNHead", "PSPHead", "ASPPHead", "DepthwiseSeparableASPPHead")
+SUPPORTED = get_args(HeadType)
 
 LIST = f"Supported decode heads: {', '.join(SUPPORTED)}."
 
