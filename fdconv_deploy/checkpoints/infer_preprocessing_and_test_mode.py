@@ -100,6 +100,10 @@ def infer_preprocessing(
     if written in (UNSET, None):
         written = stated(outer, "img_scale")
     settings.resolve("scale", config=_scale(written, keep_ratio, evidence), default=scale)
+    backend = {"cv2": "opencv", "pillow": "pillow"}.get(str(stated(resize, "backend")), UNSET)
+    settings.resolve("resample", config=backend, matters=backend == "pillow")
+    divisor = stated(_processor(config), "test_cfg.size_divisor")
+    settings.resolve("size_divisor", config=divisor, matters=divisor is not UNSET)
     for step in steps:
         if type_of(step) and type_of(step) not in (*_HARMLESS, *harmless):
             evidence.notes.append(
@@ -155,7 +159,7 @@ def _normalisation(
     config: Config, steps: Sequence[Mapping[str, Any]], channels: int
 ) -> dict[str, Any]:
     """Mean, deviation and channel order that the config states, as :class:`Preprocessing`'s."""
-    processor = config.section("model", "data_preprocessor") or config.section("data_preprocessor")
+    processor = _processor(config)
     older = _step(steps, "Normalize") or config.section("img_norm_cfg")
     section = processor or older
     mean, std = stated(section, "mean"), stated(section, "std")
@@ -165,6 +169,10 @@ def _normalisation(
     if stated(section, "rgb_to_bgr") is True:
         swapped = True  # the same swap under another name
     return {"mean": _each(mean, channels), "std": _each(std, channels), "bgr_to_rgb": swapped}
+
+
+def _processor(config: Config) -> dict[str, Any]:
+    return config.section("model", "data_preprocessor") or config.section("data_preprocessor")
 
 
 def _loading(loader: Mapping[str, Any], channels: int, evidence: Evidence) -> Any:
