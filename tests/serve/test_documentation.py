@@ -80,6 +80,19 @@ def test_settings_and_scripts_exist() -> None:
     assert named <= set(Settings.model_fields)
     assert len(named) > 25
     for module in re.findall(r"python -m (benchmarks\.serving\.\w+)", TEXT):
-        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
     for link in re.findall(r"\]\(([^)]+)\)", TEXT):
         assert (ROOT / "docs" / link).exists(), link
+
+
+def test_table_of_clients_is_that_of_the_record() -> None:
+    pytest.importorskip("psutil", reason="psutil is not installed")
+    from benchmarks.serving.clients.__main__ import table
+
+    text = (ROOT / "docs" / "serving-clients.md").read_text(encoding="utf-8")
+    record = re.search(r"\]\(\.\./(benchmarks/results/[^)]+)\)", text)
+    assert record is not None
+    found = json.loads((ROOT / record[1]).read_text(encoding="utf-8"))
+    assert table(found["clients"]) in text
+    assert all(found["held"].values())
