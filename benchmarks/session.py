@@ -6,7 +6,8 @@ the CPU time burnt after a run. Each in fresh processes. Without BUNDLE, UPerNet
 batches 1 and 4, is exported first.
 
 ``--variants`` runs ONNX Runtime with other settings than the runtime's, side by side;
-``--binding`` compares bound outputs with returned ones. They are why the settings are as they are.
+``--binding`` compares bound outputs with returned ones; ``--mapped`` the memory of graphs whose
+files ONNX Runtime maps with that of bytes it is given. They are why the settings are as they are.
 """
 
 from __future__ import annotations
@@ -93,6 +94,48 @@ print(json.dumps({
 """
 
 
+MAPPED = """
+import json, resource, sys, time
+import numpy as np, onnxruntime, psutil
+from fdconv_deploy.runtime import Bundle, open_session
+from fdconv_deploy.runtime.backends import BackendOptions
+from fdconv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
+path, threads, side = sys.argv[1:]
+process, found = psutil.Process(), {}
+def step(name):
+    found[name + "_mb"] = round(process.memory_info().rss / 1e6)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found[name + "_peak_mb"] = round(peak * 1024 / 1e6)
+bundle = Bundle.open(path)
+step("empty")
+start = time.perf_counter()
+if side == "mapped":
+    backend = OnnxRuntimeBackend("onnxruntime-cpu", BackendOptions(int(threads)))
+    graphs = {
+        batch: onnxruntime.InferenceSession(
+            str(bundle.model_path(batch)),
+            backend._session_options(int(threads)),
+            providers=["CPUExecutionProvider"],
+        )
+        for batch in bundle.batch_sizes
+    }
+    run = lambda batch, feeds: graphs[batch].run(None, feeds)
+else:
+    session = open_session(path, "onnxruntime-cpu", threads=int(threads))
+    step("opened")
+    for batch in bundle.batch_sizes:
+        session.runner._graphs.get(batch)
+    run = lambda batch, feeds: session.run_raw(feeds)
+found["load_seconds"] = round(time.perf_counter() - start, 2)
+step("loaded")
+for batch in bundle.batch_sizes:
+    feeds = {s.name: np.zeros(s.shape, s.dtype) for s in bundle.manifest.inputs[batch]}
+    run(batch, feeds)
+step("run")
+print(json.dumps(found))
+"""
+
+
 def fresh(program: str, *arguments: object) -> Any:
     """The JSON that a program prints, run in a process of its own."""
     command = [sys.executable, "-c", program, *map(str, arguments)]
@@ -127,6 +170,11 @@ def measure(bundle: Path, *, threads: int, repeats: int = 5) -> dict[str, Any]:
         "import_seconds": spread(imports, 3, 1.0),
         "batches": lives,
     }
+
+
+def mapped(bundle: Path, *, threads: int) -> dict[str, Any]:
+    """Memory of all the bundle's graphs: of files that are mapped, and of bytes."""
+    return {side: fresh(MAPPED, bundle, threads, side) for side in ("mapped", "bytes")}
 
 
 def load(path: str | Path, variant: str, threads: int) -> Any:
@@ -216,6 +264,8 @@ def show(result: dict[str, Any]) -> None:
             f"[{ms['q1']} to {ms['q3']}], memory {found['loaded_mb']} MB loaded, "
             f"{found['settled_mb']} after three runs, {found['peak_mb']} at most"
         )
+    for side, found in result.get("mapped", {}).items():
+        print(f"  {side:8} {', '.join(f'{key} {value}' for key, value in found.items())}")
     if "binding" in result:
         print(f"outputs of {result['binding']['outputs_mb']} MB")
         for side, ms in result["binding"]["ms"].items():
@@ -228,6 +278,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="fresh processes for each figure")
     parser.add_argument("--variants", action="store_true", help="compare other settings too")
     parser.add_argument("--binding", action="store_true", help="compare IO binding too")
+    parser.add_argument("--mapped", action="store_true", help="compare mapped files too")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=180.0)
     options = parser.parse_args()
@@ -241,6 +292,8 @@ def main() -> None:
         how = dict(threads=options.threads, rounds=options.rounds, seconds=options.seconds)
         if options.variants:
             result["variants"] = variants(model, **how)
+        if options.mapped:
+            result["mapped"] = mapped(bundle, threads=options.threads)
         if options.binding:
             result["binding"] = binding(model, **how)
     print(name)

@@ -252,6 +252,7 @@ def _open_bundle(target: Target) -> OpenTarget:
     backend_options = BackendOptions(threads=options.threads, native=target.native)
     backend, choice, graphs = select(bundle, target.backend, backend_options)
     graphs = {target.batch: graphs.get(target.batch) or backend.load(bundle, target.batch)}
+    bundle.release()  # only this batch is run
     session = Session(bundle, GraphRunner(bundle, backend, choice, graphs))
     shapes = (spec.shape for spec in bundle.manifest.inputs[target.batch])
     size = next(((shape[2], shape[3]) for shape in shapes if len(shape) == 4), None)
