@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -122,8 +122,9 @@ def health(found: Server) -> Iterator[list[float]]:
 
     def ask() -> None:
         while not end.wait(0.02):
-            start = time.perf_counter()
-            healthy = found.get("/healthz")[0] == 200
+            start, healthy = time.perf_counter(), False
+            with suppress(OSError):
+                healthy = found.get("/healthz")[0] == 200
             took.append((time.perf_counter() - start) * 1e3 if healthy else float("inf"))
 
     thread = threading.Thread(target=ask)
@@ -175,12 +176,16 @@ def main() -> None:
             with health(found) as took:
                 asking.start()
                 new = 1
-                for attack in ATTACKS * rounds:
-                    attack(served, (first, second)[new])
-                    taken.append(_answers(found.port, body, lambda m, new=new: shares(m)[new]))
-                    new = 1 - new
-                stop.set()
-                asking.join()
+                try:
+                    for attack in ATTACKS * rounds:
+                        attack(served, (first, second)[new])
+                        if found.process.poll() is not None:
+                            raise SystemExit(f"{attack.__name__} ended the process.")
+                        taken.append(_answers(found.port, body, lambda m, new=new: shares(m)[new]))
+                        new = 1 - new
+                finally:
+                    stop.set()
+                    asking.join()
             alive = found.process.poll() is None
     total = Load()
     for one in seen:
