@@ -102,7 +102,7 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},
         middleware=[*_cors(settings), Middleware(Edge, service=service, clients=clients)],
     )
-    app.state.service = service
+    app.state.service, app.state.clients = service, clients
     problems.install(app)
     for router in ROUTERS:  # not include_router, whose routers would match every request twice
         app.router.routes += router.routes
@@ -208,7 +208,9 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=partial(LimitedProtocol, settings, partial(refuse, self.service)),  # type: ignore[arg-type]
+                http=partial(
+                    LimitedProtocol, settings, partial(refuse, self.service, app.state.clients)
+                ),  # type: ignore[arg-type]
                 ws="none",
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 log_level=log_level,

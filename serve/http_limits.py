@@ -17,8 +17,9 @@ from fdconv_deploy.serve.settings import Settings
 MAX_HEAD_BYTES = 32 << 10  # address and headers, unless they come in one piece
 LINGER_SECONDS = 2.0  # to read why: a refused client that is cut off at once loses the answer
 LAST_REQUEST_SECONDS = 0.5  # for a request that is on its way when the server stops
-# Makes headers and body of an answer of its status, its sentence, and the ASGI scope, if any.
-Refusal = Callable[[int, str, Any], tuple[list[tuple[bytes, bytes]], bytes]]
+# Makes headers and body of an answer of the peer's address, the answer's status, its sentence, and
+# the ASGI scope, if any.
+Refusal = Callable[[str, int, str, Any], tuple[list[tuple[bytes, bytes]], bytes]]
 
 
 class LimitedProtocol(H11Protocol):
@@ -110,7 +111,8 @@ class LimitedProtocol(H11Protocol):
             self.transport.abort()  # an answer has begun
             return
         cycle = None if self.cycle is None or self.cycle.response_complete else self.cycle
-        headers, body = self._refusal(status, detail, cycle and cycle.scope)
+        peer = self.client[0] if self.client else ""
+        headers, body = self._refusal(peer, status, detail, cycle and cycle.scope)
         headers = [*headers, (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
         response = h11.Response(
             status_code=status, headers=headers, reason=HTTPStatus(status).phrase

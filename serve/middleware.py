@@ -201,7 +201,7 @@ class Edge:
 
 
 def refuse(
-    service: Service, status: int, detail: str, scope: Scope | None
+    service: Service, clients: Clients, peer: str, status: int, detail: str, scope: Scope | None
 ) -> tuple[list[tuple[bytes, bytes]], bytes]:
     """Headers and body of an answer that the server gives instead of the application.
 
@@ -213,7 +213,8 @@ def refuse(
     else:
         request_id = secrets.token_hex(16)
         service.metrics.requests.labels("unmatched", str(status)).inc()
-        log_access(request_id=request_id, status=status)
+        client = clients.identify(peer, ())  # there may be no headers that can be read
+        log_access(request_id=request_id, client=client.name, status=status)
     body = json.dumps(problem(request_id, status, detail, kserve=True)).encode()
     kind = (b"content-type", MEDIA_TYPE.encode())
     return [kind, (REQUEST_ID.lower().encode(), request_id.encode()), *SECURITY], body

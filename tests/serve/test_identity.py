@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from pathlib import Path
 
@@ -148,6 +149,19 @@ def test_forwarded_addresses_are_ignored_from_others(bundles: list[Path], caplog
         httpx.get(f"{address}/v1/models", headers={"X-Forwarded-For": "198.51.100.7"})
         httpx.get(f"{address}/v1/models")  # the first one's line comes after its answer
     assert caplog.records[0].fields["client"] == "127.0.0.1"
+
+
+def test_what_is_no_http_is_logged_with_its_address(bundles: list[Path], caplog) -> None:
+    with (
+        running(bundles, settings=Settings(threads=1)) as address,
+        caplog.at_level("INFO", "fdconv.access"),
+    ):
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=60) as plug:
+            plug.sendall(b"no HTTP\r\n\r\n")
+            assert plug.recv(100).startswith(b"HTTP/1.1 400")
+    fields = caplog.records[-1].fields
+    assert (fields["client"], fields["status"]) == ("127.0.0.1", 400)
 
 
 def test_settings_hold_networks_from_a_file() -> None:
