@@ -23,7 +23,7 @@ from fdconv_deploy.errors import BundleError, FDConvError
 from fdconv_deploy.runtime import Bundle, Session
 from fdconv_deploy.runtime.batching import least_seconds
 from fdconv_deploy.runtime.bundle_checks import bundle_root
-from fdconv_deploy.runtime.manifest import MANIFEST_NAME
+from fdconv_deploy.runtime.manifest import MANIFEST_NAME, Manifest
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.model_cards import Benchmark, ModelCard, model_card, model_name
 from fdconv_deploy.serve.settings import Settings
@@ -66,6 +66,7 @@ class Model:
     version: Version | None = None
     loading: asyncio.Task[Version] | None = None
     generation: int = 0
+    manifest: Manifest | None = None  # of the version that was loaded last
     last_used: float = 0.0
     error: str | None = None
     wanted: bool = True  # False once it was unloaded by hand
@@ -97,6 +98,7 @@ class Repository:
         self._open_version = open_version
         self._on_load, self._on_close = on_load, on_close
         self._models: dict[str, Model] = {}
+        self._default = ""
         self._folders: list[Path] = []
         self._loader = ThreadPoolExecutor(1, "loader")
         try:
@@ -113,8 +115,22 @@ class Repository:
 
     @property
     def default(self) -> Model:
-        """The model that /v1/segment uses."""
-        return next(iter(self._models.values()))
+        """The model that /v1/segment uses: the first at the start, and never another.
+
+        Raises:
+            RefusedError: 503, its bundle is gone.
+        """
+        if self._default not in self._models:
+            raise self._unavailable(
+                f"The default model {self._default!r} is gone; there are "
+                f"{', '.join(self._models)}. Name one: /v1/models/NAME/segment."
+            )
+        return self._models[self._default]
+
+    def is_ready(self, name: str, version: str = "") -> bool:
+        """Whether there is a model of that name, loaded, and of this version if one is given."""
+        found = self._models[name].version if name in self._models else None
+        return found is not None and version in ("", found.card.version)
 
     def get(self, name: str) -> Model:
         """The model called ``name``; refused with 404 where there is none."""
@@ -182,13 +198,14 @@ class Repository:
             self._close_if_done(version)
 
     async def load(self, model: Model) -> None:
-        """Load a model anew, replacing the version there is.
+        """Load a model, replacing the version there is if its bundle has changed.
 
         Raises:
             FDConvError: It does not load; the version there was stays.
         """
         model.wanted = True
-        await self._loaded(model, anew=True)
+        unchanged = model.session is not None or fingerprint(model.path) == model.fingerprint
+        await self._loaded(model, anew=not unchanged)
 
     async def unload(self, model: Model) -> None:
         """Let a model go until it is loaded by hand."""
@@ -201,11 +218,7 @@ class Repository:
         for folder in self._folders:
             for path in bundles_in(folder):
                 if path.name not in self._models:
-                    try:
-                        self._add_path(path)
-                        log.info("%s: found", path.name)
-                    except FDConvError as error:
-                        log.warning("%s is not served: %s", path, error)
+                    await self._found(path)
         for model in list(self._models.values()):
             if model.session is not None:
                 continue
@@ -235,6 +248,19 @@ class Repository:
         for model in self._models.values():
             if model.opened is not None:
                 model.opened.close()
+
+    async def _found(self, path: Path) -> None:
+        """Serve a bundle that has come, as ``load`` says; half-copied, the next look decides."""
+        model = None
+        try:
+            model = self._add_path(path, opened=False)
+            if self._settings.load == "start":
+                await self._loaded(model)
+            log.info("%s: found", model.name)
+        except (FDConvError, OSError) as error:
+            if model is not None:
+                del self._models[model.name]
+            log.warning("%s is not served: %s", path, error)
 
     async def _follow(self, model: Model) -> None:
         try:
@@ -305,7 +331,10 @@ class Repository:
             if model.session is None:
                 session.close()
             raise
-        model.generation += 1
+        # Unloaded or evicted, and loaded again, it is the version that clients may have pinned.
+        if session.bundle.manifest != model.manifest:
+            model.generation += 1
+        model.manifest = session.bundle.manifest
         model.fingerprint = before
         model.card = card
         using = f" With {session.operators}." if session.operators else ""
@@ -365,14 +394,17 @@ class Repository:
                 return
         self._add_path(path)
 
-    def _add_path(self, path: Path) -> None:
+    def _add_path(self, path: Path, *, opened: bool = True) -> Model:
         found = fingerprint(path)
-        at_start = self._settings.load == "start"
-        bundle = Bundle.open(path, verify=self._settings.verify and at_start)
-        model = self._add(bundle)
+        opened &= self._settings.load == "start"
+        bundle = Bundle.open(path, verify=self._settings.verify and opened)
+        model = self._add(bundle, opened=opened)
         model.fingerprint = found
+        return model
 
-    def _add(self, bundle: Bundle, session: Session | None = None) -> Model:
+    def _add(
+        self, bundle: Bundle, session: Session | None = None, *, opened: bool = False
+    ) -> Model:
         path = bundle.path.resolve()
         name = model_name(path)
         if name in self._models:
@@ -380,14 +412,15 @@ class Repository:
                 f"Two bundles are called {name!r}, and are served under that name. Rename "
                 "one of their folders."
             )
+        self._default = self._default or name
         # The path as given, not resolved: replacing a link is a change to follow.
         model = Model(
             name,
             bundle.path,
-            model_card(name, bundle, default=not self._models),
+            model_card(name, bundle, default=name == self._default),
             session=session,
         )
-        if session is None and self._settings.load == "start":
+        if opened:
             # Opened here so that a missing backend ends the start, not the first request.
             model.opened = self._open_version(bundle)
         self._models[name] = model

@@ -102,7 +102,7 @@ def _add_security(document: dict[str, Any]) -> None:
 def _add_examples(document: dict[str, Any], service: Service) -> None:
     """Give every JSON answer and every parameter that has none an example."""
     parameters = {
-        "name": service.repository.default.name,
+        "name": next(iter(service.repository)).name,
         "version": "1",
         "min_score": 0.3,
         HEADER_LENGTH: 138,
@@ -132,7 +132,7 @@ def _add_examples(document: dict[str, Any], service: Service) -> None:
 def _answers(service: Service) -> dict[str, Any]:
     """Example answers by path, of the default model as it is served."""
     repository = service.repository
-    card = repository.card(repository.default)
+    card = repository.card(next(iter(repository)))
     statistics = ModelStatistics(name=card.name, version="1")
     statistics.ran(1, 0.0123)
     statistics.succeeded([("queue", 0.0004), ("inference", 0.0123)], 1)

@@ -20,6 +20,7 @@ from fdconv_deploy.serve.uploads import BodyBudget
 from fdconv_deploy.serve.workers import Children, isolated_session
 
 log = logging.getLogger("fdconv.serve")
+NO_LIMIT = 1e9  # milliseconds, the most that X-Timeout-Ms takes
 
 
 class Service:
@@ -103,10 +104,15 @@ class Service:
         self.ready, self._unready = False, "The service is stopping."
         self.draining = True
 
-    def deadline(self, wanted_ms: float | None) -> float:
-        """When a request that arrives now must be answered, on the scheduler's clock."""
-        most = float(self.settings.deadline_ms)
-        return time.perf_counter() + min(most, wanted_ms or most) / 1e3
+    def deadline(self, *wanted_ms: float | None, arrived: float | None = None) -> float:
+        """When a request must be answered, on the scheduler's clock.
+
+        Args:
+            wanted_ms: The client's limits, of which the least holds; None or 0 is none.
+            arrived: When it came; now by default.
+        """
+        start = time.perf_counter() if arrived is None else arrived
+        return start + min(self.settings.deadline_ms, *filter(None, wanted_ms), NO_LIMIT) / 1e3
 
     async def close(self) -> None:
         """Finish what was begun; let go of models and threads."""
@@ -175,3 +181,24 @@ class Service:
     def _count_failure(self, lane: Hashable, seconds: float) -> None:
         assert isinstance(lane, Version)
         self.statistics[lane.name].failed(seconds)
+
+
+def timeout_of(header: str | None) -> float | None:
+    """The milliseconds of an ``X-Timeout-Ms`` header; None without one.
+
+    Raises:
+        RefusedError: 422, it is none from 1 to ``NO_LIMIT``.
+    """
+    if header is None:
+        return None
+    try:
+        found = float(header)
+    except ValueError:
+        found = 0.0
+    if not 1 <= found <= NO_LIMIT:
+        raise RefusedError(
+            422,
+            f"X-Timeout-Ms is a time limit in milliseconds, from 1 to {NO_LIMIT:.0f}; found "
+            f"{header[:40]!r}.",
+        )
+    return found

@@ -71,20 +71,29 @@ class BodyBudget:
 class Body:
     """A request's body; a context manager that holds its bytes' share of the budget.
 
+    Args:
+        request: Whose it is.
+        settings: Its limits.
+        budget: Of all bodies.
+        most: Bytes that a request of this kind may need; beside the setting's.
+
     Raises:
         RefusedError: On entering, 413 announced too large, 415 an unknown encoding. On reading,
             408 too slow, 413 too large, 422 damaged, 503 too many bytes in hand.
     """
 
-    def __init__(self, request: Request, settings: Settings, budget: BodyBudget) -> None:
+    def __init__(
+        self, request: Request, settings: Settings, budget: BodyBudget, most: int | None = None
+    ) -> None:
         self._request, self._settings, self._budget = request, settings, budget
+        self._most = min(settings.max_body_bytes, most or settings.max_body_bytes)
         self._taken = 0
         length = request.headers.get("content-length", "")
         known = length.isascii() and length.isdigit()
         self._length = int(length[:20]) if known else None
 
     def __enter__(self) -> Body:
-        if (self._length or 0) > self._settings.max_body_bytes:
+        if (self._length or 0) > self._most:
             raise self._too_large()
         encoding = self._request.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("identity", *_WINDOWS):
@@ -194,7 +203,7 @@ class Body:
 
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
         unpack = None if self._window is None else zlib.decompressobj(self._window)
-        most, received = self._settings.max_body_bytes, 0
+        most, received = self._most, 0
         async for chunk in self._request.stream():
             if unpack is not None:
                 try:
@@ -222,8 +231,8 @@ class Body:
     def _too_large(self) -> RefusedError:
         return RefusedError(
             413,
-            f"The body is larger than the {self._settings.max_body_bytes:,} bytes that are "
-            "accepted. Send a smaller or more strongly compressed image.",
+            f"The body is larger than the {self._most:,} bytes that are accepted here, "
+            "decompressed. Send a smaller or more strongly compressed image, or fewer at a time.",
         )
 
 

@@ -31,13 +31,14 @@ from fdconv_deploy.serve.kserve.metadata import (
 from fdconv_deploy.serve.kserve.tensors import (
     InferRequest,
     InputTensor,
+    check_parameters,
     datatype_of,
     infer_request,
 )
 from fdconv_deploy.serve.middleware import accepted_id
 from fdconv_deploy.serve.model_cards import ModelCard
 from fdconv_deploy.serve.model_repository import Version
-from fdconv_deploy.serve.service import Service
+from fdconv_deploy.serve.service import Service, timeout_of
 from fdconv_deploy.serve.telemetry import log_access
 
 log = logging.getLogger("fdconv.serve")
@@ -286,7 +287,7 @@ class GrpcServer:
             case "ServerReady":
                 return {"ready": service.ready}
             case "ModelReady":
-                return {"ready": repository.get(request.name).version is not None}
+                return {"ready": repository.is_ready(request.name, request.version)}
             case "Check":
                 return {"status": self._serving(request.service)}
             case "ServerMetadata":
@@ -302,7 +303,7 @@ class GrpcServer:
                 index = repository_index(repository, ready=request.ready)
                 return {"models": [entry.model_dump() for entry in index]}
             case "RepositoryModelLoad":
-                await load_model(service, request.model_name)
+                await load_model(service, request.model_name, _parameters(request))
             case "RepositoryModelUnload":
                 await unload_model(service, request.model_name)
         return {}
@@ -365,12 +366,13 @@ class GrpcServer:
             service.budget.give(size)
 
     async def _run(self, request: Any, context: Any, call: _Call) -> Any:
-        service = self._service
+        service, arrived = self._service, time.perf_counter()
         model = service.repository.get_version(request.model_name, request.model_version)
         wanted = _read(request, service.repository.card(model), service.settings.max_images)
         left = context.time_remaining()
-        limits = [ms for ms in (wanted.timeout_ms, left and left * 1e3) if ms]
-        deadline = service.deadline(min(limits) if limits else None)
+        header = dict(_text(context)).get("x-timeout-ms")
+        limits = wanted.timeout_ms, left and left * 1e3, timeout_of(header)
+        deadline = service.deadline(*limits, arrived=arrived)
         count = len(wanted.images)
         with service.admission.admit(call.client.name, count, deadline):
             async with service.repository.lease(model) as version:
@@ -414,6 +416,9 @@ def _explained(error: Exception, call: _Call) -> tuple[grpc.StatusCode, str]:
 
 
 def _read(request: Any, card: ModelCard, max_images: int) -> InferRequest:
+    parameters = _parameters(request)
+    for holder in (parameters, *map(_parameters, (*request.inputs, *request.outputs))):
+        check_parameters(holder)
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise RefusedError(400, "raw_input_contents must hold every input's bytes, or none's.")
@@ -429,13 +434,24 @@ def _read(request: Any, card: ModelCard, max_images: int) -> InferRequest:
                 contents.fp32_contents if given.datatype == "FP32" else contents.uint_contents,
             )
         )
-    timeout = None
-    if "timeout" in request.parameters:
-        timeout = request.parameters["timeout"].int64_param
-        if timeout < 0:
-            raise RefusedError(400, "The parameter 'timeout' is a number of microseconds above 0.")
+    timeout = parameters.get("timeout", 0)
+    if type(timeout) is not int or timeout < 0:
+        raise RefusedError(
+            400,
+            "The parameter 'timeout' is a whole number of microseconds, 0 for none; found "
+            f"{str(timeout)[:40]!r}.",
+        )
     names = [output.name for output in request.outputs]
     return infer_request(card, request.id, inputs, names, timeout, max_images)
+
+
+def _parameters(holder: Any) -> dict[str, Any]:
+    """The parameters of a message, or of a part of it, by name."""
+    found = {}
+    for name, value in holder.parameters.items():
+        kind = value.WhichOneof("parameter_choice")
+        found[name] = None if kind is None else getattr(value, kind)
+    return found
 
 
 def _written(version: Version, request: InferRequest, outputs: dict[str, Any]) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.serve.errors import RefusedError
@@ -91,6 +92,22 @@ class ModelConfig(BaseModel):
     dynamic_batching: DynamicBatching
 
 
+class IndexCall(BaseModel):
+    """KServe v2: which models are to be listed."""
+
+    model_config = ConfigDict(strict=True)
+
+    ready: bool = False
+
+
+class ControlCall(BaseModel):
+    """Triton: what a client sends to load or unload a model."""
+
+    model_config = ConfigDict(strict=True)
+
+    parameters: dict[str, Any] = {}
+
+
 class ModelIndexEntry(BaseModel):
     """KServe v2: a model and its state."""
 
@@ -164,13 +181,27 @@ def repository_index(repository: Repository, *, ready: bool = False) -> list[Mod
     ]
 
 
-async def load_model(service: Service, name: str) -> None:
-    """Load a model again, where the operator lets clients do that.
+async def load_model(service: Service, name: str, parameters: Mapping[str, Any]) -> None:
+    """Load a model, or again where its bundle has changed, if the operator lets clients do that.
+
+    Args:
+        service: That has the model.
+        name: The model's.
+        parameters: The client's. Triton's "config" and "file:..." ask for another model than the
+            bundle holds.
 
     Raises:
-        RefusedError: 403, they may not; 404, there is no such model; 400, it does not load.
+        RefusedError: 403, they may not; 404, there is no such model; 400, it does not load, or is
+            to be loaded in another way.
     """
     _check_control(service.settings)
+    for key in parameters:
+        if key == "config" or key.startswith("file:"):
+            raise RefusedError(
+                400,
+                f"A model is loaded as its bundle says, without the parameter {key[:60]!r}. Put "
+                "another bundle in its place.",
+            )
     try:
         await service.repository.load(service.repository.get(name))
     except FDConvError as error:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,17 @@ DATATYPES: dict[str, np.dtype[Any]] = {
 }
 _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 _JSON = json.JSONEncoder(separators=(",", ":"))
+# Parameters of Triton's extensions that would change the answer and are not done here. A client
+# that got an answer would take it for the one it asked for.
+_NOT_DONE = {
+    "classification": "classify outputs (class_count). Ask for the output itself",
+    "shared_memory_region": "use shared memory. Send and ask for tensors in the request",
+    "shared_memory_offset": "use shared memory. Send and ask for tensors in the request",
+    "shared_memory_byte_size": "use shared memory. Send and ask for tensors in the request",
+    "sequence_id": "keep sequences: each request stands for itself. Leave the sequence out",
+    "sequence_start": "keep sequences: each request stands for itself. Leave the sequence out",
+    "sequence_end": "keep sequences: each request stands for itself. Leave the sequence out",
+}
 _OUTPUTS: list[Any] = ["logits", "labels", "boxes", "scores", "count", "masks"]
 _EXAMPLE: dict[str, Any] = {
     "id": "42",
@@ -47,7 +59,13 @@ class _Strict(BaseModel):
 
 
 class Parameters(_Strict):
-    """KServe v2: parameters of a request or of one of its tensors; others are ignored."""
+    """KServe v2: parameters of a request or of one of its tensors.
+
+    Those of Triton's classification, shared memory and sequence extensions are refused, others
+    ignored.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     timeout: int | None = Field(
         default=None, ge=0, description="Of a request: time limit in microseconds; 0 for none."
@@ -166,6 +184,10 @@ def read_request(
             f"The request's JSON is not an inference request{' at ' * bool(where)}{where}: "
             f"{first['msg']}.",
         ) from error
+    asked = [call.parameters, *(tensor.parameters for tensor in call.inputs)]
+    asked += [output.parameters for output in call.outputs or []]
+    for part in filter(None, asked):
+        check_parameters(part.model_extra or {})
     tail, inputs = body[length:], []
     for given in call.inputs:
         raw = None
@@ -192,6 +214,21 @@ def read_request(
         if output.parameters and output.parameters.binary_data is not None:
             binary[output.name] = output.parameters.binary_data
     return request, binary
+
+
+def check_parameters(parameters: Mapping[str, Any]) -> None:
+    """Refuse parameters that ask for what is not done here; empty ones ask for nothing.
+
+    Raises:
+        RefusedError: 400, one does.
+    """
+    for name, value in parameters.items():
+        if name in _NOT_DONE and value:
+            raise RefusedError(
+                400,
+                f"The parameter {name!r} is not supported: this service does not "
+                f"{_NOT_DONE[name]}.",
+            )
 
 
 def write_answer(
@@ -345,18 +382,40 @@ def _array(given: InputTensor) -> Array:
 
 
 def _from_numbers(given: InputTensor, dtype: np.dtype[Any], count: int) -> Array:
-    try:
-        numbers = np.array(given.numbers or [], np.float64).reshape(-1)
-        fits = numbers.size == count
-        if dtype == np.uint8:
-            fits &= bool(((numbers >= 0) & (numbers <= 255) & (numbers % 1 == 0)).all())
-    except (ValueError, TypeError, OverflowError, RecursionError):
-        fits = False
+    """Numbers as they are in JSON, or in a message of gRPC, as an array (count,).
+
+    Raises:
+        RefusedError: 400, something else than as many numbers of the datatype: null, true, text,
+            and numbers past the datatype's range are no numbers, as for Triton.
+    """
+    numbers = given.numbers if given.numbers is not None else []
+    in_json = isinstance(numbers, list)
+    numbers = _flat(numbers) if in_json else numbers
+    fits = numbers is not None and len(numbers) == count
+    if fits:
+        try:
+            wide = np.array(numbers, np.float64)
+            with np.errstate(over="ignore", invalid="ignore"):
+                array = wide.astype(dtype)
+            if in_json or dtype.kind != "f":
+                fits = bool(
+                    (array == wide).all() if dtype.kind != "f" else np.isfinite(array).all()
+                )
+        except OverflowError:  # an integer of hundreds of digits
+            fits = False
     if not fits:
         raise RefusedError(
             400,
             f"The data of the input {given.name!r} must be a list of {count} numbers within the "
             f"range of {given.datatype}.",
         )
-    with np.errstate(over="ignore"):
-        return numbers.astype(dtype)
+    return array
+
+
+def _flat(numbers: list[Any]) -> list[Any] | None:
+    """Lists in lists, row by row, as one list; None where they hold other things than numbers."""
+    while numbers and set(map(type, numbers)) == {list}:
+        if len(set(map(len, numbers))) > 1:
+            return None
+        numbers = list(chain.from_iterable(numbers))
+    return numbers if set(map(type, numbers)) <= {int, float} else None

@@ -10,10 +10,9 @@ from fastapi import Header, Request, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from fdconv_deploy.serve.service import Service
+from fdconv_deploy.serve.service import NO_LIMIT, Service
 
 T = TypeVar("T")
-NO_LIMIT = 1e9
 _SMALL_BYTES = 64 << 10
 # How long work goes on before it is watched whether its client stays: the event loop, woken during
 # a run, would take its core from it.

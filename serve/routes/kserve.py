@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ValidationError
 
 from fdconv_deploy.serve.errors import RefusedError, problem_docs
 from fdconv_deploy.serve.kserve.inference import infer
 from fdconv_deploy.serve.kserve.metadata import (
+    ControlCall,
+    IndexCall,
     ModelConfig,
     ModelIndexEntry,
     ModelMetadata,
@@ -34,6 +38,7 @@ from fdconv_deploy.serve.kserve.tensors import (
 )
 from fdconv_deploy.serve.model_cards import ModelCard
 from fdconv_deploy.serve.routes.common import Parts, answered, service_of, while_connected
+from fdconv_deploy.serve.service import timeout_of
 from fdconv_deploy.serve.uploads import Body
 
 # JSON larger than this, in bytes, is read and written on another thread than the event loop's.
@@ -41,7 +46,8 @@ _SMALL_JSON = 64 << 10
 router = APIRouter(prefix="/v2", tags=["KServe v2"])
 _NOT_FOUND = problem_docs(401, 404)
 _READY = problem_docs(401, 404, 503)
-_CONTROL = problem_docs(400, 401, 403, 404)
+_CONTROL = problem_docs(400, 401, 403, 404, 413)
+Asked = TypeVar("Asked", bound=BaseModel)
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
@@ -72,6 +78,27 @@ def _card(request: Request) -> ModelCard:
     """The card of the model, and of the version, that the address names."""
     repository = service_of(request).repository
     return repository.card(repository.get_version(**request.path_params))
+
+
+async def _read_json(request: Request, kind: type[Asked]) -> Asked:
+    """A small JSON body, which may be left out.
+
+    Raises:
+        RefusedError: 400, it is something else.
+    """
+    service = service_of(request)
+    with Body(request, service.settings, service.budget, _SMALL_JSON) as body:
+        data = await body.read()
+    try:
+        return kind.model_validate_json(data or b"{}")
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RefusedError(
+            400,
+            f"The body is not what this address takes{' at ' * bool(where)}{where}: "
+            f"{first['msg']}. Leave it out, or send JSON.",
+        ) from error
 
 
 # First, since routes are tried in order and this one is asked most.
@@ -118,12 +145,14 @@ async def run(request: Request) -> Response:
     Of a detector, its graph's boxes (in pixels of the input), scores, labels, count and masks.
     The parameter `timeout` is a time limit in microseconds.
     """
-    service = service_of(request)
+    service, arrived = service_of(request), time.perf_counter()
     repository, code = service.repository, service.scheduler.code
     client = request.state.client
     model = repository.get_version(**request.path_params)
+    timeout_ms = timeout_of(request.headers.get("x-timeout-ms"))
     service.check_loaded()
-    service.admission.check_room(client, deadline=service.deadline(None))
+    deadline = service.deadline(timeout_ms, arrived=arrived)
+    service.admission.check_room(client, deadline=deadline)
     with Body(request, service.settings, service.budget) as body:
         header = request.headers.get(HEADER_LENGTH)
         data = await body.read_aligned(int(header[:9]) if header and header.isdecimal() else 0)
@@ -135,7 +164,7 @@ async def run(request: Request) -> Response:
             else:
                 wanted, binary = await code(lambda: read_request(*arguments))
             count = len(wanted.images)
-            deadline = service.deadline(wanted.timeout_ms)
+            deadline = service.deadline(timeout_ms, wanted.timeout_ms, arrived=arrived)
             with service.admission.admit(client, count, deadline):
                 work = infer(service, leased, wanted, deadline)
                 outputs, stages = await while_connected(request, work)
@@ -224,21 +253,29 @@ async def model_ready(request: Request) -> ServerReady:
     return ServerReady(ready=True)
 
 
-@router.post("/repository/index", summary="List models and states", responses=problem_docs(401))
+@router.post(
+    "/repository/index", summary="List models and states", responses=problem_docs(400, 401, 413)
+)
 async def index(request: Request) -> list[ModelIndexEntry]:
-    """As Triton's clients ask for it."""
-    return repository_index(service_of(request).repository)
+    """As Triton's clients ask for it; with `{"ready": true}` of the models that are ready."""
+    asked = await _read_json(request, IndexCall)
+    return repository_index(service_of(request).repository, ready=asked.ready)
 
 
 @router.post("/repository/models/{name}/load", summary="Load a model again", responses=_CONTROL)
 async def load(request: Request, name: str) -> dict[str, Any]:
-    """Where the operator allows it; the version there is serves until the new one can."""
-    await load_model(service_of(request), name)
+    """Where the operator allows it; the version there is serves until the new one can.
+
+    A bundle that is loaded and has not changed stays as it is.
+    """
+    asked = await _read_json(request, ControlCall)
+    await load_model(service_of(request), name, asked.parameters)
     return {}
 
 
 @router.post("/repository/models/{name}/unload", summary="Unload a model", responses=_CONTROL)
 async def unload(request: Request, name: str) -> dict[str, Any]:
     """Where the operator allows it; until it is loaded again, its requests get a 503."""
+    await _read_json(request, ControlCall)
     await unload_model(service_of(request), name)
     return {}

@@ -19,7 +19,6 @@ from fdconv_deploy.serve.responses import (
     form_for_several,
 )
 from fdconv_deploy.serve.routes.common import (
-    NO_LIMIT,
     TimeoutMs,
     answered,
     service_of,
@@ -28,6 +27,7 @@ from fdconv_deploy.serve.routes.common import (
 from fdconv_deploy.serve.schemas import Detection, Detections, Segmentation, Segmentations
 from fdconv_deploy.serve.segment_options import SegmentOptions, check_options
 from fdconv_deploy.serve.segment_request import segment
+from fdconv_deploy.serve.service import NO_LIMIT
 from fdconv_deploy.serve.uploads import FIELD, NPY, Body
 
 router = APIRouter(tags=["segmentation"])

@@ -306,11 +306,58 @@ class TestFolders:
                 assert list(await states(client)) == ["a", "b", "c"]
                 toy.make_bundle(tmp_path / "models" / "d")
                 await service.repository.poll()
-                assert (await states(client))["d"] == "unloaded"
+                assert (await states(client))["d"] == "ready"  # as load: start says
                 (tmp_path / "models" / "b").rename(tmp_path / "gone")
                 await service.repository.poll()
                 assert list(await states(client)) == ["a", "c", "d"]
                 assert (await client.get("/v1/models/b")).status_code == 404
+
+        asyncio.run(test())
+
+    def test_one_that_comes_waits_where_models_load_on_demand(self, tmp_path: Path) -> None:
+        toy.make_bundle(tmp_path / "models" / "a")
+
+        async def test() -> None:
+            async with serving([tmp_path / "models"], load="demand") as (client, service):
+                toy.make_bundle(tmp_path / "models" / "d")
+                await service.repository.poll()
+                assert (await states(client))["d"] == "unloaded"
+
+        asyncio.run(test())
+
+    def test_one_that_comes_in_pieces_is_found_when_it_is_whole(self, tmp_path: Path) -> None:
+        toy.make_bundle(tmp_path / "models" / "a")
+        whole = toy.make_bundle(tmp_path / "d", seed=4).path
+        part = tmp_path / "models" / "d"
+
+        async def test() -> None:
+            async with serving([tmp_path / "models"]) as (client, service):
+                part.mkdir()
+                for name in ("manifest.json", "model.b1.onnx", "model.b4.onnx", "weights.bin"):
+                    await service.repository.poll()
+                    assert await states(client) == {"a": "ready"}
+                    shutil.copy(whole / name, part / name)
+                await service.repository.poll()
+                assert await states(client) == {"a": "ready", "d": "ready"}
+
+        asyncio.run(test())
+
+    def test_no_other_model_answers_for_the_default(self, tmp_path: Path, png: bytes) -> None:
+        three(tmp_path / "models")
+        default = tmp_path / "models" / "a"
+
+        async def test() -> None:
+            async with serving([tmp_path / "models"]) as (client, service):
+                default.rename(tmp_path / "away")
+                await service.repository.poll()
+                answer = await client.post("/v1/segment", content=png, headers=PNG)
+                assert answer.status_code == 503
+                assert "'a' is gone; there are b, c" in answer.json()["detail"]
+                (tmp_path / "away").rename(default)
+                await service.repository.poll()
+                answer = await client.post("/v1/segment", content=png, headers=PNG)
+                assert answer.headers["x-model"] == "a"
+                assert (await client.get("/v1/models/a")).json()["default"]
 
         asyncio.run(test())
 
@@ -329,5 +376,68 @@ def test_memory_is_counted(tmp_path: Path, png: bytes) -> None:
             card = (await client.get("/v1/models/a")).json()
             assert f'fdconv_model_bytes{{model="a"}} {float(card["bytes"])}' in text
             assert 'fdconv_model_bytes{model="b"}' not in text
+
+    asyncio.run(test())
+
+
+def test_loading_an_unchanged_bundle_keeps_its_version(tmp_path: Path, png: bytes) -> None:
+    """Loaded by hand, unloaded, or copied over by itself: clients may have pinned it."""
+    path = toy.make_bundle(tmp_path / "m").path
+    pinned = "/v2/models/m/versions/1/ready"
+
+    async def test() -> None:
+        async with serving([path], model_control=True) as (client, service):
+
+            async def control(what: str) -> None:
+                answer = await client.post(f"/v2/repository/models/m/{what}")
+                assert answer.status_code == 200, answer.text
+
+            session = service.repository.get("m").version.session
+            await control("load")
+            assert service.repository.get("m").version.session is session
+            await control("unload")
+            await control("load")
+            assert (await client.get(pinned)).status_code == 200
+            touch(path)
+            await service.repository.poll()
+            assert (await client.get(pinned)).status_code == 200
+            toy.make_bundle(path, seed=3, overwrite=True)
+            touch(path)
+            await control("load")
+            assert (await client.get(pinned)).status_code == 404
+            assert (await client.get("/v1/models/m")).json()["version"] == "2"
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("what", ["load", "unload"])
+@pytest.mark.parametrize("body", [b"{", b"[]", b"null", b'{"parameters": 1}', b"x" * 70_000])
+def test_what_is_no_json_loads_nothing(tmp_path: Path, what: str, body: bytes) -> None:
+    path = toy.make_bundle(tmp_path / "m").path
+
+    async def test() -> None:
+        async with serving([path], model_control=True) as (client, _):
+            answer = await client.post(f"/v2/repository/models/m/{what}", content=body)
+            assert answer.status_code == (413 if len(body) > 65_536 else 400), answer.text
+            assert await states(client) == {"m": "ready"}
+
+    asyncio.run(test())
+
+
+def test_index_of_models_that_are_ready(tmp_path: Path) -> None:
+    paths = three(tmp_path)
+
+    async def test() -> None:
+        async with serving(paths, model_control=True) as (client, _):
+            await client.post("/v2/repository/models/b/unload", json={})
+
+            async def listed(**body) -> list[str]:
+                found = await client.post("/v2/repository/index", **body)
+                return [entry["name"] for entry in found.json()]
+
+            assert await listed() == await listed(json={"ready": False}) == ["a", "b", "c"]
+            assert await listed(json={"ready": True}) == ["a", "c"]
+            answer = await client.post("/v2/repository/index", json={"ready": "yes"})
+            assert answer.status_code == 400
 
     asyncio.run(test())

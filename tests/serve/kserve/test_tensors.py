@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from fdconv_deploy.serve import Settings, create_app
 from fdconv_deploy.serve.kserve import tensors
+from tests.serve.conftest import wait_until_ready
 from tests.serve.test_refusals import refused
 
 URL = "/v2/models/street/infer"
@@ -72,6 +75,12 @@ def change(call: dict, **changes) -> dict:
         {"data": [0.5] * 4608},
         {"data": ["x"] * 4608},
         {"data": [[1], [1, 2]] * 2000},
+        {"data": [None] * 4608},
+        {"data": [True] * 4608},
+        {"data": ["7"] * 4608},
+        {"data": [1] * 4607 + [True]},
+        {"data": [[1] * 48 + [None] * 96] * 32},
+        {"data": [10**400] + [0] * 4607},
         {"data": {"a": 1}},
         {"parameters": {"binary_data_size": 4608}},
     ],
@@ -79,6 +88,65 @@ def change(call: dict, **changes) -> dict:
 def test_infer_refuses_wrong_inputs(client: TestClient, call, changes) -> None:
     answer = client.post(URL, json=change(call, **changes))
     assert answer.json()["error"] == refused(answer, 400)
+
+
+@pytest.mark.parametrize(
+    "number", ["1e39", "-1e39", "1e400", "NaN", "Infinity", "null", "true", '"1"']
+)
+def test_infer_refuses_what_is_no_float32(client: TestClient, number: str) -> None:
+    """As Triton does; taken, it would be NaN or another number all the way to the answer."""
+    data = ",".join(["0.5"] * 4607 + [number])
+    body = (
+        '{"inputs": [{"name": "images", "shape": [1, 3, 32, 48], "datatype": "FP32", '
+        f'"data": [{data}]}}]}}'
+    )
+    assert "4608 numbers" in refused(client.post(URL, content=body), 400)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_infer_takes_the_largest_float32(client: TestClient) -> None:
+    """Its shortest decimal form is larger than itself as a float64."""
+    given = {"name": "images", "shape": [1, 3, 32, 48], "datatype": "FP32"}
+    numbers = [3.4028235e38] + [0] * 4607
+    call = {"inputs": [{**given, "data": numbers}], "outputs": [{"name": "labels"}]}
+    assert client.post(URL, json=call).status_code == 200
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x", "", "nan", "1e10"])
+def test_time_limit_of_the_header_is_the_same_on_both_ways(
+    client: TestClient, call, png: bytes, value: str
+) -> None:
+    headers = {"X-Timeout-Ms": value}
+    assert client.post(URL, json=call, headers=headers).status_code == 422
+    answer = client.post(
+        "/v1/segment", content=png, headers={**headers, "Content-Type": "image/png"}
+    )
+    assert answer.status_code == 422
+
+
+def test_time_limit_of_the_header_holds(bundles, call, png: bytes) -> None:
+    """It and the parameter: the earlier one."""
+    with TestClient(create_app(bundles, Settings(threads=1))) as client:
+        wait_until_ready(client)
+        service = client.app.state.service
+        found: list[float] = []
+        real = service.scheduler.run
+
+        async def run(lane, inputs, deadline):
+            found.append(deadline - time.perf_counter())
+            return await real(lane, inputs, deadline)
+
+        service.scheduler.run = run
+        for headers, timeout in (({"X-Timeout-Ms": "20000"}, 0), ({}, 20_000_000)):
+            call["parameters"] = {"timeout": timeout}
+            assert client.post(URL, json=call, headers=headers).status_code == 200
+        client.post(
+            "/v1/segment",
+            content=png,
+            headers={"X-Timeout-Ms": "20000", "Content-Type": "image/png"},
+        )
+    assert len(found) == 3
+    assert all(10 < left <= 20 for left in found)  # of 30 without
 
 
 @pytest.mark.parametrize(
