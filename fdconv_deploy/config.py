@@ -434,7 +434,8 @@ class QueryHeadConfig(DecodeHeadConfig):
     A pixel decoder of ``channels`` mixes backbone outputs by deformable attention: the ones at
     ``levels``, places in ``in_index``. A decoder of ``hidden_channels`` turns ``num_queries``
     into classes and masks of ``mask_channels``. Tensors tell all but heads and ``norm_groups``;
-    of deformable attention they tell the product of heads, levels and points.
+    of deformable attention they tell the product of heads, levels and points. ``conv`` makes all
+    feed-forward networks FDConv, as the published converter does with a whole network.
     """
 
     num_queries: Positive = 100
@@ -450,6 +451,7 @@ class QueryHeadConfig(DecodeHeadConfig):
     decoder_heads: Positive = 8
     decoder_feedforward: Positive = 2048
     enforce_input_proj: bool = False
+    conv: FDConvConfig | None = None
 
     @property
     def class_outputs(self) -> int:
@@ -533,6 +535,8 @@ class MaskDINOHeadConfig(QueryHeadConfig):
     def _sensible(self) -> MaskDINOHeadConfig:
         if self.class_scores == "softmax" and not self.no_object:
             raise ValueError("class_scores 'softmax' needs the output for no object")
+        if not self.two_stage and self.initialize_box_type != "no":
+            raise ValueError("initialize_box_type needs two_stage: single-stage boxes are learned")
         if self.hidden_channels != 256:
             raise ValueError(
                 f"MaskDINO's decoder has 256 channels, found {self.hidden_channels}: its box "

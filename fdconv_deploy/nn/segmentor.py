@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fdconv_deploy.config import SegmentorConfig, TestMode
 from fdconv_deploy.nn.backbones import build_backbone
-from fdconv_deploy.nn.heads import build_head, resize
+from fdconv_deploy.nn.heads import QueryHead, build_head, resize
 from fdconv_deploy.nn.spectrum import FrequencyOrder
 
 
@@ -15,8 +15,8 @@ class Segmentor(nn.Module):
     """mmsegmentation's EncoderDecoder, for inference.
 
     ``forward``: normalised ``(B, C, H, W)`` float32 -> logits ``(B, classes, h, w)`` at the
-    head's own size, or ``(B, 1, h, w)`` of a head with one output. `predict` adds the
-    published test modes.
+    head's own size, or ``(B, 1, h, w)`` of a head with one output; of a head with queries, scores
+    at the input's size. `predict` adds the published test modes.
     """
 
     def __init__(
@@ -25,14 +25,18 @@ class Segmentor(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.backbone = build_backbone(architecture.backbone, frequency_order)
-        self.decode_head = build_head(architecture.decode_head)
+        self.decode_head = build_head(architecture.decode_head, frequency_order)
         self.auxiliary_head = None
         if architecture.auxiliary_head is not None:
             self.auxiliary_head = build_head(architecture.auxiliary_head)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(B, C, H, W)`` float32, normalised, C bands."""
-        return self.decode_head(self.backbone(x))
+        features = self.backbone(x)
+        if isinstance(self.decode_head, QueryHead):
+            classes, masks = self.decode_head(features)
+            return self.decode_head.semantic_scores(classes, masks, x.shape[-2:])
+        return self.decode_head(features)
 
     @torch.no_grad()
     def predict(self, x: Tensor, mode: TestMode | None = None) -> Tensor:

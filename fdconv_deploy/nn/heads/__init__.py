@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from fdconv_deploy.config import DecodeHeadConfig, HeadType
+from fdconv_deploy.config import (
+    DecodeHeadConfig,
+    HeadType,
+    Mask2FormerHeadConfig,
+    MaskDINOHeadConfig,
+)
 from fdconv_deploy.nn.heads.aspp_head import ASPPHead, DepthwiseSeparableASPPHead
 from fdconv_deploy.nn.heads.decode_head import DecodeHead, resize
 from fdconv_deploy.nn.heads.fcn_head import FCNHead
+from fdconv_deploy.nn.heads.mask2former_head import Mask2FormerHead
+from fdconv_deploy.nn.heads.maskdino_head import MaskDINOHead
 from fdconv_deploy.nn.heads.psp_head import PSPHead
+from fdconv_deploy.nn.heads.query_head import QueryHead
 from fdconv_deploy.nn.heads.segformer_head import SegformerHead
 from fdconv_deploy.nn.heads.uper_head import UPerHead
+from fdconv_deploy.nn.spectrum import FrequencyOrder
 
-__all__ = ["DecodeHead", "build_head", "resize"]
+__all__ = ["DecodeHead", "QueryHead", "build_head", "resize"]
 
 _HEADS: dict[HeadType, type[DecodeHead]] = {
     "UPerHead": UPerHead,
@@ -22,6 +31,12 @@ _HEADS: dict[HeadType, type[DecodeHead]] = {
 }
 
 
-def build_head(config: DecodeHeadConfig) -> DecodeHead:
+def build_head(
+    config: DecodeHeadConfig, frequency_order: FrequencyOrder = "torch"
+) -> DecodeHead | QueryHead:
     """The head a config names."""
+    if isinstance(config, Mask2FormerHeadConfig):
+        return Mask2FormerHead(config, frequency_order)
+    if isinstance(config, MaskDINOHeadConfig):
+        return MaskDINOHead(config, frequency_order)
     return _HEADS[config.type](config)

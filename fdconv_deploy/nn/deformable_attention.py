@@ -1,0 +1,126 @@
+"""Multi-scale deformable attention (Deformable DETR) of static sizes, and encodings of places.
+
+As mmcv's ``multi_scale_deformable_attn_pytorch`` computes it: by ``grid_sample``, bilinear, with
+zeros outside. Sizes of maps are Python numbers, so all that follows from them is constant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdconv_deploy.nn.attention import heads_apart, weigh
+
+Size = tuple[int, int]
+
+
+@lru_cache(maxsize=64)
+def sine_encoding(size: Size, channels: int) -> Tensor:
+    """The encoding of every place of a map, ``(1, H·W, channels)`` float32.
+
+    Rows first, then columns, each of ``channels / 2``; sines at even places and cosines at odd
+    ones share a frequency. Rows and columns count from 1, and 2π is the last.
+    """
+    features = channels // 2
+    exponent = 2 * (np.arange(features) // 2) / np.float32(features)
+    frequency = np.float32(10000) ** exponent.astype(np.float32)
+
+    def encode(length: int) -> np.ndarray:
+        place = np.arange(1, length + 1, dtype=np.float32)
+        place = place / (np.float32(length) + np.float32(1e-6)) * np.float32(2 * math.pi)
+        angle = place[:, None] / frequency
+        return np.where(np.arange(features) % 2 == 0, np.sin(angle), np.cos(angle))
+
+    height, width = size
+    rows, columns = encode(height)[:, None], encode(width)[None, :]
+    shape = (height, width, features)
+    both = [np.broadcast_to(rows, shape), np.broadcast_to(columns, shape)]
+    encoding = np.concatenate(both, axis=2).reshape(1, height * width, channels)
+    return torch.from_numpy(encoding.astype(np.float32))
+
+
+@lru_cache(maxsize=64)
+def cell_centres(sizes: tuple[Size, ...]) -> Tensor:
+    """The centre of every place of several maps, ``(1, places, 2)`` float32 x, y of 0 to 1."""
+    maps = []
+    for height, width in sizes:
+        y, x = np.meshgrid(np.arange(height) + 0.5, np.arange(width) + 0.5, indexing="ij")
+        maps.append(np.stack([x / width, y / height], axis=-1).reshape(1, -1, 2))
+    return torch.from_numpy(np.concatenate(maps, axis=1).astype(np.float32))
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """Each query samples every level at a few points about its own place.
+
+    Args:
+        levels: maps that are sampled.
+        points: of each level, for each head.
+    """
+
+    def __init__(self, channels: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(channels, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(channels, heads * levels * points)
+        self.value_proj = nn.Linear(channels, channels)
+        self.output_proj = nn.Linear(channels, channels)
+
+    def forward(
+        self, query: Tensor, value: Tensor, sizes: Sequence[Size], reference: Tensor
+    ) -> Tensor:
+        """Queries ``(B, Q, C)`` -> the same shape.
+
+        Args:
+            value: ``(B, places, C)``, map after map.
+            sizes: (height, width) of each map.
+            reference: ``(1 or B, Q, 2)``, x and y, offsets then being pixels of the level sampled;
+                or ``(B, Q, 4)`` boxes x, y, w, h, offsets then being shares of half of them.
+        """
+        batch, queries, channels = query.shape
+        heads, levels, points = self.heads, self.levels, self.points
+        value = heads_apart(self.value_proj(value), heads).transpose(2, 3).flatten(0, 1)
+        offsets = self.sampling_offsets(query).reshape(batch, queries, heads, levels, points, 2)
+        weights = self.attention_weights(query).reshape(batch, queries, heads, levels * points)
+        weights = weights.softmax(-1).transpose(1, 2).reshape(batch * heads, 1, queries, -1)
+        place = reference[:, :, None, None, None]
+        if reference.shape[-1] == 2:
+            whole = [[[width, height]] for height, width in sizes]
+            places = place + offsets / torch.tensor(whole, dtype=offsets.dtype).to(offsets)
+        else:
+            places = place[..., :2] + offsets / points * place[..., 2:] * 0.5
+        # (B · heads, Q, levels, points, 2), of −1 to 1.
+        grids = (2 * places - 1).transpose(1, 2).flatten(0, 1)
+        samples, start = [], 0
+        for level, (height, width) in enumerate(sizes):
+            image = value[:, :, start : start + height * width].unflatten(2, (height, width))
+            start += height * width
+            samples.append(F.grid_sample(image, grids[:, :, level], align_corners=False))
+        mixed = (torch.cat(samples, dim=-1) * weights).sum(-1)
+        return self.output_proj(mixed.reshape(batch, channels, queries).transpose(1, 2))
+
+
+def attend(
+    attention: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *biases: Tensor,
+) -> Tensor:
+    """What torch's layer computes of ``(B, L, C)`` and ``(B, S, C)``, as plain products.
+
+    Args:
+        biases: added to the logits ``(B, heads, L, S)``.
+    """
+    weights, offsets = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    q, k, v = (
+        heads_apart(F.linear(x, weight, offset), attention.num_heads)
+        for x, weight, offset in zip((query, key, value), weights, offsets, strict=True)
+    )
+    mixed = weigh(q, k, v, *biases).transpose(1, 2).flatten(2)
+    return F.linear(mixed, attention.out_proj.weight, attention.out_proj.bias)
