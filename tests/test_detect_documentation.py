@@ -192,7 +192,7 @@ def _wait(url: str, served: subprocess.Popen[bytes]) -> None:
     for _ in range(600):
         assert served.poll() is None, "the service ended"
         try:
-            urllib.request.urlopen(url, timeout=5).close()
+            urllib.request.urlopen(url, timeout=60).close()
             return
         except OSError:
             time.sleep(0.1)

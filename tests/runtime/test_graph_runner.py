@@ -96,7 +96,7 @@ def test_the_cheapest_way_is_taken(toy_bundle, four, alone, ran, way) -> None:
 def test_images_side_by_side_run_at_the_same_time(toy_bundle) -> None:
     backend = Timed(8.0, 1.5)
     session, runs = runs_of_four(backend, toy_bundle)
-    backend.together = threading.Barrier(2, timeout=20)  # breaks if they came one by one
+    backend.together = threading.Barrier(2, timeout=60)  # breaks if they came one by one
     session.run(images(4))
     assert runs == [("alone", 1)] * 8
 

@@ -383,16 +383,16 @@ class TestLife:
 
         def slow_load(bundle: Bundle, batch: int) -> FakeBackend:
             loading.set()
-            assert go_on.wait(20)
+            assert go_on.wait(60)
             return backend
 
         backend.load = slow_load  # type: ignore[method-assign]
         other = threading.Thread(target=session.run, args=(inputs(4),))
         other.start()
-        assert loading.wait(20)
+        assert loading.wait(60)
         session.run(inputs(1))  # would wait for ever behind a common lock
         go_on.set()
-        other.join(20)
+        other.join(60)
         assert not other.is_alive()
 
     def test_memory_does_not_grow(self, session: Session, image: np.ndarray) -> None:

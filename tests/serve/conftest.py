@@ -80,7 +80,7 @@ def encoded(image: np.ndarray, kind: str, **options) -> bytes:
 
 
 def wait_until_ready(client: TestClient) -> None:
-    for _ in range(1000):
+    for _ in range(60_000):
         if client.get("/readyz").status_code == 200:
             return
     raise AssertionError("the service did not become ready")

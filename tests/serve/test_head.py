@@ -64,7 +64,7 @@ def test_head_needs_the_key_as_get_does(bundles: list[Path]) -> None:
 def test_head_over_a_connection_that_is_kept(bundles: list[Path]) -> None:
     """A body sent all the same would be read as the next answer's head."""
     with running(bundles, settings=Settings(threads=1)) as address:
-        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=20)
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
         for path in ("/healthz", "/v1/models", "/", "/v2/health/ready"):
             connection.request("HEAD", path)
             head = connection.getresponse()

@@ -99,7 +99,7 @@ def logits(answer: tuple[int, dict[str, str], bytes], shape: tuple[int, ...]) ->
 @pytest.mark.parametrize("cut", [[], [40], [400], [60_000], [300, 400, 20_000, 100_000], [-1]])
 def test_in_pieces(address, request_: bytes, expected: np.ndarray, cut: list[int]) -> None:
     edges = [0, *(at % len(request_) for at in cut), len(request_)]
-    with socket.create_connection(address, timeout=20) as plug:
+    with socket.create_connection(address, timeout=60) as plug:
         for start, end in pairwise(edges):
             plug.sendall(request_[start:end])
             time.sleep(0.02)
@@ -108,7 +108,7 @@ def test_in_pieces(address, request_: bytes, expected: np.ndarray, cut: list[int
 
 def test_one_after_another_on_a_connection(address, tensor: np.ndarray) -> None:
     small, large = asked(tensor[:1]), asked(tensor)
-    with socket.create_connection(address, timeout=20) as plug:
+    with socket.create_connection(address, timeout=60) as plug:
         for request, kept in [(large, COUNT), (HEALTH, 0), (small, 1), (large, COUNT), (HEALTH, 0)]:
             plug.sendall(request)
             status, _, body = read_answer(plug)
@@ -118,7 +118,7 @@ def test_one_after_another_on_a_connection(address, tensor: np.ndarray) -> None:
 
 def test_pipelined(address, request_: bytes, expected: np.ndarray) -> None:
     """Sent without waiting for answers: they come in order."""
-    with socket.create_connection(address, timeout=20) as plug:
+    with socket.create_connection(address, timeout=60) as plug:
         plug.sendall(request_ + HEALTH + request_)
         answers = plug.makefile("rb")
         assert np.array_equal(logits(read_answer(answers), expected.shape), expected)
@@ -129,7 +129,7 @@ def test_pipelined(address, request_: bytes, expected: np.ndarray) -> None:
 def test_expect_continue(address, tensor: np.ndarray, expected: np.ndarray) -> None:
     request = asked(tensor, headers="Expect: 100-continue\r\n")
     head = request.index(b"\r\n\r\n") + 4
-    with socket.create_connection(address, timeout=20) as plug:
+    with socket.create_connection(address, timeout=60) as plug:
         plug.sendall(request[:head])
         assert plug.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
         plug.sendall(request[head:])
@@ -161,7 +161,7 @@ def test_over_tls(
     with running(bundles, settings=settings) as url:
         for _ in range(2):
             with (
-                socket.create_connection(place(url), timeout=20) as plain,
+                socket.create_connection(place(url), timeout=60) as plain,
                 context.wrap_socket(plain, server_hostname="127.0.0.1") as plug,
             ):
                 for _ in range(4):
@@ -173,7 +173,7 @@ def test_over_tls(
 
 
 def test_a_body_that_stops_coming(impatient, request_: bytes) -> None:
-    with socket.create_connection(impatient, timeout=20) as plug:
+    with socket.create_connection(impatient, timeout=60) as plug:
         plug.sendall(request_[:-1])
         status, headers, body = read_answer(plug)
         assert status == 408
@@ -187,7 +187,7 @@ def test_a_client_that_leaves_half_way(address, request_: bytes) -> None:
     url = f"http://{address[0]}:{address[1]}/metrics"
     before = left(httpx.get(url).text)
     for _ in range(20):
-        with socket.create_connection(address, timeout=20) as plug:
+        with socket.create_connection(address, timeout=60) as plug:
             plug.sendall(request_[: len(request_) // 2])
     until(lambda: left(httpx.get(url).text) >= before + 20)
     text = httpx.get(url).text
@@ -215,7 +215,7 @@ def test_one_refused_while_it_still_sends_gets_to_read_why(
     """Closing on unread data would reset the connection, and the answer with it."""
     request = asked(np.concatenate([tensor] * 20), headers=line)
     for _ in range(10):
-        with socket.create_connection(address, timeout=20) as plug:
+        with socket.create_connection(address, timeout=60) as plug:
             plug.sendall(request)
             found, headers, _ = read_answer(plug)
             assert found == status
@@ -243,7 +243,7 @@ def test_garbage_after_a_whole_request(
         "unknown": (b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n", 404),
     }[what]
     for garbage in (b"\x01\x02\r\n\r\n", b"\x00" * 70_000):
-        with socket.create_connection(address, timeout=20) as plug:
+        with socket.create_connection(address, timeout=60) as plug:
             plug.sendall(whole + garbage)
             answers = plug.makefile("rb")
             found, _, body = read_answer(answers)
@@ -270,7 +270,7 @@ def test_a_refusal_is_counted_and_logged_once_under_the_clients_id(
     settings = Settings(threads=1, body_seconds=0.3, header_seconds=0.3)
     with running(bundles, settings=settings) as url:
         logging.getLogger("fdconv.access").setLevel(logging.INFO)
-        with socket.create_connection(place(url), timeout=20) as plug:
+        with socket.create_connection(place(url), timeout=60) as plug:
             plug.sendall(sent)
             status, headers, body = read_answer(plug)
             assert (status, headers["x-request-id"]) == (408, "mine")
@@ -290,7 +290,7 @@ def test_a_refusal_is_counted_and_logged_once_under_the_clients_id(
 def test_a_request_after_a_refused_one_is_answered(address, request_: bytes) -> None:
     refused = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: a/b\r\n"
     refused += b"Content-Length: 3\r\n\r\nabc"
-    with socket.create_connection(address, timeout=20) as plug:
+    with socket.create_connection(address, timeout=60) as plug:
         plug.sendall(refused + request_)
         answers = plug.makefile("rb")
         assert [read_answer(answers)[0] for _ in range(2)] == [415, 200]
@@ -300,7 +300,7 @@ def test_a_body_that_nobody_reads_is_not_waited_for(address, monkeypatch) -> Non
     """Refused before its body came, which then never comes: the connection ends."""
     monkeypatch.setattr(http_limits, "LINGER_SECONDS", 0.1)
     refused = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: a/b\r\n"
-    with socket.create_connection(address, timeout=20) as plug:
+    with socket.create_connection(address, timeout=60) as plug:
         plug.sendall(refused + b"Content-Length: 3000\r\n\r\nabc")
         assert read_answer(plug)[0] == 415
         with contextlib.suppress(ConnectionResetError):
@@ -315,7 +315,7 @@ def test_an_offer_to_change_the_protocol_is_declined(
     offer = f"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: {version}\r\n".encode()
     offer += b"HTTP2-Settings: AAMAAABkAAQAAP__\r\n"
     offering = request_.replace(b"Host: x\r\n", b"Host: x\r\n" + offer, 1)
-    with socket.create_connection(address, timeout=20) as plug:
+    with socket.create_connection(address, timeout=60) as plug:
         for request in (offering, offering, request_):
             plug.sendall(request)
             assert np.array_equal(logits(read_answer(plug), expected.shape), expected)
@@ -325,7 +325,7 @@ def test_an_offer_to_change_the_protocol_is_declined(
 def test_keep_alive_of_http_1_0_is_answered_and_declined(address) -> None:
     """As ``ab -k`` asks: one answer, which says that the connection ends, and that is so."""
     old = b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
-    with socket.create_connection(address, timeout=20) as plug:
+    with socket.create_connection(address, timeout=60) as plug:
         plug.sendall(old)
         status, headers, body = read_answer(plug)
         assert (status, headers["connection"], body) == (200, "close", b'{"status":"ok"}')
@@ -335,7 +335,7 @@ def test_keep_alive_of_http_1_0_is_answered_and_declined(address) -> None:
 def test_more_than_may_be_in_hand(bundles: list[Path], request_: bytes) -> None:
     settings = Settings(threads=1, max_bytes_in_hand=100_000)
     with running(bundles, settings=settings) as url:
-        with socket.create_connection(place(url), timeout=20) as plug:
+        with socket.create_connection(place(url), timeout=60) as plug:
             plug.sendall(request_[:50_000])
             time.sleep(0.1)
             plug.sendall(request_[50_000:110_000])
@@ -361,15 +361,15 @@ def test_a_client_that_leaves_while_it_waits(
         def held(inputs):
             ran.append(len(inputs["images"]))
             started.set()
-            assert go_on.wait(20)
+            assert go_on.wait(60)
             return run(inputs)
 
         with running([session], settings=Settings(threads=1)) as url:
             session.run_batches = held  # type: ignore[method-assign]
-            stays = socket.create_connection(place(url), timeout=20)
+            stays = socket.create_connection(place(url), timeout=60)
             stays.sendall(request)
-            assert started.wait(20)
-            with socket.create_connection(place(url), timeout=20) as leaves:
+            assert started.wait(60)
+            with socket.create_connection(place(url), timeout=60) as leaves:
                 leaves.sendall(request)
                 both = 2 * (COUNT if path == "infer" else 1)
                 wait_for(url, f"fdconv_in_hand_images {both}.0")
@@ -414,7 +414,7 @@ class TestConnections:
 
     def say(self, address: tuple[str, int], *sent: bytes, pause: float = 0.0) -> bytes | None:
         """Send the parts; read until the service closes. None when it cuts the sending short."""
-        with socket.create_connection(address, timeout=20) as plug:
+        with socket.create_connection(address, timeout=60) as plug:
             received = b""
             try:
                 for part in sent:
@@ -495,10 +495,10 @@ class TestConnections:
     def test_an_answer_that_is_not_read(self, impatient) -> None:
         """Requests are sent and sent, answers never read: the service cuts the connection."""
         request = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
-        with socket.create_connection(impatient, timeout=20) as plug:
+        with socket.create_connection(impatient, timeout=60) as plug:
             plug.sendall(request * 400)
             until(lambda: not is_held(impatient, plug))
-        with socket.create_connection(impatient, timeout=20) as plug:
+        with socket.create_connection(impatient, timeout=60) as plug:
             plug.sendall(request)  # others are answered
             assert read_answer(plug)[0] == 200
 

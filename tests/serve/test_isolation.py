@@ -160,7 +160,7 @@ class TestDirectly:
         child = made.all[0]
         process = child._process
         child._pipe.close()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         os.close(child._memory.file)
 
 

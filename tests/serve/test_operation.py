@@ -224,7 +224,7 @@ def held_app(bundles: list[Path], **settings):
 
     def held(inputs):
         started.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         return run(inputs)
 
     return app, session, held, started, go_on

@@ -169,7 +169,7 @@ class TestBudget:
 
                 def held(inputs):
                     started.set()
-                    assert go_on.wait(20)
+                    assert go_on.wait(60)
                     return run(inputs)
 
                 version.session.run_batches = held  # type: ignore[method-assign]
@@ -233,7 +233,7 @@ class TestReload:
             async with serving([path], reload_seconds=0.01) as (client, _):
                 toy.make_bundle(path, arch=toy.architecture(7), overwrite=True)
                 touch(path)
-                for _ in range(1000):
+                for _ in range(12_000):
                     if len((await client.get("/v1/models/m")).json()["classes"]) == 7:
                         break
                     await asyncio.sleep(0.01)

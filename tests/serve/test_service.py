@@ -99,7 +99,7 @@ class TestReadiness:
         session = open_session(bundles[0], threads=1)
         go_on = threading.Event()
         warm_up = session.warm_up
-        session.warm_up = lambda *a: (go_on.wait(20), warm_up(*a))[1]  # type: ignore
+        session.warm_up = lambda *a: (go_on.wait(60), warm_up(*a))[1]  # type: ignore
         with TestClient(create_app([session])) as client:
             assert client.get("/healthz").json() == {"status": "ok"}
             for answer in (
@@ -122,7 +122,7 @@ class TestReadiness:
 
         session.warm_up = fail  # type: ignore[method-assign]
         with TestClient(create_app([session])) as client:
-            for _ in range(100):
+            for _ in range(10_000):
                 if "failed to start" in client.get("/readyz").text:
                     break
             assert "server's log" in refused(client.get("/readyz"), 503)
@@ -138,7 +138,7 @@ def test_overload_is_refused_and_recovered_from(bundles: list[Path], png: bytes)
 
     def slow(inputs):
         started.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         return run(inputs)
 
     app = create_app([session], Settings(threads=1, queue_limit=2, retry_after_seconds=7))
@@ -241,7 +241,7 @@ class TestServer:
             assert answer.json()["height"] == 50
             assert "server" not in answer.headers
             too_large = httpx.post(
-                f"{address}/v1/segment", content=bytes(70 << 20), headers=PNG, timeout=20
+                f"{address}/v1/segment", content=bytes(70 << 20), headers=PNG, timeout=60
             )
             refused(too_large, 413)
         with pytest.raises(httpx.ConnectError):
@@ -297,7 +297,7 @@ class TestServer:
         answers: list[httpx.Response] = []
         url = f"http://127.0.0.1:{port}"
         try:
-            for _ in range(600):
+            for _ in range(2400):
                 try:
                     if httpx.get(f"{url}/readyz").status_code == 200:
                         break
@@ -306,7 +306,7 @@ class TestServer:
                 time.sleep(0.05)
             asking = threading.Thread(
                 target=lambda: answers.append(
-                    httpx.post(f"{url}/v1/segment", content=png, headers=PNG, timeout=20)
+                    httpx.post(f"{url}/v1/segment", content=png, headers=PNG, timeout=60)
                 )
             )
             asking.start()
@@ -314,8 +314,8 @@ class TestServer:
             while process.stdout.readline() not in ("inside\n", ""):
                 pass  # the access log
             os.kill(process.pid, signal.SIGTERM)
-            asking.join(20)
-            process.wait(20)
+            asking.join(60)
+            process.wait(60)
         finally:
             process.kill()
             process.communicate()

@@ -102,7 +102,7 @@ def test_client_infers_asynchronously(triton, session, tensor) -> None:
                 given(triton, x),
                 callback=lambda result, error, n=n: done.put((n, error or result)),
             )
-        by_number = dict(done.get(timeout=20) for _ in asked)
+        by_number = dict(done.get(timeout=60) for _ in asked)
         found = [by_number[n] for n in range(4)]
     for x, answer in zip(asked, found, strict=True):
         assert close(answer.as_numpy("logits"), session.run(x))
@@ -319,7 +319,7 @@ def test_grpc_calls_at_a_time_are_bounded(bundles, tensor) -> None:
         run, go_on = session.run_batches, threading.Event()
 
         def held(inputs):
-            assert go_on.wait(20)
+            assert go_on.wait(60)
             return run(inputs)
 
         with running([session], settings=settings):
@@ -330,8 +330,8 @@ def test_grpc_calls_at_a_time_are_bounded(bundles, tensor) -> None:
             done: queue.Queue = queue.Queue()
             for _ in range(40):
                 client.async_infer("street", [x], callback=lambda result, error: done.put(error))
-            turned_away = [str(done.get(timeout=20)) for _ in range(39)]
+            turned_away = [str(done.get(timeout=60)) for _ in range(39)]
             assert all("UNAVAILABLE" in e or "RESOURCE_EXHAUSTED" in e for e in turned_away)
             go_on.set()
-            assert done.get(timeout=20) is None
+            assert done.get(timeout=60) is None
             client.close()
