@@ -16,11 +16,14 @@ from rich.table import Table
 
 from fdconv_deploy.cli.options import (
     Config,
+    Factors,
+    Flip,
     Json,
     Quiet,
     Settings,
     Weights,
     column_names,
+    parse_scales,
     parse_settings,
     print_operators,
 )
@@ -78,6 +81,8 @@ def evaluate(
     fit: Annotated[
         Literal["stretch", "pad"] | None, typer.Option(help="If not as the bundle says.")
     ] = None,
+    multi_scale: Factors = None,
+    flip: Flip = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N images.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of every target.")] = None,
     config: Config = None,
@@ -112,6 +117,7 @@ def evaluate(
     if coco is not None:
         given: dict[str, object] = {"mode": mode, "fit": fit, "label-map": label_map}
         given["reduce-zero-label"] = reduce_zero_label or None
+        given |= {"multi-scale": multi_scale, "flip": flip or None}
         for name, value in given.items():
             if value is not None:
                 raise typer.BadParameter(f"--{name} is of segmentors, which are scored on masks.")
@@ -126,6 +132,7 @@ def evaluate(
         config=config,
         overrides=parse_settings(settings),
         weights=weights,
+        scales=parse_scales(multi_scale, flip),
     )
     if coco is not None:
         first = _evaluate_detectors(opened, coco, limit, quiet, as_json)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from fdconv_deploy.evaluation.compare import Target
     from fdconv_deploy.runtime import Session
+    from fdconv_deploy.runtime.multi_scale import MultiScale
 
 
 def require_files(checkpoint: Path, config: Path | None = None) -> None:
@@ -65,6 +66,16 @@ Size = Annotated[
         metavar="HEIGHTxWIDTH", help="The input's height and width in pixels, e.g. 512x1024."
     ),
 ]
+Factors = Annotated[
+    str | None,
+    typer.Option(
+        "--multi-scale",
+        metavar="F,F,…",
+        help="Look at each image at several sizes, e.g. 0.5,0.75,1,1.25,1.5,1.75, and merge the "
+        "answers as mmsegmentation's test-time augmentation does.",
+    ),
+]
+Flip = Annotated[bool, typer.Option("--flip", help="Look at each mirror image, too.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Backend = Annotated[
@@ -90,6 +101,21 @@ def parse_counts(texts: Sequence[str] | None, option: str) -> list[int]:
             f"{option} is a number from 1, or several such as 1,4; not {','.join(parts)!r}."
         )
     return list(dict.fromkeys(map(int, parts)))
+
+
+def parse_scales(factors: str | None, flip: bool) -> MultiScale | None:
+    """``"0.5,1"`` and whether to flip; None where neither is asked for."""
+    from fdconv_deploy.runtime.multi_scale import MultiScale
+
+    if factors is None and not flip:
+        return None
+    try:
+        found = tuple(dict.fromkeys(map(float, (factors or "1").split(","))))
+    except ValueError:
+        raise typer.BadParameter(
+            f"--multi-scale is factors such as 0.5,0.75,1; not {factors!r}."
+        ) from None
+    return MultiScale(found, flip)
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:

@@ -12,7 +12,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fdconv_deploy.cli.options import Backend, BundlePath, Quiet, how_it_ran, ran_by
+from fdconv_deploy.cli.options import (
+    Backend,
+    BundlePath,
+    Factors,
+    Flip,
+    Quiet,
+    how_it_ran,
+    parse_scales,
+    ran_by,
+)
 from fdconv_deploy.errors import ImageError
 
 
@@ -39,6 +48,8 @@ def segment(
             "stretched, or letterboxed."
         ),
     ] = None,
+    multi_scale: Factors = None,
+    flip: Flip = False,
     min_score: Annotated[
         float | None,
         typer.Option(
@@ -93,9 +104,11 @@ def segment(
     from fdconv_deploy.runtime.input_files import sources_at
     from fdconv_deploy.runtime.result_files import ResultOptions, segment_files
 
+    scales = parse_scales(multi_scale, flip)
     sources = sources_at(inputs, output)
     options = ResultOptions(
         fit=fit,
+        scales=scales,
         min_score=SHOWN_SCORE if min_score is None else min_score,
         opacity=opacity,
         overlays=not no_overlay,
@@ -123,6 +136,8 @@ def segment(
 
     with open_session(bundle, backend) as session, ExitStack() as stack:
         stack.callback(frame.stop)
+        if session.detects and scales is not None:
+            raise typer.BadParameter("--multi-scale and --flip are for segmentors.")
         if session.detects and fit is not None:
             raise typer.BadParameter(
                 "--fit is for segmentors; a detector's images keep their aspect ratio and are "
@@ -136,7 +151,8 @@ def segment(
             frame.stop()
             done += 1
             if as_json:
-                print(json.dumps({**result.as_dict(), **how_it_ran(session)}), flush=True)
+                how = {**how_it_ran(session), **(scales.as_dict() if scales else {})}
+                print(json.dumps({**result.as_dict(), **how}), flush=True)
             elif not quiet:
                 total = len(sources) - len(skipped)
                 print(f"[{done + len(failed)}/{total}] {result.as_line()}", flush=True)

@@ -21,6 +21,12 @@ from fdconv_deploy.runtime import Detection, Session, open_session
 from fdconv_deploy.runtime.bundle_checks import bundles_and_checkpoints
 from fdconv_deploy.runtime.detection import DetectionPipeline, detector_classes
 from fdconv_deploy.runtime.manifest import Fit
+from fdconv_deploy.runtime.multi_scale import (
+    MultiScale,
+    segment_at_scales,
+    segment_sliding,
+    segment_whole,
+)
 from fdconv_deploy.runtime.preprocessing import (
     check_image,
     published_detector_input,
@@ -45,6 +51,7 @@ def open_targets(
     config: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     weights: str | None = None,
+    scales: MultiScale | None = None,
 ) -> Iterator[list[Target[Any]]]:
     """The targets, in order, while the context lasts.
 
@@ -64,6 +71,7 @@ def open_targets(
         overrides: settings that the checkpoints do not contain.
         weights: which weights of each checkpoint, see `read_checkpoint`; those that the bundle
             beside it was exported from when not given.
+        scales: of segmentors, at which sizes each image is looked at, if at several.
 
     Raises:
         FDConvError: a path is missing, cannot be opened, or an option is of no use here.
@@ -86,7 +94,7 @@ def open_targets(
         targets = []
         for path in paths:
             if path in sessions:
-                targets.append(bundle_target(sessions[path], mode=mode, fit=fit))
+                targets.append(bundle_target(sessions[path], mode=mode, fit=fit, scales=scales))
                 continue
             from fdconv_deploy.checkpoints import load_detector, load_segmentor
             from fdconv_deploy.checkpoints.loading import recorded_weights
@@ -105,7 +113,9 @@ def open_targets(
             )
             size = first.input_size if first else None
             own = first.bundle.manifest.fit if first else "stretch"
-            targets.append(torch_target(network, path, size=size, mode=mode, fit=fit or own))
+            targets.append(
+                torch_target(network, path, size=size, mode=mode, fit=fit or own, scales=scales)
+            )
         yield targets
 
 
@@ -123,7 +133,11 @@ def _check_kind(path: Path, session: Session, detectors: bool) -> None:
 
 
 def bundle_target(
-    session: Session, *, mode: Mode | None = None, fit: Fit | None = None
+    session: Session,
+    *,
+    mode: Mode | None = None,
+    fit: Fit | None = None,
+    scales: MultiScale | None = None,
 ) -> Target[Any]:
     """A bundle's target.
 
@@ -131,8 +145,9 @@ def bundle_target(
         session: on the bundle; the caller closes it.
         mode: of a segmentor, "whole" or "slide"; what it was tested in when not given.
         fit: see `Session.segment`.
+        scales: see `segment_at_scales`.
     """
-    details = {
+    details: dict[str, Any] = {
         "kind": "bundle",
         "backend": session.backend,
         "operators": session.operators,
@@ -140,9 +155,13 @@ def bundle_target(
     }
     if not session.detects:
         details["mode"] = mode or session.segmentation.mode
+        details |= scales.as_dict() if scales else {}
 
     def segment(image: NDArray[Any]) -> Answer[Labels]:
-        found = session.segment(image, mode=mode, fit=fit)
+        if scales is None:
+            found = session.segment(image, mode=mode, fit=fit)
+        else:
+            found = segment_at_scales(session, image, scales, mode=mode, fit=fit)
         return Answer(found.labels, found.timings["inference"])
 
     def detect(image: NDArray[Any]) -> Answer[Detection]:
@@ -165,6 +184,7 @@ def torch_target(
     size: tuple[int, int] | None = None,
     mode: Mode | None = None,
     fit: Fit = "stretch",
+    scales: MultiScale | None = None,
 ) -> Target[Any]:
     """The published network's target.
 
@@ -176,6 +196,7 @@ def torch_target(
             that the network was tested with.
         mode: of a segmentor, "whole" or "slide"; what it was tested in when not given.
         fit: how images of another aspect ratio are brought to ``size``.
+        scales: of a segmentor, at which sizes each image is looked at, if at several.
 
     Raises:
         FDConvError: ``slide`` is asked for, and neither ``size`` nor a crop is known.
@@ -184,11 +205,16 @@ def torch_target(
 
     if isinstance(network, Detector):
         return _torch_detector(network, path, size)
-    return _torch_segmentor(network, path, size, mode, fit)
+    return _torch_segmentor(network, path, size, mode, fit, scales)
 
 
 def _torch_segmentor(
-    network: Segmentor, path: Path, size: tuple[int, int] | None, mode: Mode | None, fit: Fit
+    network: Segmentor,
+    path: Path,
+    size: tuple[int, int] | None,
+    mode: Mode | None,
+    fit: Fit,
+    scales: MultiScale | None,
 ) -> Target[Labels]:
     import torch
 
@@ -216,12 +242,26 @@ def _torch_segmentor(
 
     def sliding(image: NDArray[Any]) -> Answer[Labels]:
         assert crop is not None
-        found = SegmentationPipeline(architecture, crop, fit).slide(image, run, batch=1)
+        pipeline = SegmentationPipeline(architecture, crop, fit)
+        found = pipeline.slide(image, run, batch=1, any_size=size is None)
+        return Answer(found.labels, found.timings["inference"])
+
+    def at_scales(image: NDArray[Any]) -> Answer[Labels]:
+        assert scales is not None
+        if mode == "whole":
+            found = segment_whole(architecture, image, scales, size, lambda _: run, fit)
+        else:
+            assert crop is not None
+            found = segment_sliding(
+                architecture, image, scales, crop, run, batch=1, any_size=size is None
+            )
         return Answer(found.labels, found.timings["inference"])
 
     slides = mode == "slide"
     details = _torch_details(crop if slides else size, mode=mode)
     answer, preprocessing = sliding if slides else whole, architecture.preprocessing
+    if scales is not None:
+        details, answer = {**details, **scales.as_dict()}, at_scales
     return Target(str(path), answer, class_names(architecture), details, preprocessing)
 
 

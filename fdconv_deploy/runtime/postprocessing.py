@@ -69,6 +69,14 @@ class Taps:
         weight = (self.weight[:, :, None] * first.weight[self.index]).reshape(self.size, -1)
         return Taps(index, weight)
 
+    def mirrored(self, n_in: int) -> Taps:
+        """This map of an input that was reversed, its outputs in reverse order.
+
+        Args:
+            n_in: the length of the input.
+        """
+        return Taps((n_in - 1 - self.index)[::-1], self.weight[::-1])
+
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """The input range that outputs ``start`` to ``stop`` depend on."""
         part = self.index[start:stop]
@@ -152,13 +160,19 @@ def labels_of(
         raise ValueError(f"{source.classes} logits a pixel do not go with threshold={threshold}.")
     # A sigmoid is above the threshold where its logit is above the threshold's.
     cut = None if threshold is None else np.float32(logit_of(threshold))
-    kind = np.uint8 if source.classes <= 256 else np.uint16
-    labels = np.empty((rows.size, columns.size), dtype=kind)
+    labels = empty_labels(rows.size, columns.size, source.classes)
     for top, left, logits in resized_tiles(source, rows, columns):
         height, width = logits.shape[:2]
         found = logits.argmax(axis=2) if cut is None else logits[:, :, 0] > cut
         labels[top : top + height, left : left + width] = found
     return labels
+
+
+def empty_labels(height: int, width: int, classes: int) -> Labels:
+    """An array for labels of so many classes: uint8, or uint16 above 256."""
+    if classes <= 256:
+        return np.empty((height, width), dtype=np.uint8)
+    return np.empty((height, width), dtype=np.uint16)
 
 
 def logit_of(probability: float) -> float:
@@ -178,16 +192,19 @@ def resize_logits(source: LogitRows, rows: Taps, columns: Taps) -> Logits:
 
 
 def resized_tiles(
-    source: LogitRows, rows: Taps, columns: Taps
+    source: LogitRows, rows: Taps, columns: Taps, *, step: int | None = None
 ) -> Iterator[tuple[int, int, Logits]]:
-    """The resized logits piece by piece: top, left, (height, width, classes) float32."""
+    """The resized logits piece by piece: top, left, (height, width, classes) float32.
+
+    Args:
+        step: how many rows a piece has; as many as memory is spent on, if not given.
+    """
     # Column tiles are the same in every block of rows, so their matrices are made once.
     shrinks = max(source.width / max(columns.size, 1), 1 / 8)
     tile = int(np.clip(math.sqrt(_ALONE / (source.classes * shrinks)) - 4, 4, _TILE))
     tiles = [(at, min(at + tile, columns.size)) for at in range(0, columns.size, tile)]
     matrices = [] if columns.identity else [columns.matrix(*tile) for tile in tiles]
-    row_bytes = 4 * source.classes * max(source.width, 1)
-    step = int(np.clip(_BLOCK_BYTES // row_bytes, 8, 256))
+    step = step or rows_at_a_time(source.width, source.classes)
     for top in range(0, rows.size, step):
         bottom = min(top + step, rows.size)
         first, last = rows.span(top, bottom)
@@ -219,6 +236,11 @@ def _multiply(left: Logits, right: Logits, out: Logits) -> None:
         np.matmul(left, right[:, at : at + step], out=out[:, at : at + step])
 
 
+def rows_at_a_time(width: int, classes: int) -> int:
+    """How many rows of logits, (rows, width, classes), are in memory at a time."""
+    return int(np.clip(_BLOCK_BYTES // (4 * classes * max(width, 1)), 8, 256))
+
+
 def label_map(
     logits: Logits,
     network: tuple[int, int],
@@ -240,7 +262,7 @@ def label_map(
     Returns:
         (H, W) uint8, or uint16 above 256 classes; of equal logits, the lowest class.
     """
-    maps = _maps(logits, network, covered, image, align_corners)
+    maps = resize_maps(logits.shape[1:], network, covered, image, align_corners=align_corners)
     return labels_of(ArrayRows(logits), *maps, threshold=threshold)
 
 
@@ -253,23 +275,32 @@ def logit_map(
     align_corners: bool,
 ) -> Logits:
     """As :func:`label_map`, before the choice: (classes, H, W) float32."""
-    return resize_logits(ArrayRows(logits), *_maps(logits, network, covered, image, align_corners))
+    maps = resize_maps(logits.shape[1:], network, covered, image, align_corners=align_corners)
+    return resize_logits(ArrayRows(logits), *maps)
 
 
-def _maps(
-    logits: Logits,
+def resize_maps(
+    logits: tuple[int, ...],
     network: tuple[int, int],
     covered: tuple[int, int],
     image: tuple[int, int],
+    *,
     align_corners: bool,
+    mirrored: bool = False,
 ) -> tuple[Taps, Taps]:
-    rows, columns = (
-        bilinear(covered[axis], image[axis], align_corners=align_corners).after(
-            bilinear(logits.shape[1 + axis], network[axis], align_corners=align_corners)
-        )
-        for axis in (0, 1)
-    )
-    return rows, columns
+    """From the head's resolution to the image's size, by the network's input, for both axes.
+
+    Args:
+        logits: (h, w) at the head's resolution.
+        network: (H, W) of the network's input.
+        covered: (H, W) of the input's top left part that holds the image.
+        image: (H, W) of the answer.
+        mirrored: whether the input held the mirror image: see `Taps.mirrored`.
+    """
+    first = [bilinear(logits[a], network[a], align_corners=align_corners) for a in (0, 1)]
+    rows, columns = (bilinear(covered[a], image[a], align_corners=align_corners) for a in (0, 1))
+    columns = columns.mirrored(covered[1]) if mirrored else columns
+    return rows.after(first[0]), columns.after(first[1])
 
 
 T = TypeVar("T", bound=np.generic)

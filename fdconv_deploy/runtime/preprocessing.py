@@ -147,6 +147,11 @@ def keep_ratio_size(height: int, width: int, scale: tuple[int, int]) -> tuple[in
     return _scaled(height, factor), _scaled(width, factor)
 
 
+def scaled_size(size: tuple[int, int], factor: float) -> tuple[int, int]:
+    """(height, width) times a factor, rounded as mmcv rounds."""
+    return _scaled(size[0], factor), _scaled(size[1], factor)
+
+
 def published_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
     """The (height, width) the published pipeline resizes an image to; its own without a scale.
 

@@ -23,6 +23,7 @@ from fdconv_deploy.errors import ImageError, in_the_way
 from fdconv_deploy.runtime.detection import SHOWN_SCORE, Detection
 from fdconv_deploy.runtime.input_files import CLASSES_NAME, LEGEND_NAME, Source
 from fdconv_deploy.runtime.manifest import Fit
+from fdconv_deploy.runtime.multi_scale import MultiScale, segment_at_scales
 from fdconv_deploy.runtime.preprocessing import Prepared
 from fdconv_deploy.runtime.segmentation import Segmentation
 from fdconv_deploy.runtime.session import Session
@@ -42,6 +43,7 @@ class ResultOptions:
 
     Attributes:
         fit: how a segmentor's images of another aspect ratio are fitted; as `Session.segment`.
+        scales: of a segmentor, at which sizes each image is looked at, if at several.
         min_score: leave out a detector's objects that score less, 0 to 1.
         opacity: of the colours over the image, 0 to 1.
         overlays: whether to write overlays.
@@ -52,6 +54,7 @@ class ResultOptions:
     """
 
     fit: Fit | None = None
+    scales: MultiScale | None = None
     min_score: float = SHOWN_SCORE
     opacity: float = 0.5
     overlays: bool = True
@@ -225,6 +228,8 @@ def segment_files(
 def _answer(session: Session, picture: npt.NDArray[Any], options: ResultOptions) -> Answer:
     if session.detects:
         return session.detect(picture).kept(options.min_score)
+    if options.scales is not None:
+        return segment_at_scales(session, picture, options.scales, fit=options.fit)
     return session.segment(picture, fit=options.fit)
 
 
@@ -232,7 +237,9 @@ def _answered(
     session: Session, images: Sequence[Source], options: ResultOptions, failed: Failed | None
 ) -> Iterator[tuple[Source, npt.NDArray[Any], Answer]]:
     """Each image, its pixels and its answer, in order; several images a run."""
+    # A run is of one image then: of its crops, or of one of its sizes.
     slides = not session.detects and session.segmentation.mode == "slide"
+    alone = slides or options.scales is not None
     waiting: list[tuple[Source, npt.NDArray[Any], Prepared]] = []
 
     def flush() -> Iterator[tuple[Source, npt.NDArray[Any], Answer]]:
@@ -246,7 +253,7 @@ def _answered(
     for source in images:
         try:
             picture = session.read_image(source.path)
-            if slides:  # crops of one image fill the batches
+            if alone:
                 yield source, picture, _answer(session, picture, options)
             elif session.detects:
                 waiting.append((source, picture, session.detection.prepare(picture)))

@@ -23,7 +23,7 @@ from fdconv_deploy.runtime.preprocessing import (
     published_size,
     resize,
 )
-from fdconv_deploy.runtime.sliding_window import SlidingRows, slide_stride
+from fdconv_deploy.runtime.sliding_window import SlidingRows, crop_within, slide_stride
 from fdconv_deploy.runtime.visualization import RGB, default_palette, mask_png, overlay
 
 Mode = Literal["whole", "slide"]
@@ -91,12 +91,15 @@ class SegmentationPipeline:
         self.palette = class_palette(segmentor)
         self._head, self._test = segmentor.decode_head, segmentor.test
 
-    def prepare(self, image: npt.NDArray[Any], *, fit: Fit | None = None) -> Prepared:
+    def prepare(
+        self, image: npt.NDArray[Any], *, fit: Fit | None = None, mirrored: bool = False
+    ) -> Prepared:
         """Resize and normalise an image for a ``whole`` run.
 
         Args:
             image: as ``Session.segment`` takes it.
             fit: how an image of another aspect ratio is brought to the input's size.
+            mirrored: left for right, once it is resized.
 
         Returns:
             The input ``images`` (C, H, W) float32.
@@ -111,6 +114,7 @@ class SegmentationPipeline:
             raise ImageError(f"An image is fitted by 'stretch' or 'pad', not {fit!r}.")
         placement = place((image.shape[0], image.shape[1]), self.size, self.preprocessing, fit)
         resized = resize(image, placement.height, placement.width)
+        resized = resized[:, ::-1] if mirrored else resized
         tensor = normalise(resized, self.preprocessing, self.size)
         return Prepared({"images": tensor}, placement, time.perf_counter() - start)
 
@@ -148,7 +152,12 @@ class SegmentationPipeline:
         return Segmentation(labels, self.classes, self.palette, placement.fit, "whole", timings)
 
     def slide(
-        self, image: npt.NDArray[Any], run: Callable[[Logits], Logits], batch: int
+        self,
+        image: npt.NDArray[Any],
+        run: Callable[[Logits], Logits],
+        batch: int,
+        *,
+        any_size: bool = False,
     ) -> Segmentation:
         """Label an image by sliding a crop of the input's size over it.
 
@@ -156,6 +165,8 @@ class SegmentationPipeline:
             image: as ``Session.segment`` takes it.
             run: (N, C, *size) float32 to logits, for any N.
             batch: how many crops to run together.
+            any_size: ``run`` takes inputs of any size, and an image that is smaller than the crop
+                is one, as published; otherwise it is padded to the crop.
 
         Raises:
             ImageError: ``image`` is not such an array.
@@ -173,9 +184,8 @@ class SegmentationPipeline:
         image = check_image(image, self.preprocessing)
         stride = slide_stride(self._test, self.size)
         resized = resize(image, *published_size(image.shape[0], image.shape[1], self.preprocessing))
-        source = SlidingRows(
-            resized, self.preprocessing, self.size, stride, timed, self._head, batch
-        )
+        crop = crop_within(self.size, resized) if any_size else self.size
+        source = SlidingRows(resized, self.preprocessing, crop, stride, timed, self._head, batch)
         before = time.perf_counter() - start
         labels = source.labels(image.shape[0], image.shape[1])
         timings = {

@@ -80,6 +80,11 @@ def slide_stride(test: TestMode, crop: tuple[int, int]) -> tuple[int, int]:
     return test.stride
 
 
+def crop_within(crop: tuple[int, int], image: Pixels) -> tuple[int, int]:
+    """The crop, no larger than an image (H, W, C): what slides where any input size is taken."""
+    return min(crop[0], image.shape[0]), min(crop[1], image.shape[1])
+
+
 class SlidingRows:
     """The averaged logits of a slid crop, row by row (a ``LogitRows``).
 

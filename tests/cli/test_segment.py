@@ -151,6 +151,18 @@ def test_segment_of_nothing_leaves_nothing(bundle, monkeypatch, capfd, tmp_path)
         assert not (tmp_path / "out").exists()
 
 
+def test_segment_looks_at_mirror_images(bundle, tree, monkeypatch, capfd, tmp_path):
+    command = ["segment", bundle, tree, "-o", tmp_path / "out", "--flip", "--json"]
+    code, out, err = fdconv(monkeypatch, capfd, *command)
+    assert code == 0, err
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert len(rows) == 4
+    assert all((row["multi_scale"], row["flip"]) == ([1], True) for row in rows)
+    code, _, err = fdconv(monkeypatch, capfd, *command, "--overwrite", "--multi-scale", "0.5,1")
+    assert code == 1
+    assert "these factors need 16x24 too" in err
+
+
 def test_segment_names_classes_and_colours(bundle, tree, monkeypatch, capfd, tmp_path):
     out = tmp_path / "out"
     assert fdconv(monkeypatch, capfd, "segment", bundle, tree / "a.png", "-o", out)[0] == 0

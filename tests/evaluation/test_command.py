@@ -71,6 +71,35 @@ def test_against_a_checkpoint(streets, scenes, monkeypatch, capfd):
     assert (bundle["name"], eager["name"]) == (str(streets), str(packaged_checkpoint()))
 
 
+def test_multi_scale_and_flip(streets, scenes, monkeypatch, capfd):
+    data = ["--images", scenes, "--masks", scenes, "--limit", 2]
+    (once,) = scored(monkeypatch, capfd, packaged_checkpoint(), *data)["sides"]
+    several = [*data, "--multi-scale", "0.75,1,1.25", "--flip"]
+    (merged,) = scored(monkeypatch, capfd, packaged_checkpoint(), *several)["sides"]
+    assert (merged["multi_scale"], merged["flip"]) == ([0.75, 1, 1.25], True)
+    assert 0.9 < merged["pixel_accuracy"] != once["pixel_accuracy"]
+    # A bundle has a graph of one size, which the mirror image has too.
+    flipped = scored(
+        monkeypatch, capfd, streets, *data, "--flip", "--against", packaged_checkpoint()
+    )
+    assert flipped["sides"][1]["agreement"] > 0.9999
+    code, _, err = fdconv(monkeypatch, capfd, "evaluate", streets, *several)
+    assert code == 1
+    assert "has a graph of 96x128 (height x width)" in err
+    assert "need 72x96, 120x160 too" in err
+    code, _, err = fdconv(
+        monkeypatch, capfd, "evaluate", streets, "--annotations", "x", "--images", scenes, "--flip"
+    )
+    assert code == 2
+    assert "--flip is of segmentors" in err
+    for wrong in ("0.5,x", "0,1"):
+        code, _, err = fdconv(
+            monkeypatch, capfd, "evaluate", streets, *data, "--multi-scale", wrong
+        )
+        assert code in (1, 2)
+        assert "actors" in err
+
+
 def test_two_bundles_and_a_checkpoint(streets, scenes, monkeypatch, capfd):
     report = scored(
         monkeypatch, capfd, packaged_checkpoint(), "--images", scenes, "--masks", scenes,
