@@ -108,6 +108,8 @@ def test_reflection_lists_and_describes_the_services(served: Served, version: st
         messages.ServerReflectionRequest(list_services=""),
         messages.ServerReflectionRequest(file_containing_symbol="inference.ModelInferRequest"),
         messages.ServerReflectionRequest(file_containing_symbol="grpc.health.v1.Health"),
+        messages.ServerReflectionRequest(file_containing_symbol="grpc.health.v1.Health.Check"),
+        messages.ServerReflectionRequest(file_containing_symbol="grpc.health.v1.Health.None"),
         messages.ServerReflectionRequest(file_containing_symbol="nothing.of.that.Name"),
     ]
     with channel(served.grpc) as opened:
@@ -116,14 +118,15 @@ def test_reflection_lists_and_describes_the_services(served: Served, version: st
             request_serializer=messages.ServerReflectionRequest.SerializeToString,
             response_deserializer=messages.ServerReflectionResponse.FromString,
         )
-        listed, inference, health, none = call(iter(requests), timeout=60)
+        listed, inference, health, method, *none = call(iter(requests), timeout=60)
     names = [service.name for service in listed.list_services_response.service]
     assert names == ["grpc.health.v1.Health", "inference.GRPCInferenceService"]
     found = [
         descriptor_pb2.FileDescriptorProto.FromString(
             answer.file_descriptor_response.file_descriptor_proto[0]
         )
-        for answer in (inference, health)
+        for answer in (inference, health, method)
     ]
-    assert [file.package for file in found] == ["inference", "grpc.health.v1"]
-    assert none.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
+    assert [file.package for file in found] == ["inference", *["grpc.health.v1"] * 2]
+    codes = [answer.error_response.error_code for answer in none]
+    assert codes == [grpc.StatusCode.NOT_FOUND.value[0]] * 2

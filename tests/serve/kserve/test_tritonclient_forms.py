@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
+from fdconv_deploy.runtime import open_session
 from fdconv_deploy.serve import Settings, running
 from tests.serve.kserve.conftest import Served, free_port
 from tests.serve.kserve.test_tritonclient import close
@@ -79,6 +83,39 @@ class TestStreams:
         answer, error = found.get(timeout=60)
         assert error is None
         assert close(answer.as_numpy("logits"), session.run(tensor))
+
+    def test_requests_of_one_stream_share_a_batch(self, bundles: list[Path], tensor) -> None:
+        with open_session(bundles[0], threads=1) as session:
+            run, sizes, begun, go_on = session.run_batches, [], threading.Event(), threading.Event()
+
+            def held(inputs: Any) -> Any:
+                sizes.append(len(inputs["images"]))
+                begun.set()
+                assert go_on.wait(60)
+                return run(inputs)
+
+            port, found = free_port(), queue.Queue()
+            go_on.set()  # for the runs that loading makes
+            session.run_batches = held  # type: ignore[method-assign]
+            with (
+                running([session], settings=Settings(threads=1, grpc_port=port)) as address,
+                grpc.InferenceServerClient(f"127.0.0.1:{port}") as client,
+            ):
+                begun.clear()
+                go_on.clear()
+                sizes.clear()
+                client.start_stream(lambda result, error: found.put((result, error)))
+                client.async_stream_infer("street", given(grpc, tensor[:1]), request_id="0")
+                assert begun.wait(60)
+                for n in range(1, 5):
+                    client.async_stream_infer("street", given(grpc, tensor[:1]), request_id=str(n))
+                while "fdconv_queue_images 4.0" not in httpx.get(f"{address}/metrics").text:
+                    time.sleep(0.01)
+                go_on.set()
+                answers = [found.get(timeout=60) for _ in range(5)]
+                client.stop_stream()
+        assert [answer.get_response().id for answer, _ in answers] == list("01234")
+        assert sizes == [1, 4]
 
     def test_asyncio_clients_stream(self, served: Served, session, tensor) -> None:
         aio = pytest.importorskip("tritonclient.grpc.aio")
