@@ -27,7 +27,7 @@ from fdconv_deploy.export.torch_export import capture
 from fdconv_deploy.export.validation.subprocess_run import fresh
 from fdconv_deploy.export.validation.tolerance import TOLERANCES, Precision, counts_classes
 from fdconv_deploy.export.validation.verdict import Judge, Subject, Verdict, refusal
-from fdconv_deploy.folding.network import dynamic_layers, input_sizes
+from fdconv_deploy.folding.network import foldable_layers, input_sizes
 from fdconv_deploy.runtime.bundle import Bundle, BundleWriter
 from fdconv_deploy.runtime.manifest import Manifest, ParityReport, TensorSpec
 from fdconv_deploy.version import __version__
@@ -101,7 +101,7 @@ def write_bundle(
         entries: dict[str, Any] = {
             **source.manifest.get("graph", {}),
             **nodes,
-            "fdconv_layers": len(dynamic_layers(network)),
+            "fdconv_layers": len(foldable_layers(network)),
             "exactness": {str(batch): verdict.as_dict() for batch, verdict in verdicts.items()},
             **({"precision": reduction.report} if reduction.report else {}),
             "export_seconds": round(time.perf_counter() - started, 1),

@@ -17,7 +17,7 @@ from fdconv_deploy.export.passes.late_reshapes import move_reshapes
 from fdconv_deploy.export.passes.means import split_means
 from fdconv_deploy.export.torch_export import PLACEHOLDER
 from fdconv_deploy.folding.layer import fold_layer
-from fdconv_deploy.folding.network import dynamic_layers
+from fdconv_deploy.folding.network import foldable_layers
 from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET
 from fdconv_deploy.ops.function_body import functions_checked
 from fdconv_deploy.version import __version__
@@ -48,7 +48,7 @@ def build_graph(
         sizes: height and width of each FDConv layer's input, see `input_sizes`.
         batch: the graph's batch size.
     """
-    layers = dynamic_layers(network)
+    layers = foldable_layers(network)
     graph = gs.import_onnx(captured)
     affines = fold_batch_norms(graph)
     nodes = Nodes(graph, batch)

@@ -28,7 +28,7 @@ from fdconv_deploy.export.validation.sample_inputs import (
     picture_source,
     sample_sources,
 )
-from fdconv_deploy.folding.network import dynamic_layers
+from fdconv_deploy.folding.network import foldable_layers
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.from_published import convert_published
 from fdconv_deploy.nn.segmentor import Segmentor
@@ -88,7 +88,7 @@ def network_to_export(
         detects, size = True, _detector_size(network, options)
     else:
         detects, size = False, _segmentor_size(network, options)
-    if not dynamic_layers(network):
+    if not foldable_layers(network):
         # A plain baseline is exported all the same: benchmarks compare with it.
         options.say("note: this network has no FDConv layer")
     how = network.architecture.preprocessing

@@ -23,10 +23,12 @@ from onnxscript import opset18
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.folding.layer import DynamicLayer
 from fdconv_deploy.folding.network import Example, replace_layers, tensors_of
 from fdconv_deploy.nn.detection.box_ops import EXCLUDED, BestScores, NonMaxSuppression
 from fdconv_deploy.nn.detection.roi_pooling import RoIAlign
-from fdconv_deploy.nn.fdconv import FDConv2d
+from fdconv_deploy.nn.fdconv import FDTokenConv
+from fdconv_deploy.nn.fdlinear import FDLinear
 from fdconv_deploy.ops import OPSET
 
 PLACEHOLDER_DOMAIN = "fdconv.export"
@@ -45,8 +47,8 @@ def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_opaque
-def _folded_layer(x: Tensor, layer: str, channels: int, height: int, width: int) -> Tensor:
-    return x.new_zeros(x.shape[0], channels, height, width)
+def _folded_layer(x: Tensor, layer: str, shape: Sequence[int]) -> Tensor:
+    return x.new_zeros(x.shape[0], *shape)
 
 
 @_opaque
@@ -67,8 +69,8 @@ def _best_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return scores.new_zeros(shape), torch.zeros(shape, dtype=torch.int64, device=scores.device)
 
 
-def _translate_folded_layer(x: Any, layer: str, channels: int, height: int, width: int) -> Any:
-    return _placeholders.FoldedLayer(x, layer=layer, channels=channels, height=height, width=width)
+def _translate_folded_layer(x: Any, layer: str, shape: Sequence[int]) -> Any:
+    return _placeholders.FoldedLayer(x, layer=layer, shape=list(shape))
 
 
 def _translate_roi_align(
@@ -138,7 +140,9 @@ class _StandIn(nn.Module):
         return self.call(*inputs)
 
 
-def _layer_stand_in(name: str, layer: FDConv2d) -> nn.Module:
+def _layer_stand_in(name: str, layer: DynamicLayer) -> nn.Module:
+    if isinstance(layer, FDLinear | FDTokenConv):
+        return _token_stand_in(name, layer)
     padding = layer.padding
 
     def length(axis: int, size: int) -> int:
@@ -151,7 +155,18 @@ def _layer_stand_in(name: str, layer: FDConv2d) -> nn.Module:
 
     def call(x: Tensor) -> Tensor:
         height, width = length(0, x.shape[-2]), length(1, x.shape[-1])
-        return _folded_layer(x, name, layer.out_channels, height, width)
+        return _folded_layer(x, name, (layer.out_channels, height, width))
+
+    return _StandIn(call)
+
+
+def _token_stand_in(name: str, layer: FDLinear | FDTokenConv) -> nn.Module:
+    """Of an image's tokens, however many axes they are in, a layer sees one axis."""
+
+    def call(x: Tensor) -> Tensor:
+        tokens = x[:, None] if x.ndim == 2 else x.flatten(1, -2)
+        y = _folded_layer(tokens, name, (tokens.shape[1], layer.out_features))
+        return y.reshape(*x.shape[:-1], layer.out_features)
 
     return _StandIn(call)
 
@@ -192,10 +207,7 @@ def _register_schema() -> None:
             type_constraints=[("T", ["tensor(float)"], "features")],
             attributes=[
                 schema.Attribute("layer", schema.AttrType.STRING, "name of the layer"),
-                *(
-                    schema.Attribute(name, schema.AttrType.INT, "of the output")
-                    for name in ("channels", "height", "width")
-                ),
+                schema.Attribute("shape", schema.AttrType.INTS, "of the output, batch excluded"),
             ],
         )
     )

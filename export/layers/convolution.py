@@ -14,7 +14,7 @@ def write_convolution(
     nodes: Nodes, layer: FoldedConv, x: gs.Tensor, kernel: gs.Tensor, attention: Attention
 ) -> gs.Variable:
     """``(B, I, H, W)`` and `write_assembly`'s kernels -> ``(B, O, H', W')``."""
-    batch = nodes.batch
+    batch = nodes.images
     scale = write_row_scale(nodes, layer, attention) if layer.filter_side == "feature" else None
     bias = None
     if scale is None and layer.bias is not None:
@@ -75,7 +75,7 @@ def _by_rows(
             "Conv",
             f"{name}.convolution",
             *inputs,
-            group=nodes.batch,
+            group=nodes.images,
             kernel_shape=[1, width],
             strides=list(layer.stride),
             dilations=list(layer.dilation),
@@ -90,6 +90,34 @@ def rows_met(row: int, top: int, stride: int, dilation: int, output_rows: int) -
     """The first and last row of the input that a kernel row meets, padding counted below zero."""
     first = row * dilation - top
     return first, first + stride * (output_rows - 1)
+
+
+def write_product(
+    nodes: Nodes, layer: FoldedConv, x: gs.Tensor, kernel: gs.Tensor, attention: Attention
+) -> gs.Variable:
+    """Tokens ``(B, L, I)`` and `write_assembly`'s kernels -> ``(B, L, O)``.
+
+    Runtimes take a matrix that is turned just before its product as it lies in memory.
+    """
+    kernel = nodes.reshape("kernel", kernel, nodes.images, layer.out_channels, layer.in_channels)
+    y = nodes("MatMul", "product", x, nodes("Transpose", "kernel.turned", kernel, perm=[0, 2, 1]))
+    scale = write_row_scale(nodes, layer, attention) if layer.filter_side == "feature" else None
+    if scale is not None:
+        tokens = nodes.reshape("filter.tokens", scale, -1, 1, layer.out_channels)
+        y = nodes("Mul", "output.scaled", y, tokens)
+    if layer.bias is not None:
+        y = nodes("Add", "output.shifted", y, nodes.constant("bias", layer.bias))
+    return y
+
+
+def write_constant_product(nodes: Nodes, layer: FoldedConv, x: gs.Tensor) -> gs.Variable:
+    """A layer over tokens whose kernel does not depend on the image: a linear layer."""
+    weight = layer.constant_weight
+    assert weight is not None
+    y = nodes("MatMul", "product", x, nodes.constant("weight", weight[:, :, 0, 0].T))
+    if layer.bias is not None:
+        y = nodes("Add", "output.shifted", y, nodes.constant("bias", layer.bias))
+    return y
 
 
 def write_constant_convolution(nodes: Nodes, layer: FoldedConv, x: gs.Tensor) -> gs.Variable:

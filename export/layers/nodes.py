@@ -17,19 +17,21 @@ from fdconv_deploy.folding.layer import FoldedConv
 class Nodes:
     """Adds nodes under a layer's name; equal constants are shared by all layers.
 
-    ``batch``: the graph's batch size. ``functions``: the ONNX function bodies that the nodes
+    ``batch``: the graph's batch size. ``images``: how many the layer sees, each of which gets
+    kernels of its own. ``functions``: the ONNX function bodies that the nodes
     written so far call, by name. ``layer``: the prefix of the names of what is added.
     """
 
     def __init__(self, graph: gs.Graph, batch: int) -> None:
-        self.graph, self.batch = graph, batch
+        self.graph, self.batch, self.images = graph, batch, batch
         self.functions: dict[str, FunctionProto] = {}
         self._constants: dict[str, gs.Constant] = {}
         self._uses: Counter[str] = Counter()
         self.layer = ""
 
-    def begin(self, layer: str) -> None:
+    def begin(self, layer: str, images: int | None = None) -> None:
         """Name what follows after a layer; a layer may be used more than once."""
+        self.images = self.batch if images is None else images
         # A network may be nothing but a layer.
         self.layer = layer or "layer"
         self._uses[self.layer] += 1

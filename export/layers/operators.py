@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from fdconv_deploy.export.layers.nodes import Nodes, geometry
 from fdconv_deploy.folding.bands import FoldedBands
 from fdconv_deploy.folding.layer import FoldedConv
+from fdconv_deploy.folding.modulation import HiddenNorm
 from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.ops.frequency_assembly import AssemblyForm, assembly_function, group_blocks
 from fdconv_deploy.ops.frequency_assembly.launch import gate_offsets
@@ -31,29 +32,51 @@ def write_attention(nodes: Nodes, layer: FoldedConv, average: gs.Tensor) -> Atte
     hidden = affine(
         "Gemm", "hidden", average, "hidden", folded.hidden, folded.hidden_bias, transB=1
     )
-    if (norm := folded.norm) is not None:
+    if folded.norm is not None and folded.norm.bias is not None:
         hidden = affine(
-            "LayerNormalization", "hidden.normalised", hidden, "hidden.norm", norm.weight,
-            norm.bias, axis=-1, epsilon=float(norm.epsilon),
+            "LayerNormalization", "hidden.normalised", hidden, "hidden.norm", folded.norm.weight,
+            folded.norm.bias, axis=-1, epsilon=float(folded.norm.epsilon),
         )  # fmt: skip
+    elif folded.norm is not None:
+        hidden = _write_rms_norm(nodes, hidden, folded.norm)
     hidden = nodes("Relu", "hidden.relu", hidden)
-    hidden = nodes("Mul", "hidden.squared", hidden, hidden)
+    if folded.squared:
+        hidden = nodes("Mul", "hidden.squared", hidden, hidden)
     logits = affine("Gemm", "heads", hidden, "heads", folded.heads, folded.head_bias, transB=1)
     heads = "kernel", "filter", "spatial", "channel"
     present = {name: size for name in heads if (size := getattr(folded, name))}
     if len(present) == 1:
-        parts = [logits]
-    else:
-        if not folded.softmax:
-            logits = nodes("Sigmoid", "gates", logits)
-        lengths = nodes.constant("heads.sizes", np.array(list(present.values()), np.int64))
-        parts = nodes.add("Split", "attention", logits, lengths, outputs=len(present), axis=1)
-    result = dict(zip(present, parts, strict=True))
+        if folded.softmax:
+            attention = nodes("Softmax", "kernel.attention", logits, axis=1)
+        else:
+            attention = nodes("Sigmoid", "kernel.attention", logits)
+        attention.shape = [nodes.images, folded.kernel]
+        return {"kernel": attention}
+    lengths = nodes.constant("heads.sizes", np.array(list(present.values()), np.int64))
+
+    def split(name: str, x: gs.Tensor) -> list[gs.Variable]:
+        return nodes.add("Split", name, x, lengths, outputs=len(present), axis=1)
+
     if folded.softmax:
-        result["kernel"] = nodes("Softmax", "kernel.attention", result["kernel"], axis=1)
-    elif len(present) == 1:
-        result["kernel"] = nodes("Sigmoid", "kernel.attention", result["kernel"])
-    return result
+        # Side by side again: who assembles kernels by itself reads the matrix of all gates.
+        parts = zip(present, split("logits", logits), strict=True)
+        gates = nodes(
+            "Concat", "gates", *(nodes("Softmax", f"{n}.gate", x, axis=1) for n, x in parts), axis=1
+        )
+    else:
+        gates = nodes("Sigmoid", "gates", logits)
+    gates.shape = [nodes.images, len(folded.heads)]
+    return dict(zip(present, split("attention", gates), strict=True))
+
+
+def _write_rms_norm(nodes: Nodes, x: gs.Tensor, norm: HiddenNorm) -> gs.Variable:
+    """Values over the root of their mean square, in operators that opset 18 has."""
+    squared = nodes("Mul", "hidden.power", x, x)
+    mean = nodes("ReduceMean", "hidden.mean_square", squared, nodes.shape(1), keepdims=1)
+    epsilon = nodes.constant("hidden.norm.epsilon", np.array([norm.epsilon], np.float32))
+    root = nodes("Sqrt", "hidden.root", nodes("Add", "hidden.mean", mean, epsilon))
+    weight = nodes.constant("hidden.norm.weight", norm.weight)
+    return nodes("Mul", "hidden.normalised", nodes("Div", "hidden.scaled", x, root), weight)
 
 
 def write_row_scale(nodes: Nodes, layer: FoldedConv, attention: Attention) -> gs.Tensor | None:
@@ -64,14 +87,14 @@ def write_row_scale(nodes: Nodes, layer: FoldedConv, attention: Attention) -> gs
         constant = nodes.constant("output_scale", scale.reshape(1, -1, 1, 1))
     if not layer.modulation.filter:
         return constant
-    gate = nodes.reshape("filter.map", attention["filter"], nodes.batch, layer.out_channels, 1, 1)
+    gate = nodes.reshape("filter.map", attention["filter"], nodes.images, layer.out_channels, 1, 1)
     return gate if constant is None else nodes("Mul", "filter.scaled", gate, constant)
 
 
 def write_column_scale(nodes: Nodes, layer: FoldedConv, attention: Attention) -> gs.Tensor | None:
     """Spatial and channel attention along the kernel matrix, ``(B, 1, kh or 1, C)``."""
     height, width = layer.kernel_size
-    batch, channels = nodes.batch, layer.in_channels
+    batch, channels = nodes.images, layer.in_channels
     channel = spatial = None
     if layer.modulation.channel and layer.channel_side == "kernel":
         channel = nodes.reshape("channel.column", attention["channel"], batch, 1, channels, 1)

@@ -62,6 +62,8 @@ def fold_batch_norms(graph: gs.Graph) -> dict[str, Affine]:
         follower = _only_consumer(node.outputs[0], graph)
         if follower is None or follower.op != "BatchNormalization":
             continue
+        if node.op == PLACEHOLDER and len(node.attrs["shape"]) == 2:
+            continue  # of tokens, a normalisation's channels are the tokens
         constants = _constants(follower.inputs[1:])
         if constants is None:
             continue

@@ -151,6 +151,8 @@ def _replace_assembly(nodes: Nodes, node: gs.Node, named: Named) -> None:
     given = node.attrs
     spectrum = _spectrum(node, named)
     gates = _gate_matrix(node, named["attention"])
+    if gates.shape:
+        nodes.images = int(gates.shape[0])
     scale = _output_scale(nodes, named.get("row_scale"))
     tiles, planes, _, _, tile = spectrum.values.shape
     names = "out_channels in_channels heads filter_at spatial_at channel_at taps".split()
@@ -207,7 +209,7 @@ def _wants_half(node: gs.Node) -> bool:
     waiting, half = list(readers), []
     while waiting:
         reader = waiting.pop()
-        if reader.op in ("Split", "Reshape"):
+        if reader.op in ("Split", "Reshape", "Transpose"):
             waiting += [n for t in reader.outputs for n in t.outputs]
         else:
             half.append(reader.op == "Cast" and reader.attrs["to"] == FLOAT16)
@@ -226,7 +228,7 @@ def _rows(
     name = rows_name(sizes.wide_groups)
     nodes.functions[name] = rows_function(sizes.wide_groups)
     row_blocks, _, columns, row_block = half_shape(sizes)
-    batch, rows = nodes.batch, sizes.rows
+    batch, rows = nodes.images, sizes.rows
     attributes = {} if sizes.wide_groups else {"bins": [len(flat)]}
     return _plugin_node(
         nodes, name, "assembly.rows",
@@ -256,7 +258,7 @@ def _columns(
     half: bool,
 ) -> gs.Variable:
     out, ins, (height, width) = sizes.out_channels, sizes.in_channels, sizes.kernel_size
-    batch, rows, columns = nodes.batch, sizes.rows, sizes.columns
+    batch, rows, columns = nodes.images, sizes.rows, sizes.columns
     frequencies = columns // 2 + 1
     row_blocks, _, stored, row_block = half_shape(sizes)
     transform = transform_of(rows)

@@ -102,8 +102,10 @@ def _main(job: Path) -> int:
         for name, files in run["feeds"].items():
             joined = np.concatenate([np.load(file) for file in files])
             known = all(isinstance(length, int) for length in shapes.get(name, [None]))
-            # A layer's images may be channels of one image in its graph; no image is lost.
-            same = known and np.prod(shapes[name]) == joined.size and len(joined.shape) > 3
+            # A layer's images may be channels of one image in its graph, its tokens a map's
+            # pixels; no image is lost.
+            same = known and np.prod(shapes[name]) == joined.size
+            same = same and (joined.ndim > 3 or joined.ndim != len(shapes[name]))
             feeds[name] = joined.reshape(shapes[name]) if same else joined
         for name, values in zip(names, session.run(names, feeds), strict=True):
             np.save(run["answers"][name], values)

@@ -444,8 +444,9 @@ class Judge:
     ) -> list[dict[str, Path]]:
         """Files of each piece's tensors; the pieces run on what the network's layers see."""
         seen = [o.layers for o in case.observed]
-        batch = sum(len(o.feed[0]) for o in case.observed)
-        shapes = {use: (batch, *one.shape[1:]) for use, one in seen[0].items()}
+        # A layer may see more images than the network does, as windows of them.
+        images = {use: sum(layers[use].shape[0] for layers in seen) for use in seen[0]}
+        shapes = {use: (images[use], *one.shape[1:]) for use, one in seen[0].items()}
         own = saved(self._feed(case.observed), folder)
         runs, found = [], []
         for number, piece in enumerate(pieces):

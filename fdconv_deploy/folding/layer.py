@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.bands import FoldedBands, fold_bands
@@ -16,14 +17,17 @@ from fdconv_deploy.folding.modulation import (
     FoldedLocal,
     FoldedModulation,
     array,
+    fold_linear_modulation,
     fold_local,
     fold_modulation,
 )
 from fdconv_deploy.folding.spectrum import FoldedSpectrum, fold_spectrum
-from fdconv_deploy.nn.fdconv import FDConv2d
+from fdconv_deploy.nn.fdconv import FDConv2d, FDTokenConv
+from fdconv_deploy.nn.fdlinear import FDLinear
 from fdconv_deploy.nn.spectrum import group_map
 
 Side = Literal["kernel", "feature"]
+DynamicLayer = FDConv2d | FDLinear
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class FoldedConv:
     BatchNorm's; its shift is in ``bias`` ``(O,)``. channel_side, filter_side: whether that
     attention scales the kernel or the convolution's input or output, whichever is smaller.
     by_rows: in a graph, convolve with each row of the kernels by itself and add; see
-    ``export/layers/convolution.py``.
+    ``export/layers/convolution.py``. tokens: features are ``(B, L, C)``, not ``(B, C, H, W)``;
+    the kernel is 1×1 and input_size ``(L, 1)``.
     """
 
     name: str
@@ -55,6 +60,7 @@ class FoldedConv:
     channel_side: Side
     filter_side: Side
     by_rows: bool = False
+    tokens: bool = False
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -113,18 +119,19 @@ def _cheaper_by_rows(folded: FoldedConv) -> bool:
     return height > 1 and 4 * weights > (height - 1) * (inputs + outputs)
 
 
-def _spectra(layer: FDConv2d) -> tuple[NDArray[np.complex128], NDArray[np.int64]]:
+def _spectra(layer: DynamicLayer) -> tuple[NDArray[np.complex128], NDArray[np.int64]]:
     """A layer's spectra and groups, ``(P, R, C//2+1)``, alpha folded in."""
     groups = group_map(layer.indices.cpu(), layer.rows, layer.columns).numpy()
     offset = np.arange(layer.param_ratio)[:, None, None] * layer.kernel_num
     groups = np.where(groups >= 0, groups + offset, -1)
     if layer.convert_param:
-        stored = array(layer.dft_weight)
+        stored = array(cast(Tensor, layer.dft_weight))
     else:
-        weight = array(layer.weight).reshape(
-            layer.out_channels, layer.in_channels, *layer.kernel_size
-        )
-        matrix = weight.transpose(0, 2, 1, 3).reshape(layer.rows, layer.columns)
+        matrix = array(layer.weight)
+        if isinstance(layer, FDConv2d):
+            sizes = layer.out_channels, layer.in_channels, *layer.kernel_size
+            matrix = matrix.reshape(sizes).transpose(0, 2, 1, 3)
+        matrix = matrix.reshape(layer.rows, layer.columns)
         spectrum = np.fft.rfft2(matrix) / layer.spectrum_scale
         stored = np.stack([spectrum.real, spectrum.imag], -1)[None]
         stored = np.repeat(stored, layer.param_ratio, 0)
@@ -139,7 +146,7 @@ def _spectra(layer: FDConv2d) -> tuple[NDArray[np.complex128], NDArray[np.int64]
 
 
 def fold_layer(
-    layer: FDConv2d,
+    layer: DynamicLayer,
     input_size: tuple[int, int],
     *,
     name: str = "",
@@ -150,18 +157,22 @@ def fold_layer(
 
     Args:
         layer: in eval mode.
-        input_size: height and width of the layer's input.
+        input_size: height and width of the layer's input; of tokens their number, and 1.
         name: for the graph's names.
         scale, shift: ``(O,)``, a BatchNorm after the layer, see `fold_batch_norm`.
 
     Raises:
         ExportError: the layer is plain, or the kernel does not fit the padded input.
     """
-    if not layer.is_dynamic:
-        raise ExportError(f"layer {name!r} is a plain convolution; there is nothing to fold.")
-    modulation = fold_modulation(layer.KSM_Global)
-    local = fold_local(layer.KSM_Local) if layer.KSM_Local is not None else None
-    bands = fold_bands(layer.FBM, *input_size) if layer.FBM is not None else None
+    local = bands = None
+    if isinstance(layer, FDLinear):
+        modulation = fold_linear_modulation(layer.KSM_Global)
+    else:
+        if not layer.is_dynamic:
+            raise ExportError(f"layer {name!r} is a plain convolution; there is nothing to fold.")
+        modulation = fold_modulation(layer.KSM_Global)
+        local = fold_local(layer.KSM_Local) if layer.KSM_Local is not None else None
+        bands = fold_bands(layer.FBM, *input_size) if layer.FBM is not None else None
     constant = constant_kernel(layer, modulation, local)
     spectrum = None
     if constant is None:
@@ -174,12 +185,7 @@ def fold_layer(
         bias = shift if bias is None else bias * scale + shift
     folded = FoldedConv(
         name=name,
-        in_channels=layer.in_channels,
-        out_channels=layer.out_channels,
-        kernel_size=(layer.kernel_size[0], layer.kernel_size[1]),
-        stride=(layer.stride[0], layer.stride[1]),
-        padding=_padding(layer),
-        dilation=(layer.dilation[0], layer.dilation[1]),
+        **_geometry(layer),
         input_size=input_size,
         modulation=modulation,
         local=local,
@@ -190,11 +196,12 @@ def fold_layer(
         bias=None if bias is None else bias.astype(np.float32),
         channel_side="kernel",
         filter_side="kernel",
+        tokens=not isinstance(layer, FDConv2d) or isinstance(layer, FDTokenConv),
     )
     height, width = folded.output_size
     if height < 1 or width < 1:
         raise ExportError(
-            f"layer {name!r}: a {layer.kernel_size} kernel does not fit its "
+            f"layer {name!r}: a {folded.kernel_size} kernel does not fit its "
             f"{input_size[0]}×{input_size[1]} input. Export at a larger size."
         )
     channel_side, filter_side = _cheaper_sides(folded)
@@ -202,8 +209,29 @@ def fold_layer(
     return replace(folded, channel_side=channel_side, filter_side=filter_side, by_rows=by_rows)
 
 
+def _geometry(layer: DynamicLayer) -> dict[str, Any]:
+    """Channels, kernel size, stride, padding and dilation, as `FoldedConv` has them."""
+    if isinstance(layer, FDLinear):
+        return {
+            "in_channels": layer.in_features,
+            "out_channels": layer.out_features,
+            "kernel_size": (1, 1),
+            "stride": (1, 1),
+            "padding": (0, 0, 0, 0),
+            "dilation": (1, 1),
+        }
+    return {
+        "in_channels": layer.in_channels,
+        "out_channels": layer.out_channels,
+        "kernel_size": (layer.kernel_size[0], layer.kernel_size[1]),
+        "stride": (layer.stride[0], layer.stride[1]),
+        "padding": _padding(layer),
+        "dilation": (layer.dilation[0], layer.dilation[1]),
+    }
+
+
 def constant_kernel(
-    layer: FDConv2d, modulation: FoldedModulation, local: FoldedLocal | None
+    layer: DynamicLayer, modulation: FoldedModulation, local: FoldedLocal | None
 ) -> NDArray[np.float32] | None:
     """The kernel ``(O, I, kh, kw)`` if no image can change it, else None.
 
@@ -213,8 +241,10 @@ def constant_kernel(
     if modulation.varies or (local is not None and local.varies):
         return None
     double = copy.deepcopy(layer).double().eval()
-    average = torch.zeros(1, layer.in_channels, dtype=torch.float64)
+    average = torch.zeros(1, _geometry(layer)["in_channels"], dtype=torch.float64)
     with torch.no_grad():
+        if isinstance(double, FDLinear):
+            return double.weights(average)[0, :, :, None, None].float().numpy()
         detail = double.KSM_Local(average) if double.KSM_Local is not None else None
         kernel = double.kernels(double.KSM_Global(average), detail, full=True)
     return kernel[0].float().numpy()

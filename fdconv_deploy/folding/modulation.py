@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import UnsupportedLayerError
+from fdconv_deploy.nn.fdlinear import LinearModulation
 from fdconv_deploy.nn.modulation import GlobalModulation, LocalModulation
 
 Float64 = NDArray[np.float64]
@@ -26,13 +27,15 @@ def array(tensor: Tensor) -> Float64:
 
 @dataclass(frozen=True)
 class HiddenNorm:
-    """``GroupNorm(1, A)`` of the hidden layer: each image by its own mean and variance.
+    """A norm of the hidden layer by each image's own values.
+
+    ``GroupNorm(1, A)``: by mean and variance; or, without a ``bias``, RMSNorm: by the mean square.
 
     weight, bias: ``(A,)`` float32.
     """
 
     weight: NDArray[np.float32]
-    bias: NDArray[np.float32]
+    bias: NDArray[np.float32] | None
     epsilon: float
 
 
@@ -40,11 +43,12 @@ class HiddenNorm:
 class FoldedModulation:
     """``attention = act(heads · relu(norm(hidden · average + hidden_bias))² + head_bias)``.
 
-    ``norm`` is None where nothing is left to do: a BatchNorm is folded into ``hidden``.
+    ``norm`` is None where nothing is left to do: a BatchNorm is folded into ``hidden``. The
+    square is left out where ``squared`` is not set.
 
     The rows of ``heads`` are the kernel attentions (``P·G``), then, unless the layer has
     kernel attention only, the filter (O), spatial (kh·kw, if any) and channel (I) gates.
-    ``act`` is a sigmoid, but for the kernel attentions a softmax where ``softmax`` is set.
+    ``act`` is a sigmoid, or where ``softmax`` is set a softmax over each of these by itself.
 
     hidden: ``(A, I)``, hidden_bias: ``(A,)``, heads: ``(N, A)``, head_bias: ``(N,)``, float32.
     gain: the product of the attentions' constant factors, to be folded into the spectrum.
@@ -61,6 +65,7 @@ class FoldedModulation:
     softmax: bool
     gain: float
     norm: HiddenNorm | None = None
+    squared: bool = True
 
     @property
     def varies(self) -> bool:
@@ -133,6 +138,34 @@ def fold_modulation(ksm: GlobalModulation) -> FoldedModulation:
         softmax=ksm.act == "softmax",
         gain=gain,
         norm=norm,
+    )
+
+
+def fold_linear_modulation(ksm: LinearModulation) -> FoldedModulation:
+    """Fold ``KSM_Global`` of an `FDLinear`."""
+    slope = 2.0 if ksm.act == "tanh" else 1.0
+    heads = (
+        (ksm.kernel_fc, ksm.kernel_temp),
+        (ksm.filter_fc, ksm.temp),
+        (ksm.channel_fc, ksm.temp),
+    )
+    kernel = float(ksm.groups) if ksm.act == "softmax" else 2.0 if ksm.act == "sigmoid" else 1.0
+    # 1 + tanh(z) = 2·sigmoid(2z)
+    gate = {"sigmoid": ksm.att_multi, "tanh": 2.0, "softmax": 1.0}[ksm.act]
+    weight = array(ksm.fc.weight)
+    return FoldedModulation(
+        weight.astype(np.float32),
+        np.zeros(len(weight), np.float32),
+        np.concatenate([array(fc.weight) * (slope / temp) for fc, temp in heads]).astype("f4"),
+        np.concatenate([array(fc.bias) * (slope / temp) for fc, temp in heads]).astype("f4"),
+        kernel=len(ksm.kernel_fc.weight),
+        filter=len(ksm.filter_fc.weight),
+        spatial=0,
+        channel=len(ksm.channel_fc.weight),
+        softmax=ksm.act == "softmax",
+        gain=kernel * gate**2 * (2.0 if ksm.act == "tanh" else 1.0),
+        norm=HiddenNorm(array(ksm.norm.weight).astype(np.float32), None, float(ksm.norm.eps or 0)),
+        squared=False,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fdconv_deploy.folding.bands import FoldedBands
 from fdconv_deploy.folding.layer import FoldedConv
+from fdconv_deploy.folding.modulation import FoldedModulation
 
 
 class FoldedBandModulation(nn.Module):
@@ -63,10 +64,55 @@ class FoldedBandModulation(nn.Module):
         return total.reshape(x.shape)
 
 
+class FoldedAttention(nn.Module):
+    """All global attentions of a layer: ``(B, I)`` float32 averages -> ``(B, heads)``.
+
+    In the order of `FoldedModulation`; their constant factors are in the spectrum.
+    """
+
+    def __init__(self, modulation: FoldedModulation) -> None:
+        super().__init__()
+        self.modulation = modulation
+        constants = {
+            name: getattr(modulation, name)
+            for name in ("hidden", "hidden_bias", "heads", "head_bias")
+        }
+        if modulation.norm is not None:
+            constants["norm_weight"] = modulation.norm.weight
+            constants["norm_bias"] = modulation.norm.bias
+        for name, value in constants.items():
+            self.register_buffer(name, None if value is None else torch.from_numpy(value))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Lengths of the kernel, filter, spatial and channel attentions; 0 for absent ones."""
+        modulation = self.modulation
+        return [modulation.kernel, modulation.filter, modulation.spatial, modulation.channel]
+
+    def forward(self, average: Tensor) -> Tensor:
+        """``average``: ``(B, I)``."""
+        hidden = F.linear(average, self.get_buffer("hidden"), self.get_buffer("hidden_bias"))
+        if (norm := self.modulation.norm) is not None:
+            weight = self.get_buffer("norm_weight")
+            if norm.bias is None:
+                hidden = F.rms_norm(hidden, weight.shape, weight, norm.epsilon)
+            else:
+                bias = self.get_buffer("norm_bias")
+                hidden = F.layer_norm(hidden, weight.shape, weight, bias, norm.epsilon)
+        hidden = hidden.relu()
+        if self.modulation.squared:
+            hidden = hidden.square()
+        logits = F.linear(hidden, self.get_buffer("heads"), self.get_buffer("head_bias"))
+        if not self.modulation.softmax:
+            return logits.sigmoid()
+        return torch.cat([part.softmax(1) for part in logits.split(self.sizes, 1)], 1)
+
+
 class FoldedConv2d(nn.Module):
     """A folded FDConv layer: ``(B, I, H, W)`` float at the folded size -> ``(B, O, H', W')``.
 
-    Includes a BatchNorm that was folded in. Any batch size.
+    Over tokens, be they ``(B, L, I)`` or of more axes between, or ``(B, I)``, one each: the same
+    with O features. Includes a BatchNorm that was folded in. Any batch size.
     """
 
     def __init__(self, folded: FoldedConv) -> None:
@@ -79,12 +125,8 @@ class FoldedConv2d(nn.Module):
             "constant_weight": folded.constant_weight,
         }
         if folded.constant_weight is None and folded.spectrum is not None:
-            modulation = folded.modulation
+            self.gates = FoldedAttention(folded.modulation)
             constants |= {
-                "hidden": modulation.hidden,
-                "hidden_bias": modulation.hidden_bias,
-                "heads": modulation.heads,
-                "head_bias": modulation.head_bias,
                 "spectrum": folded.spectrum.values,
                 "groups": folded.spectrum.groups.astype(np.int32),
                 **{
@@ -97,9 +139,6 @@ class FoldedConv2d(nn.Module):
                 },
                 "row_outer": folded.spectrum.row_transform.outer.astype(np.float32),
             }
-            if modulation.norm is not None:
-                constants["hidden_norm_weight"] = modulation.norm.weight
-                constants["hidden_norm_bias"] = modulation.norm.bias
             if folded.local is not None:
                 constants["local"] = folded.local.weight
                 constants["norm_weight"] = folded.local.norm_weight
@@ -112,22 +151,8 @@ class FoldedConv2d(nn.Module):
 
         Their constant factors are in the spectrum. Absent ones are empty.
         """
-        modulation = self.folded.modulation
-        hidden = F.linear(average, self.get_buffer("hidden"), self.get_buffer("hidden_bias"))
-        if modulation.norm is not None:
-            weight, bias = (
-                self.get_buffer("hidden_norm_weight"),
-                self.get_buffer("hidden_norm_bias"),
-            )
-            hidden = F.layer_norm(hidden, weight.shape, weight, bias, modulation.norm.epsilon)
-        logits = F.linear(
-            hidden.relu().square(), self.get_buffer("heads"), self.get_buffer("head_bias")
-        )
-        sizes = [modulation.kernel, modulation.filter, modulation.spatial, modulation.channel]
-        kernel, *gates = logits.split(sizes, 1)
-        kernel = kernel.softmax(1) if modulation.softmax else kernel.sigmoid()
-        names = ("kernel", "filter", "spatial", "channel")
-        return dict(zip(names, [kernel, *(g.sigmoid() for g in gates)], strict=True))
+        parts = self.gates(average).split(self.gates.sizes, 1)
+        return dict(zip(("kernel", "filter", "spatial", "channel"), parts, strict=True))
 
     def kernel_matrix(self, kernel_attention: Tensor) -> Tensor:
         """``(B, P·G)`` -> kernel matrices ``(B, R, C)``, by constant products."""
@@ -193,8 +218,10 @@ class FoldedConv2d(nn.Module):
         return attention["filter"] if scale is None else attention["filter"] * scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x``: ``(B, I, H, W)`` at the folded size."""
+        """``x``: at the folded size."""
         folded = self.folded
+        if folded.tokens:
+            return self._over_tokens(x)
         if tuple(x.shape[1:]) != (folded.in_channels, *folded.input_size):
             raise ValueError(
                 f"layer {folded.name!r} was folded for inputs (B, {folded.in_channels}, "
@@ -206,17 +233,12 @@ class FoldedConv2d(nn.Module):
         if self.bands is not None:
             x = self.bands(x)
         top, left, bottom, right = folded.padding
-        scale = None
-        if self.constant_weight is not None:
-            weight, groups = self.get_buffer("constant_weight"), 1
-            scale = None if self.output_scale is None else self.get_buffer("output_scale")[None]
-        else:
-            kernel, attention = self.kernels(average)
-            if folded.modulation.channel and folded.channel_side == "feature":
-                x = x * attention["channel"][:, :, None, None]
-            if folded.filter_side == "feature":
-                scale = self._filter(attention)
-            weight, groups = kernel.reshape(-1, folded.in_channels, *folded.kernel_size), batch
+        weight, channel, scale = self._weight(average)
+        groups = 1
+        if self.constant_weight is None:
+            weight, groups = weight.reshape(-1, folded.in_channels, *folded.kernel_size), batch
+            if channel is not None:
+                x = x * channel[:, :, None, None]
             x = x.reshape(1, -1, *folded.input_size)
         if top == bottom and left == right:
             padding = (top, left)
@@ -227,3 +249,34 @@ class FoldedConv2d(nn.Module):
         if scale is not None:
             y = y * scale[:, :, None, None]
         return y if self.bias is None else y + self.get_buffer("bias")[:, None, None]
+
+    def _weight(self, average: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The kernels, and what scales the input and the output of the convolution instead."""
+        folded = self.folded
+        if self.constant_weight is not None:
+            scale = None if self.output_scale is None else self.get_buffer("output_scale")[None]
+            return self.get_buffer("constant_weight"), None, scale
+        kernel, attention = self.kernels(average)
+        channel = None
+        if folded.modulation.channel and folded.channel_side == "feature":
+            channel = attention["channel"]
+        return kernel, channel, self._filter(attention) if folded.filter_side == "feature" else None
+
+    def _over_tokens(self, x: Tensor) -> Tensor:
+        folded = self.folded
+        tokens = x.reshape(len(x), -1, x.shape[-1])
+        if tuple(tokens.shape[1:]) != (folded.input_size[0], folded.in_channels):
+            raise ValueError(
+                f"layer {folded.name!r} was folded for inputs (B, {folded.input_size[0]}, "
+                f"{folded.in_channels}), got {tuple(x.shape)}. Fold the network again for this "
+                "number of tokens."
+            )
+        weight, channel, scale = self._weight(tokens.mean(1))
+        if channel is not None:
+            tokens = tokens * channel[:, None]
+        y = tokens @ weight[..., 0, 0].transpose(-1, -2)
+        if scale is not None:
+            y = y * scale[:, None]
+        if self.bias is not None:
+            y = y + self.get_buffer("bias")
+        return y.reshape(*x.shape[:-1], folded.out_channels)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.folding.layer import fold_layer
+from fdconv_deploy.folding.layer import DynamicLayer, fold_layer
 from fdconv_deploy.folding.module import FoldedConv2d
-from fdconv_deploy.nn.fdconv import FDConv2d, dynamic_layers
+from fdconv_deploy.nn.fdconv import FDConv2d, FDTokenConv
+from fdconv_deploy.nn.fdlinear import FDLinear
 
 # What a network takes: one tensor, or several.
 Example = Tensor | tuple[Tensor, ...]
@@ -22,18 +24,33 @@ def tensors_of(example: Example) -> tuple[Tensor, ...]:
     return (example,) if isinstance(example, Tensor) else example
 
 
+def foldable_layers(network: nn.Module) -> dict[str, DynamicLayer]:
+    """A network's dynamic layers of every kind by name, each once though it be shared."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, FDLinear) or (isinstance(module, FDConv2d) and module.is_dynamic)
+    }
+
+
 def input_sizes(network: nn.Module, example: Example) -> dict[str, tuple[int, int]]:
     """Height and width that each dynamic layer sees when the network runs on ``example``.
+
+    Of a layer over tokens their number in an image, and 1.
 
     Raises:
         ExportError: a layer is never run, or runs at two sizes (it has no one static shape).
     """
-    layers = dynamic_layers(network)
+    layers = foldable_layers(network)
     seen: dict[str, set[tuple[int, int]]] = {name: set() for name in layers}
 
     def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[name].add((inputs[0].shape[-2], inputs[0].shape[-1]))
+        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            shape = inputs[0].shape
+            if isinstance(module, FDLinear | FDTokenConv):
+                seen[name].add((math.prod(shape[1:-1]), 1))
+            else:
+                seen[name].add((shape[-2], shape[-1]))
 
         return record
 
@@ -58,12 +75,12 @@ def input_sizes(network: nn.Module, example: Example) -> dict[str, tuple[int, in
     return {name: sizes.pop() for name, sizes in seen.items()}
 
 
-def replace_layers(network: nn.Module, make: Callable[[str, FDConv2d], nn.Module]) -> nn.Module:
+def replace_layers(network: nn.Module, make: Callable[[str, DynamicLayer], nn.Module]) -> nn.Module:
     """A copy of ``network`` with each dynamic layer replaced, wherever it is referred to.
 
     The layers themselves, and so their spectra, are never copied.
     """
-    layers = dynamic_layers(network)
+    layers = foldable_layers(network)
     # deepcopy takes what is in the memo for what was copied already.
     memo: dict[int, object] = {id(layer): make(name, layer) for name, layer in layers.items()}
     return copy.deepcopy(network, memo)

@@ -1,7 +1,7 @@
 """The published network, exact, in PyTorch."""
 
 from fdconv_deploy.nn.backbones.resnet import ResNet
-from fdconv_deploy.nn.fdconv import FDConv2d
+from fdconv_deploy.nn.fdconv import FDConv2d, FDTokenConv
 from fdconv_deploy.nn.fdlinear import FDLinear
 from fdconv_deploy.nn.from_published import from_published
 from fdconv_deploy.nn.replace import replace_convolutions
@@ -10,6 +10,7 @@ from fdconv_deploy.nn.segmentor import Segmentor, build_segmentor
 __all__ = [
     "FDConv2d",
     "FDLinear",
+    "FDTokenConv",
     "ResNet",
     "Segmentor",
     "build_segmentor",

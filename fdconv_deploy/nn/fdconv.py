@@ -374,6 +374,11 @@ class FDTokenConv(FDConv2d):
                 "modulated. Leave 1 out of it."
             )
 
+    @property
+    def out_features(self) -> int:
+        """O, as ``nn.Linear`` calls it."""
+        return self.out_channels
+
     def average(self, x: Tensor) -> Tensor:
         """``(B, I)``: the mean over all of an image's tokens."""
         return x.flatten(1, -2).mean(1)

@@ -115,7 +115,8 @@ class FDLinear(nn.Linear):
                 "param_reduction < 1 drops spectrum bins, so it needs convert_param=True."
             )
         self.kernel_num, self.param_ratio = kernel_num, param_ratio
-        self.param_reduction = param_reduction
+        self.param_reduction, self.convert_param = param_reduction, convert_param
+        self.rows, self.columns = out_features, in_features
         self.spectrum_scale = min(in_features, out_features) // 2
         self.alpha = 1.0
         if param_reduction >= 1:
@@ -170,8 +171,19 @@ class FDLinear(nn.Linear):
         )
         return matrix * channel[:, None] * filter_[:, :, None]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, N, I)`` or ``(N, I)`` float -> the same with O features."""
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """``(B, N, I)`` or ``(N, I)`` float -> the same with O features.
+
+        Raises:
+            UnsupportedLayerError: ``cu_seqlens`` is given, the published argument for sequences of
+                several lengths behind each other in one.
+        """
+        if cu_seqlens is not None:
+            raise UnsupportedLayerError(
+                "cu_seqlens packs sequences of several lengths into one input (N, "
+                f"{self.in_features}), and a graph of static shapes has one length. Give sequences "
+                f"of one length as (B, N, {self.in_features}), without cu_seqlens."
+            )
         if x.ndim not in (2, 3) or x.shape[-1] != self.in_features or x.numel() == 0:
             raise ValueError(
                 f"FDLinear expects a non-empty (B, N, {self.in_features}) or "

@@ -126,8 +126,8 @@ def frequency_indices(
             f"kernel_num={groups} does not divide this layer's {kept} frequency bins "
             f"({rows} rows × {columns // 2 + 1} columns of half spectrum"
             f"{'' if kept == bins else f', reduced by {reduction}'}). "
-            f"Use a kernel_num that does (the next lower is {usable[0]}), or raise "
-            "use_fdconv_if_c_gt so that the layer stays a plain convolution."
+            f"Use a kernel_num that does (the next lower is {usable[0]}), or keep the layer plain: "
+            "an FDConv2d by raising use_fdconv_if_c_gt."
         )
     if isinstance(order, str):
         return _named_indices(rows, columns, groups, ratio, kept, order)

@@ -27,7 +27,6 @@ from fdconv_deploy.ops.launch import FLOAT_TYPES, KernelLaunch
 from fdconv_deploy.ops.tensorrt_plugins import launch_of
 from tests.ops.gpu.cases import BANDS, LAYERS
 from tests.ops.single import layer_model
-from tests.reference.lively import lively_input
 
 TYPES = {"*" + short: getattr(torch, name) for name, short in FLOAT_TYPES.items()} | {
     "*u8": torch.uint8,
@@ -94,7 +93,7 @@ def errors(name: str, half: bool) -> dict[str, float]:
     if half:
         to_half_precision(model, ["layer"])
     variant = ask_for_plugins(model).model
-    values = values_of(variant, lively_input((case.batch, case.channels[0], *case.size)).numpy())
+    values = values_of(variant, case.input().numpy())
     nodes = [n for n in variant.graph.node if n.domain == DOMAIN]
     return {n.op_type: node_error(n, values) for n in nodes}
 

@@ -22,12 +22,16 @@ Arrays = dict[str, NDArray]
 
 def layer_model(folded: FoldedConv, batch: int) -> ModelProto:
     """Input ``x``, output ``y``, and every tensor between that an ``fdconv`` node touches."""
-    shape = batch, folded.in_channels, *folded.input_size
+    shape: tuple[int, ...] = (batch, folded.in_channels, *folded.input_size)
+    output_shape: tuple[int, ...] = (batch, folded.out_channels, *folded.output_size)
+    if folded.tokens:
+        shape = batch, folded.input_size[0], folded.in_channels
+        output_shape = batch, folded.input_size[0], folded.out_channels
     x = gs.Variable("x", np.float32, shape)
     graph = gs.Graph(inputs=[x], opset=OPSET)
     nodes = Nodes(graph, batch)
     y = write_layer(nodes, folded, x)
-    y.name, y.shape = "y", (batch, folded.out_channels, *folded.output_size)
+    y.name, y.shape = "y", output_shape
     shown: dict[int, gs.Tensor] = {}
     for node in graph.nodes:
         if node.domain == DOMAIN:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,13 @@ def seeded(seed: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def enliven(layer: FDConv2d, seed: int = 0) -> FDConv2d:
-    """Draw weights that leave no attention constant and no spectrum symmetric; eval mode."""
+def enliven(layer: Any, seed: int = 0) -> Any:
+    """Draw weights that leave no attention constant and no spectrum symmetric; eval mode.
+
+    Args:
+        layer: an FDConv2d, FDTokenConv or FDLinear.
+        seed: of the weights.
+    """
     generator = seeded(seed)
 
     def normal(tensor: Tensor, deviation: float, mean: float = 0.0) -> None:
@@ -38,9 +44,10 @@ def enliven(layer: FDConv2d, seed: int = 0) -> FDConv2d:
             normal(parameter, 0.2, mean=1.0)
         else:
             normal(parameter, 0.3)
-    if layer.is_dynamic and isinstance(getattr(layer.KSM_Global, "bn", None), nn.BatchNorm2d):
-        normal(layer.KSM_Global.bn.running_mean, 0.3)
-        normal(layer.KSM_Global.bn.running_var, 0.1, mean=0.5)
+    norm = getattr(getattr(layer, "KSM_Global", None), "bn", None)
+    if isinstance(norm, nn.BatchNorm2d):
+        normal(norm.running_mean, 0.3)
+        normal(norm.running_var, 0.1, mean=0.5)
     return layer.eval()
 
 

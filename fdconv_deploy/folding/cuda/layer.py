@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.bands import FoldedBands
 from fdconv_deploy.folding.layer import FoldedConv
+from fdconv_deploy.folding.module import FoldedAttention
 from fdconv_deploy.ops.frequency_assembly.launch import (
     assembly_sizes,
     column_transform,
@@ -26,6 +27,7 @@ from fdconv_deploy.ops.frequency_band_modulation.torch_op import combine_bands
 class FusedConv2d(nn.Module):
     """A folded FDConv layer on a GPU: ``(B, I, H, W)`` -> ``(B, O, H', W')``, any batch.
 
+    Over tokens ``(B, …, I)`` -> ``(B, …, O)``, as `FoldedConv2d`; channels are last there anyway.
     Attentions and kernels are computed in float32 and the kernels written in ``dtype``, which
     inputs and outputs have too. Its float32 constants stay so: do not cast the module.
 
@@ -42,7 +44,8 @@ class FusedConv2d(nn.Module):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.folded, self.dtype, self.channels_last = folded, dtype, channels_last
+        self.folded, self.dtype = folded, dtype
+        self.channels_last = channels_last or folded.tokens
         self.bands = (
             FusedBandModulation(folded.bands, dtype, channels_last)
             if folded.bands is not None
@@ -56,15 +59,11 @@ class FusedConv2d(nn.Module):
         }
         self.sizes: list[int] = []
         if folded.constant_weight is None and folded.spectrum is not None:
-            modulation = folded.modulation
+            self.gates = FoldedAttention(folded.modulation)
             spectrum = kernel_spectrum(folded.spectrum.by_frequency())
             sizes = assembly_sizes(folded, spectrum)
             self.sizes = sizes.numbers()
             constants |= {
-                "hidden": modulation.hidden,
-                "hidden_bias": modulation.hidden_bias,
-                "heads": modulation.heads,
-                "head_bias": modulation.head_bias,
                 "values": spectrum.values,
                 "groups": spectrum.groups,
                 "row_table": root_table(sizes.rows, transform_of(sizes.rows)),
@@ -72,9 +71,6 @@ class FusedConv2d(nn.Module):
                     sizes.columns, column_transform(sizes.columns, folded.kernel_size[1])
                 ),
             }
-            if modulation.norm is not None:
-                constants["hidden_norm_weight"] = modulation.norm.weight
-                constants["hidden_norm_bias"] = modulation.norm.bias
             if folded.local is not None:
                 constants["local_weight"] = folded.local.weight
                 constants["norm_weight"] = folded.local.norm_weight
@@ -87,24 +83,6 @@ class FusedConv2d(nn.Module):
 
     def _laid_out(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
-
-    def gates(self, average: Tensor) -> Tensor:
-        """``(B, I)`` float32 averages -> all attentions ``(B, heads)``, as `FoldedModulation`."""
-        modulation = self.folded.modulation
-        hidden = F.linear(average, self.get_buffer("hidden"), self.get_buffer("hidden_bias"))
-        if modulation.norm is not None:
-            weight, bias = (
-                self.get_buffer("hidden_norm_weight"),
-                self.get_buffer("hidden_norm_bias"),
-            )
-            hidden = F.layer_norm(hidden, weight.shape, weight, bias, modulation.norm.epsilon)
-        logits = F.linear(
-            hidden.relu().square(), self.get_buffer("heads"), self.get_buffer("head_bias")
-        )
-        if not modulation.softmax:
-            return logits.sigmoid()
-        kernel, others = logits.tensor_split([modulation.kernel], 1)
-        return torch.cat([kernel.softmax(1), others.sigmoid()], 1)
 
     def kernels(self, average: Tensor, gates: Tensor) -> Tensor:
         """One kernel per image, ``(B·O, I, kh, kw)`` of ``dtype``."""
@@ -134,6 +112,14 @@ class FusedConv2d(nn.Module):
         Raises:
             BackendError: x is of another shape or type, or not on a GPU.
         """
+        folded = self.folded
+        if folded.tokens:
+            # As a map, which in memory they are one of with its channels last.
+            tokens = x.reshape(len(x), -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+            return self._over_map(tokens).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        return self._over_map(x)
+
+    def _over_map(self, x: Tensor) -> Tensor:
         folded = self.folded
         expected = folded.in_channels, *folded.input_size
         if tuple(x.shape[1:]) != expected or x.dtype != self.dtype:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from fdconv_deploy.errors import BackendError, ExportError
 from fdconv_deploy.folding.cuda.layer import FusedConv2d
 from fdconv_deploy.folding.layer import fold_layer
-from fdconv_deploy.folding.network import dynamic_layers, input_sizes, replace_layers
+from fdconv_deploy.folding.network import foldable_layers, input_sizes, replace_layers
 from fdconv_deploy.ops.launch import interpreting
 
 
@@ -87,7 +87,7 @@ def fuse_network(
         name: FusedConv2d(fold_layer(layer, sizes[name], name=name), dtype, channels_last).to(
             device
         )
-        for name, layer in dynamic_layers(network).items()
+        for name, layer in foldable_layers(network).items()
     }
     holder = FusedNetwork(copy, dtype, channels_last)
     for parent in list(holder.modules()):

@@ -100,7 +100,8 @@ def test_stays_where_weights_are_not_constant():
 
 
 def placeholder(x: gs.Tensor, y: gs.Tensor) -> gs.Node:
-    return gs.Node(PLACEHOLDER, y.name, {"layer": y.name}, [x], [y], domain=PLACEHOLDER_DOMAIN)
+    attributes = {"layer": y.name, "shape": list(y.shape[1:])}
+    return gs.Node(PLACEHOLDER, y.name, attributes, [x], [y], domain=PLACEHOLDER_DOMAIN)
 
 
 def test_a_placeholder_hands_the_normalisation_on():
@@ -124,3 +125,8 @@ def test_a_placeholder_somebody_else_reads_keeps_its_own_answer():
     g = graph([placeholder(x, a), norm(a, y, "n"), relu], [x], [y, z])
     assert fold_batch_norms(g) == {}
     assert len(g.nodes) == 3
+
+
+def test_a_placeholder_over_tokens_keeps_a_norm_of_its_tokens():
+    x, a, y = (variable(n, (2, 6, 9)) for n in "xay")
+    assert fold_batch_norms(graph([placeholder(x, a), norm(a, y, "n")], [x], [y])) == {}

@@ -16,7 +16,7 @@ from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.quantization.fp16 import to_half_precision
 from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 from fdconv_deploy.folding.layer import fold_layer
-from fdconv_deploy.folding.network import dynamic_layers
+from fdconv_deploy.folding.network import foldable_layers
 from fdconv_deploy.ops import DOMAIN
 from tests.export.graphs import relative
 from tests.ops.gpu.cases import BANDS, LAYERS, Case
@@ -54,7 +54,7 @@ def test_every_kind_of_layer(name):
     case: Case = CASES[name]
     with torch.no_grad():
         folded = case.folded(case.layer())
-    x = lively_input((case.batch, case.channels[0], *case.size)).numpy()
+    x = case.input().numpy()
     ways = (False, True) if folded.kernel_size[0] > 1 else (False,)
     for by_rows in ways:
         model = layer_model(replace(folded, by_rows=by_rows), case.batch)
@@ -86,7 +86,7 @@ def test_whole_networks(bundle, exported_module, proved):
 
 def test_half_precision(bundle, segmentor):
     model = load(bundle, 1)
-    to_half_precision(model, list(dynamic_layers(segmentor)))
+    to_half_precision(model, list(foldable_layers(segmentor)))
     variant = checked(model)
     names = [n.op_type for n in variant.graph.node if n.domain == DOMAIN]
     columns = [n for n in names if n.startswith("FrequencyAssemblyColumns")]

@@ -14,21 +14,24 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from fdconv_deploy.folding.cuda import FusedConv2d, fuse_network
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
-from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.nn import FDConv2d, FDLinear, FDTokenConv
 from fdconv_deploy.ops.frequency_assembly.launch import column_transform, transform_of
 from tests.reference.lively import enliven, error, lively_input
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, an input, and what the kernels are asked for."""
+    """A layer, an input, and what the kernels are asked for.
+
+    over: a map, tokens as an FDTokenConv, or tokens as an FDLinear; size is then their number, 1.
+    """
 
     channels: tuple[int, int]
     kernel: int | tuple[int, int] = 1
@@ -39,14 +42,25 @@ class Case:
     channels_last: bool = False
     normed: bool = False
     slow: bool = False
+    over: Literal["map", "tokens", "linear"] = "map"
     arguments: dict[str, Any] = field(default_factory=dict)
 
-    def layer(self) -> FDConv2d:
+    def layer(self) -> Any:
         ins, outs = self.channels
+        if self.over != "map":
+            kind = FDTokenConv if self.over == "tokens" else FDLinear
+            return enliven(kind(ins, outs, kernel_num=self.groups, **self.arguments))
         given = {"use_fbm_if_k_in": [], "use_fdconv_if_k_in": [1, 2, 3, 5]} | self.arguments
         return enliven(FDConv2d(ins, outs, self.kernel, kernel_num=self.groups, **given))
 
-    def folded(self, layer: FDConv2d) -> FoldedConv:
+    def input(self) -> torch.Tensor:
+        x = lively_input((self.batch, self.channels[0], *self.size))
+        return x if self.over == "map" else x.flatten(2).transpose(1, 2).contiguous()
+
+    def average(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3) if self.over == "map" else 1)
+
+    def folded(self, layer: Any) -> FoldedConv:
         if not self.normed:
             return fold_layer(layer, self.size, name="layer")
         scale, shift = self.normalisation()
@@ -93,9 +107,26 @@ LAYERS: dict[str, Case] = {
     "5x5": Case((20, 20), 5, groups=17, slow=True),
     "normed": Case((32, 32), normed=True, size=(9, 9)),
     "normed, features scaled": Case((32, 32), normed=True, size=(1, 2), batch=2),
+    "tokens": Case((32, 24), over="tokens", size=(30, 1)),
+    "tokens, batch 2, features scaled": Case((64, 32), over="tokens", size=(6, 1), batch=2),
+    "tokens, half": Case((32, 64), over="tokens", size=(9, 1), batch=2, dtype="float16"),
+    "linear": Case((32, 24), over="linear", size=(30, 1)),
+    "linear, softmax, odd": Case(
+        (33, 20),
+        groups=4,
+        over="linear",
+        size=(3, 1),
+        batch=2,
+        arguments={"ksm_global_act": "softmax", "param_ratio": 2},
+    ),
+    "linear, tanh": Case(
+        (20, 36), over="linear", size=(9, 1), arguments={"ksm_global_act": "tanh", "bias": False}
+    ),
     "asymmetric padding": Case((24, 24), 2, arguments={"padding": "same"}),
     "odd channels out, 3x3": Case((18, 21), 3, slow=True),
     "dense both, 3x3": Case((58, 29), 3, groups=2, slow=True),
+    "FFN, wider": Case((192, 768), 1, 64, over="tokens", size=(40, 1), slow=True),
+    "FFN, narrower": Case((768, 192), 1, 64, over="tokens", size=(40, 1), slow=True),
     "layer of R50, 64 to 64, 3x3": Case((64, 64), 3, 64, slow=True, **LAST_HALF),
     "layer of R50, 512 to 128": Case((512, 128), 1, 64, slow=True),
     "layer of R50, 128 to 512": Case((128, 512), 1, 64, slow=True),
@@ -128,6 +159,8 @@ BANDS: dict[str, Case] = {
 
 def memory(x: torch.Tensor, case: Case) -> torch.Tensor:
     x = x.to(getattr(torch, case.dtype))
+    if case.over != "map":
+        return x
     return x.contiguous(memory_format=torch.channels_last) if case.channels_last else x
 
 
@@ -135,7 +168,7 @@ def memory(x: torch.Tensor, case: Case) -> torch.Tensor:
 def layer_errors(case: Case) -> dict[str, Any]:
     layer = case.layer()
     folded = case.folded(layer)
-    x = lively_input((case.batch, case.channels[0], *case.size))
+    x = case.input()
     fused = FusedConv2d(folded, getattr(torch, case.dtype), case.channels_last)
     made: list[torch.Tensor] = []
     assemble = fused.kernels
@@ -147,12 +180,15 @@ def layer_errors(case: Case) -> dict[str, Any]:
         # The kernels with every modulation on them.
         on_kernel = replace(folded, channel_side="kernel", filter_side="kernel")
         alone = FusedConv2d(on_kernel, getattr(torch, case.dtype), case.channels_last)
-        average = x.mean((2, 3))
+        average = case.average(x)
         kernels = alone.kernels(average, alone.gates(average))
     layer.double()
-    seen = x.double().mean((2, 3))
-    local = layer.KSM_Local(seen) if layer.KSM_Local is not None else None
-    expected = layer.kernels(layer.KSM_Global(seen), local, full=True)
+    seen = case.average(x.double())
+    if case.over == "linear":
+        expected = layer.weights(seen)
+    else:
+        local = layer.KSM_Local(seen) if layer.KSM_Local is not None else None
+        expected = layer.kernels(layer.KSM_Global(seen), local, full=True)
     output = layer(x.double())
     if case.normed:
         scale, shift = torch.from_numpy(case.normalisation())
