@@ -105,7 +105,7 @@ def _main(job: Path) -> int:
             # A layer's images may be channels of one image in its graph, its tokens a map's
             # pixels; no image is lost.
             same = known and np.prod(shapes[name]) == joined.size
-            same = same and (joined.ndim > 3 or joined.ndim != len(shapes[name]))
+            same = same and (joined.ndim > 2 or joined.ndim != len(shapes[name]))
             feeds[name] = joined.reshape(shapes[name]) if same else joined
         for name, values in zip(names, session.run(names, feeds), strict=True):
             np.save(run["answers"][name], values)
