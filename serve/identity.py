@@ -13,6 +13,7 @@ from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.settings import Settings
 
 FORWARDED = "x-forwarded-for"
+_PROXIES = 32  # in a row; there is no end to what a client may have put before them
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -72,7 +73,8 @@ class Clients:
         Each proxy appends whom it was asked by, so the list is read from its end, and what stands
         before the first address that is no trusted proxy's may be invented.
         """
-        chain = ",".join(value for name, value in headers if name == FORWARDED).split(",")
+        given = ",".join(value for name, value in headers if name == FORWARDED)
+        chain = given.rsplit(",", _PROXIES)[-_PROXIES:]
         while chain and self._trusts(address):
             before = _without_port(chain.pop().strip())
             if _parsed(before) is None:
@@ -98,9 +100,13 @@ def _digest(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-@lru_cache(maxsize=4096)
 def _parsed(text: str) -> Address | None:
     """An address; IPv4 where a socket of IPv6 gave it in IPv6's form. None of other text."""
+    return _parsed_once(text) if len(text) < 80 else None
+
+
+@lru_cache(maxsize=4096)
+def _parsed_once(text: str) -> Address | None:
     try:
         found = ipaddress.ip_address(text)
     except ValueError:
