@@ -5,6 +5,8 @@ is resized by each factor in its own aspect ratio, then mirrored or not; each an
 mirrored back, resized to the image's own size, and made probabilities by softmax; their mean's
 highest class wins. Of a head with one output mmsegmentation takes the sigmoid twice, which leaves
 no probability below a half; here it is taken once, and the mean is above the threshold or not.
+Scores of Mask2Former's and MaskDINO's heads are sums of probabilities already, and averaged as
+they are, which their own ``SemanticSegmentorWithTTA`` does.
 
 A graph has one input size. In ``slide`` mode that is the crop, and the image's size is free: any
 factor is computed as published. In ``whole`` mode a factor takes a graph of that many times the
@@ -18,12 +20,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.config import SegmentorConfig
+from fdconv_deploy.config import QueryHeadConfig, SegmentorConfig
 from fdconv_deploy.errors import BundleError, FDConvError
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.postprocessing import (
@@ -259,7 +261,10 @@ class _Merge:
 
     def segmentation(self, mode: Mode) -> Segmentation:
         before, inference = time.perf_counter() - self._start, self._inference
-        labels = merged_labels(self._views, self._segmentor.decode_head.label_threshold)
+        head = self._segmentor.decode_head
+        labels = merged_labels(
+            self._views, head.label_threshold, scores=isinstance(head, QueryHeadConfig)
+        )
         spent = time.perf_counter() - self._start
         timings = {
             "preprocess": before - inference,
@@ -271,12 +276,15 @@ class _Merge:
         return Segmentation(labels, classes, palette, self._fit, mode, timings)
 
 
-def merged_labels(views: Sequence[View], threshold: float | None = None) -> Labels:
+def merged_labels(
+    views: Sequence[View], threshold: float | None = None, *, scores: bool = False
+) -> Labels:
     """The class of each pixel by the mean of the views' probabilities.
 
     Args:
         views: all of one size.
         threshold: of logits of one class alone: see `labels_of`.
+        scores: the views give scores that are averaged as they are, not logits.
 
     Returns:
         (H, W) uint8, or uint16 above 256 classes; of equal probabilities, the lowest class.
@@ -294,12 +302,13 @@ def merged_labels(views: Sequence[View], threshold: float | None = None) -> Labe
             # Columns of a mirrored view come from the right.
             part = total[:, ::-1] if view.mirrored else total
             for _, left, logits in tiles:
-                part[:, left : left + logits.shape[1]] += _probabilities(logits)
+                found = logits if scores else _probabilities(logits)
+                part[:, left : left + logits.shape[1]] += found
         if threshold is None:
-            found: npt.NDArray[Any] = total.argmax(axis=2)
+            labels[top : top + len(total)] = total.argmax(axis=2)
         else:
-            found = total[:, :, 0] / np.float32(len(views)) > np.float32(threshold)
-        labels[top : top + len(total)] = found
+            mean = total[:, :, 0] / np.float32(len(views))
+            labels[top : top + len(total)] = mean > np.float32(threshold)
     return labels
 
 

@@ -20,7 +20,13 @@ from fdconv_deploy.errors import BundleError, FDConvError
 from fdconv_deploy.evaluation.targets import bundle_target, torch_target
 from fdconv_deploy.export import export_network
 from fdconv_deploy.runtime import Session, open_session
-from fdconv_deploy.runtime.multi_scale import MultiScale, segment_at_scales
+from fdconv_deploy.runtime.multi_scale import (
+    MultiScale,
+    View,
+    merged_labels,
+    segment_at_scales,
+)
+from fdconv_deploy.runtime.postprocessing import ArrayRows, bilinear
 from tests.runtime import toy
 
 PACKAGES = Path(__file__).parents[1] / "real_packages"
@@ -124,6 +130,17 @@ def test_a_mirror_image_needs_no_other_graph(
         assert found.mode == "whole"
         alone = segment_at_scales(session, image, MultiScale())
         assert np.array_equal(alone.labels, session.segment(image).labels)
+
+
+def test_scores_are_averaged_as_they_are() -> None:
+    """As Mask2Former's own augmentation does. By softmax the two weak views would outvote one."""
+    same = bilinear(1, 1, align_corners=False)
+    views = [
+        View(ArrayRows(np.array(scores, np.float32)[:, None, None]), same, same, mirrored=False)
+        for scores in ([9.0, 0.0], [0.0, 4.0], [0.0, 4.0])
+    ]
+    assert merged_labels(views, scores=True) == 0
+    assert merged_labels(views) == 1
 
 
 def test_a_missing_graph_is_named(tmp_path: Path) -> None:
