@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from fdconv_deploy.runtime import open_session
+from fdconv_deploy.runtime import Session, open_session
 from fdconv_deploy.serve import Settings, running
 from tests.serve.kserve.conftest import Served, free_port
 from tests.serve.kserve.test_tritonclient import close
@@ -51,6 +51,78 @@ def test_asyncio_clients_are_answered(served: Served, session, tensor, kind: str
     asyncio.run(ask())
 
 
+class Held:
+    """A service whose runs wait until they may go on, and a gRPC client of it."""
+
+    def __init__(self, session: Session) -> None:
+        self.sizes: list[int] = []
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.client: Any = None
+        self.address = ""
+        self._run = session.run_batches
+        session.run_batches = self.run  # type: ignore[method-assign]
+        self.go_on.set()  # for the runs that loading makes
+
+    def run(self, inputs: Any) -> Any:
+        self.sizes.append(len(inputs["images"]))
+        self.begun.set()
+        assert self.go_on.wait(60)
+        return self._run(inputs)
+
+    def wait_for(self, line: str) -> None:
+        while line not in httpx.get(f"{self.address}/metrics").text:
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def held(bundles: list[Path]) -> Iterator[Held]:
+    port = free_port()
+    with open_session(bundles[0], threads=1) as session:
+        found = Held(session)
+        with (
+            running([session], settings=Settings(threads=1, grpc_port=port)) as found.address,
+            grpc.InferenceServerClient(f"127.0.0.1:{port}") as found.client,
+        ):
+            found.sizes.clear()
+            found.begun.clear()
+            found.go_on.clear()
+            yield found
+            found.go_on.set()
+
+
+def test_cancelled_requests_are_dropped_from_the_queue(held: Held, tensor) -> None:
+    done: queue.Queue = queue.Queue()
+
+    def ask() -> Any:
+        return held.client.async_infer(
+            "street", given(grpc, tensor[:1]), callback=lambda result, error: done.put(error)
+        )
+
+    ask()
+    assert held.begun.wait(60)
+    calls = [ask() for _ in range(3)]
+    held.wait_for("fdconv_queue_images 3.0")
+    for call in calls:
+        call.cancel()
+    held.wait_for("fdconv_in_hand_images 1.0")
+    held.go_on.set()
+    errors = [done.get(timeout=60) for _ in range(4)]
+    assert sum(error is None for error in errors) == 1
+    assert held.sizes == [1]
+
+
+def test_requests_of_a_stream_that_ends_are_dropped_from_the_queue(held: Held, tensor) -> None:
+    held.client.start_stream(lambda result, error: None)
+    for n in range(4):
+        held.client.async_stream_infer("street", given(grpc, tensor[:1]), request_id=str(n))
+        assert held.begun.wait(60)
+    held.wait_for("fdconv_in_hand_images 4.0")
+    held.client.stop_stream(cancel_requests=True)
+    held.wait_for("fdconv_in_hand_images 0.0")
+    held.go_on.set()
+    assert held.sizes == [1]
+
+
 class TestStreams:
     @pytest.fixture
     def streaming(self, served: Served) -> Iterator[tuple[Any, queue.Queue]]:
@@ -84,38 +156,19 @@ class TestStreams:
         assert error is None
         assert close(answer.as_numpy("logits"), session.run(tensor))
 
-    def test_requests_of_one_stream_share_a_batch(self, bundles: list[Path], tensor) -> None:
-        with open_session(bundles[0], threads=1) as session:
-            run, sizes, begun, go_on = session.run_batches, [], threading.Event(), threading.Event()
-
-            def held(inputs: Any) -> Any:
-                sizes.append(len(inputs["images"]))
-                begun.set()
-                assert go_on.wait(60)
-                return run(inputs)
-
-            port, found = free_port(), queue.Queue()
-            go_on.set()  # for the runs that loading makes
-            session.run_batches = held  # type: ignore[method-assign]
-            with (
-                running([session], settings=Settings(threads=1, grpc_port=port)) as address,
-                grpc.InferenceServerClient(f"127.0.0.1:{port}") as client,
-            ):
-                begun.clear()
-                go_on.clear()
-                sizes.clear()
-                client.start_stream(lambda result, error: found.put((result, error)))
-                client.async_stream_infer("street", given(grpc, tensor[:1]), request_id="0")
-                assert begun.wait(60)
-                for n in range(1, 5):
-                    client.async_stream_infer("street", given(grpc, tensor[:1]), request_id=str(n))
-                while "fdconv_queue_images 4.0" not in httpx.get(f"{address}/metrics").text:
-                    time.sleep(0.01)
-                go_on.set()
-                answers = [found.get(timeout=60) for _ in range(5)]
-                client.stop_stream()
+    def test_requests_of_one_stream_share_a_batch(self, held: Held, tensor) -> None:
+        found: queue.Queue = queue.Queue()
+        held.client.start_stream(lambda result, error: found.put((result, error)))
+        held.client.async_stream_infer("street", given(grpc, tensor[:1]), request_id="0")
+        assert held.begun.wait(60)
+        for n in range(1, 5):
+            held.client.async_stream_infer("street", given(grpc, tensor[:1]), request_id=str(n))
+        held.wait_for("fdconv_queue_images 4.0")
+        held.go_on.set()
+        answers = [found.get(timeout=60) for _ in range(5)]
+        held.client.stop_stream()
         assert [answer.get_response().id for answer, _ in answers] == list("01234")
-        assert sizes == [1, 4]
+        assert held.sizes == [1, 4]
 
     def test_asyncio_clients_stream(self, served: Served, session, tensor) -> None:
         aio = pytest.importorskip("tritonclient.grpc.aio")
