@@ -194,6 +194,13 @@ def _segmentor_size(network: Segmentor, options: ExportOptions) -> tuple[int, in
             f"and its answers depend on the crop, but --size is {size[0]}x{size[1]}. Leave "
             "--size out, or say --mode whole to run it on whole images at that size."
         )
+    divisor = network.architecture.preprocessing.size_divisor
+    if any(side % divisor for side in size):
+        nearest = "x".join(str(-(-side // divisor) * divisor) for side in size)
+        raise ExportError(
+            f"this network was tested on images padded to multiples of {divisor} pixels, and "
+            f"{size[0]}x{size[1]} (height x width) is none. Give {nearest}."
+        )
     backbone, head = network.architecture.backbone, network.architecture.decode_head
     deepest = max(backbone.out_indices[i] for i in head.in_index)
     smallest = backbone.smallest_side(deepest)

@@ -117,10 +117,11 @@ def attend(
     Args:
         biases: added to the logits ``(B, heads, L, S)``.
     """
-    weights, offsets = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
-    q, k, v = (
-        heads_apart(F.linear(x, weight, offset), attention.num_heads)
-        for x, weight, offset in zip((query, key, value), weights, offsets, strict=True)
-    )
+    channels, parts = query.shape[-1], []
+    for number, x in enumerate((query, key, value)):
+        rows = slice(number * channels, (number + 1) * channels)
+        weight, offset = attention.in_proj_weight[rows], attention.in_proj_bias[rows]
+        parts.append(heads_apart(F.linear(x, weight, offset), attention.num_heads))
+    q, k, v = parts
     mixed = weigh(q, k, v, *biases).transpose(1, 2).flatten(2)
     return F.linear(mixed, attention.out_proj.weight, attention.out_proj.bias)

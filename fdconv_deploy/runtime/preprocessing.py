@@ -17,6 +17,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from fdconv_deploy.config import SIZE_DIVISOR, Preprocessing
 from fdconv_deploy.errors import ImageError
@@ -175,11 +176,14 @@ def place(
 ) -> Placement:
     """Decide how an image of ``size`` goes into a segmentor's input of ``network``, both (H, W).
 
-    Where it is letterboxed, the rest of the input holds the mean colour.
+    Where it is letterboxed or padded as published, the rest of the input holds the mean colour.
     """
     inside = fitting_size(size, network)
+    published = published_size(*size, preprocessing)
+    if preprocessing.size_divisor > 1 and network == _padded(published, preprocessing.size_divisor):
+        return Placement("resized", *published, size)
     # Rounding can part the two by a pixel; either way the aspect ratio is kept.
-    if network in (inside, published_size(*size, preprocessing)):
+    if network in (inside, published):
         return Placement("resized", *network, size)
     if fit == "stretch":
         return Placement("stretched", *network, size)
@@ -197,7 +201,7 @@ def place_whole(
     chosen = published_size(*size, preprocessing)
     if preprocessing.scale is None or chosen[0] > network[0] or chosen[1] > network[1]:
         chosen = fitting_size(size, network)
-    published = network in (chosen, _padded(chosen))
+    published = network in (chosen, _padded(chosen, SIZE_DIVISOR))
     return Placement("resized" if published else "letterboxed", *chosen, size)
 
 
@@ -205,18 +209,26 @@ def published_detector_input(
     size: tuple[int, int], preprocessing: Preprocessing
 ) -> tuple[int, int]:
     """The (H, W) of the input that the published detector pipeline makes of an image (H, W)."""
-    return _padded(published_size(*size, preprocessing))
+    return _padded(published_size(*size, preprocessing), SIZE_DIVISOR)
 
 
-def _padded(size: tuple[int, int]) -> tuple[int, int]:
-    height, width = (-(-length // SIZE_DIVISOR) * SIZE_DIVISOR for length in size)
+def _padded(size: tuple[int, int], divisor: int) -> tuple[int, int]:
+    height, width = (-(-length // divisor) * divisor for length in size)
     return height, width
 
 
-def resize(image: Pixels, height: int, width: int) -> Pixels:
-    """(h, w, C) to (height, width, C) of the same type, cv2 bilinear as published."""
+def resize(image: Pixels, height: int, width: int, resample: str = "opencv") -> Pixels:
+    """(h, w, C) to (height, width, C) of the same type, bilinear as published.
+
+    Args:
+        resample: `Preprocessing.resample`. Pillow resizes RGB of 8 bits alone; of other images
+            OpenCV computes what detectron2 does then, which is torch's bilinear interpolation.
+    """
     if image.shape[:2] == (height, width):
         return image
+    if resample == "pillow" and image.dtype == np.uint8 and image.shape[2] == 3:
+        picture = Image.fromarray(np.ascontiguousarray(image))
+        return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
     resized = [
         cv2.resize(np.ascontiguousarray(part), (width, height), interpolation=cv2.INTER_LINEAR)
         # All bands in one call: float answers differ in rounding from those of one by one.

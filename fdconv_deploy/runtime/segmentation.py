@@ -113,7 +113,7 @@ class SegmentationPipeline:
         if fit not in ("stretch", "pad"):
             raise ImageError(f"An image is fitted by 'stretch' or 'pad', not {fit!r}.")
         placement = place((image.shape[0], image.shape[1]), self.size, self.preprocessing, fit)
-        resized = resize(image, placement.height, placement.width)
+        resized = resize(image, placement.height, placement.width, self.preprocessing.resample)
         resized = resized[:, ::-1] if mirrored else resized
         tensor = normalise(resized, self.preprocessing, self.size)
         return Prepared({"images": tensor}, placement, time.perf_counter() - start)
@@ -183,7 +183,8 @@ class SegmentationPipeline:
 
         image = check_image(image, self.preprocessing)
         stride = slide_stride(self._test, self.size)
-        resized = resize(image, *published_size(image.shape[0], image.shape[1], self.preprocessing))
+        published = published_size(image.shape[0], image.shape[1], self.preprocessing)
+        resized = resize(image, *published, self.preprocessing.resample)
         crop = crop_within(self.size, resized) if any_size else self.size
         source = SlidingRows(resized, self.preprocessing, crop, stride, timed, self._head, batch)
         before = time.perf_counter() - start

@@ -150,3 +150,30 @@ def test_normalise_is_the_plain_formula(h: int, w: int, seed: int) -> None:
 def test_check_image_refuses(bad) -> None:
     with pytest.raises(ImageError, match=r"\(H, W, 3\) uint8"):
         check_image(bad)
+
+
+@pytest.mark.parametrize(
+    ("scale", "size", "network", "expected"),
+    [
+        (None, (97, 131), (128, 160), ("resized", 97, 131)),
+        ((192, 96), (90, 123), (96, 160), ("resized", 96, 131)),
+        (None, (64, 96), (64, 96), ("resized", 64, 96)),
+        (None, (200, 131), (128, 160), ("stretched", 128, 160)),
+    ],
+)
+def test_images_are_padded_to_multiples_as_published(scale, size, network, expected) -> None:
+    """Those of ``size_divisor`` lie at their own size, the mean colour beside them."""
+    how = Preprocessing(scale=scale, size_divisor=32)
+    placement = place(size, network, how, "stretch")
+    assert (placement.fit, placement.height, placement.width) == expected
+
+
+def test_pillow_averages_where_an_image_shrinks() -> None:
+    """As detectron2 resizes: each pixel here is the mean of about four."""
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    found = resize(image, 32, 48, "pillow").astype(float)
+    kernel = np.array([1, 3, 3, 1]) / 8  # of Pillow's triangle, twice as wide as a step
+    rows = np.apply_along_axis(np.convolve, 0, image.astype(float), kernel, "valid")[1::2]
+    inner = np.apply_along_axis(np.convolve, 1, rows, kernel, "valid")[:, 1::2]
+    assert np.abs(found[1:-1, 1:-1] - inner).max() <= 1.5  # rounded to whole numbers twice
+    assert np.abs(resize(image, 32, 48).astype(float)[1:-1, 1:-1] - inner).max() > 10
