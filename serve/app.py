@@ -28,7 +28,7 @@ from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import Session
 from fdconv_deploy.serve import errors as problems
 from fdconv_deploy.serve import openapi
-from fdconv_deploy.serve.http_limits import MAX_HEAD_BYTES, LimitedProtocol
+from fdconv_deploy.serve.http_limits import MAX_HEAD_BYTES, Held, LimitedProtocol
 from fdconv_deploy.serve.identity import Clients
 from fdconv_deploy.serve.middleware import EXPOSED, Edge, refuse
 from fdconv_deploy.serve.routes import ROUTERS
@@ -81,7 +81,7 @@ def create_app(
             if grpc_server is not None:
                 grpc = grpc_server(service, clients)
                 await grpc.start(host, settings.grpc_port)
-                app.state.grpc_port = grpc.port
+                app.state.grpc, app.state.grpc_port = grpc, grpc.port
             yield
         finally:
             service.drain()
@@ -149,6 +149,7 @@ def run(
     """
     settings = settings or Settings()
     return_large_blocks()
+    allow_files(settings.max_connections)
     with _bound(host, port) as listener:
         server = _Server(bundles, settings, log_level, host)
         log.info("listening on %s (try it at /, API at /docs)", _address(listener, settings))
@@ -203,13 +204,16 @@ class _Server(uvicorn.Server):
             # gRPC binds when the models load, shares a port with whoever has it, or ends in a
             # traceback.
             _bound(host, settings.grpc_port).close()
-        app = create_app(bundles, settings, host=host)
+        self._app = app = create_app(bundles, settings, host=host)
         self.service: Service = app.state.service
         super().__init__(
             uvicorn.Config(
                 app,
                 http=partial(
-                    LimitedProtocol, settings, partial(refuse, self.service, app.state.clients)
+                    LimitedProtocol,
+                    settings,
+                    partial(refuse, self.service, app.state.clients),
+                    Held(),
                 ),  # type: ignore[arg-type]
                 ws="none",
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
@@ -233,13 +237,27 @@ class _Server(uvicorn.Server):
                 "PEM form."
             ) from error
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See ``uvicorn.Server``, which leaves TLS a minute for each handshake."""
+        if self.config.ssl is not None:
+            loop, settings = asyncio.get_running_loop(), self._settings
+            loop.create_server = partial(  # type: ignore[method-assign]
+                loop.create_server,
+                ssl_handshake_timeout=settings.header_seconds,
+                ssl_shutdown_timeout=settings.write_seconds,
+            )
+        await super().startup(sockets)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """See ``uvicorn.Server``; a second signal ends it without waiting."""
         self.service.drain()
         end = time.monotonic() + self._settings.shutdown_delay_seconds
         while time.monotonic() < end and not self.force_exit:
             await asyncio.sleep(0.05)
-        await super().shutdown(sockets)
+        stops = [super().shutdown(sockets)]
+        if self._settings.grpc_port is not None:  # beside HTTP, not after it
+            stops.append(self._app.state.grpc.stop(self._settings.drain_seconds))
+        await asyncio.gather(*stops)
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -260,6 +278,24 @@ def _address(listener: socket.socket, settings: Settings) -> str:
     host, port = listener.getsockname()[:2]
     scheme = "http" if settings.tls_certificate is None else "https"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def allow_files(connections: int) -> None:
+    """Let the process open as many files as its connections need, where the system permits that.
+
+    Many systems give a process 1024 unless it asks: then it is connections that run out of them,
+    and those who want to know whether the service lives.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    wanted = 2 * connections + 1024  # with gRPC's
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def return_large_blocks() -> bool:

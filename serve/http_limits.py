@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
+from itertools import chain
 from typing import Any
 
 import h11
@@ -22,36 +24,63 @@ LAST_REQUEST_SECONDS = 0.5  # for a request that is on its way when the server s
 Refusal = Callable[[str, int, str, Any], tuple[list[tuple[bytes, bytes]], bytes]]
 
 
+@dataclass
+class Held:
+    """The connections of a server that wait for their clients, the longest first."""
+
+    idle: dict[LimitedProtocol, None] = field(default_factory=dict)  # for a request
+    unread: dict[LimitedProtocol, None] = field(default_factory=dict)  # to read an answer
+
+
 class LimitedProtocol(H11Protocol):
     """One HTTP/1.1 connection."""
 
-    def __init__(self, settings: Settings, refusal: Refusal, **uvicorn: Any) -> None:
+    def __init__(self, settings: Settings, refusal: Refusal, held: Held, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
-        self._settings, self._refusal = settings, refusal
+        self._settings, self._refusal, self._held = settings, refusal, held
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._awaited, self._refused = object(), False
+        self._awaited, self._refused, self._stopping = object(), False, False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Limit the time to the first request."""
         super().connection_made(transport)
         self.app_state["connections"] = self.connections  # which the middleware limits
+        if len(self.connections) > self._settings.max_connections:
+            self._end_longest()
+        self._held.idle[self] = None
         self._limit_receiving()
+
+    def _end_longest(self) -> None:
+        """Let nobody be kept out by who is idle or, failing that, does not read his answers."""
+        idle, unread = self._held.idle, self._held.unread
+        read = (one for one in idle if not one.transport.get_write_buffer_size())
+        waiting = (one for one in unread if one.transport.get_write_buffer_size())
+        if (longest := next(chain(read, waiting), None)) is not None:
+            idle.pop(longest, None)
+            unread.pop(longest, None)
+            longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks."""
         for timer in self._timers.values():
             timer.cancel()
+        self._held.idle.pop(self, None)
+        self._held.unread.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Limit the time to the rest of a request; after a refusal, discard."""
         if not self._refused:
             super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._held.idle.pop(self, None)
             self._limit_receiving()
 
     def on_response_complete(self) -> None:
         """Discard what still comes of an answered request, but not for ever."""
         super().on_response_complete()
+        if self.cycle.response_complete:  # and no other request had come already
+            self._held.idle[self] = None
         self._limit_receiving()
         self._limit_writing()  # less than 64 KiB unread, of which no transport tells
 
@@ -85,9 +114,28 @@ class LimitedProtocol(H11Protocol):
         unread = self.transport.get_write_buffer_size()
         if unread >= before:
             self.transport.abort()
-        elif unread:
-            again = partial(self._limit_writing, unread)
-            self._start("writing", self._settings.write_seconds, again)
+            return
+        if unread:
+            self._held.unread.setdefault(self)
+            self._bound_unread()
+        else:
+            self._held.unread.pop(self, None)
+        if unread or self.transport.is_closing():  # over TLS the client has to agree to that
+            seconds = self._settings.write_seconds
+            if self._stopping:
+                seconds = min(seconds, LINGER_SECONDS)
+            self._start("writing", seconds, partial(self._limit_writing, unread))
+
+    def _bound_unread(self) -> None:
+        """Let go of answers that wait longest, where all together are more than may be."""
+        sizes = {one: one.transport.get_write_buffer_size() for one in self._held.unread}
+        left = sum(sizes.values()) - self._settings.max_bytes_in_hand
+        for one, size in sizes.items():
+            if left <= 0 or one is self:
+                return
+            if size:
+                one.transport.abort()
+                left -= size
 
     def _start(self, name: str, seconds: float | None, then: Callable[[], None]) -> None:
         if name in self._timers:
@@ -130,4 +178,9 @@ class LimitedProtocol(H11Protocol):
     def shutdown(self) -> None:
         """Finish what there is, and what is perhaps on its way; the server stops."""
         idle = self.cycle is None or self.cycle.response_complete
-        self._start("stopping", LAST_REQUEST_SECONDS if idle else 0, super().shutdown)
+        self._start("stopping", LAST_REQUEST_SECONDS if idle else 0, self._stop)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        super().shutdown()
+        self._limit_writing()

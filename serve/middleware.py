@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 import time
+from collections import deque
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -62,6 +63,8 @@ class Edge:
 
     def __init__(self, app: ASGIApp, service: Service, clients: Clients) -> None:
         self.app, self._service, self._clients = app, service, clients
+        self._begun = False  # a request, in this pass of the event loop
+        self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI event."""
@@ -94,12 +97,36 @@ class Edge:
         if method == "HEAD":  # as GET, of which it wants the head: FastAPI's routes do not
             scope["method"] = "GET"
         try:
+            if path not in HEALTH:
+                await self._turn()
             app = self._refusal(scope, path, headers) or self.app
             await app(scope, receive, send_named)
             await asyncio.sleep(0)  # uvloop writes when its callbacks are done: the answer first
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             self._record(scope, method, path, route, headers, status, time.perf_counter() - start)
+
+    async def _turn(self) -> None:
+        """Begin one request in each pass of the event loop, however many have come.
+
+        Health, and what already runs, then waits for one of them, not for hundreds.
+        """
+        loop = asyncio.get_running_loop()
+        if self._begun:
+            self._waiting.append(loop.create_future())
+            await self._waiting[-1]
+        else:
+            self._begun = True
+            loop.call_soon(self._next)
+
+    def _next(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                asyncio.get_running_loop().call_soon(self._next)
+                return
+        self._begun = False
 
     def _below_prefix(self, scope: Scope) -> tuple[Scope, str]:
         """The scope with ASGI's ``root_path`` and whole ``path``, and the path below it.

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -151,6 +152,11 @@ class Server:
 
     port: int
     process: psutil.Popen
+    verify: ssl.SSLContext | None = None  # for HTTPS
+
+    @property
+    def url(self) -> str:
+        return f"http{'s' if self.verify else ''}://127.0.0.1:{self.port}"
 
     def rss(self) -> float:
         """Resident memory in MB, of it and its children."""
@@ -164,7 +170,8 @@ class Server:
 
     def get(self, path: str) -> tuple[int, bytes]:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as r:
+            url = f"{self.url}{path}"
+            with urllib.request.urlopen(url, timeout=10, context=self.verify) as r:
                 return r.status, r.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -172,7 +179,12 @@ class Server:
 
 @contextmanager
 def server(
-    command: list[str], *, ready: str = "/readyz", within: float = 120.0, log: Path | None = None
+    command: list[str],
+    *,
+    ready: str = "/readyz",
+    within: float = 120.0,
+    log: Path | None = None,
+    verify: ssl.SSLContext | None = None,
 ) -> Iterator[Server]:
     """Run ``command``, in which ``{port}`` is replaced by a free port, until it is ready.
 
@@ -189,7 +201,7 @@ def server(
             stdout=said,
             stderr=said,
         )
-    found = Server(port, process)
+    found = Server(port, process, verify)
     try:
         end = time.monotonic() + within
         while True:

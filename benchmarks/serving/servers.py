@@ -117,14 +117,16 @@ def run_limited(port: str, *tls: str) -> None:
     import uvicorn
 
     from fdconv_deploy.serve import Settings
-    from fdconv_deploy.serve.http_limits import MAX_HEAD_BYTES, LimitedProtocol
+    from fdconv_deploy.serve.http_limits import MAX_HEAD_BYTES, Held, LimitedProtocol
 
     settings = Settings(header_seconds=2, body_seconds=2, write_seconds=2)
     options = dict(zip(("ssl_certfile", "ssl_keyfile"), tls, strict=False))
     uvicorn.run(
         app,
         port=int(port),
-        http=partial(LimitedProtocol, settings, lambda status, detail, _: ([], detail.encode())),
+        http=partial(
+            LimitedProtocol, settings, lambda status, detail, _: ([], detail.encode()), Held()
+        ),
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         log_level="critical",
         access_log=False,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from importlib.resources import files
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -17,6 +17,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.json_format import ParseDict
 
 from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, answer_to
+from fdconv_deploy.serve.http_limits import LAST_REQUEST_SECONDS
 from fdconv_deploy.serve.identity import Client, Clients
 from fdconv_deploy.serve.kserve.inference import infer
 from fdconv_deploy.serve.kserve.metadata import (
@@ -40,6 +41,7 @@ from fdconv_deploy.serve.model_cards import ModelCard
 from fdconv_deploy.serve.model_repository import Version
 from fdconv_deploy.serve.service import Service, timeout_of
 from fdconv_deploy.serve.telemetry import log_access
+from fdconv_deploy.serve.uploads import BodyBudget
 
 log = logging.getLogger("fdconv.serve")
 _CODES = {
@@ -56,11 +58,12 @@ _CODES = {
 _PROBES = ("ServerLive", "ServerReady", "Check", "Watch")
 # What needs no API key. Reflection tells the protocol, which the documentation tells, too.
 _OPEN = (*_PROBES, "ServerReflectionInfo")
-# Streams at a time: of inference, of health changes, of reflection.
-_STREAMS = 64
 _WATCH_SECONDS = 0.5
 # Requests of one stream of inference at a time: enough for a batch, while others are read.
 _STREAM_REQUESTS = 8
+# A connection without any call for so long is ended; clients make another when they need one.
+_IDLE_SECONDS = 300.0
+_STOPPING = "The service is stopping."
 
 
 def _load_protocols() -> tuple[Any, Any, dict[str, Any]]:
@@ -100,14 +103,24 @@ class GrpcServer:
 
     def __init__(self, service: Service, clients: Clients) -> None:
         self._service, self._clients = service, clients
-        self._streams = 0
-        # What streams without anything to do wait for, the longest first.
-        self._idle: dict[asyncio.Future[Any], None] = {}
+        self._calls = 0
+        # What calls without anything to do wait for, the longest first, and why it was ended.
+        self._idle: dict[asyncio.Future[Any], str] = {}
+        self._stopping = False
         settings = service.settings
+        self._write_seconds = settings.write_seconds
+        self._unread = BodyBudget(settings.max_bytes_in_hand, settings.retry_after_seconds)
+        limits = {
+            "server_handshake_timeout": settings.header_seconds,
+            "max_connection_idle": _IDLE_SECONDS,
+            # A client that does not even answer a ping reads nothing.
+            "keepalive_time": settings.write_seconds,
+            "keepalive_timeout": settings.header_seconds,
+        }
         self._server = grpc.aio.server(
-            # Messages are received whole before anybody can count them.
-            maximum_concurrent_rpcs=settings.max_connections,
             options=[
+                *((f"grpc.{name}_ms", int(seconds * 1e3)) for name, seconds in limits.items()),
+                ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.max_receive_message_length", settings.max_body_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
@@ -138,7 +151,17 @@ class GrpcServer:
 
     async def stop(self, grace: float) -> None:
         """Take no more requests, and finish those under way within ``grace`` seconds."""
+        asyncio.get_running_loop().call_later(LAST_REQUEST_SECONDS, self._end_idle)
         await self._server.stop(grace)
+
+    def _end_idle(self) -> None:
+        self._stopping = True
+        for waiting in self._idle:
+            self._end(waiting, _STOPPING)
+
+    def _end(self, waiting: asyncio.Future[Any], why: str) -> None:
+        self._idle[waiting] = why
+        waiting.cancel()
 
     def _register(self, service: str, handlers: dict[str, Any]) -> None:
         found = grpc.method_handlers_generic_handler(service, handlers)
@@ -147,25 +170,28 @@ class GrpcServer:
     def _handler(self, method: Any) -> Any:
         """The handler of one of the two protocols' methods."""
         service, name = method.containing_service.full_name, method.name
-        how = {
-            "request_deserializer": MESSAGES[method.input_type.name].FromString,
-            "response_serializer": lambda message: message.SerializeToString(),
-        }
-        if name == "ModelStreamInfer":
-            stream = self._streamed(service, name, self._infer_stream)
-            return grpc.stream_stream_rpc_method_handler(stream, **how)
-        if name == "Watch":
-            stream = self._streamed(service, name, self._watch)
-            return grpc.unary_stream_rpc_method_handler(stream, **how)
+        response = MESSAGES[method.output_type.name]
 
-        async def handle(request: Any, context: Any) -> Any:
-            async with self._called(service, name, context) as call:
-                if name == "ModelInfer":
-                    return await self._infer(request, context, call)
-                response = MESSAGES[method.output_type.name]()
-                return ParseDict(await self._answer(name, request), response)
+        async def once(_: Any, context: Any, call: _Call) -> AsyncIterator[Any]:
+            if name == "ModelInfer":
+                self._service.check_loaded()
+                self._service.admission.check_room(call.client.name)
+            request = await self._first(context)
+            if request is grpc.aio.EOF:
+                raise RefusedError(400, "The call ended without a message. Send one.")
+            if name == "ModelInfer":
+                yield await self._infer(request, context, call)
+            else:
+                yield ParseDict(await self._answer(name, request), response())
 
-        return grpc.unary_unary_rpc_method_handler(handle, **how)
+        streams = {"ModelStreamInfer": self._infer_stream, "Watch": self._watch}
+        # As streams also what are none, which is all the same to clients: here, calls that send
+        # no message and answers that are not read are then seen to.
+        return grpc.stream_stream_rpc_method_handler(
+            self._streamed(service, name, streams.get(name, once)),
+            request_deserializer=MESSAGES[method.input_type.name].FromString,
+            response_serializer=lambda message: message.SerializeToString(),
+        )
 
     def _add_reflection(self) -> None:
         """Let tools such as grpcurl ask for the protocols, where grpcio-reflection is installed."""
@@ -202,54 +228,102 @@ class GrpcServer:
     def _streamed(
         self, service: str, method: str, answers: Callable[..., AsyncIterator[Any]]
     ) -> Callable[[Any, Any], AsyncIterator[Any]]:
-        """The handler of a stream: bounded in number, and ended if idle while others have none.
+        """The handler of a stream of answers.
 
         Args:
             service: Full name of the method's service.
             method: Its name.
-            answers: Makes the answers to (requests or the one request, context, call).
+            answers: Makes the answers to (requests, context, call).
         """
 
-        async def handle(given: Any, context: Any) -> AsyncIterator[Any]:
+        async def handle(_: Any, context: Any) -> AsyncIterator[Any]:
             async with self._called(service, method, context) as call:
-                if self._streams >= _STREAMS:
-                    if not self._idle:
-                        detail = f"The service has {_STREAMS} streams, all it takes. Try again."
-                        raise RefusedError(503, detail)
-                    longest = next(iter(self._idle))
-                    del self._idle[longest]
-                    longest.cancel()
-                self._streams += 1
-                try:
-                    requests = self._requests(context) if hasattr(given, "__aiter__") else given
-                    async for answer in answers(requests, context, call):
+                async for answer in answers(self._requests(context), context, call):
+                    with self._sending(answer, context):
                         yield answer
-                finally:
-                    self._streams -= 1
 
         return handle
 
+    @contextmanager
+    def _sending(self, answer: Any, context: Any) -> Iterator[None]:
+        """Give the call up where its answer is not read in time.
+
+        gRPC then keeps the answer as long as the connection, and so it is counted.
+
+        Raises:
+            RefusedError: 503, there is too much that is not read.
+        """
+        task, size = asyncio.current_task(), answer.ByteSize()
+        assert task is not None
+        self._unread.take(size)
+        limit = asyncio.get_running_loop().call_later(self._write_seconds, task.cancel)
+        try:
+            yield
+        except BaseException:
+            context.add_done_callback(lambda _: self._unread.give(size))
+            raise
+        else:
+            self._unread.give(size)
+        finally:
+            limit.cancel()
+
     async def _requests(self, context: Any) -> AsyncIterator[Any]:
-        while (request := await self._idly(context.read())) is not grpc.aio.EOF:
+        request = await self._first(context)
+        while request is not grpc.aio.EOF:
             yield request
+            request = await self._idly(context.read())
+
+    async def _first(self, context: Any) -> Any:
+        """A call's first message.
+
+        Raises:
+            RefusedError: 503, it did not arrive in time, or as :meth:`_idly`.
+        """
+        seconds, waiting = (
+            self._service.settings.body_seconds,
+            asyncio.ensure_future(context.read()),
+        )
+        late = f"No message arrived within {seconds:g} s. Send it faster, or less of it."
+        limit = asyncio.get_running_loop().call_later(seconds, self._end, waiting, late)
+        try:
+            return await self._idly(waiting)
+        finally:
+            limit.cancel()
+
+    def _take_place(self, method: str) -> None:
+        """Find room for one more call, if need be in place of the one that is idle longest.
+
+        Raises:
+            RefusedError: 503, all are at work; health is answered all the same.
+        """
+        most = self._service.settings.max_connections
+        if self._calls <= most:
+            return
+        longest = next((waiting for waiting, why in self._idle.items() if not why), None)
+        if longest is not None:
+            self._end(longest, "The call was idle and others had no place. Start another.")
+        elif method not in _PROBES:
+            raise RefusedError(503, f"The service has {most} calls, all it takes. Try again.")
 
     async def _idly(self, awaitable: Awaitable[Any]) -> Any:
-        """Await what a stream waits for, unless its place is needed before that.
+        """Await what a call waits for, unless its place is needed before that.
 
         Raises:
             RefusedError: 503, it was.
         """
         waiting = asyncio.ensure_future(awaitable)
-        self._idle[waiting] = None
+        self._idle[waiting] = ""
+        if self._stopping:
+            self._end(waiting, _STOPPING)
         try:
             return await waiting
         except asyncio.CancelledError:
-            if waiting in self._idle:  # it is the call that ends
+            why = self._idle[waiting]
+            if not why:  # it is the call that ends
                 raise
-            detail = "The stream was idle and others had no place. Start another."
-            raise RefusedError(503, detail) from None
+            raise RefusedError(503, why) from None
         finally:
-            self._idle.pop(waiting, None)
+            del self._idle[waiting]
 
     @asynccontextmanager
     async def _called(self, service: str, method: str, context: Any) -> AsyncIterator[_Call]:
@@ -262,7 +336,9 @@ class GrpcServer:
         )
         context.set_trailing_metadata(((REQUEST_ID.lower(), request_id),))
         code, detail = grpc.StatusCode.CANCELLED, ""
+        self._calls += 1
         try:
+            self._take_place(method)
             if method not in _OPEN:
                 self._clients.check(call.client)
             yield call
@@ -270,6 +346,7 @@ class GrpcServer:
         except Exception as error:
             code, detail = _explained(error, call)
         finally:
+            self._calls -= 1
             self._record(call, code, start)
         if code is not grpc.StatusCode.OK:
             await context.abort(code, detail)
@@ -329,8 +406,11 @@ class GrpcServer:
             ready &= self._service.repository.get(name).version is not None
         return "SERVING" if ready else "NOT_SERVING"
 
-    async def _watch(self, request: Any, context: Any, call: _Call) -> AsyncIterator[Any]:
-        """The health that ``request`` asks for, now and at each change."""
+    async def _watch(
+        self, requests: AsyncIterator[Any], context: Any, call: _Call
+    ) -> AsyncIterator[Any]:
+        """The health that the first request asks for, now and at each change."""
+        request = await anext(requests)
 
         def status() -> str:
             try:

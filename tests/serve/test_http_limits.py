@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import IO
@@ -524,17 +526,102 @@ def test_bytes_in_hand_are_bounded(bundles: list[Path], png: bytes) -> None:
 
 
 def test_connections_are_bounded(bundles: list[Path]) -> None:
-    """The one too many is told so; health is answered all the same."""
-    with running(bundles, settings=Settings(threads=1, max_connections=3)) as url:
-        parts = urlsplit(url)
-        held = [socket.create_connection((parts.hostname, parts.port)) for _ in range(3)]
-        try:
-            assert httpx.get(f"{url}/healthz").status_code == 200
-            answer = httpx.get(f"{url}/v1/models")
-            assert "3 connections" in refused(answer, 503)
-            assert answer.headers["retry-after"] == "1"
-        finally:
-            for plug in held:
-                plug.close()
+    """The one too many is told so while all are at work; health is answered all the same."""
+    with (
+        running(bundles, settings=Settings(threads=1, max_connections=3)) as url,
+        ExitStack() as held,
+    ):
+        for _ in range(3):
+            plug = held.enter_context(socket.create_connection(place(url)))
+            head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
+            plug.sendall(head + b"Content-Type: image/png\r\nExpect: 100-continue\r\n\r\n")
+            assert plug.recv(12) == b"HTTP/1.1 100"
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        answer = httpx.get(f"{url}/v1/models")
+        assert "3 connections" in refused(answer, 503)
+        assert answer.headers["retry-after"] == "1"
+        held.close()
         until(lambda: httpx.get(f"{url}/v1/models").status_code == 200)
-        assert 'status="503"} 1.0' in httpx.get(f"{url}/metrics").text
+
+
+@pytest.mark.parametrize("sent", [b"", HEALTH, HEALTH[:20]])
+def test_idle_connections_keep_nobody_out(bundles: list[Path], sent: bytes) -> None:
+    """Of those that wait for a request the longest is closed for another that comes."""
+    with (
+        running(bundles, settings=Settings(threads=1, max_connections=3)) as url,
+        ExitStack() as held,
+    ):
+        plugs = [held.enter_context(socket.create_connection(place(url), 60)) for _ in range(9)]
+        for plug in plugs:
+            with contextlib.suppress(ConnectionError):
+                plug.sendall(sent)
+        for _ in range(3):
+            assert httpx.get(f"{url}/v1/models").status_code == 200
+
+
+def test_answers_that_wait_for_clients_are_bounded_together(bundles: list[Path]) -> None:
+    """Past that the one that waits longest is given up, not the newest."""
+    settings = Settings(threads=1, max_bytes_in_hand=1_000_000, write_seconds=600)
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 200
+    with running(bundles, settings=settings) as url, ExitStack() as held:
+        plugs = []
+        while len(plugs) < 40 and all(is_held(place(url), plug) for plug in plugs):
+            plug = held.enter_context(socket.socket())
+            plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            plug.connect(place(url))
+            plug.sendall(request)
+            plugs.append(plug)
+            httpx.get(f"{url}/v1/models")
+        until(lambda: not is_held(place(url), plugs[0]))
+        assert httpx.get(f"{url}/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["unread answer", "TLS", "TLS handshake"])
+def test_a_client_that_does_nothing_does_not_keep_the_service_from_stopping(
+    bundles: list[Path],
+    authority: Path,  # noqa: F811
+    kind: str,
+) -> None:
+    settings = Settings(threads=1, drain_seconds=600, write_seconds=600, header_seconds=0.5)
+    if kind != "unread answer":
+        settings = settings.model_copy(
+            update={
+                "tls_certificate": authority / "127.0.0.1.pem",
+                "tls_key": authority / "127.0.0.1.key",
+            }
+        )
+    stopped, service = threading.Event(), ExitStack()
+    url = service.enter_context(running(bundles, settings=settings))
+    with socket.socket() as plug:
+        plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plug.connect(place(url))
+        if kind == "TLS":
+            context = ssl.create_default_context(cafile=str(authority / "ca.pem"))
+            plug = context.wrap_socket(plug, server_hostname="127.0.0.1")
+            plug.sendall(HEALTH)
+            assert read_answer(plug)[0] == 200  # and then the client lets it be
+        elif kind == "unread answer":
+            plug.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 200)
+            wait_for(url, 'fdconv_requests_total{route="/openapi.json"')
+        threading.Thread(target=lambda: (service.close(), stopped.set())).start()
+        assert stopped.wait(100)
+
+
+def test_health_does_not_wait_for_hundreds(bundles: list[Path]) -> None:
+    """Of the requests that came before it in one go, only some are begun before health is."""
+    app = create_app(bundles[:1], Settings(threads=1))
+    order = []
+
+    async def flood() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+
+            async def ask(path: str) -> None:
+                await client.get(path)
+                order.append(path)
+
+            paths = [*["/v1/models"] * 200, "/healthz"]
+            await asyncio.gather(*map(ask, paths))
+
+    asyncio.run(flood())
+    assert order.index("/healthz") < 50

@@ -80,19 +80,20 @@ def test_probes_need_no_key_and_are_below_info(bundles: list[Path], caplog) -> N
     assert levels == ["DEBUG", "DEBUG", "INFO"]
 
 
-def test_idle_streams_give_way_to_others(served: Served) -> None:
+def test_idle_streams_give_way_to_others(bundles: list[Path]) -> None:
     """Streams on which nobody sends anything do not keep anybody out."""
-    streams, triton = 80, pytest.importorskip("tritonclient.grpc")
-    with channel(served.grpc) as opened:
+    port, triton = free_port(), pytest.importorskip("tritonclient.grpc")
+    settings = Settings(threads=1, grpc_port=port, max_connections=20)
+    with running(bundles, settings=settings), channel(f"127.0.0.1:{port}") as opened:
         seen = []
-        for _ in range(streams):
+        for _ in range(30):
             seen.append(watch(opened))
             assert next(seen[-1]) == SERVING
         assert check(opened) == SERVING
         with pytest.raises(grpc.RpcError, match="others had no place") as error:
             next(seen[0])
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE
-        with triton.InferenceServerClient(served.grpc) as client:
+        with triton.InferenceServerClient(f"127.0.0.1:{port}") as client:
             assert client.is_server_ready()
         for one in seen:
             one.cancel()
