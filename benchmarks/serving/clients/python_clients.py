@@ -161,6 +161,33 @@ def kserve(served: Served, kind: str) -> Cells:
     return {"health": ask(health), "infer": ask(infer)}
 
 
+def pytriton(served: Served, url: str) -> Cells:
+    from pytriton.client import AsyncioModelClient, ModelClient
+
+    with ModelClient(url, served.model) as client:
+        config = client.model_config
+
+    def infer() -> bool:
+        with ModelClient(url, served.model) as client:
+            return served.same(client.infer_batch(served.tensor)["labels"])
+
+    async def infer_aio() -> bool:
+        async with AsyncioModelClient(url, served.model) as client:
+            return served.same((await client.infer_batch(served.tensor))["labels"])
+
+    def health() -> bool:
+        with ModelClient(url, served.model) as client:
+            client.wait_for_model(60)
+            return True
+
+    return {
+        "health": health,
+        "infer": infer,
+        "config": lambda: config.max_batch_size > 1 and config.inputs[0].name == "images",
+        "asyncio": lambda: asyncio.run(infer_aio()),
+    }
+
+
 def health_probe(served: Served) -> Cells:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -281,6 +308,14 @@ CLIENTS: dict[str, tuple[str, Callable[[Served], Cells]]] = {
     "tritonclient.grpc.aio": ("tritonclient", lambda served: triton_aio(served, "grpc")),
     "kserve REST": ("kserve", lambda served: kserve(served, "http")),
     "kserve gRPC": ("kserve", lambda served: kserve(served, "grpc")),
+    "pytriton HTTP": (
+        "nvidia-pytriton",
+        lambda served: pytriton(served, f"http://{served.http}"),
+    ),
+    "pytriton gRPC": (
+        "nvidia-pytriton",
+        lambda served: pytriton(served, f"grpc://{served.grpc}"),
+    ),
     "grpcio-health-checking": ("grpcio-health-checking", health_probe),
     "grpcio-reflection": ("grpcio-reflection", reflection),
     "openapi-python-client": ("openapi-python-client", generated),
