@@ -82,7 +82,12 @@ class ModelCard(BaseModel):
     )
     version: str = Field(description="Counts the times the model was loaded; '0' if never.")
     classes: list[ModelClass]
-    input: TensorSize = Field(description="Size of the network's input.")
+    input: TensorSize = Field(
+        description="Size of the network's input, and of the tensors that /v2 takes."
+    )
+    other_sizes: list[TensorSize] = Field(
+        description="Further input sizes: an image takes that nearest to its proportions."
+    )
     output: TensorSize | None = Field(description="Size of a segmentor's logits.")
     threshold: float | None = Field(
         description="For a segmentor with one output, whose sigmoid is the probability of class "
@@ -178,6 +183,8 @@ def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
     assert config is not None
     weights = manifest.files[manifest.weights].bytes if manifest.weights else 0
     checkpoint = manifest.checkpoint
+    channels = manifest.inputs[bundle.batch_sizes[0]][0].shape[1]
+    sizes = [TensorSize(channels=channels, height=h, width=w) for h, w in manifest.sizes]
     return ModelCard(
         **own,
         name=name,
@@ -185,17 +192,14 @@ def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
         default=default,
         state="unloaded",
         version="0",
-        input=TensorSize(
-            channels=manifest.inputs[bundle.batch_sizes[0]][0].shape[1],
-            height=manifest.input.height,
-            width=manifest.input.width,
-        ),
+        input=sizes[0],
+        other_sizes=sizes[1:],
         preprocessing=config.preprocessing.model_dump(mode="json"),
         batch_sizes=list(bundle.batch_sizes),
         precision=manifest.precision,
         backend=None,
         # Every graph has its own copy of the weights.
-        bytes=sum(manifest.files[graph].bytes + weights for graph in manifest.models.values()),
+        bytes=sum(manifest.files[graph].bytes + weights for graph in manifest.graphs),
         checkpoint=Path(checkpoint.name).name if checkpoint else None,
         checkpoint_sha256=checkpoint.sha256 if checkpoint else None,
         parity=[

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,13 +45,25 @@ class Version:
     leases: int = 0
     retired: bool = False
 
+    def lane(self, size: tuple[int, int]) -> Lane:
+        """Where runs of an input size (height, width) queue."""
+        return Lane(self, size)
+
     def tensor_bytes(self, images: int) -> int:
-        """Memory that so many images' inputs and outputs of the network take together."""
+        """Memory that so many images' inputs and outputs of the network take, at its largest."""
         manifest = self.session.bundle.manifest
-        batch = min(manifest.models)
-        specs = (*manifest.inputs[batch], *manifest.outputs[batch])
-        sizes = [math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs]
-        return sum(sizes) // batch * images
+        batch, found = min(manifest.models), []
+        for each in map(manifest.at, manifest.sizes):
+            specs = (*each.inputs[batch], *each.outputs[batch])
+            found.append(sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in specs))
+        return max(found) // batch * images
+
+
+class Lane(NamedTuple):
+    """Runs of one version at one input size (height, width), which alone may share a batch."""
+
+    version: Version
+    size: tuple[int, int]
 
 
 @dataclass(eq=False)

@@ -113,11 +113,13 @@ class _Image:
             image, self._image = self._image, self._image if self._draws else None
             assert image is not None
             call = partial(self._session.segment, image, mode="slide")
-            outcome = await scheduler.call(self._version, call, self._deadline)
+            lane = self._version.lane(self._session.input_size)
+            outcome = await scheduler.call(lane, call, self._deadline)
         else:
             assert self._prepared is not None
             inputs = {name: value[None] for name, value in self._prepared.inputs.items()}
-            outcome = await scheduler.run(self._version, inputs, self._deadline)
+            lane = self._version.lane(self._prepared.network)
+            outcome = await scheduler.run(lane, inputs, self._deadline)
             self._prepared = replace(self._prepared, inputs={})
         self._outcome = outcome
         self.times["queue"] = outcome.queue_seconds + max(waited, 0.0)
@@ -223,7 +225,7 @@ class _Image:
         assert architecture is not None
         return logit_map(
             logits,
-            self._session.input_size,
+            self._prepared.network,
             covered,
             covered if size == "network" else self._size,
             align_corners=architecture.decode_head.align_corners,

@@ -13,7 +13,7 @@ from fdconv_deploy.serve.admission import Admission
 from fdconv_deploy.serve.batching import Scheduler
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.kserve.statistics import ModelStatistics
-from fdconv_deploy.serve.model_repository import Repository, Version
+from fdconv_deploy.serve.model_repository import Lane, Repository, Version
 from fdconv_deploy.serve.settings import Settings
 from fdconv_deploy.serve.telemetry import Metrics, Tracing
 from fdconv_deploy.serve.uploads import BodyBudget
@@ -154,13 +154,14 @@ class Service:
     def _loaded(self, version: Version) -> None:
         session = version.session
         self.admission.forget_pace()
-        self.scheduler.add_lane(
-            version,
-            lambda inputs: session.run_batches(inputs),
-            session.batch_sizes,
-            cost=session.runner.batch_cost,
-            weight=self.settings.weights.get(version.name, 1.0),
-        )
+        for size in session.sizes:
+            self.scheduler.add_lane(
+                version.lane(size),
+                lambda inputs: session.run_batches(inputs),
+                session.batch_sizes,
+                cost=session.runner.batch_cost,
+                weight=self.settings.weights.get(version.name, 1.0),
+            )
         self.statistics[version.name] = ModelStatistics(
             name=version.name, version=version.card.version
         )
@@ -168,19 +169,20 @@ class Service:
         self.metrics.model_bytes.labels(version.name).set(version.card.bytes)
 
     def _closing(self, version: Version) -> None:
-        self.scheduler.remove_lane(version)
+        for size in version.session.sizes:
+            self.scheduler.remove_lane(version.lane(size))
         model = next((m for m in self.repository if m.name == version.name), None)
         if model is None or model.version is None:
             self.metrics.model_bytes.remove(version.name)
 
     def _count_batch(self, lane: Hashable, images: int, seconds: float) -> None:
-        assert isinstance(lane, Version)
-        self.metrics.batch_size.labels(lane.name).observe(images)
-        self.statistics[lane.name].ran(images, seconds)
+        assert isinstance(lane, Lane)
+        self.metrics.batch_size.labels(lane.version.name).observe(images)
+        self.statistics[lane.version.name].ran(images, seconds)
 
     def _count_failure(self, lane: Hashable, seconds: float) -> None:
-        assert isinstance(lane, Version)
-        self.statistics[lane.name].failed(seconds)
+        assert isinstance(lane, Lane)
+        self.statistics[lane.version.name].failed(seconds)
 
 
 def timeout_of(header: str | None) -> float | None:

@@ -7,7 +7,8 @@ A bundle is a folder::
     model.b4.onnx
     weights.bin       the weights, shared by all graphs
 
-Files the manifest does not list are left alone: nothing here opens them.
+Graphs of other input sizes, ``model.1344x800.b1.onnx``, share the weights, too. Files the manifest
+does not list are left alone: nothing here opens them.
 
 What runs is what was hashed: graphs and weights are read once, into memory of this process, and an
 inference engine is given those bytes. A file that an engine maps would change under it, or end it
@@ -19,7 +20,7 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -79,12 +80,12 @@ class Bundle:
         manifest = read_manifest(root)
         for name, info in manifest.files.items():
             check_file(root, name, info, hashed=False)
-        for batch, name in manifest.models.items():
-            check_listed(root, manifest, name, f"the graph of batch {batch}")
+        for name in manifest.graphs:
+            check_listed(root, manifest, name, "a graph")
         if manifest.weights is not None:
             check_listed(root, manifest, manifest.weights, "the weights")
         bundle = cls(root, manifest, verify)
-        for model in manifest.models.values():
+        for model in manifest.graphs:
             bundle._external(model)
         if hold:
             bundle.hold()
@@ -124,7 +125,7 @@ class Bundle:
             BundleError: as :meth:`content`.
         """
         with self._lock:
-            for model in self.manifest.models.values():
+            for model in self.manifest.graphs:
                 self.content(model)
                 self.external_data(model)
             return dict(self.contents)
@@ -167,6 +168,17 @@ class Bundle:
     def batch_sizes(self) -> tuple[int, ...]:
         """The batch sizes there is a graph for, ascending."""
         return tuple(sorted(self.manifest.models))
+
+    def at(self, size: tuple[int, int]) -> Bundle:
+        """The bundle as if it had the graphs of one (height, width) alone.
+
+        It holds what is held here; either lets go of it for itself.
+
+        Raises:
+            ValueError: it has no graphs of that size.
+        """
+        with self._lock:
+            return replace(self, manifest=self.manifest.at(size), contents=dict(self.contents))
 
     def model_path(self, batch: int) -> Path:
         """The graph file of one batch size."""

@@ -10,7 +10,7 @@ layers average over the padding too, so both change the answer somewhat, and it 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,7 @@ from fdconv_deploy.runtime.postprocessing import Pasted, Probabilities, paste
 from fdconv_deploy.runtime.preprocessing import (
     FitDone,
     Prepared,
+    best_size,
     check_image,
     normalise,
     place_whole,
@@ -210,11 +211,18 @@ class DetectionPipeline:
     Args:
         detector: what the network is made of.
         size: (height, width) of its input.
+        other_sizes: further ones; an image takes that nearest to its proportions, see
+            ``best_size``.
     """
 
-    def __init__(self, detector: DetectorConfig, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        detector: DetectorConfig,
+        size: tuple[int, int],
+        other_sizes: Sequence[tuple[int, int]] = (),
+    ) -> None:
         self.preprocessing = detector.preprocessing
-        self.size = size
+        self.size, self.sizes = size, (size, *other_sizes)
         self.classes = detector_classes(detector)
         self.palette = detector_palette(detector)
         self.finds_masks = detector.mask_head is not None
@@ -234,11 +242,12 @@ class DetectionPipeline:
         """
         start = time.perf_counter()
         image = check_image(image, self.preprocessing)
-        placement = place_whole((image.shape[0], image.shape[1]), self.size, self.preprocessing)
+        network = best_size((image.shape[0], image.shape[1]), self.sizes)
+        placement = place_whole((image.shape[0], image.shape[1]), network, self.preprocessing)
         covered = placement.height, placement.width
-        images = normalise(resize(image, *covered), self.preprocessing, self.size)
+        images = normalise(resize(image, *covered), self.preprocessing, network)
         inputs = {"images": images, "sizes": np.array(covered, np.float32)}
-        return Prepared(inputs, placement, time.perf_counter() - start)
+        return Prepared(inputs, placement, time.perf_counter() - start, network)
 
     def finish(
         self,

@@ -226,6 +226,52 @@ class GraphRunner:
         return {s.name: np.zeros(s.shape, s.dtype) for s in self._bundle.manifest.inputs[batch]}
 
 
+class SizedRunner:
+    """Runs a bundle of several input sizes, each by a runner of its own. See :class:`Runner`.
+
+    Args:
+        runners: by (height, width), the bundle's first size first. All inputs' images have it.
+    """
+
+    def __init__(self, runners: Mapping[tuple[int, int], Runner]) -> None:
+        self.runners = dict(runners)
+        self._first = next(iter(self.runners.values()))
+        self.backend, self.choice, self.closed = self._first.backend, self._first.choice, False
+        # Those of the first size; the others' are measured, and kept to, as well.
+        self.ways, self.batch_cost = self._first.ways, self._first.batch_cost
+
+    @property
+    def operators(self) -> str:
+        """What runs the ``fdconv`` operators, and why; the same at every size."""
+        return self._first.operators
+
+    def run_batches(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
+        """See :meth:`GraphRunner.run_batches`."""
+        return self._of(feeds).run_batches(feeds)
+
+    def run_raw(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
+        """See :meth:`GraphRunner.run_raw`."""
+        return self._of(feeds).run_raw(feeds)
+
+    def warm_up(self, batch_sizes: Sequence[int] | None = None) -> None:
+        """See :meth:`GraphRunner.warm_up`."""
+        for runner in self.runners.values():
+            runner.warm_up(batch_sizes)
+        self.ways, self.batch_cost = self._first.ways, self._first.batch_cost
+
+    def close(self) -> None:
+        """Let go of the graphs and their memory. Runs under way end first."""
+        self.closed = True
+        for runner in self.runners.values():
+            runner.close()
+
+    def _of(self, feeds: Tensors) -> Runner:
+        images = feeds.get("images")
+        size = (0, 0) if images is None or images.ndim != 4 else images.shape[2:]
+        # Of no size that there is, it is the first's to say what it takes.
+        return self.runners.get((size[0], size[1]), self._first)
+
+
 class SideBySide:
     """Runs any number of images by the graph of one image. See :class:`Graph`.
 

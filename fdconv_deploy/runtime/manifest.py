@@ -3,7 +3,8 @@
 A key that this file does not know is refused rather than ignored, so adding one means
 raising ``FORMAT_VERSION``; an older reader then says that the bundle is newer than it, and a
 newer one goes on reading older bundles. Version 2 added detectors; since version 3 the graphs'
-``fdconv`` nodes have attributes that fused kernels read, see `Manifest.older_nodes`.
+``fdconv`` nodes have attributes that fused kernels read, see `Manifest.older_nodes`; version 4
+added graphs of several input sizes.
 
 ``graph``, ``versions`` are free dictionaries for facts that change no behaviour.
 """
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from fdconv_deploy.config import DetectorConfig, SegmentorConfig
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -92,6 +93,16 @@ class ParityReport(_Model):
         return max((o.max_rel for outputs in self.batches.values() for o in outputs), default=0.0)
 
 
+class SizedGraphs(_Model):
+    """The graphs of one more input size: entries as the manifest's own for its ``input``."""
+
+    input: InputSize
+    models: dict[BatchSize, str]
+    inputs: dict[BatchSize, tuple[TensorSpec, ...]]
+    outputs: dict[BatchSize, tuple[TensorSpec, ...]]
+    parity: ParityReport | None = None
+
+
 class Manifest(_Model):
     """The contents of ``manifest.json``.
 
@@ -106,6 +117,9 @@ class Manifest(_Model):
     ``scores`` (B, D) float32, ``labels`` (B, D) int64, ``count`` (B,) int64, how many of the D
     are objects, and with a mask head ``masks`` (B, D, h, w) float32, probabilities over each
     box. A ``module`` may have any inputs and outputs.
+
+    ``other_sizes`` holds the graphs of further input sizes, over the same weights and of the same
+    batch sizes; :meth:`at` is the manifest of one size alone.
 
     ``group_maps`` holds the sha256 of each dynamic layer's frequency group map: the maps
     themselves are in the graphs, since a checkpoint does not tell them. ``files`` lists
@@ -129,12 +143,41 @@ class Manifest(_Model):
     weights: str | None = None
     inputs: dict[BatchSize, tuple[TensorSpec, ...]]
     outputs: dict[BatchSize, tuple[TensorSpec, ...]]
+    other_sizes: tuple[SizedGraphs, ...] = ()
     group_maps: dict[str, Sha256] = {}
     checkpoint: CheckpointInfo | None = None
     parity: ParityReport | None = None
     graph: dict[str, Any] = {}
     versions: dict[str, str] = {}
     files: dict[str, FileInfo] = {}
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every input size, the first being ``input``; empty for a module."""
+        found = [self.input, *(other.input for other in self.other_sizes)]
+        return tuple((size.height, size.width) for size in found if size is not None)
+
+    def at(self, size: tuple[int, int]) -> Manifest:
+        """The manifest of the graphs of one (height, width) alone.
+
+        Raises:
+            ValueError: there are none.
+        """
+        for other in self.other_sizes:
+            if size == (other.input.height, other.input.width):
+                return self.model_copy(
+                    update={**{name: getattr(other, name) for name in type(other).model_fields},
+                            "other_sizes": ()}
+                )  # fmt: skip
+        if size not in self.sizes:
+            raise ValueError(f"there are no graphs of {size[0]}x{size[1]}")
+        return self.model_copy(update={"other_sizes": ()})
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The file names of all graphs, of every size and batch size."""
+        models = self.models, *(other.models for other in self.other_sizes)
+        return tuple(name for each in models for name in each.values())
 
     @property
     def older_nodes(self) -> str | None:
@@ -151,15 +194,23 @@ class Manifest(_Model):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        if not set(self.models) == set(self.inputs) == set(self.outputs):
-            raise ValueError(
-                "'models', 'inputs' and 'outputs' must be given for the same batch sizes, found "
-                f"{sorted(self.models)}, {sorted(self.inputs)} and {sorted(self.outputs)}"
-            )
-        if self.kind == "segmentor":
-            _check_segmentor(self)
-        elif self.kind == "detector":
-            _check_detector(self)
+        sized: tuple[Manifest | SizedGraphs, ...] = (self, *self.other_sizes)
+        for each in sized:
+            if not set(self.models) == set(each.models) == set(each.inputs) == set(each.outputs):
+                raise ValueError(
+                    "'models', 'inputs' and 'outputs' must be given for the same batch sizes, at "
+                    f"every input size; found {sorted(each.models)}, {sorted(each.inputs)} and "
+                    f"{sorted(each.outputs)} where the first has {sorted(self.models)}"
+                )
+        if self.other_sizes and self.kind == "module":
+            raise ValueError("a module's graphs have one input size, so no 'other_sizes'")
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ValueError("each input size must be given once")
+        for view in (self, *map(self.at, self.sizes[1:])):
+            if self.kind == "segmentor":
+                _check_segmentor(view)
+            elif self.kind == "detector":
+                _check_detector(view)
         return self
 
 

@@ -11,6 +11,7 @@ image, and the answer says which was used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,11 +58,13 @@ class Prepared:
         inputs: the network's inputs by name, without their batch axis.
         placement: how the image lies in its input.
         seconds: what preparing it took.
+        network: (H, W) of the input.
     """
 
     inputs: dict[str, npt.NDArray[Any]]
     placement: Placement
     seconds: float
+    network: tuple[int, int]
 
 
 def check_image(image: npt.NDArray[Any], preprocessing: Preprocessing | None = None) -> Pixels:
@@ -169,6 +172,20 @@ def fitting_size(size: tuple[int, int], network: tuple[int, int]) -> tuple[int, 
     """The largest (H, W) an image of ``size`` can have within ``network``, in its proportions."""
     factor = min(network[0] / size[0], network[1] / size[1])
     return min(_scaled(size[0], factor), network[0]), min(_scaled(size[1], factor), network[1])
+
+
+def best_size(image: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of several input sizes, the one whose proportions are nearest to an image's, all (H, W).
+
+    Of those that leave within 5 % as much of the input empty as the best, the first.
+    """
+
+    def covered(size: tuple[int, int]) -> float:
+        ratio = image[0] * size[1] / (image[1] * size[0])
+        return min(ratio, 1 / ratio)
+
+    most = max(map(covered, sizes))
+    return next(size for size in sizes if covered(size) > most - 0.05)
 
 
 def place(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from fdconv_deploy.runtime.postprocessing import Labels, Logits, label_map
 from fdconv_deploy.runtime.preprocessing import (
     FitDone,
     Prepared,
+    best_size,
     check_image,
     normalise,
     place,
@@ -78,13 +79,21 @@ class SegmentationPipeline:
 
     Args:
         segmentor: what the network is made of.
-        size: (height, width) of its input.
-        fit: how images of another aspect ratio are brought to ``size`` by default.
+        size: (height, width) of its input, and of a sliding crop.
+        fit: how images of another aspect ratio are brought to an input by default.
+        other_sizes: further input sizes; an image takes that nearest to its proportions, see
+            ``best_size``.
     """
 
-    def __init__(self, segmentor: SegmentorConfig, size: tuple[int, int], fit: Fit) -> None:
+    def __init__(
+        self,
+        segmentor: SegmentorConfig,
+        size: tuple[int, int],
+        fit: Fit,
+        other_sizes: Sequence[tuple[int, int]] = (),
+    ) -> None:
         self.preprocessing = segmentor.preprocessing
-        self.size = size
+        self.size, self.sizes = size, (size, *other_sizes)
         self.fit = fit
         self.mode: Mode = segmentor.test.mode
         self.classes = class_names(segmentor)
@@ -112,11 +121,12 @@ class SegmentationPipeline:
         fit = fit or self.fit
         if fit not in ("stretch", "pad"):
             raise ImageError(f"An image is fitted by 'stretch' or 'pad', not {fit!r}.")
-        placement = place((image.shape[0], image.shape[1]), self.size, self.preprocessing, fit)
+        network = best_size((image.shape[0], image.shape[1]), self.sizes)
+        placement = place((image.shape[0], image.shape[1]), network, self.preprocessing, fit)
         resized = resize(image, placement.height, placement.width, self.preprocessing.resample)
         resized = resized[:, ::-1] if mirrored else resized
-        tensor = normalise(resized, self.preprocessing, self.size)
-        return Prepared({"images": tensor}, placement, time.perf_counter() - start)
+        tensor = normalise(resized, self.preprocessing, network)
+        return Prepared({"images": tensor}, placement, time.perf_counter() - start, network)
 
     def finish(
         self,
@@ -138,7 +148,7 @@ class SegmentationPipeline:
         placement = prepared.placement
         labels = label_map(
             outputs["logits"],
-            self.size,
+            prepared.network,
             (placement.height, placement.width),
             size or placement.image,
             align_corners=self._head.align_corners,
@@ -198,7 +208,7 @@ class SegmentationPipeline:
         return Segmentation(labels, self.classes, self.palette, fit, "slide", timings)
 
     def normalise_batch(self, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Images of exactly the input's size as the network takes them.
+        """Images of exactly an input's size as the network takes them.
 
         Args:
             batch: (N, H, W, C) uint8, RGB where C is 3; or (N, C, H, W) float32, normalised.
@@ -209,22 +219,28 @@ class SegmentationPipeline:
         Raises:
             ImageError: another shape or type.
         """
-        (height, width), bands = self.size, self.preprocessing.channels
+        bands, (height, width) = self.preprocessing.channels, self.size
         shape: tuple[int, ...] = getattr(batch, "shape", ())
         kind = getattr(batch, "dtype", type(batch).__name__)
         if len(shape) == 4 and shape[0] > 0:
-            if kind == np.float32 and shape[1:] == (bands, height, width):
+            if kind == np.float32 and shape[1] == bands and shape[2:] in self.sizes:
                 return batch
-            if kind == np.uint8 and shape[1:] == (height, width, bands):
-                out = np.empty((len(batch), bands, height, width), np.float32)
+            if kind == np.uint8 and shape[3] == bands and shape[1:3] in self.sizes:
+                out = np.empty((len(batch), bands, *shape[1:3]), np.float32)
                 for image, slot in zip(batch, out, strict=True):
                     normalise(image, self.preprocessing, out=slot)
                 return out
         raise ImageError(
             f"This bundle runs batches (N, {height}, {width}, {bands}) uint8"
             f"{' RGB' * (bands == 3)} or (N, {bands}, {height}, {width}) float32 normalised, "
-            f"N ≥ 1; found {shape} {kind}. segment() takes an image of any size."
+            f"N ≥ 1{also(self.sizes)}; found {shape} {kind}. segment() takes an image of any size."
         )
+
+
+def also(sizes: Sequence[tuple[int, int]]) -> str:
+    """The input sizes after the first, as the end of a clause; empty where there are none."""
+    more = " or ".join(f"{height}x{width}" for height, width in sizes[1:])
+    return more and f", or of {more} pixels"
 
 
 def class_names(architecture: SegmentorConfig) -> tuple[str, ...]:

@@ -16,12 +16,12 @@ from fdconv_deploy.errors import BackendError, BundleError, ImageError
 from fdconv_deploy.runtime.backends import BackendOptions, Tensors, select
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.detection import Detection, DetectionPipeline
-from fdconv_deploy.runtime.graph_runner import GraphRunner, Runner
+from fdconv_deploy.runtime.graph_runner import GraphRunner, Runner, SizedRunner
 from fdconv_deploy.runtime.images import MAX_PIXELS
-from fdconv_deploy.runtime.manifest import Fit
+from fdconv_deploy.runtime.manifest import Fit, TensorSpec
 from fdconv_deploy.runtime.multiband import load_image
 from fdconv_deploy.runtime.preprocessing import Prepared
-from fdconv_deploy.runtime.segmentation import Mode, Segmentation, SegmentationPipeline
+from fdconv_deploy.runtime.segmentation import Mode, Segmentation, SegmentationPipeline, also
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,7 +72,17 @@ def open_session(
         raise BackendError(f"A run takes 1 thread or more, not {threads}.")
     given = None if providers is None else tuple(providers)
     options = BackendOptions(threads, given, spinning, native)
-    return Session(bundle, GraphRunner(bundle, *select(bundle, backend, options)))
+    used, choice, graphs = select(bundle, backend, options)
+    if len(bundle.manifest.sizes) < 2:
+        return Session(bundle, GraphRunner(bundle, used, choice, graphs))
+    bundle.hold()  # once, for all sizes
+    views = {size: bundle.at(size) for size in bundle.manifest.sizes}
+    bundle.release()
+    runners = {
+        size: GraphRunner(view, used, choice, graphs if size == bundle.manifest.sizes[0] else {})
+        for size, view in views.items()
+    }
+    return Session(bundle, SizedRunner(runners))
 
 
 class Session:
@@ -96,10 +106,10 @@ class Session:
         self.pipeline: SegmentationPipeline | DetectionPipeline | None = None
         if manifest.architecture is not None and manifest.kind == "segmentor":
             self.pipeline = SegmentationPipeline(
-                manifest.architecture, self.input_size, manifest.fit
+                manifest.architecture, self.input_size, manifest.fit, self.sizes[1:]
             )
         elif manifest.detector is not None and manifest.kind == "detector":
-            self.pipeline = DetectionPipeline(manifest.detector, self.input_size)
+            self.pipeline = DetectionPipeline(manifest.detector, self.input_size, self.sizes[1:])
 
     @property
     def segmentation(self) -> SegmentationPipeline:
@@ -147,11 +157,33 @@ class Session:
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of the images a segmentor or detector takes."""
+        """(height, width) in pixels of the images a segmentor or detector takes, see ``sizes``."""
         size = self.bundle.manifest.input
         if size is None:
             raise self._other_kind("segment images")
         return size.height, size.width
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every input size there are graphs for, ``input_size`` first."""
+        return self.bundle.manifest.sizes
+
+    def at(self, size: tuple[int, int]) -> Session:
+        """A session of the graphs of one input size alone, shared with this one, as is closing.
+
+        Raises:
+            BundleError: the bundle has no graphs of that (height, width).
+        """
+        if size not in self.sizes:
+            has = ", ".join(f"{height}x{width}" for height, width in self.sizes) or "none"
+            raise BundleError(
+                f"The bundle {self.bundle.path} has no graphs of {size[0]}x{size[1]} (height x "
+                f"width); it has {has}. Export it with --size {size[0]}x{size[1]} as well."
+            )
+        runner = self.runner
+        if isinstance(runner, SizedRunner):
+            runner = runner.runners[size]
+        return Session(self.bundle.at(size), runner)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -226,12 +258,14 @@ class Session:
         return pipeline.finish(prepared, outputs, seconds)
 
     def finish_all(self, prepared: Sequence[Prepared]) -> list[Segmentation | Detection]:
-        """Run several prepared images together and finish each."""
-        outputs, seconds = self._run_prepared(prepared)
-        return [
-            self.images.finish(one, row, seconds)
-            for one, row in zip(prepared, outputs, strict=True)
-        ]
+        """Run several prepared images, those of one input size together, and finish each."""
+        found: dict[int, Segmentation | Detection] = {}
+        for size in dict.fromkeys(one.network for one in prepared):
+            at = [number for number, one in enumerate(prepared) if one.network == size]
+            outputs, seconds = self._run_prepared([prepared[number] for number in at])
+            for number, row in zip(at, outputs, strict=True):
+                found[number] = self.images.finish(prepared[number], row, seconds)
+        return [found[number] for number in range(len(prepared))]
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """A segmentor's logits for a batch of images of exactly the bundle's size.
@@ -261,7 +295,7 @@ class Session:
         Raises:
             ImageError: the inputs have other names, shapes or types.
         """
-        specs = self.bundle.manifest.inputs[self.batch_sizes[0]]
+        specs = self._specs(feeds)
         counts = {len(value) if value.ndim else 0 for value in feeds.values()}
         if (
             set(feeds) != {spec.name for spec in specs}
@@ -275,10 +309,19 @@ class Session:
             wanted = [f"{s.name} {('N', *s.shape[1:])} {s.dtype}".replace("'", "") for s in specs]
             found = [f"{name} {value.shape} {value.dtype}" for name, value in feeds.items()]
             raise ImageError(
-                f"This bundle runs {' and '.join(wanted)}, with one N ≥ 1; found "
+                f"This bundle runs {' and '.join(wanted)}, with one N ≥ 1{also(self.sizes)}; found "
                 f"{' and '.join(found)}. segment() and detect() take an image of any size."
             )
         return self.runner.run_batches(feeds)
+
+    def _specs(self, feeds: Tensors) -> tuple[TensorSpec, ...]:
+        """The inputs, at the first batch size, of the graphs of the feeds' input size."""
+        images = feeds.get("images")
+        size = None if images is None or images.ndim != 4 else (images.shape[2], images.shape[3])
+        manifest = self.bundle.manifest
+        if size is not None and size in self.sizes:
+            manifest = manifest.at(size)
+        return manifest.inputs[self.batch_sizes[0]]
 
     def run_raw(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
         """Run one graph on exactly its inputs; see :meth:`GraphRunner.run_raw`."""

@@ -38,7 +38,8 @@ async def _infer(
         inputs = await code(lambda: _inputs(session, request))
     else:
         inputs = _inputs(session, request)
-    outcome = await service.scheduler.run(version, inputs, deadline)
+    lane = version.lane(session.input_size)
+    outcome = await service.scheduler.run(lane, inputs, deadline)
     stages = [("queue", outcome.queue_seconds), ("inference", outcome.run_seconds)]
     found: dict[str, Array] = {}
     for name in request.outputs:
@@ -66,5 +67,6 @@ def _inputs(session: Session, request: InferRequest) -> dict[str, Array]:
 
 
 def _labels(session: Session, rows: list[Tensors]) -> Array:
-    whole = Prepared({}, Placement("resized", *session.input_size, session.input_size), 0.0)
+    size = session.input_size
+    whole = Prepared({}, Placement("resized", *size, size), 0.0, size)
     return np.stack([session.segmentation.finish(whole, row).labels for row in rows])

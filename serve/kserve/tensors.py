@@ -343,10 +343,12 @@ def _check_layout(card: ModelCard, given: InputTensor, most: int) -> None:
             f"[N, {', '.join(map(str, shape))}] in {datatype} ({meaning})"
             for datatype, (shape, meaning) in layouts.items()
         )
+        more = ", ".join(f"{size.height}x{size.width}" for size in card.other_sizes)
+        more = more and f" This model's further sizes ({more}) are for images, at /v1/segment."
         raise RefusedError(
             400,
             f"The input {given.name!r} has the shape {expected}, with N from 1 to {most}; found "
-            f"{given.shape[:8]} in {given.datatype[:20]!r}.",
+            f"{given.shape[:8]} in {given.datatype[:20]!r}.{more}",
         )
 
 

@@ -24,6 +24,7 @@ from fdconv_deploy.runtime.manifest import (
     Manifest,
     OutputParity,
     ParityReport,
+    SizedGraphs,
     TensorSpec,
 )
 
@@ -149,6 +150,7 @@ def make_bundle(
     arch: SegmentorConfig | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    other_sizes: tuple[tuple[int, int], ...] = (),
     **changes: object,
 ) -> Bundle:
     """Write a toy segmentor's bundle to ``path``."""
@@ -156,10 +158,19 @@ def make_bundle(
     classes, bands = arch.decode_head.outputs, arch.backbone.in_channels
     with BundleWriter(path, overwrite=overwrite) as writer:
         (writer.path / WEIGHTS).write_bytes(weight(classes, seed, bands).tobytes())
-        for batch in batches:
-            model = segmentor_model(batch, height, width, classes, seed=seed, bands=bands)
-            onnx.save(model, str(writer.path / f"model.b{batch}.onnx"))
-        return writer.commit(manifest(height, width, batches, arch, **changes))
+        sized = []
+        for size in ((height, width), *other_sizes):
+            listed = manifest(*size, batches, arch, **changes)
+            if size in other_sizes:
+                names = {b: f"model.{size[0]}x{size[1]}.b{b}.onnx" for b in batches}
+                fields = {name: getattr(listed, name) for name in SizedGraphs.model_fields}
+                sized.append(SizedGraphs(**fields | {"models": names}))
+            else:
+                names, first = listed.models, listed
+            for batch, name in names.items():
+                model = segmentor_model(batch, *size, classes, seed=seed, bands=bands)
+                onnx.save(model, str(writer.path / name))
+        return writer.commit(first.model_copy(update={"other_sizes": tuple(sized)}))
 
 
 def make_module_bundle(path: Path) -> Bundle:

@@ -124,7 +124,8 @@ def write_inputs(bundle: Path, folder: Path) -> list[int]:
     shape = [1, 3, size["height"], size["width"]]
     tensor = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     with open_session(bundle, threads=1) as session:
-        whole = Prepared({}, Placement("resized", *session.input_size, session.input_size), 0.0)
+        size = session.input_size
+        whole = Prepared({}, Placement("resized", *size, size), 0.0, size)
         logits = session.run(tensor)[0]
         labels = session.segmentation.finish(whole, {"logits": logits}).labels
     head = {
