@@ -10,7 +10,7 @@ they are, which their own ``SemanticSegmentorWithTTA`` does.
 
 A graph has one input size. In ``slide`` mode that is the crop, and the image's size is free: any
 factor is computed as published. In ``whole`` mode a factor takes a graph of that many times the
-bundle's input size, which the image is fitted to as to the bundle's own.
+input size that the image takes by itself, which it is fitted to in the same way.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from fdconv_deploy.runtime.postprocessing import (
 from fdconv_deploy.runtime.preprocessing import (
     FitDone,
     Pixels,
+    best_size,
     check_image,
     keep_ratio_size,
     resize,
@@ -106,8 +107,8 @@ def segment_at_scales(
     Args:
         session: on a segmentor's bundle. In ``whole`` mode it needs a graph for each factor.
         image: as `Session.segment` takes it, decoded.
-        how: the factors; of the image's own size in ``slide`` mode, of the bundle's input size in
-            ``whole`` mode.
+        how: the factors; of the image's own size in ``slide`` mode, in ``whole`` mode of the
+            input size that it takes, see `best_size`.
         fit: see `Session.segment`.
         mode: see `Session.segment`.
 
@@ -122,13 +123,17 @@ def segment_at_scales(
     if mode == "slide":
         crop = session.input_size
         return segment_sliding(architecture, image, how, crop, session.run, batch)
-    base = session.input_size
-    missing = [size for size in how.sizes(base) if size != base]
+    image = check_image(image, session.preprocessing)
+    base = best_size((image.shape[0], image.shape[1]), session.sizes)
+    missing = [size for size in how.sizes(base) if size not in session.sizes]
     if missing:
+        a_graph = "a graph" if len(session.sizes) == 1 else "graphs"
         raise BundleError(
-            f"The bundle {session.bundle.path} has a graph of {_said(base)} (height x width), and "
-            f"these factors need {', '.join(map(_said, missing))} too. Leave such factors out, or "
-            "evaluate the checkpoint, which takes any size."
+            f"The bundle {session.bundle.path} has {a_graph} of "
+            f"{', '.join(map(_said, session.sizes))} (height x width), and these factors need "
+            f"{', '.join(map(_said, missing))} too. Export it with --size {_said(missing[0])} as "
+            "well, and so on, leave such factors out, or evaluate the checkpoint, which takes any "
+            "size."
         )
     return segment_whole(
         architecture, image, how, base, lambda _: session.run, fit or session.segmentation.fit

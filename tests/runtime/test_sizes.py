@@ -10,6 +10,7 @@ import pytest
 
 from fdconv_deploy.errors import BundleError, ImageError
 from fdconv_deploy.runtime import Bundle, Session, open_session
+from fdconv_deploy.runtime.multi_scale import MultiScale, segment_at_scales, segment_whole
 from fdconv_deploy.runtime.preprocessing import best_size
 from tests.runtime import toy
 from tests.runtime.test_bundle import edit
@@ -90,6 +91,17 @@ def test_images_of_several_sizes_are_finished_in_their_order(session: Session) -
     answers = session.finish_all(prepared)
     for one, answer in zip(pictures, answers, strict=True):
         assert np.array_equal(answer.labels, session.segment(one).labels)
+
+
+def test_several_scales_take_the_graphs_of_their_sizes(session: Session) -> None:
+    pixels, how = picture(50, 75), MultiScale((1, 2), flip=True)
+    architecture = session.bundle.manifest.architecture
+    assert architecture is not None
+    found = segment_at_scales(session, pixels, how)
+    expected = segment_whole(architecture, pixels, how, SIZES[0], lambda _: toy.reference_logits)
+    assert (found.labels == expected.labels).mean() > 0.999
+    with pytest.raises(BundleError, match=r"of 32x48, 48x32, 64x96 .* need 16x24 too"):
+        segment_at_scales(session, pixels, MultiScale((0.5, 1)))
 
 
 def test_a_size_that_is_not_there(session: Session) -> None:
