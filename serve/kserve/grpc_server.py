@@ -59,6 +59,7 @@ _PROBES = ("ServerLive", "ServerReady", "Check", "Watch")
 # What needs no API key. Reflection tells the protocol, which the documentation tells, too.
 _OPEN = (*_PROBES, "ServerReflectionInfo")
 _WATCH_SECONDS = 0.5
+_ENDED = ("OK", "CANCELLED")  # as streams are by their clients
 # Requests of one stream of inference at a time: enough for a batch, while others are read.
 _STREAM_REQUESTS = 8
 # A connection without any call for so long is ended; clients make another when they need one.
@@ -177,8 +178,6 @@ class GrpcServer:
                 self._service.check_loaded()
                 self._service.admission.check_room(call.client.name)
             request = await self._first(context)
-            if request is grpc.aio.EOF:
-                raise RefusedError(400, "The call ended without a message. Send one.")
             if name == "ModelInfer":
                 yield await self._infer(request, context, call)
             else:
@@ -268,16 +267,16 @@ class GrpcServer:
             limit.cancel()
 
     async def _requests(self, context: Any) -> AsyncIterator[Any]:
-        request = await self._first(context)
-        while request is not grpc.aio.EOF:
+        """A stream's messages; clients open streams long before they have something to ask."""
+        while (request := await self._idly(context.read())) is not grpc.aio.EOF:
             yield request
-            request = await self._idly(context.read())
 
     async def _first(self, context: Any) -> Any:
-        """A call's first message.
+        """The message of a call that has one.
 
         Raises:
-            RefusedError: 503, it did not arrive in time, or as :meth:`_idly`.
+            RefusedError: 400, the call ended without; 503, it did not arrive in time, or as
+                :meth:`_idly`.
         """
         seconds, waiting = (
             self._service.settings.body_seconds,
@@ -286,9 +285,12 @@ class GrpcServer:
         late = f"No message arrived within {seconds:g} s. Send it faster, or less of it."
         limit = asyncio.get_running_loop().call_later(seconds, self._end, waiting, late)
         try:
-            return await self._idly(waiting)
+            request = await self._idly(waiting)
         finally:
             limit.cancel()
+        if request is grpc.aio.EOF:
+            raise RefusedError(400, "The call ended without a message. Send one.")
+        return request
 
     def _take_place(self, method: str) -> None:
         """Find room for one more call, if need be in place of the one that is idle longest.
@@ -347,7 +349,9 @@ class GrpcServer:
             code, detail = _explained(error, call)
         finally:
             self._calls -= 1
-            self._record(call, code, start)
+            # The requests of a stream of inference have been recorded one by one.
+            if method != "ModelStreamInfer" or code.name not in _ENDED:
+                self._record(call, code, start)
         if code is not grpc.StatusCode.OK:
             await context.abort(code, detail)
 
@@ -356,7 +360,7 @@ class GrpcServer:
         seconds = time.perf_counter() - start
         self._service.metrics.answered(f"grpc/{call.method}", code.name, seconds, call.client.key)
         log_access(
-            probe=call.method in _PROBES and code.name in ("OK", "CANCELLED"),
+            probe=call.method in _PROBES and code.name in _ENDED,
             request_id=call.request_id,
             client=call.client.name,
             method="gRPC",
@@ -409,8 +413,8 @@ class GrpcServer:
     async def _watch(
         self, requests: AsyncIterator[Any], context: Any, call: _Call
     ) -> AsyncIterator[Any]:
-        """The health that the first request asks for, now and at each change."""
-        request = await anext(requests)
+        """The health that the one request asks for, now and at each change."""
+        request = await self._first(context)
 
         def status() -> str:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import socket
 import struct
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fdconv_deploy.serve import Settings, running
@@ -69,10 +71,28 @@ def test_a_message_has_to_arrive_in_time(bundles: list[Path]) -> None:
         assert "within 0.3 s" in error.details()
 
 
-def test_a_call_that_ends_without_a_message(bundles: list[Path]) -> None:
+def test_a_stream_may_wait_for_its_first_message(bundles: list[Path]) -> None:
+    """Clients of cameras open their stream at the start, and have the first image much later."""
+    triton, found = pytest.importorskip("tritonclient.grpc"), queue.Queue()
+    with (
+        opened(bundles, body_seconds=0.3) as (channel, port),
+        triton.InferenceServerClient(f"127.0.0.1:{port}") as client,
+    ):
+        client.start_stream(lambda result, error: found.put(error or result))
+        with silent(channel, 1) as calls:
+            assert "within 0.3 s" in calls[0].exception(timeout=60).details()
+        images = triton.InferInput("images", (1, 3, 32, 48), "FP32")
+        images.set_data_from_numpy(np.zeros((1, 3, 32, 48), np.float32))
+        client.async_stream_infer("street", [images])
+        assert found.get(timeout=60).as_numpy("labels").shape == (1, 32, 48)
+        client.stop_stream()
+
+
+@pytest.mark.parametrize("method", [f"{PROTOCOL}/ModelInfer", "/grpc.health.v1.Health/Watch"])
+def test_a_call_that_ends_without_a_message(bundles: list[Path], method: str) -> None:
     with opened(bundles) as (channel, _):
         with pytest.raises(grpc.RpcError, match="without a message") as error:
-            channel.stream_unary(f"{PROTOCOL}/ModelInfer")(iter(()), timeout=60)
+            list(channel.stream_stream(method)(iter(()), timeout=60))
         assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 

@@ -215,6 +215,10 @@ class TestStreams:
             client.stop_stream()
             statistics = rest.get_inference_statistics("street", headers={"x-api-key": "k"})
             assert statistics["model_stats"][0]["inference_count"] == 3
+            counted = httpx.get(f"{address}/metrics", headers={"x-api-key": "k"}).text
+        route = 'fdconv_requests_total{route="grpc/ModelStreamInfer"'
+        assert f'{route},status="OK"}} 3.0' in counted
+        assert f'{route},status="UNAUTHENTICATED"}} 1.0' in counted
 
 
 @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
