@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from fdconv_deploy.checkpoints.detectron2_config import in_openmmlab_sections
 from fdconv_deploy.errors import CheckpointError
 
 MAX_BYTES = 4 << 20
@@ -92,15 +95,16 @@ def config_of(meta: Mapping[str, Any]) -> Config | None:
 
 
 def read_config(path: str | Path) -> Config:
-    """Read a ``.py`` or ``.json`` config file without running it.
+    """Read a ``.py`` or ``.json`` config file, or detectron2's ``.yaml``, without running it.
 
     Raises:
         CheckpointError: no such file, not UTF-8 text, or another kind of file.
     """
     path = Path(path)
-    if path.suffix not in (".py", ".json"):
+    if path.suffix not in (".py", ".json", ".yaml", ".yml"):
         raise CheckpointError(
-            f"{path} is not a config: expected a .py or .json file of mmsegmentation."
+            f"{path} is not a config: expected a .py or .json file of OpenMMLab's, or the "
+            "config.yaml of detectron2's."
         )
     try:
         large = path.stat().st_size > MAX_BYTES
@@ -108,10 +112,12 @@ def read_config(path: str | Path) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise CheckpointError(
-            f"{path} cannot be read: {why}. Expected a .py or .json config file."
+            f"{path} cannot be read: {why}. Expected a .py, .json or .yaml config file."
         ) from None
     if large:
         raise CheckpointError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not a config's text.")
+    if path.suffix in (".yaml", ".yml"):
+        return _yaml(text, str(path))
     return _json(text, str(path)) if path.suffix == ".json" else parse_config(text, name=str(path))
 
 
@@ -156,6 +162,41 @@ def _json(text: str, name: str) -> Config:
     if not isinstance(values, dict):
         raise CheckpointError(f"{name} is not a config: expected a JSON object {{…}} at the top.")
     return _given(values, name)
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, to which every tag of Python's is a value that could not be read."""
+
+
+def _tagged(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Unreadable:
+    return Unreadable(f"its tag !!python/{suffix} is code", node.start_mark.line + 1)
+
+
+_YamlLoader.add_multi_constructor("tag:yaml.org,2002:python/", _tagged)
+
+
+def _yaml(text: str, name: str) -> Config:
+    """detectron2's ``config.yaml``, where OpenMMLab's configs have its values."""
+    try:
+        values = printable(yaml.load(text, _YamlLoader))  # noqa: S506 - made from the safe one
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        first = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{name} is not valid YAML: {first[0][:100] if first else type(error).__name__}."
+        ) from None
+    if not isinstance(values, dict) or not isinstance(values.get("MODEL"), dict):
+        raise CheckpointError(
+            f"{name} is no config of detectron2's: expected MODEL and its sections, as the "
+            "config.yaml has them that training writes into OUTPUT_DIR."
+        )
+    config = _given(values, name)
+    notes = list(config.notes)
+    if "_BASE_" in values:
+        notes.append(
+            f"{name} builds on {str(values['_BASE_'])[:80]}, which is not read; what that sets is "
+            "unknown here. Give the full config.yaml that training wrote into OUTPUT_DIR."
+        )
+    return Config(in_openmmlab_sections(config.values), tuple(notes))
 
 
 def _given(values: dict[str, Any], name: str) -> Config:

@@ -28,6 +28,8 @@ Source = Literal[
     "published default",
 ]
 
+Framework = Literal["OpenMMLab", "detectron2"]
+
 CHECKPOINT_META = "the checkpoint's meta"
 UNSET: Any = object()
 _USUAL: Any = object()
@@ -71,6 +73,7 @@ class Evidence:
             dicts.
         config: from the checkpoint or the user; its notes are the first for the user.
         meta: the checkpoint's meta data, for class names and palette.
+        framework: whose names the tensors had, which decides some published defaults.
 
     Attributes:
         settings: in the order in which they were resolved.
@@ -83,7 +86,9 @@ class Evidence:
         overrides: Mapping[str, Any] | None = None,
         config: Config | None = None,
         meta: Mapping[str, Any] | None = None,
+        framework: Framework = "OpenMMLab",
     ) -> None:
+        self.framework = framework
         self.overrides = _flat(overrides or {})
         self.config, self.meta = config or Config(), meta or {}
         self.settings: list[Setting] = []

@@ -177,6 +177,12 @@ def _swin_transformer(state: Shapes, settings: Settings) -> None:
         mlp_ratio=_ratio([_hidden(state, f"{f}.ffn.layers.0.0") for f in firsts], widths),
     )
     settings.exact("names", qkv_bias=f"{firsts[0]}.attn.w_msa.qkv.bias" in state)
+    settings.resolve(
+        "merging",
+        default=UNSET,
+        derived="position" if settings.evidence.framework == "detectron2" else "unfold",
+        source="names",
+    )
     _outputs(settings, _norms(state), tuple(range(len(blocks))))
 
 

@@ -48,11 +48,11 @@ def infer_conv(
     strided: Mapping[str, Collection[str]] | None = None,
     styles: Sequence[str] = ("",),
 ) -> tuple[FDConvConfig | None, set[str]]:
-    """A backbone's FDConv config, or None of a plain one; and the ResNet styles that agree.
+    """A backbone's or head's FDConv config, None if it is plain; and ResNet styles that agree.
 
     Args:
-        layers: those that FDConv may replace in this backbone.
-        settings: the backbone's.
+        layers: those that FDConv may replace in it.
+        settings: the backbone's or head's.
         strided: for each ResNet style, the layers with a stride above 1.
         styles: those that are possible: one if the config or the user gives it.
 
@@ -61,12 +61,13 @@ def infer_conv(
             or no ``conv_cfg`` explains these layers.
     """
     section, strided = settings.section, strided or {"": ()}
+    owner = settings.prefix.removesuffix(".")
     dynamic = [layer for layer in layers if layer.dynamic]
     conv_cfg = stated(section, "conv_cfg")
     fdconv = isinstance(conv_cfg, Mapping) and type_of(conv_cfg) == "FDConv"
     if section and not fdconv and dynamic and conv_cfg is not UNSET:
         raise CheckpointError(
-            f"The config's backbone has conv_cfg={conv_cfg!r}, but the weights have {len(dynamic)} "
+            f"The config's {owner} has conv_cfg={conv_cfg!r}, but the weights have {len(dynamic)} "
             f"FDConv layers, e.g. {dynamic[0].name}. Give the config they were trained with."
         )
     if not dynamic and not fdconv:
@@ -75,7 +76,8 @@ def infer_conv(
     conv_section: Mapping[str, Any] = conv_cfg if isinstance(conv_cfg, Mapping) else {}
     if not dynamic:
         _check_all_plain(layers, conv_section)
-    return _fdconv(layers, conv_section, settings.evidence, strided, styles)
+    fields = f"{settings.prefix}conv"
+    return _fdconv(layers, conv_section, settings.evidence, fields, strided, styles)
 
 
 def _check_all_plain(layers: Sequence[Layer], conv_cfg: Mapping[str, Any]) -> None:
@@ -96,17 +98,19 @@ def _fdconv(
     layers: Sequence[Layer],
     section: Mapping[str, Any],
     evidence: Evidence,
+    fields: str,
     strided: Mapping[str, Collection[str]],
     styles: Sequence[str],
 ) -> tuple[FDConvConfig, set[str]]:
     """The FDConv config, and the ResNet styles that agree; ``section`` is ``conv_cfg``."""
-    settings = SettingResolver(evidence, FDConvConfig, "backbone.conv", section)
+    settings = SettingResolver(evidence, FDConvConfig, fields, section)
     dynamic = [layer for layer in layers if layer.dynamic]
     _thresholds(settings, layers)
     bands = stated(section, "fbm_cfg")
     given = isinstance(bands, Mapping)
-    fields = "backbone.conv.fbm_cfg"
-    band_settings = SettingResolver(evidence, BandModulationConfig, fields, bands if given else {})
+    band_settings = SettingResolver(
+        evidence, BandModulationConfig, f"{fields}.fbm_cfg", bands if given else {}
+    )
     if not dynamic:  # nothing but the thresholds has an effect
         fbm_cfg = band_settings.build(matters=False)
         return settings.build(matters=False, fbm_cfg=fbm_cfg), set(strided)

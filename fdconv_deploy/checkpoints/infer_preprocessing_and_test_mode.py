@@ -22,6 +22,7 @@ _HARMLESS = (
     *_FILE_LOADERS,
     *_RASTER_LOADERS,
     "LoadAnnotations",
+    "LoadPanopticAnnotations",
     "PackSegInputs",
     "PackDetInputs",
     "Resize",
@@ -40,6 +41,7 @@ def infer_preprocessing(
     *,
     channels: int = 3,
     scale: tuple[int, int] | None = None,
+    size_divisor: int | None = None,
     harmless: Sequence[str] = (),
 ) -> Preprocessing:
     """Loading, mean, deviation, channel order and resize of the test pipeline.
@@ -52,6 +54,7 @@ def infer_preprocessing(
         evidence: has the config and takes the settings.
         channels: bands that the network takes.
         scale: the published default of the resize.
+        size_divisor: the published default of networks whose input is padded; None of others.
         harmless: further steps that need no note, as they are done here, too.
 
     Raises:
@@ -101,9 +104,25 @@ def infer_preprocessing(
         written = stated(outer, "img_scale")
     settings.resolve("scale", config=_scale(written, keep_ratio, evidence), default=scale)
     backend = {"cv2": "opencv", "pillow": "pillow"}.get(str(stated(resize, "backend")), UNSET)
-    settings.resolve("resample", config=backend, matters=backend == "pillow")
-    divisor = stated(_processor(config), "test_cfg.size_divisor")
-    settings.resolve("size_divisor", config=divisor, matters=divisor is not UNSET)
+    detectron2 = evidence.framework == "detectron2"
+    settings.resolve(
+        "resample",
+        config=backend,
+        default="pillow" if detectron2 else "opencv",
+        matters=detectron2 or backend == "pillow",
+    )
+    processor = _processor(config)
+    divisor = stated(processor, "test_cfg.size_divisor", "pad_size_divisor")
+    if processor and divisor in (UNSET, None):
+        divisor = 1
+    settings.resolve(
+        "size_divisor",
+        # Detectors' inputs are padded whatever this is.
+        config=UNSET if harmless else divisor,
+        default=size_divisor or 1,
+        matters=size_divisor is not None,
+        note="mmsegmentation's ADE20K configs of Swin-B and Swin-L do not pad",
+    )
     for step in steps:
         if type_of(step) and type_of(step) not in (*_HARMLESS, *harmless):
             evidence.notes.append(

@@ -8,6 +8,7 @@ from typing import Any
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.evidence import (
     Evidence,
+    Framework,
     Inference,
     SettingResolver,
     refuse_unsupported,
@@ -20,7 +21,18 @@ from fdconv_deploy.checkpoints.infer_preprocessing_and_test_mode import (
     infer_preprocessing,
     infer_test_mode,
 )
-from fdconv_deploy.config import BackboneConfig, HeadConfig, SegmentorConfig
+from fdconv_deploy.checkpoints.infer_query_head import (
+    infer_panoptic,
+    infer_query_head,
+    query_head_type,
+)
+from fdconv_deploy.config import (
+    SIZE_DIVISOR,
+    BackboneConfig,
+    HeadConfig,
+    QueryHeadConfig,
+    SegmentorConfig,
+)
 from fdconv_deploy.errors import CheckpointError
 
 _NOT_A_SEGMENTOR = {
@@ -44,6 +56,7 @@ def infer_segmentor_config(
     config: Config | None = None,
     meta: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    framework: Framework = "OpenMMLab",
 ) -> Inference[SegmentorConfig]:
     """Infer a segmentation network's configuration.
 
@@ -51,12 +64,14 @@ def infer_segmentor_config(
     the published default and listed under ``assumed``.
 
     Args:
-        state: names → tensors as in mmsegmentation. Only shapes are read, so tensors on the
-            meta device do.
+        state: names → tensors as in mmsegmentation, see
+            :func:`~fdconv_deploy.checkpoints.framework_names.in_openmmlab_names`. Only shapes are
+            read, so tensors on the meta device do.
         config: the config, from the checkpoint or the user.
         meta: the checkpoint's meta data, for class names and palette.
         overrides: values of the user's: dotted field names (``"backbone.style"``), or nested
             dicts.
+        framework: whose names the tensors had.
 
     Raises:
         CheckpointError: not a segmentation network known here, or the config or the user
@@ -69,10 +84,10 @@ def infer_segmentor_config(
             "Expected a segmentation checkpoint (names under backbone. and decode_head.); "
             f"{_NOT_A_SEGMENTOR[kind]}. Its first names: {names}."
         )
-    evidence = Evidence(overrides, config, meta)
+    evidence = Evidence(overrides, config, meta, framework)
     _check_model(state, evidence.config)
     backbone = infer_backbone(part(state, "backbone."), evidence, stock_backbone(state))
-    head = infer_head(state, "decode_head", backbone.output_widths, evidence)
+    head = _head(state, backbone.output_widths, evidence)
     auxiliary = _auxiliary(state, backbone.output_widths, evidence)
     settings = SettingResolver(evidence, SegmentorConfig, "", {})
     # The labels 0 and 1 of one output: a dataset names both, or 1 alone.
@@ -85,17 +100,36 @@ def infer_segmentor_config(
         decode_head=head,
         auxiliary_head=auxiliary,
         test=infer_test_mode(evidence),
-        preprocessing=infer_preprocessing(evidence, channels=backbone.in_channels),
+        preprocessing=infer_preprocessing(
+            evidence,
+            channels=backbone.in_channels,
+            size_divisor=SIZE_DIVISOR if isinstance(head, QueryHeadConfig) else None,
+        ),
+        panoptic=infer_panoptic(evidence, head) if isinstance(head, QueryHeadConfig) else None,
     )
     return evidence.inference(architecture)
 
 
 def infer_backbone_only(
-    state: Shapes, *, config: Config | None = None, overrides: Mapping[str, Any] | None = None
+    state: Shapes,
+    *,
+    config: Config | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    framework: Framework = "OpenMMLab",
 ) -> Inference[BackboneConfig]:
     """The backbone of a classifier or a bare backbone; arguments as `infer_segmentor_config`'s."""
-    evidence = Evidence(overrides, config)
+    evidence = Evidence(overrides, config, framework=framework)
     return evidence.inference(infer_backbone(part(state, backbone_prefix(state)), evidence))
+
+
+def _head(state: Shapes, widths: tuple[int, ...], evidence: Evidence) -> HeadConfig:
+    tensors = part(state, "decode_head.")
+    kind = query_head_type(tensors)
+    if kind is None:
+        return infer_head(state, "decode_head", widths, evidence)
+    config = evidence.config
+    section = config.section("model", "decode_head") or config.section("model", "panoptic_head")
+    return infer_query_head(tensors, kind, section, widths, evidence)
 
 
 def _auxiliary(state: Shapes, widths: tuple[int, ...], evidence: Evidence) -> HeadConfig | None:
@@ -129,7 +163,7 @@ def _binary_note(classes: tuple[str, ...], threshold: float) -> str:
 
 def _check_model(state: Shapes, config: Config) -> None:
     refuse_cascade(state, config.section("model").get("decode_head"))
-    refuse_unsupported("model", config.section("model"), "EncoderDecoder")
+    refuse_unsupported("model", config.section("model"), "EncoderDecoder", "Mask2Former")
     necks = [key for key in state if key.startswith("neck.")]
     if necks:
         raise CheckpointError(

@@ -16,13 +16,13 @@ from rich.table import Table
 from fdconv_deploy.checkpoints import model_size
 from fdconv_deploy.checkpoints.attention_stability import AttentionStability, attention_stability
 from fdconv_deploy.checkpoints.config_parser import Config
-from fdconv_deploy.checkpoints.evidence import Inference, Setting
+from fdconv_deploy.checkpoints.evidence import Framework, Inference, Setting
+from fdconv_deploy.checkpoints.framework_names import framework_of, in_openmmlab_names
 from fdconv_deploy.checkpoints.frequency_order import OrderReport, detect_order
 from fdconv_deploy.checkpoints.infer_layers import (
     Kind,
     Layer,
     Shapes,
-    as_published,
     conv_layers,
     kind_of,
     parameters,
@@ -66,6 +66,7 @@ class Report(BaseModel):
         path: the file; empty for tensors at hand.
         format: its layout, see :class:`Checkpoint`.
         kind: what network it is of.
+        framework: whose names its tensors have.
         dynamic_layers: how many FDConv layers it has; 0 for a plain network.
         size: (height, width) in pixels that ``macs`` is for.
         parameters: trained numbers by part, and ``total``.
@@ -77,7 +78,7 @@ class Report(BaseModel):
             order as int64 and the band masks.
         architecture: a segmentation network's, None for others and where it is contradictory.
         detector: a detector's, in the same way.
-        backbone: None if it is not a ResNet known here.
+        backbone: None if it is none known here.
         found, assumed, notes: see :class:`Inference`.
         dropped, other_weights: see :class:`Checkpoint`.
         problem: why there is no architecture, or None.
@@ -97,6 +98,7 @@ class Report(BaseModel):
     path: str = ""
     format: str = "plain"
     kind: Kind
+    framework: Framework = "OpenMMLab"
     dynamic_layers: int
     tensors: int
     dtypes: tuple[str, ...]
@@ -198,13 +200,13 @@ def report_on(
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """:func:`inspect_checkpoint` for tensors at hand; tensors on the meta device do."""
-    state = as_published(state)
+    given_names, state = state, in_openmmlab_names(state)
     kind = kind_of(state)
     inference: Inference[Any] | None = None
     problem: str | None = None
     layers: list[Layer] = []
     try:
-        inference = infer_config(state, config=config, meta=meta, overrides=overrides)
+        inference = infer_config(given_names, config=config, meta=meta, overrides=overrides)
     except CheckpointError as error:
         problem = str(error)
     network = inference.architecture if inference else None
@@ -226,7 +228,8 @@ def report_on(
     return Report(
         kind=kind,
         dynamic_layers=sum(layer.dynamic for layer in layers),
-        tensors=len(state),
+        framework=framework_of(given_names),
+        tensors=len(given_names),
         dtypes=tuple(sorted({str(v.dtype).removeprefix("torch.") for v in state.values()})),
         size=size,
         parameters=model_size.parameters_by_part(state),
@@ -320,7 +323,8 @@ def render(report: Report, console: Console, *, layers: bool = False) -> None:
     _verdict(report, console)
     count = report.dynamic_layers
     fdconv = f"{count} FDConv layers" if count else "no FDConv layer"
-    console.print(f"{_KINDS[report.kind]}, {fdconv}; file format: {report.format}")
+    names = f"named as {report.framework}'s" if report.kind != "unknown" else "names not known"
+    console.print(f"{_KINDS[report.kind]} {names}, {fdconv}; file format: {report.format}")
     console.print(f"{report.tensors} tensors, {', '.join(report.dtypes)}")
     for note in report.notes:
         console.print(f"[yellow]Note:[/yellow] {escape(note)}")

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fdconv_deploy.checkpoints.config_parser import Config, config_of, read_config
 from fdconv_deploy.checkpoints.evidence import Inference
+from fdconv_deploy.checkpoints.framework_names import framework_of, in_openmmlab_names
 from fdconv_deploy.checkpoints.frequency_order import ChosenOrder, choose_order
 from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
 from fdconv_deploy.checkpoints.infer_layers import (
     SAVED_BUFFERS,
-    as_published,
     dynamic_names,
     kind_of,
 )
@@ -90,7 +90,7 @@ def load_checkpoint(
     if not isinstance(source, Checkpoint):
         source = read_checkpoint(source, weights=weights)
     settings = config_for(source, config)
-    state = as_published(source.state_dict)
+    state = in_openmmlab_names(source.state_dict)
     given: dict[str, Any] = {"config": settings, "meta": source.meta, "overrides": overrides}
     network: LoadedSegmentor | LoadedDetector
     try:
@@ -102,7 +102,8 @@ def load_checkpoint(
                 network = LoadedDetector(detector.architecture, order.used)
             network.inference = order.noted(detector)
         else:
-            inferred = infer_segmentor_config(state, **given)
+            framework = framework_of(source.state_dict)
+            inferred = infer_segmentor_config(state, **given, framework=framework)
             segmentor, state = _auxiliary(inferred, state, auxiliary)
             with torch.device("meta"):
                 network = LoadedSegmentor(segmentor.architecture, order.used)
@@ -131,14 +132,20 @@ def infer_config(
 ) -> Inference[Any]:
     """The configuration of a segmentor, a detector or a backbone alone, whichever a file holds.
 
+    Arguments as `infer_segmentor_config`'s; names may be those of any framework.
+
     Raises:
         CheckpointError: it is none of them, or contradicts its config.
     """
+    framework, state = framework_of(state), in_openmmlab_names(state)
     kind = kind_of(state)
     if kind in ("backbone", "classifier"):
-        return infer_backbone_only(state, config=config, overrides=overrides)
-    infer = infer_detector_config if kind == "detector" else infer_segmentor_config
-    return infer(state, config=config, meta=meta, overrides=overrides)
+        return infer_backbone_only(state, config=config, overrides=overrides, framework=framework)
+    if kind == "detector":
+        return infer_detector_config(state, config=config, meta=meta, overrides=overrides)
+    return infer_segmentor_config(
+        state, config=config, meta=meta, overrides=overrides, framework=framework
+    )
 
 
 def recorded_weights(manifest: Manifest, checkpoint: str | Path) -> str | None:
@@ -211,6 +218,7 @@ def config_for(checkpoint: Checkpoint, config: str | Path | Config | None) -> Co
 
 def _fill(network: Segmentor | Detector, state: dict[str, Tensor], path: Path | None) -> None:
     expected = network.state_dict()
+    _share(network, state, path)
     for key, value in expected.items():
         # Only training counts batches, and old files don't have the count.
         if key.endswith(".num_batches_tracked"):
@@ -253,6 +261,25 @@ def _fill(network: Segmentor | Detector, state: dict[str, Tensor], path: Path | 
             )
         weights[key] = tensor
     network.load_state_dict(weights, strict=True, assign=True)
+
+
+def _share(network: Segmentor | Detector, state: dict[str, Tensor], path: Path | None) -> None:
+    """Give every name of a parameter that several modules share what the file has under one.
+
+    MaskDINO's boxes are made by one network under many names; files hold all of them, or one.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for group in names.values():
+        given = [name for name in group if name in state]
+        for name in given[1:]:
+            if not torch.equal(state[name], state[given[0]]):
+                raise CheckpointError(
+                    f"{path}: {given[0]} and {name} differ. Expected equal tensors: in this "
+                    "network they are one parameter. The file may mix two networks."
+                )
+        state.update({name: state[given[0]] for name in group if given})
 
 
 def _shape_of_conv(weight: Tensor) -> tuple[int, ...]:

@@ -1,0 +1,311 @@
+"""Mask2Former's and MaskDINO's heads, and what becomes of their queries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fdconv_deploy.checkpoints.evidence import (
+    UNSET,
+    Evidence,
+    SettingResolver,
+    refuse_unsupported,
+    stated,
+)
+from fdconv_deploy.checkpoints.infer_fdconv import infer_conv
+from fdconv_deploy.checkpoints.infer_layers import Shapes, layers_named
+from fdconv_deploy.config import (
+    HEAD_CONFIGS,
+    Mask2FormerHeadConfig,
+    MaskDINOHeadConfig,
+    PanopticConfig,
+    QueryHeadConfig,
+)
+from fdconv_deploy.errors import CheckpointError
+
+Settings = SettingResolver[Any]
+
+# Parts of which either is enough to know a head by, beside its pixel decoder.
+_MARKS = {
+    "Mask2FormerHead": ("cls_embed.", "transformer_decoder."),
+    "MaskDINOHead": ("class_embed.", "decoder."),
+}
+_CLASSES = {"Mask2FormerHead": "cls_embed", "MaskDINOHead": "class_embed"}
+_DECODER = {"Mask2FormerHead": "transformer_decoder.layers", "MaskDINOHead": "decoder.layers"}
+_FEED_FORWARD = re.compile(
+    r"(?:(?:pixel_decoder\.encoder|transformer_decoder)\.layers\.\d+\.ffn\.layers\.(?:0\.0|1)"
+    r"|decoder\.layers\.\d+\.linear[12])(?=\.)"
+)
+# Where mmdetection's configs have fields that it names in another way: 3.x's, then 2.x's.
+_ENCODER, _LAYERS = "pixel_decoder.encoder", "transformer_decoder"
+_ENTRIES = {
+    "channels": ("feat_channels",),
+    "hidden_channels": ("feat_channels",),
+    "mask_channels": ("out_channels",),
+    "norm_groups": ("pixel_decoder.norm_cfg.num_groups",),
+    "enforce_input_proj": ("enforce_decoder_input_project",),
+    "encoder_layers": (f"{_ENCODER}.num_layers",),
+    "encoder_heads": (
+        f"{_ENCODER}.layer_cfg.self_attn_cfg.num_heads",
+        f"{_ENCODER}.transformerlayers.attn_cfgs.num_heads",
+    ),
+    "encoder_points": (
+        f"{_ENCODER}.layer_cfg.self_attn_cfg.num_points",
+        f"{_ENCODER}.transformerlayers.attn_cfgs.num_points",
+    ),
+    "encoder_feedforward": (f"{_ENCODER}.layer_cfg.ffn_cfg.feedforward_channels",),
+    "decoder_layers": (f"{_LAYERS}.num_layers",),
+    "decoder_heads": (
+        f"{_LAYERS}.layer_cfg.self_attn_cfg.num_heads",
+        f"{_LAYERS}.transformerlayers.attn_cfgs.num_heads",
+    ),
+    "decoder_feedforward": (f"{_LAYERS}.layer_cfg.ffn_cfg.feedforward_channels",),
+}
+
+
+def query_head_type(state: Shapes) -> str | None:
+    """``Mask2FormerHead`` or ``MaskDINOHead`` by a head's names; None if it is neither."""
+    if not any(key.startswith("pixel_decoder.input_convs.") for key in state):
+        return None
+    found = (k for k, marks in _MARKS.items() if any(key.startswith(marks) for key in state))
+    return next(found, None)
+
+
+def infer_query_head(
+    state: Shapes, kind: str, section: Mapping[str, Any], widths: Sequence[int], evidence: Evidence
+) -> QueryHeadConfig:
+    """The decode head of these names and shapes.
+
+    Args:
+        state: the head's tensors, names without ``decode_head.``.
+        kind: what `query_head_type` says.
+        section: the config's head.
+        widths: channels of each of the backbone's outputs.
+        evidence: takes the settings.
+
+    Raises:
+        CheckpointError: parts are missing, or the config or the user contradicts the weights.
+    """
+    model = HEAD_CONFIGS[kind]  # type: ignore[index]
+    assert issubclass(model, QueryHeadConfig)
+    written = {
+        name: stated(section, name, *_ENTRIES.get(name, ())) for name in model.model_fields
+    }
+    things, stuff = stated(section, "num_things_classes"), stated(section, "num_stuff_classes")
+    if written["num_classes"] is UNSET and isinstance(things, int) and isinstance(stuff, int):
+        written["num_classes"] = things + stuff
+    activation = stated(section, "pixel_decoder.act_cfg.type")
+    refuse_unsupported("decode_head.pixel_decoder", {"act_cfg": activation}, act_cfg="ReLU")
+    settings: Settings = SettingResolver(evidence, model, "decode_head", written)
+    settings.resolve("type", config=UNSET, exact=kind, source="names")
+    # Settings of other heads, which these have in one way only.
+    settings.values |= {
+        "in_channels": tuple(widths),
+        "in_index": tuple(range(len(widths))),
+        "align_corners": False,
+        "input_transform": None,
+        "norm": True,
+        "out_channels": None,
+        "threshold": None,
+    }
+    if len(widths) != 4:
+        raise CheckpointError(
+            f"A {kind} takes four of the backbone's outputs, which has {len(widths)}. If "
+            "out_indices leaves a stage out, correct it."
+        )
+    outputs, width = _shape(state, f"{_CLASSES[kind]}.weight", 2)
+    masks, channels = _shape(state, "pixel_decoder.mask_feature.weight", 4)[:2]
+    decoder = _DECODER[kind]
+    first = f"{decoder}.0.{'ffn.layers.0.0' if kind == 'Mask2FormerHead' else 'linear1'}"
+    settings.exact(
+        "shapes",
+        channels=channels,
+        mask_channels=masks,
+        hidden_channels=width,
+        encoder_feedforward=_outputs(state, "pixel_decoder.encoder.layers.0.ffn.layers.0.0"),
+        decoder_feedforward=_outputs(state, first),
+    )
+    settings.exact(
+        "names",
+        encoder_layers=_count(state, "pixel_decoder.encoder.layers"),
+        decoder_layers=_count(state, decoder),
+    )
+    projected = "decoder_input_projs.0.weight" in state
+    settings.resolve(
+        "enforce_input_proj",
+        exact=projected if width == channels else UNSET,
+        source="names",
+        matters=width == channels,
+    )
+    entering = _levels(settings, state, widths)
+    levels = len(entering) + settings.values.get("extra_levels", 0)
+    _attention(settings, state, "encoder", "pixel_decoder.encoder.layers.0.self_attn", levels)
+    settings.resolve(
+        "norm_groups",
+        accepts=lambda value: channels % value == 0,
+        because=f"the pixel decoder has {channels} channels, which groups divide",
+    )
+    if issubclass(model, MaskDINOHeadConfig):
+        _maskdino(settings, state, outputs, levels, decoder)
+    else:
+        settings.exact("shapes", num_classes=outputs - 1)
+        settings.exact("shapes", num_queries=_shape(state, "query_feat.weight", 2)[0])
+        settings.resolve(
+            "decoder_heads",
+            accepts=lambda value: width % value == 0,
+            because=f"queries have {width} channels, which heads divide",
+        )
+        settings.resolve("pre_norm", matters=evidence.framework == "detectron2")
+    conv, _ = infer_conv(layers_named(state, _FEED_FORWARD), settings)
+    return settings.build(conv=conv)
+
+
+def _levels(settings: Settings, state: Shapes, widths: Sequence[int]) -> tuple[int, ...]:
+    """The backbone's outputs that enter the encoder, and MaskDINO's order of them."""
+    convs = [
+        _shape(state, f"pixel_decoder.input_convs.{i}.conv.weight", 4)
+        for i in range(_count(state, "pixel_decoder.input_convs"))
+    ]
+    entering = [shape[1] for shape in convs if shape[2] == 1]
+    levels = tuple(range(4))[-len(entering) :] if entering else ()
+    ascending = [widths[level] for level in levels]
+    if not levels or entering not in (ascending, ascending[::-1]):
+        raise CheckpointError(
+            f"decode_head.pixel_decoder takes feature maps of {entering} channels, and the "
+            f"backbone's outputs have {tuple(widths)}. Expected its coarsest ones, in order; the "
+            "file mixes two networks."
+        )
+    settings.values["levels"] = levels
+    if settings.model is MaskDINOHeadConfig:
+        told = UNSET if entering == entering[::-1] else entering == ascending
+        order = UNSET if told is UNSET else "low2high" if told else "high2low"
+        settings.resolve("feature_order", exact=order)
+        settings.exact("names", extra_levels=len(convs) - len(entering))
+    return levels
+
+
+def _attention(settings: Settings, state: Shapes, part: str, name: str, levels: int) -> None:
+    """Heads and points of deformable attention, of which weights show the product."""
+    rows, columns = _shape(state, f"{name}.attention_weights.weight", 2)
+    product = rows // levels
+
+    def explains(heads: int) -> bool:
+        return heads > 0 and product % heads == 0 and columns % heads == 0
+
+    because = f"the weights have {rows} attention weights, which are heads × {levels} levels × points"
+    heads = settings.resolve(
+        f"{part}_heads", accepts=explains, because=because
+    )
+    settings.resolve(f"{part}_points", exact=product // heads, because=because)
+
+
+def _maskdino(
+    settings: Settings, state: Shapes, outputs: int, levels: int, decoder: str
+) -> None:
+    if "label_enc.weight" in state:
+        classes = _shape(state, "label_enc.weight", 2)[0]
+        if outputs - classes not in (0, 1):
+            raise CheckpointError(
+                f"decode_head.class_embed makes {outputs} outputs for {classes} classes "
+                "(label_enc). Expected one for each, and one more for no object."
+            )
+        settings.exact("shapes", num_classes=classes, no_object=outputs > classes)
+    else:
+        known = settings.resolve("no_object", note="weights without label_enc do not show it")
+        settings.exact("shapes", num_classes=outputs - known)
+    two_stage = "enc_output.weight" in state
+    settings.exact("names", two_stage=two_stage)
+    feat = "query_feat.weight" in state
+    settings.resolve("learn_tgt", exact=feat if two_stage else UNSET, matters=two_stage)
+    queries = next((state[k].shape[0] for k in ("query_feat.weight", "query_embed.weight") if k in state), UNSET)
+    settings.resolve("num_queries", exact=queries)
+    _attention(settings, state, "decoder", f"{decoder}.0.cross_attn", levels)
+    settings.resolve("initialize_box_type", matters=two_stage)
+    no_object = settings.values["no_object"]
+    settings.resolve(
+        "class_scores",
+        default="softmax" if no_object else "sigmoid",
+        accepts=lambda value: value == "sigmoid" or no_object,
+        because="the weights have no output for no object",
+    )
+    settings.resolve("temperature", matters=settings.values["class_scores"] == "sigmoid")
+
+
+def infer_panoptic(evidence: Evidence, head: QueryHeadConfig) -> PanopticConfig | None:
+    """How queries become segments and instances; None where classes alone are asked for.
+
+    Args:
+        evidence: has the config and takes the settings.
+        head: the network's.
+    """
+    config = evidence.config
+    section: dict[str, Any] = dict(config.section("model", "panoptic"))
+    fusion = config.section("model", "panoptic_fusion_head")
+    given = any(name.startswith("panoptic.") for name in evidence.overrides)
+    if not (section or fusion or given):
+        return None
+    if not section:
+        section = dict(config.section("model", "test_cfg"))
+        section["thing_classes"] = _first(fusion.get("num_things_classes"))
+    settings: Settings = SettingResolver(evidence, PanopticConfig, "panoptic", section)
+    count = head.num_classes
+    settings.resolve(
+        "thing_classes",
+        # COCO's panoptic classes begin with its 80 things.
+        default=tuple(range(80)) if count == 133 else tuple(range(count)) if count == 80 else UNSET,
+        accepts=lambda value: all(index < count for index in value),
+        because=f"the head has {count} classes, some of them of things "
+        "(--set 'panoptic.thing_classes=[0, 1, …]' gives their numbers)",
+    )
+    stuff = len(settings.values["thing_classes"]) < count
+    settings.resolve("panoptic_on", default=stuff)
+    settings.resolve("instance_on")
+    for name in ("iou_thr", "object_mask_thr", "filter_low_score"):
+        settings.resolve(name, matters=settings.values["panoptic_on"])
+    settings.resolve("max_per_image", matters=settings.values["instance_on"])
+    settings.resolve("rule", default="openmmlab", matters=False)
+    return settings.build()
+
+
+def _first(count: Any) -> Any:
+    return tuple(range(count)) if isinstance(count, int) and 0 <= count < 10_000 else UNSET
+
+
+def _count(state: Shapes, prefix: str) -> int:
+    """How many numbered modules there are under ``prefix``.
+
+    Raises:
+        CheckpointError: none, or not all from 0 on.
+    """
+    places = len(prefix.split("."))
+    found = {key.split(".")[places] for key in state if key.startswith(f"{prefix}.")}
+    numbers = sorted(int(name) for name in found if name.isdigit())
+    if not numbers or numbers != list(range(len(numbers))):
+        raise CheckpointError(
+            f"decode_head.{prefix} has parts {numbers}. Expected them numbered from 0 without a "
+            "gap: some of the head are missing, so the file may be cut."
+        )
+    return len(numbers)
+
+
+def _shape(state: Shapes, key: str, rank: int) -> tuple[int, ...]:
+    tensor = state.get(key)
+    if tensor is None or tensor.ndim != rank:
+        found = "is not there" if tensor is None else f"has shape {tuple(tensor.shape)}"
+        raise CheckpointError(
+            f"decode_head.{key} {found}. Expected a tensor of rank {rank}: parts of the head are "
+            "missing, so the file may be cut."
+        )
+    return tuple(tensor.shape)
+
+
+def _outputs(state: Shapes, name: str) -> int:
+    """Features that a feed-forward network's layer makes, be it linear or FDConv."""
+    layers = layers_named(state, re.compile(re.escape(name) + r"(?=\.)"))
+    if not layers:
+        raise CheckpointError(
+            f"decode_head.{name} is not there: parts of the head are missing, so the file may be "
+            "cut."
+        )
+    return layers[0].out_channels
