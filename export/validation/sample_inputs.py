@@ -76,7 +76,7 @@ def picture_source(
         resized = []
         for picture in pictures:
             place = place_whole((picture.shape[0], picture.shape[1]), size, how)
-            resized.append(resize(picture, place.height, place.width))
+            resized.append(resize(picture, place.height, place.width, how.resample))
         tensors = tuple(map(torch.from_numpy, padded_batch(resized, size, how)))
     else:
         tensors = (torch.from_numpy(prepared_batch(pictures, size, how)),)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from fdconv_deploy.checkpoints.detectron2_config import in_openmmlab_sections
 from fdconv_deploy.errors import CheckpointError

@@ -19,7 +19,9 @@ def in_openmmlab_sections(values: Mapping[str, Any]) -> dict[str, Any]:
         values: what the file holds; of its sections any may be missing.
     """
     model = _Section(values.get("MODEL"))
-    query = model.section("MaskDINO" if model.get("META_ARCHITECTURE") == "MaskDINO" else "MASK_FORMER")
+    query = model.section(
+        "MaskDINO" if model.get("META_ARCHITECTURE") == "MaskDINO" else "MASK_FORMER"
+    )
     inputs = _Section(values.get("INPUT"))
     short, long = inputs.get("MIN_SIZE_TEST"), inputs.get("MAX_SIZE_TEST")
     resize = _known(type="Resize", keep_ratio=True, backend="pillow")
@@ -116,14 +118,16 @@ def _head(model: _Section, query: _Section) -> dict[str, Any]:
         total, entering = head.get("TOTAL_NUM_FEATURE_LEVELS"), head.get("NUM_FEATURE_LEVELS")
         names = head.get("DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES")
         entering = len(names) if isinstance(names, list) else entering
-        both = isinstance(total, int) and isinstance(entering, int)
+        extra = None
+        if isinstance(total, int) and isinstance(entering, int):
+            extra = total - entering
         test = query.section("TEST")
         sharpened = test.get("PANO_TRANSFORM_EVAL") is not False
         fields |= _known(
             decoder_layers=layers,
             hidden_channels=query.get("HIDDEN_DIM"),
             encoder_feedforward=head.get("DIM_FEEDFORWARD"),
-            extra_levels=total - entering if both else None,
+            extra_levels=extra,
             feature_order=head.get("FEATURE_ORDER"),
             two_stage=query.get("TWO_STAGE"),
             learn_tgt=query.get("LEARN_TGT"),

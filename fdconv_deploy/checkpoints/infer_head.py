@@ -63,7 +63,6 @@ _OTHER_HEADS = {
     "IterativeDecodeHead (K-Net)": {"kernel_generate_head"},
     "LRASPPHead": {"aspp_conv", "conv_ups"},
     "LightHamHead": {"hamburger"},
-    "Mask2FormerHead": {"pixel_decoder", "query_feat"},
     "MaskFormerHead": {"pixel_decoder", "query_embed"},
     "NLHead": {"nl_block"},
     "OCRHead": {"object_context_block"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fdconv_deploy.checkpoints.evidence import (
     UNSET,
@@ -24,10 +24,11 @@ from fdconv_deploy.config import (
 )
 from fdconv_deploy.errors import CheckpointError
 
+QueryHeadType = Literal["Mask2FormerHead", "MaskDINOHead"]
 Settings = SettingResolver[Any]
 
 # Parts of which either is enough to know a head by, beside its pixel decoder.
-_MARKS = {
+_MARKS: dict[QueryHeadType, tuple[str, str]] = {
     "Mask2FormerHead": ("cls_embed.", "transformer_decoder."),
     "MaskDINOHead": ("class_embed.", "decoder."),
 }
@@ -64,8 +65,8 @@ _ENTRIES = {
 }
 
 
-def query_head_type(state: Shapes) -> str | None:
-    """``Mask2FormerHead`` or ``MaskDINOHead`` by a head's names; None if it is neither."""
+def query_head_type(state: Shapes) -> QueryHeadType | None:
+    """Which of the two a head is by its names; None if it is neither."""
     if not any(key.startswith("pixel_decoder.input_convs.") for key in state):
         return None
     found = (k for k, marks in _MARKS.items() if any(key.startswith(marks) for key in state))
@@ -73,8 +74,12 @@ def query_head_type(state: Shapes) -> str | None:
 
 
 def infer_query_head(
-    state: Shapes, kind: str, section: Mapping[str, Any], widths: Sequence[int], evidence: Evidence
-) -> QueryHeadConfig:
+    state: Shapes,
+    kind: QueryHeadType,
+    section: Mapping[str, Any],
+    widths: Sequence[int],
+    evidence: Evidence,
+) -> Mask2FormerHeadConfig | MaskDINOHeadConfig:
     """The decode head of these names and shapes.
 
     Args:
@@ -87,11 +92,8 @@ def infer_query_head(
     Raises:
         CheckpointError: parts are missing, or the config or the user contradicts the weights.
     """
-    model = HEAD_CONFIGS[kind]  # type: ignore[index]
-    assert issubclass(model, QueryHeadConfig)
-    written = {
-        name: stated(section, name, *_ENTRIES.get(name, ())) for name in model.model_fields
-    }
+    model = HEAD_CONFIGS[kind]
+    written = {name: stated(section, name, *_ENTRIES.get(name, ())) for name in model.model_fields}
     things, stuff = stated(section, "num_things_classes"), stated(section, "num_stuff_classes")
     if written["num_classes"] is UNSET and isinstance(things, int) and isinstance(stuff, int):
         written["num_classes"] = things + stuff
@@ -158,7 +160,9 @@ def infer_query_head(
         )
         settings.resolve("pre_norm", matters=evidence.framework == "detectron2")
     conv, _ = infer_conv(layers_named(state, _FEED_FORWARD), settings)
-    return settings.build(conv=conv)
+    built = settings.build(conv=conv)
+    assert isinstance(built, Mask2FormerHeadConfig | MaskDINOHeadConfig)
+    return built
 
 
 def _levels(settings: Settings, state: Shapes, widths: Sequence[int]) -> tuple[int, ...]:
@@ -193,16 +197,14 @@ def _attention(settings: Settings, state: Shapes, part: str, name: str, levels: 
     def explains(heads: int) -> bool:
         return heads > 0 and product % heads == 0 and columns % heads == 0
 
-    because = f"the weights have {rows} attention weights, which are heads × {levels} levels × points"
-    heads = settings.resolve(
-        f"{part}_heads", accepts=explains, because=because
+    because = (
+        f"the weights have {rows} attention weights, which are heads × {levels} levels × points"
     )
+    heads = settings.resolve(f"{part}_heads", accepts=explains, because=because)
     settings.resolve(f"{part}_points", exact=product // heads, because=because)
 
 
-def _maskdino(
-    settings: Settings, state: Shapes, outputs: int, levels: int, decoder: str
-) -> None:
+def _maskdino(settings: Settings, state: Shapes, outputs: int, levels: int, decoder: str) -> None:
     if "label_enc.weight" in state:
         classes = _shape(state, "label_enc.weight", 2)[0]
         if outputs - classes not in (0, 1):
@@ -218,7 +220,10 @@ def _maskdino(
     settings.exact("names", two_stage=two_stage)
     feat = "query_feat.weight" in state
     settings.resolve("learn_tgt", exact=feat if two_stage else UNSET, matters=two_stage)
-    queries = next((state[k].shape[0] for k in ("query_feat.weight", "query_embed.weight") if k in state), UNSET)
+    queries = next(
+        (state[k].shape[0] for k in ("query_feat.weight", "query_embed.weight") if k in state),
+        UNSET,
+    )
     settings.resolve("num_queries", exact=queries)
     _attention(settings, state, "decoder", f"{decoder}.0.cross_attn", levels)
     settings.resolve("initialize_box_type", matters=two_stage)

@@ -25,6 +25,7 @@ from fdconv_deploy.checkpoints.shards import digest_of
 from fdconv_deploy.config import DetectorConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn import Segmentor
+from fdconv_deploy.nn.backbones.swin_transformer import relative_positions
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.nn.spectrum import FrequencyOrder
@@ -220,9 +221,12 @@ def _fill(network: Segmentor | Detector, state: dict[str, Tensor], path: Path | 
     expected = network.state_dict()
     _share(network, state, path)
     for key, value in expected.items():
-        # Only training counts batches, and old files don't have the count.
-        if key.endswith(".num_batches_tracked"):
+        # What only training needs, and not all files have.
+        if key.endswith((".num_batches_tracked", ".label_enc.weight")):
             state.setdefault(key, torch.zeros(value.shape, dtype=value.dtype))
+        if key.endswith(".relative_position_index"):  # the same in every Swin of that window
+            window = round(len(value) ** 0.5)
+            state.setdefault(key, torch.from_numpy(relative_positions(window)))
         # A linear layer is a 1×1 convolution; those too narrow for FDConv are stored as either.
         if key in state and _shape_of_conv(state[key]) == _shape_of_conv(value):
             state[key] = state[key].reshape(value.shape)

@@ -63,7 +63,8 @@ def layer_macs(
     except UnsupportedLayerError:
         return {}
     with FlopCounterMode(display=False) as counter:
-        network.eval()(image)
+        # Its hooks fail on what is made of parameters that ask for gradients, and in eval none do.
+        network.eval().requires_grad_(False)(image)
     counts = {
         name.partition(".")[2]: flops[torch.ops.aten.convolution] // 2
         for name, flops in counter.get_flop_counts().items()

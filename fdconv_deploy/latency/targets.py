@@ -285,7 +285,8 @@ def _picture(
     """An image file or a packaged picture, (height, width, C) of exactly that size."""
     if image is None:
         return scene_bands(sample_image(0, size), preprocessing)
-    return resize(check_image(load_image(image, preprocessing), preprocessing), *size)
+    pixels = check_image(load_image(image, preprocessing), preprocessing)
+    return resize(pixels, *size, preprocessing.resample)
 
 
 def _open_service(target: Target) -> OpenTarget:

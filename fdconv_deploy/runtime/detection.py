@@ -245,7 +245,8 @@ class DetectionPipeline:
         network = best_size((image.shape[0], image.shape[1]), self.sizes)
         placement = place_whole((image.shape[0], image.shape[1]), network, self.preprocessing)
         covered = placement.height, placement.width
-        images = normalise(resize(image, *covered), self.preprocessing, network)
+        resized = resize(image, *covered, self.preprocessing.resample)
+        images = normalise(resized, self.preprocessing, network)
         inputs = {"images": images, "sizes": np.array(covered, np.float32)}
         return Prepared(inputs, placement, time.perf_counter() - start, network)
 

@@ -50,7 +50,7 @@ def prepared_batch(
 ) -> NDArray[np.float32]:
     """Images of any size, as `check_image` takes them -> ``(B, C, height, width)``."""
     how = preprocessing or Preprocessing()
-    resized = (resize(check_image(picture, how), *size) for picture in pictures)
+    resized = (resize(check_image(picture, how), *size, how.resample) for picture in pictures)
     return np.stack([normalise(image, how) for image in resized])
 
 

@@ -258,7 +258,7 @@ def test_config_files_are_read_or_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_config(tmp_path / "missing.py")
     with pytest.raises(CheckpointError, match=r"expected a \.py or \.json"):
-        read_config(tmp_path / "config.yaml")
+        read_config(tmp_path / "config.toml")
     path.write_bytes(b"\xff\xfe\x00a")
     with pytest.raises(CheckpointError, match="not UTF-8"):
         read_config(path)

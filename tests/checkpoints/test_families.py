@@ -43,10 +43,7 @@ def index_of(oracle: Path, family: str, kind: str) -> dict[str, Any]:
 @cache
 def loaded(oracle: Path, family: str, kind: str) -> LoadedSegmentor | LoadedDetector:
     path = oracle / "families" / family / index_of(oracle, family, kind)["checkpoint"]
-    detects = family.startswith("mask_rcnn")
-    return load_checkpoint(
-        path, require_fdconv=False, auxiliary=not detects and "mit" not in family
-    )
+    return load_checkpoint(path, require_fdconv=False, auxiliary=family.startswith("upernet"))
 
 
 def input_of(network: Any, tensors: dict[str, Tensor], image: Path) -> Tensor:
@@ -278,6 +275,15 @@ def test_swin_with_missing_parts_is_refused(oracle: Path) -> None:
     turned = {k: v.T if k.endswith("position_index") else v for k, v in state.items()}
     with pytest.raises(CheckpointError, match="is not the order of a 7×7 window's positions"):
         infer(turned)
+
+
+def test_swin_without_its_index_is_the_same(oracle: Path, tmp_path: Path) -> None:
+    state, checkpoint = states(oracle, "upernet_swin")
+    cut = {k: v for k, v in state.items() if not k.endswith("position_index")}
+    assert len(cut) == len(state) - 7
+    content = {"state_dict": cut, "meta": checkpoint.meta}
+    found = load_segmentor(saved(tmp_path / "a.pth", content)).state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in found.items())
 
 
 def test_narrow_layers_are_taken_in_either_rank(oracle: Path, tmp_path: Path) -> None:

@@ -197,17 +197,6 @@ def test_head_of_another_type_is_refused_by_name(kind: str, config: bool) -> Non
     assert LIST in str(refused.value)
 
 
-@pytest.mark.parametrize("kind", ["fdconv_kn64", "plain"])
-def test_head_of_mask2former_is_refused_by_name(oracle: Path, kind: str) -> None:
-    path = oracle / f"families/keys/mask2former_r50_cityscapes_{kind}_keys.json"
-    shapes = json.loads(path.read_text())
-    with pytest.raises(CheckpointError, match="decode_head is a Mask2FormerHead"):
-        infer(
-            backbone()
-            | {k: torch.empty(1, device="meta") for k in shapes if k.startswith("decode_head.")}
-        )
-
-
 def test_head_type_of_a_subclass_may_be_given() -> None:
     state, section = dynamic_state(), {"decode_head": {"type": "MyUPerHead"}}
     with pytest.raises(CheckpointError, match=r"set decode_head\.type=UPerHead"):

@@ -293,4 +293,6 @@ def _inputs(
         progress(f"image {index + 1} of {count}, in the orders {', '.join(CANDIDATES)}")
         image = check_image(images[index], preprocessing)
         size = published_size(image.shape[0], image.shape[1], preprocessing)
-        yield torch.from_numpy(normalise(resize(image, *size), preprocessing))[None]
+        yield torch.from_numpy(
+            normalise(resize(image, *size, preprocessing.resample), preprocessing)
+        )[None]
