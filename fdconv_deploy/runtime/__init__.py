@@ -11,6 +11,7 @@ from fdconv_deploy.runtime.detection import Detection
 from fdconv_deploy.runtime.graph_runner import GraphRunner, Runner
 from fdconv_deploy.runtime.images import read_image
 from fdconv_deploy.runtime.manifest import Manifest, ParityReport
+from fdconv_deploy.runtime.multi_scale import MultiScale, segment_at_scales
 from fdconv_deploy.runtime.segmentation import Segmentation
 from fdconv_deploy.runtime.session import Session, open_session
 
@@ -21,6 +22,7 @@ __all__ = [
     "Detection",
     "GraphRunner",
     "Manifest",
+    "MultiScale",
     "ParityReport",
     "Runner",
     "Segmentation",
@@ -28,4 +30,5 @@ __all__ = [
     "Tensors",
     "open_session",
     "read_image",
+    "segment_at_scales",
 ]
