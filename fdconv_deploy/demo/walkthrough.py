@@ -23,7 +23,7 @@ from fdconv_deploy.evaluation.metrics import Scores, confusion_matrix, scores
 from fdconv_deploy.export.api import export_checkpoint
 from fdconv_deploy.export.validation.verdict import Verdict, refusal
 from fdconv_deploy.export.validation.verify import verify_bundle
-from fdconv_deploy.latency.interleaving import Interleaver, ratio
+from fdconv_deploy.latency.interleaving import Interleaver, say_ratio
 from fdconv_deploy.latency.machine import Bystanders, shared_machine
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime import Session, open_session, read_image
@@ -89,7 +89,7 @@ def walk(folder: Path, console: Console) -> None:
         rows += [
             ("PyTorch, published form", f"{1e3 * np.median(eager_seconds):.0f} ms an image"),
             ("bundle", f"{1e3 * np.median(exported_seconds):.0f} ms an image"),
-            ("bundle vs. PyTorch", _ratio(exported_seconds, eager_seconds)),
+            ("bundle vs. PyTorch", say_ratio(exported_seconds, eager_seconds)),
         ]
         if shared := shared_machine(others.share):
             rows.append(("", shared))
@@ -157,14 +157,6 @@ def _race(network: Segmentor, session: Session, picture: Picture) -> list[list[f
         for _ in range(TURNS):
             turns.round()
     return turns.seconds
-
-
-def _ratio(times: Sequence[float], baseline: Sequence[float]) -> str:
-    """By how much the two differ, if so few turns can tell."""
-    found = ratio(times, baseline)
-    if found["q1"] < 1 < found["q3"]:
-        return f"{TURNS} turns cannot tell which is faster; fdconv bench takes as many as it needs"
-    return f"{found['value']:.2f}× ({found['q1']:.2f} to {found['q3']:.2f} in half of the turns)"
 
 
 def _sheet(

@@ -189,3 +189,12 @@ def ratio(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]
         "q1": round(float(q1), 3),
         "q3": round(float(q3), 3),
     }
+
+
+def say_ratio(times: Sequence[float], baseline: Sequence[float]) -> str:
+    """`ratio` for people, if the rounds can tell which of the two is faster."""
+    found = ratio(times, baseline)
+    if found["q1"] < 1 < found["q3"]:
+        rounds = f"{len(times)} turns cannot tell which is faster"
+        return f"{rounds}; fdconv bench takes as many as it needs"
+    return f"{found['value']:.2f}× ({found['q1']:.2f} to {found['q3']:.2f} in half of the turns)"

@@ -19,6 +19,7 @@ from fdconv_deploy.latency.interleaving import (
     agree,
     ratio,
     sample_until_steady,
+    say_ratio,
 )
 
 QUICK = Schedule(seconds=20, warm_up=0, turn=0, window=4)
@@ -152,3 +153,11 @@ def test_what_agrees_lies_within_the_share(middle, offsets):
     assert agree(medians, share) == (max(medians) - min(medians) <= share * np.median(medians))
     assert not agree(medians[:2], share)
     assert not agree([*medians[:2], middle * 1.2], share)
+
+
+def test_a_ratio_is_said_where_the_rounds_can_tell():
+    assert say_ratio([1.0, 2.0, 3.0, 4.0], [2.0, 4.0, 6.0, 8.0]) == (
+        "0.50× (0.50 to 0.50 in half of the turns)"
+    )
+    unclear = say_ratio([1.0, 9.0, 1.0, 9.0], [9.0, 1.0, 9.0, 1.0])
+    assert "4 turns cannot tell which is faster" in unclear

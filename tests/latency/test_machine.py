@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from types import SimpleNamespace
 
-from fdconv_deploy.latency.machine import Bystanders, describe, describe_gpus, gpus
+from fdconv_deploy.latency.machine import Bystanders, describe, describe_gpus, gpus, shared_machine
 
 
 class Nvml:
@@ -93,3 +93,8 @@ def test_own_work_is_not_others() -> None:
         while time.process_time() < end:
             pass
     assert others.share is None or 0 <= others.share <= 1
+
+
+def test_a_shared_machine_is_said() -> None:
+    assert shared_machine(None) is shared_machine(0.03) is None
+    assert "(12 % of CPU used by other processes)" in (shared_machine(0.12) or "")
