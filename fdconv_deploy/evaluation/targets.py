@@ -30,7 +30,7 @@ from fdconv_deploy.runtime.multi_scale import (
 from fdconv_deploy.runtime.preprocessing import (
     check_image,
     published_detector_input,
-    published_size,
+    published_segmentor_input,
 )
 from fdconv_deploy.runtime.segmentation import Mode, SegmentationPipeline, class_names
 
@@ -232,7 +232,7 @@ def _torch_segmentor(
 
     def whole(image: NDArray[Any]) -> Answer[Labels]:
         height, width = check_image(image, architecture.preprocessing).shape[:2]
-        target = size or published_size(height, width, architecture.preprocessing)
+        target = size or published_segmentor_input((height, width), architecture.preprocessing)
         pipeline = SegmentationPipeline(architecture, target, fit)
         prepared = pipeline.prepare(image)
         start = time.perf_counter()

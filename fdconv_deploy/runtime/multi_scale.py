@@ -46,6 +46,8 @@ from fdconv_deploy.runtime.preprocessing import (
     best_size,
     check_image,
     keep_ratio_size,
+    padded,
+    published_size,
     resize,
     scaled_size,
 )
@@ -84,10 +86,6 @@ class MultiScale:
         """For JSON."""
         return {"multi_scale": list(self.factors), "flip": self.flip}
 
-    def sizes(self, base: Size) -> list[Size]:
-        """(height, width) of each factor."""
-        return [scaled_size(base, one) for one in self.factors]
-
     @property
     def mirrored(self) -> tuple[bool, ...]:
         """What is done at each size, in mmsegmentation's order."""
@@ -125,15 +123,16 @@ def segment_at_scales(
         return segment_sliding(architecture, image, how, crop, session.run, batch)
     image = check_image(image, session.preprocessing)
     base = best_size((image.shape[0], image.shape[1]), session.sizes)
-    missing = [size for size in how.sizes(base) if size not in session.sizes]
+    divisor = architecture.preprocessing.size_divisor
+    sizes = [padded(scaled_size(base, factor), divisor) for factor in how.factors]
+    missing = [_said(size) for size in sizes if size not in session.sizes]
     if missing:
         a_graph = "a graph" if len(session.sizes) == 1 else "graphs"
         raise BundleError(
             f"The bundle {session.bundle.path} has {a_graph} of "
             f"{', '.join(map(_said, session.sizes))} (height x width), and these factors need "
-            f"{', '.join(map(_said, missing))} too. Export it with --size {_said(missing[0])} as "
-            "well, and so on, leave such factors out, or evaluate the checkpoint, which takes any "
-            "size."
+            f"{', '.join(missing)} too. Export it with --size {' --size '.join(missing)} as well, "
+            "leave such factors out, or evaluate the checkpoint, which takes any size."
         )
     return segment_whole(
         architecture, image, how, base, lambda _: session.run, fit or session.segmentation.fit
@@ -162,11 +161,16 @@ def segment_whole(
         run_at: the network, for inputs of a (height, width).
         fit: how an image of another aspect ratio is brought to a size.
     """
-    merge = _Merge(segmentor, image)
+    merge, preprocessing = _Merge(segmentor, image), segmentor.preprocessing
     own = (merge.image.shape[0], merge.image.shape[1])
+    published = own if base is None else published_size(*own, preprocessing)
     for factor in how.factors:
-        size = _keep_ratio(own, factor) if base is None else scaled_size(base, factor)
-        pipeline = SegmentationPipeline(segmentor, size, fit)
+        height, width = _keep_ratio(published, factor)
+        scaled = preprocessing.model_copy(update={"scale": (width, height), "keep_ratio": False})
+        size = (height, width) if base is None else scaled_size(base, factor)
+        size = padded(size, preprocessing.size_divisor)
+        at_scale = segmentor.model_copy(update={"preprocessing": scaled})
+        pipeline = SegmentationPipeline(at_scale, size, fit)
         run = merge.timed(run_at(size))
         for mirrored in how.mirrored:
             prepared = pipeline.prepare(merge.image, mirrored=mirrored)
@@ -208,7 +212,8 @@ def segment_sliding(
     stride, align = slide_stride(segmentor.test, crop), head.align_corners
     height, width = merge.image.shape[:2]
     for factor in how.factors:
-        resized = resize(merge.image, *_keep_ratio((height, width), factor))
+        scaled = _keep_ratio((height, width), factor)
+        resized = resize(merge.image, *scaled, segmentor.preprocessing.resample)
         for mirrored in how.mirrored:
             pixels = resized[:, ::-1] if mirrored else resized
             size = crop_within(crop, pixels) if any_size else crop

@@ -197,7 +197,7 @@ def place(
     """
     inside = fitting_size(size, network)
     published = published_size(*size, preprocessing)
-    if preprocessing.size_divisor > 1 and network == _padded(published, preprocessing.size_divisor):
+    if preprocessing.size_divisor > 1 and network == padded(published, preprocessing.size_divisor):
         return Placement("resized", *published, size)
     # Rounding can part the two by a pixel; either way the aspect ratio is kept.
     if network in (inside, published):
@@ -218,7 +218,7 @@ def place_whole(
     chosen = published_size(*size, preprocessing)
     if preprocessing.scale is None or chosen[0] > network[0] or chosen[1] > network[1]:
         chosen = fitting_size(size, network)
-    published = network in (chosen, _padded(chosen, SIZE_DIVISOR))
+    published = network in (chosen, padded(chosen, SIZE_DIVISOR))
     return Placement("resized" if published else "letterboxed", *chosen, size)
 
 
@@ -226,10 +226,18 @@ def published_detector_input(
     size: tuple[int, int], preprocessing: Preprocessing
 ) -> tuple[int, int]:
     """The (H, W) of the input that the published detector pipeline makes of an image (H, W)."""
-    return _padded(published_size(*size, preprocessing), SIZE_DIVISOR)
+    return padded(published_size(*size, preprocessing), SIZE_DIVISOR)
 
 
-def _padded(size: tuple[int, int], divisor: int) -> tuple[int, int]:
+def published_segmentor_input(
+    size: tuple[int, int], preprocessing: Preprocessing
+) -> tuple[int, int]:
+    """The (H, W) of the input that the published segmentor pipeline makes of an image (H, W)."""
+    return padded(published_size(*size, preprocessing), preprocessing.size_divisor)
+
+
+def padded(size: tuple[int, int], divisor: int) -> tuple[int, int]:
+    """(height, width) brought up to multiples of a number."""
     height, width = (-(-length // divisor) * divisor for length in size)
     return height, width
 

@@ -82,3 +82,17 @@ def test_published_logits_of_one_output_are_equal() -> None:
     found = resized.sigmoid()[0].numpy()
     assert found.shape == answers["seg_logits"].shape
     assert np.abs(found - answers["seg_logits"]).max() <= 2e-5
+
+
+def test_published_padding_is_a_checkpoints_own() -> None:
+    """Alone, it sees images as the published pipeline pads them."""
+    _, image, _ = read("rgba")
+    overrides = {"preprocessing.size_divisor": 32}
+    network = load_checkpoint(FILES / "rgba.pth", overrides=overrides)
+    assert isinstance(network, LoadedSegmentor)
+    seen = []
+    network.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[2:])))
+    labels = torch_target(network, FILES / "rgba.pth").answer(image).found
+    height, width = published_size(*image.shape[:2], network.architecture.preprocessing)
+    assert seen == [(-(-height // 32) * 32, -(-width // 32) * 32)]
+    assert labels.shape == image.shape[:2]

@@ -15,16 +15,18 @@ from torch.nn.functional import interpolate
 
 from fdconv_deploy.checkpoints import load_segmentor
 from fdconv_deploy.checkpoints.loading import LoadedSegmentor
-from fdconv_deploy.config import TestMode
+from fdconv_deploy.config import Preprocessing, TestMode
 from fdconv_deploy.errors import BundleError, FDConvError
 from fdconv_deploy.evaluation.targets import bundle_target, torch_target
 from fdconv_deploy.export import export_network
 from fdconv_deploy.runtime import Session, open_session
 from fdconv_deploy.runtime.multi_scale import (
     MultiScale,
+    Run,
     View,
     merged_labels,
     segment_at_scales,
+    segment_whole,
 )
 from fdconv_deploy.runtime.postprocessing import ArrayRows, bilinear
 from tests.runtime import toy
@@ -130,6 +132,28 @@ def test_a_mirror_image_needs_no_other_graph(
         assert found.mode == "whole"
         alone = segment_at_scales(session, image, MultiScale())
         assert np.array_equal(alone.labels, session.segment(image).labels)
+
+
+def test_padding_is_of_each_scaled_image() -> None:
+    """A graph's size is a multiple of ``size_divisor``, and the padding is cut off again."""
+    preprocessing = Preprocessing(size_divisor=32)
+    arch = toy.architecture(preprocessing=preprocessing)
+    image = np.random.default_rng(3).integers(0, 256, (40, 70, 3), dtype=np.uint8)
+    seen = []
+
+    def run_at(size: tuple[int, int]) -> Run:
+        def run(images: np.ndarray) -> np.ndarray:
+            height, width = images.shape[2:]
+            assert (height, width) == size
+            covered = np.abs(images[0]).sum(0) > 0
+            seen.append((size, (int(covered.any(1).sum()), int(covered.any(0).sum()))))
+            return toy.reference_logits(images)
+
+        return run
+
+    found = segment_whole(arch, image, MultiScale((0.5, 1.0, 1.5)), None, run_at)
+    assert seen == [((32, 64), (20, 35)), ((64, 96), (40, 70)), ((64, 128), (60, 105))]
+    assert (found.fit, found.labels.shape) == ("resized", (40, 70))
 
 
 def test_scores_are_averaged_as_they_are() -> None:
