@@ -1,21 +1,25 @@
-"""A graph cut at the inputs of its FDConv layers.
+"""A graph cut at the inputs of its FDConv layers and of its decisions.
 
 In each piece the layers get the network's own inputs, so that an error is a layer's own and no
-other layer amplifies it. A piece ends where the next layer's input is computed, or at the
-graph's outputs; its nodes and constants are the graph's own.
+other layer amplifies it; and what is decided is what the network decides. A piece ends where the
+next layer's input is computed, or at the graph's outputs; its nodes and constants are the
+graph's own.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
+from fdconv_deploy.nn.decisions import Decision
 from fdconv_deploy.profiling.layer_names import label_nodes
 
 _USE = re.compile(r"\.(use\d+)\.")
@@ -40,9 +44,12 @@ class CutGraph:
     Args:
         path: of the model; its external data lies beside it.
         layers: names of the network's FDConv layers.
+        decisions: of the network, by name; no two of one operator.
     """
 
-    def __init__(self, path: Path, layers: Collection[str]) -> None:
+    def __init__(
+        self, path: Path, layers: Collection[str], decisions: Mapping[str, Decision] | None = None
+    ) -> None:
         self._folder = path.parent
         self._model = onnx.load(str(path), load_external_data=False)
         graph = self._model.graph
@@ -51,6 +58,7 @@ class CutGraph:
         self._shapes = {v.name: s for v in graph.value_info if (s := _shape(v)) is not None}
         self._inputs = {value.name: value for value in graph.input}
         self._uses = _uses(self._model, layers)
+        self._find(decisions or {})
         self.cuts: dict[str, str] = {}  # tensor -> the first use that reads it
         for index, use in enumerate(self._uses):
             if use and use not in self._uses[:index]:
@@ -60,6 +68,48 @@ class CutGraph:
         self.pieces = [self._piece((tensor,), use) for tensor, use in self.cuts.items()]
         if self.cuts:
             self.pieces.append(self._piece(tuple(output.name for output in graph.output), ""))
+
+    def _find(self, decisions: Mapping[str, Decision]) -> None:
+        """Name the nodes that decide. They run in the order of the network's uses."""
+        self._decided: dict[int, str] = {}
+        for name, decision in decisions.items():
+            wanted, count = decision.constant(), 0
+            for index, node in enumerate(self._model.graph.node):
+                if node.op_type != decision.operator or self._uses[index]:
+                    continue
+                if wanted is not None and self._value(node.input[1]) != wanted:
+                    continue
+                count += 1
+                self._uses[index] = name if count == 1 else f"{name}.use{count}"
+                self._decided[index] = self._uses[index]
+
+    def _value(self, name: str) -> np.float32 | None:
+        """The number that a constant holds, if it is one."""
+        tensor = self._constants.get(name)
+        if tensor is None or math.prod(tensor.dims) != 1:
+            return None
+        return np.float32(onnx.numpy_helper.to_array(tensor).reshape(-1)[0])
+
+    @property
+    def decides(self) -> bool:
+        """Whether a node of it is a decision."""
+        return bool(self._decided)
+
+    def watch(self, path: Path) -> dict[str, str]:
+        """Write the whole model, with its data, to give what its decisions see.
+
+        Returns:
+            The outputs by use of a decision.
+        """
+        nodes = self._model.graph.node
+        seen = {use: self._entry(nodes[index]) for index, use in self._decided.items()}
+        model = ModelProto()
+        model.CopyFrom(self._model)
+        del model.graph.initializer[:], model.graph.output[:]
+        model.graph.initializer.extend(self._data(set(self._constants)))
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in seen.values())
+        onnx.save(model, str(path))
+        return seen
 
     def _entry(self, node: NodeProto) -> str:
         """What a layer's first node reads: the layer's input."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import Example, foldable_layers, replace_layers, tensors_of
+from fdconv_deploy.nn.decisions import Decision, decisions
 
 Arrays = dict[str, NDArray]
 Act = Callable[[str, nn.Module, Tensor], Tensor]
@@ -68,7 +69,7 @@ class Observation:
 
 
 class Observer:
-    """Runs a network and looks at its FDConv layers.
+    """Runs a network and looks at its FDConv layers and its decisions.
 
     Args:
         network: in eval mode; not changed.
@@ -77,12 +78,15 @@ class Observer:
 
     def __init__(self, network: nn.Module, output_names: Sequence[str], folder: Path) -> None:
         self.network, self.output_names, self.folder = network, output_names, folder
-        self.names = list(foldable_layers(network))
+        self.decisions = decisions(network)
+        self.names = [*foldable_layers(network), *self.decisions]
         self.refusal = ""  # why there is no answer in float64
         self._act: Act = lambda _name, layer, x: layer(x)
         self._uses: Counter[str] = Counter()
         self._count = 0
         self._watched = replace_layers(network, lambda name, layer: _Watched(name, layer, self))
+        for name, decision in self.decisions.items():
+            self._watched.set_submodule(name, _Watched(name, decision, self))
         self._double: nn.Module | None = None
 
     def layer(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
@@ -126,6 +130,8 @@ class Observer:
             np.save(seen.expected, x.contiguous().numpy())
             seen.off = float((own - x).abs().max())
             _overwrite(x, own)
+            if isinstance(layer, Decision):
+                return layer(own)
             return copy.deepcopy(layer).double()(own.double()).to(x.dtype)
 
         observed = Observation(feed, self._run(feed, record), layers=layers)
@@ -144,7 +150,7 @@ class Observer:
             seen.off = max(seen.off, float((expected - x).abs().max()))
             own = torch.from_numpy(np.load(seen.inputs))
             _overwrite(x, own)
-            return layer(_shifted(own, use))
+            return layer(own if isinstance(layer, Decision) else _shifted(own, use))
 
         observed.shifted = self._run(observed.feed, act)
 

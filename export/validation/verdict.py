@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,6 +53,7 @@ class Finding:
         parity: figures of the output; None where other objects were found.
         problem: which objects those are.
         counts_classes: whether ``error`` is a share of positions of another class, as of int8.
+        otherwise: how many of the network's decisions the graph takes another way.
     """
 
     part: str
@@ -65,6 +66,7 @@ class Finding:
     parity: OutputParity | None = None
     problem: str = ""
     counts_classes: bool = False
+    otherwise: int = 0
 
     @property
     def least_tolerance(self) -> float:
@@ -89,6 +91,7 @@ class Finding:
             "batch": self.batch,
             **{n: v if v is not None and v < float("inf") else None for n, v in figures.items()},
             "outcome": self.outcome,
+            **({"decided_otherwise": self.otherwise} if self.otherwise else {}),
         }
 
     def figures(self) -> str:
@@ -172,6 +175,10 @@ class Verdict:
                 why = "the network amplifies rounding on it"
                 if worst.below_float32:
                     why = "the tolerance is below what float32 can tell"
+                if worst.otherwise:
+                    why = f"{worst.otherwise} of the network's decisions fall another way in it"
+                    if worst.parity is not None and worst.parity.argmax_agreement is not None:
+                        why += f" ({worst.parity.argmax_agreement:.2%} of positions agree in class)"
                 what += f". This input cannot tell: {why}"
             lines.append(f"{what}.")
         if self.layers:
@@ -323,7 +330,7 @@ class Judge:
         layers: dict[tuple[str, ...], Finding] = {}
         cut = None
         if subject.path is not None and self._observer.names:
-            cut = CutGraph(subject.path, self._observer.names)
+            cut = CutGraph(subject.path, self._observer.names, self._observer.decisions)
         for number, source in enumerate([*sources, *spares]):
             done = number >= len(sources) and any(f.outcome == "equal" for f in whole)
             undecided = not layers or any(f.outcome == "cannot tell" for f in layers.values())
@@ -333,7 +340,7 @@ class Judge:
             case = _Case(subject, source, self._observe(source, subject.batch, layers=cuts))
             if not done:
                 self.progress(f"batch {subject.batch}: comparing the graph on {source.name}")
-                whole += self._whole(case)
+                whole += self._whole(case, cut if cuts else None)
             if cut is not None and cuts:
                 self.progress(f"batch {subject.batch}: comparing layer by layer on {source.name}")
                 self._layers(case, cut, layers)
@@ -382,14 +389,16 @@ class Judge:
     def _ask(self, feed: Arrays) -> Arrays:
         return self._observer.answer(tuple(map(torch.from_numpy, feed.values()))).answers
 
-    def _whole(self, case: _Case) -> list[Finding]:
+    def _whole(self, case: _Case, cut: CutGraph | None) -> list[Finding]:
         feed, tolerance = self._feed(case.observed), case.subject.tolerance
         expected = _joined([o.answers for o in case.observed])
         _check_finite(expected, case.source)
         actual = case.subject.run(feed)
         found = self._compare(case.subject, actual, expected, feed)
         rounding: dict[str, float] = {}
+        otherwise = 0
         if max(found.errors.values()) > tolerance:
+            otherwise = self._decided_otherwise(case, cut)
             rounding, exact = self._rounding(case, expected)
             if exact is not None and self.comparison.kind != "detections":
                 # What is true is not PyTorch in float32.
@@ -397,13 +406,39 @@ class Judge:
         findings = []
         for name, error in found.errors.items():
             decided = decide(error, partial(rounding.__getitem__, name), tolerance, tolerance)
+            if otherwise and decided[0] == "differs":
+                # One step is enough; whether rounding made it is told by the parts between steps.
+                decided = "cannot tell", decided[1]
             multiple, parity = self.comparison.multiple(name), found.parities.get(name)
             findings.append(
-                case.finding(
-                    name, error * multiple, tolerance * multiple, decided, parity, found.problem
+                replace(
+                    case.finding(
+                        name, error * multiple, tolerance * multiple, decided, parity, found.problem
+                    ),
+                    otherwise=otherwise,
                 )
             )
         return findings
+
+    def _decided_otherwise(self, case: _Case, cut: CutGraph | None) -> int:
+        """How many decisions of the graph are not the network's."""
+        decisions, layers = self._observer.decisions, [o.layers for o in case.observed]
+        if cut is None or not cut.decides:
+            return 0
+        with TemporaryDirectory(dir=self.folder) as name:
+            folder = Path(name)
+            seen = cut.watch(folder / "watched.onnx")
+            feeds = saved(self._feed(case.observed), folder)
+            files = {tensor: str(folder / f"{i}.npy") for i, tensor in enumerate(seen.values())}
+            run = Run(str(folder / "watched.onnx"), feeds, files)
+            run_fresh([run], folder, case.subject.library)
+            count = 0
+            for use, tensor in seen.items():
+                decision = decisions[use.partition(".use")[0]]
+                own = torch.from_numpy(np.concatenate([np.load(s[use].inputs) for s in layers]))
+                graphs = torch.from_numpy(np.load(files[tensor])).reshape(own.shape)
+                count += int((decision(graphs) != decision(own)).sum())
+        return count
 
     def _rounding(self, case: _Case, expected: Arrays) -> tuple[dict[str, float], Arrays | None]:
         """What float32 costs the network's outputs, and those in float64."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.config import Mask2FormerHeadConfig
+from fdconv_deploy.nn.decisions import Below
 from fdconv_deploy.nn.deformable_attention import attend, sine_encoding
 from fdconv_deploy.nn.heads.decode_head import resize
 from fdconv_deploy.nn.heads.pixel_decoder import FeedForward, PixelDecoder
@@ -33,11 +34,15 @@ class Attention(nn.Module):
 
 
 class AttentionMask(nn.Module):
-    """Which places of a level a query may attend to, from its mask. A module, to be looked at."""
+    """Which places of a level a query may attend to, from its mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below = Below(HIDDEN_BELOW)
 
     def forward(self, masks: Tensor, size: tuple[int, int]) -> Tensor:
         """Mask logits ``(B, Q, h, w)`` -> ``(B, Q, H·W)`` float32, 1 where places are hidden."""
-        return (resize(masks, size, False).flatten(2) < HIDDEN_BELOW).to(masks.dtype)
+        return self.below(resize(masks, size, False).flatten(2))
 
 
 class DecoderLayer(nn.Module):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdconv_deploy.config import MaskDINOHeadConfig
+from fdconv_deploy.nn.decisions import Best
 from fdconv_deploy.nn.deformable_attention import (
     MultiScaleDeformableAttention,
     Size,
@@ -175,6 +176,7 @@ class MaskDINOHead(QueryHead):
         if config.two_stage:
             self.enc_output = nn.Linear(width, width)
             self.enc_output_norm = nn.LayerNorm(width)
+            self.best = Best(config.num_queries)
         else:
             self.query_embed = nn.Embedding(config.num_queries, 4)
         if config.has_query_feat:
@@ -213,8 +215,7 @@ class MaskDINOHead(QueryHead):
             return self.query_feat.weight.expand(batch, -1, -1), boxes
         logits, inside = (part.to(memory) for part in proposals(sizes))
         encoded = self.enc_output_norm(self.enc_output(memory * inside))
-        best = self.class_embed(encoded).amax(-1).topk(self.maskdino.num_queries, dim=1).indices
-        index = best[:, :, None]
+        index = self.best(self.class_embed(encoded).amax(-1))[:, :, None]
         queries = encoded.gather(1, index.expand(-1, -1, encoded.shape[-1]))
         if self.maskdino.initialize_box_type == "no":
             boxes = logits.expand(batch, -1, -1).gather(1, index.expand(-1, -1, 4))
