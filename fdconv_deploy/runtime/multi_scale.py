@@ -5,8 +5,8 @@ is resized by each factor in its own aspect ratio, then mirrored or not; each an
 mirrored back, resized to the image's own size, and made probabilities by softmax; their mean's
 highest class wins. Of a head with one output mmsegmentation takes the sigmoid twice, which leaves
 no probability below a half; here it is taken once, and the mean is above the threshold or not.
-Scores of Mask2Former's and MaskDINO's heads are sums of probabilities already, and averaged as
-they are, which their own ``SemanticSegmentorWithTTA`` does.
+Scores of detectron2's Mask2Former and MaskDINO are sums of probabilities already, and averaged as
+they are, as their own ``SemanticSegmentorWithTTA`` does; mmsegmentation's go through the softmax.
 
 A graph has one input size. In ``slide`` mode that is the crop, and the image's size is free: any
 factor is computed as published. In ``whole`` mode a factor takes a graph of that many times the
@@ -272,9 +272,10 @@ class _Merge:
     def segmentation(self, mode: Mode) -> Segmentation:
         before, inference = time.perf_counter() - self._start, self._inference
         head = self._segmentor.decode_head
-        labels = merged_labels(
-            self._views, head.label_threshold, scores=isinstance(head, QueryHeadConfig)
-        )
+        # Which framework a network is of shows in the library that resizes its images.
+        detectron2 = self._segmentor.preprocessing.resample == "pillow"
+        scores = detectron2 and isinstance(head, QueryHeadConfig)
+        labels = merged_labels(self._views, head.label_threshold, scores=scores)
         spent = time.perf_counter() - self._start
         timings = {
             "preprocess": before - inference,
