@@ -4,7 +4,7 @@ from fdconv_deploy.nn.backbones.resnet import ResNet
 from fdconv_deploy.nn.fdconv import FDConv2d, FDTokenConv
 from fdconv_deploy.nn.fdlinear import FDLinear
 from fdconv_deploy.nn.from_published import from_published
-from fdconv_deploy.nn.replace import replace_convolutions
+from fdconv_deploy.nn.replace import replace_convolutions, replace_linears
 from fdconv_deploy.nn.segmentor import Segmentor, build_segmentor
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "build_segmentor",
     "from_published",
     "replace_convolutions",
+    "replace_linears",
 ]

@@ -1,27 +1,29 @@
-"""Plain convolutions of any network → FDConv layers, which start as they were."""
+"""Plain convolutions and linear layers of any network → FDConv layers, which start as they were."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import UnsupportedLayerError
-from fdconv_deploy.nn.fdconv import FDConv2d
+from fdconv_deploy.nn.fdconv import FDConv2d, FDTokenConv
+from fdconv_deploy.nn.fdlinear import FDLinear
 from fdconv_deploy.nn.from_published import is_published
 from fdconv_deploy.nn.spectrum import kernel_spectrum
 
-Where = str | Sequence[str] | Callable[[str, nn.Conv2d], bool] | None
+PlainLayer = TypeVar("PlainLayer", nn.Conv2d, nn.Linear)
+Chosen = str | Sequence[str] | Callable[[str, PlainLayer], bool]
 Weights = Literal["equivalent", "published", "new"]
 
 
 def replace_convolutions(
     model: nn.Module,
     *,
-    where: Where = None,
+    where: Chosen[nn.Conv2d] | None = None,
     weights: Weights = "equivalent",
     **arguments: Any,
 ) -> list[str]:
@@ -48,71 +50,13 @@ def replace_convolutions(
     Raises:
         UnsupportedLayerError: nothing would be replaced, or an argument does not suit a layer.
     """
-    if isinstance(model, nn.Conv2d):
-        raise UnsupportedLayerError(
-            "replace_convolutions changes a network's layers in place, and was given a single "
-            "convolution. Put it into one (torch.nn.Sequential(conv)), or build an FDConv2d."
-        )
-    if weights not in ("equivalent", "published", "new"):
-        raise UnsupportedLayerError(
-            f"weights must be 'equivalent', 'published' or 'new', got {weights!r}."
-        )
-    made: dict[int, FDConv2d | None] = {}
-    places: list[tuple[str, nn.Module, str, FDConv2d]] = []
-    for name, parent, child, conv in _convolutions(model):
-        if not _wanted(where, name, conv):
-            continue
-        if id(conv) not in made:
-            made[id(conv)] = _replacement(name, conv, weights, arguments)
-        layer = made[id(conv)]
-        if layer is not None:
-            places.append((name, parent, child, layer))
-    if not places:
-        names = [name for name, *_ in _convolutions(model)]
-        raise UnsupportedLayerError(
-            f"no convolution of this {type(model).__name__} is to be replaced: expected one with "
-            "more channels than use_fdconv_if_c_gt, a kernel size in use_fdconv_if_k_in, one group "
-            f"and zero padding{'' if where is None else ', that `where` names'}. It has "
-            f"{len(names)} convolutions{': ' if names else ''}{', '.join(names[:5])}"
-            f"{'…' if len(names) > 5 else ''}."
-        )
-    for _, parent, child, layer in places:
-        setattr(parent, child, layer)
-    return [name for name, *_ in places]
 
-
-def _convolutions(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Conv2d]]:
-    """Every place of every plain convolution: name, parent, name in it, layer."""
-    found = []
-    inside: tuple[str, ...] = ()  # the convolutions of an FDConv layer's attentions are no places
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FDConv2d) or is_published(module):
-            inside += (f"{name}.",)
-        elif isinstance(module, nn.Conv2d) and not (inside and name.startswith(inside)):
-            parent, _, child = name.rpartition(".")
-            found.append((name, model.get_submodule(parent), child, module))
-    return found
-
-
-def _wanted(where: Where, name: str, conv: nn.Conv2d) -> bool:
-    if where is None:
-        return True
-    if callable(where):
-        return bool(where(name, conv))
-    patterns = [where] if isinstance(where, str) else where
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _replacement(
-    name: str, conv: nn.Conv2d, weights: Weights, arguments: dict[str, Any]
-) -> FDConv2d | None:
-    """The layer for a convolution, or None where FDConv has no place."""
-    own = type(conv).forward is nn.Conv2d.forward
-    own = own and type(conv)._conv_forward is nn.Conv2d._conv_forward
-    if conv.groups != 1 or conv.padding_mode != "zeros" or not own:
-        return None
-    try:
-        layer = FDConv2d(
+    def make(conv: nn.Conv2d) -> FDConv2d | None:
+        own = type(conv).forward is nn.Conv2d.forward
+        own = own and type(conv)._conv_forward is nn.Conv2d._conv_forward
+        if conv.groups != 1 or conv.padding_mode != "zeros" or not own:
+            return None
+        return FDConv2d(
             conv.in_channels,
             conv.out_channels,
             _pair(conv.kernel_size),
@@ -122,18 +66,144 @@ def _replacement(
             bias=conv.bias is not None,
             **arguments,
         )
-        if not layer.is_dynamic:
+
+    expected = (
+        "more channels than use_fdconv_if_c_gt, a kernel size in use_fdconv_if_k_in, one group and "
+        "zero padding"
+    )
+    return _replace(model, nn.Conv2d, "convolution", make, where, weights, expected)
+
+
+def replace_linears(
+    model: nn.Module,
+    *,
+    where: Chosen[nn.Linear],
+    weights: Weights = "equivalent",
+    **arguments: Any,
+) -> list[str]:
+    """Put `FDTokenConv` layers in the place of a network's linear layers, in the network itself.
+
+    The authors replace both linear layers of a transformer's feed-forward networks; names differ
+    from network to network, so ``where`` must be given. A layer's attentions are of the mean of all
+    tokens between the first axis and the last, so its input must be ``(B, …, C)``: not windows
+    or vectors. Layers of ``nn.MultiheadAttention``, which never calls them, stay as they are.
+
+    Args:
+        model: any network. If an argument does not suit a layer, none is replaced.
+        where: which of them: a shell pattern of their names (``"*.mlp.fc?"``), several, or a
+            function of name and layer.
+        weights: as `replace_convolutions`'.
+        arguments: of `FDConv2d`, as ``kernel_num=16``. Features and bias are the layer's.
+
+    Returns:
+        The names of the layers replaced, in the network's order.
+
+    Raises:
+        UnsupportedLayerError: nothing would be replaced, or an argument does not suit a layer.
+    """
+
+    def make(linear: nn.Linear) -> FDConv2d | None:
+        if type(linear).forward is not nn.Linear.forward:
             return None
+        features = linear.in_features, linear.out_features
+        return FDTokenConv(*features, bias=linear.bias is not None, **arguments)
+
+    expected = "more features than use_fdconv_if_c_gt"
+    return _replace(model, nn.Linear, "linear layer", make, where, weights, expected)
+
+
+def _replace(
+    model: nn.Module,
+    kind: type[PlainLayer],
+    noun: str,
+    make: Callable[[PlainLayer], FDConv2d | None],
+    where: Chosen[PlainLayer] | None,
+    weights: Weights,
+    expected: str,
+) -> list[str]:
+    """Replace layers of a kind by what ``make`` gives for them; None, or a plain one: they stay."""
+    if isinstance(model, kind):
+        raise UnsupportedLayerError(
+            f"layers are replaced within a network, in place, and a single {noun} was given. Put "
+            "it into one (torch.nn.Sequential(layer)), or build the FDConv layer."
+        )
+    if weights not in ("equivalent", "published", "new"):
+        raise UnsupportedLayerError(
+            f"weights must be 'equivalent', 'published' or 'new', got {weights!r}."
+        )
+    made: dict[int, FDConv2d | None] = {}
+    places: list[tuple[str, nn.Module, str, FDConv2d]] = []
+    for name, parent, child, plain in _places(model, kind):
+        if not _wanted(where, name, plain):
+            continue
+        if id(plain) not in made:
+            made[id(plain)] = _replacement(name, plain, make, weights)
+        layer = made[id(plain)]
+        if layer is not None:
+            places.append((name, parent, child, layer))
+    if not places:
+        names = [name for name, *_ in _places(model, kind)]
+        raise UnsupportedLayerError(
+            f"no {noun} of this {type(model).__name__} is to be replaced: expected one with "
+            f"{expected}{'' if where is None else ', that `where` names'}. It has {len(names)} "
+            f"{noun}s{': ' if names else ''}{', '.join(names[:5])}{'…' if len(names) > 5 else ''}."
+        )
+    for _, parent, child, layer in places:
+        setattr(parent, child, layer)
+    return [name for name, *_ in places]
+
+
+def _places(
+    model: nn.Module, kind: type[PlainLayer]
+) -> list[tuple[str, nn.Module, str, PlainLayer]]:
+    """Every place of every plain layer: name, parent, name in it, layer."""
+    found = []
+    inside: tuple[str, ...] = ()  # the layers of an FDConv layer's attentions are no places
+    for name, module in model.named_modules(remove_duplicate=False):
+        closed = isinstance(module, FDConv2d | FDLinear | nn.MultiheadAttention)
+        if closed or is_published(module):
+            inside += (f"{name}.",)
+        elif isinstance(module, kind) and not (inside and name.startswith(inside)):
+            parent, _, child = name.rpartition(".")
+            found.append((name, model.get_submodule(parent), child, module))
+    return found
+
+
+def _wanted(where: Chosen[PlainLayer] | None, name: str, layer: PlainLayer) -> bool:
+    if where is None:
+        return True
+    if callable(where):
+        return bool(where(name, layer))
+    patterns = [where] if isinstance(where, str) else where
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _replacement(
+    name: str,
+    plain: PlainLayer,
+    make: Callable[[PlainLayer], FDConv2d | None],
+    weights: Weights,
+) -> FDConv2d | None:
+    """The layer for a plain one, or None where FDConv has no place."""
+    try:
+        layer = make(plain)
+        if layer is None or not layer.is_dynamic:
+            return None
+        weight = (
+            plain.weight.detach()
+            .cpu()
+            .reshape(layer.out_channels, layer.in_channels, *layer.kernel_size)
+        )
         if weights == "equivalent":
-            set_equivalent(layer, conv.weight.detach().cpu(), _on_cpu(conv.bias))
+            set_equivalent(layer, weight, _on_cpu(plain.bias))
         elif weights == "published":
-            set_spectrum(layer, conv.weight.detach().cpu(), _on_cpu(conv.bias))
+            set_spectrum(layer, weight, _on_cpu(plain.bias))
     except UnsupportedLayerError as error:
         raise UnsupportedLayerError(
             f"{name}: {error} Or leave this layer out by `where`. Nothing was replaced."
         ) from None
-    layer.to(conv.weight.device, conv.weight.dtype)
-    return layer.train(conv.training)
+    layer.to(plain.weight.device, plain.weight.dtype)
+    return layer.train(plain.training)
 
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:

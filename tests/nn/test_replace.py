@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from torch import nn
 
 from fdconv_deploy.errors import UnsupportedLayerError
-from fdconv_deploy.nn import FDConv2d, replace_convolutions
+from fdconv_deploy.nn import FDConv2d, FDLinear, replace_convolutions, replace_linears
 from fdconv_deploy.nn.replace import set_equivalent
 from tests.reference.arguments import layer_arguments
 from tests.reference.lively import error, lively_input
@@ -120,7 +120,7 @@ def test_types_and_modes_are_kept() -> None:
 @pytest.mark.parametrize(
     ("model", "options", "hint"),
     [
-        (nn.Conv2d(20, 20, 3), {}, r"torch\.nn\.Sequential\(conv\)"),
+        (nn.Conv2d(20, 20, 3), {}, r"torch\.nn\.Sequential\(layer\)"),
         (nn.Sequential(nn.Linear(3, 3)), {}, "It has 0 convolutions"),
         (network(), {"where": "backbone.*"}, "that `where` names.*6 convolutions: 0, 2.0"),
         (network(), {"kernel_num": 64}, "2.0: kernel_num=64 does not divide.*Nothing was replaced"),
@@ -133,3 +133,57 @@ def test_refusals(model: nn.Module, options: dict[str, Any], hint: str) -> None:
     with pytest.raises(UnsupportedLayerError, match=hint):
         replace_convolutions(model, **options)
     assert list(model.modules()) == before
+
+
+class Encoder(nn.Module):
+    """A layer of a transformer, a head of one vector, and layers that are none of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(24, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(24, 96), nn.GELU(), nn.Linear(96, 24, bias=False))
+        self.dynamic = FDLinear(24, 24, kernel_num=4)
+        self.head = nn.Linear(24, 20)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(x, x, x)[0]
+        return self.head(self.dynamic(x + self.mlp(x)).mean(1))
+
+
+@torch.no_grad()
+def test_linear_layers_are_replaced_and_compute_what_they_did() -> None:
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    x = torch.randn(2, 7, 24)
+    before = model(x)
+    assert replace_linears(model, where="mlp.*", kernel_num=6) == ["mlp.0", "mlp.2"]
+    assert error(model(x), before) <= 1e-5
+    assert model.mlp[2].bias is None
+    state = model.state_dict()
+    assert state["mlp.0.dft_weight"].shape == (1, 96, 13, 2)
+    assert state["mlp.0.KSM_Local.conv.weight"].shape == (96, 1, 3)
+
+
+def test_only_plain_linear_layers_are_places() -> None:
+    assert replace_linears(Encoder(), where="*", kernel_num=2) == ["mlp.0", "mlp.2", "head"]
+
+
+@pytest.mark.parametrize(
+    ("where", "arguments", "message"),
+    [
+        (
+            "ffn.*",
+            {},
+            r"no linear layer .* that `where` names. It has 3 .*s: mlp.0, mlp.2",
+        ),
+        ("mlp.*", {"use_fdconv_if_c_gt": 24}, "more features than use_fdconv_if_c_gt"),
+        ("mlp.*", {"kernel_num": 7}, r"mlp.0: kernel_num=7 does not divide .* lower is 6"),
+    ],
+)
+def test_linear_layers_that_cannot_be_replaced(
+    where: str, arguments: dict[str, Any], message: str
+) -> None:
+    model = Encoder()
+    with pytest.raises(UnsupportedLayerError, match=message):
+        replace_linears(model, where=where, **arguments)
+    assert isinstance(model.mlp[0], nn.Linear)
