@@ -25,11 +25,15 @@ from fdconv_deploy.nn.spectrum import FrequencyOrder
 APART = -100.0
 
 
-def relative_positions(window: int) -> NDArray[np.int64]:
-    """Row of the bias table for each two places of a window, ``(window², window²)``."""
+@lru_cache(maxsize=16)
+def relative_positions(window: int) -> Tensor:
+    """Row of the bias table for each two places of a window, ``(window², window²)`` int64.
+
+    Shared by all blocks: do not write to it.
+    """
     y, x = np.divmod(np.arange(window**2), window)
     rows, columns = y[:, None] - y[None, :], x[:, None] - x[None, :]
-    return (rows + window - 1) * (2 * window - 1) + columns + window - 1
+    return torch.from_numpy((rows + window - 1) * (2 * window - 1) + columns + window - 1)
 
 
 class Windows:
@@ -43,8 +47,9 @@ class Windows:
         places: ``(windows · window²,)`` int64, the token at each place, window by window; the
             number of tokens where the map was padded.
         back: ``(tokens,)`` int64, the place of each token.
-        mask: ``(windows, 1, window², window²)`` float32, what is added to the logits; None if
-            nothing is.
+        masks, kinds: what is added to a window's logits is ``masks[kinds[window]]``: ``(n, 1,
+            window², window²)`` float32, of which a few differ, and ``(windows,)`` int64. None if
+            nothing is added.
     """
 
     def __init__(self, height: int, width: int, window: int, shifted: bool) -> None:
@@ -68,11 +73,13 @@ class Windows:
         places = cut(tokens).reshape(-1)
         self.places = torch.from_numpy(places)
         self.back = torch.from_numpy(np.argsort(places, kind="stable")[: height * width])
-        self.mask: Tensor | None = None
+        self.masks: Tensor | None = None
+        self.kinds: Tensor | None = None
         if shifted:
-            regions = cut(region)
-            apart = regions[:, :, None] != regions[:, None, :]
-            self.mask = torch.from_numpy(np.where(apart, APART, 0.0).astype(np.float32))[:, None]
+            regions, kinds = np.unique(cut(region), axis=0, return_inverse=True)
+            apart = regions[:, None, :, None] != regions[:, None, None, :]
+            self.masks = torch.from_numpy(np.where(apart, APART, 0.0).astype(np.float32))
+            self.kinds = torch.from_numpy(kinds.reshape(-1))
 
 
 @lru_cache(maxsize=64)
@@ -88,12 +95,11 @@ class WindowAttention(nn.Module):
 
     def __init__(self, channels: int, heads: int, window: int, bias: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.window = heads, window
         table = torch.zeros((2 * window - 1) ** 2, heads)
         self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
-        self.register_buffer(
-            "relative_position_index", torch.from_numpy(relative_positions(window))
-        )
+        # Checkpoints hold one for each block.
+        self.register_buffer("relative_position_index", relative_positions(window).clone())
         self.qkv = nn.Linear(channels, 3 * channels, bias=bias)
         self.proj = nn.Linear(channels, channels)
 
@@ -108,7 +114,9 @@ class WindowAttention(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(2, 3)
             for part in self.qkv(x).chunk(3, -1)
         )
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        places = relative_positions(self.window).to(x.device)
+        bias = self.relative_position_bias_table.index_select(0, places.flatten())
+        bias = bias.transpose(0, 1).unflatten(1, places.shape)
         # One after the other: their sum would be as large as the logits, a constant per block.
         biases = (bias,) if mask is None else (bias, mask)
         return self.proj(weigh(query, key, value, *biases).transpose(2, 3).flatten(3))
@@ -130,7 +138,9 @@ class ShiftedWindowAttention(nn.Module):
         if windows.padded:
             x = F.pad(x, (0, 0, 0, 1))
         x = x.index_select(1, windows.places.to(x.device)).unflatten(1, (-1, self.window**2))
-        mask = None if windows.mask is None else windows.mask.to(x)
+        mask = None
+        if windows.masks is not None and windows.kinds is not None:
+            mask = windows.masks.to(x).index_select(0, windows.kinds.to(x.device))
         return self.w_msa(x, mask).flatten(1, 2).index_select(1, windows.back.to(x.device))
 
 
