@@ -69,7 +69,7 @@ def network_of(network: Segmentor | Detector, size: tuple[int, int]) -> SourceNe
     return SourceNetwork(
         network,
         ("images", "sizes") if detects else ("images",),
-        tuple(network.output_names) if isinstance(network, Detector) else ("logits",),
+        tuple(network.output_names),
         Comparison.of(network.architecture),
         sample_sources(network, size),
     )

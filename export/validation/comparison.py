@@ -38,13 +38,13 @@ class Comparison:
     """By which rule the answers of a graph and of its network are compared.
 
     Attributes:
-        kind: ``values``: number by number. ``classes``: and which of axis 1's scores is highest.
-            ``detections``: object by object.
+        kind: ``values``: number by number. ``queries``: likewise, each image by itself.
+            ``classes``: and which of axis 1's scores is highest. ``detections``: object by object.
         score_thr: a detector leaves out objects of a score up to this.
         threshold: of a head with one score, the probability above which it means class 1.
     """
 
-    kind: Literal["values", "classes", "detections"] = "values"
+    kind: Literal["values", "queries", "classes", "detections"] = "values"
     score_thr: float = 0.0
     threshold: float | None = None
 
@@ -55,6 +55,8 @@ class Comparison:
             return cls("detections", network.test.rcnn.score_thr)
         if network is None:
             return cls("values")
+        if network.panoptic is not None:
+            return cls("queries")
         return cls("classes", threshold=network.decode_head.label_threshold)
 
     def compare(

@@ -30,11 +30,23 @@ class Segmentor(nn.Module):
         if architecture.auxiliary_head is not None:
             self.auxiliary_head = build_head(architecture.auxiliary_head)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x``: ``(B, C, H, W)`` float32, normalised, C bands."""
+    @property
+    def output_names(self) -> list[str]:
+        """What `forward` gives, by name."""
+        return ["logits"] if self.architecture.panoptic is None else ["classes", "masks"]
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """``x``: ``(B, C, H, W)`` float32, normalised, C bands.
+
+        Returns:
+            Logits; of a panoptic network class logits ``(B, Q, class_outputs)`` and mask logits
+            ``(B, Q, h, w)`` of its queries.
+        """
         features = self.backbone(x)
         if isinstance(self.decode_head, QueryHead):
             classes, masks = self.decode_head(features)
+            if self.architecture.panoptic is not None:
+                return classes, masks
             return self.decode_head.semantic_scores(classes, masks, x.shape[-2:])
         return self.decode_head(features)
 
@@ -57,7 +69,11 @@ class Segmentor(nn.Module):
         return self._slide(x, mode.crop_size, mode.stride)
 
     def _whole(self, x: Tensor) -> Tensor:
-        return resize(self(x), x.shape[-2:], self.architecture.decode_head.align_corners)
+        answer = self(x)
+        if isinstance(self.decode_head, QueryHead) and isinstance(answer, tuple):
+            classes, masks = answer
+            return self.decode_head.semantic_scores(classes, masks, x.shape[-2:])
+        return resize(answer, x.shape[-2:], self.architecture.decode_head.align_corners)
 
     def _slide(self, x: Tensor, crop: tuple[int, int], stride: tuple[int, int]) -> Tensor:
         height, width = x.shape[-2:]

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from fdconv_deploy.config import DetectorConfig, SegmentorConfig
+from fdconv_deploy.config import DetectorConfig, QueryHeadConfig, SegmentorConfig
 
 FORMAT_VERSION = 4
 MANIFEST_NAME = "manifest.json"
@@ -110,7 +110,8 @@ class Manifest(_Model):
     those graphs' tensors, batch size by batch size. A ``segmentor`` has one input
     ``images`` (B, bands, H, W) float32, normalised, and one output ``logits``
     (B, classes, h, w) float32 at the head's resolution, or (B, 1, h, w) of a head with one
-    output; ``architecture`` describes it. A
+    output; ``architecture`` describes it. With ``panoptic`` in it, the outputs are ``classes``
+    (B, Q, class outputs) and ``masks`` (B, Q, h, w) float32, logits of each query. A
     ``detector``, which ``detector`` describes, takes ``images`` as well, zero at the right and
     the bottom past each image's own ``sizes`` (B, 2) float32, height and width; and gives
     ``boxes`` (B, D, 4) float32 x1 y1 x2 y2 in pixels of the input, the best score first,
@@ -228,8 +229,14 @@ def _check_segmentor(manifest: Manifest) -> None:
     _check_names(counts, segmentor.classes, segmentor.palette)
     for batch in manifest.models:
         images = ("images", (batch, bands, size.height, size.width), "float32")
-        logits = ("logits", (batch, head.outputs, None, None), "float32")
-        _check_graph(manifest, batch, [images], [logits])
+        outputs: list[_Port] = [("logits", (batch, head.outputs, None, None), "float32")]
+        if segmentor.panoptic is not None and isinstance(head, QueryHeadConfig):
+            queries = (batch, head.num_queries)
+            outputs = [
+                ("classes", (*queries, head.class_outputs), "float32"),
+                ("masks", (*queries, None, None), "float32"),
+            ]
+        _check_graph(manifest, batch, [images], outputs)
 
 
 def _check_detector(manifest: Manifest) -> None:

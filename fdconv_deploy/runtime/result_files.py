@@ -24,6 +24,7 @@ from fdconv_deploy.runtime.detection import SHOWN_SCORE, Detection
 from fdconv_deploy.runtime.input_files import CLASSES_NAME, LEGEND_NAME, Source
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.multi_scale import MultiScale, segment_at_scales
+from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 from fdconv_deploy.runtime.preprocessing import Prepared
 from fdconv_deploy.runtime.segmentation import Segmentation
 from fdconv_deploy.runtime.session import Session
@@ -69,7 +70,8 @@ class ImageResult:
 
     Attributes:
         image: the file.
-        places: each file written, by its kind: "mask", "overlay", or a detector's "objects".
+        places: each file written, by its kind: "mask", "overlay", a detector's "objects", or a
+            panoptic network's "panoptic" and "objects".
         answer: the network's answer.
     """
 
@@ -90,6 +92,11 @@ class ImageResult:
             height, width = self.answer.labels.shape
             shares = {name: round(share, 4) for name, share in self.answer.shares().items()}
             found = {"mode": self.answer.mode, "classes": shares}
+            if isinstance(self.answer, PanopticSegmentation):
+                # An entry of the annotations of a COCO panoptic file.
+                found["image_id"] = self.image.stem
+                found["file_name"] = self.places["panoptic"].name
+                found |= _segments_of(self.answer)
         return {
             "image": str(self.image),
             "mask": None,
@@ -172,8 +179,10 @@ def segment_files(
 
     Of an image, a segmentor's mask ``NAME.png`` and ``NAME_overlay.png``; or a detector's
     ``NAME.json``, ``NAME_overlay.png`` and, where the network gives masks, ``NAME.png``, which
-    numbers the objects in the order of the JSON, from 1. Of a video, see :class:`VideoResult`. A
-    segmentor's ``classes.json`` and ``legend.png`` give each mask value's class and colour.
+    numbers the objects in the order of the JSON, from 1. A panoptic network's ``NAME.png`` holds
+    classes, ``NAME_panoptic.png`` segments as COCO's does, and ``NAME.json`` lists segments and
+    objects. Of a video, see :class:`VideoResult`. A segmentor's ``classes.json`` and
+    ``legend.png`` give each mask value's class and colour.
 
     Args:
         session: on a segmentor's or detector's bundle.
@@ -206,6 +215,7 @@ def segment_files(
         contents: dict[str, Callable[[], bytes]] = {
             "overlay": lambda: encode(answer.overlay(picture, options.opacity), "PNG"),  # noqa: B023 - called at once
             "mask": answer.mask_png,
+            "panoptic": lambda: _panoptic_png(answer),  # noqa: B023
             "objects": lambda: json.dumps(result.as_dict(), indent=1).encode(),  # noqa: B023
         }
         write_classes()
@@ -230,7 +240,27 @@ def _answer(session: Session, picture: npt.NDArray[Any], options: ResultOptions)
         return session.detect(picture).kept(options.min_score)
     if options.scales is not None:
         return segment_at_scales(session, picture, options.scales, fit=options.fit)
-    return session.segment(picture, fit=options.fit)
+    return _kept(session.segment(picture, fit=options.fit), options)
+
+
+def _kept(answer: Answer, options: ResultOptions) -> Answer:
+    """Without objects that score too little."""
+    if isinstance(answer, Detection | PanopticSegmentation):
+        return answer.kept(options.min_score)
+    return answer
+
+
+def _panoptic_png(answer: Answer) -> bytes:
+    assert isinstance(answer, PanopticSegmentation)
+    return answer.panoptic_png()
+
+
+def _segments_of(answer: PanopticSegmentation) -> dict[str, Any]:
+    """For JSON: segments in COCO's words, and objects as a detector's."""
+    found: dict[str, Any] = {"segments_info": answer.segments_info()}
+    if answer.instances is not None:
+        found["instances"] = answer.instances.as_dicts()
+    return found
 
 
 def _answered(
@@ -245,9 +275,7 @@ def _answered(
     def flush() -> Iterator[tuple[Source, npt.NDArray[Any], Answer]]:
         answers = session.finish_all([prepared for *_, prepared in waiting]) if waiting else []
         for (source, picture, _), answer in zip(waiting, answers, strict=True):
-            if isinstance(answer, Detection):
-                answer = answer.kept(options.min_score)
-            yield source, picture, answer
+            yield source, picture, _kept(answer, options)
         waiting.clear()
 
     for source in images:
@@ -309,8 +337,13 @@ def _segment_video(
                 writers["masks"].write(np.asarray(mask.convert("RGB")))
             if masks is not None:
                 (masks / f"{frames:06}.png").write_bytes(answer.mask_png())
-            if objects is not None and isinstance(answer, Detection):
-                line = {"frame": frames, "instances": answer.as_dicts()}
+            if objects is not None and isinstance(answer, Detection | PanopticSegmentation):
+                found = (
+                    {"instances": answer.as_dicts()}
+                    if isinstance(answer, Detection)
+                    else _segments_of(answer)
+                )
+                line = {"frame": frames, **found}
                 objects.write(json.dumps(line) + "\n")
             frames += 1
             if progress is not None:
@@ -342,12 +375,13 @@ def _endings(session: Session, source: Source, options: ResultOptions) -> dict[s
     if not source.is_video:
         endings |= {"overlay": "_overlay.png"} if options.overlays else {}
         endings |= {"mask": ".png"} if gives_masks else {}
-        endings |= {"objects": ".json"} if session.detects else {}
+        endings |= {"panoptic": "_panoptic.png"} if session.panoptic else {}
+        endings |= {"objects": ".json"} if session.detects or session.panoptic else {}
         return endings
     masks = "_masks.mp4" if options.mask_video else "_masks"
     endings |= {"masks": masks} if gives_masks else {}
     endings |= {"overlay": "_overlay.mp4"} if options.overlays else {}
-    endings |= {"objects": ".jsonl"} if session.detects else {}
+    endings |= {"objects": ".jsonl"} if session.detects or session.panoptic else {}
     return endings
 
 

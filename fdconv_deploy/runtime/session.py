@@ -20,6 +20,7 @@ from fdconv_deploy.runtime.graph_runner import GraphRunner, Runner, SizedRunner
 from fdconv_deploy.runtime.images import MAX_PIXELS
 from fdconv_deploy.runtime.manifest import Fit, TensorSpec
 from fdconv_deploy.runtime.multiband import load_image
+from fdconv_deploy.runtime.panoptic import PanopticPipeline
 from fdconv_deploy.runtime.preprocessing import Prepared
 from fdconv_deploy.runtime.segmentation import Mode, Segmentation, SegmentationPipeline, also
 
@@ -105,7 +106,8 @@ class Session:
         manifest = bundle.manifest
         self.pipeline: SegmentationPipeline | DetectionPipeline | None = None
         if manifest.architecture is not None and manifest.kind == "segmentor":
-            self.pipeline = SegmentationPipeline(
+            panoptic = manifest.architecture.panoptic is not None
+            self.pipeline = (PanopticPipeline if panoptic else SegmentationPipeline)(
                 manifest.architecture, self.input_size, manifest.fit, self.sizes[1:]
             )
         elif manifest.detector is not None and manifest.kind == "detector":
@@ -134,6 +136,11 @@ class Session:
     def detects(self) -> bool:
         """Whether the bundle is of a detector."""
         return self.bundle.manifest.kind == "detector"
+
+    @property
+    def panoptic(self) -> bool:
+        """Whether :meth:`segment` answers with a `PanopticSegmentation`."""
+        return isinstance(self.pipeline, PanopticPipeline)
 
     @property
     def backend(self) -> str:
@@ -280,6 +287,8 @@ class Session:
             ImageError: another shape or type.
             BundleError: the bundle is not a segmentor's.
         """
+        if self.panoptic:
+            raise self._other_kind("give a logit for each class and pixel")
         images = self.segmentation.normalise_batch(batch)
         return self.run_batches({"images": images})["logits"]
 

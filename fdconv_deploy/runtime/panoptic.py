@@ -1,0 +1,368 @@
+"""Panoptic segments and instances from queries' classes and masks.
+
+As mmdetection 3.3's ``MaskFormerFusionHead`` and the ``panoptic_inference`` and
+``instance_inference`` of Mask2Former's and MaskDINO's repositories: mask logits are resized to the
+network's input, cut to what the image covers, resized to the image, and only then made
+probabilities. Both resizes are one here, and done some rows at a time: a hundred masks of a 4K
+image would be 3 GB.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from fdconv_deploy.config import (
+    MaskDINOHeadConfig,
+    PanopticConfig,
+    QueryHeadConfig,
+    SegmentorConfig,
+)
+from fdconv_deploy.runtime.detection import Detection
+from fdconv_deploy.runtime.manifest import Fit
+from fdconv_deploy.runtime.postprocessing import (
+    ArrayRows,
+    Logits,
+    Pasted,
+    Taps,
+    empty_labels,
+    resize_maps,
+    resized_tiles,
+)
+from fdconv_deploy.runtime.preprocessing import Prepared
+from fdconv_deploy.runtime.segmentation import Segmentation, SegmentationPipeline
+from fdconv_deploy.runtime.visualization import RGB, encode
+
+VOID = "void"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One segment of an image.
+
+    Attributes:
+        id: its value in `PanopticSegmentation.ids`, from 1.
+        label: index into the answer's classes.
+        is_thing: whether it is one object, not all of a class.
+        score: of the class, 0 to 1; of stuff in several pieces, the first's.
+        area: number of its pixels.
+    """
+
+    id: int
+    label: int
+    is_thing: bool
+    score: float
+    area: int
+
+
+@dataclass(frozen=True)
+class InstanceSegmentation(Detection):
+    """Objects of which each has its own pixels of the image, not a mask over its box.
+
+    Attributes:
+        parts: each object's pixels, within its box.
+    """
+
+    parts: tuple[Pasted, ...] = ()
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the network gives masks."""
+        return True
+
+    @property
+    def pasted(self) -> tuple[Pasted, ...]:
+        """Each object's mask within its box."""
+        return self.parts
+
+    def kept(
+        self, min_score: float = 0.0, labels: tuple[int, ...] | None = None, most: int | None = None
+    ) -> InstanceSegmentation:
+        """Only objects that score ``min_score`` or more, of some classes, the best ``most``."""
+        chosen = self.scores >= min_score
+        if labels is not None:
+            chosen &= np.isin(self.labels, labels)
+        at = np.flatnonzero(chosen)[:most]
+        return replace(
+            self,
+            boxes=self.boxes[at],
+            scores=self.scores[at],
+            labels=self.labels[at],
+            parts=tuple(self.parts[number] for number in at),
+        )
+
+
+@dataclass(frozen=True)
+class PanopticSegmentation(Segmentation):
+    """Segments of an image. ``labels`` are their classes; what is in none is "void", the last.
+
+    Attributes:
+        ids: (H, W) int32, the segment of each pixel; 0 where there is none.
+        segments: in the order in which they were found.
+        instances: objects with scores, which may overlap; None where the network gives none.
+    """
+
+    ids: npt.NDArray[np.int32]
+    segments: tuple[Segment, ...]
+    instances: InstanceSegmentation | None = None
+
+    def kept(self, min_score: float) -> PanopticSegmentation:
+        """With only those instances that score ``min_score`` or more; segments stay."""
+        if self.instances is None:
+            return self
+        return replace(self, instances=self.instances.kept(min_score))
+
+    def segments_info(self) -> list[dict[str, Any]]:
+        """For JSON, a segment each, in COCO's words with class, score and area."""
+        return [
+            {
+                "id": segment.id,
+                "category_id": segment.label,
+                "isthing": segment.is_thing,
+                "class": self.classes[segment.label],
+                "score": round(segment.score, 6),
+                "area": segment.area,
+            }
+            for segment in self.segments
+        ]
+
+    def panoptic_png(self) -> bytes:
+        """COCO's panoptic PNG: a pixel's segment is its red + 256 green + 65536 blue."""
+        shifted = [self.ids >> shift & 255 for shift in (0, 8, 16)]
+        return encode(Image.fromarray(np.stack(shifted, axis=-1).astype(np.uint8)), "PNG")
+
+
+def _chosen_classes(
+    classes: Logits, head: QueryHeadConfig, threshold: float
+) -> tuple[npt.NDArray[np.int64], Logits, npt.NDArray[np.int64]]:
+    """Label and score of each query, and which queries are sure of a class.
+
+    MaskDINO's own scores are told by sigmoids, though a softmax makes them sharper then.
+    """
+    probabilities = sure = _probabilities(classes, head)
+    if _by_sigmoid(head) and isinstance(head, MaskDINOHeadConfig) and head.temperature is not None:
+        probabilities = _softmax(sure / np.float32(head.temperature))
+    labels = probabilities.argmax(1)
+    no_object = sure.argmax(1) == head.num_classes
+    queries = np.flatnonzero(~no_object & (sure.max(1) > np.float32(threshold)))
+    return labels, probabilities.max(1), queries
+
+
+def _by_sigmoid(head: QueryHeadConfig) -> bool:
+    return isinstance(head, MaskDINOHeadConfig) and head.class_scores == "sigmoid"
+
+
+def _probabilities(classes: Logits, head: QueryHeadConfig) -> Logits:
+    return _sigmoid(classes) if _by_sigmoid(head) else _softmax(classes)
+
+
+def panoptic_segments(
+    classes: Logits,
+    masks: Logits,
+    rows: Taps,
+    columns: Taps,
+    head: QueryHeadConfig,
+    rule: PanopticConfig,
+) -> tuple[npt.NDArray[np.int32], tuple[Segment, ...]]:
+    """The segments of an image.
+
+    Args:
+        classes: (Q, class outputs) float32 logits.
+        masks: (Q, h, w) float32 logits.
+        rows, columns: bring masks to the image.
+
+    Returns:
+        (H, W) int32 segment numbers, 0 for none, and the segments from 1 on.
+    """
+    labels, scores, queries = _chosen_classes(classes, head, rule.object_mask_thr)
+    ids = np.zeros((rows.size, columns.size), np.int32)
+    if not len(queries):
+        return ids, ()
+    owner = np.empty(ids.shape, np.int32)
+    strong = np.empty(ids.shape, np.bool_)
+    original = np.zeros(len(queries), np.int64)
+    weights = scores[queries]
+    for top, left, logits in resized_tiles(ArrayRows(masks[queries]), rows, columns):
+        place = slice(top, top + logits.shape[0]), slice(left, left + logits.shape[1])
+        found = _sigmoid(logits)
+        best = (found * weights).argmax(-1)
+        owner[place] = best
+        strong[place] = np.take_along_axis(found, best[..., None], -1)[..., 0] >= 0.5
+        original += (found >= 0.5).sum((0, 1))
+    owned = np.bincount(owner.ravel(), minlength=len(queries))
+    both = np.bincount(owner[strong], minlength=len(queries))
+    only_strong = rule.rule == "detectron2" or rule.filter_low_score
+    number_of = np.zeros(len(queries), np.int32)  # 0: no segment
+    segments: list[Segment] = []
+    stuff: dict[int, int] = {}
+    for index, query in enumerate(queries.tolist()):
+        area = int(both[index] if only_strong else owned[index])
+        if not owned[index] or not original[index] or (rule.rule == "detectron2" and not area):
+            continue
+        if owned[index] / original[index] < rule.iou_thr:
+            continue
+        label = int(labels[query])
+        is_thing = label in rule.thing_classes
+        if not is_thing and label in stuff:
+            number_of[index] = stuff[label]
+            first = segments[stuff[label] - 1]
+            segments[first.id - 1] = replace(first, area=first.area + area)
+            continue
+        number_of[index] = len(segments) + 1
+        if not is_thing:
+            stuff[label] = len(segments) + 1
+        score = float(scores[query])
+        segments.append(Segment(len(segments) + 1, label, is_thing, score, area))
+    ids = number_of[owner]
+    if only_strong:
+        ids[~strong] = 0
+    return ids, tuple(segments)
+
+
+def instances_of(
+    classes: Logits,
+    masks: Logits,
+    rows: Taps,
+    columns: Taps,
+    head: QueryHeadConfig,
+    rule: PanopticConfig,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], tuple[Pasted, ...]]:
+    """The objects of an image, the best score first; arguments as `panoptic_segments`'.
+
+    Returns:
+        Labels and scores, and each object's pixels within its box.
+    """
+    flat = _probabilities(classes, head)[:, : head.num_classes].ravel()
+    best = np.argsort(-flat, kind="stable")[: rule.max_per_image]
+    queries, labels = np.divmod(best, head.num_classes)
+    things = np.isin(labels, rule.thing_classes)
+    queries, labels, scores = queries[things], labels[things], flat[best][things]
+    used, place = np.unique(queries, return_inverse=True)
+    inside = np.zeros((len(used), rows.size, columns.size), np.bool_)
+    total = np.zeros(len(used))
+    for top, left, logits in resized_tiles(ArrayRows(masks[used]), rows, columns):
+        there = logits > 0
+        total += (_sigmoid(logits) * there).sum((0, 1), dtype=np.float64)
+        height, width = logits.shape[:2]
+        inside[:, top : top + height, left : left + width] = there.transpose(2, 0, 1)
+    counts = inside.sum((1, 2))
+    scores = (scores * (total / (counts + 1e-6))[place]).astype(np.float32)
+    parts = [_cut(mask) for mask in inside]
+    order = np.argsort(-scores, kind="stable")
+    found = tuple(parts[place[number]] for number in order)
+    return labels[order].astype(np.int64), scores[order], found
+
+
+def _cut(mask: npt.NDArray[np.bool_]) -> Pasted:
+    """A mask within its box; none is at the top left, of no size."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return Pasted(0, 0, np.zeros((0, 0), np.bool_))
+    top, left = int(rows[0]), int(columns[0])
+    return Pasted(top, left, mask[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].copy())
+
+
+def _sigmoid(x: Logits) -> Logits:
+    with np.errstate(over="ignore"):  # to infinity, whose inverse is 0
+        return np.float32(1) / (np.float32(1) + np.exp(-x))
+
+
+def _softmax(x: Logits) -> Logits:
+    powers = np.exp(x - x.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+class PanopticPipeline(SegmentationPipeline):
+    """As `SegmentationPipeline`, for networks that give queries' classes and masks."""
+
+    def __init__(
+        self,
+        segmentor: SegmentorConfig,
+        size: tuple[int, int],
+        fit: Fit,
+        other_sizes: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        super().__init__(segmentor, size, fit, other_sizes)
+        head, rule = segmentor.decode_head, segmentor.panoptic
+        if not isinstance(head, QueryHeadConfig) or rule is None:
+            raise TypeError("a panoptic pipeline is for a head with queries and 'panoptic'")
+        self._queries, self._rule = head, rule
+        self.mode = "whole"
+        self._names, self._colours = self.classes, self.palette
+        self.classes: tuple[str, ...] = (*self.classes, VOID)
+        self.palette: tuple[RGB, ...] = (*self.palette, (0, 0, 0))
+
+    def finish(
+        self,
+        prepared: Prepared,
+        outputs: Mapping[str, npt.NDArray[Any]],
+        inference_seconds: float = 0.0,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> PanopticSegmentation:
+        """Find the segments, and the objects.
+
+        Args:
+            prepared: the image, as :meth:`prepare` gave it.
+            outputs: the network's: ``classes`` (Q, class outputs) and ``masks`` (Q, h, w) float32
+                logits.
+            inference_seconds: what the run took.
+            size: (H, W) of the answer; the image's by default.
+        """
+        start = time.perf_counter()
+        placement, classes, masks = prepared.placement, outputs["classes"], outputs["masks"]
+        image = size or placement.image
+        covered = placement.height, placement.width
+        maps = resize_maps(masks.shape[1:], prepared.network, covered, image, align_corners=False)
+        ids, segments = panoptic_segments(classes, masks, *maps, self._queries, self._rule)
+        labels = empty_labels(*image, len(self.classes))
+        of_segment = [len(self._names), *(segment.label for segment in segments)]
+        labels[:] = np.array(of_segment)[ids]
+        instances = None
+        if self._rule.instance_on:
+            instances = self._instances(classes, masks, maps, prepared)
+        timings = {
+            "preprocess": prepared.seconds,
+            "inference": inference_seconds,
+            "postprocess": time.perf_counter() - start,
+        }
+        return PanopticSegmentation(
+            labels,
+            self.classes,
+            self.palette,
+            placement.fit,
+            "whole",
+            timings,
+            ids=ids,
+            segments=segments,
+            instances=instances,
+        )
+
+    def _instances(
+        self, classes: Logits, masks: Logits, maps: tuple[Taps, Taps], prepared: Prepared
+    ) -> InstanceSegmentation:
+        labels, scores, parts = instances_of(classes, masks, *maps, self._queries, self._rule)
+        boxes = [
+            (p.left, p.top, p.left + p.pixels.shape[1], p.top + p.pixels.shape[0]) for p in parts
+        ]
+        placement = prepared.placement
+        return InstanceSegmentation(
+            boxes=np.array(boxes, np.float32).reshape(-1, 4),
+            scores=scores,
+            labels=labels,
+            mask_probabilities=None,
+            mask_threshold=0.5,
+            image_size=(maps[0].size, maps[1].size),
+            resized_to=(placement.height, placement.width),
+            classes=self._names,
+            palette=self._colours,
+            fit=placement.fit,
+            timings={},
+            parts=parts,
+        )
