@@ -141,11 +141,17 @@ def install(app: FastAPI) -> None:
     )
     for kind in foreseen:
         app.add_exception_handler(kind, _answer)
-    app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=499))
+    app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(Exception, _answer)
 
 
-def _answer(request: Request, error: Exception) -> Response:
+async def _left(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
+
+
+# Not a plain function, which Starlette would run on another thread: under load that takes longer
+# than all the rest of a refusal.
+async def _answer(request: Request, error: Exception) -> Response:
     found = answer_to(error)
     if found is None:
         request_id = getattr(request.state, "request_id", "unknown")
