@@ -22,7 +22,6 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -431,9 +430,7 @@ class Scheduler:
             request.missing -= 1
             if not request.missing and request.answer is not None and not request.answer.done():
                 request.answer.set_result(outcome)
-        # Counted when the answers are on their way: uvloop writes after a round of callbacks.
-        count = partial(self._on_batch, batch.lane, len(batch.items), seconds)
-        self._loop.call_soon(self._loop.call_soon, count)
+        self._on_batch(batch.lane, len(batch.items), seconds)
 
 
 def _fail(request: _Request, error: Exception) -> None:

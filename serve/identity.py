@@ -114,6 +114,7 @@ def _parsed_once(text: str) -> Address | None:
     return getattr(found, "ipv4_mapped", None) or found
 
 
+@lru_cache(maxsize=4096)
 def _normalized(text: str) -> str:
     """An address in its one spelling; other text as it is."""
     return str(_parsed(text) or text)

@@ -8,6 +8,7 @@ import re
 import secrets
 import time
 from collections import deque
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -200,7 +201,8 @@ class Edge:
         service, state = self._service, scope["state"]
         facts, stages = state.get("facts", {}), state.get("stages", ())
         status = state.get("refused", status)
-        service.metrics.answered(route, str(status), seconds, state.get("key", ""))
+        counted = route, str(status), seconds, state.get("key", "")
+        service.metrics.later(partial(service.metrics.answered, *counted))
         if facts:
             service.count(facts["model"], stages, facts["images"])
         if service.tracing.wanted and path not in _PROBED:

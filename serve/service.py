@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Hashable, Sequence
+from functools import partial
 from pathlib import Path
 
 from fdconv_deploy.runtime import Bundle, Session, open_session
@@ -45,7 +46,7 @@ class Service:
             codec_threads=settings.codec_threads,
             max_batch=settings.max_batch,
             delay=settings.batch_delay_ms / 1e3,
-            on_batch=self._count_batch,
+            on_batch=lambda *run: self.metrics.later(partial(self._count_batch, *run)),
             on_death=self.metrics.deaths.inc,
             on_failure=self._count_failure,
         )
@@ -89,6 +90,9 @@ class Service:
 
     def count(self, model: str, stages: Sequence[tuple[str, float]], images: int = 1) -> None:
         """Count an answered request and its seconds by stage."""
+        self.metrics.later(partial(self._count, model, stages, images))
+
+    def _count(self, model: str, stages: Sequence[tuple[str, float]], images: int) -> None:
         self.statistics[model].succeeded(stages, images)
         self.metrics.images.labels(model).inc(images)
         for stage, seconds in stages:
@@ -154,6 +158,7 @@ class Service:
     def _loaded(self, version: Version) -> None:
         session = version.session
         self.admission.forget_pace()
+        self.metrics.settle()  # of the version before
         for size in session.sizes:
             self.scheduler.add_lane(
                 version.lane(size),

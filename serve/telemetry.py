@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import logging
@@ -84,6 +85,7 @@ def log_config(level: str, form: Literal["text", "json"]) -> dict[str, Any]:
 
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_COUNTED_AFTER_SECONDS = 0.1
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -99,6 +101,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._uncounted: list[Callable[[], None]] = []
         ProcessCollector(registry=self._registry)
         counter = partial(_metric, Counter, registry=self._registry)
         gauge = partial(Gauge, registry=self._registry)
@@ -137,12 +140,29 @@ class Metrics:
         if key:  # addresses are too many to be labels
             self.key_requests.labels(key).inc()
 
+    def later(self, count: Callable[[], None]) -> None:
+        """Count when there is time, together with others; called on the event loop.
+
+        What counting takes is in no cache of the processor after an inference: for each request
+        alone it would cost several times as much.
+        """
+        self._uncounted.append(count)
+        if len(self._uncounted) == 1:
+            asyncio.get_running_loop().call_later(_COUNTED_AFTER_SECONDS, self.settle)
+
+    def settle(self) -> None:
+        """Count what is not counted yet."""
+        uncounted, self._uncounted = self._uncounted, []
+        for count in uncounted:
+            count()
+
     def watch(self, name: str, documentation: str, read: Callable[[], float]) -> None:
         """A gauge whose value is read when it is asked for."""
         Gauge(name, documentation, registry=self._registry).set_function(read)
 
     def text(self) -> bytes:
         """All of it."""
+        self.settle()
         return generate_latest(self._registry)
 
 

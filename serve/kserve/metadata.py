@@ -163,6 +163,7 @@ def model_statistics(service: Service, name: str = "", version: str = "") -> Mod
     repository = service.repository
     models = [repository.get_version(name, version)] if name else list(repository)
     loaded = [model.name for model in models if model.version is not None]
+    service.metrics.settle()
     return ModelStatisticsList(model_stats=[service.statistics[name] for name in loaded])
 
 
