@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -224,6 +225,23 @@ def test_mutated_bodies_are_never_the_services_fault(client, png, junk, at, kind
     body = whole[:at] + junk + whole[at + len(junk) :]
     answer = post(client, body, {"Content-Type": kind})
     assert answer.status_code in (200, 413, 415, 422), answer.text
+
+
+def test_errors_are_answered_by_the_event_loop(bundles: list[Path]) -> None:
+    """Not by threads of Starlette's, for which refusals would wait while there is much to do."""
+    app = create_app(bundles[:1], Settings(threads=1, max_body_bytes=10))
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            refused(await client.get("/nothing"), 404)
+            refused(await client.get("/readyz"), 503)  # models are not even loaded
+            refused(await client.post("/v1/segment", content=b"x", headers=PNG), 503)
+            refused(await client.post("/v1/segment?size=3", content=b"x", headers=PNG), 422)
+        assert not [t.name for t in set(threading.enumerate()) - before if "AnyIO" in t.name]
+
+    before = set(threading.enumerate())
+    asyncio.run(ask())
 
 
 def test_client_that_leaves_while_sending(bundles: list[Path]) -> None:
