@@ -1,9 +1,10 @@
 """Four times what it can do: ``python -m benchmarks.serving.overload [--full]`` (60 s).
 
-First the capacity is measured with as many clients as keep it busy. Then requests arrive at
-half that rate, at four times that rate, and at half of it again, whether answers come or not (an
-open loop). Shown: the latency of what is accepted, how quickly the rest is turned away, memory,
-recovery.
+Before that, by the default settings, what is no overload: 64 clients of one image and 4 of 16
+images each, of whom none is to be turned away. Then the service gets a short queue, and its
+capacity is measured with as many clients as keep it busy. Then requests arrive at half that rate,
+at four times that rate, and at half of it again, whether answers come or not (an open loop).
+Shown: the latency of what is accepted, how quickly the rest is turned away, memory, recovery.
 """
 
 from __future__ import annotations
@@ -71,6 +72,23 @@ def open_loop(port: int, body: bytes, per_second: float, seconds: float, senders
     return load
 
 
+def moderate(bundle: Path, seconds: float) -> dict[str, Load]:
+    """Clients that ask, wait, and ask again, of a service with its default settings."""
+    body, found = scene(), {}
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    with server(ours(bundle)) as running:
+        for clients, images in ((64, 1), (4, 16)):
+            head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="f.jpg"\r\n\r\n'
+            form = (head + body + b"\r\n") * images + b"--x--\r\n"
+            found[f"{clients} clients of {images}"] = closed_loop(
+                running.port,
+                lambda plug, form=form: plug.post("/v1/segment", form, headers)[0],
+                connections=clients,
+                seconds=seconds,
+            )
+    return found
+
+
 def described(load: Load) -> dict:
     return {
         "per second": round(sum(load.statuses().values()) / load.wall, 1),
@@ -88,8 +106,10 @@ def main() -> None:
     arguments = parser.parse_args()
     seconds = 60.0 if arguments.full else 6.0
     body, ask, about = scene(), image_request(), machine()
+    bundle = demo_bundle(arguments.bundle)
+    usual = moderate(bundle, seconds / 3)
     with (
-        server(ours(demo_bundle(arguments.bundle), "--queue", str(QUEUE))) as found,
+        server(ours(bundle, "--queue", str(QUEUE))) as found,
         Memory(found, 0.25) as memory,
     ):
         warm = max(seconds / 6, 3)
@@ -108,6 +128,7 @@ def main() -> None:
     result = {
         "machine": about,
         "seconds": seconds,
+        "by default": {name: described(load) for name, load in usual.items()},
         "capacity per second": round(capacity, 1),
         "queue": QUEUE,
         "bound ms on accepted: (queue + 1) / capacity": round(bound),
@@ -120,6 +141,9 @@ def main() -> None:
         "seconds, resident MB": memory.series(),
     }
     held = {
+        "nobody turned away by default": all(
+            {*load.statuses()} == {200} for load in usual.values()
+        ),
         f"p99 of accepted within {SLACK} x the bound": flood.percentile(0.99) <= SLACK * bound,
         f"p99 of rejected within {REJECTED_MS:g} ms": flood.percentile(0.99, 503) <= REJECTED_MS,
         "nothing but 200 and 503 with Retry-After": set(flood.statuses()) <= {200, 503},
