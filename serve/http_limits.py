@@ -45,7 +45,7 @@ class LimitedProtocol(H11Protocol):
         """Limit the time to the first request."""
         super().connection_made(transport)
         self.app_state["connections"] = self.connections  # which the middleware limits
-        if len(self.connections) > self._settings.max_connections:
+        for _ in range(len(self.connections) - self._settings.max_connections):
             self._end_longest()
         self._held.idle[self] = None
         self._limit_receiving()
@@ -58,6 +58,7 @@ class LimitedProtocol(H11Protocol):
         if (longest := next(chain(read, waiting), None)) is not None:
             idle.pop(longest, None)
             unread.pop(longest, None)
+            self.connections.discard(longest)
             longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
