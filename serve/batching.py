@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -313,8 +313,18 @@ class Scheduler:
         return await self._answer(key, request, [_Job(request, call=call)], deadline)
 
     async def code(self, call: Callable[[], T]) -> T:
-        """Run ``call`` on a codec thread."""
-        return await self._loop.run_in_executor(self._codecs, call)
+        """Run ``call`` on a codec thread.
+
+        Cancelled, it waits for a call that has begun: until it ends, its memory is in use.
+        """
+        running = self._codecs.submit(call)
+        answer = asyncio.wrap_future(running, loop=self._loop)
+        try:
+            return await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            if not running.cancel():
+                await asyncio.wait([answer])
+            raise
 
     def close(self) -> None:
         """Run what waits, then end the threads."""
@@ -431,6 +441,47 @@ class Scheduler:
             if not request.missing and request.answer is not None and not request.answer.done():
                 request.answer.set_result(outcome)
         self._on_batch(batch.lane, len(batch.items), seconds)
+
+
+async def finish_by(
+    work: Coroutine[Any, Any, T],
+    deadline: float,
+    *,
+    on_late: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> T:
+    """Await ``work``, but no longer than until its deadline or until nobody wants it any more.
+
+    It is cancelled then. What of it cannot be stopped, such as a picture that is being decoded,
+    ends by itself, and holds until then what it holds.
+
+    Args:
+        work: What is to be done.
+        deadline: In seconds of the clock.
+        on_late: Called where it passed first.
+        clock: Seconds.
+
+    Raises:
+        DeadlineError: It passed first.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task], timeout=max(deadline - clock(), 0.0))
+        if not task.done():
+            on_late()
+            raise DeadlineError
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            task.add_done_callback(_forget)
+        del task  # an error knows this frame: see Scheduler._answer
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    """Look at what became of work that nobody waits for, which asyncio else complains of."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _fail(request: _Request, error: Exception) -> None:

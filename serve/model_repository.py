@@ -25,6 +25,7 @@ from fdconv_deploy.runtime import Bundle, Session
 from fdconv_deploy.runtime.batching import least_seconds
 from fdconv_deploy.runtime.bundle_checks import bundle_root
 from fdconv_deploy.runtime.manifest import MANIFEST_NAME, Manifest
+from fdconv_deploy.runtime.preprocessing import published_size
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.model_cards import Benchmark, ModelCard, model_card, model_name
 from fdconv_deploy.serve.settings import Settings
@@ -64,6 +65,22 @@ class Lane(NamedTuple):
 
     version: Version
     size: tuple[int, int]
+
+    def slide_bytes(self, size: tuple[int, int]) -> int:
+        """Memory that mode 'slide' takes for an image of (H, W), beside its pixels.
+
+        Those are the outputs of two rows of crops, and what is averaged of a block of rows.
+        """
+        session, card = self.session, self.card
+        assert card.output is not None
+        height, width = published_size(*size, session.preprocessing)
+        architecture = session.bundle.manifest.architecture
+        assert architecture is not None
+        stride = architecture.test.stride or session.input_size
+        crops = 2 * (width // stride[1] + 1) + max(session.batch_sizes)
+        averaged = (64 << 20) + 4 * 64 * card.output.channels * width
+        resized = height * width * session.channels * 4
+        return crops * self.tensor_bytes(1) + averaged + resized
 
 
 @dataclass(eq=False)

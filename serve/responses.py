@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import io
-import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from pydantic_core import to_json
 
 from fdconv_deploy.runtime import Detection, Segmentation
+from fdconv_deploy.runtime.postprocessing import row_blocks
 from fdconv_deploy.runtime.visualization import as_rgb, encode
 from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.model_cards import ModelCard
 
 Output = Literal["json", "mask", "overlay", "logits"]
 MaskForm = Literal["rle", "polygons", "none"]
@@ -23,6 +25,14 @@ JSON, PNG, JPEG = "application/json", "image/png", "image/jpeg"
 NPZ, ZIP = "application/x-npz", "application/zip"
 # The value of pixels whose class was not asked for; mmsegmentation's ignore index.
 OTHER = 255
+# Most bytes of an answer in JSON, by far more than segmented photographs take: 0.02 of a run per
+# pixel are usual. A network's noise takes one for each pixel.
+MAX_JSON = 16 << 20
+# Most pixels of the masks of an image's objects, each in its own box.
+MAX_MASKS = 256 << 20
+# Of a run, and of a corner of a polygon: least bytes of text, and memory while it is made.
+_RUN_TEXT, _RUN, _CORNER_TEXT, _CORNER = 4, 48, 24, 256
+_PART = 1 << 20  # pixels that are looked at together
 # The media types of each output, the preferred one first.
 MEDIA_TYPES: dict[Output, tuple[str, ...]] = {
     "json": (JSON,),
@@ -140,17 +150,61 @@ class Answer:
         return tuple(range(len(self.found.classes))) if self.kept is None else self.kept
 
 
+def json_bytes(pixels: int, mask: MaskForm) -> tuple[int, int]:
+    """Memory that one image's answer in JSON takes while it is made, and its text, at most."""
+    runs = min(pixels, MAX_JSON // _RUN_TEXT)
+    corners = min(4 * pixels, MAX_JSON // _CORNER_TEXT)
+    made = {"none": 0, "rle": runs * _RUN, "polygons": 8 * pixels + corners * _CORNER}[mask]
+    return made, min(24 * pixels, 2 * MAX_JSON)
+
+
+def masks_bytes(pixels: int, card: ModelCard) -> int:
+    """Memory that the masks of a detector's objects take at most, each in its box."""
+    assert card.instances is not None
+    return min(card.instances.most * pixels, MAX_MASKS) if card.instances.masks else 0
+
+
+def check_masks(found: Detection) -> None:
+    """Refuse objects whose masks would take more than :func:`masks_bytes`.
+
+    Raises:
+        RefusedError: 413, they would.
+    """
+    sides = found.boxes[:, 2:].astype(np.float64) - found.boxes[:, :2]
+    pixels = int(sides.prod(axis=1).sum())
+    if pixels > MAX_MASKS:
+        raise RefusedError(
+            413,
+            f"The {len(found)} objects' boxes have {pixels:,} pixels, and masks are made of at "
+            f"most {MAX_MASKS:,}. Send a smaller image, or raise min_score.",
+        )
+
+
 def render(
-    form: Form, answers: Sequence[Answer], opacity: float, mask: MaskForm
+    form: Form, answers: Iterator[Answer], opacity: float, mask: MaskForm
 ) -> tuple[bytes, str]:
-    """Write the response's body; returned with its media type."""
+    """Write the response's body; returned with its media type.
+
+    Args:
+        form: What of each answer.
+        answers: Of each image; each is made when the one before is written.
+        opacity: Of an overlay's colours.
+        mask: How JSON holds masks.
+
+    Raises:
+        RefusedError: 413, it is JSON longer than ``MAX_JSON``.
+    """
     if form.output == "json":
-        documents = [_document(answer, mask) for answer in answers]
-        found = documents[0] if len(answers) == 1 else {"results": documents}
-        # Not through pydantic, which would check every run.
-        return json.dumps(found, separators=(",", ":")).encode(), JSON
+        texts: list[bytes] = []
+        for answer in answers:
+            left = MAX_JSON - sum(map(len, texts))
+            # Not through a model, which would check every run.
+            texts.append(to_json(_document(answer, mask, left)))
+        if len(texts) == 1:
+            return texts[0], JSON
+        return b'{"results":[' + b",".join(texts) + b"]}", JSON
     if form.media_type != ZIP:
-        return _file(answers[0], form.output, form.media_type, opacity), form.media_type
+        return _file(next(answers), form.output, form.media_type, opacity), form.media_type
     kind = MEDIA_TYPES[form.output][0]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -206,16 +260,29 @@ def _kept_pixels(answer: Answer) -> npt.NDArray[np.bool_]:
     assert isinstance(answer.found, Segmentation)
     table = np.zeros(len(answer.found.classes), np.bool_)
     table[list(answer.class_ids)] = True
-    return table[answer.found.labels]
+    labels = answer.found.labels
+    kept = np.empty(labels.shape, np.bool_)
+    for rows in row_blocks(labels.shape):
+        kept[rows] = table[labels[rows]]
+    return kept
 
 
-def _document(answer: Answer, mask: MaskForm) -> dict[str, Any]:
-    """One image's JSON: ``schemas.Segmentation`` or ``schemas.Detection``."""
+def _check_json(size: int, left: int, what: str) -> None:
+    if size > left:
+        raise RefusedError(
+            413,
+            f"The answer has {what}, more than fit into {MAX_JSON:,} bytes of JSON. Ask for "
+            f"{PNG}, or size=network, or send smaller images or fewer at a time.",
+        )
+
+
+def _document(answer: Answer, mask: MaskForm, left: int) -> dict[str, Any]:
+    """One image's JSON, at most ``left`` bytes: ``schemas.Segmentation`` or ``Detection``."""
     found = answer.found
     own = (
-        _detection(answer, found, mask)
+        _detection(answer, found, mask, left)
         if isinstance(found, Detection)
-        else _segmentation(answer, found, mask)
+        else _segmentation(answer, found, mask, left)
     )
     return {
         "model": answer.model,
@@ -226,18 +293,22 @@ def _document(answer: Answer, mask: MaskForm) -> dict[str, Any]:
     }
 
 
-def _segmentation(answer: Answer, found: Segmentation, form: MaskForm) -> dict[str, Any]:
+def _segmentation(answer: Answer, found: Segmentation, form: MaskForm, left: int) -> dict[str, Any]:
     labels, areas = found.labels, found.areas().tolist()
     size = list(labels.shape)
     mask: dict[str, Any] | None = None
     if form == "polygons":
         present = [number for number in answer.class_ids if areas[number]]
-        outlines = [{"id": number, "rings": class_rings(labels, number)} for number in present]
+        outlines = []
+        for number in present:
+            rings = class_rings(labels, number, room=left)
+            left -= sum(map(len, rings)) // 2 * _CORNER_TEXT
+            outlines.append({"id": number, "rings": rings})
         mask = {"size": size, "polygons": outlines}
     elif form == "rle":
         if answer.kept is not None:
             labels = np.where(_kept_pixels(answer), labels.astype(np.int32), -1)
-        mask = run_lengths(labels)
+        mask = run_lengths(labels, left)
     return {
         "height": size[0],
         "width": size[1],
@@ -250,12 +321,13 @@ def _segmentation(answer: Answer, found: Segmentation, form: MaskForm) -> dict[s
     }
 
 
-def _detection(answer: Answer, found: Detection, form: MaskForm) -> dict[str, Any]:
+def _detection(answer: Answer, found: Detection, form: MaskForm, left: int) -> dict[str, Any]:
     size = list(found.image_size)
     entries = found.as_dicts(masks=form == "rle")
     if form == "polygons" and found.has_masks:
         for entry, part, area in zip(entries, found.pasted, found.areas().tolist(), strict=True):
-            rings = class_rings(part.pixels, 1, part.top, part.left)
+            rings = class_rings(part.pixels, 1, part.top, part.left, room=left)
+            left -= sum(map(len, rings)) // 2 * _CORNER_TEXT
             entry |= {"area": area, "mask": {"size": size, "rings": rings}}
     counts = np.bincount(found.labels, minlength=len(found.classes)).tolist()
     return {
@@ -275,20 +347,33 @@ def _classes(answer: Answer) -> list[dict[str, Any]]:
     return [{"id": n, "name": names[n], "color": palette[n]} for n in answer.class_ids]
 
 
-def run_lengths(labels: npt.NDArray[Any]) -> dict[str, list[int]]:
-    """Encode labels (H, W) as runs in row-major order: ``schemas.RunLengthMask``."""
+def run_lengths(labels: npt.NDArray[Any], room: int = MAX_JSON) -> dict[str, list[int]]:
+    """Encode labels (H, W) as runs in row-major order: ``schemas.RunLengthMask``.
+
+    Raises:
+        RefusedError: 413, they do not fit into ``room`` bytes of JSON.
+    """
     flat = labels.reshape(-1)
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(flat)) + 1])
-    counts = np.diff(starts, append=flat.size)
+    # In parts, each with the last pixel of the one before.
+    parts = range(1, flat.size, _PART)
+    starts = [np.zeros(1, np.int64)]
+    count = 1
+    for at in parts:
+        part = flat[at - 1 : at + _PART]
+        starts.append(np.flatnonzero(part[1:] != part[:-1]) + at)
+        count += len(starts[-1])
+        _check_json(count * _RUN_TEXT, room, f"{count:,} runs or more")
+    begin = np.concatenate(starts)
+    counts = np.diff(begin, append=flat.size)
     return {
         "size": list(labels.shape),
         "counts": counts.tolist(),
-        "values": flat[starts].tolist(),
+        "values": flat[begin].tolist(),
     }
 
 
 def class_rings(
-    labels: npt.NDArray[Any], number: int, top: int = 0, left: int = 0
+    labels: npt.NDArray[Any], number: int, top: int = 0, left: int = 0, room: int = MAX_JSON
 ) -> list[list[int]]:
     """The outlines of one class, along the pixels' edges: filling them gives its pixels back.
 
@@ -297,17 +382,23 @@ def class_rings(
         number: the class id.
         top: row of the image where the labels begin.
         left: column of the image where the labels begin.
+        room: bytes of JSON that there are for them.
 
     Returns:
         Closed rings ``[x0, y0, x1, y1, ...]`` of pixel corners, (0, 0) being the top left corner
         of the image. A pixel is of the class when its centre is inside an odd number of rings
         (SVG's ``evenodd``). Pixels that touch only at a corner are in different rings.
+
+    Raises:
+        RefusedError: 413, they do not fit into ``room``.
     """
     inside = np.pad(labels == number, 1)
     nw, ne, sw, se = inside[:-1, :-1], inside[:-1, 1:], inside[1:, :-1], inside[1:, 1:]
     count = nw.astype(np.int8) + ne + sw + se
     saddle = (count == 2) & (nw == se)
     corner = (count == 1) | (count == 3)
+    corners = int(np.count_nonzero(corner) + 2 * np.count_nonzero(saddle))
+    _check_json(corners * _CORNER_TEXT, room, f"outlines of {corners:,} corners or more")
     y, x = np.nonzero(corner)
     sy, sx = np.nonzero(saddle)
     # At a saddle two rings touch: it is two vertices. Where the north-western pixel is of

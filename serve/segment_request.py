@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Segmentation, Tensors
-from fdconv_deploy.runtime.multiband import FORMATS, check_format
+from fdconv_deploy.runtime.multiband import FORMATS, check_format, image_cost
 from fdconv_deploy.runtime.postprocessing import logit_map
 from fdconv_deploy.runtime.preprocessing import Prepared, resize
-from fdconv_deploy.serve.batching import Outcome
+from fdconv_deploy.serve.batching import DeadlineError, Outcome
 from fdconv_deploy.serve.errors import RefusedError, answer_to
 from fdconv_deploy.serve.model_repository import Version
-from fdconv_deploy.serve.responses import Answer, render
+from fdconv_deploy.serve.responses import Answer, check_masks, json_bytes, masks_bytes, render
 from fdconv_deploy.serve.segment_options import SegmentRequest
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.uploads import Upload
@@ -54,28 +56,52 @@ async def segment(
         RefusedError: an image is not accepted; of several, it says which.
         ImageError: the only image is not accepted.
     """
-    async with service.admission.memory(version.tensor_bytes(len(uploads)), deadline):
-        return await _segment(service, version, uploads, request, deadline)
+    images = [_Image(service, version, upload, request, deadline) for upload in uploads]
+    several = len(images) > 1
+    for number, image in enumerate(images, 1):
+        image.number = number if several else None
+
+    async def work() -> SegmentAnswer:
+        code, threads = service.scheduler.code, service.settings.codec_threads
+        size = await code(lambda: _memory(images, threads))
+        async with service.admission.memory(size, deadline):
+            return await _segment(service, images, request)
+
+    return await service.finish(version, work(), deadline)
+
+
+def _memory(images: list[_Image], threads: int) -> int:
+    """The bytes that a request takes at most: as many images are decoded at a time as threads.
+
+    Answers are made one after another, with what was already written in memory.
+    """
+    costs = [image.cost() for image in images]
+    decoding = sum(sorted(cost.decoding for cost in costs)[-threads:])
+    answering = max(cost.answering for cost in costs) + sum(cost.written for cost in costs)
+    return sum(cost.kept for cost in costs) + max(decoding, answering)
 
 
 async def _segment(
-    service: Service,
-    version: Version,
-    uploads: list[Upload],
-    request: SegmentRequest,
-    deadline: float,
+    service: Service, images: list[_Image], request: SegmentRequest
 ) -> SegmentAnswer:
-    images = [_Image(service, version, upload, request, deadline) for upload in uploads]
     if len(images) == 1:
         await images[0].run()
     else:
-        await _all([image.run_numbered(number) for number, image in enumerate(images, 1)])
+        await _all([image.run() for image in images])
     start = time.perf_counter()
 
     def write() -> tuple[bytes, str, list[str]]:
-        answers = [image.answer() for image in images]
-        fits: list[str] = [answer.found.fit for answer in answers]
-        return *render(request.form, answers, request.options.opacity, request.options.mask), fits
+        fits: list[str] = []
+
+        def answers() -> Iterator[Answer]:
+            for image in images:
+                answer = image.answer()
+                fits.append(answer.found.fit)
+                yield answer
+
+        options = request.options
+        body, media_type = render(request.form, answers(), options.opacity, options.mask)
+        return body, media_type, fits
 
     body, media_type, fits = await service.scheduler.code(write)
     seconds = time.perf_counter() - start
@@ -85,9 +111,28 @@ async def _segment(
     return SegmentAnswer(body, media_type, list(stages.items()), fits)
 
 
+class _Cost(NamedTuple):
+    """Bytes of memory that an image takes.
+
+    Attributes:
+        kept: All the time: its tensors, and its pixels where they are needed again.
+        decoding: While it is decoded and prepared, beside these.
+        answering: While its answer is made.
+        written: Of its answer, until the last one is written.
+    """
+
+    kept: int
+    decoding: int
+    answering: int
+    written: int
+
+
 @dataclass(eq=False)
 class _Image:
-    """One image on its way. ``run`` waits on the event loop; the rest works on codec threads."""
+    """One image on its way. ``run`` waits on the event loop; the rest works on codec threads.
+
+    Its ``number`` is for errors to say which of several it was.
+    """
 
     _service: Service
     _version: Version
@@ -95,6 +140,7 @@ class _Image:
     _request: SegmentRequest
     _deadline: float
     times: dict[str, float] = field(default_factory=dict)
+    number: int | None = None
     _size: tuple[int, int] = (0, 0)
     _image: npt.NDArray[Any] | None = None
     _prepared: Prepared | None = None
@@ -103,8 +149,54 @@ class _Image:
     def __post_init__(self) -> None:
         self._session = self._version.session
 
+    def cost(self) -> _Cost:
+        """What the image will take in memory, from its header alone."""
+        with self._numbered():
+            self._check_format()
+            session, settings = self._session, self._service.settings
+            found = image_cost(
+                self._upload.data, session.preprocessing, max_pixels=settings.max_pixels
+            )
+            self._size = found.size
+            self._check_answer_size()
+        kept, answer = self._version.tensor_bytes(1), self._answer_cost(found.size)
+        if self._draws or self._request.mode == "slide":
+            kept += found.pixels
+        if self._request.mode == "slide":
+            kept += self._version.slide_bytes(found.size)
+        return _Cost(kept, found.decoding, *answer)
+
+    def _answer_cost(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Bytes of memory while the answer is made, and of the answer."""
+        pixels, form, options = size[0] * size[1], self._request.form, self._request.options
+        if options.size == "network":
+            pixels = min(pixels, math.prod(self._session.input_size))
+        labels = pixels * (2 if len(self._version.card.classes) > 256 else 1)
+        if self._session.detects:
+            labels += masks_bytes(pixels, self._version.card)
+        if self._request.kept is not None:
+            labels += 4 * pixels
+        if form.output == "json":
+            made, written = json_bytes(pixels, options.mask)
+            return labels + made, written
+        if form.output == "overlay":
+            return labels + 6 * pixels, 3 * pixels
+        if form.output == "logits":
+            output = self._version.card.output
+            wide = output.channels * pixels * 4 if output and options.size == "original" else 0
+            return labels + wide, wide
+        return labels + 2 * pixels, pixels
+
     async def run(self) -> None:
-        """Decode and prepare the image, and run the network."""
+        """Decode and prepare the image, and run the network.
+
+        Raises:
+            RefusedError, ImageError: It is not accepted.
+        """
+        with self._numbered():
+            await self._run()
+
+    async def _run(self) -> None:
         scheduler = self._service.scheduler
         start = time.perf_counter()
         await scheduler.code(self._open)
@@ -112,7 +204,7 @@ class _Image:
         if self._request.mode == "slide":
             image, self._image = self._image, self._image if self._draws else None
             assert image is not None
-            call = partial(self._session.segment, image, mode="slide")
+            call = partial(self._slide, image)
             lane = self._version.lane(self._session.input_size)
             outcome = await scheduler.call(lane, call, self._deadline)
         else:
@@ -125,16 +217,27 @@ class _Image:
         self.times["queue"] = outcome.queue_seconds + max(waited, 0.0)
         self.times["inference"] = outcome.run_seconds
 
-    async def run_numbered(self, number: int) -> None:
-        """As :meth:`run`, with errors that say which image it was."""
-        name = self._upload.name
-        image = f"Image {number}" + (f" ({name})" if name else "")
+    @contextmanager
+    def _numbered(self) -> Iterator[None]:
+        """A ``with`` block whose errors say which of several images it was."""
         try:
-            await self.run()
+            yield
         except (RefusedError, ImageError) as error:
-            found = answer_to(error)
-            assert found is not None
+            found, name = answer_to(error), self._upload.name
+            if self.number is None or found is None:
+                raise
+            image = f"Image {self.number}" + (f" ({name})" if name else "")
             raise RefusedError(found.status, f"{image}: {found.detail}") from error
+
+    def _slide(self, image: npt.NDArray[Any]) -> Segmentation:
+        """Label an image in mode 'slide', and stop between crops when the deadline has passed."""
+
+        def run(crops: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+            if time.perf_counter() > self._deadline:
+                raise DeadlineError
+            return self._session.run(crops)
+
+        return self._session.segmentation.slide(image, run, self._session.batch_sizes[-1])
 
     def answer(self) -> Answer:
         """Turn the network's output into the answer; the time is the postprocess stage's."""
@@ -148,6 +251,7 @@ class _Image:
             found = found.kept(request.min_score, request.kept)
             boxes_alone = request.form.output == "json" and request.options.mask == "none"
             if found.has_masks and not boxes_alone:
+                check_masks(found)
                 _ = found.pasted  # made here, so that its time counts as this stage's
         elif request.mode == "slide":
             found = output
@@ -175,11 +279,8 @@ class _Image:
         start = time.perf_counter()
         data, settings = self._upload.data, self._service.settings
         self._upload = replace(self._upload, data=b"")
-        if tuple(settings.formats) != FORMATS:
-            check_format(data, settings.formats)
         image = self._session.read_image(data, max_pixels=settings.max_pixels)
         self._size = (image.shape[0], image.shape[1])
-        self._check_answer_size()
         decoded = time.perf_counter()
         self.times["decode"] = decoded - start
         if self._request.mode == "whole":
@@ -191,6 +292,11 @@ class _Image:
             self.times["preprocess"] = time.perf_counter() - decoded
         if self._request.mode == "slide" or self._draws:
             self._image = image
+
+    def _check_format(self) -> None:
+        formats = self._service.settings.formats
+        if tuple(formats) != FORMATS:
+            check_format(self._upload.data, formats)
 
     def _check_answer_size(self) -> None:
         if self._request.form.output != "logits" or self._request.options.size != "original":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Coroutine, Hashable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fdconv_deploy.runtime import Bundle, Session, open_session
 from fdconv_deploy.serve.admission import Admission
-from fdconv_deploy.serve.batching import Scheduler
+from fdconv_deploy.serve.batching import Scheduler, finish_by
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.kserve.statistics import ModelStatistics
 from fdconv_deploy.serve.model_repository import Lane, Repository, Version
@@ -20,6 +21,7 @@ from fdconv_deploy.serve.telemetry import Metrics, Tracing
 from fdconv_deploy.serve.uploads import BodyBudget
 from fdconv_deploy.serve.workers import Children, isolated_session
 
+T = TypeVar("T")
 log = logging.getLogger("fdconv.serve")
 NO_LIMIT = 1e9  # milliseconds, the most that X-Timeout-Ms takes
 
@@ -97,6 +99,15 @@ class Service:
         self.metrics.images.labels(model).inc(images)
         for stage, seconds in stages:
             self.metrics.stage_seconds.labels(model, stage).observe(seconds)
+
+    async def finish(self, version: Version, work: Coroutine[Any, Any, T], deadline: float) -> T:
+        """Await a model's work until its deadline, see :func:`finish_by`; count it if it fails."""
+        start = time.perf_counter()
+
+        def late() -> None:
+            self._count_failure(version, time.perf_counter() - start)
+
+        return await finish_by(work, deadline, on_late=late)
 
     def check_loaded(self) -> None:
         """As :meth:`check_ready`, but a service about to stop still answers."""

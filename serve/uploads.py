@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,6 +24,8 @@ _HOW = (
     f"'{FIELD}' of a multipart/form-data request."
 )
 _ALIGNMENT = 64  # bytes; what ONNX Runtime's vector code likes
+# Bytes that are decompressed in one step on the event loop, and on another thread.
+_SMALL_PIECE, _LARGE_PIECE = 32 << 10, 1 << 20
 # zlib's notation for "gzip only" and "zlib format", what HTTP calls deflate.
 _WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
@@ -202,27 +204,15 @@ class Body:
             timer.cancel()
 
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
-        unpack = None if self._window is None else zlib.decompressobj(self._window)
-        most, received = self._most, 0
-        async for chunk in self._request.stream():
-            if unpack is not None:
-                try:
-                    # One byte more than may be, to see that it is too much without unpacking it.
-                    chunk = unpack.decompress(chunk, most - received + 1)
-                except zlib.error as error:
-                    raise RefusedError(
-                        422,
-                        "The body is not compressed as its Content-Encoding says. Leave that "
-                        "header out for a body that is sent as it is.",
-                    ) from error
+        stream = self._request.stream()
+        received = 0
+        async for chunk in stream if self._window is None else _unpacked(stream, self._window):
             received += len(chunk)
-            if received > most:
+            if received > self._most:
                 raise self._too_large()
             self._take(len(chunk))
             if chunk:
                 yield chunk
-        if unpack is not None and not unpack.eof:
-            raise RefusedError(422, "The compressed body is cut off or damaged. Send it whole.")
 
     def _take(self, size: int) -> None:
         self._budget.take(size)
@@ -234,6 +224,33 @@ class Body:
             f"The body is larger than the {self._most:,} bytes that are accepted here, "
             "decompressed. Send a smaller or more strongly compressed image, or fewer at a time.",
         )
+
+
+async def _unpacked(stream: AsyncIterator[bytes], window: int) -> AsyncGenerator[bytes, None]:
+    """Decompress a body piece by piece: small ones at once, others on another thread.
+
+    A thousandth of its size may be all that is sent, so no more is unpacked than is asked for.
+    """
+    unpack = zlib.decompressobj(window)
+    try:
+        async for chunk in stream:
+            piece = unpack.decompress(chunk, _SMALL_PIECE)
+            yield piece
+            full = len(piece) == _SMALL_PIECE
+            while full and not unpack.eof:
+                piece = await asyncio.to_thread(
+                    unpack.decompress, unpack.unconsumed_tail, _LARGE_PIECE
+                )
+                yield piece
+                full = len(piece) == _LARGE_PIECE
+    except zlib.error as error:
+        raise RefusedError(
+            422,
+            "The body is not compressed as its Content-Encoding says. Leave that header out for a "
+            "body that is sent as it is.",
+        ) from error
+    if not unpack.eof:
+        raise RefusedError(422, "The compressed body is cut off or damaged. Send it whole.")
 
 
 def _aligned_room(size: int, start: int) -> memoryview:

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from fdconv_deploy.errors import ImageError
 
@@ -30,6 +30,21 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
 _FORMATS_TEXT = "JPEG, PNG, WebP, BMP or TIFF"
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF
+# Where the pixels of a picture lie in one that is to be looked at, by its EXIF orientation.
+_PLACES: dict[int, Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]] = {
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.swapaxes(0, 1),
+    6: lambda upright: np.rot90(upright, 1),
+    7: lambda upright: np.rot90(upright, 2).swapaxes(0, 1),
+    8: lambda upright: np.rot90(upright, -1),
+}
+# Memory per pixel that decoding takes at most, in bytes: what Pillow and the libraries under it
+# hold, and the result. Measured over the kinds of each format by benchmarks.serving.big_pictures.
+_DECODING = {"PNG": 9, "BMP": 9, "JPEG": 9, "TIFF": 11, "WEBP": 17}
+# Pixels that are converted at a time.
+_STRIP = 1 << 20
 
 
 class UnsupportedImageError(ImageError):
@@ -68,7 +83,7 @@ def read_image(
             f"{file.name} is a NumPy file, which holds bands and not colours. This network takes "
             f"{_FORMATS_TEXT} files; one trained on arrays says so by preprocessing.loading=bands."
         )
-    return file.decode(max_pixels, lambda image: _to_rgb(_upright(image), file.name))
+    return file.decode(max_pixels, lambda image: _to_rgb(image, file.name))
 
 
 def image_size(source: str | os.PathLike[str]) -> tuple[int, int]:
@@ -176,6 +191,21 @@ class ImageFile:
                 ) from error
             raise self.damaged() from error
 
+    def cost(self, max_pixels: int) -> tuple[tuple[int, int], int]:
+        """(height, width) as the file says, and the bytes of memory that decoding it takes.
+
+        Raises:
+            ImageError: as :func:`read_image`, as far as a header tells.
+        """
+
+        def cost(image: Image.Image) -> tuple[tuple[int, int], int]:
+            each = _DECODING[image.format or "WEBP"]
+            if image.info.get("progressive"):  # its coefficients are kept, two bytes each
+                each += 2 * len(image.getbands()) - 2
+            return (image.height, image.width), each * image.width * image.height
+
+        return self.decode(max_pixels, cost, load=False)
+
     def damaged(self) -> ImageError:
         """The refusal of a file that a decoder fails at."""
         return ImageError(
@@ -212,21 +242,32 @@ class _BoundedReader(io.BufferedReader):
         return super().read(left if size is None or size < 0 else min(size, left))
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
     try:
-        return ImageOps.exif_transpose(image)
+        return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:
         # Unreadable EXIF says nothing about the pixels; cv2.imread ignores it as well.
-        return image
+        return 1
 
 
 def _to_rgb(image: Image.Image, name: str) -> npt.NDArray[np.uint8]:
-    if image.mode.startswith("I;16"):
-        gray = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-        return np.repeat(gray[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise UnsupportedImageError(
             f"{name} has 32-bit pixels, whose range is not fixed. Convert it to 8 or 16 bits a "
             "channel."
         )
-    return np.array(image.convert("RGB"), dtype=np.uint8)
+    # In strips, straight to where they belong: of a large picture, each whole copy more would be
+    # as large as itself.
+    turned = _orientation(image)
+    size = (image.width, image.height) if turned in _ON_ITS_SIDE else (image.height, image.width)
+    upright = np.empty((*size, 3), np.uint8)
+    pixels = _PLACES[turned](upright) if turned in _PLACES else upright
+    step = max(_STRIP // image.width, 1)
+    for top in range(0, image.height, step):
+        strip = image.crop((0, top, image.width, min(top + step, image.height)))
+        if image.mode.startswith("I;16"):
+            found = (np.asarray(strip).astype(np.uint16) >> 8)[:, :, None]
+        else:
+            found = np.asarray(strip.convert("RGB"))
+        pixels[top : top + step] = found
+    return upright

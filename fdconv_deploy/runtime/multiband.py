@@ -13,9 +13,10 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -28,6 +29,7 @@ from fdconv_deploy.errors import FDConvError, ImageError
 from fdconv_deploy.runtime.images import FORMATS as PICTURE_FORMATS
 from fdconv_deploy.runtime.images import MAX_PIXELS, ImageFile, UnsupportedImageError, read_image
 
+Result = TypeVar("Result")
 # Every format there is a reader for.
 FORMATS = (*PICTURE_FORMATS, "NPY")
 _FLAGS = {"grayscale": cv2.IMREAD_GRAYSCALE, "unchanged": cv2.IMREAD_UNCHANGED}
@@ -86,6 +88,50 @@ def load_image(
     return image
 
 
+@dataclass(frozen=True)
+class ImageCost:
+    """What an image takes, as its header says.
+
+    Attributes:
+        size: (height, width) as stored.
+        decoding: bytes of memory while it is decoded, its pixels among them.
+        pixels: bytes of its decoded pixels, and as what the network is given them.
+    """
+
+    size: tuple[int, int]
+    decoding: int
+    pixels: int
+
+
+def image_cost(
+    source: bytes, preprocessing: Preprocessing, *, max_pixels: int = MAX_PIXELS
+) -> ImageCost:
+    """The memory that :func:`load_image` will take, from the header alone.
+
+    Raises:
+        ImageError, FDConvError: as :func:`load_image`, as far as a header tells.
+    """
+    file, bands = ImageFile.of(source), preprocessing.channels
+    if preprocessing.loading == "color" and not file.is_array:
+        size, decoding = file.cost(max_pixels)
+        return ImageCost(size, decoding, math.prod(size) * 3)
+    if file.is_array:
+        shape, kind, _, _ = _array_header(file, max_pixels)
+        itemsize = kind.itemsize
+    elif file.is_tiff and preprocessing.loading not in _FLAGS:
+        shape, itemsize = _open_tiff(
+            file, lambda opened: _tiff_shape(opened, file, max_pixels, bands)
+        )
+    else:
+        size, decoding = file.cost(max_pixels)
+        # By Pillow, whose pixels are still there, and by OpenCV: four channels of 16 bits.
+        pixels = math.prod(size) * 4 * 4
+        return ImageCost(size, decoding + pixels, pixels)
+    values = math.prod(shape)
+    # The file's own, as the array, and what OpenCV resizes, float32 at the widest.
+    return ImageCost((shape[0], shape[1]), values * itemsize * 3, values * max(itemsize, 4))
+
+
 def check_format(data: bytes, formats: Sequence[str]) -> None:
     """Refuse an image file that is of none of ``formats``, which are some of ``FORMATS``.
 
@@ -122,6 +168,18 @@ def _wrong_bands(file: ImageFile, shape: Sequence[int], bands: int) -> ImageErro
 
 def _array(file: ImageFile, max_pixels: int) -> npt.NDArray[Any]:
     """A .npy file's array, (H, W) or (H, W, C)."""
+    shape, kind, data, rest = _array_header(file, max_pixels)
+    if rest < math.prod(shape) * kind.itemsize:
+        raise file.damaged()
+    data.seek(0)
+    array: npt.NDArray[Any] = np.load(data, allow_pickle=False)
+    return array
+
+
+def _array_header(
+    file: ImageFile, max_pixels: int
+) -> tuple[Sequence[int], np.dtype[Any], io.BytesIO, int]:
+    """Shape and type of a .npy file's array, the file, and how many bytes of it are numbers."""
     data = io.BytesIO(file.read())
     try:
         version = np.lib.format.read_magic(data)
@@ -140,11 +198,7 @@ def _array(file: ImageFile, max_pixels: int) -> npt.NDArray[Any]:
             "W) of one band."
         )
     _check_size(file, shape, max_pixels)
-    if rest < math.prod(shape) * kind.itemsize:
-        raise file.damaged()
-    data.seek(0)
-    array: npt.NDArray[Any] = np.load(data, allow_pickle=False)
-    return array
+    return shape, kind, data, rest
 
 
 def _by_opencv(file: ImageFile, max_pixels: int, loading: str) -> npt.NDArray[Any]:
@@ -172,6 +226,22 @@ def _channels(image: Image.Image, file: ImageFile) -> npt.NDArray[Any]:
 
 
 def _tiff(file: ImageFile, max_pixels: int, bands: int) -> npt.NDArray[Any]:
+    return _no_bools(_open_tiff(file, lambda opened: _tiff_bands(opened, file, max_pixels, bands)))
+
+
+def _tiff_shape(
+    opened: Any, file: ImageFile, max_pixels: int, bands: int
+) -> tuple[Sequence[int], int]:
+    """(H, W, bands) of a TIFF file's first page, or of all where they are bands; bytes of each."""
+    page = opened.pages[0]
+    _check_page(file, page, max_pixels, 1)
+    shape = [page.imagelength, page.imagewidth, page.samplesperpixel]
+    if shape[2] != bands and _has_page(opened, 1) and not _has_page(opened, _MOST_PAGES):
+        shape[2] *= len(opened.pages)
+    return shape, page.dtype.itemsize if page.dtype else 1
+
+
+def _open_tiff(file: ImageFile, use: Callable[[Any], Result]) -> Result:
     packages = install("tifffile", "imagecodecs")
     try:
         import tifffile
@@ -180,7 +250,7 @@ def _tiff(file: ImageFile, max_pixels: int, bands: int) -> npt.NDArray[Any]:
     try:
         # The bytes, not the path: OME-TIFF files may name others beside them.
         with tifffile.TiffFile(io.BytesIO(file.read())) as opened:
-            return _no_bools(_tiff_bands(opened, file, max_pixels, bands))
+            return use(opened)
     except (ImageError, MemoryError):
         raise
     except Exception as error:

@@ -33,10 +33,21 @@ Labels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 Logits = npt.NDArray[np.float32]
 
 _BLOCK_BYTES = 16 << 20  # of interpolated logits alive at once, per intermediate
+_BLOCK_PIXELS = 1 << 20
 _TILE = 48  # output rows or columns per matrix product: few enough that the band stays narrow
 # Multiplications up to which OpenBLAS, numpy's own BLAS, stays on the calling thread. Its threads
 # wait busily for each other: for products of this kind they burn a second core and save no time.
 _ALONE = 1 << 18
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Parts of a picture (H, W, ...) from the top down, of about a million pixels each.
+
+    What numpy makes on the way, such as an index of eight bytes for each pixel, is as small.
+    """
+    step = max(_BLOCK_PIXELS // max(shape[1], 1), 1)
+    for top in range(0, shape[0], step):
+        yield slice(top, top + step)
 
 
 @dataclass(frozen=True)

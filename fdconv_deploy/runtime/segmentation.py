@@ -13,7 +13,7 @@ import numpy.typing as npt
 from fdconv_deploy.config import SegmentorConfig
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime.manifest import Fit
-from fdconv_deploy.runtime.postprocessing import Labels, Logits, label_map
+from fdconv_deploy.runtime.postprocessing import Labels, Logits, label_map, row_blocks
 from fdconv_deploy.runtime.preprocessing import (
     FitDone,
     Prepared,
@@ -54,8 +54,10 @@ class Segmentation:
 
     def areas(self) -> npt.NDArray[np.int64]:
         """How many pixels each class has: (classes,) int64."""
-        counts = np.bincount(self.labels.reshape(-1), minlength=len(self.classes))
-        return counts.astype(np.int64)
+        counts = np.zeros(len(self.classes), np.int64)
+        for rows in row_blocks(self.labels.shape):
+            counts += np.bincount(self.labels[rows].reshape(-1), minlength=len(counts))
+        return counts
 
     def shares(self) -> dict[str, float]:
         """The share of the image's pixels, 0 to 1, of each class that is in it."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.postprocessing import Labels, Pasted
+from fdconv_deploy.runtime.postprocessing import Labels, Pasted, row_blocks
 
 RGB = tuple[int, int, int]
 _PALETTE_SIZE = 256
@@ -102,7 +102,9 @@ def overlay(
     out = np.empty_like(image)
     for channel in range(3):
         mixed = (1 - opacity) * values[None, :] + opacity * colours[:, channel, None]
-        out[:, :, channel] = np.rint(mixed).astype(np.uint8)[labels, image[:, :, channel]]
+        table = np.rint(mixed).astype(np.uint8)
+        for rows in row_blocks(labels.shape):
+            out[rows, :, channel] = table[labels[rows], image[rows, :, channel]]
     return out
 
 

@@ -499,7 +499,13 @@ class GrpcServer:
         with service.admission.admit(call.client.name, count, deadline):
             async with service.repository.lease(model) as version:
                 start = time.perf_counter()
-                outputs, stages = await infer(service, version, wanted, deadline)
+                answer, stages = await infer(
+                    service,
+                    version,
+                    wanted,
+                    deadline,
+                    lambda found: _written(version, wanted, found),
+                )
                 service.count(version.name, stages, count)
                 service.tracing.record(
                     f"{call.service}/{call.method}",
@@ -508,7 +514,7 @@ class GrpcServer:
                     stages,
                     {"rpc.system": "grpc", "fdconv.model": version.name},
                 )
-                return _written(version, wanted, outputs)
+                return answer
 
     def _card(self, request: Any) -> ModelCard:
         repository = self._service.repository

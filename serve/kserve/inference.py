@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.runtime import Session, Tensors
 from fdconv_deploy.runtime.preprocessing import Placement, Prepared, normalise
-from fdconv_deploy.serve.kserve.tensors import InferRequest
+from fdconv_deploy.serve.kserve.tensors import JSON_BYTES, InferRequest
 from fdconv_deploy.serve.model_repository import Version
 from fdconv_deploy.serve.service import Service
 
+T = TypeVar("T")
 Array = npt.NDArray[Any]
 
 
 async def infer(
-    service: Service, version: Version, request: InferRequest, deadline: float
-) -> tuple[dict[str, Array], list[tuple[str, float]]]:
-    """Run a request.
+    service: Service,
+    version: Version,
+    request: InferRequest,
+    deadline: float,
+    write: Callable[[dict[str, Array]], T],
+    in_json: Collection[str] = (),
+) -> tuple[T, list[tuple[str, float]]]:
+    """Run a request, and write its answer.
+
+    Args:
+        service: That was asked.
+        version: Of the model.
+        request: What is to be run.
+        deadline: By when, on the scheduler's clock; writing included.
+        write: Makes the answer of the outputs asked for, by name. A segmentor's are ``logits``
+            (N, classes, h, w) float32 and ``labels`` (N, H, W) at the input's size, uint8 or,
+            above 256 classes, uint16; a detector's are its graph's outputs.
+        in_json: Names of those that are written as JSON, which is done on another thread.
 
     Returns:
-        The outputs asked for, by name, and (name, seconds) of each stage. A segmentor's are
-        ``logits`` (N, classes, h, w) float32 and ``labels`` (N, H, W) at the input's size, uint8
-        or, above 256 classes, uint16; a detector's are its graph's outputs.
+        What ``write`` made, and (name, seconds) of each stage.
     """
-    async with service.admission.memory(version.tensor_bytes(len(request.images)), deadline):
-        return await _infer(service, version, request, deadline)
+
+    async def work() -> tuple[T, list[tuple[str, float]]]:
+        async with service.admission.memory(_memory(version, request, in_json), deadline):
+            outputs, stages = await _infer(service, version, request, deadline)
+            if in_json:
+                return await service.scheduler.code(lambda: write(outputs)), stages
+            return write(outputs), stages
+
+    return await service.finish(version, work(), deadline)
+
+
+def _memory(version: Version, request: InferRequest, in_json: Collection[str]) -> int:
+    """The bytes that a request takes at most, beside its body."""
+    count = len(request.images)
+    numbers = {one.name: math.prod(one.shape[1:]) * count for one in version.card.tensors[1]}
+    written = sum(JSON_BYTES * numbers[name] for name in in_json)
+    labels = numbers.get("labels", 0) * 2 if "labels" in request.outputs else 0
+    return version.tensor_bytes(count) + labels + written
 
 
 async def _infer(

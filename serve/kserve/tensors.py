@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,19 +14,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
 
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.model_cards import ModelCard
 
 Array = npt.NDArray[Any]
 HEADER_LENGTH = "Inference-Header-Content-Length"
+# Memory in bytes that a number in JSON takes while it is read or written, and a list of them.
+JSON_BYTES, _LIST_BYTES = 80, 96
+# Numbers, and bytes, of a request's JSON beside those of its tensors: names, shapes, parameters.
+_BESIDE, _BESIDE_BYTES = 4096, 64 << 10
+# Characters of a number in JSON with what is around it, at most.
+_TEXT = 48
 # The protocol's names of the datatypes that occur here.
 DATATYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(code)
     for name, code in {"FP32": "<f4", "UINT8": "u1", "UINT16": "<u2", "INT64": "<i8"}.items()
 }
 _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
-_JSON = json.JSONEncoder(separators=(",", ":"))
 # Parameters of Triton's extensions that would change the answer and are not done here. A client
 # that got an answer would take it for the one it asked for.
 _NOT_DONE = {
@@ -163,6 +168,35 @@ def json_length(header: str | None, size: int) -> int:
     return int(header)
 
 
+def most_bytes(card: ModelCard, max_images: int) -> int:
+    """Most bytes of a request's body that the model can need: every number as text."""
+    return _BESIDE_BYTES + _TEXT * _most_numbers(card, max_images)
+
+
+def _most_numbers(card: ModelCard, max_images: int) -> int:
+    return max_images * sum(math.prod(one.shape[1:]) for one in card.tensors[0])
+
+
+def json_memory(text: bytes | memoryview, card: ModelCard, max_images: int) -> int:
+    """The bytes of memory that reading a request's JSON takes, counted before it is read.
+
+    A list or a number of two characters becomes fifty times as large.
+
+    Raises:
+        RefusedError: 413, it holds more numbers or lists than the model's inputs do.
+    """
+    text = bytes(text)
+    numbers, lists = text.count(b",") + 1, text.count(b"[") + text.count(b"{")
+    most = _most_numbers(card, max_images)
+    if numbers > most + _BESIDE or lists > 2 * most + _BESIDE:
+        raise RefusedError(
+            413,
+            f"The request's JSON holds {numbers:,} values in {lists:,} lists; {max_images} images, "
+            f"the most in one request, are {most:,} numbers. Send as many as the shapes say.",
+        )
+    return len(text) + JSON_BYTES * numbers + _LIST_BYTES * lists
+
+
 def read_request(
     body: memoryview, length: int, card: ModelCard, max_images: int
 ) -> tuple[InferRequest, dict[str, bool]]:
@@ -263,7 +297,7 @@ def write_answer(
     header = {"model_name": model, "model_version": version, "outputs": described}
     if request.id:
         header["id"] = request.id
-    text = _JSON.encode(header).encode()
+    text = to_json(header)
     return [text, *parts], len(text) if parts else None
 
 

@@ -33,6 +33,8 @@ from fdconv_deploy.serve.kserve.tensors import (
     HEADER_LENGTH,
     InferAnswer,
     json_length,
+    json_memory,
+    most_bytes,
     read_request,
     write_answer,
 )
@@ -153,27 +155,30 @@ async def run(request: Request) -> Response:
     service.check_loaded()
     deadline = service.deadline(timeout_ms, arrived=arrived)
     service.admission.check_room(client, deadline=deadline)
-    with Body(request, service.settings, service.budget) as body:
+    most_images = service.settings.max_images
+    most = most_bytes(repository.card(model), most_images)
+    with Body(request, service.settings, service.budget, most) as body:
         header = request.headers.get(HEADER_LENGTH)
         data = await body.read_aligned(int(header[:9]) if header and header.isdecimal() else 0)
         length = json_length(header, len(data))
         async with repository.lease(model) as leased:
-            arguments = data, length, leased.card, service.settings.max_images
+            arguments = data, length, leased.card, most_images
             if length < _SMALL_JSON:
                 wanted, binary = read_request(*arguments)
             else:
-                wanted, binary = await code(lambda: read_request(*arguments))
+                needed = await code(lambda: json_memory(data[:length], leased.card, most_images))
+                async with service.admission.memory(needed, deadline):
+                    wanted, binary = await code(lambda: read_request(*arguments))
             count = len(wanted.images)
             deadline = service.deadline(timeout_ms, wanted.timeout_ms, arrived=arrived)
+
+            def write(outputs: dict[str, Any]) -> tuple[list[bytes | memoryview], int | None]:
+                return write_answer(leased.name, leased.card.version, wanted, outputs, binary)
+
             with service.admission.admit(client, count, deadline):
-                work = infer(service, leased, wanted, deadline)
-                outputs, stages = await while_connected(request, work)
-
-                def write() -> tuple[list[bytes | memoryview], int | None]:
-                    return write_answer(leased.name, leased.card.version, wanted, outputs, binary)
-
-                in_json = not all(binary[name] for name in outputs)
-                parts, head = await code(write) if in_json else write()
+                in_json = [name for name in wanted.outputs if not binary[name]]
+                work = infer(service, leased, wanted, deadline, write, in_json)
+                (parts, head), stages = await while_connected(request, work)
     answered(request, leased.name, count, stages)
     if head is None:
         return Parts(parts, "application/json", {})
