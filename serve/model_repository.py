@@ -59,13 +59,6 @@ class Version:
             found.append(sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in specs))
         return max(found) // batch * images
 
-
-class Lane(NamedTuple):
-    """Runs of one version at one input size (height, width), which alone may share a batch."""
-
-    version: Version
-    size: tuple[int, int]
-
     def slide_bytes(self, size: tuple[int, int]) -> int:
         """Memory that mode 'slide' takes for an image of (H, W), beside its pixels.
 
@@ -78,9 +71,17 @@ class Lane(NamedTuple):
         assert architecture is not None
         stride = architecture.test.stride or session.input_size
         crops = 2 * (width // stride[1] + 1) + max(session.batch_sizes)
-        averaged = (64 << 20) + 4 * 64 * card.output.channels * width
-        resized = height * width * session.channels * 4
+        averaged = 4 * max(16 << 20, 8 * 4 * card.output.channels * width)
+        colors = session.preprocessing.loading == "color" and not session.preprocessing.to_float32
+        resized = height * width * session.channels * (1 if colors else 4)
         return crops * self.tensor_bytes(1) + averaged + resized
+
+
+class Lane(NamedTuple):
+    """Runs of one version at one input size (height, width), which alone may share a batch."""
+
+    version: Version
+    size: tuple[int, int]
 
 
 @dataclass(eq=False)

@@ -22,7 +22,14 @@ from fdconv_deploy.runtime.preprocessing import Prepared, resize
 from fdconv_deploy.serve.batching import DeadlineError, Outcome
 from fdconv_deploy.serve.errors import RefusedError, answer_to
 from fdconv_deploy.serve.model_repository import Version
-from fdconv_deploy.serve.responses import Answer, check_masks, json_bytes, masks_bytes, render
+from fdconv_deploy.serve.responses import (
+    MAX_JSON,
+    Answer,
+    check_masks,
+    json_bytes,
+    masks_bytes,
+    render,
+)
 from fdconv_deploy.serve.segment_options import SegmentRequest
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.uploads import Upload
@@ -77,7 +84,10 @@ def _memory(images: list[_Image], threads: int) -> int:
     """
     costs = [image.cost() for image in images]
     decoding = sum(sorted(cost.decoding for cost in costs)[-threads:])
-    answering = max(cost.answering for cost in costs) + sum(cost.written for cost in costs)
+    written = sum(cost.written for cost in costs)
+    if images[0].in_json:  # held to that for all images together
+        written = min(written, 2 * MAX_JSON)
+    answering = max(cost.answering for cost in costs) + written
     return sum(cost.kept for cost in costs) + max(decoding, answering)
 
 
@@ -170,7 +180,7 @@ class _Image:
         """Bytes of memory while the answer is made, and of the answer."""
         pixels, form, options = size[0] * size[1], self._request.form, self._request.options
         if options.size == "network":
-            pixels = min(pixels, math.prod(self._session.input_size))
+            pixels = min(pixels, max(map(math.prod, self._session.sizes)))
         labels = pixels * (2 if len(self._version.card.classes) > 256 else 1)
         if self._session.detects:
             labels += masks_bytes(pixels, self._version.card)
@@ -270,6 +280,11 @@ class _Image:
             logits=logits,
             image_size=self._size,
         )
+
+    @property
+    def in_json(self) -> bool:
+        """Whether the answer is JSON."""
+        return self._request.form.output == "json"
 
     @property
     def _draws(self) -> bool:

@@ -105,7 +105,7 @@ class Service:
         start = time.perf_counter()
 
         def late() -> None:
-            self._count_failure(version, time.perf_counter() - start)
+            self.statistics[version.name].failed(time.perf_counter() - start)
 
         return await finish_by(work, deadline, on_late=late)
 

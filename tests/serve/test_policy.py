@@ -250,7 +250,14 @@ def test_max_memory_in_hand(bundles: list[Path], png: bytes) -> None:
 
     async def test() -> None:
         async with serving(bundles[:1]) as (client, service):
-            each = service.repository.default.version.tensor_bytes(1)
+            runs = Runs(service)
+            runs.hold()
+            asked = [ask(client, png)]
+            await until(lambda: service.scheduler.running == 1)
+            each = service.admission.memory_used
+            assert each > service.repository.default.version.tensor_bytes(1)
+            runs.let_go()
+            await all_answered(asked)
         async with serving(bundles[:1], max_memory_in_hand=3 * each) as (client, service):
             runs = Runs(service)
             runs.hold()
@@ -259,13 +266,15 @@ def test_max_memory_in_hand(bundles: list[Path], png: bytes) -> None:
             await until(lambda: service.scheduler.waiting + service.scheduler.running == 3)
             assert service.admission.memory_used == 3 * each
             short = {**PNG, "X-Timeout-Ms": "50"}
-            late = await client.post("/v1/segment", content=png, headers=short)
+            late = await client.post("/v1/segment?output=mask", content=png, headers=short)
             assert "deadline" in refused(late, 504)
             asked[0].cancel()  # one that has memory, and one that waits for it
             asked[5].cancel()
             await until(lambda: service.admission.in_hand == 5)
-            files = [("image", (f"{n}.png", png)) for n in range(4)]
-            assert "bytes of memory" in refused(await client.post("/v1/segment", files=files), 413)
+            files = [("image", (f"{n}.png", png)) for n in range(12)]
+            assert "bytes of memory" in refused(
+                await client.post("/v1/segment?output=mask", files=files), 413
+            )
             runs.let_go()
             await all_answered([*asked[1:5], asked[6]])
             assert service.admission.memory_used == 0
