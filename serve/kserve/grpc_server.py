@@ -490,7 +490,11 @@ class GrpcServer:
     async def _run(self, request: Any, context: Any, call: _Call) -> Any:
         service, arrived = self._service, time.perf_counter()
         model = service.repository.get_version(request.model_name, request.model_version)
-        wanted = _read(request, service.repository.card(model), service.settings.max_images)
+        arguments = request, service.repository.card(model), service.settings.max_images
+        if request.raw_input_contents:
+            wanted = _read(*arguments)
+        else:  # numbers one by one, which would keep the event loop
+            wanted = await service.scheduler.code(lambda: _read(*arguments))
         left = context.time_remaining()
         header = dict(_text(context)).get("x-timeout-ms")
         limits = wanted.timeout_ms, left and left * 1e3, timeout_of(header)
