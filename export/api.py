@@ -122,4 +122,4 @@ def export_module(
     source = module_to_export(
         module, example, chosen, input_name=input_name, outputs=outputs, output_names=output_names
     )
-    return write_bundle(source, output, chosen)
+    return write_bundle([source], output, chosen)

@@ -7,7 +7,9 @@ import os
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +31,7 @@ from fdconv_deploy.export.validation.tolerance import TOLERANCES, Precision, cou
 from fdconv_deploy.export.validation.verdict import Judge, Subject, Verdict, refusal
 from fdconv_deploy.folding.network import foldable_layers, input_sizes
 from fdconv_deploy.runtime.bundle import Bundle, BundleWriter
-from fdconv_deploy.runtime.manifest import Manifest, ParityReport, TensorSpec
+from fdconv_deploy.runtime.manifest import Manifest, ParityReport, SizedGraphs, TensorSpec
 from fdconv_deploy.version import __version__
 
 # Smaller tensors (shapes, biases tiled per batch size) stay in the graph itself.
@@ -39,71 +41,85 @@ ALIGNMENT = 64
 WEIGHTS = "weights.bin"
 
 
+@dataclass
+class SizedExport:
+    """The graphs of one input size as they are made, and what judges them.
+
+    name: ends what is said of it, and begins its graphs' names, where there are several sizes.
+    """
+
+    source: SourceNetwork
+    name: str
+    judge: Judge
+    reduction: Reduction
+    models: dict[int, str] = field(default_factory=dict)
+    inputs: dict[int, tuple[TensorSpec, ...]] = field(default_factory=dict)
+    outputs: dict[int, tuple[TensorSpec, ...]] = field(default_factory=dict)
+    group_maps: dict[str, str] = field(default_factory=dict)
+    nodes: dict[str, int] = field(default_factory=dict)
+    verdicts: dict[int, Verdict] = field(default_factory=dict)
+
+    @property
+    def graphs(self) -> dict[str, Any]:
+        """Entries of the manifest that belong to one input size."""
+        return {
+            "models": self.models,
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "parity": _parity(self.verdicts),
+        }
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """What is written down about these graphs."""
+        exactness = {str(batch): verdict.as_dict() for batch, verdict in self.verdicts.items()}
+        return {**self.nodes, "exactness": exactness}
+
+
 def write_bundle(
-    source: SourceNetwork, output: str | os.PathLike[str], options: ExportOptions
+    sources: Sequence[SourceNetwork], output: str | os.PathLike[str], options: ExportOptions
 ) -> Bundle:
     """Export a network to a bundle, or leave nothing behind.
+
+    Args:
+        sources: the network at each input size, the bundle's own first.
+        output: the bundle's folder.
+        options: how it is exported; those of the sizes are in the sources.
 
     Raises:
         ExportError: the network cannot be exported, or a graph is too far from it.
         BundleError: ``output`` is in the way.
     """
     started = time.perf_counter()
-    network = source.module
-    inputs: dict[int, tuple[TensorSpec, ...]] = {}
-    outputs: dict[int, tuple[TensorSpec, ...]] = {}
-    models: dict[int, str] = {}
-    group_maps: dict[str, str] = {}
-    nodes: dict[str, int] = {}
-    sizes: dict[str, tuple[int, int]] | None = None
     # A `with` of its own: entered through the stack, a signal could come before it is left by it.
     with BundleWriter(output, overwrite=options.overwrite) as writer, ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fdconv-export-")))
-        judge = Judge(source, scratch, progress=options.say)
-        reduction = Reduction(source, options, scratch)
+        sized = []
+        for number, source in enumerate(sources):
+            folder = scratch / str(number)
+            folder.mkdir()
+            judge = Judge(source, folder, progress=options.say)
+            reduction = Reduction(source, options, folder)
+            name = str(source.manifest["input"]) if len(sources) > 1 else ""
+            sized.append(SizedExport(source, name, judge, reduction))
         with (writer.path / WEIGHTS).open("wb") as file:
             weights = SharedWeights(file)
-            for batch in source.batches:
-                example = source.inputs[0].rows(batch)
-                options.say(f"batch {batch}: running the network")
-                answers = judge.answers(source.inputs[0], batch)
-                options.say(f"batch {batch}: writing the graph")
-                captured = capture(
-                    network,
-                    example,
-                    input_names=source.input_names,
-                    output_names=source.output_names,
+            for number, one in enumerate(sized):
+                _write_graphs(one, writer.path, f"{one.name}." * (number > 0), weights, options)
+        for one in sized:
+            for batch, name in one.models.items():
+                path = writer.path / name
+                check_model(str(path))
+                one.verdicts[batch] = _validate(
+                    one, batch, path, options.precision, options.allowed
                 )
-                if sizes is None:  # the same for every batch size
-                    sizes = input_sizes(network, tuple(tensor[:1] for tensor in example))
-                graph = build_graph(captured, network, sizes, batch)
-                del captured
-                if options.precision != "fp32":
-                    exact = scratch / "fp32.onnx"
-                    onnx.save(graph.model, str(exact))
-                    _validate(source, judge, batch, exact, "fp32", TOLERANCES["fp32"])
-                    exact.unlink()
-                    reduction.apply(graph.model, batch)
-                weights.take(graph.model)
-                models[batch] = f"model.b{batch}.onnx"
-                onnx.save(graph.model, str(writer.path / models[batch]))
-                group_maps |= graph.group_maps
-                nodes[f"nodes.b{batch}"] = len(graph.model.graph.node)
-                inputs[batch] = _specs(source.feed(batch))
-                outputs[batch] = _specs(answers)
-        verdicts: dict[int, Verdict] = {}
-        for batch, name in models.items():
-            path = writer.path / name
-            check_model(str(path))
-            verdicts[batch] = _validate(
-                source, judge, batch, path, options.precision, options.allowed
-            )
+        first, *others = sized
         entries: dict[str, Any] = {
-            **source.manifest.get("graph", {}),
-            **nodes,
-            "fdconv_layers": len(foldable_layers(network)),
-            "exactness": {str(batch): verdict.as_dict() for batch, verdict in verdicts.items()},
-            **({"precision": reduction.report} if reduction.report else {}),
+            **first.source.manifest.get("graph", {}),
+            **first.found,
+            **({"sizes": {one.name: one.found for one in others}} if others else {}),
+            "fdconv_layers": len(foldable_layers(first.source.module)),
+            **({"precision": first.reduction.report} if first.reduction.report else {}),
             "export_seconds": round(time.perf_counter() - started, 1),
             "export_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
@@ -112,20 +128,56 @@ def write_bundle(
                 created_by=f"fdconv-deploy {__version__}",
                 created_at=datetime.now(timezone.utc),
                 precision=options.precision,
-                models=models,
+                **first.graphs,
+                other_sizes=tuple(
+                    SizedGraphs(input=one.source.manifest["input"], **one.graphs) for one in others
+                ),
                 weights=WEIGHTS,
-                inputs=inputs,
-                outputs=outputs,
-                group_maps=group_maps,
-                parity=_parity(verdicts),
+                group_maps=first.group_maps,
                 versions={n: version(n) for n in ("torch", "onnx", "onnxruntime", "numpy")},
-                **{**source.manifest, "graph": entries},
+                **{**first.source.manifest, "graph": entries},
             )
         )
 
 
+def _write_graphs(
+    one: SizedExport, folder: Path, prefix: str, weights: SharedWeights, options: ExportOptions
+) -> None:
+    """Write the graph of every batch size to a folder; large constants go to the weights."""
+    source, sizes = one.source, None
+    for batch in source.batches:
+        at = ", ".join(filter(None, [one.name, f"batch {batch}"]))
+        example = source.inputs[0].rows(batch)
+        options.say(f"{at}: running the network")
+        answers = one.judge.answers(source.inputs[0], batch)
+        options.say(f"{at}: writing the graph")
+        captured = capture(
+            source.module,
+            example,
+            input_names=source.input_names,
+            output_names=source.output_names,
+        )
+        if sizes is None:  # the same for every batch size
+            sizes = input_sizes(source.module, tuple(tensor[:1] for tensor in example))
+        graph = build_graph(captured, source.module, sizes, batch)
+        del captured
+        if options.precision != "fp32":
+            exact = one.judge.folder / "fp32.onnx"
+            onnx.save(graph.model, str(exact))
+            _validate(one, batch, exact, "fp32", TOLERANCES["fp32"])
+            exact.unlink()
+            one.reduction.apply(graph.model, batch)
+        weights.take(graph.model)
+        one.models[batch] = f"model.{prefix}b{batch}.onnx"
+        onnx.save(graph.model, str(folder / one.models[batch]))
+        one.group_maps |= graph.group_maps
+        one.nodes[f"nodes.b{batch}"] = len(graph.model.graph.node)
+        one.inputs[batch] = _specs(source.feed(batch))
+        one.outputs[batch] = _specs(answers)
+
+
 class SharedWeights:
-    """One weights file that the graphs of all batch sizes share: equal tensors are stored once."""
+    """One weights file that all graphs share: equal tensors are stored once."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._name = file, Path(file.name).name
@@ -154,24 +206,25 @@ class SharedWeights:
 
 
 def _validate(
-    source: SourceNetwork, judge: Judge, batch: int, model: Path, precision: Precision, limit: float
+    one: SizedExport, batch: int, model: Path, precision: Precision, limit: float
 ) -> Verdict:
     """Judge a graph, and refuse it where it is not the network.
 
     In float32 every layer is judged; what lower precision costs, `Reduction` measures
     layer by layer, and here the answer alone is compared with the tolerance.
     """
-    exact = precision == "fp32"
+    exact, source, judge = precision == "fp32", one.source, one.judge
     run = fresh(model, source.output_names, judge.folder)
     subject = Subject(batch, run, precision, limit, model if exact else None)
     verdict = judge.judge(subject, source.inputs[:1], source.inputs[1:])
     if verdict.equal:
         return verdict
-    message = refusal(verdict, f"the exported {precision} graph of batch {batch}")
+    of = f"batch {batch}" + (f" at {one.name}" if one.name else "")
+    message = refusal(verdict, f"the exported {precision} graph of {of}")
     wrong = verdict.wrong
     if wrong is not None and wrong.parity is not None and counts_classes(wrong.parity, precision):
         message = (
-            f"the int8 graph of batch {batch} gives {wrong.error:.1%} of the positions another "
+            f"the int8 graph of {of} gives {wrong.error:.1%} of the positions another "
             f"class than the network, {limit:.1%} is allowed. Calibrate on pictures "
             "of the kind the network will see (--calibrate), compare on such (--image), keep "
             "modules in float32 (--keep-fp32), or raise --tolerance."

@@ -29,9 +29,10 @@ class ExportOptions:
     """How a network is exported. Impossible options raise an `ExportError` as this is made.
 
     Attributes:
-        size: height and width of the graphs in pixels. If not given: the crop of a network tested
-            in ``slide`` mode, what a detector's published resize makes of a landscape image, or
-            the example's of any other module.
+        size: height and width of the graphs in pixels, or several such pairs for graphs of each
+            over the same weights; an image then takes that nearest to its proportions. If not
+            given: the crop of a network tested in ``slide`` mode, what a detector's published
+            resize makes of a landscape image, or the example's of any other module.
         batches: batch sizes, one graph each. If not given: 1, or the example's.
         fit: how a segmentor's images of another aspect ratio are brought to ``size``. Detectors
             always pad.
@@ -49,7 +50,7 @@ class ExportOptions:
         progress: called with a sentence as each step begins.
     """
 
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | Sequence[tuple[int, int]] | None = None
     batches: Sequence[int] | None = None
     fit: Fit = "stretch"
     pictures: Sequence[Any] = ()
@@ -68,8 +69,13 @@ class ExportOptions:
             if found not in expected:
                 listed = f"{', '.join(expected[:-1])} or {expected[-1]}"
                 raise ExportError(f"{name} is {listed}, not {found!r}.")
-        if self.size is not None:
-            check_size(self.size)
+        for size in self.sizes:
+            check_size(size)
+        if len(set(self.sizes)) < len(self.sizes) or (self.size is not None and not self.sizes):
+            raise ExportError(
+                "sizes are pairs of height and width, one or more and each once, got "
+                f"{', '.join(f'{h}x{w}' for h, w in self.sizes) or 'none'}."
+            )
         if self.batches is not None:
             unique = tuple(sorted(set(self.batches)))
             if not unique or unique[0] < 1:
@@ -100,6 +106,18 @@ class ExportOptions:
     def of(cls, options: ExportOptions | None, fields: dict[str, Any]) -> ExportOptions:
         """Options with some fields changed; defaults where none are given."""
         return cls(**fields) if options is None else replace(options, **fields)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Every ``size`` that was given, the bundle's own first; empty where none was."""
+        if self.size is None or not self.size:
+            return ()
+        first, *others = self.size
+        if isinstance(first, int):
+            (second,) = others
+            assert isinstance(second, int)
+            return ((first, second),)
+        return tuple((height, width) for height, width in (first, *others))
 
     @property
     def allowed(self) -> float:

@@ -77,20 +77,32 @@ def network_of(network: Segmentor | Detector, size: tuple[int, int]) -> SourceNe
 
 def network_to_export(
     network: Segmentor | Detector, options: ExportOptions, checkpoint: CheckpointInfo | None = None
-) -> SourceNetwork:
-    """A segmentor or detector, ready to be exported.
+) -> list[SourceNetwork]:
+    """A segmentor or detector, ready to be exported at each of its sizes.
 
     Raises:
         ExportError: the network or the options do not allow it.
     """
     _refuse_training(network)
-    if isinstance(network, Detector):
-        detects, size = True, _detector_size(network, options)
-    else:
-        detects, size = False, _segmentor_size(network, options)
     if not foldable_layers(network):
         # A plain baseline is exported all the same: benchmarks compare with it.
         options.say("note: this network has no FDConv layer")
+    sizes = [
+        _detector_size(network, options, size)
+        if isinstance(network, Detector)
+        else _segmentor_size(network, size)
+        for size in options.sizes or (None,)
+    ]
+    return [_at_size(network, options, size, checkpoint) for size in sizes]
+
+
+def _at_size(
+    network: Segmentor | Detector,
+    options: ExportOptions,
+    size: tuple[int, int],
+    checkpoint: CheckpointInfo | None,
+) -> SourceNetwork:
+    detects = isinstance(network, Detector)
     how = network.architecture.preprocessing
     source = network_of(network, size)
     inputs = list(source.inputs)
@@ -177,9 +189,9 @@ def _refuse_training(network: nn.Module) -> None:
         raise ExportError("the network is in training mode; call .eval() before exporting.")
 
 
-def _segmentor_size(network: Segmentor, options: ExportOptions) -> tuple[int, int]:
+def _segmentor_size(network: Segmentor, size: tuple[int, int] | None) -> tuple[int, int]:
     """The height and width given, or the crop of a sliding network."""
-    test, size = network.architecture.test, options.size
+    test = network.architecture.test
     crop = test.crop_size if test.mode == "slide" else None
     if size is None:
         if crop is None:
@@ -213,9 +225,11 @@ def _segmentor_size(network: Segmentor, options: ExportOptions) -> tuple[int, in
     return size
 
 
-def _detector_size(network: Detector, options: ExportOptions) -> tuple[int, int]:
+def _detector_size(
+    network: Detector, options: ExportOptions, size: tuple[int, int] | None
+) -> tuple[int, int]:
     """The height and width given, or the padded size of a landscape image as published."""
-    size = options.size or network.architecture.published_size
+    size = size or network.architecture.published_size
     if any(side % SIZE_DIVISOR for side in size):
         nearest = "x".join(str(-(-side // SIZE_DIVISOR) * SIZE_DIVISOR) for side in size)
         raise ExportError(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,11 +110,12 @@ def build_engines(
     if why_not is not None:
         say(f"note: FDConv layers run in TensorRT's own operators, since {why_not}")
     results = []
-    for batch in chosen:
+    views = [bundle.at(size) for size in bundle.manifest.sizes] or [bundle]
+    for view, batch in product(views, chosen):
         reason = "it was asked for"
         if not force:
             try:
-                record = find_engine(bundle, batch, machine)
+                record = find_engine(view, batch, machine)
             except BackendError as error:
                 reason = str(error)
             else:
@@ -122,7 +124,7 @@ def build_engines(
                     say(f"batch {batch}: {record.name} fits this machine")
                     continue
                 reason = f"{record.name} was built with other options"
-        record = _build_one(bundle, batch, backend, trtp, options, tolerance, say)
+        record = _build_one(view, batch, backend, trtp, options, tolerance, say)
         results.append(BuiltEngine(record, True, reason))
     return results
 

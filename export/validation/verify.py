@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,38 @@ def verify_bundle(
         tolerance: what export allows at the bundle's precision if not given.
 
     Returns:
-        One verdict on all images, or one per batch size on packaged pictures.
+        One verdict on all images of each input size that they take, or one per input and batch
+        size on packaged pictures.
 
     Raises:
         ExportError: the bundle is of another network, or its answers have another form.
     """
     manifest = session.bundle.manifest
     _check_same(manifest.architecture or manifest.detector, network.architecture)
+    if len(session.sizes) < 2:
+        return _verify(session, network, images, tolerance)
+    taken = [(session.images.prepare(image).network, (name, image)) for name, image in images]
+    verdicts = []
+    for size in session.sizes:
+        given = [image for at, image in taken if at == size]
+        if given or not images:
+            verdicts += _verify(session.at(size), network, given, tolerance, named=True)
+    return verdicts
+
+
+def _verify(
+    session: Session,
+    network: Segmentor | Detector,
+    images: Sequence[tuple[str, NDArray[np.uint8]]],
+    tolerance: float | None,
+    *,
+    named: bool = False,
+) -> list[Verdict]:
+    """Judge the graphs of one input size, which is ``named`` beside what they are judged on."""
+    manifest = session.bundle.manifest
     source = network_of(network, session.input_size)
+    at = f" at {manifest.input}" * named
+    packaged = [replace(one, name=one.name + at) for one in source.inputs]
     allowed = TOLERANCES[manifest.precision] if tolerance is None else tolerance
     native = native_library(True)[0] if session.operators.startswith("native") else None
 
@@ -70,9 +95,9 @@ def verify_bundle(
             return judge.judge(subject, first, more)
 
         if images:
-            given = [_image_source(session, name, image) for name, image in images]
-            return [judged(session.batch_sizes[0], given, source.inputs)]
-        return [judged(b, source.inputs[:1], source.inputs[1:]) for b in session.batch_sizes]
+            given = [_image_source(session, name + at, image) for name, image in images]
+            return [judged(session.batch_sizes[0], given, packaged)]
+        return [judged(b, packaged[:1], packaged[1:]) for b in session.batch_sizes]
 
 
 def load_exported(

@@ -84,7 +84,8 @@ def bench(
     size: Annotated[
         str | None,
         typer.Option(
-            metavar="HEIGHTxWIDTH", help="Input size of checkpoints; a bundle has its own."
+            metavar="HEIGHTxWIDTH",
+            help="Input size of checkpoints; of a bundle, one of those it has (else its first).",
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of every target.")] = None,
@@ -148,6 +149,7 @@ def bench(
         measure,
     )
     from fdconv_deploy.latency.targets import RunOptions, expand_targets
+    from fdconv_deploy.runtime import Bundle
     from fdconv_deploy.runtime.backends.threads import available_cores
 
     outputs = [
@@ -180,9 +182,13 @@ def bench(
         native=NATIVE[native],
     )
     if size and all(target.kind == "bundle" for target in targets):
-        raise typer.BadParameter(
-            "--size is of checkpoints; a bundle's graphs have the size it was exported at."
-        )
+        manifests = [Bundle.open(one.source, verify=False).manifest for one in targets]
+        sizes = {at for manifest in manifests for at in manifest.sizes}
+        if parse_size(size) not in sizes:
+            has = ", ".join(f"{height}x{width}" for height, width in sorted(sizes)) or "their own"
+            raise typer.BadParameter(
+                f"{size}: a bundle's graphs have the sizes it was exported at, here {has}."
+            )
     levels = parse_counts([concurrency], "--concurrency")
     if divergence:
         check_divergences(targets)

@@ -16,7 +16,6 @@ from fdconv_deploy.cli.options import (
     Json,
     Quiet,
     Settings,
-    Size,
     Weights,
     parse_counts,
     parse_settings,
@@ -33,7 +32,14 @@ err = Console(stderr=True)
 def export(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")],
-    size: Size = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HEIGHTxWIDTH",
+            help="The input's height and width in pixels, e.g. 512x1024. Repeatable: an image "
+            "takes that nearest to its proportions, and of equal ones the first.",
+        ),
+    ] = None,
     batch: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,7 +106,7 @@ def export(
     overrides = parse_settings(settings)
     if mode is not None:
         overrides["test.mode"] = mode
-    pixels = parse_size(size) if size else None
+    pixels = [parse_size(one) for one in size or ()] or None
     require_files(checkpoint, config)
     with err.status("starting", spinner="dots") as status:
         options = ExportOptions(
@@ -139,38 +145,48 @@ def export(
 def _print_export(bundle: Bundle) -> None:
     manifest = bundle.manifest
     same = "same objects" if manifest.kind == "detector" else "same class"
-    table = Table("batch", "output", "error", "relative", same, title=Path(bundle.path).name)
-    assert manifest.parity is not None
-    for batch, outputs in manifest.parity.batches.items():
-        for output in outputs:
-            agreement = output.argmax_agreement
-            table.add_row(
-                str(batch),
-                output.name,
-                f"{output.max_abs:.1e}",
-                f"{output.max_rel:.1e}",
-                "" if agreement is None else f"{agreement:.4%}",
-            )
+    columns = "size", "batch", "output", "error", "relative", same
+    several = len(manifest.sizes) > 1
+    table = Table(*columns[not several :], title=Path(bundle.path).name)
+    for size in manifest.sizes:
+        view = manifest.at(size)
+        assert view.parity is not None
+        for batch, outputs in view.parity.batches.items():
+            for output in outputs:
+                agreement = output.argmax_agreement
+                table.add_row(
+                    *[str(view.input)] * several,
+                    str(batch),
+                    output.name,
+                    f"{output.max_abs:.1e}",
+                    f"{output.max_rel:.1e}",
+                    "" if agreement is None else f"{agreement:.4%}",
+                )
     console = Console()
     console.print(table)
-    for batch, found in manifest.graph["exactness"].items():
-        for line in found["verdict"]:
-            console.print(f"Batch {batch}: {line}", markup=False, highlight=False, soft_wrap=True)
-    size = sum(f.bytes for f in manifest.files.values())
+    exactness = {str(manifest.input): manifest.graph["exactness"]}
+    exactness |= {at: found["exactness"] for at, found in manifest.graph.get("sizes", {}).items()}
+    for at, batches in exactness.items():
+        for batch, found in batches.items():
+            for line in found["verdict"]:
+                text = f"{at}, batch {batch}: {line}" if several else f"Batch {batch}: {line}"
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+    megabytes = sum(f.bytes for f in manifest.files.values()) / 1e6
+    assert manifest.parity is not None
     console.print(
-        f"{manifest.graph['fdconv_layers']} FDConv layers, {size / 1e6:.1f} MB, exported in "
+        f"{manifest.graph['fdconv_layers']} FDConv layers, {megabytes:.1f} MB, exported in "
         f"{manifest.graph['export_seconds']} s. Compared with {manifest.parity.reference}."
     )
     if manifest.precision != "fp32":
         _print_precision(console, manifest.precision, manifest.graph["precision"])
-    assert manifest.input is not None
-    height, width = manifest.input.height, manifest.input.width
+    sizes = " or ".join(f"{height}x{width}" for height, width in manifest.sizes)
+    nearest = ", whichever is nearest to their proportions" * several
     if manifest.kind == "detector":
-        console.print(f"Images keep their aspect ratio and are padded to {height}x{width}.")
+        console.print(f"Images keep their aspect ratio and are padded to {sizes}{nearest}.")
     else:
         how = "stretched" if manifest.fit == "stretch" else "padded"
         console.print(
-            f"Images of another aspect ratio than {height}x{width} are {how} (see --fit)."
+            f"Images of another aspect ratio than {sizes} are {how} (see --fit){nearest}."
         )
     if manifest.graph.get("frequency_order") == "stable":
         console.print("Frequency order: stable, not the published one (see fdconv inspect).")

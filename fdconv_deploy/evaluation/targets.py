@@ -28,6 +28,7 @@ from fdconv_deploy.runtime.multi_scale import (
     segment_whole,
 )
 from fdconv_deploy.runtime.preprocessing import (
+    best_size,
     check_image,
     published_detector_input,
     published_segmentor_input,
@@ -111,10 +112,18 @@ def open_targets(
                 weights=weights or recorded,
                 require_fdconv=False,
             )
-            size = first.input_size if first else None
+            size, *others = first.sizes if first else (None,)
             own = first.bundle.manifest.fit if first else "stretch"
             targets.append(
-                torch_target(network, path, size=size, mode=mode, fit=fit or own, scales=scales)
+                torch_target(
+                    network,
+                    path,
+                    size=size,
+                    other_sizes=others,
+                    mode=mode,
+                    fit=fit or own,
+                    scales=scales,
+                )
             )
         yield targets
 
@@ -182,6 +191,7 @@ def torch_target(
     path: Path,
     *,
     size: tuple[int, int] | None = None,
+    other_sizes: Sequence[tuple[int, int]] = (),
     mode: Mode | None = None,
     fit: Fit = "stretch",
     scales: MultiScale | None = None,
@@ -194,6 +204,7 @@ def torch_target(
         size: (height, width) that images are brought to, a bundle's; when not given, each image
             is resized (and padded) as the published pipeline does it, and ``slide`` uses the crop
             that the network was tested with.
+        other_sizes: of the same bundle; an image takes that nearest to its proportions.
         mode: of a segmentor, "whole" or "slide"; what it was tested in when not given.
         fit: how images of another aspect ratio are brought to ``size``.
         scales: of a segmentor, at which sizes each image is looked at, if at several.
@@ -204,14 +215,15 @@ def torch_target(
     from fdconv_deploy.nn.detection import Detector
 
     if isinstance(network, Detector):
-        return _torch_detector(network, path, size)
-    return _torch_segmentor(network, path, size, mode, fit, scales)
+        return _torch_detector(network, path, size, other_sizes)
+    return _torch_segmentor(network, path, size, other_sizes, mode, fit, scales)
 
 
 def _torch_segmentor(
     network: Segmentor,
     path: Path,
     size: tuple[int, int] | None,
+    other_sizes: Sequence[tuple[int, int]],
     mode: Mode | None,
     fit: Fit,
     scales: MultiScale | None,
@@ -232,7 +244,9 @@ def _torch_segmentor(
 
     def whole(image: NDArray[Any]) -> Answer[Labels]:
         height, width = check_image(image, architecture.preprocessing).shape[:2]
-        target = size or published_segmentor_input((height, width), architecture.preprocessing)
+        target = published_segmentor_input((height, width), architecture.preprocessing)
+        if size is not None:
+            target = best_size((height, width), (size, *other_sizes))
         pipeline = SegmentationPipeline(architecture, target, fit)
         prepared = pipeline.prepare(image)
         start = time.perf_counter()
@@ -249,7 +263,8 @@ def _torch_segmentor(
     def at_scales(image: NDArray[Any]) -> Answer[Labels]:
         assert scales is not None
         if mode == "whole":
-            found = segment_whole(architecture, image, scales, size, lambda _: run, fit)
+            base = size and best_size((image.shape[0], image.shape[1]), (size, *other_sizes))
+            found = segment_whole(architecture, image, scales, base, lambda _: run, fit)
         else:
             assert crop is not None
             found = segment_sliding(
@@ -266,7 +281,10 @@ def _torch_segmentor(
 
 
 def _torch_detector(
-    network: Detector, path: Path, size: tuple[int, int] | None
+    network: Detector,
+    path: Path,
+    size: tuple[int, int] | None,
+    other_sizes: Sequence[tuple[int, int]],
 ) -> Target[Detection]:
     import torch
 
@@ -274,7 +292,9 @@ def _torch_detector(
 
     def answer(image: NDArray[Any]) -> Answer[Detection]:
         height, width = check_image(image).shape[:2]
-        target = size or published_detector_input((height, width), architecture.preprocessing)
+        target = published_detector_input((height, width), architecture.preprocessing)
+        if size is not None:
+            target = best_size((height, width), (size, *other_sizes))
         pipeline = DetectionPipeline(architecture, target)
         prepared = pipeline.prepare(image)
         inputs = [torch.from_numpy(prepared.inputs[name][None]) for name in ("images", "sizes")]

@@ -29,6 +29,7 @@ from fdconv_deploy.latency.targets import (
     UnavailableError,
     bundle_inputs,
     load_network,
+    opened_bundle,
 )
 from fdconv_deploy.latency.workers import Worker
 from fdconv_deploy.ops.native import native_library
@@ -226,7 +227,7 @@ def _first_of_each(targets: Sequence[Target]) -> Iterator[Target]:
 def _profile_bundle(target: Target) -> Profile:
     from fdconv_deploy.profiling.onnx_profile import by_layer, profile
 
-    bundle = Bundle.open(target.source)
+    bundle = opened_bundle(target)
     library, _ = native_library(target.native)
     threads = target.options.threads
     with tempfile.TemporaryDirectory(prefix="fdconv-profile-") as folder:
@@ -285,7 +286,7 @@ def add_divergences(
     """
     bundles = check_divergences(targets)
     report["divergences"] = []
-    first = Bundle.open(bundles[0].source)
+    first = opened_bundle(bundles[0])
     for target in bundles[1:]:
         progress(f"comparing {target.name} with the first, layer by layer", 1.0)
         try:
@@ -310,7 +311,7 @@ def check_divergences(targets: Sequence[Target]) -> list[Target]:
 def _between(first: Bundle, target: Target) -> Divergences:
     from fdconv_deploy.profiling.divergence import compare_bundles
 
-    second = Bundle.open(target.source)
+    second = opened_bundle(target)
     batches = [batch for batch in first.batch_sizes if batch in second.batch_sizes]
     if not batches:
         raise FDConvError(

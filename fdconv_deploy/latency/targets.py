@@ -248,7 +248,7 @@ def open_target(target: Target) -> OpenTarget:
 
 
 def _open_bundle(target: Target) -> OpenTarget:
-    bundle, options = Bundle.open(target.source), target.options
+    bundle, options = opened_bundle(target), target.options
     backend_options = BackendOptions(threads=options.threads, native=target.native)
     backend, choice, graphs = select(bundle, target.backend, backend_options)
     graphs = {target.batch: graphs.get(target.batch) or backend.load(bundle, target.batch)}
@@ -266,6 +266,15 @@ def _open_bundle(target: Target) -> OpenTarget:
     inputs = bundle_inputs(bundle, target)
     run = lambda: session.run_raw(inputs)  # noqa: E731 - one request
     return OpenTarget(run, backend.device, details, session.close)
+
+
+def opened_bundle(target: Target) -> Bundle:
+    """A target's bundle; of several input sizes that which was asked for, or else the first."""
+    bundle = Bundle.open(target.source)
+    sizes, wanted = bundle.manifest.sizes, target.options.size
+    if not sizes:
+        return bundle
+    return bundle.at(wanted if wanted is not None and wanted in sizes else sizes[0])
 
 
 def bundle_inputs(

@@ -47,6 +47,9 @@ class InputSize(_Model):
     height: int = Field(ge=1)
     width: int = Field(ge=1)
 
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
 
 class CheckpointInfo(_Model):
     """The checkpoint a bundle was exported from: its file name and hash, no folder."""

@@ -199,7 +199,7 @@ def test_other_objects_are_refused(detector, tmp_path, monkeypatch):
 def test_the_published_size_is_the_default():
     network = small_detector(8, conv=None)
     assert network.architecture.preprocessing.scale == PUBLISHED_SCALE
-    size = network_to_export(network, ExportOptions()).manifest["input"]
+    size = network_to_export(network, ExportOptions())[0].manifest["input"]
     assert (size.height, size.width) == (800, 1344)
 
 

@@ -144,7 +144,7 @@ def test_whole_requests(toy_bundle, tmp_path, monkeypatch, capfd):
 def test_a_bundle_has_its_size(toy_bundle, monkeypatch, capfd):
     code, _, err = fdconv(monkeypatch, capfd, "bench", toy_bundle, "--size", "64x64")
     assert code == 2
-    assert "--size is of checkpoints" in err
+    assert "here 32x48" in err
 
 
 @pytest.mark.parametrize("width", [80, 140])

@@ -68,8 +68,9 @@ def select(
     if has_engines(bundle):
         try:
             fast = TensorRTBackend(options)
-            for batch in bundle.manifest.models:
-                find_engine(bundle, batch, fast.machine)
+            for view in [bundle.at(size) for size in bundle.manifest.sizes] or [bundle]:
+                for batch in view.manifest.models:
+                    find_engine(view, batch, fast.machine)
             graphs = {first: fast.load(bundle, first)}
         except FDConvError as error:
             engines = f"; its TensorRT engines cannot be used: {str(error).rstrip('.')}"

@@ -172,19 +172,20 @@ class TensorRTBackend:
         self.machine = Machine(
             gpu=gpu, capability=capability, driver=self.cuda.driver(), tensorrt=version
         )
-        self._held: dict[int, tuple[EngineRecord, bytes]] = {}
+        self._held: dict[str, tuple[EngineRecord, bytes]] = {}  # by the graph's name
         del options  # of threads and providers nothing applies
 
     def load(self, bundle: Bundle, batch: int, threads: int | None = None) -> TensorRTGraph:
         """Load the engine of one batch size. See :class:`Backend`."""
         del threads  # the GPU does the work
-        if batch not in self._held:
+        models = bundle.manifest.models
+        if models[batch] not in self._held:
             # All at once: an engine loaded later is of the same bundle and needs no file.
-            for other in set(bundle.batch_sizes) - {batch}:
+            for other in set(models) - {batch}:
                 with suppress(FDConvError):  # said when it is asked for
-                    self._held[other] = self._read(bundle, other)
-            self._held[batch] = self._read(bundle, batch)
-        record, plan = self._held.pop(batch)
+                    self._held[models[other]] = self._read(bundle, other)
+            self._held[models[batch]] = self._read(bundle, batch)
+        record, plan = self._held.pop(models[batch])
         specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
         return self.load_plan(plan, record, *specs)
 

@@ -134,10 +134,11 @@ def graph_hash(bundle: Bundle, batch: int) -> str:
 
 
 def engine_name(bundle: Bundle, batch: int, machine: Machine) -> str:
-    """The file an engine goes by, without its ending."""
+    """The file an engine goes by, without its ending: as its graph, ``b1`` or ``512x256-b1``."""
     gpu = re.sub(r"[^a-z0-9]+", "-", machine.gpu.lower()).strip("-") or "gpu"
     version = re.sub(r"[^0-9a-z.]+", "", machine.tensorrt)
-    return f"{gpu}-trt{version}-{bundle.manifest.precision}-b{batch}"
+    graph = Path(bundle.manifest.models[batch]).stem.removeprefix("model.").replace(".", "-")
+    return f"{gpu}-trt{version}-{bundle.manifest.precision}-{graph}"
 
 
 def has_engines(bundle: Bundle) -> bool:
