@@ -8,15 +8,19 @@ from fdconv_deploy.config import (
     SIZE_DIVISOR,
     BackboneConfig,
     BoxCoderConfig,
+    ConvNeXtConfig,
     DetectorConfig,
     Frozen,
     HeadConfig,
     Preprocessing,
+    QueryHeadConfig,
     RCNNTestConfig,
+    ResNetConfig,
     RoIConfig,
     RPNHeadConfig,
     RPNTestConfig,
     SegmentorConfig,
+    SwinTransformerConfig,
 )
 
 _CODER: dict[str, Any] = {"clip_border": True, "add_ctr_clamp": False}
@@ -125,14 +129,24 @@ def _fields(config: Frozen, *names: str) -> dict[str, Any]:
 
 def _backbone(config: BackboneConfig, norm: str) -> dict[str, Any]:
     values = config.model_dump()
-    conv = values.pop("conv")
+    values.pop("type", None)
+    kind, conv = config.type, values.pop("conv")
     if conv is not None:
-        # The published class takes no such argument, and has no other normalisation.
-        if conv["ksm_global_norm"] == "batch":
-            del conv["ksm_global_norm"]
-        values["conv_cfg"] = {"type": "FDConv", **conv}
-    kind = "ResNet" if conv is None else "ResNet_FDConv"
-    return {"type": kind, **values, "norm_cfg": {"type": norm, "requires_grad": True}}
+        kind, values["conv_cfg"] = f"{kind}_FDConv", _conv(conv)
+    if isinstance(config, ConvNeXtConfig):
+        values["arch"] = {name: values.pop(name) for name in ("channels", "depths")}
+    if isinstance(config, ResNetConfig):
+        values["norm_cfg"] = {"type": norm, "requires_grad": True}
+    if isinstance(config, SwinTransformerConfig) and config.merging == "unfold":
+        del values["merging"]  # which is all that OpenMMLab's class has
+    return {"type": kind, **values}
+
+
+def _conv(fields: dict[str, Any]) -> dict[str, Any]:
+    # The published class takes no such argument, and has no other normalisation.
+    if fields["ksm_global_norm"] == "batch":
+        del fields["ksm_global_norm"]
+    return {"type": "FDConv", **fields}
 
 
 def _segmentor(config: SegmentorConfig) -> dict[str, Any]:
@@ -142,21 +156,29 @@ def _segmentor(config: SegmentorConfig) -> dict[str, Any]:
         "data_preprocessor": {
             "type": "SegDataPreProcessor",
             **_fields(config.preprocessing, "mean", "std", "bgr_to_rgb"),
+            "test_cfg": {"size_divisor": config.preprocessing.size_divisor},
         },
         "backbone": _backbone(config.backbone, "SyncBN"),
         "decode_head": _head(config.decode_head),
     }
     if config.auxiliary_head is not None:
         model["auxiliary_head"] = _head(config.auxiliary_head)
+    if config.panoptic is not None:
+        model["panoptic"] = config.panoptic.model_dump()
     model["test_cfg"] = config.test.model_dump(exclude_none=True)
     return model
 
 
 def _head(config: HeadConfig) -> dict[str, Any]:
     values = config.model_dump()
-    if config.type == "UPerHead":
-        del values["input_transform"]  # it sets its own, and takes no other
-    if config.type == "UPerHead" or config.input_transform is not None:
+    if isinstance(config, QueryHeadConfig):
+        # By the names of its fields: mmdetection's sections have no place for all of MaskDINO's.
+        conv = values.pop("conv")
+        return values if conv is None else values | {"conv_cfg": _conv(conv)}
+    each = config.type in ("UPerHead", "SegformerHead")
+    if each:
+        del values["input_transform"]  # they set their own, and take no other
+    if each or config.input_transform is not None:
         values |= {"in_channels": list(config.in_channels), "in_index": list(config.in_index)}
     else:
         values |= {"in_channels": config.in_channels[0], "in_index": config.in_index[0]}
@@ -172,8 +194,13 @@ def _segmentor_pipeline(preprocessing: Preprocessing) -> list[dict[str, Any]]:
         loader |= {"color_type": preprocessing.loading} if preprocessing.loading != "color" else {}
         loader |= {"to_float32": True} if preprocessing.to_float32 else {}
     steps = [loader]
-    if preprocessing.scale is not None or not preprocessing.keep_ratio:
-        resize = {"scale": preprocessing.scale, "keep_ratio": preprocessing.keep_ratio}
+    plain = preprocessing.keep_ratio and preprocessing.resample == "opencv"
+    if preprocessing.scale is not None or not plain:
+        resize: dict[str, Any] = {
+            "scale": preprocessing.scale,
+            "keep_ratio": preprocessing.keep_ratio,
+        }
+        resize |= {"backend": "pillow"} if preprocessing.resample == "pillow" else {}
         steps.append({"type": "Resize", **resize})
     return [*steps, {"type": "PackSegInputs"}]
 

@@ -99,6 +99,8 @@ def infer_query_head(
         written["num_classes"] = things + stuff
     activation = stated(section, "pixel_decoder.act_cfg.type")
     refuse_unsupported("decode_head.pixel_decoder", {"act_cfg": activation}, act_cfg="ReLU")
+    conv_cfg = stated(section, "conv_cfg")
+    written |= {} if conv_cfg is UNSET else {"conv_cfg": conv_cfg}
     settings: Settings = SettingResolver(evidence, model, "decode_head", written)
     settings.resolve("type", config=UNSET, exact=kind, source="names")
     # Settings of other heads, which these have in one way only.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fdconv_deploy.atomic_write import atomic_path
 from fdconv_deploy.checkpoints.config_writer import format_config
-from fdconv_deploy.config import DetectorConfig, SegmentorConfig
+from fdconv_deploy.config import DetectorConfig, QueryHeadConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.version import __version__
 
@@ -53,8 +53,12 @@ def save_checkpoint(
         _check_part(weights, "roi_head.mask_head", architecture.mask_head)
         meta = {"config": text, "CLASSES": architecture.classes, "PALETTE": palette}
     else:
-        outputs = architecture.decode_head.outputs
-        _check_head(weights, "decode_head.conv_seg.weight", outputs, "mmsegmentation")
+        head = architecture.decode_head
+        outputs, name = head.outputs, "conv_seg"
+        if isinstance(head, QueryHeadConfig):
+            outputs = head.class_outputs
+            name = "cls_embed" if head.type == "Mask2FormerHead" else "class_embed"
+        _check_head(weights, f"decode_head.{name}.weight", outputs, "mmsegmentation")
         _check_part(weights, "auxiliary_head", architecture.auxiliary_head)
         meta = {"cfg": text, "dataset_meta": {"classes": architecture.classes, "palette": palette}}
     write_checkpoint(Path(path), weights, meta)

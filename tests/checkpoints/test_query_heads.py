@@ -22,6 +22,7 @@ from fdconv_deploy.checkpoints import (
     load_segmentor,
     read_checkpoint,
     read_config,
+    save_checkpoint,
 )
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.framework_names import framework_of, in_openmmlab_names
@@ -297,6 +298,24 @@ def test_feed_forward_networks_of_heads_may_be_fdconv(oracle: Path) -> None:
         assert found.conv is not None
         assert found.conv.kernel_num == 8
         assert found.model_copy(update={"conv": None}) == architecture.decode_head
+
+
+@pytest.mark.parametrize("name", [*PROJECTS, "segformer_mit", "upernet_convnext", "panoptic"])
+def test_network_is_told_back_by_its_own_config(oracle: Path, tmp_path: Path, name: str) -> None:
+    """Saved as OpenMMLab names it, read again: the same network, and nothing of it assumed."""
+    if name in PROJECTS:
+        network = project(oracle, name)
+    else:
+        family = "mask2former_panoptic" if name == "panoptic" else name
+        network = load_segmentor(oracle / f"families/{family}/fdconv_train.pth")
+    architecture = network.architecture
+    path = tmp_path / "saved.pth"
+    save_checkpoint(path, network, architecture)
+    found = load_segmentor(path)
+    assert found.architecture == architecture
+    assert {s.field for s in found.inference.assumed} <= {"classes", "palette"}
+    weights = network.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in found.state_dict().items())
 
 
 def test_inspect_names_the_framework(oracle: Path, tmp_path: Path) -> None:
