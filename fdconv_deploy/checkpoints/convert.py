@@ -19,6 +19,8 @@ from torch import Tensor
 
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.config_writer import format_config
+from fdconv_deploy.checkpoints.framework_names import framework_of
+from fdconv_deploy.checkpoints.infer_backbone import FEED_FORWARD, backbone_type
 from fdconv_deploy.checkpoints.infer_layers import backbone_prefix, dynamic_names, kind_of, part
 from fdconv_deploy.checkpoints.loading import config_for, infer_config
 from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
@@ -37,6 +39,8 @@ _STEM = re.compile(r"((?:.*\.)?)stem\.(\d+)\.weight")
 _FIRST = re.compile(r"((?:.*\.)?)conv1\.weight")
 _LINEAR = re.compile(r"(?:^|\.)layers\.\d+\.ffn\.layers\.(?:0\.0|1)\.weight$")
 # What stays plain in every FDConv network: shortcuts, a transformer's attention, necks and heads.
+# The names that the published converter's patterns for transformers meet, wherever they stand.
+_PUBLISHED_LINEAR = re.compile(r"\.ffn\.layers\.(?:0\.0|1)\.weight$")
 _PLAIN = re.compile(r"(?:^|\.)(?:downsample|attn|neck|\w*head\w*|fc|classifier)\.")
 
 # The published converter takes layers of 32 channels or more. (The published layer's own
@@ -56,8 +60,12 @@ class Conversion(BaseModel):
             spectrum, so that it starts them from random weights.
         grouped: grouped convolutions among those that would be converted by name. No FDConv layer
             can be one, so they stay plain.
+        beyond_published: layers among the converted that the published converter leaves as they
+            are: its patterns meet none of a MiT's or a ConvNeXt's.
+        left_in_heads: feed-forward layers outside the backbone, of a Mask2Former's decoders, which
+            the published converter converts as well. Here they stay plain.
         unrecognised: layers of a size that FDConv replaces whose names are none known here, so
-            that they are as they were: a MiT's feed-forward layers, other networks' blocks.
+            that they are as they were: other networks' blocks.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -67,6 +75,8 @@ class Conversion(BaseModel):
     converted: tuple[str, ...]
     left_random: tuple[str, ...] = ()
     grouped: tuple[str, ...] = ()
+    beyond_published: tuple[str, ...] = ()
+    left_in_heads: tuple[str, ...] = ()
     unrecognised: tuple[str, ...] = ()
 
 
@@ -83,8 +93,8 @@ def convert_checkpoint(
     """Convert a plain checkpoint for an FDConv network to start from.
 
     Args:
-        source: any file :func:`read_checkpoint` takes, of a ResNet alone or in a network
-            (``backbone.`` names), or of a ViT.
+        source: any file :func:`read_checkpoint` takes, of a ResNet, MiT, Swin or ConvNeXt alone or
+            in a network (``backbone.`` names), under OpenMMLab's names, or of a ViT.
         destination: where to write: a ``.safetensors`` file by that name, else a PyTorch one.
         equivalent: write a whole FDConv network that computes what the plain one does. Without
             it, what the published converter writes: spectra, and no attentions.
@@ -111,6 +121,12 @@ def convert_checkpoint(
     checkpoint = read_checkpoint(source, weights=weights)
     state = checkpoint.state_dict
     try:
+        if framework_of(state) == "detectron2":
+            raise CheckpointError(
+                f"its tensors are named as detectron2's ({next(iter(state))}…). Expected "
+                "OpenMMLab's names: there is no FDConv network of detectron2's to start from them. "
+                "In Python, fdconv_deploy.nn.replace_convolutions takes any network."
+            )
         backbone, text = _described(checkpoint, config_for(checkpoint, config), conv)
         if not equivalent:
             given = "use_fdconv_if_c_gt" in (arguments or {})
@@ -121,7 +137,9 @@ def convert_checkpoint(
                 param_ratio=conv.param_ratio,
             )
         elif backbone is None:
-            raise CheckpointError(f"Expected a ResNet for an equivalent network. {text}")
+            raise CheckpointError(
+                f"Expected a ResNet, MiT, Swin or ConvNeXt for an equivalent network. {text}"
+            )
         else:
             made = equivalent_state_dict(state, backbone)
         report = describe_conversion(state, made, conv, "equivalent" if equivalent else "published")
@@ -130,8 +148,8 @@ def convert_checkpoint(
                 f"Nothing in it is converted: {len(report.unrecognised)} layers of a size that "
                 f"FDConv replaces have names that the published converter does not know "
                 f"({', '.join(report.unrecognised[:3])}…), so that it writes the same weights "
-                "again. Expected a ResNet's layer1.0.conv1.weight… or a ViT's "
-                "layers.0.ffn.layers.0.0.weight…; in Python, "
+                "again. Expected a ResNet's layer1.0.conv1.weight…, a ViT's "
+                "layers.0.ffn.layers.0.0.weight…, or a whole MiT, Swin or ConvNeXt; in Python, "
                 "fdconv_deploy.nn.replace_convolutions takes any network."
             )
         if not report.converted:
@@ -190,8 +208,9 @@ def convert_state_dict(
     """Replace the ``weight`` of the layers FDConv makes dynamic by its ``dft_weight``.
 
     Args:
-        state_dict: a plain ResNet's (torchvision or mmsegmentation names) or ViT's tensors,
-            with or without a ``backbone.`` prefix. Left as it is.
+        state_dict: a plain ResNet's (torchvision or mmsegmentation names), ViT's, MiT's, Swin's
+            or ConvNeXt's tensors, with or without a ``backbone.`` prefix. Left as it is. Of the
+            last three both layers of every feed-forward network in the backbone are converted.
         use_fdconv_if_c_gt: layers with more input and output channels than this are dynamic.
         use_fdconv_if_k_in: kernel sizes that are.
         param_ratio: how many copies of the spectrum a layer has.
@@ -204,11 +223,10 @@ def convert_state_dict(
         CheckpointError: the weights already are of an FDConv network.
     """
     _refuse_fdconv(state_dict)
-    grouped = _grouped(state_dict)
+    known = _known_to(state_dict)
     result: dict[str, Tensor] = {}
     for key, weight in state_dict.items():
-        large = _is_large(weight, use_fdconv_if_c_gt, use_fdconv_if_k_in)
-        if large and _is_known(key, weight) and key not in grouped:
+        if key in known and _is_large(weight, use_fdconv_if_c_gt, use_fdconv_if_k_in):
             name = key.removesuffix("weight") + "dft_weight"
             kernel = weight if weight.ndim == 4 else weight[:, :, None, None]
             result[name] = kernel_spectrum(kernel.detach()).repeat(param_ratio, 1, 1, 1)
@@ -224,13 +242,14 @@ def describe_conversion(
     method: Literal["published", "equivalent"] = "published",
 ) -> Conversion:
     """What :func:`convert_state_dict` or :func:`equivalent_state_dict` did and did not do."""
-    grouped = _grouped(before)
+    grouped, known = _grouped(before), _known_to(before)
     large = {
-        key.removesuffix(".weight"): _is_known(key, weight)
+        key.removesuffix(".weight"): key in known
         for key, weight in before.items()
         if key not in grouped
         and _is_large(weight, conv.use_fdconv_if_c_gt, conv.use_fdconv_if_k_in)
     }
+    families = _feed_forward(before)
     spectra = {key.removesuffix(".dft_weight") for key in after if key.endswith(".dft_weight")}
     changed = spectra | set(dynamic_names(after))
     unchanged = {name: known for name, known in large.items() if name not in changed}
@@ -240,12 +259,27 @@ def describe_conversion(
         converted=tuple(
             name for name in (key.removesuffix(".weight") for key in before) if name in changed
         ),
-        left_random=tuple(name for name, known in unchanged.items() if known),
+        left_random=tuple(name for name, found in unchanged.items() if found),
         grouped=tuple(key.removesuffix(".weight") for key in grouped),
+        beyond_published=tuple(
+            key.removesuffix(".weight")
+            for key in before
+            if key in families
+            and key.removesuffix(".weight") in changed
+            and not _PUBLISHED_LINEAR.search(key)
+        ),
+        left_in_heads=tuple(
+            name
+            for name, found in unchanged.items()
+            if families and not found and _PUBLISHED_LINEAR.search(f"{name}.weight")
+        ),
         unrecognised=tuple(
             name
-            for name, known in unchanged.items()
-            if not known and f"{name}.weight" in before and not _PLAIN.search(f"{name}.weight")
+            for name, found in unchanged.items()
+            # A whole MiT, Swin or ConvNeXt has no further ones.
+            if not (found or families)
+            and f"{name}.weight" in before
+            and not _PLAIN.search(f"{name}.weight")
         ),
     )
 
@@ -258,13 +292,13 @@ def equivalent_state_dict(
     Its attentions are at rest, see :func:`set_equivalent`, and training wakes them.
 
     Args:
-        state_dict: a plain ResNet's tensors, with or without a ``backbone.`` prefix; what
+        state_dict: a plain backbone's tensors, with or without a ``backbone.`` prefix; what
             else it holds (heads, a classifier) is kept.
         backbone: of the FDConv network; its ``conv`` says which layers are dynamic.
         seed: for the attentions' hidden layers, the only numbers drawn.
 
     Raises:
-        CheckpointError: the weights are not those of this ResNet.
+        CheckpointError: the weights are not those of this backbone.
         UnsupportedLayerError: ``conv`` does not suit a layer, or cannot be at rest.
     """
     _refuse_fdconv(state_dict)
@@ -281,6 +315,8 @@ def equivalent_state_dict(
         if key in own:
             continue
         given = plain.get(key)
+        if given is not None and given.ndim == 2 and value.shape == (*given.shape, 1, 1):
+            given = given[:, :, None, None]  # a linear layer that is too narrow for FDConv
         if given is None and key.endswith(".num_batches_tracked"):
             given = value
         if given is None or given.shape != value.shape:
@@ -292,7 +328,15 @@ def equivalent_state_dict(
         state[key] = given
     network.load_state_dict(state, strict=False)
     for name, layer in dynamic.items():
-        set_equivalent(layer, plain[f"{name}.weight"].detach().float())
+        weight, bias = plain.get(f"{name}.weight"), plain.get(f"{name}.bias")
+        if weight is None or (bias is None) != (layer.bias is None):
+            raise CheckpointError(
+                f"Expected the weights of a {backbone.type}; {prefix}{name} lacks a weight or a "
+                "bias. The file may be cut."
+            )
+        weight = weight.detach().float()
+        weight = weight[:, :, None, None] if weight.ndim == 2 else weight
+        set_equivalent(layer, weight, None if bias is None else bias.detach().float())
     taken = {f"{prefix}{name}.weight" for name in dynamic}
     made = {f"{prefix}{key}": value for key, value in network.state_dict().items()}
     return made | {k: v for k, v in state_dict.items() if k not in taken and k not in made}
@@ -312,6 +356,26 @@ def _is_large(weight: Tensor, threshold: int, kernels: Collection[int]) -> bool:
     if weight.ndim == 4:
         return weight.shape[2] in kernels and min(weight.shape[:2]) > threshold
     return weight.ndim == 2 and min(weight.shape) > threshold
+
+
+def _feed_forward(state_dict: Mapping[str, Tensor]) -> frozenset[str]:
+    """Weights of the feed-forward networks of a MiT, Swin or ConvNeXt that is all there."""
+    prefix = backbone_prefix(state_dict)
+    backbone = part(state_dict, prefix)
+    pattern = FEED_FORWARD.get(backbone_type(backbone))
+    if pattern is None:
+        return frozenset()
+    matches = {key: pattern.match(key) for key in backbone if key.endswith(".weight")}
+    return frozenset(f"{prefix}{k}" for k, m in matches.items() if m and k == f"{m[0]}.weight")
+
+
+def _known_to(state_dict: Mapping[str, Tensor]) -> frozenset[str]:
+    """Weights that are converted if they are large enough."""
+    own = _feed_forward(state_dict)
+    if own:
+        return own
+    known = {key for key, weight in state_dict.items() if _is_known(key, weight)}
+    return frozenset(known.difference(_grouped(state_dict)))
 
 
 def _is_known(key: str, weight: Tensor) -> bool:

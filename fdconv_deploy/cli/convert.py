@@ -57,7 +57,7 @@ def convert(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Convert an ImageNet ResNet's checkpoint for an FDConv network to start from."""
+    """Convert a plain network's checkpoint for an FDConv network to start from."""
     arguments = parse_settings(settings)
     require_files(checkpoint, config)
     for name, value in (("kernel_num", kernel_num), ("use_fdconv_if_c_gt", channels_above)):
@@ -100,11 +100,21 @@ def _print(report: Conversion, output: Path) -> None:
             "no spectrum, so it starts them from random weights. "
             f"--channels-above {threshold} converts them too",
         ),
+        (
+            report.beyond_published,
+            "among them are left as they are by the published converter, whose patterns meet none "
+            "of this network's",
+        ),
+        (
+            report.left_in_heads,
+            "are feed-forward layers outside the backbone, which the published converter converts "
+            "as well: they stay plain",
+        ),
         (report.grouped, "are grouped convolutions, which no FDConv layer can be: they stay plain"),
         (
             report.unrecognised,
             "were not recognised, though FDConv replaces layers of their size: they are as they "
-            "were, since the published converter knows a ResNet's and a ViT's names only",
+            "were, since names of a ResNet, ViT, MiT, Swin and ConvNeXt only are known",
         ),
     ):
         if names:

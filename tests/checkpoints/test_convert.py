@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from fdconv_deploy.checkpoints import (
     Conversion,
@@ -31,6 +32,7 @@ from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
 from fdconv_deploy.folding.network import foldable_layers
 from fdconv_deploy.nn import FDConv2d, ResNet
 from fdconv_deploy.nn.detection import build_detector
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from tests.checkpoints.test_infer_detector import small
 from tests.reference.lively import error
 
@@ -347,7 +349,7 @@ def test_an_imagenet_classifier(tmp_path: Path) -> None:
     assert section["conv_cfg"]["kernel_num"] == 6
     report = inspect_checkpoint(tmp_path / "out.pth")
     assert report.problem is None
-    assert report.foldable_layers == 8
+    assert report.dynamic_layers == 8
     assert report.backbone is not None
     assert report.backbone.conv is not None
     assert report.backbone.conv.param_ratio == 2
@@ -406,3 +408,63 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     torch.save(plain_resnet(18, num_stages=2, out_indices=(0, 1)).state_dict(), tmp_path / "in.pth")
     with pytest.raises(CheckpointError, match="cannot be written"):
         convert_checkpoint(tmp_path / "in.pth", tmp_path / "no" / "out.pth")
+
+
+FAMILIES = ("segformer_mit", "upernet_swin", "upernet_convnext", "mask_rcnn_convnext")
+
+
+def plain_file(oracle: Path, family: str) -> Path:
+    (path,) = (oracle / "families" / family).glob("plain_published-*.pth")
+    return path
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mask2former_swin"])
+def test_equivalent_network_of_another_family(oracle: Path, tmp_path: Path, family: str) -> None:
+    """Both layers of every feed-forward network become FDConv; the network computes the same."""
+    source, made = plain_file(oracle, family), tmp_path / "made.pth"
+    report = convert_checkpoint(source, made, equivalent=True, arguments={"kernel_num": 4})
+    network = load_checkpoint(made)
+    dynamic = dynamic_layers(network)
+    index = json.loads((oracle / f"families/{family}/fdconv_index.json").read_text())
+    assert set(report.converted) == set(dynamic) == set(index["fdconv_layers"])
+    tensors = load_file(oracle / f"families/{family}/plain_b.safetensors")
+    with torch.no_grad():
+        for found, level in zip(network.backbone(tensors["input"]), range(4), strict=True):
+            expected = tensors[f"feat{level}"]
+            assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-5
+    # What the published converter's patterns meet: Swin's, and heads' of a whole Mask2Former.
+    beyond = set() if "swin" in family else set(report.converted)
+    assert set(report.beyond_published) == beyond
+    assert bool(report.left_in_heads) == family.startswith("mask2former")
+    assert all(".ffn.layers." in name for name in report.left_in_heads)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_start_of_another_family_has_spectra(oracle: Path, tmp_path: Path, family: str) -> None:
+    made = tmp_path / "made.pth"
+    limit = {"use_fdconv_if_c_gt": 16}
+    report = convert_checkpoint(plain_file(oracle, family), made, arguments=limit)
+    index = json.loads((oracle / f"families/{family}/fdconv_index.json").read_text())
+    assert set(report.converted) == set(index["fdconv_layers"])
+    assert report.unrecognised == report.left_random == ()
+    before = read_checkpoint(plain_file(oracle, family)).state_dict
+    after = read_checkpoint(made).state_dict
+    for name in report.converted:
+        weight = before[f"{name}.weight"]
+        out, into = weight.shape[:2]
+        assert after[f"{name}.dft_weight"].shape == (1, out, into // 2 + 1, 2)
+        spectrum = torch.fft.rfft2(weight.reshape(out, into))
+        found = torch.view_as_complex(after[f"{name}.dft_weight"][0].contiguous())
+        # Up to the scale of the published layer.
+        ratio = (found / spectrum).abs().median()
+        assert float((found - spectrum * ratio).abs().max() / found.abs().max()) < 1e-4
+        assert torch.equal(after[f"{name}.bias"], before[f"{name}.bias"])
+    with pytest.raises(CheckpointError, match="spectra without attentions"):
+        load_checkpoint(made)
+
+
+def test_detectron2_names_are_not_converted(oracle: Path, tmp_path: Path) -> None:
+    source = oracle / "query_heads/mask2former_r50/model_final.pth"
+    with pytest.raises(CheckpointError, match="named as detectron2's"):
+        convert_checkpoint(source, tmp_path / "a.pth", equivalent=True)
+    assert not list(tmp_path.iterdir())
