@@ -42,7 +42,7 @@ def test_the_guides_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
     blocks.pop(["ultralytics" in block for block in blocks].index(True))  # run by its check.py
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "docs/own-networks.md", "exec"), names)  # our own page
