@@ -36,8 +36,8 @@ from benchmarks.serving.harness import (
 
 DEADLINE, LATE = 30.0, 1.0  # seconds: the service's own, and of a client's way to and from it
 CLIENTS = 17
-# What may come: an answer, or too large, too many for now, too late.
-EXPECTED = {200, 413, 503, 504}
+# What may come: an answer, or no tensors, no image, too large, too many for now, too late.
+EXPECTED = {200, 400, 413, 415, 503, 504}
 Request = tuple[str, bytes, dict[str, str]]
 
 
