@@ -160,7 +160,7 @@ def _swin_transformer(state: Shapes, settings: Settings) -> None:
         )
     index = f"{firsts[0]}.attn.w_msa.relative_position_index"
     if index in state and not state[index].is_meta:
-        expected = torch.from_numpy(relative_positions(window))
+        expected = relative_positions(window)
         if not torch.equal(state[index].long(), expected):
             raise CheckpointError(
                 f"backbone.{index} is not the order of a {window}×{window} window's positions, "

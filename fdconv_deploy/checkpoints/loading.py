@@ -226,7 +226,7 @@ def _fill(network: Segmentor | Detector, state: dict[str, Tensor], path: Path | 
             state.setdefault(key, torch.zeros(value.shape, dtype=value.dtype))
         if key.endswith(".relative_position_index"):  # the same in every Swin of that window
             window = round(len(value) ** 0.5)
-            state.setdefault(key, torch.from_numpy(relative_positions(window)))
+            state.setdefault(key, relative_positions(window))
         # A linear layer is a 1×1 convolution; those too narrow for FDConv are stored as either.
         if key in state and _shape_of_conv(state[key]) == _shape_of_conv(value):
             state[key] = state[key].reshape(value.shape)
