@@ -41,7 +41,6 @@ from fdconv_deploy.serve.model_cards import ModelCard
 from fdconv_deploy.serve.model_repository import Version
 from fdconv_deploy.serve.service import Service, timeout_of
 from fdconv_deploy.serve.telemetry import log_access
-from fdconv_deploy.serve.uploads import BodyBudget
 
 log = logging.getLogger("fdconv.serve")
 _CODES = {
@@ -110,7 +109,6 @@ class GrpcServer:
         self._stopping = False
         settings = service.settings
         self._write_seconds = settings.write_seconds
-        self._unread = BodyBudget(settings.max_bytes_in_hand, settings.retry_after_seconds)
         limits = {
             "server_handshake_timeout": settings.header_seconds,
             "max_connection_idle": _IDLE_SECONDS,
@@ -238,31 +236,23 @@ class GrpcServer:
         async def handle(_: Any, context: Any) -> AsyncIterator[Any]:
             async with self._called(service, method, context) as call:
                 async for answer in answers(self._requests(context), context, call):
-                    with self._sending(answer, context):
+                    with self._in_time():
                         yield answer
 
         return handle
 
     @contextmanager
-    def _sending(self, answer: Any, context: Any) -> Iterator[None]:
-        """Give the call up where its answer is not read in time.
+    def _in_time(self) -> Iterator[None]:
+        """End the call where its answer is not read in time.
 
-        gRPC then keeps the answer as long as the connection, and so it is counted.
-
-        Raises:
-            RefusedError: 503, there is too much that is not read.
+        gRPC itself keeps the answer as long as the connection, which it ends when the client
+        answers no pings.
         """
-        task, size = asyncio.current_task(), answer.ByteSize()
+        task = asyncio.current_task()
         assert task is not None
-        self._unread.take(size)
         limit = asyncio.get_running_loop().call_later(self._write_seconds, task.cancel)
         try:
             yield
-        except BaseException:
-            context.add_done_callback(lambda _: self._unread.give(size))
-            raise
-        else:
-            self._unread.give(size)
         finally:
             limit.cancel()
 

@@ -605,6 +605,24 @@ def test_a_client_that_does_nothing_does_not_keep_the_service_from_stopping(
         assert stopped.wait(100)
 
 
+def test_a_tls_handshake_has_to_begin_in_time(
+    bundles: list[Path],
+    authority: Path,  # noqa: F811
+) -> None:
+    settings = Settings(
+        threads=1,
+        tls_certificate=authority / "127.0.0.1.pem",
+        tls_key=authority / "127.0.0.1.key",
+        header_seconds=0.3,
+    )
+    with (
+        running(bundles, settings=settings) as url,
+        socket.create_connection(place(url), timeout=55) as plug,  # uvicorn leaves it 60
+        contextlib.suppress(ConnectionError),
+    ):
+        assert plug.recv(1) == b""
+
+
 def test_health_does_not_wait_for_hundreds(bundles: list[Path]) -> None:
     """Of the requests that came before it in one go, only some are begun before health is."""
     app = create_app(bundles[:1], Settings(threads=1))
