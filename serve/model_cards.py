@@ -56,6 +56,15 @@ class InstanceLimits(BaseModel):
     min_score: float = Field(description="Used when a request names none.")
 
 
+class QueryOutputs(BaseModel):
+    """Size of a panoptic network's outputs, without the batch."""
+
+    number: int = Field(description="Queries, each of which has logits of classes and a mask.")
+    classes: int = Field(description="Class logits of a query.")
+    height: int = Field(description="Of a query's mask logits.")
+    width: int
+
+
 class BatchParity(OutputParity):
     """The exported graph compared with the network it came from, at export."""
 
@@ -89,6 +98,9 @@ class ModelCard(BaseModel):
         description="Further input sizes: an image takes that nearest to its proportions."
     )
     output: TensorSize | None = Field(description="Size of a segmentor's logits.")
+    queries: QueryOutputs | None = Field(
+        description="For a panoptic network, which has no logits for each pixel; null for others."
+    )
     threshold: float | None = Field(
         description="For a segmentor with one output, whose sigmoid is the probability of class "
         "1: pixels above it are of class 1, others of class 0. Null where the highest logit wins."
@@ -122,7 +134,7 @@ class ModelCard(BaseModel):
         def tensor(name: str, datatype: str, *shape: int) -> TensorMetadata:
             return TensorMetadata(name=name, datatype=datatype, shape=[-1, *shape])
 
-        size, limits, logits = self.input, self.instances, self.output
+        size, limits, logits, queries = self.input, self.instances, self.output, self.queries
         inputs = [tensor("images", "FP32", size.channels, size.height, size.width)]
         outputs = []
         if limits is not None:
@@ -136,12 +148,16 @@ class ModelCard(BaseModel):
             if limits.masks:
                 side = limits.mask_size
                 outputs.append(tensor("masks", "FP32", limits.most, side, side))
-        elif logits is not None:
+        else:
             label_type = "UINT8" if len(self.classes) <= 256 else "UINT16"
-            outputs = [
-                tensor("logits", "FP32", logits.channels, logits.height, logits.width),
-                tensor("labels", label_type, size.height, size.width),
-            ]
+            outputs = [tensor("labels", label_type, size.height, size.width)]
+            if logits is not None:
+                shape = logits.channels, logits.height, logits.width
+                outputs.insert(0, tensor("logits", "FP32", *shape))
+            if queries is not None:
+                shape = queries.number, queries.height, queries.width
+                outputs.insert(0, tensor("masks", "FP32", *shape))
+                outputs.insert(0, tensor("classes", "FP32", queries.number, queries.classes))
         return inputs, outputs
 
 
@@ -227,13 +243,22 @@ def _segmentor(bundle: Bundle) -> dict[str, Any]:
         except BundleError:
             if config.test.mode == "slide":
                 raise
-    _, channels, height, width = manifest.outputs[bundle.batch_sizes[0]][0].shape
+    outputs = manifest.outputs[bundle.batch_sizes[0]]
+    _, channels, height, width = outputs[-1].shape  # logits, or queries' masks
+    output = queries = None
+    if config.panoptic is None:
+        output = TensorSize(channels=channels, height=height, width=width)
+    else:
+        own = outputs[0].shape[-1]
+        queries = QueryOutputs(number=channels, classes=own, height=height, width=width)
+        modes = ["whole"]
     return {
         "classes": _classes(class_names(config), class_palette(config)),
-        "output": TensorSize(channels=channels, height=height, width=width),
+        "output": output,
+        "queries": queries,
         "threshold": config.decode_head.label_threshold,
         "instances": None,
-        "mode": config.test.mode,
+        "mode": config.test.mode if queries is None else "whole",
         "modes": modes,
         "fit": manifest.fit,
     }
@@ -246,6 +271,7 @@ def _detector(bundle: Bundle) -> dict[str, Any]:
     return {
         "classes": _classes(detector_classes(config), detector_palette(config)),
         "output": None,
+        "queries": None,
         "threshold": None,
         "instances": InstanceLimits(
             masks=config.mask_head is not None,

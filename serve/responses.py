@@ -14,6 +14,7 @@ from PIL import Image
 from pydantic_core import to_json
 
 from fdconv_deploy.runtime import Detection, Segmentation
+from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 from fdconv_deploy.runtime.postprocessing import row_blocks
 from fdconv_deploy.runtime.visualization import as_rgb, encode
 from fdconv_deploy.serve.errors import RefusedError
@@ -309,6 +310,10 @@ def _segmentation(answer: Answer, found: Segmentation, form: MaskForm, left: int
         if answer.kept is not None:
             labels = np.where(_kept_pixels(answer), labels.astype(np.int32), -1)
         mask = run_lengths(labels, left)
+    own: dict[str, Any] = {}
+    if isinstance(found, PanopticSegmentation):
+        left -= 0 if mask is None else len(mask.get("counts", ())) * _RUN_TEXT
+        own = _segments(found, form, left)
     return {
         "height": size[0],
         "width": size[1],
@@ -318,10 +323,35 @@ def _segmentation(answer: Answer, found: Segmentation, form: MaskForm, left: int
             for entry in _classes(answer)
         ],
         "mask": mask,
+        **own,
+    }
+
+
+def _segments(found: PanopticSegmentation, form: MaskForm, left: int) -> dict[str, Any]:
+    mask = None
+    if form != "none":
+        mask = run_lengths(found.ids, left)
+        left -= len(mask["counts"]) * _RUN_TEXT
+    return {
+        "segments": found.segments_info(),
+        "segments_mask": mask,
+        "instances": None if found.instances is None else _instances(found.instances, form, left),
     }
 
 
 def _detection(answer: Answer, found: Detection, form: MaskForm, left: int) -> dict[str, Any]:
+    size = list(found.image_size)
+    counts = np.bincount(found.labels, minlength=len(found.classes)).tolist()
+    return {
+        "height": size[0],
+        "width": size[1],
+        "resized_to": list(found.resized_to),
+        "classes": [{**entry, "count": counts[entry["id"]]} for entry in _classes(answer)],
+        "instances": _instances(found, form, left),
+    }
+
+
+def _instances(found: Detection, form: MaskForm, left: int) -> list[dict[str, Any]]:
     size = list(found.image_size)
     entries = found.as_dicts(masks=form == "rle")
     if form == "polygons" and found.has_masks:
@@ -329,17 +359,10 @@ def _detection(answer: Answer, found: Detection, form: MaskForm, left: int) -> d
             rings = class_rings(part.pixels, 1, part.top, part.left, room=left)
             left -= sum(map(len, rings)) // 2 * _CORNER_TEXT
             entry |= {"area": area, "mask": {"size": size, "rings": rings}}
-    counts = np.bincount(found.labels, minlength=len(found.classes)).tolist()
-    return {
-        "height": size[0],
-        "width": size[1],
-        "resized_to": list(found.resized_to),
-        "classes": [{**entry, "count": counts[entry["id"]]} for entry in _classes(answer)],
-        "instances": [
-            {"id": number, "area": None, "mask": None, **entry}
-            for number, entry in enumerate(entries, 1)
-        ],
-    }
+    return [
+        {"id": number, "area": None, "mask": None, **entry}
+        for number, entry in enumerate(entries, 1)
+    ]
 
 
 def _classes(answer: Answer) -> list[dict[str, Any]]:

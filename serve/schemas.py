@@ -109,6 +109,17 @@ class _ImageAnswer(BaseModel):
     )
 
 
+class PanopticSegment(BaseModel):
+    """One segment, in the words of COCO's panoptic files."""
+
+    id: int = Field(description="Its pixels' value in segments_mask, from 1.")
+    category_id: int = Field(description="Its class id.")
+    isthing: bool = Field(description="Whether it is one object, not all of a class.")
+    class_: str = Field(alias="class", description="The name of its class.")
+    score: float = Field(description="0–1.")
+    area: int = Field(description="Its pixels.")
+
+
 class Segmentation(_ImageAnswer):
     """A segmentor's answer to one image."""
 
@@ -122,6 +133,15 @@ class Segmentation(_ImageAnswer):
     classes: list[ClassArea]
     mask: RunLengthMask | PolygonMask | None = Field(
         description="As ?mask= asks: run lengths, polygons, or null for none."
+    )
+    segments: list[PanopticSegment] | None = Field(
+        default=None, description="Of a panoptic network alone, as are the next two."
+    )
+    segments_mask: RunLengthMask | None = Field(
+        default=None, description="The segment of each pixel, 0 for none; null for ?mask=none."
+    )
+    instances: list[Instance] | None = Field(
+        default=None, description="Objects, which may overlap, the best score first."
     )
 
 

@@ -68,7 +68,7 @@ def check_options(card: ModelCard, options: SegmentOptions, form: Form) -> Segme
     """
     if card.instances is not None:
         _check_detector(card, options, form)
-    elif options.min_score is not None:
+    elif options.min_score is not None and card.queries is None:
         raise RefusedError(
             422, f"The model {card.name!r} labels pixels, which have no scores: no min_score."
         )
@@ -84,6 +84,12 @@ def check_options(card: ModelCard, options: SegmentOptions, form: Form) -> Segme
             422,
             "In mode 'slide' the network sees many crops, so there are no logits of one run and "
             "no one network size. Ask for mode=whole, or for labels at the original size.",
+        )
+    if form.output == "logits" and card.output is None:
+        raise RefusedError(
+            406,
+            f"The model {card.name!r} gives segments, and no logits of pixels. Ask for {JSON}, "
+            "or for its tensors at /v2.",
         )
     kept = None if options.classes is None else _class_ids(card, options.classes)
     most = 256 if kept is None else 255

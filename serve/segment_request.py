@@ -17,6 +17,7 @@ import numpy.typing as npt
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Segmentation, Tensors
 from fdconv_deploy.runtime.multiband import FORMATS, check_format, image_cost
+from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 from fdconv_deploy.runtime.postprocessing import logit_map
 from fdconv_deploy.runtime.preprocessing import Prepared, resize
 from fdconv_deploy.serve.batching import DeadlineError, Outcome
@@ -184,6 +185,9 @@ class _Image:
         labels = pixels * (2 if len(self._version.card.classes) > 256 else 1)
         if self._session.detects:
             labels += masks_bytes(pixels, self._version.card)
+        queries = self._version.card.queries
+        if queries is not None:  # segments and what they are told by, and a mask for each query
+            labels += (12 + queries.number) * pixels
         if self._request.kept is not None:
             labels += 4 * pixels
         if form.output == "json":
@@ -269,6 +273,8 @@ class _Image:
         else:
             logits = self._logits(output["logits"]) if request.form.output == "logits" else None
             found = self._labels(output)
+            if isinstance(found, PanopticSegmentation):
+                found = found.kept(request.min_score)
         self.times["postprocess"] = time.perf_counter() - start
         return Answer(
             model=self._version.name,

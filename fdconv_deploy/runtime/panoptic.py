@@ -37,9 +37,7 @@ from fdconv_deploy.runtime.postprocessing import (
 )
 from fdconv_deploy.runtime.preprocessing import Prepared
 from fdconv_deploy.runtime.segmentation import Segmentation, SegmentationPipeline
-from fdconv_deploy.runtime.visualization import RGB, encode
-
-VOID = "void"
+from fdconv_deploy.runtime.visualization import encode
 
 
 @dataclass(frozen=True)
@@ -294,9 +292,6 @@ class PanopticPipeline(SegmentationPipeline):
             raise TypeError("a panoptic pipeline is for a head with queries and 'panoptic'")
         self._queries, self._rule = head, rule
         self.mode = "whole"
-        self._names, self._colours = self.classes, self.palette
-        self.classes: tuple[str, ...] = (*self.classes, VOID)
-        self.palette: tuple[RGB, ...] = (*self.palette, (0, 0, 0))
 
     def finish(
         self,
@@ -322,7 +317,7 @@ class PanopticPipeline(SegmentationPipeline):
         maps = resize_maps(masks.shape[1:], prepared.network, covered, image, align_corners=False)
         ids, segments = panoptic_segments(classes, masks, *maps, self._queries, self._rule)
         labels = empty_labels(*image, len(self.classes))
-        of_segment = [len(self._names), *(segment.label for segment in segments)]
+        of_segment = [len(self.classes) - 1, *(segment.label for segment in segments)]
         labels[:] = np.array(of_segment)[ids]
         instances = None
         if self._rule.instance_on:
@@ -360,8 +355,8 @@ class PanopticPipeline(SegmentationPipeline):
             mask_threshold=0.5,
             image_size=(maps[0].size, maps[1].size),
             resized_to=(placement.height, placement.width),
-            classes=self._names,
-            palette=self._colours,
+            classes=self.classes[:-1],
+            palette=self.palette[:-1],
             fit=placement.fit,
             timings={},
             parts=parts,

@@ -28,6 +28,8 @@ from fdconv_deploy.runtime.sliding_window import SlidingRows, crop_within, slide
 from fdconv_deploy.runtime.visualization import RGB, default_palette, mask_png, overlay
 
 Mode = Literal["whole", "slide"]
+# The class of pixels that are in no segment of a panoptic answer.
+VOID = "void"
 
 
 @dataclass(frozen=True)
@@ -249,12 +251,13 @@ def class_names(architecture: SegmentorConfig) -> tuple[str, ...]:
     """The name of each label; numbers where the checkpoint gave none.
 
     Of a head with one output whose checkpoint names one class, that is label 1, and label 0 is
-    called ``background``.
+    called ``background``. Panoptic answers have one label more, of what is in no segment.
     """
     labels = architecture.decode_head.labels
+    void = (VOID,) * (architecture.panoptic is not None)
     if not architecture.classes:
-        return tuple(f"class {number}" for number in range(labels))
-    return ("background",) * (labels - len(architecture.classes)) + architecture.classes
+        return (*(f"class {number}" for number in range(labels)), *void)
+    return ("background",) * (labels - len(architecture.classes)) + architecture.classes + void
 
 
 def class_palette(architecture: SegmentorConfig) -> tuple[RGB, ...]:
@@ -263,6 +266,7 @@ def class_palette(architecture: SegmentorConfig) -> tuple[RGB, ...]:
     As for names, one colour for two labels is that of label 1, and label 0 is black.
     """
     labels = architecture.decode_head.labels
+    void = ((0, 0, 0),) * (architecture.panoptic is not None)
     if not architecture.palette:
-        return default_palette(labels)
-    return ((0, 0, 0),) * (labels - len(architecture.palette)) + architecture.palette
+        return default_palette(labels) + void
+    return ((0, 0, 0),) * (labels - len(architecture.palette)) + architecture.palette + void

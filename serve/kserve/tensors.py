@@ -44,7 +44,7 @@ _NOT_DONE = {
     "sequence_start": "keep sequences: each request stands for itself. Leave the sequence out",
     "sequence_end": "keep sequences: each request stands for itself. Leave the sequence out",
 }
-_OUTPUTS: list[Any] = ["logits", "labels", "boxes", "scores", "count", "masks"]
+_OUTPUTS: list[Any] = ["logits", "labels", "boxes", "scores", "count", "masks", "classes"]
 _EXAMPLE: dict[str, Any] = {
     "id": "42",
     "inputs": [
