@@ -31,7 +31,13 @@ from fdconv_deploy.cli.options import (
 if TYPE_CHECKING:
     from fdconv_deploy.evaluation.coco import AveragePrecision
     from fdconv_deploy.evaluation.coco_annotations import Annotations
-    from fdconv_deploy.evaluation.compare import DetectionEvaluation, Evaluation, Target, Timed
+    from fdconv_deploy.evaluation.compare import (
+        DetectionEvaluation,
+        Evaluation,
+        PanopticEvaluation,
+        Target,
+        Timed,
+    )
 
 # How many findings are named in the terminal.
 _NAMED, _ODD = 20, 5
@@ -50,7 +56,10 @@ def evaluate(
     ] = None,
     annotations: Annotated[
         Path | None,
-        typer.Option(help="COCO's JSON of a detector's objects, in place of --masks."),
+        typer.Option(
+            help="COCO's JSON of a detector's objects, in place of --masks; with --masks, the "
+            "folder of its PNGs, COCO's panoptic JSON."
+        ),
     ] = None,
     against: Annotated[
         list[Path] | None,
@@ -96,25 +105,24 @@ def evaluate(
 ) -> None:
     """Score a network on labelled images: mIoU, accuracy and throughput in one run.
 
-    A detector: box and mask AP, by COCO's own code, on objects annotated as COCO's are.
+    A detector: box and mask AP, by COCO's own code, on objects annotated as COCO's are. A
+    panoptic network: PQ, by COCO's rule.
     """
     from fdconv_deploy.evaluation.coco import find_coco
     from fdconv_deploy.evaluation.targets import open_targets
 
     labels = masks or annotations
-    if (
-        (data is None) == (images is None)
-        or (images is None) != (labels is None)
-        or (masks and annotations)
-    ):
+    if (data is None) == (images is None) or (images is None) != (labels is None):
         raise typer.BadParameter(
-            "give --images with --masks (or with --annotations, of a detector), or --data alone."
+            "give --images with --masks (or with --annotations, of a detector, or with both, of a "
+            "panoptic network), or --data alone."
         )
-    if annotations is not None and images is not None:
+    panoptic = annotations is not None and masks is not None
+    if annotations is not None and images is not None and not panoptic:
         coco: tuple[Path, Path] | None = annotations, images
     else:
         coco = find_coco(data) if data is not None else None
-    if coco is not None:
+    if coco is not None or panoptic:
         given: dict[str, object] = {"mode": mode, "fit": fit, "label-map": label_map}
         given["reduce-zero-label"] = reduce_zero_label or None
         given |= {"multi-scale": multi_scale, "flip": flip or None}
@@ -125,6 +133,7 @@ def evaluate(
     opened = open_targets(
         paths,
         detectors=coco is not None,
+        panoptic=panoptic,
         mode=mode,
         fit=fit,
         backend=backend,
@@ -134,7 +143,13 @@ def evaluate(
         weights=weights,
         scales=parse_scales(multi_scale, flip),
     )
-    if coco is not None:
+    if panoptic:
+        assert annotations is not None
+        assert images is not None
+        assert masks is not None
+        files = annotations, masks, images
+        first = _evaluate_panoptic(opened, files, limit, quiet, as_json)
+    elif coco is not None:
         first = _evaluate_detectors(opened, coco, limit, quiet, as_json)
     else:
         first = _evaluate_segmentors(
@@ -209,6 +224,31 @@ def _evaluate_detectors(
     else:
         show_detectors(result, Console(), quiet)
     return data.images / next(iter(data)).name
+
+
+def _evaluate_panoptic(
+    opened: AbstractContextManager[list[Target[Any]]],
+    files: tuple[Path, Path, Path],
+    limit: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> Path:
+    """Score, print, and give the first image's file."""
+    from fdconv_deploy.evaluation.compare import evaluate_panoptic
+    from fdconv_deploy.evaluation.panoptic import PanopticSet
+    from fdconv_deploy.runtime.segmentation import VOID
+
+    with opened as targets, _progress(hidden=quiet or as_json) as bar:
+        classes = [name for name in targets[0].classes if name != VOID]
+        data = PanopticSet(*files, classes, limit)
+        result = evaluate_panoptic(targets, data, progress=_counting(bar, "images", len(data)))
+    if as_json:
+        names = ("annotations_from", "masks_from", "images_from")
+        where = dict(zip(names, map(str, files), strict=True))
+        print(json.dumps({**where, **result.as_dict()}, indent=2))
+    else:
+        show_panoptic(result, Console(), quiet)
+    return data.first
 
 
 def _verify(
@@ -322,6 +362,28 @@ def show_detectors(result: DetectionEvaluation, console: Console, quiet: bool) -
     console.print(table)
     if closing := _closing(result.checked):
         console.print(closing, markup=False, highlight=False, soft_wrap=True)
+    print_operators(console, [one.target for one in results])
+
+
+def show_panoptic(result: PanopticEvaluation, console: Console, quiet: bool) -> None:
+    """PQ by class, and means."""
+    results = result.results
+    names = _columns(results)
+    if not quiet:
+        table = Table("PQ by class", *names)
+        for index, seen in enumerate(results[0].counts.seen):
+            values = [one.counts.by_class()[index, 0] if seen else None for one in results]
+            table.add_row(results[0].target.classes[index], *map(_text, values))
+        console.print(table)
+    table = Table(f"{result.images} images", *names)
+    for kind in ("all", "things", "stuff"):
+        for name in ("pq", "sq", "rq"):
+            values = [getattr(one.qualities[kind], name) for one in results]
+            table.add_row(f"{name.upper()}, {kind}", *map(_text, values))
+    table.add_row("images/s", *(f"{one.images_per_second:.2f}" for one in results))
+    if len(results) > 1:
+        table.add_row("same class as the first", *(f"{one.agreement:.4%}" for one in results))
+    console.print(table)
     print_operators(console, [one.target for one in results])
 
 

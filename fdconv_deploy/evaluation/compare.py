@@ -20,9 +20,11 @@ from fdconv_deploy.evaluation.coco import AveragePrecision, CocoSet, average_pre
 from fdconv_deploy.evaluation.coco_annotations import Annotations
 from fdconv_deploy.evaluation.datasets import DatasetError, Sample
 from fdconv_deploy.evaluation.metrics import Scores, confusion_matrix, scores
+from fdconv_deploy.evaluation.panoptic import PanopticCounts, PanopticSet, Quality
 from fdconv_deploy.latency.interleaving import Clock, Interleaver
 from fdconv_deploy.runtime import Detection
 from fdconv_deploy.runtime.detection import SHOWN_SCORE
+from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 
 Labels = NDArray[np.integer]
 """(H, W), at the image's size: what a segmentation network finds."""
@@ -219,6 +221,91 @@ class DetectionEvaluation:
             "noted": [vars(finding) for finding in self.checked.noted],
             "sides": [result.as_dict() for result in self.results],
         }
+
+
+@dataclass(frozen=True)
+class PanopticResult(Timed[PanopticSegmentation]):
+    """A panoptic network's quality and speed.
+
+    Attributes:
+        counts: of all images.
+        things: of each class, whether it is one of objects.
+        agreement: the share of all pixels whose class is the first target's.
+    """
+
+    counts: PanopticCounts
+    things: tuple[bool, ...]
+    agreement: float
+
+    @property
+    def qualities(self) -> dict[str, Quality]:
+        """Of all classes, of things and of stuff."""
+        stuff = tuple(not thing for thing in self.things)
+        return {
+            "all": self.counts.quality(),
+            "things": self.counts.quality(self.things),
+            "stuff": self.counts.quality(stuff),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; scores that are not defined are null."""
+        scored = {
+            kind: {name: _defined(value) for name, value in quality.as_dict().items()}
+            for kind, quality in self.qualities.items()
+        }
+        rows = zip(self.counts.by_class().tolist(), self.counts.seen.tolist(), strict=True)
+        classes: list[dict[str, Any]] = [
+            dict(zip(("pq", "sq", "rq"), row if seen else (None,) * 3, strict=True))
+            for row, seen in rows
+        ]
+        nothing: dict[str, Any] = dict.fromkeys(("pq", "sq", "rq"))  # of what is in no segment
+        return self.report({"panoptic": scored, "agreement": self.agreement}, [*classes, nothing])
+
+
+@dataclass(frozen=True)
+class PanopticEvaluation:
+    """Panoptic networks on the same images."""
+
+    results: tuple[PanopticResult, ...]
+    images: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"images": self.images, "sides": [result.as_dict() for result in self.results]}
+
+
+def evaluate_panoptic(
+    targets: Sequence[Target[PanopticSegmentation]],
+    data: PanopticSet,
+    *,
+    progress: Callable[[int], None] = lambda _: None,
+    clock: Clock = time.perf_counter,
+) -> PanopticEvaluation:
+    """Score panoptic networks on images with true segments, in turn.
+
+    Args:
+        targets: one or more, all of the same classes, which ``data`` was read for.
+        data: decoding its files is not timed.
+        progress: called with the number of images done after each.
+        clock: seconds, as `time.perf_counter` gives them.
+
+    Raises:
+        DatasetError: the targets' classes differ, or a file cannot be read.
+    """
+    rounds = _Rounds(targets, clock)
+    counts = [PanopticCounts(len(data.things)) for _ in targets]
+    same, pixels = np.zeros(len(targets), np.int64), 0
+    for sample, answers in rounds.over(data, progress):
+        pixels += sample.ids.size
+        for index, answer in enumerate(answers):
+            labels = {segment.id: segment.label for segment in answer.segments}
+            counts[index].add(sample.ids, sample.segments, answer.ids, labels)
+            same[index] += int((answer.labels == answers[0].labels).sum())
+    results = tuple(
+        PanopticResult(*rounds.timed(index), counts[index], data.things, float(share / pixels))
+        for index, share in enumerate(same)
+    )
+    return PanopticEvaluation(results, len(data))
 
 
 def evaluate(

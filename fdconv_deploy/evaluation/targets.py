@@ -27,6 +27,7 @@ from fdconv_deploy.runtime.multi_scale import (
     segment_sliding,
     segment_whole,
 )
+from fdconv_deploy.runtime.panoptic import PanopticPipeline, PanopticSegmentation
 from fdconv_deploy.runtime.preprocessing import (
     best_size,
     check_image,
@@ -45,6 +46,7 @@ def open_targets(
     paths: Sequence[Path],
     *,
     detectors: bool = False,
+    panoptic: bool = False,
     mode: Mode | None = None,
     fit: Fit | None = None,
     backend: str | None = None,
@@ -63,6 +65,7 @@ def open_targets(
     Args:
         paths: bundles' folders and checkpoint files.
         detectors: whether all must be detectors, or segmentors.
+        panoptic: whether all must be segmentors that answer with segments.
         mode: of segmentors, "whole" or "slide"; what each was tested in when not given.
         fit: of segmentors' bundles, and of checkpoints beside them; the first bundle's own when
             not given.
@@ -90,7 +93,7 @@ def open_targets(
             for path in bundles
         }
         for path, session in sessions.items():
-            _check_kind(path, session, detectors)
+            _check_kind(path, session, detectors, panoptic)
         first = next(iter(sessions.values()), None)
         targets = []
         for path in paths:
@@ -128,7 +131,17 @@ def open_targets(
         yield targets
 
 
-def _check_kind(path: Path, session: Session, detectors: bool) -> None:
+def _check_kind(path: Path, session: Session, detectors: bool, panoptic: bool) -> None:
+    if panoptic and not session.panoptic:
+        raise FDConvError(
+            f"The bundle {path} gives no panoptic segments, which --annotations with --masks "
+            "score. Of a detector give --annotations alone, of another segmentor --masks alone."
+        )
+    if session.panoptic and not panoptic:
+        raise FDConvError(
+            f"The bundle {path} gives panoptic segments, which are scored on COCO's panoptic "
+            "files: give --annotations (the JSON), --masks (the folder of its PNGs) and --images."
+        )
     if detectors and not session.detects:
         raise FDConvError(
             f"The bundle {path} is of a {session.bundle.manifest.kind}, not of a detector, which "
@@ -166,12 +179,13 @@ def bundle_target(
         details["mode"] = mode or session.segmentation.mode
         details |= scales.as_dict() if scales else {}
 
-    def segment(image: NDArray[Any]) -> Answer[Labels]:
+    def segment(image: NDArray[Any]) -> Answer[Any]:
         if scales is None:
             found = session.segment(image, mode=mode, fit=fit)
         else:
             found = segment_at_scales(session, image, scales, mode=mode, fit=fit)
-        return Answer(found.labels, found.timings["inference"])
+        answer = found if session.panoptic else found.labels
+        return Answer(answer, found.timings["inference"])
 
     def detect(image: NDArray[Any]) -> Answer[Detection]:
         found = session.detect(image)
@@ -216,7 +230,39 @@ def torch_target(
 
     if isinstance(network, Detector):
         return _torch_detector(network, path, size, other_sizes)
+    if network.architecture.panoptic is not None:
+        return _torch_panoptic(network, path, size, other_sizes, fit)
     return _torch_segmentor(network, path, size, other_sizes, mode, fit, scales)
+
+
+def _torch_panoptic(
+    network: Segmentor,
+    path: Path,
+    size: tuple[int, int] | None,
+    other_sizes: Sequence[tuple[int, int]],
+    fit: Fit,
+) -> Target[PanopticSegmentation]:
+    import torch
+
+    architecture = network.architecture
+
+    def answer(image: NDArray[Any]) -> Answer[PanopticSegmentation]:
+        height, width = check_image(image, architecture.preprocessing).shape[:2]
+        if size is None:
+            target = published_segmentor_input((height, width), architecture.preprocessing)
+        else:
+            target = best_size((height, width), (size, *other_sizes))
+        pipeline = PanopticPipeline(architecture, target, fit)
+        prepared = pipeline.prepare(image)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            outputs = network(torch.from_numpy(prepared.inputs["images"][None]))
+        spent = time.perf_counter() - start
+        named = dict(zip(network.output_names, (o[0].numpy() for o in outputs), strict=True))
+        return Answer(pipeline.finish(prepared, named), spent)
+
+    details = _torch_details(size, mode="whole")
+    return Target(str(path), answer, class_names(architecture), details, architecture.preprocessing)
 
 
 def _torch_segmentor(

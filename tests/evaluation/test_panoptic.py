@@ -1,0 +1,119 @@
+"""Panoptic quality against COCO's own code, and from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from fdconv_deploy.cli.app import app
+from fdconv_deploy.evaluation.datasets import DatasetError
+from fdconv_deploy.evaluation.panoptic import PanopticCounts, PanopticSet
+from fdconv_deploy.runtime import open_session
+from tests.runtime import toy_panoptic
+
+FILES = Path(__file__).parents[1] / "real_packages" / "panopticapi" / "files"
+CLASSES = ("person", "car", "dog", "road", "sky", "unused")
+
+
+def ids_of(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(np.int64) @ [1, 256, 65536]
+
+
+def test_quality_equals_cocos_own_code():
+    data = PanopticSet(FILES / "truth.json", FILES / "truth", FILES / "images", CLASSES)
+    found = json.loads((FILES / "found.json").read_text())["annotations"]
+    counts = PanopticCounts(len(CLASSES))
+    labels = {number * 7 + 1: number for number in range(len(CLASSES))}
+    assert len(data) == len(found) == 12
+    for sample, answer in zip(data, found, strict=True):
+        segments = {s["id"]: labels[s["category_id"]] for s in answer["segments_info"]}
+        counts.add(
+            sample.ids, sample.segments, ids_of(FILES / "found" / answer["file_name"]), segments
+        )
+    expected = json.loads((FILES / "scores.json").read_text())
+    stuff = [not thing for thing in data.things]
+    for name, chosen in (("all", None), ("things", data.things), ("stuff", stuff)):
+        quality = counts.quality(chosen)
+        ours = {"pq": quality.pq, "sq": quality.sq, "rq": quality.rq, "n": quality.classes}
+        assert ours == pytest.approx(expected[name], abs=1e-12)
+    for label, name in enumerate(CLASSES):
+        theirs = expected["classes"][name]
+        assert counts.by_class()[label].tolist() == pytest.approx(
+            [theirs["pq"], theirs["sq"], theirs["rq"]], abs=1e-12
+        )
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    return toy_panoptic.make_bundle(tmp_path_factory.mktemp("panoptic") / "rooms").path
+
+
+@pytest.fixture
+def data(bundle, tmp_path) -> Path:
+    """An image whose truth is what the network finds, but for one segment that is missing."""
+    image = np.random.default_rng(3).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    for folder in ("images", "truth"):
+        (tmp_path / folder).mkdir()
+    Image.fromarray(image).save(tmp_path / "images" / "a.png")
+    with open_session(bundle) as session:
+        answer = session.segment(image)
+        classes = session.classes[:-1]
+    (tmp_path / "truth" / "a.png").write_bytes(answer.panoptic_png())
+    file = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [
+            {"image_id": 1, "file_name": "a.png", "segments_info": answer.segments_info()[1:]}
+        ],
+        "categories": [
+            {"id": number, "name": name, "isthing": int(number < 2)}
+            for number, name in enumerate(classes)
+        ],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(file))
+    return tmp_path
+
+
+def evaluate(bundle: Path, data: Path, *options: str):
+    return CliRunner().invoke(
+        app,
+        ["evaluate", str(bundle), "--images", str(data / "images"), "--masks", str(data / "truth"),
+         *options],
+    )  # fmt: skip
+
+
+def test_evaluate_scores_segments(bundle, data):
+    options = ["--annotations", str(data / "truth.json")]
+    result = evaluate(bundle, data, *options, "--json")
+    assert result.exit_code == 0, result.output
+    (side,) = json.loads(result.stdout)["sides"]
+    seen = [one for one in side["classes"] if one["pq"] is not None]
+    assert side["panoptic"]["all"]["sq"] == 1
+    assert 0 < side["panoptic"]["all"]["pq"] < 1  # one segment is false
+    assert any(one["pq"] == 1 for one in seen)
+    assert side["classes"][-1] == {"name": "void", "pq": None, "sq": None, "rq": None}
+    table = evaluate(bundle, data, *options)
+    assert table.exit_code == 0
+    assert "PQ, things" in table.stdout
+
+
+def test_evaluate_says_what_a_panoptic_network_needs(bundle, data):
+    result = evaluate(bundle, data)
+    assert "give --annotations (the JSON), --masks" in str(result.exception)
+
+
+def test_files_of_another_form_are_refused(data):
+    path = data / "objects.json"
+    path.write_text('{"images": [], "annotations": [{"id": 1}], "categories": []}')
+    with pytest.raises(DatasetError, match="no panoptic file of COCO's form"):
+        PanopticSet(path, data / "truth", data / "images", ("a",))
+    with pytest.raises(DatasetError, match="no category 'zebra'"):
+        PanopticSet(data / "truth.json", data / "truth", data / "images", ("zebra",))
+    wrong = PanopticSet(data / "truth.json", data / "images", data / "truth", ("class 0",))
+    Image.new("RGB", (5, 5)).save(data / "images" / "a.png")
+    with pytest.raises(DatasetError, match="its image of"):
+        next(iter(wrong))
