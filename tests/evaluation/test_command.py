@@ -100,6 +100,21 @@ def test_multi_scale_and_flip(streets, scenes, monkeypatch, capfd):
         assert "actors" in err
 
 
+def test_multi_scale_by_graphs_of_several_sizes(scenes, tmp_path, monkeypatch, capfd):
+    sizes = [part for size in ("96x128", "72x96", "120x160") for part in ("--size", size)]
+    bundle = tmp_path / "bundle"
+    code, _, err = fdconv(
+        monkeypatch, capfd, "export", packaged_checkpoint(), "-o", bundle, *sizes, "-q"
+    )
+    assert code == 0, err
+    data = ["--images", scenes, "--masks", scenes, "--limit", 2]
+    several = ["--multi-scale", "0.75,1,1.25", "--flip", "--against", packaged_checkpoint()]
+    ours, eager = scored(monkeypatch, capfd, bundle, *data, *several)["sides"]
+    assert ours["multi_scale"] == eager["multi_scale"] == [0.75, 1, 1.25]
+    assert eager["agreement"] > 0.9999
+    assert abs(ours["mean_iou"] - eager["mean_iou"]) < 1e-4
+
+
 def test_two_bundles_and_a_checkpoint(streets, scenes, monkeypatch, capfd):
     report = scored(
         monkeypatch, capfd, packaged_checkpoint(), "--images", scenes, "--masks", scenes,
