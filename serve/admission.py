@@ -42,7 +42,8 @@ class Admission:
         self._limit = math.inf if queue is None else settings.workers + queue
         self._clients: Counter[str] = Counter()
         self._turns: deque[tuple[int, asyncio.Future[None]]] = deque()
-        self._since = self._seconds = self._images = 0.0
+        self._since: float | None = None
+        self._seconds = self._images = 0.0
         self.in_hand = 0  # images
         self.memory_used = 0  # bytes
 
@@ -93,14 +94,15 @@ class Admission:
         """Hold places for ``images``; refused as by :meth:`check_room`."""
         self.check_room(client, images, deadline)
         if not self.in_hand:
-            self._since = self._clock()
+            self._since = None
         self.in_hand += images
         self._clients[client] += images
         try:
             yield
             now = self._clock()
-            self._seconds = _KEPT * self._seconds + now - self._since
-            self._images = _KEPT * self._images + images
+            if self._since is not None:  # the first after a rest tells its latency, and no pace
+                self._seconds = _KEPT * self._seconds + now - self._since
+                self._images = _KEPT * self._images + images
             self._since = now
         finally:
             self.in_hand -= images
@@ -175,7 +177,7 @@ class Admission:
 
     def forget_pace(self) -> None:
         """Measure anew, without what a model took to be loaded."""
-        self._since, self._seconds, self._images = self._clock(), 0.0, 0.0
+        self._since, self._seconds, self._images = None, 0.0, 0.0
 
     def retry_after(self) -> dict[str, str]:
         """The header that says when to come back."""

@@ -224,12 +224,10 @@ def test_what_would_wait_past_its_deadline_is_refused(bundles: list[Path], png: 
             service.deadline = lambda wanted: now + (wanted or 30_000) / 1e3  # type: ignore[method-assign]
             service.scheduler._clock = lambda: now
             runs = Runs(service)
-            runs.hold()
-            first = ask(client, png)
-            await until(lambda: service.scheduler.running == 1)
-            now = 6.0  # which is then the pace
-            runs.let_go()
-            await all_answered([first])
+            with service.admission.admit("a"):
+                with service.admission.admit("b"):
+                    now = 50.0  # which is its latency, and nobody's pace
+                now = 56.0
             runs.hold()
             waiting = [ask(client, png) for _ in range(3)]
             await until(lambda: service.admission.in_hand == 3)
