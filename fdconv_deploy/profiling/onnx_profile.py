@@ -31,8 +31,11 @@ _OPERATORS = {"FrequencyAssembly": "kernel assembly", "FrequencyBandModulation":
 # ONNX Runtime's prefix of what was inside a function.
 _INLINED = re.compile(r"_inlfunc_(FrequencyAssembly|FrequencyBandModulation)")
 # What the exporter calls the nodes of a layer's convolution, a layer's prefix left out: the
-# convolution, or one per kernel row and their sum; shifts and scales of its output; reshapes.
-_OF_CONVOLUTION = re.compile(r"(convolution|row\d+|kernel\.rows|output|input)(\.|_|$)")
+# convolution, over tokens a product, or one per kernel row and their sum; shifts and scales of its
+# output; reshapes.
+_OF_CONVOLUTION = re.compile(
+    r"(convolution|product|row\d+|kernel\.rows|kernel\.turned|output|input)([._/]|$)"
+)
 _CONVOLUTIONS = {"Conv", "FusedConv", "ConvTranspose", "QLinearConv", "ConvInteger"}
 
 

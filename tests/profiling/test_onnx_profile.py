@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.profile_operators import by_part
 from fdconv_deploy.export import export_module
-from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.nn import FDConv2d, FDTokenConv
 from fdconv_deploy.profiling.layer_names import layer_names
 from fdconv_deploy.profiling.onnx_profile import (
     PARTS,
@@ -67,6 +67,20 @@ def test_every_node_belongs_somewhere(model: Path, tmp_path: Path) -> None:
     # One for each layer, at least, and the stem's.
     convolutions = [o for o, part in by_operator if part == "convolutions" and o.endswith("Conv")]
     assert len(convolutions) > LAYERS
+
+
+def test_products_over_tokens_are_convolutions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(FDTokenConv(32, 48, kernel_num=16), nn.GELU()).eval()
+    path = export_module(network, torch.randn(1, 200, 32), tmp_path / "b").model_path(1)
+    optimised = optimise(path, tmp_path)
+    parts = attribute(onnx.load(str(path), load_external_data=False), optimised)
+    products = [
+        part
+        for node, part in zip(optimised.graph.node, parts, strict=True)
+        if any(name.startswith("0.product") for name in node.output)
+    ]
+    assert products == ["convolutions"]
 
 
 def test_profile(model: Path, images, tmp_path: Path) -> None:

@@ -102,6 +102,24 @@ def test_half_precision(bundle, segmentor):
     assert relative(actual, expected) < 2e-2
 
 
+@pytest.mark.parametrize("name", ["tokens", "linear"])
+def test_half_precision_over_tokens(name):
+    case = CASES[name]
+    with torch.no_grad():
+        model = layer_model(case.folded(case.layer()), case.batch)
+    del model.graph.output[1:]
+    x = case.input().numpy()
+    (expected,) = answers(model, x, "x")
+    to_half_precision(model, ["layer"])
+    (actual,) = answers(model, x, "x")
+    assert relative(actual, expected) < 5e-3
+    variant = checked(model)
+    (half,) = answers(variant, x, "x")
+    assert relative(half, expected) < 5e-3
+    columns = [n.op_type for n in variant.graph.node if "Columns" in n.op_type]
+    assert [n.endswith("_Half") for n in columns] == [True]
+
+
 def test_a_convolution_stays_one_node(bundle):
     """By rows is for CPUs: a GPU convolves with whole kernels."""
     variant = checked(load(bundle, 1))

@@ -16,7 +16,7 @@ import torch
 from onnx import NodeProto, helper, numpy_helper
 
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
-from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.nn import FDConv2d, FDTokenConv
 from fdconv_deploy.ops.frequency_assembly import AssemblyForm
 from tests.ops.single import cut_constant, fdconv_node, inputs_of, layer_model, refusal, run
 from tests.ops.test_frequency_assembly import (
@@ -90,6 +90,37 @@ def test_every_form(form: AssemblyForm, library: Path) -> None:
 def test_sizes(channels: int, filters: int, kernel: int, batch: int, library: Path) -> None:
     layer, folded = layer_of(channels, filters, kernel)
     check(folded, layer, batch, library)
+
+
+def check_tokens(channels: int, filters: int, tokens: int, library: Path) -> None:
+    """A feed-forward network's layer at the authors' kernel_num, as `check` does."""
+    layer = enliven(FDTokenConv(channels, filters, kernel_num=64))
+    folded = fold_layer(layer, (tokens, 1), name="layer")
+    assert folded.spectrum is not None
+    model = layer_model(folded, 1)
+    node = fdconv_node(model, "FrequencyAssembly")
+    x = lively_input((1, channels, tokens, 1)).flatten(2).transpose(1, 2).contiguous()
+    native = run(model, x.numpy(), library, 2)
+    expected = by_reference(folded, inputs_of(model, node, native))
+    name = node.output[0]
+    assert np.abs(native[name] - expected).max() <= 1e-6 * np.abs(expected).max()
+    with torch.no_grad():
+        assert error(torch.from_numpy(native["y"]), layer.double()(x.double())) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("channels", "filters", "tokens"), [(192, 768, 2000), (192, 768, 9), (768, 192, 9)]
+)
+def test_feed_forward_layers(channels: int, filters: int, tokens: int, library: Path) -> None:
+    """Gates on kernels where there are many tokens, on tokens where there are few."""
+    check_tokens(channels, filters, tokens, library)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("channels", "filters"), [(1536, 6144), (6144, 1536)])
+def test_largest_feed_forward_layers(channels: int, filters: int, library: Path) -> None:
+    """Those of Swin-L's last stage."""
+    check_tokens(channels, filters, 400, library)
 
 
 @pytest.mark.parametrize(("kernel", "arguments"), KERNELS, ids=str)
