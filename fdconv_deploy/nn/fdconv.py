@@ -374,6 +374,15 @@ class FDTokenConv(FDConv2d):
                 "modulated. Leave 1 out of it."
             )
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *others: Any, **named: Any
+    ) -> None:
+        """Take a plain layer's weight as linear layers have it, too, ``(O, I)``."""
+        weight = state_dict.get(f"{prefix}weight")
+        if not self.is_dynamic and isinstance(weight, Tensor) and weight.ndim == 2:
+            state_dict[f"{prefix}weight"] = weight[:, :, None, None]
+        super()._load_from_state_dict(state_dict, prefix, *others, **named)
+
     @property
     def out_features(self) -> int:
         """O, as ``nn.Linear`` calls it."""

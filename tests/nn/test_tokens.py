@@ -24,6 +24,14 @@ def test_narrow_token_layer_is_a_plain_linear_one():
     torch.testing.assert_close(layer(x), plain)
 
 
+def test_narrow_token_layer_takes_the_weight_of_a_linear_one():
+    linear = torch.nn.Linear(16, 24)
+    layer = FDTokenConv(16, 24)
+    layer.load_state_dict(linear.state_dict())
+    x = torch.randn(2, 7, 16)
+    torch.testing.assert_close(layer(x), linear(x))
+
+
 def test_band_modulation_of_tokens_is_refused():
     with pytest.raises(UnsupportedLayerError, match="use_fbm_if_k_in has 1"):
         FDTokenConv(20, 24, use_fbm_if_k_in=(1,))
