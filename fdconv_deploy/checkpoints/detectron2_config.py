@@ -27,8 +27,8 @@ def in_openmmlab_sections(values: Mapping[str, Any]) -> dict[str, Any]:
     resize = _known(type="Resize", keep_ratio=True, backend="pillow")
     if isinstance(short, int) and isinstance(long, int):
         resize["scale"] = (long, short)
-    layout = inputs.get("FORMAT")
-    return {
+    layout, crop = inputs.get("FORMAT"), inputs.section("CROP")
+    return _known(crop_size=crop.get("SIZE") if crop.get("ENABLED") else None) | {
         "model": _known(
             type="EncoderDecoder",
             backbone=_backbone(model),

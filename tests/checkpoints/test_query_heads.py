@@ -328,6 +328,7 @@ def test_inspect_names_the_framework(oracle: Path, tmp_path: Path) -> None:
         "segmentor",
     )
     assert report.dynamic_layers == 14
+    assert report.training_size == (512, 512)  # INPUT.CROP
     backbone = {
         key.removeprefix("backbone."): value
         for key, value in state_of(oracle, name).items()
