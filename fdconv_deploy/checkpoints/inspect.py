@@ -71,8 +71,9 @@ class Report(BaseModel):
         size: (height, width) in pixels that ``macs`` is for.
         parameters: trained numbers by part, and ``total``.
         fdconv_parameters: those of the FDConv layers by what they do.
-        macs: multiply-adds of convolutions per image, by part. Convolutions of the backbone
-            are ``main``; what FDConv adds to them is under its own names.
+        macs: multiply-adds of convolutions per image, by part, of a ResNet with a convolutional
+            head; None of other networks. Convolutions of the backbone are ``main``; what FDConv
+            adds to them is under its own names.
         spectrum_bytes: of all stored spectra, float32.
         published_buffer_bytes: what the published code holds beside the weights: the bin
             order as int64 and the band masks.

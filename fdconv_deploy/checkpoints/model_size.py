@@ -19,7 +19,12 @@ from fdconv_deploy.checkpoints.infer_layers import (
     kind_of,
     parameters,
 )
-from fdconv_deploy.config import BackboneConfig, SegmentorConfig
+from fdconv_deploy.config import (
+    BackboneConfig,
+    QueryHeadConfig,
+    ResNetConfig,
+    SegmentorConfig,
+)
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.nn.backbones import build_backbone
@@ -46,10 +51,11 @@ def layer_macs(
         layers: those to count.
         architecture: of a segmentor; None for another network, of which the backbone is counted.
         backbone: None if it is not understood; then nothing is counted, nor of one that cannot
-            be built.
+            be built, nor of networks with attention, of which convolutions are the smaller part.
         size: (height, width) of the image, in pixels.
     """
-    if backbone is None:
+    queries = architecture is not None and isinstance(architecture.decode_head, QueryHeadConfig)
+    if not isinstance(backbone, ResNetConfig) or queries:
         return {}
     network: nn.Module
     try:
@@ -63,8 +69,7 @@ def layer_macs(
     except UnsupportedLayerError:
         return {}
     with FlopCounterMode(display=False) as counter:
-        # Its hooks fail on what is made of parameters that ask for gradients, and in eval none do.
-        network.eval().requires_grad_(False)(image)
+        network.eval()(image)
     counts = {
         name.partition(".")[2]: flops[torch.ops.aten.convolution] // 2
         for name, flops in counter.get_flop_counts().items()
