@@ -38,21 +38,21 @@ from fdconv_deploy.nn.heads import Mask2FormerHead
 SCENES = 600
 RECIPES = {
     "segformer": Recipe(
-        steps=900,
+        steps=540,
         batch=8,
         crop=(96, 128),
         learning_rate=1.5e-3,
         second_crop=(128, 176),
-        warm_up=50,
+        warm_up=30,
         scenes=SCENES,
     ),
     "mask2former": Recipe(
-        steps=750,
+        steps=420,
         batch=6,
         crop=(96, 128),
         learning_rate=1e-3,
         second_crop=(160, 224),
-        warm_up=50,
+        warm_up=30,
         scenes=SCENES,
     ),
 }
