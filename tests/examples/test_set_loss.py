@@ -20,7 +20,9 @@ def test_assignment_is_the_cheapest(shape: tuple[int, int]) -> None:
         costs = rng.integers(-3, 4, shape).astype(float) if seed % 2 else rng.normal(size=shape)
         found = assign(costs)
         assert len(set(found.tolist())) == rows
-        cheapest = min(costs[range(rows), list(p)].sum() for p in permutations(range(columns), rows))
+        cheapest = min(
+            costs[range(rows), list(p)].sum() for p in permutations(range(columns), rows)
+        )
         assert costs[range(rows), found].sum() == pytest.approx(cheapest, abs=1e-12)
 
 

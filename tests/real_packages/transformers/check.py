@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from fdconv_deploy import export_module, open_session
-from fdconv_deploy.nn import FDConv2d, replace_linears
+from fdconv_deploy.nn import FDConv2d, replace_convolutions, replace_linears
 from fdconv_deploy.ops.native import native_library
 
 TOLERANCE = 2e-5
@@ -63,25 +64,32 @@ def mask2former() -> nn.Module:
     return tf.Mask2FormerForUniversalSegmentation(config)
 
 
-# The network, the names of its FFNs' linear layers, the outputs that count.
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, list[str]]] = {
-    "segformer": (segformer, "*.blocks.*.mlp.fc?", ["logits"]),
-    "upernet-swin": (upernet_swin, "*.blocks.*.mlp.fc?", ["logits"]),
-    "upernet-convnext": (upernet_convnext, "*.pwconv?", ["logits"]),
-    "mask2former": (
-        mask2former, "*.blocks.*.mlp.fc?", ["class_queries_logits", "masks_queries_logits"],
+FFN = partial(replace_linears, where="*.blocks.*.mlp.fc?", kernel_num=4)
+# The network, what replaces its layers, the outputs that count.
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], list[str]], list[str]]] = {
+    "segformer": (segformer, FFN, ["logits"]),
+    "segformer, convolutions": (segformer, partial(replace_convolutions, kernel_num=4), ["logits"]),
+    "upernet-swin": (upernet_swin, FFN, ["logits"]),
+    "upernet-swin, convolutions": (
+        upernet_swin,
+        partial(replace_convolutions, where="decode_head.*", kernel_num=4),
+        ["logits"],
     ),
+    "upernet-convnext": (
+        upernet_convnext, partial(replace_linears, where="*.pwconv?", kernel_num=4), ["logits"],
+    ),
+    "mask2former": (mask2former, FFN, ["class_queries_logits", "masks_queries_logits"]),
 }  # fmt: skip
 
 
 def check(name: str) -> float:
     """The largest error of an exported network's outputs, of each one's largest value."""
-    make, where, outputs = NETWORKS[name]
+    make, replace, outputs = NETWORKS[name]
     torch.manual_seed(0)
     network = make().eval()
     image, other = torch.randn(2, 1, 3, 64, 96)
     before = {key: network(pixel_values=image)[key] for key in outputs}
-    names = replace_linears(network, where=where, kernel_num=4)
+    names = replace(network)
     for key, value in network(pixel_values=image).items():
         if key in before:  # they start as they were
             assert relative(value, before[key]) < 1e-4, key
@@ -89,7 +97,7 @@ def check(name: str) -> float:
         for layer in network.modules():
             if isinstance(layer, FDConv2d):
                 for key, parameter in layer.named_parameters():
-                    if "_fc." in key or key.startswith("KSM_Local.conv"):
+                    if "_fc." in key or key.startswith(("KSM_Local.conv", "FBM.")):
                         parameter.normal_(0, 0.1)
     network.eval()
     errors = []
