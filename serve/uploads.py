@@ -26,6 +26,8 @@ _HOW = (
 _ALIGNMENT = 64  # bytes; what ONNX Runtime's vector code likes
 # Bytes that are decompressed in one step on the event loop, and on another thread.
 _SMALL_PIECE, _LARGE_PIECE = 32 << 10, 1 << 20
+# A body of more bytes is put together on another thread.
+_LARGE_BODY = 8 << 20
 # zlib's notation for "gzip only" and "zlib format", what HTTP calls deflate.
 _WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
@@ -114,7 +116,10 @@ class Body:
     async def read(self) -> bytes:
         """The whole body, decompressed."""
         with self._in_time():
-            return b"".join([chunk async for chunk in self._chunks()])
+            chunks = [chunk async for chunk in self._chunks()]
+        if self._taken > _LARGE_BODY:
+            return await asyncio.to_thread(b"".join, chunks)
+        return b"".join(chunks)
 
     async def read_aligned(self, start: int) -> memoryview:
         """As :meth:`read`, laid out in memory so that what follows byte ``start`` is aligned.
@@ -123,9 +128,13 @@ class Body:
         place once, not joined first.
         """
         if self._window is not None or self._length is None:
-            body = await self.read()
-            room = _aligned_room(len(body), start)
-            room[:] = body
+            with self._in_time():
+                chunks = [chunk async for chunk in self._chunks()]
+            room, at = _aligned_room(sum(map(len, chunks)), start), 0
+            for chunk in chunks:
+                room[at : at + len(chunk)] = chunk
+                at += len(chunk)
+                await asyncio.sleep(0)  # of tens of megabytes, others would wait
             return room
         room, at = _aligned_room(self._length, start), 0
         with self._in_time():

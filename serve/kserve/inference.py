@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fdconv_deploy.runtime import Session, Tensors
 from fdconv_deploy.runtime.preprocessing import Placement, Prepared, normalise
-from fdconv_deploy.serve.kserve.tensors import JSON_BYTES, InferRequest
+from fdconv_deploy.serve.kserve.tensors import WRITTEN_BYTES, InferRequest
 from fdconv_deploy.serve.model_repository import Version
 from fdconv_deploy.serve.service import Service
 
@@ -57,7 +57,7 @@ def _memory(version: Version, request: InferRequest, in_json: Collection[str]) -
     """The bytes that a request takes at most, beside its body."""
     count = len(request.images)
     numbers = {one.name: math.prod(one.shape[1:]) * count for one in version.card.tensors[1]}
-    written = sum(JSON_BYTES * numbers[name] for name in in_json)
+    written = sum(WRITTEN_BYTES * numbers[name] for name in in_json)
     labels = numbers.get("labels", 0) * 2 if "labels" in request.outputs else 0
     return version.tensor_bytes(count) + labels + written
 

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -14,17 +16,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.model_cards import ModelCard
 
 Array = npt.NDArray[Any]
 HEADER_LENGTH = "Inference-Header-Content-Length"
-# Memory in bytes that a number in JSON takes while it is read or written, and a list of them.
-JSON_BYTES, _LIST_BYTES = 80, 96
+# Memory in bytes that a number of a tensor in JSON takes while it is read, and when it is written.
+_READ_BYTES, WRITTEN_BYTES = 12, 24
+# Bytes of JSON, and numbers, that are worked on at a time. One call on so many keeps Python's lock,
+# and so the event loop, for a millisecond or two; one on a whole tensor, for up to seconds.
+_PIECE_BYTES, _PIECE = 64 << 10, 16 << 10
+# Of a list of lists of short numbers, memory that a piece takes while it is read.
+_PIECE_MEMORY = 4 << 20
 # Numbers, and bytes, of a request's JSON beside those of its tensors: names, shapes, parameters.
 _BESIDE, _BESIDE_BYTES = 4096, 64 << 10
+# A tensor's list, and in a piece of JSON that begins in one, what comes after it.
+_DATA, _BEHIND = re.compile(rb'"data"\s*:\s*(?=\[)'), re.compile(rb'["}]')
 # Characters of a number in JSON with what is around it, at most.
 _TEXT = 48
 # The protocol's names of the datatypes that occur here.
@@ -124,7 +133,10 @@ class InferAnswer(BaseModel):
 
 
 class InputTensor(NamedTuple):
-    """An input as it was sent: its bytes, or its numbers where there are none."""
+    """An input as it was sent: its bytes, or its numbers where there are none.
+
+    Numbers are pieces (count,) float64 from JSON, or a repeated field of a gRPC message.
+    """
 
     name: str
     datatype: str
@@ -177,24 +189,114 @@ def _most_numbers(card: ModelCard, max_images: int) -> int:
     return max_images * sum(math.prod(one.shape[1:]) for one in card.tensors[0])
 
 
-def json_memory(text: bytes | memoryview, card: ModelCard, max_images: int) -> int:
+def json_memory(text: memoryview, card: ModelCard, max_images: int) -> int:
     """The bytes of memory that reading a request's JSON takes, counted before it is read.
 
-    A list or a number of two characters becomes fifty times as large.
-
     Raises:
-        RefusedError: 413, it holds more numbers or lists than the model's inputs do.
+        RefusedError: 413, it holds more numbers than the model's inputs do.
     """
-    text = bytes(text)
-    numbers, lists = text.count(b",") + 1, text.count(b"[") + text.count(b"{")
+    starts = range(0, len(text), _PIECE_BYTES)
+    numbers = 1 + sum(bytes(text[at : at + _PIECE_BYTES]).count(b",") for at in starts)
     most = _most_numbers(card, max_images)
-    if numbers > most + _BESIDE or lists > 2 * most + _BESIDE:
+    if numbers > most + _BESIDE:
         raise RefusedError(
             413,
-            f"The request's JSON holds {numbers:,} values in {lists:,} lists; {max_images} images, "
-            f"the most in one request, are {most:,} numbers. Send as many as the shapes say.",
+            f"The request's JSON holds {numbers:,} values; {max_images} images, the most in one "
+            f"request, are {most:,} numbers. Send as many as the shapes say.",
         )
-    return len(text) + JSON_BYTES * numbers + _LIST_BYTES * lists
+    return _PIECE_MEMORY + _READ_BYTES * numbers
+
+
+def _read_json(text: memoryview) -> tuple[InferCall, list[list[Array]]]:
+    """Read a request's JSON, its tensors' lists apart, in pieces.
+
+    Returns:
+        The request, in which each list of numbers is replaced by ``[n]``, and these lists: the
+        pieces (count,) float64 of the n-th.
+
+    Raises:
+        RefusedError: 400, it is no inference request.
+    """
+    lists: list[list[Array]] = []
+    rest, at = bytearray(), 0
+    while found := _DATA.search(text, at, at + _BESIDE_BYTES):
+        rest += text[at : found.end()]
+        rest += b"[%d]" % len(lists)
+        numbers, at = _read_list(text, found.end())
+        lists.append(numbers)
+        if len(rest) > _BESIDE_BYTES:
+            break
+    if len(rest) + len(text) - at > _BESIDE_BYTES:  # nor was it searched beyond
+        raise RefusedError(
+            400,
+            f"The request's JSON is larger than {_BESIDE_BYTES:,} bytes without the 'data' of its "
+            "inputs, more than an inference request needs.",
+        )
+    try:
+        return InferCall.model_validate_json(bytes(rest) + bytes(text[at:])), lists
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RefusedError(
+            400,
+            f"The request's JSON is not an inference request{' at ' * bool(where)}{where}: "
+            f"{first['msg']}.",
+        ) from error
+
+
+def _read_list(text: memoryview, at: int) -> tuple[list[Array], int]:
+    """Read numbers in a list, or in lists in it, row by row.
+
+    The text is cut at commas. Each piece is JSON by itself once the lists that are open at its
+    beginning are opened, and those open at its end closed.
+
+    Args:
+        text: JSON.
+        at: Where in it the list begins.
+
+    Returns:
+        The numbers in pieces (count,) float64, and where the list ends.
+
+    Raises:
+        RefusedError: 400, it is no such list.
+    """
+    pieces: list[Array] = []
+    values: list[Any]
+    depth = 0
+    while True:
+        piece = bytes(text[at : at + _PIECE_BYTES])
+        behind = _BEHIND.search(piece)
+        end = piece.rfind(b"]", 0, behind.start()) + 1 if behind else piece.rfind(b",")
+        piece = piece[: max(end, 0)]
+        edges = piece.strip()
+        before, depth = depth, depth + piece.count(b"[") - piece.count(b"]")
+        # A comma beside a bracket would not be seen any more.
+        fits = bool(edges) and edges[-1:] != b"[" and depth >= 0
+        fits = fits and not (before and edges[:1] == b"]")
+        try:
+            values = from_json(b"[" * before + piece + b"]" * depth) if fits else [None]
+            while set(map(type, values)) == {list}:
+                values = list(chain.from_iterable(values))
+            fits = set(map(type, values)) <= {int, float}
+            pieces.append(np.array(values if fits else [], np.float64))
+        except (ValueError, OverflowError):  # no JSON; an integer of hundreds of digits
+            fits = False
+        at += end
+        if not fits or (depth and behind):
+            raise RefusedError(
+                400,
+                "An input's 'data' must be a list of numbers, or of lists of numbers, and nothing "
+                "else, within the range of its datatype.",
+            )
+        if not depth:
+            return pieces, at
+        at += 1
+        _give_way()
+
+
+def _give_way() -> None:
+    """Let other threads have Python's lock, which one that works on pieces takes again at once."""
+    time.sleep(0)
 
 
 def read_request(
@@ -208,16 +310,7 @@ def read_request(
     Raises:
         RefusedError: 400, it is not a request that this model can answer.
     """
-    try:
-        call = InferCall.model_validate_json(bytes(body[:length]))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise RefusedError(
-            400,
-            f"The request's JSON is not an inference request{' at ' * bool(where)}{where}: "
-            f"{first['msg']}.",
-        ) from error
+    call, lists = _read_json(body[:length])
     asked = [call.parameters, *(tensor.parameters for tensor in call.inputs)]
     asked += [output.parameters for output in call.outputs or []]
     for part in filter(None, asked):
@@ -235,7 +328,9 @@ def read_request(
                     f"{len(tail)} follow the JSON.",
                 )
             raw, tail = tail[:size], tail[size:]
-        inputs.append(InputTensor(given.name, given.datatype, given.shape, raw, given.data))
+        # Not the n-th list where the key was spelled in another way, by escapes.
+        numbers = lists[given.data[0]] if given.data in [[n] for n in range(len(lists))] else []
+        inputs.append(InputTensor(given.name, given.datatype, given.shape, raw, numbers))
     if len(tail):
         raise RefusedError(
             400, f"{len(tail)} bytes follow the JSON that no 'binary_data_size' announces."
@@ -277,28 +372,38 @@ def write_answer(
     Raises:
         RefusedError: 400, an output that is wanted in JSON holds values JSON cannot express.
     """
-    described: list[dict[str, Any]] = []
-    parts: list[bytes | memoryview] = []
-    for name, array in outputs.items():
+    header = {"model_name": model, "model_version": version}
+    if request.id:
+        header["id"] = request.id
+    text, parts = [to_json(header)[:-1], b',"outputs":['], []
+    for place, (name, array) in enumerate(outputs.items()):
         entry: dict[str, Any] = {"name": name, "datatype": datatype_of(array)}
         entry["shape"] = list(array.shape)
         if binary[name]:
             entry["parameters"] = {"binary_data_size": array.nbytes}
             parts.append(np.ascontiguousarray(array).data.cast("B"))
-        elif np.isfinite(array).all():
-            entry["data"] = array.reshape(-1).tolist()
-        else:
+        text += [b"," * bool(place), to_json(entry)[:-1]]
+        if not binary[name]:
+            text += [b',"data":[', *_written(name, array), b"]"]
+        text.append(b"}")
+    text.append(b"]}")
+    return [*text, *parts], sum(map(len, text)) if parts else None
+
+
+def _written(name: str, array: Array) -> Iterator[bytes]:
+    """An output's numbers in JSON, with commas between them, in pieces."""
+    flat = array.reshape(-1)
+    for at in range(0, flat.size, _PIECE):
+        piece = flat[at : at + _PIECE]
+        if not np.isfinite(piece).all():
             raise RefusedError(
                 400,
                 f"The output {name!r} is not finite, which JSON cannot express. Ask for it in "
                 "binary.",
             )
-        described.append(entry)
-    header = {"model_name": model, "model_version": version, "outputs": described}
-    if request.id:
-        header["id"] = request.id
-    text = to_json(header)
-    return [text, *parts], len(text) if parts else None
+        yield b"," * bool(at) + to_json(piece.tolist())[1:-1]
+        if at + _PIECE < flat.size:
+            _give_way()
 
 
 def datatype_of(array: Array) -> str:
@@ -418,27 +523,30 @@ def _array(given: InputTensor) -> Array:
 
 
 def _from_numbers(given: InputTensor, dtype: np.dtype[Any], count: int) -> Array:
-    """Numbers as they are in JSON, or in a message of gRPC, as an array (count,).
+    """Numbers in pieces of JSON, or in a message of gRPC, as an array (count,).
 
     Raises:
         RefusedError: 400, something else than as many numbers of the datatype: null, true, text,
             and numbers past the datatype's range are no numbers, as for Triton.
     """
-    numbers = given.numbers if given.numbers is not None else []
+    numbers = given.numbers
     in_json = isinstance(numbers, list)
-    numbers = _flat(numbers) if in_json else numbers
-    fits = numbers is not None and len(numbers) == count
-    if fits:
-        try:
-            wide = np.array(numbers, np.float64)
-            with np.errstate(over="ignore", invalid="ignore"):
-                array = wide.astype(dtype)
-            if in_json or dtype.kind != "f":
-                fits = bool(
-                    (array == wide).all() if dtype.kind != "f" else np.isfinite(array).all()
-                )
-        except OverflowError:  # an integer of hundreds of digits
+    starts = range(0, 0 if in_json else len(numbers), _PIECE)
+    array, at, fits = np.empty(count, dtype), 0, True
+    for piece in numbers if in_json else (numbers[start : start + _PIECE] for start in starts):
+        wide = np.array(piece, np.float64)
+        if at + len(wide) > count:
             fits = False
+            break
+        with np.errstate(over="ignore", invalid="ignore"):
+            narrow = wide.astype(dtype)
+        if in_json or dtype.kind != "f":
+            fits &= bool((narrow == wide).all() if dtype.kind != "f" else np.isfinite(narrow).all())
+        array[at : at + len(wide)] = narrow
+        at += len(wide)
+        if at < count:
+            _give_way()
+    fits &= at == count
     if not fits:
         raise RefusedError(
             400,
@@ -446,12 +554,3 @@ def _from_numbers(given: InputTensor, dtype: np.dtype[Any], count: int) -> Array
             f"range of {given.datatype}.",
         )
     return array
-
-
-def _flat(numbers: list[Any]) -> list[Any] | None:
-    """Lists in lists, row by row, as one list; None where they hold other things than numbers."""
-    while numbers and set(map(type, numbers)) == {list}:
-        if len(set(map(len, numbers))) > 1:
-            return None
-        numbers = list(chain.from_iterable(numbers))
-    return numbers if set(map(type, numbers)) <= {int, float} else None

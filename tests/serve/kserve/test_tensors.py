@@ -47,6 +47,66 @@ def test_infer_takes_nested_data(client: TestClient, pixels, call) -> None:
     assert client.post(URL, json=call).json()["outputs"] == flat
 
 
+@pytest.mark.parametrize("piece", [60, 61, 62, 63, 10_000])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_infer_reads_data_wherever_it_is_cut(
+    client: TestClient, pixels, call, monkeypatch, piece: int, indent: int | None
+) -> None:
+    expected = client.post(URL, json=call).json()
+    call["inputs"][0]["data"] = pixels[:1].tolist()
+    call["parameters"] = {"data": [[1], [-2.5e3]]}  # not the input's
+    monkeypatch.setattr(tensors, "_PIECE_BYTES", piece)
+    answer = client.post(URL, content=json.dumps(call, indent=indent))
+    assert answer.json() == expected, answer.text[:300]
+
+
+@pytest.mark.parametrize("piece", [60, 61, 62, 63, 10_000])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("[[7, {}]", "[[7, {},], 7]", "[[, {}]]", "[7,, {}]", "[7 {}]", "[[7, {}]]]", "[7], {}"),
+        *("[]{}", "[[7], {}]", "[7, [{}]]", "[7, '{}']", "[7, {}, {'a': 7}]", "[7, {}, [[]]"),
+        "[07, {}]",
+    ],
+)
+def test_infer_refuses_data_wherever_it_is_cut(
+    client: TestClient, call, monkeypatch, piece: int, wrong: str
+) -> None:
+    """As many numbers as the shape says, but no list of them."""
+    monkeypatch.setattr(tensors, "_PIECE_BYTES", piece)
+    data = wrong.replace("{}", ", ".join(["7"] * (4608 - wrong.count("7")))).replace("'", '"')
+    given = json.dumps(change(call, data="?")["inputs"]).replace('"?"', data)
+    refused(client.post(URL, content=f'{{"inputs": {given}}}'), 400)
+
+
+def test_infer_works_on_numbers_in_pieces(client: TestClient, pixels, call, monkeypatch) -> None:
+    """One call on all would keep the event loop's thread from Python's lock, however long."""
+    call["inputs"][0] |= {"shape": [16, 32, 48, 3], "data": [7] * 16 * 4608}
+    expected = client.post(URL, json=call)
+    sizes: list[int] = []
+
+    def noted(real):
+        def call(given):
+            sizes.append(len(given))
+            return real(given)
+
+        return call
+
+    monkeypatch.setattr(tensors, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(tensors, "_PIECE", 300)
+    monkeypatch.setattr(tensors, "from_json", noted(tensors.from_json))
+    monkeypatch.setattr(tensors, "to_json", noted(tensors.to_json))
+    assert client.post(URL, json=call).content == expected.content
+    assert len(sizes) > 16 * (4608 * 2 // 1000 + 32 * 48 // 300)
+    assert max(sizes) < 1010
+
+
+def test_infer_takes_little_json_beside_the_data(client: TestClient, call) -> None:
+    for size, status in ((60_000, 200), (70_000, 400)):
+        answer = client.post(URL, json={**call, "id": "," * size})
+        assert answer.status_code == status, answer.text[:300]
+
+
 def test_infer_examples_in_openapi_are_valid(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()["components"]["schemas"]["InferCall"]
     assert tensors.InferCall.model_validate(schema["examples"][0])
@@ -100,7 +160,7 @@ def test_infer_refuses_what_is_no_float32(client: TestClient, number: str) -> No
         '{"inputs": [{"name": "images", "shape": [1, 3, 32, 48], "datatype": "FP32", '
         f'"data": [{data}]}}]}}'
     )
-    assert "4608 numbers" in refused(client.post(URL, content=body), 400)
+    assert "list of" in refused(client.post(URL, content=body), 400)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
