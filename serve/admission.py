@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from fdconv_deploy.serve.batching import DeadlineError
 from fdconv_deploy.serve.errors import RefusedError
@@ -41,7 +42,9 @@ class Admission:
         queue = settings.queue_limit
         self._limit = math.inf if queue is None else settings.workers + queue
         self._clients: Counter[str] = Counter()
-        self._turns: deque[tuple[int, asyncio.Future[None]]] = deque()
+        # Bytes, what they are given by, and by when.
+        self._turns: deque[tuple[int, asyncio.Future[None], float]] = deque()
+        self._lock = threading.Lock()  # of memory_used
         self._since: float | None = None
         self._seconds = self._images = 0.0
         self.in_hand = 0  # images
@@ -81,13 +84,7 @@ class Admission:
         # With nothing in hand it is tried, whatever was measured before.
         wait = self.backlog_seconds(images)
         if self.in_hand and self._clock() + wait > deadline:
-            self._on_reject("deadline")
-            raise RefusedError(
-                503,
-                f"The service is too busy to answer by the request's deadline: {wait:.1f} s are "
-                "expected. Try again later, or allow more time.",
-                self.retry_after(),
-            )
+            raise self._too_busy(wait)
 
     @contextmanager
     def admit(self, client: str, images: int = 1, deadline: float = math.inf) -> Iterator[None]:
@@ -104,23 +101,25 @@ class Admission:
                 self._seconds = _KEPT * self._seconds + now - self._since
                 self._images = _KEPT * self._images + images
             self._since = now
+            self._refuse_late()
         finally:
             self.in_hand -= images
             self._clients[client] -= images
             if not self._clients[client]:
                 del self._clients[client]
 
-    @asynccontextmanager
-    async def memory(self, size: int, deadline: float = math.inf) -> AsyncIterator[None]:
-        """Wait for ``size`` bytes of memory to work in, in the order of asking, and hold them.
+    @contextmanager
+    def memory(self) -> Iterator[Memory]:
+        """A request's share of the memory, which it may take within this block."""
+        share = Memory(self)
+        try:
+            yield share
+        finally:
+            if share.size:
+                self._give(share.size)
 
-        To be asked for once for a whole request, before its work: with a part in hand, requests
-        could wait for one another.
-
-        Raises:
-            RefusedError: 413, it is more than there is.
-            DeadlineError: It passed first.
-        """
+    def take_now(self, size: int) -> bool:
+        """Count memory in, if it is free; see :class:`Memory`."""
         most = self._settings.max_memory_in_hand
         if size > most:
             raise RefusedError(
@@ -128,52 +127,74 @@ class Admission:
                 f"The request needs {size:,} bytes of memory, and the service works in {most:,}. "
                 "Send smaller images, or fewer at a time.",
             )
-        if self._turns or self.memory_used + size > most:
-            await self._turn(size, deadline)
-        else:
-            self.memory_used += size
-        try:
-            yield
-        finally:
-            self.memory_used -= size
-            self._next()
+        with self._lock:
+            free = not self._turns and self.memory_used + size <= most
+            self.memory_used += size * free
+        return free
 
-    async def _turn(self, size: int, deadline: float) -> None:
-        loop = asyncio.get_running_loop()
-        turn = size, loop.create_future()
+    async def wait(self, size: int, deadline: float) -> None:
+        """Count memory in when it is free; see :class:`Memory`."""
+        given: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn = size, given, deadline
         self._turns.append(turn)
         timer = None
         if deadline < math.inf:
             left = max(deadline - self._clock(), 0.0)
-            timer = loop.call_later(left, _fail, turn[1])
+            timer = asyncio.get_running_loop().call_later(left, _fail, given, DeadlineError())
+        self._refuse_late()
         try:
-            await turn[1]
+            await given
         except BaseException:
             if turn in self._turns:
                 self._turns.remove(turn)
-            elif not turn[1].cancelled() and turn[1].exception() is None:
-                self.memory_used -= size  # given just before this was cancelled
-            self._next()
+                self._next()
+            elif not given.cancelled() and given.exception() is None:
+                self._give(size)  # it came just before this was cancelled
             raise
         finally:
             if timer is not None:
                 timer.cancel()
 
+    def _give(self, size: int) -> None:
+        with self._lock:
+            self.memory_used -= size
+        self._next()
+
     def _next(self) -> None:
         """Give memory to those whose turn it is."""
         while self._turns:
-            size, given = self._turns[0]
-            if self.memory_used + size > self._settings.max_memory_in_hand:
-                return
+            size, given, _ = self._turns[0]
+            with self._lock:
+                if self.memory_used + size > self._settings.max_memory_in_hand:
+                    return
+                self.memory_used += size * (not given.done())
             self._turns.popleft()
             if not given.done():
-                self.memory_used += size
                 given.set_result(None)
+
+    def _refuse_late(self) -> None:
+        """Refuse those that wait for memory and cannot be answered by their deadlines any more."""
+        for place, (_, given, deadline) in enumerate(self._turns, 1):
+            wait = place * self._pace()
+            if not given.done() and self._clock() + wait > deadline:
+                _fail(given, self._too_busy(wait) if wait else DeadlineError())
+
+    def _too_busy(self, wait: float) -> RefusedError:
+        self._on_reject("deadline")
+        return RefusedError(
+            503,
+            f"The service is too busy to answer by the request's deadline: {wait:.1f} s are "
+            "expected. Try again later, or allow more time.",
+            self.retry_after(),
+        )
+
+    def _pace(self) -> float:
+        """Seconds per image, as far as is known."""
+        return self._seconds / self._images if self._images else 0.0
 
     def backlog_seconds(self, images: int = 0) -> float:
         """How long what is in hand, and ``images`` more, will take, as far as is known."""
-        pace = self._seconds / self._images if self._images else 0.0
-        return (self.in_hand + images) * pace
+        return (self.in_hand + images) * self._pace()
 
     def forget_pace(self) -> None:
         """Measure anew, without what a model took to be loaded."""
@@ -185,6 +206,39 @@ class Admission:
         return {"Retry-After": str(seconds)}
 
 
-def _fail(turn: asyncio.Future[None]) -> None:
+class Memory:
+    """What one request takes of the memory to work in, all of it at once, before its work.
+
+    With a part in hand, requests could wait for one another.
+    """
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.size = 0
+
+    def take_now(self, size: int) -> bool:
+        """Take ``size`` bytes if they are free and nobody waits; from any thread.
+
+        Raises:
+            RefusedError: 413, it is more than there is.
+        """
+        if self._admission.take_now(size):
+            self.size = size
+        return self.size == size
+
+    async def take(self, size: int, deadline: float = math.inf) -> None:
+        """Take ``size`` bytes, unless that was done, in the order of asking.
+
+        Raises:
+            RefusedError: 413, it is more than there is. 503, as soon as it is known that the
+                request will not be answered by its deadline.
+            DeadlineError: It passed first.
+        """
+        if not self.size and not self.take_now(size):
+            await self._admission.wait(size, deadline)
+            self.size = size
+
+
+def _fail(turn: asyncio.Future[None], error: Exception) -> None:
     if not turn.done():
-        turn.set_exception(DeadlineError())
+        turn.set_exception(error)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Segmentation, Tensors
+from fdconv_deploy.runtime.images import ImageFile
 from fdconv_deploy.runtime.multiband import FORMATS, check_format, image_cost
 from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 from fdconv_deploy.runtime.postprocessing import logit_map
@@ -70,9 +71,15 @@ async def segment(
         image.number = number if several else None
 
     async def work() -> SegmentAnswer:
-        code, threads = service.scheduler.code, service.settings.codec_threads
-        size = await code(lambda: _memory(images, threads))
-        async with service.admission.memory(size, deadline):
+        with service.admission.memory() as memory:
+
+            def begin() -> int:
+                size = _memory(images, service.settings.codec_threads)
+                if memory.take_now(size) and not several:
+                    images[0]._open()  # at once, without another way to this thread and back
+                return size
+
+            await memory.take(await service.scheduler.code(begin), deadline)
             return await _segment(service, images, request)
 
     return await service.finish(version, work(), deadline)
@@ -153,21 +160,22 @@ class _Image:
     times: dict[str, float] = field(default_factory=dict)
     number: int | None = None
     _size: tuple[int, int] = (0, 0)
+    _file: ImageFile | None = None
     _image: npt.NDArray[Any] | None = None
     _prepared: Prepared | None = None
     _outcome: Outcome | None = None
 
     def __post_init__(self) -> None:
         self._session = self._version.session
+        self._start = time.perf_counter()
 
     def cost(self) -> _Cost:
         """What the image will take in memory, from its header alone."""
         with self._numbered():
             self._check_format()
             session, settings = self._session, self._service.settings
-            found = image_cost(
-                self._upload.data, session.preprocessing, max_pixels=settings.max_pixels
-            )
+            self._file = ImageFile.of(self._upload.data)
+            found = image_cost(self._file, session.preprocessing, max_pixels=settings.max_pixels)
             self._size = found.size
             self._check_answer_size()
         kept, answer = self._version.tensor_bytes(1), self._answer_cost(found.size)
@@ -212,9 +220,9 @@ class _Image:
 
     async def _run(self) -> None:
         scheduler = self._service.scheduler
-        start = time.perf_counter()
-        await scheduler.code(self._open)
-        waited = time.perf_counter() - start - sum(self.times.values())
+        if not self.times:
+            await scheduler.code(self._open)
+        waited = time.perf_counter() - self._start - sum(self.times.values())
         if self._request.mode == "slide":
             image, self._image = self._image, self._image if self._draws else None
             assert image is not None
@@ -297,10 +305,10 @@ class _Image:
         return self._request.form.output == "overlay"
 
     def _open(self) -> None:
-        start = time.perf_counter()
-        data, settings = self._upload.data, self._service.settings
-        self._upload = replace(self._upload, data=b"")
-        image = self._session.read_image(data, max_pixels=settings.max_pixels)
+        start, file = time.perf_counter(), self._file
+        assert file is not None
+        self._file, self._upload = None, replace(self._upload, data=b"")
+        image = self._session.read_image(file, max_pixels=self._service.settings.max_pixels)
         self._size = (image.shape[0], image.shape[1])
         decoded = time.perf_counter()
         self.times["decode"] = decoded - start

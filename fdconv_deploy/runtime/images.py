@@ -12,7 +12,8 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,7 +57,7 @@ class ImageTooLargeError(ImageError):
 
 
 def read_image(
-    source: bytes | str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS
+    source: bytes | str | os.PathLike[str] | ImageFile, *, max_pixels: int = MAX_PIXELS
 ) -> npt.NDArray[np.uint8]:
     """Decode an image file to colours.
 
@@ -104,9 +105,9 @@ def image_size(source: str | os.PathLike[str]) -> tuple[int, int]:
     return ImageFile.of(source).decode(MAX_PIXELS, size, load=False)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImageFile:
-    """An image file that is not empty.
+    """An image file that is not empty; the header of one in memory is read once.
 
     Attributes:
         source: its bytes or its path.
@@ -117,14 +118,17 @@ class ImageFile:
     source: bytes | Path
     name: str
     start: bytes
+    _header: Image.Image | None = field(default=None, init=False, repr=False)
 
     @classmethod
-    def of(cls, source: bytes | str | os.PathLike[str]) -> ImageFile:
-        """Take a file's bytes or path.
+    def of(cls, source: bytes | str | os.PathLike[str] | ImageFile) -> ImageFile:
+        """Take a file's bytes or path; one that was taken is given back.
 
         Raises:
             ImageError: no such file, or empty.
         """
+        if isinstance(source, ImageFile):
+            return source
         if isinstance(source, bytes):
             if not source:
                 raise ImageError("The image is empty: 0 bytes were given.")
@@ -167,7 +171,13 @@ class ImageFile:
         try:
             # Decoders of hostile data raise almost anything (struct.error, SyntaxError,
             # ZeroDivisionError ...), hence `except Exception`; each is the file's fault.
-            with self._open() as opened, Image.open(opened, formats=FORMATS) as image:
+            with ExitStack() as stack:
+                image, self._header = self._header, None
+                image = image or Image.open(self._open(stack), formats=FORMATS)
+                if load or isinstance(self.source, Path):
+                    stack.enter_context(image)
+                else:
+                    self._header = image
                 if image.width * image.height > max_pixels:
                     raise self.too_large(f"{image.width} x {image.height} pixels", max_pixels)
                 if load:
@@ -220,10 +230,10 @@ class ImageFile:
             "raise the limit."
         )
 
-    def _open(self) -> io.BytesIO | _BoundedReader:
+    def _open(self, stack: ExitStack) -> io.BytesIO | _BoundedReader:
         if isinstance(self.source, bytes):
             return io.BytesIO(self.source)
-        return _BoundedReader(self.source)
+        return stack.enter_context(_BoundedReader(self.source))
 
 
 class _BoundedReader(io.BufferedReader):

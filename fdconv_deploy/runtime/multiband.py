@@ -38,7 +38,7 @@ _MOST_PAGES = 20_000
 
 
 def load_image(
-    source: bytes | str | os.PathLike[str],
+    source: bytes | str | os.PathLike[str] | ImageFile,
     preprocessing: Preprocessing,
     *,
     max_pixels: int = MAX_PIXELS,
@@ -104,14 +104,14 @@ class ImageCost:
 
 
 def image_cost(
-    source: bytes, preprocessing: Preprocessing, *, max_pixels: int = MAX_PIXELS
+    file: ImageFile, preprocessing: Preprocessing, *, max_pixels: int = MAX_PIXELS
 ) -> ImageCost:
     """The memory that :func:`load_image` will take, from the header alone.
 
     Raises:
         ImageError, FDConvError: as :func:`load_image`, as far as a header tells.
     """
-    file, bands = ImageFile.of(source), preprocessing.channels
+    bands = preprocessing.channels
     if preprocessing.loading == "color" and not file.is_array:
         size, decoding = file.cost(max_pixels)
         return ImageCost(size, decoding, math.prod(size) * 3)

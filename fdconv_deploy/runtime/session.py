@@ -17,7 +17,7 @@ from fdconv_deploy.runtime.backends import BackendOptions, Tensors, select
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.detection import Detection, DetectionPipeline
 from fdconv_deploy.runtime.graph_runner import GraphRunner, Runner, SizedRunner
-from fdconv_deploy.runtime.images import MAX_PIXELS
+from fdconv_deploy.runtime.images import MAX_PIXELS, ImageFile
 from fdconv_deploy.runtime.manifest import Fit, TensorSpec
 from fdconv_deploy.runtime.multiband import load_image
 from fdconv_deploy.runtime.panoptic import PanopticPipeline
@@ -213,7 +213,7 @@ class Session:
         return self.preprocessing.channels
 
     def read_image(
-        self, source: bytes | str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS
+        self, source: bytes | str | os.PathLike[str] | ImageFile, *, max_pixels: int = MAX_PIXELS
     ) -> npt.NDArray[Any]:
         """Decode an image file as the network's images were loaded in training: (H, W, C).
 

@@ -44,7 +44,8 @@ async def infer(
     """
 
     async def work() -> tuple[T, list[tuple[str, float]]]:
-        async with service.admission.memory(_memory(version, request, in_json), deadline):
+        with service.admission.memory() as memory:
+            await memory.take(_memory(version, request, in_json), deadline)
             outputs, stages = await _infer(service, version, request, deadline)
             if in_json:
                 return await service.scheduler.code(lambda: write(outputs)), stages

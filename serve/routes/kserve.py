@@ -167,7 +167,8 @@ async def run(request: Request) -> Response:
                 wanted, binary = read_request(*arguments)
             else:
                 needed = await code(lambda: json_memory(data[:length], leased.card, most_images))
-                async with service.admission.memory(needed, deadline):
+                with service.admission.memory() as memory:
+                    await memory.take(needed, deadline)
                     wanted, binary = await code(lambda: read_request(*arguments))
             count = len(wanted.images)
             deadline = service.deadline(timeout_ms, wanted.timeout_ms, arrived=arrived)

@@ -71,13 +71,13 @@ class TestPixels:
         async def test() -> None:
             async with serving(bundles[:1], max_memory_in_hand=40 << 20) as (client, service):
                 taken: list[int] = []
-                memory = service.admission.memory
+                take_now = service.admission.take_now
 
-                def noted(size: int, deadline: float):
+                def noted(size: int) -> bool:
                     taken.append(size)
-                    return memory(size, deadline)
+                    return take_now(size)
 
-                monkeypatch.setattr(service.admission, "memory", noted)
+                monkeypatch.setattr(service.admission, "take_now", noted)
                 asked = [client.post("/v1/segment", content=data, headers=PNG) for _ in range(17)]
                 for answer in await asyncio.gather(*asked):
                     assert answer.status_code == 200, answer.text
@@ -85,6 +85,27 @@ class TestPixels:
                 assert service.admission.memory_used == 0
 
         asyncio.run(test())
+
+    def test_are_counted_on_the_way_to_decoding(
+        self, client: TestClient, png: bytes, monkeypatch
+    ) -> None:
+        """The header is read once; a request goes to another thread to decode, and to encode."""
+        service, ways, headers = client.app.state.service, [], []
+        code, real = service.scheduler.code, Image.open
+
+        def noted(call):
+            ways.append(call)
+            return code(call)
+
+        def opened(*arguments, **options):
+            headers.append(arguments)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(service.scheduler, "code", noted)
+        monkeypatch.setattr(Image, "open", opened)
+        answer = client.post("/v1/segment?output=mask", content=png, headers=PNG)
+        assert answer.status_code == 200, answer.text
+        assert (len(ways), len(headers)) == (2, 1)
 
     def test_of_all_images_of_a_request_count(self, small_room: TestClient) -> None:
         data = encoded(np.zeros((1200, 1200, 3), np.uint8), "PNG")

@@ -243,6 +243,36 @@ def test_what_would_wait_past_its_deadline_is_refused(bundles: list[Path], png: 
     asyncio.run(test())
 
 
+def test_what_would_wait_for_memory_past_its_deadline_is_refused(
+    bundles: list[Path], png: bytes
+) -> None:
+    """As soon as the pace is known, not when the deadline has passed."""
+
+    async def test() -> None:
+        async with serving(bundles[:1]) as (client, service):
+            runs = Runs(service)
+            runs.hold()
+            first = ask(client, png)
+            await until(lambda: service.scheduler.running == 1)
+            each = service.admission.memory_used
+            runs.let_go()
+            await all_answered([first])
+        async with serving(bundles[:1], max_memory_in_hand=each) as (client, service):
+            runs, now = Runs(service), time.perf_counter()
+            service.admission._clock = lambda: now + 1000 * runs.clock
+            service.scheduler._clock = lambda: now
+            service.deadline = lambda wanted: now + 3600  # type: ignore[method-assign]
+            runs.hold()
+            asked = [ask(client, png) for _ in range(5)]
+            await until(lambda: len(service.admission._turns) == 4)
+            runs.let_go()
+            answers = await asyncio.gather(*asked)
+            assert [answer.status_code for answer in answers] == [200, 200, 200, 200, 503]
+            assert "2000.0 s are expected" in refused(answers[4], 503)
+
+    asyncio.run(test())
+
+
 def test_max_memory_in_hand(bundles: list[Path], png: bytes) -> None:
     """Requests wait for memory in turn, and are all answered; what never fits is refused."""
 
