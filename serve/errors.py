@@ -74,7 +74,8 @@ def problem_response(
 ) -> JSONResponse:
     """A problem document as a response."""
     request_id = str(getattr(request.state, "request_id", "unknown"))
-    body = problem(request_id, status, detail, kserve=request.url.path.startswith("/v2"))
+    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+    body = problem(request_id, status, detail, kserve=path.startswith("/v2"))
     # The middleware sets the id's header as well, but not on answers to unforeseen errors, which
     # are made outside of it.
     named = {**(headers or {}), REQUEST_ID: request_id}

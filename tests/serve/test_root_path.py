@@ -98,6 +98,14 @@ def test_the_api_answers_under_the_prefix(proxied, png: bytes, picture: np.ndarr
     assert 'route="/v2/models/{name}/infer",status="200"' in metrics
 
 
+def test_errors_are_what_kserves_clients_read(proxied) -> None:
+    client, prefix, _ = proxied
+    answer = client.get(f"{prefix}/v2/models/other")
+    assert answer.status_code == 404
+    assert answer.json()["error"] == answer.json()["detail"]
+    assert "error" not in client.get(f"{prefix}/v1/models/other").json()
+
+
 def test_the_openapi_document_names_the_prefix_where_it_is_known(proxied) -> None:
     client, prefix, known = proxied
     document = client.get(f"{prefix}/openapi.json").json()
