@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from importlib.resources import files
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -15,6 +16,7 @@ import grpc
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.json_format import ParseDict
+from google.protobuf.message import DecodeError
 
 from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, answer_to
 from fdconv_deploy.serve.http_limits import LAST_REQUEST_SECONDS
@@ -186,7 +188,7 @@ class GrpcServer:
         # no message and answers that are not read are then seen to.
         return grpc.stream_stream_rpc_method_handler(
             self._streamed(service, name, streams.get(name, once)),
-            request_deserializer=MESSAGES[method.input_type.name].FromString,
+            request_deserializer=partial(_parsed, MESSAGES[method.input_type.name].FromString),
             response_serializer=lambda message: message.SerializeToString(),
         )
 
@@ -217,7 +219,9 @@ class GrpcServer:
             service = f"grpc.reflection.{version}.ServerReflection"
             handler = grpc.stream_stream_rpc_method_handler(
                 self._streamed(service, "ServerReflectionInfo", reflect),
-                request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+                request_deserializer=partial(
+                    _parsed, reflection_pb2.ServerReflectionRequest.FromString
+                ),
                 response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
             )
             self._register(service, {"ServerReflectionInfo": handler})
@@ -322,7 +326,7 @@ class GrpcServer:
         """A call's ``with`` block: checks the API key, explains errors, counts and logs."""
         start = time.perf_counter()
         metadata = _text(context)
-        request_id = accepted_id(dict(metadata).get(REQUEST_ID.lower(), ""))
+        request_id = accepted_id(dict(reversed(metadata)).get(REQUEST_ID.lower(), ""))
         call = _Call(
             service, method, request_id, self._clients.identify(_address(context), metadata)
         )
@@ -381,11 +385,14 @@ class GrpcServer:
             case "ModelStatistics":
                 return model_statistics(service, request.name, request.version).model_dump()
             case "RepositoryIndex":
+                _check_repository(request)
                 index = repository_index(repository, ready=request.ready)
                 return {"models": [entry.model_dump() for entry in index]}
             case "RepositoryModelLoad":
+                _check_repository(request)
                 await load_model(service, request.model_name, _parameters(request))
             case "RepositoryModelUnload":
+                _check_repository(request)
                 await unload_model(service, request.model_name)
         return {}
 
@@ -486,7 +493,7 @@ class GrpcServer:
         else:  # numbers one by one, which would keep the event loop
             wanted = await service.scheduler.code(lambda: _read(*arguments))
         left = context.time_remaining()
-        header = dict(_text(context)).get("x-timeout-ms")
+        header = dict(reversed(_text(context))).get("x-timeout-ms")  # of several, the first
         limits = wanted.timeout_ms, left and left * 1e3, timeout_of(header)
         deadline = service.deadline(*limits, arrived=arrived)
         count = len(wanted.images)
@@ -527,6 +534,18 @@ def _address(context: Any) -> str:
     return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else peer
 
 
+def _parsed(parse: Callable[[bytes], Any], data: bytes) -> Any:
+    """A message of the bytes that came.
+
+    Raises:
+        RefusedError: 400, they are none.
+    """
+    try:
+        return parse(data)
+    except DecodeError as error:
+        raise RefusedError(400, f"The message is not what this method takes: {error}.") from error
+
+
 def _explained(error: Exception, call: _Call) -> tuple[grpc.StatusCode, str]:
     """The status of an error, and the sentence for the client."""
     found = answer_to(error)
@@ -542,6 +561,10 @@ def _read(request: Any, card: ModelCard, max_images: int) -> InferRequest:
     for holder in (parameters, *map(_parameters, (*request.inputs, *request.outputs))):
         check_parameters(holder)
     raw = request.raw_input_contents
+    if raw and any(given.HasField("contents") for given in request.inputs):
+        raise RefusedError(
+            400, "Tensors are in raw_input_contents or in their inputs' contents, not in both."
+        )
     if raw and len(raw) != len(request.inputs):
         raise RefusedError(400, "raw_input_contents must hold every input's bytes, or none's.")
     inputs = []
@@ -565,6 +588,13 @@ def _read(request: Any, card: ModelCard, max_images: int) -> InferRequest:
         )
     names = [output.name for output in request.outputs]
     return infer_request(card, request.id, inputs, names, timeout, max_images)
+
+
+def _check_repository(request: Any) -> None:
+    if request.repository_name:
+        raise RefusedError(
+            400, "There is one repository, which has no name. Leave repository_name out."
+        )
 
 
 def _parameters(holder: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from fdconv_deploy.serve.kserve.grpc_server import MESSAGES, PROTOCOL
 
 http = pytest.importorskip("tritonclient.http")
 grpc = pytest.importorskip("tritonclient.grpc")
+plain = pytest.importorskip("grpc")
 
 
 @pytest.fixture(params=["http", "grpc"])
@@ -92,8 +93,6 @@ def test_model_ready_honours_versions(triton) -> None:
     ],
 )
 def test_grpc_timeouts_that_are_none(served, value: dict[str, Any]) -> None:
-    import grpc as plain
-
     request = MESSAGES["ModelInferRequest"](model_name="street")
     request.inputs.add(name="images", datatype="FP32", shape=[1, 3, 32, 48])
     request.raw_input_contents.append(bytes(4 * 3 * 32 * 48))
@@ -113,3 +112,36 @@ def test_grpc_timeouts_that_are_none(served, value: dict[str, Any]) -> None:
         for limit in ("0", "soon"):
             with pytest.raises(plain.RpcError, match="X-Timeout-Ms"):
                 infer(request, timeout=60, metadata=[("x-timeout-ms", limit)])
+        # Of several the first counts, as over HTTP.
+        with pytest.raises(plain.RpcError, match="X-Timeout-Ms"):
+            infer(request, timeout=60, metadata=[("x-timeout-ms", "0"), ("x-timeout-ms", "9")])
+
+
+@pytest.mark.parametrize("method", ["RepositoryIndex", "RepositoryModelLoad"])
+def test_repositories_by_name(served, method: str) -> None:
+    request = MESSAGES[f"{method}Request"](repository_name="other")
+    assert "repository_name" in invalid(served, method, request.SerializeToString())
+
+
+def test_tensors_both_raw_and_in_numbers(served) -> None:
+    request = MESSAGES["ModelInferRequest"](model_name="street")
+    given = request.inputs.add(name="images", datatype="UINT8", shape=[1, 32, 48, 3])
+    given.contents.uint_contents.append(1)
+    request.raw_input_contents.append(bytes(32 * 48 * 3))
+    assert "not in both" in invalid(served, "ModelInfer", request.SerializeToString())
+
+
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer", "ModelReady"])
+def test_bytes_that_are_no_message(served, caplog, method: str) -> None:
+    assert "not what this method takes" in invalid(served, method, b"\xff\xff")
+    assert not caplog.records
+
+
+def invalid(served, method: str, message: bytes) -> str:
+    """What the service says of a message that it refuses as INVALID_ARGUMENT."""
+    with plain.insecure_channel(served.grpc) as channel:
+        call = channel.stream_stream(f"/{PROTOCOL.full_name}/{method}")
+        with pytest.raises(plain.RpcError) as error:
+            list(call(iter([message]), timeout=30))
+    assert error.value.code() is plain.StatusCode.INVALID_ARGUMENT
+    return error.value.details()
