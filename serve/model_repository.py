@@ -26,6 +26,7 @@ from fdconv_deploy.runtime.batching import least_seconds
 from fdconv_deploy.runtime.bundle_checks import bundle_root
 from fdconv_deploy.runtime.manifest import MANIFEST_NAME, Manifest
 from fdconv_deploy.runtime.preprocessing import published_size
+from fdconv_deploy.serve.batching import finish_by
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.model_cards import Benchmark, ModelCard, model_card, model_name
 from fdconv_deploy.serve.settings import Settings
@@ -204,22 +205,27 @@ class Repository:
                 await self._loaded(model)
 
     @asynccontextmanager
-    async def lease(self, model: Model) -> AsyncIterator[Version]:
+    async def lease(self, model: Model, deadline: float) -> AsyncIterator[Version]:
         """Hold the model's version, loading it first where it is not.
+
+        Args:
+            model: Whose.
+            deadline: By when it must be loaded, on the scheduler's clock.
 
         Raises:
             RefusedError: 503, it cannot be loaded, or was unloaded by hand.
+            DeadlineError: The deadline passed first; loading goes on, for the next request.
         """
-        version = model.version
-        if version is None:
+        while model.version is None:  # once loaded, it may be unloaded before this goes on
             if not model.wanted:
                 raise self._unavailable(f"The model {model.name!r} is unloaded.")
             try:
-                version = await self._loaded(model)
+                await finish_by(self._loaded(model), deadline)
             except (FDConvError, OSError) as error:
                 raise self._unavailable(
                     f"The model {model.name!r} cannot be loaded; the server's log says why."
                 ) from error
+        version = model.version
         version.leases += 1
         model.last_used = time.monotonic()
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from fdconv_deploy.serve.batching import DeadlineError
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.settings import Settings
 
@@ -80,18 +83,25 @@ class Body:
         settings: Its limits.
         budget: Of all bodies.
         most: Bytes that a request of this kind may need; beside the setting's.
+        deadline: Of the request, on the scheduler's clock.
 
     Raises:
+        DeadlineError: It passed before the body was there.
         RefusedError: On entering, 413 announced too large, 415 an unknown encoding. On reading,
             408 too slow, 413 too large, 422 damaged, 503 too many bytes in hand.
     """
 
     def __init__(
-        self, request: Request, settings: Settings, budget: BodyBudget, most: int | None = None
+        self,
+        request: Request,
+        settings: Settings,
+        budget: BodyBudget,
+        most: int | None = None,
+        deadline: float = math.inf,
     ) -> None:
         self._request, self._settings, self._budget = request, settings, budget
         self._most = min(settings.max_body_bytes, most or settings.max_body_bytes)
-        self._taken = 0
+        self._taken, self._deadline = 0, deadline
         length = request.headers.get("content-length", "")
         known = length.isascii() and length.isdigit()
         self._length = int(length[:20]) if known else None
@@ -192,17 +202,20 @@ class Body:
     def _in_time(self) -> Iterator[None]:
         task, seconds, late = asyncio.current_task(), self._settings.body_seconds, False
         assert task is not None
+        left = max(self._deadline - time.perf_counter(), 0.0)
 
         def end() -> None:
             nonlocal late
             late = task.cancel()
 
-        timer = asyncio.get_running_loop().call_later(seconds, end)
+        timer = asyncio.get_running_loop().call_later(min(seconds, left), end)
         try:
             yield
         except asyncio.CancelledError:
             if not late:
                 raise
+            if left < seconds:
+                raise DeadlineError from None
             raise RefusedError(
                 408,
                 f"The request's body did not arrive within {seconds:g} s. Send it faster, or less "

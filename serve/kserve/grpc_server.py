@@ -498,7 +498,7 @@ class GrpcServer:
         deadline = service.deadline(*limits, arrived=arrived)
         count = len(wanted.images)
         with service.admission.admit(call.client.name, count, deadline):
-            async with service.repository.lease(model) as version:
+            async with service.repository.lease(model, deadline) as version:
                 start = time.perf_counter()
                 answer, stages = await infer(
                     service,

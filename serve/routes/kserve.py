@@ -157,11 +157,11 @@ async def run(request: Request) -> Response:
     service.admission.check_room(client, deadline=deadline)
     most_images = service.settings.max_images
     most = most_bytes(repository.card(model), most_images)
-    with Body(request, service.settings, service.budget, most) as body:
+    with Body(request, service.settings, service.budget, most, deadline) as body:
         header = request.headers.get(HEADER_LENGTH)
         data = await body.read_aligned(int(header[:9]) if header and header.isdecimal() else 0)
         length = json_length(header, len(data))
-        async with repository.lease(model) as leased:
+        async with repository.lease(model, deadline) as leased:
             arguments = data, length, leased.card, most_images
             if length < _SMALL_JSON:
                 wanted, binary = read_request(*arguments)

@@ -110,13 +110,13 @@ async def segment_images(
     deadline = service.deadline(timeout_ms)
     service.check_loaded()
     service.admission.check_room(client, deadline=deadline)
-    with Body(request, service.settings, service.budget) as body:
+    with Body(request, service.settings, service.budget, deadline=deadline) as body:
         uploads = await body.images()
         count = len(uploads)
         if count > 1:
             wanted = replace(wanted, form=form_for_several(accept, wanted.form))
         with service.admission.admit(client, count, deadline):
-            async with repository.lease(model) as version:
+            async with repository.lease(model, deadline) as version:
                 if version.card is not card:  # loaded, or replaced, in the meantime
                     wanted = check_options(version.card, options, wanted.form)
                 work = segment(service, version, uploads, wanted, deadline)

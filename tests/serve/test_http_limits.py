@@ -289,6 +289,15 @@ def test_a_refusal_is_counted_and_logged_once_under_the_clients_id(
     assert "status=408" in logged[0]
 
 
+@pytest.mark.parametrize("path", ["/v1/segment", "/v2/models/street/infer"])
+def test_the_deadline_covers_the_body(address, path: str) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+    head += "X-Timeout-Ms: 200\r\nContent-Length: 900\r\n\r\nabc"
+    with socket.create_connection(address, timeout=60) as plug:
+        plug.sendall(head.encode())
+        assert read_answer(plug)[0] == 504
+
+
 def test_a_request_after_a_refused_one_is_answered(address, request_: bytes) -> None:
     refused = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: a/b\r\n"
     refused += b"Content-Length: 3\r\n\r\nabc"
