@@ -132,6 +132,7 @@ class Repository:
         self._models: dict[str, Model] = {}
         self._default = ""
         self._folders: list[Path] = []
+        self._not_served: dict[Path, str] = {}  # what came and could not be opened, and why
         self._loader = ThreadPoolExecutor(1, "loader")
         try:
             for source in sources:
@@ -245,10 +246,10 @@ class Repository:
         await self._loaded(model, anew=not unchanged)
 
     async def unload(self, model: Model) -> None:
-        """Let a model go until it is loaded by hand."""
-        model.wanted = False
-        if model.version is not None:
-            self._retire(model)
+        """Let a model go until it is loaded by hand; one that is being loaded, once it is."""
+        self._let_go(model)
+        if model.loading is not None:
+            await asyncio.wait([model.loading])
 
     async def poll(self) -> None:
         """Look once for bundles that changed, came or went, and follow them."""
@@ -263,8 +264,7 @@ class Repository:
             if found is None:
                 if model.path.parent in self._folders and len(self._models) > 1:
                     log.info("%s: gone", model.name)
-                    if model.version is not None:
-                        self._retire(model)
+                    self._let_go(model)
                     del self._models[model.name]
             elif found != model.fingerprint and model.wanted:
                 await self._follow(model)
@@ -297,7 +297,11 @@ class Repository:
         except (FDConvError, OSError) as error:
             if model is not None:
                 del self._models[model.name]
-            log.warning("%s is not served: %s", path, error)
+            if self._not_served.get(path) != str(error):  # said once, and not at every look
+                log.warning("%s is not served: %s", path, error)
+            self._not_served[path] = str(error)
+        else:
+            self._not_served.pop(path, None)
 
     async def _follow(self, model: Model) -> None:
         try:
@@ -345,9 +349,11 @@ class Repository:
         finally:
             model.loading = None
         self._on_load(version)
-        if model.version is not None:
+        before, model.version, model.error = model.version, version, None
+        if before is not None:
+            self._end(before)
+        if not model.wanted:  # unloaded in the meantime, or gone
             self._retire(model)
-        model.version, model.error = version, None
         model.last_used = time.monotonic()
         self._evict(keep=model)
         return version
@@ -405,9 +411,17 @@ class Repository:
         if not coming and self.loaded_bytes() > budget:
             log.warning("%s alone is larger than the memory budget", keep.name)
 
+    def _let_go(self, model: Model) -> None:
+        model.wanted = False
+        if model.version is not None:
+            self._retire(model)
+
     def _retire(self, model: Model) -> None:
         version, model.version = model.version, None
         assert version is not None
+        self._end(version)
+
+    def _end(self, version: Version) -> None:
         version.retired = True
         self._close_if_done(version)
 

@@ -441,3 +441,113 @@ def test_index_of_models_that_are_ready(tmp_path: Path) -> None:
             assert answer.status_code == 400
 
     asyncio.run(test())
+
+
+@asynccontextmanager
+async def held_loading(service: Service) -> AsyncIterator[threading.Event]:
+    """Hold up every load until the event is set, at the latest at the end of the block."""
+    go, loader = threading.Event(), service.repository._loader
+    loader.submit(go.wait)
+    try:
+        yield go
+    finally:
+        go.set()
+
+
+def test_unloading_what_is_being_loaded(tmp_path: Path, png: bytes) -> None:
+    """It is unloaded in the end, and the request that it was loaded for is told so."""
+    paths = three(tmp_path)
+
+    async def test() -> None:
+        async with serving(paths, load="demand", model_control=True) as (client, service):
+            async with held_loading(service) as go:
+                asked = [
+                    asyncio.create_task(
+                        client.post("/v1/models/b/segment", content=png, headers=PNG)
+                    ),
+                    asyncio.create_task(client.post("/v2/repository/models/b/load")),
+                ]
+                while service.repository.get("b").loading is None:
+                    await asyncio.sleep(0.005)
+                unload = asyncio.create_task(client.post("/v2/repository/models/b/unload"))
+                await asyncio.sleep(0.05)
+                assert not unload.done()
+                go.set()
+                assert (await unload).status_code == 200
+            assert await states(client) == dict.fromkeys("abc", "unloaded")
+            refused, loaded = await asyncio.gather(*asked)
+            assert (refused.status_code, loaded.status_code) == (503, 200)
+            assert "is unloaded" in refused.json()["detail"]
+            await client.post("/v2/repository/models/b/load")
+            answer = await client.post("/v1/models/b/segment", content=png, headers=PNG)
+            assert answer.status_code == 200
+
+    asyncio.run(test())
+
+
+def test_a_bundle_that_goes_while_it_is_loaded_leaves_nothing(tmp_path: Path) -> None:
+    toy.make_bundle(tmp_path / "all" / "a")
+    gone = toy.make_bundle(tmp_path / "all" / "b").path
+
+    async def test() -> None:
+        async with serving([tmp_path / "all"], load="demand", model_control=True) as (
+            client,
+            service,
+        ):
+            model = service.repository.get("b")
+            async with held_loading(service) as go:
+                load = asyncio.create_task(client.post("/v2/repository/models/b/load"))
+                while model.loading is None:
+                    await asyncio.sleep(0.005)
+                gone.rename(tmp_path / "elsewhere")
+                await service.repository.poll()
+                assert await states(client) == {"a": "unloaded"}
+                (tmp_path / "elsewhere").rename(gone)  # so that it does load
+                go.set()
+                await load
+            assert model.version is None
+            assert 'fdconv_model_bytes{model="b"}' not in (await client.get("/metrics")).text
+
+    asyncio.run(test())
+
+
+def test_the_deadline_covers_loading(tmp_path: Path, png: bytes) -> None:
+    paths = three(tmp_path)
+
+    async def test() -> None:
+        async with serving(paths, load="demand") as (client, service):
+            headers = {**PNG, "X-Timeout-Ms": "50"}
+            async with held_loading(service):  # for ever, were it not for the deadline
+                answer = await client.post("/v1/models/b/segment", content=png, headers=headers)
+                assert answer.status_code == 504
+            answer = await client.post("/v1/models/b/segment", content=png, headers=PNG)
+            assert answer.status_code == 200  # it went on loading
+
+    asyncio.run(test())
+
+
+def test_memory_is_told_of_a_bundle_that_was_replaced(tmp_path: Path) -> None:
+    path = toy.make_bundle(tmp_path / "m").path
+
+    async def test() -> None:
+        async with serving([path]) as (client, service):
+            touch(path)
+            await service.repository.poll()
+            assert 'fdconv_model_bytes{model="m"}' in (await client.get("/metrics")).text
+
+    asyncio.run(test())
+
+
+def test_what_cannot_be_served_is_said_once(tmp_path: Path, caplog) -> None:
+    toy.make_bundle(tmp_path / "all" / "a")
+
+    async def test() -> None:
+        async with serving([tmp_path / "all"]) as (client, service):
+            toy.make_bundle(tmp_path / "all" / "not a name")
+            for _ in range(3):
+                await service.repository.poll()
+            assert await states(client) == {"a": "ready"}
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(test())
+    assert sum("is not served" in record.message for record in caplog.records) == 1
