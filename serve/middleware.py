@@ -103,6 +103,11 @@ class Edge:
             app = self._refusal(scope, path, headers) or self.app
             await app(scope, receive, send_named)
             await asyncio.sleep(0)  # uvloop writes when its callbacks are done: the answer first
+        except asyncio.CancelledError:
+            if status or not self._service.draining:
+                raise
+            # The server's last word to what is not done by the end of drain_seconds.
+            await _stopped(scope)(scope, receive, send_named)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             self._record(scope, method, path, route, headers, status, time.perf_counter() - start)
@@ -227,6 +232,11 @@ class Edge:
             ms=round(seconds * 1e3, 3),
             **facts,
         )
+
+
+def _stopped(scope: Scope) -> ASGIApp:
+    detail = "The service stopped before it could answer. Send the request again."
+    return problem_response(Request(scope), 503, detail, {"Retry-After": "1"})
 
 
 def refuse(

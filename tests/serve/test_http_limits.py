@@ -614,6 +614,19 @@ def test_a_client_that_does_nothing_does_not_keep_the_service_from_stopping(
         assert stopped.wait(100)
 
 
+def test_what_is_not_done_when_the_service_ends_is_told_so(bundles: list[Path], caplog) -> None:
+    head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+    with ExitStack() as stack:
+        with running(bundles, settings=Settings(threads=1, drain_seconds=1)) as url:
+            plug = stack.enter_context(socket.create_connection(place(url), timeout=60))
+            plug.sendall(head + b"Content-Length: 900\r\n\r\nabc")
+            time.sleep(0.2)
+        status, headers, body = read_answer(plug)
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert "stopped" in json.loads(body)["detail"]
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_a_tls_handshake_has_to_begin_in_time(
     bundles: list[Path],
     authority: Path,  # noqa: F811
