@@ -136,7 +136,7 @@ class Mask2FormerHead(QueryHead):
         ):
             value = project(memory).flatten(2).transpose(1, 2) + embedding
             values.append(value)
-            keys.append(value + sine_encoding(size, self.config.hidden_channels).to(value))
+            keys.append(value + sine_encoding(size, self.config.hidden_channels, value))
         queries = self.query_feat.weight.expand(features.shape[0], -1, -1)
         classes, masks = self.predict(queries, features)
         layers = cast(Iterable[DecoderLayer], self.transformer_decoder.layers)

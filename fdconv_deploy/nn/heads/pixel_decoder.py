@@ -127,7 +127,7 @@ class PixelDecoder(nn.Module):
         tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
         places = torch.cat(
             [
-                sine_encoding(size, self.config.channels).to(tokens) + embedding
+                sine_encoding(size, self.config.channels, tokens) + embedding
                 for size, embedding in zip(sizes, self.level_encoding.weight, strict=True)
             ],
             dim=1,
