@@ -322,6 +322,7 @@ class Scheduler:
         try:
             return await asyncio.shield(answer)
         except asyncio.CancelledError:
+            answer.add_done_callback(_forget)
             if not running.cancel():
                 await asyncio.wait([answer])
             raise
@@ -478,7 +479,7 @@ async def finish_by(
         del task  # an error knows this frame: see Scheduler._answer
 
 
-def _forget(task: asyncio.Task[Any]) -> None:
+def _forget(task: asyncio.Future[Any]) -> None:
     """Look at what became of work that nobody waits for, which asyncio else complains of."""
     if not task.cancelled():
         task.exception()

@@ -465,6 +465,29 @@ def test_codecs_run_beside_inference() -> None:
     on_loop(test)
 
 
+def test_what_a_call_says_that_nobody_waits_for_is_not_logged(caplog) -> None:
+    async def test(scheduler: Scheduler) -> None:
+        begun, end = threading.Event(), threading.Event()
+
+        def damaged() -> None:
+            begun.set()
+            end.wait()
+            raise ValueError
+
+        asked = asyncio.ensure_future(scheduler.code(damaged))
+        while not begun.is_set():
+            await asyncio.sleep(0.005)
+        asked.cancel()
+        await asyncio.sleep(0.005)
+        end.set()
+        await asyncio.wait([asked])
+        gc.collect()
+        await asyncio.sleep(0.005)
+
+    on_loop(test)
+    assert not caplog.records
+
+
 def test_closing_runs_what_waits() -> None:
     async def main() -> None:
         scheduler = Scheduler()
