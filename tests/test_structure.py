@@ -13,7 +13,7 @@ from benchmarks.structure import ROOT, circles, import_graph, modules
 # No more than there are: lower the figures with each cut, raise them with a new kind of network
 # only. There were 220 files and 40,000 lines before SegFormer, Swin, ConvNeXt, Mask2Former,
 # MaskDINO, panoptic answers and the service's bounds.
-PACKAGE_FILES, PACKAGE_LINES = 240, 47_500
+PACKAGE_FILES, PACKAGE_LINES = 240, 48_000
 # Folder → what nothing in it may import, neither at once nor when it runs.
 FORBIDDEN = {
     "fdconv_deploy.export": ["demo", "evaluation", "latency", "serve", "cli"],
