@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -109,7 +109,7 @@ class Settings(BaseModel):
     """Open connections; then 503."""
 
     # Who may ask
-    api_keys: tuple[SecretStr, ...] = ()
+    api_keys: tuple[Annotated[SecretStr, Field(min_length=1)], ...] = ()
     """When given, every address but health and the page needs one."""
     tls_certificate: Path | None = None
     """PEM file; serves HTTPS."""

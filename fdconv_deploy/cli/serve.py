@@ -160,6 +160,7 @@ def _checked(values: dict[str, Any]) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         said = first["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+        said = said.replace("a valid tuple", "a list")  # as JSON calls it
         if not first["loc"]:
             raise FDConvError(f"the settings do not fit together: {said}.") from error
         where = ".".join(map(str, first["loc"]))
