@@ -172,13 +172,35 @@ def _tagged(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Unreadable
     return Unreadable(f"its tag !!python/{suffix} is code", node.start_mark.line + 1)
 
 
+# A few lines of aliases to aliases would fill any memory.
+_MOST_YAML_VALUES = 100_000
+
+
+def _written_out(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """The number of values in a node where every alias is written out."""
+    if node not in known:
+        known[node] = 1  # where a node holds itself
+        inside = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            inside = [one for pair in inside for one in pair]
+        known[node] = 1 + sum(_written_out(one, known) for one in inside)
+    return known[node]
+
+
 _YamlLoader.add_multi_constructor("tag:yaml.org,2002:python/", _tagged)
 
 
 def _yaml(text: str, name: str) -> Config:
     """detectron2's ``config.yaml``, where OpenMMLab's configs have its values."""
     try:
-        values = printable(yaml.load(text, _YamlLoader))  # noqa: S506 - made from the safe one
+        loader = _YamlLoader(text)
+        node = loader.get_single_node()
+        if node is not None and _written_out(node, {}) > _MOST_YAML_VALUES:
+            raise CheckpointError(
+                f"{name} repeats itself by aliases to more than {_MOST_YAML_VALUES:,} values. "
+                "Expected the config.yaml that training wrote into OUTPUT_DIR, of a few hundred."
+            )
+        values = None if node is None else printable(loader.construct_document(node))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         first = str(error).strip().splitlines()
         raise CheckpointError(

@@ -6,6 +6,7 @@ import gzip
 import json
 import pickle
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,18 @@ def test_inspect_names_the_framework(oracle: Path, tmp_path: Path) -> None:
     assert report.backbone == project(oracle, name).architecture.backbone
     assert not report.ready
     assert framework_of({"backbone.layer1.0.conv1.weight": torch.ones(1)}) == "OpenMMLab"
+
+
+def test_aliases_in_yaml_fill_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    names = "abcdefghij"
+    lines = ["a: &a [x, x, x, x, x, x, x, x]"]
+    lines += [f"{n}: &{n} [{', '.join([f'*{o}'] * 8)}]" for o, n in pairwise(names)]
+    path.write_text("\n".join(lines) + "\nMODEL: {}\n")
+    with pytest.raises(CheckpointError, match=r"repeats itself by aliases to more than 100,000"):
+        read_config(path)
+    path.write_text("a: &a [1, 2]\nMODEL: {PIXEL_MEAN: *a, PIXEL_STD: *a}\n")
+    assert read_config(path).section("model", "data_preprocessor")["std"] == [1, 2]
 
 
 def test_tags_of_python_in_yaml_are_never_run(tmp_path: Path) -> None:
