@@ -71,7 +71,7 @@ def attention_stability(state: Shapes) -> AttentionStability | None:
 
     Returns:
         None where no FDConv layer's attention has running statistics, or where tensors hold
-        no data.
+        no data, are missing or do not fit together.
     """
     swings: dict[str, float] = {}
     for name in dynamic_names(state):
@@ -80,7 +80,10 @@ def attention_stability(state: Shapes) -> AttentionStability | None:
             continue
         if state[f"{attention}.bn.running_var"].is_meta:
             return None
-        swings[name] = _swing(state, attention)
+        try:
+            swings[name] = _swing(state, attention)
+        except (KeyError, RuntimeError):
+            return None  # tensors that are no one layer's: they are refused when it is built
     if not swings:
         return None
     largest = max(swings, key=lambda name: swings[name])

@@ -77,6 +77,17 @@ def test_swing_is_free_of_the_features_scale():
     assert after.saturating == before.saturating
 
 
+@pytest.mark.parametrize("damage", ["missing", "widened"])
+def test_nothing_is_said_of_tensors_that_are_no_layers(damage):
+    state = state_of(load_checkpoint(packaged_checkpoint()))
+    name = next(name for name in state if name.endswith("KSM_Global.relu.scale"))
+    if damage == "missing":
+        del state[name]
+    else:
+        state[name] = torch.ones(3)
+    assert report_on(state).attention_stability is None
+
+
 def test_nothing_is_said_without_attention_statistics():
     assert inspect_checkpoint(plain_checkpoint()).attention_stability is None
     assert report_on(shapes_of(small_architecture())).attention_stability is None
