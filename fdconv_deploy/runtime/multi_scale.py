@@ -117,6 +117,12 @@ def segment_at_scales(
     architecture = session.bundle.manifest.architecture
     mode = mode or session.segmentation.mode  # also refuses what is no segmentor
     assert architecture is not None
+    if session.panoptic:
+        raise BundleError(
+            f"The bundle {session.bundle.path} gives panoptic segments, which are not merged over "
+            "several sizes or mirror images. Use session.segment(image), on the command line "
+            "without --multi-scale and --flip."
+        )
     batch = session.batch_sizes[-1]
     if mode == "slide":
         crop = session.input_size

@@ -29,7 +29,7 @@ from fdconv_deploy.runtime.multi_scale import (
     segment_whole,
 )
 from fdconv_deploy.runtime.postprocessing import ArrayRows, bilinear
-from tests.runtime import toy
+from tests.runtime import toy, toy_panoptic
 
 PACKAGES = Path(__file__).parents[1] / "real_packages"
 REAL = PACKAGES / "mmsegmentation"
@@ -195,3 +195,13 @@ def test_many_classes_are_merged_in_blocks_of_rows(tmp_path: Path) -> None:
 def test_factors_that_are_none(factors: tuple[float, ...]) -> None:
     with pytest.raises(FDConvError, match="numbers above 0"):
         MultiScale(factors)
+
+
+def test_panoptic_answers_are_not_merged(tmp_path: Path) -> None:
+    bundle = toy_panoptic.make_bundle(tmp_path / "bundle")
+    image = np.zeros((32, 48, 3), np.uint8)
+    with (
+        open_session(bundle.path) as session,
+        pytest.raises(BundleError, match="panoptic segments, which are not merged"),
+    ):
+        segment_at_scales(session, image, MultiScale(flip=True))
