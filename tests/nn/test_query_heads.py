@@ -19,6 +19,7 @@ from fdconv_deploy.config import (
     SegmentorConfig,
     SwinTransformerConfig,
 )
+from fdconv_deploy.errors import ImageError
 from fdconv_deploy.nn.heads import build_head, resize
 from fdconv_deploy.nn.heads.detectron2 import head_from_detectron2
 from fdconv_deploy.nn.heads.maskdino_head import boxes_of
@@ -301,6 +302,12 @@ def test_maskdino_of_every_kind_gives_finite_scores_that_depend_on_the_image(cha
     assert scores.shape == (2, 5, 64, 96)
     assert scores.isfinite().all()
     assert not torch.allclose(scores[0], scores[1])
+
+
+def test_maskdino_names_the_size_that_has_too_few_tokens():
+    head = build_head(small(MaskDINOHeadConfig, num_queries=5000)).eval()
+    with pytest.raises(ImageError, match=r"5000 queries of .* has \d+\. Give a larger size"):
+        head(maps(1))
 
 
 def test_boxes_around_masks():

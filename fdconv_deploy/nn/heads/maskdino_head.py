@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdconv_deploy.config import MaskDINOHeadConfig
+from fdconv_deploy.errors import ImageError
 from fdconv_deploy.nn.decisions import Best
 from fdconv_deploy.nn.deformable_attention import (
     MultiScaleDeformableAttention,
@@ -213,6 +214,12 @@ class MaskDINOHead(QueryHead):
         if not self.maskdino.two_stage:
             boxes = self.query_embed.weight.sigmoid().expand(batch, -1, -1)
             return self.query_feat.weight.expand(batch, -1, -1), boxes
+        if memory.shape[1] < self.maskdino.num_queries:
+            raise ImageError(
+                f"This MaskDINO makes {self.maskdino.num_queries} queries of an image's tokens, "
+                f"and an image of this size has {memory.shape[1]}. Give a larger size; if it was "
+                "trained with fewer queries, its config or decode_head.num_queries."
+            )
         logits, inside = (part.to(memory) for part in proposals(sizes))
         encoded = self.enc_output_norm(self.enc_output(memory * inside))
         index = self.best(self.class_embed(encoded).amax(-1))[:, :, None]
