@@ -299,6 +299,8 @@ def test_inspect_says_at_which_size_it_was_trained(monkeypatch, capfd, tmp_path)
     torch.save(content, tmp_path / "trained.pth")
     _, out, _ = fdconv(monkeypatch, capfd, "inspect", tmp_path / "trained.pth")
     assert "Input size: 160x224, which it was trained at" in out
+    assert "--size takes any other\n" in out
+    assert "GMAC at 512×512" in out
     assert "--size 160x224" in out.splitlines()[1]
     _, out, _ = fdconv(monkeypatch, capfd, "inspect", tmp_path / "trained.pth", "--json")
     report = json.loads(out)

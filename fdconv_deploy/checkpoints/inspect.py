@@ -388,9 +388,11 @@ def _input_size(report: Report) -> str:
         assert report.architecture is not None
         height, width = report.architecture.test.crop_size or (0, 0)
         return f"{height}x{width}, the crop it was tested by sliding over images"
-    if report.training_size:
+    if report.training_size and report.architecture is not None:
         height, width = report.training_size
-        return f"{height}x{width}, which it was trained at; --size takes any other"
+        divisor = report.architecture.preprocessing.size_divisor
+        multiple = f" multiple of {divisor}" if divisor > 1 else ""
+        return f"{height}x{width}, which it was trained at; --size takes any other{multiple}"
     return (
         "the file does not state what it was trained at; 512x512 is an example, and answers are "
         "best near the size of training"
@@ -437,8 +439,9 @@ def _sizes(report: Report) -> Table:
     table = Table(title="Sizes", title_justify="left", box=None, header_style="bold")
     table.add_column("part")
     table.add_column("parameters", justify="right")
-    table.add_column(f"GMAC at {height}×{width}", justify="right")
     macs = report.macs or {}
+    if macs:
+        table.add_column(f"GMAC at {height}×{width}", justify="right")
     inside = {"main", *report.fdconv_parameters} if report.dynamic_layers else {"main"}
     names = dict.fromkeys([*report.parameters, *macs, *sorted(inside - {"main"})])
     for name in [*(n for n in names if n != "total"), "total"]:
@@ -450,14 +453,14 @@ def _sizes(report: Report) -> Table:
         table.add_row(
             shown,
             "" if count is None else f"{count:,}",
-            f"{macs[name] / 1e9:,.3f}" if name in macs else "",
+            *([f"{macs[name] / 1e9:,.3f}" if name in macs else ""] if macs else []),
             style="bold" if name == "total" else None,
         )
     if report.dynamic_layers:
         mega = report.spectrum_bytes / 1e6
-        table.add_row("spectra", f"{mega:,.1f} MB", "")
+        table.add_row("spectra", f"{mega:,.1f} MB")
         published = report.published_buffer_bytes / 1e6
-        table.add_row("published code's bin order and masks", f"{published:,.1f} MB", "")
+        table.add_row("published code's bin order and masks", f"{published:,.1f} MB")
     return table
 
 
