@@ -24,24 +24,25 @@ def require_files(checkpoint: Path, config: Path | None = None) -> None:
     """Refuse missing files before anything is imported that takes seconds."""
     if not checkpoint.exists():
         raise CheckpointError(
-            f"{checkpoint} does not exist. Expected a PyTorch checkpoint (.pth, .pt, .ckpt) or a "
-            ".safetensors file. Check the path."
+            f"{checkpoint} does not exist. Expected a PyTorch checkpoint (.pth, .pt, .ckpt), a "
+            ".pkl or a .safetensors file. Check the path."
         )
     if config is not None and not config.exists():
         raise CheckpointError(
-            f"{config} does not exist. Expected a .py or .json config. Check the path."
+            f"{config} does not exist. Expected a .py, .json or .yaml config. Check the path."
         )
 
 
 Checkpoint = Annotated[
     Path,
-    typer.Argument(metavar="CHECKPOINT", help="A .pth or .safetensors file."),
+    typer.Argument(metavar="CHECKPOINT", help="A .pth, .pkl or .safetensors file."),
 ]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
 Config = Annotated[
     Path | None,
     typer.Option(
-        help="The network's config (.py or .json; read, never run), if the file has none.",
+        help="The network's config (.py, .json or detectron2's .yaml; read, never run), if the "
+        "file has none.",
     ),
 ]
 Settings = Annotated[
