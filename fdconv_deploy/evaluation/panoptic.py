@@ -121,6 +121,15 @@ class PanopticSet:
         self._names = {image.id: image.file_name for image in found.images}
         self._annotations = found.annotations[:limit]
         self._segments, self._images = segments, images
+        categories = {category.id for category in found.categories}
+        for annotation in self._annotations:
+            for info in annotation.segments_info:
+                if info.category_id not in categories:
+                    raise DatasetError(
+                        f"{annotations} has no category {info.category_id}, of which "
+                        f"{annotation.file_name} has a segment. Expected an entry in its "
+                        "categories for each."
+                    )
         if not self._annotations:
             raise DatasetError(f"{annotations} holds no annotation.")
 
@@ -143,12 +152,20 @@ class PanopticSet:
                     f"{path} is of {colours.shape[:2]} pixels (height, width), its image of "
                     f"{image.shape[:2]}."
                 )
+            ids = colours @ np.array([1, 256, 65536])
+            absent = {info.id for info in annotation.segments_info} - set(np.unique(ids).tolist())
+            if absent:
+                raise DatasetError(
+                    f"{path} has no pixel of segment {min(absent)}, which its segments_info names "
+                    f"({len(absent)} such). Expected red + 256 green + 65536 blue to be the ids "
+                    "of its segments: are the JSON and the PNGs of one set?"
+                )
             segments = tuple(
                 TrueSegment(info.id, self._labels[info.category_id], bool(info.iscrowd))
                 for info in annotation.segments_info
                 if info.category_id in self._labels
             )
-            yield PanopticSample(image, colours @ np.array([1, 256, 65536]), segments)
+            yield PanopticSample(image, ids, segments)
 
     def file_of(self, image: int | str) -> Path:
         """The file of an image."""

@@ -106,6 +106,17 @@ def test_evaluate_says_what_a_panoptic_network_needs(bundle, data):
     assert "give --annotations (the JSON), --masks" in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("field", "says"), [("id", "no pixel of segment 99"), ("category_id", "no category 99")]
+)
+def test_annotations_of_other_segments_are_refused(bundle, data, field, says):
+    path = data / "truth.json"
+    file = json.loads(path.read_text())
+    file["annotations"][0]["segments_info"][0][field] = 99
+    path.write_text(json.dumps(file))
+    assert says in str(evaluate(bundle, data, "--annotations", str(path)).exception)
+
+
 def test_files_of_another_form_are_refused(data):
     path = data / "objects.json"
     path.write_text('{"images": [], "annotations": [{"id": 1}], "categories": []}')
