@@ -47,6 +47,7 @@ _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 # that got an answer would take it for the one it asked for.
 _NOT_DONE = {
     "classification": "classify outputs (class_count). Ask for the output itself",
+    "class_count": "classify outputs (class_count). Ask for the output itself",
     "shared_memory_region": "use shared memory. Send and ask for tensors in the request",
     "shared_memory_offset": "use shared memory. Send and ask for tensors in the request",
     "shared_memory_byte_size": "use shared memory. Send and ask for tensors in the request",

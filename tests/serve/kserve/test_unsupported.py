@@ -43,6 +43,10 @@ def test_classification(triton) -> None:
     refused(triton, "class_count", **asking(triton, class_count=3))
 
 
+def test_classification_by_a_parameter_of_the_request(triton) -> None:
+    refused(triton, "class_count", **asking(triton), parameters={"class_count": 3})
+
+
 def test_shared_memory_of_an_input(triton) -> None:
     call = asking(triton)
     call["inputs"][0].set_shared_memory("region", 4 * 3 * 32 * 48)
