@@ -168,4 +168,6 @@ def _checked(values: dict[str, Any]) -> Any:
             near = difflib.get_close_matches(where, Settings.model_fields, 1)
             hint = f"did you mean {near[0]}?" if near else "docs/serving.md lists those there are."
             raise FDConvError(f"there is no setting {where}; {hint}") from error
-        raise FDConvError(f"the setting {where} cannot be {first['input']!r}: {said}.") from error
+        # A key is a secret, and errors end in logs.
+        found = "what was given" if first["loc"][0] == "api_keys" else repr(first["input"])
+        raise FDConvError(f"the setting {where} cannot be {found}: {said}.") from error
