@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ from fdconv_deploy.checkpoints.evidence import (
     type_of,
 )
 from fdconv_deploy.checkpoints.infer_fdconv import infer_conv
-from fdconv_deploy.checkpoints.infer_layers import Shapes, dynamic_names, layers_named
+from fdconv_deploy.checkpoints.infer_layers import (
+    Shapes,
+    dynamic_names,
+    layers_named,
+    output_features,
+    shape_of,
+)
 from fdconv_deploy.checkpoints.infer_resnet import BATCH_NORMS, infer_resnet
 from fdconv_deploy.config import (
     BackboneConfig,
@@ -27,6 +34,13 @@ from fdconv_deploy.config import (
 )
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn.backbones.swin_transformer import relative_positions
+
+_shape = partial(
+    shape_of,
+    owner="backbone",
+    advice="; the file may be cut, or of another version of this network.",
+)
+_hidden = partial(output_features, owner="backbone", advice=". The file may be cut.")
 
 # The layers that FDConv replaces in each, and a name that it alone has.
 FEED_FORWARD = {
@@ -241,25 +255,6 @@ def _blocks(state: Shapes, pattern: str) -> list[int]:
             "a gap; the file may be cut."
         )
     return [len(found[stage]) for stage in sorted(found)]
-
-
-def _shape(state: Shapes, key: str, rank: int) -> tuple[int, ...]:
-    tensor = state.get(key)
-    if tensor is None or tensor.ndim != rank:
-        found = "is not there" if tensor is None else f"has shape {tuple(tensor.shape)}"
-        raise CheckpointError(
-            f"backbone.{key} {found}. Expected a tensor of rank {rank}; the file may be cut, or "
-            "of another version of this network."
-        )
-    return tuple(tensor.shape)
-
-
-def _hidden(state: Shapes, name: str) -> int:
-    """Features that the linear layer ``name`` makes, be it plain or FDConv."""
-    layers = layers_named(state, re.compile(re.escape(name) + r"(?=\.)"))
-    if not layers:
-        raise CheckpointError(f"backbone.{name} is not there. The file may be cut.")
-    return layers[0].out_channels
 
 
 def _ratio(hidden: Sequence[int], widths: Sequence[int]) -> int:

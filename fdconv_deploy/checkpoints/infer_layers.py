@@ -179,6 +179,33 @@ def layers_named(state: Shapes, names: re.Pattern[str]) -> list[Layer]:
     return list(found.values())
 
 
+def shape_of(state: Shapes, key: str, rank: int, *, owner: str, advice: str) -> tuple[int, ...]:
+    """The shape of a tensor that has to be there.
+
+    Args:
+        state: names → tensors of a part of a network.
+        key: the tensor's name in it.
+        rank: the dimensions it has to have.
+        owner, advice: the part's name, and how the sentence ends where the tensor is missing.
+
+    Raises:
+        CheckpointError: the tensor is missing or has another rank.
+    """
+    tensor = state.get(key)
+    if tensor is None or tensor.ndim != rank:
+        found = "is not there" if tensor is None else f"has shape {tuple(tensor.shape)}"
+        raise CheckpointError(f"{owner}.{key} {found}. Expected a tensor of rank {rank}{advice}")
+    return tuple(tensor.shape)
+
+
+def output_features(state: Shapes, name: str, *, owner: str, advice: str) -> int:
+    """Features that a layer which has to be there makes, be it linear or FDConv; see `shape_of`."""
+    layers = layers_named(state, re.compile(re.escape(name) + r"(?=\.)"))
+    if not layers:
+        raise CheckpointError(f"{owner}.{name} is not there{advice}")
+    return layers[0].out_channels
+
+
 def _dynamic_layer(state: Shapes, name: str) -> Layer:
     own = part(state, f"{name}.")
     shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from fdconv_deploy.checkpoints.evidence import (
@@ -14,7 +15,12 @@ from fdconv_deploy.checkpoints.evidence import (
     stated,
 )
 from fdconv_deploy.checkpoints.infer_fdconv import infer_conv
-from fdconv_deploy.checkpoints.infer_layers import Shapes, layers_named
+from fdconv_deploy.checkpoints.infer_layers import (
+    Shapes,
+    layers_named,
+    output_features,
+    shape_of,
+)
 from fdconv_deploy.config import (
     HEAD_CONFIGS,
     Mask2FormerHeadConfig,
@@ -26,6 +32,10 @@ from fdconv_deploy.errors import CheckpointError
 
 QueryHeadType = Literal["Mask2FormerHead", "MaskDINOHead"]
 Settings = SettingResolver[Any]
+
+_ADVICE = ": parts of the head are missing, so the file may be cut."
+_shape = partial(shape_of, owner="decode_head", advice=_ADVICE)
+_outputs = partial(output_features, owner="decode_head", advice=_ADVICE)
 
 # Parts of which either is enough to know a head by, beside its pixel decoder.
 _MARKS: dict[QueryHeadType, tuple[str, str]] = {
@@ -294,25 +304,3 @@ def _count(state: Shapes, prefix: str) -> int:
             "gap: some of the head are missing, so the file may be cut."
         )
     return len(numbers)
-
-
-def _shape(state: Shapes, key: str, rank: int) -> tuple[int, ...]:
-    tensor = state.get(key)
-    if tensor is None or tensor.ndim != rank:
-        found = "is not there" if tensor is None else f"has shape {tuple(tensor.shape)}"
-        raise CheckpointError(
-            f"decode_head.{key} {found}. Expected a tensor of rank {rank}: parts of the head are "
-            "missing, so the file may be cut."
-        )
-    return tuple(tensor.shape)
-
-
-def _outputs(state: Shapes, name: str) -> int:
-    """Features that a feed-forward network's layer makes, be it linear or FDConv."""
-    layers = layers_named(state, re.compile(re.escape(name) + r"(?=\.)"))
-    if not layers:
-        raise CheckpointError(
-            f"decode_head.{name} is not there: parts of the head are missing, so the file may be "
-            "cut."
-        )
-    return layers[0].out_channels
