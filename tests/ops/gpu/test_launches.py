@@ -1,0 +1,39 @@
+"""How many kernels a network launches: counted, so that no change adds any unnoticed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed (pip install triton)", allow_module_level=True)
+
+from benchmarks.gpu.launches import count_launches, launches, resnet50
+
+
+def test_views_and_memory_are_no_kernels():
+    class Network(nn.Module):
+        def forward(self, x):
+            y = torch.empty_like(x).view(-1)
+            return (x.view(2, -1)[:1].expand(3, -1) + 1).t(), y
+
+    x = torch.zeros(2, 3, 4, 4)
+    assert count_launches(Network(), x) == {"add": 1}
+
+
+def test_a_convolution_counts_its_bias_and_operations():
+    found = launches(nn.Conv2d(4, 6, 3, padding=1), torch.zeros(1, 4, 8, 8))
+    assert [one.operator for one in found] == ["bias", "convolution"]
+    assert found[1].flops == 2 * 6 * 8 * 8 * 4 * 9
+    assert found[1].written == 4 * 6 * 8 * 8
+
+
+@pytest.mark.parametrize(("kernel_num", "expected"), [(None, 174), (64, 814)])
+def test_kernels_of_a_resnet50(kernel_num, expected, proved):
+    count = len(resnet50(kernel_num))
+    assert count <= expected
+    kind = "plain" if kernel_num is None else "FDConv"
+    proved(f"a {kind} ResNet-50, fp16, batch 1, is {count} kernels")
