@@ -22,7 +22,7 @@ from benchmarks.timing import interleave
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.folding.network import foldable_layers, input_sizes
 from fdconv_deploy.latency import machine
-from fdconv_deploy.ops.frequency_assembly import group_blocks
+from fdconv_deploy.ops.frequency_assembly.function import group_blocks
 
 Counts = Counter[str]
 

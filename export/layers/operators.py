@@ -12,9 +12,13 @@ from fdconv_deploy.folding.bands import FoldedBands
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.folding.modulation import HiddenNorm
 from fdconv_deploy.ops import DOMAIN
-from fdconv_deploy.ops.frequency_assembly import AssemblyForm, assembly_function, group_blocks
+from fdconv_deploy.ops.frequency_assembly.function import (
+    AssemblyForm,
+    assembly_function,
+    group_blocks,
+)
 from fdconv_deploy.ops.frequency_assembly.launch import gate_offsets
-from fdconv_deploy.ops.frequency_band_modulation import BandForm, band_function
+from fdconv_deploy.ops.frequency_band_modulation.function import BandForm, band_function
 
 Attention = dict[str, gs.Variable]
 # The end of a slice that keeps everything: runtimes know it and drop the slice.

@@ -24,12 +24,8 @@ from fdconv_deploy.export.tensorrt.builder import BuildOptions, build_plan
 from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 from fdconv_deploy.export.validation.comparison import Comparison, perturbed
 from fdconv_deploy.export.validation.tolerance import engine_tolerance
-from fdconv_deploy.ops.tensorrt_plugins import (
-    plugin_module,
-    precompile,
-    register_plugins,
-    set_target,
-)
+from fdconv_deploy.ops.compile_kernels import oldest_ptx, precompile
+from fdconv_deploy.ops.tensorrt_plugins import plugin_module, register_plugins, set_target
 from fdconv_deploy.runtime.backends import BackendOptions
 from fdconv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fdconv_deploy.runtime.backends.tensorrt import Cuda, TensorRTBackend, import_tensorrt
@@ -212,7 +208,10 @@ def _plugin_graph(
     )  # fmt: skip
     set_target(capability)
     register_plugins(trt, trtp, graph.plugins)
-    precompile(graph.launches, capability, lambda n, of: say(f"compiling kernels: {n} of {of}"))
+    precompile(
+        graph.launches, capability, lambda n, of: say(f"compiling kernels: {n} of {of}"),
+        ptx_version=oldest_ptx(capability),
+    )  # fmt: skip
     return graph.plugins
 
 

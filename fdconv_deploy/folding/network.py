@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.folding.layer import DynamicLayer, fold_layer
+from fdconv_deploy.folding.layer import DynamicLayer, FoldedConv, fold_layer
 from fdconv_deploy.folding.module import FoldedConv2d
 from fdconv_deploy.nn.fdconv import FDConv2d, FDTokenConv
 from fdconv_deploy.nn.fdlinear import FDLinear
@@ -98,8 +98,18 @@ def fold_network(network: nn.Module, example: Example) -> nn.Module:
     """
     if network.training:
         raise ExportError("the network is in training mode; call .eval() before folding.")
+    folded = fold_layers(network, example)
+    return replace_layers(network, lambda name, _layer: FoldedConv2d(folded[name]))
+
+
+def fold_layers(network: nn.Module, example: Example) -> dict[str, FoldedConv]:
+    """A network's dynamic layers by name, each folded at the size it has in ``example``.
+
+    Raises:
+        ExportError: as `input_sizes`.
+    """
     sizes = input_sizes(network, example)
-    return replace_layers(
-        network,
-        lambda name, layer: FoldedConv2d(fold_layer(layer, sizes[name], name=name)),
-    )
+    return {
+        name: fold_layer(layer, sizes[name], name=name)
+        for name, layer in foldable_layers(network).items()
+    }

@@ -7,7 +7,13 @@ Triton, and the ptxas in its wheel, are all this takes; no torch. It must not be
 from __future__ import annotations
 
 import importlib
+import os
+import pickle
 import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +27,11 @@ MODULES = (
     "fdconv_deploy.ops.frequency_assembly.kernels",
     "fdconv_deploy.ops.frequency_band_modulation.kernel",
 )
+# The least instruction set that knows an architecture: any driver that runs the GPU reads it.
+_PTX_VERSIONS = {100: 86, 101: 86, 103: 88, 110: 90, 120: 87, 121: 88}
+# Else PTX names the files it comes from, on the machine that it was made on.
+NO_SOURCE_PATHS = "TRITON_DISABLE_LINE_INFO"
+INTERPRET = "TRITON_INTERPRET"
 # Scratch pointers that Triton's own launcher passes after a kernel's arguments.
 HIDDEN_PARAMETERS = 2
 
@@ -103,7 +114,8 @@ def compile_kernel(
     if ptx_version is not None:
         options["ptx_version"] = ptx_version
     target = GPUTarget("cuda", capability, THREADS_PER_WARP)
-    compiled = triton.compile(source, target=target, options=options)
+    with _variable(NO_SOURCE_PATHS, "1"):
+        compiled = triton.compile(source, target=target, options=options)
     metadata = compiled.metadata
     if metadata.global_scratch_size or getattr(metadata, "profile_scratch_size", 0):
         raise BackendError(
@@ -115,6 +127,11 @@ def compile_kernel(
     # Triton may have added warps of its own; what it asks to be launched with counts.
     threads = int(_found(r"\.reqntid\s+(\d+)", ptx))
     return CompiledKernel(metadata.name, capability, ptx, parameters, threads, metadata.shared)
+
+
+def oldest_ptx(capability: int) -> int:
+    """The least instruction set that knows a compute capability, e.g. 80 for 8.0."""
+    return _PTX_VERSIONS.get(capability, 80)
 
 
 def _found(pattern: str, text: str) -> str:
@@ -144,3 +161,94 @@ def without_hidden_parameters(ptx: str, name: str) -> tuple[str, tuple[str, ...]
     start, stop = head.span(1)
     types = tuple(_found(r"^\.param\s+\.(\w+)", parameter) for parameter in kept)
     return ptx[:start] + "\n\t" + ",\n\t".join(kept) + "\n" + ptx[stop:], types
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def precompile(
+    launches: Iterable[KernelLaunch],
+    capability: int,
+    done: Callable[[int, int], None] = lambda _done, _of: None,
+    *,
+    ptx_version: int | None = None,
+    workers: int | None = None,
+) -> None:
+    """Compile kernels in several processes at once, for Triton's cache to hold.
+
+    A kernel takes seconds. Who compiles it later, by `compile_kernel` with the same arguments or,
+    under ``TRITON_DISABLE_LINE_INFO=1``, by launching it, finds it there.
+
+    Args:
+        launches: may repeat themselves.
+        capability, ptx_version: as for `compile_kernel`.
+        done: called with the number of kernels compiled so far and of all.
+        workers: processes; one a core, at most 8, if not given.
+
+    Raises:
+        BackendError: as `compile_kernel`.
+    """
+    distinct = list(dict.fromkeys(launches))
+    if workers is None:
+        from fdconv_deploy.runtime.backends.threads import available_cores
+
+        workers = min(8, available_cores())
+    workers = min(len(distinct), workers)
+    # Processes of their own kind, not multiprocessing's: those run the caller's script again,
+    # whose main need not be guarded.
+    environment = {k: v for k, v in os.environ.items() if k != INTERPRET}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    running = []
+    for first in range(workers):
+        process = subprocess.Popen(  # noqa: S603 - this module, in this interpreter
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=environment,
+        )  # fmt: skip
+        assert process.stdin is not None
+        process.stdin.write(pickle.dumps((distinct[first::workers], capability, ptx_version)))
+        process.stdin.close()
+        running.append(process)
+    count = 0
+    try:
+        for process in running:
+            assert process.stdout is not None
+            said = b""
+            for line in process.stdout:
+                said = line.strip() or said
+                if line == DONE:
+                    count += 1
+                    done(count, len(distinct))
+            if process.wait():
+                raise BackendError(f"a kernel was not compiled: {said.decode(errors='replace')}")
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+DONE = b"compiled\n"
+
+
+def _worker() -> None:
+    launches, capability, ptx_version = pickle.load(sys.stdin.buffer)  # noqa: S301 - of `precompile`
+    for launch in launches:
+        compile_kernel(launch, capability, ptx_version)
+        sys.stdout.buffer.write(DONE)
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    _worker()

@@ -7,7 +7,8 @@ Kernels take pointers only; everything else is a constant of the specialisation.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -88,9 +89,27 @@ def require_device(tensor: Tensor, what: str) -> None:
         )
 
 
+_collected: list[KernelLaunch] | None = None
+
+
+@contextmanager
+def collected_launches() -> Iterator[list[KernelLaunch]]:
+    """Within this context `run_kernel` lists the launches that it is asked for, and runs none."""
+    global _collected
+    found: list[KernelLaunch] = []
+    _collected = found
+    try:
+        yield found
+    finally:
+        _collected = None
+
+
 def run_kernel(module: ModuleType, launch: KernelLaunch, batch: int, *tensors: Any) -> None:
     """Run a Triton kernel of ``module`` for ``batch`` images on the current CUDA stream."""
     assert len(tensors) == len(launch.arguments)
+    if _collected is not None:
+        _collected.append(launch)
+        return
     function = getattr(module, launch.kernel)
     function[launch.grid(batch)](*tensors, **launch.constants, num_warps=launch.warps, **OPTIONS)
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from typing import Any
 
@@ -21,17 +19,12 @@ import numpy as np
 
 from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.ops.compile_kernels import CompiledKernel, compile_kernel
+from fdconv_deploy.ops.compile_kernels import CompiledKernel, compile_kernel, oldest_ptx
 from fdconv_deploy.ops.launch import KernelLaunch, Plugin, Sizes
-from fdconv_deploy.runtime.backends.threads import available_cores
 
 NAMESPACE = "fdconv"
 # TensorRT's types by numpy's names, as TensorRT's plugin layer writes them.
 TYPE_NAMES = {"float32": "FP32", "float16": "FP16", "int32": "INT32"}
-# The least instruction set that knows an architecture: any driver that runs the GPU reads it.
-PTX_VERSIONS = {100: 86, 101: 86, 103: 88, 110: 90, 120: 87, 121: 88}
-OLDEST_PTX = 80
-
 
 _capability: int | None = None
 
@@ -55,7 +48,7 @@ def kernel_ptx(launch: KernelLaunch) -> CompiledKernel:
 
 @lru_cache(maxsize=512)
 def _compiled(launch: KernelLaunch, capability: int) -> CompiledKernel:
-    return compile_kernel(launch, capability, PTX_VERSIONS.get(capability, OLDEST_PTX))
+    return compile_kernel(launch, capability, oldest_ptx(capability))
 
 
 def _define(trt: Any, trtp: Any, name: str, plugin: Plugin) -> None:
@@ -146,37 +139,6 @@ def launch_of(name: str, sizes: Sequence[int]) -> KernelLaunch:
     if plugin is None:
         raise KeyError(name)
     return plugin.launch(np.array(sizes, np.int32))
-
-
-def precompile(
-    launches: Iterable[KernelLaunch],
-    capability: int,
-    done: Callable[[int, int], None] = lambda _done, _of: None,
-) -> None:
-    """Compile kernels in several processes at once, for Triton's cache to hold.
-
-    A kernel takes seconds, and TensorRT asks for one after another.
-
-    Args:
-        done: called with the number of kernels compiled so far and of all.
-
-    Raises:
-        BackendError: as `compile_kernel`.
-    """
-    distinct = set(launches)
-    workers = min(len(distinct), 8, available_cores())
-    if workers <= 1:
-        return  # TensorRT's asking does as well
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        jobs = [pool.submit(_compile, launch, capability) for launch in distinct]
-        for count, job in enumerate(as_completed(jobs), 1):
-            job.result()
-            done(count, len(distinct))
-
-
-def _compile(launch: KernelLaunch, capability: int) -> None:
-    _compiled(launch, capability)  # its PTX need not travel back: Triton's cache holds it
 
 
 _registered: set[str] = set()

@@ -16,7 +16,8 @@ from fdconv_deploy.folding.inverse_transform import complex_factors, real_factor
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.folding.module import FoldedConv2d
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.ops.frequency_assembly import AssemblyForm, frequency_assembly
+from fdconv_deploy.ops.frequency_assembly import frequency_assembly
+from fdconv_deploy.ops.frequency_assembly.function import AssemblyForm
 from tests.ops.single import fdconv_node, inputs_of, layer_model, run
 from tests.reference.lively import enliven, error, lively_input
 

@@ -14,7 +14,8 @@ from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.folding.module import FoldedConv2d
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.nn.band_modulation import BandModulation, masks_for
-from fdconv_deploy.ops.frequency_band_modulation import BandForm, frequency_band_modulation
+from fdconv_deploy.ops.frequency_band_modulation import frequency_band_modulation
+from fdconv_deploy.ops.frequency_band_modulation.function import BandForm
 from tests.ops.single import fdconv_node, layer_model, run
 from tests.reference.layer import convolve, sigmoid, softmax
 from tests.reference.lively import enliven, error, lively_input

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch.utils._pytree import tree_map
 
 from fdconv_deploy.errors import BackendError, ExportError
 from fdconv_deploy.folding.cuda.layer import FusedConv2d
-from fdconv_deploy.folding.layer import fold_layer
-from fdconv_deploy.folding.network import foldable_layers, input_sizes, replace_layers
+from fdconv_deploy.folding.layer import FoldedConv
+from fdconv_deploy.folding.network import fold_layers, replace_layers
 from fdconv_deploy.ops.launch import interpreting
 
 
@@ -60,6 +61,7 @@ def fuse_network(
     *,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
+    folded: Mapping[str, FoldedConv] | None = None,
 ) -> FusedNetwork:
     """A copy of ``network`` on the GPU, its FDConv layers fused for ``example``'s shape.
 
@@ -69,6 +71,7 @@ def fuse_network(
         dtype: of weights and features: float32, float16 or bfloat16. Kernel assembly is
             float32 in any case. Outputs are of this type.
         channels_last: the memory format; the faster one with float16.
+        folded: the layers, as `fold_layers` gives them for this example, where they are there.
 
     Raises:
         BackendError: PyTorch sees no CUDA device.
@@ -79,15 +82,13 @@ def fuse_network(
     if not interpreting():
         require_cuda()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = input_sizes(network, example)
+    if folded is None:
+        folded = fold_layers(network, example)
     copy = replace_layers(network, lambda name, _layer: _Place(name)).to(device, dtype)
     if channels_last:
         copy = copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     placed = {
-        name: FusedConv2d(fold_layer(layer, sizes[name], name=name), dtype, channels_last).to(
-            device
-        )
-        for name, layer in foldable_layers(network).items()
+        name: FusedConv2d(layer, dtype, channels_last).to(device) for name, layer in folded.items()
     }
     holder = FusedNetwork(copy, dtype, channels_last)
     for parent in list(holder.modules()):

@@ -45,20 +45,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fdconv_deploy.folding.spectrum import FoldedSpectrum
-from fdconv_deploy.ops.frequency_assembly.function import (
-    AssemblyForm,
-    GroupBlocks,
-    assembly_function,
-    group_blocks,
-)
-
-__all__ = [
-    "AssemblyForm",
-    "GroupBlocks",
-    "assembly_function",
-    "frequency_assembly",
-    "group_blocks",
-]
 
 Float64 = NDArray[np.float64]
 

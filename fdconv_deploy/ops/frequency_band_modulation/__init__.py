@@ -26,10 +26,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.ops.frequency_band_modulation.function import BandForm, band_function
-
-__all__ = ["BandForm", "band_function", "frequency_band_modulation"]
-
 Float64 = NDArray[np.float64]
 
 

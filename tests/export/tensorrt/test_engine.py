@@ -153,7 +153,7 @@ class TestPlugins:
     def compiled(self, monkeypatch) -> list[tuple[int, int]]:
         asked: list[tuple[int, int]] = []
 
-        def precompile(launches, capability, done):
+        def precompile(launches, capability, done, ptx_version):
             asked.append((len(list(launches)), capability))
             done(1, 2)
 

@@ -17,7 +17,7 @@ from onnx import NodeProto, helper, numpy_helper
 
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.nn import FDConv2d, FDTokenConv
-from fdconv_deploy.ops.frequency_assembly import AssemblyForm
+from fdconv_deploy.ops.frequency_assembly.function import AssemblyForm
 from tests.ops.single import cut_constant, fdconv_node, inputs_of, layer_model, refusal, run
 from tests.ops.test_frequency_assembly import (
     CHANNELS,

@@ -1,0 +1,61 @@
+"""Compiling kernels ahead, in processes of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+# No `if __name__ == "__main__"`: what starts again from here would start others, and so on.
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from benchmarks.gpu.shapes import layer_sizes
+from fdconv_deploy.ops.compile_kernels import compile_kernel, precompile
+from fdconv_deploy.ops.frequency_assembly.launch import column_launch, row_launch
+sizes = layer_sizes(32, 32, 1)
+launches = [row_launch(sizes), column_launch(sizes)] * 2
+precompile(launches, 90, lambda n, of: print(n, "of", of), ptx_version=80, workers=2)
+cached = set(Path({cache!r}).iterdir())
+ptx = [compile_kernel(launch, 90, 80).ptx for launch in launches]
+assert cached == set(Path({cache!r}).iterdir()), "compiled again"
+print("paths", any(folder in text for text in ptx for folder in ({root!r}, "/fdconv_deploy")))
+"""
+
+
+def test_precompile_from_a_script_without_a_guarded_main(tmp_path):
+    root = str(Path(__file__).parents[2])
+    cache = tmp_path / "cache"
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(root=root, cache=str(cache)))
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, cwd=tmp_path,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # Each distinct kernel once, the script's own lines once, and PTX without this machine's paths.
+    assert done.stdout.splitlines() == ["1 of 2", "2 of 2", "paths False"]
+
+
+def test_what_a_process_could_not_compile_is_said(tmp_path):
+    from dataclasses import replace
+
+    from benchmarks.gpu.shapes import layer_sizes
+    from fdconv_deploy.errors import BackendError
+    from fdconv_deploy.ops.compile_kernels import precompile
+    from fdconv_deploy.ops.frequency_assembly.launch import row_launch
+
+    unknown = replace(row_launch(layer_sizes(32, 32, 1)), kernel="no_such_kernel")
+    with pytest.raises(BackendError, match="was not compiled: KeyError: 'no_such_kernel'"):
+        precompile([unknown], 90, workers=1)
