@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from benchmarks.rivals.omni_dimensional import OmniDimensionalConv2d
 from fdconv_deploy.config import FDConvConfig, ResNetConfig, SegmentorConfig, UPerHeadConfig
-from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
 from fdconv_deploy.nn.backbones.resnet import BasicBlock, Bottleneck
 from fdconv_deploy.nn.detection import Detector
@@ -40,8 +39,12 @@ def upernet(
 
 
 @torch.no_grad()
-def trained_like(network: nn.Module, seed: int = 0, size: int = 128) -> nn.Module:
+def trained_like(
+    network: nn.Module, seed: int = 0, size: int = 128, images: Tensor | None = None
+) -> nn.Module:
     """Wake every branch up and let BatchNorm settle on what it sees. In place, eval mode.
+
+    It sees ``images`` ``(B, 3, H, W)``, or packaged pictures of ``size`` pixels each way.
 
     Attention heads get weights that make attentions differ by several percent from image to
     image, as in trained checkpoints; running statistics are those of a batch of made-up images.
@@ -61,7 +64,10 @@ def trained_like(network: nn.Module, seed: int = 0, size: int = 128) -> nn.Modul
         if isinstance(module, BasicBlock | Bottleneck):
             last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
             last.weight.fill_(0.2)
-    images = sample_tensor(6, (size, size))
+    if images is None:
+        from fdconv_deploy.export.validation.sample_inputs import sample_tensor
+
+        images = sample_tensor(6, (size, size))
     norms = {n: m for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
     pooled = [m for n, m in norms.items() if "KSM_Global" in n or "psp_modules" in n]
     pooled += [m.norm for m in network.modules() if isinstance(m, OmniDimensionalConv2d)]
