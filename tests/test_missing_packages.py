@@ -72,6 +72,7 @@ CASES = [
     ("serve BUNDLE --port 0 --grpc-port 0", "grpc", "grpcio"),
     ("serve BUNDLE --port 0 --grpc-port 0", "google.protobuf", "protobuf"),
     ("build BUNDLE", "tensorrt", "tensorrt"),
+    ("segment BUNDLE IMAGE -o OUT --backend openvino", "openvino", "openvino"),
 ]  # fmt: skip
 
 

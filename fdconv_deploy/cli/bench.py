@@ -48,8 +48,8 @@ def bench(
         list[str] | None,
         typer.Option(
             help="Of bundles: auto (the default), tensorrt, onnxruntime-tensorrt, "
-            "onnxruntime-cuda, onnxruntime-cpu; of checkpoints: eager (the default), compile, "
-            "folded, fused; or all. Repeatable."
+            "onnxruntime-cuda, onnxruntime-cpu, openvino, openvino-bf16; of checkpoints: eager "
+            "(the default), compile, folded, fused; or all. Repeatable."
         ),
     ] = None,
     native: Annotated[

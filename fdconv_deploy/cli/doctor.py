@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _PURPOSES = {
     "": "open and run bundles",
     "cpu": "run on CPUs",
+    "openvino": "run on CPUs, in OpenVINO",
     "gpu": "run on NVIDIA GPUs, build TensorRT engines",
     "export": "read checkpoints, export, verify",
     "serve": "serve over HTTP",

@@ -98,7 +98,8 @@ def evaluate(
     settings: Settings = None,
     weights: Weights = None,
     backend: Annotated[
-        str | None, typer.Option(help="Of bundles: auto, onnxruntime-cpu or onnxruntime-cuda.")
+        str | None,
+        typer.Option(help="Of bundles: auto, onnxruntime-cpu, onnxruntime-cuda, openvino …"),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -81,7 +81,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Backend = Annotated[
     str,
-    typer.Option(help="auto, tensorrt, onnxruntime-tensorrt, onnxruntime-cuda or onnxruntime-cpu."),
+    typer.Option(
+        help="auto, tensorrt, onnxruntime-tensorrt, onnxruntime-cuda, onnxruntime-cpu, openvino or "
+        "openvino-bf16."
+    ),
 ]
 
 

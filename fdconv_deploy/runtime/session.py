@@ -49,8 +49,8 @@ def open_session(
     Args:
         bundle: the bundle's folder, or a ``Bundle`` already opened, which is read when a graph is
             first loaded unless it holds its files already.
-        backend: "auto", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt" or
-            "tensorrt" (engines made by ``fdconv build``).
+        backend: "auto", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt",
+            "tensorrt" (engines made by ``fdconv build``), "openvino" or "openvino-bf16".
         threads: number of CPU threads of a run. By default, as many as there are physical cores
             this process may use, by its affinity and its cgroup's quota.
         spinning: whether threads wait for each other busily within a run, which saves waking

@@ -417,7 +417,7 @@ class TestBackends:
         with pytest.raises(
             BackendError, match=r"there are auto, .*onnxruntime-cuda, onnxruntime-cpu"
         ):
-            open_session(toy_bundle, "openvino")
+            open_session(toy_bundle, "openvino-int4")
 
     @pytest.mark.parametrize("name", ["auto", "onnxruntime-cpu"])
     def test_not_installed(self, toy_bundle, monkeypatch, name: str) -> None:

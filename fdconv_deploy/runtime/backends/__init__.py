@@ -14,16 +14,18 @@ from fdconv_deploy.runtime.backends.base import (
     feeds_problem,
 )
 from fdconv_deploy.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, cuda_problem
+from fdconv_deploy.runtime.backends.openvino import PRECISIONS, OpenVINOBackend
 from fdconv_deploy.runtime.backends.tensorrt import TensorRTBackend
 from fdconv_deploy.runtime.backends.tensorrt_engines import find_engine, has_engines
 from fdconv_deploy.runtime.bundle import Bundle
 
 __all__ = ["BACKENDS", "Backend", "BackendOptions", "Graph", "Tensors", "feeds_problem", "select"]
 
-# Name -> maker, the fastest first. Making one is cheap and loads no graph.
+# Name -> maker, in the order in which they are listed. Making one is cheap and loads no graph.
 BACKENDS: dict[str, Callable[[BackendOptions], Backend]] = {
     "tensorrt": TensorRTBackend,
     **{name: partial(OnnxRuntimeBackend, name) for name in PROVIDERS},
+    **{name: partial(OpenVINOBackend, name) for name in PRECISIONS},
 }
 
 
@@ -36,7 +38,7 @@ def select(
         bundle: the bundle to be run.
         name: a key of ``BACKENDS``, or "auto": TensorRT where the bundle has an engine for this
             machine, else CUDA where it really starts, else CPU. "onnxruntime-tensorrt" must be
-            named: it builds engines each time a bundle is opened.
+            named: it builds engines each time a bundle is opened; and so must OpenVINO be.
         options: what the caller set.
 
     Returns:
@@ -46,7 +48,7 @@ def select(
     Raises:
         BackendError: no such backend, or it cannot be used here.
     """
-    if options.native and name not in ("auto", "onnxruntime-cpu"):
+    if options.native and name not in ("auto", "onnxruntime-cpu", *PRECISIONS):
         raise BackendError(
             f"The native operators run in backend 'onnxruntime-cpu', not in {name!r}. Choose "
             "that, or leave native out."

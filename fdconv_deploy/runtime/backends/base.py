@@ -9,10 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fdconv_deploy.errors import BackendError
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import TensorSpec
 
 Tensors = Mapping[str, npt.NDArray[Any]]
+# A tensor's name, shape and type.
+Signature = tuple[str, tuple[Any, ...], str]
 
 
 class Graph(Protocol):
@@ -83,3 +86,31 @@ def feeds_problem(specs: tuple[TensorSpec, ...], feeds: Tensors) -> str | None:
                 f"{tuple(value.shape)} {value.dtype}"
             )
     return None
+
+
+def check_signature(
+    bundle: Bundle, batch: int, inputs: set[Signature], outputs: set[Signature]
+) -> None:
+    """Compare what a backend found a graph to take and to give with the manifest.
+
+    Args:
+        bundle: the bundle.
+        batch: the graph's batch size.
+        inputs: what the graph takes: names, shapes and numpy's names of types.
+        outputs: what it gives.
+
+    Raises:
+        BackendError: they differ.
+    """
+    manifest = bundle.manifest
+    for what, specs, found in (
+        ("inputs", manifest.inputs[batch], inputs),
+        ("outputs", manifest.outputs[batch], outputs),
+    ):
+        said = {(s.name, tuple(s.shape), np.dtype(s.dtype).name) for s in specs}
+        if said != found:
+            raise BackendError(
+                f"The graph of batch {batch} in the bundle {bundle.path} has the {what} "
+                f"{sorted(found, key=str)}, but its manifest says {sorted(said, key=str)}. "
+                "Export the bundle again."
+            )

@@ -7,13 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops.native import SWITCH, native_library
-from fdconv_deploy.runtime.backends.base import BackendOptions, Tensors
+from fdconv_deploy.runtime.backends.base import BackendOptions, Tensors, check_signature
 from fdconv_deploy.runtime.backends.threads import available_cores
 from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.bundle import Bundle
@@ -112,7 +111,14 @@ class OnnxRuntimeBackend:
                 "its driver and libraries are installed (its own message is above), or choose "
                 "backend 'onnxruntime-cpu'."
             )
-        _check_signature(bundle, batch, session)
+        check_signature(
+            bundle,
+            batch,
+            *(
+                {(v.name, tuple(v.shape), _numpy_type(v.type)) for v in values}
+                for values in (session.get_inputs(), session.get_outputs())
+            ),
+        )
         return OnnxRuntimeGraph(session, name)
 
     def _session_options(self, threads: int) -> Any:
@@ -246,21 +252,6 @@ def _out_of_memory(error: Exception, doing: str) -> BackendError | None:
         f"ONNX Runtime ran out of memory while {doing}.{found} Free some, or use a bundle of a "
         "smaller batch size or input."
     )
-
-
-def _check_signature(bundle: Bundle, batch: int, session: Any) -> None:
-    for what, specs, values in (
-        ("inputs", bundle.manifest.inputs[batch], session.get_inputs()),
-        ("outputs", bundle.manifest.outputs[batch], session.get_outputs()),
-    ):
-        said = {(s.name, tuple(s.shape), np.dtype(s.dtype).name) for s in specs}
-        found = {(v.name, tuple(v.shape), _numpy_type(v.type)) for v in values}
-        if said != found:
-            raise BackendError(
-                f"The graph of batch {batch} in the bundle {bundle.path} has the {what} "
-                f"{sorted(found, key=str)}, but its manifest says {sorted(said, key=str)}. "
-                "Export the bundle again."
-            )
 
 
 def _numpy_type(kind: str) -> str:

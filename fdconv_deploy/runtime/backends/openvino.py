@@ -1,0 +1,226 @@
+"""OpenVINO on the CPU: float32, or bfloat16 where that is asked for by name.
+
+OpenVINO takes no model-local functions, so that a bundle's graph is inlined when it is loaded; or
+the ``fdconv`` nodes stay, and an extension of ours runs them (`fdconv_deploy.ops.native`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fdconv_deploy.environment import install
+from fdconv_deploy.errors import BackendError
+from fdconv_deploy.runtime.backends.base import BackendOptions, Signature, Tensors, check_signature
+from fdconv_deploy.runtime.backends.threads import available_cores
+from fdconv_deploy.runtime.batching import linear_cost
+from fdconv_deploy.runtime.bundle import Bundle
+from fdconv_deploy.runtime.manifest import TensorSpec
+from fdconv_deploy.sample_images.inputs import sample_feeds
+
+# Backend -> OpenVINO's INFERENCE_PRECISION_HINT. Left alone, the plugin takes bfloat16 wherever the
+# processor has it.
+PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
+log = logging.getLogger("fdconv.openvino")
+
+
+class OpenVINOBackend:
+    """Runs graphs in OpenVINO's CPU plugin.
+
+    Args:
+        name: of the backend, a key of ``PRECISIONS``.
+        options: what the caller set.
+
+    Raises:
+        BackendError: openvino or onnx is not installed, or something was set that is not its own.
+    """
+
+    device = "cpu"
+
+    def __init__(self, name: str, options: BackendOptions) -> None:
+        self.name, self._precision = name, PRECISIONS[name]
+        try:
+            import onnx.inliner
+
+            openvino = import_openvino()
+        except ImportError as error:
+            found = (
+                "is not installed" if isinstance(error, ModuleNotFoundError) else "does not load"
+            )
+            missing = (error.name or "openvino").partition(".")[0]
+            raise BackendError(
+                f"{missing} {found} here, and this backend runs on it.",
+                f"Install it ({install(missing, extra='openvino')}), or choose 'onnxruntime-cpu'.",
+            ) from error
+        if options.providers is not None:
+            raise BackendError("Execution providers are ONNX Runtime's; OpenVINO takes none.")
+        self._inliner, self._onnx, self._core = onnx.inliner, onnx, openvino.Core()
+        self._core.set_property({"ENABLE_MMAP": False})  # the files it reads are soon deleted
+        if self._precision == "bf16" and "BF16" not in self._core.get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        ):
+            raise BackendError(
+                "This processor has no bfloat16 instructions.", "Choose backend 'openvino'."
+            )
+        self.threads = options.threads or available_cores()
+        self.operators = "portable operators, inlined, since OpenVINO takes no functions"
+        self._error: str | None = None
+
+    def load(self, bundle: Bundle, batch: int, threads: int | None = None) -> OpenVINOGraph:
+        """Load the graph of one batch size. See :class:`Backend`."""
+        name, manifest = bundle.manifest.models[batch], bundle.manifest
+        bundle.hold()
+        graph = self._onnx.load_model_from_string(bytes(bundle.content(name)))
+        _warn_of_signed_activations(graph, name)
+        graph = self._inliner.inline_local_functions(graph)
+        # OpenVINO takes external data from files only, which it reads as it compiles: from files
+        # of its own, that hold what was hashed.
+        with tempfile.TemporaryDirectory(prefix="fdconv-openvino-") as folder:
+            for called, data in bundle.external_data(name).items():
+                target = Path(folder, called)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+            path = Path(folder, Path(name).name)
+            path.write_bytes(graph.SerializeToString())
+            try:
+                model = self._core.read_model(path)
+                compiled = self._compile(model, self._precision, threads or self.threads)
+                exact = None
+                if self._precision != "f32" and self._error is None:
+                    exact = self._compile(model, "f32", self.threads)
+            except RuntimeError as error:
+                raise BackendError(
+                    f"OpenVINO cannot load {name!r} of the bundle {bundle.path}: "
+                    f"{last_line(error)}. Choose backend 'onnxruntime-cpu'."
+                ) from error
+        check_signature(
+            bundle,
+            batch,
+            _signature(compiled.inputs, manifest.inputs[batch]),
+            _signature(compiled.outputs, manifest.outputs[batch]),
+        )
+        loaded = OpenVINOGraph(compiled, name)
+        if exact is not None:
+            self._error = _difference(bundle, batch, loaded, OpenVINOGraph(exact, name))
+            self.operators += f"; {self._error}"
+            log.warning("%s of the bundle %s: %s", name, bundle.path, self._error)
+        return loaded
+
+    def _compile(self, model: Any, precision: str, threads: int) -> Any:
+        # Fewer threads than all: several runs at a time, which share them.
+        streams = max(1, self.threads // threads)
+        settings = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": threads * streams,
+            "NUM_STREAMS": streams,
+            # Otherwise each stream's threads are bound to cores, whoever else runs there.
+            "ENABLE_CPU_PINNING": False,
+        }
+        return self._core.compile_model(model, "CPU", settings)
+
+    def batch_cost(self, batch: int) -> float:
+        """The cost of one run at this batch size. See :class:`Backend`."""
+        return linear_cost(batch)
+
+
+class OpenVINOGraph:
+    """One loaded graph. See :class:`Graph`."""
+
+    def __init__(self, compiled: Any, name: str) -> None:
+        self._compiled = compiled
+        self._name = name
+        self._outputs = [output.get_any_name() for output in compiled.outputs]
+        self._idle: list[Any] = []  # a request serves one run at a time
+
+    def run(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
+        """Every output by name. See :class:`Graph`."""
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
+        try:
+            # Inputs are read where they lie; outputs are copied, as they are the caller's own.
+            found = request.infer(dict(feeds), share_inputs=True, share_outputs=False)
+        except RuntimeError as error:
+            raise BackendError(
+                f"OpenVINO failed while running {self._name!r}: {last_line(error)}. Choose backend "
+                "'onnxruntime-cpu'."
+            ) from error
+        self._idle.append(request)
+        return {name: found[name] for name in self._outputs}
+
+
+def import_openvino() -> Any:
+    """The openvino module, kept from telling Google Analytics that it was imported.
+
+    It does where the package openvino_telemetry, which it requires, is found; whoever has imported
+    it before has decided for himself.
+    """
+    telemetry = "openvino_telemetry"
+    hides = not {"openvino", telemetry} & set(sys.modules)
+    if hides:
+        sys.modules[telemetry] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        if hides:
+            del sys.modules[telemetry]
+
+
+def last_line(error: Exception) -> str:
+    """What an error of OpenVINO's says, without the places in its source that it came by."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__).rstrip(". ")
+
+
+def _signature(ports: Any, specs: Sequence[TensorSpec]) -> set[Signature]:
+    """Of a compiled graph; a length that OpenVINO finds at run time only is what it should be."""
+    shapes = {spec.name: spec.shape for spec in specs}
+    found = set()
+    for port in ports:
+        name, shape = port.get_any_name(), port.get_partial_shape()
+        lengths = [None if length.is_dynamic else length.get_length() for length in shape]
+        said = shapes.get(name, ())
+        if len(said) == len(lengths):
+            lengths = [s if n is None else n for n, s in zip(lengths, said, strict=True)]
+        found.add((name, tuple(lengths), np.dtype(port.get_element_type().to_dtype()).name))
+    return found
+
+
+def _difference(bundle: Bundle, batch: int, graph: OpenVINOGraph, exact: OpenVINOGraph) -> str:
+    """What the precision costs on packaged pictures, as a clause."""
+    described = bundle.manifest.architecture or bundle.manifest.detector
+    preprocessing = described.preprocessing if described else None
+    feeds = sample_feeds(bundle.manifest.inputs[batch], preprocessing)
+    answers, expected = graph.run(feeds), exact.run(feeds)
+    parts = []
+    for name, right in expected.items():
+        largest = float(np.abs(right).max()) or 1.0
+        error = float(np.abs(answers[name].astype(np.float64) - right).max()) / largest
+        parts.append(f"{name} {error:.1e}")
+    return (
+        "bfloat16 differs from float32 on a packaged picture by, of the largest value, "
+        + ", ".join(parts)
+    )
+
+
+def _warn_of_signed_activations(graph: Any, name: str) -> None:
+    """OpenVINO 2026.4.1 rounds signed 8-bit activations behind a Concat to whole numbers."""
+    signed = {i.name for i in graph.graph.initializer if i.data_type == 3}  # TensorProto.INT8
+    if any(
+        node.op_type == "QuantizeLinear" and len(node.input) > 2 and node.input[2] in signed
+        for node in graph.graph.node
+    ):
+        log.warning(
+            "%s has signed 8-bit activations, which OpenVINO 2026.4.1 rounds to whole numbers "
+            "behind a Concat: compare its answers (fdconv evaluate --against) before you use them",
+            name,
+        )

@@ -1,0 +1,199 @@
+"""Bundles in OpenVINO: the same answers as in ONNX Runtime. Skipped where it is not installed."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from onnx import TensorProto, helper, numpy_helper
+
+from fdconv_deploy.errors import BackendError
+from fdconv_deploy.export import export_module
+from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.runtime import BundleWriter, open_session
+from fdconv_deploy.runtime.backends.openvino import import_openvino
+from fdconv_deploy.serve.app import create_app
+from fdconv_deploy.serve.settings import Settings
+from tests.reference.lively import enliven, lively_input
+from tests.runtime import toy, toy_detector
+from tests.runtime.test_bundle import relist
+from tests.serve.conftest import wait_until_ready
+from tests.serve.test_segment_request import decode
+
+SHAPE = (2, 18, 8, 8)
+
+
+def test_not_installed(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is."""
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(BackendError, match=r"not.* here.*pip install.*'onnxruntime-cpu'"):
+        open_session(toy_bundle, "openvino")
+
+
+@pytest.fixture(scope="module")
+def openvino():
+    if find_spec("openvino") is None:
+        pytest.skip("extra [openvino] is not installed")
+    return import_openvino()
+
+
+@pytest.fixture(params=["openvino", "openvino-bf16"])
+def backend(request, openvino) -> str:
+    capable = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if request.param == "openvino-bf16" and "BF16" not in capable:
+        pytest.skip("this processor has no bfloat16 instructions")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of two FDConv layers, of two images."""
+    folder = tmp_path_factory.mktemp("bundle") / "bundle"
+    layers = [FDConv2d(18, 20, 3, padding=1, kernel_num=5), FDConv2d(20, 18, 1, kernel_num=3)]
+    network = torch.nn.Sequential(*(enliven(layer) for layer in layers)).eval()
+    export_module(network, lively_input(SHAPE), folder)
+    return folder
+
+
+def answer(bundle: Path, backend: str, **options) -> np.ndarray:
+    with open_session(bundle, backend, **options) as session:
+        ((name,),) = (
+            [spec.name for spec in specs] for specs in session.bundle.manifest.inputs.values()
+        )
+        (output,) = session.run_raw({name: lively_input(SHAPE).numpy()}).values()
+        return output
+
+
+def images(count: int, seed: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, 3, 32, 48)).astype(np.float32)
+
+
+def test_fdconv_layers(bundle: Path, backend: str) -> None:
+    expected = answer(bundle, "onnxruntime-cpu", native=False)
+    error = np.abs(answer(bundle, backend, native=False) - expected).max() / np.abs(expected).max()
+    assert error <= (5e-2 if backend == "openvino-bf16" else 2e-6)
+    if backend == "openvino-bf16":
+        assert error > 1e-4, "bfloat16 was asked for"
+
+
+def test_the_error_of_bfloat16_is_said(bundle: Path, openvino, caplog) -> None:
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(BackendError, match="no bfloat16 instructions"):
+            open_session(bundle, "openvino-bf16")
+        return
+    with open_session(bundle, "openvino-bf16") as session:
+        session.warm_up()
+        assert "bfloat16 differs from float32" in session.operators
+        figure = float(session.operators.rpartition(" ")[2])
+    assert 1e-4 < figure < 5e-2
+    assert "bfloat16 differs from float32" in caplog.text
+
+
+def test_every_batch_and_any_number_of_images(toy_bundle: Path, openvino) -> None:
+    with open_session(toy_bundle, "openvino", threads=2) as session:
+        assert (session.backend, session.choice) == ("openvino", "openvino was asked for.")
+        session.warm_up()
+        for count in (1, 3, 4, 6):
+            expected = toy.reference_logits(images(count))
+            assert np.abs(session.run(images(count)) - expected).max() < 1e-4
+
+
+def test_several_threads_at_once_and_answers_of_ones_own(toy_bundle: Path, openvino) -> None:
+    with open_session(toy_bundle, "openvino", threads=1) as session, ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda seed: session.run(images(1, seed)), range(64)))
+    for seed, logits in enumerate(found):
+        assert np.abs(logits - toy.reference_logits(images(1, seed))).max() < 1e-4
+
+
+def test_detector(detector_bundle: Path, openvino) -> None:
+    picture = toy_detector.picture()
+    with (
+        open_session(detector_bundle, "onnxruntime-cpu") as known,
+        open_session(detector_bundle, "openvino") as session,
+    ):
+        expected, found = known.detect(picture), session.detect(picture)
+    assert len(found.scores) == len(expected.scores) > 0
+    assert np.array_equal(found.labels, expected.labels)
+    assert np.abs(found.boxes - expected.boxes).max() < 1e-3
+
+
+def test_what_was_hashed_is_what_runs(tmp_path: Path, openvino) -> None:
+    made = toy.make_bundle(tmp_path / "bundle").path
+    with open_session(made, "openvino") as session:
+        shutil.rmtree(made)
+        assert np.abs(session.run(images(1)) - toy.reference_logits(images(1))).max() < 1e-4
+
+
+def test_a_graph_it_cannot_load(bundle_copy: Path, openvino) -> None:
+    path = bundle_copy / "model.b1.onnx"
+    model = onnx.load(str(path), load_external_data=False)
+    model.graph.node[0].op_type = "Nonsense"
+    onnx.save(model, str(path))
+    relist(bundle_copy, "model.b1.onnx")
+    with open_session(bundle_copy, "openvino") as session:
+        with pytest.raises(BackendError, match=r"OpenVINO cannot load 'model.b1.onnx'") as caught:
+            session.warm_up([1])
+        assert "Nonsense" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_fails(toy_bundle: Path, openvino) -> None:
+    with open_session(toy_bundle, "openvino") as session:
+        graph = session.runner._graphs.get(1)
+        with pytest.raises(BackendError, match="failed while running") as caught:
+            graph.run({"images": np.zeros((1, 3, 8, 8), np.float32)})
+    assert "\n" not in str(caught.value)
+
+
+def test_providers_are_not_its_own(toy_bundle: Path, openvino) -> None:
+    with pytest.raises(BackendError, match="OpenVINO takes none"):
+        open_session(toy_bundle, "openvino", providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8])
+def test_signed_activations_are_warned_of(tmp_path: Path, openvino, caplog, kind) -> None:
+    nodes = [
+        helper.make_node("QuantizeLinear", ["images", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["coarse"]),
+        helper.make_node("Conv", ["coarse", "weight"], ["logits"], strides=[4, 4]),
+    ]
+    constants = {"scale": np.float32(0.05), "zero": kind(1), "weight": toy.weight(5)}
+    graph = helper.make_graph(
+        nodes,
+        "quantized",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, (1, 3, 32, 48))],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, (1, 5, 8, 12))],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    with BundleWriter(tmp_path / "bundle") as writer:
+        onnx.save(model, str(writer.path / "model.b1.onnx"))
+        manifest = toy.manifest(32, 48, (1,), toy.architecture())
+        made = writer.commit(manifest.model_copy(update={"weights": None}))
+    with open_session(made, "openvino") as session:
+        session.warm_up()
+    assert ("signed 8-bit activations" in caplog.text) == (kind is np.int8)
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_served(toy_bundle: Path, openvino, isolation: str) -> None:
+    settings = Settings(threads=1, isolation=isolation, backend="openvino")
+    with TestClient(create_app([toy_bundle], settings)) as client:
+        wait_until_ready(client)
+        card = client.get("/v1/models").json()["models"][0]
+        assert "openvino" in card["backend"]
+        headers = {"Content-Type": "image/png", "Accept": "application/json"}
+        picture = toy_detector.picture()
+        _, png = cv2.imencode(".png", picture[..., ::-1])
+        answer = client.post("/v1/segment", content=png.tobytes(), headers=headers).json()
+    with open_session(toy_bundle, "onnxruntime-cpu") as session:
+        assert np.array_equal(decode(answer["mask"]), session.segment(picture).labels)
