@@ -36,12 +36,16 @@ void transform_free(Transform *transform);
 
 /* values: (tiles, planes, R, 2, 16) floats, attention still missing, groups: (tiles, planes, R,
  * 16): columns below C/2, 16 to a tile, zeros past the end. Of an even C column C/2, the Nyquist
- * column, is by itself: (planes, R, 2) and (planes, R), zeros of an odd C. local: (ceil(O/16), kh, kw, taps, 16). */
+ * column, is by itself: (planes, R, 2) and (planes, R), zeros of an odd C. local: (ceil(O/16), kh,
+ * kw, taps, 16). block: 0, or kernels are written as ONNX Runtime's blocked convolution reads
+ * them, (O/b, I/b, kh, kw, b, b), zeros past the end, and scaled by the gates that lie in the
+ * attention matrix at filter_at, spatial_at and channel_at (-1: none), and by row_scale. */
 typedef struct {
     int out_channels, in_channels, kernel_height, kernel_width;
     int rows, columns, planes, attentions;
     int row_tiles, column_tiles;
     int by_rows, taps, local_at, column_scale_at, row_scale_at;
+    int block, filter_at, spatial_at, channel_at;
     Transform row_transform, column_transform;
     float *values, *nyquist, *local;
     uint16_t *groups, *nyquist_groups;

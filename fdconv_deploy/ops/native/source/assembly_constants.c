@@ -136,14 +136,17 @@ static const char *make(Assembly *a, const Node *node) {
     const Tensor *spectrum = &node->inputs[1];
     /* After the spectrum and its groups come the matrices of the portable transform, unread. */
     int at = 4 + form->column_stages + form->row_stages;
+    int has_local = form->blocked ? node->taps > 0 : form->local;
+    int weight_at = form->blocked ? 1 : 2; /* behind the average */
     a->local_at = a->column_scale_at = a->row_scale_at = -1;
-    if (form->local) {
+    if (has_local) {
         a->local_at = at;
-        at += 3;
+        at += weight_at + 1;
     }
     if (form->column_scale) a->column_scale_at = at++;
-    if (form->row_scale) a->row_scale_at = at++;
-    if ((size_t)at != node->count) return "it has another number of inputs than its name says";
+    if (form->row_scale || node->scaled) a->row_scale_at = at++;
+    if ((size_t)at != node->count)
+        return "it has another number of inputs than its name and attributes say";
     for (size_t i = 1; i < 4; i++)
         if (!node->inputs[i].data) return "a constant input of it is not constant";
 
@@ -153,6 +156,11 @@ static const char *make(Assembly *a, const Node *node) {
     a->kernel_width = node->kernel_width;
     a->by_rows = node->by_rows;
     a->taps = node->taps;
+    a->block = node->block;
+    a->filter_at = node->filter_at;
+    a->spatial_at = node->spatial_at;
+    a->channel_at = node->channel_at;
+    if (form->blocked && a->block != 8 && a->block != LANES) return "its block is not 8 or 16";
     int64_t rows = (int64_t)a->out_channels * a->kernel_height;
     int64_t columns = (int64_t)a->in_channels * a->kernel_width;
     if (a->kernel_height < 1 || a->kernel_width < 1 || rows < 1 || rows > MOST_LENGTH ||
@@ -174,8 +182,8 @@ static const char *make(Assembly *a, const Node *node) {
         !covered(&node->inputs[2], &node->inputs[3], stored))
         return unknown;
 
-    if (form->local) {
-        const Tensor *weight = &node->inputs[a->local_at + 2];
+    if (has_local) {
+        const Tensor *weight = &node->inputs[a->local_at + weight_at];
         if (!weight->data || weight->rank != 2 || !elements(weight, ORT_FLOAT) || a->taps < 1 ||
             weight->shape[0] != rows || weight->shape[1] != (int64_t)a->taps * a->kernel_width)
             return unknown;
@@ -224,6 +232,7 @@ size_t rows_workspace(const Assembly *a) { return (size_t)a->rows * (2 * PAIR + 
 
 size_t columns_workspace(const Assembly *a) {
     size_t pointers = (size_t)a->kernel_height * sizeof(float *) / sizeof(float);
+    size_t scales = a->block ? (size_t)a->kernel_height * a->columns : 0;
     return ((size_t)a->kernel_height + 1) * a->columns * PAIR + a->in_channels + a->taps +
-           pointers + 4 * LANES;
+           pointers + scales + 4 * LANES;
 }

@@ -2,7 +2,8 @@
  *
  * One operator per form, each under the name of the model-local function that it takes the place
  * of (fdconv_deploy/ops/frequency_assembly/function.py). Inputs are declared as one variadic one,
- * since forms differ in their number only.
+ * since forms differ in their number only. `fdconv.nchwc::FrequencyAssembly` takes every form's
+ * place in a blocked graph (fdconv_deploy/runtime/blocked_graph.py).
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,7 +25,21 @@ typedef struct {
 } AssemblyKernel;
 
 static const AssemblyKernels *kernels;
-static AssemblyOp ops[FORMS];
+static AssemblyOp ops[FORMS], blocked_op;
+
+/* Where a gate begins among the attentions: -1 where there is none, which is no attribute. */
+static OrtStatus *read_gate(const Kernel *kernel, const OrtKernelInfo *info, const char *name,
+                            int *to) {
+    int64_t value;
+    OrtStatus *status = kernel->api->KernelInfoGetAttribute_int64(info, name, &value);
+    if (status)
+        kernel->api->ReleaseStatus(status);
+    else if (value < 0 || value > MOST_LENGTH)
+        return failure(kernel, unknown);
+    else
+        *to = (int)value;
+    return NULL;
+}
 
 static OrtStatus *read_node(const Kernel *kernel, const OrtKernelInfo *info, Node *node) {
     const OrtApi *api = kernel->api;
@@ -37,8 +52,16 @@ static OrtStatus *read_node(const Kernel *kernel, const OrtKernelInfo *info, Nod
     }
     CHECK(read_int(kernel, info, "out_channels", &node->out_channels));
     CHECK(read_int(kernel, info, "in_channels", &node->in_channels));
-    CHECK(read_int(kernel, info, "by_rows", &node->by_rows));
     CHECK(read_int(kernel, info, "taps", &node->taps));
+    node->filter_at = node->spatial_at = node->channel_at = -1;
+    if (node->form->blocked) {
+        CHECK(read_int(kernel, info, "block", &node->block));
+        CHECK(read_int(kernel, info, "scaled", &node->scaled));
+        CHECK(read_gate(kernel, info, "filter_at", &node->filter_at));
+        CHECK(read_gate(kernel, info, "spatial_at", &node->spatial_at));
+        CHECK(read_gate(kernel, info, "channel_at", &node->channel_at));
+    } else
+        CHECK(read_int(kernel, info, "by_rows", &node->by_rows));
     CHECK(read_ints(kernel, info, "row_frequencies", &node->row_frequencies, &node->slots));
     CHECK(read_ints(kernel, info, "column_frequencies", &node->column_frequencies, &node->places));
     int *size = NULL;
@@ -107,8 +130,15 @@ static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
         run.row_scale_step = tensor.shape[0] == 1 ? 0 : a->out_channels;
     }
 
-    int64_t shape[4] = {(int64_t)run.batch * a->out_channels, a->in_channels, a->kernel_height,
-                        a->kernel_width};
+    int rest = a->kernel_height * a->kernel_width;
+    if ((a->filter_at >= 0 && a->filter_at + a->out_channels > run.attentions) ||
+        (a->channel_at >= 0 && a->channel_at + a->in_channels > run.attentions) ||
+        (a->spatial_at >= 0 && a->spatial_at + rest > run.attentions))
+        return failure(kernel, "its attention has fewer gates than it scales kernels by");
+    int64_t block = a->block ? a->block : 1;
+    int64_t filters = (a->out_channels + block - 1) / block * block;
+    int64_t channels = (a->in_channels + block - 1) / block * block;
+    int64_t shape[4] = {run.batch * filters, channels, a->kernel_height, a->kernel_width};
     if (a->by_rows) {
         shape[0] = run.batch;
         shape[1] = a->out_channels;
@@ -119,10 +149,11 @@ static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
 
     /* Where tiles are full, the half-inverted matrix takes exactly the kernels' room, and every
      * pair of row tiles its own kernels': the second half may then work in place. */
-    size_t kernel_size = (size_t)a->rows * a->columns;
+    size_t kernel_size = (size_t)(filters * channels) * rest;
     run.half_step = (size_t)a->row_tiles * a->kernel_height * a->column_tiles * LANES * PAIR;
     float *own = NULL;
-    if (run.half_step == kernel_size && (uintptr_t)run.output % 64 == 0)
+    if (run.half_step == kernel_size && filters == (int64_t)a->row_tiles * LANES &&
+        (uintptr_t)run.output % 64 == 0)
         run.half = run.output;
     else
         run.half = own = aligned(run.batch * run.half_step * sizeof(float));
@@ -158,11 +189,17 @@ static void make_op(AssemblyOp *op, int number) {
              form->column_scale ? "" : "_NoColumnScale", form->row_scale ? "" : "_NoRowScale");
 }
 
-OrtStatus *assembly_register(OrtCustomOpDomain *domain, const OrtApi *api) {
+OrtStatus *assembly_register(OrtCustomOpDomain *domain, OrtCustomOpDomain *blocked,
+                             const OrtApi *api) {
     kernels = &best_kernels()->assembly;
     for (int i = 0; i < FORMS; i++) {
         make_op(&ops[i], i);
         CHECK(add_op(domain, api, &ops[i].head));
     }
-    return NULL;
+    blocked_op = (AssemblyOp){
+        {.least_inputs = 4, .kernel_size = sizeof(AssemblyKernel), .make = make,
+         .compute = compute, .release = release, .name = "FrequencyAssembly"},
+        {.blocked = 1},
+    };
+    return add_op(blocked, api, &blocked_op.head);
 }

@@ -15,9 +15,10 @@ typedef struct {
     int64_t shape[MOST_RANK];
 } Tensor;
 
-/* Which inputs a node has, which is what its operator's name tells. */
+/* Which inputs a node has, which is what its operator's name tells; of a blocked one, its
+ * attributes: attention, spectrum, patterns, blocks, [average, local weights,] [row scale]. */
 typedef struct {
-    int column_stages, row_stages, local, column_scale, row_scale;
+    int column_stages, row_stages, local, column_scale, row_scale, blocked;
 } Form;
 
 /* A node's inputs and attributes (fdconv_deploy/ops/frequency_assembly/__init__.py).
@@ -26,7 +27,8 @@ typedef struct {
     const Form *form;
     Tensor inputs[MOST_INPUTS];
     size_t count, slots, places;
-    int out_channels, in_channels, by_rows, taps;
+    int out_channels, in_channels, by_rows, taps, scaled;
+    int block, filter_at, spatial_at, channel_at;
     int kernel_height, kernel_width;
     int *row_frequencies, *column_frequencies;
 } Node;
@@ -46,7 +48,8 @@ const char *assembly_make(Assembly *assembly, const Node *node);
 void assembly_free(Assembly *assembly);
 
 /* Add every form's operator to the domain. */
-OrtStatus *assembly_register(OrtCustomOpDomain *domain, const OrtApi *api);
+OrtStatus *assembly_register(OrtCustomOpDomain *domain, OrtCustomOpDomain *blocked,
+                             const OrtApi *api);
 OrtStatus *bands_register(OrtCustomOpDomain *domain, const OrtApi *api);
 
 #endif

@@ -1,28 +1,35 @@
 /* The function that ONNX Runtime looks up in a custom operator library. */
 #include <pthread.h>
 
-#include "node.h"
+#include "op.h"
 
 /* One for all sessions, which keep a pointer to it. It is never released, and the library never
  * unloaded (build.py): threads' workspaces outlive sessions, too. */
 static const OrtApi *api;
-static OrtCustomOpDomain *domain;
+static OrtCustomOpDomain *domain, *blocked_domain;
 static pthread_mutex_t making = PTHREAD_MUTEX_INITIALIZER;
 
 __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
                                                                     const OrtApiBase *base);
 
-static OrtStatus *make_domain(void) {
+static OrtStatus *make_domains(void) {
     if (domain) return NULL;
-    OrtCustomOpDomain *made;
-    OrtStatus *status = api->CreateCustomOpDomain("fdconv", &made);
-    if (status) return status;
-    status = assembly_register(made, api);
-    if (!status) status = bands_register(made, api);
-    if (status)
+    OrtCustomOpDomain *made, *blocked;
+    CHECK(api->CreateCustomOpDomain("fdconv", &made));
+    OrtStatus *status = api->CreateCustomOpDomain("fdconv.nchwc", &blocked);
+    if (status) {
         api->ReleaseCustomOpDomain(made);
-    else
+        return status;
+    }
+    status = assembly_register(made, blocked, api);
+    if (!status) status = bands_register(made, api);
+    if (status) {
+        api->ReleaseCustomOpDomain(made);
+        api->ReleaseCustomOpDomain(blocked);
+    } else {
         domain = made;
+        blocked_domain = blocked;
+    }
     return status;
 }
 
@@ -33,7 +40,9 @@ OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
             ORT_FAIL, "fdconv's native operators need ONNX Runtime 1.17 or newer.");
     pthread_mutex_lock(&making);
     api = latest;
-    OrtStatus *status = make_domain();
+    OrtStatus *status = make_domains();
     pthread_mutex_unlock(&making);
-    return status ? status : api->AddCustomOpDomain(options, domain);
+    CHECK(status);
+    CHECK(api->AddCustomOpDomain(options, domain));
+    return api->AddCustomOpDomain(options, blocked_domain);
 }
