@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.ops.native import test_frequency_assembly as assembly
 from tests.ops.native import test_frequency_band_modulation as bands
+from tests.ops.native import test_kernel_attention as attention
 
 if __name__ == "__main__":
     library = Path(sys.argv[1])
@@ -17,3 +18,7 @@ if __name__ == "__main__":
     for size in bands.SIZES:
         bands.test_sizes_and_kernels(size, 3, library)
     bands.test_every_form((8, 2, 4), "tanh", True, library)
+    for layout in attention.LAYOUTS:
+        for norm, sizes in enumerate([(5, 7, 9, 33), (64, 64, 64), (3, 40, 70)]):
+            attention.test_every_form(33 + norm, 18, sizes, norm == 2, norm, layout, library)
+        attention.test_averages_are_near_float64((97, 123), layout, library)

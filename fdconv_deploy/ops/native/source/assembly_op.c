@@ -145,7 +145,7 @@ static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
         shape[2] = a->kernel_height;
         shape[3] = a->columns;
     }
-    CHECK(make_output(kernel, context, shape, &run.output));
+    CHECK(make_output(kernel, context, 0, shape, 4, &run.output));
 
     /* Where tiles are full, the half-inverted matrix takes exactly the kernels' room, and every
      * pair of row tiles its own kernels': the second half may then work in place. */

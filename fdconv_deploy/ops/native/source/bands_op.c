@@ -162,7 +162,7 @@ static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
         return failure(kernel, "its input has another shape than it was made for");
     size_t batch = (size_t)x.shape[0], plane = (size_t)b->height * b->wide_step;
     float *y;
-    CHECK(make_output(kernel, context, x.shape, &y));
+    CHECK(make_output(kernel, context, 0, x.shape, 4, &y));
 
     size_t products = batch * b->weighted * b->taps * b->taps * plane;
     size_t maps = batch * (b->bands + 1) * plane;

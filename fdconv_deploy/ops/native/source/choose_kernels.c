@@ -20,3 +20,13 @@ const Kernels *best_kernels(void) {
 #endif
     return best;
 }
+
+const Kernels *kernels_for_block(int block) {
+    const Kernels *best = best_kernels();
+#if defined(__x86_64__)
+    if (block == 8 && best == &kernels_avx512) return &kernels_avx2;
+#else
+    (void)block;
+#endif
+    return best;
+}

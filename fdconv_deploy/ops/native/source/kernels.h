@@ -3,11 +3,13 @@
 #define FDCONV_KERNELS_H
 
 #include "assembly.h"
+#include "attention.h"
 #include "bands.h"
 
 typedef struct {
     AssemblyKernels assembly;
     BandKernels bands;
+    AttentionKernels attention;
 } Kernels;
 
 extern const Kernels kernels_baseline;
@@ -18,5 +20,8 @@ extern const Kernels kernels_avx2, kernels_avx512;
 /* Of the best instruction set that the processor has. The environment's FDCONV_NATIVE_ISA
  * (baseline, avx2) holds it down, for tests. */
 const Kernels *best_kernels(void);
+
+/* The same for features in blocks of channels, whose vectors are no longer than a block. */
+const Kernels *kernels_for_block(int block);
 
 #endif

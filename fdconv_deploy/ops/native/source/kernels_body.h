@@ -4,6 +4,7 @@
  * result, and TARGET, the instruction set as compilers call it, where it is not what they
  * compile for anyway.
  */
+#include <math.h>
 #include <string.h>
 
 #include "kernels.h"
@@ -24,8 +25,11 @@ PRAGMA(GCC target(TARGET))
 #include "product.h"
 #include "assembly_kernels.inc"
 #include "bands_kernels.inc"
+#include "attention_kernels.inc"
 
-const Kernels KERNELS = {{rows_unit, columns_unit}, {band_products, band_maps, band_planes}};
+const Kernels KERNELS = {{rows_unit, columns_unit}, {band_products, band_maps, band_planes},
+                         {attention_sums, attention_averages, attention_hidden, attention_active,
+                          attention_heads, attention_softmax}};
 
 #if defined(TARGET) && defined(__clang__)
 #pragma clang attribute pop

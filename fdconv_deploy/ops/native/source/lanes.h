@@ -13,6 +13,7 @@ typedef struct {
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE Vector load(const float *at) { return *(const Stored *)at; }
+INLINE Vector load_anywhere(const float *at) { return (Vector)*(const Unaligned *)at; }
 INLINE void store(float *at, Vector x) { *(Stored *)at = x; }
 INLINE void store_anywhere(float *at, Vector x) { *(Unaligned *)at = x; }
 /* Minus zero, unlike plus zero, changes no number: compilers drop it. */

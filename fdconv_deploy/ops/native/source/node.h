@@ -51,5 +51,6 @@ void assembly_free(Assembly *assembly);
 OrtStatus *assembly_register(OrtCustomOpDomain *domain, OrtCustomOpDomain *blocked,
                              const OrtApi *api);
 OrtStatus *bands_register(OrtCustomOpDomain *domain, const OrtApi *api);
+OrtStatus *attention_register(OrtCustomOpDomain *domain, const OrtApi *api);
 
 #endif

@@ -96,11 +96,18 @@ OrtStatus *read_ints(const Kernel *kernel, const OrtKernelInfo *info, const char
     return status;
 }
 
-OrtStatus *make_output(const Kernel *kernel, OrtKernelContext *context, const int64_t *shape,
-                       float **to) {
+OrtStatus *read_float(const Kernel *kernel, const OrtKernelInfo *info, const char *name,
+                      float *to) {
+    OrtStatus *status = kernel->api->KernelInfoGetAttribute_float(info, name, to);
+    return status ? missing(kernel, status) : NULL;
+}
+
+OrtStatus *make_output(const Kernel *kernel, OrtKernelContext *context, int index,
+                       const int64_t *shape, int rank, float **to) {
     OrtValue *output;
     void *data;
-    CHECK(kernel->api->KernelContext_GetOutput(context, 0, shape, 4, &output));
+    CHECK(kernel->api->KernelContext_GetOutput(context, (size_t)index, shape, (size_t)rank,
+                                               &output));
     CHECK(kernel->api->GetTensorMutableData(output, &data));
     *to = data;
     return NULL;
@@ -168,10 +175,10 @@ PLAIN(provider, const char *, NULL)
 PLAIN(one, size_t, 1)
 PLAIN(version, int, 1)
 PLAIN(heterogeneous, int, 0)
+PLAIN(homogeneous, int, 1)
 INDEXED(any_type, ORT_UNDEFINED)
 INDEXED(float_type, ORT_FLOAT)
 INDEXED(variadic, ORT_VARIADIC)
-INDEXED(required, ORT_REQUIRED)
 INDEXED(memory, 0)
 
 OrtStatus *add_op(OrtCustomOpDomain *domain, const OrtApi *api, Op *op) {
@@ -184,12 +191,12 @@ OrtStatus *add_op(OrtCustomOpDomain *domain, const OrtApi *api, Op *op) {
         .GetOutputType = float_type,
         .GetOutputTypeCount = one,
         .GetInputCharacteristic = variadic,
-        .GetOutputCharacteristic = required,
+        .GetOutputCharacteristic = variadic,
         .GetInputMemoryType = memory,
         .GetVariadicInputMinArity = least_inputs,
         .GetVariadicInputHomogeneity = heterogeneous,
         .GetVariadicOutputMinArity = version,
-        .GetVariadicOutputHomogeneity = heterogeneous,
+        .GetVariadicOutputHomogeneity = homogeneous,
         .GetStartVersion = version,
         .GetEndVersion = version,
         .CreateKernelV2 = create,

@@ -30,7 +30,7 @@ typedef struct {
     const Op *op;
 } Kernel;
 
-/* The head of an operator, which has one variadic input and one float output. `make` fills a
+/* The head of an operator, which has one variadic input and one variadic float output. `make` fills a
  * kernel of `kernel_size` bytes, all zeros but the head; `release` frees what it holds, also
  * where it was not made to the end. */
 struct Op {
@@ -56,9 +56,10 @@ OrtStatus *read_int(const Kernel *kernel, const OrtKernelInfo *info, const char 
 /* An attribute of integers within -1 and MOST_LENGTH: `*to`, to be freed, holds `*count`. */
 OrtStatus *read_ints(const Kernel *kernel, const OrtKernelInfo *info, const char *name, int **to,
                      size_t *count);
-/* The only output, of four dimensions. */
-OrtStatus *make_output(const Kernel *kernel, OrtKernelContext *context, const int64_t *shape,
-                       float **to);
+OrtStatus *read_float(const Kernel *kernel, const OrtKernelInfo *info, const char *name,
+                      float *to);
+OrtStatus *make_output(const Kernel *kernel, OrtKernelContext *context, int index,
+                       const int64_t *shape, int rank, float **to);
 /* Units in as many batches: threads take them as they come. */
 OrtStatus *parallel(const Kernel *kernel, OrtKernelContext *context,
                     void (*step)(void *run, size_t unit), size_t units, void *run);

@@ -44,7 +44,9 @@ struct OrtApi {
     OrtStatus *(*GetDimensions)(const OrtTensorTypeAndShapeInfo *info, int64_t *out, size_t count);
     void *before_shape[2];
     OrtStatus *(*GetTensorTypeAndShape)(const OrtValue *value, OrtTensorTypeAndShapeInfo **out);
-    void *before_attribute[20];
+    void *before_attribute[19];
+    OrtStatus *(*KernelInfoGetAttribute_float)(const OrtKernelInfo *info, const char *name,
+                                               float *out);
     OrtStatus *(*KernelInfoGetAttribute_int64)(const OrtKernelInfo *info, const char *name,
                                                int64_t *out);
     void *before_inputs[1];
@@ -80,6 +82,7 @@ ORT_PLACE(CreateCustomOpDomain, 26);
 ORT_PLACE(GetTensorMutableData, 51);
 ORT_PLACE(GetTensorElementType, 60);
 ORT_PLACE(GetTensorTypeAndShape, 65);
+ORT_PLACE(KernelInfoGetAttribute_float, 85);
 ORT_PLACE(KernelInfoGetAttribute_int64, 86);
 ORT_PLACE(KernelContext_GetInputCount, 88);
 ORT_PLACE(KernelContext_GetInput, 90);
