@@ -8,17 +8,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fdconv_deploy.export.api import export_checkpoint, export_module, export_network
     from fdconv_deploy.export.options import ExportOptions
+    from fdconv_deploy.export.targets.onnx_file import OnnxFile, export_onnx
     from fdconv_deploy.export.targets.ultralytics import export_ultralytics
 
 __all__ = [
     "ExportOptions",
+    "OnnxFile",
     "export_checkpoint",
     "export_module",
     "export_network",
+    "export_onnx",
     "export_ultralytics",
 ]
 
-_HOMES = {"ExportOptions": "options", "export_ultralytics": "targets.ultralytics"}
+_HOMES = {
+    "ExportOptions": "options",
+    "OnnxFile": "targets.onnx_file",
+    "export_onnx": "targets.onnx_file",
+    "export_ultralytics": "targets.ultralytics",
+}
 
 
 def __getattr__(name: str) -> Any:

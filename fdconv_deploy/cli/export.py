@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +29,7 @@ from fdconv_deploy.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from fdconv_deploy.export.targets.onnx_file import OnnxFile
     from fdconv_deploy.runtime.bundle import Bundle
 
 err = Console(stderr=True)
@@ -31,7 +37,17 @@ err = Console(stderr=True)
 
 def export(
     checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the bundle, or .onnx file, to write.")
+    ],
+    format_: Annotated[
+        Literal["bundle", "onnx"],
+        typer.Option(
+            "--format",
+            help="onnx: one self-contained file of standard operators, for other runtimes. Of "
+            "a checkpoint, or of a bundle's folder in its place.",
+        ),
+    ] = "bundle",
     size: Annotated[
         list[str] | None,
         typer.Option(
@@ -91,27 +107,38 @@ def export(
         Literal["unsigned", "signed"],
         typer.Option(help="int8 activations: unsigned for ONNX Runtime, signed for TensorRT."),
     ] = "unsigned",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing bundle.")
-    ] = False,
+    opset: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Version of ONNX's operators in an .onnx file, from 13 (default 18, in which "
+            "bundles are). Not every network can be written in every version.",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle and prove the bundle equal to the network."""
     # All that can be refused without the network is refused before torch is imported.
+    from fdconv_deploy.errors import ExportError
     from fdconv_deploy.export.image_folders import Pictures
     from fdconv_deploy.export.options import ExportOptions
-    from fdconv_deploy.runtime.bundle import BundleWriter
+    from fdconv_deploy.runtime.bundle import Bundle, BundleWriter
 
     overrides = parse_settings(settings)
     if mode is not None:
         overrides["test.mode"] = mode
     pixels = [parse_size(one) for one in size or ()] or None
+    batches = parse_counts(batch, "--batch") or None
     require_files(checkpoint, config)
-    with err.status("starting", spinner="dots") as status:
+    if opset is not None and format_ != "onnx":
+        raise ExportError("--opset is of .onnx files: add --format onnx. Bundles have one version.")
+    with err.status("starting", spinner="dots") as status, ExitStack() as stack:
+        progress = None if quiet or as_json else status.update
         options = ExportOptions(
             size=pixels,
-            batches=parse_counts(batch, "--batch") or None,
+            batches=batches,
             fit=fit,
             pictures=Pictures(image or []),
             precision=precision,
@@ -120,26 +147,93 @@ def export(
             calibration=() if calibrate is None else Pictures(calibrate),
             activations=activations,
             overwrite=overwrite,
-            progress=None if quiet or as_json else status.update,
+            progress=progress,
         )
-        with BundleWriter(output, overwrite=overwrite):
-            pass  # nothing is in the way, and the place can be written to
+        folder = output
+        if format_ == "onnx":
+            from fdconv_deploy.export.targets.onnx_file import check_output
 
-        from fdconv_deploy.export.api import export_checkpoint
+            check_output(output, overwrite=overwrite)
+            _one_graph(options.sizes, batches)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fdconv-")), "it")
+        if format_ != "bundle" and (checkpoint / "manifest.json").is_file():
+            given = {
+                "--config": config, "--set": settings, "--weights": weights, "--mode": mode,
+                "--frequency-order": frequency_order != "auto", "--fit": fit != "stretch",
+                "--image": image, "--precision": precision != "fp32", "--tolerance": tolerance,
+                "--keep-fp32": keep_fp32, "--activations": activations != "unsigned",
+            }  # fmt: skip
+            _refuse_with_bundle(checkpoint, [name for name, value in given.items() if value])
+            bundle = Bundle.open(checkpoint, hold=True)
+        else:
+            with BundleWriter(folder, overwrite=overwrite):
+                pass  # nothing is in the way, and the place can be written to
 
-        bundle = export_checkpoint(
-            checkpoint,
-            output,
-            options,
-            config=config,
-            overrides=overrides,
-            weights=weights,
-            frequency_order=frequency_order,
-        )
-    if as_json:
+            from fdconv_deploy.export.api import export_checkpoint
+
+            bundle = export_checkpoint(
+                checkpoint,
+                folder,
+                options,
+                config=config,
+                overrides=overrides,
+                weights=weights,
+                frequency_order=frequency_order,
+            )
+        if format_ == "onnx":
+            from fdconv_deploy.export.targets.onnx_file import export_onnx
+
+            file = export_onnx(
+                bundle,
+                output,
+                size=next(iter(options.sizes), None),
+                batch=None if batches is None else batches[0],
+                overwrite=overwrite,
+                progress=options.say,
+                **({} if opset is None else {"opset": opset}),
+            )
+    if format_ == "onnx":
+        _print_file(file, as_json, quiet)
+    elif as_json:
         print(bundle.manifest.model_dump_json(indent=2))
     elif not quiet:
         _print_export(bundle)
+
+
+def _one_graph(sizes: Sequence[object], batches: Sequence[object] | None) -> None:
+    """Refuse several sizes or batch sizes for one file."""
+    from fdconv_deploy.errors import ExportError
+
+    if len(sizes) > 1 or len(batches or ()) > 1:
+        raise ExportError(
+            "an .onnx file has one graph: give one --size and one --batch. Of several, export a "
+            "bundle, then a file of each of its graphs: fdconv export BUNDLE --format onnx "
+            "--size HEIGHTxWIDTH --batch N."
+        )
+
+
+def _refuse_with_bundle(bundle: Path, given: Sequence[str]) -> None:
+    """Refuse options of a checkpoint's export for what was exported before."""
+    from fdconv_deploy.errors import ExportError
+
+    if given:
+        raise ExportError(
+            f"{bundle} is a bundle, in which {', '.join(given)} was settled when it was exported. "
+            "Leave that out, or give the checkpoint."
+        )
+
+
+def _print_file(file: OnnxFile, as_json: bool, quiet: bool) -> None:
+    megabytes = file.path.stat().st_size / 1e6
+    if as_json:
+        print(json.dumps({**asdict(file), "path": str(file.path)}, indent=2))
+    elif not quiet:
+        Console().print(
+            f"{file.path}: {megabytes:.1f} MB, {file.nodes} nodes of standard operators, opset "
+            f"{file.opset}. Largest difference from the bundle's graph in ONNX Runtime: "
+            f"{file.max_rel:.1e} of the largest value.",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _print_export(bundle: Bundle) -> None:

@@ -1,0 +1,77 @@
+"""``fdconv export --format``: other files than a bundle, from a checkpoint or from a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+
+from fdconv_deploy.demo import packaged_checkpoint
+from tests.runtime import toy
+from tests.test_cli import fdconv
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five classes, 32×48, batches 1 and 4."""
+    return toy.make_bundle(tmp_path_factory.mktemp("export") / "bundle").path
+
+
+def test_checkpoint_becomes_an_onnx_file(monkeypatch, capfd, tmp_path):
+    output = tmp_path / "streets.onnx"
+    arguments = ["export", packaged_checkpoint(), "-o", output, "--format", "onnx"]
+    code, out, err = fdconv(
+        monkeypatch, capfd, *arguments, "--size", "64x96", "--batch", "2", "--opset", "17", "--json"
+    )
+    assert code == 0, err
+    said = json.loads(out)
+    assert said["path"] == str(output)
+    assert said["max_rel"] == 0
+    model = onnx.load(output)
+    assert [entry.version for entry in model.opset_import] == [17]
+    shape = model.graph.input[0].type.tensor_type.shape
+    assert [dim.dim_value for dim in shape.dim] == [2, 3, 64, 96]
+    assert [path.name for path in tmp_path.iterdir()] == ["streets.onnx"]
+
+
+def test_bundle_becomes_an_onnx_file(bundle, monkeypatch, capfd, tmp_path):
+    arguments = ["export", bundle, "-o", tmp_path / "model.onnx", "--format", "onnx"]
+    code, out, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 0, err
+    assert "nodes of standard operators, opset 18. Largest difference" in out
+    code, _, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 1
+    assert "exists already" in err
+    assert "--overwrite" in err
+    assert fdconv(monkeypatch, capfd, *arguments, "--overwrite", "--batch", "4")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--fit", "pad", "--mode", "whole"], "in which --mode, --fit was settled"),
+        (["--batch", "1,4"], "an .onnx file has one graph: give one --size and one --batch"),
+        (["--opset", "12"], "the opset is 13 to"),
+        (["--batch", "3"], "no graph of batch size 3; it has 1, 4"),
+    ],
+)
+def test_options_that_do_not_fit_are_a_sentence(
+    bundle, given, message, monkeypatch, capfd, tmp_path
+):
+    output = tmp_path / "model.onnx"
+    code, _, err = fdconv(
+        monkeypatch, capfd, "export", bundle, "-o", output, "--format", "onnx", *given
+    )
+    assert code == 1
+    assert message in err
+    assert not output.exists()
+
+
+def test_opset_is_of_files(bundle, monkeypatch, capfd, tmp_path):
+    output = tmp_path / "bundle"
+    arguments = ["export", packaged_checkpoint(), "-o", output, "--opset", "17"]
+    code, _, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 1
+    assert "--opset is of .onnx files: add --format onnx" in err
