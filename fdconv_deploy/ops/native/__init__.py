@@ -12,13 +12,20 @@ import os
 from pathlib import Path
 
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.ops.native.build import BuildError, build, compiler, library_name
+from fdconv_deploy.ops.native.build import (
+    BuildError,
+    build,
+    build_openvino,
+    compiler,
+    library_name,
+)
 
 __all__ = [
     "FOLDER",
     "SWITCH",
     "BuildError",
     "build",
+    "build_openvino",
     "compiler",
     "library_name",
     "native_library",
@@ -33,7 +40,7 @@ HOW = "python -m fdconv_deploy.ops.native builds them"
 
 
 def native_library(
-    wanted: bool | None = None, problem: str | None = None
+    wanted: bool | None = None, problem: str | None = None, openvino: str | None = None
 ) -> tuple[Path | None, str]:
     """The library to register, or None, and why, as a clause.
 
@@ -41,6 +48,7 @@ def native_library(
         wanted: True: use them; False: do not; None: as the environment variable ``FDCONV_NATIVE``
             decides, else where they are built.
         problem: why they cannot run a bundle, as a clause; see `Manifest.older_nodes`.
+        openvino: the version of OpenVINO whose extension it is; ONNX Runtime's library if None.
 
     Raises:
         BackendError: they are wanted and not built or cannot run the bundle, or the switch has a
@@ -58,15 +66,16 @@ def native_library(
             raise BackendError(f"Native operators are required, but {problem}.")
         log.warning("portable operators run, since %s", problem)
         return None, problem
-    path = FOLDER / library_name()
+    path = FOLDER / library_name(openvino)
     if path.is_file():
         return path, "they are built here"
     if wanted:
         raise BackendError(
             f"Native operators are required, but there is no {path.name} in {FOLDER}: {HOW}."
         )
-    if any(FOLDER.glob("fdconv_native_*")):
-        why = f"the native ones here are built of another version of their source ({HOW} anew)"
+    if any(FOLDER.glob("fdconv_native_*" if openvino is None else "fdconv_openvino*")):
+        source = "their source" if openvino is None else "their source, or of OpenVINO"
+        why = f"the native ones here are built of another version of {source} ({HOW} anew)"
         log.warning("portable operators run, since %s", why)  # a speed lost by an update
         return None, why
     return None, f"native ones are not built here ({HOW})"

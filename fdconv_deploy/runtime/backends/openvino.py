@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,8 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.environment import install
+from fdconv_deploy.environment import install, installed_version
 from fdconv_deploy.errors import BackendError
+from fdconv_deploy.ops import DOMAIN
+from fdconv_deploy.ops.native import SWITCH, native_library
 from fdconv_deploy.runtime.backends.base import BackendOptions, Signature, Tensors, check_signature
 from fdconv_deploy.runtime.backends.threads import available_cores
 from fdconv_deploy.runtime.batching import linear_cost
@@ -29,6 +32,8 @@ from fdconv_deploy.sample_images.inputs import sample_feeds
 # Backend -> OpenVINO's INFERENCE_PRECISION_HINT. Left alone, the plugin takes bfloat16 wherever the
 # processor has it.
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
+# The forms that the extension has; others stay functions, and are inlined.
+_NATIVE = re.compile(r"FrequencyAssembly(_\w+)?|FrequencyBandModulation(_\dBands)?")
 log = logging.getLogger("fdconv.openvino")
 
 
@@ -71,16 +76,33 @@ class OpenVINOBackend:
                 "This processor has no bfloat16 instructions.", "Choose backend 'openvino'."
             )
         self.threads = options.threads or available_cores()
-        self.operators = "portable operators, inlined, since OpenVINO takes no functions"
+        library, why = native_library(options.native, openvino=installed_version("openvino"))
+        self._native, self._wanted = library is not None, options.native
+        self._set_operators(why)
+        if library is not None:
+            try:
+                self._core.add_extension(str(library))
+            except RuntimeError as error:
+                raise BackendError(
+                    f"OpenVINO cannot load the native operators {library}: {last_line(error)}. "
+                    f"Build them again with python -m fdconv_deploy.ops.native, or do without: "
+                    f"{SWITCH}=0."
+                ) from error
         self._error: str | None = None
 
     def load(self, bundle: Bundle, batch: int, threads: int | None = None) -> OpenVINOGraph:
         """Load the graph of one batch size. See :class:`Backend`."""
         name, manifest = bundle.manifest.models[batch], bundle.manifest
+        if self._native and (problem := manifest.older_nodes):
+            self._native = native_library(self._wanted, problem)[0] is not None
+            self._set_operators(problem)
         bundle.hold()
         graph = self._onnx.load_model_from_string(bytes(bundle.content(name)))
         _warn_of_signed_activations(graph, name)
-        graph = self._inliner.inline_local_functions(graph)
+        ours = [(DOMAIN, function.name) for function in graph.functions]
+        ours = [one for one in ours if self._native and _NATIVE.fullmatch(one[1])]
+        graph = self._inliner.inline_selected_functions(graph, ours, exclude=True)
+        del graph.functions[:]  # those that the extension's operators stand for
         # OpenVINO takes external data from files only, which it reads as it compiles: from files
         # of its own, that hold what was hashed.
         with tempfile.TemporaryDirectory(prefix="fdconv-openvino-") as folder:
@@ -113,6 +135,10 @@ class OpenVINOBackend:
             self.operators += f"; {self._error}"
             log.warning("%s of the bundle %s: %s", name, bundle.path, self._error)
         return loaded
+
+    def _set_operators(self, why: str) -> None:
+        kind = "native operators" if self._native else "portable operators, inlined"
+        self.operators = f"{kind}, since {why}"
 
     def _compile(self, model: Any, precision: str, threads: int) -> Any:
         # Fewer threads than all: several runs at a time, which share them.

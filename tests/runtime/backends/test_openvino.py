@@ -16,9 +16,12 @@ import torch
 from fastapi.testclient import TestClient
 from onnx import TensorProto, helper, numpy_helper
 
+from fdconv_deploy.environment import installed_version
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.export import export_module
 from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.ops import native
+from fdconv_deploy.ops.native import BuildError, build_openvino, compiler
 from fdconv_deploy.runtime import BundleWriter, open_session
 from fdconv_deploy.runtime.backends.openvino import import_openvino
 from fdconv_deploy.serve.app import create_app
@@ -54,14 +57,34 @@ def backend(request, openvino) -> str:
     return request.param
 
 
+def bundle_of(folder: Path, *layers: FDConv2d) -> Path:
+    network = torch.nn.Sequential(*map(enliven, layers or [FDConv2d(18, 20, 3, kernel_num=5)]))
+    export_module(network.eval(), lively_input(SHAPE), folder / "bundle")
+    return folder / "bundle"
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network of two FDConv layers, of two images."""
-    folder = tmp_path_factory.mktemp("bundle") / "bundle"
     layers = [FDConv2d(18, 20, 3, padding=1, kernel_num=5), FDConv2d(20, 18, 1, kernel_num=3)]
-    network = torch.nn.Sequential(*(enliven(layer) for layer in layers)).eval()
-    export_module(network, lively_input(SHAPE), folder)
-    return folder
+    return bundle_of(tmp_path_factory.mktemp("bundle"), *layers)
+
+
+@pytest.fixture(scope="module")
+def extension(openvino, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The native operators' extension of OpenVINO, in a folder by itself."""
+    if compiler("CXX", ("c++", "g++", "clang++")) is None:
+        pytest.skip("no C++ compiler for OpenVINO's extension (c++, g++, clang++ or $CXX)")
+    folder = tmp_path_factory.mktemp("extension")
+    return build_openvino(folder, Path(openvino.__file__).parent, installed_version("openvino"))
+
+
+@pytest.fixture
+def built(extension: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the package looks for it."""
+    monkeypatch.setattr(native, "FOLDER", extension.parent)
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    return extension
 
 
 def answer(bundle: Path, backend: str, **options) -> np.ndarray:
@@ -197,3 +220,64 @@ def test_served(toy_bundle: Path, openvino, isolation: str) -> None:
         answer = client.post("/v1/segment", content=png.tobytes(), headers=headers).json()
     with open_session(toy_bundle, "onnxruntime-cpu") as session:
         assert np.array_equal(decode(answer["mask"]), session.segment(picture).labels)
+
+
+class TestNativeOperators:
+    """Those in C, inside OpenVINO."""
+
+    def test_used_where_they_are_built(self, built: Path, bundle: Path) -> None:
+        with open_session(bundle, "openvino") as session:
+            assert session.operators == "native operators, since they are built here"
+        chosen, portable = answer(bundle, "openvino"), answer(bundle, "openvino", native=False)
+        assert not np.array_equal(chosen, portable)
+        assert np.abs(chosen - portable).max() <= 2e-6 * np.abs(portable).max()
+        assert np.array_equal(answer(bundle, "openvino", threads=3), chosen)
+
+    def test_their_error_in_either_precision(self, built: Path, backend: str, tmp_path) -> None:
+        expected = answer(bundle_of(tmp_path), "onnxruntime-cpu", native=False)
+        found = answer(tmp_path / "bundle", backend, native=True)
+        error = np.abs(found - expected).max() / np.abs(expected).max()
+        assert error <= (2e-2 if backend == "openvino-bf16" else 2e-6)
+
+    def test_every_kind_of_layer(self, built: Path, tmp_path: Path) -> None:
+        """Also bands in groups, by softmax, which stay functions."""
+        bundle = bundle_of(
+            tmp_path,
+            FDConv2d(18, 20, 3, padding=1, kernel_num=5),
+            FDConv2d(20, 24, 1, kernel_num=3),
+            FDConv2d(24, 18, 5, padding=2, kernel_num=4, param_ratio=2, bias=True),
+            FDConv2d(18, 18, 3, padding=1, kernel_num=4, fbm_cfg={"k_list": [2, 4]}),
+            FDConv2d(
+                18, 32, 3, padding=1, stride=2, kernel_num=4,
+                fbm_cfg={"k_list": [2, 4], "spatial_group": 2, "act": "softmax"},
+            ),
+        )  # fmt: skip
+        expected = answer(bundle, "onnxruntime-cpu", native=False)
+        found = answer(bundle, "openvino", native=True)
+        assert np.abs(found - expected).max() <= 5e-6 * np.abs(expected).max()
+
+    def test_absent_and_of_another_version(
+        self, openvino, bundle: Path, tmp_path: Path, monkeypatch, caplog
+    ) -> None:
+        monkeypatch.setattr(native, "FOLDER", tmp_path)
+        with open_session(bundle, "openvino") as session:
+            assert session.operators.startswith("portable operators, inlined, since native ones")
+        with pytest.raises(BackendError, match="Native operators are required"):
+            open_session(bundle, "openvino", native=True)
+        (tmp_path / "fdconv_openvino2026.3.0_0123456789ab_linux_x86_64.so").touch()
+        with open_session(bundle, "openvino") as session:
+            assert "another version of their source, or of OpenVINO" in session.operators
+
+    def test_broken(self, openvino, bundle: Path, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setattr(native, "FOLDER", tmp_path)
+        version = installed_version("openvino")
+        (tmp_path / native.library_name(version)).write_bytes(b"no library")
+        with pytest.raises(BackendError, match="cannot load the native operators") as raised:
+            open_session(bundle, "openvino")
+        assert "FDCONV_NATIVE=0" in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+    def test_building_without_the_headers(self, tmp_path: Path) -> None:
+        with pytest.raises(BuildError, match="lacks the headers"):
+            build_openvino(tmp_path, tmp_path, "2026.4.1")
+        assert not list(tmp_path.iterdir())
