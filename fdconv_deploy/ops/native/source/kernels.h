@@ -5,11 +5,13 @@
 #include "assembly.h"
 #include "attention.h"
 #include "bands.h"
+#include "blocked_bands.h"
 
 typedef struct {
     AssemblyKernels assembly;
     BandKernels bands;
     AttentionKernels attention;
+    BlockedBandKernels blocked_bands;
 } Kernels;
 
 extern const Kernels kernels_baseline;

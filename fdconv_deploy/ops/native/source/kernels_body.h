@@ -26,10 +26,13 @@ PRAGMA(GCC target(TARGET))
 #include "assembly_kernels.inc"
 #include "bands_kernels.inc"
 #include "attention_kernels.inc"
+#include "blocked_bands_kernels.inc"
 
 const Kernels KERNELS = {{rows_unit, columns_unit}, {band_products, band_maps, band_planes},
                          {attention_sums, attention_averages, attention_hidden, attention_active,
-                          attention_heads, attention_softmax}};
+                          attention_heads, attention_softmax},
+                         {blocked_band_maps, blocked_band_blocks, blocked_band_project,
+                          blocked_band_transform, blocked_band_weigh}};
 
 #if defined(TARGET) && defined(__clang__)
 #pragma clang attribute pop

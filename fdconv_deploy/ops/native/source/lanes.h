@@ -61,10 +61,10 @@ INLINE Vector inverse(Vector x) {
 #endif
 }
 
-/* 1 / (1 + exp(-x)) to within 2e-7 of the largest value, 1. */
-INLINE Vector sigmoid(Vector x) {
-    /* exp(-x) = 2^z; beyond ±126 the answer is 0 or 1 in float32 anyway. */
-    Vector z = held(x * -1.44269504088896f, 126.0f);
+/* exp(x) to within 2e-7 of itself, of x held within ±87. */
+INLINE Vector exponential(Vector x) {
+    /* exp(x) = 2^z; beyond ±126 float32 has no exponents. */
+    Vector z = held(x * 1.44269504088896f, 126.0f);
     /* Adding 1.5·2^23 rounds to an integer, which is left in the lowest bits. */
     Vector rounded = z + 12582912.0f;
     Vector rest = z - (rounded - 12582912.0f);
@@ -76,9 +76,11 @@ INLINE Vector sigmoid(Vector x) {
     power = power * rest + 0.240226508f;
     power = power * rest + 0.693147188f;
     power = power * rest + 1.0f;
-    power = (Vector)((Integers)power + ((Integers)rounded << 23));
-    return inverse(power + 1.0f);
+    return (Vector)((Integers)power + ((Integers)rounded << 23));
 }
+
+/* 1 / (1 + exp(-x)) to within 2e-7 of the largest value, 1; beyond ±87 that is 0 or 1 anyway. */
+INLINE Vector sigmoid(Vector x) { return inverse(exponential(-x) + 1.0f); }
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

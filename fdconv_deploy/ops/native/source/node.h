@@ -51,6 +51,7 @@ void assembly_free(Assembly *assembly);
 OrtStatus *assembly_register(OrtCustomOpDomain *domain, OrtCustomOpDomain *blocked,
                              const OrtApi *api);
 OrtStatus *bands_register(OrtCustomOpDomain *domain, const OrtApi *api);
+OrtStatus *blocked_bands_register(OrtCustomOpDomain *domain, const OrtApi *api);
 OrtStatus *attention_register(OrtCustomOpDomain *domain, const OrtApi *api);
 
 #endif

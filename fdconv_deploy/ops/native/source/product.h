@@ -35,13 +35,24 @@ enum { TALL = 4 };
 
 BLOCK(block_tall_two, TALL, 2)
 BLOCK(block_tall_one, TALL, 1)
+BLOCK(block_half_two, TALL / 2, 2)
+BLOCK(block_half_one, TALL / 2, 1)
+#if WIDTH == 16
+BLOCK(block_half_four, TALL / 2, 4)
+#endif
 BLOCK(block_one_two, 1, 2)
 BLOCK(block_one_one, 1, 1)
 
 static void product(int m, int n, int k, const float *a, size_t a_step, const float *b,
                     size_t b_step, float *c, size_t c_step, int add)
 {
-    for (int column = 0; column < n; column += 2 * WIDTH) {
+    int column = 0;
+#if WIDTH == 16
+    if (m == TALL / 2)
+        for (; column + 4 * WIDTH <= n; column += 4 * WIDTH)
+            block_half_four(k, a, a_step, b + column, b_step, c + column, c_step, add);
+#endif
+    for (; column < n; column += 2 * WIDTH) {
         int two = n - column > WIDTH, row = 0;
         for (; row + TALL <= m || (row < m && m > TALL && !add); row += TALL) {
             /* The last block overlaps the one before rather than leave single rows. */
@@ -52,6 +63,14 @@ static void product(int m, int n, int k, const float *a, size_t a_step, const fl
                 block_tall_two(k, left, a_step, b + column, b_step, to, c_step, add);
             else
                 block_tall_one(k, left, a_step, b + column, b_step, to, c_step, add);
+        }
+        for (; row + TALL / 2 <= m; row += TALL / 2) {
+            const float *left = a + row * a_step;
+            float *to = c + row * c_step + column;
+            if (two)
+                block_half_two(k, left, a_step, b + column, b_step, to, c_step, add);
+            else
+                block_half_one(k, left, a_step, b + column, b_step, to, c_step, add);
         }
         for (; row < m; row++) {
             const float *left = a + row * a_step;

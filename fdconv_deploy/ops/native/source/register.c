@@ -23,6 +23,7 @@ static OrtStatus *make_domains(void) {
     }
     status = assembly_register(made, blocked, api);
     if (!status) status = bands_register(made, api);
+    if (!status) status = blocked_bands_register(blocked, api);
     if (!status) status = attention_register(blocked, api);
     if (status) {
         api->ReleaseCustomOpDomain(made);
