@@ -88,12 +88,12 @@ class Case:
 
         From UPerNet-R50 at 512×512 (benchmarks.session): a run in ONNX Runtime holds 1.7 kB per
         pixel, and there are two such sessions beside PyTorch's own tensors, of the same order.
-        Weights are in memory about eight times: five sides, and checkpoints on their way.
+        Weights are in memory about sixteen times: up to twelve sides, and checkpoints on their way.
         """
         pixels = self.batch * self.height * self.width
         per_pixel = 5500 if self.network == "upernet" else 2500
         weights = (60e6 if self.network == "backbone" else 180e6) + self.depth * 2.5e6
-        return 1e9 + 8 * weights + per_pixel * pixels
+        return 1e9 + 16 * weights + per_pixel * pixels
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -15,12 +15,14 @@ from typing import Any
 from benchmarks.cases import BATCHES, DEPTHS, NETWORKS, SIZES, Case, grid, sweep
 from benchmarks.plot import draw
 from benchmarks.records import FOLDER, every, newest
-from benchmarks.speed import SIDES
+from benchmarks.speed import OPENVINO
+from benchmarks.speed import SIDES as EVERY
 from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.latency import machine
 from fdconv_deploy.profiling.onnx_profile import PARTS
 
 DOCS = machine.ROOT / "docs"
+SIDES = {side: name for side, name in EVERY.items() if side not in OPENVINO}
 NAMES = {"backbone": "ResNet backbone", "upernet": "UPerNet, 150 classes"}
 _SMALL = dict(height=512, width=512, batch=1)
 BACKBONE, UPERNET = Case("backbone", 50, **_SMALL), Case("upernet", 50, **_SMALL)
@@ -56,6 +58,7 @@ def markdown(
     ]
     for network in NETWORKS:
         parts += _section(NAMES[network], _costs(cases, network))
+    parts += _section("In OpenVINO, in the same runs", _openvino(cases))
     parts += _section("Four images beside one", _batches(batches))
     parts += _section("Image size (R50 backbone, batch 1)", _sizes(cases))
     parts += _section("kernel_num (R50 backbone, 512×512, batch 1)", _kernel_nums(cases))
@@ -151,6 +154,27 @@ def _costs(cases: Cases, network: str) -> Iterator[str]:
         name = f"R{case['depth']}, {size}, batch {case['batch']}{_noise(result)}"
         ratios = (_ratio(result, name) for name in compared)
         yield _row(name, *(_ms(result, side) for side in SIDES), *ratios)
+
+
+def _openvino(cases: Cases) -> Iterator[str]:
+    results = [r for r in _measured(cases, grid()) if set(OPENVINO) & set(r["ms"])]
+    if not results:
+        return
+    yield (
+        "Ratios are to FDConv in ONNX Runtime with native operators; errors are the largest "
+        "difference from PyTorch, of the largest value.\n"
+    )
+    yield from _head("", "", "ms", "/ native", "error")
+    for result in results:
+        for side in ("plain", "native", *OPENVINO):
+            error = result["errors"].get(side)
+            yield _row(
+                f"{result['title']}{_noise(result)}",
+                EVERY[side],
+                _ms(result, side),
+                _ratio(result, f"{side}/native"),
+                "" if error is None else f"{error:.1e}",
+            )
 
 
 def _untold(batch: dict[str, Any]) -> str:

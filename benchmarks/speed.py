@@ -1,9 +1,10 @@
 """What FDConv costs, side by side in one process: ``python -m benchmarks.speed``.
 
 Eager PyTorch as published, the folded network in PyTorch, the exported bundle in ONNX Runtime
-as it is and, where they are built, with the native operators, and the baseline in both, one
-run of each in turn so that a machine's drift hits all alike. Medians with quartiles; quote the
-ratios. The exports are made, and measured, in fresh processes.
+as it is and, where they are built, with the native operators, and the baseline in both; the same
+in OpenVINO, in float32 and bfloat16, where it is installed. One run of each in turn, so that a
+machine's drift hits all alike. Medians with quartiles; quote the ratios. The exports are made, and
+measured, in fresh processes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,22 @@ from benchmarks.cases import Case, add_case_arguments, named_case
 from benchmarks.export_size import measure as measure_export
 from benchmarks.options import keep, script
 from benchmarks.timing import interleave, spread
+from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.network import fold_network
 from fdconv_deploy.latency import machine
 from fdconv_deploy.latency.interleaving import ratio
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.runtime import Session, open_session
 
+# Sides in OpenVINO: what they run, in which backend, with native operators or without.
+OPENVINO = {
+    "openvino_plain": ("plain", "openvino", False),
+    "openvino": ("fdconv", "openvino", False),
+    "openvino_native": ("fdconv", "openvino", True),
+    "openvino_bf16_plain": ("plain", "openvino-bf16", False),
+    "openvino_bf16": ("fdconv", "openvino-bf16", False),
+    "openvino_bf16_native": ("fdconv", "openvino-bf16", True),
+}
 SIDES = {
     "eager": "FDConv, PyTorch as published",
     "folded": "FDConv, folded, PyTorch",
@@ -36,6 +47,12 @@ SIDES = {
     "native": "FDConv, exported, native operators",
     "plain_eager": "baseline, PyTorch",
     "plain": "baseline, ONNX Runtime",
+    "openvino_plain": "baseline, OpenVINO",
+    "openvino": "FDConv, exported, OpenVINO",
+    "openvino_native": "FDConv, native operators, OpenVINO",
+    "openvino_bf16_plain": "baseline, OpenVINO bfloat16",
+    "openvino_bf16": "FDConv, exported, OpenVINO bfloat16",
+    "openvino_bf16_native": "FDConv, native op., OpenVINO bf16",
 }
 RATIOS = (
     ("exported", "eager"),
@@ -44,6 +61,10 @@ RATIOS = (
     ("native", "plain"),
     ("folded", "eager"),
     ("eager", "plain_eager"),
+    ("openvino", "native"),
+    ("openvino_native", "native"),
+    ("openvino_bf16", "native"),
+    ("openvino_bf16_native", "native"),
 )
 
 
@@ -71,8 +92,8 @@ def measure(
     # Outside inference mode PyTorch would keep every layer's input for a backward pass.
     with torch.inference_mode(), ExitStack() as stack:
 
-        def opened(name: str, native: bool) -> Session:
-            session = open_session(folder / name, "onnxruntime-cpu", threads=threads, native=native)
+        def opened(name: str, native: bool, backend: str = "onnxruntime-cpu") -> Session:
+            session = open_session(folder / name, backend, threads=threads, native=native)
             return stack.enter_context(session)
 
         fdconv_session, plain_session = opened("fdconv", False), opened("plain", False)
@@ -86,11 +107,14 @@ def measure(
         }
         if native_library()[0] is not None:
             sides["native"] = _run(opened("fdconv", True), x.numpy())
+        for side, (name, backend, native) in OPENVINO.items():
+            with suppress(BackendError):  # not installed, not built, or no bfloat16 here
+                sides[side] = _run(opened(name, native, backend), x.numpy())
         expected = sides["eager"]().numpy()
         errors = {
             side: float(np.abs(sides[side]() - expected).max() / np.abs(expected).max())
-            for side in ("exported", "native")
-            if side in sides
+            for side in ("exported", "native", *OPENVINO)
+            if side in sides and OPENVINO.get(side, ("fdconv",))[0] == "fdconv"
         }
         with machine.Bystanders() as others:
             times = interleave(sides, rounds=rounds, seconds=seconds, progress=progress)
@@ -99,8 +123,10 @@ def measure(
         "case": case.as_dict(),
         "commit": machine.commit(),
         "ms": {side: spread(values) for side, values in times.items()},
-        "ratios": {f"{a}/{b}": ratio(times[a], times[b]) for a, b in RATIOS if a in times},
-        "max_rel_error": max(errors.values()),
+        "ratios": {
+            f"{a}/{b}": ratio(times[a], times[b]) for a, b in RATIOS if {a, b} <= set(times)
+        },
+        "max_rel_error": max(error for side, error in errors.items() if side not in OPENVINO),
         "errors": errors,
         "others_cpu": others.share,
         "export": export,
@@ -120,13 +146,15 @@ def show(result: dict[str, Any]) -> None:
     print(result["title"])
     for side, name in SIDES.items():
         if side not in result["ms"]:
-            print(f"  {name:34} not built here (python -m fdconv_deploy.ops.native)")
+            print(f"  {name:34} not here (fdconv doctor; python -m fdconv_deploy.ops.native)")
             continue
         ms = result["ms"][side]
         print(
             f"  {name:34} {ms['median']:9.1f} ms  [{ms['q1']:.1f} to {ms['q3']:.1f}], "
             f"fastest {ms['min']:.1f}, {ms['runs']} runs"
         )
+        if side in result["errors"]:
+            print(f"  {'':34} largest error {result['errors'][side]:.1e} of the largest value")
     for name, value in result["ratios"].items():
         print(f"  {name:34} {value['value']:9.3f}     [{value['q1']:.3f} to {value['q3']:.3f}]")
     export = result["export"]
