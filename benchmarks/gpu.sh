@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Everything the GPU path claims, in one call of less than ten minutes: environment, correctness
-# of every kernel, times beside the memory floor, networks side by side. Needs torch, triton and
-# numpy; uses ONNX Runtime's CUDA provider where there is one; downloads nothing.
+# Everything the GPU path claims, in one call of less than eight minutes: environment, the
+# plugins' own code under the driver, correctness of every kernel, times beside the memory floor,
+# networks beside their baselines. Needs torch, triton and numpy; uses cuda-bindings and ONNX
+# Runtime's CUDA provider where they are; downloads nothing.
 #
-#     benchmarks/gpu.sh [--seconds 540] [--output FOLDER] [--dry-run]
+#     benchmarks/gpu.sh [--seconds 450] [--output FOLDER] [--dry-run]
 #
-# Writes DATE-gpu-NAME.json to $OUT, or to benchmarks/results. `--dry-run` runs small shapes in
-# Triton's interpreter, on a machine with no GPU.
+# Writes DATE-gpu-NAME.json to $OUT, or to benchmarks/results, anew after every part. `--dry-run`
+# runs a toy network in Triton's interpreter, on a machine with no GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec "${PYTHON:-python3}" -m benchmarks.gpu.run "$@"

@@ -1,12 +1,14 @@
 """The body of `benchmarks/gpu.sh`: environment, kernels, networks; one JSON record.
 
-Kernels first, then the networks that matter most, then the rest as long as time is left. What
-fails or does not fit is recorded with its reason, never left out.
+What must be true first: the plugins' code and every kernel, then the networks, then the rest as
+long as time is left. The record is written after each part; what fails, is wrong or does not fit is
+in it, never left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -18,126 +20,241 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+# What the measurements are made with, and what some of them need besides.
+NEEDED = ("numpy", "torch", "triton")
+OPTIONAL = ("cuda.bindings.driver", "onnx", "onnx_graphsurgeon", "onnxruntime", "tensorrt")
+OURS = ("gpu.own_ptx", "gpu.kernels", "gpu.networks", "networks")
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=540, help="start nothing after this")
+    parser.add_argument(
+        "--seconds", type=float, default=450, help="start nothing that may end after this"
+    )
     parser.add_argument("--output", type=Path, default=None, help="folder of the record")
-    parser.add_argument("--dry-run", action="store_true", help="small shapes, no GPU")
+    parser.add_argument("--dry-run", action="store_true", help="a toy network, no GPU")
     return parser.parse_args()
 
 
-def environment() -> dict[str, Any]:
-    import torch
-    import triton
-
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
-    try:
-        import onnxruntime
-
-        found["onnxruntime"] = onnxruntime.__version__
-        found["providers"] = onnxruntime.get_available_providers()
-    except ImportError:
-        found["onnxruntime"] = None
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found |= {
-            "gpu": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-        }
-    return found
-
-
 class Record:
-    """What has been found so far, and the clock."""
+    """What has been found so far, the clock, and the GPU's clocks."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.start, self.seconds = time.monotonic(), options.seconds
+        self.folder = options.output or Path(
+            os.environ.get("OUT") or Path(__file__).parents[1] / "results"
+        )
+        self.clocks: Any = None
         self.content: dict[str, Any] = {
             "date": date.today().isoformat(),
             "dry_run": options.dry_run,
-            "environment": environment(),
+            "imports": {},
+            "environment": {"python": platform.python_version()},
+            "seconds": {},
+            "own_ptx": [],
             "kernels": [],
             "networks": [],
             "not_run": [],
         }
 
-    def attempt(self, what: str, run: Callable[[], None]) -> None:
-        """Run one part, or say why not."""
-        if time.monotonic() - self.start > self.seconds:
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.start
+
+    def attempt(self, what: str, run: Callable[[], None], seconds: float = 5) -> bool:
+        """Run one part that takes about so many seconds, or say why not; whether it ran.
+
+        What takes 0 is run in any case.
+        """
+        started = self.elapsed()
+        reason = None
+        if seconds and started + seconds > self.seconds:
             reason = f"no time left of {self.seconds:.0f} s"
         else:
             try:
                 run()
             except Exception as e:
                 reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-            else:
-                return
-        self.content["not_run"].append({"what": what, "reason": reason[:300]})
-        print(f"  {what}: not run ({reason[:120]})", flush=True)
+            self.content["seconds"][what] = round(self.elapsed() - started, 2)
+        if reason is not None:
+            self.content["not_run"].append({"what": what, "reason": reason[:300]})
+            print(f"  {what}: not run ({reason[:200]})", flush=True)
+        self.write()
+        return reason is None
 
-    def write(self, folder: Path) -> Path:
-        name = self.content["environment"].get("gpu", "dry-run")
+    def add(self, kind: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """A row of what was measured, right or wrong, with the clocks seen meanwhile."""
+        start = time.monotonic()
+        row = measure()
+        if row["error"] is not None:
+            row["within"] = row["error"] <= row["limit"]  # False for NaN
+        if self.clocks is not None:
+            row["clocks"] = self.clocks.between(start, time.monotonic())
+        self.content[kind].append(row)
+        print("  " + describe(kind, row), flush=True)
+
+    def wrong(self) -> list[dict[str, Any]]:
+        """Rows whose error is above their limit."""
+        kinds = "own_ptx", "kernels", "networks"
+        return [r for k in kinds for r in self.content[k] if not r.get("within", True)]
+
+    def write(self) -> Path:
+        """The record so far, whole at any time."""
+        gpu = self.content["environment"].get("gpu", "gpu")
+        name = "dry-run" if self.content["dry_run"] else gpu
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.content['date']}-gpu-{slug}.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{self.content['date']}-gpu-{slug}.json"
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
         part.replace(path)
         return path
 
 
-def table(record: dict[str, Any]) -> None:
-    """The short form, to standard output."""
-    kernels = record["kernels"]
-    if kernels:
-        print(f"\n{'layer':16}{'batch':>6}{'type':>9}{'rows µs':>9}{'columns':>9}", end="")
-        print(f"{'floor':>8}{'share':>7}{'error':>10}")
-        for row in kernels:
-            us = row["us"]
-            print(f"{row['layer']:16}{row['batch']:6}{row['dtype']:>9}{us['rows']:9.1f}", end="")
-            print(f"{us['columns']:9.1f}{row['floor_us']:8.1f}{row['share']:7.0%}", end="")
-            print(f"{row['error']:10.1e}")
-    if record["networks"]:
-        print(f"\n{'network':46}{'type':>9}{'batch':>6}{'ms':>9}{'images/s':>10}{'error':>10}")
-        for row in record["networks"]:
-            error = "" if row["error"] is None else f"{row['error']:.1e}"
-            print(f"{row['backend']:46}{row['dtype']:>9}{row['batch']:6}{row['ms']:9.3f}", end="")
-            print(f"{row['batch'] / row['ms'] * 1e3:10.1f}{error:>10}")
+def describe(kind: str, row: dict[str, Any]) -> str:
+    """A row in a line."""
+    what = row.get("layer") or f"{row['network']}, {row['backend']}"
+    parts = [f"{what:40} {row['dtype']:8} batch {row.get('batch', 1)}"]
+    if kind == "kernels":
+        us = row["us"]
+        parts.append(f"rows {us['rows']:.1f} columns {us['columns']:.1f} pair {us['pair']:.1f} µs")
+        parts.append(f"floor {row['floor_us']:.1f} ({row['share']:.0%})")
+    elif kind == "networks":
+        parts.append(f"{row['ms']:.3f} ms {row['timed']}")
+        if "h2d_ms" in row:
+            parts.append(f"copies {row['h2d_ms']:.3f} in, {row['d2h_ms']:.3f} out")
+    else:
+        parts.append(f"PTX {row['ptx']}, launched by the driver")
+    if row["error"] is not None:
+        parts.append(f"error {row['error']:.1e}" + ("" if row["within"] else " WRONG"))
+    if row.get("clocks"):
+        seen = row["clocks"]
+        parts.append(f"{seen['sm_mhz'][1]:.0f} MHz" + ("" if seen["steady"] else " (moved)"))
+        parts += seen["throttled"]
+    return ", ".join(parts)
+
+
+def imports(record: Record) -> None:
+    """Everything that is measured with, at once, so that what is missing is known in seconds."""
+    from benchmarks.gpu.pydantic_stand_in import install_if_missing
+
+    found: dict[str, Any] = record.content["imports"]
+    if install_if_missing():
+        found["pydantic"] = "not installed; a stand-in with defaults and no validation is used"
+    for name in (*NEEDED, *(f"benchmarks.{ours}" for ours in OURS), *OPTIONAL):
+        try:
+            found[name] = getattr(importlib.import_module(name), "__version__", "here")
+        except Exception as e:  # noqa: PERF203 - whatever a broken installation raises
+            found[name] = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+            if name not in OPTIONAL:
+                raise
+        finally:
+            record.write()
+
+
+def environment(record: Record) -> int:
+    """Describe the machine; its compute capability, e.g. 90."""
+    import torch
+
+    found = record.content["environment"]
+    found |= {"torch": torch.__version__, "cuda": torch.version.cuda}
+    if not torch.cuda.is_available():
+        return 90
+    from benchmarks.gpu.timing import Clocks
+
+    properties = torch.cuda.get_device_properties(0)
+    found |= {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "cache_mib": round(properties.L2_cache_size / 2**20, 1),
+        "cudnn": torch.backends.cudnn.version(),
+        "tf32": False,
+    }
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    # The visible device, which need not be the first that nvidia-smi lists.
+    uuid = getattr(properties, "uuid", None)
+    record.clocks = Clocks(f"GPU-{uuid}" if uuid else "0")
+    return 10 * properties.major + properties.minor
+
+
+def compile_all(record: Record, networks: Any, capability: int) -> None:
+    """All kernels at once, in processes, for Triton's cache: launching them finds them there."""
+    import torch
+
+    from benchmarks.gpu.kernels import Assembly
+    from benchmarks.gpu.own_ptx import plugin_launches
+    from fdconv_deploy.ops.compile_kernels import oldest_ptx, precompile
+    from fdconv_deploy.ops.launch import collected_launches
+
+    workers = len(os.sched_getaffinity(0))
+    dry = record.content["dry_run"]
+    layers = dict(list(networks.layers.items())[:1]) if dry else networks.layers
+    plugins = plugin_launches(layers)
+    precompile(plugins, capability, ptx_version=oldest_ptx(capability), workers=workers)
+    launched = []
+    if not dry:
+        with collected_launches() as found, torch.no_grad():
+            for dtype in (torch.float16, torch.float32):
+                networks.fused("FDConv", dtype, 1)(networks.image.to("cuda"))
+        launched += found
+        for layer, folded in layers.values():
+            assembly = Assembly(layer, folded, 1, "cpu")
+            forms = (torch.float16, True), (torch.float32, False), (torch.float32, True)
+            launched += [assembly.rows(), *(assembly.columns(*form) for form in forms)]
+        precompile(launched, capability, workers=workers)
+    record.content["environment"]["compiled"] = len(set(plugins)) + len(set(launched))
+
+
+def own_driver() -> Any:
+    """The module ``cuda.bindings.driver``, of the package cuda-bindings."""
+    return importlib.import_module("cuda.bindings.driver")
 
 
 def main() -> None:
     options = arguments()
-    if options.dry_run:
-        # Before Triton is first imported, which reads it once.
+    dry = options.dry_run
+    # Both are read when Triton is imported or compiles, here and in processes of their own.
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+    if dry:
         os.environ["TRITON_INTERPRET"] = "1"
+    record = Record(options)
+    if not record.attempt("imports", lambda: imports(record), 0):
+        sys.exit(f"error: nothing can be measured here; see {record.write()}")
+    print(json.dumps(record.content["imports"], indent=1))
     from fdconv_deploy.errors import BackendError
     from fdconv_deploy.folding.cuda import require_cuda
 
-    if not options.dry_run:
+    if not dry:
         try:
             require_cuda()
         except BackendError as e:
+            record.write().unlink()
             sys.exit(f"error: {e}\nTo see that this script works, run it with --dry-run.")
+    capability = environment(record)
+    print(json.dumps(record.content["environment"], indent=1), flush=True)
     from benchmarks.gpu.kernels import measure_kernels
-    from benchmarks.gpu.networks import measure_networks
+    from benchmarks.gpu.networks import Networks, in_other_runtimes, in_pytorch, measure_networks
+    from benchmarks.gpu.own_ptx import measure_own_ptx
 
-    record = Record(options)
-    print(json.dumps(record.content["environment"], indent=1))
-    measure_kernels(record, dry=options.dry_run)
-    measure_networks(record, dry=options.dry_run)
-    table(record.content)
-    root = Path(__file__).parents[1] / "results"
-    folder = options.output or Path(os.environ.get("OUT") or root)
-    print(f"\n{record.write(folder)}")
+    made: list[Networks] = []
+    if record.attempt("building and folding the networks", lambda: made.append(Networks(dry)), 0):
+        networks = made[0]
+        record.attempt("compiling", lambda: compile_all(record, networks, capability))
+        measure_kernels(record, networks.layers)
+        measure_networks(record, in_pytorch(networks))
+        driver: list[Any] = []
+        # A wrong pointer would end all that this process does on the GPU: not first.
+        if not dry and record.attempt("cuda.bindings.driver", lambda: driver.append(own_driver())):
+            measure_own_ptx(record, networks.layers, capability, *driver)
+        measure_networks(record, in_other_runtimes(networks))
+    if record.clocks is not None:
+        record.clocks.close()
+        record.content["environment"]["clocks"] = record.clocks.problem or "sampled"
+    print(f"\n{record.write()}")
+    if wrong := record.wrong():
+        sys.exit(f"error: {len(wrong)} of the answers are further off than their limits")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import ctypes
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.gpu import arithmetic
+from benchmarks.gpu.run import Record
 from benchmarks.gpu.shapes import RESNET50
 
 ROOT = Path(__file__).parents[3]
@@ -21,33 +25,101 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
+# Lets nothing be imported but the standard library, the repository, and torch, Triton and numpy
+# with what they ask for: what the GPU machine has.
+BARE = """
+import importlib.util, re, sys
+from importlib.metadata import distribution, packages_distributions, PackageNotFoundError
+
+def closure(name, seen):
+    try:
+        found = distribution(name)
+    except PackageNotFoundError:
+        return seen
+    key = found.metadata["Name"].lower().replace("_", "-")
+    if key not in seen:
+        seen.add(key)
+        for text in found.requires or ():
+            if "extra ==" not in text:
+                closure(re.match(r"[A-Za-z0-9._-]+", text).group(), seen)
+    return seen
+
+there = {"fdconv-deploy"}
+for name in ("torch", "triton", "numpy"):
+    closure(name, there)
+HIDDEN = {
+    module for module, owners in packages_distributions().items()
+    if not any(o.lower().replace("_", "-") in there for o in owners)
+}
+
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: (
+    None if name.partition(".")[0] in HIDDEN else find_spec(name, package)
+)
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hide())
+"""
+
+
+def run(*options: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OUT")}
     environment |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    if path is not None:
+        (path / "sitecustomize.py").write_text(BARE)
+        environment["PYTHONPATH"] = str(path)
     command = [str(ROOT / "benchmarks" / "gpu.sh"), *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @needs_triton
-def test_a_dry_run_measures_every_part(tmp_path):
-    done = run("--dry-run", "--output", str(tmp_path))
+def test_a_dry_run_needs_torch_triton_and_numpy_alone(tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    done = run("--dry-run", "--output", str(tmp_path / "out"), path=bare)
     assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.iterdir()
+    (path,) = (tmp_path / "out").iterdir()
     record = json.loads(path.read_text())
     assert record["dry_run"]
-    assert record["not_run"] == []
     assert record["environment"]["torch"] == torch.__version__
+    imports = record["imports"]
+    assert "stand-in" in imports["pydantic"]
+    for name in ("onnx", "onnxruntime", "onnx_graphsurgeon"):
+        assert imports[name].startswith("ModuleNotFoundError")
+    # What these would be needed for is named, and nothing else is left out.
+    assert [part["what"] for part in record["not_run"]] == [
+        "FDConv, ONNX Runtime, batch 1", "baseline, ONNX Runtime, batch 1",
+    ]  # fmt: skip
+    assert all("No module named" in part["reason"] for part in record["not_run"])
+    assert record["environment"]["compiled"] >= 3  # plugins' PTX, in processes that interpret not
+    assert {row["layer"] for row in record["kernels"]} == {"32→32 1×1", "32→20 1×1"}
     for row in record["kernels"]:
         assert row["error"] <= (2e-6 if row["dtype"] == "float32" else 1.5e-3)
-        assert row["us"].keys() == {"rows", "columns"}
-    errors = {(r["backend"], r["dtype"]): r["error"] for r in record["networks"]}
-    assert errors.pop(("baseline", "float16")) is None
-    assert errors.pop(("baseline", "float32")) is None
-    assert len(errors) == 4
-    for (_, dtype), error in errors.items():
+        assert row["us"].keys() == {"rows", "columns", "pair"}
+    errors = {(r["network"], r["backend"], r["dtype"]): r["error"] for r in record["networks"]}
+    assert len(errors) == 6
+    for (_, _, dtype), error in errors.items():
         assert error <= (4e-6 if dtype == "float32" else 5e-3)
+    # Each network's baseline on the same backend.
+    assert {key[1:] for key in errors if key[0] == "FDConv"} == {
+        key[1:] for key in errors if key[0] == "baseline"
+    }
     assert str(path) in done.stdout
-    assert "images/s" in done.stdout
+    assert "ms compute" in done.stdout
+
+
+@needs_triton
+def test_onnxruntime_runs_both_networks(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from benchmarks.gpu import networks
+
+    row = networks.onnxruntime(networks.Networks(dry=True), "baseline", 1)
+    assert row["backend"] == "onnxruntime-cpu"
+    assert row["error"] <= 4e-6
 
 
 @needs_triton
@@ -58,6 +130,131 @@ def test_what_there_is_no_time_for_is_recorded(tmp_path):
     assert record["kernels"] == record["networks"] == []
     assert all(r["reason"] == "no time left of 0 s" for r in record["not_run"])
     assert len(record["not_run"]) > 3
+
+
+def a_record(folder: Path) -> Record:
+    return Record(argparse.Namespace(seconds=60.0, output=folder, dry_run=True))
+
+
+def test_a_wrong_answer_is_recorded_with_its_time(tmp_path):
+    record = a_record(tmp_path)
+    row = {"network": "FDConv", "backend": "fused", "dtype": "float16", "batch": 1, "ms": 1.5}
+    for error in (1e-3, 0.5, float("nan")):
+        record.add(
+            "networks", lambda e=error: {**row, "timed": "compute", "error": e, "limit": 2e-2}
+        )
+    written = json.loads(record.write().read_text())["networks"]
+    assert [r["within"] for r in written] == [True, False, False]
+    assert all(r["ms"] == 1.5 for r in written)
+    assert len(record.wrong()) == 2
+
+
+def test_a_part_that_fails_leaves_the_record_whole(tmp_path):
+    record = a_record(tmp_path)
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    assert not record.attempt("a part", fail)
+    (part,) = json.loads(next(tmp_path.iterdir()).read_text())["not_run"]  # written meanwhile
+    assert part == {
+        "what": "a part",
+        "reason": "RuntimeError: CUDA error: an illegal memory access",
+    }
+
+
+SMI = """#!{python}
+import sys, time
+for mhz, active in ((1980, "0x1"), (1755, "0x4"), (1980, "0x0")):
+    print(f"{{mhz}}, 3201, 512.34, 61, {{active}}", flush=True)
+print("[Unknown Error]", flush=True)
+time.sleep(60)
+"""
+
+
+def test_clocks_are_sampled_and_one_that_moved_is_marked(tmp_path, monkeypatch):
+    from benchmarks.gpu.timing import Clocks
+
+    (tmp_path / "nvidia-smi").write_text(SMI.format(python=sys.executable))
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    start = time.monotonic()
+    clocks = Clocks("GPU-1234")
+    while clocks.problem is None:
+        assert time.monotonic() - start < 60
+        time.sleep(0.01)
+    seen = clocks.between(start, time.monotonic())
+    clocks.close()
+    assert seen == {
+        "samples": 3, "sm_mhz": [1755.0, 1980.0, 1980.0], "steady": False, "memory_mhz": 3201.0,
+        "watts": 512.34, "celsius": 61.0, "throttled": ["power cap"],
+    }  # fmt: skip
+    assert clocks.between(0, 1) is None
+    assert "Unknown Error" in clocks.problem
+
+
+def test_without_nvidia_smi_the_reason_is_kept(monkeypatch, tmp_path):
+    from benchmarks.gpu.timing import Clocks
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "does not run" in Clocks("0").problem
+
+
+class FakeDriver:
+    """Notes what it is asked for, as ``cuda.bindings.driver`` is asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def __getattr__(self, name: str):
+        def call(*arguments):
+            self.calls.append((name, *arguments))
+            return (0, f"a {name}")
+
+        return call
+
+
+def test_own_ptx_is_launched_as_tensorrt_would():
+    from benchmarks.gpu.own_ptx import Driver
+    from fdconv_deploy.ops.compile_kernels import CompiledKernel
+
+    kernel = CompiledKernel("rows", 90, ".version 8.0\n", ("u64",) * 3, 128, 4096)
+    driver = FakeDriver()
+    Driver(driver).launch(kernel, (2, 40, 1), [16, 32, 48])
+    names = [call[0] for call in driver.calls]
+    assert names == [
+        "cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuCtxSynchronize",
+        "cuModuleUnload",
+    ]  # fmt: skip
+    assert driver.calls[1][1:] == ("a cuModuleLoadData", b"rows")
+    _, function, *given = driver.calls[2]
+    assert function == "a cuModuleGetFunction"
+    values, kinds = given[8]
+    assert given[:8] == [2, 40, 1, 128, 1, 1, 4096, 0]
+    assert values == (16, 32, 48)
+    assert kinds == (ctypes.c_void_p,) * 3
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(64, 64, 3), (256, 64, 1)], ids=str)
+def test_own_ptx_is_that_of_the_plugins(shape):
+    from benchmarks.gpu.kernels import Assembly
+    from benchmarks.gpu.own_ptx import assembly_steps
+    from fdconv_deploy.folding.layer import fold_layer
+    from fdconv_deploy.nn import FDConv2d
+    from fdconv_deploy.ops.frequency_assembly.plugin import COLUMN_INPUTS, ROW_INPUTS
+    from fdconv_deploy.ops.tensorrt_plugins import launch_of
+
+    ins, outs, side = shape
+    layer = FDConv2d(ins, outs, side, padding=side // 2, kernel_num=64).eval()
+    assembly = Assembly(layer, fold_layer(layer, (8, 8), name="layer"), 1, "cpu")
+    weight = assembly.weight(torch.float16)
+    rows, columns = assembly_steps(assembly, torch.float16, weight)
+    sizes = [*assembly.sizes.numbers(), 1]
+    assert rows.launch == launch_of("FrequencyAssemblyRows", sizes)
+    assert columns.launch == launch_of("FrequencyAssemblyColumns_Half", sizes)
+    assert len(rows.tensors) == len(ROW_INPUTS) + 1
+    assert len(columns.tensors) == len(COLUMN_INPUTS) + 1
 
 
 @needs_triton
