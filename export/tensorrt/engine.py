@@ -111,7 +111,7 @@ def build_engines(
         reason = "it was asked for"
         if not force:
             try:
-                record = find_engine(view, batch, machine)
+                record = find_engine(view, batch, machine, tf32=options.tf32)
             except BackendError as error:
                 reason = str(error)
             else:

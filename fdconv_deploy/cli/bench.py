@@ -47,7 +47,7 @@ def bench(
     backend: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of bundles: auto (the default), tensorrt, onnxruntime-tensorrt, "
+            help="Of bundles: auto (the default), tensorrt, "
             "onnxruntime-cuda, onnxruntime-cpu, openvino, openvino-bf16; of checkpoints: eager "
             "(the default), compile, folded, fused; or all. Repeatable."
         ),

@@ -82,8 +82,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")
 Backend = Annotated[
     str,
     typer.Option(
-        help="auto, tensorrt, onnxruntime-tensorrt, onnxruntime-cuda, onnxruntime-cpu, openvino or "
-        "openvino-bf16."
+        help="auto, tensorrt, onnxruntime-cuda, onnxruntime-cpu, openvino or openvino-bf16."
     ),
 ]
 

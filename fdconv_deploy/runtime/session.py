@@ -38,6 +38,7 @@ def open_session(
     spinning: bool = True,
     providers: Sequence[Any] | None = None,
     native: bool | None = None,
+    tf32: bool | None = None,
     verify: bool = True,
 ) -> Session:
     """Open a bundle to run inference on it.
@@ -49,8 +50,8 @@ def open_session(
     Args:
         bundle: the bundle's folder, or a ``Bundle`` already opened, which is read when a graph is
             first loaded unless it holds its files already.
-        backend: "auto", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt",
-            "tensorrt" (engines made by ``fdconv build``), "openvino" or "openvino-bf16".
+        backend: "auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt" (engines
+            made by ``fdconv build``), "openvino" or "openvino-bf16".
         threads: number of CPU threads of a run. By default, as many as there are physical cores
             this process may use, by its affinity and its cgroup's quota.
         spinning: whether threads wait for each other busily within a run, which saves waking
@@ -61,6 +62,10 @@ def open_session(
             functions of standard operators that every bundle carries (False). By default
             ``FDCONV_NATIVE`` (1 or 0) decides, else whether they are built; ``Session.operators``
             tells which are used. See docs/native.md.
+        tf32: whether float32 products on a GPU may round their factors to ten bits (TF32). By
+            default ``FDCONV_TF32`` (1 or 0) decides, else they may not, whatever the backend. Of
+            TensorRT's engines it was settled as they were built; one built with it is taken only
+            where it is asked for.
         verify: False skips hashing the bundle's files.
 
     Raises:
@@ -72,7 +77,7 @@ def open_session(
     if threads is not None and threads < 1:
         raise BackendError(f"A run takes 1 thread or more, not {threads}.")
     given = None if providers is None else tuple(providers)
-    options = BackendOptions(threads, given, spinning, native)
+    options = BackendOptions(threads, given, spinning, native, tf32)
     used, choice, graphs = select(bundle, backend, options)
     if len(bundle.manifest.sizes) < 2:
         return Session(bundle, GraphRunner(bundle, used, choice, graphs))

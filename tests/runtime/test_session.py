@@ -454,7 +454,7 @@ class TestBackends:
             session.segment(image)
         with open_session(toy_bundle) as session:
             assert session.backend == "onnxruntime-cpu"
-            assert "CUDA did not start" in session.choice
+            assert "CUDA did not run" in session.choice
             session.segment(image)
 
     def test_providers_are_passed_on(self, toy_bundle: Path, image: np.ndarray) -> None:

@@ -37,8 +37,7 @@ def select(
     Args:
         bundle: the bundle to be run.
         name: a key of ``BACKENDS``, or "auto": TensorRT where the bundle has an engine for this
-            machine, else CUDA where it really starts, else CPU. "onnxruntime-tensorrt" must be
-            named: it builds engines each time a bundle is opened; and so must OpenVINO be.
+            machine, else CUDA where it really runs, else CPU. OpenVINO must be named.
         options: what the caller set.
 
     Returns:
@@ -72,7 +71,7 @@ def select(
             fast = TensorRTBackend(options)
             for view in [bundle.at(size) for size in bundle.manifest.sizes] or [bundle]:
                 for batch in view.manifest.models:
-                    find_engine(view, batch, fast.machine)
+                    find_engine(view, batch, fast.machine, tf32=fast.tf32)
             graphs = {first: fast.load(bundle, first)}
         except FDConvError as error:
             engines = f"; its TensorRT engines cannot be used: {str(error).rstrip('.')}"
@@ -81,12 +80,13 @@ def select(
     reason = cuda_problem()
     if reason is None:
         try:
-            # Only loading a graph shows whether a GPU, its driver and libraries are there.
+            # Only loading and running a graph shows whether a GPU, its driver, CUDA's libraries
+            # and cuDNN are there; loading runs it.
             backend = BACKENDS["onnxruntime-cuda"](options)
             graphs = {first: backend.load(bundle, first)}
         except BackendError as error:
-            reason = f"CUDA did not start ({error})"
+            reason = f"CUDA did not run ({error})"
         else:
-            choice = f"onnxruntime-cuda, since its CUDA provider started{engines}."
+            choice = f"onnxruntime-cuda, since its CUDA provider runs{engines}."
             return backend, choice, graphs
     return BACKENDS[cpu](options), f"{cpu}, since {reason.rstrip('.')}{engines}.", {}

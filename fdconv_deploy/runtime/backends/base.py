@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ from fdconv_deploy.errors import BackendError
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import TensorSpec
 
+# Asks for TF32 where no argument does, with 1.
+TF32 = "FDCONV_TF32"
 Tensors = Mapping[str, npt.NDArray[Any]]
 # A tensor's name, shape and type.
 Signature = tuple[str, tuple[Any, ...], str]
@@ -65,12 +68,22 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """What a caller may set; ``None`` leaves it to the backend. See `open_session`."""
+    """What a caller may set; ``None`` leaves it to the backend. See `open_session`.
+
+    tf32: whether float32 products may round their factors to ten bits on a GPU's tensor cores; None
+    leaves it to ``FDCONV_TF32``.
+    """
 
     threads: int | None = None
     providers: tuple[Any, ...] | None = None
     spinning: bool = True
     native: bool | None = None
+    tf32: bool | None = None
+
+    @property
+    def rounds_to_tf32(self) -> bool:
+        """Whether TF32 was asked for; on every backend it is off where it was not."""
+        return os.environ.get(TF32, "0") == "1" if self.tf32 is None else self.tf32
 
 
 def feeds_problem(specs: tuple[TensorSpec, ...], feeds: Tensors) -> str | None:

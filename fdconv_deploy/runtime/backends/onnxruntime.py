@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops.native import SWITCH, native_library
-from fdconv_deploy.runtime.backends.base import BackendOptions, Tensors, check_signature
+from fdconv_deploy.runtime.backends.base import (
+    BackendOptions,
+    Graph,
+    Tensors,
+    check_signature,
+    feeds_problem,
+)
 from fdconv_deploy.runtime.backends.threads import available_cores
 from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.bundle import Bundle
+from fdconv_deploy.runtime.manifest import TensorSpec
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-TENSORRT = "TensorrtExecutionProvider"
 # Backend -> its execution provider, and the packages that have it.
-PROVIDERS = {
-    "onnxruntime-tensorrt": (TENSORRT, ("onnxruntime-gpu", "tensorrt")),
+PROVIDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "onnxruntime-cuda": (CUDA, ("onnxruntime-gpu",)),
     "onnxruntime-cpu": (CPU, ("onnxruntime",)),
 }
@@ -33,8 +39,6 @@ _NUMPY_TYPES = {"float": "float32", "double": "float64"}  # other types have num
 
 class OnnxRuntimeBackend:
     """Runs graphs in ONNX Runtime with one execution provider first.
-
-    With TensorRT's provider, loading a graph builds an engine, which takes minutes.
 
     Args:
         name: of the backend, a key of ``PROVIDERS``.
@@ -61,13 +65,14 @@ class OnnxRuntimeBackend:
                 f"Install one that has it ({install(*packages) or 'see onnxruntime.ai'}), or "
                 "choose 'onnxruntime-cpu'.",
             )
-        self._providers = list(options.providers or _default_providers(self._provider))
+        self._given = options.providers
+        self._tf32 = options.rounds_to_tf32
         if self.device == "cuda" and hasattr(self._ort, "preload_dlls"):
             self._ort.preload_dlls()  # finds CUDA and cuDNN as installed by pip
         self._native = options.native
         self._library: Path | None = None
         self.operators = ""
-        if self.device == "cpu" and [first_name([p]) for p in self._providers] == [CPU]:
+        if self.device == "cpu" and [first_name([p]) for p in self._given or [CPU]] == [CPU]:
             self._library, why = native_library(options.native)
             self.operators = f"{'native' if self._library else 'portable'} operators, since {why}"
         elif options.native:
@@ -81,8 +86,33 @@ class OnnxRuntimeBackend:
         """CPU threads of a run. See :class:`Backend`."""
         return self._threads if self._provider == CPU else 1
 
-    def load(self, bundle: Bundle, batch: int, threads: int | None = None) -> OnnxRuntimeGraph:
-        """Load the graph of one batch size. See :class:`Backend`."""
+    def load(self, bundle: Bundle, batch: int, threads: int | None = None) -> Graph:
+        """Load the graph of one batch size; on a GPU, run it once. See :class:`Backend`."""
+        name = bundle.manifest.models[batch]
+        if self._given is not None or self._provider != CUDA:
+            providers = list(self._given or [CPU])
+            return OnnxRuntimeGraph(self._session(bundle, batch, threads, providers), name)
+        how = "in one CUDA graph"
+        try:
+            graph = self._on_gpu(bundle, batch, captured=True)
+        except _NotStartedError:
+            raise
+        except BackendError as error:
+            graph = self._on_gpu(bundle, batch, captured=False)
+            how = f"without a CUDA graph, since {str(error).rstrip('.')}"
+        rounding = "with TF32" if self._tf32 else "without TF32"
+        self.operators = f"portable operators, {rounding}, {how}"
+        return graph
+
+    def _on_gpu(self, bundle: Bundle, batch: int, *, captured: bool) -> CudaGraph:
+        providers = [_cuda(tf32=self._tf32, captured=captured), CPU]
+        session = self._session(bundle, batch, None, providers)
+        specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
+        return CudaGraph(self._ort, session, bundle.manifest.models[batch], *specs)
+
+    def _session(
+        self, bundle: Bundle, batch: int, threads: int | None, providers: list[Any]
+    ) -> Any:
         if self._library is not None and (problem := bundle.manifest.older_nodes):
             self._library, why = native_library(self._native, problem)
             self.operators = f"portable operators, since {why}"
@@ -96,7 +126,7 @@ class OnnxRuntimeBackend:
             options.add_external_initializers_from_files_in_memory(
                 list(weights), list(weights.values()), [len(data) for data in weights.values()]
             )
-            session = self._ort.InferenceSession(graph, options, providers=self._providers)
+            session = self._ort.InferenceSession(graph, options, providers=providers)
         except Exception as error:
             doing = f"loading {name!r} of the bundle {bundle.path}"
             raise _out_of_memory(error, doing) or BackendError(
@@ -106,10 +136,10 @@ class OnnxRuntimeBackend:
         # Without this, ONNX Runtime drops to another provider when one fails, unasked.
         session.disable_fallback()
         if session.get_providers()[0] != self._provider:
-            raise BackendError(
+            raise _NotStartedError(
                 f"ONNX Runtime could not start {self._provider} on this machine. Check that "
-                "its driver and libraries are installed (its own message is above), or choose "
-                "backend 'onnxruntime-cpu'."
+                "its driver (`nvidia-smi`) and libraries are installed (its own message is above; "
+                f"{install('onnxruntime-gpu')}), or choose backend 'onnxruntime-cpu'."
             )
         check_signature(
             bundle,
@@ -119,7 +149,7 @@ class OnnxRuntimeBackend:
                 for values in (session.get_inputs(), session.get_outputs())
             ),
         )
-        return OnnxRuntimeGraph(session, name)
+        return session
 
     def _session_options(self, threads: int) -> Any:
         options = self._ort.SessionOptions()
@@ -175,11 +205,87 @@ class OnnxRuntimeGraph:
         try:
             values = self._session.run(self._outputs, dict(feeds))
         except Exception as error:
-            raise _out_of_memory(error, f"running {self._name!r}") or BackendError(
-                f"ONNX Runtime failed while running {self._name!r}: {first_line(error)}. If it "
-                "fails again, update onnxruntime, or export the bundle again."
-            ) from error
+            raise _failed(error, self._name) from error
         return dict(zip(self._outputs, values, strict=True))
+
+
+class CudaGraph:
+    """One loaded graph on a GPU, between buffers that stay where they are. See :class:`Graph`.
+
+    Where the session captures, its first run records a CUDA graph, which every other run replays:
+    of thousands of kernels that start one by one, none waits for the CPU. All runs are of one
+    thread, since the provider records one graph for each that runs it.
+
+    Args:
+        ort: the module ``onnxruntime``.
+        session: of the CUDA provider.
+        name: of the graph's file.
+        inputs, outputs: of the graph.
+
+    Raises:
+        BackendError: it cannot be run.
+    """
+
+    def __init__(
+        self,
+        ort: Any,
+        session: Any,
+        name: str,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+    ) -> None:
+        self._session, self._name, self._specs = session, name, inputs
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime-cuda")
+        self._binding = session.io_binding()
+        self._inputs: dict[str, Any] = {}
+        self._outputs: dict[str, Any] = {}
+        feeds = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in inputs}
+        try:
+            for key, zeros in feeds.items():
+                value = ort.OrtValue.ortvalue_from_numpy(zeros, "cuda", 0)
+                self._inputs[key] = value
+                self._binding.bind_ortvalue_input(key, value)
+            for spec in outputs:
+                kind = np.dtype(spec.dtype).type
+                value = ort.OrtValue.ortvalue_from_shape_and_type(spec.shape, kind, "cuda", 0)
+                self._outputs[spec.name] = value
+                self._binding.bind_ortvalue_output(spec.name, value)
+        except Exception as error:
+            raise _failed(error, name) from error
+        # A provider that has started may still lack what its first convolution loads.
+        self.run(feeds)
+
+    def run(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
+        """Every output by name. See :class:`Graph`."""
+        problem = feeds_problem(self._specs, feeds)
+        if problem is not None:
+            raise BackendError(f"The graph {self._name!r} does not take these inputs: {problem}.")
+        return self._thread.submit(self._run, feeds).result()
+
+    def _run(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
+        try:
+            self.copy_in(feeds)
+            self.compute()
+            return self.copy_out()
+        except Exception as error:
+            raise _failed(error, self._name) from error
+
+    def copy_in(self, feeds: Tensors) -> None:
+        """Inputs to the GPU. This and what follows: on the one thread only."""
+        for name, value in feeds.items():
+            self._inputs[name].update_inplace(np.ascontiguousarray(value))
+
+    def compute(self) -> None:
+        """Run, and wait for it."""
+        self._session.run_with_iobinding(self._binding)
+
+    def copy_out(self) -> dict[str, npt.NDArray[Any]]:
+        """Outputs to arrays of the caller's own."""
+        return {name: value.numpy() for name, value in self._outputs.items()}
+
+
+class _NotStartedError(BackendError):
+    """A provider is not there at all, however a session is asked for."""
 
 
 def import_onnxruntime(package: str = "onnxruntime") -> Any:
@@ -199,25 +305,20 @@ def import_onnxruntime(package: str = "onnxruntime") -> Any:
     return onnxruntime
 
 
-def _default_providers(provider: str) -> list[Any]:
-    """In ONNX Runtime's notation, those that a backend tries in turn."""
-    # The default, EXHAUSTIVE, spends over half a second on every new shape.
-    cuda = (CUDA, {"cudnn_conv_algo_search": "HEURISTIC"})
-    if provider != TENSORRT:
-        return [CPU] if provider == CPU else [cuda, CPU]
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root, "fdconv-deploy", "onnxruntime-tensorrt")
-    folder.mkdir(parents=True, exist_ok=True)
-    # Measurements of earlier builds are kept, and no engines: those are code, and ONNX Runtime's
-    # own store of them knows no hashes.
-    timing = {"trt_timing_cache_enable": True, "trt_timing_cache_path": str(folder)}
-    return [(TENSORRT, timing), cuda, CPU]
+def _cuda(*, tf32: bool, captured: bool) -> tuple[str, dict[str, str]]:
+    """The CUDA provider and its options, in ONNX Runtime's notation."""
+    return CUDA, {
+        # The default, EXHAUSTIVE, spends over half a second on every new shape.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "use_tf32": str(int(tf32)),  # 1 by default
+        "enable_cuda_graph": str(int(captured)),
+    }
 
 
 def cuda_problem() -> str | None:
     """Why the CUDA provider is not even listed, as a clause; None when it is.
 
-    A listed provider may still fail to start: the GPU wheel lists it on any machine.
+    A listed provider may still fail to start, or to run: the GPU wheel lists it on any machine.
     """
     if CUDA not in import_onnxruntime().get_available_providers():
         return "the installed onnxruntime has no CUDA provider"
@@ -240,6 +341,18 @@ def first_line(error: Exception) -> str:
     """The first line of an error's text, without ONNX Runtime's mark and the full stop."""
     lines = _MARK.sub("", str(error).strip()).splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(". ")
+
+
+def _failed(error: Exception, name: str) -> BackendError:
+    if re.search(r"cudnn.*(unavailable|dlopen|cannot open)", str(error), re.IGNORECASE | re.DOTALL):
+        return BackendError(
+            f"ONNX Runtime's CUDA provider found no cuDNN when it came to run {name!r}. Install it "
+            f"({install('onnxruntime-gpu')}), or choose backend 'onnxruntime-cpu'."
+        )
+    return _out_of_memory(error, f"running {name!r}") or BackendError(
+        f"ONNX Runtime failed while running {name!r}: {first_line(error)}. If it "
+        "fails again, update onnxruntime, or export the bundle again."
+    )
 
 
 def _out_of_memory(error: Exception, doing: str) -> BackendError | None:

@@ -173,7 +173,8 @@ class TensorRTBackend:
             gpu=gpu, capability=capability, driver=self.cuda.driver(), tensorrt=version
         )
         self._held: dict[str, tuple[EngineRecord, bytes]] = {}  # by the graph's name
-        del options  # of threads and providers nothing applies
+        self.tf32 = options.rounds_to_tf32
+        # Of threads and providers nothing applies.
 
     def load(self, bundle: Bundle, batch: int, threads: int | None = None) -> TensorRTGraph:
         """Load the engine of one batch size. See :class:`Backend`."""
@@ -190,7 +191,7 @@ class TensorRTBackend:
         return self.load_plan(plan, record, *specs)
 
     def _read(self, bundle: Bundle, batch: int) -> tuple[EngineRecord, bytes]:
-        record = find_engine(bundle, batch, self.machine)
+        record = find_engine(bundle, batch, self.machine, tf32=self.tf32)
         return record, read_engine(bundle, record)
 
     def load_plan(

@@ -72,11 +72,19 @@ class Fingerprint(_Model):
     version_compatible: bool = False
     tf32: bool = False
 
-    def problem(self, machine: Machine, graph: str) -> str | None:
-        """Why an engine of this fingerprint does not serve, as a clause; None when it does."""
+    def problem(self, machine: Machine, graph: str, *, tf32: bool = False) -> str | None:
+        """Why an engine of this fingerprint does not serve, as a clause; None when it does.
+
+        tf32: whether float32 products may round.
+        """
         mine = self.machine
         if graph != self.graph:
             return "it was built from another graph than this bundle holds now"
+        if self.tf32 and not tf32:
+            return (
+                "it was built with --tf32, which is not asked for now (by tf32=True, or by "
+                "FDCONV_TF32=1 in the environment)"
+            )
         if mine.tensorrt != machine.tensorrt and not (
             self.version_compatible and _newer_or_same(mine.tensorrt, machine.tensorrt)
         ):
@@ -158,8 +166,12 @@ def read_index(bundle: Bundle) -> EngineIndex:
     return read_versioned(inside(bundle.path, INDEX), EngineIndex, INDEX_VERSION, advice)
 
 
-def find_engine(bundle: Bundle, batch: int, machine: Machine) -> EngineRecord:
+def find_engine(
+    bundle: Bundle, batch: int, machine: Machine, *, tf32: bool = False
+) -> EngineRecord:
     """The engine of a batch size that this machine can run, the newest if several.
+
+    tf32: whether its float32 products may round.
 
     Raises:
         BackendError: there is none, with what there is and why it does not serve.
@@ -169,7 +181,7 @@ def find_engine(bundle: Bundle, batch: int, machine: Machine) -> EngineRecord:
     graph = graph_hash(bundle, batch)
     reasons = []
     for record in sorted(records, key=lambda r: r.built_at, reverse=True):
-        reason = record.fingerprint.problem(machine, graph)
+        reason = record.fingerprint.problem(machine, graph, tf32=tf32)
         if reason is None:
             return record
         reasons.append(f"{record.name}: {reason}")

@@ -103,10 +103,10 @@ class TestBuilding:
             "options": "other options",
         }  # fmt: skip
         assert words[change] in again.reason
-        with open_session(small) as session:
+        with open_session(small, tf32=options.tf32) as session:
             assert session.backend == "onnxruntime-cpu", "batch 4 has no engine"
             assert "batch 4" in session.choice
-        with open_session(small, "tensorrt") as session:
+        with open_session(small, "tensorrt", tf32=options.tf32) as session:
             session.run_raw({"images": np.zeros((1, 3, 32, 48), np.float32)})
 
     def test_engines_of_several_gpus_lie_side_by_side(self, small, trt, cuda):
