@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import BackendError, BundleError, ImageError
+from fdconv_deploy.ops.native import Native
 from fdconv_deploy.runtime.backends import BackendOptions, Tensors, select
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.detection import Detection, DetectionPipeline
@@ -37,7 +38,7 @@ def open_session(
     threads: int | None = None,
     spinning: bool = True,
     providers: Sequence[Any] | None = None,
-    native: bool | None = None,
+    native: Native = None,
     tf32: bool | None = None,
     verify: bool = True,
 ) -> Session:
@@ -60,8 +61,9 @@ def open_session(
         providers: ONNX Runtime execution providers, in its own notation.
         native: on ONNX Runtime's CPU provider, use the ``fdconv`` operators in C (True), or the
             functions of standard operators that every bundle carries (False). By default
-            ``FDCONV_NATIVE`` (1 or 0) decides, else whether they are built; ``Session.operators``
-            tells which are used. See docs/native.md.
+            ``FDCONV_NATIVE`` (1, 0 or nchw) decides, else whether they are built. Features are in
+            ONNX Runtime's blocked layout where they can be, with "nchw" in that of the export;
+            ``Session.operators`` tells what is used. See docs/native.md.
         tf32: whether float32 products on a GPU may round their factors to ten bits (TF32). By
             default ``FDCONV_TF32`` (1 or 0) decides, else they may not, whatever the backend. Of
             TensorRT's engines it was settled as they were built; one built with it is taken only

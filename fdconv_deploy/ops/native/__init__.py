@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Literal
 
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops.native.build import (
@@ -22,17 +23,23 @@ from fdconv_deploy.ops.native.build import (
 
 __all__ = [
     "FOLDER",
+    "NCHW",
     "SWITCH",
     "BuildError",
+    "Native",
     "build",
     "build_openvino",
     "compiler",
+    "kept_layout",
     "library_name",
     "native_library",
 ]
 
-# 0: never; 1: always, and it is an error where they are not built; unset: where they are built.
+# 0: never; 1: always, and it is an error where they are not built; nchw: so, with features in the
+# layout of the export; unset: where they are built.
 SWITCH = "FDCONV_NATIVE"
+NCHW: Literal["nchw"] = "nchw"
+Native = bool | Literal["nchw"] | None
 # Where installing builds them.
 FOLDER = Path(__file__).parent
 log = logging.getLogger("fdconv.native")
@@ -40,13 +47,13 @@ HOW = "python -m fdconv_deploy.ops.native builds them"
 
 
 def native_library(
-    wanted: bool | None = None, problem: str | None = None, openvino: str | None = None
+    wanted: Native = None, problem: str | None = None, openvino: str | None = None
 ) -> tuple[Path | None, str]:
     """The library to register, or None, and why, as a clause.
 
     Args:
-        wanted: True: use them; False: do not; None: as the environment variable ``FDCONV_NATIVE``
-            decides, else where they are built.
+        wanted: True or "nchw": use them; False: do not; None: as the environment variable
+            ``FDCONV_NATIVE`` decides, else where they are built.
         problem: why they cannot run a bundle, as a clause; see `Manifest.older_nodes`.
         openvino: the version of OpenVINO whose extension it is; ONNX Runtime's library if None.
 
@@ -56,9 +63,9 @@ def native_library(
     """
     by = "open_session(native=False)"
     if wanted is None and (switch := os.environ.get(SWITCH)):
-        if switch not in ("0", "1"):
-            raise BackendError(f"{SWITCH} is 0 or 1, not {switch!r}.")
-        wanted, by = switch == "1", f"{SWITCH}=0"
+        if switch not in ("0", "1", NCHW):
+            raise BackendError(f"{SWITCH} is 0, 1 or {NCHW}, not {switch!r}.")
+        wanted, by = switch != "0", f"{SWITCH}=0"
     if wanted is False:
         return None, f"{by} switches native ones off"
     if problem is not None:
@@ -79,3 +86,14 @@ def native_library(
         log.warning("portable operators run, since %s", why)  # a speed lost by an update
         return None, why
     return None, f"native ones are not built here ({HOW})"
+
+
+def kept_layout(wanted: Native = None) -> str | None:
+    """Why features keep the layout of the export, as a clause; None where they need not.
+
+    Args:
+        wanted: as of `native_library`, which has found a library.
+    """
+    if wanted is None and os.environ.get(SWITCH) == NCHW:
+        return f"{SWITCH}={NCHW} keeps NCHW"
+    return f"open_session(native={NCHW!r}) keeps NCHW" if wanted == NCHW else None

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.errors import BackendError
+from fdconv_deploy.ops.native import Native
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import TensorSpec
 
@@ -77,7 +78,7 @@ class BackendOptions:
     threads: int | None = None
     providers: tuple[Any, ...] | None = None
     spinning: bool = True
-    native: bool | None = None
+    native: Native = None
     tf32: bool | None = None
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy.typing as npt
 
 from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.ops.native import SWITCH, native_library
+from fdconv_deploy.ops.native import SWITCH, kept_layout, native_library
 from fdconv_deploy.runtime.backends.base import (
     BackendOptions,
     Graph,
@@ -20,9 +22,11 @@ from fdconv_deploy.runtime.backends.base import (
     check_signature,
     feeds_problem,
 )
+from fdconv_deploy.runtime.backends.blocked_layout import blocked_layout
 from fdconv_deploy.runtime.backends.threads import available_cores
 from fdconv_deploy.runtime.batching import linear_cost
-from fdconv_deploy.runtime.bundle import Bundle
+from fdconv_deploy.runtime.blocked_graph import block_graph
+from fdconv_deploy.runtime.bundle import Bundle, Bytes
 from fdconv_deploy.runtime.manifest import TensorSpec
 
 CPU = "CPUExecutionProvider"
@@ -32,6 +36,7 @@ PROVIDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "onnxruntime-cuda": (CUDA, ("onnxruntime-gpu",)),
     "onnxruntime-cpu": (CPU, ("onnxruntime",)),
 }
+log = logging.getLogger("fdconv.onnxruntime")
 _MARK = re.compile(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
 _NO_MEMORY = re.compile(r"bad_?alloc|bad allocation|[Ff]ailed to allocate memory|out of memory")
 _NUMPY_TYPES = {"float": "float32", "double": "float64"}  # other types have numpy's names
@@ -73,8 +78,9 @@ class OnnxRuntimeBackend:
         self._library: Path | None = None
         self.operators = ""
         if self.device == "cpu" and [first_name([p]) for p in self._given or [CPU]] == [CPU]:
-            self._library, why = native_library(options.native)
-            self.operators = f"{'native' if self._library else 'portable'} operators, since {why}"
+            self._library, self._why = native_library(options.native)
+            kind = "native" if self._library else "portable"
+            self.operators = f"{kind} operators, since {self._why}"
         elif options.native:
             raise BackendError(
                 f"The native operators run on {CPU} alone, not with {self._provider}. Leave native "
@@ -116,17 +122,14 @@ class OnnxRuntimeBackend:
         if self._library is not None and (problem := bundle.manifest.older_nodes):
             self._library, why = native_library(self._native, problem)
             self.operators = f"portable operators, since {why}"
-        options = self._session_options(threads or self._threads)
+        threads = threads or self._threads
         name = bundle.manifest.models[batch]
         bundle.hold()  # all at once: a graph loaded later is of the same bundle and needs no file
-        graph, weights = bytes(bundle.content(name)), bundle.external_data(name)
+        graph, files = bytes(bundle.content(name)), bundle.external_data(name)
         try:
-            # Bytes, not paths: ONNX Runtime would map the files, whoever writes to them. It copies
-            # what it keeps as the session is made, and the bytes need not outlive that.
-            options.add_external_initializers_from_files_in_memory(
-                list(weights), list(weights.values()), [len(data) for data in weights.values()]
-            )
-            session = self._ort.InferenceSession(graph, options, providers=providers)
+            session = self._blocked_session(graph, files, threads)
+            if session is None:
+                session = self._open(graph, files, threads, providers)
         except Exception as error:
             doing = f"loading {name!r} of the bundle {bundle.path}"
             raise _out_of_memory(error, doing) or BackendError(
@@ -150,6 +153,43 @@ class OnnxRuntimeBackend:
             ),
         )
         return session
+
+    def _blocked_session(
+        self, graph: bytes, files: Mapping[str, Bytes], threads: int
+    ) -> Any | None:
+        """A session of the graph in ONNX Runtime's blocked layout; None where it cannot be."""
+        if self._library is None:
+            return None
+        session = None
+        why = kept_layout(self._native)
+        if why is None:
+            block, why = blocked_layout()
+            rewritten = block_graph(graph, files, block) if block else None
+            if rewritten is not None:
+                constants = {rewritten.location: rewritten.constants}
+                try:
+                    session = self._open(rewritten.model, {**files, **constants}, threads, [CPU])
+                except Exception as error:
+                    if _out_of_memory(error, ""):
+                        raise
+                    why = f"ONNX Runtime refused the graph in it ({first_line(error)})"
+                    log.warning("the blocked layout is not used, since %s", why)
+            elif block:
+                why = "no FDConv layer of this graph gains by blocks"
+        blocked = f"blocks of {blocked_layout()[0]} channels" if session else f"NCHW, since {why}"
+        self.operators = f"native operators, since {self._why}; features in {blocked}"
+        return session
+
+    def _open(
+        self, graph: bytes, files: Mapping[str, Bytes], threads: int, providers: list[Any]
+    ) -> Any:
+        options = self._session_options(threads)
+        # Bytes, not paths: ONNX Runtime would map the files, whoever writes to them. It copies
+        # what it keeps as the session is made, and the bytes need not outlive that.
+        options.add_external_initializers_from_files_in_memory(
+            list(files), list(files.values()), [len(data) for data in files.values()]
+        )
+        return self._ort.InferenceSession(graph, options, providers=providers)
 
     def _session_options(self, threads: int) -> Any:
         options = self._ort.SessionOptions()

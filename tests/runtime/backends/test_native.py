@@ -103,7 +103,7 @@ def test_absent(here: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(BackendError, match=r"python -m fdconv_deploy\.ops\.native builds them"):
         open_session(bundle)
     monkeypatch.setenv("FDCONV_NATIVE", "yes")
-    with pytest.raises(BackendError, match="FDCONV_NATIVE is 0 or 1, not 'yes'"):
+    with pytest.raises(BackendError, match="FDCONV_NATIVE is 0, 1 or nchw, not 'yes'"):
         open_session(bundle)
 
 

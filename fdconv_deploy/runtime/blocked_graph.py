@@ -1,0 +1,626 @@
+"""A bundle's graph -> the same in ONNX Runtime's blocked layout, for this machine.
+
+ONNX Runtime's CPU provider convolves features whose channels lie in blocks of a vector's length,
+``(N, C/b, H, W, b)``, in three quarters of the time. Its own optimizer brings a network into that
+layout only where kernels are constant; the operators of its domain ``com.microsoft.nchwc`` take
+kernels made at run time just as well. So the graph is rewritten with them before it is loaded:
+constant convolutions, FDConv layers, pools and sums stay in blocks, and features are reordered
+only where an operator that knows no blocks reads them. The block's length is the machine's, which
+is why this is done as a session is opened; what is not rewritten runs as it did.
+
+A blocked tensor has the shape (N, C, H, W), C filled up with zeros to whole blocks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fdconv_deploy.runtime.attention_nodes import DOMAIN as OURS
+from fdconv_deploy.runtime.attention_nodes import fuse_attentions
+from fdconv_deploy.runtime.bundle import Bytes
+from fdconv_deploy.runtime.onnx_messages import (
+    ExternalTensors,
+    attributes,
+    captured,
+    copied,
+    drop_unread,
+    make_node,
+    read_model,
+    shape_of,
+    tensor_values,
+)
+
+RUNTIMES, FUNCTIONS = "com.microsoft.nchwc", "fdconv"
+# Operators on single numbers which keep zeros finite; padded channels are zeros, and whatever
+# becomes of them meets kernels of zeros.
+_UNARY = {"Relu", "LeakyRelu", "Sigmoid", "Tanh", "Clip", "HardSwish", "HardSigmoid", "Elu", "Erf"}
+_BINARY = {"Add", "Mul", "Sub"}
+_FLOAT = 1
+# Channels of whole blocks for each channel: with more, plain convolutions are faster.
+MOST_FILLED = 1.5
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockedGraph:
+    """The rewritten graph, and the bytes of the file ``location`` that it keeps constants in."""
+
+    model: bytes
+    location: str
+    constants: bytes
+
+
+@dataclass
+class _Layer:
+    """An FDConv layer of a graph: its assembly and all that convolves with its kernels.
+
+    gates: the matrix of all attentions; offsets: where in it each gate that scales kernels is.
+    x, y: what the layer convolves, and its answer. bias: of a single image.
+    """
+
+    assembly: Any
+    named: dict[str, str]
+    given: dict[str, Any]
+    gates: str
+    offsets: dict[str, int]
+    x: str
+    y: str
+    last: int
+    batch: int
+    scale: str | None
+    bias: NDArray[Any] | None
+    geometry: dict[str, Any] = field(default_factory=dict)
+
+
+def block_graph(model: bytes, external: Mapping[str, Bytes], block: int) -> BlockedGraph | None:
+    """Rewrite a graph for blocks of a length; None where no FDConv layer of it can be.
+
+    Args:
+        model: an exported graph, with its functions.
+        external: the files that it keeps constants in, by how it calls them.
+        block: of channels: 8 or 16.
+    """
+    return _Rewriting(model, external, block).run()
+
+
+class _Rewriting:
+    """One graph on its way. Nodes are appended in order; what nobody reads is left out at last."""
+
+    def __init__(self, model: bytes, external: Mapping[str, Bytes], block: int) -> None:
+        self.model, self.external, self.block = read_model(model), external, block
+        graph = self.graph = self.model.graph
+        fuse_attentions(graph, external)
+        self.nodes = list(graph.node)
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        self.producers: dict[str, int] = {}
+        self.readers: dict[str, list[int]] = defaultdict(list)
+        # Read from outside of the list of nodes: nothing may be fused past them.
+        self.kept = {value.name for value in graph.output}
+        for number, node in enumerate(self.nodes):
+            self.producers.update(dict.fromkeys(node.output, number))
+            for name in node.input:
+                self.readers[name].append(number)
+            self.kept.update(captured(node))
+        self.shapes: dict[str, Shape] = {}
+        for value in (*graph.input, *graph.value_info, *graph.output):
+            shape = shape_of(value)
+            if shape is not None and value.type.tensor_type.elem_type == _FLOAT:
+                self.shapes[value.name] = shape
+        self.plain = {value.name for value in graph.input} | set(self.constants)
+        self.blocked: dict[str, tuple[str, Shape]] = {}
+        self.out: list[Any] = []
+        self.done: set[int] = set()
+        self.added = ExternalTensors("blocked constants")
+        self.weights: dict[str, str] = {}
+        self.handlers: dict[str, Callable[[int, Any], bool]] = {
+            "Conv": self._convolution,
+            "MaxPool": self._pool,
+            "AveragePool": self._pool,
+            "Concat": self._concatenation,
+            "Reshape": self._reshape,
+            "KernelAttention": self._attention,
+            "FrequencyBandModulation": self._bands,
+            **dict.fromkeys(_UNARY, self._unary),
+            **dict.fromkeys(_BINARY, self._binary),
+        }
+
+    def run(self) -> BlockedGraph | None:
+        functions = {function.name: list(function.input) for function in self.model.functions}
+        layers = {}
+        for node in self.nodes:
+            if node.domain == FUNCTIONS and node.op_type.startswith("FrequencyAssembly"):
+                named = dict(zip(functions.get(node.op_type, ()), node.input, strict=False))
+                layer = self._layer(node, named) if len(named) == len(node.input) else None
+                if layer is not None:
+                    layers[layer.last] = layer
+        if not layers:
+            return None
+        for number, node in enumerate(self.nodes):
+            if number in self.done:
+                continue
+            if number in layers and self._write_layer(layers[number]):
+                continue
+            handler = self.handlers.get(node.op_type.partition("_")[0])
+            if node.domain not in ("", OURS, FUNCTIONS):
+                handler = None
+            if handler is None or not handler(number, node):
+                self._write_plain(node)
+        for value in self.graph.output:
+            self._as_plain(value.name)
+        return self._finished()
+
+    # Tensors
+
+    def _as_plain(self, name: str) -> str:
+        """A tensor in the layout that the graph was exported in."""
+        if name and name not in self.plain and name in self.blocked:
+            source, shape = self.blocked[name]
+            self._write(
+                "ReorderOutput", [source], name, RUNTIMES, channels=shape[1], channels_last=0
+            )
+            self.plain.add(name)
+        return name
+
+    def _as_blocked(self, name: str) -> str | None:
+        """A tensor in blocks; None where it cannot be brought there."""
+        if name not in self.blocked:
+            shape = self.shapes.get(name)
+            if shape is None or len(shape) != 4 or not self._fills(shape[1]):
+                return None
+            source, y = name, f"{name}/blocked"
+            if shape[1] % 4:  # the runtime reorders four channels at a time
+                source = f"{name}/filled"
+                ends = np.array([0] * 5 + [-shape[1] % 4, 0, 0], np.int64)
+                self._write("Pad", [name, self.added.add(f"{name}/ends", ends)], source, "")
+            self._write("ReorderInput", [source], y, RUNTIMES, channels_last=0)
+            self.blocked[name] = y, shape
+        return self.blocked[name][0]
+
+    def _shape(self, name: str) -> Shape | None:
+        return self.blocked[name][1] if name in self.blocked else self.shapes.get(name)
+
+    def _values(self, name: str) -> NDArray[Any] | None:
+        tensor = self.constants.get(name)
+        return None if tensor is None else tensor_values(tensor, self.external)
+
+    def _filled(self, channels: int) -> int:
+        return -(-channels // self.block) * self.block
+
+    def _fills(self, channels: int) -> bool:
+        """Whether most of the blocks' channels are there: zeros take as long as numbers."""
+        return self._filled(channels) <= MOST_FILLED * channels
+
+    def _producer(self, name: str) -> Any:
+        number = self.producers.get(name)
+        return None if number is None else self.nodes[number]
+
+    def _only_reader(self, name: str) -> int | None:
+        readers = self.readers[name]
+        return readers[0] if len(readers) == 1 and name not in self.kept else None
+
+    def _write(self, op: str, inputs: list[str], output: str, domain: str, **given: Any) -> None:
+        self.out.append(make_node(op, inputs, [output], domain, **given))
+
+    def _write_plain(self, node: Any) -> None:
+        for name in (*node.input, *captured(node)):
+            self._as_plain(name)
+        self.out.append(node)
+        self.plain.update(node.output)
+
+    # Convolutions
+
+    def _convolution(self, number: int, node: Any) -> bool:
+        weight = self.constants.get(node.input[1])
+        given = attributes(node)
+        if weight is None or weight.data_type != _FLOAT or len(weight.dims) != 4:
+            return False
+        x, (filters, channels, *kernel) = node.input[0], weight.dims
+        shape, group, b = self._shape(x), given.get("group", 1), self.block
+        if shape is None or given.get("auto_pad", b"NOTSET") != b"NOTSET":
+            return False
+        if not self._fills(filters):
+            return False
+        depthwise = group == filters and channels == 1 and filters % b == 0
+        direct = group == 1 and channels < b and x not in self.blocked
+        if group > 1 and not depthwise and (channels % b or filters // group % b):
+            return False
+        if not direct and not self._fills(group * channels):
+            return False
+        source = self._as_plain(x) if direct else self._as_blocked(x)
+        if source is None:
+            return False
+        kernels = self._blocked_weight(node.input[1], whole=not direct and not depthwise)
+        bias = self._values(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        if len(node.input) > 2 and node.input[2] and bias is None:
+            return False
+        self._convolve(
+            source, kernels, bias, node.output[0], (shape[0], filters), shape[2:], kernel, given
+        )
+        return True
+
+    def _blocked_weight(self, name: str, *, whole: bool) -> str:
+        """A constant kernel in blocks of output channels and, if ``whole``, of input channels."""
+        blocked = f"{name}/{'blocked' if whole else 'outputs'}"
+        if blocked not in self.weights:
+            values, b = self._values(name), self.block
+            assert values is not None
+            filters, channels, *kernel = values.shape
+            pads = [(0, self._filled(filters) - filters), (0, 0), (0, 0), (0, 0)]
+            if whole:
+                pads[1] = (0, self._filled(channels) - channels)
+            values = np.pad(values, pads) if any(p[1] for p in pads) else values
+            shape = values.shape
+            if whole:
+                split = values.reshape(shape[0] // b, b, shape[1] // b, b, *kernel)
+                ordered = split.transpose(0, 2, 4, 5, 3, 1)
+            else:
+                ordered = values.reshape(shape[0] // b, b, *shape[1:]).transpose(0, 2, 3, 4, 1)
+            ordered = np.ascontiguousarray(ordered).reshape(shape)
+            self.weights[blocked] = self.added.add(blocked, ordered)
+        return self.weights[blocked]
+
+    def _convolve(
+        self,
+        x: str,
+        kernels: str,
+        bias: NDArray[Any] | None,
+        output: str,
+        channels: tuple[int, int],
+        size: Shape,
+        kernel: list[int],
+        given: dict[str, Any],
+    ) -> None:
+        """Write a convolution, with a sum and an activation that alone read its answer."""
+        strides, dilations = given.get("strides", [1, 1]), given.get("dilations", [1, 1])
+        pads = given.get("pads", [0, 0, 0, 0])
+        shape = *channels, *_convolved(size, kernel, strides, pads, dilations)
+        name, inputs, more = output, [x, kernels], {}
+        if bias is not None:
+            filled = np.pad(bias, (0, self._filled(channels[1]) - channels[1]))
+            inputs.append(self.added.add(f"{output}/bias", filled.astype(np.float32)))
+        while (reader := self._only_reader(name)) is not None and "activation" not in more:
+            node = self.nodes[reader]
+            if node.op_type == "Add" and len(inputs) < 4:
+                (other,) = [i for i in node.input if i != name] or [name]
+                if other == name or self.blocked.get(other, ("", ()))[1] != shape:
+                    break
+                inputs += [""] * (3 - len(inputs)) + [self.blocked[other][0]]
+            elif node.op_type == "Relu":
+                more["activation"] = "Relu"
+            else:
+                break
+            self.done.add(reader)
+            name = node.output[0]
+        self.blocked[name] = f"{name}/blocked", shape
+        self._write(
+            "Conv", inputs, f"{name}/blocked", RUNTIMES, kernel_shape=kernel, strides=strides,
+            pads=pads, dilations=dilations, group=given.get("group", 1), **more,
+        )  # fmt: skip
+
+    # FDConv layers
+
+    def _layer(self, node: Any, named: dict[str, str]) -> _Layer | None:
+        """An assembly and what it is for, where that is as exports have it."""
+        given = attributes(node)
+        splits = self._producer(named["attention"])
+        gates = splits.input[0] if splits is not None and splits.op_type == "Split" else None
+        offsets = {
+            gate: given[f"{gate}_at"]
+            for gate in ("filter", "spatial", "channel")
+            if given.get(f"{gate}_at", -1) >= 0
+        }
+        if gates is None and offsets:
+            return None
+        found = self._convolved_with(node, given)
+        if found is None:
+            return None
+        x, y, bias, geometry = found
+        batch = geometry["group"]
+        layer = _Layer(
+            node, named, given, gates or named["attention"], offsets, x, y, self.producers[y],
+            batch, None, bias, geometry,
+        )  # fmt: skip
+        if "row_scale" in named:
+            gate, layer.scale = self._traced(named["row_scale"], layer.gates)
+            if gate != offsets.get("filter"):
+                return None
+        if bias is None:
+            self._scaled_after(layer)
+        self._scaled_before(layer)
+        if batch > 1 and (given["in_channels"] % self.block or given["out_channels"] % self.block):
+            return None
+        return layer
+
+    def _convolved_with(
+        self, node: Any, given: dict[str, Any]
+    ) -> tuple[str, str, NDArray[Any] | None, dict[str, Any]] | None:
+        """Input and answer of the convolution with an assembly's kernels, bias and geometry."""
+        kernels = node.output[0]
+        if kernels in self.kept:
+            return None
+        if not given.get("by_rows"):
+            reader = self._only_reader(kernels)
+            conv = None if reader is None else self.nodes[reader]
+            if conv is None or conv.op_type != "Conv" or conv.input[1] != kernels:
+                return None
+            geometry: dict[str, Any] = {
+                "strides": [1, 1],
+                "pads": [0, 0, 0, 0],
+                "dilations": [1, 1],
+                "group": 1,
+            }
+            geometry |= attributes(conv)
+            return conv.input[0], conv.output[0], *self._bias(conv), geometry
+        rows: dict[int, Any] = {}
+        waiting = [(0, reader) for reader in self.readers[kernels]]
+        while waiting:
+            row, number = waiting.pop()
+            reader = self.nodes[number]
+            if reader.op_type == "Conv":
+                rows[row] = reader
+            elif reader.op_type in ("Split", "Reshape"):
+                waiting += [
+                    (row + i, n) for i, t in enumerate(reader.output) for n in self.readers[t]
+                ]
+            else:
+                return None
+        convs = [rows[row] for row in sorted(rows)]
+        y, x = convs[0].output[0], ""
+        for conv in convs:
+            if conv is not convs[0]:
+                reader = self._only_reader(conv.output[0])
+                if reader is None or self.nodes[reader].op_type != "Add":
+                    return None
+                if y not in self.nodes[reader].input:
+                    return None
+                y = self.nodes[reader].output[0]
+            cut = self._producer(conv.input[0])
+            source = cut.input[0] if cut is not None and cut.op_type == "Slice" else conv.input[0]
+            if x not in ("", source):
+                return None
+            x = source
+        geometry = {name: given[name] for name in ("strides", "pads", "dilations")}
+        geometry["group"] = attributes(convs[0]).get("group", 1)
+        return x, y, *self._bias(convs[0]), geometry
+
+    def _bias(self, conv: Any) -> tuple[NDArray[Any] | None]:
+        return (self._values(conv.input[2]) if len(conv.input) > 2 else None,)
+
+    def _traced(self, name: str, gates: str) -> tuple[int | None, str | None]:
+        """Where in the attentions a gate begins, and the constant that it is multiplied by."""
+        constant = None
+        while name not in self.constants:
+            node = self._producer(name)
+            if node is not None and node.op_type == "Mul" and node.input[1] in self.constants:
+                if constant is not None:
+                    return -1, None
+                constant = node.input[1]
+            elif node is not None and node.op_type == "Split" and node.input[0] == gates:
+                sizes = self._values(node.input[1])
+                assert sizes is not None
+                return int(sizes[: list(node.output).index(name)].sum()), constant
+            elif node is None or node.op_type != "Reshape":
+                return -1, None  # no gate
+            name = node.input[0]
+        return None, name
+
+    def _scaled_after(self, layer: _Layer) -> None:
+        """Gates and constants that scale the answer scale kernels instead; a shift is the bias."""
+        y, number = layer.y, self._only_reader(layer.y)
+        if number is not None and self.nodes[number].op_type == "Reshape" and layer.batch > 1:
+            y = self.nodes[number].output[0]
+            number = self._only_reader(y)
+        node = None if number is None else self.nodes[number]
+        if number is None or node is None or node.op_type != "Mul" or node.input[0] != y:
+            return
+        if "filter" in layer.offsets or layer.scale is not None:
+            return
+        gate, constant = self._traced(node.input[1], layer.gates)
+        if gate == -1:
+            return
+        y, last, bias = node.output[0], number, None
+        number = self._only_reader(y)
+        if number is not None and self.nodes[number].op_type == "Add":
+            shift = self.nodes[number].input[1]
+            if self.nodes[number].input[0] == y and shift in self.constants:
+                values = self._values(shift)
+                if values is not None and values.shape == (1, layer.given["out_channels"], 1, 1):
+                    y, last, bias = self.nodes[number].output[0], number, values.reshape(-1)
+        if gate is not None:
+            layer.offsets["filter"] = gate
+        layer.scale, layer.y, layer.last, layer.bias = constant, y, last, bias
+        if bias is not None:
+            layer.bias = np.tile(bias, layer.batch)
+
+    def _scaled_before(self, layer: _Layer) -> None:
+        """Kernels see what comes before a batch is joined, and a gate of its channels."""
+        node = self._producer(layer.x)
+        if layer.batch > 1 and node is not None and node.op_type == "Reshape":
+            layer.x = node.input[0]
+            node = self._producer(layer.x)
+        if node is None or node.op_type != "Mul" or "channel" in layer.offsets:
+            return
+        gate, constant = self._traced(node.input[1], layer.gates)
+        if gate is not None and gate >= 0 and constant is None:
+            layer.offsets["channel"] = gate
+            layer.x = node.input[0]
+
+    def _write_layer(self, layer: _Layer) -> bool:
+        given, batch, b = layer.given, layer.batch, self.block
+        filters, channels = given["out_channels"], given["in_channels"]
+        shape = self._shape(layer.x)
+        if shape is None or len(shape) != 4 or not self._fills(filters):
+            return False
+        if (batch > 1 and shape[:2] not in ((batch, channels), (1, batch * channels))) or (
+            batch == 1 and shape[1] != channels
+        ):
+            return False
+        x = self._as_blocked(layer.x)
+        if x is None:
+            return False
+        y = layer.y
+        kernels = f"{y}/kernels"
+        taps = {"local_input", "local_weight"} & set(layer.named)
+        inputs = [layer.gates, *(layer.named[n] for n in ("spectrum", "patterns", "blocks"))]
+        inputs += [layer.named[n] for n in ("local_input", "local_weight") if taps]
+        inputs += [layer.scale] if layer.scale is not None else []
+        for name in inputs:
+            self._as_plain(name)
+        self._write(
+            "FrequencyAssembly", inputs, kernels, OURS, block=b,
+            scaled=int(layer.scale is not None),
+            **{f"{gate}_at": at for gate, at in layer.offsets.items()},
+            **{name: given[name] for name in _ASSEMBLY},
+        )  # fmt: skip
+        size = list(shape[2:])
+        if batch > 1 and shape[0] == batch:
+            joined = [1, batch * channels, *size]
+            x = self._reshaped(x, joined, f"{y}/joined")
+        answer = (1, batch * filters) if batch > 1 else (shape[0], filters)
+        kernel = given["kernel_size"]
+        parts = self._shape(y) if batch > 1 else None
+        if parts is not None and parts[0] == batch:
+            whole = f"{y}/whole"
+            self._convolve(x, kernels, layer.bias, whole, answer, shape[2:], kernel, layer.geometry)
+            name, found = self.blocked.pop(whole)
+            split = [batch, filters, *found[2:]]
+            self.blocked[y] = self._reshaped(name, split, f"{y}/blocked"), tuple(split)
+        else:
+            self._convolve(x, kernels, layer.bias, y, answer, shape[2:], kernel, layer.geometry)
+        return True
+
+    def _reshaped(self, name: str, shape: list[int], output: str) -> str:
+        """A blocked tensor whose channels are whole blocks, images joined or taken apart."""
+        constant = self.added.add(f"{output}/shape", np.array(shape, np.int64))
+        self._write("Reshape", [name, constant], output, "")
+        return output
+
+    # Others
+
+    def _attention(self, number: int, node: Any) -> bool:
+        source = self.blocked.get(node.input[0])
+        if source is None:
+            return False
+        copy = copied(node, [source[0], *node.input[1:]], list(node.output))
+        (block,) = (each for each in copy.attribute if each.name == "block")
+        block.i = self.block
+        self.out.append(copy)
+        self.plain.update(node.output)
+        return True
+
+    def _bands(self, number: int, node: Any) -> bool:
+        given, y = attributes(node), node.output[0]
+        shape = self._shape(node.input[0])
+        if shape is not None:
+            self.shapes[y] = shape  # the runtime cannot tell
+        x = self._as_blocked(node.input[0])
+        if x is None or shape is None:
+            return False
+        kept = "layer groups feature_size complex_rows softmax".split()
+        self._write(
+            "FrequencyBandModulation", [x, *node.input[1:]], f"{y}/blocked", OURS,
+            block=self.block, **{name: given[name] for name in kept},
+        )  # fmt: skip
+        self.blocked[y] = f"{y}/blocked", shape
+        return True
+
+    def _pool(self, number: int, node: Any) -> bool:
+        given = attributes(node)
+        x, shape = node.input[0], self.shapes.get(node.output[0])
+        known = given.get("auto_pad", b"NOTSET") == b"NOTSET" and not given.get("storage_order", 0)
+        if len(node.output) > 1 or shape is None or x not in self.blocked or not known:
+            return False
+        if given.get("ceil_mode", 0):
+            return False
+        kept = "kernel_shape strides pads dilations count_include_pad".split()
+        name = f"{node.output[0]}/blocked"
+        given = {key: value for key, value in given.items() if key in kept}
+        self._write(node.op_type, [self.blocked[x][0]], name, RUNTIMES, **given)
+        self.blocked[node.output[0]] = name, shape
+        return True
+
+    def _concatenation(self, number: int, node: Any) -> bool:
+        found = [self.blocked.get(name) for name in node.input]
+        if attributes(node).get("axis") != 1 or not all(found):
+            return False
+        shapes = [each[1] for each in found if each]
+        if any(shape[1] % self.block for shape in shapes):
+            return False
+        shape = shapes[0][0], sum(s[1] for s in shapes), *shapes[0][2:]
+        return self._same_operator(node, [each[0] for each in found if each], shape)
+
+    def _reshape(self, number: int, node: Any) -> bool:
+        """Images joined into one of as many channels, or taken apart."""
+        source, sizes = self.blocked.get(node.input[0]), self._values(node.input[1])
+        if source is None or sizes is None:
+            return False
+        (images, channels, *size), to = source[1], tuple(int(n) for n in sizes)
+        if len(to) != 4 or to[2:] != tuple(size) or to[0] * to[1] != images * channels:
+            return False
+        if min(to[:2]) < 1 or channels % self.block or to[1] % self.block:
+            return False
+        return self._same_operator(node, [source[0], node.input[1]], to)
+
+    def _unary(self, number: int, node: Any) -> bool:
+        source = self.blocked.get(node.input[0])
+        if source is None or any(name in self.blocked for name in node.input[1:]):
+            return False
+        return self._same_operator(node, [source[0], *node.input[1:]], source[1])
+
+    def _binary(self, number: int, node: Any) -> bool:
+        blocked = [name for name in node.input if name in self.blocked]
+        if not blocked:
+            return False
+        shape = self.blocked[blocked[0]][1]
+        inputs: list[str] = []
+        for name in node.input:
+            if self._shape(name) == shape:
+                other = self._as_blocked(name)
+                if other is None:
+                    return False
+                inputs.append(other)
+            elif name in self.constants and np.prod(self.constants[name].dims) == 1:
+                inputs.append(name)
+            else:
+                return False
+        return self._same_operator(node, inputs, shape)
+
+    def _same_operator(self, node: Any, inputs: list[str], shape: Shape) -> bool:
+        """An operator that means the same in blocks."""
+        name = f"{node.output[0]}/blocked"
+        self.out.append(copied(node, inputs, [name]))
+        self.blocked[node.output[0]] = name, shape
+        return True
+
+    def _finished(self) -> BlockedGraph:
+        graph = self.graph
+        del graph.node[:]
+        graph.node.extend(self.out)
+        graph.initializer.extend(self.added.tensors)
+        drop_unread(graph)
+        for domain in (OURS, RUNTIMES):
+            self.model.opset_import.add(domain=domain, version=1)
+        return BlockedGraph(
+            self.model.SerializeToString(), self.added.location, self.added.content()
+        )
+
+
+_ASSEMBLY = (
+    "layer out_channels in_channels kernel_size taps row_frequencies column_frequencies".split()
+)
+
+
+def _convolved(
+    size: Shape, kernel: list[int], strides: list[int], pads: list[int], dilations: list[int]
+) -> Shape:
+    """Height and width of a convolution's answer."""
+    return tuple(
+        (size[i] + pads[i] + pads[i + 2] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1
+        for i in range(2)
+    )

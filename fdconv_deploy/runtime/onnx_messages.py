@@ -1,0 +1,232 @@
+"""The parts of an ONNX file that graphs are rewritten in, without the onnx package.
+
+Messages of protobuf, which ONNX Runtime itself depends on. Fields that are not listed here are
+kept as they are when a message is written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from numpy.typing import NDArray
+
+from fdconv_deploy.runtime.bundle import Bytes
+
+# onnx.proto: message -> fields, with number and type, * where there are several.
+_SCHEMA = {
+    "Model": "ir_version=1:int64 graph=7:Graph opset_import=8:OperatorSet* functions=25:Function*",
+    "Function": "name=1:string input=4:string*",
+    "OperatorSet": "domain=1:string version=2:int64",
+    "Graph": "node=1:Node* name=2:string initializer=5:Tensor* input=11:Value* output=12:Value* "
+    "value_info=13:Value*",
+    "Node": "input=1:string* output=2:string* name=3:string op_type=4:string "
+    "attribute=5:Attribute* domain=7:string",
+    "Attribute": "name=1:string f=2:float i=3:int64 s=4:bytes t=5:Tensor g=6:Graph "
+    "floats=7:float* ints=8:int64* strings=9:bytes* graphs=11:Graph* type=20:int32",
+    "Tensor": "dims=1:int64* data_type=2:int32 float_data=4:float* int32_data=5:int32* "
+    "int64_data=7:int64* name=8:string raw_data=9:bytes external_data=13:Entry* "
+    "data_location=14:int32",
+    "Entry": "key=1:string value=2:string",
+    "Value": "name=1:string type=2:Type",
+    "Type": "tensor_type=1:TensorType",
+    "TensorType": "elem_type=1:int32 shape=2:Shape",
+    "Shape": "dim=1:Dimension*",
+    "Dimension": "dim_value=1:int64 dim_param=2:string",
+}
+_FLOAT, _INT, _STRING, _FLOATS, _INTS = 1, 2, 3, 6, 7  # AttributeProto.AttributeType
+_EXTERNAL = 1  # TensorProto.DataLocation
+_TYPES = {1: "<f4", 2: "<u1", 6: "<i4", 7: "<i8"}  # TensorProto.DataType
+_INLINE = {1: "float_data", 2: "int32_data", 6: "int32_data", 7: "int64_data"}
+
+
+@lru_cache(maxsize=1)
+def _classes() -> dict[str, Any]:
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="onnx_parts.proto", package="parts")
+    for message, fields in _SCHEMA.items():
+        made = file.message_type.add(name=message)
+        for text in fields.split():
+            name, _, rest = text.partition("=")
+            number, _, kind = rest.rstrip("*").partition(":")
+            label = field.LABEL_REPEATED if rest.endswith("*") else field.LABEL_OPTIONAL
+            added = made.field.add(name=name, number=int(number), label=label)
+            if kind in _SCHEMA:
+                added.type, added.type_name = field.TYPE_MESSAGE, f".parts.{kind}"
+            else:
+                added.type = getattr(field, f"TYPE_{kind.upper()}")
+    pool = descriptor_pool.DescriptorPool()  # of its own: the onnx package has the same messages
+    pool.Add(file)
+    return {
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"parts.{name}"))
+        for name in _SCHEMA
+    }
+
+
+def read_model(data: bytes) -> Any:
+    """A ``ModelProto``'s parts."""
+    return _classes()["Model"].FromString(data)
+
+
+def make_model(
+    nodes: Iterable[Any], inputs: Mapping[str, Iterable[int]], outputs: Iterable[str]
+) -> bytes:
+    """A graph of nodes alone, of any of their domains; its inputs are float32 of given shapes."""
+    model = _classes()["Model"](ir_version=8)
+    model.graph.name = "graph"
+    model.graph.node.extend(nodes)
+    for name, shape in inputs.items():
+        kind = model.graph.input.add(name=name).type.tensor_type
+        kind.elem_type = 1
+        for length in shape:
+            kind.shape.dim.add(dim_value=length)
+    for name in outputs:
+        model.graph.output.add(name=name).type.tensor_type.elem_type = 1
+    for domain in {node.domain for node in model.graph.node}:
+        model.opset_import.add(domain=domain, version=1 if domain else 18)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def make_node(
+    op: str,
+    inputs: Iterable[str],
+    outputs: Sequence[str],
+    domain: str = "",
+    **attributes: Any,
+) -> Any:
+    """A node, named after its first output.
+
+    Attributes are integers, floats, strings, or lists of integers.
+    """
+    node = _classes()["Node"](
+        op_type=op, input=inputs, output=outputs, domain=domain, name=outputs[0]
+    )
+    for key, value in attributes.items():
+        made = node.attribute.add(name=key)
+        if isinstance(value, str | bytes):
+            made.type, made.s = _STRING, value.encode() if isinstance(value, str) else value
+        elif isinstance(value, float):
+            made.type, made.f = _FLOAT, value
+        elif isinstance(value, int):
+            made.type, made.i = _INT, value
+        else:
+            made.type = _INTS
+            made.ints.extend(value)
+    return node
+
+
+def attributes(node: Any) -> dict[str, Any]:
+    """A node's attributes that are numbers, strings or lists of numbers, by name."""
+    fields = {_FLOAT: "f", _INT: "i", _STRING: "s", _FLOATS: "floats", _INTS: "ints"}
+    found = {}
+    for each in node.attribute:
+        if each.type in fields:
+            value = getattr(each, fields[each.type])
+            found[each.name] = list(value) if each.type in (_FLOATS, _INTS) else value
+    return found
+
+
+def copied(node: Any, inputs: Iterable[str], outputs: Iterable[str]) -> Any:
+    """A node like another, between other tensors."""
+    copy = type(node)()
+    copy.CopyFrom(node)
+    del copy.input[:], copy.output[:]
+    copy.input.extend(inputs)
+    copy.output.extend(outputs)
+    return copy
+
+
+def captured(node: Any) -> set[str]:
+    """Names that the graphs inside a node read."""
+    names: set[str] = set()
+    for attribute in node.attribute:
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            names.update(value.name for value in graph.output)
+            for inner in graph.node:
+                names.update(inner.input, captured(inner))
+    return names
+
+
+def drop_unread(graph: Any) -> None:
+    """Remove the nodes, constants and shapes of which nothing leads to an output."""
+    needed, nodes = {value.name for value in graph.output}, []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input, captured(node))
+            nodes.append(node)
+    constants = [tensor for tensor in graph.initializer if tensor.name in needed]
+    shapes = [value for value in graph.value_info if value.name in needed]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(reversed(nodes))
+    graph.initializer.extend(constants)
+    graph.value_info.extend(shapes)
+
+
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """A value's static shape; None where a length is unknown."""
+    if not value.type.tensor_type.HasField("shape"):
+        return None
+    dims = value.type.tensor_type.shape.dim
+    return tuple(d.dim_value for d in dims) if all(d.dim_value > 0 for d in dims) else None
+
+
+def tensor_values(tensor: Any, external: Mapping[str, Bytes]) -> NDArray[Any]:
+    """A constant's values, which may lie in the files that the graph keeps data in.
+
+    Raises:
+        KeyError: they are of a type that is not read here.
+    """
+    dtype = _TYPES[tensor.data_type]
+    shape = tuple(tensor.dims)
+    if tensor.data_location == _EXTERNAL:
+        entry = {each.key: each.value for each in tensor.external_data}
+        count = int(np.prod(shape, dtype=np.int64))
+        offset = int(entry.get("offset", 0))
+        flat = np.frombuffer(external[entry["location"]], dtype, count, offset)
+    elif tensor.raw_data:
+        flat = np.frombuffer(tensor.raw_data, dtype)
+    else:
+        flat = np.array(getattr(tensor, _INLINE[tensor.data_type]), dtype)
+    return flat.reshape(shape)
+
+
+class ExternalTensors:
+    """Constants to add to a graph, their values in one file.
+
+    Args:
+        location: what the graph calls the file.
+    """
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self.tensors: list[Any] = []
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def add(self, name: str, values: NDArray[Any]) -> str:
+        """Add a constant of float32 or int64 numbers; its name."""
+        data = values.tobytes()
+        kind = {"<f4": 1, "<i8": 7}[values.dtype.newbyteorder("<").str]
+        tensor = _classes()["Tensor"](name=name, dims=values.shape, data_type=kind)
+        if values.dtype == np.int64:
+            tensor.raw_data = data  # of a shape, which is read as the graph is loaded
+        else:
+            tensor.data_location = _EXTERNAL
+            for key, value in (
+                ("location", self.location), ("offset", self._size), ("length", len(data)),
+            ):  # fmt: skip
+                tensor.external_data.add(key=key, value=str(value))
+            self._parts.append(data)
+            self._size += len(data)
+        self.tensors.append(tensor)
+        return name
+
+    def content(self) -> bytes:
+        """The file's bytes; what was added is let go of."""
+        data = b"".join(self._parts)
+        self._parts.clear()
+        return data
