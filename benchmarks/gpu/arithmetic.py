@@ -1,10 +1,10 @@
-"""What an FDConv ResNet-50 moves and computes at 512×512, and the time that takes at least.
+"""What an FDConv ResNet-50 costs on a GPU beside a plain one, by counting: docs/performance.md.
 
-    python -m benchmarks.gpu.arithmetic            # writes docs/performance.md
-    python -m benchmarks.gpu.arithmetic --print
+    python -m benchmarks.gpu.arithmetic            # counts again, writes the record and the page
 
-Counts come from the kernels' own launch descriptions; times from four rates, stated in the
-text. Measured times come from a record of `benchmarks/gpu.sh` where there is one.
+Launches are counted on fake tensors, instructions and occupancy in machine code; rates are
+assumed and stated in the text. Measured times come from a record of `benchmarks/gpu.sh` where
+there is one.
 """
 
 # ruff: noqa: E501 - a page's tables
@@ -13,217 +13,291 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.gpu.shapes import RESNET50, LayerShape, layer_sizes, local_taps
-from fdconv_deploy.ops.frequency_assembly.launch import (
-    Transform,
-    column_transform,
-    half_shape,
-    pass_radix,
-    transform_of,
-)
+from benchmarks.gpu.shapes import RESNET50, LayerShape, layer_sizes
+from benchmarks.records import write_json
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
+RECORD = RESULTS / "kernel-costs.json"
 
 MEMORY = 4.3e12  # bytes/s: measured copy on an H200, reads and writes counted
-CACHE = 5.5e12  # bytes/s through the second-level cache: assumed
-ARITHMETIC = 20e12  # float32 operations/s: assumed, a third of the data sheet's 67e12
-START = 2e-6  # s per kernel: start, first bytes, last wave: assumed
-HALF, FLOAT = 2, 4  # bytes
+RATES = {"H100": 3.0e12, "H200": MEMORY}
+START = (
+    2e-6  # s from a kernel's start to the next one's in a CUDA graph, if it does next to nothing
+)
+CLOCK = 1.755e9  # Hz under load
+MULTIPROCESSORS = 132
+SCHEDULERS = 4  # of a multiprocessor; each issues one instruction a cycle
+ALONE = 2.5  # cycles between instructions of a warp that has its scheduler for itself
+TILE = 64  # rows and columns of a product's tile
+TENSOR_CORES = 0.5 * 989e12 / MULTIPROCESSORS  # float16 operations/s of one multiprocessor
+NETWORKS = {"plain": None, "FDConv": 64}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one kernel: bytes from and to memory, bytes through the cache alone, operations."""
+    """Bytes that one kernel must move from or to memory."""
 
     memory: float
-    cache: float
-    operations: float
-
-    @property
-    def predicted(self) -> float:
-        """Seconds."""
-        work = max(self.memory / MEMORY, self.cache / CACHE, self.operations / ARITHMETIC)
-        return work + START
 
 
-def _per_point(transform: Transform) -> float:
-    """Operations per complex point: the odd part, butterflies, twiddles between passes."""
-    odd = 8 * (transform.odd - 1) + 6 if transform.odd > 1 else 0
-    passes, left = 1, transform.power
-    while (radix := pass_radix(left, transform.limit)) < left:
-        left //= radix
-        passes += 1
-    # A twiddle is a product, and on average another for its power.
-    return odd + 5 * math.log2(transform.power) + 12 * (passes - 1)
-
-
-def costs(shape: LayerShape, out_bytes: int = HALF) -> tuple[Cost, Cost]:
-    """Of the row and the column kernel at batch 1."""
+def costs(shape: LayerShape, out_bytes: int = 2) -> tuple[Cost, Cost]:
+    """The floor of a layer's assembly at batch 1: the spectrum and its map read, the kernel written."""
     sizes = layer_sizes(shape.out_channels, shape.in_channels, shape.kernel)
-    rows, columns = transform_of(sizes.rows), column_transform(sizes.columns, shape.kernel)
-    assert rows is not None
-    assert columns is not None
-    constants = sizes.rows * sizes.tiles * sizes.width
-    between = FLOAT * math.prod(half_shape(sizes))
-    first = Cost(9 * constants, between, constants * (_per_point(rows) + 4))
-    epilogue = shape.weights * (2 * local_taps(shape.in_channels) + 12)
-    second = Cost(
-        out_bytes * shape.weights, between, shape.weights / 2 * _per_point(columns) + epilogue
-    )
-    return first, second
+    return Cost(9 * sizes.rows * sizes.tiles * sizes.width), Cost(out_bytes * shape.weights)
 
 
-def floor(shape: LayerShape, out_bytes: int = HALF) -> float:
-    """Seconds: the spectrum read once, the kernel written once, at the copy's rate."""
+def floor(shape: LayerShape, out_bytes: int = 2) -> float:
+    """Seconds of that at an H200's copy's rate."""
     first, second = costs(shape, out_bytes)
     return (first.memory + second.memory) / MEMORY
 
 
-def bands_floor(shape: LayerShape, out_bytes: int = HALF) -> float:
-    """Seconds: the combination reads the input and three low-passes and writes its output."""
-    return 5 * out_bytes * shape.in_channels * shape.feature**2 / MEMORY
+@dataclass(frozen=True)
+class Kernel:
+    """Launches that are alike; None where it is not a Triton kernel, or not a product.
+
+    operator: PyTorch's or the Triton kernel's name. count: launches. read, written: bytes of one.
+    product: matrices, rows, columns and inner length. programs, warps: of one launch, and warps of
+    a program. registers: of a thread. resident: programs that a multiprocessor holds.
+    instructions: of a warp.
+    """
+
+    operator: str
+    count: int
+    read: int
+    written: int
+    product: tuple[int, int, int, int] | None = None
+    programs: int | None = None
+    warps: int | None = None
+    registers: int | None = None
+    resident: int | None = None
+    instructions: int | None = None
+
+    def seconds(self, gpu: str) -> float:
+        """Predicted time of one launch."""
+        return START + max((self.read + self.written) / RATES[gpu], self.work)
+
+    @property
+    def work(self) -> float:
+        """Seconds of arithmetic and of issuing instructions."""
+        if self.product is not None:
+            matrices, rows, columns, inner = self.product
+            tiles = matrices * math.ceil(rows / TILE) * math.ceil(columns / TILE)
+            waves = math.ceil(tiles / MULTIPROCESSORS)
+            return waves * 2 * TILE**2 * inner / TENSOR_CORES
+        if self.programs is None:
+            return 0.0
+        assert self.warps is not None
+        assert self.resident is not None
+        assert self.instructions is not None
+        each = math.ceil(self.programs / MULTIPROCESSORS)
+        issued = each * self.warps * self.instructions / SCHEDULERS
+        alone = math.ceil(each / self.resident) * self.instructions * ALONE
+        return max(issued, alone) / CLOCK
 
 
-def convolution(shape: LayerShape) -> float:
-    """Operations of the convolution itself."""
-    return 2 * shape.weights * (shape.feature // shape.stride) ** 2
+def counted(kernel_num: int | None) -> list[Kernel]:
+    """The kernels of a fused half-precision ResNet-50, 512×512, batch 1; those alike together."""
+    from benchmarks.gpu.launches import resnet50
+    from benchmarks.gpu.resources import resident_programs, resources, trips, warp_instructions
+    from fdconv_deploy.ops.compile_kernels import compile_kernel
+
+    alike: Counter[Any] = Counter()
+    for one in resnet50(kernel_num):
+        constants = None if one.launch is None else tuple(sorted(one.launch.constants.items()))
+        alike[one, constants] += 1
+    found = []
+    for (one, _), count in alike.items():
+        kernel = Kernel(one.operator, count, one.read, one.written, one.product)
+        if one.launch is not None:
+            compiled = compile_kernel(one.launch, 90)
+            used = resources(compiled)
+            assert used.spill_stores == used.spill_loads == 0, f"{one.operator} spills"
+            kernel = Kernel(
+                one.operator, count, one.read, one.written,
+                programs=math.prod(one.launch.grid(one.batch)),
+                warps=-(-compiled.threads // 32),
+                registers=used.registers,
+                resident=resident_programs(used, compiled),
+                instructions=warp_instructions(compiled, trips(one.launch)),
+            )  # fmt: skip
+        found.append(kernel)
+    return found
 
 
-def measured() -> tuple[str, dict[str, dict[str, float]]]:
-    """The newest record's name, and its times in µs by layer and kernel; empty if none."""
-    records = sorted(RESULTS.glob("*-gpu-*.json"))
-    for path in reversed(records):
+def count() -> dict[str, Any]:
+    """The record: both networks' kernels, and by which versions."""
+    import torch
+    import triton
+
+    networks = {name: list(map(asdict, counted(groups))) for name, groups in NETWORKS.items()}
+    return {"torch": torch.__version__, "triton": triton.__version__, "networks": networks}
+
+
+def kernels_of(record: dict[str, Any], network: str) -> list[Kernel]:
+    """A network's kernels in a record."""
+    rows = record["networks"][network]
+    return [Kernel(**row | {"product": row["product"] and tuple(row["product"])}) for row in rows]
+
+
+def predicted(kernels: list[Kernel], gpu: str) -> float:
+    """Seconds of one image."""
+    return sum(kernel.count * kernel.seconds(gpu) for kernel in kernels)
+
+
+def measured() -> tuple[str, dict[str, float]]:
+    """The newest record of a GPU, and its milliseconds by network; empty if there is none."""
+    for path in sorted(RESULTS.glob("*-gpu-*.json"), reverse=True):
         record = json.loads(path.read_text())
-        if record.get("kernels") and not record.get("dry_run"):
-            rows = [r for r in record["kernels"] if r["batch"] == 1 and r["dtype"] == "float16"]
-            return path.name, {r["layer"]: r["us"] for r in rows}
+        if record.get("networks") and not record.get("dry_run"):
+            rows = [r for r in record["networks"] if (r["batch"], r["dtype"]) == (1, "float16")]
+            return path.name, {row["backend"]: row["ms"] for row in rows}
     return "", {}
 
 
-def _us(seconds: float) -> str:
-    return f"{seconds * 1e6:.1f}"
-
-
-def table() -> tuple[str, str]:
-    """The layers' table, and the sums beneath it."""
-    name, times = measured()
-    head = (
-        "| layer | × | weights | spectrum MB | between MB | kernel MB | MFLOP rows | MFLOP columns "
-        "| floor µs | rows µs | columns µs | measured rows | measured columns |"
-    )
-    lines = [head, "|" + "---|" * 13]
-    total = dict.fromkeys(("floor", "predicted", "weights"), 0.0)
-    for shape in RESNET50:
-        first, second = costs(shape)
-        seen = times.get(str(shape), {})
+def _networks(record: dict[str, Any]) -> str:
+    lines = [
+        "| | kernels | MB moved | GFLOP in products | start of kernels ms | H100 ms | H200 ms |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    times = {}
+    for name in NETWORKS:
+        kernels = kernels_of(record, name)
+        launches = sum(k.count for k in kernels)
+        moved = sum(k.count * (k.read + k.written) for k in kernels) / 1e6
+        flops = sum(2 * k.count * math.prod(k.product) for k in kernels if k.product) / 1e9
+        times[name] = [predicted(kernels, gpu) * 1e3 for gpu in RATES]
         cells = [
-            str(shape), str(shape.count), f"{shape.weights / 1e6:.3f} M",
-            f"{first.memory / 1e6:.2f}", f"{first.cache / 1e6:.2f}", f"{second.memory / 1e6:.2f}",
-            f"{first.operations / 1e6:.1f}", f"{second.operations / 1e6:.1f}",
-            _us(floor(shape)), _us(first.predicted), _us(second.predicted),
-            *(f"{seen[k]:.1f}" if k in seen else "not run yet" for k in ("rows", "columns")),
-        ]  # fmt: skip
+            name,
+            str(launches),
+            f"{moved:,.0f}",
+            f"{flops:.1f}",
+            f"{launches * START * 1e3:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells + [f"{ms:.2f}" for ms in times[name]]) + " |")
+    ratios = [f"{b / a:.2f}×" for a, b in zip(times["plain"], times["FDConv"], strict=True)]
+    lines.append(f"| **FDConv vs. plain** | | | | | **{ratios[0]}** | **{ratios[1]}** |")
+    return "\n".join(lines)
+
+
+def _operators(record: dict[str, Any]) -> str:
+    lines = ["| kernel | plain | FDConv | plain µs | FDConv µs |", "|---|---:|---:|---:|---:|"]
+    totals: dict[str, dict[str, tuple[int, float]]] = {}
+    for network in NETWORKS:
+        for kernel in kernels_of(record, network):
+            launches, seconds = totals.setdefault(kernel.operator, {}).get(network, (0, 0.0))
+            more = kernel.count * kernel.seconds("H200")
+            totals[kernel.operator][network] = launches + kernel.count, seconds + more
+    for name, by in sorted(totals.items(), key=lambda one: -one[1].get("FDConv", (0, 0.0))[1]):
+        sides = [by.get(network) for network in NETWORKS]
+        cells = [str(s[0]) if s else "" for s in sides]
+        cells += [f"{s[1] * 1e6:.0f}" if s else "" for s in sides]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _triton(record: dict[str, Any]) -> str:
+    lines = [
+        "| kernel | launches | programs | warps a program | registers | programs an SM holds | instructions a warp | µs each |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    own = [k for k in kernels_of(record, "FDConv") if k.programs is not None]
+    for name in dict.fromkeys(k.operator for k in own):
+        group = [k for k in own if k.operator == name]
+
+        def span(values: list[Any], form: str = ",") -> str:
+            low, high = format(min(values), form), format(max(values), form)
+            return low if low == high else f"{low} to {high}"
+
+        cells = [f"`{name}`", str(sum(k.count for k in group))]
+        fields = ("programs", "warps", "registers", "resident", "instructions")
+        cells += [span([getattr(k, field) for k in group]) for field in fields]
+        cells.append(span([k.seconds("H200") * 1e6 for k in group], ".1f"))
         lines.append("| " + " | ".join(cells) + " |")
-        total["floor"] += shape.count * floor(shape)
-        total["predicted"] += shape.count * (first.predicted + second.predicted)
-        total["weights"] += shape.count * shape.weights
-    by_bands = sum(s.count * bands_floor(s) for s in RESNET50 if s.kernel == 3)
-    convolutions = sum(s.count * convolution(s) for s in RESNET50)
-    largest = RESNET50[-1]
-    first, second = costs(largest)
-    share = floor(largest) / (first.predicted + second.predicted)
-    starts = 2 * START * sum(s.count for s in RESNET50)
-    alone = floor(largest) / (first.predicted + second.predicted - 2 * START)
-    sums = f"""All {sum(s.count for s in RESNET50)} layers hold {total["weights"] / 1e6:.1f} M weights. Their floors add up to
-{total["floor"] * 1e6:.0f} µs an image, the predictions to {total["predicted"] * 1e6:.0f} µs, of which the start of the kernels is {starts * 1e6:.0f}. The
-band combination of the 16 3×3 layers moves {by_bands * MEMORY / 1e6:.0f} MB, {by_bands * 1e6:.0f} µs at the copy's rate. The
-convolutions themselves are {convolutions / 1e9:.1f} GFLOP.
-
-For {largest} the two kernels are predicted at {share:.0%} of the memory floor, {alone:.0%} without their
-starts: by this count float32 arithmetic, not memory, is what they wait for, and the aim of 60 %
-is out of reach without fewer operations or a much better rate than assumed."""
-    sums += f"\n\nMeasured: `benchmarks/results/{name}`." if name else ""
-    return "\n".join(lines), sums
+    return "\n".join(lines)
 
 
-def page() -> str:
+def page(record: dict[str, Any]) -> str:
     """The whole page."""
-    rows, sums = table()
-    return f"""# What the GPU kernels cost, by arithmetic
+    name, times = measured()
+    seen = "\n".join(f"| {backend} | {ms:.3f} |" for backend, ms in times.items())
+    measurements = f"\n| measured (`{name}`) | ms |\n|---|---:|\n{seen}\n" if seen else ""
+    floors = sum(s.count * floor(s) for s in RESNET50)
+    return f"""# What the GPU kernels cost, by counting
 
-*Written by `python -m benchmarks.gpu.arithmetic`; a test holds it to that script. **No GPU has
-run these kernels yet**: times are predictions until `benchmarks/gpu.sh` has been run, and its
-record fills the last two columns.*
+*Written by `python -m benchmarks.gpu.arithmetic`; tests hold it to its record and the record's counts to
+the networks. **No GPU has run these kernels yet**: times are predictions until `benchmarks/gpu.sh` has
+been run. The 300 µs an image that stood here before are withdrawn: they counted the 96 kernels that
+assemble weights and none of the others.*
 
-ResNet-50, `kernel_num` 64, 512×512, batch 1, weights written in float16, channels last.
+ResNet-50, `kernel_num` 64, 512×512, batch 1, float16, channels last, as `fuse_network` runs it in a CUDA
+graph, beside a plain ResNet-50 that `fuse_network` made as well.
 
-## Two kernels a layer
+{_networks(record)}
+{measurements}
+## How it is counted
 
-| | reads | computes | writes |
-|---|---|---|---|
-| rows | spectrum (8 bytes a bin), group map (1 byte), attentions | weighs, inverts along O·kh | half-transformed matrix, 8 bytes a bin |
-| columns | that, from the second-level cache | inverts along I·kw onto real numbers, all modulations | the convolution's weights |
+- **Launches** (`python -m benchmarks.gpu.launches`): the fused network runs on fake tensors, and every
+  operator that does work is a kernel; a convolution's bias is one more, which PyTorch adds after cuDNN.
+- **Instructions, registers, occupancy**: every Triton kernel is compiled for sm_90a, assembled by ptxas
+  and disassembled; loops count as often as they run. None spills
+  ([every target](../benchmarks/results/2026-11-22-kernel-resources.md)).
+- **Time of a kernel**: {START * 1e6:.0f} µs from its start to the next one's in a CUDA graph (assumed), and the longest of
+  - its tensors' bytes at the copy's rate: {RATES["H100"] / 1e12:.1f} TB/s on an H100, {RATES["H200"] / 1e12:.1f} on an H200. At batch 1 much of it stays in the
+    second-level cache, which is faster: this counts against both networks alike;
+  - of a product or convolution: tiles of {TILE}×{TILE}, one a multiprocessor at a time, at half of the tensor cores' rate
+    (assumed);
+  - of a Triton kernel: instructions over {MULTIPROCESSORS} multiprocessors' {SCHEDULERS} schedulers at {CLOCK / 1e9:.3f} GHz, and no faster than one in {ALONE}
+    cycles for each warp (assumed).
 
-The spectrum is half of the kernel matrix in complex numbers: 4.5 bytes a weight with its map.
-The half-transformed matrix is as large and stays in the cache (50 MB and more on the large
-GPUs; the largest layer's is 9.5 MB). What must cross memory is the spectrum once and the
-kernels once: that is the floor.
+The start of kernels is an upper bound for side streams: kernels that run beside each other are counted
+one after the other.
 
-A row program owns a tile of two or four columns, all rows, and its constants lie in the order it
-reads them. It writes for each block of 2 to 8 rows one stretch of 32 to 128 bytes, and a column
-program reads such a block as one piece. A column program inverts two real rows in one complex
-transform, so it has whole rows, and the local attention costs it a handful of loads a row and a
-window a column. A batch reads the spectrum from memory once if it stays cached: the images are
-the grid's fastest axis.
+## By kernel
 
-Transforms run in registers, as butterflies on float32, not on tensor cores: a length of 1536
-takes some 60 operations a point as a fast transform; as three-stage matrix products it would
-take 320, and three times that to keep float32's accuracy on TF32 units. Each layer's error
-against float64 stays under 8e-7 of the largest value in the interpreter (2e-6 is asked).
+Launches an image, and predicted µs on an H200:
 
-Lengths: T·2^a with T odd up to 27 run in registers, which covers 3·2^a, 9·2^a and every length of
-the published networks. Others (and kernel widths that do not divide T) take a dense product:
-correct, not fast.
+{_operators(record)}
 
-## Registers and spills
+## Kernels of this package
 
-`python -m benchmarks.gpu.resources` compiles every layer's kernels with the ptxas in Triton's
-wheel; [the table](../benchmarks/results/2026-11-22-kernel-resources.md) has no spill on any
-target from sm_75 to sm_120.
+{_triton(record)}
 
-## Layers
+## Assembly
 
-floor = (spectrum + map + kernel) / {MEMORY / 1e12:.1f} TB/s, the copy measured on an H200. A prediction is
-the longest of memory ({MEMORY / 1e12:.1f} TB/s), cache ({CACHE / 1e12:.1f} TB/s, assumed) and float32 arithmetic
-({ARITHMETIC / 1e12:.0f} TFLOP/s, assumed: a third of the data sheet), plus {START * 1e6:.0f} µs a kernel to start and to
-drain (assumed).
+The spectrum is half of the kernel matrix in complex numbers: 4.5 bytes a weight with its map. A first
+kernel weighs it by the attentions and inverts it along O·kh; what it writes stays in the second-level
+cache (50 MB and more on the large GPUs; the largest layer's is 9.5 MB). A second one inverts along I·kw
+onto real numbers, two rows in one complex transform, applies all modulations and writes the
+convolution's weights. What must cross memory is the spectrum once and the kernels once: all 48 layers'
+floors add up to {floors * 1e6:.0f} µs an image at {MEMORY / 1e12:.1f} TB/s.
 
-{rows}
+Transforms run in registers, as butterflies on float32, not on tensor cores: a length of 1536 takes some
+60 operations a point as a fast transform; as three-stage matrix products it would take 320, and three
+times that to keep float32's accuracy on TF32 units. Each layer's error against float64 stays under 8e-7
+of the largest value in the interpreter (2e-6 is asked).
 
-{sums}
-
-## What the predictions leave out
-
-The small matrix products of the attentions, the band modulation's four or more products a layer,
-the layout of PyTorch's NCHW kernels (a float32 kernel written as (O, I, 3, 3) touches each
-32-byte sector several times; channels last does not), and everything that waits on anything
-else. Short layers (64→64) are all start-up: a CUDA graph takes the launches off the CPU, not
-off the GPU.
+Lengths: T·2^a with T odd up to 27 run in registers, which covers 3·2^a, 9·2^a and every length of the
+published networks. Others (and kernel widths that do not divide T) take a dense product: correct, not
+fast.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--print", action="store_true", help="to standard output, not the page")
-    if parser.parse_args().print:
-        print(page(), end="")
-    else:
-        PAGE.write_text(page())
+    parser.add_argument("--page", action="store_true", help="write the page of the record there is")
+    if not parser.parse_args().page:
+        write_json(RECORD, count())
+    text = page(json.loads(RECORD.read_text()))
+    PAGE.write_text(text)
+    print(text[text.index("| | kernels") : text.index("## How")])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,14 +46,15 @@ ALLOCATIONS = {
 class Launched:
     """One kernel.
 
-    operator: PyTorch's, or the Triton kernel's name. launch: of a Triton kernel. batch: of a Triton
-    kernel. read, written: bytes of its tensors. flops: of products and convolutions; 0 elsewhere.
+    operator: PyTorch's, or the Triton kernel's name. read, written: bytes of its tensors. product:
+    of a product or convolution (matrices, rows, columns, inner length). launch, batch: of a Triton
+    kernel.
     """
 
     operator: str
     read: int
     written: int
-    flops: int = 0
+    product: tuple[int, int, int, int] | None = None
     launch: KernelLaunch | None = None
     batch: int = 1
 
@@ -67,7 +69,9 @@ def launches(network: nn.Module, x: Tensor) -> list[Launched]:
     noted: list[Launched] = []
     with FakeTensorMode() as mode, torch.no_grad():
         tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        state = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+        state: dict[str, Tensor] = {
+            name: mode.from_tensor(tensor) for name, tensor in tensors.items()
+        }
         with without_gpu(), _noting(noted), _Noting(noted):
             functional_call(network, state, (mode.from_tensor(x),))
     return noted
@@ -87,27 +91,21 @@ def _noting(noted: list[Launched]) -> Iterator[None]:
     """Let `run_kernel` note what it is asked for and run nothing."""
 
     def note(_module: Any, launch: KernelLaunch, batch: int, *tensors: Tensor) -> None:
-        # A pointer that is not followed points at another argument.
         *inputs, output = tensors
-        distinct = {id(tensor): tensor for tensor in inputs}
-        noted.append(
-            Launched(
-                launch.kernel, _bytes(list(distinct.values())), _bytes(output), 0, launch, batch
-            )
-        )
+        # A pointer that is not followed points at another argument.
+        read = _bytes(list({id(tensor): tensor for tensor in inputs}.values()))
+        one = Launched(launch.kernel, read, _bytes(output), launch=launch, batch=batch)
+        noted.append(one)
 
-    import fdconv_deploy.ops.frequency_assembly.torch_op as assembly
-    import fdconv_deploy.ops.frequency_band_modulation.torch_op as bands
-
-    modules: list[Any] = [kernel_launch, assembly, bands]
-    before = [module.run_kernel for module in modules]
+    run = kernel_launch.run_kernel
+    modules = [m for m in list(sys.modules.values()) if getattr(m, "run_kernel", None) is run]
     for module in modules:
-        module.run_kernel = note
+        module.run_kernel = note  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        for module, function in zip(modules, before, strict=True):
-            module.run_kernel = function
+        for module in modules:
+            module.run_kernel = run  # type: ignore[attr-defined]
 
 
 class _Noting(TorchDispatchMode):
@@ -138,16 +136,19 @@ class _Noting(TorchDispatchMode):
         ):
             return answer  # a view
         name = str(packet).removeprefix("aten.")
-        flops = 0
+        product = None
         if packet is aten.convolution:
-            weight = args[1]
-            flops = 2 * outputs[0].numel() * math.prod(weight.shape[1:])
+            weight, groups = args[1], args[-1]
+            pixels = outputs[0].numel() // outputs[0].shape[1]
+            inner = math.prod(weight.shape[1:])
+            product = groups, pixels, weight.shape[0] // groups, inner
             if args[2] is not None:
                 self._noted.append(Launched("bias", _bytes(outputs), _bytes(outputs)))
         elif packet in PRODUCTS:
-            left = next(t for t in given if t.ndim >= 2)
-            flops = 2 * outputs[0].numel() * left.shape[-1]
-        self._noted.append(Launched(name, _bytes(given), _bytes(outputs), flops))
+            *_, left, right = (t for t in given if t.ndim >= 2)
+            many = left.shape[0] if left.ndim == 3 else 1
+            product = many, left.shape[-2], right.shape[-1], left.shape[-1]
+        self._noted.append(Launched(name, _bytes(given), _bytes(outputs), product))
         return answer
 
 

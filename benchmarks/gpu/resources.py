@@ -1,6 +1,8 @@
-"""Registers, spills and shared memory of every kernel, as ptxas reports them; needs no GPU.
+"""What every kernel takes of a GPU by its machine code: registers, spills, instructions.
 
-    python -m benchmarks.gpu.resources [--capability 90 …] [--json FILE]
+    python -m benchmarks.gpu.resources [--capability 90 …] [--ptxas FILE] [--json FILE]
+
+Needs no GPU: ptxas and nvdisasm are in Triton's wheel.
 
 Every layer of a ResNet-50 in the form the half-precision network uses (channels last, float16),
 and the band combination.
@@ -25,7 +27,9 @@ from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops.compile_kernels import CAPABILITIES, CompiledKernel, compile_kernel
 from fdconv_deploy.ops.frequency_assembly.launch import column_launch, row_launch
 from fdconv_deploy.ops.frequency_band_modulation.launch import combination_launch
-from fdconv_deploy.ops.launch import KernelLaunch
+from fdconv_deploy.ops.launch import THREADS_PER_WARP, KernelLaunch
+
+TOOLS = Path(next(iter(backends.__path__))) / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
@@ -38,27 +42,22 @@ class Resources:
     stack: int
 
 
-def resources(kernel: CompiledKernel) -> Resources:
-    """Assemble a kernel to machine code with the ptxas in Triton's wheel and read its report."""
-    high = kernel.capability >= 90
-    architecture = f"sm_{kernel.capability}a" if high else f"sm_{kernel.capability}"
-    binaries = Path(next(iter(backends.__path__))) / "nvidia" / "bin"
+def resources(kernel: CompiledKernel, ptxas: Path | None = None) -> Resources:
+    """Assemble a kernel and read ptxas's report.
+
+    Args:
+        kernel: in PTX.
+        ptxas: another one than Triton's.
+
+    Raises:
+        BackendError: ptxas refuses it.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(kernel.ptx)
-        options = ["-v", f"--gpu-name={architecture}", str(source), "-o", f"{source}.cubin"]
-        # Only the newest ptxas knows the newest GPUs and instruction sets.
-        for assembler in ("ptxas", "ptxas-blackwell"):
-            command = [str(binaries / assembler), *options]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode == 0:
-                break
-        else:
-            raise BackendError(f"ptxas refuses a kernel for {architecture}: {result.stderr}")
+        report = _assemble(kernel, Path(folder) / "kernel.cubin", ptxas)
 
     def number(pattern: str) -> int:
-        match = re.search(pattern, result.stderr)
-        assert match is not None, result.stderr
+        match = re.search(pattern, report)
+        assert match is not None, report
         return int(match.group(1))
 
     return Resources(
@@ -67,6 +66,72 @@ def resources(kernel: CompiledKernel) -> Resources:
         spill_loads=number(r"(\d+) bytes spill loads"),
         stack=number(r"(\d+) bytes stack frame"),
     )
+
+
+def _assemble(kernel: CompiledKernel, cubin: Path, ptxas: Path | None = None) -> str:
+    """Write machine code, and give ptxas's report."""
+    high = kernel.capability >= 90
+    architecture = f"sm_{kernel.capability}a" if high else f"sm_{kernel.capability}"
+    source = cubin.with_suffix(".ptx")
+    source.write_text(kernel.ptx)
+    options = ["-v", f"--gpu-name={architecture}", str(source), "-o", str(cubin)]
+    # Of Triton's, only the second knows the newest GPUs and instruction sets.
+    for assembler in [ptxas] if ptxas else [TOOLS / "ptxas", TOOLS / "ptxas-blackwell"]:
+        command = [str(assembler), *options]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode == 0:
+            return result.stderr
+    raise BackendError(f"ptxas refuses a kernel for {architecture}: {result.stderr}")
+
+
+_INSTRUCTION = re.compile(
+    r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(?: `\((\.L_x_\d+)\))?"
+)
+
+
+def warp_instructions(kernel: CompiledKernel, trips: int = 1) -> int:
+    """Instructions that each warp issues, counted in the machine code.
+
+    Args:
+        kernel: in PTX.
+        trips: how often its loops run. What is branched around counts as run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        _assemble(kernel, cubin)
+        command = [str(TOOLS / "nvdisasm"), "-c", str(cubin)]
+        return executed(subprocess.check_output(command, text=True), trips)
+
+
+def executed(code: str, trips: int) -> int:
+    """Instructions that run in nvdisasm's listing of a kernel whose loops run ``trips`` times."""
+    counts: list[int] = []  # of each instruction
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if line.startswith(".L_x_"):
+            labels[line.rstrip(":")] = len(counts)
+        elif (found := _INSTRUCTION.search(line)) is not None and found[1] != "NOP":
+            start = labels.get(found[2])
+            if start == len(counts):
+                continue  # a branch to itself stops what runs past the end
+            counts.append(1)
+            if start is not None:
+                counts[start:] = [trips * each for each in counts[start:]]
+    return sum(counts)
+
+
+def resident_programs(used: Resources, kernel: CompiledKernel) -> int:
+    """Programs that a multiprocessor of compute capability 9.0 holds at a time."""
+    warps = -(-kernel.threads // THREADS_PER_WARP)
+    # Registers are given out to warps in steps of 8 a thread, from four files of 16,384.
+    by_registers = 4 * (16384 // (-(-used.registers // 8) * 8 * THREADS_PER_WARP)) // warps
+    by_memory = 227 * 1024 // (kernel.shared + 1024)
+    return min(by_registers, by_memory, 64 // warps, 32)
+
+
+def trips(launch: KernelLaunch) -> int:
+    """How often a kernel's loop runs: over the odd part of its transform, where it has one."""
+    return int(launch.constants.get("odd", 1))
 
 
 def launches() -> dict[str, tuple[KernelLaunch, ...]]:
@@ -90,10 +155,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capability", type=int, nargs="*", default=list(CAPABILITIES))
     parser.add_argument("--layer", nargs="*", help="only these, e.g. '512→512 3×3'")
+    parser.add_argument("--ptxas", type=Path, help="another one than Triton's")
     parser.add_argument("--json", type=Path, help="write the table here too")
     options = parser.parse_args()
     rows = []
-    columns = "layer kernel sm programs threads shared registers spilled stack".split()
+    columns = (
+        "layer kernel sm programs threads shared registers spilled stack resident instructions"
+    ).split()
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for capability in options.capability:
         for layer, kernels in launches().items():
@@ -101,11 +169,12 @@ def main() -> None:
                 continue
             for launch in kernels:
                 compiled = compile_kernel(launch, capability)
-                used = resources(compiled)
+                used = resources(compiled, options.ptxas)
                 row = dict(zip(columns, (
                     layer, launch.kernel, capability, launch.blocks[0] * launch.blocks[1],
                     compiled.threads, compiled.shared, used.registers,
                     used.spill_stores + used.spill_loads, used.stack,
+                    resident_programs(used, compiled), warp_instructions(compiled, trips(launch)),
                 ), strict=True))  # fmt: skip
                 rows.append(row)
                 print("| " + " | ".join(str(v) for v in row.values()) + " |", flush=True)

@@ -15,9 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import arithmetic
 from benchmarks.gpu.run import Record
-from benchmarks.gpu.shapes import RESNET50
 
 ROOT = Path(__file__).parents[3]
 needs_triton = pytest.mark.skipif(
@@ -265,18 +263,3 @@ def test_without_a_gpu_it_says_what_to_do():
     assert "need an NVIDIA GPU" in done.stderr
     assert "--dry-run" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_the_page_is_what_the_script_writes():
-    assert arithmetic.PAGE.read_text() == arithmetic.page(), (
-        "run python -m benchmarks.gpu.arithmetic"
-    )
-
-
-@pytest.mark.parametrize("shape", RESNET50, ids=str)
-def test_the_floor_is_the_spectrum_and_the_kernel(shape):
-    rows, half = shape.out_channels * shape.kernel, shape.in_channels * shape.kernel // 2 + 1
-    least = (9 * rows * half + 2 * shape.weights) / arithmetic.MEMORY
-    # A last tile of columns may be partly empty.
-    assert least <= arithmetic.floor(shape) <= least * 1.1
-    assert all(cost.predicted > arithmetic.START for cost in arithmetic.costs(shape))

@@ -16,7 +16,12 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("Triton interprets here (TRITON_INTERPRET=1)", allow_module_level=True)
 
-from benchmarks.gpu.resources import resources
+from benchmarks.gpu.resources import (
+    executed,
+    resident_programs,
+    resources,
+    warp_instructions,
+)
 from benchmarks.gpu.shapes import RESNET50, layer_sizes
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.cuda import CapturedNetwork, FusedConv2d, FusedNetwork, fuse_network
@@ -169,3 +174,27 @@ def test_without_a_gpu_networks_are_refused_in_a_sentence():
     fused = FusedNetwork(network, torch.float32, channels_last=False)
     with pytest.raises(BackendError, match="need an NVIDIA GPU"):
         CapturedNetwork(fused, x)
+
+
+CODE = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   FADD R1, R1, R2 ;
+        /*0020*/              @!P0 LDG.E R3, desc[UR4][R4.64] ;
+        /*0030*/               @P0 BRA `(.L_x_0) ;
+        /*0040*/                   EXIT ;
+.L_x_1:
+        /*0050*/                   BRA `(.L_x_1);
+        /*0060*/                   NOP;
+"""
+
+
+def test_instructions_in_a_loop_count_as_often_as_it_runs():
+    assert executed(CODE, trips=1) == 5
+    assert executed(CODE, trips=3) == 11
+
+
+def test_instructions_of_a_kernel():
+    kernel = compile_kernel(SMALL["rows"], 90)
+    assert 100 < warp_instructions(kernel) < 1000
+    assert resident_programs(resources(kernel), kernel) == 32

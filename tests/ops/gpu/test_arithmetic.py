@@ -1,0 +1,70 @@
+"""docs/performance.md: its record is of today's networks, and the page is of its record."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+
+import pytest
+
+from benchmarks.gpu import arithmetic
+from benchmarks.gpu.arithmetic import START, Kernel, kernels_of, page, predicted
+from benchmarks.gpu.shapes import RESNET50
+
+RECORD = json.loads(arithmetic.RECORD.read_text())
+REFRESH = "run python -m benchmarks.gpu.arithmetic"
+
+
+def test_the_page_is_what_the_script_writes():
+    assert arithmetic.PAGE.read_text() == page(RECORD), REFRESH
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("network", arithmetic.NETWORKS)
+def test_the_record_is_of_the_kernels_that_are_launched_today(network, proved):
+    from benchmarks.gpu.launches import resnet50
+
+    today: dict[str, int] = {}
+    for one in resnet50(arithmetic.NETWORKS[network]):
+        today[one.operator] = today.get(one.operator, 0) + 1
+    recorded: dict[str, int] = {}
+    for kernel in kernels_of(RECORD, network):
+        recorded[kernel.operator] = recorded.get(kernel.operator, 0) + kernel.count
+    assert recorded == today, REFRESH
+    proved(f"a {network} ResNet-50, fp16, batch 1, is {sum(today.values())} kernels")
+
+
+def test_fdconv_is_predicted_within_its_limit(proved):
+    """A regression number: lower it with what was gained."""
+    plain, dynamic = (kernels_of(RECORD, name) for name in ("plain", "FDConv"))
+    for gpu in arithmetic.RATES:
+        ratio = predicted(dynamic, gpu) / predicted(plain, gpu)
+        assert 1 < ratio <= 3.8
+        proved(
+            f"FDConv's ResNet-50 is predicted at {ratio:.2f} times the plain one's time on {gpu}"
+        )
+
+
+def test_a_kernel_takes_what_takes_longest():
+    copy = Kernel("copy", 1, read=30_000_000, written=30_000_000)
+    assert copy.seconds("H100") == pytest.approx(START + 20e-6)
+    assert copy.seconds("H200") < copy.seconds("H100")
+    # A tile more than there are multiprocessors is a second wave.
+    one, two = (Kernel("mm", 1, 0, 0, (1, 64 * tiles, 64, 512)) for tiles in (132, 133))
+    assert two.work == pytest.approx(2 * one.work)
+    own = Kernel("own", 1, 0, 0, None, programs=1, warps=1, registers=32, resident=16,
+                 instructions=1000)  # fmt: skip
+    assert own.work == pytest.approx(arithmetic.ALONE * 1000 / arithmetic.CLOCK)
+
+
+@pytest.mark.parametrize("shape", RESNET50, ids=str)
+def test_the_floor_is_the_spectrum_and_the_kernel(shape):
+    rows, half = shape.out_channels * shape.kernel, shape.in_channels * shape.kernel // 2 + 1
+    least = (9 * rows * half + 2 * shape.weights) / arithmetic.MEMORY
+    # A last tile of columns may be partly empty.
+    assert least <= arithmetic.floor(shape) <= least * 1.1
+    assert math.isclose(
+        sum(cost.memory for cost in arithmetic.costs(shape)),
+        arithmetic.floor(shape) * arithmetic.MEMORY,
+    )
