@@ -34,7 +34,10 @@ WIDEST = 140
 # Layers of a terminal's tables.
 SHOWN = 8
 # What a terminal without room for all goes without, the first one first; the files have it.
-LEFT_OUT = ("first ms", "load s", "p99", "runs", "peak MB", "input", "p90")
+LEFT_OUT = (
+    "first ms", "load s", "p99", "runs", "peak MB", "input", "p90", "°C", "W", "J/image", "GPU MB",
+    "GPU MHz", "no copies",
+)  # fmt: skip
 STDOUT = Path("-")
 NATIVE = {None: [], "on": [True], "off": [False], "both": [False, True]}
 
@@ -74,6 +77,13 @@ def bench(
     model: Annotated[
         str | None, typer.Option(help="The service's model, if not its first.")
     ] = None,
+    tf32: Annotated[
+        bool,
+        typer.Option(
+            "--tf32",
+            help="Let float32 products round to ten bits on a GPU.",
+        ),
+    ] = False,
     end_to_end: Annotated[
         bool,
         typer.Option("--end-to-end", help="Time from decoded pixels to labels, image by image."),
@@ -175,6 +185,7 @@ def bench(
             config=config,
             overrides=parse_settings(settings),
             weights=weights,
+            tf32=tf32 or None,
         ),
         urls=url or [],
         backends=backend or [],
@@ -261,9 +272,10 @@ def show(report: Report, console: Console) -> None:
     Where the console is narrow, targets are numbered and named above their table; columns that
     still find no room are left out, and a caption names them.
     """
-    from fdconv_deploy.latency.report import cells, notes
+    from fdconv_deploy.latency.report import cells, head, notes
 
     titles, rows = cells(report)
+    console.print(head(report), markup=False, highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, WIDEST)
     table = _rows(titles, rows)

@@ -96,7 +96,7 @@ def page(report: Report) -> str:
             _throughput(report, colours),
             *_memory(rows),
             *_start(rows),
-            _section("All figures", _grid(*tables.cells(report))),
+            _section("All figures", _grid(*tables.cells(report)), text=tables.head(report)),
             *_profiles(report),
             *_divergences(report),
             _section("Environment", _environment(found)),

@@ -13,6 +13,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from fdconv_deploy.latency.machine import Reading
+from fdconv_deploy.runtime.backends.base import Phases
+
 R = TypeVar("R")
 Clock = Callable[[], float]
 # So many windows must agree.
@@ -58,11 +61,16 @@ class Interleaver(Generic[R]):
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of each run of one turn, of all runs together (``wall``), and joules if known."""
+    """Seconds of each run of one turn, of all runs together (``wall``), and joules if known.
+
+    On a GPU also ``phases`` of runs after those, and ``readings`` of the GPU meanwhile.
+    """
 
     seconds: tuple[float, ...]
     wall: float
     joules: float | None = None
+    phases: tuple[Phases, ...] = ()
+    readings: tuple[Reading, ...] = ()
 
 
 class Runner(Protocol):

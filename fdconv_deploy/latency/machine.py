@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from datetime import datetime, timezone
 from importlib import import_module
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fdconv_deploy.runtime.backends.threads import available_cores, cpu_quota
 
@@ -186,23 +187,72 @@ class Bystanders:
         return busy / os.sysconf("SC_CLK_TCK"), self.own(), time.perf_counter()
 
 
+class Reading(NamedTuple):
+    """What a GPU said of itself at one moment; None is what the driver does not give.
+
+    sm_mhz, memory_mhz: clocks. watts: power drawn. celsius: its temperature. throttled: why its
+    clock is held down, by the names of ``THROTTLES``.
+    """
+
+    sm_mhz: int | None
+    memory_mhz: int | None
+    watts: float | None
+    celsius: int | None
+    throttled: tuple[str, ...] = ()
+
+
+# Bits of nvmlClocksEventReasons that slow work down; an idle GPU or one that follows clocks set by
+# its owner is not throttled.
+THROTTLES = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
+
+
 class Gpu:
     """One GPU; a figure that the driver does not give is None.
 
     Args:
         nvml: the module ``pynvml``, started.
-        index: the GPU's number.
+        handle: the library's, of the GPU.
     """
 
-    def __init__(self, nvml: Any, index: int) -> None:
-        self._nvml = nvml
-        self._handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self._nvml, self._handle = nvml, handle
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         """What a function of the library says of this GPU."""
         with contextlib.suppress(self._nvml.NVMLError):
             return getattr(self._nvml, name)(self._handle, *arguments)
         return None
+
+    @property
+    def uuid(self) -> str | None:
+        """Such as ``GPU-0a1b…``."""
+        return _text(self._ask("nvmlDeviceGetUUID"))
+
+    def reading(self) -> Reading:
+        """What it says of itself now."""
+        nvml = self._nvml
+        watts = self._ask("nvmlDeviceGetPowerUsage")
+        # The first is the newer name.
+        for name in ("CurrentClocksEventReasons", "CurrentClocksThrottleReasons"):
+            reasons = (
+                self._ask(f"nvmlDeviceGet{name}") if hasattr(nvml, f"nvmlDeviceGet{name}") else None
+            )
+            if reasons is not None:
+                break
+        return Reading(
+            self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
+            self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
+            None if watts is None else watts / 1e3,
+            self._ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
+            tuple(why for bit, why in THROTTLES.items() if (reasons or 0) & bit),
+        )
 
     def memory_mb(self) -> float | None:
         """Memory in use, by whomever, in MB."""
@@ -239,9 +289,58 @@ def gpus(nvml: Any = None) -> list[Gpu]:
     try:
         nvml = import_module("pynvml") if nvml is None else nvml
         nvml.nvmlInit()
-        return [Gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+        count = nvml.nvmlDeviceGetCount()
+        return [Gpu(nvml, nvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
     except Exception:  # a missing library raises whatever its loader does
         return []
+
+
+def visible_gpu(uuid: str | None = None, nvml: Any = None) -> Gpu | None:
+    """The GPU that CUDA's first device is; None where there is none, or it is not known.
+
+    The management library numbers all GPUs of the machine, whatever ``CUDA_VISIBLE_DEVICES`` says.
+
+    Args:
+        uuid: of the device, where CUDA has told it; else ``CUDA_VISIBLE_DEVICES`` decides.
+        nvml: the module ``pynvml``.
+    """
+    found = gpus(nvml)
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    wanted = uuid or first
+    if wanted.isdecimal():
+        return found[int(wanted)] if int(wanted) < len(found) else None
+    return next((gpu for gpu in found if wanted and (gpu.uuid or "").startswith(wanted)), None)
+
+
+class ClockWatch:
+    """A context manager that reads a GPU while others work on it.
+
+    Args:
+        gpu: the GPU; none is read where None.
+        interval: seconds between readings.
+    """
+
+    def __init__(self, gpu: Gpu | None, interval: float = 0.02) -> None:
+        self._gpu, self._interval = gpu, interval
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.readings: list[Reading] = []
+
+    def __enter__(self) -> ClockWatch:
+        if self._gpu is not None:
+            self._thread = threading.Thread(target=self._watch, args=(self._gpu,), daemon=True)
+            self._thread.start()
+        return self
+
+    def _watch(self, gpu: Gpu) -> None:
+        # Not at once: what is timed is just beginning, and the clock of an idle GPU is low.
+        while not self._done.wait(self._interval):
+            self.readings.append(gpu.reading())
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
 
 
 def describe_gpus() -> list[dict[str, Any]]:

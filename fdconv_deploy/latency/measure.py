@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from fdconv_deploy.latency import machine
 from fdconv_deploy.latency.interleaving import Schedule, Series, ratio, sample_until_steady
 from fdconv_deploy.latency.report import (
     Divergences,
+    GpuState,
     LayerDivergence,
     LayerTime,
     Profile,
@@ -33,6 +35,7 @@ from fdconv_deploy.latency.targets import (
 )
 from fdconv_deploy.latency.workers import Worker
 from fdconv_deploy.ops.native import native_library
+from fdconv_deploy.runtime.backends.base import Phases
 from fdconv_deploy.runtime.bundle import Bundle
 
 if TYPE_CHECKING:
@@ -188,7 +191,33 @@ def _row(worker: Worker, series: Series, first: Series | None) -> Row:
         peak_mb=None if service else round(worker.peak_mb),
         device_mb=None if worker.device_mb is None else round(worker.device_mb),
         joules_per_image=round(sum(joules) / images, 4) if joules else None,
+        manner=details.get("manner", ""),
+        phases_ms=_phases([one for sample in series.samples for one in sample.phases]),
+        gpu=_gpu_state([one for sample in series.samples for one in sample.readings]),
+        engine=details.get("engine"),
     )
+
+
+def _phases(runs: Sequence[Phases]) -> dict[str, float] | None:
+    """Median milliseconds of each phase."""
+    if not runs:
+        return None
+    names = [field.name for field in fields(Phases)]
+    return {n: round(float(np.median([getattr(run, n) for run in runs])) * 1e3, 4) for n in names}
+
+
+def _gpu_state(readings: Sequence[machine.Reading]) -> GpuState | None:
+    if not readings:
+        return None
+    found: dict[str, dict[str, float] | None] = {}
+    for name in ("sm_mhz", "memory_mhz", "watts", "celsius"):
+        values = [value for one in readings if (value := getattr(one, name)) is not None]
+        low, middle, high = np.percentile(values, [0, 50, 100]) if values else (0, 0, 0)
+        ends = {"min": float(low), "median": float(middle), "max": float(high)}
+        found[name] = ends if values else None
+    reasons = Counter(why for one in readings for why in one.throttled)
+    throttled = {why: round(count / len(readings), 3) for why, count in reasons.items()}
+    return GpuState(readings=len(readings), throttled=throttled, **found)  # type: ignore[typeddict-item]
 
 
 def _quantiles(seconds: Sequence[float]) -> dict[str, float]:

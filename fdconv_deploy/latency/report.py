@@ -5,11 +5,29 @@ from __future__ import annotations
 import csv as comma_separated
 import io
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from fdconv_deploy.latency import machine
+
+# A GPU's clock that moves by more than this share of itself makes times of one row differ.
+MOVED = 0.03
+
+
+class GpuState(TypedDict):
+    """A GPU while one target was timed: "min", "median" and "max" of its readings.
+
+    ``throttled``: why its clock was held down, and the share of readings that said so.
+    """
+
+    readings: int
+    sm_mhz: dict[str, float] | None
+    memory_mhz: dict[str, float] | None
+    watts: dict[str, float] | None
+    celsius: dict[str, float] | None
+    throttled: dict[str, float]
 
 
 class Row(TypedDict):
@@ -17,8 +35,9 @@ class Row(TypedDict):
 
     ``ms`` holds quantiles of a request's milliseconds ("p50", "p90", "p99", "q1", "q3", "min",
     "mean"), ``over_first`` how many times the first target's time it took ("value", "q1", "q3"),
-    None for the first, and where the input has another size than the first's. What is not known is
-    None.
+    None for the first, and where the input has another size than the first's. On a GPU ``manner``
+    tells its rounding, streams and synchronisation, ``phases_ms`` holds medians of a `Phases`,
+    ``gpu`` what the GPU was like meanwhile, ``engine`` TensorRT's file. What is not known is None.
     """
 
     kind: str
@@ -47,6 +66,10 @@ class Row(TypedDict):
     peak_mb: int | None
     device_mb: int | None
     joules_per_image: float | None
+    manner: str
+    phases_ms: dict[str, float] | None
+    gpu: GpuState | None
+    engine: str | None
 
 
 class LayerTime(TypedDict):
@@ -108,24 +131,63 @@ def _known(value: float | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
+def _phase(row: Row, name: str) -> str:
+    return "–" if row["phases_ms"] is None else f"{row['phases_ms'][name]:.3f}"
+
+
+def _spread(row: Row, name: Literal["sm_mhz", "watts", "celsius"]) -> dict[str, float] | None:
+    return row["gpu"] and row["gpu"][name]
+
+
+def _span(row: Row, name: Literal["sm_mhz", "watts", "celsius"]) -> str:
+    found = _spread(row, name)
+    if found is None:
+        return "–"
+    low, high = f"{found['min']:.0f}", f"{found['max']:.0f}"
+    return low if low == high else f"{low}–{high}"
+
+
+def _clock_moved(row: Row) -> float:
+    """How far a GPU's clock moved while a target was timed, as a share of its median."""
+    found = _spread(row, "sm_mhz")
+    return (found["max"] - found["min"]) / found["median"] if found and found["median"] else 0.0
+
+
 _COLUMNS: dict[str, Callable[[Row], str]] = {
     "batch": lambda row: str(row["batch"]),
     "concurrency": lambda row: str(row["concurrency"]),
     "input": lambda row: "×".join(map(str, row["size"])) if row["size"] else "–",
-    "p50 ms": lambda row: _milliseconds(row["ms"]["p50"]) + ("" if row["steady"] else " ~"),
+    "p50 ms": lambda row: (
+        _milliseconds(row["ms"]["p50"])
+        + ("" if row["steady"] else " ~")
+        + (" !" if _clock_moved(row) > MOVED else "")
+    ),
     "p90": lambda row: _milliseconds(row["ms"]["p90"]),
     "p99": lambda row: _milliseconds(row["ms"]["p99"]),
     "vs. first": lambda row: f"{row['over_first']['value']:.2f}×" if row["over_first"] else "–",
+    "H2D": lambda row: _phase(row, "h2d"),
+    "compute": lambda row: _phase(row, "compute"),
+    "D2H": lambda row: _phase(row, "d2h"),
+    "no copies": lambda row: _phase(row, "no_copies"),
     "images/s": lambda row: f"{row['images_per_second']:.2f}",
     "load s": lambda row: "–" if row["kind"] == "service" else f"{row['load_seconds']:.2f}",
     "first ms": lambda row: _milliseconds(row["first_ms"]),
     "peak MB": lambda row: _known(row["peak_mb"]),
     "GPU MB": lambda row: _known(row["device_mb"]),
     "J/image": lambda row: _known(row["joules_per_image"]),
+    "GPU MHz": lambda row: _span(row, "sm_mhz"),
+    "W": lambda row: _span(row, "watts"),
+    "°C": lambda row: _span(row, "celsius"),
     "runs": lambda row: str(row["runs"]),
 }
 # Shown only where it tells rows apart or is known at all.
 _ONLY_WHERE: dict[str, Callable[[Row], bool]] = {
+    **dict.fromkeys(
+        ("H2D", "compute", "D2H", "no copies"), lambda row: row["phases_ms"] is not None
+    ),
+    "GPU MHz": lambda row: row["gpu"] is not None and row["gpu"]["sm_mhz"] is not None,
+    "W": lambda row: row["gpu"] is not None and row["gpu"]["watts"] is not None,
+    "°C": lambda row: row["gpu"] is not None and row["gpu"]["celsius"] is not None,
     "concurrency": lambda row: row["concurrency"] > 1,
     "GPU MB": lambda row: row["device_mb"] is not None,
     "J/image": lambda row: row["joules_per_image"] is not None,
@@ -167,9 +229,54 @@ def _of_other_size(report: Report, row: Row) -> bool:
     return row["over_first"] is None and _first(report, row) is not row
 
 
+def head(report: Report) -> str:
+    """What is inside a latency, to stand above the table."""
+    rows = report["rows"]
+    local = [row for row in rows if row["kind"] != "service"]
+    said = []
+    if any(row["whole"] for row in local):
+        said.append("ms: one request, from decoded pixels to labels or objects.")
+    elif local:
+        said.append("ms: one request, from inputs in host memory to outputs in host memory.")
+    if len(local) < len(rows):
+        said.append(
+            "A service is timed over its network: from an encoded image to a mask, or to objects."
+        )
+    if any(row["phases_ms"] for row in rows):
+        said.append(
+            "H2D, compute, D2H: the GPU's time for copies to it, its work and copies back, in runs "
+            "apart that wait after each; no copies: by the clock, inputs and outputs on the GPU."
+        )
+    return " ".join(said)
+
+
+def trtexec(row: Row) -> str | None:
+    """NVIDIA's own benchmark of the same engine, one request at a time; None of other backends."""
+    if row["engine"] is None:
+        return None
+    options = "--useCudaGraph --exposeDMA --infStreams=1 --warmUp=500 --duration=10"
+    return f"trtexec --loadEngine={shlex.quote(row['engine'])} {options}"
+
+
 def notes(report: Report) -> Iterator[str]:
     """What a reader must know beside the figures."""
     rows, settings = report["rows"], report["settings"]
+    for row in rows:
+        state = row["gpu"]
+        if state is not None and _clock_moved(row) > MOVED:
+            yield (
+                f"! {target_name(row)}, batch {row['batch']}: the GPU's clock moved by "
+                f"{_clock_moved(row):.0%} while it was timed ({_span(row, 'sm_mhz')} MHz). Lock it "
+                "(nvidia-smi --lock-gpu-clocks), or compare ratios."
+            )
+        if state is not None and state["throttled"]:
+            why = ", ".join(f"{name} {share:.0%}" for name, share in state["throttled"].items())
+            name = f"{target_name(row)}, batch {row['batch']}"
+            yield f"{name}: the GPU was throttled ({why} of the time)."
+    for row in {(target_name(row), row["manner"]): row for row in rows if row["manner"]}.values():
+        yield f"{target_name(row)}: {row['manner']}."
+    for command in dict.fromkeys(filter(None, map(trtexec, rows))):
+        yield f"The same engine by NVIDIA's own tool: {command}"
     if any(not row["steady"] for row in rows):
         yield (
             f"~ not steady: no three windows in a row agreed within {settings['agree']:.0%} "
@@ -179,10 +286,6 @@ def notes(report: Report) -> Iterator[str]:
         yield "No ratio where the input has another size than the first target's: other work."
     if shared := machine.shared_machine(report["others_cpu"]):
         yield shared
-    if any(row["kind"] == "service" for row in rows):
-        yield "A service is timed over its network: from an encoded image to a mask, or to objects."
-    if any(row["whole"] and row["kind"] != "service" for row in rows):
-        yield "Timed from decoded pixels to labels."
     for one in report["skipped"]:
         yield f"Skipped: {one['what']}. {one['why']}"
     yield f"{machine.say(report['machine'])}."
@@ -226,7 +329,11 @@ def as_json(report: Report) -> str:
 def markdown(report: Report) -> str:
     """Tables and notes, to be pasted."""
     titles, rows = cells(report)
-    lines = _table(titles, [[cell.replace("|", "\\|") for cell in row] for row in rows])
+    lines = [
+        head(report),
+        "",
+        *_table(titles, [[cell.replace("|", "\\|") for cell in row] for row in rows]),
+    ]
     lines += ["", *(f"- {note}" for note in notes(report))]
     for profile in report.get("profiles", []):
         parts = profile["parts"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
@@ -18,6 +20,8 @@ from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import BACKENDS, Bundle, GraphRunner, Session
 from fdconv_deploy.runtime.backends import BackendOptions, select
+from fdconv_deploy.runtime.backends.base import Phases
+from fdconv_deploy.runtime.backends.tensorrt_engines import FOLDER
 from fdconv_deploy.runtime.bundle_checks import bundles_and_checkpoints
 from fdconv_deploy.runtime.multiband import load_image
 from fdconv_deploy.runtime.preprocessing import check_image, resize, scene_bands
@@ -53,6 +57,7 @@ class RunOptions(BaseModel):
         config: a checkpoint's config file.
         overrides: settings that a checkpoint does not contain; of a call, whatever it takes.
         weights: which weights of a checkpoint, see `read_checkpoint`.
+        tf32: whether float32 products may round to ten bits on a GPU, see `open_session`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -65,6 +70,7 @@ class RunOptions(BaseModel):
     config: Path | None = None
     overrides: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
+    tf32: bool | None = None
 
 
 class Target(BaseModel):
@@ -209,13 +215,18 @@ def _check_used(
 
 
 class Details(TypedDict, total=False):
-    """What turned out when a target was opened: the backend and why, the input's size."""
+    """What turned out when a target was opened: the backend and why, the input's size.
+
+    ``manner``: on a GPU, its rounding, streams and synchronisation. ``engine``: TensorRT's file.
+    """
 
     backend: str
     choice: str
     operators: str
     precision: str
     size: tuple[int, int] | None
+    manner: str
+    engine: str
 
 
 @dataclass(frozen=True)
@@ -225,12 +236,14 @@ class OpenTarget:
     Attributes:
         run: one request; may be called from several threads at once.
         device: "cpu", "cuda" or "service".
+        phases: one more run, told apart by phase; None where that cannot be had.
     """
 
     run: Callable[[], Any]
     device: str
     details: Details
     close: Callable[[], None] = lambda: None
+    phases: Callable[[], Phases] | None = None
 
 
 def open_target(target: Target) -> OpenTarget:
@@ -249,7 +262,9 @@ def open_target(target: Target) -> OpenTarget:
 
 def _open_bundle(target: Target) -> OpenTarget:
     bundle, options = opened_bundle(target), target.options
-    backend_options = BackendOptions(threads=options.threads, native=target.native)
+    backend_options = BackendOptions(
+        threads=options.threads, native=target.native, tf32=options.tf32
+    )
     backend, choice, graphs = select(bundle, target.backend, backend_options)
     graphs = {target.batch: graphs.get(target.batch) or backend.load(bundle, target.batch)}
     bundle.release()  # only this batch is run
@@ -264,8 +279,14 @@ def _open_bundle(target: Target) -> OpenTarget:
         ask = session.detect if session.detects else session.segment
         return OpenTarget(lambda: ask(image), backend.device, details, session.close)
     inputs = bundle_inputs(bundle, target)
+    graph: Any = graphs[target.batch]
+    if backend.device == "cuda":
+        details["manner"] = getattr(graph, "manner", backend.operators)
+    if backend.name == "tensorrt":
+        details["engine"] = str(bundle.path / FOLDER / graph.name)
+    phases = (lambda: graph.phases(inputs)) if hasattr(graph, "phases") else None
     run = lambda: session.run_raw(inputs)  # noqa: E731 - one request
-    return OpenTarget(run, backend.device, details, session.close)
+    return OpenTarget(run, backend.device, details, session.close, phases)
 
 
 def opened_bundle(target: Target) -> Bundle:
@@ -398,7 +419,12 @@ def _open_checkpoint(target: Target) -> OpenTarget:
     if target.options.whole:
         return OpenTarget(_whole_request(target, network, size), "cpu", details)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    rounds = BackendOptions(tf32=target.options.tf32).rounds_to_tf32
+    # cuDNN's is on by default.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rounds
     made = _variant(target.backend, network, inputs, device)
+    if target.backend == "fused":
+        details["precision"] = "fp16"
 
     def on_host(answer: Any) -> Any:
         return answer.cpu() if isinstance(answer, torch.Tensor) else tuple(map(on_host, answer))
@@ -408,19 +434,65 @@ def _open_checkpoint(target: Target) -> OpenTarget:
         with torch.inference_mode():
             return on_host(made(*(x.to(device) for x in inputs)))
 
-    return OpenTarget(run, device, details)
+    if device == "cpu":
+        return OpenTarget(run, device, details)
+    graph = "one CUDA graph a run" if target.backend == "fused" else "no CUDA graph"
+    details["manner"] = (
+        f"TF32 {'on' if rounds else 'off'}; {graph}, on one stream; copies from and "
+        "to pageable memory, which wait"
+    )
+
+    def phases() -> Phases:
+        with torch.inference_mode():
+            return torch_phases(made, inputs, on_host, torch.cuda)
+
+    return OpenTarget(run, device, details, phases=phases)
+
+
+def torch_phases(
+    network: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    on_host: Callable[[Any], Any],
+    cuda: Any,
+) -> Phases:
+    """One run of a network on a GPU by phase.
+
+    Args:
+        network: on the GPU.
+        inputs: in host memory.
+        on_host: copies an answer there.
+        cuda: the module ``torch.cuda``.
+    """
+    events = [cuda.Event(enable_timing=True) for _ in range(4)]
+    events[0].record()
+    moved = [x.to(cuda.current_device()) for x in inputs]
+    events[1].record()
+    answer = network(*moved)
+    events[2].record()
+    on_host(answer)
+    events[3].record()
+    cuda.synchronize()
+    h2d, compute, d2h = (a.elapsed_time(b) / 1e3 for a, b in pairwise(events))
+    start = time.perf_counter()
+    network(*moved)
+    cuda.synchronize()
+    return Phases(h2d, compute, d2h, time.perf_counter() - start)
 
 
 def _variant(
     backend: str, network: nn.Module, inputs: tuple[Tensor, ...], device: str
 ) -> Callable[..., Any]:
     if backend == "fused":
-        from fdconv_deploy.folding.cuda.network import fuse_network, require_cuda
+        import torch
+
+        from fdconv_deploy.folding.cuda import CapturedNetwork, fuse_network, require_cuda
 
         require_cuda()
         if len(inputs) > 1:
             raise UnavailableError("Backend 'fused' takes networks of one input, not detectors.")
-        return fuse_network(network, inputs[0])
+        example = inputs[0]
+        fused = fuse_network(network, example, dtype=torch.float16, channels_last=True)
+        return CapturedNetwork(fused, example)
     if backend == "folded":
         from fdconv_deploy.folding.network import fold_network
 

@@ -17,14 +17,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import import_module
 from typing import Any, TypedDict
+from uuid import UUID
 
 from fdconv_deploy.environment import missing
 from fdconv_deploy.errors import BackendError, FDConvError
 from fdconv_deploy.latency import machine
 from fdconv_deploy.latency.interleaving import Sample
 from fdconv_deploy.latency.targets import Details, Target, UnavailableError, open_target
+from fdconv_deploy.runtime.backends.base import Phases
 
 # What is imported before opening a target of each kind is timed.
 _IMPORTS = {
@@ -34,11 +37,16 @@ _IMPORTS = {
 }
 
 
+# Runs of a turn whose phases are told apart.
+PHASES = 10
+
+
 class Opened(TypedDict):
     """What a worker says once its target is open and was run once.
 
     ``import_seconds``: from starting the process until its libraries were imported. Memory of
     the process: ``empty_mb`` before loading, ``loaded_mb`` after it, ``peak_mb`` at the most.
+    ``gpu``: UUID of the GPU that does the work; None where there is none or it is not known.
     """
 
     import_seconds: float
@@ -49,6 +57,7 @@ class Opened(TypedDict):
     loaded_mb: float
     peak_mb: float
     device: str
+    gpu: str | None
     details: Details
 
 
@@ -85,6 +94,8 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
         )
         try:
             self.opened: Opened = self._read()
+            uuid = self.opened["gpu"]
+            self._gpu = machine.visible_gpu(uuid) if uuid else None
         except BaseException:
             self.close()
             raise
@@ -100,10 +111,13 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
             request = json.dumps({"runs": runs, "concurrency": concurrency})
             self._process.stdin.write(request + "\n")
             self._process.stdin.flush()
-        found = self._read()
+        with machine.ClockWatch(self._gpu) as watch:
+            found = self._read()
         if found["device_mb"] is not None:
             self.device_mb = max(self.device_mb or 0.0, found["device_mb"])
-        return Sample(tuple(found["seconds"]), found["wall"], found["joules"])
+        phases = tuple(Phases(**one) for one in found["phases"])
+        seconds, readings = tuple(found["seconds"]), tuple(watch.readings)
+        return Sample(seconds, found["wall"], found["joules"], phases, readings)
 
     def close(self) -> None:
         """End the process; one that runs is not waited for."""
@@ -174,7 +188,7 @@ def _serve(target: Target, started: float, answer: Callable[..., None]) -> None:
         with contextlib.suppress(ImportError):
             import_module(name)
     imported = time.time() - started
-    gpu = next(iter(machine.gpus()), None)
+    gpu = machine.visible_gpu()
     before = gpu.memory_mb() if gpu else None
     empty = memory_mb("VmRSS")
     start = time.perf_counter()
@@ -184,11 +198,16 @@ def _serve(target: Target, started: float, answer: Callable[..., None]) -> None:
     start = time.perf_counter()
     work.run()
     first = time.perf_counter() - start
-    gpu = gpu if work.device == "cuda" else None
+    if work.device == "cuda":
+        uuid = _cuda_uuid() or (gpu.uuid if gpu else None)
+        gpu = machine.visible_gpu(uuid)
+    else:
+        gpu = uuid = None
     answer(
         import_seconds=imported, load_seconds=loaded, first_seconds=first,
         cpu=time.process_time(), peak_mb=memory_mb("VmHWM"),
-        empty_mb=empty, loaded_mb=loaded_mb, device=work.device, details=work.details,
+        empty_mb=empty, loaded_mb=loaded_mb, device=work.device, gpu=uuid,
+        details=work.details,
     )  # fmt: skip
     gc.collect()
     gc.freeze()
@@ -197,13 +216,28 @@ def _serve(target: Target, started: float, answer: Callable[..., None]) -> None:
         spent = gpu.joules() if gpu else None
         seconds, wall = timed_runs(work.run, request["runs"], request["concurrency"])
         after, used = (gpu.joules(), gpu.memory_mb()) if gpu else (None, None)
+        # After what is timed, since they wait between the phases of a run.
+        count = min(request["runs"], PHASES) if work.phases is not None else 0
+        phases = [asdict(work.phases()) for _ in range(count)] if work.phases else []
         answer(
             seconds=seconds, wall=wall, cpu=time.process_time(), peak_mb=memory_mb("VmHWM"),
-            joules=None if spent is None or after is None else after - spent,
+            phases=phases, joules=None if spent is None or after is None else after - spent,
             device_mb=None if used is None or before is None else used - before,
         )  # fmt: skip
         gc.collect()
     work.close()
+
+
+def _cuda_uuid() -> str | None:
+    """UUID of CUDA's first device, by whichever of its libraries is loaded; None by none."""
+    torch, runtime = sys.modules.get("torch"), sys.modules.get("cuda.bindings.runtime")
+    with contextlib.suppress(Exception):  # whatever a driver that is not there makes them raise
+        if torch is not None and torch.cuda.is_available():
+            return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+        if runtime is not None:
+            _, properties = runtime.cudaGetDeviceProperties(0)
+            return f"GPU-{UUID(bytes=bytes(properties.uuid.bytes))}"
+    return None
 
 
 def timed_runs(

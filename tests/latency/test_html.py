@@ -23,7 +23,8 @@ def row(name: str, ms: float, **changes: object) -> dict:
         | {"p90": ms * 1.1, "p99": ms * 1.3},
         "windows_ms": [ms] * 3, "over_first": None, "import_seconds": 0.3, "load_seconds": 0.2,
         "first_ms": ms * 2, "loaded_mb": 120, "peak_mb": 150, "device_mb": None,
-        "joules_per_image": None, **changes,
+        "joules_per_image": None, "manner": "", "phases_ms": None, "gpu": None, "engine": None,
+        **changes,
     }  # fmt: skip
 
 

@@ -3,57 +3,24 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
 
-from fdconv_deploy.latency.machine import Bystanders, describe, describe_gpus, gpus, shared_machine
+import pytest
 
-
-class Nvml:
-    """The part of ``pynvml`` that is used; what it does not know it refuses."""
-
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, old: bool = False) -> None:
-        self.old = old
-
-    def nvmlInit(self):
-        pass
-
-    def nvmlDeviceGetCount(self):
-        return 1
-
-    def nvmlDeviceGetHandleByIndex(self, index):
-        return index
-
-    def nvmlDeviceGetMemoryInfo(self, handle):
-        return SimpleNamespace(used=3_000_000_000, total=80_000_000_000)
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
-        if self.old:
-            raise self.NVMLError("not supported")
-        return 12_500  # mJ
-
-    def nvmlDeviceGetEnforcedPowerLimit(self, handle):
-        return 700_000
-
-    def nvmlDeviceGetClockInfo(self, handle, kind):
-        return {1: 1980, 2: 2619}[kind]
-
-    def nvmlDeviceGetName(self, handle):
-        return b"NVIDIA Made-up"
-
-    def nvmlSystemGetDriverVersion(self):
-        return "580.1"
-
-    def nvmlDeviceGetTemperature(self, handle, kind):
-        raise self.NVMLError("not supported")
+from fdconv_deploy.latency.machine import (
+    Bystanders,
+    ClockWatch,
+    Reading,
+    describe,
+    describe_gpus,
+    gpus,
+    shared_machine,
+    visible_gpu,
+)
+from tests.latency.nvml import Nvml
 
 
 def test_a_gpu():
-    (gpu,) = gpus(Nvml())
+    gpu, _ = gpus(Nvml())
     assert gpu.memory_mb() == 3000
     assert gpu.joules() == 12.5
     assert gpu.describe() == {
@@ -67,7 +34,7 @@ def test_a_gpu():
 
 
 def test_what_a_driver_does_not_tell_is_none():
-    (gpu,) = gpus(Nvml(old=True))
+    gpu, _ = gpus(Nvml(old=True))
     assert gpu.joules() is None
 
 
@@ -98,3 +65,43 @@ def test_own_work_is_not_others() -> None:
 def test_a_shared_machine_is_said() -> None:
     assert shared_machine(None) is shared_machine(0.03) is None
     assert "(12 % of CPU used by other processes)" in (shared_machine(0.12) or "")
+
+
+SECOND = "GPU-10000000-0000-0000-0000-000000000000"
+
+
+@pytest.mark.parametrize(
+    ("visible", "uuid", "found"),
+    [
+        (None, None, 0),
+        ("1", None, 1),
+        ("1,0", None, 1),
+        (SECOND, None, 1),
+        ("GPU-1", None, 1),  # CUDA takes the beginning of one
+        ("0", SECOND, 1),
+        ("7", None, None),
+        ("", None, None),
+        ("GPU-9", None, None),
+    ],
+)
+def test_the_gpu_that_cuda_calls_its_first(visible, uuid, found, monkeypatch):
+    """NVIDIA's library numbers all GPUs, whatever is visible to CUDA."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpu = visible_gpu(uuid, Nvml())
+    assert (gpu and gpu.uuid) == (None if found is None else f"GPU-{found}{SECOND[5:]}")
+
+
+def test_a_gpu_is_read_while_others_work_on_it():
+    gpu = gpus(Nvml(clocks=(1980, 1500)))[1]
+    with ClockWatch(gpu, interval=0.001) as watch:
+        while len(watch.readings) < 3:
+            time.sleep(0.001)
+    count = len(watch.readings)
+    first = Reading(1980, 2619, 650.0, None, ("power cap",))
+    assert watch.readings[:3] == [first, first._replace(sm_mhz=1500), first]
+    assert len(watch.readings) == count
+    with ClockWatch(None) as nothing:
+        pass
+    assert nothing.readings == []

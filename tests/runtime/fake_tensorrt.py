@@ -59,6 +59,8 @@ class FakeCuda(ModuleType):
         self.streams: dict[int, dict[str, Any]] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.launches = 0
+        self.events: dict[int, float | None] = {}
+        self.now = 0.0  # milliseconds
         self._next, self._lock = 1, threading.Lock()
 
     def _number(self) -> int:
@@ -117,7 +119,12 @@ class FakeCuda(ModuleType):
         for address in (to, source):
             assert address in self.buffers, "copies are between whole allocations"
             assert size <= len(self.buffers[address])
-        self.put(stream, lambda: ctypes.memmove(to, source, size))
+
+        def copy() -> None:
+            ctypes.memmove(to, source, size)
+            self.now += {"cudaMemcpyHostToDevice": 1.0, "cudaMemcpyDeviceToHost": 2.0}[kind.name]
+
+        self.put(stream, copy)
         return (Status.cudaSuccess,)
 
     def cudaStreamSynchronize(self, stream):
@@ -126,6 +133,24 @@ class FakeCuda(ModuleType):
         for work in state["queue"]:
             work()
         state["queue"].clear()
+        return (Status.cudaSuccess,)
+
+    # Events, by a clock that the copies and engines on a stream move.
+
+    def cudaEventCreate(self):
+        number = self._number()
+        self.events[number] = None
+        return Status.cudaSuccess, number
+
+    def cudaEventRecord(self, event, stream):
+        self.put(stream, lambda: self.events.__setitem__(event, self.now))
+        return (Status.cudaSuccess,)
+
+    def cudaEventElapsedTime(self, start, end):
+        return Status.cudaSuccess, self.events[end] - self.events[start]
+
+    def cudaEventDestroy(self, event):
+        del self.events[event]
         return (Status.cudaSuccess,)
 
     def cudaStreamBeginCapture(self, stream, mode):
@@ -343,6 +368,7 @@ class _Context:
 
     def _run(self) -> None:
         engine = self.engine
+        engine.trt.cuda.now += 5.0
         feeds = {name: self._array(name) for name in engine.inputs}
         values = engine.session.run(list(engine.outputs), feeds)
         for name, value in zip(engine.outputs, values, strict=True):

@@ -22,6 +22,20 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 Signature = tuple[str, tuple[Any, ...], str]
 
 
+@dataclass(frozen=True)
+class Phases:
+    """Seconds of one run on a GPU by phase, each waited for before the next begins.
+
+    h2d, compute, d2h: copies of inputs to the GPU, the GPU's work, copies of outputs back.
+    no_copies: by the clock, a run whose inputs lie on the GPU and whose outputs stay there.
+    """
+
+    h2d: float
+    compute: float
+    d2h: float
+    no_copies: float
+
+
 class Graph(Protocol):
     """One loaded graph. ``run`` may be called from several threads at once."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from fdconv_deploy.ops.native import SWITCH, kept_layout, native_library
 from fdconv_deploy.runtime.backends.base import (
     BackendOptions,
     Graph,
+    Phases,
     Tensors,
     check_signature,
     feeds_problem,
@@ -309,6 +311,19 @@ class CudaGraph:
             return self.copy_out()
         except Exception as error:
             raise _failed(error, self._name) from error
+
+    def phases(self, feeds: Tensors) -> Phases:
+        """Seconds of one run by phase, for inputs that `run` takes, by the clock: each waits."""
+        return self._thread.submit(self._phases, feeds).result()
+
+    def _phases(self, feeds: Tensors) -> Phases:
+        steps = (lambda: self.copy_in(feeds), self.compute, self.copy_out, self.compute)
+        times = []
+        for step in steps:
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+        return Phases(*times)
 
     def copy_in(self, feeds: Tensors) -> None:
         """Inputs to the GPU. This and what follows: on the one thread only."""

@@ -6,8 +6,11 @@ import ctypes
 import importlib
 import queue
 import re
+import time
 from collections import deque
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,12 @@ import numpy.typing as npt
 
 from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError, FDConvError
-from fdconv_deploy.runtime.backends.base import BackendOptions, Tensors, feeds_problem
+from fdconv_deploy.runtime.backends.base import (
+    BackendOptions,
+    Phases,
+    Tensors,
+    feeds_problem,
+)
 from fdconv_deploy.runtime.backends.tensorrt_engines import (
     EngineRecord,
     Machine,
@@ -221,7 +229,7 @@ class TensorRTBackend:
                 f"TensorRT {self.machine.tensorrt} does not take the engine {record.name}: "
                 f"{self.messages.last}. Build it again: `fdconv build --force`. {_OTHERS}"
             )
-        return TensorRTGraph(self, runtime, engine, record.name, inputs, outputs)
+        return TensorRTGraph(self, runtime, engine, record, inputs, outputs)
 
     def batch_cost(self, batch: int) -> float:
         """The cost of one run at this batch size. See :class:`Backend`."""
@@ -229,18 +237,23 @@ class TensorRTBackend:
 
 
 class TensorRTGraph:
-    """One engine and a pool of contexts to run it in. See :class:`Graph`."""
+    """One engine and a pool of contexts to run it in. See :class:`Graph`.
+
+    Attributes:
+        name: of the engine.
+    """
 
     def __init__(
         self,
         backend: TensorRTBackend,
         runtime: Any,
         engine: Any,
-        name: str,
+        record: EngineRecord,
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
     ) -> None:
-        self._runtime, self._engine, self._name = runtime, engine, name
+        self._runtime, self._engine, self.name = runtime, engine, record.name
+        self._tf32 = record.fingerprint.tf32
         self._inputs, self._outputs = inputs, outputs
         self._trt, self._cuda, self._messages = backend.trt, backend.cuda, backend.messages
         self._check_signature()
@@ -260,28 +273,48 @@ class TensorRTGraph:
         """Every output by name. See :class:`Graph`."""
         problem = feeds_problem(self._inputs, feeds)
         if problem is not None:
-            raise BackendError(f"The engine {self._name} does not take these inputs: {problem}.")
+            raise BackendError(f"The engine {self.name} does not take these inputs: {problem}.")
+        with self._context() as run:
+            return run(feeds)
+
+    def phases(self, feeds: Tensors) -> Phases:
+        """Seconds of one run by phase, for inputs that `run` takes."""
+        with self._context() as run:
+            return run.phases(feeds)
+
+    @property
+    def manner(self) -> str:
+        """How it runs, for a benchmark's report."""
+        run = self._idle.get()
+        self._idle.put(run)
+        graph = "one CUDA graph" if run is not None and run.captured else "no CUDA graph"
+        return (
+            f"TF32 {'on' if self._tf32 else 'off'}; {graph} a run, on a stream of its own, of "
+            f"which {CONTEXTS} at the most; waited for after every run"
+        )
+
+    @contextmanager
+    def _context(self) -> Iterator[_Run]:
         run = self._idle.get()
         try:
             run = run or self._new_run()
-            answers = run(feeds)
+            yield run
         except BaseException:
             self._idle.put(None)  # its stream may be in any state
             raise
         self._idle.put(run)
-        return answers
 
     def _new_run(self) -> _Run:
         self._messages.errors.clear()
         context = self._engine.create_execution_context()
         if context is None:
             raise BackendError(
-                f"TensorRT made no execution context for the engine {self._name}"
+                f"TensorRT made no execution context for the engine {self.name}"
                 + (": the GPU has no memory left" if self._messages.no_memory else "")
                 + f" ({self._messages.last}). Free memory (see `nvidia-smi`), or use a smaller "
                 f"batch size. {_OTHERS}"
             )
-        return _Run(self._cuda, context, self._name, self._inputs, self._outputs)
+        return _Run(self._cuda, context, self.name, self._inputs, self._outputs)
 
     def _check_signature(self) -> None:
         engine, mode = self._engine, self._trt.TensorIOMode
@@ -301,7 +334,7 @@ class TensorRTGraph:
         }
         if found != expected:
             raise BackendError(
-                f"The engine {self._name} has the tensors {sorted(found, key=str)}, but the "
+                f"The engine {self.name} has the tensors {sorted(found, key=str)}, but the "
                 f"bundle's manifest says {sorted(expected, key=str)}. Build it again: `fdconv "
                 "build --force`."
             )
@@ -329,6 +362,8 @@ class _Run:
         self._pinned: dict[str, int] = {}
         self._device: dict[str, int] = {}
         self._graph: Any = None
+        self._engine_graph: Any = None  # without copies, for `phases`
+        self._events: list[Any] = []
         self._cleanup = ExitStack()  # whatever fails in that is past helping
         try:
             self._stream = cuda.call("cudaStreamCreateWithFlags", cuda.rt.cudaStreamNonBlocking)
@@ -355,18 +390,26 @@ class _Run:
 
     def _work(self) -> None:
         """Copy inputs, run, copy outputs: put on the stream."""
-        kind = self._cuda.rt.cudaMemcpyKind
+        self._copy_inputs()
+        self._execute()
+        self._copy_outputs()
+
+    def _copy_inputs(self) -> None:
+        kind = self._cuda.rt.cudaMemcpyKind.cudaMemcpyHostToDevice
         for name in self._inputs:
-            host, device = self._pinned[name], self._device[name]
-            self._copy(device, host, self._host[name].nbytes, kind.cudaMemcpyHostToDevice)
+            self._copy(self._device[name], self._pinned[name], self._host[name].nbytes, kind)
+
+    def _execute(self) -> None:
         if not self._context.execute_async_v3(int(self._stream)):
             raise BackendError(
                 f"TensorRT failed to run the engine {self._name}. Build it again: `fdconv build "
                 f"--force`. {_OTHERS}"
             )
+
+    def _copy_outputs(self) -> None:
+        kind = self._cuda.rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
         for name in self._outputs:
-            host, device = self._pinned[name], self._device[name]
-            self._copy(host, device, self._host[name].nbytes, kind.cudaMemcpyDeviceToHost)
+            self._copy(self._pinned[name], self._device[name], self._host[name].nbytes, kind)
 
     def _copy(self, to: int, source: int, size: int, kind: Any) -> None:
         self._cuda.call("cudaMemcpyAsync", to, source, size, kind, self._stream)
@@ -377,20 +420,57 @@ class _Run:
             self._host[name].fill(0)
         self._work()
         self._cuda.call("cudaStreamSynchronize", self._stream)
+        self._graph = self._captured(self._work)
+
+    def _captured(self, work: Callable[[], None]) -> Any:
+        """A CUDA graph of what ``work`` puts on the stream; None where it cannot be captured."""
         rt = self._cuda.rt
         mode = rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         try:
             self._cuda.call("cudaStreamBeginCapture", self._stream, mode)
             try:
-                self._work()
+                work()
             finally:
                 graph = self._cuda.call("cudaStreamEndCapture", self._stream)
-            self._graph = self._cuda.call("cudaGraphInstantiate", graph, 0)
-            self._cleanup.callback(rt.cudaGraphExecDestroy, self._graph)
+            made = self._cuda.call("cudaGraphInstantiate", graph, 0)
+            self._cleanup.callback(rt.cudaGraphExecDestroy, made)
             self._cuda.call("cudaGraphDestroy", graph)
         except BackendError:
             # Some engines cannot be captured (a shape that is read on the host, say).
-            self._graph = None
+            return None
+        return made
+
+    def phases(self, feeds: Tensors) -> Phases:
+        """Run with an event between copies and engine, then the engine again by the clock."""
+        call = self._cuda.call
+        if not self._events:
+            if self._graph is not None:
+                self._engine_graph = self._captured(self._execute)
+            for _ in range(4):
+                self._events.append(call("cudaEventCreate"))
+                self._cleanup.callback(self._cuda.rt.cudaEventDestroy, self._events[-1])
+        for name in self._inputs:
+            np.copyto(self._host[name], feeds[name])
+        steps = (self._copy_inputs, self._run_engine, self._copy_outputs)
+        call("cudaEventRecord", self._events[0], self._stream)
+        for step, event in zip(steps, self._events[1:], strict=True):
+            step()
+            call("cudaEventRecord", event, self._stream)
+        call("cudaStreamSynchronize", self._stream)
+        h2d, compute, d2h = (
+            call("cudaEventElapsedTime", first, second) / 1e3
+            for first, second in pairwise(self._events)
+        )
+        start = time.perf_counter()
+        self._run_engine()
+        call("cudaStreamSynchronize", self._stream)
+        return Phases(h2d, compute, d2h, time.perf_counter() - start)
+
+    def _run_engine(self) -> None:
+        if self._engine_graph is None:
+            self._execute()
+        else:
+            self._cuda.call("cudaGraphLaunch", self._engine_graph, self._stream)
 
     @property
     def captured(self) -> bool:
@@ -409,7 +489,7 @@ class _Run:
 
     def close(self) -> None:
         """Free everything."""
-        self._graph = None
+        self._graph = self._engine_graph = None
         self._host.clear()
         self._cleanup.close()
 

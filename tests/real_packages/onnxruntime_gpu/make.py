@@ -20,7 +20,7 @@ from typing import Any
 
 import onnx
 
-from fdconv_deploy.runtime.backends.onnxruntime import CUDA, _default_providers
+from fdconv_deploy.runtime.backends.onnxruntime import CUDA, _cuda
 from tests.real_packages.onnxruntime_gpu import cuda_stub
 from tests.real_packages.onnxruntime_gpu.networks import KINDS, SIZE, node_kinds
 
@@ -113,7 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         record["cuda_functions"] = cuda_stub.build(provider, folder)
-        given = next(dict(one[1]) for one in _default_providers(CUDA) if one[0] == CUDA)
+        _, given = _cuda(tf32=False, captured=False)
         for kind, export in KINDS.items():
             bundle = export(folder / kind)
             for batch in bundle.batch_sizes:

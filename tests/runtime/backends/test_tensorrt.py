@@ -125,6 +125,24 @@ class TestRuns:
         assert session.backend == "tensorrt"
         assert cuda.launches == 1 + 1 + 2, "each run is one launch of a CUDA graph"
 
+    @pytest.mark.parametrize("capture", [True, False])
+    def test_phases_of_a_run(self, bundle, cuda, machine, capture):
+        cuda.capture = capture
+        backend = TensorRTBackend(BackendOptions(), machine, Cuda(cuda))
+        graph = backend.load(bundle, 1)
+        name = bundle.manifest.inputs[1][0].name
+        before = cuda.launches
+        for _ in range(2):
+            found = graph.phases({name: images(1)})
+            assert (found.h2d, found.compute, found.d2h) == (0.001, 0.005, 0.002)
+            assert found.no_copies > 0
+        assert cuda.launches - before == (4 if capture else 0), "the engine alone is a graph too"
+        assert ("one CUDA graph" if capture else "no CUDA graph") in graph.manner
+        assert "TF32 off" in graph.manner
+        del graph
+        gc.collect()
+        assert cuda.events == {}
+
     def test_auto_takes_the_engines_and_says_so(self, bundle):
         with open_session(bundle) as session:
             assert session.backend == "tensorrt"
