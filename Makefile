@@ -16,7 +16,7 @@ help:  ## Say what can be made
 $(RUNS): pyproject.toml setup.py $(wildcard fdconv_deploy/ops/native/source/*)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[export,serve]'
+	$(PIP) -e '.[cpu,export,serve]'
 	@touch $@
 
 # Compilers, browsers' drivers and clients that only tests need: the demo does without.

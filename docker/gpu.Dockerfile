@@ -1,6 +1,6 @@
 # The service on an NVIDIA GPU. Build from the repository's root:
 #   docker build -f docker/gpu.Dockerfile -t fdconv-deploy:gpu .
-# No GPU has run it yet. CUDA and cuDNN come with onnxruntime-gpu's extras, the driver from the
+# No GPU has run it yet. CUDA and cuDNN come with the extra gpu, the driver from the
 # host (NVIDIA's container toolkit).
 FROM python:3.12-slim-bookworm AS build
 WORKDIR /source
@@ -9,7 +9,7 @@ COPY fdconv_deploy fdconv_deploy
 COPY serve serve
 COPY export export
 RUN python -m venv /opt/fdconv \
-    && /opt/fdconv/bin/pip install --no-cache-dir '.[gpu,serve,grpc,tracing]' 'onnxruntime-gpu[cuda,cudnn]'
+    && /opt/fdconv/bin/pip install --no-cache-dir '.[gpu,serve,grpc,tracing]'
 
 FROM python:3.12-slim-bookworm
 COPY --from=build /opt/fdconv /opt/fdconv

@@ -127,6 +127,29 @@ def extras() -> dict[str, list[str]]:
     return found
 
 
+# They all unpack into the folder ``onnxruntime``.
+_RUNTIMES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-directml",
+    "onnxruntime-openvino",
+    "onnxruntime-qnn",
+    "onnxruntime-rocm",
+)
+
+
+def clashing_runtimes() -> str | None:
+    """That several packages of ONNX Runtime are installed, and what to do; None if not."""
+    here = [name for name in _RUNTIMES if installed_version(name)]
+    if len(here) < 2:
+        return None
+    wanted = "onnxruntime-gpu" if "onnxruntime-gpu" in here else here[-1]
+    return (
+        f"{' and '.join(here)} are installed and unpack into one folder, where the later has "
+        f"overwritten the earlier: pip uninstall -y {' '.join(here)} && {install(wanted)}"
+    )
+
+
 def installed_version(package: str) -> str | None:
     """The version of an installed package; None where it is not installed."""
     try:

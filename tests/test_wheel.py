@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 # A tenth more than the house's aim of 1 MB: what the transformers and query heads took.
@@ -73,3 +75,28 @@ def test_wheel_is_used_beside_a_users_files(wheel: Path, tmp_path: Path) -> None
     )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()) == installed / "fdconv_deploy" / "export" / "__init__.py"
+
+
+def test_no_two_extras_bring_packages_that_overwrite_each_other(wheel: Path) -> None:
+    """onnxruntime and onnxruntime-gpu unpack into one folder; only [cpu] and [gpu] name them."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith("/METADATA")]
+        metadata = message_from_bytes(archive.read(name))
+    requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+
+    def brought(extra: str) -> set[str]:
+        found: set[str] = set()
+        for one in requirements:
+            if "extra" not in str(one.marker) or not one.marker.evaluate({"extra": extra}):
+                continue
+            found.add(str(one).partition(">")[0])
+            if one.name == "fdconv-deploy":
+                found |= set().union(*map(brought, one.extras))
+        return {package for package in found if package.startswith("onnxruntime")}
+
+    # Developers' extras are for machines without a GPU.
+    users = set(metadata.get_all("Provides-Extra")) - {"dev", "load"}
+    assert {extra: brought(extra) for extra in users if brought(extra)} == {
+        "cpu": {"onnxruntime"},
+        "gpu": {"onnxruntime-gpu[cuda,cudnn]"},
+    }

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fdconv_deploy.cli.options import Json
-from fdconv_deploy.environment import extras, install, installed_version
+from fdconv_deploy.environment import clashing_runtimes, extras, install, installed_version
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.version import __version__
 
@@ -56,6 +56,7 @@ class Diagnosis:
     cpu_cores: int
     native_operators: str
     onnxruntime_providers: list[str] | None
+    clash: str | None
     backends: dict[str, str | None]
     gpus: list[str]
     purposes: list[Purpose]
@@ -92,6 +93,7 @@ def _diagnose() -> Diagnosis:
         cpu_cores=available_cores(),
         native_operators=f"{'in use' if library else 'not in use'}: {why}",
         onnxruntime_providers=_providers(),
+        clash=clashing_runtimes(),
         backends=_backends(),
         gpus=gpus,
         purposes=[_purpose(extra, extras().get(extra, [])) for extra in _PURPOSES],
@@ -139,6 +141,8 @@ def _print(found: Diagnosis) -> None:
         if found.onnxruntime_providers is None
         else ", ".join(found.onnxruntime_providers),
     }
+    if found.clash:
+        facts["ONNX Runtime"] += f" ({found.clash})"
     for name, fact in facts.items():
         console.print(f"[bold]{name}[/]: ", end="")
         console.print(fact, markup=False, soft_wrap=True)

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from fdconv_deploy import environment
 from fdconv_deploy.cli import doctor
 from fdconv_deploy.cli.app import app
+from fdconv_deploy.errors import BackendError
+from fdconv_deploy.runtime import open_session
 from fdconv_deploy.version import __version__
+from tests.runtime import toy
 
 
 def test_doctor_lists_what_is_installed() -> None:
@@ -72,3 +76,32 @@ def test_help_shows_no_python_types(command: str) -> None:
     assert answer.exit_code == 0
     for word in ("<bool>", "<path>", "<str>", "<int>", "<float>", "<int range>", "<float range>"):
         assert word not in answer.stdout
+
+
+def test_doctor_says_that_two_onnxruntimes_overwrite_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = environment.installed_version
+    monkeypatch.setattr(
+        environment,
+        "installed_version",
+        lambda name: "1.31.1" if name == "onnxruntime-gpu" else known(name),
+    )
+    found = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
+    assert found["clash"].startswith("onnxruntime and onnxruntime-gpu are installed")
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install" in found["clash"]
+    assert found["clash"] in found["backends"]["onnxruntime-cuda"]
+    assert found["clash"] in CliRunner().invoke(app, ["doctor"]).stdout.replace("\n", "")
+
+
+def test_a_session_says_why_two_onnxruntimes_leave_it_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bundle = toy.make_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(environment, "installed_version", lambda _: "1.31.1")
+    monkeypatch.setattr(environment, "_RUNTIMES", ("onnxruntime", "onnxruntime-gpu"))
+    with open_session(bundle) as session:
+        assert session.backend == "onnxruntime-cpu"
+        assert "since onnxruntime and onnxruntime-gpu are installed" in session.choice
+    with pytest.raises(BackendError, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
+        open_session(bundle, "onnxruntime-cuda")

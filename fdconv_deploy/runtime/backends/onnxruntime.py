@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.environment import install
+from fdconv_deploy.environment import clashing_runtimes, install
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops.native import SWITCH, kept_layout, native_library
 from fdconv_deploy.runtime.backends.base import (
@@ -67,6 +67,8 @@ class OnnxRuntimeBackend:
             packages = next((known for p, known in PROVIDERS.values() if p == self._provider), ())
         available = self._ort.get_available_providers()
         if self._provider not in available:
+            if clash := clashing_runtimes():
+                raise BackendError(f"There is no {self._provider} here, since {clash}.")
             raise BackendError(
                 f"The installed onnxruntime has no {self._provider}, only {', '.join(available)}.",
                 f"Install one that has it ({install(*packages) or 'see onnxruntime.ai'}), or "
@@ -376,7 +378,7 @@ def cuda_problem() -> str | None:
     A listed provider may still fail to start, or to run: the GPU wheel lists it on any machine.
     """
     if CUDA not in import_onnxruntime().get_available_providers():
-        return "the installed onnxruntime has no CUDA provider"
+        return clashing_runtimes() or "the installed onnxruntime has no CUDA provider"
     return None
 
 
