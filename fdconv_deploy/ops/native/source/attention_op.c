@@ -144,7 +144,7 @@ static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
     /* The averages' place is also the hidden layer's norm's. */
     size_t averages = images * a->channels, hidden = images * a->hidden;
     if (averages < hidden) averages = hidden;
-    run.sums = aligned(units * MOST_TILE * sizeof *run.sums + (averages + hidden) * sizeof(float));
+    run.sums = (double *)call_space(2 * units * MOST_TILE + averages + hidden);
     if (!run.sums) return failure(kernel, no_memory);
     run.average = (float *)(run.sums + units * MOST_TILE);
     run.hidden = run.average + averages;
@@ -161,7 +161,6 @@ static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
     }
     if (!status && a->softmax)
         for (size_t image = 0; image < images; image++) kernels->softmax(&run, image);
-    free(run.sums);
     return status;
 }
 

@@ -48,7 +48,8 @@ static int class_of(const float *vector, int length, int parts) {
 static void make_orbits(Axis *axis) {
     for (int n = 0; n < axis->orbits; n++)
         for (int m = 0; m < MEMBERS; m++) {
-            int *members = axis->members[n], earlier = 0;
+            ptrdiff_t *members = axis->members[n];
+            int earlier = 0;
             members[m] = member(n, m, axis->length);
             while (members[earlier] != members[m]) earlier++;
             if (earlier == m) axis->distinct[n] |= (unsigned char)(1 << m);

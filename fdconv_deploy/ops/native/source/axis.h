@@ -21,7 +21,7 @@ enum { CLASSES = 4, MEMBERS = 4, ORBITS_AT_ONCE = 4 };
  * places counted as often as they are met. */
 typedef struct {
     int length, parts, orbits, vectors, first[CLASSES + 1];
-    int (*members)[MEMBERS];
+    ptrdiff_t (*members)[MEMBERS];
     unsigned char *distinct;
     int *order;
     float *forward;

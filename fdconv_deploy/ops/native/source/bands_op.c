@@ -166,14 +166,13 @@ static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
 
     size_t products = batch * b->weighted * b->taps * b->taps * plane;
     size_t maps = batch * (b->bands + 1) * plane;
-    float *scratch = aligned((products + maps) * sizeof(float));
+    float *scratch = call_space(products + maps);
     if (!scratch) return failure(kernel, no_memory);
     BandRun run = {b, x.data, y, scratch, scratch + products, 0};
     size_t rows = batch * b->height, planes = batch * b->channels;
     OrtStatus *status = parallel(kernel, context, run_products, rows, &run);
     if (!status) status = parallel(kernel, context, run_maps, rows, &run);
     if (!status) status = parallel(kernel, context, run_planes, planes, &run);
-    free(scratch);
     if (!status && run.failed) status = failure(kernel, no_memory);
     return status;
 }

@@ -11,7 +11,8 @@
 #include "axis.h"
 #include "bands.h"
 
-enum { ROWS_AT_ONCE = 2, SLOTS_AT_ONCE = 2, ROW_GROUP = ORBITS_AT_ONCE * MEMBERS,
+enum { MAP_ROWS_AT_ONCE = 4, ROWS_AT_ONCE = 2, SLOTS_AT_ONCE = 2,
+       ROW_GROUP = ORBITS_AT_ONCE * MEMBERS,
        MOST_TAPS = 15 };
 
 typedef struct {
@@ -52,7 +53,7 @@ size_t projected_size(const BlockedBands *bands);
 size_t coefficients_size(const BlockedBands *bands);
 size_t blocked_bands_workspace(const BlockedBands *bands);
 
-/* Units: a row of an image; a block of an image; then, of each block of an image, ROWS_AT_ONCE
+/* Units: MAP_ROWS_AT_ONCE rows of an image; a block of an image; then, of each block of an image, ROWS_AT_ONCE
  * rows, a piece, ORBITS_AT_ONCE orbits of rows. */
 struct BlockedBandKernels {
     void (*maps)(const BlockedBandRun *run, size_t unit, float *work);

@@ -217,7 +217,7 @@ size_t blocked_bands_workspace(const BlockedBands *b) {
 }
 
 static size_t maps_workspace(const BlockedBands *b) {
-    return (size_t)b->groups * b->weighted * b->wide_step;
+    return (size_t)b->groups * b->weighted * b->wide_step * MAP_ROWS_AT_ONCE;
 }
 
 #define kernels run->kernels
@@ -233,16 +233,11 @@ STEP(weigh, BlockedBandRun, blocked_bands_workspace(run->bands))
 static OrtStatus *by_steps(const Kernel *kernel, OrtKernelContext *context, size_t blocks,
                            BlockedBandRun *run) {
     const BlockedBands *b = run->bands;
-    size_t projected = blocks * projected_size(b), coefficients = blocks * coefficients_size(b);
-    run->projected = aligned((projected + coefficients) * sizeof(float));
-    if (!run->projected) return failure(kernel, no_memory);
-    run->coefficients = run->projected + projected;
     size_t rows = ((size_t)b->height + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
     size_t groups = ((size_t)b->rows.orbits + ORBITS_AT_ONCE - 1) / ORBITS_AT_ONCE;
     OrtStatus *status = parallel(kernel, context, run_project, blocks * rows, run);
     if (!status) status = parallel(kernel, context, run_transform, blocks * b->pieces, run);
     if (!status) status = parallel(kernel, context, run_weigh, blocks * groups, run);
-    free(run->projected);
     return status;
 }
 
@@ -260,16 +255,18 @@ static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
     CHECK(make_output(kernel, context, 0, x.shape, 4, &run.y));
     size_t images = (size_t)x.shape[0], blocks = images * b->blocks;
     size_t maps = images * b->groups * (b->bands + 1) * b->height * b->wide_step;
-    run.maps = aligned(maps * sizeof(float));
+    int by_blocks = (long)blocks >= sysconf(_SC_NPROCESSORS_ONLN);
+    size_t projected = by_blocks ? 0 : blocks * projected_size(b);
+    size_t coefficients = by_blocks ? 0 : blocks * coefficients_size(b);
+    run.maps = call_space(maps + projected + coefficients);
     if (!run.maps) return failure(kernel, no_memory);
-    OrtStatus *status = parallel(kernel, context, run_maps, images * b->height, &run);
-    if (!status) {
-        if ((long)blocks >= sysconf(_SC_NPROCESSORS_ONLN))
-            status = parallel(kernel, context, run_blocks, blocks, &run);
-        else
-            status = by_steps(kernel, context, blocks, &run);
-    }
-    free(run.maps);
+    run.projected = run.maps + maps;
+    run.coefficients = run.projected + projected;
+    size_t row_units = ((size_t)b->height + MAP_ROWS_AT_ONCE - 1) / MAP_ROWS_AT_ONCE;
+    OrtStatus *status = parallel(kernel, context, run_maps, images * row_units, &run);
+    if (!status)
+        status = by_blocks ? parallel(kernel, context, run_blocks, blocks, &run)
+                           : by_steps(kernel, context, blocks, &run);
     if (!status && run.failed) status = failure(kernel, no_memory);
     return status;
 }

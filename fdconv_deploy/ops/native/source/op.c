@@ -118,27 +118,35 @@ OrtStatus *parallel(const Kernel *kernel, OrtKernelContext *context,
     return kernel->api->KernelContext_ParallelFor(context, step, units, units, run);
 }
 
-static pthread_key_t key;
+enum { OF_UNITS, OF_CALLS, KINDS };
+static pthread_key_t keys[KINDS];
 static pthread_once_t once = PTHREAD_ONCE_INIT;
-static int key_made;
+static int keys_made;
 
-static void make_key(void) { key_made = !pthread_key_create(&key, free); }
+static void make_keys(void) {
+    keys_made = !pthread_key_create(&keys[OF_UNITS], free) &&
+                !pthread_key_create(&keys[OF_CALLS], free);
+}
 
-float *workspace(size_t floats) {
+static float *space(int kind, size_t floats) {
     enum { HEADER = 64 }; /* the size, and then the data at an aligned address */
-    pthread_once(&once, make_key);
-    if (!key_made) return NULL;
-    char *block = pthread_getspecific(key);
+    pthread_once(&once, make_keys);
+    if (!keys_made) return NULL;
+    char *block = pthread_getspecific(keys[kind]);
     if (block && *(size_t *)block >= floats) return (float *)(block + HEADER);
     free(block);
     block = aligned(floats * sizeof(float) + HEADER);
     if (block) *(size_t *)block = floats;
-    if (pthread_setspecific(key, block)) {
+    if (pthread_setspecific(keys[kind], block)) {
         free(block);
         return NULL;
     }
     return block ? (float *)(block + HEADER) : NULL;
 }
+
+float *workspace(size_t floats) { return space(OF_UNITS, floats); }
+
+float *call_space(size_t floats) { return space(OF_CALLS, floats); }
 
 static void destroy(void *made) {
     Kernel *kernel = made;

@@ -67,5 +67,7 @@ OrtStatus *parallel(const Kernel *kernel, OrtKernelContext *context,
 /* This thread's workspace, aligned to 64 bytes; NULL without memory. One for all operators; it
  * grows to what the largest asks for, and goes when the thread does. */
 float *workspace(size_t floats);
+/* The same for what an operator's call shares among its threads. */
+float *call_space(size_t floats);
 
 #endif
