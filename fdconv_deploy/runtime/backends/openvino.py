@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,21 @@ from fdconv_deploy.environment import install, installed_version
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.ops.native import SWITCH, native_library
+from fdconv_deploy.runtime.attention_nodes import DOMAIN as ATTENTION_DOMAIN
+from fdconv_deploy.runtime.attention_nodes import fuse_attentions
 from fdconv_deploy.runtime.backends.base import BackendOptions, Signature, Tensors, check_signature
 from fdconv_deploy.runtime.backends.threads import available_cores
 from fdconv_deploy.runtime.batching import linear_cost
-from fdconv_deploy.runtime.bundle import Bundle
+from fdconv_deploy.runtime.bundle import Bundle, Bytes
 from fdconv_deploy.runtime.manifest import TensorSpec
+from fdconv_deploy.runtime.onnx_messages import read_model
 from fdconv_deploy.sample_images.inputs import sample_feeds
 
 # Backend -> OpenVINO's INFERENCE_PRECISION_HINT. Left alone, the plugin takes bfloat16 wherever the
 # processor has it.
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
 # The forms that the extension has; others stay functions, and are inlined.
-_NATIVE = re.compile(r"FrequencyAssembly(_\w+)?|FrequencyBandModulation(_\dBands)?")
+_NATIVE = re.compile(r"FrequencyAssembly(_\w+)?|FrequencyBandModulation(_\w+)?")
 log = logging.getLogger("fdconv.openvino")
 
 
@@ -97,7 +100,10 @@ class OpenVINOBackend:
             self._native = native_library(self._wanted, problem)[0] is not None
             self._set_operators(problem)
         bundle.hold()
-        graph = self._onnx.load_model_from_string(bytes(bundle.content(name)))
+        content, external = bytes(bundle.content(name)), bundle.external_data(name)
+        if self._native:
+            content = _with_fused_attentions(content, external)
+        graph = self._onnx.load_model_from_string(content)
         _warn_of_signed_activations(graph, name)
         ours = [(DOMAIN, function.name) for function in graph.functions]
         ours = [one for one in ours if self._native and _NATIVE.fullmatch(one[1])]
@@ -106,7 +112,7 @@ class OpenVINOBackend:
         # OpenVINO takes external data from files only, which it reads as it compiles: from files
         # of its own, that hold what was hashed.
         with tempfile.TemporaryDirectory(prefix="fdconv-openvino-") as folder:
-            for called, data in bundle.external_data(name).items():
+            for called, data in external.items():
                 target = Path(folder, called)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(data)
@@ -236,6 +242,14 @@ def _difference(bundle: Bundle, batch: int, graph: OpenVINOGraph, exact: OpenVIN
         "bfloat16 differs from float32 on a packaged picture by, of the largest value, "
         + ", ".join(parts)
     )
+
+
+def _with_fused_attentions(content: bytes, external: Mapping[str, Bytes]) -> bytes:
+    """A graph whose layers' attentions are one native operator each."""
+    model = read_model(content)
+    if fuse_attentions(model.graph, external):
+        model.opset_import.add(domain=ATTENTION_DOMAIN, version=1)
+    return bytes(model.SerializeToString())
 
 
 def _warn_of_signed_activations(graph: Any, name: str) -> None:

@@ -6,16 +6,23 @@
  * were laid out anew when its kernel was made, and OpenVINO drops them.
  *
  * The CPU plugin runs such a node by `evaluate`, on plain float32 tensors whatever the precision of
- * the nodes around it, and within its own arena of threads, which TBB's loops keep to.
+ * the nodes around it, and within its own arena of threads, which TBB's loops keep to. Its
+ * convolutions keep channels last, and plain tensors cost a slow reordering. So bands are modulated
+ * between two transpositions, which cost a copy there, and by the operator that takes channels in
+ * blocks: from one of these orders to the other go whole lines of the cache.
  */
 #include <tbb/parallel_for.h>
+#include <tbb/task_arena.h>
 
+#include <cstring>
 #include <cstring>
 #include <memory>
 #include <openvino/core/extension.hpp>
 #include <openvino/frontend/onnx/extension/conversion.hpp>
 #include <openvino/op/constant.hpp>
 #include <openvino/op/op.hpp>
+#include <openvino/op/reduce_mean.hpp>
+#include <openvino/op/transpose.hpp>
 
 #define _Static_assert static_assert
 extern "C" {
@@ -36,11 +43,13 @@ struct OrtTensorTypeAndShapeInfo {
 };
 struct OrtKernelInfo {
     const ov::frontend::NodeContext &node;
+    int64_t block;                    // an attribute more
     std::vector<OrtValue> constants;  // no data where an input is none
 };
 struct OrtKernelContext {
     std::vector<OrtValue> inputs;
     ov::TensorVector &outputs;
+    float *into;  // in place of the first output's data, where not null
     std::vector<OrtValue> written;
 };
 struct OrtCustomOpDomain {
@@ -130,7 +139,11 @@ const OrtApi *get_api(uint32_t) {
             return nullptr;
         };
         a.KernelInfoGetAttribute_int64 = [](const OrtKernelInfo *info, const char *name,
-                                            int64_t *out) { return attribute(info, name, out); };
+                                            int64_t *out) -> OrtStatus * {
+            if (std::strcmp(name, "block")) return attribute(info, name, out);
+            *out = info->block;
+            return nullptr;
+        };
         a.KernelInfoGetAttribute_float = [](const OrtKernelInfo *info, const char *name,
                                             float *out) { return attribute(info, name, out); };
         a.KernelInfoGetAttributeArray_int64 = [](const OrtKernelInfo *info, const char *name,
@@ -154,10 +167,10 @@ const OrtApi *get_api(uint32_t) {
         a.KernelContext_GetOutput = [](OrtKernelContext *context, size_t index,
                                        const int64_t *shape, size_t rank,
                                        OrtValue **out) -> OrtStatus * {
-            ov::Tensor &output = context->outputs[index];
             ov::Shape found(shape, shape + rank);
-            if (output.get_shape() != found) output.set_shape(found);
-            context->written[index] = {output.data(), ov::element::f32, found};
+            if (!context->into) context->outputs[index].set_shape(found);
+            void *data = context->into ? context->into : context->outputs[index].data();
+            context->written[index] = {data, ov::element::f32, found};
             *out = &context->written[index];
             return nullptr;
         };
@@ -178,17 +191,73 @@ void check(OrtStatus *status) {
     OPENVINO_THROW(message);
 }
 
+/* Memory for a run, which its thread keeps. */
+float *scratch(size_t floats) {
+    thread_local std::unique_ptr<float, decltype(&free)> memory(nullptr, free);
+    thread_local size_t size = 0;
+    if (size < floats) {
+        memory.reset(static_cast<float *>(aligned_alloc(64, (floats * sizeof(float) + 63) & ~63)));
+        size = memory ? floats : 0;
+        if (!memory) throw std::bad_alloc();
+    }
+    return memory.get();
+}
+
+/* Channels last <-> in blocks, the last of them filled up with zeros. */
+constexpr size_t block = 16, pixels_at_once = 256;
+
+template <class Copy>
+void each_line(const ov::Shape &shape, Copy copy) {
+    size_t pixels = shape[1] * shape[2], channels = shape[3];
+    size_t blocks = (channels + block - 1) / block;
+    size_t chunks = (pixels + pixels_at_once - 1) / pixels_at_once;
+    tbb::parallel_for(size_t(0), shape[0] * chunks, [=](size_t unit) {
+        size_t image = unit / chunks, first = unit % chunks * pixels_at_once;
+        for (size_t p = first; p < std::min(first + pixels_at_once, pixels); p++)
+            for (size_t b = 0; b < blocks; b++)
+                copy((image * pixels + p) * channels + b * block,
+                     ((image * blocks + b) * pixels + p) * block,
+                     std::min(block, channels - b * block));
+    });
+}
+
+enum Kind { assembly, bands, attention };
+
 /* A node's kernel, shared by its clones, and the inputs that a run reads. */
 struct Hosted {
     const OrtCustomOp *op = nullptr;
     void *kernel = nullptr;
-    std::vector<OrtValue> inputs;      // constants; of the others, where runs' data go
-    std::vector<size_t> at_run;        // which these are
+    Kind kind = assembly;
+    std::vector<OrtValue> inputs;  // constants; of the others, where runs' data go
+    std::vector<size_t> at_run;    // which these are
     std::vector<std::shared_ptr<ov::op::v0::Constant>> kept;
-    ov::PartialShape shape;
+    std::vector<ov::PartialShape> shapes;  // of the outputs
 
     ~Hosted() {
         if (kernel) op->KernelDestroy(kernel);
+    }
+
+    void run(OrtKernelContext &context) const {
+        ov::Shape shape = context.inputs[0].shape;
+        // An average, as the only token that there is to average.
+        if (kind == attention) context.inputs[0].shape = {shape[0], 1, shape[1]};
+        if (kind != bands) return check(op->KernelComputeV2(kernel, &context));
+        size_t channels = (shape[3] + block - 1) / block * block;
+        size_t floats = shape[0] * channels * shape[1] * shape[2];
+        float *x = scratch(2 * floats), *y = x + floats;
+        const float *given = static_cast<const float *>(context.inputs[0].data);
+        each_line(shape, [=](size_t last, size_t blocked, size_t count) {
+            if (count < block) std::memset(x + blocked, 0, block * sizeof(float));
+            std::memcpy(x + blocked, given + last, count * sizeof(float));
+        });
+        context.inputs[0] = {x, ov::element::f32, {shape[0], channels, shape[1], shape[2]}};
+        context.into = y;
+        check(op->KernelComputeV2(kernel, &context));
+        context.outputs[0].set_shape(shape);
+        float *to = context.outputs[0].data<float>();
+        each_line(shape, [=](size_t last, size_t blocked, size_t count) {
+            std::memcpy(to + last, y + blocked, count * sizeof(float));
+        });
     }
 };
 
@@ -202,7 +271,8 @@ public:
     }
 
     void validate_and_infer_types() override {
-        set_output_type(0, ov::element::f32, hosted_->shape);
+        for (size_t i = 0; i < hosted_->shapes.size(); i++)
+            set_output_type(i, ov::element::f32, hosted_->shapes[i]);
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
@@ -214,13 +284,15 @@ public:
     bool has_evaluate() const override { return true; }
 
     bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
-        OrtKernelContext context{hosted_->inputs, outputs, std::vector<OrtValue>(outputs.size())};
+        OrtKernelContext context{hosted_->inputs, outputs, nullptr,
+                                 std::vector<OrtValue>(outputs.size())};
         for (size_t i = 0; i < inputs.size(); i++) {
             const ov::Tensor &tensor = inputs[i];
             context.inputs[hosted_->at_run[i]] = {const_cast<void *>(tensor.data()),
                                                   tensor.get_element_type(), tensor.get_shape()};
         }
-        check(hosted_->op->KernelComputeV2(hosted_->kernel, &context));
+        // Isolated: waiting for others, a thread shall not begin another run, in the same scratch.
+        tbb::this_task_arena::isolate([&] { hosted_->run(context); });
         return true;
     }
 
@@ -228,29 +300,51 @@ private:
     std::shared_ptr<Hosted> hosted_;
 };
 
-/* Band modulation keeps its input's shape; assembly's is that of its kernels. */
-ov::PartialShape output_shape(const ov::frontend::NodeContext &node) {
-    ov::PartialShape input = node.get_input(0).get_partial_shape();
-    if (!node.has_attribute("out_channels")) return input;
+ov::Output<ov::Node> transposed(const ov::Output<ov::Node> &x, const std::vector<int64_t> &order) {
+    auto axes = ov::op::v0::Constant::create(ov::element::i64, {order.size()}, order);
+    return std::make_shared<ov::op::v1::Transpose>(x, axes);
+}
+
+/* The mean over all positions of features or tokens: by OpenVINO, in their own layout. */
+ov::Output<ov::Node> averaged(const ov::Output<ov::Node> &x) {
+    bool tokens = x.get_partial_shape().rank() == 3;
+    std::vector<int64_t> positions = tokens ? std::vector<int64_t>{1} : std::vector<int64_t>{2, 3};
+    auto axes = ov::op::v0::Constant::create(ov::element::i64, {positions.size()}, positions);
+    return std::make_shared<ov::op::v1::ReduceMean>(x, axes, false);
+}
+
+std::vector<ov::PartialShape> attention_shapes(const ov::frontend::NodeContext &node,
+                                               const ov::PartialShape &average) {
+    int64_t gates = 0;
+    for (int64_t size : node.get_attribute<std::vector<int64_t>>("head_sizes")) gates += size;
+    std::vector<ov::PartialShape> shapes{{average[0], gates}};
+    if (node.get_attribute<int64_t>("local")) shapes.push_back(average);
+    return shapes;
+}
+
+/* Of an assembly: that of its kernels. */
+ov::PartialShape kernels_shape(const ov::frontend::NodeContext &node) {
+    ov::PartialShape attention = node.get_input(0).get_partial_shape();
     auto lengths = node.get_attribute<std::vector<int64_t>>("kernel_size");
     int64_t o = node.get_attribute<int64_t>("out_channels");
     int64_t i = node.get_attribute<int64_t>("in_channels");
     if (node.get_attribute<int64_t>("by_rows", 0))
-        return {input[0], o, lengths[0], i * lengths[1]};
-    return {input[0] * ov::Dimension(o), i, lengths[0], lengths[1]};
+        return {attention[0], o, lengths[0], i * lengths[1]};
+    return {attention[0] * ov::Dimension(o), i, lengths[0], lengths[1]};
 }
 
-ov::OutputVector convert(const OrtCustomOp *op, const ov::frontend::NodeContext &node) {
+ov::OutputVector convert(const OrtCustomOp *op, Kind kind, const ov::frontend::NodeContext &node) {
     auto hosted = std::make_shared<Hosted>();
     hosted->op = op;
-    hosted->shape = output_shape(node);
-    OrtKernelInfo info{node, {}};
+    hosted->kind = kind;
+    OrtKernelInfo info{node, kind == bands ? int64_t(block) : 0, {}};
     ov::OutputVector inputs;
-    std::vector<std::shared_ptr<ov::op::v0::Constant>> constants;
     for (size_t i = 0; i < node.get_input_size(); i++) {
         ov::Output<ov::Node> input = node.get_input((int)i);
         auto constant = std::dynamic_pointer_cast<ov::op::v0::Constant>(input.get_node_shared_ptr());
         if (!constant) {
+            if (kind == bands) input = transposed(input, {0, 2, 3, 1});
+            if (kind == attention) input = averaged(input);
             inputs.push_back(input);
             hosted->at_run.push_back(i);
             info.constants.push_back({nullptr, input.get_element_type(), {}});
@@ -259,18 +353,23 @@ ov::OutputVector convert(const OrtCustomOp *op, const ov::frontend::NodeContext 
         }
         OrtValue value{const_cast<void *>(constant->get_data_ptr()), constant->get_element_type(),
                        constant->get_shape()};
-        constants.push_back(constant);
         info.constants.push_back(value);
-        if (constant->get_byte_size() <= kept_bytes)
+        if (kind == attention || constant->get_byte_size() <= kept_bytes)
             hosted->kept.push_back(constant);
         else
             value.data = nullptr;
         hosted->inputs.push_back(value);
     }
+    ov::PartialShape first = inputs[0].get_partial_shape();
+    if (kind == attention)
+        hosted->shapes = attention_shapes(node, first);
+    else
+        hosted->shapes = {kind == bands ? first : kernels_shape(node)};
     check(op->CreateKernelV2(op, get_api(0), &info, &hosted->kernel));
     auto made = std::make_shared<Node>(inputs, hosted);
     made->set_friendly_name(node.get_name());
-    return {made};
+    if (kind == bands) return {transposed(made, {0, 3, 1, 2})};
+    return made->outputs();
 }
 
 }  // namespace
@@ -278,9 +377,25 @@ ov::OutputVector convert(const OrtCustomOp *op, const ov::frontend::NodeContext 
 OPENVINO_EXTENSION_C_API void OV_CREATE_EXTENSION(std::vector<ov::Extension::Ptr> &extensions) {
     static const OrtApiBase base{get_api, nullptr};
     check(RegisterCustomOps(nullptr, &base));
-    // The other domain is of ONNX Runtime's blocked layout.
-    for (const OrtCustomOp *op : domains.front()->ops)
+    auto add = [&](const std::string &name, const char *domain, const OrtCustomOp *op, Kind kind) {
         extensions.push_back(std::make_shared<ov::frontend::onnx::ConversionExtension>(
-            op->GetName(op), domains.front()->name,
-            [op](const ov::frontend::NodeContext &node) { return convert(op, node); }));
+            name, domain, [=](const ov::frontend::NodeContext &node) {
+                return convert(op, kind, node);
+            }));
+    };
+    const std::string modulation = "FrequencyBandModulation";
+    for (const auto &domain : domains)
+        for (const OrtCustomOp *op : domain->ops) {
+            const std::string name = op->GetName(op);
+            bool blocked = domain->name != "fdconv";
+            if (!blocked && name.rfind(modulation, 0) != 0) add(name, "fdconv", op, assembly);
+            if (name == "KernelAttention") add(name, domain->name.c_str(), op, attention);
+            if (blocked && name == modulation)  // one operator, of every form
+                for (int count = 1; count <= 8; count++)
+                    for (const char *act : {"", "_Softmax"})
+                        for (const char *groups : {"", "_Grouped"}) {
+                            auto some = count == 3 ? "" : "_" + std::to_string(count) + "Bands";
+                            add(name + some + act + groups, "fdconv", op, bands);
+                        }
+        }
 }
