@@ -24,9 +24,11 @@ K_LISTS = [(2,), (2, 4), (8, 2, 4), (2, 3, 4, 8)]
 SIZES = [(12, 8), (13, 15), (66, 97), (1, 1), (2, 3)]  # rows symmetric or not
 
 
-def layer_of(size: tuple[int, int], **config: Any) -> tuple[FDConv2d, FoldedConv]:
+def layer_of(
+    size: tuple[int, int], channels: int = 18, **config: Any
+) -> tuple[FDConv2d, FoldedConv]:
     # Plain 1×1: what is left of the layer is cheap.
-    layer = FDConv2d(18, 20, 1, kernel_num=5, use_fbm_if_k_in=[1], fbm_cfg=config)
+    layer = FDConv2d(channels, 20, 1, kernel_num=5, use_fbm_if_k_in=[1], fbm_cfg=config)
     return layer, fold_layer(enliven(layer), size, name="layer")
 
 

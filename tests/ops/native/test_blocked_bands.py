@@ -35,11 +35,15 @@ def by_node(
     constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     kept = {k: given[k] for k in ("groups", "feature_size", "complex_rows", "softmax")}
+    last = (changes or {}).get("channels_last")
     (y,) = run_node(
-        "FrequencyBandModulation", pack(x, block),
+        "FrequencyBandModulation",
+        np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if last else pack(x, block),
         [constants[node.input[1]][channels], *(constants[n] for n in node.input[2:])],
         kept | {"block": block} | (changes or {}), library, threads=threads,
     )  # fmt: skip
+    if last:
+        return y.transpose(0, 3, 1, 2)
     assert not np.any(pack(unpack(y, block, x.shape[1]), block) != y)  # padding stays zero
     return unpack(y, block, x.shape[1])
 
@@ -79,6 +83,19 @@ def test_sizes_and_kernels(size: tuple[int, int], kernel: int, block: int, libra
 @pytest.mark.parametrize("size", [*SIZES, (14, 11), (5, 40)], ids=str)
 def test_masks_of_the_first_version(size: tuple[int, int], block: int, library: Path) -> None:
     check(*layer_of(size, k_list=[2, 4, 8], masks="per_call"), 2, block, library)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("size", [(13, 15), (32, 48)], ids=str)
+def test_channels_last_are_the_same(
+    size: tuple[int, int], groups: int, block: int, library: Path
+) -> None:
+    _, folded = layer_of(size, k_list=[2, 4, 8], spatial_group=groups, channels=48)
+    x = lively_input((2, 48, *size)).numpy()
+    blocked = by_node(folded, x, block, library)
+    last = by_node(folded, x, block, library, changes={"channels_last": 1})
+    assert np.array_equal(blocked, last)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -23,13 +23,14 @@ typedef struct {
  * complex a real and an imaginary one. Slots come in segments of one class, `pieces` of at most
  * SLOTS_AT_ONCE in each.
  *
- * conv: for each group of channels, for the blocks that it has a part in, (taps, taps, weighted,
+ * pixel, plane: floats between neighbouring pixels and blocks; blocks may also lie side by side,
+ * channels last. conv: for each group of channels, for the blocks that it has a part in, (taps, taps, weighted,
  * block), zeros outside of the group; from conv_at[group] on. lane_maps: some block has channels
  * of several groups. */
 typedef struct {
     int channels, height, width, block, blocks, parts, bands, weighted, taps, groups, softmax;
-    int slots, segments, pieces, lane_maps;
-    size_t row_step, slot_step, wide_step;
+    int slots, segments, pieces, lane_maps, channels_last;
+    size_t pixel, plane, row_step, slot_step, wide_step;
     Axis rows, columns;
     BlockedBand band[MOST_BANDS];
     int *piece_slot, *piece_segment;

@@ -1,6 +1,6 @@
 /* `fdconv.nchwc::FrequencyBandModulation` as a custom operator of ONNX Runtime: the inputs and
  * attributes of `fdconv::FrequencyBandModulation*` in every form, and `block`; features in blocks
- * of so many channels.
+ * of so many channels. `channels_last`, which may be missing: (N, H, W, C), of whole blocks.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -121,10 +121,12 @@ static const char *lay_out(BlockedBands *b, const Tensor *in) {
     b->weighted = (int)in[CONV].shape[1];
     b->taps = (int)in[CONV].shape[2];
     b->blocks = (b->channels + b->block - 1) / b->block;
+    b->pixel = b->channels_last ? b->channels : b->block;
+    b->plane = b->channels_last ? (size_t)b->block : (size_t)b->height * b->width * b->block;
     b->wide_step = ((size_t)b->width + LANES - 1) / LANES * LANES;
     int columns = (int)in[TO_COLUMNS].shape[1], rows = (int)in[TO_ROWS].shape[0];
     if (b->height < 1 || b->width < 1 || b->groups < 1 || b->channels % b->groups ||
-        b->taps > MOST_TAPS || b->taps % 2 == 0 || in[CONV].shape[3] != b->taps ||
+        (b->channels_last && b->channels % b->block) || b->taps > MOST_TAPS || b->taps % 2 == 0 || in[CONV].shape[3] != b->taps ||
         in[CONV_BIAS].shape[0] != (int64_t)b->groups * b->weighted ||
         in[MIX].shape[0] != b->bands + 1 || in[MIX].shape[1] != b->weighted ||
         elements(&in[MIX_BIAS], ORT_FLOAT) != (size_t)b->bands + 1 ||
@@ -185,6 +187,7 @@ static OrtStatus *make(Kernel *kernel, const OrtKernelInfo *info) {
     }
     free(size);
     CHECK(status);
+    b->channels_last = read_flag(kernel, info, "channels_last");
     b->bands = (int)(count - FIRST_BAND) / 2;
     const char *problem = lay_out(b, inputs);
     return problem ? failure(kernel, problem) : NULL;
@@ -246,9 +249,10 @@ static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
     const BlockedBands *b = &((const BandsKernel *)op_kernel)->bands;
     Tensor x;
     CHECK(read_input(kernel, context, X, &x));
+    int channels = b->channels_last ? 3 : 1, height = b->channels_last ? 1 : 2;
     if (x.rank != 4 || !elements(&x, ORT_FLOAT) ||
-        x.shape[1] != (int64_t)b->blocks * b->block || x.shape[2] != b->height ||
-        x.shape[3] != b->width)
+        x.shape[channels] != (int64_t)b->blocks * b->block || x.shape[height] != b->height ||
+        x.shape[height + 1] != b->width)
         return failure(kernel, "its input has another shape than it was made for");
     BlockedBandRun run = {.bands = b, .kernels = &kernels_for_block(b->block)->blocked_bands,
                           .x = x.data};

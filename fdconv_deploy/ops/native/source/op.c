@@ -76,6 +76,13 @@ OrtStatus *read_int(const Kernel *kernel, const OrtKernelInfo *info, const char 
     return NULL;
 }
 
+int read_flag(const Kernel *kernel, const OrtKernelInfo *info, const char *name) {
+    int64_t value = 0;
+    OrtStatus *status = kernel->api->KernelInfoGetAttribute_int64(info, name, &value);
+    if (status) kernel->api->ReleaseStatus(status);
+    return !status && value;
+}
+
 OrtStatus *read_ints(const Kernel *kernel, const OrtKernelInfo *info, const char *name, int **to,
                      size_t *count) {
     const OrtApi *api = kernel->api;

@@ -53,6 +53,8 @@ OrtStatus *read_input(const Kernel *kernel, OrtKernelContext *context, int index
 OrtStatus *read_constant(const Kernel *kernel, const OrtKernelInfo *info, size_t index, Tensor *to);
 /* An attribute that is an integer within 0 and MOST_LENGTH. */
 OrtStatus *read_int(const Kernel *kernel, const OrtKernelInfo *info, const char *name, int *to);
+/* Whether an attribute is there and not 0. */
+int read_flag(const Kernel *kernel, const OrtKernelInfo *info, const char *name);
 /* An attribute of integers within -1 and MOST_LENGTH: `*to`, to be freed, holds `*count`. */
 OrtStatus *read_ints(const Kernel *kernel, const OrtKernelInfo *info, const char *name, int **to,
                      size_t *count);
