@@ -102,6 +102,7 @@ def build_engines(
             f"the bundle has graphs of batch {', '.join(map(str, bundle.batch_sizes))}, not of "
             f"{', '.join(map(str, unknown))}. Export it with --batch {unknown[0]}."
         )
+    _refuse_unsigned(bundle)
     trtp, why_not = _plugin_layer(trt, plugins, bundle)
     if why_not is not None:
         say(f"note: FDConv layers run in TensorRT's own operators, since {why_not}")
@@ -123,6 +124,20 @@ def build_engines(
         record = _build_one(view, batch, backend, trtp, options, tolerance, say)
         results.append(BuiltEngine(record, True, reason))
     return results
+
+
+def _refuse_unsigned(bundle: Bundle) -> None:
+    """Raise for a bundle in int8 whose activations are unsigned: TensorRT's parser has no uint8."""
+    how = bundle.manifest.graph.get("precision", {})
+    if bundle.manifest.precision == "int8" and how.get("activations") != "signed":
+        known = bundle.manifest.checkpoint
+        checkpoint = "CHECKPOINT" if known is None else known.name
+        raise BackendError(
+            "the bundle's int8 activations are unsigned, as ONNX Runtime computes fastest, and "
+            "TensorRT takes signed ones only. Export it again for TensorRT: fdconv export "
+            f"{checkpoint} -o BUNDLE --precision int8 --activations signed --calibrate PICTURES. "
+            "Backend 'onnxruntime-cuda' runs this bundle as it is."
+        )
 
 
 def _same(record: EngineRecord, options: BuildOptions) -> bool:

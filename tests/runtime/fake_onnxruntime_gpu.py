@@ -80,7 +80,7 @@ class FakeSession:
     """A session of the CUDA provider. ``threads``: those that ran it."""
 
     def __init__(self, ort: FakeOnnxRuntimeGpu, graph: bytes, options: Any, given: dict) -> None:
-        self._ort, self.options = ort, given
+        self._ort, self.options, self.session_options = ort, given, options
         self._real = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
         self.threads: set[int] = set()
         self.bindings: set[int] = set()

@@ -78,6 +78,25 @@ def test_what_is_no_graph_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+def test_int8_is_taken_with_signed_activations_only(tmp_path):
+    """What `build_engines` tells from the manifest."""
+    from fdconv_deploy.export import export_checkpoint
+    from fdconv_deploy.sample_images import sample_image
+
+    graphs = [
+        export_checkpoint(
+            ROOT / "examples/assets/streets.pth", tmp_path / activations, size=(96, 128),
+            precision="int8", activations=activations, tolerance=0.5,
+            calibration=[sample_image(number, (96, 128)) for number in range(2)],
+        ).model_path(1)
+        for activations in ("signed", "unsigned")
+    ]  # fmt: skip
+    signed, unsigned, _ = build(*graphs)
+    assert signed.startswith("built")
+    assert unsigned.startswith("refused TensorRT")
+
+
+@pytest.mark.slow
 def test_the_packaged_network(tmp_path):
     from fdconv_deploy.export import export_checkpoint
 

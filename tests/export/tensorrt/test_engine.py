@@ -109,6 +109,22 @@ class TestBuilding:
         with open_session(small, "tensorrt", tf32=options.tf32) as session:
             session.run_raw({"images": np.zeros((1, 3, 32, 48), np.float32)})
 
+    @pytest.mark.parametrize("activations", ["unsigned", "signed"])
+    def test_int8_is_refused_before_tensorrt_is_asked_where_it_is_unsigned(
+        self, small, trt, activations
+    ):
+        path = small.path / "manifest.json"
+        int8 = {"precision": "int8", "graph": {"precision": {"activations": activations}}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | int8))
+        bundle = Bundle.open(small.path)
+        if activations == "signed":
+            assert build_engines(bundle, batches=[1])[0].new
+            return
+        with pytest.raises(BackendError, match=r"--precision int8 --activations signed"):
+            build_engines(bundle, batches=[1])
+        assert not trt.built
+        assert not (small.path / "engines").exists()
+
     def test_engines_of_several_gpus_lie_side_by_side(self, small, trt, cuda):
         build_engines(small, batches=[1])
         cuda.gpu, cuda.capability = "NVIDIA L4", (8, 9)

@@ -18,6 +18,7 @@ onnxruntime.set_default_logger_severity(4)
 def session(**more: str) -> onnxruntime.InferenceSession:
     made = onnxruntime.SessionOptions()
     made.log_severity_level = 4
+    made.add_session_config_entry("session.disable_quant_qdq", "1")  # as the backend does
     made.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if not more:
         made.optimized_model_filepath = optimized

@@ -52,6 +52,14 @@ def test_a_run_replays_a_cuda_graph_between_buffers_that_stay(toy_bundle, gpu):
         assert np.abs(answer - toy.reference_logits(images(seed))).max() < 1e-4
 
 
+def test_no_bias_gets_a_node_that_the_provider_has_no_kernel_for(toy_bundle, gpu):
+    """tests/real_packages/onnxruntime_gpu/placement.json: what the real provider makes of int8."""
+    with open_session(toy_bundle, "onnxruntime-cuda") as session:
+        session.warm_up([1])
+    options = gpu.sessions[0].session_options
+    assert options.get_session_config_entry("session.disable_quant_qdq") == "1"
+
+
 def test_all_runs_are_of_one_thread(toy_bundle, gpu):
     with (
         open_session(toy_bundle, "onnxruntime-cuda") as session,
