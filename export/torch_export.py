@@ -23,12 +23,10 @@ from onnxscript import opset18
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.folding.layer import DynamicLayer
 from fdconv_deploy.folding.network import Example, replace_layers, tensors_of
+from fdconv_deploy.folding.placeholder import StandIn, layer_stand_in, opaque
 from fdconv_deploy.nn.detection.box_ops import EXCLUDED, BestScores, NonMaxSuppression
 from fdconv_deploy.nn.detection.roi_pooling import RoIAlign
-from fdconv_deploy.nn.fdconv import FDTokenConv
-from fdconv_deploy.nn.fdlinear import FDLinear
 from fdconv_deploy.ops import OPSET
 
 PLACEHOLDER_DOMAIN = "fdconv.export"
@@ -38,32 +36,19 @@ op: Any = opset18
 _placeholders = onnxscript.values.Opset(PLACEHOLDER_DOMAIN, 1)
 
 
-def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator of which the exporter knows the shapes that ``function`` gives, and no more."""
-    name = f"fdconv_deploy::{function.__name__.removeprefix('_')}"
-    operator = torch.library.custom_op(name, function, mutates_args=())
-    operator.register_fake(function)
-    return operator
-
-
-@_opaque
-def _folded_layer(x: Tensor, layer: str, shape: Sequence[int]) -> Tensor:
-    return x.new_zeros(x.shape[0], *shape)
-
-
-@_opaque
+@opaque
 def _roi_align(
     features: Tensor, boxes: Tensor, images: Tensor, size: int, scale: float, ratio: int
 ) -> Tensor:
     return features.new_zeros(boxes.shape[0], features.shape[1], size, size)
 
 
-@_opaque
+@opaque
 def _suppress(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool)
 
 
-@_opaque
+@opaque
 def _best_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     shape = (scores.shape[0], count)
     return scores.new_zeros(shape), torch.zeros(shape, dtype=torch.int64, device=scores.device)
@@ -129,48 +114,6 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
-class _StandIn(nn.Module):
-    """Takes a module's place while its network is captured, and calls an opaque operator."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.call(*inputs)
-
-
-def _layer_stand_in(name: str, layer: DynamicLayer) -> nn.Module:
-    if isinstance(layer, FDLinear | FDTokenConv):
-        return _token_stand_in(name, layer)
-    padding = layer.padding
-
-    def length(axis: int, size: int) -> int:
-        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
-        if isinstance(padding, str):
-            added = reach if padding == "same" else 0
-        else:
-            added = 2 * padding[axis]
-        return (size + added - reach - 1) // layer.stride[axis] + 1
-
-    def call(x: Tensor) -> Tensor:
-        height, width = length(0, x.shape[-2]), length(1, x.shape[-1])
-        return _folded_layer(x, name, (layer.out_channels, height, width))
-
-    return _StandIn(call)
-
-
-def _token_stand_in(name: str, layer: FDLinear | FDTokenConv) -> nn.Module:
-    """Of an image's tokens, however many axes they are in, a layer sees one axis."""
-
-    def call(x: Tensor) -> Tensor:
-        tokens = x[:, None] if x.ndim == 2 else x.flatten(1, -2)
-        y = _folded_layer(tokens, name, (tokens.shape[1], layer.out_features))
-        return y.reshape(*x.shape[:-1], layer.out_features)
-
-    return _StandIn(call)
-
-
 def _stand_in(module: nn.Module) -> nn.Module | None:
     """For a module that torch's exporter should not see the inside of, else None."""
     if isinstance(module, nn.AdaptiveAvgPool2d):
@@ -183,13 +126,13 @@ def _stand_in(module: nn.Module) -> nn.Module | None:
             image = torch.tensor([i for i in range(images) for _ in range(count)])
             return _roi_align(features, boxes.reshape(-1, 4), image, *settings)
 
-        return _StandIn(align)
+        return StandIn(align)
     if isinstance(module, NonMaxSuppression):
         threshold, limit = module.iou_threshold, module.limit
-        return _StandIn(lambda boxes, scores: _suppress(boxes, scores, threshold, limit))
+        return StandIn(lambda boxes, scores: _suppress(boxes, scores, threshold, limit))
     if isinstance(module, BestScores):
         count = module.count
-        return _StandIn(lambda scores: _best_scores(scores, min(count, scores.shape[1])))
+        return StandIn(lambda scores: _best_scores(scores, min(count, scores.shape[1])))
     return None
 
 
@@ -243,7 +186,7 @@ def capture(
     Raises:
         ExportError: torch's exporter does not take the rest of the network.
     """
-    stripped = replace_layers(network, _layer_stand_in)
+    stripped = replace_layers(network, layer_stand_in)
     for name, module in list(stripped.named_modules()):
         replacement = _stand_in(module)
         if replacement is not None:
