@@ -19,11 +19,12 @@ from typing import Any
 
 from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.ops.launch import OPTIONS, THREADS_PER_WARP, KernelLaunch, interpreting
+from fdconv_deploy.ops.launch import THREADS_PER_WARP, KernelLaunch, interpreting
 
 # Turing, Ampere (data centre and consumer), Ada, Hopper, Blackwell (both).
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 MODULES = (
+    "fdconv_deploy.ops.attention.kernels",
     "fdconv_deploy.ops.frequency_assembly.kernels",
     "fdconv_deploy.ops.frequency_band_modulation.kernel",
 )
@@ -110,7 +111,7 @@ def compile_kernel(
         constexprs={places[name]: value for name, value in launch.constants.items()},
         attrs={places[name]: [["tt.divisibility", 16]] for name, _ in launch.arguments},
     )
-    options: dict[str, Any] = {"num_warps": launch.warps} | OPTIONS
+    options: dict[str, Any] = launch.options()
     if ptx_version is not None:
         options["ptx_version"] = ptx_version
     target = GPUTarget("cuda", capability, THREADS_PER_WARP)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
 
 FLOAT_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 THREADS_PER_WARP = 32
-# Of the compiler. No loop here feeds on loads that could be issued ahead; products and sums may
-# be fused.
-OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
+# Of the compiler: products and sums may be fused.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,19 @@ class KernelLaunch:
 
     kernel: name of the Triton function. arguments: name and Triton type of each pointer, in order;
     the last is the output. constants: by name. blocks:
-    the grid's second and third axes (its first is the batch). warps: per program.
+    the grid's second and third axes (its first is the batch). warps: per program. stages: of loads
+    that a loop issues ahead.
     """
 
     kernel: str
     arguments: tuple[tuple[str, str], ...]
-    constants: Mapping[str, int | bool]
+    constants: Mapping[str, int | bool | float | tuple[int, ...]]
     blocks: tuple[int, int]
     warps: int
+    stages: int = 1
 
     def __hash__(self) -> int:
-        return hash((self.kernel, self.arguments, self.blocks, self.warps))
+        return hash((self.kernel, self.arguments, self.blocks, self.warps, self.stages))
 
     def grid(self, batch: int) -> tuple[int, int, int]:
         """Programs along each axis."""
@@ -55,6 +57,15 @@ class KernelLaunch:
         """Threads per program."""
         return self.warps * THREADS_PER_WARP
 
+    def early(self) -> KernelLaunch:
+        """The same, started while the kernel before it in the stream ends: sm_90 and newer."""
+        return replace(self, constants={**self.constants, "dependent": True})
+
+    def options(self) -> dict[str, Any]:
+        """Of the compiler."""
+        early = {"launch_pdl": True} if self.constants["dependent"] else {}
+        return OPTIONS | {"num_warps": self.warps, "num_stages": self.stages} | early
+
     def typed(self, **types: str) -> KernelLaunch:
         """The same with other argument types, e.g. ``weight="float16"``."""
         unknown = types.keys() - dict(self.arguments).keys()
@@ -64,6 +75,11 @@ class KernelLaunch:
             for name, kind in self.arguments
         )
         return replace(self, arguments=arguments)
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not less than ``number``."""
+    return 1 << (max(number, 1) - 1).bit_length()
 
 
 def warps_for(elements: int, most: int) -> int:
@@ -105,13 +121,30 @@ def collected_launches() -> Iterator[list[KernelLaunch]]:
 
 
 def run_kernel(module: ModuleType, launch: KernelLaunch, batch: int, *tensors: Any) -> None:
-    """Run a Triton kernel of ``module`` for ``batch`` images on the current CUDA stream."""
+    """Run a Triton kernel of ``module`` for ``batch`` images on the current CUDA stream.
+
+    From sm_90 on it starts while the kernel before it ends.
+    """
     assert len(tensors) == len(launch.arguments)
     if _collected is not None:
         _collected.append(launch)
         return
+    if not interpreting() and starts_early(*_capability(tensors[0].device.index)):
+        launch = launch.early()
     function = getattr(module, launch.kernel)
-    function[launch.grid(batch)](*tensors, **launch.constants, num_warps=launch.warps, **OPTIONS)
+    function[launch.grid(batch)](*tensors, **launch.constants, **launch.options())
+
+
+@lru_cache
+def _capability(device: int) -> tuple[int, int]:
+    import torch
+
+    return torch.cuda.get_device_capability(device)
+
+
+def starts_early(major: int, minor: int = 0) -> bool:
+    """Whether a GPU of this compute capability starts a kernel while the one before it ends."""
+    return major >= 9
 
 
 # What a plugin's node says of its layer, in the order its operator names them.

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fdconv_deploy.errors import BackendError, ExportError
-from fdconv_deploy.folding.cuda.layer import FusedConv2d
+from fdconv_deploy.folding.cuda.trace import trace_fused
 from fdconv_deploy.folding.layer import FoldedConv
-from fdconv_deploy.folding.network import fold_layers, replace_layers
+from fdconv_deploy.folding.network import fold_layers
 from fdconv_deploy.ops.launch import interpreting
 
 
@@ -36,23 +36,27 @@ def require_cuda() -> None:
 class FusedNetwork(nn.Module):
     """A network on the GPU whose FDConv layers are fused. See `fuse_network`."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype, channels_last: bool) -> None:
+    def __init__(
+        self, network: nn.Module, dtype: torch.dtype, channels_last: bool, shape: tuple[int, ...]
+    ) -> None:
         super().__init__()
         self.network, self.dtype, self.channels_last = network, dtype, channels_last
+        self.shape = shape
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
-        """``x``: as the example the network was folded for, float32 or ``dtype``."""
+        """``x``: as the example the network was fused for, float32 or ``dtype``.
+
+        Raises:
+            BackendError: x is of another shape.
+        """
+        if tuple(x.shape) != self.shape:
+            raise BackendError(
+                f"the network was fused for inputs {self.shape}, got {tuple(x.shape)}. Fuse it "
+                "again with an example of this shape."
+            )
         memory = torch.channels_last if self.channels_last else torch.contiguous_format
         return self.network(x.to(self.dtype).contiguous(memory_format=memory))
-
-
-class _Place(nn.Module):
-    """Where a fused layer goes once everything around it has its type."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
 
 
 def fuse_network(
@@ -63,11 +67,15 @@ def fuse_network(
     channels_last: bool = False,
     folded: Mapping[str, FoldedConv] | None = None,
 ) -> FusedNetwork:
-    """A copy of ``network`` on the GPU, its FDConv layers fused for ``example``'s shape.
+    """A copy of ``network`` on the GPU, its layers fused for ``example``'s shape.
+
+    FDConv layers become fused kernels. BatchNorm is folded into the convolution before it, dynamic
+    or plain; its bias, a sum with a shortcut, ReLU and the next layer's pooling become its end.
+    So a network without FDConv layers is its fair baseline, fused by the same means.
 
     Args:
         network: in eval mode, on the CPU; not changed.
-        example: one input, e.g. ``(1, 3, H, W)`` float32. The batch size is free afterwards.
+        example: one input, e.g. ``(1, 3, H, W)`` float32; the network takes its shape alone.
         dtype: of weights and features: float32, float16 or bfloat16. Kernel assembly is
             float32 in any case. Outputs are of this type.
         channels_last: the memory format; the faster one with float16.
@@ -75,7 +83,8 @@ def fuse_network(
 
     Raises:
         BackendError: PyTorch sees no CUDA device.
-        ExportError: the network is in training mode, or a layer has no one input size.
+        ExportError: the network is in training mode, a layer has no one input size, or torch
+            cannot trace the network.
     """
     if network.training:
         raise ExportError("the network is in training mode; call .eval() before fusing it.")
@@ -84,18 +93,8 @@ def fuse_network(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if folded is None:
         folded = fold_layers(network, example)
-    copy = replace_layers(network, lambda name, _layer: _Place(name)).to(device, dtype)
-    if channels_last:
-        copy = copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    placed = {
-        name: FusedConv2d(layer, dtype, channels_last).to(device) for name, layer in folded.items()
-    }
-    holder = FusedNetwork(copy, dtype, channels_last)
-    for parent in list(holder.modules()):
-        for key, child in parent._modules.items():  # a layer may have several names
-            if isinstance(child, _Place):
-                parent._modules[key] = placed[child.name]
-    return holder.eval()
+    fused = trace_fused(network, example, folded, dtype, channels_last)
+    return FusedNetwork(fused.to(device), dtype, channels_last, tuple(example.shape)).eval()
 
 
 WARM_UP = 3

@@ -35,6 +35,8 @@ import math
 import triton
 import triton.language as tl
 
+from fdconv_deploy.ops.dependent_launch import begin
+
 
 @triton.constexpr_function
 def _cosine(turns, length):
@@ -238,6 +240,7 @@ def row_kernel(
     row_block: tl.constexpr,
     row_blocks: tl.constexpr,
     table_size: tl.constexpr,
+    dependent: tl.constexpr,
 ):
     """Lengths R = odd · power. Row odd·c + k is stored at position k·power + c.
 
@@ -246,6 +249,7 @@ def row_kernel(
     part: tl.constexpr = power * width
     image = tl.program_id(0)
     tile = tl.program_id(1)
+    begin(dependent)
     stored_columns = tl.num_programs(1) * width
     gates += image * heads
     values += tile.to(tl.int64) * (2 * planes * odd * part)
@@ -283,11 +287,13 @@ def dense_row_kernel(
     row_block: tl.constexpr,
     row_blocks: tl.constexpr,
     table_size: tl.constexpr,
+    dependent: tl.constexpr,
 ):
     """Any R, as a dense product; row r at position r. Grid: (B, tiles, blocks of rows)."""
     tile_size: tl.constexpr = rows * width
     image = tl.program_id(0)
     tile = tl.program_id(1)
+    begin(dependent)
     stored_columns = tl.num_programs(1) * width
     gates += image * heads
     values += tile.to(tl.int64) * (2 * planes * tile_size)
@@ -413,12 +419,14 @@ def column_kernel(
     channel_at: tl.constexpr,
     scaled: tl.constexpr,
     channels_last: tl.constexpr,
+    dependent: tl.constexpr,
 ):
     """Lengths C = odd · power with kernel_width dividing odd. Grid: (B, row blocks)."""
     rows: tl.constexpr = out_channels * kernel_height
     part: tl.constexpr = power * pairs
     image = tl.program_id(0)
     block = tl.program_id(1)
+    begin(dependent)
     gates += image * heads
     average += image * in_channels
     half += (image * tl.num_programs(1) + block).to(tl.int64) * (4 * pairs * stored_columns)
@@ -475,12 +483,14 @@ def dense_column_kernel(
     channel_at: tl.constexpr,
     scaled: tl.constexpr,
     channels_last: tl.constexpr,
+    dependent: tl.constexpr,
 ):
     """Any C, as a dense product. Grid: (B, row blocks, blocks of input channels · columns)."""
     rows: tl.constexpr = out_channels * kernel_height
     columns: tl.constexpr = in_channels * kernel_width
     image = tl.program_id(0)
     block = tl.program_id(1)
+    begin(dependent)
     gates += image * heads
     average += image * in_channels
     half += (image * tl.num_programs(1) + block).to(tl.int64) * (2 * row_block * stored_columns)

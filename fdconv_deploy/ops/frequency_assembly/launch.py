@@ -319,6 +319,7 @@ def row_launch(sizes: AssemblySizes) -> KernelLaunch:
         "row_block": row_block,
         "row_blocks": row_blocks,
         "table_size": root_table(sizes.rows, transform).shape[1],
+        "dependent": False,
     }
     if transform is None:
         constants = common | {"rows": sizes.rows, "block": DENSE_BLOCK}
@@ -339,7 +340,7 @@ def column_launch(
     transform = column_transform(sizes.columns, width)
     rows = transform_of(sizes.rows)
     row_blocks, _, stored_columns, row_block = half_shape(sizes)
-    constants: dict[str, int | bool] = {
+    constants: dict[str, int | bool | float] = {
         "heads": sizes.heads,
         "table_size": root_table(sizes.columns, transform).shape[1],
         "stored_columns": stored_columns,
@@ -355,6 +356,7 @@ def column_launch(
         "channel_at": sizes.channel_at,
         "scaled": sizes.scaled,
         "channels_last": channels_last,
+        "dependent": False,
     }
     if transform is None:
         constants |= {"row_block": row_block, "channel_block": DENSE_BLOCK}

@@ -1,14 +1,23 @@
-"""The bands' weighted sum, in one pass: y = sum over terms t of factor[t] ∘ low[t].
+"""The bands' weighted sum: y = sum over terms t of factor[t] ∘ low[t].
 
 low[0] is the input, the others its low-passes; factor = mix · act(logits) + mix_bias. The
-matrix products that make the low-passes, and the convolution that makes the logits, are left
-to libraries.
+convolution that makes the logits is left to libraries.
+
+Three kernels: one projects each image row onto the widest band's frequencies; one applies each
+band's low-pass along the columns of pixels, which is one square matrix there and back; the last
+takes each row back and weighs and adds while it does, so no low-pass is ever written. What lies
+between them has its channels last, whatever the input has.
+
+`combination_kernel` is the last one alone for low-passes that products of a library made, as
+TensorRT's graphs have them.
 """
 # mypy: ignore-errors
 # ruff: noqa: RUF005
 
 import triton
 import triton.language as tl
+
+from fdconv_deploy.ops.dependent_launch import begin
 
 
 @triton.jit
@@ -28,9 +37,11 @@ def combination_kernel(
     channel_block: tl.constexpr,
     sigmoid: tl.constexpr,
     channels_last: tl.constexpr,
+    dependent: tl.constexpr,
 ):
     """Grid: (B, blocks of pixels, blocks of channels)."""
     image = tl.program_id(0).to(tl.int64)
+    begin(dependent)
     pixel = (tl.program_id(1) * pixel_block + tl.arange(0, pixel_block))[:, None]
     channel = (tl.program_id(2) * channel_block + tl.arange(0, channel_block))[None, :]
     inside = (pixel < pixels) & (channel < channels)
@@ -71,3 +82,222 @@ def combination_kernel(
             source = lows + ((t - 1) * tl.num_programs(0) + image) * size
         total += factor * tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + image * size + at, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.constexpr_function
+def _total(columns, bands):
+    """Columns of the first bands."""
+    return sum(columns[:bands])
+
+
+@triton.jit
+def _place(row, pixel, channel, channels: tl.constexpr, height: tl.constexpr,
+           width: tl.constexpr, channels_last: tl.constexpr):  # fmt: skip
+    if channels_last:
+        return (row * width + pixel) * channels + channel
+    return channel * (height * width) + row * width + pixel
+
+
+@triton.jit
+def _product(total, left, right):
+    """Left · right and what was there; float32 stays float32."""
+    return tl.dot(left, right, total, input_precision="ieee")
+
+
+@triton.jit
+def project_rows_kernel(
+    x,  # (B, channels, height, width), or channels last
+    to_columns,  # (width, count), of x's type
+    projected,  # out: (B, height, count, channels), of x's type
+    channels: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    count: tl.constexpr,
+    channel_block: tl.constexpr,
+    count_block: tl.constexpr,
+    pixel_block: tl.constexpr,
+    channels_last: tl.constexpr,
+    dependent: tl.constexpr,
+):
+    """Grid: (B, rows · blocks of frequencies, blocks of channels)."""
+    image = tl.program_id(0).to(tl.int64)
+    blocks: tl.constexpr = (count + count_block - 1) // count_block
+    row = tl.program_id(1) // blocks
+    place = tl.program_id(1) % blocks * count_block + tl.arange(0, count_block)
+    channel = tl.program_id(2) * channel_block + tl.arange(0, channel_block)
+    begin(dependent)
+    x += image * (channels * height * width)
+    total = tl.zeros([count_block, channel_block], tl.float32)
+    for first in range(0, width, pixel_block):
+        pixel = first + tl.arange(0, pixel_block)
+        matrix = tl.load(
+            to_columns + pixel[None, :] * count + place[:, None],
+            mask=(pixel < width)[None, :] & (place < count)[:, None], other=0.0,
+        )  # fmt: skip
+        seen = tl.load(
+            x + _place(row, pixel[:, None], channel[None, :], channels, height, width,
+                       channels_last),
+            mask=(pixel < width)[:, None] & (channel < channels)[None, :], other=0.0,
+        )  # fmt: skip
+        total = _product(total, matrix, seen)
+    at = ((image * height + row) * count + place[:, None]) * channels + channel[None, :]
+    mask = (place < count)[:, None] & (channel < channels)[None, :]
+    tl.store(projected + at, total.to(projected.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def filter_columns_kernel(
+    projected,  # (B, rows, count · channels)
+    through,  # (bands, rows, rows), of the same type
+    filtered,  # out: (B, rows, sum(columns) · channels), of the same type
+    channels: tl.constexpr,
+    rows: tl.constexpr,
+    count: tl.constexpr,  # columns of ``projected``
+    columns: tl.constexpr,  # of each band, a tuple
+    row_block: tl.constexpr,
+    column_block: tl.constexpr,  # of (frequency, channel) pairs
+    inner_block: tl.constexpr,
+    dependent: tl.constexpr,
+):
+    """Grid: (B, blocks of rows, blocks of columns, band after band)."""
+    image = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * row_block + tl.arange(0, row_block)
+    block = tl.program_id(2)
+    # Which band's block this is, and how many blocks the bands before have.
+    band = 0
+    width = 0
+    start = 0
+    mine = 0
+    before = 0
+    stored: tl.constexpr = _total(columns, len(columns)) * channels
+    for b in tl.static_range(len(columns)):
+        after = before + (columns[b] * channels + column_block - 1) // column_block
+        here = (block >= before) & (block < after)
+        band += tl.where(here, b, 0)
+        width += tl.where(here, columns[b] * channels, 0)
+        start += tl.where(here, _total(columns, b) * channels, 0)
+        mine += tl.where(here, block - before, 0)
+        before = after
+    column = mine * column_block + tl.arange(0, column_block)
+    begin(dependent)
+    projected += image * (rows * count * channels)
+    through += band * (rows * rows)
+    total = tl.zeros([row_block, column_block], tl.float32)
+    for first in range(0, rows, inner_block):
+        inner = first + tl.arange(0, inner_block)
+        matrix = tl.load(
+            through + row[:, None] * rows + inner[None, :],
+            mask=(row < rows)[:, None] & (inner < rows)[None, :], other=0.0,
+        )  # fmt: skip
+        seen = tl.load(
+            projected + inner[:, None] * (count * channels) + column[None, :],
+            mask=(inner < rows)[:, None] & (column < width)[None, :], other=0.0,
+        )  # fmt: skip
+        total = _product(total, matrix, seen)
+    at = (image * rows + row[:, None]) * stored + start + column[None, :]
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    tl.store(filtered + at, total.to(filtered.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _maps(
+    logits, shift, place, group, mapped, step, count: tl.constexpr, weighted: tl.constexpr,
+    biased: tl.constexpr, sigmoid: tl.constexpr,
+):  # fmt: skip
+    """The ``weighted`` maps of a group at some pixels, a tuple."""
+    maps = ()
+    for w in tl.static_range(weighted):
+        z = tl.load(logits + place + (group * weighted + w) * step, mask=mapped, other=0.0)
+        z = z.to(tl.float32)
+        if biased:
+            z += tl.load(shift + group * weighted + w, mask=group * weighted < count, other=0.0)
+        if sigmoid:
+            z = tl.sigmoid(z)
+        maps = maps + (z,)
+    return maps
+
+
+@triton.jit
+def _factor(
+    maps, mix, mix_bias, term, inside,
+):  # fmt: skip
+    factor = tl.load(mix_bias + term, mask=inside, other=0.0)
+    for w in tl.static_range(len(maps)):
+        factor += tl.load(mix + term * len(maps) + w, mask=inside, other=0.0) * maps[w]
+    return factor
+
+
+@triton.jit
+def modulate_rows_kernel(
+    x,  # (B, channels, height, width), or channels last
+    logits,  # (B, groups · weighted, height, width), as x
+    shift,  # (groups · weighted,) float32, added to logits (biased only)
+    mix,  # (groups · terms, weighted) float32
+    mix_bias,  # (groups · terms,) float32
+    filtered,  # (B, height, parts, sum(columns), channels), of x's type
+    from_columns,  # (parts · sum(columns), width), of x's type: band after band
+    y,  # out: as x
+    channels: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    parts: tl.constexpr,  # 2 where rows are complex
+    columns: tl.constexpr,  # of each band, a tuple
+    groups: tl.constexpr,
+    weighted: tl.constexpr,
+    pixel_block: tl.constexpr,
+    channel_block: tl.constexpr,
+    inner_block: tl.constexpr,
+    biased: tl.constexpr,
+    sigmoid: tl.constexpr,
+    channels_last: tl.constexpr,
+    dependent: tl.constexpr,
+):
+    """Grid: (B, rows · blocks of pixels, blocks of channels)."""
+    image = tl.program_id(0).to(tl.int64)
+    blocks: tl.constexpr = (width + pixel_block - 1) // pixel_block
+    row = tl.program_id(1) // blocks
+    pixel = tl.program_id(1) % blocks * pixel_block + tl.arange(0, pixel_block)
+    channel = tl.program_id(2) * channel_block + tl.arange(0, channel_block)
+    inside = (pixel < width)[:, None] & (channel < channels)[None, :]
+    count: tl.constexpr = groups * weighted
+    terms: tl.constexpr = len(columns) + 1
+    begin(dependent)
+    x += image * (channels * height * width)
+    y += image * (channels * height * width)
+    logits += image * (count * height * width)
+    if groups == 1:
+        group = tl.zeros([1, 1], tl.int32)
+        mapped = (pixel < width)[:, None]
+    else:
+        group = (channel // (channels // groups))[None, :]
+        mapped = inside
+    step: tl.constexpr = 1 if channels_last else height * width
+    flat = row * width + pixel[:, None]
+    if channels_last:
+        flat *= count
+    maps = _maps(logits, shift, flat, group, mapped, step, count, weighted, biased, sigmoid)
+
+    at = _place(row, pixel[:, None], channel[None, :], channels, height, width, channels_last)
+    grouped = group < groups
+    total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    total *= _factor(maps, mix, mix_bias, group * terms, grouped)
+    stored: tl.constexpr = _total(columns, len(columns))
+    filtered += (image * height + row) * (parts * stored * channels)
+    for b in tl.static_range(len(columns)):
+        low = tl.zeros([pixel_block, channel_block], tl.float32)
+        start = _total(columns, b)
+        for first in range(0, parts * columns[b], inner_block):
+            inner = first + tl.arange(0, inner_block)
+            kept = inner < parts * columns[b]
+            matrix = tl.load(
+                from_columns + (parts * start + inner)[None, :] * width + pixel[:, None],
+                mask=kept[None, :] & (pixel < width)[:, None], other=0.0,
+            )  # fmt: skip
+            place = inner // columns[b] * stored + start + inner % columns[b]
+            seen = tl.load(
+                filtered + place[:, None] * channels + channel[None, :],
+                mask=kept[:, None] & (channel < channels)[None, :], other=0.0,
+            )  # fmt: skip
+            low = _product(low, matrix, seen)
+        total += low * _factor(maps, mix, mix_bias, group * terms + b + 1, grouped)
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)

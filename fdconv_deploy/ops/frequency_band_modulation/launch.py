@@ -1,8 +1,10 @@
-"""Launch of the band combination kernel for a layer's sizes."""
+"""Launches of the band modulation's kernels for a layer's sizes."""
 
 from __future__ import annotations
 
-from fdconv_deploy.ops.launch import FLOAT_TYPES, KernelLaunch
+from dataclasses import dataclass
+
+from fdconv_deploy.ops.launch import FLOAT_TYPES, KernelLaunch, power_of_two, warps_for
 
 F32 = "*fp32"
 TILE = 1024
@@ -26,9 +28,9 @@ def combination_launch(
     softmax has been applied already.
     """
     # The axis that is contiguous gets the longer side of the tile.
-    limit = 1 << (max(channels if channels_last else pixels, 1) - 1).bit_length()
+    limit = power_of_two(channels if channels_last else pixels)
     longer = min(TALLEST, limit)
-    limit = 1 << (max(pixels if channels_last else channels, 1) - 1).bit_length()
+    limit = power_of_two(pixels if channels_last else channels)
     shorter = min(TILE // longer, limit)
     pixel_block, channel_block = (shorter, longer) if channels_last else (longer, shorter)
     feature = "*" + FLOAT_TYPES[dtype]
@@ -40,7 +42,7 @@ def combination_launch(
         ("lows", feature),
         ("y", feature),
     )
-    constants: dict[str, int | bool] = {
+    constants: dict[str, int | bool | float] = {
         "channels": channels,
         "pixels": pixels,
         "groups": groups,
@@ -50,6 +52,121 @@ def combination_launch(
         "channel_block": channel_block,
         "sigmoid": sigmoid,
         "channels_last": channels_last,
+        "dependent": False,
     }
     blocks = -(-pixels // pixel_block), -(-channels // channel_block)
     return KernelLaunch("combination_kernel", arguments, constants, blocks, 4)
+
+
+@dataclass(frozen=True)
+class BandSizes:
+    """What the kernels of a layer's band modulation are specialised to.
+
+    count: columns of the projection. parts: 2 where projected rows are complex. columns: how many
+    of the projection's columns each band keeps. groups, weighted: of `FoldedBands`.
+    """
+
+    channels: int
+    height: int
+    width: int
+    count: int
+    parts: int
+    columns: tuple[int, ...]
+    groups: int
+    weighted: int
+
+    @property
+    def rows(self) -> int:
+        """Of the projection, real and imaginary parts each for themselves."""
+        return self.height * self.parts
+
+    @property
+    def stored(self) -> int:
+        """Columns of all bands."""
+        return sum(self.columns)
+
+
+# A product's operands are at least 16 long. Two of its tiles stay in a thread's registers.
+LEAST, MOST = 16, 64
+STAGES = 3
+
+
+def _block(size: int, most: int = MOST) -> int:
+    return max(LEAST, min(most, power_of_two(size)))
+
+
+def project_launch(sizes: BandSizes, channels_last: bool, dtype: str) -> KernelLaunch:
+    """Image rows onto the widest band's frequencies."""
+    feature = "*" + FLOAT_TYPES[dtype]
+    count_block, channel_block = _block(sizes.count, 32), _block(sizes.channels)
+    constants: dict[str, int | bool | float | tuple[int, ...]] = {
+        "channels": sizes.channels,
+        "height": sizes.height,
+        "width": sizes.width,
+        "count": sizes.count,
+        "channel_block": channel_block,
+        "count_block": count_block,
+        "pixel_block": _block(sizes.width, 32),
+        "channels_last": channels_last,
+        "dependent": False,
+    }
+    blocks = sizes.height * -(-sizes.count // count_block), -(-sizes.channels // channel_block)
+    arguments = ("x", feature), ("to_columns", feature), ("projected", feature)
+    return KernelLaunch("project_rows_kernel", arguments, constants, blocks, 4, STAGES)
+
+
+def filter_launch(sizes: BandSizes, dtype: str) -> KernelLaunch:
+    """Each band's low-pass along the columns of pixels."""
+    feature = "*" + FLOAT_TYPES[dtype]
+    row_block = _block(sizes.rows, 32)
+    constants: dict[str, int | bool | float | tuple[int, ...]] = {
+        "channels": sizes.channels,
+        "rows": sizes.rows,
+        "count": sizes.count // sizes.parts,
+        "columns": sizes.columns,
+        "row_block": row_block,
+        "column_block": MOST,
+        "inner_block": _block(sizes.rows, 32),
+        "dependent": False,
+    }
+    column_blocks = sum(-(-kept * sizes.channels // MOST) for kept in sizes.columns)
+    arguments = ("projected", feature), ("through", feature), ("filtered", feature)
+    blocks = -(-sizes.rows // row_block), column_blocks
+    return KernelLaunch("filter_columns_kernel", arguments, constants, blocks, 4, STAGES)
+
+
+def modulate_launch(
+    sizes: BandSizes, channels_last: bool, dtype: str, *, biased: bool, sigmoid: bool
+) -> KernelLaunch:
+    """Back to pixels, weighed and added."""
+    feature = "*" + FLOAT_TYPES[dtype]
+    pixel_block, channel_block = _block(sizes.width, 32), _block(sizes.channels, 32)
+    constants: dict[str, int | bool | float | tuple[int, ...]] = {
+        "channels": sizes.channels,
+        "height": sizes.height,
+        "width": sizes.width,
+        "parts": sizes.parts,
+        "columns": sizes.columns,
+        "groups": sizes.groups,
+        "weighted": sizes.weighted,
+        "pixel_block": pixel_block,
+        "channel_block": channel_block,
+        "inner_block": 16,
+        "biased": biased,
+        "sigmoid": sigmoid,
+        "channels_last": channels_last,
+        "dependent": False,
+    }
+    arguments = (
+        ("x", feature),
+        ("logits", feature),
+        ("shift", F32),
+        ("mix", F32),
+        ("mix_bias", F32),
+        ("filtered", feature),
+        ("from_columns", feature),
+        ("y", feature),
+    )
+    blocks = sizes.height * -(-sizes.width // pixel_block), -(-sizes.channels // channel_block)
+    warps = warps_for(pixel_block * channel_block // 8, most=4)
+    return KernelLaunch("modulate_rows_kernel", arguments, constants, blocks, warps, STAGES)

@@ -1,20 +1,32 @@
-"""``torch.ops.fdconv.combine_bands``: the combination kernel as a PyTorch operator."""
+"""``torch.ops.fdconv.modulate_bands``: the band modulation's kernels as a PyTorch operator."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fdconv_deploy.ops.frequency_band_modulation import kernel
-from fdconv_deploy.ops.frequency_band_modulation.launch import combination_launch
+from fdconv_deploy.ops.frequency_band_modulation.launch import (
+    BandSizes,
+    filter_launch,
+    modulate_launch,
+    project_launch,
+)
 from fdconv_deploy.ops.launch import require_device, run_kernel
 
 
-@torch.library.custom_op("fdconv::combine_bands", mutates_args=())
-def combine_bands(
-    x: Tensor, logits: Tensor, mix: Tensor, mix_bias: Tensor, lows: Tensor, sigmoid: bool
+@torch.library.custom_op("fdconv::modulate_bands", mutates_args=())
+def modulate_bands(
+    x: Tensor,
+    logits: Tensor,
+    shift: Tensor | None,
+    mix: Tensor,
+    mix_bias: Tensor,
+    to_columns: Tensor,
+    through: Tensor,
+    from_columns: Tensor,
+    columns: list[int],
+    sigmoid: bool,
 ) -> Tensor:
     """Each band of an input weighted by its own map.
 
@@ -22,8 +34,13 @@ def combine_bands(
         x: ``(B, I, H, W)``, contiguous, or with ``logits`` in channels-last memory format.
         logits: ``(B, g·weighted, H, W)``, of x's type: the maps before the sigmoid, or, where
             ``sigmoid`` is not set, after whatever made them.
+        shift: ``(g·weighted,)`` float32, added to the logits.
         mix, mix_bias: ``(g·terms, weighted)`` and ``(g·terms,)`` float32.
-        lows: ``(terms - 1, B, …)``: the low-passes, each laid out in memory as x.
+        to_columns: ``(W, n)`` of x's type, the projection of a row of pixels.
+        through: ``(bands, H', H')`` of x's type, each band's low-pass along the columns of pixels;
+            H' is H, or 2·H where the n numbers of a row are real parts and then imaginary ones.
+        from_columns: ``(m, W)`` of x's type, band after band.
+        columns: of the projection's columns, how many each band keeps.
 
     Returns:
         As x; the sum is float32. No gradients.
@@ -31,28 +48,47 @@ def combine_bands(
     Raises:
         BackendError: the tensors are not on a GPU (and Triton does not interpret).
     """
-    require_device(x, "fdconv::combine_bands")
+    require_device(x, "fdconv::modulate_bands")
     batch, channels, height, width = x.shape
     last = not x.is_contiguous()
     memory = torch.channels_last if last else torch.contiguous_format
-    logits = logits.contiguous(memory_format=memory)
-    terms = len(lows) + 1
-    launch = combination_launch(
-        channels=channels,
-        pixels=height * width,
-        groups=len(mix) // terms,
-        weighted=mix.shape[1],
-        terms=terms,
-        sigmoid=sigmoid,
-        channels_last=last,
-        dtype=str(x.dtype).split(".")[1],
+    x, logits = x.contiguous(memory_format=memory), logits.contiguous(memory_format=memory)
+    terms = len(columns) + 1
+    sizes = BandSizes(
+        channels,
+        height,
+        width,
+        to_columns.shape[1],
+        through.shape[1] // height,
+        tuple(columns),
+        len(mix) // terms,
+        mix.shape[1],
     )
-    x = x.contiguous(memory_format=memory)
+    dtype = str(x.dtype).split(".")[1]
+    projected = x.new_empty((batch, height, sizes.count, channels))
+    filtered = x.new_empty((batch, sizes.rows, sizes.stored, channels))
     y = torch.empty_like(x, memory_format=memory)
-    run_kernel(kernel, launch, batch, x, logits, mix, mix_bias, lows, y)
+    run_kernel(kernel, project_launch(sizes, last, dtype), batch, x, to_columns, projected)
+    run_kernel(kernel, filter_launch(sizes, dtype), batch, projected, through, filtered)
+    launch = modulate_launch(sizes, last, dtype, biased=shift is not None, sigmoid=sigmoid)
+    # A pointer that a kernel never follows may point anywhere.
+    given = mix if shift is None else shift
+    run_kernel(kernel, launch, batch, x, logits, given, mix, mix_bias, filtered, from_columns, y)
     return y
 
 
-@combine_bands.register_fake
-def _(x: Tensor, *_rest: Any) -> Tensor:
-    return torch.empty_like(x)
+@modulate_bands.register_fake
+def _(
+    x: Tensor,
+    logits: Tensor,
+    shift: Tensor | None,
+    mix: Tensor,
+    mix_bias: Tensor,
+    to_columns: Tensor,
+    through: Tensor,
+    from_columns: Tensor,
+    columns: list[int],
+    sigmoid: bool,
+) -> Tensor:
+    memory = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    return torch.empty_like(x, memory_format=memory)

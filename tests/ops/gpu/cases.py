@@ -8,21 +8,30 @@ largest value. Triton reads the variable when it is imported, so tests run this 
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
+import fdconv_deploy.folding.cuda.layer as layer_module
+from benchmarks.gpu.launches import launches
 from fdconv_deploy.folding.cuda import FusedConv2d, fuse_network
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.nn import FDConv2d, FDLinear, FDTokenConv
+from fdconv_deploy.ops.attention import torch_op as attention
+from fdconv_deploy.ops.frequency_assembly import torch_op as assembly
 from fdconv_deploy.ops.frequency_assembly.launch import column_transform, transform_of
+from fdconv_deploy.ops.frequency_band_modulation import torch_op as bands_op
+from fdconv_deploy.ops.launch import run_kernel
 from tests.reference.lively import enliven, error, lively_input
 
 
@@ -176,12 +185,6 @@ def layer_errors(case: Case) -> dict[str, Any]:
     y = fused(memory(x, case))
     result: dict[str, Any] = {}
     kernels = made[0]
-    if (folded.channel_side, folded.filter_side) != ("kernel", "kernel"):
-        # The kernels with every modulation on them.
-        on_kernel = replace(folded, channel_side="kernel", filter_side="kernel")
-        alone = FusedConv2d(on_kernel, getattr(torch, case.dtype), case.channels_last)
-        average = case.average(x)
-        kernels = alone.kernels(average, alone.gates(average))
     layer.double()
     seen = case.average(x.double())
     if case.over == "linear":
@@ -232,27 +235,61 @@ def band_errors(case: Case) -> dict[str, Any]:
     }
 
 
+class Block(torch.nn.Module):
+    """Plain, dynamic and constant convolutions, BatchNorms, shortcuts, a layer used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 24, 3, padding=1)
+        self.down = torch.nn.Conv2d(24, 24, 1, 2, groups=2)
+        self.dynamic = enliven(FDConv2d(24, 24, 3, 2, padding=1, kernel_num=4))
+        self.constant = enliven(FDConv2d(24, 24, 3, padding=1, kernel_num=4))
+        self.twice = enliven(FDConv2d(24, 24, 1, kernel_num=4))
+        self.last = torch.nn.Conv2d(24, 5, 2, padding="same")
+        self.norms = torch.nn.ModuleList(torch.nn.BatchNorm2d(24) for _ in range(5))
+        for i, norm in enumerate(self.norms):
+            generator = torch.Generator().manual_seed(i)
+            norm.weight.uniform_(0.5, 1.5, generator=generator)
+            norm.bias.normal_(0, 0.5, generator=generator)
+            norm.running_mean.normal_(0, 0.5, generator=generator)
+            norm.running_var.uniform_(0.5, 1.5, generator=generator)
+        for name, parameter in self.constant.named_parameters():
+            if "_fc" in name or "KSM_Local.conv" in name:
+                parameter.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norms[0](self.stem(x)))
+        y = torch.relu(self.norms[1](self.dynamic(x)))
+        y = self.norms[2](self.constant(y)) + self.norms[3](self.down(x))
+        y = torch.relu(self.norms[4](self.twice(y.relu_())))
+        return self.last(self.twice(y).sigmoid() + y)
+
+
 @torch.no_grad()
 def network_errors(dtype: torch.dtype, channels_last: bool) -> dict[str, Any]:
-    """A layer used under two names, one that is constant, plain ones between."""
-    shared = enliven(FDConv2d(24, 24, 1, kernel_num=4))
-    constant = enliven(FDConv2d(24, 24, 3, padding=1, kernel_num=4))
-    for name, parameter in constant.named_parameters():
-        if "_fc" in name or "KSM_Local.conv" in name:
-            parameter.zero_()
-    network = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 24, 3, padding=1), shared, torch.nn.ReLU(), constant,
-        torch.nn.BatchNorm2d(24), torch.nn.ReLU(), shared,
-    ).eval()  # fmt: skip
+    network = Block().eval()
     x = lively_input((2, 3, 8, 6))
-    fused = fuse_network(network, x[:1], dtype=dtype, channels_last=channels_last)
-    actual = fused(x)
-    kinds = [type(m).__name__ for m in fused.network]
-    same = fused.network[1] is fused.network[6]
+    fused = fuse_network(network, x, dtype=dtype, channels_last=channels_last)
+    launched: list[str] = []
+
+    def recorded(module: Any, launch: Any, *given: Any) -> None:
+        launched.append(launch.kernel)
+        run_kernel(module, launch, *given)
+
+    with ExitStack() as stack:
+        for operators in (assembly, attention, bands_op):
+            stack.enter_context(patch.object(operators, "run_kernel", recorded))
+        actual = fused(x)
+    counted = [one for one in launches(fused, x) if one.launch is not None]
+    uses = [m for m in fused.network.modules() if type(m).__name__ == "_Use"]
     return {
         "network": error(actual, network.double()(x.double())),
-        "kinds": kinds,
-        "shared": same,
+        "convolutions": [type(use.layer).__name__ for use in uses],
+        "relus": [use.relu for use in uses],
+        "pooled": [use.hidden is not None for use in uses],
+        "nodes": [str(n.target) for n in fused.network.graph.nodes if n.op == "call_function"],
+        "launched": launched,
+        "counted": [one.operator for one in counted],
         "dtype": str(actual.dtype),
     }
 
@@ -260,28 +297,29 @@ def network_errors(dtype: torch.dtype, channels_last: bool) -> dict[str, Any]:
 @torch.no_grad()
 def operator_checks() -> dict[str, Any]:
     """What PyTorch asks of an operator: a true schema, a fake that tells shape and strides."""
-    case = Case((18, 20), groups=5)
-    folded = case.folded(case.layer())
     given: list[tuple[Any, tuple[Any, ...]]] = []
-    import fdconv_deploy.folding.cuda.layer as module
-
-    assemble = module.assemble_kernels
+    arguments = {"use_fbm_if_k_in": [1], "fbm_cfg": {"k_list": [2, 4]}}
+    case = Case((18, 20), groups=5, size=(12, 8), arguments=arguments)
+    network = torch.nn.Sequential(case.layer(), torch.nn.ReLU(), FDConv2d(20, 18, 1, kernel_num=3))
+    operators = [
+        (assembly, "assemble_kernels"), (attention, "pool"), (attention, "finish_convolution"),
+        (attention, "attend"), (bands_op, "modulate_bands"),
+    ]  # fmt: skip
     for last in (False, True):
-        fused = FusedConv2d(folded, torch.float16, last)
-        average = torch.randn(1, 18)
-        module.assemble_kernels = lambda *a: given.append((assemble, a))  # type: ignore[assignment]
-        fused.kernels(average, fused.gates(average))
-        module.assemble_kernels = assemble
-    from fdconv_deploy.ops.frequency_band_modulation.torch_op import combine_bands
+        with ExitStack() as stack:
+            for holder, name in operators:
+                function = getattr(holder, name)
 
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        x, lows = torch.randn(2, 6, 4, 5), torch.randn(2, 2, 6, 4, 5)
-        logits = torch.randn(2, 2, 4, 5)
-        x, logits = (t.contiguous(memory_format=memory_format) for t in (x, logits))
-        given.append((combine_bands, (x, logits, torch.randn(3, 2), torch.randn(3), lows, True)))
-    for operator, arguments in given:
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
-    return {"operators": len(given)}
+                def record(*a: Any, function: Any = function) -> Any:
+                    given.append((function, tuple(copy.deepcopy(a))))
+                    return function(*a)
+
+                stack.enter_context(patch.object(layer_module, name, record))
+            x = lively_input((1, 18, 12, 8))
+            fuse_network(network.eval(), x, dtype=torch.float16, channels_last=last)(x)
+    for operator, call in given:
+        torch.library.opcheck(operator, call, test_utils=("test_schema", "test_faketensor"))
+    return {"operators": sorted({operator._name for operator, _ in given})}
 
 
 NETWORKS: dict[str, Callable[[], dict[str, Any]]] = {

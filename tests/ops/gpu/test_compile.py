@@ -27,6 +27,13 @@ from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.cuda import CapturedNetwork, FusedConv2d, FusedNetwork, fuse_network
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.ops.attention.launch import (
+    GateSizes,
+    Pooling,
+    finish_launch,
+    gates_launch,
+    pool_launch,
+)
 from fdconv_deploy.ops.compile_kernels import (
     CAPABILITIES,
     CompiledKernel,
@@ -34,7 +41,13 @@ from fdconv_deploy.ops.compile_kernels import (
     without_hidden_parameters,
 )
 from fdconv_deploy.ops.frequency_assembly.launch import column_launch, row_launch
-from fdconv_deploy.ops.frequency_band_modulation.launch import combination_launch
+from fdconv_deploy.ops.frequency_band_modulation.launch import (
+    BandSizes,
+    combination_launch,
+    filter_launch,
+    modulate_launch,
+    project_launch,
+)
 from fdconv_deploy.ops.launch import KernelLaunch
 from tests.reference.lively import enliven, lively_input
 
@@ -44,7 +57,28 @@ BANDS = combination_launch(
     channels=64, pixels=128 * 128, groups=1, weighted=3, terms=4, sigmoid=True,
     channels_last=True, dtype="float16",
 )  # fmt: skip
+POOLING = Pooling(256, 1024, 64)
+BAND_SIZES = BandSizes(64, 24, 24, 14, 2, (7, 4, 2), 1, 3)
 SMALL = {
+    "pool": pool_launch(POOLING, channels_last=True, dtype="float16"),
+    "finish": finish_launch(
+        POOLING,
+        channels_last=True,
+        dtype="float16",
+        biased=True,
+        added=True,
+        relu=True,
+        pooled=True,
+    ),
+    "gates": gates_launch(
+        POOLING, GateSizes(400, True, True, 1e-5, True, True, averaged=True, average_epsilon=1e-5)
+    ),
+    "projected bands": project_launch(BAND_SIZES, channels_last=True, dtype="float16"),
+    "filtered bands": filter_launch(BAND_SIZES, dtype="float16"),
+    "modulated bands": modulate_launch(
+        BAND_SIZES, channels_last=True, dtype="float16", biased=True, sigmoid=True
+    ),
+    "filtered bands, float32": filter_launch(BAND_SIZES, dtype="float32"),
     "rows": row_launch(layer_sizes(64, 64, 1)),
     "columns": column_launch(layer_sizes(64, 64, 1), channels_last=True, dtype="float16"),
     "bands": BANDS,
@@ -112,6 +146,14 @@ def test_odd_and_large_layers(shape):
         check(launch, 90)
 
 
+def test_a_kernel_that_starts_early_waits_before_it_reads_what_others_wrote():
+    for launch in SMALL.values():
+        assert "griddepcontrol" not in compile_kernel(launch, 90).ptx
+        ptx = compile_kernel(launch.early(), 90).ptx
+        assert ptx.count("griddepcontrol.wait") >= 1, launch.kernel
+        assert ptx.count("griddepcontrol.launch_dependents") >= 1, launch.kernel
+
+
 def test_an_older_instruction_set_on_request():
     newest = compile_kernel(BANDS, 80)
     older = compile_kernel(BANDS, 80, ptx_version=80)
@@ -124,9 +166,9 @@ def test_compiling_takes_no_torch():
     """`fdconv build` compiles plugins where torch need not be."""
     code = (
         "import sys, fdconv_deploy.ops.compile_kernels as c;"
-        "import fdconv_deploy.ops.frequency_assembly.launch;"
+        "import fdconv_deploy.ops.frequency_assembly.launch, fdconv_deploy.ops.attention.launch;"
         "import fdconv_deploy.ops.frequency_band_modulation.launch;"
-        "[c.kernel_function(n) for n in ('row_kernel', 'column_kernel', 'combination_kernel')];"
+        "[c.kernel_function(n) for n in ('row_kernel', 'gates_kernel', 'combination_kernel')];"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -153,7 +195,7 @@ def fused_layer() -> FusedConv2d:
 
 
 def test_a_layer_on_the_cpu_is_refused_in_a_sentence():
-    with pytest.raises(BackendError, match=r"assemble_kernels runs on an NVIDIA GPU.*on cpu"):
+    with pytest.raises(BackendError, match=r"fdconv::pool runs on an NVIDIA GPU.*on cpu"):
         fused_layer()(lively_input((1, 18, 5, 5)))
 
 
@@ -171,7 +213,7 @@ def test_without_a_gpu_networks_are_refused_in_a_sentence():
     x = lively_input((1, 18, 5, 5))
     with pytest.raises(BackendError, match=r"need an NVIDIA GPU.*fold_network"):
         fuse_network(network.eval(), x)
-    fused = FusedNetwork(network, torch.float32, channels_last=False)
+    fused = FusedNetwork(network, torch.float32, channels_last=False, shape=(1, 18, 5, 5))
     with pytest.raises(BackendError, match="need an NVIDIA GPU"):
         CapturedNetwork(fused, x)
 

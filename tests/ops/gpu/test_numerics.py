@@ -18,7 +18,7 @@ if importlib.util.find_spec("triton") is None:
 from tests.ops.gpu.cases import BANDS, LAYERS, NETWORKS
 
 ROOT = Path(__file__).parents[3]
-TOLERANCE = {"float32": 2e-6, "float16": 1.5e-3, "bfloat16": 1.2e-2}
+TOLERANCE = {"float32": 2e-6, "float16": 1.5e-3, "bfloat16": 1.3e-2}
 FAST = [name for name, case in LAYERS.items() if not case.slow]
 SLOW = [name for name, case in LAYERS.items() if case.slow]
 
@@ -91,13 +91,17 @@ def test_a_network(results, name):
     half = "half" in name
     assert result["network"] <= (5e-3 if half else 4e-6)
     assert result["dtype"] == ("torch.float16" if half else "torch.float32")
-    assert (
-        result["kinds"]
-        == "Conv2d FusedConv2d ReLU FusedConv2d BatchNorm2d ReLU FusedConv2d".split()
-    )
-    assert result["shared"]
+    # BatchNorms, ReLUs and the one sum of a convolution alone have gone into the convolutions.
+    kinds = "FinishedConv2d FusedConv2d FusedConv2d FinishedConv2d FusedConv2d FusedConv2d"
+    assert sorted(result["convolutions"]) == sorted([*kinds.split(), "FinishedConv2d"])
+    assert sum(result["relus"]) == 4
+    assert sum(result["pooled"]) == 3
+    left = [node for node in result["nodes"] if "getitem" not in node]
+    assert left == ["aten.sigmoid.default", "aten.add.Tensor"], left
+    assert result["launched"] == result["counted"]
 
 
 @pytest.mark.timeout(900)
 def test_the_operators_are_what_they_tell_pytorch(results):
-    assert results["operators"].get("operators") == 4, results["operators"]
+    expected = ["assemble_kernels", "attend", "finish_convolution", "modulate_bands", "pool"]
+    assert results["operators"].get("operators") == expected, results["operators"]

@@ -1,0 +1,295 @@
+"""A network traced by torch, each convolution in it with all that follows it in one module.
+
+Of what follows, BatchNorm, a sum with a shortcut and ReLU are taken in, in this order, as long as
+each is the only reader of the one before. Everything else stays as torch traced it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fdconv_deploy.errors import ExportError
+from fdconv_deploy.folding.cuda.layer import FinishedConv2d, FusedConv2d
+from fdconv_deploy.folding.layer import FoldedConv
+from fdconv_deploy.folding.modulation import array
+from fdconv_deploy.folding.network import replace_layers
+from fdconv_deploy.folding.placeholder import layer_stand_in
+
+ATEN = torch.ops.aten
+LAYER = torch.ops.fdconv_deploy.folded_layer.default
+NORM = {ATEN.batch_norm.default}
+SUM = {ATEN.add.Tensor, ATEN.add_.Tensor}
+RELU = {ATEN.relu.default, ATEN.relu_.default}
+CONVOLUTION = {ATEN.conv2d.default, ATEN.conv2d.padding}
+
+
+class _Use(nn.Module):
+    """One use of a layer in the traced network.
+
+    hidden: of the dynamic layer that reads what comes out, and takes it pooled.
+    """
+
+    def __init__(self, layer: FusedConv2d | FinishedConv2d, relu: bool) -> None:
+        super().__init__()
+        self.layer, self.relu = layer, relu
+        self.register_buffer("hidden", None)
+
+    def forward(
+        self, x: Tensor, partial: Tensor | None = None, shortcut: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """The outcome, with its pooled parts where ``hidden`` is set."""
+        given: dict[str, Any] = {"shortcut": shortcut, "hidden": self.hidden, "relu": self.relu}
+        if isinstance(self.layer, FusedConv2d):
+            if self.layer.folded.tokens:
+                return self.layer(x)
+            given["partial"] = partial
+        y, parts = self.layer.run(x, **given)
+        return y if self.hidden is None else (y, parts)
+
+
+@dataclass
+class _Chain:
+    """A convolution's node and the nodes after it that become its end."""
+
+    first: fx.Node
+    last: fx.Node
+    norm: fx.Node | None = None
+    shortcut: fx.Node | None = None
+    relu: bool = False
+    others: list[fx.Node] = field(default_factory=list)
+
+
+def trace_fused(
+    network: nn.Module,
+    example: Tensor,
+    folded: Mapping[str, FoldedConv],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> nn.Module:
+    """The traced network, its constants on the CPU.
+
+    Args:
+        network: in eval mode; not changed.
+        example: its shape is the traced network's.
+        folded: `fold_layers` of both.
+        dtype, channels_last: as of `fuse_network`.
+
+    Raises:
+        ExportError: torch cannot trace the network.
+    """
+    stripped = replace_layers(network, layer_stand_in).to(dtype)
+    try:
+        program = torch.export.export(stripped, (example.to(dtype),), strict=False)
+    except Exception as error:  # whatever a network's own code does under tracing
+        raise ExportError(
+            f"torch cannot trace the network, so it cannot be fused: {error} Use fold_network, "
+            "or an exported bundle."
+        ) from error
+    traced = program.module(check_guards=False)
+    assert isinstance(traced, fx.GraphModule)
+    _Fusing(network, traced, folded, dtype, channels_last).run()
+    return fx.GraphModule(traced, traced.graph)  # of no export any more, with what is used alone
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    readers = list(node.users)
+    return readers[0] if len(readers) == 1 else None
+
+
+def _shape(node: Any) -> tuple[int, ...] | None:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+class _Fusing:
+    def __init__(
+        self,
+        network: nn.Module,
+        traced: fx.GraphModule,
+        folded: Mapping[str, FoldedConv],
+        dtype: torch.dtype,
+        channels_last: bool,
+    ) -> None:
+        self.network, self.traced, self.folded = network, traced, folded
+        self.dtype, self.channels_last = dtype, channels_last
+        self.made: dict[tuple[str, ...], FusedConv2d | FinishedConv2d] = {}
+
+    def run(self) -> None:
+        graph = self.traced.graph
+        for node in list(graph.nodes):
+            if node.op == "call_function" and (
+                node.target is LAYER or (node.target in CONVOLUTION and self._constant(node))
+            ):
+                self._replace(self._chain(node))
+        self._pool_ahead()
+        graph.eliminate_dead_code()
+        graph.lint()
+
+    def _values(self, node: Any) -> np.ndarray | None:
+        """A parameter's or buffer's values in float64, as the network holds it."""
+        if node is None:
+            return None
+        holder, _, name = node.target.rpartition(".")
+        return array(getattr(self.network.get_submodule(holder), name))
+
+    def _constant(self, node: fx.Node) -> bool:
+        """Whether a convolution's weight and bias are the network's own."""
+        return all(
+            given is None or (isinstance(given, fx.Node) and given.op == "get_attr")
+            for given in node.args[1:3]
+        )
+
+    def _chain(self, first: fx.Node) -> _Chain:
+        chain = _Chain(first, first)
+        while (reader := _only_reader(chain.last)) is not None and self._taken(chain, reader):
+            chain.others.append(chain.last)
+            chain.last = reader
+        return chain
+
+    def _taken(self, chain: _Chain, reader: fx.Node) -> bool:
+        """Take a node into the chain if it may come next."""
+        if chain.relu or reader.op != "call_function":
+            return False
+        first = chain.first
+        is_map = len(_shape(first) or ()) == 4
+        if reader.target in NORM:
+            fits = is_map and chain.shortcut is None and chain.norm is None and not reader.args[5]
+            if fits:
+                chain.norm = reader
+            return fits
+        if reader.target in SUM:
+            fits = (
+                is_map
+                and chain.shortcut is None
+                and not reader.kwargs.get("alpha")
+                and len({_shape(given) for given in reader.args[:2]}) == 1
+                and reader.args[0] is not reader.args[1]
+            )
+            if fits:
+                left, right = reader.all_input_nodes
+                chain.shortcut = right if left is chain.last else left
+            return fits
+        if reader.target in RELU and is_map:
+            chain.relu = True
+            return True
+        return False
+
+    def _replace(self, chain: _Chain) -> None:
+        graph, first, last = self.traced.graph, chain.first, chain.last
+        layer = self._layer(first, chain.norm)
+        name = f"fused_{len(self.made)}_{first.name}"
+        self.traced.add_module(name, _Use(layer, chain.relu))
+        with graph.inserting_after(last):
+            arguments = (first.args[0], None, chain.shortcut)
+            call = graph.call_module(name, arguments)
+        call.meta["val"] = last.meta["val"]
+        last.replace_all_uses_with(call)
+        for node in (last, *reversed(chain.others)):
+            graph.erase_node(node)
+
+    def _layer(self, node: fx.Node, norm: fx.Node | None) -> FusedConv2d | FinishedConv2d:
+        scale, shift = (None, None) if norm is None else self._normalisation(norm)
+        if node.target is LAYER:
+            name = str(node.args[1])
+            key = name, "" if norm is None else norm.args[1:5].__repr__()
+            if key not in self.made:
+                folded = _normalised(self.folded[name], scale, shift)
+                self.made[key] = FusedConv2d(folded, self.dtype, self.channels_last)
+            return self.made[key]
+        return self.made.setdefault((node.name,), self._plain(node, scale, shift))
+
+    def _normalisation(self, norm: fx.Node) -> tuple[np.ndarray, np.ndarray]:
+        """Scale and shift of a BatchNorm at inference."""
+        weight, bias, mean, variance = (self._values(given) for given in norm.args[1:5])
+        assert mean is not None
+        assert variance is not None
+        epsilon: Any = norm.args[7]
+        scale = 1 / np.sqrt(variance + epsilon)
+        if weight is not None:
+            scale = scale * weight
+        shift = -mean * scale
+        return scale, shift if bias is None else shift + bias
+
+    def _plain(
+        self, node: fx.Node, scale: np.ndarray | None, shift: np.ndarray | None
+    ) -> FinishedConv2d:
+        weight = self._values(node.args[1])
+        assert weight is not None
+        defaults: Sequence[Any] = (None, (1, 1), (0, 0), (1, 1), 1)
+        given = [*node.args[2:], *defaults[len(node.args) - 2 :]]
+        bias, (stride, padding, dilation, groups) = self._values(given[0]), given[1:]
+        if scale is not None and shift is not None:
+            weight = weight * scale[:, None, None, None]
+            bias = shift if bias is None else bias * scale + shift
+        return FinishedConv2d(
+            stride=_pair(stride), padding=_sides(padding, weight.shape[2:], _pair(dilation)),
+            dilation=_pair(dilation), groups=groups, bias=bias, weight=weight, dtype=self.dtype,
+            channels_last=self.channels_last,
+        )  # fmt: skip
+
+    def _pool_ahead(self) -> None:
+        """Let the end of a convolution pool for the dynamic layer that reads it, if one does."""
+        for node in list(self.traced.graph.nodes):
+            use = self._use(node)
+            if use is None or (isinstance(use.layer, FusedConv2d) and use.layer.folded.tokens):
+                continue
+            for reader in node.users:
+                layer = None if (other := self._use(reader)) is None else other.layer
+                if (
+                    isinstance(layer, FusedConv2d)
+                    and reader.args[0] is node
+                    and layer.dynamic
+                    and not layer.folded.tokens
+                ):
+                    use.hidden = layer.get_buffer("hidden")
+                    self._take_parts(node, reader)
+                    break
+
+    def _take_parts(self, node: fx.Node, reader: fx.Node) -> None:
+        """Let ``node``, which gives a pair now, be read as before, and by its reader as a pair."""
+        graph = self.traced.graph
+        with graph.inserting_after(node):
+            parts = graph.call_function(operator.getitem, (node, 1))
+            y = graph.call_function(operator.getitem, (node, 0))
+        node.replace_all_uses_with(y, lambda user: user not in (y, parts))
+        reader.args = (y, parts, *reader.args[2:])
+
+    def _use(self, node: fx.Node) -> _Use | None:
+        if node.op != "call_module":
+            return None
+        module = self.traced.get_submodule(str(node.target))
+        return module if isinstance(module, _Use) else None
+
+
+def _normalised(
+    folded: FoldedConv, scale: np.ndarray | None, shift: np.ndarray | None
+) -> FoldedConv:
+    """A folded layer and the BatchNorm after it."""
+    if scale is None or shift is None:
+        return folded
+    bias = shift if folded.bias is None else folded.bias * scale + shift
+    return replace(folded, output_scale=scale.astype("f4"), bias=bias.astype("f4"))
+
+
+def _pair(given: Sequence[int]) -> tuple[int, int]:
+    """Of a vertical and a horizontal number, or of one for both."""
+    return (given[0], given[-1])
+
+
+def _sides(
+    padding: Sequence[int] | str, kernel: Sequence[int], dilation: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """Top, left, bottom and right padding."""
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation)]  # noqa: B905
+        top, left = total[0] // 2, total[1] // 2
+        return top, left, total[0] - top, total[1] - left
+    vertical, horizontal = _pair(padding)
+    return vertical, horizontal, vertical, horizontal
