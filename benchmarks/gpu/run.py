@@ -186,7 +186,7 @@ def compile_all(record: Record, networks: Any, capability: int) -> None:
     from benchmarks.gpu.kernels import Assembly
     from benchmarks.gpu.own_ptx import plugin_launches
     from fdconv_deploy.ops.compile_kernels import oldest_ptx, precompile
-    from fdconv_deploy.ops.launch import collected_launches
+    from fdconv_deploy.ops.launch import collected_launches, starts_early
 
     workers = len(os.sched_getaffinity(0))
     dry = record.content["dry_run"]
@@ -203,6 +203,8 @@ def compile_all(record: Record, networks: Any, capability: int) -> None:
             assembly = Assembly(layer, folded, 1, "cpu")
             forms = (torch.float16, True), (torch.float32, False), (torch.float32, True)
             launched += [assembly.rows(), *(assembly.columns(*form) for form in forms)]
+        if starts_early(capability // 10):
+            launched = [launch.early() for launch in launched]
         precompile(launched, capability, workers=workers)
     record.content["environment"]["compiled"] = len(set(plugins)) + len(set(launched))
 
