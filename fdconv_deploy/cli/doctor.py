@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +22,8 @@ from fdconv_deploy.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from fdconv_deploy.runtime import Session
 
 # What each extra of the package is for.
 _PURPOSES = {
@@ -33,6 +39,8 @@ _PURPOSES = {
     "coco": "box and mask AP of detectors",
     "bench": "plots and memory figures of fdconv bench",
 }
+# Answers that differ by more than this are not float32's; rounding itself costs 1e-6 to 1e-5.
+_FLOAT32 = 1e-3
 
 
 @dataclass
@@ -44,6 +52,20 @@ class Purpose:
     installed: dict[str, str]
     missing: list[str]
     install: str | None
+
+
+@dataclass
+class Timing:
+    """What a bundle's run took here in one backend.
+
+    difference: of the answers from those of ONNX Runtime with portable operators, relative to the
+    largest value.
+    """
+
+    backend: str
+    operators: str
+    milliseconds: float
+    difference: float
 
 
 @dataclass
@@ -60,14 +82,30 @@ class Diagnosis:
     backends: dict[str, str | None]
     gpus: list[str]
     purposes: list[Purpose]
+    timings: list[Timing]
+    recommended: str
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="BUNDLE",
+            help="A bundle to time in every backend that is usable here; the fastest in float32 is "
+            "recommended.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show versions, backends, native operators and GPUs, and what to install for the rest.
 
     Exit code 1 if no backend can run a bundle here.
     """
     found = _diagnose()
+    if bundle is not None:
+        usable = [name for name, problem in found.backends.items() if problem is None]
+        found.timings = _timings(bundle, usable)
+        found.recommended = recommended(found.timings)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
     else:
@@ -97,7 +135,58 @@ def _diagnose() -> Diagnosis:
         backends=_backends(),
         gpus=gpus,
         purposes=[_purpose(extra, extras().get(extra, [])) for extra in _PURPOSES],
+        timings=[],
+        recommended="auto; to have a bundle timed in every backend: fdconv doctor BUNDLE",
     )
+
+
+def _timings(path: Path, backends: Sequence[str]) -> list[Timing]:
+    """One run of the smallest batch in each backend that takes the bundle, interleaved."""
+    from fdconv_deploy.runtime import Bundle, open_session
+    from fdconv_deploy.runtime.backends.base import differences
+    from fdconv_deploy.runtime.batching import least_seconds
+    from fdconv_deploy.sample_images.inputs import manifest_feeds
+
+    bundle = Bundle.open(path)
+    feeds = manifest_feeds(bundle.manifest, bundle.batch_sizes[0])
+    with ExitStack() as stack:
+
+        def opened(name: str, native: bool | None = None) -> Session:
+            return stack.enter_context(open_session(bundle, name, native=native))
+
+        expected = opened("onnxruntime-cpu", native=False).run_raw(feeds)
+        sessions, answers = {}, {}
+        for name in backends:
+            with suppress(BackendError):  # TensorRT without engines of this bundle, say
+                session = opened(name)
+                answers[name] = session.run_raw(feeds)
+                sessions[name] = session
+        seconds = least_seconds({n: partial(s.run_raw, feeds) for n, s in sessions.items()})
+        return [
+            Timing(
+                backend=name,
+                operators=session.operators,
+                milliseconds=round(seconds[name] * 1e3, 2),
+                difference=max(differences(answers[name], expected).values()),
+            )
+            for name, session in sessions.items()
+        ]
+
+
+def recommended(timings: Sequence[Timing]) -> str:
+    """The fastest backend whose answers are float32's, and any that is faster by rounding more."""
+    exact = [timing for timing in timings if timing.difference <= _FLOAT32]
+    if not exact:
+        return "none: no backend's answers are those of ONNX Runtime's portable operators"
+    best = min(exact, key=lambda timing: timing.milliseconds)
+    said = [f"{best.backend}, {best.milliseconds:.1f} ms a run"]
+    said += [
+        f"{other.backend} takes {other.milliseconds:.1f} ms, and its answers differ by "
+        f"{other.difference:.1e} of the largest value"
+        for other in timings
+        if other not in exact and other.milliseconds < best.milliseconds
+    ]
+    return "; ".join(said)
 
 
 def _backends() -> dict[str, str | None]:
@@ -150,6 +239,14 @@ def _print(found: Diagnosis) -> None:
     for name, problem in found.backends.items():
         table.add_row(name, "yes" if problem is None else f"no: {problem}")
     console.print(table)
+    if found.timings:
+        table = Table("Backend", "ms", "Difference", "Operators", box=None, pad_edge=False)
+        for one in found.timings:
+            figures = f"{one.milliseconds:.1f}", f"{one.difference:.1e}"
+            table.add_row(one.backend, *figures, one.operators)
+        console.print(table)
+    console.print("[bold]Recommended[/]: ", end="")
+    console.print(found.recommended, markup=False, soft_wrap=True)
     table = Table("Extra", "For", "Installed", "Missing", box=None, pad_edge=False)
     for purpose in found.purposes:
         have = ", ".join(f"{name} {version}" for name, version in purpose.installed.items())

@@ -26,7 +26,7 @@ from fdconv_deploy.runtime.bundle_checks import bundles_and_checkpoints
 from fdconv_deploy.runtime.multiband import load_image
 from fdconv_deploy.runtime.preprocessing import check_image, resize, scene_bands
 from fdconv_deploy.sample_images import sample_image
-from fdconv_deploy.sample_images.inputs import prepared_batch, sample_batch, sample_feeds
+from fdconv_deploy.sample_images.inputs import manifest_feeds, prepared_batch, sample_batch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -303,10 +303,10 @@ def bundle_inputs(
 ) -> dict[str, NDArray[Any]]:
     """Inputs of the bundle's graph of the target's batch size, or of another, by name."""
     described = bundle.manifest.architecture or bundle.manifest.detector
-    preprocessing = described.preprocessing if described else None
-    specs, image = bundle.manifest.inputs[batch or target.batch], target.options.image
-    pixels = None if image is None else load_image(image, preprocessing or Preprocessing())
-    return sample_feeds(specs, preprocessing, image=pixels)
+    preprocessing = described.preprocessing if described else Preprocessing()
+    image = target.options.image
+    pixels = None if image is None else load_image(image, preprocessing)
+    return manifest_feeds(bundle.manifest, batch or target.batch, image=pixels)
 
 
 def _picture(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fdconv_deploy.config import Preprocessing
-from fdconv_deploy.runtime.manifest import TensorSpec
+from fdconv_deploy.runtime.manifest import Manifest, TensorSpec
 from fdconv_deploy.runtime.preprocessing import check_image, normalise, resize, scene_bands
 from fdconv_deploy.sample_images import sample_image
 
@@ -75,6 +75,15 @@ def padded_batch(
     """Pictures of at most ``size`` at the top left -> a detector's ``images`` and ``sizes``."""
     images = np.stack([normalise(picture, preprocessing, size) for picture in pictures])
     return images, np.array([picture.shape[:2] for picture in pictures], np.float32)
+
+
+def manifest_feeds(
+    manifest: Manifest, batch: int, *, image: NDArray[Any] | None = None
+) -> dict[str, NDArray[Any]]:
+    """Inputs for a bundle's graph of a batch size, by name. See `sample_feeds`."""
+    described = manifest.architecture or manifest.detector
+    preprocessing = described.preprocessing if described else None
+    return sample_feeds(manifest.inputs[batch], preprocessing, image=image)
 
 
 def sample_feeds(

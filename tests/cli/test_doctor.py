@@ -53,6 +53,41 @@ def test_doctor_gives_a_backends_whole_problem_without_the_advice(
     assert problem == f"TensorRT does not load ({text})."
 
 
+def test_doctor_times_a_bundle_and_recommends_a_backend(tmp_path: Path) -> None:
+    bundle = toy.make_bundle(tmp_path / "bundle").path
+    answer = CliRunner().invoke(app, ["doctor", str(bundle), "--json"])
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)
+    timings = {timing["backend"]: timing for timing in found["timings"]}
+    usable = [name for name, problem in found["backends"].items() if problem is None]
+    assert "onnxruntime-cpu" in timings
+    assert {name for name in usable if name.startswith("open")} <= set(timings)
+    assert timings["onnxruntime-cpu"]["difference"] < 1e-5
+    assert all(timing["milliseconds"] > 0 for timing in timings.values())
+    assert found["recommended"].partition(",")[0] in usable
+
+
+def test_the_fastest_float32_backend_is_recommended() -> None:
+    timings = [
+        doctor.Timing("onnxruntime-cpu", "native operators", 200.0, 2e-6),
+        doctor.Timing("openvino", "native operators", 180.0, 3e-6),
+        doctor.Timing("openvino-bf16", "native operators", 110.0, 4e-2),
+    ]
+    assert doctor.recommended(timings) == (
+        "openvino, 180.0 ms a run; openvino-bf16 takes 110.0 ms, and its answers differ by 4.0e-02 "
+        "of the largest value"
+    )
+    assert doctor.recommended(timings[::2]).startswith("onnxruntime-cpu, 200.0 ms a run; openvino")
+    slow = [timings[0], doctor.Timing("openvino-bf16", "", 300.0, 4e-2)]
+    assert doctor.recommended(slow) == "onnxruntime-cpu, 200.0 ms a run"
+
+
+def test_doctor_refuses_what_is_no_bundle(tmp_path: Path) -> None:
+    answer = CliRunner().invoke(app, ["doctor", str(tmp_path / "nothing")])
+    assert answer.exit_code != 0
+    assert "nothing" in str(answer.exception)
+
+
 @pytest.mark.parametrize("command", [found.callback.__name__ for found in app.registered_commands])
 def test_help_cuts_no_options_name_at_80_columns(command: str) -> None:
     answer = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"})

@@ -142,3 +142,12 @@ def check_signature(
                 f"{sorted(found, key=str)}, but its manifest says {sorted(said, key=str)}. "
                 "Export the bundle again."
             )
+
+
+def differences(answers: Tensors, expected: Tensors) -> dict[str, float]:
+    """The largest difference of each output, relative to the largest value expected of it."""
+    return {
+        name: float(np.abs(answers[name].astype(np.float64) - right).max())
+        / (float(np.abs(right).max()) or 1.0)
+        for name, right in expected.items()
+    }

@@ -24,13 +24,19 @@ from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.ops.native import SWITCH, native_library
 from fdconv_deploy.runtime.attention_nodes import DOMAIN as ATTENTION_DOMAIN
 from fdconv_deploy.runtime.attention_nodes import fuse_attentions
-from fdconv_deploy.runtime.backends.base import BackendOptions, Signature, Tensors, check_signature
+from fdconv_deploy.runtime.backends.base import (
+    BackendOptions,
+    Signature,
+    Tensors,
+    check_signature,
+    differences,
+)
 from fdconv_deploy.runtime.backends.threads import available_cores
 from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.bundle import Bundle, Bytes
 from fdconv_deploy.runtime.manifest import TensorSpec
 from fdconv_deploy.runtime.onnx_messages import read_model
-from fdconv_deploy.sample_images.inputs import sample_feeds
+from fdconv_deploy.sample_images.inputs import manifest_feeds
 
 # Backend -> OpenVINO's INFERENCE_PRECISION_HINT. Left alone, the plugin takes bfloat16 wherever the
 # processor has it.
@@ -229,15 +235,9 @@ def _signature(ports: Any, specs: Sequence[TensorSpec]) -> set[Signature]:
 
 def _difference(bundle: Bundle, batch: int, graph: OpenVINOGraph, exact: OpenVINOGraph) -> str:
     """What the precision costs on packaged pictures, as a clause."""
-    described = bundle.manifest.architecture or bundle.manifest.detector
-    preprocessing = described.preprocessing if described else None
-    feeds = sample_feeds(bundle.manifest.inputs[batch], preprocessing)
-    answers, expected = graph.run(feeds), exact.run(feeds)
-    parts = []
-    for name, right in expected.items():
-        largest = float(np.abs(right).max()) or 1.0
-        error = float(np.abs(answers[name].astype(np.float64) - right).max()) / largest
-        parts.append(f"{name} {error:.1e}")
+    feeds = manifest_feeds(bundle.manifest, batch)
+    found = differences(graph.run(feeds), exact.run(feeds))
+    parts = [f"{name} {error:.1e}" for name, error in found.items()]
     return (
         "bfloat16 differs from float32 on a packaged picture by, of the largest value, "
         + ", ".join(parts)
