@@ -41,8 +41,6 @@ from fdconv_deploy.sample_images.inputs import manifest_feeds
 # Backend -> OpenVINO's INFERENCE_PRECISION_HINT. Left alone, the plugin takes bfloat16 wherever the
 # processor has it.
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
-# The forms that the extension has; others stay functions, and are inlined.
-_NATIVE = re.compile(r"FrequencyAssembly(_\w+)?|FrequencyBandModulation(_\w+)?")
 log = logging.getLogger("fdconv.openvino")
 
 
@@ -111,8 +109,7 @@ class OpenVINOBackend:
             content = _with_fused_attentions(content, external)
         graph = self._onnx.load_model_from_string(content)
         _warn_of_signed_activations(graph, name)
-        ours = [(DOMAIN, function.name) for function in graph.functions]
-        ours = [one for one in ours if self._native and _NATIVE.fullmatch(one[1])]
+        ours = [(DOMAIN, name) for name in _native_functions(graph)] if self._native else []
         graph = self._inliner.inline_selected_functions(graph, ours, exclude=True)
         del graph.functions[:]  # those that the extension's operators stand for
         # OpenVINO takes external data from files only, which it reads as it compiles: from files
@@ -242,6 +239,18 @@ def _difference(bundle: Bundle, batch: int, graph: OpenVINOGraph, exact: OpenVIN
         "bfloat16 differs from float32 on a packaged picture by, of the largest value, "
         + ", ".join(parts)
     )
+
+
+def _native_functions(graph: Any) -> list[str]:
+    """The functions that the extension's operators take the place of; others are inlined."""
+    channels = {tensor.name: tensor.dims[0] for tensor in graph.graph.initializer if tensor.dims}
+    # Bands in groups, or by softmax, are modulated natively where channels are whole vectors.
+    inlined = {
+        node.op_type
+        for node in graph.graph.node
+        if re.search("_Softmax|_Grouped", node.op_type) and channels.get(node.input[1], 1) % 8
+    }
+    return [function.name for function in graph.functions if function.name not in inlined]
 
 
 def _with_fused_attentions(content: bytes, external: Mapping[str, Bytes]) -> bytes:

@@ -8,14 +8,12 @@
  * The CPU plugin runs such a node by `evaluate`, on plain float32 tensors whatever the precision of
  * the nodes around it, and within its own arena of threads, which TBB's loops keep to. Its
  * convolutions keep channels last, and plain tensors cost a slow reordering. So bands are modulated
- * between two transpositions, which cost a copy there, and by the operator that takes channels in
- * blocks: from one of these orders to the other go whole lines of the cache.
+ * between two transpositions, which cost a copy at most, by the operator that takes channels last,
+ * where the channels are whole vectors.
  */
 #include <tbb/parallel_for.h>
-#include <tbb/task_arena.h>
 
-#include <cstring>
-#include <cstring>
+#include <map>
 #include <memory>
 #include <openvino/core/extension.hpp>
 #include <openvino/frontend/onnx/extension/conversion.hpp>
@@ -43,13 +41,12 @@ struct OrtTensorTypeAndShapeInfo {
 };
 struct OrtKernelInfo {
     const ov::frontend::NodeContext &node;
-    int64_t block;                    // an attribute more
+    const std::map<std::string, int64_t> added;  // attributes
     std::vector<OrtValue> constants;  // no data where an input is none
 };
 struct OrtKernelContext {
     std::vector<OrtValue> inputs;
     ov::TensorVector &outputs;
-    float *into;  // in place of the first output's data, where not null
     std::vector<OrtValue> written;
 };
 struct OrtCustomOpDomain {
@@ -58,6 +55,8 @@ struct OrtCustomOpDomain {
 };
 
 namespace {
+
+using ov::frontend::onnx::ConversionExtension;
 
 // Constants that kernels read at run time, such as a BatchNorm's scales, are not larger.
 constexpr size_t kept_bytes = 1 << 16;
@@ -140,8 +139,9 @@ const OrtApi *get_api(uint32_t) {
         };
         a.KernelInfoGetAttribute_int64 = [](const OrtKernelInfo *info, const char *name,
                                             int64_t *out) -> OrtStatus * {
-            if (std::strcmp(name, "block")) return attribute(info, name, out);
-            *out = info->block;
+            auto found = info->added.find(name);
+            if (found == info->added.end()) return attribute(info, name, out);
+            *out = found->second;
             return nullptr;
         };
         a.KernelInfoGetAttribute_float = [](const OrtKernelInfo *info, const char *name,
@@ -168,9 +168,8 @@ const OrtApi *get_api(uint32_t) {
                                        const int64_t *shape, size_t rank,
                                        OrtValue **out) -> OrtStatus * {
             ov::Shape found(shape, shape + rank);
-            if (!context->into) context->outputs[index].set_shape(found);
-            void *data = context->into ? context->into : context->outputs[index].data();
-            context->written[index] = {data, ov::element::f32, found};
+            context->outputs[index].set_shape(found);
+            context->written[index] = {context->outputs[index].data(), ov::element::f32, found};
             *out = &context->written[index];
             return nullptr;
         };
@@ -191,37 +190,7 @@ void check(OrtStatus *status) {
     OPENVINO_THROW(message);
 }
 
-/* Memory for a run, which its thread keeps. */
-float *scratch(size_t floats) {
-    thread_local std::unique_ptr<float, decltype(&free)> memory(nullptr, free);
-    thread_local size_t size = 0;
-    if (size < floats) {
-        memory.reset(static_cast<float *>(aligned_alloc(64, (floats * sizeof(float) + 63) & ~63)));
-        size = memory ? floats : 0;
-        if (!memory) throw std::bad_alloc();
-    }
-    return memory.get();
-}
-
-/* Channels last <-> in blocks, the last of them filled up with zeros. */
-constexpr size_t block = 16, pixels_at_once = 256;
-
-template <class Copy>
-void each_line(const ov::Shape &shape, Copy copy) {
-    size_t pixels = shape[1] * shape[2], channels = shape[3];
-    size_t blocks = (channels + block - 1) / block;
-    size_t chunks = (pixels + pixels_at_once - 1) / pixels_at_once;
-    tbb::parallel_for(size_t(0), shape[0] * chunks, [=](size_t unit) {
-        size_t image = unit / chunks, first = unit % chunks * pixels_at_once;
-        for (size_t p = first; p < std::min(first + pixels_at_once, pixels); p++)
-            for (size_t b = 0; b < blocks; b++)
-                copy((image * pixels + p) * channels + b * block,
-                     ((image * blocks + b) * pixels + p) * block,
-                     std::min(block, channels - b * block));
-    });
-}
-
-enum Kind { assembly, bands, attention };
+enum Kind { assembly, bands, bands_last, attention };
 
 /* A node's kernel, shared by its clones, and the inputs that a run reads. */
 struct Hosted {
@@ -238,26 +207,10 @@ struct Hosted {
     }
 
     void run(OrtKernelContext &context) const {
-        ov::Shape shape = context.inputs[0].shape;
         // An average, as the only token that there is to average.
-        if (kind == attention) context.inputs[0].shape = {shape[0], 1, shape[1]};
-        if (kind != bands) return check(op->KernelComputeV2(kernel, &context));
-        size_t channels = (shape[3] + block - 1) / block * block;
-        size_t floats = shape[0] * channels * shape[1] * shape[2];
-        float *x = scratch(2 * floats), *y = x + floats;
-        const float *given = static_cast<const float *>(context.inputs[0].data);
-        each_line(shape, [=](size_t last, size_t blocked, size_t count) {
-            if (count < block) std::memset(x + blocked, 0, block * sizeof(float));
-            std::memcpy(x + blocked, given + last, count * sizeof(float));
-        });
-        context.inputs[0] = {x, ov::element::f32, {shape[0], channels, shape[1], shape[2]}};
-        context.into = y;
+        ov::Shape &shape = context.inputs[0].shape;
+        if (kind == attention) shape = {shape[0], 1, shape[1]};
         check(op->KernelComputeV2(kernel, &context));
-        context.outputs[0].set_shape(shape);
-        float *to = context.outputs[0].data<float>();
-        each_line(shape, [=](size_t last, size_t blocked, size_t count) {
-            std::memcpy(to + last, y + blocked, count * sizeof(float));
-        });
     }
 };
 
@@ -284,15 +237,14 @@ public:
     bool has_evaluate() const override { return true; }
 
     bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
-        OrtKernelContext context{hosted_->inputs, outputs, nullptr,
+        OrtKernelContext context{hosted_->inputs, outputs,
                                  std::vector<OrtValue>(outputs.size())};
         for (size_t i = 0; i < inputs.size(); i++) {
             const ov::Tensor &tensor = inputs[i];
             context.inputs[hosted_->at_run[i]] = {const_cast<void *>(tensor.data()),
                                                   tensor.get_element_type(), tensor.get_shape()};
         }
-        // Isolated: waiting for others, a thread shall not begin another run, in the same scratch.
-        tbb::this_task_arena::isolate([&] { hosted_->run(context); });
+        hosted_->run(context);
         return true;
     }
 
@@ -337,13 +289,16 @@ ov::OutputVector convert(const OrtCustomOp *op, Kind kind, const ov::frontend::N
     auto hosted = std::make_shared<Hosted>();
     hosted->op = op;
     hosted->kind = kind;
-    OrtKernelInfo info{node, kind == bands ? int64_t(block) : 0, {}};
+    std::map<std::string, int64_t> added;
+    if (kind == bands_last)
+        added = {{"block", node.get_input(1).get_shape()[0] % 16 ? 8 : 16}, {"channels_last", 1}};
+    OrtKernelInfo info{node, added, {}};
     ov::OutputVector inputs;
     for (size_t i = 0; i < node.get_input_size(); i++) {
         ov::Output<ov::Node> input = node.get_input((int)i);
         auto constant = std::dynamic_pointer_cast<ov::op::v0::Constant>(input.get_node_shared_ptr());
         if (!constant) {
-            if (kind == bands) input = transposed(input, {0, 2, 3, 1});
+            if (kind == bands_last) input = transposed(input, {0, 2, 3, 1});
             if (kind == attention) input = averaged(input);
             inputs.push_back(input);
             hosted->at_run.push_back(i);
@@ -364,11 +319,11 @@ ov::OutputVector convert(const OrtCustomOp *op, Kind kind, const ov::frontend::N
     if (kind == attention)
         hosted->shapes = attention_shapes(node, first);
     else
-        hosted->shapes = {kind == bands ? first : kernels_shape(node)};
+        hosted->shapes = {kind == assembly ? kernels_shape(node) : first};
     check(op->CreateKernelV2(op, get_api(0), &info, &hosted->kernel));
     auto made = std::make_shared<Node>(inputs, hosted);
     made->set_friendly_name(node.get_name());
-    if (kind == bands) return {transposed(made, {0, 3, 1, 2})};
+    if (kind == bands_last) return {transposed(made, {0, 3, 1, 2})};
     return made->outputs();
 }
 
@@ -378,24 +333,34 @@ OPENVINO_EXTENSION_C_API void OV_CREATE_EXTENSION(std::vector<ov::Extension::Ptr
     static const OrtApiBase base{get_api, nullptr};
     check(RegisterCustomOps(nullptr, &base));
     auto add = [&](const std::string &name, const char *domain, const OrtCustomOp *op, Kind kind) {
-        extensions.push_back(std::make_shared<ov::frontend::onnx::ConversionExtension>(
+        extensions.push_back(std::make_shared<ConversionExtension>(
             name, domain, [=](const ov::frontend::NodeContext &node) {
                 return convert(op, kind, node);
             }));
     };
     const std::string modulation = "FrequencyBandModulation";
-    for (const auto &domain : domains)
-        for (const OrtCustomOp *op : domain->ops) {
-            const std::string name = op->GetName(op);
-            bool blocked = domain->name != "fdconv";
-            if (!blocked && name.rfind(modulation, 0) != 0) add(name, "fdconv", op, assembly);
-            if (name == "KernelAttention") add(name, domain->name.c_str(), op, attention);
-            if (blocked && name == modulation)  // one operator, of every form
-                for (int count = 1; count <= 8; count++)
-                    for (const char *act : {"", "_Softmax"})
-                        for (const char *groups : {"", "_Grouped"}) {
-                            auto some = count == 3 ? "" : "_" + std::to_string(count) + "Bands";
-                            add(name + some + act + groups, "fdconv", op, bands);
-                        }
-        }
+    std::map<std::string, const OrtCustomOp *> plain;
+    for (const OrtCustomOp *op : domains[0]->ops) plain[op->GetName(op)] = op;
+    for (const auto &[name, op] : plain)
+        if (name.rfind(modulation, 0) != 0) add(name, "fdconv", op, assembly);
+    for (const OrtCustomOp *op : domains[1]->ops) {
+        const std::string name = op->GetName(op);
+        if (name == "KernelAttention") add(name, domains[1]->name.c_str(), op, attention);
+        if (name != modulation) continue;
+        for (int count = 1; count <= 8; count++)  // one operator, of every form
+            for (const char *act : {"", "_Softmax"})
+                for (const char *groups : {"", "_Grouped"}) {
+                    auto some = count == 3 ? "" : "_" + std::to_string(count) + "Bands";
+                    auto form = name + some + act + groups;
+                    const OrtCustomOp *other = plain.count(form) ? plain[form] : nullptr;
+                    extensions.push_back(std::make_shared<ConversionExtension>(
+                        form, "fdconv", [=](const ov::frontend::NodeContext &node) {
+                            bool whole = node.get_input(1).get_shape()[0] % 8 == 0;
+                            OPENVINO_ASSERT(whole || other, form, " takes no ",
+                                            node.get_input(1).get_shape()[0], " channels");
+                            return whole ? convert(op, bands_last, node)
+                                         : convert(other, bands, node);
+                        }));
+                }
+    }
 }
