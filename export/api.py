@@ -29,19 +29,22 @@ def export_checkpoint(
     overrides: Mapping[str, Any] | None = None,
     weights: str | None = None,
     frequency_order: Literal["auto", "torch", "stable"] = "auto",
+    require_fdconv: bool = True,
     **fields: Any,
 ) -> Bundle:
     """Export a trained segmentor's or detector's checkpoint; its names tell which it is.
 
     Args:
         checkpoint: see `fdconv_deploy.checkpoints.load_checkpoint`, as are ``config``,
-            ``overrides``, ``weights`` and ``frequency_order``.
+            ``overrides``, ``weights``, ``frequency_order`` and
+            ``require_fdconv``.
         output: the bundle's folder.
         options: how it is exported.
         fields: fields of `ExportOptions`, in place of those of ``options``.
 
     Raises:
-        CheckpointError: the checkpoint is not of a network known here with FDConv layers.
+        CheckpointError: the checkpoint is not of a network known here with FDConv layers, or not
+            of one known here at all.
         ExportError: the options do not suit the network, or a graph is not equal to it.
         BundleError: ``output`` is in the way.
     """
@@ -53,6 +56,7 @@ def export_checkpoint(
         overrides=overrides,
         weights=weights,
         frequency_order=frequency_order,
+        require_fdconv=require_fdconv,
     )
     source = CheckpointInfo(name=Path(checkpoint).name, sha256=digest_of(Path(checkpoint)))
     return export_network(network, output, chosen, checkpoint=source)

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton import backends
@@ -89,12 +92,12 @@ _INSTRUCTION = re.compile(
 )
 
 
-def warp_instructions(kernel: CompiledKernel, trips: int = 1) -> int:
+def warp_instructions(kernel: CompiledKernel, trips: Sequence[int] = ()) -> int:
     """Instructions that each warp issues, counted in the machine code.
 
     Args:
         kernel: in PTX.
-        trips: how often its loops run. What is branched around counts as run.
+        trips: how often its loops run, see `executed`.
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -103,21 +106,34 @@ def warp_instructions(kernel: CompiledKernel, trips: int = 1) -> int:
         return executed(subprocess.check_output(command, text=True), trips)
 
 
-def executed(code: str, trips: int) -> int:
-    """Instructions that run in nvdisasm's listing of a kernel whose loops run ``trips`` times."""
-    counts: list[int] = []  # of each instruction
+def executed(code: str, trips: Sequence[int]) -> int:
+    """Instructions that run in nvdisasm's listing of a kernel. What is branched around counts.
+
+    Args:
+        code: the listing.
+        trips: how often each loop runs, by where it starts; loops of one trip have no place in
+            the code. Where the compiler left others than these, each counts as the longest.
+    """
     labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []  # first instruction and the one past the last
+    count = 0
     for line in code.splitlines():
         if line.startswith(".L_x_"):
-            labels[line.rstrip(":")] = len(counts)
+            labels[line.rstrip(":")] = count
         elif (found := _INSTRUCTION.search(line)) is not None and found[1] != "NOP":
             start = labels.get(found[2])
-            if start == len(counts):
+            if start == count:
                 continue  # a branch to itself stops what runs past the end
-            counts.append(1)
+            count += 1
             if start is not None:
-                counts[start:] = [trips * each for each in counts[start:]]
-    return sum(counts)
+                loops.append((start, count))
+    longer = [trip for trip in trips if trip > 1]
+    if len(longer) != len(loops):
+        longer = [max(trips, default=1)] * len(loops)
+    times = [1] * count
+    for (start, stop), trip in zip(sorted(loops), longer, strict=True):
+        times[start:stop] = [trip * each for each in times[start:stop]]
+    return sum(times)
 
 
 def resident_programs(used: Resources, kernel: CompiledKernel) -> int:
@@ -129,9 +145,24 @@ def resident_programs(used: Resources, kernel: CompiledKernel) -> int:
     return min(by_registers, by_memory, 64 // warps, 32)
 
 
-def trips(launch: KernelLaunch) -> int:
-    """How often a kernel's loop runs: over the odd part of its transform, where it has one."""
-    return int(launch.constants.get("odd", 1))
+def trips(launch: KernelLaunch) -> list[int]:
+    """How often each loop of a kernel runs, in their order."""
+    known: Any = launch.constants
+    if launch.kernel in ("row_kernel", "column_kernel"):
+        return [known["odd"]]
+    if launch.kernel in ("pool_kernel", "finish_kernel"):
+        return [known["steps"], math.ceil(known["units"] / known["unit_block"])]
+    if launch.kernel == "gates_kernel":
+        parts = math.ceil(known["splits"] * known["blocks"] / known["part_block"])
+        return [parts, math.ceil(known["splits"] / known["split_block"])]
+    if launch.kernel == "project_rows_kernel":
+        return [math.ceil(known["width"] / known["pixel_block"])]
+    if launch.kernel == "filter_columns_kernel":
+        return [math.ceil(known["rows"] / known["inner_block"])]
+    if launch.kernel == "modulate_rows_kernel":
+        block, parts = known["inner_block"], known["parts"]
+        return [math.ceil(parts * columns / block) for columns in known["columns"]]
+    return []
 
 
 def launches() -> dict[str, tuple[KernelLaunch, ...]]:

@@ -117,7 +117,7 @@ def load_checkpoint(
             f"{source.path} is not an FDConv checkpoint: no layer in it is one (no …KSM_Global… "
             "among its names). Expected a network trained with conv_cfg type FDConv. `fdconv "
             "convert --equivalent` makes one of a plain network; from Python, "
-            "require_fdconv=False loads it as it is."
+            "require_fdconv=False loads it as it is, and `fdconv export --baseline` exports it."
         )
     _fill(network, state, source.path)
     network.order, network.weights = order, weights

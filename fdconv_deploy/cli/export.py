@@ -115,6 +115,12 @@ def export(
             "bundles are). Not every network can be written in every version.",
         ),
     ] = None,
+    baseline: Annotated[
+        bool,
+        typer.Option(
+            "--baseline", help="Take a network without FDConv layers, to compare speed with."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -179,6 +185,7 @@ def export(
                 overrides=overrides,
                 weights=weights,
                 frequency_order=frequency_order,
+                require_fdconv=not baseline,
             )
         if format_ == "onnx":
             from fdconv_deploy.export.targets.onnx_file import export_onnx

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from fdconv_deploy.cli.bench import show
-from fdconv_deploy.demo import packaged_checkpoint
+from fdconv_deploy.demo import packaged_checkpoint, plain_checkpoint
 from fdconv_deploy.latency.report import broken_limits, cells, target_name
 from fdconv_deploy.ops.native import FOLDER, native_library
 from fdconv_deploy.runtime import BACKENDS
@@ -90,6 +90,19 @@ def test_a_bundle_beside_its_checkpoint_and_a_service(toy_bundle, tmp_path, monk
     assert service["whole"]
     assert service["choice"].startswith("model toy")
     assert report["others_cpu"] is None
+
+
+def test_a_baseline_beside_fdconv(streets, tmp_path, monkeypatch, capfd):
+    """The plain network becomes a bundle by `fdconv export --baseline`, and an engine as any."""
+    export = ("export", plain_checkpoint(), "-o", tmp_path / "plain", "--size", "96x128", "-q")
+    code, _, err = fdconv(monkeypatch, capfd, *export)
+    assert code == 1
+    assert "fdconv export --baseline" in " ".join(err.split())
+    code, _, err = fdconv(monkeypatch, capfd, *export, "--baseline")
+    assert code == 0, err
+    first, second = benched(monkeypatch, capfd, tmp_path / "plain", streets)["rows"]
+    assert first["over_first"] is None
+    assert second["over_first"]["value"] > 0
 
 
 @pytest.mark.skipif(native_library()[0] is None, reason="native operators are not built here")

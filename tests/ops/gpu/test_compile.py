@@ -222,18 +222,23 @@ CODE = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;
 .L_x_0:
         /*0010*/                   FADD R1, R1, R2 ;
-        /*0020*/              @!P0 LDG.E R3, desc[UR4][R4.64] ;
-        /*0030*/               @P0 BRA `(.L_x_0) ;
-        /*0040*/                   EXIT ;
 .L_x_1:
-        /*0050*/                   BRA `(.L_x_1);
-        /*0060*/                   NOP;
+        /*0020*/              @!P0 LDG.E R3, desc[UR4][R4.64] ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/               @P0 BRA `(.L_x_0) ;
+        /*0050*/                   EXIT ;
+.L_x_2:
+        /*0060*/                   BRA `(.L_x_2);
+        /*0070*/                   NOP;
 """
 
 
-def test_instructions_in_a_loop_count_as_often_as_it_runs():
-    assert executed(CODE, trips=1) == 5
-    assert executed(CODE, trips=3) == 11
+@pytest.mark.parametrize(
+    ("trips", "instructions"),
+    [([3, 5], 2 + 3 * (2 + 5 * 2)), ([1, 3, 1, 5], 38), ([4], 2 + 4 * (2 + 4 * 2)), ([], 6)],
+)
+def test_instructions_in_loops_count_as_often_as_they_run(trips, instructions):
+    assert executed(CODE, trips) == instructions
 
 
 def test_instructions_of_a_kernel():
