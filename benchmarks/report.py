@@ -22,7 +22,7 @@ from fdconv_deploy.latency import machine
 from fdconv_deploy.profiling.onnx_profile import PARTS
 
 DOCS = machine.ROOT / "docs"
-SIDES = {side: name for side, name in EVERY.items() if side not in OPENVINO}
+SIDES = {s: name for s, name in EVERY.items() if s not in (*OPENVINO, "native_nchw")}
 NAMES = {"backbone": "ResNet backbone", "upernet": "UPerNet, 150 classes"}
 _SMALL = dict(height=512, width=512, batch=1)
 BACKBONE, UPERNET = Case("backbone", 50, **_SMALL), Case("upernet", 50, **_SMALL)
@@ -164,14 +164,15 @@ def _openvino(cases: Cases) -> Iterator[str]:
         "Ratios are to FDConv in ONNX Runtime with native operators; errors are the largest "
         "difference from PyTorch, of the largest value.\n"
     )
-    yield from _head("", "", "ms", "/ native", "error")
+    yield from _head("", "", "ms", "processor ms", "/ native", "error")
     for result in results:
-        for side in ("plain", "native", *OPENVINO):
+        for side in ("plain", "native", "native_nchw", *OPENVINO):
             error = result["errors"].get(side)
             yield _row(
                 f"{result['title']}{_noise(result)}",
                 EVERY[side],
                 _ms(result, side),
+                f"{result['cpu_ms'][side]['median']:.0f}" if side in result["cpu_ms"] else "–",
                 _ratio(result, f"{side}/native"),
                 "" if error is None else f"{error:.1e}",
             )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -28,7 +29,7 @@ from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.network import fold_network
 from fdconv_deploy.latency import machine
 from fdconv_deploy.latency.interleaving import ratio
-from fdconv_deploy.ops.native import native_library
+from fdconv_deploy.ops.native import NCHW, Native, native_library
 from fdconv_deploy.runtime import Session, open_session
 
 # Sides in OpenVINO: what they run, in which backend, with native operators or without.
@@ -45,6 +46,7 @@ SIDES = {
     "folded": "FDConv, folded, PyTorch",
     "exported": "FDConv, exported, ONNX Runtime",
     "native": "FDConv, exported, native operators",
+    "native_nchw": "the same, features not in blocks",
     "plain_eager": "baseline, PyTorch",
     "plain": "baseline, ONNX Runtime",
     "openvino_plain": "baseline, OpenVINO",
@@ -59,12 +61,14 @@ RATIOS = (
     ("exported", "plain"),
     ("native", "eager"),
     ("native", "plain"),
+    ("native_nchw", "plain"),
     ("folded", "eager"),
     ("eager", "plain_eager"),
     ("openvino", "native"),
     ("openvino_native", "native"),
     ("openvino_bf16", "native"),
     ("openvino_bf16_native", "native"),
+    ("openvino_bf16_native", "native_nchw"),
 )
 
 
@@ -92,7 +96,7 @@ def measure(
     # Outside inference mode PyTorch would keep every layer's input for a backward pass.
     with torch.inference_mode(), ExitStack() as stack:
 
-        def opened(name: str, native: bool, backend: str = "onnxruntime-cpu") -> Session:
+        def opened(name: str, native: Native, backend: str = "onnxruntime-cpu") -> Session:
             session = open_session(folder / name, backend, threads=threads, native=native)
             return stack.enter_context(session)
 
@@ -107,22 +111,26 @@ def measure(
         }
         if native_library()[0] is not None:
             sides["native"] = _run(opened("fdconv", True), x.numpy())
+            sides["native_nchw"] = _run(opened("fdconv", NCHW), x.numpy())
         for side, (name, backend, native) in OPENVINO.items():
             with suppress(BackendError):  # not installed, not built, or no bfloat16 here
                 sides[side] = _run(opened(name, native, backend), x.numpy())
         expected = sides["eager"]().numpy()
         errors = {
             side: float(np.abs(sides[side]() - expected).max() / np.abs(expected).max())
-            for side in ("exported", "native", *OPENVINO)
+            for side in ("exported", "native", "native_nchw", *OPENVINO)
             if side in sides and OPENVINO.get(side, ("fdconv",))[0] == "fdconv"
         }
+        processor: dict[str, list[float]] = {side: [] for side in sides}
         with machine.Bystanders() as others:
-            times = interleave(sides, rounds=rounds, seconds=seconds, progress=progress)
+            counted = {side: _counted(run, processor[side]) for side, run in sides.items()}
+            times = interleave(counted, rounds=rounds, seconds=seconds, progress=progress)
     return {
         "title": case.title,
         "case": case.as_dict(),
         "commit": machine.commit(),
         "ms": {side: spread(values) for side, values in times.items()},
+        "cpu_ms": {side: spread(processor[side][-len(times[side]) :]) for side in times},
         "ratios": {
             f"{a}/{b}": ratio(times[a], times[b]) for a, b in RATIOS if {a, b} <= set(times)
         },
@@ -132,6 +140,18 @@ def measure(
         "export": export,
         "plain_export": plain_export,
     }
+
+
+def _counted(run: Callable[[], Any], seconds: list[float]) -> Callable[[], Any]:
+    """A call that notes the processor time of all its threads, too."""
+
+    def counted() -> Any:
+        start = time.process_time()
+        answer = run()
+        seconds.append(time.process_time() - start)
+        return answer
+
+    return counted
 
 
 def _run(session: Session, x: np.ndarray) -> Callable[[], np.ndarray]:
@@ -148,10 +168,10 @@ def show(result: dict[str, Any]) -> None:
         if side not in result["ms"]:
             print(f"  {name:34} not here (fdconv doctor; python -m fdconv_deploy.ops.native)")
             continue
-        ms = result["ms"][side]
+        ms, cpu = result["ms"][side], result["cpu_ms"][side]
         print(
             f"  {name:34} {ms['median']:9.1f} ms  [{ms['q1']:.1f} to {ms['q3']:.1f}], "
-            f"fastest {ms['min']:.1f}, {ms['runs']} runs"
+            f"fastest {ms['min']:.1f}, {ms['runs']} runs, processor {cpu['median']:.1f}"
         )
         if side in result["errors"]:
             print(f"  {'':34} largest error {result['errors'][side]:.1e} of the largest value")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import BACKENDS, Bundle, GraphRunner, Session
-from fdconv_deploy.runtime.backends import BackendOptions, select
+from fdconv_deploy.runtime.backends import NATIVE_BACKENDS, BackendOptions, select
 from fdconv_deploy.runtime.backends.base import Phases
 from fdconv_deploy.runtime.backends.tensorrt_engines import FOLDER
 from fdconv_deploy.runtime.bundle_checks import bundles_and_checkpoints
@@ -170,7 +170,9 @@ def expand_targets(
     targets += [Target(kind="service", source=url, options=options, backend="http") for url in urls]
     _check_used(targets, skipped, backends, wanted)
     if native and all(target.native is None for target in targets):
-        raise FDConvError("Native operators run bundles in 'onnxruntime-cpu': there is none here.")
+        raise FDConvError(
+            f"Native operators run bundles in {', '.join(NATIVE_BACKENDS)}: there is none here."
+        )
     return targets, skipped
 
 
@@ -185,8 +187,9 @@ def _in_backends(
             names = [each for each in of_kind if each not in backends]
         for each in names:
             made = target.model_copy(update={"backend": each, "named": name != ALL})
-            if native and bundle and each in ("auto", CPU):
-                updates = ({"backend": CPU, "native": one} for one in native)
+            if native and bundle and each in ("auto", *NATIVE_BACKENDS):
+                here = CPU if each == "auto" else each
+                updates = ({"backend": here, "native": one} for one in native)
                 yield from (made.model_copy(update=update) for update in updates)
             else:
                 yield made

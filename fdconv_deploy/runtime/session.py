@@ -59,8 +59,8 @@ def open_session(
             them after every operator. Between runs they always sleep. False suits a machine
             whose cores several runs share at a time.
         providers: ONNX Runtime execution providers, in its own notation.
-        native: on ONNX Runtime's CPU provider, use the ``fdconv`` operators in C (True), or the
-            functions of standard operators that every bundle carries (False). By default
+        native: on a CPU, in ONNX Runtime and OpenVINO, use the ``fdconv`` operators in C (True),
+            or the functions of standard operators that every bundle carries (False). By default
             ``FDCONV_NATIVE`` (1, 0 or nchw) decides, else whether they are built. Features are in
             ONNX Runtime's blocked layout where they can be, with "nchw" in that of the export;
             ``Session.operators`` tells what is used. See docs/native.md.

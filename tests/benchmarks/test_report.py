@@ -19,6 +19,7 @@ def result(case: Case, exported: float) -> dict:
     ms |= {"openvino_plain": 140.0, "openvino_bf16_native": 100.0}
     return {
         "errors": {"openvino_bf16_native": 0.03},
+        "cpu_ms": {"openvino_bf16_native": {"median": 190.0}},
         "title": case.title,
         "case": case.as_dict(),
         "commit": "abc1234",
@@ -108,7 +109,7 @@ class TestTables:
         rows = table(report.markdown(record()), "In OpenVINO, in the same runs")
         name = "R50 backbone, 512×512, batch 1"
         (found,) = (row for row in rows if row[0] == name and "native op., OpenVINO" in row[1])
-        assert found[2:] == ["100 [90–110]", "0.56", "3.0e-02"]
+        assert found[2:] == ["100 [90–110]", "190", "0.56", "3.0e-02"]
 
     def test_records_from_before_there_were_native_operators(self) -> None:
         old = result(report.BACKBONE, 300.0)

@@ -39,7 +39,9 @@ def test_all_sides_of_a_tiny_network(
         if native.compiler() is None:
             pytest.skip("no C compiler for the native operators (cc, gcc, clang or $CC)")
         native.build(native.FOLDER)
-    sides = {side for side in SIDES if built or side != "native"} - set(OPENVINO)
+    sides = {side for side in SIDES if built or side not in ("native", "native_nchw")} - set(
+        OPENVINO
+    )
     result = speed.measure(CASE, tmp_path, threads=1, rounds=5)
     assert result["case"] == CASE.as_dict()
     if find_spec("openvino"):  # nothing of it is built here, nor need there be bfloat16
@@ -48,6 +50,8 @@ def test_all_sides_of_a_tiny_network(
     for ms in result["ms"].values():
         assert 0 < ms["min"] <= ms["q1"] <= ms["median"] <= ms["q3"]
         assert ms["runs"] == 5
+    assert set(result["cpu_ms"]) == set(result["ms"])
+    assert all(0 < cpu["min"] <= cpu["median"] for cpu in result["cpu_ms"].values())
     assert set(result["ratios"]) == {f"{a}/{b}" for a, b in RATIOS if {a, b} <= set(result["ms"])}
     assert 0 < result["max_rel_error"] < 1e-4  # the timed graph answers what the network does
     assert result["export"]["nodes"] > result["plain_export"]["nodes"]
@@ -65,7 +69,7 @@ def test_matrix_in_fresh_processes(tmp_path: Path) -> None:
     )
     matrix.main([*arguments.split(), "--output", str(tmp_path / "m.json")])
     (result,) = json.loads((tmp_path / "m.json").read_text())["cases"].values()
-    assert set(SIDES) - {"native", *OPENVINO} <= set(result["ms"]) <= set(SIDES)
+    assert set(SIDES) - {"native", "native_nchw", *OPENVINO} <= set(result["ms"]) <= set(SIDES)
     export = result["export"]
     assert export["export_seconds"] > 0
     assert export["peak_mb"] > 100

@@ -47,7 +47,11 @@ def test_native_operators_beside_portable_ones(toy_bundle, checkpoint):
         ("checkpoint", "eager", None),
     ]  # fmt: skip
     assert targets[1].name == "toy, onnxruntime-cpu, native, fp32, batch 1"
-    with pytest.raises(FDConvError, match="Native operators run bundles in 'onnxruntime-cpu'"):
+    targets, _ = plan([toy_bundle], batches=[1], native=[True], backends=["openvino-bf16"])
+    assert [(one.backend, one.native) for one in targets] == [("openvino-bf16", True)]
+    with pytest.raises(
+        FDConvError, match="Native operators run bundles in onnxruntime-cpu, openvino"
+    ):
         plan([checkpoint], native=[True])
 
 

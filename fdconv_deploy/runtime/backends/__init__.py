@@ -19,7 +19,16 @@ from fdconv_deploy.runtime.backends.tensorrt import TensorRTBackend
 from fdconv_deploy.runtime.backends.tensorrt_engines import find_engine, has_engines
 from fdconv_deploy.runtime.bundle import Bundle
 
-__all__ = ["BACKENDS", "Backend", "BackendOptions", "Graph", "Tensors", "feeds_problem", "select"]
+__all__ = [
+    "BACKENDS",
+    "NATIVE_BACKENDS",
+    "Backend",
+    "BackendOptions",
+    "Graph",
+    "Tensors",
+    "feeds_problem",
+    "select",
+]
 
 # Name -> maker, in the order in which they are listed. Making one is cheap and loads no graph.
 BACKENDS: dict[str, Callable[[BackendOptions], Backend]] = {
@@ -27,6 +36,8 @@ BACKENDS: dict[str, Callable[[BackendOptions], Backend]] = {
     **{name: partial(OnnxRuntimeBackend, name) for name in PROVIDERS},
     **{name: partial(OpenVINOBackend, name) for name in PRECISIONS},
 }
+# Those that native operators run in.
+NATIVE_BACKENDS = ("onnxruntime-cpu", *PRECISIONS)
 
 
 def select(
@@ -47,10 +58,10 @@ def select(
     Raises:
         BackendError: no such backend, or it cannot be used here.
     """
-    if options.native and name not in ("auto", "onnxruntime-cpu", *PRECISIONS):
+    if options.native and name not in ("auto", *NATIVE_BACKENDS):
         raise BackendError(
-            f"The native operators run in backend 'onnxruntime-cpu', not in {name!r}. Choose "
-            "that, or leave native out."
+            f"The native operators run in the backends {', '.join(NATIVE_BACKENDS)}, not in "
+            f"{name!r}. Choose one of them, or leave native out."
         )
     if name != "auto":
         if name not in BACKENDS:
