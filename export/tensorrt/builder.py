@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
+from google.protobuf.message import DecodeError
+
 from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.runtime.backends.tensorrt import Messages
+from fdconv_deploy.export.tensorrt.roi_align import without_roi_align
+from fdconv_deploy.runtime.backends.tensorrt import Messages, standard_plugins
 from fdconv_deploy.runtime.backends.tensorrt_engines import Hardware
 
+ROI_ALIGN = "ROIAlign_TRT"  # the plugin that TensorRT's parser imports ONNX's operator as
 LEVELS: dict[Hardware, str] = {
     "none": "NONE",
     "same_compute_capability": "SAME_COMPUTE_CAPABILITY",
@@ -56,9 +62,12 @@ def build_plan(
     """
     messages = Messages()
     logger = messages.logger(trt)
+    standard_plugins(trt, logger)
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
+    folder = tempfile.TemporaryDirectory(prefix="fdconv-build-")  # as long as the network is read
+    graph = _with_known_operators(trt, graph, Path(folder.name))
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         first = f"{errors[0].desc()} (node {errors[0].node_name()})" if errors else messages.last
@@ -72,11 +81,31 @@ def build_plan(
     config.progress_monitor = monitor = _monitor(trt, progress)
     serialized = builder.build_serialized_network(network, config)
     del monitor
+    folder.cleanup()
     if serialized is None:
         raise _not_built(trt, messages, options)
     if cache is not None and timing_cache is not None:
         write_atomically(timing_cache, bytes(config.get_timing_cache().serialize()))
     return bytes(serialized)
+
+
+def _with_known_operators(trt: Any, graph: Path, folder: Path) -> Path:
+    """The graph, or one of the same meaning in ``folder`` where TensorRT has no RoiAlign."""
+    registry = trt.get_plugin_registry() if hasattr(trt, "get_plugin_registry") else None
+    if registry is None or ROI_ALIGN in {creator.name for creator in registry.all_creators}:
+        return graph
+    try:
+        nodes = onnx.load(str(graph), load_external_data=False).graph.node
+    except DecodeError:
+        return graph  # the parser says what it is
+    if not any(node.op_type == "RoiAlign" and not node.domain for node in nodes):
+        return graph
+    path = folder / "graph.onnx"
+    onnx.save(
+        without_roi_align(onnx.load(str(graph))), str(path), save_as_external_data=True,
+        location="graph.bin", size_threshold=1024,
+    )  # fmt: skip
+    return path
 
 
 def _not_built(trt: Any, messages: Messages, options: BuildOptions) -> BackendError:

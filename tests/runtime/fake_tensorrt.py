@@ -197,7 +197,17 @@ class FakeTensorRT(ModuleType):
         self.built: list[str] = []
         self.caches: list[bytes] = []
         self.contexts = 0
+        self.plugins: set[str] = set()  # there are none until they are asked for
+        self.available = {"ROIAlign_TRT"}
         self._add_types()
+
+    def init_libnvinfer_plugins(self, logger: Any, namespace: str) -> bool:
+        assert namespace == ""
+        self.plugins |= self.available
+        return True
+
+    def get_plugin_registry(self) -> Any:
+        return SimpleNamespace(all_creators=[SimpleNamespace(name=n) for n in self.plugins])
 
     def _add_types(self) -> None:
         self.float32, self.float16, self.int32 = FLOAT, HALF, INT32

@@ -77,9 +77,9 @@ class RoIHead(nn.Module):
         # Fewer candidates than places, in a small image: the rest stays empty.
         missing = self.test.max_per_img - best.shape[1]
         return (
-            F.pad(torch.where(there[..., None], rows(boxes, indices), 0), (0, 0, 0, missing)),
-            F.pad(torch.where(there, best, 0), (0, missing)),
-            F.pad(torch.where(there, indices % classes, 0), (0, missing)),
+            _filled(torch.where(there[..., None], rows(boxes, indices), 0), missing),
+            _filled(torch.where(there, best, 0), missing),
+            _filled(torch.where(there, indices % classes, 0), missing),
             there.sum(1),
         )
 
@@ -104,6 +104,13 @@ class RoIHead(nn.Module):
         masks = logits.sigmoid().reshape(len(boxes), places, *logits.shape[-2:])
         there = torch.arange(places, device=count.device) < count[:, None]
         return torch.where(there[..., None, None], masks, 0)
+
+
+def _filled(found: Tensor, missing: int) -> Tensor:
+    """``(B, D, …)`` with so many zeros behind its D, by Concat: CUDA has no Pad of int64."""
+    if missing == 0:
+        return found
+    return torch.cat([found, found.new_zeros(len(found), missing, *found.shape[2:])], dim=1)
 
 
 class RPNHead(nn.Module):

@@ -125,6 +125,12 @@ def import_tensorrt() -> Any:
     return tensorrt
 
 
+def standard_plugins(trt: Any, logger: Any) -> None:
+    """Register TensorRT's own plugins, such as a detector's RoiAlign, where it has any."""
+    if hasattr(trt, "init_libnvinfer_plugins"):
+        trt.init_libnvinfer_plugins(logger, "")
+
+
 class Messages:
     """What TensorRT said last; made into its logger by `logger`."""
 
@@ -175,6 +181,7 @@ class TensorRTBackend:
         self.cuda = Cuda() if cuda is None else cuda
         self.messages = Messages()
         self._logger = self.messages.logger(self.trt)
+        standard_plugins(self.trt, self._logger)
         gpu, capability = self.cuda.device()
         version = str(self.trt.__version__)
         self.machine = Machine(
