@@ -185,16 +185,17 @@ def compile_all(record: Record, networks: Any, capability: int) -> None:
 
     from benchmarks.gpu.kernels import Assembly
     from benchmarks.gpu.own_ptx import plugin_launches
-    from fdconv_deploy.ops.compile_kernels import oldest_ptx, precompile
+    from fdconv_deploy.ops.compile_kernels import oldest_ptx, precompile, target_for
     from fdconv_deploy.ops.launch import collected_launches, starts_early
 
     workers = len(os.sched_getaffinity(0))
     dry = record.content["dry_run"]
     layers = dict(list(networks.layers.items())[:1]) if dry else networks.layers
     plugins = plugin_launches(layers)
-    precompile(plugins, capability, ptx_version=oldest_ptx(capability), workers=workers)
+    target = target_for(capability)
+    precompile(plugins, target, ptx_version=oldest_ptx(target), workers=workers)
     launched = []
-    if not dry:
+    if not dry and target == capability:
         with collected_launches() as found, torch.no_grad():
             for dtype in (torch.float16, torch.float32):
                 networks.fused("FDConv", dtype, 1)(networks.image.to("cuda"))
@@ -227,6 +228,7 @@ def main() -> None:
     print(json.dumps(record.content["imports"], indent=1))
     from fdconv_deploy.errors import BackendError
     from fdconv_deploy.folding.cuda import require_cuda
+    from fdconv_deploy.ops.compile_kernels import target_for
 
     if not dry:
         try:
@@ -249,7 +251,7 @@ def main() -> None:
         driver: list[Any] = []
         # A wrong pointer would end all that this process does on the GPU: not first.
         if not dry and record.attempt("cuda.bindings.driver", lambda: driver.append(own_driver())):
-            measure_own_ptx(record, networks.layers, capability, *driver)
+            measure_own_ptx(record, networks.layers, target_for(capability), *driver)
         measure_networks(record, in_other_runtimes(networks))
     if record.clocks is not None:
         record.clocks.close()

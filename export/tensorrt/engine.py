@@ -24,7 +24,7 @@ from fdconv_deploy.export.tensorrt.builder import BuildOptions, build_plan
 from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 from fdconv_deploy.export.validation.comparison import Comparison, perturbed
 from fdconv_deploy.export.validation.tolerance import engine_tolerance
-from fdconv_deploy.ops.compile_kernels import oldest_ptx, precompile
+from fdconv_deploy.ops.compile_kernels import oldest_ptx, precompile, target_for
 from fdconv_deploy.ops.tensorrt_plugins import plugin_module, register_plugins, set_target
 from fdconv_deploy.runtime.backends import BackendOptions
 from fdconv_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -185,7 +185,12 @@ def _build_one(
             say(f"batch {batch}: asking for plugins")
             graph = Path(scratch) / "plugins.onnx"
             # Code for the oldest GPU the engine shall run on is translated for any later one.
-            aimed = 80 if options.hardware == "ampere_plus" else machine.capability
+            aimed = 80 if options.hardware == "ampere_plus" else target_for(machine.capability)
+            if options.hardware != "ampere_plus" and aimed != machine.capability:
+                say(
+                    f"note: Triton's compiler does not know sm_{machine.capability} "
+                    f"({machine.gpu}); kernels are compiled for sm_{aimed}, which it runs, too"
+                )
             kernels = _plugin_graph(source, graph, trt, trtp, aimed, say)
         cache = folder / f"{name.rpartition('-b')[0]}.timing"
         say(f"batch {batch}: TensorRT {machine.tensorrt} builds for {machine.gpu}")

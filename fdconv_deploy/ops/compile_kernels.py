@@ -23,13 +23,14 @@ from fdconv_deploy.ops.launch import THREADS_PER_WARP, KernelLaunch, interpretin
 
 # Turing, Ampere (data centre and consumer), Ada, Hopper, Blackwell (both).
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+_KNOWN = {*CAPABILITIES, 87, 103, 121}
 MODULES = (
     "fdconv_deploy.ops.attention.kernels",
     "fdconv_deploy.ops.frequency_assembly.kernels",
     "fdconv_deploy.ops.frequency_band_modulation.kernel",
 )
 # The least instruction set that knows an architecture: any driver that runs the GPU reads it.
-_PTX_VERSIONS = {100: 86, 101: 86, 103: 88, 110: 90, 120: 87, 121: 88}
+_PTX_VERSIONS = {100: 86, 103: 88, 120: 87, 121: 88}
 # Else PTX names the files it comes from, on the machine that it was made on.
 NO_SOURCE_PATHS = "TRITON_DISABLE_LINE_INFO"
 INTERPRET = "TRITON_INTERPRET"
@@ -128,6 +129,15 @@ def compile_kernel(
     # Triton may have added warps of its own; what it asks to be launched with counts.
     threads = int(_found(r"\.reqntid\s+(\d+)", ptx))
     return CompiledKernel(metadata.name, capability, ptx, parameters, threads, metadata.shared)
+
+
+def target_for(capability: int) -> int:
+    """What to compile for, so that a GPU of this compute capability runs it.
+
+    Its own, where Triton's compiler knows it; asked for another, it ends the process. Then 8.0,
+    whose PTX the driver of any later GPU translates.
+    """
+    return capability if capability in _KNOWN else 80
 
 
 def oldest_ptx(capability: int) -> int:

@@ -203,6 +203,16 @@ class TestPlugins:
         build_engines(opened, batches=[1], options=BuildOptions("ampere_plus"))
         assert compiled[0][1] == 80
 
+    def test_a_gpu_that_tritons_compiler_does_not_know(
+        self, bundle, tmp_path, trt, cuda, layer, compiled
+    ):
+        cuda.gpu, cuda.capability = "NVIDIA Thor", (11, 0)
+        opened = Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
+        steps: list[str] = []
+        build_engines(opened, batches=[1], progress=steps.append)
+        assert compiled[0][1] == 80
+        assert any("does not know sm_110 (NVIDIA Thor)" in step for step in steps)
+
     def test_without_triton(self, small, trt, layer, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         steps: list[str] = []
