@@ -16,7 +16,7 @@ from fdconv_deploy.runtime.backends.base import (
 from fdconv_deploy.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, cuda_problem
 from fdconv_deploy.runtime.backends.openvino import PRECISIONS, OpenVINOBackend
 from fdconv_deploy.runtime.backends.tensorrt import TensorRTBackend
-from fdconv_deploy.runtime.backends.tensorrt_engines import find_engine, has_engines
+from fdconv_deploy.runtime.backends.tensorrt_engines import has_engines
 from fdconv_deploy.runtime.bundle import Bundle
 
 __all__ = [
@@ -82,7 +82,7 @@ def select(
             fast = TensorRTBackend(options)
             for view in [bundle.at(size) for size in bundle.manifest.sizes] or [bundle]:
                 for batch in view.manifest.models:
-                    find_engine(view, batch, fast.machine, tf32=fast.tf32)
+                    fast.find(view, batch)
             graphs = {first: fast.load(bundle, first)}
         except FDConvError as error:
             engines = f"; its TensorRT engines cannot be used: {str(error).rstrip('.')}"

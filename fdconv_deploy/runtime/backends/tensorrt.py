@@ -37,6 +37,7 @@ from fdconv_deploy.runtime.manifest import TensorSpec
 # Runs at a time, each with its own stream and buffers; further callers wait.
 CONTEXTS = 2
 OLDEST = (10, 9)
+LEAN = "tensorrt_lean"
 _OTHERS = "Backend 'onnxruntime-cpu' runs this bundle now, 'onnxruntime-cuda' where it starts."
 
 
@@ -125,6 +126,24 @@ def import_tensorrt() -> Any:
     return tensorrt
 
 
+def import_runtime() -> Any:
+    """The module ``tensorrt``, else ``tensorrt_lean``.
+
+    That is a hundredth in size, builds nothing, and runs engines built version-compatible.
+
+    Raises:
+        BackendError: as `import_tensorrt`, where there is no ``tensorrt_lean`` either.
+    """
+    try:
+        return import_tensorrt()
+    except BackendError:
+        try:
+            return importlib.import_module(LEAN)
+        except ImportError:
+            pass
+        raise
+
+
 def standard_plugins(trt: Any, logger: Any) -> None:
     """Register TensorRT's own plugins, such as a detector's RoiAlign, where it has any."""
     if hasattr(trt, "init_libnvinfer_plugins"):
@@ -177,7 +196,7 @@ class TensorRTBackend:
     threads = 1
 
     def __init__(self, options: BackendOptions, trt: Any = None, cuda: Cuda | None = None) -> None:
-        self.trt = import_tensorrt() if trt is None else trt
+        self.trt = import_runtime() if trt is None else trt
         self.cuda = Cuda() if cuda is None else cuda
         self.messages = Messages()
         self._logger = self.messages.logger(self.trt)
@@ -205,8 +224,13 @@ class TensorRTBackend:
         specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
         return self.load_plan(plan, record, *specs)
 
+    def find(self, bundle: Bundle, batch: int) -> EngineRecord:
+        """The engine of a batch size that is to run here. Raises as `find_engine`."""
+        lean = self.trt.__name__ == LEAN
+        return find_engine(bundle, batch, self.machine, tf32=self.tf32, lean=lean)
+
     def _read(self, bundle: Bundle, batch: int) -> tuple[EngineRecord, bytes]:
-        record = find_engine(bundle, batch, self.machine, tf32=self.tf32)
+        record = self.find(bundle, batch)
         return record, read_engine(bundle, record)
 
     def load_plan(

@@ -72,14 +72,21 @@ class Fingerprint(_Model):
     version_compatible: bool = False
     tf32: bool = False
 
-    def problem(self, machine: Machine, graph: str, *, tf32: bool = False) -> str | None:
+    def problem(
+        self, machine: Machine, graph: str, *, tf32: bool = False, lean: bool = False
+    ) -> str | None:
         """Why an engine of this fingerprint does not serve, as a clause; None when it does.
 
-        tf32: whether float32 products may round.
+        tf32: whether float32 products may round; lean: whether the runtime is tensorrt_lean.
         """
         mine = self.machine
         if graph != self.graph:
             return "it was built from another graph than this bundle holds now"
+        if lean and not self.version_compatible:
+            return (
+                "it was built without --version-compatible, and tensorrt_lean runs no others; "
+                "install tensorrt, or build it so"
+            )
         if self.tf32 and not tf32:
             return (
                 "it was built with --tf32, which is not asked for now (by tf32=True, or by "
@@ -167,11 +174,11 @@ def read_index(bundle: Bundle) -> EngineIndex:
 
 
 def find_engine(
-    bundle: Bundle, batch: int, machine: Machine, *, tf32: bool = False
+    bundle: Bundle, batch: int, machine: Machine, *, tf32: bool = False, lean: bool = False
 ) -> EngineRecord:
     """The engine of a batch size that this machine can run, the newest if several.
 
-    tf32: whether its float32 products may round.
+    tf32: whether its float32 products may round; lean: whether tensorrt_lean shall run it.
 
     Raises:
         BackendError: there is none, with what there is and why it does not serve.
@@ -181,7 +188,7 @@ def find_engine(
     graph = graph_hash(bundle, batch)
     reasons = []
     for record in sorted(records, key=lambda r: r.built_at, reverse=True):
-        reason = record.fingerprint.problem(machine, graph, tf32=tf32)
+        reason = record.fingerprint.problem(machine, graph, tf32=tf32, lean=lean)
         if reason is None:
             return record
         reasons.append(f"{record.name}: {reason}")

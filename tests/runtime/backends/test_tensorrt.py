@@ -115,6 +115,32 @@ def test_an_engine_with_tf32_serves_who_asks_for_it(tmp_path, machine, cuda, mon
         assert session.backend == "tensorrt"
 
 
+@pytest.mark.parametrize("compatible", [True, False])
+def test_tensorrt_lean_runs_engines_built_version_compatible(
+    tmp_path, cuda, monkeypatch, compatible
+):
+    """The wheel tensorrt-lean-cu13-libs has 44 MB; tensorrt's libraries, gigabytes."""
+    lean = FakeTensorRT(cuda)
+    lean.__name__ = "tensorrt_lean"
+    for name in ("Builder", "OnnxParser", "IProgressMonitor", "BuilderFlag"):
+        delattr(lean, name)
+    install(monkeypatch, None, cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt_lean", lean)
+    opened = toy.make_bundle(tmp_path / "bundle")
+    for batch in opened.batch_sizes:
+        add_engine(opened, batch, here(cuda, lean), version_compatible=compatible)
+    with open_session(opened) as session:
+        if compatible:
+            assert session.backend == "tensorrt"
+            x = images(1)
+            assert np.abs(session.run(x) - toy.reference_logits(x)).max() < 1e-4
+        else:
+            assert session.backend == "onnxruntime-cpu"
+            assert "tensorrt_lean runs no others" in session.choice
+    with pytest.raises(BackendError, match="not installed"):
+        import_tensorrt()  # what builds
+
+
 class TestRuns:
     def test_answers_are_the_graphs(self, bundle, cuda):
         with open_session(bundle, "tensorrt") as session:
