@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import BATCHES, DEPTHS, NETWORKS, SIZES, Case, grid, sweep
+from benchmarks.native_costs import KINDS
 from benchmarks.plot import draw
 from benchmarks.records import FOLDER, every, newest
 from benchmarks.speed import OPENVINO
@@ -35,10 +36,12 @@ def markdown(
     profile: dict[str, Any] | None = None,
     session: dict[str, Any] | None = None,
     batches: Sequence[dict[str, Any]] = (),
+    costs: dict[str, Any] | None = None,
 ) -> str:
     """The report of a matrix record, with what other records there are.
 
     :param batches: of ``benchmarks.batches``, the last first; of each network the last is shown.
+    :param costs: of ``benchmarks.native_costs``.
     """
     batches = list({b["title"]: b for b in reversed(batches) if "sides" in b}.values())
     cases: Cases = matrix["cases"]
@@ -66,6 +69,8 @@ def markdown(
     parts += _section("Not measured", _missing(cases))
     if profile is not None:
         parts += _section(f"Where the time goes ({profile['title']})", _parts(profile))
+    if costs is not None:
+        parts += _section(f"What is left, native operators ({costs['title']})", _left(costs))
     if session is not None:
         parts += _section(f"A session's life ({session['title']})", _session(session))
     return "\n".join(parts)
@@ -282,6 +287,29 @@ def _parts(profile: dict[str, Any]) -> Iterator[str]:
     yield _row("sum", f"{fdconv['total']:.1f}", f"{plain['total']:.1f}", "")
 
 
+def _left(costs: dict[str, Any]) -> Iterator[str]:
+    rate = costs["rates"]
+    baseline = sum(row["ms"] for row in costs["plain"].values())
+    yield (
+        f"One thread, {machine.say(costs['machine'])}. Least: the longer of a node's products at "
+        f"{rate['products'] / 1e9:.0f} G a second, measured in the cache, and of its bytes, each "
+        f"read or written once, at {rate['bytes'] / 1e9:.1f} GB a second, measured in memory.\n"
+    )
+    yield from _head(
+        "kind of node", "nodes", "ms", "share", "/ baseline", "G multiply-adds", "MB", "least ms"
+    )
+    for name, what in (("fdconv", ""), ("plain", "baseline: ")):
+        total = sum(row["ms"] for row in costs[name].values())
+        for kind, row in costs[name].items():
+            yield _row(
+                f"{what}{KINDS[kind]}", f"{row['nodes']:.0f}", f"{row['ms']:.1f}",
+                f"{row['ms'] / total:.1%}", f"{row['ms'] / baseline:.3f}",
+                f"{row['products'] / 1e9:.2f}", f"{row['bytes'] / 1e6:.0f}",
+                f"{row['least_ms']:.1f}",
+            )  # fmt: skip
+        yield _row(f"**{what}all**", "", f"{total:.1f}", "", f"{total / baseline:.3f}", "", "", "")
+
+
 def _session(session: dict[str, Any]) -> Iterator[str]:
     def seconds(found: dict[str, Any]) -> str:
         return f"{found['median']:.2f} s"
@@ -316,7 +344,8 @@ def main() -> None:
     if matrix is None:
         parser.error(f"{options.results} has no matrix; run python -m benchmarks.matrix first.")
     others = [newest(kind, options.results) for kind in ("profile", "session")]
-    text = markdown(matrix, *others, every("batches", options.results))
+    costs = newest("native costs", options.results)
+    text = markdown(matrix, *others, every("batches", options.results), costs)
     options.output.mkdir(parents=True, exist_ok=True)
     write_atomically(options.output / "performance-cpu.md", text.encode())
     written = [options.output / "performance-cpu.md"]

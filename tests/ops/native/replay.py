@@ -50,7 +50,7 @@ def replay(folder: Path, library: Path) -> int:
     """How many runs were right, whatever the number of threads; exits where one was not."""
     paths = sorted(folder.glob("*.run"))
     for path in paths:
-        model, names, feeds, expected = pickle.loads(path.read_bytes())  # noqa: S301 - our own
+        model, names, feeds, expected = pickle.loads(path.read_bytes())  # our own
         answers = []
         for threads in (1, 3):
             options = onnxruntime.SessionOptions()
