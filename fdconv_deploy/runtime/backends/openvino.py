@@ -34,6 +34,7 @@ from fdconv_deploy.runtime.backends.base import (
 from fdconv_deploy.runtime.backends.threads import available_cores
 from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.bundle import Bundle, Bytes
+from fdconv_deploy.runtime.kernel_rows import join_kernel_rows
 from fdconv_deploy.runtime.manifest import TensorSpec
 from fdconv_deploy.runtime.onnx_messages import read_model
 from fdconv_deploy.sample_images.inputs import manifest_feeds
@@ -106,7 +107,7 @@ class OpenVINOBackend:
         bundle.hold()
         content, external = bytes(bundle.content(name)), bundle.external_data(name)
         if self._native:
-            content = _with_fused_attentions(content, external)
+            content = _for_native_operators(content, external)
         graph = self._onnx.load_model_from_string(content)
         _warn_of_signed_activations(graph, name)
         ours = [(DOMAIN, name) for name in _native_functions(graph)] if self._native else []
@@ -253,9 +254,10 @@ def _native_functions(graph: Any) -> list[str]:
     return [function.name for function in graph.functions if function.name not in inlined]
 
 
-def _with_fused_attentions(content: bytes, external: Mapping[str, Bytes]) -> bytes:
-    """A graph whose layers' attentions are one native operator each."""
+def _for_native_operators(content: bytes, external: Mapping[str, Bytes]) -> bytes:
+    """A graph whose layers' attentions are one operator each, and so are their convolutions."""
     model = read_model(content)
+    join_kernel_rows(model.graph)
     if fuse_attentions(model.graph, external):
         model.opset_import.add(domain=ATTENTION_DOMAIN, version=1)
     return bytes(model.SerializeToString())
