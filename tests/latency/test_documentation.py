@@ -25,6 +25,7 @@ def folder(tmp_path_factory, toy_bundle, other_bundle) -> Path:
     made = tmp_path_factory.mktemp("documentation")
     shutil.copytree(toy_bundle, made / "bundle")
     shutil.copytree(other_bundle, made / "bundle-fp16")
+    shutil.copytree(other_bundle, made / "plain")
     shutil.copy(packaged_checkpoint(), made / "upernet.pth")
     return made
 
