@@ -15,20 +15,10 @@ REFRESH = "run python -m tests.real_packages.onnxruntime_gpu.make (its README.md
 FAST = ("segmentor fp32", "detector", "tokens (SegFormer)")
 
 
-# What is still left to the CPU.
-LEFT: dict[str, dict[str, int]] = {
-    "segmentor int8, batch 1": {"DequantizeLinear": 20},
-    "segmentor int8 signed, batch 1": {"DequantizeLinear": 6},
-    "detector, batch 1": {"Pad": 1},
-}
-
-
 @pytest.mark.parametrize("graph", FOUND["graphs"])
 def test_every_node_is_on_the_gpu_and_the_graph_can_be_captured(graph, proved):
     found = FOUND["graphs"][graph]
-    assert found["on_cpu"] == LEFT.get(graph, {})
-    if graph in LEFT:
-        return
+    assert found["on_cpu"] == {}
     assert found["copies"] == 0
     assert found["capture_refused"] is None
     proved("bundles placed wholly on the GPU by ONNX Runtime's real CUDA provider", 1)

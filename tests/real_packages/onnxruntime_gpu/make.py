@@ -30,7 +30,7 @@ PAGE = HERE.parents[2] / "docs" / "onnxruntime-cuda.md"
 # Of the provider's options, those that decide what an answer is or how long it takes.
 TELLING = (
     "use_tf32", "cudnn_conv_algo_search", "cudnn_conv_use_max_workspace", "prefer_nhwc",
-    "fuse_conv_bias", "do_copy_in_default_stream", "enable_cuda_graph", "arena_extend_strategy",
+    "fuse_conv_bias", "do_copy_in_default_stream", "arena_extend_strategy",
 )  # fmt: skip
 
 
@@ -87,7 +87,8 @@ in the middle of every run:
 |---|---:|---|---:|---|
 {table}
 
-The provider's options as backend `onnxruntime-cuda` sets them or leaves them:
+The provider computes int8 bundles in floats, between the nodes that dequantize and quantize. Its
+options as backend `onnxruntime-cuda` sets them or leaves them:
 
 | option | value |
 |---|---|
@@ -102,20 +103,24 @@ provider was not asked about: run the script again then, in the environment that
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", type=Path, required=True, help="has onnxruntime-gpu")
+    parser.add_argument("--only", nargs="*", choices=list(KINDS), help="keep the other rows")
     options = parser.parse_args()
     say = "import onnxruntime as o; print(o.__version__, o.__path__[0])"
     version, package = subprocess.check_output(
         [str(options.python), "-c", say], text=True, env={**os.environ, "PYTHONPATH": ""}
     ).split()
     provider = Path(package) / "capi" / "libonnxruntime_providers_cuda.so"
-    record: dict[str, Any] = {"onnxruntime_gpu": version, "graphs": {}}
-    kinds: set[str] = set()
+    record: dict[str, Any] = {"graphs": {}, "node_kinds": []}
+    if options.only:
+        record = json.loads(RECORD.read_text())
+    record["onnxruntime_gpu"] = version
+    kinds: set[str] = set(record["node_kinds"])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         record["cuda_functions"] = cuda_stub.build(provider, folder)
         _, given = _cuda(tf32=False, captured=False)
-        for kind, export in KINDS.items():
-            bundle = export(folder / kind)
+        for kind in options.only or KINDS:
+            bundle = KINDS[kind](folder / kind)
             for batch in bundle.batch_sizes:
                 path = bundle.model_path(batch)
                 found = place(options.python, folder, path, given)
