@@ -64,14 +64,17 @@ class OpenVINOBackend:
             import onnx.inliner
 
             openvino = import_openvino()
-        except ImportError as error:
-            found = (
-                "is not installed" if isinstance(error, ModuleNotFoundError) else "does not load"
-            )
+        except ModuleNotFoundError as error:
             missing = (error.name or "openvino").partition(".")[0]
             raise BackendError(
-                f"{missing} {found} here, and this backend runs on it.",
+                f"{missing} is not installed here, and this backend runs on it.",
                 f"Install it ({install(missing, extra='openvino')}), or choose 'onnxruntime-cpu'.",
+            ) from error
+        except Exception as error:  # of a library that is missing, or a protobuf that is too old
+            raise BackendError(
+                f"OpenVINO, or onnx, which this backend needs, too, does not load ({last_line(error)}).",
+                f"Install them again ({install('openvino', 'onnx', extra='openvino')}), or choose "
+                "'onnxruntime-cpu'.",
             ) from error
         if options.providers is not None:
             raise BackendError("Execution providers are ONNX Runtime's; OpenVINO takes none.")

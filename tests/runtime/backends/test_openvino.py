@@ -38,7 +38,17 @@ SHAPE = (2, 18, 8, 8)
 def test_not_installed(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it is."""
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(BackendError, match=r"not.* here.*pip install.*'onnxruntime-cpu'"):
+    with pytest.raises(
+        BackendError, match=r"openvino is not installed here.*pip install.*'onnxruntime-cpu'"
+    ):
+        open_session(toy_bundle, "openvino")
+
+
+def test_does_not_load(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "openvino.py").write_text("raise RuntimeError('protobuf 5 is too old')")
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BackendError, match=r"does not load \(protobuf 5 is too old\)"):
         open_session(toy_bundle, "openvino")
 
 
