@@ -72,7 +72,7 @@ class OpenVINOBackend:
             ) from error
         except Exception as error:  # of a library that is missing, or a protobuf that is too old
             raise BackendError(
-                f"OpenVINO, or onnx, which this backend needs, too, does not load ({last_line(error)}).",
+                f"openvino or onnx, which this backend needs, does not load ({last_line(error)}).",
                 f"Install them again ({install('openvino', 'onnx', extra='openvino')}), or choose "
                 "'onnxruntime-cpu'.",
             ) from error
