@@ -143,8 +143,11 @@ def _capability(device: int) -> tuple[int, int]:
 
 
 def starts_early(major: int, minor: int = 0) -> bool:
-    """Whether a GPU of this compute capability starts a kernel while the one before it ends."""
-    return major >= 9
+    """Whether a GPU of this compute capability starts a kernel while the one before it ends.
+
+    FDCONV_EARLY_START=0 in the environment: none does, for comparison.
+    """
+    return major >= 9 and os.environ.get("FDCONV_EARLY_START", "1") != "0"
 
 
 # What a plugin's node says of its layer, in the order its operator names them.
@@ -157,9 +160,12 @@ class Plugin:
 
     inputs: their names, in the kernel's order. kinds: numpy's names of the inputs' types and then
     the output's. shape, launch: the output's shape and the kernel's launch for a node's ``sizes``.
+    channels_last: the launch that writes the output with its channels last, where there is one
+    (then float16 outputs have a multiple of eight channels).
     """
 
     inputs: tuple[str, ...]
     kinds: tuple[str, ...]
     shape: Callable[[Sizes], tuple[int, ...]]
     launch: Callable[[Sizes], KernelLaunch]
+    channels_last: Callable[[Sizes], KernelLaunch | None] = lambda _sizes: None

@@ -26,6 +26,9 @@ NAMESPACE = "fdconv"
 # TensorRT's types by numpy's names, as TensorRT's plugin layer writes them.
 TYPE_NAMES = {"float32": "FP32", "float16": "FP16", "int32": "INT32"}
 
+# TensorRT's layouts with channels last, by numpy's names of types.
+LAYOUTS_LAST = {"float32": "HWC", "float16": "HWC8"}
+
 _capability: int | None = None
 
 
@@ -81,17 +84,26 @@ def _define(trt: Any, trtp: Any, name: str, plugin: Plugin) -> None:
 
     @trtp.autotune(identity)
     @signed(list[trtp.AutoTuneCombination], outputs=outputs)
-    def types(*_arguments: Any) -> list[Any]:
+    def types(*arguments: Any) -> list[Any]:
         kinds = ", ".join(TYPE_NAMES[kind] for kind in plugin.kinds)
-        return [trtp.AutoTuneCombination(kinds, "LINEAR")]
+        layouts = ["LINEAR"]
+        if plugin.channels_last(arguments[place]) is not None:
+            # A convolution that wants its kernel so is spared a copy of it.
+            last = LAYOUTS_LAST[plugin.kinds[-1]]
+            layouts.append(", ".join(["LINEAR"] * place + [last]))
+        return [trtp.AutoTuneCombination(kinds, layout) for layout in layouts]
 
     answer = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]
 
     @trtp.aot_impl(identity)
     @signed(answer, outputs=outputs, tactic=int)
     def kernel(*arguments: Any) -> Any:
-        sizes = arguments[place]
-        return _implementation(trtp, plugin.launch(sizes), int(sizes[-1]))
+        sizes, (output, *_) = arguments[place], arguments[place + 1]
+        last = None
+        if output.format != trt.TensorFormat.LINEAR:
+            last = plugin.channels_last(sizes)
+            assert last is not None, f"{name} was never offered as {output.format}"
+        return _implementation(trtp, last or plugin.launch(sizes), int(sizes[-1]))
 
 
 def _implementation(trtp: Any, launch: KernelLaunch, batch: int) -> tuple[str, str, Any, Any]:

@@ -30,6 +30,7 @@ from tensorrt.plugin import _lib, _tensor  # noqa: E402
 from fdconv_deploy.ops import tensorrt_plugins as plugins  # noqa: E402
 from fdconv_deploy.ops.compile_kernels import CompiledKernel, compile_kernel  # noqa: E402
 
+asked: list[Any] = []  # launches, in order
 KINDS = {1: trt.float32, 10: trt.float16, 6: trt.int32}
 
 
@@ -72,8 +73,10 @@ def tensor_descs(shapes: list[tuple[int, ...]], kinds: list[Any]) -> list[Any]:
     return result
 
 
-def exercise(op: str, given: list[int], shapes: list[Any], kinds: list[Any]) -> dict[str, Any]:
-    """What the builder would learn about one node."""
+def exercise(
+    op: str, given: list[int], shapes: list[Any], kinds: list[Any], last: bool
+) -> dict[str, Any]:
+    """What the builder would learn about one node; ``last``: it takes the second layout offered."""
     sizes = np.array(given, np.int32)
     creator = _lib._TemplatePluginCreator(op, "fdconv", {"sizes": (False, np.int32)})
     fields = trt.PluginFieldCollection([trt.PluginField("sizes", sizes, trt.PluginFieldType.INT32)])
@@ -89,6 +92,12 @@ def exercise(op: str, given: list[int], shapes: list[Any], kinds: list[Any]) -> 
     shape = [[n.value for n in output] for output in outputs]
     descs = tensor_descs([*shapes, *map(tuple, shape)], [*kinds, *types])
     formats = plugin.get_supported_format_combinations(descs, count)
+    every = count + len(types)
+    layouts = [
+        [str(f.format) for f in formats[at : at + every]] for at in range(0, len(formats), every)
+    ]
+    if last:
+        descs[-1].desc.format = formats[2 * every - 1].format
     plugin.configure_plugin(descs[:count], descs[count:])
     valid = plugin.get_valid_tactics()
     plugin.set_tactic(valid[0] if valid else 0)
@@ -99,7 +108,10 @@ def exercise(op: str, given: list[int], shapes: list[Any], kinds: list[Any]) -> 
         "op": op,
         "shape": shape[0],
         "type": str(types[0]),
-        "formats": [str(f.type) for f in formats] == [str(k) for k in (*kinds, *types)],
+        "formats": [str(f.type) for f in formats]
+        == [str(k) for k in (*kinds, *types)] * len(layouts),
+        "layouts": layouts,
+        "last": asked[-1].constants.get("channels_last", False),
         "launch": {k: v.value for k, v in vars(launch).items()},
         "kernel": name,
         "ptx": len(code),
@@ -125,6 +137,13 @@ def main() -> None:
         kinds = ("u64",) * len(launch.arguments)
         return CompiledKernel(launch.kernel, capability, ".ptx", kinds, launch.threads, 0)
 
+    kernel_ptx = plugins.kernel_ptx
+
+    def noted(launch: Any) -> Any:
+        asked.append(launch)
+        return kernel_ptx(launch)
+
+    plugins.kernel_ptx = noted  # type: ignore[assignment]
     plugins.compile_kernel = compile_some  # type: ignore[attr-defined]
     plugins.set_target(90)
     requests = json.loads(Path(options.requests).read_text())
@@ -133,7 +152,11 @@ def main() -> None:
     again = plugins.register_plugins(trt, trtp, names)
     found = [
         exercise(
-            r["op"], r["sizes"], [tuple(s) for s in r["shapes"]], [KINDS[k] for k in r["kinds"]]
+            r["op"],
+            r["sizes"],
+            [tuple(s) for s in r["shapes"]],
+            [KINDS[k] for k in r["kinds"]],
+            r.get("last", False),
         )
         for r in requests
     ]

@@ -110,7 +110,7 @@ def check(found: dict, request: dict) -> None:
     assert (found["launch"]["block_y"], found["launch"]["block_z"]) == (1, 1)
     # What a kernel gets without opting in to more, which a plugin cannot.
     assert found["launch"]["shared_mem"] <= 48 * 1024
-    assert found["formats"], "types of inputs and outputs, as one linear combination"
+    assert found["formats"], "types of inputs and outputs"
     assert found["kernel"] == launch.kernel
     half = request["op"].endswith("_Half")
     assert found["type"] == ("DataType.HALF" if half else "DataType.FLOAT")
@@ -151,6 +151,29 @@ def test_every_layer_of_a_resnet50(stub, proved):
         f"({', '.join(f'{n} {k}' for k, n in sorted(counts.items()))}), "
         f"{len(RESNET50)} layer shapes"
     )
+
+
+@pytest.mark.parametrize(
+    ("channels", "half", "layout"),
+    [(64, False, "HWC"), (64, True, "HWC8"), (40, True, "HWC8"), (36, False, "HWC")],
+)
+def test_a_convolution_gets_its_kernels_with_channels_last(stub, channels, half, layout):
+    """So TensorRT need not copy what it convolves with channels last."""
+    for node in assembly_nodes(layer_sizes(64, channels, 3), 2, half)[1:]:
+        linear, last = through_bindings(stub, [node, node | {"last": True}])["nodes"]
+        names = [[f"TensorFormat.{name}" for name in ("LINEAR",) * 6 + (f,)] for f in
+                 ("LINEAR", layout)]  # fmt: skip
+        assert linear["layouts"] == last["layouts"] == names
+        assert not linear["last"]
+        assert last["last"]
+        assert last["launch"]["grid_x"] == 2
+
+
+def test_half_kernels_of_a_broken_number_of_channels_stay_linear(stub):
+    """HWC8 would have to be filled up to eight channels."""
+    (_, node) = assembly_nodes(layer_sizes(64, 36, 1), 1, half=True)
+    (found,) = through_bindings(stub, [node])["nodes"]
+    assert found["layouts"] == [["TensorFormat.LINEAR"] * 7]
 
 
 def test_real_code_reaches_tensorrt(stub, request):

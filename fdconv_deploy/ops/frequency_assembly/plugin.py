@@ -26,6 +26,8 @@ from fdconv_deploy.ops.frequency_assembly.launch import (
 from fdconv_deploy.ops.function_body import FunctionBody
 from fdconv_deploy.ops.launch import KernelLaunch, Plugin, Sizes
 
+# Of TensorRT's float16 layout with channels last, HWC8.
+CHANNELS_TOGETHER = 8
 ROWS, COLUMNS = "FrequencyAssemblyRows", "FrequencyAssemblyColumns"
 ROW_INPUTS = ["gates", "values", "groups", "table"]
 COLUMN_INPUTS = [
@@ -189,7 +191,13 @@ def columns_plugin(name: str) -> Plugin:
     def launch(sizes: Sizes) -> KernelLaunch:
         return column_launch(_layer(sizes), dtype=kind)
 
-    return Plugin(tuple(COLUMN_INPUTS), (*["float32"] * len(COLUMN_INPUTS), kind), shape, launch)
+    def channels_last(sizes: Sizes) -> KernelLaunch | None:
+        layer = _layer(sizes)
+        fits = kind == "float32" or layer.in_channels % CHANNELS_TOGETHER == 0
+        return column_launch(layer, channels_last=True, dtype=kind) if fits else None
+
+    kinds = (*["float32"] * len(COLUMN_INPUTS), kind)
+    return Plugin(tuple(COLUMN_INPUTS), kinds, shape, launch, channels_last)
 
 
 PLUGINS = {ROWS: rows_plugin, COLUMNS: columns_plugin}
