@@ -149,7 +149,7 @@ def trips(launch: KernelLaunch) -> list[int]:
     """How often each loop of a kernel runs, in their order."""
     known: Any = launch.constants
     if launch.kernel in ("row_kernel", "column_kernel"):
-        return [known["odd"]]
+        return [known["outputs"]]
     if launch.kernel in ("pool_kernel", "finish_kernel"):
         return [known["steps"], math.ceil(known["units"] / known["unit_block"])]
     if launch.kernel == "gates_kernel":

@@ -236,6 +236,7 @@ def row_kernel(
     odd: tl.constexpr,
     power: tl.constexpr,
     limit: tl.constexpr,
+    outputs: tl.constexpr,  # of the odd part, per program
     width: tl.constexpr,
     row_block: tl.constexpr,
     row_blocks: tl.constexpr,
@@ -244,7 +245,7 @@ def row_kernel(
 ):
     """Lengths R = odd · power. Row odd·c + k is stored at position k·power + c.
 
-    Grid: (B, tiles).
+    Grid: (B, tiles, parts of the odd outputs).
     """
     part: tl.constexpr = power * width
     image = tl.program_id(0)
@@ -263,7 +264,9 @@ def row_kernel(
         real, imaginary = _weighted(gates, values, groups, t * part + lane, odd * part, planes)
         xr = xr + (real,)
         xi = xi + (imaginary,)
-    for k in range(odd):
+    first = tl.program_id(2) * outputs
+    for n in range(outputs):
+        k = first + n
         yr, yi = odd_output(xr, xi, k, table, table_size, power, width, limit)
         at = half + _place(
             k * power + lane // width, tile * width + lane % width, stored_columns, row_block
@@ -404,6 +407,7 @@ def column_kernel(
     odd: tl.constexpr,
     power: tl.constexpr,
     limit: tl.constexpr,
+    outputs: tl.constexpr,  # of the odd part, per program
     table_size: tl.constexpr,
     stored_columns: tl.constexpr,
     pairs: tl.constexpr,  # of rows per program
@@ -421,7 +425,10 @@ def column_kernel(
     channels_last: tl.constexpr,
     dependent: tl.constexpr,
 ):
-    """Lengths C = odd · power with kernel_width dividing odd. Grid: (B, row blocks)."""
+    """Lengths C = odd · power with kernel_width dividing odd.
+
+    Grid: (B, row blocks, parts of the odd outputs).
+    """
     rows: tl.constexpr = out_channels * kernel_height
     part: tl.constexpr = power * pairs
     image = tl.program_id(0)
@@ -445,7 +452,9 @@ def column_kernel(
     # Column odd·c + k = kernel_width · i + v: each k is of one v, and of every `near`-th i.
     near: tl.constexpr = odd // kernel_width
     position = block * (2 * pairs) + tl.arange(0, 2 * pairs)
-    for k in range(odd):
+    first = tl.program_id(2) * outputs
+    for n in range(outputs):
+        k = first + n
         yr, yi = odd_output(xr, xi, k, table, table_size, power, pairs, limit)
         value = tl.reshape(tl.join(yr, yi), [power, 2 * pairs])
         ins = near * tl.arange(0, power) + k // kernel_width

@@ -31,6 +31,10 @@ F32 = "*fp32"
 DENSE_BLOCK = 32
 # Two for each of the 132 multiprocessors of an H200, roughly.
 PROGRAMS = 256
+# Of 132 multiprocessors.
+SCHEDULERS = 528
+# Points of a transform that has few warps to itself.
+SHORT = 512
 # Above this the odd part of a length would not fit a thread's registers.
 LARGEST_ODD = 27
 
@@ -58,6 +62,16 @@ class Transform:
         """Points of one transform in each of a pass's tensors."""
         return self.power // pass_radix(self.power, self.limit)
 
+    def outputs(self, warps: int) -> int:
+        """Outputs of the odd part that one program computes, one after another.
+
+        All of a program's inputs go into each. So programs share them, up to four, only where all
+        their ``warps`` leave some of a large GPU's schedulers without any.
+        """
+        if warps > SCHEDULERS:
+            return self.odd
+        return min(n for n in range(1, self.odd + 1) if self.odd % n == 0 and self.odd // n <= 4)
+
 
 def transform_of(length: int) -> Transform | None:
     """None where the odd part is too large: then a dense product inverts it."""
@@ -66,8 +80,9 @@ def transform_of(length: int) -> Transform | None:
     if odd > LARGEST_ODD:
         return None
     # One output of the odd part is transformed while all its inputs stay in registers: about
-    # 40 complex numbers a thread leave room to work with.
-    limit = 16
+    # 40 complex numbers a thread leave room to work with. Short transforms are waited for, not
+    # worked on: a small radix spreads them over more warps.
+    limit = 4 if length <= SHORT else 8
     while limit > 2 and odd * limit > 40:
         limit //= 2
     return Transform(length, odd, power, limit)
@@ -278,8 +293,13 @@ def assembly_sizes(folded: FoldedConv, spectrum: KernelSpectrum) -> AssemblySize
     )
 
 
-def _of_transform(transform: Transform) -> dict[str, int]:
-    return {"odd": transform.odd, "power": transform.power, "limit": transform.limit}
+def _of_transform(transform: Transform, warps: int) -> dict[str, int]:
+    return {
+        "odd": transform.odd,
+        "power": transform.power,
+        "limit": transform.limit,
+        "outputs": transform.outputs(warps),
+    }
 
 
 def row_pairs(sizes: AssemblySizes) -> int:
@@ -325,9 +345,10 @@ def row_launch(sizes: AssemblySizes) -> KernelLaunch:
         constants = common | {"rows": sizes.rows, "block": DENSE_BLOCK}
         blocks = sizes.tiles, -(-sizes.rows // DENSE_BLOCK)
         return KernelLaunch("dense_row_kernel", arguments, constants, blocks, 4)
-    constants = common | _of_transform(transform)
     warps = warps_for(transform.block * sizes.width, most=16)
-    return KernelLaunch("row_kernel", arguments, constants, (sizes.tiles, 1), warps)
+    constants = common | _of_transform(transform, sizes.tiles * warps)
+    blocks = sizes.tiles, transform.odd // int(constants["outputs"])
+    return KernelLaunch("row_kernel", arguments, constants, blocks, warps)
 
 
 def column_launch(
@@ -363,7 +384,8 @@ def column_launch(
         blocks = row_blocks, -(-sizes.in_channels // DENSE_BLOCK) * width
         launch = KernelLaunch("dense_column_kernel", arguments, constants, blocks, 4)
         return launch.typed(weight=dtype)
-    constants |= _of_transform(transform) | {"pairs": row_block // 2}
     warps = warps_for(transform.block * row_block // 2, most=16)
-    launch = KernelLaunch("column_kernel", arguments, constants, (row_blocks, 1), warps)
+    constants |= _of_transform(transform, row_blocks * warps) | {"pairs": row_block // 2}
+    blocks = row_blocks, transform.odd // int(constants["outputs"])
+    launch = KernelLaunch("column_kernel", arguments, constants, blocks, warps)
     return launch.typed(weight=dtype)

@@ -64,6 +64,16 @@ def test_a_transform_is_its_length(length):
         assert transform.odd * min(transform.limit, transform.power) <= 64
 
 
+@pytest.mark.parametrize(
+    ("odd", "few", "many"), [(1, 1, 1), (3, 1, 3), (5, 5, 5), (9, 3, 9), (27, 9, 27)]
+)
+def test_few_programs_share_the_odd_outputs_among_more(odd, few, many):
+    transform = transform_of(32 * odd)
+    assert transform is not None
+    assert transform.outputs(100) == few
+    assert transform.outputs(10_000) == many
+
+
 def test_a_kernel_wider_than_the_odd_part_divides_is_dense():
     assert column_transform(36, 2) is None
     assert column_transform(36, 4) is None
