@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fdconv_deploy.folding.cuda.fork import Fork
 from fdconv_deploy.ops import launch as kernel_launch
 from fdconv_deploy.ops.launch import KernelLaunch
 
@@ -48,7 +49,8 @@ class Launched:
 
     operator: PyTorch's, or the Triton kernel's name. read, written: bytes of its tensors. product:
     of a product or convolution (matrices, rows, columns, inner length). launch, batch: of a Triton
-    kernel.
+    kernel. beside: whether it runs on a stream beside those that come after it, until a
+    convolution or product joins them.
     """
 
     operator: str
@@ -57,6 +59,7 @@ class Launched:
     product: tuple[int, int, int, int] | None = None
     launch: KernelLaunch | None = None
     batch: int = 1
+    beside: bool = field(default_factory=lambda: Fork.active)
 
 
 def launches(network: nn.Module, x: Tensor) -> list[Launched]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.bands import FoldedBands
+from fdconv_deploy.folding.cuda.fork import Fork
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.ops.attention.launch import GateSizes
 from fdconv_deploy.ops.attention.torch_op import attend, finish_convolution, pool
@@ -269,12 +270,18 @@ class FusedConv2d(nn.Module):
             )
         memory = torch.channels_last if self.channels_last else torch.contiguous_format
         x = x.contiguous(memory_format=memory)
-        modulated = x if self.bands is None else self.bands(x)
+        fork = Fork(x.device)
+        modulated = x
+        if self.bands is not None:
+            with fork:
+                modulated = self.bands(x)
         kernels = None
         if self.dynamic:
             if partial is None:
                 partial = pool(x, self.get_buffer("hidden"))
             kernels = self.kernels(*self.attention(partial))
+        if self.bands is not None:
+            fork.join()
         return self.convolution.run(modulated, kernels, shortcut, hidden, relu)
 
 

@@ -90,11 +90,11 @@ def fuse_network(
         raise ExportError("the network is in training mode; call .eval() before fusing it.")
     if not interpreting():
         require_cuda()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if folded is None:
         folded = fold_layers(network, example)
-    fused = trace_fused(network, example, folded, dtype, channels_last)
-    return FusedNetwork(fused.to(device), dtype, channels_last, tuple(example.shape)).eval()
+    fused = trace_fused(network, example, folded, dtype, channels_last, device)
+    return FusedNetwork(fused, dtype, channels_last, tuple(example.shape)).eval()
 
 
 WARM_UP = 3

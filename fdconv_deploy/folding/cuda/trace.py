@@ -72,14 +72,16 @@ def trace_fused(
     folded: Mapping[str, FoldedConv],
     dtype: torch.dtype,
     channels_last: bool,
+    device: torch.device,
 ) -> nn.Module:
-    """The traced network, its constants on the CPU.
+    """The traced network on a device.
 
     Args:
         network: in eval mode; not changed.
         example: its shape is the traced network's.
         folded: `fold_layers` of both.
         dtype, channels_last: as of `fuse_network`.
+        device: where it runs.
 
     Raises:
         ExportError: torch cannot trace the network.
@@ -95,7 +97,11 @@ def trace_fused(
     traced = program.module(check_guards=False)
     assert isinstance(traced, fx.GraphModule)
     _Fusing(network, traced, folded, dtype, channels_last).run()
-    return fx.GraphModule(traced, traced.graph)  # of no export any more, with what is used alone
+    for node in traced.graph.nodes:
+        if "device" in node.kwargs:  # where it was traced
+            node.update_kwarg("device", device)
+    # Of no export any more, with what is used alone.
+    return fx.GraphModule(traced, traced.graph).to(device)
 
 
 def _only_reader(node: fx.Node) -> fx.Node | None:

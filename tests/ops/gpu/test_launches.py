@@ -11,7 +11,8 @@ from torch import nn
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed (pip install triton)", allow_module_level=True)
 
-from benchmarks.gpu.launches import count_launches, launches
+from benchmarks.gpu.launches import count_launches, launches, without_gpu
+from fdconv_deploy.nn import FDConv2d
 
 
 def test_views_and_memory_are_no_kernels():
@@ -36,3 +37,33 @@ def test_a_product_counts_its_matrices():
     (one,) = launches(nn.Linear(4, 7, bias=False), x)
     assert one.product == (1, 15, 7, 4)
     assert one.written == 4 * 15 * 7
+
+
+def test_bands_run_beside_their_layers_attentions_and_assembly():
+    from fdconv_deploy.folding.cuda import fuse_network
+
+    network = nn.Sequential(nn.Conv2d(3, 24, 1), FDConv2d(24, 24, 3, padding=1, kernel_num=4))
+    x = torch.zeros(1, 3, 12, 12)
+    with without_gpu():
+        fused = fuse_network(network.eval(), x, dtype=torch.float16, channels_last=True)
+    found = [(one.operator, one.beside) for one in launches(fused, x)]
+    kernels = ["project_rows_kernel", "filter_columns_kernel", "modulate_rows_kernel"]
+    beside = [(name, True) for name in ("convolution", *kernels)]
+    assert [one for one in found if one[1]] == beside
+    last = found.index(beside[-1])
+    after = ["gates_kernel", "row_kernel", "column_kernel", "convolution", "finish_kernel"]
+    assert found[last + 1 :] == [(name, False) for name in after]
+
+
+def test_what_a_network_makes_as_it_runs_is_made_where_it_runs():
+    class Network(nn.Module):
+        def forward(self, x):
+            return x + torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
+
+    from fdconv_deploy.folding.cuda.trace import trace_fused
+
+    meta = torch.device("meta")
+    x = torch.zeros(1, 2, 3, 4)
+    traced = trace_fused(Network().eval(), x, {}, torch.float16, False, meta)
+    answer = traced(x.to(meta, torch.float16))
+    assert (answer.device, answer.dtype, answer.shape) == (meta, torch.float16, x.shape)
