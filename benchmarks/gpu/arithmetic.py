@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ RATES = {"H100": 3.0e12, "H200": MEMORY}
 START = (
     2e-6  # s from a kernel's start to the next one's in a CUDA graph, if it does next to nothing
 )
+# The same where a kernel of this package starts while the one before it ends: assumed.
+START_EARLY = 1.2e-6
 CLOCK = 1.755e9  # Hz under load
 MULTIPROCESSORS = 132
 SCHEDULERS = 4  # of a multiprocessor; each issues one instruction a cycle
@@ -66,7 +67,7 @@ class Kernel:
     operator: PyTorch's or the Triton kernel's name. count: launches. read, written: bytes of one.
     product: matrices, rows, columns and inner length. programs, warps: of one launch, and warps of
     a program. registers: of a thread. resident: programs that a multiprocessor holds.
-    instructions: of a warp.
+    instructions: of a warp. early: whether it starts while the kernel before it ends.
     """
 
     operator: str
@@ -79,10 +80,16 @@ class Kernel:
     registers: int | None = None
     resident: int | None = None
     instructions: int | None = None
+    early: bool = False
+
+    @property
+    def start(self) -> float:
+        """Seconds that it takes if it does next to nothing."""
+        return START_EARLY if self.early else START
 
     def seconds(self, gpu: str) -> float:
         """Predicted time of one launch."""
-        return START + max((self.read + self.written) / RATES[gpu], self.work)
+        return self.start + max((self.read + self.written) / RATES[gpu], self.work)
 
     @property
     def work(self) -> float:
@@ -103,33 +110,53 @@ class Kernel:
         return max(issued, alone) / CLOCK
 
 
-def counted(kernel_num: int | None) -> list[Kernel]:
-    """The kernels of a fused half-precision ResNet-50, 512×512, batch 1; those alike together."""
+def counted(kernel_num: int | None) -> dict[str, Any]:
+    """The kernels of a fused half-precision ResNet-50, 512×512, batch 1; those alike together.
+
+    Returns:
+        ``kernels``, and ``forks``: places of kernels on a stream beside, and of those meanwhile.
+    """
     from benchmarks.gpu.launches import resnet50
     from benchmarks.gpu.resources import resident_programs, resources, trips, warp_instructions
     from fdconv_deploy.ops.compile_kernels import compile_kernel
 
-    alike: Counter[Any] = Counter()
+    places: dict[Any, int] = {}
+    found: list[dict[str, Any]] = []
+    forks: list[list[list[int]]] = []
+    joined, follows = True, {False: False, True: False}
     for one in resnet50(kernel_num):
         constants = None if one.launch is None else tuple(sorted(one.launch.constants.items()))
-        alike[one, constants] += 1
-    found = []
-    for (one, _), count in alike.items():
-        kernel = Kernel(one.operator, count, one.read, one.written, one.product)
-        if one.launch is not None:
-            compiled = compile_kernel(one.launch, 90)
-            used = resources(compiled)
-            assert used.spill_stores == used.spill_loads == 0, f"{one.operator} spills"
-            kernel = Kernel(
-                one.operator, count, one.read, one.written,
-                programs=math.prod(one.launch.grid(one.batch)),
-                warps=-(-compiled.threads // 32),
-                registers=used.registers,
-                resident=resident_programs(used, compiled),
-                instructions=warp_instructions(compiled, trips(one.launch)),
-            )  # fmt: skip
-        found.append(kernel)
-    return found
+        if one.beside and joined:
+            joined, follows = False, {False: False, True: False}
+            forks.append([[], []])
+        # Only behind another of these kernels, which lets it, and on the same stream.
+        early = one.launch is not None and follows[one.beside]
+        follows[one.beside] = one.launch is not None
+        key = one, constants, early
+        if key not in places:
+            places[key] = len(found)
+            kernel = Kernel(one.operator, 0, one.read, one.written, one.product, early=early)
+            if one.launch is not None:
+                compiled = compile_kernel(one.launch.early(), 90)
+                used = resources(compiled)
+                assert used.spill_stores == used.spill_loads == 0, f"{one.operator} spills"
+                kernel = replace(
+                    kernel,
+                    programs=math.prod(one.launch.grid(one.batch)),
+                    warps=-(-compiled.threads // 32),
+                    registers=used.registers,
+                    resident=resident_programs(used, compiled),
+                    instructions=warp_instructions(compiled, trips(one.launch)),
+                )
+            found.append(asdict(kernel))
+        found[places[key]]["count"] += 1
+        if one.beside:
+            forks[-1][0].append(places[key])
+        elif not joined:
+            joined = one.launch is None  # the convolution that reads both
+            if not joined:
+                forks[-1][1].append(places[key])
+    return {"kernels": found, "forks": forks}
 
 
 def count() -> dict[str, Any]:
@@ -137,19 +164,23 @@ def count() -> dict[str, Any]:
     import torch
     import triton
 
-    networks = {name: list(map(asdict, counted(groups))) for name, groups in NETWORKS.items()}
+    networks = {name: counted(groups) for name, groups in NETWORKS.items()}
     return {"torch": torch.__version__, "triton": triton.__version__, "networks": networks}
 
 
 def kernels_of(record: dict[str, Any], network: str) -> list[Kernel]:
     """A network's kernels in a record."""
-    rows = record["networks"][network]
+    rows = record["networks"][network]["kernels"]
     return [Kernel(**row | {"product": row["product"] and tuple(row["product"])}) for row in rows]
 
 
-def predicted(kernels: list[Kernel], gpu: str) -> float:
-    """Seconds of one image."""
-    return sum(kernel.count * kernel.seconds(gpu) for kernel in kernels)
+def predicted(record: dict[str, Any], network: str, gpu: str) -> float:
+    """Seconds of one image: of what runs side by side the longer counts."""
+    kernels = kernels_of(record, network)
+    total = sum(kernel.count * kernel.seconds(gpu) for kernel in kernels)
+    for sides in record["networks"][network]["forks"]:
+        total -= min(sum(kernels[place].seconds(gpu) for place in side) for side in sides)
+    return total
 
 
 def measured() -> tuple[str, dict[str, float]]:
@@ -173,13 +204,13 @@ def _networks(record: dict[str, Any]) -> str:
         launches = sum(k.count for k in kernels)
         moved = sum(k.count * (k.read + k.written) for k in kernels) / 1e6
         flops = sum(2 * k.count * math.prod(k.product) for k in kernels if k.product) / 1e9
-        times[name] = [predicted(kernels, gpu) * 1e3 for gpu in RATES]
+        times[name] = [predicted(record, name, gpu) * 1e3 for gpu in RATES]
         cells = [
             name,
             str(launches),
             f"{moved:,.0f}",
             f"{flops:.1f}",
-            f"{launches * START * 1e3:.2f}",
+            f"{sum(k.count * k.start for k in kernels) * 1e3:.2f}",
         ]
         lines.append("| " + " | ".join(cells + [f"{ms:.2f}" for ms in times[name]]) + " |")
     ratios = [f"{b / a:.2f}×" for a, b in zip(times["plain"], times["FDConv"], strict=True)]
@@ -249,7 +280,8 @@ graph, beside a plain ResNet-50 that `fuse_network` made as well.
 - **Instructions, registers, occupancy**: every Triton kernel is compiled for sm_90a, assembled by ptxas
   and disassembled; loops count as often as they run. None spills
   ([every target](../benchmarks/results/2026-11-22-kernel-resources.md)).
-- **Time of a kernel**: {START * 1e6:.0f} µs from its start to the next one's in a CUDA graph (assumed), and the longest of
+- **Time of a kernel**: {START * 1e6:.0f} µs from its start to the next one's in a CUDA graph, {START_EARLY * 1e6:.1f} where one of this package's
+  kernels starts while another one ends (both assumed), and the longest of
   - its tensors' bytes at the copy's rate: {RATES["H100"] / 1e12:.1f} TB/s on an H100, {RATES["H200"] / 1e12:.1f} on an H200. At batch 1 much of it stays in the
     second-level cache, which is faster: this counts against both networks alike;
   - of a product or convolution: tiles of {TILE}×{TILE}, one a multiprocessor at a time, at half of the tensor cores' rate
@@ -257,8 +289,8 @@ graph, beside a plain ResNet-50 that `fuse_network` made as well.
   - of a Triton kernel: instructions over {MULTIPROCESSORS} multiprocessors' {SCHEDULERS} schedulers at {CLOCK / 1e9:.3f} GHz, and no faster than one in {ALONE}
     cycles for each warp (assumed).
 
-The start of kernels is an upper bound for side streams: kernels that run beside each other are counted
-one after the other.
+A band modulation runs on a stream beside its layer's attentions and assembly: of the two, the longer
+counts. The sums by kernel below count both.
 
 ## By kernel
 
