@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fdconv_deploy.export.options import ExportOptions
     from fdconv_deploy.export.targets.onnx_file import OnnxFile, export_onnx
     from fdconv_deploy.export.targets.ultralytics import export_ultralytics
+    from fdconv_deploy.export.targets.web_page import export_web
 
 __all__ = [
     "ExportOptions",
@@ -19,6 +20,7 @@ __all__ = [
     "export_network",
     "export_onnx",
     "export_ultralytics",
+    "export_web",
 ]
 
 _HOMES = {
@@ -26,6 +28,7 @@ _HOMES = {
     "OnnxFile": "targets.onnx_file",
     "export_onnx": "targets.onnx_file",
     "export_ultralytics": "targets.ultralytics",
+    "export_web": "targets.web_page",
 }
 
 

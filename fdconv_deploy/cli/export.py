@@ -38,14 +38,18 @@ err = Console(stderr=True)
 def export(
     checkpoint: Checkpoint,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the bundle, or .onnx file, to write.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="What to write: the bundle's folder, or what --format says."
+        ),
     ],
     format_: Annotated[
-        Literal["bundle", "onnx"],
+        Literal["bundle", "onnx", "web"],
         typer.Option(
             "--format",
-            help="onnx: one self-contained file of standard operators, for other runtimes. Of "
-            "a checkpoint, or of a bundle's folder in its place.",
+            help="onnx: one self-contained file of standard operators, for other runtimes. web: a "
+            "folder with a page that segments in the browser. Both also of a bundle's folder in "
+            "the checkpoint's place.",
         ),
     ] = "bundle",
     size: Annotated[
@@ -121,6 +125,14 @@ def export(
             "--baseline", help="Take a network without FDConv layers, to compare speed with."
         ),
     ] = False,
+    onnxruntime_web: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="The npm package onnxruntime-web, of which web takes copies. Default: "
+            "node_modules/onnxruntime-web here or above.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -160,6 +172,12 @@ def export(
             from fdconv_deploy.export.targets.onnx_file import check_output
 
             check_output(output, overwrite=overwrite)
+        elif format_ == "web":
+            from fdconv_deploy.export.targets.web_page import check_web_output, find_onnxruntime_web
+
+            check_web_output(output, overwrite=overwrite)
+            find_onnxruntime_web(onnxruntime_web)
+        if format_ != "bundle":
             _one_graph(options.sizes, batches)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fdconv-")), "it")
         if format_ != "bundle" and (checkpoint / "manifest.json").is_file():
@@ -199,8 +217,21 @@ def export(
                 progress=options.say,
                 **({} if opset is None else {"opset": opset}),
             )
+        elif format_ == "web":
+            from fdconv_deploy.export.targets.web_page import export_web
+
+            export_web(
+                bundle,
+                output,
+                onnxruntime_web=onnxruntime_web,
+                size=next(iter(options.sizes), None),
+                overwrite=overwrite,
+                progress=options.say,
+            )
     if format_ == "onnx":
         _print_file(file, as_json, quiet)
+    elif format_ == "web":
+        _print_page(output, as_json, quiet)
     elif as_json:
         print(bundle.manifest.model_dump_json(indent=2))
     elif not quiet:
@@ -213,9 +244,9 @@ def _one_graph(sizes: Sequence[object], batches: Sequence[object] | None) -> Non
 
     if len(sizes) > 1 or len(batches or ()) > 1:
         raise ExportError(
-            "an .onnx file has one graph: give one --size and one --batch. Of several, export a "
-            "bundle, then a file of each of its graphs: fdconv export BUNDLE --format onnx "
-            "--size HEIGHTxWIDTH --batch N."
+            "an .onnx file or a page has one graph: give one --size and one --batch. Of several, "
+            "export a bundle, then each of its graphs: fdconv export BUNDLE --format onnx --size "
+            "HEIGHTxWIDTH --batch N."
         )
 
 
@@ -239,6 +270,18 @@ def _print_file(file: OnnxFile, as_json: bool, quiet: bool) -> None:
             f"{file.path}: {megabytes:.1f} MB, {file.nodes} nodes of standard operators, opset "
             f"{file.opset}. Largest difference from the bundle's graph in ONNX Runtime: "
             f"{file.max_rel:.1e} of the largest value.",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _print_page(folder: Path, as_json: bool, quiet: bool) -> None:
+    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if as_json:
+        print(json.dumps({"path": str(folder), "bytes": total}, indent=2))
+    elif not quiet:
+        Console().print(
+            f"{folder}: a page of {total / 1e6:.1f} MB that fetches nothing from elsewhere.\nNext: "
+            f"python -m http.server -d {shlex.quote(str(folder))}, then open http://localhost:8000",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
 

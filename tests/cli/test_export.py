@@ -52,7 +52,10 @@ def test_bundle_becomes_an_onnx_file(bundle, monkeypatch, capfd, tmp_path):
     ("given", "message"),
     [
         (["--fit", "pad", "--mode", "whole"], "in which --mode, --fit was settled"),
-        (["--batch", "1,4"], "an .onnx file has one graph: give one --size and one --batch"),
+        (
+            ["--batch", "1,4"],
+            "a page has one graph: give one --size and one --batch",
+        ),
         (["--opset", "12"], "the opset is 13 to"),
         (["--batch", "3"], "no graph of batch size 3; it has 1, 4"),
     ],

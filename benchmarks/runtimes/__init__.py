@@ -1,0 +1,1 @@
+"""What other runtimes make of exported networks: ``python -m benchmarks.runtimes``."""

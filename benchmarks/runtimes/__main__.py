@@ -1,0 +1,272 @@
+"""Which runtimes take an exported network: ``python -m benchmarks.runtimes --environments DIR``.
+
+Exports the packaged segmentor and detector, as a bundle and as an .onnx file, and runs both on
+held-out scenes in each runtime, each at a pinned version in an environment of its own below DIR,
+which is made once. Prints a Markdown table of the largest difference from ONNX Runtime in this
+process, of the largest value; a dash where the runtime refuses, with its last words below.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.options import script
+from benchmarks.records import write_json
+from fdconv_deploy.demo import held_out, packaged_checkpoint, packaged_detector
+from fdconv_deploy.export import export_checkpoint, export_onnx
+from fdconv_deploy.runtime import open_session, read_image
+from fdconv_deploy.runtime.postprocessing import logit_map
+
+HERE = Path(__file__).parent
+SIZE = (192, 256)
+SCENES = 3
+LIMIT_S = 900
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime in an environment of its own.
+
+    Attributes:
+        title: what the table calls it.
+        runs: the function of run.py that runs it, or the npm package that run.mjs does.
+        packages: what is installed, its version pinned, with pip's options; the last first, and
+            the first is the runtime.
+        note: how it has to be asked.
+        detects: whether a detector is tried.
+    """
+
+    title: str
+    runs: str
+    packages: tuple[str, ...]
+    note: str = ""
+    detects: bool = True
+
+    @property
+    def version(self) -> str:
+        return self.packages[0].replace("==", "@").rpartition("@")[2]
+
+    @property
+    def node(self) -> bool:
+        return self.runs.startswith("onnxruntime-")
+
+    def install(self, folder: Path) -> Path:
+        """Make the environment, or find it made; the program to start in it."""
+        place = folder / f"rt-{self.runs}-{self.version}"
+        program = Path(shutil.which("node") or "node") if self.node else place / "bin/python"
+        if (place / "installed").exists():
+            return program
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        if self.node:
+            # onnxruntime-node's script fetches CUDA libraries from elsewhere.
+            command: list[Any] = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"]
+            _checked([*command, "--prefix", place, *self.packages])
+        else:
+            _checked([sys.executable, "-m", "venv", place])
+            # One by one: torch first and by itself, or pip picks a build of several gigabytes.
+            for package in ("numpy", *self.packages[::-1]):
+                _checked([program, "-m", "pip", "install", "--quiet", *package.split()])
+        (place / "installed").touch()
+        return program
+
+    def run(self, folder: Path, model: Path, scenes: Path, names: Sequence[str]) -> str:
+        """Run a file on every scene, whose answers lie beside them; why not, or nothing."""
+        program = self.install(folder)
+        command = [program, HERE / "run.py", self.runs, model, scenes, *names]
+        if self.node:
+            command = [program, HERE / "run.mjs", self.runs, model, scenes]
+        cwd = folder / f"rt-{self.runs}-{self.version}" if self.node else scenes
+        try:
+            done = subprocess.run(
+                list(map(str, command)), cwd=cwd, capture_output=True, text=True,
+                timeout=LIMIT_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"not done after {LIMIT_S} s"
+        return "" if done.returncode == 0 else _last_words(done.stderr or done.stdout)
+
+
+def _ort(version: str, note: str = "") -> Runtime:
+    return Runtime("ONNX Runtime", "onnxruntime", (f"onnxruntime=={version}",), note)
+
+
+RUNTIMES = (
+    _ort("1.20.1"),
+    _ort("1.24.4"),
+    _ort("1.25.1"),
+    _ort("1.32.0"),
+    Runtime("ONNX Runtime, Node.js", "onnxruntime-node", ("onnxruntime-node@1.30.0",),
+            "a bundle's `weights.bin` as `externalData`; install with `--ignore-scripts`"),
+    Runtime("ONNX Runtime, web (wasm)", "onnxruntime-web", ("onnxruntime-web@1.30.0",),
+            "a bundle's `weights.bin` as `externalData`"),
+    Runtime("onnx.reference", "reference", ("onnx==1.23.2",), "for checking; slow"),
+    Runtime("OpenVINO", "openvino", ("openvino==2026.4.1",), "`INFERENCE_PRECISION_HINT=f32`"),
+    Runtime("tract", "tract", ("tract==0.23.9",), "input facts set to the file's shapes"),
+    Runtime("IREE", "iree", ("iree-base-runtime==3.13.0", "iree-base-compiler==3.13.0", "onnx==1.23.2"),
+            "target `llvm-cpu`"),
+    Runtime("TVM", "tvm", ("apache-tvm==0.27.0.post1", "onnx==1.23.2"), "Relax importer, target `llvm`"),
+    Runtime("MNN", "mnn", ("MNN==3.6.1",),
+            "`precision: high` and `WINOGRAD_MEMORY_LEVEL` 0 (else 2e-4)"),
+    Runtime("TensorRT-RTX, parsed and built", "tensorrt_rtx",
+            ("tensorrt-rtx-cu13-libs==1.7.1.116", "tensorrt-rtx-cu13-bindings==1.7.1.116"),
+            "no GPU here, so not run"),
+    Runtime("ncnn", "ncnn", ("--no-deps ncnn==1.0.20261020", "--no-deps pnnx==20261020"), "by pnnx, fp16 off"),
+    Runtime("OpenCV DNN", "opencv", ("opencv-python-headless==5.0.0.93",)),
+    Runtime("Ultralytics", "ultralytics",
+            ("--no-deps ultralytics==8.4.190",
+             "ultralytics-thop==2.2.3 matplotlib polars psutil pyyaml requests scipy",
+             "opencv-python-headless==5.0.0.93 onnxruntime==1.32.0",
+             "torchvision==0.29.1", "torch==2.14.1"),
+            "`YOLO(file, task=\"semantic\")`; its predictor divides by 255 and knows no `mean`, so "
+            "feed `AutoBackend` normalised images", False),
+    Runtime("MMDeploy SDK", "mmdeploy", ("mmdeploy-runtime==1.3.1", "numpy<2"),
+            "`deploy.json` and `pipeline.json` as in run.py; its ONNX Runtime is 1.15.1", False),
+    Runtime("Netron", "netron", ("netron==9.3.3", "playwright==1.65.2"), "drawn in Chromium"),
+)  # fmt: skip
+
+
+def _checked(command: Sequence[Any]) -> None:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{command[-1]}: {done.stderr[-2000:]}")
+
+
+def _last_words(text: str) -> str:
+    """The sentence of a failure: its last line that names an error, else its last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = [line for line in lines if re.match(r"[\w.]*(Error|Fail|NotImplemented)\w*\b.*:", line)]
+    words = (said or lines or ["it gave no reason"])[-1]
+    return words if len(words) < 300 else f"{words[:300]}…"
+
+
+def write_scenes(session: Any, folder: Path) -> list[Arrays]:
+    """Held-out scenes as the network's inputs, for both kinds of readers, and the answers."""
+    folder.mkdir()
+    expected = []
+    for number, (picture, _) in enumerate(held_out()[:SCENES]):
+        prepared = session.images.prepare(read_image(picture)).inputs
+        feeds = {name: value[None] for name, value in prepared.items()}
+        np.savez(folder / f"scene{number}.npz", **feeds)
+        described = {}
+        for name, value in feeds.items():
+            file = f"scene{number}.{name}.bin"
+            (folder / file).write_bytes(np.ascontiguousarray(value).tobytes())
+            described[name] = {"file": file, "shape": value.shape}
+        (folder / f"scene{number}.json").write_text(json.dumps(described))
+        expected.append(session.run_raw(feeds))
+    return expected
+
+
+def read_answers(folder: Path, number: int) -> dict[str, NDArray[Any]]:
+    """One scene's answers, as either kind of reader wrote them."""
+    described = folder / f"answer{number}.json"
+    if not described.exists():
+        with np.load(folder / f"answer{number}.npz") as stored:
+            return dict(stored)
+    return {
+        name: np.frombuffer((folder / one["file"]).read_bytes(), one["type"]).reshape(one["shape"])
+        for name, one in json.loads(described.read_text()).items()
+    }
+
+
+def difference(found: Arrays, expected: Arrays) -> float | str:
+    """The largest, of the largest value of each output; of a detector's, up to its ``count``."""
+    if not found:
+        return "built"
+    worst = 0.0
+    for name, right in expected.items():
+        here = found.get(name)
+        if name == "logits" and here is not None and here.shape[2:] == SIZE:  # at the image's size
+            right = logit_map(right[0], SIZE, SIZE, SIZE, align_corners=False)[None]
+        if here is None or here.shape != right.shape:
+            return "other shapes"
+        if right.dtype.kind != "f":
+            if not np.array_equal(here, right):
+                return "other objects"
+            continue
+        if "count" in expected and name != "count":
+            count = int(expected["count"][0])
+            here, right = here[:, :count], right[:, :count]
+        off = np.abs(here.astype(np.float64) - right).max(initial=0.0)
+        worst = max(worst, float(off) / float(np.abs(right).max(initial=0.0) or 1.0))
+    return worst if np.isfinite(worst) else "not finite"
+
+
+def measure(runtime: Runtime, folder: Path, model: Path, expected: Sequence[Arrays]) -> Any:
+    """The largest difference over the scenes, or why the runtime refuses."""
+    with tempfile.TemporaryDirectory(dir=model.parent.parent) as name:
+        place = Path(name, "file")
+        shutil.copytree(model.parent, place)
+        scenes = place / "scenes"
+        shutil.copytree(model.parent.parent / f"scenes-{model.parent.name[:3]}", scenes)
+        refused = runtime.run(folder, place / model.name, scenes, list(expected[0]))
+        if refused:
+            return {"refused": refused.replace(f"{place}/", "")}
+        off = [difference(read_answers(scenes, n), right) for n, right in enumerate(expected)]
+    said = [one for one in off if isinstance(one, str)]
+    return said[0] if said else max(off)  # type: ignore[type-var]
+
+
+def main() -> None:
+    parser = script(__doc__, threads=False)
+    parser.add_argument("--environments", type=Path, required=True, help="made and kept here")
+    parser.add_argument("--only", nargs="*", help="names of run.py's functions, or npm packages")
+    parser.add_argument("--opset", type=int, default=18)
+    options = parser.parse_args()
+    chosen = [r for r in RUNTIMES if not options.only or r.runs in options.only]
+    rows, refusals = [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cases = {}
+        for kind, checkpoint in (("seg", packaged_checkpoint()), ("det", packaged_detector())):
+            bundle = export_checkpoint(checkpoint, folder / f"{kind}-bundle", size=SIZE)
+            file = folder / f"{kind}-file" / "model.onnx"
+            export_onnx(bundle, file, opset=options.opset)
+            with open_session(bundle, "onnxruntime-cpu", native=False) as session:
+                expected = write_scenes(session, folder / f"scenes-{kind}")
+            cases[f"{kind}-bundle"] = bundle.model_path(1), expected
+            cases[f"{kind}-file"] = file, expected
+        for runtime in chosen:
+            found = {
+                case: measure(runtime, options.environments.resolve(), *cases[case])
+                for case in ("seg-bundle", "seg-file", "det-file")
+                if runtime.detects or case != "det-file"
+            }
+            rows.append({"title": runtime.title, "version": runtime.version, **found,
+                         "note": runtime.note})  # fmt: skip
+            refusals += [
+                f"{runtime.title} {runtime.version}, {case}: {value['refused']}"
+                for case, value in found.items()
+                if isinstance(value, dict)
+            ]
+            print(f"{runtime.title} {runtime.version}: {found}", file=sys.stderr, flush=True)
+    print("| Runtime | version | bundle's graph | .onnx file | detector's .onnx file | how |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        cells = [row.get(case, "") for case in ("seg-bundle", "seg-file", "det-file")]
+        shown = [f"{c:.1e}" if isinstance(c, float) else c if isinstance(c, str) else "–"
+                 for c in cells]  # fmt: skip
+        print(f"| {row['title']} | {row['version']} | {' | '.join(shown)} | {row['note']} |")
+    print()
+    for line in refusals:
+        print(f"- {line}")
+    if options.json:
+        write_json(options.json, {"opset": options.opset, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

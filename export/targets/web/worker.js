@@ -1,0 +1,64 @@
+// Downloads the network and runs it, so that the page stays responsive.
+
+import { labels, normalise, place, resize } from "./segmentation.js";
+
+let ort;
+let network;
+let session;
+
+async function download(address, bytes) {
+  const response = await fetch(address);
+  if (!response.ok) throw new Error(`${address} cannot be read: status ${response.status}.`);
+  const parts = [];
+  let loaded = 0;
+  for (const reader = response.body.getReader(); ; ) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    parts.push(value);
+    loaded += value.length;
+    postMessage({ loaded: loaded / bytes });
+  }
+  if (loaded !== bytes) throw new Error(`${address} has ${loaded} bytes, expected ${bytes}: it was cut off or replaced.`);
+  return new Uint8Array(await new Blob(parts).arrayBuffer());
+}
+
+async function start(provider) {
+  network = await (await fetch("network.json")).json();
+  postMessage({ network });
+  const adapter = provider === "wasm" ? null : await self.navigator.gpu?.requestAdapter().catch(() => null);
+  const used = adapter ? "webgpu" : "wasm";
+  ort = await import(`./onnxruntime/ort.${used}.bundle.min.mjs`);
+  ort.env.wasm.wasmPaths = new URL("onnxruntime/", self.location).href;
+  // Threads share memory, which browsers allow only to pages served with COOP and COEP headers.
+  if (!self.crossOriginIsolated) ort.env.wasm.numThreads = 1;
+  const model = await download("model.onnx", network.bytes);
+  session = await ort.InferenceSession.create(model, { executionProviders: [used] });
+  postMessage({ ready: used, threads: used === "wasm" ? ort.env.wasm.numThreads : 0 });
+}
+
+async function segment(image) {
+  const size = [image.height, image.width];
+  const begin = performance.now();
+  const canvas = new OffscreenCanvas(image.width, image.height);
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.drawImage(image, 0, 0);
+  const pixels = context.getImageData(0, 0, image.width, image.height).data;
+  const covered = place(size, network);
+  const input = normalise(resize(pixels, size, covered), covered, network);
+  const prepared = performance.now();
+  const tensor = new ort.Tensor("float32", input, [1, 3, network.height, network.width]);
+  const { logits } = await session.run({ images: tensor });
+  const values = await logits.getData();
+  const ran = performance.now();
+  const found = labels(values, logits.dims.slice(1), network, covered, size);
+  const milliseconds = { preprocess: prepared - begin, inference: ran - prepared, postprocess: performance.now() - ran };
+  postMessage({ labels: found, size, milliseconds }, [found.buffer]);
+}
+
+// One after the other: a session runs one input at a time.
+let queue = Promise.resolve();
+onmessage = ({ data }) => {
+  queue = queue
+    .then(() => (data.image ? segment(data.image) : start(data.provider)))
+    .catch((error) => postMessage({ error: error.message ?? String(error) }));
+};
