@@ -9,6 +9,7 @@ process, of the largest value; a dash where the runtime refuses, with its last w
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -90,10 +91,12 @@ class Runtime:
         if self.node:
             command = [program, HERE / "run.mjs", self.runs, model, scenes]
         cwd = folder / f"rt-{self.runs}-{self.version}" if self.node else scenes
+        # Tools that install something by themselves find the environment's pip.
+        path = f"{program.parent}:{os.environ['PATH']}"
         try:
             done = subprocess.run(
                 list(map(str, command)), cwd=cwd, capture_output=True, text=True,
-                timeout=LIMIT_S, check=False,
+                timeout=LIMIT_S, check=False, env={**os.environ, "PATH": path},
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return f"not done after {LIMIT_S} s"
@@ -151,7 +154,9 @@ def _checked(command: Sequence[Any]) -> None:
 def _last_words(text: str) -> str:
     """The sentence of a failure: its last line that names an error, else its last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = [line for line in lines if re.match(r"[\w.]*(Error|Fail|NotImplemented)\w*\b.*:", line)]
+    said = [
+        line for line in lines if re.match(r"[\w.]*([Ee]rror|Fail|NotImplemented)\w*\b.*:", line)
+    ]
     words = (said or lines or ["it gave no reason"])[-1]
     return words if len(words) < 300 else f"{words[:300]}…"
 

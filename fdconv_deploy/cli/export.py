@@ -186,6 +186,7 @@ def export(
                 "--frequency-order": frequency_order != "auto", "--fit": fit != "stretch",
                 "--image": image, "--precision": precision != "fp32", "--tolerance": tolerance,
                 "--keep-fp32": keep_fp32, "--activations": activations != "unsigned",
+                "--baseline": baseline,
             }  # fmt: skip
             _refuse_with_bundle(checkpoint, [name for name, value in given.items() if value])
             bundle = Bundle.open(checkpoint, hold=True)
