@@ -133,6 +133,19 @@ def test_the_likeliest_anchors_keep_their_order():
     np.testing.assert_allclose(boxes, expected[0].numpy(), atol=1e-3)
 
 
+def test_a_graph_holds_no_anchors():
+    """Of a larger image it would hold megabytes."""
+    head = RPNHead(8, RPNHeadConfig(feat_channels=8, strides=(4,)), RPNTestConfig(nms_pre=100))
+    module = Wrapped(head, lambda m, x, sizes: m.propose([x], sizes))
+
+    def held(height: int, width: int) -> int:
+        inputs = torch.zeros(1, 8, height, width), torch.tensor([[64.0, 64.0]])
+        model = capture(module.eval(), inputs, input_names=["x", "s"], output_names=["y", "v"])
+        return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+
+    assert held(16, 24) == held(32, 48)
+
+
 X = torch.zeros(2, 18, 17, 23)
 
 

@@ -72,12 +72,13 @@ def set_apart(boxes: Tensor, groups: Tensor, scores: Tensor) -> Tensor:
 
     Args:
         boxes: ``(B, N, 4)`` float32.
-        groups: ``(N,)`` int64: level or class of each.
+        groups: ``(M,)`` int64: level or class of each; N = k·M boxes have these k times over.
         scores: ``(B, N)`` float32; those `EXCLUDED` do not count for the shift.
     """
     taking_part = torch.where((scores > EXCLUDED)[..., None], boxes, 0)
-    step = taking_part.amax(dim=(1, 2), keepdim=True) + 1
-    return boxes + groups.to(boxes)[:, None] * step
+    step = taking_part.amax(dim=(1, 2))[:, None, None, None] + 1
+    apart = boxes.unflatten(1, (-1, len(groups))) + groups.to(boxes)[:, None] * step
+    return apart.flatten(1, 2)
 
 
 # A box grows or shrinks at most this many times (mmdetection's wh_ratio_clip, 16/1000).
@@ -142,22 +143,26 @@ def base_anchors(stride: int, scales: Sequence[float], ratios: Sequence[float]) 
     return np.stack([-half * widths, -half * heights, half * widths, half * heights], axis=1)
 
 
-def grid_anchors(config: RPNHeadConfig, level: int, height: int, width: int) -> NDArray:
-    """All anchors of a pyramid level: row by row, at each position all its anchors.
+def anchors_at(places: Tensor, config: RPNHeadConfig, level: int, width: int) -> Tensor:
+    """Some anchors of a pyramid level, whose order is row by row, at each position all its anchors.
+
+    Computed from their places: a graph with all anchors of 800×1344 would keep 4 MB of them.
 
     Args:
+        places: int64, of any shape.
+        config: has the strides, scales and ratios.
         level: index into ``config.strides``.
-        height: of the level's feature map, as ``width``.
+        width: of the level's feature map.
 
     Returns:
-        ``(height·width·A, 4)`` float32, x1 y1 x2 y2 in pixels of the network's input.
+        ``(..., 4)`` float32, x1 y1 x2 y2 in pixels of the network's input.
     """
     stride = config.strides[level]
-    x = np.arange(width, dtype=np.float32) * stride
-    y = np.arange(height, dtype=np.float32) * stride
-    columns, rows = np.meshgrid(x, y)
-    shifts = np.stack([columns, rows, columns, rows], axis=-1).reshape(-1, 1, 4)
-    return (shifts + base_anchors(stride, config.scales, config.ratios)).reshape(-1, 4)
+    base = torch.from_numpy(base_anchors(stride, config.scales, config.ratios)).to(places.device)
+    position = torch.div(places, len(base), rounding_mode="trunc")
+    row = torch.div(position, width, rounding_mode="trunc")
+    corner = torch.stack([position - row * width, row], dim=-1).to(base.dtype) * stride
+    return torch.cat([corner, corner], dim=-1) + base[places % len(base)]
 
 
 # The score of what is not to be chosen. Scores proper are probabilities.

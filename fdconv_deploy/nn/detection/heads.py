@@ -19,9 +19,9 @@ from fdconv_deploy.nn.detection.box_ops import (
     EXCLUDED,
     BestScores,
     NonMaxSuppression,
+    anchors_at,
     clip,
     decode,
-    grid_anchors,
     rows,
     set_apart,
 )
@@ -70,7 +70,7 @@ class RoIHead(nn.Module):
         boxes = clip(boxes.expand(-1, -1, classes, -1).reshape(batch, -1, 4), sizes)
         counts = (probabilities > self.test.score_thr) & valid[..., None]
         scores = torch.where(counts, probabilities, EXCLUDED).reshape(batch, -1)
-        label = torch.arange(classes, device=scores.device).repeat(count)
+        label = torch.arange(classes, device=scores.device)
         keep = self.suppression(set_apart(boxes, label, scores), scores)
         best, indices = self.best(torch.where(keep, scores, EXCLUDED))
         there = best > EXCLUDED
@@ -137,7 +137,7 @@ class RPNHead(nn.Module):
 
         Returns:
             Scores before the sigmoid, each ``(B, h·w·A)``, and deltas, each ``(B, h·w·A, 4)``,
-            float32, in the order of `grid_anchors`.
+            float32, in the order of `anchors_at`.
         """
         scores, deltas = [], []
         for x in features:
@@ -149,10 +149,12 @@ class RPNHead(nn.Module):
 
     def anchors(self, features: Sequence[Tensor]) -> list[Tensor]:
         """The anchors of each level, ``(h·w·A, 4)`` float32."""
-        return [
-            torch.from_numpy(grid_anchors(self.config, level, *x.shape[-2:])).to(x.device)
-            for level, x in enumerate(features)
-        ]
+        anchors = []
+        for level, x in enumerate(features):
+            height, width = x.shape[-2:]
+            places = torch.arange(height * width * self.config.num_anchors, device=x.device)
+            anchors.append(anchors_at(places, self.config, level, width))
+        return anchors
 
     def propose(self, features: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, Tensor]:
         """The regions to look at closer.
@@ -166,13 +168,12 @@ class RPNHead(nn.Module):
             bool; the others are zeros. P is ``max_per_img``, or all candidates if fewer.
         """
         scores, boxes, groups = [], [], []
-        anchors = self.anchors(features)
         for level, (logits, deltas) in enumerate(zip(*self(features), strict=True)):
             # A sigmoid, written out: near 1 ONNX Runtime's own operator is not monotone, and
             # the order of the likeliest anchors would be another.
             probabilities = 1 / (1 + (-logits).exp())
             best, indices = self.best_of_level(probabilities)
-            own = anchors[level][indices]
+            own = anchors_at(indices, self.config, level, features[level].shape[-1])
             boxes.append(decode(own, rows(deltas, indices), self.config.bbox_coder))
             scores.append(best)
             groups += [level] * best.shape[1]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdconv_deploy.config import BoxCoderConfig, RPNHeadConfig
-from fdconv_deploy.nn.detection.box_ops import base_anchors, clip, decode, encode, grid_anchors
+from fdconv_deploy.nn.detection.box_ops import anchors_at, base_anchors, clip, decode, encode
 from tests.reference import detection as reference
 
 RCNN = BoxCoderConfig(stds=(0.1, 0.1, 0.2, 0.2))
@@ -80,7 +80,7 @@ def test_clip_is_of_each_image():
 def test_anchors_of_mmdetections_example():
     """The docstring of its AnchorGenerator: stride 16, base size 9, two by two positions."""
     config = RPNHeadConfig(scales=(9 / 16,), ratios=(1.0,), strides=(16,))
-    assert grid_anchors(config, 0, 2, 2).tolist() == [
+    assert anchors_at(torch.arange(4), config, 0, 2).tolist() == [
         [-4.5, -4.5, 4.5, 4.5],
         [11.5, -4.5, 20.5, 4.5],
         [-4.5, 11.5, 4.5, 20.5],
@@ -96,6 +96,6 @@ def test_published_anchors():
     np.testing.assert_allclose(sizes[:, 1] / sizes[:, 0], [0.5, 1, 2], rtol=1e-6)
     # Positions row by row, and at each position all ratios; scales within ratios.
     wide = RPNHeadConfig(scales=(1.0, 2.0), ratios=(1.0, 4.0), strides=(8,))
-    grid = grid_anchors(wide, 0, 2, 3).reshape(2, 3, 4, 4)
+    grid = anchors_at(torch.arange(24), wide, 0, 3).reshape(2, 3, 4, 4).numpy()
     np.testing.assert_array_equal(grid[1, 2] - grid[0, 0], np.tile([16, 8, 16, 8], (4, 1)))
     assert (grid[0, 0, :, 2] - grid[0, 0, :, 0]).tolist() == [8, 16, 4, 8]

@@ -91,6 +91,12 @@ def test_excluded_boxes_take_no_part():
     assert shifted[0, 1].tolist() == [11, 11, 21, 21]  # not by what the excluded one reaches
 
 
+def test_groups_that_repeat():
+    boxes, scores = torch.rand(2, 6, 4) * 100, torch.rand(2, 6)
+    written_out = set_apart(boxes, torch.tensor([0, 1, 2, 0, 1, 2]), scores)
+    assert torch.equal(set_apart(boxes, torch.arange(3), scores), written_out)
+
+
 def test_images_are_apart():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]]).repeat(2, 1, 1)
     scores = torch.tensor([[0.5, 0.9, 0.1], [0.9, 0.5, 0.1]])
