@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.export.graph import build_graph, check_model
+from fdconv_deploy.export.graph import build_graph, check_model, number_values
 from fdconv_deploy.export.options import ExportOptions
 from fdconv_deploy.export.quantization.reduce_precision import Reduction
 from fdconv_deploy.export.source_network import SourceNetwork
@@ -34,8 +34,8 @@ from fdconv_deploy.runtime.bundle import Bundle, BundleWriter
 from fdconv_deploy.runtime.manifest import Manifest, ParityReport, SizedGraphs, TensorSpec
 from fdconv_deploy.version import __version__
 
-# Smaller tensors (shapes, biases tiled per batch size) stay in the graph itself.
-INLINE_BYTES = 1024
+# Smaller tensors (shapes) stay in the graph itself: to refer to a tensor takes some 60 bytes.
+INLINE_BYTES = 128
 # ONNX Runtime maps aligned tensors from the file; 64 is a cache line.
 ALIGNMENT = 64
 WEIGHTS = "weights.bin"
@@ -167,6 +167,8 @@ def _write_graphs(
             _validate(one, batch, exact, "fp32", TOLERANCES["fp32"])
             exact.unlink()
             one.reduction.apply(graph.model, batch)
+        if prefix:
+            number_values(graph.model, source.module)
         weights.take(graph.model)
         one.models[batch] = f"model.{prefix}b{batch}.onnx"
         onnx.save(graph.model, str(folder / one.models[batch]))

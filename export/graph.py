@@ -20,6 +20,7 @@ from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.network import foldable_layers
 from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET
 from fdconv_deploy.ops.function_body import functions_checked
+from fdconv_deploy.profiling.layer_names import label_nodes
 from fdconv_deploy.version import __version__
 
 # Of the ONNX file format: 8 brought functions, 10 is what torch's exporter writes.
@@ -103,6 +104,31 @@ def _finish(model: ModelProto, nodes: Nodes) -> None:
             f"the exported graph uses operators outside ONNX and {DOMAIN!r}: "
             f"{sorted(domains - {'', DOMAIN})}. Replace the module they come from."
         )
+
+
+def number_values(model: ModelProto, network: nn.Module) -> None:
+    """Number the values of a further input size's graph; those of the first have names.
+
+    Names would be a third of the graph's file, which is to be small beside the weights. Inputs,
+    outputs and constants of plain modules, by which nodes are known to be a module's, keep theirs.
+    """
+    graph = model.graph
+    if any(a.HasField("g") or a.graphs for node in graph.node for a in node.attribute):
+        return  # what a branch reads, it reads by name
+    constants = {tensor.name for tensor in graph.initializer}
+    kept = {value.name for value in (*graph.input, *graph.output)}
+    for node, label in zip(graph.node, label_nodes(model, foldable_layers(network)), strict=True):
+        if label.layer is None:
+            kept |= constants.intersection(node.input)
+    names = {name: name for name in ("", *kept)}
+
+    def number(name: str) -> str:
+        return names.setdefault(name, f"v.{len(names)}")
+
+    for node in graph.node:
+        node.input[:], node.output[:] = map(number, node.input), map(number, node.output)
+    for value in (*graph.value_info, *graph.initializer):
+        value.name = number(value.name)
 
 
 def check_model(path: str) -> None:

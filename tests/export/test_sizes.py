@@ -95,6 +95,8 @@ def test_the_commands(tmp_path, monkeypatch, capfd):
     assert code == 0, err
     assert "96x64, batch 1: The graph is the network." in out
     assert "nearest to their proportions" in out
+    weights, graph = (made / name for name in ("weights.bin", "model.96x64.b1.onnx"))
+    assert graph.stat().st_size < 0.05 * weights.stat().st_size
     code, out, err = fdconv(monkeypatch, capfd, "verify", made, checkpoint)
     assert code == 0, err
     assert "packaged pictures at 96x64: logits" in out
