@@ -6,6 +6,7 @@ transform of the plain layer's weights, as the published converter writes it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -26,7 +27,7 @@ from fdconv_deploy.checkpoints.loading import config_for, infer_config
 from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
 from fdconv_deploy.checkpoints.save import write_checkpoint
 from fdconv_deploy.config import BackboneConfig, FDConvConfig
-from fdconv_deploy.errors import CheckpointError, in_the_way
+from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError, in_the_way
 from fdconv_deploy.nn.backbones import build_backbone
 from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.nn.replace import set_equivalent
@@ -128,6 +129,9 @@ def convert_checkpoint(
                 "In Python, fdconv_deploy.nn.replace_convolutions takes any network."
             )
         backbone, text = _described(checkpoint, config_for(checkpoint, config), conv)
+        # Of no number in particular, what the published converter writes will do.
+        if equivalent or "kernel_num" in (arguments or {}):
+            _check_groups(state, conv)
         if not equivalent:
             given = "use_fdconv_if_c_gt" in (arguments or {})
             made = convert_state_dict(
@@ -178,6 +182,35 @@ def _conv(arguments: Mapping[str, Any]) -> FDConvConfig:
             f"FDConv argument {field}: {first['msg']}, got {first['input']!r}. Expected the "
             f"published layer's: {', '.join(FDConvConfig.model_fields)}."
         ) from None
+
+
+def _check_groups(state: Mapping[str, Tensor], conv: FDConvConfig) -> None:
+    """Refuse a number of groups that a layer's frequency bins do not divide by.
+
+    Raises:
+        UnsupportedLayerError: it names the layer, and the next lower number for all.
+    """
+    bins: dict[str, tuple[int, int]] = {}
+    for key in sorted(_known_to(state), key=list(state).index):
+        weight = state[key]
+        if _is_large(weight, conv.use_fdconv_if_c_gt, conv.use_fdconv_if_k_in):
+            height, width = weight.shape[2:] if weight.ndim == 4 else (1, 1)
+            kept = weight.shape[0] * height * (weight.shape[1] * width // 2 + 1)
+            kept = int(kept * conv.param_reduction) if conv.param_reduction < 1 else kept
+            groups = weight.shape[0] // 2 if conv.kernel_num is None else conv.kernel_num
+            bins[key.removesuffix(".weight")] = kept, groups
+    wrong = [name for name, (kept, groups) in bins.items() if groups > 0 and kept % groups]
+    if not wrong:
+        return
+    kept, groups = bins[wrong[0]]
+    usable = math.gcd(*(count for count, _ in bins.values()))
+    best = next(number for number in range(groups, 0, -1) if usable % number == 0)
+    others = f", nor those of {len(wrong) - 1} other layers" if len(wrong) > 1 else ""
+    raise UnsupportedLayerError(
+        f"kernel_num={groups} does not divide the {kept} frequency bins of {wrong[0]}{others}. "
+        f"Give one that divides those of every layer (the next lower is {best}), or leave layers "
+        "plain by a higher use_fdconv_if_c_gt."
+    )
 
 
 def _described(

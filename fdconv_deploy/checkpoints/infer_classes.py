@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from fdconv_deploy.checkpoints.evidence import (
@@ -39,6 +40,7 @@ def infer_classes(
     """
     classes = " or ".join(map(str, sorted(counts)))
     names, origin = _labels("classes", settings.evidence)
+    settings.evidence.notes += _doubts(names, origin, settings.evidence)
     found = settings.resolve(
         "classes",
         config=names,
@@ -73,15 +75,38 @@ def count_names(evidence: Evidence) -> int:
 
 def _labels(name: str, evidence: Evidence) -> tuple[Any, str]:
     """The list of that name in the checkpoint's meta or the config, and which of them has it."""
+    lists = (found for found in _stated(name, evidence) if isinstance(found[0], (list, tuple)))
+    return next(lists, (UNSET, "the config"))
+
+
+def _stated(name: str, evidence: Evidence) -> Iterator[tuple[Any, str]]:
+    """All there is under that name, the checkpoint's meta first, and which of them has it."""
     own = evidence.meta.get("dataset_meta")
     places = [(place, CHECKPOINT_META) for place in (own, evidence.meta)]
     places += [(evidence.config.section(*path), "the config") for path in _DATASETS]
     for section, origin in places:
         for key in (name, name.upper()):
             value = stated(section, key) if isinstance(section, Mapping) else UNSET
-            if value and isinstance(value, (list, tuple)):
-                return value, origin
-    return UNSET, "the config"
+            if value is not UNSET and value is not None and str(value) not in ("", "[]", "()"):
+                yield value, origin
+
+
+def _doubts(names: Any, origin: str, evidence: Evidence) -> Iterator[str]:
+    """What a user should look at where class names are stated."""
+    for value, where in _stated("classes", evidence):
+        if not isinstance(value, (list, tuple)):
+            yield (
+                f"The class names in {where} are {str(value)[:40]!r}, which is no list; they were "
+                "left out (--set 'classes=[…]' gives them)."
+            )
+            break
+    counts = Counter(map(str, () if names is UNSET else names))
+    name, count = max(counts.items(), key=lambda item: item[1], default=("", 1))
+    if count > 1:
+        yield (
+            f"{count} classes are named {name!r} in {origin}: names cannot tell them apart "
+            "(--set 'classes=[…]' gives others)."
+        )
 
 
 def _is_palette(value: Any, counts: Collection[int]) -> bool:

@@ -76,11 +76,22 @@ _ENTRIES = {
 
 
 def query_head_type(state: Shapes) -> QueryHeadType | None:
-    """Which of the two a head is by its names; None if it is neither."""
-    if not any(key.startswith("pixel_decoder.input_convs.") for key in state):
-        return None
-    found = (k for k, marks in _MARKS.items() if any(key.startswith(marks) for key in state))
-    return next(found, None)
+    """Which of the two a head is by its names; None if it is neither.
+
+    Raises:
+        CheckpointError: it is one, and its pixel decoder is missing.
+    """
+    if any(key.startswith("pixel_decoder.input_convs.") for key in state):
+        found = (k for k, marks in _MARKS.items() if any(key.startswith(marks) for key in state))
+        return next(found, None)
+    # Without it, both parts of one are enough.
+    for kind, marks in _MARKS.items():
+        if all(any(key.startswith(mark) for key in state) for mark in marks):
+            raise CheckpointError(
+                f"decode_head has {' and '.join(mark[:-1] for mark in marks)} as a {kind}, but no "
+                f"pixel_decoder.input_convs{_ADVICE}"
+            )
+    return None
 
 
 def infer_query_head(
@@ -236,7 +247,13 @@ def _maskdino(settings: Settings, state: Shapes, outputs: int, levels: int, deco
         (state[k].shape[0] for k in ("query_feat.weight", "query_embed.weight") if k in state),
         UNSET,
     )
-    settings.resolve("num_queries", exact=queries)
+    settings.resolve("num_queries", exact=queries, note="no weight shows it")
+    if settings.evidence.settings[-1].source == "published default":
+        settings.evidence.notes.append(
+            f"How many queries it makes of an image is in none of its weights: "
+            f"{settings.values['num_queries']} is assumed, and with another number its answers are "
+            "others. Give the network's config, or --set decode_head.num_queries=…."
+        )
     _attention(settings, state, "decoder", f"{decoder}.0.cross_attn", levels)
     settings.resolve("initialize_box_type", matters=two_stage)
     no_object = settings.values["no_object"]

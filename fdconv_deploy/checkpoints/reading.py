@@ -167,7 +167,7 @@ def _format(content: Mapping[Any, Any], meta: Mapping[str, Any]) -> Format:
 
 Container = Literal["torch zip", "pickle", "safetensors"]
 
-EXPECTED = "Expected a PyTorch checkpoint (.pth, .pt, .ckpt) or a .safetensors file"
+EXPECTED = "Expected a PyTorch checkpoint (.pth, .pt, .ckpt, .pkl) or a .safetensors file"
 
 # What people hand over by mistake: (first bytes, what it is, what to do).
 _MISTAKES = (

@@ -171,9 +171,9 @@ def unpickle(
             machine.step(opcode.name, argument)
     except (DamagedPickleError, HostilePickleError):
         raise
-    except (IndexError, KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError, AttributeError):
         # What the steps do with a stack that no pickler leaves behind.
-        raise DamagedPickleError(f"its pickle is not whole ({type(error).__name__})") from None
+        raise DamagedPickleError("bytes within its pickle are missing or changed") from None
     raise DamagedPickleError("its pickle has no end")
 
 

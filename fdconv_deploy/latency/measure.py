@@ -168,6 +168,7 @@ def _row(worker: Worker, series: Series, first: Series | None) -> Row:
         source=target.source,
         backend=backend if target.backend in ("auto", "http") else target.backend,
         choice=details.get("choice", ""),
+        network=details.get("network", ""),
         native=target.native,
         operators=details.get("operators", ""),
         device=opened["device"],

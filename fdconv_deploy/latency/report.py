@@ -44,6 +44,7 @@ class Row(TypedDict):
     source: str
     backend: str
     choice: str
+    network: str
     native: bool | None
     operators: str
     device: str
@@ -284,6 +285,10 @@ def notes(report: Report) -> Iterator[str]:
         )
     if any(_of_other_size(report, row) for row in rows):
         yield "No ratio where the input has another size than the first target's: other work."
+    networks = {row["network"]: target_name(row) for row in reversed(rows) if row["network"]}
+    if len(networks) > 1:
+        named = "; ".join(f"{name} is {network}" for network, name in reversed(networks.items()))
+        yield f"Different networks do different work, so their ratio is not an export's: {named}."
     if shared := machine.shared_machine(report["others_cpu"]):
         yield shared
     for one in report["skipped"]:

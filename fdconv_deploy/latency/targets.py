@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from fdconv_deploy.config import Preprocessing
+from fdconv_deploy.config import DetectorConfig, Preprocessing, ResNetConfig, SegmentorConfig
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime import BACKENDS, Bundle, GraphRunner, Session
 from fdconv_deploy.runtime.backends import NATIVE_BACKENDS, BackendOptions, select
@@ -30,6 +30,9 @@ from fdconv_deploy.sample_images.inputs import manifest_feeds, prepared_batch, s
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from fdconv_deploy.nn import Segmentor
+    from fdconv_deploy.nn.detection import Detector
 
 Kind = Literal["bundle", "checkpoint", "service", "call"]
 TORCH_BACKENDS = {
@@ -221,10 +224,12 @@ class Details(TypedDict, total=False):
     """What turned out when a target was opened: the backend and why, the input's size.
 
     ``manner``: on a GPU, its rounding, streams and synchronisation. ``engine``: TensorRT's file.
+    ``network``: see `_in_words`; not there where it is not known.
     """
 
     backend: str
     choice: str
+    network: str
     operators: str
     precision: str
     size: tuple[int, int] | None
@@ -263,6 +268,18 @@ def open_target(target: Target) -> OpenTarget:
     return opening[target.kind](target)
 
 
+def _in_words(architecture: SegmentorConfig | DetectorConfig) -> str:
+    """What a network is, whichever of its layers are FDConv: by it unrelated ones are told."""
+    backbone = architecture.backbone
+    size = backbone.depth if isinstance(backbone, ResNetConfig) else backbone.widths[0]
+    on = f"{backbone.type}-{size}"
+    if isinstance(architecture, DetectorConfig):
+        masks = "Faster" if architecture.mask_head is None else "Mask"
+        return f"{masks} R-CNN on {on}, {architecture.bbox_head.num_classes} classes"
+    head = architecture.decode_head
+    return f"{head.type} on {on}, {head.num_classes} classes"
+
+
 def _open_bundle(target: Target) -> OpenTarget:
     bundle, options = opened_bundle(target), target.options
     backend_options = BackendOptions(
@@ -277,6 +294,9 @@ def _open_bundle(target: Target) -> OpenTarget:
     details = Details(
         backend=session.backend, choice=choice, operators=backend.operators, size=size
     )
+    described = bundle.manifest.architecture or bundle.manifest.detector
+    if described is not None:
+        details["network"] = _in_words(described)
     if options.whole:
         image = _picture(session.input_size, session.preprocessing, options.image)
         ask = session.detect if session.detects else session.segment
@@ -366,7 +386,7 @@ def _open_service(target: Target) -> OpenTarget:
     return OpenTarget(run, "service", details)
 
 
-def load_network(target: Target) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def load_network(target: Target) -> tuple[Segmentor | Detector, tuple[Tensor, ...]]:
     """A checkpoint's network, in eval mode on the CPU, and the inputs that it is run on.
 
     Raises:
@@ -418,7 +438,8 @@ def _open_checkpoint(target: Target) -> OpenTarget:
     network, inputs = load_network(target)
     size = inputs[0].shape[2], inputs[0].shape[3]
     choice = f"PyTorch {torch.__version__}"
-    details = Details(backend=target.backend, choice=choice, size=size)
+    network_name = _in_words(network.architecture)
+    details = Details(backend=target.backend, choice=choice, network=network_name, size=size)
     if target.options.whole:
         return OpenTarget(_whole_request(target, network, size), "cpu", details)
     device = "cuda" if torch.cuda.is_available() else "cpu"

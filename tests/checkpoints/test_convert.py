@@ -404,6 +404,26 @@ def test_refusals(tmp_path: Path, state: Any, options: Any, hint: str) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["in.pth"]
 
 
+@pytest.mark.parametrize("equivalent", [False, True])
+def test_groups_that_do_not_divide_name_the_layer(tmp_path: Path, equivalent: bool) -> None:
+    """1×1 of 72 and 18 channels: 72 × 10 and 18 × 37 bins; of 3×3, 54 × 28."""
+    torch.save(plain_resnet(50, num_stages=1, out_indices=(0,)).state_dict(), tmp_path / "in.pth")
+    with pytest.raises(
+        UnsupportedLayerError,
+        match=r"kernel_num=64 does not divide the \d+ frequency bins of layer1\.0\.conv\d, nor "
+        r"those of \d+ other layers.* next lower is (\d+)\)",
+    ) as caught:
+        convert_checkpoint(
+            tmp_path / "in.pth", tmp_path / "out.pth", equivalent=equivalent,
+            arguments={"kernel_num": 64},
+        )  # fmt: skip
+    assert not (tmp_path / "out.pth").exists()
+    lower = int(str(caught.value).partition("lower is ")[2].partition(")")[0])
+    convert_checkpoint(
+        tmp_path / "in.pth", tmp_path / "out.pth", equivalent=True, arguments={"kernel_num": lower}
+    )
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     torch.save(plain_resnet(18, num_stages=2, out_indices=(0, 1)).state_dict(), tmp_path / "in.pth")
     with pytest.raises(CheckpointError, match="cannot be written"):

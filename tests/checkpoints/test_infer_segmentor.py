@@ -136,6 +136,21 @@ def test_segmentor_that_weights_describe_needs_no_config() -> None:
 
 
 @pytest.mark.parametrize(
+    ("classes", "says"),
+    [
+        ("road", "class names in the checkpoint's meta are 'road', which is no list"),
+        ({"road": 0}, "which is no list"),
+        (["road"] * 3, "3 classes are named 'road' in the checkpoint's meta"),
+        (["road", "car", "car"], "2 classes are named 'car'"),
+    ],
+)
+def test_class_names_that_tell_nothing_are_said(classes: Any, says: str) -> None:
+    meta = {"dataset_meta": {"classes": classes}}
+    found = infer_segmentor_config(shapes_of(small_architecture()), meta=meta)
+    assert any(says in note for note in found.notes), found.notes
+
+
+@pytest.mark.parametrize(
     ("meta", "values", "says"),
     [
         ({"CLASSES": ("a", "b")}, {}, r"meta says \('a', 'b'\), but the decode head makes 3"),

@@ -94,6 +94,16 @@ def test_network_of_detectron2_is_known_without_a_config(oracle: Path, name: str
     assert {"preprocessing.resample", "preprocessing.size_divisor"} <= assumed
 
 
+def test_number_of_queries_that_no_weight_shows_is_said(oracle: Path) -> None:
+    """Of a MaskDINO whose queries are chosen among the encoder's tokens."""
+    state = state_of(oracle, "maskdino_swin")
+    (note,) = (note for note in infer_config(state).notes if "queries" in note)
+    assert "300 is assumed" in note
+    assert "decode_head.num_queries" in note
+    config = read_config(config_file(oracle, "maskdino_swin"))
+    assert not [note for note in infer_config(state, config=config).notes if "queries" in note]
+
+
 @pytest.mark.parametrize("kind", ["fdconv", "plain"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_network_of_openmmlab_equals_it(oracle: Path, family: str, kind: str, proved: Any) -> None:
@@ -247,6 +257,8 @@ def test_copies_of_one_parameter_may_be_left_out_but_not_differ(
         ("mask2former_r50", "predictor.class_embed"),
         ("mask2former_r50", "pixel_decoder.mask_features"),
         ("mask2former_r50", "pixel_decoder.transformer.encoder.layers.0"),
+        ("mask2former_r50", "pixel_decoder"),
+        ("maskdino_r50", "pixel_decoder"),
         ("maskdino_r50", "predictor.decoder.layers.0"),
         ("maskdino_r50", "predictor.query_feat"),
         ("maskdino_r50", "predictor.decoder.ref_point_head"),

@@ -189,6 +189,11 @@ def test_truncated_files(tmp_path: Path) -> None:
             path.write_bytes(data[: int(len(data) * part)])
             with pytest.raises(CheckpointError, match=r"[Dd]ownload"):
                 read_checkpoint(path)
+    zoo = pickle.dumps({"model": {"stem.conv1.weight": np.zeros((8, 3, 7, 7), np.float32)}})
+    (tmp_path / "cut.pkl").write_bytes(zoo[:-60])
+    with pytest.raises(CheckpointError, match=r"(?s)missing or changed.*\.pkl\)") as caught:
+        read_checkpoint(tmp_path / "cut.pkl")
+    assert "Error" not in str(caught.value)
     whole = tmp_path / "a.safetensors"
     save_file(WEIGHTS, whole)
     (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:-5])

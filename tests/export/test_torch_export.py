@@ -201,6 +201,15 @@ def test_the_rest_is_plain_onnx(model):
     assert not any(n.metadata_props for n in model.graph.node)
 
 
+@torch.no_grad()
+def test_the_exporter_does_not_chatter(caplog):
+    """onnxscript warns of each constant operator of several outputs that it leaves."""
+    parts = Wired(lambda s, x: sum(s.a(p) for p in s.w.split(4)) + x, a=nn.Identity())
+    parts.w = nn.Parameter(torch.ones(8, 5))
+    capture(parts.eval(), torch.ones(4, 5), input_names=["x"], output_names=["y"])
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_what_torch_cannot_export_is_a_sentence():
     branching = Wired(lambda s, x: s.a(x) if x.sum() > 0 else x, a=dynamic()).eval()

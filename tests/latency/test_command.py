@@ -117,6 +117,8 @@ def test_inputs_of_other_sizes_have_no_ratio(toy_bundle, streets, tmp_path, monk
     titles, rows = cells(report)
     assert [row[titles.index("vs. first")] for row in rows] == ["1", "–", "1"]
     assert "No ratio where the input has another size" in out
+    assert "Different networks do different work" in out
+    assert "streets, onnxruntime-cpu" in out.partition("Different networks")[2]
     assert code == 1
     assert "batch 1: its input has another size than the first target's" in err
 

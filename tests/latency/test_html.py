@@ -15,7 +15,7 @@ from fdconv_deploy.latency.html import page
 def row(name: str, ms: float, **changes: object) -> dict:
     return {
         "kind": "bundle", "source": name, "backend": "onnxruntime-cpu", "choice": "",
-        "operators": "", "native": None,
+        "operators": "", "network": "", "native": None,
         "device": "cpu",
         "precision": "fp32", "batch": 1, "concurrency": 1, "size": [64, 96], "whole": False,
         "threads": 2, "runs": 100, "images_per_second": 1e3 / ms, "steady": True,
