@@ -57,8 +57,8 @@ def evaluate(
     annotations: Annotated[
         Path | None,
         typer.Option(
-            help="COCO's JSON of a detector's objects, in place of --masks; with --masks, the "
-            "folder of its PNGs, COCO's panoptic JSON."
+            help="COCO's JSON of objects, a detector's or a panoptic network's, in place of "
+            "--masks; with --masks, the folder of its PNGs, COCO's panoptic JSON."
         ),
     ] = None,
     against: Annotated[
@@ -107,7 +107,7 @@ def evaluate(
     """Score a network on labelled images: mIoU, accuracy and throughput in one run.
 
     A detector: box and mask AP, by COCO's own code, on objects annotated as COCO's are. A
-    panoptic network: PQ, by COCO's rule.
+    panoptic network: PQ, by COCO's rule, or box and mask AP of its objects.
     """
     from fdconv_deploy.evaluation.coco import find_coco
     from fdconv_deploy.evaluation.targets import open_targets

@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fdconv_deploy.config import SegmentorConfig
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.compare import Answer, Labels, Target
 from fdconv_deploy.runtime import Detection, Session, open_session
@@ -64,7 +66,8 @@ def open_targets(
 
     Args:
         paths: bundles' folders and checkpoint files.
-        detectors: whether all must be detectors, or segmentors.
+        detectors: whether all must give objects, as detectors and panoptic networks do, and be
+            asked for them; or else be segmentors.
         panoptic: whether all must be segmentors that answer with segments.
         mode: of segmentors, "whole" or "slide"; what each was tested in when not given.
         fit: of segmentors' bundles, and of checkpoints beside them; the first bundle's own when
@@ -98,17 +101,19 @@ def open_targets(
         targets = []
         for path in paths:
             if path in sessions:
-                targets.append(bundle_target(sessions[path], mode=mode, fit=fit, scales=scales))
+                described = sessions[path].bundle.manifest.architecture
+                target = bundle_target(sessions[path], mode=mode, fit=fit, scales=scales)
+                targets.append(_of_objects(target, described) if detectors else target)
                 continue
-            from fdconv_deploy.checkpoints import load_detector, load_segmentor
+            from fdconv_deploy.checkpoints import load_checkpoint, load_segmentor
             from fdconv_deploy.checkpoints.loading import recorded_weights
 
             if threads is not None:
                 import torch
 
                 torch.set_num_threads(threads)
-            recorded = first and recorded_weights(first.bundle.manifest, path)
-            network = (load_detector if detectors else load_segmentor)(
+            recorded = recorded_weights(first.bundle.manifest, path) if first else None
+            network = (load_checkpoint if detectors else load_segmentor)(
                 path,
                 config=config,
                 overrides=overrides,
@@ -117,18 +122,49 @@ def open_targets(
             )
             size, *others = first.sizes if first else (None,)
             own = first.bundle.manifest.fit if first else "stretch"
-            targets.append(
-                torch_target(
-                    network,
-                    path,
-                    size=size,
-                    other_sizes=others,
-                    mode=mode,
-                    fit=fit or own,
-                    scales=scales,
-                )
+            architecture = network.architecture
+            described = architecture if isinstance(architecture, SegmentorConfig) else None
+            target = torch_target(
+                network,
+                path,
+                size=size,
+                other_sizes=others,
+                mode=mode,
+                fit=fit or own,
+                scales=scales,
             )
+            targets.append(_of_objects(target, described) if detectors else target)
         yield targets
+
+
+def _of_objects(target: Target[Any], segmentor: SegmentorConfig | None) -> Target[Detection]:
+    """A target asked for objects: a panoptic network's instances, of the classes of things.
+
+    Args:
+        target: of a detector or a segmentor.
+        segmentor: None of a detector.
+    """
+    if segmentor is None:
+        return target
+    rule = segmentor.panoptic
+    if rule is None or not rule.instance_on:
+        raise FDConvError(
+            f"{target.name} gives no objects, which --annotations alone score: it is a segmentor"
+            + ("" if rule is None else " of panoptic segments, with panoptic.instance_on off")
+            + ". Give --images and --masks"
+            + ("." if rule is None else ", and --annotations.")
+        )
+    things = sorted(rule.thing_classes)
+    names = class_names(segmentor)
+    label_of = np.full(len(names), -1)
+    label_of[things] = range(len(things))
+
+    def instances(image: NDArray[Any]) -> Answer[Detection]:
+        answer = target.answer(image)
+        found = answer.found.instances
+        return replace(answer, found=replace(found, labels=label_of[found.labels]))
+
+    return replace(target, answer=instances, classes=tuple(names[thing] for thing in things))
 
 
 def _check_kind(path: Path, session: Session, detectors: bool, panoptic: bool) -> None:
@@ -137,12 +173,13 @@ def _check_kind(path: Path, session: Session, detectors: bool, panoptic: bool) -
             f"The bundle {path} gives no panoptic segments, which --annotations with --masks "
             "score. Of a detector give --annotations alone, of another segmentor --masks alone."
         )
-    if session.panoptic and not panoptic:
+    if session.panoptic and not panoptic and not detectors:
         raise FDConvError(
             f"The bundle {path} gives panoptic segments, which are scored on COCO's panoptic "
-            "files: give --annotations (the JSON), --masks (the folder of its PNGs) and --images."
+            "files: give --annotations (the JSON), --masks (the folder of its PNGs) and --images; "
+            "its objects are, on COCO's instances: give --annotations (their JSON) and --images."
         )
-    if detectors and not session.detects:
+    if detectors and not (session.detects or session.panoptic):
         raise FDConvError(
             f"The bundle {path} is of a {session.bundle.manifest.kind}, not of a detector, which "
             "alone is scored on annotated objects. Give --images and --masks."

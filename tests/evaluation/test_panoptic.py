@@ -106,6 +106,33 @@ def test_evaluate_says_what_a_panoptic_network_needs(bundle, data):
     assert "give --annotations (the JSON), --masks" in str(result.exception)
 
 
+def test_evaluate_scores_instances(bundle, data):
+    """On COCO's instances: the truth is the two best objects, so that nothing else is right."""
+    with open_session(bundle) as session:
+        found = session.segment(data / "images" / "a.png").instances.kept(most=2)
+        classes = session.classes[:2]
+    objects = [
+        {"id": number + 1, "image_id": 1, "category_id": label + 5, "iscrowd": 0,
+         "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "segmentation": rle}
+        for number, (label, (x1, y1, x2, y2), rle) in enumerate(
+            zip(found.labels.tolist(), found.boxes.tolist(), found.rle(), strict=True)
+        )
+    ]  # fmt: skip
+    file = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 60}],
+        "annotations": objects,
+        "categories": [{"id": number + 5, "name": name} for number, name in enumerate(classes)],
+    }
+    path = data / "instances.json"
+    path.write_text(json.dumps(file))
+    command = ["evaluate", str(bundle), "--images", str(data / "images"), "--json"]
+    result = CliRunner().invoke(app, [*command, "--annotations", str(path)])
+    assert result.exit_code == 0, result.output
+    (side,) = json.loads(result.stdout)["sides"]
+    assert side["box"]["ap"] == side["mask"]["ap"] == 1, side
+    assert [one["name"] for one in side["classes"]] == list(classes)
+
+
 @pytest.mark.parametrize(
     ("field", "says"), [("id", "no pixel of segment 99"), ("category_id", "no category 99")]
 )
