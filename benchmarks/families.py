@@ -5,6 +5,12 @@ file and exported from it in a fresh process; then its time in ONNX Runtime, wit
 and with stock ones, is set against the plain network's in the same process, in turns. NVIDIA's
 parser is TensorRT-RTX's, which needs no GPU.
 
+``error`` is each output's, as a share of its largest value; ``decided_otherwise`` how many of the
+network's own decisions (a mask's bits, a choice of proposals) fall another way in the graph;
+``worst_part`` the part between layers and decisions nearest to its limit, whose error is no other
+layer's. Where an output errs by more than such a part may, ``float32_error`` says how far PyTorch
+in float32 is from float64 on the same image.
+
 ``python -m benchmarks.families --only segformer_b2 --repeats 0`` leaves times out.
 """
 
@@ -46,6 +52,8 @@ from fdconv_deploy.config import (
     SwinTransformerConfig,
     UPerHeadConfig,
 )
+from fdconv_deploy.errors import ExportError
+from fdconv_deploy.export.validation.tolerance import LAYER_TOLERANCE
 from fdconv_deploy.latency import machine
 from fdconv_deploy.nn import build_segmentor
 from fdconv_deploy.nn.detection import build_detector
@@ -175,6 +183,25 @@ def _export(name: str, dynamic: bool, file: Path, bundle: Path) -> dict[str, Any
     return {"seconds": time.perf_counter() - start}
 
 
+def _float32(name: str, file: Path) -> dict[str, Any]:
+    """How far the network in float32 is from itself in float64, on the image compared on."""
+    from fdconv_deploy.checkpoints import load_checkpoint
+    from fdconv_deploy.export.source_network import network_of
+    from fdconv_deploy.export.validation.reference import Observer
+
+    source = network_of(load_checkpoint(file), NETWORKS[name][2])
+    observer = Observer(source.module, source.output_names, file.parent)
+    observed = observer.answer(source.inputs[0].rows(1))
+    exact = observer.in_double(observed)
+    if exact is None:
+        return {"float32_error": None}
+    try:
+        found = source.comparison.compare(observed.answers, exact)
+    except ExportError as error:  # other objects
+        return {"float32_error": str(error)}
+    return {"float32_error": {parity.name: parity.max_rel for parity in found}}
+
+
 def _times(repeats: int, bundles: Path) -> dict[str, Any]:
     """Median milliseconds of each side, run in turns in this process."""
     from fdconv_deploy.runtime import open_session
@@ -204,7 +231,7 @@ def _times(repeats: int, bundles: Path) -> dict[str, Any]:
 
 def _child(step: str, request: str, *paths: str) -> None:
     steps: dict[str, Callable[..., dict[str, Any]]]
-    steps = {"make": _make, "export": _export, "times": _times}
+    steps = {"make": _make, "export": _export, "float32": _float32, "times": _times}
     result = steps[step](*json.loads(request), *map(Path, paths))
     who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
     peak = max(resource.getrusage(one).ru_maxrss for one in who) / 1e6
@@ -228,7 +255,9 @@ def measure(name: str, folder: Path, repeats: int) -> dict[str, Any]:
     exported = _step("export", [name, True], folder / "fdconv.pth", folder / "fdconv")
     manifest = json.loads((folder / "fdconv" / "manifest.json").read_text())
     size = sum(file.stat().st_size for file in (folder / "fdconv").iterdir()) / 1e6
-    parity = manifest["parity"]["batches"]["1"]
+    errors = {one["name"]: one["max_rel"] for one in manifest["parity"]["batches"]["1"]}
+    judged = manifest["graph"]["exactness"]["1"]
+    part = judged["worst_layer"]
     graph = next((folder / "fdconv").glob("*.onnx"))
     parsed = subprocess.run(
         [sys.executable, "-c", PARSE, str(graph)], capture_output=True, text=True, check=False
@@ -241,9 +270,13 @@ def measure(name: str, folder: Path, repeats: int) -> dict[str, Any]:
         "weights_mb": round(made["weights_mb"], 1),
         "bundle_over_weights": round(size / made["weights_mb"], 4),
         "nodes": next(v for k, v in manifest["graph"].items() if k.startswith("nodes.")),
-        "error": max(output["max_rel"] for output in parity),
+        "error": errors,
+        "decided_otherwise": sum(one.get("decided_otherwise", 0) for one in judged["whole"]),
+        "worst_part": {"error": part["error"], "allowed": part["allowed"]},
         "nvidia_parser": parsed.stdout.strip() or parsed.stderr.strip()[-200:],
     }
+    if max(errors.values()) > LAYER_TOLERANCE:
+        row["float32_error"] = _step("float32", [name], folder / "fdconv.pth")["float32_error"]
     (folder / "fdconv.pth").unlink()
     if repeats:
         _step("make", [name, False], folder / "plain.pth")

@@ -53,7 +53,8 @@ class Finding:
         parity: figures of the output; None where other objects were found.
         problem: which objects those are.
         counts_classes: whether ``error`` is a share of positions of another class, as of int8.
-        otherwise: how many of the network's decisions the graph takes another way.
+        otherwise: how many of the network's decisions the graph takes another way, counted where
+            the error is above a layer's tolerance.
     """
 
     part: str
@@ -180,6 +181,8 @@ class Verdict:
                     if worst.parity is not None and worst.parity.argmax_agreement is not None:
                         why += f" ({worst.parity.argmax_agreement:.2%} of positions agree in class)"
                 what += f". This input cannot tell: {why}"
+            elif worst.otherwise:
+                what += f"; {worst.otherwise} of the network's decisions fall another way in it"
             lines.append(f"{what}.")
         if self.layers:
             worst, count = self._worst(), len(self.layers)
@@ -397,8 +400,9 @@ class Judge:
         found = self._compare(case.subject, actual, expected, feed)
         rounding: dict[str, float] = {}
         otherwise = 0
-        if max(found.errors.values()) > tolerance:
+        if max(found.errors.values()) > min(tolerance, LAYER_TOLERANCE):
             otherwise = self._decided_otherwise(case, cut)
+        if max(found.errors.values()) > tolerance:
             rounding, exact = self._rounding(case, expected)
             if exact is not None and self.comparison.kind != "detections":
                 # What is true is not PyTorch in float32.

@@ -79,6 +79,14 @@ def test_a_decision_that_rounds_another_way_is_no_error(deciding, tmp_path):
     assert verdict.as_dict()["whole"][0]["decided_otherwise"] == 1
 
 
+def test_a_decision_that_rounds_another_way_is_said_within_the_tolerance(deciding, tmp_path):
+    path = changed(deciding, tmp_path, ADDED)
+    verdict = judged(deciding, path, tmp_path, 1, tolerance=10.0)
+    (whole,) = verdict.whole
+    assert (whole.outcome, whole.otherwise) == ("equal", 1)
+    assert "; 1 of the network's decisions fall another way in it." in verdict.sentences()[0]
+
+
 def test_an_error_is_found_though_it_changes_decisions(deciding, tmp_path):
     verdict = judged(deciding, changed(deciding, tmp_path, 1e-3), tmp_path, 1)
     assert not verdict.equal

@@ -38,7 +38,8 @@ class Single(torch.nn.Module):
 def judged(made: Exported, path: Path, folder: Path, batch: int = 2, **options) -> Verdict:
     network = SourceNetwork(made.network, ("input",), ("output",), Comparison(), [])
     judge = Judge(network, folder)
-    subject = Subject(batch, fresh(path, ["output"], folder), "fp32", 1e-4, path)
+    limit = options.get("tolerance", 1e-4)
+    subject = Subject(batch, fresh(path, ["output"], folder), "fp32", limit, path)
     source = options.get("source") or InputSource(
         "the example", lambda b: (made.example.repeat(b, 1, 1, 1),)
     )
