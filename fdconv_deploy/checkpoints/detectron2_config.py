@@ -46,6 +46,20 @@ def in_openmmlab_sections(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def resizes_first(values: Mapping[str, Any]) -> bool:
+    """Whether semantic scores are made at the image's own size.
+
+    With ``PANOPTIC_ON`` or ``INSTANCE_ON`` detectron2's projects always resize mask logits first,
+    as segments and objects are made of them here, too.
+    """
+    model = _Section(values.get("MODEL"))
+    name = "MaskDINO" if model.get("META_ARCHITECTURE") == "MaskDINO" else "MASK_FORMER"
+    query = model.section(name)
+    test = query.section("TEST")
+    asked = test.get("SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE") is True
+    return asked and _panoptic(model, query, _Section(values.get("TEST"))) is None
+
+
 class _Section(dict[str, Any]):
     """A section of which parts may be missing or something else."""
 

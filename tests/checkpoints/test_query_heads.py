@@ -436,6 +436,18 @@ def test_bgr_networks_of_detectron2_are_told(oracle: Path, tmp_path: Path) -> No
     assert found.architecture.preprocessing.bgr_to_rgb is False
 
 
+def test_order_of_resizing_that_is_not_ours_is_said(oracle: Path, tmp_path: Path) -> None:
+    text = config_file(oracle, "mask2former_r50").read_text()
+    path, field = tmp_path / "config.yaml", "SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE: "
+    for value, said in (("false", 0), ("true", 1)):
+        path.write_text(text.replace(f"{field}false", f"{field}{value}"))
+        notes = read_config(path).notes
+        assert sum("before they become scores" in note for note in notes) == said
+    # Of segments and objects it is ours.
+    path.write_text(path.read_text().replace("PANOPTIC_ON: false", "PANOPTIC_ON: true"))
+    assert not any("before they become scores" in note for note in read_config(path).notes)
+
+
 def test_images_are_resized_as_detectron2_does(oracle: Path) -> None:
     """Pillow's bilinear averages where it shrinks; OpenCV's does not."""
     how = project(oracle, "mask2former_r50").architecture.preprocessing
