@@ -244,7 +244,8 @@ def _segmentor(bundle: Bundle) -> dict[str, Any]:
             if config.test.mode == "slide":
                 raise
     outputs = manifest.outputs[bundle.batch_sizes[0]]
-    _, channels, height, width = outputs[-1].shape  # logits, or queries' masks
+    # Logits, or queries' masks, behind which MaskDINO's boxes may come.
+    _, channels, height, width = outputs[0 if config.panoptic is None else 1].shape
     output = queries = None
     if config.panoptic is None:
         output = TensorSize(channels=channels, height=height, width=width)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fdconv_deploy.config import SegmentorConfig, TestMode
 from fdconv_deploy.nn.backbones import build_backbone
 from fdconv_deploy.nn.heads import QueryHead, build_head, resize
+from fdconv_deploy.nn.heads.maskdino_head import MaskDINOHead
 from fdconv_deploy.nn.spectrum import FrequencyOrder
 
 
@@ -33,20 +34,26 @@ class Segmentor(nn.Module):
     @property
     def output_names(self) -> list[str]:
         """What `forward` gives, by name."""
-        return ["logits"] if self.architecture.panoptic is None else ["classes", "masks"]
+        rule = self.architecture.panoptic
+        if rule is None:
+            return ["logits"]
+        boxes = rule.instance_on and isinstance(self.decode_head, MaskDINOHead)
+        return ["classes", "masks", *(["boxes"] if boxes else [])]
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """``x``: ``(B, C, H, W)`` float32, normalised, C bands.
 
         Returns:
             Logits; of a panoptic network class logits ``(B, Q, class_outputs)`` and mask logits
-            ``(B, Q, h, w)`` of its queries.
+            ``(B, Q, h, w)`` of its queries, and where it gives instances and MaskDINO has boxes,
+            these, see `MaskDINOHead.forward`.
         """
         features = self.backbone(x)
         if isinstance(self.decode_head, QueryHead):
-            classes, masks = self.decode_head(features)
+            answer = self.decode_head(features)
             if self.architecture.panoptic is not None:
-                return classes, masks
+                return answer[: len(self.output_names)]
+            classes, masks = answer[:2]
             return self.decode_head.semantic_scores(classes, masks, x.shape[-2:])
         return self.decode_head(features)
 
@@ -71,7 +78,7 @@ class Segmentor(nn.Module):
     def _whole(self, x: Tensor) -> Tensor:
         answer = self(x)
         if isinstance(self.decode_head, QueryHead) and isinstance(answer, tuple):
-            classes, masks = answer
+            classes, masks = answer[:2]
             return self.decode_head.semantic_scores(classes, masks, x.shape[-2:])
         return resize(answer, x.shape[-2:], self.architecture.decode_head.align_corners)
 

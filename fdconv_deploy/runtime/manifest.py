@@ -17,7 +17,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from fdconv_deploy.config import DetectorConfig, QueryHeadConfig, SegmentorConfig
+from fdconv_deploy.config import (
+    DetectorConfig,
+    MaskDINOHeadConfig,
+    QueryHeadConfig,
+    SegmentorConfig,
+)
 
 FORMAT_VERSION = 4
 MANIFEST_NAME = "manifest.json"
@@ -239,6 +244,10 @@ def _check_segmentor(manifest: Manifest) -> None:
                 ("classes", (*queries, head.class_outputs), "float32"),
                 ("masks", (*queries, None, None), "float32"),
             ]
+            # MaskDINO's own, which the first bundles of one lack.
+            own = isinstance(head, MaskDINOHeadConfig) and segmentor.panoptic.instance_on
+            if own and any(tensor.name == "boxes" for tensor in manifest.outputs[batch]):
+                outputs.append(("boxes", (*queries, 4), "float32"))
         _check_graph(manifest, batch, [images], outputs)
 
 

@@ -64,7 +64,7 @@ class InstanceSegmentation(Detection):
     """Objects of which each has its own pixels of the image, not a mask over its box.
 
     Attributes:
-        parts: each object's pixels, within its box.
+        parts: each object's pixels, within the box about them. MaskDINO's ``boxes`` are its own.
     """
 
     parts: tuple[Pasted, ...] = ()
@@ -76,7 +76,7 @@ class InstanceSegmentation(Detection):
 
     @property
     def pasted(self) -> tuple[Pasted, ...]:
-        """Each object's mask within its box."""
+        """Each object's mask."""
         return self.parts
 
     def kept(
@@ -230,11 +230,13 @@ def instances_of(
     columns: Taps,
     head: QueryHeadConfig,
     rule: PanopticConfig,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], tuple[Pasted, ...]]:
+) -> tuple[
+    npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32], tuple[Pasted, ...]
+]:
     """The objects of an image, the best score first; arguments as `panoptic_segments`'.
 
     Returns:
-        Labels and scores, and each object's pixels within its box.
+        Of each object its query, label, score, and pixels within the box about them.
     """
     flat = _probabilities(classes, head)[:, : head.num_classes].ravel()
     best = np.argsort(-flat, kind="stable")[: rule.max_per_image]
@@ -254,7 +256,7 @@ def instances_of(
     parts = [_cut(mask) for mask in inside]
     order = np.argsort(-scores, kind="stable")
     found = tuple(parts[place[number]] for number in order)
-    return labels[order].astype(np.int64), scores[order], found
+    return queries[order], labels[order].astype(np.int64), scores[order], found
 
 
 def _cut(mask: npt.NDArray[np.bool_]) -> Pasted:
@@ -321,7 +323,7 @@ class PanopticPipeline(SegmentationPipeline):
         labels[:] = np.array(of_segment)[ids]
         instances = None
         if self._rule.instance_on:
-            instances = self._instances(classes, masks, maps, prepared)
+            instances = self._instances(outputs, maps, prepared)
         timings = {
             "preprocess": prepared.seconds,
             "inference": inference_seconds,
@@ -340,15 +342,24 @@ class PanopticPipeline(SegmentationPipeline):
         )
 
     def _instances(
-        self, classes: Logits, masks: Logits, maps: tuple[Taps, Taps], prepared: Prepared
+        self, outputs: Mapping[str, npt.NDArray[Any]], maps: tuple[Taps, Taps], prepared: Prepared
     ) -> InstanceSegmentation:
-        labels, scores, parts = instances_of(classes, masks, *maps, self._queries, self._rule)
-        boxes = [
-            (p.left, p.top, p.left + p.pixels.shape[1], p.top + p.pixels.shape[0]) for p in parts
-        ]
-        placement = prepared.placement
+        queries, labels, scores, parts = instances_of(
+            outputs["classes"], outputs["masks"], *maps, self._queries, self._rule
+        )
+        placement, own = prepared.placement, outputs.get("boxes")
+        if own is None:  # as of bundles before MaskDINO's had them
+            sides = [(p.left, p.top, *p.pixels.shape[::-1]) for p in parts]
+            boxes = np.array(sides, np.float32).reshape(-1, 2, 2)
+        else:
+            # Shares of the network's input, of which the image covers a part.
+            image, covered = (maps[1].size, maps[0].size), (placement.width, placement.height)
+            scale = np.array(prepared.network[::-1]) / np.array(covered) * np.array(image)
+            boxes = own[queries].reshape(-1, 2, 2) * scale.astype(np.float32)
+            boxes[:, 0] -= boxes[:, 1] / 2
+        boxes[:, 1] += boxes[:, 0]
         return InstanceSegmentation(
-            boxes=np.array(boxes, np.float32).reshape(-1, 4),
+            boxes=boxes.reshape(-1, 4),
             scores=scores,
             labels=labels,
             mask_probabilities=None,

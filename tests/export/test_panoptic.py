@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fdconv_deploy.config import PanopticConfig
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.export.exporter import write_bundle
 from fdconv_deploy.export.options import ExportOptions
@@ -18,7 +19,7 @@ from fdconv_deploy.runtime import open_session
 from fdconv_deploy.runtime.input_files import Source
 from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 from fdconv_deploy.runtime.result_files import ResultOptions, segment_files
-from tests.nn.query_heads import case_tensors, load_openmmlab
+from tests.nn.query_heads import case_tensors, load_detectron2, load_openmmlab
 
 FAMILY = "mask2former_panoptic"
 
@@ -58,6 +59,24 @@ def test_bundle_answers_as_mmdetection(bundle, tensors, proved):
     assert len(found.instances) == len(tensors["ins_labels"])
     scores = np.sort(tensors["ins_scores"].numpy())[::-1]
     np.testing.assert_allclose(found.instances.scores, scores, atol=1e-4)
+    proved("panoptic bundles equal to the frameworks", 1)
+
+
+def test_instances_of_maskdino_have_its_own_boxes(oracle, tmp_path, proved):
+    network = load_detectron2(oracle, "maskdino_swin")
+    rule = PanopticConfig(rule="detectron2", thing_classes=(0, 1, 2, 3, 4), instance_on=True)
+    network.architecture = network.architecture.model_copy(update={"panoptic": rule})
+    tensors = case_tensors(oracle, "maskdino_swin", None, "64x96")
+    options = ExportOptions(size=(64, 96))
+    write_bundle(network_to_export(network, options), tmp_path / "bundle", options)
+    with open_session(tmp_path / "bundle") as session:
+        outputs = session.run_raw({"images": tensors["input"].numpy()})
+        found = session.segment(np.zeros((128, 192, 3), np.uint8)).instances
+    np.testing.assert_allclose(outputs["boxes"], tensors["pred_boxes"].numpy(), atol=2e-5)
+    around = [(p.left, p.top, p.left + p.pixels.shape[1], p.top + p.pixels.shape[0])
+              for p in found.pasted]  # fmt: skip
+    assert found.boxes.shape == (len(found), 4)
+    assert not np.allclose(found.boxes, around, atol=1)
     proved("panoptic bundles equal to the frameworks", 1)
 
 

@@ -22,6 +22,7 @@ from fdconv_deploy.config import (
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.nn.heads import build_head, resize
 from fdconv_deploy.nn.heads.detectron2 import head_from_detectron2
+from fdconv_deploy.nn.heads.mask2former_head import DecoderLayer
 from fdconv_deploy.nn.heads.maskdino_head import boxes_of
 from fdconv_deploy.nn.segmentor import build_segmentor
 from tests.nn.backbones.published import PROJECTS, float32_error
@@ -121,9 +122,12 @@ def test_head_equals_detectron2(oracle: Path, project, case, proved):
     tensors = case_tensors(oracle, project, None, case)
     scores, seen = watched(network, tensors["input"])
     features, memories = seen["decode_head.pixel_decoder"][0]
-    classes, masks = seen["decode_head"][0]
+    classes, masks, *boxes = seen["decode_head"][0]
     height, width = tensors["labels"].shape
     found = {"mask_features": features, "pred_logits": classes, "pred_masks": masks}
+    if boxes:
+        found["pred_boxes"] = boxes[0]
+    assert bool(boxes) == ("pred_boxes" in tensors)
     found |= {f"multi_scale.{i}": memory for i, memory in enumerate(memories)}
     found["sem_seg"] = scores[0, :, :height, :width]
     for name, value in found.items():
@@ -297,11 +301,13 @@ def test_pre_norm_decoder_layer_is_detectron2s():
 def test_maskdino_of_every_kind_gives_finite_scores_that_depend_on_the_image(changes):
     torch.manual_seed(0)
     head = build_head(small(MaskDINOHeadConfig, **changes)).eval()
-    classes, masks = head(maps(2))
+    classes, masks, boxes = head(maps(2))
     scores = head.semantic_scores(classes, masks, (64, 96))
     assert scores.shape == (2, 5, 64, 96)
     assert scores.isfinite().all()
     assert not torch.allclose(scores[0], scores[1])
+    assert boxes.shape == (2, classes.shape[1], 4)
+    assert ((boxes >= 0) & (boxes <= 1)).all()
 
 
 def test_maskdino_names_the_size_that_has_too_few_tokens():
@@ -343,3 +349,49 @@ def test_boxes_around_masks():
 def test_settings_that_do_not_go_together_are_refused(config, changes, says):
     with pytest.raises(ValidationError, match=says):
         small(config, **changes)
+
+
+def published_layer(layer, pre_norm, x, query_pos, memory, pos, mask):
+    """A decoder layer as Mask2Former's repository writes it, on torch's own attention.
+
+    ``CrossAttentionLayer``, ``SelfAttentionLayer`` and ``FFNLayer`` with ``forward_pre`` or
+    ``forward_post``; axes are (L, B, C), ``mask`` is (B·heads, Q, S), True where hidden.
+    """
+    cross, own, ffn = layer.norms
+    inner, outer = layer.ffn.layers[0][0], layer.ffn.layers[1]
+
+    def step(x, norm, part):
+        return x + part(norm(x)) if pre_norm else norm(x + part(x))
+
+    mask = mask.clone()
+    mask[mask.sum(-1) == mask.shape[-1]] = False
+    x = step(x, cross, lambda t: layer.cross_attn.attn(
+        t + query_pos, memory + pos, memory, attn_mask=mask)[0])  # fmt: skip
+    x = step(x, own, lambda t: layer.self_attn.attn(t + query_pos, t + query_pos, t)[0])
+    return step(x, ffn, lambda t: outer(torch.relu(inner(t))))
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@torch.no_grad()
+def test_decoder_layers_norms_are_where_mask2former_has_them(pre_norm):
+    """Before or after; no checkpoint of the reference data has them before."""
+    torch.manual_seed(0)
+    config = Mask2FormerHeadConfig(
+        in_channels=(8, 16, 32, 64), in_index=(0, 1, 2, 3), channels=32, num_classes=5,
+        num_queries=6, hidden_channels=32, decoder_heads=4, decoder_feedforward=48,
+        pre_norm=pre_norm,
+    )  # fmt: skip
+    layer = DecoderLayer(config, "torch").double().eval()
+    for norm in layer.norms:
+        norm.weight.normal_(1, 0.3)
+        norm.bias.normal_(0, 0.3)
+    x, places = torch.randn(2, 6, 32).double(), torch.randn(6, 32).double()
+    memory, pos = torch.randn(2, 2, 20, 32).double()
+    hidden = (torch.rand(2, 6, 20) < 0.5).double()
+    hidden[1, 3] = 1  # sees nothing, so everything
+    found = layer(x, places, memory + pos, memory, hidden)
+    expected = published_layer(
+        layer, pre_norm, x.transpose(0, 1), places[:, None], memory.transpose(0, 1),
+        pos.transpose(0, 1), hidden.bool().repeat_interleave(4, 0),
+    )  # fmt: skip
+    assert error_of(found, expected.transpose(0, 1)) < 1e-12

@@ -126,7 +126,7 @@ class Mask2FormerHead(QueryHead):
         masks = self.mask_embed(normal) @ features.flatten(2)
         return self.cls_embed(normal), masks.unflatten(2, features.shape[-2:])
 
-    def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """``outputs``: the backbone's, each ``(B, C, h, w)``, finest first."""
         features, memories = self.pixel_decoder(outputs)
         sizes = [(memory.shape[2], memory.shape[3]) for memory in memories]

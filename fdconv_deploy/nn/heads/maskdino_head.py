@@ -235,8 +235,13 @@ class MaskDINOHead(QueryHead):
             queries = self.query_feat.weight.expand(batch, -1, -1)
         return queries, boxes
 
-    def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """``outputs``: the backbone's, each ``(B, C, h, w)``, finest first."""
+    def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """``outputs``: the backbone's, each ``(B, C, h, w)``, finest first.
+
+        Returns:
+            Class logits and mask logits, and boxes ``(B, Q, 4)`` x, y, w, h, shares of the
+            network's input.
+        """
         features, memories = self.pixel_decoder(outputs)
         # Tokens go in the reverse of the encoder's order.
         maps = [
@@ -246,9 +251,14 @@ class MaskDINOHead(QueryHead):
         sizes = tuple((level.shape[2], level.shape[3]) for level in maps)
         memory = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
         queries, boxes = self.begin(memory, sizes, features)
+        before = boxes
         for layer in cast(Iterable[DecoderLayer], self.decoder.layers):
+            before = boxes
             places = self.decoder.ref_point_head(encode_boxes(boxes))
             queries = layer(queries, places, boxes, memory, sizes)
             boxes = (self._bbox_embed(queries) + inverse_sigmoid(boxes)).sigmoid()
-        # The norm is applied twice, here and by `predict`: the published code does it so.
-        return self.predict(self.decoder_norm(queries), features)
+        # The norm is applied twice, here and by `predict`: the published code does it so. And the
+        # boxes of its answer are of normed queries, not those that a further layer would get.
+        normal = self.decoder_norm(queries)
+        boxes = (self._bbox_embed(normal) + inverse_sigmoid(before)).sigmoid()
+        return *self.predict(normal, features), boxes

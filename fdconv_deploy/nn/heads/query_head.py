@@ -11,13 +11,16 @@ from fdconv_deploy.nn.heads.decode_head import resize
 
 
 class QueryHead(nn.Module):
-    """The backbone's outputs -> class logits ``(B, Q, classes)``, mask logits ``(B, Q, h, w)``."""
+    """The backbone's outputs -> class logits ``(B, Q, classes)``, mask logits ``(B, Q, h, w)``.
+
+    MaskDINO's gives boxes as well.
+    """
 
     def __init__(self, config: QueryHeadConfig) -> None:
         super().__init__()
         self.config = config
 
-    def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """``outputs``: the backbone's, each ``(B, C, h, w)``, finest first."""
         raise NotImplementedError
 
