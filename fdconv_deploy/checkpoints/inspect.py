@@ -71,9 +71,9 @@ class Report(BaseModel):
         size: (height, width) in pixels that ``macs`` is for.
         parameters: trained numbers by part, and ``total``.
         fdconv_parameters: those of the FDConv layers by what they do.
-        macs: multiply-adds of convolutions per image, by part, of a ResNet with a convolutional
-            head; None of other networks. Convolutions of the backbone are ``main``; what FDConv
-            adds to them is under its own names.
+        macs: multiply-adds per image, by part; None where the network cannot be built. Of a ResNet
+            with a convolutional head those of convolutions: the backbone's are ``main``, and what
+            FDConv adds to them is under its own names. Of other networks all, attention included.
         spectrum_bytes: of all stored spectra, float32.
         published_buffer_bytes: what the published code holds beside the weights: the bin
             order as int64 and the band masks.
@@ -235,7 +235,11 @@ def report_on(
         size=size,
         parameters=model_size.parameters_by_part(state),
         fdconv_parameters=model_size.parameters_by_role(state),
-        macs=model_size.macs_by_part(macs) if macs else None,
+        macs=(
+            model_size.macs_by_part(macs)
+            if macs
+            else model_size.attention_macs(architecture, backbone, size) or None
+        ),
         spectrum_bytes=sum(model_size.spectrum_bytes(layer, ratio) for layer in layers),
         published_buffer_bytes=model_size.published_buffer_bytes(layers, backbone, ratio),
         architecture=architecture,

@@ -25,7 +25,7 @@ from fdconv_deploy.config import (
     ResNetConfig,
     SegmentorConfig,
 )
-from fdconv_deploy.errors import UnsupportedLayerError
+from fdconv_deploy.errors import ImageError, UnsupportedLayerError
 from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.nn.backbones import build_backbone
 
@@ -34,6 +34,37 @@ FDCONV_PARTS = ("dft_weight", "KSM_Global", "KSM_Local", "FBM")
 # Multiply-adds of each layer by what they are for: its own convolution, ``main``, whatever makes
 # the kernel, and the modulations of an FDConv layer.
 Macs = dict[str, dict[str, int]]
+
+
+@torch.no_grad()
+def attention_macs(
+    architecture: SegmentorConfig | None, backbone: BackboneConfig | None, size: tuple[int, int]
+) -> dict[str, int]:
+    """Multiply-adds of a network with attention, by part, of matrix products too.
+
+    Arguments are `layer_macs`'; empty for networks that it counts, and where it would be.
+    """
+    queries = architecture is not None and isinstance(architecture.decode_head, QueryHeadConfig)
+    if backbone is None or (isinstance(backbone, ResNetConfig) and not queries):
+        return {}
+    try:
+        with torch.device("meta"):
+            changes = {"auxiliary_head": None}
+            network: nn.Module = (
+                build_backbone(backbone)
+                if architecture is None
+                else Segmentor(architecture.model_copy(update=changes))
+            )
+            image = torch.empty(1, backbone.in_channels, *size)
+        with FlopCounterMode(display=False) as counter:
+            network.requires_grad_(False).eval()(image)
+    except (UnsupportedLayerError, ImageError):  # MaskDINO of few tokens
+        return {}
+    kind = type(network).__name__
+    names = {f"{kind}.backbone": "backbone", f"{kind}.decode_head": "decode_head", kind: "total"}
+    counts = counter.get_flop_counts()
+    macs = {part: sum(counts[name].values()) // 2 for name, part in names.items() if name in counts}
+    return macs if architecture is not None else {"backbone": macs["total"], **macs}
 
 
 @torch.no_grad()

@@ -172,6 +172,24 @@ def assert_counted(architecture: SegmentorConfig) -> None:
     assert 2 * report.macs["total"] == convolutions + linear
 
 
+def test_macs_of_a_network_with_attention() -> None:
+    """All of it by part; of a ResNet's part, those that a head of convolutions leaves it."""
+    size = (64, 96)
+    head = {"type": "Mask2FormerHead", "channels": 32, "hidden_channels": 32, "mask_channels": 32}
+    queries = small_architecture(head={**head, "num_queries": 6}, conv=None)
+    report = report_on(shapes_of(queries), size=size)
+    plain = report_on(shapes_of(small_architecture(conv=None)), size=size)
+    assert report.problem is None
+    assert report.macs is not None
+    assert plain.macs is not None
+    assert report.macs["backbone"] == plain.macs["main"]
+    assert report.macs["decode_head"] > 0
+    # What is left joins queries' classes and masks: 3 classes, 6 queries.
+    rest = report.macs["total"] - report.macs["backbone"] - report.macs["decode_head"]
+    assert rest == 3 * 6 * size[0] * size[1]
+    assert "GMAC at 64×96" in printed(report)
+
+
 def test_report_on_a_file(oracle: Path) -> None:
     report = inspect_checkpoint(oracle / "segmentor" / "B_r18b14_mmcv1.pth", size=(128, 160))
     assert (report.format, report.kind, report.dynamic_layers) == ("mmcv 1.x", "segmentor", 11)
