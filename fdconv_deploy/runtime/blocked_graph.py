@@ -49,11 +49,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class BlockedGraph:
-    """The rewritten graph, and the bytes of the file ``location`` that it keeps constants in."""
+    """The rewritten graph, and the bytes of the file ``location`` that it keeps constants in.
+
+    ``loans``: by number, what is lent to its operators while a session is made.
+    """
 
     model: bytes
     location: str
     constants: bytes
+    loans: dict[int, list[NDArray[Any]]]
 
 
 @dataclass
@@ -78,22 +82,37 @@ class _Layer:
     geometry: dict[str, Any] = field(default_factory=dict)
 
 
-def block_graph(model: bytes, external: Mapping[str, Bytes], block: int) -> BlockedGraph | None:
+def block_graph(
+    model: bytes,
+    external: Mapping[str, Bytes],
+    block: int,
+    new_loan: Callable[[], int] | None = None,
+) -> BlockedGraph | None:
     """Rewrite a graph for blocks of a length; None where no FDConv layer of it can be.
 
     Args:
         model: an exported graph, with its functions.
         external: the files that it keeps constants in, by how it calls them.
         block: of channels: 8 or 16.
+        new_loan: gives the numbers of loans: constants that operators lay out anew are lent then,
+            and not kept in the graph. See `fdconv_deploy.ops.native.loans`.
     """
-    return _Rewriting(model, external, block).run()
+    return _Rewriting(model, external, block, new_loan).run()
 
 
 class _Rewriting:
     """One graph on its way. Nodes are appended in order; what nobody reads is left out at last."""
 
-    def __init__(self, model: bytes, external: Mapping[str, Bytes], block: int) -> None:
+    def __init__(
+        self,
+        model: bytes,
+        external: Mapping[str, Bytes],
+        block: int,
+        new_loan: Callable[[], int] | None,
+    ) -> None:
         self.model, self.external, self.block = read_model(model), external, block
+        self.new_loan = new_loan
+        self.loans: dict[int, list[NDArray[Any]]] = {}
         graph = self.graph = self.model.graph
         fuse_attentions(graph, external)
         self.nodes = list(graph.node)
@@ -118,17 +137,6 @@ class _Rewriting:
         self.done: set[int] = set()
         self.added = ExternalTensors("blocked constants")
         self.weights: dict[str, str] = {}
-        self.handlers: dict[str, Callable[[int, Any], bool]] = {
-            "Conv": self._convolution,
-            "MaxPool": self._pool,
-            "AveragePool": self._pool,
-            "Concat": self._concatenation,
-            "Reshape": self._reshape,
-            "KernelAttention": self._attention,
-            "FrequencyBandModulation": self._bands,
-            **dict.fromkeys(_UNARY, self._unary),
-            **dict.fromkeys(_BINARY, self._binary),
-        }
 
     def run(self) -> BlockedGraph | None:
         functions = {function.name: list(function.input) for function in self.model.functions}
@@ -146,10 +154,10 @@ class _Rewriting:
                 continue
             if number in layers and self._write_layer(layers[number]):
                 continue
-            handler = self.handlers.get(node.op_type.partition("_")[0])
+            handler = _HANDLERS.get(node.op_type.partition("_")[0])
             if node.domain not in ("", OURS, FUNCTIONS):
                 handler = None
-            if handler is None or not handler(number, node):
+            if handler is None or not handler(self, number, node):
                 self._write_plain(node)
         for value in self.graph.output:
             self._as_plain(value.name)
@@ -467,7 +475,14 @@ class _Rewriting:
         y = layer.y
         kernels = f"{y}/kernels"
         taps = {"local_input", "local_weight"} & set(layer.named)
-        inputs = [layer.gates, *(layer.named[n] for n in ("spectrum", "patterns", "blocks"))]
+        inputs, more = [layer.gates], {}
+        lent = [layer.named[name] for name in ("spectrum", "patterns", "blocks")]
+        values = [v for name in lent if (v := self._values(name)) is not None]
+        if self.new_loan is not None and len(values) == len(lent):
+            more["lent"] = self.new_loan()
+            self.loans[more["lent"]] = values
+        else:
+            inputs += lent
         inputs += [layer.named[n] for n in ("local_input", "local_weight") if taps]
         inputs += [layer.scale] if layer.scale is not None else []
         for name in inputs:
@@ -476,7 +491,7 @@ class _Rewriting:
             "FrequencyAssembly", inputs, kernels, OURS, block=b,
             scaled=int(layer.scale is not None),
             **{f"{gate}_at": at for gate, at in layer.offsets.items()},
-            **{name: given[name] for name in _ASSEMBLY},
+            **{name: given[name] for name in _ASSEMBLY}, **more,
         )  # fmt: skip
         size = list(shape[2:])
         if batch > 1 and shape[0] == batch:
@@ -607,10 +622,22 @@ class _Rewriting:
         for domain in (OURS, RUNTIMES):
             self.model.opset_import.add(domain=domain, version=1)
         return BlockedGraph(
-            self.model.SerializeToString(), self.added.location, self.added.content()
+            self.model.SerializeToString(), self.added.location, self.added.content(), self.loans
         )
 
 
+# Not of an instance: each would be a cycle, and hold the files' bytes until one is looked for.
+_HANDLERS: dict[str, Callable[[_Rewriting, int, Any], bool]] = {
+    "Conv": _Rewriting._convolution,
+    "MaxPool": _Rewriting._pool,
+    "AveragePool": _Rewriting._pool,
+    "Concat": _Rewriting._concatenation,
+    "Reshape": _Rewriting._reshape,
+    "KernelAttention": _Rewriting._attention,
+    "FrequencyBandModulation": _Rewriting._bands,
+    **dict.fromkeys(_UNARY, _Rewriting._unary),
+    **dict.fromkeys(_BINARY, _Rewriting._binary),
+}
 _ASSEMBLY = (
     "layer out_channels in_channels kernel_size taps row_frequencies column_frequencies".split()
 )

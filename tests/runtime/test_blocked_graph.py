@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -234,7 +235,7 @@ def test_a_graph_that_the_runtime_refuses(
         for node in model.graph.node:
             if node.op_type == "ReorderOutput":
                 node.op_type = "ReorderBack"
-        return BlockedGraph(model.SerializeToString(), found.location, found.constants)
+        return replace(found, model=model.SerializeToString())
 
     monkeypatch.setattr(backend, "blocked_layout", lambda: (16, ""))
     monkeypatch.setattr(backend, "block_graph", broken)

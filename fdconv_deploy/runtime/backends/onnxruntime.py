@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import re
 import time
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from fdconv_deploy.environment import clashing_runtimes, install
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops.native import SWITCH, kept_layout, native_library
+from fdconv_deploy.ops.native.loans import lent, loan_number
 from fdconv_deploy.runtime.backends.base import (
     BackendOptions,
     Graph,
@@ -39,6 +41,7 @@ PROVIDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "onnxruntime-cpu": (CPU, ("onnxruntime",)),
 }
 log = logging.getLogger("fdconv.onnxruntime")
+_C = ctypes.CDLL(None)
 _MARK = re.compile(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
 _NO_MEMORY = re.compile(r"bad_?alloc|bad allocation|[Ff]ailed to allocate memory|out of memory")
 _NUMPY_TYPES = {"float": "float32", "double": "float64"}  # other types have numpy's names
@@ -140,6 +143,8 @@ class OnnxRuntimeBackend:
                 f"ONNX Runtime cannot load {name!r} of the bundle {bundle.path}: "
                 f"{first_line(error)}. Update onnxruntime, or export the bundle again."
             ) from error
+        if hasattr(_C, "malloc_trim"):  # glibc keeps what loading took and let go of: 100 MB
+            _C.malloc_trim(0)
         # Without this, ONNX Runtime drops to another provider when one fails, unasked.
         session.disable_fallback()
         if session.get_providers()[0] != self._provider:
@@ -168,11 +173,14 @@ class OnnxRuntimeBackend:
         why = kept_layout(self._native)
         if why is None:
             block, why = blocked_layout()
-            rewritten = block_graph(graph, files, block) if block else None
+            rewritten = block_graph(graph, files, block, loan_number) if block else None
             if rewritten is not None:
                 constants = {rewritten.location: rewritten.constants}
                 try:
-                    session = self._open(rewritten.model, {**files, **constants}, threads, [CPU])
+                    with lent(self._library, rewritten.loans):
+                        session = self._open(
+                            rewritten.model, {**files, **constants}, threads, [CPU]
+                        )
                 except Exception as error:
                     if _out_of_memory(error, ""):
                         raise

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.ops.frequency_assembly.function import AssemblyForm
+from fdconv_deploy.ops.native.loans import lent, loan_number
+from fdconv_deploy.runtime.backends.blocked_layout import blocked_layout
 from fdconv_deploy.runtime.blocked_graph import block_graph
 from tests.ops.native.test_frequency_assembly import ROOT, layer_of
-from tests.ops.single import layer_model, run
+from tests.ops.single import layer_model, refusal, run
 from tests.ops.test_frequency_assembly import KINDS, folded_in, stages
 from tests.reference.lively import lively_input
 
@@ -132,6 +134,31 @@ def test_threads_change_no_bit(block: int, library: Path) -> None:
     first = kernels_of(folded, x, block, library, 1)
     for threads in (2, 5):
         assert np.array_equal(first, kernels_of(folded, x, block, library, threads))
+
+
+def test_lent_constants(library: Path) -> None:
+    """The same answer; and without a loan, or with one of other tensors, a refusal."""
+    block, why = blocked_layout()
+    if not block:
+        pytest.skip(f"ONNX Runtime has no blocked layout on this machine: {why}")
+    _, folded = layer_of(48, 64, 3)
+    exported = layer_model(folded, 1)
+    del exported.graph.output[1:]
+    held = block_graph(exported.SerializeToString(), {}, block)
+    found = block_graph(exported.SerializeToString(), {}, block, loan_number)
+    assert held is not None
+    assert found is not None
+    ((number, arrays),) = found.loans.items()
+    assert len(found.model) < len(held.model) - sum(a.nbytes for a in arrays[:1])
+    x = lively_input((1, 48, 7, 9)).numpy()
+    model = onnx.load_model_from_string(found.model)
+    assert "nobody lends its constants" in refusal(model, x, library)
+    with lent(library, {number: [arrays[0][1:], *arrays[1:]]}):
+        assert "its constants are not laid out" in refusal(model, x, library)
+    with lent(library, found.loans):
+        answer = run(model, x, library)["y"]
+    assert np.array_equal(answer, run(onnx.load_model_from_string(held.model), x, library)["y"])
+    assert "nobody lends its constants" in refusal(model, x, library)
 
 
 @pytest.mark.parametrize("instructions", ["baseline", "avx2"])

@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { LANES = 16, PAIR = 2 * LANES, MOST_PASSES = 16 };
+enum { LANES = 16, PAIR = 2 * LANES, MOST_PASSES = 16, MOST_LOCAL = 16 };
 
 /* One pass of an inverse transform (Stockham's, which leaves results in order).
  *
@@ -34,8 +34,8 @@ typedef struct {
 int transform_make(Transform *transform, int length);
 void transform_free(Transform *transform);
 
-/* values: (tiles, planes, R, 2, 16) floats, attention still missing, groups: (tiles, planes, R,
- * 16): columns below C/2, 16 to a tile, zeros past the end. Of an even C column C/2, the Nyquist
+/* values: (tiles, planes, R, 2, 16) floats, attention still missing, groups, or few_groups where
+ * a byte holds each: (tiles, planes, R, 16): columns below C/2, 16 to a tile, zeros past the end. Of an even C column C/2, the Nyquist
  * column, is by itself: (planes, R, 2) and (planes, R), zeros of an odd C. local: (ceil(O/16), kh,
  * kw, taps, 16). block: 0, or kernels are written as ONNX Runtime's blocked convolution reads
  * them, (O/b, I/b, kh, kw, b, b), zeros past the end, and scaled by the gates that lie in the
@@ -49,6 +49,7 @@ typedef struct {
     Transform row_transform, column_transform;
     float *values, *nyquist, *local;
     uint16_t *groups, *nyquist_groups;
+    uint8_t *few_groups;
 } Assembly;
 
 /* One run's inputs and output. half: per image (row_tiles, kh, 16·column_tiles, 2, 16), may be
@@ -56,6 +57,7 @@ typedef struct {
  * kernel row, else 1. row_scale_step: 0 where all images share one. */
 typedef struct {
     const Assembly *assembly;
+    const struct AssemblyKernels *kernels;
     int batch, attentions, scale_rows, row_scale_step;
     const float *attention, *average, *column_scale, *row_scale;
     float *half, *output;
@@ -68,7 +70,7 @@ size_t rows_workspace(const Assembly *assembly);
 size_t columns_workspace(const Assembly *assembly);
 
 /* `unit` is a tile of columns, then (image, pair of row tiles). */
-typedef struct {
+typedef struct AssemblyKernels {
     void (*rows)(const AssemblyRun *run, size_t unit, float *work);
     void (*columns)(const AssemblyRun *run, size_t unit, float *work);
 } AssemblyKernels;

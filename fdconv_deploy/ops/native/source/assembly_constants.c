@@ -82,9 +82,9 @@ static int group_at(const Tensor *patterns, const int32_t *blocks, size_t bin) {
 static const char *fill(Assembly *a, const Node *node, int last) {
     const int *rows = node->row_frequencies, *columns = node->column_frequencies;
     int slots = (int)node->slots;
-    const float *spectrum = node->inputs[1].data;
-    const Tensor *patterns = &node->inputs[2];
-    const int32_t *blocks = node->inputs[3].data;
+    const float *spectrum = node->constants[0].data;
+    const Tensor *patterns = &node->constants[1];
+    const int32_t *blocks = node->constants[2].data;
     Placing placing = {a, 0};
     size_t bin = 0;
     for (int plane = 0; plane < a->planes; plane++)
@@ -107,6 +107,12 @@ static const char *fill(Assembly *a, const Node *node, int last) {
         if (a->groups[i] == UNSET) a->groups[i] = 0;
     for (size_t i = 0; i < (size_t)a->planes * a->rows; i++)
         if (a->nyquist_groups[i] == UNSET) a->nyquist_groups[i] = 0;
+    if (a->attentions > 256) return NULL;
+    a->few_groups = aligned(bins);
+    if (!a->few_groups) return no_memory;
+    for (size_t i = 0; i < bins; i++) a->few_groups[i] = (uint8_t)a->groups[i];
+    free(a->groups);
+    a->groups = NULL;
     return NULL;
 }
 
@@ -133,9 +139,9 @@ static int within(const int *numbers, size_t count, int least, int end) {
 
 static const char *make(Assembly *a, const Node *node) {
     const Form *form = node->form;
-    const Tensor *spectrum = &node->inputs[1];
+    const Tensor *spectrum = &node->constants[0];
     /* After the spectrum and its groups come the matrices of the portable transform, unread. */
-    int at = 4 + form->column_stages + form->row_stages;
+    int at = (node->lent < 0 ? 4 : 1) + form->column_stages + form->row_stages;
     int has_local = form->blocked ? node->taps > 0 : form->local;
     int weight_at = form->blocked ? 1 : 2; /* behind the average */
     a->local_at = a->column_scale_at = a->row_scale_at = -1;
@@ -147,8 +153,8 @@ static const char *make(Assembly *a, const Node *node) {
     if (form->row_scale || node->scaled) a->row_scale_at = at++;
     if ((size_t)at != node->count)
         return "it has another number of inputs than its name and attributes say";
-    for (size_t i = 1; i < 4; i++)
-        if (!node->inputs[i].data) return "a constant input of it is not constant";
+    for (size_t i = 0; i < LENT; i++)
+        if (!node->constants[i].data) return "a constant input of it is not constant";
 
     a->out_channels = node->out_channels;
     a->in_channels = node->in_channels;
@@ -161,6 +167,7 @@ static const char *make(Assembly *a, const Node *node) {
     a->spatial_at = node->spatial_at;
     a->channel_at = node->channel_at;
     if (form->blocked && a->block != 8 && a->block != LANES) return "its block is not 8 or 16";
+    if (form->blocked && a->taps > MOST_LOCAL) return unknown;
     int64_t rows = (int64_t)a->out_channels * a->kernel_height;
     int64_t columns = (int64_t)a->in_channels * a->kernel_width;
     if (a->kernel_height < 1 || a->kernel_width < 1 || rows < 1 || rows > MOST_LENGTH ||
@@ -179,7 +186,7 @@ static const char *make(Assembly *a, const Node *node) {
     size_t stored = (size_t)a->planes * a->columns * node->slots;
     size_t side = (size_t)spectrum->shape[rank - 1];
     if (elements(spectrum, ORT_FLOAT) != 2 * stored || side % node->slots ||
-        !covered(&node->inputs[2], &node->inputs[3], stored))
+        !covered(&node->constants[1], &node->constants[2], stored))
         return unknown;
 
     if (has_local) {
@@ -224,6 +231,7 @@ void assembly_free(Assembly *assembly) {
     free(assembly->nyquist);
     free(assembly->local);
     free(assembly->groups);
+    free(assembly->few_groups);
     free(assembly->nyquist_groups);
     memset(assembly, 0, sizeof *assembly);
 }

@@ -24,12 +24,11 @@ typedef struct {
     Assembly assembly;
 } AssemblyKernel;
 
-static const AssemblyKernels *kernels;
 static AssemblyOp ops[FORMS], blocked_op;
 
-/* Where a gate begins among the attentions: -1 where there is none, which is no attribute. */
-static OrtStatus *read_gate(const Kernel *kernel, const OrtKernelInfo *info, const char *name,
-                            int *to) {
+/* A number that need not be there: where a gate begins among the attentions, a loan's. */
+static OrtStatus *read_optional(const Kernel *kernel, const OrtKernelInfo *info,
+                                const char *name, int *to) {
     int64_t value;
     OrtStatus *status = kernel->api->KernelInfoGetAttribute_int64(info, name, &value);
     if (status)
@@ -53,13 +52,17 @@ static OrtStatus *read_node(const Kernel *kernel, const OrtKernelInfo *info, Nod
     CHECK(read_int(kernel, info, "out_channels", &node->out_channels));
     CHECK(read_int(kernel, info, "in_channels", &node->in_channels));
     CHECK(read_int(kernel, info, "taps", &node->taps));
-    node->filter_at = node->spatial_at = node->channel_at = -1;
+    node->filter_at = node->spatial_at = node->channel_at = node->lent = -1;
+    node->constants = node->inputs + 1;
     if (node->form->blocked) {
         CHECK(read_int(kernel, info, "block", &node->block));
         CHECK(read_int(kernel, info, "scaled", &node->scaled));
-        CHECK(read_gate(kernel, info, "filter_at", &node->filter_at));
-        CHECK(read_gate(kernel, info, "spatial_at", &node->spatial_at));
-        CHECK(read_gate(kernel, info, "channel_at", &node->channel_at));
+        CHECK(read_optional(kernel, info, "filter_at", &node->filter_at));
+        CHECK(read_optional(kernel, info, "spatial_at", &node->spatial_at));
+        CHECK(read_optional(kernel, info, "channel_at", &node->channel_at));
+        CHECK(read_optional(kernel, info, "lent", &node->lent));
+        if (node->lent >= 0) node->constants = lent(node->lent);
+        if (!node->constants) return failure(kernel, "nobody lends its constants");
     } else
         CHECK(read_int(kernel, info, "by_rows", &node->by_rows));
     CHECK(read_ints(kernel, info, "row_frequencies", &node->row_frequencies, &node->slots));
@@ -90,13 +93,16 @@ static OrtStatus *make(Kernel *kernel, const OrtKernelInfo *info) {
 
 static void release(Kernel *kernel) { assembly_free(&((AssemblyKernel *)kernel)->assembly); }
 
+#define kernels run->kernels
 STEP(rows, AssemblyRun, rows_workspace(run->assembly))
 STEP(columns, AssemblyRun, columns_workspace(run->assembly))
+#undef kernels
 
 static OrtStatus *compute(void *op_kernel, OrtKernelContext *context) {
     const Kernel *kernel = op_kernel;
     const Assembly *a = &((const AssemblyKernel *)op_kernel)->assembly;
-    AssemblyRun run = {.assembly = a, .scale_rows = 1};
+    AssemblyRun run = {.assembly = a, .kernels = &kernels_for_block(a->block)->assembly,
+                       .scale_rows = 1};
     Tensor tensor;
     CHECK(read_input(kernel, context, 0, &tensor));
     if (tensor.rank != 2 || !elements(&tensor, ORT_FLOAT) || tensor.shape[1] < a->attentions)
@@ -191,13 +197,12 @@ static void make_op(AssemblyOp *op, int number) {
 
 OrtStatus *assembly_register(OrtCustomOpDomain *domain, OrtCustomOpDomain *blocked,
                              const OrtApi *api) {
-    kernels = &best_kernels()->assembly;
     for (int i = 0; i < FORMS; i++) {
         make_op(&ops[i], i);
         CHECK(add_op(domain, api, &ops[i].head));
     }
     blocked_op = (AssemblyOp){
-        {.least_inputs = 4, .kernel_size = sizeof(AssemblyKernel), .make = make,
+        {.least_inputs = 1, .kernel_size = sizeof(AssemblyKernel), .make = make,
          .compute = compute, .release = release, .name = "FrequencyAssembly"},
         {.blocked = 1},
     };

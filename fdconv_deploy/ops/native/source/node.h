@@ -6,7 +6,7 @@
 #include "ort_api.h"
 
 /* No length of any layer is beyond MOST_LENGTH, so that products of two may be trusted. */
-enum { MOST_RANK = 8, MOST_INPUTS = 24, MOST_LENGTH = 1 << 24 };
+enum { MOST_RANK = 8, MOST_INPUTS = 24, MOST_LENGTH = 1 << 24, LENT = 3 };
 
 /* A constant input, or one known at run time only (`data` is NULL then). */
 typedef struct {
@@ -16,7 +16,8 @@ typedef struct {
 } Tensor;
 
 /* Which inputs a node has, which is what its operator's name tells; of a blocked one, its
- * attributes: attention, spectrum, patterns, blocks, [average, local weights,] [row scale]. */
+ * attributes: attention, [spectrum, patterns, blocks, unless they are lent,] [average, local
+ * weights,] [row scale]. */
 typedef struct {
     int column_stages, row_stages, local, column_scale, row_scale, blocked;
 } Form;
@@ -28,7 +29,8 @@ typedef struct {
     Tensor inputs[MOST_INPUTS];
     size_t count, slots, places;
     int out_channels, in_channels, by_rows, taps, scaled;
-    int block, filter_at, spatial_at, channel_at;
+    int block, filter_at, spatial_at, channel_at, lent;
+    const Tensor *constants; /* spectrum, patterns, blocks: inputs, or lent ones */
     int kernel_height, kernel_width;
     int *row_frequencies, *column_frequencies;
 } Node;
@@ -39,6 +41,9 @@ extern const char no_memory[], unknown[];
 /* How many elements there are of a type; 0 where it is another, or a length is 0 or beyond
  * MOST_LENGTH. */
 size_t elements(const Tensor *tensor, int type);
+
+/* The tensors lent under a number, as long as they are; NULL if none are. */
+const Tensor *lent(int64_t number);
 
 /* So many bytes, at an aligned address. */
 void *aligned(size_t bytes);
