@@ -41,6 +41,7 @@ RUNTIMES, FUNCTIONS = "com.microsoft.nchwc", "fdconv"
 # becomes of them meets kernels of zeros.
 _UNARY = {"Relu", "LeakyRelu", "Sigmoid", "Tanh", "Clip", "HardSwish", "HardSigmoid", "Elu", "Erf"}
 _BINARY = {"Add", "Mul", "Sub"}
+_UPSAMPLED = {b"half_pixel", b"align_corners", b"asymmetric"}
 _FLOAT = 1
 # Channels of whole blocks for each channel: with more, plain convolutions are faster.
 MOST_FILLED = 1.5
@@ -561,14 +562,39 @@ class _Rewriting:
         return True
 
     def _concatenation(self, number: int, node: Any) -> bool:
-        found = [self.blocked.get(name) for name in node.input]
-        if attributes(node).get("axis") != 1 or not all(found):
+        shapes = [shape for name in node.input if (shape := self._shape(name)) is not None]
+        if attributes(node).get("axis") != 1 or len(shapes) < len(node.input):
             return False
-        shapes = [each[1] for each in found if each]
-        if any(shape[1] % self.block for shape in shapes):
+        if any(len(shape) != 4 or shape[1] % self.block for shape in shapes):
             return False
+        # Of so many channels most had to be reordered for a convolution behind this anyway.
+        sizes = zip(node.input, (int(np.prod(shape)) for shape in shapes), strict=True)
+        parts = [(size, name in self.blocked) for name, size in sizes]
+        if 2 * sum(size for size, there in parts if there) < sum(size for size, _ in parts):
+            return False
+        found = [self._as_blocked(name) for name in node.input]
         shape = shapes[0][0], sum(s[1] for s in shapes), *shapes[0][2:]
-        return self._same_operator(node, [each[0] for each in found if each], shape)
+        return self._same_operator(node, [name for name in found if name], shape)
+
+    def _resize(self, number: int, node: Any) -> bool:
+        """To a multiple of the size, by linear interpolation."""
+        given, y = attributes(node), node.output[0]
+        source, to = self.blocked.get(node.input[0]), self.shapes.get(y)
+        mode = given.get("coordinate_transformation_mode", b"half_pixel")
+        if source is None or to is None or given.get("mode") != b"linear":
+            return False
+        if given.get("antialias") or given.get("exclude_outside") or mode not in _UPSAMPLED:
+            return False
+        name, shape = source
+        if to[:2] != shape[:2] or any(n % of for n, of in zip(to[2:], shape[2:], strict=True)):
+            return False
+        scales = [1, 1, to[2] // shape[2], to[3] // shape[3]]
+        self._write(
+            "Upsample", [name], f"{y}/blocked", RUNTIMES, scales=scales, mode="linear",
+            coordinate_transformation_mode=mode,
+        )  # fmt: skip
+        self.blocked[y] = f"{y}/blocked", to
+        return True
 
     def _reshape(self, number: int, node: Any) -> bool:
         """Images joined into one of as many channels, or taken apart."""
@@ -633,6 +659,7 @@ _HANDLERS: dict[str, Callable[[_Rewriting, int, Any], bool]] = {
     "AveragePool": _Rewriting._pool,
     "Concat": _Rewriting._concatenation,
     "Reshape": _Rewriting._reshape,
+    "Resize": _Rewriting._resize,
     "KernelAttention": _Rewriting._attention,
     "FrequencyBandModulation": _Rewriting._bands,
     **dict.fromkeys(_UNARY, _Rewriting._unary),

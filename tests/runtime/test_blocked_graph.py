@@ -175,13 +175,17 @@ class Branches(nn.Module):
         self.layer = dynamic(32, 32, 3, padding=1, stride=2)
         self.after = nn.Conv2d(32, 32, 1, groups=2)
         self.depthwise = nn.Conv2d(32, 32, 5, padding=2, groups=32)
+        self.joined = nn.Conv2d(80, 32, 1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.stem(x)
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.stem(image)
         y = self.layer(x)
+        large = nn.functional.interpolate(y, scale_factor=2, mode="bilinear")
+        small = image.mean(1, keepdim=True).expand(-1, 16, -1, -1)
         z = self.after(y) + y
         w = torch.nn.functional.leaky_relu(z) * y + y.mean(1, keepdim=True)
-        return torch.relu(z), self.depthwise(w).flatten(2).softmax(-1)
+        joined = self.joined(torch.cat([large, small, x], 1))
+        return torch.relu(z), self.depthwise(w).flatten(2).softmax(-1), joined
 
 
 def test_branches(tmp_path: Path, block: int) -> None:

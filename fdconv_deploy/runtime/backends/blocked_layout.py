@@ -52,7 +52,7 @@ def _reorder(x: str, y: str) -> Any:
 
 
 def _convolves(onnxruntime: Any, x: Float32, block: int) -> bool:
-    """Convolution, sum, activation and pooling as the blocked graph has them."""
+    """Convolution, sum, activation, pooling and interpolation as the blocked graph has them."""
     random = np.random.default_rng(1)
     channels = x.shape[1]
     kernel = random.standard_normal((channels, channels, _KERNEL, _KERNEL), np.float32)
@@ -66,7 +66,9 @@ def _convolves(onnxruntime: Any, x: Float32, block: int) -> bool:
         make_node("Conv", ["in", "kernel", "bias", "in"], ["sum"], RUNTIMES, activation="Relu",
                   dilations=[1, 1], group=1, **square),
         make_node("MaxPool", ["sum"], ["most"], RUNTIMES, **square),
-        make_node("ReorderOutput", ["most"], ["y"], RUNTIMES, channels=channels, channels_last=0),
+        make_node("Upsample", ["most"], ["large"], RUNTIMES, scales=[1, 1, 2, 2], mode="linear",
+                  coordinate_transformation_mode="half_pixel"),
+        make_node("ReorderOutput", ["large"], ["y"], RUNTIMES, channels=channels, channels_last=0),
     ]  # fmt: skip
     found = _run(onnxruntime, nodes, {"x": x, "kernel": ordered, "bias": bias})
 
@@ -76,7 +78,11 @@ def _convolves(onnxruntime: Any, x: Float32, block: int) -> bool:
 
     answer: NDArray[Any] = np.einsum("nihwuv,oiuv->nohw", windows(x, 0), kernel)
     answer = np.maximum(answer + bias[None, :, None, None] + x, 0)
-    expected = windows(answer, -np.inf).max((4, 5))
+    most = windows(answer, -np.inf).max((4, 5))
+    places = np.maximum((np.arange(2 * _SIZE) + 0.5) / 2 - 0.5, 0)
+    distance = np.abs(np.minimum(places, _SIZE - 1)[:, None] - np.arange(_SIZE))
+    weights = np.maximum(1 - distance, 0)
+    expected = np.einsum("nchw,yh,xw->ncyx", most, weights, weights)
     return bool(np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max())
 
 

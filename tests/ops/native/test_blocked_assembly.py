@@ -13,13 +13,13 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx import ModelProto
 
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.ops.frequency_assembly.function import AssemblyForm
 from fdconv_deploy.ops.native.loans import lent, loan_number
-from fdconv_deploy.runtime.backends.blocked_layout import blocked_layout
-from fdconv_deploy.runtime.blocked_graph import block_graph
+from fdconv_deploy.runtime.blocked_graph import BlockedGraph, block_graph
 from tests.ops.native.test_frequency_assembly import ROOT, layer_of
 from tests.ops.single import layer_model, refusal, run
 from tests.ops.test_frequency_assembly import KINDS, folded_in, stages
@@ -34,19 +34,13 @@ FORMS = [
 ]
 
 
-def kernels_of(
-    folded: FoldedConv, x: NDArray, block: int, library: Path, threads: int = 2
-) -> NDArray:
-    """The kernels (B, O, I, kh, kw) that the rewritten graph's operator makes."""
-    exported = layer_model(folded, len(x))
-    del exported.graph.output[1:]  # what is shown of the inside
-    rewritten = block_graph(exported.SerializeToString(), {}, block)
+def assembly_of(rewritten: BlockedGraph | None) -> ModelProto:
+    """A rewritten graph up to its kernels: of what follows, this machine knows one block alone."""
     assert rewritten is not None
     model = onnx.load_model_from_string(rewritten.model)
     (node,) = (n for n in model.graph.node if n.op_type == "FrequencyAssembly")
     assert node.domain == "fdconv.nchwc"
-    name = node.output[0]
-    # What follows is the runtime's, of which this machine's knows one length alone.
+    (name,) = node.output
     del model.graph.output[:]
     model.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, list("oiuv")))
     leading, needed = [], {name}
@@ -59,7 +53,22 @@ def kernels_of(
     for tensor in list(model.graph.initializer):
         if tensor.name not in needed:
             model.graph.initializer.remove(tensor)
-    made = run(model, x, library, threads)[name]
+    return model
+
+
+def exported(folded: FoldedConv, batch: int) -> bytes:
+    """A layer's graph, without what it shows of the inside."""
+    model = layer_model(folded, batch)
+    del model.graph.output[1:]
+    return model.SerializeToString()
+
+
+def kernels_of(
+    folded: FoldedConv, x: NDArray, block: int, library: Path, threads: int = 2
+) -> NDArray:
+    """The kernels (B, O, I, kh, kw) that the rewritten graph's operator makes."""
+    model = assembly_of(block_graph(exported(folded, len(x)), {}, block))
+    (made,) = run(model, x, library, threads).values()
     filters, channels, *kernel = made.shape
     assert channels % block == 0
     assert filters % (len(x) * block) == 0
@@ -137,27 +146,23 @@ def test_threads_change_no_bit(block: int, library: Path) -> None:
 
 
 def test_lent_constants(library: Path) -> None:
-    """The same answer; and without a loan, or with one of other tensors, a refusal."""
-    block, why = blocked_layout()
-    if not block:
-        pytest.skip(f"ONNX Runtime has no blocked layout on this machine: {why}")
+    """The same kernels; and without a loan, or with one of other tensors, a refusal."""
     _, folded = layer_of(48, 64, 3)
-    exported = layer_model(folded, 1)
-    del exported.graph.output[1:]
-    held = block_graph(exported.SerializeToString(), {}, block)
-    found = block_graph(exported.SerializeToString(), {}, block, loan_number)
+    held = block_graph(exported(folded, 1), {}, 16)
+    found = block_graph(exported(folded, 1), {}, 16, loan_number)
     assert held is not None
     assert found is not None
     ((number, arrays),) = found.loans.items()
-    assert len(found.model) < len(held.model) - sum(a.nbytes for a in arrays[:1])
+    assert len(found.model) < len(held.model) - arrays[0].nbytes
     x = lively_input((1, 48, 7, 9)).numpy()
-    model = onnx.load_model_from_string(found.model)
+    model = assembly_of(found)
     assert "nobody lends its constants" in refusal(model, x, library)
     with lent(library, {number: [arrays[0][1:], *arrays[1:]]}):
         assert "its constants are not laid out" in refusal(model, x, library)
     with lent(library, found.loans):
-        answer = run(model, x, library)["y"]
-    assert np.array_equal(answer, run(onnx.load_model_from_string(held.model), x, library)["y"])
+        (kernels,) = run(model, x, library).values()
+    (expected,) = run(assembly_of(held), x, library).values()
+    assert np.array_equal(kernels, expected)
     assert "nobody lends its constants" in refusal(model, x, library)
 
 
