@@ -25,6 +25,7 @@ from fdconv_deploy.cli.options import (
 )
 from fdconv_deploy.environment import needed_by
 from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.ops.native import NCHW, Native
 
 if TYPE_CHECKING:
     from fdconv_deploy.latency.report import Divergences, Profile, Report
@@ -39,7 +40,9 @@ LEFT_OUT = (
     "GPU MHz", "no copies",
 )  # fmt: skip
 STDOUT = Path("-")
-NATIVE = {None: [], "on": [True], "off": [False], "both": [False, True]}
+NATIVE: dict[str | None, list[Native]] = {
+    None: [], "on": [True], NCHW: [NCHW], "off": [False], "both": [False, True],
+}  # fmt: skip
 
 
 def bench(
@@ -56,9 +59,10 @@ def bench(
         ),
     ] = None,
     native: Annotated[
-        Literal["on", "off", "both"] | None,
+        Literal["on", "nchw", "off", "both"] | None,
         typer.Option(
-            help="Whether bundles' operators run in C on a CPU; where they are built if not given."
+            help="Whether bundles' operators run in C on a CPU, or so with features in NCHW; in C "
+            "where they are built if not given."
         ),
     ] = None,
     batch: Annotated[

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from fdconv_deploy.latency import machine
+from fdconv_deploy.ops.native import NCHW, Native
 
 # A GPU's clock that moves by more than this share of itself makes times of one row differ.
 MOVED = 0.03
@@ -45,7 +46,7 @@ class Row(TypedDict):
     backend: str
     choice: str
     network: str
-    native: bool | None
+    native: Native
     operators: str
     device: str
     precision: str
@@ -201,6 +202,7 @@ def target_name(row: Row) -> str:
     # Portable operators go without saying, unless they were asked for.
     operators = row["operators"].partition(" ")[0]
     how = f", {operators}" if operators == "native" or row["native"] is False else ""
+    how += " in NCHW" if row["native"] == NCHW else ""
     return f"{short}, {row['backend']}{how}, {row['precision']}"
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fdconv_deploy.config import DetectorConfig, Preprocessing, ResNetConfig, SegmentorConfig
 from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.ops.native import NCHW, Native
 from fdconv_deploy.runtime import BACKENDS, Bundle, GraphRunner, Session
 from fdconv_deploy.runtime.backends import NATIVE_BACKENDS, BackendOptions, select
 from fdconv_deploy.runtime.backends.base import Phases
@@ -84,8 +85,8 @@ class Target(BaseModel):
             "module:function", which makes an `OpenTarget` of the target.
         backend: of ``BACKENDS``, "auto", of ``TORCH_BACKENDS``, or "http".
         named: whether this backend was asked for, rather than every one there is.
-        native: whether a bundle's ``fdconv`` operators run in C on a CPU; where they are built
-            when None.
+        native: whether a bundle's ``fdconv`` operators run in C on a CPU, as `open_session` takes
+            it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -97,14 +98,16 @@ class Target(BaseModel):
     batch: int = 1
     precision: str = "fp32"
     named: bool = True
-    native: bool | None = None
+    native: Native = None
 
     @property
     def name(self) -> str:
         """For people: source, backend, precision and batch size."""
         short = self.source if self.kind == "service" else Path(self.source).name
-        how = {None: "", True: ", native", False: ", portable"}[self.native]
-        return f"{short}, {self.backend}{how}, {self.precision}, batch {self.batch}"
+        said: dict[Native, str] = {None: "", True: "native", NCHW: "native in NCHW"}
+        how = said.get(self.native, "portable")
+        parts = [short, self.backend, how, self.precision, f"batch {self.batch}"]
+        return ", ".join(part for part in parts if part)
 
 
 class Skipped(NamedTuple):
@@ -121,7 +124,7 @@ def expand_targets(
     urls: Sequence[str] = (),
     backends: Sequence[str] = (),
     batches: Sequence[int] = (),
-    native: Sequence[bool] = (),
+    native: Sequence[Native] = (),
 ) -> tuple[list[Target], list[Skipped]]:
     """Every combination that means something, and those that do not exist.
 
@@ -180,7 +183,7 @@ def expand_targets(
 
 
 def _in_backends(
-    target: Target, backends: Sequence[str], native: Sequence[bool]
+    target: Target, backends: Sequence[str], native: Sequence[Native]
 ) -> Iterator[Target]:
     bundle = target.kind == "bundle"
     of_kind = list(BACKENDS if bundle else TORCH_BACKENDS)

@@ -224,7 +224,7 @@ def test_limits(toy_bundle, other_bundle, tmp_path, monkeypatch, capfd):
     [
         (["--concurrency", "1,x"], 2, "several such as 1,4; not '1,x'"),
         (["--concurrency", "0"], 2, "--concurrency is a number from 1"),
-        (["--native", "maybe"], 2, "'maybe' is not one of 'on', 'off', 'both'"),
+        (["--native", "maybe"], 2, "'maybe' is not one of 'on', 'nchw', 'off', 'both'"),
         (["--json", "no/where.json"], 1, "there is no folder no."),
         (["--json", "a", "--html", "a"], 1, "Two outputs would be written to a."),
         (["--image", "nothing.png"], 1, "nothing.png"),

@@ -47,6 +47,8 @@ def test_native_operators_beside_portable_ones(toy_bundle, checkpoint):
         ("checkpoint", "eager", None),
     ]  # fmt: skip
     assert targets[1].name == "toy, onnxruntime-cpu, native, fp32, batch 1"
+    (nchw,), _ = plan([toy_bundle], batches=[1], native=["nchw"])
+    assert nchw.name == "toy, onnxruntime-cpu, native in NCHW, fp32, batch 1"
     targets, _ = plan([toy_bundle], batches=[1], native=[True], backends=["openvino-bf16"])
     assert [(one.backend, one.native) for one in targets] == [("openvino-bf16", True)]
     with pytest.raises(
