@@ -42,7 +42,7 @@ PROVIDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "onnxruntime-cpu": (CPU, ("onnxruntime",)),
 }
 log = logging.getLogger("fdconv.onnxruntime")
-_C = ctypes.CDLL(None) if os.name == "posix" else None
+_C: Any = ctypes.CDLL(None) if os.name == "posix" else None
 _MARK = re.compile(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
 _NO_MEMORY = re.compile(r"bad_?alloc|bad allocation|[Ff]ailed to allocate memory|out of memory")
 _NUMPY_TYPES = {"float": "float32", "double": "float64"}  # other types have numpy's names
