@@ -109,6 +109,25 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
     return readers[0] if len(readers) == 1 else None
 
 
+def _changed_between(first: fx.Node, last: fx.Node, own: Sequence[fx.Node] = ()) -> bool:
+    """Whether a node between the two, not one of ``own``, changes a tensor in place.
+
+    Then the first one's work may not be done in the last one's place, nor the other way round: the
+    tensor may be what either reads, or a view of it.
+    """
+    node = first.next
+    while node is not last:
+        target = node.target
+        if (
+            isinstance(target, torch._ops.OpOverload)
+            and target._schema.is_mutable
+            and node not in own
+        ):
+            return True
+        node = node.next
+    return False
+
+
 def _shape(node: Any) -> tuple[int, ...] | None:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else None
@@ -131,7 +150,12 @@ class _Fusing:
         graph = self.traced.graph
         for node in list(graph.nodes):
             if node.op == "call_function" and (
-                node.target is LAYER or (node.target in CONVOLUTION and self._constant(node))
+                node.target is LAYER
+                or (
+                    node.target in CONVOLUTION
+                    and len(_shape(node) or ()) == 4
+                    and self._constant(node)
+                )
             ):
                 self._replace(self._chain(node))
         self._pool_ahead()
@@ -154,7 +178,11 @@ class _Fusing:
 
     def _chain(self, first: fx.Node) -> _Chain:
         chain = _Chain(first, first)
-        while (reader := _only_reader(chain.last)) is not None and self._taken(chain, reader):
+        while (
+            (reader := _only_reader(chain.last)) is not None
+            and not _changed_between(first, reader, [*chain.others, chain.last])
+            and self._taken(chain, reader)
+        ):
             chain.others.append(chain.last)
             chain.last = reader
         return chain
@@ -177,6 +205,8 @@ class _Fusing:
                 and not reader.kwargs.get("alpha")
                 and len({_shape(given) for given in reader.args[:2]}) == 1
                 and reader.args[0] is not reader.args[1]
+                # Else the shortcut itself changes, which others may see through a view of it.
+                and (reader.target is ATEN.add.Tensor or reader.args[0] is chain.last)
             )
             if fits:
                 left, right = reader.all_input_nodes
@@ -253,6 +283,7 @@ class _Fusing:
                     and reader.args[0] is node
                     and layer.dynamic
                     and not layer.folded.tokens
+                    and not _changed_between(node, reader)
                 ):
                     use.hidden = layer.get_buffer("hidden")
                     self._take_parts(node, reader)

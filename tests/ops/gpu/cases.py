@@ -265,6 +265,35 @@ class Block(torch.nn.Module):
         return self.last(self.twice(y).sigmoid() + y)
 
 
+class InPlace(torch.nn.Module):
+    """What changes in place between a convolution and what could be its end; no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 20, 1)
+        self.plain = torch.nn.Conv2d(20, 20, 1)
+        self.dynamic = enliven(FDConv2d(20, 20, 1, kernel_num=2, use_fbm_if_k_in=[]))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.stem(x)
+        given = x.sigmoid() - 0.5
+        y = self.plain(given)
+        moved = y + given.relu_()  # `plain` read it before
+        x[:, :7].mul_(-2)
+        pooled = self.dynamic(x)  # not of the stem as it was
+        seen = moved[:, 3:]
+        moved += self.plain(pooled)
+        return moved, pooled, seen, self.plain(x[0]).relu()
+
+
+@torch.no_grad()
+def in_place_errors(channels_last: bool) -> dict[str, Any]:
+    network = InPlace().eval()
+    x = lively_input((1, 3, 4, 3))
+    fused = fuse_network(network, x, channels_last=channels_last)
+    return {"errors": [*map(error, fused(x), network.double()(x.double()))]}
+
+
 @torch.no_grad()
 def network_errors(dtype: torch.dtype, channels_last: bool) -> dict[str, Any]:
     network = Block().eval()
@@ -325,6 +354,8 @@ def operator_checks() -> dict[str, Any]:
 NETWORKS: dict[str, Callable[[], dict[str, Any]]] = {
     "network": lambda: network_errors(torch.float32, channels_last=False),
     "network, half, last": lambda: network_errors(torch.float16, channels_last=True),
+    "in place": lambda: in_place_errors(channels_last=False),
+    "in place, last": lambda: in_place_errors(channels_last=True),
     "operators": operator_checks,
 }
 

@@ -102,6 +102,14 @@ def test_a_network(results, name):
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["in place", "in place, last"])
+def test_what_changes_in_place_is_read_as_it_was(results, name):
+    result = results[name]
+    assert "failed" not in result, result["failed"]
+    assert max(result["errors"]) <= TOLERANCE["float32"]
+
+
+@pytest.mark.timeout(900)
 def test_the_operators_are_what_they_tell_pytorch(results):
     expected = ["assemble_kernels", "attend", "finish_convolution", "modulate_bands", "pool"]
     assert results["operators"].get("operators") == expected, results["operators"]
