@@ -47,7 +47,7 @@ def install(*names: str, extra: str | None = None) -> str:
 
     torch comes first and by itself, since beside other packages pip may pick a build of another
     kind; without an NVIDIA driver it comes from PyTorch's CPU index (PyPI's Linux build holds
-    gigabytes of CUDA).
+    gigabytes of CUDA). Another package of ONNX Runtime that is in the way is uninstalled before.
 
     Args:
         names: modules or packages that are wanted, installed or not.
@@ -63,6 +63,9 @@ def install(*names: str, extra: str | None = None) -> str:
     text |= {r.name: str(r).partition(";")[0] for e, r in known if e == extra}
     specified = {name: shlex.quote(text.get(name, name)) for name in wanted}
     steps = []
+    here = [name for name in _RUNTIMES if installed_version(name)]
+    if set(wanted) & set(_RUNTIMES) and set(here) - set(wanted):
+        steps.append(" ".join(["pip uninstall -y", *here]))
     if torch := specified.pop("torch", None):
         steps.append(" ".join(["pip install", torch, *_torch_index()]))
     if specified:
@@ -146,8 +149,18 @@ def clashing_runtimes() -> str | None:
     wanted = "onnxruntime-gpu" if "onnxruntime-gpu" in here else here[-1]
     return (
         f"{' and '.join(here)} are installed and unpack into one folder, where the later has "
-        f"overwritten the earlier: pip uninstall -y {' '.join(here)} && {install(wanted)}"
+        f"overwritten the earlier: {install(wanted)}"
     )
+
+
+def installed_for(package: str) -> tuple[str, str] | None:
+    """The installed package that serves for one and its version; None if there is none.
+
+    Every package of ONNX Runtime runs on CPUs, as ``onnxruntime`` does.
+    """
+    serving = _RUNTIMES if package == _RUNTIMES[0] else (package,)
+    found = ((name, installed_version(name)) for name in serving)
+    return next(((name, version) for name, version in found if version), None)
 
 
 def installed_version(package: str) -> str | None:

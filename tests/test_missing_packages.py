@@ -143,6 +143,24 @@ def test_torch_is_installed_first_and_by_itself(monkeypatch, driver: bool) -> No
     assert "&&" not in install("onnx")
 
 
+@pytest.mark.parametrize(
+    ("here", "name", "expected"),
+    [
+        (["onnxruntime"], "onnxruntime-gpu", "pip uninstall -y onnxruntime && pip install "),
+        (["onnxruntime-gpu"], "onnxruntime", "pip uninstall -y onnxruntime-gpu && pip install "),
+        (["onnxruntime-gpu"], "onnxruntime-gpu", "pip install "),
+        (["onnxruntime"], "onnx", "pip install "),
+        ([], "onnxruntime-gpu", "pip install "),
+    ],
+)
+def test_no_second_onnxruntime_is_installed_over_the_first(monkeypatch, here, name, expected):
+    """They unpack into one folder: the command that doctor printed broke what was there."""
+    monkeypatch.setattr(installing, "installed_version", dict.fromkeys(here, "1.31.1").get)
+    command = install(name)
+    assert command.startswith(expected)
+    assert shlex.split(command)[expected.count(" ")].startswith(name)
+
+
 def test_without_metadata(names: dict[str, Path]) -> None:
     """Run from its source, where nothing tells versions."""
     program = (

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fdconv_deploy.cli.options import Json
-from fdconv_deploy.environment import clashing_runtimes, extras, install, installed_version
+from fdconv_deploy.environment import clashing_runtimes, extras, install, installed_for
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.version import __version__
 
@@ -213,8 +213,9 @@ def _providers() -> list[str] | None:
 
 
 def _purpose(extra: str, packages: Sequence[str]) -> Purpose:
-    here = {package: version for package in packages if (version := installed_version(package))}
-    missing = [package for package in packages if package not in here]
+    serving = {package: installed_for(package) for package in packages}
+    here = dict(filter(None, serving.values()))
+    missing = [package for package, found in serving.items() if found is None]
     command = install(*missing, extra=extra or None) if missing else None
     return Purpose(extra, _PURPOSES[extra], here, missing, command)
 

@@ -32,9 +32,9 @@ def test_doctor_lists_what_is_installed() -> None:
 
 
 def test_doctor_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = doctor.installed_version
+    known = environment.installed_version
     monkeypatch.setattr(
-        doctor, "installed_version", lambda name: None if name == "grpcio" else known(name)
+        environment, "installed_version", lambda name: None if name == "grpcio" else known(name)
     )
     answer = CliRunner().invoke(app, ["doctor"])
     assert answer.exit_code == 0
@@ -127,6 +127,22 @@ def test_doctor_says_that_two_onnxruntimes_overwrite_each_other(
     assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install" in found["clash"]
     assert found["clash"] in found["backends"]["onnxruntime-cuda"]
     assert found["clash"] in CliRunner().invoke(app, ["doctor"]).stdout.replace("\n", "")
+
+
+def test_doctor_counts_the_onnxruntime_for_gpus_as_one_for_cpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = environment.installed_version
+    versions = {"onnxruntime-gpu": "1.31.1", "onnxruntime": None}
+
+    def version(name: str) -> str | None:
+        return versions[name] if name in versions else known(name)
+
+    monkeypatch.setattr(environment, "installed_version", version)
+    found = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
+    (cpu,) = (purpose for purpose in found["purposes"] if purpose["extra"] == "cpu")
+    assert cpu["installed"] == {"onnxruntime-gpu": "1.31.1"}
+    assert cpu["install"] is None
 
 
 def test_a_session_says_why_two_onnxruntimes_leave_it_on_the_cpu(
