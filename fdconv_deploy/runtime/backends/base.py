@@ -15,7 +15,7 @@ from fdconv_deploy.ops.native import Native
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import TensorSpec
 
-# Asks for TF32 where no argument does, with 1.
+# Asks for TF32 where no argument does, with 1, and does not with 0.
 TF32 = "FDCONV_TF32"
 Tensors = Mapping[str, npt.NDArray[Any]]
 # A tensor's name, shape and type.
@@ -97,8 +97,17 @@ class BackendOptions:
 
     @property
     def rounds_to_tf32(self) -> bool:
-        """Whether TF32 was asked for; on every backend it is off where it was not."""
-        return os.environ.get(TF32, "0") == "1" if self.tf32 is None else self.tf32
+        """Whether TF32 was asked for; on every backend it is off where it was not.
+
+        Raises:
+            BackendError: ``FDCONV_TF32`` is asked, and is neither 1 nor 0.
+        """
+        if self.tf32 is not None:
+            return self.tf32
+        given = os.environ.get(TF32) or "0"
+        if given not in ("0", "1"):
+            raise BackendError(f"{TF32} is 0 or 1, not {given!r}.")
+        return given == "1"
 
 
 def feeds_problem(specs: tuple[TensorSpec, ...], feeds: Tensors) -> str | None:

@@ -38,6 +38,17 @@ def test_float32_stays_float32_unless_tf32_is_asked_for(toy_bundle, gpu, monkeyp
     monkeypatch.setenv("FDCONV_TF32", "1")
     assert used() == "1"
     assert used(tf32=False) == "0"
+    monkeypatch.setenv("FDCONV_TF32", "")
+    assert used() == "0"
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime-cuda", "onnxruntime-cpu"])
+@pytest.mark.parametrize("word", ["true", "on", "2", " 1"])
+def test_a_switch_for_tf32_of_another_word_is_refused(toy_bundle, gpu, monkeypatch, backend, word):
+    """Taken for 0 it would be found out by nothing but the time."""
+    monkeypatch.setenv("FDCONV_TF32", word)
+    with pytest.raises(BackendError, match=f"FDCONV_TF32 is 0 or 1, not '{word}'"):
+        open_session(toy_bundle, backend)
 
 
 def test_a_run_replays_a_cuda_graph_between_buffers_that_stay(toy_bundle, gpu):
