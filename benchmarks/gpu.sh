@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything the GPU path claims, in one call of less than eight minutes: environment, the
-# plugins' own code under the driver, correctness of every kernel, times beside the memory floor,
-# networks beside their baselines. Needs torch, triton and numpy; uses cuda-bindings and ONNX
-# Runtime's CUDA provider where they are; downloads nothing.
+# Everything the GPU path claims, in one call of less than eight minutes: environment, correctness
+# of every kernel, times beside the memory floor, networks beside their baselines, the plugins' own
+# code under the driver. Needs torch, triton and numpy; uses cuda-bindings where it is, and ONNX
+# Runtime's CUDA provider after `pip install '.[export,gpu]'`; downloads nothing.
 #
 #     benchmarks/gpu.sh [--seconds 450] [--output FOLDER] [--dry-run]
 #

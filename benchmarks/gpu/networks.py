@@ -6,6 +6,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks.gpu.kernels import dtype_name
 from benchmarks.gpu.timing import call_seconds, compute_seconds
+from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.cuda import CapturedNetwork, FusedNetwork, fuse_network
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.folding.network import fold_layers, foldable_layers
@@ -194,6 +196,11 @@ def eager(
 
 def onnxruntime(networks: Networks, name: str, size: int) -> dict[str, Any]:
     """A bundle in float32, in the runtime's own CUDA backend; calls with their copies."""
+    if find_spec("fdconv_deploy.export") is None:  # its folder in a clone has another place
+        raise BackendError(
+            "a bundle is made and run by this package as installed, not by a clone. Install it: "
+            "pip install '.[export,gpu]'"
+        )
     from fdconv_deploy.export.api import export_module
     from fdconv_deploy.runtime import open_session
 

@@ -1,8 +1,11 @@
 """The body of `benchmarks/gpu.sh`: environment, kernels, networks; one JSON record.
 
-What must be true first: the plugins' code and every kernel, then the networks, then the rest as
-long as time is left. The record is written after each part; what fails, is wrong or does not fit is
-in it, never left out.
+What must be true first: every kernel, then the networks, the plugins' code, and the rest as long as
+time is left. The record is written after each part; what fails, is wrong or does not fit is in it,
+never left out.
+
+Exit code 0: all that ran is right, though some may not have been run, for want of time or of a
+package. 1: an answer is wrong, a part failed, or nothing could be measured. 130: interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from fdconv_deploy.errors import FDConvError
 
 # What the measurements are made with, and what some of them need besides.
 NEEDED = ("numpy", "torch", "triton")
@@ -44,6 +49,11 @@ class Record:
         self.folder = options.output or Path(
             os.environ.get("OUT") or Path(__file__).parents[1] / "results"
         )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            sys.exit(f"error: the record cannot be written to {self.folder}: {e}")
+        self.failed: list[str] = []  # parts, not for want of time or of a package
         self.clocks: Any = None
         self.content: dict[str, Any] = {
             "date": date.today().isoformat(),
@@ -67,19 +77,25 @@ class Record:
         What takes 0 is run in any case.
         """
         started = self.elapsed()
-        reason = None
+        reason, interrupted = None, False
         if seconds and started + seconds > self.seconds:
             reason = f"no time left of {self.seconds:.0f} s"
         else:
             try:
                 run()
-            except Exception as e:
+            except (Exception, KeyboardInterrupt) as e:
                 reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+                interrupted = isinstance(e, KeyboardInterrupt)
+                if not isinstance(e, (ImportError, FDConvError)):  # those say what is not here
+                    self.failed.append(what)
             self.content["seconds"][what] = round(self.elapsed() - started, 2)
         if reason is not None:
             self.content["not_run"].append({"what": what, "reason": reason[:300]})
             print(f"  {what}: not run ({reason[:200]})", flush=True)
-        self.write()
+        path = self.write()
+        if interrupted:
+            print(f"interrupted; what was measured before is in {path}", file=sys.stderr)
+            sys.exit(130)
         return reason is None
 
     def add(self, kind: str, measure: Callable[[], dict[str, Any]]) -> None:
@@ -103,7 +119,6 @@ class Record:
         gpu = self.content["environment"].get("gpu", "gpu")
         name = "dry-run" if self.content["dry_run"] else gpu
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{self.content['date']}-gpu-{slug}.json"
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
@@ -257,8 +272,11 @@ def main() -> None:
         record.clocks.close()
         record.content["environment"]["clocks"] = record.clocks.problem or "sampled"
     print(f"\n{record.write()}")
+    problems = [f"failed: {what}" for what in record.failed]
     if wrong := record.wrong():
-        sys.exit(f"error: {len(wrong)} of the answers are further off than their limits")
+        problems.append(f"{len(wrong)} of the answers are further off than their limits")
+    if problems:
+        sys.exit("\n".join(f"error: {problem}" for problem in problems))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from benchmarks.gpu.run import Record
+from fdconv_deploy.errors import BackendError
 
 ROOT = Path(__file__).parents[3]
 needs_triton = pytest.mark.skipif(
@@ -159,6 +161,30 @@ def test_a_part_that_fails_leaves_the_record_whole(tmp_path):
         "what": "a part",
         "reason": "RuntimeError: CUDA error: an illegal memory access",
     }
+    assert record.failed == ["a part"]  # so that the exit code is not 0
+
+
+def test_a_package_that_is_missing_is_no_failure(tmp_path):
+    record = a_record(tmp_path)
+    for error in (ModuleNotFoundError("No module named 'onnx'"), BackendError("no CUDA provider")):
+        assert not record.attempt("a part", Mock(side_effect=error))
+    assert not record.failed
+
+
+def test_an_interrupted_part_is_recorded(tmp_path, capsys):
+    record = a_record(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        record.attempt("a part", Mock(side_effect=KeyboardInterrupt))
+    assert stopped.value.code == 130
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text())["not_run"][0]["reason"].startswith("KeyboardInterrupt")
+    assert str(path) in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="the record cannot be written to"):
+        a_record(tmp_path / "file")
 
 
 SMI = """#!{python}
