@@ -278,8 +278,8 @@ graph, beside a plain ResNet-50 that `fuse_network` made as well.
 - **Launches** (`python -m benchmarks.gpu.launches`): the fused network runs on fake tensors, and every
   operator that does work is a kernel; a convolution's bias is one more, which PyTorch adds after cuDNN.
 - **Instructions, registers, occupancy**: every Triton kernel is compiled for sm_90a, assembled by ptxas
-  and disassembled; loops count as often as they run. None spills
-  ([every target](../benchmarks/results/2026-11-22-kernel-resources.md)).
+  and disassembled; loops count as often as they run. None spills, on any GPU from 7.5 on
+  (`tests/ops/gpu/test_compile.py`).
 - **Time of a kernel**: {START * 1e6:.0f} µs from its start to the next one's in a CUDA graph, {START_EARLY * 1e6:.1f} where one of this package's
   kernels starts while another one ends (both assumed), and the longest of
   - its tensors' bytes at the copy's rate: {RATES["H100"] / 1e12:.1f} TB/s on an H100, {RATES["H200"] / 1e12:.1f} on an H200. At batch 1 much of it stays in the
