@@ -12,7 +12,7 @@ import os
 import shutil
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fdconv_deploy.atomic_write import replace_folder, temporary_folder
 from fdconv_deploy.errors import ExportError, in_the_way
@@ -23,9 +23,13 @@ from fdconv_deploy.runtime.manifest import Manifest
 from fdconv_deploy.runtime.postprocessing import logit_of
 from fdconv_deploy.runtime.segmentation import class_names, class_palette
 
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable  # from Python 3.11 on
+
 # The version that the page was tried with.
 ONNXRUNTIME_WEB = "1.30.0"
 DESCRIPTION = "network.json"
+_MODEL, _RUNTIME = "model.onnx", "onnxruntime"
 # Of the npm package: the API and what it loads, first to run on a GPU, then on the CPU. A visitor's
 # browser downloads the one or the other.
 _FILES = (
@@ -73,17 +77,21 @@ def export_web(
     described = _description(found.manifest)
     target.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(target) as folder:
-        model = export_onnx(found, folder / "model.onnx", batch=batch, progress=progress).path
+        model = export_onnx(found, folder / _MODEL, batch=batch, progress=progress).path
         progress("writing the page")
-        with as_file(files("fdconv_deploy.export.targets") / "web") as page:
+        with as_file(_page()) as page:
             shutil.copytree(page, folder, dirs_exist_ok=True)
-        (folder / "onnxruntime").mkdir()
+        (folder / _RUNTIME).mkdir()
         for name in _FILES:
-            shutil.copyfile(package / "dist" / name, folder / "onnxruntime" / name)
+            shutil.copyfile(package / "dist" / name, folder / _RUNTIME / name)
         described |= {"bytes": model.stat().st_size, "onnxruntime_web": version}
         (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
         replace_folder(folder, target)
     return target
+
+
+def _page() -> Traversable:
+    return files("fdconv_deploy.export.targets") / "web"
 
 
 def check_web_output(target: Path, *, overwrite: bool) -> None:
@@ -94,9 +102,13 @@ def check_web_output(target: Path, *, overwrite: bool) -> None:
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not (target / DESCRIPTION).is_file():
+    found = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    ours = {path.name for path in _page().iterdir()} | {DESCRIPTION, _MODEL, _RUNTIME}
+    if DESCRIPTION not in found or found - ours:
+        besides = ", ".join(sorted(found - ours)[:3])
         raise ExportError(
-            f"{target} is there and is no page's folder, so it is left alone. Give another name."
+            f"{target} is there and is no page's folder"
+            f"{besides and f' (it holds {besides})'}, so it is left alone. Give another name."
         )
     if not overwrite:
         raise in_the_way(ExportError, f"The page {target} exists already.")
@@ -176,8 +188,3 @@ def _description(manifest: Manifest) -> dict[str, Any]:
         "classes": class_names(network),
         "palette": class_palette(network),
     }
-
-
-def _finite(logit: float) -> float:
-    """JSON has no infinity, and no float32 is beyond this."""
-    return max(-1e39, min(logit, 1e39))

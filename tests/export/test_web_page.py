@@ -110,12 +110,16 @@ class TestFolder:
         (tmp_path / "full/mine.txt").write_text("mine")
         for bundle, output, message in (
             (toy_bundle, page, "exists already"),
-            (toy_bundle, tmp_path / "full", "is no page's folder, so it is left alone"),
+            (toy_bundle, tmp_path / "full", "is no page's folder .*, so it is left alone"),
             (detector, tmp_path / "new", "the page segments images, and the bundle is of a detec"),
         ):
             with pytest.raises(ExportError, match=message):
                 export_web(bundle, output, onnxruntime_web=package)
         export_web(toy_bundle, page, onnxruntime_web=package, overwrite=True)
+        (page / "mine.txt").write_text("mine")
+        with pytest.raises(ExportError, match=r"it holds mine.txt\), so it is left alone"):
+            export_web(toy_bundle, page, onnxruntime_web=package, overwrite=True)
+        assert (page / "mine.txt").is_file()
         (package / "dist/ort.wasm.bundle.min.mjs").unlink()
         with pytest.raises(ExportError, match=r"1\.2\.3, without the file dist/ort.wasm.bundle"):
             export_web(toy_bundle, tmp_path / "new", onnxruntime_web=package)
@@ -326,6 +330,38 @@ class TestInChromium:
 
         said = "notes.png is no image that this browser can decode"
         expect(page.locator("#status")).to_contain_text(said, timeout=60_000)
+
+    def test_answer_of_a_replaced_image_is_not_shown(self, page, tmp_path):
+        """Two images in a row: the first one's mask is never laid over the second."""
+        pictures = [held_out()[0][0], tmp_path / "small.png"]
+        Image.open(held_out()[5][0]).resize((100, 150)).save(pictures[1])
+        page.evaluate(
+            """async (images) => {
+              const files = await Promise.all(images.map(async (bytes) => {
+                const data = new DataTransfer();
+                data.items.add(new File([Uint8Array.from(bytes)], "a.png", { type: "image/png" }));
+                return data.files;
+              }));
+              globalThis.said = [];
+              const status = document.querySelector("#status");
+              const canvas = document.querySelector("#mask");
+              new MutationObserver(() => {
+                if (!status.textContent.startsWith("Done")) return;
+                said.push([segmented().size, [canvas.height, canvas.width]]);
+              }).observe(status, { childList: true });
+              status.textContent = "";
+              for (const each of files) {
+                document.querySelector("#file").files = each;
+                document.querySelector("#file").dispatchEvent(new Event("change"));
+                while (status.textContent !== "Segmenting …") {
+                  await new Promise((done) => setTimeout(done));
+                }
+              }
+            }""",
+            [list(file.read_bytes()) for file in pictures],
+        )
+        page.wait_for_function("() => said.some(([size]) => size[0] === 150)", timeout=120_000)
+        assert page.evaluate("said") == [[[150, 100], [150, 100]]]
 
     def test_picture_for_the_documentation(self, page):
         labels_on(page, held_out()[0][0])

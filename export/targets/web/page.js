@@ -5,6 +5,7 @@ const $ = (id) => document.getElementById(id);
 const worker = new Worker("worker.js", { type: "module" });
 let network;
 let shown;
+let last = 0; // the number of the image that is on the page
 
 function say(text, wrong = false) {
   $("status").textContent = text;
@@ -28,20 +29,25 @@ function describe() {
 
 async function choose(file) {
   if (!file) return;
+  const number = ++last;
   let image;
   try {
     // Pixels as they are in the file, upright as its EXIF says.
     image = await createImageBitmap(file, { colorSpaceConversion: "none", imageOrientation: "from-image" });
   } catch {
-    say(`${file.name} is no image that this browser can decode. Save it as PNG or JPEG.`, true);
+    if (number === last) say(`${file.name} is no image that this browser can decode. Save it as PNG or JPEG.`, true);
     return;
   }
+  if (number !== last) return image.close();
   say("Segmenting …");
   for (const canvas of [$("image"), $("mask")]) [canvas.width, canvas.height] = [image.width, image.height];
   $("image").getContext("2d").drawImage(image, 0, 0);
   $("mask").hidden = true;
+  $("legend").replaceChildren();
+  $("times").textContent = "";
+  $("download").removeAttribute("href");
   $("answer").hidden = false;
-  worker.postMessage({ image }, [image]);
+  worker.postMessage({ image, number }, [image]);
 }
 
 function show({ labels, size, milliseconds }) {
@@ -71,7 +77,9 @@ function show({ labels, size, milliseconds }) {
   const total = Object.values(milliseconds).reduce((sum, each) => sum + each, 0);
   const stages = Object.entries(milliseconds).map(([name, each]) => `${name} ${each.toFixed(0)} ms`);
   $("times").textContent = stages.join(", ");
+  const number = last;
   $("mask").toBlob((blob) => {
+    if (number !== last) return;
     URL.revokeObjectURL($("download").href);
     $("download").href = URL.createObjectURL(blob);
   });
@@ -79,6 +87,7 @@ function show({ labels, size, milliseconds }) {
 }
 
 worker.onmessage = ({ data }) => {
+  if (data.number !== undefined && data.number !== last) return; // of an image that was replaced
   if (data.error) say(data.error, true);
   if (data.network) {
     network = data.network;

@@ -6,9 +6,14 @@ let ort;
 let network;
 let session;
 
-async function download(address, bytes) {
+async function get(address) {
   const response = await fetch(address);
   if (!response.ok) throw new Error(`${address} cannot be read: status ${response.status}.`);
+  return response;
+}
+
+async function download(address, bytes) {
+  const response = await get(address);
   const parts = [];
   let loaded = 0;
   for (const reader = response.body.getReader(); ; ) {
@@ -23,7 +28,7 @@ async function download(address, bytes) {
 }
 
 async function start(provider) {
-  network = await (await fetch("network.json")).json();
+  network = await (await get("network.json")).json();
   postMessage({ network });
   const adapter = provider === "wasm" ? null : await self.navigator.gpu?.requestAdapter().catch(() => null);
   const used = adapter ? "webgpu" : "wasm";
@@ -32,11 +37,14 @@ async function start(provider) {
   // Threads share memory, which browsers allow only to pages served with COOP and COEP headers.
   if (!self.crossOriginIsolated) ort.env.wasm.numThreads = 1;
   const model = await download("model.onnx", network.bytes);
-  session = await ort.InferenceSession.create(model, { executionProviders: [used] });
+  session = await ort.InferenceSession.create(model, { executionProviders: [used] }).catch((error) => {
+    if (used === "wasm") throw error;
+    throw new Error(`${error.message ?? error} Add ?provider=wasm to the address to run on the CPU.`);
+  });
   postMessage({ ready: used, threads: used === "wasm" ? ort.env.wasm.numThreads : 0 });
 }
 
-async function segment(image) {
+async function segment(image, number) {
   const size = [image.height, image.width];
   const begin = performance.now();
   const canvas = new OffscreenCanvas(image.width, image.height);
@@ -52,13 +60,13 @@ async function segment(image) {
   const ran = performance.now();
   const found = labels(values, logits.dims.slice(1), network, covered, size);
   const milliseconds = { preprocess: prepared - begin, inference: ran - prepared, postprocess: performance.now() - ran };
-  postMessage({ labels: found, size, milliseconds }, [found.buffer]);
+  postMessage({ number, labels: found, size, milliseconds }, [found.buffer]);
 }
 
 // One after the other: a session runs one input at a time.
 let queue = Promise.resolve();
 onmessage = ({ data }) => {
   queue = queue
-    .then(() => (data.image ? segment(data.image) : start(data.provider)))
-    .catch((error) => postMessage({ error: error.message ?? String(error) }));
+    .then(() => (data.image ? segment(data.image, data.number) : start(data.provider)))
+    .catch((error) => postMessage({ number: data.number, error: error.message ?? String(error) }));
 };
