@@ -131,6 +131,33 @@ def number_values(model: ModelProto, network: nn.Module) -> None:
         value.name = number(value.name)
 
 
+def check_one_file(model: ModelProto, instead: str) -> None:
+    """Refuse a model that is too large for one file of protobuf, which is not always said later.
+
+    protobuf's Python writes more than its own parsers read. Data that lies outside counts, too.
+
+    Args:
+        model: its external data loaded or not.
+        instead: a sentence with what to do.
+
+    Raises:
+        ExportError: it is larger than 2 GB.
+    """
+    outside = sum(
+        int(entry.value)
+        for tensor in model.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "length"
+    )
+    size, limit = model.ByteSize() + outside, onnx.checker.MAXIMUM_PROTOBUF
+    if size > limit:
+        raise ExportError(
+            f"the network takes {size / 1e9:.1f} GB, and one .onnx file holds {limit / 1e9:.1f} GB."
+            f" {instead}"
+        )
+
+
 def check_model(path: str) -> None:
     """ONNX's full check of a written model, shapes and function bodies included.
 

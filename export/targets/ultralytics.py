@@ -29,6 +29,7 @@ from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.api import export_module
+from fdconv_deploy.export.graph import check_one_file
 from fdconv_deploy.export.options import ExportOptions, check_size
 from fdconv_deploy.export.validation.reference import answer_of
 from fdconv_deploy.export.validation.sample_inputs import Picture
@@ -109,13 +110,8 @@ def export_ultralytics(
     for key, value in _metadata(network, size, batch).items():
         graph.metadata_props.add(key=key, value=str(value))
     options.say("writing one file, and checking it against the network")
-    try:
-        data = graph.SerializeToString()
-    except ValueError as error:
-        raise ExportError(
-            "the network does not fit into one .onnx file, which holds up to 2 GB. Export a bundle "
-            "by export_module instead."
-        ) from error
+    check_one_file(graph, "Export a bundle by export_module instead.")
+    data = graph.SerializeToString()
     end2end = bool(getattr(network, "end2end", False))
     answers = dict(zip(names, expected, strict=True))
     _prove(data, example, answers, options.allowed, 2 if end2end else 1)

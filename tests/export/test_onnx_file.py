@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
-from fdconv_deploy.demo import packaged_detector
+from fdconv_deploy.demo import packaged_checkpoint, packaged_detector
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export import export_checkpoint, export_onnx
 from fdconv_deploy.export.targets import onnx_file
@@ -106,6 +106,28 @@ def test_detector_and_module_become_files(detector, exported_module, tmp_path):
         path = tmp_path / f"{opset}.onnx"
         assert export_onnx(detector, path, opset=opset).max_rel <= 1e-5
     assert export_onnx(exported_module.bundle, tmp_path / "module.onnx", opset=13).max_rel <= 1e-5
+
+
+def test_half_precision_becomes_a_file_of_a_newer_opset(tmp_path):
+    bundle = export_checkpoint(
+        packaged_checkpoint(), tmp_path / "bundle", size=(96, 128), precision="fp16"
+    )
+    written = export_onnx(bundle, tmp_path / "model.onnx", opset=22)
+    assert written.opset == 22
+    assert written.max_rel <= 1e-3
+
+
+def test_what_onnxruntime_does_not_run_is_a_sentence(detector, tmp_path):
+    with pytest.raises(ExportError, match=r"(?s)RoiAlign.*Choose the bundle's own opset, 18"):
+        export_onnx(detector, tmp_path / "model.onnx", opset=22)
+
+
+def test_network_over_the_limit_of_protobuf_is_refused(bundle, tmp_path, monkeypatch):
+    """The limit is lowered. protobuf itself writes a file of more than 2 GB, and cannot read it."""
+    monkeypatch.setattr(onnx.checker, "MAXIMUM_PROTOBUF", 100_000)
+    with pytest.raises(ExportError, match=r"one \.onnx file holds .* Keep the bundle"):
+        export_onnx(bundle, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_roi_align_has_no_older_form(detector, tmp_path):
