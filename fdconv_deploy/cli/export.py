@@ -31,6 +31,7 @@ from fdconv_deploy.cli.options import (
 if TYPE_CHECKING:
     from fdconv_deploy.export.targets.onnx_file import OnnxFile
     from fdconv_deploy.runtime.bundle import Bundle
+    from fdconv_deploy.runtime.manifest import Manifest
 
 err = Console(stderr=True)
 
@@ -152,6 +153,8 @@ def export(
     require_files(checkpoint, config)
     if opset is not None and format_ != "onnx":
         raise ExportError("--opset is of .onnx files: add --format onnx. Bundles have one version.")
+    if format_ == "web" and batches not in (None, [1]):
+        raise ExportError("a page runs one image at a time: leave --batch out.")
     with err.status("starting", spinner="dots") as status, ExitStack() as stack:
         progress = None if quiet or as_json else status.update
         options = ExportOptions(
@@ -233,6 +236,9 @@ def export(
         _print_file(file, as_json, quiet)
     elif format_ == "web":
         _print_page(output, as_json, quiet)
+    if format_ != "bundle":
+        if not (as_json or quiet):
+            _print_assumed(Console(), bundle.manifest)
     elif as_json:
         print(bundle.manifest.model_dump_json(indent=2))
     elif not quiet:
@@ -333,6 +339,16 @@ def _print_export(bundle: Bundle) -> None:
         console.print(
             f"Images of another aspect ratio than {sizes} are {how} (see --fit){nearest}."
         )
+    _print_assumed(console, manifest)
+    # What may be long or copied is not broken into lines.
+    for line in (
+        f"Bundle {bundle.digest} (sha256 of its manifest).",
+        f"Next: fdconv segment {shlex.quote(str(bundle.path))} IMAGE -o results",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_assumed(console: Console, manifest: Manifest) -> None:
     if manifest.graph.get("frequency_order") == "stable":
         console.print("Frequency order: stable, not the published one (see fdconv inspect).")
     assumed = manifest.graph.get("assumed", {})
@@ -342,12 +358,6 @@ def _print_export(bundle: Bundle) -> None:
             "all; check them, and give --config or --set where they are wrong):"
         )
         console.print(", ".join(f"{name}={value}" for name, value in assumed.items()), markup=False)
-    # What may be long or copied is not broken into lines.
-    for line in (
-        f"Bundle {bundle.digest} (sha256 of its manifest).",
-        f"Next: fdconv segment {shlex.quote(str(bundle.path))} IMAGE -o results",
-    ):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_precision(console: Console, name: str, report: dict[str, Any]) -> None:

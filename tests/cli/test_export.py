@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 
 from fdconv_deploy.demo import packaged_checkpoint
 from tests.runtime import toy
@@ -70,6 +71,23 @@ def test_options_that_do_not_fit_are_a_sentence(
     assert code == 1
     assert message in err
     assert not output.exists()
+
+
+def test_page_takes_no_batch_size(bundle, monkeypatch, capfd, tmp_path):
+    arguments = ["export", bundle, "-o", tmp_path / "page", "--format", "web", "--batch", "4"]
+    code, _, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 1
+    assert "a page runs one image at a time" in err
+
+
+def test_file_of_a_checkpoint_names_what_was_assumed(monkeypatch, capfd, tmp_path):
+    file = tmp_path / "unnamed.pth"
+    weights = torch.load(packaged_checkpoint(), weights_only=True)["state_dict"]  # noqa: TID251
+    torch.save(weights, file)
+    arguments = ["export", file, "-o", tmp_path / "model.onnx", "--format", "onnx", "--size", "64"]
+    code, out, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 0, err
+    assert "Assumed" in out
 
 
 def test_opset_is_of_files(bundle, monkeypatch, capfd, tmp_path):
