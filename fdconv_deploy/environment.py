@@ -89,7 +89,7 @@ def missing(error: ImportError, extra: str | None = None) -> str | None:
     """A package that an import did not find, and what installs it, to end a sentence with.
 
     Args:
-        extra: it belongs to; the smallest that has it when not given.
+        extra: it belongs to; the smallest that has it when not given, or when that has it not.
 
     Returns:
         "onnx, which is not installed: pip install …", or None where the error is another: a package

@@ -129,6 +129,13 @@ def test_all_that_a_command_lacks_is_named_at_once(names: dict[str, Path]) -> No
     assert "onnxruntime" not in said  # is there
 
 
+def test_commands_name_what_exporting_needs_not_a_backend(names: dict[str, Path]) -> None:
+    said = run("export BUNDLE -o OUT --format onnx", names, "onnx", "torch", "openvino").stderr
+    assert "onnx, which is not installed" in said
+    assert "torch>=" in said
+    assert "openvino" not in said
+
+
 @pytest.mark.parametrize("driver", [False, True])
 def test_torch_is_installed_first_and_by_itself(monkeypatch, driver: bool) -> None:
     """From PyTorch's CPU index, or PyPI's CUDA build where there is an NVIDIA driver."""

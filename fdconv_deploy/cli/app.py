@@ -99,7 +99,7 @@ def _needed(error: ImportError) -> str:
     """What to install when a package that not every command needs is missing."""
     from fdconv_deploy.environment import missing
 
-    what = missing(error)
+    what = missing(error, "export")  # what runs bundles says itself which backend lacks it
     if what is None:
         raise error  # no package of a user's choice: a mistake of ours, or a broken installation
     return f"this command needs {what}"
