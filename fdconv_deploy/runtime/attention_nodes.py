@@ -179,6 +179,8 @@ class _Search:
         """Whether nodes take the mean over all positions of features or tokens of a shape."""
         # Each place's axis: images, channels or positions.
         kinds = {4: ["n", "c", "p", "p"], 3: ["n", "p", "c"]}.get(len(sizes), [])
+        if not kinds:
+            return False
         for node in chain:
             values = tensor_values(self.constants[node.input[1]], self.external).tolist()
             if node.op_type == "Reshape":  # of a long axis into two

@@ -14,7 +14,7 @@ A blocked tensor has the shape (N, C, H, W), C filled up with zeros to whole blo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,7 +214,9 @@ class _Rewriting:
         return readers[0] if len(readers) == 1 and name not in self.kept else None
 
     def _write(self, op: str, inputs: list[str], output: str, domain: str, **given: Any) -> None:
-        self.out.append(make_node(op, inputs, [output], domain, **given))
+        node = make_node(op, inputs, [output], domain, **given)
+        node.name = f"{output}/{op}"  # an exported node may be called by its output
+        self.out.append(node)
 
     def _write_plain(self, node: Any) -> None:
         for name in (*node.input, *captured(node)):
@@ -589,6 +591,11 @@ class _Rewriting:
         if to[:2] != shape[:2] or any(n % of for n, of in zip(to[2:], shape[2:], strict=True)):
             return False
         scales = [1, 1, to[2] // shape[2], to[3] // shape[3]]
+        if len(node.input) < 4:  # no lengths, but factors, which may be of 5 to 10 by 2.05, too
+            factors = self._values(node.input[2])
+            wanted = scales if "axes" not in given else [scales[a] for a in given["axes"]]
+            if factors is None or factors.tolist() != wanted:
+                return False
         self._write(
             "Upsample", [name], f"{y}/blocked", RUNTIMES, scales=scales, mode="linear",
             coordinate_transformation_mode=mode,
@@ -626,7 +633,7 @@ class _Rewriting:
                 if other is None:
                     return False
                 inputs.append(other)
-            elif name in self.constants and np.prod(self.constants[name].dims) == 1:
+            elif name in self.constants and _is_scalar(self.constants[name].dims):
                 inputs.append(name)
             else:
                 return False
@@ -668,6 +675,11 @@ _HANDLERS: dict[str, Callable[[_Rewriting, int, Any], bool]] = {
 _ASSEMBLY = (
     "layer out_channels in_channels kernel_size taps row_frequencies column_frequencies".split()
 )
+
+
+def _is_scalar(dims: Sequence[int]) -> bool:
+    """Whether a constant is one number, which leaves features four axes."""
+    return len(dims) <= 4 and np.prod(dims) == 1
 
 
 def _convolved(

@@ -142,9 +142,10 @@ class OpenVINOBackend:
             _signature(compiled.inputs, manifest.inputs[batch]),
             _signature(compiled.outputs, manifest.outputs[batch]),
         )
-        loaded = OpenVINOGraph(compiled, name)
+        outputs = [_name(port, manifest.outputs[batch]) for port in compiled.outputs]
+        loaded = OpenVINOGraph(compiled, name, outputs)
         if exact is not None:
-            self._error = _difference(bundle, batch, loaded, OpenVINOGraph(exact, name))
+            self._error = _difference(bundle, batch, loaded, OpenVINOGraph(exact, name, outputs))
             self.operators += f"; {self._error}"
             log.warning("%s of the bundle %s: %s", name, bundle.path, self._error)
         return loaded
@@ -173,10 +174,10 @@ class OpenVINOBackend:
 class OpenVINOGraph:
     """One loaded graph. See :class:`Graph`."""
 
-    def __init__(self, compiled: Any, name: str) -> None:
+    def __init__(self, compiled: Any, name: str, outputs: list[str]) -> None:
         self._compiled = compiled
         self._name = name
-        self._outputs = [output.get_any_name() for output in compiled.outputs]
+        self._outputs = outputs
         self._idle: list[Any] = []  # a request serves one run at a time
 
     def run(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
@@ -194,7 +195,7 @@ class OpenVINOGraph:
                 "'onnxruntime-cpu'."
             ) from error
         self._idle.append(request)
-        return {name: found[name] for name in self._outputs}
+        return {name: found[number] for number, name in enumerate(self._outputs)}
 
 
 def import_openvino() -> Any:
@@ -220,12 +221,19 @@ def last_line(error: Exception) -> str:
     return (lines[-1] if lines else type(error).__name__).rstrip(". ")
 
 
+def _name(port: Any, specs: Sequence[TensorSpec]) -> str:
+    """What the manifest calls a port, which has the names of all that is equal to it."""
+    names = port.get_names()
+    found: str = next((spec.name for spec in specs if spec.name in names), port.get_any_name())
+    return found
+
+
 def _signature(ports: Any, specs: Sequence[TensorSpec]) -> set[Signature]:
     """Of a compiled graph; a length that OpenVINO finds at run time only is what it should be."""
     shapes = {spec.name: spec.shape for spec in specs}
     found = set()
     for port in ports:
-        name, shape = port.get_any_name(), port.get_partial_shape()
+        name, shape = _name(port, specs), port.get_partial_shape()
         lengths = [None if length.is_dynamic else length.get_length() for length in shape]
         said = shapes.get(name, ())
         if len(said) == len(lengths):

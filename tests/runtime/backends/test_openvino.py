@@ -140,6 +140,22 @@ def test_every_batch_and_any_number_of_images(toy_bundle: Path, openvino) -> Non
             assert np.abs(session.run(images(count)) - expected).max() < 1e-4
 
 
+def test_outputs_that_are_equal(tmp_path: Path, openvino) -> None:
+    """OpenVINO drops what changes nothing, and then gives a tensor both names."""
+    bundle = toy.make_bundle(tmp_path / "bundle", batches=(1,)).path
+    path = bundle / "model.b1.onnx"
+    model = onnx.load(path, load_external_data=False)
+    model.graph.node[-1].output[0] = "a.sum"
+    model.graph.node.append(helper.make_node("Identity", ["a.sum"], ["logits"]))
+    onnx.save(model, path)
+    relist(bundle, path.name)
+    feeds = {"images": images(1)}
+    with open_session(bundle, "openvino") as session:
+        found = session.run_raw(feeds)
+    assert list(found) == ["logits"]
+    assert np.allclose(found["logits"], toy.reference_logits(feeds["images"]), atol=1e-4)
+
+
 def test_several_threads_at_once_and_answers_of_ones_own(toy_bundle: Path, openvino) -> None:
     with open_session(toy_bundle, "openvino", threads=1) as session, ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda seed: session.run(images(1, seed)), range(64)))
