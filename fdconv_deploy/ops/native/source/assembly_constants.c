@@ -240,7 +240,8 @@ size_t rows_workspace(const Assembly *a) { return (size_t)a->rows * (2 * PAIR + 
 
 size_t columns_workspace(const Assembly *a) {
     size_t pointers = (size_t)a->kernel_height * sizeof(float *) / sizeof(float);
-    size_t scales = a->block ? (size_t)a->kernel_height * a->columns : 0;
+    int scaled = a->block || (a->kernel_height == 1 && a->columns == a->in_channels);
+    size_t scales = scaled ? (size_t)a->kernel_height * a->columns : 0;
     return ((size_t)a->kernel_height + 1) * a->columns * PAIR + a->in_channels + a->taps +
            pointers + scales + 4 * LANES;
 }
