@@ -15,11 +15,30 @@ from fdconv_deploy.runtime.onnx_messages import (
     attributes,
     drop_unread,
     make_node,
+    read_model,
     shape_of,
     tensor_values,
 )
 
 DOMAIN = "fdconv.nchwc"
+
+
+def with_fused_attentions(model: bytes, external: Mapping[str, Bytes]) -> tuple[bytes, int]:
+    """A graph's file with its FDConv layers' attentions in one node each.
+
+    Args:
+        model: an exported graph.
+        external: the files that it keeps constants in.
+
+    Returns:
+        The file, and how many layers' attentions were fused; none: the file as it was.
+    """
+    read = read_model(model)
+    fused = fuse_attentions(read.graph, external)
+    if not fused:
+        return model, 0
+    read.opset_import.add(domain=DOMAIN, version=1)
+    return read.SerializeToString(), fused
 
 
 def fuse_attentions(graph: Any, external: Mapping[str, Bytes]) -> int:

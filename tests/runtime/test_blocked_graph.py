@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.export import export_module
-from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.nn import FDConv2d, FDTokenConv
 from fdconv_deploy.ops import native
 from fdconv_deploy.ops.native import build, compiler
 from fdconv_deploy.runtime import open_session
@@ -254,13 +254,39 @@ def test_a_network_without_fdconv_is_left_alone(tmp_path: Path) -> None:
     assert rewritten(exported(plain, tmp_path / "bundle"), 16) is None
 
 
+class Tokens(nn.Module):
+    """A layer that convolves, and two over the tokens of its answer: (B, H·W, C), (B, H, W, C)."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first = first
+        self.wide = enliven(FDTokenConv(32, 80, kernel_num=5), 1)
+        self.narrow = enliven(FDTokenConv(80, 20, kernel_num=4), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.gelu(self.wide(self.first(x).flatten(2).transpose(1, 2)))
+        return self.narrow(x.unflatten(1, (12, -1))).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attentions_of_tokens_are_fused_where_nothing_is_blocked(
+    tmp_path: Path, batch: int
+) -> None:
+    made = Tokens(nn.Conv2d(3, 32, 2, stride=2)).eval()
+    folder = exported(made, tmp_path / "bundle", batch)
+    ran = check(made, folder, batch)
+    assert ran.endswith("since no FDConv layer of this graph gains by blocks; 2 attentions fused")
+    answers = [answer(folder, native=True, threads=n)[0] for n in (1, 2, 3)]
+    assert all(np.array_equal(answers[0], each) for each in answers[1:])
+
+
 def test_switched_off(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer(bundle, native="nchw")[1] == (
         "native operators, since they are built here; features in NCHW, since "
-        "open_session(native='nchw') keeps NCHW"
+        "open_session(native='nchw') keeps NCHW; 2 attentions fused"
     )
     monkeypatch.setenv(native.SWITCH, "nchw")
-    assert answer(bundle)[1].endswith("FDCONV_NATIVE=nchw keeps NCHW")
+    assert answer(bundle)[1].endswith("FDCONV_NATIVE=nchw keeps NCHW; 2 attentions fused")
     monkeypatch.setenv(native.SWITCH, "NCHW")
     with pytest.raises(BackendError, match="FDCONV_NATIVE is 0, 1 or nchw, not 'NCHW'"):
         answer(bundle)
@@ -269,7 +295,7 @@ def test_switched_off(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_runtime_without_the_layout(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "blocked_layout", lambda: (0, "its blocks are unknown"))
     y, ran = answer(bundle, native=True)
-    assert ran.endswith("features in NCHW, since its blocks are unknown")
+    assert ran.endswith("features in NCHW, since its blocks are unknown; 2 attentions fused")
     assert np.array_equal(y, answer(bundle, native="nchw")[0])
 
 

@@ -19,6 +19,7 @@ from fdconv_deploy.environment import clashing_runtimes, install
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops.native import SWITCH, kept_layout, native_library
 from fdconv_deploy.ops.native.loans import lent, loan_number
+from fdconv_deploy.runtime.attention_nodes import with_fused_attentions
 from fdconv_deploy.runtime.backends.base import (
     BackendOptions,
     Graph,
@@ -137,6 +138,9 @@ class OnnxRuntimeBackend:
         try:
             session = self._blocked_session(graph, files, threads)
             if session is None:
+                if self._library is not None:
+                    graph, fused = with_fused_attentions(graph, files)
+                    self.operators += f"; {fused} attentions fused" if fused else ""
                 session = self._open(graph, files, threads, providers)
         except Exception as error:
             doing = f"loading {name!r} of the bundle {bundle.path}"
