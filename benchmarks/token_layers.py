@@ -3,7 +3,8 @@
 Each linear layer of Swin-L's four FFNs as FDConv over the tokens of one image: seconds and memory
 to fold it, the size of the constants of its inverse transform, in the stages that are folded and
 as one dense matrix for the rows; then the exported layer beside a plain linear one in ONNX
-Runtime, as it is and with native operators where they are built, taking turns.
+Runtime, as it is and with native operators where they are built, taking turns. On a busy machine
+``--clock processor`` counts the processor's time, which stands still while others run.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from benchmarks.timing import interleave, spread
 from fdconv_deploy.export import export_module
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.latency import machine
+from fdconv_deploy.latency.interleaving import Clock
 from fdconv_deploy.nn import FDTokenConv
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.runtime import Session, open_session
 
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
 WIDTHS = (192, 384, 768, 1536)
 
 
@@ -71,7 +74,9 @@ def folding(layer: FDTokenConv, tokens: int) -> tuple[FoldedConv, dict[str, floa
     return folded, {"fold_seconds": seconds, "fold_mb": most / 1e6}
 
 
-def running(layer: FDTokenConv, tokens: int, threads: int, rounds: int) -> dict[str, Any]:
+def running(
+    layer: FDTokenConv, tokens: int, threads: int, rounds: int, clock: Clock
+) -> dict[str, Any]:
     """Milliseconds of one image, and the exported layer's error, of the largest value."""
     x = torch.randn(1, tokens, layer.in_channels)
     plain = nn.Linear(layer.in_channels, layer.out_channels).eval()
@@ -90,7 +95,7 @@ def running(layer: FDTokenConv, tokens: int, threads: int, rounds: int) -> dict[
             sessions["native"] = opened("portable", use_native=True)
         feed = {"input": x.numpy()}
         calls = {name: lambda s=s: s.run_raw(feed) for name, s in sessions.items()}
-        taken = interleave(calls, rounds=rounds)
+        taken = interleave(calls, rounds=rounds, clock=clock)
         with torch.no_grad():
             expected = layer.double()(x.double()).numpy()
         errors = {
@@ -116,6 +121,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=640, help="height and width of the image")
     parser.add_argument("--kernel-num", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     options = parser.parse_args()
     machine.warn_if_busy()
     where = machine.describe(options.threads)
@@ -127,7 +133,7 @@ def main() -> None:
             layer = layer_of(features, options.kernel_num)
             folded, found = folding(layer, tokens)
             found |= transform_costs(folded)
-            ran = running(layer, tokens, options.threads, options.rounds)
+            ran = running(layer, tokens, options.threads, options.rounds, CLOCKS[options.clock])
             layers.append({"features": features, "tokens": tokens, **found, **ran})
             print(
                 f"{features[0]:5}→{features[1]:<5} {tokens:6} tokens: fold "
@@ -143,7 +149,12 @@ def main() -> None:
                 + f"; error {max(ran['errors'].values()):.1e}",
                 flush=True,
             )
-    keep(options, "token-layers", where, {"size": options.size, "layers": layers})
+    keep(
+        options,
+        "token-layers",
+        where,
+        {"size": options.size, "clock": options.clock, "layers": layers},
+    )
 
 
 if __name__ == "__main__":
