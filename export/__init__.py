@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fdconv_deploy.export.api import export_checkpoint, export_module, export_network
     from fdconv_deploy.export.options import ExportOptions
     from fdconv_deploy.export.targets.onnx_file import OnnxFile, export_onnx
+    from fdconv_deploy.export.targets.triton_repository import export_triton
     from fdconv_deploy.export.targets.ultralytics import export_ultralytics
     from fdconv_deploy.export.targets.web_page import export_web
 
@@ -19,6 +20,7 @@ __all__ = [
     "export_module",
     "export_network",
     "export_onnx",
+    "export_triton",
     "export_ultralytics",
     "export_web",
 ]
@@ -27,6 +29,7 @@ _HOMES = {
     "ExportOptions": "options",
     "OnnxFile": "targets.onnx_file",
     "export_onnx": "targets.onnx_file",
+    "export_triton": "targets.triton_repository",
     "export_ultralytics": "targets.ultralytics",
     "export_web": "targets.web_page",
 }

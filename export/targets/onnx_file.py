@@ -97,7 +97,7 @@ def export_onnx(
             onnx.save(model, str(temporary))
             check_model(str(temporary))
             progress("comparing the file with the bundle's graph")
-            max_rel = _prove(files, batch, temporary, Path(name))
+            max_rel = prove(files, batch, temporary, Path(name))
         return OnnxFile(path, opset, len(model.graph.node), max_rel)
 
 
@@ -173,7 +173,7 @@ def _metadata(manifest: Manifest) -> dict[str, str]:
     return {f"fdconv.{key}": json.dumps(value) for key, value in found.items()}
 
 
-def _prove(bundle: Bundle, batch: int, path: Path, folder: Path) -> float:
+def prove(bundle: Bundle, batch: int, path: Path, folder: Path) -> float:
     """Run a file and the bundle's graph; the largest difference, of the largest value.
 
     Raises:

@@ -45,12 +45,12 @@ def export(
         ),
     ],
     format_: Annotated[
-        Literal["bundle", "onnx", "web"],
+        Literal["bundle", "onnx", "web", "triton"],
         typer.Option(
             "--format",
             help="onnx: one self-contained file of standard operators, for other runtimes. web: a "
-            "folder with a page that segments in the browser. Both also of a bundle's folder in "
-            "the checkpoint's place.",
+            "folder with a page that segments in the browser. triton: a model in a Triton model "
+            "repository. All three also of a bundle's folder in the checkpoint's place.",
         ),
     ] = "bundle",
     size: Annotated[
@@ -134,6 +134,16 @@ def export(
             "node_modules/onnxruntime-web here or above.",
         ),
     ] = None,
+    triton_backend: Annotated[
+        Literal["python", "onnxruntime"],
+        typer.Option(
+            help="python: images in, masks out. onnxruntime: the graphs, a model per batch size."
+        ),
+    ] = "python",
+    name: Annotated[
+        str | None,
+        typer.Option(help="The Triton model's name. Default: that of the bundle or checkpoint."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -155,6 +165,8 @@ def export(
         raise ExportError("--opset is of .onnx files: add --format onnx. Bundles have one version.")
     if format_ == "web" and batches not in (None, [1]):
         raise ExportError("a page runs one image at a time: leave --batch out.")
+    if format_ != "triton" and (name is not None or triton_backend != "python"):
+        raise ExportError("--name and --triton-backend are of Triton models: add --format triton.")
     with err.status("starting", spinner="dots") as status, ExitStack() as stack:
         progress = None if quiet or as_json else status.update
         options = ExportOptions(
@@ -171,6 +183,7 @@ def export(
             progress=progress,
         )
         folder = output
+        exported = (checkpoint / "manifest.json").is_file()
         if format_ == "onnx":
             from fdconv_deploy.export.targets.onnx_file import check_output
 
@@ -180,10 +193,16 @@ def export(
 
             check_web_output(output, overwrite=overwrite)
             find_onnxruntime_web(onnxruntime_web)
+        elif format_ == "triton":
+            from fdconv_deploy.export.targets.triton_repository import check_repository
+
+            name = name or (checkpoint.resolve().name if exported else checkpoint.stem)
+            check_repository(output, name)
         if format_ != "bundle":
-            _one_graph(options.sizes, batches)
+            if format_ != "triton":
+                _one_graph(options.sizes, batches)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fdconv-")), "it")
-        if format_ != "bundle" and (checkpoint / "manifest.json").is_file():
+        if format_ != "bundle" and exported:
             given = {
                 "--config": config, "--set": settings, "--weights": weights, "--mode": mode,
                 "--frequency-order": frequency_order != "auto", "--fit": fit != "stretch",
@@ -232,7 +251,22 @@ def export(
                 overwrite=overwrite,
                 progress=options.say,
             )
-    if format_ == "onnx":
+        elif format_ == "triton":
+            from fdconv_deploy.export.targets.triton_repository import export_triton
+
+            models = export_triton(
+                bundle,
+                output,
+                name=name,
+                backend=triton_backend,
+                sizes=options.sizes if exported else (),  # else the bundle has no others
+                batches=batches or () if exported else (),
+                overwrite=overwrite,
+                progress=options.say,
+            )
+    if format_ == "triton":
+        _print_models(models, output, as_json, quiet)
+    elif format_ == "onnx":
         _print_file(file, as_json, quiet)
     elif format_ == "web":
         _print_page(output, as_json, quiet)
@@ -289,6 +323,18 @@ def _print_page(folder: Path, as_json: bool, quiet: bool) -> None:
         Console().print(
             f"{folder}: a page of {total / 1e6:.1f} MB that fetches nothing from elsewhere.\nNext: "
             f"python -m http.server -d {shlex.quote(str(folder))}, then open http://localhost:8000",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _print_models(models: Sequence[Path], repository: Path, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print(json.dumps({"models": [str(model) for model in models]}, indent=2))
+    elif not quiet:
+        names = ", ".join(model.name for model in models)
+        Console().print(
+            f"{repository}: {names}.\nNext: tritonserver --model-repository="
+            f"{shlex.quote(str(repository.resolve()))}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
 

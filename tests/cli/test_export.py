@@ -96,3 +96,41 @@ def test_opset_is_of_files(bundle, monkeypatch, capfd, tmp_path):
     code, _, err = fdconv(monkeypatch, capfd, *arguments)
     assert code == 1
     assert "--opset is of .onnx files: add --format onnx" in err
+
+
+def test_checkpoint_becomes_a_triton_model(monkeypatch, capfd, tmp_path):
+    arguments = ["export", packaged_checkpoint(), "-o", tmp_path / "models", "--format", "triton"]
+    code, out, err = fdconv(
+        monkeypatch, capfd, *arguments, "--size", "64x96", "--size", "96x64", "--name", "streets",
+        "--triton-backend", "onnxruntime", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    names = ["streets_64x96", "streets_96x64"]
+    assert json.loads(out) == {"models": [str(tmp_path / "models" / name) for name in names]}
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == names
+
+
+def test_bundle_becomes_a_triton_model_of_its_name(bundle, monkeypatch, capfd, tmp_path):
+    arguments = ["export", bundle, "-o", tmp_path, "--format", "triton"]
+    code, out, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 0, err
+    assert f"tritonserver --model-repository={tmp_path}" in out
+    assert (tmp_path / "bundle" / "config.pbtxt").is_file()
+    code, _, err = fdconv(monkeypatch, capfd, *arguments, "--size", "32x48")
+    assert code == 1
+    assert "takes images of any size: leave sizes and batches out" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--format", "triton", "--name", "streets/night"], "found 'streets/night'. Give another"),
+        (["--name", "streets"], "--name and --triton-backend are of Triton models"),
+    ],
+)
+def test_triton_name_is_checked_before_the_export(given, message, monkeypatch, capfd, tmp_path):
+    arguments = ["export", packaged_checkpoint(), "-o", tmp_path / "models", *given]
+    code, _, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 1
+    assert message in err
+    assert not (tmp_path / "models").exists()
