@@ -367,7 +367,9 @@ class _Rewriting:
                 "group": 1,
             }
             geometry |= attributes(conv)
-            return conv.input[0], conv.output[0], *self._bias(conv), geometry
+            if self._adds_a_computed_bias(conv):
+                return None
+            return conv.input[0], conv.output[0], self._bias(conv), geometry
         rows: dict[int, Any] = {}
         waiting = [(0, reader) for reader in self.readers[kernels]]
         while waiting:
@@ -398,10 +400,15 @@ class _Rewriting:
             x = source
         geometry = {name: given[name] for name in ("strides", "pads", "dilations")}
         geometry["group"] = attributes(convs[0]).get("group", 1)
-        return x, y, *self._bias(convs[0]), geometry
+        if self._adds_a_computed_bias(convs[0]) or any(_has_bias(conv) for conv in convs[1:]):
+            return None
+        return x, y, self._bias(convs[0]), geometry
 
-    def _bias(self, conv: Any) -> tuple[NDArray[Any] | None]:
-        return (self._values(conv.input[2]) if len(conv.input) > 2 else None,)
+    def _bias(self, conv: Any) -> NDArray[Any] | None:
+        return self._values(conv.input[2]) if _has_bias(conv) else None
+
+    def _adds_a_computed_bias(self, conv: Any) -> bool:
+        return _has_bias(conv) and self._bias(conv) is None
 
     def _traced(self, name: str, gates: str) -> tuple[int | None, str | None]:
         """Where in the attentions a gate begins, and the constant that it is multiplied by."""
@@ -675,6 +682,10 @@ _HANDLERS: dict[str, Callable[[_Rewriting, int, Any], bool]] = {
 _ASSEMBLY = (
     "layer out_channels in_channels kernel_size taps row_frequencies column_frequencies".split()
 )
+
+
+def _has_bias(conv: Any) -> bool:
+    return len(conv.input) > 2 and conv.input[2] != ""
 
 
 def _is_scalar(dims: Sequence[int]) -> bool:

@@ -249,6 +249,31 @@ def test_nodes_called_by_their_outputs(bundle: Path) -> None:
     assert len(set(names)) == len(names)
 
 
+def test_a_computed_bias_is_added(bundle: Path) -> None:
+    """Exports have constant ones; a graph that somebody edited keeps its own."""
+    opened = Bundle.open(bundle, hold=True)
+    ((_, name),) = opened.manifest.models.items()
+    model = onnx.load_model_from_string(bytes(opened.content(name)))
+    constants = {tensor.name for tensor in model.graph.initializer}
+    dynamic_convs = [
+        (at, node)
+        for at, node in enumerate(model.graph.node)
+        if node.op_type == "Conv" and node.input[1] not in constants
+    ]
+    for at, conv in reversed(dynamic_convs):
+        mean = onnx.helper.make_node("ReduceMean", [conv.input[1]], [f"m{at}"], keepdims=0)
+        taken = list(conv.input) + ["", ""]
+        bias = onnx.helper.make_node("Add", [f"m{at}", taken[2] or f"m{at}"], [f"bias{at}"])
+        del conv.input[2:]
+        conv.input.append(f"bias{at}")
+        model.graph.node.insert(at, bias)
+        model.graph.node.insert(at, mean)
+    found = block_graph(model.SerializeToString(), opened.external_data(name), 16)
+    graph = model.graph if found is None else onnx.load_model_from_string(found.model).graph
+    read = {tensor for node in graph.node for tensor in node.input}
+    assert {f"bias{at}" for at, _ in dynamic_convs} <= read
+
+
 def test_a_network_without_fdconv_is_left_alone(tmp_path: Path) -> None:
     plain = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)).eval()
     assert rewritten(exported(plain, tmp_path / "bundle"), 16) is None
