@@ -8,10 +8,15 @@ batches 1 and 4, is exported first.
 ``--variants`` runs ONNX Runtime with other settings than the runtime's, side by side;
 ``--binding`` compares bound outputs with returned ones; ``--mapped`` the memory of graphs whose
 files ONNX Runtime maps with that of bytes it is given. They are why the settings are as they are.
+
+``--beside BASELINE``, a bundle, or ``baseline`` for one that is exported, compares what a session
+adds to a process with what the baseline's adds: opened, and after three runs. Without BUNDLE, that
+is of the R50 backbone at 512×512.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -22,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import export_size
+from benchmarks.cases import Case
 from benchmarks.options import keep, script
 from benchmarks.timing import interleave, spread
 from fdconv_deploy.latency import machine
@@ -33,6 +40,8 @@ VARIANTS = (
     "onnxruntime", "runtime", "pattern", "no-arena", "no-spinning", "spinning-on",
     "no-prepacking", "no-optimisation",
 )  # fmt: skip
+
+SIZES = "opened_mb", "run_mb"
 
 IMPORT = """
 import time
@@ -136,6 +145,30 @@ print(json.dumps(found))
 """
 
 
+ADDED = """
+import json, sys
+import numpy as np, onnxruntime, psutil
+from fdconv_deploy.runtime import open_session
+bundle, threads, native = sys.argv[1:]
+process = psutil.Process()
+before = process.memory_info().rss
+def added():
+    return round((process.memory_info().rss - before) / 1e6, 1)
+native = {"on": True, "off": False, "nchw": "nchw", "none": None}[native]
+session = open_session(bundle, "onnxruntime-cpu", threads=int(threads), native=native)
+batch = min(session.bundle.batch_sizes)
+session.runner._graphs.get(batch)
+session.runner._release()
+found = {"opened_mb": added()}
+specs = session.bundle.manifest.inputs[batch]
+feeds = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
+for _ in range(3):
+    session.run_raw(feeds)
+found.update(run_mb=added(), operators=session.operators)
+print(json.dumps(found))
+"""
+
+
 def fresh(program: str, *arguments: object) -> Any:
     """The JSON that a program prints, run in a process of its own."""
     command = [sys.executable, "-c", program, *map(str, arguments)]
@@ -175,6 +208,21 @@ def measure(bundle: Path, *, threads: int, repeats: int = 5) -> dict[str, Any]:
 def mapped(bundle: Path, *, threads: int) -> dict[str, Any]:
     """Memory of all the bundle's graphs: of files that are mapped, and of bytes."""
     return {side: fresh(MAPPED, bundle, threads, side) for side in ("mapped", "bytes")}
+
+
+def beside(bundle: Path, baseline: Path, *, threads: int, repeats: int) -> dict[str, Any]:
+    """What a session adds to a process: the baseline's, and this bundle's by its operators."""
+    sides = {"baseline": (baseline, "none")}
+    sides |= {f"native {native}": (bundle, native) for native in ("on", "nchw", "off")}
+    found: dict[str, Any] = {}
+    for side, (path, native) in sides.items():
+        runs = [fresh(ADDED, path, threads, native) for _ in range(repeats)]
+        found[side] = {key: spread([run[key] for run in runs], 1, 1.0) for key in SIZES}
+        found[side]["operators"] = runs[0]["operators"]
+    for side in found.values():
+        own, other = (each["run_mb"]["median"] for each in (side, found["baseline"]))
+        side["ratio"] = round(own / other, 2)
+    return found
 
 
 def load(path: str | Path, variant: str, threads: int) -> Any:
@@ -249,6 +297,14 @@ def binding(model: Path, *, threads: int, rounds: int, seconds: float) -> dict[s
 
 def show(result: dict[str, Any]) -> None:
     """Print a result for people."""
+    for side, found in result.get("beside", {}).items():
+        opened, run = (found[key]["median"] for key in SIZES)
+        print(
+            f"  {side:12} adds {opened:6} MB opened, {run:6} after three runs: "
+            f"{found['ratio']:.2f}× ({found['operators']})"
+        )
+    if "batches" not in result:
+        return
     print(f"weights {result['weights_mb']} MB; import {result['import_seconds']['median']} s")
     for batch, life in result["batches"].items():
         print(f"batch {batch}")
@@ -279,15 +335,23 @@ def main() -> None:
     parser.add_argument("--variants", action="store_true", help="compare other settings too")
     parser.add_argument("--binding", action="store_true", help="compare IO binding too")
     parser.add_argument("--mapped", action="store_true", help="compare mapped files too")
+    parser.add_argument("--beside", metavar="BASELINE", help="compare memory with another's")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=180.0)
     options = parser.parse_args()
     machine.warn_if_busy()
     where = machine.describe(options.threads)
     with tempfile.TemporaryDirectory(prefix="fdconv-bench-") as folder:
+        how = dict(threads=options.threads, repeats=options.repeats)
+        if options.beside:
+            result, name = _beside(options, Path(folder), how)
+            print(name)
+            show(result)
+            keep(options, "session-memory", where, {"title": name, **result})
+            return
         bundle = options.bundle or _export(Path(folder) / "upernet-r50")
         name = "UPerNet-R50, 512×512" if options.bundle is None else bundle.name
-        result = measure(bundle, threads=options.threads, repeats=options.repeats)
+        result = measure(bundle, **how)
         model = Bundle.open(bundle).model_path(min(Bundle.open(bundle).batch_sizes))
         how = dict(threads=options.threads, rounds=options.rounds, seconds=options.seconds)
         if options.variants:
@@ -299,6 +363,22 @@ def main() -> None:
     print(name)
     show(result)
     keep(options, "session", where, {"title": name, **result})
+
+
+def _beside(
+    options: argparse.Namespace, folder: Path, how: dict[str, int]
+) -> tuple[dict[str, Any], str]:
+    """Its result and title, of the bundles that the options name or of exported ones."""
+    case = Case("backbone", 50, 512, 512, 1)
+    bundle, baseline = options.bundle, Path(options.beside)
+    if bundle is None:
+        bundle = folder / "fdconv"
+        export_size.measure(case, case.make(), bundle)
+    if options.beside == "baseline":
+        baseline = folder / "baseline"
+        export_size.measure(case, case.make(dynamic=False), baseline, dynamic=False)
+    title = case.title if options.bundle is None else options.bundle.name
+    return {"beside": beside(bundle, baseline, **how)}, title
 
 
 def _export(destination: Path) -> Path:
