@@ -26,6 +26,7 @@ from fdconv_deploy.runtime.attention_nodes import fuse_attentions
 from fdconv_deploy.runtime.bundle import Bytes
 from fdconv_deploy.runtime.onnx_messages import (
     ExternalTensors,
+    add_value,
     attributes,
     captured,
     copied,
@@ -513,7 +514,7 @@ class _Rewriting:
         if parts is not None and parts[0] == batch:
             whole = f"{y}/whole"
             self._convolve(x, kernels, layer.bias, whole, answer, shape[2:], kernel, layer.geometry)
-            name, found = self.blocked.pop(whole)
+            name, found = self.blocked[whole]
             split = [batch, filters, *found[2:]]
             self.blocked[y] = self._reshaped(name, split, f"{y}/blocked"), tuple(split)
         else:
@@ -658,6 +659,10 @@ class _Rewriting:
         del graph.node[:]
         graph.node.extend(self.out)
         graph.initializer.extend(self.added.tensors)
+        # The runtime infers no shapes past a custom operator, and without them writes no sum into
+        # the buffer of what is added, and takes half as much memory again for a run.
+        for name, (images, channels, *size) in self.blocked.values():
+            add_value(graph.value_info, name, (images, self._filled(channels), *size))
         drop_unread(graph)
         for domain in (OURS, RUNTIMES):
             self.model.opset_import.add(domain=domain, version=1)

@@ -79,16 +79,21 @@ def make_model(
     model.graph.name = "graph"
     model.graph.node.extend(nodes)
     for name, shape in inputs.items():
-        kind = model.graph.input.add(name=name).type.tensor_type
-        kind.elem_type = 1
-        for length in shape:
-            kind.shape.dim.add(dim_value=length)
+        add_value(model.graph.input, name, shape)
     for name in outputs:
         model.graph.output.add(name=name).type.tensor_type.elem_type = 1
     for domain in {node.domain for node in model.graph.node}:
         model.opset_import.add(domain=domain, version=1 if domain else 18)
     data: bytes = model.SerializeToString()
     return data
+
+
+def add_value(values: Any, name: str, shape: Iterable[int]) -> None:
+    """Declare a float32 tensor's shape among a graph's inputs or the values inside it."""
+    kind = values.add(name=name).type.tensor_type
+    kind.elem_type = 1
+    for length in shape:
+        kind.shape.dim.add(dim_value=length)
 
 
 def make_node(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -117,6 +118,41 @@ def check(made: nn.Module, bundle: Path, batch: int = 1) -> str:
     return ran
 
 
+def check_shapes(bundle: Path, length: int) -> None:
+    """The shapes that the rewritten graph tells are those of a run, and it tells all blocks'."""
+    found = rewritten(bundle, length)
+    assert found is not None
+    model = onnx.load_model_from_string(found.model)
+    shapes = {
+        value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+        for value in model.graph.value_info
+    }
+    blocked = {
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type in ("Conv", "MaxPool", "Concat", "FrequencyBandModulation")
+        and node.domain in ("com.microsoft.nchwc", "fdconv.nchwc")
+    }
+    assert blocked
+    assert blocked <= shapes.keys()
+    for name in sorted(blocked):
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, None))
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(native.native_library(True)[0]))
+    files = {**Bundle.open(bundle, hold=True).contents, found.location: found.constants}
+    options.add_external_initializers_from_files_in_memory(
+        list(files), list(files.values()), [len(data) for data in files.values()]
+    )
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    (x,) = session.get_inputs()
+    names = sorted(blocked)
+    answers = session.run(names, {x.name: lively_input(tuple(x.shape)).numpy()})
+    for name, value in zip(names, answers, strict=True):
+        assert shapes[name] == value.shape, name
+
+
 @pytest.mark.parametrize("length", [8, 16])
 def test_everything_between_input_and_output_is_blocked(bundle: Path, length: int) -> None:
     found = rewritten(bundle, length)
@@ -145,6 +181,10 @@ def test_answers(bundle: Path, block: int) -> None:
     )
 
 
+def test_shapes_are_told(bundle: Path, block: int) -> None:
+    check_shapes(bundle, block)
+
+
 def test_bits_do_not_depend_on_threads(bundle: Path, block: int) -> None:
     first, _ = answer(bundle, threads=1)
     for threads in (2, 3):
@@ -163,7 +203,9 @@ def test_bits_do_not_depend_on_threads(bundle: Path, block: int) -> None:
 )
 def test_other_sizes(width: int, inner: int, batch: int, tmp_path: Path, block: int) -> None:
     made = network(width, inner)
-    assert "in blocks of" in check(made, exported(made, tmp_path / "bundle", batch), batch)
+    bundle = exported(made, tmp_path / "bundle", batch)
+    assert "in blocks of" in check(made, bundle, batch)
+    check_shapes(bundle, block)
 
 
 class Branches(nn.Module):
