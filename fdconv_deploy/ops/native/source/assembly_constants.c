@@ -107,13 +107,17 @@ static const char *fill(Assembly *a, const Node *node, int last) {
         if (a->groups[i] == UNSET) a->groups[i] = 0;
     for (size_t i = 0; i < (size_t)a->planes * a->rows; i++)
         if (a->nyquist_groups[i] == UNSET) a->nyquist_groups[i] = 0;
-    if (a->attentions > 256) return NULL;
-    a->few_groups = aligned(bins);
-    if (!a->few_groups) return no_memory;
-    for (size_t i = 0; i < bins; i++) a->few_groups[i] = (uint8_t)a->groups[i];
+    if (a->attentions > 256) {
+        a->groups = share(a->groups, bins * sizeof *a->groups);
+        return a->groups ? NULL : no_memory;
+    }
+    uint8_t *few = aligned(bins);
+    if (few)
+        for (size_t i = 0; i < bins; i++) few[i] = (uint8_t)a->groups[i];
     free(a->groups);
     a->groups = NULL;
-    return NULL;
+    a->few_groups = few ? share(few, bins) : NULL;
+    return a->few_groups ? NULL : no_memory;
 }
 
 /* The graph's taps come first and its kernel columns, reversed, second: (R, taps·kw). */
@@ -230,8 +234,8 @@ void assembly_free(Assembly *assembly) {
     free(assembly->values);
     free(assembly->nyquist);
     free(assembly->local);
-    free(assembly->groups);
-    free(assembly->few_groups);
+    unshare(assembly->groups);
+    unshare(assembly->few_groups);
     free(assembly->nyquist_groups);
     memset(assembly, 0, sizeof *assembly);
 }

@@ -48,6 +48,12 @@ const Tensor *lent(int64_t number);
 /* So many bytes, at an aligned address. */
 void *aligned(size_t bytes);
 
+/* Bytes equal to these, which many may hold and nobody changes: these, or an earlier caller's, and
+ * then these are freed. NULL without memory. unshare frees what nobody else holds, and what was
+ * never shared. */
+void *share(void *made, size_t bytes);
+void unshare(void *data);
+
 /* Lays a node's constants out. NULL, or why it cannot be done. */
 const char *assembly_make(Assembly *assembly, const Node *node);
 void assembly_free(Assembly *assembly);
