@@ -54,12 +54,14 @@ class BlockedGraph:
     """The rewritten graph, and the bytes of the file ``location`` that it keeps constants in.
 
     ``loans``: by number, what is lent to its operators while a session is made.
+    ``blocked_only``: no node is one of the functions that the exported graph has.
     """
 
     model: bytes
     location: str
     constants: bytes
     loans: dict[int, list[NDArray[Any]]]
+    blocked_only: bool
 
 
 @dataclass
@@ -666,8 +668,13 @@ class _Rewriting:
         drop_unread(graph)
         for domain in (OURS, RUNTIMES):
             self.model.opset_import.add(domain=domain, version=1)
+        blocked_only = all(node.domain != FUNCTIONS for node in graph.node)
         return BlockedGraph(
-            self.model.SerializeToString(), self.added.location, self.added.content(), self.loans
+            self.model.SerializeToString(),
+            self.added.location,
+            self.added.content(),
+            self.loans,
+            blocked_only,
         )
 
 

@@ -172,6 +172,7 @@ def test_everything_between_input_and_output_is_blocked(bundle: Path, length: in
     assert ops["", "Add"] == ops["", "Relu"] == ops["", "Mul"] == 0
     activations = [a.s for n in model.graph.node for a in n.attribute if a.name == "activation"]
     assert activations == [b"Relu"] * 3
+    assert found.blocked_only
 
 
 def test_answers(bundle: Path, block: int) -> None:
@@ -206,6 +207,19 @@ def test_other_sizes(width: int, inner: int, batch: int, tmp_path: Path, block: 
     bundle = exported(made, tmp_path / "bundle", batch)
     assert "in blocks of" in check(made, bundle, batch)
     check_shapes(bundle, block)
+
+
+@pytest.mark.usefixtures("block")
+def test_a_layer_that_stays_a_function(tmp_path: Path) -> None:
+    """Channels that fill half of two blocks of 16, behind a layer that is in blocks."""
+    made = nn.Sequential(nn.Conv2d(3, 32, 1), dynamic(32, 32, 1), dynamic(32, 17, 1)).eval()
+    bundle = exported(made, tmp_path / "bundle")
+    found = rewritten(bundle, 16)
+    assert found is not None
+    assert not found.blocked_only
+    names = [node.op_type for node in onnx.load_model_from_string(found.model).graph.node]
+    assert any(name.startswith("FrequencyAssembly_") for name in names)
+    assert "in blocks of" in check(made, bundle)
 
 
 class Branches(nn.Module):

@@ -40,18 +40,22 @@ def loan_number() -> int:
 
 
 @contextmanager
-def lent(library: Path, loans: Mapping[int, Sequence[NDArray[Any]]]) -> Iterator[None]:
+def lent(
+    library: Path, loans: Mapping[int, Sequence[NDArray[Any]]], *, blocked_only: bool = False
+) -> Iterator[None]:
     """Lend constants to the operators whose attribute ``lent`` is their number.
 
     Args:
         library: the operators'.
         loans: by number, a layer's spectrum, patterns and blocks.
+        blocked_only: sessions opened in this thread meanwhile have no nodes of functions.
     """
     code = ctypes.CDLL(str(library))
     code.fdconv_lend.argtypes = ctypes.c_int64, ctypes.POINTER(_Tensor)
     code.fdconv_take_back.argtypes = (ctypes.c_int64,)
     given: list[int] = []
     held = []  # as long as they are lent
+    code.fdconv_blocked_only(int(blocked_only))
     try:
         for number, arrays in loans.items():
             whole = [np.require(array, requirements=["C", "A"]) for array in arrays]
@@ -62,6 +66,7 @@ def lent(library: Path, loans: Mapping[int, Sequence[NDArray[Any]]]) -> Iterator
             given.append(number)
         yield
     finally:
+        code.fdconv_blocked_only(0)
         for number in given:
             code.fdconv_take_back(number)
 

@@ -182,7 +182,8 @@ class OnnxRuntimeBackend:
             if rewritten is not None:
                 constants = {rewritten.location: rewritten.constants}
                 try:
-                    with lent(self._library, rewritten.loans):
+                    only = rewritten.blocked_only
+                    with lent(self._library, rewritten.loans, blocked_only=only):
                         session = self._open(
                             rewritten.model, {**files, **constants}, threads, [CPU]
                         )
