@@ -318,8 +318,8 @@ def test_a_computed_bias_is_added(bundle: Path) -> None:
     ]
     for at, conv in reversed(dynamic_convs):
         mean = onnx.helper.make_node("ReduceMean", [conv.input[1]], [f"m{at}"], keepdims=0)
-        taken = list(conv.input) + ["", ""]
-        bias = onnx.helper.make_node("Add", [f"m{at}", taken[2] or f"m{at}"], [f"bias{at}"])
+        given = conv.input[2] if len(conv.input) > 2 else f"m{at}"
+        bias = onnx.helper.make_node("Add", [f"m{at}", given], [f"bias{at}"])
         del conv.input[2:]
         conv.input.append(f"bias{at}")
         model.graph.node.insert(at, bias)
