@@ -122,6 +122,11 @@ NETWORKS: dict[str, tuple[Callable[[], Architecture], int, tuple[int, int]]] = {
         32,
         (800, 1344),
     ),
+    "mask_rcnn_r50": (
+        lambda: DetectorConfig(backbone=_R50, mask_head=MaskHeadConfig()),
+        64,
+        (800, 1344),
+    ),
     "mask2former_r50": (lambda: _mask2former(_R50, 19, 100), 64, (512, 1024)),
     "mask2former_swin_l": (lambda: _mask2former(_SWIN_L, 150, 200), 64, (640, 640)),
     "maskdino_r50": (lambda: _maskdino(_R50), 64, (512, 512)),

@@ -14,9 +14,10 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-# A tenth more than the house's aim of 1 MB: what the transformers and query heads took.
-LIMIT_BYTES = 1_100_000
-NATIVE_BYTES = 70_000  # of the operators in C, which are not compiled here
+# The house aims at 1 MB. The paper's other networks took a tenth more, other runtimes and the
+# browser's page as much, and the operators in C have grown by their forms in blocks.
+LIMIT_BYTES = 1_350_000
+NATIVE_BYTES = 175_000  # of the operators in C, which are not compiled here
 
 
 @pytest.fixture(scope="module")
