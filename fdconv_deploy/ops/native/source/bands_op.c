@@ -123,18 +123,10 @@ static OrtStatus *make(Kernel *kernel, const OrtKernelInfo *info) {
         return failure(kernel, "it has another number of inputs than its name says");
     for (size_t i = 0; i < count; i++) CHECK(read_constant(kernel, info, i, &inputs[i]));
     Bands *b = &((BandsKernel *)kernel)->bands;
-    int complex_rows, *size = NULL;
-    size_t rank;
+    int complex_rows;
     CHECK(read_int(kernel, info, "complex_rows", &complex_rows));
     b->parts = complex_rows ? 2 : 1;
-    OrtStatus *status = read_ints(kernel, info, "feature_size", &size, &rank);
-    if (!status && rank != 2) status = failure(kernel, "its feature_size is not of two numbers");
-    if (!status) {
-        b->height = size[0];
-        b->width = size[1];
-    }
-    free(size);
-    CHECK(status);
+    CHECK(read_pair(kernel, info, "feature_size", &b->height, &b->width));
     const char *problem = lay_out(b, inputs, bands);
     return problem ? failure(kernel, problem) : NULL;
 }

@@ -166,9 +166,9 @@ static const char *lay_out(BlockedBands *b, const Tensor *in) {
 static OrtStatus *make(Kernel *kernel, const OrtKernelInfo *info) {
     const OrtApi *api = kernel->api;
     Tensor inputs[FIRST_BAND + 2 * MOST_BANDS];
-    size_t count, rank;
+    size_t count;
     BlockedBands *b = &((BandsKernel *)kernel)->bands;
-    int complex_rows, *size = NULL;
+    int complex_rows;
     CHECK(read_int(kernel, info, "block", &b->block));
     CHECK(read_int(kernel, info, "groups", &b->groups));
     CHECK(read_int(kernel, info, "softmax", &b->softmax));
@@ -179,14 +179,7 @@ static OrtStatus *make(Kernel *kernel, const OrtKernelInfo *info) {
         return failure(kernel, unknown);
     for (size_t i = 0; i < count; i++) CHECK(read_constant(kernel, info, i, &inputs[i]));
     b->parts = complex_rows ? 2 : 1;
-    OrtStatus *status = read_ints(kernel, info, "feature_size", &size, &rank);
-    if (!status && rank != 2) status = failure(kernel, "its feature_size is not of two numbers");
-    if (!status) {
-        b->height = size[0];
-        b->width = size[1];
-    }
-    free(size);
-    CHECK(status);
+    CHECK(read_pair(kernel, info, "feature_size", &b->height, &b->width));
     b->channels_last = read_flag(kernel, info, "channels_last");
     b->bands = (int)(count - FIRST_BAND) / 2;
     const char *problem = lay_out(b, inputs);

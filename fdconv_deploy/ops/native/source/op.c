@@ -103,6 +103,24 @@ OrtStatus *read_ints(const Kernel *kernel, const OrtKernelInfo *info, const char
     return status;
 }
 
+OrtStatus *read_pair(const Kernel *kernel, const OrtKernelInfo *info, const char *name, int *first,
+                     int *second) {
+    int *both = NULL;
+    size_t count;
+    OrtStatus *status = read_ints(kernel, info, name, &both, &count);
+    if (!status && count != 2) {
+        char why[96];
+        snprintf(why, sizeof why, "its %s is not of two numbers", name);
+        status = failure(kernel, why);
+    }
+    if (!status) {
+        *first = both[0];
+        *second = both[1];
+    }
+    free(both);
+    return status;
+}
+
 OrtStatus *read_float(const Kernel *kernel, const OrtKernelInfo *info, const char *name,
                       float *to) {
     OrtStatus *status = kernel->api->KernelInfoGetAttribute_float(info, name, to);

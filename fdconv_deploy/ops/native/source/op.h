@@ -58,6 +58,9 @@ int read_flag(const Kernel *kernel, const OrtKernelInfo *info, const char *name)
 /* An attribute of integers within -1 and MOST_LENGTH: `*to`, to be freed, holds `*count`. */
 OrtStatus *read_ints(const Kernel *kernel, const OrtKernelInfo *info, const char *name, int **to,
                      size_t *count);
+/* An attribute of two such integers. */
+OrtStatus *read_pair(const Kernel *kernel, const OrtKernelInfo *info, const char *name, int *first,
+                     int *second);
 OrtStatus *read_float(const Kernel *kernel, const OrtKernelInfo *info, const char *name,
                       float *to);
 OrtStatus *make_output(const Kernel *kernel, OrtKernelContext *context, int index,
