@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,14 +51,15 @@ class Version:
         """Where runs of an input size (height, width) queue."""
         return Lane(self, size)
 
-    def tensor_bytes(self, images: int) -> int:
-        """Memory that so many images' inputs and outputs of the network take, at its largest."""
+    @cached_property
+    def tensor_bytes(self) -> int:
+        """Memory that one image's inputs and outputs of the network take, at its largest."""
         manifest = self.session.bundle.manifest
         batch, found = min(manifest.models), []
         for each in map(manifest.at, manifest.sizes):
             specs = (*each.inputs[batch], *each.outputs[batch])
             found.append(sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in specs))
-        return max(found) // batch * images
+        return max(found) // batch
 
     def slide_bytes(self, size: tuple[int, int]) -> int:
         """Memory that mode 'slide' takes for an image of (H, W), beside its pixels.
@@ -75,7 +76,7 @@ class Version:
         averaged = 4 * max(16 << 20, 8 * 4 * card.output.channels * width)
         colors = session.preprocessing.loading == "color" and not session.preprocessing.to_float32
         resized = height * width * session.channels * (1 if colors else 4)
-        return crops * self.tensor_bytes(1) + averaged + resized
+        return crops * self.tensor_bytes + averaged + resized
 
 
 class Lane(NamedTuple):

@@ -178,7 +178,7 @@ class _Image:
             found = image_cost(self._file, session.preprocessing, max_pixels=settings.max_pixels)
             self._size = found.size
             self._check_answer_size()
-        kept, answer = self._version.tensor_bytes(1), self._answer_cost(found.size)
+        kept, answer = self._version.tensor_bytes, self._answer_cost(found.size)
         if self._draws or self._request.mode == "slide":
             kept += found.pixels
         if self._request.mode == "slide":

@@ -60,7 +60,7 @@ def _memory(version: Version, request: InferRequest, in_json: Collection[str]) -
     numbers = {one.name: math.prod(one.shape[1:]) * count for one in version.card.tensors[1]}
     written = sum(WRITTEN_BYTES * numbers[name] for name in in_json)
     labels = numbers.get("labels", 0) * 2 if "labels" in request.outputs else 0
-    return version.tensor_bytes(count) + labels + written
+    return version.tensor_bytes * count + labels + written
 
 
 async def _infer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from itertools import groupby
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Header, Request, Response
@@ -13,7 +14,8 @@ from starlette.types import Receive, Scope, Send
 from fdconv_deploy.serve.service import NO_LIMIT, Service
 
 T = TypeVar("T")
-_SMALL_BYTES = 64 << 10
+# Parts of a body that are joined: a message more costs more than copying so much.
+_JOINED_BYTES = 1 << 20
 # How long work goes on before it is watched whether its client stays: the event loop, woken during
 # a run, would take its core from it.
 _WATCHED_AFTER_SECONDS = 0.05
@@ -29,12 +31,14 @@ TimeoutMs = Annotated[
 
 
 class Parts(Response):
-    """A body in parts; large ones are sent one after another without being joined."""
+    """A body in parts, of which the large ones are sent one after another, not joined first."""
 
     def __init__(self, parts: list[Any], media_type: str, headers: dict[str, str]) -> None:
         size = sum(len(part) for part in parts)
         super().__init__(None, 200, {**headers, "Content-Length": str(size)}, media_type)
-        self._parts = parts if size > _SMALL_BYTES else [b"".join(parts)]
+        self._parts: list[Any] = []
+        for large, some in groupby(parts, lambda part: len(part) > _JOINED_BYTES):
+            self._parts += some if large else [b"".join(some)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""

@@ -283,7 +283,7 @@ def test_max_memory_in_hand(bundles: list[Path], png: bytes) -> None:
             asked = [ask(client, png)]
             await until(lambda: service.scheduler.running == 1)
             each = service.admission.memory_used
-            assert each > service.repository.default.version.tensor_bytes(1)
+            assert each > service.repository.default.version.tensor_bytes
             runs.let_go()
             await all_answered(asked)
         async with serving(bundles[:1], max_memory_in_hand=3 * each) as (client, service):
