@@ -8,7 +8,9 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import Any
 
 from fdconv_deploy.serve.batching import DeadlineError
 from fdconv_deploy.serve.errors import RefusedError
@@ -108,16 +110,6 @@ class Admission:
             if not self._clients[client]:
                 del self._clients[client]
 
-    @contextmanager
-    def memory(self) -> Iterator[Memory]:
-        """A request's share of the memory, which it may take within this block."""
-        share = Memory(self)
-        try:
-            yield share
-        finally:
-            if share.size:
-                self._give(share.size)
-
     def take_now(self, size: int) -> bool:
         """Count memory in, if it is free; see :class:`Memory`."""
         most = self._settings.max_memory_in_hand
@@ -149,13 +141,14 @@ class Admission:
                 self._turns.remove(turn)
                 self._next()
             elif not given.cancelled() and given.exception() is None:
-                self._give(size)  # it came just before this was cancelled
+                self.give(size)  # it came just before this was cancelled
             raise
         finally:
             if timer is not None:
                 timer.cancel()
 
-    def _give(self, size: int) -> None:
+    def give(self, size: int) -> None:
+        """Count memory out, and give it to those whose turn it is."""
         with self._lock:
             self.memory_used -= size
         self._next()
@@ -207,14 +200,29 @@ class Admission:
 
 
 class Memory:
-    """What one request takes of the memory to work in, all of it at once, before its work.
+    """What one request takes of the memory to work in: a context manager, in whose block it may.
 
-    With a part in hand, requests could wait for one another.
+    All of it is taken at once, before the work: with a part in hand, requests could wait for one
+    another.
     """
 
     def __init__(self, admission: Admission) -> None:
-        self._admission = admission
+        self._admission, self._users = admission, 1
         self.size = 0
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._users -= 1
+        if self.size and not self._users:
+            self._admission.give(self.size)
+
+    def hold(self, running: Future[Any]) -> None:
+        """Keep it until a call that nobody waits for has ended as well."""
+        self._users += 1
+        loop = asyncio.get_running_loop()
+        running.add_done_callback(lambda _: loop.call_soon_threadsafe(self.__exit__))
 
     def take_now(self, size: int) -> bool:
         """Take ``size`` bytes if they are free and nobody waits; from any thread.

@@ -19,8 +19,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -30,6 +30,8 @@ from fdconv_deploy.runtime import Tensors
 from fdconv_deploy.runtime.batching import linear_cost, plan_batches
 
 T = TypeVar("T")
+# Runs a call on another thread, by its request's deadline.
+Code = Callable[[Callable[[], Any]], Awaitable[Any]]
 # A network's inputs by name to its outputs by name, each with the images along its first axis.
 Run = Callable[[Tensors], Tensors]
 log = logging.getLogger("fdconv.serve")
@@ -225,7 +227,6 @@ class Scheduler:
         delay: Seconds that the first of a batch that is not full waits for others.
         on_batch: Called with (lane, images, seconds) after each run.
         on_death: Called when a worker ended.
-        on_failure: Called with (lane, seconds since it was queued) for a request without answer.
         clock: Seconds, of which deadlines are a time.
     """
 
@@ -238,7 +239,6 @@ class Scheduler:
         delay: float = 0.0,
         on_batch: Callable[[Hashable, int, float], None] = lambda *_: None,
         on_death: Callable[[], None] = lambda: None,
-        on_failure: Callable[[Hashable, float], None] = lambda *_: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._queue = BatchQueue(max_batch=max_batch, delay=delay)
@@ -249,7 +249,7 @@ class Scheduler:
         # Condition, whose lock the woken thread would first have to wait for.
         self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._clock = clock
-        self._on_batch, self._on_death, self._on_failure = on_batch, on_death, on_failure
+        self._on_batch, self._on_death = on_batch, on_death
         self._workers = workers
         self._threads: dict[int, threading.Thread] = {}
         self._closing = False
@@ -312,20 +312,43 @@ class Scheduler:
         request = _Request(self._loop.create_future(), 1)
         return await self._answer(key, request, [_Job(request, call=call)], deadline)
 
-    async def code(self, call: Callable[[], T]) -> T:
+    async def code(
+        self,
+        call: Callable[[], T],
+        deadline: float = float("inf"),
+        on_leave: Callable[[Future[T]], None] = lambda _: None,
+    ) -> T:
         """Run ``call`` on a codec thread.
 
-        Cancelled, it waits for a call that has begun: until it ends, its memory is in use.
+        Args:
+            call: What is to be done.
+            deadline: In seconds of the scheduler's clock.
+            on_leave: Called with a call that is not waited for any more, after the deadline or a
+                cancellation. One that has begun goes on, and what it uses is in use until it ends.
+
+        Raises:
+            DeadlineError: It passed first.
         """
-        running = self._codecs.submit(call)
+        running, late = self._codecs.submit(call), False
         answer = asyncio.wrap_future(running, loop=self._loop)
+
+        def end() -> None:
+            nonlocal late
+            late = answer.cancel()
+
+        timer = None
+        if deadline != float("inf"):
+            timer = self._loop.call_later(max(deadline - self._clock(), 0.0), end)
         try:
-            return await asyncio.shield(answer)
+            return await answer
         except asyncio.CancelledError:
-            answer.add_done_callback(_forget)
-            if not running.cancel():
-                await asyncio.wait([answer])
+            on_leave(running)
+            if late:
+                raise DeadlineError from None
             raise
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     def close(self) -> None:
         """Run what waits, then end the threads."""
@@ -354,13 +377,11 @@ class Scheduler:
         assert request.answer is not None
         try:
             return await request.answer
-        except BaseException as error:
+        except BaseException:
             # What still waits of it is not run.
             with self._lock:
                 for item in items:
                     self._queue.cancel(lane, item)
-            if not isinstance(error, asyncio.CancelledError):
-                self._on_failure(lane, self._clock() - now)
             raise
         finally:
             if timer is not None:
@@ -442,47 +463,6 @@ class Scheduler:
             if not request.missing and request.answer is not None and not request.answer.done():
                 request.answer.set_result(outcome)
         self._on_batch(batch.lane, len(batch.items), seconds)
-
-
-async def finish_by(
-    work: Coroutine[Any, Any, T],
-    deadline: float,
-    *,
-    on_late: Callable[[], None] = lambda: None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> T:
-    """Await ``work``, but no longer than until its deadline or until nobody wants it any more.
-
-    It is cancelled then. What of it cannot be stopped, such as a picture that is being decoded,
-    ends by itself, and holds until then what it holds.
-
-    Args:
-        work: What is to be done.
-        deadline: In seconds of the clock.
-        on_late: Called where it passed first.
-        clock: Seconds.
-
-    Raises:
-        DeadlineError: It passed first.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait([task], timeout=max(deadline - clock(), 0.0))
-        if not task.done():
-            on_late()
-            raise DeadlineError
-        return task.result()
-    finally:
-        if not task.done():
-            task.cancel()
-            task.add_done_callback(_forget)
-        del task  # an error knows this frame: see Scheduler._answer
-
-
-def _forget(task: asyncio.Future[Any]) -> None:
-    """Look at what became of work that nobody waits for, which asyncio else complains of."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _fail(request: _Request, error: Exception) -> None:

@@ -10,9 +10,9 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from fdconv_deploy.runtime.batching import least_seconds
 from fdconv_deploy.runtime.bundle_checks import bundle_root
 from fdconv_deploy.runtime.manifest import MANIFEST_NAME, Manifest
 from fdconv_deploy.runtime.preprocessing import published_size
-from fdconv_deploy.serve.batching import finish_by
+from fdconv_deploy.serve.batching import DeadlineError
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.model_cards import Benchmark, ModelCard, model_card, model_name
 from fdconv_deploy.serve.settings import Settings
@@ -206,9 +206,8 @@ class Repository:
             if self._settings.load == "start" or model.session is not None:
                 await self._loaded(model)
 
-    @asynccontextmanager
-    async def lease(self, model: Model, deadline: float) -> AsyncIterator[Version]:
-        """Hold the model's version, loading it first where it is not.
+    async def lease(self, model: Model, deadline: float) -> AbstractContextManager[Version]:
+        """A ``with`` block that holds the model's version, which is loaded first where it is not.
 
         Args:
             model: Whose.
@@ -222,14 +221,20 @@ class Repository:
             if not model.wanted:
                 raise self._unavailable(f"The model {model.name!r} is unloaded.")
             try:
-                await finish_by(self._loaded(model), deadline)
+                left = max(deadline - time.perf_counter(), 0.0)
+                await asyncio.wait_for(self._loaded(model), left)
+            except asyncio.TimeoutError:
+                raise DeadlineError from None
             except (FDConvError, OSError) as error:
                 raise self._unavailable(
                     f"The model {model.name!r} cannot be loaded; the server's log says why."
                 ) from error
-        version = model.version
-        version.leases += 1
         model.last_used = time.monotonic()
+        return self._leased(model.version)
+
+    @contextmanager
+    def _leased(self, version: Version) -> Iterator[Version]:
+        version.leases += 1
         try:
             yield version
         finally:

@@ -21,7 +21,8 @@ from fdconv_deploy.runtime.multiband import FORMATS, check_format, image_cost
 from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 from fdconv_deploy.runtime.postprocessing import logit_map
 from fdconv_deploy.runtime.preprocessing import Prepared, resize
-from fdconv_deploy.serve.batching import DeadlineError, Outcome
+from fdconv_deploy.serve.admission import Memory
+from fdconv_deploy.serve.batching import Code, DeadlineError, Outcome
 from fdconv_deploy.serve.errors import RefusedError, answer_to
 from fdconv_deploy.serve.model_repository import Version
 from fdconv_deploy.serve.responses import (
@@ -69,9 +70,10 @@ async def segment(
     several = len(images) > 1
     for number, image in enumerate(images, 1):
         image.number = number if several else None
-
-    async def work() -> SegmentAnswer:
-        with service.admission.memory() as memory:
+    start = time.perf_counter()
+    try:
+        with Memory(service.admission) as memory:
+            code = partial(service.scheduler.code, deadline=deadline, on_leave=memory.hold)
 
             def begin() -> int:
                 size = _memory(images, service.settings.codec_threads)
@@ -79,10 +81,11 @@ async def segment(
                     images[0]._open()  # at once, without another way to this thread and back
                 return size
 
-            await memory.take(await service.scheduler.code(begin), deadline)
-            return await _segment(service, images, request)
-
-    return await service.finish(version, work(), deadline)
+            await memory.take(await code(begin), deadline)
+            return await _segment(images, request, code)
+    except Exception as error:
+        service.count_failure(version, error, start)
+        raise
 
 
 def _memory(images: list[_Image], threads: int) -> int:
@@ -99,13 +102,11 @@ def _memory(images: list[_Image], threads: int) -> int:
     return sum(cost.kept for cost in costs) + max(decoding, answering)
 
 
-async def _segment(
-    service: Service, images: list[_Image], request: SegmentRequest
-) -> SegmentAnswer:
+async def _segment(images: list[_Image], request: SegmentRequest, code: Code) -> SegmentAnswer:
     if len(images) == 1:
-        await images[0].run()
+        await images[0].run(code)
     else:
-        await _all([image.run() for image in images])
+        await _all([image.run(code) for image in images])
     start = time.perf_counter()
 
     def write() -> tuple[bytes, str, list[str]]:
@@ -121,7 +122,7 @@ async def _segment(
         body, media_type = render(request.form, answers(), options.opacity, options.mask)
         return body, media_type, fits
 
-    body, media_type, fits = await service.scheduler.code(write)
+    body, media_type, fits = await code(write)
     seconds = time.perf_counter() - start
     postprocess = sum(image.times["postprocess"] for image in images)
     longest = max((image.times for image in images), key=lambda times: sum(times.values()))
@@ -209,19 +210,19 @@ class _Image:
             return labels + wide, wide
         return labels + 2 * pixels, pixels
 
-    async def run(self) -> None:
-        """Decode and prepare the image, and run the network.
+    async def run(self, code: Code) -> None:
+        """Decode and prepare the image, on another thread by ``code``, and run the network.
 
         Raises:
             RefusedError, ImageError: It is not accepted.
         """
         with self._numbered():
+            if not self.times:
+                await code(self._open)
             await self._run()
 
     async def _run(self) -> None:
         scheduler = self._service.scheduler
-        if not self.times:
-            await scheduler.code(self._open)
         waited = time.perf_counter() - self._start - sum(self.times.values())
         if self._request.mode == "slide":
             image, self._image = self._image, self._image if self._draws else None

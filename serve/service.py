@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
+from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Bundle, Session, open_session
 from fdconv_deploy.serve.admission import Admission
-from fdconv_deploy.serve.batching import Scheduler, finish_by
+from fdconv_deploy.serve.batching import Scheduler
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.kserve.statistics import ModelStatistics
 from fdconv_deploy.serve.model_repository import Lane, Repository, Version
@@ -21,7 +21,6 @@ from fdconv_deploy.serve.telemetry import Metrics, Tracing
 from fdconv_deploy.serve.uploads import BodyBudget
 from fdconv_deploy.serve.workers import Children, isolated_session
 
-T = TypeVar("T")
 log = logging.getLogger("fdconv.serve")
 NO_LIMIT = 1e9  # milliseconds, the most that X-Timeout-Ms takes
 
@@ -50,7 +49,6 @@ class Service:
             delay=settings.batch_delay_ms / 1e3,
             on_batch=lambda *run: self.metrics.later(partial(self._count_batch, *run)),
             on_death=self.metrics.deaths.inc,
-            on_failure=self._count_failure,
         )
         self.repository = Repository(
             sources,
@@ -100,14 +98,10 @@ class Service:
         for stage, seconds in stages:
             self.metrics.stage_seconds.labels(model, stage).observe(seconds)
 
-    async def finish(self, version: Version, work: Coroutine[Any, Any, T], deadline: float) -> T:
-        """Await a model's work until its deadline, see :func:`finish_by`; count it if it fails."""
-        start = time.perf_counter()
-
-        def late() -> None:
+    def count_failure(self, version: Version, error: Exception, start: float) -> None:
+        """Count a model's request, begun at ``start``, that failed by no fault of its client."""
+        if not isinstance(error, RefusedError | ImageError):
             self.statistics[version.name].failed(time.perf_counter() - start)
-
-        return await finish_by(work, deadline, on_late=late)
 
     def check_loaded(self) -> None:
         """As :meth:`check_ready`, but a service about to stop still answers."""
@@ -195,10 +189,6 @@ class Service:
         assert isinstance(lane, Lane)
         self.metrics.batch_size.labels(lane.version.name).observe(images)
         self.statistics[lane.version.name].ran(images, seconds)
-
-    def _count_failure(self, lane: Hashable, seconds: float) -> None:
-        assert isinstance(lane, Lane)
-        self.statistics[lane.version.name].failed(seconds)
 
 
 def timeout_of(header: str | None) -> float | None:

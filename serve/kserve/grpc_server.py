@@ -497,25 +497,27 @@ class GrpcServer:
         limits = wanted.timeout_ms, left and left * 1e3, timeout_of(header)
         deadline = service.deadline(*limits, arrived=arrived)
         count = len(wanted.images)
-        with service.admission.admit(call.client.name, count, deadline):
-            async with service.repository.lease(model, deadline) as version:
-                start = time.perf_counter()
-                answer, stages = await infer(
-                    service,
-                    version,
-                    wanted,
-                    deadline,
-                    lambda found: _written(version, wanted, found),
-                )
-                service.count(version.name, stages, count)
-                service.tracing.record(
-                    f"{call.service}/{call.method}",
-                    dict(_text(context)),
-                    time.perf_counter() - start,
-                    stages,
-                    {"rpc.system": "grpc", "fdconv.model": version.name},
-                )
-                return answer
+        with (
+            service.admission.admit(call.client.name, count, deadline),
+            await service.repository.lease(model, deadline) as version,
+        ):
+            start = time.perf_counter()
+            answer, stages = await infer(
+                service,
+                version,
+                wanted,
+                deadline,
+                lambda found: _written(version, wanted, found),
+            )
+            service.count(version.name, stages, count)
+            service.tracing.record(
+                f"{call.service}/{call.method}",
+                dict(_text(context)),
+                time.perf_counter() - start,
+                stages,
+                {"rpc.system": "grpc", "fdconv.model": version.name},
+            )
+            return answer
 
     def _card(self, request: Any) -> ModelCard:
         repository = self._service.repository

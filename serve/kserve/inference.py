@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,6 +13,8 @@ import numpy.typing as npt
 
 from fdconv_deploy.runtime import Session, Tensors
 from fdconv_deploy.runtime.preprocessing import Placement, Prepared, normalise
+from fdconv_deploy.serve.admission import Memory
+from fdconv_deploy.serve.batching import Code
 from fdconv_deploy.serve.kserve.tensors import WRITTEN_BYTES, InferRequest
 from fdconv_deploy.serve.model_repository import Version
 from fdconv_deploy.serve.service import Service
@@ -42,16 +46,16 @@ async def infer(
     Returns:
         What ``write`` made, and (name, seconds) of each stage.
     """
-
-    async def work() -> tuple[T, list[tuple[str, float]]]:
-        with service.admission.memory() as memory:
+    start = time.perf_counter()
+    try:
+        with Memory(service.admission) as memory:
             await memory.take(_memory(version, request, in_json), deadline)
-            outputs, stages = await _infer(service, version, request, deadline)
-            if in_json:
-                return await service.scheduler.code(lambda: write(outputs)), stages
-            return write(outputs), stages
-
-    return await service.finish(version, work(), deadline)
+            code = partial(service.scheduler.code, deadline=deadline, on_leave=memory.hold)
+            outputs, stages = await _infer(service, version, request, deadline, code)
+            return await code(lambda: write(outputs)) if in_json else write(outputs), stages
+    except Exception as error:
+        service.count_failure(version, error, start)
+        raise
 
 
 def _memory(version: Version, request: InferRequest, in_json: Collection[str]) -> int:
@@ -64,9 +68,13 @@ def _memory(version: Version, request: InferRequest, in_json: Collection[str]) -
 
 
 async def _infer(
-    service: Service, version: Version, request: InferRequest, deadline: float
+    service: Service,
+    version: Version,
+    request: InferRequest,
+    deadline: float,
+    code: Code,
 ) -> tuple[dict[str, Array], list[tuple[str, float]]]:
-    session, code = version.session, service.scheduler.code
+    session = version.session
     if request.images.dtype == np.uint8:  # to be normalised, which would keep the event loop
         inputs = await code(lambda: _inputs(session, request))
     else:

@@ -38,7 +38,8 @@ class Parts(Response):
         super().__init__(None, 200, {**headers, "Content-Length": str(size)}, media_type)
         self._parts: list[Any] = []
         for large, some in groupby(parts, lambda part: len(part) > _JOINED_BYTES):
-            self._parts += some if large else [b"".join(some)]
+            group = list(some)
+            self._parts += group if large else [b"".join(group)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -12,6 +13,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.routing import request_response
 
+from fdconv_deploy.serve.admission import Memory
 from fdconv_deploy.serve.errors import RefusedError, problem_docs
 from fdconv_deploy.serve.kserve.inference import infer
 from fdconv_deploy.serve.kserve.metadata import (
@@ -175,15 +177,16 @@ async def run(request: Request) -> Response:
         header = request.headers.get(HEADER_LENGTH)
         data = await body.read_aligned(int(header[:9]) if header and header.isdecimal() else 0)
         length = json_length(header, len(data))
-        async with repository.lease(model, deadline) as leased:
+        with await repository.lease(model, deadline) as leased:
             arguments = data, length, leased.card, most_images
             if length < _SMALL_JSON:
                 wanted, binary = read_request(*arguments)
             else:
-                needed = await code(lambda: json_memory(data[:length], leased.card, most_images))
-                with service.admission.memory() as memory:
-                    await memory.take(needed, deadline)
-                    wanted, binary = await code(lambda: read_request(*arguments))
+                counted = partial(json_memory, data[:length], leased.card, most_images)
+                with Memory(service.admission) as memory:
+                    await memory.take(await code(counted, deadline, memory.hold), deadline)
+                    reading = partial(read_request, *arguments)
+                    wanted, binary = await code(reading, deadline, memory.hold)
             count = len(wanted.images)
             deadline = service.deadline(timeout_ms, wanted.timeout_ms, arrived=arrived)
 

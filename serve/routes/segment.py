@@ -115,12 +115,14 @@ async def segment_images(
         count = len(uploads)
         if count > 1:
             wanted = replace(wanted, form=form_for_several(accept, wanted.form))
-        with service.admission.admit(client, count, deadline):
-            async with repository.lease(model, deadline) as version:
-                if version.card is not card:  # loaded, or replaced, in the meantime
-                    wanted = check_options(version.card, options, wanted.form)
-                work = segment(service, version, uploads, wanted, deadline)
-                found = await while_connected(request, work)
+        with (
+            service.admission.admit(client, count, deadline),
+            await repository.lease(model, deadline) as version,
+        ):
+            if version.card is not card:  # loaded, or replaced, in the meantime
+                wanted = check_options(version.card, options, wanted.form)
+            work = segment(service, version, uploads, wanted, deadline)
+            found = await while_connected(request, work)
     timings = answered(request, version.name, count, found.stages)
     headers = {
         "Vary": "Accept",

@@ -92,9 +92,9 @@ class TestPixels:
         service, ways, headers = client.app.state.service, [], []
         code, real = service.scheduler.code, Image.open
 
-        def noted(call):
+        def noted(call, **options):
             ways.append(call)
-            return code(call)
+            return code(call, **options)
 
         def opened(*arguments, **options):
             headers.append(arguments)
