@@ -378,19 +378,22 @@ def write_answer(
     header = {"model_name": model, "model_version": version}
     if request.id:
         header["id"] = request.id
-    text, parts = [to_json(header)[:-1], b',"outputs":['], []
-    for place, (name, array) in enumerate(outputs.items()):
+    text: list[bytes | memoryview] = []
+    parts: list[bytes | memoryview] = []
+    last, comma = to_json(header)[:-1] + b',"outputs":[', b""
+    for name, array in outputs.items():
         entry: dict[str, Any] = {"name": name, "datatype": datatype_of(array)}
         entry["shape"] = list(array.shape)
         if binary[name]:
             entry["parameters"] = {"binary_data_size": array.nbytes}
             parts.append(np.ascontiguousarray(array).data.cast("B"))
-        text += [b"," * bool(place), to_json(entry)[:-1]]
-        if not binary[name]:
-            text += [b',"data":[', *_written(name, array), b"]"]
-        text.append(b"}")
-    text.append(b"]}")
-    return [*text, *parts], sum(map(len, text)) if parts else None
+            last += comma + to_json(entry)
+        else:
+            text += [last, comma, to_json(entry)[:-1], b',"data":[', *_written(name, array)]
+            last = b"]}"
+        comma = b","
+    text.append(last + b"]}")
+    return text + parts, sum(map(len, text)) if parts else None
 
 
 def _written(name: str, array: Array) -> Iterator[bytes]:
@@ -514,8 +517,9 @@ def _array(given: InputTensor) -> Array:
     if given.raw is None:
         array = _from_numbers(given, dtype, count)
     elif len(given.raw) == count * dtype.itemsize:
-        # A copy only where it does not start at a multiple of its item's size.
-        array = np.require(np.frombuffer(given.raw, dtype), requirements="A")
+        array = np.frombuffer(given.raw, dtype)
+        if not array.flags.aligned:
+            array = array.copy()
     else:
         raise RefusedError(
             400,

@@ -31,11 +31,14 @@ TimeoutMs = Annotated[
 
 
 class Parts(Response):
-    """A body in parts, of which the large ones are sent one after another, not joined first."""
+    """A body in parts, of which the large ones are sent one after another, not joined first.
 
-    def __init__(self, parts: list[Any], media_type: str, headers: dict[str, str]) -> None:
-        size = sum(len(part) for part in parts)
-        super().__init__(None, 200, {**headers, "Content-Length": str(size)}, media_type)
+    Headers are pairs of bytes, in lower case.
+    """
+
+    def __init__(self, parts: list[Any], media_type: bytes, *headers: tuple[bytes, bytes]) -> None:
+        length = (b"content-length", b"%d" % sum(map(len, parts)))
+        self.raw_headers = [(b"content-type", media_type), length, *headers]
         self._parts: list[Any] = []
         for large, some in groupby(parts, lambda part: len(part) > _JOINED_BYTES):
             group = list(some)

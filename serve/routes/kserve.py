@@ -199,8 +199,8 @@ async def run(request: Request) -> Response:
                 (parts, head), stages = await while_connected(request, work)
     answered(request, leased.name, count, stages)
     if head is None:
-        return Parts(parts, "application/json", {})
-    return Parts(parts, "application/octet-stream", {HEADER_LENGTH: str(head)})
+        return Parts(parts, b"application/json")
+    return Parts(parts, b"application/octet-stream", (HEADER_LENGTH.lower().encode(), b"%d" % head))
 
 
 @router.get("", summary="What this server is", responses=problem_docs(401))
