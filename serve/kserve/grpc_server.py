@@ -383,11 +383,14 @@ class GrpcServer:
                 found = model_config(self._card(request), service.settings)
                 return {"config": found.model_dump(exclude_none=True)}
             case "ModelStatistics":
-                return model_statistics(service, request.name, request.version).model_dump()
+                # These are empty, and only Triton's own messages have them.
+                rest_only = {"model_stats": {"__all__": {"response_stats", "memory_usage"}}}
+                statistics = model_statistics(service, request.name, request.version)
+                return statistics.model_dump(exclude=rest_only)
             case "RepositoryIndex":
                 _check_repository(request)
                 index = repository_index(repository, ready=request.ready)
-                return {"models": [entry.model_dump() for entry in index]}
+                return {"models": [entry.model_dump(exclude_none=True) for entry in index]}
             case "RepositoryModelLoad":
                 _check_repository(request)
                 await load_model(service, request.model_name, _parameters(request))

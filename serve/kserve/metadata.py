@@ -112,7 +112,7 @@ class ModelIndexEntry(BaseModel):
     """KServe v2: a model and its state."""
 
     name: str
-    version: str
+    version: str | None = Field(default=None, description="The one that is loaded, if any.")
     state: IndexState
     reason: str = Field(description="Why it is unavailable: 'unloaded' or 'failed'.")
 
@@ -173,7 +173,7 @@ def repository_index(repository: Repository, *, ready: bool = False) -> list[Mod
     return [
         ModelIndexEntry(
             name=card.name,
-            version=card.version,
+            version=card.version if card.state == "ready" else None,
             state=_STATES[card.state],
             reason=card.state if card.state in ("unloaded", "failed") else "",
         )

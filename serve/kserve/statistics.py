@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from typing import Any
 
 from pydantic import BaseModel, Field
 from pydantic.dataclasses import dataclass
@@ -74,6 +75,12 @@ class ModelStatistics:
     execution_count: int = Field(default=0, description="Runs of the network.")
     inference_stats: InferStatistics = Field(default_factory=InferStatistics)
     batch_stats: list[InferBatchStatistics] = Field(default_factory=list)
+    response_stats: dict[str, Any] = Field(
+        default_factory=dict, description="Always empty: no model streams responses."
+    )
+    memory_usage: list[Any] = Field(
+        default_factory=list, description="Always empty; a model's card says what it holds."
+    )
 
     def succeeded(self, stages: Iterable[tuple[str, float]], images: int) -> None:
         """Count an answered request.

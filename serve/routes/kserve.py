@@ -277,7 +277,10 @@ async def model_ready(request: Request) -> ServerReady:
 
 
 @router.post(
-    "/repository/index", summary="List models and states", responses=problem_docs(400, 401, 413)
+    "/repository/index",
+    summary="List models and states",
+    response_model_exclude_none=True,
+    responses=problem_docs(400, 401, 413),
 )
 async def index(request: Request) -> list[ModelIndexEntry]:
     """As Triton's clients ask for it; with `{"ready": true}` of the models that are ready."""
