@@ -114,7 +114,9 @@ class ModelIndexEntry(BaseModel):
     name: str
     version: str | None = Field(default=None, description="The one that is loaded, if any.")
     state: IndexState
-    reason: str = Field(description="Why it is unavailable: 'unloaded' or 'failed'.")
+    reason: str | None = Field(
+        default=None, description="Why it is unavailable: 'unloaded' or 'failed'."
+    )
 
 
 def model_metadata(card: ModelCard) -> ModelMetadata:
@@ -175,7 +177,7 @@ def repository_index(repository: Repository, *, ready: bool = False) -> list[Mod
             name=card.name,
             version=card.version if card.state == "ready" else None,
             state=_STATES[card.state],
-            reason=card.state if card.state in ("unloaded", "failed") else "",
+            reason=card.state if card.state in ("unloaded", "failed") else None,
         )
         for card in cards
         if card.state == "ready" or not ready

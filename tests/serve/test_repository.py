@@ -438,7 +438,7 @@ def test_index_of_models_that_are_ready(tmp_path: Path) -> None:
             assert await listed() == await listed(json={"ready": False}) == ["a", "b", "c"]
             assert await listed(json={"ready": True}) == ["a", "c"]
             a, b, _ = (await client.post("/v2/repository/index")).json()
-            assert a == {"name": "a", "version": "1", "state": "READY", "reason": ""}
+            assert a == {"name": "a", "version": "1", "state": "READY"}
             assert b == {"name": "b", "state": "UNAVAILABLE", "reason": "unloaded"}
             answer = await client.post("/v2/repository/index", json={"ready": "yes"})
             assert answer.status_code == 400
