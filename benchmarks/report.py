@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import BATCHES, DEPTHS, NETWORKS, SIZES, Case, grid, sweep
+from benchmarks.families import NETWORKS as FAMILIES
 from benchmarks.native_costs import KINDS
 from benchmarks.plot import draw
 from benchmarks.records import FOLDER, every, newest
@@ -37,11 +38,13 @@ def markdown(
     session: dict[str, Any] | None = None,
     batches: Sequence[dict[str, Any]] = (),
     costs: dict[str, Any] | None = None,
+    families: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The report of a matrix record, with what other records there are.
 
     :param batches: of ``benchmarks.batches``, the last first; of each network the last is shown.
     :param costs: of ``benchmarks.native_costs``.
+    :param families: of ``benchmarks.families``, the last first; of each network the last is shown.
     """
     batches = list({b["title"]: b for b in reversed(batches) if "sides" in b}.values())
     cases: Cases = matrix["cases"]
@@ -66,6 +69,7 @@ def markdown(
     parts += _section("Image size (R50 backbone, batch 1)", _sizes(cases))
     parts += _section("kernel_num (R50 backbone, 512×512, batch 1)", _kernel_nums(cases))
     parts += _section("Exports", _exports(cases))
+    parts += _section("Every family at full size", _families(families))
     parts += _section("Not measured", _missing(cases))
     if profile is not None:
         parts += _section(f"Where the time goes ({profile['title']})", _parts(profile))
@@ -267,6 +271,37 @@ def _exports(cases: Cases) -> Iterator[str]:
         )
 
 
+def _families(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    last = {row["name"]: row for record in reversed(records) for row in record["rows"]}
+    rows = [last[name] for name in FAMILIES if "export_seconds" in last.get(name, {})]
+    if not rows:
+        return
+    yield (
+        "By `benchmarks.families`, from the checkpoint file: seconds and memory of the export, the "
+        "bundle over its weights, the largest error of an output and of a part between two of the "
+        "network's decisions, time over the plain network's in the same process, and whether "
+        "NVIDIA's parser takes the graph.\n"
+    )
+    yield from _head(
+        "", "input", "seconds", "peak memory", "bundle", "nodes", "output", "part",
+        "native / plain", "portable / plain", "parsed",
+    )  # fmt: skip
+    for row in rows:
+        yield _row(
+            row["name"],
+            "×".join(map(str, row["size"])),
+            f"{row['export_seconds']:.0f}",
+            f"{row['export_peak_gb']:.1f} GB",
+            f"{row['bundle_over_weights']:.3f}×",
+            row["nodes"],
+            f"{max(row['error'].values()):.1e}",
+            f"{row['worst_part']['error']:.1e}" if "worst_part" in row else "–",
+            row.get("native_over_plain", "–"),
+            row.get("portable_over_plain", "–"),
+            "yes" if "taken" in row["nvidia_parser"] else "no",
+        )
+
+
 def _missing(cases: Cases) -> Iterator[str]:
     for case in (*grid(), *sweep("size"), *sweep("kernel_num")):
         result = cases.get(case.key, {})
@@ -345,7 +380,13 @@ def main() -> None:
         parser.error(f"{options.results} has no matrix; run python -m benchmarks.matrix first.")
     others = [newest(kind, options.results) for kind in ("profile", "session")]
     costs = newest("native costs", options.results)
-    text = markdown(matrix, *others, every("batches", options.results), costs)
+    text = markdown(
+        matrix,
+        *others,
+        every("batches", options.results),
+        costs,
+        every("families", options.results),
+    )
     options.output.mkdir(parents=True, exist_ok=True)
     write_atomically(options.output / "performance-cpu.md", text.encode())
     written = [options.output / "performance-cpu.md"]

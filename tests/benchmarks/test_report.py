@@ -139,6 +139,27 @@ class TestTables:
         assert "## UPerNet" not in text
         assert "## kernel_num" not in text
 
+    def test_families_take_the_last_row_of_each_network(self) -> None:
+        row = {
+            "name": "segformer_b2", "size": [512, 512], "export_seconds": 19.1,
+            "export_peak_gb": 1.45, "bundle_over_weights": 1.0438, "nodes": 1167,
+            "error": {"logits": 1.3e-6}, "worst_part": {"error": 9e-7, "allowed": 1e-5},
+            "nvidia_parser": "taken, 4186 layers", "native_over_plain": 1.119,
+        }  # fmt: skip
+        detector = {"name": "mask_rcnn_r50", "failed": "export: exit 1"}
+        newer = {"rows": [row]}
+        older = {
+            "rows": [{**row, "nodes": 9}, {**row, "name": "maskdino_r50", "nodes": 8}, detector]
+        }
+        text = report.markdown(record(), families=[newer, older])
+        assert table(text, "Every family at full size") == [
+            ["segformer_b2", "512×512", "19", "1.4 GB", "1.044×", "1167", "1.3e-06", "9.0e-07",
+             "1.119", "–", "yes"],
+            ["maskdino_r50", "512×512", "19", "1.4 GB", "1.044×", "8", "1.3e-06", "9.0e-07",
+             "1.119", "–", "yes"],
+        ]  # fmt: skip
+        assert "Every family" not in report.markdown(record())
+
 
 class TestFiles:
     def test_page_and_plot(self, tmp_path: Path, monkeypatch, capsys) -> None:
