@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,10 @@ def measure(
             sides["native"] = _run(opened("fdconv", True), x.numpy())
             sides["native_nchw"] = _run(opened("fdconv", NCHW), x.numpy())
         for side, (name, backend, native) in OPENVINO.items():
-            with suppress(BackendError):  # not installed, not built, or no bfloat16 here
+            try:  # not installed, not built, or no bfloat16 here
                 sides[side] = _run(opened(name, native, backend), x.numpy())
+            except BackendError as error:  # noqa: PERF203
+                progress(f"without {side}: {error}")
         expected = sides["eager"]().numpy()
         errors = {
             side: float(np.abs(sides[side]() - expected).max() / np.abs(expected).max())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -70,7 +70,10 @@ class Timing:
 
 @dataclass
 class Diagnosis:
-    """What this machine has of what FDConv Deploy can use."""
+    """What this machine has of what FDConv Deploy can use.
+
+    refused: by usable backends that do not take the bundle, why not.
+    """
 
     fdconv_deploy: str
     python: str
@@ -82,8 +85,9 @@ class Diagnosis:
     backends: dict[str, str | None]
     gpus: list[str]
     purposes: list[Purpose]
-    timings: list[Timing]
     recommended: str
+    timings: list[Timing] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 def doctor(
@@ -104,7 +108,7 @@ def doctor(
     found = _diagnose()
     if bundle is not None:
         usable = [name for name, problem in found.backends.items() if problem is None]
-        found.timings = _timings(bundle, usable)
+        found.timings, found.refused = _timings(bundle, usable)
         found.recommended = recommended(found.timings)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
@@ -135,13 +139,12 @@ def _diagnose() -> Diagnosis:
         backends=_backends(),
         gpus=gpus,
         purposes=[_purpose(extra, extras().get(extra, [])) for extra in _PURPOSES],
-        timings=[],
         recommended="auto; to have a bundle timed in every backend: fdconv doctor BUNDLE",
     )
 
 
-def _timings(path: Path, backends: Sequence[str]) -> list[Timing]:
-    """One run of the smallest batch in each backend that takes the bundle, interleaved."""
+def _timings(path: Path, backends: Sequence[str]) -> tuple[list[Timing], dict[str, str]]:
+    """One run of the smallest batch in each backend, interleaved; and why others refuse it."""
     from fdconv_deploy.runtime import Bundle, open_session
     from fdconv_deploy.runtime.backends.base import differences
     from fdconv_deploy.runtime.batching import least_seconds
@@ -155,14 +158,16 @@ def _timings(path: Path, backends: Sequence[str]) -> list[Timing]:
             return stack.enter_context(open_session(bundle, name, native=native))
 
         expected = opened("onnxruntime-cpu", native=False).run_raw(feeds)
-        sessions, answers = {}, {}
+        sessions, answers, refused = {}, {}, {}
         for name in backends:
-            with suppress(BackendError):  # TensorRT without engines of this bundle, say
+            try:
                 session = opened(name)
                 answers[name] = session.run_raw(feeds)
                 sessions[name] = session
+            except BackendError as error:  # noqa: PERF203 - TensorRT without engines, say
+                refused[name] = str(error)
         seconds = least_seconds({n: partial(s.run_raw, feeds) for n, s in sessions.items()})
-        return [
+        timings = [
             Timing(
                 backend=name,
                 operators=session.operators,
@@ -171,6 +176,7 @@ def _timings(path: Path, backends: Sequence[str]) -> list[Timing]:
             )
             for name, session in sessions.items()
         ]
+        return timings, refused
 
 
 def recommended(timings: Sequence[Timing]) -> str:
@@ -246,6 +252,8 @@ def _print(found: Diagnosis) -> None:
             figures = f"{one.milliseconds:.1f}", f"{one.difference:.1e}"
             table.add_row(one.backend, *figures, one.operators)
         console.print(table)
+    for name, why in found.refused.items():
+        console.print(f"{name} refuses the bundle: {why}", markup=False, soft_wrap=True)
     console.print("[bold]Recommended[/]: ", end="")
     console.print(found.recommended, markup=False, soft_wrap=True)
     table = Table("Extra", "For", "Installed", "Missing", box=None, pad_edge=False)

@@ -127,6 +127,7 @@ class OpenVINOBackend:
             path.write_bytes(graph.SerializeToString())
             try:
                 model = self._core.read_model(path)
+                _check_resizes(model, name)
                 compiled = self._compile(model, self._precision, threads or self.threads)
                 exact = None
                 if self._precision != "f32" and self._error is None:
@@ -272,6 +273,41 @@ def _for_native_operators(content: bytes, external: Mapping[str, Bytes]) -> byte
     if fuse_attentions(model.graph, external):
         model.opset_import.add(domain=ATTENTION_DOMAIN, version=1)
     return bytes(model.SerializeToString())
+
+
+def _check_resizes(model: Any, name: str) -> None:
+    """Refuse a Resize that OpenVINO 2026.4.1 computes otherwise than ONNX defines it.
+
+    Its CPU plugin takes no notice of ``antialias``, nor of a scale under which a length stays as it
+    was (8 by 1.09) while another changes.
+    """
+    for node in model.get_ops():
+        if node.get_type_name() != "Interpolate":
+            continue
+        constants = [port.get_node() for port in node.input_values()[1:]]
+        known = all(constant.get_type_name() == "Constant" for constant in constants)
+        if not known or not node.get_output_partial_shape(0).is_static:
+            continue
+        scales, *axes = [constant.get_data() for constant in constants]
+        how, before, after = (
+            node.get_attributes(),
+            node.get_input_shape(0),
+            node.get_output_shape(0),
+        )
+        # With corners aligned, and sizes given, positions are told by the lengths alone.
+        by_scale = how["shape_calculation_mode"] == "scales" and (
+            how["coordinate_transformation_mode"] != "align_corners"
+        )
+        ignored = "antialias" if how["antialias"] else ""
+        for axis, scale in zip(axes[0] if axes else range(len(before)), scales, strict=True):
+            if by_scale and scale != 1 and before[axis] == after[axis] > 1:
+                ignored = "the scale of a length that stays equal"
+        if ignored and before != after:
+            raise BackendError(
+                f"OpenVINO 2026.4.1 ignores {ignored} in {name!r} (Resize "
+                f"{node.get_friendly_name()!r}), and its answers would be wrong.",
+                "Choose backend 'onnxruntime-cpu'.",
+            )
 
 
 def _warn_of_signed_activations(graph: Any, name: str) -> None:

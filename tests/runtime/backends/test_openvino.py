@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,9 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from onnx import TensorProto, helper, numpy_helper
+from typer.testing import CliRunner
 
+from fdconv_deploy.cli.app import app
 from fdconv_deploy.environment import installed_version
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.export import export_module
@@ -193,6 +196,44 @@ def test_a_graph_it_cannot_load(bundle_copy: Path, openvino) -> None:
             session.warm_up([1])
         assert "Nonsense" in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+class Resized(torch.nn.Module):
+    """An FDConv layer and a resize, given as `interpolate` takes it."""
+
+    def __init__(self, **how) -> None:
+        super().__init__()
+        self.layer, self.how = enliven(FDConv2d(18, 20, 3, padding=1, kernel_num=5)), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.interpolate(self.layer(x), **self.how)
+
+
+@pytest.mark.parametrize(
+    ("how", "ignored"),
+    [
+        ({"scale_factor": (3.0, 1.09), "mode": "bicubic"}, "the scale of a length that stays"),
+        ({"size": (4, 4), "mode": "bilinear", "antialias": True}, "antialias"),
+        ({"scale_factor": (3.0, 1.0), "mode": "bicubic"}, None),
+        ({"size": (8, 12), "mode": "bilinear"}, None),
+    ],
+)
+def test_resize_is_right_or_refused(tmp_path: Path, openvino, how, ignored) -> None:
+    """OpenVINO 2026.4.1 runs the first two, and errs by a third and a tenth of the largest."""
+    bundle = tmp_path / "bundle"
+    export_module(Resized(**how).eval(), lively_input(SHAPE), bundle)
+    expected = answer(bundle, "onnxruntime-cpu", native=False)
+    if ignored is None:
+        found = answer(bundle, "openvino")
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+        return
+    with pytest.raises(BackendError, match=f"ignores {ignored}.*Choose backend 'onnxruntime-cpu'"):
+        answer(bundle, "openvino")
+    listed = CliRunner().invoke(app, ["doctor", str(bundle)])
+    assert f"openvino refuses the bundle: OpenVINO 2026.4.1 ignores {ignored}" in listed.stdout
+    found = json.loads(CliRunner().invoke(app, ["doctor", str(bundle), "--json"]).stdout)
+    assert "Choose backend 'onnxruntime-cpu'" in found["refused"]["openvino"]
+    assert "openvino" not in {timing["backend"] for timing in found["timings"]}
 
 
 def test_a_run_that_fails(toy_bundle: Path, openvino) -> None:
