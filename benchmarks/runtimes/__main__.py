@@ -3,7 +3,9 @@
 Exports the packaged segmentor and detector, as a bundle and as an .onnx file, and runs both on
 held-out scenes in each runtime, each at a pinned version in an environment of its own below DIR,
 which is made once. Prints a Markdown table of the largest difference from ONNX Runtime in this
-process, of the largest value; a dash where the runtime refuses, with its last words below.
+process, and after a stroke from the network in PyTorch in float64, both of the largest value; a
+dash where the runtime refuses, with its last words below. A detector's masks have a column: below,
+what they change by in float64 when every coordinate of a box moves to a neighbouring float32.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from benchmarks.options import script
 from benchmarks.records import write_json
+from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.demo import held_out, packaged_checkpoint, packaged_detector
 from fdconv_deploy.export import export_checkpoint, export_onnx
 from fdconv_deploy.runtime import open_session, read_image
@@ -191,42 +195,124 @@ def read_answers(folder: Path, number: int) -> dict[str, NDArray[Any]]:
     }
 
 
-def difference(found: Arrays, expected: Arrays) -> float | str:
-    """The largest, of the largest value of each output; of a detector's, up to its ``count``."""
+def differences(found: Arrays, expected: Arrays) -> dict[str, float] | str:
+    """The largest of each output, of its largest value; of a detector's, up to its ``count``."""
     if not found:
         return "built"
-    worst = 0.0
+    off = {}
     for name, right in expected.items():
         here = found.get(name)
         if name == "logits" and here is not None and here.shape[2:] == SIZE:  # at the image's size
-            right = logit_map(right[0], SIZE, SIZE, SIZE, align_corners=False)[None]
+            small = right[0].astype(np.float32)
+            right = logit_map(small, SIZE, SIZE, SIZE, align_corners=False)[None]
         if here is None or here.shape != right.shape:
             return "other shapes"
         if right.dtype.kind != "f":
             if not np.array_equal(here, right):
                 return "other objects"
             continue
-        if "count" in expected and name != "count":
+        if "count" in expected:
             count = int(expected["count"][0])
             here, right = here[:, :count], right[:, :count]
-        off = np.abs(here.astype(np.float64) - right).max(initial=0.0)
-        worst = max(worst, float(off) / float(np.abs(right).max(initial=0.0) or 1.0))
-    return worst if np.isfinite(worst) else "not finite"
+        largest = float(np.abs(right).max(initial=0.0) or 1.0)
+        off[name] = float(np.abs(here.astype(np.float64) - right).max(initial=0.0)) / largest
+    return off if np.isfinite([*off.values()]).all() else "not finite"
 
 
-def measure(runtime: Runtime, folder: Path, model: Path, expected: Sequence[Arrays]) -> Any:
-    """The largest difference over the scenes, or why the runtime refuses."""
-    with tempfile.TemporaryDirectory(dir=model.parent.parent) as name:
-        place = Path(name, "file")
-        shutil.copytree(model.parent, place)
-        scenes = place / "scenes"
-        shutil.copytree(model.parent.parent / f"scenes-{model.parent.name[:3]}", scenes)
-        refused = runtime.run(folder, place / model.name, scenes, list(expected[0]))
-        if refused:
-            return {"refused": refused.replace(f"{place}/", "")}
-        off = [difference(read_answers(scenes, n), right) for n, right in enumerate(expected)]
+def largest(found: Sequence[Arrays], expected: Sequence[Arrays]) -> dict[str, float] | str:
+    """Over the scenes, by output; or what else they are."""
+    off = [differences(*pair) for pair in zip(found, expected, strict=True)]
     said = [one for one in off if isinstance(one, str)]
-    return said[0] if said else max(off)  # type: ignore[type-var]
+    scenes = [one for one in off if isinstance(one, dict)]
+    return said[0] if said else {name: max(one[name] for one in scenes) for name in scenes[0]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file to be run, and its right answers.
+
+    Attributes:
+        model: the file.
+        expected: ONNX Runtime's answers of each scene.
+        exact: PyTorch's in float64.
+    """
+
+    model: Path
+    expected: Sequence[Arrays]
+    exact: Sequence[Arrays]
+
+    def errors(self, found: Sequence[Arrays]) -> tuple[Any, Any]:
+        """From ONNX Runtime, and from float64."""
+        return largest(found, self.expected), largest(found, self.exact)
+
+    def measure(self, runtime: Runtime, folder: Path) -> Any:
+        """A runtime's errors over the scenes, or why it refuses."""
+        model = self.model
+        with tempfile.TemporaryDirectory(dir=model.parent.parent) as name:
+            place = Path(name, "file")
+            shutil.copytree(model.parent, place)
+            scenes = place / "scenes"
+            shutil.copytree(model.parent.parent / f"scenes-{model.parent.name[:3]}", scenes)
+            refused = runtime.run(folder, place / model.name, scenes, list(self.expected[0]))
+            if refused:
+                return {"refused": refused.replace(f"{place}/", "")}
+            return self.errors([read_answers(scenes, n) for n in range(len(self.expected))])
+
+
+def answers_of(network: torch.nn.Module, folder: Path, names: Sequence[str]) -> list[Arrays]:
+    """PyTorch's answers for the scenes in a folder, in the precision of the network."""
+    kind = next(network.parameters()).dtype
+    answers = []
+    for number in range(SCENES):
+        with np.load(folder / f"scene{number}.npz") as feeds, torch.no_grad():
+            found = network(*[torch.from_numpy(feeds[name]).to(kind) for name in feeds])
+        found = found if isinstance(found, tuple) else (found,)
+        answers.append(dict(zip(names, (value.numpy() for value in found), strict=True)))
+    return answers
+
+
+def by_one_ulp(network: torch.nn.Module, folder: Path, exact: Sequence[Arrays]) -> float:
+    """How much masks change in float64 when each box's coordinates move by a float32's last digit.
+
+    Half of them up and half of them down; boxes are the outputs, which masks are cut out by.
+    """
+    generator = np.random.default_rng(0)
+    worst = 0.0
+    for number, answer in enumerate(exact):
+        boxes = answer["boxes"].astype(np.float32)
+        ends = np.where(generator.random(boxes.shape) < 0.5, np.inf, -np.inf).astype(np.float32)
+        objects = torch.from_numpy(answer["labels"]), torch.from_numpy(answer["count"])
+        with np.load(folder / f"scene{number}.npz") as feeds, torch.no_grad():
+            features = network.features(torch.from_numpy(feeds["images"]).double())
+            right, moved = (
+                network.roi_head.masks(features, torch.from_numpy(b).double(), *objects)
+                for b in (boxes, np.nextafter(boxes, ends))
+            )
+        worst = max(worst, float((moved - right).abs().max() / right.abs().max()))
+    return worst
+
+
+# Title, case, and the outputs that count; all but masks where none are named.
+COLUMNS = (
+    ("bundle's graph", "seg-bundle", ""),
+    (".onnx file", "seg-file", ""),
+    ("detector's boxes, scores", "det-file", ""),
+    ("its masks", "det-file", "masks"),
+)
+
+
+def cell(found: Any, output: str) -> str:
+    """One cell: from ONNX Runtime / from float64."""
+    if not isinstance(found, tuple):
+        return "–" if found else ""
+    shown = []
+    for errors in found:
+        if isinstance(errors, dict):
+            here = [e for name, e in errors.items() if (name == "masks") == (output == "masks")]
+            shown.append(f"{max(here):.1e}".replace("0.0e+00", "0"))
+        else:
+            shown.append(errors)
+    return " / ".join(dict.fromkeys(shown))
 
 
 def main() -> None:
@@ -236,22 +322,30 @@ def main() -> None:
     parser.add_argument("--opset", type=int, default=18)
     options = parser.parse_args()
     chosen = [r for r in RUNTIMES if not options.only or r.runs in options.only]
-    rows, refusals = [], []
+    rows, refusals, cases, eager, ulp = [], [], {}, {}, 0.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cases = {}
         for kind, checkpoint in (("seg", packaged_checkpoint()), ("det", packaged_detector())):
             bundle = export_checkpoint(checkpoint, folder / f"{kind}-bundle", size=SIZE)
             file = folder / f"{kind}-file" / "model.onnx"
             export_onnx(bundle, file, opset=options.opset)
+            scenes = folder / f"scenes-{kind}"
             with open_session(bundle, "onnxruntime-cpu", native=False) as session:
-                expected = write_scenes(session, folder / f"scenes-{kind}")
-            cases[f"{kind}-bundle"] = bundle.model_path(1), expected
-            cases[f"{kind}-file"] = file, expected
+                expected = write_scenes(session, scenes)
+            network = load_checkpoint(checkpoint).eval()
+            single = answers_of(network, scenes, list(expected[0]))
+            exact = answers_of(network.double(), scenes, list(expected[0]))
+            cases[f"{kind}-bundle"] = Case(bundle.model_path(1), expected, exact)
+            cases[f"{kind}-file"] = Case(file, expected, exact)
+            eager[f"{kind}-file"] = cases[f"{kind}-file"].errors(single)
+            if kind == "det":
+                ulp = by_one_ulp(network, scenes, exact)
+        rows.append({"title": "PyTorch, not exported", "version": torch.__version__, **eager,
+                     "note": "float32"})  # fmt: skip
         for runtime in chosen:
             found = {
-                case: measure(runtime, options.environments.resolve(), *cases[case])
-                for case in ("seg-bundle", "seg-file", "det-file")
+                case: cases[case].measure(runtime, options.environments.resolve())
+                for case in dict.fromkeys(case for _, case, _ in COLUMNS)
                 if runtime.detects or case != "det-file"
             }
             rows.append({"title": runtime.title, "version": runtime.version, **found,
@@ -262,18 +356,16 @@ def main() -> None:
                 if isinstance(value, dict)
             ]
             print(f"{runtime.title} {runtime.version}: {found}", file=sys.stderr, flush=True)
-    print("| Runtime | version | bundle's graph | .onnx file | detector's .onnx file | how |")
-    print("|---|---|---|---|---|---|")
+    print(f"| Runtime | version | {' | '.join(title for title, _, _ in COLUMNS)} | how |")
+    print("|---|---|" + "---|" * (len(COLUMNS) + 1))
     for row in rows:
-        cells = [row.get(case, "") for case in ("seg-bundle", "seg-file", "det-file")]
-        shown = [f"{c:.1e}" if isinstance(c, float) else c if isinstance(c, str) else "–"
-                 for c in cells]  # fmt: skip
-        print(f"| {row['title']} | {row['version']} | {' | '.join(shown)} | {row['note']} |")
-    print()
+        cells = [cell(row.get(case), output) for _, case, output in COLUMNS]
+        print(f"| {row['title']} | {row['version']} | {' | '.join(cells)} | {row['note']} |")
+    print(f"\nMasks in float64, each box coordinate moved to a neighbouring float32: {ulp:.1e}\n")
     for line in refusals:
         print(f"- {line}")
     if options.json:
-        write_json(options.json, {"opset": options.opset, "rows": rows})
+        write_json(options.json, {"opset": options.opset, "one_ulp": ulp, "rows": rows})
 
 
 if __name__ == "__main__":
