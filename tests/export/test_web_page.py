@@ -317,6 +317,17 @@ class TestInChromium:
         image = read_image(tmp_path / "large.png")
         near_ties_alone(session, image, labels_on(page, tmp_path / "large.png"))
 
+    @pytest.mark.parametrize("suffix", ["png", "webp"])
+    def test_colours_beneath_transparency_are_the_sessions(self, page, session, tmp_path, suffix):
+        """A canvas has none: most of this mask would be a black image's."""
+        picture = Image.open(held_out()[0][0]).convert("RGB")
+        alpha = np.zeros(picture.size[::-1], np.uint8)
+        alpha[:, ::3], alpha[:, 1::3] = 255, 3
+        picture.putalpha(Image.fromarray(alpha))
+        file = tmp_path / f"holes.{suffix}"
+        picture.save(file, **({"lossless": True, "exact": True} if suffix == "webp" else {}))
+        assert near_ties_alone(session, read_image(file), labels_on(page, file)) == 0
+
     def test_page_fetches_nothing_from_elsewhere(self, page, url):
         labels_on(page, held_out()[0][0])
         assert page.asked

@@ -33,7 +33,8 @@ async function choose(file) {
   let image;
   try {
     // Pixels as they are in the file, upright as its EXIF says.
-    image = await createImageBitmap(file, { colorSpaceConversion: "none", imageOrientation: "from-image" });
+    const asStored = { colorSpaceConversion: "none", premultiplyAlpha: "none" };
+    image = await createImageBitmap(file, { ...asStored, imageOrientation: "from-image" });
   } catch {
     if (number === last) say(`${file.name} is no image that this browser can decode. Save it as PNG or JPEG.`, true);
     return;

@@ -44,13 +44,32 @@ async function start(provider) {
   postMessage({ ready: used, threads: used === "wasm" ? ort.env.wasm.numThreads : 0 });
 }
 
+// RGBA of an image. A canvas has no colours beneath transparent pixels, which the session takes: of
+// an image with such, a texture has.
+function read(image) {
+  const { width, height } = image;
+  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+  context.drawImage(image, 0, 0);
+  const { data } = context.getImageData(0, 0, width, height);
+  if (!data.some((value, at) => value < 255 && at % 4 === 3)) return data;
+  const gl = new OffscreenCanvas(1, 1).getContext("webgl2");
+  if (!gl || Math.max(width, height) > gl.getParameter(gl.MAX_TEXTURE_SIZE)) {
+    throw new Error("The colours of this image's transparent pixels cannot be read here. Save it without transparency.");
+  }
+  gl.bindTexture(gl.TEXTURE_2D, gl.createTexture());
+  gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA, gl.RGBA, gl.UNSIGNED_BYTE, image);
+  gl.bindFramebuffer(gl.FRAMEBUFFER, gl.createFramebuffer());
+  const texture = gl.getParameter(gl.TEXTURE_BINDING_2D);
+  gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, texture, 0);
+  gl.readPixels(0, 0, width, height, gl.RGBA, gl.UNSIGNED_BYTE, data);
+  gl.getExtension("WEBGL_lose_context")?.loseContext(); // browsers keep some sixteen
+  return data;
+}
+
 async function segment(image, number) {
   const size = [image.height, image.width];
   const begin = performance.now();
-  const canvas = new OffscreenCanvas(image.width, image.height);
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.drawImage(image, 0, 0);
-  const pixels = context.getImageData(0, 0, image.width, image.height).data;
+  const pixels = read(image);
   const covered = place(size, network);
   const input = normalise(resize(pixels, size, covered), covered, network);
   const prepared = performance.now();
