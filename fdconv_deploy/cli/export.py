@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -26,17 +26,24 @@ from fdconv_deploy.cli.options import (
     parse_settings,
     parse_size,
     require_files,
+    typed,
 )
+from fdconv_deploy.errors import ExportError
+from fdconv_deploy.ops import OPSET
 
 if TYPE_CHECKING:
-    from fdconv_deploy.export.targets.onnx_file import OnnxFile
+    from fdconv_deploy.export.options import ExportOptions
+    from fdconv_deploy.export.targets.triton_repository import TritonBackend
     from fdconv_deploy.runtime.bundle import Bundle
     from fdconv_deploy.runtime.manifest import Manifest
+
+    Steps = Generator[Any, Bundle, None]
 
 err = Console(stderr=True)
 
 
 def export(
+    context: typer.Context,
     checkpoint: Checkpoint,
     output: Annotated[
         Path,
@@ -150,7 +157,6 @@ def export(
 ) -> None:
     """Export a checkpoint to a bundle and prove the bundle equal to the network."""
     # All that can be refused without the network is refused before torch is imported.
-    from fdconv_deploy.errors import ExportError
     from fdconv_deploy.export.image_folders import Pictures
     from fdconv_deploy.export.options import ExportOptions
     from fdconv_deploy.runtime.bundle import Bundle, BundleWriter
@@ -161,14 +167,7 @@ def export(
     pixels = [parse_size(one) for one in size or ()] or None
     batches = parse_counts(batch, "--batch") or None
     require_files(checkpoint, config)
-    if opset is not None and format_ != "onnx":
-        raise ExportError("--opset is of .onnx files: add --format onnx. Bundles have one version.")
-    if format_ == "web" and batches not in (None, [1]):
-        raise ExportError("a page runs one image at a time: leave --batch out.")
-    if format_ != "triton" and (name is not None or triton_backend != "python"):
-        raise ExportError("--name and --triton-backend are of Triton models: add --format triton.")
     with err.status("starting", spinner="dots") as status, ExitStack() as stack:
-        progress = None if quiet or as_json else status.update
         options = ExportOptions(
             size=pixels,
             batches=batches,
@@ -180,37 +179,16 @@ def export(
             calibration=() if calibrate is None else Pictures(calibrate),
             activations=activations,
             overwrite=overwrite,
-            progress=progress,
+            progress=None if quiet or as_json else status.update,
         )
+        exported = format_ != "bundle" and (checkpoint / "manifest.json").is_file()
+        own = _own_options(context, format_, checkpoint if exported else None)
         folder = output
-        exported = (checkpoint / "manifest.json").is_file()
-        if format_ == "onnx":
-            from fdconv_deploy.export.targets.onnx_file import check_output
-
-            check_output(output, overwrite=overwrite)
-        elif format_ == "web":
-            from fdconv_deploy.export.targets.web_page import check_web_output, find_onnxruntime_web
-
-            check_web_output(output, overwrite=overwrite)
-            find_onnxruntime_web(onnxruntime_web)
-        elif format_ == "triton":
-            from fdconv_deploy.export.targets.triton_repository import check_repository
-
-            name = name or (checkpoint.resolve().name if exported else checkpoint.stem)
-            check_repository(output, name)
         if format_ != "bundle":
-            if format_ != "triton":
-                _one_graph(options.sizes, batches)
+            steps = _FORMATS[format_](output, options, checkpoint, exported, **own)
+            next(steps)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fdconv-")), "it")
-        if format_ != "bundle" and exported:
-            given = {
-                "--config": config, "--set": settings, "--weights": weights, "--mode": mode,
-                "--frequency-order": frequency_order != "auto", "--fit": fit != "stretch",
-                "--image": image, "--precision": precision != "fp32", "--tolerance": tolerance,
-                "--keep-fp32": keep_fp32, "--activations": activations != "unsigned",
-                "--baseline": baseline,
-            }  # fmt: skip
-            _refuse_with_bundle(checkpoint, [name for name, value in given.items() if value])
+        if exported:
             bundle = Bundle.open(checkpoint, hold=True)
         else:
             with BundleWriter(folder, overwrite=overwrite):
@@ -228,115 +206,129 @@ def export(
                 frequency_order=frequency_order,
                 require_fdconv=not baseline,
             )
-        if format_ == "onnx":
-            from fdconv_deploy.export.targets.onnx_file import export_onnx
-
-            file = export_onnx(
-                bundle,
-                output,
-                size=next(iter(options.sizes), None),
-                batch=None if batches is None else batches[0],
-                overwrite=overwrite,
-                progress=options.say,
-                **({} if opset is None else {"opset": opset}),
-            )
-        elif format_ == "web":
-            from fdconv_deploy.export.targets.web_page import export_web
-
-            export_web(
-                bundle,
-                output,
-                onnxruntime_web=onnxruntime_web,
-                size=next(iter(options.sizes), None),
-                overwrite=overwrite,
-                progress=options.say,
-            )
-        elif format_ == "triton":
-            from fdconv_deploy.export.targets.triton_repository import export_triton
-
-            models = export_triton(
-                bundle,
-                output,
-                name=name,
-                backend=triton_backend,
-                sizes=options.sizes if exported else (),  # else the bundle has no others
-                batches=batches or () if exported else (),
-                overwrite=overwrite,
-                progress=options.say,
-            )
-    if format_ == "triton":
-        _print_models(models, output, as_json, quiet)
-    elif format_ == "onnx":
-        _print_file(file, as_json, quiet)
-    elif format_ == "web":
-        _print_page(output, as_json, quiet)
-    if format_ != "bundle":
-        if not (as_json or quiet):
-            _print_assumed(Console(), bundle.manifest)
-    elif as_json:
-        print(bundle.manifest.model_dump_json(indent=2))
-    elif not quiet:
+        if format_ != "bundle":
+            facts, said = steps.send(bundle)
+    if as_json:
+        facts = bundle.manifest.model_dump(mode="json") if format_ == "bundle" else facts
+        print(json.dumps(facts, indent=2))
+    elif not quiet and format_ == "bundle":
         _print_export(bundle)
+    elif not quiet:
+        Console().print(said, markup=False, highlight=False, soft_wrap=True)
+        _print_assumed(Console(), bundle.manifest)
 
 
-def _one_graph(sizes: Sequence[object], batches: Sequence[object] | None) -> None:
-    """Refuse several sizes or batch sizes for one file."""
-    from fdconv_deploy.errors import ExportError
+# Each format in two steps: it refuses what cannot be written, before anything is loaded; and it
+# takes the bundle, writes it, and gives what --json prints and what is said otherwise. Its keywords
+# are the options of the command that are its alone.
+def _onnx(output: Path, options: ExportOptions, *_: Any, opset: int = OPSET) -> Steps:
+    from fdconv_deploy.export.targets.onnx_file import check_output, export_onnx
 
-    if len(sizes) > 1 or len(batches or ()) > 1:
+    graph = _one_graph(options)
+    check_output(output, overwrite=options.overwrite)
+    file = export_onnx((yield), output, opset=opset, **graph)
+    yield (
+        {**asdict(file), "path": str(file.path)},
+        (
+            f"{file.path}: {file.path.stat().st_size / 1e6:.1f} MB, {file.nodes} nodes of standard "
+            f"operators, opset {file.opset}. Largest difference from the bundle's graph in ONNX "
+            f"Runtime: {file.max_rel:.1e} of the largest value."
+        ),
+    )
+
+
+def _web(
+    output: Path, options: ExportOptions, *_: Any, onnxruntime_web: Path | None = None
+) -> Steps:
+    from fdconv_deploy.export.targets import web_page
+
+    graph = _one_graph(options)
+    if graph.pop("batch") not in (None, 1):
+        raise ExportError("a page runs one image at a time: leave --batch out.")
+    web_page.check_web_output(output, overwrite=options.overwrite)
+    web_page.find_onnxruntime_web(onnxruntime_web)
+    web_page.export_web((yield), output, onnxruntime_web=onnxruntime_web, **graph)
+    total = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    yield (
+        {"path": str(output), "bytes": total},
+        (
+            f"{output}: a page of {total / 1e6:.1f} MB that fetches nothing from elsewhere.\nNext: "
+            f"python -m http.server -d {shlex.quote(str(output))}, then open http://localhost:8000"
+        ),
+    )
+
+
+def _triton(
+    output: Path,
+    options: ExportOptions,
+    checkpoint: Path,
+    exported: bool,
+    *,
+    name: str | None = None,
+    triton_backend: TritonBackend = "python",
+) -> Steps:
+    from fdconv_deploy.export.targets.triton_repository import check_repository, export_triton
+
+    name = name or (checkpoint.resolve().name if exported else checkpoint.stem)
+    check_repository(output, name)
+    how: dict[str, Any] = {
+        "overwrite": options.overwrite,
+        "progress": options.say,
+        "backend": triton_backend,
+    }
+    if exported:  # else the bundle has no other graphs
+        how |= {"sizes": options.sizes, "batches": options.batches or ()}
+    models = export_triton((yield), output, name=name, **how)
+    yield (
+        {"models": [str(model) for model in models]},
+        (
+            f"{output}: {', '.join(model.name for model in models)}.\nNext: tritonserver "
+            f"--model-repository={shlex.quote(str(output.resolve()))}"
+        ),
+    )
+
+
+_FORMATS: dict[str, Any] = {"onnx": _onnx, "web": _web, "triton": _triton}
+# What a bundle does not settle.
+_ANY_TIME = {"checkpoint", "output", "format_", "size", "batch", "overwrite", "quiet", "as_json"}
+
+
+def _one_graph(options: ExportOptions) -> dict[str, Any]:
+    """How to write a file of one graph, which is the one at the size and batch size given."""
+    sizes, batches = options.sizes, options.batches or ()
+    if len(sizes) > 1 or len(batches) > 1:
         raise ExportError(
             "an .onnx file or a page has one graph: give one --size and one --batch. Of several, "
             "export a bundle, then each of its graphs: fdconv export BUNDLE --format onnx --size "
             "HEIGHTxWIDTH --batch N."
         )
+    graph = {"size": next(iter(sizes), None), "batch": next(iter(batches), None)}
+    return graph | {"overwrite": options.overwrite, "progress": options.say}
 
 
-def _refuse_with_bundle(bundle: Path, given: Sequence[str]) -> None:
-    """Refuse options of a checkpoint's export for what was exported before."""
-    from fdconv_deploy.errors import ExportError
+def _own_options(context: typer.Context, format_: str, bundle: Path | None) -> dict[str, Any]:
+    """The format's own options that were given; others' are refused, and a bundle's settled ones.
 
-    if given:
+    Args:
+        bundle: that is given in a checkpoint's place.
+    """
+    names = {str(option.name): max(option.opts, key=len) for option in context.command.params}
+    homes = {option: home for home, form in _FORMATS.items() for option in form.__kwdefaults__}
+    given = typed(context)
+    for option in given:
+        if (home := homes.get(option, format_)) != format_:
+            raise ExportError(
+                f"{names[option]} is of --format {home} alone: choose that, or leave it out."
+            )
+    settled = [
+        name for option, name in names.items() if option in given.keys() - homes.keys() - _ANY_TIME
+    ]
+    if bundle is not None and settled:
         raise ExportError(
-            f"{bundle} is a bundle, in which {', '.join(given)} was settled when it was exported. "
-            "Leave that out, or give the checkpoint."
+            f"{bundle} is a bundle, in which {', '.join(settled)} was settled when it was "
+            "exported. Leave that out, or give the checkpoint."
         )
-
-
-def _print_file(file: OnnxFile, as_json: bool, quiet: bool) -> None:
-    megabytes = file.path.stat().st_size / 1e6
-    if as_json:
-        print(json.dumps({**asdict(file), "path": str(file.path)}, indent=2))
-    elif not quiet:
-        Console().print(
-            f"{file.path}: {megabytes:.1f} MB, {file.nodes} nodes of standard operators, opset "
-            f"{file.opset}. Largest difference from the bundle's graph in ONNX Runtime: "
-            f"{file.max_rel:.1e} of the largest value.",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
-
-
-def _print_page(folder: Path, as_json: bool, quiet: bool) -> None:
-    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if as_json:
-        print(json.dumps({"path": str(folder), "bytes": total}, indent=2))
-    elif not quiet:
-        Console().print(
-            f"{folder}: a page of {total / 1e6:.1f} MB that fetches nothing from elsewhere.\nNext: "
-            f"python -m http.server -d {shlex.quote(str(folder))}, then open http://localhost:8000",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
-
-
-def _print_models(models: Sequence[Path], repository: Path, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        print(json.dumps({"models": [str(model) for model in models]}, indent=2))
-    elif not quiet:
-        names = ", ".join(model.name for model in models)
-        Console().print(
-            f"{repository}: {names}.\nNext: tritonserver --model-repository="
-            f"{shlex.quote(str(repository.resolve()))}",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+    return {option: value for option, value in given.items() if option in homes}
 
 
 def _print_export(bundle: Bundle) -> None:

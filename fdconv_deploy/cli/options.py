@@ -160,3 +160,10 @@ def column_names(paths: list[str], details: list[str]) -> list[str]:
     short = [Path(path).name for path in paths]
     names = short if len(set(short)) == len(short) else paths
     return [f"{name}\n{detail}" for name, detail in zip(names, details, strict=True)]
+
+
+def typed(context: typer.Context) -> dict[str, Any]:
+    """The parameters that were given at all, be it with their default value."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source and source.name != "DEFAULT"]
+    return {name: context.params[name] for name in given}

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fdconv_deploy.cli.options import Backend
+from fdconv_deploy.cli.options import Backend, typed
 from fdconv_deploy.environment import needed_by
 from fdconv_deploy.errors import FDConvError
 
@@ -100,27 +100,17 @@ def serve(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with needed_by("The service", "serve"):
         from fdconv_deploy import serve as service
-    typed = {
-        name: value
-        for name, value in context.params.items()
-        if name not in _NO_SETTINGS and _was_typed(context, name)
-    }
-    if typed.pop("no_model_control", False):
-        typed["model_control"] = False
-    if "memory_budget_mb" in typed:
-        typed["memory_budget_bytes"] = typed.pop("memory_budget_mb") << 20
+    given = {name: value for name, value in typed(context).items() if name not in _NO_SETTINGS}
+    if given.pop("no_model_control", False):
+        given["model_control"] = False
+    if "memory_budget_mb" in given:
+        given["memory_budget_bytes"] = given.pop("memory_budget_mb") << 20
     if api_keys is not None:
-        typed["api_keys"] = _keys(api_keys)
-    service.run(bundles, host, port, _checked({**_read(settings), **typed}), log_level=log_level)
+        given["api_keys"] = _keys(api_keys)
+    service.run(bundles, host, port, _checked({**_read(settings), **given}), log_level=log_level)
 
 
 _NO_SETTINGS = ("bundles", "host", "port", "log_level", "settings")
-
-
-def _was_typed(context: typer.Context, option: str) -> bool:
-    """Whether an option was given at all, be it with its default value."""
-    source = context.get_parameter_source(option)
-    return source is not None and source.name != "DEFAULT"
 
 
 def _keys(path: Path) -> list[str]:

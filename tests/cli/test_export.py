@@ -53,6 +53,7 @@ def test_bundle_becomes_an_onnx_file(bundle, monkeypatch, capfd, tmp_path):
     ("given", "message"),
     [
         (["--fit", "pad", "--mode", "whole"], "in which --mode, --fit was settled"),
+        (["--fit", "stretch"], "in which --fit was settled"),
         (
             ["--batch", "1,4"],
             "a page has one graph: give one --size and one --batch",
@@ -90,12 +91,22 @@ def test_file_of_a_checkpoint_names_what_was_assumed(monkeypatch, capfd, tmp_pat
     assert "Assumed" in out
 
 
-def test_opset_is_of_files(bundle, monkeypatch, capfd, tmp_path):
-    output = tmp_path / "bundle"
-    arguments = ["export", packaged_checkpoint(), "-o", output, "--opset", "17"]
-    code, _, err = fdconv(monkeypatch, capfd, *arguments)
+@pytest.mark.parametrize(
+    ("format_", "given", "home"),
+    [
+        ("bundle", ["--opset", "18"], "onnx"),
+        ("triton", ["--opset", "17"], "onnx"),
+        ("onnx", ["--onnxruntime-web", "node_modules/onnxruntime-web"], "web"),
+        ("bundle", ["--name", "streets"], "triton"),
+        ("web", ["--triton-backend", "python"], "triton"),
+    ],
+)
+def test_options_of_another_format_are_refused(format_, given, home, monkeypatch, capfd, tmp_path):
+    arguments = ["export", packaged_checkpoint(), "-o", tmp_path / "it", "--format", format_]
+    code, _, err = fdconv(monkeypatch, capfd, *arguments, *given)
     assert code == 1
-    assert "--opset is of .onnx files: add --format onnx" in err
+    assert f"{given[0]} is of --format {home} alone: choose that, or leave it out." in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_checkpoint_becomes_a_triton_model(monkeypatch, capfd, tmp_path):
@@ -121,16 +132,9 @@ def test_bundle_becomes_a_triton_model_of_its_name(bundle, monkeypatch, capfd, t
     assert "takes images of any size: leave sizes and batches out" in err
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--format", "triton", "--name", "streets/night"], "found 'streets/night'. Give another"),
-        (["--name", "streets"], "--name and --triton-backend are of Triton models"),
-    ],
-)
-def test_triton_name_is_checked_before_the_export(given, message, monkeypatch, capfd, tmp_path):
-    arguments = ["export", packaged_checkpoint(), "-o", tmp_path / "models", *given]
-    code, _, err = fdconv(monkeypatch, capfd, *arguments)
+def test_triton_name_is_checked_before_the_export(monkeypatch, capfd, tmp_path):
+    arguments = ["export", packaged_checkpoint(), "-o", tmp_path / "models", "--format", "triton"]
+    code, _, err = fdconv(monkeypatch, capfd, *arguments, "--name", "streets/night")
     assert code == 1
-    assert message in err
+    assert "found 'streets/night'. Give another" in err
     assert not (tmp_path / "models").exists()
