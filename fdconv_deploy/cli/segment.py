@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Annotated, Literal
+from contextlib import ExitStack, redirect_stdout
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 from rich.console import Console
@@ -24,19 +25,27 @@ from fdconv_deploy.cli.options import (
 )
 from fdconv_deploy.errors import ImageError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fdconv_deploy.runtime import Session
+    from fdconv_deploy.runtime.ray_data import RayResult
+    from fdconv_deploy.runtime.result_files import ImageResult, VideoResult
+
 
 def segment(
     bundle: BundlePath,
     inputs: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
             metavar="INPUT",
             help="Images and videos; folders, searched with their subfolders; quoted patterns "
-            "such as 'data/**/*.jpg'; .txt files that list one path a line.",
+            "such as 'data/**/*.jpg'; .txt files that list one path a line. With --ray also "
+            "s3://, gs:// and abfs://.",
         ),
     ],
     output: Annotated[
-        Path,
+        str,
         typer.Option(
             "--output", "-o", help="Folder for the results; mirrors the folders of the inputs."
         ),
@@ -80,6 +89,17 @@ def segment(
         bool, typer.Option("--overwrite", help="Replace results that exist.")
     ] = False,
     backend: Backend = "auto",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Divide images among the workers of a Ray cluster: auto, HOST:PORT or "
+            "ray://HOST:PORT; local starts Ray on this machine.",
+        ),
+    ] = None,
+    ray_cpus: Annotated[
+        int | None, typer.Option(min=1, help="CPUs and threads of each worker. [default: 4]")
+    ] = None,
     quiet: Quiet = False,
     as_json: Annotated[
         bool,
@@ -99,13 +119,20 @@ def segment(
     """
     if overwrite and skip_existing:
         raise typer.BadParameter("--overwrite and --skip-existing exclude each other; give one.")
+    if ray_cpus is not None and ray is None:
+        raise typer.BadParameter("--ray-cpus is for --ray.")
     from fdconv_deploy.runtime import open_session
     from fdconv_deploy.runtime.detection import SHOWN_SCORE
     from fdconv_deploy.runtime.input_files import sources_at
+    from fdconv_deploy.runtime.ray_data import RaySegmentation, is_url, local_path
     from fdconv_deploy.runtime.result_files import ResultOptions, segment_files
 
     scales = parse_scales(multi_scale, flip)
-    sources = sources_at(inputs, output)
+    for text in (*inputs, output) if ray is None else ():
+        if is_url(text):
+            raise ImageError(f"{text} is read and written with --ray only, e.g. --ray local.")
+    on_ray = None if ray is None else RaySegmentation(bundle, inputs, output)
+    sources = on_ray.sources if on_ray else sources_at(map(local_path, inputs), local_path(output))
     options = ResultOptions(
         fit=fit,
         scales=scales,
@@ -116,26 +143,30 @@ def segment(
         overwrite=overwrite,
         skip_existing=skip_existing,
     )
-    skipped: list[Path] = []
+    place = str(on_ray.folder) if on_ray else output
+    skipped: list[PurePath] = []
     failed: list[str] = []
     done, start = 0, time.perf_counter()
-    console = Console(stderr=True)
+    console, out = Console(stderr=True), sys.stdout
     frame = console.status("", spinner="dots")
 
-    def fail(path: Path, error: ImageError) -> None:
+    def fail(path: PurePath, error: ImageError) -> None:
         message = error.command_line or str(error)
         failed.append(message)
         if as_json:
-            print(json.dumps({"image": str(path), "error": message}), flush=True)
+            print(json.dumps({"image": str(path), "error": message}), file=out, flush=True)
         console.print(f"[yellow]Skipped:[/] {escape(message)}", soft_wrap=True, highlight=False)
 
-    def show(path: Path, frames: int, expected: int | None) -> None:
+    def show(path: PurePath, frames: int, expected: int | None) -> None:
         frame.start()
         of = f" of {expected}" if expected else ""
         frame.update(escape(f"{path}: frame {frames}{of}"))
 
-    with open_session(bundle, backend) as session, ExitStack() as stack:
+    with ExitStack() as stack:
         stack.callback(frame.stop)
+        if on_ray:  # Ray prints what it has to say of its workers
+            stack.enter_context(redirect_stdout(sys.stderr))
+        session = on_ray.session if on_ray else stack.enter_context(open_session(bundle, backend))
         if session.detects and scales is not None:
             raise typer.BadParameter("--multi-scale and --flip are for segmentors.")
         if session.detects and fit is not None:
@@ -145,28 +176,42 @@ def segment(
             )
         if not session.detects and min_score is not None:
             raise typer.BadParameter("--min-score is for detectors; this is a segmentor.")
-        for result in segment_files(
-            session, sources, output, options, skipped=skipped.append, failed=fail, progress=show
-        ):
+        results: Iterator[ImageResult | VideoResult | RayResult]
+        if on_ray and ray:
+            results = on_ray.run(ray, backend, options, ray_cpus, skipped.append, fail)
+        else:
+            results = segment_files(
+                session,
+                sources,
+                local_path(output),
+                options,
+                skipped=skipped.append,
+                failed=fail,
+                progress=show,
+            )
+        ran: Session | RayResult = session
+        for result in results:
             frame.stop()
             done += 1
+            ran = cast("RayResult", result) if on_ray else session
             if as_json:
-                how = {**how_it_ran(session), **(scales.as_dict() if scales else {})}
-                print(json.dumps({**result.as_dict(), **how}), flush=True)
+                how = {**how_it_ran(ran), **(scales.as_dict() if scales else {})}
+                print(json.dumps({**result.as_dict(), **how}), file=out, flush=True)
             elif not quiet:
                 total = len(sources) - len(skipped)
-                print(f"[{done + len(failed)}/{total}] {result.as_line()}", flush=True)
+                print(f"[{done + len(failed)}/{total}] {result.as_line()}", file=out, flush=True)
         if not (as_json or quiet):
-            print(_summary(done, len(skipped), len(failed), time.perf_counter() - start, output))
+            seconds = time.perf_counter() - start
+            print(_summary(done, len(skipped), len(failed), seconds, place), file=out)
             if done:
-                print(ran_by(session))
+                print(ran_by(ran), file=out)
     if failed:
         raise ImageError(
             f"{len(failed)} of {len(sources)} files could not be segmented; the first: {failed[0]}"
         )
 
 
-def _summary(done: int, skipped: int, failed: int, seconds: float, output: Path) -> str:
+def _summary(done: int, skipped: int, failed: int, seconds: float, output: str) -> str:
     """The closing line: how many files went how, in what time, and where results are."""
     parts = [f"{done} segmented"]
     parts += [f"{skipped} skipped (results exist)"] if skipped else []

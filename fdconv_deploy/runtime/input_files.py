@@ -6,11 +6,13 @@ import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime.images import ARRAY_SUFFIX, SUFFIXES
 
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 MASK_ENDING = "_labels.png"
 LIST_SUFFIX = ".txt"
 # Beside a segmentor's masks: the class and the colour of each mask value.
@@ -25,13 +27,13 @@ class Source:
     """A file to segment.
 
     Attributes:
-        path: the image or video.
+        path: the image or video; no ``Path`` where it is in an object store.
         name: where its results go below the output folder, without an ending: the file's place
             within the folder, pattern or list that named it, or its own name.
     """
 
-    path: Path
-    name: Path
+    path: PurePath
+    name: PurePath
 
     @property
     def is_video(self) -> bool:
@@ -58,7 +60,7 @@ def images_of(folder: Path) -> list[Path]:
     return images
 
 
-def image_files(paths: Iterable[Path]) -> list[Path]:
+def image_files(paths: Iterable[AnyPath]) -> list[AnyPath]:
     """Those of a folder's files that are its images, as :func:`images_of` has it, sorted."""
     files = sorted(p for p in paths if p.suffix.lower() in (*SUFFIXES, ARRAY_SUFFIX))
     images = _without_masks(files)
@@ -83,18 +85,31 @@ def sources_at(inputs: Iterable[Path], output: Path) -> list[Source]:
 
 def _named_by(given: Path, output: Path) -> Sequence[Source]:
     if given.is_dir():
-        return _below(given, list(_walk(given, output.resolve())), "folder")
+        return sources_below(given, list(_walk(given, output.resolve())), "folder")
     if given.suffix.lower() == LIST_SUFFIX and given.is_file():
         return _listed(given)
     if not given.exists() and glob.has_magic(str(given)):
         found = [Path(name) for name in sorted(glob.glob(str(given), recursive=True))]  # noqa: PTH207 - of an absolute pattern, too
         skipped = output.resolve()
         files = [path for path in found if skipped not in path.resolve().parents]
-        return _below(_fixed_part(given), [f for f in files if f.is_file()], "pattern", given)
+        return sources_below(
+            _fixed_part(given), [f for f in files if f.is_file()], "pattern", given
+        )
     return [Source(given, Path(given.stem))]
 
 
-def _below(root: Path, files: Sequence[Path], kind: str, given: Path | None = None) -> list[Source]:
+def sources_below(
+    root: PurePath, files: Sequence[PurePath], kind: str, given: PurePath | None = None
+) -> list[Source]:
+    """The images and videos among a folder's files, named by their places in it.
+
+    Args:
+        kind: what messages call it.
+        given: what they name, if not ``root``.
+
+    Raises:
+        ImageError: there are none.
+    """
     videos = {path for path in files if path.suffix.lower() in VIDEO_SUFFIXES}
     images = {*image_files(files)}
     if not videos and not images:
@@ -156,7 +171,7 @@ def _fixed_part(pattern: Path) -> Path:
     return Path(*parts)
 
 
-def _without_masks(files: Sequence[Path]) -> list[Path]:
+def _without_masks(files: Sequence[AnyPath]) -> list[AnyPath]:
     stems = {path.with_suffix("") for path in files}
     return [
         path

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from PIL import Image
 from fdconv_deploy.atomic_write import atomic_folder, atomic_path, write_atomically
 from fdconv_deploy.errors import ImageError, in_the_way
 from fdconv_deploy.runtime.detection import SHOWN_SCORE, Detection
-from fdconv_deploy.runtime.input_files import CLASSES_NAME, LEGEND_NAME, Source
+from fdconv_deploy.runtime.input_files import CLASSES_NAME, LEGEND_NAME, AnyPath, Source
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.multi_scale import MultiScale, segment_at_scales
 from fdconv_deploy.runtime.panoptic import PanopticSegmentation
@@ -32,9 +32,9 @@ from fdconv_deploy.runtime.video import VideoReader, VideoWriter
 from fdconv_deploy.runtime.visualization import encode, legend
 
 Answer = Segmentation | Detection
-Failed = Callable[[Path, ImageError], None]
+Failed = Callable[[PurePath, ImageError], None]
 # A video, the number of frames answered, and the number its container announces, if any.
-Progress = Callable[[Path, int, int | None], None]
+Progress = Callable[[PurePath, int, int | None], None]
 _FRAME_MASK = re.compile(r"\d{6,}\.png")
 
 
@@ -75,8 +75,8 @@ class ImageResult:
         answer: the network's answer.
     """
 
-    image: Path
-    places: Mapping[str, Path]
+    image: PurePath
+    places: Mapping[str, PurePath]
     answer: Answer
 
     def as_dict(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class VideoResult:
         seconds: from the first frame to the last, decoding and encoding included.
     """
 
-    video: Path
+    video: PurePath
     places: Mapping[str, Path]
     frames: int
     expected: int | None
@@ -171,7 +171,7 @@ def segment_files(
     folder: Path,
     options: ResultOptions | None = None,
     *,
-    skipped: Callable[[Path], None] | None = None,
+    skipped: Callable[[PurePath], None] | None = None,
     failed: Failed | None = None,
     progress: Progress | None = None,
 ) -> Iterator[ImageResult | VideoResult]:
@@ -198,30 +198,21 @@ def segment_files(
             anything is written, also if a result exists already.
     """
     options = options or ResultOptions()
-    places = _places(session, sources, folder, options, skipped)
-    classes = b"" if session.detects else _classes_json(session, folder, options.overwrite)
+    places = places_of(session, sources, folder, options, skipped, size_of)
+    classes = folder / CLASSES_NAME
+    existing = classes.read_bytes() if classes.exists() else None
+    legends = legends_of(session, folder, existing, options.overwrite)
 
     @cache
     def write_classes() -> None:
-        if classes:
-            _make_folder(folder)
-            picture = encode(legend(session.classes, session.palette), "PNG")
-            write_atomically(folder / LEGEND_NAME, picture)
-            write_atomically(folder / CLASSES_NAME, classes)
+        for name, data in legends.items():
+            write_result(folder / name, data)
 
-    images = [source for source in places if not source.is_video]
-    for source, picture, answer in _answered(session, images, options, failed):
-        result = ImageResult(source.path, places[source], answer)
-        contents: dict[str, Callable[[], bytes]] = {
-            "overlay": lambda: encode(answer.overlay(picture, options.opacity), "PNG"),  # noqa: B023 - called at once
-            "mask": answer.mask_png,
-            "panoptic": lambda: _panoptic_png(answer),  # noqa: B023
-            "objects": lambda: json.dumps(result.as_dict(), indent=1).encode(),  # noqa: B023
-        }
+    images = {source: places[source] for source in places if not source.is_video}
+    for result, contents in image_results(session, images, options, failed):
         write_classes()
-        for kind, path in result.places.items():
-            _make_folder(path.parent)
-            write_atomically(path, contents[kind]())
+        for path, data in contents:
+            write_result(Path(path), data)
         yield result
     for source in places:
         if source.is_video:
@@ -233,6 +224,43 @@ def segment_files(
                 if failed is None:
                     raise
                 failed(source.path, error)
+
+
+def image_results(
+    session: Session,
+    images: Mapping[Source, Mapping[str, PurePath]],
+    options: ResultOptions,
+    failed: Failed | None,
+    read: Callable[[Source], npt.NDArray[Any]] | None = None,
+) -> Iterator[tuple[ImageResult, Iterator[tuple[PurePath, bytes]]]]:
+    """Answer images, and give what is to be written for each, in the order of writing.
+
+    Args:
+        images: where each image's results go, by kind, as :func:`places_of` has it.
+        failed: as :func:`segment_files`.
+        read: gives an image's pixels; by default its file is decoded.
+
+    Yields:
+        An image's result, and its files' paths and contents, each encoded as it is asked for.
+    """
+    read = read or (lambda source: session.read_image(Path(source.path)))
+    for source, picture, answer in _answered(session, list(images), options, failed, read):
+        result = ImageResult(source.path, images[source], answer)
+        yield result, _contents(result, picture, options)
+
+
+def _contents(
+    result: ImageResult, picture: npt.NDArray[Any], options: ResultOptions
+) -> Iterator[tuple[PurePath, bytes]]:
+    answer = result.answer
+    encoders: dict[str, Callable[[], bytes]] = {
+        "overlay": lambda: encode(answer.overlay(picture, options.opacity), "PNG"),
+        "mask": answer.mask_png,
+        "panoptic": lambda: _panoptic_png(answer),
+        "objects": lambda: json.dumps(result.as_dict(), indent=1).encode(),
+    }
+    for kind, path in result.places.items():
+        yield path, encoders[kind]()
 
 
 def _answer(session: Session, picture: npt.NDArray[Any], options: ResultOptions) -> Answer:
@@ -264,7 +292,11 @@ def _segments_of(answer: PanopticSegmentation) -> dict[str, Any]:
 
 
 def _answered(
-    session: Session, images: Sequence[Source], options: ResultOptions, failed: Failed | None
+    session: Session,
+    images: Sequence[Source],
+    options: ResultOptions,
+    failed: Failed | None,
+    read: Callable[[Source], npt.NDArray[Any]],
 ) -> Iterator[tuple[Source, npt.NDArray[Any], Answer]]:
     """Each image, its pixels and its answer, in order; several images a run."""
     # A run is of one image then: of its crops, or of one of its sizes.
@@ -280,7 +312,7 @@ def _answered(
 
     for source in images:
         try:
-            picture = session.read_image(source.path)
+            picture = read(source)
             if alone:
                 yield source, picture, _answer(session, picture, options)
             elif session.detects:
@@ -314,7 +346,7 @@ def _segment_video(
     """
     start, frames = time.perf_counter(), 0
     with ExitStack() as stack:
-        reader = stack.enter_context(VideoReader(source.path))
+        reader = stack.enter_context(VideoReader(Path(source.path)))
         writers: dict[str, VideoWriter] = {}
         masks = objects = None
         for kind, path in places.items():
@@ -385,22 +417,26 @@ def _endings(session: Session, source: Source, options: ResultOptions) -> dict[s
     return endings
 
 
-def _places(
+def places_of(
     session: Session,
     sources: Sequence[Source],
-    folder: Path,
+    folder: AnyPath,
     options: ResultOptions,
-    skipped: Callable[[Path], None] | None,
-) -> dict[Source, dict[str, Path]]:
+    skipped: Callable[[PurePath], None] | None,
+    size_of: Callable[[AnyPath], int | None],
+) -> dict[Source, dict[str, AnyPath]]:
     """Where each file's results go, by kind, without the files that are skipped.
+
+    Args:
+        size_of: gives the bytes that a result has already; None where there is none.
 
     Raises:
         ImageError: a file would be overwritten, a result exists already, or two files' results
             would be written to one name.
     """
-    places: dict[Source, dict[str, Path]] = {}
-    taken: dict[Path, Path] = {}
-    given = {source.path.resolve(): source.path for source in sources}
+    places: dict[Source, dict[str, AnyPath]] = {}
+    taken: dict[AnyPath, PurePath] = {}
+    given = {_real(source.path): source.path for source in sources}
     for source in sources:
         endings = _endings(session, source, options)
         targets = {kind: folder / f"{source.name}{ending}" for kind, ending in endings.items()}
@@ -410,43 +446,70 @@ def _places(
                     f"{taken[target]} and {source.path} would both be written to "
                     f"{target.relative_to(folder)}. Segment them into two folders."
                 )
-            if target.resolve() in given:
+            if _real(target) in given:
                 raise ImageError(
-                    f"{given[target.resolve()]} would be overwritten by results. Give another "
+                    f"{given[_real(target)]} would be overwritten by results. Give another "
                     "output folder."
                 )
             taken[target] = source.path
-        if options.skip_existing and all(map(_exists, targets.values())):
+        # An empty file is what a full disk leaves.
+        if options.skip_existing and all(map(size_of, targets.values())):
             if skipped is not None:
                 skipped(source.path)
             continue
         places[source] = targets
         for target in targets.values():
-            if target.exists() and not (options.overwrite or options.skip_existing):
+            refused = not (options.overwrite or options.skip_existing)
+            if refused and size_of(target) is not None:
                 raise in_the_way(ImageError, f"The result {target} exists already.")
     return places
 
 
-def _exists(result: Path) -> bool:
-    """Whether a result was written: an empty file is what a full disk leaves."""
-    return result.is_dir() or (result.is_file() and result.stat().st_size > 0)
+def _real(path: PurePath) -> PurePath:
+    return path.resolve() if isinstance(path, Path) else path
 
 
-def _classes_json(session: Session, folder: Path, overwrite: bool) -> bytes:
-    """What ``classes.json`` holds.
+def size_of(result: Path) -> int | None:
+    """The bytes of a result's file, 1 of a folder; None where there is nothing."""
+    if result.is_dir():
+        return 1
+    return result.stat().st_size if result.exists() else None
+
+
+def legends_of(
+    session: Session, folder: PurePath, existing: bytes | None, overwrite: bool
+) -> dict[str, bytes]:
+    """What tells the class and colour of each mask value: files' names and contents.
+
+    Args:
+        existing: what the folder's ``classes.json`` holds; None where there is none.
 
     Raises:
         ImageError: the folder holds those of other classes, and ``overwrite`` is False.
     """
+    if session.detects:
+        return {}
     entries = [
         {"id": number, "name": name, "color": list(colour)}
         for number, (name, colour) in enumerate(zip(session.classes, session.palette, strict=True))
     ]
     text = json.dumps(entries, indent=1, ensure_ascii=False).encode() + b"\n"
-    file = folder / CLASSES_NAME
-    if file.exists() and file.read_bytes() != text and not overwrite:
+    if existing not in (None, text) and not overwrite:
+        file = folder / CLASSES_NAME
         raise in_the_way(ImageError, f"{file} exists already, and lists other classes.")
-    return text
+    picture = encode(legend(session.classes, session.palette), "PNG")
+    return {LEGEND_NAME: picture, CLASSES_NAME: text}
+
+
+def write_result(path: Path, data: bytes) -> None:
+    """Write or replace a result, whole or not at all; its folders are made.
+
+    Raises:
+        ImageError: a file is in a folder's place.
+        OSError: the file cannot be written.
+    """
+    _make_folder(path.parent)
+    write_atomically(path, data)
 
 
 def _make_folder(folder: Path) -> None:

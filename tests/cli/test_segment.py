@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from pathlib import Path
 
 import cv2
@@ -315,3 +317,52 @@ def test_segment_names_a_tiff_that_is_no_rgb_picture(bundle, monkeypatch, capfd,
     )
     assert code == 1
     assert "bands.tif is a TIFF file that cannot be decoded as an 8-bit gray or RGB" in err
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:{port}", "No Ray cluster answers at 127.0.0.1:{port}"),
+        ("ray://127.0.0.1:{port}", "No Ray cluster answers at ray://127.0.0.1:{port}"),
+        ("cluster", "'cluster' is no address of a Ray cluster"),
+    ],
+)
+def test_a_ray_that_is_not_there_is_a_sentence(
+    bundle, tree, monkeypatch, capfd, tmp_path, address, said
+):
+    """Found out before Ray is imported, which need not be installed for it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # and does not listen
+        port = free.getsockname()[1]
+        arguments = ["segment", bundle, tree, "-o", tmp_path / "out"]
+        code, _, err = fdconv(monkeypatch, capfd, *arguments, "--ray", address.format(port=port))
+    assert (code, said.format(port=port) in err) == (1, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_server_that_is_no_ray_is_a_sentence(bundle, tree, monkeypatch, capfd, tmp_path):
+    """Ray itself would try to join it forever."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        arguments = ["segment", bundle, tree, "-o", tmp_path / "out", "--ray", address]
+        code, _, err = fdconv(monkeypatch, capfd, *arguments)
+        thread.join()
+    assert (code, "is no gRPC server" in err) == (1, True)
+
+
+def test_urls_and_workers_are_for_ray(bundle, tree, monkeypatch, capfd, tmp_path):
+    for arguments in ((["s3://bucket/in"], tmp_path / "out"), ([tree], "s3://bucket/out")):
+        inputs, out = arguments
+        code, _, err = fdconv(monkeypatch, capfd, "segment", bundle, *inputs, "-o", out)
+        assert (code, "is read and written with --ray only" in err) == (1, True)
+    code, _, err = fdconv(
+        monkeypatch, capfd, "segment", bundle, tree, "-o", tmp_path / "out", "--ray-cpus", 2
+    )
+    assert (code, "--ray-cpus is for --ray" in err) == (2, True)
