@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -97,10 +98,14 @@ def test_compose() -> None:
         assert (DOCKER / volume.split(":")[0]).is_file()
 
 
+def manifests(name: str) -> list[dict]:
+    return list(yaml.safe_load_all((DOCKER / "kubernetes" / name).read_text()))
+
+
 class TestKubernetes:
     @pytest.fixture
     def documents(self) -> list[dict]:
-        return list(yaml.safe_load_all((DOCKER / "kubernetes" / "fdconv.yaml").read_text()))
+        return manifests("fdconv.yaml")
 
     def test_schema(self, documents) -> None:
         validator = pytest.importorskip("kubernetes_validate")
@@ -118,3 +123,92 @@ class TestKubernetes:
         settings = Settings.model_validate_json(by_kind["ConfigMap"]["data"]["settings.json"])
         ends = settings.shutdown_delay_seconds + settings.drain_seconds
         assert pod["terminationGracePeriodSeconds"] > ends
+
+
+class TestKServe:
+    @pytest.fixture
+    def documents(self) -> dict[str, dict]:
+        return {document["kind"]: document for document in manifests("kserve.yaml")}
+
+    def test_schema(self, documents, monkeypatch) -> None:
+        """KServe's own models read each document, miss nothing and give all of it back."""
+        models = pytest.importorskip(
+            "kserve.models", reason="needs pip install kserve==0.21.0 kubernetes==33.1.0"
+        )
+        from kserve.api_client import ApiClient
+        from kubernetes import client as kubernetes
+
+        for name in {*dir(kubernetes)} - {*dir(models)}:  # its models name Kubernetes' own
+            monkeypatch.setattr(models, name, getattr(kubernetes, name), raising=False)
+        api = ApiClient()
+        for document in documents.values():
+            kind = f"V{document['apiVersion'].rpartition('/v')[2]}{document['kind']}"
+            response = SimpleNamespace(data=json.dumps(document))
+            read = api.sanitize_for_serialization(api.deserialize(response, kind))
+            if document["kind"] == "InferenceService":  # a container's, which KServe names itself
+                assert read["spec"]["predictor"]["model"].pop("name") == ""
+            assert read == document
+
+    def test_containers(self, documents) -> None:
+        validator = pytest.importorskip("kubernetes_validate")
+        runtime = documents["ServingRuntime"]["spec"]
+        validate_pod(validator, {key: runtime[key] for key in ("containers", "volumes")})
+
+    def test_it_is_what_the_service_takes(self, documents) -> None:
+        runtime = documents["ServingRuntime"]["spec"]
+        predictor = documents["InferenceService"]["spec"]["predictor"]
+        (container,) = runtime["containers"]
+        assert container["args"][0] == "/mnt/models"  # where KServe puts what storageUri names
+        assert options(container["args"]) <= served_options()
+        assert container["startupProbe"]["httpGet"]["path"] == "/v2/health/ready"
+        assert container["readinessProbe"]["httpGet"]["path"] == "/v2/health/ready"
+        assert container["livenessProbe"]["httpGet"]["path"] == "/v2/health/live"
+        model = predictor["model"]
+        assert model["runtime"] == documents["ServingRuntime"]["metadata"]["name"]
+        formats = [(one["name"], one["version"]) for one in runtime["supportedModelFormats"]]
+        assert (model["modelFormat"]["name"], model["modelFormat"]["version"]) in formats
+        assert model["protocolVersion"] in runtime["protocolVersions"]
+        assert predictor["terminationGracePeriodSeconds"] > Settings().drain_seconds
+
+
+def validate_pod(validator, spec: dict, metadata: dict | None = None) -> None:
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod", **(metadata or {})}}
+    validator.validate({**pod, "spec": spec}, "1.30", strict=True)
+
+
+class TestRayService:
+    """KubeRay's own schema is in no package: its parts are judged by Kubernetes and by Ray."""
+
+    @pytest.fixture
+    def spec(self) -> dict:
+        (document,) = manifests("rayservice.yaml")
+        assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", "RayService")
+        assert set(document["spec"]) == {"serveConfigV2", "rayClusterConfig"}
+        return document["spec"]
+
+    def test_pods(self, spec) -> None:
+        validator = pytest.importorskip("kubernetes_validate")
+        cluster = spec["rayClusterConfig"]
+        assert set(cluster) == {
+            "rayVersion",
+            "enableInTreeAutoscaling",
+            "headGroupSpec",
+            "workerGroupSpecs",
+        }
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+            validate_pod(validator, group["template"]["spec"], group["template"]["metadata"])
+        for group in cluster["workerGroupSpecs"]:
+            assert 0 < group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+    def test_application(self, spec) -> None:
+        ray = pytest.importorskip("ray", reason="needs pip install 'ray[serve]'")
+        schema = pytest.importorskip("ray.serve.schema", reason="needs pip install 'ray[serve]'")
+        schema.ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"]))
+        assert spec["rayClusterConfig"]["rayVersion"] == ray.__version__
+
+    def test_application_is_serve_yaml(self, spec) -> None:
+        file = ROOT / "serve" / "ray" / "serve.yaml"
+        if not file.exists():
+            pytest.skip("there is no serve/ray/serve.yaml")
+        assert yaml.safe_load(spec["serveConfigV2"]) == yaml.safe_load(file.read_text())
