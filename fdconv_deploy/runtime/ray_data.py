@@ -107,6 +107,7 @@ class Store:
 
     def __init__(self, url: str) -> None:
         with needed_by(f"Reading {url.partition(':')[0]}://", "ray"):
+            import ray  # noqa: F401 - which brings pyarrow, and is what to install
             from pyarrow import fs
         try:
             self._files, self._base = fs.FileSystem.from_uri(url)
