@@ -25,7 +25,7 @@ from fdconv_deploy.serve.errors import (
 from fdconv_deploy.serve.identity import Clients
 from fdconv_deploy.serve.kserve.tensors import HEADER_LENGTH
 from fdconv_deploy.serve.service import Service
-from fdconv_deploy.serve.telemetry import log_access
+from fdconv_deploy.serve.telemetry import log_access, milliseconds
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 << 10
@@ -209,6 +209,7 @@ class Edge:
         counted = route, str(status), seconds, state.get("key", "")
         service.metrics.later(partial(service.metrics.answered, *counted))
         if facts:
+            facts["timings_ms"] = milliseconds(stages)
             service.count(facts["model"], stages, facts["images"])
         if service.tracing.wanted and path not in _PROBED:
             attributes = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import datetime
 from functools import cached_property
@@ -159,6 +160,11 @@ class ModelCard(BaseModel):
                 outputs.insert(0, tensor("masks", "FP32", *shape))
                 outputs.insert(0, tensor("classes", "FP32", queries.number, queries.classes))
         return inputs, outputs
+
+    @cached_property
+    def input_numbers(self) -> int:
+        """How many numbers the inputs of one image are."""
+        return sum(math.prod(one.shape[1:]) for one in self.tensors[0])
 
 
 class ModelList(BaseModel):

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache, partial
 from typing import Any, Literal, TypeVar
@@ -21,10 +21,23 @@ from uvicorn.logging import DefaultFormatter
 from fdconv_deploy.environment import needed_by
 from fdconv_deploy.errors import FDConvError
 
-__all__ = ["CONTENT_TYPE_LATEST", "JsonFormatter", "Metrics", "Tracing", "log_access", "log_config"]
+__all__ = [
+    "CONTENT_TYPE_LATEST",
+    "JsonFormatter",
+    "Metrics",
+    "Tracing",
+    "log_access",
+    "log_config",
+    "milliseconds",
+]
 
 access = logging.getLogger("fdconv.access")
 M = TypeVar("M", Counter, Histogram)
+
+
+def milliseconds(stages: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Milliseconds by stage, of (name, seconds) of each."""
+    return {name: round(seconds * 1e3, 3) for name, seconds in stages}
 
 
 def log_access(*, probe: bool = False, **fields: Any) -> None:

@@ -60,11 +60,12 @@ async def infer(
 
 def _memory(version: Version, request: InferRequest, in_json: Collection[str]) -> int:
     """The bytes that a request takes at most, beside its body."""
-    count = len(request.images)
-    numbers = {one.name: math.prod(one.shape[1:]) * count for one in version.card.tensors[1]}
-    written = sum(WRITTEN_BYTES * numbers[name] for name in in_json)
-    labels = numbers.get("labels", 0) * 2 if "labels" in request.outputs else 0
-    return version.tensor_bytes * count + labels + written
+    each = version.tensor_bytes
+    for output in version.card.tensors[1]:
+        made = 2 if output.name == "labels" and "labels" in request.outputs else 0
+        if size := made + WRITTEN_BYTES * (output.name in in_json):
+            each += size * math.prod(output.shape[1:])
+    return each * len(request.images)
 
 
 async def _infer(

@@ -184,11 +184,7 @@ def json_length(header: str | None, size: int) -> int:
 
 def most_bytes(card: ModelCard, max_images: int) -> int:
     """Most bytes of a request's body that the model can need: every number as text."""
-    return _BESIDE_BYTES + _TEXT * _most_numbers(card, max_images)
-
-
-def _most_numbers(card: ModelCard, max_images: int) -> int:
-    return max_images * sum(math.prod(one.shape[1:]) for one in card.tensors[0])
+    return _BESIDE_BYTES + _TEXT * max_images * card.input_numbers
 
 
 def json_memory(text: memoryview, card: ModelCard, max_images: int) -> int:
@@ -197,7 +193,7 @@ def json_memory(text: memoryview, card: ModelCard, max_images: int) -> int:
     Raises:
         RefusedError: 413, it holds more numbers than the model's inputs do.
     """
-    numbers, most = 1, _most_numbers(card, max_images)
+    numbers, most = 1, max_images * card.input_numbers
     for at in range(0, len(text), _COUNTED):
         numbers += bytes(text[at : at + _COUNTED]).count(b",")
         _give_way()
@@ -338,10 +334,12 @@ def read_request(
         raise RefusedError(
             400, f"{len(tail)} bytes follow the JSON that no 'binary_data_size' announces."
         )
-    parameters, outputs = call.parameters or Parameters(), call.outputs or []
+    parameters, outputs = call.parameters, call.outputs or []
     names = [output.name for output in outputs]
-    request = infer_request(card, call.id, inputs, names, parameters.timeout, max_images)
-    binary = dict.fromkeys(request.outputs, bool(parameters.binary_data_output))
+    timeout = parameters.timeout if parameters else None
+    request = infer_request(card, call.id, inputs, names, timeout, max_images)
+    in_binary = bool(parameters and parameters.binary_data_output)
+    binary = dict.fromkeys(request.outputs, in_binary)
     for output in outputs:
         if output.parameters and output.parameters.binary_data is not None:
             binary[output.name] = output.parameters.binary_data

@@ -58,19 +58,10 @@ def service_of(request: Request) -> Service:
     return service
 
 
-def answered(
-    request: Request, model: str, images: int, stages: list[tuple[str, float]]
-) -> dict[str, float]:
-    """Note what was done, for the middleware to count, log and trace once the answer is sent.
-
-    Returns:
-        Milliseconds by stage.
-    """
-    timings = {name: round(seconds * 1e3, 3) for name, seconds in stages}
+def answered(request: Request, model: str, images: int, stages: list[tuple[str, float]]) -> None:
+    """Note what was done, for the middleware to count, log and trace once the answer is sent."""
     state = request.scope["state"]
-    state["facts"] = {"model": model, "images": images, "timings_ms": timings}
-    state["stages"] = stages
-    return timings
+    state["facts"], state["stages"] = {"model": model, "images": images}, stages
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

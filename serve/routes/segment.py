@@ -28,6 +28,7 @@ from fdconv_deploy.serve.schemas import Detection, Detections, Segmentation, Seg
 from fdconv_deploy.serve.segment_options import SegmentOptions, check_options
 from fdconv_deploy.serve.segment_request import segment
 from fdconv_deploy.serve.service import NO_LIMIT
+from fdconv_deploy.serve.telemetry import milliseconds
 from fdconv_deploy.serve.uploads import FIELD, NPY, Body
 
 router = APIRouter(tags=["segmentation"])
@@ -123,12 +124,12 @@ async def segment_images(
                 wanted = check_options(version.card, options, wanted.form)
             work = segment(service, version, uploads, wanted, deadline)
             found = await while_connected(request, work)
-    timings = answered(request, version.name, count, found.stages)
+    answered(request, version.name, count, found.stages)
     headers = {
         "Vary": "Accept",
         "X-Model": version.name,
         "X-Fit": ", ".join(dict.fromkeys(found.fits)),
         "X-Mode": wanted.mode,
-        "Server-Timing": ", ".join(f"{k};dur={v}" for k, v in timings.items()),
+        "Server-Timing": ", ".join(f"{k};dur={v}" for k, v in milliseconds(found.stages).items()),
     }
     return Response(found.body, media_type=found.media_type, headers=headers)
