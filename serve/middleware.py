@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
-import secrets
 import time
 from collections import deque
 from functools import partial
@@ -50,7 +50,7 @@ SECURITY = [
 
 def accepted_id(given: str) -> str:
     """The request's id: the client's own, or a new one where that is none."""
-    return given if _ACCEPTED.fullmatch(given) else secrets.token_hex(16)
+    return given if _ACCEPTED.fullmatch(given) else os.urandom(16).hex()
 
 
 class Edge:
@@ -251,7 +251,7 @@ def refuse(
         request_id = scope["state"]["request_id"]
         scope["state"]["refused"] = status
     else:
-        request_id = secrets.token_hex(16)
+        request_id = accepted_id("")
         service.metrics.requests.labels("unmatched", str(status)).inc()
         client = clients.identify(peer, ())  # there may be no headers that can be read
         log_access(request_id=request_id, client=client.name, status=status)
