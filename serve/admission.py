@@ -103,7 +103,8 @@ class Admission:
                 self._seconds = _KEPT * self._seconds + now - self._since
                 self._images = _KEPT * self._images + images
             self._since = now
-            self._refuse_late()
+            if self._turns:
+                self._refuse_late()
         finally:
             self.in_hand -= images
             self._clients[client] -= images
@@ -151,7 +152,8 @@ class Admission:
         """Count memory out, and give it to those whose turn it is."""
         with self._lock:
             self.memory_used -= size
-        self._next()
+        if self._turns:
+            self._next()
 
     def _next(self) -> None:
         """Give memory to those whose turn it is."""
