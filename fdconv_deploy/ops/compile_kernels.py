@@ -136,7 +136,15 @@ def target_for(capability: int) -> int:
 
     Its own, where Triton's compiler knows it; asked for another, it ends the process. Then 8.0,
     whose PTX the driver of any later GPU translates.
+
+    Raises:
+        BackendError: it is older than the oldest that the kernels are compiled for.
     """
+    if capability < CAPABILITIES[0]:
+        raise BackendError(
+            f"this GPU is of compute capability {capability / 10}; this package's kernels need "
+            f"{CAPABILITIES[0] / 10} (Turing) or later. Backend 'onnxruntime-cpu' runs bundles."
+        )
     return capability if capability in _KNOWN else 80
 
 

@@ -109,3 +109,12 @@ def test_what_a_process_could_not_compile_is_said(tmp_path):
     unknown = replace(row_launch(layer_sizes(32, 32, 1)), kernel="no_such_kernel")
     with pytest.raises(BackendError, match="was not compiled: KeyError: 'no_such_kernel'"):
         precompile([unknown], 90, workers=1)
+
+
+def test_a_gpu_older_than_turing_is_refused():
+    from fdconv_deploy.errors import BackendError
+    from fdconv_deploy.ops.compile_kernels import target_for
+
+    assert [target_for(n) for n in (75, 88, 90, 110, 121)] == [75, 80, 90, 80, 121]
+    with pytest.raises(BackendError, match=r"of compute capability 7\.0; .* need 7\.5"):
+        target_for(70)
