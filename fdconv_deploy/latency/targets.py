@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fdconv_deploy.nn.detection import Detector
 
 Kind = Literal["bundle", "checkpoint", "service", "call"]
+PAGEABLE = "copies from and to pageable memory, which wait"
 TORCH_BACKENDS = {
     "eager": "the published network",
     "compile": "the published network through torch.compile",
@@ -307,7 +308,8 @@ def _open_bundle(target: Target) -> OpenTarget:
     inputs = bundle_inputs(bundle, target)
     graph: Any = graphs[target.batch]
     if backend.device == "cuda":
-        details["manner"] = getattr(graph, "manner", backend.operators)
+        onnxruntimes = f"{backend.operators}, on one stream; waited for after every run; {PAGEABLE}"
+        details["manner"] = getattr(graph, "manner", onnxruntimes)
     if backend.name == "tensorrt":
         details["engine"] = str(bundle.path / FOLDER / graph.name)
     phases = (lambda: graph.phases(inputs)) if hasattr(graph, "phases") else None
@@ -464,10 +466,7 @@ def _open_checkpoint(target: Target) -> OpenTarget:
     if device == "cpu":
         return OpenTarget(run, device, details)
     graph = "one CUDA graph a run" if target.backend == "fused" else "no CUDA graph"
-    details["manner"] = (
-        f"TF32 {'on' if rounds else 'off'}; {graph}, on one stream; copies from and "
-        "to pageable memory, which wait"
-    )
+    details["manner"] = f"TF32 {'on' if rounds else 'off'}; {graph}, on one stream; {PAGEABLE}"
 
     def phases() -> Phases:
         with torch.inference_mode():

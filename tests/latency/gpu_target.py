@@ -6,6 +6,13 @@ from fdconv_deploy.latency.targets import Details, OpenTarget, Target
 from fdconv_deploy.runtime.backends.base import Phases
 
 
+def plain(target: Target) -> OpenTarget:
+    """The baseline's."""
+    work = opened(target)
+    work.details["engine"] = "/bundle/engines/plain engine.plan"
+    return work
+
+
 def opened(target: Target) -> OpenTarget:
     """Does nothing; its phases are made up."""
     manner = "TF32 off; one CUDA graph a run, on a stream of its own"

@@ -59,4 +59,6 @@ class Nvml:
         return "580.1"
 
     def nvmlDeviceGetTemperature(self, handle, kind):
+        if handle == 1:
+            return 61
         raise self.NVMLError("not supported")

@@ -77,7 +77,7 @@ def test_phases_clocks_and_what_is_inside_a_latency(machine):
     assert state["readings"] > 3
     assert state["sm_mhz"] == {"min": 1980, "median": 1980, "max": 1980}
     assert state["watts"] == {"min": 650, "median": 650, "max": 650}
-    assert state["celsius"] is None
+    assert state["celsius"] == {"min": 61, "median": 61, "max": 61}
     assert state["throttled"] == {"power cap": 1.0}
     command = (
         "trtexec --loadEngine='/bundle/engines/an engine.plan' --useCudaGraph --exposeDMA "
@@ -86,7 +86,7 @@ def test_phases_clocks_and_what_is_inside_a_latency(machine):
     for text in texts(found):
         assert "from inputs in host memory to outputs in host memory" in text
         assert "H2D, compute, D2H: the GPU" in text
-        for figure in ("1.000", "5.000", "2.000", "5.500", "1980", "650"):
+        for figure in ("1.000", "5.000", "2.000", "5.500", "1980", "650", "61"):
             assert figure in text
         flat = " ".join(text.split()).replace("&#x27;", "'")
         assert "throttled (power cap 100% of the time)" in flat
@@ -111,6 +111,23 @@ def test_a_clock_that_hardly_moved_is_not(machine):
     assert "clock moved" not in markdown(report())
 
 
+def test_the_plain_networks_engine_beside_fdconvs(machine):
+    machine(1980)
+    options = RunOptions(threads=1)
+    targets = [
+        Target(kind="call", source=f"tests.latency.gpu_target:{name}", options=options)
+        for name in ("plain", "opened")
+    ]
+    found = measure(targets, Schedule(seconds=0.5, warm_up=0.0, turn=0.1))
+    plain, fdconv = found["rows"]
+    assert plain["over_first"] is None
+    assert fdconv["over_first"] is not None
+    for text in texts(found):
+        flat = " ".join(text.split()).replace("&#x27;", "'")
+        for engine in ("plain", "an"):
+            assert f"trtexec --loadEngine='/bundle/engines/{engine} engine.plan'" in flat
+
+
 def only(bundle: Path, backend: str) -> Target:
     options = RunOptions(threads=1)
     (target,), _ = expand_targets([bundle], options, backends=[backend], batches=[1])
@@ -123,7 +140,10 @@ def test_a_bundle_in_the_cuda_provider(toy_bundle, monkeypatch):
     assert work.run().keys() == {"logits"}
     assert work.phases is not None
     assert min(astuple(work.phases())) > 0
-    assert work.details["manner"] == "portable operators, without TF32, in one CUDA graph"
+    assert work.details["manner"] == (
+        "portable operators, without TF32, in one CUDA graph, on one stream; waited for after "
+        "every run; copies from and to pageable memory, which wait"
+    )
     work.close()
 
 

@@ -99,7 +99,7 @@ def test_a_gpu_is_read_while_others_work_on_it():
         while len(watch.readings) < 3:
             time.sleep(0.001)
     count = len(watch.readings)
-    first = Reading(1980, 2619, 650.0, None, ("power cap",))
+    first = Reading(1980, 2619, 650.0, 61, ("power cap",))
     assert watch.readings[:3] == [first, first._replace(sm_mhz=1500), first]
     assert len(watch.readings) == count
     with ClockWatch(None) as nothing:
