@@ -6,8 +6,9 @@
 #
 #     benchmarks/gpu.sh [--seconds 450] [--output FOLDER] [--dry-run]
 #
-# Writes DATE-gpu-NAME.json to $OUT, or to benchmarks/results, anew after every part. `--dry-run`
-# runs a toy network in Triton's interpreter, on a machine with no GPU.
+# Writes DATE-gpu-NAME-TIME.json to $OUT, or to benchmarks/results, anew after every part: GPU, driver,
+# clocks, each time and error, what was not run and why. `--dry-run` runs a toy network in Triton's
+# interpreter, on a machine with no GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec "${PYTHON:-python3}" -m benchmarks.gpu.run "$@"

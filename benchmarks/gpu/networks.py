@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fdconv_deploy
 from benchmarks.gpu.kernels import dtype_name
 from benchmarks.gpu.timing import call_seconds, compute_seconds
-from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.cuda import CapturedNetwork, FusedNetwork, fuse_network
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.folding.network import fold_layers, foldable_layers
@@ -195,27 +196,31 @@ def eager(
 
 
 def onnxruntime(networks: Networks, name: str, size: int) -> dict[str, Any]:
-    """A bundle in float32, in the runtime's own CUDA backend; calls with their copies."""
+    """A bundle in float32, in the runtime's own CUDA provider; calls with their copies."""
     if find_spec("fdconv_deploy.export") is None:  # its folder in a clone has another place
-        raise BackendError(
-            "a bundle is made and run by this package as installed, not by a clone. Install it: "
-            "pip install '.[export,gpu]'"
-        )
+        fdconv_deploy.__path__.append(str(Path(__file__).parents[2]))
     from fdconv_deploy.export.api import export_module
-    from fdconv_deploy.runtime import open_session
+    from fdconv_deploy.runtime.backends import BackendOptions, select
 
-    backend = "onnxruntime-cpu" if networks.dry else "onnxruntime-cuda"
     x = networks.batch(size)
+    wanted = "onnxruntime-cpu" if networks.dry else "onnxruntime-cuda"
     with tempfile.TemporaryDirectory() as folder:
-        export_module(networks.of[name], x, Path(folder) / "bundle")
-        with open_session(Path(folder) / "bundle", backend) as session:
-            feeds = {session.bundle.manifest.inputs[size][0].name: x.numpy()}
-            (answer,) = session.run_raw(feeds).values()
-            return _row(
-                networks, name, backend, torch.float32, size,
-                ms=call_seconds(lambda: session.run_raw(feeds)) * 1e3, timed="call",
-                error=networks.error(name, torch.from_numpy(answer)),
-            )  # fmt: skip
+        bundle = export_module(networks.of[name], x, Path(folder) / "bundle")
+        backend, _, graphs = select(bundle, wanted, BackendOptions())
+        graph: Any = graphs.get(size) or backend.load(bundle, size)
+        feeds = {bundle.manifest.inputs[size][0].name: x.numpy()}
+        (answer,) = graph.run(feeds).values()
+        more = {}
+        if hasattr(graph, "phases"):
+            runs = [graph.phases(feeds) for _ in range(10)]
+            for phase in ("h2d", "compute", "d2h"):
+                more[f"{phase}_ms"] = median(getattr(run, phase) for run in runs) * 1e3
+        return _row(
+            networks, name, wanted, torch.float32, size,
+            ms=call_seconds(lambda: graph.run(feeds)) * 1e3, timed="call",
+            manner=getattr(graph, "manner", backend.operators),
+            error=networks.error(name, torch.from_numpy(answer)), **more,
+        )  # fmt: skip
 
 
 Part = tuple[str, Callable[[], dict[str, Any]], float]

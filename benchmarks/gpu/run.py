@@ -1,8 +1,9 @@
 """The body of `benchmarks/gpu.sh`: environment, kernels, networks; one JSON record.
 
 What must be true first: every kernel, then the networks, the plugins' code, and the rest as long as
-time is left. The record is written after each part; what fails, is wrong or does not fit is in it,
-never left out.
+time is left. The record is written before and after each part; what fails, is wrong or does not fit
+is in it, never left out. After an illegal access CUDA gives a process nothing any more: the script
+then starts itself again, and goes on with the next part.
 
 Exit code 0: all that ran is right, though some may not have been run, for want of time or of a
 package. 1: an answer is wrong, a part failed, or nothing could be measured. 130: interrupted.
@@ -16,10 +17,12 @@ import json
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=None, help="folder of the record")
     parser.add_argument("--dry-run", action="store_true", help="a toy network, no GPU")
+    parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)  # given by itself
     return parser.parse_args()
 
 
@@ -53,18 +57,28 @@ class Record:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             sys.exit(f"error: the record cannot be written to {self.folder}: {e}")
-        self.failed: list[str] = []  # parts, not for want of time or of a package
         self.clocks: Any = None
-        self.content: dict[str, Any] = {
-            "date": date.today().isoformat(),
+        self.path: Path | None = options.resume
+        self.done: set[str] = set()  # by the process before this one
+        if options.resume is not None:
+            self.content: dict[str, Any] = json.loads(options.resume.read_text())
+            self.start -= self.content["elapsed"]
+            self.done = set(self.content["seconds"])
+            return
+        self.content = {
+            "date": datetime.now().isoformat(timespec="seconds"),
             "dry_run": options.dry_run,
+            "elapsed": 0.0,
+            "running": None,
             "imports": {},
             "environment": {"python": platform.python_version()},
+            "summary": [],
             "seconds": {},
             "own_ptx": [],
             "kernels": [],
             "networks": [],
             "not_run": [],
+            "failed": [],  # of those, not for want of time or of a package
         }
 
     def elapsed(self) -> float:
@@ -76,19 +90,24 @@ class Record:
 
         What takes 0 is run in any case.
         """
+        if what in self.done and seconds:
+            return False
         started = self.elapsed()
         reason, interrupted = None, False
         if seconds and started + seconds > self.seconds:
             reason = f"no time left of {self.seconds:.0f} s"
         else:
+            self.content["running"] = what  # what hangs is named, too
+            self.write()
             try:
                 run()
             except (Exception, KeyboardInterrupt) as e:
                 reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
                 interrupted = isinstance(e, KeyboardInterrupt)
                 if not isinstance(e, (ImportError, FDConvError)):  # those say what is not here
-                    self.failed.append(what)
+                    self.content["failed"].append(what)
             self.content["seconds"][what] = round(self.elapsed() - started, 2)
+            self.content["running"] = None
         if reason is not None:
             self.content["not_run"].append({"what": what, "reason": reason[:300]})
             print(f"  {what}: not run ({reason[:200]})", flush=True)
@@ -96,7 +115,17 @@ class Record:
         if interrupted:
             print(f"interrupted; what was measured before is in {path}", file=sys.stderr)
             sys.exit(130)
+        if reason is not None and what in self.content["failed"] and seconds and poisoned():
+            self.start_again()
         return reason is None
+
+    def start_again(self) -> None:
+        """Go on in a fresh process, since CUDA gives this one nothing any more."""
+        print("  CUDA gives this process nothing any more: starting again", flush=True)
+        if self.clocks is not None:
+            self.clocks.close()
+        command = [sys.executable, "-m", "benchmarks.gpu.run", *sys.argv[1:]]
+        os.execv(sys.executable, [*command, "--resume", str(self.write())])
 
     def add(self, kind: str, measure: Callable[[], dict[str, Any]]) -> None:
         """A row of what was measured, right or wrong, with the clocks seen meanwhile."""
@@ -115,15 +144,62 @@ class Record:
         return [r for k in kinds for r in self.content[k] if not r.get("within", True)]
 
     def write(self) -> Path:
-        """The record so far, whole at any time."""
+        """The record so far, whole at any time; its name has the day, the GPU and the time."""
+        self.content["elapsed"] = round(self.elapsed(), 1)
         gpu = self.content["environment"].get("gpu", "gpu")
         name = "dry-run" if self.content["dry_run"] else gpu
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        path = self.folder / f"{self.content['date']}-gpu-{slug}.json"
+        day, _, clock = self.content["date"].partition("T")
+        path = self.folder / f"{day}-gpu-{slug}-{clock.replace(':', '')}.json"
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
         part.replace(path)
+        if self.path is not None and self.path != path:
+            self.path.unlink(missing_ok=True)  # before the GPU's name was known
+        self.path = path
         return path
+
+
+def poisoned() -> bool:
+    """Whether CUDA refuses this process everything, as it does after an illegal access."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """FDConv beside the plain network and beside eager PyTorch, by backend, type and batch."""
+    times = {(r["backend"], r["dtype"], r["batch"], r["network"]): r["ms"] for r in rows}
+    found = []
+    for (backend, dtype, batch, network), ms in times.items():
+        if network != "FDConv":
+            continue
+        plain = times.get((backend, dtype, batch, "baseline"))
+        eager = times.get(("eager", dtype, batch, "FDConv"))
+        row = {"backend": backend, "dtype": dtype, "batch": batch, "ms": ms, "baseline_ms": plain}
+        row["vs_baseline"] = None if plain is None else ms / plain
+        row["eager_vs_this"] = None if eager is None else eager / ms
+        found.append(row)
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Of `summarise`, for people."""
+    titles = "FDConv ms", "baseline ms", "vs. baseline", "eager takes"
+    lines = [f"{'':34}" + "".join(f"{title:>14}" for title in titles)]
+    for row in rows:
+        what = f"{row['backend']}, {row['dtype']}, batch {row['batch']}"
+        figures = [(row[name], "") for name in ("ms", "baseline_ms")]
+        figures += [(row[name], "×") for name in ("vs_baseline", "eager_vs_this")]
+        cells = ("–" if value is None else f"{value:.3f}{unit}" for value, unit in figures)
+        lines.append(f"{what:34}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(lines)
 
 
 def describe(kind: str, row: dict[str, Any]) -> str:
@@ -163,8 +239,10 @@ def imports(record: Record) -> None:
             found[name] = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
             if name not in OPTIONAL:
                 raise
-        finally:
-            record.write()
+    # Triton compiles its launcher by one; without, no kernel starts.
+    compilers = filter(None, (os.environ.get("CC"), *map(shutil.which, ("gcc", "clang", "cc"))))
+    found["C compiler"] = next(compilers, "none: Triton needs one to launch kernels; install gcc")
+    record.write()
 
 
 def environment(record: Record) -> int:
@@ -172,10 +250,10 @@ def environment(record: Record) -> int:
     import torch
 
     found = record.content["environment"]
-    found |= {"torch": torch.__version__, "cuda": torch.version.cuda}
+    found |= {"torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit()}
     if not torch.cuda.is_available():
         return 90
-    from benchmarks.gpu.timing import Clocks
+    from benchmarks.gpu.timing import Clocks, driver_state
 
     properties = torch.cuda.get_device_properties(0)
     found |= {
@@ -190,8 +268,19 @@ def environment(record: Record) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     # The visible device, which need not be the first that nvidia-smi lists.
     uuid = getattr(properties, "uuid", None)
-    record.clocks = Clocks(f"GPU-{uuid}" if uuid else "0")
+    name = f"GPU-{uuid}" if uuid else "0"
+    found["driver"] = driver_state(name)
+    record.clocks = Clocks(name)
     return 10 * properties.major + properties.minor
+
+
+def commit() -> str | None:
+    """Of this repository; None where there is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def compile_all(record: Record, networks: Any, capability: int) -> None:
@@ -245,13 +334,14 @@ def main() -> None:
     from fdconv_deploy.folding.cuda import require_cuda
     from fdconv_deploy.ops.compile_kernels import target_for
 
-    if not dry:
-        try:
+    try:
+        if not dry:
             require_cuda()
-        except BackendError as e:
-            record.write().unlink()
-            sys.exit(f"error: {e}\nTo see that this script works, run it with --dry-run.")
-    capability = environment(record)
+        capability = environment(record)
+        target = target_for(capability)
+    except BackendError as e:
+        record.write().unlink()
+        sys.exit(f"error: {e}\nTo see that this script works, run it with --dry-run.")
     print(json.dumps(record.content["environment"], indent=1), flush=True)
     from benchmarks.gpu.kernels import measure_kernels
     from benchmarks.gpu.networks import Networks, in_other_runtimes, in_pytorch, measure_networks
@@ -265,14 +355,18 @@ def main() -> None:
         measure_networks(record, in_pytorch(networks))
         driver: list[Any] = []
         # A wrong pointer would end all that this process does on the GPU: not first.
-        if not dry and record.attempt("cuda.bindings.driver", lambda: driver.append(own_driver())):
-            measure_own_ptx(record, networks.layers, target_for(capability), *driver)
+        found = not dry and record.attempt(
+            "cuda.bindings.driver", lambda: driver.append(own_driver()), 0
+        )
+        if found:
+            measure_own_ptx(record, networks.layers, target, *driver)
         measure_networks(record, in_other_runtimes(networks))
     if record.clocks is not None:
         record.clocks.close()
         record.content["environment"]["clocks"] = record.clocks.problem or "sampled"
-    print(f"\n{record.write()}")
-    problems = [f"failed: {what}" for what in record.failed]
+    record.content["summary"] = summarise(record.content["networks"])
+    print(f"\n{table(record.content['summary'])}\n\n{record.write()}")
+    problems = [f"failed: {what}" for what in record.content["failed"]]
     if wrong := record.wrong():
         problems.append(f"{len(wrong)} of the answers are further off than their limits")
     if problems:

@@ -23,6 +23,30 @@ REASONS = {
 }  # fmt: skip
 
 
+# Every driver of these years knows them.
+STATE = (
+    "driver_version", "vbios_version", "power.limit", "clocks.max.sm", "clocks.max.mem",
+    "persistence_mode", "ecc.mode.current",
+)  # fmt: skip
+
+
+def driver_state(gpu: str) -> dict[str, str] | str:
+    """What a GPU's times depend on, as ``nvidia-smi`` says it with units; or why it does not.
+
+    Args:
+        gpu: its UUID or index.
+    """
+    command = ["nvidia-smi", "-i", gpu, f"--query-gpu={','.join(STATE)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nvidia-smi does not run: {error}"
+    cells = [cell.strip() for cell in done.stdout.split(",")]
+    if done.returncode or len(cells) != len(STATE):
+        return f"nvidia-smi says {(done.stdout + done.stderr).strip()[:200]!r}"
+    return dict(zip(STATE, cells, strict=True))
+
+
 class Clocks:
     """Samples a GPU's clocks, power, temperature and throttle reasons by ``nvidia-smi``.
 

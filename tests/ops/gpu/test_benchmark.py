@@ -91,6 +91,8 @@ def test_a_dry_run_needs_torch_triton_and_numpy_alone(tmp_path):
     for name in ("onnx", "onnxruntime", "onnx_graphsurgeon"):
         assert imports[name].startswith("ModuleNotFoundError")
     # What these would be needed for is named, and nothing else is left out.
+    assert record["imports"]["C compiler"]
+    assert record["summary"][0].keys() >= {"ms", "baseline_ms", "vs_baseline", "eager_vs_this"}
     assert [part["what"] for part in record["not_run"]] == [
         "FDConv, ONNX Runtime, batch 1", "baseline, ONNX Runtime, batch 1",
     ]  # fmt: skip
@@ -133,7 +135,7 @@ def test_what_there_is_no_time_for_is_recorded(tmp_path):
 
 
 def a_record(folder: Path) -> Record:
-    return Record(argparse.Namespace(seconds=60.0, output=folder, dry_run=True))
+    return Record(argparse.Namespace(seconds=60.0, output=folder, dry_run=True, resume=None))
 
 
 def test_a_wrong_answer_is_recorded_with_its_time(tmp_path):
@@ -161,14 +163,84 @@ def test_a_part_that_fails_leaves_the_record_whole(tmp_path):
         "what": "a part",
         "reason": "RuntimeError: CUDA error: an illegal memory access",
     }
-    assert record.failed == ["a part"]  # so that the exit code is not 0
+    assert record.content["failed"] == ["a part"]  # so that the exit code is not 0
 
 
 def test_a_package_that_is_missing_is_no_failure(tmp_path):
     record = a_record(tmp_path)
     for error in (ModuleNotFoundError("No module named 'onnx'"), BackendError("no CUDA provider")):
         assert not record.attempt("a part", Mock(side_effect=error))
-    assert not record.failed
+    assert not record.content["failed"]
+
+
+def test_what_runs_is_named_before_it_ends(tmp_path):
+    record, seen = a_record(tmp_path), []
+    record.attempt(
+        "a part", lambda: seen.extend(json.loads(p.read_text()) for p in tmp_path.iterdir())
+    )
+    assert [one["running"] for one in seen] == ["a part"]
+    assert json.loads(record.write().read_text())["running"] is None
+
+
+def test_a_second_run_on_the_same_day_has_a_record_of_its_own(tmp_path):
+    paths = set()
+    for clock in ("10:00:00", "10:00:01"):
+        record = a_record(tmp_path)
+        record.content["date"] = f"2026-11-29T{clock}"
+        record.write()
+        record.content["dry_run"], record.content["environment"]["gpu"] = False, "NVIDIA H200"
+        paths.add(record.write().name)  # not the one of before the GPU was known
+    assert paths == {p.name for p in tmp_path.iterdir()}
+    assert paths == {f"2026-11-29-gpu-nvidia-h200-10000{n}.json" for n in (0, 1)}
+
+
+def test_after_an_illegal_access_a_fresh_process_goes_on_with_the_next_part(tmp_path, monkeypatch):
+    from benchmarks.gpu import run as script
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(script, "poisoned", lambda: True)
+    monkeypatch.setattr(script.os, "execv", lambda _python, command: started.append(command))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--seconds", "60"])
+    record = a_record(tmp_path)
+    record.attempt("imports", lambda: None, 0)
+    record.attempt("a part", Mock(side_effect=RuntimeError("CUDA error: an illegal memory access")))
+    ((*_, option, path),) = started
+    assert (started[0][1:5], option) == (
+        ["-m", "benchmarks.gpu.run", "--seconds", "60"],
+        "--resume",
+    )
+    again = Record(
+        argparse.Namespace(seconds=60.0, output=tmp_path, dry_run=True, resume=Path(path))
+    )
+    parts = {name: Mock() for name in ("imports", "a part", "another")}
+    again.attempt("imports", parts["imports"], 0)
+    again.attempt("a part", parts["a part"])
+    again.attempt("another", parts["another"])
+    assert [part.called for part in parts.values()] == [True, False, True]
+    (left,) = json.loads(again.write().read_text())["not_run"]
+    assert left["what"] == "a part"
+    assert again.write() == record.path
+    assert again.content["failed"] == ["a part"]
+
+
+def test_fdconv_is_set_beside_its_baseline_and_eager():
+    from benchmarks.gpu.run import summarise, table
+
+    rows = [
+        {"backend": backend, "dtype": "float16", "batch": 1, "network": network, "ms": ms}
+        for backend, network, ms in (
+            ("fused", "FDConv", 0.9), ("fused", "baseline", 0.5), ("eager", "FDConv", 9.0),
+        )
+    ]  # fmt: skip
+    fused, eager = summarise(rows)
+    assert (fused["vs_baseline"], fused["eager_vs_this"]) == pytest.approx((1.8, 10))
+    assert (eager["baseline_ms"], eager["eager_vs_this"]) == (None, 1)
+    assert table([fused, eager]).splitlines()[1].split()[-4:] == [
+        "0.900",
+        "0.500",
+        "1.800×",
+        "10.000×",
+    ]
 
 
 def test_an_interrupted_part_is_recorded(tmp_path, capsys):
@@ -215,6 +287,20 @@ def test_clocks_are_sampled_and_one_that_moved_is_marked(tmp_path, monkeypatch):
     }  # fmt: skip
     assert clocks.between(0, 1) is None
     assert "Unknown Error" in clocks.problem
+
+
+def test_the_driver_is_described(tmp_path, monkeypatch):
+    from benchmarks.gpu.timing import driver_state
+
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '580.159, 96.0, 700 W, 1980 MHz, 3201 MHz, Enabled, Enabled'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = driver_state("GPU-1234")
+    assert (found["driver_version"], found["power.limit"]) == ("580.159", "700 W")
+    smi.write_text("#!/bin/sh\necho 'Field \"x\" is not valid'; exit 2\n")
+    assert "is not valid" in driver_state("GPU-1234")
+    smi.unlink()
 
 
 def test_without_nvidia_smi_the_reason_is_kept(monkeypatch, tmp_path):
