@@ -11,7 +11,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,11 @@ class ServerError(FDConvError):
 
 
 def create_app(
-    bundles: Sources, settings: Settings | None = None, *, host: str = "127.0.0.1"
+    bundles: Sources,
+    settings: Settings | None = None,
+    *,
+    host: str = "127.0.0.1",
+    make_service: Callable[[Sources, Settings], Service] = Service,
 ) -> FastAPI:
     """Make the service's application.
 
@@ -57,6 +61,7 @@ def create_app(
             sessions already open, which stay the caller's to close. The first is the default model.
         settings: Limits, sizes and policies; the defaults when None.
         host: Where gRPC listens, if ``settings.grpc_port`` is set.
+        make_service: Makes what holds and runs the models.
 
     Raises:
         BundleError: A bundle is damaged, unsafe, neither a segmentor nor a detector, or of the
@@ -70,7 +75,7 @@ def create_app(
         with needed_by("The gRPC service", "grpc"):
             from fdconv_deploy.serve.kserve.grpc_server import GrpcServer as grpc_server  # noqa: N813
     clients = Clients(settings)
-    service = Service(bundles, settings)
+    service = make_service(bundles, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -442,14 +442,11 @@ class Repository:
             self._add(source.bundle, session=source)
             return
         path = bundle_root(Path(source))
-        if path.is_dir() and not (path / MANIFEST_NAME).exists():
-            found = bundles_in(path)
-            if found:
-                self._folders.append(path)
-                for bundle in found:
-                    self._add_path(bundle)
-                return
-        self._add_path(path)
+        found = bundles_of(path)
+        if found != [path]:
+            self._folders.append(path)
+        for bundle in found:
+            self._add_path(bundle)
 
     def _add_path(self, path: Path, *, opened: bool = True) -> Model:
         found = fingerprint(path)
@@ -494,6 +491,14 @@ def fingerprint(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def bundles_of(path: Path) -> list[Path]:
+    """The bundle at ``path``, or, if that is a folder of them, the bundles in it."""
+    path = bundle_root(path)
+    if path.is_dir() and not (path / MANIFEST_NAME).exists():
+        return bundles_in(path) or [path]
+    return [path]
 
 
 def bundles_in(folder: Path) -> list[Path]:

@@ -31,18 +31,30 @@ class Service:
     Attributes:
         ready: Every model that is to be is loaded, and the service is not stopping.
         draining: It is about to stop: it still answers, and closes connections after answers.
+        loaded: What kept a model from being loaded at the start, or None.
+
+    Args:
+        sources: As for ``create_app``.
+        settings: As for ``create_app``.
+        scheduler: What runs images.
 
     Raises:
         BundleError, BackendError: A bundle cannot be served.
     """
 
-    def __init__(self, sources: Sequence[Path | str | Session], settings: Settings) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Path | str | Session],
+        settings: Settings,
+        *,
+        scheduler: type[Scheduler] = Scheduler,
+    ) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.statistics: dict[str, ModelStatistics] = {}
         self.tracing = Tracing(settings.tracing)
         self.children = Children(settings) if settings.isolation == "process" else None
-        self.scheduler = Scheduler(
+        self.scheduler = scheduler(
             workers=settings.workers,
             codec_threads=settings.codec_threads,
             max_batch=settings.max_batch,
@@ -64,7 +76,7 @@ class Service:
         self.budget = BodyBudget(settings.max_bytes_in_hand, settings.retry_after_seconds)
         self._unready = "The models are still being loaded. Try again in a moment."
         self.ready = self.draining = False
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[Any]] = []
         watch = self.metrics.watch
         watch("fdconv_queue_images", "Images waiting to run.", lambda: self.scheduler.waiting)
         watch("fdconv_running_images", "Images being run.", lambda: self.scheduler.running)
@@ -79,7 +91,8 @@ class Service:
         if self.children is not None:
             await asyncio.get_running_loop().run_in_executor(None, self.children.start)
         self.scheduler.start()
-        self._tasks.append(asyncio.create_task(self._warm_up()))
+        self.loaded = asyncio.create_task(self._warm_up())
+        self._tasks.append(self.loaded)
         if self.settings.reload_seconds:
             self._tasks.append(asyncio.create_task(self._watch_bundles()))
 
@@ -135,15 +148,16 @@ class Service:
             self.children.close()
         await asyncio.get_running_loop().run_in_executor(None, self.tracing.close)
 
-    async def _warm_up(self) -> None:
+    async def _warm_up(self) -> Exception | None:
         try:
             await self.repository.start()
         except Exception as error:
             # The process stays up and unready: whoever runs it sees why, in its log.
             log.error("a model failed to start: %s", error, exc_info=error)
             self._unready = "A model failed to start; the server's log says why."
-        else:
-            self.ready = not self.draining
+            return error
+        self.ready = not self.draining
+        return None
 
     async def _watch_bundles(self) -> None:
         while True:

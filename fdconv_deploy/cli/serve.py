@@ -6,13 +6,16 @@ import difflib
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from fdconv_deploy.cli.options import Backend, typed
 from fdconv_deploy.environment import needed_by
 from fdconv_deploy.errors import FDConvError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 def serve(
@@ -79,6 +82,13 @@ def serve(
     tls_key: Annotated[
         Path | None, typer.Option(metavar="PEM", help="Private key of the certificate.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Serve on a Ray cluster, as docs/ray.md says: HOST:PORT, auto or local.",
+        ),
+    ] = None,
     log_format: Annotated[
         Literal["text", "json"], typer.Option(help="Log as text, or as one JSON object per line.")
     ] = "text",
@@ -107,10 +117,18 @@ def serve(
         given["memory_budget_bytes"] = given.pop("memory_budget_mb") << 20
     if api_keys is not None:
         given["api_keys"] = _keys(api_keys)
-    service.run(bundles, host, port, _checked({**_read(settings), **given}), log_level=log_level)
+    given = {**_read(settings), **given}
+    if ray is None:
+        service.run(bundles, host, port, _checked(given, service.Settings), log_level=log_level)
+        return
+    from fdconv_deploy.serve import ray as on_ray
+
+    if "workers" in given:
+        given["replicas"] = given.pop("workers")
+    on_ray.run(_checked({**given, "bundles": bundles}, on_ray.Arguments), ray, host, port)
 
 
-_NO_SETTINGS = ("bundles", "host", "port", "log_level", "settings")
+_NO_SETTINGS = ("bundles", "host", "port", "log_level", "settings", "ray")
 
 
 def _keys(path: Path) -> list[str]:
@@ -140,13 +158,11 @@ def _read(path: Path | None) -> dict[str, Any]:
     return found
 
 
-def _checked(values: dict[str, Any]) -> Any:
+def _checked(values: dict[str, Any], kind: type[BaseModel]) -> Any:
     from pydantic import ValidationError
 
-    from fdconv_deploy.serve import Settings
-
     try:
-        return Settings.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         said = first["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
@@ -155,7 +171,7 @@ def _checked(values: dict[str, Any]) -> Any:
             raise FDConvError(f"the settings do not fit together: {said}.") from error
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, Settings.model_fields, 1)
+            near = difflib.get_close_matches(where, kind.model_fields, 1)
             hint = f"did you mean {near[0]}?" if near else "docs/serving.md lists those there are."
             raise FDConvError(f"there is no setting {where}; {hint}") from error
         # A key is a secret, and errors end in logs.

@@ -1,0 +1,218 @@
+"""The service on a Ray cluster: ``serve run fdconv_deploy.serve.ray:app bundles=BUNDLE``.
+
+Two deployments: an ingress, which is the application that ``fdconv serve`` runs, and the model,
+whose replicas run what the ingress has prepared. Batches, scaling and placing are Ray's.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import threading
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import model_validator as validator
+
+from fdconv_deploy.environment import needed_by
+from fdconv_deploy.runtime import Bundle
+from fdconv_deploy.serve.app import ServerError, create_app, return_large_blocks
+from fdconv_deploy.serve.model_repository import bundles_of
+from fdconv_deploy.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastapi import FastAPI
+
+# Before Ray is imported, and for a cluster that starts from here; others have theirs (docs/ray.md).
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault(
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "fdconv_deploy.serve.ray.ingress:in_proxy"
+)
+with needed_by("Serving on Ray", "ray"):
+    import ray
+    from ray import serve
+
+    from fdconv_deploy.serve.ray.ingress import ForProxy, RayService
+    from fdconv_deploy.serve.ray.model import Model
+
+__all__ = ["Arguments", "app", "run"]
+_NAME, _MODEL = "fdconv", "Model"
+# What another setting, or Ray, is there for.
+_NOT_HERE = {
+    "grpc_port": "Ray's gRPC proxy takes other services than KServe's",
+    "header_seconds": "Ray's proxy reads the requests",
+    "isolation": "every replica is a process of its own",
+    "log_format": "Ray's logging_config says it",
+    "shutdown_delay_seconds": "Ray's proxy drains by itself",
+    "tls_certificate": "Ray's http_options have TLS's files",
+    "tls_client_ca": "Ray's http_options have TLS's files",
+    "tls_key": "Ray's http_options have TLS's files",
+    "weights": "replicas run their requests in the order of arrival",
+    "workers": "replicas says it",
+    "write_seconds": "Ray's proxy writes the answers",
+}
+
+
+def _listed(given: object) -> object:
+    return given.split(",") if isinstance(given, str) else given
+
+
+class Arguments(Settings):
+    """What :func:`app` takes: the service's settings, and how it is spread over a cluster."""
+
+    bundles: Annotated[
+        tuple[Annotated[Path, Field(strict=False)], ...],
+        BeforeValidator(_listed),
+        Field(min_length=1),
+    ]
+    """Bundle folders, or folders of them, at the same path on every node; in a string, separated
+    by commas. The first is the default model."""
+    replicas: PositiveInt = 1
+    """Replicas of the model; the least of them with max_replicas."""
+    max_replicas: PositiveInt | None = None
+    """As many replicas as ongoing requests ask for, up to this."""
+    target_ongoing_requests: PositiveFloat = 4.0
+    """Images per replica, running and waiting, above which there are to be more of them."""
+    max_ongoing_requests: PositiveInt = 8
+    """Images that a replica takes at a time, running and waiting; no less than its largest
+    batch."""
+    models_per_replica: PositiveInt = 3
+    """Models that a replica holds; of more, the least recently used makes room."""
+    cpus: NonNegativeFloat = 1.0
+    """CPUs of a replica, and where ``threads`` is unset the threads of its runs."""
+    gpus: NonNegativeFloat = 0.0
+    """GPUs of a replica."""
+    ingress_replicas: PositiveInt = 1
+    """Replicas of the ingress, which decodes images and encodes answers."""
+    ingress_cpus: NonNegativeFloat = 1.0
+    """CPUs of an ingress replica."""
+
+    @validator(mode="after")
+    def _possible(self) -> "Arguments":
+        for name in sorted(self.model_fields_set & set(_NOT_HERE)):
+            raise ValueError(f"{name} is no setting of the service on Ray: {_NOT_HERE[name]}")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError("max_replicas is less than replicas")
+        return self
+
+
+# Ray reads the annotation as it is: it would not find Arguments by a string.
+def app(arguments: Arguments) -> serve.Application:
+    """Build the application, as ``serve run`` and ``serve deploy`` ask for it."""
+    most = arguments.max_replicas or arguments.replicas
+    arguments = arguments.model_copy(
+        update={
+            "bundles": tuple(path.absolute() for path in arguments.bundles),
+            "workers": most,  # in the ingress, images of mode 'slide' that are crossed at a time
+            "threads": arguments.threads or max(int(arguments.cpus), 1),
+        }
+    )
+    scaling = {
+        "min_replicas": arguments.replicas,
+        "max_replicas": most,
+        "target_ongoing_requests": arguments.target_ongoing_requests,
+    }
+    # A dead replica is found, and replaced, at the next check of its health.
+    common = {"health_check_period_s": 2, "graceful_shutdown_timeout_s": arguments.drain_seconds}
+    model = serve.deployment(
+        name=_MODEL,
+        max_ongoing_requests=arguments.max_ongoing_requests,
+        logging_config={"enable_access_log": False},  # the ingress has one: a line a request
+        ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
+        **(
+            {"autoscaling_config": scaling} if most > arguments.replicas else {"num_replicas": most}
+        ),
+        **common,
+    )(Model)
+    ingress = serve.deployment(
+        name="Ingress",
+        num_replicas=arguments.ingress_replicas,
+        max_ongoing_requests=arguments.max_connections,
+        ray_actor_options={"num_cpus": arguments.ingress_cpus},
+        **common,
+    )(serve.ingress(_ingress(arguments))())
+    return ingress.bind(model.bind(arguments))
+
+
+def run(arguments: Arguments, address: str, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Deploy the application.
+
+    Args:
+        arguments: As for :func:`app`.
+        address: Of the cluster's head, ``HOST:PORT``; "auto" for the one of this machine; "local"
+            for one that is started here, and ended by SIGINT or SIGTERM.
+        host: Where Ray's proxies are to listen, if none do yet.
+        port: Theirs.
+
+    Raises:
+        ServerError: There is no cluster at that address, or the application does not start there.
+        BundleError: A bundle is damaged or missing, found before a cluster is started here.
+    """
+    local, options = address == "local", {}
+    if local:
+        for path in (path for source in arguments.bundles for path in bundles_of(source)):
+            Bundle.open(path, verify=False)
+        most = arguments.max_replicas or arguments.replicas
+        cpus = most * arguments.cpus + arguments.ingress_replicas * arguments.ingress_cpus
+        # As many as are asked for: whether there are so many was its user's to decide.
+        options = {"num_cpus": math.ceil(cpus), "include_dashboard": False}
+    else:
+        _check_address(address)
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
+        serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode")
+        serve.run(app(arguments), name=_NAME)
+        with contextlib.suppress(KeyboardInterrupt):
+            if local:
+                # Ray's own handler of it aborts the process, and leaves the cluster behind.
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
+                threading.Event().wait()
+    except (ConnectionError, RuntimeError) as error:
+        raise ServerError(f"The service does not start on Ray: {_reason(error)}") from error
+    finally:
+        if local and ray.is_initialized():
+            serve.shutdown()
+        ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Refuse what nobody listens on: Ray tries for minutes."""
+    named = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+    if named == "auto":
+        return
+    host, _, port = named.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), 5.0).close()
+    except (OSError, OverflowError, ValueError) as error:
+        raise ServerError(
+            f"There is no Ray cluster at {named!r} ({error}). Give the HOST:PORT that `ray start "
+            "--head` names, 'auto' for this machine's, or 'local' to start one."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The last words of a deployment that failed, without its traceback."""
+    said = str(error)
+    if ray.is_initialized() and _NAME in (applications := serve.status().applications):
+        messages = [found.message for found in applications[_NAME].deployments.values()]
+        said = next((message for message in messages if "Error: " in message), said)
+    lines = [line for line in said.splitlines() if line.strip()]
+    return lines[-1].rpartition("Error: ")[2] if lines else repr(error)
+
+
+def _ingress(arguments: Arguments) -> "Callable[[], FastAPI]":
+    def build() -> "FastAPI":
+        # On a replica of the ingress, as it starts.
+        return_large_blocks()
+        service = partial(RayService, serve.get_deployment_handle(_MODEL))
+        built = create_app(arguments.bundles, arguments, make_service=service)
+        built.add_middleware(ForProxy)
+        return built
+
+    return build

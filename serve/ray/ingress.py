@@ -1,0 +1,244 @@
+"""The service of the ingress: what ``fdconv serve`` runs on threads, replicas of the model run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fdconv_deploy.errors import BackendError, BundleError, FDConvError
+from fdconv_deploy.runtime import Bundle, Session, Tensors
+from fdconv_deploy.runtime.batching import linear_cost
+from fdconv_deploy.serve.batching import DeadlineError, Outcome, Scheduler, WorkerDiedError
+from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, problem_response
+from fdconv_deploy.serve.model_repository import Lane
+from fdconv_deploy.serve.ray.model import Ran, model_id
+from fdconv_deploy.serve.service import Service
+from fdconv_deploy.serve.settings import Settings
+
+log = logging.getLogger("fdconv.serve")
+_START_SECONDS = 120.0
+
+
+class ForProxy:
+    """The outermost layer: answers as Ray's proxy is to get them.
+
+    They are pickled on their way to it, and it adds the request's id by itself.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one ASGI event."""
+        name = REQUEST_ID.lower().encode()
+        given = [pair for pair in scope.get("headers", ()) if pair[0] == name]
+
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [pair for pair in message["headers"] if pair not in given]
+            elif isinstance(message.get("body"), memoryview):
+                message["body"] = bytes(message["body"])
+            await send(message)
+
+        await self.app(scope, receive, send_on)
+
+
+class InProxy:
+    """A layer of Ray's proxy, where it is let in: what a lost ingress had is answered with a 503.
+
+    Ray leaves it without an answer, of which its web server makes a 500.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one ASGI event."""
+        begun = scope["type"] != "http"
+
+        async def send_on(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        await self.app(scope, receive, send_on)
+        if not begun:
+            detail = "The process that had this request ended before answering. Send it again."
+            given = Headers(scope=scope).get(REQUEST_ID, "unknown")
+            scope.setdefault("state", {})["request_id"] = given
+            answer = problem_response(Request(scope), 503, detail, {"Retry-After": "1"})
+            await answer(scope, receive, send)
+
+
+def in_proxy() -> list[Middleware]:
+    """What Ray's proxy asks for, see ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``."""
+    return [Middleware(InProxy)]
+
+
+class RayService(Service):
+    """A service whose models run in the replicas behind a deployment's handle."""
+
+    def __init__(
+        self, handle: DeploymentHandle, sources: Sequence[Path | str | Session], settings: Settings
+    ) -> None:
+        self._handle = handle
+        self.loop: asyncio.AbstractEventLoop
+        super().__init__(sources, settings, scheduler=ReplicaScheduler)
+
+    async def start(self) -> None:
+        """As for a service, but it is started when its models are loaded: Ray then sends requests.
+
+        Raises:
+            FDConvError: A model does not load.
+        """
+        self.loop = asyncio.get_running_loop()
+        await super().start()
+        problem = await self.loaded
+        if problem is not None:
+            raise problem
+
+    def _open(self, bundle: Bundle) -> Session:
+        bundle.release()  # replicas read it
+        return Session(bundle, ReplicaRunner(bundle, self._handle, self))
+
+
+class ReplicaScheduler(Scheduler):
+    """Sends images to replicas, which batch them; its threads only cross images (mode 'slide')."""
+
+    async def run(self, key: Hashable, inputs: Tensors, deadline: float = float("inf")) -> Outcome:
+        """See :meth:`Scheduler.run`."""
+        assert isinstance(key, Lane)
+        runner = key.version.session.runner
+        assert isinstance(runner, ReplicaRunner)
+        images, start = _each(inputs), self._clock()
+        self._count_running(len(images))
+        try:
+            found = await asyncio.gather(*(runner.run(image, deadline) for image in images))
+        except Exception as error:
+            self._on_failure(key, self._clock() - start)
+            if isinstance(error, (BundleError, BackendError)):
+                log.error("%s: %s", key.version.name, error)
+                raise RefusedError(
+                    503,
+                    f"The model {key.version.name!r} cannot be run; the server's log says why.",
+                    {"Retry-After": "1"},
+                ) from error
+            raise
+        finally:
+            self._count_running(-len(images))
+        for ran in found:
+            if ran.first:
+                self._on_batch(key, ran.batch, ran.run_seconds)
+        return Outcome(
+            [ran.outputs for ran in found],
+            max(ran.queue_seconds for ran in found),
+            max(ran.run_seconds for ran in found),
+            tuple(ran.batch for ran in found),
+        )
+
+    def _count_running(self, images: int) -> None:
+        with self._lock:
+            self.running += images
+
+
+class ReplicaRunner:
+    """Runs a bundle in replicas. See :class:`fdconv_deploy.runtime.Runner`."""
+
+    def __init__(self, bundle: Bundle, handle: DeploymentHandle, service: RayService) -> None:
+        self._service = service
+        self._handle = handle.options(multiplexed_model_id=model_id(bundle))
+        self.backend = f"{service.settings.backend} (Ray)"
+        self.choice = "It runs in replicas on Ray."
+        self.operators = ""
+        self.ways: dict[int, str] = {}
+        self.batch_cost: Callable[[int], float] = linear_cost
+        self.closed = False
+
+    async def run(self, image: Tensors, deadline: float) -> Ran:
+        """Run one image, whose inputs have no batch axis, in a replica.
+
+        Raises:
+            DeadlineError: Its deadline, on the scheduler's clock, passed first.
+            WorkerDiedError: Two replicas ended that had it.
+            FDConvError: The replica cannot open the bundle.
+        """
+        found: Ran = await self._ask(self._handle.run.remote, image, deadline=deadline)
+        return found
+
+    async def _ask(self, call: Callable[..., Any], *given: Any, deadline: float) -> Any:
+        for again in (True, False):
+            # Not more often: what ends two replicas may be the request.
+            response = call(*given)
+            try:
+                left = deadline - time.perf_counter()
+                return await asyncio.wait_for(response, None if left == float("inf") else left)
+            except (RayError, RayServeException) as error:
+                if isinstance(error, RayTaskError):
+                    if isinstance(error.cause, FDConvError):
+                        raise error.cause from None
+                    if not isinstance(error.cause, RayError):
+                        raise  # a fault of the replica's code
+                self._service.metrics.deaths.inc()
+                log.warning("a replica was lost (%s)", type(error).__name__)
+                if not again:
+                    lost = f"the replica ended ({type(error).__name__})"
+                    raise WorkerDiedError(lost) from error
+            except asyncio.TimeoutError:
+                response.cancel()
+                raise DeadlineError from None
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+        raise AssertionError
+
+    def run_batches(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
+        """See :meth:`Runner.run_batches`; not from the event loop's thread."""
+
+        async def run() -> list[Ran]:
+            limit = time.perf_counter() + self._service.settings.deadline_ms / 1e3
+            return await asyncio.gather(*(self.run(image, limit) for image in _each(feeds)))
+
+        found = self._wait(run())
+        return {name: np.stack([ran.outputs[name] for ran in found]) for name in found[0].outputs}
+
+    def run_raw(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
+        """See :meth:`Runner.run_raw`."""
+        return self.run_batches(feeds)
+
+    def warm_up(self, batch_sizes: Sequence[int] | None = None) -> None:
+        """Have a replica load the bundle, if none has; not from the event loop's thread."""
+        end = time.perf_counter() + _START_SECONDS
+        try:
+            self.operators = self._wait(self._ask(self._handle.load.remote, deadline=end))
+        except (DeadlineError, WorkerDiedError) as error:
+            raise BackendError(
+                f"No replica had loaded the model within {_START_SECONDS:g} s.",
+                "`serve status` and Ray's logs say what they wait for.",
+            ) from error
+
+    def close(self) -> None:
+        """See :meth:`Runner.close`; replicas let go of the bundle when they need the room."""
+        self.closed = True
+
+    def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._service.loop).result()
+
+
+def _each(inputs: Tensors) -> list[dict[str, npt.NDArray[Any]]]:
+    """Each image's inputs, without the batch axis."""
+    count = len(next(iter(inputs.values())))
+    return [{name: value[n] for name, value in inputs.items()} for n in range(count)]
