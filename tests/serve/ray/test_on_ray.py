@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,7 +193,7 @@ def test_refusals_are_those_of_one_process(on_ray, alone, png, picture) -> None:
         assert on_ray.get(path).status_code == alone.get(path).status_code == 200
 
 
-def test_a_killed_replica_costs_no_answer(on_ray, png) -> None:
+def test_killed_processes_cost_no_answer(on_ray, png) -> None:
     expected, over = same(ask(on_ray, png)), threading.Event()
     before = {process.pid for process in processes("ServeReplica:fdconv:Model")}
     assert len(before) == 2
@@ -206,21 +206,30 @@ def test_a_killed_replica_costs_no_answer(on_ray, png) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         clients = pool.map(client, range(8))
-        time.sleep(0.5)
-        for pid in before:  # the second while the first's is not back
-            psutil.Process(pid).kill()
+        try:
             time.sleep(0.5)
-        deadline = time.monotonic() + 120
-        while len(processes("ServeReplica:fdconv:Model")) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        over.set()
+            for pid in before:  # the second while the first's is not back
+                psutil.Process(pid).kill()
+                time.sleep(0.5)
+            until(lambda: len(processes("ServeReplica:fdconv:Model")) == 2)
+            (ingress,) = processes("ServeReplica:fdconv:Ingress")
+            ingress.kill()
+            until(lambda: ask(on_ray, png).status_code == 200)
+        finally:
+            over.set()
         answers = [answer for found in clients for answer in found]
     assert before.isdisjoint(p.pid for p in processes("ServeReplica:fdconv:Model"))
-    # Whatever had both is told to come again.
+    # What had both replicas, or the ingress, is told to come again.
     told = [answer for answer in answers if answer.status_code != 200]
     assert all(a.status_code == 503 and a.headers["Retry-After"] for a in told), told[0].text
     assert {same(answer) for answer in answers if answer.status_code == 200} == {expected}
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def ask(client: httpx.Client, png: bytes) -> httpx.Response:
