@@ -8,6 +8,7 @@ import time
 from collections.abc import Hashable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Bundle, Session, open_session

@@ -128,27 +128,22 @@ class ReplicaScheduler(Scheduler):
         self._count_running(len(images))
         try:
             found = await asyncio.gather(*(runner.run(image, deadline) for image in images))
-        except Exception as error:
-            self._on_failure(key, self._clock() - start)
-            if isinstance(error, (BundleError, BackendError)):
-                log.error("%s: %s", key.version.name, error)
-                raise RefusedError(
-                    503,
-                    f"The model {key.version.name!r} cannot be run; the server's log says why.",
-                    {"Retry-After": "1"},
-                ) from error
-            raise
+        except (BundleError, BackendError) as error:
+            log.error("%s: %s", key.version.name, error)
+            raise RefusedError(
+                503,
+                f"The model {key.version.name!r} cannot be run; the server's log says why.",
+                {"Retry-After": "1"},
+            ) from error
         finally:
             self._count_running(-len(images))
+        seconds, run_seconds = self._clock() - start, max(ran.run_seconds for ran in found)
         for ran in found:
             if ran.first:
                 self._on_batch(key, ran.batch, ran.run_seconds)
-        return Outcome(
-            [ran.outputs for ran in found],
-            max(ran.queue_seconds for ran in found),
-            max(ran.run_seconds for ran in found),
-            tuple(ran.batch for ran in found),
-        )
+        # All that is not the run's is waiting: for a replica, in it, and on the way.
+        sizes = tuple(ran.batch for ran in found)
+        return Outcome([ran.outputs for ran in found], seconds - run_seconds, run_seconds, sizes)
 
     def _count_running(self, images: int) -> None:
         with self._lock:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,7 @@ from ray import serve
 from fdconv_deploy.errors import BackendError, BundleError
 from fdconv_deploy.runtime import Bundle, Session, Tensors, open_session
 from fdconv_deploy.serve.model_repository import bundles_of
-
-if TYPE_CHECKING:
-    from fdconv_deploy.serve.ray import Arguments
+from fdconv_deploy.serve.ray.arguments import Arguments
 
 log = logging.getLogger("fdconv.serve")
 Array = npt.NDArray[Any]
@@ -31,14 +29,12 @@ class Ran(NamedTuple):
 
     Attributes:
         outputs: The network's, by name, without their batch axis.
-        queue_seconds: That it waited in the replica.
         run_seconds: Of its batch.
         batch: Images in that.
         first: Whether it was the first of them, by whose answer the batch is counted.
     """
 
     outputs: dict[str, Array]
-    queue_seconds: float
     run_seconds: float
     batch: int
     first: bool
@@ -95,11 +91,9 @@ class Model:
         Args:
             inputs: By name, without their batch axis.
         """
-        arrived = time.perf_counter()
         model = await self._model(serve.get_multiplexed_model_id())
         size = inputs["images"].shape[1:]
-        ran: Ran = await model.lanes[size](model.session, inputs)
-        return ran._replace(queue_seconds=ran.queue_seconds - arrived)
+        return await model.lanes[size](model.session, inputs)
 
     def check_health(self) -> None:
         """Asked by Ray, which replaces a replica whose run does not end."""
@@ -150,6 +144,6 @@ class Model:
             self._since = None
         seconds, count = time.perf_counter() - began, len(inputs)
         return [
-            Ran({k: v[n] for k, v in outputs.items()}, began, seconds, count, first=not n)
+            Ran({k: v[n] for k, v in outputs.items()}, seconds, count, first=not n)
             for n in range(count)
         ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import re
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -21,6 +23,7 @@ import psutil
 import pytest
 import yaml
 from fastapi.testclient import TestClient
+from PIL import Image
 from pydantic import ValidationError
 
 ray = pytest.importorskip("ray", reason="needs pip install 'ray[serve]'")
@@ -31,10 +34,11 @@ from ray.serve.schema import ServeDeploySchema  # noqa: E402
 from benchmarks.serving.harness import kserve_request  # noqa: E402
 from fdconv_deploy.errors import BackendError  # noqa: E402
 from fdconv_deploy.runtime import Bundle, open_session  # noqa: E402
-from fdconv_deploy.serve import Settings, create_app  # noqa: E402
+from fdconv_deploy.serve import ServerError, Settings, create_app  # noqa: E402
 from fdconv_deploy.serve.batching import DeadlineError, WorkerDiedError  # noqa: E402
-from fdconv_deploy.serve.ray import Arguments, app  # noqa: E402
+from fdconv_deploy.serve.ray import Arguments, app, run  # noqa: E402
 from fdconv_deploy.serve.ray.ingress import ReplicaRunner  # noqa: E402
+from tests.runtime import toy  # noqa: E402
 from tests.serve.conftest import encoded, wait_until_ready  # noqa: E402
 
 YAML = Path(__file__).parents[3] / "serve" / "ray" / "serve.yaml"
@@ -232,9 +236,9 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def ask(client: httpx.Client, png: bytes) -> httpx.Response:
+def ask(client: httpx.Client, png: bytes, path: str = "/v1/segment") -> httpx.Response:
     headers = {"Content-Type": "image/png", "Accept": "image/png"}
-    return client.post("/v1/segment", content=png, headers=headers)
+    return client.post(path, content=png, headers=headers)
 
 
 def test_a_bundle_that_is_not_there_is_said(cluster, tmp_path) -> None:
@@ -244,6 +248,35 @@ def test_a_bundle_that_is_not_there_is_said(cluster, tmp_path) -> None:
     deployment = serve.status().applications["gone"].deployments["Model"]
     assert f"{tmp_path / 'gone'} does not exist. Check the path." in deployment.message
     serve.delete("gone")
+
+
+def test_a_replaced_bundle_is_followed(on_ray, tmp_path, png) -> None:
+    toy.make_bundle(tmp_path / "one", seed=5)
+    arguments = Arguments(bundles=[tmp_path / "one"], reload_seconds=0.2, threads=1)
+    serve.run(app(arguments), name="changing", route_prefix="/changing")
+    expected = {}
+    for seed in (5, 6):
+        with open_session(toy.make_bundle(tmp_path / str(seed), seed=seed), threads=1) as session:
+            image = np.asarray(Image.open(io.BytesIO(png)))
+            expected[seed] = session.segment(image).labels
+
+    def mask() -> np.ndarray:
+        answer = ask(on_ray, png, "/changing/v1/segment")
+        assert answer.status_code == 200, answer.text
+        return np.asarray(Image.open(io.BytesIO(answer.content)))
+
+    np.testing.assert_array_equal(mask(), expected[5])
+    toy.make_bundle(tmp_path / "one", seed=6, overwrite=True)
+    until(lambda: np.array_equal(mask(), expected[6]))
+    serve.delete("changing")
+
+
+def test_an_address_where_nobody_listens_is_said_at_once(bundles) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    for address in (f"127.0.0.1:{port}", "nowhere", "ray://127.0.0.1:1", "127.0.0.1:99999"):
+        with pytest.raises(ServerError, match="no Ray cluster at"):
+            run(Arguments(bundles=bundles), address)
 
 
 def test_serve_yaml_is_one(tmp_path) -> None:
