@@ -285,7 +285,10 @@ class RaySegmentation:
             )
         if not places:
             return
-        ray = _join(address)
+        with needed_by("--ray", "ray"):
+            import ray.data
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        join_ray(address, include_dashboard=False, object_store_memory=_STORE_BYTES)
         try:
             for name, data in legends.items():
                 _write(self._store, self.folder / name, data)
@@ -423,8 +426,12 @@ def _write(store: Store | None, path: PurePath, data: bytes) -> None:
         write_result(Path(path), data)
 
 
-def _join(address: str) -> Any:
+def join_ray(address: str, **local: Any) -> None:
     """Connect to a cluster, or start Ray on this machine for the time of the run.
+
+    Args:
+        address: ``HOST:PORT``, ``ray://HOST:PORT``, "auto", or "local" for a Ray of one's own.
+        local: Of ``ray.init``, for that.
 
     Raises:
         FDConvError: there is no Ray.
@@ -449,13 +456,10 @@ def _join(address: str) -> Any:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it writes to the standard error
     with needed_by("--ray", "ray"):
         import ray
-        import ray.data
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    own = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
     options = {
         "log_to_driver": False,
         "logging_level": "ERROR",
-        **(own if named == "local" else {}),
+        **(local if named == "local" else {}),
     }
     try:
         ray.init(named, **options)
@@ -465,4 +469,3 @@ def _join(address: str) -> Any:
             f"Ray cannot be joined at {named}: {reason} Start a cluster with `ray start --head`, "
             "or give --ray local."
         ) from None
-    return ray

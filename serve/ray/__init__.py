@@ -5,17 +5,16 @@ whose replicas run what the ingress has prepared. Batches, scaling and placing a
 """
 
 import contextlib
-import logging
 import math
 import os
 import signal
-import socket
 import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
 from fdconv_deploy.environment import needed_by
 from fdconv_deploy.runtime import Bundle
+from fdconv_deploy.runtime.ray_data import join_ray
 from fdconv_deploy.serve.app import ServerError, create_app, return_large_blocks
 from fdconv_deploy.serve.model_repository import bundles_of
 from fdconv_deploy.serve.ray.arguments import Arguments
@@ -90,55 +89,38 @@ def run(arguments: Arguments, address: str, host: str = "127.0.0.1", port: int =
         port: Theirs.
 
     Raises:
-        ServerError: There is no cluster at that address, or the application does not start there.
+        FDConvError: There is no cluster at that address.
+        ServerError: The application does not start there.
         BundleError: A bundle is damaged or missing, found before a cluster is started here.
     """
-    local, options = address == "local", {}
+    most = arguments.max_replicas or arguments.replicas
+    cpus = most * arguments.cpus + arguments.ingress_replicas * arguments.ingress_cpus
+    local = address == "local"
     if local:
         for path in (path for source in arguments.bundles for path in bundles_of(source)):
             Bundle.open(path, verify=False)
-        most = arguments.max_replicas or arguments.replicas
-        cpus = most * arguments.cpus + arguments.ingress_replicas * arguments.ingress_cpus
-        # As many as are asked for: whether there are so many was its user's to decide.
-        options = {"num_cpus": math.ceil(cpus), "include_dashboard": False}
-    else:
-        _check_address(address)
+    # Here, as many CPUs as are asked for: whether there are so many was its user's to decide.
+    join_ray(address, num_cpus=math.ceil(cpus), include_dashboard=False)
+    if local:  # Ray's own handler of it aborts the process, and leaves the cluster behind
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
         serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode")
         serve.run(app(arguments), name=_NAME)
         with contextlib.suppress(KeyboardInterrupt):
             if local:
-                # Ray's own handler of it aborts the process, and leaves the cluster behind.
-                signal.signal(signal.SIGTERM, signal.default_int_handler)
                 threading.Event().wait()
-    except (ConnectionError, RuntimeError) as error:
+    except RuntimeError as error:
         raise ServerError(f"The service does not start on Ray: {_reason(error)}") from error
     finally:
-        if local and ray.is_initialized():
+        if local:
             serve.shutdown()
         ray.shutdown()
-
-
-def _check_address(address: str) -> None:
-    """Refuse what nobody listens on: Ray tries for minutes."""
-    named = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
-    if named == "auto":
-        return
-    host, _, port = named.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), 5.0).close()
-    except (OSError, OverflowError, ValueError) as error:
-        raise ServerError(
-            f"There is no Ray cluster at {named!r} ({error}). Give the HOST:PORT that `ray start "
-            "--head` names, 'auto' for this machine's, or 'local' to start one."
-        ) from error
 
 
 def _reason(error: Exception) -> str:
     """The last words of a deployment that failed, without its traceback."""
     said = str(error)
-    if ray.is_initialized() and _NAME in (applications := serve.status().applications):
+    if _NAME in (applications := serve.status().applications):
         messages = [found.message for found in applications[_NAME].deployments.values()]
         said = next((message for message in messages if "Error: " in message), said)
     lines = [line for line in said.splitlines() if line.strip()]
