@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.checkpoints.shards import digest_of
-from fdconv_deploy.export.exporter import write_bundle
 from fdconv_deploy.export.options import ExportOptions
 from fdconv_deploy.export.source_network import module_to_export, network_to_export
 from fdconv_deploy.nn.detection import Detector
@@ -84,7 +83,11 @@ def export_network(
         BundleError: ``output`` is in the way.
     """
     chosen = ExportOptions.of(options, fields)
-    return write_bundle(network_to_export(network, chosen, checkpoint), output, chosen)
+    sources = network_to_export(network, chosen, checkpoint)
+    # What writes graphs takes half a second to import: after what is quickly refused.
+    from fdconv_deploy.export.exporter import write_bundle
+
+    return write_bundle(sources, output, chosen)
 
 
 def export_module(
@@ -126,4 +129,6 @@ def export_module(
     source = module_to_export(
         module, example, chosen, input_name=input_name, outputs=outputs, output_names=output_names
     )
+    from fdconv_deploy.export.exporter import write_bundle
+
     return write_bundle([source], output, chosen)
