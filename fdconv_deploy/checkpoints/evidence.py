@@ -219,7 +219,7 @@ class SettingResolver(Generic[ConfigT]):
         if chosen is None:
             raise CheckpointError(
                 f"{field} is not known: {because or 'names and shapes leave it open'}. "
-                f"Give the network's config, or {field} itself on the command line."
+                f"Give the network's config (--config), or {field} itself (--set {field}=…)."
             )
         value, decider = chosen[0], source if derived is not UNSET else chosen[1]
         if matters:

@@ -24,6 +24,7 @@ from fdconv_deploy.checkpoints.infer_layers import (
     Layer,
     Shapes,
     conv_layers,
+    dynamic_names,
     kind_of,
     parameters,
     part,
@@ -228,7 +229,7 @@ def report_on(
     ratio = backbone.conv.param_ratio if backbone and backbone.conv else 1
     return Report(
         kind=kind,
-        dynamic_layers=sum(layer.dynamic for layer in layers),
+        dynamic_layers=len(dynamic_names(state)),
         framework=framework_of(given_names),
         tensors=len(given_names),
         dtypes=tuple(sorted({str(v.dtype).removeprefix("torch.") for v in state.values()})),
@@ -357,7 +358,7 @@ def render(report: Report, console: Console, *, layers: bool = False) -> None:
     if report.found:
         console.print(_settings("Found in the file or given", report.found))
     if report.assumed:
-        title = "Assumed: published defaults that nothing in the file confirms"
+        title = "Assumed, by published defaults (--set FIELD=VALUE, or --config, gives others)"
         console.print(_settings(title, report.assumed))
     if layers and report.dynamic_layers:
         console.print(_layers([layer for layer in report.layers if layer.dynamic]))

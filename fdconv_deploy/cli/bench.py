@@ -53,16 +53,16 @@ def bench(
     backend: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of bundles: auto (the default), tensorrt, "
-            "onnxruntime-cuda, onnxruntime-cpu, openvino, openvino-bf16; of checkpoints: eager "
-            "(the default), compile, folded, fused; or all. Repeatable."
+            help="Backend of bundles: auto (the default), tensorrt, onnxruntime-cuda, "
+            "onnxruntime-cpu, openvino, openvino-bf16; of checkpoints: eager (the default), "
+            "compile, folded, fused; all: each of them. Repeatable."
         ),
     ] = None,
     native: Annotated[
         Literal["on", "nchw", "off", "both"] | None,
         typer.Option(
-            help="Whether bundles' operators run in C on a CPU, or so with features in NCHW; in C "
-            "where they are built if not given."
+            help="Native operators for bundles on a CPU: on, on with features in NCHW, off, or "
+            "on and off. Default: on where they are built."
         ),
     ] = None,
     batch: Annotated[
@@ -76,7 +76,7 @@ def bench(
     ] = "1",
     url: Annotated[
         list[str] | None,
-        typer.Option(metavar="http://…", help="A running service, beside the rest. Repeatable."),
+        typer.Option(metavar="http://…", help="A running service to time as well. Repeatable."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="The service's model, if not its first.")

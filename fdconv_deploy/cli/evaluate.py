@@ -65,7 +65,7 @@ def evaluate(
         list[Path] | None,
         typer.Option(
             metavar="BUNDLE|CHECKPOINT",
-            help="Another one, beside it; checkpoints run in PyTorch. Repeatable.",
+            help="Another one to score on the same images. Checkpoints run in PyTorch. Repeatable.",
         ),
     ] = None,
     reduce_zero_label: Annotated[
@@ -85,10 +85,14 @@ def evaluate(
         ),
     ] = None,
     mode: Annotated[
-        Literal["whole", "slide"] | None, typer.Option(help="If not as the network was tested.")
+        Literal["whole", "slide"] | None,
+        typer.Option(help="Inference mode, if other than the network's."),
     ] = None,
     fit: Annotated[
-        Literal["stretch", "pad"] | None, typer.Option(help="If not as the bundle says.")
+        Literal["stretch", "pad"] | None,
+        typer.Option(
+            help="How images of another aspect ratio are fitted, if other than the bundle's."
+        ),
     ] = None,
     multi_scale: Factors = None,
     flip: Flip = False,
@@ -99,7 +103,7 @@ def evaluate(
     weights: Weights = None,
     backend: Annotated[
         str | None,
-        typer.Option(help="Of bundles: auto, onnxruntime-cpu, onnxruntime-cuda, openvino …"),
+        typer.Option(help="Backend of bundles, such as onnxruntime-cpu. Default: auto."),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,

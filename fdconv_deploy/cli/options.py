@@ -73,11 +73,11 @@ Factors = Annotated[
     typer.Option(
         "--multi-scale",
         metavar="F,F,…",
-        help="Look at each image at several sizes, e.g. 0.5,0.75,1,1.25,1.5,1.75, and merge the "
-        "answers as mmsegmentation's test-time augmentation does.",
+        help="Scales to run each image at, e.g. 0.5,0.75,1,1.25,1.5,1.75; answers are merged as "
+        "mmsegmentation's test-time augmentation merges them.",
     ),
 ]
-Flip = Annotated[bool, typer.Option("--flip", help="Look at each mirror image, too.")]
+Flip = Annotated[bool, typer.Option("--flip", help="Run each image mirrored as well.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Backend = Annotated[
