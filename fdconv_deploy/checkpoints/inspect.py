@@ -225,7 +225,7 @@ def report_on(
     except CheckpointError as error:
         problem = problem or str(error)
     architecture = network if isinstance(network, SegmentorConfig) else None
-    macs = model_size.layer_macs(state, layers, architecture, backbone, size)
+    macs, macs_by_part = model_size.count_macs(state, layers, architecture, backbone, size)
     ratio = backbone.conv.param_ratio if backbone and backbone.conv else 1
     return Report(
         kind=kind,
@@ -236,11 +236,7 @@ def report_on(
         size=size,
         parameters=model_size.parameters_by_part(state),
         fdconv_parameters=model_size.parameters_by_role(state),
-        macs=(
-            model_size.macs_by_part(macs)
-            if macs
-            else model_size.attention_macs(architecture, backbone, size) or None
-        ),
+        macs=macs_by_part or None,
         spectrum_bytes=sum(model_size.spectrum_bytes(layer, ratio) for layer in layers),
         published_buffer_bytes=model_size.published_buffer_bytes(layers, backbone, ratio),
         architecture=architecture,

@@ -1,7 +1,7 @@
 """How much there is in a network: parameters, bytes and multiply-adds, by part and by layer.
 
-Multiply-adds are of convolutions only, one per multiplication and addition together, as the
-paper's tables count: transforms and element-wise products are not in them.
+Multiply-adds are one per multiplication and addition together, as the paper's tables count:
+transforms and element-wise products are not in them.
 """
 
 from __future__ import annotations
@@ -37,57 +37,29 @@ Macs = dict[str, dict[str, int]]
 
 
 @torch.no_grad()
-def attention_macs(
-    architecture: SegmentorConfig | None, backbone: BackboneConfig | None, size: tuple[int, int]
-) -> dict[str, int]:
-    """Multiply-adds of a network with attention, by part, of matrix products too.
-
-    Arguments are `layer_macs`'; empty for networks that it counts, and where it would be.
-    """
-    queries = architecture is not None and isinstance(architecture.decode_head, QueryHeadConfig)
-    if backbone is None or (isinstance(backbone, ResNetConfig) and not queries):
-        return {}
-    try:
-        with torch.device("meta"):
-            changes = {"auxiliary_head": None}
-            network: nn.Module = (
-                build_backbone(backbone)
-                if architecture is None
-                else Segmentor(architecture.model_copy(update=changes))
-            )
-            image = torch.empty(1, backbone.in_channels, *size)
-        with FlopCounterMode(display=False) as counter:
-            network.requires_grad_(False).eval()(image)
-    except (UnsupportedLayerError, ImageError):  # MaskDINO of few tokens
-        return {}
-    kind = type(network).__name__
-    names = {f"{kind}.backbone": "backbone", f"{kind}.decode_head": "decode_head", kind: "total"}
-    counts = counter.get_flop_counts()
-    macs = {part: sum(counts[name].values()) // 2 for name, part in names.items() if name in counts}
-    return macs if architecture is not None else {"backbone": macs["total"], **macs}
-
-
-@torch.no_grad()
-def layer_macs(
+def count_macs(
     state: Shapes,
     layers: Sequence[Layer],
     architecture: SegmentorConfig | None,
     backbone: BackboneConfig | None,
     size: tuple[int, int],
-) -> Macs:
-    """Multiply-adds of every layer that runs at inference, counted in a run without data.
+) -> tuple[Macs, dict[str, int]]:
+    """Multiply-adds of all that runs at inference, counted in a run without data.
 
     Args:
         state: the network's tensors.
-        layers: those to count.
+        layers: its convolutions.
         architecture: of a segmentor; None for another network, of which the backbone is counted.
-        backbone: None if it is not understood; then nothing is counted, nor of one that cannot
-            be built, nor of networks with attention, of which convolutions are the smaller part.
+        backbone: None if it is not understood.
         size: (height, width) of the image, in pixels.
+
+    Returns:
+        Of each layer, and by part with a total. Of a ResNet with a convolutional head those of
+        convolutions; of networks with attention, of which these are the smaller part, those of
+        matrix products, too, and none of layers. Both empty where nothing can be built.
     """
-    queries = architecture is not None and isinstance(architecture.decode_head, QueryHeadConfig)
-    if not isinstance(backbone, ResNetConfig) or queries:
-        return {}
+    if backbone is None:
+        return {}, {}
     network: nn.Module
     try:
         with torch.device("meta"):
@@ -97,23 +69,37 @@ def layer_macs(
                 changes = {"auxiliary_head": None}
                 network, prefix = Segmentor(architecture.model_copy(update=changes)), ""
             image = torch.empty(1, backbone.in_channels, *size)
-    except UnsupportedLayerError:
-        return {}
-    with FlopCounterMode(display=False) as counter:
-        network.eval()(image)
+        with FlopCounterMode(display=False) as counter:
+            network.requires_grad_(False).eval()(image)
+    except (UnsupportedLayerError, ImageError):  # ImageError: MaskDINO of few tokens
+        return {}, {}
+    flops, kind = counter.get_flop_counts(), type(network).__name__
+    queries = architecture is not None and isinstance(architecture.decode_head, QueryHeadConfig)
+    if queries or not isinstance(backbone, ResNetConfig):
+        names = {f"{kind}.backbone": "backbone", f"{kind}.decode_head": "decode_head"}
+        parts = {
+            part: sum(flops[name].values()) // 2 for name, part in names.items() if name in flops
+        }
+        total = sum(flops[kind].values()) // 2
+        return {}, (parts or {"backbone": total}) | {"total": total}
     counts = {
-        name.partition(".")[2]: flops[torch.ops.aten.convolution] // 2
-        for name, flops in counter.get_flop_counts().items()
-        if torch.ops.aten.convolution in flops
+        name.partition(".")[2]: found[torch.ops.aten.convolution] // 2
+        for name, found in flops.items()
+        if torch.ops.aten.convolution in found
     }
     macs: Macs = {}
+    totals = dict.fromkeys(("main", *FDCONV_PARTS[1:]), 0)
     for layer in layers:
         name = layer.name.removeprefix(prefix)
-        if name in counts:
-            added = {part: counts.get(f"{name}.{part}", 0) for part in FDCONV_PARTS[1:]}
-            main = counts[name] - sum(added.values())
-            macs[layer.name] = {"main": main} | (added if layer.dynamic else {})
-    return macs
+        if name not in counts:
+            continue
+        added = {part: counts.get(f"{name}.{part}", 0) for part in FDCONV_PARTS[1:]}
+        main = counts[name] - sum(added.values())
+        macs[layer.name] = {"main": main} | (added if layer.dynamic else {})
+        for part, count in macs[layer.name].items():
+            place = "decode_head" if layer.name.startswith("decode_head.") else part
+            totals[place] = totals.get(place, 0) + count
+    return macs, totals | {"total": sum(totals.values())} if macs else {}
 
 
 def parameters_by_part(state: Shapes) -> dict[str, int]:
@@ -135,16 +121,6 @@ def parameters_by_role(state: Shapes) -> dict[str, int]:
         role: parameters({k: v for k, v in state.items() if f".{role}" in f".{k}"})
         for role in FDCONV_PARTS
     }
-
-
-def macs_by_part(macs: Macs) -> dict[str, int]:
-    """Multiply-adds of an image: of plain convolutions, of what FDConv adds, of the head."""
-    totals = dict.fromkeys(("main", *FDCONV_PARTS[1:]), 0)
-    for layer, counts in macs.items():
-        for part, count in counts.items():
-            place = "decode_head" if layer.startswith("decode_head.") else part
-            totals[place] = totals.get(place, 0) + count
-    return totals | {"total": sum(totals.values())}
 
 
 def spectrum_bytes(layer: Layer, ratio: int) -> int:
