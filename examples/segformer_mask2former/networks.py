@@ -18,7 +18,7 @@ from fdconv_deploy.config import (
 )
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.nn import Segmentor, build_segmentor
-from fdconv_deploy.nn.deformable_attention import MultiScaleDeformableAttention
+from fdconv_deploy.nn.attention import MultiScaleDeformableAttention
 
 NETWORKS = ("segformer", "mask2former")
 FDCONV = FDConvConfig(kernel_num=16)

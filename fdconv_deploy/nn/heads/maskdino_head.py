@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from fdconv_deploy.config import MaskDINOHeadConfig
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.nn.decisions import Best
-from fdconv_deploy.nn.deformable_attention import (
+from fdconv_deploy.nn.attention import (
     MultiScaleDeformableAttention,
     Size,
     attend,
     cell_centres,
 )
+from fdconv_deploy.nn.decisions import Best
 from fdconv_deploy.nn.fdconv import linear_or_fdconv
 from fdconv_deploy.nn.heads.pixel_decoder import PixelDecoder
 from fdconv_deploy.nn.heads.query_head import QueryHead

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdconv_deploy.config import FDConvConfig, MaskDINOHeadConfig, QueryHeadConfig
-from fdconv_deploy.nn.deformable_attention import (
+from fdconv_deploy.nn.attention import (
     MultiScaleDeformableAttention,
     Size,
     cell_centres,
