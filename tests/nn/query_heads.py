@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fdconv_deploy.checkpoints.framework_names import backbone_from_detectron2, head_from_detectron2
 from fdconv_deploy.checkpoints.reading import read_checkpoint
 from fdconv_deploy.config import (
     Mask2FormerHeadConfig,
@@ -20,8 +21,6 @@ from fdconv_deploy.config import (
     Preprocessing,
     SegmentorConfig,
 )
-from fdconv_deploy.nn.backbones.detectron2 import from_detectron2
-from fdconv_deploy.nn.heads.detectron2 import head_from_detectron2
 from fdconv_deploy.nn.segmentor import Segmentor, build_segmentor
 from tests.nn.backbones.published import FAMILIES, PROJECTS, normalised
 
@@ -136,7 +135,7 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A whole detectron2 network's tensors by the names that they have here."""
     parts = {}
     for prefix, name, rename in (
-        ("backbone.", "backbone.", from_detectron2),
+        ("backbone.", "backbone.", backbone_from_detectron2),
         ("sem_seg_head.", "decode_head.", head_from_detectron2),
     ):
         part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

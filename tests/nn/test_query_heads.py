@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from fdconv_deploy.checkpoints.framework_names import head_from_detectron2
 from fdconv_deploy.config import (
     FDConvConfig,
     Mask2FormerHeadConfig,
@@ -21,7 +22,6 @@ from fdconv_deploy.config import (
 )
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.nn.heads import build_head, resize
-from fdconv_deploy.nn.heads.detectron2 import head_from_detectron2
 from fdconv_deploy.nn.heads.mask2former_head import DecoderLayer
 from fdconv_deploy.nn.heads.maskdino_head import boxes_of
 from fdconv_deploy.nn.segmentor import build_segmentor

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fdconv_deploy.checkpoints.framework_names import backbone_from_detectron2
 from fdconv_deploy.checkpoints.reading import read_checkpoint
 from fdconv_deploy.config import (
     BackboneConfig,
@@ -22,7 +23,6 @@ from fdconv_deploy.config import (
     SwinTransformerConfig,
 )
 from fdconv_deploy.nn.backbones import build_backbone
-from fdconv_deploy.nn.backbones.detectron2 import from_detectron2
 from fdconv_deploy.runtime.preprocessing import normalise
 
 _MIT = MixVisionTransformerConfig(
@@ -111,7 +111,7 @@ def load_project(oracle: Path, project: str) -> nn.Module:
     else:
         state = read_checkpoint(path).state_dict
     network = build_backbone(PROJECTS[project]).eval()
-    network.load_state_dict(from_detectron2(part_of(state)))
+    network.load_state_dict(backbone_from_detectron2(part_of(state)))
     return network
 
 

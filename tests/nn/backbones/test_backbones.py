@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fdconv_deploy.checkpoints.framework_names import backbone_from_detectron2
 from fdconv_deploy.config import (
     BackboneConfig,
     ConvNeXtConfig,
@@ -19,7 +20,6 @@ from fdconv_deploy.config import (
 )
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.backbones import build_backbone
-from fdconv_deploy.nn.backbones.detectron2 import from_detectron2
 from tests.nn.backbones.published import (
     FAMILIES,
     PROJECTS,
@@ -126,7 +126,7 @@ def test_full_size_keys_are_detectron2s(oracle: Path, name, kind):
     listed = json.loads(gzip.decompress(path.read_bytes()))["keys"]
     theirs = {k: torch.empty(v[0], device="meta") for k, v in part_of(listed).items()}
     network = with_conv(PROJECT_KEYS[name], 64 if kind else None)
-    assert shapes(from_detectron2(theirs)) == shapes(network.state_dict())
+    assert shapes(backbone_from_detectron2(theirs)) == shapes(network.state_dict())
 
 
 def test_convnext_computes_the_same_with_weights_of_either_rank():
