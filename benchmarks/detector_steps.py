@@ -28,7 +28,7 @@ from fdconv_deploy.config import DetectorConfig, FPNConfig, MaskHeadConfig
 from fdconv_deploy.export.validation.comparison import perturbed
 from fdconv_deploy.nn.detection import Detector, build_detector
 from fdconv_deploy.runtime import open_session
-from fdconv_deploy.sample_images.inputs import sample_detector_batch
+from fdconv_deploy.sample_images import sample_detector_batch
 
 Inputs = tuple[Tensor, Tensor]
 Answer = dict[str, NDArray]

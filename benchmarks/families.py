@@ -59,7 +59,7 @@ from fdconv_deploy.export.validation.tolerance import LAYER_TOLERANCE
 from fdconv_deploy.latency import machine
 from fdconv_deploy.nn import build_segmentor
 from fdconv_deploy.nn.detection import build_detector
-from fdconv_deploy.sample_images.inputs import sample_detector_batch
+from fdconv_deploy.sample_images import sample_detector_batch
 
 Architecture = SegmentorConfig | DetectorConfig
 

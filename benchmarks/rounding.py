@@ -34,7 +34,7 @@ from fdconv_deploy.folding.network import fold_network, foldable_layers
 from fdconv_deploy.latency import machine
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.profiling.divergence import save_exposed
-from fdconv_deploy.sample_images.inputs import prepared_batch
+from fdconv_deploy.sample_images import prepared_batch
 
 FLAT = {"black": 0, "gray": 128, "white": 255}
 ANSWER = "answer"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fdconv_deploy.latency.targets import OpenTarget, Target
-from fdconv_deploy.sample_images.inputs import sample_batch
+from fdconv_deploy.sample_images import sample_batch
 
 WEIGHTS = "weights.safetensors"
 

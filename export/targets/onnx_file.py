@@ -29,7 +29,7 @@ from fdconv_deploy.export.validation.subprocess_run import fresh
 from fdconv_deploy.ops import OPSET
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import Manifest
-from fdconv_deploy.sample_images.inputs import sample_feeds
+from fdconv_deploy.sample_images import sample_feeds
 
 # Of the largest value. In the bundle's own opset, ONNX Runtime computes the same bits. In another,
 # it fuses and rounds other operators: by float16's unit, or to another of eight bits' steps.

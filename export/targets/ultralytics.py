@@ -33,7 +33,7 @@ from fdconv_deploy.export.graph import check_one_file
 from fdconv_deploy.export.options import ExportOptions, check_size
 from fdconv_deploy.export.validation.reference import answer_of
 from fdconv_deploy.export.validation.sample_inputs import Picture
-from fdconv_deploy.sample_images.inputs import prepared_batch, sample_batch
+from fdconv_deploy.sample_images import prepared_batch, sample_batch
 from fdconv_deploy.version import __version__
 
 INPUT = "images"

@@ -41,7 +41,7 @@ from fdconv_deploy.runtime.backends.tensorrt_engines import (
 )
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import FileInfo, OutputParity
-from fdconv_deploy.sample_images.inputs import sample_feeds
+from fdconv_deploy.sample_images import sample_feeds
 
 Progress = Callable[[str], None]
 PluginChoice = Literal["auto", "on", "off"]

@@ -17,7 +17,7 @@ from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime.detection import place_whole
 from fdconv_deploy.runtime.preprocessing import resize
-from fdconv_deploy.sample_images.inputs import (
+from fdconv_deploy.sample_images import (
     padded_batch,
     prepared_batch,
     sample_batch,

@@ -148,7 +148,7 @@ def _timings(path: Path, backends: Sequence[str]) -> tuple[list[Timing], dict[st
     from fdconv_deploy.runtime import Bundle, open_session
     from fdconv_deploy.runtime.backends.base import differences
     from fdconv_deploy.runtime.batching import least_seconds
-    from fdconv_deploy.sample_images.inputs import manifest_feeds
+    from fdconv_deploy.sample_images import manifest_feeds
 
     bundle = Bundle.open(path)
     feeds = manifest_feeds(bundle.manifest, bundle.batch_sizes[0])

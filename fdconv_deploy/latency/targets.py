@@ -26,8 +26,7 @@ from fdconv_deploy.runtime.backends.tensorrt_engines import FOLDER
 from fdconv_deploy.runtime.bundle_checks import bundles_and_checkpoints
 from fdconv_deploy.runtime.multiband import load_image
 from fdconv_deploy.runtime.preprocessing import check_image, resize, scene_bands
-from fdconv_deploy.sample_images import sample_image
-from fdconv_deploy.sample_images.inputs import manifest_feeds, prepared_batch, sample_batch
+from fdconv_deploy.sample_images import manifest_feeds, prepared_batch, sample_batch, sample_image
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -1,12 +1,16 @@
-"""Packaged pictures: the default inputs of export's comparisons and of ``fdconv bench``.
+"""Packaged pictures, and as networks take them: what graphs are compared on and timed with.
 
 Six street scenes of 384x768 pixels, drawn by ``examples/streets/scenes.py`` (seeds 7,000,000 to
-7,000,005): of training's range of seeds, at another size. They compare and time networks; they
-score none.
+7,000,005): of training's range of seeds, at another size. They score no network.
+
+Comparing on noise would not do. Its global averages lie far from those of any photograph, the
+attentions they drive run to their ends, and a trained network may then amplify rounding until it
+hides errors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +19,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.runtime.images import read_image
-
-__all__ = ["COUNT", "sample_image"]
+from fdconv_deploy.runtime.manifest import Manifest, TensorSpec
+from fdconv_deploy.runtime.preprocessing import check_image, normalise, resize, scene_bands
 
 COUNT = 6
+# Shares of a detector's input that pictures cover, one after the other: its padding and the
+# clipping of boxes are compared, too.
+_COVERED = ((1.0, 0.875), (0.75, 1.0), (1.0, 1.0))
 
 
 def sample_image(number: int, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -55,3 +63,107 @@ def sample_image(number: int, size: tuple[int, int]) -> NDArray[np.uint8]:
 @cache
 def _picture(number: int) -> NDArray[np.uint8]:
     return read_image(Path(__file__).parent / f"{number}.jpg")
+
+
+def sample_batch(
+    batch: int, size: tuple[int, int], preprocessing: Preprocessing | None = None, *, seed: int = 0
+) -> NDArray[np.float32]:
+    """Packaged pictures, normalised as the network's own images.
+
+    Args:
+        batch: how many.
+        size: height and width in pixels.
+        preprocessing: of the network; the published one if not given. For bands that are not a
+            photograph's, see `scene_bands`.
+        seed: which pictures; another seed gives others.
+
+    Returns:
+        ``(batch, channels, height, width)``. The same for the same arguments.
+    """
+    how = preprocessing or Preprocessing()
+    scenes = (scene_bands(sample_image(seed * batch + n, size), how) for n in range(batch))
+    return prepared_batch(scenes, size, how)
+
+
+def prepared_batch(
+    pictures: Iterable[NDArray[Any]],
+    size: tuple[int, int],
+    preprocessing: Preprocessing | None = None,
+) -> NDArray[np.float32]:
+    """Images of any size, as `check_image` takes them -> ``(B, C, height, width)``."""
+    how = preprocessing or Preprocessing()
+    resized = (resize(check_image(picture, how), *size, how.resample) for picture in pictures)
+    return np.stack([normalise(image, how) for image in resized])
+
+
+def sample_detector_batch(
+    batch: int, size: tuple[int, int], preprocessing: Preprocessing, *, seed: int = 0
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Packaged pictures that cover different parts of a detector's input.
+
+    Returns:
+        ``images`` ``(batch, 3, height, width)`` and ``sizes`` ``(batch, 2)``. The same for the
+        same arguments.
+    """
+    covered = (_COVERED[number % len(_COVERED)] for number in range(batch))
+    sizes = [(int(size[0] * rows), int(size[1] * columns)) for rows, columns in covered]
+    pictures = [sample_image(seed * batch + n, each) for n, each in enumerate(sizes)]
+    return padded_batch(pictures, size, preprocessing)
+
+
+def padded_batch(
+    pictures: Sequence[NDArray[Any]], size: tuple[int, int], preprocessing: Preprocessing
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Pictures of at most ``size`` at the top left -> a detector's ``images`` and ``sizes``."""
+    images = np.stack([normalise(picture, preprocessing, size) for picture in pictures])
+    return images, np.array([picture.shape[:2] for picture in pictures], np.float32)
+
+
+def manifest_feeds(
+    manifest: Manifest, batch: int, *, image: NDArray[Any] | None = None
+) -> dict[str, NDArray[Any]]:
+    """Inputs for a bundle's graph of a batch size, by name. See `sample_feeds`."""
+    described = manifest.architecture or manifest.detector
+    preprocessing = described.preprocessing if described else None
+    return sample_feeds(manifest.inputs[batch], preprocessing, image=image)
+
+
+def sample_feeds(
+    specs: Iterable[TensorSpec],
+    preprocessing: Preprocessing | None = None,
+    *,
+    image: NDArray[Any] | None = None,
+    vary_sizes: bool = False,
+) -> dict[str, NDArray[Any]]:
+    """Inputs for a graph, by name.
+
+    Args:
+        specs: of the graph's inputs. ``(B, C, H, W)`` float32 of the network's bands take
+            pictures, a detector's ``sizes`` ``(B, 2)`` their sizes; other inputs of floats take
+            normal numbers from a fixed seed, and of integers zeros.
+        preprocessing: of the network; the published one if not given.
+        image: what every picture is, in place of the packaged ones.
+        vary_sizes: whether a detector's pictures leave parts of its input empty, as a comparison
+            needs them; otherwise they fill it, as timing does.
+    """
+    how = preprocessing or Preprocessing()
+    random = np.random.default_rng(0)
+    found: dict[str, NDArray[Any]] = {}
+    for spec in specs:
+        if len(spec.shape) == 4 and spec.shape[1] == how.channels and spec.dtype == "float32":
+            batch, _, height, width = spec.shape
+            if image is not None:
+                found[spec.name] = prepared_batch([image] * batch, (height, width), how)
+            elif vary_sizes:
+                found[spec.name], sizes = sample_detector_batch(batch, (height, width), how)
+            else:
+                found[spec.name] = sample_batch(batch, (height, width), how)
+            if image is not None or not vary_sizes:
+                sizes = np.full((batch, 2), (height, width), np.float32)
+        elif spec.name == "sizes" and found:
+            found[spec.name] = sizes
+        elif np.dtype(spec.dtype).kind == "f":
+            found[spec.name] = random.standard_normal(spec.shape).astype(spec.dtype)
+        else:
+            found[spec.name] = np.zeros(spec.shape, spec.dtype)
+    return found

@@ -21,7 +21,7 @@ from fdconv_deploy.folding.network import foldable_layers
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.runtime.bundle import Bundle
-from fdconv_deploy.sample_images.inputs import sample_detector_batch, sample_feeds
+from fdconv_deploy.sample_images import sample_detector_batch, sample_feeds
 from tests.reference.networks import small_detector, small_segmentor
 
 SIZE = (96, 128)

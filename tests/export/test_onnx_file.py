@@ -18,7 +18,7 @@ from fdconv_deploy.export import export_checkpoint, export_onnx
 from fdconv_deploy.export.targets import onnx_file
 from fdconv_deploy.ops import DOMAIN, OPSET
 from fdconv_deploy.runtime import open_session
-from fdconv_deploy.sample_images.inputs import sample_feeds
+from fdconv_deploy.sample_images import sample_feeds
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
 from onnx.inliner import inline_local_functions
 
-from fdconv_deploy.sample_images.inputs import sample_feeds
+from fdconv_deploy.sample_images import sample_feeds
 
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Veltkamp's splitting: x·(2^13 + 1) − (x·(2^13 + 1) − x) is x with 24 − 13 significant bits.

@@ -17,7 +17,7 @@ from fdconv_deploy.config import TestMode
 from fdconv_deploy.errors import BundleError, ExportError
 from fdconv_deploy.export import export_triton
 from fdconv_deploy.runtime import Bundle, open_session
-from fdconv_deploy.sample_images.inputs import sample_feeds
+from fdconv_deploy.sample_images import sample_feeds
 from tests.runtime import toy, toy_detector, toy_panoptic
 
 http = pytest.importorskip("tritonclient.http")

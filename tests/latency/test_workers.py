@@ -24,7 +24,7 @@ from fdconv_deploy.latency.targets import (
 )
 from fdconv_deploy.latency.workers import Worker, timed_runs
 from fdconv_deploy.runtime.manifest import TensorSpec
-from fdconv_deploy.sample_images.inputs import sample_feeds
+from fdconv_deploy.sample_images import sample_feeds
 from fdconv_deploy.serve import Settings, running
 from tests.runtime import toy, toy_detector
 

@@ -37,7 +37,7 @@ from fdconv_deploy.runtime.bundle import Bundle, Bytes
 from fdconv_deploy.runtime.kernel_rows import join_kernel_rows
 from fdconv_deploy.runtime.manifest import TensorSpec
 from fdconv_deploy.runtime.onnx_messages import read_model
-from fdconv_deploy.sample_images.inputs import manifest_feeds
+from fdconv_deploy.sample_images import manifest_feeds
 
 # Backend -> OpenVINO's INFERENCE_PRECISION_HINT. Left alone, the plugin takes bfloat16 wherever the
 # processor has it.
