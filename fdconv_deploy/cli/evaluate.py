@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
         Evaluation,
         PanopticEvaluation,
         Target,
-        Timed,
     )
 
 # How many findings are named in the terminal.
@@ -114,6 +113,7 @@ def evaluate(
     panoptic network: PQ, by COCO's rule, or box and mask AP of its objects.
     """
     from fdconv_deploy.evaluation.coco import find_coco
+    from fdconv_deploy.evaluation.datasets import layout_of
     from fdconv_deploy.evaluation.targets import open_targets
 
     labels = masks or annotations
@@ -148,112 +148,102 @@ def evaluate(
         weights=weights,
         scales=parse_scales(multi_scale, flip),
     )
-    if panoptic:
-        assert annotations is not None
-        assert images is not None
-        assert masks is not None
-        files = annotations, masks, images
-        first = _evaluate_panoptic(opened, files, limit, quiet, as_json)
-    elif coco is not None:
-        first = _evaluate_detectors(opened, coco, limit, quiet, as_json)
-    else:
-        first = _evaluate_segmentors(
-            opened, data, images, masks, limit, quiet, as_json,
-            label_map=label_map, reduce_zero_label=reduce_zero_label, ignore_index=ignore_index,
-        )  # fmt: skip
-    if not (quiet or as_json):
+    scored: tuple[Any, dict[str, Any], Path]
+    with _progress(hidden=quiet or as_json) as bar:
+        if panoptic:
+            assert annotations is not None
+            assert images is not None
+            assert masks is not None
+            scored = _panoptic(opened, annotations, masks, images, limit, bar)
+        elif coco is not None:
+            scored = _detectors(opened, *coco, limit, bar, quiet=quiet)
+        else:
+            if data is not None:
+                images, masks = layout_of(data)
+            assert images is not None
+            assert masks is not None
+            scored = _segmentors(
+                opened, images, masks, limit, bar, quiet=quiet, data=data, label_map=label_map,
+                reduce_zero_label=reduce_zero_label, ignore_index=ignore_index,
+            )  # fmt: skip
+    result, where, first = scored
+    if as_json:
+        print(json.dumps({**where, **result.as_dict()}, indent=2))
+        return
+    show(result, Console(), quiet)
+    if not quiet:
         _verify(paths, first, config, settings, weights)
 
 
-def _evaluate_segmentors(
-    opened: AbstractContextManager[list[Target[Any]]],
-    data: Path | None,
-    images: Path | None,
-    masks: Path | None,
+Opened = AbstractContextManager["list[Target[Any]]"]
+
+
+def _segmentors(
+    opened: Opened,
+    images: Path,
+    masks: Path,
     limit: int | None,
+    bar: Progress,
+    *,
     quiet: bool,
-    as_json: bool,
     **labels: Any,
-) -> Path:
-    """Score, print, and give the first image's file."""
+) -> tuple[Evaluation, dict[str, Any], Path]:
+    """Scores, where they come from, and the first image's file."""
     from fdconv_deploy.evaluation.compare import evaluate as score
-    from fdconv_deploy.evaluation.datasets import find_pairs, labelled_samples, layout_of
+    from fdconv_deploy.evaluation.datasets import find_pairs, labelled_samples
 
-    if data is not None:
-        images, masks = layout_of(data)
-    assert images is not None
-    assert masks is not None
     pairs = find_pairs(images, masks)[:limit]
-    with opened as targets, _progress(hidden=quiet or as_json) as bar:
+    with opened as targets:
+        first = targets[0]
+        reading = _counting(bar, "masks", len(pairs))
         samples, notes = labelled_samples(
-            pairs,
-            targets[0].classes,
-            targets[0].preprocessing,
-            data=data,
-            **labels,
-            progress=_counting(bar, "masks", len(pairs)),
+            pairs, first.classes, first.preprocessing, **labels, progress=reading
         )
-        if not quiet:
-            for note in notes:
-                bar.console.print(note, markup=False, highlight=False, soft_wrap=True)
+        for note in () if quiet else notes:
+            bar.console.print(note, markup=False, highlight=False, soft_wrap=True)
         result = score(targets, samples, progress=_counting(bar, "images", len(pairs)))
-    if as_json:
-        where = {"images_from": str(images), "masks_from": str(masks), "notes": notes}
-        print(json.dumps({**where, **result.as_dict()}, indent=2))
-    else:
-        show_segmentors(result, Console(), quiet)
-    return pairs[0].image
+    where = {"images_from": str(images), "masks_from": str(masks), "notes": notes}
+    return result, where, pairs[0].image
 
 
-def _evaluate_detectors(
-    opened: AbstractContextManager[list[Target[Any]]],
-    coco: tuple[Path, Path],
+def _detectors(
+    opened: Opened,
+    annotations: Path,
+    images: Path,
     limit: int | None,
+    bar: Progress,
+    *,
     quiet: bool,
-    as_json: bool,
-) -> Path:
-    """Score, print, and give the first image's file."""
+) -> tuple[DetectionEvaluation, dict[str, Any], Path]:
+    """Scores, where they come from, and the first image's file."""
     import pycocotools.mask  # noqa: F401 - reported as missing now, not after the last image
 
     from fdconv_deploy.evaluation.coco import read_coco
     from fdconv_deploy.evaluation.compare import evaluate_detectors
 
-    data = read_coco(*coco, limit)
+    data = read_coco(annotations, images, limit)
     if not quiet:
-        announce(data.checked, Console(stderr=True))
-    with opened as targets, _progress(hidden=quiet or as_json) as bar:
+        announce(data.checked, bar.console)
+    with opened as targets:
         result = evaluate_detectors(targets, data, progress=_counting(bar, "images", len(data)))
-    if as_json:
-        where = {"annotations_from": str(coco[0]), "images_from": str(coco[1])}
-        print(json.dumps({**where, **result.as_dict()}, indent=2))
-    else:
-        show_detectors(result, Console(), quiet)
-    return data.images / next(iter(data)).name
+    where = {"annotations_from": str(annotations), "images_from": str(images)}
+    return result, where, data.images / next(iter(data)).name
 
 
-def _evaluate_panoptic(
-    opened: AbstractContextManager[list[Target[Any]]],
-    files: tuple[Path, Path, Path],
-    limit: int | None,
-    quiet: bool,
-    as_json: bool,
-) -> Path:
-    """Score, print, and give the first image's file."""
+def _panoptic(
+    opened: Opened, annotations: Path, masks: Path, images: Path, limit: int | None, bar: Progress
+) -> tuple[PanopticEvaluation, dict[str, Any], Path]:
+    """Scores, where they come from, and the first image's file."""
     from fdconv_deploy.evaluation.compare import evaluate_panoptic
     from fdconv_deploy.evaluation.panoptic import PanopticSet
     from fdconv_deploy.runtime.segmentation import VOID
 
-    with opened as targets, _progress(hidden=quiet or as_json) as bar:
+    with opened as targets:
         classes = [name for name in targets[0].classes if name != VOID]
-        data = PanopticSet(*files, classes, limit)
+        data = PanopticSet(annotations, masks, images, classes, limit)
         result = evaluate_panoptic(targets, data, progress=_counting(bar, "images", len(data)))
-    if as_json:
-        names = ("annotations_from", "masks_from", "images_from")
-        where = dict(zip(names, map(str, files), strict=True))
-        print(json.dumps({**where, **result.as_dict()}, indent=2))
-    else:
-        show_panoptic(result, Console(), quiet)
-    return data.first
+    files = {"annotations_from": annotations, "masks_from": masks, "images_from": images}
+    return result, {name: str(path) for name, path in files.items()}, data.first
 
 
 def _verify(
@@ -304,7 +294,7 @@ def _counting(bar: Progress, what: str, total: int) -> Callable[[int], None]:
     return lambda done: bar.update(task, completed=done)
 
 
-_ROWS = {
+_PRECISIONS = {
     "AP": "ap",
     "AP50": "ap50",
     "AP75": "ap75",
@@ -313,83 +303,86 @@ _ROWS = {
     "AP large": "large",
     "recall, 100 an image": "recall",
 }
+Rows = list[tuple[str, "list[float | None]"]]  # names of classes need not differ
 
 
-def show_segmentors(result: Evaluation, console: Console, quiet: bool) -> None:
-    """IoU by class, and means."""
-    results = result.results
-    names = _columns(results)
+def show(
+    result: Evaluation | DetectionEvaluation | PanopticEvaluation, console: Console, quiet: bool
+) -> None:
+    """Print scores by class, and means, of all targets side by side."""
+    from fdconv_deploy.evaluation.compare import DetectionEvaluation, Evaluation
+
+    results, images = result.results, f"{result.images} images"
+    details = [one.target.details for one in results]
+    shown = ("backend", "precision", "mode")
+    names = column_names(
+        [one.target.name for one in results],
+        [", ".join(one[key] for key in shown if key in one) for one in details],
+    )
+    if isinstance(result, Evaluation):
+        score, (by_class, means) = "IoU", _segmentor_rows(result)
+    elif isinstance(result, DetectionEvaluation):
+        score, (by_class, means) = "AP", _detector_rows(result)
+        crowds = f", {result.crowds} of them crowds" if result.crowds else ""
+        images += f", {result.objects} objects{crowds}"
+    else:
+        score, (by_class, means) = "PQ", _panoptic_rows(result)
     if not quiet:
-        table = Table("IoU by class", *names)
-        for index, name in enumerate(results[0].target.classes):
-            table.add_row(name, *(_text(one.scores.iou[index]) for one in results))
+        table = Table(f"{score} by class", *names)
+        for name, values in by_class:
+            table.add_row(name, *map(_text, values))
         console.print(table)
-    table = Table(f"{result.images} images", *names)
-    rows = {
-        "mIoU": [f"{one.scores.mean_iou:.4f}" for one in results],
-        "pixel accuracy": [f"{one.scores.pixel_accuracy:.4f}" for one in results],
-        "mean class accuracy": [f"{one.scores.mean_accuracy:.4f}" for one in results],
-        "images/s": [f"{one.images_per_second:.2f}" for one in results],
-    }
-    if len(results) > 1:
-        rows["same class as the first"] = [f"{share:.4%}" for share in result.agreement]
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
-    console.print(table)
-    print_operators(console, [one.target for one in results])
-
-
-def show_detectors(result: DetectionEvaluation, console: Console, quiet: bool) -> None:
-    """AP by class, means, and how many annotations do not count."""
-    results = result.results
-    names = _columns(results)
-    kinds: dict[str, list[AveragePrecision | None]] = {
-        "box": [one.boxes for one in results],
-        "mask": [one.masks for one in results],
-    }
-    shown = {kind: scores for kind, scores in kinds.items() if any(scores)}
-    if not quiet:
-        table = Table("AP by class", *names)
-        for index, name in enumerate(results[0].target.classes):
-            for kind, scores in shown.items():
-                values = [None if s is None else s.classes[index] for s in scores]
-                table.add_row(f"{name}, {kind}", *map(_text, values))
-        console.print(table)
-    crowds = f", {result.crowds} of them crowds" if result.crowds else ""
-    table = Table(f"{result.images} images, {result.objects} objects{crowds}", *names)
-    for kind, scores in shown.items():
-        for title, field in _ROWS.items():
-            values = [None if s is None else getattr(s, field) for s in scores]
-            table.add_row(f"{kind} {title}", *map(_text, values))
+    table = Table(images, *names)
+    for name, values in means:
+        table.add_row(name, *map(_text, values))
     table.add_row("images/s", *(f"{one.images_per_second:.2f}" for one in results))
     if len(results) > 1:
-        table.add_row("same objects as the first", *(f"{one.agreement:.4%}" for one in results))
+        what = "objects" if score == "AP" else "class"
+        table.add_row(f"same {what} as the first", *(f"{one.agreement:.4%}" for one in results))
     console.print(table)
-    if closing := _closing(result.checked):
+    if isinstance(result, DetectionEvaluation) and (closing := _closing(result.checked)):
         console.print(closing, markup=False, highlight=False, soft_wrap=True)
     print_operators(console, [one.target for one in results])
 
 
-def show_panoptic(result: PanopticEvaluation, console: Console, quiet: bool) -> None:
-    """PQ by class, and means."""
+def _segmentor_rows(result: Evaluation) -> tuple[Rows, Rows]:
+    found = [one.scores for one in result.results]
+    classes = enumerate(result.results[0].target.classes)
+    return [(name, [one.iou[index] for one in found]) for index, name in classes], [
+        ("mIoU", [one.mean_iou for one in found]),
+        ("pixel accuracy", [one.pixel_accuracy for one in found]),
+        ("mean class accuracy", [one.mean_accuracy for one in found]),
+    ]
+
+
+def _detector_rows(result: DetectionEvaluation) -> tuple[Rows, Rows]:
+    kinds: dict[str, list[AveragePrecision | None]] = {
+        "box": [one.boxes for one in result.results],
+        "mask": [one.masks for one in result.results],
+    }
+    shown = {kind: scores for kind, scores in kinds.items() if any(scores)}
+    return [
+        (f"{name}, {kind}", [None if s is None else s.classes[index] for s in scores])
+        for index, name in enumerate(result.results[0].target.classes)
+        for kind, scores in shown.items()
+    ], [
+        (f"{kind} {title}", [None if s is None else getattr(s, field) for s in scores])
+        for kind, scores in shown.items()
+        for title, field in _PRECISIONS.items()
+    ]
+
+
+def _panoptic_rows(result: PanopticEvaluation) -> tuple[Rows, Rows]:
     results = result.results
-    names = _columns(results)
-    if not quiet:
-        table = Table("PQ by class", *names)
-        for index, seen in enumerate(results[0].counts.seen):
-            values = [one.counts.by_class()[index, 0] if seen else None for one in results]
-            table.add_row(results[0].target.classes[index], *map(_text, values))
-        console.print(table)
-    table = Table(f"{result.images} images", *names)
-    for kind in ("all", "things", "stuff"):
-        for name in ("pq", "sq", "rq"):
-            values = [getattr(one.qualities[kind], name) for one in results]
-            table.add_row(f"{name.upper()}, {kind}", *map(_text, values))
-    table.add_row("images/s", *(f"{one.images_per_second:.2f}" for one in results))
-    if len(results) > 1:
-        table.add_row("same class as the first", *(f"{one.agreement:.4%}" for one in results))
-    console.print(table)
-    print_operators(console, [one.target for one in results])
+    names = results[0].target.classes  # the last is "void", of which no segment is
+    return [
+        (names[index], [one.counts.by_class()[index, 0] if seen else None for one in results])
+        for index, seen in enumerate(results[0].counts.seen)
+    ], [
+        (f"{name.upper()}, {kind}", [getattr(one.qualities[kind], name) for one in results])
+        for kind in ("all", "things", "stuff")
+        for name in ("pq", "sq", "rq")
+    ]
 
 
 def announce(checked: Annotations, console: Console) -> None:
@@ -413,15 +406,6 @@ def _closing(checked: Annotations) -> str:
         f"{title}: {', '.join(counted(findings))}" for title, findings in kinds.items() if findings
     ]
     return "; ".join(parts) + "." if parts else ""
-
-
-def _columns(results: Sequence[Timed[Any]]) -> list[str]:
-    details = [one.target.details for one in results]
-    shown = ("backend", "precision", "mode")
-    return column_names(
-        [one.target.name for one in results],
-        [", ".join(one[key] for key in shown if key in one) for one in details],
-    )
 
 
 def _text(value: float | None) -> str:

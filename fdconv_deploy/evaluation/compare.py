@@ -80,11 +80,14 @@ class Timed(Generic[F]):
     Attributes:
         seconds: of each image, from decoded pixels to the answer at the image's size.
         inference: of each image, of the network alone.
+        agreement: with the first target: the share of all pixels of the same class, or of a
+            detector see `DetectionResult`.
     """
 
     target: Target[F]
     seconds: tuple[float, ...]
     inference: tuple[float, ...]
+    agreement: float
 
     @property
     def images_per_second(self) -> float:
@@ -102,6 +105,7 @@ class Timed(Generic[F]):
             "name": self.target.name,
             **self.target.details,
             **scored,
+            "agreement": self.agreement,
             "images_per_second": round(self.images_per_second, 3),
             "milliseconds": {k: round(float(v) * 1e3, 2) for k, v in milliseconds.items()},
             "classes": [
@@ -147,20 +151,15 @@ class Evaluation:
     Attributes:
         images: how many.
         pixels: counted ones.
-        agreement: of each target, the share of all pixels that it labels as the first one does.
     """
 
     results: tuple[Result, ...]
     images: int
     pixels: int
-    agreement: tuple[float, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        sides = [
-            {**result.as_dict(), "agreement": share}
-            for result, share in zip(self.results, self.agreement, strict=True)
-        ]
+        sides = [result.as_dict() for result in self.results]
         return {"images": self.images, "pixels": self.pixels, "sides": sides}
 
 
@@ -178,7 +177,6 @@ class DetectionResult(Timed[Detection]):
     boxes: AveragePrecision
     masks: AveragePrecision | None
     objects: int
-    agreement: float
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; scores that are not defined are null."""
@@ -186,7 +184,6 @@ class DetectionResult(Timed[Detection]):
         summary = {
             **{kind: score and score.as_dict() for kind, score in found.items()},
             "objects": self.objects,
-            "agreement": self.agreement,
         }
         by_class = {f"{kind}_ap": score.classes for kind, score in found.items() if score}
         rows = zip(*by_class.values(), strict=True)
@@ -230,12 +227,10 @@ class PanopticResult(Timed[PanopticSegmentation]):
     Attributes:
         counts: of all images.
         things: of each class, whether it is one of objects.
-        agreement: the share of all pixels whose class is the first target's.
     """
 
     counts: PanopticCounts
     things: tuple[bool, ...]
-    agreement: float
 
     @property
     def qualities(self) -> dict[str, Quality]:
@@ -259,7 +254,7 @@ class PanopticResult(Timed[PanopticSegmentation]):
             for row, seen in rows
         ]
         nothing: dict[str, Any] = dict.fromkeys(("pq", "sq", "rq"))  # of what is in no segment
-        return self.report({"panoptic": scored, "agreement": self.agreement}, [*classes, nothing])
+        return self.report({"panoptic": scored}, [*classes, nothing])
 
 
 @dataclass(frozen=True)
@@ -302,7 +297,7 @@ def evaluate_panoptic(
             counts[index].add(sample.ids, sample.segments, answer.ids, labels)
             same[index] += int((answer.labels == answers[0].labels).sum())
     results = tuple(
-        PanopticResult(*rounds.timed(index), counts[index], data.things, float(share / pixels))
+        PanopticResult(*rounds.timed(index), float(share / pixels), counts[index], data.things)
         for index, share in enumerate(same)
     )
     return PanopticEvaluation(results, len(data))
@@ -342,10 +337,10 @@ def evaluate(
             f"Of {images} images no pixel counts: the masks hold nothing but labels to ignore."
         )
     results = tuple(
-        Result(*rounds.timed(index), confusion, scores(confusion))
+        Result(*rounds.timed(index), float(same[index] / pixels), confusion, scores(confusion))
         for index, confusion in enumerate(confusions)
     )
-    return Evaluation(results, images, counted, tuple((same / pixels).tolist()))
+    return Evaluation(results, images, counted)
 
 
 def evaluate_detectors(
@@ -381,10 +376,10 @@ def evaluate_detectors(
     results = tuple(
         DetectionResult(
             *rounds.timed(index),
+            float(paired[index] / shown[index]) if shown[index] else 1.0,
             average_precision(data, found[index], categories, "bbox"),
             average_precision(data, found[index], categories, "segm") if masks[index] else None,
             len(found[index]),
-            float(paired[index] / shown[index]) if shown[index] else 1.0,
         )
         for index in range(len(targets))
     )

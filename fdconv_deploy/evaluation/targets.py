@@ -7,7 +7,7 @@ there are none.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.config import SegmentorConfig
+from fdconv_deploy.config import Preprocessing, SegmentorConfig
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.compare import Answer, Labels, Target
 from fdconv_deploy.runtime import Detection, Session, open_session
@@ -29,7 +29,7 @@ from fdconv_deploy.runtime.multi_scale import (
     segment_sliding,
     segment_whole,
 )
-from fdconv_deploy.runtime.panoptic import PanopticPipeline, PanopticSegmentation
+from fdconv_deploy.runtime.panoptic import PanopticPipeline
 from fdconv_deploy.runtime.preprocessing import (
     best_size,
     check_image,
@@ -265,135 +265,116 @@ def torch_target(
     """
     from fdconv_deploy.nn.detection import Detector
 
+    sizes = () if size is None else (size, *other_sizes)
+    details: dict[str, Any] = {
+        "kind": "checkpoint", "backend": "pytorch", "precision": "fp32"
+    }  # fmt: skip
+    answer: Callable[[NDArray[Any]], Answer[Any]]
     if isinstance(network, Detector):
-        return _torch_detector(network, path, size, other_sizes)
-    if network.architecture.panoptic is not None:
-        return _torch_panoptic(network, path, size, other_sizes, fit)
-    return _torch_segmentor(network, path, size, other_sizes, mode, fit, scales)
+        detector = network.architecture
+        answer = _in_one_run(
+            network, lambda at: DetectionPipeline(detector, at), sizes, published_detector_input
+        )
+        classes = detector_classes(detector)
+    else:
+        architecture = network.architecture
+        classes = class_names(architecture)
+        if architecture.panoptic is not None:
+            mode = "whole"
+            answer = _in_one_run(
+                network,
+                lambda at: PanopticPipeline(architecture, at, fit),
+                sizes,
+                published_segmentor_input,
+            )
+        else:
+            mode = mode or architecture.test.mode
+            crop = size or architecture.test.crop_size
+            answer = _labels(network, sizes, crop if mode == "slide" else None, mode, fit, scales)
+            size = crop if mode == "slide" else size
+            details |= scales.as_dict() if scales else {}
+        details["mode"] = mode
+    details["size"] = None if size is None else list(size)
+    return Target(str(path), answer, classes, details, network.architecture.preprocessing)
 
 
-def _torch_panoptic(
-    network: Segmentor,
-    path: Path,
-    size: tuple[int, int] | None,
-    other_sizes: Sequence[tuple[int, int]],
-    fit: Fit,
-) -> Target[PanopticSegmentation]:
+def _in_one_run(
+    network: Segmentor | Detector,
+    pipeline: Callable[[tuple[int, int]], SegmentationPipeline | DetectionPipeline],
+    sizes: Sequence[tuple[int, int]],
+    published: Callable[[tuple[int, int], Preprocessing], tuple[int, int]],
+) -> Callable[[NDArray[Any]], Answer[Any]]:
+    """What runs the network once on each image.
+
+    Args:
+        network: in eval mode.
+        pipeline: the steps around it, of an input's (height, width).
+        sizes: which an image may be brought to; if there are none, what ``published`` makes of
+            the image's own.
+    """
     import torch
 
-    architecture = network.architecture
+    how = network.architecture.preprocessing
 
-    def answer(image: NDArray[Any]) -> Answer[PanopticSegmentation]:
-        height, width = check_image(image, architecture.preprocessing).shape[:2]
-        if size is None:
-            target = published_segmentor_input((height, width), architecture.preprocessing)
-        else:
-            target = best_size((height, width), (size, *other_sizes))
-        pipeline = PanopticPipeline(architecture, target, fit)
-        prepared = pipeline.prepare(image)
+    def answer(image: NDArray[Any]) -> Answer[Any]:
+        height, width = check_image(image, how).shape[:2]
+        shape = (height, width)
+        steps = pipeline(best_size(shape, sizes) if sizes else published(shape, how))
+        prepared = steps.prepare(image)
+        inputs = [torch.from_numpy(array[None]) for array in prepared.inputs.values()]
         start = time.perf_counter()
         with torch.inference_mode():
-            outputs = network(torch.from_numpy(prepared.inputs["images"][None]))
+            outputs = network(*inputs)
         spent = time.perf_counter() - start
-        named = dict(zip(network.output_names, (o[0].numpy() for o in outputs), strict=True))
-        return Answer(pipeline.finish(prepared, named), spent)
+        tensors = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        found = zip(network.output_names, (tensor[0].numpy() for tensor in tensors), strict=True)
+        return Answer(steps.finish(prepared, dict(found), spent), spent)
 
-    details = _torch_details(size, mode="whole")
-    return Target(str(path), answer, class_names(architecture), details, architecture.preprocessing)
+    return answer
 
 
-def _torch_segmentor(
+def _labels(
     network: Segmentor,
-    path: Path,
-    size: tuple[int, int] | None,
-    other_sizes: Sequence[tuple[int, int]],
-    mode: Mode | None,
+    sizes: Sequence[tuple[int, int]],
+    crop: tuple[int, int] | None,
+    mode: Mode,
     fit: Fit,
     scales: MultiScale | None,
-) -> Target[Labels]:
+) -> Callable[[NDArray[Any]], Answer[Labels]]:
+    """What finds the classes of an image's pixels; ``crop`` is that of mode "slide"."""
     import torch
 
     architecture = network.architecture
-    mode = mode or architecture.test.mode
-    crop = size or architecture.test.crop_size
     if mode == "slide" and crop is None:
         raise FDConvError(
             "The network records no crop to slide. Give the config it was tested with: --config."
         )
+    whole = _in_one_run(
+        network,
+        lambda at: SegmentationPipeline(architecture, at, fit),
+        sizes,
+        published_segmentor_input,
+    )
 
     def run(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
             return network(torch.from_numpy(inputs)).numpy()
 
-    def whole(image: NDArray[Any]) -> Answer[Labels]:
-        height, width = check_image(image, architecture.preprocessing).shape[:2]
-        target = published_segmentor_input((height, width), architecture.preprocessing)
-        if size is not None:
-            target = best_size((height, width), (size, *other_sizes))
-        pipeline = SegmentationPipeline(architecture, target, fit)
-        prepared = pipeline.prepare(image)
-        start = time.perf_counter()
-        logits = run(prepared.inputs["images"][None])[0]
-        spent = time.perf_counter() - start
-        return Answer(pipeline.finish(prepared, {"logits": logits}).labels, spent)
-
-    def sliding(image: NDArray[Any]) -> Answer[Labels]:
-        assert crop is not None
-        pipeline = SegmentationPipeline(architecture, crop, fit)
-        found = pipeline.slide(image, run, batch=1, any_size=size is None)
-        return Answer(found.labels, found.timings["inference"])
-
-    def at_scales(image: NDArray[Any]) -> Answer[Labels]:
-        assert scales is not None
-        if mode == "whole":
-            base = size and best_size((image.shape[0], image.shape[1]), (size, *other_sizes))
+    def answer(image: NDArray[Any]) -> Answer[Labels]:
+        if crop is None and scales is None:
+            once = whole(image)
+            return Answer(once.found.labels, once.inference)
+        if crop is None:
+            assert scales is not None
+            base = best_size((image.shape[0], image.shape[1]), sizes) if sizes else None
             found = segment_whole(architecture, image, scales, base, lambda _: run, fit)
+        elif scales is None:
+            pipeline = SegmentationPipeline(architecture, crop, fit)
+            found = pipeline.slide(image, run, batch=1, any_size=not sizes)
         else:
-            assert crop is not None
             found = segment_sliding(
-                architecture, image, scales, crop, run, batch=1, any_size=size is None
+                architecture, image, scales, crop, run, batch=1, any_size=not sizes
             )
         return Answer(found.labels, found.timings["inference"])
 
-    slides = mode == "slide"
-    details = _torch_details(crop if slides else size, mode=mode)
-    answer, preprocessing = sliding if slides else whole, architecture.preprocessing
-    if scales is not None:
-        details, answer = {**details, **scales.as_dict()}, at_scales
-    return Target(str(path), answer, class_names(architecture), details, preprocessing)
-
-
-def _torch_detector(
-    network: Detector,
-    path: Path,
-    size: tuple[int, int] | None,
-    other_sizes: Sequence[tuple[int, int]],
-) -> Target[Detection]:
-    import torch
-
-    architecture = network.architecture
-
-    def answer(image: NDArray[Any]) -> Answer[Detection]:
-        height, width = check_image(image).shape[:2]
-        target = published_detector_input((height, width), architecture.preprocessing)
-        if size is not None:
-            target = best_size((height, width), (size, *other_sizes))
-        pipeline = DetectionPipeline(architecture, target)
-        prepared = pipeline.prepare(image)
-        inputs = [torch.from_numpy(prepared.inputs[name][None]) for name in ("images", "sizes")]
-        start = time.perf_counter()
-        with torch.inference_mode():
-            outputs = network(*inputs)
-        spent = time.perf_counter() - start
-        found = zip(network.output_names, outputs, strict=True)
-        arrays = {name: tensor[0].numpy() for name, tensor in found}
-        return Answer(pipeline.finish(prepared, arrays, spent), spent)
-
-    return Target(str(path), answer, detector_classes(architecture), _torch_details(size))
-
-
-def _torch_details(size: tuple[int, int] | None, **more: Any) -> dict[str, Any]:
-    computed = None if size is None else list(size)
-    return {
-        "kind": "checkpoint", "backend": "pytorch", "precision": "fp32", **more, "size": computed
-    }  # fmt: skip
+    return answer
