@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks.rivals.omni_dimensional import OmniDimensionalConv2d
 from fdconv_deploy.config import FDConvConfig, ResNetConfig, SegmentorConfig, UPerHeadConfig
 from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
-from fdconv_deploy.nn.backbones.resnet import BasicBlock, Bottleneck
+from fdconv_deploy.nn.backbones.resnet import Block
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.detection.fpn import FPN
 
@@ -61,9 +61,8 @@ def trained_like(
                     parameter.normal_(0, 0.01)
     for module in network.modules():
         # Training makes residual branches small beside their shortcuts.
-        if isinstance(module, BasicBlock | Bottleneck):
-            last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
-            last.weight.fill_(0.2)
+        if isinstance(module, Block):
+            module.last_norm.weight.fill_(0.2)
     if images is None:
         from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 

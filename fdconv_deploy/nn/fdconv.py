@@ -422,12 +422,22 @@ def fdconv_arguments(config: FDConvConfig, order: FrequencyOrder) -> dict[str, A
 
 
 def conv_or_fdconv(
-    config: FDConvConfig | None, in_channels: int, out_channels: int, *, order: FrequencyOrder
+    config: FDConvConfig | None,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 1,
+    stride: int = 1,
+    dilation: int = 1,
+    *,
+    order: FrequencyOrder,
+    bias: bool = True,
 ) -> nn.Conv2d:
-    """A 1×1 convolution with a bias: FDConv where a config is given, else plain."""
+    """A convolution that keeps the size at stride 1: FDConv where a config is given, else plain."""
+    padding = dilation * (kernel_size // 2)
+    shape = in_channels, out_channels, kernel_size, stride, padding, dilation
     if config is None:
-        return nn.Conv2d(in_channels, out_channels, 1)
-    return FDConv2d(in_channels, out_channels, 1, **fdconv_arguments(config, order))
+        return nn.Conv2d(*shape, bias=bias)
+    return FDConv2d(*shape, bias=bias, **fdconv_arguments(config, order))
 
 
 def linear_or_fdconv(

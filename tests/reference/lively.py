@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.nn.backbones.resnet import BasicBlock, Bottleneck
+from fdconv_deploy.nn.backbones.resnet import Block
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -84,8 +84,7 @@ def enliven_network(
                 parameter *= 0.3
     norms = [m for m in modules.values() if isinstance(m, nn.BatchNorm2d)]
     inner = {id(layer.KSM_Global.bn) for layer in layers}  # a BatchNorm, or not among them
-    last = {id(m.bn2) for m in modules.values() if isinstance(m, BasicBlock)}
-    last |= {id(m.bn3) for m in modules.values() if isinstance(m, Bottleneck)}
+    last = {id(m.last_norm) for m in modules.values() if isinstance(m, Block)}
     for norm in norms:
         norm.reset_running_stats()
         gain = 0.4 if id(norm) in inner else 0.15 if id(norm) in last else 1.0

@@ -2,107 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdconv_deploy.config import RESNET_BLOCKS, FDConvConfig, ResNetConfig
+from fdconv_deploy.config import RESNET_BLOCKS, ResNetConfig
 from fdconv_deploy.errors import UnsupportedLayerError
-from fdconv_deploy.nn.fdconv import FDConv2d, fdconv_arguments
+from fdconv_deploy.nn.fdconv import conv_or_fdconv
 from fdconv_deploy.nn.spectrum import FrequencyOrder
 
-
-class ConvFactory:
-    """Builds a block's convolution, bias-free: FDConv where a config is given, else plain."""
-
-    def __init__(self, config: FDConvConfig | None, order: FrequencyOrder = "torch") -> None:
-        self.config, self.order = config, order
-
-    def __call__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        dilation: int = 1,
-    ) -> nn.Conv2d:
-        """A convolution that keeps the size at stride 1."""
-        padding = dilation * (kernel_size // 2)
-        if self.config is None:
-            return nn.Conv2d(
-                in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False
-            )
-        return FDConv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            bias=False,
-            **fdconv_arguments(self.config, self.order),
-        )
+Conv = Callable[..., nn.Conv2d]
 
 
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a shortcut; the first one strides and dilates."""
+class Block(nn.Module):
+    """Convolutions in a row, each with its norm, and a shortcut: a basic block or a bottleneck."""
 
-    def __init__(
-        self,
-        conv: ConvFactory,
-        in_channels: int,
-        channels: int,
-        out_channels: int,
-        stride: int,
-        dilation: int,
-        style: str,
-        downsample: nn.Module | None,
-    ) -> None:
+    def __init__(self, convolutions: Sequence[nn.Conv2d], downsample: nn.Module | None) -> None:
         super().__init__()
-        self.conv1 = conv(in_channels, channels, 3, stride, dilation)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = conv(channels, channels, 3)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.depth = len(convolutions)
+        for place, conv in enumerate(convolutions, 1):
+            self.add_module(f"conv{place}", conv)
+            self.add_module(f"bn{place}", nn.BatchNorm2d(conv.out_channels))
         self.downsample = downsample
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, I, H, W)`` -> ``(B, channels, H/stride, W/stride)``."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + shortcut)
-
-
-class Bottleneck(nn.Module):
-    """1×1, 3×3, 1×1 and a shortcut. The 3×3 strides in pytorch style, the first in caffe."""
-
-    def __init__(
-        self,
-        conv: ConvFactory,
-        in_channels: int,
-        channels: int,
-        out_channels: int,
-        stride: int,
-        dilation: int,
-        style: str,
-        downsample: nn.Module | None,
-    ) -> None:
-        super().__init__()
-        first, second = (stride, 1) if style == "caffe" else (1, stride)
-        self.conv1 = conv(in_channels, channels, 1, first)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = conv(channels, channels, 3, second, dilation)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = conv(channels, out_channels, 1)
-        self.bn3 = nn.BatchNorm2d(out_channels)
-        self.downsample = downsample
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """That before the shortcut is added."""
+        return cast(nn.BatchNorm2d, self.get_submodule(f"bn{self.depth}"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, I, H, W)`` -> ``(B, out_channels, H/stride, W/stride)``."""
+        """``(B, I, H, W)`` -> ``(B, O, H/stride, W/stride)``."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + shortcut)
+        for place in range(1, self.depth + 1):
+            x = self.get_submodule(f"bn{place}")(self.get_submodule(f"conv{place}")(x))
+            x = F.relu(x if place < self.depth else x + shortcut)
+        return x
+
+
+def _convolutions(
+    conv: Conv,
+    config: ResNetConfig,
+    channels: tuple[int, int, int],
+    stride: int,
+    dilation: int,
+) -> list[nn.Conv2d]:
+    """A block's: two 3×3, or 1×1, 3×3, 1×1; ``channels`` are those in, inside and out."""
+    into, width, out = channels
+    if RESNET_BLOCKS[config.depth][0] == "basic":
+        return [conv(into, width, 3, stride, dilation), conv(width, width, 3)]
+    # The 3×3 strides in pytorch style, the first 1×1 in caffe's.
+    first, second = (stride, 1) if config.style == "caffe" else (1, stride)
+    return [
+        conv(into, width, 1, first),
+        conv(width, width, 3, second, dilation),
+        conv(width, out, 1),
+    ]
 
 
 def _downsample(
@@ -140,18 +97,16 @@ class ResNet(nn.Module):
             raise UnsupportedLayerError(
                 f"out_indices {config.out_indices} must name some of the stages 0…{stages - 1}."
             )
-        kind, depths = RESNET_BLOCKS[config.depth]
+        _, depths = RESNET_BLOCKS[config.depth]
         if config.multi_grid is not None and len(config.multi_grid) != depths[stages - 1]:
             raise UnsupportedLayerError(
                 f"multi_grid needs one dilation for each of the {depths[stages - 1]} blocks of the "
                 f"last stage, got {config.multi_grid}."
             )
         self.config = config
-        conv = ConvFactory(config.conv, frequency_order)
+        conv = partial(conv_or_fdconv, config.conv, order=frequency_order, bias=False)
         stem = config.stem_channels or config.base_channels
         self._build_stem(conv, stem)
-        block = BasicBlock if kind == "basic" else Bottleneck
-
         channels = stem
         for stage in range(stages):
             width = config.base_channels * 2**stage
@@ -167,13 +122,14 @@ class ResNet(nn.Module):
                 step = stride if first else 1
                 out = config.widths[stage]
                 shortcut = _downsample(channels, out, step, config.avg_down) if first else None
+                sizes = channels, width, out
                 blocks.append(
-                    block(conv, channels, width, out, step, spread[index], config.style, shortcut)
+                    Block(_convolutions(conv, config, sizes, step, spread[index]), shortcut)
                 )
                 channels = out
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
 
-    def _build_stem(self, conv: ConvFactory, stem: int) -> None:
+    def _build_stem(self, conv: Conv, stem: int) -> None:
         config = self.config
         if not config.deep_stem:
             # A 7×7 is never dynamic.
