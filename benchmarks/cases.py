@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.networks import backbone, build, trained_like, upernet
 from fdconv_deploy.export.validation.sample_inputs import sample_tensor
-from fdconv_deploy.nn import ResNet, build_segmentor
+from fdconv_deploy.nn import ResNet, Segmentor
 
 NETWORKS = ("backbone", "upernet")
 DEPTHS = (18, 50, 101)
@@ -79,7 +79,7 @@ class Case:
         """The same with fresh weights, to load others into."""
         kernel_num = self.kernel_num if dynamic else None
         if self.network == "upernet":
-            return build_segmentor(upernet(self.depth, kernel_num, width=self.channels)).eval()
+            return Segmentor(upernet(self.depth, kernel_num, width=self.channels)).eval()
         return LastFeature(ResNet(backbone(self.depth, kernel_num, self.channels))).eval()
 
     @property

@@ -26,7 +26,7 @@ from benchmarks.networks import backbone, lively_heads, trained_like
 from fdconv_deploy.checkpoints import load_detector
 from fdconv_deploy.config import DetectorConfig, FPNConfig, MaskHeadConfig
 from fdconv_deploy.export.validation.comparison import perturbed
-from fdconv_deploy.nn.detection import Detector, build_detector
+from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.sample_images import sample_detector_batch
 
@@ -48,7 +48,7 @@ def build(width: int, *, masks: bool = True, kernel_num: int = 64) -> Detector:
         neck=FPNConfig(in_channels=tuple(4 * width * 2**stage for stage in range(4))),
         mask_head=MaskHeadConfig() if masks else None,
     )
-    network = build_detector(architecture)
+    network = Detector(architecture)
     trained_like(network.backbone)
     images, _ = sample_detector_batch(1, (416, 672), architecture.preprocessing)
     return lively_heads(network, torch.from_numpy(images))

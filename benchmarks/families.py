@@ -57,8 +57,8 @@ from fdconv_deploy.config import (
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.validation.tolerance import LAYER_TOLERANCE
 from fdconv_deploy.latency import machine
-from fdconv_deploy.nn import build_segmentor
-from fdconv_deploy.nn.detection import build_detector
+from fdconv_deploy.nn import Segmentor
+from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.sample_images import sample_detector_batch
 
 Architecture = SegmentorConfig | DetectorConfig
@@ -150,12 +150,12 @@ def _make(name: str, dynamic: bool, path: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     network: torch.nn.Module
     if isinstance(architecture, DetectorConfig):
-        network = build_detector(architecture)
+        network = Detector(architecture)
         trained_like(network.backbone)
         images, _ = sample_detector_batch(1, (416, 672), architecture.preprocessing)
         lively_heads(network, torch.from_numpy(images))
     else:
-        network = build_segmentor(architecture)
+        network = Segmentor(architecture)
         trained_like(network)
     save_checkpoint(path, network, architecture)
     tensors = {id(t): t.numel() * t.element_size() for t in network.parameters()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.rivals.omni_dimensional import OmniDimensionalConv2d
 from fdconv_deploy.config import FDConvConfig, ResNetConfig, SegmentorConfig, UPerHeadConfig
-from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
+from fdconv_deploy.nn import FDConv2d, Segmentor
 from fdconv_deploy.nn.backbones.resnet import Block
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.detection.fpn import FPN
@@ -92,7 +92,7 @@ def trained_like(
 def build(architecture: SegmentorConfig, seed: int = 0) -> Segmentor:
     """A segmentor with trained-like weights."""
     torch.manual_seed(seed)
-    network = build_segmentor(architecture)
+    network = Segmentor(architecture)
     trained_like(network, seed)
     return network
 

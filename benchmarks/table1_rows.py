@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.cases import LastFeature
 from benchmarks.networks import backbone, upernet
 from benchmarks.rivals import METHODS, install
-from fdconv_deploy.nn import ResNet, build_segmentor
+from fdconv_deploy.nn import ResNet, Segmentor
 
 PLAIN, FDCONV = "plain", "fdconv"
 # The size of the paper's FLOPs column: mmdetection's usual 1280×800.
@@ -54,7 +54,7 @@ def make(row: str, frame: Frame) -> nn.Module:
     """A row's network with fresh weights, in eval mode."""
     kernels = frame.kernel_num if row == FDCONV else None
     if frame.network == "upernet":
-        segmentor = build_segmentor(upernet(50, kernels, width=frame.channels))
+        segmentor = Segmentor(upernet(50, kernels, width=frame.channels))
         made, changed = segmentor, segmentor.backbone
     else:
         changed = ResNet(backbone(50, kernels, frame.channels))

@@ -35,7 +35,7 @@ def _files() -> dict[str, bytes]:
     from benchmarks.networks import trained_like
     from fdconv_deploy.config import FCNHeadConfig, FDConvConfig, ResNetConfig, SegmentorConfig
     from fdconv_deploy.export.api import export_network
-    from fdconv_deploy.nn import build_segmentor
+    from fdconv_deploy.nn import Segmentor
 
     backbone = ResNetConfig(
         depth=18,
@@ -50,7 +50,7 @@ def _files() -> dict[str, bytes]:
     )  # fmt: skip
     names = {"classes": ("road", "car", "sky"), "palette": ((1, 2, 3), (4, 5, 6), (7, 8, 9))}
     torch.manual_seed(0)
-    network = build_segmentor(SegmentorConfig(backbone=backbone, decode_head=head, **names))  # type: ignore[arg-type]
+    network = Segmentor(SegmentorConfig(backbone=backbone, decode_head=head, **names))  # type: ignore[arg-type]
     trained_like(network, size=64)
     with tempfile.TemporaryDirectory() as folder:
         bundle = export_network(network, Path(folder) / "bundle", size=(HEIGHT, WIDTH))  # type: ignore[arg-type]

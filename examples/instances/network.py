@@ -21,7 +21,7 @@ from fdconv_deploy.config import (
     RPNTestConfig,
 )
 from fdconv_deploy.demo import packaged_checkpoint
-from fdconv_deploy.nn.detection import Detector, build_detector
+from fdconv_deploy.nn.detection import Detector
 
 
 def architecture(backbone: ResNetConfig) -> DetectorConfig:
@@ -57,7 +57,7 @@ def start() -> Detector:
     BatchNorm keeps its statistics, as norm_eval=True has it.
     """
     streets = load_checkpoint(packaged_checkpoint())
-    network = build_detector(architecture(streets.architecture.backbone))
+    network = Detector(architecture(streets.architecture.backbone))
     network.backbone.load_state_dict(streets.backbone.state_dict())
     box = network.roi_head.bbox_head
     for last in (network.rpn_head.rpn_cls, network.rpn_head.rpn_reg, box.fc_cls, box.fc_reg):

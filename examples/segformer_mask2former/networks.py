@@ -17,7 +17,7 @@ from fdconv_deploy.config import (
     SegmentorConfig,
 )
 from fdconv_deploy.demo import packaged_checkpoint
-from fdconv_deploy.nn import Segmentor, build_segmentor
+from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.nn.attention import MultiScaleDeformableAttention
 
 NETWORKS = ("segformer", "mask2former")
@@ -85,7 +85,7 @@ def start(name: str) -> Segmentor:
 
     The Mask2Former's first three stages are the packaged segmentor's, and stay as they are.
     """
-    network = build_segmentor(architecture(name))
+    network = Segmentor(architecture(name))
     if name == "mask2former":
         trained = load_checkpoint(packaged_checkpoint()).backbone.state_dict()
         missing, unexpected = network.backbone.load_state_dict(trained, strict=False)

@@ -31,7 +31,7 @@ from examples.training.layers import parameter_groups, quicken
 from examples.training.run import STOPPED, Run, console, cosine
 from examples.training.scenes import TRAINING_SEEDS, normalise
 from fdconv_deploy.checkpoints import save_checkpoint
-from fdconv_deploy.nn import Segmentor, build_segmentor
+from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.nn.heads import Mask2FormerHead
 
 # Two thirds of the steps on crops of the first size, the last on crops of the second.
@@ -121,7 +121,7 @@ def query_losses(network: Segmentor, recipe: Recipe) -> Losses:
 
 def package(trained: Segmentor, path: Path) -> None:
     """Save a network as mmsegmentation does, its attention statistics measured anew."""
-    network = build_segmentor(trained.architecture)
+    network = Segmentor(trained.architecture)
     network.load_state_dict(trained.state_dict())
     network.eval()
     recalibrate(network, frames(network.architecture.preprocessing, SIZES[:-1]))

@@ -24,7 +24,7 @@ from examples.training.scenes import normalise
 from fdconv_deploy.checkpoints import save_checkpoint
 from fdconv_deploy.demo import HELD_OUT_SEEDS
 from fdconv_deploy.evaluation.metrics import Scores, confusion_matrix, scores
-from fdconv_deploy.nn import Segmentor, build_segmentor
+from fdconv_deploy.nn import Segmentor
 
 # The packaged held-out scenes and as many again and more, for a steadier number.
 EVALUATION_SEEDS = range(HELD_OUT_SEEDS.start, HELD_OUT_SEEDS.start + 200)
@@ -43,7 +43,7 @@ def evaluate(recipe: Recipe, work: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in TWINS:
         state = load_state(work / f"{name}.state")
-        network = build_segmentor(architecture(name))
+        network = Segmentor(architecture(name))
         network.load_state_dict(state["network"])
         network.eval()
         if dynamic_layers(network):

@@ -27,7 +27,7 @@ from examples.streets.schedule import Recipe, rate
 from examples.training.layers import parameter_groups, quicken
 from examples.training.run import STOPPED, Run, add_arguments, console, load_state, recipe_of
 from examples.training.scenes import TRAINING_SEEDS, normalise
-from fdconv_deploy.nn import Segmentor, build_segmentor
+from fdconv_deploy.nn import Segmentor
 
 
 def train(name: str, recipe: Recipe, scenes: Scenes, work: Path, minutes: float) -> bool:
@@ -36,7 +36,7 @@ def train(name: str, recipe: Recipe, scenes: Scenes, work: Path, minutes: float)
     Its state is ``work/<name>.state``; each network starts from ``work/base.state``.
     """
     torch.manual_seed(recipe.seed)
-    network = build_segmentor(architecture(name))
+    network = Segmentor(architecture(name))
     if name in TWINS:
         continue_from(network, load_state(work / "base.state")["network"])
     quicken(network)

@@ -5,7 +5,7 @@ from fdconv_deploy.nn.fdconv import FDConv2d, FDTokenConv
 from fdconv_deploy.nn.fdlinear import FDLinear
 from fdconv_deploy.nn.from_published import from_published
 from fdconv_deploy.nn.replace import replace_convolutions, replace_linears
-from fdconv_deploy.nn.segmentor import Segmentor, build_segmentor
+from fdconv_deploy.nn.segmentor import Segmentor
 
 __all__ = [
     "FDConv2d",
@@ -13,7 +13,6 @@ __all__ = [
     "FDTokenConv",
     "ResNet",
     "Segmentor",
-    "build_segmentor",
     "from_published",
     "replace_convolutions",
     "replace_linears",

@@ -99,10 +99,3 @@ def window_starts(length: int, crop: int, stride: int) -> list[int]:
     """Where the windows of ``slide`` mode begin: the last one is moved back to fit."""
     windows = max(length - crop + stride - 1, 0) // stride + 1
     return [max(min(i * stride, length - crop), 0) for i in range(windows)]
-
-
-def build_segmentor(
-    architecture: SegmentorConfig, frequency_order: FrequencyOrder = "torch"
-) -> Segmentor:
-    """A freshly initialised network of an architecture, in training mode."""
-    return Segmentor(architecture, frequency_order)

@@ -24,7 +24,7 @@ from fdconv_deploy.config import (
     SegmentorConfig,
     TestMode,
 )
-from fdconv_deploy.nn import build_segmentor
+from fdconv_deploy.nn import Segmentor
 
 # What plain files hold.
 WEIGHTS = {
@@ -80,7 +80,7 @@ def expansion(config: ResNetConfig) -> int:
 def shapes_of(architecture: SegmentorConfig) -> dict[str, Tensor]:
     """The network's state dict on the meta device: names and shapes without data."""
     with torch.device("meta"):
-        return dict(build_segmentor(architecture).state_dict())
+        return dict(Segmentor(architecture).state_dict())
 
 
 def weights_of(architecture: SegmentorConfig, seed: int = 0) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from fdconv_deploy.demo import plain_checkpoint
 from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
 from fdconv_deploy.folding.network import foldable_layers
 from fdconv_deploy.nn import FDConv2d, ResNet
-from fdconv_deploy.nn.detection import build_detector
+from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.fdconv import dynamic_layers
 from tests.checkpoints.test_infer_detector import small
 from tests.reference.lively import error
@@ -316,7 +316,7 @@ def test_an_equivalent_detector(tmp_path: Path) -> None:
     plain = fdconv.model_copy(
         update={"backbone": fdconv.backbone.model_copy(update={"conv": None})}
     )
-    save_checkpoint(tmp_path / "in.pth", build_detector(plain), plain)
+    save_checkpoint(tmp_path / "in.pth", Detector(plain), plain)
     convert_checkpoint(
         tmp_path / "in.pth", tmp_path / "out.pth", equivalent=True, arguments={"kernel_num": 6}
     )

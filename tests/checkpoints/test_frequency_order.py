@@ -26,7 +26,7 @@ from fdconv_deploy.config import FDConvConfig, ResNetConfig
 from fdconv_deploy.demo import held_out, packaged_checkpoint, plain_checkpoint
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.export.api import export_checkpoint
-from fdconv_deploy.nn import FDConv2d, build_segmentor
+from fdconv_deploy.nn import FDConv2d, Segmentor
 from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.nn.spectrum import FrequencyOrder, bin_radii
 from fdconv_deploy.runtime import read_image
@@ -159,7 +159,7 @@ def trained_stable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small segmentor, trained in that order from the start."""
     conv = FDConvConfig(kernel_num=32, use_fdconv_if_k_in=(1,))
     start = small_segmentor(50, 32, stages=1, conv=conv)
-    network = build_segmentor(start.architecture, "stable")
+    network = Segmentor(start.architecture, "stable")
     network.load_state_dict(start.state_dict())
     train(network, [lively_input((4, 3, 32, 48), seed) for seed in range(4)])
     path = tmp_path_factory.mktemp("order") / "stable.pth"

@@ -39,7 +39,7 @@ from fdconv_deploy.config import (
     RPNTestConfig,
 )
 from fdconv_deploy.errors import CheckpointError
-from fdconv_deploy.nn.detection import build_detector
+from fdconv_deploy.nn.detection import Detector
 from tests.checkpoints.small import key_list, small_architecture, weights_of
 
 
@@ -87,7 +87,7 @@ def small(*, masks: bool = True, conv: FDConvConfig | None = None, **fields: Any
 
 def shapes(architecture: DetectorConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
-        return dict(build_detector(architecture).state_dict())
+        return dict(Detector(architecture).state_dict())
 
 
 def infer(state: dict[str, Tensor], model: dict[str, Any] | None = None, **more: Any) -> Inference:
@@ -267,14 +267,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     architecture = small()
     path = tmp_path_factory.mktemp("detector") / "mask.pth"
-    save_checkpoint(path, build_detector(architecture), architecture)
+    save_checkpoint(path, Detector(architecture), architecture)
     return path
 
 
 @torch.no_grad()
 def test_detector_file_becomes_the_network_that_was_saved(saved: Path) -> None:
     torch.manual_seed(0)
-    built = build_detector(small()).eval()
+    built = Detector(small()).eval()
     network = load_checkpoint(saved)
     assert isinstance(network, LoadedDetector)
     assert network.architecture == small()

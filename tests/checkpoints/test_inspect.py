@@ -21,7 +21,7 @@ from fdconv_deploy.checkpoints import (
     report_on,
 )
 from fdconv_deploy.config import FCNHeadConfig, FDConvConfig, SegmentorConfig
-from fdconv_deploy.nn import build_segmentor
+from fdconv_deploy.nn import Segmentor
 from tests.checkpoints.small import head_config, key_list, shapes_of, small_architecture, weights_of
 
 
@@ -156,7 +156,7 @@ def test_multiply_adds_of_each_head_equal_a_counted_run(
 
 def assert_counted(architecture: SegmentorConfig) -> None:
     """The report's total is what torch counts when the network runs."""
-    network = build_segmentor(architecture).eval()
+    network = Segmentor(architecture).eval()
     size = (75, 98)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.rand(1, 3, *size))
@@ -249,7 +249,7 @@ def test_parameter_reduction_and_ratio_are_counted() -> None:
     architecture = small_architecture(conv=conv)
     report = report_on(shapes_of(architecture))
     assert report.spectrum_bytes == 4 * report.fdconv_parameters["dft_weight"]
-    network = build_segmentor(architecture)
+    network = Segmentor(architecture)
     buffers = network.named_buffers(remove_duplicate=False)
     indices = sum(value.nbytes for name, value in buffers if name.endswith(".indices"))
     assert report.published_buffer_bytes == indices + 7 * 3 * 64 * 33

@@ -71,9 +71,9 @@ def test_network_is_ready(saved: Path, architecture: SegmentorConfig) -> None:
 def test_building_without_initialisation_is_the_same_network(
     saved: Path, architecture: SegmentorConfig
 ) -> None:
-    from fdconv_deploy.nn import build_segmentor
+    from fdconv_deploy.nn import Segmentor
 
-    built = build_segmentor(architecture)
+    built = Segmentor(architecture)
     built.load_state_dict(weights_of(architecture))
     assert torch.equal(logits(built.eval()), logits(load_checkpoint(saved)))
 

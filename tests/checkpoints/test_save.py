@@ -27,8 +27,8 @@ from fdconv_deploy.config import (
     SegmentorConfig,
 )
 from fdconv_deploy.errors import CheckpointError
-from fdconv_deploy.nn import build_segmentor
-from fdconv_deploy.nn.detection import build_detector
+from fdconv_deploy.nn import Segmentor
+from fdconv_deploy.nn.detection import Detector
 from tests.checkpoints.small import CLASSES, small_architecture, weights_of
 
 
@@ -48,7 +48,7 @@ def test_round_trip_of_weights_and_architecture(tmp_path: Path) -> None:
 
 def test_network_itself_and_own_config(tmp_path: Path) -> None:
     architecture = small_architecture()
-    network = build_segmentor(architecture)
+    network = Segmentor(architecture)
     path = tmp_path / "a.pth"
     save_checkpoint(path, network, architecture, config_text="model = dict(type='EncoderDecoder')")
     assert read_checkpoint(path).meta["cfg"] == "model = dict(type='EncoderDecoder')"
@@ -129,7 +129,7 @@ def small_detector(classes: int = 3, *, masks: bool = True) -> DetectorConfig:
 
 def test_a_detector_as_mmdetection_saves_one(tmp_path: Path) -> None:
     architecture = small_detector()
-    network = build_detector(architecture)
+    network = Detector(architecture)
     save_checkpoint(tmp_path / "a.pth", network, architecture)
     found = read_checkpoint(tmp_path / "a.pth")
     assert found.state_dict.keys() == network.state_dict().keys()
@@ -148,7 +148,7 @@ def test_a_detector_as_mmdetection_saves_one(tmp_path: Path) -> None:
 )
 def test_weights_of_another_detector(tmp_path: Path, architecture: Any, says: str) -> None:
     with pytest.raises(CheckpointError, match=says):
-        save_checkpoint(tmp_path / "a.pth", build_detector(small_detector()), architecture)
+        save_checkpoint(tmp_path / "a.pth", Detector(small_detector()), architecture)
 
 
 def test_the_published_detector_gets_the_published_config(oracle: Path) -> None:

@@ -18,7 +18,7 @@ from fdconv_deploy.checkpoints import (
 from fdconv_deploy.config import BandModulationConfig, FDConvConfig
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.errors import CheckpointError
-from fdconv_deploy.nn import Segmentor, build_segmentor
+from fdconv_deploy.nn import Segmentor
 from fdconv_deploy.nn.fdconv import dynamic_layers
 from tests.checkpoints.small import small_architecture, weights_of
 from tests.checkpoints.test_loading import logits
@@ -36,7 +36,7 @@ def masks_of(k_list: tuple[float, ...] = (2, 4, 8), size: tuple[int, int] = (64,
 def small_network(**conv: Any) -> Segmentor:
     """A small segmentor with weights that do something."""
     architecture = small_architecture(conv=CONV.model_copy(update=conv), base_channels=18)
-    network = build_segmentor(architecture)
+    network = Segmentor(architecture)
     state = weights_of(architecture)
     network.load_state_dict({key: state[key] for key in network.state_dict()})
     return network.eval()
@@ -263,7 +263,7 @@ def test_variants_that_a_state_dict_shows_are_built(tmp_path: Path, name: str, c
         num_stages=2,
         out_indices=(0, 1),
     )
-    network = build_segmentor(architecture).eval()
+    network = Segmentor(architecture).eval()
     weights = weights_of(architecture)
     network.load_state_dict(weights)
     state = {k.replace("KSM_Global.bn.", f"KSM_Global.{called}."): v for k, v in weights.items()}

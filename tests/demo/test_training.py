@@ -19,7 +19,7 @@ from examples.streets.train import train
 from examples.training.attention_statistics import frames
 from examples.training.layers import FastSpectrum, dynamic_layers
 from fdconv_deploy.demo import HELD_OUT_SEEDS
-from fdconv_deploy.nn import build_segmentor
+from fdconv_deploy.nn import Segmentor
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def tiny():
 
 def test_an_fdconv_twin_starts_as_the_base():
     torch.manual_seed(0)
-    base = build_segmentor(architecture("plain")).eval()
-    twin = build_segmentor(architecture("fdconv")).eval()
+    base = Segmentor(architecture("plain")).eval()
+    twin = Segmentor(architecture("fdconv")).eval()
     continue_from(twin, base.state_dict())
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_an_fdconv_twin_starts_as_the_base():
 
 def test_fast_spectrum_is_the_layers_own():
     torch.manual_seed(0)
-    layers = dynamic_layers(build_segmentor(architecture("fdconv")))
+    layers = dynamic_layers(Segmentor(architecture("fdconv")))
     attention = torch.rand(3, 16, requires_grad=True)
     for layer in list(layers.values())[:6]:
         own = layer.modulated_spectrum(attention)

@@ -8,7 +8,7 @@ import torch
 from benchmarks.networks import upernet
 from fdconv_deploy.export.api import export_network
 from fdconv_deploy.export.validation.sample_inputs import sample_tensor
-from fdconv_deploy.nn import build_segmentor
+from fdconv_deploy.nn import Segmentor
 from tests.export.graphs import relative, run_file
 from tests.reference.lively import enliven_network
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 def test_upernet_r50(tmp_path):
     torch.manual_seed(0)
-    network = build_segmentor(upernet())
+    network = Segmentor(upernet())
     # Of very few images' averages the deviation would be far too small for another's.
     images = [sample_tensor(4, (256, 256), seed=seed) for seed in (2, 3)]
     images.append(sample_tensor(2, (512, 512), seed=4))

@@ -15,7 +15,7 @@ from fdconv_deploy.export.exporter import write_bundle
 from fdconv_deploy.export.options import ExportOptions
 from fdconv_deploy.export.source_network import network_to_export
 from fdconv_deploy.nn.heads import resize
-from fdconv_deploy.nn.segmentor import build_segmentor
+from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime import open_session
 from tests.nn.query_heads import (
     case_tensors,
@@ -99,8 +99,8 @@ def test_bundle_answers_as_detectron2(oracle: Path, tmp_path, project, proved):
 
 
 def test_size_that_is_not_padded_as_published_is_refused():
-    network = build_segmentor(detectron2("mask2former_r50")).eval()
+    network = Segmentor(detectron2("mask2former_r50")).eval()
     with pytest.raises(ExportError, match=r"multiples of 32 .* Give 128x160"):
         network_to_export(network, ExportOptions(size=(97, 131)))
-    free = build_segmentor(openmmlab("mask2former_swin")).eval()
+    free = Segmentor(openmmlab("mask2former_swin")).eval()
     assert network_to_export(free, ExportOptions(size=(97, 131)))

@@ -21,7 +21,7 @@ from fdconv_deploy.config import (
     Preprocessing,
     SegmentorConfig,
 )
-from fdconv_deploy.nn.segmentor import Segmentor, build_segmentor
+from fdconv_deploy.nn.segmentor import Segmentor
 from tests.nn.backbones.published import FAMILIES, PROJECTS, normalised
 
 OPENMMLAB = ("mask2former_r50", "mask2former_swin", "mask2former_panoptic")
@@ -113,7 +113,7 @@ def load_openmmlab(oracle: Path, family: str, kind: str) -> Segmentor:
         (f"decode_head.{key.removeprefix(prefix)}" if key.startswith(prefix) else key): value
         for key, value in state.items()
     }
-    network = build_segmentor(openmmlab(family, kind)).eval()
+    network = Segmentor(openmmlab(family, kind)).eval()
     network.load_state_dict(state)
     return network
 
@@ -126,7 +126,7 @@ def load_detectron2(oracle: Path, project: str) -> Segmentor:
         state = {name: torch.from_numpy(np.array(value)) for name, value in model.items()}
     else:
         state = dict(read_checkpoint(path).state_dict)
-    network = build_segmentor(detectron2(project)).eval()
+    network = Segmentor(detectron2(project)).eval()
     network.load_state_dict(renamed(state))
     return network
 

@@ -17,7 +17,7 @@ from fdconv_deploy.config import (
     UPerHeadConfig,
 )
 from fdconv_deploy.errors import UnsupportedLayerError
-from fdconv_deploy.nn import FDConv2d, FDLinear, ResNet, build_segmentor
+from fdconv_deploy.nn import FDConv2d, FDLinear, ResNet, Segmentor
 from fdconv_deploy.nn.segmentor import window_starts
 
 KN64 = FDConvConfig(kernel_num=64)
@@ -81,9 +81,7 @@ def upernet(backbone: ResNetConfig) -> SegmentorConfig:
     ],
 )
 def test_segmentor_keys(oracle, name, backbone):
-    assert keys_of(build_segmentor(upernet(backbone))) == listed(
-        oracle / f"segmentor/{name}_keys.json"
-    )
+    assert keys_of(Segmentor(upernet(backbone))) == listed(oracle / f"segmentor/{name}_keys.json")
 
 
 @pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn"])
@@ -182,7 +180,7 @@ def small(test: TestMode = WHOLE) -> SegmentorConfig:
 @torch.no_grad()
 def test_slide_averages_its_windows():
     torch.manual_seed(0)
-    network = build_segmentor(small(TestMode(mode="slide", crop_size=(32, 32), stride=(24, 24))))
+    network = Segmentor(small(TestMode(mode="slide", crop_size=(32, 32), stride=(24, 24))))
     network.eval()
     x = torch.randn(1, 3, 45, 70)
     total = torch.zeros(1, 3, 45, 70)

@@ -24,7 +24,7 @@ from fdconv_deploy.errors import ImageError
 from fdconv_deploy.nn.heads import build_head, resize
 from fdconv_deploy.nn.heads.mask2former_head import DecoderLayer
 from fdconv_deploy.nn.heads.maskdino_head import boxes_of
-from fdconv_deploy.nn.segmentor import build_segmentor
+from fdconv_deploy.nn.segmentor import Segmentor
 from tests.nn.backbones.published import PROJECTS, float32_error
 from tests.nn.query_heads import (
     OPENMMLAB,
@@ -153,7 +153,7 @@ def full_size(backbone, head, kernel_num):
     backbone = backbone.model_copy(update={"conv": conv})
     head = head.model_copy(update={"in_channels": backbone.output_widths})
     with torch.device("meta"):
-        return build_segmentor(SegmentorConfig(backbone=backbone, decode_head=head))
+        return Segmentor(SegmentorConfig(backbone=backbone, decode_head=head))
 
 
 def mask2former(classes, **changes):

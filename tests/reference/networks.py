@@ -24,8 +24,8 @@ from fdconv_deploy.config import (
     TestMode,
     UPerHeadConfig,
 )
-from fdconv_deploy.nn import FDConv2d, Segmentor, build_segmentor
-from fdconv_deploy.nn.detection import Detector, build_detector
+from fdconv_deploy.nn import FDConv2d, Segmentor
+from fdconv_deploy.nn.detection import Detector
 from tests.reference.lively import enliven, enliven_network, lively_input, seeded
 
 
@@ -60,7 +60,7 @@ def small_segmentor(
         test=test or TestMode(),
     )
     torch.manual_seed(seed)
-    network = build_segmentor(architecture)
+    network = Segmentor(architecture)
     enliven_network(network, seed)
     return network
 
@@ -83,7 +83,7 @@ def small_detector(
         ),
     )
     torch.manual_seed(seed)
-    network = build_detector(architecture)
+    network = Detector(architecture)
     enliven_network(network.backbone, seed)
     return lively_heads(network, lively_input((2, 3, 96, 128), seed))
 

@@ -1,5 +1,5 @@
 """Faster R-CNN and Mask R-CNN as mmdetection tests them, in PyTorch alone."""
 
-from fdconv_deploy.nn.detection.detector import Detector, build_detector
+from fdconv_deploy.nn.detection.detector import Detector
 
-__all__ = ["Detector", "build_detector"]
+__all__ = ["Detector"]

@@ -64,13 +64,6 @@ class Detector(nn.Module):
         return names if self.roi_head.mask_head is None else [*names, "masks"]
 
 
-def build_detector(
-    architecture: DetectorConfig, frequency_order: FrequencyOrder = "torch"
-) -> Detector:
-    """A freshly initialised network of an architecture, in training mode."""
-    return Detector(architecture, frequency_order)
-
-
 def _check(architecture: DetectorConfig) -> None:
     levels, strides = architecture.neck.num_outs, architecture.rpn_head.strides
     if levels != len(strides):

@@ -18,7 +18,7 @@ from fdconv_deploy.config import (
     RoIConfig,
 )
 from fdconv_deploy.errors import UnsupportedLayerError
-from fdconv_deploy.nn.detection import build_detector
+from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.detection.fpn import FPN
 from tests.reference import detection as reference
 from tests.reference.lively import lively_input
@@ -50,7 +50,7 @@ def test_keys_and_parameters(oracle, kind, form):
         mask_head=MaskHeadConfig() if kind == "mask_rcnn" else None,
     )
     with torch.device("meta"):
-        network = build_detector(architecture)
+        network = Detector(architecture)
     suffix = "_keys.json" if form == "plain" else "_keys_mmdet2.28.1.json"
     published = json.loads((oracle / f"mmdet/{kind}_r50_fpn_{form}_c80{suffix}").read_text())
     assert {key: list(value.shape) for key, value in network.state_dict().items()} == {
@@ -64,14 +64,14 @@ def test_keys_and_parameters(oracle, kind, form):
 def test_what_does_not_fit_is_refused():
     backbone = ResNetConfig(depth=18, base_channels=8, conv=None)
     with pytest.raises(UnsupportedLayerError, match=r"has 4 levels.*5 strides"):
-        build_detector(DetectorConfig(backbone=backbone, neck=FPNConfig(num_outs=4)))
+        Detector(DetectorConfig(backbone=backbone, neck=FPNConfig(num_outs=4)))
     with pytest.raises(UnsupportedLayerError, match=r"num_outs.*below the 4"):
         FPN(FPNConfig(num_outs=3))
     with pytest.raises(UnsupportedLayerError, match="mask head 7"):
-        build_detector(DetectorConfig(backbone=backbone, mask_head=MaskHeadConfig(num_classes=7)))
+        Detector(DetectorConfig(backbone=backbone, mask_head=MaskHeadConfig(num_classes=7)))
     far = MaskHeadConfig(roi=RoIConfig(featmap_strides=(4, 8, 16, 32, 64, 128)))
     with pytest.raises(UnsupportedLayerError, match="6 levels"):
-        build_detector(DetectorConfig(backbone=backbone, mask_head=far))
+        Detector(DetectorConfig(backbone=backbone, mask_head=far))
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ def test_one_box_and_one_mask_for_all_classes(images):
             "mask_head": every.architecture.mask_head.model_copy(update={"class_agnostic": True}),
         }
     )
-    one = build_detector(architecture).eval()
+    one = Detector(architecture).eval()
     state = every.state_dict()
     for name in ("bbox_head.fc_reg", "mask_head.conv_logits"):
         for part in ("weight", "bias"):
@@ -190,7 +190,7 @@ def test_small_images_leave_places_empty():
     architecture = network.architecture.model_copy(
         update={"test": test.model_copy(update={"rcnn": rcnn})}
     )
-    wider = build_detector(architecture).eval()
+    wider = Detector(architecture).eval()
     wider.load_state_dict(network.state_dict())
     boxes, scores, labels, count = wider(lively_input((1, 3, 32, 32)), torch.tensor([[32.0, 32]]))
     assert boxes.shape == (1, 300, 4)

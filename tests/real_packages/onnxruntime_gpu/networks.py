@@ -15,7 +15,7 @@ from torch import nn
 from fdconv_deploy.config import SegformerHeadConfig, SegmentorConfig
 from fdconv_deploy.demo import packaged_checkpoint, packaged_detector
 from fdconv_deploy.export import export_checkpoint, export_network
-from fdconv_deploy.nn.segmentor import build_segmentor
+from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.sample_images import sample_image
 from tests.nn.backbones.published import FAMILIES
@@ -32,7 +32,7 @@ def _segmentor(folder: Path, **options: Any) -> Bundle:
 
 def _lively(architecture: SegmentorConfig) -> nn.Module:
     torch.manual_seed(0)
-    network = build_segmentor(architecture).eval()
+    network = Segmentor(architecture).eval()
     for module in network.modules():
         if hasattr(module, "KSM_Global"):
             enliven(module)
