@@ -8,15 +8,19 @@ from fdconv_deploy.config import (
     Mask2FormerHeadConfig,
     MaskDINOHeadConfig,
 )
-from fdconv_deploy.nn.heads.aspp_head import ASPPHead, DepthwiseSeparableASPPHead
-from fdconv_deploy.nn.heads.decode_head import DecodeHead, resize
-from fdconv_deploy.nn.heads.fcn_head import FCNHead
+from fdconv_deploy.nn.heads.decode_heads import (
+    ASPPHead,
+    DecodeHead,
+    DepthwiseSeparableASPPHead,
+    FCNHead,
+    PSPHead,
+    SegformerHead,
+    UPerHead,
+    resize,
+)
 from fdconv_deploy.nn.heads.mask2former_head import Mask2FormerHead
 from fdconv_deploy.nn.heads.maskdino_head import MaskDINOHead
-from fdconv_deploy.nn.heads.psp_head import PSPHead
 from fdconv_deploy.nn.heads.query_head import QueryHead
-from fdconv_deploy.nn.heads.segformer_head import SegformerHead
-from fdconv_deploy.nn.heads.uper_head import UPerHead
 from fdconv_deploy.nn.spectrum import FrequencyOrder
 
 __all__ = ["DecodeHead", "QueryHead", "build_head", "resize"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fdconv_deploy.config import Mask2FormerHeadConfig
 from fdconv_deploy.nn.attention import attend, sine_encoding
 from fdconv_deploy.nn.decisions import Below
-from fdconv_deploy.nn.heads.decode_head import resize
+from fdconv_deploy.nn.heads.decode_heads import resize
 from fdconv_deploy.nn.heads.pixel_decoder import FeedForward, PixelDecoder
 from fdconv_deploy.nn.heads.query_head import QueryHead
 from fdconv_deploy.nn.spectrum import FrequencyOrder

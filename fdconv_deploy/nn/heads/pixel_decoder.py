@@ -17,7 +17,7 @@ from fdconv_deploy.nn.attention import (
     sine_encoding,
 )
 from fdconv_deploy.nn.fdconv import linear_or_fdconv
-from fdconv_deploy.nn.heads.decode_head import resize
+from fdconv_deploy.nn.heads.decode_heads import resize
 from fdconv_deploy.nn.spectrum import FrequencyOrder
 
 

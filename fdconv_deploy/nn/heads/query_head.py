@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fdconv_deploy.config import QueryHeadConfig
-from fdconv_deploy.nn.heads.decode_head import resize
+from fdconv_deploy.nn.heads.decode_heads import resize
 
 
 class QueryHead(nn.Module):

@@ -1,0 +1,303 @@
+"""The convolutional decode heads of mmsegmentation, and what they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdconv_deploy.config import (
+    ASPPHeadConfig,
+    DecodeHeadConfig,
+    DepthwiseSeparableASPPHeadConfig,
+    FCNHeadConfig,
+    PSPHeadConfig,
+    SegformerHeadConfig,
+    UPerHeadConfig,
+)
+
+
+def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """Bilinear resize of ``(B, C, h, w)`` to ``size``, as mmsegmentation does."""
+    return F.interpolate(x, size=list(size), mode="bilinear", align_corners=align_corners)
+
+
+class DecodeHead(nn.Module):
+    """A decode head: the backbone's outputs -> logits ``(B, classes, h, w)``.
+
+    A head implements `features`; ``conv_seg`` classifies each position of what it gives.
+    Dropout does nothing at inference and is left out.
+    """
+
+    def __init__(self, config: DecodeHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.conv_seg = nn.Conv2d(config.channels, config.outputs, 1)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of what `select` gives."""
+        return sum(self.config.in_channels)
+
+    def resize(self, x: Tensor, like: Tensor) -> Tensor:
+        """``x`` at the height and width of ``like``."""
+        return resize(x, like.shape[-2:], self.config.align_corners)
+
+    def select(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The one feature map that the head takes, or several of them as one.
+
+        With ``input_transform="resize_concat"`` all are brought to the size of the first.
+        """
+        inputs = [outputs[i] for i in self.config.in_index]
+        if self.config.input_transform is None:
+            return inputs[0]
+        return torch.cat([inputs[0], *(self.resize(x, inputs[0]) for x in inputs[1:])], dim=1)
+
+    def features(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The backbone's outputs -> ``(B, channels, h, w)``."""
+        raise NotImplementedError
+
+    def forward(self, outputs: Sequence[Tensor]) -> Tensor:
+        """``outputs``: the backbone's, each ``(B, C, h, w)``."""
+        return self.conv_seg(self.features(outputs))
+
+
+class PyramidPooling(nn.ModuleList):
+    """PSPNet's pyramid: averages over 1×1, 2×2 … windows, each through a 1×1 convolution.
+
+    ``(B, C, H, W)`` -> ``x`` and every level at its size, ``(B, C + levels · channels, H, W)``.
+    """
+
+    def __init__(self, in_channels: int, config: UPerHeadConfig | PSPHeadConfig) -> None:
+        super().__init__(
+            nn.Sequential(
+                nn.AdaptiveAvgPool2d(scale),
+                ConvModule(in_channels, config.channels, 1, norm=config.norm),
+            )
+            for scale in config.pool_scales
+        )
+        self.align_corners = config.align_corners
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: ``(B, C, H, W)``."""
+        levels = [resize(level(x), x.shape[-2:], self.align_corners) for level in self]
+        return torch.cat([x, *levels], dim=1)
+
+
+class ConvModule(nn.Module):
+    """mmcv's ConvModule by its key names: convolution, batch normalisation, ReLU.
+
+    An odd kernel keeps the size. The convolution has a bias only where there is no normalisation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        dilation: int = 1,
+        groups: int = 1,
+        norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            padding=kernel_size // 2 * dilation,
+            dilation=dilation,
+            groups=groups,
+            bias=not norm,
+        )
+        self.bn = nn.BatchNorm2d(out_channels) if norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, I, H, W)`` -> ``(B, O, H, W)``."""
+        x = self.conv(x)
+        return F.relu(x if self.bn is None else self.bn(x))
+
+
+class DepthwiseSeparableConvModule(nn.Module):
+    """mmcv's: a 3×3 convolution of each channel by itself, then a 1×1 of all of them."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, dilation: int = 1, norm: bool = True
+    ) -> None:
+        super().__init__()
+        self.depthwise_conv = ConvModule(
+            in_channels, in_channels, 3, dilation=dilation, groups=in_channels, norm=norm
+        )
+        self.pointwise_conv = ConvModule(in_channels, out_channels, 1, norm=norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, I, H, W)`` -> ``(B, O, H, W)``."""
+        return self.pointwise_conv(self.depthwise_conv(x))
+
+
+class FCNHead(DecodeHead):
+    """FCN: a few convolutions over one feature map, at its size."""
+
+    def __init__(self, config: FCNHeadConfig) -> None:
+        super().__init__(config)
+        kernel, norm = config.kernel_size, config.norm
+        width = self.in_channels
+        modules = []
+        for _ in range(config.num_convs):
+            modules.append(
+                ConvModule(width, config.channels, kernel, dilation=config.dilation, norm=norm)
+            )
+            width = config.channels
+        self.convs: nn.Module = nn.Sequential(*modules) if modules else nn.Identity()
+        self.conv_cat = None
+        if config.concat_input:
+            self.conv_cat = ConvModule(self.in_channels + width, config.channels, kernel, norm=norm)
+
+    def features(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The backbone's outputs -> ``(B, channels, h, w)``."""
+        x = self.select(outputs)
+        y = self.convs(x)
+        return y if self.conv_cat is None else self.conv_cat(torch.cat([x, y], dim=1))
+
+
+class PSPHead(DecodeHead):
+    """PSPNet (https://arxiv.org/abs/1612.01105): pyramid pooling over one map, at its size."""
+
+    def __init__(self, config: PSPHeadConfig) -> None:
+        super().__init__(config)
+        self.psp_modules = PyramidPooling(self.in_channels, config)
+        pooled = self.in_channels + len(config.pool_scales) * config.channels
+        self.bottleneck = ConvModule(pooled, config.channels, 3, norm=config.norm)
+
+    def features(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The backbone's outputs -> ``(B, channels, h, w)``."""
+        return self.bottleneck(self.psp_modules(self.select(outputs)))
+
+
+class UPerHead(DecodeHead):
+    """UPerNet: pyramid pooling over the last feature map, then a feature pyramid over all of them.
+
+    Logits are at the size of the first of the feature maps ``in_index`` names.
+    """
+
+    def __init__(self, config: UPerHeadConfig) -> None:
+        super().__init__(config)
+        channels, norm = config.channels, config.norm
+        last = config.in_channels[-1]
+        self.psp_modules = PyramidPooling(last, config)
+        pooled = last + len(config.pool_scales) * channels
+        self.bottleneck = ConvModule(pooled, channels, 3, norm=norm)
+        self.lateral_convs = nn.ModuleList(
+            ConvModule(width, channels, 1, norm=norm) for width in config.in_channels[:-1]
+        )
+        self.fpn_convs = nn.ModuleList(
+            ConvModule(channels, channels, 3, norm=norm) for _ in config.in_channels[:-1]
+        )
+        self.fpn_bottleneck = ConvModule(len(config.in_channels) * channels, channels, 3, norm=norm)
+
+    def features(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The backbone's outputs -> ``(B, channels, h, w)``."""
+        inputs = [outputs[i] for i in self.config.in_index]
+        laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs[:-1], strict=True)]
+        laterals.append(self.bottleneck(self.psp_modules(inputs[-1])))
+        for i in range(len(laterals) - 1, 0, -1):
+            laterals[i - 1] = laterals[i - 1] + self.resize(laterals[i], laterals[i - 1])
+        levels = [conv(x) for conv, x in zip(self.fpn_convs, laterals[:-1], strict=True)]
+        levels.append(laterals[-1])
+        levels = [levels[0], *(self.resize(level, levels[0]) for level in levels[1:])]
+        return self.fpn_bottleneck(torch.cat(levels, dim=1))
+
+
+class SegformerHead(DecodeHead):
+    """A 1×1 convolution of each feature map, and one of all of them at the size of the first.
+
+    SegFormer, https://arxiv.org/abs/2105.15203.
+    They are joined in the order of ``in_index``; NVIDIA's own code has the opposite one.
+    """
+
+    def __init__(self, config: SegformerHeadConfig) -> None:
+        super().__init__(config)
+        channels, norm = config.channels, config.norm
+        self.convs = nn.ModuleList(
+            ConvModule(width, channels, 1, norm=norm) for width in config.in_channels
+        )
+        joined = channels * len(config.in_channels)
+        self.fusion_conv = ConvModule(joined, channels, 1, norm=norm)
+
+    def features(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The backbone's outputs -> ``(B, channels, h, w)``."""
+        inputs = [outputs[i] for i in self.config.in_index]
+        maps = [conv(x) for conv, x in zip(self.convs, inputs, strict=True)]
+        maps = [maps[0], *(self.resize(x, maps[0]) for x in maps[1:])]
+        return self.fusion_conv(torch.cat(maps, dim=1))
+
+
+class ASPPHead(DecodeHead):
+    """Convolutions of several dilations side by side, and the average of the whole map.
+
+    DeepLabV3, https://arxiv.org/abs/1706.05587; with a finer map DeepLabV3+,
+    https://arxiv.org/abs/1802.02611.
+    A branch of dilation 1 is a 1×1 convolution, the others are 3×3.
+    """
+
+    def __init__(self, config: ASPPHeadConfig | DepthwiseSeparableASPPHeadConfig) -> None:
+        super().__init__(config)
+        channels, norm = config.channels, config.norm
+        self.image_pool = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), ConvModule(self.in_channels, channels, 1, norm=norm)
+        )
+        self.aspp_modules = nn.ModuleList(self._branch(d) for d in config.dilations)
+        branches = 1 + len(config.dilations)
+        self.bottleneck = ConvModule(branches * channels, channels, 3, norm=norm)
+
+    def _branch(self, dilation: int) -> nn.Module:
+        kernel = 1 if dilation == 1 else 3
+        return ConvModule(
+            self.in_channels,
+            self.config.channels,
+            kernel,
+            dilation=dilation,
+            norm=self.config.norm,
+        )
+
+    def features(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The backbone's outputs -> ``(B, channels, h, w)``."""
+        x = self.select(outputs)
+        branches = [self.resize(self.image_pool(x), x), *(conv(x) for conv in self.aspp_modules)]
+        return self.bottleneck(torch.cat(branches, dim=1))
+
+
+class DepthwiseSeparableASPPHead(ASPPHead):
+    """An ASPPHead of depthwise separable convolutions, refined by a finer feature map.
+
+    That map is the backbone's first output, whatever ``in_index`` says, and logits are at
+    its size; with ``c1_in_channels=0`` there is none.
+    """
+
+    def __init__(self, config: DepthwiseSeparableASPPHeadConfig) -> None:
+        super().__init__(config)
+        channels, norm = config.channels, config.norm
+        self.c1_bottleneck = None
+        if config.c1_in_channels > 0:
+            self.c1_bottleneck = ConvModule(config.c1_in_channels, config.c1_channels, 1, norm=norm)
+        self.sep_bottleneck = nn.Sequential(
+            DepthwiseSeparableConvModule(channels + config.c1_channels, channels, norm=norm),
+            DepthwiseSeparableConvModule(channels, channels, norm=norm),
+        )
+
+    def _branch(self, dilation: int) -> nn.Module:
+        if dilation == 1:
+            return super()._branch(dilation)
+        return DepthwiseSeparableConvModule(
+            self.in_channels, self.config.channels, dilation=dilation, norm=self.config.norm
+        )
+
+    def features(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The backbone's outputs -> ``(B, channels, h, w)``."""
+        x = super().features(outputs)
+        if self.c1_bottleneck is not None:
+            fine = self.c1_bottleneck(outputs[0])
+            x = torch.cat([self.resize(x, fine), fine], dim=1)
+        return self.sep_bottleneck(x)
