@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -17,22 +15,23 @@ from rich.table import Table
 
 from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.checkpoints import load_segmentor
-from fdconv_deploy.demo import held_out, packaged_checkpoint, plain_checkpoint, training_record
+from fdconv_deploy.demo import held_out, packaged_checkpoint, plain_checkpoint
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.evaluation.metrics import Scores, confusion_matrix, scores
+from fdconv_deploy.evaluation.class_mapping import LabelRule
+from fdconv_deploy.evaluation.compare import evaluate
+from fdconv_deploy.evaluation.datasets import Pair, Samples
+from fdconv_deploy.evaluation.targets import bundle_target, torch_target
 from fdconv_deploy.export.api import export_checkpoint
 from fdconv_deploy.export.validation.verdict import Verdict, refusal
 from fdconv_deploy.export.validation.verify import verify_bundle
-from fdconv_deploy.latency.interleaving import Interleaver, say_ratio
+from fdconv_deploy.latency.interleaving import say_ratio
 from fdconv_deploy.latency.machine import Bystanders, shared_machine
-from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime import Session, open_session, read_image
 from fdconv_deploy.runtime.segmentation import class_palette
 from fdconv_deploy.runtime.visualization import encode, overlay
 
 Picture = NDArray[np.uint8]
 SHOWN = 3
-TURNS = 10
 
 
 def walk(folder: Path, console: Console) -> None:
@@ -74,22 +73,25 @@ def walk(folder: Path, console: Console) -> None:
             if not verdict.equal:
                 raise ExportError(refusal(verdict, "the bundle"))
         rows.append(("largest error, of the largest logit", f"{_worst(verdict):.1e}"))
-        with step(f"score all on {len(pictures)} held-out images, and the baseline"):
+        with step(f"score and time all on {len(pictures)} held-out images, taking turns"):
+            pairs = [Pair(picture, labels) for picture, labels in held_out()]
+            size = (height, width)
             baseline = load_segmentor(plain_checkpoint(), require_fdconv=False)
-            plain = _score(lambda p: _torch_labels(baseline, session, p), pictures, truths)
-            eager = _score(lambda p: _torch_labels(network, session, p), pictures, truths)
-            exported = _score(lambda p: session.segment(p).labels, pictures, truths)
+            targets = [
+                torch_target(network, checkpoint, size=size),
+                torch_target(baseline, plain_checkpoint(), size=size),
+                bundle_target(session),
+            ]
+            with Bystanders() as others:
+                found = evaluate(targets, Samples(pairs, LabelRule(len(session.classes))))
+        eager, plain, exported = found.results
         rows += [
-            ("held-out mIoU, PyTorch", f"{eager.mean_iou:.4f}"),
-            ("held-out mIoU, bundle", f"{exported.mean_iou:.4f}"),
-            ("held-out mIoU, baseline in PyTorch", f"{plain.mean_iou:.4f}"),
-        ]
-        with step("time both, one image at a time, taking turns"), Bystanders() as others:
-            eager_seconds, exported_seconds = _race(network, session, pictures[0])
-        rows += [
-            ("PyTorch, published form", f"{1e3 * np.median(eager_seconds):.0f} ms an image"),
-            ("bundle", f"{1e3 * np.median(exported_seconds):.0f} ms an image"),
-            ("bundle vs. PyTorch", say_ratio(exported_seconds, eager_seconds)),
+            ("held-out mIoU, PyTorch", f"{eager.scores.mean_iou:.4f}"),
+            ("held-out mIoU, bundle", f"{exported.scores.mean_iou:.4f}"),
+            ("held-out mIoU, baseline in PyTorch", f"{plain.scores.mean_iou:.4f}"),
+            ("PyTorch, published form", f"{1e3 * np.median(eager.inference):.0f} ms an image"),
+            ("bundle", f"{1e3 * np.median(exported.inference):.0f} ms an image"),
+            ("bundle vs. PyTorch", say_ratio(exported.inference, eager.inference)),
         ]
         if shared := shared_machine(others.share):
             rows.append(("", shared))
@@ -125,40 +127,6 @@ def _worst(verdict: Verdict) -> float:
     return max(finding.error for finding in verdict.whole)
 
 
-def _torch_labels(network: Segmentor, session: Session, picture: Picture) -> NDArray[np.integer]:
-    """The eager network's labels, brought to the image's size just as the bundle's are."""
-    prepared = session.segmentation.prepare(picture)
-    with torch.no_grad():
-        logits = network(torch.from_numpy(prepared.inputs["images"][None]))[0].numpy()
-    return session.segmentation.finish(prepared, {"logits": logits}).labels
-
-
-def _score(
-    labels_of: Callable[[Picture], NDArray[np.integer]],
-    pictures: Sequence[Picture],
-    truths: Sequence[NDArray[np.uint8]],
-) -> Scores:
-    total = None
-    for picture, truth in zip(pictures, truths, strict=True):
-        labels = labels_of(picture)
-        counts = confusion_matrix(truth, labels, len(training_record()["classes"]))
-        total = counts if total is None else total + counts
-    assert total is not None
-    return scores(total)
-
-
-def _race(network: Segmentor, session: Session, picture: Picture) -> list[list[float]]:
-    """Seconds of the eager network's and of the bundle's runs, in turns."""
-    tensor = session.segmentation.prepare(picture).inputs["images"][None]
-    turns = Interleaver([lambda: network(torch.from_numpy(tensor)), lambda: session.run(tensor)])
-    with torch.no_grad():
-        for _ in range(2):
-            turns.warm_up()
-        for _ in range(TURNS):
-            turns.round()
-    return turns.seconds
-
-
 def _sheet(
     session: Session, pictures: Sequence[Picture], truths: Sequence[NDArray[np.uint8]]
 ) -> bytes:
@@ -177,16 +145,9 @@ def _sheet(
 
 def _over_http(bundle: Path, image: Path) -> tuple[bytes, bytes]:
     """Mask and overlay from a service that is started and stopped here."""
+    from fdconv_deploy.client import Client
     from fdconv_deploy.serve import running
 
-    answers = []
-    with running([bundle]) as address:
-        for query in ("output=mask", "output=overlay"):
-            request = urllib.request.Request(  # noqa: S310 - our own server's http address
-                f"{address}/v1/segment?{query}",
-                data=image.read_bytes(),
-                headers={"Content-Type": "image/png", "Accept": "image/png"},
-            )
-            with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
-                answers.append(response.read())
-    return answers[0], answers[1]
+    content = image.read_bytes()
+    with running([bundle]) as address, Client(address) as client:
+        return client.mask(content), client.overlay(content)
