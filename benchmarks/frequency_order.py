@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from examples.streets.scenes import CLASSES, draw_scene
-from fdconv_deploy.checkpoints import detect_order, load_segmentor
+from fdconv_deploy.checkpoints import load_segmentor
+from fdconv_deploy.checkpoints.frequency_order import detect_order
 from fdconv_deploy.checkpoints.frequency_order.from_weights import CANDIDATES, NamedOrder
 from fdconv_deploy.demo import held_out, packaged_checkpoint
 from fdconv_deploy.evaluation.metrics import confusion_matrix, scores

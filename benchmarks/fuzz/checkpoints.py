@@ -139,7 +139,7 @@ def read_index(path: Path) -> None:
 def _show(report: Any) -> None:
     from rich.console import Console
 
-    from fdconv_deploy.checkpoints import render
+    from fdconv_deploy.checkpoints.inspect import render
 
     render(report, Console(file=io.TextIOWrapper(io.BytesIO(), "utf-8")))
     report.model_dump_json().encode()
@@ -166,7 +166,8 @@ def _shapes() -> dict[str, Any]:
 
 
 def _configs() -> dict[str, bytes]:
-    from fdconv_deploy.checkpoints import parse_config, read_checkpoint
+    from fdconv_deploy.checkpoints import read_checkpoint
+    from fdconv_deploy.checkpoints.config_parser import parse_config
     from fdconv_deploy.demo import packaged_checkpoint, packaged_detector
 
     metas = [read_checkpoint(path()).meta for path in (packaged_checkpoint, packaged_detector)]
@@ -188,7 +189,8 @@ def _configs() -> dict[str, bytes]:
 
 def read_config_file(path: Path) -> None:
     """The config beside the packaged network's shapes, as ``fdconv inspect --config``."""
-    from fdconv_deploy.checkpoints import read_config, report_on
+    from fdconv_deploy.checkpoints.config_parser import read_config
+    from fdconv_deploy.checkpoints.inspect import report_on
 
     _show(report_on(_shapes(), config=read_config(path)))
 

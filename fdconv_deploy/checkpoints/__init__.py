@@ -14,26 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fdconv_deploy.checkpoints.config_parser import Config, parse_config, read_config
-    from fdconv_deploy.checkpoints.config_writer import format_config
-    from fdconv_deploy.checkpoints.convert import (
-        Conversion,
-        convert_checkpoint,
-        convert_state_dict,
-        equivalent_state_dict,
-    )
-    from fdconv_deploy.checkpoints.evidence import Inference, Setting
-    from fdconv_deploy.checkpoints.frequency_order import OrderReport, detect_order
-    from fdconv_deploy.checkpoints.frequency_order.from_weights import order_of_weights
-    from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
-    from fdconv_deploy.checkpoints.infer_segmentor import infer_segmentor_config
-    from fdconv_deploy.checkpoints.inspect import (
-        Report,
-        export_command,
-        inspect_checkpoint,
-        render,
-        report_on,
-    )
+    from fdconv_deploy.checkpoints.convert import convert_checkpoint, convert_state_dict
+    from fdconv_deploy.checkpoints.inspect import inspect_checkpoint
     from fdconv_deploy.checkpoints.loading import (
         LoadedDetector,
         LoadedSegmentor,
@@ -41,21 +23,14 @@ if TYPE_CHECKING:
         load_detector,
         load_segmentor,
     )
-    from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
+    from fdconv_deploy.checkpoints.reading import read_checkpoint
     from fdconv_deploy.checkpoints.save import save_checkpoint
 
 _NAMES = {
-    "config_parser": "Config parse_config read_config",
-    "config_writer": "format_config",
-    "convert": "Conversion convert_checkpoint convert_state_dict equivalent_state_dict",
-    "evidence": "Inference Setting",
-    "frequency_order": "OrderReport detect_order",
-    "frequency_order.from_weights": "order_of_weights",
-    "infer_detector": "infer_detector_config",
-    "infer_segmentor": "infer_segmentor_config",
-    "inspect": "Report export_command inspect_checkpoint render report_on",
+    "convert": "convert_checkpoint convert_state_dict",
+    "inspect": "inspect_checkpoint",
     "loading": "LoadedDetector LoadedSegmentor load_checkpoint load_detector load_segmentor",
-    "reading": "Checkpoint read_checkpoint",
+    "reading": "read_checkpoint",
     "save": "save_checkpoint",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -11,7 +11,7 @@ from rich.console import Console
 from fdconv_deploy.cli.options import Config, Json, Quiet, Weights, parse_settings, require_files
 
 if TYPE_CHECKING:
-    from fdconv_deploy.checkpoints import Conversion
+    from fdconv_deploy.checkpoints.convert import Conversion
 
 err = Console(stderr=True)
 

@@ -48,7 +48,8 @@ def inspect(
     overrides = parse_settings(settings)
     require_files(checkpoint, config)
 
-    from fdconv_deploy.checkpoints import export_command, inspect_checkpoint, render
+    from fdconv_deploy.checkpoints import inspect_checkpoint
+    from fdconv_deploy.checkpoints.inspect import export_command, render
 
     pictures: Images = ()
     if images is not None:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdconv_deploy.checkpoints import Inference, infer_segmentor_config
 from fdconv_deploy.checkpoints.config_parser import Config
+from fdconv_deploy.checkpoints.evidence import Inference
+from fdconv_deploy.checkpoints.infer_segmentor import infer_segmentor_config
 from fdconv_deploy.config import (
     HEAD_CONFIGS,
     DecodeHeadConfig,

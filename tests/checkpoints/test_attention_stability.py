@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 
 from benchmarks.stability import NOISE, TOLERANCE, measure
-from fdconv_deploy.checkpoints import inspect_checkpoint, load_checkpoint, render, report_on
+from fdconv_deploy.checkpoints import inspect_checkpoint, load_checkpoint
+from fdconv_deploy.checkpoints.inspect import render, report_on
 from fdconv_deploy.demo import packaged_checkpoint, packaged_detector, plain_checkpoint
 from tests.checkpoints.small import shapes_of, small_architecture
 

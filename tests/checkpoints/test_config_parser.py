@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdconv_deploy.checkpoints import parse_config, read_checkpoint, read_config
-from fdconv_deploy.checkpoints.config_parser import Unreadable, config_of
+from fdconv_deploy.checkpoints import read_checkpoint
+from fdconv_deploy.checkpoints.config_parser import Unreadable, config_of, parse_config, read_config
 from fdconv_deploy.errors import CheckpointError
 from tests.checkpoints.small import bounded_work
 

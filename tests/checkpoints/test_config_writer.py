@@ -9,14 +9,10 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from fdconv_deploy.checkpoints import (
-    format_config,
-    infer_segmentor_config,
-    parse_config,
-    read_checkpoint,
-    save_checkpoint,
-)
-from fdconv_deploy.checkpoints.config_parser import config_of
+from fdconv_deploy.checkpoints import read_checkpoint, save_checkpoint
+from fdconv_deploy.checkpoints.config_parser import config_of, parse_config
+from fdconv_deploy.checkpoints.config_writer import format_config
+from fdconv_deploy.checkpoints.infer_segmentor import infer_segmentor_config
 from fdconv_deploy.config import (
     BandModulationConfig,
     DecodeHeadConfig,

@@ -13,18 +13,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from fdconv_deploy.checkpoints import (
-    Conversion,
     convert_checkpoint,
     convert_state_dict,
-    equivalent_state_dict,
     inspect_checkpoint,
     load_checkpoint,
     load_detector,
-    parse_config,
     read_checkpoint,
     save_checkpoint,
 )
-from fdconv_deploy.checkpoints.convert import describe_conversion
+from fdconv_deploy.checkpoints.config_parser import parse_config
+from fdconv_deploy.checkpoints.convert import Conversion, describe_conversion, equivalent_state_dict
 from fdconv_deploy.cli import app as cli
 from fdconv_deploy.config import FDConvConfig, ResNetConfig
 from fdconv_deploy.demo import plain_checkpoint

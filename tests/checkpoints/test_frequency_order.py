@@ -13,14 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fdconv_deploy.checkpoints import (
-    Report,
-    detect_order,
-    inspect_checkpoint,
-    load_segmentor,
-    order_of_weights,
-    save_checkpoint,
-)
+from fdconv_deploy.checkpoints import inspect_checkpoint, load_segmentor, save_checkpoint
+from fdconv_deploy.checkpoints.frequency_order import detect_order
+from fdconv_deploy.checkpoints.frequency_order.from_weights import order_of_weights
+from fdconv_deploy.checkpoints.inspect import Report
 from fdconv_deploy.cli import app as cli
 from fdconv_deploy.config import FDConvConfig, ResNetConfig
 from fdconv_deploy.demo import held_out, packaged_checkpoint, plain_checkpoint

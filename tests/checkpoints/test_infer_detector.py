@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from fdconv_deploy.checkpoints import (
-    Inference,
     LoadedDetector,
-    format_config,
-    infer_detector_config,
     inspect_checkpoint,
     load_checkpoint,
     load_detector,
     load_segmentor,
-    parse_config,
     save_checkpoint,
 )
-from fdconv_deploy.checkpoints.config_parser import Config
+from fdconv_deploy.checkpoints.config_parser import Config, parse_config
+from fdconv_deploy.checkpoints.config_writer import format_config
+from fdconv_deploy.checkpoints.evidence import Inference
+from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
 from fdconv_deploy.config import (
     BoxCoderConfig,
     BoxHeadConfig,

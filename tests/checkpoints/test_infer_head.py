@@ -11,16 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdconv_deploy.checkpoints import (
-    Inference,
-    infer_segmentor_config,
-    inspect_checkpoint,
-    load_checkpoint,
-    parse_config,
-    read_checkpoint,
-)
+from fdconv_deploy.checkpoints import inspect_checkpoint, load_checkpoint, read_checkpoint
+from fdconv_deploy.checkpoints.config_parser import parse_config
 from fdconv_deploy.checkpoints.config_writer import format_config
-from fdconv_deploy.checkpoints.evidence import Setting
+from fdconv_deploy.checkpoints.evidence import Inference, Setting
+from fdconv_deploy.checkpoints.infer_segmentor import infer_segmentor_config
 from fdconv_deploy.config import DecodeHeadConfig, HeadType, UPerHeadConfig
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.errors import CheckpointError

@@ -8,14 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from fdconv_deploy.checkpoints import (
-    infer_segmentor_config,
-    inspect_checkpoint,
-    load_checkpoint,
-    parse_config,
-    read_checkpoint,
-)
+from fdconv_deploy.checkpoints import inspect_checkpoint, load_checkpoint, read_checkpoint
+from fdconv_deploy.checkpoints.config_parser import parse_config
 from fdconv_deploy.checkpoints.config_writer import format_config
+from fdconv_deploy.checkpoints.infer_segmentor import infer_segmentor_config
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.errors import CheckpointError

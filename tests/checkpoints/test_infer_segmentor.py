@@ -9,14 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from fdconv_deploy.checkpoints import (
-    format_config,
-    infer_segmentor_config,
-    parse_config,
-    read_checkpoint,
-)
-from fdconv_deploy.checkpoints.config_parser import Config, config_of
-from fdconv_deploy.checkpoints.infer_segmentor import infer_backbone_only
+from fdconv_deploy.checkpoints import read_checkpoint
+from fdconv_deploy.checkpoints.config_parser import Config, config_of, parse_config
+from fdconv_deploy.checkpoints.config_writer import format_config
+from fdconv_deploy.checkpoints.infer_segmentor import infer_backbone_only, infer_segmentor_config
 from fdconv_deploy.config import FDConvConfig, ResNetConfig
 from fdconv_deploy.errors import CheckpointError
 from tests.checkpoints.small import (

@@ -12,14 +12,10 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from fdconv_deploy.checkpoints import (
-    Report,
-    format_config,
-    inspect_checkpoint,
-    parse_config,
-    render,
-    report_on,
-)
+from fdconv_deploy.checkpoints import inspect_checkpoint
+from fdconv_deploy.checkpoints.config_parser import parse_config
+from fdconv_deploy.checkpoints.config_writer import format_config
+from fdconv_deploy.checkpoints.inspect import Report, render, report_on
 from fdconv_deploy.config import FCNHeadConfig, FDConvConfig, SegmentorConfig
 from fdconv_deploy.nn import Segmentor
 from tests.checkpoints.small import head_config, key_list, shapes_of, small_architecture, weights_of

@@ -9,12 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fdconv_deploy.checkpoints import (
-    format_config,
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
+from fdconv_deploy.checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
+from fdconv_deploy.checkpoints.config_writer import format_config
 from fdconv_deploy.config import FDConvConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
 from fdconv_deploy.nn import Segmentor

@@ -22,10 +22,9 @@ from fdconv_deploy.checkpoints import (
     inspect_checkpoint,
     load_segmentor,
     read_checkpoint,
-    read_config,
     save_checkpoint,
 )
-from fdconv_deploy.checkpoints.config_parser import Config
+from fdconv_deploy.checkpoints.config_parser import Config, read_config
 from fdconv_deploy.checkpoints.framework_names import framework_of, in_openmmlab_names
 from fdconv_deploy.checkpoints.loading import infer_config
 from fdconv_deploy.config import PanopticConfig

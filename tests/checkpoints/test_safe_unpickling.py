@@ -26,7 +26,8 @@ import numpy as np
 import pytest
 import torch
 
-from fdconv_deploy.checkpoints import parse_config, read_checkpoint
+from fdconv_deploy.checkpoints import read_checkpoint
+from fdconv_deploy.checkpoints.config_parser import parse_config
 from fdconv_deploy.checkpoints.safe_unpickling import MAX_DEPTH, Made, plain, unpickle
 from fdconv_deploy.errors import CheckpointError
 from tests.checkpoints.small import WEIGHTS, bounded_work, saved

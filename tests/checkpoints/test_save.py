@@ -9,13 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fdconv_deploy.checkpoints import (
-    format_config,
-    load_checkpoint,
-    parse_config,
-    read_checkpoint,
-    save_checkpoint,
-)
+from fdconv_deploy.checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
+from fdconv_deploy.checkpoints.config_parser import parse_config
+from fdconv_deploy.checkpoints.config_writer import format_config
 from fdconv_deploy.config import (
     BoxHeadConfig,
     DetectorConfig,

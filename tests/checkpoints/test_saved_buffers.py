@@ -9,12 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdconv_deploy.checkpoints import (
-    format_config,
-    inspect_checkpoint,
-    load_checkpoint,
-    read_checkpoint,
-)
+from fdconv_deploy.checkpoints import inspect_checkpoint, load_checkpoint, read_checkpoint
+from fdconv_deploy.checkpoints.config_writer import format_config
 from fdconv_deploy.config import BandModulationConfig, FDConvConfig
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.errors import CheckpointError

@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.stability import NOISE, TOLERANCE, measure
 from examples.training.attention_statistics import FRAMES, KINDS, frames, recalibrate
-from fdconv_deploy.checkpoints import load_checkpoint, report_on
+from fdconv_deploy.checkpoints import load_checkpoint
+from fdconv_deploy.checkpoints.inspect import report_on
 from fdconv_deploy.demo import packaged_checkpoint
 from tests.checkpoints.test_attention_stability import narrowed, state_of
 
