@@ -57,7 +57,7 @@ def build(
         typer.Option(help="Largest error against ONNX Runtime, relative to the largest value."),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Build even where a fitting engine is.")
+        bool, typer.Option("--force", help="Build even where a matching engine exists.")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,

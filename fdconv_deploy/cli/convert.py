@@ -22,7 +22,7 @@ def convert(
         typer.Argument(metavar="CHECKPOINT", help="A plain network's .pth or .safetensors file."),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The .pth or .safetensors file to make.")
+        Path, typer.Option("--output", "-o", help="The .pth or .safetensors file to write.")
     ],
     equivalent: Annotated[
         bool,
@@ -32,13 +32,13 @@ def convert(
         ),
     ] = False,
     kernel_num: Annotated[
-        int | None, typer.Option(help="Frequency groups of a layer (4, as published).")
+        int | None, typer.Option(help="Frequency groups of a layer. Default: 4, as published.")
     ] = None,
     channels_above: Annotated[
         int | None,
         typer.Option(
-            help="Convert layers of more channels than this (use_fdconv_if_c_gt). As the "
-            "published converter, those of 32 or more; with --equivalent, of 17 or more."
+            help="Convert layers of more channels than this (use_fdconv_if_c_gt). Default: 31, as "
+            "the published converter; with --equivalent 16, as the published layer."
         ),
     ] = None,
     settings: Annotated[
@@ -46,13 +46,13 @@ def convert(
         typer.Option(
             "--set",
             metavar="ARGUMENT=VALUE",
-            help="Another argument of the FDConv layers, e.g. param_ratio=2; may be repeated.",
+            help="Override an argument of the FDConv layers, e.g. param_ratio=2. Repeatable.",
         ),
     ] = None,
     config: Config = None,
     weights: Weights = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file that is there.")
+        bool, typer.Option("--overwrite", help="Replace an existing file.")
     ] = False,
     quiet: Quiet = False,
     as_json: Json = False,

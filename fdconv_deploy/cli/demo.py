@@ -10,11 +10,11 @@ from rich.console import Console
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what is made.")] = Path(
-        "demo-output"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the bundle and pictures.")
+    ] = Path("demo-output"),
 ) -> None:
-    """The whole way on the packaged checkpoint: export, verify, measure, serve."""
+    """Export, verify, score, time and serve the packaged checkpoint."""
     from fdconv_deploy.demo.walkthrough import walk
 
     walk(output, Console())
