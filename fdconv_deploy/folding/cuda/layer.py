@@ -24,6 +24,7 @@ from fdconv_deploy.ops.frequency_assembly.launch import (
     transform_of,
 )
 from fdconv_deploy.ops.frequency_assembly.torch_op import assemble_kernels
+from fdconv_deploy.ops.frequency_band_modulation.launch import takes_convolution
 from fdconv_deploy.ops.frequency_band_modulation.torch_op import modulate_bands
 
 Sides = tuple[int, int, int, int]
@@ -299,29 +300,34 @@ class FusedBandModulation(nn.Module):
             "through": np.stack([b.from_rows @ to_rows[: b.rows] for b in bands.bands]),
             "from_columns": np.concatenate([b.from_columns for b in bands.bands]) * gain,
             "conv_weight": bands.conv_weight,
+            "windows": bands.conv_weight.transpose(2, 3, 0, 1),
         }
+        maps, window = len(bands.conv_weight), bands.conv_weight.shape[-1]
+        own = takes_convolution(bands.groups, maps, window, bands.softmax)
+        del matrices["conv_weight" if own else "windows"]
         for name, matrix in matrices.items():
-            self.register_buffer(name, torch.tensor(matrix).to(dtype))
+            self.register_buffer(name, torch.tensor(matrix, dtype=dtype).contiguous())
+        self.own = own
         for name in ("conv_bias", "mix", "mix_bias"):
             self.register_buffer(name, torch.tensor(getattr(bands, name)))
-        if channels_last:
+        if channels_last and not own:
             weight = self.get_buffer("conv_weight")
             self.conv_weight = weight.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: at the folded size, in the memory format."""
         bands = self.bands
-        batch, _, height, width = x.shape
-        weight, groups = self.get_buffer("conv_weight"), bands.groups
         shift: Tensor | None = self.get_buffer("conv_bias")
-        logits = F.conv2d(x, weight, None, padding=weight.shape[-1] // 2, groups=groups)
-        if bands.softmax:
+        logits = None if self.own else self._logits(x)
+        if bands.softmax and logits is not None:
+            batch, _, height, width = x.shape
             grouped = logits.float() + self.get_buffer("conv_bias")[:, None, None]
-            grouped = grouped.reshape(batch, groups, -1, height, width).softmax(1)
+            grouped = grouped.reshape(batch, bands.groups, -1, height, width).softmax(1)
             logits, shift = grouped.reshape(logits.shape).to(x.dtype), None
         return modulate_bands(
             x,
             logits,
+            self.get_buffer("windows") if self.own else None,
             shift,
             self.get_buffer("mix"),
             self.get_buffer("mix_bias"),
@@ -331,3 +337,7 @@ class FusedBandModulation(nn.Module):
             [band.columns for band in bands.bands],
             not bands.softmax,
         )
+
+    def _logits(self, x: Tensor) -> Tensor:
+        weight = self.get_buffer("conv_weight")
+        return F.conv2d(x, weight, None, padding=weight.shape[-1] // 2, groups=self.bands.groups)

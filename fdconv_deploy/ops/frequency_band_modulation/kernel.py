@@ -1,12 +1,16 @@
 """The bands' weighted sum: y = sum over terms t of factor[t] ∘ low[t].
 
-low[0] is the input, the others its low-passes; factor = mix · act(logits) + mix_bias. The
-convolution that makes the logits is left to libraries.
+low[0] is the input, the others its low-passes; factor = mix · act(logits) + mix_bias.
 
 Three kernels: one projects each image row onto the widest band's frequencies; one applies each
 band's low-pass along the columns of pixels, which is one square matrix there and back; the last
 takes each row back and weighs and adds while it does, so no low-pass is ever written. What lies
 between them has its channels last, whatever the input has.
+
+The convolution that makes the logits has a few output channels, and a library's would take longer
+than the three together. The first kernel has the input at hand: for each pixel and block of
+channels it makes what the pixel gives to each map under each place of the convolution's window.
+The second adds up what each pixel's window gives. Other convolutions are left to libraries.
 
 `combination_kernel` is the last one alone for low-passes that products of a library made, as
 TensorRT's graphs have them.
@@ -108,14 +112,18 @@ def _product(total, left, right):
 def project_rows_kernel(
     x,  # (B, channels, height, width), or channels last
     to_columns,  # (width, count), of x's type
+    windows,  # (shares, channels), of x's type (shares > 0 only, else anything)
+    given,  # out: (B, blocks of channels, shares, height · width) float32 (shares > 0 only)
     projected,  # out: (B, height, count, channels), of x's type
     channels: tl.constexpr,
     height: tl.constexpr,
     width: tl.constexpr,
     count: tl.constexpr,
+    shares: tl.constexpr,  # places of a window times maps; 0 where logits are made elsewhere
     channel_block: tl.constexpr,
     count_block: tl.constexpr,
     pixel_block: tl.constexpr,
+    share_pad: tl.constexpr,
     channels_last: tl.constexpr,
     dependent: tl.constexpr,
 ):
@@ -125,6 +133,13 @@ def project_rows_kernel(
     row = tl.program_id(1) // blocks
     place = tl.program_id(1) % blocks * count_block + tl.arange(0, count_block)
     channel = tl.program_id(2) * channel_block + tl.arange(0, channel_block)
+    share = tl.arange(0, share_pad)
+    if shares > 0:
+        weight = tl.load(
+            windows + share[None, :] * channels + channel[:, None],
+            mask=(share < shares)[None, :] & (channel < channels)[:, None], other=0.0,
+        )  # fmt: skip
+        given += (image * tl.num_programs(2) + tl.program_id(2)) * (shares * height * width)
     begin(dependent)
     x += image * (channels * height * width)
     total = tl.zeros([count_block, channel_block], tl.float32)
@@ -140,15 +155,50 @@ def project_rows_kernel(
             mask=(pixel < width)[:, None] & (channel < channels)[None, :], other=0.0,
         )  # fmt: skip
         total = _product(total, matrix, seen)
+        if shares > 0:
+            part = _product(tl.zeros([pixel_block, share_pad], tl.float32), seen, weight)
+            at = share[None, :] * (height * width) + row * width + pixel[:, None]
+            mask = (pixel < width)[:, None] & (share < shares)[None, :]
+            # Of the programs that see these pixels, one for each block of frequencies.
+            tl.store(given + at, part, mask=mask & (tl.program_id(1) % blocks == 0))
     at = ((image * height + row) * count + place[:, None]) * channels + channel[None, :]
     mask = (place < count)[:, None] & (channel < channels)[None, :]
     tl.store(projected + at, total.to(projected.dtype.element_ty), mask=mask)
 
 
 @triton.jit
+def _add_windows(
+    given, logits, program,
+    parts: tl.constexpr, height: tl.constexpr, width: tl.constexpr, window: tl.constexpr,
+    maps: tl.constexpr, part_pad: tl.constexpr, pixel_block: tl.constexpr,
+    channels_last: tl.constexpr,
+):  # fmt: skip
+    """Logits of the program-th block of pixels: over ``parts`` places of all blocks of channels.
+
+    given, logits: the image's.
+    """
+    pixels: tl.constexpr = height * width
+    pixel = program * pixel_block + tl.arange(0, pixel_block)
+    part = tl.arange(0, part_pad)
+    place = part % (window * window)
+    down, right = place // window - window // 2, place % window - window // 2
+    y = (pixel // width)[None, :] + down[:, None]
+    x = (pixel % width)[None, :] + right[:, None]
+    inside = (part < parts)[:, None] & (pixel < pixels)[None, :]
+    inside &= (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    at = (part * (maps * pixels))[:, None] + y * width + x
+    for w in tl.static_range(maps):
+        total = tl.sum(tl.load(given + w * pixels + at, mask=inside, other=0.0), 0)
+        to = pixel * maps + w if channels_last else w * pixels + pixel
+        tl.store(logits + to, total.to(logits.dtype.element_ty), mask=pixel < pixels)
+
+
+@triton.jit
 def filter_columns_kernel(
     projected,  # (B, rows, count · channels)
     through,  # (bands, rows, rows), of the same type
+    given,  # (B, parts, maps, height · width) float32 (maps > 0 only, else anything)
+    logits,  # out: (B, maps, height, width), or channels last (maps > 0 only)
     filtered,  # out: (B, rows, sum(columns) · channels), of the same type
     channels: tl.constexpr,
     rows: tl.constexpr,
@@ -156,13 +206,51 @@ def filter_columns_kernel(
     columns: tl.constexpr,  # of each band, a tuple
     row_block: tl.constexpr,
     column_block: tl.constexpr,  # of (frequency, channel) pairs
+    column_blocks: tl.constexpr,  # of all bands
     inner_block: tl.constexpr,
+    maps: tl.constexpr,  # 0 where logits are made elsewhere
+    parts: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    window: tl.constexpr,
+    part_pad: tl.constexpr,
+    pixel_block: tl.constexpr,
+    channels_last: tl.constexpr,  # of logits
     dependent: tl.constexpr,
 ):
-    """Grid: (B, blocks of rows, blocks of columns, band after band)."""
+    """Grid: (B, blocks of rows, blocks of columns, band after band, and then of pixels).
+
+    As many blocks of pixels on the third axis as on both hold all of them.
+    """
     image = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * row_block + tl.arange(0, row_block)
     block = tl.program_id(2)
+    begin(dependent)
+    if block < column_blocks:
+        projected += image * (rows * count * channels)
+        filtered += image * (rows * _total(columns, len(columns)) * channels)
+        _filter(
+            projected, through, filtered, tl.program_id(1), block,
+            channels, rows, count, columns, row_block, column_block, inner_block,
+        )  # fmt: skip
+    else:
+        if maps > 0:  # noqa: PLR5501 - a constant, and a number
+            given += image * (parts * maps * height * width)
+            logits += image * (maps * height * width)
+            program = (block - column_blocks) * tl.num_programs(1) + tl.program_id(1)
+            _add_windows(
+                given, logits, program, parts, height, width, window, maps, part_pad,
+                pixel_block, channels_last,
+            )  # fmt: skip
+
+
+@triton.jit
+def _filter(
+    projected, through, filtered, row_program, block,
+    channels: tl.constexpr, rows: tl.constexpr, count: tl.constexpr, columns: tl.constexpr,
+    row_block: tl.constexpr, column_block: tl.constexpr, inner_block: tl.constexpr,
+):  # fmt: skip
+    """One block of rows of one block of columns."""
+    row = row_program * row_block + tl.arange(0, row_block)
     # Which band's block this is, and how many blocks the bands before have.
     band = 0
     width = 0
@@ -179,8 +267,6 @@ def filter_columns_kernel(
         mine += tl.where(here, block - before, 0)
         before = after
     column = mine * column_block + tl.arange(0, column_block)
-    begin(dependent)
-    projected += image * (rows * count * channels)
     through += band * (rows * rows)
     total = tl.zeros([row_block, column_block], tl.float32)
     for first in range(0, rows, inner_block):
@@ -194,7 +280,7 @@ def filter_columns_kernel(
             mask=(inner < rows)[:, None] & (column < width)[None, :], other=0.0,
         )  # fmt: skip
         total = _product(total, matrix, seen)
-    at = (image * rows + row[:, None]) * stored + start + column[None, :]
+    at = row[:, None] * stored + start + column[None, :]
     mask = (row < rows)[:, None] & (column < width)[None, :]
     tl.store(filtered + at, total.to(filtered.dtype.element_ty), mask=mask)
 

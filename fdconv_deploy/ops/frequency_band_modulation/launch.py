@@ -63,7 +63,8 @@ class BandSizes:
     """What the kernels of a layer's band modulation are specialised to.
 
     count: columns of the projection. parts: 2 where projected rows are complex. columns: how many
-    of the projection's columns each band keeps. groups, weighted: of `FoldedBands`.
+    of the projection's columns each band keeps. groups, weighted: of `FoldedBands`. window: side of
+    the convolution that makes the logits, which these kernels do; 0 where they are given.
     """
 
     channels: int
@@ -74,6 +75,22 @@ class BandSizes:
     columns: tuple[int, ...]
     groups: int
     weighted: int
+    window: int = 0
+
+    @property
+    def maps(self) -> int:
+        """Of the logits, where these kernels make them."""
+        return self.weighted if self.window else 0
+
+    @property
+    def shares(self) -> int:
+        """What a pixel gives: to each map under each place of a window."""
+        return self.maps * self.window**2
+
+    @property
+    def channel_blocks(self) -> int:
+        """Programs that share a row's channels in the first kernel."""
+        return -(-self.channels // _block(self.channels))
 
     @property
     def rows(self) -> int:
@@ -89,6 +106,13 @@ class BandSizes:
 # A product's operands are at least 16 long. Two of its tiles stay in a thread's registers.
 LEAST, MOST = 16, 64
 STAGES = 3
+# Elements that a program of the second kernel adds up for each map.
+ADDED = 2048
+
+
+def takes_convolution(groups: int, maps: int, window: int, softmax: bool) -> bool:
+    """Whether the kernels make the logits themselves, of a convolution of one group."""
+    return groups == 1 and not softmax and window % 2 == 1 and maps * window**2 <= MOST
 
 
 def _block(size: int, most: int = MOST) -> int:
@@ -104,21 +128,36 @@ def project_launch(sizes: BandSizes, channels_last: bool, dtype: str) -> KernelL
         "height": sizes.height,
         "width": sizes.width,
         "count": sizes.count,
+        "shares": sizes.shares,
         "channel_block": channel_block,
         "count_block": count_block,
         "pixel_block": _block(sizes.width, 32),
+        "share_pad": _block(sizes.shares),
         "channels_last": channels_last,
         "dependent": False,
     }
-    blocks = sizes.height * -(-sizes.count // count_block), -(-sizes.channels // channel_block)
-    arguments = ("x", feature), ("to_columns", feature), ("projected", feature)
-    return KernelLaunch("project_rows_kernel", arguments, constants, blocks, 4, STAGES)
+    blocks = sizes.height * -(-sizes.count // count_block), sizes.channel_blocks
+    arguments = (
+        ("x", feature),
+        ("to_columns", feature),
+        ("windows", feature),
+        ("given", F32),
+        ("projected", feature),
+    )
+    # Without tensor cores for float16 (7.5), two products in four warps take too many registers.
+    warps = 8 if sizes.shares else 4
+    return KernelLaunch("project_rows_kernel", arguments, constants, blocks, warps, STAGES)
 
 
-def filter_launch(sizes: BandSizes, dtype: str) -> KernelLaunch:
-    """Each band's low-pass along the columns of pixels."""
+def filter_launch(sizes: BandSizes, channels_last: bool, dtype: str) -> KernelLaunch:
+    """Each band's low-pass along the columns of pixels, and the logits where they are made here."""
     feature = "*" + FLOAT_TYPES[dtype]
     row_block = _block(sizes.rows, 32)
+    row_blocks = -(-sizes.rows // row_block)
+    column_blocks = sum(-(-kept * sizes.channels // MOST) for kept in sizes.columns)
+    parts = sizes.window**2 * sizes.channel_blocks
+    pixel_block = max(1, ADDED // power_of_two(parts))
+    pixel_blocks = -(-sizes.height * sizes.width // pixel_block) if sizes.maps else 0
     constants: dict[str, int | bool | float | tuple[int, ...]] = {
         "channels": sizes.channels,
         "rows": sizes.rows,
@@ -126,12 +165,26 @@ def filter_launch(sizes: BandSizes, dtype: str) -> KernelLaunch:
         "columns": sizes.columns,
         "row_block": row_block,
         "column_block": MOST,
+        "column_blocks": column_blocks,
         "inner_block": _block(sizes.rows, 32),
+        "maps": sizes.maps,
+        "parts": parts,
+        "height": sizes.height,
+        "width": sizes.width,
+        "window": sizes.window,
+        "part_pad": power_of_two(parts),
+        "pixel_block": pixel_block,
+        "channels_last": channels_last,
         "dependent": False,
     }
-    column_blocks = sum(-(-kept * sizes.channels // MOST) for kept in sizes.columns)
-    arguments = ("projected", feature), ("through", feature), ("filtered", feature)
-    blocks = -(-sizes.rows // row_block), column_blocks
+    arguments = (
+        ("projected", feature),
+        ("through", feature),
+        ("given", F32),
+        ("logits", feature),
+        ("filtered", feature),
+    )
+    blocks = row_blocks, column_blocks + -(-pixel_blocks // row_blocks)
     return KernelLaunch("filter_columns_kernel", arguments, constants, blocks, 4, STAGES)
 
 

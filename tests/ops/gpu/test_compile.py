@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ BANDS = combination_launch(
     channels_last=True, dtype="float16",
 )  # fmt: skip
 POOLING = Pooling(256, 1024, 64)
-BAND_SIZES = BandSizes(64, 24, 24, 14, 2, (7, 4, 2), 1, 3)
+BAND_SIZES = BandSizes(64, 24, 24, 14, 2, (7, 4, 2), 1, 3, window=3)
 SMALL = {
     "pool": pool_launch(POOLING, channels_last=True, dtype="float16"),
     "finish": finish_launch(
@@ -74,11 +75,14 @@ SMALL = {
         POOLING, GateSizes(400, True, True, 1e-5, True, True, averaged=True, average_epsilon=1e-5)
     ),
     "projected bands": project_launch(BAND_SIZES, channels_last=True, dtype="float16"),
-    "filtered bands": filter_launch(BAND_SIZES, dtype="float16"),
+    "filtered bands": filter_launch(BAND_SIZES, channels_last=True, dtype="float16"),
     "modulated bands": modulate_launch(
         BAND_SIZES, channels_last=True, dtype="float16", biased=True, sigmoid=True
     ),
-    "filtered bands, float32": filter_launch(BAND_SIZES, dtype="float32"),
+    "projected bands, float32": project_launch(BAND_SIZES, channels_last=False, dtype="float32"),
+    "filtered bands, float32, logits elsewhere": filter_launch(
+        replace(BAND_SIZES, window=0), channels_last=False, dtype="float32"
+    ),
     "rows": row_launch(layer_sizes(64, 64, 1)),
     "columns": column_launch(layer_sizes(64, 64, 1), channels_last=True, dtype="float16"),
     "bands": BANDS,
