@@ -174,9 +174,14 @@ def kernels_of(record: dict[str, Any], network: str) -> list[Kernel]:
     return [Kernel(**row | {"product": row["product"] and tuple(row["product"])}) for row in rows]
 
 
-def predicted(record: dict[str, Any], network: str, gpu: str) -> float:
-    """Seconds of one image: of what runs side by side the longer counts."""
+def predicted(record: dict[str, Any], network: str, gpu: str, early: bool = True) -> float:
+    """Seconds of one image: of what runs side by side the longer counts.
+
+    early: as recorded; else no kernel starts while another one ends.
+    """
     kernels = kernels_of(record, network)
+    if not early:
+        kernels = [replace(kernel, early=False) for kernel in kernels]
     total = sum(kernel.count * kernel.seconds(gpu) for kernel in kernels)
     for sides in record["networks"][network]["forks"]:
         total -= min(sum(kernels[place].seconds(gpu) for place in side) for side in sides)
@@ -215,6 +220,12 @@ def _networks(record: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells + [f"{ms:.2f}" for ms in times[name]]) + " |")
     ratios = [f"{b / a:.2f}×" for a, b in zip(times["plain"], times["FDConv"], strict=True)]
     lines.append(f"| **FDConv vs. plain** | | | | | **{ratios[0]}** | **{ratios[1]}** |")
+    late = [
+        predicted(record, "FDConv", gpu, early=False) / predicted(record, "plain", gpu)
+        for gpu in RATES
+    ]
+    cells = " | ".join(f"{ratio:.2f}×" for ratio in late)
+    lines.append(f"| the same if none started early | | | | | {cells} |")
     return "\n".join(lines)
 
 
@@ -282,15 +293,17 @@ graph, beside a plain ResNet-50 that `fuse_network` made as well.
   (`tests/ops/gpu/test_compile.py`).
 - **Time of a kernel**: {START * 1e6:.0f} µs from its start to the next one's in a CUDA graph, {START_EARLY * 1e6:.1f} where one of this package's
   kernels starts while another one ends (both assumed), and the longest of
-  - its tensors' bytes at the copy's rate: {RATES["H100"] / 1e12:.1f} TB/s on an H100, {RATES["H200"] / 1e12:.1f} on an H200. At batch 1 much of it stays in the
-    second-level cache, which is faster: this counts against both networks alike;
+  - its tensors' bytes at the copy's rate: {RATES["H100"] / 1e12:.1f} TB/s on an H100, {RATES["H200"] / 1e12:.1f} on an H200, and what each program of
+    `attend_rows_kernel` reads for itself for every one. At batch 1 much of it stays in the second-level cache,
+    which is faster: this counts against both networks alike;
   - of a product or convolution: tiles of {TILE}×{TILE}, one a multiprocessor at a time, at half of the tensor cores' rate
     (assumed);
   - of a Triton kernel: instructions over {MULTIPROCESSORS} multiprocessors' {SCHEDULERS} schedulers at {CLOCK / 1e9:.3f} GHz, and no faster than one in {ALONE}
     cycles for each warp (assumed).
 
 A band modulation runs on a stream beside its layer's attentions and assembly: of the two, the longer
-counts. The sums by kernel below count both.
+counts. The sums by kernel below count both. Of a kernel whose programs do one of two things, the
+instructions of both count for each.
 
 ## By kernel
 
@@ -304,12 +317,14 @@ Launches an image, and predicted µs on an H200:
 
 ## Assembly
 
-The spectrum is half of the kernel matrix in complex numbers: 4.5 bytes a weight with its map. A first
-kernel weighs it by the attentions and inverts it along O·kh; what it writes stays in the second-level
-cache (50 MB and more on the large GPUs; the largest layer's is 9.5 MB). A second one inverts along I·kw
-onto real numbers, two rows in one complex transform, applies all modulations and writes the
-convolution's weights. What must cross memory is the spectrum once and the kernels once: all 48 layers'
-floors add up to {floors * 1e6:.0f} µs an image at {MEMORY / 1e12:.1f} TB/s.
+The convolution before has pooled its output, in up to 128 parts of the hidden layer. The spectrum is half
+of the kernel matrix in complex numbers: 4.5 bytes a weight with its map. A first kernel's programs each
+add up the parts and make the attentions that weigh it, 64 numbers, for themselves, which takes less than
+another kernel's start; and each makes a few of the gates for the second kernel. They invert the spectrum along
+O·kh; what they write stays in the second-level cache (50 MB and more on the large GPUs; the largest
+layer's is 9.5 MB). The second kernel inverts along I·kw onto real numbers, two rows in one complex
+transform, applies all modulations and writes the convolution's weights. What must cross memory is the
+spectrum once and the kernels once: all 48 layers' floors add up to {floors * 1e6:.0f} µs an image at {MEMORY / 1e12:.1f} TB/s.
 
 Transforms run in registers, as butterflies on float32, not on tensor cores: a length of 1536 takes some
 60 operations a point as a fast transform; as three-stage matrix products it would take 320, and three

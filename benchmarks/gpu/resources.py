@@ -155,6 +155,10 @@ def trips(launch: KernelLaunch) -> list[int]:
     if launch.kernel == "gates_kernel":
         parts = math.ceil(known["splits"] * known["blocks"] / known["part_block"])
         return [parts, math.ceil(known["splits"] / known["split_block"])]
+    if launch.kernel == "attend_rows_kernel":
+        parts = math.ceil(known["splits"] * known["blocks"] / known["part_block"])
+        averages = math.ceil(known["splits"] / known["split_block"])
+        return [parts, known["outputs"], averages]
     if launch.kernel == "project_rows_kernel":
         return [math.ceil(known["width"] / known["pixel_block"])]
     if launch.kernel == "filter_columns_kernel":

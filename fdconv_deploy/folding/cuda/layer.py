@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,16 +15,17 @@ from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.bands import FoldedBands
 from fdconv_deploy.folding.cuda.fork import Fork
 from fdconv_deploy.folding.layer import FoldedConv
-from fdconv_deploy.ops.attention.launch import GateSizes
+from fdconv_deploy.ops.attention.launch import GateSizes, Pooling
 from fdconv_deploy.ops.attention.torch_op import attend, finish_convolution, pool
 from fdconv_deploy.ops.frequency_assembly.launch import (
     assembly_sizes,
+    attend_rows_launch,
     column_transform,
     kernel_spectrum,
     root_table,
     transform_of,
 )
-from fdconv_deploy.ops.frequency_assembly.torch_op import assemble_kernels
+from fdconv_deploy.ops.frequency_assembly.torch_op import assemble_kernels, attend_and_assemble
 from fdconv_deploy.ops.frequency_band_modulation.launch import takes_convolution
 from fdconv_deploy.ops.frequency_band_modulation.torch_op import modulate_bands
 
@@ -166,6 +168,7 @@ class FusedConv2d(nn.Module):
             bias=folded.bias, weight=constant, dtype=dtype, channels_last=self.channels_last,
         )  # fmt: skip
         self.sizes: list[int] = []
+        self.attends = False  # in the first kernel of the assembly
         constants: dict[str, np.ndarray | None] = {}
         if self.dynamic:
             assert folded.spectrum is not None
@@ -173,6 +176,12 @@ class FusedConv2d(nn.Module):
             sizes = assembly_sizes(folded, spectrum)
             self.sizes = sizes.numbers()
             modulation, norm, local = folded.modulation, folded.modulation.norm, folded.local
+            pooling = Pooling(
+                folded.in_channels, math.prod(folded.input_size), len(modulation.hidden)
+            )
+            gates = GateSizes.of(modulation, local)
+            launch = attend_rows_launch(pooling, gates, modulation.kernel, sizes)
+            self.attends = launch is not None
             constants = {
                 "values": spectrum.values,
                 "groups": spectrum.groups,
@@ -199,12 +208,11 @@ class FusedConv2d(nn.Module):
         """Whether its kernels depend on the image."""
         return self.folded.constant_weight is None
 
-    def attention(self, partial: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates ``(B, heads)`` and the normalised average ``(B, I)`` from the pooled input."""
+    def _attentions(self) -> list[Any]:
+        """What makes attentions of a pooled input, as `attend` takes it."""
         folded, modulation = self.folded, self.folded.modulation
         sizes = GateSizes.of(modulation, folded.local)
-        gates, average = attend(
-            partial,
+        return [
             self.get_buffer("hidden_bias"),
             self.hidden_norm_weight,
             self.hidden_norm_bias,
@@ -215,18 +223,20 @@ class FusedConv2d(nn.Module):
             [folded.in_channels, math.prod(folded.input_size), len(modulation.hidden)],
             [sizes.epsilon, sizes.average_epsilon],
             modulation.squared,
-            sizes.sigmoid,
-        )
+        ]
+
+    def attention(self, partial: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates ``(B, heads)`` and the normalised average ``(B, I)`` from the pooled input."""
+        modulation = self.folded.modulation
+        gates, average = attend(partial, *self._attentions(), not modulation.softmax)
         if modulation.softmax:
             lengths = [modulation.kernel, modulation.filter, modulation.spatial, modulation.channel]
             gates = torch.cat([part.softmax(1) for part in gates.split(lengths, 1)], 1)
         return gates, average
 
-    def kernels(self, gates: Tensor, average: Tensor) -> Tensor:
-        """One kernel per image, ``(B·O, I, kh, kw)`` of ``dtype``."""
-        return assemble_kernels(
-            gates,
-            average,
+    def kernels(self, partial: Tensor) -> Tensor:
+        """One kernel per image, ``(B·O, I, kh, kw)`` of ``dtype``, from the pooled input."""
+        spectrum = [
             self.get_buffer("values"),
             self.get_buffer("groups"),
             self.get_buffer("row_table"),
@@ -236,7 +246,11 @@ class FusedConv2d(nn.Module):
             self.sizes,
             self.dtype,
             self.channels_last,
-        )
+        ]
+        if self.attends:
+            given = *self._attentions(), self.folded.modulation.kernel
+            return attend_and_assemble(partial, *given, *spectrum)
+        return assemble_kernels(*self.attention(partial), *spectrum)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(B, I, H, W)`` of ``dtype`` at the folded size.
@@ -280,7 +294,7 @@ class FusedConv2d(nn.Module):
         if self.dynamic:
             if partial is None:
                 partial = pool(x, self.get_buffer("hidden"))
-            kernels = self.kernels(*self.attention(partial))
+            kernels = self.kernels(partial)
         if self.bands is not None:
             fork.join()
         return self.convolution.run(modulated, kernels, shortcut, hidden, relu)

@@ -131,7 +131,7 @@ def finish_kernel(
 
 
 @triton.jit
-def _hidden(
+def hidden_layer(
     partial, bias, norm_weight, norm_bias,
     splits: tl.constexpr, blocks: tl.constexpr, channels: tl.constexpr, units: tl.constexpr,
     unit_pad: tl.constexpr, part_block: tl.constexpr,
@@ -158,6 +158,30 @@ def _hidden(
     if squared:
         z *= z
     return z
+
+
+@triton.jit
+def normalise_average(
+    partial, weight, bias, average,
+    splits: tl.constexpr, blocks: tl.constexpr, channels: tl.constexpr,
+    channel_pad: tl.constexpr, split_block: tl.constexpr, units: tl.constexpr,
+    epsilon: tl.constexpr,
+):  # fmt: skip
+    """LayerNorm of the average into ``average``."""
+    channel = tl.arange(0, channel_pad)
+    inside = channel < channels
+    total = tl.zeros([split_block, channel_pad], tl.float32)
+    for first in range(0, splits, split_block):
+        split = first + tl.arange(0, split_block)
+        row = partial + split[:, None] * (blocks * units + channels)
+        at = row + blocks * units + channel[None, :]
+        total += tl.load(at, mask=(split < splits)[:, None] & inside[None, :], other=0.0)
+    mean = tl.sum(total, 0)
+    mean = tl.where(inside, mean - tl.sum(mean, 0) / channels, 0.0)
+    mean *= tl.rsqrt(tl.sum(mean * mean, 0) / channels + epsilon)
+    mean *= tl.load(weight + channel, mask=inside, other=0.0)
+    mean += tl.load(bias + channel, mask=inside, other=0.0)
+    tl.store(average + channel, mean, mask=inside)
 
 
 @triton.jit
@@ -203,7 +227,7 @@ def gates_kernel(
         weight = tl.load(heads + head[:, None] * units + unit[None, :], mask=mask, other=0.0)
         moved = tl.load(head_bias + head, mask=head < count, other=0.0)
         begin(dependent)
-        z = _hidden(
+        z = hidden_layer(
             partial, hidden_bias, norm_weight, norm_bias, splits, blocks, channels, units,
             unit_pad, part_block, normed, centred, epsilon, squared,
         )  # fmt: skip
@@ -213,16 +237,7 @@ def gates_kernel(
         tl.store(gates + image * count + head, logit, mask=head < count)
     else:
         begin(dependent)
-        channel = tl.arange(0, channel_pad)
-        inside = channel < channels
-        total = tl.zeros([split_block, channel_pad], tl.float32)
-        for first in range(0, splits, split_block):
-            split = first + tl.arange(0, split_block)
-            at = partial + split[:, None] * stride + blocks * units + channel[None, :]
-            total += tl.load(at, mask=(split < splits)[:, None] & inside[None, :], other=0.0)
-        mean = tl.sum(total, 0)
-        mean = tl.where(inside, mean - tl.sum(mean, 0) / channels, 0.0)
-        mean *= tl.rsqrt(tl.sum(mean * mean, 0) / channels + average_epsilon)
-        mean *= tl.load(average_weight + channel, mask=inside, other=0.0)
-        mean += tl.load(average_bias + channel, mask=inside, other=0.0)
-        tl.store(average + image * channels + channel, mean, mask=inside)
+        normalise_average(
+            partial, average_weight, average_bias, average + image * channels,
+            splits, blocks, channels, channel_pad, split_block, units, average_epsilon,
+        )  # fmt: skip

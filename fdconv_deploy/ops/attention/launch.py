@@ -14,8 +14,11 @@ F32 = "*fp32"
 TILE_PIXELS, TILE_CHANNELS = 32, 64
 # Some four programs to each multiprocessor of a large GPU: a pass over a feature map.
 PROGRAMS = 512
-# Parts of the hidden layer that each program of the gates kernel adds up.
-PARTS = 16384
+# Where pooled, about one, of as many threads together: their parts are added up afterwards, by
+# every program that needs the hidden layer.
+POOLING_PROGRAMS, MOST_PIXELS = 128, 128
+# Of parts, numbers that each of those adds up.
+PARTS = 8192
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,38 @@ class Pooling:
         return -(-self.channels // self.channel_block)
 
     @property
+    def pixel_block(self) -> int:
+        """Pixels of a tile."""
+        block = TILE_PIXELS
+        while (
+            self.units
+            and block < MOST_PIXELS
+            and -(-self.pixels // block) * self.blocks > POOLING_PROGRAMS
+        ):
+            block *= 2
+        return block
+
+    @property
     def steps(self) -> int:
         """Tiles of pixels per program."""
-        tiles = -(-self.pixels // TILE_PIXELS)
-        most = min(PROGRAMS, PARTS // max(1, self.units)) // self.blocks
-        return -(-tiles // max(1, most))
+        tiles = -(-self.pixels // self.pixel_block)
+        most = min(POOLING_PROGRAMS, PARTS // self.units) if self.units else PROGRAMS
+        return -(-tiles // max(1, most // self.blocks))
 
     @property
     def splits(self) -> int:
         """Programs along the pixels."""
-        return -(-self.pixels // (TILE_PIXELS * self.steps))
+        return -(-self.pixels // (self.pixel_block * self.steps))
+
+    @property
+    def parts(self) -> int:
+        """Vectors whose sum is the hidden layer of an image."""
+        return self.splits * self.blocks
+
+    @property
+    def warps(self) -> int:
+        """Warps per program."""
+        return max(4, self.pixel_block * self.channel_block // 512)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,7 +86,7 @@ class Pooling:
             "pixels": self.pixels,
             "units": self.units,
             "unit_block": block,
-            "pixel_block": TILE_PIXELS,
+            "pixel_block": self.pixel_block,
             "channel_block": self.channel_block,
             "steps": self.steps,
             "channels_last": channels_last,
@@ -73,7 +98,8 @@ def pool_launch(pooling: Pooling, channels_last: bool, dtype: str = "float32") -
     """Of pooling alone, for inputs of a type."""
     arguments = ("x", "*" + FLOAT_TYPES[dtype]), ("hidden_weight", F32), ("partial", F32)
     blocks = pooling.blocks, pooling.splits
-    return KernelLaunch("pool_kernel", arguments, pooling.constants(channels_last), blocks, 4)
+    return KernelLaunch("pool_kernel", arguments, pooling.constants(channels_last), blocks,
+                        pooling.warps)  # fmt: skip
 
 
 def finish_launch(
@@ -100,7 +126,7 @@ def finish_launch(
         "biased": biased, "added": added, "relu": relu, "pooled": pooled,
     }  # fmt: skip
     blocks = pooling.blocks, pooling.splits
-    return KernelLaunch("finish_kernel", arguments, constants, blocks, 4)
+    return KernelLaunch("finish_kernel", arguments, constants, blocks, pooling.warps)
 
 
 @dataclass(frozen=True)
@@ -141,7 +167,6 @@ def gates_launch(pooling: Pooling, sizes: GateSizes) -> KernelLaunch:
     arguments = tuple((name, F32) for name in names.split())
     unit_pad, channel_pad = power_of_two(pooling.units), power_of_two(pooling.channels)
     head_block = max(1, min(64, 8192 // unit_pad, power_of_two(sizes.count)))
-    parts = pooling.splits * pooling.blocks
     constants: dict[str, int | bool | float] = {
         "splits": pooling.splits,
         "blocks": pooling.blocks,
@@ -150,7 +175,7 @@ def gates_launch(pooling: Pooling, sizes: GateSizes) -> KernelLaunch:
         "split_block": max(1, min(power_of_two(pooling.splits), 4096 // channel_pad)),
         "units": pooling.units,
         "unit_pad": unit_pad,
-        "part_block": max(1, min(power_of_two(parts), 2048 // unit_pad)),
+        "part_block": max(1, min(power_of_two(pooling.parts), 2048 // unit_pad)),
         "count": sizes.count,
         "head_block": head_block,
         "normed": sizes.normed,

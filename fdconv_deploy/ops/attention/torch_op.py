@@ -136,11 +136,8 @@ def attend(
     """
     require_device(partial, "fdconv::attend")
     batch, local = len(partial), average_weight is not None
-    gates, average = _attentions(partial, heads, pooling, local)
-    sizes = GateSizes(
-        len(heads), norm_weight is not None, norm_bias is not None, epsilons[0], squared, sigmoid,
-        local, epsilons[1],
-    )  # fmt: skip
+    gates, average = attentions(partial, heads, pooling, local)
+    sizes = gate_sizes(heads, norm_weight, norm_bias, average_weight, epsilons, squared, sigmoid)
 
     def given(tensor: Tensor | None) -> Tensor:
         return heads if tensor is None else tensor
@@ -153,9 +150,26 @@ def attend(
     return gates, average
 
 
-def _attentions(
+def gate_sizes(
+    heads: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    average_weight: Tensor | None,
+    epsilons: list[float],
+    squared: bool,
+    sigmoid: bool,
+) -> GateSizes:
+    """Sizes of the attentions that `attend` is given so."""
+    return GateSizes(
+        len(heads), norm_weight is not None, norm_bias is not None, epsilons[0], squared, sigmoid,
+        average_weight is not None, epsilons[1],
+    )  # fmt: skip
+
+
+def attentions(
     partial: Tensor, heads: Tensor, pooling: list[int], local: bool
 ) -> tuple[Tensor, Tensor]:
+    """Empty gates and average, of the shapes that `attend` gives."""
     batch = len(partial)
     return (
         partial.new_empty((batch, len(heads))),
@@ -178,4 +192,4 @@ def _(
     squared: bool,
     sigmoid: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _attentions(partial, heads, pooling, average_weight is not None)
+    return attentions(partial, heads, pooling, average_weight is not None)

@@ -5,6 +5,9 @@ image and one tile of columns, whole. It reads its constants once, in the order 
 writes what stays in the second-level cache until the second kernel reads it: for each block of
 rows that kernel takes together, one stretch of memory.
 
+`attend_rows_kernel` is the same for who has no attentions yet: each program makes those that weigh
+the spectrum from what pooling left, which is less work than a kernel before would be waited for.
+
 The second inverts the columns onto real numbers, modulates and writes the weights. A program
 takes a block of whole rows of the kernel matrix: all input channels and kernel columns of a few
 (output channel, kernel row) pairs. A row is real, so two rows make one complex transform, one in
@@ -35,6 +38,7 @@ import math
 import triton
 import triton.language as tl
 
+from fdconv_deploy.ops.attention.kernels import hidden_layer, normalise_average
 from fdconv_deploy.ops.dependent_launch import begin
 
 
@@ -206,12 +210,19 @@ def odd_output(
 
 
 @triton.jit
-def _weighted(gates, values, groups, at, tile_size: tl.constexpr, planes: tl.constexpr):
-    """Entries ``at`` of one tile's spectrum, weighed and summed over the planes."""
+def _weighted(
+    gates, values, groups, at,
+    tile_size: tl.constexpr, planes: tl.constexpr, held: tl.constexpr = False,
+):  # fmt: skip
+    """Entries ``at`` of one tile's spectrum, weighed and summed over the planes.
+
+    gates: a pointer; where ``held``, the attentions themselves.
+    """
     real = tl.zeros(at.shape, tl.float32)
     imaginary = tl.zeros(at.shape, tl.float32)
     for plane in tl.static_range(planes):
-        gate = tl.load(gates + tl.load(groups + plane * tile_size + at).to(tl.int32))
+        group = tl.load(groups + plane * tile_size + at).to(tl.int32)
+        gate = tl.gather(gates, group, 0) if held else tl.load(gates + group)
         real += gate * tl.load(values + 2 * plane * tile_size + at)
         imaginary += gate * tl.load(values + (2 * plane + 1) * tile_size + at)
     return real, imaginary
@@ -257,14 +268,124 @@ def row_kernel(
     groups += tile.to(tl.int64) * (planes * odd * part)
     half += image.to(tl.int64) * (row_blocks * row_block * 2) * stored_columns
 
+    _invert_rows(
+        gates, values, groups, table, half, tile, tl.program_id(2) * outputs, stored_columns,
+        planes, odd, power, limit, outputs, width, row_block, table_size, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def attend_rows_kernel(
+    partial,  # (B, splits, blocks · units + channels) float32, of attention.kernels.pool_kernel
+    hidden_bias,  # to average_bias: as of attention.kernels.gates_kernel
+    norm_weight,
+    norm_bias,
+    heads,
+    head_bias,
+    average_weight,
+    average_bias,
+    values,  # to table: as of row_kernel
+    groups,
+    table,
+    average,  # out: (B, channels) float32 (averaged only)
+    gates,  # out: (B, count) float32, all but the kernel attentions, which nothing else reads
+    half,  # out: as of row_kernel
+    splits: tl.constexpr,
+    blocks: tl.constexpr,
+    channels: tl.constexpr,
+    channel_pad: tl.constexpr,
+    split_block: tl.constexpr,
+    units: tl.constexpr,
+    unit_pad: tl.constexpr,
+    part_block: tl.constexpr,
+    count: tl.constexpr,
+    kernel: tl.constexpr,  # attentions that weigh the spectrum
+    kernel_pad: tl.constexpr,
+    each: tl.constexpr,  # of the others, per program
+    each_pad: tl.constexpr,
+    normed: tl.constexpr,
+    centred: tl.constexpr,
+    epsilon: tl.constexpr,
+    squared: tl.constexpr,
+    averaged: tl.constexpr,
+    average_epsilon: tl.constexpr,
+    planes: tl.constexpr,
+    tiles: tl.constexpr,
+    odd: tl.constexpr,
+    power: tl.constexpr,
+    limit: tl.constexpr,
+    outputs: tl.constexpr,
+    width: tl.constexpr,
+    row_block: tl.constexpr,
+    row_blocks: tl.constexpr,
+    table_size: tl.constexpr,
+    dependent: tl.constexpr,
+):
+    """As row_kernel, which needs no gates: every program makes the kernel attentions for itself.
+
+    Of the other gates each program makes a few. Grid: (B, tiles, parts of the odd outputs), and
+    one more tile where ``averaged``: its first program normalises the average.
+    """
+    image = tl.program_id(0)
+    tile = tl.program_id(1)
+    unit = tl.arange(0, unit_pad)
+    first = tl.arange(0, kernel_pad)
+    program = tile * tl.num_programs(2) + tl.program_id(2)
+    weight, moved = _head(heads, head_bias, first, unit, kernel, units)
+    begin(dependent)
+    partial += image.to(tl.int64) * (splits * (blocks * units + channels))
+    if tile < tiles:
+        z = hidden_layer(
+            partial, hidden_bias, norm_weight, norm_bias, splits, blocks, channels, units,
+            unit_pad, part_block, normed, centred, epsilon, squared,
+        )  # fmt: skip
+        if each > 0:
+            other = kernel + program * each + tl.arange(0, each_pad)
+            stop = tl.minimum(kernel + (program + 1) * each, count)
+            lines, offset = _head(heads, head_bias, other, unit, stop, units)
+            gate = tl.sigmoid(tl.sum(lines * z[None, :], 1) + offset)
+            tl.store(gates + image * count + other, gate, mask=other < stop)
+        values += tile.to(tl.int64) * (2 * planes * odd * power * width)
+        groups += tile.to(tl.int64) * (planes * odd * power * width)
+        half += image.to(tl.int64) * (row_blocks * row_block * 2) * (tiles * width)
+        _invert_rows(
+            tl.sigmoid(tl.sum(weight * z[None, :], 1) + moved),
+            values, groups, table, half, tile, tl.program_id(2) * outputs, tiles * width,
+            planes, odd, power, limit, outputs, width, row_block, table_size, True,
+        )  # fmt: skip
+    else:
+        if averaged and tl.program_id(2) == 0:
+            normalise_average(
+                partial, average_weight, average_bias, average + image * channels,
+                splits, blocks, channels, channel_pad, split_block, units, average_epsilon,
+            )  # fmt: skip
+
+
+@triton.jit
+def _head(heads, head_bias, head, unit, stop, units: tl.constexpr):
+    """Weights and biases of the heads before ``stop``."""
+    mask = (head < stop)[:, None] & (unit < units)[None, :]
+    weight = tl.load(heads + head[:, None] * units + unit[None, :], mask=mask, other=0.0)
+    return weight, tl.load(head_bias + head, mask=head < stop, other=0.0)
+
+
+@triton.jit
+def _invert_rows(
+    gates, values, groups, table, half, tile, first, stored_columns,
+    planes: tl.constexpr, odd: tl.constexpr, power: tl.constexpr, limit: tl.constexpr,
+    outputs: tl.constexpr, width: tl.constexpr, row_block: tl.constexpr,
+    table_size: tl.constexpr, held: tl.constexpr,
+):  # fmt: skip
+    """Weigh a tile and write ``outputs`` of the odd part's from the ``first`` on."""
+    part: tl.constexpr = power * width
     lane = tl.arange(0, part)
     xr = ()
     xi = ()
     for t in tl.static_range(odd):
-        real, imaginary = _weighted(gates, values, groups, t * part + lane, odd * part, planes)
+        entry = t * part + lane
+        real, imaginary = _weighted(gates, values, groups, entry, odd * part, planes, held)
         xr = xr + (real,)
         xi = xi + (imaginary,)
-    first = tl.program_id(2) * outputs
     for n in range(outputs):
         k = first + n
         yr, yi = odd_output(xr, xi, k, table, table_size, power, width, limit)

@@ -22,7 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fdconv_deploy.folding.spectrum import HalfSpectrum
-from fdconv_deploy.ops.launch import THREADS_PER_WARP, KernelLaunch, warps_for
+from fdconv_deploy.ops.attention.launch import PARTS, GateSizes, Pooling
+from fdconv_deploy.ops.launch import (
+    THREADS_PER_WARP,
+    KernelLaunch,
+    power_of_two,
+    warps_for,
+)
 
 if TYPE_CHECKING:  # it imports torch, which compiling kernels does without
     from fdconv_deploy.folding.layer import FoldedConv
@@ -349,6 +355,70 @@ def row_launch(sizes: AssemblySizes) -> KernelLaunch:
     constants = common | _of_transform(transform, sizes.tiles * warps)
     blocks = sizes.tiles, transform.odd // int(constants["outputs"])
     return KernelLaunch("row_kernel", arguments, constants, blocks, warps)
+
+
+# Of a tile, numbers to a thread: of heads, and of the pooled parts that are added up.
+HEADS_A_THREAD, PARTS_A_THREAD = 32, 16
+
+
+def attend_rows_launch(
+    pooling: Pooling, gates: GateSizes, kernel: int, sizes: AssemblySizes
+) -> KernelLaunch | None:
+    """The launch of the row kernel that takes the pooled input and makes the gates.
+
+    kernel: attentions that weigh the spectrum. None where a kernel of its own has to make the
+    gates: softmax needs all at once, and very wide layers have more heads, or parts of the hidden
+    layer, than every program should go through.
+    """
+    rows = row_launch(sizes)
+    unit_pad, kernel_pad = power_of_two(pooling.units), power_of_two(kernel)
+    # The hidden layer takes a warp longer than its part of a short transform: where there are
+    # schedulers without any, a program has more.
+    tiles, programs = rows.blocks
+    warps = max(4 if tiles * programs * rows.warps < SCHEDULERS else 1, rows.warps)
+    threads = warps * THREADS_PER_WARP
+    fits = kernel_pad * unit_pad <= HEADS_A_THREAD * threads
+    if not (fits and gates.sigmoid and rows.kernel == "row_kernel"):
+        return None
+    if pooling.parts * pooling.units > PARTS:
+        return None
+    names = (
+        "partial hidden_bias norm_weight norm_bias heads head_bias average_weight average_bias "
+        "values groups table average gates half"
+    )
+    types = dict(rows.arguments)
+    arguments = tuple((name, types.get(name, F32)) for name in names.split())
+    each = -(-(gates.count - kernel) // (tiles * programs))
+    channel_pad = power_of_two(pooling.channels)
+    of_rows = {name: value for name, value in rows.constants.items() if name != "heads"}
+    constants = of_rows | {
+        "splits": pooling.splits,
+        "blocks": pooling.blocks,
+        "channels": pooling.channels,
+        "channel_pad": channel_pad,
+        "split_block": max(
+            1, min(power_of_two(pooling.splits), PARTS_A_THREAD * threads // channel_pad)
+        ),
+        "units": pooling.units,
+        "unit_pad": unit_pad,
+        "part_block": max(
+            1, min(power_of_two(pooling.parts), PARTS_A_THREAD * threads // unit_pad)
+        ),
+        "count": gates.count,
+        "kernel": kernel,
+        "kernel_pad": kernel_pad,
+        "each": each,
+        "each_pad": power_of_two(each),
+        "normed": gates.normed,
+        "centred": gates.centred,
+        "epsilon": gates.epsilon,
+        "squared": gates.squared,
+        "averaged": gates.averaged,
+        "average_epsilon": gates.average_epsilon,
+        "tiles": tiles,
+    }
+    blocks = tiles + gates.averaged, programs
+    return KernelLaunch("attend_rows_kernel", arguments, constants, blocks, warps)
 
 
 def column_launch(

@@ -233,7 +233,7 @@ def filter_columns_kernel(
             channels, rows, count, columns, row_block, column_block, inner_block,
         )  # fmt: skip
     else:
-        if maps > 0:  # noqa: PLR5501 - a constant, and a number
+        if maps > 0:
             given += image * (parts * maps * height * width)
             logits += image * (maps * height * width)
             program = (block - column_blocks) * tl.num_programs(1) + tl.program_id(1)

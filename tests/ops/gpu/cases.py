@@ -212,6 +212,7 @@ def layer_errors(case: Case) -> dict[str, Any]:
         column_transform(folded.spectrum.columns, folded.kernel_size[1]) is None,
     )
     result["sides"] = folded.channel_side, folded.filter_side
+    result["attends"] = fused.attends
     result["wide"] = fused.get_buffer("groups").dtype == torch.int32
     return result
 
@@ -329,10 +330,13 @@ def operator_checks() -> dict[str, Any]:
     given: list[tuple[Any, tuple[Any, ...]]] = []
     arguments = {"use_fbm_if_k_in": [1], "fbm_cfg": {"k_list": [2, 4]}}
     case = Case((18, 20), groups=5, size=(12, 8), arguments=arguments)
-    network = torch.nn.Sequential(case.layer(), torch.nn.ReLU(), FDConv2d(20, 18, 1, kernel_num=3))
+    alone = {**ONLY, "ksm_global_act": "softmax"}
+    softmax = FDConv2d(18, 18, 1, kernel_num=3, **alone)
+    layers = case.layer(), torch.nn.ReLU(), FDConv2d(20, 18, 1, kernel_num=3), softmax
+    network = torch.nn.Sequential(*layers)
     operators = [
-        (assembly, "assemble_kernels"), (attention, "pool"), (attention, "finish_convolution"),
-        (attention, "attend"), (bands_op, "modulate_bands"),
+        (assembly, "assemble_kernels"), (assembly, "attend_and_assemble"), (attention, "pool"),
+        (attention, "finish_convolution"), (attention, "attend"), (bands_op, "modulate_bands"),
     ]  # fmt: skip
     for last in (False, True):
         with ExitStack() as stack:

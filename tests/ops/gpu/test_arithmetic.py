@@ -38,8 +38,11 @@ def test_the_record_is_of_the_kernels_that_are_launched_today(network, proved):
 def test_fdconv_is_predicted_within_its_limit(proved):
     """A regression number: lower it with what was gained."""
     for gpu in arithmetic.RATES:
-        ratio = predicted(RECORD, "FDConv", gpu) / predicted(RECORD, "plain", gpu)
-        assert 1 < ratio <= 2.1
+        plain = predicted(RECORD, "plain", gpu)
+        # Kernels that start while others end are assumed to gain; the limit holds without.
+        late = predicted(RECORD, "FDConv", gpu, early=False) / plain
+        ratio = predicted(RECORD, "FDConv", gpu) / plain
+        assert 1 < ratio < late <= 2.0
         proved(
             f"FDConv's ResNet-50 is predicted at {ratio:.2f} times the plain one's time on {gpu}"
         )

@@ -23,7 +23,7 @@ from benchmarks.gpu.resources import (
     resources,
     warp_instructions,
 )
-from benchmarks.gpu.shapes import RESNET50, layer_sizes
+from benchmarks.gpu.shapes import KERNEL_NUM, RESNET50, LayerShape, layer_sizes
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.cuda import CapturedNetwork, FusedConv2d, FusedNetwork, fuse_network
 from fdconv_deploy.folding.layer import fold_layer
@@ -41,7 +41,11 @@ from fdconv_deploy.ops.compile_kernels import (
     compile_kernel,
     without_hidden_parameters,
 )
-from fdconv_deploy.ops.frequency_assembly.launch import column_launch, row_launch
+from fdconv_deploy.ops.frequency_assembly.launch import (
+    attend_rows_launch,
+    column_launch,
+    row_launch,
+)
 from fdconv_deploy.ops.frequency_band_modulation.launch import (
     BandSizes,
     combination_launch,
@@ -60,6 +64,18 @@ BANDS = combination_launch(
 )  # fmt: skip
 POOLING = Pooling(256, 1024, 64)
 BAND_SIZES = BandSizes(64, 24, 24, 14, 2, (7, 4, 2), 1, 3, window=3)
+
+
+def attended(shape: LayerShape) -> KernelLaunch:
+    """The first kernel of such a layer with everything the published one has."""
+    sizes = layer_sizes(shape.out_channels, shape.in_channels, shape.kernel)
+    pooling = Pooling(shape.in_channels, shape.feature**2, max(16, shape.in_channels // 16))
+    gates = GateSizes(sizes.heads, False, False, 0.0, True, True, True, 1e-5)
+    launch = attend_rows_launch(pooling, gates, KERNEL_NUM, sizes)
+    assert launch is not None
+    return launch
+
+
 SMALL = {
     "pool": pool_launch(POOLING, channels_last=True, dtype="float16"),
     "finish": finish_launch(
@@ -83,6 +99,7 @@ SMALL = {
     "filtered bands, float32, logits elsewhere": filter_launch(
         replace(BAND_SIZES, window=0), channels_last=False, dtype="float32"
     ),
+    "attentions and rows": attended(LayerShape(64, 64, 1, 32, 1, 1)),
     "rows": row_launch(layer_sizes(64, 64, 1)),
     "columns": column_launch(layer_sizes(64, 64, 1), channels_last=True, dtype="float16"),
     "bands": BANDS,
@@ -136,6 +153,7 @@ def test_every_layer_of_a_resnet50_without_spills(shape, capability):
     sizes = layer_sizes(shape.out_channels, shape.in_channels, shape.kernel)
     for launch in (
         row_launch(sizes),
+        attended(shape),
         column_launch(sizes),
         column_launch(sizes, channels_last=True, dtype="float16"),
     ):
@@ -150,12 +168,42 @@ def test_odd_and_large_layers(shape):
         check(launch, 90)
 
 
-def test_a_kernel_that_starts_early_waits_before_it_reads_what_others_wrote():
-    for launch in SMALL.values():
-        assert "griddepcontrol" not in compile_kernel(launch, 90).ptx
-        ptx = compile_kernel(launch.early(), 90).ptx
-        assert ptx.count("griddepcontrol.wait") >= 1, launch.kernel
-        assert ptx.count("griddepcontrol.launch_dependents") >= 1, launch.kernel
+# Pointers to what other kernels of the network write; all others are to constants.
+WRITTEN = set(
+    "x y shortcut partial gates average half weight projected given logits filtered lows".split()
+)
+
+
+def read_before_waiting(launch: KernelLaunch) -> set[str]:
+    """Arguments that a kernel's addresses come from before it waits, in its PTX."""
+    ptx = compile_kernel(launch.early(), 90).ptx
+    assert ptx.count("griddepcontrol.launch_dependents") >= 1, launch.kernel
+    head, found, _ = ptx.partition("griddepcontrol.wait")
+    assert found, launch.kernel
+    names = [name for name, _ in launch.arguments]
+    origins: dict[str, set[str]] = {}
+    seen: set[str] = set()
+    for line in head.splitlines():
+        registers = re.findall(r"%\w+", line)
+        if parameter := re.search(r"ld\.param.*_param_(\d+)\]", line):
+            origins[registers[0]] = {names[int(parameter[1])]}
+            continue
+        origin = set().union(*(origins.get(r, set()) for r in registers))
+        if re.search(r"\b(ld|st|atom|red|cp\.async)\b.*\.global", line):
+            seen |= origin
+        else:
+            for register in registers:
+                origins[register] = origins.get(register, set()) | origin
+    return seen
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_kernel_that_starts_early_waits_before_it_reads_what_others_wrote(name):
+    assert "griddepcontrol" not in compile_kernel(SMALL[name], 90).ptx
+    seen = read_before_waiting(SMALL[name])
+    assert not seen & WRITTEN
+    # What is looked for can be found.
+    assert seen == {"gates": {"heads", "head_bias"}, "finish": {"bias"}}.get(name, seen)
 
 
 def test_an_older_instruction_set_on_request():

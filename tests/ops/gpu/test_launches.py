@@ -51,7 +51,7 @@ def test_bands_run_beside_their_layers_attentions_and_assembly():
     beside = [(name, True) for name in kernels]  # they make the maps, too
     assert [one for one in found if one[1]] == beside
     last = found.index(beside[-1])
-    after = ["gates_kernel", "row_kernel", "column_kernel", "convolution", "finish_kernel"]
+    after = ["attend_rows_kernel", "column_kernel", "convolution", "finish_kernel"]
     assert found[last + 1 :] == [(name, False) for name in after]
 
 

@@ -16,10 +16,12 @@ from benchmarks.networks import backbone
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.network import foldable_layers, input_sizes
 from fdconv_deploy.nn import FDConv2d, ResNet
+from fdconv_deploy.ops.attention.launch import PARTS, GateSizes, Pooling
 from fdconv_deploy.ops.frequency_assembly import frequency_assembly
 from fdconv_deploy.ops.frequency_assembly.launch import (
     AssemblySizes,
     assembly_sizes,
+    attend_rows_launch,
     column_launch,
     column_transform,
     half_shape,
@@ -122,6 +124,37 @@ def test_launches_cover_every_row_and_column(given, batch):
     assert second.blocks[0] == blocks
     assert dict(second.arguments)["weight"] == "*fp16"
     assert dict(second.arguments)["half"] == "*fp32"
+
+
+def test_attentions_that_every_program_should_not_make_have_a_kernel_of_their_own():
+    sizes = sizes_of(64, 256, (1, 1))
+    pooling = Pooling(256, 1024, 16)
+    gates = GateSizes(400, False, False, 0.0, True, True, True, 1e-5)
+    launch = attend_rows_launch(pooling, gates, 64, sizes)
+    assert launch is not None
+    programs = sizes.tiles * launch.blocks[1]
+    assert launch.constants["each"] * programs >= 400 - 64
+    assert launch.blocks[0] == sizes.tiles + 1
+    assert attend_rows_launch(pooling, replace(gates, sigmoid=False), 64, sizes) is None
+    assert attend_rows_launch(pooling, gates, 4096, sizes) is None
+    wide = Pooling(64 * 256, 64, 1024)
+    assert wide.parts * wide.units > PARTS
+    assert attend_rows_launch(wide, gates, 4, sizes) is None
+    dense = sizes_of(29, 58, (1, 1))
+    assert transform_of(dense.rows) is None
+    assert attend_rows_launch(pooling, gates, 64, dense) is None
+
+
+@pytest.mark.parametrize("pixels", [1, 30, 256, 4096, 40000])
+@pytest.mark.parametrize("channels", [24, 64, 1024, 4096])
+@pytest.mark.parametrize("units", [0, 16, 256])
+def test_pooling_covers_its_input_in_few_parts(channels, pixels, units):
+    pooling = Pooling(channels, pixels, units)
+    assert pooling.blocks * pooling.channel_block >= channels
+    assert pooling.splits * pooling.steps * pooling.pixel_block >= pixels
+    assert pooling.warps in (4, 8, 16)
+    if units:
+        assert pooling.parts * units <= PARTS or pooling.splits == 1
 
 
 def test_the_benchmarks_shapes_are_the_networks():
