@@ -200,7 +200,7 @@ def measure(case: Any, folder: Path, runs: int) -> dict[str, Any]:
         if name == "fdconv":
             blocked = block_graph(model, files, block)
             assert blocked is not None
-            model, files = blocked.model, files | {blocked.location: blocked.constants}
+            model, files = blocked.model.SerializeToString(), blocked.files
         nodes = profile(model, files, feeds, folder, runs, library)
         result[name] = by_kind(nodes, rate)
     return result

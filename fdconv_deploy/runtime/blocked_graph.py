@@ -13,7 +13,6 @@ A blocked tensor has the shape (N, C, H, W), C filled up with zeros to whole blo
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,23 +20,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.runtime.attention_nodes import DOMAIN as OURS
-from fdconv_deploy.runtime.attention_nodes import fuse_attentions
 from fdconv_deploy.runtime.bundle import Bytes
+from fdconv_deploy.runtime.graph_editing import (
+    GraphIndex,
+    captured,
+    copied,
+    import_domain,
+    set_nodes,
+)
+from fdconv_deploy.runtime.native_layers import (
+    ASSEMBLY,
+    FUNCTIONS,
+    NativeGraph,
+    fuse_layers,
+    gates_of,
+    is_assembly,
+)
+from fdconv_deploy.runtime.native_layers import DOMAIN as OURS
 from fdconv_deploy.runtime.onnx_messages import (
     ExternalTensors,
     add_value,
     attributes,
-    captured,
-    copied,
-    drop_unread,
     make_node,
-    read_model,
     shape_of,
-    tensor_values,
 )
 
-RUNTIMES, FUNCTIONS = "com.microsoft.nchwc", "fdconv"
+RUNTIMES = "com.microsoft.nchwc"
 # Operators on single numbers which keep zeros finite; padded channels are zeros, and whatever
 # becomes of them meets kernels of zeros.
 _UNARY = {"Relu", "LeakyRelu", "Sigmoid", "Tanh", "Clip", "HardSwish", "HardSigmoid", "Elu", "Erf"}
@@ -47,21 +55,6 @@ _FLOAT = 1
 # Channels of whole blocks for each channel: with more, plain convolutions are faster.
 MOST_FILLED = 1.5
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class BlockedGraph:
-    """The rewritten graph, and the bytes of the file ``location`` that it keeps constants in.
-
-    ``loans``: by number, what is lent to its operators while a session is made.
-    ``blocked_only``: no node is one of the functions that the exported graph has.
-    """
-
-    model: bytes
-    location: str
-    constants: bytes
-    loans: dict[int, list[NDArray[Any]]]
-    blocked_only: bool
 
 
 @dataclass
@@ -86,50 +79,25 @@ class _Layer:
     geometry: dict[str, Any] = field(default_factory=dict)
 
 
-def block_graph(
-    model: bytes,
-    external: Mapping[str, Bytes],
-    block: int,
-    new_loan: Callable[[], int] | None = None,
-) -> BlockedGraph | None:
+def block_graph(model: bytes, external: Mapping[str, Bytes], block: int) -> NativeGraph | None:
     """Rewrite a graph for blocks of a length; None where no FDConv layer of it can be.
 
     Args:
         model: an exported graph, with its functions.
         external: the files that it keeps constants in, by how it calls them.
         block: of channels: 8 or 16.
-        new_loan: gives the numbers of loans: constants that operators lay out anew are lent then,
-            and not kept in the graph. See `fdconv_deploy.ops.native.loans`.
     """
-    return _Rewriting(model, external, block, new_loan).run()
+    return _Rewriting(fuse_layers(model, external), block).run()
 
 
 class _Rewriting:
     """One graph on its way. Nodes are appended in order; what nobody reads is left out at last."""
 
-    def __init__(
-        self,
-        model: bytes,
-        external: Mapping[str, Bytes],
-        block: int,
-        new_loan: Callable[[], int] | None,
-    ) -> None:
-        self.model, self.external, self.block = read_model(model), external, block
-        self.new_loan = new_loan
-        self.loans: dict[int, list[NDArray[Any]]] = {}
+    def __init__(self, fused: NativeGraph, block: int) -> None:
+        self.model, self.files, self.block = fused.model, fused.files, block
         graph = self.graph = self.model.graph
-        fuse_attentions(graph, external)
-        self.nodes = list(graph.node)
-        self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        self.producers: dict[str, int] = {}
-        self.readers: dict[str, list[int]] = defaultdict(list)
-        # Read from outside of the list of nodes: nothing may be fused past them.
-        self.kept = {value.name for value in graph.output}
-        for number, node in enumerate(self.nodes):
-            self.producers.update(dict.fromkeys(node.output, number))
-            for name in node.input:
-                self.readers[name].append(number)
-            self.kept.update(captured(node))
+        self.index = GraphIndex(graph, fused.files)
+        self.nodes, self.constants = self.index.nodes, self.index.constants
         self.shapes: dict[str, Shape] = {}
         for value in (*graph.input, *graph.value_info, *graph.output):
             shape = shape_of(value)
@@ -142,11 +110,12 @@ class _Rewriting:
         self.added = ExternalTensors("blocked constants")
         self.weights: dict[str, str] = {}
 
-    def run(self) -> BlockedGraph | None:
-        functions = {function.name: list(function.input) for function in self.model.functions}
+    def run(self) -> NativeGraph | None:
+        # By the names that they have once their rows are joined.
+        functions = {f.name.replace("_ByRows", ""): list(f.input) for f in self.model.functions}
         layers = {}
         for node in self.nodes:
-            if node.domain == FUNCTIONS and node.op_type.startswith("FrequencyAssembly"):
+            if is_assembly(node):
                 named = dict(zip(functions.get(node.op_type, ()), node.input, strict=False))
                 layer = self._layer(node, named) if len(named) == len(node.input) else None
                 if layer is not None:
@@ -197,24 +166,12 @@ class _Rewriting:
     def _shape(self, name: str) -> Shape | None:
         return self.blocked[name][1] if name in self.blocked else self.shapes.get(name)
 
-    def _values(self, name: str) -> NDArray[Any] | None:
-        tensor = self.constants.get(name)
-        return None if tensor is None else tensor_values(tensor, self.external)
-
     def _filled(self, channels: int) -> int:
         return -(-channels // self.block) * self.block
 
     def _fills(self, channels: int) -> bool:
         """Whether most of the blocks' channels are there: zeros take as long as numbers."""
         return self._filled(channels) <= MOST_FILLED * channels
-
-    def _producer(self, name: str) -> Any:
-        number = self.producers.get(name)
-        return None if number is None else self.nodes[number]
-
-    def _only_reader(self, name: str) -> int | None:
-        readers = self.readers[name]
-        return readers[0] if len(readers) == 1 and name not in self.kept else None
 
     def _write(self, op: str, inputs: list[str], output: str, domain: str, **given: Any) -> None:
         node = make_node(op, inputs, [output], domain, **given)
@@ -250,7 +207,7 @@ class _Rewriting:
         if source is None:
             return False
         kernels = self._blocked_weight(node.input[1], whole=not direct and not depthwise)
-        bias = self._values(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        bias = self.index.values(node.input[2]) if len(node.input) > 2 and node.input[2] else None
         if len(node.input) > 2 and node.input[2] and bias is None:
             return False
         self._convolve(
@@ -262,7 +219,7 @@ class _Rewriting:
         """A constant kernel in blocks of output channels and, if ``whole``, of input channels."""
         blocked = f"{name}/{'blocked' if whole else 'outputs'}"
         if blocked not in self.weights:
-            values, b = self._values(name), self.block
+            values, b = self.index.values(name), self.block
             assert values is not None
             filters, channels, *kernel = values.shape
             pads = [(0, self._filled(filters) - filters), (0, 0), (0, 0), (0, 0)]
@@ -298,7 +255,7 @@ class _Rewriting:
         if bias is not None:
             filled = np.pad(bias, (0, self._filled(channels[1]) - channels[1]))
             inputs.append(self.added.add(f"{output}/bias", filled.astype(np.float32)))
-        while (reader := self._only_reader(name)) is not None and "activation" not in more:
+        while (reader := self.index.only_reader(name)) is not None and "activation" not in more:
             node = self.nodes[reader]
             if node.op_type == "Add" and len(inputs) < 4:
                 (other,) = [i for i in node.input if i != name] or [name]
@@ -322,22 +279,21 @@ class _Rewriting:
     def _layer(self, node: Any, named: dict[str, str]) -> _Layer | None:
         """An assembly and what it is for, where that is as exports have it."""
         given = attributes(node)
-        splits = self._producer(named["attention"])
-        gates = splits.input[0] if splits is not None and splits.op_type == "Split" else None
+        gates = gates_of(self.index, named["attention"])
         offsets = {
             gate: given[f"{gate}_at"]
             for gate in ("filter", "spatial", "channel")
             if given.get(f"{gate}_at", -1) >= 0
         }
-        if gates is None and offsets:
+        if gates == named["attention"] and offsets:
             return None
-        found = self._convolved_with(node, given)
+        found = self._convolved_with(node)
         if found is None:
             return None
         x, y, bias, geometry = found
         batch = geometry["group"]
         layer = _Layer(
-            node, named, given, gates or named["attention"], offsets, x, y, self.producers[y],
+            node, named, given, gates, offsets, x, y, self.index.producers[y],
             batch, None, bias, geometry,
         )  # fmt: skip
         if "row_scale" in named:
@@ -352,78 +308,38 @@ class _Rewriting:
         return layer
 
     def _convolved_with(
-        self, node: Any, given: dict[str, Any]
+        self, node: Any
     ) -> tuple[str, str, NDArray[Any] | None, dict[str, Any]] | None:
         """Input and answer of the convolution with an assembly's kernels, bias and geometry."""
         kernels = node.output[0]
-        if kernels in self.kept:
+        reader = self.index.only_reader(kernels, "Conv")
+        conv = None if reader is None else self.nodes[reader]
+        if conv is None or conv.input[1] != kernels:
             return None
-        if not given.get("by_rows"):
-            reader = self._only_reader(kernels)
-            conv = None if reader is None else self.nodes[reader]
-            if conv is None or conv.op_type != "Conv" or conv.input[1] != kernels:
-                return None
-            geometry: dict[str, Any] = {
-                "strides": [1, 1],
-                "pads": [0, 0, 0, 0],
-                "dilations": [1, 1],
-                "group": 1,
-            }
-            geometry |= attributes(conv)
-            if self._adds_a_computed_bias(conv):
-                return None
-            return conv.input[0], conv.output[0], self._bias(conv), geometry
-        rows: dict[int, Any] = {}
-        waiting = [(0, reader) for reader in self.readers[kernels]]
-        while waiting:
-            row, number = waiting.pop()
-            reader = self.nodes[number]
-            if reader.op_type == "Conv":
-                rows[row] = reader
-            elif reader.op_type in ("Split", "Reshape"):
-                waiting += [
-                    (row + i, n) for i, t in enumerate(reader.output) for n in self.readers[t]
-                ]
-            else:
-                return None
-        convs = [rows[row] for row in sorted(rows)]
-        y, x = convs[0].output[0], ""
-        for conv in convs:
-            if conv is not convs[0]:
-                reader = self._only_reader(conv.output[0])
-                if reader is None or self.nodes[reader].op_type != "Add":
-                    return None
-                if y not in self.nodes[reader].input:
-                    return None
-                y = self.nodes[reader].output[0]
-            cut = self._producer(conv.input[0])
-            source = cut.input[0] if cut is not None and cut.op_type == "Slice" else conv.input[0]
-            if x not in ("", source):
-                return None
-            x = source
-        geometry = {name: given[name] for name in ("strides", "pads", "dilations")}
-        geometry["group"] = attributes(convs[0]).get("group", 1)
-        if self._adds_a_computed_bias(convs[0]) or any(_has_bias(conv) for conv in convs[1:]):
+        geometry: dict[str, Any] = {
+            "strides": [1, 1],
+            "pads": [0, 0, 0, 0],
+            "dilations": [1, 1],
+            "group": 1,
+        }
+        geometry |= attributes(conv)
+        biased = len(conv.input) > 2 and conv.input[2] != ""
+        bias = self.index.values(conv.input[2]) if biased else None
+        if biased and bias is None:
             return None
-        return x, y, self._bias(convs[0]), geometry
-
-    def _bias(self, conv: Any) -> NDArray[Any] | None:
-        return self._values(conv.input[2]) if _has_bias(conv) else None
-
-    def _adds_a_computed_bias(self, conv: Any) -> bool:
-        return _has_bias(conv) and self._bias(conv) is None
+        return conv.input[0], conv.output[0], bias, geometry
 
     def _traced(self, name: str, gates: str) -> tuple[int | None, str | None]:
         """Where in the attentions a gate begins, and the constant that it is multiplied by."""
         constant = None
         while name not in self.constants:
-            node = self._producer(name)
+            node = self.index.producer(name)
             if node is not None and node.op_type == "Mul" and node.input[1] in self.constants:
                 if constant is not None:
                     return -1, None
                 constant = node.input[1]
             elif node is not None and node.op_type == "Split" and node.input[0] == gates:
-                sizes = self._values(node.input[1])
+                sizes = self.index.values(node.input[1])
                 assert sizes is not None
                 return int(sizes[: list(node.output).index(name)].sum()), constant
             elif node is None or node.op_type != "Reshape":
@@ -433,10 +349,10 @@ class _Rewriting:
 
     def _scaled_after(self, layer: _Layer) -> None:
         """Gates and constants that scale the answer scale kernels instead; a shift is the bias."""
-        y, number = layer.y, self._only_reader(layer.y)
+        y, number = layer.y, self.index.only_reader(layer.y)
         if number is not None and self.nodes[number].op_type == "Reshape" and layer.batch > 1:
             y = self.nodes[number].output[0]
-            number = self._only_reader(y)
+            number = self.index.only_reader(y)
         node = None if number is None else self.nodes[number]
         if number is None or node is None or node.op_type != "Mul" or node.input[0] != y:
             return
@@ -446,11 +362,11 @@ class _Rewriting:
         if gate == -1:
             return
         y, last, bias = node.output[0], number, None
-        number = self._only_reader(y)
+        number = self.index.only_reader(y)
         if number is not None and self.nodes[number].op_type == "Add":
             shift = self.nodes[number].input[1]
             if self.nodes[number].input[0] == y and shift in self.constants:
-                values = self._values(shift)
+                values = self.index.values(shift)
                 if values is not None and values.shape == (1, layer.given["out_channels"], 1, 1):
                     y, last, bias = self.nodes[number].output[0], number, values.reshape(-1)
         if gate is not None:
@@ -461,10 +377,10 @@ class _Rewriting:
 
     def _scaled_before(self, layer: _Layer) -> None:
         """Kernels see what comes before a batch is joined, and a gate of its channels."""
-        node = self._producer(layer.x)
+        node = self.index.producer(layer.x)
         if layer.batch > 1 and node is not None and node.op_type == "Reshape":
             layer.x = node.input[0]
-            node = self._producer(layer.x)
+            node = self.index.producer(layer.x)
         if node is None or node.op_type != "Mul" or "channel" in layer.offsets:
             return
         gate, constant = self._traced(node.input[1], layer.gates)
@@ -488,23 +404,16 @@ class _Rewriting:
         y = layer.y
         kernels = f"{y}/kernels"
         taps = {"local_input", "local_weight"} & set(layer.named)
-        inputs, more = [layer.gates], {}
-        lent = [layer.named[name] for name in ("spectrum", "patterns", "blocks")]
-        values = [v for name in lent if (v := self._values(name)) is not None]
-        if self.new_loan is not None and len(values) == len(lent):
-            more["lent"] = self.new_loan()
-            self.loans[more["lent"]] = values
-        else:
-            inputs += lent
+        inputs = [layer.gates, *(layer.named[n] for n in ("spectrum", "patterns", "blocks"))]
         inputs += [layer.named[n] for n in ("local_input", "local_weight") if taps]
         inputs += [layer.scale] if layer.scale is not None else []
         for name in inputs:
             self._as_plain(name)
         self._write(
-            "FrequencyAssembly", inputs, kernels, OURS, block=b,
+            ASSEMBLY, inputs, kernels, OURS, block=b,
             scaled=int(layer.scale is not None),
             **{f"{gate}_at": at for gate, at in layer.offsets.items()},
-            **{name: given[name] for name in _ASSEMBLY}, **more,
+            **{name: given[name] for name in _ASSEMBLY},
         )  # fmt: skip
         size = list(shape[2:])
         if batch > 1 and shape[0] == batch:
@@ -602,7 +511,7 @@ class _Rewriting:
             return False
         scales = [1, 1, to[2] // shape[2], to[3] // shape[3]]
         if len(node.input) < 4:  # no lengths, but factors, which may be of 5 to 10 by 2.05, too
-            factors = self._values(node.input[2])
+            factors = self.index.values(node.input[2])
             wanted = scales if "axes" not in given else [scales[a] for a in given["axes"]]
             if factors is None or factors.tolist() != wanted:
                 return False
@@ -615,7 +524,7 @@ class _Rewriting:
 
     def _reshape(self, number: int, node: Any) -> bool:
         """Images joined into one of as many channels, or taken apart."""
-        source, sizes = self.blocked.get(node.input[0]), self._values(node.input[1])
+        source, sizes = self.blocked.get(node.input[0]), self.index.values(node.input[1])
         if source is None or sizes is None:
             return False
         (images, channels, *size), to = source[1], tuple(int(n) for n in sizes)
@@ -656,26 +565,16 @@ class _Rewriting:
         self.blocked[node.output[0]] = name, shape
         return True
 
-    def _finished(self) -> BlockedGraph:
+    def _finished(self) -> NativeGraph:
         graph = self.graph
-        del graph.node[:]
-        graph.node.extend(self.out)
         graph.initializer.extend(self.added.tensors)
         # The runtime infers no shapes past a custom operator, and without them writes no sum into
         # the buffer of what is added, and takes half as much memory again for a run.
         for name, (images, channels, *size) in self.blocked.values():
             add_value(graph.value_info, name, (images, self._filled(channels), *size))
-        drop_unread(graph)
-        for domain in (OURS, RUNTIMES):
-            self.model.opset_import.add(domain=domain, version=1)
-        blocked_only = all(node.domain != FUNCTIONS for node in graph.node)
-        return BlockedGraph(
-            self.model.SerializeToString(),
-            self.added.location,
-            self.added.content(),
-            self.loans,
-            blocked_only,
-        )
+        set_nodes(graph, self.out)
+        import_domain(self.model, RUNTIMES)
+        return NativeGraph(self.model, {**self.files, self.added.location: self.added.content()})
 
 
 # Not of an instance: each would be a cycle, and hold the files' bytes until one is looked for.
@@ -694,10 +593,6 @@ _HANDLERS: dict[str, Callable[[_Rewriting, int, Any], bool]] = {
 _ASSEMBLY = (
     "layer out_channels in_channels kernel_size taps row_frequencies column_frequencies".split()
 )
-
-
-def _has_bias(conv: Any) -> bool:
-    return len(conv.input) > 2 and conv.input[2] != ""
 
 
 def _is_scalar(dims: Sequence[int]) -> bool:

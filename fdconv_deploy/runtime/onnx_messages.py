@@ -103,25 +103,28 @@ def make_node(
     domain: str = "",
     **attributes: Any,
 ) -> Any:
-    """A node, named after its first output.
-
-    Attributes are integers, floats, strings, or lists of integers.
-    """
+    """A node, named after its first output; see `set_attribute`."""
     node = _classes()["Node"](
         op_type=op, input=inputs, output=outputs, domain=domain, name=outputs[0]
     )
     for key, value in attributes.items():
-        made = node.attribute.add(name=key)
-        if isinstance(value, str | bytes):
-            made.type, made.s = _STRING, value.encode() if isinstance(value, str) else value
-        elif isinstance(value, float):
-            made.type, made.f = _FLOAT, value
-        elif isinstance(value, int):
-            made.type, made.i = _INT, value
-        else:
-            made.type = _INTS
-            made.ints.extend(value)
+        set_attribute(node, key, value)
     return node
+
+
+def set_attribute(node: Any, name: str, value: Any) -> None:
+    """Give a node an attribute, or another value of it: an integer, float, string or integers."""
+    made = next((each for each in node.attribute if each.name == name), None)
+    made = node.attribute.add(name=name) if made is None else made
+    if isinstance(value, str | bytes):
+        made.type, made.s = _STRING, value.encode() if isinstance(value, str) else value
+    elif isinstance(value, float):
+        made.type, made.f = _FLOAT, value
+    elif isinstance(value, int):
+        made.type, made.i = _INT, value
+    else:
+        made.type = _INTS
+        made.ints.extend(value)
 
 
 def attributes(node: Any) -> dict[str, Any]:
@@ -133,42 +136,6 @@ def attributes(node: Any) -> dict[str, Any]:
             value = getattr(each, fields[each.type])
             found[each.name] = list(value) if each.type in (_FLOATS, _INTS) else value
     return found
-
-
-def copied(node: Any, inputs: Iterable[str], outputs: Iterable[str]) -> Any:
-    """A node like another, between other tensors."""
-    copy = type(node)()
-    copy.CopyFrom(node)
-    del copy.input[:], copy.output[:]
-    copy.input.extend(inputs)
-    copy.output.extend(outputs)
-    return copy
-
-
-def captured(node: Any) -> set[str]:
-    """Names that the graphs inside a node read."""
-    names: set[str] = set()
-    for attribute in node.attribute:
-        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            names.update(value.name for value in graph.output)
-            for inner in graph.node:
-                names.update(inner.input, captured(inner))
-    return names
-
-
-def drop_unread(graph: Any) -> None:
-    """Remove the nodes, constants and shapes of which nothing leads to an output."""
-    needed, nodes = {value.name for value in graph.output}, []
-    for node in reversed(graph.node):
-        if needed.intersection(node.output):
-            needed.update(node.input, captured(node))
-            nodes.append(node)
-    constants = [tensor for tensor in graph.initializer if tensor.name in needed]
-    shapes = [value for value in graph.value_info if value.name in needed]
-    del graph.node[:], graph.initializer[:], graph.value_info[:]
-    graph.node.extend(reversed(nodes))
-    graph.initializer.extend(constants)
-    graph.value_info.extend(shapes)
 
 
 def shape_of(value: Any) -> tuple[int, ...] | None:

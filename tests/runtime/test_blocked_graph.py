@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,10 @@ from fdconv_deploy.ops.native import build, compiler
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.runtime.backends import onnxruntime as backend
 from fdconv_deploy.runtime.backends.blocked_layout import blocked_layout
-from fdconv_deploy.runtime.blocked_graph import BlockedGraph, block_graph
+from fdconv_deploy.runtime.blocked_graph import block_graph
 from fdconv_deploy.runtime.bundle import Bundle
+from fdconv_deploy.runtime.native_layers import NativeGraph, fuse_layers
+from fdconv_deploy.runtime.onnx_messages import read_model
 from tests.reference.lively import enliven, lively_input
 
 SIZE = 24, 28
@@ -99,7 +100,7 @@ def answer(bundle: Path, **options) -> tuple[np.ndarray, str]:
         return y, session.operators
 
 
-def rewritten(bundle: Path, length: int) -> BlockedGraph | None:
+def rewritten(bundle: Path, length: int) -> NativeGraph | None:
     opened = Bundle.open(bundle, hold=True)
     ((_, name),) = opened.manifest.models.items()
     return block_graph(bytes(opened.content(name)), opened.external_data(name), length)
@@ -122,7 +123,7 @@ def check_shapes(bundle: Path, length: int) -> None:
     """The shapes that the rewritten graph tells are those of a run, and it tells all blocks'."""
     found = rewritten(bundle, length)
     assert found is not None
-    model = onnx.load_model_from_string(found.model)
+    model = onnx.load_model_from_string(found.model.SerializeToString())
     shapes = {
         value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
         for value in model.graph.value_info
@@ -139,7 +140,7 @@ def check_shapes(bundle: Path, length: int) -> None:
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, None))
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(native.native_library(True)[0]))
-    files = {**Bundle.open(bundle, hold=True).contents, found.location: found.constants}
+    files = found.files
     options.add_external_initializers_from_files_in_memory(
         list(files), list(files.values()), [len(data) for data in files.values()]
     )
@@ -157,7 +158,7 @@ def check_shapes(bundle: Path, length: int) -> None:
 def test_everything_between_input_and_output_is_blocked(bundle: Path, length: int) -> None:
     found = rewritten(bundle, length)
     assert found is not None
-    model = onnx.load_model_from_string(found.model)
+    model = onnx.load_model_from_string(found.model.SerializeToString())
     ops = Counter((node.domain, node.op_type) for node in model.graph.node)
     nchwc = "com.microsoft.nchwc"
     # The last convolution's three channels are not worth a block.
@@ -172,7 +173,7 @@ def test_everything_between_input_and_output_is_blocked(bundle: Path, length: in
     assert ops["", "Add"] == ops["", "Relu"] == ops["", "Mul"] == 0
     activations = [a.s for n in model.graph.node for a in n.attribute if a.name == "activation"]
     assert activations == [b"Relu"] * 3
-    assert found.blocked_only
+    assert not found.has_functions
 
 
 def test_answers(bundle: Path, block: int) -> None:
@@ -216,8 +217,11 @@ def test_a_layer_that_stays_a_function(tmp_path: Path) -> None:
     bundle = exported(made, tmp_path / "bundle")
     found = rewritten(bundle, 16)
     assert found is not None
-    assert not found.blocked_only
-    names = [node.op_type for node in onnx.load_model_from_string(found.model).graph.node]
+    assert found.has_functions
+    names = [
+        node.op_type
+        for node in found.model.graph.node
+    ]
     assert any(name.startswith("FrequencyAssembly_") for name in names)
     assert "in blocks of" in check(made, bundle)
 
@@ -300,7 +304,10 @@ def test_nodes_called_by_their_outputs(bundle: Path) -> None:
     model.graph.output[0].name = "sigmoid"
     found = block_graph(model.SerializeToString(), opened.external_data(name), 16)
     assert found is not None
-    names = [node.name for node in onnx.load_model_from_string(found.model).graph.node]
+    names = [
+        node.name
+        for node in found.model.graph.node
+    ]
     assert "sigmoid/ReorderOutput" in names
     assert len(set(names)) == len(names)
 
@@ -325,7 +332,11 @@ def test_a_computed_bias_is_added(bundle: Path) -> None:
         model.graph.node.insert(at, bias)
         model.graph.node.insert(at, mean)
     found = block_graph(model.SerializeToString(), opened.external_data(name), 16)
-    graph = model.graph if found is None else onnx.load_model_from_string(found.model).graph
+    graph = (
+        model.graph
+        if found is None
+        else found.model.graph
+    )
     read = {tensor for node in graph.node for tensor in node.input}
     assert {f"bias{at}" for at, _ in dynamic_convs} <= read
 
@@ -356,7 +367,11 @@ def test_attentions_of_tokens_are_fused_where_nothing_is_blocked(
     made = Tokens(nn.Conv2d(3, 32, 2, stride=2)).eval()
     folder = exported(made, tmp_path / "bundle", batch)
     ran = check(made, folder, batch)
-    assert ran.endswith("since no FDConv layer of this graph gains by blocks; 2 attentions fused")
+    assert ran.endswith("since no FDConv layer of this graph gains by blocks")
+    opened = Bundle.open(folder, hold=True)
+    ((_, name),) = opened.manifest.models.items()
+    graph = fuse_layers(bytes(opened.content(name)), opened.external_data(name)).model.graph
+    assert [node.op_type for node in graph.node].count("KernelAttention") == 2
     answers = [answer(folder, native=True, threads=n)[0] for n in (1, 2, 3)]
     assert all(np.array_equal(answers[0], each) for each in answers[1:])
 
@@ -364,10 +379,10 @@ def test_attentions_of_tokens_are_fused_where_nothing_is_blocked(
 def test_switched_off(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer(bundle, native="nchw")[1] == (
         "native operators, since they are built here; features in NCHW, since "
-        "open_session(native='nchw') keeps NCHW; 2 attentions fused"
+        "open_session(native='nchw') keeps NCHW"
     )
     monkeypatch.setenv(native.SWITCH, "nchw")
-    assert answer(bundle)[1].endswith("FDCONV_NATIVE=nchw keeps NCHW; 2 attentions fused")
+    assert answer(bundle)[1].endswith("FDCONV_NATIVE=nchw keeps NCHW")
     monkeypatch.setenv(native.SWITCH, "NCHW")
     with pytest.raises(BackendError, match="FDCONV_NATIVE is 0, 1 or nchw, not 'NCHW'"):
         answer(bundle)
@@ -376,7 +391,7 @@ def test_switched_off(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_runtime_without_the_layout(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "blocked_layout", lambda: (0, "its blocks are unknown"))
     y, ran = answer(bundle, native=True)
-    assert ran.endswith("features in NCHW, since its blocks are unknown; 2 attentions fused")
+    assert ran.endswith("features in NCHW, since its blocks are unknown")
     assert np.array_equal(y, answer(bundle, native="nchw")[0])
 
 
@@ -385,14 +400,14 @@ def test_a_graph_that_the_runtime_refuses(
 ) -> None:
     """As one of a later version may, whose operators have changed."""
 
-    def broken(*arguments) -> BlockedGraph:
+    def broken(*arguments) -> NativeGraph:
         found = block_graph(*arguments)
         assert found is not None
-        model = onnx.load_model_from_string(found.model)
+        model = onnx.load_model_from_string(found.model.SerializeToString())
         for node in model.graph.node:
             if node.op_type == "ReorderOutput":
                 node.op_type = "ReorderBack"
-        return replace(found, model=model.SerializeToString())
+        return NativeGraph(read_model(model.SerializeToString()), found.files)
 
     monkeypatch.setattr(backend, "blocked_layout", lambda: (16, ""))
     monkeypatch.setattr(backend, "block_graph", broken)

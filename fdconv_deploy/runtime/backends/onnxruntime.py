@@ -18,8 +18,7 @@ import numpy.typing as npt
 from fdconv_deploy.environment import clashing_runtimes, install
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops.native import SWITCH, kept_layout, native_library
-from fdconv_deploy.ops.native.loans import lent, loan_number
-from fdconv_deploy.runtime.attention_nodes import with_fused_attentions
+from fdconv_deploy.ops.native.loans import lent
 from fdconv_deploy.runtime.backends.base import (
     BackendOptions,
     Graph,
@@ -34,6 +33,7 @@ from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.blocked_graph import block_graph
 from fdconv_deploy.runtime.bundle import Bundle, Bytes
 from fdconv_deploy.runtime.manifest import TensorSpec
+from fdconv_deploy.runtime.native_layers import NativeGraph, fuse_layers
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -136,11 +136,9 @@ class OnnxRuntimeBackend:
         bundle.hold()  # all at once: a graph loaded later is of the same bundle and needs no file
         graph, files = bytes(bundle.content(name)), bundle.external_data(name)
         try:
-            session = self._blocked_session(graph, files, threads)
-            if session is None:
-                if self._library is not None:
-                    graph, fused = with_fused_attentions(graph, files)
-                    self.operators += f"; {fused} attentions fused" if fused else ""
+            if self._library is not None:
+                session = self._native_session(graph, files, threads)
+            else:
                 session = self._open(graph, files, threads, providers)
         except Exception as error:
             doing = f"loading {name!r} of the bundle {bundle.path}"
@@ -168,25 +166,15 @@ class OnnxRuntimeBackend:
         )
         return session
 
-    def _blocked_session(
-        self, graph: bytes, files: Mapping[str, Bytes], threads: int
-    ) -> Any | None:
-        """A session of the graph in ONNX Runtime's blocked layout; None where it cannot be."""
-        if self._library is None:
-            return None
-        session = None
+    def _native_session(self, graph: bytes, files: Mapping[str, Bytes], threads: int) -> Any:
+        """A session with native operators, in ONNX Runtime's blocked layout where it can be."""
         why = kept_layout(self._native)
         if why is None:
             block, why = blocked_layout()
-            rewritten = block_graph(graph, files, block, loan_number) if block else None
-            if rewritten is not None:
-                constants = {rewritten.location: rewritten.constants}
+            blocked = block_graph(graph, files, block) if block else None
+            if blocked is not None:
                 try:
-                    only = rewritten.blocked_only
-                    with lent(self._library, rewritten.loans, blocked_only=only):
-                        session = self._open(
-                            rewritten.model, {**files, **constants}, threads, [CPU]
-                        )
+                    return self._open_native(blocked, threads, f"blocks of {block} channels")
                 except Exception as error:
                     if _out_of_memory(error, ""):
                         raise
@@ -194,8 +182,15 @@ class OnnxRuntimeBackend:
                     log.warning("the blocked layout is not used, since %s", why)
             elif block:
                 why = "no FDConv layer of this graph gains by blocks"
-        blocked = f"blocks of {blocked_layout()[0]} channels" if session else f"NCHW, since {why}"
-        self.operators = f"native operators, since {self._why}; features in {blocked}"
+        return self._open_native(fuse_layers(graph, files), threads, f"NCHW, since {why}")
+
+    def _open_native(self, graph: NativeGraph, threads: int, layout: str) -> Any:
+        loans = graph.lend_constants()
+        assert self._library is not None
+        with lent(self._library, loans, blocked_only=not graph.has_functions):
+            model = graph.model.SerializeToString()
+            session = self._open(model, graph.files, threads, [CPU])
+        self.operators = f"native operators, since {self._why}; features in {layout}"
         return session
 
     def _open(

@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,6 @@ from fdconv_deploy.environment import install, installed_version
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.ops.native import SWITCH, native_library
-from fdconv_deploy.runtime.attention_nodes import DOMAIN as ATTENTION_DOMAIN
-from fdconv_deploy.runtime.attention_nodes import fuse_attentions
 from fdconv_deploy.runtime.backends.base import (
     BackendOptions,
     Signature,
@@ -33,10 +31,9 @@ from fdconv_deploy.runtime.backends.base import (
 )
 from fdconv_deploy.runtime.backends.threads import available_cores
 from fdconv_deploy.runtime.batching import linear_cost
-from fdconv_deploy.runtime.bundle import Bundle, Bytes
-from fdconv_deploy.runtime.kernel_rows import join_kernel_rows
+from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import TensorSpec
-from fdconv_deploy.runtime.onnx_messages import read_model
+from fdconv_deploy.runtime.native_layers import fuse_layers
 from fdconv_deploy.sample_images import manifest_feeds
 
 # Backend -> OpenVINO's INFERENCE_PRECISION_HINT. Left alone, the plugin takes bfloat16 wherever the
@@ -110,7 +107,7 @@ class OpenVINOBackend:
         bundle.hold()
         content, external = bytes(bundle.content(name)), bundle.external_data(name)
         if self._native:
-            content = _for_native_operators(content, external)
+            content = fuse_layers(content, external).model.SerializeToString()
         graph = self._onnx.load_model_from_string(content)
         _warn_of_signed_activations(graph, name)
         ours = [(DOMAIN, name) for name in _native_functions(graph)] if self._native else []
@@ -264,15 +261,6 @@ def _native_functions(graph: Any) -> list[str]:
         if re.search("_Softmax|_Grouped", node.op_type) and channels.get(node.input[1], 1) % 8
     }
     return [function.name for function in graph.functions if function.name not in inlined]
-
-
-def _for_native_operators(content: bytes, external: Mapping[str, Bytes]) -> bytes:
-    """A graph whose layers' attentions are one operator each, and so are their convolutions."""
-    model = read_model(content)
-    join_kernel_rows(model.graph)
-    if fuse_attentions(model.graph, external):
-        model.opset_import.add(domain=ATTENTION_DOMAIN, version=1)
-    return bytes(model.SerializeToString())
 
 
 def _check_resizes(model: Any, name: str) -> None:

@@ -103,6 +103,8 @@ static const char *fill(Assembly *a, const Node *node, int last) {
         }
     if (placing.failed) return unknown;
     size_t bins = (size_t)a->column_tiles * a->planes * a->rows * LANES;
+    a->values = share(a->values, 2 * bins * sizeof(float));
+    if (!a->values) return no_memory;
     for (size_t i = 0; i < bins; i++)
         if (a->groups[i] == UNSET) a->groups[i] = 0;
     for (size_t i = 0; i < (size_t)a->planes * a->rows; i++)
@@ -145,7 +147,7 @@ static const char *make(Assembly *a, const Node *node) {
     const Form *form = node->form;
     const Tensor *spectrum = &node->constants[0];
     /* After the spectrum and its groups come the matrices of the portable transform, unread. */
-    int at = (node->lent < 0 ? 4 : 1) + form->column_stages + form->row_stages;
+    int at = (node->lent < 0 ? 1 + LENT : 1) + form->column_stages + form->row_stages;
     int has_local = form->blocked ? node->taps > 0 : form->local;
     int weight_at = form->blocked ? 1 : 2; /* behind the average */
     a->local_at = a->column_scale_at = a->row_scale_at = -1;
@@ -231,7 +233,7 @@ const char *assembly_make(Assembly *assembly, const Node *node) {
 void assembly_free(Assembly *assembly) {
     transform_free(&assembly->row_transform);
     transform_free(&assembly->column_transform);
-    free(assembly->values);
+    unshare(assembly->values);
     free(assembly->nyquist);
     free(assembly->local);
     unshare(assembly->groups);

@@ -54,15 +54,15 @@ static OrtStatus *read_node(const Kernel *kernel, const OrtKernelInfo *info, Nod
     CHECK(read_int(kernel, info, "taps", &node->taps));
     node->filter_at = node->spatial_at = node->channel_at = node->lent = -1;
     node->constants = node->inputs + 1;
+    CHECK(read_optional(kernel, info, "lent", &node->lent));
+    if (node->lent >= 0) node->constants = lent(node->lent);
+    if (!node->constants) return failure(kernel, "nobody lends its constants");
     if (node->form->blocked) {
         CHECK(read_int(kernel, info, "block", &node->block));
         CHECK(read_int(kernel, info, "scaled", &node->scaled));
         CHECK(read_optional(kernel, info, "filter_at", &node->filter_at));
         CHECK(read_optional(kernel, info, "spatial_at", &node->spatial_at));
         CHECK(read_optional(kernel, info, "channel_at", &node->channel_at));
-        CHECK(read_optional(kernel, info, "lent", &node->lent));
-        if (node->lent >= 0) node->constants = lent(node->lent);
-        if (!node->constants) return failure(kernel, "nobody lends its constants");
     } else
         CHECK(read_int(kernel, info, "by_rows", &node->by_rows));
     CHECK(read_ints(kernel, info, "row_frequencies", &node->row_frequencies, &node->slots));
@@ -188,7 +188,7 @@ static void make_op(AssemblyOp *op, int number) {
     char stages[16] = "";
     if (form->column_stages != MOST_STAGES || form->row_stages != MOST_STAGES)
         snprintf(stages, sizeof stages, "_Stages%dx%d", form->column_stages, form->row_stages);
-    op->head = (Op){.least_inputs = 6, .kernel_size = sizeof(AssemblyKernel), .make = make,
+    op->head = (Op){.least_inputs = 3, .kernel_size = sizeof(AssemblyKernel), .make = make,
                     .compute = compute, .release = release};
     snprintf(op->head.name, sizeof op->head.name, "FrequencyAssembly%s%s%s%s%s%s",
              kind, stages, planes ? "_Planes" : "", form->local ? "" : "_NoLocal",

@@ -15,9 +15,9 @@ typedef struct {
     int64_t shape[MOST_RANK];
 } Tensor;
 
-/* Which inputs a node has, which is what its operator's name tells; of a blocked one, its
- * attributes: attention, [spectrum, patterns, blocks, unless they are lent,] [average, local
- * weights,] [row scale]. */
+/* Which inputs a node has, which is what its operator's name tells, but for spectrum, patterns and
+ * blocks, which may be lent; of a blocked one, its attributes: attention, [spectrum, patterns,
+ * blocks,] [average, local weights,] [row scale]. */
 typedef struct {
     int column_stages, row_stages, local, column_scale, row_scale, blocked;
 } Form;

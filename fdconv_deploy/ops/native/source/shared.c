@@ -1,4 +1,4 @@
-/* Maps that equal layers share. */
+/* Constants that equal layers share: those of other sizes and batches, and equal maps. */
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>

@@ -7,7 +7,7 @@ import torch
 
 from fdconv_deploy.export import export_module
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.runtime.kernel_rows import join_kernel_rows
+from fdconv_deploy.runtime.native_layers import fuse_layers
 from fdconv_deploy.runtime.onnx_messages import attributes, read_model
 from tests.reference.lively import enliven, lively_input
 
@@ -31,11 +31,10 @@ def operators(graph) -> list[str]:
 
 
 def test_one_convolution_of_the_whole_geometry(exported: bytes) -> None:
-    graph = read_model(exported).graph
-    before = operators(graph)
+    before = operators(read_model(exported).graph)
     assert sum("_ByRows" in name for name in before) == 2
     assert before.count("Conv") == 6
-    assert join_kernel_rows(graph) == 2
+    graph = fuse_layers(exported, {}).model.graph
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
     assert not [name for name in operators(graph) if "_ByRows" in name or name == "Slice"]
     found = [attributes(node) for node in convolutions]
@@ -46,16 +45,18 @@ def test_one_convolution_of_the_whole_geometry(exported: bytes) -> None:
 
 
 def test_rows_that_others_read_stay(exported: bytes) -> None:
-    graph = read_model(exported).graph
-    rows = next(node for node in graph.node if node.op_type == "Split" and len(node.output) == 3)
-    graph.output.add(name=rows.output[1])
-    assert join_kernel_rows(graph) == 1
-    assert sum("_ByRows" in name for name in operators(graph)) == 1
+    model = read_model(exported)
+    rows = next(n for n in model.graph.node if n.op_type == "Split" and len(n.output) == 3)
+    model.graph.output.add(name=rows.output[1])
+    found = fuse_layers(model.SerializeToString(), {}).model.graph
+    assert sum("_ByRows" in name for name in operators(found)) == 1
 
 
 def test_a_sum_of_something_else_stays(exported: bytes) -> None:
-    graph = read_model(exported).graph
+    model = read_model(exported)
+    graph = model.graph
     convolution = next(node for node in graph.node if node.op_type == "Conv")
     total = next(n for n in graph.node if n.op_type == "Add" and convolution.output[0] in n.input)
     total.input[list(total.input).index(convolution.output[0])] = graph.input[0].name
-    assert join_kernel_rows(graph) == 1
+    found = fuse_layers(model.SerializeToString(), {}).model.graph
+    assert sum("_ByRows" in name for name in operators(found)) == 1

@@ -1,0 +1,305 @@
+"""A graph's FDConv layers as the native operators take them: what every native way begins with.
+
+- A layer's attentions are one node. An export computes them in about ten of standard operators, of
+  which each takes longer to start than to run.
+- A layer has one convolution. An export convolves by kernel rows where stock ONNX Runtime is faster
+  so, since that saves a transposition of the kernels; native operators write them in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from fdconv_deploy.ops.native.loans import loan_number
+from fdconv_deploy.runtime.bundle import Bytes
+from fdconv_deploy.runtime.graph_editing import GraphIndex, import_domain, set_nodes
+from fdconv_deploy.runtime.onnx_messages import (
+    attributes,
+    make_node,
+    read_model,
+    set_attribute,
+    shape_of,
+)
+
+# Of operators that no exported graph has, and of those that it has functions for.
+DOMAIN, FUNCTIONS = "fdconv.nchwc", "fdconv"
+ASSEMBLY = "FrequencyAssembly"
+
+
+@dataclass(frozen=True)
+class NativeGraph:
+    """A graph that only the native operators run.
+
+    Attributes:
+        model: a ``ModelProto`` of `onnx_messages`.
+        files: what it keeps constants in, by how it calls it.
+    """
+
+    model: Any
+    files: dict[str, Bytes]
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether a node is one of the functions that the exported graph has."""
+        return any(node.domain == FUNCTIONS for node in self.model.graph.node)
+
+    def lend_constants(self) -> dict[int, list[NDArray[Any]]]:
+        """Take the spectra and their groups out of the graph, to be lent while it is loaded.
+
+        Returns:
+            Each assembly's by the number that its node has then; for `ops.native.loans.lent`.
+        """
+        graph, loans = self.model.graph, {}
+        index = GraphIndex(graph, self.files)
+        for node in index.nodes:
+            if node.op_type.startswith(ASSEMBLY) and set(node.input[1:4]) <= set(index.constants):
+                number = loan_number()
+                loans[number] = [index.values(name) for name in node.input[1:4]]
+                del node.input[1:4]
+                set_attribute(node, "lent", number)
+        set_nodes(graph, index.nodes)
+        return loans
+
+
+def fuse_layers(model: bytes, external: Mapping[str, Bytes]) -> NativeGraph:
+    """One node in the place of each layer's attentions, and one in that of its convolutions.
+
+    What is not as an export writes it stays.
+
+    Args:
+        model: an exported graph, with its functions.
+        external: the files that it keeps constants in.
+    """
+    fused = NativeGraph(read_model(model), dict(external))
+    graph = fused.model.graph
+    index = GraphIndex(graph, external)
+    layers = [node for node in index.nodes if is_assembly(node)]
+    replaced = {**_fused_attentions(graph, index, layers), **_joined_rows(index, layers)}
+    nodes = (replaced.get(number, node) for number, node in enumerate(index.nodes))
+    set_nodes(graph, (node for node in nodes if node is not None))
+    import_domain(fused.model, DOMAIN)
+    return fused
+
+
+def is_assembly(node: Any) -> bool:
+    """Whether a node is a layer's assembly as exported."""
+    return node.domain == FUNCTIONS and bool(node.op_type.startswith(ASSEMBLY))
+
+
+def gates_of(index: GraphIndex, attention: str) -> str:
+    """The matrix of all of a layer's gates, of which its kernel attention is the first."""
+    split = index.producer(attention, "Split")
+    return attention if split is None else str(split.input[0])
+
+
+def _joined_rows(index: GraphIndex, layers: list[Any]) -> dict[int, Any]:
+    """By the number of the node whose place it takes, a convolution with whole kernels."""
+    joined = {}
+    for node in layers:
+        given = attributes(node)
+        if given.get("by_rows") and (found := _convolution_by_rows(index, node.output[0])):
+            inputs, output, group = found
+            geometry = {name: given[name] for name in ("strides", "pads", "dilations")}
+            made = make_node("Conv", inputs, [output], group=group, **geometry)
+            joined[index.producers[output]] = made
+            node.op_type = node.op_type.replace("_ByRows", "")
+            set_attribute(node, "by_rows", 0)
+    return joined
+
+
+def _convolution_by_rows(index: GraphIndex, kernels: str) -> tuple[list[str], str, int] | None:
+    """Inputs, output and group of the one convolution; None where it is not as exported."""
+    rows: list[Any] = []
+    waiting = [kernels]
+    while waiting:
+        name = waiting.pop(0)
+        if name in index.kept:
+            return None
+        for reader in (index.nodes[number] for number in index.readers[name]):
+            if reader.op_type in ("Split", "Reshape") and reader.input[0] == name:
+                waiting += reader.output
+            elif reader.op_type == "Conv" and reader.input[1] == name:
+                rows.append(reader)
+            else:
+                return None
+    sources, biases = set(), []
+    for row in rows:
+        cut = index.producer(row.input[0], "Slice")
+        sources.add((cut or row).input[0])
+        biases += row.input[2:]
+    # From the sum of the last two rows backwards, all that is added are rows.
+    total = rows[0].output[0] if rows else ""
+    for _ in rows[1:]:
+        number = index.only_reader(total, "Add")
+        if number is None:
+            return None
+        total = index.nodes[number].output[0]
+    added = _added(index, total)
+    if len(sources) != 1 or len(biases) > 1 or added != {row.output[0] for row in rows}:
+        return None
+    return [sources.pop(), kernels, *biases], total, attributes(rows[0]).get("group", 1)
+
+
+def _added(index: GraphIndex, total: str) -> set[str]:
+    node = index.producer(total, "Add")
+    return {total} if node is None else set().union(*(_added(index, x) for x in node.input))
+
+
+def _fused_attentions(graph: Any, index: GraphIndex, layers: list[Any]) -> dict[int, Any]:
+    """By the number of the first node whose answer it gives, a layer's attentions; None: others."""
+    shapes = {v.name: shape_of(v) for v in (*graph.input, *graph.value_info, *graph.output)}
+    search = _Search(index, shapes)
+    fused: dict[int, Any] = {}
+    for node in layers:
+        gates = gates_of(index, node.input[0])
+        if (
+            index.producers.get(gates) in (None, *fused)
+            or (found := search.attention(gates)) is None
+        ):
+            continue
+        outputs = [gates]
+        for name in node.input:
+            number = index.producers.get(name)
+            if number not in (None, *fused) and search.normalised(name, found):
+                outputs.append(name)
+                break
+        first, *others = sorted(index.producers[name] for name in outputs)
+        fused[first] = found.node(outputs, attributes(node)["layer"])
+        fused.update(dict.fromkeys(others))
+    return fused
+
+
+@dataclass
+class _Attention:
+    """What one node is made of; ``average`` is the tensor that it starts from."""
+
+    x: str
+    average: str
+    weights: list[str]
+    attributes: dict[str, Any] = field(default_factory=dict)
+    local: list[str] = field(default_factory=list)
+
+    def node(self, outputs: list[str], layer: bytes) -> Any:
+        inputs = [self.x, *self.weights, *self.local]
+        return make_node(
+            "KernelAttention", inputs, outputs, DOMAIN, block=0, layer=layer,
+            local=int(bool(self.local)), **self.attributes,
+        )  # fmt: skip
+
+
+@dataclass
+class _Search:
+    index: GraphIndex
+    shapes: dict[str, tuple[int, ...] | None]
+
+    def attention(self, gates: str) -> _Attention | None:
+        """All that leads from a layer's input to its gates."""
+        logits, softmax, sizes = self._activations(gates)
+        heads = self._affine(logits)
+        if heads is None or not sizes:
+            return None
+        hidden = self.index.producer(heads[0], "Mul")
+        squared = hidden is not None and hidden.input[0] == hidden.input[1]
+        relu = self.index.producer(hidden.input[0] if squared else heads[0], "Relu")
+        if relu is None:
+            return None
+        name, norm, given = self._norm(relu.input[0])
+        first = self._affine(name)
+        x = None if first is None else self._averaged(first[0])
+        if first is None or x is None:
+            return None
+        given |= {"softmax": int(softmax), "squared": int(squared), "head_sizes": sizes}
+        return _Attention(x, first[0], [*first[1:], *norm, *heads[1:]], given)
+
+    def _activations(self, gates: str) -> tuple[str, bool, list[int]]:
+        """Logits, whether each head is a softmax, and the heads' lengths."""
+        node = self.index.producer(gates, "Sigmoid", "Softmax", "Concat")
+        if node is None:
+            return "", False, []
+        if node.op_type != "Concat":
+            gemm = self.index.producer(node.input[0], "Gemm")
+            weight = None if gemm is None else self.index.constants.get(gemm.input[1])
+            length = [] if weight is None else [int(weight.dims[0])]
+            return node.input[0], node.op_type == "Softmax", length
+        parts = [self.index.producer(name, "Softmax") for name in node.input]
+        split = None if None in parts else self.index.producer(parts[0].input[0], "Split")
+        if split is None or [part.input[0] for part in parts] != list(split.output):
+            return "", False, []
+        lengths = self.index.values(split.input[1])
+        return split.input[0], True, [] if lengths is None else lengths.tolist()
+
+    def _affine(self, name: str) -> tuple[str, str, str] | None:
+        """Input, weight and bias of a linear layer."""
+        node = self.index.producer(name, "Gemm")
+        if node is None or len(node.input) != 3 or attributes(node) != {"transB": 1}:
+            return None
+        x, weight, bias = node.input
+        return (x, weight, bias) if {weight, bias} <= set(self.index.constants) else None
+
+    def _norm(self, name: str) -> tuple[str, list[str], dict[str, Any]]:
+        """What is normalised, the norm's constants and attributes."""
+        node = self.index.producer(name, "LayerNormalization", "Mul")
+        if node is None:
+            return name, [], {"norm": 0}
+        if node.op_type == "LayerNormalization":
+            epsilon = attributes(node).get("epsilon", 1e-5)
+            return node.input[0], list(node.input[1:]), {"norm": 1, "norm_epsilon": epsilon}
+        scaled = self.index.producer(node.input[0], "Div")
+        root = None if scaled is None else self.index.producer(scaled.input[1], "Sqrt")
+        mean = None if root is None else self.index.producer(root.input[0], "Add")
+        epsilon = None if mean is None else self.index.values(mean.input[1])
+        if epsilon is None:
+            return "", [], {}
+        given = {"norm": 2, "norm_epsilon": float(epsilon[0])}
+        return scaled.input[0], [node.input[1]], given
+
+    def _averaged(self, average: str) -> str | None:
+        """What a (images, channels) mean is the mean of: features or tokens."""
+        chain = []
+        name = average
+        while (node := self.index.producer(name, "ReduceMean", "Reshape")) is not None:
+            values = self.index.values(node.input[1]) if len(node.input) == 2 else None
+            if values is None:
+                return None
+            chain.append((node, values.tolist()))
+            name = node.input[0]
+            shape = self.shapes.get(name)
+            if shape is not None and self._means(list(shape), chain[::-1]):
+                return name
+        return None
+
+    def _means(self, sizes: list[int], chain: list[tuple[Any, list[int]]]) -> bool:
+        """Whether nodes, each with its constant, take the mean over all positions of a shape."""
+        # Each place's axis: images, channels or positions.
+        kinds = {4: ["n", "c", "p", "p"], 3: ["n", "p", "c"]}.get(len(sizes), [])
+        if not kinds:
+            return False
+        for node, values in chain:
+            if node.op_type == "Reshape":  # of a long axis into two
+                at = next((i for i, n in enumerate(sizes) if n != values[i]), len(sizes) - 1)
+                if sizes[:at] + values[at : at + 2] + sizes[at + 1 :] != values:
+                    return False
+                if kinds[at] != "p" or values[at] * values[at + 1] != sizes[at]:
+                    return False
+                sizes, kinds = values, [*kinds[:at], "p", *kinds[at:]]
+            elif attributes(node).get("keepdims", 1):
+                return False
+            else:
+                for axis in sorted((axis % len(kinds) for axis in values), reverse=True):
+                    sizes = sizes[:axis] + sizes[axis + 1 :]
+                    if kinds.pop(axis) != "p":
+                        return False
+        return kinds == ["n", "c"]
+
+    def normalised(self, name: str, found: _Attention) -> bool:
+        """Whether a tensor is the average as the local attention takes it; then it is noted."""
+        node = self.index.producer(name, "LayerNormalization")
+        if node is None or node.input[0] != found.average or len(node.input) != 3:
+            return False
+        found.local = list(node.input[1:])
+        found.attributes["local_epsilon"] = attributes(node).get("epsilon", 1e-5)
+        return True
