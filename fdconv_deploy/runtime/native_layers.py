@@ -53,14 +53,16 @@ class NativeGraph:
         Returns:
             Each assembly's by the number that its node has then; for `ops.native.loans.lent`.
         """
-        graph, loans = self.model.graph, {}
+        graph, loans = self.model.graph, dict[int, list[NDArray[Any]]]()
         index = GraphIndex(graph, self.files)
         for node in index.nodes:
-            if node.op_type.startswith(ASSEMBLY) and set(node.input[1:4]) <= set(index.constants):
-                number = loan_number()
-                loans[number] = [index.values(name) for name in node.input[1:4]]
-                del node.input[1:4]
-                set_attribute(node, "lent", number)
+            if node.op_type.startswith(ASSEMBLY):
+                found = [v for n in node.input[1:4] if (v := index.values(n)) is not None]
+                if len(found) == 3:
+                    number = loan_number()
+                    loans[number] = found
+                    del node.input[1:4]
+                    set_attribute(node, "lent", number)
         set_nodes(graph, index.nodes)
         return loans
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from fdconv_deploy.runtime.backends.blocked_layout import blocked_layout
 from fdconv_deploy.runtime.blocked_graph import block_graph
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.native_layers import NativeGraph, fuse_layers
-from fdconv_deploy.runtime.onnx_messages import read_model
+from fdconv_deploy.runtime.onnx_messages import read_model, set_attribute
 from tests.reference.lively import enliven, lively_input
 
 SIZE = 24, 28
@@ -218,10 +219,7 @@ def test_a_layer_that_stays_a_function(tmp_path: Path) -> None:
     found = rewritten(bundle, 16)
     assert found is not None
     assert found.has_functions
-    names = [
-        node.op_type
-        for node in found.model.graph.node
-    ]
+    names = [node.op_type for node in found.model.graph.node]
     assert any(name.startswith("FrequencyAssembly_") for name in names)
     assert "in blocks of" in check(made, bundle)
 
@@ -304,10 +302,7 @@ def test_nodes_called_by_their_outputs(bundle: Path) -> None:
     model.graph.output[0].name = "sigmoid"
     found = block_graph(model.SerializeToString(), opened.external_data(name), 16)
     assert found is not None
-    names = [
-        node.name
-        for node in found.model.graph.node
-    ]
+    names = [node.name for node in found.model.graph.node]
     assert "sigmoid/ReorderOutput" in names
     assert len(set(names)) == len(names)
 
@@ -332,11 +327,7 @@ def test_a_computed_bias_is_added(bundle: Path) -> None:
         model.graph.node.insert(at, bias)
         model.graph.node.insert(at, mean)
     found = block_graph(model.SerializeToString(), opened.external_data(name), 16)
-    graph = (
-        model.graph
-        if found is None
-        else found.model.graph
-    )
+    graph = model.graph if found is None else found.model.graph
     read = {tensor for node in graph.node for tensor in node.input}
     assert {f"bias{at}" for at, _ in dynamic_convs} <= read
 
@@ -393,6 +384,33 @@ def test_a_runtime_without_the_layout(bundle: Path, monkeypatch: pytest.MonkeyPa
     y, ran = answer(bundle, native=True)
     assert ran.endswith("features in NCHW, since its blocks are unknown")
     assert np.array_equal(y, answer(bundle, native="nchw")[0])
+
+
+def test_a_graph_that_fails_at_run(
+    bundle: Path, block: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It answers all the same, from a session in NCHW, and says so; several runs at once, too."""
+
+    def broken(*arguments) -> NativeGraph:
+        found = block_graph(*arguments)
+        assert found is not None
+        for node in found.model.graph.node:
+            if node.op_type == "FrequencyAssembly":
+                set_attribute(node, "filter_at", 100_000)
+        return found
+
+    expected, _ = answer(bundle, native="nchw")
+    monkeypatch.setattr(backend, "block_graph", broken)
+    with open_session(bundle, "onnxruntime-cpu", native=True) as session:
+        feeds = {"input": lively_input((1, 3, *SIZE)).numpy()}
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: session.run_raw(feeds), range(4)))
+        assert all(np.array_equal(found["output"], expected) for found in answers)
+        assert "features in NCHW, since ONNX Runtime failed on the graph in blocks" in (
+            session.operators
+        )
+    assert caplog.text.count("goes on in NCHW") == 1
+    assert "its attention has fewer gates" in caplog.text
 
 
 def test_a_graph_that_the_runtime_refuses(

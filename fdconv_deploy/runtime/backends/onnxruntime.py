@@ -6,8 +6,9 @@ import ctypes
 import logging
 import os
 import re
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,14 @@ class OnnxRuntimeBackend:
         name = bundle.manifest.models[batch]
         if self._given is not None or self._provider != CUDA:
             providers = list(self._given or [CPU])
-            return OnnxRuntimeGraph(self._session(bundle, batch, threads, providers), name)
+            session, blocked = self._session(bundle, batch, threads, providers)
+
+            def in_nchw(error: Exception) -> Any:
+                why = f"ONNX Runtime failed on the graph in blocks ({first_line(error)})"
+                log.warning("%s of %s goes on in NCHW, since %s", name, bundle.path, why)
+                return self._session(bundle, batch, threads, providers, why)[0]
+
+            return OnnxRuntimeGraph(session, name, in_nchw if blocked else None)
         how = "in one CUDA graph"
         try:
             graph = self._on_gpu(bundle, batch, captured=True)
@@ -121,13 +129,19 @@ class OnnxRuntimeBackend:
 
     def _on_gpu(self, bundle: Bundle, batch: int, *, captured: bool) -> CudaGraph:
         providers = [_cuda(tf32=self._tf32, captured=captured), CPU]
-        session = self._session(bundle, batch, None, providers)
+        session, _ = self._session(bundle, batch, None, providers)
         specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
         return CudaGraph(self._ort, session, bundle.manifest.models[batch], *specs)
 
     def _session(
-        self, bundle: Bundle, batch: int, threads: int | None, providers: list[Any]
-    ) -> Any:
+        self,
+        bundle: Bundle,
+        batch: int,
+        threads: int | None,
+        providers: list[Any],
+        plain: str | None = None,
+    ) -> tuple[Any, bool]:
+        """A session, and whether its features are in blocks, which ``plain`` tells why not to."""
         if self._library is not None and (problem := bundle.manifest.older_nodes):
             self._library, why = native_library(self._native, problem)
             self.operators = f"portable operators, since {why}"
@@ -137,9 +151,10 @@ class OnnxRuntimeBackend:
         graph, files = bytes(bundle.content(name)), bundle.external_data(name)
         try:
             if self._library is not None:
-                session = self._native_session(graph, files, threads)
+                plain = plain or kept_layout(self._native)
+                session, blocked = self._native_session(graph, files, threads, plain)
             else:
-                session = self._open(graph, files, threads, providers)
+                session, blocked = self._open(graph, files, threads, providers), False
         except Exception as error:
             doing = f"loading {name!r} of the bundle {bundle.path}"
             raise _out_of_memory(error, doing) or BackendError(
@@ -164,17 +179,17 @@ class OnnxRuntimeBackend:
                 for values in (session.get_inputs(), session.get_outputs())
             ),
         )
-        return session
+        return session, blocked
 
-    def _native_session(self, graph: bytes, files: Mapping[str, Bytes], threads: int) -> Any:
-        """A session with native operators, in ONNX Runtime's blocked layout where it can be."""
-        why = kept_layout(self._native)
+    def _native_session(
+        self, graph: bytes, files: Mapping[str, Bytes], threads: int, why: str | None
+    ) -> tuple[Any, bool]:
         if why is None:
             block, why = blocked_layout()
             blocked = block_graph(graph, files, block) if block else None
             if blocked is not None:
                 try:
-                    return self._open_native(blocked, threads, f"blocks of {block} channels")
+                    return self._open_native(blocked, threads, f"blocks of {block} channels"), True
                 except Exception as error:
                     if _out_of_memory(error, ""):
                         raise
@@ -182,7 +197,7 @@ class OnnxRuntimeBackend:
                     log.warning("the blocked layout is not used, since %s", why)
             elif block:
                 why = "no FDConv layer of this graph gains by blocks"
-        return self._open_native(fuse_layers(graph, files), threads, f"NCHW, since {why}")
+        return self._open_native(fuse_layers(graph, files), threads, f"NCHW, since {why}"), False
 
     def _open_native(self, graph: NativeGraph, threads: int, layout: str) -> Any:
         loans = graph.lend_constants()
@@ -251,19 +266,32 @@ class OnnxRuntimeGraph:
     output to a caller's fresh array instead of copying it there saves less than a millisecond
     of a run (benchmarks.session --binding). Outputs kept for reuse would have to be copied
     anyway, since answers belong to their callers.
+
+    Args:
+        session: of the graph.
+        name: of the graph's file.
+        instead: makes the session that runs go on in once one has failed, other than for memory.
     """
 
-    def __init__(self, session: Any, name: str) -> None:
-        self._session = session
-        self._name = name
+    def __init__(
+        self, session: Any, name: str, instead: Callable[[Exception], Any] | None = None
+    ) -> None:
+        self._session, self._name, self._instead = session, name, instead
+        self._changing = threading.Lock()
         self._outputs = [value.name for value in session.get_outputs()]
 
     def run(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
         """Every output by name. See :class:`Graph`."""
+        session = self._session
         try:
-            values = self._session.run(self._outputs, dict(feeds))
+            values = session.run(self._outputs, dict(feeds))
         except Exception as error:
-            raise _failed(error, self._name) from error
+            with self._changing:  # of several runs that fail at once, one makes the other session
+                if self._session is session:
+                    if self._instead is None or _out_of_memory(error, ""):
+                        raise _failed(error, self._name) from error
+                    self._session, self._instead = self._instead(error), None
+            return self.run(feeds)
         return dict(zip(self._outputs, values, strict=True))
 
 
