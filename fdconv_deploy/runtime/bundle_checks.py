@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from fdconv_deploy.errors import BundleError, FDConvError
 from fdconv_deploy.runtime.images import SUFFIXES
 from fdconv_deploy.runtime.manifest import FORMAT_VERSION, MANIFEST_NAME, FileInfo, Manifest
+from fdconv_deploy.runtime.onnx_messages import external_locations
 
 M = TypeVar("M", bound=BaseModel)
 _CHECKPOINTS = (".pth", ".pt", ".ckpt", ".safetensors", ".pkl")
@@ -254,82 +255,3 @@ def external_files(root: Path, manifest: Manifest, model: str, graph: bytes) -> 
             )
         names[location] = name
     return names
-
-
-# message -> {field number: message of that field}
-_FIELDS: dict[str, dict[int, str]] = {
-    "Model": {7: "Graph", 20: "Training", 25: "Function"},
-    "Training": {1: "Graph", 2: "Graph"},
-    "Function": {7: "Node", 11: "Attribute"},
-    "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
-    "Node": {5: "Attribute"},
-    "Attribute": {
-        5: "Tensor",
-        6: "Graph",
-        10: "Tensor",
-        11: "Graph",
-        22: "SparseTensor",
-        23: "SparseTensor",
-    },
-    "SparseTensor": {1: "Tensor", 2: "Tensor"},
-    "Tensor": {13: "Entry"},
-}
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-
-
-def external_locations(data: bytes) -> set[str]:
-    """Every external-data ``location`` in an ONNX file's bytes, as written there.
-
-    Raises:
-        ValueError: they are not an ONNX file's, or are cut off.
-    """
-    found: set[str] = set()
-    if not data:
-        raise ValueError("the file is empty")
-    # A work list rather than recursion: nesting depth is the file's to choose.
-    pending = [("Model", 0, len(data))]
-    while pending:
-        message, start, end = pending.pop()
-        if message == "Entry":
-            entry = {field: data[a:b] for field, a, b in _fields(data, start, end)}
-            if entry.get(1) == b"location":
-                found.add(entry.get(2, b"").decode("utf-8"))
-            continue
-        inner = _FIELDS[message]
-        for field, a, b in _fields(data, start, end):
-            if field in inner:
-                pending.append((inner[field], a, b))
-    return found
-
-
-def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The length-delimited fields of the message in ``data[start:end]``: number, start, end."""
-    at = start
-    while at < end:
-        tag, at = _varint(data, at, end)
-        kind = tag & 7
-        if kind == _BYTES:
-            length, at = _varint(data, at, end)
-            if at + length > end:
-                raise ValueError("the file is cut off or not ONNX")
-            yield tag >> 3, at, at + length
-            at += length
-        elif kind == _VARINT:
-            _, at = _varint(data, at, end)
-        elif kind in (_FIXED64, _FIXED32):
-            at += 8 if kind == _FIXED64 else 4
-        else:
-            raise ValueError("the file is cut off or not ONNX")
-    if at != end:
-        raise ValueError("the file is cut off or not ONNX")
-
-
-def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    value = shift = 0
-    while at < end and shift < 70:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-    raise ValueError("the file is cut off or not ONNX")

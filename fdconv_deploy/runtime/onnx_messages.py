@@ -11,22 +11,24 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 from numpy.typing import NDArray
-
-from fdconv_deploy.runtime.bundle import Bytes
 
 # onnx.proto: message -> fields, with number and type, * where there are several.
 _SCHEMA = {
-    "Model": "ir_version=1:int64 graph=7:Graph opset_import=8:OperatorSet* functions=25:Function*",
-    "Function": "name=1:string input=4:string*",
+    "Model": "ir_version=1:int64 graph=7:Graph opset_import=8:OperatorSet* "
+    "training_info=20:Training* functions=25:Function*",
+    "Training": "initialization=1:Graph algorithm=2:Graph",
+    "Function": "name=1:string input=4:string* node=7:Node* attribute_proto=11:Attribute*",
     "OperatorSet": "domain=1:string version=2:int64",
     "Graph": "node=1:Node* name=2:string initializer=5:Tensor* input=11:Value* output=12:Value* "
-    "value_info=13:Value*",
+    "value_info=13:Value* sparse_initializer=15:SparseTensor*",
     "Node": "input=1:string* output=2:string* name=3:string op_type=4:string "
     "attribute=5:Attribute* domain=7:string",
     "Attribute": "name=1:string f=2:float i=3:int64 s=4:bytes t=5:Tensor g=6:Graph "
-    "floats=7:float* ints=8:int64* strings=9:bytes* graphs=11:Graph* type=20:int32",
+    "floats=7:float* ints=8:int64* strings=9:bytes* tensors=10:Tensor* graphs=11:Graph* "
+    "type=20:int32 sparse_tensor=22:SparseTensor sparse_tensors=23:SparseTensor*",
+    "SparseTensor": "values=1:Tensor indices=2:Tensor",
     "Tensor": "dims=1:int64* data_type=2:int32 float_data=4:float* int32_data=5:int32* "
     "int64_data=7:int64* name=8:string raw_data=9:bytes external_data=13:Entry* "
     "data_location=14:int32",
@@ -47,8 +49,8 @@ _INLINE = {1: "float_data", 2: "int32_data", 6: "int32_data", 7: "int64_data"}
 def _classes() -> dict[str, Any]:
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="onnx_parts.proto", package="parts")
-    for message, fields in _SCHEMA.items():
-        made = file.message_type.add(name=message)
+    for owner, fields in _SCHEMA.items():
+        made = file.message_type.add(name=owner)
         for text in fields.split():
             name, _, rest = text.partition("=")
             number, _, kind = rest.rstrip("*").partition(":")
@@ -67,8 +69,36 @@ def _classes() -> dict[str, Any]:
 
 
 def read_model(data: bytes) -> Any:
-    """A ``ModelProto``'s parts."""
-    return _classes()["Model"].FromString(data)
+    """A ``ModelProto``'s parts.
+
+    Raises:
+        ValueError: the bytes are not an ONNX file's, or are cut off.
+    """
+    try:
+        return _classes()["Model"].FromString(data)
+    except message.DecodeError as error:
+        raise ValueError("the file is cut off or not ONNX") from error
+
+
+def external_locations(data: bytes) -> set[str]:
+    """Every external-data ``location`` in an ONNX file's bytes, as written there.
+
+    Raises:
+        ValueError: they are empty, not an ONNX file's, or cut off.
+    """
+    if not data:
+        raise ValueError("the file is empty")
+    found: set[Any] = set()
+    pending = [read_model(data)]
+    while pending:
+        for field, value in pending.pop().ListFields():
+            if field.name == "external_data":
+                found.update(entry.value for entry in value if entry.key == "location")
+            elif field.message_type is not None:
+                pending += [value] if isinstance(value, message.Message) else value
+    if not all(isinstance(location, str) for location in found):
+        raise ValueError("it names a file in other characters than UTF-8's")
+    return found
 
 
 def make_model(
@@ -146,7 +176,7 @@ def shape_of(value: Any) -> tuple[int, ...] | None:
     return tuple(d.dim_value for d in dims) if all(d.dim_value > 0 for d in dims) else None
 
 
-def tensor_values(tensor: Any, external: Mapping[str, Bytes]) -> NDArray[Any]:
+def tensor_values(tensor: Any, external: Mapping[str, bytes | memoryview]) -> NDArray[Any]:
     """A constant's values, which may lie in the files that the graph keeps data in.
 
     Raises:
