@@ -36,7 +36,6 @@ def open_session(
     backend: str = "auto",
     *,
     threads: int | None = None,
-    spinning: bool = True,
     providers: Sequence[Any] | None = None,
     native: Native = None,
     tf32: bool | None = None,
@@ -55,9 +54,6 @@ def open_session(
             made by ``fdconv build``), "openvino" or "openvino-bf16".
         threads: number of CPU threads of a run. By default, as many as there are physical cores
             this process may use, by its affinity and its cgroup's quota.
-        spinning: whether threads wait for each other busily within a run, which saves waking
-            them after every operator. Between runs they always sleep. False suits a machine
-            whose cores several runs share at a time.
         providers: ONNX Runtime execution providers, in its own notation.
         native: on a CPU, in ONNX Runtime and OpenVINO, use the ``fdconv`` operators in C (True),
             or the functions of standard operators that every bundle carries (False). By default
@@ -79,7 +75,7 @@ def open_session(
     if threads is not None and threads < 1:
         raise BackendError(f"A run takes 1 thread or more, not {threads}.")
     given = None if providers is None else tuple(providers)
-    options = BackendOptions(threads, given, spinning, native, tf32)
+    options = BackendOptions(threads, given, native, tf32)
     used, choice, graphs = select(bundle, backend, options)
     if len(bundle.manifest.sizes) < 2:
         return Session(bundle, GraphRunner(bundle, used, choice, graphs))

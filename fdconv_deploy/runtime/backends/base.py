@@ -91,7 +91,6 @@ class BackendOptions:
 
     threads: int | None = None
     providers: tuple[Any, ...] | None = None
-    spinning: bool = True
     native: Native = None
     tf32: bool | None = None
 

@@ -67,7 +67,6 @@ class OnnxRuntimeBackend:
         self._ort = import_onnxruntime(packages[0])
         self.device = "cpu" if self._provider == CPU else "cuda"
         self._threads = options.threads or available_cores()
-        self._spinning = options.spinning
         if options.providers is not None:
             self._provider = first_name(list(options.providers))
             packages = next((known for p, known in PROVIDERS.values() if p == self._provider), ())
@@ -226,11 +225,8 @@ class OnnxRuntimeBackend:
         # A number, since with none ONNX Runtime counts the machine's cores and pins a thread
         # to each, whatever share of them this process has.
         options.intra_op_num_threads = threads
-        options.add_session_config_entry(
-            "session.intra_op.allow_spinning", "1" if self._spinning else "0"
-        )
-        # Threads that go on spinning after a run take a core from whatever comes next:
-        # postprocessing, or another model's run.
+        # Threads spin within a run, by default; those that go on after it take a core from whatever
+        # comes next: postprocessing, or another model's run.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # A memory pattern is a second, contiguous arena block as large as a run's peak, and is
         # taken at the second run only. Without it UPerNet-R50 at 512×512 holds 775 MB rather

@@ -28,10 +28,8 @@ class TestSettings:
         assert settings(toy_bundle).intra_op_num_threads == available_cores()
 
     def test_spinning_within_a_run_only(self, toy_bundle: Path) -> None:
-        for spinning, expected in ((True, "1"), (False, "0")):
-            found = settings(toy_bundle, threads=1, spinning=spinning)
-            assert found.get_session_config_entry("session.intra_op.allow_spinning") == expected
-            assert found.get_session_config_entry("session.force_spinning_stop") == "1"
+        found = settings(toy_bundle, threads=1)
+        assert found.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 def needing(path: Path, rows: int, columns: int) -> Bundle:
