@@ -285,11 +285,7 @@ class DetectionPipeline:
             self.classes,
             self.palette,
             placement.fit,
-            {
-                "preprocess": prepared.seconds,
-                "inference": inference_seconds,
-                "postprocess": time.perf_counter() - start,
-            },
+            prepared.timings(inference_seconds, start),
         )
 
 

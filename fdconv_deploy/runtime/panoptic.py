@@ -324,11 +324,7 @@ class PanopticPipeline(SegmentationPipeline):
         instances = None
         if self._rule.instance_on:
             instances = self._instances(outputs, maps, prepared)
-        timings = {
-            "preprocess": prepared.seconds,
-            "inference": inference_seconds,
-            "postprocess": time.perf_counter() - start,
-        }
+        timings = prepared.timings(inference_seconds, start)
         return PanopticSegmentation(
             labels,
             self.classes,

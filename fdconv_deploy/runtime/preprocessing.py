@@ -11,6 +11,7 @@ image, and the answer says which was used.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -65,6 +66,11 @@ class Prepared:
     placement: Placement
     seconds: float
     network: tuple[int, int]
+
+    def timings(self, inference: float, start: float) -> dict[str, float]:
+        """Seconds by stage: of preparing, of a run, and since ``start`` by ``perf_counter``."""
+        postprocess = time.perf_counter() - start
+        return {"preprocess": self.seconds, "inference": inference, "postprocess": postprocess}
 
 
 def check_image(image: npt.NDArray[Any], preprocessing: Preprocessing | None = None) -> Pixels:

@@ -158,11 +158,7 @@ class SegmentationPipeline:
             align_corners=self._head.align_corners,
             threshold=self._head.label_threshold,
         )
-        timings = {
-            "preprocess": prepared.seconds,
-            "inference": inference_seconds,
-            "postprocess": time.perf_counter() - start,
-        }
+        timings = prepared.timings(inference_seconds, start)
         return Segmentation(labels, self.classes, self.palette, placement.fit, "whole", timings)
 
     def slide(
