@@ -30,6 +30,8 @@ from fdconv_deploy.runtime.graph_editing import (
 )
 from fdconv_deploy.runtime.native_layers import (
     ASSEMBLY,
+    BAND_ATTRIBUTES,
+    BANDS,
     FUNCTIONS,
     NativeGraph,
     fuse_layers,
@@ -459,10 +461,9 @@ class _Rewriting:
         x = self._as_blocked(node.input[0])
         if x is None or shape is None:
             return False
-        kept = "layer groups feature_size complex_rows softmax".split()
         self._write(
-            "FrequencyBandModulation", [x, *node.input[1:]], f"{y}/blocked", OURS,
-            block=self.block, **{name: given[name] for name in kept},
+            BANDS, [x, *node.input[1:]], f"{y}/blocked", OURS,
+            block=self.block, **{name: given[name] for name in BAND_ATTRIBUTES},
         )  # fmt: skip
         self.blocked[y] = f"{y}/blocked", shape
         return True
@@ -586,7 +587,7 @@ _HANDLERS: dict[str, Callable[[_Rewriting, int, Any], bool]] = {
     "Reshape": _Rewriting._reshape,
     "Resize": _Rewriting._resize,
     "KernelAttention": _Rewriting._attention,
-    "FrequencyBandModulation": _Rewriting._bands,
+    BANDS: _Rewriting._bands,
     **dict.fromkeys(_UNARY, _Rewriting._unary),
     **dict.fromkeys(_BINARY, _Rewriting._binary),
 }

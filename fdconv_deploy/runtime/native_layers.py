@@ -27,7 +27,8 @@ from fdconv_deploy.runtime.onnx_messages import (
 
 # Of operators that no exported graph has, and of those that it has functions for.
 DOMAIN, FUNCTIONS = "fdconv.nchwc", "fdconv"
-ASSEMBLY = "FrequencyAssembly"
+ASSEMBLY, BANDS = "FrequencyAssembly", "FrequencyBandModulation"
+BAND_ATTRIBUTES = ("layer", "groups", "feature_size", "complex_rows", "softmax")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,46 @@ class NativeGraph:
                     set_attribute(node, "lent", number)
         set_nodes(graph, index.nodes)
         return loans
+
+
+def native_graph(model: bytes, external: Mapping[str, Bytes]) -> NativeGraph:
+    """A graph in the layout of its export, as `fuse_layers` has it, bands modulated channels last.
+
+    Args:
+        model: an exported graph, with its functions.
+        external: the files that it keeps constants in.
+    """
+    fused = fuse_layers(model, external)
+    index = GraphIndex(fused.model.graph, external)
+    nodes: list[Any] = []
+    for node in index.nodes:
+        bands = node.domain == FUNCTIONS and node.op_type.startswith(BANDS)
+        nodes += _channels_last(index, node) if bands else [node]
+    set_nodes(fused.model.graph, nodes)
+    return fused
+
+
+def _channels_last(index: GraphIndex, node: Any) -> list[Any]:
+    """A band modulation between two transpositions; as it is where channels are no whole vectors.
+
+    These cost less than the products save that have channels in a vector's lanes, and OpenVINO's
+    convolutions have them so.
+    """
+    weight = index.constants.get(node.input[1])
+    channels = 1 if weight is None else weight.dims[0]
+    if channels % 8:
+        return [node]
+    (x, *constants), (y,), given = node.input, node.output, attributes(node)
+    kept = {name: given[name] for name in BAND_ATTRIBUTES}
+    block = 8 if channels % 16 else 16
+    return [
+        make_node("Transpose", [x], [f"{y}/input"], perm=[0, 2, 3, 1]),
+        make_node(
+            BANDS, [f"{y}/input", *constants], [f"{y}/channels_last"], DOMAIN, block=block,
+            channels_last=1, **kept,
+        ),
+        make_node("Transpose", [f"{y}/channels_last"], [y], perm=[0, 3, 1, 2]),
+    ]  # fmt: skip
 
 
 def fuse_layers(model: bytes, external: Mapping[str, Bytes]) -> NativeGraph:

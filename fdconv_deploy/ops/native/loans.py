@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fdconv_deploy.errors import BackendError
+from fdconv_deploy.ops.native import SWITCH
 
 _MOST_RANK, _MOST = 8, 1 << 24
 _TYPES = {"float32": 1, "uint8": 2, "int32": 6}  # ONNXTensorElementDataType
@@ -50,7 +51,10 @@ def lent(
         loans: by number, a layer's spectrum, patterns and blocks.
         blocked_only: sessions opened in this thread meanwhile have no nodes of functions.
     """
-    code = ctypes.CDLL(str(library))
+    try:
+        code = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise cannot_load(library, str(error)) from error
     code.fdconv_lend.argtypes = ctypes.c_int64, ctypes.POINTER(_Tensor)
     code.fdconv_take_back.argtypes = (ctypes.c_int64,)
     given: list[int] = []
@@ -69,6 +73,14 @@ def lent(
         code.fdconv_blocked_only(0)
         for number in given:
             code.fdconv_take_back(number)
+
+
+def cannot_load(library: Path, why: str) -> BackendError:
+    """What to say of a library that is there and does not load."""
+    return BackendError(
+        f"ONNX Runtime cannot load the native operators {library}: {why}. Build them again with "
+        f"python -m fdconv_deploy.ops.native, or do without: {SWITCH}=0."
+    )
 
 
 def _described(array: NDArray[Any]) -> _Tensor:

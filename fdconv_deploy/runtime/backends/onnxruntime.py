@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from fdconv_deploy.environment import clashing_runtimes, install
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.ops.native import SWITCH, kept_layout, native_library
-from fdconv_deploy.ops.native.loans import lent
+from fdconv_deploy.ops.native import kept_layout, native_library
+from fdconv_deploy.ops.native.loans import cannot_load, lent
 from fdconv_deploy.runtime.backends.base import (
     BackendOptions,
     Graph,
@@ -34,7 +34,7 @@ from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.blocked_graph import block_graph
 from fdconv_deploy.runtime.bundle import Bundle, Bytes
 from fdconv_deploy.runtime.manifest import TensorSpec
-from fdconv_deploy.runtime.native_layers import NativeGraph, fuse_layers
+from fdconv_deploy.runtime.native_layers import NativeGraph, native_graph
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -196,7 +196,7 @@ class OnnxRuntimeBackend:
                     log.warning("the blocked layout is not used, since %s", why)
             elif block:
                 why = "no FDConv layer of this graph gains by blocks"
-        return self._open_native(fuse_layers(graph, files), threads, f"NCHW, since {why}"), False
+        return self._open_native(native_graph(graph, files), threads, f"NCHW, since {why}"), False
 
     def _open_native(self, graph: NativeGraph, threads: int, layout: str) -> Any:
         loans = graph.lend_constants()
@@ -242,11 +242,7 @@ class OnnxRuntimeBackend:
             try:
                 options.register_custom_ops_library(str(self._library))
             except Exception as error:
-                raise BackendError(
-                    f"ONNX Runtime cannot load the native operators {self._library}: "
-                    f"{first_line(error)}. Build them again with python -m "
-                    f"fdconv_deploy.ops.native, or do without: {SWITCH}=0."
-                ) from error
+                raise cannot_load(self._library, first_line(error)) from error
         return options
 
     def batch_cost(self, batch: int) -> float:

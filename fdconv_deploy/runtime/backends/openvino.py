@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from fdconv_deploy.runtime.backends.threads import available_cores
 from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import TensorSpec
-from fdconv_deploy.runtime.native_layers import fuse_layers
+from fdconv_deploy.runtime.native_layers import BANDS, native_graph
 from fdconv_deploy.sample_images import manifest_feeds
 
 # Backend -> OpenVINO's INFERENCE_PRECISION_HINT. Left alone, the plugin takes bfloat16 wherever the
@@ -107,10 +106,14 @@ class OpenVINOBackend:
         bundle.hold()
         content, external = bytes(bundle.content(name)), bundle.external_data(name)
         if self._native:
-            content = fuse_layers(content, external).model.SerializeToString()
+            content = native_graph(content, external).model.SerializeToString()
         graph = self._onnx.load_model_from_string(content)
         _warn_of_signed_activations(graph, name)
-        ours = [(DOMAIN, name) for name in _native_functions(graph)] if self._native else []
+        ours = [
+            (DOMAIN, function.name)
+            for function in graph.functions
+            if self._native and not function.name.startswith(BANDS)
+        ]
         graph = self._inliner.inline_selected_functions(graph, ours, exclude=True)
         del graph.functions[:]  # those that the extension's operators stand for
         # OpenVINO takes external data from files only, which it reads as it compiles: from files
@@ -249,18 +252,6 @@ def _difference(bundle: Bundle, batch: int, graph: OpenVINOGraph, exact: OpenVIN
         "bfloat16 differs from float32 on a packaged picture by, of the largest value, "
         + ", ".join(parts)
     )
-
-
-def _native_functions(graph: Any) -> list[str]:
-    """The functions that the extension's operators take the place of; others are inlined."""
-    channels = {tensor.name: tensor.dims[0] for tensor in graph.graph.initializer if tensor.dims}
-    # Bands in groups, or by softmax, are modulated natively where channels are whole vectors.
-    inlined = {
-        node.op_type
-        for node in graph.graph.node
-        if re.search("_Softmax|_Grouped", node.op_type) and channels.get(node.input[1], 1) % 8
-    }
-    return [function.name for function in graph.functions if function.name not in inlined]
 
 
 def _check_resizes(model: Any, name: str) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from tests.ops.native import test_blocked_bands as blocked
 from tests.ops.native import test_frequency_assembly as assembly
-from tests.ops.native import test_frequency_band_modulation as bands
 from tests.ops.native import test_kernel_attention as attention
 
 if __name__ == "__main__":
@@ -16,9 +15,6 @@ if __name__ == "__main__":
         assembly.test_every_form(form, library)
     for sizes in ((16, 16, 3), (32, 48, 3), (14, 22, 3), (24, 25, 5), (64, 96, 3)):
         assembly.test_sizes(*sizes, 2, library)
-    for size in bands.SIZES:
-        bands.test_sizes_and_kernels(size, 3, library)
-    bands.test_every_form((8, 2, 4), "tanh", True, library)
     for layout in attention.LAYOUTS:
         for norm, sizes in enumerate([(5, 7, 9, 33), (64, 64, 64), (3, 40, 70)]):
             attention.test_every_form(33 + norm, 18, sizes, norm == 2, norm, layout, library)

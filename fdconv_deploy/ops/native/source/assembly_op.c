@@ -67,16 +67,7 @@ static OrtStatus *read_node(const Kernel *kernel, const OrtKernelInfo *info, Nod
         CHECK(read_int(kernel, info, "by_rows", &node->by_rows));
     CHECK(read_ints(kernel, info, "row_frequencies", &node->row_frequencies, &node->slots));
     CHECK(read_ints(kernel, info, "column_frequencies", &node->column_frequencies, &node->places));
-    int *size = NULL;
-    size_t rank;
-    OrtStatus *status = read_ints(kernel, info, "kernel_size", &size, &rank);
-    if (!status && rank != 2) status = failure(kernel, "its kernel_size is not of two numbers");
-    if (!status) {
-        node->kernel_height = size[0];
-        node->kernel_width = size[1];
-    }
-    free(size);
-    return status;
+    return read_pair(kernel, info, "kernel_size", &node->kernel_height, &node->kernel_width);
 }
 
 static OrtStatus *make(Kernel *kernel, const OrtKernelInfo *info) {

@@ -1,17 +1,19 @@
 /* One layer's band modulation on features in blocks of channels, which lie in a vector's lanes:
  * its constants, and the steps of its work.
  *
- * As in bands.h, y = w0∘x + Σ w(j+1)∘low_j. Every product is of a small constant matrix and
+ * y = w0∘x + Σ w(j+1)∘low_j, low_j = from_rows_j · kept_j · from_columns_j, where kept_j is a
+ * leading block of to_rows · (x · to_columns). Every product is of a small constant matrix and
  * vectors of channels, so that each of the matrix's numbers is broadcast; by the axes' symmetries
  * it is four products of a quarter of the length (axis.h).
+ *
+ * Where rows are complex (`parts` is 2) the projected rows count double: real, then imaginary.
  */
 #ifndef FDCONV_BLOCKED_BANDS_H
 #define FDCONV_BLOCKED_BANDS_H
 
 #include "axis.h"
-#include "bands.h"
 
-enum { MAP_ROWS_AT_ONCE = 4, ROWS_AT_ONCE = 2, SLOTS_AT_ONCE = 2,
+enum { MOST_BANDS = 8, MAP_ROWS_AT_ONCE = 4, ROWS_AT_ONCE = 2, SLOTS_AT_ONCE = 2,
        ROW_GROUP = ORBITS_AT_ONCE * MEMBERS,
        MOST_TAPS = 15 };
 

@@ -1,6 +1,7 @@
 /* `fdconv.nchwc::FrequencyBandModulation` as a custom operator of ONNX Runtime: the inputs and
  * attributes of `fdconv::FrequencyBandModulation*` in every form, and `block`; features in blocks
- * of so many channels. `channels_last`, which may be missing: (N, H, W, C), of whole blocks.
+ * of so many channels. `channels_last`, which may be missing: (N, H, W, C), of whole blocks, which
+ * graphs in other layouts are modulated in, too (fdconv_deploy/runtime/native_layers.py).
  */
 #include <stdlib.h>
 #include <string.h>

@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 
-const Kernels *best_kernels(void) {
+static const Kernels *best_kernels(void) {
     const Kernels *best = &kernels_baseline;
 #if defined(__x86_64__)
     const char *most = getenv("FDCONV_NATIVE_ISA");

@@ -4,12 +4,10 @@
 
 #include "assembly.h"
 #include "attention.h"
-#include "bands.h"
 #include "blocked_bands.h"
 
 typedef struct {
     AssemblyKernels assembly;
-    BandKernels bands;
     AttentionKernels attention;
     BlockedBandKernels blocked_bands;
 } Kernels;
@@ -19,11 +17,9 @@ extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2, kernels_avx512;
 #endif
 
-/* Of the best instruction set that the processor has. The environment's FDCONV_NATIVE_ISA
- * (baseline, avx2) holds it down, for tests. */
-const Kernels *best_kernels(void);
-
-/* The same for features in blocks of channels, whose vectors are no longer than a block. */
+/* Those of the best instruction set that the processor has, whose vectors are no longer than a block
+ * of channels; 0: any. The environment's FDCONV_NATIVE_ISA (baseline, avx2) holds it down, for
+ * tests. */
 const Kernels *kernels_for_block(int block);
 
 #endif

@@ -24,11 +24,10 @@ PRAGMA(GCC target(TARGET))
 #include "transform.h"
 #include "product.h"
 #include "assembly_kernels.inc"
-#include "bands_kernels.inc"
 #include "attention_kernels.inc"
 #include "blocked_bands_kernels.inc"
 
-const Kernels KERNELS = {{rows_unit, columns_unit}, {band_products, band_maps, band_planes},
+const Kernels KERNELS = {{rows_unit, columns_unit},
                          {attention_sums, attention_averages, attention_hidden, attention_active,
                           attention_heads, attention_softmax},
                          {blocked_band_maps, blocked_band_blocks, blocked_band_project,

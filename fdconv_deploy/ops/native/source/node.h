@@ -61,7 +61,6 @@ void assembly_free(Assembly *assembly);
 /* Add every form's operator to the domain. */
 OrtStatus *assembly_register(OrtCustomOpDomain *domain, OrtCustomOpDomain *blocked,
                              const OrtApi *api);
-OrtStatus *bands_register(OrtCustomOpDomain *domain, const OrtApi *api);
 OrtStatus *blocked_bands_register(OrtCustomOpDomain *domain, const OrtApi *api);
 OrtStatus *attention_register(OrtCustomOpDomain *domain, const OrtApi *api);
 

@@ -7,20 +7,17 @@
  *
  * The CPU plugin runs such a node by `evaluate`, on plain float32 tensors whatever the precision of
  * the nodes around it, and within its own arena of threads, which TBB's loops keep to. Its
- * convolutions keep channels last, and plain tensors cost a slow reordering. So bands are modulated
- * between two transpositions, which cost a copy at most, by the operator that takes channels last,
- * where the channels are whole vectors.
+ * convolutions keep channels last, and plain tensors cost a slow reordering: the transpositions
+ * around a band modulation cost a copy at most.
  */
 #include <tbb/parallel_for.h>
 
-#include <map>
 #include <memory>
 #include <openvino/core/extension.hpp>
 #include <openvino/frontend/onnx/extension/conversion.hpp>
 #include <openvino/op/constant.hpp>
 #include <openvino/op/op.hpp>
 #include <openvino/op/reduce_mean.hpp>
-#include <openvino/op/transpose.hpp>
 
 #define _Static_assert static_assert
 extern "C" {
@@ -41,7 +38,6 @@ struct OrtTensorTypeAndShapeInfo {
 };
 struct OrtKernelInfo {
     const ov::frontend::NodeContext &node;
-    const std::map<std::string, int64_t> added;  // attributes
     std::vector<OrtValue> constants;  // no data where an input is none
 };
 struct OrtKernelContext {
@@ -139,10 +135,7 @@ const OrtApi *get_api(uint32_t) {
         };
         a.KernelInfoGetAttribute_int64 = [](const OrtKernelInfo *info, const char *name,
                                             int64_t *out) -> OrtStatus * {
-            auto found = info->added.find(name);
-            if (found == info->added.end()) return attribute(info, name, out);
-            *out = found->second;
-            return nullptr;
+            return attribute(info, name, out);
         };
         a.KernelInfoGetAttribute_float = [](const OrtKernelInfo *info, const char *name,
                                             float *out) { return attribute(info, name, out); };
@@ -190,7 +183,7 @@ void check(OrtStatus *status) {
     OPENVINO_THROW(message);
 }
 
-enum Kind { assembly, bands, bands_last, attention };
+enum Kind { assembly, bands, attention };
 
 /* A node's kernel, shared by its clones, and the inputs that a run reads. */
 struct Hosted {
@@ -252,11 +245,6 @@ private:
     std::shared_ptr<Hosted> hosted_;
 };
 
-ov::Output<ov::Node> transposed(const ov::Output<ov::Node> &x, const std::vector<int64_t> &order) {
-    auto axes = ov::op::v0::Constant::create(ov::element::i64, {order.size()}, order);
-    return std::make_shared<ov::op::v1::Transpose>(x, axes);
-}
-
 /* The mean over all positions of features or tokens: by OpenVINO, in their own layout. */
 ov::Output<ov::Node> averaged(const ov::Output<ov::Node> &x) {
     bool tokens = x.get_partial_shape().rank() == 3;
@@ -289,16 +277,12 @@ ov::OutputVector convert(const OrtCustomOp *op, Kind kind, const ov::frontend::N
     auto hosted = std::make_shared<Hosted>();
     hosted->op = op;
     hosted->kind = kind;
-    std::map<std::string, int64_t> added;
-    if (kind == bands_last)
-        added = {{"block", node.get_input(1).get_shape()[0] % 16 ? 8 : 16}, {"channels_last", 1}};
-    OrtKernelInfo info{node, added, {}};
+    OrtKernelInfo info{node, {}};
     ov::OutputVector inputs;
     for (size_t i = 0; i < node.get_input_size(); i++) {
         ov::Output<ov::Node> input = node.get_input((int)i);
         auto constant = std::dynamic_pointer_cast<ov::op::v0::Constant>(input.get_node_shared_ptr());
         if (!constant) {
-            if (kind == bands_last) input = transposed(input, {0, 2, 3, 1});
             if (kind == attention) input = averaged(input);
             inputs.push_back(input);
             hosted->at_run.push_back(i);
@@ -323,7 +307,6 @@ ov::OutputVector convert(const OrtCustomOp *op, Kind kind, const ov::frontend::N
     check(op->CreateKernelV2(op, get_api(0), &info, &hosted->kernel));
     auto made = std::make_shared<Node>(inputs, hosted);
     made->set_friendly_name(node.get_name());
-    if (kind == bands_last) return {transposed(made, {0, 3, 1, 2})};
     return made->outputs();
 }
 
@@ -338,29 +321,10 @@ OPENVINO_EXTENSION_C_API void OV_CREATE_EXTENSION(std::vector<ov::Extension::Ptr
                 return convert(op, kind, node);
             }));
     };
-    const std::string modulation = "FrequencyBandModulation";
-    std::map<std::string, const OrtCustomOp *> plain;
-    for (const OrtCustomOp *op : domains[0]->ops) plain[op->GetName(op)] = op;
-    for (const auto &[name, op] : plain)
-        if (name.rfind(modulation, 0) != 0) add(name, "fdconv", op, assembly);
+    for (const OrtCustomOp *op : domains[0]->ops) add(op->GetName(op), "fdconv", op, assembly);
     for (const OrtCustomOp *op : domains[1]->ops) {
         const std::string name = op->GetName(op);
         if (name == "KernelAttention") add(name, domains[1]->name.c_str(), op, attention);
-        if (name != modulation) continue;
-        for (int count = 1; count <= 8; count++)  // one operator, of every form
-            for (const char *act : {"", "_Softmax"})
-                for (const char *groups : {"", "_Grouped"}) {
-                    auto some = count == 3 ? "" : "_" + std::to_string(count) + "Bands";
-                    auto form = name + some + act + groups;
-                    const OrtCustomOp *other = plain.count(form) ? plain[form] : nullptr;
-                    extensions.push_back(std::make_shared<ConversionExtension>(
-                        form, "fdconv", [=](const ov::frontend::NodeContext &node) {
-                            bool whole = node.get_input(1).get_shape()[0] % 8 == 0;
-                            OPENVINO_ASSERT(whole || other, form, " takes no ",
-                                            node.get_input(1).get_shape()[0], " channels");
-                            return whole ? convert(op, bands_last, node)
-                                         : convert(other, bands, node);
-                        }));
-                }
+        if (name == "FrequencyBandModulation") add(name, domains[1]->name.c_str(), op, bands);
     }
 }

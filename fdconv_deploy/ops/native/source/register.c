@@ -22,7 +22,6 @@ static OrtStatus *make_domains(void) {
         return status;
     }
     status = assembly_register(made, blocked, api);
-    if (!status) status = bands_register(made, api);
     if (!status) status = blocked_bands_register(blocked, api);
     if (!status) status = attention_register(blocked, api);
     if (status) {
