@@ -93,8 +93,8 @@ def segment(
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Divide images among the workers of a Ray cluster: auto, HOST:PORT or "
-            "ray://HOST:PORT; local starts Ray on this machine.",
+            help="Divide images among the workers of a Ray cluster: auto or HOST:PORT; "
+            "local starts Ray on this machine.",
         ),
     ] = None,
     ray_cpus: Annotated[

@@ -254,7 +254,7 @@ class RaySegmentation:
 
         Args:
             address: "local" to start Ray on this machine, "auto" for the cluster that this machine
-                is of, or ``HOST:PORT`` or ``ray://HOST:PORT``.
+                is of, or ``HOST:PORT``.
             backend: as `open_session`; workers of a cluster with GPUs have one each, unless it is
                 a CPU's.
             cpus: of each worker, and threads of its session; by default 4, or what the largest
@@ -437,9 +437,14 @@ def join_ray(address: str, **local: Any) -> None:
         FDConvError: there is no Ray.
     """
     named = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
-    host, colon, port = named.removeprefix("ray://").rpartition(":")
+    host, colon, port = named.rpartition(":")
+    if named.startswith("ray://"):
+        raise FDConvError(
+            f"{named} is Ray Client's, by which Ray Data does not run. Run the command on a "
+            "machine of the cluster with --ray auto, e.g. by `ray job submit`."
+        )
     if named not in ("auto", "local"):
-        advice = "Give --ray local, auto, HOST:PORT or ray://HOST:PORT."
+        advice = "Give --ray local, auto or HOST:PORT."
         if not (colon and host and port.isdecimal()):
             raise FDConvError(f"{named!r} is no address of a Ray cluster. {advice}")
         try:
@@ -466,6 +471,6 @@ def join_ray(address: str, **local: Any) -> None:
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise FDConvError(
-            f"Ray cannot be joined at {named}: {reason} Start a cluster with `ray start --head`, "
-            "or give --ray local."
+            f"Ray cannot be joined at {named}: {reason.rstrip('.')}. Start a cluster with `ray "
+            "start --head`, set RAY_AUTH_MODE=token where it asks for a token, or give --ray local."
         ) from None
