@@ -285,10 +285,10 @@ class RaySegmentation:
             )
         if not places:
             return
+        join_ray(address, include_dashboard=False, object_store_memory=_STORE_BYTES)
         with needed_by("--ray", "ray"):
             import ray.data
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        join_ray(address, include_dashboard=False, object_store_memory=_STORE_BYTES)
         try:
             for name, data in legends.items():
                 _write(self._store, self.folder / name, data)
@@ -430,7 +430,7 @@ def join_ray(address: str, **local: Any) -> None:
     """Connect to a cluster, or start Ray on this machine for the time of the run.
 
     Args:
-        address: ``HOST:PORT``, ``ray://HOST:PORT``, "auto", or "local" for a Ray of one's own.
+        address: ``HOST:PORT``, "auto", or "local" for a Ray of one's own.
         local: Of ``ray.init``, for that.
 
     Raises:
@@ -440,8 +440,8 @@ def join_ray(address: str, **local: Any) -> None:
     host, colon, port = named.rpartition(":")
     if named.startswith("ray://"):
         raise FDConvError(
-            f"{named} is Ray Client's, by which Ray Data does not run. Run the command on a "
-            "machine of the cluster with --ray auto, e.g. by `ray job submit`."
+            f"{named} is an address of Ray Client, by which this does not run. Run the command on "
+            "a machine of the cluster with --ray auto, e.g. by `ray job submit`."
         )
     if named not in ("auto", "local"):
         advice = "Give --ray local, auto or HOST:PORT."

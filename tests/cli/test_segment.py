@@ -323,7 +323,7 @@ def test_segment_names_a_tiff_that_is_no_rgb_picture(bundle, monkeypatch, capfd,
     ("address", "said"),
     [
         ("127.0.0.1:{port}", "No Ray cluster answers at 127.0.0.1:{port}"),
-        ("ray://127.0.0.1:{port}", "by which Ray Data does not run"),
+        ("ray://127.0.0.1:{port}", "by which this does not run"),
         ("cluster", "'cluster' is no address of a Ray cluster"),
     ],
 )
