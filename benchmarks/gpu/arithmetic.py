@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.run import summarise
 from benchmarks.gpu.shapes import RESNET50, LayerShape, layer_sizes
 from benchmarks.records import write_json
 
@@ -193,14 +194,14 @@ def predicted(
     return total
 
 
-def measured() -> tuple[str, dict[str, float]]:
-    """The newest record of a GPU, and its milliseconds by network; empty if there is none."""
+def measured() -> tuple[str, list[dict[str, Any]]]:
+    """The newest record of a GPU, and its half-precision rows of batch 1; empty if none."""
     for path in sorted(RESULTS.glob("*-gpu-*.json"), reverse=True):
         record = json.loads(path.read_text())
         if record.get("networks") and not record.get("dry_run"):
             rows = [r for r in record["networks"] if (r["batch"], r["dtype"]) == (1, "float16")]
-            return path.name, {row["backend"]: row["ms"] for row in rows}
-    return "", {}
+            return path.name, summarise(rows)
+    return "", []
 
 
 def _networks(record: dict[str, Any]) -> str:
@@ -275,11 +276,51 @@ def _triton(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _tensorrt(record: dict[str, Any]) -> str:
+    from benchmarks.gpu import tensorrt_kernels
+
+    engine = json.loads(tensorrt_kernels.RECORD.read_text())
+    nodes, least, most = (engine["FDConv"][key] for key in ("nodes", "least", "most"))
+    fused = sum(k.count for k in kernels_of(record, "FDConv"))
+    layers, bands = nodes["FrequencyAssemblyRows"], nodes["FrequencyBandCombination"]
+    assembled = json.loads(tensorrt_kernels.TARGETS.read_text())
+    return f"""## TensorRT
+
+A float16 ResNet-50's engine, counted in the graph that `fdconv build` hands over (`python -m
+benchmarks.gpu.tensorrt_kernels`). TensorRT decides on the GPU what it fuses: at least, if every pointwise
+operator and every copy becomes part of a neighbour; at most, if each chain of pointwise operators and
+each copy is a kernel.
+
+{tensorrt_kernels.table(engine)}
+
+Plugins are {2 * layers + bands} of them: two a layer for the assembly, one for each band modulation. An attention's
+average, hidden layer, heads and LayerNorm, and the bands' low-passes, are TensorRT's own operators. So an
+engine starts {least / fused:.1f} to {most / fused:.1f} times as many kernels as `fuse_network` ({fused}), {(least - fused) * START * 1e3:.1f} to {(most - fused) * START * 1e3:.1f} ms an image more at {START * 1e6:.0f} µs each.
+Attentions and low-passes in this package's kernels, as `fuse_network` has them, would need plugins that are
+not written.
+
+Registers of a thread, and the most shared memory of a program, of every kernel that such a build may
+hold, in both layouts and in float16 and float32, by ptxas {assembled["ptxas"]} (`python -m
+tests.real_packages.cuda_toolkit.check`):
+
+{tensorrt_kernels.target_table(assembled)}"""
+
+
+def _or_dash(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
 def page(record: dict[str, Any]) -> str:
     """The whole page."""
-    name, times = measured()
-    seen = "\n".join(f"| {backend} | {ms:.3f} |" for backend, ms in times.items())
-    measurements = f"\n| measured (`{name}`) | ms |\n|---|---:|\n{seen}\n" if seen else ""
+    name, rows = measured()
+    seen = "\n".join(
+        f"| {r['backend']} | {r['ms']:.3f} | {_or_dash(r['baseline_ms'])} | {_or_dash(r['vs_baseline'])} |"
+        for r in rows
+    )
+    head = (
+        f"| measured (`{name}`) | FDConv ms | plain ms | FDConv vs. plain |\n|---|---:|---:|---:|"
+    )
+    measurements = f"\n{head}\n{seen}\n" if seen else ""
     floors = sum(s.count * floor(s) for s in RESNET50)
     return f"""# What the GPU kernels cost, by counting
 
@@ -324,6 +365,8 @@ Launches an image, and predicted µs on an H200:
 ## Kernels of this package
 
 {_triton(record)}
+
+{_tensorrt(record)}
 
 ## Assembly
 

@@ -1,35 +1,23 @@
-"""What every kernel takes of a GPU by its machine code: registers, spills, instructions.
-
-    python -m benchmarks.gpu.resources [--capability 90 …] [--ptxas FILE] [--json FILE]
+"""What a kernel takes of a GPU by its machine code: registers, spills, instructions.
 
 Needs no GPU: ptxas and nvdisasm are in Triton's wheel.
-
-Every layer of a ResNet-50 in the form the half-precision network uses (channels last, float16),
-and the band combination.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import triton
 from triton import backends
 
-from benchmarks.gpu.shapes import RESNET50, layer_sizes
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.ops.compile_kernels import CAPABILITIES, CompiledKernel, compile_kernel
-from fdconv_deploy.ops.frequency_assembly.launch import column_launch, row_launch
-from fdconv_deploy.ops.frequency_band_modulation.launch import combination_launch
+from fdconv_deploy.ops.compile_kernels import CompiledKernel
 from fdconv_deploy.ops.launch import THREADS_PER_WARP, KernelLaunch
 
 TOOLS = Path(next(iter(backends.__path__))) / "nvidia" / "bin"
@@ -167,56 +155,3 @@ def trips(launch: KernelLaunch) -> list[int]:
         block, parts = known["inner_block"], known["parts"]
         return [math.ceil(parts * columns / block) for columns in known["columns"]]
     return []
-
-
-def launches() -> dict[str, tuple[KernelLaunch, ...]]:
-    """By layer; layers that differ in stride alone have the same kernels."""
-    result: dict[str, tuple[KernelLaunch, ...]] = {}
-    for shape in RESNET50:
-        sizes = layer_sizes(shape.out_channels, shape.in_channels, shape.kernel)
-        name = str(shape).split("/")[0]
-        result[name] = row_launch(sizes), column_launch(sizes, channels_last=True, dtype="float16")
-    for shape in (RESNET50[1], RESNET50[-1]):
-        result[f"bands of {shape}"] = (
-            combination_launch(
-                channels=shape.in_channels, pixels=shape.feature**2, groups=1, weighted=3,
-                terms=4, sigmoid=True, channels_last=True, dtype="float16",
-            ),
-        )  # fmt: skip
-    return result
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--capability", type=int, nargs="*", default=list(CAPABILITIES))
-    parser.add_argument("--layer", nargs="*", help="only these, e.g. '512→512 3×3'")
-    parser.add_argument("--ptxas", type=Path, help="another one than Triton's")
-    parser.add_argument("--json", type=Path, help="write the table here too")
-    options = parser.parse_args()
-    rows = []
-    columns = (
-        "layer kernel sm programs threads shared registers spilled stack resident instructions"
-    ).split()
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for capability in options.capability:
-        for layer, kernels in launches().items():
-            if options.layer and layer not in options.layer:
-                continue
-            for launch in kernels:
-                compiled = compile_kernel(launch, capability)
-                used = resources(compiled, options.ptxas)
-                row = dict(zip(columns, (
-                    layer, launch.kernel, capability, launch.blocks[0] * launch.blocks[1],
-                    compiled.threads, compiled.shared, used.registers,
-                    used.spill_stores + used.spill_loads, used.stack,
-                    resident_programs(used, compiled), warp_instructions(compiled, trips(launch)),
-                ), strict=True))  # fmt: skip
-                rows.append(row)
-                print("| " + " | ".join(str(v) for v in row.values()) + " |", flush=True)
-    if options.json:
-        record = {"date": date.today().isoformat(), "triton": triton.__version__, "rows": rows}
-        options.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-
-
-if __name__ == "__main__":
-    main()

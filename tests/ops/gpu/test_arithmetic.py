@@ -70,3 +70,12 @@ def test_the_floor_is_the_spectrum_and_the_kernel(shape):
         sum(cost.memory for cost in arithmetic.costs(shape)),
         arithmetic.floor(shape) * arithmetic.MEMORY,
     )
+
+
+def test_a_gpus_record_is_shown_with_both_networks(tmp_path, monkeypatch):
+    row = {"backend": "fused, CUDA graph", "dtype": "float16", "batch": 1}
+    times = {"FDConv": 0.9, "baseline": 0.45}
+    rows = [{**row, "network": network, "ms": ms} for network, ms in times.items()]
+    (tmp_path / "2026-12-01-gpu-x-120000.json").write_text(json.dumps({"networks": rows}))
+    monkeypatch.setattr(arithmetic, "RESULTS", tmp_path)
+    assert "| fused, CUDA graph | 0.900 | 0.450 | 2.000 |" in page(RECORD)

@@ -9,50 +9,82 @@ looked at.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import inspect
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton
 
 from benchmarks.gpu.resources import resources
-from benchmarks.gpu.shapes import RESNET50, layer_sizes
+from benchmarks.gpu.tensorrt_kernels import RECORD as PLUGINS
+from benchmarks.gpu.tensorrt_kernels import TARGETS as RECORD
+from benchmarks.records import write_json
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.latency.machine import THROTTLES
 from fdconv_deploy.ops.compile_kernels import CAPABILITIES, compile_kernel, oldest_ptx
-from fdconv_deploy.ops.frequency_assembly.launch import column_launch, row_launch
-from fdconv_deploy.ops.frequency_band_modulation.launch import combination_launch
 from fdconv_deploy.ops.launch import KernelLaunch
+from fdconv_deploy.ops.tensorrt_plugins import plugin_of
 from fdconv_deploy.runtime.backends import tensorrt
 
 
 def plugin_launches() -> list[KernelLaunch]:
-    """Of every distinct plugin kernel in a ResNet-50's engine, in both precisions."""
+    """Every distinct kernel that `fdconv build` may write for a ResNet-50, in both precisions."""
     found: list[KernelLaunch] = []
-    for shape in RESNET50:
-        sizes = layer_sizes(shape.out_channels, shape.in_channels, shape.kernel)
-        made = [row_launch(sizes), column_launch(sizes), column_launch(sizes, dtype="float16")]
-        if shape.kernel == 3:
-            made += [
-                combination_launch(
-                    channels=shape.in_channels, pixels=shape.feature**2, groups=1, weighted=3,
-                    terms=4, sigmoid=True, dtype=dtype,
-                )
-                for dtype in ("float32", "float16")
-            ]  # fmt: skip
-        found += [launch for launch in made if launch not in found]
+    for node in json.loads(PLUGINS.read_text())["plugins"]:
+        for name in (node["operator"], node["operator"].removesuffix("_Half")):
+            plugin, sizes = plugin_of(name), np.array(node["sizes"], np.int32)
+            assert plugin is not None
+            # Both layouts: TensorRT takes what it measures as faster.
+            made = plugin.launch(sizes), plugin.channels_last(sizes)
+            found += [launch for launch in made if launch is not None and launch not in found]
     return found
 
 
+def launches_mark() -> str:
+    """Changes with what the kernels are specialised to and launched with."""
+    return hashlib.sha256(repr(plugin_launches()).encode()).hexdigest()[:16]
+
+
+def assembled(ptxas: Path, capability: int) -> dict[str, Any]:
+    """What the kernels take of one GPU, by name: the record's row.
+
+    Raises:
+        BackendError: ptxas refuses one.
+    """
+    row: dict[str, Any] = {"ptx": "", "kernels": {}}
+    for launch in plugin_launches():
+        kernel = compile_kernel(launch, capability, oldest_ptx(capability))
+        used = resources(kernel, ptxas)
+        row["ptx"] = kernel.ptx_version
+        of = row["kernels"].setdefault(
+            launch.kernel, {"count": 0, "registers": [], "shared": 0, "spilled": 0}
+        )
+        of["count"] += 1
+        seen = [*of["registers"], used.registers]
+        of["registers"] = [min(seen), max(seen)]
+        of["shared"] = max(of["shared"], kernel.shared)
+        of["spilled"] += used.spill_stores + used.spill_loads
+    return row
+
+
 def check_ptx(ptxas: Path, capabilities: list[int]) -> None:
-    kernels = plugin_launches()
+    """Assemble for each, and record it; the rows of others are left."""
+    said = subprocess.check_output([str(ptxas), "--version"], text=True)
+    (version,) = re.findall(r"release \S+ V(\S+)", said)
     for capability in capabilities:
-        spilled = 0
-        for launch in kernels:
-            kernel = compile_kernel(launch, capability, oldest_ptx(capability))
-            used = resources(kernel, ptxas)
-            spilled += used.spill_stores + used.spill_loads > 0
-        print(f"sm_{capability}: {len(kernels)} kernels assembled, {spilled} spill", flush=True)
-        assert not spilled
+        row = assembled(ptxas, capability)
+        record = json.loads(RECORD.read_text()) if RECORD.exists() else {"targets": {}}
+        record |= {"ptxas": version, "triton": triton.__version__, "launches": launches_mark()}
+        record["targets"][str(capability)] = row
+        write_json(RECORD, record)
+        print(f"sm_{capability}: {row}", flush=True)
+        assert not any(of["spilled"] for of in row["kernels"].values())
 
 
 def check_bindings() -> None:
