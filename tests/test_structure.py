@@ -50,7 +50,9 @@ def test_package_stays_small() -> None:
     assert lines <= PACKAGE_LINES
 
 
-@pytest.mark.parametrize("module", ["fdconv_deploy", "runtime", "serve", "cli.app", "client"])
+@pytest.mark.parametrize(
+    "module", ["fdconv_deploy", "runtime", "serve", "cli.app", "client", "sample_images"]
+)
 def test_import_loads_no_torch(module: str) -> None:
     name = module if module == "fdconv_deploy" else f"fdconv_deploy.{module}"
     code = (

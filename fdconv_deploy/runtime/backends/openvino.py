@@ -33,7 +33,6 @@ from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import TensorSpec
 from fdconv_deploy.runtime.native_layers import BANDS, native_graph
-from fdconv_deploy.sample_images import manifest_feeds
 
 # Backend -> OpenVINO's INFERENCE_PRECISION_HINT. Left alone, the plugin takes bfloat16 wherever the
 # processor has it.
@@ -245,6 +244,9 @@ def _signature(ports: Any, specs: Sequence[TensorSpec]) -> set[Signature]:
 
 def _difference(bundle: Bundle, batch: int, graph: OpenVINOGraph, exact: OpenVINOGraph) -> str:
     """What the precision costs on packaged pictures, as a clause."""
+    # Here: the pictures are read by the package that this module is of.
+    from fdconv_deploy.sample_images import manifest_feeds
+
     feeds = manifest_feeds(bundle.manifest, batch)
     found = differences(graph.run(feeds), exact.run(feeds))
     parts = [f"{name} {error:.1e}" for name, error in found.items()]
