@@ -7,7 +7,7 @@ RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo test test-slow test-ray lint format clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,11 @@ test: $(STAMP)  ## Run the test suite (no GPU, no network)
 
 test-slow: $(STAMP)  ## Run the full-size networks too
 	$(BIN)/python -m pytest -m "not gpu"
+
+# Apart from the others: Ray takes 600 MB, and a cluster half a minute to start.
+test-ray: $(STAMP)  ## Run the tests that start a Ray cluster
+	$(PIP) -r tests/serve/ray/requirements.txt
+	$(BIN)/python -m pytest tests/serve/ray tests/cli/test_segment_ray.py
 
 # A type checker must see the folders `export` and `serve` where they are imported from.
 LINKS := $(VENV)/links/fdconv_deploy
