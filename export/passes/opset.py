@@ -18,8 +18,9 @@ from fdconv_deploy.errors import ExportError
 
 # Below it, ``Softmax``, ``Squeeze`` and others mean or take something else.
 OLDEST = 13
-# Operators whose default meaning changed with a version, in a way that no attribute can say before.
-_NEW_MEANING = {"RoiAlign": 16}
+# Operators that not every version can hold: the versions from the one since which the defaults mean
+# what they mean now, to the last that ONNX Runtime has a kernel of.
+_RANGES = {"RoiAlign": (16, 21)}
 
 
 def set_opset(model: ModelProto, opset: int) -> ModelProto:
@@ -38,6 +39,14 @@ def set_opset(model: ModelProto, opset: int) -> ModelProto:
             f"the opset is {OLDEST} to {newest} (the newest that onnx {onnx.__version__} knows), "
             f"not {opset}."
         )
+    for node in model.graph.node:
+        first, last = _RANGES.get(node.op_type, (opset, opset))
+        if not first <= opset <= last:
+            raise ExportError(
+                f"the graph's {node.op_type} {node.name!r} cannot be written in opset {opset}: it "
+                f"meant something else before {first}, and ONNX Runtime runs none newer than "
+                f"{last}. Choose an opset from {first} to {last}."
+            )
     standard = next(entry for entry in model.opset_import if not entry.domain)
     if opset > standard.version:
         try:
@@ -85,6 +94,11 @@ def _lower(model: ModelProto, current: int, opset: int) -> None:
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input} | {
+        output.name for output in graph.output
+    }
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)  # axes that became attributes
 
 
 def _no_zeros(shape: TensorProto | None) -> bool:
@@ -96,8 +110,6 @@ def _refuse(node: NodeProto, current: int, opset: int) -> None:
     """Refuse an operator that has no form in an older version."""
     if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
         raise _not_in(node, opset, "it holds a graph of its own")
-    if opset < _NEW_MEANING.get(node.op_type, 0):
-        raise _not_in(node, opset, "it meant something else there")
     if onnx.defs.has(node.op_type, opset) or node.op_type == "LayerNormalization":
         return
     raise _not_in(node, opset, f"it is in {current}")

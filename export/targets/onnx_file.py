@@ -97,7 +97,7 @@ def export_onnx(
             onnx.save(model, str(temporary))
             check_model(str(temporary))
             progress("comparing the file with the bundle's graph")
-            max_rel = prove(files, batch, temporary, Path(name))
+            max_rel = prove(files, batch, temporary, Path(name), opset)
         return OnnxFile(path, opset, len(model.graph.node), max_rel)
 
 
@@ -173,8 +173,13 @@ def _metadata(manifest: Manifest) -> dict[str, str]:
     return {f"fdconv.{key}": json.dumps(value) for key, value in found.items()}
 
 
-def prove(bundle: Bundle, batch: int, path: Path, folder: Path) -> float:
+def prove(bundle: Bundle, batch: int, path: Path, folder: Path, opset: int = OPSET) -> float:
     """Run a file and the bundle's graph; the largest difference, of the largest value.
+
+    Args:
+        bundle: its files in its folder.
+        folder: for files of the comparison.
+        opset: of the file.
 
     Raises:
         ExportError: the file does not load or run, or answers otherwise.
@@ -188,17 +193,19 @@ def prove(bundle: Bundle, batch: int, path: Path, folder: Path) -> float:
     )
     names = [spec.name for spec in manifest.outputs[batch]]
     expected = fresh(bundle.model_path(batch), names, folder)(feeds)
-    advice = f"Choose the bundle's own opset, {OPSET}, in which nothing is rounded otherwise."
+    advice = ""
+    if opset != OPSET:
+        advice = f" Choose the bundle's own opset, {OPSET}, in which nothing is rounded otherwise."
     try:
         found = fresh(path, names, folder)(feeds)
     except ExportError as error:  # of an operator that it has in other versions only
-        raise ExportError(f"{error}. {advice}") from error
+        raise ExportError(f"{error}.{advice}") from error
     errors = {name: _error(found[name], expected[name]) for name in names}
     worst = max(errors, key=errors.__getitem__)
     if not errors[worst] <= (allowed := TOLERANCES[manifest.precision]):
         raise ExportError(
             f"the file's {worst} differs from the bundle's by {errors[worst]:.1e} of its largest "
-            f"value, {allowed:.0e} is allowed. Nothing was kept. {advice}"
+            f"value, {allowed:.0e} is allowed. Nothing was kept.{advice}"
         )
     return errors[worst]
 

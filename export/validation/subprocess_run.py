@@ -65,7 +65,7 @@ def fresh(path: Path, names: Collection[str], folder: Path) -> Callable[[Arrays]
 
     def run(feed: Arrays) -> Arrays:
         answers = {name: str(folder / f"answer{i}.npy") for i, name in enumerate(names)}
-        run_fresh([Run(str(path), saved(feed, folder), answers)], folder)
+        run_fresh([Run(str(path.absolute()), saved(feed, folder), answers)], folder)
         return {name: np.load(file) for name, file in answers.items()}
 
     return run
