@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, computed_field
 from rich.console import Console
 from rich.markup import escape
@@ -36,12 +35,9 @@ from fdconv_deploy.config import (
     AnyBackboneConfig,
     BackboneConfig,
     DetectorConfig,
-    Preprocessing,
     SegmentorConfig,
 )
 from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
-
-Images = Sequence[NDArray[Any]] | Callable[[Preprocessing], Sequence[NDArray[Any]]]
 
 
 class LayerReport(BaseModel):
@@ -145,8 +141,6 @@ def inspect_checkpoint(
     *,
     overrides: Mapping[str, Any] | None = None,
     weights: str | None = None,
-    images: Images = (),
-    progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Read a checkpoint and report on it: segmentors, detectors, backbones, plain networks.
 
@@ -156,9 +150,6 @@ def inspect_checkpoint(
         size: (height, width) in pixels to count multiply-adds for.
         overrides: fields that neither weights nor config determine, by dotted name.
         weights: the entry to take weights from.
-        images: of the kind the network was trained on, to detect its frequency order by, or what
-            gives them, decoded for its preprocessing; see :func:`detect_order`.
-        progress: called with a description of each step.
 
     Raises:
         CheckpointError: the file or the config cannot be read. A network that is not
@@ -171,8 +162,6 @@ def inspect_checkpoint(
         meta=checkpoint.meta,
         overrides=overrides,
         size=size,
-        images=images,
-        progress=progress,
     )
     problem = report.problem
     if report.ready:
@@ -198,8 +187,6 @@ def report_on(
     meta: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
     size: tuple[int, int] = (512, 512),
-    images: Images = (),
-    progress: Callable[[str], None] | None = None,
 ) -> Report:
     """:func:`inspect_checkpoint` for tensors at hand; tensors on the meta device do."""
     given_names, state = state, in_openmmlab_names(state)
@@ -219,9 +206,7 @@ def report_on(
     try:
         layers = conv_layers(state)
         if any(layer.dynamic for layer in layers) and not any(v.is_meta for v in state.values()):
-            preprocessing = getattr(network, "preprocessing", None)
-            given = images(preprocessing or Preprocessing()) if callable(images) else images
-            order = detect_order(state, backbone, preprocessing, given, progress)
+            order = detect_order(state)
     except CheckpointError as error:
         problem = problem or str(error)
     architecture = network if isinstance(network, SegmentorConfig) else None

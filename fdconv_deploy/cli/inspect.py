@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -20,9 +20,6 @@ from fdconv_deploy.cli.options import (
     require_files,
 )
 
-if TYPE_CHECKING:
-    from fdconv_deploy.checkpoints.inspect import Images
-
 
 def inspect(
     checkpoint: Checkpoint,
@@ -30,13 +27,6 @@ def inspect(
     settings: Settings = None,
     weights: Weights = None,
     size: Size = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Images like those of its training, to check its frequency order with.",
-        ),
-    ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="List every FDConv layer.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -51,20 +41,9 @@ def inspect(
     from fdconv_deploy.checkpoints import inspect_checkpoint
     from fdconv_deploy.checkpoints.inspect import export_command, render
 
-    pictures: Images = ()
-    if images is not None:
-        from fdconv_deploy.export.image_folders import Pictures
-
-        pictures = Pictures(images).for_network
-    with Console(stderr=True).status("reading", spinner="dots") as status:
+    with Console(stderr=True).status("reading", spinner="dots"):
         report = inspect_checkpoint(
-            checkpoint,
-            config=config,
-            size=pixels,
-            overrides=overrides,
-            weights=weights,
-            images=pictures,
-            progress=status.update,
+            checkpoint, config=config, size=pixels, overrides=overrides, weights=weights
         )
     report = report.model_copy(
         update={

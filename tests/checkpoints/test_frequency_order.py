@@ -1,14 +1,11 @@
-"""The frequency order that no checkpoint holds is told by the weights, or by images, or not."""
+"""The frequency order that no checkpoint holds is told by the weights, or not."""
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,11 +13,8 @@ from torch import Tensor, nn
 from fdconv_deploy.checkpoints import inspect_checkpoint, load_segmentor, save_checkpoint
 from fdconv_deploy.checkpoints.frequency_order import detect_order
 from fdconv_deploy.checkpoints.frequency_order.from_weights import order_of_weights
-from fdconv_deploy.checkpoints.inspect import Report
-from fdconv_deploy.cli import app as cli
-from fdconv_deploy.config import FDConvConfig, ResNetConfig
+from fdconv_deploy.config import FDConvConfig
 from fdconv_deploy.demo import held_out, packaged_checkpoint, plain_checkpoint
-from fdconv_deploy.errors import ImageError
 from fdconv_deploy.export.api import export_checkpoint
 from fdconv_deploy.nn import FDConv2d, Segmentor
 from fdconv_deploy.nn.fdconv import dynamic_layers
@@ -115,28 +109,12 @@ def test_one_damaged_number_does_not_rule_an_order_out() -> None:
     assert order_of_weights(network.state_dict()).order == "stable"
 
 
-def test_the_packaged_checkpoint(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    """Its weights tell its order; sixteen images of its own kind cannot. As the guide says it."""
-    guide = Path(__file__).resolve().parents[2] / "docs" / "frequency-order.md"
-    (line,) = re.findall(r"^\$ (fdconv .+)$", guide.read_text(encoding="utf-8"), re.M)
-    given = {
-        "upernet_r50_fdconv.pth": str(packaged_checkpoint()),
-        "street-photos": str(held_out()[0][0].parent),
-    }
-    words = [given.get(word, word) for word in line.split()]
-    monkeypatch.setattr(sys, "argv", [*words, "--json"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
-    order = Report.model_validate_json(capfd.readouterr().out).frequency_order
+def test_the_packaged_checkpoint() -> None:
+    order = inspect_checkpoint(packaged_checkpoint()).frequency_order
     assert order is not None
     assert order.order == order.weights.order == "torch"
     assert order.weights.parted_in_one_group == {"torch": 0, "stable": 0}
     assert order.weights.mirrored_in_two_groups == {"torch": 0, "stable": 7}
-    assert order.images is not None
-    assert order.images.order is None
-    assert order.images.images == 16
-    assert "equally near" in order.images.reason
 
 
 def test_the_packaged_checkpoint_trained_on_in_the_other_order() -> None:
@@ -183,64 +161,3 @@ def test_bundles_record_it(trained_stable: Path, tmp_path: Path) -> None:
     bundle = export_checkpoint(trained_stable, tmp_path / "bundle", size=(32, 48))
     assert bundle.manifest.graph["frequency_order"] == "stable"
     assert "frequency_order" not in bundle.manifest.graph["assumed"]
-
-
-@torch.no_grad()
-def with_statistics_of(order: Order, pictures: list[np.ndarray]) -> Any:
-    """The packaged network with the statistics these images have in an order."""
-    network = load_segmentor(packaged_checkpoint(), frequency_order=order)
-    for name, module in network.named_modules():
-        if isinstance(module, nn.BatchNorm2d) and "KSM" not in name:
-            module.train()
-            module.momentum = 1.0
-    inputs = [torch.from_numpy(normalise(p, network.architecture.preprocessing)) for p in pictures]
-    network.backbone(torch.stack(inputs))
-    return network.eval()
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_images_tell_where_the_statistics_are_theirs(order: Order) -> None:
-    """The order shows in the statistics; on other images it drowns in how images differ."""
-    network = with_statistics_of(order, PICTURES[:8])
-    given = network.architecture.backbone, network.architecture.preprocessing
-    found = detect_order(network.state_dict(), *given, PICTURES[:8])
-    assert found.images is not None
-    assert found.images.order == order, found
-    assert found.images.distances[order] < 1e-3
-    assert found.images.factor > 2
-    # Witnesses that contradict each other are not believed.
-    assert found.weights.order == "torch"
-    assert found.order == ("torch" if order == "torch" else None)
-    assert len(found.reasons) == 2
-
-
-def test_images_of_the_kind_do_not_tell_by_a_hair() -> None:
-    """Statistics of sixteen images, looked at through eight: the wrong order is nearer in most
-    BatchNorms, by a hundredth."""
-    network = with_statistics_of("torch", PICTURES)
-    given = network.architecture.backbone, network.architecture.preprocessing
-    found = detect_order(network.state_dict(), *given, PICTURES[:8]).images
-    assert found is not None
-    assert found.order is None
-    assert 1 < found.factor < 1.1
-
-
-def test_images_of_another_kind_do_not_tell() -> None:
-    noise = [np.random.default_rng(i).integers(0, 256, (64, 80, 3), np.uint8) for i in range(8)]
-    found = inspect_checkpoint(packaged_checkpoint(), images=noise).frequency_order
-    assert found is not None
-    assert found.images is not None
-    assert found.images.order is None
-    assert "not of the kind the network was trained on" in found.images.reason
-    assert found.order == "torch"
-
-
-def test_too_few_images() -> None:
-    with pytest.raises(ImageError, match="8 images or more, found 3"):
-        inspect_checkpoint(packaged_checkpoint(), images=PICTURES[:3])
-
-
-def test_networks_of_other_inputs_take_no_images() -> None:
-    config = ResNetConfig(in_channels=4)
-    with pytest.raises(ImageError, match="takes 4 channels"):
-        detect_order(lively_layers().state_dict(), config, images=PICTURES)

@@ -1,40 +1,30 @@
 """Which frequency order a checkpoint was trained with: as saved in it, or by evidence.
 
 The order decides which spectrum bins share a kernel attention (docs/frequency-order.md). Few files
-save it; for others it is detected in the weights (:mod:`.from_weights`) or by images
-(:mod:`.from_images`).
+save it; for others it is detected in the weights (:mod:`.from_weights`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from fdconv_deploy.checkpoints.evidence import ConfigT, Inference
-from fdconv_deploy.checkpoints.frequency_order.from_images import ImageEvidence, order_of_statistics
 from fdconv_deploy.checkpoints.frequency_order.from_weights import (
     CANDIDATES,
     NamedOrder,
     WeightEvidence,
     order_of_weights,
 )
-from fdconv_deploy.checkpoints.infer_layers import Layer, Shapes, backbone_prefix, conv_layers, part
-from fdconv_deploy.config import BackboneConfig, Preprocessing
-from fdconv_deploy.errors import CheckpointError, ImageError, UnsupportedLayerError
-from fdconv_deploy.nn.backbones import build_backbone
+from fdconv_deploy.checkpoints.infer_layers import Layer, Shapes, conv_layers
+from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
 from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.nn.spectrum import FrequencyOrder, frequency_indices, group_map
-from fdconv_deploy.runtime.preprocessing import check_image, normalise, published_size, resize
-
-# More than this change the verdict no more, and each takes seconds of a large network.
-MOST_IMAGES = 32
-
 
 # The order that a file saves
 
@@ -209,7 +199,6 @@ class OrderReport(BaseModel):
         order: None where it cannot be determined.
         weights: the evidence in the weights.
         saved: which indices the file holds, which then decide; empty if it holds none.
-        images: the evidence of images; None where none were given.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -217,82 +206,20 @@ class OrderReport(BaseModel):
     order: NamedOrder | None
     weights: WeightEvidence
     saved: str = ""
-    images: ImageEvidence | None = None
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """In a sentence each."""
-        found = (self.saved, self.weights.reason, self.images.reason if self.images else "")
-        return tuple(reason for reason in found if reason)
+        return tuple(reason for reason in (self.saved, self.weights.reason) if reason)
 
 
-def detect_order(
-    state: Shapes,
-    backbone: BackboneConfig | None = None,
-    preprocessing: Preprocessing | None = None,
-    images: Sequence[NDArray[Any]] = (),
-    progress: Callable[[str], None] | None = None,
-) -> OrderReport:
-    """Detect the order in the weights, and by images if there are some.
-
-    Where the two contradict each other, neither is taken.
-
-    Args:
-        state: a checkpoint's tensors.
-        backbone: the network's; images are run through it alone.
-        preprocessing: the network's; the published one if not given.
-        images: as `check_image` takes them, of the kind the network was trained on; the first
-            32 are used.
-        progress: called with a description of each step.
+def detect_order(state: Shapes) -> OrderReport:
+    """The order that a checkpoint's tensors save, or that training left in its weights.
 
     Raises:
-        ImageError: there are images, but too few.
         CheckpointError: the file saves indices that are none.
     """
-    weights = order_of_weights(state)
-    saved = saved_order(state)
+    weights, saved = order_of_weights(state), saved_order(state)
     if saved is not None:
         return OrderReport(order=saved.name, weights=weights, saved=saved.reason)
-    if not len(images) or backbone is None:
-        return OrderReport(order=weights.order, weights=weights)
-    how = preprocessing or Preprocessing()
-    if backbone.in_channels != how.channels:
-        raise ImageError(
-            f"This network takes {backbone.in_channels} channels, so RGB images do not show its "
-            "order. Leave --images out."
-        )
-    networks = {name: _backbone(state, backbone, name) for name in CANDIDATES}
-    inputs = _inputs(images, how, progress or (lambda _: None))
-    statistics = order_of_statistics(networks, inputs)
-    orders = {found for found in (weights.order, statistics.order) if found is not None}
-    return OrderReport(
-        order=orders.pop() if len(orders) == 1 else None, weights=weights, images=statistics
-    )
-
-
-def _backbone(state: Shapes, config: BackboneConfig, order: FrequencyOrder) -> nn.Module:
-    with torch.device("meta"):
-        network = build_backbone(config, order)
-    given = part(state, backbone_prefix(state))
-    own: Mapping[str, Tensor] = {
-        key: given[key].to(value.dtype) if key in given else torch.zeros(value.shape)
-        for key, value in network.state_dict().items()
-        if key in given or key.endswith(".num_batches_tracked")
-    }
-    network.load_state_dict(own, strict=True, assign=True)
-    return network.eval()
-
-
-def _inputs(
-    images: Sequence[NDArray[Any]],
-    preprocessing: Preprocessing,
-    progress: Callable[[str], None],
-) -> Iterator[Tensor]:
-    count = min(len(images), MOST_IMAGES)
-    for index in range(count):
-        progress(f"image {index + 1} of {count}, in the orders {', '.join(CANDIDATES)}")
-        image = check_image(images[index], preprocessing)
-        size = published_size(image.shape[0], image.shape[1], preprocessing)
-        yield torch.from_numpy(
-            normalise(resize(image, *size, preprocessing.resample), preprocessing)
-        )[None]
+    return OrderReport(order=weights.order, weights=weights)
