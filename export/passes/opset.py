@@ -112,7 +112,8 @@ def _refuse(node: NodeProto, current: int, opset: int) -> None:
         raise _not_in(node, opset, "it holds a graph of its own")
     if onnx.defs.has(node.op_type, opset) or node.op_type == "LayerNormalization":
         return
-    raise _not_in(node, opset, f"it is in {current}")
+    since = onnx.defs.get_schema(node.op_type, current).since_version
+    raise _not_in(node, opset, f"it came with opset {since}")
 
 
 def _not_in(node: NodeProto, opset: int, why: str) -> ExportError:

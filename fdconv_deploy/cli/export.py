@@ -253,7 +253,7 @@ def _web(
         {"path": str(output), "bytes": total},
         (
             f"{output}: a page of {total / 1e6:.1f} MB that fetches nothing from elsewhere.\nNext: "
-            f"python -m http.server -d {shlex.quote(str(output))}, then open http://localhost:8000"
+            f"python -m http.server -d {shlex.quote(str(output.resolve()))}, then open http://localhost:8000"
         ),
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from fdconv_deploy.demo import packaged_checkpoint, packaged_detector
@@ -146,6 +146,14 @@ def test_roi_align_has_no_form_in_other_opsets(detector, tmp_path, opset):
     with pytest.raises(ExportError, match=rf"RoiAlign .* opset {opset}: .* from 16 to 21\."):
         export_onnx(detector, tmp_path / "model.onnx", opset=opset)
     assert not list(tmp_path.iterdir())
+
+
+def test_operator_that_came_later_is_refused_with_its_opset():
+    node = helper.make_node("GridSample", ["x", "grid"], ["y"], name="sampled")
+    graph = helper.make_graph([node], "graph", [], [])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
+    with pytest.raises(ExportError, match=r"GridSample 'sampled' .* it came with opset 16\."):
+        opset_pass.set_opset(model, 13)
 
 
 @pytest.mark.parametrize("opset", [12, 99])

@@ -139,8 +139,9 @@ class TestFolder:
             export_web(bundle, tmp_path / "page", onnxruntime_web=package)
 
     def test_command_line(self, toy_bundle, package, tmp_path, monkeypatch, capfd):
-        page = tmp_path / "page"
-        arguments = ["export", toy_bundle.path, "-o", page, "--format", "web"]
+        monkeypatch.chdir(tmp_path)
+        page = tmp_path / "-page"  # as it is, "-d -page" would be two options
+        arguments = ["export", toy_bundle.path, "-o", page.name, "--format", "web"]
         arguments += ["--onnxruntime-web", package]
         code, out, err = fdconv(monkeypatch, capfd, *arguments)
         assert code == 0, err

@@ -89,7 +89,10 @@ function show({ labels, size, milliseconds }) {
 
 worker.onmessage = ({ data }) => {
   if (data.number !== undefined && data.number !== last) return; // of an image that was replaced
-  if (data.error) say(data.error, true);
+  if (data.error) {
+    say(data.error, true);
+    $("progress").hidden = true;
+  }
   if (data.network) {
     network = data.network;
     describe();
