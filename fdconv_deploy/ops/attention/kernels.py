@@ -154,7 +154,7 @@ def hidden_layer(
         z *= tl.load(norm_weight + unit, mask=inside, other=0.0)
         if centred:
             z += tl.load(norm_bias + unit, mask=inside, other=0.0)
-    z = tl.maximum(z, 0.0)
+    z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if squared:
         z *= z
     return z

@@ -206,6 +206,13 @@ def test_a_kernel_that_starts_early_waits_before_it_reads_what_others_wrote(name
     assert seen == {"gates": {"heads", "head_bias"}, "finish": {"bias"}}.get(name, seen)
 
 
+@pytest.mark.parametrize("name", ["finish", "gates", "attentions and rows"])
+def test_activations_pass_on_what_is_not_a_number(name):
+    """As PyTorch's do; the interpreter's maximum always does."""
+    code = compile_kernel(SMALL[name], 90).ptx
+    assert set(re.findall(r"\bmax\.(\S*)f32", code)) == {"NaN."}
+
+
 def test_an_older_instruction_set_on_request():
     newest = compile_kernel(BANDS, 80)
     older = compile_kernel(BANDS, 80, ptx_version=80)
