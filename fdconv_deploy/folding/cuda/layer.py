@@ -306,8 +306,8 @@ class FusedBandModulation(nn.Module):
     def __init__(self, bands: FoldedBands, dtype: torch.dtype, channels_last: bool) -> None:
         super().__init__()
         self.bands, self.channels_last = bands, channels_last
-        # Half precision has no room for a sum over a whole image: √W off on the way there.
-        gain = math.sqrt(bands.width)
+        # Half precision has no room for a sum over a row of pixels: on the way there its mean.
+        gain = bands.width
         to_rows = bands.to_rows.astype(np.float64)
         matrices = {
             "to_columns": bands.to_columns / gain,

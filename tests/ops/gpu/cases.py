@@ -40,6 +40,7 @@ class Case:
     """A layer, an input, and what the kernels are asked for.
 
     over: a map, tokens as an FDTokenConv, or tokens as an FDLinear; size is then their number, 1.
+    offset: of the input's values.
     """
 
     channels: tuple[int, int]
@@ -51,6 +52,7 @@ class Case:
     channels_last: bool = False
     normed: bool = False
     slow: bool = False
+    offset: float = 0.0
     over: Literal["map", "tokens", "linear"] = "map"
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -63,7 +65,7 @@ class Case:
         return enliven(FDConv2d(ins, outs, self.kernel, kernel_num=self.groups, **given))
 
     def input(self) -> torch.Tensor:
-        x = lively_input((self.batch, self.channels[0], *self.size))
+        x = lively_input((self.batch, self.channels[0], *self.size)) + self.offset
         return x if self.over == "map" else x.flatten(2).transpose(1, 2).contiguous()
 
     def average(self, x: torch.Tensor) -> torch.Tensor:
@@ -144,7 +146,8 @@ LAYERS: dict[str, Case] = {
 
 
 def bands(channels: int, size: tuple[int, int], **given: Any) -> Case:
-    options = {k: given.pop(k) for k in ("dtype", "channels_last", "batch") if k in given}
+    names = "dtype", "channels_last", "batch", "offset"
+    options = {k: given.pop(k) for k in names if k in given}
     arguments = {"use_fbm_if_k_in": [1], "fbm_cfg": given, "use_ksm_local": False}
     return Case((channels, 20), size=size, groups=5, arguments=arguments, **options)
 
@@ -157,6 +160,7 @@ BANDS: dict[str, Case] = {
     "complex rows, batch 2": bands(18, (13, 15), k_list=[2, 4, 8], batch=2),
     "masks per call": bands(18, (12, 9), k_list=[2, 4, 8], masks="per_call"),
     "complex rows, half, last": bands(18, (13, 15), k_list=[2, 4, 8], **LAST_HALF),
+    "large values, half": bands(18, (13, 15), k_list=[2, 4], dtype="float16", offset=2e4),
     "one band, weighted low-pass": bands(18, (9, 9), k_list=[2], lowfreq_att=True),
     "softmax over groups": bands(18, (8, 9), k_list=[2, 4], act="softmax", spatial_group=2),
     "a map per channel, last": bands(
@@ -221,7 +225,7 @@ def layer_errors(case: Case) -> dict[str, Any]:
 def band_errors(case: Case) -> dict[str, Any]:
     layer = case.layer()
     folded = case.folded(layer)
-    x = lively_input((case.batch, case.channels[0], *case.size))
+    x = case.input()
     fused = FusedConv2d(folded, getattr(torch, case.dtype), case.channels_last)
     assert fused.bands is not None
     assert folded.bands is not None
