@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 
 from benchmarks.gpu import arithmetic
-from benchmarks.gpu.arithmetic import START, Kernel, kernels_of, page, predicted
+from benchmarks.gpu.arithmetic import START, START_EARLY, Kernel, kernels_of, page, predicted
 from benchmarks.gpu.shapes import RESNET50
 
 RECORD = json.loads(arithmetic.RECORD.read_text())
@@ -46,6 +47,14 @@ def test_fdconv_is_predicted_within_its_limit(proved):
         proved(
             f"FDConv's ResNet-50 is predicted at {ratio:.2f} times the plain one's time on {gpu}"
         )
+
+
+def test_attentions_behind_a_convolution_start_when_it_has_ended():
+    rows = [asdict(Kernel(name, 1, 0, 0, early=name.startswith("attend")))
+            for name in ("convolution", "finish_kernel", "attend_rows_kernel")]  # fmt: skip
+    record = {"networks": {"FDConv": {"kernels": rows, "forks": []}}}
+    seen = [predicted(record, "FDConv", "H100", ends=ends) for ends in (True, False)]
+    assert seen == pytest.approx([2 * START + START_EARLY, 2 * START])
 
 
 def test_a_kernel_takes_what_takes_longest():
