@@ -189,7 +189,7 @@ def measure(bundle: Path, *, threads: int, repeats: int = 5) -> dict[str, Any]:
         lives[str(batch)] = {
             **{key: spread([run[key] for run in runs], 3, 1.0) for key in keys},
             "open_unhashed_seconds": spread([run["open_seconds"] for run in quick], 3, 1.0),
-            "first_request_ms": spread(firsts),
+            "first_request_ms": spread(firsts, 3),
             "tenth_request_ms": spread(tenths),
             **{
                 key: round(float(np.median([run[key] for run in runs])))

@@ -121,7 +121,12 @@ def fuse_layers(model: bytes, external: Mapping[str, Bytes]) -> NativeGraph:
     graph = fused.model.graph
     index = GraphIndex(graph, external)
     layers = [node for node in index.nodes if is_assembly(node)]
-    replaced = {**_fused_attentions(graph, index, layers), **_joined_rows(index, layers)}
+    joined = _joined_rows(index, layers)
+    replaced = {**_fused_attentions(graph, index, layers), **joined}
+    # Their shapes in the file are of kernels by rows.
+    kernels = {node.input[1] for node in joined.values()}
+    for value in [value for value in graph.value_info if value.name in kernels]:
+        graph.value_info.remove(value)
     nodes = (replaced.get(number, node) for number, node in enumerate(index.nodes))
     set_nodes(graph, (node for node in nodes if node is not None))
     import_domain(fused.model, DOMAIN)

@@ -90,7 +90,7 @@ def test_every_option_that_is_a_setting_is_among_these() -> None:
         "tls_certificate",
         "tls_key",
     }
-    no_settings = {"context", "bundles", "host", "port", "log_level", "settings"}
+    no_settings = {"context", "bundles", "host", "port", "log_level", "settings", "ray"}
     assert set(signature(serve_command).parameters) == options | flags_and_files | no_settings
 
 
