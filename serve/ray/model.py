@@ -9,13 +9,15 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 import numpy as np
 import numpy.typing as npt
 from ray import serve
 
-from fdconv_deploy.errors import BackendError, BundleError
+from fdconv_deploy.errors import BackendError, BundleError, FDConvError
 from fdconv_deploy.runtime import Bundle, Session, Tensors, open_session
 from fdconv_deploy.serve.model_repository import bundles_of
 from fdconv_deploy.serve.ray.arguments import Arguments
@@ -46,7 +48,8 @@ def model_id(bundle: Bundle) -> str:
     A replica that finds something else there does not answer for it.
     """
     manifest = bundle.manifest.model_dump_json().encode()
-    return f"{hashlib.sha256(manifest).hexdigest()}:{bundle.path}"
+    # Quoted: Ray tells its controller of names in ASCII only.
+    return f"{hashlib.sha256(manifest).hexdigest()}:{quote(str(bundle.path))}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Model:
     """A replica, which runs one batch at a time and may hold several models.
 
     Raises:
-        BundleError, BackendError: A bundle cannot be opened.
+        BundleError, BackendError: No bundle can be opened.
     """
 
     async def __init__(self, arguments: Arguments) -> None:  # type: ignore[misc]  # Ray awaits it
@@ -77,8 +80,18 @@ class Model:
         )
         if arguments.load == "start":  # before it is sent anything
             paths = [path for source in arguments.bundles for path in bundles_of(source)]
-            for path in paths[: arguments.models_per_replica]:
-                await self._model(model_id(Bundle.open(path, verify=False)))
+            problems = [await self._problem(path) for path in paths[: arguments.models_per_replica]]
+            if problems[0] is not None and all(problems):
+                raise problems[0]
+
+    async def _problem(self, path: Path) -> FDConvError | None:
+        """Load a bundle; why it cannot be: one that is gone does not keep a replica from others."""
+        try:
+            await self._model(model_id(Bundle.open(path, verify=False)))
+        except (BundleError, BackendError) as error:
+            log.error("%s", error)
+            return error
+        return None
 
     async def load(self) -> str:
         """Load the model that the call is for; its ``operators``."""
@@ -105,7 +118,7 @@ class Model:
         settings = self._arguments
 
         def opened() -> Session:
-            path = model.partition(":")[2]
+            path = unquote(model.partition(":")[2])
             bundle = Bundle.open(path, verify=settings.verify, hold=True)
             if model_id(bundle) != model:
                 raise BundleError(
