@@ -11,7 +11,9 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -461,6 +463,7 @@ def join_ray(address: str, **local: Any) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it writes to the standard error
     with needed_by("--ray", "ray"):
         import ray
+        from ray.exceptions import AuthenticationError
     options = {
         "log_to_driver": False,
         "logging_level": "ERROR",
@@ -468,9 +471,19 @@ def join_ray(address: str, **local: Any) -> None:
     }
     try:
         ray.init(named, **options)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+    except (
+        AuthenticationError, ConnectionError, RuntimeError, TimeoutError, ValueError
+    ) as error:  # fmt: skip
+        if "AuthenticationError" in f"{error!r} {error.__cause__}":
+            raise FDConvError(
+                f"The Ray cluster at {named} wants a token. Set RAY_AUTH_MODE=token, and "
+                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH where it is not that of ~/.ray/auth_token."
+            ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise FDConvError(
             f"Ray cannot be joined at {named}: {reason.rstrip('.')}. Start a cluster with `ray "
-            "start --head`, set RAY_AUTH_MODE=token where it asks for a token, or give --ray local."
+            "start --head`, or give --ray local."
         ) from None
+    # Ray's own handler aborts the process with a trace of its stack, and leaves a cluster behind.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -114,6 +114,13 @@ def test_a_killed_driver_and_a_killed_worker_cost_nothing(bundle, ray_folder, tm
 
     driver = start(bundle, photos, "-o", out, "--skip-existing")
     until(lambda: masks(out) >= masks_before + 40, "the run goes on")
+    driver.send_signal(signal.SIGTERM)
+    code, _, err = finish(driver)
+    assert (code, "***" in err) == (130, False)  # Ray would show its stack
+    masks_before = masks(out)
+
+    driver = start(bundle, photos, "-o", out, "--skip-existing")
+    until(lambda: masks(out) >= masks_before + 40, "the run goes on")
     worker = next(
         process
         for process in psutil.Process(driver.pid).children(recursive=True)
