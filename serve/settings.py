@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime.images import MAX_PIXELS
 from fdconv_deploy.runtime.multiband import FORMATS
 
@@ -174,3 +175,22 @@ class Settings(BaseModel):
         if unknown or not self.formats:
             raise ValueError(f"formats are some of {', '.join(FORMATS)}")
         return self
+
+
+def read_keys(path: Path) -> list[str]:
+    """The API keys of a file, one per line.
+
+    Raises:
+        FDConvError: It cannot be read, or holds none, which would leave the service open.
+    """
+    try:
+        keys = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise FDConvError(f"The API keys in {path} cannot be read: {reason}.") from error
+    if not keys:
+        raise FDConvError(
+            f"{path} holds no API key, and without one anybody is answered. Write one a line into "
+            "it, or name no file of keys."
+        )
+    return keys

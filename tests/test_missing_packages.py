@@ -71,6 +71,7 @@ CASES = [
      "opentelemetry-exporter-otlp-proto-http"),
     ("serve BUNDLE --port 0 --grpc-port 0", "grpc", "grpcio"),
     ("serve BUNDLE --port 0 --grpc-port 0", "google.protobuf", "protobuf"),
+    ("serve BUNDLE --port 0 --ray local", "ray", "ray"),
     ("build BUNDLE", "tensorrt", "tensorrt"),
     ("segment BUNDLE IMAGE -o OUT --backend openvino", "openvino", "openvino"),
 ]  # fmt: skip

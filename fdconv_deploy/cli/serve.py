@@ -110,17 +110,20 @@ def serve(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with needed_by("The service", "serve"):
         from fdconv_deploy import serve as service
+        from fdconv_deploy.serve.settings import read_keys
     given = {name: value for name, value in typed(context).items() if name not in _NO_SETTINGS}
     if given.pop("no_model_control", False):
         given["model_control"] = False
     if "memory_budget_mb" in given:
         given["memory_budget_bytes"] = given.pop("memory_budget_mb") << 20
     if api_keys is not None:
-        given["api_keys"] = _keys(api_keys)
+        given["api_keys"] = read_keys(api_keys)
     given = {**_read(settings), **given}
     if ray is None:
         service.run(bundles, host, port, _checked(given, service.Settings), log_level=log_level)
         return
+    if "log_level" in typed(context):
+        raise typer.BadParameter("--log-level is not for --ray: Ray's logging_config says it.")
     from fdconv_deploy.serve import ray as on_ray
 
     if "workers" in given:
@@ -129,21 +132,6 @@ def serve(
 
 
 _NO_SETTINGS = ("bundles", "host", "port", "log_level", "settings", "ray")
-
-
-def _keys(path: Path) -> list[str]:
-    """The API keys of a file, one per line; an empty file would leave the service open."""
-    try:
-        keys = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise FDConvError(f"The API keys in {path} cannot be read: {reason}.") from error
-    if not keys:
-        raise FDConvError(
-            f"{path} holds no API key, and without one anybody is answered. Write one a line into "
-            "it, or leave --api-keys out."
-        )
-    return keys
 
 
 def _read(path: Path | None) -> dict[str, Any]:

@@ -5,12 +5,14 @@ whose replicas run what the ingress has prepared. Batches, scaling and placing a
 """
 
 import contextlib
+import logging
 import math
 import os
-import signal
 import threading
 from functools import partial
 from typing import TYPE_CHECKING
+
+from pydantic import SecretStr
 
 from fdconv_deploy.environment import needed_by
 from fdconv_deploy.runtime import Bundle
@@ -18,6 +20,7 @@ from fdconv_deploy.runtime.ray_data import join_ray
 from fdconv_deploy.serve.app import ServerError, create_app, return_large_blocks
 from fdconv_deploy.serve.model_repository import bundles_of
 from fdconv_deploy.serve.ray.arguments import Arguments
+from fdconv_deploy.serve.settings import read_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +41,7 @@ with needed_by("Serving on Ray", "ray"):
 
 __all__ = ["Arguments", "app", "run"]
 _NAME, _MODEL = "fdconv", "Model"
+log = logging.getLogger("fdconv.serve")
 
 
 # Ray reads the annotation as it is: it would not find Arguments by a string.
@@ -47,6 +51,7 @@ def app(arguments: Arguments) -> serve.Application:
     arguments = arguments.model_copy(
         update={
             "bundles": tuple(path.absolute() for path in arguments.bundles),
+            "api_keys_file": arguments.api_keys_file and arguments.api_keys_file.absolute(),
             "workers": most,  # in the ingress, images of mode 'slide' that are crossed at a time
             "threads": arguments.threads or max(int(arguments.cpus), 1),
         }
@@ -101,8 +106,14 @@ def run(arguments: Arguments, address: str, host: str = "127.0.0.1", port: int =
             Bundle.open(path, verify=False)
     # Here, as many CPUs as are asked for: whether there are so many was its user's to decide.
     join_ray(address, num_cpus=math.ceil(cpus), include_dashboard=False)
-    if local:  # Ray's own handler of it aborts the process, and leaves the cluster behind
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name, wanted in (("CPUs", cpus), ("GPUs", most * arguments.gpus)):
+        if (found := ray.cluster_resources().get(name[:3], 0)) < wanted:
+            log.warning(
+                "%g %s are asked for, and the cluster has %g: Ray waits for more.",
+                wanted,
+                name,
+                found,
+            )
     try:
         serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode")
         serve.run(app(arguments), name=_NAME)
@@ -131,8 +142,11 @@ def _ingress(arguments: Arguments) -> "Callable[[], FastAPI]":
     def build() -> "FastAPI":
         # On a replica of the ingress, as it starts.
         return_large_blocks()
-        service = partial(RayService, serve.get_deployment_handle(_MODEL))
-        built = create_app(arguments.bundles, arguments, make_service=service)
+        service, settings = partial(RayService, serve.get_deployment_handle(_MODEL)), arguments
+        if settings.api_keys_file:
+            keys = (*settings.api_keys, *map(SecretStr, read_keys(settings.api_keys_file)))
+            settings = settings.model_copy(update={"api_keys": keys})
+        built = create_app(settings.bundles, settings, make_service=service)
         built.add_middleware(ForProxy)
         return built
 

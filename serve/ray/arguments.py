@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_origin
 
 from pydantic import (
-    BeforeValidator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -32,20 +33,15 @@ _NOT_HERE = {
 }
 
 
-def _listed(given: object) -> object:
-    return given.split(",") if isinstance(given, str) else given
-
-
 class Arguments(Settings):
     """What :func:`app` takes: the service's settings, and how it is spread over a cluster."""
 
-    bundles: Annotated[
-        tuple[Annotated[Path, Field(strict=False)], ...],
-        BeforeValidator(_listed),
-        Field(min_length=1),
-    ]
-    """Bundle folders, or folders of them, at the same path on every node; in a string, separated
-    by commas. The first is the default model."""
+    bundles: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """Bundle folders, or folders of them, at the same path on every node. The first is the default
+    model."""
+    api_keys_file: Path | None = None
+    """File with one API key per line, at the same path on every node: Ray logs and shows
+    ``api_keys`` as they were given."""
     replicas: PositiveInt = 1
     """Replicas of the model; the least of them with max_replicas."""
     max_replicas: PositiveInt | None = None
@@ -65,6 +61,13 @@ class Arguments(Settings):
     """Replicas of the ingress, which decodes images and encodes answers."""
     ingress_cpus: NonNegativeFloat = 1.0
     """CPUs of an ingress replica."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _listed(cls, given: object, info: ValidationInfo) -> object:
+        # As `serve run` gives it: a list's entries, separated by commas.
+        kind = cls.model_fields[str(info.field_name)].annotation
+        return given.split(",") if isinstance(given, str) and get_origin(kind) is tuple else given
 
     @model_validator(mode="after")
     def _possible(self) -> Arguments:
