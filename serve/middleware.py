@@ -105,6 +105,7 @@ class Edge:
             await asyncio.sleep(0)  # uvloop writes when its callbacks are done: the answer first
         except asyncio.CancelledError:
             if status or not self._service.draining:
+                status = status or 499  # Ray's proxy cancels what its client has left
                 raise
             # The server's last word to what is not done by the end of drain_seconds.
             await _stopped(scope)(scope, receive, send_named)

@@ -24,6 +24,7 @@ from fdconv_deploy.runtime import Bundle, Session, Tensors
 from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.serve.batching import DeadlineError, Outcome, Scheduler, WorkerDiedError
 from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, problem_response
+from fdconv_deploy.serve.middleware import accepted_id
 from fdconv_deploy.serve.model_repository import Lane
 from fdconv_deploy.serve.ray.model import Ran, model_id
 from fdconv_deploy.serve.service import Service
@@ -60,7 +61,8 @@ class ForProxy:
 class InProxy:
     """A layer of Ray's proxy, where it is let in: what a lost ingress had is answered with a 503.
 
-    Ray leaves it without an answer, of which its web server makes a 500.
+    Ray leaves it without an answer, of which its web server makes a 500, as it does of headers
+    that Ray cannot read.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -75,12 +77,21 @@ class InProxy:
             begun = True
             await send(message)
 
-        await self.app(scope, receive, send_on)
+        status, detail = (
+            503,
+            "The process that had this request ended before answering. Send it again.",
+        )
+        try:
+            await self.app(scope, receive, send_on)
+        except UnicodeDecodeError:
+            if begun:
+                raise
+            status, detail = 400, "A header that is read here is not in UTF-8."
         if not begun:
-            detail = "The process that had this request ended before answering. Send it again."
-            given = Headers(scope=scope).get(REQUEST_ID, "unknown")
-            scope.setdefault("state", {})["request_id"] = given
-            answer = problem_response(Request(scope), 503, detail, {"Retry-After": "1"})
+            given = Headers(scope=scope).get(REQUEST_ID, "")
+            scope.setdefault("state", {})["request_id"] = accepted_id(given)
+            later = {"Retry-After": "1"} if status == 503 else None
+            answer = problem_response(Request(scope), status, detail, later)
             await answer(scope, receive, send)
 
 

@@ -6,9 +6,12 @@ import asyncio
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -38,6 +41,7 @@ from fdconv_deploy.serve import Settings, create_app  # noqa: E402
 from fdconv_deploy.serve.batching import DeadlineError, WorkerDiedError  # noqa: E402
 from fdconv_deploy.serve.ray import Arguments, app, run  # noqa: E402
 from fdconv_deploy.serve.ray.ingress import ReplicaRunner  # noqa: E402
+from fdconv_deploy.serve.ray.model import model_id  # noqa: E402
 from tests.runtime import toy  # noqa: E402
 from tests.serve.conftest import encoded, wait_until_ready  # noqa: E402
 
@@ -193,8 +197,23 @@ def test_refusals_are_those_of_one_process(on_ray, alone, png, picture) -> None:
         assert same(answers[0]) == same(answers[1]), path
         assert answers[0].status_code >= 400
         assert len(answers[0].headers.get_list("X-Request-ID")) == 1
+    unreadable = [(b"content-type", b"image/png"), (b"x-request-id", b"\xff")]
+    assert on_ray.post("/v1/segment", content=png, headers=unreadable).status_code == 400
     for path in ("/", "/docs", "/openapi.json", "/v1/models/street", "/v2", "/v2/models/street"):
         assert on_ray.get(path).status_code == alone.get(path).status_code == 200
+
+
+def test_a_client_that_left_is_counted_as_such(on_ray) -> None:
+    head = b"POST /v1/segment HTTP/1.1\r\nHost: ray\r\nContent-Type: image/png\r\n"
+
+    def counted() -> bool:
+        with socket.create_connection(("127.0.0.1", on_ray.base_url.port or 0)) as client:
+            client.sendall(head + b"Content-Length: 1000\r\n\r\nimage")
+            time.sleep(0.3)  # for the ingress to have it
+        return 'segment",status="499"' in on_ray.get("/metrics").text
+
+    until(counted)
+    assert 'status="0"' not in on_ray.get("/metrics").text
 
 
 def test_killed_processes_cost_no_answer(on_ray, png) -> None:
@@ -236,8 +255,10 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def ask(client: httpx.Client, png: bytes, path: str = "/v1/segment") -> httpx.Response:
-    headers = {"Content-Type": "image/png", "Accept": "image/png"}
+def ask(
+    client: httpx.Client, png: bytes, path: str = "/v1/segment", key: str = ""
+) -> httpx.Response:
+    headers = {"Content-Type": "image/png", "Accept": "image/png", "X-API-Key": key}
     return client.post(path, content=png, headers=headers)
 
 
@@ -251,9 +272,22 @@ def test_a_bundle_that_is_not_there_is_said(cluster, tmp_path) -> None:
 
 
 def test_a_replaced_bundle_is_followed(on_ray, tmp_path, png) -> None:
-    toy.make_bundle(tmp_path / "one", seed=5)
-    arguments = Arguments(bundles=[tmp_path / "one"], reload_seconds=0.2, threads=1)
+    """Of an application of its own, with keys, in a folder whose name is no ASCII.
+
+    And a replica starts without a bundle that went.
+    """
+    folder, keys = tmp_path / "modèles %41", tmp_path / "keys"
+    toy.make_bundle(folder / "one", seed=5)
+    assert model_id(Bundle.open(folder / "one")).isascii()
+    keys.write_text("first\nsecond\n")
+    arguments = Arguments(
+        bundles=[folder / "one", toy.make_bundle(folder / "two").path],
+        reload_seconds=0.2,
+        threads=1,
+        api_keys_file=keys,
+    )
     serve.run(app(arguments), name="changing", route_prefix="/changing")
+    assert ask(on_ray, png, "/changing/v1/segment").status_code == 401
     expected = {}
     for seed in (5, 6):
         with open_session(toy.make_bundle(tmp_path / str(seed), seed=seed), threads=1) as session:
@@ -261,13 +295,17 @@ def test_a_replaced_bundle_is_followed(on_ray, tmp_path, png) -> None:
             expected[seed] = session.segment(image).labels
 
     def mask() -> np.ndarray:
-        answer = ask(on_ray, png, "/changing/v1/segment")
+        answer = ask(on_ray, png, "/changing/v1/segment", "second")
         assert answer.status_code == 200, answer.text
         return np.asarray(Image.open(io.BytesIO(answer.content)))
 
     np.testing.assert_array_equal(mask(), expected[5])
-    toy.make_bundle(tmp_path / "one", seed=6, overwrite=True)
+    toy.make_bundle(folder / "one", seed=6, overwrite=True)
     until(lambda: np.array_equal(mask(), expected[6]))
+    shutil.rmtree(folder / "two")
+    (replica,) = processes("ServeReplica:changing:Model")
+    replica.kill()
+    np.testing.assert_array_equal(mask(), expected[6])
     serve.delete("changing")
 
 
@@ -277,6 +315,20 @@ def test_an_address_where_nobody_listens_is_said_at_once(bundles) -> None:
     for address in (f"127.0.0.1:{port}", "nowhere", "127.0.0.1:99999"):
         with pytest.raises(FDConvError, match=r"(?i)no (Ray cluster answers|address of a Ray)"):
             run(Arguments(bundles=bundles), address)
+
+
+def test_a_token_that_is_missing_is_said(cluster, bundles, tmp_path) -> None:
+    command = [sys.executable, "-m", "fdconv_deploy", "serve", str(bundles[0]), "--ray"]
+    command.append(ray.get_runtime_context().gcs_address)
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none"),
+    }
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 1
+    assert "wants a token. Set RAY_AUTH_MODE=token" in finished.stderr
+    assert "Traceback" not in finished.stderr
 
 
 def test_serve_yaml_is_one(tmp_path) -> None:
@@ -291,8 +343,10 @@ def test_serve_yaml_is_one(tmp_path) -> None:
 
 def test_arguments_take_what_a_command_line_gives() -> None:
     given = {"bundles": "/models/a,/models/b", "replicas": "2", "deadline_ms": "500"}
-    found = Arguments.model_validate(given)
+    found = Arguments.model_validate({**given, "formats": "PNG,JPEG", "api_keys": "a"})
     assert found.bundles == (Path("/models/a"), Path("/models/b"))
+    assert found.formats == ("PNG", "JPEG")
+    assert [key.get_secret_value() for key in found.api_keys] == ["a"]
     assert (found.replicas, found.deadline_ms) == (2, 500)
 
 
