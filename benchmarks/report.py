@@ -296,10 +296,17 @@ def _families(records: Sequence[dict[str, Any]]) -> Iterator[str]:
             row["nodes"],
             f"{max(row['error'].values()):.1e}",
             f"{row['worst_part']['error']:.1e}" if "worst_part" in row else "–",
-            row.get("native_over_plain", "–"),
-            row.get("portable_over_plain", "–"),
+            *(_over_plain(row, side) for side in ("native", "portable")),
             "yes" if "taken" in row["nvidia_parser"] else "no",
         )
+
+
+def _over_plain(row: dict[str, Any], side: str) -> str:
+    """Of times, or of the processor's where other processes ran."""
+    if (found := row.get(f"{side}_over_plain")) is not None:
+        return str(found)
+    found = row.get(f"{side}_over_plain_processor")
+    return "–" if found is None else f"{found} (processor)"
 
 
 def _missing(cases: Cases) -> Iterator[str]:
