@@ -140,13 +140,11 @@ def trips(launch: KernelLaunch) -> list[int]:
         return [known["outputs"]]
     if launch.kernel in ("pool_kernel", "finish_kernel"):
         return [known["steps"], math.ceil(known["units"] / known["unit_block"])]
-    if launch.kernel == "gates_kernel":
-        parts = math.ceil(known["splits"] * known["blocks"] / known["part_block"])
-        return [parts, math.ceil(known["splits"] / known["split_block"])]
-    if launch.kernel == "attend_rows_kernel":
+    if launch.kernel in ("gates_kernel", "attend_rows_kernel"):
         parts = math.ceil(known["splits"] * known["blocks"] / known["part_block"])
         averages = math.ceil(known["splits"] / known["split_block"])
-        return [parts, known["outputs"], averages]
+        transform = [known["outputs"]] if launch.kernel == "attend_rows_kernel" else []
+        return [parts, *transform, averages]
     if launch.kernel == "project_rows_kernel":
         return [math.ceil(known["width"] / known["pixel_block"])]
     if launch.kernel == "filter_columns_kernel":
