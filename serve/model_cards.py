@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime import Bundle
-from fdconv_deploy.runtime.detection import SHOWN_SCORE, detector_classes, detector_palette
+from fdconv_deploy.runtime.detection import SHOWN_SCORE
 from fdconv_deploy.runtime.manifest import OutputParity
 from fdconv_deploy.runtime.segmentation import class_names, class_palette
 from fdconv_deploy.runtime.sliding_window import slide_stride
@@ -276,7 +276,7 @@ def _detector(bundle: Bundle) -> dict[str, Any]:
     config = bundle.manifest.detector
     assert config is not None
     return {
-        "classes": _classes(detector_classes(config), detector_palette(config)),
+        "classes": _classes(class_names(config), class_palette(config)),
         "output": None,
         "queries": None,
         "threshold": None,

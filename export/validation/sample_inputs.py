@@ -15,8 +15,7 @@ from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.export.image_folders import Pictures
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.segmentor import Segmentor
-from fdconv_deploy.runtime.detection import place_whole
-from fdconv_deploy.runtime.preprocessing import resize
+from fdconv_deploy.runtime.preprocessing import place_whole, resize
 from fdconv_deploy.sample_images import (
     padded_batch,
     prepared_batch,

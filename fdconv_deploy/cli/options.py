@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fdconv_deploy.evaluation.compare import Target
-    from fdconv_deploy.runtime import Session
-    from fdconv_deploy.runtime.multi_scale import MultiScale
+    from fdconv_deploy.runtime import MultiScale, Session
     from fdconv_deploy.runtime.ray_data import RayResult
 
 
@@ -109,7 +108,7 @@ def parse_counts(texts: Sequence[str] | None, option: str) -> list[int]:
 
 def parse_scales(factors: str | None, flip: bool) -> MultiScale | None:
     """``"0.5,1"`` and whether to flip; None where neither is asked for."""
-    from fdconv_deploy.runtime.multi_scale import MultiScale
+    from fdconv_deploy.runtime import MultiScale
 
     if factors is None and not flip:
         return None

@@ -21,14 +21,8 @@ from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.compare import Answer, Labels, Target
 from fdconv_deploy.runtime import Detection, Session, open_session
 from fdconv_deploy.runtime.bundle_checks import bundles_and_checkpoints
-from fdconv_deploy.runtime.detection import DetectionPipeline, detector_classes
+from fdconv_deploy.runtime.detection import DetectionPipeline
 from fdconv_deploy.runtime.manifest import Fit
-from fdconv_deploy.runtime.multi_scale import (
-    MultiScale,
-    segment_at_scales,
-    segment_sliding,
-    segment_whole,
-)
 from fdconv_deploy.runtime.panoptic import PanopticPipeline
 from fdconv_deploy.runtime.preprocessing import (
     best_size,
@@ -36,7 +30,12 @@ from fdconv_deploy.runtime.preprocessing import (
     published_detector_input,
     published_segmentor_input,
 )
-from fdconv_deploy.runtime.segmentation import Mode, SegmentationPipeline, class_names
+from fdconv_deploy.runtime.segmentation import (
+    Mode,
+    MultiScale,
+    SegmentationPipeline,
+    class_names,
+)
 
 if TYPE_CHECKING:
     from fdconv_deploy.nn import Segmentor
@@ -204,7 +203,7 @@ def bundle_target(
         session: on the bundle; the caller closes it.
         mode: of a segmentor, "whole" or "slide"; what it was tested in when not given.
         fit: see `Session.segment`.
-        scales: see `segment_at_scales`.
+        scales: see `Session.segment`.
     """
     details: dict[str, Any] = {
         "kind": "bundle",
@@ -217,10 +216,7 @@ def bundle_target(
         details |= scales.as_dict() if scales else {}
 
     def segment(image: NDArray[Any]) -> Answer[Any]:
-        if scales is None:
-            found = session.segment(image, mode=mode, fit=fit)
-        else:
-            found = segment_at_scales(session, image, scales, mode=mode, fit=fit)
+        found: Any = session.segment(image, mode=mode, fit=fit, scales=scales)
         answer = found if session.panoptic else found.labels
         return Answer(answer, found.timings["inference"])
 
@@ -273,9 +269,9 @@ def torch_target(
     if isinstance(network, Detector):
         detector = network.architecture
         answer = _in_one_run(
-            network, lambda at: DetectionPipeline(detector, at), sizes, published_detector_input
+            network, lambda at: DetectionPipeline(detector, [at]), sizes, published_detector_input
         )
-        classes = detector_classes(detector)
+        classes = class_names(detector)
     else:
         architecture = network.architecture
         classes = class_names(architecture)
@@ -283,7 +279,7 @@ def torch_target(
             mode = "whole"
             answer = _in_one_run(
                 network,
-                lambda at: PanopticPipeline(architecture, at, fit),
+                lambda at: PanopticPipeline(architecture, [at], fit),
                 sizes,
                 published_segmentor_input,
             )
@@ -351,7 +347,7 @@ def _labels(
         )
     whole = _in_one_run(
         network,
-        lambda at: SegmentationPipeline(architecture, at, fit),
+        lambda at: SegmentationPipeline(architecture, [at], fit),
         sizes,
         published_segmentor_input,
     )
@@ -367,14 +363,11 @@ def _labels(
         if crop is None:
             assert scales is not None
             base = best_size((image.shape[0], image.shape[1]), sizes) if sizes else None
-            found = segment_whole(architecture, image, scales, base, lambda _: run, fit)
-        elif scales is None:
-            pipeline = SegmentationPipeline(architecture, crop, fit)
-            found = pipeline.slide(image, run, batch=1, any_size=not sizes)
+            pipeline = SegmentationPipeline(architecture, sizes, fit)
+            found = pipeline.at_scales(image, scales, run, base)
         else:
-            found = segment_sliding(
-                architecture, image, scales, crop, run, batch=1, any_size=not sizes
-            )
+            pipeline = SegmentationPipeline(architecture, [crop], fit)
+            found = pipeline.slide(image, run, 1, scales=scales, any_size=not sizes)
         return Answer(found.labels, found.timings["inference"])
 
     return answer

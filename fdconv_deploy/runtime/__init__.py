@@ -11,8 +11,7 @@ from fdconv_deploy.runtime.detection import Detection
 from fdconv_deploy.runtime.graph_runner import GraphRunner, Runner
 from fdconv_deploy.runtime.images import read_image
 from fdconv_deploy.runtime.manifest import Manifest, ParityReport
-from fdconv_deploy.runtime.multi_scale import MultiScale, segment_at_scales
-from fdconv_deploy.runtime.segmentation import Segmentation
+from fdconv_deploy.runtime.segmentation import MultiScale, Segmentation
 from fdconv_deploy.runtime.session import Session, open_session
 
 __all__ = [
@@ -30,5 +29,4 @@ __all__ = [
     "Tensors",
     "open_session",
     "read_image",
-    "segment_at_scales",
 ]

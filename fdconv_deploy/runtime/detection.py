@@ -23,15 +23,8 @@ from fdconv_deploy.coco_rle import Rle, encode_part
 from fdconv_deploy.config import DetectorConfig
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime.postprocessing import Pasted, Probabilities, paste
-from fdconv_deploy.runtime.preprocessing import (
-    FitDone,
-    Prepared,
-    best_size,
-    check_image,
-    normalise,
-    place_whole,
-    resize,
-)
+from fdconv_deploy.runtime.preprocessing import FitDone, Prepared, prepare_image
+from fdconv_deploy.runtime.segmentation import class_names, class_palette
 from fdconv_deploy.runtime.visualization import (
     RGB,
     default_palette,
@@ -62,6 +55,8 @@ class Detection:
         fit: "resized" when the network saw the image with no more padding than published,
             "letterboxed" when with more, which changes the answer somewhat.
         timings: seconds, by stage.
+        parts: of a panoptic network, each object's own pixels within the box about them, in place
+            of masks over boxes.
     """
 
     boxes: npt.NDArray[np.float32]
@@ -75,6 +70,7 @@ class Detection:
     palette: tuple[RGB, ...]
     fit: FitDone
     timings: dict[str, float]
+    parts: tuple[Pasted, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -82,7 +78,7 @@ class Detection:
     @property
     def has_masks(self) -> bool:
         """Whether the network gives masks."""
-        return self.mask_probabilities is not None
+        return self.parts is not None or self.mask_probabilities is not None
 
     @cached_property
     def pasted(self) -> tuple[Pasted, ...]:
@@ -91,6 +87,8 @@ class Detection:
         Raises:
             ImageError: the network gives none.
         """
+        if self.parts is not None:
+            return self.parts
         if self.mask_probabilities is None:
             raise ImageError(
                 "This network finds boxes and no masks (it has no mask head). Ask for its boxes."
@@ -134,13 +132,14 @@ class Detection:
         if labels is not None:
             chosen &= np.isin(self.labels, labels)
         at = np.flatnonzero(chosen)[:most]
-        masks = self.mask_probabilities
+        masks, parts = self.mask_probabilities, self.parts
         return replace(
             self,
             boxes=self.boxes[at],
             scores=self.scores[at],
             labels=self.labels[at],
             mask_probabilities=None if masks is None else masks[at],
+            parts=None if parts is None else tuple(parts[number] for number in at),
         )
 
     def instance_map(self) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
@@ -210,45 +209,25 @@ class DetectionPipeline:
 
     Args:
         detector: what the network is made of.
-        size: (height, width) of its input.
-        other_sizes: further ones; an image takes that nearest to its proportions, see
+        sizes: (height, width) of its inputs; an image takes that nearest to its proportions, see
             ``best_size``.
     """
 
-    def __init__(
-        self,
-        detector: DetectorConfig,
-        size: tuple[int, int],
-        other_sizes: Sequence[tuple[int, int]] = (),
-    ) -> None:
-        self.preprocessing = detector.preprocessing
-        self.size, self.sizes = size, (size, *other_sizes)
-        self.classes = detector_classes(detector)
-        self.palette = detector_palette(detector)
+    def __init__(self, detector: DetectorConfig, sizes: Sequence[tuple[int, int]]) -> None:
+        self.preprocessing, self.sizes = detector.preprocessing, tuple(sizes)
+        self.classes, self.palette = class_names(detector), class_palette(detector)
         self.finds_masks = detector.mask_head is not None
         self._mask_threshold = detector.test.rcnn.mask_thr_binary
 
     def prepare(self, image: npt.NDArray[np.uint8]) -> Prepared:
-        """Resize, normalise and pad an image.
-
-        Args:
-            image: (h, w, 3) uint8 RGB.
+        """Resize, normalise and pad an image; see `prepare_image`.
 
         Returns:
             Inputs ``images`` (3, H, W) and ``sizes`` (2,) float32, as the network takes them.
-
-        Raises:
-            ImageError: ``image`` is not such an array.
         """
-        start = time.perf_counter()
-        image = check_image(image, self.preprocessing)
-        network = best_size((image.shape[0], image.shape[1]), self.sizes)
-        placement = place_whole((image.shape[0], image.shape[1]), network, self.preprocessing)
-        covered = placement.height, placement.width
-        resized = resize(image, *covered, self.preprocessing.resample)
-        images = normalise(resized, self.preprocessing, network)
-        inputs = {"images": images, "sizes": np.array(covered, np.float32)}
-        return Prepared(inputs, placement, time.perf_counter() - start, network)
+        prepared = prepare_image(image, self.preprocessing, self.sizes, None)
+        prepared.inputs["sizes"] = np.array(prepared.placement.covered, np.float32)
+        return prepared
 
     def finish(
         self,
@@ -281,20 +260,9 @@ class DetectionPipeline:
             None if masks is None else masks[:count].copy(),
             self._mask_threshold,
             placement.image,
-            (placement.height, placement.width),
+            placement.covered,
             self.classes,
             self.palette,
             placement.fit,
             prepared.timings(inference_seconds, start),
         )
-
-
-def detector_classes(detector: DetectorConfig) -> tuple[str, ...]:
-    """The classes' names; numbers where the checkpoint gave none."""
-    count = detector.bbox_head.num_classes
-    return detector.classes or tuple(f"class {number}" for number in range(count))
-
-
-def detector_palette(detector: DetectorConfig) -> tuple[RGB, ...]:
-    """The classes' colours; generated where the checkpoint gave none, black not among them."""
-    return detector.palette or default_palette(detector.bbox_head.num_classes + 1)[1:]

@@ -34,6 +34,8 @@ from fdconv_deploy.runtime.postprocessing import (
     empty_labels,
     resize_maps,
     resized_tiles,
+    sigmoid,
+    softmax,
 )
 from fdconv_deploy.runtime.preprocessing import Prepared
 from fdconv_deploy.runtime.segmentation import Segmentation, SegmentationPipeline
@@ -60,43 +62,6 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class InstanceSegmentation(Detection):
-    """Objects of which each has its own pixels of the image, not a mask over its box.
-
-    Attributes:
-        parts: each object's pixels, within the box about them. MaskDINO's ``boxes`` are its own.
-    """
-
-    parts: tuple[Pasted, ...] = ()
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether the network gives masks."""
-        return True
-
-    @property
-    def pasted(self) -> tuple[Pasted, ...]:
-        """Each object's mask."""
-        return self.parts
-
-    def kept(
-        self, min_score: float = 0.0, labels: tuple[int, ...] | None = None, most: int | None = None
-    ) -> InstanceSegmentation:
-        """Only objects that score ``min_score`` or more, of some classes, the best ``most``."""
-        chosen = self.scores >= min_score
-        if labels is not None:
-            chosen &= np.isin(self.labels, labels)
-        at = np.flatnonzero(chosen)[:most]
-        return replace(
-            self,
-            boxes=self.boxes[at],
-            scores=self.scores[at],
-            labels=self.labels[at],
-            parts=tuple(self.parts[number] for number in at),
-        )
-
-
-@dataclass(frozen=True)
 class PanopticSegmentation(Segmentation):
     """Segments of an image. ``labels`` are their classes; what is in none is "void", the last.
 
@@ -108,7 +73,7 @@ class PanopticSegmentation(Segmentation):
 
     ids: npt.NDArray[np.int32]
     segments: tuple[Segment, ...]
-    instances: InstanceSegmentation | None = None
+    instances: Detection | None = None
 
     def kept(self, min_score: float) -> PanopticSegmentation:
         """With only those instances that score ``min_score`` or more; segments stay."""
@@ -143,9 +108,9 @@ def _chosen_classes(
 
     MaskDINO's own scores are told by sigmoids, though a softmax makes them sharper then.
     """
-    probabilities = sure = _probabilities(classes, head)
+    probabilities = sure = (sigmoid if _by_sigmoid(head) else softmax)(classes)
     if _by_sigmoid(head) and isinstance(head, MaskDINOHeadConfig) and head.temperature is not None:
-        probabilities = _softmax(sure / np.float32(head.temperature))
+        probabilities = softmax(sure / np.float32(head.temperature))
     labels = probabilities.argmax(1)
     no_object = sure.argmax(1) == head.num_classes
     queries = np.flatnonzero(~no_object & (sure.max(1) > np.float32(threshold)))
@@ -156,10 +121,6 @@ def _by_sigmoid(head: QueryHeadConfig) -> bool:
     return isinstance(head, MaskDINOHeadConfig) and head.class_scores == "sigmoid"
 
 
-def _probabilities(classes: Logits, head: QueryHeadConfig) -> Logits:
-    return _sigmoid(classes) if _by_sigmoid(head) else _softmax(classes)
-
-
 def panoptic_segments(
     classes: Logits,
     masks: Logits,
@@ -168,15 +129,10 @@ def panoptic_segments(
     head: QueryHeadConfig,
     rule: PanopticConfig,
 ) -> tuple[npt.NDArray[np.int32], tuple[Segment, ...]]:
-    """The segments of an image.
+    """(H, W) int32 segment numbers, 0 for none, and the segments from 1 on.
 
-    Args:
-        classes: (Q, class outputs) float32 logits.
-        masks: (Q, h, w) float32 logits.
-        rows, columns: bring masks to the image.
-
-    Returns:
-        (H, W) int32 segment numbers, 0 for none, and the segments from 1 on.
+    ``classes`` (Q, class outputs) and ``masks`` (Q, h, w) are float32 logits; ``rows`` and
+    ``columns`` bring masks to the image.
     """
     labels, scores, queries = _chosen_classes(classes, head, rule.object_mask_thr)
     ids = np.zeros((rows.size, columns.size), np.int32)
@@ -188,7 +144,7 @@ def panoptic_segments(
     weights = scores[queries]
     for top, left, logits in resized_tiles(ArrayRows(masks[queries]), rows, columns):
         place = slice(top, top + logits.shape[0]), slice(left, left + logits.shape[1])
-        found = _sigmoid(logits)
+        found = sigmoid(logits)
         best = (found * weights).argmax(-1)
         owner[place] = best
         strong[place] = np.take_along_axis(found, best[..., None], -1)[..., 0] >= 0.5
@@ -233,12 +189,8 @@ def instances_of(
 ) -> tuple[
     npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32], tuple[Pasted, ...]
 ]:
-    """The objects of an image, the best score first; arguments as `panoptic_segments`'.
-
-    Returns:
-        Of each object its query, label, score, and pixels within the box about them.
-    """
-    flat = _probabilities(classes, head)[:, : head.num_classes].ravel()
+    """Of each object its query, label, score, and pixels within the box about them, best first."""
+    flat = (sigmoid if _by_sigmoid(head) else softmax)(classes)[:, : head.num_classes].ravel()
     best = np.argsort(-flat, kind="stable")[: rule.max_per_image]
     queries, labels = np.divmod(best, head.num_classes)
     things = np.isin(labels, rule.thing_classes)
@@ -248,7 +200,7 @@ def instances_of(
     total = np.zeros(len(used))
     for top, left, logits in resized_tiles(ArrayRows(masks[used]), rows, columns):
         there = logits > 0
-        total += (_sigmoid(logits) * there).sum((0, 1), dtype=np.float64)
+        total += (sigmoid(logits) * there).sum((0, 1), dtype=np.float64)
         height, width = logits.shape[:2]
         inside[:, top : top + height, left : left + width] = there.transpose(2, 0, 1)
     counts = inside.sum((1, 2))
@@ -268,32 +220,17 @@ def _cut(mask: npt.NDArray[np.bool_]) -> Pasted:
     return Pasted(top, left, mask[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].copy())
 
 
-def _sigmoid(x: Logits) -> Logits:
-    with np.errstate(over="ignore"):  # to infinity, whose inverse is 0
-        return np.float32(1) / (np.float32(1) + np.exp(-x))
-
-
-def _softmax(x: Logits) -> Logits:
-    powers = np.exp(x - x.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
-
-
 class PanopticPipeline(SegmentationPipeline):
     """As `SegmentationPipeline`, for networks that give queries' classes and masks."""
 
     def __init__(
-        self,
-        segmentor: SegmentorConfig,
-        size: tuple[int, int],
-        fit: Fit,
-        other_sizes: Sequence[tuple[int, int]] = (),
+        self, segmentor: SegmentorConfig, sizes: Sequence[tuple[int, int]], fit: Fit = "stretch"
     ) -> None:
-        super().__init__(segmentor, size, fit, other_sizes)
+        super().__init__(segmentor, sizes, fit)
         head, rule = segmentor.decode_head, segmentor.panoptic
         if not isinstance(head, QueryHeadConfig) or rule is None:
             raise TypeError("a panoptic pipeline is for a head with queries and 'panoptic'")
-        self._queries, self._rule = head, rule
-        self.mode = "whole"
+        self._queries, self._rule, self.mode = head, rule, "whole"
 
     def finish(
         self,
@@ -303,20 +240,17 @@ class PanopticPipeline(SegmentationPipeline):
         *,
         size: tuple[int, int] | None = None,
     ) -> PanopticSegmentation:
-        """Find the segments, and the objects.
+        """Find the segments, and the objects; arguments as `SegmentationPipeline.finish`'s.
 
-        Args:
-            prepared: the image, as :meth:`prepare` gave it.
-            outputs: the network's: ``classes`` (Q, class outputs) and ``masks`` (Q, h, w) float32
-                logits.
-            inference_seconds: what the run took.
-            size: (H, W) of the answer; the image's by default.
+        ``outputs`` are ``classes`` (Q, class outputs) and ``masks`` (Q, h, w) float32 logits, and
+        MaskDINO's ``boxes`` (Q, 4).
         """
         start = time.perf_counter()
         placement, classes, masks = prepared.placement, outputs["classes"], outputs["masks"]
         image = size or placement.image
-        covered = placement.height, placement.width
-        maps = resize_maps(masks.shape[1:], prepared.network, covered, image, align_corners=False)
+        maps = resize_maps(
+            masks.shape[1:], prepared.network, placement.covered, image, align_corners=False
+        )
         ids, segments = panoptic_segments(classes, masks, *maps, self._queries, self._rule)
         labels = empty_labels(*image, len(self.classes))
         of_segment = [len(self.classes) - 1, *(segment.label for segment in segments)]
@@ -339,7 +273,7 @@ class PanopticPipeline(SegmentationPipeline):
 
     def _instances(
         self, outputs: Mapping[str, npt.NDArray[Any]], maps: tuple[Taps, Taps], prepared: Prepared
-    ) -> InstanceSegmentation:
+    ) -> Detection:
         queries, labels, scores, parts = instances_of(
             outputs["classes"], outputs["masks"], *maps, self._queries, self._rule
         )
@@ -349,19 +283,19 @@ class PanopticPipeline(SegmentationPipeline):
             boxes = np.array(sides, np.float32).reshape(-1, 2, 2)
         else:
             # Shares of the network's input, of which the image covers a part.
-            image, covered = (maps[1].size, maps[0].size), (placement.width, placement.height)
-            scale = np.array(prepared.network[::-1]) / np.array(covered) * np.array(image)
+            image, covered = np.array((maps[1].size, maps[0].size)), placement.covered[::-1]
+            scale = np.array(prepared.network[::-1]) / np.array(covered) * image
             boxes = own[queries].reshape(-1, 2, 2) * scale.astype(np.float32)
             boxes[:, 0] -= boxes[:, 1] / 2
         boxes[:, 1] += boxes[:, 0]
-        return InstanceSegmentation(
+        return Detection(
             boxes=boxes.reshape(-1, 4),
             scores=scores,
             labels=labels,
             mask_probabilities=None,
             mask_threshold=0.5,
             image_size=(maps[0].size, maps[1].size),
-            resized_to=(placement.height, placement.width),
+            resized_to=placement.covered,
             classes=self.classes[:-1],
             palette=self.palette[:-1],
             fit=placement.fit,

@@ -9,7 +9,8 @@ Along one axis a resize is a small matrix with two entries per row (:class:`Taps
 in a row are one with four, and neither intermediate is ever made. :func:`labels_of` walks down the
 result in blocks of rows: 150 classes on a 4K image are 5 GB of logits, of which some tens of
 megabytes exist at a time. Own code, since ``cv2.resize`` (5.0) knows no ``align_corners``, takes
-128 channels at most and, as ONNX Runtime's Resize does, makes all logits at once.
+128 channels at most and, as ONNX Runtime's Resize does, makes all logits at once. Of several views
+of an image, sizes or mirror images, :func:`merged_labels` averages the probabilities.
 
 An instance's small mask is pasted as mmdetection pastes it when testing: the box is divided into
 the mask's cells, whose values lie at their centres and are 0 outside; a pixel's value is
@@ -22,8 +23,10 @@ this is the former. A box without area has an empty mask here; there, it paints 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -81,11 +84,7 @@ class Taps:
         return Taps(index, weight)
 
     def mirrored(self, n_in: int) -> Taps:
-        """This map of an input that was reversed, its outputs in reverse order.
-
-        Args:
-            n_in: the length of the input.
-        """
+        """This map of an input of length ``n_in`` reversed, its outputs in reverse order."""
         return Taps((n_in - 1 - self.index)[::-1], self.weight[::-1])
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
@@ -124,15 +123,10 @@ def bilinear(n_in: int, n_out: int, *, align_corners: bool) -> Taps:
 
 
 class LogitRows(Protocol):
-    """Logits that can be had some rows at a time, from the top down."""
+    """Logits of ``classes`` and rows of ``width``, to be had some rows at a time, from the top."""
 
-    @property
-    def classes(self) -> int:
-        """The number of classes."""
-
-    @property
-    def width(self) -> int:
-        """The length of a row."""
+    classes: int
+    width: int
 
     def rows(self, start: int, stop: int) -> Logits:
         """Rows ``start`` to ``stop``, as (rows, width, classes) float32.
@@ -156,17 +150,7 @@ class ArrayRows:
 def labels_of(
     source: LogitRows, rows: Taps, columns: Taps, *, threshold: float | None = None
 ) -> Labels:
-    """Resize by ``rows`` and ``columns``, then choose the class of each pixel.
-
-    Args:
-        threshold: of logits with one class alone, the probability (0 to 1) above which a pixel is
-            of class 1, else of class 0. It is compared after resizing, as in mmsegmentation 1.2.2's
-            ``BaseSegmentor.postprocess_result``.
-
-    Returns:
-        (rows.size, columns.size), uint8, or uint16 above 256 classes: the class of the highest
-        logit, and of equal ones the lowest.
-    """
+    """Resize by ``rows`` and ``columns``, then choose the class of each pixel as `label_map`."""
     if (source.classes == 1) != (threshold is not None):
         raise ValueError(f"{source.classes} logits a pixel do not go with threshold={threshold}.")
     # A sigmoid is above the threshold where its logit is above the threshold's.
@@ -205,11 +189,7 @@ def resize_logits(source: LogitRows, rows: Taps, columns: Taps) -> Logits:
 def resized_tiles(
     source: LogitRows, rows: Taps, columns: Taps, *, step: int | None = None
 ) -> Iterator[tuple[int, int, Logits]]:
-    """The resized logits piece by piece: top, left, (height, width, classes) float32.
-
-    Args:
-        step: how many rows a piece has; as many as memory is spent on, if not given.
-    """
+    """The resized logits piece by piece, ``step`` rows high: top, left, (h, w, classes) float32."""
     # Column tiles are the same in every block of rows, so their matrices are made once.
     shrinks = max(source.width / max(columns.size, 1), 1 / 8)
     tile = int(np.clip(math.sqrt(_ALONE / (source.classes * shrinks)) - 4, 4, _TILE))
@@ -252,6 +232,67 @@ def rows_at_a_time(width: int, classes: int) -> int:
     return int(np.clip(_BLOCK_BYTES // (4 * classes * max(width, 1)), 8, 256))
 
 
+class View(NamedTuple):
+    """One answer to an image, and how it is resized to the image's size.
+
+    ``mirrored``: the resized columns come in reverse order.
+    """
+
+    logits: LogitRows
+    rows: Taps
+    columns: Taps
+    mirrored: bool = False
+
+
+def merged_labels(
+    views: Sequence[View], threshold: float | None = None, *, scores: bool = False
+) -> Labels:
+    """The class of each pixel by the mean of the views' probabilities.
+
+    Args:
+        views: all of one size.
+        threshold: as `label_map`'s.
+        scores: the views give scores that are averaged as they are, not logits.
+
+    Returns:
+        As `label_map`.
+    """
+    classes = views[0].logits.classes
+    height, width = views[0].rows.size, views[0].columns.size
+    labels = empty_labels(height, width, classes)
+    step = rows_at_a_time(width, classes)
+    # Every view's pieces of the same rows, one after another.
+    streams = [groupby(resized_tiles(*view[:3], step=step), key=itemgetter(0)) for view in views]
+    for pieces in zip(*streams, strict=True):
+        top = pieces[0][0]
+        total = np.zeros((min(step, height - top), width, classes), dtype=np.float32)
+        for view, (_, tiles) in zip(views, pieces, strict=True):
+            # Columns of a mirrored view come from the right.
+            part = total[:, ::-1] if view.mirrored else total
+            for _, left, logits in tiles:
+                found = logits if scores else (sigmoid if classes == 1 else softmax)(logits)
+                part[:, left : left + logits.shape[1]] += found
+        if threshold is None:
+            labels[top : top + len(total)] = total.argmax(axis=2)
+        else:
+            mean = total[:, :, 0] / np.float32(len(views))
+            labels[top : top + len(total)] = mean > np.float32(threshold)
+    return labels
+
+
+def sigmoid(x: Logits) -> Logits:
+    """Of each number, in float32."""
+    with np.errstate(over="ignore"):  # to infinity, whose inverse is 0
+        return np.float32(1) / (np.float32(1) + np.exp(-x))
+
+
+def softmax(x: Logits) -> Logits:
+    """Over the last axis, in float32."""
+    powers = np.exp(x - x.max(axis=-1, keepdims=True))
+    powers /= powers.sum(axis=-1, keepdims=True)
+    return powers
+
+
 def label_map(
     logits: Logits,
     network: tuple[int, int],
@@ -268,7 +309,9 @@ def label_map(
         network: (H, W) of the network's input.
         covered: (H, W) of the input's top left part that holds the image.
         image: (H, W) of the answer.
-        threshold: `HeadConfig.label_threshold`: of a head with one output, else None.
+        threshold: `HeadConfig.label_threshold`: of a head with one output, the probability (0 to
+            1) above which a pixel is of class 1, else of class 0; compared after resizing, as in
+            mmsegmentation 1.2.2's ``BaseSegmentor.postprocess_result``.
 
     Returns:
         (H, W) uint8, or uint16 above 256 classes; of equal logits, the lowest class.
@@ -299,14 +342,9 @@ def resize_maps(
     align_corners: bool,
     mirrored: bool = False,
 ) -> tuple[Taps, Taps]:
-    """From the head's resolution to the image's size, by the network's input, for both axes.
+    """From the head's (h, w) to the image's size, for both axes; arguments as `label_map`'s.
 
-    Args:
-        logits: (h, w) at the head's resolution.
-        network: (H, W) of the network's input.
-        covered: (H, W) of the input's top left part that holds the image.
-        image: (H, W) of the answer.
-        mirrored: whether the input held the mirror image: see `Taps.mirrored`.
+    ``mirrored``: whether the input held the mirror image, see `Taps.mirrored`.
     """
     first = [bilinear(logits[a], network[a], align_corners=align_corners) for a in (0, 1)]
     rows, columns = (bilinear(covered[a], image[a], align_corners=align_corners) for a in (0, 1))
@@ -337,14 +375,13 @@ def paste(
     size: tuple[int, int],
     threshold: float,
 ) -> Pasted:
-    """The pixels of one instance.
+    """The pixels of one instance of an image of ``size`` (H, W).
 
     Args:
         mask: (h, w) float32, 0 to 1.
         box: (4,) float32 x1, y1, x2, y2 in pixels of the image.
         size: (H, W) of the image.
-        threshold: a pixel belongs to the instance from this probability on; mmdetection's
-            ``mask_thr_binary``. At 0 or less, every pixel does.
+        threshold: mmdetection's ``mask_thr_binary``. At 0 or less, every pixel is the instance's.
     """
     if threshold <= 0:
         return Pasted(0, 0, np.ones(size, np.bool_))

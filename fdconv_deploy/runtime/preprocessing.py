@@ -50,6 +50,11 @@ class Placement:
     width: int
     image: tuple[int, int]
 
+    @property
+    def covered(self) -> tuple[int, int]:
+        """(H, W) of the input's part that it covers."""
+        return self.height, self.width
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -240,6 +245,47 @@ def published_segmentor_input(
 ) -> tuple[int, int]:
     """The (H, W) of the input that the published segmentor pipeline makes of an image (H, W)."""
     return padded(published_size(*size, preprocessing), preprocessing.size_divisor)
+
+
+def prepare_image(
+    image: Pixels,
+    preprocessing: Preprocessing,
+    sizes: Sequence[tuple[int, int]],
+    fit: Fit | None,
+    *,
+    mirrored: bool = False,
+) -> Prepared:
+    """Resize and normalise an image for a run.
+
+    Args:
+        image: as `check_image` takes it.
+        preprocessing: the network's.
+        sizes: (H, W) of its inputs; the image takes that nearest to its proportions, see
+            `best_size`.
+        fit: how a segmentor's image of another aspect ratio is brought to the input's size; None
+            for a detector's, which is padded.
+        mirrored: left for right, once it is resized.
+
+    Returns:
+        The input ``images`` (C, H, W) float32.
+
+    Raises:
+        ImageError: ``image`` is not such an array, or ``fit`` is none.
+    """
+    start = time.perf_counter()
+    image = check_image(image, preprocessing)
+    if fit not in ("stretch", "pad", None):
+        raise ImageError(f"An image is fitted by 'stretch' or 'pad', not {fit!r}.")
+    size = (image.shape[0], image.shape[1])
+    network = best_size(size, sizes)
+    placement = (
+        place_whole(size, network, preprocessing)
+        if fit is None
+        else place(size, network, preprocessing, fit)
+    )
+    resized = resize(image, *placement.covered, preprocessing.resample)
+    tensor = normalise(resized[:, ::-1] if mirrored else resized, preprocessing, network)
+    return Prepared({"images": tensor}, placement, time.perf_counter() - start, network)
 
 
 def padded(size: tuple[int, int], divisor: int) -> tuple[int, int]:

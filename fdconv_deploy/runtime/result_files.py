@@ -23,10 +23,9 @@ from fdconv_deploy.errors import ImageError, in_the_way
 from fdconv_deploy.runtime.detection import SHOWN_SCORE, Detection
 from fdconv_deploy.runtime.input_files import CLASSES_NAME, LEGEND_NAME, AnyPath, Source
 from fdconv_deploy.runtime.manifest import Fit
-from fdconv_deploy.runtime.multi_scale import MultiScale, segment_at_scales
 from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 from fdconv_deploy.runtime.preprocessing import Prepared
-from fdconv_deploy.runtime.segmentation import Segmentation
+from fdconv_deploy.runtime.segmentation import MultiScale, Segmentation
 from fdconv_deploy.runtime.session import Session
 from fdconv_deploy.runtime.video import VideoReader, VideoWriter
 from fdconv_deploy.runtime.visualization import encode, legend
@@ -266,9 +265,7 @@ def _contents(
 def _answer(session: Session, picture: npt.NDArray[Any], options: ResultOptions) -> Answer:
     if session.detects:
         return session.detect(picture).kept(options.min_score)
-    if options.scales is not None:
-        return segment_at_scales(session, picture, options.scales, fit=options.fit)
-    return _kept(session.segment(picture, fit=options.fit), options)
+    return _kept(session.segment(picture, fit=options.fit, scales=options.scales), options)
 
 
 def _kept(answer: Answer, options: ResultOptions) -> Answer:

@@ -1,35 +1,89 @@
-"""Semantic segmentation: what is done with an image before and after a run, and the answer."""
+"""Semantic segmentation: what is done with an image before and after a run, and the answer.
+
+At several sizes and mirrored as mmsegmentation 1.2.2's test-time augmentation (``SegTTAModel``
+behind ``TestTimeAug``): the image is resized by each factor in its own aspect ratio, then mirrored
+or not; each answer's logits are mirrored back, resized to the image's own size, and made
+probabilities by softmax; their mean's highest class wins. Of a head with one output mmsegmentation
+takes the sigmoid twice, which leaves no probability below a half; here it is taken once, and the
+mean is above the threshold or not. Scores of detectron2's Mask2Former and MaskDINO are sums of
+probabilities already, and averaged as they are, as their own ``SemanticSegmentorWithTTA`` does;
+mmsegmentation's go through the softmax.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.config import SegmentorConfig
-from fdconv_deploy.errors import ImageError
+from fdconv_deploy.config import DetectorConfig, QueryHeadConfig, SegmentorConfig
+from fdconv_deploy.errors import FDConvError, ImageError
 from fdconv_deploy.runtime.manifest import Fit
-from fdconv_deploy.runtime.postprocessing import Labels, Logits, label_map, row_blocks
+from fdconv_deploy.runtime.postprocessing import (
+    ArrayRows,
+    Labels,
+    Logits,
+    View,
+    label_map,
+    labels_of,
+    merged_labels,
+    resize_maps,
+    row_blocks,
+)
 from fdconv_deploy.runtime.preprocessing import (
     FitDone,
     Prepared,
-    best_size,
     check_image,
+    keep_ratio_size,
     normalise,
-    place,
+    padded,
+    prepare_image,
     published_size,
     resize,
+    scaled_size,
 )
-from fdconv_deploy.runtime.sliding_window import SlidingRows, crop_within, slide_stride
+from fdconv_deploy.runtime.sliding_window import Run, SlidingRows, slide_stride
 from fdconv_deploy.runtime.visualization import RGB, default_palette, mask_png, overlay
 
 Mode = Literal["whole", "slide"]
+Size = tuple[int, int]
 # The class of pixels that are in no segment of a panoptic answer.
 VOID = "void"
+_LARGEST_FACTOR = 16.0
+
+
+@dataclass(frozen=True)
+class MultiScale:
+    """At which sizes an image is looked at.
+
+    Attributes:
+        factors: of the image's size, or of the size that images are fitted to.
+        flip: whether its mirror image (left for right) is looked at too, at each of them.
+    """
+
+    factors: tuple[float, ...] = (1.0,)
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse factors that are none."""
+        if not self.factors or not all(0 < one <= _LARGEST_FACTOR for one in self.factors):
+            raise FDConvError(
+                f"Factors of several scales are numbers above 0 and up to {_LARGEST_FACTOR:g}, "
+                f"e.g. 0.5, 0.75, 1; found {', '.join(map('{:g}'.format, self.factors))}."
+            )
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {"multi_scale": list(self.factors), "flip": self.flip}
+
+    @property
+    def mirrored(self) -> tuple[bool, ...]:
+        """What is done at each size, in mmsegmentation's order."""
+        return (False, True) if self.flip else (False,)
 
 
 @dataclass(frozen=True)
@@ -83,54 +137,23 @@ class SegmentationPipeline:
 
     Args:
         segmentor: what the network is made of.
-        size: (height, width) of its input, and of a sliding crop.
+        sizes: (height, width) of its inputs: the first is that of a sliding crop; an image takes
+            that nearest to its proportions, see ``best_size``.
         fit: how images of another aspect ratio are brought to an input by default.
-        other_sizes: further input sizes; an image takes that nearest to its proportions, see
-            ``best_size``.
     """
 
     def __init__(
-        self,
-        segmentor: SegmentorConfig,
-        size: tuple[int, int],
-        fit: Fit,
-        other_sizes: Sequence[tuple[int, int]] = (),
+        self, segmentor: SegmentorConfig, sizes: Sequence[Size], fit: Fit = "stretch"
     ) -> None:
         self.preprocessing = segmentor.preprocessing
-        self.size, self.sizes = size, (size, *other_sizes)
-        self.fit = fit
+        self.sizes, self.fit = tuple(sizes), fit
         self.mode: Mode = segmentor.test.mode
-        self.classes = class_names(segmentor)
-        self.palette = class_palette(segmentor)
+        self.classes, self.palette = class_names(segmentor), class_palette(segmentor)
         self._head, self._test = segmentor.decode_head, segmentor.test
 
-    def prepare(
-        self, image: npt.NDArray[Any], *, fit: Fit | None = None, mirrored: bool = False
-    ) -> Prepared:
-        """Resize and normalise an image for a ``whole`` run.
-
-        Args:
-            image: as ``Session.segment`` takes it.
-            fit: how an image of another aspect ratio is brought to the input's size.
-            mirrored: left for right, once it is resized.
-
-        Returns:
-            The input ``images`` (C, H, W) float32.
-
-        Raises:
-            ImageError: ``image`` is not such an array.
-        """
-        start = time.perf_counter()
-        image = check_image(image, self.preprocessing)
-        fit = fit or self.fit
-        if fit not in ("stretch", "pad"):
-            raise ImageError(f"An image is fitted by 'stretch' or 'pad', not {fit!r}.")
-        network = best_size((image.shape[0], image.shape[1]), self.sizes)
-        placement = place((image.shape[0], image.shape[1]), network, self.preprocessing, fit)
-        resized = resize(image, placement.height, placement.width, self.preprocessing.resample)
-        resized = resized[:, ::-1] if mirrored else resized
-        tensor = normalise(resized, self.preprocessing, network)
-        return Prepared({"images": tensor}, placement, time.perf_counter() - start, network)
+    def prepare(self, image: npt.NDArray[Any], *, fit: Fit | None = None) -> Prepared:
+        """Resize and normalise an image for a ``whole`` run; see `prepare_image`."""
+        return prepare_image(image, self.preprocessing, self.sizes, fit or self.fit)
 
     def finish(
         self,
@@ -138,7 +161,7 @@ class SegmentationPipeline:
         outputs: Mapping[str, npt.NDArray[Any]],
         inference_seconds: float = 0.0,
         *,
-        size: tuple[int, int] | None = None,
+        size: Size | None = None,
     ) -> Segmentation:
         """Choose the class of each pixel.
 
@@ -153,7 +176,7 @@ class SegmentationPipeline:
         labels = label_map(
             outputs["logits"],
             prepared.network,
-            (placement.height, placement.width),
+            placement.covered,
             size or placement.image,
             align_corners=self._head.align_corners,
             threshold=self._head.label_threshold,
@@ -164,17 +187,19 @@ class SegmentationPipeline:
     def slide(
         self,
         image: npt.NDArray[Any],
-        run: Callable[[Logits], Logits],
+        run: Run,
         batch: int,
         *,
+        scales: MultiScale | None = None,
         any_size: bool = False,
     ) -> Segmentation:
         """Label an image by sliding a crop of the input's size over it.
 
         Args:
             image: as ``Session.segment`` takes it.
-            run: (N, C, *size) float32 to logits, for any N.
+            run: the network, for any N.
             batch: how many crops to run together.
+            scales: factors of the image's own size; one look at its published size if None.
             any_size: ``run`` takes inputs of any size, and an image that is smaller than the crop
                 is one, as published; otherwise it is padded to the crop.
 
@@ -182,30 +207,72 @@ class SegmentationPipeline:
             ImageError: ``image`` is not such an array.
             BundleError: the network records no stride.
         """
-        start, inside = time.perf_counter(), 0.0
+        merge, how = _Merge(run), self.preprocessing
+        image = check_image(image, how)
+        own, crop = (image.shape[0], image.shape[1]), self.sizes[0]
+        stride = slide_stride(self._test, crop)
+        sizes = [published_size(*own, how)]
+        if scales is not None:
+            sizes = [_scaled(own, factor) for factor in scales.factors]
+        for size in sizes:
+            resized = resize(image, *size, how.resample)
+            within = (min(crop[0], size[0]), min(crop[1], size[1])) if any_size else crop
+            for mirrored in scales.mirrored if scales else (False,):
+                pixels = resized[:, ::-1] if mirrored else resized
+                rows = SlidingRows(pixels, how, within, stride, merge.run, self._head, batch)
+                fit: FitDone = "letterboxed" if rows.padded else "resized"
+                merge.add(rows.view(*own, mirrored=mirrored), fit)
+        return self._merged(merge, "slide")
 
-        def timed(inputs: Logits) -> Logits:
-            nonlocal inside
-            began = time.perf_counter()
-            logits = run(inputs)
-            inside += time.perf_counter() - began
-            return logits
+    def at_scales(
+        self,
+        image: npt.NDArray[Any],
+        scales: MultiScale,
+        run: Run,
+        base: Size | None = None,
+        fit: Fit | None = None,
+    ) -> Segmentation:
+        """Label an image at several sizes, each as one input.
 
-        image = check_image(image, self.preprocessing)
-        stride = slide_stride(self._test, self.size)
-        published = published_size(image.shape[0], image.shape[1], self.preprocessing)
-        resized = resize(image, *published, self.preprocessing.resample)
-        crop = crop_within(self.size, resized) if any_size else self.size
-        source = SlidingRows(resized, self.preprocessing, crop, stride, timed, self._head, batch)
-        before = time.perf_counter() - start
-        labels = source.labels(image.shape[0], image.shape[1])
-        timings = {
-            "preprocess": before,
-            "inference": inside,
-            "postprocess": time.perf_counter() - start - before - inside,
-        }
-        fit: FitDone = "letterboxed" if source.padded else "resized"
-        return Segmentation(labels, self.classes, self.palette, fit, "slide", timings)
+        Args:
+            image: as ``Session.segment`` takes it.
+            scales: the factors.
+            run: the network, for inputs of each size.
+            base: (height, width) that the factors multiply; the image's own if None.
+            fit: how an image of another aspect ratio is brought to a size.
+        """
+        merge, how = _Merge(run), self.preprocessing
+        image = check_image(image, how)
+        own = (image.shape[0], image.shape[1])
+        published = own if base is None else published_size(*own, how)
+        for factor in scales.factors:
+            height, width = _scaled(published, factor)
+            scaled = how.model_copy(update={"scale": (width, height), "keep_ratio": False})
+            size = (height, width) if base is None else scaled_size(base, factor)
+            size = padded(size, how.size_divisor)
+            for mirrored in scales.mirrored:
+                prepared = prepare_image(image, scaled, [size], fit or self.fit, mirrored=mirrored)
+                (logits,) = merge.run(prepared.inputs["images"][None])
+                place, align = prepared.placement, self._head.align_corners
+                maps = resize_maps(
+                    logits.shape[1:], size, place.covered, own,
+                    align_corners=align, mirrored=mirrored,
+                )  # fmt: skip
+                merge.add(View(ArrayRows(logits), *maps, mirrored), place.fit)
+        return self._merged(merge, "whole")
+
+    def _merged(self, merge: _Merge, mode: Mode) -> Segmentation:
+        merge.prepared()
+        threshold = self._head.label_threshold
+        if len(merge.views) == 1:
+            labels = labels_of(*merge.views[0][:3], threshold=threshold)
+        else:
+            # Which framework a network is of shows in the library that resizes its images.
+            detectron2 = self.preprocessing.resample == "pillow"
+            scores = detectron2 and isinstance(self._head, QueryHeadConfig)
+            labels = merged_labels(merge.views, threshold, scores=scores)
+        timings = merge.timings()
+        return Segmentation(labels, self.classes, self.palette, merge.fit, mode, timings)
 
     def normalise_batch(self, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Images of exactly an input's size as the network takes them.
@@ -219,7 +286,7 @@ class SegmentationPipeline:
         Raises:
             ImageError: another shape or type.
         """
-        bands, (height, width) = self.preprocessing.channels, self.size
+        bands, (height, width) = self.preprocessing.channels, self.sizes[0]
         shape: tuple[int, ...] = getattr(batch, "shape", ())
         kind = getattr(batch, "dtype", type(batch).__name__)
         if len(shape) == 4 and shape[0] > 0:
@@ -237,32 +304,77 @@ class SegmentationPipeline:
         )
 
 
-def also(sizes: Sequence[tuple[int, int]]) -> str:
+class _Merge:
+    """An image on its way through one or several views, with the time that each stage takes."""
+
+    def __init__(self, run: Run) -> None:
+        self.views: list[View] = []
+        self.fit: FitDone = "resized"
+        self._run, self._start = run, time.perf_counter()
+        self._preprocess = self._inference = 0.0
+
+    def run(self, inputs: Logits) -> Logits:
+        start = time.perf_counter()
+        logits = self._run(inputs)
+        self._inference += time.perf_counter() - start
+        return logits
+
+    def add(self, view: View, fit: FitDone) -> None:
+        self.views.append(view)
+        if fit != "resized":
+            self.fit = fit
+
+    def prepared(self) -> None:
+        self._preprocess = time.perf_counter() - self._start - self._inference
+
+    def timings(self) -> dict[str, float]:
+        before, inference = self._preprocess, self._inference
+        rest = time.perf_counter() - self._start - before - inference
+        return {"preprocess": before, "inference": inference, "postprocess": rest}
+
+
+def _scaled(size: Size, factor: float) -> Size:
+    """As ``Resize(scale_factor=…, keep_ratio=True)``: within the rounded size, in proportion."""
+    return keep_ratio_size(*size, scaled_size(size, factor))
+
+
+def also(sizes: Sequence[Size]) -> str:
     """The input sizes after the first, as the end of a clause; empty where there are none."""
-    more = " or ".join(f"{height}x{width}" for height, width in sizes[1:])
+    more = listed(sizes[1:], " or ")
     return more and f", or of {more} pixels"
 
 
-def class_names(architecture: SegmentorConfig) -> tuple[str, ...]:
+def listed(sizes: Sequence[Size], between: str = ", ") -> str:
+    """Sizes as they are given on the command line, height x width."""
+    return between.join(f"{height}x{width}" for height, width in sizes)
+
+
+def class_names(config: SegmentorConfig | DetectorConfig) -> tuple[str, ...]:
     """The name of each label; numbers where the checkpoint gave none.
 
     Of a head with one output whose checkpoint names one class, that is label 1, and label 0 is
     called ``background``. Panoptic answers have one label more, of what is in no segment.
     """
-    labels = architecture.decode_head.labels
-    void = (VOID,) * (architecture.panoptic is not None)
-    if not architecture.classes:
-        return (*(f"class {number}" for number in range(labels)), *void)
-    return ("background",) * (labels - len(architecture.classes)) + architecture.classes + void
+    labels, void = _labels(config)
+    names = config.classes or tuple(f"class {number}" for number in range(labels))
+    return ("background",) * (labels - len(names)) + names + (VOID,) * void
 
 
-def class_palette(architecture: SegmentorConfig) -> tuple[RGB, ...]:
+def class_palette(config: SegmentorConfig | DetectorConfig) -> tuple[RGB, ...]:
     """The colour of each label; generated where the checkpoint gave none.
 
-    As for names, one colour for two labels is that of label 1, and label 0 is black.
+    As for names, one colour for two labels is that of label 1, and label 0 is black. A detector's
+    generated ones are never black.
     """
-    labels = architecture.decode_head.labels
-    void = ((0, 0, 0),) * (architecture.panoptic is not None)
-    if not architecture.palette:
-        return default_palette(labels) + void
-    return ((0, 0, 0),) * (labels - len(architecture.palette)) + architecture.palette + void
+    labels, void = _labels(config)
+    first = int(isinstance(config, DetectorConfig))
+    colours = config.palette or default_palette(labels + first)[first:]
+    black: tuple[RGB, ...] = ((0, 0, 0),)
+    return black * (labels - len(colours)) + colours + black * void
+
+
+def _labels(config: SegmentorConfig | DetectorConfig) -> tuple[int, bool]:
+    """How many labels the network gives, and whether the answer has that of no segment."""
+    if isinstance(config, DetectorConfig):
+        return config.bbox_head.num_classes, False
+    return config.decode_head.labels, config.panoptic is not None

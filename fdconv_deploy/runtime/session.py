@@ -22,8 +22,22 @@ from fdconv_deploy.runtime.images import MAX_PIXELS, ImageFile
 from fdconv_deploy.runtime.manifest import Fit, TensorSpec
 from fdconv_deploy.runtime.multiband import load_image
 from fdconv_deploy.runtime.panoptic import PanopticPipeline
-from fdconv_deploy.runtime.preprocessing import Prepared
-from fdconv_deploy.runtime.segmentation import Mode, Segmentation, SegmentationPipeline, also
+from fdconv_deploy.runtime.preprocessing import (
+    Prepared,
+    best_size,
+    check_image,
+    padded,
+    scaled_size,
+)
+from fdconv_deploy.runtime.segmentation import (
+    Mode,
+    MultiScale,
+    Segmentation,
+    SegmentationPipeline,
+    Size,
+    also,
+    listed,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -100,40 +114,39 @@ class Session:
     Attributes:
         bundle: the bundle.
         runner: what runs its graphs: here, or in a service's worker processes.
-        pipeline: a segmentor's or detector's steps before and after a run; None for a module.
     """
 
     def __init__(self, bundle: Bundle, runner: Runner) -> None:
         self.bundle = bundle
         self.runner = runner
         manifest = bundle.manifest
-        self.pipeline: SegmentationPipeline | DetectionPipeline | None = None
+        self._pipeline: SegmentationPipeline | DetectionPipeline | None = None
         if manifest.architecture is not None and manifest.kind == "segmentor":
             panoptic = manifest.architecture.panoptic is not None
-            self.pipeline = (PanopticPipeline if panoptic else SegmentationPipeline)(
-                manifest.architecture, self.input_size, manifest.fit, self.sizes[1:]
+            self._pipeline = (PanopticPipeline if panoptic else SegmentationPipeline)(
+                manifest.architecture, self.sizes, manifest.fit
             )
         elif manifest.detector is not None and manifest.kind == "detector":
-            self.pipeline = DetectionPipeline(manifest.detector, self.input_size, self.sizes[1:])
+            self._pipeline = DetectionPipeline(manifest.detector, self.sizes)
 
     @property
     def segmentation(self) -> SegmentationPipeline:
         """The steps before and after a segmentor's run; ``BundleError`` for other bundles."""
-        if not isinstance(self.pipeline, SegmentationPipeline):
+        if not isinstance(self._pipeline, SegmentationPipeline):
             raise self._other_kind("segment images")
-        return self.pipeline
+        return self._pipeline
 
     @property
     def detection(self) -> DetectionPipeline:
         """The steps before and after a detector's run; ``BundleError`` for other bundles."""
-        if not isinstance(self.pipeline, DetectionPipeline):
+        if not isinstance(self._pipeline, DetectionPipeline):
             raise self._other_kind("detect objects")
-        return self.pipeline
+        return self._pipeline
 
     @property
     def images(self) -> SegmentationPipeline | DetectionPipeline:
         """The steps before and after a run on images; ``BundleError`` for a module's bundle."""
-        return self.pipeline or self.segmentation
+        return self._pipeline or self.segmentation
 
     @property
     def detects(self) -> bool:
@@ -143,7 +156,7 @@ class Session:
     @property
     def panoptic(self) -> bool:
         """Whether :meth:`segment` answers with a `PanopticSegmentation`."""
-        return isinstance(self.pipeline, PanopticPipeline)
+        return isinstance(self._pipeline, PanopticPipeline)
 
     @property
     def backend(self) -> str:
@@ -166,33 +179,31 @@ class Session:
         return self.bundle.batch_sizes
 
     @property
-    def input_size(self) -> tuple[int, int]:
+    def input_size(self) -> Size:
         """(height, width) in pixels of the images a segmentor or detector takes, see ``sizes``."""
-        size = self.bundle.manifest.input
-        if size is None:
+        if not self.sizes:
             raise self._other_kind("segment images")
-        return size.height, size.width
+        return self.sizes[0]
 
     @property
-    def sizes(self) -> tuple[tuple[int, int], ...]:
+    def sizes(self) -> tuple[Size, ...]:
         """(height, width) of every input size there are graphs for, ``input_size`` first."""
         return self.bundle.manifest.sizes
 
-    def at(self, size: tuple[int, int]) -> Session:
+    def at(self, size: Size) -> Session:
         """A session of the graphs of one input size alone, shared with this one, as is closing.
 
         Raises:
             BundleError: the bundle has no graphs of that (height, width).
         """
         if size not in self.sizes:
-            has = ", ".join(f"{height}x{width}" for height, width in self.sizes) or "none"
             raise BundleError(
-                f"The bundle {self.bundle.path} has no graphs of {size[0]}x{size[1]} (height x "
-                f"width); it has {has}. Export it with --size {size[0]}x{size[1]} as well."
+                f"The bundle {self.bundle.path} has no graphs of {listed([size])} (height x "
+                f"width); it has {listed(self.sizes) or 'none'}. Export it with --size "
+                f"{listed([size])} as well."
             )
         runner = self.runner
-        if isinstance(runner, SizedRunner):
-            runner = runner.runners[size]
+        runner = runner.runners[size] if isinstance(runner, SizedRunner) else runner
         return Session(self.bundle.at(size), runner)
 
     @property
@@ -225,7 +236,12 @@ class Session:
         return load_image(source, self.preprocessing, max_pixels=max_pixels)
 
     def segment(
-        self, image: ImageSource, *, fit: Fit | None = None, mode: Mode | None = None
+        self,
+        image: ImageSource,
+        *,
+        fit: Fit | None = None,
+        mode: Mode | None = None,
+        scales: MultiScale | None = None,
     ) -> Segmentation:
         """Label every pixel of an image.
 
@@ -236,20 +252,50 @@ class Session:
             fit: how an image of another aspect ratio is brought to the bundle's size in ``whole``
                 mode; by default as the bundle says.
             mode: ``whole`` or ``slide``; by default the mode the network was tested in.
+            scales: sizes and mirror images to look at and merge; one look if not given. In
+                ``slide`` mode factors of the image's own size, and any is computed as published;
+                in ``whole`` mode of the input size that it takes (see `best_size`), with a graph
+                for each.
 
         Raises:
             ImageError: ``image`` is not such an array, or its file cannot be decoded.
-            BundleError: the bundle is not a segmentor's, or records no stride to slide by.
+            BundleError: the bundle is not a segmentor's, records no stride to slide by, or lacks a
+                graph that ``scales`` need, with what to export.
         """
         pipeline, pixels = self.segmentation, self._pixels(image)
         mode = mode or pipeline.mode
-        if mode == "slide":
-            return pipeline.slide(pixels, self.run, self.batch_sizes[-1])
-        if mode != "whole":
+        if mode not in ("whole", "slide"):
             raise ImageError(f"An image is segmented in mode 'whole' or 'slide', not {mode!r}.")
-        prepared = pipeline.prepare(pixels, fit=fit)
-        (outputs,), seconds = self._run_prepared([prepared])
-        return pipeline.finish(prepared, outputs, seconds)
+        if scales is not None and self.panoptic:
+            raise BundleError(
+                f"The bundle {self.bundle.path} gives panoptic segments, which are not merged over "
+                "several sizes or mirror images. Leave scales out, on the command line "
+                "--multi-scale and --flip."
+            )
+        if mode == "slide":
+            return pipeline.slide(pixels, self.run, self.batch_sizes[-1], scales=scales)
+        if scales is not None:
+            base = self._base_of(check_image(pixels, self.preprocessing), scales)
+            return pipeline.at_scales(pixels, scales, self.run, base, fit)
+        answer: Segmentation
+        (answer,) = self.finish_all([pipeline.prepare(pixels, fit=fit)])
+        return answer
+
+    def _base_of(self, image: npt.NDArray[Any], scales: MultiScale) -> Size:
+        """The input size that factors multiply; refuses those that there are no graphs for."""
+        base = best_size((image.shape[0], image.shape[1]), self.sizes)
+        divisor = self.preprocessing.size_divisor
+        sizes = [padded(scaled_size(base, factor), divisor) for factor in scales.factors]
+        missing = [size for size in sizes if size not in self.sizes]
+        if missing:
+            graphs = "a graph" if len(self.sizes) == 1 else "graphs"
+            raise BundleError(
+                f"The bundle {self.bundle.path} has {graphs} of {listed(self.sizes)} (height x "
+                f"width), and these factors need {listed(missing)} too. Export it with --size "
+                f"{listed(missing, ' --size ')} as well, leave such factors out, or evaluate the "
+                "checkpoint, which takes any size."
+            )
+        return base
 
     def detect(self, image: ImageSource) -> Detection:
         """Find the objects in an image.
@@ -262,20 +308,29 @@ class Session:
             ImageError: ``image`` is not such an array, or its file cannot be decoded.
             BundleError: the bundle is not a detector's.
         """
-        pipeline = self.detection
-        prepared = pipeline.prepare(self._pixels(image))
-        (outputs,), seconds = self._run_prepared([prepared])
-        return pipeline.finish(prepared, outputs, seconds)
+        answer: Detection
+        (answer,) = self.finish_all([self.detection.prepare(self._pixels(image))])
+        return answer
 
-    def finish_all(self, prepared: Sequence[Prepared]) -> list[Segmentation | Detection]:
-        """Run several prepared images, those of one input size together, and finish each."""
-        found: dict[int, Segmentation | Detection] = {}
+    def finish_all(self, prepared: Sequence[Prepared]) -> list[Any]:
+        """Run several prepared images, those of one input size together, and finish each.
+
+        Returns:
+            A `Segmentation` or `Detection` for each.
+        """
+        found: list[Any] = [None] * len(prepared)
         for size in dict.fromkeys(one.network for one in prepared):
             at = [number for number, one in enumerate(prepared) if one.network == size]
-            outputs, seconds = self._run_prepared([prepared[number] for number in at])
-            for number, row in zip(at, outputs, strict=True):
-                found[number] = self.images.finish(prepared[number], row, seconds)
-        return [found[number] for number in range(len(prepared))]
+            start, names = time.perf_counter(), prepared[at[0]].inputs
+            feeds = {
+                name: np.stack([prepared[number].inputs[name] for number in at]) for name in names
+            }
+            outputs = self.run_batches(feeds)
+            seconds = (time.perf_counter() - start) / len(at)
+            for row, number in enumerate(at):
+                own = {name: value[row] for name, value in outputs.items()}
+                found[number] = self.images.finish(prepared[number], own, seconds)
+        return found
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """A segmentor's logits for a batch of images of exactly the bundle's size.
@@ -349,11 +404,11 @@ class Session:
         """
         start = time.perf_counter()
         self.runner.warm_up(batch_sizes)
-        if self.pipeline is not None:
+        if self._pipeline is not None:
             image = np.zeros((*self.input_size, self.channels), np.uint8)
             specs = self.bundle.manifest.outputs[self.batch_sizes[0]]
             outputs = {spec.name: np.zeros(spec.shape[1:], spec.dtype) for spec in specs}
-            self.pipeline.finish(self.pipeline.prepare(image), outputs)
+            self._pipeline.finish(self._pipeline.prepare(image), outputs)
         return time.perf_counter() - start
 
     @property
@@ -378,20 +433,6 @@ class Session:
 
     def _pixels(self, image: ImageSource) -> npt.NDArray[Any]:
         return self.read_image(image) if isinstance(image, (str, os.PathLike)) else image
-
-    def _run_prepared(
-        self, prepared: Sequence[Prepared]
-    ) -> tuple[list[dict[str, npt.NDArray[Any]]], float]:
-        """Each image's outputs, and the seconds of inference for one."""
-        start = time.perf_counter()
-        names = prepared[0].inputs
-        feeds = {name: np.stack([one.inputs[name] for one in prepared]) for name in names}
-        outputs = self.run_batches(feeds)
-        rows = [
-            {name: value[index] for name, value in outputs.items()}
-            for index in range(len(prepared))
-        ]
-        return rows, (time.perf_counter() - start) / len(prepared)
 
     def _other_kind(self, does: str) -> BundleError:
         """The refusal of what a bundle of this kind does not do."""

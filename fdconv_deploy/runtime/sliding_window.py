@@ -10,7 +10,7 @@ image's width but not with its height.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,20 +19,19 @@ from fdconv_deploy.config import HeadConfig, Preprocessing, TestMode
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime.postprocessing import (
     ArrayRows,
-    Labels,
     Logits,
     Taps,
+    View,
     bilinear,
-    labels_of,
     resized_tiles,
 )
 from fdconv_deploy.runtime.preprocessing import Pixels, normalise
 
-Infer = Callable[[Logits], Logits]
+Run = Callable[[Logits], Logits]
+"""(N, C, H, W) float32, normalised, for any N -> logits (N, classes, h, w) float32."""
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """A crop's place in the image, in pixels; at its border smaller than the crop may be."""
 
     top: int
@@ -80,11 +79,6 @@ def slide_stride(test: TestMode, crop: tuple[int, int]) -> tuple[int, int]:
     return test.stride
 
 
-def crop_within(crop: tuple[int, int], image: Pixels) -> tuple[int, int]:
-    """The crop, no larger than an image (H, W, C): what slides where any input size is taken."""
-    return min(crop[0], image.shape[0]), min(crop[1], image.shape[1])
-
-
 class SlidingRows:
     """The averaged logits of a slid crop, row by row (a ``LogitRows``).
 
@@ -94,7 +88,7 @@ class SlidingRows:
         crop: (H, W) of the network's input. A smaller image is padded to it with the mean colour,
             at the bottom and right.
         stride: (vertical, horizontal) pixels from one window to the next.
-        infer: (n, C, *crop) float32 to (n, classes, h, w) float32, for n ≤ ``batch``.
+        run: the network, called with at most ``batch`` crops.
         head: the network's.
         batch: the most windows to run together.
     """
@@ -105,15 +99,15 @@ class SlidingRows:
         preprocessing: Preprocessing,
         crop: tuple[int, int],
         stride: tuple[int, int],
-        infer: Infer,
+        run: Run,
         head: HeadConfig,
         batch: int,
     ) -> None:
         self.height, self.width = image.shape[:2]
         self.classes = head.outputs
         self._image, self._preprocessing = image, preprocessing
-        self._crop, self._infer, self._batch = crop, infer, batch
-        self._align, self._threshold = head.align_corners, head.label_threshold
+        self._crop, self._run, self._batch = crop, run, batch
+        self._align = head.align_corners
         self._windows = windows_of((self.height, self.width), crop, stride)
         self._next = 0  # the first window not yet run
         self._answers: dict[int, Logits] = {}
@@ -152,7 +146,7 @@ class SlidingRows:
             for window, out in zip(chunk, inputs, strict=True):
                 pixels = self._image[window.top : window.bottom, window.left : window.right]
                 normalise(pixels, self._preprocessing, self._crop, out)
-            for answer in self._infer(inputs):
+            for answer in self._run(inputs):
                 self._answers[self._next] = answer.copy()  # not a view of the whole batch
                 self._next += 1
         return self._answers[number]
@@ -167,14 +161,11 @@ class SlidingRows:
             height, width = piece.shape[:2]
             part[top : top + height, left : left + width] += piece
 
-    def labels(self, height: int, width: int) -> Labels:
-        """Labels (height, width), from logits averaged at the resized size."""
-        return labels_of(
-            self,
-            bilinear(self.height, height, align_corners=self._align),
-            bilinear(self.width, width, align_corners=self._align),
-            threshold=self._threshold,
-        )
+    def view(self, height: int, width: int, *, mirrored: bool = False) -> View:
+        """The averaged logits, resized to an image's size; ``mirrored`` as `resize_maps` has it."""
+        rows = bilinear(self.height, height, align_corners=self._align)
+        columns = bilinear(self.width, width, align_corners=self._align)
+        return View(self, rows, columns.mirrored(self.width) if mirrored else columns, mirrored)
 
 
 def _cover(size: int, crop: int, stride: int) -> npt.NDArray[np.int64]:

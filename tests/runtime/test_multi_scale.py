@@ -20,15 +20,9 @@ from fdconv_deploy.errors import BundleError, FDConvError
 from fdconv_deploy.evaluation.targets import bundle_target, torch_target
 from fdconv_deploy.export import export_network
 from fdconv_deploy.runtime import Session, open_session
-from fdconv_deploy.runtime.multi_scale import (
-    MultiScale,
-    Run,
-    View,
-    merged_labels,
-    segment_at_scales,
-    segment_whole,
-)
-from fdconv_deploy.runtime.postprocessing import ArrayRows, bilinear
+from fdconv_deploy.runtime.postprocessing import ArrayRows, View, bilinear, merged_labels
+from fdconv_deploy.runtime.preprocessing import prepare_image
+from fdconv_deploy.runtime.segmentation import MultiScale, SegmentationPipeline
 from tests.runtime import toy, toy_panoptic
 
 PACKAGES = Path(__file__).parents[1] / "real_packages"
@@ -96,9 +90,9 @@ def test_a_sliding_bundle_takes_any_factor(tmp_path: Path) -> None:
         # From 0.75 on nothing is padded: as published.
         alone = torch_target(network, FILES["psp_aligned"], scales=scales).answer(image).found
         assert (ours != alone).mean() < 0.002
-        found = segment_at_scales(session, image, scales)
+        found = session.segment(image, scales=scales)
         assert (found.mode, found.fit) == ("slide", "resized")
-        assert segment_at_scales(session, image, MultiScale((0.5,))).fit == "letterboxed"
+        assert session.segment(image, scales=MultiScale((0.5,))).fit == "letterboxed"
         assert set(found.timings) == {"preprocess", "inference", "postprocess"}
         assert min(found.timings.values()) >= 0
 
@@ -108,7 +102,8 @@ def merged(session: Session, image: np.ndarray, covered: int) -> np.ndarray:
     total = torch.zeros(())
     pipeline = session.segmentation
     for mirrored in (False, True):
-        prepared = pipeline.prepare(image, mirrored=mirrored)
+        sizes, fit = pipeline.sizes, pipeline.fit
+        prepared = prepare_image(image, session.preprocessing, sizes, fit, mirrored=mirrored)
         logits = torch.from_numpy(session.run(prepared.inputs["images"][None]))
         logits = interpolate(logits, session.input_size, mode="bilinear")[..., :covered]
         logits = logits.flip(3) if mirrored else logits
@@ -125,12 +120,12 @@ def test_a_mirror_image_needs_no_other_graph(
     image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
     toy.make_bundle(tmp_path / "bundle", fit=fit)
     with open_session(tmp_path / "bundle", threads=1) as session:
-        found = segment_at_scales(session, image, MultiScale(flip=True))
+        found = session.segment(image, scales=MultiScale(flip=True))
         expected = merged(session, image, covered)
         assert (found.labels != expected.argmax(0)).mean() < 0.001
         assert (found.labels != session.segment(image).labels).mean() > 0.05
         assert found.mode == "whole"
-        alone = segment_at_scales(session, image, MultiScale())
+        alone = session.segment(image, scales=MultiScale())
         assert np.array_equal(alone.labels, session.segment(image).labels)
 
 
@@ -141,17 +136,13 @@ def test_padding_is_of_each_scaled_image() -> None:
     image = np.random.default_rng(3).integers(0, 256, (40, 70, 3), dtype=np.uint8)
     seen = []
 
-    def run_at(size: tuple[int, int]) -> Run:
-        def run(images: np.ndarray) -> np.ndarray:
-            height, width = images.shape[2:]
-            assert (height, width) == size
-            covered = np.abs(images[0]).sum(0) > 0
-            seen.append((size, (int(covered.any(1).sum()), int(covered.any(0).sum()))))
-            return toy.reference_logits(images)
+    def run(images: np.ndarray) -> np.ndarray:
+        covered = np.abs(images[0]).sum(0) > 0
+        seen.append((images.shape[2:], (int(covered.any(1).sum()), int(covered.any(0).sum()))))
+        return toy.reference_logits(images)
 
-        return run
-
-    found = segment_whole(arch, image, MultiScale((0.5, 1.0, 1.5)), None, run_at)
+    pipeline = SegmentationPipeline(arch, [])
+    found = pipeline.at_scales(image, MultiScale((0.5, 1.0, 1.5)), run)
     assert seen == [((32, 64), (20, 35)), ((64, 96), (40, 70)), ((64, 128), (60, 105))]
     assert (found.fit, found.labels.shape) == ("resized", (40, 70))
 
@@ -172,9 +163,9 @@ def test_a_missing_graph_is_named(tmp_path: Path) -> None:
     image = np.zeros((32, 48, 3), np.uint8)
     with open_session(tmp_path / "bundle", threads=1) as session:
         with pytest.raises(BundleError, match=r"32x48 .* need 16x24, 56x84 too"):
-            segment_at_scales(session, image, MultiScale((0.5, 1, 1.75)))
+            session.segment(image, scales=MultiScale((0.5, 1, 1.75)))
         with pytest.raises(BundleError, match="no stride to slide by"):
-            segment_at_scales(session, image, MultiScale((0.5, 1)), mode="slide")
+            session.segment(image, scales=MultiScale((0.5, 1)), mode="slide")
 
 
 def test_many_classes_are_merged_in_blocks_of_rows(tmp_path: Path) -> None:
@@ -183,10 +174,10 @@ def test_many_classes_are_merged_in_blocks_of_rows(tmp_path: Path) -> None:
     toy.make_bundle(tmp_path / "bundle", arch=arch)
     image = np.random.default_rng(2).integers(0, 256, (150, 211, 3), dtype=np.uint8)
     with open_session(tmp_path / "bundle", threads=1) as session:
-        found = segment_at_scales(session, image, MultiScale((1.0,)))
+        found = session.segment(image, scales=MultiScale((1.0,)))
         assert np.array_equal(found.labels, session.segment(image).labels)
-        both = segment_at_scales(session, image, MultiScale((1.0,), flip=True)).labels
-        turned = segment_at_scales(session, image[:, ::-1], MultiScale((1.0,), flip=True)).labels
+        both = session.segment(image, scales=MultiScale((1.0,), flip=True)).labels
+        turned = session.segment(image[:, ::-1], scales=MultiScale((1.0,), flip=True)).labels
         assert both.dtype == np.uint16
         assert (both != turned[:, ::-1]).mean() < 0.001
 
@@ -204,4 +195,4 @@ def test_panoptic_answers_are_not_merged(tmp_path: Path) -> None:
         open_session(bundle.path) as session,
         pytest.raises(BundleError, match="panoptic segments, which are not merged"),
     ):
-        segment_at_scales(session, image, MultiScale(flip=True))
+        session.segment(image, scales=MultiScale(flip=True))

@@ -23,7 +23,7 @@ def answer_of(
     placement = Placement("resized", *covered, image)
     prepared = Prepared({}, placement, 0.0, network)
     outputs = {"classes": np.asarray(classes), "masks": np.asarray(masks), **boxes}
-    return PanopticPipeline(config, network, "stretch").finish(prepared, outputs, size=image)
+    return PanopticPipeline(config, [network]).finish(prepared, outputs, size=image)
 
 
 def assert_same_instances(found, labels, scores, masks=None, boxes=None):

@@ -10,8 +10,8 @@ import pytest
 
 from fdconv_deploy.errors import BundleError, ImageError
 from fdconv_deploy.runtime import Bundle, Session, open_session
-from fdconv_deploy.runtime.multi_scale import MultiScale, segment_at_scales, segment_whole
 from fdconv_deploy.runtime.preprocessing import best_size
+from fdconv_deploy.runtime.segmentation import MultiScale, SegmentationPipeline
 from tests.runtime import toy
 from tests.runtime.test_bundle import edit
 
@@ -97,11 +97,12 @@ def test_several_scales_take_the_graphs_of_their_sizes(session: Session) -> None
     pixels, how = picture(50, 75), MultiScale((1, 2), flip=True)
     architecture = session.bundle.manifest.architecture
     assert architecture is not None
-    found = segment_at_scales(session, pixels, how)
-    expected = segment_whole(architecture, pixels, how, SIZES[0], lambda _: toy.reference_logits)
+    found = session.segment(pixels, scales=how)
+    pipeline = SegmentationPipeline(architecture, SIZES)
+    expected = pipeline.at_scales(pixels, how, toy.reference_logits, SIZES[0])
     assert (found.labels == expected.labels).mean() > 0.999
     with pytest.raises(BundleError, match=r"of 32x48, 48x32, 64x96 .* need 16x24 too"):
-        segment_at_scales(session, pixels, MultiScale((0.5, 1)))
+        session.segment(pixels, scales=MultiScale((0.5, 1)))
 
 
 def test_a_size_that_is_not_there(session: Session) -> None:
