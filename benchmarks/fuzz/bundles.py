@@ -114,8 +114,8 @@ def _answer(session: Session) -> None:
         image = Path(folder) / "image.png"
         Image.fromarray(picture).save(image)
         for result in segment_files(session, [Source(image, Path("a"))], Path(folder) / "out"):
-            json.dumps(result.as_dict())
-            result.as_line().encode()
+            json.dumps(result.record)
+            result.line.encode()
 
 
 def read_manifest(path: Path) -> None:

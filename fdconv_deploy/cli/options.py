@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fdconv_deploy.evaluation.compare import Target
     from fdconv_deploy.runtime import MultiScale, Session
-    from fdconv_deploy.runtime.ray_data import RayResult
+    from fdconv_deploy.runtime.result_files import Result
 
 
 def require_files(checkpoint: Path, config: Path | None = None) -> None:
@@ -135,12 +135,12 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     return result
 
 
-def how_it_ran(session: Session | RayResult) -> dict[str, str]:
+def how_it_ran(session: Session | Result) -> dict[str, str]:
     """For JSON: the backend, and what ran the ``fdconv`` operators, if that is a question."""
     return {"backend": session.backend, "operators": session.operators}
 
 
-def ran_by(session: Session | RayResult) -> str:
+def ran_by(session: Session | Result) -> str:
     """The same, as a sentence."""
     operators = f" with {session.operators}" if session.operators else ""
     return f"Run by {session.backend}{operators}."

@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import ExitStack, redirect_stdout
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -28,9 +28,7 @@ from fdconv_deploy.errors import ImageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fdconv_deploy.runtime import Session
-    from fdconv_deploy.runtime.ray_data import RayResult
-    from fdconv_deploy.runtime.result_files import ImageResult, VideoResult
+    from fdconv_deploy.runtime.result_files import Result
 
 
 def segment(
@@ -176,7 +174,7 @@ def segment(
             )
         if not session.detects and min_score is not None:
             raise typer.BadParameter("--min-score is for detectors; this is a segmentor.")
-        results: Iterator[ImageResult | VideoResult | RayResult]
+        results: Iterator[Result]
         if on_ray and ray:
             results = on_ray.run(ray, backend, options, ray_cpus, skipped.append, fail)
         else:
@@ -189,22 +187,21 @@ def segment(
                 failed=fail,
                 progress=show,
             )
-        ran: Session | RayResult = session
+        result: Result | None = None
         for result in results:
             frame.stop()
             done += 1
-            ran = cast("RayResult", result) if on_ray else session
             if as_json:
-                how = {**how_it_ran(ran), **(scales.as_dict() if scales else {})}
-                print(json.dumps({**result.as_dict(), **how}), file=out, flush=True)
+                how = {**how_it_ran(result), **(scales.as_dict() if scales else {})}
+                print(json.dumps({**result.record, **how}), file=out, flush=True)
             elif not quiet:
                 total = len(sources) - len(skipped)
-                print(f"[{done + len(failed)}/{total}] {result.as_line()}", file=out, flush=True)
+                print(f"[{done + len(failed)}/{total}] {result.line}", file=out, flush=True)
         if not (as_json or quiet):
             seconds = time.perf_counter() - start
             print(_summary(done, len(skipped), len(failed), seconds, place), file=out)
-            if done:
-                print(ran_by(ran), file=out)
+            if result:
+                print(ran_by(result), file=out)
     if failed:
         raise ImageError(
             f"{len(failed)} of {len(sources)} files could not be segmented; the first: {failed[0]}"

@@ -95,6 +95,13 @@ class PanopticSegmentation(Segmentation):
             for segment in self.segments
         ]
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: as a segmentor's, and segments and objects."""
+        found = {**super().as_dict(), "segments_info": self.segments_info()}
+        if self.instances is not None:
+            found["instances"] = self.instances.as_dicts()
+        return found
+
     def panoptic_png(self) -> bytes:
         """COCO's panoptic PNG: a pixel's segment is its red + 256 green + 65536 blue."""
         shifted = [self.ids >> shift & 255 for shift in (0, 8, 16)]

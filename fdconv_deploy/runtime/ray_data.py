@@ -16,7 +16,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, cast
 
@@ -36,12 +35,12 @@ from fdconv_deploy.runtime.input_files import (
 )
 from fdconv_deploy.runtime.result_files import (
     Failed,
+    Result,
+    ResultFolder,
     ResultOptions,
     image_results,
     legends_of,
     places_of,
-    size_of,
-    write_result,
 )
 from fdconv_deploy.runtime.session import Session, open_session
 
@@ -59,33 +58,6 @@ _SETTINGS = 4
 _STORE_BYTES = 128 << 20
 
 
-@dataclass(frozen=True)
-class RayResult:
-    """What a worker wrote for one image.
-
-    Attributes:
-        source: the image.
-        record: `ImageResult.as_dict`.
-        line: `ImageResult.as_line`.
-        backend: of the worker's session.
-        operators: of the worker's session.
-    """
-
-    source: Source
-    record: dict[str, Any]
-    line: str
-    backend: str
-    operators: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, as `ImageResult.as_dict`."""
-        return self.record
-
-    def as_line(self) -> str:
-        """For a person, as `ImageResult.as_line`."""
-        return self.line
-
-
 class Location(PurePosixPath):
     """Where an object lies, ``s3://bucket/photos/1.jpg``, without credentials and options."""
 
@@ -94,14 +66,14 @@ class Location(PurePosixPath):
         return f"{scheme}//{rest}" if scheme.endswith(":") else f"{scheme}{slash}{rest}"
 
 
-class Store:
+class Store(ResultFolder):
     """A folder or an object of an object store, as pyarrow reads and writes it.
 
     Args:
         url: as `pyarrow.fs.FileSystem.from_uri` takes it.
 
     Attributes:
-        location: what it is called.
+        root: what it is called, a `Location`.
 
     Raises:
         ImageError: pyarrow knows no such store.
@@ -120,7 +92,7 @@ class Store:
                 "s3://bucket/photos, gs:// or abfs://."
             ) from None
         self._base = self._base.rstrip("/")
-        self.location = Location(f"{url.partition(':')[0]}:", self._base.lstrip("/"))
+        self.root = Location(f"{url.partition(':')[0]}:", self._base.lstrip("/"))
 
     def sizes(self) -> dict[PurePath, int]:
         """The bytes of each object in it, or of itself where it is one; empty if it is missing.
@@ -136,20 +108,12 @@ class Store:
                 selector = fs.FileSelector(self._base, allow_not_found=True, recursive=True)
                 found = self._files.get_file_info(selector)
         except OSError as error:
-            raise ImageError(f"{self.location} cannot be listed: {error}.") from None
+            raise ImageError(f"{self.root} cannot be listed: {error}.") from None
         below = len(self._base)
-        return {self.location / i.path[below:].lstrip("/"): i.size for i in found if i.is_file}
-
-    def holds(self, path: PurePath) -> bool:
-        """Whether the location is this one or below it."""
-        return path.is_relative_to(self.location)
+        return {self.root / i.path[below:].lstrip("/"): i.size for i in found if i.is_file}
 
     def read(self, path: PurePath) -> bytes:
-        """An object's bytes.
-
-        Raises:
-            ImageError: it cannot be read.
-        """
+        """An object's bytes; ``ImageError`` where it cannot be read."""
         try:
             with self._files.open_input_stream(self._at(path)) as stream:
                 return stream.read()
@@ -157,11 +121,7 @@ class Store:
             raise ImageError(f"The image {path} cannot be read: {error}.") from None
 
     def write(self, path: PurePath, data: bytes) -> None:
-        """Write or replace an object, whole or not at all.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write or replace an object, whole or not at all."""
         at = final = self._at(path)
         if self._files.type_name not in _OBJECT_STORES:
             folder, _, name = final.rpartition("/")
@@ -178,7 +138,7 @@ class Store:
         return found.size if found.is_file else None
 
     def _at(self, path: PurePath) -> str:
-        return "/".join((self._base, *path.relative_to(self.location).parts))
+        return "/".join((self._base, *path.relative_to(self.root).parts))
 
 
 def is_url(text: str) -> bool:
@@ -189,6 +149,10 @@ def is_url(text: str) -> bool:
 def local_path(text: str) -> Path:
     """The path that a name without, or with, ``file://`` stands for."""
     return Path(text.removeprefix("file://"))
+
+
+def _folder_at(place: str) -> ResultFolder:
+    return Store(place) if is_url(place) else ResultFolder(local_path(place).absolute())
 
 
 class RaySegmentation:
@@ -212,11 +176,8 @@ class RaySegmentation:
         self._bundle = Bundle.open(bundle.absolute())
         self.session = Session(self._bundle, cast(Runner, None))
         self._stores = [text for text in inputs if is_url(text)]
-        self._output = output if is_url(output) else None
-        self._store = Store(output) if self._output else None
-        self.folder: PurePath = (
-            self._store.location if self._store else local_path(output).absolute()
-        )
+        self._output, self._results = output, _folder_at(output)
+        self.folder = self._results.root
         self.sources: list[Source] = []
         for text in inputs:
             if is_url(text):
@@ -227,7 +188,7 @@ class RaySegmentation:
 
     def _stored(self, store: Store) -> list[Source]:
         """An object, or the images of a folder of a store, by the rules of a local folder."""
-        files, root = list(store.sizes()), store.location
+        files, root = list(store.sizes()), store.root
         if files == [root]:
             return [Source(root, PurePath(root.stem))]
         if not files:
@@ -251,7 +212,7 @@ class RaySegmentation:
         cpus: int | None,
         skipped: Callable[[PurePath], None],
         failed: Failed,
-    ) -> Iterator[RayResult]:
+    ) -> Iterator[Result]:
         """Answer the images and write their results, in whatever order workers are done.
 
         Args:
@@ -269,22 +230,14 @@ class RaySegmentation:
             FDConvError: Ray cannot be joined, or ended the run.
             OSError: results cannot be written.
         """
-        sizes = self._store.sizes() if self._store else {}
-        places = places_of(
-            self.session,
-            self.sources,
-            self.folder,
-            options,
-            skipped,
-            sizes.get if self._store else lambda path: size_of(Path(path)),
-        )
-        legends = self._legends(options)
+        results = self._results
+        size_of = results.sizes().get if isinstance(results, Store) else results.size_of
+        places = places_of(self.session, self.sources, self.folder, options, skipped, size_of)
+        legends = legends_of(self.session, results, options.overwrite)
         for source in [source for source in places if source.is_video]:
             del places[source]
-            failed(
-                source.path,
-                ImageError(f"{source.path} is a video. Segment videos without --ray."),
-            )
+            error = ImageError(f"{source.path} is a video. Segment videos without --ray.")
+            failed(source.path, error)
         if not places:
             return
         join_ray(address, include_dashboard=False, object_store_memory=_STORE_BYTES)
@@ -292,20 +245,11 @@ class RaySegmentation:
             import ray.data
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         try:
-            for name, data in legends.items():
-                _write(self._store, self.folder / name, data)
+            for path, data in legends.items():
+                results.write(path, data)
             yield from self._rows(ray, backend, options, cpus, list(places.items()), failed)
         finally:
             ray.shutdown()
-
-    def _legends(self, options: ResultOptions) -> dict[str, bytes]:
-        classes = self.folder / CLASSES_NAME
-        existing = None
-        if self._store and self._store.size_of(classes) is not None:
-            existing = self._store.read(classes)
-        elif not self._store and Path(classes).exists():
-            existing = Path(classes).read_bytes()
-        return legends_of(self.session, self.folder, existing, options.overwrite)
 
     def _rows(
         self,
@@ -315,7 +259,7 @@ class RaySegmentation:
         cpus: int | None,
         work: list[tuple[Source, dict[str, PurePath]]],
         failed: Failed,
-    ) -> Iterator[RayResult]:
+    ) -> Iterator[Result]:
         largest = max((n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]), default=0)
         cpus = cpus or int(min(4, largest or 4))
         on_cpu = backend.startswith(("onnxruntime-cpu", "openvino"))
@@ -337,7 +281,7 @@ class RaySegmentation:
         )
         for row in answers.iter_rows():
             answer = row["answer"]
-            if isinstance(answer, RayResult):
+            if isinstance(answer, Result):
                 yield answer
             elif isinstance(answer, tuple):
                 failed(*answer)
@@ -358,14 +302,14 @@ class _Worker:
         options: ResultOptions,
         threads: int,
         stores: Sequence[str],
-        output: str | None,
+        output: str,
     ) -> None:
         self._options = options
         self._error: Exception | None = None
         try:
             self._session = open_session(bundle, backend, threads=threads)
             self._stores = [Store(url) for url in stores]
-            self._output = Store(output) if output else None
+            self._results = _folder_at(output)
             self._readers = ThreadPoolExecutor(_READERS)
         except (FDConvError, OSError) as error:
             self._error = error
@@ -387,7 +331,7 @@ class _Worker:
             source: self._readers.submit(store.read, source.path)
             for source in images
             for store in self._stores
-            if isinstance(source.path, Location) and store.holds(source.path)
+            if isinstance(source.path, Location) and source.path.is_relative_to(store.root)
         }
 
         def read(source: Source) -> Any:
@@ -405,27 +349,12 @@ class _Worker:
         )
         for result, contents in results:
             # A task is done again when its worker dies: what it has written stays.
-            if self._options.overwrite or not all(map(self._size_of, result.places.values())):
+            there = map(self._results.size_of, result.places.values())
+            if self._options.overwrite or not all(there):
                 for path, data in contents:
-                    _write(self._output, path, data)
-            yield RayResult(
-                Source(result.image, result.image),
-                result.as_dict(),
-                result.as_line(),
-                self._session.backend,
-                self._session.operators,
-            )
+                    self._results.write(path, data)
+            yield result
         yield from failed
-
-    def _size_of(self, path: PurePath) -> int | None:
-        return self._output.size_of(path) if self._output else size_of(Path(path))
-
-
-def _write(store: Store | None, path: PurePath, data: bytes) -> None:
-    if store:
-        store.write(path, data)
-    else:
-        write_result(Path(path), data)
 
 
 def join_ray(address: str, **local: Any) -> None:

@@ -6,35 +6,35 @@ import io
 import json
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from fdconv_deploy.atomic_write import atomic_folder, atomic_path, write_atomically
 from fdconv_deploy.errors import ImageError, in_the_way
-from fdconv_deploy.runtime.detection import SHOWN_SCORE, Detection
+from fdconv_deploy.runtime.detection import SHOWN_SCORE
+from fdconv_deploy.runtime.images import MAX_PIXELS, ImageTooLargeError
 from fdconv_deploy.runtime.input_files import CLASSES_NAME, LEGEND_NAME, AnyPath, Source
 from fdconv_deploy.runtime.manifest import Fit
-from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 from fdconv_deploy.runtime.preprocessing import Prepared
-from fdconv_deploy.runtime.segmentation import MultiScale, Segmentation
+from fdconv_deploy.runtime.segmentation import MultiScale
 from fdconv_deploy.runtime.session import Session
-from fdconv_deploy.runtime.video import VideoReader, VideoWriter
 from fdconv_deploy.runtime.visualization import encode, legend
 
-Answer = Segmentation | Detection
+Picture = npt.NDArray[Any]
 Failed = Callable[[PurePath, ImageError], None]
 # A video, the number of frames answered, and the number its container announces, if any.
 Progress = Callable[[PurePath, int, int | None], None]
 _FRAME_MASK = re.compile(r"\d{6,}\.png")
+# MPEG-4 part 2: the one codec that OpenCV's wheels write on every platform.
+_CODEC = "mp4v"
 
 
 @dataclass(frozen=True)
@@ -64,104 +64,108 @@ class ResultOptions:
 
 
 @dataclass(frozen=True)
-class ImageResult:
-    """What was written for one image.
+class Result:
+    """What was written for one image or video.
 
     Attributes:
-        image: the file.
-        places: each file written, by its kind: "mask", "overlay", a detector's "objects", or a
-            panoptic network's "panoptic" and "objects".
-        answer: the network's answer.
+        places: each file written, by its kind. Of an image "mask", "overlay", a detector's
+            "objects", a panoptic network's "panoptic" and "objects"; of a video "masks" (a folder
+            of one PNG a frame, or a video), "overlay" (a video), or "objects" (one JSON line a
+            frame).
+        record: for JSON: paths, size, how the image was fitted, seconds, and what was found; of a
+            video its frames.
+        line: for a person.
+        backend: of the session.
+        operators: of the session.
     """
 
-    image: PurePath
     places: Mapping[str, PurePath]
-    answer: Answer
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: paths, size, how the image was fitted, seconds, and what was found."""
-        found: dict[str, Any]
-        if isinstance(self.answer, Detection):
-            height, width = self.answer.image_size
-            found = {
-                "resized_to": list(self.answer.resized_to),
-                "instances": self.answer.as_dicts(),
-            }
-        else:
-            height, width = self.answer.labels.shape
-            shares = {name: round(share, 4) for name, share in self.answer.shares().items()}
-            found = {"mode": self.answer.mode, "classes": shares}
-            if isinstance(self.answer, PanopticSegmentation):
-                # An entry of the annotations of a COCO panoptic file.
-                found["image_id"] = self.image.stem
-                found["file_name"] = self.places["panoptic"].name
-                found |= _segments_of(self.answer)
-        return {
-            "image": str(self.image),
-            "mask": None,
-            "overlay": None,
-            **{kind: str(path) for kind, path in self.places.items()},
-            "height": height,
-            "width": width,
-            "fit": self.answer.fit,
-            "seconds": {k: round(v, 4) for k, v in self.answer.timings.items()},
-            **found,
-        }
-
-    def as_line(self) -> str:
-        """For a person: the most frequent classes, how the image was fitted, and the time."""
-        if isinstance(self.answer, Detection):
-            counts = Counter(self.answer.classes[label] for label in self.answer.labels.tolist())
-            found = [f"{number} {name}" for name, number in counts.most_common(6)]
-        else:
-            shares = sorted(self.answer.shares().items(), key=lambda item: -item[1])
-            found = [f"{name} {share:.0%}" for name, share in shares[:4]]
-        milliseconds = sum(self.answer.timings.values()) * 1e3
-        place = [*self.places.values()][-1]
-        what = ", ".join(found) or "nothing"
-        return f"{place}: {what} ({self.answer.fit}, {milliseconds:.0f} ms)"
+    record: dict[str, Any]
+    line: str
+    backend: str
+    operators: str
 
 
-@dataclass(frozen=True)
-class VideoResult:
-    """What was written for one video.
+def _image_result(
+    session: Session, image: PurePath, places: Mapping[str, PurePath], answer: Any
+) -> Result:
+    record = {
+        "image": str(image),
+        "mask": None,
+        "overlay": None,
+        **{kind: str(path) for kind, path in places.items()},
+        "fit": answer.fit,
+        "seconds": {k: round(v, 4) for k, v in answer.timings.items()},
+        **answer.as_dict(),
+    }
+    if "panoptic" in places:  # an entry of the annotations of a COCO panoptic file
+        record |= {"image_id": image.stem, "file_name": places["panoptic"].name}
+    milliseconds = sum(answer.timings.values()) * 1e3
+    line = f"{[*places.values()][-1]}: {answer.summary()} ({answer.fit}, {milliseconds:.0f} ms)"
+    return Result(places, record, line, session.backend, session.operators)
+
+
+def _video_result(
+    session: Session,
+    video: PurePath,
+    places: Mapping[str, PurePath],
+    frames: int,
+    expected: int | None,
+    seconds: float,
+) -> Result:
+    """``expected``: frames that the container announces; ``seconds`` with decoding and encoding."""
+    record = {
+        "video": str(video),
+        "frames": frames,
+        "expected_frames": expected,
+        "masks": None,
+        "overlay": None,
+        "objects": None,
+        **{kind: str(path) for kind, path in places.items()},
+        "seconds": round(seconds, 3),
+    }
+    cut = ""
+    if expected is not None and frames < expected:
+        cut = f" of {expected} announced: the file is cut off"
+    written = ", ".join(map(str, places.values()))
+    line = f"{written}: {frames} frames{cut} ({frames / seconds if seconds else 0:.1f} frames/s)"
+    return Result(places, record, line, session.backend, session.operators)
+
+
+# A result, and its files' paths and contents.
+Written = tuple[Result, Iterator[tuple[PurePath, bytes]]]
+
+
+class ResultFolder:
+    """A local folder for results, made as they are written.
 
     Attributes:
-        video: the file.
-        places: what was written, by its kind: "masks" (a folder of one PNG a frame, or a video),
-            "overlay" (a video), or a detector's "objects" (one JSON line a frame).
-        frames: number of frames that were decoded and answered.
-        expected: number of frames that the container announces; None where it does not.
-        seconds: from the first frame to the last, decoding and encoding included.
+        root: its path.
     """
 
-    video: PurePath
-    places: Mapping[str, Path]
-    frames: int
-    expected: int | None
-    seconds: float
+    def __init__(self, root: Path) -> None:
+        self.root: PurePath = root
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: paths, frames, seconds."""
-        return {
-            "video": str(self.video),
-            "frames": self.frames,
-            "expected_frames": self.expected,
-            "masks": None,
-            "overlay": None,
-            "objects": None,
-            **{kind: str(path) for kind, path in self.places.items()},
-            "seconds": round(self.seconds, 3),
-        }
+    def size_of(self, path: PurePath) -> int | None:
+        """The bytes of a result's file, 1 of a folder; None where there is nothing."""
+        result = Path(path)
+        if result.is_dir():
+            return 1
+        return result.stat().st_size if result.exists() else None
 
-    def as_line(self) -> str:
-        """For a person: where the results are, how many frames, and how fast."""
-        written = ", ".join(map(str, self.places.values()))
-        rate = self.frames / self.seconds if self.seconds else 0.0
-        cut = ""
-        if self.expected is not None and self.frames < self.expected:
-            cut = f" of {self.expected} announced: the file is cut off"
-        return f"{written}: {self.frames} frames{cut} ({rate:.1f} frames/s)"
+    def read(self, path: PurePath) -> bytes:
+        """A file's bytes."""
+        return Path(path).read_bytes()
+
+    def write(self, path: PurePath, data: bytes) -> None:
+        """Write or replace a file, whole or not at all; its folders are made.
+
+        Raises:
+            ImageError: a file is in a folder's place.
+            OSError: the file cannot be written.
+        """
+        _make_folder(Path(path).parent)
+        write_atomically(Path(path), data)
 
 
 def segment_files(
@@ -173,15 +177,15 @@ def segment_files(
     skipped: Callable[[PurePath], None] | None = None,
     failed: Failed | None = None,
     progress: Progress | None = None,
-) -> Iterator[ImageResult | VideoResult]:
+) -> Iterator[Result]:
     """Run inference on images, then on videos, and write each one's results as it is done.
 
     Of an image, a segmentor's mask ``NAME.png`` and ``NAME_overlay.png``; or a detector's
     ``NAME.json``, ``NAME_overlay.png`` and, where the network gives masks, ``NAME.png``, which
     numbers the objects in the order of the JSON, from 1. A panoptic network's ``NAME.png`` holds
     classes, ``NAME_panoptic.png`` segments as COCO's does, and ``NAME.json`` lists segments and
-    objects. Of a video, see :class:`VideoResult`. A segmentor's ``classes.json`` and
-    ``legend.png`` give each mask value's class and colour.
+    objects. Of a video, see :class:`Result`. A segmentor's ``classes.json`` and ``legend.png``
+    give each mask value's class and colour.
 
     Args:
         session: on a segmentor's or detector's bundle.
@@ -196,28 +200,25 @@ def segment_files(
         ImageError: a file cannot be decoded, or two would be written to one name; before
             anything is written, also if a result exists already.
     """
-    options = options or ResultOptions()
-    places = places_of(session, sources, folder, options, skipped, size_of)
-    classes = folder / CLASSES_NAME
-    existing = classes.read_bytes() if classes.exists() else None
-    legends = legends_of(session, folder, existing, options.overwrite)
+    options, to = options or ResultOptions(), ResultFolder(folder)
+    places = places_of(session, sources, folder, options, skipped, to.size_of)
+    legends = legends_of(session, to, options.overwrite)
 
-    @cache
-    def write_classes() -> None:
-        for name, data in legends.items():
-            write_result(folder / name, data)
+    def write_legends() -> None:
+        for path in [*legends]:
+            to.write(path, legends.pop(path))
 
     images = {source: places[source] for source in places if not source.is_video}
     for result, contents in image_results(session, images, options, failed):
-        write_classes()
+        write_legends()
         for path, data in contents:
-            write_result(Path(path), data)
+            to.write(path, data)
         yield result
     for source in places:
         if source.is_video:
             try:
                 yield _segment_video(
-                    session, source, places[source], options, progress, write_classes
+                    session, source.path, places[source], options, progress, write_legends
                 )
             except ImageError as error:
                 if failed is None:
@@ -230,9 +231,9 @@ def image_results(
     images: Mapping[Source, Mapping[str, PurePath]],
     options: ResultOptions,
     failed: Failed | None,
-    read: Callable[[Source], npt.NDArray[Any]] | None = None,
-) -> Iterator[tuple[ImageResult, Iterator[tuple[PurePath, bytes]]]]:
-    """Answer images, and give what is to be written for each, in the order of writing.
+    read: Callable[[Source], Picture] | None = None,
+) -> Iterator[Written]:
+    """Answer images, several a run, and give what is to be written for each, in their order.
 
     Args:
         images: where each image's results go, by kind, as :func:`places_of` has it.
@@ -243,80 +244,33 @@ def image_results(
         An image's result, and its files' paths and contents, each encoded as it is asked for.
     """
     read = read or (lambda source: session.read_image(Path(source.path)))
-    for source, picture, answer in _answered(session, list(images), options, failed, read):
-        result = ImageResult(source.path, images[source], answer)
-        yield result, _contents(result, picture, options)
-
-
-def _contents(
-    result: ImageResult, picture: npt.NDArray[Any], options: ResultOptions
-) -> Iterator[tuple[PurePath, bytes]]:
-    answer = result.answer
-    encoders: dict[str, Callable[[], bytes]] = {
-        "overlay": lambda: encode(answer.overlay(picture, options.opacity), "PNG"),
-        "mask": answer.mask_png,
-        "panoptic": lambda: _panoptic_png(answer),
-        "objects": lambda: json.dumps(result.as_dict(), indent=1).encode(),
-    }
-    for kind, path in result.places.items():
-        yield path, encoders[kind]()
-
-
-def _answer(session: Session, picture: npt.NDArray[Any], options: ResultOptions) -> Answer:
-    if session.detects:
-        return session.detect(picture).kept(options.min_score)
-    return _kept(session.segment(picture, fit=options.fit, scales=options.scales), options)
-
-
-def _kept(answer: Answer, options: ResultOptions) -> Answer:
-    """Without objects that score too little."""
-    if isinstance(answer, Detection | PanopticSegmentation):
-        return answer.kept(options.min_score)
-    return answer
-
-
-def _panoptic_png(answer: Answer) -> bytes:
-    assert isinstance(answer, PanopticSegmentation)
-    return answer.panoptic_png()
-
-
-def _segments_of(answer: PanopticSegmentation) -> dict[str, Any]:
-    """For JSON: segments in COCO's words, and objects as a detector's."""
-    found: dict[str, Any] = {"segments_info": answer.segments_info()}
-    if answer.instances is not None:
-        found["instances"] = answer.instances.as_dicts()
-    return found
-
-
-def _answered(
-    session: Session,
-    images: Sequence[Source],
-    options: ResultOptions,
-    failed: Failed | None,
-    read: Callable[[Source], npt.NDArray[Any]],
-) -> Iterator[tuple[Source, npt.NDArray[Any], Answer]]:
-    """Each image, its pixels and its answer, in order; several images a run."""
     # A run is of one image then: of its crops, or of one of its sizes.
     slides = not session.detects and session.segmentation.mode == "slide"
     alone = slides or options.scales is not None
-    waiting: list[tuple[Source, npt.NDArray[Any], Prepared]] = []
+    waiting: list[tuple[Source, Picture, Prepared]] = []
 
-    def flush() -> Iterator[tuple[Source, npt.NDArray[Any], Answer]]:
-        answers = session.finish_all([prepared for *_, prepared in waiting]) if waiting else []
+    def prepare(picture: Picture) -> Prepared:
+        if session.detects:
+            return session.detection.prepare(picture)
+        return session.segmentation.prepare(picture, fit=options.fit)
+
+    def written(source: Source, picture: Picture, answer: Any) -> Written:
+        result = _image_result(session, source.path, images[source], answer)
+        return result, _contents(result, picture, answer, options)
+
+    def flush() -> Iterator[Written]:
+        answers = session.finish_all([prepared for *_, prepared in waiting])
         for (source, picture, _), answer in zip(waiting, answers, strict=True):
-            yield source, picture, _kept(answer, options)
+            yield written(source, picture, answer.kept(options.min_score))
         waiting.clear()
 
     for source in images:
         try:
             picture = read(source)
             if alone:
-                yield source, picture, _answer(session, picture, options)
-            elif session.detects:
-                waiting.append((source, picture, session.detection.prepare(picture)))
+                yield written(source, picture, _answer(session, picture, options))
             else:
-                prepared = session.segmentation.prepare(picture, fit=options.fit)
-                waiting.append((source, picture, prepared))
+                waiting.append((source, picture, prepare(picture)))
         except ImageError as error:
             if str(source.path) not in str(error):
                 error = type(error)(f"{source.path}: {error}")
@@ -329,69 +283,174 @@ def _answered(
     yield from flush()
 
 
+def _answer(session: Session, picture: Picture, options: ResultOptions) -> Any:
+    if session.detects:
+        return session.detect(picture).kept(options.min_score)
+    found = session.segment(picture, fit=options.fit, scales=options.scales)
+    return found.kept(options.min_score)
+
+
+def _contents(
+    result: Result, picture: Picture, answer: Any, options: ResultOptions
+) -> Iterator[tuple[PurePath, bytes]]:
+    for kind, path in result.places.items():
+        if kind == "objects":
+            yield path, json.dumps(result.record, indent=1).encode()
+        elif kind == "overlay":
+            yield path, encode(answer.overlay(picture, options.opacity), "PNG")
+        else:
+            yield path, answer.mask_png() if kind == "mask" else answer.panoptic_png()
+
+
 def _segment_video(
     session: Session,
-    source: Source,
+    path: PurePath,
     places: Mapping[str, Path],
     options: ResultOptions,
     progress: Progress | None,
     last: Callable[[], None],
-) -> VideoResult:
+) -> Result:
     """Answer every frame of a video and write the results; all of them or none.
 
     ``last`` is called when all that can fail is done.
     """
-    start, frames = time.perf_counter(), 0
+    start, count = time.perf_counter(), 0
     with ExitStack() as stack:
-        reader = stack.enter_context(VideoReader(Path(source.path)))
-        writers: dict[str, VideoWriter] = {}
-        masks = objects = None
-        for kind, path in places.items():
-            _make_folder(path.parent)
-            if path.suffix == ".mp4":
-                partial = stack.enter_context(atomic_path(path))
-                writers[kind] = stack.enter_context(VideoWriter(partial, reader.size, reader.rate))
-            elif kind == "objects":
-                objects = stack.enter_context(
-                    stack.enter_context(atomic_path(path)).open("x", encoding="utf-8")
-                )
-            else:
-                masks = stack.enter_context(_atomic_masks(path))
-        for frame in reader:
+        video = stack.enter_context(_open_video(Path(path)))
+        writers = [
+            stack.enter_context(_frame_writer(kind, place, video, options))
+            for kind, place in places.items()
+        ]
+        for count, frame in enumerate(video.frames, 1):
             answer = _answer(session, frame, options)
-            if "overlay" in writers:
-                writers["overlay"].write(answer.overlay(frame, options.opacity))
-            if "masks" in writers:
-                mask = Image.open(io.BytesIO(answer.mask_png()))
-                writers["masks"].write(np.asarray(mask.convert("RGB")))
-            if masks is not None:
-                (masks / f"{frames:06}.png").write_bytes(answer.mask_png())
-            if objects is not None and isinstance(answer, Detection | PanopticSegmentation):
-                found = (
-                    {"instances": answer.as_dicts()}
-                    if isinstance(answer, Detection)
-                    else _segments_of(answer)
-                )
-                line = {"frame": frames, **found}
-                objects.write(json.dumps(line) + "\n")
-            frames += 1
+            for write in writers:
+                write(count - 1, frame, answer)
             if progress is not None:
-                progress(source.path, frames, reader.count)
-        expected = reader.count
+                progress(path, count, video.expected)
         last()
-    return VideoResult(source.path, places, frames, expected, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return _video_result(session, path, places, count, video.expected, seconds)
 
 
 @contextmanager
-def _atomic_masks(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``folder`` if the block ends without an error."""
-    if folder.is_dir() and not all(_FRAME_MASK.fullmatch(path.name) for path in folder.iterdir()):
-        raise ImageError(
-            f"The folder {folder} holds other files than masks of frames, so it is not replaced. "
-            "Give another output folder."
+def _frame_writer(
+    kind: str, place: Path, video: _Video, options: ResultOptions
+) -> Iterator[Callable[[int, Picture, Any], None]]:
+    """What writes a frame's results of one kind: its number, pixels and answer.
+
+    They take their place if the block ends without an error.
+    """
+    _make_folder(place.parent)
+    if kind == "objects":
+        with atomic_path(place) as partial, partial.open("x", encoding="utf-8") as file:
+
+            def write_line(number: int, _: Picture, answer: Any) -> None:
+                found = answer.as_dict()
+                told = {key: found[key] for key in ("segments_info", "instances") if key in found}
+                file.write(json.dumps({"frame": number, **told}) + "\n")
+
+            yield write_line
+    elif place.suffix == ".mp4":
+        with atomic_path(place) as partial, _write_video(partial, video) as write:
+
+            def write_picture(_: int, frame: Picture, answer: Any) -> None:
+                if kind == "overlay":
+                    write(answer.overlay(frame, options.opacity))
+                else:
+                    write(np.asarray(Image.open(io.BytesIO(answer.mask_png())).convert("RGB")))
+
+            yield write_picture
+    else:
+        if place.is_dir() and not all(_FRAME_MASK.fullmatch(path.name) for path in place.iterdir()):
+            raise ImageError(
+                f"The folder {place} holds other files than masks of frames, so it is not "
+                "replaced. Give another output folder."
+            )
+        with atomic_folder(place) as folder:
+
+            def write_mask(number: int, _: Picture, answer: Any) -> None:
+                (folder / f"{number:06}.png").write_bytes(answer.mask_png())
+
+            yield write_mask
+
+
+class _Video(NamedTuple):
+    """A video file.
+
+    Attributes:
+        frames: (H, W, 3) uint8 RGB, in order, each decoded as it is asked for.
+        size: (height, width) in pixels, as shown (rotation applied).
+        rate: frames per second as the container says; 25 where it does not.
+        expected: frames that the container announces; None where it does not say.
+    """
+
+    frames: Iterator[Picture]
+    size: tuple[int, int]
+    rate: float
+    expected: int | None
+
+
+@contextmanager
+def _open_video(path: Path) -> Iterator[_Video]:
+    """A video, decoded by OpenCV's FFmpeg.
+
+    Raises:
+        ImageError: there is no such file, or it is no video that can be decoded.
+        ImageTooLargeError: a frame has more than ``MAX_PIXELS`` pixels.
+    """
+    if not path.is_file():
+        raise ImageError(f"The video {path} does not exist. Check the path.")
+    first: Any
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    try:
+        found, first = capture.read() if capture.isOpened() else (False, None)
+        if not found or first is None:
+            raise ImageError(
+                f"The video {path} cannot be decoded: it is damaged, or its codec is not one of "
+                "OpenCV's. Convert it to MP4 (H.264)."
+            )
+        height, width = first.shape[:2]
+        if height * width > MAX_PIXELS:
+            raise ImageTooLargeError(
+                f"The video {path} has frames of {width} x {height} pixels; at most "
+                f"{MAX_PIXELS:,} pixels are accepted. Make it smaller."
+            )
+
+        def frames() -> Iterator[Picture]:
+            found, frame = True, first
+            while found and frame is not None:
+                yield np.asarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+                found, frame = capture.read()
+
+        rate, count = (capture.get(key) for key in (cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT))
+        yield _Video(
+            frames(),
+            (int(height), int(width)),
+            float(rate) if np.isfinite(rate) and 0 < rate <= 1000 else 25.0,
+            int(count) if np.isfinite(count) and count > 0 else None,
         )
-    with atomic_folder(folder) as made:
-        yield made
+    finally:
+        capture.release()
+
+
+@contextmanager
+def _write_video(path: Path, like: _Video) -> Iterator[Callable[[Picture], object]]:
+    """What adds a frame (H, W, 3) uint8 RGB to an MP4 file of another video's size and rate.
+
+    Raises:
+        ImageError: it cannot be written.
+    """
+    codec = cv2.VideoWriter.fourcc(*_CODEC)
+    writer = cv2.VideoWriter(str(path), codec, like.rate, like.size[::-1])
+    if not writer.isOpened():
+        raise ImageError(
+            f"A video cannot be written to {path.parent}: OpenCV has no {_CODEC} encoder here. "
+            "Use --no-overlay and masks as PNGs, or install opencv-python-headless from PyPI."
+        )
+    try:
+        yield lambda picture: writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    finally:
+        writer.release()
 
 
 def _endings(session: Session, source: Source, options: ResultOptions) -> dict[str, str]:
@@ -466,20 +525,8 @@ def _real(path: PurePath) -> PurePath:
     return path.resolve() if isinstance(path, Path) else path
 
 
-def size_of(result: Path) -> int | None:
-    """The bytes of a result's file, 1 of a folder; None where there is nothing."""
-    if result.is_dir():
-        return 1
-    return result.stat().st_size if result.exists() else None
-
-
-def legends_of(
-    session: Session, folder: PurePath, existing: bytes | None, overwrite: bool
-) -> dict[str, bytes]:
-    """What tells the class and colour of each mask value: files' names and contents.
-
-    Args:
-        existing: what the folder's ``classes.json`` holds; None where there is none.
+def legends_of(session: Session, folder: ResultFolder, overwrite: bool) -> dict[PurePath, bytes]:
+    """What tells the class and colour of each mask value: files and contents.
 
     Raises:
         ImageError: the folder holds those of other classes, and ``overwrite`` is False.
@@ -491,22 +538,11 @@ def legends_of(
         for number, (name, colour) in enumerate(zip(session.classes, session.palette, strict=True))
     ]
     text = json.dumps(entries, indent=1, ensure_ascii=False).encode() + b"\n"
-    if existing not in (None, text) and not overwrite:
-        file = folder / CLASSES_NAME
+    file = folder.root / CLASSES_NAME
+    if not overwrite and folder.size_of(file) is not None and folder.read(file) != text:
         raise in_the_way(ImageError, f"{file} exists already, and lists other classes.")
     picture = encode(legend(session.classes, session.palette), "PNG")
-    return {LEGEND_NAME: picture, CLASSES_NAME: text}
-
-
-def write_result(path: Path, data: bytes) -> None:
-    """Write or replace a result, whole or not at all; its folders are made.
-
-    Raises:
-        ImageError: a file is in a folder's place.
-        OSError: the file cannot be written.
-    """
-    _make_folder(path.parent)
-    write_atomically(path, data)
+    return {folder.root / LEGEND_NAME: picture, file: text}
 
 
 def _make_folder(folder: Path) -> None:

@@ -120,6 +120,21 @@ class Segmentation:
         shares = self.areas() / self.labels.size
         return {n: float(s) for n, s in zip(self.classes, shares, strict=True) if s}
 
+    def kept(self, min_score: float) -> Segmentation:
+        """Without objects that score less than ``min_score``."""
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: size, mode, and the share of each class."""
+        height, width = self.labels.shape
+        shares = {name: round(share, 4) for name, share in self.shares().items()}
+        return {"height": height, "width": width, "mode": self.mode, "classes": shares}
+
+    def summary(self) -> str:
+        """For a person: the most frequent classes."""
+        shares = sorted(self.shares().items(), key=lambda item: -item[1])
+        return ", ".join(f"{name} {share:.0%}" for name, share in shares[:4])
+
     def mask_png(self) -> bytes:
         """An indexed PNG whose pixel values are the labels."""
         return mask_png(self.labels, self.palette)

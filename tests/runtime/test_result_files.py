@@ -30,7 +30,7 @@ def test_what_is_written(detector: Session, scenes: list[Source], tmp_path: Path
     assert len(results) == 2
     for result, path in zip(results, scenes, strict=True):
         told = json.loads(result.places["objects"].read_text())
-        assert told == json.loads(json.dumps(result.as_dict()))
+        assert told == json.loads(json.dumps(result.record))
         assert told["image"] == str(path.path)
         assert (told["height"], told["width"]) == (50, 70)
         assert told["instances"]
@@ -39,19 +39,19 @@ def test_what_is_written(detector: Session, scenes: list[Source], tmp_path: Path
         first = decode(told["instances"][0]["mask"])
         assert np.array_equal(numbers == 1, first)
         assert Image.open(result.places["overlay"]).size == (70, 50)
-        assert str(result.places["objects"]) in result.as_line()
+        assert str(result.places["objects"]) in result.line
 
 
 def test_boxes_alone(boxes_only: Session, scenes: list[Source], tmp_path: Path) -> None:
     (result,) = segment_files(boxes_only, scenes[:1], tmp_path / "out")
-    assert result.as_dict()["mask"] is None
+    assert result.record["mask"] is None
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["one.json", "one_overlay.png"]
 
 
 def test_min_score(detector: Session, scenes: list[Source], tmp_path: Path) -> None:
     (none,) = segment_files(detector, scenes[:1], tmp_path / "out", ResultOptions(min_score=1.0))
-    assert none.as_dict()["instances"] == []
-    assert "nothing" in none.as_line()
+    assert none.record["instances"] == []
+    assert "nothing" in none.line
 
 
 def test_two_of_one_name(detector: Session, scenes: list[Source], tmp_path: Path) -> None:
