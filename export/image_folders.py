@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime.images import ImageFile, ImageTooLargeError, image_size
+from fdconv_deploy.runtime.images import ImageFile, ImageTooLargeError, image_size, load_image
 from fdconv_deploy.runtime.input_files import images_of
-from fdconv_deploy.runtime.multiband import load_image
 
 Picture = NDArray[Any]
 

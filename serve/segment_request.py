@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Segmentation, Tensors
-from fdconv_deploy.runtime.images import ImageFile
-from fdconv_deploy.runtime.multiband import FORMATS, check_format, image_cost
+from fdconv_deploy.runtime.images import FORMATS, ImageFile, check_format, image_cost
 from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 from fdconv_deploy.runtime.postprocessing import logit_map
 from fdconv_deploy.runtime.preprocessing import Prepared, resize

@@ -21,8 +21,7 @@ from pydantic import (
 )
 
 from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.runtime.images import MAX_PIXELS
-from fdconv_deploy.runtime.multiband import FORMATS
+from fdconv_deploy.runtime.images import FORMATS, MAX_PIXELS
 
 # First parts of the service's own addresses.
 OWN_PATHS = (

@@ -305,7 +305,7 @@ def damage_bands(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
 def read_bands(path: Path) -> None:
     """By its path and as its bytes, in each way of loading that takes other bands than three."""
     from fdconv_deploy.config import Preprocessing
-    from fdconv_deploy.runtime.multiband import load_image
+    from fdconv_deploy.runtime.images import load_image
 
     number = int(path.name.split("_")[0])
     refused = None

@@ -30,9 +30,8 @@ from fdconv_deploy.evaluation.class_mapping import (
     class_order,
     read_label_map,
 )
-from fdconv_deploy.runtime.images import FORMATS, SUFFIXES, image_size
+from fdconv_deploy.runtime.images import PICTURE_FORMATS, SUFFIXES, image_size, load_image
 from fdconv_deploy.runtime.input_files import image_files
-from fdconv_deploy.runtime.multiband import load_image
 
 _CITY_IMAGE, _CITY_TRAIN, _CITY_IDS = (
     "_leftImg8bit", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
@@ -326,7 +325,7 @@ def read_mask(path: Path) -> NDArray[np.int64]:
     """
     try:
         # From memory: of a file, Pillow reads as many bytes as a damaged length says there are.
-        with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as opened:
+        with Image.open(io.BytesIO(path.read_bytes()), formats=PICTURE_FORMATS) as opened:
             opened.load()
             mode, pixels = opened.mode, np.asarray(opened)
     except MemoryError:

@@ -23,8 +23,8 @@ from fdconv_deploy.runtime import BACKENDS, Bundle, GraphRunner, Session
 from fdconv_deploy.runtime.backends import NATIVE_BACKENDS, BackendOptions, select
 from fdconv_deploy.runtime.backends.base import Phases
 from fdconv_deploy.runtime.backends.tensorrt_engines import FOLDER
-from fdconv_deploy.runtime.bundle_checks import bundles_and_checkpoints
-from fdconv_deploy.runtime.multiband import load_image
+from fdconv_deploy.runtime.bundle import bundles_and_checkpoints
+from fdconv_deploy.runtime.images import load_image
 from fdconv_deploy.runtime.preprocessing import check_image, resize, scene_bands
 from fdconv_deploy.sample_images import manifest_feeds, prepared_batch, sample_batch, sample_image
 

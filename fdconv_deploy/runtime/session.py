@@ -18,9 +18,8 @@ from fdconv_deploy.runtime.backends import BackendOptions, Tensors, select
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.detection import Detection, DetectionPipeline
 from fdconv_deploy.runtime.graph_runner import GraphRunner, Runner, SizedRunner
-from fdconv_deploy.runtime.images import MAX_PIXELS, ImageFile
+from fdconv_deploy.runtime.images import MAX_PIXELS, ImageFile, load_image
 from fdconv_deploy.runtime.manifest import Fit, TensorSpec
-from fdconv_deploy.runtime.multiband import load_image
 from fdconv_deploy.runtime.panoptic import PanopticPipeline
 from fdconv_deploy.runtime.preprocessing import (
     Prepared,

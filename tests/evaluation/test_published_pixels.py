@@ -15,7 +15,7 @@ import torch
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.checkpoints.loading import LoadedSegmentor
 from fdconv_deploy.evaluation.targets import torch_target
-from fdconv_deploy.runtime.multiband import load_image
+from fdconv_deploy.runtime.images import load_image
 from fdconv_deploy.runtime.preprocessing import check_image, normalise, published_size, resize
 
 FILES = Path(__file__).resolve().parents[1] / "real_packages" / "mmsegmentation_pixels"

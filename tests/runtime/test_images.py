@@ -18,8 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime.images import (
-    FORMATS,
     MAX_PIXELS,
+    PICTURE_FORMATS,
     ImageTooLargeError,
     UnsupportedImageError,
     image_size,
@@ -160,7 +160,7 @@ class TestRefused:
             with pytest.raises(UnsupportedImageError, match="JPEG, PNG, WebP, BMP or TIFF"):
                 read_image(encoded(picture(), kind))
 
-    @pytest.mark.parametrize("kind", FORMATS)
+    @pytest.mark.parametrize("kind", PICTURE_FORMATS)
     @pytest.mark.parametrize("kept", [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98])
     def test_cut_off(self, kind: str, kept: float) -> None:
         data = encoded(picture(), kind)
@@ -229,7 +229,7 @@ class TestRefused:
         assert np.array_equal(read_image(data), as_published(data))
 
 
-WHOLE = [encoded(picture(20, 30), kind) for kind in FORMATS]
+WHOLE = [encoded(picture(20, 30), kind) for kind in PICTURE_FORMATS]
 
 
 @given(st.sampled_from(WHOLE), st.integers(0, 5000), st.binary(min_size=1, max_size=40))

@@ -14,8 +14,7 @@ from PIL import Image
 
 from fdconv_deploy.config import Loading, Preprocessing
 from fdconv_deploy.errors import FDConvError, ImageError
-from fdconv_deploy.runtime.images import ImageTooLargeError, UnsupportedImageError
-from fdconv_deploy.runtime.multiband import load_image
+from fdconv_deploy.runtime.images import ImageTooLargeError, UnsupportedImageError, load_image
 from fdconv_deploy.runtime.preprocessing import check_image, normalise, resize, scene_bands
 from fdconv_deploy.runtime.visualization import as_rgb
 
