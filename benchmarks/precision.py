@@ -40,7 +40,7 @@ from fdconv_deploy.evaluation.metrics import confusion_matrix, scores
 from fdconv_deploy.export.api import export_checkpoint
 from fdconv_deploy.export.quantization.fp16 import rounding_model
 from fdconv_deploy.runtime import Bundle, Session, open_session
-from fdconv_deploy.runtime.bundle_checks import sha256_of
+from fdconv_deploy.runtime.bundle import sha256_of
 from fdconv_deploy.runtime.images import read_image
 
 CALIBRATION_SEEDS = range(5_000, 5_064)

@@ -23,7 +23,7 @@ import numpy as np
 from fdconv_deploy.errors import BundleError, FDConvError
 from fdconv_deploy.runtime import Bundle, Session
 from fdconv_deploy.runtime.batching import least_seconds
-from fdconv_deploy.runtime.bundle_checks import bundle_root
+from fdconv_deploy.runtime.bundle import bundle_root
 from fdconv_deploy.runtime.manifest import MANIFEST_NAME, Manifest
 from fdconv_deploy.runtime.preprocessing import published_size
 from fdconv_deploy.serve.batching import DeadlineError

@@ -212,7 +212,7 @@ def read_graph(path: Path, *, native: bool) -> None:
     """A bundle of this graph, whose manifest lists it, opened and run."""
     from fdconv_deploy.ops.native import native_library
     from fdconv_deploy.runtime import Bundle, open_session
-    from fdconv_deploy.runtime.bundle_checks import sha256_of
+    from fdconv_deploy.runtime.bundle import sha256_of
 
     if native and native_library()[0] is None:
         raise RuntimeError("The native operators are not built: python -m fdconv_deploy.ops.native")

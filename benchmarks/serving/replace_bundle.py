@@ -37,7 +37,7 @@ from benchmarks.serving.harness import (
     server,
 )
 from fdconv_deploy.runtime import open_session, read_image
-from fdconv_deploy.runtime.bundle_checks import sha256_of
+from fdconv_deploy.runtime.bundle import sha256_of
 
 HEADERS = {"Content-Type": "image/jpeg", "Accept": "image/png"}
 HEALTH_MS, RESIDENT_MB = 250.0, 1500.0

@@ -20,7 +20,7 @@ from fdconv_deploy.config import Preprocessing, SegmentorConfig
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.compare import Answer, Labels, Target
 from fdconv_deploy.runtime import Detection, Session, open_session
-from fdconv_deploy.runtime.bundle_checks import bundles_and_checkpoints
+from fdconv_deploy.runtime.bundle import bundles_and_checkpoints
 from fdconv_deploy.runtime.detection import DetectionPipeline
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.panoptic import PanopticPipeline

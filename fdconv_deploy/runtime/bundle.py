@@ -17,29 +17,34 @@ by a bus error, when somebody copies another bundle over this one.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import threading
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from fdconv_deploy.atomic_write import replace_folder, temporary_folder
-from fdconv_deploy.errors import BundleError, in_the_way
-from fdconv_deploy.runtime.bundle_checks import (
-    bundle_root,
-    check_file,
-    check_listed,
-    external_files,
-    inside,
-    read_file,
-    read_manifest,
-    sha256_of,
-)
-from fdconv_deploy.runtime.manifest import MANIFEST_NAME, FileInfo, Manifest
+from fdconv_deploy.errors import BundleError, FDConvError, in_the_way
+from fdconv_deploy.runtime.images import SUFFIXES
+from fdconv_deploy.runtime.manifest import FORMAT_VERSION, MANIFEST_NAME, FileInfo, Manifest
+from fdconv_deploy.runtime.onnx_messages import external_locations
 
+M = TypeVar("M", bound=BaseModel)
 # What holds a file's bytes: of a read file, or of memory that processes share.
 Bytes = bytes | memoryview
+_CHECKPOINTS = (".pth", ".pt", ".ckpt", ".safetensors", ".pkl")
+_JSON_LIMIT = 64 << 20  # bytes; a real manifest has some tens of kilobytes
+_NOT_LISTED = (
+    "It is damaged, or another bundle is being copied over this one: let the copy finish, copy the "
+    "folder again, or export it again."
+)
 
 
 @dataclass(frozen=True)
@@ -78,19 +83,19 @@ class Bundle:
         """
         root = bundle_root(Path(path))
         manifest = read_manifest(root)
-        for name, info in manifest.files.items():
-            check_file(root, name, info, hashed=False)
-        for name in manifest.graphs:
-            check_listed(root, manifest, name, "a graph")
-        if manifest.weights is not None:
-            check_listed(root, manifest, manifest.weights, "the weights")
         bundle = cls(root, manifest, verify)
+        for name in manifest.files:
+            bundle._check_file(name, hashed=False)
+        for name in manifest.graphs:
+            bundle._check_listed(name, "The manifest names as a graph")
+        if manifest.weights is not None:
+            bundle._check_listed(manifest.weights, "The manifest names as the weights")
         for model in manifest.graphs:
             bundle._external(model)
         if hold:
             bundle.hold()
         for name in manifest.files.keys() - bundle.contents.keys() if verify else ():
-            check_file(root, name, manifest.files[name], hashed=True)
+            bundle._check_file(name, hashed=True)
         if not hold:
             bundle.release()
         return bundle
@@ -103,8 +108,7 @@ class Bundle:
         """
         with self._lock:
             if name not in self.contents:
-                info = self.manifest.files[name]
-                self.contents[name] = read_file(self.path, name, info, hashed=self.verify)
+                self.contents[name] = self._read(name)
             return self.contents[name]
 
     def external_data(self, model: str) -> dict[str, Bytes]:
@@ -151,12 +155,73 @@ class Bundle:
         self.release()
         return Bundle(folder, self.manifest, self.verify)
 
+    def _read(self, name: str) -> bytes:
+        """A listed file's bytes, read once and never mapped: what is hashed is what is returned."""
+        info, real = self.manifest.files[name], inside(self.path, name)
+        try:
+            with real.open("rb") as file:
+                data = file.read(info.bytes + 1)  # a byte too many tells, however large the file is
+                size = len(data) if len(data) <= info.bytes else os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise self._unreadable(name) from error
+        self._check_size(name, size)
+        if self.verify:
+            self._check_hash(name, hashlib.sha256(data).hexdigest())
+        return data
+
+    def _check_file(self, name: str, *, hashed: bool) -> None:
+        """A listed file is inside the bundle, of the listed size and, if asked, of its hash."""
+        real = inside(self.path, name)
+        self._check_size(name, real.stat().st_size)
+        if hashed:
+            try:
+                found = sha256_of(real)
+            except OSError as error:
+                raise self._unreadable(name) from error
+            self._check_hash(name, found)
+
+    def _unreadable(self, name: str) -> BundleError:
+        return BundleError(f"The file {name!r} of the bundle {self.path} cannot be read.")
+
+    def _check_size(self, name: str, size: int) -> None:
+        if size != (listed := self.manifest.files[name].bytes):
+            raise BundleError(
+                f"The file {name!r} of the bundle {self.path} has {size} bytes where its manifest "
+                f"says {listed}. {_NOT_LISTED}"
+            )
+
+    def _check_hash(self, name: str, found: str) -> None:
+        if found != self.manifest.files[name].sha256:
+            raise BundleError(
+                f"The file {name!r} of the bundle {self.path} is not the one that was exported: "
+                f"its sha256 differs from the manifest's. {_NOT_LISTED}"
+            )
+
+    def _check_listed(self, name: str, found: str) -> None:
+        if name not in self.manifest.files:
+            inside(self.path, name)  # a path outside, or a missing file, is the better sentence
+            raise BundleError(
+                f"{found} {name!r}, whose sha256 the manifest of the bundle {self.path} does not "
+                "list. Export the bundle again."
+            )
+
     def _external(self, model: str) -> dict[str, str]:
         """The files that a graph keeps data in: their names here, by how the graph calls them."""
         with self._lock:
             if model not in self._locations:
-                graph = bytes(self.content(model))
-                self._locations[model] = external_files(self.path, self.manifest, model, graph)
+                try:
+                    locations = external_locations(bytes(self.content(model)))
+                except ValueError as error:
+                    raise BundleError(
+                        f"The file {model!r} of the bundle {self.path} is not an ONNX graph "
+                        f"({error}). Export the bundle again."
+                    ) from error
+                names = {}
+                for location in sorted(locations):
+                    name = location and (PurePosixPath(model).parent / location).as_posix()
+                    self._check_listed(name, f"The graph {model!r} keeps data in")
+                    names[location] = name
+                self._locations[model] = names
             return self._locations[model]
 
     @property
@@ -181,18 +246,8 @@ class Bundle:
             return replace(self, manifest=self.manifest.at(size), contents=dict(self.contents))
 
     def model_path(self, batch: int) -> Path:
-        """The graph file of one batch size."""
-        return self.file(self.manifest.models[batch])
-
-    def file(self, name: str) -> Path:
-        """The real path of a listed file, which lies inside the bundle.
-
-        Raises:
-            BundleError: the manifest does not list ``name``, or it leads outside.
-        """
-        if name not in self.manifest.files:
-            raise BundleError(f"{name!r} is not listed in the manifest of the bundle {self.path}.")
-        return inside(self.path, name)
+        """The graph file of one batch size, its links followed inside the bundle."""
+        return inside(self.path, self.manifest.models[batch])
 
 
 class BundleWriter:
@@ -267,3 +322,142 @@ class BundleWriter:
             )
         if not self.overwrite:
             raise in_the_way(BundleError, f"The bundle {target} exists already.")
+
+
+def sha256_of(path: Path) -> str:
+    """The hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def bundle_root(path: Path) -> Path:
+    """The bundle's folder where ``path`` is one of its files; ``path`` itself otherwise."""
+    if path.is_file() and (path.parent / MANIFEST_NAME).is_file():
+        belongs = path.name == MANIFEST_NAME or path.suffix == ".onnx"
+        return path.parent if belongs else path
+    return path
+
+
+def bundles_and_checkpoints(paths: Iterable[Path]) -> list[Path]:
+    """Bundles' folders and checkpoint files as a user names them, the former as `bundle_root`.
+
+    Raises:
+        FDConvError: one does not exist.
+    """
+    found = [bundle_root(path) for path in paths]
+    for path in found:
+        if not path.exists():
+            raise FDConvError(f"{path} does not exist. Give a bundle's folder or a checkpoint.")
+    return found
+
+
+def _no_folder(path: Path) -> str:
+    """What is wrong with a path given in a bundle's place that is no folder, and what to do."""
+    expected = "A bundle is a folder made by `fdconv export`"
+    ending = path.suffix.lower()
+    if not path.exists():
+        return f"{expected}, but {path} does not exist. Check the path."
+    if ending in _CHECKPOINTS:
+        output = f"{path.stem}_bundle"
+        return (
+            f"{expected}, but {path} is a file, a checkpoint by its ending. Export it first "
+            f"(`fdconv inspect {path}` prints the command), then give the folder, e.g. {output}."
+        )
+    if ending in SUFFIXES:
+        return (
+            f"{expected}, but {path} is a file, an image by its ending. The bundle comes first, "
+            "then the images."
+        )
+    if ending == ".onnx":
+        return (
+            f"{expected}, but {path} is a file, and no {MANIFEST_NAME} lies beside it. Give the "
+            "folder that export wrote: its manifest tells classes and preprocessing."
+        )
+    return f"{expected}, but {path} is a file. Give the folder that holds {MANIFEST_NAME}."
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of the bundle folder ``root``, of a format known here and consistent."""
+    if not root.is_dir():
+        raise BundleError(_no_folder(root))
+    if not (root / MANIFEST_NAME).exists():
+        raise BundleError(
+            f"{root} has no {MANIFEST_NAME}, so it is not a bundle, or its export was cut "
+            "short. Give a folder made by `fdconv export`."
+        )
+    file = inside(root, MANIFEST_NAME)
+    return read_versioned(file, Manifest, FORMAT_VERSION, "Export the bundle again.")
+
+
+def read_versioned(file: Path, model: type[M], newest: int, advice: str) -> M:
+    """A JSON file that gives its ``format_version``, 1 to ``newest``.
+
+    Raises:
+        BundleError: it is none, or does not fit ``model``; ``advice`` ends the message.
+    """
+    try:
+        if file.stat().st_size > _JSON_LIMIT:
+            raise BundleError(f"{file} is too large, over {_JSON_LIMIT:,} bytes. {advice}")
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        version = raw["format_version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = "it is not a JSON object in UTF-8 with a format_version"
+        if isinstance(error, (OSError, json.JSONDecodeError)):
+            reason = str(error)
+        raise BundleError(f"{file} cannot be read ({reason}). {advice}") from error
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BundleError(
+            f"{file} gives {version!r} as its format version, where a number from 1 was expected. "
+            f"{advice}"
+        )
+    if version > newest:
+        raise BundleError(
+            f"{file} is of format {version}, newer than the {newest} this version of fdconv-deploy "
+            f"reads. Update fdconv-deploy. Or: {advice}"
+        )
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "its contents"
+        raise BundleError(f"{file} is not valid at {where}: {first['msg']}. {advice}") from error
+
+
+def inside(root: Path, name: str) -> Path:
+    """``root / name`` with links followed, which must end up inside ``root``."""
+    windows = PureWindowsPath(name)
+    if (
+        not name
+        or "\0" in name
+        or PurePosixPath(name).is_absolute()
+        or windows.drive
+        or windows.root
+        or ".." in windows.parts
+    ):
+        raise BundleError(
+            f"The bundle {root} names {name!r}, which leads outside it; such a bundle is not "
+            "opened. Get it from a source you trust."
+        )
+    try:
+        real = (root / name).resolve(strict=True)
+    except FileNotFoundError as error:
+        raise BundleError(
+            f"The bundle {root} lacks the file {name!r} that its manifest lists. Copy the whole "
+            "folder, or export it again."
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise BundleError(f"The file {name!r} of the bundle {root} cannot be reached.") from error
+    if not real.is_relative_to(root.resolve()):
+        raise BundleError(
+            f"The file {name!r} of the bundle {root} is a link that leads outside it; such a "
+            "bundle is not opened. Replace the link by the file."
+        )
+    if not real.is_file():
+        raise BundleError(f"{name!r} in the bundle {root} is not a file.")
+    return real
+
+
+# What else may be the matter with a file that is not the listed one, and what to do.

@@ -19,7 +19,7 @@ from fdconv_deploy.errors import BackendError, BundleError, ImageError
 from fdconv_deploy.runtime import Bundle, Session, open_session, read_image
 from fdconv_deploy.runtime import backends as backends_module
 from fdconv_deploy.runtime.backends import onnxruntime as ort_module
-from fdconv_deploy.runtime.bundle_checks import sha256_of
+from fdconv_deploy.runtime.bundle import sha256_of
 from fdconv_deploy.runtime.postprocessing import logit_map
 from fdconv_deploy.runtime.preprocessing import normalise
 from tests.runtime import toy

@@ -139,7 +139,7 @@ class TestRefused:
             (lambda m: m["other_sizes"][0]["models"].pop("4"), "same batch sizes"),
             (lambda m: m["other_sizes"][0]["input"].update(width=40), "must take images"),
             (lambda m: m["other_sizes"][0]["models"].update({"1": "none.onnx"}), "none.onnx"),
-            (lambda m: m["files"].pop("model.48x32.b4.onnx"), "without listing its sha256"),
+            (lambda m: m["files"].pop("model.48x32.b4.onnx"), "does not list"),
         ],
     )
     def test_inconsistent(self, damaged: Path, change, says: str) -> None:

@@ -24,8 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.errors import BackendError, BundleError
-from fdconv_deploy.runtime.bundle import Bundle
-from fdconv_deploy.runtime.bundle_checks import inside, read_versioned
+from fdconv_deploy.runtime.bundle import Bundle, inside, read_versioned
 from fdconv_deploy.runtime.manifest import FileInfo, OutputParity, Sha256
 
 FOLDER = "engines"
