@@ -28,8 +28,8 @@ from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.export import export_module
 from fdconv_deploy.latency import machine
 from fdconv_deploy.ops.native import native_library
-from fdconv_deploy.profiling.onnx_profile import PARTS, WARM_UP, ProfiledGraph, by_layer
-from fdconv_deploy.profiling.torch_profile import ProfiledNetwork
+from fdconv_deploy.profiling import PARTS, WARM_UP
+from fdconv_deploy.profiling.profile import ProfiledGraph, ProfiledNetwork
 
 HEIGHT = 3.7  # inches
 # Bars of one layer lie over each other, the widest behind: widths and colours.
@@ -78,8 +78,8 @@ def measure(
             eager.run((x,))
             for graph in graphs.values():
                 graph.run(feeds)
-    found = {"eager": eager.layers(WARM_UP)}
-    found |= {side: by_layer(graph.costs(WARM_UP)) for side, graph in graphs.items()}
+    found = {"eager": eager.layers()}
+    found |= {side: graph.layers() for side, graph in graphs.items()}
     return {
         "title": case.title,
         "case": case.as_dict(),
@@ -88,16 +88,9 @@ def measure(
         "sides": {
             side: {
                 "parts": {
-                    part: round(sum(one.milliseconds.get(part, 0.0) for one in layers), 3)
-                    for part in PARTS
+                    part: round(sum(one.ms.get(part, 0.0) for one in layers), 3) for part in PARTS
                 },
-                "layers": [
-                    {
-                        "name": layer.name,
-                        "ms": {k: round(v, 4) for k, v in layer.milliseconds.items()},
-                    }
-                    for layer in layers
-                ],
+                "layers": [layer.model_dump() for layer in layers],
             }
             for side, layers in found.items()
         },

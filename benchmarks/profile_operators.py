@@ -18,7 +18,8 @@ from benchmarks.export_size import TOLERANCE
 from benchmarks.options import keep, script
 from fdconv_deploy.export import export_module
 from fdconv_deploy.latency import machine
-from fdconv_deploy.profiling.onnx_profile import PARTS, Cost, profile
+from fdconv_deploy.profiling import PARTS, WARM_UP
+from fdconv_deploy.profiling.profile import Cost, ProfiledGraph
 
 
 def measure(case: Case, folder: Path, *, threads: int, runs: int = 10) -> dict[str, Any]:
@@ -31,8 +32,10 @@ def measure(case: Case, folder: Path, *, threads: int, runs: int = 10) -> dict[s
         network = case.make(dynamic=dynamic)
         bundle = export_module(network, x, place / "bundle", tolerance=TOLERANCE)
         model = bundle.model_path(case.batch)
-        costs = profile(model, {"input": x.numpy()}, place, threads=threads, runs=runs)
-        result[name] = by_part(costs)
+        graph = ProfiledGraph(model, place, threads=threads)
+        for _ in range(runs + WARM_UP):
+            graph.run({"input": x.numpy()})
+        result[name] = by_part(graph.costs())
     return result
 
 

@@ -21,7 +21,7 @@ from benchmarks.speed import OPENVINO
 from benchmarks.speed import SIDES as EVERY
 from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.latency import machine
-from fdconv_deploy.profiling.onnx_profile import PARTS
+from fdconv_deploy.profiling import PARTS
 
 DOCS = machine.ROOT / "docs"
 SIDES = {s: name for s, name in EVERY.items() if s not in (*OPENVINO, "native_nchw")}

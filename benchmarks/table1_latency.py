@@ -122,14 +122,14 @@ def measure(
                 row = FDCONV if name == NATIVE else name
                 target = _target(form, row, folder, {**prepared, **given}, threads)
                 workers[name] = stack.enter_context(Worker(target))
-            cases = {name: Series(worker) for name, worker in workers.items()}
+            cases = {name: Series(worker.sample) for name, worker in workers.items()}
             shares.append(_take_turns(form, cases, list(workers.values()), schedule, progress))
         plain = cases[PLAIN].medians
         for name, case in cases.items():
             key = f"{form}/{name}"
             result["ms"][key] = spread(case.seconds)
             result["steady"][key] = case.steady
-            result["memory_mb"][key] = round(workers[name].peak_mb)
+            result["memory_mb"][key] = workers[name].opened.peak_mb
             if name != PLAIN:
                 result["over_plain"][key] = ratio(case.medians, plain)
     return {**result, "others_cpu": max(shares)}
@@ -147,7 +147,7 @@ def _take_turns(
     def told(rounds: int, steady: int, spent: float) -> None:
         progress(f"{form}: {rounds} rounds, {steady} of {len(cases)} steady, {spent:.0f} s")
 
-    with machine.Bystanders(lambda: sum(worker.cpu_seconds for worker in workers)) as others:
+    with machine.Bystanders(lambda: sum(one.opened.cpu_seconds for one in workers)) as others:
         sample_until_steady(list(cases.values()), schedule, told)
     return others.share or 0.0
 

@@ -40,7 +40,7 @@ def _exported(target: Target, place: Path) -> OpenTarget:
     (file,) = (place / "onnx").glob("*.onnx")
     session = open_session(file, target.options.threads, target.options.overrides.get("library"))
     feeds = {session.get_inputs()[0].name: sample_batch(1, tuple(target.options.overrides["size"]))}
-    return OpenTarget(lambda: session.run(None, feeds), "cpu", {})
+    return OpenTarget(lambda: session.run(None, feeds), target.opened("cpu"))
 
 
 def _eager(target: Target, place: Path) -> OpenTarget:
@@ -59,4 +59,4 @@ def _eager(target: Target, place: Path) -> OpenTarget:
         with torch.inference_mode():
             return network(x)
 
-    return OpenTarget(run, "cpu", {})
+    return OpenTarget(run, target.opened("cpu"))

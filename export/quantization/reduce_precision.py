@@ -15,7 +15,8 @@ from fdconv_deploy.export.quantization.fp16 import rounding_model, to_half_preci
 from fdconv_deploy.export.quantization.int8 import CalibrationInputs, quantizable, quantize
 from fdconv_deploy.export.source_network import SourceNetwork
 from fdconv_deploy.folding.network import foldable_layers
-from fdconv_deploy.profiling.divergence import Answers, Divergence, points_of, save_exposed
+from fdconv_deploy.profiling import Divergence
+from fdconv_deploy.profiling.divergence import compare_graphs, points_of, save_exposed
 
 NAMED = 3
 
@@ -48,18 +49,15 @@ class Reduction:
         """Convert and compare. One copy of the weights at a time is kept in memory."""
         reference, reduced = folder / "reference.onnx", folder / "reduced.onnx"
         points = points_of(model, self.layers)
-        tensors = [point.tensor for point in points]
-        save_exposed(model, tensors, reference)
-        feed = self.source.feed(batch)
-        exact = Answers(reference, points, feed, folder)
+        save_exposed(model, points, reference)
         self._convert(model, batch)
         measured = rounding_model(model) if self.options.precision == "fp16" else model
-        save_exposed(measured, tensors, reduced)
+        save_exposed(measured, points, reduced)
         del measured
         self.options.say(f"batch {batch}: comparing it with float32, layer by layer")
-        found = exact.divergences(reduced, feed)
+        found = compare_graphs(reference, reduced, self.source.feed(batch), points)
         self.report["layers"] = {
-            d.name: [float(f"{d.max_rel:.2e}"), float(f"{1 - d.cosine:.1e}")] for d in found
+            d.name: [float(f"{d.max_rel:.2e}"), float(f"{d.angle:.1e}")] for d in found
         }
         worst = sorted(found, key=lambda d: -d.max_rel)
         self.report["worst"] = [d.name for d in worst[:NAMED]]

@@ -28,7 +28,7 @@ from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.ops.native import NCHW, Native
 
 if TYPE_CHECKING:
-    from fdconv_deploy.latency.report import Divergences, Profile, Report
+    from fdconv_deploy.latency.report import Report
 
 # In a file, where eighty columns are nobody's.
 WIDEST = 140
@@ -154,23 +154,12 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Time bundles, checkpoints and services side by side."""
-    from fdconv_deploy.latency import machine, report
+    from fdconv_deploy.latency import machine, measure, report
     from fdconv_deploy.latency.interleaving import Schedule
-    from fdconv_deploy.latency.measure import (
-        add_divergences,
-        add_profiles,
-        check_divergences,
-        measure,
-    )
     from fdconv_deploy.latency.targets import RunOptions, expand_targets
-    from fdconv_deploy.runtime import Bundle
     from fdconv_deploy.runtime.backends.threads import available_cores
 
-    outputs = [
-        (json_file, report.as_json),
-        (markdown, report.markdown),
-        (csv, report.csv),
-    ]
+    outputs = [(json_file, report.as_json), (markdown, report.markdown), (csv, report.csv)]
     # A missing package is reported now, not after minutes of measuring.
     if html is not None:
         with needed_by("The report's page (--html)", "bench"):
@@ -196,37 +185,30 @@ def bench(
         batches=parse_counts(batch, "--batch"),
         native=NATIVE[native],
     )
-    if size and all(target.kind == "bundle" for target in targets):
-        manifests = [Bundle.open(one.source, verify=False).manifest for one in targets]
-        sizes = {at for manifest in manifests for at in manifest.sizes}
-        if parse_size(size) not in sizes:
-            has = ", ".join(f"{height}x{width}" for height, width in sorted(sizes)) or "their own"
-            raise typer.BadParameter(
-                f"{size}: a bundle's graphs have the sizes it was exported at, here {has}."
-            )
     levels = parse_counts([concurrency], "--concurrency")
     if divergence:
-        check_divergences(targets)
+        measure.check_divergences(targets)
     if divergence or (profile and any(target.kind == "bundle" for target in targets)):
         with needed_by("Time and divergence by layer"):
             import onnx  # noqa: F401
     err = Console(stderr=True)
     if not quiet and (sentence := machine.busy()):
         err.print(sentence, highlight=False)
-    with _progress(err, hidden=quiet) as bar:
+    columns = BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
+    with Progress(*columns, console=err, disable=quiet, transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
 
         def on_progress(text: str, share: float) -> None:
             bar.update(task, description=text, completed=share)
 
         schedule = Schedule(seconds=seconds, warm_up=warm_up, agree=agree)
-        found = measure(
+        found = measure.measure(
             targets, schedule, concurrency=levels, skipped=skipped, progress=on_progress
         )
         if profile:
-            add_profiles(found, targets, on_progress)
+            measure.add_profiles(found, targets, on_progress)
         if divergence:
-            add_divergences(found, targets, on_progress)
+            measure.add_divergences(found, targets, on_progress)
     for file, render in wanted:
         write(file, render(found))
     if not quiet and STDOUT not in [file for file, _ in wanted]:
@@ -259,17 +241,6 @@ def write(file: Path, text: str) -> None:
         write_atomically(file, text.encode())
 
 
-def _progress(console: Console, *, hidden: bool) -> Progress:
-    return Progress(
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False),
-        console=console,
-        disable=hidden,
-        transient=True,
-    )
-
-
 def show(report: Report, console: Console) -> None:
     """The report as tables and notes.
 
@@ -282,38 +253,35 @@ def show(report: Report, console: Console) -> None:
     console.print(head(report), markup=False, highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, WIDEST)
-    table = _rows(titles, rows)
-    if _width(table) > console.width:
+    missing: list[str] = []
+    if _width(_table(titles, rows)) > console.width:
         names = list(dict.fromkeys(row[0] for row in rows))
         for number, name in enumerate(names, 1):
             console.print(Text(f"{number}  {name}"))
         rows = [[str(names.index(row[0]) + 1), *row[1:]] for row in rows]
-        missing = []
-        for title in LEFT_OUT:
-            table = _rows(titles, rows)
-            if _width(table) <= console.width:
-                break
-            if title in titles:
+        for title in (title for title in LEFT_OUT if title in titles):
+            if _width(_table(titles, rows)) > console.width:
                 missing.append(title)
                 place = titles.index(title)
                 titles, *rows = ([*line[:place], *line[place + 1 :]] for line in (titles, *rows))
-        table = _rows(titles, rows)
-        if missing:
-            table.caption = f"No room for {', '.join(missing)}: --markdown - prints all."
-            table.caption_justify = "left"
+    table = _table(titles, rows)
+    if missing:
+        table.caption = f"No room for {', '.join(missing)}: --markdown - prints all."
+        table.caption_justify = "left"
     console.print(table)
-    for profile in report.get("profiles", []):
-        console.print(_profile(profile))
-    for found in report.get("divergences", []):
-        console.print(_divergences(found))
+    for section in report.sections:
+        console.print(Text(section.heading))
+        console.print(_table(*section.table(most=SHOWN)))
     for note in notes(report):
         console.print(note, markup=False, highlight=False)
 
 
-def _rows(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for title in titles:
-        table.add_column(title, justify="right" if title else "left", no_wrap=bool(title))
+    for name in titles:
+        table.add_column(
+            name, justify="right" if name else "left", no_wrap=bool(name) and " " not in name
+        )
     for row in rows:
         table.add_row(*map(Text, row))
     return table
@@ -323,32 +291,3 @@ def _width(table: Table) -> int:
     """How wide a table wants to be."""
     console = Console(file=StringIO(), width=10_000)
     return console.measure(table).maximum
-
-
-def _profile(section: Profile) -> Table:
-    """Sums over the network, and the layers that take most; all are in the files."""
-    parts = section["parts"]
-    title = f"ms by layer: {section['title']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for name in (*parts, "sum"):
-        table.add_column(name, justify="right", no_wrap=" " not in name)
-    slowest = sorted(section["layers"], key=lambda layer: -sum(layer["ms"].values()))[:SHOWN]
-    named = [(_short(layer["name"]), layer["ms"]) for layer in slowest]
-    for name, spent in [("all layers", section["sums"]), *named]:
-        values = [f"{spent[part]:.2f}" if part in spent else "" for part in parts]
-        table.add_row(Text(name), *values, f"{sum(spent.values()):.2f}")
-    return table
-
-
-def _divergences(section: Divergences) -> Table:
-    """The layers that differ most; all are in the files."""
-    title = f"divergence by layer: {section['title']}"
-    table = Table("", "largest error", "1 − cosine", title=title, box=box.SIMPLE_HEAD)
-    for layer in sorted(section["layers"], key=lambda layer: -layer["max_rel"])[:SHOWN]:
-        table.add_row(Text(layer["name"]), f"{layer['max_rel']:.1e}", f"{layer['angle']:.1e}")
-    return table
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("backbone.")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+from pydantic import BaseModel
 
 from fdconv_deploy.latency.machine import Reading
 from fdconv_deploy.runtime.backends.base import Phases
@@ -59,25 +60,28 @@ class Interleaver(Generic[R]):
         return [answers[index] for index in range(count)]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Seconds of each run of one turn, of all runs together (``wall``), and joules if known.
+class Sample(BaseModel):
+    """One turn of a target.
 
-    On a GPU also ``phases`` of runs after those, and ``readings`` of the GPU meanwhile.
+    Attributes:
+        seconds: of each run.
+        wall: seconds of all runs together.
+        joules: of all runs, where they are known.
+        phases: on a GPU, of runs after those.
+        readings: of the GPU meanwhile.
+        peak_mb: the most memory that the process ever held; it, and what follows, where known.
+        cpu_seconds: CPU time of the process so far.
+        device_mb: GPU memory taken since the process started.
     """
 
-    seconds: tuple[float, ...]
+    seconds: list[float]
     wall: float
     joules: float | None = None
-    phases: tuple[Phases, ...] = ()
-    readings: tuple[Reading, ...] = ()
-
-
-class Runner(Protocol):
-    """What can be sampled, such as a `workers.Worker`."""
-
-    def sample(self, runs: int, concurrency: int) -> Sample:
-        """Run ``runs`` times in each of ``concurrency`` threads."""
+    phases: list[Phases] = []
+    readings: list[Reading] = []
+    peak_mb: int | None = None
+    cpu_seconds: float = 0.0
+    device_mb: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,15 +105,16 @@ class Schedule:
 
 @dataclass
 class Series:
-    """A runner at one concurrency, and its samples: one for each round.
+    """A target at one concurrency, and its samples: one for each round.
 
     Attributes:
+        sample: runs the target so often in so many threads, as `workers.Worker.sample` does.
         runs: in a sample, and thread.
         windows: median seconds of each window.
         steady: whether the last three windows agree.
     """
 
-    runner: Runner
+    sample: Callable[[int, int], Sample]
     concurrency: int = 1
     runs: int = 1
     samples: list[Sample] = field(default_factory=list)
@@ -130,13 +135,13 @@ class Series:
         """Run until caches are full and clocks are up; settle how many runs make a sample."""
         start, done, last = clock(), 0, 0.0
         while done < 2 or clock() - start < schedule.warm_up:
-            last = float(np.median(self.runner.sample(1, self.concurrency).seconds))
+            last = float(np.median(self.sample(1, self.concurrency).seconds))
             done += 1
         self.runs = max(1, round(schedule.turn / max(last, 1e-6)))
 
     def take(self) -> None:
         """Take a sample."""
-        self.samples.append(self.runner.sample(self.runs, self.concurrency))
+        self.samples.append(self.sample(self.runs, self.concurrency))
 
     def end_window(self, schedule: Schedule) -> None:
         """Note the window's median, and whether the last three agree."""
@@ -157,13 +162,11 @@ def sample_until_steady(
     progress: Callable[[int, int, float], None] = lambda *_: None,
     clock: Clock = time.perf_counter,
 ) -> None:
-    """Sample series in turn until each is steady, or time is up.
+    """Warm series up, and sample them in turn until each is steady, or time is up.
 
     Series that are steady go on while others are not: all have the same rounds.
 
     Args:
-        series: they are warmed up first, and their samples are added to them.
-        schedule: how long to go on.
         progress: called after every round with the number of rounds, the number of steady
             series and the seconds so far.
         clock: seconds, as `time.perf_counter` gives them.
@@ -192,11 +195,8 @@ def ratio(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]
         in which drift between rounds cancels.
     """
     q1, q3 = np.percentile(np.array(times) / np.array(baseline), [25, 75])
-    return {
-        "value": round(float(np.median(times) / np.median(baseline)), 3),
-        "q1": round(float(q1), 3),
-        "q3": round(float(q3), 3),
-    }
+    value = np.median(times) / np.median(baseline)
+    return {name: round(float(x), 3) for name, x in (("value", value), ("q1", q1), ("q3", q3))}
 
 
 def say_ratio(times: Sequence[float], baseline: Sequence[float]) -> str:

@@ -7,14 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from fdconv_deploy.config import DetectorConfig, Preprocessing, ResNetConfig, SegmentorConfig
 from fdconv_deploy.errors import FDConvError
@@ -25,8 +26,9 @@ from fdconv_deploy.runtime.backends.base import Phases
 from fdconv_deploy.runtime.backends.tensorrt_engines import FOLDER
 from fdconv_deploy.runtime.bundle import bundles_and_checkpoints
 from fdconv_deploy.runtime.images import load_image
+from fdconv_deploy.runtime.manifest import TensorSpec
 from fdconv_deploy.runtime.preprocessing import check_image, resize, scene_bands
-from fdconv_deploy.sample_images import manifest_feeds, prepared_batch, sample_batch, sample_image
+from fdconv_deploy.sample_images import manifest_feeds, sample_feeds, sample_image
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,12 +38,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["bundle", "checkpoint", "service", "call"]
 PAGEABLE = "copies from and to pageable memory, which wait"
-TORCH_BACKENDS = {
-    "eager": "the published network",
-    "compile": "the published network through torch.compile",
-    "folded": "the folded network",
-    "fused": "the folded network in this package's GPU kernels",
-}
+TORCH_BACKENDS = ("eager", "compile", "folded", "fused")
 ALL, CPU = "all", "onnxruntime-cpu"
 
 
@@ -50,67 +47,107 @@ class UnavailableError(FDConvError):
 
 
 class RunOptions(BaseModel):
-    """How targets are run.
-
-    Attributes:
-        threads: CPU threads.
-        size: (height, width) of a checkpoint's input; a bundle knows its own.
-        whole: time a request from decoded pixels to labels, not the network alone.
-        image: file that is run; packaged pictures when not given.
-        model: of a service; its first when not given.
-        config: a checkpoint's config file.
-        overrides: settings that a checkpoint does not contain; of a call, whatever it takes.
-        weights: which weights of a checkpoint, see `read_checkpoint`.
-        tf32: whether float32 products may round to ten bits on a GPU, see `open_session`.
-    """
+    """How targets are run."""
 
     model_config = ConfigDict(frozen=True)
 
-    threads: int
-    size: tuple[int, int] | None = None
-    whole: bool = False
-    image: Path | None = None
-    model: str | None = None
-    config: Path | None = None
-    overrides: dict[str, Any] = Field(default_factory=dict)
-    weights: str | None = None
-    tf32: bool | None = None
+    threads: int  # on a CPU
+    size: tuple[int, int] | None = None  # (height, width) of a checkpoint's input
+    whole: bool = False  # time a request from decoded pixels to labels, not the network alone
+    image: Path | None = None  # packaged pictures when not given
+    model: str | None = None  # of a service; its first when not given
+    config: Path | None = None  # a checkpoint's
+    # Settings that a checkpoint does not contain; of a call, whatever it takes.
+    overrides: dict[str, Any] = {}
+    weights: str | None = None  # which of a checkpoint's, see `read_checkpoint`
+    tf32: bool | None = None  # see `open_session`
 
 
-class Target(BaseModel):
-    """One thing to time. Travels to its `workers.Worker` as JSON.
-
-    Attributes:
-        source: a bundle's or checkpoint's path, a service's address, or for scripts
-            "module:function", which makes an `OpenTarget` of the target.
-        backend: of ``BACKENDS``, "auto", of ``TORCH_BACKENDS``, or "http".
-        named: whether this backend was asked for, rather than every one there is.
-        native: whether a bundle's ``fdconv`` operators run in C on a CPU, as `open_session` takes
-            it.
-    """
+class Named(BaseModel):
+    """What tells a target from others, also in a report."""
 
     model_config = ConfigDict(frozen=True)
 
     kind: Kind
+    # A bundle's or checkpoint's path, a service's address, or for scripts "module:function", which
+    # makes an `OpenTarget` of the target.
     source: str
-    options: RunOptions
-    backend: str = "auto"
-    batch: int = 1
+    backend: str = "auto"  # or of BACKENDS, of TORCH_BACKENDS, or "http"
+    native: Native = None  # whether ``fdconv`` operators run in C on a CPU, see `open_session`
     precision: str = "fp32"
-    named: bool = True
-    native: Native = None
+    batch: int = 1
+
+    @property
+    def label(self) -> str:
+        """For people: source, backend, kind of operators and precision."""
+        short = self.source if self.kind == "service" else Path(self.source).name
+        said: dict[Native, str] = {None: "", True: "native", NCHW: "native in NCHW"}
+        parts = [short, self.backend, said.get(self.native, "portable"), self.precision]
+        return ", ".join(part for part in parts if part)
 
     @property
     def name(self) -> str:
-        """For people: source, backend, precision and batch size."""
-        short = self.source if self.kind == "service" else Path(self.source).name
-        said: dict[Native, str] = {None: "", True: "native", NCHW: "native in NCHW"}
-        how = said.get(self.native, "portable")
-        parts = [short, self.backend, how, self.precision, f"batch {self.batch}"]
-        return ", ".join(part for part in parts if part)
+        """The label with the batch size."""
+        return f"{self.label}, batch {self.batch}"
 
 
-class Skipped(NamedTuple):
+class Target(Named):
+    """One thing to time. Travels to its `workers.Worker` as JSON."""
+
+    options: RunOptions
+    named: bool = True  # this backend was asked for, rather than every one there is
+
+    def opened(self, device: str, **found: Any) -> Opened:
+        """What turned out when it was opened: fields of `Opened`."""
+        own = self.model_dump(include=set(Named.model_fields))
+        own |= {"threads": self.options.threads, "device": device}
+        whole = self.options.whole or self.kind == "service"
+        return Opened(**{**own, "whole": whole, **found})
+
+
+class Opened(Named):
+    """What turned out when a target was opened, and what its process took.
+
+    Memory of a service's worker is None: it is only its client. ``peak_mb``, ``device_mb`` and
+    ``cpu_seconds`` are those so far.
+    """
+
+    threads: int  # on a CPU
+    whole: bool  # from decoded pixels to labels or objects, or of a service from an encoded image
+    device: str  # "cpu", "cuda" or "service"
+    choice: str = ""  # why it runs in that backend
+    network: str = ""  # whichever of its layers are FDConv: by it unrelated ones are told
+    operators: str = ""  # what runs the ``fdconv`` operators, and why
+    size: tuple[int, int] | None = None  # (height, width) of its input
+    manner: str = ""  # on a GPU, its rounding, streams and synchronisation
+    engine: str | None = None  # TensorRT's file
+    import_seconds: float = 0.0  # from starting the process until its libraries were imported
+    load_seconds: float = 0.0
+    first_ms: float = 0.0  # of the first request
+    loaded_mb: int | None = None  # memory of the process after loading
+    peak_mb: int | None = None  # the most that it held
+    device_mb: int | None = None  # GPU memory taken since it started, where it is known
+    gpu_uuid: str | None = None  # of the GPU that does the work, where it is known
+    cpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class OpenTarget:
+    """A target that answers one request after another.
+
+    Attributes:
+        run: one request; may be called from several threads at once.
+        phases: one more run, told apart by phase; None where that cannot be had.
+    """
+
+    run: Callable[[], Any]
+    opened: Opened
+    close: Callable[[], None] = lambda: None
+    phases: Callable[[], Phases] | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
     """Something that was not timed, and why, as a sentence."""
 
     what: str
@@ -147,16 +184,22 @@ def expand_targets(
             raise FDConvError(f"There is no backend {name!r}; there are {', '.join(known)}.")
     paths = bundles_and_checkpoints(paths)
     bundles = {path: Bundle.open(path, verify=False) for path in paths if path.is_dir()}
-    sizes = sorted({size for bundle in bundles.values() for size in bundle.batch_sizes}) or [1]
-    wanted = [1] if options.whole and not batches else list(dict.fromkeys(batches)) or sizes
+    batch_sizes = sorted({size for bundle in bundles.values() for size in bundle.batch_sizes})
+    wanted = [1] if options.whole and not batches else list(dict.fromkeys(batches))
+    wanted = wanted or batch_sizes or [1]
     if options.whole and wanted != [1]:
         raise FDConvError(
             "A whole request is one image's: --end-to-end goes without --batch, or with --batch 1."
         )
+    sizes = [size for bundle in bundles.values() for size in bundle.manifest.sizes]
     if options.size is None:
-        inputs = (bundle.manifest.input for bundle in bundles.values())
-        found = next(((size.height, size.width) for size in inputs if size is not None), None)
-        options = options.model_copy(update={"size": found})
+        options = options.model_copy(update={"size": sizes[0] if sizes else None})
+    elif len(bundles) == len(paths) and not urls and options.size not in sizes:
+        has = ", ".join(f"{height}x{width}" for height, width in sorted(set(sizes)))
+        raise FDConvError(
+            f"There is no graph of {options.size[0]}x{options.size[1]}: a bundle's graphs have the "
+            f"sizes it was exported at, here {has or 'their own'}."
+        )
     targets: list[Target] = []
     skipped: list[Skipped] = []
     for path in paths:
@@ -165,10 +208,8 @@ def expand_targets(
             target = Target(kind="checkpoint", source=str(path), options=options, batch=batch)
             if bundle is not None:
                 if batch not in bundle.batch_sizes:
-                    has = ", ".join(map(str, bundle.batch_sizes))
-                    skipped.append(
-                        Skipped(f"{path.name}, batch {batch}", f"It has graphs of {has}.")
-                    )
+                    why = f"It has graphs of {', '.join(map(str, bundle.batch_sizes))}."
+                    skipped.append(Skipped(f"{path.name}, batch {batch}", why))
                     continue
                 precision = bundle.manifest.precision
                 target = target.model_copy(update={"kind": "bundle", "precision": precision})
@@ -223,40 +264,6 @@ def _check_used(
         raise FDConvError("Give a bundle's folder, a checkpoint, or --url of a running service.")
 
 
-class Details(TypedDict, total=False):
-    """What turned out when a target was opened: the backend and why, the input's size.
-
-    ``manner``: on a GPU, its rounding, streams and synchronisation. ``engine``: TensorRT's file.
-    ``network``: see `_in_words`; not there where it is not known.
-    """
-
-    backend: str
-    choice: str
-    network: str
-    operators: str
-    precision: str
-    size: tuple[int, int] | None
-    manner: str
-    engine: str
-
-
-@dataclass(frozen=True)
-class OpenTarget:
-    """A target that answers one request after another.
-
-    Attributes:
-        run: one request; may be called from several threads at once.
-        device: "cpu", "cuda" or "service".
-        phases: one more run, told apart by phase; None where that cannot be had.
-    """
-
-    run: Callable[[], Any]
-    device: str
-    details: Details
-    close: Callable[[], None] = lambda: None
-    phases: Callable[[], Phases] | None = None
-
-
 def open_target(target: Target) -> OpenTarget:
     """Load everything a target needs; nothing has been run then.
 
@@ -272,7 +279,6 @@ def open_target(target: Target) -> OpenTarget:
 
 
 def _in_words(architecture: SegmentorConfig | DetectorConfig) -> str:
-    """What a network is, whichever of its layers are FDConv: by it unrelated ones are told."""
     backbone = architecture.backbone
     size = backbone.depth if isinstance(backbone, ResNetConfig) else backbone.widths[0]
     on = f"{backbone.type}-{size}"
@@ -285,44 +291,46 @@ def _in_words(architecture: SegmentorConfig | DetectorConfig) -> str:
 
 def _open_bundle(target: Target) -> OpenTarget:
     bundle, options = opened_bundle(target), target.options
-    backend_options = BackendOptions(
-        threads=options.threads, native=target.native, tf32=options.tf32
-    )
-    backend, choice, graphs = select(bundle, target.backend, backend_options)
-    graphs = {target.batch: graphs.get(target.batch) or backend.load(bundle, target.batch)}
+    how = BackendOptions(threads=options.threads, native=target.native, tf32=options.tf32)
+    backend, choice, graphs = select(bundle, target.backend, how)
+    graph: Any = graphs.get(target.batch) or backend.load(bundle, target.batch)
     bundle.release()  # only this batch is run
-    session = Session(bundle, GraphRunner(bundle, backend, choice, graphs))
+    session = Session(bundle, GraphRunner(bundle, backend, choice, {target.batch: graph}))
     shapes = (spec.shape for spec in bundle.manifest.inputs[target.batch])
-    size = next(((shape[2], shape[3]) for shape in shapes if len(shape) == 4), None)
-    details = Details(
-        backend=session.backend, choice=choice, operators=backend.operators, size=size
-    )
+    native = target.native
+    if native is None and backend.operators.startswith("native"):
+        native = True
     described = bundle.manifest.architecture or bundle.manifest.detector
-    if described is not None:
-        details["network"] = _in_words(described)
+    found: dict[str, Any] = dict(
+        backend=session.backend,
+        native=native,
+        choice=choice,
+        network=_in_words(described) if described else "",
+        operators=backend.operators,
+        size=next((shape[2:] for shape in shapes if len(shape) == 4), None),
+    )
+    run: Callable[[], Any]
+    phases = None
     if options.whole:
-        image = _picture(session.input_size, session.preprocessing, options.image)
-        ask = session.detect if session.detects else session.segment
-        return OpenTarget(lambda: ask(image), backend.device, details, session.close)
-    inputs = bundle_inputs(bundle, target)
-    graph: Any = graphs[target.batch]
-    if backend.device == "cuda":
-        onnxruntimes = f"{backend.operators}, on one stream; waited for after every run; {PAGEABLE}"
-        details["manner"] = getattr(graph, "manner", onnxruntimes)
-    if backend.name == "tensorrt":
-        details["engine"] = str(bundle.path / FOLDER / graph.name)
-    phases = (lambda: graph.phases(inputs)) if hasattr(graph, "phases") else None
-    run = lambda: session.run_raw(inputs)  # noqa: E731 - one request
-    return OpenTarget(run, backend.device, details, session.close, phases)
+        image = _picture(session.input_size, session.preprocessing, options)
+        run = partial(session.detect if session.detects else session.segment, image)
+    else:
+        inputs = bundle_inputs(bundle, target)
+        run = partial(session.run_raw, inputs)
+        phases = partial(graph.phases, inputs) if hasattr(graph, "phases") else None
+        if backend.device == "cuda":
+            runtimes = f"{backend.operators}, on one stream; waited for after every run; {PAGEABLE}"
+            found["manner"] = getattr(graph, "manner", runtimes)
+        if backend.name == "tensorrt":
+            found["engine"] = str(bundle.path / FOLDER / graph.name)
+    return OpenTarget(run, target.opened(backend.device, **found), session.close, phases)
 
 
 def opened_bundle(target: Target) -> Bundle:
     """A target's bundle; of several input sizes that which was asked for, or else the first."""
-    bundle = Bundle.open(target.source)
-    sizes, wanted = bundle.manifest.sizes, target.options.size
-    if not sizes:
-        return bundle
-    return bundle.at(wanted if wanted is not None and wanted in sizes else sizes[0])
+    bundle, wanted = Bundle.open(target.source), target.options.size
+    sizes = bundle.manifest.sizes
+    return bundle.at(wanted if wanted in sizes else sizes[0]) if sizes else bundle
 
 
 def bundle_inputs(
@@ -330,26 +338,26 @@ def bundle_inputs(
 ) -> dict[str, NDArray[Any]]:
     """Inputs of the bundle's graph of the target's batch size, or of another, by name."""
     described = bundle.manifest.architecture or bundle.manifest.detector
-    preprocessing = described.preprocessing if described else Preprocessing()
-    image = target.options.image
-    pixels = None if image is None else load_image(image, preprocessing)
-    return manifest_feeds(bundle.manifest, batch or target.batch, image=pixels)
+    how = described.preprocessing if described else Preprocessing()
+    return manifest_feeds(bundle.manifest, batch or target.batch, image=_given(target.options, how))
 
 
-def _picture(
-    size: tuple[int, int], preprocessing: Preprocessing, image: Path | None = None
-) -> NDArray[Any]:
-    """An image file or a packaged picture, (height, width, C) of exactly that size."""
-    if image is None:
-        return scene_bands(sample_image(0, size), preprocessing)
-    pixels = check_image(load_image(image, preprocessing), preprocessing)
-    return resize(pixels, *size, preprocessing.resample)
+def _given(options: RunOptions, how: Preprocessing) -> NDArray[Any] | None:
+    return None if options.image is None else load_image(options.image, how)
+
+
+def _picture(size: tuple[int, int], how: Preprocessing, options: RunOptions) -> NDArray[Any]:
+    """The image given or a packaged picture, (height, width, C) of exactly that size."""
+    pixels = _given(options, how)
+    if pixels is None:
+        return scene_bands(sample_image(0, size), how)
+    return resize(check_image(pixels, how), *size, how.resample)
 
 
 def _open_service(target: Target) -> OpenTarget:
     from fdconv_deploy.client import Client
 
-    url, wanted, image = target.source, target.options.model, target.options.image
+    url, options, wanted = target.source, target.options, target.options.model
     with Client(url) as client:
         cards = client.models()
     names = [card["name"] for card in cards]
@@ -361,15 +369,15 @@ def _open_service(target: Target) -> OpenTarget:
     card = next((card for card in cards if card["name"] == wanted), cards[0])
     size = card["input"]["height"], card["input"]["width"]
     preprocessing = Preprocessing.model_validate(card.get("preprocessing", {}))
-    if image is not None:
-        body = image.read_bytes()
+    if options.image is not None:
+        body = options.image.read_bytes()
     elif preprocessing.loading == "color":
         from fdconv_deploy.runtime.visualization import encode
 
-        body = encode(_picture(size, preprocessing), "JPEG")
+        body = encode(_picture(size, preprocessing, options), "JPEG")
     else:
         buffer = io.BytesIO()
-        np.save(buffer, _picture(size, preprocessing), allow_pickle=False)
+        np.save(buffer, _picture(size, preprocessing, options), allow_pickle=False)
         body = buffer.getvalue()
     name, detects = card["name"], card.get("kind") == "detector"
     of_thread = threading.local()
@@ -381,13 +389,9 @@ def _open_service(target: Target) -> OpenTarget:
             client = of_thread.client = Client(url, retries=0)
         return client.detect(body, name) if detects else client.mask(body, name)
 
-    details = Details(
-        backend="http",
-        choice=f"model {name}, {card.get('backend') or 'not loaded yet'}",
-        size=size,
-        precision=card.get("precision", "?"),
-    )
-    return OpenTarget(run, "service", details)
+    choice = f"model {name}, {card.get('backend') or 'not loaded yet'}"
+    precision = card.get("precision", "?")
+    return OpenTarget(run, target.opened("service", choice=choice, size=size, precision=precision))
 
 
 def load_network(target: Target) -> tuple[Segmentor | Detector, tuple[Tensor, ...]]:
@@ -422,13 +426,11 @@ def load_network(target: Target) -> tuple[Segmentor | Detector, tuple[Tensor, ..
             "which: --size 512x512, or give a bundle beside it."
         )
     how = network.architecture.preprocessing
-    if options.image is None:
-        batch = sample_batch(target.batch, size, how)
-    else:
-        batch = prepared_batch([load_image(options.image, how)] * target.batch, size, how)
-    x = torch.from_numpy(batch)
-    sizes = torch.tensor([size] * target.batch, dtype=torch.float32)
-    return network, (x, sizes) if detects else (x,)
+    images = TensorSpec(name="images", shape=(target.batch, how.channels, *size))
+    sizes = TensorSpec(name="sizes", shape=(target.batch, 2))
+    specs = (images, sizes) if detects else (images,)
+    feeds = sample_feeds(specs, how, image=_given(options, how))
+    return network, tuple(map(torch.from_numpy, feeds.values()))
 
 
 def _open_checkpoint(target: Target) -> OpenTarget:
@@ -441,18 +443,28 @@ def _open_checkpoint(target: Target) -> OpenTarget:
 
     network, inputs = load_network(target)
     size = inputs[0].shape[2], inputs[0].shape[3]
-    choice = f"PyTorch {torch.__version__}"
-    network_name = _in_words(network.architecture)
-    details = Details(backend=target.backend, choice=choice, network=network_name, size=size)
+    how = network.architecture
+    found: dict[str, Any] = dict(
+        choice=f"PyTorch {torch.__version__}", network=_in_words(how), size=size
+    )
     if target.options.whole:
-        return OpenTarget(_whole_request(target, network, size), "cpu", details)
+        from fdconv_deploy.evaluation.targets import torch_target
+
+        if target.backend != "eager":
+            raise UnavailableError(
+                "A checkpoint's whole request is timed in backend 'eager' only; this is "
+                f"{target.name}."
+            )
+        answer = torch_target(network, Path(target.source), size=size).answer
+        ask = partial(answer, _picture(size, how.preprocessing, target.options))
+        return OpenTarget(ask, target.opened("cpu", **found))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rounds = BackendOptions(tf32=target.options.tf32).rounds_to_tf32
     # cuDNN's is on by default.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rounds
     made = _variant(target.backend, network, inputs, device)
     if target.backend == "fused":
-        details["precision"] = "fp16"
+        found["precision"] = "fp16"
 
     def on_host(answer: Any) -> Any:
         return answer.cpu() if isinstance(answer, torch.Tensor) else tuple(map(on_host, answer))
@@ -463,15 +475,15 @@ def _open_checkpoint(target: Target) -> OpenTarget:
             return on_host(made(*(x.to(device) for x in inputs)))
 
     if device == "cpu":
-        return OpenTarget(run, device, details)
+        return OpenTarget(run, target.opened(device, **found))
     graph = "one CUDA graph a run" if target.backend == "fused" else "no CUDA graph"
-    details["manner"] = f"TF32 {'on' if rounds else 'off'}; {graph}, on one stream; {PAGEABLE}"
+    found["manner"] = f"TF32 {'on' if rounds else 'off'}; {graph}, on one stream; {PAGEABLE}"
 
     def phases() -> Phases:
         with torch.inference_mode():
             return torch_phases(made, inputs, on_host, torch.cuda)
 
-    return OpenTarget(run, device, details, phases=phases)
+    return OpenTarget(run, target.opened(device, **found), phases=phases)
 
 
 def torch_phases(
@@ -480,13 +492,9 @@ def torch_phases(
     on_host: Callable[[Any], Any],
     cuda: Any,
 ) -> Phases:
-    """One run of a network on a GPU by phase.
+    """One run of a network on a GPU by phase, by ``cuda``, the module ``torch.cuda``.
 
-    Args:
-        network: on the GPU.
-        inputs: in host memory.
-        on_host: copies an answer there.
-        cuda: the module ``torch.cuda``.
+    Inputs are in host memory, and ``on_host`` copies an answer there.
     """
     events = [cuda.Event(enable_timing=True) for _ in range(4)]
     events[0].record()
@@ -528,15 +536,3 @@ def _variant(
 
         return torch.compile(network)
     return network
-
-
-def _whole_request(target: Target, network: Any, size: tuple[int, int]) -> Callable[[], Any]:
-    from fdconv_deploy.evaluation.targets import torch_target
-
-    if target.backend != "eager":
-        raise UnavailableError(
-            f"A checkpoint's whole request is timed in backend 'eager' only; this is {target.name}."
-        )
-    image = _picture(size, network.architecture.preprocessing, target.options.image)
-    answer = torch_target(network, Path(target.source), size=size).answer
-    return lambda: answer(image)

@@ -1,8 +1,8 @@
 """A process for each target: nothing of another target is in its memory or in its way.
 
 `Worker` starts ``python -m fdconv_deploy.latency.workers TARGET SECONDS``, which opens the target
-and then answers each line of JSON on its standard input with one on its standard output. Between
-them it waits in a read, and takes no CPU time.
+and answers with a line of JSON, and then each line of its standard input (runs, concurrency) with
+another. Between them it waits in a read, and takes no CPU time.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import Any, TypedDict
+from typing import Any, TypeVar
 from uuid import UUID
+
+from pydantic import BaseModel
 
 from fdconv_deploy.environment import missing
 from fdconv_deploy.errors import BackendError, FDConvError
 from fdconv_deploy.latency import machine
 from fdconv_deploy.latency.interleaving import Sample
-from fdconv_deploy.latency.targets import Details, Target, UnavailableError, open_target
-from fdconv_deploy.runtime.backends.base import Phases
+from fdconv_deploy.latency.targets import Opened, Target, UnavailableError, open_target
 
 # What is imported before opening a target of each kind is timed.
 _IMPORTS = {
@@ -35,40 +35,16 @@ _IMPORTS = {
     "bundle": ("fdconv_deploy.runtime", "onnxruntime"),
     "service": ("fdconv_deploy.client",),
 }
-
-
 # Runs of a turn whose phases are told apart.
 PHASES = 10
-
-
-class Opened(TypedDict):
-    """What a worker says once its target is open and was run once.
-
-    ``import_seconds``: from starting the process until its libraries were imported. Memory of
-    the process: ``empty_mb`` before loading, ``loaded_mb`` after it, ``peak_mb`` at the most.
-    ``gpu``: UUID of the GPU that does the work; None where there is none or it is not known.
-    """
-
-    import_seconds: float
-    load_seconds: float
-    first_seconds: float
-    cpu: float
-    empty_mb: float
-    loaded_mb: float
-    peak_mb: float
-    device: str
-    gpu: str | None
-    details: Details
+_Answer = TypeVar("_Answer", bound=BaseModel)
 
 
 class Worker(contextlib.AbstractContextManager["Worker"]):
     """A target in a process of its own, opened and run once. A context manager.
 
     Attributes:
-        opened: what opening took.
-        cpu_seconds: CPU time of the process so far.
-        peak_mb: the most memory that the process held so far.
-        device_mb: GPU memory taken since the process started; None where it is not known.
+        opened: what opening took, and what the process took so far.
 
     Raises:
         UnavailableError: the target's backend cannot be had on this machine.
@@ -77,8 +53,6 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self.cpu_seconds = self.peak_mb = 0.0
-        self.device_mb: float | None = None
         # Closed in `close`: it lives as long as the process.
         self._log = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115
         path = os.pathsep.join([str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -93,8 +67,8 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads},
         )
         try:
-            self.opened: Opened = self._read()
-            uuid = self.opened["gpu"]
+            self.opened = self._read(Opened)
+            uuid = self.opened.gpu_uuid
             self._gpu = machine.visible_gpu(uuid) if uuid else None
         except BaseException:
             self.close()
@@ -108,16 +82,15 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
         """
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # what it died of is read below
-            request = json.dumps({"runs": runs, "concurrency": concurrency})
-            self._process.stdin.write(request + "\n")
+            self._process.stdin.write(f"{runs} {concurrency}\n")
             self._process.stdin.flush()
         with machine.ClockWatch(self._gpu) as watch:
-            found = self._read()
-        if found["device_mb"] is not None:
-            self.device_mb = max(self.device_mb or 0.0, found["device_mb"])
-        phases = tuple(Phases(**one) for one in found["phases"])
-        seconds, readings = tuple(found["seconds"]), tuple(watch.readings)
-        return Sample(seconds, found["wall"], found["joules"], phases, readings)
+            found = self._read(Sample)
+        so_far = found.model_dump(include={"cpu_seconds", "peak_mb", "device_mb"})
+        if self.opened.device_mb is not None and found.device_mb is not None:
+            so_far["device_mb"] = max(self.opened.device_mb, found.device_mb)
+        self.opened = self.opened.model_copy(update=so_far)
+        return found.model_copy(update={"readings": watch.readings})
 
     def close(self) -> None:
         """End the process; one that runs is not waited for."""
@@ -133,7 +106,10 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
             self._process.stdout.close()
         self._log.close()
 
-    def _read(self) -> Any:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, kind: type[_Answer]) -> _Answer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -141,8 +117,7 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
         found = json.loads(line)
         if "error" in found:
             raise (UnavailableError if found["unavailable"] else FDConvError)(found["error"])
-        self.cpu_seconds, self.peak_mb = found["cpu"], found["peak_mb"]
-        return found
+        return kind.model_validate(found)
 
     def _end(self) -> str:
         code = self._process.wait()
@@ -152,9 +127,6 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
         lines = self._log.read().strip().splitlines()
         return f"ended with {code}: {lines[-1] if lines else 'it gave no reason'}"
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def main() -> None:
     """Serve one parent until it closes the pipe."""
@@ -162,27 +134,25 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     target, started = Target.model_validate_json(sys.argv[1]), float(sys.argv[2])
-
-    def answer(**found: Any) -> None:
-        answers.write(json.dumps(found) + "\n")
-
     try:
-        _serve(target, started, answer)
+        for answer in _answers(target, started):
+            answers.write(answer.model_dump_json() + "\n")
+            gc.collect()
     except (FDConvError, OSError, ImportError, RuntimeError, MemoryError) as error:
         package = missing(error) if isinstance(error, ImportError) else None
-        unavailable = isinstance(error, UnavailableError | BackendError | ImportError)
-        if package is not None:
-            answer(error=f"{target.name} needs {package}", unavailable=True)
-        elif isinstance(error, FDConvError):
-            answer(error=str(error), unavailable=unavailable)
-        else:
+        text = str(error) if package is None else f"{target.name} needs {package}"
+        foreseen = package is not None or isinstance(error, FDConvError)
+        if not foreseen:
             first = (str(error).strip().splitlines() or [""])[0]
-            text = f"{target.name} failed. {type(error).__name__}: {first}"
-            answer(error=text.rstrip(": "), unavailable=unavailable)
+            text = f"{target.name} failed. {type(error).__name__}: {first}".rstrip(": ")
+        unavailable = isinstance(error, UnavailableError | BackendError | ImportError)
+        answers.write(json.dumps({"error": text, "unavailable": unavailable}) + "\n")
+        if not foreseen:
             raise
 
 
-def _serve(target: Target, started: float, answer: Callable[..., None]) -> None:
+def _answers(target: Target, started: float) -> Iterator[BaseModel]:
+    """What opening took, and then a sample for each line of standard input."""
     for name in _IMPORTS.get(target.kind, (target.source.partition(":")[0],)):
         # A missing package is reported where it is used.
         with contextlib.suppress(ImportError):
@@ -190,7 +160,6 @@ def _serve(target: Target, started: float, answer: Callable[..., None]) -> None:
     imported = time.time() - started
     gpu = machine.visible_gpu()
     before = gpu.memory_mb() if gpu else None
-    empty = memory_mb("VmRSS")
     start = time.perf_counter()
     work = open_target(target)
     loaded = time.perf_counter() - start
@@ -198,33 +167,39 @@ def _serve(target: Target, started: float, answer: Callable[..., None]) -> None:
     start = time.perf_counter()
     work.run()
     first = time.perf_counter() - start
-    if work.device == "cuda":
+    uuid = None
+    if work.opened.device == "cuda":
         uuid = _cuda_uuid() or (gpu.uuid if gpu else None)
-        gpu = machine.visible_gpu(uuid)
-    else:
-        gpu = uuid = None
-    answer(
-        import_seconds=imported, load_seconds=loaded, first_seconds=first,
-        cpu=time.process_time(), peak_mb=memory_mb("VmHWM"),
-        empty_mb=empty, loaded_mb=loaded_mb, device=work.device, gpu=uuid,
-        details=work.details,
-    )  # fmt: skip
-    gc.collect()
+    gpu = machine.visible_gpu(uuid) if uuid else None
+
+    def usage() -> dict[str, Any]:
+        used = gpu.memory_mb() if gpu else None
+        taken = None if used is None or before is None else round(used - before)
+        peak = None if target.kind == "service" else memory_mb("VmHWM")
+        return {"cpu_seconds": time.process_time(), "peak_mb": peak, "device_mb": taken}
+
+    took = dict(
+        import_seconds=round(imported, 3),
+        load_seconds=round(loaded, 3),
+        first_ms=round(first * 1e3, 2),
+        loaded_mb=None if target.kind == "service" else loaded_mb,
+        gpu_uuid=uuid,
+    )
+    yield work.opened.model_copy(update={**took, **usage()})
     gc.freeze()
     for line in sys.stdin:
-        request = json.loads(line)
+        runs, concurrency = map(int, line.split())
         spent = gpu.joules() if gpu else None
-        seconds, wall = timed_runs(work.run, request["runs"], request["concurrency"])
-        after, used = (gpu.joules(), gpu.memory_mb()) if gpu else (None, None)
-        # After what is timed, since they wait between the phases of a run.
-        count = min(request["runs"], PHASES) if work.phases is not None else 0
-        phases = [asdict(work.phases()) for _ in range(count)] if work.phases else []
-        answer(
-            seconds=seconds, wall=wall, cpu=time.process_time(), peak_mb=memory_mb("VmHWM"),
-            phases=phases, joules=None if spent is None or after is None else after - spent,
-            device_mb=None if used is None or before is None else used - before,
-        )  # fmt: skip
-        gc.collect()
+        seconds, wall = timed_runs(work.run, runs, concurrency)
+        after = gpu.joules() if gpu else None
+        yield Sample(
+            **usage(),
+            seconds=seconds,
+            wall=wall,
+            joules=None if spent is None or after is None else after - spent,
+            # After what is timed, since they wait between the phases of a run.
+            phases=[work.phases() for _ in range(min(runs, PHASES))] if work.phases else [],
+        )
     work.close()
 
 
@@ -285,13 +260,13 @@ def timed_runs(
     return [second for one in found for second in one], wall
 
 
-def memory_mb(key: str) -> float:
+def memory_mb(key: str) -> int:
     """A line of ``/proc/self/status`` in MB: VmRSS is held now, VmHWM the most there was.
 
     Not ``getrusage``, whose maximum a process inherits from the one that started it. 0 where
     the system has no such file.
     """
-    return machine.proc_bytes("/proc/self/status", key) / 1e6
+    return round(machine.proc_bytes("/proc/self/status", key) / 1e6)
 
 
 if __name__ == "__main__":

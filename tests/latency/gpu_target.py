@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from fdconv_deploy.latency.targets import Details, OpenTarget, Target
+from fdconv_deploy.latency.targets import OpenTarget, Target
 from fdconv_deploy.runtime.backends.base import Phases
 
 
 def plain(target: Target) -> OpenTarget:
     """The baseline's."""
-    work = opened(target)
-    work.details["engine"] = "/bundle/engines/plain engine.plan"
-    return work
+    return opened(target, engine="plain")
 
 
-def opened(target: Target) -> OpenTarget:
+def opened(target: Target, engine: str = "an") -> OpenTarget:
     """Does nothing; its phases are made up."""
     manner = "TF32 off; one CUDA graph a run, on a stream of its own"
-    details = Details(backend="tensorrt", manner=manner, engine="/bundle/engines/an engine.plan")
+    file = f"/bundle/engines/{engine} engine.plan"
+    found = target.opened("cuda", backend="tensorrt", manner=manner, engine=file)
     phases = Phases(h2d=0.001, compute=0.005, d2h=0.002, no_copies=0.0055)
-    return OpenTarget(lambda: None, "cuda", details, phases=lambda: phases)
+    return OpenTarget(lambda: None, found, phases=lambda: phases)

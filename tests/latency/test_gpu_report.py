@@ -19,7 +19,7 @@ from fdconv_deploy.cli.bench import show
 from fdconv_deploy.latency.html import page
 from fdconv_deploy.latency.interleaving import Schedule
 from fdconv_deploy.latency.measure import measure
-from fdconv_deploy.latency.report import Report, csv, markdown
+from fdconv_deploy.latency.report import Report, Span, csv, markdown
 from fdconv_deploy.latency.targets import (
     RunOptions,
     Target,
@@ -70,15 +70,15 @@ def texts(found: Report) -> list[str]:
 def test_phases_clocks_and_what_is_inside_a_latency(machine):
     machine(1980)
     found = report()
-    (row,) = found["rows"]
-    assert row["phases_ms"] == {"h2d": 1.0, "compute": 5.0, "d2h": 2.0, "no_copies": 5.5}
-    state = row["gpu"]
+    (row,) = found.rows
+    assert row.phases_ms == {"h2d": 1.0, "compute": 5.0, "d2h": 2.0, "no_copies": 5.5}
+    state = row.gpu
     assert state is not None
-    assert state["readings"] > 3
-    assert state["sm_mhz"] == {"min": 1980, "median": 1980, "max": 1980}
-    assert state["watts"] == {"min": 650, "median": 650, "max": 650}
-    assert state["celsius"] == {"min": 61, "median": 61, "max": 61}
-    assert state["throttled"] == {"power cap": 1.0}
+    assert state.readings > 3
+    assert state.sm_mhz == Span(min=1980, median=1980, max=1980)
+    assert state.watts == Span(min=650, median=650, max=650)
+    assert state.celsius == Span(min=61, median=61, max=61)
+    assert state.throttled == {"power cap": 1.0}
     command = (
         "trtexec --loadEngine='/bundle/engines/an engine.plan' --useCudaGraph --exposeDMA "
         "--infStreams=1 --warmUp=500 --duration=10"
@@ -119,9 +119,9 @@ def test_the_plain_networks_engine_beside_fdconvs(machine):
         for name in ("plain", "opened")
     ]
     found = measure(targets, Schedule(seconds=0.5, warm_up=0.0, turn=0.1))
-    plain, fdconv = found["rows"]
-    assert plain["over_first"] is None
-    assert fdconv["over_first"] is not None
+    plain, fdconv = found.rows
+    assert plain.over_first is None
+    assert fdconv.over_first is not None
     for text in texts(found):
         flat = " ".join(text.split()).replace("&#x27;", "'")
         for engine in ("plain", "an"):
@@ -140,7 +140,7 @@ def test_a_bundle_in_the_cuda_provider(toy_bundle, monkeypatch):
     assert work.run().keys() == {"logits"}
     assert work.phases is not None
     assert min(astuple(work.phases())) > 0
-    assert work.details["manner"] == (
+    assert work.opened.manner == (
         "portable operators, without TF32, in one CUDA graph, on one stream; waited for after "
         "every run; copies from and to pageable memory, which wait"
     )
@@ -156,8 +156,8 @@ def test_a_bundle_in_tensorrt(tmp_path, monkeypatch):
     work = open_target(only(bundle.path, "tensorrt"))
     assert work.phases is not None
     assert astuple(work.phases())[:3] == (0.001, 0.005, 0.002)
-    assert work.details["engine"] == str(bundle.path / "engines" / record.name)
-    assert "TF32 off; one CUDA graph a run" in work.details["manner"]
+    assert work.opened.engine == str(bundle.path / "engines" / record.name)
+    assert "TF32 off; one CUDA graph a run" in work.opened.manner
     work.close()
 
 

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.screenshots import find_browser, take
 from fdconv_deploy.latency import machine
 from fdconv_deploy.latency.html import page
+from fdconv_deploy.latency.report import Report, as_json
 
 
 def row(name: str, ms: float, **changes: object) -> dict:
@@ -23,15 +24,16 @@ def row(name: str, ms: float, **changes: object) -> dict:
         | {"p90": ms * 1.1, "p99": ms * 1.3},
         "windows_ms": [ms] * 3, "over_first": None, "import_seconds": 0.3, "load_seconds": 0.2,
         "first_ms": ms * 2, "loaded_mb": 120, "peak_mb": 150, "device_mb": None,
-        "joules_per_image": None, "manner": "", "phases_ms": None, "gpu": None, "engine": None,
+        "cpu_seconds": 9.0, "joules_per_image": None, "manner": "", "phases_ms": None, "gpu": None,
+        "engine": None,
         **changes,
     }  # fmt: skip
 
 
 @pytest.fixture
-def report() -> dict:
+def report() -> Report:
     long = "a network with a rather long name, as such names are"
-    return {
+    return Report.model_validate({
         "kind": "bench",
         "machine": machine.describe(2),
         "settings": {"seconds": 60, "agree": 0.03, "concurrency": [1, 2]},
@@ -45,8 +47,7 @@ def report() -> dict:
         "others_cpu": 0.2,
         "profiles": [
             {
-                "title": "toy", "how": "By a stopwatch.", "parts": ["convolutions", "rest"],
-                "sums": {"convolutions": 3.0, "rest": 1.5},
+                "title": "toy", "source": "toy", "how": "By a stopwatch.",
                 "layers": [
                     {"name": "layer1.0.conv1", "ms": {"convolutions": 2.0, "rest": 1.5}},
                     {"name": "layer1.0.conv2", "ms": {"convolutions": 1.0}},
@@ -59,15 +60,15 @@ def report() -> dict:
                 "layers": [{"name": "layer1.0.conv1", "max_rel": 1e-3, "angle": 1e-6}],
             }
         ],
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def test_everything_is_on_the_page(report):
     text = page(report)
     for said in (
         "&lt;script&gt;alert(1)", "850", "20 ms ~", "Not &amp; here.", "1.0e-03",
-        "layer1.0.conv2", "By a stopwatch. Milliseconds in all: convolutions 3.0, rest 1.5.",
-        report["machine"]["cpu"].replace("&", "&amp;"),
+        "layer1.0.conv2", "By a stopwatch. Milliseconds in all: convolutions 3.0, kernel",
+        report.machine["cpu"].replace("&", "&amp;"),
         "Measured on a shared machine (20 % of CPU used by other processes)", "b1×2", "150 MB",
     ):  # fmt: skip
         assert said in text, said
@@ -92,7 +93,7 @@ def test_plots_are_whole_and_in_the_colours_of_the_page(report):
 
 
 def test_names_are_no_formulas(report):
-    report["rows"][0]["source"] = "$\\frac"
+    report.rows[0] = report.rows[0].model_copy(update={"source": "$\\frac"})
     assert "$\\frac, onnxruntime-cpu" in page(report)
 
 
@@ -110,3 +111,10 @@ def test_in_a_browser(report, tmp_path):
     written = take(file, tmp_path / "pictures")  # fails where it fetches or overflows
     assert len(written) == 5
     assert all(picture.stat().st_size > 10_000 for picture in written)
+
+
+def test_layers_that_hold_infinities_are_drawn(report):
+    """Those of a half-precision graph that overflowed."""
+    report.divergences[0].layers[0].max_rel = float("inf")
+    assert "inf, 1 − cosine" in page(report)
+    assert Report.model_validate_json(as_json(report)) == report

@@ -47,14 +47,14 @@ class Pretender:
         self.machine.count += 1
         one = self.cost * self.machine.speed(self.machine.count)
         self.machine.now += one * runs
-        return Sample((one,) * (runs * concurrency), one * runs)
+        return Sample(seconds=[one] * (runs * concurrency), wall=one * runs)
 
 
 def sampled(
     schedule: Schedule, speed: Callable[[int], float], *progress, **costs: float
 ) -> tuple[Machine, list[Series]]:
     machine = Machine(speed)
-    made = [Series(Pretender(machine, name, cost)) for name, cost in costs.items()]
+    made = [Series(Pretender(machine, name, cost).sample) for name, cost in costs.items()]
     sample_until_steady(made, schedule, *progress, clock=machine.clock)
     return machine, made
 
@@ -103,7 +103,8 @@ def test_steady_series_wait_for_the_others():
             self.cost = 0.01 if next(calls) > 30 else 0.01 * (1 + next(calls) % 7)
             return super().sample(runs, concurrency)
 
-    made = [Series(Pretender(machine, "calm", 0.01)), Series(Restless(machine, "restless", 0.01))]
+    calm, restless = Pretender(machine, "calm", 0.01), Restless(machine, "restless", 0.01)
+    made = [Series(calm.sample), Series(restless.sample)]
     schedule = Schedule(seconds=60, warm_up=0, turn=0, window=5)
     sample_until_steady(made, schedule, clock=machine.clock)
     assert all(series.steady for series in made)

@@ -38,10 +38,10 @@ def starve(monkeypatch: pytest.MonkeyPatch, free: Iterator[float]) -> None:
 def test_a_target_too_many_for_the_memory_is_skipped(two, monkeypatch):
     starve(monkeypatch, iter((8e9, 3e8)))
     report = measure(unnamed(two), BRIEF)
-    assert [Path(row["source"]).name for row in report["rows"]] == ["toy"]
-    (skipped,) = report["skipped"]
-    assert skipped["what"].startswith("other")
-    assert "300 MB of memory are free, and a target held" in skipped["why"]
+    assert [Path(row.source).name for row in report.rows] == ["toy"]
+    (skipped,) = report.skipped
+    assert skipped.what.startswith("other")
+    assert "300 MB of memory are free, and a target held" in skipped.why
 
 
 def test_asked_for_by_name_it_is_an_error(two, monkeypatch):

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.latency.targets import TORCH_BACKENDS, RunOptions, Target, expand_targets
+from fdconv_deploy.latency.targets import (
+    TORCH_BACKENDS,
+    RunOptions,
+    Skipped,
+    Target,
+    expand_targets,
+)
 from fdconv_deploy.runtime import BACKENDS
 
 
@@ -29,7 +35,7 @@ def test_bundles_and_checkpoints_by_default(toy_bundle, other_bundle, checkpoint
         ("checkpoint", "eager", 1), ("checkpoint", "eager", 4),
     ]  # fmt: skip
     assert targets[-1].options.size == (32, 48)
-    assert skipped == [("other, batch 4", "It has graphs of 1.")]
+    assert skipped == [Skipped("other, batch 4", "It has graphs of 1.")]
 
 
 def test_every_backend_there_is(toy_bundle, checkpoint):

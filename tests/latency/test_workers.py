@@ -44,16 +44,16 @@ class TestBundle:
     def test_opens_runs_and_waits_without_spinning(self, toy_bundle):
         with Worker(first([toy_bundle])) as worker:
             opened = worker.opened
-            assert opened["details"]["backend"] == "onnxruntime-cpu"
-            assert opened["details"]["size"] == [32, 48]
-            assert opened["device"] == "cpu"
-            for key in ("import_seconds", "load_seconds", "first_seconds", "empty_mb"):
-                assert opened[key] > 0
+            assert opened.backend == "onnxruntime-cpu"
+            assert opened.size == (32, 48)
+            assert opened.device == "cpu"
+            assert min(opened.import_seconds, opened.load_seconds, opened.first_ms) > 0
             taken = worker.sample(5, 1)
             assert len(taken.seconds) == 5
             assert sum(taken.seconds) <= taken.wall
             assert taken.joules is None
-            assert worker.peak_mb >= opened["loaded_mb"] >= opened["empty_mb"] > 10
+            assert worker.opened.peak_mb >= opened.loaded_mb > 10
+            assert worker.opened.cpu_seconds >= opened.cpu_seconds > 0
             if Path("/proc").is_dir():
                 before = ticks(worker._process.pid)
                 time.sleep(0.5)
@@ -78,7 +78,7 @@ class TestBundle:
         bundle = toy_detector.make_bundle(tmp_path / "detector").path
         with Worker(first([bundle], whole=whole)) as worker:
             assert len(worker.sample(2, 1).seconds) == 2
-            assert worker.opened["details"]["size"]
+            assert worker.opened.size
 
     def test_a_served_detector(self, tmp_path):
         bundle = toy_detector.make_bundle(tmp_path / "detector").path
@@ -86,7 +86,7 @@ class TestBundle:
             running([bundle], settings=Settings(threads=1)) as url,
             Worker(first([], urls=[url])) as worker,
         ):
-            assert worker.opened["details"]["choice"].startswith("model detector")
+            assert worker.opened.choice.startswith("model detector")
             assert len(worker.sample(2, 2).seconds) == 4
 
     def test_what_is_not_there_is_told_from_what_is_wrong(self, toy_bundle, tmp_path):
@@ -111,14 +111,14 @@ class TestCheckpoint:
     @pytest.mark.parametrize("backend", ["eager", "folded"])
     def test_runs(self, backend):
         work = open_target(first([packaged_checkpoint()], backends=[backend], size=(64, 64)))
-        assert work.details["choice"].startswith("PyTorch 2")
-        assert work.details["size"] == (64, 64)
+        assert work.opened.choice.startswith("PyTorch 2")
+        assert work.opened.size == (64, 64)
         assert work.run().shape[:2] == (1, 11)
 
     @pytest.mark.parametrize("backend", ["eager", "folded"])
     def test_runs_a_detector(self, backend):
         work = open_target(first([packaged_detector()], backends=[backend], size=(64, 96)))
-        assert work.details["size"] == (64, 96)
+        assert work.opened.size == (64, 96)
         assert len(work.run()) == 5  # count, boxes, scores, labels, masks
 
     def test_a_detector_from_pixels_to_objects(self):

@@ -1,3 +1,5 @@
+"""What each layer and part takes, in ONNX Runtime and by the clock around PyTorch's layers."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,13 +12,13 @@ from torch import nn
 from benchmarks.profile_operators import by_part
 from fdconv_deploy.export import export_module
 from fdconv_deploy.nn import FDConv2d, FDTokenConv
-from fdconv_deploy.profiling.layer_names import layer_names
-from fdconv_deploy.profiling.onnx_profile import (
-    PARTS,
+from fdconv_deploy.profiling import PARTS, WARM_UP
+from fdconv_deploy.profiling.profile import (
+    BEFORE,
+    ProfiledGraph,
+    ProfiledNetwork,
     attribute,
-    by_layer,
     optimise,
-    profile,
 )
 
 LAYERS = 3
@@ -51,9 +53,21 @@ def model(tmp_path_factory, images) -> Path:
     return export_module(Small().eval(), images, folder / "b").model_path(1)
 
 
+def parts_of(model: Path, optimised: onnx.ModelProto) -> list[str]:
+    exported = onnx.load(str(model), load_external_data=False)
+    return [part for _, part in attribute(exported, optimised)]
+
+
+def profiled_graph(model: Path, images: torch.Tensor, folder: Path, runs: int) -> ProfiledGraph:
+    graph = ProfiledGraph(model, folder, threads=1)
+    for _ in range(runs + WARM_UP):
+        graph.run({"input": images.numpy()})
+    return graph
+
+
 def test_every_node_belongs_somewhere(model: Path, tmp_path: Path) -> None:
     optimised = optimise(model, tmp_path)
-    parts = attribute(onnx.load(str(model), load_external_data=False), optimised)
+    parts = parts_of(model, optimised)
     assert len(parts) == len(optimised.graph.node)
     assert set(parts) == set(PARTS)
     operators = [node.op_type for node in optimised.graph.node]
@@ -74,7 +88,7 @@ def test_products_over_tokens_are_convolutions(tmp_path: Path) -> None:
     network = nn.Sequential(FDTokenConv(32, 48, kernel_num=16), nn.GELU()).eval()
     path = export_module(network, torch.randn(1, 200, 32), tmp_path / "b").model_path(1)
     optimised = optimise(path, tmp_path)
-    parts = attribute(onnx.load(str(path), load_external_data=False), optimised)
+    parts = parts_of(path, optimised)
     products = [
         part
         for node, part in zip(optimised.graph.node, parts, strict=True)
@@ -84,8 +98,7 @@ def test_products_over_tokens_are_convolutions(tmp_path: Path) -> None:
 
 
 def test_profile(model: Path, images, tmp_path: Path) -> None:
-    feeds = {"input": images.numpy()}
-    costs = profile(model, feeds, tmp_path, threads=1, runs=3)
+    costs = profiled_graph(model, images, tmp_path, runs=3).costs()
     found = by_part(costs)
     assert found["nodes"] == len(costs) > 100
     assert all(spent > 0 for spent in found["parts"].values())
@@ -98,14 +111,13 @@ def test_profile(model: Path, images, tmp_path: Path) -> None:
 def test_plain_networks_have_no_fdconv_parts(images, tmp_path: Path) -> None:
     plain = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2)).eval()
     model = export_module(plain, images, tmp_path / "b").model_path(1)
-    exported = onnx.load(str(model), load_external_data=False)
-    assert set(attribute(exported, optimise(model, tmp_path))) == {"convolutions", "rest"}
+    assert set(parts_of(model, optimise(model, tmp_path))) == {"convolutions", "rest"}
 
 
 def test_every_layer_of_the_network_is_found(model: Path, images, tmp_path: Path) -> None:
-    layers = by_layer(profile(model, {"input": images.numpy()}, tmp_path, threads=1, runs=2))
+    layers = profiled_graph(model, images, tmp_path, runs=2).layers()
     assert [layer.name for layer in layers] == ["stem", "wide", "strided", "pointwise"]
-    parts = {layer.name: set(layer.milliseconds) for layer in layers}
+    parts = {layer.name: set(layer.ms) for layer in layers}
     assert parts["stem"] <= {"convolutions", "rest"}
     for name in ("wide", "strided", "pointwise"):
         assert parts[name] >= {"convolutions", "attention", "kernel assembly"}
@@ -122,7 +134,75 @@ def test_layers_are_found_in_lower_precision(precision, images, tmp_path: Path) 
     bundle = export_module(network, images, tmp_path / "b", precision=precision, **how)
     exported = onnx.load(str(bundle.model_path(1)), load_external_data=False)
     optimised = optimise(bundle.model_path(1), tmp_path)
-    found = set(layer_names(exported, optimised))
+    found = {layer for layer, _ in attribute(exported, optimised)}
     of_network = {"0", "2", "4.stem", "4.wide", "4.strided", "4.pointwise", "5"}
     assert found >= of_network
     assert len(found - of_network) <= 1, found  # where the input is converted
+
+
+class Slow(nn.Module):
+    """Takes seconds of a clock that nothing else turns."""
+
+    now = 0.0
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Slow.now += self.seconds
+        return x
+
+
+class SlowAttention(FDConv2d):
+    def attention(self, *inputs):
+        return super().attention(*map(Slow(5), inputs))
+
+
+def profiled_network(network: nn.Module, x: torch.Tensor) -> dict[str, dict[str, float]]:
+    profiled = ProfiledNetwork(network.eval(), clock=lambda: Slow.now)
+    for _ in range(3 + WARM_UP):
+        profiled.run((x,))
+    return {layer.name: layer.ms for layer in profiled.layers()}
+
+
+def test_time_goes_to_the_layer_and_part_that_runs() -> None:
+    torch.manual_seed(0)
+    dynamic = SlowAttention(32, 32, 3, padding=1, kernel_num=16)
+    original = dynamic.FBM.forward
+    dynamic.FBM.forward = lambda x: Slow(20)(original(x))
+    network = nn.Sequential(
+        Slow(30), nn.Conv2d(3, 32, 3), Slow(10), dynamic, nn.Conv2d(32, 8, 1), Slow(40)
+    )
+    layers = profiled_network(network, torch.randn(1, 3, 20, 20))
+    assert list(layers) == [BEFORE, "1", "3", "4"]
+    spent = {name: {k: v / 1e3 for k, v in parts.items() if v} for name, parts in layers.items()}
+    assert spent == {
+        BEFORE: {"rest": 30},
+        "1": {"rest": 10},
+        "3": {"attention": 5, "band modulation": 20},
+        "4": {"rest": 40},
+    }
+    assert set(layers["3"]) == {
+        "attention", "band modulation", "kernel assembly", "convolutions", "rest"
+    }  # fmt: skip
+
+
+def test_the_parts_are_the_whole() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 32, 3), Slow(7), FDConv2d(32, 32, 3, padding=1, kernel_num=16), Slow(50)
+    )
+    layers = profiled_network(network, torch.randn(1, 3, 16, 16))
+    assert sum(sum(parts.values()) for parts in layers.values()) == 57e3
+
+
+def test_profiling_leaves_the_network_as_it_was() -> None:
+    network = nn.Sequential(FDConv2d(32, 32, 3, padding=1, kernel_num=16)).eval()
+    x = torch.randn(1, 32, 8, 8)
+    before = dict(network[0].__dict__)
+    with torch.inference_mode():
+        expected = network(x)
+        ProfiledNetwork(network).run((x,))
+        assert torch.equal(network(x), expected)
+    assert set(network[0].__dict__) == set(before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
