@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.networks import backbone, lively_heads, trained_like
-from fdconv_deploy.checkpoints import load_detector
+from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.config import DetectorConfig, FPNConfig, MaskHeadConfig
 from fdconv_deploy.export.validation.comparison import perturbed
 from fdconv_deploy.nn.detection import Detector
@@ -70,7 +70,7 @@ def _export(spec: dict[str, Any], file: Path, bundle: Path) -> dict[str, Any]:
 
 
 def _network(spec: dict[str, Any], file: Path, answers: Path) -> dict[str, Any]:
-    network = load_detector(file, require_fdconv=False)
+    network = load_checkpoint(file, require_fdconv=False)
     pictures = _pictures(spec["size"], spec["pictures"], network.architecture.preprocessing)
 
     def run(inputs: Inputs) -> Answer:
@@ -108,7 +108,7 @@ def _timed(
 
 def _rounding(spec: dict[str, Any], file: Path, answers: Path) -> dict[str, Any]:
     """The network's answers to one picture, changed by a millionth."""
-    network = load_detector(file, require_fdconv=False)
+    network = load_checkpoint(file, require_fdconv=False)
     pictures = _pictures(spec["size"], spec["pictures"], network.architecture.preprocessing)
     images, sizes = (tensor.numpy() for tensor in pictures[spec["picture"]])
     answered = perturbed(partial(_ask, network), {"images": images, "sizes": sizes})
@@ -142,7 +142,7 @@ def _exact(spec: dict[str, Any], file: Path, answers: Path) -> dict[str, Any]:
 
     ``answers`` holds ``masks of NAME`` beside what each picture's answer is made of.
     """
-    network = load_detector(file, require_fdconv=False)
+    network = load_checkpoint(file, require_fdconv=False)
     pictures = _pictures(spec["size"], spec["pictures"], network.architecture.preprocessing)
     given = {name: load(Path(path)) for name, path in spec["answers"].items()}
     network.double()

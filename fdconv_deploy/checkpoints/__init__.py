@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         LoadedDetector,
         LoadedSegmentor,
         load_checkpoint,
-        load_detector,
         load_segmentor,
     )
     from fdconv_deploy.checkpoints.reading import read_checkpoint
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "convert": "convert_checkpoint convert_state_dict",
     "inspect": "inspect_checkpoint",
-    "loading": "LoadedDetector LoadedSegmentor load_checkpoint load_detector load_segmentor",
+    "loading": "LoadedDetector LoadedSegmentor load_checkpoint load_segmentor",
     "reading": "read_checkpoint",
     "save": "save_checkpoint",
 }

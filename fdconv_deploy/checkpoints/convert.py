@@ -22,8 +22,9 @@ from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.config_writer import format_config
 from fdconv_deploy.checkpoints.framework_names import framework_of
 from fdconv_deploy.checkpoints.infer_backbone import FEED_FORWARD, backbone_type
+from fdconv_deploy.checkpoints.infer_config import infer_config
 from fdconv_deploy.checkpoints.infer_layers import backbone_prefix, dynamic_names, kind_of, part
-from fdconv_deploy.checkpoints.loading import config_for, infer_config
+from fdconv_deploy.checkpoints.loading import config_for
 from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
 from fdconv_deploy.checkpoints.save import write_checkpoint
 from fdconv_deploy.config import BackboneConfig, FDConvConfig

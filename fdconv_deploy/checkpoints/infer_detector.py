@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fdconv_deploy.checkpoints.config_parser import Config
@@ -16,7 +16,6 @@ from fdconv_deploy.checkpoints.evidence import (
     UNSET,
     ConfigT,
     Evidence,
-    Inference,
     SettingResolver,
     refuse_unsupported,
     stated,
@@ -45,35 +44,28 @@ _NEEDED = ("backbone.", "neck.lateral_convs.", "rpn_head.rpn_conv.", "roi_head.b
 _MODELS = ("FasterRCNN", "MaskRCNN", "TwoStageDetector")
 
 
-def infer_detector_config(
-    state: Shapes,
-    *,
-    config: Config | None = None,
-    meta: Mapping[str, Any] | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> Inference[DetectorConfig]:
-    """Infer a two-stage detector's configuration; see :func:`infer_segmentor_config`.
-
-    Args:
-        state: names → tensors as in mmdetection 2.x and 3.x. Only shapes are read.
-        config: the config, from the checkpoint or the user.
-        meta: the checkpoint's meta data, for class names and palette.
-        overrides: values of the user's, by dotted names of :class:`DetectorConfig`'s fields.
+def infer_detector(state: Shapes, evidence: Evidence) -> DetectorConfig:
+    """The configuration of a two-stage detector, under the names of mmdetection 2.x and 3.x.
 
     Raises:
         CheckpointError: not a detector known here, or the config or the user contradicts the
             weights.
     """
-    config = config or Config()
-    _check_kind(state, config)
-    evidence = Evidence(_without_mode(overrides or {}), config, meta)
+    _check_kind(state, evidence.config)
+    # Modes are of segmentation networks; a detector does what they call whole.
+    mode = evidence.overrides.pop("test.mode", "whole")
+    if mode != "whole":
+        raise CheckpointError(
+            f"it is a detector, which takes the whole image; mode {mode!r} is of segmentation "
+            "networks. Leave the mode out."
+        )
     backbone = infer_backbone(part(state, "backbone."), evidence)
     if backbone.in_channels != 3:
         raise CheckpointError(
             f"it is a detector whose images have {backbone.in_channels} bands. Expected 3: "
             "detectors of other images are not supported."
         )
-    evidence.config = _checked(config)
+    evidence.config = _checked(evidence.config)
     neck = _neck(part(state, "neck."), backbone.output_widths, evidence)
     rpn_head = _rpn_head(part(state, "rpn_head."), neck, evidence)
     bbox_head = _box_head(part(state, "roi_head.bbox_head."), neck, evidence)
@@ -83,7 +75,7 @@ def infer_detector_config(
     rcnn.resolve("mask_thr_binary", matters=mask_head is not None)
     settings = SettingResolver(evidence, DetectorConfig, "", {})
     infer_classes(settings, {classes}, "box head")
-    architecture = settings.build(
+    return settings.build(
         backbone=backbone,
         neck=neck,
         rpn_head=rpn_head,
@@ -95,17 +87,6 @@ def infer_detector_config(
         # A graph's input is padded to multiples of 32, as published.
         preprocessing=infer_preprocessing(evidence, scale=PUBLISHED_SCALE, harmless=("Pad",)),
     )
-    return evidence.inference(architecture)
-
-
-def _without_mode(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Modes are of segmentation networks; a detector does what they call whole."""
-    if overrides.get("test.mode", "whole") != "whole":
-        raise CheckpointError(
-            f"it is a detector, which takes the whole image; mode {overrides['test.mode']!r} is of "
-            "segmentation networks. Leave the mode out."
-        )
-    return {name: value for name, value in overrides.items() if name != "test.mode"}
 
 
 def _check_kind(state: Shapes, config: Config) -> None:

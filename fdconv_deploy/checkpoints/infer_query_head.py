@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -26,7 +26,6 @@ from fdconv_deploy.config import (
     Mask2FormerHeadConfig,
     MaskDINOHeadConfig,
     PanopticConfig,
-    QueryHeadConfig,
 )
 from fdconv_deploy.errors import CheckpointError
 
@@ -95,24 +94,15 @@ def query_head_type(state: Shapes) -> QueryHeadType | None:
 
 
 def infer_query_head(
-    state: Shapes,
-    kind: QueryHeadType,
-    section: Mapping[str, Any],
-    widths: Sequence[int],
-    evidence: Evidence,
+    state: Shapes, kind: QueryHeadType, widths: Sequence[int], evidence: Evidence
 ) -> Mask2FormerHeadConfig | MaskDINOHeadConfig:
-    """The decode head of these names and shapes.
-
-    Args:
-        state: the head's tensors, names without ``decode_head.``.
-        kind: what `query_head_type` says.
-        section: the config's head.
-        widths: channels of each of the backbone's outputs.
-        evidence: takes the settings.
+    """The decode head of these names (without ``decode_head.``), over outputs of ``widths``.
 
     Raises:
         CheckpointError: parts are missing, or the config or the user contradicts the weights.
     """
+    config = evidence.config
+    section = config.section("model", "decode_head") or config.section("model", "panoptic_head")
     model = HEAD_CONFIGS[kind]
     written = {name: stated(section, name, *_ENTRIES.get(name, ())) for name in model.model_fields}
     things, stuff = stated(section, "num_things_classes"), stated(section, "num_stuff_classes")
@@ -266,13 +256,8 @@ def _maskdino(settings: Settings, state: Shapes, outputs: int, levels: int, deco
     settings.resolve("temperature", matters=settings.values["class_scores"] == "sigmoid")
 
 
-def infer_panoptic(evidence: Evidence, head: QueryHeadConfig) -> PanopticConfig | None:
-    """How queries become segments and instances; None where classes alone are asked for.
-
-    Args:
-        evidence: has the config and takes the settings.
-        head: the network's.
-    """
+def infer_panoptic(evidence: Evidence, count: int) -> PanopticConfig | None:
+    """How queries of ``count`` classes become segments and instances; None: classes alone."""
     config = evidence.config
     section: dict[str, Any] = dict(config.section("model", "panoptic"))
     fusion = config.section("model", "panoptic_fusion_head")
@@ -283,7 +268,6 @@ def infer_panoptic(evidence: Evidence, head: QueryHeadConfig) -> PanopticConfig 
         section = dict(config.section("model", "test_cfg"))
         section["thing_classes"] = _first(fusion.get("num_things_classes"))
     settings: Settings = SettingResolver(evidence, PanopticConfig, "panoptic", section)
-    count = head.num_classes
     settings.resolve(
         "thing_classes",
         # COCO's panoptic classes begin with its 80 things.

@@ -18,6 +18,7 @@ from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.evidence import Framework, Inference, Setting
 from fdconv_deploy.checkpoints.framework_names import framework_of, in_openmmlab_names
 from fdconv_deploy.checkpoints.frequency_order import OrderReport, detect_order
+from fdconv_deploy.checkpoints.infer_config import infer_config
 from fdconv_deploy.checkpoints.infer_layers import (
     Kind,
     Layer,
@@ -29,7 +30,7 @@ from fdconv_deploy.checkpoints.infer_layers import (
     part,
 )
 from fdconv_deploy.checkpoints.infer_preprocessing_and_test_mode import training_size
-from fdconv_deploy.checkpoints.loading import config_for, infer_config, load_checkpoint
+from fdconv_deploy.checkpoints.loading import config_for, load_checkpoint
 from fdconv_deploy.checkpoints.reading import read_checkpoint
 from fdconv_deploy.config import (
     AnyBackboneConfig,

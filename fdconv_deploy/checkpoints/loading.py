@@ -11,15 +11,10 @@ from torch import Tensor
 
 from fdconv_deploy.checkpoints.config_parser import Config, config_of, read_config
 from fdconv_deploy.checkpoints.evidence import Inference
-from fdconv_deploy.checkpoints.framework_names import framework_of, in_openmmlab_names
+from fdconv_deploy.checkpoints.framework_names import in_openmmlab_names
 from fdconv_deploy.checkpoints.frequency_order import ChosenOrder, choose_order
-from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
-from fdconv_deploy.checkpoints.infer_layers import (
-    SAVED_BUFFERS,
-    dynamic_names,
-    kind_of,
-)
-from fdconv_deploy.checkpoints.infer_segmentor import infer_backbone_only, infer_segmentor_config
+from fdconv_deploy.checkpoints.infer_config import infer_config
+from fdconv_deploy.checkpoints.infer_layers import SAVED_BUFFERS, dynamic_names
 from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
 from fdconv_deploy.checkpoints.shards import digest_of
 from fdconv_deploy.config import DetectorConfig, SegmentorConfig
@@ -92,23 +87,23 @@ def load_checkpoint(
         source = read_checkpoint(source, weights=weights)
     settings = config_for(source, config)
     state = in_openmmlab_names(source.state_dict)
-    given: dict[str, Any] = {"config": settings, "meta": source.meta, "overrides": overrides}
     network: LoadedSegmentor | LoadedDetector
     try:
         order = choose_order(state, frequency_order)
+        inference = infer_config(
+            source.state_dict, config=settings, meta=source.meta, overrides=overrides, whole=True
+        )
+        if isinstance(inference.architecture, SegmentorConfig):
+            inference, state = _auxiliary(inference, state, auxiliary)
+        architecture = inference.architecture
         # On the meta device nothing is initialised: all that has data comes from the file.
-        if kind_of(state) == "detector":
-            detector = infer_detector_config(state, **given)
-            with torch.device("meta"):
-                network = LoadedDetector(detector.architecture, order.used)
-            network.inference = order.noted(detector)
-        else:
-            framework = framework_of(source.state_dict)
-            inferred = infer_segmentor_config(state, **given, framework=framework)
-            segmentor, state = _auxiliary(inferred, state, auxiliary)
-            with torch.device("meta"):
-                network = LoadedSegmentor(segmentor.architecture, order.used)
-            network.inference = order.noted(segmentor)
+        with torch.device("meta"):
+            network = (
+                LoadedDetector(architecture, order.used)
+                if isinstance(architecture, DetectorConfig)
+                else LoadedSegmentor(architecture, order.used)
+            )
+        network.inference = order.noted(inference)
         order.apply(network)
     except CheckpointError as error:
         raise CheckpointError(f"{source.path}: {error}") from None
@@ -122,31 +117,6 @@ def load_checkpoint(
     _fill(network, state, source.path)
     network.order, network.weights = order, weights
     return network.eval()
-
-
-def infer_config(
-    state: Mapping[str, Tensor],
-    *,
-    config: Config | None = None,
-    meta: Mapping[str, Any] | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> Inference[Any]:
-    """The configuration of a segmentor, a detector or a backbone alone, whichever a file holds.
-
-    Arguments as `infer_segmentor_config`'s; names may be those of any framework.
-
-    Raises:
-        CheckpointError: it is none of them, or contradicts its config.
-    """
-    framework, state = framework_of(state), in_openmmlab_names(state)
-    kind = kind_of(state)
-    if kind in ("backbone", "classifier"):
-        return infer_backbone_only(state, config=config, overrides=overrides, framework=framework)
-    if kind == "detector":
-        return infer_detector_config(state, config=config, meta=meta, overrides=overrides)
-    return infer_segmentor_config(
-        state, config=config, meta=meta, overrides=overrides, framework=framework
-    )
 
 
 def recorded_weights(manifest: Manifest, checkpoint: str | Path) -> str | None:
@@ -166,18 +136,6 @@ def load_segmentor(path: str | Path, **options: Any) -> LoadedSegmentor:
     network = load_checkpoint(path, **options)
     if not isinstance(network, LoadedSegmentor):
         raise CheckpointError(f"{path} is of a detector. Expected a segmentation network here.")
-    return network
-
-
-def load_detector(path: str | Path, **options: Any) -> LoadedDetector:
-    """:func:`load_checkpoint` where only a detector will do.
-
-    Raises:
-        CheckpointError: also if it is a segmentation network's.
-    """
-    network = load_checkpoint(path, **options)
-    if not isinstance(network, LoadedDetector):
-        raise CheckpointError(f"{path} is of a segmentation network. Expected a detector here.")
     return network
 
 

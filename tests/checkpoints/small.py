@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.evidence import Inference
-from fdconv_deploy.checkpoints.infer_segmentor import infer_segmentor_config
+from fdconv_deploy.checkpoints.infer_config import infer_config
 from fdconv_deploy.config import (
     HEAD_CONFIGS,
     DecodeHeadConfig,
@@ -122,7 +122,7 @@ def dynamic_state(**conv: Any) -> dict[str, Tensor]:
 def infer(state: dict[str, Tensor], model: dict[str, Any] | None = None, **more: Any) -> Inference:
     """What weights and a config's ``model`` tell."""
     config = None if model is None else Config({"model": model})
-    return infer_segmentor_config(state, config=config, **more)
+    return infer_config(state, config=config, whole=True, **more)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fdconv_deploy.checkpoints import read_checkpoint, save_checkpoint
 from fdconv_deploy.checkpoints.config_parser import config_of, parse_config
 from fdconv_deploy.checkpoints.config_writer import format_config
-from fdconv_deploy.checkpoints.infer_segmentor import infer_segmentor_config
+from fdconv_deploy.checkpoints.infer_config import infer_config
 from fdconv_deploy.config import (
     BandModulationConfig,
     DecodeHeadConfig,
@@ -206,7 +206,7 @@ def test_config_written_is_read_back_with_the_shapes(architecture: SegmentorConf
             "palette": [list(colour) for colour in architecture.palette],
         }
     }
-    found = infer_segmentor_config(state, config=config, meta=meta)
+    found = infer_config(state, config=config, meta=meta)
     assert found.architecture == architecture
     expected = ("has one output", "names cannot tell them apart")
     assert all(any(words in note for words in expected) for note in found.notes)
@@ -239,7 +239,7 @@ def test_config_inferred_from_shapes_alone_has_the_same_shapes(
         overrides["backbone.conv.param_ratio"] = conv.param_ratio
     # Which of the layers are strided shows in FBM, so strides other than usual must be given.
     overrides["backbone.strides"] = architecture.backbone.strides
-    found = infer_segmentor_config(state, overrides=overrides).architecture
+    found = infer_config(state, overrides=overrides).architecture
     rebuilt = shapes_of(found)
     assert {k: v.shape for k, v in rebuilt.items()} == {k: v.shape for k, v in state.items()}
     assert sorted(found.decode_head.in_channels) == sorted(architecture.decode_head.in_channels)
@@ -254,9 +254,7 @@ def test_config_in_a_file_is_read_back(
     path: Path = tmp_path_factory.mktemp("round") / "a.pth"
     save_checkpoint(path, state, architecture)
     found = read_checkpoint(path)
-    inference = infer_segmentor_config(
-        found.state_dict, config=config_of(found.meta), meta=found.meta
-    )
+    inference = infer_config(found.state_dict, config=config_of(found.meta), meta=found.meta)
     assert inference.architecture == architecture
     assert {k: v.shape for k, v in found.state_dict.items()} == {
         k: v.shape for k, v in state.items()

@@ -17,7 +17,6 @@ from fdconv_deploy.checkpoints import (
     convert_state_dict,
     inspect_checkpoint,
     load_checkpoint,
-    load_detector,
     read_checkpoint,
     save_checkpoint,
 )
@@ -318,12 +317,12 @@ def test_an_equivalent_detector(tmp_path: Path) -> None:
     convert_checkpoint(
         tmp_path / "in.pth", tmp_path / "out.pth", equivalent=True, arguments={"kernel_num": 6}
     )
-    network = load_detector(tmp_path / "out.pth")
+    network = load_checkpoint(tmp_path / "out.pth")
     conv = FDConvConfig(kernel_num=6)
     assert network.architecture.backbone.conv == conv
     assert network.architecture.test == plain.test
     assert network.architecture.classes == plain.classes
-    before = load_detector(tmp_path / "in.pth", require_fdconv=False)
+    before = load_checkpoint(tmp_path / "in.pth", require_fdconv=False)
     x = torch.randn(1, 3, 64, 96)
     for ours, theirs in zip(network.backbone(x), before.backbone(x), strict=True):
         assert error(ours, theirs) <= 1e-5

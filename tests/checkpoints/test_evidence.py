@@ -8,7 +8,7 @@ import pytest
 
 from fdconv_deploy.checkpoints.config_parser import parse_config
 from fdconv_deploy.checkpoints.evidence import CHECKPOINT_META, UNSET, Evidence, SettingResolver
-from fdconv_deploy.checkpoints.infer_segmentor import infer_segmentor_config
+from fdconv_deploy.checkpoints.infer_config import infer_config
 from fdconv_deploy.config import TestMode
 from fdconv_deploy.errors import CheckpointError
 from tests.checkpoints.small import (
@@ -46,15 +46,12 @@ def test_setting_of_the_user_goes_before_the_config() -> None:
 
 def test_setting_that_cannot_be_read_is_left_to_the_default() -> None:
     text = "model = dict(backbone=dict(style=f(), strides=[1, g(), 2, 2]))"
-    found = infer_segmentor_config(dynamic_state(), config=parse_config(text))
+    found = infer_config(dynamic_state(), config=parse_config(text))
     assert found.architecture.backbone.strides == (1, 2, 2, 2)
     assert "backbone.strides" in {fact.field for fact in found.assumed}
     assert len(found.notes) == 2
     text = "metainfo = dict(classes=['a', f(), 'c'])"
-    assert (
-        infer_segmentor_config(dynamic_state(), config=parse_config(text)).architecture.classes
-        == ()
-    )
+    assert infer_config(dynamic_state(), config=parse_config(text)).architecture.classes == ()
 
 
 def resolver(section: dict[str, Any] | None = None, **overrides: Any) -> SettingResolver[TestMode]:

@@ -17,12 +17,11 @@ from fdconv_deploy.checkpoints import (
     LoadedSegmentor,
     inspect_checkpoint,
     load_checkpoint,
-    load_detector,
     load_segmentor,
     read_checkpoint,
 )
+from fdconv_deploy.checkpoints.infer_config import infer_config
 from fdconv_deploy.checkpoints.infer_layers import conv_layers
-from fdconv_deploy.checkpoints.loading import infer_config
 from fdconv_deploy.config import FDConvConfig, TestMode
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.runtime import read_image
@@ -318,5 +317,5 @@ def test_inspect_finds_it_ready(oracle: Path, family: str) -> None:
 
 
 def test_loader_by_kind(oracle: Path) -> None:
-    detector = load_detector(oracle / "families/mask_rcnn_convnext/fdconv_train.pth")
+    detector = load_checkpoint(oracle / "families/mask_rcnn_convnext/fdconv_train.pth")
     assert detector.architecture.neck.in_channels == (20, 36, 48, 64)

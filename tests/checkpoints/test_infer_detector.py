@@ -14,14 +14,13 @@ from fdconv_deploy.checkpoints import (
     LoadedDetector,
     inspect_checkpoint,
     load_checkpoint,
-    load_detector,
     load_segmentor,
     save_checkpoint,
 )
 from fdconv_deploy.checkpoints.config_parser import Config, parse_config
 from fdconv_deploy.checkpoints.config_writer import format_config
 from fdconv_deploy.checkpoints.evidence import Inference
-from fdconv_deploy.checkpoints.infer_detector import infer_detector_config
+from fdconv_deploy.checkpoints.infer_config import infer_config
 from fdconv_deploy.config import (
     BoxCoderConfig,
     BoxHeadConfig,
@@ -39,7 +38,7 @@ from fdconv_deploy.config import (
 )
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn.detection import Detector
-from tests.checkpoints.small import key_list, small_architecture, weights_of
+from tests.checkpoints.small import key_list
 
 
 def small(*, masks: bool = True, conv: FDConvConfig | None = None, **fields: Any) -> Any:
@@ -90,9 +89,7 @@ def shapes(architecture: DetectorConfig) -> dict[str, Tensor]:
 
 
 def infer(state: dict[str, Tensor], model: dict[str, Any] | None = None, **more: Any) -> Inference:
-    return infer_detector_config(
-        state, config=None if model is None else Config({"model": model}), **more
-    )
+    return infer_config(state, config=None if model is None else Config({"model": model}), **more)
 
 
 @pytest.mark.parametrize("masks", [True, False])
@@ -100,7 +97,7 @@ def test_detector_of_a_written_config_is_inferred_in_full(masks: bool) -> None:
     architecture = small(masks=masks)
     config = parse_config(format_config(architecture))
     meta = {"CLASSES": architecture.classes, "PALETTE": [list(c) for c in architecture.palette]}
-    found = infer_detector_config(shapes(architecture), config=config, meta=meta)
+    found = infer_config(shapes(architecture), config=config, meta=meta)
     assert found.architecture == architecture
     assert {fact.field for fact in found.assumed} <= {"backbone.conv.fbm_cfg.max_size"}
     assert not found.notes
@@ -148,7 +145,7 @@ def test_detector_of_an_mmdetection_3_config() -> None:
         {"type": "LoadAnnotations", "with_bbox": True},
         {"type": "PackDetInputs"},
     ]
-    found = infer_detector_config(
+    found = infer_config(
         shapes(architecture),
         config=Config({"model": model, "test_pipeline": steps}),
         meta={
@@ -169,7 +166,7 @@ def test_detector_of_an_older_config() -> None:
         "rpn": {"nms_pre": 50, "max_num": 40, "nms_thr": 0.6, "min_bbox_size": 2},
         "rcnn": {"score_thr": 0.1, "nms": {"type": "nms", "iou_thr": 0.4}, "max_per_img": 30},
     }
-    found = infer_detector_config(state, config=Config({"model": model, "test_cfg": old}))
+    found = infer_config(state, config=Config({"model": model, "test_cfg": old}))
     assert found.architecture.test == architecture.test
 
 
@@ -286,14 +283,10 @@ def test_detector_file_becomes_the_network_that_was_saved(saved: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_detector_and_segmentor_files_are_not_confused(saved: Path, tmp_path: Path) -> None:
-    assert load_detector(saved, overrides={"test.rcnn.score_thr": 0.2}).architecture.test.rcnn
+def test_detector_is_refused_where_only_a_segmentor_will_do(saved: Path) -> None:
+    assert load_checkpoint(saved, overrides={"test.rcnn.score_thr": 0.2}).architecture.test.rcnn
     with pytest.raises(CheckpointError, match=r"mask\.pth is of a detector"):
         load_segmentor(saved)
-    architecture = small_architecture()
-    save_checkpoint(tmp_path / "a.pth", weights_of(architecture), architecture)
-    with pytest.raises(CheckpointError, match=r"a\.pth is of a segmentation network"):
-        load_detector(tmp_path / "a.pth")
 
 
 def test_detector_is_inspected(saved: Path) -> None:

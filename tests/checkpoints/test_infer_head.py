@@ -15,7 +15,7 @@ from fdconv_deploy.checkpoints import inspect_checkpoint, load_checkpoint, read_
 from fdconv_deploy.checkpoints.config_parser import parse_config
 from fdconv_deploy.checkpoints.config_writer import format_config
 from fdconv_deploy.checkpoints.evidence import Inference, Setting
-from fdconv_deploy.checkpoints.infer_segmentor import infer_segmentor_config
+from fdconv_deploy.checkpoints.infer_config import infer_config
 from fdconv_deploy.config import DecodeHeadConfig, HeadType, UPerHeadConfig
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.errors import CheckpointError
@@ -243,7 +243,7 @@ def test_head_of_a_stock_network_is_inferred_in_full(name: str, config: bool) ->
     """Shapes alone tell the stock network, and rebuild exactly its tensors."""
     state = stock_state(name)
     text = STOCK["networks"][name]["config"]
-    found = infer_segmentor_config(state, config=parse_config(text) if config else None)
+    found = infer_config(state, config=parse_config(text) if config else None)
     backbone, head = found.architecture.backbone, found.architecture.decode_head
     assert (backbone.strides, backbone.dilations) == ((1, 2, 1, 1), (1, 1, 2, 4))
     assert (backbone.deep_stem, backbone.contract_dilation) == (True, True)
@@ -349,7 +349,7 @@ def test_head_is_not_changed_by_its_loss() -> None:
 def test_head_with_one_output_is_read_back(head: dict[str, Any]) -> None:
     architecture = small_architecture(head=head)
     text = format_config(architecture)
-    found = infer_segmentor_config(
+    found = infer_config(
         weights_of(architecture), config=parse_config(text), meta={"CLASSES": architecture.classes}
     ).architecture
     assert found.decode_head == architecture.decode_head

@@ -11,7 +11,7 @@ import torch
 from fdconv_deploy.checkpoints import inspect_checkpoint, load_checkpoint, read_checkpoint
 from fdconv_deploy.checkpoints.config_parser import parse_config
 from fdconv_deploy.checkpoints.config_writer import format_config
-from fdconv_deploy.checkpoints.infer_segmentor import infer_segmentor_config
+from fdconv_deploy.checkpoints.infer_config import infer_config
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.errors import CheckpointError
@@ -61,12 +61,12 @@ def test_preprocessing_of_other_bands_asks_for_their_statistics(bands: int, tmp_
 
 def test_preprocessing_of_other_bands_is_never_guessed() -> None:
     with pytest.raises(CheckpointError, match=r"mean is not known: the network takes 4 bands"):
-        infer_segmentor_config(shapes(4))
+        infer_config(shapes(4))
     told = {"preprocessing.mean": [0, 1, 2, 3]}
     with pytest.raises(CheckpointError, match="std is not known"):
-        infer_segmentor_config(shapes(4), overrides=told)
+        infer_config(shapes(4), overrides=told)
     told["preprocessing.std"] = [1, 2, 3, 4]
-    found = infer_segmentor_config(shapes(4), overrides=told)
+    found = infer_config(shapes(4), overrides=told)
     assert found.architecture.preprocessing.mean == (0, 1, 2, 3)
     assumed = {fact.field: fact.value for fact in found.assumed}
     assert assumed["preprocessing.loading"] == "bands"
@@ -93,7 +93,7 @@ def test_preprocessing_loading_is_that_of_the_pipeline(
     load: str, bands: int, loading: str, to_float32: bool
 ) -> None:
     state = shapes(bands)
-    found = infer_segmentor_config(state, config=config(load, bands)).architecture.preprocessing
+    found = infer_config(state, config=config(load, bands)).architecture.preprocessing
     assert (found.loading, found.to_float32) == (loading, to_float32)
     assert found.channels == bands
 
@@ -104,9 +104,9 @@ def test_preprocessing_loading_of_other_bands_is_refused() -> None:
         "type='LoadImageFromFile', color_type='x'",
     ):
         with pytest.raises(CheckpointError, match=r"preprocessing\.loading"):
-            infer_segmentor_config(shapes(4), config=config(load, 4))
+            infer_config(shapes(4), config=config(load, 4))
     with pytest.raises(CheckpointError, match="takes 4 bands, which is loading bands or unchanged"):
-        infer_segmentor_config(
+        infer_config(
             shapes(4),
             config=config("type='LoadImageFromFile'", 4),
             overrides={"preprocessing.loading": "color"},
@@ -115,20 +115,20 @@ def test_preprocessing_loading_of_other_bands_is_refused() -> None:
 
 def test_preprocessing_mean_stands_for_every_band() -> None:
     load = "type='LoadSingleRSImageFromFile'"
-    found = infer_segmentor_config(shapes(4), config=config(load, 1)).architecture.preprocessing
+    found = infer_config(shapes(4), config=config(load, 1)).architecture.preprocessing
     assert (found.mean, found.std) == ((1.5,) * 4, (2.0,) * 4)
     none = parse_config(
         "model = dict(data_preprocessor=dict(type='SegDataPreProcessor', bgr_to_rgb=True))\n"
         f"test_pipeline = [dict({load})]"
     )
-    found = infer_segmentor_config(shapes(4), config=none).architecture.preprocessing
+    found = infer_config(shapes(4), config=none).architecture.preprocessing
     assert (found.mean, found.std) == ((0.0,) * 4, (1.0,) * 4)
 
 
 def test_preprocessing_swap_goes_by_its_other_name() -> None:
     load = "type='LoadSingleRSImageFromFile'"
     for more, swapped in ((", rgb_to_bgr=True", True), (", bgr_to_rgb=True", True), ("", False)):
-        found = infer_segmentor_config(shapes(3), config=config(load, 3, more)).architecture
+        found = infer_config(shapes(3), config=config(load, 3, more)).architecture
         assert found.preprocessing.reversed is swapped
 
 
@@ -138,7 +138,7 @@ def test_preprocessing_of_other_bands_is_read_back(bands: int, loading: str) -> 
     how = of(bands).model_copy(update={"loading": loading})
     architecture = small_architecture(in_channels=bands, preprocessing=how)
     text = format_config(architecture)
-    found = infer_segmentor_config(weights_of(architecture), config=parse_config(text)).architecture
+    found = infer_config(weights_of(architecture), config=parse_config(text)).architecture
     assert found.preprocessing == how
 
 
@@ -162,7 +162,7 @@ test_pipeline = [
 test_cfg = dict(mode='slide', crop_size=(512, 512), stride=341)
 data = dict(test=dict(classes=['a', 'b', 'c'], palette=[[1, 2, 3]]))
 """
-    found = infer_segmentor_config(dynamic_state(), config=parse_config(text))
+    found = infer_config(dynamic_state(), config=parse_config(text))
     settings = found.architecture.preprocessing
     assert (settings.mean, settings.std, settings.bgr_to_rgb) == ((1, 2, 3), (4, 5, 6), False)
     assert settings.scale == (2048, 512)
@@ -182,7 +182,7 @@ test_cfg = dict(type='TestLoop')
 test_dataloader = dict(dataset=dict(metainfo=dict(classes=('a', 'b', 'c')), pipeline=[
     dict(type='Resize', scale=(300, 200), keep_ratio=False)]))
 """
-    found = infer_segmentor_config(dynamic_state(), config=parse_config(text)).architecture
+    found = infer_config(dynamic_state(), config=parse_config(text)).architecture
     assert found.preprocessing.mean == (0, 0, 0)
     assert found.preprocessing.std == (1, 1, 1)
     assert (found.preprocessing.scale, found.preprocessing.keep_ratio) == ((300, 200), False)
@@ -196,6 +196,6 @@ data = dict(test=dict(pipeline=[
     dict(type='MultiScaleFlipAug', img_scale=[(1024, 512), (2048, 1024)], transforms=[
         dict(type='Resize', keep_ratio=True)])]))
 """
-    found = infer_segmentor_config(dynamic_state(), config=parse_config(text))
+    found = infer_config(dynamic_state(), config=parse_config(text))
     assert found.architecture.preprocessing.scale == (1024, 512)
     assert any("has 2 scales; the first is used" in note for note in found.notes)

@@ -26,7 +26,7 @@ from fdconv_deploy.checkpoints import (
 )
 from fdconv_deploy.checkpoints.config_parser import Config, read_config
 from fdconv_deploy.checkpoints.framework_names import framework_of, in_openmmlab_names
-from fdconv_deploy.checkpoints.loading import infer_config
+from fdconv_deploy.checkpoints.infer_config import infer_config
 from fdconv_deploy.config import PanopticConfig
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.runtime.preprocessing import normalise, published_size, resize

@@ -12,7 +12,10 @@ import torch
 from fdconv_deploy.checkpoints import read_checkpoint
 from fdconv_deploy.checkpoints.config_parser import Config, config_of, parse_config
 from fdconv_deploy.checkpoints.config_writer import format_config
-from fdconv_deploy.checkpoints.infer_segmentor import infer_backbone_only, infer_segmentor_config
+from fdconv_deploy.checkpoints.evidence import Evidence
+from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
+from fdconv_deploy.checkpoints.infer_config import infer_config
+from fdconv_deploy.checkpoints.infer_layers import backbone_prefix, part
 from fdconv_deploy.config import FDConvConfig, ResNetConfig
 from fdconv_deploy.errors import CheckpointError
 from tests.checkpoints.small import (
@@ -29,7 +32,7 @@ def test_segmentor_of_a_reference_checkpoint_is_inferred_in_full(oracle: Path, n
     checkpoint = read_checkpoint(oracle / "segmentor" / f"B_r18b14_{name}.pth")
     index = json.loads((oracle / "segmentor" / "index.json").read_text())
     model = index["models"]["B"]["model"]
-    found = infer_segmentor_config(
+    found = infer_config(
         checkpoint.state_dict, config=config_of(checkpoint.meta), meta=checkpoint.meta
     )
     backbone = found.architecture.backbone
@@ -98,7 +101,8 @@ def test_segmentor_without_a_config_is_inferred_from_names_and_shapes(
 def test_backbone_of_any_network_is_inferred(
     oracle: Path, path: str, depth: int, dynamic: bool
 ) -> None:
-    backbone = infer_backbone_only(key_list(oracle / path)).architecture
+    state = key_list(oracle / path)
+    backbone = infer_backbone(part(state, backbone_prefix(state)), Evidence())
     assert backbone.depth == depth
     assert (backbone.conv is not None and backbone.conv.kernel_num == 64) == dynamic
 
@@ -124,9 +128,7 @@ def test_segmentor_that_weights_describe_needs_no_config() -> None:
     assert silent.backbone == architecture.backbone
     assert silent.decode_head == architecture.decode_head
     assert silent.auxiliary_head == architecture.auxiliary_head
-    loud = infer_segmentor_config(
-        shapes_of(architecture), config=parse_config(format_config(architecture))
-    )
+    loud = infer_config(shapes_of(architecture), config=parse_config(format_config(architecture)))
     assert loud.assumed[0].field == "classes"
     assert len(loud.assumed) == 2
 
@@ -142,7 +144,7 @@ def test_segmentor_that_weights_describe_needs_no_config() -> None:
 )
 def test_class_names_that_tell_nothing_are_said(classes: Any, says: str) -> None:
     meta = {"dataset_meta": {"classes": classes}}
-    found = infer_segmentor_config(shapes_of(small_architecture()), meta=meta)
+    found = infer_config(shapes_of(small_architecture()), meta=meta)
     assert any(says in note for note in found.notes), found.notes
 
 
@@ -179,7 +181,7 @@ def test_segmentor_whose_config_does_not_fit_is_refused(
     meta: dict[str, Any], values: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(CheckpointError, match=says):
-        infer_segmentor_config(dynamic_state(), config=Config(values), meta=meta)
+        infer_config(dynamic_state(), config=Config(values), meta=meta)
 
 
 def test_auxiliary_head_not_known_here_is_left_out() -> None:

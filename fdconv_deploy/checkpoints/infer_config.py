@@ -1,4 +1,4 @@
-"""A segmentation network's configuration, from its state dict and what was written beside it."""
+"""A network's configuration, from its state dict and what was written beside it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.evidence import (
     Evidence,
-    Framework,
     Inference,
     SettingResolver,
     refuse_unsupported,
 )
+from fdconv_deploy.checkpoints.framework_names import framework_of, in_openmmlab_names
 from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
 from fdconv_deploy.checkpoints.infer_classes import infer_classes
+from fdconv_deploy.checkpoints.infer_detector import infer_detector
 from fdconv_deploy.checkpoints.infer_head import infer_head, refuse_cascade, stock_backbone
 from fdconv_deploy.checkpoints.infer_layers import Shapes, backbone_prefix, kind_of, part
 from fdconv_deploy.checkpoints.infer_preprocessing_and_test_mode import (
@@ -26,17 +27,10 @@ from fdconv_deploy.checkpoints.infer_query_head import (
     infer_query_head,
     query_head_type,
 )
-from fdconv_deploy.config import (
-    SIZE_DIVISOR,
-    BackboneConfig,
-    HeadConfig,
-    QueryHeadConfig,
-    SegmentorConfig,
-)
+from fdconv_deploy.config import SIZE_DIVISOR, HeadConfig, QueryHeadConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError
 
-_NOT_A_SEGMENTOR = {
-    "detector": "it is a detector, which infer_detector_config takes",
+_NOT_WHOLE = {
     "backbone": (
         "it is a backbone without a decode head. It can be inspected; to export, give the whole "
         "segmentation checkpoint"
@@ -50,52 +44,60 @@ _NOT_A_SEGMENTOR = {
 }
 
 
-def infer_segmentor_config(
+def infer_config(
     state: Shapes,
     *,
     config: Config | None = None,
     meta: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
-    framework: Framework = "OpenMMLab",
-) -> Inference[SegmentorConfig]:
-    """Infer a segmentation network's configuration.
+    whole: bool = False,
+) -> Inference[Any]:
+    """The configuration of the segmentor, the detector or the backbone that these tensors are.
 
     What names and shapes leave open comes from ``overrides``, else from the config, else it is
     the published default and listed under ``assumed``.
 
     Args:
-        state: names → tensors as in mmsegmentation, see
-            :func:`~fdconv_deploy.checkpoints.framework_names.in_openmmlab_names`. Only shapes are
-            read, so tensors on the meta device do.
+        state: names of any framework → tensors. Only shapes are read, so tensors on the meta
+            device do.
         config: the config, from the checkpoint or the user.
         meta: the checkpoint's meta data, for class names and palette.
         overrides: values of the user's: dotted field names (``"backbone.style"``), or nested
             dicts.
-        framework: whose names the tensors had.
+        whole: refuse a backbone alone and a classifier.
 
     Raises:
-        CheckpointError: not a segmentation network known here, or the config or the user
-            contradicts the weights.
+        CheckpointError: not a network known here, or the config or the user contradicts the
+            weights.
     """
+    evidence = Evidence(overrides, config, meta, framework_of(state))
+    state = in_openmmlab_names(state)
     kind = kind_of(state)
-    if kind != "segmentor":
+    if kind == "detector":
+        return evidence.inference(infer_detector(state, evidence))
+    if kind == "segmentor":
+        return evidence.inference(_segmentor(state, evidence))
+    if kind == "unknown" or whole:
         names = ", ".join(list(state)[:3]) or "none"
         raise CheckpointError(
             "Expected a segmentation checkpoint (names under backbone. and decode_head.); "
-            f"{_NOT_A_SEGMENTOR[kind]}. Its first names: {names}."
+            f"{_NOT_WHOLE[kind]}. Its first names: {names}."
         )
-    evidence = Evidence(overrides, config, meta, framework)
+    return evidence.inference(infer_backbone(part(state, backbone_prefix(state)), evidence))
+
+
+def _segmentor(state: Shapes, evidence: Evidence) -> SegmentorConfig:
     _check_model(state, evidence.config)
     backbone = infer_backbone(part(state, "backbone."), evidence, stock_backbone(state))
     head = _head(state, backbone.output_widths, evidence)
     auxiliary = _auxiliary(state, backbone.output_widths, evidence)
     settings = SettingResolver(evidence, SegmentorConfig, "", {})
     # The labels 0 and 1 of one output: a dataset names both, or 1 alone.
-    counts = {head.num_classes} if head.label_threshold is None else {1, 2}
-    infer_classes(settings, counts)
+    infer_classes(settings, {head.num_classes} if head.label_threshold is None else {1, 2})
     if head.label_threshold is not None:
         evidence.notes.append(_binary_note(settings.values["classes"], head.label_threshold))
-    architecture = settings.build(
+    queries = isinstance(head, QueryHeadConfig)
+    return settings.build(
         backbone=backbone,
         decode_head=head,
         auxiliary_head=auxiliary,
@@ -103,23 +105,10 @@ def infer_segmentor_config(
         preprocessing=infer_preprocessing(
             evidence,
             channels=backbone.in_channels,
-            size_divisor=SIZE_DIVISOR if isinstance(head, QueryHeadConfig) else None,
+            size_divisor=SIZE_DIVISOR if queries else None,
         ),
-        panoptic=infer_panoptic(evidence, head) if isinstance(head, QueryHeadConfig) else None,
+        panoptic=infer_panoptic(evidence, head.num_classes) if queries else None,
     )
-    return evidence.inference(architecture)
-
-
-def infer_backbone_only(
-    state: Shapes,
-    *,
-    config: Config | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    framework: Framework = "OpenMMLab",
-) -> Inference[BackboneConfig]:
-    """The backbone of a classifier or a bare backbone; arguments as `infer_segmentor_config`'s."""
-    evidence = Evidence(overrides, config, framework=framework)
-    return evidence.inference(infer_backbone(part(state, backbone_prefix(state)), evidence))
 
 
 def _head(state: Shapes, widths: tuple[int, ...], evidence: Evidence) -> HeadConfig:
@@ -127,9 +116,7 @@ def _head(state: Shapes, widths: tuple[int, ...], evidence: Evidence) -> HeadCon
     kind = query_head_type(tensors)
     if kind is None:
         return infer_head(state, "decode_head", widths, evidence)
-    config = evidence.config
-    section = config.section("model", "decode_head") or config.section("model", "panoptic_head")
-    return infer_query_head(tensors, kind, section, widths, evidence)
+    return infer_query_head(tensors, kind, widths, evidence)
 
 
 def _auxiliary(state: Shapes, widths: tuple[int, ...], evidence: Evidence) -> HeadConfig | None:
