@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fdconv_deploy.checkpoints import load_checkpoint
-from fdconv_deploy.checkpoints.shards import digest_of
+from fdconv_deploy.checkpoints.reading import digest_of
 from fdconv_deploy.export.options import ExportOptions
 from fdconv_deploy.export.source_network import module_to_export, network_to_export
 from fdconv_deploy.nn.detection import Detector

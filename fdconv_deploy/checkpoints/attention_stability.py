@@ -14,7 +14,7 @@ from statistics import median
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from fdconv_deploy.checkpoints.infer_layers import Shapes, dynamic_names
+from fdconv_deploy.checkpoints.state_dict import Shapes, dynamic_names
 
 # Half the width of a sigmoid: a gate at rest is at 1/2, one this far from it at 0.993.
 SATURATED = 5.0

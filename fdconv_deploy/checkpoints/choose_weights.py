@@ -83,10 +83,9 @@ _METRIC = re.compile(
 class Chosen:
     """The network that is taken, and what is not.
 
-    Attributes:
-        tensors: names without prefixes → tensors, records of them, or pickled numpy arrays.
-        others: names by which other networks in the file can be chosen.
-        dropped: phrases about what else is in the file, and about prefixes that were taken off.
+    ``tensors`` has names without prefixes → tensors, records of them, or pickled numpy arrays;
+    ``others`` names by which other networks can be chosen; ``dropped`` phrases about what else is
+    in the file, and about prefixes that were taken off.
     """
 
     tensors: dict[str, Any]
@@ -98,11 +97,8 @@ class Chosen:
 class _Network:
     """One network's part of a state dict.
 
-    Attributes:
-        entry: dotted keys of the state dict in the file; empty if the file is one.
-        root: what stands before its parts in their names, without the last dot; often empty.
-        values: names without prefixes → tensors, records of them, or whatever stands there.
-        dropped: phrases about names of the state dict that are no network's, and about prefixes.
+    ``entry`` has the dotted keys of the state dict in the file, empty if the file is one, and
+    ``root`` what stands before the network's parts in their names, without the last dot.
     """
 
     entry: str
@@ -135,15 +131,8 @@ def choose_weights(path: Path, content: Mapping[Any, Any], wanted: str | None = 
     Of several, trained weights go before averaged ones and a teacher, ``state_dict`` before other
     entries, a network with FDConv layers before one without, and then the one of most tensors.
 
-    Args:
-        path: the file, for error messages.
-        content: what it holds.
-        wanted: the name of the entry (``state_dict_ema``), of the prefix (``teacher``) or of both
-            (``state_dict.teacher``) to take instead.
-
-    Raises:
-        CheckpointError: there are no weights, or none of that name, or a tensor among them is
-            sharded, sparse, quantised or made by code.
+    ``wanted`` names the entry (``state_dict_ema``), the prefix (``teacher``) or both
+    (``state_dict.teacher``) to take instead.
     """
     entries = _entries(content)
     if not entries:

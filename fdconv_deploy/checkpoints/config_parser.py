@@ -12,7 +12,7 @@ import ast
 import json
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,8 @@ def read_config(path: str | Path) -> Config:
         CheckpointError: no such file, not UTF-8 text, or another kind of file.
     """
     path = Path(path)
-    if path.suffix not in (".py", ".json", ".yaml", ".yml"):
+    readers = {".py": parse_config, ".json": _json, ".yaml": _yaml, ".yml": _yaml}
+    if path.suffix not in readers:
         raise CheckpointError(
             f"{path} is not a config: expected a .py or .json file of OpenMMLab's, or the "
             "config.yaml of detectron2's."
@@ -115,13 +116,11 @@ def read_config(path: str | Path) -> Config:
             f"{path} cannot be read: {why}. Expected a .py, .json or .yaml config file."
         ) from None
     if large:
-        raise CheckpointError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not a config's text.")
-    if path.suffix in (".yaml", ".yml"):
-        return _yaml(text, str(path))
-    return _json(text, str(path)) if path.suffix == ".json" else parse_config(text, name=str(path))
+        raise _too_large(str(path))
+    return readers[path.suffix](text, str(path))
 
 
-def parse_config(text: str, *, name: str = "the config") -> Config:
+def parse_config(text: str, name: str = "the config") -> Config:
     """Read config text: Python source, or a JSON object.
 
     Nothing is executed. What cannot be read becomes a note, never a guess.
@@ -130,7 +129,7 @@ def parse_config(text: str, *, name: str = "the config") -> Config:
         CheckpointError: the text is larger than 4 MiB or is JSON that is not an object.
     """
     if len(text) > MAX_BYTES:
-        raise CheckpointError(f"{name} is larger than {MAX_BYTES >> 20} MiB: not a config's text.")
+        raise _too_large(name)
     if text.lstrip().startswith("{"):
         return _json(text, name)
     reader = _Reader(name)
@@ -138,6 +137,10 @@ def parse_config(text: str, *, name: str = "the config") -> Config:
         reader.read(statement)
     values = {k: v for k, v in reader.names.items() if not isinstance(v, _ImportedName)}
     return Config(values, tuple(dict.fromkeys([*reader.notes, *_unreadable(values, name)])))
+
+
+def _too_large(name: str) -> CheckpointError:
+    return CheckpointError(f"{name} is larger than {MAX_BYTES >> 20} MiB: not a config's text.")
 
 
 def printable(value: Any) -> Any:
@@ -172,8 +175,7 @@ def _tagged(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Unreadable
     return Unreadable(f"its tag !!python/{suffix} is code", node.start_mark.line + 1)
 
 
-# A few lines of aliases to aliases would fill any memory.
-_MOST_YAML_VALUES = 100_000
+_YamlLoader.add_multi_constructor("tag:yaml.org,2002:python/", _tagged)
 
 
 def _written_out(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
@@ -187,17 +189,15 @@ def _written_out(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
     return known[node]
 
 
-_YamlLoader.add_multi_constructor("tag:yaml.org,2002:python/", _tagged)
-
-
 def _yaml(text: str, name: str) -> Config:
     """detectron2's ``config.yaml``, where OpenMMLab's configs have its values."""
     try:
         loader = _YamlLoader(text)
         node = loader.get_single_node()
-        if node is not None and _written_out(node, {}) > _MOST_YAML_VALUES:
+        # A few lines of aliases to aliases would fill any memory.
+        if node is not None and _written_out(node, {}) > MAX_ITEMS:
             raise CheckpointError(
-                f"{name} repeats itself by aliases to more than {_MOST_YAML_VALUES:,} values. "
+                f"{name} repeats itself by aliases to more than {MAX_ITEMS:,} values. "
                 "Expected the config.yaml that training wrote into OUTPUT_DIR, of a few hundred."
             )
         values = None if node is None else printable(loader.construct_document(node))
@@ -410,12 +410,10 @@ class _Reader:
             case ast.Set(elts=items):
                 return set(self._items(items, depth))
             case ast.Dict(keys=keys, values=values):
-                return self._pairs(list(zip(keys, values, strict=True)), depth)
+                return self._pairs(zip(keys, values, strict=True), depth)
             case ast.Call(func=ast.Name(id="dict"), args=args, keywords=keywords) if len(args) < 2:
                 start = dict(self._needed(args[0], depth)) if args else {}
-                given: list[tuple[ast.expr | None, ast.expr]] = [
-                    (ast.Constant(k.arg) if k.arg else None, k.value) for k in keywords
-                ]
+                given = [(ast.Constant(k.arg) if k.arg else None, k.value) for k in keywords]
                 return start | self._pairs(given, depth)
             case ast.Call(func=ast.Name(id=name), args=[arg], keywords=[]) if name in _CALLS:
                 return _small(_CALLS[name](self._needed(arg, depth)))
@@ -446,7 +444,9 @@ class _Reader:
                 raise _UnreadableError(f"a list of more than {MAX_ITEMS} items")
         return result
 
-    def _pairs(self, pairs: list[tuple[ast.expr | None, ast.expr]], depth: int) -> dict[Any, Any]:
+    def _pairs(
+        self, pairs: Iterable[tuple[ast.expr | None, ast.expr]], depth: int
+    ) -> dict[Any, Any]:
         result: dict[Any, Any] = {}
         for key, value in pairs:
             if key is None:  # ** of another dict

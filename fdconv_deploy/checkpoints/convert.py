@@ -20,13 +20,18 @@ from torch import Tensor
 
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.config_writer import format_config
-from fdconv_deploy.checkpoints.framework_names import framework_of
 from fdconv_deploy.checkpoints.infer_backbone import FEED_FORWARD, backbone_type
 from fdconv_deploy.checkpoints.infer_config import infer_config
-from fdconv_deploy.checkpoints.infer_layers import backbone_prefix, dynamic_names, kind_of, part
 from fdconv_deploy.checkpoints.loading import config_for
 from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
 from fdconv_deploy.checkpoints.save import write_checkpoint
+from fdconv_deploy.checkpoints.state_dict import (
+    backbone_prefix,
+    dynamic_names,
+    framework_of,
+    kind_of,
+    part,
+)
 from fdconv_deploy.config import BackboneConfig, FDConvConfig
 from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError, in_the_way
 from fdconv_deploy.nn.backbones import build_backbone
@@ -116,10 +121,10 @@ def convert_checkpoint(
             unknown, or ``destination`` is in the way.
         UnsupportedLayerError: an argument does not suit a layer.
     """
-    destination = Path(destination)
+    destination, arguments = Path(destination), arguments or {}
     if destination.exists() and not overwrite:
         raise in_the_way(CheckpointError, f"{destination} is there already.")
-    conv = _conv(arguments or {})
+    conv = _conv(arguments)
     checkpoint = read_checkpoint(source, weights=weights)
     state = checkpoint.state_dict
     try:
@@ -131,10 +136,10 @@ def convert_checkpoint(
             )
         backbone, text = _described(checkpoint, config_for(checkpoint, config), conv)
         # Of no number in particular, what the published converter writes will do.
-        if equivalent or "kernel_num" in (arguments or {}):
+        if equivalent or "kernel_num" in arguments:
             _check_groups(state, conv)
         if not equivalent:
-            given = "use_fdconv_if_c_gt" in (arguments or {})
+            given = "use_fdconv_if_c_gt" in arguments
             made = convert_state_dict(
                 state,
                 use_fdconv_if_c_gt=conv.use_fdconv_if_c_gt if given else PUBLISHED_THRESHOLD,
@@ -148,22 +153,8 @@ def convert_checkpoint(
         else:
             made = equivalent_state_dict(state, backbone)
         report = describe_conversion(state, made, conv, "equivalent" if equivalent else "published")
-        if not report.converted and report.unrecognised:
-            raise CheckpointError(
-                f"Nothing in it is converted: {len(report.unrecognised)} layers of a size that "
-                f"FDConv replaces have names that the published converter does not know "
-                f"({', '.join(report.unrecognised[:3])}…), so that it writes the same weights "
-                "again. Expected a ResNet's layer1.0.conv1.weight…, a ViT's "
-                "layers.0.ffn.layers.0.0.weight…, or a whole MiT, Swin or ConvNeXt; in Python, "
-                "fdconv_deploy.nn.replace_convolutions takes any network."
-            )
         if not report.converted:
-            raise CheckpointError(
-                "Nothing in it is to be converted: expected a ResNet's layer1.0.conv1.weight… or "
-                "a ViT's layers.0.ffn.layers.0.0.weight… of more channels than the limit, found "
-                f"{', '.join(list(state)[:3])}…. Lower the limit (--channels-above), or give a "
-                "ResNet's checkpoint."
-            )
+            raise _nothing_converted(state, report)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
     meta = {k: v for k, v in checkpoint.meta.items() if k not in ("config", "cfg")}
@@ -171,6 +162,24 @@ def convert_checkpoint(
     meta |= {"converted_from": Path(source).name, "conversion": report.method}
     write_checkpoint(destination, made, meta)
     return report
+
+
+def _nothing_converted(state: Mapping[str, Tensor], report: Conversion) -> CheckpointError:
+    if report.unrecognised:
+        return CheckpointError(
+            f"Nothing in it is converted: {len(report.unrecognised)} layers of a size that FDConv "
+            "replaces have names that the published converter does not know "
+            f"({', '.join(report.unrecognised[:3])}…), so that it writes the same weights again. "
+            "Expected a ResNet's layer1.0.conv1.weight…, a ViT's layers.0.ffn.layers.0.0.weight…, "
+            "or a whole MiT, Swin or ConvNeXt; in Python, fdconv_deploy.nn.replace_convolutions "
+            "takes any network."
+        )
+    return CheckpointError(
+        "Nothing in it is to be converted: expected a ResNet's layer1.0.conv1.weight… or a ViT's "
+        "layers.0.ffn.layers.0.0.weight… of more channels than the limit, found "
+        f"{', '.join(list(state)[:3])}…. Lower the limit (--channels-above), or give a ResNet's "
+        "checkpoint."
+    )
 
 
 def _conv(arguments: Mapping[str, Any]) -> FDConvConfig:
@@ -186,18 +195,14 @@ def _conv(arguments: Mapping[str, Any]) -> FDConvConfig:
 
 
 def _check_groups(state: Mapping[str, Tensor], conv: FDConvConfig) -> None:
-    """Refuse a number of groups that a layer's frequency bins do not divide by.
-
-    Raises:
-        UnsupportedLayerError: it names the layer, and the next lower number for all.
-    """
+    """Refuse a number of groups that a layer's frequency bins do not divide by."""
     bins: dict[str, tuple[int, int]] = {}
-    for key in sorted(_known_to(state), key=list(state).index):
-        weight = state[key]
-        if _is_large(weight, conv.use_fdconv_if_c_gt, conv.use_fdconv_if_k_in):
+    known = _known_to(state)
+    for key, weight in state.items():
+        if key in known and _is_large(weight, conv.use_fdconv_if_c_gt, conv.use_fdconv_if_k_in):
             height, width = weight.shape[2:] if weight.ndim == 4 else (1, 1)
             kept = weight.shape[0] * height * (weight.shape[1] * width // 2 + 1)
-            kept = int(kept * conv.param_reduction) if conv.param_reduction < 1 else kept
+            kept = int(kept * min(conv.param_reduction, 1))
             groups = weight.shape[0] // 2 if conv.kernel_num is None else conv.kernel_num
             bins[key.removesuffix(".weight")] = kept, groups
     wrong = [name for name, (kept, groups) in bins.items() if groups > 0 and kept % groups]
@@ -226,10 +231,11 @@ def _described(
             raise
         return None, str(error)
     if isinstance(network, BackboneConfig):
-        backbone = network.model_copy(update={"conv": conv})
-        return backbone, format_config(backbone)
-    backbone = network.backbone.model_copy(update={"conv": conv})
-    return backbone, format_config(network.model_copy(update={"backbone": backbone}))
+        network = backbone = network.model_copy(update={"conv": conv})
+    else:
+        backbone = network.backbone.model_copy(update={"conv": conv})
+        network = network.model_copy(update={"backbone": backbone})
+    return backbone, format_config(network)
 
 
 def convert_state_dict(
@@ -276,46 +282,29 @@ def describe_conversion(
     method: Literal["published", "equivalent"] = "published",
 ) -> Conversion:
     """What :func:`convert_state_dict` or :func:`equivalent_state_dict` did and did not do."""
-    grouped, known = _grouped(before), _known_to(before)
-    large = {
-        key.removesuffix(".weight"): key in known
-        for key, weight in before.items()
-        if key not in grouped
-        and _is_large(weight, conv.use_fdconv_if_c_gt, conv.use_fdconv_if_k_in)
-    }
-    families = _feed_forward(before)
+    grouped, known, families = _grouped(before), _known_to(before), _feed_forward(before)
     spectra = {key.removesuffix(".dft_weight") for key in after if key.endswith(".dft_weight")}
     changed = spectra | set(dynamic_names(after))
-    unchanged = {name: known for name, known in large.items() if name not in changed}
-    return Conversion(
-        method=method,
-        conv=conv,
-        converted=tuple(
-            name for name in (key.removesuffix(".weight") for key in before) if name in changed
-        ),
-        left_random=tuple(name for name, found in unchanged.items() if found),
-        grouped=tuple(key.removesuffix(".weight") for key in grouped),
-        beyond_published=tuple(
-            key.removesuffix(".weight")
-            for key in before
-            if key in families
-            and key.removesuffix(".weight") in changed
-            and not _PUBLISHED_LINEAR.search(key)
-        ),
-        left_in_heads=tuple(
-            name
-            for name, found in unchanged.items()
-            if families and not found and _PUBLISHED_LINEAR.search(f"{name}.weight")
-        ),
-        unrecognised=tuple(
-            name
-            for name, found in unchanged.items()
-            # A whole MiT, Swin or ConvNeXt has no further ones.
-            if not (found or families)
-            and f"{name}.weight" in before
-            and not _PLAIN.search(f"{name}.weight")
-        ),
-    )
+    lists: dict[str, list[str]] = defaultdict(list)
+    for key, weight in before.items():
+        name = key.removesuffix(".weight")
+        published = _PUBLISHED_LINEAR.search(key) is not None
+        if name in changed:
+            lists["converted"].append(name)
+            if key in families and not published:
+                lists["beyond_published"].append(name)
+        elif key in grouped:
+            lists["grouped"].append(name)
+        elif not _is_large(weight, conv.use_fdconv_if_c_gt, conv.use_fdconv_if_k_in):
+            continue
+        elif key in known:
+            lists["left_random"].append(name)
+        elif families:  # a whole MiT, Swin or ConvNeXt has no further ones
+            lists["left_in_heads"] += [name] if published else []
+        elif key.endswith(".weight") and not _PLAIN.search(key):
+            lists["unrecognised"].append(name)
+    found = {kind: tuple(names) for kind, names in lists.items()}
+    return Conversion(method=method, conv=conv, **({"converted": ()} | found))
 
 
 def equivalent_state_dict(
@@ -399,27 +388,26 @@ def _feed_forward(state_dict: Mapping[str, Tensor]) -> frozenset[str]:
     pattern = FEED_FORWARD.get(backbone_type(backbone))
     if pattern is None:
         return frozenset()
-    matches = {key: pattern.match(key) for key in backbone if key.endswith(".weight")}
-    return frozenset(f"{prefix}{k}" for k, m in matches.items() if m and k == f"{m[0]}.weight")
+    weights = (key for key in backbone if key.endswith(".weight"))
+    return frozenset(
+        f"{prefix}{k}" for k in weights if pattern.fullmatch(k.removesuffix(".weight"))
+    )
 
 
 def _known_to(state_dict: Mapping[str, Tensor]) -> frozenset[str]:
-    """Weights that are converted if they are large enough."""
+    """Weights that are converted if they are large enough: those the published converter names."""
+
+    def is_known(key: str, weight: Tensor) -> bool:
+        if weight.ndim == 4:
+            return bool(_BLOCK.fullmatch(key) or _STEM.fullmatch(key))
+        return bool(_LINEAR.search(key))
+
     own = _feed_forward(state_dict)
-    if own:
-        return own
-    known = {key for key, weight in state_dict.items() if _is_known(key, weight)}
-    return frozenset(known.difference(_grouped(state_dict)))
+    known = {key for key, weight in state_dict.items() if is_known(key, weight)}
+    return own or frozenset(known.difference(_grouped(state_dict)))
 
 
-def _is_known(key: str, weight: Tensor) -> bool:
-    """Whether a layer's name is one of those that the published converter replaces."""
-    if weight.ndim == 4:
-        return bool(_BLOCK.fullmatch(key) or _STEM.fullmatch(key))
-    return bool(_LINEAR.search(key))
-
-
-def _grouped(state_dict: Mapping[str, Tensor]) -> tuple[str, ...]:
+def _grouped(state_dict: Mapping[str, Tensor]) -> set[str]:
     """The known convolutions that are grouped: each filter sees a part of the input channels.
 
     A weight does not show its number of groups; the channels of the convolution before it do.
@@ -439,4 +427,4 @@ def _grouped(state_dict: Mapping[str, Tensor]) -> tuple[str, ...]:
             entering, taken = state_dict[before].shape[0], state_dict[key].shape[1]
             if entering > taken > 0 and entering % taken == 0:
                 found.add(key)
-    return tuple(key for key in state_dict if key in found)
+    return found

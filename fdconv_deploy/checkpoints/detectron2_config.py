@@ -13,15 +13,9 @@ _BATCH_NORMS = ("BN", "SyncBN", "FrozenBN", "naiveSyncBN")
 
 
 def in_openmmlab_sections(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a ``config.yaml`` where OpenMMLab's configs have them.
-
-    Args:
-        values: what the file holds; of its sections any may be missing.
-    """
+    """The values of a ``config.yaml``, of which any may be missing, where OpenMMLab has them."""
     model = _Section(values.get("MODEL"))
-    query = model.section(
-        "MaskDINO" if model.get("META_ARCHITECTURE") == "MaskDINO" else "MASK_FORMER"
-    )
+    query = _query(model)
     inputs = _Section(values.get("INPUT"))
     short, long = inputs.get("MIN_SIZE_TEST"), inputs.get("MAX_SIZE_TEST")
     resize = _known(type="Resize", keep_ratio=True, backend="pillow")
@@ -53,8 +47,7 @@ def resizes_first(values: Mapping[str, Any]) -> bool:
     as segments and objects are made of them here, too.
     """
     model = _Section(values.get("MODEL"))
-    name = "MaskDINO" if model.get("META_ARCHITECTURE") == "MaskDINO" else "MASK_FORMER"
-    query = model.section(name)
+    query = _query(model)
     test = query.section("TEST")
     asked = test.get("SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE") is True
     return asked and _panoptic(model, query, _Section(values.get("TEST"))) is None
@@ -70,26 +63,35 @@ class _Section(dict[str, Any]):
         return _Section(self.get(name))
 
 
+def _query(model: _Section) -> _Section:
+    """The section of the network's queries."""
+    return model.section("MaskDINO" if _is_maskdino(model) else "MASK_FORMER")
+
+
+def _is_maskdino(model: _Section) -> bool:
+    return model.get("META_ARCHITECTURE") == "MaskDINO"
+
+
 def _known(**values: Any) -> dict[str, Any]:
     """Without what is not stated."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _same(section: _Section, *names: str) -> dict[str, Any]:
+    """The entries that are named as the fields are, in capitals."""
+    return _known(**{name: section.get(name.upper()) for name in names})
 
 
 def _backbone(model: _Section) -> dict[str, Any]:
     name = str(model.section("BACKBONE").get("NAME", ""))
     if "Swin" in name:
         swin = model.section("SWIN")
-        return _known(
-            type="SwinTransformer",
+        same = ("patch_size", "window_size", "depths", "num_heads", "mlp_ratio", "qkv_bias")
+        return {"type": "SwinTransformer", "qk_scale": swin.get("QK_SCALE")} | _known(
             embed_dims=swin.get("EMBED_DIM"),
-            patch_size=swin.get("PATCH_SIZE"),
-            window_size=swin.get("WINDOW_SIZE"),
-            depths=swin.get("DEPTHS"),
-            num_heads=swin.get("NUM_HEADS"),
-            mlp_ratio=swin.get("MLP_RATIO"),
-            qkv_bias=swin.get("QKV_BIAS"),
             use_abs_pos_embed=swin.get("APE"),
-        ) | {"qk_scale": swin.get("QK_SCALE")}
+            **_same(swin, *same),
+        )
     if "resnet" not in name.lower():
         return _known(type=name or None)
     resnet = model.section("RESNETS")
@@ -111,59 +113,51 @@ def _backbone(model: _Section) -> dict[str, Any]:
 
 def _head(model: _Section, query: _Section) -> dict[str, Any]:
     """Mask2Former's or MaskDINO's head, by the names of `QueryHeadConfig`'s fields."""
-    head, dino = model.section("SEM_SEG_HEAD"), model.get("META_ARCHITECTURE") == "MaskDINO"
-    name = {"MaskFormer": "Mask2FormerHead", "MaskDINO": "MaskDINOHead"}
-    architecture = model.get("META_ARCHITECTURE")
+    head, architecture = model.section("SEM_SEG_HEAD"), model.get("META_ARCHITECTURE")
     layers = query.get("DEC_LAYERS")
     fields = _known(
-        type=name.get(str(architecture), architecture),
+        type="Mask2FormerHead" if architecture == "MaskFormer" else architecture,
         num_classes=head.get("NUM_CLASSES"),
         num_queries=query.get("NUM_OBJECT_QUERIES"),
         channels=head.get("CONVS_DIM"),
         mask_channels=head.get("MASK_DIM"),
+        hidden_channels=query.get("HIDDEN_DIM"),
         encoder_layers=head.get("TRANSFORMER_ENC_LAYERS"),
         decoder_feedforward=query.get("DIM_FEEDFORWARD"),
         # The code takes the decoder's number for the encoder, too.
         encoder_heads=query.get("NHEADS"),
         decoder_heads=query.get("NHEADS"),
         norm_groups=32 if head.get("NORM") == "GN" else None,  # as detectron2's get_norm has it
+        **_same(query, "enforce_input_proj"),
     )
-    if dino:
-        total, entering = head.get("TOTAL_NUM_FEATURE_LEVELS"), head.get("NUM_FEATURE_LEVELS")
-        names = head.get("DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES")
-        entering = len(names) if isinstance(names, list) else entering
-        extra = None
-        if isinstance(total, int) and isinstance(entering, int):
-            extra = total - entering
-        test = query.section("TEST")
-        sharpened = test.get("PANO_TRANSFORM_EVAL") is not False
-        fields |= _known(
-            decoder_layers=layers,
-            hidden_channels=query.get("HIDDEN_DIM"),
-            encoder_feedforward=head.get("DIM_FEEDFORWARD"),
-            extra_levels=extra,
-            feature_order=head.get("FEATURE_ORDER"),
-            two_stage=query.get("TWO_STAGE"),
-            learn_tgt=query.get("LEARN_TGT"),
-            initialize_box_type=query.get("INITIALIZE_BOX_TYPE"),
-        )
-        if "PANO_TEMPERATURE" in test or not sharpened:
-            fields["temperature"] = test.get("PANO_TEMPERATURE") if sharpened else None
-        semantic = test.get("SEMANTIC_ON", True) and query.get("SEMANTIC_CE_LOSS")
-        if semantic is not None:
-            # Its decoder makes the output for no object whatever PANOPTIC_ON is; its inference
-            # then takes sigmoids all the same.
-            fields["no_object"] = bool(semantic)
-            softmax = semantic and not test.get("PANOPTIC_ON")
-            fields["class_scores"] = "softmax" if softmax else "sigmoid"
-    else:
-        fields |= _known(
-            # One less: predictions, not layers, are counted.
-            decoder_layers=layers - 1 if isinstance(layers, int) else None,
-            hidden_channels=query.get("HIDDEN_DIM"),
-            pre_norm=query.get("PRE_NORM"),
-        )
-    return fields | _known(enforce_input_proj=query.get("ENFORCE_INPUT_PROJ"))
+    if not _is_maskdino(model):
+        # One less: predictions, not layers, are counted.
+        decoder_layers = layers - 1 if isinstance(layers, int) else None
+        return fields | _known(decoder_layers=decoder_layers, **_same(query, "pre_norm"))
+    total, entering = head.get("TOTAL_NUM_FEATURE_LEVELS"), head.get("NUM_FEATURE_LEVELS")
+    names = head.get("DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES")
+    entering = len(names) if isinstance(names, list) else entering
+    counted = isinstance(total, int) and isinstance(entering, int)
+    fields |= _known(
+        type="MaskDINOHead",
+        decoder_layers=layers,
+        encoder_feedforward=head.get("DIM_FEEDFORWARD"),
+        extra_levels=total - entering if counted else None,
+        **_same(head, "feature_order"),
+        **_same(query, "two_stage", "learn_tgt", "initialize_box_type"),
+    )
+    test = query.section("TEST")
+    sharpened = test.get("PANO_TRANSFORM_EVAL") is not False
+    if "PANO_TEMPERATURE" in test or not sharpened:
+        fields["temperature"] = test.get("PANO_TEMPERATURE") if sharpened else None
+    semantic = test.get("SEMANTIC_ON", True) and query.get("SEMANTIC_CE_LOSS")
+    if semantic is not None:
+        # Its decoder makes the output for no object whatever PANOPTIC_ON is; its inference
+        # then takes sigmoids all the same.
+        fields["no_object"] = bool(semantic)
+        softmax = semantic and not test.get("PANOPTIC_ON")
+        fields["class_scores"] = "softmax" if softmax else "sigmoid"
+    return fields
 
 
 def _panoptic(model: _Section, query: _Section, tests: _Section) -> dict[str, Any] | None:
@@ -173,9 +167,8 @@ def _panoptic(model: _Section, query: _Section, tests: _Section) -> dict[str, An
         return None
     return _known(
         rule="detectron2",
-        panoptic_on=test.get("PANOPTIC_ON"),
-        instance_on=test.get("INSTANCE_ON"),
         object_mask_thr=test.get("OBJECT_MASK_THRESHOLD"),
         iou_thr=test.get("OVERLAP_THRESHOLD"),
         max_per_image=tests.get("DETECTIONS_PER_IMAGE"),
+        **_same(test, "panoptic_on", "instance_on"),
     )

@@ -50,11 +50,8 @@ class Setting(BaseModel):
 class Inference(BaseModel, Generic[ConfigT]):
     """A network's configuration and where its settings came from.
 
-    Attributes:
-        architecture: the configuration.
-        found: settings that came from the file or the user.
-        assumed: those that are published defaults, which nothing confirmed.
-        notes: what could not be read or is not reproduced.
+    ``found`` came from the file or the user, ``assumed`` are published defaults that nothing
+    confirmed; ``notes`` say what could not be read or is not reproduced.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -68,14 +65,11 @@ class Inference(BaseModel, Generic[ConfigT]):
 class Evidence:
     """What is known of one network so far.
 
-    Args:
-        overrides: values the user gave, by dotted field names (``backbone.style``) or as nested
-            dicts.
+    Attributes:
+        overrides: values the user gave, by dotted field names; given so, or as nested dicts.
         config: from the checkpoint or the user; its notes are the first for the user.
         meta: the checkpoint's meta data, for class names and palette.
         framework: whose names the tensors had, which decides some published defaults.
-
-    Attributes:
         settings: in the order in which they were resolved.
         notes: sentences for the user.
         fields: dotted names of all fields that this network has.
@@ -96,17 +90,11 @@ class Evidence:
         self.fields: set[str] = set()
 
     def inference(self, architecture: ConfigT) -> Inference[ConfigT]:
-        """The result.
-
-        Raises:
-            CheckpointError: the user gave a field that this network does not have.
-        """
+        """The result; a field of the user's that this network does not have is refused."""
         for name in self.overrides:
             if name not in self.fields:
-                near = difflib.get_close_matches(name, sorted(self.fields), 3, 0.4)
-                hint = (
-                    f"Did you mean {' or '.join(near)}?" if near else "fdconv inspect lists them."
-                )
+                near = " or ".join(difflib.get_close_matches(name, sorted(self.fields), 3, 0.4))
+                hint = f"Did you mean {near}?" if near else "fdconv inspect lists them."
                 raise CheckpointError(f"{name!r} is not a field of this network. {hint}")
         assumed = tuple(s for s in self.settings if s.source == "published default")
         found = tuple(s for s in self.settings if s.source != "published default")
@@ -123,8 +111,8 @@ class SettingResolver(Generic[ConfigT]):
         model: the model; its fields' types convert values of the user and the config.
         prefix: of the fields' dotted names, as ``backbone.conv``; empty for the whole network.
         section: the config's values, by the model's field names; empty without a config.
-        defaults: published defaults that differ from the model's own.
-        note: what to note beside one of ``defaults`` that is assumed.
+        defaults: published defaults that differ from the model's own, and ``note`` what to note
+            beside one of them that is assumed.
     """
 
     def __init__(
@@ -161,14 +149,13 @@ class SettingResolver(Generic[ConfigT]):
         matters: bool = True,
         note: str = "",
     ) -> Any:
-        """Decide one field and record what decided it.
+        """Decide one field of the model and record what decided it.
 
         Args:
-            name: the model's field.
+            name: the field.
             kind: its type, by default the model's.
-            config: the config's value, by default its section's entry of that name. One that
-                could not be read counts as none.
-            config_name: what to call the config's entry in an error.
+            config: the config's value, by default its section's entry of that name, and
+                ``config_name`` what to call it in an error. One not read counts as none.
             default: the published default, by default the model's.
             exact: the value, if the weights leave only one.
             accepts: whether a value agrees with the weights, if they leave several.
@@ -237,9 +224,7 @@ class SettingResolver(Generic[ConfigT]):
     def build(self, *, matters: bool = True, **others: Any) -> ConfigT:
         """The model, its remaining fields from the user, the config or the defaults.
 
-        Args:
-            matters: False if these have no effect in this network.
-            others: fields that are resolved elsewhere.
+        ``others`` are resolved elsewhere; the remaining ones are listed if they ``matter``.
         """
         for name in self.model.model_fields:
             if name not in self.values and name not in others:
@@ -291,6 +276,14 @@ def stated(section: Mapping[str, Any], *names: str) -> Any:
     return UNSET
 
 
+def from_first(indices: Any, count: int) -> Any:
+    """A config's indices of ``count`` outputs, or its one, counted from the first output."""
+    indices = (indices,) if isinstance(indices, int) else indices
+    if not isinstance(indices, (list, tuple)):
+        return indices
+    return tuple(i + count if isinstance(i, int) and i < 0 else i for i in indices)
+
+
 def type_of(section: Mapping[str, Any]) -> str:
     """A section's ``type`` without its module; empty if it is not there."""
     value = section.get("type")
@@ -298,11 +291,7 @@ def type_of(section: Mapping[str, Any]) -> str:
 
 
 def refuse_unsupported(name: str, section: Mapping[str, Any], *types: str, **expected: Any) -> None:
-    """Refuse a section of another type than ``types``, or set to what is built in one way only.
-
-    Raises:
-        CheckpointError: it is; one without a type or such a setting is taken.
-    """
+    """Refuse a section of another type than ``types``, or set to what is built in one way only."""
     kind = type_of(section)
     if types and kind and kind not in types:
         raise CheckpointError(

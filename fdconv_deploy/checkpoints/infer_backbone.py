@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,17 +13,17 @@ from fdconv_deploy.checkpoints.evidence import (
     UNSET,
     Evidence,
     SettingResolver,
+    from_first,
     refuse_unsupported,
     stated,
     type_of,
 )
 from fdconv_deploy.checkpoints.infer_fdconv import infer_conv
-from fdconv_deploy.checkpoints.infer_layers import (
+from fdconv_deploy.checkpoints.state_dict import (
     Layer,
     Shapes,
     conv_layers,
     dynamic_names,
-    layers_named,
     output_features,
     shape_of,
 )
@@ -39,19 +39,16 @@ from fdconv_deploy.config import (
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn.backbones.swin_transformer import relative_positions
 
-_shape = partial(
-    shape_of,
-    owner="backbone",
-    advice="; the file may be cut, or of another version of this network.",
-)
-_hidden = partial(output_features, owner="backbone", advice=". The file may be cut.")
+_shape = partial(shape_of, owner="backbone")
+_hidden = partial(output_features, owner="backbone")
 
-# The layers that FDConv replaces in each, and a name that it alone has.
+# The layers that FDConv replaces in each.
 FEED_FORWARD = {
-    "MixVisionTransformer": re.compile(r"layers\.\d+\.1\.\d+\.ffn\.layers\.[04](?=\.)"),
-    "SwinTransformer": re.compile(r"stages\.\d+\.blocks\.\d+\.ffn\.layers\.(?:0\.0|1)(?=\.)"),
-    "ConvNeXt": re.compile(r"stages\.\d+\.\d+\.pointwise_conv[12](?=\.)"),
+    "MixVisionTransformer": re.compile(r"layers\.\d+\.1\.\d+\.ffn\.layers\.[04]"),
+    "SwinTransformer": re.compile(r"stages\.\d+\.blocks\.\d+\.ffn\.layers\.(?:0\.0|1)"),
+    "ConvNeXt": re.compile(r"stages\.\d+\.\d+\.pointwise_conv[12]"),
 }
+# A name that it alone has: its first convolution.
 _MARKS = {
     "MixVisionTransformer": "layers.0.0.projection.weight",
     "SwinTransformer": "patch_embed.projection.weight",
@@ -67,7 +64,7 @@ _CONVNEXT = {
 }
 
 _BATCH_NORMS = ("BN", "BN2d", "SyncBN", "MMSyncBN", "BatchNorm2d")
-_BLOCK = re.compile(r"layer(\d+)\.(\d+)\.conv\d$")
+_BLOCK = r"layer(\d+)\.(\d+)\.conv\d$"
 
 Settings = SettingResolver[Any]
 
@@ -87,10 +84,6 @@ def infer_backbone(
         evidence: has the config and takes the settings.
         stock: settings of the stock config that a ResNet is probably of, where they differ from
             the defaults; taken if the config has no backbone.
-
-    Raises:
-        CheckpointError: it is none known here, the config is of another network or has parts
-            that are not built, or the config or the user contradicts the weights.
     """
     _refuse_a_start(state)
     section = evidence.config.section("model", "backbone")
@@ -111,7 +104,7 @@ def infer_backbone(
     refuse_unsupported("backbone.act_cfg", act, "GELU")
     settings: Settings = SettingResolver(evidence, model, "backbone", section)
     infer(state, settings)
-    conv, _ = infer_conv(layers_named(state, FEED_FORWARD[kind]), settings)
+    conv, _ = infer_conv(conv_layers(state, FEED_FORWARD[kind]), settings)
     return settings.build(type=kind, conv=conv)
 
 
@@ -214,11 +207,10 @@ def _convnext(state: Shapes, settings: Settings) -> None:
     stem = _shape(state, _MARKS["ConvNeXt"], 4)
     later = [_shape(state, f"downsample_layers.{i}.1.weight", 4) for i in range(1, len(blocks))]
     arch = stated(settings.section, "arch")
-    depths, channels = (
-        _CONVNEXT.get(arch, (UNSET, UNSET)) if isinstance(arch, str) else (UNSET,) * 2
-    )
     if isinstance(arch, Mapping):
         depths, channels = stated(arch, "depths"), stated(arch, "channels")
+    else:
+        depths, channels = _CONVNEXT.get(str(arch), (UNSET, UNSET))
     settings.resolve("depths", config=depths, exact=tuple(blocks), source="names")
     widths = (stem[0], *(shape[0] for shape in later))
     settings.resolve("channels", config=channels, exact=widths, source="shapes")
@@ -250,19 +242,20 @@ def _refuse_a_start(state: Shapes) -> None:
         )
 
 
-def _blocks(state: Shapes, pattern: str) -> list[int]:
-    """Blocks in each stage, by names that have the numbers of both."""
+def _blocks(names: Iterable[str], pattern: str, first: int = 0) -> list[int]:
+    """Blocks in each stage, by names with the numbers of both; the ``first`` stage's number."""
     found: dict[int, set[int]] = {}
-    for match in filter(None, map(re.compile(pattern).match, state)):
+    for match in filter(None, map(re.compile(pattern).match, names)):
         found.setdefault(int(match[1]), set()).add(int(match[2]))
+    stages = sorted(found)
     whole = all(numbers == set(range(len(numbers))) for numbers in found.values())
-    if not found or sorted(found) != list(range(len(found))) or not whole:
+    if not found or stages != list(range(first, first + len(found))) or not whole:
         raise CheckpointError(
-            f"The backbone has stages {sorted(found)} with blocks "
-            f"{[sorted(found[i]) for i in sorted(found)]}. Expected both numbered from 0 without "
-            "a gap; the file may be cut."
+            f"The backbone has stages {stages} with blocks "
+            f"{[sorted(found[stage]) for stage in stages]}. Expected stages from {first} on and "
+            "blocks from 0 on, both without a gap; the file may be cut."
         )
-    return [len(found[stage]) for stage in sorted(found)]
+    return [len(found[stage]) for stage in stages]
 
 
 def _ratio(hidden: Sequence[int], widths: Sequence[int]) -> int:
@@ -284,27 +277,22 @@ def _norms(state: Shapes) -> tuple[int, ...]:
 
 def _outputs(settings: Settings, outputs: tuple[int, ...], stages: tuple[int, ...]) -> None:
     """``out_indices``: with a norm for each output, names tell; otherwise any stages may be."""
-    written = stated(settings.section, "out_indices")
-    if isinstance(written, int):
-        written = (written,)
-    if isinstance(written, (list, tuple)):
-        last = len(stages)
-        written = tuple(sorted(i + last if isinstance(i, int) and i < 0 else i for i in written))
-    told = settings.model is not MixVisionTransformerConfig
+    written = from_first(stated(settings.section, "out_indices"), len(stages))
+    if isinstance(written, tuple):
+        written = tuple(sorted(written))
+    told = settings.model in (SwinTransformerConfig, ConvNeXtConfig)
     settings.resolve(
         "out_indices",
         config=written,
         default=outputs,
         exact=outputs if told else UNSET,
-        accepts=lambda value: bool(value) and set(value) <= set(stages),
+        accepts=lambda value: 0 < len(set(value)) == len(value) and set(value) <= set(stages),
         source="names",
-        because=f"the weights have outputs of the stages {list(outputs)}",
+        because=f"the weights have outputs of the stages {list(outputs)}, each once",
     )
 
 
-def _resnet(
-    state: Shapes, evidence: Evidence, stock: Mapping[str, Any] | None = None
-) -> ResNetConfig:
+def _resnet(state: Shapes, evidence: Evidence, stock: Mapping[str, Any] | None) -> ResNetConfig:
     section = evidence.config.section("model", "backbone")
     layers = {layer.name: layer for layer in conv_layers(state)}
     if "layer1.0.conv1" not in layers or not {"conv1", "stem.0"} & set(layers):
@@ -317,7 +305,7 @@ def _resnet(
     refuse_unsupported("backbone", section, dcn=None, plugins=None)
     norm = evidence.config.section("model", "backbone", "norm_cfg")
     refuse_unsupported("backbone.norm_cfg", norm, *_BATCH_NORMS, eps=1e-5)
-    blocks = _resnet_blocks(layers)
+    blocks = _blocks(layers, _BLOCK, first=1)
     stages = len(blocks)
     bottleneck = "layer1.0.conv3" in layers
     kind = "bottleneck" if bottleneck else "basic"
@@ -334,13 +322,10 @@ def _resnet(
     shortcuts = [name for name in layers if ".downsample." in name]
     averaged = any(name.endswith(".downsample.1") for name in shortcuts)
 
+    note = "as in the stock configs with such a head"
+    defaults = {} if section else stock
     settings = SettingResolver(
-        evidence,
-        ResNetConfig,
-        "backbone",
-        section,
-        defaults={} if section else stock,
-        note="as in the stock configs with such a head",
+        evidence, ResNetConfig, "backbone", section, defaults=defaults, note=note
     )
     settings.resolve(
         "depth",
@@ -375,14 +360,8 @@ def _resnet(
         accepts=lambda value: value is None or len(value) == blocks[-1],
         because=f"the weights' last stage has {blocks[-1]} blocks and each needs one dilation",
     )
-    settings.resolve(
-        "out_indices",
-        default=tuple(range(stages)),
-        accepts=lambda value: (
-            bool(value) and set(value) <= set(range(stages)) and len(set(value)) == len(value)
-        ),
-        because=f"the weights have the stages 0 to {stages - 1}, each of which is one output",
-    )
+    every = tuple(range(stages))
+    _outputs(settings, every, every)
     conv, styles = _resnet_conv(layers, settings, bottleneck)
     settings.resolve(
         "style",
@@ -400,7 +379,9 @@ def _resnet_conv(
     layers: Mapping[str, Layer], settings: SettingResolver[ResNetConfig], bottleneck: bool
 ) -> tuple[FDConvConfig | None, set[str]]:
     """The FDConv config, or None; and the styles that agree with it."""
-    scope = [la for la in layers.values() if la.name.startswith("stem.") or _BLOCK.match(la.name)]
+    scope = [
+        la for la in layers.values() if la.name.startswith("stem.") or re.match(_BLOCK, la.name)
+    ]
     style = settings.evidence.overrides.get("backbone.style", stated(settings.section, "style"))
     strides = settings.values["strides"][: settings.values["num_stages"]]
     # In each style, the names of the convolutions that have a stride above 1.
@@ -410,20 +391,6 @@ def _resnet_conv(
     }
     candidates = [name for name in strided if name == style] or list(strided)
     return infer_conv(scope, settings, strided, candidates)
-
-
-def _resnet_blocks(layers: Mapping[str, Layer]) -> list[int]:
-    """Blocks in each stage."""
-    found: dict[int, int] = {}
-    for match in filter(None, map(_BLOCK.match, layers)):
-        stage = int(match[1])
-        found[stage] = max(found.get(stage, 0), int(match[2]) + 1)
-    if sorted(found) != list(range(1, len(found) + 1)):
-        raise CheckpointError(
-            f"The backbone has stages {sorted(found)}. Expected layer1, layer2… without a gap; the "
-            "file may be cut."
-        )
-    return [found[stage] for stage in sorted(found)]
 
 
 def _check_widths(layers: Mapping[str, Layer], base: int, blocks: Sequence[int]) -> None:

@@ -12,20 +12,26 @@ from fdconv_deploy.checkpoints.evidence import (
     SettingResolver,
     refuse_unsupported,
 )
-from fdconv_deploy.checkpoints.framework_names import framework_of, in_openmmlab_names
 from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
-from fdconv_deploy.checkpoints.infer_classes import infer_classes
-from fdconv_deploy.checkpoints.infer_detector import infer_detector
-from fdconv_deploy.checkpoints.infer_head import infer_head, refuse_cascade, stock_backbone
-from fdconv_deploy.checkpoints.infer_layers import Shapes, backbone_prefix, kind_of, part
-from fdconv_deploy.checkpoints.infer_preprocessing_and_test_mode import (
+from fdconv_deploy.checkpoints.infer_classes_and_preprocessing import (
+    infer_classes,
     infer_preprocessing,
     infer_test_mode,
 )
+from fdconv_deploy.checkpoints.infer_detector import infer_detector
+from fdconv_deploy.checkpoints.infer_head import infer_head, refuse_cascade, stock_backbone
 from fdconv_deploy.checkpoints.infer_query_head import (
     infer_panoptic,
     infer_query_head,
     query_head_type,
+)
+from fdconv_deploy.checkpoints.state_dict import (
+    Shapes,
+    backbone_prefix,
+    framework_of,
+    in_openmmlab_names,
+    kind_of,
+    part,
 )
 from fdconv_deploy.config import SIZE_DIVISOR, HeadConfig, QueryHeadConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError

@@ -22,9 +22,11 @@ from fdconv_deploy.checkpoints.evidence import (
     type_of,
 )
 from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
-from fdconv_deploy.checkpoints.infer_classes import infer_classes
-from fdconv_deploy.checkpoints.infer_layers import Shapes, dynamic_names, part
-from fdconv_deploy.checkpoints.infer_preprocessing_and_test_mode import infer_preprocessing
+from fdconv_deploy.checkpoints.infer_classes_and_preprocessing import (
+    infer_classes,
+    infer_preprocessing,
+)
+from fdconv_deploy.checkpoints.state_dict import Shapes, dynamic_names, part
 from fdconv_deploy.config import (
     PUBLISHED_SCALE,
     BoxCoderConfig,
@@ -45,12 +47,7 @@ _MODELS = ("FasterRCNN", "MaskRCNN", "TwoStageDetector")
 
 
 def infer_detector(state: Shapes, evidence: Evidence) -> DetectorConfig:
-    """The configuration of a two-stage detector, under the names of mmdetection 2.x and 3.x.
-
-    Raises:
-        CheckpointError: not a detector known here, or the config or the user contradicts the
-            weights.
-    """
+    """The configuration of a two-stage detector, under the names of mmdetection 2.x and 3.x."""
     _check_kind(state, evidence.config)
     # Modes are of segmentation networks; a detector does what they call whole.
     mode = evidence.overrides.pop("test.mode", "whole")

@@ -11,12 +11,11 @@ import torch
 
 from fdconv_deploy.checkpoints.evidence import (
     UNSET,
-    Evidence,
     SettingResolver,
     stated,
     type_of,
 )
-from fdconv_deploy.checkpoints.infer_layers import Layer
+from fdconv_deploy.checkpoints.state_dict import Layer
 from fdconv_deploy.config import AttentionNorm, BandModulationConfig, FDConvConfig
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn.band_modulation import SavedMasks
@@ -55,10 +54,6 @@ def infer_conv(
         settings: the backbone's or head's.
         strided: for each ResNet style, the layers with a stride above 1.
         styles: those that are possible: one if the config or the user gives it.
-
-    Raises:
-        CheckpointError: the config says FDConv and the weights are plain or the other way round,
-            or no ``conv_cfg`` explains these layers.
     """
     section, strided = settings.section, strided or {"": ()}
     owner = settings.prefix.removesuffix(".")
@@ -73,11 +68,25 @@ def infer_conv(
     if not dynamic and not fdconv:
         settings.exact("names", conv=None)
         return None, set(strided)
-    conv_section: Mapping[str, Any] = conv_cfg if isinstance(conv_cfg, Mapping) else {}
+    written: Mapping[str, Any] = conv_cfg if isinstance(conv_cfg, Mapping) else {}
     if not dynamic:
-        _check_all_plain(layers, conv_section)
-    fields = f"{settings.prefix}conv"
-    return _fdconv(layers, conv_section, settings.evidence, fields, strided, styles)
+        _check_all_plain(layers, written)
+    evidence, fields = settings.evidence, f"{settings.prefix}conv"
+    conv = SettingResolver(evidence, FDConvConfig, fields, written)
+    _thresholds(conv, layers)
+    fbm_cfg = stated(written, "fbm_cfg")
+    given = isinstance(fbm_cfg, Mapping)
+    bands = SettingResolver(
+        evidence, BandModulationConfig, f"{fields}.fbm_cfg", fbm_cfg if given else {}
+    )
+    if not dynamic:  # nothing but the thresholds has an effect
+        return conv.build(matters=False, fbm_cfg=bands.build(matters=False)), set(strided)
+    agreeing = _band_layers(conv, dynamic, strided, styles)
+    _spectrum(conv, dynamic)
+    _attention(conv, dynamic)
+    if conv.values["ksm_global_norm"] in _NORM_NOTES:
+        evidence.notes.append(_NORM_NOTES[conv.values["ksm_global_norm"]])
+    return conv.build(fbm_cfg=_bands(bands, dynamic, given)), agreeing
 
 
 def _check_all_plain(layers: Sequence[Layer], conv_cfg: Mapping[str, Any]) -> None:
@@ -92,34 +101,6 @@ def _check_all_plain(layers: Sequence[Layer], conv_cfg: Mapping[str, Any]) -> No
                 "should have KSM_Global and has not. Use the checkpoint trained with this config; "
                 "fdconv_deploy.checkpoints.convert_state_dict starts one from plain weights."
             )
-
-
-def _fdconv(
-    layers: Sequence[Layer],
-    section: Mapping[str, Any],
-    evidence: Evidence,
-    fields: str,
-    strided: Mapping[str, Collection[str]],
-    styles: Sequence[str],
-) -> tuple[FDConvConfig, set[str]]:
-    """The FDConv config, and the ResNet styles that agree; ``section`` is ``conv_cfg``."""
-    settings = SettingResolver(evidence, FDConvConfig, fields, section)
-    dynamic = [layer for layer in layers if layer.dynamic]
-    _thresholds(settings, layers)
-    bands = stated(section, "fbm_cfg")
-    given = isinstance(bands, Mapping)
-    band_settings = SettingResolver(
-        evidence, BandModulationConfig, f"{fields}.fbm_cfg", bands if given else {}
-    )
-    if not dynamic:  # nothing but the thresholds has an effect
-        fbm_cfg = band_settings.build(matters=False)
-        return settings.build(matters=False, fbm_cfg=fbm_cfg), set(strided)
-    agreeing = _band_layers(settings, dynamic, strided, styles)
-    _spectrum(settings, dynamic)
-    _attention(settings, dynamic)
-    if settings.values["ksm_global_norm"] in _NORM_NOTES:
-        evidence.notes.append(_NORM_NOTES[settings.values["ksm_global_norm"]])
-    return settings.build(fbm_cfg=_bands(band_settings, dynamic, given)), agreeing
 
 
 def _band_layers(
@@ -141,8 +122,8 @@ def _band_layers(
         )
 
     either = (False, True)
-    sizes_seen = sorted({layer.kernel[0] for layer in dynamic})
-    seen = tuple(k for k in sizes_seen if all(la.bands for la in dynamic if la.kernel[0] == k))
+    without = {layer.kernel[0] for layer in dynamic if not layer.bands}
+    seen = tuple(sorted({layer.kernel[0] for layer in dynamic} - without))
     if not explain(seen, either, styles):
         raise CheckpointError(
             "Which layers modulate bands follows neither kernel size nor stride. Expected FBM on "
@@ -367,9 +348,8 @@ def _band_count(
 ) -> tuple[float, ...]:
     """``k_list`` and ``lowfreq_att``, of which shapes give the sum.
 
-    A layer has one convolution per band, and one more with ``lowfreq_att``. Which of the two it
-    is comes from the band masks, if the file saves them, else from the config, or from the
-    published defaults.
+    Which of a layer's convolutions is the low band's comes from the band masks, if the file saves
+    them, else from the config, or from the published defaults.
     """
     count = layer.bands
     because = (

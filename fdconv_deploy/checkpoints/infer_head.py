@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import combinations, permutations
 from typing import Any, get_args
 
@@ -12,12 +13,13 @@ from fdconv_deploy.checkpoints.evidence import (
     UNSET,
     Evidence,
     SettingResolver,
+    from_first,
     refuse_unsupported,
     stated,
     type_of,
 )
-from fdconv_deploy.checkpoints.infer_classes import count_names
-from fdconv_deploy.checkpoints.infer_layers import Shapes, dynamic_names, part
+from fdconv_deploy.checkpoints.infer_classes_and_preprocessing import count_names
+from fdconv_deploy.checkpoints.state_dict import Shapes, dynamic_names, part, shape_of
 from fdconv_deploy.config import BINARY_THRESHOLD, HEAD_CONFIGS, HeadConfig, HeadType
 from fdconv_deploy.errors import CheckpointError
 
@@ -83,39 +85,22 @@ _STOCK_BACKBONE: dict[str, Any] = {
     "contract_dilation": True,
 }
 _STOCK_DILATIONS = (1, 12, 24, 36)
+_shape = partial(shape_of, rank=4, owner="head")
 _BRANCH = re.compile(r"aspp_modules\.(\d+)\.(?:depthwise_conv\.)?conv\.weight$")
 
 
 def stock_backbone(state: Shapes) -> dict[str, Any]:
-    """Backbone settings of the stock config that has such a head, by its tensors' names.
-
-    Args:
-        state: all tensors of the network.
-
-    Returns:
-        Those that differ from the backbone's own defaults.
-    """
+    """Backbone settings of the stock config with such a head, where they differ from defaults."""
     dilated = ("PSPHead", "ASPPHead", "DepthwiseSeparableASPPHead")
     return _STOCK_BACKBONE if _type_by_names(part(state, "decode_head.")) in dilated else {}
 
 
 def infer_head(network: Shapes, name: str, widths: Sequence[int], evidence: Evidence) -> HeadConfig:
-    """One head.
-
-    Args:
-        network: all tensors; only shapes are read.
-        name: ``decode_head`` or ``auxiliary_head``.
-        widths: channels of each of the backbone's outputs.
-        evidence: has the config and takes the settings.
-
-    Raises:
-        CheckpointError: a head of another type, or the config or the user contradicts the
-            weights.
-    """
+    """The ``decode_head`` or ``auxiliary_head`` over outputs of ``widths`` channels."""
     state, section = part(network, f"{name}."), evidence.config.section("model", name)
     kind = _head_type(state, name, section, evidence.overrides.get(f"{name}.type"))
-    norm, activation, transform = (
-        stated(section, entry) for entry in ("norm_cfg", "act_cfg", "input_transform")
+    norm, activation, transform, channels = (
+        stated(section, name) for name in ("norm_cfg", "act_cfg", "input_transform", "in_channels")
     )
     activation = type_of(activation) if isinstance(activation, Mapping) else activation
     refuse_unsupported(name, {"act_cfg": activation}, act_cfg="ReLU")
@@ -127,13 +112,13 @@ def infer_head(network: Shapes, name: str, widths: Sequence[int], evidence: Evid
         **section,
         "type": type_of(section) or UNSET,
         "norm": UNSET if norm is UNSET else norm is not None,
-        "in_channels": _several(stated(section, "in_channels")),
-        "in_index": _positive(stated(section, "in_index"), len(widths)),
+        "in_channels": (channels,) if isinstance(channels, int) else channels,
+        "in_index": from_first(stated(section, "in_index"), len(widths)),
     }
     settings: Head = SettingResolver(evidence, HEAD_CONFIGS[kind], name, written)
     settings.resolve("type", kind=HeadType, exact=kind, source="names")
-    outputs, channels = _shape(state, "conv_seg.weight")[:2]
-    settings.exact("shapes", channels=channels)
+    outputs, width = _shape(state, "conv_seg.weight")[:2]
+    settings.exact("shapes", channels=width)
     _outputs(settings, name, outputs)
     _norm(settings, state, name)
     _inputs(settings, state, kind, name, widths)
@@ -151,8 +136,8 @@ def infer_head(network: Shapes, name: str, widths: Sequence[int], evidence: Evid
 def _outputs(settings: Head, name: str, outputs: int) -> None:
     """How many classes ``outputs`` channels of logits distinguish, and how.
 
-    As mmsegmentation 1.2.2's ``BaseDecodeHead``: there is an output for each class, or one
-    output and a threshold for a head of two classes (or of one, the other being the rest).
+    As mmsegmentation 1.2.2's ``BaseDecodeHead``: an output for each class, or one output and a
+    threshold for two classes (or for one, the other being the rest).
     """
     one = outputs == 1
     classes, origin = stated(settings.section, "num_classes"), "the config"
@@ -317,8 +302,8 @@ def _fcn(settings: Head, state: Shapes) -> None:
 
 def _dilations(settings: Head, state: Shapes, *, stock: bool) -> None:
     """ASPP's dilations: a branch of dilation 1 has a 1×1 kernel, the others 3×3."""
-    matches = ((_BRANCH.match(key), value) for key, value in state.items() if value.ndim == 4)
-    single = {int(found[1]): value.shape[2] == 1 for found, value in matches if found}
+    branches = {key: _BRANCH.match(key) for key, value in state.items() if value.ndim == 4}
+    single = {int(found[1]): state[key].shape[2] == 1 for key, found in branches.items() if found}
     ones = [single[i] for i in sorted(single)]
     kernels = ", ".join("1×1" if one else "3×3" for one in ones)
     settings.resolve(
@@ -342,30 +327,6 @@ def _finer_map(settings: Head, state: Shapes, name: str, widths: Sequence[int]) 
             "it."
         )
     settings.exact("shapes", c1_in_channels=into, c1_channels=out)
-
-
-def _several(value: Any) -> Any:
-    return (value,) if isinstance(value, int) else value
-
-
-def _positive(value: Any, count: int) -> Any:
-    """Indices of ``count`` outputs, counted from the first where they are negative."""
-    value = _several(value)
-    if not isinstance(value, (list, tuple)):
-        return value
-    return tuple(i + count if isinstance(i, int) and i < 0 else i for i in value)
-
-
-def _shape(state: Shapes, key: str) -> tuple[int, ...]:
-    """Of a convolution's weight."""
-    tensor = state.get(key)
-    if tensor is None or tensor.ndim != 4:
-        found = "is not there" if tensor is None else f"has shape {tuple(tensor.shape)}"
-        raise CheckpointError(
-            f"The head's {key} {found}. Expected a convolution's weight, (out, in, height, width); "
-            "the file may be cut."
-        )
-    return tuple(tensor.shape)
 
 
 def _type_by_names(state: Shapes) -> HeadType | None:
@@ -411,15 +372,7 @@ def _head_type(
 
 
 def refuse_cascade(state: Shapes, heads: Any) -> None:
-    """Refuse decode heads that work one after the other, by their names.
-
-    Args:
-        state: the whole network's tensors.
-        heads: the config's ``model.decode_head``, or anything else.
-
-    Raises:
-        CheckpointError: there are several decode heads.
-    """
+    """Refuse several decode heads in turn, by their names and the config's ``heads``."""
     tensors = part(state, "decode_head.")
     numbers = sorted({first for first in _modules(tensors) if first.isdigit()}, key=int)
     if not numbers:

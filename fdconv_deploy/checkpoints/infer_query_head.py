@@ -15,9 +15,10 @@ from fdconv_deploy.checkpoints.evidence import (
     stated,
 )
 from fdconv_deploy.checkpoints.infer_fdconv import infer_conv
-from fdconv_deploy.checkpoints.infer_layers import (
+from fdconv_deploy.checkpoints.state_dict import (
     Shapes,
-    layers_named,
+    conv_layers,
+    numbered,
     output_features,
     shape_of,
 )
@@ -32,9 +33,9 @@ from fdconv_deploy.errors import CheckpointError
 QueryHeadType = Literal["Mask2FormerHead", "MaskDINOHead"]
 Settings = SettingResolver[Any]
 
-_ADVICE = ": parts of the head are missing, so the file may be cut."
-_shape = partial(shape_of, owner="decode_head", advice=_ADVICE)
-_outputs = partial(output_features, owner="decode_head", advice=_ADVICE)
+_shape = partial(shape_of, owner="decode_head")
+_outputs = partial(output_features, owner="decode_head")
+_count = partial(numbered, owner="decode_head")
 
 # Parts of which either is enough to know a head by, beside its pixel decoder.
 _MARKS: dict[QueryHeadType, tuple[str, str]] = {
@@ -45,7 +46,7 @@ _CLASSES = {"Mask2FormerHead": "cls_embed", "MaskDINOHead": "class_embed"}
 _DECODER = {"Mask2FormerHead": "transformer_decoder.layers", "MaskDINOHead": "decoder.layers"}
 _FEED_FORWARD = re.compile(
     r"(?:(?:pixel_decoder\.encoder|transformer_decoder)\.layers\.\d+\.ffn\.layers\.(?:0\.0|1)"
-    r"|decoder\.layers\.\d+\.linear[12])(?=\.)"
+    r"|decoder\.layers\.\d+\.linear[12])"
 )
 # Where mmdetection's configs have fields that it names in another way: 3.x's, then 2.x's.
 _ENCODER, _LAYERS = "pixel_decoder.encoder", "transformer_decoder"
@@ -75,11 +76,7 @@ _ENTRIES = {
 
 
 def query_head_type(state: Shapes) -> QueryHeadType | None:
-    """Which of the two a head is by its names; None if it is neither.
-
-    Raises:
-        CheckpointError: it is one, and its pixel decoder is missing.
-    """
+    """Which of the two a head is by its names; None if it is neither."""
     if any(key.startswith("pixel_decoder.input_convs.") for key in state):
         found = (k for k, marks in _MARKS.items() if any(key.startswith(marks) for key in state))
         return next(found, None)
@@ -88,7 +85,7 @@ def query_head_type(state: Shapes) -> QueryHeadType | None:
         if all(any(key.startswith(mark) for key in state) for mark in marks):
             raise CheckpointError(
                 f"decode_head has {' and '.join(mark[:-1] for mark in marks)} as a {kind}, but no "
-                f"pixel_decoder.input_convs{_ADVICE}"
+                "pixel_decoder.input_convs: parts of the head are missing, so the file may be cut."
             )
     return None
 
@@ -96,11 +93,7 @@ def query_head_type(state: Shapes) -> QueryHeadType | None:
 def infer_query_head(
     state: Shapes, kind: QueryHeadType, widths: Sequence[int], evidence: Evidence
 ) -> Mask2FormerHeadConfig | MaskDINOHeadConfig:
-    """The decode head of these names (without ``decode_head.``), over outputs of ``widths``.
-
-    Raises:
-        CheckpointError: parts are missing, or the config or the user contradicts the weights.
-    """
+    """The decode head of these names (without ``decode_head.``), over outputs of ``widths``."""
     config = evidence.config
     section = config.section("model", "decode_head") or config.section("model", "panoptic_head")
     model = HEAD_CONFIGS[kind]
@@ -110,8 +103,7 @@ def infer_query_head(
         written["num_classes"] = things + stuff
     activation = stated(section, "pixel_decoder.act_cfg.type")
     refuse_unsupported("decode_head.pixel_decoder", {"act_cfg": activation}, act_cfg="ReLU")
-    conv_cfg = stated(section, "conv_cfg")
-    written |= {} if conv_cfg is UNSET else {"conv_cfg": conv_cfg}
+    written["conv_cfg"] = stated(section, "conv_cfg")
     settings: Settings = SettingResolver(evidence, model, "decode_head", written)
     settings.resolve("type", config=UNSET, exact=kind, source="names")
     # Settings of other heads, which these have in one way only.
@@ -133,19 +125,17 @@ def infer_query_head(
     masks, channels = _shape(state, "pixel_decoder.mask_feature.weight", 4)[:2]
     decoder = _DECODER[kind]
     first = f"{decoder}.0.{'ffn.layers.0.0' if kind == 'Mask2FormerHead' else 'linear1'}"
+    encoder = "pixel_decoder.encoder.layers"
     settings.exact(
         "shapes",
         channels=channels,
         mask_channels=masks,
         hidden_channels=width,
-        encoder_feedforward=_outputs(state, "pixel_decoder.encoder.layers.0.ffn.layers.0.0"),
+        encoder_feedforward=_outputs(state, f"{encoder}.0.ffn.layers.0.0"),
         decoder_feedforward=_outputs(state, first),
     )
-    settings.exact(
-        "names",
-        encoder_layers=_count(state, "pixel_decoder.encoder.layers"),
-        decoder_layers=_count(state, decoder),
-    )
+    layers = _count(state, encoder), _count(state, decoder)
+    settings.exact("names", encoder_layers=layers[0], decoder_layers=layers[1])
     projected = "decoder_input_projs.0.weight" in state
     settings.resolve(
         "enforce_input_proj",
@@ -155,7 +145,7 @@ def infer_query_head(
     )
     entering = _levels(settings, state, widths)
     levels = len(entering) + settings.values.get("extra_levels", 0)
-    _attention(settings, state, "encoder", "pixel_decoder.encoder.layers.0.self_attn", levels)
+    _attention(settings, state, "encoder", f"{encoder}.0.self_attn", levels)
     settings.resolve(
         "norm_groups",
         accepts=lambda value: channels % value == 0,
@@ -172,7 +162,7 @@ def infer_query_head(
             because=f"queries have {width} channels, which heads divide",
         )
         settings.resolve("pre_norm", matters=evidence.framework == "detectron2")
-    conv, _ = infer_conv(layers_named(state, _FEED_FORWARD), settings)
+    conv, _ = infer_conv(conv_layers(state, _FEED_FORWARD), settings)
     built = settings.build(conv=conv)
     assert isinstance(built, Mask2FormerHeadConfig | MaskDINOHeadConfig)
     return built
@@ -288,20 +278,3 @@ def infer_panoptic(evidence: Evidence, count: int) -> PanopticConfig | None:
 
 def _first(count: Any) -> Any:
     return tuple(range(count)) if isinstance(count, int) and 0 <= count < 10_000 else UNSET
-
-
-def _count(state: Shapes, prefix: str) -> int:
-    """How many numbered modules there are under ``prefix``.
-
-    Raises:
-        CheckpointError: none, or not all from 0 on.
-    """
-    places = len(prefix.split("."))
-    found = {key.split(".")[places] for key in state if key.startswith(f"{prefix}.")}
-    numbers = sorted(int(name) for name in found if name.isdigit())
-    if not numbers or numbers != list(range(len(numbers))):
-        raise CheckpointError(
-            f"decode_head.{prefix} has parts {numbers}. Expected them numbered from 0 without a "
-            "gap: some of the head are missing, so the file may be cut."
-        )
-    return len(numbers)

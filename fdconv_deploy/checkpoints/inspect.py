@@ -7,38 +7,48 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, computed_field
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from fdconv_deploy.checkpoints import model_size
 from fdconv_deploy.checkpoints.attention_stability import AttentionStability, attention_stability
 from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.evidence import Framework, Inference, Setting
-from fdconv_deploy.checkpoints.framework_names import framework_of, in_openmmlab_names
 from fdconv_deploy.checkpoints.frequency_order import OrderReport, detect_order
+from fdconv_deploy.checkpoints.infer_classes_and_preprocessing import training_size
 from fdconv_deploy.checkpoints.infer_config import infer_config
-from fdconv_deploy.checkpoints.infer_layers import (
+from fdconv_deploy.checkpoints.loading import config_for, load_checkpoint
+from fdconv_deploy.checkpoints.reading import read_checkpoint
+from fdconv_deploy.checkpoints.state_dict import (
     Kind,
     Layer,
     Shapes,
+    backbone_prefix,
     conv_layers,
     dynamic_names,
+    framework_of,
+    in_openmmlab_names,
     kind_of,
     parameters,
     part,
 )
-from fdconv_deploy.checkpoints.infer_preprocessing_and_test_mode import training_size
-from fdconv_deploy.checkpoints.loading import config_for, load_checkpoint
-from fdconv_deploy.checkpoints.reading import read_checkpoint
 from fdconv_deploy.config import (
     AnyBackboneConfig,
     BackboneConfig,
     DetectorConfig,
+    QueryHeadConfig,
+    ResNetConfig,
     SegmentorConfig,
 )
-from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
+from fdconv_deploy.errors import CheckpointError, ImageError, UnsupportedLayerError
+from fdconv_deploy.nn import Segmentor
+from fdconv_deploy.nn.backbones import build_backbone
+
+_FDCONV_PARTS = ("dft_weight", "KSM_Global", "KSM_Local", "FBM")
 
 
 class LayerReport(BaseModel):
@@ -195,24 +205,31 @@ def report_on(
     inference: Inference[Any] | None = None
     problem: str | None = None
     layers: list[Layer] = []
+    order = None
     try:
         inference = infer_config(given_names, config=config, meta=meta, overrides=overrides)
     except CheckpointError as error:
         problem = str(error)
-    network = inference.architecture if inference else None
-    backbone: Any = (
-        network if isinstance(network, BackboneConfig) else getattr(network, "backbone", None)
-    )
-    order = None
     try:
         layers = conv_layers(state)
         if any(layer.dynamic for layer in layers) and not any(v.is_meta for v in state.values()):
             order = detect_order(state)
     except CheckpointError as error:
         problem = problem or str(error)
+    network = inference.architecture if inference else None
     architecture = network if isinstance(network, SegmentorConfig) else None
-    macs, macs_by_part = model_size.count_macs(state, layers, architecture, backbone, size)
-    ratio = backbone.conv.param_ratio if backbone and backbone.conv else 1
+    backbone: Any = (
+        network if isinstance(network, BackboneConfig) else getattr(network, "backbone", None)
+    )
+    macs, macs_by_part = _count_macs(state, layers, architecture, backbone, size)
+    reports = [_layer(state, layer, backbone, macs.get(layer.name)) for layer in layers]
+    spectra = sum(layer.spectrum_bytes for layer in reports)
+    # The published code's row and column of every bin, int64 each, beside a spectrum of float32.
+    buffers = 2 * spectra
+    if backbone is not None and backbone.conv is not None:
+        bands = backbone.conv.fbm_cfg
+        mask = len(bands.k_list) * bands.max_size[0] * (bands.max_size[1] // 2 + 1)
+        buffers += mask * sum(layer.bands > 0 for layer in layers)
     return Report(
         kind=kind,
         dynamic_layers=len(dynamic_names(state)),
@@ -220,18 +237,21 @@ def report_on(
         tensors=len(given_names),
         dtypes=tuple(sorted({str(v.dtype).removeprefix("torch.") for v in state.values()})),
         size=size,
-        parameters=model_size.parameters_by_part(state),
-        fdconv_parameters=model_size.parameters_by_role(state),
+        parameters=_parameters_by_part(state),
+        fdconv_parameters={
+            role: parameters({k: v for k, v in state.items() if f".{role}" in f".{k}"})
+            for role in _FDCONV_PARTS
+        },
         macs=macs_by_part or None,
-        spectrum_bytes=sum(model_size.spectrum_bytes(layer, ratio) for layer in layers),
-        published_buffer_bytes=model_size.published_buffer_bytes(layers, backbone, ratio),
+        spectrum_bytes=spectra,
+        published_buffer_bytes=buffers,
         architecture=architecture,
         detector=network if isinstance(network, DetectorConfig) else None,
         backbone=backbone,
         problem=problem,
         refusal=None if problem else _refusal(kind, layers),
         training_size=training_size(config) if architecture is not None else None,
-        layers=tuple(_layer(state, layer, ratio, macs.get(layer.name)) for layer in layers),
+        layers=tuple(reports),
         frequency_order=order,
         attention_stability=attention_stability(state),
         found=inference.found if inference else (),
@@ -254,18 +274,99 @@ def _refusal(kind: Kind, layers: Sequence[Layer]) -> str | None:
     return None
 
 
-def _layer(state: Shapes, layer: Layer, ratio: int, macs: dict[str, int] | None) -> LayerReport:
+def _layer(
+    state: Shapes, layer: Layer, backbone: BackboneConfig | None, macs: dict[str, int] | None
+) -> LayerReport:
+    # Where a layer's tensors do not show it, the network's configuration does.
+    assumed = backbone.conv.param_ratio if backbone and backbone.conv else 1
+    ratio = layer.param_ratio or assumed
     return LayerReport(
         name=layer.name,
         dynamic=layer.dynamic,
         in_channels=layer.in_channels,
         out_channels=layer.out_channels,
         kernel=layer.kernel,
-        kernel_num=layer.attentions // (layer.param_ratio or ratio) if layer.dynamic else None,
+        kernel_num=layer.attentions // ratio if layer.dynamic else None,
         parameters=parameters(part(state, f"{layer.name}.")),
-        spectrum_bytes=model_size.spectrum_bytes(layer, ratio),
+        spectrum_bytes=ratio * layer.kept_bins * 2 * 4 if layer.dynamic else 0,
         macs=None if macs is None else sum(macs.values()),
     )
+
+
+def _parameters_by_part(state: Shapes) -> dict[str, int]:
+    """Parameters under each first word of the names; bare backbones as ``backbone``."""
+    bare = kind_of(state) in ("backbone", "classifier") and not backbone_prefix(state)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        first = key.split(".")[0]
+        name = "backbone" if bare and first not in ("fc", "head", "cls_head") else first
+        parts.setdefault(name, {})[key] = value
+    return {name: parameters(tensors) for name, tensors in parts.items()} | {
+        "total": parameters(state)
+    }
+
+
+@torch.no_grad()
+def _count_macs(
+    state: Shapes,
+    layers: Sequence[Layer],
+    architecture: SegmentorConfig | None,
+    backbone: BackboneConfig | None,
+    size: tuple[int, int],
+) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """Multiply-adds of all that runs at inference, counted in a run without data.
+
+    One is a multiplication and an addition together, as the paper's tables count: transforms and
+    element-wise products are not in them.
+
+    Returns:
+        Of each layer those of its own convolution, ``main``, and of what makes the kernel and
+        modulates; and by part with a total. Of a ResNet with a convolutional head those of
+        convolutions; of networks with attention, of which these are the smaller part, those of
+        matrix products, too, and none of layers. Both empty where nothing can be built.
+    """
+    if backbone is None:
+        return {}, {}
+    network: nn.Module
+    try:
+        with torch.device("meta"):
+            if architecture is None:
+                network, prefix = build_backbone(backbone), backbone_prefix(state)
+            else:
+                changes = {"auxiliary_head": None}
+                network, prefix = Segmentor(architecture.model_copy(update=changes)), ""
+            image = torch.empty(1, backbone.in_channels, *size)
+        with FlopCounterMode(display=False) as counter:
+            network.requires_grad_(False).eval()(image)
+    except (UnsupportedLayerError, ImageError):  # ImageError: MaskDINO of few tokens
+        return {}, {}
+    flops, kind = counter.get_flop_counts(), type(network).__name__
+    queries = architecture is not None and isinstance(architecture.decode_head, QueryHeadConfig)
+    if queries or not isinstance(backbone, ResNetConfig):
+        names = {f"{kind}.backbone": "backbone", f"{kind}.decode_head": "decode_head"}
+        parts = {
+            part: sum(flops[name].values()) // 2 for name, part in names.items() if name in flops
+        }
+        total = sum(flops[kind].values()) // 2
+        return {}, (parts or {"backbone": total}) | {"total": total}
+    counts = {
+        name.partition(".")[2]: found[torch.ops.aten.convolution] // 2
+        for name, found in flops.items()
+        if torch.ops.aten.convolution in found
+    }
+    macs: dict[str, dict[str, int]] = {}
+    totals = dict.fromkeys(("main", *_FDCONV_PARTS[1:]), 0)
+    for layer in layers:
+        name = layer.name.removeprefix(prefix)
+        if name not in counts:
+            continue
+        added = {role: counts.get(f"{name}.{role}", 0) for role in _FDCONV_PARTS[1:]}
+        main = counts[name] - sum(added.values())
+        macs[layer.name] = {"main": main} | (added if layer.dynamic else {})
+        for role, count in macs[layer.name].items():
+            place = "decode_head" if layer.name.startswith("decode_head.") else role
+            totals[place] = totals.get(place, 0) + count
+    return macs, totals | {"total": sum(totals.values())} if macs else {}
 
 
 def export_command(
@@ -303,10 +404,7 @@ _KINDS = {
 def render(report: Report, console: Console, *, layers: bool = False) -> None:
     """Print a report: the verdict first, then settings found and assumed, and sizes.
 
-    Args:
-        report: of :func:`inspect_checkpoint`.
-        console: where to print.
-        layers: print the table of all FDConv layers too.
+    With ``layers`` the table of all FDConv layers, too.
     """
     _verdict(report, console)
     count = report.dynamic_layers
@@ -320,11 +418,8 @@ def render(report: Report, console: Console, *, layers: bool = False) -> None:
         console.print(f"[yellow]Unstable:[/yellow] {escape(report.attention_stability.advice)}")
     if report.frequency_order is not None:
         order = report.frequency_order
-        if order.order:
-            known = f"[bold]{order.order}[/bold]"
-        elif order.saved:
-            known = "as saved in the file"
-        else:
+        known = f"[bold]{order.order}[/bold]" if order.order else "as saved in the file"
+        if not order.order and not order.saved:
             known = (
                 "[yellow]unknown[/yellow], so that torch, the published one, will be assumed "
                 "(--frequency-order of export gives another)"
@@ -386,8 +481,12 @@ def _input_size(report: Report) -> str:
     )
 
 
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=None, header_style="bold")
+
+
 def _settings(title: str, settings: Iterable[Setting]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    table = _table(title)
     for column in ("field", "value", "from"):
         # Names stay whole: a reader copies them into --set.
         table.add_column(column, overflow="fold", no_wrap=column == "field")
@@ -402,8 +501,7 @@ def _layers(layers: Sequence[LayerReport]) -> Table:
     # Without what all names begin with, a row fits in 80 columns.
     first = layers[0].name.split(".")[0] + "."
     shared = first if all(layer.name.startswith(first) for layer in layers) else ""
-    title = f"FDConv layers of {shared}" if shared else "FDConv layers"
-    table = Table(title=title.rstrip("."), title_justify="left", box=None, header_style="bold")
+    table = _table(f"FDConv layers of {shared[:-1]}" if shared else "FDConv layers")
     table.add_column("layer", overflow="fold")
     for column in ("in", "out", "kernel", "kernel_num", "parameters", "spectrum", "MMAC"):
         table.add_column(column, justify="right")
@@ -423,7 +521,7 @@ def _layers(layers: Sequence[LayerReport]) -> Table:
 
 def _sizes(report: Report) -> Table:
     height, width = report.size
-    table = Table(title="Sizes", title_justify="left", box=None, header_style="bold")
+    table = _table("Sizes")
     table.add_column("part")
     table.add_column("parameters", justify="right")
     macs = report.macs or {}
@@ -436,18 +534,16 @@ def _sizes(report: Report) -> Table:
         if count is None and name not in macs:
             continue
         shown = "convolutions of the backbone" if name == "main" else name
-        shown = f"  {shown}" if name in inside else shown
         table.add_row(
-            shown,
+            f"  {shown}" if name in inside else shown,
             "" if count is None else f"{count:,}",
             *([f"{macs[name] / 1e9:,.3f}" if name in macs else ""] if macs else []),
             style="bold" if name == "total" else None,
         )
     if report.dynamic_layers:
-        mega = report.spectrum_bytes / 1e6
-        table.add_row("spectra", f"{mega:,.1f} MB")
-        published = report.published_buffer_bytes / 1e6
-        table.add_row("published code's bin order and masks", f"{published:,.1f} MB")
+        table.add_row("spectra", f"{report.spectrum_bytes / 1e6:,.1f} MB")
+        published = f"{report.published_buffer_bytes / 1e6:,.1f} MB"
+        table.add_row("published code's bin order and masks", published)
     return table
 
 

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from fdconv_deploy.checkpoints.config_parser import Config, config_of, read_config
 from fdconv_deploy.checkpoints.evidence import Inference
-from fdconv_deploy.checkpoints.framework_names import in_openmmlab_names
 from fdconv_deploy.checkpoints.frequency_order import ChosenOrder, choose_order
 from fdconv_deploy.checkpoints.infer_config import infer_config
-from fdconv_deploy.checkpoints.infer_layers import SAVED_BUFFERS, dynamic_names
-from fdconv_deploy.checkpoints.reading import Checkpoint, read_checkpoint
-from fdconv_deploy.checkpoints.shards import digest_of
+from fdconv_deploy.checkpoints.reading import Checkpoint, digest_of, read_checkpoint
+from fdconv_deploy.checkpoints.state_dict import SAVED_BUFFERS, dynamic_names, in_openmmlab_names
 from fdconv_deploy.config import DetectorConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn import Segmentor
@@ -30,10 +28,8 @@ from fdconv_deploy.runtime.manifest import Manifest
 class LoadedSegmentor(Segmentor):
     """A :class:`Segmentor` from a checkpoint.
 
-    Attributes:
-        inference: its architecture, and where each setting came from.
-        order: the order of its frequencies, and where that came from.
-        weights: the name of the weights that were chosen from several, None for the default.
+    ``inference`` is its architecture and where each setting came from, ``order`` the order of its
+    frequencies; ``weights`` names those that were chosen from several, None for the default.
     """
 
     inference: Inference[SegmentorConfig]

@@ -1,8 +1,10 @@
-"""A checkpoint file → its state dict and its metadata. Never runs code from a file."""
+"""A checkpoint, of one file or several → its state dict and metadata. Runs no code of a file."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -32,8 +34,8 @@ from fdconv_deploy.checkpoints.safe_unpickling import (
     unpickle,
     unpickle_with_storages,
 )
-from fdconv_deploy.checkpoints.shards import find_index, read_shards, refuse_one_shard
 from fdconv_deploy.errors import CheckpointError
+from fdconv_deploy.runtime.bundle import sha256_of
 
 Format = Literal[
     "mmcv 1.x",
@@ -84,16 +86,16 @@ def read_checkpoint(path: str | Path, *, weights: str | None = None) -> Checkpoi
         CheckpointError: it cannot be read, needs code to be read, or holds no state dict.
     """
     path = Path(path)
-    index = find_index(path)
+    index = _find_index(path)
     file: PickledFile | None = None
     layout: Format = "safetensors"
     content: Mapping[Any, Any]
     if index is not None:
-        content, meta = read_shards(index, _all_tensors)
+        content, meta = _read_shards(index)
         layout = "safetensors" if ".safetensors" in index.name else "plain"
     else:
         container = container_of(path)
-        refuse_one_shard(path)
+        _refuse_one_shard(path)
         if container == "safetensors":
             content, meta = load_safetensors(path)
         else:
@@ -102,35 +104,22 @@ def read_checkpoint(path: str | Path, *, weights: str | None = None) -> Checkpoi
             meta = plain(as_mapping(content.get("meta"))) or {}
             layout = _format(content, meta)
     chosen = choose_weights(path, content, weights)
-    state = _read(path, file, chosen.tensors)
+    records = {k: v for k, v in chosen.tensors.items() if isinstance(v, TensorRecord)}
+    tensors = file.read(records) if file is not None else {}
+    state = {
+        name: tensors[name]
+        if name in tensors
+        else value.detach()
+        if isinstance(value, Tensor)
+        else _from_array(path, name, value)
+        for name, value in chosen.tensors.items()
+    }
     if layout == "DeepSpeed" and not any(tensor.numel() for tensor in state.values()):
         raise CheckpointError(
             f"{path} holds names without weights: DeepSpeed's stage 3 keeps them in the other "
             "files of its folder. Gather them with the zero_to_fp32.py that lies there."
         )
     return Checkpoint(state, meta, layout, chosen.dropped, chosen.others, path)
-
-
-def _all_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Every tensor of one part of a checkpoint in several files, and its metadata."""
-    container = container_of(path)
-    if container == "safetensors":
-        return load_safetensors(path)
-    file = PickledFile(path, container)
-    found = {str(k): v for k, v in file.mapping().items() if isinstance(v, TensorRecord)}
-    return dict(file.read(found)), {}
-
-
-def _read(path: Path, file: PickledFile | None, found: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Records and arrays as tensors, in the file's order."""
-    records = {name: value for name, value in found.items() if isinstance(value, TensorRecord)}
-    tensors = file.read(records) if file is not None else {}
-    for name, value in found.items():
-        if isinstance(value, Tensor):
-            tensors[name] = value.detach()
-        elif name not in tensors:
-            tensors[name] = _from_array(path, name, value)
-    return {name: tensors[name] for name in found}
 
 
 def _from_array(path: Path, name: str, value: Any) -> Tensor:
@@ -189,11 +178,7 @@ _MISTAKES = (
 
 
 def container_of(path: Path) -> Container:
-    """What kind of file ``path`` is, by its first bytes.
-
-    Raises:
-        CheckpointError: it does not exist, is a folder, is empty or is something else.
-    """
+    """What kind of file ``path`` is, by its first bytes; all others are refused."""
     if (path / "manifest.json").is_file():
         raise CheckpointError(
             f"{path} is a bundle, which an export made. {EXPECTED}: the one it was exported from."
@@ -232,8 +217,8 @@ def container_of(path: Path) -> Container:
 def load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tensors and metadata of a .safetensors file.
 
-    The format's metadata are strings; ``config`` or ``cfg`` (text), ``classes`` and
-    ``palette`` (JSON) become what mmengine's ``meta`` holds. Others are kept as strings.
+    The format's metadata are strings; ``classes`` and ``palette`` (JSON) become what mmengine's
+    ``meta`` holds.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -269,10 +254,7 @@ _DAMAGE = (
 class PickledFile:
     """A PyTorch file: what its pickle describes, and its tensors on request.
 
-    Attributes:
-        path: the file.
-        content: plain containers, and records of the tensors and of all that is code; see
-            :mod:`fdconv_deploy.checkpoints.safe_unpickling`.
+    ``content`` has plain containers, and records of the tensors and of all that is code.
     """
 
     def __init__(self, path: Path, container: Container) -> None:
@@ -280,8 +262,7 @@ class PickledFile:
 
         Raises:
             CheckpointError: the file is cut, compressed, a TorchScript program or an archive of
-                something else, or names code that runs programs. Nothing it names is ever
-                imported or run.
+                something else, or names code that runs programs.
         """
         self.path = path
         self._size = path.stat().st_size
@@ -312,11 +293,7 @@ class PickledFile:
             raise self._damaged(error) from None
 
     def mapping(self) -> Mapping[Any, Any]:
-        """What it holds, by name.
-
-        Raises:
-            CheckpointError: it holds something else, or something made by code.
-        """
+        """What it holds, by name."""
         mapping = as_mapping(self.content)
         if mapping is not None:
             return mapping
@@ -329,11 +306,7 @@ class PickledFile:
         )
 
     def read(self, records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
-        """Tensors under the same names, on the CPU. Those that shared a storage share it still.
-
-        Raises:
-            CheckpointError: the file is cut or damaged, or a tensor claims more than it stores.
-        """
+        """Tensors under the same names, on the CPU. Those that shared a storage share it still."""
         for name, record in records.items():
             stored = self._stored(record.storage)
             # Strides of zero let a few bytes pose as a tensor of any size.
@@ -416,11 +389,7 @@ def _tensor(record: TensorRecord, storages: Mapping[str, Tensor]) -> Tensor:
 
 
 def _check_zip(path: Path, size: int) -> str:
-    """The folder of PyTorch's files in a zip archive, with its slash.
-
-    Raises:
-        CheckpointError: it is cut, holds something else, or could unpack to any size.
-    """
+    """The folder of PyTorch's files in a zip archive, with its slash."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -462,3 +431,116 @@ def _check_zip(path: Path, size: int) -> str:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200].rstrip(".") if text else type(error).__name__
+
+
+# Checkpoints in several files
+
+_INDEX = re.compile(r"\.(safetensors|bin|pth|pt)\.index\.json$")
+_SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})\.(safetensors|bin|pth|pt)$")
+_NAME = re.compile(r"[^\\/\0]{1,200}")
+MAX_INDEX_BYTES = 64 << 20
+
+
+def _find_index(path: Path) -> Path | None:
+    """The index of a sharded checkpoint, if ``path`` is one or its folder."""
+    if not path.is_dir():
+        if path.suffix == ".distcp" or path.name == ".metadata":
+            raise _distributed(path, path.parent)
+        return path if _INDEX.search(path.name) and path.is_file() else None
+    if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
+        raise _distributed(path, path)
+    if (path / "latest").is_file() or (path / "zero_to_fp32.py").is_file():
+        raise CheckpointError(
+            f"{path} is a folder of DeepSpeed. Expected a file: give the "
+            "mp_rank_00_model_states.pt in it; of stage 3, gather it first with the "
+            "zero_to_fp32.py that lies there."
+        )
+    found = sorted(file for file in path.iterdir() if _INDEX.search(file.name))
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path} holds several checkpoints: {', '.join(file.name for file in found[:5])}. "
+            "Give one of these files."
+        )
+    return found[0] if found else None
+
+
+def _distributed(path: Path, folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is of a distributed checkpoint of PyTorch (.metadata and .distcp files). "
+        "Expected one file. Gather it first: python -m torch.distributed.checkpoint.format_utils "
+        f"dcp_to_torch {folder} gathered.pth"
+    )
+
+
+def _refuse_one_shard(path: Path) -> None:
+    found = _SHARD.search(path.name)
+    if found and int(found[2]) > 1:
+        raise CheckpointError(
+            f"{path} is one of {int(found[2])} files that hold one network. Give their folder, or "
+            "the ….index.json in it, and keep all of them there."
+        )
+
+
+def digest_of(path: Path) -> str:
+    """The sha256 of a checkpoint: of its file, or of its index and all files that it names."""
+    index = _find_index(path)
+    if index is None:
+        return sha256_of(path)
+    files = [index, *(index.parent / name for name in sorted(set(_weight_map(index).values())))]
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All tensors that an index's ``weight_map`` names, in its order, and the files' metadata."""
+    places = _weight_map(index)
+    tensors: dict[str, Any] = {}
+    meta: dict[str, Any] = {}
+    for name in dict.fromkeys(places.values()):
+        path = index.parent / name
+        if not path.is_file():
+            raise CheckpointError(
+                f"{index} names the file {name}, which is not there. Download all files of the "
+                "checkpoint into one folder."
+            )
+        container = container_of(path)
+        if container == "safetensors":
+            found, strings = load_safetensors(path)
+            meta |= strings
+        else:
+            file = PickledFile(path, container)
+            records = {str(k): v for k, v in file.mapping().items() if isinstance(v, TensorRecord)}
+            found = dict(file.read(records))
+        tensors |= {key: value for key, value in found.items() if places.get(key) == name}
+    missing = [key for key in places if key not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{index} names {missing[0]} in {places[missing[0]]}, and it is not there"
+            f"{f' ({len(missing)} such tensors)' if len(missing) > 1 else ''}. The files are not "
+            "of one checkpoint; download all of them again."
+        )
+    return {key: tensors[key] for key in places}, meta
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        if index.stat().st_size > MAX_INDEX_BYTES:
+            raise ValueError("it is too large")
+        content = printable(json.loads(index.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index} cannot be read as the index of a checkpoint: {error}. Download it again."
+        ) from None
+    places = content.get("weight_map") if isinstance(content, Mapping) else None
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(
+            f"{index} has no weight_map (names of tensors → names of files). Expected the index of "
+            "a checkpoint in several files; download it again."
+        )
+    for key, name in places.items():
+        # A name with a folder in it could reach any file of this machine.
+        if not isinstance(name, str) or Path(name).name != name or not _NAME.fullmatch(name):
+            raise CheckpointError(
+                f"{index} places {key} in {str(name)[:80]!r}. Expected the name of a file beside "
+                "it. Download it again."
+            )
+    return places

@@ -70,14 +70,11 @@ class Name:
 
 
 class Made:
-    """What a call in a file would have made: who would have been called, and with what.
+    """What a call in a file would have made: ``maker`` would have been called with ``arguments``.
 
-    Attributes:
-        maker: a :class:`Name`, or whatever else the program would have called.
-        arguments: those of the call.
-        state: what the object would have been given afterwards.
-        items: what would have been appended to it, None if nothing.
-        pairs: what would have been set in it by key, None if nothing.
+    ``maker`` is a :class:`Name`, or whatever else the program would have called. ``state`` is what
+    the object would have been given afterwards, ``items`` what would have been appended to it, and
+    ``pairs`` what would have been set in it by key; None if nothing.
     """
 
     # A small file can have a hundred thousand of them, so none is larger than it must be.
@@ -98,10 +95,9 @@ class Made:
 
 @dataclass(frozen=True)
 class StorageRecord:
-    """Where a tensor's numbers stand in the file.
+    """Where a tensor's numbers stand in the file, under the name ``key``.
 
     Attributes:
-        key: its name in the file.
         dtype: None for bytes that the tensor gives a dtype to.
         shift: the element at which this part of the storage begins; old files alone have it.
         content: its bytes where they stand in the pickle, None where they stand beside it.
@@ -146,9 +142,7 @@ def unpickle(
     *,
     nested: bool = False,
 ) -> Any:
-    """The object that the pickle at ``file``'s position describes.
-
-    The file is left behind the pickle's last byte.
+    """The object that the pickle at ``file``'s position describes; it is left behind the last byte.
 
     Args:
         file: open for reading.
@@ -182,17 +176,11 @@ def unpickle_with_storages(
 ) -> tuple[Any, dict[str, tuple[int, int]], bool]:
     """PyTorch's format before 1.6: five pickles, then the storages. Or a pickle alone.
 
-    Args:
-        file: open at its beginning.
-        size: its bytes.
-        nested: whether it stands in another pickle, and so must hold no further one.
+    Takes a file open at its beginning, and raises, as `unpickle`.
 
     Returns:
         The object, where each storage begins in the file and its bytes, by key, and whether these
         are in the other order than this machine's.
-
-    Raises:
-        DamagedPickleError, HostilePickleError: see `unpickle`.
     """
     first = unpickle(file, size, nested=nested)
     if first != torch.serialization.MAGIC_NUMBER:
@@ -230,11 +218,12 @@ class _Bounded:
         return self._file.read(count)
 
 
+# Those that push what stands behind them in the file: numbers, texts and bytes.
 _CONSTANTS = {
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
-    "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
-    "BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
-}  # fmt: skip
+    code.name
+    for code in pickletools.opcodes
+    if code.arg and not code.stack_before and code.stack_after not in ([], [pickletools.anyobject])
+}
 _EMPTY: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
     "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set,
@@ -380,9 +369,8 @@ class _Machine:
                 self.spend(len(pairs))
                 items = pairs.items() if isinstance(pairs, dict) else pairs
                 return {_key(key): value for key, value in items}
-            case _, () if maker in _COLLECTIONS:
-                return _COLLECTIONS[maker]()
-            case _, (list() | tuple() | set() | frozenset() as values,) if maker in _COLLECTIONS:
+            case _, () | (list() | tuple() | set() | frozenset(),) if maker in _COLLECTIONS:
+                values = arguments[0] if arguments else ()
                 self.spend(len(values))
                 hashed = maker in ("set", "frozenset")
                 return _COLLECTIONS[maker](map(_key, values) if hashed else values)
@@ -393,11 +381,10 @@ class _Machine:
             ):
                 self.spend(len(text))
                 return text.encode("latin-1")
-            case "bytes" | "bytearray", (bytes() | bytearray() as data,):
+            case "bytes" | "bytearray", () | (bytes() | bytearray(),):
+                data = arguments[0] if arguments else b""
                 self.spend(len(data))
                 return bytes(data)
-            case "bytes" | "bytearray", ():
-                return b""
             # What pickle alone makes of a tensor: its storage as a whole file of PyTorch's.
             case "torch.storage._load_from_bytes", (bytes() | bytearray() as data,):
                 return None if self.nested else self.storage_in(data)
@@ -641,9 +628,7 @@ def is_tensor(value: Any) -> bool:
 def tensors_in(value: Any, seen: set[int] | None = None) -> bool:
     """Whether there is a tensor or an array anywhere in ``value``.
 
-    Args:
-        value: what was read.
-        seen: ids of objects in which there is none; those of ``value`` are added to them.
+    Of objects whose ids are ``seen`` it is known that there is none; those of ``value`` are added.
     """
     return any(
         isinstance(part, (TensorRecord, StorageRecord))

@@ -96,15 +96,8 @@ def write_checkpoint(path: Path, state: Mapping[str, Tensor], meta: Mapping[str,
     """Write ``{meta, state_dict}``: a file that appears whole or not at all.
 
     A ``.safetensors`` file holds the tensors and, of ``meta``, what is text.
-
-    Args:
-        path: an existing file is replaced; its folder must exist.
-        state: names → tensors, copied: a view would drag its whole storage into the file.
-        meta: plain data; this package's version is added.
-
-    Raises:
-        CheckpointError: the file can't be written.
     """
+    # Copied: a view would drag its whole storage into the file.
     tensors = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in state.items()

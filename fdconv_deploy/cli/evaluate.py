@@ -254,7 +254,7 @@ def _verify(
     weights: str | None,
 ) -> None:
     """Verify each bundle beside its own checkpoint, as `fdconv verify` does, on an image."""
-    from fdconv_deploy.checkpoints.shards import digest_of
+    from fdconv_deploy.checkpoints.reading import digest_of
     from fdconv_deploy.runtime.bundle import Bundle
 
     for bundle in (path for path in paths if path.is_dir()):

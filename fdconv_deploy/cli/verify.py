@@ -106,7 +106,7 @@ def verify(
 
 
 def _advice(bundle: Bundle, checkpoint: Path) -> str:
-    from fdconv_deploy.checkpoints.shards import digest_of
+    from fdconv_deploy.checkpoints.reading import digest_of
 
     source = bundle.manifest.checkpoint
     if source is None or source.sha256 == digest_of(checkpoint):

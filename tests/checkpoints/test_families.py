@@ -21,7 +21,7 @@ from fdconv_deploy.checkpoints import (
     read_checkpoint,
 )
 from fdconv_deploy.checkpoints.infer_config import infer_config
-from fdconv_deploy.checkpoints.infer_layers import conv_layers
+from fdconv_deploy.checkpoints.state_dict import conv_layers
 from fdconv_deploy.config import FDConvConfig, TestMode
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.runtime import read_image

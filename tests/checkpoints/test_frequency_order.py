@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.checkpoints import inspect_checkpoint, load_segmentor, save_checkpoint
-from fdconv_deploy.checkpoints.frequency_order import detect_order
-from fdconv_deploy.checkpoints.frequency_order.from_weights import order_of_weights
+from fdconv_deploy.checkpoints.frequency_order import detect_order, order_of_weights
 from fdconv_deploy.config import FDConvConfig
 from fdconv_deploy.demo import held_out, packaged_checkpoint, plain_checkpoint
 from fdconv_deploy.export.api import export_checkpoint

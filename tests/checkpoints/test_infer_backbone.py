@@ -50,8 +50,8 @@ def test_backbone_fields_come_from_names_and_shapes(fields: dict[str, Any]) -> N
         ({"stem_channels": 64}, "stem makes 8 channels"),
         ({"num_stages": 3}, "backbone.num_stages: the config says 3"),
         ({"strides": [1, 2]}, "backbone.strides: .*4 stages"),
-        ({"out_indices": [0, 4]}, "backbone.out_indices: .*stages 0 to 3"),
-        ({"out_indices": [1, 1]}, "backbone.out_indices: .*each of which is one output"),
+        ({"out_indices": [0, 4]}, r"backbone.out_indices: .*stages \[0, 1, 2, 3\]"),
+        ({"out_indices": [1, 1]}, "backbone.out_indices: .*each once"),
         ({"dilations": [1, 1, 0, 1]}, "backbone.dilations: .*greater than or equal to 1"),
         ({"strides": [1, 10**9, 1, 1]}, "backbone.strides: .*less than or equal to 1000000"),
         ({"style": "tensorflow"}, "backbone.style: the config says 'tensorflow', .*not possible"),
@@ -127,7 +127,7 @@ def test_backbone_of_a_stock_config_is_accepted() -> None:
     [
         (lambda k: k.replace("layer1", "block1"), "stages|none known here"),
         (lambda k: k.replace("layer2", "layer7"), "without a gap"),
-        (lambda k: k.replace("layer4.1", "layer4.2"), "blocks in its stages"),
+        (lambda k: k.replace("layer4.1", "layer4.2"), "without a gap"),
         (lambda k: k.replace("backbone.conv1", "backbone.patch_embed"), "none known here"),
     ],
 )

@@ -15,7 +15,7 @@ from fdconv_deploy.checkpoints.config_writer import format_config
 from fdconv_deploy.checkpoints.evidence import Evidence
 from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
 from fdconv_deploy.checkpoints.infer_config import infer_config
-from fdconv_deploy.checkpoints.infer_layers import backbone_prefix, part
+from fdconv_deploy.checkpoints.state_dict import backbone_prefix, part
 from fdconv_deploy.config import FDConvConfig, ResNetConfig
 from fdconv_deploy.errors import CheckpointError
 from tests.checkpoints.small import (

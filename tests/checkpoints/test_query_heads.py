@@ -25,8 +25,8 @@ from fdconv_deploy.checkpoints import (
     save_checkpoint,
 )
 from fdconv_deploy.checkpoints.config_parser import Config, read_config
-from fdconv_deploy.checkpoints.framework_names import framework_of, in_openmmlab_names
 from fdconv_deploy.checkpoints.infer_config import infer_config
+from fdconv_deploy.checkpoints.state_dict import framework_of, in_openmmlab_names
 from fdconv_deploy.config import PanopticConfig
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.runtime.preprocessing import normalise, published_size, resize

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from fdconv_deploy.checkpoints.framework_names import head_from_detectron2
+from fdconv_deploy.checkpoints.state_dict import head_from_detectron2
 from fdconv_deploy.config import (
     FDConvConfig,
     Mask2FormerHeadConfig,

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fdconv_deploy.checkpoints.framework_names import backbone_from_detectron2
 from fdconv_deploy.checkpoints.reading import read_checkpoint
+from fdconv_deploy.checkpoints.state_dict import backbone_from_detectron2
 from fdconv_deploy.config import (
     BackboneConfig,
     ConvNeXtConfig,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fdconv_deploy.checkpoints.framework_names import backbone_from_detectron2
+from fdconv_deploy.checkpoints.state_dict import backbone_from_detectron2
 from fdconv_deploy.config import (
     BackboneConfig,
     ConvNeXtConfig,

@@ -1,15 +1,16 @@
-"""A state dict → the convolution layers in it, from names and shapes alone."""
+"""A state dict under one set of names, and the convolutions that its names and shapes tell."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fdconv_deploy.checkpoints.evidence import Framework
 from fdconv_deploy.config import AttentionNorm
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn.band_modulation import SavedMasks
@@ -39,13 +40,12 @@ NOT_PARAMETERS = (
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution, as its tensors show it.
+    """A convolution, as its tensors show it; of a plain one, all after ``dynamic`` is empty.
 
     ``attentions`` is kernel_num × param_ratio, the length of the kernel attention, and
-    ``hidden`` the channels of the attention's hidden layer; both 0 for a plain layer, as
-    everything after them. What is named as a field of :class:`FDConvConfig` is that field, None
-    where the file does not show it. ``masks`` and ``indices`` are there if the file saves them,
-    and not without their values.
+    ``hidden`` the channels of the attention's hidden layer. What is named as a field of
+    :class:`FDConvConfig` is that field, None where the file does not show it. ``masks`` and
+    ``indices`` are there if the file saves them with their values.
     """
 
     name: str
@@ -69,6 +69,11 @@ class Layer:
     indices: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
+    def rows(self) -> int:
+        """Rows of the kernel matrix, out × kernel height."""
+        return self.out_channels * self.kernel[0]
+
+    @property
     def columns(self) -> int:
         """Columns of the kernel matrix, in × kernel width."""
         return self.in_channels * self.kernel[1]
@@ -76,8 +81,7 @@ class Layer:
     @property
     def bins(self) -> int:
         """Bins of the half spectrum: rows × (columns / 2 + 1)."""
-        rows = self.out_channels * self.kernel[0]
-        return rows * (self.columns // 2 + 1)
+        return self.rows * (self.columns // 2 + 1)
 
     @property
     def kept_bins(self) -> int:
@@ -137,73 +141,61 @@ def parameters(state: Shapes) -> int:
     return sum(v.numel() for k, v in state.items() if k.rpartition(".")[2] not in NOT_PARAMETERS)
 
 
-def conv_layers(state: Shapes) -> list[Layer]:
+def conv_layers(state: Shapes, names: re.Pattern[str] | None = None) -> list[Layer]:
     """All 2-d convolutions, in the file's order, attention's own ones left out.
 
-    Raises:
-        CheckpointError: an FDConv layer's tensors don't fit each other.
+    With ``names``, the layers of these names, linear ones as 1×1 convolutions.
     """
     dynamic = set(dynamic_names(state))
+    ranks = (4,) if names is None else (2, 4)
     found: dict[str, Layer] = {}
     for key, value in state.items():
-        owner = module = key.rpartition(".")[0]
+        module, _, kind = key.rpartition(".")
+        owner = module
         while owner and owner not in dynamic:
             owner = owner.rpartition(".")[0]
-        if owner:
-            if owner not in found:
-                found[owner] = _dynamic_layer(state, owner)
-        elif key.endswith(".weight") and value.ndim == 4:
-            out, into, height, width = value.shape
-            found[module] = Layer(module, into, out, (height, width), dynamic=False)
-    return list(found.values())
-
-
-def layers_named(state: Shapes, names: re.Pattern[str]) -> list[Layer]:
-    """The layers of these names, linear ones as 1×1 convolutions, in the file's order.
-
-    Raises:
-        CheckpointError: an FDConv layer's tensors don't fit each other.
-    """
-    dynamic = set(dynamic_names(state))
-    found: dict[str, Layer] = {}
-    for key, value in state.items():
-        match = names.match(key)
-        if match is None or match[0] in found:
+        name = owner or module
+        if name in found or (names is not None and not names.fullmatch(name)):
             continue
-        if match[0] in dynamic:
-            found[match[0]] = _dynamic_layer(state, match[0])
-        elif key == f"{match[0]}.weight" and value.ndim in (2, 4):
+        if owner:
+            found[name] = _dynamic_layer(state, name)
+        elif kind == "weight" and value.ndim in ranks:
             out, into, *kernel = value.shape
             height, width = kernel or (1, 1)
-            found[match[0]] = Layer(match[0], into, out, (height, width), dynamic=False)
+            found[name] = Layer(name, into, out, (height, width), dynamic=False)
     return list(found.values())
 
 
-def shape_of(state: Shapes, key: str, rank: int, *, owner: str, advice: str) -> tuple[int, ...]:
-    """The shape of a tensor that has to be there.
-
-    Args:
-        state: names → tensors of a part of a network.
-        key: the tensor's name in it.
-        rank: the dimensions it has to have.
-        owner, advice: the part's name, and how the sentence ends where the tensor is missing.
-
-    Raises:
-        CheckpointError: the tensor is missing or has another rank.
-    """
+def shape_of(state: Shapes, key: str, rank: int, *, owner: str) -> tuple[int, ...]:
+    """The shape of the tensor ``key`` of a network's part ``owner``."""
     tensor = state.get(key)
     if tensor is None or tensor.ndim != rank:
         found = "is not there" if tensor is None else f"has shape {tuple(tensor.shape)}"
-        raise CheckpointError(f"{owner}.{key} {found}. Expected a tensor of rank {rank}{advice}")
+        raise CheckpointError(
+            f"{owner}.{key} {found}. Expected a tensor of rank {rank}; the file may be cut, or of "
+            "another version of this network."
+        )
     return tuple(tensor.shape)
 
 
-def output_features(state: Shapes, name: str, *, owner: str, advice: str) -> int:
-    """Features that a layer which has to be there makes, be it linear or FDConv; see `shape_of`."""
-    layers = layers_named(state, re.compile(re.escape(name) + r"(?=\.)"))
+def output_features(state: Shapes, name: str, *, owner: str) -> int:
+    """Features that the layer ``name`` of ``owner`` makes, be it linear or FDConv."""
+    layers = conv_layers(state, re.compile(re.escape(name)))
     if not layers:
-        raise CheckpointError(f"{owner}.{name} is not there{advice}")
+        raise CheckpointError(f"{owner}.{name} is not there. The file may be cut.")
     return layers[0].out_channels
+
+
+def numbered(state: Shapes, prefix: str, *, owner: str) -> int:
+    """How many numbered modules there are under ``owner.prefix``."""
+    found = {key.split(".")[0] for key in part(state, f"{prefix}.")}
+    numbers = sorted(int(name) for name in found if name.isdigit())
+    if not numbers or numbers != list(range(len(numbers))):
+        raise CheckpointError(
+            f"{owner}.{prefix} has parts {numbers}. Expected them numbered from 0 without a gap: "
+            "some are missing, so the file may be cut."
+        )
+    return len(numbers)
 
 
 def _dynamic_layer(state: Shapes, name: str) -> Layer:
@@ -302,3 +294,143 @@ def _misfit(name: str, what: str) -> CheckpointError:
         f"The FDConv layer {name} does not fit together: {what}. Expected the tensors of the "
         "published FDConv layer; the file may be of another version or damaged."
     )
+
+
+# Tensors of a framework's network → the same under OpenMMLab's names, which networks here have
+
+_DETECTRON2 = re.compile(r"(?:backbone\.)?(?:stem\.conv1|res2\.0\.conv1|patch_embed\.proj)\.")
+_HEAD = "sem_seg_head."
+Rename = tuple[str, str | Callable[[re.Match[str]], str]]
+# mmdetection's Mask2Former; 2.x's layers list attentions and feed-forward networks.
+_PANOPTIC_HEAD: list[Rename] = [
+    (r"^panoptic_head\.", "decode_head."),
+    (r"(transformer_decoder\.layers\.\d+)\.attentions\.0\.", r"\1.cross_attn."),
+    (r"(transformer_decoder\.layers\.\d+)\.attentions\.1\.", r"\1.self_attn."),
+    (r"(encoder\.layers\.\d+)\.attentions\.0\.", r"\1.self_attn."),
+    (r"(\.layers\.\d+)\.ffns\.0\.", r"\1.ffn."),
+]
+
+
+def framework_of(state: Shapes) -> Framework:
+    """Whose names these are: detectron2's and its projects', or OpenMMLab's."""
+    own = any(key.startswith(_HEAD) or _DETECTRON2.match(key) for key in state)
+    return "detectron2" if own else "OpenMMLab"
+
+
+def in_openmmlab_names(state: Shapes) -> dict[str, Tensor]:
+    """A network's tensors under the names of OpenMMLab and of the published FDConv layer.
+
+    Mask2Former's head is ``decode_head`` as in mmsegmentation, where mmdetection has
+    ``panoptic_head``.
+    """
+    if framework_of(state) == "OpenMMLab":
+        older = any(key.startswith("panoptic_head.") for key in state)
+        return as_published(_renamed(state, _PANOPTIC_HEAD) if older else state)
+    prefix = backbone_prefix(state)
+    rest = {key: value for key, value in state.items() if not key.startswith(_HEAD)}
+    backbone = backbone_from_detectron2(part(rest, prefix))
+    head = head_from_detectron2(part(state, _HEAD))
+    return as_published(
+        {f"{prefix}{key}": value for key, value in backbone.items()}
+        | {f"decode_head.{key}": value for key, value in head.items()}
+        | {key: value for key, value in rest.items() if not key.startswith(prefix)}
+    )
+
+
+def _renamed(state: Shapes, renames: Sequence[Rename]) -> dict[str, Tensor]:
+    """The tensors under names to which all ``renames`` were applied, one after another."""
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = key
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    return renamed
+
+
+_BACKBONE: list[Rename] = [
+    # ResNet: res2 is layer1, and a convolution holds its norm.
+    (r"^stem\.conv1\.norm\.", "bn1."),
+    (r"^stem\.conv1\.", "conv1."),
+    (r"^res(\d)\.", lambda match: f"layer{int(match[1]) - 1}."),
+    (r"^(layer\d\.\d+)\.shortcut\.norm\.", r"\1.downsample.1."),
+    (r"^(layer\d\.\d+)\.shortcut\.", r"\1.downsample.0."),
+    (r"^(layer\d\.\d+)\.conv(\d)\.norm\.", r"\1.bn\2."),
+    # Swin.
+    (r"^patch_embed\.proj\.", "patch_embed.projection."),
+    (r"^layers\.(\d+)\.(blocks\.\d+)\.attn\.", r"stages.\1.\2.attn.w_msa."),
+    (r"^layers\.(\d+)\.(blocks\.\d+)\.mlp\.fc1\.", r"stages.\1.\2.ffn.layers.0.0."),
+    (r"^layers\.(\d+)\.(blocks\.\d+)\.mlp\.fc2\.", r"stages.\1.\2.ffn.layers.1."),
+    (r"^layers\.(\d+)\.(blocks\.\d+\.norm\d|downsample)\.", r"stages.\1.\2."),
+]
+
+
+def backbone_from_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a ResNet's or a Swin's tensors; a frozen BatchNorm gets the counter that others have.
+
+    They compute the same: a frozen BatchNorm is one in evaluation, kept inside its convolution, and
+    Swin differs in the order of merged patches, `SwinTransformerConfig.merging`.
+
+    Args:
+        state: names without ``backbone.``, as ``res2.0.conv1.weight`` and
+            ``layers.0.blocks.0.mlp.fc1.weight``.
+    """
+    renamed = _renamed(state, _BACKBONE)
+    for name in [name for name in renamed if name.endswith(".running_var")]:
+        counter = torch.zeros((), dtype=torch.int64, device=renamed[name].device)
+        renamed.setdefault(name.replace(".running_var", ".num_batches_tracked"), counter)
+    return renamed
+
+
+_PIXEL_DECODER: list[Rename] = [
+    # Files from before the head had a version of its own leave the inner name out, or double it.
+    (r"^pixel_decoder\.pixel_decoder\.", "pixel_decoder."),
+    (r"^(input_proj|transformer|mask_features|adapter_1|layer_1)\b", r"pixel_decoder.\1"),
+    (r"\binput_proj\.(\d+)\.0\.", r"input_convs.\1.conv."),
+    (r"\binput_proj\.(\d+)\.1\.", r"input_convs.\1.gn."),
+    (r"\btransformer\.level_embed$", "level_encoding.weight"),
+    (r"\btransformer\.encoder\.", "encoder."),
+    (r"\.norm1\.", ".norms.0."),
+    (r"\.norm2\.", ".norms.1."),
+    (r"\.linear1\.", ".ffn.layers.0.0."),
+    (r"\.linear2\.", ".ffn.layers.1."),
+    (r"\bmask_features\.", "mask_feature."),
+    (r"\badapter_1\.norm\.", "lateral_convs.0.gn."),
+    (r"\badapter_1\.", "lateral_convs.0.conv."),
+    (r"\blayer_1\.norm\.", "output_convs.0.gn."),
+    (r"\blayer_1\.", "output_convs.0.conv."),
+]
+_LAYER = r"transformer_decoder.layers.\1."
+_MASK2FORMER: list[Rename] = [
+    (r"^transformer_cross_attention_layers\.(\d+)\.multihead_attn\.", _LAYER + "cross_attn.attn."),
+    (r"^transformer_self_attention_layers\.(\d+)\.self_attn\.", _LAYER + "self_attn.attn."),
+    (r"^transformer_cross_attention_layers\.(\d+)\.norm\.", _LAYER + "norms.0."),
+    (r"^transformer_self_attention_layers\.(\d+)\.norm\.", _LAYER + "norms.1."),
+    (r"^transformer_ffn_layers\.(\d+)\.norm\.", _LAYER + "norms.2."),
+    (r"^transformer_ffn_layers\.(\d+)\.linear1\.", _LAYER + "ffn.layers.0.0."),
+    (r"^transformer_ffn_layers\.(\d+)\.linear2\.", _LAYER + "ffn.layers.1."),
+    (r"^decoder_norm\.", "transformer_decoder.post_norm."),
+    (r"^class_embed\.", "cls_embed."),
+    (r"^mask_embed\.layers\.0\.", "mask_embed.0."),
+    (r"^mask_embed\.layers\.1\.", "mask_embed.2."),
+    (r"^mask_embed\.layers\.2\.", "mask_embed.4."),
+    (r"^static_query\.", "query_feat."),
+]
+_PREDICTOR: list[Rename] = [(r"^input_proj\.", "decoder_input_projs.")]
+
+
+def head_from_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a head's tensors.
+
+    The pixel decoder and Mask2Former's decoder get mmdetection's names; MaskDINO's decoder keeps
+    its own, of which the heads here have all.
+
+    Args:
+        state: names without ``sem_seg_head.``, as ``pixel_decoder.input_proj.0.0.weight`` and
+            ``predictor.query_feat.weight``; those of the pixel decoder may lack its name.
+    """
+    predictor = part(state, "predictor.")
+    pixels = {key: value for key, value in state.items() if not key.startswith("predictor.")}
+    is_maskdino = any(key.startswith("decoder.layers.") for key in predictor)
+    renames = _PREDICTOR if is_maskdino else [*_MASK2FORMER, *_PREDICTOR]
+    return _renamed(pixels, _PIXEL_DECODER) | _renamed(predictor, renames)

@@ -1,17 +1,33 @@
-"""How a network sees images: its config's test pipeline, and a segmentor's test mode.
+"""What a config's dataset and test pipeline say: classes, preprocessing, test mode.
 
 A detector's thresholds, which its config has as ``test_cfg``, are inferred with its heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from fdconv_deploy.checkpoints.config_parser import Config
-from fdconv_deploy.checkpoints.evidence import UNSET, Evidence, SettingResolver, stated, type_of
+from fdconv_deploy.checkpoints.evidence import (
+    CHECKPOINT_META,
+    UNSET,
+    Evidence,
+    SettingResolver,
+    stated,
+    type_of,
+)
 from fdconv_deploy.config import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, TestMode
 
+# Where configs have a dataset's names: mmengine's ``metainfo``, and mmcv 1.x's ``data``.
+_DATASETS = (
+    ("test_dataloader", "dataset", "metainfo"),
+    ("val_dataloader", "dataset", "metainfo"),
+    ("data", "test"),
+    ("data", "val"),
+    ("metainfo",),
+)
 _LARGEST_CROP = 16384  # pixels; export takes no larger side
 
 # Loaders whose images are read as they do it: those of mmcv, and GDAL's in mmsegmentation.
@@ -19,21 +35,98 @@ _FILE_LOADERS = ("LoadImageFromFile", "LoadImageFromNDArray", "InferencerLoader"
 _RASTER_LOADERS = ("LoadSingleRSImageFromFile",)
 # Steps that load, pack or flip leave the pixels the network sees as they are.
 _HARMLESS = (
-    *_FILE_LOADERS,
-    *_RASTER_LOADERS,
-    "LoadAnnotations",
-    "LoadPanopticAnnotations",
-    "PackSegInputs",
-    "PackDetInputs",
-    "Resize",
-    "Normalize",
-    "RandomFlip",
-    "ImageToTensor",
-    "DefaultFormatBundle",
-    "Collect",
-    "MultiScaleFlipAug",
-    "TestTimeAug",
-)
+    *_FILE_LOADERS, *_RASTER_LOADERS, "LoadAnnotations", "LoadPanopticAnnotations",
+    "PackSegInputs", "PackDetInputs", "Resize", "Normalize", "RandomFlip", "ImageToTensor",
+    "DefaultFormatBundle", "Collect", "MultiScaleFlipAug", "TestTimeAug",
+)  # fmt: skip
+
+
+def infer_classes(
+    settings: SettingResolver[Any], counts: Collection[int], head: str = "decode head"
+) -> None:
+    """Resolve ``classes`` and ``palette``: the checkpoint's meta, else the config's dataset.
+
+    The ``head`` has one of ``counts`` classes: one with one output has labels 0 and 1, of which a
+    dataset may name both, or 1 alone.
+    """
+    classes = " or ".join(map(str, sorted(counts)))
+    names, origin = _labels("classes", settings.evidence)
+    settings.evidence.notes += _doubts(names, origin, settings.evidence)
+    found = settings.resolve(
+        "classes",
+        config=names,
+        config_name=origin,
+        accepts=lambda value: not value or len(value) in counts,
+        because=f"the {head} makes {classes} classes",
+    )
+    # As many colours as there are names.
+    wanted = {len(found)} if found else set(counts)
+    palette, origin = _labels("palette", settings.evidence)
+    if palette is not UNSET and not _is_palette(palette, wanted):
+        settings.evidence.notes.append(
+            f"The palette in {origin} is not one RGB colour for each of the {classes} classes; "
+            "it was left out."
+        )
+        palette = UNSET
+    settings.resolve(
+        "palette",
+        kind=tuple[tuple[int, int, int], ...],
+        config=palette,
+        config_name=origin,
+        accepts=lambda value: not value or _is_palette(value, wanted),
+        because=f"a palette has one RGB triple, 0 to 255, for each of the {classes} classes",
+    )
+
+
+def count_names(evidence: Evidence) -> int:
+    """How many class names the checkpoint's meta or the config has; 0 for none."""
+    names, _ = _labels("classes", evidence)
+    return 0 if names is UNSET else len(names)
+
+
+def _labels(name: str, evidence: Evidence) -> tuple[Any, str]:
+    """The list of that name in the checkpoint's meta or the config, and which of them has it."""
+    lists = (found for found in _stated(name, evidence) if isinstance(found[0], (list, tuple)))
+    return next(lists, (UNSET, "the config"))
+
+
+def _stated(name: str, evidence: Evidence) -> Iterator[tuple[Any, str]]:
+    """All there is under that name, the checkpoint's meta first, and which of them has it."""
+    own = evidence.meta.get("dataset_meta")
+    places = [(place, CHECKPOINT_META) for place in (own, evidence.meta)]
+    places += [(evidence.config.section(*path), "the config") for path in _DATASETS]
+    for section, origin in places:
+        for key in (name, name.upper()):
+            value = stated(section, key) if isinstance(section, Mapping) else UNSET
+            if value is not UNSET and value is not None and str(value) not in ("", "[]", "()"):
+                yield value, origin
+
+
+def _doubts(names: Any, origin: str, evidence: Evidence) -> Iterator[str]:
+    """What a user should look at where class names are stated."""
+    for value, where in _stated("classes", evidence):
+        if not isinstance(value, (list, tuple)):
+            yield (
+                f"The class names in {where} are {str(value)[:40]!r}, which is no list; they were "
+                "left out (--set 'classes=[…]' gives them)."
+            )
+            break
+    counts = Counter(map(str, () if names is UNSET else names))
+    name, count = max(counts.items(), key=lambda item: item[1], default=("", 1))
+    if count > 1:
+        yield (
+            f"{count} classes are named {name!r} in {origin}: names cannot tell them apart "
+            "(--set 'classes=[…]' gives others)."
+        )
+
+
+def _is_palette(value: Any, counts: Collection[int]) -> bool:
+    return len(value) in counts and all(
+        isinstance(colour, (list, tuple))
+        and len(colour) == 3
+        and all(isinstance(level, int) and 0 <= level <= 255 for level in colour)
+        for colour in value
+    )
 
 
 def infer_preprocessing(
@@ -56,9 +149,6 @@ def infer_preprocessing(
         scale: the published default of the resize.
         size_divisor: the published default of networks whose input is padded; None of others.
         harmless: further steps that need no note, as they are done here, too.
-
-    Raises:
-        CheckpointError: the config or the user gives other bands than the network takes.
     """
     config = evidence.config
     steps = _steps(config)
@@ -132,11 +222,7 @@ def infer_preprocessing(
 
 
 def training_size(config: Config | None) -> tuple[int, int] | None:
-    """(height, width) in pixels that a segmentor was trained on, where its config states it.
-
-    That is mmsegmentation's ``crop_size``, which a config states at its top and in
-    ``model.data_preprocessor.size``.
-    """
+    """(height, width) in pixels that a segmentor was trained on: mmsegmentation's ``crop_size``."""
     if config is None:
         return None
     for value in (

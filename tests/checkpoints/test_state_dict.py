@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fdconv_deploy.checkpoints.infer_layers import conv_layers, parameters
+from fdconv_deploy.checkpoints.state_dict import conv_layers, parameters
 
 
 def cases(oracle: Path) -> list[tuple[str, dict[str, Any], dict[str, torch.Tensor]]]:
