@@ -137,12 +137,14 @@ def _head(model: _Section, query: _Section) -> dict[str, Any]:
     total, entering = head.get("TOTAL_NUM_FEATURE_LEVELS"), head.get("NUM_FEATURE_LEVELS")
     names = head.get("DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES")
     entering = len(names) if isinstance(names, list) else entering
-    counted = isinstance(total, int) and isinstance(entering, int)
+    extra = None
+    if isinstance(total, int) and isinstance(entering, int):
+        extra = total - entering
     fields |= _known(
         type="MaskDINOHead",
         decoder_layers=layers,
         encoder_feedforward=head.get("DIM_FEEDFORWARD"),
-        extra_levels=total - entering if counted else None,
+        extra_levels=extra,
         **_same(head, "feature_order"),
         **_same(query, "two_stage", "learn_tgt", "initialize_box_type"),
     )

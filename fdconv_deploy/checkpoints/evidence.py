@@ -235,7 +235,8 @@ class SettingResolver(Generic[ConfigT]):
 @cache
 def _adapter(model: type[Frozen], name: str) -> TypeAdapter[Any]:
     field = model.model_fields[name]
-    return TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+    finite = ConfigDict(allow_inf_nan=False)
+    return TypeAdapter(Annotated[field.annotation, field], config=finite)  # type: ignore[arg-type]
 
 
 def _converted(field: str, adapter: TypeAdapter[Any], value: Any, witness: str) -> Any:

@@ -278,7 +278,7 @@ def _norms(state: Shapes) -> tuple[int, ...]:
 def _outputs(settings: Settings, outputs: tuple[int, ...], stages: tuple[int, ...]) -> None:
     """``out_indices``: with a norm for each output, names tell; otherwise any stages may be."""
     written = from_first(stated(settings.section, "out_indices"), len(stages))
-    if isinstance(written, tuple):
+    if isinstance(written, tuple) and all(isinstance(stage, int) for stage in written):
         written = tuple(sorted(written))
     told = settings.model in (SwinTransformerConfig, ConvNeXtConfig)
     settings.resolve(

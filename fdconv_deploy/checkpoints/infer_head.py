@@ -236,7 +236,8 @@ def _inputs(
         )
     written = settings.section.get("in_index")
     wanted = settings.evidence.overrides.get(f"{name}.in_index", written)
-    wanted = sorted(wanted) if isinstance(wanted, (list, tuple)) else []
+    wanted = wanted if isinstance(wanted, (list, tuple)) else ()
+    wanted = sorted(index for index in wanted if isinstance(index, int))
     outputs = next((c for c in choices if sorted(c) == wanted), choices[0])
     joined = kind not in _EACH and len(outputs) > 1
     because = (

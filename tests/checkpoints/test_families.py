@@ -233,6 +233,7 @@ def states(oracle: Path, family: str) -> tuple[dict[str, Tensor], Any]:
         ("upernet_swin", {"use_abs_pos_embed": True}, "use_abs_pos_embed"),
         ("upernet_swin", {"act_cfg": {"type": "ReLU"}}, "backbone.act_cfg is a ReLU"),
         ("upernet_swin", {"out_indices": (1, 2, 3)}, "outputs of the stages"),
+        ("upernet_swin", {"out_indices": [1, "a"]}, "backbone.out_indices: .*not possible"),
         ("upernet_convnext", {"arch": "tiny"}, "backbone.depths: the config says"),
         ("upernet_convnext", {"gap_before_final_norm": True}, "gap_before_final_norm"),
         ("upernet_convnext", {"norm_cfg": {"type": "LN2d", "eps": 1e-5}}, "eps"),

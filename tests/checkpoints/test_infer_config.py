@@ -157,6 +157,7 @@ def test_class_names_that_tell_nothing_are_said(classes: Any, says: str) -> None
         ({}, {"model": {"decode_head": {"type": "PSPHead"}}}, "decode_head.type"),
         ({}, {"model": {"decode_head": {"in_channels": [1, 2, 3, 4]}}}, "in_channels"),
         ({}, {"model": {"decode_head": {"in_index": [3, 2, 1, 0]}}}, "in_index"),
+        ({}, {"model": {"decode_head": {"in_index": [3, "a"]}}}, "in_index: .*not possible"),
         ({}, {"model": {"decode_head": {"pool_scales": [1, 2]}}}, "4 pooling branches"),
         ({}, {"model": {"decode_head": {"act_cfg": {"type": "GELU"}}}}, "act_cfg=GELU"),
         ({}, {"model": {"decode_head": {"act_cfg": None}}}, "act_cfg=None"),
