@@ -1,4 +1,4 @@
-"""How much may be in hand: in time and memory, in all and for one client."""
+"""How much may be in hand: in time, bodies and memory, in all and for one client."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from fdconv_deploy.serve.batching import DeadlineError
+from fdconv_deploy.serve.batching import After, DeadlineError, fail
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.settings import Settings
 
@@ -27,20 +27,21 @@ class Admission:
     answered while there is work. Memory is not refused but waited for, in turn: meanwhile a
     request holds nothing but its body.
 
+    Attributes:
+        in_hand: Images admitted.
+        memory_used: Bytes of memory given out.
+        body_bytes: Bytes of request bodies held.
+
     Args:
         settings: The limits.
         on_reject: Called with the reason of each refusal.
-        clock: Seconds, of which deadlines are a time.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        *,
-        on_reject: Callable[[str], None] = lambda _: None,
-        clock: Callable[[], float] = time.perf_counter,
+        self, settings: Settings, *, on_reject: Callable[[str], None] = lambda _: None
     ) -> None:
-        self._settings, self._on_reject, self._clock = settings, on_reject, clock
+        self._settings, self._on_reject = settings, on_reject
+        self._clock = time.perf_counter  # of which deadlines are a time
         queue = settings.queue_limit
         self._limit = math.inf if queue is None else settings.workers + queue
         self._clients: Counter[str] = Counter()
@@ -49,8 +50,7 @@ class Admission:
         self._lock = threading.Lock()  # of memory_used
         self._since: float | None = None
         self._seconds = self._images = 0.0
-        self.in_hand = 0  # images
-        self.memory_used = 0  # bytes
+        self.in_hand = self.memory_used = self.body_bytes = 0
 
     def check_room(self, client: str, images: int = 1, deadline: float = math.inf) -> None:
         """Refuse early, before a body is read, what :meth:`admit` would refuse.
@@ -84,7 +84,7 @@ class Admission:
                 self.retry_after(),
             )
         # With nothing in hand it is tried, whatever was measured before.
-        wait = self.backlog_seconds(images)
+        wait = self._backlog_seconds(images)
         if self.in_hand and self._clock() + wait > deadline:
             raise self._too_busy(wait)
 
@@ -111,6 +111,25 @@ class Admission:
             if not self._clients[client]:
                 del self._clients[client]
 
+    def take_body(self, size: int) -> None:
+        """Count bytes of a body in; :meth:`give_body` counts them out.
+
+        Raises:
+            RefusedError: 503, they are too many for now.
+        """
+        if self.body_bytes + size > self._settings.max_bytes_in_hand:
+            raise RefusedError(
+                503,
+                "The service has as many bytes of requests in hand as it takes. Try again in a "
+                "moment.",
+                self.retry_after(),
+            )
+        self.body_bytes += size
+
+    def give_body(self, size: int) -> None:
+        """Count bytes of a body out."""
+        self.body_bytes -= size
+
     def take_now(self, size: int) -> bool:
         """Count memory in, if it is free; see :class:`Memory`."""
         most = self._settings.max_memory_in_hand
@@ -130,13 +149,10 @@ class Admission:
         given: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         turn = size, given, deadline
         self._turns.append(turn)
-        timer = None
-        if deadline < math.inf:
-            left = max(deadline - self._clock(), 0.0)
-            timer = asyncio.get_running_loop().call_later(left, _fail, given, DeadlineError())
         self._refuse_late()
         try:
-            await given
+            with After(deadline - self._clock(), fail, given, DeadlineError()):
+                await given
         except BaseException:
             if turn in self._turns:
                 self._turns.remove(turn)
@@ -144,19 +160,14 @@ class Admission:
             elif not given.cancelled() and given.exception() is None:
                 self.give(size)  # it came just before this was cancelled
             raise
-        finally:
-            if timer is not None:
-                timer.cancel()
 
     def give(self, size: int) -> None:
         """Count memory out, and give it to those whose turn it is."""
         with self._lock:
             self.memory_used -= size
-        if self._turns:
-            self._next()
+        self._next()
 
     def _next(self) -> None:
-        """Give memory to those whose turn it is."""
         while self._turns:
             size, given, _ = self._turns[0]
             with self._lock:
@@ -172,7 +183,7 @@ class Admission:
         for place, (_, given, deadline) in enumerate(self._turns, 1):
             wait = place * self._pace()
             if not given.done() and self._clock() + wait > deadline:
-                _fail(given, self._too_busy(wait) if wait else DeadlineError())
+                fail(given, self._too_busy(wait) if wait else DeadlineError())
 
     def _too_busy(self, wait: float) -> RefusedError:
         self._on_reject("deadline")
@@ -187,7 +198,7 @@ class Admission:
         """Seconds per image, as far as is known."""
         return self._seconds / self._images if self._images else 0.0
 
-    def backlog_seconds(self, images: int = 0) -> float:
+    def _backlog_seconds(self, images: int = 0) -> float:
         """How long what is in hand, and ``images`` more, will take, as far as is known."""
         return (self.in_hand + images) * self._pace()
 
@@ -197,7 +208,7 @@ class Admission:
 
     def retry_after(self) -> dict[str, str]:
         """The header that says when to come back."""
-        seconds = max(self._settings.retry_after_seconds, math.ceil(self.backlog_seconds()))
+        seconds = max(self._settings.retry_after_seconds, math.ceil(self._backlog_seconds()))
         return {"Retry-After": str(seconds)}
 
 
@@ -247,8 +258,3 @@ class Memory:
         if not self.size and not self.take_now(size):
             await self._admission.wait(size, deadline)
             self.size = size
-
-
-def _fail(turn: asyncio.Future[None], error: Exception) -> None:
-    if not turn.done():
-        turn.set_exception(error)

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -31,7 +30,7 @@ from fdconv_deploy.serve import openapi
 from fdconv_deploy.serve.http_limits import MAX_HEAD_BYTES, Held, LimitedProtocol
 from fdconv_deploy.serve.identity import Clients
 from fdconv_deploy.serve.middleware import EXPOSED, Edge, refuse
-from fdconv_deploy.serve.routes import ROUTERS
+from fdconv_deploy.serve.routes import kserve, segment, status
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.settings import Settings
 from fdconv_deploy.serve.telemetry import log_config
@@ -70,10 +69,9 @@ def create_app(
         FDConvError: What a setting needs is not installed.
     """
     settings = settings or Settings()
-    grpc_server: Any = None
     if settings.grpc_port is not None:
         with needed_by("The gRPC service", "grpc"):
-            from fdconv_deploy.serve.kserve.grpc_server import GrpcServer as grpc_server  # noqa: N813
+            from fdconv_deploy.serve.kserve.grpc_server import GrpcServer
     clients = Clients(settings)
     service = make_service(bundles, settings)
 
@@ -83,10 +81,9 @@ def create_app(
         await service.start()
         grpc = None
         try:
-            if grpc_server is not None:
-                grpc = grpc_server(service, clients)
+            if settings.grpc_port is not None:
+                grpc = app.state.grpc = GrpcServer(service, clients)
                 await grpc.start(host, settings.grpc_port)
-                app.state.grpc, app.state.grpc_port = grpc, grpc.port
             yield
         finally:
             service.drain()
@@ -94,6 +91,15 @@ def create_app(
                 await grpc.stop(settings.drain_seconds)
             await service.close()
 
+    # Outermost, for refusals are read by pages of other origins, too.
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=("GET", "HEAD", "POST"),
+        allow_headers=("*",),
+        expose_headers=EXPOSED,
+        max_age=3600,
+    )
     app = FastAPI(
         title="FDConv Deploy",
         version=__version__,
@@ -103,32 +109,21 @@ def create_app(
         redoc_url=None,
         openapi_url=None,  # openapi.py's own: FastAPI's writes the document anew for each request
         redirect_slashes=False,
+        separate_input_output_schemas=False,
         # Edge does that, with the stages; versions without it take any name.
         telemetry={"tracing": False, "metrics": False, "logs": False},
-        middleware=[*_cors(settings), Middleware(Edge, service=service, clients=clients)],
+        middleware=[
+            *[cors] * bool(settings.cors_origins),
+            Middleware(Edge, service=service, clients=clients),
+        ],
     )
     app.state.service, app.state.clients = service, clients
     problems.install(app)
-    for router in ROUTERS:  # not include_router, whose routers would match every request twice
-        app.router.routes += router.routes
+    for group in (segment, kserve, status):  # in the order in which they are tried
+        # Not include_router, whose routers would match every request twice.
+        app.router.routes += group.router.routes
     openapi.install(app, service, keys_needed=clients.keys_needed)
     return app
-
-
-def _cors(settings: Settings) -> list[Middleware]:
-    """What lets pages of other origins call the service; outermost, for refusals are read, too."""
-    if not settings.cors_origins:
-        return []
-    return [
-        Middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=("GET", "HEAD", "POST"),
-            allow_headers=("*",),
-            expose_headers=EXPOSED,
-            max_age=3600,
-        )
-    ]
 
 
 def run(
@@ -150,7 +145,7 @@ def run(
 
     Raises:
         ServerError: The port is taken, the host is not this machine's, or TLS files cannot be used.
-        BundleError, BackendError, FDConvError: As for :func:`create_app`.
+        FDConvError: As for :func:`create_app`.
     """
     settings = settings or Settings()
     return_large_blocks()
@@ -181,9 +176,7 @@ def running(
     settings = settings or Settings()
     with _bound(host, port) as listener:
         server = _Server(bundles, settings, "warning", host)
-        thread = threading.Thread(
-            target=server.run, args=([listener],), name="fdconv-serve", daemon=True
-        )
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         try:
             end = time.monotonic() + ready_within
@@ -211,15 +204,11 @@ class _Server(uvicorn.Server):
             _bound(host, settings.grpc_port).close()
         self._app = app = create_app(bundles, settings, host=host)
         self.service: Service = app.state.service
+        refusal = partial(refuse, self.service, app.state.clients)
         super().__init__(
             uvicorn.Config(
                 app,
-                http=partial(
-                    LimitedProtocol,
-                    settings,
-                    partial(refuse, self.service, app.state.clients),
-                    Held(),
-                ),  # type: ignore[arg-type]
+                http=partial(LimitedProtocol, settings, refusal, Held()),  # type: ignore[arg-type]
                 ws="none",
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 log_level=log_level,
@@ -288,8 +277,7 @@ def _address(listener: socket.socket, settings: Settings) -> str:
 def allow_files(connections: int) -> None:
     """Let the process open as many files as its connections need, where the system permits that.
 
-    Many systems give a process 1024 unless it asks: then it is connections that run out of them,
-    and those who want to know whether the service lives.
+    Many systems give a process 1024 unless it asks.
     """
     try:
         import resource
@@ -315,7 +303,5 @@ def return_large_blocks() -> bool:
     """
     if not sys.platform.startswith("linux"):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_MMAP_THRESHOLD, _LARGE)) and bool(mallopt(_TRIM_THRESHOLD, _KEPT))
+    set_option = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    return bool(set_option(_MMAP_THRESHOLD, _LARGE) and set_option(_TRIM_THRESHOLD, _KEPT))

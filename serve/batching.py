@@ -1,13 +1,10 @@
 """Which image runs when, with which others, on which worker.
 
-:class:`BatchQueue` is the policy alone, without threads or a clock of its own. Every model has a
-lane, served in the order of arrival. A batch holds items of one lane only, as many as the
-cheapest plan over the bundle's batch sizes starts with. Between lanes, inference time is shared
-out by weight (start-time fair queueing): each lane carries the time it has used divided by its
-weight, the lane with the least goes next, and a lane that was idle starts from where the others
-are, so that it neither pays nor saves for its absence.
-
-:class:`Scheduler` feeds inference threads from it, and is awaited from one event loop.
+Every model has a lane, served in the order of arrival. A batch holds items of one lane only, as
+many as the cheapest plan over the bundle's batch sizes starts with. Between lanes, inference time
+is shared out by weight (start-time fair queueing): each lane carries the time it has used divided
+by its weight, the lane with the least goes next, and a lane that was idle starts from where the
+others are, so that it neither pays nor saves for its absence.
 """
 
 from __future__ import annotations
@@ -15,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -30,15 +28,12 @@ from fdconv_deploy.runtime import Tensors
 from fdconv_deploy.runtime.batching import linear_cost, plan_batches
 
 T = TypeVar("T")
-# Runs a call on another thread, by its request's deadline.
-Code = Callable[[Callable[[], Any]], Awaitable[Any]]
 # A network's inputs by name to its outputs by name, each with the images along its first axis.
 Run = Callable[[Tensors], Tensors]
 log = logging.getLogger("fdconv.serve")
 # Of a new measurement of a lane's seconds per image, against those before.
 _SMOOTHING = 0.2
-# Seconds per image that a lane is charged in advance before it was ever measured: enough that
-# workers take turns.
+# Seconds per image charged in advance, before any was measured: enough that workers take turns.
 _UNKNOWN = 0.001
 
 
@@ -50,14 +45,42 @@ class DeadlineError(Exception):
     """The request's deadline passed before it was answered."""
 
 
+class After:
+    """A ``with`` block within which ``call`` is made once it has lasted so many seconds.
+
+    No generator: an error would know its frame, and so what ``call`` is given.
+    """
+
+    def __init__(self, seconds: float, call: Callable[..., object], *given: Any) -> None:
+        self._timer: asyncio.TimerHandle | None = None
+        if seconds < math.inf:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(seconds, 0.0), call, *given)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def fail(answer: asyncio.Future[Any] | None, error: Exception) -> None:
+    """Answer by an error, if nothing has been answered yet."""
+    if answer is not None and not answer.done():
+        answer.set_exception(error)
+
+
 @dataclass(eq=False)
 class Item:
-    """One image's input, waiting; times are in seconds of one clock."""
+    """One image, waiting, or a ``call`` that runs by itself; times are seconds of one clock."""
 
-    payload: Any  # what the worker needs
     enqueued: float
-    deadline: float = float("inf")
-    alone: bool = False  # never batched with others
+    deadline: float = math.inf
+    request: Any = None  # which is told the answer
+    index: int = 0  # of the image among those of ``inputs``
+    inputs: Tensors = field(default_factory=dict)
+    call: Callable[[], Any] | None = None
 
 
 @dataclass(eq=False)
@@ -81,12 +104,7 @@ class _Lane:
 
 
 class BatchQueue:
-    """The lanes. Times are seconds of the caller's clock; nothing here blocks.
-
-    Args:
-        max_batch: The largest batch; a lane's own largest size when None.
-        delay: Seconds that the oldest item of a batch that is not full waits for others.
-    """
+    """The policy alone, in seconds of the caller's clock; nothing here blocks."""
 
     def __init__(self, *, max_batch: int | None = None, delay: float = 0.0) -> None:
         self._max_batch, self._delay = max_batch, delay
@@ -103,8 +121,7 @@ class BatchQueue:
         weight: float = 1.0,
     ) -> None:
         """Open the lane ``key`` for batches of these sizes."""
-        limit = self._max_batch
-        allowed = tuple(size for size in sizes if limit is None or size <= limit)
+        allowed = tuple(size for size in sizes if size <= (self._max_batch or size))
         self._lanes[key] = _Lane(allowed or (min(sizes),), cost, weight)
 
     def remove_lane(self, key: Hashable) -> None:
@@ -131,20 +148,17 @@ class BatchQueue:
 
         Items past their deadline are dropped; whoever waits for them knows the deadline too.
         """
-        wake: float | None = None
-        chosen: _Lane | None = None
-        chosen_key: Hashable = None
+        ready: list[tuple[Hashable, _Lane]] = []
+        later: list[float] = []
         for key, lane in self._lanes.items():
             self._drop_late(lane, now)
-            if not lane.waiting:
-                continue
-            ready_at = self._ready_at(lane)
-            if ready_at > now:
-                wake = ready_at if wake is None else min(wake, ready_at)
-            elif chosen is None or lane.used < chosen.used:
-                chosen, chosen_key = lane, key
-        if chosen is None:
-            return wake
+            if lane.waiting and (ready_at := self._ready_at(lane)) > now:
+                later.append(ready_at)
+            elif lane.waiting:
+                ready.append((key, lane))
+        if not ready:
+            return min(later, default=None)
+        chosen_key, chosen = min(ready, key=lambda found: found[1].used)
         self._clock = max(self._clock, chosen.used)
         items = self._take(chosen)
         # Charged in advance by what it cost before, so that several workers do not all
@@ -165,12 +179,12 @@ class BatchQueue:
         lane.seconds_per_item = each if before is None else before + _SMOOTHING * (each - before)
 
     def _ready_at(self, lane: _Lane) -> float:
-        full = len(lane.waiting) >= max(lane.sizes) or lane.waiting[0].alone
+        full = len(lane.waiting) >= max(lane.sizes) or lane.waiting[0].call is not None
         return lane.waiting[0].enqueued + (0.0 if full else self._delay)
 
     def _take(self, lane: _Lane) -> list[Item]:
         most, together, count = min(len(lane.waiting), max(lane.sizes)), 0, 1
-        while together < most and not lane.waiting[together].alone:
+        while together < most and lane.waiting[together].call is None:
             together += 1
         if together > 1:
             count = min(plan_batches(together, lane.sizes, lane.cost)[0], together)
@@ -186,35 +200,18 @@ class BatchQueue:
 
 @dataclass(eq=False)
 class Outcome:
-    """The answer to a request.
+    """The answer to a request."""
 
-    ``rows`` are each image's outputs by name, without their batch axis; seconds are those of the
-    image that waited and ran longest; ``batch_sizes`` say how many images ran with each of these.
-    """
-
-    rows: list[Any]
-    queue_seconds: float = 0.0
-    run_seconds: float = 0.0
-    batch_sizes: tuple[int, ...] = ()
+    rows: list[Any]  # each image's outputs by name, without their batch axis
+    queue_seconds: float = 0.0  # of the image that waited longest
+    run_seconds: float = 0.0  # of the one that ran longest
+    batch_sizes: tuple[int, ...] = ()  # how many images ran with each
 
 
-@dataclass(eq=False)
 class _Request:
-    answer: asyncio.Future[Outcome] | None  # None once it is over
-    missing: int
-
-    def __post_init__(self) -> None:
-        self.outcome = Outcome([None] * self.missing)
-
-
-@dataclass(eq=False)
-class _Job:
-    """An item's payload: image ``index`` of ``inputs``, or a call that is run by itself."""
-
-    request: _Request
-    index: int = 0
-    inputs: Tensors = field(default_factory=dict)
-    call: Callable[[], Any] | None = None
+    def __init__(self, answer: asyncio.Future[Outcome], images: int) -> None:
+        self.answer: asyncio.Future[Outcome] | None = answer  # None once it is over
+        self.missing, self.outcome = images, Outcome([None] * images)
 
 
 class Scheduler:
@@ -227,7 +224,6 @@ class Scheduler:
         delay: Seconds that the first of a batch that is not full waits for others.
         on_batch: Called with (lane, images, seconds) after each run.
         on_death: Called when a worker ended.
-        clock: Seconds, of which deadlines are a time.
     """
 
     def __init__(
@@ -239,7 +235,6 @@ class Scheduler:
         delay: float = 0.0,
         on_batch: Callable[[Hashable, int, float], None] = lambda *_: None,
         on_death: Callable[[], None] = lambda: None,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._queue = BatchQueue(max_batch=max_batch, delay=delay)
         self._runs: dict[Hashable, Run] = {}
@@ -248,7 +243,7 @@ class Scheduler:
         # it waits for a token, so a token too many is harmless and none can be missed. Not a
         # Condition, whose lock the woken thread would first have to wait for.
         self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._clock = clock
+        self._clock = time.perf_counter  # of which deadlines are a time
         self._on_batch, self._on_death = on_batch, on_death
         self._workers = workers
         self._threads: dict[int, threading.Thread] = {}
@@ -288,34 +283,30 @@ class Scheduler:
         """Images queued and not yet running."""
         return self._queue.waiting
 
-    async def run(self, key: Hashable, inputs: Tensors, deadline: float = float("inf")) -> Outcome:
-        """Run each image of ``inputs``, batched with whatever else waits.
-
-        Args:
-            key: The lane.
-            inputs: What its ``run`` takes.
-            deadline: In seconds of the scheduler's clock.
+    async def run(self, key: Hashable, inputs: Tensors, deadline: float = math.inf) -> Outcome:
+        """Run each image of ``inputs`` in the lane ``key``, batched with whatever else waits.
 
         Raises:
-            DeadlineError: It passed first.
+            DeadlineError: The deadline, in seconds of the scheduler's clock, passed first.
             WorkerDiedError: The worker ended; the request may be sent again.
         """
         count = len(next(iter(inputs.values())))
-        request = _Request(self._loop.create_future(), count)
-        jobs = [_Job(request, index, inputs) for index in range(count)]
-        return await self._answer(key, request, jobs, deadline)
+        request, now = _Request(self._loop.create_future(), count), self._clock()
+        items = [Item(now, deadline, request, index, inputs) for index in range(count)]
+        return await self._answer(key, request, items)
 
     async def call(
-        self, key: Hashable, call: Callable[[], Any], deadline: float = float("inf")
+        self, key: Hashable, call: Callable[[], Any], deadline: float = math.inf
     ) -> Outcome:
         """Run ``call`` by itself on an inference thread, in turn; ``rows[0]`` is its result."""
         request = _Request(self._loop.create_future(), 1)
-        return await self._answer(key, request, [_Job(request, call=call)], deadline)
+        item = Item(self._clock(), deadline, request, call=call)
+        return await self._answer(key, request, [item])
 
     async def code(
         self,
         call: Callable[[], T],
-        deadline: float = float("inf"),
+        deadline: float = math.inf,
         on_leave: Callable[[Future[T]], None] = lambda _: None,
     ) -> T:
         """Run ``call`` on a codec thread.
@@ -336,19 +327,14 @@ class Scheduler:
             nonlocal late
             late = answer.cancel()
 
-        timer = None
-        if deadline != float("inf"):
-            timer = self._loop.call_later(max(deadline - self._clock(), 0.0), end)
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            on_leave(running)
-            if late:
-                raise DeadlineError from None
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
+        with After(deadline - self._clock(), end):
+            try:
+                return await answer
+            except asyncio.CancelledError:
+                on_leave(running)
+                if late:
+                    raise DeadlineError from None
+                raise
 
     def close(self) -> None:
         """Run what waits, then end the threads."""
@@ -361,22 +347,18 @@ class Scheduler:
             thread.join()
         self._codecs.shutdown(wait=True)
 
-    async def _answer(
-        self, lane: Hashable, request: _Request, jobs: list[_Job], deadline: float
-    ) -> Outcome:
-        now, timer = self._clock(), None
-        items = [Item(job, now, deadline, alone=job.call is not None) for job in jobs]
-        if deadline != float("inf"):
-            timer = self._loop.call_later(max(deadline - now, 0.0), _fail, request, DeadlineError())
-        with self._lock:
-            for item in items:
-                self._queue.push(lane, item)
-        # The last step: a woken worker can go on only when this thread lets it.
-        for _ in items:
-            self._tokens.put(None)
-        assert request.answer is not None
+    async def _answer(self, lane: Hashable, request: _Request, items: list[Item]) -> Outcome:
+        answer = request.answer
+        assert answer is not None
         try:
-            return await request.answer
+            with After(items[0].deadline - items[0].enqueued, fail, answer, DeadlineError()):
+                with self._lock:
+                    for item in items:
+                        self._queue.push(lane, item)
+                # The last step: a woken worker can go on only when this thread lets it.
+                for _ in items:
+                    self._tokens.put(None)
+                return await answer
         except BaseException:
             # What still waits of it is not run.
             with self._lock:
@@ -384,12 +366,10 @@ class Scheduler:
                     self._queue.cancel(lane, item)
             raise
         finally:
-            if timer is not None:
-                timer.cancel()
             # An error knows this frame, and a batch its requests: as circles, all their tensors
             # would wait for the garbage collector.
             request.answer = None
-            del request, jobs, items
+            del request, items, answer
 
     def _start_thread(self, number: int) -> None:
         thread = threading.Thread(
@@ -428,11 +408,10 @@ class Scheduler:
                 self._tokens.get(timeout=left)
 
     def _results(self, batch: Batch) -> list[Any]:
-        jobs: list[_Job] = [item.payload for item in batch.items]
-        if jobs[0].call is not None:
-            return [jobs[0].call()]
-        outputs = self._runs[batch.lane](_stack(jobs))
-        return [{name: value[n] for name, value in outputs.items()} for n in range(len(jobs))]
+        if (call := batch.items[0].call) is not None:
+            return [call()]
+        outputs, count = self._runs[batch.lane](_stack(batch.items)), len(batch.items)
+        return [{name: value[n] for name, value in outputs.items()} for n in range(count)]
 
     def _finish(self, batch: Batch, start: float, found: list[Any] | Exception) -> None:
         seconds = self._clock() - start
@@ -450,12 +429,12 @@ class Scheduler:
             self._on_death()
         if isinstance(found, Exception):
             for item in batch.items:
-                _fail(item.payload.request, found)
+                fail(item.request.answer, found)
             return
         for item, row in zip(batch.items, found, strict=True):
-            request: _Request = item.payload.request
+            request: _Request = item.request
             outcome = request.outcome
-            outcome.rows[item.payload.index] = row
+            outcome.rows[item.index] = row
             outcome.queue_seconds = max(outcome.queue_seconds, start - item.enqueued)
             outcome.run_seconds = max(outcome.run_seconds, seconds)
             outcome.batch_sizes += (len(batch.items),)
@@ -465,14 +444,9 @@ class Scheduler:
         self._on_batch(batch.lane, len(batch.items), seconds)
 
 
-def _fail(request: _Request, error: Exception) -> None:
-    if request.answer is not None and not request.answer.done():
-        request.answer.set_exception(error)
-
-
-def _stack(jobs: list[_Job]) -> Tensors:
+def _stack(items: list[Item]) -> Tensors:
     """The images' inputs together; views where they lie one after another in one request's."""
-    inputs, start = jobs[0].inputs, jobs[0].index
-    if all(job.inputs is inputs and job.index == start + n for n, job in enumerate(jobs)):
-        return {name: value[start : start + len(jobs)] for name, value in inputs.items()}
-    return {name: np.stack([job.inputs[name][job.index] for job in jobs]) for name in inputs}
+    inputs, start = items[0].inputs, items[0].index
+    if all(item.inputs is inputs and item.index == start + n for n, item in enumerate(items)):
+        return {name: value[start : start + len(items)] for name, value in inputs.items()}
+    return {name: np.stack([item.inputs[name][item.index] for item in items]) for name in inputs}

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -45,12 +45,9 @@ class Problem(BaseModel):
 
 
 class RefusedError(Exception):
-    """A request that is refused, and why.
+    """A request that is refused: HTTP status, a sentence for the client, headers to add.
 
-    Args:
-        status: of HTTP.
-        detail: a sentence for the client: what was found, what was expected, what to do.
-        headers: further headers of the answer.
+    The sentence says what was found, what was expected, and what to do.
     """
 
     def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
@@ -69,17 +66,15 @@ def problem(request_id: str, status: int, detail: str, *, kserve: bool = False) 
     ).model_dump(exclude_none=True)
 
 
-def problem_response(
-    request: Request, status: int, detail: str, headers: dict[str, str] | None = None
-) -> JSONResponse:
-    """A problem document as a response."""
+def problem_response(request: Request, refused: RefusedError) -> JSONResponse:
+    """A refusal as a response."""
     request_id = str(getattr(request.state, "request_id", "unknown"))
     path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
-    body = problem(request_id, status, detail, kserve=path.startswith("/v2"))
+    body = problem(request_id, refused.status, refused.detail, kserve=path.startswith("/v2"))
     # The middleware sets the id's header as well, but not on answers to unforeseen errors, which
     # are made outside of it.
-    named = {**(headers or {}), REQUEST_ID: request_id}
-    return JSONResponse(body, status, named, media_type=MEDIA_TYPE)
+    headers = {**(refused.headers or {}), REQUEST_ID: request_id}
+    return JSONResponse(body, refused.status, headers, media_type=MEDIA_TYPE)
 
 
 def problem_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -103,16 +98,13 @@ def answer_to(error: Exception) -> RefusedError | None:
         unsupported = isinstance(error, UnsupportedImageError)
         return RefusedError(413 if large else 415 if unsupported else 422, str(error))
     if isinstance(error, DeadlineError):
-        return RefusedError(
-            504,
-            "The request was not answered by its deadline. Try again later, or allow more time.",
+        detail = (
+            "The request was not answered by its deadline. Try again later, or allow more time."
         )
+        return RefusedError(504, detail)
     if isinstance(error, WorkerDiedError):
-        return RefusedError(
-            503,
-            "The worker that had this request ended before answering. Send the request again.",
-            {"Retry-After": "1"},
-        )
+        detail = "The worker that had this request ended before answering. Send the request again."
+        return RefusedError(503, detail, {"Retry-After": "1"})
     if isinstance(error, HTTPException):
         details = {
             404: "There is nothing at this address; /docs lists what there is.",
@@ -130,20 +122,21 @@ def answer_to(error: Exception) -> RefusedError | None:
     return None
 
 
+def where_invalid(error: ValidationError) -> str:
+    """Where something is not as a model describes it, and why, to end a sentence."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{' at ' * bool(where)}{where}: {first['msg']}"
+
+
 def install(app: FastAPI) -> None:
     """Make every error of the application a problem document."""
-    foreseen = (
-        RefusedError,
-        ImageError,
-        DeadlineError,
-        WorkerDiedError,
-        HTTPException,
-        RequestValidationError,
-    )
-    for kind in foreseen:
+    for kind in (
+        *(RefusedError, ImageError, DeadlineError, WorkerDiedError),
+        *(HTTPException, RequestValidationError, Exception),
+    ):
         app.add_exception_handler(kind, _answer)
     app.add_exception_handler(ClientDisconnect, _left)
-    app.add_exception_handler(Exception, _answer)
 
 
 async def _left(request: Request, error: Exception) -> Response:
@@ -162,4 +155,4 @@ async def _answer(request: Request, error: Exception) -> Response:
             "The service failed to answer this request; that is its fault, not the image's. Its "
             f"log says why, under the request id {request_id}.",
         )
-    return problem_response(request, found.status, found.detail, found.headers)
+    return problem_response(request, found)

@@ -54,11 +54,7 @@ class Clients:
         return Client(address, self._key(headers) if self._digests else "")
 
     def check(self, client: Client) -> None:
-        """Refuse a client without a key, where there are keys.
-
-        Raises:
-            RefusedError: 401.
-        """
+        """Refuse a client without a key by a 401, where there are keys."""
         if self._digests and not client.key:
             raise RefusedError(
                 401,
@@ -70,8 +66,8 @@ class Clients:
     def _forwarded(self, address: str, headers: Sequence[tuple[str, str]]) -> str:
         """The last address that a trusted proxy vouches for.
 
-        Each proxy appends whom it was asked by, so the list is read from its end, and what stands
-        before the first address that is no trusted proxy's may be invented.
+        Each proxy appends whom it was asked by; what stands before the last address that is no
+        trusted proxy's may be invented.
         """
         given = ",".join(value for name, value in headers if name == FORWARDED)
         chain = given.rsplit(",", _PROXIES)[-_PROXIES:]

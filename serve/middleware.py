@@ -27,9 +27,8 @@ from fdconv_deploy.serve.kserve.tensors import HEADER_LENGTH
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.telemetry import log_access, milliseconds
 
-MAX_HEADERS = 100
-MAX_HEADER_BYTES = 32 << 10
-MAX_URL_BYTES = 8 << 10
+MAX_HEADERS, MAX_HEADER_BYTES, MAX_URL_BYTES = 100, 32 << 10, 8 << 10
+_REQUEST_ID = REQUEST_ID.lower().encode()
 # What a client may choose: short, and of nothing that could break a log line or a header.
 _ACCEPTED = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Asked every few seconds by machines, which would end a service that does not answer.
@@ -42,10 +41,7 @@ _PROBED = {*HEALTH, "/metrics"}
 EXPOSED = (
     REQUEST_ID, "Retry-After", "Server-Timing", "X-Fit", "X-Mode", "X-Model", HEADER_LENGTH,
 )  # fmt: skip
-SECURITY = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-]
+SECURITY = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
 
 def accepted_id(given: str) -> str:
@@ -54,13 +50,7 @@ def accepted_id(given: str) -> str:
 
 
 class Edge:
-    """The outermost layer of the application.
-
-    Args:
-        app: What is inside.
-        service: Whose counters and limits hold.
-        clients: Identifies who asks, and says who may.
-    """
+    """The outermost layer of the application, where it is known who asks, and who may."""
 
     def __init__(self, app: ASGIApp, service: Service, clients: Clients) -> None:
         self.app, self._service, self._clients = app, service, clients
@@ -72,12 +62,10 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start = time.perf_counter()
-        headers = Headers(scope=scope)
-        state = scope.setdefault("state", {})
+        start, headers, method = time.perf_counter(), Headers(scope=scope), scope["method"]
         request_id = accepted_id(headers.get(REQUEST_ID, ""))
-        state["request_id"] = request_id
-        method = scope["method"]
+        scope.setdefault("state", {})["request_id"] = request_id
+        named = (_REQUEST_ID, request_id.encode())
         scope, path = self._below_prefix(scope)
         status = 0
 
@@ -85,9 +73,8 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                named = (REQUEST_ID.lower().encode(), request_id.encode())
                 # Answers to unforeseen errors carry it already.
-                kept = [pair for pair in message.get("headers", ()) if pair[0] != named[0]]
+                kept = [pair for pair in message.get("headers", ()) if pair[0] != _REQUEST_ID]
                 message["headers"] = [*kept, named, *SECURITY]
                 if self._service.draining:
                     message["headers"].append((b"connection", b"close"))
@@ -108,16 +95,14 @@ class Edge:
                 status = status or 499  # Ray's proxy cancels what its client has left
                 raise
             # The server's last word to what is not done by the end of drain_seconds.
-            await _stopped(scope)(scope, receive, send_named)
+            detail = "The service stopped before it could answer. Send the request again."
+            stopped = RefusedError(503, detail, {"Retry-After": "1"})
+            await problem_response(Request(scope), stopped)(scope, receive, send_named)
         finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
-            self._record(scope, method, path, route, headers, status, time.perf_counter() - start)
+            self._record(scope, method, path, headers, status, time.perf_counter() - start)
 
     async def _turn(self) -> None:
-        """Begin one request in each pass of the event loop, however many have come.
-
-        Health, and what already runs, then waits for one of them, not for hundreds.
-        """
+        """Begin one request in each pass of the event loop: health waits for one, not for all."""
         loop = asyncio.get_running_loop()
         if self._begun:
             self._waiting.append(loop.create_future())
@@ -138,8 +123,7 @@ class Edge:
     def _below_prefix(self, scope: Scope) -> tuple[Scope, str]:
         """The scope with ASGI's ``root_path`` and whole ``path``, and the path below it.
 
-        A proxy may take the prefix off the paths that it passes on, or leave it there. A server's
-        own ``root_path`` comes before the setting.
+        A proxy may take the prefix off, or leave it there. A server's own comes before the setting.
         """
         root = scope.get("root_path", "").rstrip("/") or self._service.settings.root_path
         path = scope["path"]
@@ -160,7 +144,7 @@ class Edge:
             if path not in _OPEN and not path.startswith(_OPEN_FOLDERS):
                 self._clients.check(client)
         except RefusedError as error:
-            return problem_response(Request(scope), error.status, error.detail, error.headers)
+            return problem_response(Request(scope), error)
         return None
 
     def _check_head(self, scope: Scope, headers: Headers) -> None:
@@ -194,17 +178,11 @@ class Edge:
             )
 
     def _record(
-        self,
-        scope: Scope,
-        method: str,
-        path: str,
-        route: str,
-        headers: Headers,
-        status: int,
-        seconds: float,
+        self, scope: Scope, method: str, path: str, headers: Headers, status: int, seconds: float
     ) -> None:
         """Count an answered request, trace it, and write it to the access log."""
         service, state = self._service, scope["state"]
+        route = getattr(scope.get("route"), "path", "unmatched")
         facts, stages = state.get("facts", {}), state.get("stages", ())
         status = state.get("refused", status)
         counted = route, str(status), seconds, state.get("key", "")
@@ -236,11 +214,6 @@ class Edge:
         )
 
 
-def _stopped(scope: Scope) -> ASGIApp:
-    detail = "The service stopped before it could answer. Send the request again."
-    return problem_response(Request(scope), 503, detail, {"Retry-After": "1"})
-
-
 def refuse(
     service: Service, clients: Clients, peer: str, status: int, detail: str, scope: Scope | None
 ) -> tuple[list[tuple[bytes, bytes]], bytes]:
@@ -258,4 +231,4 @@ def refuse(
         log_access(request_id=request_id, client=client.name, status=status)
     body = json.dumps(problem(request_id, status, detail, kserve=True)).encode()
     kind = (b"content-type", MEDIA_TYPE.encode())
-    return [kind, (REQUEST_ID.lower().encode(), request_id.encode()), *SECURITY], body
+    return [kind, (_REQUEST_ID, request_id.encode()), *SECURITY], body

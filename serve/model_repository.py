@@ -92,7 +92,7 @@ class Model:
 
     name: str
     path: Path
-    card: ModelCard
+    card: ModelCard  # of the bundle, not loaded
     session: Session | None = None  # the caller's own, already open
     opened: Session | None = None  # by the service, and not loaded yet
     fingerprint: tuple[int, int, int] | None = None
@@ -103,6 +103,14 @@ class Model:
     last_used: float = 0.0
     error: str | None = None
     wanted: bool = True  # False once it was unloaded by hand
+
+    @property
+    def current_card(self) -> ModelCard:
+        """Its card as of now."""
+        if self.version is not None:
+            return self.version.card
+        state = "failed" if self.error else "loading" if self.loading else "unloaded"
+        return self.card.model_copy(update={"state": state})
 
 
 class Repository:
@@ -166,35 +174,23 @@ class Repository:
         found = self._models[name].version if name in self._models else None
         return found is not None and version in ("", found.card.version)
 
-    def get(self, name: str) -> Model:
-        """The model called ``name``; refused with 404 where there is none."""
+    def get(self, name: str, version: str = "") -> Model:
+        """The model called ``name``; refused with 404 if none is, or not of this version."""
         if name not in self._models:
             raise RefusedError(
                 404, f"There is no model of that name; there are {', '.join(self._models)}."
             )
-        return self._models[name]
-
-    def get_version(self, name: str, version: str | None = None) -> Model:
-        """As :meth:`get`, and of this version where one is given."""
-        model = self.get(name)
-        if version and (model.version is None or model.version.card.version != version):
+        if version and not self.is_ready(name, version):
             raise RefusedError(
                 404,
                 f"The model {name!r} has no version {version[:40]!r}; only the one that was "
                 "loaded last is served. Leave the version out.",
             )
-        return model
-
-    def card(self, model: Model) -> ModelCard:
-        """A model's card as of now."""
-        if model.version is not None:
-            return model.version.card
-        state = "failed" if model.error else "loading" if model.loading else "unloaded"
-        return model.card.model_copy(update={"state": state})
+        return self._models[name]
 
     def loaded_bytes(self) -> int:
         """What the loaded models hold, as their cards estimate it."""
-        return sum(m.version.card.bytes for m in self._models.values() if m.version)
+        return sum(m.version.card.bytes for m in self if m.version)
 
     async def start(self) -> None:
         """Load what is loaded at the start.
@@ -202,7 +198,7 @@ class Repository:
         Raises:
             FDConvError: A model does not load.
         """
-        for model in list(self._models.values()):
+        for model in list(self):
             if self._settings.load == "start" or model.session is not None:
                 await self._loaded(model)
 
@@ -242,18 +238,15 @@ class Repository:
             self._close_if_done(version)
 
     async def load(self, model: Model) -> None:
-        """Load a model, replacing the version there is if its bundle has changed.
-
-        Raises:
-            FDConvError: It does not load; the version there was stays.
-        """
+        """Load a model, or again if its bundle has changed; if it fails, what there was stays."""
         model.wanted = True
         unchanged = model.session is not None or fingerprint(model.path) == model.fingerprint
         await self._loaded(model, anew=not unchanged)
 
     async def unload(self, model: Model) -> None:
         """Let a model go until it is loaded by hand; one that is being loaded, once it is."""
-        self._let_go(model)
+        model.wanted = False
+        self._retire(model)
         if model.loading is not None:
             await asyncio.wait([model.loading])
 
@@ -263,32 +256,32 @@ class Repository:
             for path in bundles_in(folder):
                 if path.name not in self._models:
                     await self._found(path)
-        for model in list(self._models.values()):
+        for model in list(self):
             if model.session is not None:
                 continue
             found = fingerprint(model.path)
             if found is None:
                 if model.path.parent in self._folders and len(self._models) > 1:
                     log.info("%s: gone", model.name)
-                    self._let_go(model)
+                    model.wanted = False
+                    self._retire(model)
                     del self._models[model.name]
             elif found != model.fingerprint and model.wanted:
                 await self._follow(model)
 
     async def close(self) -> None:
         """Close every version, leased or not."""
-        for model in self._models.values():
+        for model in self:
             if model.loading is not None:
                 await asyncio.wait([model.loading])
             if model.version is not None:
-                version, model.version = model.version, None
-                version.retired, version.leases = True, 0
-                self._close_if_done(version)
+                model.version.leases = 0
+                self._retire(model)
         self._loader.shutdown(wait=True)
         self._close_opened()
 
     def _close_opened(self) -> None:
-        for model in self._models.values():
+        for model in self:
             if model.opened is not None:
                 model.opened.close()
 
@@ -296,7 +289,7 @@ class Repository:
         """Serve a bundle that has come, as ``load`` says; half-copied, the next look decides."""
         model = None
         try:
-            model = self._add_path(path, opened=False)
+            model = self._add(path)
             if self._settings.load == "start":
                 await self._loaded(model)
             log.info("%s: found", model.name)
@@ -356,8 +349,7 @@ class Repository:
             model.loading = None
         self._on_load(version)
         before, model.version, model.error = model.version, version, None
-        if before is not None:
-            self._end(before)
+        self._end(before)
         if not model.wanted:  # unloaded in the meantime, or gone
             self._retire(model)
         model.last_used = time.monotonic()
@@ -391,25 +383,16 @@ class Repository:
         if len(session.runner.ways) > 1:
             ways = "; ".join(f"{batch} by {way}" for batch, way in session.runner.ways.items())
             log.info("%s: batches of %s.", model.name, ways)
-        loaded = card.model_copy(
-            update={
-                "state": "ready",
-                "version": str(model.generation),
-                "backend": session.backend,
-                "benchmark": benchmark,
-            }
-        )
+        facts = {"state": "ready", "backend": session.backend, "benchmark": benchmark}
+        loaded = card.model_copy(update={**facts, "version": str(model.generation)})
         return Version(model.name, session, loaded, owned=model.session is None)
 
     def _evict(self, keep: Model, coming: int = 0) -> None:
         budget = self._settings.memory_budget_bytes
         if budget is None:
             return
-        idle = sorted(
-            (m for m in self._models.values() if m.version and m.version.owned and m is not keep),
-            key=lambda m: m.last_used,
-        )
-        for model in idle:
+        idle = [m for m in self if m.version and m.version.owned and m is not keep]
+        for model in sorted(idle, key=lambda m: m.last_used):
             if self.loaded_bytes() + coming <= budget:
                 return
             log.info("%s: unloaded to stay within the memory budget", model.name)
@@ -417,19 +400,14 @@ class Repository:
         if not coming and self.loaded_bytes() > budget:
             log.warning("%s alone is larger than the memory budget", keep.name)
 
-    def _let_go(self, model: Model) -> None:
-        model.wanted = False
-        if model.version is not None:
-            self._retire(model)
-
     def _retire(self, model: Model) -> None:
         version, model.version = model.version, None
-        assert version is not None
         self._end(version)
 
-    def _end(self, version: Version) -> None:
-        version.retired = True
-        self._close_if_done(version)
+    def _end(self, version: Version | None) -> None:
+        if version is not None:
+            version.retired = True
+            self._close_if_done(version)
 
     def _close_if_done(self, version: Version) -> None:
         if version.retired and not version.leases:
@@ -439,43 +417,34 @@ class Repository:
 
     def _add_source(self, source: Path | str | Session) -> None:
         if isinstance(source, Session):
-            self._add(source.bundle, session=source)
+            self._add(source)
             return
         path = bundle_root(Path(source))
         found = bundles_of(path)
         if found != [path]:
             self._folders.append(path)
         for bundle in found:
-            self._add_path(bundle)
+            self._add(bundle, opened=self._settings.load == "start")
 
-    def _add_path(self, path: Path, *, opened: bool = True) -> Model:
-        found = fingerprint(path)
-        opened &= self._settings.load == "start"
-        bundle = Bundle.open(path, verify=self._settings.verify and opened)
-        model = self._add(bundle, opened=opened)
-        model.fingerprint = found
-        return model
-
-    def _add(
-        self, bundle: Bundle, session: Session | None = None, *, opened: bool = False
-    ) -> Model:
-        path = bundle.path.resolve()
-        name = model_name(path)
+    def _add(self, source: Path | Session, *, opened: bool = False) -> Model:
+        """Serve a bundle, ``opened`` here so that a missing backend ends the start."""
+        session = found = None
+        if isinstance(source, Session):
+            session, bundle = source, source.bundle
+        else:
+            found = fingerprint(source)
+            bundle = Bundle.open(source, verify=self._settings.verify and opened)
+        name = model_name(bundle.path.resolve())
         if name in self._models:
             raise BundleError(
                 f"Two bundles are called {name!r}, and are served under that name. Rename "
                 "one of their folders."
             )
         self._default = self._default or name
+        card = model_card(name, bundle, default=name == self._default)
         # The path as given, not resolved: replacing a link is a change to follow.
-        model = Model(
-            name,
-            bundle.path,
-            model_card(name, bundle, default=name == self._default),
-            session=session,
-        )
+        model = Model(name, bundle.path, card, session, fingerprint=found)
         if opened:
-            # Opened here so that a missing backend ends the start, not the first request.
             model.opened = self._open_version(bundle)
         self._models[name] = model
         return model

@@ -8,18 +8,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.encoders import jsonable_encoder
-from fastapi.openapi.utils import get_openapi
 
 from fdconv_deploy.serve.errors import Problem, problem_docs
-from fdconv_deploy.serve.kserve.metadata import (
-    ServerLive,
-    ServerMetadata,
-    ServerReady,
-    model_config,
-    model_metadata,
-    repository_index,
-)
-from fdconv_deploy.serve.kserve.statistics import ModelStatistics, ModelStatisticsList
+from fdconv_deploy.serve.kserve import metadata as documents
 from fdconv_deploy.serve.kserve.tensors import HEADER_LENGTH, InferCall
 from fdconv_deploy.serve.middleware import HEALTH
 from fdconv_deploy.serve.service import Service
@@ -55,52 +46,25 @@ def install(app: FastAPI, service: Service, *, keys_needed: bool) -> None:
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            found = get_openapi(
-                title=app.title,
-                version=app.version,
-                description=app.description,
-                routes=app.routes,
-                separate_input_output_schemas=False,
-            )
-            schemas = found["components"]["schemas"]
-            # The body of an inference request is read by hand, so FastAPI knows no schema of it.
-            call = InferCall.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas.update(call.pop("$defs", {}), InferCall=call)
-            schemas["Problem"] = Problem.model_json_schema()
-            _replace_validation_errors(found)
-            if keys_needed:
-                _add_security(found)
-            _add_examples(found, service)
-            app.openapi_schema = found
-        return app.openapi_schema
+            _describe(FastAPI.openapi(app), service, keys_needed=keys_needed)
+        return app.openapi_schema or {}
 
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _replace_validation_errors(document: dict[str, Any]) -> None:
-    """Put problems in the place of what FastAPI says of parameters that are not valid."""
-    for operations in document["paths"].values():
-        for operation in operations.values():
-            found = operation["responses"].get("422", {}).get("content", {})
-            if "application/json" in found:
-                operation["responses"]["422"] = problem_docs(422)[422]
+def _describe(document: dict[str, Any], service: Service, *, keys_needed: bool) -> None:
+    """Put in what FastAPI does not know: problems, keys, parameters read by hand, examples."""
+    schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(name, None)
-
-
-def _add_security(document: dict[str, Any]) -> None:
-    document["components"]["securitySchemes"] = {
-        "bearer": {"type": "http", "scheme": "bearer"},
-        "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-    }
-    for path, operations in document["paths"].items():
-        if path not in HEALTH:
-            for operation in operations.values():
-                operation["security"] = [{"bearer": []}, {"key": []}]
-
-
-def _add_examples(document: dict[str, Any], service: Service) -> None:
-    """Give every JSON answer and every parameter that has none an example."""
+        schemas.pop(name, None)
+    # The body of an inference request is read by hand.
+    call = InferCall.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas.update(call.pop("$defs", {}), InferCall=call, Problem=Problem.model_json_schema())
+    if keys_needed:
+        document["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        }
     parameters = {
         "name": next(iter(service.repository)).name,
         "version": "1",
@@ -111,6 +75,8 @@ def _add_examples(document: dict[str, Any], service: Service) -> None:
     for path, operations in document["paths"].items():
         answer = answers.get(path.replace("/versions/{version}", ""))
         for operation in operations.values():
+            if keys_needed and path not in HEALTH:
+                operation["security"] = [{"bearer": []}, {"key": []}]
             described = operation.setdefault("parameters", [])
             # Routes of models read their addresses by hand.
             for name in set(re.findall(r"{(\w+)}", path)) - {p["name"] for p in described}:
@@ -118,44 +84,48 @@ def _add_examples(document: dict[str, Any], service: Service) -> None:
             for parameter in described:
                 if parameter["name"] in parameters:
                     parameter.setdefault("example", parameters[parameter["name"]])
-            for response in operation["responses"].values():
+            for status, response in operation["responses"].items():
                 content = response.get("content", {})
-                if "application/json" in content:  # first: generators take the first they know
-                    response["content"] = content = {
-                        "application/json": content.pop("application/json"),
-                        **content,
-                    }
-                if answer is not None and "application/json" in content:
-                    content["application/json"].setdefault("example", answer)
+                if "application/json" not in content:
+                    continue
+                if status == "422":  # FastAPI's own of parameters that are not valid
+                    response |= problem_docs(422)[422]
+                    continue
+                # First: generators take the first they know.
+                kept = {"application/json": content.pop("application/json"), **content}
+                response["content"] = kept
+                if answer is not None:
+                    kept["application/json"].setdefault("example", answer)
 
 
 def _answers(service: Service) -> dict[str, Any]:
     """Example answers by path, of the default model as it is served."""
-    repository = service.repository
-    card = repository.card(next(iter(repository)))
-    statistics = ModelStatistics(name=card.name, version="1")
+    card = next(iter(service.repository)).current_card
+    statistics = documents.ModelStatistics(name=card.name, version="1")
     statistics.ran(1, 0.0123)
     statistics.succeeded([("queue", 0.0004), ("inference", 0.0123)], 1)
-    config = model_config(card, service.settings).model_dump(exclude_none=True)
+    listed = documents.ModelStatisticsList(model_stats=[statistics])
     labels = {"name": "labels", "shape": [1, 2, 2], "datatype": "UINT8", "data": [0, 0, 1, 1]}
     answers = {
         "/v1/models": {"models": [card]},
         "/v1/models/{name}": card,
-        "/v2": ServerMetadata(),
-        "/v2/health/live": ServerLive(),
-        "/v2/health/ready": ServerReady(ready=True),
-        "/v2/models/{name}": model_metadata(card),
-        "/v2/models/stats": ModelStatisticsList(model_stats=[statistics]),
-        "/v2/models/{name}/stats": ModelStatisticsList(model_stats=[statistics]),
-        "/v2/models/{name}/config": config,
-        "/v2/models/{name}/ready": ServerReady(ready=True),
+        "/v2": documents.ServerMetadata(),
+        "/v2/health/live": documents.ServerLive(),
+        "/v2/health/ready": documents.ServerReady(),
+        "/v2/models/{name}": documents.model_metadata(card),
+        "/v2/models/stats": listed,
+        "/v2/models/{name}/stats": listed,
+        "/v2/models/{name}/config": documents.model_config(card, service.settings).model_dump(
+            exclude_none=True
+        ),
+        "/v2/models/{name}/ready": documents.ServerReady(),
         "/v2/models/{name}/infer": {
             "model_name": card.name,
             "model_version": "1",
             "id": "42",
             "outputs": [labels],
         },
-        "/v2/repository/index": repository_index(repository),
+        "/v2/repository/index": documents.repository_index([card]),
         "/v2/repository/models/{name}/load": {},
         "/v2/repository/models/{name}/unload": {},
     }

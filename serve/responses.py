@@ -126,14 +126,12 @@ class Answer:
     """One image's result, to be written to the response.
 
     Attributes:
-        model: the model's name.
-        found: the result; a segmentor's labels are at the size asked for.
-        image: the image at that size, (H, W, C); None unless an overlay was asked for.
-        name: the image file's name in the form, if it came with one.
-        timings_ms: milliseconds by stage.
-        kept: ids of the classes asked for; None for all.
+        found: The result; a segmentor's labels are at the size asked for.
+        image: The image at that size, (H, W, C); None unless an overlay was asked for.
+        name: The image file's name in the form, if it came with one.
+        kept: Ids of the classes asked for; None for all.
         logits: (classes, h, w) float32; None unless they were asked for.
-        image_size: height and width of the image as sent.
+        image_size: Height and width of the image as sent.
     """
 
     model: str
@@ -166,11 +164,7 @@ def masks_bytes(pixels: int, card: ModelCard) -> int:
 
 
 def check_masks(found: Detection) -> None:
-    """Refuse objects whose masks would take more than :func:`masks_bytes`.
-
-    Raises:
-        RefusedError: 413, they would.
-    """
+    """Refuse objects, by a 413, whose masks would take more than :func:`masks_bytes`."""
     sides = found.boxes[:, 2:].astype(np.float64) - found.boxes[:, :2]
     pixels = int(sides.prod(axis=1).sum())
     if pixels > MAX_MASKS:
@@ -179,6 +173,22 @@ def check_masks(found: Detection) -> None:
             f"The {len(found)} objects' boxes have {pixels:,} pixels, and masks are made of at "
             f"most {MAX_MASKS:,}. Send a smaller image, or raise min_score.",
         )
+
+
+class Room:
+    """Bytes of JSON that an answer may still take."""
+
+    def __init__(self, left: int | None = None) -> None:
+        self.left = MAX_JSON if left is None else left
+
+    def check(self, size: int, what: str) -> None:
+        """Refuse what takes ``size`` bytes or more, if there are not so many."""
+        if size > self.left:
+            raise RefusedError(
+                413,
+                f"The answer has {what}, more than fit into {MAX_JSON:,} bytes of JSON. Ask for "
+                f"{PNG}, or size=network, or send smaller images or fewer at a time.",
+            )
 
 
 def render(
@@ -198,9 +208,9 @@ def render(
     if form.output == "json":
         texts: list[bytes] = []
         for answer in answers:
-            left = MAX_JSON - sum(map(len, texts))
+            room = Room(MAX_JSON - sum(map(len, texts)))
             # Not through a model, which would check every run.
-            texts.append(to_json(_document(answer, mask, left)))
+            texts.append(to_json(_document(answer, mask, room)))
         if len(texts) == 1:
             return texts[0], JSON
         return b'{"results":[' + b",".join(texts) + b"]}", JSON
@@ -268,23 +278,13 @@ def _kept_pixels(answer: Answer) -> npt.NDArray[np.bool_]:
     return kept
 
 
-def _check_json(size: int, left: int, what: str) -> None:
-    if size > left:
-        raise RefusedError(
-            413,
-            f"The answer has {what}, more than fit into {MAX_JSON:,} bytes of JSON. Ask for "
-            f"{PNG}, or size=network, or send smaller images or fewer at a time.",
-        )
-
-
-def _document(answer: Answer, mask: MaskForm, left: int) -> dict[str, Any]:
-    """One image's JSON, at most ``left`` bytes: ``schemas.Segmentation`` or ``Detection``."""
+def _document(answer: Answer, form: MaskForm, room: Room) -> dict[str, Any]:
+    """One image's JSON, as `routes.segment` describes it."""
     found = answer.found
-    own = (
-        _detection(answer, found, mask, left)
-        if isinstance(found, Detection)
-        else _segmentation(answer, found, mask, left)
-    )
+    if isinstance(found, Detection):
+        own = _detection(answer, found, form, room)
+    else:
+        own = _segmentation(answer, found, form, room)
     return {
         "model": answer.model,
         "file": answer.name,
@@ -294,29 +294,32 @@ def _document(answer: Answer, mask: MaskForm, left: int) -> dict[str, Any]:
     }
 
 
-def _segmentation(answer: Answer, found: Segmentation, form: MaskForm, left: int) -> dict[str, Any]:
+def _segmentation(
+    answer: Answer, found: Segmentation, form: MaskForm, room: Room
+) -> dict[str, Any]:
     labels, areas = found.labels, found.areas().tolist()
-    size = list(labels.shape)
+    height, width = labels.shape
     mask: dict[str, Any] | None = None
     if form == "polygons":
         present = [number for number in answer.class_ids if areas[number]]
-        outlines = []
-        for number in present:
-            rings = class_rings(labels, number, room=left)
-            left -= sum(map(len, rings)) // 2 * _CORNER_TEXT
-            outlines.append({"id": number, "rings": rings})
-        mask = {"size": size, "polygons": outlines}
+        outlines = [{"id": n, "rings": class_rings(labels, n, room=room)} for n in present]
+        mask = {"size": [height, width], "polygons": outlines}
     elif form == "rle":
         if answer.kept is not None:
             labels = np.where(_kept_pixels(answer), labels.astype(np.int32), -1)
-        mask = run_lengths(labels, left)
+        mask = run_lengths(labels, room)
     own: dict[str, Any] = {}
     if isinstance(found, PanopticSegmentation):
-        left -= 0 if mask is None else len(mask.get("counts", ())) * _RUN_TEXT
-        own = _segments(found, form, left)
+        own = {
+            "segments": found.segments_info(),
+            "segments_mask": None if form == "none" else run_lengths(found.ids, room),
+            "instances": None
+            if found.instances is None
+            else _instances(found.instances, form, room),
+        }
     return {
-        "height": size[0],
-        "width": size[1],
+        "height": height,
+        "width": width,
         "mode": found.mode,
         "classes": [
             {**entry, "area": areas[entry["id"]], "share": areas[entry["id"]] / labels.size}
@@ -327,37 +330,24 @@ def _segmentation(answer: Answer, found: Segmentation, form: MaskForm, left: int
     }
 
 
-def _segments(found: PanopticSegmentation, form: MaskForm, left: int) -> dict[str, Any]:
-    mask = None
-    if form != "none":
-        mask = run_lengths(found.ids, left)
-        left -= len(mask["counts"]) * _RUN_TEXT
-    return {
-        "segments": found.segments_info(),
-        "segments_mask": mask,
-        "instances": None if found.instances is None else _instances(found.instances, form, left),
-    }
-
-
-def _detection(answer: Answer, found: Detection, form: MaskForm, left: int) -> dict[str, Any]:
-    size = list(found.image_size)
+def _detection(answer: Answer, found: Detection, form: MaskForm, room: Room) -> dict[str, Any]:
+    height, width = found.image_size
     counts = np.bincount(found.labels, minlength=len(found.classes)).tolist()
     return {
-        "height": size[0],
-        "width": size[1],
+        "height": height,
+        "width": width,
         "resized_to": list(found.resized_to),
         "classes": [{**entry, "count": counts[entry["id"]]} for entry in _classes(answer)],
-        "instances": _instances(found, form, left),
+        "instances": _instances(found, form, room),
     }
 
 
-def _instances(found: Detection, form: MaskForm, left: int) -> list[dict[str, Any]]:
+def _instances(found: Detection, form: MaskForm, room: Room) -> list[dict[str, Any]]:
     size = list(found.image_size)
     entries = found.as_dicts(masks=form == "rle")
     if form == "polygons" and found.has_masks:
         for entry, part, area in zip(entries, found.pasted, found.areas().tolist(), strict=True):
-            rings = class_rings(part.pixels, 1, part.top, part.left, room=left)
-            left -= sum(map(len, rings)) // 2 * _CORNER_TEXT
+            rings = class_rings(part.pixels, 1, part.top, part.left, room)
             entry |= {"area": area, "mask": {"size": size, "rings": rings}}
     return [
         {"id": number, "area": None, "mask": None, **entry}
@@ -370,22 +360,21 @@ def _classes(answer: Answer) -> list[dict[str, Any]]:
     return [{"id": n, "name": names[n], "color": palette[n]} for n in answer.class_ids]
 
 
-def run_lengths(labels: npt.NDArray[Any], room: int = MAX_JSON) -> dict[str, list[int]]:
-    """Encode labels (H, W) as runs in row-major order: ``schemas.RunLengthMask``.
+def run_lengths(labels: npt.NDArray[Any], room: Room | None = None) -> dict[str, list[int]]:
+    """Encode labels (H, W) as runs in row-major order, a `RunLengthMask`.
 
     Raises:
-        RefusedError: 413, they do not fit into ``room`` bytes of JSON.
+        RefusedError: 413, there is no room for them in JSON.
     """
-    flat = labels.reshape(-1)
+    room, flat = room or Room(), labels.reshape(-1)
     # In parts, each with the last pixel of the one before.
-    parts = range(1, flat.size, _PART)
-    starts = [np.zeros(1, np.int64)]
-    count = 1
-    for at in parts:
+    starts, count = [np.zeros(1, np.int64)], 1
+    for at in range(1, flat.size, _PART):
         part = flat[at - 1 : at + _PART]
         starts.append(np.flatnonzero(part[1:] != part[:-1]) + at)
         count += len(starts[-1])
-        _check_json(count * _RUN_TEXT, room, f"{count:,} runs or more")
+        room.check(count * _RUN_TEXT, f"{count:,} runs or more")
+    room.left -= count * _RUN_TEXT
     begin = np.concatenate(starts)
     counts = np.diff(begin, append=flat.size)
     return {
@@ -396,16 +385,20 @@ def run_lengths(labels: npt.NDArray[Any], room: int = MAX_JSON) -> dict[str, lis
 
 
 def class_rings(
-    labels: npt.NDArray[Any], number: int, top: int = 0, left: int = 0, room: int = MAX_JSON
+    labels: npt.NDArray[Any],
+    number: int,
+    top: int = 0,
+    left: int = 0,
+    room: Room | None = None,
 ) -> list[list[int]]:
     """The outlines of one class, along the pixels' edges: filling them gives its pixels back.
 
     Args:
         labels: (H, W).
-        number: the class id.
-        top: row of the image where the labels begin.
-        left: column of the image where the labels begin.
-        room: bytes of JSON that there are for them.
+        number: The class id.
+        top: Row of the image where the labels begin.
+        left: Column of the image where the labels begin.
+        room: For them in JSON.
 
     Returns:
         Closed rings ``[x0, y0, x1, y1, ...]`` of pixel corners, (0, 0) being the top left corner
@@ -413,15 +406,17 @@ def class_rings(
         (SVG's ``evenodd``). Pixels that touch only at a corner are in different rings.
 
     Raises:
-        RefusedError: 413, they do not fit into ``room``.
+        RefusedError: 413, there is no room.
     """
+    room = room or Room()
     inside = np.pad(labels == number, 1)
     nw, ne, sw, se = inside[:-1, :-1], inside[:-1, 1:], inside[1:, :-1], inside[1:, 1:]
     count = nw.astype(np.int8) + ne + sw + se
     saddle = (count == 2) & (nw == se)
     corner = (count == 1) | (count == 3)
     corners = int(np.count_nonzero(corner) + 2 * np.count_nonzero(saddle))
-    _check_json(corners * _CORNER_TEXT, room, f"outlines of {corners:,} corners or more")
+    room.check(corners * _CORNER_TEXT, f"outlines of {corners:,} corners or more")
+    room.left -= corners * _CORNER_TEXT
     y, x = np.nonzero(corner)
     sy, sx = np.nonzero(saddle)
     # At a saddle two rings touch: it is two vertices. Where the north-western pixel is of

@@ -1,4 +1,4 @@
-"""A segment request from its images' bytes to its answer: decode, prepare, run, finish, encode."""
+"""A segment request: its options, and its way from its images' bytes to its answer."""
 
 from __future__ import annotations
 
@@ -9,32 +9,167 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
 
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Segmentation, Tensors
+from fdconv_deploy.runtime.detection import SHOWN_SCORE
 from fdconv_deploy.runtime.images import FORMATS, ImageFile, check_format, image_cost
 from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 from fdconv_deploy.runtime.postprocessing import logit_map
 from fdconv_deploy.runtime.preprocessing import Prepared, resize
-from fdconv_deploy.serve.admission import Memory
-from fdconv_deploy.serve.batching import Code, DeadlineError, Outcome
+from fdconv_deploy.serve.batching import DeadlineError, Outcome
 from fdconv_deploy.serve.errors import RefusedError, answer_to
-from fdconv_deploy.serve.model_repository import Version
+from fdconv_deploy.serve.model_cards import ModelCard
+from fdconv_deploy.serve.model_repository import Model
 from fdconv_deploy.serve.responses import (
+    JSON,
     MAX_JSON,
     Answer,
+    Form,
+    MaskForm,
+    Output,
     check_masks,
     json_bytes,
     masks_bytes,
     render,
 )
-from fdconv_deploy.serve.segment_options import SegmentRequest
-from fdconv_deploy.serve.service import Service
+from fdconv_deploy.serve.service import Service, Work
+from fdconv_deploy.serve.telemetry import Stages
 from fdconv_deploy.serve.uploads import Upload
+
+
+class SegmentOptions(BaseModel):
+    """The query of a segment request."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    output: Output | None = None
+    """'json', 'mask' (indexed PNG), 'overlay' (PNG, or JPEG where Accept prefers it) or, of
+    segmentors, 'logits' (npz). When not given, the Accept header chooses."""
+    mask: MaskForm = "rle"
+    """How JSON holds masks: run lengths (COCO's for a detector's objects), polygons, or not at
+    all."""
+    classes: list[str] | None = Field(default=None, max_length=200, examples=[["road", "3"]])
+    """Only these classes, by name or id, repeated or separated by commas. Elsewhere masks hold 255
+    (transparent), run lengths -1, and overlays the image."""
+    min_score: float | None = Field(default=None, ge=0, le=1)
+    """Leave out a detector's objects that score less; 0.3 when not given, 0 for all that the
+    network gives."""
+    opacity: float = Field(default=0.5, ge=0, le=1)
+    """Opacity of the colours in an overlay."""
+    size: Literal["original", "network"] | None = None
+    """Size of the answer: the image's own, or the network's input as far as the image covers it.
+    When not given: the image's own; for logits, the network's output."""
+    fit: Literal["stretch", "pad"] | None = None
+    """How an image of another aspect ratio is fitted; see the model's card."""
+    mode: Literal["whole", "slide"] | None = None
+    """Whole image or sliding window; see the model's card."""
+
+
+@dataclass(frozen=True)
+class SegmentRequest:
+    """A request's options, checked against the card of the model they are for.
+
+    Attributes:
+        kept: Ids of the classes asked for; None for all.
+    """
+
+    card: ModelCard
+    form: Form
+    options: SegmentOptions
+    mode: Literal["whole", "slide"]
+    kept: tuple[int, ...] | None
+
+    @property
+    def min_score(self) -> float:
+        """Least score of a detector's objects."""
+        return SHOWN_SCORE if self.options.min_score is None else self.options.min_score
+
+
+def check_options(card: ModelCard, options: SegmentOptions, form: Form) -> SegmentRequest:
+    """Check a request's options against the card of its model.
+
+    Raises:
+        RefusedError: 406 or 422, the model cannot do what an option asks for.
+    """
+    if card.instances is not None:
+        _check_detector(card, options, form)
+    elif options.min_score is not None and card.queries is None:
+        raise RefusedError(
+            422, f"The model {card.name!r} labels pixels, which have no scores: no min_score."
+        )
+    mode = options.mode or card.mode
+    if mode not in card.modes:
+        raise RefusedError(
+            422,
+            f"The model {card.name!r} does not run in mode {mode!r}, only in "
+            f"{', '.join(card.modes)}: its bundle records no stride that fits its input.",
+        )
+    if mode == "slide" and (options.size == "network" or form.output == "logits"):
+        raise RefusedError(
+            422,
+            "In mode 'slide' the network sees many crops, so there are no logits of one run and "
+            "no one network size. Ask for mode=whole, or for labels at the original size.",
+        )
+    if form.output == "logits" and card.output is None:
+        raise RefusedError(
+            406,
+            f"The model {card.name!r} gives segments, and no logits of pixels. Ask for {JSON}, "
+            "or for its tensors at /v2.",
+        )
+    kept = None if options.classes is None else _class_ids(card, options.classes)
+    most = 256 if kept is None else 255
+    if form.output == "mask" and card.instances is None and len(card.classes) > most:
+        raise RefusedError(
+            406,
+            f"An indexed PNG holds at most {most} classes"
+            + ("" if kept is None else " beside the value for the others")
+            + f", and the model {card.name!r} has {len(card.classes)}. Ask for {JSON} or "
+            "?output=overlay.",
+        )
+    return SegmentRequest(card, form, options, mode, kept)
+
+
+def _check_detector(card: ModelCard, options: SegmentOptions, form: Form) -> None:
+    if form.output == "logits":
+        raise RefusedError(
+            406,
+            f"The model {card.name!r} is a detector, which has no logits. Ask for {JSON}, or for "
+            "its tensors at /v2.",
+        )
+    if form.output == "mask" and card.instances is not None and not card.instances.masks:
+        raise RefusedError(
+            406, f"The model {card.name!r} gives boxes and no masks. Ask for {JSON} or an overlay."
+        )
+    if options.size == "network" or options.fit == "stretch":
+        raise RefusedError(
+            422,
+            f"The model {card.name!r} is a detector: images keep their aspect ratio, and answers "
+            "are in pixels of the image. Leave size and fit out.",
+        )
+
+
+def _class_ids(card: ModelCard, classes: list[str]) -> tuple[int, ...]:
+    """The ids of classes given by name, by id, or as several of them with commas between."""
+    ids = {str(entry.id): entry.id for entry in card.classes}
+    ids |= {entry.name: entry.id for entry in card.classes}
+    found: set[int] = set()
+    for text in classes:
+        for part in [text] if text in ids else text.split(","):
+            name = part.strip()
+            if name not in ids:
+                raise RefusedError(
+                    422,
+                    f"The model {card.name!r} has no class {name[:60]!r}; its card lists them, by "
+                    "name and id.",
+                )
+            found.add(ids[name])
+    return tuple(sorted(found))
 
 
 @dataclass(frozen=True)
@@ -42,19 +177,21 @@ class SegmentAnswer:
     """A response's body, with what its headers and the metrics hold.
 
     Attributes:
-        stages: (name, seconds), in order.
-        fits: how each image was fitted to the network's input.
+        fits: How each image was fitted to the network's input.
     """
 
+    model: str
+    mode: str
     body: bytes
     media_type: str
-    stages: list[tuple[str, float]]
+    stages: Stages
     fits: list[str]
 
 
 async def segment(
     service: Service,
-    version: Version,
+    model: Model,
+    client: str,
     uploads: list[Upload],
     request: SegmentRequest,
     deadline: float,
@@ -62,29 +199,47 @@ async def segment(
     """Answer for one image or several by ``deadline``, on the scheduler's clock.
 
     Raises:
-        RefusedError: an image is not accepted; of several, it says which.
-        ImageError: the only image is not accepted.
+        RefusedError: An image is not accepted; of several, it says which.
+        ImageError: The only image is not accepted.
     """
-    images = [_Image(service, version, upload, request, deadline) for upload in uploads]
-    several = len(images) > 1
-    for number, image in enumerate(images, 1):
-        image.number = number if several else None
-    start = time.perf_counter()
-    try:
-        with Memory(service.admission) as memory:
-            code = partial(service.scheduler.code, deadline=deadline, on_leave=memory.hold)
+    several = len(uploads) > 1
+    async with service.work(model, client, len(uploads), deadline) as work:
+        card = work.version.card
+        if card is not request.card:  # loaded, or replaced, since it was checked
+            request = check_options(card, request.options, request.form)
+        images = [
+            _Image(work, request, upload, number if several else None)
+            for number, upload in enumerate(uploads, 1)
+        ]
 
-            def begin() -> int:
-                size = _memory(images, service.settings.codec_threads)
-                if memory.take_now(size) and not several:
-                    images[0]._open()  # at once, without another way to this thread and back
-                return size
+        def begin() -> int:
+            size = _memory(images, service.settings.codec_threads)
+            if work.memory.take_now(size) and not several:
+                images[0]._open()  # at once, without another way to this thread and back
+            return size
 
-            await memory.take(await code(begin), deadline)
-            return await _segment(images, request, code)
-    except Exception as error:
-        service.count_failure(version, error, start)
-        raise
+        await work.memory.take(await work.code(begin), deadline)
+        if several:
+            await _all([image.run() for image in images])
+        else:
+            await images[0].run()
+        start, fits = time.perf_counter(), list[str]()
+
+        def answers() -> Iterator[Answer]:
+            for image in images:
+                answer = image.answer()
+                fits.append(answer.found.fit)
+                yield answer
+
+        options = request.options
+        body, media_type = await work.code(
+            lambda: render(request.form, answers(), options.opacity, options.mask)
+        )
+        seconds = time.perf_counter() - start
+    postprocess = sum(image.times["postprocess"] for image in images)
+    longest = max((image.times for image in images), key=lambda times: sum(times.values()))
+    stages = {**longest, "postprocess": postprocess, "encode": max(seconds - postprocess, 0.0)}
+    return SegmentAnswer(card.name, request.mode, body, media_type, list(stages.items()), fits)
 
 
 def _memory(images: list[_Image], threads: int) -> int:
@@ -101,64 +256,24 @@ def _memory(images: list[_Image], threads: int) -> int:
     return sum(cost.kept for cost in costs) + max(decoding, answering)
 
 
-async def _segment(images: list[_Image], request: SegmentRequest, code: Code) -> SegmentAnswer:
-    if len(images) == 1:
-        await images[0].run(code)
-    else:
-        await _all([image.run(code) for image in images])
-    start = time.perf_counter()
-
-    def write() -> tuple[bytes, str, list[str]]:
-        fits: list[str] = []
-
-        def answers() -> Iterator[Answer]:
-            for image in images:
-                answer = image.answer()
-                fits.append(answer.found.fit)
-                yield answer
-
-        options = request.options
-        body, media_type = render(request.form, answers(), options.opacity, options.mask)
-        return body, media_type, fits
-
-    body, media_type, fits = await code(write)
-    seconds = time.perf_counter() - start
-    postprocess = sum(image.times["postprocess"] for image in images)
-    longest = max((image.times for image in images), key=lambda times: sum(times.values()))
-    stages = {**longest, "postprocess": postprocess, "encode": max(seconds - postprocess, 0.0)}
-    return SegmentAnswer(body, media_type, list(stages.items()), fits)
-
-
 class _Cost(NamedTuple):
-    """Bytes of memory that an image takes.
+    """Bytes of memory that an image takes."""
 
-    Attributes:
-        kept: All the time: its tensors, and its pixels where they are needed again.
-        decoding: While it is decoded and prepared, beside these.
-        answering: While its answer is made.
-        written: Of its answer, until the last one is written.
-    """
-
-    kept: int
-    decoding: int
-    answering: int
-    written: int
+    kept: int  # all the time: its tensors, and its pixels where they are needed again
+    decoding: int  # while it is decoded and prepared, beside these
+    answering: int  # while its answer is made
+    written: int  # of its answer, until the last one is written
 
 
 @dataclass(eq=False)
 class _Image:
-    """One image on its way. ``run`` waits on the event loop; the rest works on codec threads.
+    """One image on its way. ``run`` waits on the event loop; the rest works on codec threads."""
 
-    Its ``number`` is for errors to say which of several it was.
-    """
-
-    _service: Service
-    _version: Version
-    _upload: Upload
+    _work: Work
     _request: SegmentRequest
-    _deadline: float
+    _upload: Upload
+    _number: int | None  # among several, for errors to say which it was
     times: dict[str, float] = field(default_factory=dict)
-    number: int | None = None
     _size: tuple[int, int] = (0, 0)
     _file: ImageFile | None = None
     _image: npt.NDArray[Any] | None = None
@@ -166,35 +281,36 @@ class _Image:
     _outcome: Outcome | None = None
 
     def __post_init__(self) -> None:
-        self._session = self._version.session
+        self._settings, self._card = self._work.service.settings, self._request.card
+        self._session = self._work.version.session
         self._start = time.perf_counter()
 
     def cost(self) -> _Cost:
         """What the image will take in memory, from its header alone."""
         with self._numbered():
-            self._check_format()
-            session, settings = self._session, self._service.settings
-            self._file = ImageFile.of(self._upload.data)
-            found = image_cost(self._file, session.preprocessing, max_pixels=settings.max_pixels)
+            if self._settings.formats != FORMATS:
+                check_format(self._upload.data, self._settings.formats)
+            self._file, most = ImageFile.of(self._upload.data), self._settings.max_pixels
+            found = image_cost(self._file, self._session.preprocessing, max_pixels=most)
             self._size = found.size
             self._check_answer_size()
-        kept, answer = self._version.tensor_bytes, self._answer_cost(found.size)
-        if self._draws or self._request.mode == "slide":
+        version, slides = self._work.version, self._request.mode == "slide"
+        kept = version.tensor_bytes
+        if self._draws or slides:
             kept += found.pixels
-        if self._request.mode == "slide":
-            kept += self._version.slide_bytes(found.size)
-        return _Cost(kept, found.decoding, *answer)
+        if slides:
+            kept += version.slide_bytes(found.size)
+        return _Cost(kept, found.decoding, *self._answer_cost())
 
-    def _answer_cost(self, size: tuple[int, int]) -> tuple[int, int]:
+    def _answer_cost(self) -> tuple[int, int]:
         """Bytes of memory while the answer is made, and of the answer."""
-        pixels, form, options = size[0] * size[1], self._request.form, self._request.options
+        pixels, form, options = math.prod(self._size), self._request.form, self._request.options
         if options.size == "network":
             pixels = min(pixels, max(map(math.prod, self._session.sizes)))
-        labels = pixels * (2 if len(self._version.card.classes) > 256 else 1)
+        labels = pixels * (2 if len(self._card.classes) > 256 else 1)
         if self._session.detects:
-            labels += masks_bytes(pixels, self._version.card)
-        queries = self._version.card.queries
-        if queries is not None:  # segments and what they are told by, and a mask for each query
+            labels += masks_bytes(pixels, self._card)
+        if (queries := self._card.queries) is not None:  # segments, and a mask for each query
             labels += (12 + queries.number) * pixels
         if self._request.kept is not None:
             labels += 4 * pixels
@@ -204,36 +320,31 @@ class _Image:
         if form.output == "overlay":
             return labels + 6 * pixels, 3 * pixels
         if form.output == "logits":
-            output = self._version.card.output
+            output = self._card.output
             wide = output.channels * pixels * 4 if output and options.size == "original" else 0
             return labels + wide, wide
         return labels + 2 * pixels, pixels
 
-    async def run(self, code: Code) -> None:
-        """Decode and prepare the image, on another thread by ``code``, and run the network.
-
-        Raises:
-            RefusedError, ImageError: It is not accepted.
-        """
+    async def run(self) -> None:
+        """Decode and prepare the image, on another thread, and run the network."""
         with self._numbered():
             if not self.times:
-                await code(self._open)
+                await self._work.code(self._open)
             await self._run()
 
     async def _run(self) -> None:
-        scheduler = self._service.scheduler
         waited = time.perf_counter() - self._start - sum(self.times.values())
         if self._request.mode == "slide":
             image, self._image = self._image, self._image if self._draws else None
             assert image is not None
-            call = partial(self._slide, image)
-            lane = self._version.lane(self._session.input_size)
-            outcome = await scheduler.call(lane, call, self._deadline)
+            lane = self._work.version.lane(self._session.input_size)
+            outcome = await self._work.service.scheduler.call(
+                lane, partial(self._slide, image), self._work.deadline
+            )
         else:
             assert self._prepared is not None
             inputs = {name: value[None] for name, value in self._prepared.inputs.items()}
-            lane = self._version.lane(self._prepared.network)
-            outcome = await scheduler.run(lane, inputs, self._deadline)
+            outcome = await self._work.run(self._prepared.network, inputs)
             self._prepared = replace(self._prepared, inputs={})
         self._outcome = outcome
         self.times["queue"] = outcome.queue_seconds + max(waited, 0.0)
@@ -246,16 +357,16 @@ class _Image:
             yield
         except (RefusedError, ImageError) as error:
             found, name = answer_to(error), self._upload.name
-            if self.number is None or found is None:
+            if self._number is None or found is None:
                 raise
-            image = f"Image {self.number}" + (f" ({name})" if name else "")
+            image = f"Image {self._number}" + (f" ({name})" if name else "")
             raise RefusedError(found.status, f"{image}: {found.detail}") from error
 
     def _slide(self, image: npt.NDArray[Any]) -> Segmentation:
         """Label an image in mode 'slide', and stop between crops when the deadline has passed."""
 
         def run(crops: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-            if time.perf_counter() > self._deadline:
+            if time.perf_counter() > self._work.deadline:
                 raise DeadlineError
             return self._session.run(crops)
 
@@ -285,7 +396,7 @@ class _Image:
                 found = found.kept(request.min_score)
         self.times["postprocess"] = time.perf_counter() - start
         return Answer(
-            model=self._version.name,
+            model=self._card.name,
             found=found,
             image=self._image,
             name=self._upload.name,
@@ -308,7 +419,7 @@ class _Image:
         start, file = time.perf_counter(), self._file
         assert file is not None
         self._file, self._upload = None, replace(self._upload, data=b"")
-        image = self._session.read_image(file, max_pixels=self._service.settings.max_pixels)
+        image = self._session.read_image(file, max_pixels=self._settings.max_pixels)
         self._size = (image.shape[0], image.shape[1])
         decoded = time.perf_counter()
         self.times["decode"] = decoded - start
@@ -322,16 +433,10 @@ class _Image:
         if self._request.mode == "slide" or self._draws:
             self._image = image
 
-    def _check_format(self) -> None:
-        formats = self._service.settings.formats
-        if tuple(formats) != FORMATS:
-            check_format(self._upload.data, formats)
-
     def _check_answer_size(self) -> None:
         if self._request.form.output != "logits" or self._request.options.size != "original":
             return
-        limit = self._service.settings.max_answer_bytes
-        output = self._version.card.output
+        limit, output = self._settings.max_answer_bytes, self._card.output
         assert output is not None
         size = output.channels * self._size[0] * self._size[1] * 4
         if size > limit:

@@ -1,29 +1,50 @@
-"""What one application holds while it runs, put together."""
+"""What one application holds while it runs, and the one way of a model's requests through it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime import Bundle, Session, open_session
-from fdconv_deploy.serve.admission import Admission
-from fdconv_deploy.serve.batching import Scheduler
+from fdconv_deploy.errors import FDConvError, ImageError
+from fdconv_deploy.runtime import Bundle, Session, Tensors, open_session
+from fdconv_deploy.serve.admission import Admission, Memory
+from fdconv_deploy.serve.batching import Outcome, Scheduler
 from fdconv_deploy.serve.errors import RefusedError
-from fdconv_deploy.serve.kserve.statistics import ModelStatistics
-from fdconv_deploy.serve.model_repository import Lane, Repository, Version
+from fdconv_deploy.serve.kserve.metadata import ModelStatistics, ModelStatisticsList
+from fdconv_deploy.serve.model_repository import Lane, Model, Repository, Version
 from fdconv_deploy.serve.settings import Settings
-from fdconv_deploy.serve.telemetry import Metrics, Tracing
-from fdconv_deploy.serve.uploads import BodyBudget
-from fdconv_deploy.serve.workers import Children, isolated_session
+from fdconv_deploy.serve.telemetry import Metrics, Stages, Tracing
+from fdconv_deploy.serve.workers import Children, WorkerRunner
 
+T = TypeVar("T")
 log = logging.getLogger("fdconv.serve")
 NO_LIMIT = 1e9  # milliseconds, the most that X-Timeout-Ms takes
+
+
+@dataclass(eq=False)
+class Work:
+    """What an admitted request may use: its model's version, memory, and threads, by a deadline."""
+
+    service: Service
+    version: Version
+    memory: Memory
+    deadline: float
+
+    async def code(self, call: Callable[[], T]) -> T:
+        """Run ``call`` on a codec thread; the memory is held until it has ended."""
+        scheduler = self.service.scheduler
+        return await scheduler.code(call, deadline=self.deadline, on_leave=self.memory.hold)
+
+    async def run(self, size: tuple[int, int], inputs: Tensors) -> Outcome:
+        """Run the network on images of an input size (height, width)."""
+        return await self.service.scheduler.run(self.version.lane(size), inputs, self.deadline)
 
 
 class Service:
@@ -71,10 +92,8 @@ class Service:
             on_close=self._closing,
         )
         self.admission = Admission(
-            settings,
-            on_reject=lambda reason: self.metrics.rejected.labels(reason).inc(),
+            settings, on_reject=lambda reason: self.metrics.rejected.labels(reason).inc()
         )
-        self.budget = BodyBudget(settings.max_bytes_in_hand, settings.retry_after_seconds)
         self._unready = "The models are still being loaded. Try again in a moment."
         self.ready = self.draining = False
         self._tasks: list[asyncio.Task[Any]] = []
@@ -84,7 +103,7 @@ class Service:
         watch("fdconv_in_hand_images", "Images admitted.", lambda: self.admission.in_hand)
         used = "Bytes of memory that admitted requests may need."
         watch("fdconv_memory_bytes", used, lambda: self.admission.memory_used)
-        watch("fdconv_body_bytes", "Bytes of requests in hand.", lambda: self.budget.used)
+        watch("fdconv_body_bytes", "Bytes of requests in hand.", lambda: self.admission.body_bytes)
         watch("fdconv_ready", "1 when ready for requests.", lambda: self.ready)
 
     async def start(self) -> None:
@@ -97,35 +116,45 @@ class Service:
         if self.settings.reload_seconds:
             self._tasks.append(asyncio.create_task(self._watch_bundles()))
 
+    @asynccontextmanager
+    async def work(
+        self, model: Model, client: str, images: int, deadline: float
+    ) -> AsyncIterator[Work]:
+        """Admit a request, for the length of a ``with`` block.
+
+        Args:
+            model: Its model, which is loaded first where it is not.
+            client: Who asks.
+            images: How many it has.
+            deadline: By when it must be answered, on the scheduler's clock.
+
+        Raises:
+            RefusedError: 413, 429 or 503, see :class:`Admission` and :meth:`Repository.lease`.
+            DeadlineError: The deadline passed first.
+        """
+        with (
+            self.admission.admit(client, images, deadline),
+            await self.repository.lease(model, deadline) as version,
+            Memory(self.admission) as memory,
+        ):
+            start = time.perf_counter()
+            try:
+                yield Work(self, version, memory, deadline)
+            except (RefusedError, ImageError):  # by its client's fault
+                raise
+            except Exception:
+                self.statistics[version.name].failed(time.perf_counter() - start)
+                raise
+
     def check_ready(self) -> None:
         """Refuse with a 503 while models are loading, or when one did not load."""
         if not self.ready:
             raise RefusedError(503, self._unready, self.admission.retry_after())
 
-    def count(self, model: str, stages: Sequence[tuple[str, float]], images: int = 1) -> None:
-        """Count an answered request and its seconds by stage."""
-        self.metrics.later(partial(self._count, model, stages, images))
-
-    def _count(self, model: str, stages: Sequence[tuple[str, float]], images: int) -> None:
-        self.statistics[model].succeeded(stages, images)
-        self.metrics.images.labels(model).inc(images)
-        for stage, seconds in stages:
-            self.metrics.stage_seconds.labels(model, stage).observe(seconds)
-
-    def count_failure(self, version: Version, error: Exception, start: float) -> None:
-        """Count a model's request, begun at ``start``, that failed by no fault of its client."""
-        if not isinstance(error, RefusedError | ImageError):
-            self.statistics[version.name].failed(time.perf_counter() - start)
-
     def check_loaded(self) -> None:
         """As :meth:`check_ready`, but a service about to stop still answers."""
         if not self.draining:
             self.check_ready()
-
-    def drain(self) -> None:
-        """Become unready, so that nobody sends more; what comes all the same is answered."""
-        self.ready, self._unready = False, "The service is stopping."
-        self.draining = True
 
     def deadline(self, *wanted_ms: float | None, arrived: float | None = None) -> float:
         """When a request must be answered, on the scheduler's clock.
@@ -136,6 +165,68 @@ class Service:
         """
         start = time.perf_counter() if arrived is None else arrived
         return start + min(self.settings.deadline_ms, *filter(None, wanted_ms), NO_LIMIT) / 1e3
+
+    def count(self, model: str, stages: Stages, images: int = 1) -> None:
+        """Count an answered request and its seconds by stage."""
+
+        def count() -> None:
+            self.statistics[model].succeeded(stages, images)
+            self.metrics.images.labels(model).inc(images)
+            for stage, seconds in stages:
+                self.metrics.stage_seconds.labels(model, stage).observe(seconds)
+
+        self.metrics.later(count)
+
+    def model_statistics(self, name: str = "", version: str = "") -> ModelStatisticsList:
+        """What a model, or each of them, has done since it was loaded; of those that are.
+
+        Raises:
+            RefusedError: 404, there is no such model or version.
+        """
+        models = [self.repository.get(name, version)] if name else list(self.repository)
+        loaded = [model.name for model in models if model.version is not None]
+        self.metrics.settle()
+        return ModelStatisticsList(model_stats=[self.statistics[name] for name in loaded])
+
+    async def load_model(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """Load a model, or again where its bundle has changed, if the operator lets clients do so.
+
+        Raises:
+            RefusedError: 403, they may not; 404, there is no such model; 400, it does not load, or
+                Triton's parameters "config" or "file:..." ask for another than the bundle holds.
+        """
+        self._check_control()
+        for key in parameters:
+            if key == "config" or key.startswith("file:"):
+                raise RefusedError(
+                    400,
+                    f"A model is loaded as its bundle says, without the parameter {key[:60]!r}. "
+                    "Put another bundle in its place.",
+                )
+        try:
+            await self.repository.load(self.repository.get(name))
+        except FDConvError as error:
+            raise RefusedError(
+                400, f"The model {name!r} does not load; the server's log says why."
+            ) from error
+
+    async def unload_model(self, name: str) -> None:
+        """Unload a model, as :meth:`load_model`."""
+        self._check_control()
+        await self.repository.unload(self.repository.get(name))
+
+    def _check_control(self) -> None:
+        if not self.settings.model_control:
+            raise RefusedError(
+                403,
+                "Clients may not load or unload models here. Start the service with "
+                "--model-control to allow it.",
+            )
+
+    def drain(self) -> None:
+        """Become unready, so that nobody sends more; what comes all the same is answered."""
+        self.ready, self._unready = False, "The service is stopping."
+        self.draining = True
 
     async def close(self) -> None:
         """Finish what was begun; let go of models and threads."""
@@ -170,13 +261,13 @@ class Service:
 
     def _open(self, bundle: Bundle) -> Session:
         if self.children is not None:
-            return isolated_session(bundle, self.settings, self.children)
+            return Session(bundle, WorkerRunner(bundle, self.settings, self.children))
         return open_session(
             bundle, self.settings.backend, threads=self.settings.threads, verify=False
         )
 
     def _loaded(self, version: Version) -> None:
-        session = version.session
+        session, name = version.session, version.name
         self.admission.forget_pace()
         self.metrics.settle()  # of the version before
         for size in session.sizes:
@@ -185,19 +276,16 @@ class Service:
                 lambda inputs: session.run_batches(inputs),
                 session.batch_sizes,
                 cost=session.runner.batch_cost,
-                weight=self.settings.weights.get(version.name, 1.0),
+                weight=self.settings.weights.get(name, 1.0),
             )
-        self.statistics[version.name] = ModelStatistics(
-            name=version.name, version=version.card.version
-        )
-        self.metrics.loads.labels(version.name).inc()
-        self.metrics.model_bytes.labels(version.name).set(version.card.bytes)
+        self.statistics[name] = ModelStatistics(name=name, version=version.card.version)
+        self.metrics.loads.labels(name).inc()
+        self.metrics.model_bytes.labels(name).set(version.card.bytes)
 
     def _closing(self, version: Version) -> None:
         for size in version.session.sizes:
             self.scheduler.remove_lane(version.lane(size))
-        model = next((m for m in self.repository if m.name == version.name), None)
-        if model is None or model.version is None:
+        if not self.repository.is_ready(version.name):
             self.metrics.model_bytes.remove(version.name)
 
     def _count_batch(self, lane: Hashable, images: int, seconds: float) -> None:
@@ -212,16 +300,14 @@ def timeout_of(header: str | None) -> float | None:
     Raises:
         RefusedError: 422, it is none from 1 to ``NO_LIMIT``.
     """
-    if header is None:
-        return None
     try:
-        found = float(header)
+        found = None if header is None else float(header)
     except ValueError:
         found = 0.0
-    if not 1 <= found <= NO_LIMIT:
-        raise RefusedError(
-            422,
-            f"X-Timeout-Ms is a time limit in milliseconds, from 1 to {NO_LIMIT:.0f}; found "
-            f"{header[:40]!r}.",
-        )
-    return found
+    if found is None or 1 <= found <= NO_LIMIT:
+        return found
+    raise RefusedError(
+        422,
+        f"X-Timeout-Ms is a time limit in milliseconds, from 1 to {NO_LIMIT:.0f}; found "
+        f"{str(header)[:40]!r}.",
+    )

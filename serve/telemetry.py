@@ -8,45 +8,37 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from functools import cache, partial
 from typing import Any, Literal, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from uvicorn.config import LOGGING_CONFIG
 from uvicorn.logging import DefaultFormatter
 
 from fdconv_deploy.environment import needed_by
 from fdconv_deploy.errors import FDConvError
 
-__all__ = [
-    "CONTENT_TYPE_LATEST",
-    "JsonFormatter",
-    "Metrics",
-    "Tracing",
-    "log_access",
-    "log_config",
-    "milliseconds",
-]
-
 access = logging.getLogger("fdconv.access")
 M = TypeVar("M", Counter, Histogram)
+Stages = list[tuple[str, float]]  # name and seconds of each, in order
 
 
-def milliseconds(stages: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Milliseconds by stage, of (name, seconds) of each."""
+def milliseconds(stages: Stages) -> dict[str, float]:
+    """Milliseconds by stage."""
     return {name: round(seconds * 1e3, 3) for name, seconds in stages}
 
 
 def log_access(*, probe: bool = False, **fields: Any) -> None:
-    """Write one request's line: its fields, and as JSON the same.
-
-    Args:
-        probe: A machine asked, as it does every few seconds, and all is well: below INFO.
-        fields: What the line says.
-    """
+    """Write one request's line, or object of JSON; for a ``probe`` that is well, below INFO."""
     level = logging.DEBUG if probe else logging.INFO
     if access.isEnabledFor(level):
         text = " ".join(f"{name}={json.dumps(value)}" for name, value in fields.items())
@@ -179,9 +171,6 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-_SERVICE = "fdconv-deploy"
-
-
 class Tracing:
     """Makes the spans, and sends them where OpenTelemetry's own environment says.
 
@@ -219,20 +208,14 @@ class Tracing:
         name: str,
         headers: Mapping[str, str],
         seconds: float,
-        stages: Sequence[tuple[str, float]],
+        stages: Stages,
         attributes: dict[str, Any],
         *,
         failed: bool = False,
     ) -> None:
-        """Record a request that has just ended.
+        """Record a request that has just ended, and took so many seconds.
 
-        Args:
-            name: The span's.
-            headers: The request's, for the caller's trace context.
-            seconds: Its whole duration.
-            stages: (name, seconds) in the order they happened.
-            attributes: The span's.
-            failed: It was the service's fault.
+        Its headers may hold the caller's trace context; ``failed`` is the service's fault.
         """
         if self._tracer is None:
             return
@@ -268,10 +251,10 @@ def _provider() -> Any:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
 
-    named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get(
-        "OTEL_RESOURCE_ATTRIBUTES", ""
-    )
-    provider = TracerProvider(resource=Resource.create({} if named else {"service.name": _SERVICE}))
+    given = os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+    named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in given
+    name = {} if named else {"service.name": "fdconv-deploy"}
+    provider = TracerProvider(resource=Resource.create(name))
     exporter = os.environ.get("OTEL_TRACES_EXPORTER", "otlp")
     if exporter == "otlp":
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import sys
 import time
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import python_multipart  # noqa: F401 - Starlette finds it missing at the first upload only
@@ -16,9 +17,9 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from fdconv_deploy.serve.batching import DeadlineError
+from fdconv_deploy.serve.batching import After, DeadlineError
 from fdconv_deploy.serve.errors import RefusedError
-from fdconv_deploy.serve.settings import Settings
+from fdconv_deploy.serve.service import Service
 
 FIELD = "image"
 NPY = "application/x-npy"
@@ -48,40 +49,12 @@ class _Parser(MultiPartParser):
     spool_max_size = 1 << 62
 
 
-class BodyBudget:
-    """How many bytes of bodies are in hand, in all requests together."""
-
-    def __init__(self, limit: int, retry_after: int) -> None:
-        self._limit, self._retry_after = limit, retry_after
-        self.used = 0
-
-    def take(self, size: int) -> None:
-        """Count bytes in.
-
-        Raises:
-            RefusedError: 503, they are too many for now.
-        """
-        if self.used + size > self._limit:
-            raise RefusedError(
-                503,
-                "The service has as many bytes of requests in hand as it takes. Try again in a "
-                "moment.",
-                {"Retry-After": str(self._retry_after)},
-            )
-        self.used += size
-
-    def give(self, size: int) -> None:
-        """Count bytes out."""
-        self.used -= size
-
-
 class Body:
-    """A request's body; a context manager that holds its bytes' share of the budget.
+    """A request's body; a context manager that holds its bytes' share of what may be in hand.
 
     Args:
         request: Whose it is.
-        settings: Its limits.
-        budget: Of all bodies.
+        service: That was asked.
         most: Bytes that a request of this kind may need; beside the setting's.
         deadline: Of the request, on the scheduler's clock.
 
@@ -92,15 +65,11 @@ class Body:
     """
 
     def __init__(
-        self,
-        request: Request,
-        settings: Settings,
-        budget: BodyBudget,
-        most: int | None = None,
-        deadline: float = math.inf,
+        self, request: Request, service: Service, most: int = sys.maxsize, deadline: float = inf
     ) -> None:
-        self._request, self._settings, self._budget = request, settings, budget
-        self._most = min(settings.max_body_bytes, most or settings.max_body_bytes)
+        self._request, self._settings = request, service.settings
+        self._admission = service.admission
+        self._most = min(service.settings.max_body_bytes, most)
         self._taken, self._deadline = 0, deadline
         length = request.headers.get("content-length", "")
         known = length.isascii() and length.isdigit()
@@ -121,12 +90,11 @@ class Body:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._budget.give(self._taken)
+        self._admission.give_body(self._taken)
 
     async def read(self) -> bytes:
         """The whole body, decompressed."""
-        with self._in_time():
-            chunks = [chunk async for chunk in self._chunks()]
+        chunks = await self._all_chunks()
         if self._taken > _LARGE_BODY:
             return await asyncio.to_thread(b"".join, chunks)
         return b"".join(chunks)
@@ -138,8 +106,7 @@ class Body:
         place once, not joined first.
         """
         if self._window is not None or self._length is None:
-            with self._in_time():
-                chunks = [chunk async for chunk in self._chunks()]
+            chunks = await self._all_chunks()
             room, at = _aligned_room(sum(map(len, chunks)), start), 0
             for chunk in chunks:
                 room[at : at + len(chunk)] = chunk
@@ -155,11 +122,7 @@ class Body:
         return room[:at]
 
     async def images(self) -> list[Upload]:
-        """The images in it, one or more.
-
-        Raises:
-            RefusedError: As :meth:`read`; 415 another content type, 422 no image.
-        """
+        """The images in it, one or more; refused with 415 or 422 where there is none."""
         kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
             with self._in_time():
@@ -208,9 +171,9 @@ class Body:
             nonlocal late
             late = task.cancel()
 
-        timer = asyncio.get_running_loop().call_later(min(seconds, left), end)
         try:
-            yield
+            with After(min(seconds, left), end):
+                yield
         except asyncio.CancelledError:
             if not late:
                 raise
@@ -222,8 +185,10 @@ class Body:
                 "of it.",
                 {"Connection": "close"},
             ) from None
-        finally:
-            timer.cancel()
+
+    async def _all_chunks(self) -> list[bytes]:
+        with self._in_time():
+            return [chunk async for chunk in self._chunks()]
 
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
         stream = self._request.stream()
@@ -237,7 +202,7 @@ class Body:
                 yield chunk
 
     def _take(self, size: int) -> None:
-        self._budget.take(size)
+        self._admission.take_body(size)
         self._taken += size
 
     def _too_large(self) -> RefusedError:

@@ -36,6 +36,7 @@ from fdconv_deploy.errors import BackendError, FDConvError
 from fdconv_deploy.runtime import Bundle, Session, Tensors, open_session
 from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.bundle import Bytes
+from fdconv_deploy.runtime.graph_runner import Runner
 from fdconv_deploy.runtime.manifest import Manifest
 from fdconv_deploy.serve.batching import WorkerDiedError
 from fdconv_deploy.serve.settings import Settings
@@ -46,6 +47,14 @@ Array = npt.NDArray[Any]
 # Each tensor's name, shape, dtype, and its place in the memory in bytes.
 _Layout = list[tuple[str, tuple[int, ...], str, int]]
 _ALIGNED = 64  # bytes
+
+
+def _shared_file() -> int:
+    """A descriptor of memory that a child may map too."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("fdconv-worker", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 class _Memory:
@@ -76,25 +85,19 @@ class _Memory:
 
 
 class BundleMemory:
-    """A bundle's files in memory that every worker maps and, on Linux, nobody can change.
-
-    Attributes:
-        file: its descriptor.
-        path: the bundle's folder, for messages.
-        manifest: the bundle's, JSON.
-        places: where each file begins, and its length in bytes.
-    """
+    """A bundle's files in memory that every worker maps and, on Linux, nobody can change."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self.path, self.manifest = str(bundle.path), bundle.manifest.model_dump_json()
-        self.places: dict[str, tuple[int, int]] = {}
         self.file = _shared_file()
+        places: dict[str, tuple[int, int]] = {}  # where each begins, and its length in bytes
         with open(self.file, "wb", closefd=False) as file:
             for name, data in bundle.hold().items():
-                self.places[name] = file.tell(), len(data)
+                places[name] = file.tell(), len(data)
                 file.write(data)
                 file.write(bytes(-len(data) % _ALIGNED))
         bundle.release()
+        # What a worker needs to know of it.
+        self.contents = str(bundle.path), bundle.manifest.model_dump_json(), places
         if hasattr(os, "memfd_create"):
             seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(self.file, fcntl.F_ADD_SEALS, seals)
@@ -113,14 +116,9 @@ class Child:
         self._models: dict[str, BundleMemory] = {}
         self._start()
 
-    @property
-    def pid(self) -> int:
-        """The process's id."""
-        return self._process.pid
-
     def load(self, key: str, memory: BundleMemory) -> str:
         """Open a bundle under ``key`` and run each of its graphs once; its ``operators``."""
-        message = "load", key, memory.path, memory.manifest, memory.places
+        message = "load", key, *memory.contents
         operators = self._ask(*message, file=memory.file, limit=_START_SECONDS)
         self._models[key] = memory
         return str(operators)
@@ -162,6 +160,7 @@ class Child:
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
             command, pass_fds=inherited, stdin=subprocess.DEVNULL
         )
+        self.pid = self._process.pid
         theirs.close()
         self._pipe = Connection(ours.detach())
         self._receive(_START_SECONDS)
@@ -206,18 +205,10 @@ class Children:
         self._free = list(self.all)
 
     def run(self, key: str, feeds: Tensors) -> dict[str, Array]:
-        """Run on the calling thread's child, which is replaced if it dies.
-
-        Raises:
-            WorkerDiedError: It did.
-        """
+        """Run on the calling thread's child, which is replaced if it dies (WorkerDiedError)."""
         child: Child | None = getattr(self._mine, "child", None)
-        if child is None:
-            try:
-                child = self._free.pop()
-            except IndexError:  # an inference thread that died has left its child
-                child = self.all[0]
-            self._mine.child = child
+        if child is None:  # an inference thread that died has left its child
+            child = self._mine.child = self._free.pop() if self._free else self.all[0]
         with child.lock:
             try:
                 return child.run(key, feeds)
@@ -241,65 +232,53 @@ class Children:
             child.close()
 
 
-class WorkerRunner:
-    """Runs a bundle in the worker processes. See :class:`fdconv_deploy.runtime.Runner`."""
+class RemoteRunner(Runner):
+    """Runs a bundle in other processes, each of which measures and chooses for itself."""
 
-    def __init__(self, bundle: Bundle, settings: Settings, children: Children) -> None:
-        self._bundle, self._children = bundle, children
-        self._key = f"{bundle.path}\0{id(self)}"
-        self._memory: BundleMemory | None = None
-        self.backend = f"{settings.backend} (worker processes)"
-        self.choice = "It runs in worker processes."
-        self.operators = ""
-        # Each worker process measures and chooses for itself.
-        self.ways: dict[int, str] = {}
-        self.batch_cost: Callable[[int], float] = linear_cost
-        self.closed = False
+    operators = ""
 
-    def run_batches(self, feeds: Tensors) -> dict[str, Array]:
-        """See :meth:`Runner.run_batches`."""
-        return self._children.run(self._key, feeds)
+    def __init__(self, backend: str, choice: str) -> None:
+        self.backend, self.choice, self.ways = backend, choice, {}
+        self.batch_cost, self.closed = linear_cost, False
 
     def run_raw(self, feeds: Tensors) -> dict[str, Array]:
         """See :meth:`Runner.run_raw`."""
         return self.run_batches(feeds)
 
+    def close(self) -> None:
+        """See :meth:`Runner.close`."""
+        self.closed = True
+
+
+class WorkerRunner(RemoteRunner):
+    """Runs a bundle in the worker processes; its session only prepares and finishes."""
+
+    def __init__(self, bundle: Bundle, settings: Settings, children: Children) -> None:
+        super().__init__(f"{settings.backend} (worker processes)", "It runs in worker processes.")
+        self._bundle, self._children = bundle, children
+        self._key = f"{bundle.path}\0{id(self)}"
+        self._memory: BundleMemory | None = None
+
+    def run_batches(self, feeds: Tensors) -> dict[str, Array]:
+        """See :meth:`Runner.run_batches`."""
+        return self._children.run(self._key, feeds)
+
     def warm_up(self, batch_sizes: Sequence[int] | None = None) -> None:
-        """Load the bundle in every worker, or run these batch sizes once in the first."""
-        if batch_sizes is None:
-            memory = self._memory = self._memory or BundleMemory(self._bundle)
+        """Load the bundle in every worker, which runs every batch size once."""
+        memory = self._memory = self._memory or BundleMemory(self._bundle)
 
-            def load(child: Child) -> None:
-                self.operators = child.load(self._key, memory)
+        def load(child: Child) -> None:
+            self.operators = child.load(self._key, memory)
 
-            self._children.each(load)
-            return
-        first = self._children.all[0]
-        for batch in batch_sizes:
-            specs = self._bundle.manifest.inputs[batch]
-            with first.lock:
-                first.run(self._key, {s.name: np.zeros(s.shape, s.dtype) for s in specs})
+        self._children.each(load)
 
     def close(self) -> None:
         """Let go of the bundle in every worker."""
-        self.closed = True
+        super().close()
         self._children.each(lambda child: child.unload(self._key))
         if self._memory is not None:
             self._memory.close()
             self._memory = None
-
-
-def isolated_session(bundle: Bundle, settings: Settings, children: Children) -> Session:
-    """A session whose runs happen in the worker processes; here it only prepares and finishes."""
-    return Session(bundle, WorkerRunner(bundle, settings, children))
-
-
-def _shared_file() -> int:
-    """A descriptor of memory that a child may map too."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("fdconv-worker", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 class _Worker:
@@ -314,9 +293,7 @@ class _Worker:
     ) -> str:
         mapped = memoryview(mmap.mmap(file, 0, prot=mmap.PROT_READ))
         os.close(file)
-        contents: dict[str, Bytes] = {
-            name: mapped[at : at + size] for name, (at, size) in places.items()
-        }
+        contents: dict[str, Bytes] = {k: mapped[at : at + n] for k, (at, n) in places.items()}
         bundle = Bundle(Path(path), Manifest.model_validate_json(manifest), contents=contents)
         session = open_session(bundle, self._backend, threads=self._threads)
         session.warm_up()

@@ -110,7 +110,7 @@ def serve(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with needed_by("The service", "serve"):
         from fdconv_deploy import serve as service
-        from fdconv_deploy.serve.settings import read_keys
+        from fdconv_deploy.serve.settings import RaySettings, read_keys
     given = {name: value for name, value in typed(context).items() if name not in _NO_SETTINGS}
     if given.pop("no_model_control", False):
         given["model_control"] = False
@@ -124,11 +124,12 @@ def serve(
         return
     if "log_level" in typed(context):
         raise typer.BadParameter("--log-level is not for --ray: Ray's logging_config says it.")
-    from fdconv_deploy.serve import ray as on_ray
-
     if "workers" in given:
         given["replicas"] = given.pop("workers")
-    on_ray.run(_checked({**given, "bundles": bundles}, on_ray.Arguments), ray, host, port)
+    wanted = _checked({**given, "bundles": bundles}, RaySettings)
+    from fdconv_deploy.serve import ray as on_ray
+
+    on_ray.run(wanted, ray, host, port)
 
 
 _NO_SETTINGS = ("bundles", "host", "port", "log_level", "settings", "ray")

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -18,24 +18,18 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 
+from fdconv_deploy.serve.batching import After
 from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, answer_to
 from fdconv_deploy.serve.http_limits import LAST_REQUEST_SECONDS
 from fdconv_deploy.serve.identity import Client, Clients
-from fdconv_deploy.serve.kserve.inference import infer
-from fdconv_deploy.serve.kserve.metadata import (
-    ServerMetadata,
-    load_model,
-    model_config,
-    model_metadata,
-    model_statistics,
-    repository_index,
-    unload_model,
-)
-from fdconv_deploy.serve.kserve.tensors import (
+from fdconv_deploy.serve.kserve import metadata as documents
+from fdconv_deploy.serve.kserve.inference import (
+    PIECE,
     InferRequest,
     InputTensor,
     check_parameters,
     datatype_of,
+    infer,
     infer_request,
 )
 from fdconv_deploy.serve.middleware import accepted_id
@@ -92,10 +86,11 @@ PROTOCOL, HEALTH, MESSAGES = _load_protocols()
 
 
 class _Call(NamedTuple):
-    """One call, or one stream of them."""
+    """One call, or one stream of them, with its metadata of text."""
 
     service: str
     method: str
+    metadata: list[tuple[str, str]]
     request_id: str
     client: Client
 
@@ -110,7 +105,6 @@ class GrpcServer:
         self._idle: dict[asyncio.Future[Any], str] = {}
         self._stopping = False
         settings = service.settings
-        self._write_seconds = settings.write_seconds
         limits = {
             "server_handshake_timeout": settings.header_seconds,
             "max_connection_idle": _IDLE_SECONDS,
@@ -170,10 +164,9 @@ class GrpcServer:
 
     def _handler(self, method: Any) -> Any:
         """The handler of one of the two protocols' methods."""
-        service, name = method.containing_service.full_name, method.name
-        response = MESSAGES[method.output_type.name]
+        name, response = method.name, MESSAGES[method.output_type.name]
 
-        async def once(_: Any, context: Any, call: _Call) -> AsyncIterator[Any]:
+        async def once(context: Any, call: _Call) -> AsyncIterator[Any]:
             if name == "ModelInfer":
                 self._service.check_loaded()
                 self._service.admission.check_room(call.client.name)
@@ -184,12 +177,11 @@ class GrpcServer:
                 yield ParseDict(await self._answer(name, request), response())
 
         streams = {"ModelStreamInfer": self._infer_stream, "Watch": self._watch}
-        # As streams also what are none, which is all the same to clients: here, calls that send
-        # no message and answers that are not read are then seen to.
-        return grpc.stream_stream_rpc_method_handler(
-            self._streamed(service, name, streams.get(name, once)),
-            request_deserializer=partial(_parsed, MESSAGES[method.input_type.name].FromString),
-            response_serializer=lambda message: message.SerializeToString(),
+        return self._streamed(
+            method.containing_service.full_name,
+            name,
+            streams.get(name, once),
+            MESSAGES[method.input_type.name],
         )
 
     def _add_reflection(self) -> None:
@@ -210,55 +202,46 @@ class GrpcServer:
                     request.file_containing_symbol = name
                 yield request
 
-        def reflect(requests: Any, context: Any, call: _Call) -> AsyncIterator[Any]:
-            answers: AsyncIterator[Any] = servicer.ServerReflectionInfo(named(requests), context)
-            return answers
+        def reflect(context: Any, call: _Call) -> Any:
+            return servicer.ServerReflectionInfo(named(self._requests(context)), context)
 
-        # Both versions have the same messages.
-        for version in ("v1", "v1alpha"):
+        message, name = reflection_pb2.ServerReflectionRequest, "ServerReflectionInfo"
+        for version in ("v1", "v1alpha"):  # which have the same messages
             service = f"grpc.reflection.{version}.ServerReflection"
-            handler = grpc.stream_stream_rpc_method_handler(
-                self._streamed(service, "ServerReflectionInfo", reflect),
-                request_deserializer=partial(
-                    _parsed, reflection_pb2.ServerReflectionRequest.FromString
-                ),
-                response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-            )
-            self._register(service, {"ServerReflectionInfo": handler})
+            self._register(service, {name: self._streamed(service, name, reflect, message)})
 
     def _streamed(
-        self, service: str, method: str, answers: Callable[..., AsyncIterator[Any]]
-    ) -> Callable[[Any, Any], AsyncIterator[Any]]:
-        """The handler of a stream of answers.
+        self, service: str, method: str, answers: Callable[..., AsyncIterator[Any]], message: Any
+    ) -> Any:
+        """The handler of a method whose ``answers`` are made of its context and call.
 
-        Args:
-            service: Full name of the method's service.
-            method: Its name.
-            answers: Makes the answers to (requests, context, call).
+        Of a stream also where it is none, which is all the same to clients: here, calls that send
+        no message and answers that are not read are then seen to.
         """
+
+        def parsed(data: bytes) -> Any:
+            try:
+                return message.FromString(data)
+            except DecodeError as error:
+                raise RefusedError(
+                    400, f"The message is not what this method takes: {error}."
+                ) from error
 
         async def handle(_: Any, context: Any) -> AsyncIterator[Any]:
             async with self._called(service, method, context) as call:
-                async for answer in answers(self._requests(context), context, call):
-                    with self._in_time():
+                task = asyncio.current_task()
+                assert task is not None
+                async for answer in answers(context, call):
+                    # gRPC itself keeps an answer that is not read as long as the connection, which
+                    # it ends when the client answers no pings.
+                    with After(self._service.settings.write_seconds, task.cancel):
                         yield answer
 
-        return handle
-
-    @contextmanager
-    def _in_time(self) -> Iterator[None]:
-        """End the call where its answer is not read in time.
-
-        gRPC itself keeps the answer as long as the connection, which it ends when the client
-        answers no pings.
-        """
-        task = asyncio.current_task()
-        assert task is not None
-        limit = asyncio.get_running_loop().call_later(self._write_seconds, task.cancel)
-        try:
-            yield
-        finally:
-            limit.cancel()
+        return grpc.stream_stream_rpc_method_handler(
+            handle,
+            request_deserializer=parsed,
+            response_serializer=lambda answer: answer.SerializeToString(),
+        )
 
     async def _requests(self, context: Any) -> AsyncIterator[Any]:
         """A stream's messages; clients open streams long before they have something to ask."""
@@ -266,47 +249,29 @@ class GrpcServer:
             yield request
 
     async def _first(self, context: Any) -> Any:
-        """The message of a call that has one.
-
-        Raises:
-            RefusedError: 400, the call ended without; 503, it did not arrive in time, or as
-                :meth:`_idly`.
-        """
-        seconds, waiting = (
-            self._service.settings.body_seconds,
-            asyncio.ensure_future(context.read()),
-        )
+        """The message of a call that has one, which must come in time."""
+        seconds = self._service.settings.body_seconds
+        waiting = asyncio.ensure_future(context.read())
         late = f"No message arrived within {seconds:g} s. Send it faster, or less of it."
-        limit = asyncio.get_running_loop().call_later(seconds, self._end, waiting, late)
-        try:
+        with After(seconds, self._end, waiting, late):
             request = await self._idly(waiting)
-        finally:
-            limit.cancel()
         if request is grpc.aio.EOF:
             raise RefusedError(400, "The call ended without a message. Send one.")
         return request
 
     def _take_place(self, method: str) -> None:
-        """Find room for one more call, if need be in place of the one that is idle longest.
-
-        Raises:
-            RefusedError: 503, all are at work; health is answered all the same.
-        """
+        """Find room for one more call, if need be in place of the one that is idle longest."""
         most = self._service.settings.max_connections
         if self._calls <= most:
             return
         longest = next((waiting for waiting, why in self._idle.items() if not why), None)
         if longest is not None:
             self._end(longest, "The call was idle and others had no place. Start another.")
-        elif method not in _PROBES:
+        elif method not in _PROBES:  # health is answered all the same
             raise RefusedError(503, f"The service has {most} calls, all it takes. Try again.")
 
     async def _idly(self, awaitable: Awaitable[Any]) -> Any:
-        """Await what a call waits for, unless its place is needed before that.
-
-        Raises:
-            RefusedError: 503, it was.
-        """
+        """Await what a call waits for, unless its place is needed before that: then a 503."""
         waiting = asyncio.ensure_future(awaitable)
         self._idle[waiting] = ""
         if self._stopping:
@@ -324,13 +289,13 @@ class GrpcServer:
     @asynccontextmanager
     async def _called(self, service: str, method: str, context: Any) -> AsyncIterator[_Call]:
         """A call's ``with`` block: checks the API key, explains errors, counts and logs."""
-        start = time.perf_counter()
-        metadata = _text(context)
-        request_id = accepted_id(dict(reversed(metadata)).get(REQUEST_ID.lower(), ""))
+        start, name = time.perf_counter(), REQUEST_ID.lower()
+        metadata = [(k, v) for k, v in context.invocation_metadata() or () if isinstance(v, str)]
+        client = self._clients.identify(_address(context), metadata)
         call = _Call(
-            service, method, request_id, self._clients.identify(_address(context), metadata)
+            service, method, metadata, accepted_id(_first_of(metadata, name) or ""), client
         )
-        context.set_trailing_metadata(((REQUEST_ID.lower(), request_id),))
+        context.set_trailing_metadata(((name, call.request_id),))
         code, detail = grpc.StatusCode.CANCELLED, ""
         self._calls += 1
         try:
@@ -366,6 +331,10 @@ class GrpcServer:
     async def _answer(self, method: str, request: Any) -> dict[str, Any]:
         """The response's fields, to every method but inference."""
         service, repository = self._service, self._service.repository
+        if method.startswith("Repository") and request.repository_name:
+            raise RefusedError(
+                400, "There is one repository, which has no name. Leave repository_name out."
+            )
         match method:
             case "ServerLive":
                 return {"live": True}
@@ -376,43 +345,35 @@ class GrpcServer:
             case "Check":
                 return {"status": self._serving(request.service)}
             case "ServerMetadata":
-                return ServerMetadata().model_dump()
+                return documents.ServerMetadata().model_dump()
             case "ModelMetadata":
-                return model_metadata(self._card(request)).model_dump()
+                return documents.model_metadata(self._card(request)).model_dump()
             case "ModelConfig":
-                found = model_config(self._card(request), service.settings)
+                found = documents.model_config(self._card(request), service.settings)
                 return {"config": found.model_dump(exclude_none=True)}
             case "ModelStatistics":
                 # These are empty, and only Triton's own messages have them.
                 rest_only = {"model_stats": {"__all__": {"response_stats", "memory_usage"}}}
-                statistics = model_statistics(service, request.name, request.version)
+                statistics = service.model_statistics(request.name, request.version)
                 return statistics.model_dump(exclude=rest_only)
             case "RepositoryIndex":
-                _check_repository(request)
-                index = repository_index(repository, ready=request.ready)
+                cards = [model.current_card for model in repository]
+                index = documents.repository_index(cards, ready=request.ready)
                 return {"models": [entry.model_dump(exclude_none=True) for entry in index]}
             case "RepositoryModelLoad":
-                _check_repository(request)
-                await load_model(service, request.model_name, _parameters(request))
+                await service.load_model(request.model_name, _parameters(request))
             case "RepositoryModelUnload":
-                _check_repository(request)
-                await unload_model(service, request.model_name)
+                await service.unload_model(request.model_name)
         return {}
 
     def _serving(self, name: str) -> str:
-        """The health of the service, which has two names for itself, or of a model.
-
-        Raises:
-            RefusedError: 404, there is no such model.
-        """
+        """The health of the service, which has two names for itself, or of a model."""
         ready = self._service.ready
         if name not in ("", PROTOCOL.full_name):
             ready &= self._service.repository.get(name).version is not None
         return "SERVING" if ready else "NOT_SERVING"
 
-    async def _watch(
-        self, requests: AsyncIterator[Any], context: Any, call: _Call
-    ) -> AsyncIterator[Any]:
+    async def _watch(self, context: Any, call: _Call) -> AsyncIterator[Any]:
         """The health that the one request asks for, now and at each change."""
         request = await self._first(context)
 
@@ -432,9 +393,7 @@ class GrpcServer:
             told = await self._idly(changed(told))
             yield MESSAGES["HealthCheckResponse"](status=told)
 
-    async def _infer_stream(
-        self, requests: AsyncIterator[Any], context: Any, call: _Call
-    ) -> AsyncIterator[Any]:
+    async def _infer_stream(self, context: Any, call: _Call) -> AsyncIterator[Any]:
         """Answer a stream's requests, several at a time, in their order."""
         most = min(_STREAM_REQUESTS, self._service.settings.client_limit or _STREAM_REQUESTS)
         room, running = asyncio.Semaphore(most - 1), set[asyncio.Task[Any]]()
@@ -446,7 +405,7 @@ class GrpcServer:
 
         async def read() -> None:
             try:
-                async for request in requests:
+                async for request in self._requests(context):
                     order.put_nowait(begin(self._infer_in_stream(request, context, call)))
                     await room.acquire()
             finally:
@@ -478,58 +437,39 @@ class GrpcServer:
         return answer
 
     async def _infer(self, request: Any, context: Any, call: _Call) -> Any:
-        service = self._service
+        service, arrived, size = self._service, time.perf_counter(), request.ByteSize()
         service.check_loaded()
-        size = request.ByteSize()
-        service.budget.take(size)
+        service.admission.take_body(size)
         try:
-            return await self._run(request, context, call)
+            model = service.repository.get(request.model_name, request.model_version)
+            read = partial(_read, request, model.current_card, service.settings.max_images)
+            # Numbers one by one would keep the event loop.
+            wanted = read() if request.raw_input_contents else await service.scheduler.code(read)
+            left = context.time_remaining()
+            header = timeout_of(_first_of(call.metadata, "x-timeout-ms"))
+            limits = wanted.timeout_ms, left and left * 1e3, header
+            deadline = service.deadline(*limits, arrived=arrived)
+            client, write = call.client.name, partial(_written, wanted)
+            answer, version, stages = await infer(service, model, client, wanted, deadline, write)
         finally:
-            service.budget.give(size)
-
-    async def _run(self, request: Any, context: Any, call: _Call) -> Any:
-        service, arrived = self._service, time.perf_counter()
-        model = service.repository.get_version(request.model_name, request.model_version)
-        arguments = request, service.repository.card(model), service.settings.max_images
-        if request.raw_input_contents:
-            wanted = _read(*arguments)
-        else:  # numbers one by one, which would keep the event loop
-            wanted = await service.scheduler.code(lambda: _read(*arguments))
-        left = context.time_remaining()
-        header = dict(reversed(_text(context))).get("x-timeout-ms")  # of several, the first
-        limits = wanted.timeout_ms, left and left * 1e3, timeout_of(header)
-        deadline = service.deadline(*limits, arrived=arrived)
-        count = len(wanted.images)
-        with (
-            service.admission.admit(call.client.name, count, deadline),
-            await service.repository.lease(model, deadline) as version,
-        ):
-            start = time.perf_counter()
-            answer, stages = await infer(
-                service,
-                version,
-                wanted,
-                deadline,
-                lambda found: _written(version, wanted, found),
-            )
-            service.count(version.name, stages, count)
-            service.tracing.record(
-                f"{call.service}/{call.method}",
-                dict(_text(context)),
-                time.perf_counter() - start,
-                stages,
-                {"rpc.system": "grpc", "fdconv.model": version.name},
-            )
-            return answer
+            service.admission.give_body(size)
+        service.count(version.name, stages, len(wanted.images))
+        service.tracing.record(
+            f"{call.service}/{call.method}",
+            dict(call.metadata),
+            time.perf_counter() - arrived,
+            stages,
+            {"rpc.system": "grpc", "fdconv.model": version.name},
+        )
+        return answer
 
     def _card(self, request: Any) -> ModelCard:
-        repository = self._service.repository
-        return repository.card(repository.get_version(request.name, request.version))
+        return self._service.repository.get(request.name, request.version).current_card
 
 
-def _text(context: Any) -> list[tuple[str, str]]:
-    """A call's metadata, without those of bytes."""
-    return [(k, v) for k, v in context.invocation_metadata() or () if isinstance(v, str)]
+def _first_of(metadata: list[tuple[str, str]], name: str) -> str | None:
+    """The first of a call's entries of that name."""
+    return next((value for key, value in metadata if key == name), None)
 
 
 def _address(context: Any) -> str:
@@ -537,18 +477,6 @@ def _address(context: Any) -> str:
     peer = unquote(context.peer())
     kind, _, rest = peer.partition(":")
     return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else peer
-
-
-def _parsed(parse: Callable[[bytes], Any], data: bytes) -> Any:
-    """A message of the bytes that came.
-
-    Raises:
-        RefusedError: 400, they are none.
-    """
-    try:
-        return parse(data)
-    except DecodeError as error:
-        raise RefusedError(400, f"The message is not what this method takes: {error}.") from error
 
 
 def _explained(error: Exception, call: _Call) -> tuple[grpc.StatusCode, str]:
@@ -575,15 +503,9 @@ def _read(request: Any, card: ModelCard, max_images: int) -> InferRequest:
     inputs = []
     for place, given in enumerate(request.inputs):
         contents = given.contents
-        inputs.append(
-            InputTensor(
-                given.name,
-                given.datatype,
-                list(given.shape),
-                raw[place] if raw else None,
-                contents.fp32_contents if given.datatype == "FP32" else contents.uint_contents,
-            )
-        )
+        listed = contents.fp32_contents if given.datatype == "FP32" else contents.uint_contents
+        data, shape = raw[place] if raw else None, list(given.shape)
+        inputs.append(InputTensor(given.name, given.datatype, shape, data, _pieces(listed)))
     timeout = parameters.get("timeout", 0)
     if type(timeout) is not int or timeout < 0:
         raise RefusedError(
@@ -595,11 +517,10 @@ def _read(request: Any, card: ModelCard, max_images: int) -> InferRequest:
     return infer_request(card, request.id, inputs, names, timeout, max_images)
 
 
-def _check_repository(request: Any) -> None:
-    if request.repository_name:
-        raise RefusedError(
-            400, "There is one repository, which has no name. Leave repository_name out."
-        )
+def _pieces(listed: Any) -> Iterator[Any]:
+    """A message's numbers, some at a time: (count,) float64."""
+    for at in range(0, len(listed), PIECE):
+        yield np.array(listed[at : at + PIECE], np.float64)
 
 
 def _parameters(holder: Any) -> dict[str, Any]:
@@ -611,7 +532,7 @@ def _parameters(holder: Any) -> dict[str, Any]:
     return found
 
 
-def _written(version: Version, request: InferRequest, outputs: dict[str, Any]) -> Any:
+def _written(request: InferRequest, version: Version, outputs: dict[str, Any]) -> Any:
     answer = MESSAGES["ModelInferResponse"](
         model_name=version.name, model_version=version.card.version, id=request.id
     )

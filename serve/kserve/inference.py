@@ -1,61 +1,272 @@
-"""An inference request through its model: tensors in, tensors out, for both transports."""
+"""An inference request through its model: tensors in, tensors out, for REST and gRPC."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.runtime import Session, Tensors
 from fdconv_deploy.runtime.preprocessing import Placement, Prepared, normalise
-from fdconv_deploy.serve.admission import Memory
-from fdconv_deploy.serve.batching import Code
-from fdconv_deploy.serve.kserve.tensors import WRITTEN_BYTES, InferRequest
-from fdconv_deploy.serve.model_repository import Version
-from fdconv_deploy.serve.service import Service
+from fdconv_deploy.serve.errors import RefusedError
+from fdconv_deploy.serve.model_cards import ModelCard
+from fdconv_deploy.serve.model_repository import Model, Version
+from fdconv_deploy.serve.service import Service, Work
+from fdconv_deploy.serve.telemetry import Stages
 
 T = TypeVar("T")
 Array = npt.NDArray[Any]
+# Memory in bytes that a number takes while it is written as JSON.
+WRITTEN_BYTES = 24
+# Numbers that are worked on at a time. One call on so many keeps Python's lock, and so the event
+# loop, for a millisecond or two; one on a whole tensor, for up to seconds.
+PIECE = 16 << 10
+# The protocol's names of the datatypes that occur here.
+DATATYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(code)
+    for name, code in {"FP32": "<f4", "UINT8": "u1", "UINT16": "<u2", "INT64": "<i8"}.items()
+}
+_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+# Parameters of Triton's extensions that would change the answer and are not done here. A client
+# that got an answer would take it for the one it asked for.
+_NOT_DONE = {
+    ("classification", "class_count"): "classify outputs (class_count). Ask for the output itself",
+    ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"): (
+        "use shared memory. Send and ask for tensors in the request"
+    ),
+    ("sequence_id", "sequence_start", "sequence_end"): (
+        "keep sequences: each request stands for itself. Leave the sequence out"
+    ),
+}
+
+
+class InputTensor(NamedTuple):
+    """An input as it was sent: its bytes, or its numbers in pieces (count,) float64."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    raw: bytes | memoryview | None
+    numbers: Iterable[Array]
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """A checked inference request.
+
+    Attributes:
+        id: The client's, empty without one.
+        images: (N, C, H, W) float32 normalised, or (N, H, W, C) uint8, RGB where C is 3.
+        sizes: Of a detector, (N, 2) float32, height and width of each image within its input;
+            the whole input when None.
+        outputs: Names of the outputs to answer with.
+        timeout_ms: The client's time limit.
+    """
+
+    id: str
+    images: Array
+    sizes: Array | None
+    outputs: tuple[str, ...]
+    timeout_ms: float | None
+
+
+def give_way() -> None:
+    """Let others have Python's lock; without a pause this thread has it back before they wake."""
+    time.sleep(1e-4)
+
+
+def datatype_of(array: Array) -> str:
+    """The protocol's name of an array's datatype."""
+    return _NAMES[array.dtype]
+
+
+def check_parameters(parameters: Mapping[str, Any]) -> None:
+    """Refuse parameters that ask for what is not done here; empty ones ask for nothing.
+
+    Raises:
+        RefusedError: 400, one does.
+    """
+    for names, what in _NOT_DONE.items():
+        for name in names:
+            if parameters.get(name):
+                raise RefusedError(
+                    400, f"The parameter {name!r} is not supported: this service does not {what}."
+                )
+
+
+def infer_request(
+    card: ModelCard,
+    request_id: str | None,
+    inputs: Sequence[InputTensor],
+    outputs: Sequence[str],
+    timeout_us: int | None,
+    max_images: int,
+) -> InferRequest:
+    """Check a request's tensors against the card of its model, and put them together.
+
+    Args:
+        card: Of the model it is for.
+        request_id: The client's.
+        inputs: In any order.
+        outputs: Names of those wanted; all when empty.
+        timeout_us: Time limit in microseconds; none when 0 or None.
+        max_images: Most images in one request.
+
+    Raises:
+        RefusedError: 400, they are no inputs or outputs of this model.
+    """
+    names, known = ([tensor.name for tensor in side] for side in card.tensors)
+    if not 1 <= len(inputs) <= len(names):
+        wanted = "exactly one input, 'images'" if len(names) == 1 else "'images' and 'sizes'"
+        raise RefusedError(400, f"The request must have {wanted}.")
+    arrays: dict[str, Array] = {}
+    for given in inputs:
+        if given.name not in names:
+            raise RefusedError(
+                400,
+                f"The input is called {' or '.join(map(repr, names))}, not {given.name[:60]!r}.",
+            )
+        if given.name in arrays:
+            raise RefusedError(400, f"The input {given.name!r} is there twice.")
+        _check_layout(card, given, max_images)
+        arrays[given.name] = _array(given)
+    if "images" not in arrays:
+        raise RefusedError(400, "The request must have the input 'images'.")
+    if "sizes" in arrays:
+        _check_size_values(card, arrays["sizes"], len(arrays["images"]))
+    for name in outputs:
+        if name not in known:
+            raise RefusedError(
+                400, f"There is no output {name[:60]!r}; there are {', '.join(known)}."
+            )
+    return InferRequest(
+        id=request_id or "",
+        images=arrays["images"],
+        sizes=arrays.get("sizes"),
+        outputs=tuple(dict.fromkeys(outputs or known)),
+        timeout_ms=timeout_us / 1e3 if timeout_us else None,
+    )
+
+
+def _check_layout(card: ModelCard, given: InputTensor, most: int) -> None:
+    """Refuse a tensor of another datatype or shape than its input's."""
+    channels, height, width = card.input.channels, card.input.height, card.input.width
+    pixels = "RGB" if channels == 3 else f"{channels} bands"
+    layouts = {
+        "images": {
+            "FP32": ([channels, height, width], "normalised"),
+            "UINT8": ([height, width, channels], pixels),
+        },
+        "sizes": {"FP32": ([2], "height and width of each image within its input")},
+    }[given.name]
+    shape, _ = layouts.get(given.datatype, (None, ""))
+    if given.shape[1:] != shape or not 1 <= given.shape[0] <= most:
+        expected = " or ".join(
+            f"[N, {', '.join(map(str, shape))}] in {datatype} ({meaning})"
+            for datatype, (shape, meaning) in layouts.items()
+        )
+        more = ", ".join(f"{size.height}x{size.width}" for size in card.other_sizes)
+        more = more and f" This model's further sizes ({more}) are for images, at /v1/segment."
+        raise RefusedError(
+            400,
+            f"The input {given.name!r} has the shape {expected}, with N from 1 to {most}; found "
+            f"{given.shape[:8]} in {given.datatype[:20]!r}.{more}",
+        )
+
+
+def _check_size_values(card: ModelCard, sizes: Array, images: int) -> None:
+    if len(sizes) != images:
+        raise RefusedError(
+            400, f"Every image has a size: {images} images came with {len(sizes)} sizes."
+        )
+    height, width = card.input.height, card.input.width
+    if not ((sizes >= 1) & (sizes <= [height, width]) & (sizes % 1 == 0)).all():
+        raise RefusedError(
+            400,
+            f"The input 'sizes' holds whole numbers of pixels, heights from 1 to {height} and "
+            f"widths from 1 to {width}.",
+        )
+
+
+def _array(given: InputTensor) -> Array:
+    """An input whose datatype and shape are checked, as an array."""
+    dtype, count = DATATYPES[given.datatype], math.prod(given.shape)
+    if given.raw is None:
+        array = _from_numbers(given, dtype, count)
+    elif len(given.raw) == count * dtype.itemsize:
+        array = np.frombuffer(given.raw, dtype)
+        if not array.flags.aligned:
+            array = array.copy()
+    else:
+        raise RefusedError(
+            400,
+            f"The input {given.name!r}, {given.datatype} of the shape {given.shape}, has "
+            f"{count * dtype.itemsize} bytes of data; {len(given.raw)} were sent.",
+        )
+    return array.reshape(given.shape)
+
+
+def _from_numbers(given: InputTensor, dtype: np.dtype[Any], count: int) -> Array:
+    """As many numbers, all of them within the datatype's range, as an array (count,)."""
+    array, at, fits = np.empty(count, dtype), 0, True
+    for wide in given.numbers:
+        if at + len(wide) > count:
+            fits = False
+            break
+        with np.errstate(over="ignore", invalid="ignore"):
+            narrow = wide.astype(dtype)
+        same = np.isfinite(narrow) == np.isfinite(wide) if dtype.kind == "f" else narrow == wide
+        fits &= bool(same.all())
+        array[at : at + len(wide)] = narrow
+        at += len(wide)
+        if at < count:
+            give_way()
+    if not fits or at < count:
+        raise RefusedError(
+            400,
+            f"The data of the input {given.name!r} must be a list of {count} numbers within the "
+            f"range of {given.datatype}.",
+        )
+    return array
 
 
 async def infer(
     service: Service,
-    version: Version,
+    model: Model,
+    client: str,
     request: InferRequest,
     deadline: float,
-    write: Callable[[dict[str, Array]], T],
+    write: Callable[[Version, dict[str, Array]], T],
     in_json: Collection[str] = (),
-) -> tuple[T, list[tuple[str, float]]]:
+) -> tuple[T, Version, Stages]:
     """Run a request, and write its answer.
 
     Args:
         service: That was asked.
-        version: Of the model.
+        model: For which model.
+        client: By whom.
         request: What is to be run.
         deadline: By when, on the scheduler's clock; writing included.
-        write: Makes the answer of the outputs asked for, by name. A segmentor's are ``logits``
-            (N, classes, h, w) float32 and ``labels`` (N, H, W) at the input's size, uint8 or,
-            above 256 classes, uint16; a detector's are its graph's outputs.
+        write: Makes the answer of the version and of the outputs asked for, by name. A segmentor's
+            are ``logits`` (N, classes, h, w) float32 and ``labels`` (N, H, W) at the input's size,
+            uint8 or, above 256 classes, uint16; a detector's are its graph's outputs.
         in_json: Names of those that are written as JSON, which is done on another thread.
 
     Returns:
-        What ``write`` made, and (name, seconds) of each stage.
+        What ``write`` made, the version that answered, and its stages.
     """
-    start = time.perf_counter()
-    try:
-        with Memory(service.admission) as memory:
-            await memory.take(_memory(version, request, in_json), deadline)
-            code = partial(service.scheduler.code, deadline=deadline, on_leave=memory.hold)
-            outputs, stages = await _infer(service, version, request, deadline, code)
-            return await code(lambda: write(outputs)) if in_json else write(outputs), stages
-    except Exception as error:
-        service.count_failure(version, error, start)
-        raise
+    async with service.work(model, client, len(request.images), deadline) as work:
+        version = work.version
+        await work.memory.take(_memory(version, request, in_json), deadline)
+        outputs, stages = await _infer(work, request)
+        if in_json:
+            return await work.code(lambda: write(version, outputs)), version, stages
+        return write(version, outputs), version, stages
 
 
 def _memory(version: Version, request: InferRequest, in_json: Collection[str]) -> int:
@@ -68,29 +279,21 @@ def _memory(version: Version, request: InferRequest, in_json: Collection[str]) -
     return each * len(request.images)
 
 
-async def _infer(
-    service: Service,
-    version: Version,
-    request: InferRequest,
-    deadline: float,
-    code: Code,
-) -> tuple[dict[str, Array], list[tuple[str, float]]]:
-    session = version.session
+async def _infer(work: Work, request: InferRequest) -> tuple[dict[str, Array], Stages]:
+    session = work.version.session
     if request.images.dtype == np.uint8:  # to be normalised, which would keep the event loop
-        inputs = await code(lambda: _inputs(session, request))
+        inputs = await work.code(lambda: _inputs(session, request))
     else:
         inputs = _inputs(session, request)
-    lane = version.lane(session.input_size)
-    outcome = await service.scheduler.run(lane, inputs, deadline)
-    stages = [("queue", outcome.queue_seconds), ("inference", outcome.run_seconds)]
+    outcome = await work.run(session.input_size, inputs)
     found: dict[str, Array] = {}
     for name in request.outputs:
         if name == "labels" and not session.detects:
-            found[name] = await code(lambda: _labels(session, outcome.rows))
+            found[name] = await work.code(lambda: _labels(session, outcome.rows))
         else:
             rows = [row[name] for row in outcome.rows]
             found[name] = rows[0][None] if len(rows) == 1 else np.stack(rows)
-    return found, stages
+    return found, [("queue", outcome.queue_seconds), ("inference", outcome.run_seconds)]
 
 
 def _inputs(session: Session, request: InferRequest) -> dict[str, Array]:

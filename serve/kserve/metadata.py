@@ -1,29 +1,22 @@
-"""What the KServe protocol tells of the server and its models: metadata, configuration, states."""
+"""What the KServe protocol tells of the server and its models, with Triton's extensions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
-from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.serve.errors import RefusedError
-from fdconv_deploy.serve.kserve.statistics import ModelStatisticsList
 from fdconv_deploy.serve.model_cards import ModelCard, TensorMetadata
-from fdconv_deploy.serve.model_repository import Repository
-from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.settings import Settings
+from fdconv_deploy.serve.telemetry import Stages
 from fdconv_deploy.version import __version__
 
 PLATFORM = "onnxruntime_onnx"
 IndexState = Literal["READY", "LOADING", "UNAVAILABLE"]
-_STATES: dict[str, IndexState] = {
-    "ready": "READY",
-    "loading": "LOADING",
-    "unloaded": "UNAVAILABLE",
-    "failed": "UNAVAILABLE",
-}
+_STATES: dict[str, IndexState] = {"ready": "READY", "loading": "LOADING"}  # else unavailable
 
 
 class ServerLive(BaseModel):
@@ -35,7 +28,7 @@ class ServerLive(BaseModel):
 class ServerReady(BaseModel):
     """KServe v2: whether the server, or a model, is ready."""
 
-    ready: bool
+    ready: bool = True
 
 
 class ServerMetadata(BaseModel):
@@ -119,6 +112,112 @@ class ModelIndexEntry(BaseModel):
     )
 
 
+@dataclass
+class StatisticDuration:
+    """Triton: how often something happened, and how long it took in all."""
+
+    count: int = 0
+    ns: int = Field(default=0, description="Nanoseconds.")
+
+    def add(self, seconds: float) -> None:
+        """Count one more."""
+        self.count += 1
+        self.ns += round(seconds * 1e9)
+
+
+@dataclass
+class InferStatistics:
+    """Triton: requests and their stages."""
+
+    success: StatisticDuration = Field(default_factory=StatisticDuration)
+    fail: StatisticDuration = Field(default_factory=StatisticDuration)
+    queue: StatisticDuration = Field(default_factory=StatisticDuration)
+    compute_input: StatisticDuration = Field(default_factory=StatisticDuration)
+    compute_infer: StatisticDuration = Field(default_factory=StatisticDuration)
+    compute_output: StatisticDuration = Field(default_factory=StatisticDuration)
+    cache_hit: StatisticDuration = Field(
+        default_factory=StatisticDuration, description="Always 0: there is no response cache."
+    )
+    cache_miss: StatisticDuration = Field(default_factory=StatisticDuration)
+
+
+@dataclass
+class InferBatchStatistics:
+    """Triton: the runs of one batch size.
+
+    Images are prepared and masks made one by one, so a batch's time is that of its run alone.
+    """
+
+    batch_size: int
+    compute_input: StatisticDuration = Field(default_factory=StatisticDuration)
+    compute_infer: StatisticDuration = Field(default_factory=StatisticDuration)
+    compute_output: StatisticDuration = Field(default_factory=StatisticDuration)
+
+
+# Which of Triton's durations each stage of this service counts as.
+_DURATION_OF = {
+    "queue": "queue",
+    "decode": "compute_input",
+    "preprocess": "compute_input",
+    "inference": "compute_infer",
+    "postprocess": "compute_output",
+    "encode": "compute_output",
+}
+
+
+@dataclass
+class ModelStatistics:
+    """Triton: what one model has done since it was loaded."""
+
+    name: str
+    version: str
+    last_inference: int = Field(
+        default=0, description="Milliseconds since 1970; 0 before the first."
+    )
+    inference_count: int = Field(default=0, description="Images answered.")
+    execution_count: int = Field(default=0, description="Runs of the network.")
+    inference_stats: InferStatistics = Field(default_factory=InferStatistics)
+    batch_stats: list[InferBatchStatistics] = Field(default_factory=list)
+    response_stats: dict[str, Any] = Field(
+        default_factory=dict, description="Always empty: no model streams responses."
+    )
+    memory_usage: list[Any] = Field(
+        default_factory=list, description="Always empty; a model's card says what it holds."
+    )
+
+    def succeeded(self, stages: Stages, images: int) -> None:
+        """Count an answered request by the seconds of its stages."""
+        seconds = dict.fromkeys(_DURATION_OF.values(), 0.0)
+        for stage, taken in stages:
+            seconds[_DURATION_OF[stage]] += taken
+        for name, taken in seconds.items():
+            getattr(self.inference_stats, name).add(taken)
+        self.inference_stats.success.add(sum(seconds.values()))
+        self.inference_count += images
+        self.last_inference = round(time.time() * 1e3)
+
+    def failed(self, seconds: float) -> None:
+        """Count a request that was queued and not answered, ``seconds`` after it was."""
+        self.inference_stats.fail.add(seconds)
+        self.last_inference = round(time.time() * 1e3)
+
+    def ran(self, images: int, seconds: float) -> None:
+        """Count a run of the network with that many images."""
+        self.execution_count += 1
+        batch = next((b for b in self.batch_stats if b.batch_size == images), None)
+        if batch is None:
+            batch = InferBatchStatistics(batch_size=images)
+            self.batch_stats.append(batch)
+            self.batch_stats.sort(key=lambda entry: entry.batch_size)
+        batch.compute_infer.add(seconds)
+
+
+class ModelStatisticsList(BaseModel):
+    """Triton: what models have done."""
+
+    model_stats: list[ModelStatistics]
+
+
 def model_metadata(card: ModelCard) -> ModelMetadata:
     """A model's inputs and outputs; -1 is the batch, of any size."""
     versions = [card.version] if card.state == "ready" else []
@@ -129,24 +228,24 @@ def model_metadata(card: ModelCard) -> ModelMetadata:
 def model_config(card: ModelCard, settings: Settings) -> ModelConfig:
     """A model's configuration, as Triton's ModelConfig; shapes without the batch."""
 
-    def described(tensor: TensorMetadata) -> ConfigTensor:
-        dims, datatype = tensor.shape[1:], f"TYPE_{tensor.datatype}"
-        if dims:
-            return ConfigTensor(name=tensor.name, data_type=datatype, dims=dims)
-        # One number per image: dims may not be empty.
-        return ConfigTensor(name=tensor.name, data_type=datatype, dims=[1], reshape={"shape": []})
+    def described(tensor: TensorMetadata, optional: bool = False) -> ConfigTensor:
+        dims = tensor.shape[1:]
+        return ConfigTensor(
+            name=tensor.name,
+            data_type=f"TYPE_{tensor.datatype}",
+            dims=dims or [1],  # one number per image: dims may not be empty
+            reshape=None if dims else {"shape": []},
+            optional=optional or None,
+        )
 
-    metadata = model_metadata(card)
+    inputs, outputs = card.tensors
     return ModelConfig(
         name=card.name,
         # Requests of more images than the graphs' batch are run in parts.
         max_batch_size=settings.max_images,
-        input=[
-            # A detector's `sizes` is the whole input when it is not given.
-            described(tensor).model_copy(update={"optional": tensor.name != "images" or None})
-            for tensor in metadata.inputs
-        ],
-        output=[described(tensor) for tensor in metadata.outputs],
+        # A detector's `sizes` is the whole input when it is not given.
+        input=[described(tensor, tensor.name != "images") for tensor in inputs],
+        output=[described(tensor) for tensor in outputs],
         dynamic_batching=DynamicBatching(
             preferred_batch_size=card.batch_sizes,
             max_queue_delay_microseconds=round(settings.batch_delay_ms * 1e3),
@@ -154,79 +253,15 @@ def model_config(card: ModelCard, settings: Settings) -> ModelConfig:
     )
 
 
-def model_statistics(service: Service, name: str = "", version: str = "") -> ModelStatisticsList:
-    """What a model has done since it was loaded; every model where none is named.
-
-    Models that are not loaded are left out.
-
-    Raises:
-        RefusedError: 404, there is no such model or version.
-    """
-    repository = service.repository
-    models = [repository.get_version(name, version)] if name else list(repository)
-    loaded = [model.name for model in models if model.version is not None]
-    service.metrics.settle()
-    return ModelStatisticsList(model_stats=[service.statistics[name] for name in loaded])
-
-
-def repository_index(repository: Repository, *, ready: bool = False) -> list[ModelIndexEntry]:
+def repository_index(cards: Iterable[ModelCard], *, ready: bool = False) -> list[ModelIndexEntry]:
     """Every model's name, version and state; with ``ready``, only models that are ready."""
-    cards = [repository.card(model) for model in repository]
     return [
         ModelIndexEntry(
             name=card.name,
             version=card.version if card.state == "ready" else None,
-            state=_STATES[card.state],
+            state=_STATES.get(card.state, "UNAVAILABLE"),
             reason=card.state if card.state in ("unloaded", "failed") else None,
         )
         for card in cards
         if card.state == "ready" or not ready
     ]
-
-
-async def load_model(service: Service, name: str, parameters: Mapping[str, Any]) -> None:
-    """Load a model, or again where its bundle has changed, if the operator lets clients do that.
-
-    Args:
-        service: That has the model.
-        name: The model's.
-        parameters: The client's. Triton's "config" and "file:..." ask for another model than the
-            bundle holds.
-
-    Raises:
-        RefusedError: 403, they may not; 404, there is no such model; 400, it does not load, or is
-            to be loaded in another way.
-    """
-    _check_control(service.settings)
-    for key in parameters:
-        if key == "config" or key.startswith("file:"):
-            raise RefusedError(
-                400,
-                f"A model is loaded as its bundle says, without the parameter {key[:60]!r}. Put "
-                "another bundle in its place.",
-            )
-    try:
-        await service.repository.load(service.repository.get(name))
-    except FDConvError as error:
-        raise RefusedError(
-            400, f"The model {name!r} does not load; the server's log says why."
-        ) from error
-
-
-async def unload_model(service: Service, name: str) -> None:
-    """Unload a model, where the operator lets clients do that.
-
-    Raises:
-        RefusedError: 403, they may not; 404, there is no such model.
-    """
-    _check_control(service.settings)
-    await service.repository.unload(service.repository.get(name))
-
-
-def _check_control(settings: Settings) -> None:
-    if not settings.model_control:
-        raise RefusedError(
-            403,
-            "Clients may not load or unload models here. Start the service with "
-            "--model-control to allow it.",
-        )

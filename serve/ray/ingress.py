@@ -21,7 +21,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fdconv_deploy.errors import BackendError, BundleError, FDConvError
 from fdconv_deploy.runtime import Bundle, Session, Tensors
-from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.serve.batching import DeadlineError, Outcome, Scheduler, WorkerDiedError
 from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, problem_response
 from fdconv_deploy.serve.middleware import accepted_id
@@ -29,6 +28,7 @@ from fdconv_deploy.serve.model_repository import Lane
 from fdconv_deploy.serve.ray.model import Ran, model_id
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.settings import Settings
+from fdconv_deploy.serve.workers import RemoteRunner
 
 log = logging.getLogger("fdconv.serve")
 _START_SECONDS = 120.0
@@ -91,7 +91,7 @@ class InProxy:
             given = Headers(scope=scope).get(REQUEST_ID, "")
             scope.setdefault("state", {})["request_id"] = accepted_id(given)
             later = {"Retry-After": "1"} if status == 503 else None
-            answer = problem_response(Request(scope), status, detail, later)
+            answer = problem_response(Request(scope), RefusedError(status, detail, later))
             await answer(scope, receive, send)
 
 
@@ -161,18 +161,13 @@ class ReplicaScheduler(Scheduler):
             self.running += images
 
 
-class ReplicaRunner:
-    """Runs a bundle in replicas. See :class:`fdconv_deploy.runtime.Runner`."""
+class ReplicaRunner(RemoteRunner):
+    """Runs a bundle in replicas, which let go of it when they need the room."""
 
     def __init__(self, bundle: Bundle, handle: DeploymentHandle, service: RayService) -> None:
+        super().__init__(f"{service.settings.backend} (Ray)", "It runs in replicas on Ray.")
         self._service = service
         self._handle = handle.options(multiplexed_model_id=model_id(bundle))
-        self.backend = f"{service.settings.backend} (Ray)"
-        self.choice = "It runs in replicas on Ray."
-        self.operators = ""
-        self.ways: dict[int, str] = {}
-        self.batch_cost: Callable[[int], float] = linear_cost
-        self.closed = False
 
     async def run(self, image: Tensors, deadline: float) -> Ran:
         """Run one image, whose inputs have no batch axis, in a replica.
@@ -221,10 +216,6 @@ class ReplicaRunner:
         found = self._wait(run())
         return {name: np.stack([ran.outputs[name] for ran in found]) for name in found[0].outputs}
 
-    def run_raw(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
-        """See :meth:`Runner.run_raw`."""
-        return self.run_batches(feeds)
-
     def warm_up(self, batch_sizes: Sequence[int] | None = None) -> None:
         """Have a replica load the bundle, if none has; not from the event loop's thread."""
         end = time.perf_counter() + _START_SECONDS
@@ -235,10 +226,6 @@ class ReplicaRunner:
                 f"No replica had loaded the model within {_START_SECONDS:g} s.",
                 "`serve status` and Ray's logs say what they wait for.",
             ) from error
-
-    def close(self) -> None:
-        """See :meth:`Runner.close`; replicas let go of the bundle when they need the room."""
-        self.closed = True
 
     def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._service.loop).result()

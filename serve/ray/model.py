@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -17,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from ray import serve
 
-from fdconv_deploy.errors import BackendError, BundleError, FDConvError
+from fdconv_deploy.errors import BackendError, BundleError
 from fdconv_deploy.runtime import Bundle, Session, Tensors, open_session
 from fdconv_deploy.serve.model_repository import bundles_of
-from fdconv_deploy.serve.ray.arguments import Arguments
+from fdconv_deploy.serve.settings import RaySettings
 
 log = logging.getLogger("fdconv.serve")
-Array = npt.NDArray[Any]
 
 
 class Ran(NamedTuple):
@@ -36,10 +34,17 @@ class Ran(NamedTuple):
         first: Whether it was the first of them, by whose answer the batch is counted.
     """
 
-    outputs: dict[str, Array]
+    outputs: dict[str, npt.NDArray[Any]]
     run_seconds: float
     batch: int
     first: bool
+
+
+class _Loaded(NamedTuple):
+    """An opened bundle, and what batches its images, by input size (height, width)."""
+
+    session: Session
+    lanes: dict[tuple[int, int], Callable[[Session, Tensors], Awaitable[Ran]]]
 
 
 def model_id(bundle: Bundle) -> str:
@@ -52,46 +57,32 @@ def model_id(bundle: Bundle) -> str:
     return f"{hashlib.sha256(manifest).hexdigest()}:{quote(str(bundle.path))}"
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """An opened bundle, and what batches its images, by input size (height, width)."""
-
-    session: Session
-    lanes: dict[tuple[int, int], Callable[[Session, Tensors], Awaitable[Ran]]]
-
-
 class Model:
-    """A replica, which runs one batch at a time and may hold several models.
+    """A replica, which runs one batch at a time and may hold several models."""
 
-    Raises:
-        BundleError, BackendError: No bundle can be opened.
-    """
-
-    async def __init__(self, arguments: Arguments) -> None:  # type: ignore[misc]  # Ray awaits it
-        self._arguments = arguments
+    async def __init__(self, settings: RaySettings) -> None:  # type: ignore[misc]  # Ray awaits it
+        self._settings = settings
         self._inference = ThreadPoolExecutor(1, "inference")
         self._since: float | None = None  # the run under way began
 
         async def load(model: str) -> _Loaded:
             return await self._load(model)
 
-        self._model = serve.multiplexed(max_num_models_per_replica=arguments.models_per_replica)(
-            load
-        )
-        if arguments.load == "start":  # before it is sent anything
-            paths = [path for source in arguments.bundles for path in bundles_of(source)]
-            problems = [await self._problem(path) for path in paths[: arguments.models_per_replica]]
-            if problems[0] is not None and all(problems):
-                raise problems[0]
+        most = settings.models_per_replica
+        self._model = serve.multiplexed(max_num_models_per_replica=most)(load)
+        if settings.load == "start":  # before it is sent anything
+            for path in [path for source in settings.bundles for path in bundles_of(source)][:most]:
+                await self._preload(path)
 
-    async def _problem(self, path: Path) -> FDConvError | None:
-        """Load a bundle; why it cannot be: one that is gone does not keep a replica from others."""
+    async def _preload(self, path: Path) -> None:
+        """Load a bundle, if it can be: one that is gone keeps no replica from the others.
+
+        Nor from saying so. Where it keeps the service from starting, the ingress says it.
+        """
         try:
             await self._model(model_id(Bundle.open(path, verify=False)))
         except (BundleError, BackendError) as error:
             log.error("%s", error)
-            return error
-        return None
 
     async def load(self) -> str:
         """Load the model that the call is for; its ``operators``."""
@@ -99,23 +90,19 @@ class Model:
         return str(found.session.operators)
 
     async def run(self, inputs: Tensors) -> Ran:
-        """Run one image through the model that the call is for.
-
-        Args:
-            inputs: By name, without their batch axis.
-        """
+        """Run one image, whose inputs have no batch axis, through the model the call is for."""
         model = await self._model(serve.get_multiplexed_model_id())
         size = inputs["images"].shape[1:]
         return await model.lanes[size](model.session, inputs)
 
     def check_health(self) -> None:
         """Asked by Ray, which replaces a replica whose run does not end."""
-        since, limit = self._since, self._arguments.run_timeout_seconds
+        since, limit = self._since, self._settings.run_timeout_seconds
         if since is not None and time.perf_counter() - since > limit:
             raise BackendError(f"A run has not ended within {limit:g} s.")
 
     async def _load(self, model: str) -> _Loaded:
-        settings = self._arguments
+        settings = self._settings
 
         def opened() -> Session:
             path = unquote(model.partition(":")[2])

@@ -14,25 +14,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.types import Receive, Scope, Send
 
 from fdconv_deploy.serve.admission import Memory
-from fdconv_deploy.serve.errors import RefusedError, problem_docs
-from fdconv_deploy.serve.kserve.inference import infer
-from fdconv_deploy.serve.kserve.metadata import (
-    ControlCall,
-    IndexCall,
-    ModelConfig,
-    ModelIndexEntry,
-    ModelMetadata,
-    ServerLive,
-    ServerMetadata,
-    ServerReady,
-    load_model,
-    model_config,
-    model_metadata,
-    model_statistics,
-    repository_index,
-    unload_model,
-)
-from fdconv_deploy.serve.kserve.statistics import ModelStatisticsList
+from fdconv_deploy.serve.errors import RefusedError, problem_docs, where_invalid
+from fdconv_deploy.serve.kserve import metadata as documents
+from fdconv_deploy.serve.kserve.inference import Array, infer
 from fdconv_deploy.serve.kserve.tensors import (
     HEADER_LENGTH,
     InferAnswer,
@@ -42,8 +26,8 @@ from fdconv_deploy.serve.kserve.tensors import (
     read_request,
     write_answer,
 )
-from fdconv_deploy.serve.model_cards import ModelCard
-from fdconv_deploy.serve.routes.common import Parts, answered, service_of, while_connected
+from fdconv_deploy.serve.model_repository import Model, Version
+from fdconv_deploy.serve.routes import Parts, answered, service_of, while_connected
 from fdconv_deploy.serve.service import timeout_of
 from fdconv_deploy.serve.uploads import Body
 
@@ -96,30 +80,22 @@ def _of_model(
     return register
 
 
-def _card(request: Request) -> ModelCard:
-    """The card of the model, and of the version, that the address names."""
-    repository = service_of(request).repository
-    return repository.card(repository.get_version(**request.path_params))
+def _model(request: Request) -> Model:
+    """The model, of the version, that the address names."""
+    return service_of(request).repository.get(**request.path_params)
 
 
 async def _read_json(request: Request, kind: type[Asked]) -> Asked:
-    """A small JSON body, which may be left out.
-
-    Raises:
-        RefusedError: 400, it is something else.
-    """
-    service = service_of(request)
-    with Body(request, service.settings, service.budget, _SMALL_JSON) as body:
+    """A small JSON body, which may be left out."""
+    with Body(request, service_of(request), _SMALL_JSON) as body:
         data = await body.read()
     try:
         return kind.model_validate_json(data or b"{}")
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
         raise RefusedError(
             400,
-            f"The body is not what this address takes{' at ' * bool(where)}{where}: "
-            f"{first['msg']}. Leave it out, or send JSON.",
+            f"The body is not what this address takes{where_invalid(error)}. Leave it out, or "
+            "send JSON.",
         ) from error
 
 
@@ -169,68 +145,61 @@ async def run(request: Request) -> Response:
     The parameter `timeout` is a time limit in microseconds.
     """
     service, arrived = service_of(request), time.perf_counter()
-    repository, code = service.repository, service.scheduler.code
-    client = request.state.client
-    model = repository.get_version(**request.path_params)
+    client, model, code = request.state.client, _model(request), service.scheduler.code
     timeout_ms = timeout_of(request.headers.get("x-timeout-ms"))
     service.check_loaded()
     deadline = service.deadline(timeout_ms, arrived=arrived)
     service.admission.check_room(client, deadline=deadline)
-    most_images = service.settings.max_images
-    most = most_bytes(repository.card(model), most_images)
-    with Body(request, service.settings, service.budget, most, deadline) as body:
+    card, most_images = model.current_card, service.settings.max_images
+    with Body(request, service, most_bytes(card, most_images), deadline) as body:
         header = request.headers.get(HEADER_LENGTH)
         data = await body.read_aligned(int(header[:9]) if header and header.isdecimal() else 0)
         length = json_length(header, len(data))
-        with await repository.lease(model, deadline) as leased:
-            arguments = data, length, leased.card, most_images
-            if length < _SMALL_JSON:
-                wanted, binary = read_request(*arguments)
-            else:
-                counted = partial(json_memory, data[:length], leased.card, most_images)
-                with Memory(service.admission) as memory:
-                    await memory.take(await code(counted, deadline, memory.hold), deadline)
-                    reading = partial(read_request, *arguments)
-                    wanted, binary = await code(reading, deadline, memory.hold)
-            count = len(wanted.images)
-            deadline = service.deadline(timeout_ms, wanted.timeout_ms, arrived=arrived)
+        if length < _SMALL_JSON:
+            wanted, binary = read_request(data, length, card, most_images)
+        else:
+            counted = partial(json_memory, data[:length], card, most_images)
+            with Memory(service.admission) as memory:
+                await memory.take(await code(counted, deadline, memory.hold), deadline)
+                reading = partial(read_request, data, length, card, most_images)
+                wanted, binary = await code(reading, deadline, memory.hold)
 
-            def write(outputs: dict[str, Any]) -> tuple[list[bytes | memoryview], int | None]:
-                return write_answer(leased.name, leased.card.version, wanted, outputs, binary)
+        def write(version: Version, outputs: dict[str, Array]) -> tuple[list[Any], int | None]:
+            return write_answer(version.card, wanted, outputs, binary)
 
-            with service.admission.admit(client, count, deadline):
-                in_json = [name for name in wanted.outputs if not binary[name]]
-                work = infer(service, leased, wanted, deadline, write, in_json)
-                (parts, head), stages = await while_connected(request, work)
-    answered(request, leased.name, count, stages)
+        deadline = service.deadline(timeout_ms, wanted.timeout_ms, arrived=arrived)
+        in_json = [name for name in wanted.outputs if not binary[name]]
+        work = infer(service, model, client, wanted, deadline, write, in_json)
+        (parts, head), version, stages = await while_connected(request, work)
+    answered(request, version.name, len(wanted.images), stages)
     if head is None:
         return Parts(parts, b"application/json")
     return Parts(parts, b"application/octet-stream", (HEADER_LENGTH.lower().encode(), b"%d" % head))
 
 
 @router.get("", summary="What this server is", responses=problem_docs(401))
-async def server_metadata() -> ServerMetadata:
+async def server_metadata() -> documents.ServerMetadata:
     """Name, version and extensions."""
-    return ServerMetadata()
+    return documents.ServerMetadata()
 
 
 @router.get("/health/live", summary="Is the process alive?")
-async def live() -> ServerLive:
+async def live() -> documents.ServerLive:
     """As `/healthz`."""
-    return ServerLive()
+    return documents.ServerLive()
 
 
 @router.get("/health/ready", summary="Is it ready for requests?", responses=problem_docs(503))
-async def ready(request: Request) -> ServerReady:
+async def ready(request: Request) -> documents.ServerReady:
     """As `/readyz`."""
     service_of(request).check_ready()
-    return ServerReady(ready=True)
+    return documents.ServerReady()
 
 
 @router.get(
     "/models/stats",
     summary="Statistics of every model",
-    response_model=ModelStatisticsList,
+    response_model=documents.ModelStatisticsList,
     responses=problem_docs(401),
 )
 async def all_statistics(request: Request) -> JSONResponse:
@@ -239,17 +208,17 @@ async def all_statistics(request: Request) -> JSONResponse:
     A model called `stats` has its metadata at this address as well: the answer holds both.
     """
     service = service_of(request)
-    found = model_statistics(service).model_dump()
+    found = service.model_statistics().model_dump()
     for model in service.repository:
         if model.name == "stats":
-            found |= model_metadata(service.repository.card(model)).model_dump()
+            found |= documents.model_metadata(model.current_card).model_dump()
     return JSONResponse(found)
 
 
 @_of_model("GET", "/stats", "Statistics of a model", responses=_NOT_FOUND)
-async def statistics(request: Request) -> ModelStatisticsList:
+async def statistics(request: Request) -> documents.ModelStatisticsList:
     """Counts and times since the model was loaded; an empty list while it is not."""
-    return model_statistics(service_of(request), **request.path_params)
+    return service_of(request).model_statistics(**request.path_params)
 
 
 @_of_model(
@@ -259,26 +228,24 @@ async def statistics(request: Request) -> ModelStatisticsList:
     response_model_exclude_none=True,
     responses=_NOT_FOUND,
 )
-async def config(request: Request) -> ModelConfig:
-    """Inputs, outputs and batching, as Triton's ModelConfig has them."""
-    return model_config(_card(request), service_of(request).settings)
+async def config(request: Request) -> documents.ModelConfig:
+    """Inputs, outputs and batching, as Triton's documents.ModelConfig has them."""
+    return documents.model_config(_model(request).current_card, service_of(request).settings)
 
 
 @_of_model("GET", "", "A model's inputs and outputs", responses=_NOT_FOUND)
-async def metadata(request: Request) -> ModelMetadata:
+async def metadata(request: Request) -> documents.ModelMetadata:
     """Names, datatypes and shapes; -1 stands for the batch."""
-    return model_metadata(_card(request))
+    return documents.model_metadata(_model(request).current_card)
 
 
 @_of_model("GET", "/ready", "Is a model loaded?", responses=_READY)
-async def model_ready(request: Request) -> ServerReady:
+async def model_ready(request: Request) -> documents.ServerReady:
     """200 if it is, 503 if not."""
-    service = service_of(request)
-    model = service.repository.get_version(**request.path_params)
-    if model.version is None:
-        detail = f"The model {model.name!r} is not loaded."
-        raise RefusedError(503, detail, service.admission.retry_after())
-    return ServerReady(ready=True)
+    if (model := _model(request)).version is None:
+        later = service_of(request).admission.retry_after()
+        raise RefusedError(503, f"The model {model.name!r} is not loaded.", later)
+    return documents.ServerReady()
 
 
 @router.post(
@@ -287,10 +254,11 @@ async def model_ready(request: Request) -> ServerReady:
     response_model_exclude_none=True,
     responses=problem_docs(400, 401, 413),
 )
-async def index(request: Request) -> list[ModelIndexEntry]:
+async def index(request: Request) -> list[documents.ModelIndexEntry]:
     """As Triton's clients ask for it; with `{"ready": true}` of the models that are ready."""
-    asked = await _read_json(request, IndexCall)
-    return repository_index(service_of(request).repository, ready=asked.ready)
+    asked = await _read_json(request, documents.IndexCall)
+    cards = [model.current_card for model in service_of(request).repository]
+    return documents.repository_index(cards, ready=asked.ready)
 
 
 @router.post("/repository/models/{name}/load", summary="Load a model again", responses=_CONTROL)
@@ -299,14 +267,14 @@ async def load(request: Request, name: str) -> dict[str, Any]:
 
     A bundle that is loaded and has not changed stays as it is.
     """
-    asked = await _read_json(request, ControlCall)
-    await load_model(service_of(request), name, asked.parameters)
+    asked = await _read_json(request, documents.ControlCall)
+    await service_of(request).load_model(name, asked.parameters)
     return {}
 
 
 @router.post("/repository/models/{name}/unload", summary="Unload a model", responses=_CONTROL)
 async def unload(request: Request, name: str) -> dict[str, Any]:
     """Where the operator allows it; until it is loaded again, its requests get a 503."""
-    await _read_json(request, ControlCall)
-    await unload_model(service_of(request), name)
+    await _read_json(request, documents.ControlCall)
+    await service_of(request).unload_model(name)
     return {}

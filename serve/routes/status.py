@@ -1,17 +1,19 @@
-"""Whether the service lives and is ready, which models it has, and what it counts."""
+"""Health, metrics, models, and the browser pages; nothing of these is loaded from elsewhere."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib.resources import files
 from typing import Literal
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from fdconv_deploy.serve.errors import problem_docs
+from fdconv_deploy.serve.errors import RefusedError, problem_docs
 from fdconv_deploy.serve.model_cards import ModelCard, ModelList
-from fdconv_deploy.serve.routes.common import service_of
-from fdconv_deploy.serve.telemetry import CONTENT_TYPE_LATEST
+from fdconv_deploy.serve.routes import service_of
 
 router = APIRouter()
 
@@ -64,8 +66,7 @@ async def metrics(request: Request) -> Response:
 @router.get("/v1/models", tags=["models"], summary="List the models", responses=problem_docs(401))
 async def list_models(request: Request) -> ModelList:
     """Every model's card; the default model is first."""
-    repository = service_of(request).repository
-    return ModelList(models=[repository.card(model) for model in repository])
+    return ModelList(models=[model.current_card for model in service_of(request).repository])
 
 
 @router.get(
@@ -76,5 +77,62 @@ async def list_models(request: Request) -> ModelList:
 )
 async def get_model(request: Request, name: str) -> ModelCard:
     """Classes, colours, sizes, modes, parity report and benchmark of the model called `name`."""
-    repository = service_of(request).repository
-    return repository.card(repository.get(name))
+    return service_of(request).repository.get(name).current_card
+
+
+_TYPES = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+    "jpg": "image/jpeg",
+}
+_HEADERS = {
+    # Nothing from elsewhere, nothing inline, in no frame.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+}
+_STATIC, _SAMPLES = ("fdconv_deploy.serve", "static"), ("fdconv_deploy.sample_images", "")
+_PAGES = {"/": "index.html", "/docs": "docs.html", "/favicon.ico": "icon.svg"}
+
+
+@router.get("/", include_in_schema=False)
+@router.get("/docs", include_in_schema=False)
+@router.get("/favicon.ico", include_in_schema=False)
+async def page(request: Request) -> Response:
+    """Try a model on an image; the API's documentation, drawn from /openapi.json; the icon."""
+    return _file(_STATIC, _PAGES[request.scope["route"].path])
+
+
+@router.get("/static/{name}", include_in_schema=False)
+async def static(name: str) -> Response:
+    """A script, a style sheet, a picture."""
+    return _file(_STATIC, name)
+
+
+@router.get("/samples", include_in_schema=False)
+async def samples() -> JSONResponse:
+    """The names of the sample scenes."""
+    return JSONResponse({"samples": sorted(_files(*_SAMPLES))})
+
+
+@router.get("/samples/{name}", include_in_schema=False)
+async def sample(name: str) -> Response:
+    """A sample scene."""
+    return _file(_SAMPLES, name)
+
+
+@lru_cache
+def _files(package: str, folder: str) -> dict[str, bytes]:
+    # Read once, by name from a list: no path is ever made from what a client sends.
+    found = (files(package) / folder).iterdir()
+    return {one.name: one.read_bytes() for one in found if one.name.rpartition(".")[2] in _TYPES}
+
+
+def _file(where: tuple[str, str], name: str) -> Response:
+    if (data := _files(*where).get(name)) is None:
+        raise RefusedError(404, "There is nothing at this address; /docs lists what there is.")
+    kind = _TYPES[name.rpartition(".")[2]]
+    return Response(data, headers={**_HEADERS, "Content-Type": kind})

@@ -28,7 +28,7 @@ from fdconv_deploy.serve.batching import (
 
 
 def filled(queue: BatchQueue, lane: str, *names: str, at: float = 0.0, **options) -> list[Item]:
-    items = [Item(name, at, **options) for name in names]
+    items = [Item(at, request=name, **options) for name in names]
     for item in items:
         queue.push(lane, item)
     return items
@@ -36,7 +36,7 @@ def filled(queue: BatchQueue, lane: str, *names: str, at: float = 0.0, **options
 
 def names(found: Batch | float | None) -> list[str]:
     assert isinstance(found, Batch), found
-    return [item.payload for item in found.items]
+    return [item.request for item in found.items]
 
 
 def drained(queue: BatchQueue, *, seconds_per_item: float = 1.0, now: float = 0.0) -> list[str]:
@@ -118,7 +118,7 @@ class TestBatches:
         queue = BatchQueue()
         queue.add_lane("a", (4,))
         filled(queue, "a", "1", "2")
-        filled(queue, "a", "slide", alone=True)
+        filled(queue, "a", "slide", call=print)
         filled(queue, "a", "3")
         assert [names(queue.pop(0.0)) for _ in range(3)] == [["1", "2"], ["slide"], ["3"]]
 

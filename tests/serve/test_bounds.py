@@ -225,7 +225,7 @@ class TestCompressed:
             body = gzip.compress(bytes(30 << 20))
             answer = client.post(INFER, content=body, headers={"Content-Encoding": "gzip"})
             assert "larger than the 3,604,480 bytes" in refused(answer, 413)
-            assert client.app.state.service.budget.used == 0
+            assert client.app.state.service.admission.body_bytes == 0
 
     def test_unpacked_beside_the_event_loop(self, client: TestClient, monkeypatch) -> None:
         loop, seen = [], []

@@ -19,7 +19,8 @@ from pycocotools import mask as coco
 
 from fdconv_deploy.client import Client, ServiceError
 from fdconv_deploy.runtime import Detection, open_session
-from fdconv_deploy.serve import Settings, create_app, running, schemas
+from fdconv_deploy.serve import Settings, create_app, running
+from fdconv_deploy.serve.routes import segment as schemas
 from tests.runtime import toy, toy_detector
 from tests.serve.conftest import wait_until_ready
 from tests.serve.test_refusals import refused

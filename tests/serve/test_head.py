@@ -11,14 +11,14 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
 from fdconv_deploy.serve import Settings, create_app, running
-from fdconv_deploy.serve.routes import ROUTERS
+from fdconv_deploy.serve.routes import kserve, segment, status
 from tests.serve.conftest import wait_until_ready
 
 # Every address that answers GET, of the model that is served.
 PATHS = sorted(
     path.replace("{version}", "1").replace("/samples/{name}", "/samples/0.jpg")
-    for router in ROUTERS
-    for route in router.routes
+    for group in (segment, kserve, status)
+    for route in group.router.routes
     if isinstance(route, APIRoute) and "GET" in route.methods
     for path in [re.sub(r"(models|static)/{name}", r"\1/<\1>", route.path)]
 )

@@ -531,7 +531,7 @@ def test_bytes_in_hand_are_bounded(bundles: list[Path], png: bytes) -> None:
         wait_until_ready(client)
         answer = client.post("/v1/segment", content=png, headers=PNG)
         assert "bytes of requests" in refused(answer, 503)
-        assert app.state.service.budget.used == 0
+        assert app.state.service.admission.body_bytes == 0
 
 
 def test_connections_are_bounded(bundles: list[Path]) -> None:

@@ -18,10 +18,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.runtime import Bundle, open_session
+from fdconv_deploy.runtime import Bundle, Session, open_session
 from fdconv_deploy.serve import Settings, create_app
 from fdconv_deploy.serve.batching import WorkerDiedError
-from fdconv_deploy.serve.workers import BundleMemory, Children, isolated_session
+from fdconv_deploy.serve.workers import BundleMemory, Children, WorkerRunner
 from tests.runtime import toy
 from tests.runtime.test_bundle import relist
 from tests.serve.conftest import wait_until_ready
@@ -30,6 +30,10 @@ from tests.serve.test_refusals import refused
 from tests.serve.test_segment_request import decode
 
 PNG = {"Content-Type": "image/png"}
+
+
+def isolated_session(bundle: Bundle, settings: Settings, children: Children) -> Session:
+    return Session(bundle, WorkerRunner(bundle, settings, children))
 
 
 @pytest.fixture(scope="module")

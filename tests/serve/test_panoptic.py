@@ -14,7 +14,7 @@ from PIL import Image
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 from fdconv_deploy.serve import Settings, create_app
-from fdconv_deploy.serve.schemas import Segmentation
+from fdconv_deploy.serve.routes.segment import Segmentation
 from tests.runtime import toy_panoptic
 from tests.serve.conftest import wait_until_ready
 

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from fdconv_deploy.runtime import Segmentation, open_session, read_image
-from fdconv_deploy.serve import schemas
+from fdconv_deploy.serve.routes import segment as schemas
 from tests.serve.conftest import encoded
 
 PNG = {"Content-Type": "image/png"}

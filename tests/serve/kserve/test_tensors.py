@@ -93,7 +93,7 @@ def test_infer_works_on_numbers_in_pieces(client: TestClient, pixels, call, monk
         return call
 
     monkeypatch.setattr(tensors, "_PIECE_BYTES", 1000)
-    monkeypatch.setattr(tensors, "_PIECE", 300)
+    monkeypatch.setattr(tensors, "PIECE", 300)
     monkeypatch.setattr(tensors, "from_json", noted(tensors.from_json))
     monkeypatch.setattr(tensors, "to_json", noted(tensors.to_json))
     assert client.post(URL, json=call).content == expected.content

@@ -39,9 +39,10 @@ from fdconv_deploy.errors import BackendError, FDConvError  # noqa: E402
 from fdconv_deploy.runtime import Bundle, open_session  # noqa: E402
 from fdconv_deploy.serve import Settings, create_app  # noqa: E402
 from fdconv_deploy.serve.batching import DeadlineError, WorkerDiedError  # noqa: E402
-from fdconv_deploy.serve.ray import Arguments, app, run  # noqa: E402
+from fdconv_deploy.serve.ray import app, run  # noqa: E402
 from fdconv_deploy.serve.ray.ingress import ReplicaRunner  # noqa: E402
 from fdconv_deploy.serve.ray.model import model_id  # noqa: E402
+from fdconv_deploy.serve.settings import RaySettings  # noqa: E402
 from tests.runtime import toy  # noqa: E402
 from tests.serve.conftest import encoded, wait_until_ready  # noqa: E402
 
@@ -74,7 +75,7 @@ def on_ray(cluster: None, bundles: list[Path], detectors: list[Path]) -> Iterato
     serve.start(http_options={"port": 0}, proxy_location="HeadOnly")
     serve.run(
         app(
-            Arguments(
+            RaySettings(
                 bundles=[*bundles, *detectors],
                 replicas=2,
                 models_per_replica=4,
@@ -263,10 +264,10 @@ def ask(
 
 
 def test_a_bundle_that_is_not_there_is_said(cluster, tmp_path) -> None:
-    made = app(Arguments(bundles=[tmp_path / "gone"]))
+    made = app(RaySettings(bundles=[tmp_path / "gone"]))
     with pytest.raises(RuntimeError):
         serve.run(made, name="gone", route_prefix="/gone")
-    deployment = serve.status().applications["gone"].deployments["Model"]
+    deployment = serve.status().applications["gone"].deployments["Ingress"]
     assert f"{tmp_path / 'gone'} does not exist. Check the path." in deployment.message
     serve.delete("gone")
 
@@ -280,7 +281,7 @@ def test_a_replaced_bundle_is_followed(on_ray, tmp_path, png) -> None:
     toy.make_bundle(folder / "one", seed=5)
     assert model_id(Bundle.open(folder / "one")).isascii()
     keys.write_text("first\nsecond\n")
-    arguments = Arguments(
+    arguments = RaySettings(
         bundles=[folder / "one", toy.make_bundle(folder / "two").path],
         reload_seconds=0.2,
         threads=1,
@@ -314,7 +315,7 @@ def test_an_address_where_nobody_listens_is_said_at_once(bundles) -> None:
         port = listener.getsockname()[1]
     for address in (f"127.0.0.1:{port}", "nowhere", "127.0.0.1:99999"):
         with pytest.raises(FDConvError, match=r"(?i)no (Ray cluster answers|address of a Ray)"):
-            run(Arguments(bundles=bundles), address)
+            run(RaySettings(bundles=bundles), address)
 
 
 def test_a_token_that_is_missing_is_said(cluster, bundles, tmp_path) -> None:
@@ -335,7 +336,7 @@ def test_serve_yaml_is_one(tmp_path) -> None:
     config = ServeDeploySchema.model_validate(yaml.safe_load(YAML.read_text()))
     (application,) = config.applications
     assert application.import_path == "fdconv_deploy.serve.ray:app"
-    made = app(Arguments.model_validate(application.args))
+    made = app(RaySettings.model_validate(application.args))
     names = {deployment.name for deployment in application.deployments}
     assert made._bound_deployment.name == "Ingress"
     assert names == {"Model"}
@@ -343,7 +344,7 @@ def test_serve_yaml_is_one(tmp_path) -> None:
 
 def test_arguments_take_what_a_command_line_gives() -> None:
     given = {"bundles": "/models/a,/models/b", "replicas": "2", "deadline_ms": "500"}
-    found = Arguments.model_validate({**given, "formats": "PNG,JPEG", "api_keys": "a"})
+    found = RaySettings.model_validate({**given, "formats": "PNG,JPEG", "api_keys": "a"})
     assert found.bundles == (Path("/models/a"), Path("/models/b"))
     assert found.formats == ("PNG", "JPEG")
     assert [key.get_secret_value() for key in found.api_keys] == ["a"]
@@ -363,7 +364,7 @@ def test_arguments_take_what_a_command_line_gives() -> None:
 )
 def test_arguments_that_do_nothing_here_are_refused(given: dict, said: str) -> None:
     with pytest.raises(ValidationError, match=said):
-        Arguments.model_validate({"bundles": ["bundle"], **given})
+        RaySettings.model_validate({"bundles": ["bundle"], **given})
 
 
 class Response:
