@@ -53,13 +53,7 @@ class Admission:
         self.in_hand = self.memory_used = self.body_bytes = 0
 
     def check_room(self, client: str, images: int = 1, deadline: float = math.inf) -> None:
-        """Refuse early, before a body is read, what :meth:`admit` would refuse.
-
-        Raises:
-            RefusedError: 429, this client has too much in hand; 503, the service is too busy to
-                answer by the deadline, or everybody together has too much in hand; 413, the
-                request alone is more than is ever taken.
-        """
+        """Refuse early, before a body is read, what :meth:`admit` would refuse."""
         settings = self._settings
         if images > self._limit:
             raise RefusedError(
@@ -112,11 +106,7 @@ class Admission:
                 del self._clients[client]
 
     def take_body(self, size: int) -> None:
-        """Count bytes of a body in; :meth:`give_body` counts them out.
-
-        Raises:
-            RefusedError: 503, they are too many for now.
-        """
+        """Count bytes of a body in, unless they are too many for now (503)."""
         if self.body_bytes + size > self._settings.max_bytes_in_hand:
             raise RefusedError(
                 503,
@@ -238,11 +228,7 @@ class Memory:
         running.add_done_callback(lambda _: loop.call_soon_threadsafe(self.__exit__))
 
     def take_now(self, size: int) -> bool:
-        """Take ``size`` bytes if they are free and nobody waits; from any thread.
-
-        Raises:
-            RefusedError: 413, it is more than there is.
-        """
+        """Take ``size`` bytes if they are free and nobody waits; from any thread."""
         if self._admission.take_now(size):
             self.size = size
         return self.size == size
@@ -250,10 +236,8 @@ class Memory:
     async def take(self, size: int, deadline: float = math.inf) -> None:
         """Take ``size`` bytes, unless that was done, in the order of asking.
 
-        Raises:
-            RefusedError: 413, it is more than there is. 503, as soon as it is known that the
-                request will not be answered by its deadline.
-            DeadlineError: It passed first.
+        Refused with 413 if there are never so many, and with 503 as soon as it is known that the
+        request will not be answered by its deadline.
         """
         if not self.size and not self.take_now(size):
             await self._admission.wait(size, deadline)

@@ -151,10 +151,18 @@ class BatchQueue:
         ready: list[tuple[Hashable, _Lane]] = []
         later: list[float] = []
         for key, lane in self._lanes.items():
-            self._drop_late(lane, now)
-            if lane.waiting and (ready_at := self._ready_at(lane)) > now:
+            if any(item.deadline <= now for item in lane.waiting):
+                kept = deque(item for item in lane.waiting if item.deadline > now)
+                self.waiting -= len(lane.waiting) - len(kept)
+                lane.waiting = kept
+            if not lane.waiting:
+                continue
+            first = lane.waiting[0]
+            full = len(lane.waiting) >= max(lane.sizes) or first.call is not None
+            ready_at = first.enqueued + (0.0 if full else self._delay)
+            if ready_at > now:
                 later.append(ready_at)
-            elif lane.waiting:
+            else:
                 ready.append((key, lane))
         if not ready:
             return min(later, default=None)
@@ -178,10 +186,6 @@ class BatchQueue:
         each, before = seconds / len(batch.items), lane.seconds_per_item
         lane.seconds_per_item = each if before is None else before + _SMOOTHING * (each - before)
 
-    def _ready_at(self, lane: _Lane) -> float:
-        full = len(lane.waiting) >= max(lane.sizes) or lane.waiting[0].call is not None
-        return lane.waiting[0].enqueued + (0.0 if full else self._delay)
-
     def _take(self, lane: _Lane) -> list[Item]:
         most, together, count = min(len(lane.waiting), max(lane.sizes)), 0, 1
         while together < most and lane.waiting[together].call is None:
@@ -190,12 +194,6 @@ class BatchQueue:
             count = min(plan_batches(together, lane.sizes, lane.cost)[0], together)
         self.waiting -= count
         return [lane.waiting.popleft() for _ in range(count)]
-
-    def _drop_late(self, lane: _Lane, now: float) -> None:
-        if any(item.deadline <= now for item in lane.waiting):
-            kept = deque(item for item in lane.waiting if item.deadline > now)
-            self.waiting -= len(lane.waiting) - len(kept)
-            lane.waiting = kept
 
 
 @dataclass(eq=False)
@@ -382,7 +380,7 @@ class Scheduler:
         while (batch := self._take()) is not None:
             start = self._clock()
             try:
-                self._finish(batch, start, self._results(batch))
+                self._finish(batch, start, self._results(batch.lane, batch.items))
             except Exception as error:
                 self._finish(batch, start, error)
             except BaseException as error:
@@ -407,10 +405,16 @@ class Scheduler:
                 left = None if found is None else max(found - self._clock(), 0.0)
                 self._tokens.get(timeout=left)
 
-    def _results(self, batch: Batch) -> list[Any]:
-        if (call := batch.items[0].call) is not None:
+    def _results(self, lane: Hashable, items: list[Item]) -> list[Any]:
+        if (call := items[0].call) is not None:
             return [call()]
-        outputs, count = self._runs[batch.lane](_stack(batch.items)), len(batch.items)
+        inputs, start, count = items[0].inputs, items[0].index, len(items)
+        if all(item.inputs is inputs and item.index == start + n for n, item in enumerate(items)):
+            # One after another in one request's: views.
+            stacked = {name: value[start : start + count] for name, value in inputs.items()}
+        else:
+            stacked = {n: np.stack([one.inputs[n][one.index] for one in items]) for n in inputs}
+        outputs = self._runs[lane](stacked)
         return [{name: value[n] for name, value in outputs.items()} for n in range(count)]
 
     def _finish(self, batch: Batch, start: float, found: list[Any] | Exception) -> None:
@@ -442,11 +446,3 @@ class Scheduler:
             if not request.missing and request.answer is not None and not request.answer.done():
                 request.answer.set_result(outcome)
         self._on_batch(batch.lane, len(batch.items), seconds)
-
-
-def _stack(items: list[Item]) -> Tensors:
-    """The images' inputs together; views where they lie one after another in one request's."""
-    inputs, start = items[0].inputs, items[0].index
-    if all(item.inputs is inputs and item.index == start + n for n, item in enumerate(items)):
-        return {name: value[start : start + len(items)] for name, value in inputs.items()}
-    return {name: np.stack([item.inputs[name][item.index] for item in items]) for name in inputs}

@@ -42,11 +42,9 @@ class Clients:
         return bool(self._digests)
 
     def identify(self, peer: str, headers: Sequence[tuple[str, str]]) -> Client:
-        """Identify the sender of a request.
+        """Identify the sender of a request by its peer's address and its headers, or metadata.
 
-        Args:
-            peer: Address at the other end of the connection; any text of a server that has none.
-            headers: (lower-case name, value) of each header, or entry of gRPC's metadata.
+        Their names are in lower case; the address may be any text of a server that has none.
         """
         address = _normalized(peer)
         if self._proxies:

@@ -174,11 +174,7 @@ class ModelList(BaseModel):
 
 
 def model_name(path: Path) -> str:
-    """The name a bundle is served under: its folder's.
-
-    Raises:
-        BundleError: the name cannot be part of an address.
-    """
+    """The name a bundle is served under: its folder's, if that can be part of an address."""
     if not _NAME.fullmatch(path.name):
         raise BundleError(
             f"The bundle {path} is served under its folder's name, which may hold letters, "
@@ -188,12 +184,7 @@ def model_name(path: Path) -> str:
 
 
 def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
-    """The card of a model that is not loaded.
-
-    Raises:
-        BundleError: the bundle is neither a detector nor a segmentor, or is tested by sliding
-            with a stride that cannot.
-    """
+    """The card of a detector or segmentor that is not loaded; BundleError for other bundles."""
     manifest = bundle.manifest
     if manifest.input is None or manifest.kind == "module":
         raise BundleError(

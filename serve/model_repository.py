@@ -47,10 +47,6 @@ class Version:
     leases: int = 0
     retired: bool = False
 
-    def lane(self, size: tuple[int, int]) -> Lane:
-        """Where runs of an input size (height, width) queue."""
-        return Lane(self, size)
-
     @cached_property
     def tensor_bytes(self) -> int:
         """Memory that one image's inputs and outputs of the network take, at its largest."""
@@ -157,11 +153,7 @@ class Repository:
 
     @property
     def default(self) -> Model:
-        """The model that /v1/segment uses: the first at the start, and never another.
-
-        Raises:
-            RefusedError: 503, its bundle is gone.
-        """
+        """The model that /v1/segment uses: the first at the start, and never another."""
         if self._default not in self._models:
             raise self._unavailable(
                 f"The default model {self._default!r} is gone; there are "
@@ -193,11 +185,7 @@ class Repository:
         return sum(m.version.card.bytes for m in self if m.version)
 
     async def start(self) -> None:
-        """Load what is loaded at the start.
-
-        Raises:
-            FDConvError: A model does not load.
-        """
+        """Load what is loaded at the start."""
         for model in list(self):
             if self._settings.load == "start" or model.session is not None:
                 await self._loaded(model)
@@ -205,13 +193,7 @@ class Repository:
     async def lease(self, model: Model, deadline: float) -> AbstractContextManager[Version]:
         """A ``with`` block that holds the model's version, which is loaded first where it is not.
 
-        Args:
-            model: Whose.
-            deadline: By when it must be loaded, on the scheduler's clock.
-
-        Raises:
-            RefusedError: 503, it cannot be loaded, or was unloaded by hand.
-            DeadlineError: The deadline passed first; loading goes on, for the next request.
+        Refused with 503 if it cannot be; past the deadline, loading goes on for the next request.
         """
         while model.version is None:  # once loaded, it may be unloaded before this goes on
             if not model.wanted:

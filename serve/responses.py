@@ -53,14 +53,11 @@ class Form:
 
 
 def choose_form(accept: str, output: Output | None) -> Form:
-    """Choose the form of the answer from the ``Accept`` header and ``?output=``.
+    """Choose the form of the answer from the ``Accept`` header and ``?output=``; else a 406.
 
     Without ``output``, image/png asks for the mask, application/x-npz for logits, and
     application/json, or anything at all, for JSON. application/zip takes what ``output`` says
     (masks, if nothing), one file per image.
-
-    Raises:
-        RefusedError: 406, the header accepts none of the media types there are.
     """
     offers = MEDIA_TYPES[output] if output else (JSON, PNG, NPZ)
     if output != "json":
@@ -76,11 +73,7 @@ def choose_form(accept: str, output: Output | None) -> Form:
 
 
 def form_for_several(accept: str, form: Form) -> Form:
-    """The form of an answer to several images: JSON, or a zip of files.
-
-    Raises:
-        RefusedError: 406, the ``Accept`` header rules out both.
-    """
+    """The form of an answer to several images: JSON, or a zip of files; else a 406."""
     if form.media_type in (JSON, ZIP):
         return form
     if best_type(accept, [ZIP]) is None:
@@ -194,16 +187,9 @@ class Room:
 def render(
     form: Form, answers: Iterator[Answer], opacity: float, mask: MaskForm
 ) -> tuple[bytes, str]:
-    """Write the response's body; returned with its media type.
+    """The response's body, and its media type; a 413 for JSON longer than ``MAX_JSON``.
 
-    Args:
-        form: What of each answer.
-        answers: Of each image; each is made when the one before is written.
-        opacity: Of an overlay's colours.
-        mask: How JSON holds masks.
-
-    Raises:
-        RefusedError: 413, it is JSON longer than ``MAX_JSON``.
+    Each answer is made when the one before is written.
     """
     if form.output == "json":
         texts: list[bytes] = []
@@ -361,11 +347,7 @@ def _classes(answer: Answer) -> list[dict[str, Any]]:
 
 
 def run_lengths(labels: npt.NDArray[Any], room: Room | None = None) -> dict[str, list[int]]:
-    """Encode labels (H, W) as runs in row-major order, a `RunLengthMask`.
-
-    Raises:
-        RefusedError: 413, there is no room for them in JSON.
-    """
+    """Encode labels (H, W) as runs in row-major order, a `RunLengthMask`."""
     room, flat = room or Room(), labels.reshape(-1)
     # In parts, each with the last pixel of the one before.
     starts, count = [np.zeros(1, np.int64)], 1
@@ -391,22 +373,11 @@ def class_rings(
     left: int = 0,
     room: Room | None = None,
 ) -> list[list[int]]:
-    """The outlines of one class, along the pixels' edges: filling them gives its pixels back.
+    """The outlines of a class in labels (H, W) that begin at a row and column of the image.
 
-    Args:
-        labels: (H, W).
-        number: The class id.
-        top: Row of the image where the labels begin.
-        left: Column of the image where the labels begin.
-        room: For them in JSON.
-
-    Returns:
-        Closed rings ``[x0, y0, x1, y1, ...]`` of pixel corners, (0, 0) being the top left corner
-        of the image. A pixel is of the class when its centre is inside an odd number of rings
-        (SVG's ``evenodd``). Pixels that touch only at a corner are in different rings.
-
-    Raises:
-        RefusedError: 413, there is no room.
+    They go along the pixels' edges: closed rings ``[x0, y0, x1, y1, ...]`` of pixel corners, (0, 0)
+    being the top left corner of the image. A pixel is of the class when its centre is inside an odd
+    number of rings (SVG's ``evenodd``). Pixels that touch only at a corner are in different rings.
     """
     room = room or Room()
     inside = np.pad(labels == number, 1)

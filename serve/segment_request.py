@@ -39,7 +39,8 @@ from fdconv_deploy.serve.responses import (
     render,
 )
 from fdconv_deploy.serve.service import Service, Work
-from fdconv_deploy.serve.telemetry import Stages
+from fdconv_deploy.serve.settings import Settings
+from fdconv_deploy.serve.telemetry import Stages, milliseconds
 from fdconv_deploy.serve.uploads import Upload
 
 
@@ -73,17 +74,13 @@ class SegmentOptions(BaseModel):
 
 @dataclass(frozen=True)
 class SegmentRequest:
-    """A request's options, checked against the card of the model they are for.
-
-    Attributes:
-        kept: Ids of the classes asked for; None for all.
-    """
+    """A request's options, checked against the card of the model they are for."""
 
     card: ModelCard
     form: Form
     options: SegmentOptions
     mode: Literal["whole", "slide"]
-    kept: tuple[int, ...] | None
+    kept: tuple[int, ...] | None  # ids of the classes asked for; None for all
 
     @property
     def min_score(self) -> float:
@@ -92,11 +89,7 @@ class SegmentRequest:
 
 
 def check_options(card: ModelCard, options: SegmentOptions, form: Form) -> SegmentRequest:
-    """Check a request's options against the card of its model.
-
-    Raises:
-        RefusedError: 406 or 422, the model cannot do what an option asks for.
-    """
+    """Check a request's options; a 406 or 422 where the model cannot do what one asks for."""
     if card.instances is not None:
         _check_detector(card, options, form)
     elif options.min_score is not None and card.queries is None:
@@ -174,18 +167,14 @@ def _class_ids(card: ModelCard, classes: list[str]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class SegmentAnswer:
-    """A response's body, with what its headers and the metrics hold.
-
-    Attributes:
-        fits: How each image was fitted to the network's input.
-    """
+    """A response's body, with what its headers and the metrics hold."""
 
     model: str
     mode: str
     body: bytes
     media_type: str
     stages: Stages
-    fits: list[str]
+    fits: list[str]  # how each image was fitted to the network's input
 
 
 async def segment(
@@ -196,12 +185,7 @@ async def segment(
     request: SegmentRequest,
     deadline: float,
 ) -> SegmentAnswer:
-    """Answer for one image or several by ``deadline``, on the scheduler's clock.
-
-    Raises:
-        RefusedError: An image is not accepted; of several, it says which.
-        ImageError: The only image is not accepted.
-    """
+    """Answer a client for one image or several by ``deadline``, on the scheduler's clock."""
     several = len(uploads) > 1
     async with service.work(model, client, len(uploads), deadline) as work:
         card = work.version.card
@@ -213,7 +197,7 @@ async def segment(
         ]
 
         def begin() -> int:
-            size = _memory(images, service.settings.codec_threads)
+            size = _memory([image.cost() for image in images], request, service.settings)
             if work.memory.take_now(size) and not several:
                 images[0]._open()  # at once, without another way to this thread and back
             return size
@@ -242,15 +226,14 @@ async def segment(
     return SegmentAnswer(card.name, request.mode, body, media_type, list(stages.items()), fits)
 
 
-def _memory(images: list[_Image], threads: int) -> int:
+def _memory(costs: list[_Cost], request: SegmentRequest, settings: Settings) -> int:
     """The bytes that a request takes at most: as many images are decoded at a time as threads.
 
     Answers are made one after another, with what was already written in memory.
     """
-    costs = [image.cost() for image in images]
-    decoding = sum(sorted(cost.decoding for cost in costs)[-threads:])
+    decoding = sum(sorted(cost.decoding for cost in costs)[-settings.codec_threads :])
     written = sum(cost.written for cost in costs)
-    if images[0].in_json:  # held to that for all images together
+    if request.form.output == "json":  # held to that for all images together
         written = min(written, 2 * MAX_JSON)
     answering = max(cost.answering for cost in costs) + written
     return sum(cost.kept for cost in costs) + max(decoding, answering)
@@ -330,22 +313,15 @@ class _Image:
         with self._numbered():
             if not self.times:
                 await self._work.code(self._open)
-            await self._run()
-
-    async def _run(self) -> None:
-        waited = time.perf_counter() - self._start - sum(self.times.values())
-        if self._request.mode == "slide":
-            image, self._image = self._image, self._image if self._draws else None
-            assert image is not None
-            lane = self._work.version.lane(self._session.input_size)
-            outcome = await self._work.service.scheduler.call(
-                lane, partial(self._slide, image), self._work.deadline
-            )
-        else:
-            assert self._prepared is not None
-            inputs = {name: value[None] for name, value in self._prepared.inputs.items()}
-            outcome = await self._work.run(self._prepared.network, inputs)
-            self._prepared = replace(self._prepared, inputs={})
+            waited = time.perf_counter() - self._start - sum(self.times.values())
+            if self._prepared is None:
+                image, self._image = self._image, self._image if self._draws else None
+                slide = partial(self._slide, image)
+                outcome = await self._work.call(self._session.input_size, slide)
+            else:
+                inputs = {name: value[None] for name, value in self._prepared.inputs.items()}
+                outcome = await self._work.run(self._prepared.network, inputs)
+                self._prepared = replace(self._prepared, inputs={})
         self._outcome = outcome
         self.times["queue"] = outcome.queue_seconds + max(waited, 0.0)
         self.times["inference"] = outcome.run_seconds
@@ -362,8 +338,9 @@ class _Image:
             image = f"Image {self._number}" + (f" ({name})" if name else "")
             raise RefusedError(found.status, f"{image}: {found.detail}") from error
 
-    def _slide(self, image: npt.NDArray[Any]) -> Segmentation:
+    def _slide(self, image: npt.NDArray[Any] | None) -> Segmentation:
         """Label an image in mode 'slide', and stop between crops when the deadline has passed."""
+        assert image is not None
 
         def run(crops: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
             if time.perf_counter() > self._work.deadline:
@@ -400,16 +377,11 @@ class _Image:
             found=found,
             image=self._image,
             name=self._upload.name,
-            timings_ms={stage: round(seconds * 1e3, 3) for stage, seconds in self.times.items()},
+            timings_ms=milliseconds(list(self.times.items())),
             kept=request.kept,
             logits=logits,
             image_size=self._size,
         )
-
-    @property
-    def in_json(self) -> bool:
-        """Whether the answer is JSON."""
-        return self._request.form.output == "json"
 
     @property
     def _draws(self) -> bool:
@@ -438,7 +410,7 @@ class _Image:
             return
         limit, output = self._settings.max_answer_bytes, self._card.output
         assert output is not None
-        size = output.channels * self._size[0] * self._size[1] * 4
+        size = output.channels * math.prod(self._size) * 4
         if size > limit:
             raise RefusedError(
                 413,

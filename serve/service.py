@@ -44,7 +44,13 @@ class Work:
 
     async def run(self, size: tuple[int, int], inputs: Tensors) -> Outcome:
         """Run the network on images of an input size (height, width)."""
-        return await self.service.scheduler.run(self.version.lane(size), inputs, self.deadline)
+        lane = Lane(self.version, size)
+        return await self.service.scheduler.run(lane, inputs, self.deadline)
+
+    async def call(self, size: tuple[int, int], call: Callable[[], Any]) -> Outcome:
+        """Run ``call`` by itself, in the same turns."""
+        lane = Lane(self.version, size)
+        return await self.service.scheduler.call(lane, call, self.deadline)
 
 
 class Service:
@@ -120,17 +126,9 @@ class Service:
     async def work(
         self, model: Model, client: str, images: int, deadline: float
     ) -> AsyncIterator[Work]:
-        """Admit a request, for the length of a ``with`` block.
+        """Admit a client's request, for the length of a ``with`` block, or refuse it.
 
-        Args:
-            model: Its model, which is loaded first where it is not.
-            client: Who asks.
-            images: How many it has.
-            deadline: By when it must be answered, on the scheduler's clock.
-
-        Raises:
-            RefusedError: 413, 429 or 503, see :class:`Admission` and :meth:`Repository.lease`.
-            DeadlineError: The deadline passed first.
+        Its model is loaded first where it is not; the deadline is on the scheduler's clock.
         """
         with (
             self.admission.admit(client, images, deadline),
@@ -178,11 +176,7 @@ class Service:
         self.metrics.later(count)
 
     def model_statistics(self, name: str = "", version: str = "") -> ModelStatisticsList:
-        """What a model, or each of them, has done since it was loaded; of those that are.
-
-        Raises:
-            RefusedError: 404, there is no such model or version.
-        """
+        """What a model, or each of them, has done since it was loaded; of those that are."""
         models = [self.repository.get(name, version)] if name else list(self.repository)
         loaded = [model.name for model in models if model.version is not None]
         self.metrics.settle()
@@ -191,9 +185,7 @@ class Service:
     async def load_model(self, name: str, parameters: Mapping[str, Any]) -> None:
         """Load a model, or again where its bundle has changed, if the operator lets clients do so.
 
-        Raises:
-            RefusedError: 403, they may not; 404, there is no such model; 400, it does not load, or
-                Triton's parameters "config" or "file:..." ask for another than the bundle holds.
+        Triton's parameters "config" and "file:..." ask for another model than the bundle holds.
         """
         self._check_control()
         for key in parameters:
@@ -272,7 +264,7 @@ class Service:
         self.metrics.settle()  # of the version before
         for size in session.sizes:
             self.scheduler.add_lane(
-                version.lane(size),
+                Lane(version, size),
                 lambda inputs: session.run_batches(inputs),
                 session.batch_sizes,
                 cost=session.runner.batch_cost,
@@ -284,7 +276,7 @@ class Service:
 
     def _closing(self, version: Version) -> None:
         for size in version.session.sizes:
-            self.scheduler.remove_lane(version.lane(size))
+            self.scheduler.remove_lane(Lane(version, size))
         if not self.repository.is_ready(version.name):
             self.metrics.model_bytes.remove(version.name)
 
@@ -295,11 +287,7 @@ class Service:
 
 
 def timeout_of(header: str | None) -> float | None:
-    """The milliseconds of an ``X-Timeout-Ms`` header; None without one.
-
-    Raises:
-        RefusedError: 422, it is none from 1 to ``NO_LIMIT``.
-    """
+    """The milliseconds of an ``X-Timeout-Ms`` header, from 1 to ``NO_LIMIT``; None without one."""
     try:
         found = None if header is None else float(header)
     except ValueError:

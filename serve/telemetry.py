@@ -148,8 +148,7 @@ class Metrics:
     def later(self, count: Callable[[], None]) -> None:
         """Count when there is time, together with others; called on the event loop.
 
-        What counting takes is in no cache of the processor after an inference: for each request
-        alone it would cost several times as much.
+        After an inference no cache of the processor holds what that takes.
         """
         self._uncounted.append(count)
         if len(self._uncounted) == 1:

@@ -52,16 +52,14 @@ class _Parser(MultiPartParser):
 class Body:
     """A request's body; a context manager that holds its bytes' share of what may be in hand.
 
+    Refused are, on entering, what is announced too large (413) or of an unknown encoding (415); on
+    reading, what is too slow (408), too large (413), damaged (422), or too much for now (503).
+
     Args:
         request: Whose it is.
         service: That was asked.
         most: Bytes that a request of this kind may need; beside the setting's.
         deadline: Of the request, on the scheduler's clock.
-
-    Raises:
-        DeadlineError: It passed before the body was there.
-        RefusedError: On entering, 413 announced too large, 415 an unknown encoding. On reading,
-            408 too slow, 413 too large, 422 damaged, 503 too many bytes in hand.
     """
 
     def __init__(
@@ -100,11 +98,7 @@ class Body:
         return b"".join(chunks)
 
     async def read_aligned(self, start: int) -> memoryview:
-        """As :meth:`read`, laid out in memory so that what follows byte ``start`` is aligned.
-
-        Tensors there can be used where they are. A body whose length is announced is written into
-        place once, not joined first.
-        """
+        """As :meth:`read`, laid out so that tensors from byte ``start`` can be used in place."""
         if self._window is not None or self._length is None:
             chunks = await self._all_chunks()
             room, at = _aligned_room(sum(map(len, chunks)), start), 0

@@ -28,7 +28,7 @@ from benchmarks.serving.harness import (
 LIMIT_MB = 20.0
 LEAK = """
 import sys
-from fdconv_deploy.serve import segment_stages as segmenting
+from fdconv_deploy.serve import segment_request as segmenting
 kept, render = [], segmenting.render
 def leaking(*arguments):
     kept.append(bytearray(SIZE))

@@ -57,21 +57,12 @@ class InputTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A checked inference request.
+    """A checked inference request."""
 
-    Attributes:
-        id: The client's, empty without one.
-        images: (N, C, H, W) float32 normalised, or (N, H, W, C) uint8, RGB where C is 3.
-        sizes: Of a detector, (N, 2) float32, height and width of each image within its input;
-            the whole input when None.
-        outputs: Names of the outputs to answer with.
-        timeout_ms: The client's time limit.
-    """
-
-    id: str
-    images: Array
-    sizes: Array | None
-    outputs: tuple[str, ...]
+    id: str  # the client's, empty without one
+    images: Array  # (N, C, H, W) float32 normalised, or (N, H, W, C) uint8, RGB where C is 3
+    sizes: Array | None  # of a detector, (N, 2) float32 within the input; the whole input if None
+    outputs: tuple[str, ...]  # names of those to answer with
     timeout_ms: float | None
 
 
@@ -86,11 +77,7 @@ def datatype_of(array: Array) -> str:
 
 
 def check_parameters(parameters: Mapping[str, Any]) -> None:
-    """Refuse parameters that ask for what is not done here; empty ones ask for nothing.
-
-    Raises:
-        RefusedError: 400, one does.
-    """
+    """Refuse, by a 400, parameters that ask for what is not done here; empty ones do not."""
     for names, what in _NOT_DONE.items():
         for name in names:
             if parameters.get(name):
@@ -109,13 +96,7 @@ def infer_request(
 ) -> InferRequest:
     """Check a request's tensors against the card of its model, and put them together.
 
-    Args:
-        card: Of the model it is for.
-        request_id: The client's.
-        inputs: In any order.
-        outputs: Names of those wanted; all when empty.
-        timeout_us: Time limit in microseconds; none when 0 or None.
-        max_images: Most images in one request.
+    Without ``outputs`` all are wanted; a ``timeout_us``, in microseconds, of 0 is none.
 
     Raises:
         RefusedError: 400, they are no inputs or outputs of this model.
@@ -244,21 +225,18 @@ async def infer(
     write: Callable[[Version, dict[str, Array]], T],
     in_json: Collection[str] = (),
 ) -> tuple[T, Version, Stages]:
-    """Run a request, and write its answer.
+    """Run a client's request by its deadline; what ``write`` made, the version, and the stages.
 
     Args:
         service: That was asked.
-        model: For which model.
-        client: By whom.
-        request: What is to be run.
-        deadline: By when, on the scheduler's clock; writing included.
+        model: Of it.
+        client: Who asks.
+        request: For what.
+        deadline: On the scheduler's clock; writing included.
         write: Makes the answer of the version and of the outputs asked for, by name. A segmentor's
             are ``logits`` (N, classes, h, w) float32 and ``labels`` (N, H, W) at the input's size,
             uint8 or, above 256 classes, uint16; a detector's are its graph's outputs.
         in_json: Names of those that are written as JSON, which is done on another thread.
-
-    Returns:
-        What ``write`` made, the version that answered, and its stages.
     """
     async with service.work(model, client, len(request.images), deadline) as work:
         version = work.version

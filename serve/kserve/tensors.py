@@ -118,11 +118,7 @@ class InferAnswer(BaseModel):
 
 
 def json_length(header: str | None, size: int) -> int:
-    """How many of a body's bytes are JSON, as the client's header says; all without one.
-
-    Raises:
-        RefusedError: 400, the header is not a number of bytes within the body.
-    """
+    """How many of a body's bytes are JSON, as the client's header says; all without one."""
     if header is None:
         return size
     if not (header.isascii() and header.isdigit()) or int(header[:20]) > size:
@@ -138,11 +134,7 @@ def most_bytes(card: ModelCard, max_images: int) -> int:
 
 
 def json_memory(text: memoryview, card: ModelCard, max_images: int) -> int:
-    """The bytes of memory that reading a request's JSON takes, counted before it is read.
-
-    Raises:
-        RefusedError: 413, it holds more numbers than the model's inputs do.
-    """
+    """The memory that reading JSON takes; a 413 where it holds more numbers than the inputs."""
     numbers, most = 1, max_images * card.input_numbers
     for at in range(0, len(text), _COUNTED):
         numbers += bytes(text[at : at + _COUNTED]).count(b",")
@@ -225,13 +217,9 @@ def _read_list(text: memoryview, at: int) -> tuple[list[Array], int]:
 def read_request(
     body: memoryview, length: int, card: ModelCard, max_images: int
 ) -> tuple[InferRequest, dict[str, bool]]:
-    """Read a body of ``length`` bytes of JSON and then binary tensors, in the inputs' order.
+    """A body of ``length`` bytes of JSON, then binary tensors in the inputs' order, as a request.
 
-    Returns:
-        The request, and which of its outputs the client wants in binary.
-
-    Raises:
-        RefusedError: 400, it is not a request that this model can answer.
+    And which of its outputs the client wants in binary. Refused, by a 400, if it is none.
     """
     call, lists = _read_json(body[:length])
     parameters, outputs = call.parameters or Parameters(), call.outputs or []
@@ -271,11 +259,7 @@ def read_request(
 def write_answer(
     card: ModelCard, request: InferRequest, outputs: dict[str, Array], binary: dict[str, bool]
 ) -> tuple[list[bytes | memoryview], int | None]:
-    """Write an answer: the body's parts, and the JSON's length where binary tensors follow it.
-
-    Raises:
-        RefusedError: 400, an output that is wanted in JSON holds values JSON cannot express.
-    """
+    """An answer: the body's parts, and the JSON's length where binary tensors follow it."""
     text: list[bytes | memoryview] = []
     parts: list[bytes | memoryview] = []
     # By hand: what may need an escape is the client's id alone, and any library's code is in no

@@ -111,11 +111,7 @@ class RayService(Service):
         super().__init__(sources, settings, scheduler=ReplicaScheduler)
 
     async def start(self) -> None:
-        """As for a service, but it is started when its models are loaded: Ray then sends requests.
-
-        Raises:
-            FDConvError: A model does not load.
-        """
+        """As a service does, but to the end of loading its models: then Ray sends requests."""
         self.loop = asyncio.get_running_loop()
         await super().start()
         problem = await self.loaded
@@ -170,13 +166,7 @@ class ReplicaRunner(RemoteRunner):
         self._handle = handle.options(multiplexed_model_id=model_id(bundle))
 
     async def run(self, image: Tensors, deadline: float) -> Ran:
-        """Run one image, whose inputs have no batch axis, in a replica.
-
-        Raises:
-            DeadlineError: Its deadline, on the scheduler's clock, passed first.
-            WorkerDiedError: Two replicas ended that had it.
-            FDConvError: The replica cannot open the bundle.
-        """
+        """Run one image, whose inputs have no batch axis, in a replica; if it dies, in another."""
         found: Ran = await self._ask(self._handle.run.remote, image, deadline=deadline)
         return found
 

@@ -25,19 +25,12 @@ log = logging.getLogger("fdconv.serve")
 
 
 class Ran(NamedTuple):
-    """A replica's answer for one image.
+    """A replica's answer for one image."""
 
-    Attributes:
-        outputs: The network's, by name, without their batch axis.
-        run_seconds: Of its batch.
-        batch: Images in that.
-        first: Whether it was the first of them, by whose answer the batch is counted.
-    """
-
-    outputs: dict[str, npt.NDArray[Any]]
-    run_seconds: float
-    batch: int
-    first: bool
+    outputs: dict[str, npt.NDArray[Any]]  # the network's, by name, without their batch axis
+    run_seconds: float  # of its batch
+    batch: int  # images in that
+    first: bool  # of them; by its answer the batch is counted
 
 
 class _Loaded(NamedTuple):

@@ -58,11 +58,7 @@ def answered(request: Request, model: str, images: int, stages: Stages) -> None:
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await ``work``, and cancel it when the client goes away.
-
-    Raises:
-        ClientDisconnect: The client went away.
-    """
+    """Await ``work``, and cancel it when the client goes away (ClientDisconnect)."""
     task, watching = asyncio.current_task(), list[asyncio.Task[None]]()
     assert task is not None
     left = False

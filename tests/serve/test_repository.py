@@ -19,6 +19,7 @@ import pytest
 
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.serve import Settings, create_app
+from fdconv_deploy.serve.model_repository import timed_runs
 from fdconv_deploy.serve.service import Service
 from tests.runtime import toy
 
@@ -554,3 +555,22 @@ def test_what_cannot_be_served_is_said_once(tmp_path: Path, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         asyncio.run(test())
     assert sum("is not served" in record.message for record in caplog.records) == 1
+
+
+def test_card_times_runs_of_the_network_alone(bundles: list[Path], monkeypatch) -> None:
+    """Every batch size more than once, the least of them taken; no loading, no pixels."""
+    with open_session(bundles[0], threads=1) as session:
+        session.warm_up()
+        ran: list[int] = []
+        run = session.run_batches
+
+        def recorded(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            ran.append(len(feeds["images"]))
+            return run(feeds)
+
+        monkeypatch.setattr(session, "run_batches", recorded)
+        monkeypatch.setattr(session, "pipeline", None)
+        found = timed_runs(session)
+        assert [entry.batch for entry in found] == list(session.batch_sizes)
+        assert set(ran) == set(session.batch_sizes)
+        assert len(ran) > len(found)

@@ -310,6 +310,19 @@ def test_a_replaced_bundle_is_followed(on_ray, tmp_path, png) -> None:
     serve.delete("changing")
 
 
+def test_a_bundle_that_went_is_said_by_a_new_replica(on_ray, tmp_path, png) -> None:
+    """At once, not at the deadline: a replica starts without any bundle, too."""
+    path = toy.make_bundle(tmp_path / "lone").path
+    serve.run(app(RaySettings(bundles=[path], threads=1)), name="lone", route_prefix="/lone")
+    assert ask(on_ray, png, "/lone/v1/segment").status_code == 200
+    shutil.rmtree(path)
+    (replica,) = processes("ServeReplica:lone:Model")
+    replica.kill()
+    answer = ask(on_ray, png, "/lone/v1/segment")
+    assert (answer.status_code, "cannot be run" in answer.text) == (503, True)
+    serve.delete("lone")
+
+
 def test_an_address_where_nobody_listens_is_said_at_once(bundles) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
