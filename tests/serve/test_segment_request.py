@@ -19,7 +19,7 @@ from PIL import Image
 from fdconv_deploy.runtime import Segmentation, open_session, read_image
 from fdconv_deploy.serve import Settings, create_app
 from fdconv_deploy.serve.routes import segment as schemas
-from tests.serve.conftest import encoded
+from tests.serve.conftest import encoded, wait_until_ready
 from tests.serve.test_refusals import refused
 from tests.serve.test_responses import filled
 
@@ -271,7 +271,6 @@ class TestLogits:
         assert np.array_equal(some["logits"], whole["logits"][[1, 3]])
 
     def test_more_than_is_answered(self, bundles, png: bytes) -> None:
-
         settings = Settings(threads=1, max_answer_bytes=10_000)
         with TestClient(create_app(bundles[:1], settings)) as client:
             wait_until_ready(client)
