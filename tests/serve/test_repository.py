@@ -569,7 +569,7 @@ def test_card_times_runs_of_the_network_alone(bundles: list[Path], monkeypatch) 
             return run(feeds)
 
         monkeypatch.setattr(session, "run_batches", recorded)
-        monkeypatch.setattr(session, "pipeline", None)
+        monkeypatch.setattr(session, "_pipeline", None)
         found = timed_runs(session)
         assert [entry.batch for entry in found] == list(session.batch_sizes)
         assert set(ran) == set(session.batch_sizes)
