@@ -19,8 +19,7 @@ from benchmarks.export_size import TOLERANCE
 from benchmarks.options import keep, script
 from benchmarks.timing import interleave, spread
 from fdconv_deploy.export import export_module
-from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.interleaving import ratio
+from fdconv_deploy.latency import machine, ratio
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.runtime import open_session
 

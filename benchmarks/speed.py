@@ -27,8 +27,7 @@ from benchmarks.options import keep, script
 from benchmarks.timing import interleave, spread
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.network import fold_network
-from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.interleaving import ratio
+from fdconv_deploy.latency import machine, ratio
 from fdconv_deploy.ops.native import NCHW, Native, native_library
 from fdconv_deploy.runtime import Session, open_session
 

@@ -32,7 +32,7 @@ from benchmarks.records import write_json
 from benchmarks.rivals import METHODS
 from benchmarks.table1_rows import COUNTED_AT, PLAIN, Frame, Published, make, rows
 from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.interleaving import Schedule
+from fdconv_deploy.latency.measure import Schedule
 
 
 def count(names: Iterable[str], frame: Frame) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from benchmarks.table1_side import WEIGHTS, open_session
 from benchmarks.timing import spread
 from fdconv_deploy.export import export_module
 from fdconv_deploy.export.validation.sample_inputs import sample_tensor
-from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.interleaving import Schedule, Series, ratio, sample_until_steady
+from fdconv_deploy.latency import machine, ratio
+from fdconv_deploy.latency.measure import Schedule, Series, sample_until_steady
 from fdconv_deploy.latency.targets import RunOptions, Target
 from fdconv_deploy.latency.workers import Worker
 from fdconv_deploy.ops.native import native_library

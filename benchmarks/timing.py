@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fdconv_deploy.latency.interleaving import Clock, Interleaver
+from fdconv_deploy.latency import Clock, Interleaver
 
 # Below this many rounds quartiles say nothing.
 FEWEST_ROUNDS = 5

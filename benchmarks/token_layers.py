@@ -23,8 +23,7 @@ from benchmarks.options import keep, script
 from benchmarks.timing import interleave, spread
 from fdconv_deploy.export import export_module
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
-from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.interleaving import Clock
+from fdconv_deploy.latency import Clock, machine
 from fdconv_deploy.nn import FDTokenConv
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.runtime import Session, open_session

@@ -20,7 +20,7 @@ from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.network import foldable_layers
 from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET
 from fdconv_deploy.ops.function_body import functions_checked
-from fdconv_deploy.profiling.layer_names import label_nodes
+from fdconv_deploy.profiling import label_nodes
 from fdconv_deploy.version import __version__
 
 # Of the ONNX file format: 8 brought functions, 10 is what torch's exporter writes.

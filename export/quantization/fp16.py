@@ -31,7 +31,7 @@ from fdconv_deploy.export.quantization.element_types import (
     tensor_types,
 )
 from fdconv_deploy.ops import DOMAIN
-from fdconv_deploy.profiling.layer_names import Label, label_nodes, matches, unknown_pattern
+from fdconv_deploy.profiling import Label, label_nodes, matches, unknown_pattern
 
 HALF, SINGLE = TensorProto.FLOAT16, TensorProto.FLOAT
 LARGEST = float(np.finfo(np.float16).max)

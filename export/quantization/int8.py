@@ -39,7 +39,7 @@ from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.options import Activations
 from fdconv_deploy.export.quantization.element_types import tensor_types
 from fdconv_deploy.export.validation.sample_inputs import CalibrationImages
-from fdconv_deploy.profiling.layer_names import label_nodes, matches, unknown_pattern
+from fdconv_deploy.profiling import label_nodes, matches, unknown_pattern
 
 # The few values beyond are cut off, so that all others are stored more finely.
 PERCENTILE = 99.99

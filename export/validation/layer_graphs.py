@@ -20,7 +20,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from fdconv_deploy.nn.decisions import Decision
-from fdconv_deploy.profiling.layer_names import label_nodes
+from fdconv_deploy.profiling import label_nodes
 
 _USE = re.compile(r"\.(use\d+)\.")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -155,7 +155,6 @@ def bench(
 ) -> None:
     """Time bundles, checkpoints and services side by side."""
     from fdconv_deploy.latency import machine, measure, report
-    from fdconv_deploy.latency.interleaving import Schedule
     from fdconv_deploy.latency.targets import RunOptions, expand_targets
     from fdconv_deploy.runtime.backends.threads import available_cores
 
@@ -194,14 +193,14 @@ def bench(
     err = Console(stderr=True)
     if not quiet and (sentence := machine.busy()):
         err.print(sentence, highlight=False)
-    columns = BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
-    with Progress(*columns, console=err, disable=quiet, transient=True) as bar:
-        task = bar.add_task("starting", total=1.0)
+    columns = SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
+    with Progress(*columns, console=err, disable=quiet, transient=True) as shown:
+        task = shown.add_task("starting", total=None)
 
-        def on_progress(text: str, share: float) -> None:
-            bar.update(task, description=text, completed=share)
+        def on_progress(text: str) -> None:
+            shown.update(task, description=text)
 
-        schedule = Schedule(seconds=seconds, warm_up=warm_up, agree=agree)
+        schedule = measure.Schedule(seconds=seconds, warm_up=warm_up, agree=agree)
         found = measure.measure(
             targets, schedule, concurrency=levels, skipped=skipped, progress=on_progress
         )

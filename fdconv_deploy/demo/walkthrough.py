@@ -24,7 +24,7 @@ from fdconv_deploy.evaluation.targets import bundle_target, torch_target
 from fdconv_deploy.export.api import export_checkpoint
 from fdconv_deploy.export.validation.verdict import Verdict, refusal
 from fdconv_deploy.export.validation.verify import verify_bundle
-from fdconv_deploy.latency.interleaving import say_ratio
+from fdconv_deploy.latency import say_ratio
 from fdconv_deploy.latency.machine import Bystanders, shared_machine
 from fdconv_deploy.runtime import Session, open_session, read_image
 from fdconv_deploy.runtime.segmentation import class_palette

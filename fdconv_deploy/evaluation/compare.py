@@ -21,7 +21,7 @@ from fdconv_deploy.evaluation.coco_annotations import Annotations
 from fdconv_deploy.evaluation.datasets import DatasetError, Sample
 from fdconv_deploy.evaluation.metrics import Scores, confusion_matrix, scores
 from fdconv_deploy.evaluation.panoptic import PanopticCounts, PanopticSet, Quality
-from fdconv_deploy.latency.interleaving import Clock, Interleaver
+from fdconv_deploy.latency import Clock, Interleaver
 from fdconv_deploy.runtime import Detection
 from fdconv_deploy.runtime.detection import SHOWN_SCORE
 from fdconv_deploy.runtime.panoptic import PanopticSegmentation

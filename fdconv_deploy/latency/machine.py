@@ -13,14 +13,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib import import_module
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fdconv_deploy.environment import installed_version
 from fdconv_deploy.runtime.backends.threads import available_cores, cpu_quota
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,8 +40,8 @@ def describe(threads: int) -> dict[str, Any]:
         threads: CPU threads that measurements use.
     """
     clock = _proc("/proc/cpuinfo", "cpu MHz")
-    installed = {d.metadata["Name"].lower(): d.version for d in distributions()}
-    versions = {name: installed[name] for name in _PACKAGES if name in installed}
+    versions = {"python": platform.python_version()}
+    versions |= {name: found for name in _PACKAGES if (found := installed_version(name))}
     return {
         "cpu": cpu_model(),
         "cpu_mhz": round(float(clock)) if clock else None,
@@ -55,7 +54,7 @@ def describe(threads: int) -> dict[str, Any]:
         "load_at_start": round(os.getloadavg()[0], 2),
         "gpus": describe_gpus(),
         "system": f"{platform.system()} {platform.release()}",
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions,
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
@@ -147,7 +146,6 @@ def _git(*arguments: str) -> str:
     return subprocess.check_output(command, text=True).strip()  # noqa: S603 - nothing of a user's
 
 
-@dataclass
 class Bystanders:
     """A context manager: the share of the machine's CPU time that went to others meanwhile.
 
@@ -158,47 +156,39 @@ class Bystanders:
         own: seconds of CPU time that are not others'; this process's when not given.
     """
 
-    own: Callable[[], float] = time.process_time
-    share: float | None = None
-    _start: tuple[float, float, float] | None = field(default=None, repr=False)
+    def __init__(self, own: Callable[[], float] = time.process_time) -> None:
+        self._own = own
+        self.share: float | None = None
 
     def __enter__(self) -> Bystanders:
-        self._start = self._now()
+        self._start = self._others(), time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        end = self._now()
-        if self._start is None or end is None:
-            return
-        busy, own, wall = (b - a for a, b in zip(self._start, end, strict=True))
-        if wall > 0:
-            cpus = os.cpu_count() or 1
-            self.share = round(min(max((busy - own) / (wall * cpus), 0.0), 1.0), 3)
+        (before, start), now = self._start, self._others()
+        if before is not None and now is not None:
+            available = (time.perf_counter() - start) * (os.cpu_count() or 1)
+            self.share = round(min(max((now - before) / max(available, 1e-9), 0.0), 1.0), 3)
 
-    def _now(self) -> tuple[float, float, float] | None:
+    def _others(self) -> float | None:
+        """Seconds of CPU time that others have had since the machine was started."""
         try:
-            cpu, *ticks = Path("/proc/stat").read_text().splitlines()[0].split()
+            ticks = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
         except (OSError, IndexError):
             return None
-        assert cpu == "cpu"
         # user, nice, system, idle, iowait, irq, softirq, steal; guests are in the first two.
-        spent = [int(tick) for tick in ticks[:8]]
-        busy = sum(spent) - spent[3] - spent[4]
-        return busy / os.sysconf("SC_CLK_TCK"), self.own(), time.perf_counter()
+        spent = [int(tick) for tick in ticks]
+        return (sum(spent) - spent[3] - spent[4]) / os.sysconf("SC_CLK_TCK") - self._own()
 
 
 class Reading(NamedTuple):
-    """What a GPU said of itself at one moment; None is what the driver does not give.
+    """What a GPU said of itself at one moment; None is what the driver does not give."""
 
-    sm_mhz, memory_mhz: clocks. watts: power drawn. celsius: its temperature. throttled: why its
-    clock is held down, by the names of ``THROTTLES``.
-    """
-
-    sm_mhz: int | None
+    sm_mhz: int | None  # clocks
     memory_mhz: int | None
-    watts: float | None
-    celsius: int | None
-    throttled: tuple[str, ...] = ()
+    watts: float | None  # power drawn
+    celsius: int | None  # its temperature
+    throttled: tuple[str, ...] = ()  # why its clock is held down, of ``THROTTLES``
 
 
 # Bits of nvmlClocksEventReasons that slow work down; an idle GPU or one that follows clocks set by
@@ -226,61 +216,52 @@ class Gpu:
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         """What a function of the library says of this GPU."""
-        with contextlib.suppress(self._nvml.NVMLError):
-            return getattr(self._nvml, name)(self._handle, *arguments)
+        with contextlib.suppress(self._nvml.NVMLError, AttributeError):
+            return getattr(self._nvml, f"nvmlDeviceGet{name}")(self._handle, *arguments)
         return None
 
     @property
     def uuid(self) -> str | None:
         """Such as ``GPU-0a1b…``."""
-        return _text(self._ask("nvmlDeviceGetUUID"))
+        return _text(self._ask("UUID"))
 
     def reading(self) -> Reading:
         """What it says of itself now."""
-        nvml = self._nvml
-        watts = self._ask("nvmlDeviceGetPowerUsage")
-        # The first is the newer name.
-        for name in ("CurrentClocksEventReasons", "CurrentClocksThrottleReasons"):
-            reasons = (
-                self._ask(f"nvmlDeviceGet{name}") if hasattr(nvml, f"nvmlDeviceGet{name}") else None
-            )
-            if reasons is not None:
-                break
+        nvml, watts = self._nvml, self._ask("PowerUsage")
+        reasons = self._ask("CurrentClocksEventReasons")
+        if reasons is None:  # older libraries and drivers know the older name
+            reasons = self._ask("CurrentClocksThrottleReasons") or 0
         return Reading(
-            self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
-            self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
+            self._ask("ClockInfo", nvml.NVML_CLOCK_SM),
+            self._ask("ClockInfo", nvml.NVML_CLOCK_MEM),
             None if watts is None else watts / 1e3,
-            self._ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
-            tuple(why for bit, why in THROTTLES.items() if (reasons or 0) & bit),
+            self._ask("Temperature", nvml.NVML_TEMPERATURE_GPU),
+            tuple(why for bit, why in THROTTLES.items() if reasons & bit),
         )
 
     def memory_mb(self) -> float | None:
         """Memory in use, by whomever, in MB."""
-        found = self._ask("nvmlDeviceGetMemoryInfo")
+        found = self._ask("MemoryInfo")
         return None if found is None else found.used / 1e6
 
     def joules(self) -> float | None:
         """Energy since the driver was loaded."""
-        found = self._ask("nvmlDeviceGetTotalEnergyConsumption")
+        found = self._ask("TotalEnergyConsumption")
         return None if found is None else found / 1e3
 
     def describe(self) -> dict[str, Any]:
         """Name, driver, memory, clocks, power limit and temperature, as JSON."""
-        nvml, driver = self._nvml, None
+        nvml, driver, now = self._nvml, None, self.reading()
         with contextlib.suppress(nvml.NVMLError):
             driver = nvml.nvmlSystemGetDriverVersion()
-        memory = self._ask("nvmlDeviceGetMemoryInfo")
-        limit = self._ask("nvmlDeviceGetEnforcedPowerLimit")
-        clocks = {"sm": nvml.NVML_CLOCK_SM, "memory": nvml.NVML_CLOCK_MEM}
+        memory, limit = self._ask("MemoryInfo"), self._ask("EnforcedPowerLimit")
         return {
-            "name": _text(self._ask("nvmlDeviceGetName")),
+            "name": _text(self._ask("Name")),
             "driver": _text(driver),
             "memory_gb": None if memory is None else round(memory.total / 1e9, 1),
-            "clocks_mhz": {
-                name: self._ask("nvmlDeviceGetClockInfo", kind) for name, kind in clocks.items()
-            },
+            "clocks_mhz": {"sm": now.sm_mhz, "memory": now.memory_mhz},
             "power_limit_w": None if limit is None else limit / 1e3,
-            "temperature_c": self._ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
+            "temperature_c": now.celsius,
         }
 
 
@@ -312,35 +293,24 @@ def visible_gpu(uuid: str | None = None, nvml: Any = None) -> Gpu | None:
     return next((gpu for gpu in found if wanted and (gpu.uuid or "").startswith(wanted)), None)
 
 
-class ClockWatch:
-    """A context manager that reads a GPU while others work on it.
+@contextlib.contextmanager
+def watched(gpu: Gpu | None, interval: float = 0.02) -> Iterator[list[Reading]]:
+    """Readings of a GPU, every ``interval`` seconds, while others work on it; none where None."""
+    readings: list[Reading] = []
+    done = threading.Event()
 
-    Args:
-        gpu: the GPU; none is read where None.
-        interval: seconds between readings.
-    """
-
-    def __init__(self, gpu: Gpu | None, interval: float = 0.02) -> None:
-        self._gpu, self._interval = gpu, interval
-        self._done = threading.Event()
-        self._thread: threading.Thread | None = None
-        self.readings: list[Reading] = []
-
-    def __enter__(self) -> ClockWatch:
-        if self._gpu is not None:
-            self._thread = threading.Thread(target=self._watch, args=(self._gpu,), daemon=True)
-            self._thread.start()
-        return self
-
-    def _watch(self, gpu: Gpu) -> None:
+    def watch() -> None:
         # Not at once: what is timed is just beginning, and the clock of an idle GPU is low.
-        while not self._done.wait(self._interval):
-            self.readings.append(gpu.reading())
+        while gpu is not None and not done.wait(interval):
+            readings.append(gpu.reading())
 
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        if self._thread is not None:
-            self._thread.join()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield readings
+    finally:
+        done.set()
+        thread.join()
 
 
 def describe_gpus() -> list[dict[str, Any]]:

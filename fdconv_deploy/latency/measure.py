@@ -1,21 +1,23 @@
-"""From targets to a report: workers are started, take turns, and are asked what they took."""
+"""From targets to a report: workers are started, take turns until each is steady, and are told of.
+
+Targets of one batch size are alive together; batch sizes follow one another.
+"""
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
-from itertools import groupby
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.interleaving import Schedule, Series, ratio, sample_until_steady
+from fdconv_deploy.latency import Clock, Interleaver, machine, ratio
 from fdconv_deploy.latency.report import Divergences, GpuState, Profile, Report, Row, Span
 from fdconv_deploy.latency.targets import (
     Opened,
@@ -26,21 +28,107 @@ from fdconv_deploy.latency.targets import (
     load_network,
     opened_bundle,
 )
-from fdconv_deploy.latency.workers import Worker
+from fdconv_deploy.latency.workers import Sample, Worker
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.profiling import WARM_UP
 from fdconv_deploy.runtime.bundle import Bundle
 
+# So many windows must agree.
+AGREEING = 3
 # What stays free when another worker is started.
 SPARE = 300e6
 # Runs of a profile that count.
 PROFILED_RUNS = 10
-# Told what is going on, and what share of all (0–1) is done at the most.
-Progress = Callable[[str, float], None]
+# Told what is going on.
+Progress = Callable[[str], None]
 
 
-def _silent(text: str, share: float) -> None:
-    pass
+@dataclass(frozen=True)
+class Schedule:
+    """How long targets take turns."""
+
+    seconds: float = 60.0  # no round starts after this long
+    warm_up: float = 0.5  # seconds of each target that do not count, two runs at the least
+    turn: float = 0.2  # seconds that one target runs for in a round; one run if that takes longer
+    window: int = 5  # rounds in a window
+    agree: float = 0.03  # the share of the middle one that medians of three windows lie within
+
+
+@dataclass
+class Series:
+    """A target at one concurrency, and its samples: one for each round."""
+
+    sample: Callable[[int, int], Sample]  # runs it so often in so many threads: `Worker.sample`
+    concurrency: int = 1
+    runs: int = 1  # in a sample, and thread
+    samples: list[Sample] = field(default_factory=list)
+    windows: list[float] = field(default_factory=list)  # median seconds of each window
+    steady: bool = False  # whether the last three windows agree
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of every run that counts."""
+        return [second for sample in self.samples for second in sample.seconds]
+
+    @property
+    def medians(self) -> list[float]:
+        """Median seconds of each round."""
+        return [float(np.median(sample.seconds)) for sample in self.samples]
+
+    def warm_up(self, schedule: Schedule, clock: Clock) -> None:
+        """Run until caches are full and clocks are up; settle how many runs make a sample."""
+        start, done, last = clock(), 0, 0.0
+        while done < 2 or clock() - start < schedule.warm_up:
+            last = float(np.median(self.sample(1, self.concurrency).seconds))
+            done += 1
+        self.runs = max(1, round(schedule.turn / max(last, 1e-6)))
+
+    def take(self) -> None:
+        """Take a sample."""
+        self.samples.append(self.sample(self.runs, self.concurrency))
+
+    def end_window(self, schedule: Schedule) -> None:
+        """Note the window's median, and whether the last three agree."""
+        window = self.samples[len(self.windows) * schedule.window :]
+        self.windows.append(float(np.median([s for sample in window for s in sample.seconds])))
+        self.steady = agree(self.windows, schedule.agree)
+
+
+def agree(medians: Sequence[float], share: float) -> bool:
+    """Whether the last three of some medians lie within ``share`` of the middle one."""
+    last = sorted(medians[-AGREEING:])
+    return len(last) == AGREEING and last[-1] - last[0] <= share * last[1]
+
+
+def sample_until_steady(
+    series: Sequence[Series],
+    schedule: Schedule,
+    progress: Callable[[int, int, float], None] = lambda *_: None,
+    clock: Clock = time.perf_counter,
+) -> None:
+    """Warm series up, and sample them in turn until each is steady, or time is up.
+
+    Series that are steady go on while others are not: all have the same rounds.
+
+    Args:
+        progress: called after every round with the number of rounds, the number of steady
+            series and the seconds so far.
+        clock: seconds, as `time.perf_counter` gives them.
+    """
+    for one in series:
+        one.warm_up(schedule, clock)
+    turns = Interleaver([one.take for one in series], clock)
+    start, rounds, elapsed = clock(), 0, 0.0
+    while not all(one.steady for one in series) and (not rounds or elapsed <= schedule.seconds):
+        for number in range(schedule.window):
+            turns.round()
+            rounds, elapsed = rounds + 1, clock() - start
+            progress(rounds, sum(one.steady for one in series), elapsed)
+            # A window is cut short only where the next round would be of no use.
+            if number >= 1 and elapsed > schedule.seconds:
+                break
+        for one in series:
+            one.end_window(schedule)
 
 
 def measure(
@@ -49,11 +137,9 @@ def measure(
     *,
     concurrency: Sequence[int] = (1,),
     skipped: Sequence[Skipped] = (),
-    progress: Progress = _silent,
+    progress: Progress = lambda _: None,
 ) -> Report:
     """Time every target.
-
-    Targets of one batch size are alive together and take turns; batch sizes follow one another.
 
     Args:
         targets: what is timed.
@@ -70,14 +156,9 @@ def measure(
         settings={**asdict(schedule), "concurrency": list(concurrency)},
         skipped=list(skipped),
     )
-    by_batch = groupby(sorted(targets, key=lambda one: one.batch), key=lambda one: one.batch)
-    groups = [list(group) for _, group in by_batch]
-    for number, group in enumerate(groups):
-
-        def on_progress(text: str, share: float, number: int = number) -> None:
-            progress(text, (number + share) / len(groups))
-
-        _measure_group(group, schedule, concurrency, report, on_progress)
+    for batch in sorted({target.batch for target in targets}):
+        group = [target for target in targets if target.batch == batch]
+        _measure_group(group, schedule, concurrency, report, progress)
     if not report.rows:
         first = report.skipped[0]
         raise FDConvError(f"Nothing could be timed. {first.what}: {first.why}")
@@ -95,7 +176,7 @@ def _measure_group(
     with ExitStack() as stack:
         workers: list[Worker] = []
         for target in targets:
-            progress(f"opening {target.name}", 0.0)
+            progress(f"opening {target.name}")
             try:
                 _check_memory(target, workers)
                 workers.append(stack.enter_context(Worker(target)))
@@ -108,13 +189,13 @@ def _measure_group(
         series = [
             (worker, Series(worker.sample, each)) for worker in workers for each in concurrency
         ]
-        batch = targets[0].batch
+        batch = f"batch {targets[0].batch}"
 
         def on_round(rounds: int, steady: int, seconds: float) -> None:
-            text = f"batch {batch}: {rounds} rounds, {steady} of {len(series)} steady"
-            progress(text, min(seconds / schedule.seconds, 1.0) if schedule.seconds else 1.0)
+            steadily = f"{rounds} rounds, {steady} of {len(series)} steady"
+            progress(f"{batch}: {steadily}, {seconds:.0f} of at most {schedule.seconds:g} s")
 
-        progress(f"batch {batch}: warming up", 0.0)
+        progress(f"{batch}: warming up")
         with machine.Bystanders(lambda: sum(one.opened.cpu_seconds for one in workers)) as others:
             sample_until_steady([one for _, one in series], schedule, on_round)
         for worker, one in series:
@@ -182,7 +263,7 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
     return {name: round(float(value) * 1e3, 4) for name, value in found.items()}
 
 
-def add_profiles(report: Report, targets: Sequence[Target], progress: Progress = _silent) -> None:
+def add_profiles(report: Report, targets: Sequence[Target], progress: Progress) -> None:
     """Add ``profiles`` to a report: each source's time by layer, at its first batch size.
 
     On the CPU, by ONNX Runtime's own profile or a clock around PyTorch's layers; what has not
@@ -190,7 +271,7 @@ def add_profiles(report: Report, targets: Sequence[Target], progress: Progress =
     """
     ran = {(row.source, row.backend) for row in report.rows if row.device == "cpu"}
     for target in _first_of_each(targets):
-        progress(f"profiling {target.name}", 1.0)
+        progress(f"profiling {target.name}")
         if target.kind == "bundle" and (target.source, "onnxruntime-cpu") in ran:
             report.profiles.append(_profile_bundle(target))
         elif target.kind == "checkpoint" and (target.source, "eager") in ran:
@@ -244,9 +325,7 @@ def _profile(target: Target, backend: str, how: str, profiled: Any, inputs: Any)
     return Profile(title=title, source=target.source, how=how, layers=profiled.layers())
 
 
-def add_divergences(
-    report: Report, targets: Sequence[Target], progress: Progress = _silent
-) -> None:
+def add_divergences(report: Report, targets: Sequence[Target], progress: Progress) -> None:
     """Add ``divergences``: how far each bundle is from the first one, layer by layer.
 
     Raises:
@@ -255,7 +334,7 @@ def add_divergences(
     bundles = check_divergences(targets)
     first = opened_bundle(bundles[0])
     for target in bundles[1:]:
-        progress(f"comparing {target.name} with the first, layer by layer", 1.0)
+        progress(f"comparing {target.name} with the first, layer by layer")
         try:
             report.divergences.append(_between(first, target))
         except FDConvError as error:

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import Any, TypeVar
 from uuid import UUID
@@ -26,8 +27,8 @@ from pydantic import BaseModel
 from fdconv_deploy.environment import missing
 from fdconv_deploy.errors import BackendError, FDConvError
 from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.interleaving import Sample
 from fdconv_deploy.latency.targets import Opened, Target, UnavailableError, open_target
+from fdconv_deploy.runtime.backends.base import Phases
 
 # What is imported before opening a target of each kind is timed.
 _IMPORTS = {
@@ -37,7 +38,23 @@ _IMPORTS = {
 }
 # Runs of a turn whose phases are told apart.
 PHASES = 10
-_Answer = TypeVar("_Answer", bound=BaseModel)
+
+
+class Sample(BaseModel):
+    """One turn of a target."""
+
+    seconds: list[float]  # of each run
+    wall: float  # seconds of all runs together
+    joules: float | None = None  # of all runs, where they are known
+    phases: list[Phases] = []  # on a GPU, of runs after those
+    readings: list[machine.Reading] = []  # of the GPU meanwhile
+    # Of the process so far, as in `Opened`.
+    peak_mb: int | None = None
+    device_mb: int | None = None
+    cpu_seconds: float = 0.0
+
+
+_Answer = TypeVar("_Answer", Opened, Sample)
 
 
 class Worker(contextlib.AbstractContextManager["Worker"]):
@@ -84,13 +101,13 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
         with contextlib.suppress(BrokenPipeError):  # what it died of is read below
             self._process.stdin.write(f"{runs} {concurrency}\n")
             self._process.stdin.flush()
-        with machine.ClockWatch(self._gpu) as watch:
+        with machine.watched(self._gpu) as readings:
             found = self._read(Sample)
         so_far = found.model_dump(include={"cpu_seconds", "peak_mb", "device_mb"})
         if self.opened.device_mb is not None and found.device_mb is not None:
             so_far["device_mb"] = max(self.opened.device_mb, found.device_mb)
         self.opened = self.opened.model_copy(update=so_far)
-        return found.model_copy(update={"readings": watch.readings})
+        return found.model_copy(update={"readings": readings})
 
     def close(self) -> None:
         """End the process; one that runs is not waited for."""
@@ -223,40 +240,31 @@ def timed_runs(
 ) -> tuple[list[float], float]:
     """Seconds of each of ``runs`` runs in each of ``concurrency`` threads, and of all together.
 
-    The garbage collector is off meanwhile.
+    This thread is one of them, and the garbage collector is off meanwhile.
 
     Raises:
         BaseException: what a run raised, in whichever thread.
     """
-    found: list[list[float]] = [[] for _ in range(concurrency)]
-    failures: list[BaseException] = []
     ready = threading.Barrier(concurrency)
 
-    def loop(place: int) -> None:
+    def loop() -> list[float]:
         ready.wait()
-        try:
-            for _ in range(runs):
-                start = clock()
-                run()
-                found[place].append(clock() - start)
-        except BaseException as error:  # raised below, in the thread that asked
-            failures.append(error)
+        found = []
+        for _ in range(runs):
+            start = clock()
+            run()
+            found.append(clock() - start)
+        return found
 
-    # This thread is one of them: with a concurrency of 1 no thread is started.
-    threads = [threading.Thread(target=loop, args=(place,)) for place in range(1, concurrency)]
     gc.disable()
     try:
-        for thread in threads:
-            thread.start()
-        start = clock()
-        loop(0)
-        for thread in threads:
-            thread.join()
-        wall = clock() - start
+        with ThreadPoolExecutor(concurrency) as pool:
+            others = [pool.submit(loop) for _ in range(concurrency - 1)]
+            start = clock()
+            found = [loop(), *(other.result() for other in others)]
+            wall = clock() - start
     finally:
         gc.enable()
-    if failures:
-        raise failures[0]
     return [second for one in found for second in one], wall
 
 

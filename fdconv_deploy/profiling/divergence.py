@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from fdconv_deploy.errors import BundleError
-from fdconv_deploy.profiling import Divergence
-from fdconv_deploy.profiling.layer_names import fdconv_layers, label_nodes
+from fdconv_deploy.profiling import Divergence, fdconv_layers, label_nodes
 from fdconv_deploy.runtime.bundle import Bundle
 
 

@@ -30,8 +30,7 @@ import onnxruntime as ort
 from onnx import ModelProto, NodeProto
 
 from fdconv_deploy.ops import DOMAIN
-from fdconv_deploy.profiling import WARM_UP, LayerTime
-from fdconv_deploy.profiling.layer_names import enclosing_layer, fdconv_layers, label_nodes
+from fdconv_deploy.profiling import WARM_UP, LayerTime, enclosing_layer, fdconv_layers, label_nodes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -17,8 +17,7 @@ from rich.console import Console
 
 from fdconv_deploy.cli.bench import show
 from fdconv_deploy.latency.html import page
-from fdconv_deploy.latency.interleaving import Schedule
-from fdconv_deploy.latency.measure import measure
+from fdconv_deploy.latency.measure import Schedule, measure
 from fdconv_deploy.latency.report import Report, Span, csv, markdown
 from fdconv_deploy.latency.targets import (
     RunOptions,

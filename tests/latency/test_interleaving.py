@@ -11,16 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdconv_deploy.latency.interleaving import (
-    Interleaver,
-    Sample,
-    Schedule,
-    Series,
-    agree,
-    ratio,
-    sample_until_steady,
-    say_ratio,
-)
+from fdconv_deploy.latency import Interleaver, ratio, say_ratio
+from fdconv_deploy.latency.measure import Schedule, Series, agree, sample_until_steady
+from fdconv_deploy.latency.workers import Sample
 
 QUICK = Schedule(seconds=20, warm_up=0, turn=0, window=4)
 

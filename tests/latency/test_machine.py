@@ -8,13 +8,13 @@ import pytest
 
 from fdconv_deploy.latency.machine import (
     Bystanders,
-    ClockWatch,
     Reading,
     describe,
     describe_gpus,
     gpus,
     shared_machine,
     visible_gpu,
+    watched,
 )
 from tests.latency.nvml import Nvml
 
@@ -95,13 +95,13 @@ def test_the_gpu_that_cuda_calls_its_first(visible, uuid, found, monkeypatch):
 
 def test_a_gpu_is_read_while_others_work_on_it():
     gpu = gpus(Nvml(clocks=(1980, 1500)))[1]
-    with ClockWatch(gpu, interval=0.001) as watch:
-        while len(watch.readings) < 3:
+    with watched(gpu, interval=0.001) as readings:
+        while len(readings) < 3:
             time.sleep(0.001)
-    count = len(watch.readings)
+    count = len(readings)
     first = Reading(1980, 2619, 650.0, 61, ("power cap",))
-    assert watch.readings[:3] == [first, first._replace(sm_mhz=1500), first]
-    assert len(watch.readings) == count
-    with ClockWatch(None) as nothing:
+    assert readings[:3] == [first, first._replace(sm_mhz=1500), first]
+    assert len(readings) == count
+    with watched(None) as nothing:
         pass
-    assert nothing.readings == []
+    assert nothing == []
