@@ -20,8 +20,9 @@ from benchmarks.options import keep, script
 from benchmarks.primitives import random, runner
 from benchmarks.timing import interleave
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
-from fdconv_deploy.folding.network import foldable_layers, input_sizes
+from fdconv_deploy.folding.network import input_sizes
 from fdconv_deploy.latency import machine
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.ops.frequency_assembly.function import group_blocks
 
 Counts = Counter[str]
@@ -113,7 +114,7 @@ def main() -> None:
     network, x = case.make(), case.images()
     work, moved, weights = Counts(), Counts(), 0
     for name, size in input_sizes(network, x).items():
-        layer = fold_layer(foldable_layers(network)[name], size, name=name)
+        layer = fold_layer(dynamic_layers(network)[name], size, name=name)
         weights += layer.out_channels * layer.in_channels * int(np.prod(layer.kernel_size))
         for count in (assembly, bands):
             multiplications, numbers = count(layer)

@@ -30,8 +30,9 @@ from fdconv_deploy.export.api import export_checkpoint
 from fdconv_deploy.export.validation.layer_graphs import CutGraph
 from fdconv_deploy.export.validation.reference import UNIT
 from fdconv_deploy.export.validation.sample_inputs import sample_tensor
-from fdconv_deploy.folding.network import fold_network, foldable_layers
+from fdconv_deploy.folding.network import fold_network
 from fdconv_deploy.latency import machine
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.profiling.divergence import save_exposed
 from fdconv_deploy.sample_images import prepared_batch
@@ -127,7 +128,7 @@ def run_graph(
 
 def measure(checkpoint: Path, size: tuple[int, int], kind: str, draws: int) -> dict[str, Any]:
     network, x = load_segmentor(checkpoint), picture(kind, size)
-    names = list(foldable_layers(network))
+    names = list(dynamic_layers(network))
     double = copy.deepcopy(network).double()
     with tempfile.TemporaryDirectory(prefix="fdconv-rounding-") as name:
         folder = Path(name)

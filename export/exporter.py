@@ -29,7 +29,8 @@ from fdconv_deploy.export.torch_export import capture
 from fdconv_deploy.export.validation.subprocess_run import fresh
 from fdconv_deploy.export.validation.tolerance import TOLERANCES, Precision, counts_classes
 from fdconv_deploy.export.validation.verdict import Judge, Subject, Verdict, refusal
-from fdconv_deploy.folding.network import foldable_layers, input_sizes
+from fdconv_deploy.folding.network import input_sizes
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.runtime.bundle import Bundle, BundleWriter
 from fdconv_deploy.runtime.manifest import Manifest, ParityReport, SizedGraphs, TensorSpec
 from fdconv_deploy.version import __version__
@@ -118,7 +119,7 @@ def write_bundle(
             **first.source.manifest.get("graph", {}),
             **first.found,
             **({"sizes": {one.name: one.found for one in others}} if others else {}),
-            "fdconv_layers": len(foldable_layers(first.source.module)),
+            "fdconv_layers": len(dynamic_layers(first.source.module)),
             **({"precision": first.reduction.report} if first.reduction.report else {}),
             "export_seconds": round(time.perf_counter() - started, 1),
             "export_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,

@@ -17,7 +17,7 @@ from fdconv_deploy.export.passes.late_reshapes import move_reshapes
 from fdconv_deploy.export.passes.means import split_means
 from fdconv_deploy.export.torch_export import PLACEHOLDER
 from fdconv_deploy.folding.layer import fold_layer
-from fdconv_deploy.folding.network import foldable_layers
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET
 from fdconv_deploy.ops.function_body import functions_checked
 from fdconv_deploy.profiling import label_nodes
@@ -49,7 +49,7 @@ def build_graph(
         sizes: height and width of each FDConv layer's input, see `input_sizes`.
         batch: the graph's batch size.
     """
-    layers = foldable_layers(network)
+    layers = dynamic_layers(network)
     graph = gs.import_onnx(captured)
     affines = fold_batch_norms(graph)
     nodes = Nodes(graph, batch)
@@ -117,7 +117,7 @@ def number_values(model: ModelProto, network: nn.Module) -> None:
         return  # what a branch reads, it reads by name
     constants = {tensor.name for tensor in graph.initializer}
     kept = {value.name for value in (*graph.input, *graph.output)}
-    for node, label in zip(graph.node, label_nodes(model, foldable_layers(network)), strict=True):
+    for node, label in zip(graph.node, label_nodes(model, dynamic_layers(network)), strict=True):
         if label.layer is None:
             kept |= constants.intersection(node.input)
     names = {name: name for name in ("", *kept)}

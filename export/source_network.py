@@ -28,8 +28,8 @@ from fdconv_deploy.export.validation.sample_inputs import (
     picture_source,
     sample_sources,
 )
-from fdconv_deploy.folding.network import foldable_layers
 from fdconv_deploy.nn.detection import Detector
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.nn.from_published import convert_published
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime.manifest import CheckpointInfo, InputSize
@@ -84,7 +84,7 @@ def network_to_export(
         ExportError: the network or the options do not allow it.
     """
     _refuse_training(network)
-    if not foldable_layers(network):
+    if not dynamic_layers(network):
         # A plain baseline is exported all the same: benchmarks compare with it.
         options.say("note: this network has no FDConv layer")
     sizes = [

@@ -23,8 +23,14 @@ from onnxscript import opset18
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.folding.network import Example, replace_layers, tensors_of
-from fdconv_deploy.folding.placeholder import StandIn, layer_stand_in, opaque
+from fdconv_deploy.folding.network import (
+    Example,
+    StandIn,
+    layer_stand_in,
+    opaque,
+    replace_layers,
+    tensors_of,
+)
 from fdconv_deploy.nn.detection.box_ops import EXCLUDED, BestScores, NonMaxSuppression
 from fdconv_deploy.nn.detection.roi_pooling import RoIAlign
 from fdconv_deploy.ops import OPSET

@@ -20,8 +20,9 @@ from benchmarks.gpu.kernels import dtype_name
 from benchmarks.gpu.timing import call_seconds, compute_seconds
 from fdconv_deploy.folding.cuda import CapturedNetwork, FusedNetwork, fuse_network
 from fdconv_deploy.folding.layer import FoldedConv
-from fdconv_deploy.folding.network import fold_layers, foldable_layers
+from fdconv_deploy.folding.network import fold_layers
 from fdconv_deploy.nn import FDConv2d, ResNet
+from fdconv_deploy.nn.fdconv import dynamic_layers
 
 SIZE = 512
 BATCHES = 1, 8, 32
@@ -103,7 +104,7 @@ class Networks:
     def layers(self) -> dict[str, tuple[FDConv2d, FoldedConv]]:
         """The first layer of each shape of kernel, by that shape."""
         found: dict[str, tuple[FDConv2d, FoldedConv]] = {}
-        for name, layer in foldable_layers(self.of[FDCONV]).items():
+        for name, layer in dynamic_layers(self.of[FDCONV]).items():
             assert isinstance(layer, FDConv2d)
             height, width = layer.kernel_size
             shape = f"{layer.in_channels}→{layer.out_channels} {height}×{width}"

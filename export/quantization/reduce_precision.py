@@ -14,7 +14,7 @@ from fdconv_deploy.export.options import ExportOptions
 from fdconv_deploy.export.quantization.fp16 import rounding_model, to_half_precision
 from fdconv_deploy.export.quantization.int8 import CalibrationInputs, quantizable, quantize
 from fdconv_deploy.export.source_network import SourceNetwork
-from fdconv_deploy.folding.network import foldable_layers
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.profiling import Divergence
 from fdconv_deploy.profiling.divergence import compare_graphs, points_of, save_exposed
 
@@ -30,7 +30,7 @@ class Reduction:
 
     def __init__(self, source: SourceNetwork, options: ExportOptions, folder: Path) -> None:
         self.source, self.options, self.folder = source, options, folder
-        self.layers = list(foldable_layers(source.module))
+        self.layers = list(dynamic_layers(source.module))
         self.report: dict[str, Any] = {}
 
     def apply(self, model: ModelProto, batch: int) -> None:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.folding.network import Example, foldable_layers, replace_layers, tensors_of
+from fdconv_deploy.folding.network import Example, replace_layers, tensors_of
 from fdconv_deploy.nn.decisions import Decision, decisions
+from fdconv_deploy.nn.fdconv import dynamic_layers
 
 Arrays = dict[str, NDArray]
 Act = Callable[[str, nn.Module, Tensor], Tensor]
@@ -79,7 +80,7 @@ class Observer:
     def __init__(self, network: nn.Module, output_names: Sequence[str], folder: Path) -> None:
         self.network, self.output_names, self.folder = network, output_names, folder
         self.decisions = decisions(network)
-        self.names = [*foldable_layers(network), *self.decisions]
+        self.names = [*dynamic_layers(network), *self.decisions]
         self.refusal = ""  # why there is no answer in float64
         self._act: Act = lambda _name, layer, x: layer(x)
         self._uses: Counter[str] = Counter()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.bands import FoldedBands, fold_bands
@@ -17,17 +17,14 @@ from fdconv_deploy.folding.modulation import (
     FoldedLocal,
     FoldedModulation,
     array,
-    fold_linear_modulation,
     fold_local,
     fold_modulation,
 )
 from fdconv_deploy.folding.spectrum import FoldedSpectrum, fold_spectrum
 from fdconv_deploy.nn.fdconv import FDConv2d, FDTokenConv
-from fdconv_deploy.nn.fdlinear import FDLinear
 from fdconv_deploy.nn.spectrum import group_map
 
 Side = Literal["kernel", "feature"]
-DynamicLayer = FDConv2d | FDLinear
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,8 @@ class FoldedConv:
     constant_weight: NDArray[np.float32] | None
     output_scale: NDArray[np.float32] | None
     bias: NDArray[np.float32] | None
-    channel_side: Side
-    filter_side: Side
+    channel_side: Side = "kernel"
+    filter_side: Side = "kernel"
     by_rows: bool = False
     tokens: bool = False
 
@@ -92,45 +89,35 @@ def _padding(layer: FDConv2d) -> tuple[int, int, int, int]:
     return vertical, horizontal, vertical, horizontal
 
 
-def _cheaper_sides(folded: FoldedConv) -> tuple[Side, Side]:
-    """Where channel and filter attention touch fewer numbers.
-
-    With spatial attention the kernel is multiplied along its columns anyway, and channel
-    attention joins for nothing. A scaled output loses its bias to a pass of its own.
-    """
-    weights = folded.out_channels * folded.in_channels * int(np.prod(folded.kernel_size))
-    inputs = folded.in_channels * int(np.prod(folded.input_size))
-    outputs = folded.out_channels * int(np.prod(folded.output_size))
-    with_spatial = folded.modulation.spatial > 0
-    channel: Side = "kernel" if with_spatial or weights <= inputs else "feature"
-    filter_: Side = "kernel" if weights <= 2 * outputs else "feature"
-    return channel, filter_
-
-
-def _cheaper_by_rows(folded: FoldedConv) -> bool:
-    """Whether kernels are larger than what cutting the feature maps moves instead.
-
-    Per number, moving runs of a kernel row's width apart costs about four times a plain copy.
-    """
+def _cheapest(folded: FoldedConv) -> FoldedConv:
+    """The layer with each attention, and the kernels' rows, where they touch fewest numbers."""
     height = folded.kernel_size[0]
-    weights = folded.out_channels * folded.in_channels * int(np.prod(folded.kernel_size))
-    inputs = folded.in_channels * int(np.prod(folded.input_size))
-    outputs = folded.out_channels * int(np.prod(folded.output_size))
-    return height > 1 and 4 * weights > (height - 1) * (inputs + outputs)
+    weights = folded.out_channels * folded.in_channels * math.prod(folded.kernel_size)
+    inputs = folded.in_channels * math.prod(folded.input_size)
+    outputs = folded.out_channels * math.prod(folded.output_size)
+    # With spatial attention the kernel is multiplied along its columns anyway, and channel
+    # attention joins for nothing. A scaled output loses its bias to a pass of its own.
+    with_spatial = folded.modulation.spatial > 0
+    # Moving runs of a kernel row's width apart costs about four times a plain copy, per number.
+    moved = (height - 1) * (inputs + outputs)
+    return replace(
+        folded,
+        channel_side="kernel" if with_spatial or weights <= inputs else "feature",
+        filter_side="kernel" if weights <= 2 * outputs else "feature",
+        by_rows=folded.spectrum is not None and height > 1 and 4 * weights > moved,
+    )
 
 
-def _spectra(layer: DynamicLayer) -> tuple[NDArray[np.complex128], NDArray[np.int64]]:
+def _spectra(layer: FDConv2d) -> tuple[NDArray[np.complex128], NDArray[np.int64]]:
     """A layer's spectra and groups, ``(P, R, C//2+1)``, alpha folded in."""
     groups = group_map(layer.indices.cpu(), layer.rows, layer.columns).numpy()
     offset = np.arange(layer.param_ratio)[:, None, None] * layer.kernel_num
     groups = np.where(groups >= 0, groups + offset, -1)
     if layer.convert_param:
-        stored = array(cast(Tensor, layer.dft_weight))
+        stored = array(layer.dft_weight)
     else:
-        matrix = array(layer.weight)
-        if isinstance(layer, FDConv2d):
-            sizes = layer.out_channels, layer.in_channels, *layer.kernel_size
-            matrix = matrix.reshape(sizes).transpose(0, 2, 1, 3)
+        sizes = layer.out_channels, layer.in_channels, *layer.kernel_size
+        matrix = array(layer.weight).reshape(sizes).transpose(0, 2, 1, 3)
         matrix = matrix.reshape(layer.rows, layer.columns)
         spectrum = np.fft.rfft2(matrix) / layer.spectrum_scale
         stored = np.stack([spectrum.real, spectrum.imag], -1)[None]
@@ -146,7 +133,7 @@ def _spectra(layer: DynamicLayer) -> tuple[NDArray[np.complex128], NDArray[np.in
 
 
 def fold_layer(
-    layer: DynamicLayer,
+    layer: FDConv2d,
     input_size: tuple[int, int],
     *,
     name: str = "",
@@ -164,15 +151,11 @@ def fold_layer(
     Raises:
         ExportError: the layer is plain, or the kernel does not fit the padded input.
     """
-    local = bands = None
-    if isinstance(layer, FDLinear):
-        modulation = fold_linear_modulation(layer.KSM_Global)
-    else:
-        if not layer.is_dynamic:
-            raise ExportError(f"layer {name!r} is a plain convolution; there is nothing to fold.")
-        modulation = fold_modulation(layer.KSM_Global)
-        local = fold_local(layer.KSM_Local) if layer.KSM_Local is not None else None
-        bands = fold_bands(layer.FBM, *input_size) if layer.FBM is not None else None
+    if not layer.is_dynamic:
+        raise ExportError(f"layer {name!r} is a plain convolution; there is nothing to fold.")
+    modulation = fold_modulation(layer.KSM_Global)
+    local = fold_local(layer.KSM_Local) if layer.KSM_Local is not None else None
+    bands = fold_bands(layer.FBM, *input_size) if layer.FBM is not None else None
     constant = constant_kernel(layer, modulation, local)
     spectrum = None
     if constant is None:
@@ -185,7 +168,12 @@ def fold_layer(
         bias = shift if bias is None else bias * scale + shift
     folded = FoldedConv(
         name=name,
-        **_geometry(layer),
+        in_channels=layer.in_channels,
+        out_channels=layer.out_channels,
+        kernel_size=(layer.kernel_size[0], layer.kernel_size[1]),
+        stride=(layer.stride[0], layer.stride[1]),
+        padding=_padding(layer),
+        dilation=(layer.dilation[0], layer.dilation[1]),
         input_size=input_size,
         modulation=modulation,
         local=local,
@@ -194,9 +182,7 @@ def fold_layer(
         constant_weight=constant,
         output_scale=None if scale is None else scale.astype(np.float32),
         bias=None if bias is None else bias.astype(np.float32),
-        channel_side="kernel",
-        filter_side="kernel",
-        tokens=not isinstance(layer, FDConv2d) or isinstance(layer, FDTokenConv),
+        tokens=isinstance(layer, FDTokenConv),
     )
     height, width = folded.output_size
     if height < 1 or width < 1:
@@ -204,34 +190,11 @@ def fold_layer(
             f"layer {name!r}: a {folded.kernel_size} kernel does not fit its "
             f"{input_size[0]}×{input_size[1]} input. Export at a larger size."
         )
-    channel_side, filter_side = _cheaper_sides(folded)
-    by_rows = spectrum is not None and _cheaper_by_rows(folded)
-    return replace(folded, channel_side=channel_side, filter_side=filter_side, by_rows=by_rows)
-
-
-def _geometry(layer: DynamicLayer) -> dict[str, Any]:
-    """Channels, kernel size, stride, padding and dilation, as `FoldedConv` has them."""
-    if isinstance(layer, FDLinear):
-        return {
-            "in_channels": layer.in_features,
-            "out_channels": layer.out_features,
-            "kernel_size": (1, 1),
-            "stride": (1, 1),
-            "padding": (0, 0, 0, 0),
-            "dilation": (1, 1),
-        }
-    return {
-        "in_channels": layer.in_channels,
-        "out_channels": layer.out_channels,
-        "kernel_size": (layer.kernel_size[0], layer.kernel_size[1]),
-        "stride": (layer.stride[0], layer.stride[1]),
-        "padding": _padding(layer),
-        "dilation": (layer.dilation[0], layer.dilation[1]),
-    }
+    return _cheapest(folded)
 
 
 def constant_kernel(
-    layer: DynamicLayer, modulation: FoldedModulation, local: FoldedLocal | None
+    layer: FDConv2d, modulation: FoldedModulation, local: FoldedLocal | None
 ) -> NDArray[np.float32] | None:
     """The kernel ``(O, I, kh, kw)`` if no image can change it, else None.
 
@@ -241,10 +204,8 @@ def constant_kernel(
     if modulation.varies or (local is not None and local.varies):
         return None
     double = copy.deepcopy(layer).double().eval()
-    average = torch.zeros(1, _geometry(layer)["in_channels"], dtype=torch.float64)
+    average = torch.zeros(1, layer.in_channels, dtype=torch.float64)
     with torch.no_grad():
-        if isinstance(double, FDLinear):
-            return double.weights(average)[0, :, :, None, None].float().numpy()
         detail = double.KSM_Local(average) if double.KSM_Local is not None else None
         kernel = double.kernels(double.KSM_Global(average), detail, full=True)
     return kernel[0].float().numpy()

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import UnsupportedLayerError
-from fdconv_deploy.nn.fdlinear import LinearModulation
-from fdconv_deploy.nn.modulation import GlobalModulation, LocalModulation
+from fdconv_deploy.nn.modulation import GlobalModulation, LinearModulation, LocalModulation
 
 Float64 = NDArray[np.float64]
 
@@ -84,33 +83,40 @@ def fold_batch_norm(bn: nn.BatchNorm2d) -> tuple[Float64, Float64]:
     return scale, shift + array(bn.bias) if bn.affine else shift
 
 
-def _hidden_layer(ksm: GlobalModulation) -> tuple[Float64, Float64, HiddenNorm | None]:
-    """``hidden``, ``hidden_bias`` and ``norm`` of a `FoldedModulation`."""
-    weight = array(ksm.fc.weight)[:, :, 0, 0]
-    if isinstance(ksm.bn, nn.BatchNorm2d):
-        scale, shift = fold_batch_norm(ksm.bn)
-        return weight * scale[:, None], shift, None
-    norm = None
-    if not isinstance(ksm.bn, nn.Identity) and not (
-        isinstance(ksm.bn, nn.GroupNorm) and ksm.bn.num_groups == 1 and ksm.bn.affine
-    ):
-        raise UnsupportedLayerError(
-            f"KSM_Global.bn is {ksm.bn}, which cannot be folded. Expected BatchNorm2d, "
-            "GroupNorm(1, C) or Identity."
-        )
-    if isinstance(ksm.bn, nn.GroupNorm):
-        scale, shift = array(ksm.bn.weight), array(ksm.bn.bias)
-        norm = HiddenNorm(scale.astype(np.float32), shift.astype(np.float32), ksm.bn.eps)
-    return weight, np.zeros(len(weight)), norm
+def _hidden_norm(
+    norm: nn.Module, channels: int
+) -> tuple[Float64 | float, Float64, HiddenNorm | None]:
+    """What a norm of the hidden layer multiplies and adds, and what it leaves to each image."""
+    nothing = np.zeros(channels)
+    if isinstance(norm, nn.BatchNorm2d):
+        return *fold_batch_norm(norm), None
+    if isinstance(norm, nn.Identity):
+        return 1.0, nothing, None
+    if isinstance(norm, nn.RMSNorm):
+        weight = array(norm.weight).astype(np.float32)
+        return 1.0, nothing, HiddenNorm(weight, None, float(norm.eps or 0))
+    if isinstance(norm, nn.GroupNorm) and norm.num_groups == 1 and norm.affine:
+        weight, bias = (array(part).astype(np.float32) for part in (norm.weight, norm.bias))
+        return 1.0, nothing, HiddenNorm(weight, bias, norm.eps)
+    raise UnsupportedLayerError(
+        f"KSM_Global.bn is {norm}, which cannot be folded. Expected BatchNorm2d, "
+        "GroupNorm(1, C) or Identity."
+    )
 
 
-def fold_modulation(ksm: GlobalModulation) -> FoldedModulation:
+def fold_modulation(ksm: GlobalModulation | LinearModulation) -> FoldedModulation:
     """Fold ``KSM_Global``."""
-    hidden, shift, norm = _hidden_layer(ksm)
-    star_scale, star_bias = float(ksm.relu.scale.detach()), float(ksm.relu.bias.detach())
+    hidden = array(ksm.fc.weight).reshape(len(ksm.fc.weight), -1)
+    star_scale, star_bias = 1.0, 0.0
+    gain = float(ksm.groups) if ksm.act == "softmax" else 2.0
+    if isinstance(ksm, LinearModulation):
+        scale, shift, norm = _hidden_norm(ksm.norm, len(hidden))
+    else:
+        scale, shift, norm = _hidden_norm(ksm.bn, len(hidden))
+        star_scale, star_bias = float(ksm.relu.scale.detach()), float(ksm.relu.bias.detach())
+        gain /= ksm.groups
     # 1 + tanh(z) = 2·sigmoid(2z)
     slope = 2.0 if ksm.act == "tanh" else 1.0
-    gain = {"sigmoid": 2.0, "tanh": 2.0, "softmax": float(ksm.groups)}[ksm.act] / ksm.groups
 
     weights, biases, sizes = [], [], []
     for head in (ksm.kernel_fc, ksm.filter_fc, ksm.spatial_fc, ksm.channel_fc):
@@ -120,14 +126,14 @@ def fold_modulation(ksm: GlobalModulation) -> FoldedModulation:
         assert head.bias is not None
         gate = head is not ksm.kernel_fc
         factor = slope / (ksm.temp if gate else ksm.kernel_temp)
-        weight = array(head.weight)[:, :, 0, 0]
+        weight = array(head.weight).reshape(len(head.weight), -1)
         weights.append(weight * (star_scale * factor))
         biases.append((array(head.bias) + weight.sum(1) * star_bias) * factor)
         sizes.append(len(weight))
         if gate:
-            gain *= 2.0 if ksm.act == "tanh" else ksm.att_multi
+            gain *= {"sigmoid": ksm.att_multi, "tanh": 2.0, "softmax": 1.0}[ksm.act]
     return FoldedModulation(
-        hidden.astype(np.float32),
+        (hidden * np.reshape(scale, (-1, 1))).astype(np.float32),
         shift.astype(np.float32),
         np.concatenate(weights).astype(np.float32),
         np.concatenate(biases).astype(np.float32),
@@ -138,34 +144,7 @@ def fold_modulation(ksm: GlobalModulation) -> FoldedModulation:
         softmax=ksm.act == "softmax",
         gain=gain,
         norm=norm,
-    )
-
-
-def fold_linear_modulation(ksm: LinearModulation) -> FoldedModulation:
-    """Fold ``KSM_Global`` of an `FDLinear`."""
-    slope = 2.0 if ksm.act == "tanh" else 1.0
-    heads = (
-        (ksm.kernel_fc, ksm.kernel_temp),
-        (ksm.filter_fc, ksm.temp),
-        (ksm.channel_fc, ksm.temp),
-    )
-    kernel = float(ksm.groups) if ksm.act == "softmax" else 2.0 if ksm.act == "sigmoid" else 1.0
-    # 1 + tanh(z) = 2·sigmoid(2z)
-    gate = {"sigmoid": ksm.att_multi, "tanh": 2.0, "softmax": 1.0}[ksm.act]
-    weight = array(ksm.fc.weight)
-    return FoldedModulation(
-        weight.astype(np.float32),
-        np.zeros(len(weight), np.float32),
-        np.concatenate([array(fc.weight) * (slope / temp) for fc, temp in heads]).astype("f4"),
-        np.concatenate([array(fc.bias) * (slope / temp) for fc, temp in heads]).astype("f4"),
-        kernel=len(ksm.kernel_fc.weight),
-        filter=len(ksm.filter_fc.weight),
-        spatial=0,
-        channel=len(ksm.channel_fc.weight),
-        softmax=ksm.act == "softmax",
-        gain=kernel * gate**2 * (2.0 if ksm.act == "tanh" else 1.0),
-        norm=HiddenNorm(array(ksm.norm.weight).astype(np.float32), None, float(ksm.norm.eps or 0)),
-        squared=False,
+        squared=not isinstance(ksm, LinearModulation),
     )
 
 

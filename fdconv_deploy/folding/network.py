@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.folding.layer import DynamicLayer, FoldedConv, fold_layer
+from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.folding.module import FoldedConv2d
-from fdconv_deploy.nn.fdconv import FDConv2d, FDTokenConv
-from fdconv_deploy.nn.fdlinear import FDLinear
+from fdconv_deploy.nn.fdconv import FDConv2d, FDTokenConv, dynamic_layers
 
 # What a network takes: one tensor, or several.
 Example = Tensor | tuple[Tensor, ...]
@@ -24,15 +25,6 @@ def tensors_of(example: Example) -> tuple[Tensor, ...]:
     return (example,) if isinstance(example, Tensor) else example
 
 
-def foldable_layers(network: nn.Module) -> dict[str, DynamicLayer]:
-    """A network's dynamic layers of every kind by name, each once though it be shared."""
-    return {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, FDLinear) or (isinstance(module, FDConv2d) and module.is_dynamic)
-    }
-
-
 def input_sizes(network: nn.Module, example: Example) -> dict[str, tuple[int, int]]:
     """Height and width that each dynamic layer sees when the network runs on ``example``.
 
@@ -41,20 +33,15 @@ def input_sizes(network: nn.Module, example: Example) -> dict[str, tuple[int, in
     Raises:
         ExportError: a layer is never run, or runs at two sizes (it has no one static shape).
     """
-    layers = foldable_layers(network)
+    layers = dynamic_layers(network)
     seen: dict[str, set[tuple[int, int]]] = {name: set() for name in layers}
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            shape = inputs[0].shape
-            if isinstance(module, FDLinear | FDTokenConv):
-                seen[name].add((math.prod(shape[1:-1]), 1))
-            else:
-                seen[name].add((shape[-2], shape[-1]))
+    def record(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        shape = inputs[0].shape
+        over_tokens = isinstance(module, FDTokenConv)
+        seen[name].add((math.prod(shape[1:-1]), 1) if over_tokens else (shape[-2], shape[-1]))
 
-        return record
-
-    hooks = [m.register_forward_pre_hook(recorder(n)) for n, m in layers.items()]
+    hooks = [m.register_forward_pre_hook(partial(record, n)) for n, m in layers.items()]
     try:
         with torch.no_grad():
             network(*tensors_of(example))
@@ -75,12 +62,12 @@ def input_sizes(network: nn.Module, example: Example) -> dict[str, tuple[int, in
     return {name: sizes.pop() for name, sizes in seen.items()}
 
 
-def replace_layers(network: nn.Module, make: Callable[[str, DynamicLayer], nn.Module]) -> nn.Module:
+def replace_layers(network: nn.Module, make: Callable[[str, FDConv2d], nn.Module]) -> nn.Module:
     """A copy of ``network`` with each dynamic layer replaced, wherever it is referred to.
 
     The layers themselves, and so their spectra, are never copied.
     """
-    layers = foldable_layers(network)
+    layers = dynamic_layers(network)
     # deepcopy takes what is in the memo for what was copied already.
     memo: dict[int, object] = {id(layer): make(name, layer) for name, layer in layers.items()}
     return copy.deepcopy(network, memo)
@@ -111,5 +98,55 @@ def fold_layers(network: nn.Module, example: Example) -> dict[str, FoldedConv]:
     sizes = input_sizes(network, example)
     return {
         name: fold_layer(layer, sizes[name], name=name)
-        for name, layer in foldable_layers(network).items()
+        for name, layer in dynamic_layers(network).items()
     }
+
+
+def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator of which a tracer knows the shapes that ``function`` gives, and no more."""
+    name = f"fdconv_deploy::{function.__name__.removeprefix('_')}"
+    operator = torch.library.custom_op(name, function, mutates_args=())
+    operator.register_fake(function)
+    return operator
+
+
+@opaque
+def _folded_layer(x: Tensor, layer: str, shape: Sequence[int]) -> Tensor:
+    return x.new_zeros(x.shape[0], *shape)
+
+
+class StandIn(nn.Module):
+    """Takes a module's place while its network is traced, and calls an opaque operator."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """What the operator gives."""
+        return self.call(*inputs)
+
+
+def layer_stand_in(name: str, layer: FDConv2d) -> nn.Module:
+    """For a dynamic layer: the operator ``fdconv_deploy::folded_layer`` of its name."""
+    padding = layer.padding
+
+    def length(axis: int, size: int) -> int:
+        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+        if isinstance(padding, str):
+            added = reach if padding == "same" else 0
+        else:
+            added = 2 * padding[axis]
+        return (size + added - reach - 1) // layer.stride[axis] + 1
+
+    def over_map(x: Tensor) -> Tensor:
+        height, width = length(0, x.shape[-2]), length(1, x.shape[-1])
+        return _folded_layer(x, name, (layer.out_channels, height, width))
+
+    def over_tokens(x: Tensor) -> Tensor:
+        # However many axes an image's tokens are in, a folded layer sees one.
+        tokens = x[:, None] if x.ndim == 2 else x.flatten(1, -2)
+        y = _folded_layer(tokens, name, (tokens.shape[1], layer.out_channels))
+        return y.reshape(*x.shape[:-1], layer.out_channels)
+
+    return StandIn(over_tokens if isinstance(layer, FDTokenConv) else over_map)

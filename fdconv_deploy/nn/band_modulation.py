@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fdconv_deploy.config import BandModulationConfig
 from fdconv_deploy.errors import UnsupportedLayerError
-from fdconv_deploy.nn.modulation import NEAR_ZERO
+from fdconv_deploy.nn.modulation import NEAR_ZERO, gate
 
 
 def _radius(size: tuple[int, int]) -> Tensor:
@@ -201,12 +201,10 @@ class BandModulation(nn.Module):
 
     def _weight(self, band: int, x: Tensor) -> Tensor:
         logits = self.freq_weight_conv_list[band](x)
-        if self.config.act == "sigmoid":
-            weight = torch.sigmoid(logits) * 2
-        elif self.config.act == "tanh":
-            weight = 1 + torch.tanh(logits)
-        else:
+        if self.config.act == "softmax":
             weight = torch.softmax(logits, dim=1) * self.groups
+        else:
+            weight = gate(logits, self.config.act, 2)
         return weight[:, :, None]
 
     def forward(self, x: Tensor) -> Tensor:

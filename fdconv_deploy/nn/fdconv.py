@@ -1,4 +1,4 @@
-"""The published FDConv layer, exact: arguments, state-dict keys, arithmetic."""
+"""The published FDConv layers, exact: arguments, state-dict keys, arithmetic."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from fdconv_deploy.config import AttentionNorm, BandModulationConfig, FDConvConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.band_modulation import BandModulation
-from fdconv_deploy.nn.modulation import GlobalAttention, GlobalModulation, LocalModulation
+from fdconv_deploy.nn.modulation import (
+    GlobalAttention,
+    GlobalModulation,
+    LinearModulation,
+    LocalModulation,
+)
 from fdconv_deploy.nn.spectrum import (
     FrequencyOrder,
     assemble_spectrum,
@@ -150,10 +155,7 @@ class FDConv2d(nn.Conv2d):
         if param_reduction >= 1:
             self.alpha = self.spectrum_scale * kernel_num * param_ratio / param_reduction
 
-        self.KSM_Global = GlobalModulation(
-            in_channels,
-            out_channels,
-            (height, width),
+        self.KSM_Global = self._modulation(
             kernel_num * param_ratio,
             reduction=reduction,
             temp=kernel_temp if temp is None else temp,
@@ -198,45 +200,52 @@ class FDConv2d(nn.Conv2d):
         linear_mode: bool,
     ) -> None:
         """Turn what the published code breaks on, often much later, into sentences."""
-        layer = f"FDConv layer {self.in_channels}→{self.out_channels}, kernel {self.kernel_size}"
+        height, width = self.kernel_size
+        refused = {
+            f"groups={self.groups} is not possible for a dynamic layer. Use groups=1, or raise "
+            "use_fdconv_if_c_gt so that it stays a plain convolution.": self.groups != 1,
+            f"kernel_num and param_ratio must be 1 or more, got {self.kernel_num} and "
+            f"{self.param_ratio}.": self.kernel_num < 1 or self.param_ratio < 1,
+            "kernel_temp=None is only defined with kernel_num=None. Give a number, as 1.0.": (
+                kernel_temp is None
+            ),
+            f"ksm_global_act must be 'sigmoid', 'tanh' or 'softmax', got {act!r}.": (
+                act not in ("sigmoid", "tanh", "softmax")
+            ),
+            "spatial_freq_decompose=True gives channel and filter attentions twice the channels, "
+            "which the published layer cannot apply. Set it to False.": (
+                decompose and not only_kernel
+            ),
+            "spatial attention is defined for square kernels and for height 1. Use "
+            "ksm_only_kernel_att=True or a square kernel.": (
+                height != width and height > 1 and not only_kernel
+            ),
+            "linear_mode=True with convert_param=False takes 1×1 kernels only.": (
+                linear_mode and not self.convert_param and self.kernel_size != (1, 1)
+            ),
+            "param_reduction < 1 drops spectrum bins, so it needs convert_param=True.": (
+                self.param_reduction < 1 and not self.convert_param
+            ),
+        }
+        for problem, found in refused.items():
+            if found:
+                raise self._refusal(problem)
 
-        def refuse(problem: str) -> None:
-            raise UnsupportedLayerError(f"{layer}: {problem}")
+    def _refusal(self, problem: str) -> UnsupportedLayerError:
+        sizes = f"{self.in_channels}→{self.out_channels}, kernel {self.kernel_size}"
+        return UnsupportedLayerError(f"FDConv layer {sizes}: {problem}")
 
-        if self.groups != 1:
-            refuse(
-                f"groups={self.groups} is not possible for a dynamic layer. Use groups=1, or raise "
-                "use_fdconv_if_c_gt so that it stays a plain convolution."
-            )
-        if self.kernel_num < 1 or self.param_ratio < 1:
-            refuse(
-                f"kernel_num and param_ratio must be 1 or more, got {self.kernel_num} and "
-                f"{self.param_ratio}."
-            )
-        if self.kernel_num * self.param_ratio == 1:
-            refuse(
+    def _modulation(self, groups: int, **settings: Any) -> GlobalModulation | LinearModulation:
+        """The global attentions of ``groups`` kernels."""
+        if groups == 1:
+            raise self._refusal(
                 "kernel_num=1 with param_ratio=1 leaves no kernel attention. "
                 "Use kernel_num ≥ 2 or param_ratio ≥ 2."
             )
-        if kernel_temp is None:
-            refuse("kernel_temp=None is only defined with kernel_num=None. Give a number, as 1.0.")
-        if act not in ("sigmoid", "tanh", "softmax"):
-            refuse(f"ksm_global_act must be 'sigmoid', 'tanh' or 'softmax', got {act!r}.")
-        if decompose and not only_kernel:
-            refuse(
-                "spatial_freq_decompose=True gives channel and filter attentions twice the "
-                "channels, which the published layer cannot apply. Set it to False."
-            )
         height, width = self.kernel_size
-        if height != width and height > 1 and not only_kernel:
-            refuse(
-                "spatial attention is defined for square kernels and for height 1. "
-                "Use ksm_only_kernel_att=True or a square kernel."
-            )
-        if linear_mode and not self.convert_param and self.kernel_size != (1, 1):
-            refuse("linear_mode=True with convert_param=False takes 1×1 kernels only.")
-        if self.param_reduction < 1 and not self.convert_param:
-            refuse("param_reduction < 1 drops spectrum bins, so it needs convert_param=True.")
+        return GlobalModulation(
+            self.in_channels, self.out_channels, (height, width), groups, **settings
+        )
 
     def _spectrum_of_weight(self) -> Tensor:
         weight = self.weight.reshape(self.out_channels, self.in_channels, *self.kernel_size)
@@ -384,6 +393,11 @@ class FDTokenConv(FDConv2d):
         super()._load_from_state_dict(state_dict, prefix, *others, **named)
 
     @property
+    def in_features(self) -> int:
+        """I, as ``nn.Linear`` calls it."""
+        return self.in_channels
+
+    @property
     def out_features(self) -> int:
         """O, as ``nn.Linear`` calls it."""
         return self.out_channels
@@ -413,6 +427,89 @@ class FDTokenConv(FDConv2d):
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_channels)
+
+
+class FDLinear(FDTokenConv):
+    """Frequency Dynamic linear layer, the published linear form: one weight matrix per sequence.
+
+    ``forward``: ``(B, N, I)`` -> ``(B, N, O)``, the weights of a sequence from its mean
+    over N; or ``(N, I)`` -> ``(N, O)``, each row with weights of its own. Odd
+    ``in_features`` work. Its global attention is `LinearModulation`; it has no local one.
+
+    Args:
+        in_features, out_features, bias: as ``nn.Linear``.
+        reduction … convert_param: as published; see `FDConv2d`.
+        frequency_order: see `FDConv2d`.
+
+    Raises:
+        UnsupportedLayerError: arguments that describe no layer, with what to change.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        reduction: float = 0.0625,
+        kernel_num: int | None = 4,
+        kernel_temp: float | None = 1.0,
+        temp: float | None = None,
+        att_multi: float = 2.0,
+        param_ratio: int = 1,
+        param_reduction: float = 1.0,
+        ksm_global_act: str = "sigmoid",
+        convert_param: bool = True,
+        frequency_order: FrequencyOrder = "torch",
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            bias,
+            reduction=reduction,
+            kernel_num=kernel_num,
+            use_fdconv_if_c_gt=0,
+            kernel_temp=kernel_temp,
+            temp=temp,
+            att_multi=att_multi,
+            param_ratio=param_ratio,
+            param_reduction=param_reduction,
+            ksm_global_act=ksm_global_act,
+            use_ksm_local=False,
+            convert_param=convert_param,
+            linear_mode=True,
+            frequency_order=frequency_order,
+        )
+        if param_reduction >= 1:
+            self.alpha = self.spectrum_scale * param_ratio / param_reduction
+
+    def _modulation(self, groups: int, **settings: Any) -> LinearModulation:
+        del settings["only_kernel"], settings["norm"]
+        return LinearModulation(self.in_channels, self.out_channels, groups, **settings)
+
+    def modulates_kernel(self, height: int, width: int) -> bool:
+        """Always: the published code has no other way."""
+        return True
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """``(B, N, I)`` or ``(N, I)`` float -> the same with O features.
+
+        Raises:
+            UnsupportedLayerError: ``cu_seqlens`` is given, the published argument for sequences of
+                several lengths behind each other in one.
+        """
+        if cu_seqlens is not None:
+            raise UnsupportedLayerError(
+                "cu_seqlens packs sequences of several lengths into one input (N, "
+                f"{self.in_features}), and a graph of static shapes has one length. Give sequences "
+                f"of one length as (B, N, {self.in_features}), without cu_seqlens."
+            )
+        if x.ndim not in (2, 3) or x.shape[-1] != self.in_features or x.numel() == 0:
+            raise ValueError(
+                f"FDLinear expects a non-empty (B, N, {self.in_features}) or "
+                f"(N, {self.in_features}) input, got {tuple(x.shape)}."
+            )
+        return super().forward(x) if x.ndim == 3 else super().forward(x[:, None])[:, 0]
 
 
 def fdconv_arguments(config: FDConvConfig, order: FrequencyOrder) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from fdconv_deploy.config import AttentionNorm, BandModulationConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.band_modulation import SavedMasks
 from fdconv_deploy.nn.fdconv import FDConv2d
-from fdconv_deploy.nn.fdlinear import FDLinear
 
 _GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
 _ATTENTION = ("fc", "relu")
@@ -29,11 +28,11 @@ _MISSING: Any = object()
 
 def is_published(module: nn.Module) -> bool:
     """Whether a module is a dynamic layer of a copy of the published code, or a variant of one."""
-    if isinstance(module, FDConv2d | FDLinear) or not isinstance(
-        getattr(module, "KSM_Global", None), nn.Module
-    ):
-        return False
-    return any(name in module._parameters for name in ("dft_weight", "weight"))
+    return (
+        not isinstance(module, FDConv2d)
+        and isinstance(getattr(module, "KSM_Global", None), nn.Module)
+        and any(name in module._parameters for name in ("dft_weight", "weight"))
+    )
 
 
 def from_published(module: nn.Module, name: str = "the layer") -> FDConv2d:
@@ -132,9 +131,9 @@ def _conversion(told: _Told, arguments: Mapping[str, Any], phrases: tuple[str, .
     if own != expected:
         raise variant(name, _difference(own, expected))
     layer.load_state_dict({key: state[key] for key in expected}, strict=True, assign=True)
-    norm_eps = getattr(told.norm, "eps", None)
-    if norm_eps is not None:
-        layer.KSM_Global.bn.eps = norm_eps
+    own_norm: Any = layer.KSM_Global.bn
+    if hasattr(own_norm, "eps"):
+        own_norm.eps = told.norm.eps
     if layer.KSM_Local is not None:
         layer.KSM_Local.norm.eps = told.local.norm.eps
     return Conversion(layer.train(module.training), (*told.assumed, *phrases))

@@ -52,9 +52,14 @@ def attention_norm(kind: AttentionNorm, channels: int) -> nn.Module:
     return nn.GroupNorm(1, channels) if kind == "group" else nn.Identity()
 
 
-def attention_channels(in_channels: int, reduction: float, minimum: int = 16) -> int:
+def attention_channels(in_channels: int, reduction: float) -> int:
     """Width of the attention's hidden layer."""
-    return max(int(in_channels * reduction), minimum)
+    return max(int(in_channels * reduction), 16)
+
+
+def gate(logits: Tensor, act: str, multiple: float) -> Tensor:
+    """``multiple`` times the sigmoid; or with ``act="tanh"`` 1 + tanh."""
+    return 1 + torch.tanh(logits) if act == "tanh" else torch.sigmoid(logits) * multiple
 
 
 class GlobalModulation(nn.Module):
@@ -104,9 +109,6 @@ class GlobalModulation(nn.Module):
             if kernel_size[0] > 1:
                 self.spatial_fc = nn.Conv2d(hidden, kernel_size[0] * kernel_size[1], 1)
         self.kernel_fc = nn.Conv2d(hidden, groups, 1)
-        self._reset()
-
-    def _reset(self) -> None:
         for module in self.children():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -118,36 +120,73 @@ class GlobalModulation(nn.Module):
             if head is not None:
                 nn.init.normal_(head.weight, std=NEAR_ZERO)
 
-    def _gate(self, logits: Tensor, temp: float) -> Tensor:
-        logits = logits.flatten(1) / temp
-        if self.act == "sigmoid":
-            return torch.sigmoid(logits) * self.att_multi
-        return 1 + torch.tanh(logits)
+    def _gate(self, logits: Tensor) -> Tensor:
+        return gate(logits.flatten(1) / self.temp, self.act, self.att_multi)
 
     def _kernel(self, logits: Tensor) -> Tensor:
         logits = logits.flatten(1) / self.kernel_temp
         if self.act == "softmax":
             return torch.softmax(logits, dim=1)
-        if self.act == "sigmoid":
-            return torch.sigmoid(logits) * (2 / self.groups)
-        return (1 + torch.tanh(logits)) / self.groups
+        kernel = gate(logits, self.act, 2 / self.groups)
+        return kernel / self.groups if self.act == "tanh" else kernel
 
     def forward(self, average: Tensor) -> GlobalAttention:
         """``average``: ``(B, I)`` float32, the input's global average."""
         h = self.relu(self.bn(self.fc(average[:, :, None, None])))
         channel = filter_ = spatial = None
         if self.channel_fc is not None and self.filter_fc is not None:
-            channel = self._gate(self.channel_fc(h), self.temp)
-            filter_ = self._gate(self.filter_fc(h), self.temp)
+            channel, filter_ = self._gate(self.channel_fc(h)), self._gate(self.filter_fc(h))
             if self.spatial_fc is not None:
-                spatial = self._gate(self.spatial_fc(h), self.temp)
-                spatial = spatial.unflatten(1, self.kernel_size)
+                spatial = self._gate(self.spatial_fc(h)).unflatten(1, self.kernel_size)
         return GlobalAttention(channel, filter_, spatial, self._kernel(self.kernel_fc(h)))
 
 
-def local_kernel_size(in_channels: int) -> int:
-    """Odd width of the local attention's 1-d convolution over channels."""
-    return 2 * (round(math.log2(in_channels) / 2 + 0.5) // 2) + 1
+class LinearModulation(nn.Module):
+    """``KSM_Global`` of the published linear layer: RMSNorm and ReLU, no spatial attention."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        groups: int,
+        *,
+        reduction: float,
+        temp: float,
+        kernel_temp: float,
+        att_multi: float,
+        act: str,
+    ) -> None:
+        super().__init__()
+        hidden = attention_channels(in_features, reduction)
+        self.groups, self.act = groups, act
+        self.temp, self.kernel_temp, self.att_multi = temp, kernel_temp, att_multi
+        self.fc = nn.Linear(in_features, hidden, bias=False)
+        self.norm = nn.RMSNorm(hidden, eps=1e-6)
+        self.channel_fc = nn.Linear(hidden, in_features)
+        self.filter_fc = nn.Linear(hidden, out_features)
+        self.spatial_fc = None
+        self.kernel_fc = nn.Linear(hidden, groups)
+        for head in (self.channel_fc, self.filter_fc, self.kernel_fc):
+            nn.init.normal_(head.weight, std=NEAR_ZERO)
+            nn.init.zeros_(head.bias)
+
+    def _gate(self, logits: Tensor) -> Tensor:
+        logits = logits / self.temp
+        if self.act == "softmax":
+            return torch.softmax(logits, dim=1)
+        return gate(logits, self.act, self.att_multi)
+
+    def _kernel(self, logits: Tensor) -> Tensor:
+        logits = logits / self.kernel_temp
+        if self.act == "softmax":
+            return torch.softmax(logits, dim=1) * self.groups
+        return gate(logits, self.act, 2)
+
+    def forward(self, average: Tensor) -> GlobalAttention:
+        """``average``: ``(B, I)`` float32, the mean over a sequence."""
+        h = F.relu(self.norm(self.fc(average)))
+        channel, filter_ = self._gate(self.channel_fc(h)), self._gate(self.filter_fc(h))
+        return GlobalAttention(channel, filter_, None, self._kernel(self.kernel_fc(h)))
 
 
 class LocalModulation(nn.Module):
@@ -167,9 +206,13 @@ class LocalModulation(nn.Module):
             raise UnsupportedLayerError(f"ksm_local_act must be 'sigmoid' or 'tanh', got {act!r}.")
         self.att_multi, self.act = att_multi, act
         self.shape = (out_channels, in_channels, *kernel_size)
-        width = local_kernel_size(in_channels)
+        half = round(math.log2(in_channels) / 2 + 0.5) // 2
         self.conv = nn.Conv1d(
-            1, out_channels * kernel_size[0] * kernel_size[1], width, padding=width // 2, bias=False
+            1,
+            out_channels * kernel_size[0] * kernel_size[1],
+            2 * half + 1,
+            padding=half,
+            bias=False,
         )
         nn.init.constant_(self.conv.weight, NEAR_ZERO)
         self.norm = nn.LayerNorm(in_channels)
@@ -182,7 +225,4 @@ class LocalModulation(nn.Module):
         """``average``: ``(B, I)`` float32 -> attention ``(B, O, I, kh, kw)``."""
         out_channels, in_channels, *kernel = self.shape
         logits = self.logits(average).reshape(-1, in_channels, out_channels, *kernel)
-        logits = logits.transpose(1, 2)
-        if self.act == "sigmoid":
-            return torch.sigmoid(logits) * self.att_multi
-        return 1 + torch.tanh(logits)
+        return gate(logits.transpose(1, 2), self.act, self.att_multi)

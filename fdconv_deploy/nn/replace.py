@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.fdconv import FDConv2d, FDTokenConv
-from fdconv_deploy.nn.fdlinear import FDLinear
 from fdconv_deploy.nn.from_published import is_published
 from fdconv_deploy.nn.spectrum import kernel_spectrum
 
@@ -160,7 +159,7 @@ def _places(
     found = []
     inside: tuple[str, ...] = ()  # the layers of an FDConv layer's attentions are no places
     for name, module in model.named_modules(remove_duplicate=False):
-        closed = isinstance(module, FDConv2d | FDLinear | nn.MultiheadAttention)
+        closed = isinstance(module, FDConv2d | nn.MultiheadAttention)
         if closed or is_published(module):
             inside += (f"{name}.",)
         elif isinstance(module, kind) and not (inside and name.startswith(inside)):
@@ -258,7 +257,13 @@ def set_equivalent(layer: FDConv2d, weight: Tensor, bias: Tensor | None = None) 
             "layer cannot equal a plain convolution. Use param_reduction=1, or start from the "
             "cut spectrum without equivalence."
         )
-    _rest(layer)
+    still: list[nn.Module] = [m for n, m in layer.KSM_Global.named_children() if n.endswith("_fc")]
+    if layer.KSM_Local is not None:
+        still.append(layer.KSM_Local.conv)
+    if layer.FBM is not None:
+        still.append(layer.FBM.freq_weight_conv_list)
+    for parameter in nn.ModuleList(still).parameters():
+        parameter.zero_()
     # alpha undoes spectrum_scale and kernel attention's 1/(P·G); P spectra are added.
     gain = layer.param_ratio / max(layer.param_reduction, 1.0)
     heads = layer.KSM_Global
@@ -268,20 +273,3 @@ def set_equivalent(layer: FDConv2d, weight: Tensor, bias: Tensor | None = None) 
     if layer.KSM_Local is not None and layer.KSM_Local.act == "sigmoid":
         gain *= layer.KSM_Local.att_multi / 2
     set_spectrum(layer, weight / gain, bias)
-
-
-def _rest(layer: FDConv2d) -> None:
-    heads = layer.KSM_Global
-    still: list[nn.Module | None] = [
-        heads.kernel_fc,
-        heads.channel_fc,
-        heads.filter_fc,
-        heads.spatial_fc,
-    ]
-    if layer.KSM_Local is not None:
-        still.append(layer.KSM_Local.conv)
-    if layer.FBM is not None:
-        still.extend(layer.FBM.freq_weight_conv_list)
-    for module in still:
-        for parameter in module.parameters() if module is not None else ():
-            parameter.zero_()

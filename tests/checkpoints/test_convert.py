@@ -26,7 +26,6 @@ from fdconv_deploy.cli import app as cli
 from fdconv_deploy.config import FDConvConfig, ResNetConfig
 from fdconv_deploy.demo import plain_checkpoint
 from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
-from fdconv_deploy.folding.network import foldable_layers
 from fdconv_deploy.nn import FDConv2d, ResNet
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.fdconv import dynamic_layers
@@ -119,12 +118,12 @@ def test_equivalent_network(conv: FDConvConfig, depth: int) -> None:
     assert torch.equal(made.pop("fc.bias"), torch.ones(3))
     network = ResNet(config).eval()
     network.load_state_dict({k.removeprefix("backbone."): v for k, v in made.items()})
-    assert len(foldable_layers(network)) >= 8
+    assert len(dynamic_layers(network)) >= 8
     x = torch.randn(2, 3, 64, 80)
     for ours, theirs in zip(network(x), plain(x), strict=True):
         assert error(ours, theirs) <= 1e-5
     report = describe_conversion(state, made, conv, "equivalent")
-    assert len(report.converted) == len(foldable_layers(network))
+    assert len(report.converted) == len(dynamic_layers(network))
     assert not report.left_random
 
 

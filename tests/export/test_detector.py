@@ -17,8 +17,8 @@ from fdconv_deploy.export.api import export_checkpoint, export_network
 from fdconv_deploy.export.source_network import network_to_export
 from fdconv_deploy.export.validation.comparison import Comparison, compare_detections
 from fdconv_deploy.export.validation.verify import verify_bundle
-from fdconv_deploy.folding.network import foldable_layers
 from fdconv_deploy.nn.detection import Detector
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.sample_images import sample_detector_batch, sample_feeds
@@ -114,7 +114,7 @@ def test_manifest(bundle, detector):
         "frequency_order",
         "palette",
     }
-    assert set(manifest.group_maps) == set(foldable_layers(detector))
+    assert set(manifest.group_maps) == set(dynamic_layers(detector))
     for outputs in manifest.parity.batches.values():
         errors = {output.name: output for output in outputs}
         assert errors["labels"].argmax_agreement == 1

@@ -15,7 +15,8 @@ from torch import nn
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.graph import build_graph, check_model
 from fdconv_deploy.export.torch_export import capture
-from fdconv_deploy.folding.network import foldable_layers, input_sizes
+from fdconv_deploy.folding.network import input_sizes
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from tests.reference.networks import dynamic
 
 
@@ -29,7 +30,7 @@ def test_nothing_but_onnx_and_fdconv(model, segmentor):
     assert set(domains) == {"", "fdconv"}
     # Every layer has an assembly, and a band modulation where its kernel is 3×3.
     kinds = [n.op_type.split("_")[0] for n in model.graph.node if n.domain]
-    layers = foldable_layers(segmentor)
+    layers = dynamic_layers(segmentor)
     assert kinds.count("FrequencyAssembly") == len(layers) > 3
     assert kinds.count("FrequencyBandModulation") == len(layers)
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 18), ("fdconv", 1)]
@@ -56,7 +57,7 @@ def test_every_shape_is_static(model):
 def test_names_are_the_networks_own(model, segmentor):
     nodes = {n.name for n in model.graph.node}
     assert len(nodes) == len(model.graph.node)
-    for name in foldable_layers(segmentor):
+    for name in dynamic_layers(segmentor):
         assert {f"{name}.assembly", f"{name}.bands"} <= nodes
         # In one piece, or by kernel rows.
         assert {f"{name}.convolution", f"{name}.row1.convolution"} & nodes

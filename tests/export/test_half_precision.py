@@ -11,7 +11,7 @@ from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.api import export_module, export_network
 from fdconv_deploy.export.quantization.element_types import tensor_types
 from fdconv_deploy.export.quantization.fp16 import rounding_model, to_half_precision
-from fdconv_deploy.folding.network import foldable_layers
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.runtime.bundle import Bundle
 from tests.export.graphs import relative, run_file
 from tests.reference.lively import lively_input
@@ -51,7 +51,7 @@ def test_what_makes_a_kernel_is_float32(half, segmentor):
         if kernel is None:
             continue
         assert kernel.op_type == "Cast"
-        cast |= {name for name in foldable_layers(segmentor) if node.name.startswith(f"{name}.")}
+        cast |= {name for name in dynamic_layers(segmentor) if node.name.startswith(f"{name}.")}
         waiting, seen = [kernel.input[0]], set()
         while waiting:
             maker = makers.get(waiting.pop())
@@ -63,7 +63,7 @@ def test_what_makes_a_kernel_is_float32(half, segmentor):
             if maker.op_type not in ("GlobalAveragePool", "ReduceMean"):
                 waiting += maker.input
         assert len(seen) > 5  # from the kernel to the average
-    assert cast == set(foldable_layers(segmentor))
+    assert cast == set(dynamic_layers(segmentor))
 
 
 def test_one_type_per_node(half):
@@ -111,7 +111,7 @@ def test_report(half, segmentor):
     assert manifest.precision == "fp16"
     report = manifest.graph["precision"]
     layers = report["layers"]
-    assert set(layers) > set(foldable_layers(segmentor))
+    assert set(layers) > set(dynamic_layers(segmentor))
     assert {"decode_head.conv_seg", "backbone.layer1.0 (sum)"} < set(layers)
     assert all(0 < error < 2e-2 and 0 <= turned < 1e-3 for error, turned in layers.values())
     assert layers[report["worst"][0]][0] == max(error for error, _ in layers.values())

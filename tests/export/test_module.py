@@ -10,8 +10,8 @@ from torch import nn
 
 from fdconv_deploy.errors import ExportError, UnsupportedLayerError
 from fdconv_deploy.export.api import export_module
-from fdconv_deploy.folding.network import foldable_layers
 from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from tests.export.graphs import relative, run_file
 from tests.reference.lively import enliven, lively_input
 from tests.reference.networks import Wired, batch_norm, dynamic
@@ -73,7 +73,7 @@ def test_shared_weights_are_stored_once(exported_module):
 
 
 def test_the_module_is_left_as_it_was(exported_module):
-    layers = foldable_layers(exported_module.module)
+    layers = dynamic_layers(exported_module.module)
     assert sorted(layers) == ["block.0", "rect", "still", "twin"]
     assert not exported_module.module.training
 

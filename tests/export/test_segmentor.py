@@ -13,7 +13,7 @@ import torch
 import fdconv_deploy
 from fdconv_deploy.config import TestMode
 from fdconv_deploy.export.api import export_network
-from fdconv_deploy.folding.network import foldable_layers
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.nn.spectrum import group_map
 from fdconv_deploy.runtime.bundle import Bundle
 from tests.export.graphs import relative, run_file
@@ -75,7 +75,7 @@ def test_manifest(bundle, segmentor):
         (x,), (y,) = manifest.inputs[batch], manifest.outputs[batch]
         assert (x.name, x.shape, x.dtype) == ("images", (batch, 3, 65, 97), "float32")
         assert (y.name, y.shape, y.dtype) == ("logits", (batch, 7, 17, 25), "float32")
-    assert manifest.graph["fdconv_layers"] == len(foldable_layers(segmentor))
+    assert manifest.graph["fdconv_layers"] == len(dynamic_layers(segmentor))
     assert set(manifest.versions) >= {"torch", "onnx", "onnxruntime"}
 
 
@@ -92,7 +92,7 @@ def test_parity_report(bundle):
 
 def test_group_maps_are_those_of_the_layers(bundle, segmentor):
     expected = {}
-    for name, layer in foldable_layers(segmentor).items():
+    for name, layer in dynamic_layers(segmentor).items():
         groups = group_map(layer.indices, layer.rows, layer.columns).numpy().astype("<i2")
         expected[name] = hashlib.sha256(groups.tobytes()).hexdigest()
     assert bundle.manifest.group_maps == expected

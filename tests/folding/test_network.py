@@ -11,8 +11,9 @@ from torch import nn
 
 from fdconv_deploy.config import FDConvConfig
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.folding.network import fold_network, foldable_layers, input_sizes
+from fdconv_deploy.folding.network import fold_network, input_sizes
 from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from tests.reference.lively import error, lively_input
 from tests.reference.networks import Wired, dynamic, small_segmentor
 
@@ -80,8 +81,8 @@ def test_the_network_is_left_as_it_was(network):
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     assert torch.equal(network(x), answer)
     assert [len(m._forward_pre_hooks) for m in network.modules()] == hooks
-    assert foldable_layers(network)
-    assert not foldable_layers(folded)
+    assert dynamic_layers(network)
+    assert not dynamic_layers(folded)
 
 
 @torch.no_grad()

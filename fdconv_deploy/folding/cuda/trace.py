@@ -19,8 +19,7 @@ from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.cuda.layer import FinishedConv2d, FusedConv2d
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.folding.modulation import array
-from fdconv_deploy.folding.network import replace_layers
-from fdconv_deploy.folding.placeholder import layer_stand_in
+from fdconv_deploy.folding.network import layer_stand_in, replace_layers
 
 ATEN = torch.ops.aten
 LAYER = torch.ops.fdconv_deploy.folded_layer.default

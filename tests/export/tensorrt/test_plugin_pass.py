@@ -16,7 +16,7 @@ from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.quantization.fp16 import to_half_precision
 from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 from fdconv_deploy.folding.layer import fold_layer
-from fdconv_deploy.folding.network import foldable_layers
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.ops import DOMAIN
 from tests.export.graphs import relative
 from tests.ops.gpu.cases import BANDS, LAYERS, Case
@@ -86,7 +86,7 @@ def test_whole_networks(bundle, exported_module, proved):
 
 def test_half_precision(bundle, segmentor):
     model = load(bundle, 1)
-    to_half_precision(model, list(foldable_layers(segmentor)))
+    to_half_precision(model, list(dynamic_layers(segmentor)))
     variant = checked(model)
     names = [n.op_type for n in variant.graph.node if n.domain == DOMAIN]
     columns = [n for n in names if n.startswith("FrequencyAssemblyColumns")]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.export.api import export_module
-from fdconv_deploy.folding.network import foldable_layers
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.runtime.bundle import Bundle
 from tests.reference.lively import lively_input
 from tests.reference.networks import batch_norm, dynamic
@@ -31,7 +31,7 @@ def chain(depth: int, variance: float) -> nn.Module:
     torch.manual_seed(0)
     blocks = [nn.Sequential(dynamic(i), batch_norm(18, seed=i), nn.ReLU()) for i in range(depth)]
     network = nn.Sequential(*blocks).eval()
-    for layer in foldable_layers(network).values():
+    for layer in dynamic_layers(network).values():
         layer.KSM_Global.bn.running_var.mul_(variance)
     x = lively_input((2, 18, 17, 20))
     for block in blocks:

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from benchmarks.gpu.shapes import RESNET50, layer_sizes
 from benchmarks.networks import backbone
 from fdconv_deploy.folding.layer import fold_layer
-from fdconv_deploy.folding.network import foldable_layers, input_sizes
+from fdconv_deploy.folding.network import input_sizes
 from fdconv_deploy.nn import FDConv2d, ResNet
+from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.ops.attention.launch import PARTS, GateSizes, Pooling
 from fdconv_deploy.ops.frequency_assembly import frequency_assembly
 from fdconv_deploy.ops.frequency_assembly.launch import (
@@ -161,7 +162,7 @@ def test_the_benchmarks_shapes_are_the_networks():
     network = ResNet(backbone()).eval()
     sizes = input_sizes(network, torch.zeros(1, 3, 64, 64))
     found: Counter[tuple[int, ...]] = Counter()
-    for name, layer in foldable_layers(network).items():
+    for name, layer in dynamic_layers(network).items():
         key = layer.in_channels, layer.out_channels, layer.kernel_size[0]
         found[(*key, sizes[name][0] * 8, layer.stride[0])] += 1
     listed: Counter[tuple[int, ...]] = Counter()
