@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,25 @@ _GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", 
 _ATTENTION = ("fc", "relu")
 # What copies call the normalisation of the attention's hidden layer; the published class: bn.
 _NORMS = ("bn", "norm")
+# Argument → a copy's attribute, and the published default where it is missing.
+_READ: dict[str, tuple[str, Any]] = {
+    "groups": ("groups", 1),
+    "kernel_temp": ("KSM_Global.kernel_temp", 1.0),
+    "temp": ("KSM_Global.temperature", 1.0),
+    "param_reduction": ("param_reduction", 1.0),
+    "ksm_global_act": ("KSM_Global.act_type", "sigmoid"),
+}
+# Largest difference allowed between a copy and its conversion, of the output's largest value.
+TOLERANCE = 1e-4
 _MISSING: Any = object()
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """What a layer may be converted to, and what its original did not tell: one phrase each."""
+
+    layer: FDConv2d
+    assumed: tuple[str, ...]
 
 
 def is_published(module: nn.Module) -> bool:
@@ -50,20 +69,25 @@ def from_published(module: nn.Module, name: str = "the layer") -> FDConv2d:
         UnsupportedLayerError: a variant: something is missing or of its own, or it computes
             something else. Each is named.
     """
-    return compare_on_random(module, candidates(module, name), name).layer
+    tried, x = {name: _candidates(module, name)}, _probe(module)
+    try:
+        return _compare(module, x, {name: module}, tried)[name].layer
+    except UnsupportedLayerError:
+        raise
+    except Exception as error:
+        raise _variant(name, f"its own forward fails on {tuple(x.shape)}: {error}") from error
 
 
 def convert_published(
     network: nn.Module,
-    example: Tensor | None = None,
+    example: Tensor,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[nn.Module, dict[str, tuple[str, ...]]]:
     """A network whose published layers are `FDConv2d` layers; the network itself if it has none.
 
     Args:
         network: in eval mode. Not changed; what is not converted is copied.
-        example: an input; each layer is compared with its original on what reaches it. On
-            random numbers if not given.
+        example: an input; each layer is compared with its original on what reaches it.
         progress: told what was found.
 
     Returns:
@@ -75,13 +99,8 @@ def convert_published(
     found = {name: module for name, module in network.named_modules() if is_published(module)}
     if not found:
         return network, {}
-    tried = {name: candidates(module, name or "the network") for name, module in found.items()}
-    if example is None:
-        conversions = {
-            name: compare_on_random(module, tried[name], name) for name, module in found.items()
-        }
-    else:
-        conversions = compare_inside(network, example, found, tried)
+    tried = {name: _candidates(module, name or "the network") for name, module in found.items()}
+    conversions = _compare(network, example, found, tried)
     if progress is not None:
         progress(_summary(found, conversions))
     # deepcopy takes what is in the memo for what was copied already.
@@ -99,8 +118,8 @@ def _summary(found: Mapping[str, nn.Module], conversions: Mapping[str, Conversio
     return f"{said}; assumed: {'; '.join(sorted(assumed))}" if assumed else said
 
 
-def candidates(module: nn.Module, name: str) -> tuple[Conversion, ...]:
-    """`from_published` without the comparison: what the layer may be, the likeliest first."""
+def _candidates(module: nn.Module, name: str) -> tuple[Conversion, ...]:
+    """What the layer may be, the likeliest first."""
     _check_family(module, name)
     told = _Told(module, name)
     arguments = told.arguments()
@@ -129,7 +148,7 @@ def _conversion(told: _Told, arguments: Mapping[str, Any], phrases: tuple[str, .
     # Buffers some copies save and others do not.
     own = {k: s for k, s in own.items() if k not in ("indices", "FBM.cached_masks")}
     if own != expected:
-        raise variant(name, _difference(own, expected))
+        raise _variant(name, _difference(own, expected))
     layer.load_state_dict({key: state[key] for key in expected}, strict=True, assign=True)
     own_norm: Any = layer.KSM_Global.bn
     if hasattr(own_norm, "eps"):
@@ -144,10 +163,10 @@ def _check_family(module: nn.Module, name: str) -> None:
     attention = getattr(module, "KSM_Global", None)
     missing += [f"KSM_Global.{what}" for what in _ATTENTION if not hasattr(attention, what)]
     if missing:
-        raise variant(name, f"it has no {', '.join(missing)}")
+        raise _variant(name, f"it has no {', '.join(missing)}")
     size = module.kernel_size
     if not isinstance(module, nn.Conv2d) and (not isinstance(size, tuple) or len(size) != 2):
-        raise variant(name, f"it is no 2-d convolution (kernel_size {size!r})")
+        raise _variant(name, f"it is no 2-d convolution (kernel_size {size!r})")
 
 
 def _kind_of_norm(norm: Any, name: str, layer: str) -> AttentionNorm:
@@ -158,7 +177,7 @@ def _kind_of_norm(norm: Any, name: str, layer: str) -> AttentionNorm:
     if isinstance(norm, nn.GroupNorm) and norm.num_groups == 1:
         return "group"
     groups = f" of {norm.num_groups} groups" if isinstance(norm, nn.GroupNorm) else ""
-    raise variant(
+    raise _variant(
         layer,
         f"KSM_Global.{name} is a {type(norm).__name__}{groups}, not a BatchNorm2d (nor "
         "GroupNorm(1, C) nor Identity)",
@@ -194,51 +213,40 @@ class _Told:
         ratio = stored.shape[0] if converted else self.get("param_ratio", 1)
         heads = getattr(attention, "kernel_fc", None)
         if heads is None:
-            raise variant(self.name, "it has no KSM_Global.kernel_fc (kernel_num=1)")
-        groups = heads.weight.shape[0] // ratio
-        reduction = self.get("param_reduction", 1.0)
+            raise _variant(self.name, "it has no KSM_Global.kernel_fc (kernel_num=1)")
+        if self.norm is None:
+            raise _variant(self.name, "it has no KSM_Global.bn")
         multiples = {self.get("KSM_Global.att_multi", 2.0)}
+        local_act = "sigmoid"
         if self.local is not None:
             multiples.add(self.get("att_multi", 2.0))
+            local_act = self.get("ksm_local_act", "sigmoid")
         if len(multiples) > 1:
-            raise variant(
+            raise _variant(
                 self.name, f"att_multi differs between its attentions ({sorted(multiples)})"
             )
-        hidden = attention.fc.weight.shape[0]
-        bands = getattr(module, "FBM", None)
-        if self.norm is None:
-            raise variant(self.name, "it has no KSM_Global.bn")
-        return {
-            **{what: getattr(module, what) for what in _GEOMETRY},
-            "groups": self.get("groups", 1),
-            "bias": module.bias is not None,
-            "reduction": (hidden + 0.5) / module.in_channels,
-            "kernel_num": groups,
-            "use_fdconv_if_c_gt": 0,
-            "use_fdconv_if_k_in": (height,),
-            "use_fbm_if_k_in": (height,) if bands is not None else (),
-            "kernel_temp": self.get("KSM_Global.kernel_temp", 1.0),
-            "temp": self.get("KSM_Global.temperature", 1.0),
-            "att_multi": multiples.pop(),
-            "param_ratio": ratio,
-            "param_reduction": reduction,
-            "ksm_only_kernel_att": getattr(attention, "channel_fc", None) is None,
-            "use_ksm_local": self.local is not None,
-            "ksm_local_act": self.get("ksm_local_act", "sigmoid")
-            if self.local is not None
-            else "sigmoid",
-            "ksm_global_act": self.get("KSM_Global.act_type", "sigmoid"),
-            "convert_param": converted,
-            "linear_mode": stored.ndim == 2,
-            "ksm_global_norm": _kind_of_norm(self.norm, self.norm_name, self.name),
-            "frequency_order": self._order(),
-        }
-
-    def _order(self) -> Any:
         indices = self.get("indices", "torch")
         if isinstance(indices, list | tuple):  # the first published version keeps a list
             indices = torch.stack([part.cpu() for part in indices])
-        return indices
+        return {
+            **{what: getattr(module, what) for what in _GEOMETRY},
+            **{what: self.get(*place) for what, place in _READ.items()},
+            "bias": module.bias is not None,
+            "reduction": (attention.fc.weight.shape[0] + 0.5) / module.in_channels,
+            "kernel_num": heads.weight.shape[0] // ratio,
+            "use_fdconv_if_c_gt": 0,
+            "use_fdconv_if_k_in": (height,),
+            "use_fbm_if_k_in": () if getattr(module, "FBM", None) is None else (height,),
+            "att_multi": multiples.pop(),
+            "param_ratio": ratio,
+            "ksm_only_kernel_att": getattr(attention, "channel_fc", None) is None,
+            "use_ksm_local": self.local is not None,
+            "ksm_local_act": local_act,
+            "convert_param": converted,
+            "linear_mode": stored.ndim == 2,
+            "ksm_global_norm": _kind_of_norm(self.norm, self.norm_name, self.name),
+            "frequency_order": indices,
+        }
 
     def bands(self) -> list[tuple[BandModulationConfig | None, tuple[str, ...]]]:
         """What the band modulation may be, and what of each is assumed."""
@@ -246,8 +254,12 @@ class _Told:
             return [(None, ())]
         kernel = self.get("FBM.freq_weight_conv_list", ())
         if not len(kernel):
-            raise variant(self.name, "it has no FBM.freq_weight_conv_list")
-        saved = self._saved_masks()
+            raise _variant(self.name, "it has no FBM.freq_weight_conv_list")
+        buffer = getattr(self.module.FBM, "cached_masks", None)
+        try:
+            saved = None if buffer is None else SavedMasks.read(buffer)
+        except ValueError as error:
+            raise _variant(self.name, f"its FBM.cached_masks cannot be read: {error}") from None
         k_list = self._k_list(saved)
         bands = BandModulationConfig(
             k_list=k_list,
@@ -268,22 +280,13 @@ class _Told:
             for kind, phrase in made
         ]
 
-    def _saved_masks(self) -> SavedMasks | None:
-        buffer = getattr(self.module.FBM, "cached_masks", None)
-        if buffer is None:
-            return None
-        try:
-            return SavedMasks.read(buffer)
-        except ValueError as error:
-            raise variant(self.name, f"its FBM.cached_masks cannot be read: {error}") from None
-
     def _k_list(self, saved: SavedMasks | None) -> tuple[float, ...]:
         if saved is None:
             return tuple(self.get("FBM.k_list", (2, 4, 8)))
         k_list = getattr(self.module.FBM, "k_list", saved.k_list)
         if k_list is None or saved.size_for(tuple(k_list)) is None:
             told = "of no k_list" if saved.k_list is None else f"of k_list {list(saved.k_list)}"
-            raise variant(
+            raise _variant(
                 self.name,
                 f"its FBM.cached_masks are not the published ones: they are {told}, and its "
                 f"FBM.k_list is {getattr(self.module.FBM, 'k_list', 'missing')}",
@@ -303,20 +306,7 @@ def _difference(own: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple
     return "; ".join(f"{what} {', '.join(keys[:6])}" for what, keys in kinds if keys)
 
 
-# Largest difference allowed between a copy and its conversion, of the output's largest value.
-TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True, eq=False)
-class Conversion:
-    """What a layer may be converted to, and what its original did not tell: one phrase each."""
-
-    layer: FDConv2d
-    assumed: tuple[str, ...]
-
-
-def variant(name: str, what: str) -> UnsupportedLayerError:
-    """The error that says what makes a layer a variant."""
+def _variant(name: str, what: str) -> UnsupportedLayerError:
     return UnsupportedLayerError(
         f"{name} looks like a copy of the published FDConv layer, but is a variant that cannot be "
         f"converted: {what}. Expected the published class (its attributes and tensors); put "
@@ -324,40 +314,17 @@ def variant(name: str, what: str) -> UnsupportedLayerError:
     )
 
 
-def compare_on_random(
-    module: nn.Module, candidates: tuple[Conversion, ...], name: str
-) -> Conversion:
-    """Run a layer and its candidates on random images; the first candidate that is equal.
-
-    Raises:
-        UnsupportedLayerError: the original fails on them, or computes something else than each.
-    """
-    x = _probe(module)
-    with _evaluating(module, *(c.layer for c in candidates)):
-        try:
-            expected = module(x)
-        except Exception as error:
-            raise variant(name, f"its own forward fails on {tuple(x.shape)}: {error}") from error
-        return _equal(candidates, name, x, expected)[0]
-
-
 def _equal(
     candidates: tuple[Conversion, ...], name: str, x: Tensor, expected: Any
 ) -> tuple[Conversion, ...]:
-    """Those candidates that give what the original gave.
-
-    Raises:
-        UnsupportedLayerError: there is none.
-    """
+    """Those candidates that give what the original gave; an error where there is none."""
     errors = {}
     for candidate in candidates:
         found = candidate.layer(x)
-        if not isinstance(expected, Tensor) or expected.shape != found.shape:
-            what = (
-                tuple(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
-            )
-            raise variant(
-                name, f"it gives {what} where the published layer gives {tuple(found.shape)}"
+        gives = tuple(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
+        if gives != tuple(found.shape):
+            raise _variant(
+                name, f"it gives {gives} where the published layer gives {tuple(found.shape)}"
             )
         largest = float(expected.abs().max()) or 1.0
         errors[candidate] = float((found - expected).abs().max()) / largest
@@ -366,51 +333,38 @@ def _equal(
         return equal
     nearest = min(errors, key=lambda candidate: errors[candidate])
     suspects = f" (suspects: {'; '.join(nearest.assumed)})" if nearest.assumed else ""
-    raise variant(
+    raise _variant(
         name,
         f"its output differs from the published layer's by {errors[nearest]:.1e} of the largest "
         f"value, {TOLERANCE:.0e} is allowed{suspects}",
     )
 
 
-def compare_inside(
+def _compare(
     network: nn.Module,
-    example: Tensor,
+    x: Tensor,
     found: Mapping[str, nn.Module],
     candidates: Mapping[str, tuple[Conversion, ...]],
 ) -> dict[str, Conversion]:
-    """Run the network, and each layer's candidates on what the original is given.
+    """Of each layer found in a network the first candidate that is equal.
 
-    Args:
-        network: in eval mode.
-        example: its input.
-        found: the originals in it, by name.
-        candidates: for each of them.
-
-    Returns:
-        Of each layer the first candidate that is equal.
-
-    Raises:
-        UnsupportedLayerError: a layer computes something else than each of its candidates.
+    The network is run on ``x``, and each layer's candidates on what the original is given.
     """
     left = dict(candidates)
 
-    def compare(name: str) -> Callable[[Any, Any, Any], None]:
-        def hook(module: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-            left[name] = _equal(left[name], name, inputs[0], output)
-            if len(left[name]) > 1:
-                # What cannot tell two candidates apart, as a flat image, may be all the example
-                # has; noise of its size can. The layer's own forward calls no hook.
-                noise = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(0))
-                noise = noise.to(inputs[0])
-                left[name] = _equal(left[name], name, noise, module.forward(noise))
+    def compare(name: str, module: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        left[name] = _equal(left[name], name, inputs[0], output)
+        if len(left[name]) > 1:
+            # What cannot tell two candidates apart, as a flat image, may be all the example
+            # has; noise of its size can. The layer's own forward calls no hook.
+            noise = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(0))
+            noise = noise.to(inputs[0])
+            left[name] = _equal(left[name], name, noise, module.forward(noise))
 
-        return hook
-
-    hooks = [module.register_forward_hook(compare(name)) for name, module in found.items()]
+    hooks = [m.register_forward_hook(partial(compare, name)) for name, m in found.items()]
     try:
         with _evaluating(network, *(c.layer for several in left.values() for c in several)):
-            network(example)
+            network(x)
     finally:
         for hook in hooks:
             hook.remove()
