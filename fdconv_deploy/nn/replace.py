@@ -18,6 +18,8 @@ PlainLayer = TypeVar("PlainLayer", nn.Conv2d, nn.Linear)
 Chosen = str | Sequence[str] | Callable[[str, PlainLayer], bool]
 Weights = Literal["equivalent", "published", "new"]
 
+_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+
 
 def replace_convolutions(
     model: nn.Module,
@@ -55,16 +57,8 @@ def replace_convolutions(
         own = own and type(conv)._conv_forward is nn.Conv2d._conv_forward
         if conv.groups != 1 or conv.padding_mode != "zeros" or not own:
             return None
-        return FDConv2d(
-            conv.in_channels,
-            conv.out_channels,
-            _pair(conv.kernel_size),
-            _pair(conv.stride),
-            conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
-            _pair(conv.dilation),
-            bias=conv.bias is not None,
-            **arguments,
-        )
+        same: dict[str, Any] = {name: getattr(conv, name) for name in _GEOMETRY}
+        return FDConv2d(**same, bias=conv.bias is not None, **arguments)
 
     expected = (
         "more channels than use_fdconv_if_c_gt, a kernel size in use_fdconv_if_k_in, one group and "
@@ -130,41 +124,37 @@ def _replace(
         raise UnsupportedLayerError(
             f"weights must be 'equivalent', 'published' or 'new', got {weights!r}."
         )
+    places = _places(model, kind)
+    chosen = {name: plain for name, plain in places.items() if _wanted(where, name, plain)}
     made: dict[int, FDConv2d | None] = {}
-    places: list[tuple[str, nn.Module, str, FDConv2d]] = []
-    for name, parent, child, plain in _places(model, kind):
-        if not _wanted(where, name, plain):
-            continue
+    layers: dict[str, FDConv2d] = {}
+    for name, plain in chosen.items():
         if id(plain) not in made:
             made[id(plain)] = _replacement(name, plain, make, weights)
-        layer = made[id(plain)]
-        if layer is not None:
-            places.append((name, parent, child, layer))
-    if not places:
-        names = [name for name, *_ in _places(model, kind)]
+        if (layer := made[id(plain)]) is not None:
+            layers[name] = layer
+    if not layers:
+        names = list(places)
         raise UnsupportedLayerError(
             f"no {noun} of this {type(model).__name__} is to be replaced: expected one with "
             f"{expected}{'' if where is None else ', that `where` names'}. It has {len(names)} "
             f"{noun}s{': ' if names else ''}{', '.join(names[:5])}{'…' if len(names) > 5 else ''}."
         )
-    for _, parent, child, layer in places:
-        setattr(parent, child, layer)
-    return [name for name, *_ in places]
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    return list(layers)
 
 
-def _places(
-    model: nn.Module, kind: type[PlainLayer]
-) -> list[tuple[str, nn.Module, str, PlainLayer]]:
-    """Every place of every plain layer: name, parent, name in it, layer."""
-    found = []
+def _places(model: nn.Module, kind: type[PlainLayer]) -> dict[str, PlainLayer]:
+    """Every plain layer by each of its names."""
+    found: dict[str, PlainLayer] = {}
     inside: tuple[str, ...] = ()  # the layers of an FDConv layer's attentions are no places
     for name, module in model.named_modules(remove_duplicate=False):
-        closed = isinstance(module, FDConv2d | nn.MultiheadAttention)
-        if closed or is_published(module):
+        if isinstance(module, FDConv2d | nn.MultiheadAttention) or is_published(module):
             inside += (f"{name}.",)
         elif isinstance(module, kind) and not (inside and name.startswith(inside)):
-            parent, _, child = name.rpartition(".")
-            found.append((name, model.get_submodule(parent), child, module))
+            found[name] = module
     return found
 
 
@@ -188,15 +178,13 @@ def _replacement(
         layer = make(plain)
         if layer is None or not layer.is_dynamic:
             return None
-        weight = (
-            plain.weight.detach()
-            .cpu()
-            .reshape(layer.out_channels, layer.in_channels, *layer.kernel_size)
-        )
+        weight = plain.weight.detach().cpu()
+        weight = weight.reshape(layer.out_channels, layer.in_channels, *layer.kernel_size)
+        bias = None if plain.bias is None else plain.bias.detach().cpu()
         if weights == "equivalent":
-            set_equivalent(layer, weight, _on_cpu(plain.bias))
+            set_equivalent(layer, weight, bias)
         elif weights == "published":
-            set_spectrum(layer, weight, _on_cpu(plain.bias))
+            _set_spectrum(layer, weight, bias)
     except UnsupportedLayerError as error:
         raise UnsupportedLayerError(
             f"{name}: {error} Or leave this layer out by `where`. Nothing was replaced."
@@ -205,23 +193,9 @@ def _replacement(
     return layer.train(plain.training)
 
 
-def _pair(value: tuple[int, ...]) -> tuple[int, int]:
-    return value[0], value[1]
-
-
-def _on_cpu(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.detach().cpu()
-
-
 @torch.no_grad()
-def set_spectrum(layer: FDConv2d, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Store a plain kernel as the published layer and converter do, attentions as they are.
-
-    Args:
-        layer: dynamic or plain.
-        weight: ``(O, I, kh, kw)``.
-        bias: ``(O,)`` if the layer has one.
-    """
+def _set_spectrum(layer: FDConv2d, weight: Tensor, bias: Tensor | None) -> None:
+    """Store a plain kernel as the published layer and converter do, attentions as they are."""
     if bias is not None and layer.bias is not None:
         layer.bias.copy_(bias)
     if not (layer.is_dynamic and layer.convert_param):
@@ -243,13 +217,15 @@ def set_equivalent(layer: FDConv2d, weight: Tensor, bias: Tensor | None = None) 
     gradients reach them), and with ``param_ratio`` P each spectrum holds a P-th.
 
     Args:
-        layer, weight, bias: as `set_spectrum`'s.
+        layer: dynamic or plain.
+        weight: ``(O, I, kh, kw)``.
+        bias: ``(O,)`` if the layer has one.
 
     Raises:
         UnsupportedLayerError: ``param_reduction`` below 1 keeps part of the spectrum only.
     """
     if not layer.is_dynamic:
-        set_spectrum(layer, weight, bias)
+        _set_spectrum(layer, weight, bias)
         return
     if layer.param_reduction < 1:
         raise UnsupportedLayerError(
@@ -272,4 +248,4 @@ def set_equivalent(layer: FDConv2d, weight: Tensor, bias: Tensor | None = None) 
         gain *= (heads.att_multi / 2) ** sum(gate is not None for gate in gates)
     if layer.KSM_Local is not None and layer.KSM_Local.act == "sigmoid":
         gain *= layer.KSM_Local.att_multi / 2
-    set_spectrum(layer, weight / gain, bias)
+    _set_spectrum(layer, weight / gain, bias)
