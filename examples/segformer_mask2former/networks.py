@@ -18,7 +18,7 @@ from fdconv_deploy.config import (
 )
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.nn import Segmentor
-from fdconv_deploy.nn.attention import MultiScaleDeformableAttention
+from fdconv_deploy.nn.transformer import MultiScaleDeformableAttention
 
 NETWORKS = ("segformer", "mask2former")
 FDCONV = FDConvConfig(kernel_num=16)

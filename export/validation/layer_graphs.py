@@ -19,7 +19,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
-from fdconv_deploy.nn.decisions import Decision
+from fdconv_deploy.nn.heads.query_head import Decision
 from fdconv_deploy.profiling import label_nodes
 
 _USE = re.compile(r"\.(use\d+)\.")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.network import Example, replace_layers, tensors_of
-from fdconv_deploy.nn.decisions import Decision, decisions
 from fdconv_deploy.nn.fdconv import dynamic_layers
+from fdconv_deploy.nn.heads.query_head import Decision, decisions
 
 Arrays = dict[str, NDArray]
 Act = Callable[[str, nn.Module, Tensor], Tensor]

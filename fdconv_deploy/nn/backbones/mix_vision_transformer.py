@@ -8,36 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdconv_deploy.config import MixVisionTransformerConfig
-from fdconv_deploy.nn.attention import heads_apart, heads_together, weigh
 from fdconv_deploy.nn.fdconv import conv_or_fdconv
 from fdconv_deploy.nn.spectrum import FrequencyOrder
+from fdconv_deploy.nn.transformer import (
+    PatchEmbedding,
+    heads_apart,
+    heads_together,
+    to_map,
+    to_tokens,
+    weigh,
+)
 
 # Of every LayerNorm, where mmsegmentation's other backbones have 1e-5.
 EPSILON = 1e-6
-
-
-def to_tokens(x: Tensor) -> Tensor:
-    """``(B, C, H, W)`` -> ``(B, H·W, C)``."""
-    return x.flatten(2).transpose(1, 2)
-
-
-def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """``(B, H·W, C)`` -> ``(B, C, H, W)``."""
-    return x.transpose(1, 2).unflatten(2, size)
-
-
-class PatchEmbedding(nn.Module):
-    """Overlapping patches: ``(B, I, H, W)`` -> ``(B, ⌈H/stride⌉, ⌈W/stride⌉)`` tokens."""
-
-    def __init__(self, in_channels: int, channels: int, size: int, stride: int) -> None:
-        super().__init__()
-        self.projection = nn.Conv2d(in_channels, channels, size, stride, size // 2)
-        self.norm = nn.LayerNorm(channels, EPSILON)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Tokens ``(B, L, C)``, and the height and width of their map."""
-        x = self.projection(x)
-        return self.norm(to_tokens(x)), (x.shape[2], x.shape[3])
 
 
 class EfficientAttention(nn.Module):
@@ -118,8 +101,9 @@ class MixVisionTransformer(nn.Module):
         self.layers = nn.ModuleList()
         channels = config.in_channels
         for stage, width in enumerate(config.widths):
+            size, stride = config.patch_sizes[stage], config.strides[stage]
             embedding = PatchEmbedding(
-                channels, width, config.patch_sizes[stage], config.strides[stage]
+                channels, width, size, stride, padding=size // 2, epsilon=EPSILON
             )
             blocks = [
                 Block(config, stage, frequency_order) for _ in range(config.num_layers[stage])

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fdconv_deploy.config import SwinTransformerConfig
-from fdconv_deploy.nn.attention import weigh
-from fdconv_deploy.nn.fdconv import linear_or_fdconv
 from fdconv_deploy.nn.spectrum import FrequencyOrder
+from fdconv_deploy.nn.transformer import FeedForward, PatchEmbedding, to_map, weigh
 
 # Added to the logits of tokens that a shifted window does not have side by side in the map.
 APART = -100.0
@@ -144,21 +143,6 @@ class ShiftedWindowAttention(nn.Module):
         return self.w_msa(x, mask).flatten(1, 2).index_select(1, windows.back.to(x.device))
 
 
-class FeedForward(nn.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, config: SwinTransformerConfig, channels: int, order: FrequencyOrder) -> None:
-        super().__init__()
-        hidden = channels * config.mlp_ratio
-        first = linear_or_fdconv(config.conv, channels, hidden, order=order)
-        second = linear_or_fdconv(config.conv, hidden, channels, order=order)
-        self.layers = nn.Sequential(nn.Sequential(first, nn.GELU()), second)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, L, C)`` -> the same shape."""
-        return self.layers(x)
-
-
 class Block(nn.Module):
     """Attention and feed-forward network, each of the normalised tokens and added to them."""
 
@@ -170,7 +154,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.attn = ShiftedWindowAttention(config, stage, shifted)
         self.norm2 = nn.LayerNorm(channels)
-        self.ffn = FeedForward(config, channels, order)
+        hidden = channels * config.mlp_ratio
+        self.ffn = FeedForward(channels, hidden, nn.GELU(), config.conv, order)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """``x``: ``(B, H·W, C)``."""
@@ -211,22 +196,6 @@ class Stage(nn.Module):
             self.downsample = PatchMerging(config.widths[index], config.merging == "position")
 
 
-class PatchEmbedding(nn.Module):
-    """Patches side by side, of an image padded with zeros to a multiple of their size."""
-
-    def __init__(self, in_channels: int, channels: int, size: int) -> None:
-        super().__init__()
-        self.size = size
-        self.projection = nn.Conv2d(in_channels, channels, size, size)
-        self.norm = nn.LayerNorm(channels)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """``(B, I, H, W)`` -> tokens ``(B, L, C)``, and the height and width of their map."""
-        below, right = (-side % self.size for side in x.shape[-2:])
-        x = self.projection(F.pad(x, (0, right, 0, below)))
-        return self.norm(x.flatten(2).transpose(1, 2)), (x.shape[2], x.shape[3])
-
-
 class SwinTransformer(nn.Module):
     """``(B, in_channels, H, W)`` -> one feature map per entry of ``config.out_indices``."""
 
@@ -235,7 +204,8 @@ class SwinTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = PatchEmbedding(config.in_channels, config.embed_dims, config.patch_size)
+        size = config.patch_size
+        self.patch_embed = PatchEmbedding(config.in_channels, config.embed_dims, size, size)
         self.stages = nn.ModuleList(
             Stage(config, index, frequency_order) for index in range(len(config.depths))
         )
@@ -244,14 +214,15 @@ class SwinTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``x``: ``(B, in_channels, H, W)`` float32."""
-        tokens, size = self.patch_embed(x)
+        # Padded with zeros to a multiple of the patches' size.
+        below, right = (-side % self.config.patch_size for side in x.shape[-2:])
+        tokens, size = self.patch_embed(F.pad(x, (0, right, 0, below)))
         features = []
         for index, stage in enumerate(cast(Iterable[Stage], self.stages)):
             for block in stage.blocks:
                 tokens = block(tokens, size)
             if index in self.config.out_indices:
-                normalised = self.get_submodule(f"norm{index}")(tokens)
-                features.append(normalised.transpose(1, 2).unflatten(2, size))
+                features.append(to_map(self.get_submodule(f"norm{index}")(tokens), size))
             if stage.downsample is not None:
                 tokens, size = stage.downsample(tokens, size)
         return tuple(features)

@@ -27,7 +27,7 @@ def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
 class DecodeHead(nn.Module):
     """A decode head: the backbone's outputs -> logits ``(B, classes, h, w)``.
 
-    A head implements `features`; ``conv_seg`` classifies each position of what it gives.
+    A head implements `_features`; ``conv_seg`` classifies each position of what it gives.
     Dropout does nothing at inference and is left out.
     """
 
@@ -45,23 +45,22 @@ class DecodeHead(nn.Module):
         """``x`` at the height and width of ``like``."""
         return resize(x, like.shape[-2:], self.config.align_corners)
 
+    def join(self, maps: Sequence[Tensor]) -> Tensor:
+        """All maps side by side, at the size of the first."""
+        return torch.cat([maps[0], *(self.resize(x, maps[0]) for x in maps[1:])], dim=1)
+
     def select(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The one feature map that the head takes, or several of them as one.
-
-        With ``input_transform="resize_concat"`` all are brought to the size of the first.
-        """
+        """The one feature map that the head takes, or several of them as one."""
         inputs = [outputs[i] for i in self.config.in_index]
-        if self.config.input_transform is None:
-            return inputs[0]
-        return torch.cat([inputs[0], *(self.resize(x, inputs[0]) for x in inputs[1:])], dim=1)
+        return inputs[0] if self.config.input_transform is None else self.join(inputs)
 
-    def features(self, outputs: Sequence[Tensor]) -> Tensor:
+    def _features(self, outputs: Sequence[Tensor]) -> Tensor:
         """The backbone's outputs -> ``(B, channels, h, w)``."""
         raise NotImplementedError
 
     def forward(self, outputs: Sequence[Tensor]) -> Tensor:
         """``outputs``: the backbone's, each ``(B, C, h, w)``."""
-        return self.conv_seg(self.features(outputs))
+        return self.conv_seg(self._features(outputs))
 
 
 class PyramidPooling(nn.ModuleList):
@@ -101,8 +100,10 @@ class ConvModule(nn.Module):
         dilation: int = 1,
         groups: int = 1,
         norm: bool = True,
+        relu: bool = True,
     ) -> None:
         super().__init__()
+        self.relu = relu
         self.conv = nn.Conv2d(
             in_channels,
             out_channels,
@@ -117,7 +118,8 @@ class ConvModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, I, H, W)`` -> ``(B, O, H, W)``."""
         x = self.conv(x)
-        return F.relu(x if self.bn is None else self.bn(x))
+        x = x if self.bn is None else self.bn(x)
+        return F.relu(x) if self.relu else x
 
 
 class DepthwiseSeparableConvModule(nn.Module):
@@ -144,19 +146,17 @@ class FCNHead(DecodeHead):
         super().__init__(config)
         kernel, norm = config.kernel_size, config.norm
         width = self.in_channels
-        modules = []
+        self.convs = nn.Sequential()
         for _ in range(config.num_convs):
-            modules.append(
+            self.convs.append(
                 ConvModule(width, config.channels, kernel, dilation=config.dilation, norm=norm)
             )
             width = config.channels
-        self.convs: nn.Module = nn.Sequential(*modules) if modules else nn.Identity()
         self.conv_cat = None
         if config.concat_input:
             self.conv_cat = ConvModule(self.in_channels + width, config.channels, kernel, norm=norm)
 
-    def features(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The backbone's outputs -> ``(B, channels, h, w)``."""
+    def _features(self, outputs: Sequence[Tensor]) -> Tensor:
         x = self.select(outputs)
         y = self.convs(x)
         return y if self.conv_cat is None else self.conv_cat(torch.cat([x, y], dim=1))
@@ -171,8 +171,7 @@ class PSPHead(DecodeHead):
         pooled = self.in_channels + len(config.pool_scales) * config.channels
         self.bottleneck = ConvModule(pooled, config.channels, 3, norm=config.norm)
 
-    def features(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The backbone's outputs -> ``(B, channels, h, w)``."""
+    def _features(self, outputs: Sequence[Tensor]) -> Tensor:
         return self.bottleneck(self.psp_modules(self.select(outputs)))
 
 
@@ -197,8 +196,7 @@ class UPerHead(DecodeHead):
         )
         self.fpn_bottleneck = ConvModule(len(config.in_channels) * channels, channels, 3, norm=norm)
 
-    def features(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The backbone's outputs -> ``(B, channels, h, w)``."""
+    def _features(self, outputs: Sequence[Tensor]) -> Tensor:
         inputs = [outputs[i] for i in self.config.in_index]
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs[:-1], strict=True)]
         laterals.append(self.bottleneck(self.psp_modules(inputs[-1])))
@@ -206,8 +204,7 @@ class UPerHead(DecodeHead):
             laterals[i - 1] = laterals[i - 1] + self.resize(laterals[i], laterals[i - 1])
         levels = [conv(x) for conv, x in zip(self.fpn_convs, laterals[:-1], strict=True)]
         levels.append(laterals[-1])
-        levels = [levels[0], *(self.resize(level, levels[0]) for level in levels[1:])]
-        return self.fpn_bottleneck(torch.cat(levels, dim=1))
+        return self.fpn_bottleneck(self.join(levels))
 
 
 class SegformerHead(DecodeHead):
@@ -226,12 +223,11 @@ class SegformerHead(DecodeHead):
         joined = channels * len(config.in_channels)
         self.fusion_conv = ConvModule(joined, channels, 1, norm=norm)
 
-    def features(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The backbone's outputs -> ``(B, channels, h, w)``."""
+    def _features(self, outputs: Sequence[Tensor]) -> Tensor:
         inputs = [outputs[i] for i in self.config.in_index]
-        maps = [conv(x) for conv, x in zip(self.convs, inputs, strict=True)]
-        maps = [maps[0], *(self.resize(x, maps[0]) for x in maps[1:])]
-        return self.fusion_conv(torch.cat(maps, dim=1))
+        return self.fusion_conv(
+            self.join([conv(x) for conv, x in zip(self.convs, inputs, strict=True)])
+        )
 
 
 class ASPPHead(DecodeHead):
@@ -262,8 +258,7 @@ class ASPPHead(DecodeHead):
             norm=self.config.norm,
         )
 
-    def features(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The backbone's outputs -> ``(B, channels, h, w)``."""
+    def _features(self, outputs: Sequence[Tensor]) -> Tensor:
         x = self.select(outputs)
         branches = [self.resize(self.image_pool(x), x), *(conv(x) for conv in self.aspp_modules)]
         return self.bottleneck(torch.cat(branches, dim=1))
@@ -294,9 +289,8 @@ class DepthwiseSeparableASPPHead(ASPPHead):
             self.in_channels, self.config.channels, dilation=dilation, norm=self.config.norm
         )
 
-    def features(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The backbone's outputs -> ``(B, channels, h, w)``."""
-        x = super().features(outputs)
+    def _features(self, outputs: Sequence[Tensor]) -> Tensor:
+        x = super()._features(outputs)
         if self.c1_bottleneck is not None:
             fine = self.c1_bottleneck(outputs[0])
             x = torch.cat([self.resize(x, fine), fine], dim=1)

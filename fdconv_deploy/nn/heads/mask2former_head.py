@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.config import Mask2FormerHeadConfig
-from fdconv_deploy.nn.attention import attend, sine_encoding
-from fdconv_deploy.nn.decisions import Below
 from fdconv_deploy.nn.heads.decode_heads import resize
-from fdconv_deploy.nn.heads.pixel_decoder import FeedForward, PixelDecoder
-from fdconv_deploy.nn.heads.query_head import QueryHead
+from fdconv_deploy.nn.heads.query_head import Below, QueryHead
 from fdconv_deploy.nn.spectrum import FrequencyOrder
+from fdconv_deploy.nn.transformer import FeedForward, attend, sine_encoding, to_tokens
 
 # The published rule hides a place where a float32 sigmoid is below 0.5. It is 0.5 down to this
 # logit: exp of less rounds to 1 + 2^-23, and 2 + 2^-23 to 2. No runtime's sigmoid need agree then.
@@ -54,7 +52,7 @@ class DecoderLayer(nn.Module):
         self.pre_norm = config.pre_norm
         self.self_attn = Attention(channels, heads)
         self.cross_attn = Attention(channels, heads)
-        self.ffn = FeedForward(channels, config.decoder_feedforward, config.conv, order)
+        self.ffn = FeedForward(channels, config.decoder_feedforward, nn.ReLU(), config.conv, order)
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
 
     def forward(
@@ -82,31 +80,19 @@ class DecoderLayer(nn.Module):
         return x
 
 
-class Decoder(nn.Module):
-    """Layers, and the norm before every prediction."""
-
-    def __init__(self, config: Mask2FormerHeadConfig, order: FrequencyOrder) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, order) for _ in range(config.decoder_layers)
-        )
-        self.post_norm = nn.LayerNorm(config.hidden_channels)
-
-
 class Mask2FormerHead(QueryHead):
     """A pixel decoder, and queries that attend to it where their last masks were."""
 
     def __init__(
         self, config: Mask2FormerHeadConfig, frequency_order: FrequencyOrder = "torch"
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, frequency_order)
         width, queries, levels = config.hidden_channels, config.num_queries, len(config.levels)
-        self.pixel_decoder = PixelDecoder(config, frequency_order)
-        self.transformer_decoder = Decoder(config, frequency_order)
-        self.decoder_input_projs = nn.ModuleList(
-            nn.Conv2d(config.channels, width, 1) if config.input_projection else nn.Identity()
-            for _ in range(levels)
+        layers = [DecoderLayer(config, frequency_order) for _ in range(config.decoder_layers)]
+        self.transformer_decoder = nn.ModuleDict(
+            {"layers": nn.ModuleList(layers), "post_norm": nn.LayerNorm(width)}
         )
+        self.decoder_input_projs = self._input_projections(levels)
         self.attention_mask = AttentionMask()
         self.query_embed = nn.Embedding(queries, width)
         self.query_feat = nn.Embedding(queries, width)
@@ -122,7 +108,7 @@ class Mask2FormerHead(QueryHead):
 
     def predict(self, queries: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits and mask logits of queries ``(B, Q, C)`` on mask features."""
-        normal = self.transformer_decoder.post_norm(queries)
+        normal = self.transformer_decoder["post_norm"](queries)
         masks = self.mask_embed(normal) @ features.flatten(2)
         return self.cls_embed(normal), masks.unflatten(2, features.shape[-2:])
 
@@ -134,12 +120,12 @@ class Mask2FormerHead(QueryHead):
         for memory, project, embedding, size in zip(
             memories, self.decoder_input_projs, self.level_embed.weight, sizes, strict=True
         ):
-            value = project(memory).flatten(2).transpose(1, 2) + embedding
+            value = to_tokens(project(memory)) + embedding
             values.append(value)
             keys.append(value + sine_encoding(size, self.config.hidden_channels, value))
         queries = self.query_feat.weight.expand(features.shape[0], -1, -1)
         classes, masks = self.predict(queries, features)
-        layers = cast(Iterable[DecoderLayer], self.transformer_decoder.layers)
+        layers = cast(Iterable[DecoderLayer], self.transformer_decoder["layers"])
         for number, layer in enumerate(layers):
             level = number % len(sizes)
             hidden = self.attention_mask(masks, sizes[level])

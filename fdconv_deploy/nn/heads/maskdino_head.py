@@ -15,17 +15,16 @@ from torch import Tensor, nn
 
 from fdconv_deploy.config import MaskDINOHeadConfig
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.nn.attention import (
+from fdconv_deploy.nn.fdconv import linear_or_fdconv
+from fdconv_deploy.nn.heads.query_head import Best, QueryHead
+from fdconv_deploy.nn.spectrum import FrequencyOrder
+from fdconv_deploy.nn.transformer import (
     MultiScaleDeformableAttention,
     Size,
     attend,
     cell_centres,
+    to_tokens,
 )
-from fdconv_deploy.nn.decisions import Best
-from fdconv_deploy.nn.fdconv import linear_or_fdconv
-from fdconv_deploy.nn.heads.pixel_decoder import PixelDecoder
-from fdconv_deploy.nn.heads.query_head import QueryHead
-from fdconv_deploy.nn.spectrum import FrequencyOrder
 
 # Features of each of a box's four numbers, whatever the decoder's width.
 _BOX_FEATURES = 128
@@ -138,42 +137,17 @@ class DecoderLayer(nn.Module):
         return self.norm3(x + self.linear2(F.relu(self.linear1(x))))
 
 
-class Decoder(nn.Module):
-    """Layers, and what they share with the head, all under the names of checkpoints."""
-
-    def __init__(
-        self,
-        config: MaskDINOHeadConfig,
-        levels: int,
-        norm: nn.LayerNorm,
-        boxes: nn.ModuleList,
-        order: FrequencyOrder,
-    ) -> None:
-        super().__init__()
-        width = config.hidden_channels
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, levels, order) for _ in range(config.decoder_layers)
-        )
-        self.norm = norm
-        self.ref_point_head = MLP(4 * _BOX_FEATURES, width, width)
-        self.bbox_embed = boxes
-
-
 class MaskDINOHead(QueryHead):
     """A pixel decoder, and queries that move their boxes over it."""
 
     def __init__(
         self, config: MaskDINOHeadConfig, frequency_order: FrequencyOrder = "torch"
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, frequency_order)
         self.maskdino = config
-        width, layers = config.hidden_channels, config.decoder_layers
+        width = config.hidden_channels
         levels = len(config.levels) + config.extra_levels
-        self.pixel_decoder = PixelDecoder(config, frequency_order)
-        self.decoder_input_projs = nn.ModuleList(
-            nn.Conv2d(config.channels, width, 1) if config.input_projection else nn.Identity()
-            for _ in range(levels)
-        )
+        self.decoder_input_projs = self._input_projections(levels)
         if config.two_stage:
             self.enc_output = nn.Linear(width, width)
             self.enc_output_norm = nn.LayerNorm(width)
@@ -188,8 +162,18 @@ class MaskDINOHead(QueryHead):
         self.decoder_norm = nn.LayerNorm(width)
         # One MLP under many names, as in checkpoints.
         self._bbox_embed = MLP(width, width, width, 4)
-        self.bbox_embed = nn.ModuleList([self._bbox_embed] * layers)
-        self.decoder = Decoder(config, levels, self.decoder_norm, self.bbox_embed, frequency_order)
+        self.bbox_embed = nn.ModuleList([self._bbox_embed] * config.decoder_layers)
+        layers = [
+            DecoderLayer(config, levels, frequency_order) for _ in range(config.decoder_layers)
+        ]
+        self.decoder = nn.ModuleDict(
+            {
+                "layers": nn.ModuleList(layers),
+                "norm": self.decoder_norm,
+                "ref_point_head": MLP(4 * _BOX_FEATURES, width, width),
+                "bbox_embed": self.bbox_embed,
+            }
+        )
 
     def class_scores(self, classes: Tensor) -> Tensor:
         """Scores ``(B, Q, classes)`` of class logits ``(B, Q, class_outputs)``."""
@@ -244,17 +228,15 @@ class MaskDINOHead(QueryHead):
         """
         features, memories = self.pixel_decoder(outputs)
         # Tokens go in the reverse of the encoder's order.
-        maps = [
-            project(memory)
-            for memory, project in zip(memories, self.decoder_input_projs, strict=True)
-        ][::-1]
+        projections = zip(memories, self.decoder_input_projs, strict=True)
+        maps = [project(memory) for memory, project in projections][::-1]
         sizes = tuple((level.shape[2], level.shape[3]) for level in maps)
-        memory = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
+        memory = torch.cat([to_tokens(level) for level in maps], dim=1)
         queries, boxes = self.begin(memory, sizes, features)
         before = boxes
-        for layer in cast(Iterable[DecoderLayer], self.decoder.layers):
+        for layer in cast(Iterable[DecoderLayer], self.decoder["layers"]):
             before = boxes
-            places = self.decoder.ref_point_head(encode_boxes(boxes))
+            places = self.decoder["ref_point_head"](encode_boxes(boxes))
             queries = layer(queries, places, boxes, memory, sizes)
             boxes = (self._bbox_embed(queries) + inverse_sigmoid(boxes)).sigmoid()
         # The norm is applied twice, here and by `predict`: the published code does it so. And the

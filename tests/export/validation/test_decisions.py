@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.export.api import export_module
-from fdconv_deploy.nn.decisions import Below
+from fdconv_deploy.nn.heads.query_head import Below
 from tests.export.validation.conftest import Exported
 from tests.export.validation.test_judge import judged
 from tests.reference.lively import lively_input

@@ -1,8 +1,8 @@
-"""Attention over tokens: multi-head as plain matrix products, and deformable over several maps.
+"""What transformers are made of: tokens, attention over them, feed-forward networks.
 
-The latter (Deformable DETR) as mmcv's ``multi_scale_deformable_attn_pytorch`` computes it: by
-``grid_sample``, bilinear, with zeros outside. Sizes of maps are Python numbers, so all that follows
-from them is constant.
+Attention is multi-head as plain matrix products, or deformable over several maps (Deformable DETR),
+as mmcv's ``multi_scale_deformable_attn_pytorch`` computes it: by ``grid_sample``, bilinear, with
+zeros outside. Sizes of maps are Python numbers, so all that follows from them is constant.
 """
 
 from __future__ import annotations
@@ -16,6 +16,66 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fdconv_deploy.config import FDConvConfig
+from fdconv_deploy.nn.fdconv import linear_or_fdconv
+from fdconv_deploy.nn.spectrum import FrequencyOrder
+
+Size = tuple[int, int]
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """``(B, C, H, W)`` -> ``(B, H·W, C)``."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_map(x: Tensor, size: Size) -> Tensor:
+    """``(B, H·W, C)`` -> ``(B, C, H, W)``."""
+    return x.transpose(1, 2).unflatten(2, size)
+
+
+class PatchEmbedding(nn.Module):
+    """A map's patches as tokens, side by side or overlapping."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        size: int,
+        stride: int,
+        *,
+        padding: int = 0,
+        epsilon: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(in_channels, channels, size, stride, padding)
+        self.norm = nn.LayerNorm(channels, epsilon)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Size]:
+        """``(B, I, H, W)`` -> tokens ``(B, L, C)``, and the height and width of their map."""
+        x = self.projection(x)
+        return self.norm(to_tokens(x)), (x.shape[2], x.shape[3])
+
+
+class FeedForward(nn.Module):
+    """Linear, activation, linear; ``conv`` makes both FDConv."""
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        activation: nn.Module,
+        conv: FDConvConfig | None,
+        order: FrequencyOrder,
+    ) -> None:
+        super().__init__()
+        first = linear_or_fdconv(conv, channels, hidden, order=order)
+        second = linear_or_fdconv(conv, hidden, channels, order=order)
+        self.layers = nn.Sequential(nn.Sequential(first, activation), second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, L, C)`` -> the same shape."""
+        return self.layers(x)
+
 
 def heads_apart(x: Tensor, heads: int) -> Tensor:
     """``(B, L, C)`` -> ``(B, heads, L, C/heads)``."""
@@ -28,15 +88,12 @@ def heads_together(x: Tensor) -> Tensor:
 
 
 def weigh(query: Tensor, key: Tensor, value: Tensor, *biases: Tensor) -> Tensor:
-    """Values weighed by the softmax of ``query · keyᵀ / √D`` plus biases.
+    """Values weighed by the softmax of ``query · keyᵀ / √D`` plus biases: ``(…, L, D)``.
 
     Args:
         query: ``(…, L, D)``.
         key, value: ``(…, S, D)``.
         biases: what is added before the softmax, each broadcast to ``(…, L, S)``.
-
-    Returns:
-        ``(…, L, D)``.
     """
     logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     for bias in biases:
@@ -44,7 +101,22 @@ def weigh(query: Tensor, key: Tensor, value: Tensor, *biases: Tensor) -> Tensor:
     return logits.softmax(-1) @ value
 
 
-Size = tuple[int, int]
+def attend(
+    attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, *biases: Tensor
+) -> Tensor:
+    """What torch's layer computes of ``(B, L, C)`` and ``(B, S, C)``, as plain products.
+
+    Args:
+        biases: added to the logits ``(B, heads, L, S)``.
+    """
+    channels, parts = query.shape[-1], []
+    for number, x in enumerate((query, key, value)):
+        rows = slice(number * channels, (number + 1) * channels)
+        weight, offset = attention.in_proj_weight[rows], attention.in_proj_bias[rows]
+        parts.append(heads_apart(F.linear(x, weight, offset), attention.num_heads))
+    q, k, v = parts
+    mixed = heads_together(weigh(q, k, v, *biases))
+    return F.linear(mixed, attention.out_proj.weight, attention.out_proj.bias)
 
 
 def sine_encoding(size: Size, channels: int, like: Tensor) -> Tensor:
@@ -136,25 +208,3 @@ class MultiScaleDeformableAttention(nn.Module):
             samples.append(F.grid_sample(image, grids[:, :, level], align_corners=False))
         mixed = (torch.cat(samples, dim=-1) * weights).sum(-1)
         return self.output_proj(mixed.reshape(batch, channels, queries).transpose(1, 2))
-
-
-def attend(
-    attention: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *biases: Tensor,
-) -> Tensor:
-    """What torch's layer computes of ``(B, L, C)`` and ``(B, S, C)``, as plain products.
-
-    Args:
-        biases: added to the logits ``(B, heads, L, S)``.
-    """
-    channels, parts = query.shape[-1], []
-    for number, x in enumerate((query, key, value)):
-        rows = slice(number * channels, (number + 1) * channels)
-        weight, offset = attention.in_proj_weight[rows], attention.in_proj_bias[rows]
-        parts.append(heads_apart(F.linear(x, weight, offset), attention.num_heads))
-    q, k, v = parts
-    mixed = heads_together(weigh(q, k, v, *biases))
-    return F.linear(mixed, attention.out_proj.weight, attention.out_proj.bias)
