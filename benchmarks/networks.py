@@ -12,7 +12,7 @@ from fdconv_deploy.config import FDConvConfig, ResNetConfig, SegmentorConfig, UP
 from fdconv_deploy.nn import FDConv2d, Segmentor
 from fdconv_deploy.nn.backbones.resnet import Block
 from fdconv_deploy.nn.detection import Detector
-from fdconv_deploy.nn.detection.fpn import FPN
+from fdconv_deploy.nn.detection.detector import FPN
 
 
 def backbone(depth: int = 50, kernel_num: int | None = 64, width: int = 64) -> ResNetConfig:

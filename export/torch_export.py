@@ -31,8 +31,7 @@ from fdconv_deploy.folding.network import (
     replace_layers,
     tensors_of,
 )
-from fdconv_deploy.nn.detection.box_ops import EXCLUDED, BestScores, NonMaxSuppression
-from fdconv_deploy.nn.detection.roi_pooling import RoIAlign
+from fdconv_deploy.nn.detection.box_ops import EXCLUDED, BestScores, NonMaxSuppression, RoIAlign
 from fdconv_deploy.ops import OPSET
 
 PLACEHOLDER_DOMAIN = "fdconv.export"

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from examples.instances.data import Truth
 from examples.instances.regions import cut_out
-from examples.instances.targets import assign, box_iou, sample
+from examples.instances.targets import assign, box_iou, encode, sample
 from fdconv_deploy.config import BoxCoderConfig
-from fdconv_deploy.nn.detection.box_ops import encode
 
 
 def proposal_losses(

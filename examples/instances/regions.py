@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdconv_deploy.config import RoIConfig
-from fdconv_deploy.nn.detection.roi_pooling import levels_of
+from fdconv_deploy.nn.detection.box_ops import levels_of
 
 
 def extract(levels: Sequence[Tensor], boxes: Sequence[Tensor], config: RoIConfig) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fdconv_deploy.config import BoxCoderConfig
+
 BACKGROUND, IGNORED = -1, -2
 
 
@@ -55,3 +57,15 @@ def sample(
 
     positive = some((assigned >= 0).nonzero()[:, 0], int(number * positive_share))
     return positive, some((assigned == BACKGROUND).nonzero()[:, 0], number - len(positive))
+
+
+def encode(boxes: Tensor, targets: Tensor, coder: BoxCoderConfig) -> Tensor:
+    """The deltas that move ``boxes`` onto ``targets``: what `decode` undoes; for training.
+
+    Both ``(..., 4)`` float32 with width and height above 0; ``(..., 4)`` float32.
+    """
+    size = boxes[..., 2:] - boxes[..., :2]
+    wanted = targets[..., 2:] - targets[..., :2]
+    shift = ((targets[..., :2] + targets[..., 2:]) - (boxes[..., :2] + boxes[..., 2:])) * 0.5
+    deltas = torch.cat([shift / size, (wanted / size).log()], dim=-1)
+    return (deltas - deltas.new_tensor(coder.means)) / deltas.new_tensor(coder.stds)

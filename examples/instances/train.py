@@ -31,6 +31,7 @@ from examples.training.layers import parameter_groups, quicken
 from examples.training.run import STOPPED, Run, add_arguments, console, cosine, recipe_of
 from examples.training.scenes import SIZE, TRAINING_SEEDS, draw_many, normalise
 from fdconv_deploy.nn.detection import Detector
+from fdconv_deploy.nn.detection.box_ops import anchors_at
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,13 @@ def losses(
     rpn, heads = network.rpn_head, network.roi_head
     coder = rpn.config.bbox_coder
     scores, deltas = (torch.cat(parts, 1) for parts in rpn(levels))
-    anchors = torch.cat(rpn.anchors(levels))
+    anchors = []
+    for level, x in enumerate(levels):
+        places = torch.arange(x.shape[2] * x.shape[3] * rpn.config.num_anchors, device=x.device)
+        anchors.append(anchors_at(places, rpn.config, level, x.shape[3]))
     found = {}
     found["rpn class"], found["rpn box"] = proposal_losses(
-        scores, deltas, anchors, truths, coder, generator
+        scores, deltas, torch.cat(anchors), truths, coder, generator
     )
     sizes = torch.tensor(SIZE, dtype=torch.float32).expand(len(truths), 2)
     with torch.no_grad():

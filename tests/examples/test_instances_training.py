@@ -22,8 +22,7 @@ from examples.training.run import cosine, load_state
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.config import BoxCoderConfig, RoIConfig
 from fdconv_deploy.demo import packaged_checkpoint
-from fdconv_deploy.nn.detection.box_ops import decode
-from fdconv_deploy.nn.detection.roi_pooling import RoIExtractor
+from fdconv_deploy.nn.detection.box_ops import RoIExtractor, decode
 
 CODER = BoxCoderConfig(stds=(0.1, 0.1, 0.2, 0.2))
 

@@ -16,9 +16,14 @@ from fdconv_deploy.config import RoIConfig, RPNHeadConfig, RPNTestConfig
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.torch_export import PLACEHOLDER, PLACEHOLDER_DOMAIN, capture
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.nn.detection.box_ops import BestScores, NonMaxSuppression, set_apart
-from fdconv_deploy.nn.detection.heads import RPNHead
-from fdconv_deploy.nn.detection.roi_pooling import RoIAlign, RoIExtractor
+from fdconv_deploy.nn.detection.box_ops import (
+    BestScores,
+    NonMaxSuppression,
+    RoIAlign,
+    RoIExtractor,
+    set_apart,
+)
+from fdconv_deploy.nn.detection.detector import RPNHead
 from tests.reference import detection as reference
 from tests.reference.networks import Wired, dynamic
 

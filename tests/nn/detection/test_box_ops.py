@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples.instances.targets import encode
 from fdconv_deploy.config import BoxCoderConfig, RPNHeadConfig
-from fdconv_deploy.nn.detection.box_ops import anchors_at, base_anchors, clip, decode, encode
+from fdconv_deploy.nn.detection.box_ops import anchors_at, base_anchors, clip, decode
 from tests.reference import detection as reference
 
 RCNN = BoxCoderConfig(stds=(0.1, 0.1, 0.2, 0.2))

@@ -19,7 +19,7 @@ from fdconv_deploy.config import (
 )
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.detection import Detector
-from fdconv_deploy.nn.detection.fpn import FPN
+from fdconv_deploy.nn.detection.detector import FPN
 from tests.reference import detection as reference
 from tests.reference.lively import lively_input
 from tests.reference.networks import small_detector

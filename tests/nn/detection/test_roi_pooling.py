@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdconv_deploy.config import RoIConfig
-from fdconv_deploy.nn.detection.roi_pooling import RoIAlign, RoIExtractor, levels_of
+from fdconv_deploy.nn.detection.box_ops import RoIAlign, RoIExtractor, levels_of
 from tests.nn.detection.published import node_case
 from tests.reference import detection as reference
 
