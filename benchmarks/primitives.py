@@ -1,7 +1,7 @@
 """What ONNX Runtime takes for the pieces a folded layer is built of.
 
 ``python -m benchmarks.primitives``. The export chooses between equal graphs by a few numbers
-(`fdconv_deploy.folding.inverse_transform`, `fdconv_deploy.ops.frequency_assembly.function`,
+(`fdconv_deploy.folding.spectrum`, `fdconv_deploy.ops.frequency_assembly.function`,
 ``export/layers``); this prints the times those numbers stand for. Each family is interleaved,
 medians of rounds; quote ratios within a family.
 """

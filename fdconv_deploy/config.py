@@ -88,7 +88,7 @@ class BandModulationConfig(Frozen):
     ``spatial_group`` above 64 means one group per channel. ``masks``: ``"cached"`` ones are made
     at ``max_size`` and resized to the feature map, as the present published code does;
     ``"per_call"`` ones are made at the feature map's own size, as the first published version
-    did, whose comparison takes signed row frequencies (see :func:`own_size_masks`).
+    did, whose comparison takes signed row frequencies (see :func:`masks_for`).
     """
 
     k_list: tuple[float, ...] = (2, 4, 8)

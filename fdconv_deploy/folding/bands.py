@@ -14,6 +14,7 @@ enters with the antisymmetric part of the row mask), else as two real ones at ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from fdconv_deploy.folding.modulation import array
 from fdconv_deploy.nn.band_modulation import BandModulation, masks_for
 
 Float64 = NDArray[np.float64]
+Float32 = NDArray[np.float32]
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class BandBasis:
 
     rows: int
     columns: int
-    from_rows: NDArray[np.float32]
-    from_columns: NDArray[np.float32]
+    from_rows: Float32
+    from_columns: Float32
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,14 @@ class FoldedBands:
     height: int
     width: int
     complex_rows: bool
-    to_columns: NDArray[np.float32]
-    to_rows: NDArray[np.float32]
+    to_columns: Float32
+    to_rows: Float32
     bands: tuple[BandBasis, ...]
-    conv_weight: NDArray[np.float32]
-    conv_bias: NDArray[np.float32]
+    conv_weight: Float32
+    conv_bias: Float32
     groups: int
-    mix: NDArray[np.float32]
-    mix_bias: NDArray[np.float32]
+    mix: Float32
+    mix_bias: Float32
     softmax: bool
 
     @property
@@ -75,7 +78,7 @@ class FoldedBands:
         return len(self.bands) + 1
 
     @property
-    def transposed_weight(self) -> NDArray[np.float32]:
+    def transposed_weight(self) -> Float32:
         """``conv_weight`` as that of an equal transposed convolution, ``(I, weighted, s, s)``."""
         weight = self.conv_weight
         grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
@@ -83,13 +86,13 @@ class FoldedBands:
         return turned.reshape(-1, *turned.shape[2:])
 
 
-def _separate(mask: Float64) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _separate(mask: Float64) -> tuple[Bools, Bools]:
     rows, columns = np.any(mask > 0, axis=1), np.any(mask > 0, axis=0)
     assert np.array_equal(mask > 0, rows[:, None] & columns[None, :])
     return rows, columns
 
 
-def _by_membership(masks: list[NDArray[np.bool_]]) -> tuple[list[int], list[int]]:
+def _by_membership(masks: Sequence[Bools]) -> tuple[list[int], list[int]]:
     """Indices in the widest mask, members of narrower masks first; and each mask's count."""
     counts = np.sum(masks, axis=0)
     order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
@@ -123,26 +126,24 @@ def _real_row_basis(height: int, order: list[int]) -> Float64:
 
 
 def _complex_row_basis(height: int, order: list[int]) -> tuple[Float64, Float64]:
-    """Forward ``(Q, 2, H, 2)`` and inverse ``(H, 2, Q, 2)`` as real matrices."""
+    """Forward ``(2·Q, 2·H)`` and inverse ``(2·H, 2·Q)``, of (row, real/imaginary) pairs."""
     turns = np.array(order)[:, None] * np.arange(height)[None, :] % height
     wave = np.exp(-2j * np.pi * turns / height)
 
     def real(matrix: NDArray[np.complex128]) -> Float64:
         top = np.stack([matrix.real, -matrix.imag], -1)
         bottom = np.stack([matrix.imag, matrix.real], -1)
-        return np.stack([top, bottom], 1)
+        return np.stack([top, bottom], 1).reshape(2 * len(matrix), -1)
 
     return real(wave), real(np.conj(wave.T) / height)
 
 
 def fold_bands(fbm: BandModulation, height: int, width: int) -> FoldedBands:
     """Fold ``FBM`` for feature maps of ``height`` × ``width``."""
-    config = fbm.config
-    masks = masks_for(config, height, width).double().numpy()
-    separated = [_separate(mask) for mask in masks]
-    row_masks = [rows for rows, _ in separated]
+    masks = masks_for(fbm.config, height, width).double().numpy()
+    row_masks, column_masks = zip(*map(_separate, masks), strict=True)
     row_order, row_counts = _by_membership(row_masks)
-    column_order, column_counts = _by_membership([columns for _, columns in separated])
+    column_order, column_counts = _by_membership(column_masks)
     mirror = -np.arange(height) % height
     complex_rows = any(not np.array_equal(m, m[mirror]) for m in row_masks)
 
@@ -150,9 +151,7 @@ def fold_bands(fbm: BandModulation, height: int, width: int) -> FoldedBands:
     if complex_rows:
         # Columns as (real/imaginary, frequency), so that the pair can join the rows.
         to_columns = forward.transpose(0, 2, 1)
-        row_forward, row_inverse = _complex_row_basis(height, row_order)
-        to_rows = row_forward.reshape(2 * len(row_order), 2 * height)
-        from_rows = row_inverse.reshape(2 * height, 2 * len(row_order))
+        to_rows, from_rows = _complex_row_basis(height, row_order)
         per_row, per_column = 2, 1
     else:
         to_columns = forward
@@ -162,26 +161,28 @@ def fold_bands(fbm: BandModulation, height: int, width: int) -> FoldedBands:
 
     bands = []
     for rows, columns in zip(row_counts, column_counts, strict=True):
-        back = inverse[:columns]
-        if complex_rows:
-            back = back.transpose(1, 0, 2)
+        back = inverse[:columns].transpose(1, 0, 2) if complex_rows else inverse[:columns]
         bands.append(
             BandBasis(
                 rows * per_row,
                 columns * per_column,
-                np.ascontiguousarray(from_rows[:, : rows * per_row], dtype=np.float32),
-                np.ascontiguousarray(back.reshape(-1, width), dtype=np.float32),
+                _constant(from_rows[:, : rows * per_row]),
+                _constant(back.reshape(-1, width)),
             )
         )
     return FoldedBands(
         height,
         width,
         complex_rows,
-        np.ascontiguousarray(to_columns.reshape(width, -1), dtype=np.float32),
-        np.ascontiguousarray(to_rows, dtype=np.float32),
+        _constant(to_columns.reshape(width, -1)),
+        _constant(to_rows),
         tuple(bands),
         **_fold_weights(fbm),
     )
+
+
+def _constant(matrix: Float64) -> Float32:
+    return np.ascontiguousarray(matrix, dtype=np.float32)
 
 
 def _fold_weights(fbm: BandModulation) -> dict[str, Any]:
@@ -190,25 +191,21 @@ def _fold_weights(fbm: BandModulation) -> dict[str, Any]:
     convs = list(fbm.freq_weight_conv_list)
     slope = 2.0 if config.act == "tanh" else 1.0
     # Group-major, so that one grouped convolution gives all bands' maps.
-    weight = np.stack([array(c.weight) for c in convs], 1) * slope  # type: ignore[arg-type]
-    bias = np.stack([array(c.bias) for c in convs], 1) * slope  # type: ignore[arg-type]
+    weight, bias = (
+        np.stack([array(conv.get_parameter(name)) for conv in convs], 1) * slope
+        for name in ("weight", "bias")
+    )
     weighted, bands = len(convs), len(config.k_list)
 
-    mix = np.zeros((bands + 1, weighted))
+    mix = np.eye(bands + 1, weighted) - np.eye(bands + 1, weighted, -1)
     constant = np.zeros(bands + 1)
-    for term in range(bands + 1):
-        if term < weighted:
-            mix[term, term] += 1
-        else:
-            constant[term] += 1  # the last low-pass passes unweighted
-        if term > 0:
-            mix[term, term - 1] -= 1
+    constant[weighted:] = 1  # without a weight the last low-pass passes as it is
     mix *= groups if config.act == "softmax" else 2.0
     return {
-        "conv_weight": weight.reshape(-1, *weight.shape[2:]).astype(np.float32),
-        "conv_bias": bias.reshape(-1).astype(np.float32),
+        "conv_weight": _constant(weight.reshape(-1, *weight.shape[2:])),
+        "conv_bias": _constant(bias.reshape(-1)),
         "groups": groups,
-        "mix": np.tile(mix, (groups, 1)).astype(np.float32),
-        "mix_bias": np.tile(constant, groups).astype(np.float32),
+        "mix": _constant(np.tile(mix, (groups, 1))),
+        "mix_bias": _constant(np.tile(constant, groups)),
         "softmax": config.act == "softmax",
     }

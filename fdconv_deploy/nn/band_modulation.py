@@ -47,30 +47,22 @@ def band_masks(
     return F.interpolate(masks[None], size=(height, width // 2 + 1), mode="nearest")[0]
 
 
-def own_size_masks(k_list: tuple[float, ...], height: int, width: int) -> Tensor:
-    """Low-pass masks as the first published band modulation made them in each call.
-
-    They are made at the feature map's own size, strictly below 0.5 / k, and without an absolute
-    value: every negative row frequency passes, so that no mask is symmetric in its rows.
-
-    Returns:
-        ``(len(k_list), height, width // 2 + 1)`` float32 of 0 and 1.
-    """
-    vertical = torch.fft.fftfreq(height, dtype=torch.float32, device="cpu")
-    horizontal = torch.fft.rfftfreq(width, dtype=torch.float32, device="cpu")
-    largest = torch.maximum(vertical[:, None], horizontal[None, :])
-    return torch.stack([largest < 0.5 / k for k in k_list]).float()
-
-
 def masks_for(config: BandModulationConfig, height: int, width: int) -> Tensor:
     """The masks a band modulation applies to feature maps of ``height`` × ``width``.
 
+    ``masks="per_call"``: as the first published band modulation made them in each call, at the
+    feature map's own size, strictly below 0.5 / k, and without an absolute value: every negative
+    row frequency passes, so that no mask is symmetric in its rows.
+
     Returns:
         ``(len(k_list), height, width // 2 + 1)`` float32 of 0 and 1.
     """
-    if config.masks == "per_call":
-        return own_size_masks(config.k_list, height, width)
-    return band_masks(config.k_list, height, width, config.max_size)
+    if config.masks == "cached":
+        return band_masks(config.k_list, height, width, config.max_size)
+    vertical = torch.fft.fftfreq(height, dtype=torch.float32, device="cpu")
+    horizontal = torch.fft.rfftfreq(width, dtype=torch.float32, device="cpu")
+    largest = torch.maximum(vertical[:, None], horizontal[None, :])
+    return torch.stack([largest < 0.5 / k for k in config.k_list]).float()
 
 
 # Of masks that are read: far more than any network has, and far less than memory.

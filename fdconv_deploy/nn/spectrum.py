@@ -70,9 +70,6 @@ def _check_sort() -> None:
     """Refuse a torch whose sort leaves ties otherwise than the published code's did.
 
     No release promises it; a silent change would give wrong kernels without an error.
-
-    Raises:
-        UnsupportedLayerError: it does.
     """
     if order_sha256(_sorted(*PROBE, stable=False)) != PROBE_SHA256:
         raise UnsupportedLayerError(
@@ -106,8 +103,7 @@ def frequency_indices(
 
     Args:
         rows, columns: size of the kernel matrix, O·kh and I·kw.
-        groups: ``kernel_num``.
-        ratio: ``param_ratio``; each has its own spectrum and, here, the same groups.
+        groups, ratio: ``kernel_num`` and ``param_ratio``; each ratio has the same groups.
         reduction: ``param_reduction``; below 1, only that share of the lowest bins is kept.
         order: how ties are left (see `bin_order`), or the indices themselves.
 
@@ -150,14 +146,10 @@ def frequency_indices(
 
 
 def kernel_spectrum(weight: Tensor) -> Tensor:
-    """The half spectrum a layer stores for a kernel.
+    """The half spectrum that a layer stores for a kernel ``(O, I, kh, kw)`` of any float type.
 
-    Args:
-        weight: ``(O, I, kh, kw)``, any float.
-
-    Returns:
-        ``(O·kh, I·kw/2 + 1, 2)`` float32, real and imaginary: ``rfft2`` of the matrix
-        ``M[o·kh + u, i·kw + v]``, divided by ``min(I, O) // 2``.
+    ``(O·kh, I·kw/2 + 1, 2)`` float32, real and imaginary: ``rfft2`` of the matrix ``M[o·kh + u,
+    i·kw + v]``, divided by ``min(I, O) // 2``.
     """
     out, into, height, width = weight.shape
     matrix = weight.transpose(1, 2).reshape(out * height, into * width)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdconv_deploy.folding.inverse_transform import complex_inverse, real_inverse
+from fdconv_deploy.folding.spectrum import complex_inverse, real_inverse
 
 LENGTHS = st.integers(1, 400)
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from onnx import ModelProto, NodeProto
 
-from fdconv_deploy.folding.inverse_transform import complex_factors, real_factors
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.folding.module import FoldedConv2d
+from fdconv_deploy.folding.spectrum import complex_factors, real_factors
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.ops.frequency_assembly import frequency_assembly
 from fdconv_deploy.ops.frequency_assembly.function import AssemblyForm
