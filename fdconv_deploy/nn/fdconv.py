@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from fdconv_deploy.config import AttentionNorm, BandModulationConfig, FDConvConfig
+from fdconv_deploy.config import BandModulationConfig, FDConvConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.band_modulation import BandModulation
 from fdconv_deploy.nn.modulation import (
@@ -31,29 +31,38 @@ Size = int | tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
-def band_config(
-    fbm_cfg: Mapping[str, Any] | BandModulationConfig | None,
-) -> BandModulationConfig:
-    """The published ``fbm_cfg`` dict, as the published code reads it.
+# Published arguments that no result depends on.
+_UNREAD = ("use_fdconv_if_stride_in", "att_grid", "spatial_freq_decompose")
 
-    ``None`` stands for the layer's own default (bands 2, 4, 8); a dict without
-    ``k_list`` means one band, ``[2]``. Keys the published code never reads are dropped.
+
+def _read(arguments: Mapping[str, Any]) -> FDConvConfig:
+    """A layer's arguments, as the published code reads them.
+
+    ``fbm_cfg=None`` stands for the layer's own default (bands 2, 4, 8); a dict without
+    ``k_list`` means one band, ``[2]``. Keys of it that the published code never reads are dropped.
     """
-    if fbm_cfg is None:
-        return BandModulationConfig()
-    if isinstance(fbm_cfg, BandModulationConfig):
-        return fbm_cfg
-    if fbm_cfg.get("spatial", "conv") != "conv":
-        raise UnsupportedLayerError(
-            f"fbm_cfg.spatial must be 'conv', the one kind there is, got {fbm_cfg['spatial']!r}."
+    read = {name: value for name, value in arguments.items() if name not in _UNREAD}
+    if unknown := set(read).difference(FDConvConfig.model_fields):
+        raise TypeError(
+            f"FDConv2d has no {', '.join(sorted(unknown))}. Beside nn.Conv2d's arguments and "
+            f"frequency_order it has {', '.join([*FDConvConfig.model_fields, *_UNREAD])}."
         )
-    known = {k: v for k, v in fbm_cfg.items() if k in BandModulationConfig.model_fields}
+    bands = read.get("fbm_cfg")
+    if bands is None:
+        read.pop("fbm_cfg", None)
+    elif not isinstance(bands, BandModulationConfig):
+        if bands.get("spatial", "conv") != "conv":
+            raise UnsupportedLayerError(
+                f"fbm_cfg.spatial must be 'conv', the one kind there is, got {bands['spatial']!r}."
+            )
+        known = {k: v for k, v in bands.items() if k in BandModulationConfig.model_fields}
+        read["fbm_cfg"] = {"k_list": (2,)} | known
     try:
-        return BandModulationConfig(**({"k_list": (2,)} | known))
+        return FDConvConfig(**read)
     except ValidationError as error:
         first = error.errors()[0]
         raise UnsupportedLayerError(
-            f"fbm_cfg.{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}."
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}."
         ) from None
 
 
@@ -70,11 +79,9 @@ class FDConv2d(nn.Conv2d):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
         padding_mode: as ``nn.Conv2d``. A dynamic layer pads with zeros whatever
             ``padding_mode`` says, and takes ``groups=1`` only.
-        reduction … fbm_cfg: as published. ``use_fdconv_if_stride_in``, ``att_grid`` and
-            ``spatial_freq_decompose`` (where it has no effect) are accepted and unread.
-        ksm_global_norm: what normalises the attention's hidden layer, where a copy of the
-            published class has something else than its BatchNorm: ``"group"`` for
-            ``GroupNorm(1, C)``, ``"none"`` for nothing.
+        arguments: the fields of `FDConvConfig`, as published; ``fbm_cfg`` may be a dict.
+            ``use_fdconv_if_stride_in``, ``att_grid`` and ``spatial_freq_decompose`` (where it has
+            no effect) are accepted and unread.
         frequency_order: how equal radii are ordered, ``"torch"`` (the published code),
             ``"stable"``, or the indices themselves, ``(param_ratio, 2, kernel_num, M)``.
 
@@ -98,29 +105,8 @@ class FDConv2d(nn.Conv2d):
         bias: bool = True,
         padding_mode: str = "zeros",
         *,
-        reduction: float = 0.0625,
-        kernel_num: int | None = 4,
-        use_fdconv_if_c_gt: int = 16,
-        use_fdconv_if_k_in: Sequence[int] = (1, 3),
-        use_fdconv_if_stride_in: Sequence[int] = (1,),
-        use_fbm_if_k_in: Sequence[int] = (3,),
-        use_fbm_for_stride: bool = False,
-        kernel_temp: float | None = 1.0,
-        temp: float | None = None,
-        att_multi: float = 2.0,
-        param_ratio: int = 1,
-        param_reduction: float = 1.0,
-        ksm_only_kernel_att: bool = False,
-        att_grid: int = 1,
-        use_ksm_local: bool = True,
-        ksm_local_act: str = "sigmoid",
-        ksm_global_act: str = "sigmoid",
-        spatial_freq_decompose: bool = False,
-        convert_param: bool = True,
-        linear_mode: bool = False,
-        fbm_cfg: Mapping[str, Any] | BandModulationConfig | None = None,
-        ksm_global_norm: AttentionNorm = "batch",
         frequency_order: FrequencyOrder = "torch",
+        **arguments: Any,
     ) -> None:
         super().__init__(
             in_channels,
@@ -135,82 +121,65 @@ class FDConv2d(nn.Conv2d):
         )
         height, width = self.kernel_size
         channels = min(in_channels, out_channels)
-        self.is_dynamic = channels > use_fdconv_if_c_gt and height in use_fdconv_if_k_in
+        config = _read(arguments)
+        self.is_dynamic = (
+            channels > config.use_fdconv_if_c_gt and height in config.use_fdconv_if_k_in
+        )
         if not self.is_dynamic:
             return
 
+        kernel_num, kernel_temp = config.kernel_num, config.kernel_temp
+        self.param_ratio, self.param_reduction = config.param_ratio, config.param_reduction
+        self.convert_param = config.convert_param
         if kernel_num is None:
             kernel_num = out_channels // 2
-            kernel_temp = math.sqrt(kernel_num * param_ratio)
-        self.kernel_num, self.param_ratio = kernel_num, param_ratio
-        self.param_reduction, self.convert_param = param_reduction, convert_param
+            kernel_temp = math.sqrt(kernel_num * self.param_ratio)
+        self.kernel_num = kernel_num
         self.rows, self.columns = out_channels * height, in_channels * width
         self._refuse_what_cannot_work(
-            ksm_only_kernel_att, spatial_freq_decompose, kernel_temp, ksm_global_act, linear_mode
+            config, kernel_temp is None, arguments.get("spatial_freq_decompose", False)
         )
         assert kernel_temp is not None
         # Spectra are stored divided by this, so that their entries are of order one.
         self.spectrum_scale = channels // 2
         self.alpha = 1.0
-        if param_reduction >= 1:
-            self.alpha = self.spectrum_scale * kernel_num * param_ratio / param_reduction
+        if self.param_reduction >= 1:
+            self.alpha = self.spectrum_scale * kernel_num * self.param_ratio / self.param_reduction
 
-        self.KSM_Global = self._modulation(
-            kernel_num * param_ratio,
-            reduction=reduction,
-            temp=kernel_temp if temp is None else temp,
-            kernel_temp=kernel_temp,
-            att_multi=att_multi,
-            act=ksm_global_act,
-            only_kernel=ksm_only_kernel_att,
-            norm=ksm_global_norm,
-        )
+        self.KSM_Global = self._modulation(config, kernel_num * self.param_ratio, kernel_temp)
         self.FBM: BandModulation | None = None
-        if height in use_fbm_if_k_in or (use_fbm_for_stride and self.stride[0] > 1):
-            self.FBM = BandModulation(in_channels, band_config(fbm_cfg))
+        if height in config.use_fbm_if_k_in or (config.use_fbm_for_stride and self.stride[0] > 1):
+            self.FBM = BandModulation(in_channels, config.fbm_cfg)
         self.KSM_Local: LocalModulation | None = None
-        if use_ksm_local:
-            self.KSM_Local = LocalModulation(
-                in_channels,
-                out_channels,
-                (height, width),
-                att_multi=att_multi,
-                act=ksm_local_act,
-            )
+        if config.use_ksm_local:
+            self.KSM_Local = LocalModulation(in_channels, out_channels, (height, width), config)
         indices = frequency_indices(
             self.rows,
             self.columns,
             kernel_num,
-            ratio=param_ratio,
-            reduction=param_reduction,
+            ratio=self.param_ratio,
+            reduction=self.param_reduction,
             order=frequency_order,
         )
         self.register_buffer("indices", indices, persistent=False)
-        if convert_param:
+        if self.convert_param:
             self._convert_weight()
-        elif linear_mode:
+        elif config.linear_mode:
             self.weight = nn.Parameter(self.weight.detach()[:, :, 0, 0].contiguous())
 
     def _refuse_what_cannot_work(
-        self,
-        only_kernel: bool,
-        decompose: bool,
-        kernel_temp: float | None,
-        act: str,
-        linear_mode: bool,
+        self, config: FDConvConfig, without_temp: bool, decompose: bool
     ) -> None:
         """Turn what the published code breaks on, often much later, into sentences."""
         height, width = self.kernel_size
+        only_kernel = config.ksm_only_kernel_att
         refused = {
             f"groups={self.groups} is not possible for a dynamic layer. Use groups=1, or raise "
             "use_fdconv_if_c_gt so that it stays a plain convolution.": self.groups != 1,
             f"kernel_num and param_ratio must be 1 or more, got {self.kernel_num} and "
             f"{self.param_ratio}.": self.kernel_num < 1 or self.param_ratio < 1,
             "kernel_temp=None is only defined with kernel_num=None. Give a number, as 1.0.": (
-                kernel_temp is None
-            ),
-            f"ksm_global_act must be 'sigmoid', 'tanh' or 'softmax', got {act!r}.": (
-                act not in ("sigmoid", "tanh", "softmax")
+                without_temp
             ),
             "spatial_freq_decompose=True gives channel and filter attentions twice the channels, "
             "which the published layer cannot apply. Set it to False.": (
@@ -221,7 +190,7 @@ class FDConv2d(nn.Conv2d):
                 height != width and height > 1 and not only_kernel
             ),
             "linear_mode=True with convert_param=False takes 1×1 kernels only.": (
-                linear_mode and not self.convert_param and self.kernel_size != (1, 1)
+                config.linear_mode and not self.convert_param and self.kernel_size != (1, 1)
             ),
             "param_reduction < 1 drops spectrum bins, so it needs convert_param=True.": (
                 self.param_reduction < 1 and not self.convert_param
@@ -235,16 +204,18 @@ class FDConv2d(nn.Conv2d):
         sizes = f"{self.in_channels}→{self.out_channels}, kernel {self.kernel_size}"
         return UnsupportedLayerError(f"FDConv layer {sizes}: {problem}")
 
-    def _modulation(self, groups: int, **settings: Any) -> GlobalModulation | LinearModulation:
+    def _modulation(
+        self, config: FDConvConfig, groups: int, kernel_temp: float
+    ) -> GlobalModulation | LinearModulation:
         """The global attentions of ``groups`` kernels."""
         if groups == 1:
             raise self._refusal(
                 "kernel_num=1 with param_ratio=1 leaves no kernel attention. "
                 "Use kernel_num ≥ 2 or param_ratio ≥ 2."
             )
-        height, width = self.kernel_size
+        size = self.kernel_size[0], self.kernel_size[1]
         return GlobalModulation(
-            self.in_channels, self.out_channels, (height, width), groups, **settings
+            self.in_channels, self.out_channels, size, groups, kernel_temp, config
         )
 
     def _spectrum_of_weight(self) -> Tensor:
@@ -438,54 +409,36 @@ class FDLinear(FDTokenConv):
 
     Args:
         in_features, out_features, bias: as ``nn.Linear``.
-        reduction … convert_param: as published; see `FDConv2d`.
-        frequency_order: see `FDConv2d`.
+        arguments: as published, of `FDConvConfig`'s fields ``reduction``, ``kernel_num``,
+            ``kernel_temp``, ``temp``, ``att_multi``, ``param_ratio``, ``param_reduction``,
+            ``ksm_global_act`` and ``convert_param``; ``frequency_order`` as `FDConv2d`'s.
 
     Raises:
         UnsupportedLayerError: arguments that describe no layer, with what to change.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        reduction: float = 0.0625,
-        kernel_num: int | None = 4,
-        kernel_temp: float | None = 1.0,
-        temp: float | None = None,
-        att_multi: float = 2.0,
-        param_ratio: int = 1,
-        param_reduction: float = 1.0,
-        ksm_global_act: str = "sigmoid",
-        convert_param: bool = True,
-        frequency_order: FrequencyOrder = "torch",
-    ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            bias,
-            reduction=reduction,
-            kernel_num=kernel_num,
-            use_fdconv_if_c_gt=0,
-            kernel_temp=kernel_temp,
-            temp=temp,
-            att_multi=att_multi,
-            param_ratio=param_ratio,
-            param_reduction=param_reduction,
-            ksm_global_act=ksm_global_act,
-            use_ksm_local=False,
-            convert_param=convert_param,
-            linear_mode=True,
-            frequency_order=frequency_order,
-        )
-        if param_reduction >= 1:
-            self.alpha = self.spectrum_scale * param_ratio / param_reduction
+    _ARGUMENTS = (
+        "reduction kernel_num kernel_temp temp att_multi param_ratio param_reduction "
+        "ksm_global_act convert_param frequency_order"
+    ).split()
 
-    def _modulation(self, groups: int, **settings: Any) -> LinearModulation:
-        del settings["only_kernel"], settings["norm"]
-        return LinearModulation(self.in_channels, self.out_channels, groups, **settings)
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, **arguments: Any
+    ) -> None:
+        if unknown := set(arguments).difference(self._ARGUMENTS):
+            raise TypeError(
+                f"FDLinear has no {', '.join(sorted(unknown))}. Beside in_features, out_features "
+                f"and bias it has {', '.join(self._ARGUMENTS)}."
+            )
+        fixed: dict[str, Any] = {"use_fdconv_if_c_gt": 0, "use_ksm_local": False}
+        super().__init__(in_features, out_features, bias, linear_mode=True, **fixed, **arguments)
+        if self.param_reduction >= 1:
+            self.alpha = self.spectrum_scale * self.param_ratio / self.param_reduction
+
+    def _modulation(
+        self, config: FDConvConfig, groups: int, kernel_temp: float
+    ) -> LinearModulation:
+        return LinearModulation(self.in_channels, self.out_channels, groups, kernel_temp, config)
 
     def modulates_kernel(self, height: int, width: int) -> bool:
         """Always: the published code has no other way."""
@@ -512,12 +465,6 @@ class FDLinear(FDTokenConv):
         return super().forward(x) if x.ndim == 3 else super().forward(x[:, None])[:, 0]
 
 
-def fdconv_arguments(config: FDConvConfig, order: FrequencyOrder) -> dict[str, Any]:
-    """Keyword arguments of `FDConv2d` for a network's configuration."""
-    arguments = {name: getattr(config, name) for name in FDConvConfig.model_fields}
-    return {**arguments, "frequency_order": order}
-
-
 def conv_or_fdconv(
     config: FDConvConfig | None,
     in_channels: int,
@@ -534,7 +481,7 @@ def conv_or_fdconv(
     shape = in_channels, out_channels, kernel_size, stride, padding, dilation
     if config is None:
         return nn.Conv2d(*shape, bias=bias)
-    return FDConv2d(*shape, bias=bias, **fdconv_arguments(config, order))
+    return FDConv2d(*shape, bias=bias, frequency_order=order, **dict(config))
 
 
 def linear_or_fdconv(
@@ -543,7 +490,7 @@ def linear_or_fdconv(
     """A linear layer with a bias: FDConv over tokens where a config is given, else plain."""
     if config is None:
         return nn.Linear(in_features, out_features)
-    return FDTokenConv(in_features, out_features, **fdconv_arguments(config, order))
+    return FDTokenConv(in_features, out_features, frequency_order=order, **dict(config))
 
 
 def dynamic_layers(network: nn.Module) -> dict[str, FDConv2d]:

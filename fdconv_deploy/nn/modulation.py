@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdconv_deploy.config import AttentionNorm
+from fdconv_deploy.config import AttentionNorm, FDConvConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 
 # The standard deviation (and, for the local convolution, the value) of a head that
@@ -69,8 +69,8 @@ class GlobalModulation(nn.Module):
         in_channels, out_channels: of the convolution.
         kernel_size: (height, width); a height of 1 has no spatial attention.
         groups: number of kernel attentions, ``kernel_num · param_ratio``.
-        reduction, temp, kernel_temp, att_multi, act, only_kernel: as published.
-        norm: what ``bn`` is. Not published; see :class:`FDConvConfig`.
+        kernel_temp: of the kernel attention, and of the others where ``config.temp`` is None.
+        config: the layer's. ``bn`` is as its ``ksm_global_norm`` says.
     """
 
     def __init__(
@@ -79,31 +79,24 @@ class GlobalModulation(nn.Module):
         out_channels: int,
         kernel_size: tuple[int, int],
         groups: int,
-        *,
-        reduction: float,
-        temp: float,
         kernel_temp: float,
-        att_multi: float,
-        act: str,
-        only_kernel: bool,
-        norm: AttentionNorm = "batch",
+        config: FDConvConfig,
     ) -> None:
         super().__init__()
-        if act == "softmax" and not only_kernel:
+        self.act, self.att_multi = config.ksm_global_act, config.att_multi
+        if self.act == "softmax" and not config.ksm_only_kernel_att:
             raise UnsupportedLayerError(
                 "ksm_global_act='softmax' is defined for the kernel attention alone: "
                 "set ksm_only_kernel_att=True, or use 'sigmoid' or 'tanh'."
             )
-        hidden = attention_channels(in_channels, reduction)
-        self.kernel_size = kernel_size
-        self.groups = groups
-        self.temp, self.kernel_temp = temp, kernel_temp
-        self.att_multi, self.act = att_multi, act
+        hidden = attention_channels(in_channels, config.reduction)
+        self.kernel_size, self.groups, self.kernel_temp = kernel_size, groups, kernel_temp
+        self.temp = kernel_temp if config.temp is None else config.temp
         self.fc = nn.Conv2d(in_channels, hidden, 1, bias=False)
-        self.bn = attention_norm(norm, hidden)
+        self.bn = attention_norm(config.ksm_global_norm, hidden)
         self.relu = StarReLU()
         self.channel_fc = self.filter_fc = self.spatial_fc = None
-        if not only_kernel:
+        if not config.ksm_only_kernel_att:
             self.channel_fc = nn.Conv2d(hidden, in_channels, 1)
             self.filter_fc = nn.Conv2d(hidden, out_channels, 1)
             if kernel_size[0] > 1:
@@ -149,17 +142,14 @@ class LinearModulation(nn.Module):
         in_features: int,
         out_features: int,
         groups: int,
-        *,
-        reduction: float,
-        temp: float,
         kernel_temp: float,
-        att_multi: float,
-        act: str,
+        config: FDConvConfig,
     ) -> None:
         super().__init__()
-        hidden = attention_channels(in_features, reduction)
-        self.groups, self.act = groups, act
-        self.temp, self.kernel_temp, self.att_multi = temp, kernel_temp, att_multi
+        hidden = attention_channels(in_features, config.reduction)
+        self.groups, self.kernel_temp = groups, kernel_temp
+        self.temp = kernel_temp if config.temp is None else config.temp
+        self.act, self.att_multi = config.ksm_global_act, config.att_multi
         self.fc = nn.Linear(in_features, hidden, bias=False)
         self.norm = nn.RMSNorm(hidden, eps=1e-6)
         self.channel_fc = nn.Linear(hidden, in_features)
@@ -197,14 +187,12 @@ class LocalModulation(nn.Module):
         in_channels: int,
         out_channels: int,
         kernel_size: tuple[int, int],
-        *,
-        att_multi: float,
-        act: str,
+        config: FDConvConfig,
     ) -> None:
         super().__init__()
-        if act not in ("sigmoid", "tanh"):
-            raise UnsupportedLayerError(f"ksm_local_act must be 'sigmoid' or 'tanh', got {act!r}.")
-        self.att_multi, self.act = att_multi, act
+        self.act, self.att_multi = config.ksm_local_act, config.att_multi
+        if self.act == "softmax":
+            raise UnsupportedLayerError("ksm_local_act must be 'sigmoid' or 'tanh', got 'softmax'.")
         self.shape = (out_channels, in_channels, *kernel_size)
         half = round(math.log2(in_channels) / 2 + 0.5) // 2
         self.conv = nn.Conv1d(

@@ -212,3 +212,8 @@ def test_what_the_published_code_takes_is_taken(arguments):
 def test_wrong_input_says_what_was_expected(shape):
     with pytest.raises(ValueError, match=r"\(B, 32, H, W\)"):
         FDConv2d(32, 48, 3)(torch.randn(shape))
+
+
+def test_unknown_arguments_are_named():
+    with pytest.raises(TypeError, match=r"FDConv2d has no kernel_nun\. Beside .* kernel_num, "):
+        FDConv2d(32, 48, 3, kernel_nun=8)

@@ -107,3 +107,8 @@ def test_what_it_cannot_be_made_of(arguments: dict[str, Any], says: str) -> None
 def test_inputs_that_do_not_fit(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"non-empty \(B, N, 12\) or \(N, 12\) input, got"):
         lively()(torch.zeros(shape))
+
+
+def test_arguments_of_a_convolution_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"FDLinear has no fbm_cfg, use_ksm_local\. Beside"):
+        FDLinear(12, 10, use_ksm_local=False, fbm_cfg={})
