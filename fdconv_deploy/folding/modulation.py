@@ -67,6 +67,11 @@ class FoldedModulation:
     squared: bool = True
 
     @property
+    def sizes(self) -> list[int]:
+        """Lengths of the kernel, filter, spatial and channel attentions; 0 for absent ones."""
+        return [self.kernel, self.filter, self.spatial, self.channel]
+
+    @property
     def varies(self) -> bool:
         """Whether any attention depends on the image."""
         return bool(self.heads.any())

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fdconv_deploy.folding.bands import FoldedBands
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.folding.modulation import FoldedModulation
+
+
+def _register(module: nn.Module, constants: Mapping[str, NDArray[Any] | None]) -> None:
+    for name, value in constants.items():
+        module.register_buffer(name, None if value is None else torch.from_numpy(value))
 
 
 class FoldedBandModulation(nn.Module):
@@ -18,11 +27,13 @@ class FoldedBandModulation(nn.Module):
     def __init__(self, bands: FoldedBands) -> None:
         super().__init__()
         self.bands = bands
-        for name in ("to_columns", "to_rows", "conv_weight", "conv_bias", "mix", "mix_bias"):
-            self.register_buffer(name, torch.from_numpy(getattr(bands, name)))
+        names = "to_columns", "to_rows", "conv_weight", "conv_bias", "mix", "mix_bias"
+        _register(self, {name: getattr(bands, name) for name in names})
         for index, band in enumerate(bands.bands):
-            self.register_buffer(f"from_rows{index}", torch.from_numpy(band.from_rows))
-            self.register_buffer(f"from_columns{index}", torch.from_numpy(band.from_columns))
+            _register(
+                self,
+                {f"from_rows{index}": band.from_rows, f"from_columns{index}": band.from_columns},
+            )
 
     def low_passes(self, x: Tensor) -> list[Tensor]:
         """The input seen through each mask, ``(B, I, H, W)`` each."""
@@ -73,21 +84,10 @@ class FoldedAttention(nn.Module):
     def __init__(self, modulation: FoldedModulation) -> None:
         super().__init__()
         self.modulation = modulation
-        constants = {
-            name: getattr(modulation, name)
-            for name in ("hidden", "hidden_bias", "heads", "head_bias")
-        }
-        if modulation.norm is not None:
-            constants["norm_weight"] = modulation.norm.weight
-            constants["norm_bias"] = modulation.norm.bias
-        for name, value in constants.items():
-            self.register_buffer(name, None if value is None else torch.from_numpy(value))
-
-    @property
-    def sizes(self) -> list[int]:
-        """Lengths of the kernel, filter, spatial and channel attentions; 0 for absent ones."""
-        modulation = self.modulation
-        return [modulation.kernel, modulation.filter, modulation.spatial, modulation.channel]
+        names = "hidden", "hidden_bias", "heads", "head_bias"
+        _register(self, {name: getattr(modulation, name) for name in names})
+        if (norm := modulation.norm) is not None:
+            _register(self, {"norm_weight": norm.weight, "norm_bias": norm.bias})
 
     def forward(self, average: Tensor) -> Tensor:
         """``average``: ``(B, I)``."""
@@ -105,7 +105,7 @@ class FoldedAttention(nn.Module):
         logits = F.linear(hidden, self.get_buffer("heads"), self.get_buffer("head_bias"))
         if not self.modulation.softmax:
             return logits.sigmoid()
-        return torch.cat([part.softmax(1) for part in logits.split(self.sizes, 1)], 1)
+        return torch.cat([part.softmax(1) for part in logits.split(self.modulation.sizes, 1)], 1)
 
 
 class FoldedConv2d(nn.Module):
@@ -119,39 +119,36 @@ class FoldedConv2d(nn.Module):
         super().__init__()
         self.folded = folded
         self.bands = FoldedBandModulation(folded.bands) if folded.bands is not None else None
-        constants: dict[str, np.ndarray | None] = {
-            "bias": folded.bias,
-            "output_scale": folded.output_scale,
-            "constant_weight": folded.constant_weight,
-        }
-        if folded.constant_weight is None and folded.spectrum is not None:
-            self.gates = FoldedAttention(folded.modulation)
-            constants |= {
-                "spectrum": folded.spectrum.values,
-                "groups": folded.spectrum.groups.astype(np.int32),
-                **{
-                    f"column_stage{i}": stage.astype(np.float32)
-                    for i, stage in enumerate(folded.spectrum.column_transform.stages)
-                },
-                **{
-                    f"row_stage{i}": stage.astype(np.float32)
-                    for i, stage in enumerate(folded.spectrum.row_transform.stages)
-                },
-                "row_outer": folded.spectrum.row_transform.outer.astype(np.float32),
-            }
-            if folded.local is not None:
-                constants["local"] = folded.local.weight
-                constants["norm_weight"] = folded.local.norm_weight
-                constants["norm_bias"] = folded.local.norm_bias
-        for name, value in constants.items():
-            self.register_buffer(name, None if value is None else torch.from_numpy(value))
+        names = "bias", "output_scale", "constant_weight"
+        _register(self, {name: getattr(folded, name) for name in names})
+        if folded.constant_weight is not None or folded.spectrum is None:
+            return
+        self.gates = FoldedAttention(folded.modulation)
+        spectrum, local = folded.spectrum, folded.local
+        for axis, transform in (
+            ("column", spectrum.column_transform),
+            ("row", spectrum.row_transform),
+        ):
+            for number, stage in enumerate(transform.stages):
+                _register(self, {f"{axis}_stage{number}": stage.astype(np.float32)})
+        _register(
+            self,
+            {
+                "spectrum": spectrum.values,
+                "groups": spectrum.groups.astype(np.int32),
+                "row_outer": spectrum.row_transform.outer.astype(np.float32),
+            },
+        )
+        if local is not None:
+            names = "norm_weight", "norm_bias", "weight"
+            _register(self, {f"local_{name}": getattr(local, name) for name in names})
 
     def attention(self, average: Tensor) -> dict[str, Tensor]:
         """``(B, I)`` averages -> kernel, filter, spatial and channel attention, ``(B, n)`` each.
 
         Their constant factors are in the spectrum. Absent ones are empty.
         """
-        parts = self.gates(average).split(self.gates.sizes, 1)
+        parts = self.gates(average).split(self.folded.modulation.sizes, 1)
         return dict(zip(("kernel", "filter", "spatial", "channel"), parts, strict=True))
 
     def kernel_matrix(self, kernel_attention: Tensor) -> Tensor:
@@ -160,15 +157,18 @@ class FoldedConv2d(nn.Module):
         columns = self.folded.spectrum.column_transform
         rows = self.folded.spectrum.row_transform
         batch = kernel_attention.shape[0]
+
+        def staged(x: Tensor, axis: str, stages: int) -> Tensor:
+            for number in range(stages):
+                stage = self.get_buffer(f"{axis}_stage{number}")
+                x = stage @ x.reshape(batch, len(stage), stage.shape[2], -1)
+            return x
+
         weights = kernel_attention[:, self.get_buffer("groups")]  # (B, planes, F, fm, slots)
         x = (weights[:, :, :, None] * self.get_buffer("spectrum")).sum(1)
-        for i in range(len(columns.stages)):
-            stage = self.get_buffer(f"column_stage{i}")
-            x = stage @ x.reshape(batch, len(stage), stage.shape[2], -1)
+        x = staged(x, "column", len(columns.stages))
         x = x.reshape(batch, 2 * columns.length, -1).transpose(1, 2)
-        for i in range(len(rows.stages)):
-            stage = self.get_buffer(f"row_stage{i}")
-            x = stage @ x.reshape(batch, len(stage), stage.shape[2], -1)
+        x = staged(x, "row", len(rows.stages))
         x = self.get_buffer("row_outer") @ x.reshape(batch, 2 * rows.classes, -1)
         return x.reshape(batch, rows.length, -1)
 
@@ -178,18 +178,13 @@ class FoldedConv2d(nn.Module):
         assert local is not None
         batch, channels = average.shape
         width, taps = self.folded.kernel_size[1], local.taps
-        normalised = F.layer_norm(
-            average,
-            (channels,),
-            self.get_buffer("norm_weight"),
-            self.get_buffer("norm_bias"),
-            local.epsilon,
-        )
+        weight, bias = self.get_buffer("local_norm_weight"), self.get_buffer("local_norm_bias")
+        normalised = F.layer_norm(average, (channels,), weight, bias, local.epsilon)
         windows = F.pad(normalised, (taps // 2, taps // 2)).unfold(1, taps, 1).transpose(1, 2)
         diagonal = torch.eye(width, dtype=average.dtype, device=average.device)
         taken = windows[:, None, :, :, None] * diagonal[:, None, None, :]
         taken = taken.reshape(batch, width * taps, channels * width)
-        return (self.get_buffer("local") @ taken).sigmoid()
+        return (self.get_buffer("local_weight") @ taken).sigmoid()
 
     def kernels(self, average: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """One kernel per image, ``(B, O, I, kh, kw)``, and the attentions."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -103,22 +103,13 @@ class FDConv2d(nn.Conv2d):
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         *,
         frequency_order: FrequencyOrder = "torch",
         **arguments: Any,
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            cast(PaddingMode, padding_mode),
-        )
+        geometry = in_channels, out_channels, kernel_size, stride, padding, dilation
+        super().__init__(*geometry, groups, bias, padding_mode)
         height, width = self.kernel_size
         channels = min(in_channels, out_channels)
         config = _read(arguments)
@@ -233,11 +224,7 @@ class FDConv2d(nn.Conv2d):
         self.register_parameter("weight", None)
 
     def modulated_spectrum(self, kernel_attention: Tensor) -> Tensor:
-        """``(B, P·G)`` kernel attention -> the kernels' half spectra.
-
-        Returns:
-            ``(B, R, C/2 + 1, 2)`` float32, last axis real and imaginary.
-        """
+        """``(B, P·G)`` attention -> half spectra ``(B, R, C/2 + 1, 2)`` float32, of real pairs."""
         return assemble_spectrum(
             self.dft_weight if self.convert_param else self._spectrum_of_weight(),
             kernel_attention,
@@ -296,6 +283,17 @@ class FDConv2d(nn.Conv2d):
         weights = self.out_channels * self.in_channels * self.kernel_size[0] * self.kernel_size[1]
         return weights < (self.in_channels + self.out_channels) * height * width
 
+    def _kernels_for(
+        self, x: Tensor, height: int, width: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Kernels, and what scales the convolution's input and output instead of them."""
+        attention, local = self.attention(x)
+        full = self.modulates_kernel(height, width)
+        kernel = self.kernels(attention, local, full=full).to(x.dtype)
+        if full or attention.channel is None or attention.filter is None:
+            return kernel, None, None
+        return kernel, attention.channel.to(x.dtype), attention.filter.to(x.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """``(B, I, H, W)`` float -> ``(B, O, H', W')``, of the input's dtype."""
         if not self.is_dynamic:
@@ -306,13 +304,11 @@ class FDConv2d(nn.Conv2d):
                 f"got {tuple(x.shape)}."
             )
         batch, _, height, width = x.shape
-        attention, local = self.attention(x)
+        kernel, channel, filter_ = self._kernels_for(x, height, width)
         if self.FBM is not None:
             x = self.FBM(x)
-        full = self.modulates_kernel(height, width)
-        kernel = self.kernels(attention, local, full=full).to(x.dtype)
-        if not full and attention.channel is not None:
-            x = x * attention.channel[:, :, None, None].to(x.dtype)
+        if channel is not None:
+            x = x * channel[:, :, None, None]
         y = F.conv2d(
             x.reshape(1, -1, height, width),
             kernel.reshape(-1, self.in_channels, *self.kernel_size),
@@ -323,8 +319,8 @@ class FDConv2d(nn.Conv2d):
             batch,
         )
         y = y.reshape(batch, self.out_channels, *y.shape[-2:])
-        if not full and attention.filter is not None:
-            y = y * attention.filter[:, :, None, None].to(y.dtype)
+        if filter_ is not None:
+            y = y * filter_[:, :, None, None]
         return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
 
 
@@ -386,15 +382,13 @@ class FDTokenConv(FDConv2d):
                 f"FDTokenConv expects a non-empty (B, …, {self.in_channels}) input of at least "
                 f"three axes, got {tuple(x.shape)}."
             )
-        attention, local = self.attention(x)
         tokens = x.flatten(1, -2)
-        full = self.modulates_kernel(tokens.shape[1], 1)
-        kernel = self.kernels(attention, local, full=full)[..., 0, 0].to(x.dtype)
-        if not full and attention.channel is not None:
-            tokens = tokens * attention.channel[:, None].to(x.dtype)
-        y = tokens @ kernel.transpose(1, 2)
-        if not full and attention.filter is not None:
-            y = y * attention.filter[:, None].to(y.dtype)
+        kernel, channel, filter_ = self._kernels_for(x, tokens.shape[1], 1)
+        if channel is not None:
+            tokens = tokens * channel[:, None]
+        y = tokens @ kernel[..., 0, 0].transpose(1, 2)
+        if filter_ is not None:
+            y = y * filter_[:, None]
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_channels)
@@ -409,15 +403,13 @@ class FDLinear(FDTokenConv):
 
     Args:
         in_features, out_features, bias: as ``nn.Linear``.
-        arguments: as published, of `FDConvConfig`'s fields ``reduction``, ``kernel_num``,
-            ``kernel_temp``, ``temp``, ``att_multi``, ``param_ratio``, ``param_reduction``,
-            ``ksm_global_act`` and ``convert_param``; ``frequency_order`` as `FDConv2d`'s.
+        arguments: as published, see ``ARGUMENTS``; `FDConv2d`'s of these names.
 
     Raises:
         UnsupportedLayerError: arguments that describe no layer, with what to change.
     """
 
-    _ARGUMENTS = (
+    ARGUMENTS = (
         "reduction kernel_num kernel_temp temp att_multi param_ratio param_reduction "
         "ksm_global_act convert_param frequency_order"
     ).split()
@@ -425,10 +417,10 @@ class FDLinear(FDTokenConv):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, **arguments: Any
     ) -> None:
-        if unknown := set(arguments).difference(self._ARGUMENTS):
+        if unknown := set(arguments).difference(self.ARGUMENTS):
             raise TypeError(
                 f"FDLinear has no {', '.join(sorted(unknown))}. Beside in_features, out_features "
-                f"and bias it has {', '.join(self._ARGUMENTS)}."
+                f"and bias it has {', '.join(self.ARGUMENTS)}."
             )
         fixed: dict[str, Any] = {"use_fdconv_if_c_gt": 0, "use_ksm_local": False}
         super().__init__(in_features, out_features, bias, linear_mode=True, **fixed, **arguments)

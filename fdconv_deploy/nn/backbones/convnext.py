@@ -53,7 +53,7 @@ class ConvNeXt(nn.Module):
     Nothing is padded: a map has ⌊H/4⌋ rows, then half of them, rounded down.
     """
 
-    def __init__(self, config: ConvNeXtConfig, frequency_order: FrequencyOrder = "torch") -> None:
+    def __init__(self, config: ConvNeXtConfig, order: FrequencyOrder = "torch") -> None:
         super().__init__()
         self.config = config
         self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
@@ -65,7 +65,7 @@ class ConvNeXt(nn.Module):
             else:
                 layers = [ChannelNorm(before, EPSILON), nn.Conv2d(before, channels, 2, 2)]
             self.downsample_layers.append(nn.Sequential(*layers))
-            blocks = [Block(config, channels, frequency_order) for _ in range(config.depths[stage])]
+            blocks = [Block(config, channels, order) for _ in range(config.depths[stage])]
             self.stages.append(nn.Sequential(*blocks))
             if stage in config.out_indices:
                 self.add_module(f"norm{stage}", ChannelNorm(channels, EPSILON))

@@ -93,9 +93,7 @@ class Block(nn.Module):
 class MixVisionTransformer(nn.Module):
     """``(B, in_channels, H, W)`` -> one feature map per entry of ``config.out_indices``."""
 
-    def __init__(
-        self, config: MixVisionTransformerConfig, frequency_order: FrequencyOrder = "torch"
-    ) -> None:
+    def __init__(self, config: MixVisionTransformerConfig, order: FrequencyOrder = "torch") -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList()
@@ -105,9 +103,7 @@ class MixVisionTransformer(nn.Module):
             embedding = PatchEmbedding(
                 channels, width, size, stride, padding=size // 2, epsilon=EPSILON
             )
-            blocks = [
-                Block(config, stage, frequency_order) for _ in range(config.num_layers[stage])
-            ]
+            blocks = [Block(config, stage, order) for _ in range(config.num_layers[stage])]
             norm = nn.LayerNorm(width, EPSILON)
             self.layers.append(nn.ModuleList([embedding, nn.ModuleList(blocks), norm]))
             channels = width

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import cast
 
 import torch.nn.functional as F
@@ -43,11 +44,7 @@ class Block(nn.Module):
 
 
 def _convolutions(
-    conv: Conv,
-    config: ResNetConfig,
-    channels: tuple[int, int, int],
-    stride: int,
-    dilation: int,
+    conv: Conv, config: ResNetConfig, channels: tuple[int, int, int], stride: int, dilation: int
 ) -> list[nn.Conv2d]:
     """A block's: two 3×3, or 1×1, 3×3, 1×1; ``channels`` are those in, inside and out."""
     into, width, out = channels
@@ -81,7 +78,7 @@ def _downsample(
 class ResNet(nn.Module):
     """``(B, in_channels, H, W)`` -> one feature map per entry of ``config.out_indices``."""
 
-    def __init__(self, config: ResNetConfig, frequency_order: FrequencyOrder = "torch") -> None:
+    def __init__(self, config: ResNetConfig, order: FrequencyOrder = "torch") -> None:
         super().__init__()
         if config.depth not in RESNET_BLOCKS:
             raise UnsupportedLayerError(
@@ -104,7 +101,7 @@ class ResNet(nn.Module):
                 f"last stage, got {config.multi_grid}."
             )
         self.config = config
-        conv = partial(conv_or_fdconv, config.conv, order=frequency_order, bias=False)
+        conv = partial(conv_or_fdconv, config.conv, order=order, bias=False)
         stem = config.stem_channels or config.base_channels
         self._build_stem(conv, stem)
         channels = stem
@@ -116,16 +113,13 @@ class ResNet(nn.Module):
                 spread[0] = dilation // 2
             if config.multi_grid is not None and stage == stages - 1:
                 spread = list(config.multi_grid)
-            blocks = []
-            for index in range(depths[stage]):
+            blocks, out = [], config.widths[stage]
+            for index, spacing in enumerate(spread):
                 first = index == 0
                 step = stride if first else 1
-                out = config.widths[stage]
                 shortcut = _downsample(channels, out, step, config.avg_down) if first else None
                 sizes = channels, width, out
-                blocks.append(
-                    Block(_convolutions(conv, config, sizes, step, spread[index]), shortcut)
-                )
+                blocks.append(Block(_convolutions(conv, config, sizes, step, spacing), shortcut))
                 channels = out
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
 
@@ -137,22 +131,16 @@ class ResNet(nn.Module):
             self.bn1 = nn.BatchNorm2d(stem)
             return
         layers: list[nn.Module] = []
-        sizes = [
-            (config.in_channels, stem // 2, 2),
-            (stem // 2, stem // 2, 1),
-            (stem // 2, stem, 1),
-        ]
-        for into, out, stride in sizes:
+        widths = (config.in_channels, stem // 2, stem // 2, stem)
+        for (into, out), stride in zip(pairwise(widths), (2, 1, 1), strict=True):
             layers += [conv(into, out, 3, stride), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
         self.stem = nn.Sequential(*layers)
 
     @property
     def stages(self) -> list[nn.Sequential]:
         """The stages in order."""
-        return [
-            cast(nn.Sequential, getattr(self, f"layer{i + 1}"))
-            for i in range(self.config.num_stages)
-        ]
+        names = (f"layer{number + 1}" for number in range(self.config.num_stages))
+        return [cast(nn.Sequential, self.get_submodule(name)) for name in names]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``x``: ``(B, in_channels, H, W)`` float32."""

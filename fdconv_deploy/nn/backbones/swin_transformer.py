@@ -199,15 +199,13 @@ class Stage(nn.Module):
 class SwinTransformer(nn.Module):
     """``(B, in_channels, H, W)`` -> one feature map per entry of ``config.out_indices``."""
 
-    def __init__(
-        self, config: SwinTransformerConfig, frequency_order: FrequencyOrder = "torch"
-    ) -> None:
+    def __init__(self, config: SwinTransformerConfig, order: FrequencyOrder = "torch") -> None:
         super().__init__()
         self.config = config
         size = config.patch_size
         self.patch_embed = PatchEmbedding(config.in_channels, config.embed_dims, size, size)
         self.stages = nn.ModuleList(
-            Stage(config, index, frequency_order) for index in range(len(config.depths))
+            Stage(config, index, order) for index in range(len(config.depths))
         )
         for index in sorted(config.out_indices):
             self.add_module(f"norm{index}", nn.LayerNorm(config.widths[index]))
