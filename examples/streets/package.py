@@ -25,6 +25,7 @@ from fdconv_deploy.checkpoints import save_checkpoint
 from fdconv_deploy.demo import HELD_OUT_SEEDS
 from fdconv_deploy.evaluation.metrics import Scores, confusion_matrix, scores
 from fdconv_deploy.nn import Segmentor
+from fdconv_deploy.nn.heads import resize
 
 # The packaged held-out scenes and as many again and more, for a steadier number.
 EVALUATION_SEEDS = range(HELD_OUT_SEEDS.start, HELD_OUT_SEEDS.start + 200)
@@ -78,10 +79,11 @@ def evaluate(recipe: Recipe, work: Path, out: Path) -> None:
 
 @torch.no_grad()
 def confusions(network: Segmentor, scenes: Scenes) -> Iterator[NDArray[np.int64]]:
-    """One confusion matrix per scene, by the network's own test mode."""
+    """One confusion matrix per scene."""
     for rgb, truth in zip(*scenes, strict=True):
         image = torch.from_numpy(rgb.transpose(2, 0, 1).astype(np.float32))[None]
-        logits = network.predict(normalise(network.architecture.preprocessing, image))
+        logits = network(normalise(network.architecture.preprocessing, image))
+        logits = resize(logits, truth.shape, network.architecture.decode_head.align_corners)
         yield confusion_matrix(truth, logits.argmax(1)[0].numpy(), len(CLASSES))
 
 

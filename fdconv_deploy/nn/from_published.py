@@ -55,15 +55,12 @@ def is_published(module: nn.Module) -> bool:
 
 
 def from_published(module: nn.Module, name: str = "the layer") -> FDConv2d:
-    """The `FDConv2d` that computes what a copy of the published layer does.
+    """The `FDConv2d` that computes what a copy of the published layer does, in its mode.
 
     Args:
         module: a dynamic layer of the published class: ``KSM_Global``, ``dft_weight`` or
             ``weight``, ``indices`` and so on. Left as it is; the tensors are shared.
         name: of the layer, for errors.
-
-    Returns:
-        The layer, in the mode of ``module``. Its group order is the module's own ``indices``.
 
     Raises:
         UnsupportedLayerError: a variant: something is missing or of its own, or it computes
@@ -91,10 +88,7 @@ def convert_published(
         progress: told what was found.
 
     Returns:
-        The network, and of each converted layer what was assumed.
-
-    Raises:
-        UnsupportedLayerError: as `from_published`.
+        The network, and of each converted layer what was assumed. Errors are `from_published`'s.
     """
     found = {name: module for name, module in network.named_modules() if is_published(module)}
     if not found:

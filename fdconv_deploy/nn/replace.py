@@ -53,9 +53,9 @@ def replace_convolutions(
     """
 
     def make(conv: nn.Conv2d) -> FDConv2d | None:
-        own = type(conv).forward is nn.Conv2d.forward
-        own = own and type(conv)._conv_forward is nn.Conv2d._conv_forward
-        if conv.groups != 1 or conv.padding_mode != "zeros" or not own:
+        own = type(conv)
+        plain = own.forward is nn.Conv2d.forward and own._conv_forward is nn.Conv2d._conv_forward
+        if conv.groups != 1 or conv.padding_mode != "zeros" or not plain:
             return None
         same: dict[str, Any] = {name: getattr(conv, name) for name in _GEOMETRY}
         return FDConv2d(**same, bias=conv.bias is not None, **arguments)
@@ -81,18 +81,8 @@ def replace_linears(
     tokens between the first axis and the last, so its input must be ``(B, …, C)``: not windows
     or vectors. Layers of ``nn.MultiheadAttention``, which never calls them, stay as they are.
 
-    Args:
-        model: any network. If an argument does not suit a layer, none is replaced.
-        where: which of them: a shell pattern of their names (``"*.mlp.fc?"``), several, or a
-            function of name and layer.
-        weights: as `replace_convolutions`'.
-        arguments: of `FDConv2d`, as ``kernel_num=16``. Features and bias are the layer's.
-
-    Returns:
-        The names of the layers replaced, in the network's order.
-
-    Raises:
-        UnsupportedLayerError: nothing would be replaced, or an argument does not suit a layer.
+    Arguments, answer and errors are `replace_convolutions`', as ``where="*.mlp.fc?"``. Features and
+    bias are the layer's.
     """
 
     def make(linear: nn.Linear) -> FDConv2d | None:
@@ -198,7 +188,7 @@ def _set_spectrum(layer: FDConv2d, weight: Tensor, bias: Tensor | None) -> None:
     """Store a plain kernel as the published layer and converter do, attentions as they are."""
     if bias is not None and layer.bias is not None:
         layer.bias.copy_(bias)
-    if not (layer.is_dynamic and layer.convert_param):
+    if not layer.convert_param:
         layer.weight.copy_(weight.reshape(layer.weight.shape))
         return
     spectrum = kernel_spectrum(weight)
@@ -217,16 +207,13 @@ def set_equivalent(layer: FDConv2d, weight: Tensor, bias: Tensor | None = None) 
     gradients reach them), and with ``param_ratio`` P each spectrum holds a P-th.
 
     Args:
-        layer: dynamic or plain.
+        layer: dynamic.
         weight: ``(O, I, kh, kw)``.
         bias: ``(O,)`` if the layer has one.
 
     Raises:
         UnsupportedLayerError: ``param_reduction`` below 1 keeps part of the spectrum only.
     """
-    if not layer.is_dynamic:
-        _set_spectrum(layer, weight, bias)
-        return
     if layer.param_reduction < 1:
         raise UnsupportedLayerError(
             f"param_reduction={layer.param_reduction} keeps part of the spectrum only, so this "

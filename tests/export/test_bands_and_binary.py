@@ -19,6 +19,7 @@ from fdconv_deploy.runtime import Bundle, open_session
 from fdconv_deploy.runtime.preprocessing import scene_bands
 from tests.reference.lively import enliven_network
 from tests.reference.networks import small_segmentor
+from tests.reference.segmentor import predict
 
 SIZE = (48, 64)
 FOUR = Preprocessing(
@@ -91,7 +92,7 @@ def test_bands_and_one_output_verify_and_segment(network: Segmentor, bundle: Bun
                 assert finding.parity.argmax_agreement is not None
         answer = session.segment(image)
         prepared = session.segmentation.prepare(image).inputs["images"]
-        logits = network.predict(torch.from_numpy(prepared[None]))
+        logits = predict(network, torch.from_numpy(prepared[None]))
         resized = torch.nn.functional.interpolate(logits, image.shape[:2], mode="bilinear")
         expected = (resized.sigmoid() > 0.5)[0, 0].numpy()
         assert (answer.labels == expected).mean() >= 0.999

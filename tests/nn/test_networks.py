@@ -13,12 +13,10 @@ from fdconv_deploy.config import (
     FDConvConfig,
     ResNetConfig,
     SegmentorConfig,
-    TestMode,
     UPerHeadConfig,
 )
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn import FDConv2d, FDLinear, ResNet, Segmentor
-from fdconv_deploy.nn.segmentor import window_starts
 
 KN64 = FDConvConfig(kernel_num=64)
 
@@ -160,47 +158,6 @@ def test_linear_takes_odd_features_and_rows():
     rows = torch.randn(5, 33)
     assert layer(rows).shape == (5, 20)
     torch.testing.assert_close(layer(rows), layer(rows[:, None])[:, 0])
-
-
-WHOLE = TestMode()
-
-
-def small(test: TestMode = WHOLE) -> SegmentorConfig:
-    return SegmentorConfig(
-        backbone=ResNetConfig(
-            depth=18, base_channels=12, conv=FDConvConfig(kernel_num=4), num_stages=2,
-            strides=(1, 2), dilations=(1, 1), out_indices=(0, 1),
-        ),
-        decode_head=UPerHeadConfig(in_channels=(12, 24), in_index=(0, 1), channels=8, num_classes=3
-        ),
-        test=test,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def test_slide_averages_its_windows():
-    torch.manual_seed(0)
-    network = Segmentor(small(TestMode(mode="slide", crop_size=(32, 32), stride=(24, 24))))
-    network.eval()
-    x = torch.randn(1, 3, 45, 70)
-    total = torch.zeros(1, 3, 45, 70)
-    count = torch.zeros(45, 70)
-    for top in (0, 13):
-        for left in (0, 24, 38):
-            crop = network._whole(x[..., top : top + 32, left : left + 32])
-            total[..., top : top + 32, left : left + 32] += crop
-            count[top : top + 32, left : left + 32] += 1
-    torch.testing.assert_close(network.predict(x), total / count)
-
-
-def test_windows_cover_the_image():
-    for length in range(1, 90):
-        for crop, stride in ((32, 32), (32, 20), (33, 7)):
-            covered = set()
-            for start in window_starts(length, crop, stride):
-                assert start >= 0
-                covered |= set(range(start, min(start + crop, length)))
-            assert covered == set(range(length))
 
 
 @pytest.mark.parametrize(
