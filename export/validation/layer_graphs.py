@@ -73,7 +73,7 @@ class CutGraph:
         """Name the nodes that decide. They run in the order of the network's uses."""
         self._decided: dict[int, str] = {}
         for name, decision in decisions.items():
-            wanted, count = decision.constant(), 0
+            wanted, count = decision.constant, 0
             for index, node in enumerate(self._model.graph.node):
                 if node.op_type != decision.operator or self._uses[index]:
                     continue

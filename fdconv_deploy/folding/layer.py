@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -62,23 +63,30 @@ class FoldedConv:
     @property
     def output_size(self) -> tuple[int, int]:
         """Height and width of the convolution's output."""
-        top, left, bottom, right = self.padding
-        height, width = (
-            (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
-            for size, before, after, dilation, kernel, stride in zip(
-                self.input_size,
-                (top, left),
-                (bottom, right),
-                self.dilation,
-                self.kernel_size,
-                self.stride,
-                strict=True,
-            )
+        return convolved_size(
+            self.input_size, self.kernel_size, self.stride, self.padding, self.dilation
         )
-        return height, width
 
 
-def _padding(layer: FDConv2d) -> tuple[int, int, int, int]:
+def convolved_size(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: tuple[int, int, int, int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """Height and width of a convolution's output; ``padding`` is top, left, bottom, right."""
+    height, width = (
+        (size[axis] + padding[axis] + padding[axis + 2] - dilation[axis] * (kernel[axis] - 1) - 1)
+        // stride[axis]
+        + 1
+        for axis in (0, 1)
+    )
+    return height, width
+
+
+def padding_of(layer: FDConv2d) -> tuple[int, int, int, int]:
+    """Pixels at the top, left, bottom and right."""
     if isinstance(layer.padding, str):
         if layer.padding == "valid":
             return 0, 0, 0, 0
@@ -172,7 +180,7 @@ def fold_layer(
         out_channels=layer.out_channels,
         kernel_size=(layer.kernel_size[0], layer.kernel_size[1]),
         stride=(layer.stride[0], layer.stride[1]),
-        padding=_padding(layer),
+        padding=padding_of(layer),
         dilation=(layer.dilation[0], layer.dilation[1]),
         input_size=input_size,
         modulation=modulation,

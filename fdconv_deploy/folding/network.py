@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.folding.layer import FoldedConv, fold_layer
+from fdconv_deploy.folding.layer import FoldedConv, convolved_size, fold_layer, padding_of
 from fdconv_deploy.folding.module import FoldedConv2d
 from fdconv_deploy.nn.fdconv import FDConv2d, FDTokenConv, dynamic_layers
 
@@ -129,19 +129,12 @@ class StandIn(nn.Module):
 
 def layer_stand_in(name: str, layer: FDConv2d) -> nn.Module:
     """For a dynamic layer: the operator ``fdconv_deploy::folded_layer`` of its name."""
-    padding = layer.padding
-
-    def length(axis: int, size: int) -> int:
-        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
-        if isinstance(padding, str):
-            added = reach if padding == "same" else 0
-        else:
-            added = 2 * padding[axis]
-        return (size + added - reach - 1) // layer.stride[axis] + 1
 
     def over_map(x: Tensor) -> Tensor:
-        height, width = length(0, x.shape[-2]), length(1, x.shape[-1])
-        return _folded_layer(x, name, (layer.out_channels, height, width))
+        geometry = layer.kernel_size, layer.stride, padding_of(layer), layer.dilation
+        return _folded_layer(
+            x, name, (layer.out_channels, *convolved_size(x.shape[-2:], *geometry))
+        )
 
     def over_tokens(x: Tensor) -> Tensor:
         # However many axes an image's tokens are in, a folded layer sees one.

@@ -148,10 +148,9 @@ def _band_of(mask: Tensor, size: tuple[int, int]) -> float | None:
 def _round_numbers(least: float, most: float) -> Iterator[float]:
     """Numbers about ``least`` to ``most``: powers of two, then those of fewest digits."""
     yield 2.0 ** math.floor(math.log2(most) + 1e-6)
-    for digits in range(4):
-        step = 10.0**-digits
-        yield from (round(math.ceil(least / step + n) * step, digits) for n in (0, 1))
-        yield round(math.floor(most / step) * step, digits) or least
+    for scale in (1, 10, 100, 1000):
+        lowest = math.ceil(least * scale)
+        yield from (k / scale for k in (lowest, lowest + 1, math.floor(most * scale)) if k)
     yield (least + most) / 2
 
 
@@ -193,10 +192,8 @@ class BandModulation(nn.Module):
 
     def _weight(self, band: int, x: Tensor) -> Tensor:
         logits = self.freq_weight_conv_list[band](x)
-        if self.config.act == "softmax":
-            weight = torch.softmax(logits, dim=1) * self.groups
-        else:
-            weight = gate(logits, self.config.act, 2)
+        weight = gate(logits, self.config.act, 2)
+        weight = weight * self.groups if self.config.act == "softmax" else weight
         return weight[:, :, None]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -137,13 +137,12 @@ def _conversion(told: _Told, arguments: Mapping[str, Any], phrases: tuple[str, .
         f"KSM_Global.bn.{key.removeprefix(norm)}" if key.startswith(norm) else key: value
         for key, value in module.state_dict().items()
     }
-    expected = {key: tuple(value.shape) for key, value in layer.state_dict().items()}
-    own = {key: tuple(value.shape) for key, value in state.items()}
     # Buffers some copies save and others do not.
-    own = {k: s for k, s in own.items() if k not in ("indices", "FBM.cached_masks")}
-    if own != expected:
-        raise _variant(name, _difference(own, expected))
-    layer.load_state_dict({key: state[key] for key in expected}, strict=True, assign=True)
+    state = {k: v for k, v in state.items() if k not in ("indices", "FBM.cached_masks")}
+    try:
+        layer.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise _variant(name, " ".join(str(error).split())) from None
     own_norm: Any = layer.KSM_Global.bn
     if hasattr(own_norm, "eps"):
         own_norm.eps = told.norm.eps
@@ -286,18 +285,6 @@ class _Told:
                 f"FBM.k_list is {getattr(self.module.FBM, 'k_list', 'missing')}",
             )
         return tuple(k_list)
-
-
-def _difference(own: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
-    missing = [key for key in expected if key not in own]
-    extra = [key for key in own if key not in expected]
-    shapes = [
-        f"{key} {own[key]} for {shape}"
-        for key, shape in expected.items()
-        if key in own and own[key] != shape
-    ]
-    kinds = (("it has no", missing), ("it has beside", extra), ("of another shape are", shapes))
-    return "; ".join(f"{what} {', '.join(keys[:6])}" for what, keys in kinds if keys)
 
 
 def _variant(name: str, what: str) -> UnsupportedLayerError:

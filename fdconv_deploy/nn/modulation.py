@@ -58,7 +58,9 @@ def attention_channels(in_channels: int, reduction: float) -> int:
 
 
 def gate(logits: Tensor, act: str, multiple: float) -> Tensor:
-    """``multiple`` times the sigmoid; or with ``act="tanh"`` 1 + tanh."""
+    """Softmax over axis 1, 1 + tanh, or ``multiple`` times the sigmoid."""
+    if act == "softmax":
+        return torch.softmax(logits, dim=1)
     return 1 + torch.tanh(logits) if act == "tanh" else torch.sigmoid(logits) * multiple
 
 
@@ -117,10 +119,7 @@ class GlobalModulation(nn.Module):
         return gate(logits.flatten(1) / self.temp, self.act, self.att_multi)
 
     def _kernel(self, logits: Tensor) -> Tensor:
-        logits = logits.flatten(1) / self.kernel_temp
-        if self.act == "softmax":
-            return torch.softmax(logits, dim=1)
-        kernel = gate(logits, self.act, 2 / self.groups)
+        kernel = gate(logits.flatten(1) / self.kernel_temp, self.act, 2 / self.groups)
         return kernel / self.groups if self.act == "tanh" else kernel
 
     def forward(self, average: Tensor) -> GlobalAttention:
@@ -160,23 +159,16 @@ class LinearModulation(nn.Module):
             nn.init.normal_(head.weight, std=NEAR_ZERO)
             nn.init.zeros_(head.bias)
 
-    def _gate(self, logits: Tensor) -> Tensor:
-        logits = logits / self.temp
-        if self.act == "softmax":
-            return torch.softmax(logits, dim=1)
-        return gate(logits, self.act, self.att_multi)
-
-    def _kernel(self, logits: Tensor) -> Tensor:
-        logits = logits / self.kernel_temp
-        if self.act == "softmax":
-            return torch.softmax(logits, dim=1) * self.groups
-        return gate(logits, self.act, 2)
-
     def forward(self, average: Tensor) -> GlobalAttention:
         """``average``: ``(B, I)`` float32, the mean over a sequence."""
         h = F.relu(self.norm(self.fc(average)))
-        channel, filter_ = self._gate(self.channel_fc(h)), self._gate(self.filter_fc(h))
-        return GlobalAttention(channel, filter_, None, self._kernel(self.kernel_fc(h)))
+        channel, filter_ = (
+            gate(head(h) / self.temp, self.act, self.att_multi)
+            for head in (self.channel_fc, self.filter_fc)
+        )
+        kernel = gate(self.kernel_fc(h) / self.kernel_temp, self.act, 2)
+        kernel = kernel * self.groups if self.act == "softmax" else kernel
+        return GlobalAttention(channel, filter_, None, kernel)
 
 
 class LocalModulation(nn.Module):

@@ -8,6 +8,7 @@ zeros outside. Sizes of maps are Python numbers, so all that follows from them i
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -56,25 +57,18 @@ class PatchEmbedding(nn.Module):
         return self.norm(to_tokens(x)), (x.shape[2], x.shape[3])
 
 
-class FeedForward(nn.Module):
-    """Linear, activation, linear; ``conv`` makes both FDConv."""
-
-    def __init__(
-        self,
-        channels: int,
-        hidden: int,
-        activation: nn.Module,
-        conv: FDConvConfig | None,
-        order: FrequencyOrder,
-    ) -> None:
-        super().__init__()
-        first = linear_or_fdconv(conv, channels, hidden, order=order)
-        second = linear_or_fdconv(conv, hidden, channels, order=order)
-        self.layers = nn.Sequential(nn.Sequential(first, activation), second)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, L, C)`` -> the same shape."""
-        return self.layers(x)
+def feed_forward(
+    channels: int,
+    hidden: int,
+    activation: nn.Module,
+    conv: FDConvConfig | None,
+    order: FrequencyOrder,
+) -> nn.Sequential:
+    """Linear, activation, linear of tokens ``(B, L, C)``; ``conv`` makes both FDConv."""
+    first = linear_or_fdconv(conv, channels, hidden, order=order)
+    second = linear_or_fdconv(conv, hidden, channels, order=order)
+    layers = nn.Sequential(nn.Sequential(first, activation), second)
+    return nn.Sequential(OrderedDict(layers=layers))
 
 
 def heads_apart(x: Tensor, heads: int) -> Tensor:

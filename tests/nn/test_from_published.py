@@ -173,7 +173,7 @@ def _failing(layer: Any) -> None:
 
 
 VARIANTS: list[tuple[Callable[[Any], None], str]] = [
-    (_use_global, r"beside KSM_Local\.complex_weight"),
+    (_use_global, r"Unexpected key\(s\) in state_dict: .KSM_Local\.complex_weight"),
     (_no_norm, r"has no KSM_Global\.bn"),
     (_several_groups, r"KSM_Global\.bn is a GroupNorm of 4 groups, not a BatchNorm2d"),
     (_instance_norm, r"KSM_Global\.norm is a InstanceNorm2d, not a BatchNorm2d"),
@@ -184,7 +184,7 @@ VARIANTS: list[tuple[Callable[[Any], None], str]] = [
     (_masks_of_other_bands, r"they are of k_list \[2\.0, 4\.0, 8\.0\], .* is \[2, 4, 16\]"),
     (_masks_of_parts, "cached_masks cannot be read: it holds other numbers than zeros and ones"),
     (_own_size_masks_of_radius, r"output differs.*suspects: no FBM\.cached_masks"),
-    (_no_spectrum, r"dft_weight \(1, 59, 28, 2\) for \(1, 60, 28, 2\)"),
+    (_no_spectrum, r"size mismatch for dft_weight: .*59, 28, 2.*60, 28, 2"),
     (_other_gates, "att_multi differs"),
     (_other_arithmetic, r"output differs.*no KSM_Global\.act_type, so 'sigmoid'"),
     (_other_shape, r"gives \(2, 5, 9, 11\) where the published layer gives \(2, 20"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fdconv_deploy.config import SwinTransformerConfig
 from fdconv_deploy.nn.spectrum import FrequencyOrder
-from fdconv_deploy.nn.transformer import FeedForward, PatchEmbedding, to_map, weigh
+from fdconv_deploy.nn.transformer import PatchEmbedding, feed_forward, to_map, weigh
 
 # Added to the logits of tokens that a shifted window does not have side by side in the map.
 APART = -100.0
@@ -155,7 +155,7 @@ class Block(nn.Module):
         self.attn = ShiftedWindowAttention(config, stage, shifted)
         self.norm2 = nn.LayerNorm(channels)
         hidden = channels * config.mlp_ratio
-        self.ffn = FeedForward(channels, hidden, nn.GELU(), config.conv, order)
+        self.ffn = feed_forward(channels, hidden, nn.GELU(), config.conv, order)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """``x``: ``(B, H·W, C)``."""

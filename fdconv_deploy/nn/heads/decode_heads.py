@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -122,21 +123,15 @@ class ConvModule(nn.Module):
         return F.relu(x) if self.relu else x
 
 
-class DepthwiseSeparableConvModule(nn.Module):
-    """mmcv's: a 3×3 convolution of each channel by itself, then a 1×1 of all of them."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, *, dilation: int = 1, norm: bool = True
-    ) -> None:
-        super().__init__()
-        self.depthwise_conv = ConvModule(
-            in_channels, in_channels, 3, dilation=dilation, groups=in_channels, norm=norm
-        )
-        self.pointwise_conv = ConvModule(in_channels, out_channels, 1, norm=norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, I, H, W)`` -> ``(B, O, H, W)``."""
-        return self.pointwise_conv(self.depthwise_conv(x))
+def depthwise_separable(
+    in_channels: int, out_channels: int, *, dilation: int = 1, norm: bool = True
+) -> nn.Sequential:
+    """Mmcv's module: a 3×3 convolution of each channel by itself, then a 1×1 of all of them."""
+    depthwise = ConvModule(
+        in_channels, in_channels, 3, dilation=dilation, groups=in_channels, norm=norm
+    )
+    pointwise = ConvModule(in_channels, out_channels, 1, norm=norm)
+    return nn.Sequential(OrderedDict(depthwise_conv=depthwise, pointwise_conv=pointwise))
 
 
 class FCNHead(DecodeHead):
@@ -278,14 +273,14 @@ class DepthwiseSeparableASPPHead(ASPPHead):
         if config.c1_in_channels > 0:
             self.c1_bottleneck = ConvModule(config.c1_in_channels, config.c1_channels, 1, norm=norm)
         self.sep_bottleneck = nn.Sequential(
-            DepthwiseSeparableConvModule(channels + config.c1_channels, channels, norm=norm),
-            DepthwiseSeparableConvModule(channels, channels, norm=norm),
+            depthwise_separable(channels + config.c1_channels, channels, norm=norm),
+            depthwise_separable(channels, channels, norm=norm),
         )
 
     def _branch(self, dilation: int) -> nn.Module:
         if dilation == 1:
             return super()._branch(dilation)
-        return DepthwiseSeparableConvModule(
+        return depthwise_separable(
             self.in_channels, self.config.channels, dilation=dilation, norm=self.config.norm
         )
 

@@ -12,7 +12,7 @@ from fdconv_deploy.config import Mask2FormerHeadConfig
 from fdconv_deploy.nn.heads.decode_heads import resize
 from fdconv_deploy.nn.heads.query_head import Below, QueryHead
 from fdconv_deploy.nn.spectrum import FrequencyOrder
-from fdconv_deploy.nn.transformer import FeedForward, attend, sine_encoding, to_tokens
+from fdconv_deploy.nn.transformer import attend, feed_forward, sine_encoding, to_tokens
 
 # The published rule hides a place where a float32 sigmoid is below 0.5. It is 0.5 down to this
 # logit: exp of less rounds to 1 + 2^-23, and 2 + 2^-23 to 2. No runtime's sigmoid need agree then.
@@ -52,7 +52,7 @@ class DecoderLayer(nn.Module):
         self.pre_norm = config.pre_norm
         self.self_attn = Attention(channels, heads)
         self.cross_attn = Attention(channels, heads)
-        self.ffn = FeedForward(channels, config.decoder_feedforward, nn.ReLU(), config.conv, order)
+        self.ffn = feed_forward(channels, config.decoder_feedforward, nn.ReLU(), config.conv, order)
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
 
     def forward(

@@ -7,6 +7,7 @@ judged between them, on the network's own decisions.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, cast
 
@@ -19,10 +20,10 @@ from fdconv_deploy.config import MaskDINOHeadConfig, QueryHeadConfig
 from fdconv_deploy.nn.heads.decode_heads import resize
 from fdconv_deploy.nn.spectrum import FrequencyOrder
 from fdconv_deploy.nn.transformer import (
-    FeedForward,
     MultiScaleDeformableAttention,
     Size,
     cell_centres,
+    feed_forward,
     sine_encoding,
     to_map,
     to_tokens,
@@ -34,13 +35,12 @@ class Decision(nn.Module):
 
     Attributes:
         operator: ONNX's name of that node, whose first input is the tensor.
+        constant: the node's second input, by which it is known; None where the operator tells
+            enough.
     """
 
     operator: ClassVar[str]
-
-    def constant(self) -> np.float32 | None:
-        """The node's second input, by which it is known; None where the operator tells enough."""
-        return None
+    constant: np.float32 | None = None
 
 
 class Below(Decision):
@@ -50,11 +50,7 @@ class Below(Decision):
 
     def __init__(self, threshold: float) -> None:
         super().__init__()
-        self.threshold = threshold
-
-    def constant(self) -> np.float32:
-        """The threshold."""
-        return np.float32(self.threshold)
+        self.threshold, self.constant = threshold, np.float32(threshold)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same."""
@@ -80,17 +76,9 @@ def decisions(network: nn.Module) -> dict[str, Decision]:
     return {n: module for n, module in network.named_modules() if isinstance(module, Decision)}
 
 
-class ConvNorm(nn.Module):
-    """A convolution and GroupNorm, ``groups`` of it."""
-
-    def __init__(self, conv: nn.Conv2d, groups: int) -> None:
-        super().__init__()
-        self.conv = conv
-        self.gn = nn.GroupNorm(groups, conv.out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, I, H, W)`` -> ``(B, O, H', W')``."""
-        return self.gn(self.conv(x))
+def _normed(conv: nn.Conv2d, groups: int) -> nn.Sequential:
+    """A convolution and GroupNorm by mmcv's names."""
+    return nn.Sequential(OrderedDict(conv=conv, gn=nn.GroupNorm(groups, conv.out_channels)))
 
 
 class EncoderLayer(nn.Module):
@@ -102,7 +90,7 @@ class EncoderLayer(nn.Module):
         self.self_attn = MultiScaleDeformableAttention(
             channels, config.encoder_heads, levels, config.encoder_points
         )
-        self.ffn = FeedForward(channels, config.encoder_feedforward, nn.ReLU(), config.conv, order)
+        self.ffn = feed_forward(channels, config.encoder_feedforward, nn.ReLU(), config.conv, order)
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2))
 
     def forward(self, x: Tensor, places: Tensor, sizes: tuple[Size, ...]) -> Tensor:
@@ -133,7 +121,7 @@ class PixelDecoder(nn.Module):
         for _ in range(self.extra):
             convs.append(nn.Conv2d(width, channels, 3, 2, 1))
             width = channels
-        self.input_convs = nn.ModuleList(ConvNorm(conv, groups) for conv in convs)
+        self.input_convs = nn.ModuleList(_normed(conv, groups) for conv in convs)
         encoder = [
             EncoderLayer(config, len(convs), frequency_order) for _ in range(config.encoder_layers)
         ]
@@ -141,8 +129,8 @@ class PixelDecoder(nn.Module):
         self.level_encoding = nn.Embedding(len(convs), channels)
         lateral = nn.Conv2d(config.in_channels[0], channels, 1, bias=False)
         output = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.lateral_convs = nn.ModuleList([ConvNorm(lateral, groups)])
-        self.output_convs = nn.ModuleList([ConvNorm(output, groups)])
+        self.lateral_convs = nn.ModuleList([_normed(lateral, groups)])
+        self.output_convs = nn.ModuleList([_normed(output, groups)])
         self.mask_feature = nn.Conv2d(channels, config.mask_channels, 1)
 
     def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
