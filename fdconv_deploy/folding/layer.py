@@ -206,8 +206,7 @@ def constant_kernel(
 ) -> NDArray[np.float32] | None:
     """The kernel ``(O, I, kh, kw)`` if no image can change it, else None.
 
-    That is so where all heads are zero and so is the local attention's convolution (or its
-    normalisation's weight): converted layers that were never trained, and pruned ones.
+    So it is with converted layers that were never trained, and pruned ones.
     """
     if modulation.varies or (local is not None and local.varies):
         return None

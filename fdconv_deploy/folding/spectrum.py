@@ -271,13 +271,11 @@ def half_spectrum(
     values: NDArray[np.float32],
     groups: NDArray[Any],
 ) -> HalfSpectrum:
-    """Bring stored spectra into plain order.
+    """Bring ``values`` and ``groups`` of a `FoldedSpectrum` of ``length`` rows into plain order.
 
     Args:
-        length: number of rows of the kernel matrix.
         row_frequencies: of each row slot, ``(slots,)``, -1 where nothing is stored.
         column_frequencies: of each place along the columns, ``(C,)``.
-        values, groups: as `FoldedSpectrum` has them.
     """
     used = np.flatnonzero(row_frequencies >= 0)
     rows = row_frequencies[used]
@@ -323,11 +321,9 @@ def straddling_rows(groups: Indices, columns: int) -> tuple[int, ...]:
     tie, and the sort may have left them on two sides of a group border.
     """
     rows = groups.shape[1]
-    differs = np.zeros(rows, dtype=bool)
-    for column in _self_mirrored(columns):
-        single = groups[:, :, column]
-        differs |= (single != _mirror(single, 1)).any(0)
-    return tuple(int(q) for q in np.flatnonzero(differs[: rows // 2 + 1]))
+    single = groups[:, :, _self_mirrored(columns)]
+    differs = (single != _mirror(single, 1)).any((0, 2))
+    return tuple(np.flatnonzero(differs[: rows // 2 + 1]).tolist())
 
 
 def _all_rows(
@@ -347,26 +343,24 @@ def _all_rows(
     full[:, :, half:] = np.conj(_mirror(spectra, 1)[:, :, interior][:, :, ::-1])
     owner[:, :, half:] = _mirror(groups, 1)[:, :, interior][:, :, ::-1]
 
-    second = np.zeros_like(full)
-    second_owner = np.full_like(owner, -1)
-    for column in _self_mirrored(columns):
-        value, group = spectra[:, :, column] / 2, groups[:, :, column]
-        image, image_group = np.conj(_mirror(value, 1)), _mirror(group, 1)
-        same = group == image_group
-        full[:, :, column] = value + np.where(same, image, 0)
-        second[:, :, column] = np.where(same, 0, image)
-        second_owner[:, :, column] = np.where(same, -1, image_group)
+    second, second_owner = np.zeros_like(full), np.full_like(owner, -1)
+    single = _self_mirrored(columns)
+    value, group = spectra[:, :, single] / 2, groups[:, :, single]
+    image, image_group = np.conj(_mirror(value, 1)), _mirror(group, 1)
+    same = group == image_group
+    full[:, :, single] = value + np.where(same, image, 0)
+    second[:, :, single] = np.where(same, 0, image)
+    second_owner[:, :, single] = np.where(same, -1, image_group)
     return np.concatenate([full, second], 1), np.concatenate([owner, second_owner], 1)
 
 
 def fold_spectrum(spectra: NDArray[np.complex128], groups: Indices, columns: int) -> FoldedSpectrum:
-    """Lay a layer's spectra out for the inverse transform.
+    """Lay a layer's spectra out for the inverse transform, of C ``columns``.
 
     Args:
         spectra: ``(P, R, C//2+1)``, every constant factor but the transform's folded in.
         groups: ``(P, R, C//2+1)``, index into the ``P·G`` kernel attentions, -1 where a bin
             was dropped (``param_reduction < 1``).
-        columns: C.
     """
     ratio, rows, _ = spectra.shape
     digest = hashlib.sha256(groups.astype("<i2").tobytes()).hexdigest()

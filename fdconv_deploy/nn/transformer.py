@@ -82,12 +82,9 @@ def heads_together(x: Tensor) -> Tensor:
 
 
 def weigh(query: Tensor, key: Tensor, value: Tensor, *biases: Tensor) -> Tensor:
-    """Values weighed by the softmax of ``query · keyᵀ / √D`` plus biases: ``(…, L, D)``.
+    """Values ``(…, S, D)`` weighed by the softmax of ``query · keyᵀ / √D + biases``.
 
-    Args:
-        query: ``(…, L, D)``.
-        key, value: ``(…, S, D)``.
-        biases: what is added before the softmax, each broadcast to ``(…, L, S)``.
+    ``query`` and the answer are ``(…, L, D)``; each of ``biases`` is broadcast to ``(…, L, S)``.
     """
     logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     for bias in biases:
@@ -100,8 +97,7 @@ def attend(
 ) -> Tensor:
     """What torch's layer computes of ``(B, L, C)`` and ``(B, S, C)``, as plain products.
 
-    Args:
-        biases: added to the logits ``(B, heads, L, S)``.
+    ``biases`` are added to the logits ``(B, heads, L, S)``.
     """
     channels, parts = query.shape[-1], []
     for number, x in enumerate((query, key, value)):
@@ -155,12 +151,7 @@ def cell_centres(sizes: tuple[Size, ...]) -> Tensor:
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """Each query samples every level at a few points about its own place.
-
-    Args:
-        levels: maps that are sampled.
-        points: of each level, for each head.
-    """
+    """Each query samples every level at a few points about its own place, for each head."""
 
     def __init__(self, channels: int, heads: int, levels: int, points: int) -> None:
         super().__init__()

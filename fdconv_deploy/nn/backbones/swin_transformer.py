@@ -103,11 +103,9 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Tokens of a map's windows -> the same shape.
+        """Tokens of a map's windows, ``(B, windows, window², C)`` -> the same shape.
 
-        Args:
-            x: ``(B, windows, window², C)``.
-            mask: ``(windows, 1, window², window²)``, added to the logits.
+        ``mask``: ``(windows, 1, window², window²)``, added to the logits.
         """
         query, key, value = (
             part.unflatten(-1, (self.heads, -1)).transpose(2, 3)

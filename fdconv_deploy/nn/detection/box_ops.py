@@ -19,13 +19,9 @@ from fdconv_deploy.config import BoxCoderConfig, RoIConfig, RPNHeadConfig
 class NonMaxSuppression(nn.Module):
     """Which boxes stay when each, best score first, removes those that overlap it too much.
 
-    Greedy, in float32, as mmcv and ONNX define it: a box is removed if its IoU with a kept
-    one is above the threshold. Of equal scores the lower index goes first. Boxes whose score
-    is `EXCLUDED` take no part.
-
-    Args:
-        iou_threshold: IoU above this removes.
-        limit: keep at most this many of each image.
+    Greedy, in float32, as mmcv and ONNX define it: a box is removed if its IoU with a kept one is
+    above the threshold. Of equal scores the lower index goes first. Boxes whose score is `EXCLUDED`
+    take no part. At most ``limit`` of each image are kept.
     """
 
     def __init__(self, iou_threshold: float, limit: int) -> None:
@@ -71,12 +67,11 @@ def set_apart(boxes: Tensor, groups: Tensor, scores: Tensor) -> Tensor:
     """Shift each group's boxes past all others', so that one suppression serves all groups.
 
     mmcv's ``batched_nms``, whose float32 sums round coordinates a little more in each further
-    group; a border case depends on it, so it is done here, too.
+    group; a border case depends on it, so it is done here, too. Of boxes ``(B, N, 4)`` with
+    ``scores`` ``(B, N)``; those `EXCLUDED` do not count for the shift.
 
     Args:
-        boxes: ``(B, N, 4)`` float32.
         groups: ``(M,)`` int64: level or class of each; N = k·M boxes have these k times over.
-        scores: ``(B, N)`` float32; those `EXCLUDED` do not count for the shift.
     """
     taking_part = torch.where((scores > EXCLUDED)[..., None], boxes, 0)
     step = taking_part.amax(dim=(1, 2))[:, None, None, None] + 1

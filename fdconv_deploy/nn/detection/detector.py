@@ -7,6 +7,7 @@ height and width of each image.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +54,9 @@ class FPN(nn.Module):
             )
         self.config = config
         channels = config.out_channels
-        self.lateral_convs, self.fpn_convs = nn.ModuleList(), nn.ModuleList()
-        for width in config.in_channels:
-            self.lateral_convs.append(ConvModule(width, channels, 1, norm=False, relu=False))
-            self.fpn_convs.append(ConvModule(channels, channels, 3, norm=False, relu=False))
+        conv = partial(ConvModule, norm=False, relu=False)
+        self.lateral_convs = nn.ModuleList(conv(width, channels, 1) for width in config.in_channels)
+        self.fpn_convs = nn.ModuleList(conv(channels, channels, 3) for _ in config.in_channels)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """``features``: the backbone's outputs, each ``(B, C, h, w)`` float32, finest first."""

@@ -58,12 +58,10 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, places: Tensor, keys: Tensor, values: Tensor, hidden: Tensor
     ) -> Tensor:
-        """Queries ``(B, Q, C)`` -> the same shape.
+        """Queries ``(B, Q, C)`` -> the same shape; ``keys`` and ``values`` ``(B, S, C)`` of a level.
 
-        Args:
-            places: the queries' own encoding ``(Q, C)``, which values do not hold.
-            keys, values: ``(B, S, C)`` of the level.
-            hidden: ``(B, Q, S)``, 1 where hidden. A query that may see nothing sees everything.
+        ``places``: the queries' own encoding ``(Q, C)``, which values do not hold. ``hidden``:
+        ``(B, Q, S)``, 1 where hidden. A query that may see nothing sees everything.
         """
         nothing = hidden.amin(-1, keepdim=True)
         bias = torch.where(hidden - nothing > 0, -torch.inf, 0.0).to(x)[:, None]

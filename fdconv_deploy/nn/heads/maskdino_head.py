@@ -52,9 +52,8 @@ def encode_boxes(boxes: Tensor) -> Tensor:
 def proposals(sizes: tuple[Size, ...]) -> tuple[Tensor, Tensor]:
     """The boxes that the encoder's places propose.
 
-    Returns:
-        Logits ``(1, places, 4)`` float32 of x, y, w, h, infinite near the border; and
-        ``(1, places, 1)`` float32, 0 there, else 1.
+    Logits ``(1, places, 4)`` float32 of x, y, w, h, infinite near the border; and ``(1, places,
+    1)`` float32, 0 there, else 1.
     """
     sides = np.concatenate(
         [np.full(h * w, _FIRST_SIDE * 2**level) for level, (h, w) in enumerate(sizes)]
@@ -70,12 +69,8 @@ def proposals(sizes: tuple[Size, ...]) -> tuple[Tensor, Tensor]:
 def boxes_of(masks: Tensor, *, exclusive: bool) -> Tensor:
     """The boxes around what of mask logits ``(B, Q, h, w)`` is above 0, ``(B, Q, 4)`` x, y, w, h.
 
-    Args:
-        exclusive: whether a box ends after its last pixel (detectron2's ``BitMasks``, of which
-            an empty mask has the box 0, 0, 0, 0), or with it (``mask2box``).
-
-    Returns:
-        Shares of width and height.
+    Shares of width and height. ``exclusive``: a box ends after its last pixel (detectron2's
+    ``BitMasks``, of which an empty mask has the box 0, 0, 0, 0), else with it (``mask2box``).
     """
     height, width = masks.shape[-2:]
     found = (masks > 0).to(masks.dtype)
@@ -110,11 +105,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: MaskDINOHeadConfig, levels: int, order: FrequencyOrder) -> None:
         super().__init__()
-        width, heads, hidden = (
-            config.hidden_channels,
-            config.decoder_heads,
-            config.decoder_feedforward,
-        )
+        width, heads = config.hidden_channels, config.decoder_heads
+        hidden = config.decoder_feedforward
         self.cross_attn = MultiScaleDeformableAttention(width, heads, levels, config.decoder_points)
         self.norm1 = nn.LayerNorm(width)
         self.self_attn = nn.MultiheadAttention(width, heads)
@@ -126,11 +118,9 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, places: Tensor, boxes: Tensor, memory: Tensor, sizes: Sequence[Size]
     ) -> Tensor:
-        """Queries ``(B, Q, C)`` -> the same shape.
+        """Queries ``(B, Q, C)`` -> the same shape, of ``boxes`` ``(B, Q, 4)``.
 
-        Args:
-            places: the encoding of ``boxes`` ``(B, Q, 4)``, which values do not hold.
-            memory: ``(B, places, C)``.
+        ``places``: the boxes' encoding, which values do not hold; ``memory``: ``(B, places, C)``.
         """
         x = self.norm2(x + attend(self.self_attn, x + places, x + places, x))
         x = self.norm1(x + self.cross_attn(x + places, memory, sizes, boxes))
@@ -220,12 +210,7 @@ class MaskDINOHead(QueryHead):
         return queries, boxes
 
     def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """``outputs``: the backbone's, each ``(B, C, h, w)``, finest first.
-
-        Returns:
-            Class logits and mask logits, and boxes ``(B, Q, 4)`` x, y, w, h, shares of the
-            network's input.
-        """
+        """As `QueryHead.forward`, and boxes ``(B, Q, 4)`` x, y, w, h, shares of the input."""
         features, memories = self.pixel_decoder(outputs)
         # Tokens go in the reverse of the encoder's order.
         projections = zip(memories, self.decoder_input_projs, strict=True)

@@ -134,19 +134,17 @@ class PixelDecoder(nn.Module):
         self.mask_feature = nn.Conv2d(channels, config.mask_channels, 1)
 
     def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """``outputs``: the backbone's, finest first.
+        """The backbone's outputs, finest first, to mask features and a map for each level.
 
-        Returns:
-            Mask features ``(B, M, h, w)`` at the finest output's size, and a map ``(B, C, h, w)``
-            for each level, in the encoder's order.
+        ``(B, M, h, w)`` at the finest output's size; ``(B, C, h, w)`` each, in the encoder's order.
         """
         maps = [outputs[self.config.in_index[place]] for place in range(4)]
         convs = list(self.input_convs)
         levels = [conv(maps[place]) for conv, place in zip(convs, self.inputs, strict=False)]
-        further: list[Tensor] = []
+        further = [maps[-1]]
         for conv in convs[len(levels) :]:
-            further.append(conv(further[-1] if further else maps[-1]))
-        levels = [*levels, *further] if self.ascending else [*further[::-1], *levels]
+            further.append(conv(further[-1]))
+        levels = levels + further[1:] if self.ascending else further[:0:-1] + levels
         sizes = tuple((level.shape[2], level.shape[3]) for level in levels)
         tokens = torch.cat([to_tokens(level) for level in levels], dim=1)
         places = torch.cat(
@@ -197,9 +195,7 @@ class QueryHead(nn.Module):
     def semantic_scores(self, classes: Tensor, masks: Tensor, size: Sequence[int]) -> Tensor:
         """Scores ``(B, num_classes, H, W)``: sums over queries, so they may exceed 1.
 
-        Args:
-            size: (H, W) of the network's input. Masks are resized before they become
-                probabilities.
+        Masks are resized to ``size``, the network's input's, before they become probabilities.
         """
         probabilities = resize(masks, size, False).sigmoid()
         scores = self.class_scores(classes).transpose(1, 2) @ probabilities.flatten(2)
