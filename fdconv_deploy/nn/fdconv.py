@@ -344,6 +344,7 @@ class FDTokenConv(FDConv2d):
         self, in_features: int, out_features: int, bias: bool = True, **arguments: Any
     ) -> None:
         super().__init__(in_features, out_features, 1, bias=bias, **arguments)
+        self.in_features, self.out_features = in_features, out_features
         if self.is_dynamic and self.FBM is not None:
             raise UnsupportedLayerError(
                 "use_fbm_if_k_in has 1, but tokens are no map whose frequency bands could be "
@@ -358,16 +359,6 @@ class FDTokenConv(FDConv2d):
         if not self.is_dynamic and isinstance(weight, Tensor) and weight.ndim == 2:
             state_dict[f"{prefix}weight"] = weight[:, :, None, None]
         super()._load_from_state_dict(state_dict, prefix, *others, **named)
-
-    @property
-    def in_features(self) -> int:
-        """I, as ``nn.Linear`` calls it."""
-        return self.in_channels
-
-    @property
-    def out_features(self) -> int:
-        """O, as ``nn.Linear`` calls it."""
-        return self.out_channels
 
     def average(self, x: Tensor) -> Tensor:
         """``(B, I)``: the mean over all of an image's tokens."""

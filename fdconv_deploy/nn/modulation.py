@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdconv_deploy.config import AttentionNorm, FDConvConfig
+from fdconv_deploy.config import FDConvConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 
 # The standard deviation (and, for the local convolution, the value) of a head that
@@ -45,16 +45,9 @@ class GlobalAttention(NamedTuple):
     kernel: Tensor
 
 
-def attention_norm(kind: AttentionNorm, channels: int) -> nn.Module:
-    """The normalisation of the attention's hidden layer, for ``(B, channels, 1, 1)``."""
-    if kind == "batch":
-        return nn.BatchNorm2d(channels)
-    return nn.GroupNorm(1, channels) if kind == "group" else nn.Identity()
-
-
-def attention_channels(in_channels: int, reduction: float) -> int:
+def hidden_channels(channels: int, config: FDConvConfig) -> int:
     """Width of the attention's hidden layer."""
-    return max(int(in_channels * reduction), 16)
+    return max(int(channels * config.reduction), 16)
 
 
 def gate(logits: Tensor, act: str, multiple: float) -> Tensor:
@@ -91,11 +84,14 @@ class GlobalModulation(nn.Module):
                 "ksm_global_act='softmax' is defined for the kernel attention alone: "
                 "set ksm_only_kernel_att=True, or use 'sigmoid' or 'tanh'."
             )
-        hidden = attention_channels(in_channels, config.reduction)
+        hidden = hidden_channels(in_channels, config)
         self.kernel_size, self.groups, self.kernel_temp = kernel_size, groups, kernel_temp
         self.temp = kernel_temp if config.temp is None else config.temp
         self.fc = nn.Conv2d(in_channels, hidden, 1, bias=False)
-        self.bn = attention_norm(config.ksm_global_norm, hidden)
+        self.bn: nn.Module = nn.Identity()
+        if config.ksm_global_norm != "none":
+            batch = config.ksm_global_norm == "batch"
+            self.bn = nn.BatchNorm2d(hidden) if batch else nn.GroupNorm(1, hidden)
         self.relu = StarReLU()
         self.channel_fc = self.filter_fc = self.spatial_fc = None
         if not config.ksm_only_kernel_att:
@@ -145,7 +141,7 @@ class LinearModulation(nn.Module):
         config: FDConvConfig,
     ) -> None:
         super().__init__()
-        hidden = attention_channels(in_features, config.reduction)
+        hidden = hidden_channels(in_features, config)
         self.groups, self.kernel_temp = groups, kernel_temp
         self.temp = kernel_temp if config.temp is None else config.temp
         self.act, self.att_multi = config.ksm_global_act, config.att_multi

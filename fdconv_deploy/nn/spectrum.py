@@ -71,7 +71,8 @@ def _check_sort() -> None:
 
     No release promises it; a silent change would give wrong kernels without an error.
     """
-    if order_sha256(_sorted(*PROBE, stable=False)) != PROBE_SHA256:
+    order = _sorted(*PROBE, stable=False)
+    if hashlib.sha256(order.numpy().tobytes()).hexdigest() != PROBE_SHA256:
         raise UnsupportedLayerError(
             f"torch {torch.__version__} on this machine sorts equal radii in another order than "
             "the published FDConv code did, so checkpoints would get wrong frequency groups. "
@@ -199,8 +200,3 @@ def group_map(indices: Tensor, rows: int, columns: int) -> Tensor:
     for p in range(ratio):
         result[p, indices[p, 0], indices[p, 1]] = labels
     return result
-
-
-def order_sha256(order: Tensor) -> str:
-    """Fingerprint of a bin order, as sha256 of its int64 little-endian bytes."""
-    return hashlib.sha256(order.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()

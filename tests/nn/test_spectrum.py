@@ -17,8 +17,11 @@ from fdconv_deploy.nn.spectrum import (
     bin_radii,
     frequency_indices,
     group_map,
-    order_sha256,
 )
+
+
+def order_sha256(order: torch.Tensor) -> str:
+    return hashlib.sha256(order.numpy().tobytes()).hexdigest()
 
 
 def test_orders_and_radii_are_the_published_ones(oracle):

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from fdconv_deploy.config import (
-    DecodeHeadConfig,
-    HeadType,
-    Mask2FormerHeadConfig,
-    MaskDINOHeadConfig,
-)
-from fdconv_deploy.nn.heads.decode_heads import (
-    ASPPHead,
-    DecodeHead,
-    DepthwiseSeparableASPPHead,
-    FCNHead,
-    PSPHead,
-    SegformerHead,
-    UPerHead,
-    resize,
-)
+from fdconv_deploy.config import DecodeHeadConfig, Mask2FormerHeadConfig, MaskDINOHeadConfig
+from fdconv_deploy.nn.heads import decode_heads
+from fdconv_deploy.nn.heads.decode_heads import DecodeHead, resize
 from fdconv_deploy.nn.heads.mask2former_head import Mask2FormerHead
 from fdconv_deploy.nn.heads.maskdino_head import MaskDINOHead
 from fdconv_deploy.nn.heads.query_head import QueryHead
 from fdconv_deploy.nn.spectrum import FrequencyOrder
 
 __all__ = ["DecodeHead", "QueryHead", "build_head", "resize"]
-
-_HEADS: dict[HeadType, type[DecodeHead]] = {
-    "UPerHead": UPerHead,
-    "SegformerHead": SegformerHead,
-    "FCNHead": FCNHead,
-    "PSPHead": PSPHead,
-    "ASPPHead": ASPPHead,
-    "DepthwiseSeparableASPPHead": DepthwiseSeparableASPPHead,
-}
 
 
 def build_head(
@@ -43,4 +21,4 @@ def build_head(
         return Mask2FormerHead(config, frequency_order)
     if isinstance(config, MaskDINOHeadConfig):
         return MaskDINOHead(config, frequency_order)
-    return _HEADS[config.type](config)
+    return getattr(decode_heads, config.type)(config)

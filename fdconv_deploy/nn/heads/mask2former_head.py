@@ -58,7 +58,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, places: Tensor, keys: Tensor, values: Tensor, hidden: Tensor
     ) -> Tensor:
-        """Queries ``(B, Q, C)`` -> the same shape; ``keys`` and ``values`` ``(B, S, C)`` of a level.
+        """Queries ``(B, Q, C)`` -> the same shape; a level's ``keys``, ``values`` ``(B, S, C)``.
 
         ``places``: the queries' own encoding ``(Q, C)``, which values do not hold. ``hidden``:
         ``(B, Q, S)``, 1 where hidden. A query that may see nothing sees everything.
