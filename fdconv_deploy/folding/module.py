@@ -186,43 +186,54 @@ class FoldedConv2d(nn.Module):
         taken = taken.reshape(batch, width * taps, channels * width)
         return (self.get_buffer("local_weight") @ taken).sigmoid()
 
-    def kernels(self, average: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """One kernel per image, ``(B, O, I, kh, kw)``, and the attentions."""
-        folded = self.folded
+    def kernels(self, average: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """One kernel per image, ``(B, O, I, kh, kw)``, from averages ``(B, I)``.
+
+        And what scales the input and the output of the convolution instead, ``(B, I)``, ``(B, O)``.
+        """
+        folded, batch = self.folded, average.shape[0]
         out_channels, in_channels = folded.out_channels, folded.in_channels
         height, width = folded.kernel_size
         attention = self.attention(average)
-        batch = average.shape[0]
         kernel = self.kernel_matrix(attention["kernel"])
         if folded.local is not None:
             kernel = kernel * self.local_attention(average)
         kernel = kernel.reshape(batch, out_channels, height, in_channels, width)
         if folded.modulation.spatial:
             kernel = kernel * attention["spatial"].reshape(batch, 1, height, 1, width)
-        if folded.modulation.channel and folded.channel_side == "kernel":
-            kernel = kernel * attention["channel"][:, None, None, :, None]
-        scale = self._filter(attention)
+        channel = attention["channel"] if folded.modulation.channel else None
+        if channel is not None and folded.channel_side == "kernel":
+            kernel, channel = kernel * channel[:, None, None, :, None], None
+        scale = self._output_scale()
+        if folded.modulation.filter:
+            scale = attention["filter"] if scale is None else attention["filter"] * scale
         if scale is not None and folded.filter_side == "kernel":
-            kernel = kernel * scale[:, :, None, None, None]
-        return kernel.transpose(2, 3), attention
+            kernel, scale = kernel * scale[:, :, None, None, None], None
+        return kernel.transpose(2, 3), channel, scale
 
-    def _filter(self, attention: dict[str, Tensor]) -> Tensor | None:
-        scale = None if self.output_scale is None else self.get_buffer("output_scale")[None]
-        if self.folded.modulation.filter == 0:
-            return scale
-        return attention["filter"] if scale is None else attention["filter"] * scale
+    def _output_scale(self) -> Tensor | None:
+        return None if self.output_scale is None else self.get_buffer("output_scale")[None]
+
+    def _weight(self, average: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if self.constant_weight is None:
+            return self.kernels(average)
+        return self.get_buffer("constant_weight"), None, self._output_scale()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: at the folded size."""
         folded = self.folded
+        given = x.reshape(len(x), -1, x.shape[-1]) if folded.tokens else x
+        expected: tuple[int, ...] = (folded.in_channels, *folded.input_size)
         if folded.tokens:
-            return self._over_tokens(x)
-        if tuple(x.shape[1:]) != (folded.in_channels, *folded.input_size):
+            expected = folded.input_size[0], folded.in_channels
+        if tuple(given.shape[1:]) != expected:
             raise ValueError(
-                f"layer {folded.name!r} was folded for inputs (B, {folded.in_channels}, "
-                f"{folded.input_size[0]}, {folded.input_size[1]}), got {tuple(x.shape)}. "
-                "Fold the network again for this size."
+                f"layer {folded.name!r} was folded for inputs (B, "
+                f"{', '.join(map(str, expected))}), got {tuple(x.shape)}. Fold the network again "
+                f"for this {'number of tokens' if folded.tokens else 'size'}."
             )
+        if folded.tokens:
+            return self._over_tokens(given).reshape(*x.shape[:-1], folded.out_channels)
         batch = x.shape[0]
         average = x.mean((2, 3))
         if self.bands is not None:
@@ -245,33 +256,11 @@ class FoldedConv2d(nn.Module):
             y = y * scale[:, :, None, None]
         return y if self.bias is None else y + self.get_buffer("bias")[:, None, None]
 
-    def _weight(self, average: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The kernels, and what scales the input and the output of the convolution instead."""
-        folded = self.folded
-        if self.constant_weight is not None:
-            scale = None if self.output_scale is None else self.get_buffer("output_scale")[None]
-            return self.get_buffer("constant_weight"), None, scale
-        kernel, attention = self.kernels(average)
-        channel = None
-        if folded.modulation.channel and folded.channel_side == "feature":
-            channel = attention["channel"]
-        return kernel, channel, self._filter(attention) if folded.filter_side == "feature" else None
-
-    def _over_tokens(self, x: Tensor) -> Tensor:
-        folded = self.folded
-        tokens = x.reshape(len(x), -1, x.shape[-1])
-        if tuple(tokens.shape[1:]) != (folded.input_size[0], folded.in_channels):
-            raise ValueError(
-                f"layer {folded.name!r} was folded for inputs (B, {folded.input_size[0]}, "
-                f"{folded.in_channels}), got {tuple(x.shape)}. Fold the network again for this "
-                "number of tokens."
-            )
+    def _over_tokens(self, tokens: Tensor) -> Tensor:
         weight, channel, scale = self._weight(tokens.mean(1))
         if channel is not None:
             tokens = tokens * channel[:, None]
         y = tokens @ weight[..., 0, 0].transpose(-1, -2)
         if scale is not None:
             y = y * scale[:, None]
-        if self.bias is not None:
-            y = y + self.get_buffer("bias")
-        return y.reshape(*x.shape[:-1], folded.out_channels)
+        return y if self.bias is None else y + self.get_buffer("bias")

@@ -191,11 +191,8 @@ def layer_errors(case: Case) -> dict[str, Any]:
     kernels = made[0]
     layer.double()
     seen = case.average(x.double())
-    if case.over == "linear":
-        expected = layer.weights(seen)
-    else:
-        local = layer.KSM_Local(seen) if layer.KSM_Local is not None else None
-        expected = layer.kernels(layer.KSM_Global(seen), local, full=True)
+    local = layer.KSM_Local(seen) if layer.KSM_Local is not None else None
+    expected = layer.kernels(layer.KSM_Global(seen), local, full=True)
     output = layer(x.double())
     if case.normed:
         scale, shift = torch.from_numpy(case.normalisation())
