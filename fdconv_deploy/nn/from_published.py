@@ -21,7 +21,7 @@ from fdconv_deploy.nn.band_modulation import SavedMasks
 from fdconv_deploy.nn.fdconv import FDConv2d
 
 _GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
-_ATTENTION = ("fc", "relu")
+_ATTENTION = ("fc", "relu", "kernel_fc")
 # What copies call the normalisation of the attention's hidden layer; the published class: bn.
 _NORMS = ("bn", "norm")
 # Argument → a copy's attribute, and the published default where it is missing.
@@ -119,7 +119,7 @@ def _candidates(module: nn.Module, name: str) -> tuple[Conversion, ...]:
     arguments = told.arguments()
     return tuple(
         _conversion(told, arguments | {"fbm_cfg": bands}, phrases)
-        for bands, phrases in told.bands()
+        for bands, phrases in told.band_candidates()
     )
 
 
@@ -152,9 +152,14 @@ def _conversion(told: _Told, arguments: Mapping[str, Any], phrases: tuple[str, .
 
 
 def _check_family(module: nn.Module, name: str) -> None:
+    attention: Any = module.KSM_Global
     missing = [what for what in _GEOMETRY if not hasattr(module, what)]
-    attention = getattr(module, "KSM_Global", None)
     missing += [f"KSM_Global.{what}" for what in _ATTENTION if not hasattr(attention, what)]
+    if not any(hasattr(attention, norm) for norm in _NORMS):
+        missing.append("KSM_Global.bn")
+    bands = getattr(module, "FBM", None)
+    if bands is not None and not len(getattr(bands, "freq_weight_conv_list", ())):
+        missing.append("FBM.freq_weight_conv_list")
     if missing:
         raise _variant(name, f"it has no {', '.join(missing)}")
     size = module.kernel_size
@@ -184,8 +189,9 @@ class _Told:
         self.module, self.name = module, name
         self.attention: Any = module.KSM_Global
         self.local: Any = getattr(module, "KSM_Local", None)
-        self.norm_name = next((n for n in _NORMS if hasattr(self.attention, n)), "bn")
-        self.norm: Any = getattr(self.attention, self.norm_name, None)
+        self.bands: Any = getattr(module, "FBM", None)
+        self.norm_name = next(name for name in _NORMS if hasattr(self.attention, name))
+        self.norm: Any = getattr(self.attention, self.norm_name)
         self.assumed: list[str] = []
 
     def get(self, path: str, default: Any) -> Any:
@@ -204,11 +210,6 @@ class _Told:
         attention, height = self.attention, module.kernel_size[0]
         stored = module.dft_weight if converted else module.weight
         ratio = stored.shape[0] if converted else self.get("param_ratio", 1)
-        heads = getattr(attention, "kernel_fc", None)
-        if heads is None:
-            raise _variant(self.name, "it has no KSM_Global.kernel_fc (kernel_num=1)")
-        if self.norm is None:
-            raise _variant(self.name, "it has no KSM_Global.bn")
         multiples = {self.get("KSM_Global.att_multi", 2.0)}
         local_act = "sigmoid"
         if self.local is not None:
@@ -226,10 +227,10 @@ class _Told:
             **{what: self.get(*place) for what, place in _READ.items()},
             "bias": module.bias is not None,
             "reduction": (attention.fc.weight.shape[0] + 0.5) / module.in_channels,
-            "kernel_num": heads.weight.shape[0] // ratio,
+            "kernel_num": attention.kernel_fc.weight.shape[0] // ratio,
             "use_fdconv_if_c_gt": 0,
             "use_fdconv_if_k_in": (height,),
-            "use_fbm_if_k_in": () if getattr(module, "FBM", None) is None else (height,),
+            "use_fbm_if_k_in": () if self.bands is None else (height,),
             "att_multi": multiples.pop(),
             "param_ratio": ratio,
             "ksm_only_kernel_att": getattr(attention, "channel_fc", None) is None,
@@ -241,14 +242,12 @@ class _Told:
             "frequency_order": indices,
         }
 
-    def bands(self) -> list[tuple[BandModulationConfig | None, tuple[str, ...]]]:
+    def band_candidates(self) -> list[tuple[BandModulationConfig | None, tuple[str, ...]]]:
         """What the band modulation may be, and what of each is assumed."""
-        if getattr(self.module, "FBM", None) is None:
+        if self.bands is None:
             return [(None, ())]
-        kernel = self.get("FBM.freq_weight_conv_list", ())
-        if not len(kernel):
-            raise _variant(self.name, "it has no FBM.freq_weight_conv_list")
-        buffer = getattr(self.module.FBM, "cached_masks", None)
+        kernel = self.bands.freq_weight_conv_list[0]
+        buffer = getattr(self.bands, "cached_masks", None)
         try:
             saved = None if buffer is None else SavedMasks.read(buffer)
         except ValueError as error:
@@ -258,31 +257,31 @@ class _Told:
             k_list=k_list,
             lowfreq_att=self.get("FBM.lowfreq_att", False),
             act=self.get("FBM.act", "sigmoid"),
-            spatial_group=kernel[0].groups,
-            spatial_kernel=kernel[0].kernel_size[0],
+            spatial_group=kernel.groups,
+            spatial_kernel=kernel.kernel_size[0],
         )
         if saved is not None:
             return [(bands.model_copy(update={"max_size": saved.size_for(k_list)}), ())]
         # The first published version has no such buffer, and makes its masks in each call.
-        made: tuple[tuple[Any, str], ...] = (
-            ("per_call", "band masks made per call, as the first published version's"),
-            ("cached", "band masks as the present version's"),
-        )
+        kinds = {
+            "per_call": "band masks made per call, as the first published version's",
+            "cached": "band masks as the present version's",
+        }
         return [
             (bands.model_copy(update={"masks": kind}), (f"no FBM.cached_masks, so {phrase}",))
-            for kind, phrase in made
+            for kind, phrase in kinds.items()
         ]
 
     def _k_list(self, saved: SavedMasks | None) -> tuple[float, ...]:
         if saved is None:
             return tuple(self.get("FBM.k_list", (2, 4, 8)))
-        k_list = getattr(self.module.FBM, "k_list", saved.k_list)
+        k_list = getattr(self.bands, "k_list", saved.k_list)
         if k_list is None or saved.size_for(tuple(k_list)) is None:
             told = "of no k_list" if saved.k_list is None else f"of k_list {list(saved.k_list)}"
             raise _variant(
                 self.name,
                 f"its FBM.cached_masks are not the published ones: they are {told}, and its "
-                f"FBM.k_list is {getattr(self.module.FBM, 'k_list', 'missing')}",
+                f"FBM.k_list is {getattr(self.bands, 'k_list', 'missing')}",
             )
         return tuple(k_list)
 
