@@ -22,15 +22,7 @@ _RENAME_EXCHANGE = 2
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path``, renamed to it when the block ends without an error.
 
-    Args:
-        path: the file to write or replace; its folder must exist.
-
-    Yields:
-        A hidden name in the same folder, with the same suffix, where nothing is yet. It is removed
-        if the block raises.
-
-    Raises:
-        OSError: the file cannot be written or renamed.
+    It is hidden, with the same suffix, where nothing is yet; removed if the block raises.
     """
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
@@ -41,11 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write or replace a file, flushed to the disk before it takes its name.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write or replace a file, flushed to the disk before it takes its name."""
     with atomic_path(path) as temporary, temporary.open("xb") as file:
         file.write(data)
         file.flush()
@@ -54,11 +42,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """An empty hidden folder beside ``path``, removed when the block ends, however it ends.
-
-    Raises:
-        OSError: the folder cannot be made.
-    """
+    """An empty hidden folder beside ``path``, removed when the block ends, however it ends."""
     temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
         temporary.mkdir()
@@ -69,25 +53,14 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """An empty temporary folder beside ``path`` that takes its place if no error ends the block.
-
-    Yields:
-        The temporary folder. It is removed if the block raises.
-
-    Raises:
-        OSError: the folder cannot be made or renamed.
-    """
+    """An empty temporary folder beside ``path`` that takes its place if no error ends the block."""
     with temporary_folder(path) as temporary:
         yield temporary
         replace_folder(temporary, path)
 
 
 def replace_folder(made: Path, path: Path) -> None:
-    """Move a folder to ``path`` beside it; what was there, if not empty, is ``made`` afterwards.
-
-    Raises:
-        OSError: the file system refused.
-    """
+    """Move a folder to ``path`` beside it; what was there, if not empty, is ``made`` afterwards."""
     if not path.exists() or not any(path.iterdir()):
         made.replace(path)  # also takes the place of an empty folder
     else:
@@ -100,9 +73,6 @@ def _exchange(first: Path, second: Path) -> None:
     On Linux in one step (renameat2), so that a reader finds the old folder or the new one
     at every moment. Elsewhere, and on file systems without it, in three renames: for an
     instant ``second`` is missing, and a failure puts it back.
-
-    Raises:
-        OSError: the file system refused.
     """
     if _exchange_in_one_step(first, second):
         return

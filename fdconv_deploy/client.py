@@ -51,7 +51,15 @@ class ServiceError(FDConvError):
 
 
 @dataclass(frozen=True)
-class Answer:
+class _Answer:
+    fit: str
+    model: str
+    timings_ms: dict[str, float]
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Answer(_Answer):
     """One image's segmentation.
 
     Attributes:
@@ -62,11 +70,7 @@ class Answer:
 
     labels: npt.NDArray[np.int32]
     classes: list[dict[str, Any]]
-    fit: str
     mode: str
-    model: str
-    timings_ms: dict[str, float]
-    request_id: str
 
     @property
     def areas(self) -> dict[str, int]:
@@ -75,7 +79,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Objects:
+class Objects(_Answer):
     """One image's objects, the best score first.
 
     Attributes:
@@ -92,10 +96,6 @@ class Objects:
     labels: npt.NDArray[np.int64]
     names: tuple[str, ...]
     masks: npt.NDArray[np.bool_] | None
-    fit: str
-    model: str
-    timings_ms: dict[str, float]
-    request_id: str
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -137,13 +137,11 @@ class Client:
 
     def models(self) -> list[dict[str, Any]]:
         """Every model's card, the default one first."""
-        cards: list[dict[str, Any]] = json.loads(self._ask("GET", "/v1/models")[1])["models"]
-        return cards
+        return list(json.loads(self._ask("GET", "/v1/models")[1])["models"])
 
     def model(self, name: str) -> dict[str, Any]:
         """A model's card: classes, palette, sizes, parity, benchmark."""
-        card: dict[str, Any] = json.loads(self._ask("GET", f"/v1/models/{quote(name, '')}")[1])
-        return card
+        return dict(json.loads(self._ask("GET", f"/v1/models/{quote(name, '')}")[1]))
 
     def ready(self) -> bool:
         """Whether the service is ready for requests."""
@@ -178,8 +176,7 @@ class Client:
             ServiceError: the request was refused, or the service cannot be reached.
         """
         options = {"size": size, "fit": fit, "mode": mode, "classes": classes}
-        headers, body = self._segment(image, model, "application/json", output="json", **options)
-        found = json.loads(body)
+        found, common = self._json(image, model, options)
         if "instances" in found:
             raise ServiceError(0, f"The model {found['model']!r} is a detector: use detect().")
         mask = found["mask"]
@@ -188,7 +185,7 @@ class Client:
             labels=labels.reshape(mask["size"]),
             classes=found["classes"],
             mode=found["mode"],
-            **_common(found, headers),
+            **common,
         )
 
     def detect(
@@ -213,8 +210,7 @@ class Client:
             ServiceError: the request was refused, or the service cannot be reached.
         """
         options = {"min_score": min_score, "classes": classes, "mask": "rle" if masks else "none"}
-        headers, body = self._segment(image, model, "application/json", output="json", **options)
-        found = json.loads(body)
+        found, common = self._json(image, model, options)
         if "instances" not in found:
             raise ServiceError(0, f"The model {found['model']!r} is a segmentor: use segment().")
         entries = found["instances"]
@@ -230,7 +226,7 @@ class Client:
             labels=np.array([entry["label"] for entry in entries], np.int64),
             names=tuple(entry["class"] for entry in entries),
             masks=pixels,
-            **_common(found, headers),
+            **common,
         )
 
     def mask(self, image: Image, model: str | None = None, **options: Any) -> bytes:
@@ -315,6 +311,15 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _json(
+        self, image: Image, model: str | None, options: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The answer's JSON, and what every kind of answer holds of it."""
+        headers, body = self._segment(image, model, "application/json", output="json", **options)
+        found = json.loads(body)
+        common = {name: found[name] for name in ("fit", "model", "timings_ms")}
+        return found, {**common, "request_id": headers.get("x-request-id", "")}
+
     def _segment(self, image: Image, model: str | None, accept: str, **options: Any) -> Reply:
         path = "/v1/segment" if model is None else f"/v1/models/{quote(model, '')}/segment"
         query = urlencode({k: v for k, v in options.items() if v is not None}, doseq=True)
@@ -359,11 +364,6 @@ class Client:
         after = found.get("retry-after", "")
         wait = float(after) if after.isdigit() else 0.1
         raise ServiceError(answer.status, detail, found.get("x-request-id", ""), wait)
-
-
-def _common(found: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
-    same = {name: found[name] for name in ("fit", "model", "timings_ms")}
-    return {**same, "request_id": headers.get("x-request-id", "")}
 
 
 def _encoded(image: Image) -> bytes:

@@ -33,13 +33,9 @@ def encode(mask: Mask) -> Rle:
 
 
 def encode_part(part: Mask, top: int, left: int, size: tuple[int, int]) -> Rle:
-    """Encode a mask that is False outside of ``part``, without making the rest of it.
+    """Encode a mask of ``size`` (H, W) that is False outside of ``part``, without making the rest.
 
-    Args:
-        part: (h, w) bool, whose first pixel is at (``top``, ``left``) of the mask.
-        top: first row of the part.
-        left: first column of the part.
-        size: (H, W) of the mask.
+    ``part`` is (h, w) bool, its first pixel at (``top``, ``left``) of the mask.
     """
     height, width = size
     padded = np.zeros((part.shape[0] + 2, part.shape[1]), np.int8)
@@ -55,11 +51,7 @@ def encode_part(part: Mask, top: int, left: int, size: tuple[int, int]) -> Rle:
 
 
 def decode(rle: Rle) -> Mask:
-    """Decode a mask to (H, W) bool.
-
-    Raises:
-        ValueError: the run lengths are not a mask of that size.
-    """
+    """Decode a mask to (H, W) bool; ``ValueError`` where it is none of its size."""
     height, width = _size(rle)
     counts = decompress(_counts(rle))
     if counts.min() < 0 or counts.max() > height * width or counts.sum() != height * width:
@@ -72,11 +64,7 @@ def decode(rle: Rle) -> Mask:
 
 
 def area(rle: Rle) -> int:
-    """Number of pixels of a mask.
-
-    Raises:
-        ValueError: these are no run lengths.
-    """
+    """Number of pixels of a mask; ``ValueError`` where these are no run lengths."""
     return int(decompress(_counts(rle))[1::2].sum())
 
 
@@ -97,11 +85,7 @@ def compress(counts: npt.NDArray[Any]) -> str:
 
 
 def decompress(text: str) -> npt.NDArray[np.int64]:
-    """Read run lengths (n,) from COCO's characters.
-
-    Raises:
-        ValueError: a character is not one of them, or the last number is cut off.
-    """
+    """Read run lengths (n,) from COCO's characters; ``ValueError`` where they are others."""
     groups = np.frombuffer(text.encode("latin-1", "replace"), np.uint8).astype(np.int64) - _FIRST
     if not len(groups) or groups.min() < 0 or groups.max() > 0x3F or groups[-1] & 0x20:
         raise ValueError("these are not COCO's compressed run lengths")

@@ -71,7 +71,7 @@ class Version:
         crops = 2 * (width // stride[1] + 1) + max(session.batch_sizes)
         averaged = 4 * max(16 << 20, 8 * 4 * card.output.channels * width)
         colors = session.preprocessing.loading == "color" and not session.preprocessing.to_float32
-        resized = height * width * session.channels * (1 if colors else 4)
+        resized = height * width * session.preprocessing.channels * (1 if colors else 4)
         return crops * self.tensor_bytes + averaged + resized
 
 

@@ -80,11 +80,8 @@ def least_seconds(
 ) -> dict[Key, float]:
     """The shortest time of each run, interleaved: other processes only ever add to a time.
 
-    Args:
-        runs: each has been run before, so that none pays for its first time.
-        rounds: how often to run each.
-        seconds: no further round starts after this long.
-        clock: seconds.
+    Each has been run before, so that none pays for its first time; no further round starts after
+    ``seconds`` of ``clock``.
     """
     found: dict[Key, float] = {}
     began = clock()

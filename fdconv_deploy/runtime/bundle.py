@@ -25,7 +25,6 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from types import TracebackType
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -101,22 +100,14 @@ class Bundle:
         return bundle
 
     def content(self, name: str) -> Bytes:
-        """A listed file's bytes, read and hashed at the first call, and kept.
-
-        Raises:
-            BundleError: they are not those that the manifest lists.
-        """
+        """A listed file's bytes, read at the first call, and kept; ``BundleError`` if others."""
         with self._lock:
             if name not in self.contents:
                 self.contents[name] = self._read(name)
             return self.contents[name]
 
     def external_data(self, model: str) -> dict[str, Bytes]:
-        """Bytes of the files that a graph keeps data in, by how the graph calls them.
-
-        Raises:
-            BundleError: as :meth:`content`.
-        """
+        """Bytes of the files that a graph keeps data in, by how the graph calls them."""
         return {called: self.content(name) for called, name in self._external(model).items()}
 
     def hold(self) -> dict[str, Bytes]:
@@ -124,9 +115,6 @@ class Bundle:
 
         Returns:
             Their bytes by name.
-
-        Raises:
-            BundleError: as :meth:`content`.
         """
         with self._lock:
             for model in self.manifest.graphs:
@@ -144,9 +132,6 @@ class Bundle:
 
         Returns:
             The bundle there.
-
-        Raises:
-            BundleError: as :meth:`content`.
         """
         for name, data in self.hold().items():
             target = folder / name
@@ -235,12 +220,9 @@ class Bundle:
         return tuple(sorted(self.manifest.models))
 
     def at(self, size: tuple[int, int]) -> Bundle:
-        """The bundle as if it had the graphs of one (height, width) alone.
+        """The bundle as if it had the graphs of one (height, width) alone; ``ValueError`` if none.
 
         It holds what is held here; either lets go of it for itself.
-
-        Raises:
-            ValueError: it has no graphs of that size.
         """
         with self._lock:
             return replace(self, manifest=self.manifest.at(size), contents=dict(self.contents))
@@ -253,12 +235,9 @@ class Bundle:
 class BundleWriter:
     """Writes a bundle beside its destination and moves it there only when it is whole.
 
-    Use it as a context manager: write files into ``writer.path``, then call
-    :meth:`commit`. Leaving the block without a commit, or with an exception, removes
-    everything that was written.
-
-    Raises:
-        BundleError: on entering, when ``destination`` exists and must not be replaced.
+    Use it as a context manager: write files into ``writer.path``, then call :meth:`commit`. Leaving
+    the block without a commit, or with an exception, removes everything that was written.
+    ``BundleError`` on entering, when ``destination`` exists and must not be replaced.
     """
 
     def __init__(self, destination: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -273,19 +252,14 @@ class BundleWriter:
         self.path = self._folder.enter_context(temporary_folder(self.destination))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._folder.close()
 
     def commit(self, manifest: Manifest) -> Bundle:
         """Hash the files, write the manifest, move the bundle into place.
 
-        ``manifest.files`` is ignored and made anew. The written bundle goes through the
-        same checks as :meth:`Bundle.open` before it is moved.
+        ``manifest.files`` is made anew. What was written is checked as by :meth:`Bundle.open`
+        before it is moved.
 
         Raises:
             BundleError: the files and the manifest do not make a bundle that opens.
@@ -342,11 +316,7 @@ def bundle_root(path: Path) -> Path:
 
 
 def bundles_and_checkpoints(paths: Iterable[Path]) -> list[Path]:
-    """Bundles' folders and checkpoint files as a user names them, the former as `bundle_root`.
-
-    Raises:
-        FDConvError: one does not exist.
-    """
+    """Bundles' folders, as `bundle_root`, and checkpoint files; ``FDConvError`` if one lacks."""
     found = [bundle_root(path) for path in paths]
     for path in found:
         if not path.exists():

@@ -83,11 +83,7 @@ class Detection:
 
     @cached_property
     def pasted(self) -> tuple[Pasted, ...]:
-        """Each object's mask about its box: made when first asked for.
-
-        Raises:
-            ImageError: the network gives none.
-        """
+        """Each object's mask about its box, made when asked for; ``ImageError`` without masks."""
         if self.parts is not None:
             return self.parts
         if self.mask_probabilities is None:
@@ -110,19 +106,11 @@ class Detection:
         return found
 
     def rle(self) -> list[Rle]:
-        """Every object's pixels as COCO's compressed run lengths.
-
-        Raises:
-            ImageError: the network gives no masks.
-        """
+        """Every object's pixels as COCO's compressed run lengths; ``ImageError`` without masks."""
         return [encode_part(p.pixels, p.top, p.left, self.image_size) for p in self.pasted]
 
     def areas(self) -> npt.NDArray[np.int64]:
-        """How many pixels each object has: (N,) int64.
-
-        Raises:
-            ImageError: the network gives no masks.
-        """
+        """How many pixels each object has: (N,) int64; ``ImageError`` without masks."""
         return np.array([part.pixels.sum() for part in self.pasted], np.int64)
 
     def kept(
@@ -147,9 +135,7 @@ class Detection:
         """(H, W): 0 where there is nothing, else the object's place in the answer, plus 1.
 
         uint8, or uint16 above 255 objects. Where objects overlap, the better score is on top.
-
-        Raises:
-            ImageError: the network gives no masks.
+        ``ImageError`` without masks.
         """
         canvas = np.zeros(self.image_size, np.uint8 if len(self) < 256 else np.uint16)
         for number, part in reversed(list(enumerate(self.pasted, 1))):
@@ -183,11 +169,7 @@ class Detection:
         return draw_instances(image, self.boxes, captions, colours, masks, opacity)
 
     def as_dicts(self, *, masks: bool = True) -> list[dict[str, Any]]:
-        """For JSON, an object each: class, score, box, and its mask's run lengths and area.
-
-        Args:
-            masks: False leaves out run lengths and areas, as do networks without masks.
-        """
+        """For JSON, an object each: class, score, box, and if ``masks`` run lengths and area."""
         found: list[dict[str, Any]] = [
             {
                 "label": label,
@@ -217,13 +199,7 @@ class Detection:
 
 
 class DetectionPipeline:
-    """A detector's steps before and after a run of its network.
-
-    Args:
-        detector: what the network is made of.
-        sizes: (height, width) of its inputs; an image takes that nearest to its proportions, see
-            ``best_size``.
-    """
+    """A detector's steps before and after a run; ``sizes`` are (H, W) of its network's inputs."""
 
     def __init__(self, detector: DetectorConfig, sizes: Sequence[tuple[int, int]]) -> None:
         self.preprocessing, self.sizes = detector.preprocessing, tuple(sizes)
@@ -232,11 +208,7 @@ class DetectionPipeline:
         self._mask_threshold = detector.test.rcnn.mask_thr_binary
 
     def prepare(self, image: npt.NDArray[np.uint8]) -> Prepared:
-        """Resize, normalise and pad an image; see `prepare_image`.
-
-        Returns:
-            Inputs ``images`` (3, H, W) and ``sizes`` (2,) float32, as the network takes them.
-        """
+        """Its inputs ``images`` (3, H, W) and ``sizes`` (2,) float32; see `prepare_image`."""
         prepared = prepare_image(image, self.preprocessing, self.sizes, None)
         prepared.inputs["sizes"] = np.array(prepared.placement.covered, np.float32)
         return prepared
@@ -249,11 +221,7 @@ class DetectionPipeline:
     ) -> Detection:
         """Bring boxes back to the image's pixels.
 
-        Args:
-            prepared: the image, as :meth:`prepare` gave it.
-            outputs: the network's outputs for it, by name, without their batch axis; see
-                ``Manifest``.
-            inference_seconds: what the run took, for ``Detection.timings``.
+        ``outputs`` are the network's for the image, without their batch axis; see ``Manifest``.
         """
         start = time.perf_counter()
         placement, count = prepared.placement, int(outputs["count"])

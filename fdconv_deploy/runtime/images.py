@@ -158,11 +158,7 @@ def load_image(
 
 
 def image_size(source: str | os.PathLike[str]) -> tuple[int, int]:
-    """(height, width) of what `read_image` gives, from the file's header alone.
-
-    Raises:
-        ImageError: as `read_image`, as far as a header tells.
-    """
+    """(height, width) of what `read_image` gives, from the file's header alone."""
 
     def size(image: Image.Image) -> tuple[int, int]:
         # Of a TIFF file, Pillow gives the size as it is to be looked at.
@@ -189,11 +185,7 @@ class ImageFile:
 
     @classmethod
     def of(cls, source: bytes | str | os.PathLike[str] | ImageFile) -> ImageFile:
-        """Take a file's bytes or path; one that was taken is given back.
-
-        Raises:
-            ImageError: no such file, or empty.
-        """
+        """Take a file's bytes or path, or one taken before; ``ImageError`` if missing or empty."""
         if isinstance(source, ImageFile):
             return source
         if isinstance(source, bytes):
@@ -230,11 +222,7 @@ class ImageFile:
     def decode(
         self, max_pixels: int, use: Callable[[Image.Image], Result], *, load: bool = True
     ) -> Result:
-        """What ``use`` makes of the picture, decoded where ``load`` is True, else of its header.
-
-        Raises:
-            ImageError: as :func:`read_image`.
-        """
+        """What ``use`` makes of the picture, decoded where ``load`` is True, else of its header."""
         try:
             # Decoders of hostile data raise almost anything (struct.error, SyntaxError,
             # ZeroDivisionError ...), hence `except Exception`; each is the file's fault.
@@ -327,11 +315,7 @@ class ImageCost(NamedTuple):
 def image_cost(
     file: ImageFile, preprocessing: Preprocessing, *, max_pixels: int = MAX_PIXELS
 ) -> ImageCost:
-    """The memory that :func:`load_image` will take, from the header alone.
-
-    Raises:
-        ImageError, FDConvError: as :func:`load_image`, as far as a header tells.
-    """
+    """The memory that :func:`load_image` will take, from the header alone; raises what it does."""
     loading, bands = preprocessing.loading, preprocessing.channels
 
     def picture(image: Image.Image) -> ImageCost:
@@ -359,12 +343,7 @@ def image_cost(
 
 
 def check_format(data: bytes, formats: Sequence[str]) -> None:
-    """Refuse an image file that is of none of ``formats``, which are some of ``FORMATS``.
-
-    Raises:
-        UnsupportedImageError: it is of another.
-        ImageError: it is empty.
-    """
+    """Refuse (``UnsupportedImageError``) a file that is of none of these of ``FORMATS``."""
     file = ImageFile.of(data)
     accepted = ("NPY" if file.is_array else "TIFF") in formats
     if not (file.is_array or file.is_tiff):

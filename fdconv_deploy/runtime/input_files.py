@@ -103,12 +103,7 @@ def sources_below(
 ) -> list[Source]:
     """The images and videos among a folder's files, named by their places in it.
 
-    Args:
-        kind: what messages call it.
-        given: what they name, if not ``root``.
-
-    Raises:
-        ImageError: there are none.
+    Where there are none, the ``ImageError`` calls it ``kind`` and ``given``, else ``root``.
     """
     videos = {path for path in files if path.suffix.lower() in VIDEO_SUFFIXES}
     images = {*image_files(files)}

@@ -167,17 +167,10 @@ class Manifest(_Model):
         return tuple((size.height, size.width) for size in found if size is not None)
 
     def at(self, size: tuple[int, int]) -> Manifest:
-        """The manifest of the graphs of one (height, width) alone.
-
-        Raises:
-            ValueError: there are none.
-        """
+        """The manifest of one (height, width)'s graphs alone; ``ValueError`` if there are none."""
         for other in self.other_sizes:
             if size == (other.input.height, other.input.width):
-                return self.model_copy(
-                    update={**{name: getattr(other, name) for name in type(other).model_fields},
-                            "other_sizes": ()}
-                )  # fmt: skip
+                return self.model_copy(update={**dict(other), "other_sizes": ()})
         if size not in self.sizes:
             raise ValueError(f"there are no graphs of {size[0]}x{size[1]}")
         return self.model_copy(update={"other_sizes": ()})
@@ -215,63 +208,54 @@ class Manifest(_Model):
             raise ValueError("a module's graphs have one input size, so no 'other_sizes'")
         if len(set(self.sizes)) < len(self.sizes):
             raise ValueError("each input size must be given once")
-        for view in (self, *map(self.at, self.sizes[1:])):
-            if self.kind == "segmentor":
-                _check_segmentor(view)
-            elif self.kind == "detector":
-                _check_detector(view)
+        for view in (self, *map(self.at, self.sizes[1:])) if self.kind != "module" else ():
+            _check_ports(view, (_segmentor if self.kind == "segmentor" else _detector)(view))
         return self
 
 
-# A tensor's name, shape (None where any size is good) and type.
+# A tensor's name, shape without the batch (None where any size is good) and type.
 _Port = tuple[str, tuple[int | None, ...], str]
+_Ports = dict[str, list[_Port]]
 
 
-def _check_segmentor(manifest: Manifest) -> None:
-    """An architecture and a size, and graphs from ``images`` to ``logits`` that fit them."""
+def _segmentor(manifest: Manifest) -> _Ports:
+    """What a segmentor's graphs take and give; it must have an architecture and a size."""
     segmentor, size = manifest.architecture, manifest.input
     if segmentor is None or size is None:
         raise ValueError("a segmentor's manifest must hold 'architecture' and 'input'")
     head, bands = segmentor.decode_head, segmentor.backbone.in_channels
     counts = [head.num_classes] if head.label_threshold is None else [1, 2]
     _check_names(counts, segmentor.classes, segmentor.palette)
-    for batch in manifest.models:
-        images = ("images", (batch, bands, size.height, size.width), "float32")
-        outputs: list[_Port] = [("logits", (batch, head.outputs, None, None), "float32")]
-        if segmentor.panoptic is not None and isinstance(head, QueryHeadConfig):
-            queries = (batch, head.num_queries)
-            outputs = [
-                ("classes", (*queries, head.class_outputs), "float32"),
-                ("masks", (*queries, None, None), "float32"),
-            ]
-            # MaskDINO's own, which the first bundles of one lack.
-            own = isinstance(head, MaskDINOHeadConfig) and segmentor.panoptic.instance_on
-            if own and any(tensor.name == "boxes" for tensor in manifest.outputs[batch]):
-                outputs.append(("boxes", (*queries, 4), "float32"))
-        _check_graph(manifest, batch, [images], outputs)
+    gives: list[_Port] = [("logits", (head.outputs, None, None), "float32")]
+    if segmentor.panoptic is not None and isinstance(head, QueryHeadConfig):
+        gives = [
+            ("classes", (head.num_queries, head.class_outputs), "float32"),
+            ("masks", (head.num_queries, None, None), "float32"),
+        ]
+        # MaskDINO's own, which the first bundles of one lack.
+        own = isinstance(head, MaskDINOHeadConfig) and segmentor.panoptic.instance_on
+        if own and all("boxes" in {t.name for t in each} for each in manifest.outputs.values()):
+            gives.append(("boxes", (head.num_queries, 4), "float32"))
+    return {"take": [("images", (bands, size.height, size.width), "float32")], "give": gives}
 
 
-def _check_detector(manifest: Manifest) -> None:
-    """A detector's architecture and a size, and graphs from images to objects that fit them."""
+def _detector(manifest: Manifest) -> _Ports:
+    """What a detector's graphs take and give; it must have an architecture and a size."""
     detector, size = manifest.detector, manifest.input
     if detector is None or size is None:
         raise ValueError("a detector's manifest must hold 'detector' and 'input'")
     _check_names([detector.bbox_head.num_classes], detector.classes, detector.palette)
     most, side = detector.test.rcnn.max_per_img, detector.mask_size
-    for batch in manifest.models:
-        inputs: list[_Port] = [
-            ("images", (batch, 3, size.height, size.width), "float32"),
-            ("sizes", (batch, 2), "float32"),
-        ]
-        outputs: list[_Port] = [
-            ("boxes", (batch, most, 4), "float32"),
-            ("scores", (batch, most), "float32"),
-            ("labels", (batch, most), "int64"),
-            ("count", (batch,), "int64"),
-        ]
-        if side:
-            outputs.append(("masks", (batch, most, side, side), "float32"))
-        _check_graph(manifest, batch, inputs, outputs)
+    gives: list[_Port] = [
+        ("boxes", (most, 4), "float32"),
+        ("scores", (most,), "float32"),
+        ("labels", (most,), "int64"),
+        ("count", (), "int64"),
+    ]
+    if side:
+        gives.append(("masks", (most, side, side), "float32"))
+    images: _Port = ("images", (3, size.height, size.width), "float32")
+    return {"take": [images, ("sizes", (2,), "float32")], "give": gives}
 
 
 def _check_names(
@@ -283,17 +267,16 @@ def _check_names(
             raise ValueError(f"the head has {classes} classes but there are {len(given)} {what}")
 
 
-def _check_graph(manifest: Manifest, batch: int, inputs: list[_Port], outputs: list[_Port]) -> None:
-    for tensors, expected, does in (
-        (manifest.inputs[batch], inputs, "take"),
-        (manifest.outputs[batch], outputs, "give"),
-    ):
-        found: list[_Port] = [(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors]
-        if len(found) != len(expected) or not all(map(_fits, found, expected)):
-            raise ValueError(
-                f"a {manifest.kind}'s graph of batch {batch} must {does} {_listed(expected)}; "
-                f"found {_listed(found)}"
-            )
+def _check_ports(manifest: Manifest, ports: _Ports) -> None:
+    for batch in manifest.models:
+        for does, tensors in (("take", manifest.inputs), ("give", manifest.outputs)):
+            expected = [(name, (batch, *shape), dtype) for name, shape, dtype in ports[does]]
+            found = [(one.name, one.shape, one.dtype) for one in tensors[batch]]
+            if len(found) != len(expected) or not all(map(_fits, found, expected)):
+                raise ValueError(
+                    f"a {manifest.kind}'s graph of batch {batch} must {does} {_listed(expected)}; "
+                    f"found {_listed(found)}"
+                )
 
 
 def _fits(found: _Port, expected: _Port) -> bool:
@@ -303,6 +286,6 @@ def _fits(found: _Port, expected: _Port) -> bool:
     )
 
 
-def _listed(ports: list[_Port]) -> str:
+def _listed(ports: Sequence[_Port]) -> str:
     texts = [f"{name} {shape} {dtype}" for name, shape, dtype in ports]
     return ", ".join(texts).replace("None", "any") or "none"

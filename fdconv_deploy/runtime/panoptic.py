@@ -10,20 +10,16 @@ image would be 3 GB.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fdconv_deploy.config import (
-    MaskDINOHeadConfig,
-    PanopticConfig,
-    QueryHeadConfig,
-    SegmentorConfig,
-)
+from fdconv_deploy.config import MaskDINOHeadConfig, QueryHeadConfig, SegmentorConfig
 from fdconv_deploy.runtime.detection import Detection
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.postprocessing import (
@@ -108,125 +104,6 @@ class PanopticSegmentation(Segmentation):
         return encode(Image.fromarray(np.stack(shifted, axis=-1).astype(np.uint8)), "PNG")
 
 
-def _chosen_classes(
-    classes: Logits, head: QueryHeadConfig, threshold: float
-) -> tuple[npt.NDArray[np.int64], Logits, npt.NDArray[np.int64]]:
-    """Label and score of each query, and which queries are sure of a class.
-
-    MaskDINO's own scores are told by sigmoids, though a softmax makes them sharper then.
-    """
-    probabilities = sure = (sigmoid if _by_sigmoid(head) else softmax)(classes)
-    if _by_sigmoid(head) and isinstance(head, MaskDINOHeadConfig) and head.temperature is not None:
-        probabilities = softmax(sure / np.float32(head.temperature))
-    labels = probabilities.argmax(1)
-    no_object = sure.argmax(1) == head.num_classes
-    queries = np.flatnonzero(~no_object & (sure.max(1) > np.float32(threshold)))
-    return labels, probabilities.max(1), queries
-
-
-def _by_sigmoid(head: QueryHeadConfig) -> bool:
-    return isinstance(head, MaskDINOHeadConfig) and head.class_scores == "sigmoid"
-
-
-def panoptic_segments(
-    classes: Logits,
-    masks: Logits,
-    rows: Taps,
-    columns: Taps,
-    head: QueryHeadConfig,
-    rule: PanopticConfig,
-) -> tuple[npt.NDArray[np.int32], tuple[Segment, ...]]:
-    """(H, W) int32 segment numbers, 0 for none, and the segments from 1 on.
-
-    ``classes`` (Q, class outputs) and ``masks`` (Q, h, w) are float32 logits; ``rows`` and
-    ``columns`` bring masks to the image.
-    """
-    labels, scores, queries = _chosen_classes(classes, head, rule.object_mask_thr)
-    ids = np.zeros((rows.size, columns.size), np.int32)
-    if not len(queries):
-        return ids, ()
-    owner = np.empty(ids.shape, np.int32)
-    strong = np.empty(ids.shape, np.bool_)
-    original = np.zeros(len(queries), np.int64)
-    weights = scores[queries]
-    for top, left, logits in resized_tiles(ArrayRows(masks[queries]), rows, columns):
-        place = slice(top, top + logits.shape[0]), slice(left, left + logits.shape[1])
-        found = sigmoid(logits)
-        best = (found * weights).argmax(-1)
-        owner[place] = best
-        strong[place] = np.take_along_axis(found, best[..., None], -1)[..., 0] >= 0.5
-        original += (found >= 0.5).sum((0, 1))
-    owned = np.bincount(owner.ravel(), minlength=len(queries))
-    both = np.bincount(owner[strong], minlength=len(queries))
-    only_strong = rule.rule == "detectron2" or rule.filter_low_score
-    number_of = np.zeros(len(queries), np.int32)  # 0: no segment
-    segments: list[Segment] = []
-    stuff: dict[int, int] = {}
-    for index, query in enumerate(queries.tolist()):
-        area = int(both[index] if only_strong else owned[index])
-        if not owned[index] or not original[index] or (rule.rule == "detectron2" and not area):
-            continue
-        if owned[index] / original[index] < rule.iou_thr:
-            continue
-        label = int(labels[query])
-        is_thing = label in rule.thing_classes
-        if not is_thing and label in stuff:
-            number_of[index] = stuff[label]
-            first = segments[stuff[label] - 1]
-            segments[first.id - 1] = replace(first, area=first.area + area)
-            continue
-        number_of[index] = len(segments) + 1
-        if not is_thing:
-            stuff[label] = len(segments) + 1
-        score = float(scores[query])
-        segments.append(Segment(len(segments) + 1, label, is_thing, score, area))
-    ids = number_of[owner]
-    if only_strong:
-        ids[~strong] = 0
-    return ids, tuple(segments)
-
-
-def instances_of(
-    classes: Logits,
-    masks: Logits,
-    rows: Taps,
-    columns: Taps,
-    head: QueryHeadConfig,
-    rule: PanopticConfig,
-) -> tuple[
-    npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32], tuple[Pasted, ...]
-]:
-    """Of each object its query, label, score, and pixels within the box about them, best first."""
-    flat = (sigmoid if _by_sigmoid(head) else softmax)(classes)[:, : head.num_classes].ravel()
-    best = np.argsort(-flat, kind="stable")[: rule.max_per_image]
-    queries, labels = np.divmod(best, head.num_classes)
-    things = np.isin(labels, rule.thing_classes)
-    queries, labels, scores = queries[things], labels[things], flat[best][things]
-    used, place = np.unique(queries, return_inverse=True)
-    inside = np.zeros((len(used), rows.size, columns.size), np.bool_)
-    total = np.zeros(len(used))
-    for top, left, logits in resized_tiles(ArrayRows(masks[used]), rows, columns):
-        there = logits > 0
-        total += (sigmoid(logits) * there).sum((0, 1), dtype=np.float64)
-        height, width = logits.shape[:2]
-        inside[:, top : top + height, left : left + width] = there.transpose(2, 0, 1)
-    counts = inside.sum((1, 2))
-    scores = (scores * (total / (counts + 1e-6))[place]).astype(np.float32)
-    parts = [_cut(mask) for mask in inside]
-    order = np.argsort(-scores, kind="stable")
-    found = tuple(parts[place[number]] for number in order)
-    return queries[order], labels[order].astype(np.int64), scores[order], found
-
-
-def _cut(mask: npt.NDArray[np.bool_]) -> Pasted:
-    """A mask within its box; none is at the top left, of no size."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return Pasted(0, 0, np.zeros((0, 0), np.bool_))
-    top, left = int(rows[0]), int(columns[0])
-    return Pasted(top, left, mask[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].copy())
-
-
 class PanopticPipeline(SegmentationPipeline):
     """As `SegmentationPipeline`, for networks that give queries' classes and masks."""
 
@@ -237,7 +114,12 @@ class PanopticPipeline(SegmentationPipeline):
         head, rule = segmentor.decode_head, segmentor.panoptic
         if not isinstance(head, QueryHeadConfig) or rule is None:
             raise TypeError("a panoptic pipeline is for a head with queries and 'panoptic'")
-        self._queries, self._rule, self.mode = head, rule, "whole"
+        self._classes, self._rule, self.mode = head.num_classes, rule, "whole"
+        self._scores: Callable[[Logits], Logits] = softmax
+        self._temperature: float | None = None
+        if isinstance(head, MaskDINOHeadConfig) and head.class_scores == "sigmoid":
+            # Its own scores are told by sigmoids, though a softmax makes them sharper then.
+            self._scores, self._temperature = sigmoid, head.temperature
 
     def finish(
         self,
@@ -253,18 +135,19 @@ class PanopticPipeline(SegmentationPipeline):
         MaskDINO's ``boxes`` (Q, 4).
         """
         start = time.perf_counter()
-        placement, classes, masks = prepared.placement, outputs["classes"], outputs["masks"]
+        placement, masks = prepared.placement, outputs["masks"]
         image = size or placement.image
         maps = resize_maps(
             masks.shape[1:], prepared.network, placement.covered, image, align_corners=False
         )
-        ids, segments = panoptic_segments(classes, masks, *maps, self._queries, self._rule)
+        sure = self._scores(outputs["classes"])
+        ids, segments = self._segments(sure, masks, *maps)
         labels = empty_labels(*image, len(self.classes))
         of_segment = [len(self.classes) - 1, *(segment.label for segment in segments)]
         labels[:] = np.array(of_segment)[ids]
         instances = None
         if self._rule.instance_on:
-            instances = self._instances(outputs, maps, prepared)
+            instances = self._instances(sure, outputs, prepared, *maps)
         timings = prepared.timings(inference_seconds, start)
         return PanopticSegmentation(
             labels,
@@ -278,30 +161,108 @@ class PanopticPipeline(SegmentationPipeline):
             instances=instances,
         )
 
+    def _segments(
+        self, sure: Logits, masks: Logits, rows: Taps, columns: Taps
+    ) -> tuple[npt.NDArray[np.int32], tuple[Segment, ...]]:
+        """(H, W) int32 segment numbers, 0 for none, and the segments from 1 on.
+
+        ``sure`` (Q, class outputs) are probabilities and ``masks`` (Q, h, w) logits; ``rows`` and
+        ``columns`` bring masks to the image.
+        """
+        rule, probabilities = self._rule, sure
+        if self._temperature is not None:
+            probabilities = softmax(sure / np.float32(self._temperature))
+        labels, scores = probabilities.argmax(1), probabilities.max(1)
+        is_sure = sure.max(1) > np.float32(rule.object_mask_thr)
+        queries = np.flatnonzero(is_sure & (sure.argmax(1) != self._classes))
+        ids = np.zeros((rows.size, columns.size), np.int32)
+        if not len(queries):
+            return ids, ()
+        owner = np.empty(ids.shape, np.int32)
+        strong = np.empty(ids.shape, np.bool_)
+        original = np.zeros(len(queries), np.int64)
+        weights = scores[queries]
+        for top, left, logits in resized_tiles(ArrayRows(masks[queries]), rows, columns):
+            place = slice(top, top + logits.shape[0]), slice(left, left + logits.shape[1])
+            found = sigmoid(logits)
+            best = (found * weights).argmax(-1)
+            owner[place] = best
+            strong[place] = np.take_along_axis(found, best[..., None], -1)[..., 0] >= 0.5
+            original += (found >= 0.5).sum((0, 1))
+        owned = np.bincount(owner.ravel(), minlength=len(queries))
+        both = np.bincount(owner[strong], minlength=len(queries))
+        only_strong = rule.rule == "detectron2" or rule.filter_low_score
+        number_of = np.zeros(len(queries), np.int32)  # 0: no segment
+        segments: list[Segment] = []
+        stuff: dict[int, int] = {}
+        for index, query in enumerate(queries.tolist()):
+            area = int(both[index] if only_strong else owned[index])
+            if not owned[index] or not original[index] or (rule.rule == "detectron2" and not area):
+                continue
+            if owned[index] / original[index] < rule.iou_thr:
+                continue
+            label = int(labels[query])
+            is_thing = label in rule.thing_classes
+            if not is_thing and label in stuff:
+                number_of[index] = stuff[label]
+                first = segments[stuff[label] - 1]
+                segments[first.id - 1] = replace(first, area=first.area + area)
+                continue
+            number_of[index] = len(segments) + 1
+            if not is_thing:
+                stuff[label] = len(segments) + 1
+            score = float(scores[query])
+            segments.append(Segment(len(segments) + 1, label, is_thing, score, area))
+        ids = number_of[owner]
+        if only_strong:
+            ids[~strong] = 0
+        return ids, tuple(segments)
+
     def _instances(
-        self, outputs: Mapping[str, npt.NDArray[Any]], maps: tuple[Taps, Taps], prepared: Prepared
+        self,
+        sure: Logits,
+        outputs: Mapping[str, npt.NDArray[Any]],
+        prepared: Prepared,
+        rows: Taps,
+        columns: Taps,
     ) -> Detection:
-        queries, labels, scores, parts = instances_of(
-            outputs["classes"], outputs["masks"], *maps, self._queries, self._rule
-        )
+        """The objects, the best score first: arguments as those of `_segments`."""
+        flat = sure[:, : self._classes].ravel()
+        best = np.argsort(-flat, kind="stable")[: self._rule.max_per_image]
+        queries, labels = np.divmod(best, self._classes)
+        things = np.isin(labels, self._rule.thing_classes)
+        queries, labels, scores = queries[things], labels[things], flat[best][things]
+        used, place = np.unique(queries, return_inverse=True)
+        inside = np.zeros((len(used), rows.size, columns.size), np.bool_)
+        total = np.zeros(len(used))
+        for top, left, logits in resized_tiles(ArrayRows(outputs["masks"][used]), rows, columns):
+            there = logits > 0
+            total += (sigmoid(logits) * there).sum((0, 1), dtype=np.float64)
+            height, width = logits.shape[:2]
+            inside[:, top : top + height, left : left + width] = there.transpose(2, 0, 1)
+        counts = inside.sum((1, 2))
+        scores = (scores * (total / (counts + 1e-6))[place]).astype(np.float32)
+        order = np.argsort(-scores, kind="stable")
+        cut = [_cut(mask) for mask in inside]
+        parts = tuple(cut[place[number]] for number in order)
         placement, own = prepared.placement, outputs.get("boxes")
         if own is None:  # as of bundles before MaskDINO's had them
             sides = [(p.left, p.top, *p.pixels.shape[::-1]) for p in parts]
             boxes = np.array(sides, np.float32).reshape(-1, 2, 2)
         else:
             # Shares of the network's input, of which the image covers a part.
-            image, covered = np.array((maps[1].size, maps[0].size)), placement.covered[::-1]
+            image, covered = np.array((columns.size, rows.size)), placement.covered[::-1]
             scale = np.array(prepared.network[::-1]) / np.array(covered) * image
-            boxes = own[queries].reshape(-1, 2, 2) * scale.astype(np.float32)
+            boxes = own[queries[order]].reshape(-1, 2, 2) * scale.astype(np.float32)
             boxes[:, 0] -= boxes[:, 1] / 2
         boxes[:, 1] += boxes[:, 0]
         return Detection(
             boxes=boxes.reshape(-1, 4),
-            scores=scores,
-            labels=labels,
+            scores=scores[order],
+            labels=labels[order].astype(np.int64),
             mask_probabilities=None,
             mask_threshold=0.5,
-            image_size=(maps[0].size, maps[1].size),
+            image_size=(rows.size, columns.size),
             resized_to=placement.covered,
             classes=self.classes[:-1],
             palette=self.palette[:-1],
@@ -309,3 +270,9 @@ class PanopticPipeline(SegmentationPipeline):
             timings={},
             parts=parts,
         )
+
+
+def _cut(mask: npt.NDArray[np.bool_]) -> Pasted:
+    """A mask within its box; none is at the top left, of no size."""
+    left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
+    return Pasted(top, left, mask[top : top + height, left : left + width].copy())

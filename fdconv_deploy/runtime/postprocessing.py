@@ -247,15 +247,9 @@ class View(NamedTuple):
 def merged_labels(
     views: Sequence[View], threshold: float | None = None, *, scores: bool = False
 ) -> Labels:
-    """The class of each pixel by the mean of the views' probabilities.
+    """The class of each pixel by the mean of the views' probabilities; else as `label_map`.
 
-    Args:
-        views: all of one size.
-        threshold: as `label_map`'s.
-        scores: the views give scores that are averaged as they are, not logits.
-
-    Returns:
-        As `label_map`.
+    ``scores``: the views, all of one size, give scores that are averaged as they are, not logits.
     """
     classes = views[0].logits.classes
     height, width = views[0].rows.size, views[0].columns.size
@@ -377,11 +371,8 @@ def paste(
 ) -> Pasted:
     """The pixels of one instance of an image of ``size`` (H, W).
 
-    Args:
-        mask: (h, w) float32, 0 to 1.
-        box: (4,) float32 x1, y1, x2, y2 in pixels of the image.
-        size: (H, W) of the image.
-        threshold: mmdetection's ``mask_thr_binary``. At 0 or less, every pixel is the instance's.
+    ``mask`` is (h, w) float32, 0 to 1; ``box`` (4,) float32 x1, y1, x2, y2 in pixels of the image;
+    ``threshold`` mmdetection's ``mask_thr_binary``. At 0 or less, every pixel is the instance's.
     """
     if threshold <= 0:
         return Pasted(0, 0, np.ones(size, np.bool_))

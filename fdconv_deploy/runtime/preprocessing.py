@@ -129,17 +129,11 @@ def check_image(image: npt.NDArray[Any], preprocessing: Preprocessing | None = N
 
 
 def scene_bands(scene: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Pixels:
-    """A drawn RGB scene as an image of the network's bands, to try the network on.
+    """A drawn scene (H, W, 3) uint8 RGB as an image of the network's bands, to try it on.
 
-    Bands repeat red, green and blue. They have the network's own mean and deviation as the
-    scene has ImageNet's, for its bands may be in any unit; where the network does not
-    normalise, they keep the scene's values.
-
-    Args:
-        scene: (H, W, 3) uint8 RGB.
-
-    Returns:
-        ``scene`` itself for a network of ``color``, else (H, W, C) float32.
+    Itself for a network of ``color``, else (H, W, C) float32: bands repeat red, green and blue.
+    They have the network's own mean and deviation as the scene has ImageNet's, for its bands may
+    be in any unit; where the network does not normalise, they keep the scene's values.
     """
     if preprocessing.loading == "color":
         return scene

@@ -70,13 +70,10 @@ class Store(ResultFolder):
     """A folder or an object of an object store, as pyarrow reads and writes it.
 
     Args:
-        url: as `pyarrow.fs.FileSystem.from_uri` takes it.
+        url: as `pyarrow.fs.FileSystem.from_uri` takes it; ``ImageError`` where it knows none.
 
     Attributes:
         root: what it is called, a `Location`.
-
-    Raises:
-        ImageError: pyarrow knows no such store.
     """
 
     def __init__(self, url: str) -> None:
@@ -95,11 +92,7 @@ class Store(ResultFolder):
         self.root = Location(f"{url.partition(':')[0]}:", self._base.lstrip("/"))
 
     def sizes(self) -> dict[PurePath, int]:
-        """The bytes of each object in it, or of itself where it is one; empty if it is missing.
-
-        Raises:
-            ImageError: it cannot be listed.
-        """
+        """The bytes of each object in it, or of itself where it is one; empty if it is missing."""
         from pyarrow import fs
 
         try:
@@ -358,14 +351,11 @@ class _Worker:
 
 
 def join_ray(address: str, **local: Any) -> None:
-    """Connect to a cluster, or start Ray on this machine for the time of the run.
+    """Connect to a cluster, or start Ray on this machine; ``FDConvError`` if there is none.
 
     Args:
-        address: ``HOST:PORT``, "auto", or "local" for a Ray of one's own.
-        local: Of ``ray.init``, for that.
-
-    Raises:
-        FDConvError: there is no Ray.
+        address: ``HOST:PORT``, "auto", or "local" for a Ray of one's own, with ``ray.init``'s
+            arguments in ``local``.
     """
     named = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
     host, colon, port = named.rpartition(":")

@@ -158,12 +158,7 @@ class ResultFolder:
         return Path(path).read_bytes()
 
     def write(self, path: PurePath, data: bytes) -> None:
-        """Write or replace a file, whole or not at all; its folders are made.
-
-        Raises:
-            ImageError: a file is in a folder's place.
-            OSError: the file cannot be written.
-        """
+        """Write or replace a file, whole or not at all; ``ImageError`` if its folder is a file."""
         _make_folder(Path(path).parent)
         write_atomically(Path(path), data)
 

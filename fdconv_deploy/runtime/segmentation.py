@@ -183,7 +183,7 @@ class SegmentationPipeline:
         Args:
             prepared: the image, as :meth:`prepare` gave it.
             outputs: the network's output for it: ``logits`` (classes, h, w) float32.
-            inference_seconds: what the run took, for ``Segmentation.timings``.
+            inference_seconds: what the run took, for the answer's ``timings``.
             size: (H, W) of the answer; the image's by default.
         """
         start = time.perf_counter()
@@ -212,14 +212,13 @@ class SegmentationPipeline:
 
         Args:
             image: as ``Session.segment`` takes it.
-            run: the network, for any N.
+            run: the network.
             batch: how many crops to run together.
             scales: factors of the image's own size; one look at its published size if None.
             any_size: ``run`` takes inputs of any size, and an image that is smaller than the crop
                 is one, as published; otherwise it is padded to the crop.
 
         Raises:
-            ImageError: ``image`` is not such an array.
             BundleError: the network records no stride.
         """
         merge, how = _Merge(run), self.preprocessing
@@ -251,9 +250,8 @@ class SegmentationPipeline:
 
         Args:
             image: as ``Session.segment`` takes it.
-            scales: the factors.
+            scales: factors of ``base`` (height, width); of the image's own size if it is None.
             run: the network, for inputs of each size.
-            base: (height, width) that the factors multiply; the image's own if None.
             fit: how an image of another aspect ratio is brought to a size.
         """
         merge, how = _Merge(run), self.preprocessing
@@ -290,13 +288,10 @@ class SegmentationPipeline:
         return Segmentation(labels, self.classes, self.palette, merge.fit, mode, timings)
 
     def normalise_batch(self, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Images of exactly an input's size as the network takes them.
+        """Images of exactly an input's size as the network takes them: (N, C, H, W) float32.
 
         Args:
             batch: (N, H, W, C) uint8, RGB where C is 3; or (N, C, H, W) float32, normalised.
-
-        Returns:
-            (N, C, H, W) float32.
 
         Raises:
             ImageError: another shape or type.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,7 @@ from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.detection import Detection, DetectionPipeline
 from fdconv_deploy.runtime.graph_runner import GraphRunner, Runner, SizedRunner
 from fdconv_deploy.runtime.images import MAX_PIXELS, ImageFile, load_image
-from fdconv_deploy.runtime.manifest import Fit, TensorSpec
+from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.panoptic import PanopticPipeline
 from fdconv_deploy.runtime.preprocessing import (
     Prepared,
@@ -37,9 +36,6 @@ from fdconv_deploy.runtime.segmentation import (
     also,
     listed,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 ImageSource = npt.NDArray[Any] | str | os.PathLike[str]
 
@@ -190,10 +186,10 @@ class Session:
         return self.bundle.manifest.sizes
 
     def at(self, size: Size) -> Session:
-        """A session of the graphs of one input size alone, shared with this one, as is closing.
+        """A session of one (height, width)'s graphs alone, shared with this one, as is closing.
 
         Raises:
-            BundleError: the bundle has no graphs of that (height, width).
+            BundleError: there are none.
         """
         if size not in self.sizes:
             raise BundleError(
@@ -219,11 +215,6 @@ class Session:
     def preprocessing(self) -> Preprocessing:
         """How a segmentor's or detector's images become its input."""
         return self.images.preprocessing
-
-    @property
-    def channels(self) -> int:
-        """Number of bands of the images a segmentor or detector takes."""
-        return self.preprocessing.channels
 
     def read_image(
         self, source: bytes | str | os.PathLike[str] | ImageFile, *, max_pixels: int = MAX_PIXELS
@@ -312,11 +303,7 @@ class Session:
         return answer
 
     def finish_all(self, prepared: Sequence[Prepared]) -> list[Any]:
-        """Run several prepared images, those of one input size together, and finish each.
-
-        Returns:
-            A `Segmentation` or `Detection` for each.
-        """
+        """Run prepared images, those of one input size together, and finish each."""
         found: list[Any] = [None] * len(prepared)
         for size in dict.fromkeys(one.network for one in prepared):
             at = [number for number, one in enumerate(prepared) if one.network == size]
@@ -361,7 +348,10 @@ class Session:
         Raises:
             ImageError: the inputs have other names, shapes or types.
         """
-        specs = self._specs(feeds)
+        images, manifest = feeds.get("images"), self.bundle.manifest
+        if images is not None and images.ndim == 4 and images.shape[2:] in self.sizes:
+            manifest = manifest.at((images.shape[2], images.shape[3]))
+        specs = manifest.inputs[self.batch_sizes[0]]
         counts = {len(value) if value.ndim else 0 for value in feeds.values()}
         if (
             set(feeds) != {spec.name for spec in specs}
@@ -380,15 +370,6 @@ class Session:
             )
         return self.runner.run_batches(feeds)
 
-    def _specs(self, feeds: Tensors) -> tuple[TensorSpec, ...]:
-        """The inputs, at the first batch size, of the graphs of the feeds' input size."""
-        images = feeds.get("images")
-        size = None if images is None or images.ndim != 4 else (images.shape[2], images.shape[3])
-        manifest = self.bundle.manifest
-        if size is not None and size in self.sizes:
-            manifest = manifest.at(size)
-        return manifest.inputs[self.batch_sizes[0]]
-
     def run_raw(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
         """Run one graph on exactly its inputs; see :meth:`GraphRunner.run_raw`."""
         return self.runner.run_raw(feeds)
@@ -396,15 +377,12 @@ class Session:
     def warm_up(self, batch_sizes: Sequence[int] | None = None) -> float:
         """Load the graphs and run each once, so that the first request is as fast as any.
 
-        The pipeline's steps run once as well. See :meth:`GraphRunner.warm_up`.
-
-        Returns:
-            The seconds it took.
+        The pipeline's steps run once as well. Returns the seconds it took.
         """
         start = time.perf_counter()
         self.runner.warm_up(batch_sizes)
         if self._pipeline is not None:
-            image = np.zeros((*self.input_size, self.channels), np.uint8)
+            image = np.zeros((*self.input_size, self.preprocessing.channels), np.uint8)
             specs = self.bundle.manifest.outputs[self.batch_sizes[0]]
             outputs = {spec.name: np.zeros(spec.shape[1:], spec.dtype) for spec in specs}
             self._pipeline.finish(self._pipeline.prepare(image), outputs)
@@ -419,15 +397,10 @@ class Session:
         """Let go of the graphs and their memory. Runs under way end first."""
         self.runner.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _pixels(self, image: ImageSource) -> npt.NDArray[Any]:

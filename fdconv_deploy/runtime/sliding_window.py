@@ -58,11 +58,7 @@ def windows_of(
 
 
 def slide_stride(test: TestMode, crop: tuple[int, int]) -> tuple[int, int]:
-    """The stride to slide a crop by.
-
-    Raises:
-        BundleError: none was recorded, or it would leave pixels between windows.
-    """
+    """The stride to slide by; ``BundleError`` if none is recorded, or it leaves gaps."""
     if test.stride is None:
         tested = "in slide mode" if test.mode == "slide" else "on whole images"
         raise BundleError(

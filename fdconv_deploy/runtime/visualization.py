@@ -51,14 +51,11 @@ def mask_png(labels: Labels, palette: tuple[RGB, ...]) -> bytes:
 
 
 def as_rgb(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """An image of any bands, to be looked at: (H, W, 3) uint8.
+    """An image of any bands, (H, W) or (H, W, C), to be looked at: (H, W, 3) uint8.
 
     RGB is left as it is. Of other images the first three bands are shown as red, green and blue,
     of fewer than three the first in gray; each is stretched from its 2nd to its 98th percentile,
     where it is not in eight bits.
-
-    Args:
-        image: (H, W) or (H, W, C), any real type.
     """
     bands = image if image.ndim == 3 else image[:, :, None]
     shown = bands[:, :, :3] if bands.shape[2] >= 3 else bands[:, :, [0, 0, 0]]
@@ -109,15 +106,7 @@ def overlay(
 
 
 def legend(classes: Sequence[str], palette: Sequence[RGB]) -> Image.Image:
-    """A picture that shows each class's colour beside its number and name, one a line.
-
-    Args:
-        classes: names, in the order of their numbers.
-        palette: an RGB colour for each.
-
-    Returns:
-        An RGB picture, as large as its text needs.
-    """
+    """An RGB picture of each class's colour beside its number and name, one a line."""
     font, line = ImageFont.load_default(14), 22
     texts = [f"{number}  {name}" for number, name in enumerate(classes)]
     width = max((round(font.getlength(text)) for text in texts), default=0)
@@ -149,18 +138,15 @@ def draw_instances(
     masks: Sequence[Pasted],
     opacity: float,
 ) -> npt.NDArray[np.uint8]:
-    """The image with its objects drawn, the first on top.
+    """The image (H, W, 3) uint8 RGB with its objects drawn, the first on top.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
+        image: see `as_rgb`.
         boxes: (N, 4) x1, y1, x2, y2 in pixels of the image.
         captions: one for each box.
         colours: one for each box.
         masks: one for each box, or none at all.
         opacity: of the masks' colours, 0 to 1; outlines, boxes and captions are opaque.
-
-    Raises:
-        ImageError: ``opacity`` is not within 0 to 1.
     """
     _check_opacity(opacity)
     out = as_rgb(image).copy()

@@ -68,17 +68,13 @@ def _picture(number: int) -> NDArray[np.uint8]:
 def sample_batch(
     batch: int, size: tuple[int, int], preprocessing: Preprocessing | None = None, *, seed: int = 0
 ) -> NDArray[np.float32]:
-    """Packaged pictures, normalised as the network's own images.
+    """Packaged pictures as a network takes them: ``(batch, channels, height, width)``.
 
     Args:
         batch: how many.
         size: height and width in pixels.
-        preprocessing: of the network; the published one if not given. For bands that are not a
-            photograph's, see `scene_bands`.
-        seed: which pictures; another seed gives others.
-
-    Returns:
-        ``(batch, channels, height, width)``. The same for the same arguments.
+        preprocessing: the published one if not given; for other bands see `scene_bands`.
+        seed: which pictures: the same for the same seed, others for another.
     """
     how = preprocessing or Preprocessing()
     scenes = (scene_bands(sample_image(seed * batch + n, size), how) for n in range(batch))
@@ -99,11 +95,10 @@ def prepared_batch(
 def sample_detector_batch(
     batch: int, size: tuple[int, int], preprocessing: Preprocessing, *, seed: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Packaged pictures that cover different parts of a detector's input.
+    """Pictures that cover different parts of a detector's input, by ``seed`` as `sample_batch`.
 
     Returns:
-        ``images`` ``(batch, 3, height, width)`` and ``sizes`` ``(batch, 2)``. The same for the
-        same arguments.
+        ``images`` ``(batch, 3, height, width)`` and ``sizes`` ``(batch, 2)``.
     """
     covered = (_COVERED[number % len(_COVERED)] for number in range(batch))
     sizes = [(int(size[0] * rows), int(size[1] * columns)) for rows, columns in covered]

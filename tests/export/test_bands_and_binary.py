@@ -99,7 +99,7 @@ def test_bands_and_one_output_verify_and_segment(network: Segmentor, bundle: Bun
         assert 0.02 < answer.labels.mean() < 0.98
         assert answer.areas().sum() == answer.labels.size
         assert answer.overlay(image).shape == (*image.shape[:2], 3)
-        assert session.channels == 4
+        assert session.preprocessing.channels == 4
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
