@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_folder", "atomic_path", "replace_folder", "temporary_folder", "write_atomically"]
-
 # Of Linux: paths are relative to the current folder; swap two names.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

@@ -104,6 +104,8 @@ class Objects(_Answer):
 class Client:
     """One connection to a service; not for use from several threads at once.
 
+    Its methods raise `ServiceError`.
+
     Args:
         url: ``http://host:port`` or ``https://…``.
         api_key: the service's API key, where it asks for one.
@@ -171,9 +173,6 @@ class Client:
             size: of the labels: the image's, or the network's input.
             fit: how an image of another aspect ratio is fitted; the model's own when not given.
             mode: the whole image at once or a sliding window; the model's own when not given.
-
-        Raises:
-            ServiceError: the request was refused, or the service cannot be reached.
         """
         options = {"size": size, "fit": fit, "mode": mode, "classes": classes}
         found, common = self._json(image, model, options)
@@ -205,9 +204,6 @@ class Client:
             min_score: leave out objects that score less; 0.3 when not given.
             classes: keep only these, by name or id.
             masks: False leaves the masks out.
-
-        Raises:
-            ServiceError: the request was refused, or the service cannot be reached.
         """
         options = {"min_score": min_score, "classes": classes, "mask": "rle" if masks else "none"}
         found, common = self._json(image, model, options)

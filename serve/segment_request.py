@@ -422,7 +422,7 @@ class _Image:
         assert self._prepared is not None
         size = None
         if self._request.options.size == "network":
-            size = self._prepared.placement.height, self._prepared.placement.width
+            size = self._prepared.covered
             if self._image is not None:
                 self._image = resize(self._image, *size)
         return self._session.segmentation.finish(self._prepared, output, size=size)
@@ -432,7 +432,7 @@ class _Image:
         if size is None:
             return logits
         assert self._prepared is not None
-        covered = self._prepared.placement.height, self._prepared.placement.width
+        covered = self._prepared.covered
         architecture = self._session.bundle.manifest.architecture
         assert architecture is not None
         return logit_map(

@@ -15,7 +15,7 @@ from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.export.image_folders import Pictures
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.segmentor import Segmentor
-from fdconv_deploy.runtime.preprocessing import place_whole, resize
+from fdconv_deploy.runtime.preprocessing import place, resize
 from fdconv_deploy.sample_images import (
     padded_batch,
     prepared_batch,
@@ -74,8 +74,8 @@ def picture_source(
     if isinstance(network, Detector):
         resized = []
         for picture in pictures:
-            place = place_whole((picture.shape[0], picture.shape[1]), size, how)
-            resized.append(resize(picture, place.height, place.width, how.resample))
+            _, covered = place((picture.shape[0], picture.shape[1]), size, how, None)
+            resized.append(resize(picture, *covered, how.resample))
         tensors = tuple(map(torch.from_numpy, padded_batch(resized, size, how)))
     else:
         tensors = (torch.from_numpy(prepared_batch(pictures, size, how)),)

@@ -16,26 +16,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.config import Preprocessing, SegmentorConfig
+from fdconv_deploy.config import SIZE_DIVISOR, DetectorConfig, SegmentorConfig
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.compare import Answer, Labels, Target
 from fdconv_deploy.runtime import Detection, Session, open_session
 from fdconv_deploy.runtime.bundle import bundles_and_checkpoints
-from fdconv_deploy.runtime.detection import DetectionPipeline
 from fdconv_deploy.runtime.manifest import Fit
-from fdconv_deploy.runtime.panoptic import PanopticPipeline
-from fdconv_deploy.runtime.preprocessing import (
-    best_size,
-    check_image,
-    published_detector_input,
-    published_segmentor_input,
-)
+from fdconv_deploy.runtime.preprocessing import best_size, check_image, published_input
 from fdconv_deploy.runtime.segmentation import (
     Mode,
     MultiScale,
     SegmentationPipeline,
     class_names,
 )
+from fdconv_deploy.runtime.session import make_pipeline
 
 if TYPE_CHECKING:
     from fdconv_deploy.nn import Segmentor
@@ -265,57 +259,41 @@ def torch_target(
     details: dict[str, Any] = {
         "kind": "checkpoint", "backend": "pytorch", "precision": "fp32"
     }  # fmt: skip
-    answer: Callable[[NDArray[Any]], Answer[Any]]
+    architecture = network.architecture
     if isinstance(network, Detector):
-        detector = network.architecture
-        answer = _in_one_run(
-            network, lambda at: DetectionPipeline(detector, [at]), sizes, published_detector_input
-        )
-        classes = class_names(detector)
+        answer, mode = _in_one_run(network, sizes, fit), None
+    elif network.architecture.panoptic is not None:
+        answer, mode = _in_one_run(network, sizes, fit), "whole"
     else:
-        architecture = network.architecture
-        classes = class_names(architecture)
-        if architecture.panoptic is not None:
-            mode = "whole"
-            answer = _in_one_run(
-                network,
-                lambda at: PanopticPipeline(architecture, [at], fit),
-                sizes,
-                published_segmentor_input,
-            )
-        else:
-            mode = mode or architecture.test.mode
-            crop = size or architecture.test.crop_size
-            answer = _labels(network, sizes, crop if mode == "slide" else None, mode, fit, scales)
-            size = crop if mode == "slide" else size
-            details |= scales.as_dict() if scales else {}
+        test = network.architecture.test
+        mode, crop = mode or test.mode, size or test.crop_size
+        answer = _labels(network, sizes, crop if mode == "slide" else None, mode, fit, scales)
+        size = crop if mode == "slide" else size
+        details |= scales.as_dict() if scales else {}
+    if mode is not None:
         details["mode"] = mode
     details["size"] = None if size is None else list(size)
-    return Target(str(path), answer, classes, details, network.architecture.preprocessing)
+    classes = class_names(architecture)
+    return Target(str(path), answer, classes, details, architecture.preprocessing)
 
 
 def _in_one_run(
-    network: Segmentor | Detector,
-    pipeline: Callable[[tuple[int, int]], SegmentationPipeline | DetectionPipeline],
-    sizes: Sequence[tuple[int, int]],
-    published: Callable[[tuple[int, int], Preprocessing], tuple[int, int]],
+    network: Segmentor | Detector, sizes: Sequence[tuple[int, int]], fit: Fit
 ) -> Callable[[NDArray[Any]], Answer[Any]]:
-    """What runs the network once on each image.
+    """What runs the network, in eval mode, once on each image.
 
-    Args:
-        network: in eval mode.
-        pipeline: the steps around it, of an input's (height, width).
-        sizes: which an image may be brought to; if there are none, what ``published`` makes of
-            the image's own.
+    It is brought to one of ``sizes``, or where there are none to what is published.
     """
     import torch
 
-    how = network.architecture.preprocessing
+    architecture = network.architecture
+    how, detects = architecture.preprocessing, isinstance(architecture, DetectorConfig)
 
     def answer(image: NDArray[Any]) -> Answer[Any]:
         height, width = check_image(image, how).shape[:2]
         shape = (height, width)
-        steps = pipeline(best_size(shape, sizes) if sizes else published(shape, how))
+        published = published_input(shape, how, SIZE_DIVISOR if detects else None)
+        steps = make_pipeline(architecture, sizes or [published], fit)
         prepared = steps.prepare(image)
         inputs = [torch.from_numpy(array[None]) for array in prepared.inputs.values()]
         start = time.perf_counter()
@@ -345,12 +323,7 @@ def _labels(
         raise FDConvError(
             "The network records no crop to slide. Give the config it was tested with: --config."
         )
-    whole = _in_one_run(
-        network,
-        lambda at: SegmentationPipeline(architecture, [at], fit),
-        sizes,
-        published_segmentor_input,
-    )
+    whole = _in_one_run(network, sizes, fit)
 
     def run(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():

@@ -148,7 +148,7 @@ class Bundle:
                 data = file.read(info.bytes + 1)  # a byte too many tells, however large the file is
                 size = len(data) if len(data) <= info.bytes else os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise self._unreadable(name) from error
+            raise self._refused(name, "cannot be read.") from error
         self._check_size(name, size)
         if self.verify:
             self._check_hash(name, hashlib.sha256(data).hexdigest())
@@ -160,27 +160,22 @@ class Bundle:
         self._check_size(name, real.stat().st_size)
         if hashed:
             try:
-                found = sha256_of(real)
+                self._check_hash(name, sha256_of(real))
             except OSError as error:
-                raise self._unreadable(name) from error
-            self._check_hash(name, found)
+                raise self._refused(name, "cannot be read.") from error
 
-    def _unreadable(self, name: str) -> BundleError:
-        return BundleError(f"The file {name!r} of the bundle {self.path} cannot be read.")
+    def _refused(self, name: str, found: str) -> BundleError:
+        return BundleError(f"The file {name!r} of the bundle {self.path} {found}")
 
     def _check_size(self, name: str, size: int) -> None:
         if size != (listed := self.manifest.files[name].bytes):
-            raise BundleError(
-                f"The file {name!r} of the bundle {self.path} has {size} bytes where its manifest "
-                f"says {listed}. {_NOT_LISTED}"
-            )
+            found = f"has {size} bytes where its manifest says {listed}."
+            raise self._refused(name, f"{found} {_NOT_LISTED}")
 
-    def _check_hash(self, name: str, found: str) -> None:
-        if found != self.manifest.files[name].sha256:
-            raise BundleError(
-                f"The file {name!r} of the bundle {self.path} is not the one that was exported: "
-                f"its sha256 differs from the manifest's. {_NOT_LISTED}"
-            )
+    def _check_hash(self, name: str, digest: str) -> None:
+        if digest != self.manifest.files[name].sha256:
+            found = "is not the one that was exported: its sha256 differs from the manifest's."
+            raise self._refused(name, f"{found} {_NOT_LISTED}")
 
     def _check_listed(self, name: str, found: str) -> None:
         if name not in self.manifest.files:
@@ -197,10 +192,8 @@ class Bundle:
                 try:
                     locations = external_locations(bytes(self.content(model)))
                 except ValueError as error:
-                    raise BundleError(
-                        f"The file {model!r} of the bundle {self.path} is not an ONNX graph "
-                        f"({error}). Export the bundle again."
-                    ) from error
+                    found = f"is not an ONNX graph ({error}). Export the bundle again."
+                    raise self._refused(model, found) from error
                 names = {}
                 for location in sorted(locations):
                     name = location and (PurePosixPath(model).parent / location).as_posix()

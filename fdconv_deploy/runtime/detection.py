@@ -210,7 +210,7 @@ class DetectionPipeline:
     def prepare(self, image: npt.NDArray[np.uint8]) -> Prepared:
         """Its inputs ``images`` (3, H, W) and ``sizes`` (2,) float32; see `prepare_image`."""
         prepared = prepare_image(image, self.preprocessing, self.sizes, None)
-        prepared.inputs["sizes"] = np.array(prepared.placement.covered, np.float32)
+        prepared.inputs["sizes"] = np.array(prepared.covered, np.float32)
         return prepared
 
     def finish(
@@ -224,9 +224,8 @@ class DetectionPipeline:
         ``outputs`` are the network's for the image, without their batch axis; see ``Manifest``.
         """
         start = time.perf_counter()
-        placement, count = prepared.placement, int(outputs["count"])
-        height, width = placement.image
-        across, down = placement.width / width, placement.height / height
+        count, (height, width) = int(outputs["count"]), prepared.image
+        across, down = prepared.covered[1] / width, prepared.covered[0] / height
         scale = np.array([across, down, across, down], np.float32)
         edges = np.array([width, height, width, height], np.float32)
         # They were clipped in the network; dividing may round them out again.
@@ -239,10 +238,10 @@ class DetectionPipeline:
             outputs["labels"][:count].copy(),
             None if masks is None else masks[:count].copy(),
             self._mask_threshold,
-            placement.image,
-            placement.covered,
+            prepared.image,
+            prepared.covered,
             self.classes,
             self.palette,
-            placement.fit,
+            prepared.fit,
             prepared.timings(inference_seconds, start),
         )

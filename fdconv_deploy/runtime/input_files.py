@@ -6,6 +6,7 @@ import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import TypeVar
 
@@ -63,7 +64,13 @@ def images_of(folder: Path) -> list[Path]:
 def image_files(paths: Iterable[AnyPath]) -> list[AnyPath]:
     """Those of a folder's files that are its images, as :func:`images_of` has it, sorted."""
     files = sorted(p for p in paths if p.suffix.lower() in (*SUFFIXES, ARRAY_SUFFIX))
-    images = _without_masks(files)
+    stems = {path.with_suffix("") for path in files}
+
+    def is_mask(path: AnyPath) -> bool:
+        image = path.with_name(path.name.removesuffix(MASK_ENDING))
+        return path.name.endswith(MASK_ENDING) and image in stems
+
+    images = [path for path in files if not is_mask(path)]
     return [path for path in images if path.suffix.lower() != ARRAY_SUFFIX] or images
 
 
@@ -158,21 +165,4 @@ def _listed(file: Path) -> list[Source]:
 
 def _fixed_part(pattern: Path) -> Path:
     """The folders of a pattern before the first wildcard."""
-    parts: list[str] = []
-    for part in pattern.parts[:-1]:
-        if glob.has_magic(part):
-            break
-        parts.append(part)
-    return Path(*parts)
-
-
-def _without_masks(files: Sequence[AnyPath]) -> list[AnyPath]:
-    stems = {path.with_suffix("") for path in files}
-    return [
-        path
-        for path in files
-        if not (
-            path.name.endswith(MASK_ENDING)
-            and path.with_name(path.name.removesuffix(MASK_ENDING)) in stems
-        )
-    ]
+    return Path(*takewhile(lambda part: not glob.has_magic(part), pattern.parts[:-1]))

@@ -135,10 +135,9 @@ class PanopticPipeline(SegmentationPipeline):
         MaskDINO's ``boxes`` (Q, 4).
         """
         start = time.perf_counter()
-        placement, masks = prepared.placement, outputs["masks"]
-        image = size or placement.image
+        masks, image = outputs["masks"], size or prepared.image
         maps = resize_maps(
-            masks.shape[1:], prepared.network, placement.covered, image, align_corners=False
+            masks.shape[1:], prepared.network, prepared.covered, image, align_corners=False
         )
         sure = self._scores(outputs["classes"])
         ids, segments = self._segments(sure, masks, *maps)
@@ -153,7 +152,7 @@ class PanopticPipeline(SegmentationPipeline):
             labels,
             self.classes,
             self.palette,
-            placement.fit,
+            prepared.fit,
             "whole",
             timings,
             ids=ids,
@@ -245,13 +244,13 @@ class PanopticPipeline(SegmentationPipeline):
         order = np.argsort(-scores, kind="stable")
         cut = [_cut(mask) for mask in inside]
         parts = tuple(cut[place[number]] for number in order)
-        placement, own = prepared.placement, outputs.get("boxes")
+        own = outputs.get("boxes")
         if own is None:  # as of bundles before MaskDINO's had them
             sides = [(p.left, p.top, *p.pixels.shape[::-1]) for p in parts]
             boxes = np.array(sides, np.float32).reshape(-1, 2, 2)
         else:
             # Shares of the network's input, of which the image covers a part.
-            image, covered = np.array((columns.size, rows.size)), placement.covered[::-1]
+            image, covered = np.array((columns.size, rows.size)), prepared.covered[::-1]
             scale = np.array(prepared.network[::-1]) / np.array(covered) * image
             boxes = own[queries[order]].reshape(-1, 2, 2) * scale.astype(np.float32)
             boxes[:, 0] -= boxes[:, 1] / 2
@@ -263,10 +262,10 @@ class PanopticPipeline(SegmentationPipeline):
             mask_probabilities=None,
             mask_threshold=0.5,
             image_size=(rows.size, columns.size),
-            resized_to=placement.covered,
+            resized_to=prepared.covered,
             classes=self.classes[:-1],
             palette=self.palette[:-1],
-            fit=placement.fit,
+            fit=prepared.fit,
             timings={},
             parts=parts,
         )

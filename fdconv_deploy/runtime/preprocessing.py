@@ -26,6 +26,8 @@ from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime.manifest import Fit
 
 FitDone = Literal["resized", "stretched", "letterboxed"]
+"""As published; in another aspect ratio; or padded further than published."""
+Size = tuple[int, int]
 Pixels = npt.NDArray[Any]
 """(H, W, C), uint8 mostly."""
 # What cv2.resize takes: types, and bands at a time (CV_CN_MAX, 512 before OpenCV 5).
@@ -34,43 +36,24 @@ _MOST_BANDS = 128
 
 
 @dataclass(frozen=True)
-class Placement:
-    """How an image was put into a network's input: at its top left.
-
-    Attributes:
-        fit: "resized", as published; "stretched", its aspect ratio was changed; "letterboxed",
-            padded further than published.
-        height: pixels of the input that it covers.
-        width: likewise.
-        image: (H, W) of the image.
-    """
-
-    fit: FitDone
-    height: int
-    width: int
-    image: tuple[int, int]
-
-    @property
-    def covered(self) -> tuple[int, int]:
-        """(H, W) of the input's part that it covers."""
-        return self.height, self.width
-
-
-@dataclass(frozen=True)
 class Prepared:
     """An image ready for a run. The inputs of several may be stacked and run together.
 
     Attributes:
         inputs: the network's inputs by name, without their batch axis.
-        placement: how the image lies in its input.
-        seconds: what preparing it took.
         network: (H, W) of the input.
+        fit: how the image was put into it, see `FitDone`.
+        covered: (H, W) of the input's part that it covers, at the top left.
+        image: (H, W) of the image.
+        seconds: what preparing it took.
     """
 
     inputs: dict[str, npt.NDArray[Any]]
-    placement: Placement
-    seconds: float
-    network: tuple[int, int]
+    network: Size
+    fit: FitDone
+    covered: Size
+    image: Size
+    seconds: float = 0.0
 
     def timings(self, inference: float, start: float) -> dict[str, float]:
         """Seconds by stage: of preparing, of a run, and since ``start`` by ``perf_counter``."""
@@ -147,7 +130,7 @@ def scene_bands(scene: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> P
     return (bands - centre) / spread * std + mean
 
 
-def keep_ratio_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
+def keep_ratio_size(height: int, width: int, scale: Size) -> Size:
     """The (height, width) ``mmcv.imrescale`` gives an image for ``scale``, in any order.
 
     The longer side stays within the larger number and the shorter side within the smaller.
@@ -156,12 +139,12 @@ def keep_ratio_size(height: int, width: int, scale: tuple[int, int]) -> tuple[in
     return _scaled(height, factor), _scaled(width, factor)
 
 
-def scaled_size(size: tuple[int, int], factor: float) -> tuple[int, int]:
+def scaled_size(size: Size, factor: float) -> Size:
     """(height, width) times a factor, rounded as mmcv rounds."""
     return _scaled(size[0], factor), _scaled(size[1], factor)
 
 
-def published_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
+def published_size(height: int, width: int, preprocessing: Preprocessing) -> Size:
     """The (height, width) the published pipeline resizes an image to; its own without a scale.
 
     ``scale`` is (width, height) in pixels where ``keep_ratio`` is off, as in mmcv.
@@ -173,19 +156,19 @@ def published_size(height: int, width: int, preprocessing: Preprocessing) -> tup
     return keep_ratio_size(height, width, preprocessing.scale)
 
 
-def fitting_size(size: tuple[int, int], network: tuple[int, int]) -> tuple[int, int]:
+def fitting_size(size: Size, network: Size) -> Size:
     """The largest (H, W) an image of ``size`` can have within ``network``, in its proportions."""
     factor = min(network[0] / size[0], network[1] / size[1])
     return min(_scaled(size[0], factor), network[0]), min(_scaled(size[1], factor), network[1])
 
 
-def best_size(image: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def best_size(image: Size, sizes: Sequence[Size]) -> Size:
     """Of several input sizes, the one whose proportions are nearest to an image's, all (H, W).
 
     Of those that leave within 5 % as much of the input empty as the best, the first.
     """
 
-    def covered(size: tuple[int, int]) -> float:
+    def covered(size: Size) -> float:
         ratio = image[0] * size[1] / (image[1] * size[0])
         return min(ratio, 1 / ratio)
 
@@ -194,57 +177,41 @@ def best_size(image: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple
 
 
 def place(
-    size: tuple[int, int], network: tuple[int, int], preprocessing: Preprocessing, fit: Fit
-) -> Placement:
-    """Decide how an image of ``size`` goes into a segmentor's input of ``network``, both (H, W).
+    size: Size, network: Size, preprocessing: Preprocessing, fit: Fit | None
+) -> tuple[FitDone, Size]:
+    """Decide how an image of ``size`` goes into an input of ``network``, and what it covers there.
 
-    Where it is letterboxed or padded as published, the rest of the input holds the mean colour.
+    A segmentor's by ``fit``: where it is letterboxed or padded as published, the rest of the input
+    holds the mean colour. A detector's, where that is None, at the published size if it fits, else,
+    or if the checkpoint records none, as large as fits; zeros fill the rest. All (H, W).
     """
-    inside = fitting_size(size, network)
-    published = published_size(*size, preprocessing)
-    if preprocessing.size_divisor > 1 and network == padded(published, preprocessing.size_divisor):
-        return Placement("resized", *published, size)
+    inside, published = fitting_size(size, network), published_size(*size, preprocessing)
+    divisor = preprocessing.size_divisor
+    if fit is None:
+        too_large = published[0] > network[0] or published[1] > network[1]
+        chosen = inside if too_large or preprocessing.scale is None else published
+        whole = network in (chosen, padded(chosen, SIZE_DIVISOR))
+        return "resized" if whole else "letterboxed", chosen
+    if divisor > 1 and network == padded(published, divisor):
+        return "resized", published
     # Rounding can part the two by a pixel; either way the aspect ratio is kept.
     if network in (inside, published):
-        return Placement("resized", *network, size)
-    if fit == "stretch":
-        return Placement("stretched", *network, size)
-    return Placement("letterboxed", *inside, size)
+        return "resized", network
+    return ("stretched", network) if fit == "stretch" else ("letterboxed", inside)
 
 
-def place_whole(
-    size: tuple[int, int], network: tuple[int, int], preprocessing: Preprocessing
-) -> Placement:
-    """Decide how an image of ``size`` goes into a detector's input of ``network``, both (H, W).
+def published_input(size: Size, preprocessing: Preprocessing, divisor: int | None = None) -> Size:
+    """The (H, W) of the input that the published pipeline makes of an image (H, W).
 
-    At the published size where that fits, else as large as fits; so too where the checkpoint
-    records no size. Zeros fill the rest.
+    ``divisor`` of its sides: by default the segmentor's.
     """
-    chosen = published_size(*size, preprocessing)
-    if preprocessing.scale is None or chosen[0] > network[0] or chosen[1] > network[1]:
-        chosen = fitting_size(size, network)
-    published = network in (chosen, padded(chosen, SIZE_DIVISOR))
-    return Placement("resized" if published else "letterboxed", *chosen, size)
-
-
-def published_detector_input(
-    size: tuple[int, int], preprocessing: Preprocessing
-) -> tuple[int, int]:
-    """The (H, W) of the input that the published detector pipeline makes of an image (H, W)."""
-    return padded(published_size(*size, preprocessing), SIZE_DIVISOR)
-
-
-def published_segmentor_input(
-    size: tuple[int, int], preprocessing: Preprocessing
-) -> tuple[int, int]:
-    """The (H, W) of the input that the published segmentor pipeline makes of an image (H, W)."""
-    return padded(published_size(*size, preprocessing), preprocessing.size_divisor)
+    return padded(published_size(*size, preprocessing), divisor or preprocessing.size_divisor)
 
 
 def prepare_image(
     image: Pixels,
     preprocessing: Preprocessing,
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[Size],
     fit: Fit | None,
     *,
     mirrored: bool = False,
@@ -272,17 +239,14 @@ def prepare_image(
         raise ImageError(f"An image is fitted by 'stretch' or 'pad', not {fit!r}.")
     size = (image.shape[0], image.shape[1])
     network = best_size(size, sizes)
-    placement = (
-        place_whole(size, network, preprocessing)
-        if fit is None
-        else place(size, network, preprocessing, fit)
-    )
-    resized = resize(image, *placement.covered, preprocessing.resample)
+    done, covered = place(size, network, preprocessing, fit)
+    resized = resize(image, *covered, preprocessing.resample)
     tensor = normalise(resized[:, ::-1] if mirrored else resized, preprocessing, network)
-    return Prepared({"images": tensor}, placement, time.perf_counter() - start, network)
+    seconds = time.perf_counter() - start
+    return Prepared({"images": tensor}, network, done, covered, size, seconds)
 
 
-def padded(size: tuple[int, int], divisor: int) -> tuple[int, int]:
+def padded(size: Size, divisor: int) -> Size:
     """(height, width) brought up to multiples of a number."""
     height, width = (-(-length // divisor) * divisor for length in size)
     return height, width
@@ -312,7 +276,7 @@ def resize(image: Pixels, height: int, width: int, resample: str = "opencv") -> 
 def normalise(
     image: Pixels,
     preprocessing: Preprocessing,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     out: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.float32]:
     """(h, w, C) to (C, H, W) float32: ``(image - mean) / std``, zeros where padded.

@@ -16,6 +16,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, cast
 
@@ -208,20 +209,20 @@ class RaySegmentation:
     ) -> Iterator[Result]:
         """Answer the images and write their results, in whatever order workers are done.
 
+        As `segment_files`, but that videos fail.
+
         Args:
-            address: "local" to start Ray on this machine, "auto" for the cluster that this machine
-                is of, or ``HOST:PORT``.
+            address: as `join_ray`'s.
             backend: as `open_session`; workers of a cluster with GPUs have one each, unless it is
                 a CPU's.
+            options: which results, and how.
             cpus: of each worker, and threads of its session; by default 4, or what the largest
                 machine has.
-            skipped: as `segment_files`, which see also for names and contents of results.
-            failed: as `segment_files`; also called with videos, which are not segmented.
+            skipped: as `segment_files`.
+            failed: as `segment_files`.
 
         Raises:
-            ImageError: as `segment_files`.
-            FDConvError: Ray cannot be joined, or ended the run.
-            OSError: results cannot be written.
+            FDConvError: also where Ray cannot be joined, or ended the run.
         """
         results = self._results
         size_of = results.sizes().get if isinstance(results, Store) else results.size_of
@@ -298,21 +299,20 @@ class _Worker:
         output: str,
     ) -> None:
         self._options = options
-        self._error: Exception | None = None
-        try:
-            self._session = open_session(bundle, backend, threads=threads)
-            self._stores = [Store(url) for url in stores]
-            self._results = _folder_at(output)
-            self._readers = ThreadPoolExecutor(_READERS)
-        except (FDConvError, OSError) as error:
-            self._error = error
+        self._bundle, self._backend, self._threads = bundle, backend, threads
+        self._urls, self._output = stores, output
+
+    @cached_property
+    def _opened(self) -> tuple[Session, list[Store], ResultFolder, ThreadPoolExecutor]:
+        session = open_session(self._bundle, self._backend, threads=self._threads)
+        stores = [Store(url) for url in self._urls]
+        return session, stores, _folder_at(self._output), ThreadPoolExecutor(_READERS)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """``work``, (N,) of sources and places; gives ``answer``, as many results or errors."""
-        answers: list[Any] = [self._error] if self._error else []
+        answers: list[Any] = []
         try:
-            if not answers:
-                answers.extend(self._answers(dict(map(tuple, batch["work"]))))
+            answers.extend(self._answers(dict(map(tuple, batch["work"]))))
         except (FDConvError, OSError) as error:
             answers.append(error)
         column = np.empty(len(answers), object)
@@ -320,32 +320,32 @@ class _Worker:
         return {"answer": column}
 
     def _answers(self, images: dict[Source, dict[str, PurePath]]) -> Iterator[Any]:
+        session, stores, folder, readers = self._opened
         ahead = {
-            source: self._readers.submit(store.read, source.path)
+            source: readers.submit(store.read, source.path)
             for source in images
-            for store in self._stores
+            for store in stores
             if isinstance(source.path, Location) and source.path.is_relative_to(store.root)
         }
 
         def read(source: Source) -> Any:
             if source not in ahead:
-                return self._session.read_image(Path(source.path))
+                return session.read_image(Path(source.path))
             data = ahead[source].result()
             if not data:
                 raise ImageError(f"The image {source.path} is an empty file.")
             name = f"The image {source.path}"
-            return self._session.read_image(ImageFile(data, name, data[:32]))
+            return session.read_image(ImageFile(data, name, data[:32]))
 
         failed: list[tuple[PurePath, ImageError]] = []
         results = image_results(
-            self._session, images, self._options, lambda *pair: failed.append(pair), read
+            session, images, self._options, lambda *pair: failed.append(pair), read
         )
         for result, contents in results:
             # A task is done again when its worker dies: what it has written stays.
-            there = map(self._results.size_of, result.places.values())
-            if self._options.overwrite or not all(there):
+            if self._options.overwrite or not all(map(folder.size_of, result.places.values())):
                 for path, data in contents:
-                    self._results.write(path, data)
+                    folder.write(path, data)
             yield result
         yield from failed
 
@@ -383,13 +383,9 @@ def join_ray(address: str, **local: Any) -> None:
     with needed_by("--ray", "ray"):
         import ray
         from ray.exceptions import AuthenticationError
-    options = {
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-        **(local if named == "local" else {}),
-    }
+    own = local if named == "local" else {}
     try:
-        ray.init(named, **options)
+        ray.init(named, log_to_driver=False, logging_level="ERROR", **own)
     except (
         AuthenticationError, ConnectionError, RuntimeError, TimeoutError, ValueError
     ) as error:  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -102,33 +102,6 @@ def _image_result(
         record |= {"image_id": image.stem, "file_name": places["panoptic"].name}
     milliseconds = sum(answer.timings.values()) * 1e3
     line = f"{[*places.values()][-1]}: {answer.summary()} ({answer.fit}, {milliseconds:.0f} ms)"
-    return Result(places, record, line, session.backend, session.operators)
-
-
-def _video_result(
-    session: Session,
-    video: PurePath,
-    places: Mapping[str, PurePath],
-    frames: int,
-    expected: int | None,
-    seconds: float,
-) -> Result:
-    """``expected``: frames that the container announces; ``seconds`` with decoding and encoding."""
-    record = {
-        "video": str(video),
-        "frames": frames,
-        "expected_frames": expected,
-        "masks": None,
-        "overlay": None,
-        "objects": None,
-        **{kind: str(path) for kind, path in places.items()},
-        "seconds": round(seconds, 3),
-    }
-    cut = ""
-    if expected is not None and frames < expected:
-        cut = f" of {expected} announced: the file is cut off"
-    written = ", ".join(map(str, places.values()))
-    line = f"{written}: {frames} frames{cut} ({frames / seconds if seconds else 0:.1f} frames/s)"
     return Result(places, record, line, session.backend, session.operators)
 
 
@@ -323,8 +296,20 @@ def _segment_video(
             if progress is not None:
                 progress(path, count, video.expected)
         last()
-    seconds = time.perf_counter() - start
-    return _video_result(session, path, places, count, video.expected, seconds)
+    seconds, cut = round(time.perf_counter() - start, 3), ""
+    if video.expected is not None and count < video.expected:
+        cut = f" of {video.expected} announced: the file is cut off"
+    record = {
+        "video": str(path),
+        "frames": count,
+        "expected_frames": video.expected,
+        **dict.fromkeys(("masks", "overlay", "objects")),
+        **{kind: str(place) for kind, place in places.items()},
+        "seconds": seconds,
+    }
+    written, rate = ", ".join(map(str, places.values())), count / seconds if seconds else 0.0
+    line = f"{written}: {count} frames{cut} ({rate:.1f} frames/s)"
+    return Result(places, record, line, session.backend, session.operators)
 
 
 @contextmanager
@@ -454,18 +439,20 @@ def _endings(session: Session, source: Source, options: ResultOptions) -> dict[s
     The last file marks an image as done.
     """
     gives_masks = not session.detects or session.detection.finds_masks
-    endings: dict[str, str] = {}
-    if not source.is_video:
-        endings |= {"overlay": "_overlay.png"} if options.overlays else {}
-        endings |= {"mask": ".png"} if gives_masks else {}
-        endings |= {"panoptic": "_panoptic.png"} if session.panoptic else {}
-        endings |= {"objects": ".json"} if session.detects or session.panoptic else {}
-        return endings
-    masks = "_masks.mp4" if options.mask_video else "_masks"
-    endings |= {"masks": masks} if gives_masks else {}
-    endings |= {"overlay": "_overlay.mp4"} if options.overlays else {}
-    endings |= {"objects": ".jsonl"} if session.detects or session.panoptic else {}
-    return endings
+    tells_objects = session.detects or session.panoptic
+    endings: dict[str, str | Literal[False]] = {
+        "overlay": options.overlays and "_overlay.png",
+        "mask": gives_masks and ".png",
+        "panoptic": session.panoptic and "_panoptic.png",
+        "objects": tells_objects and ".json",
+    }
+    if source.is_video:
+        endings = {
+            "masks": gives_masks and ("_masks.mp4" if options.mask_video else "_masks"),
+            "overlay": options.overlays and "_overlay.mp4",
+            "objects": tells_objects and ".jsonl",
+        }
+    return {kind: ending for kind, ending in endings.items() if ending}
 
 
 def places_of(

@@ -37,6 +37,7 @@ from fdconv_deploy.runtime.postprocessing import (
 from fdconv_deploy.runtime.preprocessing import (
     FitDone,
     Prepared,
+    Size,
     check_image,
     keep_ratio_size,
     normalise,
@@ -50,7 +51,6 @@ from fdconv_deploy.runtime.sliding_window import Run, SlidingRows, slide_stride
 from fdconv_deploy.runtime.visualization import RGB, default_palette, mask_png, overlay
 
 Mode = Literal["whole", "slide"]
-Size = tuple[int, int]
 # The class of pixels that are in no segment of a panoptic answer.
 VOID = "void"
 _LARGEST_FACTOR = 16.0
@@ -187,17 +187,16 @@ class SegmentationPipeline:
             size: (H, W) of the answer; the image's by default.
         """
         start = time.perf_counter()
-        placement = prepared.placement
         labels = label_map(
             outputs["logits"],
             prepared.network,
-            placement.covered,
-            size or placement.image,
+            prepared.covered,
+            size or prepared.image,
             align_corners=self._head.align_corners,
             threshold=self._head.label_threshold,
         )
         timings = prepared.timings(inference_seconds, start)
-        return Segmentation(labels, self.classes, self.palette, placement.fit, "whole", timings)
+        return Segmentation(labels, self.classes, self.palette, prepared.fit, "whole", timings)
 
     def slide(
         self,
@@ -266,12 +265,11 @@ class SegmentationPipeline:
             for mirrored in scales.mirrored:
                 prepared = prepare_image(image, scaled, [size], fit or self.fit, mirrored=mirrored)
                 (logits,) = merge.run(prepared.inputs["images"][None])
-                place, align = prepared.placement, self._head.align_corners
                 maps = resize_maps(
-                    logits.shape[1:], size, place.covered, own,
-                    align_corners=align, mirrored=mirrored,
+                    logits.shape[1:], size, prepared.covered, own,
+                    align_corners=self._head.align_corners, mirrored=mirrored,
                 )  # fmt: skip
-                merge.add(View(ArrayRows(logits), *maps, mirrored), place.fit)
+                merge.add(View(ArrayRows(logits), *maps, mirrored), prepared.fit)
         return self._merged(merge, "whole")
 
     def _merged(self, merge: _Merge, mode: Mode) -> Segmentation:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fdconv_deploy.config import Preprocessing
+from fdconv_deploy.config import DetectorConfig, Preprocessing, SegmentorConfig
 from fdconv_deploy.errors import BackendError, BundleError, ImageError
 from fdconv_deploy.ops.native import Native
 from fdconv_deploy.runtime.backends import BackendOptions, Tensors, select
@@ -22,6 +22,7 @@ from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.panoptic import PanopticPipeline
 from fdconv_deploy.runtime.preprocessing import (
     Prepared,
+    Size,
     best_size,
     check_image,
     padded,
@@ -32,7 +33,6 @@ from fdconv_deploy.runtime.segmentation import (
     MultiScale,
     Segmentation,
     SegmentationPipeline,
-    Size,
     also,
     listed,
 )
@@ -98,6 +98,16 @@ def open_session(
     return Session(bundle, SizedRunner(runners))
 
 
+def make_pipeline(
+    config: SegmentorConfig | DetectorConfig, sizes: Sequence[Size], fit: Fit
+) -> SegmentationPipeline | DetectionPipeline:
+    """The steps before and after a run of a network with inputs of ``sizes`` (height, width)."""
+    if isinstance(config, DetectorConfig):
+        return DetectionPipeline(config, sizes)
+    kind = SegmentationPipeline if config.panoptic is None else PanopticPipeline
+    return kind(config, sizes, fit)
+
+
 class Session:
     """Runs inference on a bundle. Any method may be called from several threads at once.
 
@@ -115,14 +125,11 @@ class Session:
         self.bundle = bundle
         self.runner = runner
         manifest = bundle.manifest
+        configs = {"segmentor": manifest.architecture, "detector": manifest.detector}
+        config = configs.get(manifest.kind)
         self._pipeline: SegmentationPipeline | DetectionPipeline | None = None
-        if manifest.architecture is not None and manifest.kind == "segmentor":
-            panoptic = manifest.architecture.panoptic is not None
-            self._pipeline = (PanopticPipeline if panoptic else SegmentationPipeline)(
-                manifest.architecture, self.sizes, manifest.fit
-            )
-        elif manifest.detector is not None and manifest.kind == "detector":
-            self._pipeline = DetectionPipeline(manifest.detector, self.sizes)
+        if config is not None:
+            self._pipeline = make_pipeline(config, self.sizes, manifest.fit)
 
     @property
     def segmentation(self) -> SegmentationPipeline:
@@ -319,13 +326,10 @@ class Session:
         return found
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """A segmentor's logits for a batch of images of exactly the bundle's size.
+        """A segmentor's logits (N, classes, h, w) for images of exactly the bundle's size.
 
         Args:
             batch: (N, H, W, C) uint8, RGB where C is 3, or (N, C, H, W) float32 normalised; any N.
-
-        Returns:
-            (N, classes, h, w) float32 at the head's resolution.
 
         Raises:
             ImageError: another shape or type.
@@ -337,9 +341,7 @@ class Session:
         return self.run_batches({"images": images})["logits"]
 
     def run_batches(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
-        """The network's outputs for any number of images of exactly the bundle's size.
-
-        They are divided over the bundle's batch sizes; see :meth:`GraphRunner.run_batches`.
+        """The network's outputs for any number of images; see :meth:`GraphRunner.run_batches`.
 
         Args:
             feeds: every input by name, as the manifest describes them, but with any number of

@@ -146,15 +146,14 @@ def sample_feeds(
     found: dict[str, NDArray[Any]] = {}
     for spec in specs:
         if len(spec.shape) == 4 and spec.shape[1] == how.channels and spec.dtype == "float32":
-            batch, _, height, width = spec.shape
+            batch, _, *size = spec.shape
+            sizes = np.full((batch, 2), size, np.float32)
             if image is not None:
-                found[spec.name] = prepared_batch([image] * batch, (height, width), how)
+                found[spec.name] = prepared_batch([image] * batch, (size[0], size[1]), how)
             elif vary_sizes:
-                found[spec.name], sizes = sample_detector_batch(batch, (height, width), how)
+                found[spec.name], sizes = sample_detector_batch(batch, (size[0], size[1]), how)
             else:
-                found[spec.name] = sample_batch(batch, (height, width), how)
-            if image is not None or not vary_sizes:
-                sizes = np.full((batch, 2), (height, width), np.float32)
+                found[spec.name] = sample_batch(batch, (size[0], size[1]), how)
         elif spec.name == "sizes" and found:
             found[spec.name] = sizes
         elif np.dtype(spec.dtype).kind == "f":

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.runtime import Session, Tensors
-from fdconv_deploy.runtime.preprocessing import Placement, Prepared, normalise
+from fdconv_deploy.runtime.preprocessing import Prepared, normalise
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.model_cards import ModelCard
 from fdconv_deploy.serve.model_repository import Model, Version
@@ -291,5 +291,5 @@ def _inputs(session: Session, request: InferRequest) -> dict[str, Array]:
 
 def _labels(session: Session, rows: list[Tensors]) -> Array:
     size = session.input_size
-    whole = Prepared({}, Placement("resized", *size, size), 0.0, size)
+    whole = Prepared({}, size, "resized", size, size)
     return np.stack([session.segmentation.finish(whole, row).labels for row in rows])

@@ -289,8 +289,7 @@ def near_ties_alone(session, image: np.ndarray, found: np.ndarray) -> int:
     assert found.shape == right.shape
     prepared = session.segmentation.prepare(image)
     logits = session.run(prepared.inputs["images"][None])[0]
-    covered = prepared.placement.height, prepared.placement.width
-    full = logit_map(logits, SIZE, covered, right.shape, align_corners=False)
+    full = logit_map(logits, SIZE, prepared.covered, right.shape, align_corners=False)
     two = np.sort(full, axis=0)[-2:]
     other = found != right
     assert (two[1] - two[0])[other].max(initial=0) <= 1e-4 * np.abs(full).max()

@@ -11,7 +11,7 @@ import torch
 
 from fdconv_deploy.config import PanopticConfig, SegmentorConfig
 from fdconv_deploy.runtime.panoptic import PanopticPipeline, PanopticSegmentation
-from fdconv_deploy.runtime.preprocessing import Placement, Prepared
+from fdconv_deploy.runtime.preprocessing import Prepared
 from tests.nn.query_heads import case_tensors, detectron2, load_openmmlab, openmmlab
 
 D2 = ["mask2former_r50", "mask2former_swin", "maskdino_swin"]
@@ -20,8 +20,7 @@ D2 = ["mask2former_r50", "mask2former_swin", "maskdino_swin"]
 def answer_of(
     config: SegmentorConfig, classes, masks, network, covered, image, **boxes
 ) -> PanopticSegmentation:
-    placement = Placement("resized", *covered, image)
-    prepared = Prepared({}, placement, 0.0, network)
+    prepared = Prepared({}, network, "resized", covered, image)
     outputs = {"classes": np.asarray(classes), "masks": np.asarray(masks), **boxes}
     return PanopticPipeline(config, [network]).finish(prepared, outputs, size=image)
 

@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks.serving.clients.python_clients import CLIENTS
 from benchmarks.serving.harness import demo_bundle, finish, free_port, machine, ours, server
 from fdconv_deploy.runtime import open_session
-from fdconv_deploy.runtime.preprocessing import Placement, Prepared
+from fdconv_deploy.runtime.preprocessing import Prepared
 
 HERE = Path(__file__).parent
 PERF_ANALYZER, GLIBC = "2.60.0", (2, 38)
@@ -125,7 +125,7 @@ def write_inputs(bundle: Path, folder: Path) -> list[int]:
     tensor = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     with open_session(bundle, threads=1) as session:
         size = session.input_size
-        whole = Prepared({}, Placement("resized", *size, size), 0.0, size)
+        whole = Prepared({}, size, "resized", size, size)
         logits = session.run(tensor)[0]
         labels = session.segmentation.finish(whole, {"logits": logits}).labels
     head = {

@@ -105,7 +105,7 @@ def test_detector_pads_pixels_with_zeros(detecting, detectors: list[Path]) -> No
         prepared = session.detection.prepare(np.ascontiguousarray(image[:64, :90]))
         inputs = {name: value[None] for name, value in prepared.inputs.items()}
         expected = session.run_batches(inputs)
-    assert prepared.placement.width == 90
+    assert prepared.covered[1] == 90
     assert np.allclose(found["scores"], expected["scores"], atol=1e-5)
 
 
