@@ -27,19 +27,14 @@ class Rle(TypedDict):
     counts: str
 
 
-def encode(mask: Mask) -> Rle:
-    """Encode a mask (H, W) bool."""
-    return encode_part(mask, 0, 0, (mask.shape[0], mask.shape[1]))
+def encode(mask: Mask, top: int = 0, left: int = 0, size: tuple[int, int] | None = None) -> Rle:
+    """Encode a mask (H, W) bool; or one of ``size`` of which ``mask`` is all that may be True.
 
-
-def encode_part(part: Mask, top: int, left: int, size: tuple[int, int]) -> Rle:
-    """Encode a mask of ``size`` (H, W) that is False outside of ``part``, without making the rest.
-
-    ``part`` is (h, w) bool, its first pixel at (``top``, ``left``) of the mask.
+    The first pixel of ``mask`` is then at (``top``, ``left``); the rest is not made.
     """
-    height, width = size
-    padded = np.zeros((part.shape[0] + 2, part.shape[1]), np.int8)
-    padded[1:-1] = part
+    height, width = size or mask.shape
+    padded = np.zeros((mask.shape[0] + 2, mask.shape[1]), np.int8)
+    padded[1:-1] = mask
     columns, rows = np.nonzero(np.diff(padded, axis=0).T)
     # Where one run's end is the next one's start, at the foot of a column, they are one run.
     edges, times = np.unique((columns + left) * height + rows + top, return_counts=True)

@@ -66,22 +66,19 @@ def _plan(images: int, sizes: tuple[int, ...], cost: Callable[[int], float]) -> 
 
 
 Key = TypeVar("Key", bound=Hashable)
-ROUNDS = 5
-# What timing may add to a start: after the first round, none begins later than this.
-SECONDS = 4.0
 
 
 def least_seconds(
     runs: Mapping[Key, Callable[[], Any]],
     *,
-    rounds: int = ROUNDS,
-    seconds: float = SECONDS,
+    rounds: int = 5,
+    seconds: float = 4.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Key, float]:
     """The shortest time of each run, interleaved: other processes only ever add to a time.
 
     Each has been run before, so that none pays for its first time; no further round starts after
-    ``seconds`` of ``clock``.
+    ``seconds`` of ``clock``, which is what timing may add to a start.
     """
     found: dict[Key, float] = {}
     began = clock()

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fdconv_deploy.coco_rle import Rle, encode_part
+from fdconv_deploy.coco_rle import Rle
+from fdconv_deploy.coco_rle import encode as encode_mask
 from fdconv_deploy.config import DetectorConfig
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime.postprocessing import Pasted, Probabilities, paste
@@ -28,6 +29,7 @@ from fdconv_deploy.runtime.preprocessing import FitDone, Prepared, prepare_image
 from fdconv_deploy.runtime.segmentation import class_names, class_palette
 from fdconv_deploy.runtime.visualization import (
     RGB,
+    check_drawing,
     default_palette,
     draw_instances,
     encode,
@@ -107,7 +109,7 @@ class Detection:
 
     def rle(self) -> list[Rle]:
         """Every object's pixels as COCO's compressed run lengths; ``ImageError`` without masks."""
-        return [encode_part(p.pixels, p.top, p.left, self.image_size) for p in self.pasted]
+        return [encode_mask(p.pixels, p.top, p.left, self.image_size) for p in self.pasted]
 
     def areas(self) -> npt.NDArray[np.int64]:
         """How many pixels each object has: (N,) int64; ``ImageError`` without masks."""
@@ -154,11 +156,7 @@ class Detection:
 
     def overlay(self, image: npt.NDArray[np.uint8], opacity: float = 0.5) -> npt.NDArray[np.uint8]:
         """The image (H, W, 3) uint8 RGB with masks, boxes, names and scores, as another such."""
-        if image.shape[:2] != self.image_size:
-            raise ImageError(
-                f"The image {image.shape[:2]} and the one the objects were found in "
-                f"{self.image_size} differ in size."
-            )
+        check_drawing(image, self.image_size, opacity)
         labels = self.labels.tolist()
         captions = [
             f"{self.classes[label]} {score:.2f}"

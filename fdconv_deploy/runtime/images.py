@@ -145,7 +145,7 @@ def load_image(
         loading = preprocessing.loading
         image = file.decode(max_pixels, lambda _: _by_opencv(file, loading))
     elif file.is_tiff:
-        image = _open_tiff(file, lambda opened: _tiff_bands(opened, file, max_pixels, bands))
+        image = _open_tiff(file, max_pixels, lambda at: _tiff_bands(at, file, max_pixels, bands))
     else:
         image = file.decode(max_pixels, lambda picture: _channels(picture, file))
     image = image.astype(np.uint8) if image.dtype == bool else image
@@ -228,7 +228,11 @@ class ImageFile:
             # ZeroDivisionError ...), hence `except Exception`; each is the file's fault.
             with ExitStack() as stack:
                 image, self._header = self._header, None
-                image = image or Image.open(self._open(stack), formats=PICTURE_FORMATS)
+                if isinstance(self.source, Path):
+                    file: Any = stack.enter_context(_BoundedReader(self.source))
+                else:
+                    file = io.BytesIO(self.source)
+                image = image or Image.open(file, formats=PICTURE_FORMATS)
                 if load or isinstance(self.source, Path):
                     stack.enter_context(image)
                 else:
@@ -275,11 +279,6 @@ class ImageFile:
         bands = shape[2] if len(shape) == 3 else 1
         if shape[0] * shape[1] * max(bands, 3) > 3 * max_pixels:
             raise self.too_large(f"{shape[1]} x {shape[0]} pixels of {bands} bands", max_pixels)
-
-    def _open(self, stack: ExitStack) -> io.BytesIO | _BoundedReader:
-        if isinstance(self.source, bytes):
-            return io.BytesIO(self.source)
-        return stack.enter_context(_BoundedReader(self.source))
 
 
 class _BoundedReader(io.BufferedReader):
@@ -332,9 +331,7 @@ def image_cost(
         shape, kind, _, _ = _array_header(file, max_pixels)
         itemsize = kind.itemsize
     elif file.is_tiff and loading == "bands":
-        shape, itemsize = _open_tiff(
-            file, lambda opened: _tiff_shape(opened, file, max_pixels, bands)
-        )
+        shape, itemsize = _open_tiff(file, max_pixels, lambda at: _tiff_shape(at, bands))
     else:
         return file.decode(max_pixels, picture, load=False)
     values = math.prod(shape)
@@ -458,12 +455,9 @@ def _channels(image: Image.Image, file: ImageFile) -> npt.NDArray[Any]:
     return np.asarray(image)
 
 
-def _tiff_shape(
-    opened: Any, file: ImageFile, max_pixels: int, bands: int
-) -> tuple[Sequence[int], int]:
+def _tiff_shape(opened: Any, bands: int) -> tuple[Sequence[int], int]:
     """(H, W, bands) of a TIFF file's first page, or of all where they are bands; bytes of each."""
     page = opened.pages[0]
-    _check_page(file, page, max_pixels, 1)
     count = page.samplesperpixel * (len(opened.pages) if _bands_are_pages(opened, bands) else 1)
     return (page.imagelength, page.imagewidth, count), page.dtype.itemsize if page.dtype else 1
 
@@ -481,7 +475,7 @@ def _bands_are_pages(opened: Any, bands: int) -> bool:
     return other and has_page(1) and not has_page(_MOST_PAGES)
 
 
-def _open_tiff(file: ImageFile, use: Callable[[Any], Result]) -> Result:
+def _open_tiff(file: ImageFile, max_pixels: int, use: Callable[[Any], Result]) -> Result:
     packages = install("tifffile", "imagecodecs")
     try:
         import tifffile
@@ -490,6 +484,7 @@ def _open_tiff(file: ImageFile, use: Callable[[Any], Result]) -> Result:
     try:
         # The bytes, not the path: OME-TIFF files may name others beside them.
         with tifffile.TiffFile(io.BytesIO(file.read())) as opened:
+            _check_page(file, opened.pages[0], max_pixels, 1)
             return use(opened)
     except (ImageError, MemoryError):
         raise
@@ -505,7 +500,6 @@ def _open_tiff(file: ImageFile, use: Callable[[Any], Result]) -> Result:
 def _tiff_bands(opened: Any, file: ImageFile, max_pixels: int, bands: int) -> npt.NDArray[Any]:
     """(H, W, C) of the first page's samples, or of the pages where they are the bands."""
     page = opened.pages[0]
-    _check_page(file, page, max_pixels, 1)
     if page.dtype is None or page.dtype.kind not in "uifb" or page.imagedepth != 1:
         raise UnsupportedImageError(
             f"{file.name} holds {page.dtype or 'pixels of an unknown type'}. Expected bands of "

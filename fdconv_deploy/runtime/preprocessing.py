@@ -74,13 +74,12 @@ def check_image(image: npt.NDArray[Any], preprocessing: Preprocessing | None = N
     """
     how = preprocessing or Preprocessing()
     bands, color = how.channels, how.loading == "color"
-    found = type(image).__name__
-    if isinstance(image, np.ndarray):
-        found = f"{image.shape} {image.dtype}"
-    if not color and isinstance(image, np.ndarray) and image.ndim == 2 and bands == 1:
+    array = isinstance(image, np.ndarray)
+    found = f"{image.shape} {image.dtype}" if array else type(image).__name__
+    if array and not color and image.ndim == 2 and bands == 1:
         image = image[:, :, None]
     if (
-        not isinstance(image, np.ndarray)
+        not array
         or image.ndim != 3
         or image.shape[2] != bands
         or (image.dtype != np.uint8 if color else image.dtype.kind not in "uif")
@@ -91,15 +90,12 @@ def check_image(image: npt.NDArray[Any], preprocessing: Preprocessing | None = N
                 f"An image must be a numpy array (H, W, 3) uint8 in RGB order, found {found}. "
                 "read_image makes one from a file."
             )
-        turned = getattr(image, "ndim", 0) == 3 and image.shape[0] == bands
+        hint = f"The network takes {bands} band{'s' * (bands > 1)}."
+        if array and image.ndim == 3 and image.shape[0] == bands:
+            hint = "Its bands come first: np.moveaxis(image, 0, -1) puts them last."
         raise ImageError(
             f"An image for this network must be an array (H, W, {bands}) of real numbers, found "
-            f"{found}. "
-            + (
-                "Its bands come first: np.moveaxis(image, 0, -1) puts them last."
-                if turned
-                else f"The network takes {bands} band{'s' * (bands > 1)}."
-            )
+            f"{found}. {hint}"
         )
     if image.dtype.kind == "f" and not np.isfinite(image).all():
         raise ImageError(

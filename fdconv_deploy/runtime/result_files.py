@@ -86,25 +86,6 @@ class Result:
     operators: str
 
 
-def _image_result(
-    session: Session, image: PurePath, places: Mapping[str, PurePath], answer: Any
-) -> Result:
-    record = {
-        "image": str(image),
-        "mask": None,
-        "overlay": None,
-        **{kind: str(path) for kind, path in places.items()},
-        "fit": answer.fit,
-        "seconds": {k: round(v, 4) for k, v in answer.timings.items()},
-        **answer.as_dict(),
-    }
-    if "panoptic" in places:  # an entry of the annotations of a COCO panoptic file
-        record |= {"image_id": image.stem, "file_name": places["panoptic"].name}
-    milliseconds = sum(answer.timings.values()) * 1e3
-    line = f"{[*places.values()][-1]}: {answer.summary()} ({answer.fit}, {milliseconds:.0f} ms)"
-    return Result(places, record, line, session.backend, session.operators)
-
-
 # A result, and its files' paths and contents.
 Written = tuple[Result, Iterator[tuple[PurePath, bytes]]]
 
@@ -223,7 +204,21 @@ def image_results(
         return session.segmentation.prepare(picture, fit=options.fit)
 
     def written(source: Source, picture: Picture, answer: Any) -> Written:
-        result = _image_result(session, source.path, images[source], answer)
+        places = images[source]
+        record = {
+            "image": str(source.path),
+            "mask": None,
+            "overlay": None,
+            **{kind: str(path) for kind, path in places.items()},
+            "fit": answer.fit,
+            "seconds": {k: round(v, 4) for k, v in answer.timings.items()},
+            **answer.as_dict(),
+        }
+        if "panoptic" in places:  # an entry of the annotations of a COCO panoptic file
+            record |= {"image_id": source.path.stem, "file_name": places["panoptic"].name}
+        spent = f"{sum(answer.timings.values()) * 1e3:.0f} ms"
+        line = f"{[*places.values()][-1]}: {answer.summary()} ({answer.fit}, {spent})"
+        result = Result(places, record, line, session.backend, session.operators)
         return result, _contents(result, picture, answer, options)
 
     def flush() -> Iterator[Written]:

@@ -66,13 +66,23 @@ def as_rgb(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return np.rint(scaled.clip(0, 255)).astype(np.uint8)
 
 
+def check_drawing(image: npt.NDArray[Any], size: tuple[int, ...], opacity: float) -> None:
+    """Refuse to draw what was found in an image of ``size`` (H, W) over another one."""
+    if not 0 <= opacity <= 1:
+        raise ImageError(f"The opacity of an overlay is a number from 0 to 1, not {opacity}.")
+    if image.shape[:2] != size:
+        raise ImageError(
+            f"The image {image.shape[:2]} and the one that was answered for {size} differ in size."
+        )
+
+
 def overlay(
     image: npt.NDArray[Any],
     labels: Labels,
     palette: tuple[RGB, ...],
     opacity: float = 0.5,
 ) -> npt.NDArray[np.uint8]:
-    """The image with every pixel's class colour laid over it.
+    """The image with every pixel's class colour laid over it: (H, W, 3) uint8 RGB.
 
     Args:
         image: (H, W, 3) uint8 RGB, or another that :func:`as_rgb` shows.
@@ -80,18 +90,10 @@ def overlay(
         palette: an RGB colour for each class.
         opacity: 0 gives the image, 1 the colours alone.
 
-    Returns:
-        (H, W, 3) uint8 RGB.
-
     Raises:
         ImageError: the sizes differ, or ``opacity`` is not within 0 to 1.
     """
-    _check_opacity(opacity)
-    if image.shape[:2] != labels.shape:
-        raise ImageError(
-            f"The image {image.shape[:2]} and its labels {labels.shape} differ in size; an "
-            "overlay needs the labels at the image's size."
-        )
+    check_drawing(image, labels.shape, opacity)
     image = as_rgb(image)
     # Each (class, value) pair's answer is looked up, so no pixel is computed in float.
     colours = np.asarray(palette, dtype=np.float32)
@@ -148,7 +150,6 @@ def draw_instances(
         masks: one for each box, or none at all.
         opacity: of the masks' colours, 0 to 1; outlines, boxes and captions are opaque.
     """
-    _check_opacity(opacity)
     out = as_rgb(image).copy()
     thickness = max(1, round(min(image.shape[:2]) / 400))
     for mask, colour in reversed([*zip(masks, colours, strict=False)]):
@@ -190,8 +191,3 @@ def _draw_mask(
         offset=(mask.left, mask.top),
     )
     cv2.drawContours(canvas, outlines, -1, colour, thickness)
-
-
-def _check_opacity(opacity: float) -> None:
-    if not 0 <= opacity <= 1:
-        raise ImageError(f"The opacity of an overlay is a number from 0 to 1, not {opacity}.")
