@@ -15,9 +15,8 @@ from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.export.image_folders import Pictures
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.segmentor import Segmentor
-from fdconv_deploy.runtime.preprocessing import place, resize
+from fdconv_deploy.runtime.preprocessing import prepare_image
 from fdconv_deploy.sample_images import (
-    padded_batch,
     prepared_batch,
     sample_batch,
     sample_detector_batch,
@@ -72,11 +71,10 @@ def picture_source(
     how = network.architecture.preprocessing
     pictures = decoded_for(pictures, how)
     if isinstance(network, Detector):
-        resized = []
-        for picture in pictures:
-            _, covered = place((picture.shape[0], picture.shape[1]), size, how, None)
-            resized.append(resize(picture, *covered, how.resample))
-        tensors = tuple(map(torch.from_numpy, padded_batch(resized, size, how)))
+        prepared = [prepare_image(picture, how, [size], None) for picture in pictures]
+        images = np.stack([one.inputs["images"] for one in prepared])
+        covered = np.array([one.covered for one in prepared], np.float32)
+        tensors: tuple[Tensor, ...] = (torch.from_numpy(images), torch.from_numpy(covered))
     else:
         tensors = (torch.from_numpy(prepared_batch(pictures, size, how)),)
 

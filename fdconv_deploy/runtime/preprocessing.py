@@ -132,12 +132,16 @@ def keep_ratio_size(height: int, width: int, scale: Size) -> Size:
     The longer side stays within the larger number and the shorter side within the smaller.
     """
     factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
-    return _scaled(height, factor), _scaled(width, factor)
+    return scaled_size((height, width), factor)
 
 
 def scaled_size(size: Size, factor: float) -> Size:
-    """(height, width) times a factor, rounded as mmcv rounds."""
-    return _scaled(size[0], factor), _scaled(size[1], factor)
+    """(height, width) times a factor, rounded as mmcv rounds.
+
+    The lower bound is ours, for slivers that would vanish.
+    """
+    height, width = (max(1, int(length * float(factor) + 0.5)) for length in size)
+    return height, width
 
 
 def published_size(height: int, width: int, preprocessing: Preprocessing) -> Size:
@@ -155,7 +159,8 @@ def published_size(height: int, width: int, preprocessing: Preprocessing) -> Siz
 def fitting_size(size: Size, network: Size) -> Size:
     """The largest (H, W) an image of ``size`` can have within ``network``, in its proportions."""
     factor = min(network[0] / size[0], network[1] / size[1])
-    return min(_scaled(size[0], factor), network[0]), min(_scaled(size[1], factor), network[1])
+    height, width = scaled_size(size, factor)
+    return min(height, network[0]), min(width, network[1])
 
 
 def best_size(image: Size, sizes: Sequence[Size]) -> Size:
@@ -301,8 +306,3 @@ def normalise(
         plane[height:] = 0
         plane[:height, width:] = 0
     return out
-
-
-def _scaled(length: int, factor: float) -> int:
-    # mmcv rounds like this; the lower bound is ours, for slivers that would vanish.
-    return max(1, int(length * float(factor) + 0.5))

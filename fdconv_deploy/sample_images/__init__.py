@@ -10,7 +10,7 @@ hides errors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -103,15 +103,8 @@ def sample_detector_batch(
     covered = (_COVERED[number % len(_COVERED)] for number in range(batch))
     sizes = [(int(size[0] * rows), int(size[1] * columns)) for rows, columns in covered]
     pictures = [sample_image(seed * batch + n, each) for n, each in enumerate(sizes)]
-    return padded_batch(pictures, size, preprocessing)
-
-
-def padded_batch(
-    pictures: Sequence[NDArray[Any]], size: tuple[int, int], preprocessing: Preprocessing
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Pictures of at most ``size`` at the top left -> a detector's ``images`` and ``sizes``."""
     images = np.stack([normalise(picture, preprocessing, size) for picture in pictures])
-    return images, np.array([picture.shape[:2] for picture in pictures], np.float32)
+    return images, np.array(sizes, np.float32)
 
 
 def manifest_feeds(
