@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ from fdconv_deploy.demo import (
     held_out_instances,
     packaged_detector,
 )
-from fdconv_deploy.evaluation.coco import CocoSet, read_coco
-from fdconv_deploy.evaluation.compare import DetectionEvaluation, evaluate_detectors
+from fdconv_deploy.evaluation.coco import CocoSet, DetectionScore, read_coco
+from fdconv_deploy.evaluation.compare import Evaluation, evaluate
 from fdconv_deploy.evaluation.targets import bundle_target, torch_target
 from fdconv_deploy.export import export_checkpoint
 from fdconv_deploy.runtime import Session, open_session, read_image
@@ -61,16 +62,14 @@ def packaged_set() -> CocoSet:
     return read_coco(held_out_instances(), held_out()[0][0].parent)
 
 
-def measure(session: Session, data: CocoSet) -> DetectionEvaluation:
+def measure(session: Session, data: CocoSet) -> Evaluation:
     """Both sides on the same images, at the bundle's size."""
     network = load_checkpoint(packaged_detector())
-    size = session.input_size
-    return evaluate_detectors(
-        [torch_target(network, packaged_detector(), size=size), bundle_target(session)], data
-    )
+    eager = torch_target(network, packaged_detector(), sizes=session.sizes)
+    return evaluate([eager, bundle_target(session)], data, partial(DetectionScore, data))
 
 
-def summary(result: DetectionEvaluation) -> dict[str, Any]:
+def summary(result: Evaluation) -> dict[str, Any]:
     """Scores as the record holds them."""
     sides: dict[str, Any] = {}
     for side, found in zip(SIDES, result.results, strict=True):
@@ -85,7 +84,7 @@ def summary(result: DetectionEvaluation) -> dict[str, Any]:
             },
             "agreement": round(entry["agreement"], 5),
         }
-    return {"images": result.images, "objects": result.objects, **sides}
+    return {"images": result.images, "objects": result.truth["objects"], **sides}
 
 
 def sheet(session: Session, chosen: tuple[int, ...] = SHOWN) -> NDArray[np.uint8]:

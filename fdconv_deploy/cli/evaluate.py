@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,17 +26,17 @@ from fdconv_deploy.cli.options import (
     parse_scales,
     parse_settings,
     print_operators,
+    say,
 )
 
 if TYPE_CHECKING:
-    from fdconv_deploy.evaluation.coco import AveragePrecision
+    from fdconv_deploy.evaluation.coco import CocoSet
     from fdconv_deploy.evaluation.coco_annotations import Annotations
-    from fdconv_deploy.evaluation.compare import (
-        DetectionEvaluation,
-        Evaluation,
-        PanopticEvaluation,
-        Target,
-    )
+    from fdconv_deploy.evaluation.compare import Evaluation, Target
+    from fdconv_deploy.evaluation.datasets import Pair, Samples
+    from fdconv_deploy.evaluation.metrics import Score
+    from fdconv_deploy.evaluation.panoptic import PanopticSet
+    from fdconv_deploy.evaluation.targets import Task
 
 # How many findings are named in the terminal.
 _NAMED, _ODD = 20, 5
@@ -113,7 +113,8 @@ def evaluate(
     panoptic network: PQ, by COCO's rule, or box and mask AP of its objects.
     """
     from fdconv_deploy.evaluation.coco import find_coco
-    from fdconv_deploy.evaluation.datasets import layout_of
+    from fdconv_deploy.evaluation.compare import evaluate as score
+    from fdconv_deploy.evaluation.datasets import find_pairs, layout_of
     from fdconv_deploy.evaluation.targets import open_targets
 
     labels = masks or annotations
@@ -122,128 +123,132 @@ def evaluate(
             "give --images with --masks (or with --annotations, of a detector, or with both, of a "
             "panoptic network), or --data alone."
         )
-    panoptic = annotations is not None and masks is not None
-    if annotations is not None and images is not None and not panoptic:
-        coco: tuple[Path, Path] | None = annotations, images
-    else:
-        coco = find_coco(data) if data is not None else None
-    if coco is not None or panoptic:
-        given: dict[str, object] = {"mode": mode, "fit": fit, "label-map": label_map}
-        given["reduce-zero-label"] = reduce_zero_label or None
-        given |= {"multi-scale": multi_scale, "flip": flip or None}
+    coco = find_coco(data) if data else None
+    if annotations and images and not masks:
+        coco = annotations, images
+    if coco or annotations:
+        given = {"mode": mode, "fit": fit, "label-map": label_map, "multi-scale": multi_scale,
+                 "reduce-zero-label": reduce_zero_label, "flip": flip}  # fmt: skip
         for name, value in given.items():
-            if value is not None:
+            if value:
                 raise typer.BadParameter(f"--{name} is of segmentors, which are scored on masks.")
     paths = [network, *(against or [])]
-    opened = open_targets(
-        paths,
-        detectors=coco is not None,
-        panoptic=panoptic,
-        mode=mode,
-        fit=fit,
-        backend=backend,
-        threads=threads,
-        config=config,
-        overrides=parse_settings(settings),
-        weights=weights,
-        scales=parse_scales(multi_scale, flip),
-    )
-    scored: tuple[Any, dict[str, Any], Path]
+    task: Task
     with _progress(hidden=quiet or as_json) as bar:
-        if panoptic:
-            assert annotations is not None
-            assert images is not None
-            assert masks is not None
-            scored = _panoptic(opened, annotations, masks, images, limit, bar)
-        elif coco is not None:
-            scored = _detectors(opened, *coco, limit, bar, quiet=quiet)
+        # What needs no network is read before any is loaded.
+        if coco:
+            objects = _objects(*coco, limit)
+            task, read = "objects", lambda first: objects
+        elif annotations and masks and images:
+            task, read = "segments", partial(_segments, annotations, masks, images, limit)
         else:
-            if data is not None:
+            if data:
                 images, masks = layout_of(data)
-            assert images is not None
-            assert masks is not None
-            scored = _segmentors(
-                opened, images, masks, limit, bar, quiet=quiet, data=data, label_map=label_map,
-                reduce_zero_label=reduce_zero_label, ignore_index=ignore_index,
+            assert images
+            assert masks
+            pairs = find_pairs(images, masks)[:limit]
+            task, read = "labels", partial(
+                _labels, images, masks, pairs, _counting(bar, "masks", len(pairs)),
+                data=data, label_map=label_map, reduce_zero_label=reduce_zero_label,
+                ignore_index=ignore_index,
             )  # fmt: skip
-    result, where, first = scored
+        with open_targets(
+            paths,
+            task,
+            mode=mode,
+            fit=fit,
+            backend=backend,
+            threads=threads,
+            config=config,
+            overrides=parse_settings(settings),
+            weights=weights,
+            scales=parse_scales(multi_scale, flip),
+        ) as targets:
+            found = read(targets[0])
+            for line in () if quiet else found.remarks:
+                say(line, bar.console)
+            counting = _counting(bar, "images", len(found.samples))
+            result = score(targets, found.samples, found.score, progress=counting)
     if as_json:
-        print(json.dumps({**where, **result.as_dict()}, indent=2))
+        print(json.dumps({**found.source, **result.as_dict()}, indent=2))
         return
     show(result, Console(), quiet)
+    if found.closing:
+        say(found.closing)
+    print_operators(targets)
     if not quiet:
-        _verify(paths, first, config, settings, weights)
+        _verify(paths, found.first, config, settings, weights)
 
 
-Opened = AbstractContextManager["list[Target[Any]]"]
+@dataclass
+class _Data:
+    """What networks are scored on, and how.
+
+    Attributes:
+        score: see `compare.evaluate`.
+        first: the first image's file.
+        source: for JSON: where it comes from.
+        remarks: printed before anything is run.
+        closing: printed last.
+    """
+
+    samples: Samples | CocoSet | PanopticSet
+    score: Callable[[tuple[str, ...]], Score]
+    first: Path
+    source: dict[str, Any]
+    remarks: Sequence[str] = ()
+    closing: str = ""
 
 
-def _segmentors(
-    opened: Opened,
+def _labels(
     images: Path,
     masks: Path,
-    limit: int | None,
-    bar: Progress,
-    *,
-    quiet: bool,
-    **labels: Any,
-) -> tuple[Evaluation, dict[str, Any], Path]:
-    """Scores, where they come from, and the first image's file."""
-    from fdconv_deploy.evaluation.compare import evaluate as score
-    from fdconv_deploy.evaluation.datasets import find_pairs, labelled_samples
+    pairs: Sequence[Pair],
+    progress: Callable[[int], None],
+    target: Target,
+    **options: Any,
+) -> _Data:
+    from fdconv_deploy.evaluation.datasets import labelled_samples
+    from fdconv_deploy.evaluation.metrics import SemanticScore
 
-    pairs = find_pairs(images, masks)[:limit]
-    with opened as targets:
-        first = targets[0]
-        reading = _counting(bar, "masks", len(pairs))
-        samples, notes = labelled_samples(
-            pairs, first.classes, first.preprocessing, **labels, progress=reading
-        )
-        for note in () if quiet else notes:
-            bar.console.print(note, markup=False, highlight=False, soft_wrap=True)
-        result = score(targets, samples, progress=_counting(bar, "images", len(pairs)))
-    where = {"images_from": str(images), "masks_from": str(masks), "notes": notes}
-    return result, where, pairs[0].image
+    samples, notes = labelled_samples(
+        pairs, target.classes, target.preprocessing, progress=progress, **options
+    )
+    source = {"images_from": str(images), "masks_from": str(masks), "notes": notes}
+    return _Data(samples, SemanticScore, pairs[0].image, source, notes)
 
 
-def _detectors(
-    opened: Opened,
-    annotations: Path,
-    images: Path,
-    limit: int | None,
-    bar: Progress,
-    *,
-    quiet: bool,
-) -> tuple[DetectionEvaluation, dict[str, Any], Path]:
-    """Scores, where they come from, and the first image's file."""
+def _objects(annotations: Path, images: Path, limit: int | None) -> _Data:
     import pycocotools.mask  # noqa: F401 - reported as missing now, not after the last image
 
-    from fdconv_deploy.evaluation.coco import read_coco
-    from fdconv_deploy.evaluation.compare import evaluate_detectors
+    from fdconv_deploy.evaluation.coco import DetectionScore, read_coco
 
     data = read_coco(annotations, images, limit)
-    if not quiet:
-        announce(data.checked, bar.console)
-    with opened as targets:
-        result = evaluate_detectors(targets, data, progress=_counting(bar, "images", len(data)))
-    where = {"annotations_from": str(annotations), "images_from": str(images)}
-    return result, where, data.images / next(iter(data)).name
+    return _Data(
+        data,
+        partial(DetectionScore, data),
+        images / data.truth["images"][0]["file_name"],
+        {"annotations_from": str(annotations), "images_from": str(images)},
+        _remarks(data.checked),
+        _closing(data.checked),
+    )
 
 
-def _panoptic(
-    opened: Opened, annotations: Path, masks: Path, images: Path, limit: int | None, bar: Progress
-) -> tuple[PanopticEvaluation, dict[str, Any], Path]:
-    """Scores, where they come from, and the first image's file."""
-    from fdconv_deploy.evaluation.compare import evaluate_panoptic
-    from fdconv_deploy.evaluation.panoptic import PanopticSet
+def _segments(
+    annotations: Path, masks: Path, images: Path, limit: int | None, target: Target
+) -> _Data:
+    from fdconv_deploy.evaluation.panoptic import PanopticScore, PanopticSet
     from fdconv_deploy.runtime.segmentation import VOID
 
-    with opened as targets:
-        classes = [name for name in targets[0].classes if name != VOID]
-        data = PanopticSet(annotations, masks, images, classes, limit)
-        result = evaluate_panoptic(targets, data, progress=_counting(bar, "images", len(data)))
-    files = {"annotations_from": annotations, "masks_from": masks, "images_from": images}
-    return result, {name: str(path) for name, path in files.items()}, data.first
+    classes = [name for name in target.classes if name != VOID]
+    data = PanopticSet(annotations, masks, images, classes, limit)
+    source = {"annotations_from": annotations, "masks_from": masks, "images_from": images}
+    return _Data(
+        data,
+        lambda _: PanopticScore(data.things),
+        data.first,
+        {name: str(path) for name, path in source.items()},
+    )
 
 
 def _verify(
@@ -294,6 +299,12 @@ def _counting(bar: Progress, what: str, total: int) -> Callable[[int], None]:
     return lambda done: bar.update(task, completed=done)
 
 
+# What a table shows of each side of a report: of its classes, and of all of them together.
+_CLASSES: dict[str, dict[str, str]] = {
+    "IoU": {"": "iou"},
+    "AP": {", box": "box_ap", ", mask": "mask_ap"},
+    "PQ": {"": "pq"},
+}
 _PRECISIONS = {
     "AP": "ap",
     "AP50": "ap50",
@@ -303,99 +314,73 @@ _PRECISIONS = {
     "AP large": "large",
     "recall, 100 an image": "recall",
 }
-Rows = list[tuple[str, "list[float | None]"]]  # names of classes need not differ
-
-
-def show(
-    result: Evaluation | DetectionEvaluation | PanopticEvaluation, console: Console, quiet: bool
-) -> None:
-    """Print scores by class, and means, of all targets side by side."""
-    from fdconv_deploy.evaluation.compare import DetectionEvaluation, Evaluation
-
-    results, images = result.results, f"{result.images} images"
-    details = [one.target.details for one in results]
-    shown = ("backend", "precision", "mode")
-    names = column_names(
-        [one.target.name for one in results],
-        [", ".join(one[key] for key in shown if key in one) for one in details],
-    )
-    if isinstance(result, Evaluation):
-        score, (by_class, means) = "IoU", _segmentor_rows(result)
-    elif isinstance(result, DetectionEvaluation):
-        score, (by_class, means) = "AP", _detector_rows(result)
-        crowds = f", {result.crowds} of them crowds" if result.crowds else ""
-        images += f", {result.objects} objects{crowds}"
-    else:
-        score, (by_class, means) = "PQ", _panoptic_rows(result)
-    if not quiet:
-        table = Table(f"{score} by class", *names)
-        for name, values in by_class:
-            table.add_row(name, *map(_text, values))
-        console.print(table)
-    table = Table(images, *names)
-    for name, values in means:
-        table.add_row(name, *map(_text, values))
-    table.add_row("images/s", *(f"{one.images_per_second:.2f}" for one in results))
-    if len(results) > 1:
-        what = "objects" if score == "AP" else "class"
-        table.add_row(f"same {what} as the first", *(f"{one.agreement:.4%}" for one in results))
-    console.print(table)
-    if isinstance(result, DetectionEvaluation) and (closing := _closing(result.checked)):
-        console.print(closing, markup=False, highlight=False, soft_wrap=True)
-    print_operators(console, [one.target for one in results])
-
-
-def _segmentor_rows(result: Evaluation) -> tuple[Rows, Rows]:
-    found = [one.scores for one in result.results]
-    classes = enumerate(result.results[0].target.classes)
-    return [(name, [one.iou[index] for one in found]) for index, name in classes], [
-        ("mIoU", [one.mean_iou for one in found]),
-        ("pixel accuracy", [one.pixel_accuracy for one in found]),
-        ("mean class accuracy", [one.mean_accuracy for one in found]),
-    ]
-
-
-def _detector_rows(result: DetectionEvaluation) -> tuple[Rows, Rows]:
-    kinds: dict[str, list[AveragePrecision | None]] = {
-        "box": [one.boxes for one in result.results],
-        "mask": [one.masks for one in result.results],
-    }
-    shown = {kind: scores for kind, scores in kinds.items() if any(scores)}
-    return [
-        (f"{name}, {kind}", [None if s is None else s.classes[index] for s in scores])
-        for index, name in enumerate(result.results[0].target.classes)
-        for kind, scores in shown.items()
-    ], [
-        (f"{kind} {title}", [None if s is None else getattr(s, field) for s in scores])
-        for kind, scores in shown.items()
+_MEANS: dict[str, dict[str, tuple[str, ...]]] = {
+    "IoU": {
+        "mIoU": ("mean_iou",),
+        "pixel accuracy": ("pixel_accuracy",),
+        "mean class accuracy": ("mean_accuracy",),
+    },
+    "AP": {
+        f"{kind} {title}": (kind, field)
+        for kind in ("box", "mask")
         for title, field in _PRECISIONS.items()
-    ]
-
-
-def _panoptic_rows(result: PanopticEvaluation) -> tuple[Rows, Rows]:
-    results = result.results
-    names = results[0].target.classes  # the last is "void", of which no segment is
-    return [
-        (names[index], [one.counts.by_class()[index, 0] if seen else None for one in results])
-        for index, seen in enumerate(results[0].counts.seen)
-    ], [
-        (f"{name.upper()}, {kind}", [getattr(one.qualities[kind], name) for one in results])
+    },
+    "PQ": {
+        f"{name.upper()}, {kind}": ("panoptic", kind, name)
         for kind in ("all", "things", "stuff")
         for name in ("pq", "sq", "rq")
-    ]
+    },
+}
 
 
-def announce(checked: Annotations, console: Console) -> None:
-    """Name what is left out of the scores, and what is odd, before anything is run."""
+def show(result: Evaluation, console: Console, quiet: bool) -> None:
+    """Print scores by class, and means, of all targets side by side."""
+    report, score = result.as_dict(), result.results[0].score
+    sides: list[dict[str, Any]] = report["sides"]
+    names = column_names(
+        [side["name"] for side in sides],
+        [", ".join(s[key] for key in ("backend", "precision", "mode") if key in s) for s in sides],
+    )
+    if not quiet:
+        table = Table(f"{score.measure} by class", *names)
+        for index, one in enumerate(sides[0]["classes"]):
+            for kind, key in _CLASSES[score.measure].items():
+                _add_row(table, one["name"] + kind, sides, ("classes", index, key))
+        console.print(table)
+    title = f"{result.images} images"
+    if "objects" in report:
+        crowds = f", {report['crowds']} of them crowds" if report["crowds"] else ""
+        title += f", {report['objects']} objects{crowds}"
+    table = Table(title, *names)
+    for name, path in _MEANS[score.measure].items():
+        _add_row(table, name, sides, path)
+    table.add_row("images/s", *(f"{side['images_per_second']:.2f}" for side in sides))
+    if len(sides) > 1:
+        same = (f"{side['agreement']:.4%}" for side in sides)
+        table.add_row(f"same {score.unit} as the first", *same)
+    console.print(table)
+
+
+def _add_row(table: Table, name: str, sides: list[Any], path: tuple[Any, ...]) -> None:
+    """A row of what is at a place of each side's report, if it is in one."""
+    *parts, key = path
+    found = [reduce(lambda at, part: at and at[part], parts, side) for side in sides]
+    if any(part and key in part for part in found):
+        values = (part and part.get(key) for part in found)
+        table.add_row(name, *("–" if value is None else f"{value:.4f}" for value in values))
+
+
+def _remarks(checked: Annotations) -> list[str]:
+    """What is left out of the scores, and what is odd, for the terminal."""
+    lines = []
     for title, findings, most in (
         ("left out", checked.left_out, _NAMED),
         ("counted, but odd", checked.noted, _ODD),
     ):
-        for finding in findings[:most]:
-            console.print(f"{title}: {finding}", markup=False, highlight=False, soft_wrap=True)
+        lines += [f"{title}: {finding}" for finding in findings[:most]]
         if len(findings) > most:
-            rest = f"{title}: {len(findings) - most} more, which --json lists."
-            console.print(rest, markup=False, highlight=False)
+            lines.append(f"{title}: {len(findings) - most} more, which --json lists.")
+    return lines
 
 
 def _closing(checked: Annotations) -> str:
@@ -406,7 +391,3 @@ def _closing(checked: Annotations) -> str:
         f"{title}: {', '.join(counted(findings))}" for title, findings in kinds.items() if findings
     ]
     return "; ".join(parts) + "." if parts else ""
-
-
-def _text(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.4f}"

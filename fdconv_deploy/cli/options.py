@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from fdconv_deploy.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    from rich.console import Console
 
     from fdconv_deploy.evaluation.compare import Target
     from fdconv_deploy.runtime import MultiScale, Session
@@ -146,13 +145,16 @@ def ran_by(session: Session | Result) -> str:
     return f"Run by {session.backend}{operators}."
 
 
-def print_operators(console: Console, targets: Iterable[Target[Any]]) -> None:
+def say(text: str, console: Console | None = None) -> None:
+    """Print text as it is, on one line however long: a path may look like markup."""
+    (console or Console()).print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def print_operators(targets: Iterable[Target]) -> None:
     """What ran the ``fdconv`` operators of each target, where that is a question."""
     for target in targets:
         if operators := target.details.get("operators"):
-            console.print(
-                f"{target.name}: {operators}.", markup=False, highlight=False, soft_wrap=True
-            )
+            say(f"{target.name}: {operators}.")
 
 
 def column_names(paths: list[str], details: list[str]) -> list[str]:

@@ -20,6 +20,7 @@ from fdconv_deploy.errors import ExportError
 from fdconv_deploy.evaluation.class_mapping import LabelRule
 from fdconv_deploy.evaluation.compare import evaluate
 from fdconv_deploy.evaluation.datasets import Pair, Samples
+from fdconv_deploy.evaluation.metrics import SemanticScore
 from fdconv_deploy.evaluation.targets import bundle_target, torch_target
 from fdconv_deploy.export.api import export_checkpoint
 from fdconv_deploy.export.validation.verdict import Verdict, refusal
@@ -75,20 +76,22 @@ def walk(folder: Path, console: Console) -> None:
         rows.append(("largest error, of the largest logit", f"{_worst(verdict):.1e}"))
         with step(f"score and time all on {len(pictures)} held-out images, taking turns"):
             pairs = [Pair(picture, labels) for picture, labels in held_out()]
-            size = (height, width)
+            sizes = [(height, width)]
             baseline = load_segmentor(plain_checkpoint(), require_fdconv=False)
             targets = [
-                torch_target(network, checkpoint, size=size),
-                torch_target(baseline, plain_checkpoint(), size=size),
+                torch_target(network, checkpoint, sizes=sizes),
+                torch_target(baseline, plain_checkpoint(), sizes=sizes),
                 bundle_target(session),
             ]
             with Bystanders() as others:
-                found = evaluate(targets, Samples(pairs, LabelRule(len(session.classes))))
+                samples = Samples(pairs, LabelRule(len(session.classes)))
+                found = evaluate(targets, samples, SemanticScore)
         eager, plain, exported = found.results
+        sides = {"PyTorch": eager, "bundle": exported, "baseline in PyTorch": plain}
+        for side, result in sides.items():
+            score = result.score.summary()["mean_iou"]
+            rows.append((f"held-out mIoU, {side}", f"{score:.4f}"))
         rows += [
-            ("held-out mIoU, PyTorch", f"{eager.scores.mean_iou:.4f}"),
-            ("held-out mIoU, bundle", f"{exported.scores.mean_iou:.4f}"),
-            ("held-out mIoU, baseline in PyTorch", f"{plain.scores.mean_iou:.4f}"),
             ("PyTorch, published form", f"{1e3 * np.median(eager.inference):.0f} ms an image"),
             ("bundle", f"{1e3 * np.median(exported.inference):.0f} ms an image"),
             ("bundle vs. PyTorch", say_ratio(exported.inference, eager.inference)),

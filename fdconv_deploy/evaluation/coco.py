@@ -15,6 +15,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +25,14 @@ from numpy.typing import NDArray
 from fdconv_deploy.checkpoints.config_parser import printable
 from fdconv_deploy.evaluation.coco_annotations import Annotations, Image, read_annotations
 from fdconv_deploy.evaluation.datasets import DatasetError
+from fdconv_deploy.evaluation.metrics import Score, defined
+from fdconv_deploy.runtime import Detection
+from fdconv_deploy.runtime.detection import SHOWN_SCORE
 from fdconv_deploy.runtime.images import image_size, read_image
 
 Kind = Literal["bbox", "segm"]
+# Two objects of one class are the same from this intersection over union on.
+_SAME = 0.9
 # Of a character beyond 16 bits, of which JSON may hold one half.
 _ESCAPED_HALF = re.compile(r"\\u[dD]")
 
@@ -302,11 +308,124 @@ class AveragePrecision:
 
     def as_dict(self) -> dict[str, float | None]:
         """For JSON, without the classes; scores that are not defined are null."""
+        return {name: defined(value) for name, value in vars(self).items() if name != "classes"}
+
+
+class DetectionScore(Score[CocoSample, Detection]):
+    """A detector's box and mask AP, of all the objects that it gives.
+
+    Args:
+        data: what is annotated.
+        classes: of the detector, by name.
+
+    Attributes:
+        found: objects, as COCO's result files have them.
+
+    Raises:
+        DatasetError: the data has no category of some class's name, or two.
+    """
+
+    measure, unit = "AP", "objects"
+
+    def __init__(self, data: CocoSet, classes: Sequence[str]) -> None:
+        self.found: list[dict[str, Any]] = []
+        self._data, self._categories = data, data.category_ids(classes)
+        self._has_masks = data.has_masks
+
+    def add(self, sample: CocoSample, found: Detection) -> None:
+        """Count one image."""
+        self._has_masks &= found.has_masks
+        self.found += coco_results(found, sample.number, self._categories, self._has_masks)
+
+    def same(self, found: Detection, first: Detection) -> tuple[int, int]:
+        """Objects scored 0.3 or more with a partner of the same class in the other; and all.
+
+        Partners have an IoU of 0.9 or more.
+        """
+        ours, theirs = found.kept(SHOWN_SCORE), first.kept(SHOWN_SCORE)
+        return 2 * _pairs(ours, theirs), len(ours) + len(theirs)
+
+    @cached_property
+    def boxes(self) -> AveragePrecision:
+        """Box AP."""
+        return average_precision(self._data, self.found, self._categories, "bbox")
+
+    @cached_property
+    def masks(self) -> AveragePrecision | None:
+        """Mask AP; None where the detector or the data has no masks."""
+        if not self._has_masks:
+            return None
+        return average_precision(self._data, self.found, self._categories, "segm")
+
+    def truth(self) -> dict[str, Any]:
+        """The number of objects, and what of the annotations is left out, or is odd."""
+        objects, checked = self._data.truth["annotations"], self._data.checked
         return {
-            name: None if math.isnan(value) else value
-            for name, value in vars(self).items()
-            if name != "classes"
+            "objects": len(objects),
+            "crowds": sum(entry["iscrowd"] for entry in objects),
+            "left_out": [vars(finding) for finding in checked.left_out],
+            "noted": [vars(finding) for finding in checked.noted],
         }
+
+    def summary(self) -> dict[str, Any]:
+        """Box and mask scores, the latter null without masks, and the number of objects found."""
+        return {
+            "box": self.boxes.as_dict(),
+            "mask": self.masks and self.masks.as_dict(),
+            "objects": len(self.found),
+        }
+
+    def by_class(self) -> list[dict[str, Any]]:
+        """Box AP and, with masks, mask AP."""
+        kinds = {"box_ap": self.boxes, "mask_ap": self.masks}
+        scores = {kind: score.classes for kind, score in kinds.items() if score}
+        rows = zip(*scores.values(), strict=True)
+        return [dict(zip(scores, map(defined, row), strict=True)) for row in rows]
+
+
+def coco_results(
+    found: Detection, image: int, categories: Sequence[int], masks: bool
+) -> list[dict[str, Any]]:
+    """Objects found in an image, as COCO's result files have them.
+
+    Args:
+        found: in one image.
+        image: the image's id.
+        categories: each class's category id.
+        masks: whether to add ``segmentation``.
+    """
+    places = zip(found.labels.tolist(), _sides(found), found.scores.tolist(), strict=True)
+    rows: list[dict[str, Any]] = [
+        {"image_id": image, "category_id": categories[label], "bbox": box, "score": score}
+        for label, box, score in places
+    ]
+    if masks:
+        for row, rle in zip(rows, found.rle(), strict=True):
+            row["segmentation"] = rle
+    return rows
+
+
+def _sides(found: Detection) -> list[list[float]]:
+    """Boxes as COCO has them: [x, y, width, height]."""
+    boxes = found.boxes
+    sides: list[list[float]] = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]).tolist()
+    return sides
+
+
+def _pairs(ours: Detection, theirs: Detection) -> int:
+    """How many objects of one have a partner in the other, each in one pair at most."""
+    if not len(ours) or not len(theirs):
+        return 0
+    from pycocotools import mask
+
+    overlap = mask.iou(_sides(ours), _sides(theirs), [0] * len(theirs))
+    overlap[ours.labels[:, None] != theirs.labels] = 0
+    pairs = 0
+    while overlap.max() >= _SAME:
+        row, column = np.unravel_index(overlap.argmax(), overlap.shape)
+        overlap[row], overlap[:, column] = 0, 0
+        pairs += 1
+    return pairs
 
 
 def average_precision(

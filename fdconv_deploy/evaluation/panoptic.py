@@ -8,6 +8,7 @@ not missed, and what lies mostly on a crowd of its class, or where there is no t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,12 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from fdconv_deploy.evaluation.datasets import DatasetError
+from fdconv_deploy.evaluation.metrics import Score, defined
 from fdconv_deploy.runtime.images import read_image
+from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 
 _OFFSET = 1 << 24  # beyond every segment of a PNG
+_NAMES = ("pq", "sq", "rq")
 Ids = NDArray[np.integer]
 
 
@@ -177,37 +181,27 @@ class PanopticSet:
         return self.file_of(self._annotations[0].image_id)
 
 
-@dataclass(frozen=True)
-class Quality:
-    """PQ, and its factors: SQ, the mean IoU of pairs, and RQ, how many segments are in one."""
-
-    pq: float
-    sq: float
-    rq: float
-    classes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"pq": self.pq, "sq": self.sq, "rq": self.rq, "classes": self.classes}
-
-
-class PanopticCounts:
+class PanopticScore(Score[PanopticSample, PanopticSegmentation]):
     """Pairs, false and missed segments of each class, over any number of images.
 
-    Attributes:
-        iou: the sum over pairs, (classes,) float64; pairs, false, missed: (classes,) int64.
+    Args:
+        things: of each class, whether its segments are objects.
     """
 
-    def __init__(self, classes: int) -> None:
-        self.iou = np.zeros(classes)
-        self.pairs, self.false, self.missed = (np.zeros(classes, np.int64) for _ in range(3))
+    measure = "PQ"
 
-    def add(
-        self,
-        truth: Ids,
-        segments: Iterable[TrueSegment],
-        found: Ids,
-        labels: dict[int, int],
+    def __init__(self, things: Sequence[bool]) -> None:
+        self._things = np.array(things)
+        self._iou = np.zeros(len(things))  # the sum over pairs
+        self._pairs, self._false, self._missed = np.zeros((3, len(things)), np.int64)
+
+    def add(self, sample: PanopticSample, found: PanopticSegmentation) -> None:
+        """Count one image."""
+        labels = {segment.id: segment.label for segment in found.segments}
+        self.count(sample.ids, sample.segments, found.ids, labels)
+
+    def count(
+        self, truth: Ids, segments: Iterable[TrueSegment], found: Ids, labels: dict[int, int]
     ) -> None:
         """Count one image.
 
@@ -222,52 +216,52 @@ class PanopticCounts:
             truth.astype(np.int64).ravel() * _OFFSET + found.ravel(), return_counts=True
         )
         shared = {divmod(int(b), _OFFSET): int(n) for b, n in zip(both, counts, strict=True)}
-        areas: dict[int, int] = {}
-        true_areas: dict[int, int] = {}
+        areas, true_areas = Counter[int](), Counter[int]()
         for (one, other), count in shared.items():
-            true_areas[one] = true_areas.get(one, 0) + count
-            areas[other] = areas.get(other, 0) + count
+            true_areas[one] += count
+            areas[other] += count
         matched_true, matched = set(), set()
         for (one, other), count in shared.items():
             segment = true.get(one)
-            if segment is None or other not in labels or segment.is_crowd:
-                continue
-            if segment.label != labels[other]:
+            if segment is None or segment.is_crowd or segment.label != labels.get(other):
                 continue
             union = true_areas[one] + areas[other] - count - shared.get((0, other), 0)
             if 2 * count > union:
-                self.pairs[segment.label] += 1
-                self.iou[segment.label] += count / union
+                self._pairs[segment.label] += 1
+                self._iou[segment.label] += count / union
                 matched_true.add(one)
                 matched.add(other)
         crowds = {segment.label: one for one, segment in true.items() if segment.is_crowd}
         for one, segment in true.items():
             if one not in matched_true and not segment.is_crowd:
-                self.missed[segment.label] += 1
+                self._missed[segment.label] += 1
         for other, label in labels.items():
             if other in matched or other not in areas:
                 continue
             excused = shared.get((0, other), 0) + shared.get((crowds.get(label, -1), other), 0)
             if 2 * excused <= areas[other]:
-                self.false[label] += 1
+                self._false[label] += 1
 
-    @property
-    def seen(self) -> NDArray[np.bool_]:
-        """Which classes are in the truth or were found."""
-        return self.pairs + self.false + self.missed > 0
+    def summary(self) -> dict[str, Any]:
+        """PQ, SQ and RQ of all classes, of things and of stuff: means over those that count."""
+        found = self._qualities()
+        seen = ~np.isnan(found[:, 0])
+        every = np.ones_like(self._things)
+        scores = {}
+        for kind, chosen in (("all", every), ("things", self._things), ("stuff", ~self._things)):
+            which = seen & chosen
+            means = found[which].mean(0).tolist() if which.any() else (None,) * 3
+            scores[kind] = {**dict(zip(_NAMES, means, strict=True)), "classes": int(which.sum())}
+        return {"panoptic": scores}
 
-    def by_class(self) -> NDArray[np.float64]:
-        """PQ, SQ and RQ of each class, (classes, 3); 0 of classes that are not `seen`."""
-        all_ = self.pairs + 0.5 * self.false + 0.5 * self.missed
-        rq = np.divide(self.pairs, all_, out=np.zeros_like(self.iou), where=all_ > 0)
-        sq = np.divide(self.iou, self.pairs, out=np.zeros_like(self.iou), where=self.pairs > 0)
-        pq = np.divide(self.iou, all_, out=np.zeros_like(self.iou), where=all_ > 0)
-        return np.stack([pq, sq, rq], axis=1)
+    def by_class(self) -> list[dict[str, Any]]:
+        """PQ, SQ and RQ; all null of the last, which is of what is in no segment."""
+        rows = [*self._qualities().tolist(), (np.nan,) * 3]
+        return [dict(zip(_NAMES, map(defined, row), strict=True)) for row in rows]
 
-    def quality(self, chosen: Sequence[bool] | None = None) -> Quality:
-        """The mean over classes that are `seen`, of those ``chosen`` if given; NaN of none."""
-        which = self.seen if chosen is None else self.seen & np.array(chosen)
-        if not which.any():
-            return Quality(float("nan"), float("nan"), float("nan"), 0)
-        pq, sq, rq = self.by_class()[which].mean(0).tolist()
-        return Quality(pq, sq, rq, int(which.sum()))
+    def _qualities(self) -> NDArray[np.float64]:
+        """PQ, SQ and RQ of each class, (classes, 3); NaN of what is not true and was not found."""
+        segments = self._pairs + (self._false + self._missed) / 2
+        segments[segments == 0] = np.nan
+        sq = np.where(segments > 0, self._iou / np.maximum(self._pairs, 1), np.nan)
+        return np.stack([self._iou / segments, sq, self._pairs / segments], axis=1)

@@ -10,19 +10,27 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.config import SIZE_DIVISOR, DetectorConfig, SegmentorConfig
+from fdconv_deploy.config import DetectorConfig, SegmentorConfig
 from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.evaluation.compare import Answer, Labels, Target
+from fdconv_deploy.evaluation.compare import Found, Target
 from fdconv_deploy.runtime import Detection, Session, open_session
-from fdconv_deploy.runtime.bundle import bundles_and_checkpoints
+from fdconv_deploy.runtime.bundle_checks import bundles_and_checkpoints
+from fdconv_deploy.runtime.detection import DetectionPipeline
 from fdconv_deploy.runtime.manifest import Fit
-from fdconv_deploy.runtime.preprocessing import best_size, check_image, published_input
+from fdconv_deploy.runtime.panoptic import PanopticPipeline, PanopticSegmentation
+from fdconv_deploy.runtime.preprocessing import (
+    best_size,
+    check_image,
+    published_detector_input,
+    published_segmentor_input,
+)
 from fdconv_deploy.runtime.segmentation import (
     Mode,
     MultiScale,
@@ -35,13 +43,32 @@ if TYPE_CHECKING:
     from fdconv_deploy.nn import Segmentor
     from fdconv_deploy.nn.detection import Detector
 
+Size = tuple[int, int]
+Task = Literal["labels", "objects", "segments"]
+"""What networks are asked for: classes of pixels, objects, or panoptic segments."""
+
+# What each kind of network can be asked for, and what it is scored on.
+_KINDS: dict[str, tuple[tuple[Task, ...], str]] = {
+    "segmentor": (("labels",), "masks: give --images and --masks"),
+    "detector": (
+        ("objects",),
+        "objects annotated as COCO's: give --annotations and --images, or a --data folder of "
+        "COCO's layout",
+    ),
+    "panoptic network": (
+        ("segments", "objects"),
+        "COCO's panoptic files: give --annotations (the JSON), --masks (the folder of its PNGs) "
+        "and --images; its objects are, on COCO's instances: give --annotations (their JSON) and "
+        "--images",
+    ),
+}
+
 
 @contextmanager
 def open_targets(
     paths: Sequence[Path],
+    task: Task,
     *,
-    detectors: bool = False,
-    panoptic: bool = False,
     mode: Mode | None = None,
     fit: Fit | None = None,
     backend: str | None = None,
@@ -50,7 +77,7 @@ def open_targets(
     overrides: Mapping[str, Any] | None = None,
     weights: str | None = None,
     scales: MultiScale | None = None,
-) -> Iterator[list[Target[Any]]]:
+) -> Iterator[list[Target]]:
     """The targets, in order, while the context lasts.
 
     Beside a bundle, checkpoints see images at the first bundle's size, fitted as it fits them, so
@@ -59,9 +86,7 @@ def open_targets(
 
     Args:
         paths: bundles' folders and checkpoint files.
-        detectors: whether all must give objects, as detectors and panoptic networks do, and be
-            asked for them; or else be segmentors.
-        panoptic: whether all must be segmentors that answer with segments.
+        task: what all are asked for.
         mode: of segmentors, "whole" or "slide"; what each was tested in when not given.
         fit: of segmentors' bundles, and of checkpoints beside them; the first bundle's own when
             not given.
@@ -74,7 +99,8 @@ def open_targets(
         scales: of segmentors, at which sizes each image is looked at, if at several.
 
     Raises:
-        FDConvError: a path is missing, cannot be opened, or an option is of no use here.
+        FDConvError: a path is missing or cannot be opened, a network does not do the task, or an
+            option is of no use here.
     """
     paths = bundles_and_checkpoints(paths)
     bundles = [path for path in paths if path.is_dir()]
@@ -88,100 +114,71 @@ def open_targets(
             path: stack.enter_context(open_session(path, backend or "auto", threads=threads))
             for path in bundles
         }
-        for path, session in sessions.items():
-            _check_kind(path, session, detectors, panoptic)
-        first = next(iter(sessions.values()), None)
+        beside = sessions[bundles[0]].bundle.manifest if bundles else None
         targets = []
         for path in paths:
             if path in sessions:
-                described = sessions[path].bundle.manifest.architecture
+                manifest = sessions[path].bundle.manifest
                 target = bundle_target(sessions[path], mode=mode, fit=fit, scales=scales)
-                targets.append(_of_objects(target, described) if detectors else target)
+                targets.append(_asked(target, manifest.architecture or manifest.detector, task))
                 continue
-            from fdconv_deploy.checkpoints import load_checkpoint, load_segmentor
+            from fdconv_deploy.checkpoints import load_checkpoint
             from fdconv_deploy.checkpoints.loading import recorded_weights
 
             if threads is not None:
                 import torch
 
                 torch.set_num_threads(threads)
-            recorded = recorded_weights(first.bundle.manifest, path) if first else None
-            network = (load_checkpoint if detectors else load_segmentor)(
+            network = load_checkpoint(
                 path,
                 config=config,
                 overrides=overrides,
-                weights=weights or recorded,
+                weights=weights or (recorded_weights(beside, path) if beside else None),
                 require_fdconv=False,
             )
-            size, *others = first.sizes if first else (None,)
-            own = first.bundle.manifest.fit if first else "stretch"
-            architecture = network.architecture
-            described = architecture if isinstance(architecture, SegmentorConfig) else None
             target = torch_target(
                 network,
                 path,
-                size=size,
-                other_sizes=others,
+                sizes=beside.sizes if beside else (),
                 mode=mode,
-                fit=fit or own,
+                fit=fit or (beside.fit if beside else "stretch"),
                 scales=scales,
             )
-            targets.append(_of_objects(target, described) if detectors else target)
+            targets.append(_asked(target, network.architecture, task))
         yield targets
 
 
-def _of_objects(target: Target[Any], segmentor: SegmentorConfig | None) -> Target[Detection]:
-    """A target asked for objects: a panoptic network's instances, of the classes of things.
+def _asked(target: Target, network: SegmentorConfig | DetectorConfig | None, task: Task) -> Target:
+    """The target as the task asks it.
 
-    Args:
-        target: of a detector or a segmentor.
-        segmentor: None of a detector.
+    Raises:
+        FDConvError: it does something else.
     """
-    if segmentor is None:
+    panoptic = network.panoptic if isinstance(network, SegmentorConfig) else None
+    kind = "detector" if isinstance(network, DetectorConfig) else "segmentor"
+    tasks, scored_on = _KINDS["panoptic network" if panoptic else kind]
+    if task not in tasks:
+        kind = f"{kind} of panoptic segments" if panoptic else kind
+        raise FDConvError(f"{target.name} is of a {kind}, which is scored on {scored_on}.")
+    if task != "objects" or panoptic is None:
         return target
-    rule = segmentor.panoptic
-    if rule is None or not rule.instance_on:
+    if not panoptic.instance_on:
         raise FDConvError(
-            f"{target.name} gives no objects, which --annotations alone score: it is a segmentor"
-            + ("" if rule is None else " of panoptic segments, with panoptic.instance_on off")
-            + ". Give --images and --masks"
-            + ("." if rule is None else ", and --annotations.")
+            f"{target.name} is of panoptic segments, with panoptic.instance_on off: it gives no "
+            "objects, which --annotations alone score. Give --masks as well."
         )
-    things = sorted(rule.thing_classes)
-    names = class_names(segmentor)
-    label_of = np.full(len(names), -1)
+    things = sorted(panoptic.thing_classes)
+    label_of = np.full(len(target.classes), -1)
     label_of[things] = range(len(things))
 
-    def instances(image: NDArray[Any]) -> Answer[Detection]:
-        answer = target.answer(image)
-        found = answer.found.instances
-        return replace(answer, found=replace(found, labels=label_of[found.labels]))
+    def instances(image: NDArray[Any]) -> Detection:
+        answer = cast("PanopticSegmentation", target.answer(image))
+        found = answer.instances
+        assert found is not None
+        return replace(found, labels=label_of[found.labels], timings=answer.timings)
 
-    return replace(target, answer=instances, classes=tuple(names[thing] for thing in things))
-
-
-def _check_kind(path: Path, session: Session, detectors: bool, panoptic: bool) -> None:
-    if panoptic and not session.panoptic:
-        raise FDConvError(
-            f"The bundle {path} gives no panoptic segments, which --annotations with --masks "
-            "score. Of a detector give --annotations alone, of another segmentor --masks alone."
-        )
-    if session.panoptic and not panoptic and not detectors:
-        raise FDConvError(
-            f"The bundle {path} gives panoptic segments, which are scored on COCO's panoptic "
-            "files: give --annotations (the JSON), --masks (the folder of its PNGs) and --images; "
-            "its objects are, on COCO's instances: give --annotations (their JSON) and --images."
-        )
-    if detectors and not (session.detects or session.panoptic):
-        raise FDConvError(
-            f"The bundle {path} is of a {session.bundle.manifest.kind}, not of a detector, which "
-            "alone is scored on annotated objects. Give --images and --masks."
-        )
-    if session.detects and not detectors:
-        raise FDConvError(
-            f"The bundle {path} is of a detector, which is scored on objects annotated as COCO's: "
-            "give --annotations and --images, or a --data folder of COCO's layout."
-        )
+    classes = tuple(target.classes[thing] for thing in things)
+    return replace(target, answer=instances, classes=classes)
 
 
 def bundle_target(
@@ -190,7 +187,7 @@ def bundle_target(
     mode: Mode | None = None,
     fit: Fit | None = None,
     scales: MultiScale | None = None,
-) -> Target[Any]:
+) -> Target:
     """A bundle's target.
 
     Args:
@@ -209,18 +206,10 @@ def bundle_target(
         details["mode"] = mode or session.segmentation.mode
         details |= scales.as_dict() if scales else {}
 
-    def segment(image: NDArray[Any]) -> Answer[Any]:
-        found: Any = session.segment(image, mode=mode, fit=fit, scales=scales)
-        answer = found if session.panoptic else found.labels
-        return Answer(answer, found.timings["inference"])
-
-    def detect(image: NDArray[Any]) -> Answer[Detection]:
-        found = session.detect(image)
-        return Answer(found, found.timings["inference"])
-
+    segment = partial(session.segment, mode=mode, fit=fit, scales=scales)
     return Target(
         str(session.bundle.path),
-        detect if session.detects else segment,
+        session.detect if session.detects else segment,
         session.classes,
         {**details, "size": list(session.input_size)},
         session.preprocessing,
@@ -231,69 +220,77 @@ def torch_target(
     network: Segmentor | Detector,
     path: Path,
     *,
-    size: tuple[int, int] | None = None,
-    other_sizes: Sequence[tuple[int, int]] = (),
+    sizes: Sequence[Size] = (),
     mode: Mode | None = None,
     fit: Fit = "stretch",
     scales: MultiScale | None = None,
-) -> Target[Any]:
+) -> Target:
     """The published network's target.
 
     Args:
         network: in eval mode.
         path: where it comes from, for the report.
-        size: (height, width) that images are brought to, a bundle's; when not given, each image
-            is resized (and padded) as the published pipeline does it, and ``slide`` uses the crop
-            that the network was tested with.
-        other_sizes: of the same bundle; an image takes that nearest to its proportions.
+        sizes: (height, width) that images are brought to, a bundle's: each that nearest to its
+            proportions. Without any, each image is resized (and padded) as the published pipeline
+            does it, and ``slide`` uses the crop that the network was tested with.
         mode: of a segmentor, "whole" or "slide"; what it was tested in when not given.
-        fit: how images of another aspect ratio are brought to ``size``.
+        fit: how images of another aspect ratio are brought to a size.
         scales: of a segmentor, at which sizes each image is looked at, if at several.
 
     Raises:
-        FDConvError: ``slide`` is asked for, and neither ``size`` nor a crop is known.
+        FDConvError: ``slide`` is asked for, and neither a size nor a crop is known.
     """
-    from fdconv_deploy.nn.detection import Detector
+    from fdconv_deploy.nn import Segmentor
 
-    sizes = () if size is None else (size, *other_sizes)
+    config = network.architecture
     details: dict[str, Any] = {
         "kind": "checkpoint", "backend": "pytorch", "precision": "fp32"
     }  # fmt: skip
-    architecture = network.architecture
-    if isinstance(network, Detector):
-        answer, mode = _in_one_run(network, sizes, fit), None
-    elif network.architecture.panoptic is not None:
-        answer, mode = _in_one_run(network, sizes, fit), "whole"
-    else:
-        test = network.architecture.test
-        mode, crop = mode or test.mode, size or test.crop_size
-        answer = _labels(network, sizes, crop if mode == "slide" else None, mode, fit, scales)
-        size = crop if mode == "slide" else size
+    size = sizes[0] if sizes else None
+    answer = _in_one_run(network, sizes, fit)
+    if isinstance(config, SegmentorConfig):
+        details["mode"] = "whole"
+    if isinstance(network, Segmentor) and network.architecture.panoptic is None:
+        details["mode"] = mode or network.architecture.test.mode
         details |= scales.as_dict() if scales else {}
-    if mode is not None:
-        details["mode"] = mode
+        sliding = details["mode"] == "slide"
+        if sliding:
+            size = size or network.architecture.test.crop_size
+        if sliding and size is None:
+            raise FDConvError(
+                "The network records no crop to slide. Give the config it was tested with: "
+                "--config."
+            )
+        if sliding or scales:
+            answer = _in_several_runs(network, sizes, fit, size if sliding else None, scales)
     details["size"] = None if size is None else list(size)
-    classes = class_names(architecture)
-    return Target(str(path), answer, classes, details, architecture.preprocessing)
+    return Target(str(path), answer, class_names(config), details, config.preprocessing)
 
 
 def _in_one_run(
-    network: Segmentor | Detector, sizes: Sequence[tuple[int, int]], fit: Fit
-) -> Callable[[NDArray[Any]], Answer[Any]]:
-    """What runs the network, in eval mode, once on each image.
-
-    It is brought to one of ``sizes``, or where there are none to what is published.
-    """
+    network: Segmentor | Detector, sizes: Sequence[Size], fit: Fit
+) -> Callable[[NDArray[Any]], Found]:
+    """What runs the network once on each image, as published where there are no ``sizes``."""
     import torch
 
-    architecture = network.architecture
-    how, detects = architecture.preprocessing, isinstance(architecture, DetectorConfig)
+    config = network.architecture
+    how = config.preprocessing
 
-    def answer(image: NDArray[Any]) -> Answer[Any]:
+    def pipeline(sizes: Sequence[Size]) -> SegmentationPipeline | DetectionPipeline:
+        if isinstance(config, DetectorConfig):
+            return DetectionPipeline(config, sizes)
+        kind = SegmentationPipeline if config.panoptic is None else PanopticPipeline
+        return kind(config, sizes, fit)
+
+    published = (
+        published_detector_input
+        if isinstance(config, DetectorConfig)
+        else published_segmentor_input
+    )
+
+    def answer(image: NDArray[Any]) -> Found:
         height, width = check_image(image, how).shape[:2]
-        shape = (height, width)
-        published = published_input(shape, how, SIZE_DIVISOR if detects else None)
-        steps = make_pipeline(architecture, sizes or [published], fit)
+        steps = pipeline(sizes or [published((height, width), how)])
         prepared = steps.prepare(image)
         inputs = [torch.from_numpy(array[None]) for array in prepared.inputs.values()]
         start = time.perf_counter()
@@ -302,45 +299,31 @@ def _in_one_run(
         spent = time.perf_counter() - start
         tensors = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         found = zip(network.output_names, (tensor[0].numpy() for tensor in tensors), strict=True)
-        return Answer(steps.finish(prepared, dict(found), spent), spent)
+        return steps.finish(prepared, dict(found), spent)
 
     return answer
 
 
-def _labels(
+def _in_several_runs(
     network: Segmentor,
-    sizes: Sequence[tuple[int, int]],
-    crop: tuple[int, int] | None,
-    mode: Mode,
+    sizes: Sequence[Size],
     fit: Fit,
+    crop: Size | None,
     scales: MultiScale | None,
-) -> Callable[[NDArray[Any]], Answer[Labels]]:
-    """What finds the classes of an image's pixels; ``crop`` is that of mode "slide"."""
+) -> Callable[[NDArray[Any]], Found]:
+    """What slides a crop over each image, or without one looks at it at several scales."""
     import torch
-
-    architecture = network.architecture
-    if mode == "slide" and crop is None:
-        raise FDConvError(
-            "The network records no crop to slide. Give the config it was tested with: --config."
-        )
-    whole = _in_one_run(network, sizes, fit)
 
     def run(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
             return network(torch.from_numpy(inputs)).numpy()
 
-    def answer(image: NDArray[Any]) -> Answer[Labels]:
-        if crop is None and scales is None:
-            once = whole(image)
-            return Answer(once.found.labels, once.inference)
-        if crop is None:
-            assert scales is not None
-            base = best_size((image.shape[0], image.shape[1]), sizes) if sizes else None
-            pipeline = SegmentationPipeline(architecture, sizes, fit)
-            found = pipeline.at_scales(image, scales, run, base)
-        else:
-            pipeline = SegmentationPipeline(architecture, [crop], fit)
-            found = pipeline.slide(image, run, 1, scales=scales, any_size=not sizes)
-        return Answer(found.labels, found.timings["inference"])
+    pipeline = SegmentationPipeline(network.architecture, [crop] if crop else sizes, fit)
+
+    def answer(image: NDArray[Any]) -> Found:
+        if crop or scales is None:
+            return pipeline.slide(image, run, 1, scales=scales, any_size=not sizes)
+        base = best_size((image.shape[0], image.shape[1]), sizes) if sizes else None
+        return pipeline.at_scales(image, scales, run, base)
 
     return answer

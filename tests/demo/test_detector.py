@@ -121,7 +121,7 @@ def test_the_bundle_finds_what_the_network_finds(session, network):
 def test_average_precision_is_the_same_after_export(result):
     before, after = result.results
     for kind in ("boxes", "masks"):
-        first, second = getattr(before, kind), getattr(after, kind)
+        first, second = getattr(before.score, kind), getattr(after.score, kind)
         assert second.ap == pytest.approx(first.ap, abs=1e-4)
         assert second.classes == pytest.approx(first.classes, abs=1e-4)
     assert after.agreement == 1.0

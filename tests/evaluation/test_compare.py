@@ -12,10 +12,12 @@ from fdconv_deploy.config import TestMode
 from fdconv_deploy.demo import held_out, packaged_checkpoint
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.class_mapping import LabelRule
-from fdconv_deploy.evaluation.compare import Answer, Target, evaluate
+from fdconv_deploy.evaluation.compare import Target, evaluate
 from fdconv_deploy.evaluation.datasets import DatasetError, Sample, Samples, find_pairs
+from fdconv_deploy.evaluation.metrics import SemanticScore
 from fdconv_deploy.evaluation.targets import bundle_target, torch_target
-from fdconv_deploy.runtime import open_session
+from fdconv_deploy.runtime import Segmentation, open_session
+from tests.evaluation.answers import labelled
 from tests.reference.segmentor import predict
 
 NAMES = ("road", "sky", "car", "tree")
@@ -34,17 +36,17 @@ def made_up(count: int = 5, size: tuple[int, int] = (7, 9)) -> list[Sample]:
 def reading(channel: int, log: list[str] | None = None, name: str = "target") -> Target:
     """A target that answers one of the image's channels."""
 
-    def answer(image: np.ndarray) -> Answer:
+    def answer(image: np.ndarray) -> Segmentation:
         if log is not None:
             log.append(name)
-        return Answer(image[:, :, channel], 0.5)
+        return labelled(image[:, :, channel], 0.5)
 
     return Target(name, answer, NAMES, {"backend": "none", "mode": "whole"})
 
 
 def test_scores_are_those_of_a_plain_loop():
     samples = made_up()
-    evaluation = evaluate([reading(0)], samples)
+    evaluation = evaluate([reading(0)], samples, SemanticScore)
     hits, true, found = np.zeros(4), np.zeros(4), np.zeros(4)
     for sample in samples:
         for y in range(sample.truth.shape[0]):
@@ -57,10 +59,11 @@ def test_scores_are_those_of_a_plain_loop():
                 hits[t] += t == p
     (result,) = evaluation.results
     expected = hits / (true + found - hits)
-    assert result.scores.iou == pytest.approx(expected.tolist())
-    assert result.scores.mean_iou == pytest.approx(expected.mean())
-    assert result.scores.pixel_accuracy == pytest.approx(hits.sum() / true.sum())
-    assert evaluation.pixels == true.sum()
+    scores = result.score.scores
+    assert scores.iou == pytest.approx(expected.tolist())
+    assert scores.mean_iou == pytest.approx(expected.mean())
+    assert scores.pixel_accuracy == pytest.approx(hits.sum() / true.sum())
+    assert evaluation.truth == {"pixels": true.sum()}
     assert evaluation.images == 5
 
 
@@ -68,7 +71,7 @@ def test_targets_take_turns_and_see_the_first_image_once_before():
     log: list[str] = []
     done: list[int] = []
     targets = [reading(0, log, "a"), reading(1, log, "b"), reading(0, log, "c")]
-    evaluation = evaluate(targets, made_up(4), progress=done.append)
+    evaluation = evaluate(targets, made_up(4), SemanticScore, progress=done.append)
     assert log == list("abc" + "abc" + "bca" + "cab" + "abc")
     assert done == [1, 2, 3, 4]
     assert [len(result.seconds) for result in evaluation.results] == [4, 4, 4]
@@ -78,7 +81,7 @@ def test_targets_take_turns_and_see_the_first_image_once_before():
 
 def test_the_report_says_what_is_not_defined():
     samples = [Sample("a", np.zeros((2, 3, 3), np.uint8), np.zeros((2, 3), np.int64))]
-    report = evaluate([reading(0)], samples).as_dict()
+    report = evaluate([reading(0)], samples, SemanticScore).as_dict()
     (side,) = report["sides"]
     assert side["classes"][0] == {"name": "road", "iou": 1.0, "accuracy": 1.0, "pixels": 6}
     assert side["classes"][1]["iou"] is None
@@ -89,11 +92,11 @@ def test_the_report_says_what_is_not_defined():
 
 def test_what_cannot_be_scored_is_refused():
     blank = [Sample("a", np.zeros((2, 3, 3), np.uint8), np.full((2, 3), -1))]
-    with pytest.raises(DatasetError, match="Of 1 images no pixel counts"):
-        evaluate([reading(0)], blank)
+    with pytest.raises(DatasetError, match="No pixel counts"):
+        evaluate([reading(0)], blank, SemanticScore)
     other = Target("other", reading(0).answer, NAMES[:2], {})
     with pytest.raises(DatasetError, match=r"target has 4 classes .* other 2 \(road, sky\)"):
-        evaluate([reading(0), other], made_up())
+        evaluate([reading(0), other], made_up(), SemanticScore)
 
 
 def test_a_bundle_beside_pytorch(streets):
@@ -103,11 +106,11 @@ def test_a_bundle_beside_pytorch(streets):
     with open_session(streets) as session:
         targets = [
             bundle_target(session),
-            torch_target(network, packaged_checkpoint(), size=session.input_size),
+            torch_target(network, packaged_checkpoint(), sizes=session.sizes),
             torch_target(network, packaged_checkpoint()),
         ]
-        evaluation = evaluate(targets, samples)
-    exported, eager, published = (result.scores for result in evaluation.results)
+        evaluation = evaluate(targets, samples, SemanticScore)
+    exported, eager, published = (result.score.scores for result in evaluation.results)
     assert exported.mean_iou == pytest.approx(eager.mean_iou, abs=1e-4)
     assert evaluation.results[1].agreement > 0.9999
     # At the size it was trained for, as the training record has it, and not at a smaller one.
@@ -128,7 +131,7 @@ def test_pytorch_targets_are_the_published_inference(sliding, mode):
     logits = predict(network, x, crop if mode == "slide" else TestMode(mode="whole"))
     logits = torch.nn.functional.interpolate(logits, (90, 150), mode="bilinear")
     expected = logits[0].argmax(0).numpy()
-    labels = torch_target(network, sliding[0], mode=mode).answer(image).found
+    labels = torch_target(network, sliding[0], mode=mode).answer(image).labels
     assert (labels == expected).mean() > 0.9995
     assert len(np.unique(expected)) > 1
 
@@ -144,13 +147,15 @@ def test_slide_beside_pytorch(sliding):
         network = load_checkpoint(checkpoint)
         targets = [
             bundle_target(session),
-            torch_target(network, checkpoint, size=session.input_size),
+            torch_target(network, checkpoint, sizes=session.sizes),
         ]
         assert [target.details["mode"] for target in targets] == ["slide", "slide"]
-        evaluation = evaluate(targets, samples)
-        whole = evaluate([bundle_target(session, mode="whole")], samples)
+        evaluation = evaluate(targets, samples, SemanticScore)
+        whole = evaluate([bundle_target(session, mode="whole")], samples, SemanticScore)
     assert evaluation.results[1].agreement > 0.999
-    assert not np.array_equal(whole.results[0].confusion, evaluation.results[0].confusion)
+    assert not np.array_equal(
+        whole.results[0].score.confusion, evaluation.results[0].score.confusion
+    )
 
 
 def test_a_network_without_a_crop_cannot_slide():
@@ -166,4 +171,4 @@ def test_classes_in_another_order_are_shown_where_they_differ():
         Target("two", answer, tuple("abcedf"), {}),
     ]
     with pytest.raises(DatasetError, match=r"one has 6 .* \(…, b, c, d, …\).* 6 \(…, b, c, e, …\)"):
-        evaluate(targets, made_up())
+        evaluate(targets, made_up(), SemanticScore)

@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from examples.streets.instances import CLASSES
-from fdconv_deploy.evaluation.coco import CocoSet, find_coco, read_coco
-from fdconv_deploy.evaluation.compare import Answer, Target, coco_results, evaluate_detectors
+from fdconv_deploy.evaluation.coco import (
+    CocoSet,
+    DetectionScore,
+    coco_results,
+    find_coco,
+    read_coco,
+)
+from fdconv_deploy.evaluation.compare import Evaluation, Target, evaluate
 from fdconv_deploy.evaluation.datasets import DatasetError
 from fdconv_deploy.evaluation.targets import bundle_target
 from fdconv_deploy.runtime import Detection, open_session
@@ -26,16 +33,18 @@ def data(street_set: Path) -> CocoSet:
     return read_coco(*found)
 
 
-def target(
-    change: Callable[[Detection], Detection] = lambda d: d, name: str = "target"
-) -> Target[Detection]:
+def target(change: Callable[[Detection], Detection] = lambda d: d, name: str = "target") -> Target:
     """One that knows the drawn scenes, and answers with them after ``change``."""
     known = {image.tobytes(): as_found(things, image.shape[:2]) for image, things in drawn()}
 
-    def answer(image: np.ndarray) -> Answer[Detection]:
-        return Answer(change(known[image.tobytes()]), 0.1)
+    def answer(image: np.ndarray) -> Detection:
+        return change(known[image.tobytes()])
 
     return Target(name, answer, CLASSES, {"backend": "none", "precision": "fp32"})
+
+
+def evaluate_detectors(targets: list[Target], data: CocoSet) -> Evaluation:
+    return evaluate(targets, data, partial(DetectionScore, data))
 
 
 def scored(data: CocoSet, *changes: Callable[[Detection], Detection]):
@@ -45,22 +54,22 @@ def scored(data: CocoSet, *changes: Callable[[Detection], Detection]):
 def test_what_was_drawn_scores_one(data: CocoSet) -> None:
     evaluation = scored(data, lambda d: d)
     (result,) = evaluation.results
-    assert (evaluation.images, evaluation.objects) == (3, sum(len(t) for _, t in drawn()))
-    assert result.boxes.ap == pytest.approx(1)
-    assert result.boxes.ap50 == result.boxes.ap75 == pytest.approx(1)
-    assert result.masks is not None
-    assert result.masks.ap50 == pytest.approx(1)
-    assert result.masks.ap > 0.9  # masks of 84 cells
-    assert [c for c in result.boxes.classes if not math.isnan(c)] == pytest.approx([1, 1, 1])
+    assert (evaluation.images, evaluation.truth["objects"]) == (3, sum(len(t) for _, t in drawn()))
+    assert result.score.boxes.ap == pytest.approx(1)
+    assert result.score.boxes.ap50 == result.score.boxes.ap75 == pytest.approx(1)
+    assert result.score.masks is not None
+    assert result.score.masks.ap50 == pytest.approx(1)
+    assert result.score.masks.ap > 0.9  # masks of 84 cells
+    assert [c for c in result.score.boxes.classes if not math.isnan(c)] == pytest.approx([1, 1, 1])
     assert result.agreement == 1
 
 
 def test_wrong_masks_in_right_boxes(data: CocoSet) -> None:
     hollow = scored(data, lambda d: replace(d, mask_probabilities=d.mask_probabilities * 0))
     (result,) = hollow.results
-    assert result.boxes.ap == pytest.approx(1)
-    assert result.masks is not None
-    assert result.masks.ap == 0
+    assert result.score.boxes.ap == pytest.approx(1)
+    assert result.score.masks is not None
+    assert result.score.masks.ap == 0
 
 
 def test_one_object_of_two_scores_as_counted_by_hand(street_set: Path, data: CocoSet) -> None:
@@ -79,10 +88,10 @@ def test_one_object_of_two_scores_as_counted_by_hand(street_set: Path, data: Coc
         return replace(found, labels=np.ones_like(found.labels)).kept(most=2)
 
     first, second = evaluate_detectors([target(one), target(both)], two).results
-    assert first.boxes.ap == pytest.approx(51 / 101)
-    assert first.boxes.recall == pytest.approx(0.5)
-    assert second.boxes.ap == pytest.approx(1)
-    assert [math.isnan(value) for value in first.boxes.classes] == [True, False, True]
+    assert first.score.boxes.ap == pytest.approx(51 / 101)
+    assert first.score.boxes.recall == pytest.approx(0.5)
+    assert second.score.boxes.ap == pytest.approx(1)
+    assert [math.isnan(value) for value in first.score.boxes.classes] == [True, False, True]
     assert second.agreement == pytest.approx(2 / 3)  # one of one and one of two
 
 
@@ -90,15 +99,15 @@ def test_a_wrong_class_is_wrong(data: CocoSet) -> None:
     result, other = scored(
         data, lambda d: d, lambda d: replace(d, labels=(d.labels + 1) % 3)
     ).results
-    assert other.boxes.ap == pytest.approx(0, abs=0.05)
+    assert other.score.boxes.ap == pytest.approx(0, abs=0.05)
     assert other.agreement == 0
     assert result.agreement == 1
 
 
 def test_nothing_found(data: CocoSet) -> None:
     (result,) = scored(data, lambda d: d.kept(2.0)).results
-    assert result.boxes.ap == 0
-    assert result.objects == 0
+    assert result.score.boxes.ap == 0
+    assert len(result.score.found) == 0
     assert result.agreement == 1  # nothing is the same as nothing
     assert result.as_dict()["box"]["ap"] == 0
 
@@ -107,9 +116,9 @@ def test_areas_and_what_is_not_defined(data: CocoSet) -> None:
     (result,) = scored(data, lambda d: d).results
     areas = np.array([entry["area"] for entry in data.truth["annotations"]])
     for value, some in (
-        (result.boxes.small, (areas < 32**2).any()),
-        (result.boxes.medium, ((areas >= 32**2) & (areas < 96**2)).any()),
-        (result.boxes.large, (areas >= 96**2).any()),
+        (result.score.boxes.small, (areas < 32**2).any()),
+        (result.score.boxes.medium, ((areas >= 32**2) & (areas < 96**2)).any()),
+        (result.score.boxes.large, (areas >= 96**2).any()),
     ):
         assert math.isnan(value) != some
     told = result.as_dict()
@@ -120,10 +129,10 @@ def test_areas_and_what_is_not_defined(data: CocoSet) -> None:
 def test_targets_take_turns(data: CocoSet) -> None:
     log: list[str] = []
 
-    def logged(name: str) -> Target[Detection]:
+    def logged(name: str) -> Target:
         made = target(name=name)
 
-        def answer(image: np.ndarray) -> Answer[Detection]:
+        def answer(image: np.ndarray) -> Detection:
             log.append(name)
             return made.answer(image)
 
@@ -151,8 +160,8 @@ def test_a_bundle(data: CocoSet, detector: Path) -> None:
     told = evaluation.as_dict()
     assert told["sides"][0]["size"] == [64, 96]
     assert told["sides"][0]["backend"] == "onnxruntime-cpu"
-    assert result.objects > 0
-    assert 0 <= result.boxes.ap < 0.5  # it answers the same whatever it sees
+    assert len(result.score.found) > 0
+    assert 0 <= result.score.boxes.ap < 0.5  # it answers the same whatever it sees
 
 
 def test_other_classes(data: CocoSet) -> None:

@@ -64,7 +64,7 @@ def test_a_segmentor(tmp_path: Path, street_set: Path, monkeypatch, capfd) -> No
     toy.make_bundle(tmp_path / "s", batches=(1,))
     code, _, err = fdconv(monkeypatch, capfd, "evaluate", tmp_path / "s", "--data", street_set)
     assert code == 1
-    assert "is of a segmentor, not of a detector" in err
+    assert "is of a segmentor, which is scored on masks" in err
 
 
 def test_without_pycocotools(detector: Path, street_set: Path, monkeypatch, capfd) -> None:

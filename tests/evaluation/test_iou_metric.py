@@ -16,8 +16,10 @@ import pytest
 from PIL import Image
 
 from fdconv_deploy.evaluation.class_mapping import LabelRule
-from fdconv_deploy.evaluation.compare import Answer, Evaluation, Target, evaluate
+from fdconv_deploy.evaluation.compare import Evaluation, Target, evaluate
 from fdconv_deploy.evaluation.datasets import Pair, Samples
+from fdconv_deploy.evaluation.metrics import SemanticScore
+from tests.evaluation.answers import labelled
 
 CASES = Path(__file__).parents[1] / "real_packages" / "mmsegmentation" / "iou_metric"
 NAMES = sorted(path.parent.name for path in CASES.glob("*/scores.json"))
@@ -43,8 +45,8 @@ def scored(folder: Path, tmp_path: Path, told: dict[str, Any]) -> Evaluation:
     # The first image is answered twice: once before anything is timed.
     turn: Iterator[np.ndarray] = iter([answers[0], *answers])
     names = tuple(f"class {number}" for number in range(told["classes"]))
-    target = Target("answers", lambda image: Answer(next(turn), 0.1), names, {"backend": "none"})
-    return evaluate([target], samples)
+    target = Target("answers", lambda image: labelled(next(turn)), names, {"backend": "none"})
+    return evaluate([target], samples, SemanticScore)
 
 
 def test_there_is_a_case_of_each_setting() -> None:
@@ -59,7 +61,7 @@ def test_scores_are_those_of_iou_metric(name: str, tmp_path: Path) -> None:
     told = json.loads((CASES / name / "scores.json").read_text())
     assert told["mmsegmentation"] == "1.2.2"
     (result,) = scored(CASES / name, tmp_path, told).results
-    scores = result.scores
+    scores = result.score.scores
     # It counts in float32, and rounds its means to 0.01 %.
     for ours, theirs in ((scores.iou, told["IoU"]), (scores.accuracy, told["Acc"])):
         defined = [None if value != value else value for value in ours]
@@ -78,9 +80,9 @@ def test_a_class_that_is_nowhere_counts_in_no_mean(tmp_path: Path) -> None:
     told = json.loads((CASES / "absent" / "scores.json").read_text())
     assert told["IoU"][3:] == [None, 0.0]
     (result,) = scored(CASES / "absent", tmp_path, told).results
-    assert np.isnan(result.scores.iou[3])
-    assert result.scores.iou[4] == 0
-    assert result.scores.mean_iou == pytest.approx(np.nanmean(result.scores.iou))
+    assert np.isnan(result.score.scores.iou[3])
+    assert result.score.scores.iou[4] == 0
+    assert result.score.scores.mean_iou == pytest.approx(np.nanmean(result.score.scores.iou))
     assert result.as_dict()["classes"][3]["iou"] is None
 
 
@@ -96,6 +98,6 @@ def test_an_order_of_classes_changes_no_score(tmp_path: Path) -> None:
         pairs.append(Pair(tmp_path / mask.name, mask))
     rule = replace(LabelRule(5), order=turned)
     turn = iter([answers[0], *answers])
-    target = Target("turned", lambda image: Answer(next(turn), 0.1), ("e", "d", "c", "b", "a"), {})
-    (result,) = evaluate([target], Samples(pairs, rule)).results
-    assert result.scores.iou[::-1] == pytest.approx(told["IoU"])
+    target = Target("turned", lambda image: labelled(next(turn)), ("e", "d", "c", "b", "a"), {})
+    (result,) = evaluate([target], Samples(pairs, rule), SemanticScore).results
+    assert result.score.scores.iou[::-1] == pytest.approx(told["IoU"])

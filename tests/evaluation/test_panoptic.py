@@ -10,10 +10,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from fdconv_deploy.checkpoints import save_checkpoint
 from fdconv_deploy.cli.app import app
+from fdconv_deploy.config import ResNetConfig
+from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.datasets import DatasetError
-from fdconv_deploy.evaluation.panoptic import PanopticCounts, PanopticSet
+from fdconv_deploy.evaluation.panoptic import PanopticScore, PanopticSet
+from fdconv_deploy.evaluation.targets import open_targets
 from fdconv_deploy.runtime import open_session
+from tests.checkpoints.small import weights_of
 from tests.runtime import toy_panoptic
 
 FILES = Path(__file__).parents[1] / "real_packages" / "panopticapi" / "files"
@@ -27,23 +32,21 @@ def ids_of(path: Path) -> np.ndarray:
 def test_quality_equals_cocos_own_code():
     data = PanopticSet(FILES / "truth.json", FILES / "truth", FILES / "images", CLASSES)
     found = json.loads((FILES / "found.json").read_text())["annotations"]
-    counts = PanopticCounts(len(CLASSES))
+    score = PanopticScore(data.things)
     labels = {number * 7 + 1: number for number in range(len(CLASSES))}
     assert len(data) == len(found) == 12
     for sample, answer in zip(data, found, strict=True):
         segments = {s["id"]: labels[s["category_id"]] for s in answer["segments_info"]}
-        counts.add(
+        score.count(
             sample.ids, sample.segments, ids_of(FILES / "found" / answer["file_name"]), segments
         )
     expected = json.loads((FILES / "scores.json").read_text())
-    stuff = [not thing for thing in data.things]
-    for name, chosen in (("all", None), ("things", data.things), ("stuff", stuff)):
-        quality = counts.quality(chosen)
-        ours = {"pq": quality.pq, "sq": quality.sq, "rq": quality.rq, "n": quality.classes}
-        assert ours == pytest.approx(expected[name], abs=1e-12)
-    for label, name in enumerate(CLASSES):
+    for name, ours in score.summary()["panoptic"].items():
+        told = {"n": ours.pop("classes"), **ours}
+        assert told == pytest.approx(expected[name], abs=1e-12)
+    for name, ours in zip(CLASSES, score.by_class(), strict=False):
         theirs = expected["classes"][name]
-        assert counts.by_class()[label].tolist() == pytest.approx(
+        assert [ours[key] or 0 for key in ("pq", "sq", "rq")] == pytest.approx(
             [theirs["pq"], theirs["sq"], theirs["rq"]], abs=1e-12
         )
 
@@ -155,3 +158,16 @@ def test_files_of_another_form_are_refused(data):
     Image.new("RGB", (5, 5)).save(data / "images" / "a.png")
     with pytest.raises(DatasetError, match="its image of"):
         next(iter(wrong))
+
+
+def test_a_checkpoint_of_segments_is_not_scored_on_masks(tmp_path):
+    architecture = toy_panoptic.architecture().model_copy(
+        update={"backbone": ResNetConfig(depth=18, base_channels=8)}
+    )
+    save_checkpoint(tmp_path / "rooms.pth", weights_of(architecture), architecture)
+    says = "is of a segmentor of panoptic segments, which is scored on COCO's panoptic files"
+    with (
+        pytest.raises(FDConvError, match=says),
+        open_targets([tmp_path / "rooms.pth"], "labels"),
+    ):
+        pass

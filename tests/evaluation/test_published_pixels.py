@@ -50,7 +50,7 @@ def test_published_pixels_are_prepared_as_mmsegmentation_does(name: str) -> None
 def test_published_labels_are_mmsegmentations(name: str) -> None:
     network, image, answers = read(name)
     target = torch_target(network, FILES / f"{name}.pth")
-    labels = target.answer(image).found
+    labels = target.answer(image).labels
     assert set(np.unique(labels)) == {0, 1}
     score = answers["seg_logits"]  # of one output, its sigmoid
     head = network.architecture.decode_head
@@ -93,7 +93,7 @@ def test_published_padding_is_a_checkpoints_own() -> None:
     assert isinstance(network, LoadedSegmentor)
     seen = []
     network.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[2:])))
-    labels = torch_target(network, FILES / "rgba.pth").answer(image).found
+    labels = torch_target(network, FILES / "rgba.pth").answer(image).labels
     height, width = published_size(*image.shape[:2], network.architecture.preprocessing)
     assert seen == [(-(-height // 32) * 32, -(-width // 32) * 32)]
     assert labels.shape == image.shape[:2]

@@ -55,11 +55,11 @@ def test_a_checkpoints_labels_are_mmsegmentations(name: str, flip: bool) -> None
     end = "_flip" if flip else ""
     labels, mean = answers[f"labels{end}"], answers[f"mean{end}"]
     scales = MultiScale(FACTORS, flip)
-    found = torch_target(network, FILES[name], scales=scales).answer(image).found
+    found = torch_target(network, FILES[name], scales=scales).answer(image).labels
     check_near(found, labels, mean)
     # It is not what any part of it gives.
     for fewer in (None, MultiScale(FACTORS, not flip), MultiScale(FACTORS[1:], flip)):
-        other = torch_target(network, FILES[name], scales=fewer).answer(image).found
+        other = torch_target(network, FILES[name], scales=fewer).answer(image).labels
         assert (other != labels).mean() > 0.01
 
 
@@ -69,7 +69,7 @@ def test_a_sigmoid_is_taken_once(end: str) -> None:
     network, image, answers = real("gray")
     assert answers[f"labels{end}"].min() == 1
     scales = MultiScale(FACTORS, bool(end))
-    found = torch_target(network, FILES["gray"], scales=scales).answer(image).found
+    found = torch_target(network, FILES["gray"], scales=scales).answer(image).labels
     (mean,) = answers[f"mean{end}"]
     assert set(np.unique(found)) == {0, 1}
     assert np.abs(mean - 0.5)[found != (mean > 0.5)].max(initial=0) <= 1e-5
@@ -84,11 +84,11 @@ def test_a_sliding_bundle_takes_any_factor(tmp_path: Path) -> None:
     with open_session(bundle, threads=1) as session:
         for factors in (FACTORS, FACTORS[1:]):
             scales = MultiScale(factors, flip=True)
-            ours = bundle_target(session, scales=scales).answer(image).found
-            theirs = torch_target(network, FILES["psp_aligned"], size=crop, scales=scales)
-            assert (ours != theirs.answer(image).found).mean() < 0.002
+            ours = bundle_target(session, scales=scales).answer(image).labels
+            theirs = torch_target(network, FILES["psp_aligned"], sizes=[crop], scales=scales)
+            assert (ours != theirs.answer(image).labels).mean() < 0.002
         # From 0.75 on nothing is padded: as published.
-        alone = torch_target(network, FILES["psp_aligned"], scales=scales).answer(image).found
+        alone = torch_target(network, FILES["psp_aligned"], scales=scales).answer(image).labels
         assert (ours != alone).mean() < 0.002
         found = session.segment(image, scales=scales)
         assert (found.mode, found.fit) == ("slide", "resized")
