@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fdconv_deploy.checkpoints.config_parser import printable
-from fdconv_deploy.evaluation.coco_annotations import Annotations, Image, read_annotations
+from fdconv_deploy.evaluation.coco_annotations import Annotations, read_annotations
 from fdconv_deploy.evaluation.datasets import DatasetError
 from fdconv_deploy.evaluation.metrics import Score, defined
 from fdconv_deploy.runtime import Detection
@@ -156,14 +156,14 @@ def read_coco(annotations: Path, images: Path, limit: int | None = None) -> Coco
             given = printable(given)
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"The annotations {annotations} are not JSON: {error}.") from error
-    listed = {name: _entries(given, name, annotations) for name in ("images", "categories")}
-    categories = _categories(listed["categories"], annotations)
-    taken = _images(listed["images"], images, annotations, limit)
-    checked = read_annotations(
-        _list(given, "annotations", annotations),
-        taken,
-        {key: number for number, key in enumerate(categories, 1)},
-    )
+    listed = _entries(given, "images", "file_name", annotations)
+    named = _entries(given, "categories", "name", annotations)
+    taken = _images(listed, images, annotations, limit)
+    categories = {
+        key: {"id": number, "name": entry["name"]}
+        for number, (key, entry) in enumerate(named.items(), 1)
+    }
+    checked = read_annotations(_list(given, "annotations", annotations), taken, categories)
     scored = [image for image in taken.values() if image is not None]
     if not checked.objects:
         first = f" {checked.left_out[0]}" if checked.left_out else ""
@@ -172,14 +172,9 @@ def read_coco(annotations: Path, images: Path, limit: int | None = None) -> Coco
             f"scored.{first}"
         )
     truth = {
-        "images": [
-            {"id": i.number, "file_name": i.name, "height": i.height, "width": i.width}
-            for i in scored
-        ],
+        "images": scored,
         "annotations": checked.objects,
-        "categories": [
-            {"id": number, "name": name} for number, name in enumerate(categories.values(), 1)
-        ],
+        "categories": list(categories.values()),
     }
     return CocoSet(annotations, images, truth, checked)
 
@@ -194,64 +189,51 @@ def _list(given: Any, name: str, path: Path) -> list[Any]:
     return entries
 
 
-def _entries(given: Any, name: str, path: Path) -> list[tuple[Any, dict[str, Any]]]:
-    """The entries of images or categories with their ids, in the ids' order."""
-    found = []
-    text = "file_name" if name == "images" else "name"
+def _entries(given: Any, name: str, field: str, path: Path) -> dict[Any, dict[str, Any]]:
+    """The entries of images or categories by their ids, in the ids' order.
+
+    Args:
+        given: the file's content.
+        name: of the list.
+        field: the text that each entry has.
+        path: of the file.
+    """
+    found: dict[Any, dict[str, Any]] = {}
     for place, entry in enumerate(_list(given, name, path)):
         which = f"The annotations {path}: number {place} of {name}"
         if not isinstance(entry, dict):
             raise DatasetError(f"{which} is {reprlib.repr(entry)}; expected {{'id': …}}.")
-        for field in ("id", text):
-            if field not in entry:
-                raise DatasetError(f"{which} has no {field!r}.")
-        key = entry["id"]
+        for needed in ("id", field):
+            if needed not in entry:
+                raise DatasetError(f"{which} has no {needed!r}.")
+        key, text = entry["id"], entry[field]
         if not isinstance(key, str | int | float) or key != key:
             raise DatasetError(
                 f"{which} has the id {reprlib.repr(key)}; expected a number (or a text)."
             )
-        if not isinstance(entry[text], str):
+        if not isinstance(text, str):
+            raise DatasetError(f"{which} has the {field} {reprlib.repr(text)}; expected a text.")
+        known = found.setdefault(key, entry)[field]
+        if known != text:
             raise DatasetError(
-                f"{which} has the {text} {reprlib.repr(entry[text])}; expected a text."
+                f"The annotations {path} have two {name} of the id {key!r}: {known!r} and "
+                f"{text!r}. Give each an id of its own."
             )
-        found.append((key, entry))
     # In pycocotools' order, by which it settles equal scores: numbers and then texts.
-    found.sort(key=lambda pair: (isinstance(pair[0], str), pair[0]))
-    return found
-
-
-def _categories(entries: list[tuple[Any, dict[str, Any]]], path: Path) -> dict[Any, str]:
-    """Names by id."""
-    found: dict[Any, str] = {}
-    for key, entry in entries:
-        if found.setdefault(key, entry["name"]) != entry["name"]:
-            raise DatasetError(
-                f"The annotations {path} have two categories of the id {key!r}: {found[key]!r} and "
-                f"{entry['name']!r}. Give each an id of its own."
-            )
-    return found
+    return dict(sorted(found.items(), key=lambda pair: (isinstance(pair[0], str), pair[0])))
 
 
 def _images(
-    entries: list[tuple[Any, dict[str, Any]]], folder: Path, path: Path, limit: int | None
-) -> dict[Any, Image | None]:
-    """Images by id, checked against their files; None for those beyond the limit."""
-    found: dict[Any, Image | None] = {}
-    names: dict[Any, str] = {}
+    entries: dict[Any, dict[str, Any]], folder: Path, path: Path, limit: int | None
+) -> dict[Any, dict[str, Any] | None]:
+    """Images for pycocotools by id, checked against their files; None for those over the limit."""
+    found: dict[Any, dict[str, Any] | None] = {}
     taken: dict[str, str] = {}
-    for key, entry in entries:
-        name = entry["file_name"]
-        if names.setdefault(key, name) != name:
-            raise DatasetError(
-                f"The annotations {path} have two images of the id {key!r}: {names[key]} and "
-                f"{name}. Give each an id of its own."
-            )
-        if key in found:
-            continue
-        if limit is not None and len(found) >= limit:
+    for number, (key, entry) in enumerate(entries.items(), 1):
+        if limit is not None and number > limit:
             found[key] = None
             continue
-        name = _within(folder, name)
+        name = _within(folder, entry["file_name"])
         height, width = image_size(folder / name)
         # Not every exporter says how large an image is, and the files tell it.
         given = entry.get("height", height), entry.get("width", width)
@@ -265,7 +247,7 @@ def _images(
                 f"The annotations {path} have {taken[name]} and {entry['file_name']}, and {folder} "
                 f"has {name} alone for both. Give the folder that their paths begin in."
             )
-        found[key] = Image(len(found) + 1, name, height, width)
+        found[key] = {"id": number, "file_name": name, "height": height, "width": width}
     return found
 
 
@@ -468,22 +450,14 @@ def average_precision(
         evaluator.params.imgIds = [entry["id"] for entry in data.truth["images"]]
         evaluator.evaluate()
         evaluator.accumulate()
-    # (thresholds, recalls, classes, areas: all, small, medium, large), at most 100 objects an
-    # image; -1 is not defined.
-    precision = evaluator.eval["precision"][..., -1]
-    recall = evaluator.eval["recall"][:, :, 0, -1]
-    thresholds = evaluator.params.iouThrs
+        evaluator.summarize()
+    # (thresholds, recalls, classes), of objects of any size, at most 100 an image.
+    precision = evaluator.eval["precision"][:, :, :, 0, -1]
     order = [evaluator.params.catIds.index(category) for category in categories]
-    return AveragePrecision(
-        ap=_mean(precision[..., 0]),
-        ap50=_mean(precision[np.isclose(thresholds, 0.5), ..., 0]),
-        ap75=_mean(precision[np.isclose(thresholds, 0.75), ..., 0]),
-        small=_mean(precision[..., 1]),
-        medium=_mean(precision[..., 2]),
-        large=_mean(precision[..., 3]),
-        recall=_mean(recall),
-        classes=tuple(_mean(precision[:, :, place, 0]) for place in order),
-    )
+    # As `summarize` orders them; -1 is not defined.
+    stats = [math.nan if value == -1 else float(value) for value in evaluator.stats]
+    by_class = tuple(_mean(precision[:, :, place]) for place in order)
+    return AveragePrecision(*stats[:6], recall=stats[8], classes=by_class)
 
 
 def _nothing(coco: Any, data: CocoSet) -> Any:
@@ -495,5 +469,5 @@ def _nothing(coco: Any, data: CocoSet) -> Any:
 
 
 def _mean(values: np.ndarray) -> float:
-    defined = values[values > -1]
-    return float(defined.mean()) if defined.size else math.nan
+    known = values[values > -1]
+    return float(known.mean()) if known.size else math.nan

@@ -51,16 +51,6 @@ class UnfitError(ValueError):
 
 
 @dataclass(frozen=True)
-class Image:
-    """An image that annotations name: pycocotools' id of it, its file name, its size in pixels."""
-
-    number: int
-    name: str
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
 class Finding:
     """Something about an annotation that its user should know.
 
@@ -117,14 +107,16 @@ class Annotations:
 
 
 def read_annotations(
-    given: list[Any], images: Mapping[Any, Image | None], categories: Mapping[Any, int]
+    given: list[Any],
+    images: Mapping[Any, dict[str, Any] | None],
+    categories: Mapping[Any, dict[str, Any]],
 ) -> Annotations:
     """Check a file's annotations.
 
     Args:
         given: the file's list.
-        images: by their ids in the file; None for those that are not taken.
-        categories: pycocotools' ids by the file's.
+        images: pycocotools' ones by their ids in the file; None for those that are not taken.
+        categories: pycocotools' ones by the file's ids.
     """
     # A file of boxes alone has nothing in place of masks, or an empty list.
     masks = any(isinstance(entry, dict) and entry.get("segmentation") for entry in given)
@@ -158,55 +150,56 @@ class _Annotation:
 
     def __init__(self, made: Annotations, entry: Any, name: str) -> None:
         self.made, self.entry, self.name = made, entry, name
-        self.image: Image | None = None
+        self.image: str | None = None
 
     def read(
-        self, images: Mapping[Any, Image | None], categories: Mapping[Any, int], masks: bool
+        self,
+        images: Mapping[Any, dict[str, Any] | None],
+        categories: Mapping[Any, dict[str, Any]],
+        masks: bool,
     ) -> None:
         entry = self.entry
         try:
             if not isinstance(entry, dict):
-                expected = "{'image_id': …, 'bbox': …, …}"
-                raise UnfitError("no annotation", expected, _short(entry))
-            self.image = image = _listed(entry, "image_id", images, "an image")
+                raise UnfitError("no annotation", "{'image_id': …, 'bbox': …, …}", _short(entry))
+            image = _listed(entry, "image_id", images, "an image")
             if image is None:
                 return
+            self.image = image["file_name"]
             category = _listed(entry, "category_id", categories, "a category")
             crowd = _crowd(entry)
         except UnfitError as error:
             self._leave_out("object", error, entry)
             return
+        size = image["height"], image["width"]
         box = self._part("box", "bbox", _box)
-        mask = None
-        if masks:
-            mask = self._part(
-                "mask", "segmentation", lambda given: coco_mask(given, image.height, image.width)
-            )
+        mask = self._part("mask", "segmentation", lambda m: coco_mask(m, *size)) if masks else None
         if box is None and mask is None:
             return
-        number = len(self.made.objects) + 1
+        number, ignored = len(self.made.objects) + 1, self.made.ignored
         made: dict[str, Any] = {
             "id": number,
-            "image_id": image.number,
-            "category_id": category,
+            "image_id": image["id"],
+            "category_id": category["id"],
             "iscrowd": crowd,
             "area": self._area(box, mask),
         }
         if mask is not None:
-            made["segmentation"] = mask
-            self._note_mask(mask, image)
+            self._check_mask(mask, size)
         elif masks:
             assert box is not None
-            made["segmentation"] = box_mask(box, image.height, image.width)
-            self.made.ignored["segmentation"].add(number)
-        if box is not None:
+            mask = box_mask(box, *size)
+            ignored["segmentation"].add(number)
+        if mask is not None:
+            made["segmentation"] = mask
+        if box is None:
+            assert mask is not None
+            made["bbox"] = mask_box(mask)
+            ignored["bbox"].add(number)
+        else:
             made["bbox"] = box.tolist()
             if not (box[2:] > 0).all():
                 self._note("box", "without an area", _short(entry["bbox"]), _NEVER_FOUND)
-        else:
-            assert mask is not None
-            made["bbox"] = mask_box(mask)
-            self.made.ignored["bbox"].add(number)
         self.made.objects.append(made)
 
     def _part(self, part: Part, key: str, read: Callable[[Any], T]) -> T | None:
@@ -222,32 +215,27 @@ class _Annotation:
         given = self.entry.get("area")
         if isinstance(given, int | float) and math.isfinite(given):
             return given
-        whose = "box" if mask is None else "mask"
-        remark = f"its {whose}'s is taken"
+        remark = f"its {'box' if mask is None else 'mask'}'s is taken"
         self._note("object", "without an area in the file", f"area {_short(given)}", remark)
         if mask is not None:
             return area(mask)
         assert box is not None
         return float(box[2] * box[3])
 
-    def _note_mask(self, mask: Rle, image: Image) -> None:
-        height, width = mask["size"]
-        if (height, width) != (image.height, image.width):
-            found = f"{height}x{width} (height x width) for {image.height}x{image.width}"
+    def _check_mask(self, mask: Rle, size: tuple[int, int]) -> None:
+        if (own := tuple(mask["size"])) != size:
+            found = f"{own[0]}x{own[1]} (height x width) for {size[0]}x{size[1]}"
             self._note("mask", "of another size than its image", found, _NEVER_FOUND)
         elif area(mask) == 0:
             found = _short(self.entry["segmentation"])
             self._note("mask", "without a pixel", found, _NEVER_FOUND)
 
     def _note(self, part: Part, problem: str, found: str, remark: str) -> None:
-        image = None if self.image is None else self.image.name
-        self.made.noted.append(Finding(self.name, image, part, problem, found, remark))
+        self.made.noted.append(Finding(self.name, self.image, part, problem, found, remark))
 
     def _leave_out(self, part: Part, error: UnfitError, given: Any) -> None:
-        image = None if self.image is None else self.image.name
-        found = _short(given) if error.found is None else error.found
-        remark = f"expected {error.expected}"
-        self.made.left_out.append(Finding(self.name, image, part, str(error), found, remark))
+        found, remark = error.found or _short(given), f"expected {error.expected}"
+        self.made.left_out.append(Finding(self.name, self.image, part, str(error), found, remark))
 
 
 def _listed(entry: dict[str, Any], key: str, known: Mapping[Any, T], what: str) -> T:
@@ -317,9 +305,15 @@ def coco_mask(segmentation: Any, height: int, width: int) -> Rle:
         raise UnfitError(f"it is {kind}", f"{POLYGONS}, or {RUN_LENGTHS}")
     if not segmentation:
         raise UnfitError("an empty list", POLYGONS)
+    from pycocotools import mask
+
     if isinstance(segmentation[0], dict):
-        return _merged([_run_lengths(entry, listed=True) for entry in segmentation])
-    return _polygons(segmentation, height, width)
+        parts = [_run_lengths(entry, listed=True) for entry in segmentation]
+        if any(part["size"] != parts[0]["size"] for part in parts):
+            raise UnfitError("a list of run lengths of several sizes", RUN_LENGTHS)
+        return _text(mask.merge(parts))
+    _check_polygons(segmentation)
+    return _text(mask.merge(mask.frPyObjects(segmentation, height, width)))
 
 
 def box_mask(box: NDArray[np.float64], height: int, width: int) -> Rle:
@@ -339,7 +333,7 @@ def mask_box(rle: Rle) -> list[float]:
     """
     from pycocotools import mask
 
-    if not decompress(rle["counts"])[1::2].any():
+    if not area(rle):
         return [0.0] * 4
     left, top, width, height = mask.toBbox(rle).tolist()
     return [left - 1, top - 1, width + 2, height + 2]
@@ -396,7 +390,7 @@ def _counts(given: Any) -> NDArray[np.int64]:
     return lengths.astype(np.int64)
 
 
-def _polygons(given: list[Any], height: int, width: int) -> Rle:
+def _check_polygons(given: list[Any]) -> None:
     first = given[0]
     if isinstance(first, int | float):
         raise UnfitError("one list of numbers, not a list of polygons", POLYGONS)
@@ -407,9 +401,6 @@ def _polygons(given: list[Any], height: int, width: int) -> Rle:
         raise UnfitError("a polygon of two points", POLYGONS)
     for polygon in given:
         _check_polygon(polygon)
-    from pycocotools import mask
-
-    return _merged([_text(made) for made in mask.frPyObjects(given, height, width)])
 
 
 def _check_polygon(polygon: Any) -> None:
@@ -428,16 +419,6 @@ def _check_polygon(polygon: Any) -> None:
         points = values[: len(values) // 2 * 2].reshape(-1, 2)
         if _STEPS * np.abs(points - np.roll(points, 1, 0)).max(1).sum() > _MOST_STEPS:
             raise UnfitError("a polygon millions of pixels long", POLYGONS)
-
-
-def _merged(parts: list[Rle]) -> Rle:
-    if len(parts) == 1:
-        return parts[0]
-    from pycocotools import mask
-
-    if any(part["size"] != parts[0]["size"] for part in parts):
-        raise UnfitError("a list of run lengths of several sizes", RUN_LENGTHS)
-    return _text(mask.merge(parts))
 
 
 def _text(made: dict[str, Any]) -> Rle:

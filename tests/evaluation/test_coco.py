@@ -86,7 +86,10 @@ def refusal(files: tuple[Path, Path]) -> str:
         (lambda t: t["images"][0].update(file_name=""), "is not a file"),
         (lambda t: t["images"][0].update(file_name="a\0.png"), "does not exist"),
         (lambda t: t["images"][0].update(file_name="a" * 5000), "cannot be opened"),
-        (lambda t: t["images"].append({**t["images"][0], "file_name": "b.png"}), "a.png and b.png"),
+        (
+            lambda t: t["images"].append({**t["images"][0], "file_name": "b.png"}),
+            "'a.png' and 'b.png'",
+        ),
         (lambda t: t["images"].insert(0, 3), "number 0 of images is 3"),
         (lambda t: t["images"][0].pop("file_name"), "has no 'file_name'"),
         (lambda t: t["categories"][1].update(name=["a"]), "number 1 of categories has the name"),
