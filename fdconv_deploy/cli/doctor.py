@@ -6,17 +6,23 @@ import json
 import platform
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fdconv_deploy.cli.options import Json
-from fdconv_deploy.environment import clashing_runtimes, extras, install, installed_for
+from fdconv_deploy.cli.options import Json, say
+from fdconv_deploy.environment import (
+    clashing_runtimes,
+    extras,
+    install,
+    installed_for,
+    nvidia_driver,
+)
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.version import __version__
 
@@ -44,17 +50,6 @@ _FLOAT32 = 1e-3
 
 
 @dataclass
-class Purpose:
-    """What one extra is for, what of it is here, and what installs the rest."""
-
-    extra: str
-    purpose: str
-    installed: dict[str, str]
-    missing: list[str]
-    install: str | None
-
-
-@dataclass
 class Timing:
     """What a bundle's run took here in one backend.
 
@@ -66,28 +61,6 @@ class Timing:
     operators: str
     milliseconds: float
     difference: float
-
-
-@dataclass
-class Diagnosis:
-    """What this machine has of what FDConv Deploy can use.
-
-    refused: by usable backends that do not take the bundle, why not.
-    """
-
-    fdconv_deploy: str
-    python: str
-    system: str
-    cpu_cores: int
-    native_operators: str
-    onnxruntime_providers: list[str] | None
-    clash: str | None
-    backends: dict[str, str | None]
-    gpus: list[str]
-    purposes: list[Purpose]
-    recommended: str
-    timings: list[Timing] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
 
 
 def doctor(
@@ -107,19 +80,24 @@ def doctor(
     """
     found = _diagnose()
     if bundle is not None:
-        usable = [name for name, problem in found.backends.items() if problem is None]
-        found.timings, found.refused = _timings(bundle, usable)
-        found.recommended = recommended(found.timings)
+        usable = [name for name, problem in found["backends"].items() if problem is None]
+        timings, found["refused"] = _timings(bundle, usable)
+        found["recommended"] = recommended(timings)
+        found["timings"] = [asdict(timing) for timing in timings]
     if as_json:
-        print(json.dumps(asdict(found), indent=2))
+        print(json.dumps(found, indent=2))
     else:
         _print(found)
-    if all(problem is not None for problem in found.backends.values()):
+    if all(problem is not None for problem in found["backends"].values()):
         sys.exit(1)
 
 
-def _diagnose() -> Diagnosis:
-    from fdconv_deploy.environment import nvidia_driver
+def _diagnose() -> dict[str, Any]:
+    """For JSON: what this machine has of what FDConv Deploy can use.
+
+    ``backends``: why each cannot be used here, null where it can. ``timings`` and ``refused``: of
+    a bundle in usable backends, and why others of those do not take it.
+    """
     from fdconv_deploy.latency.machine import describe_gpus
     from fdconv_deploy.ops.native import native_library
     from fdconv_deploy.runtime.backends.threads import available_cores
@@ -128,19 +106,24 @@ def _diagnose() -> Diagnosis:
     gpus = [f"{gpu['name']}, driver {gpu['driver']}" for gpu in describe_gpus()]
     if not gpus and nvidia_driver():
         gpus = ["an NVIDIA driver is installed; nvidia-ml-py (extra gpu) would tell its GPUs"]
-    return Diagnosis(
-        fdconv_deploy=__version__,
-        python=platform.python_version(),
-        system=f"{platform.system()} {platform.machine()}",
-        cpu_cores=available_cores(),
-        native_operators=f"{'in use' if library else 'not in use'}: {why}",
-        onnxruntime_providers=_providers(),
-        clash=clashing_runtimes(),
-        backends=_backends(),
-        gpus=gpus,
-        purposes=[_purpose(extra, extras().get(extra, [])) for extra in _PURPOSES],
-        recommended="auto; to have a bundle timed in every backend: fdconv doctor BUNDLE",
-    )
+    wanted = extras()
+    return {
+        "fdconv_deploy": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": available_cores(),
+        "native_operators": f"{'in use' if library else 'not in use'}: {why}",
+        "onnxruntime_providers": _providers(),
+        "clash": clashing_runtimes(),
+        "backends": _backends(),
+        "gpus": gpus,
+        "purposes": [
+            _purpose(extra, purpose, wanted.get(extra, [])) for extra, purpose in _PURPOSES.items()
+        ],
+        "recommended": "auto; to have a bundle timed in every backend: fdconv doctor BUNDLE",
+        "timings": [],
+        "refused": {},
+    }
 
 
 def _timings(path: Path, backends: Sequence[str]) -> tuple[list[Timing], dict[str, str]]:
@@ -218,54 +201,52 @@ def _providers() -> list[str] | None:
     return list(onnxruntime.get_available_providers())
 
 
-def _purpose(extra: str, packages: Sequence[str]) -> Purpose:
+def _purpose(extra: str, purpose: str, packages: Sequence[str]) -> dict[str, Any]:
+    """What an extra is for, what of it is here, and what installs the rest."""
     serving = {package: installed_for(package) for package in packages}
-    here = dict(filter(None, serving.values()))
     missing = [package for package, found in serving.items() if found is None]
-    command = install(*missing, extra=extra or None) if missing else None
-    return Purpose(extra, _PURPOSES[extra], here, missing, command)
-
-
-def _print(found: Diagnosis) -> None:
-    console = Console(highlight=False)
-    facts = {
-        "fdconv-deploy": f"{found.fdconv_deploy} (Python {found.python}, {found.system})",
-        "CPU cores": str(found.cpu_cores),
-        "Native operators": found.native_operators,
-        "GPUs": "; ".join(found.gpus) or "none found",
-        "ONNX Runtime": "not installed"
-        if found.onnxruntime_providers is None
-        else ", ".join(found.onnxruntime_providers),
+    return {
+        "extra": extra,
+        "purpose": purpose,
+        "installed": dict(filter(None, serving.values())),
+        "missing": missing,
+        "install": install(*missing, extra=extra or None) if missing else None,
     }
-    if found.clash:
-        facts["ONNX Runtime"] += f" ({found.clash})"
+
+
+def _print(found: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    providers = found["onnxruntime_providers"]
+    runtime = "not installed" if providers is None else ", ".join(providers)
+    facts = {
+        "fdconv-deploy": "{fdconv_deploy} (Python {python}, {system})".format(**found),
+        "CPU cores": str(found["cpu_cores"]),
+        "Native operators": found["native_operators"],
+        "GPUs": "; ".join(found["gpus"]) or "none found",
+        "ONNX Runtime": f"{runtime} ({found['clash']})" if found["clash"] else runtime,
+    }
     for name, fact in facts.items():
         console.print(f"[bold]{name}[/]: ", end="")
-        console.print(fact, markup=False, soft_wrap=True)
+        say(fact)
     table = Table("Backend", "Usable", box=None, pad_edge=False)
-    for name, problem in found.backends.items():
+    for name, problem in found["backends"].items():
         table.add_row(name, "yes" if problem is None else f"no: {problem}")
     console.print(table)
-    if found.timings:
+    if found["timings"]:
         table = Table("Backend", "ms", "Difference", "Operators", box=None, pad_edge=False)
-        for one in found.timings:
-            figures = f"{one.milliseconds:.1f}", f"{one.difference:.1e}"
-            table.add_row(one.backend, *figures, one.operators)
+        for one in found["timings"]:
+            figures = f"{one['milliseconds']:.1f}", f"{one['difference']:.1e}"
+            table.add_row(one["backend"], *figures, one["operators"])
         console.print(table)
-    for name, why in found.refused.items():
-        console.print(f"{name} refuses the bundle: {why}", markup=False, soft_wrap=True)
+    for name, why in found["refused"].items():
+        say(f"{name} refuses the bundle: {why}")
     console.print("[bold]Recommended[/]: ", end="")
-    console.print(found.recommended, markup=False, soft_wrap=True)
+    say(found["recommended"])
     table = Table("Extra", "For", "Installed", "Missing", box=None, pad_edge=False)
-    for purpose in found.purposes:
-        have = ", ".join(f"{name} {version}" for name, version in purpose.installed.items())
-        lack = ", ".join(purpose.missing)
-        table.add_row(purpose.extra or "(core)", purpose.purpose, have, lack)
+    for one in found["purposes"]:
+        have = ", ".join(f"{name} {version}" for name, version in one["installed"].items())
+        table.add_row(one["extra"] or "(core)", one["purpose"], have, ", ".join(one["missing"]))
     console.print(table)
-    for purpose in found.purposes:
-        if purpose.install:
-            console.print(
-                f"{purpose.extra or 'core'} ({purpose.purpose}): {purpose.install}",
-                markup=False,
-                soft_wrap=True,
-            )
+    for one in found["purposes"]:
+        if one["install"]:
+            say(f"{one['extra'] or 'core'} ({one['purpose']}): {one['install']}")
