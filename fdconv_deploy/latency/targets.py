@@ -455,7 +455,7 @@ def _open_checkpoint(target: Target) -> OpenTarget:
                 "A checkpoint's whole request is timed in backend 'eager' only; this is "
                 f"{target.name}."
             )
-        answer = torch_target(network, Path(target.source), size=size).answer
+        answer = torch_target(network, Path(target.source), sizes=[size]).answer
         ask = partial(answer, _picture(size, how.preprocessing, target.options))
         return OpenTarget(ask, target.opened("cpu", **found))
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,24 +15,12 @@ from typing import Any
 
 from fdconv_deploy.errors import FDConvError
 
-__all__ = [
-    "HELD_OUT_SEEDS",
-    "assets_folder",
-    "detector_record",
-    "held_out",
-    "held_out_instances",
-    "packaged_checkpoint",
-    "packaged_detector",
-    "plain_checkpoint",
-    "training_record",
-]
-
 # No training scene has one of these seeds: see TRAINING_SEEDS in examples/training/scenes.py.
 HELD_OUT_SEEDS = range(9_000_000, 9_000_016)
 
 # The assets' folder, where the package is not used from a clone of the repository.
 SWITCH = "FDCONV_DEMO_ASSETS"
-_CLONE = Path(__file__).resolve().parents[2] / "examples" / "assets"
+_CLONE = Path(__file__).resolve().parents[1] / "examples" / "assets"
 
 
 def assets_folder() -> Path:
