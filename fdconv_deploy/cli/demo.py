@@ -126,7 +126,7 @@ def _sheet(session: Session, pairs: list[Pair]) -> bytes:
     rows = []
     for pair in pairs:
         picture = read_image(pair.image)
-        labels = read_mask(pair.mask), session.segment(picture).labels
+        labels = read_mask(pair.mask).astype(np.uint8), session.segment(picture).labels
         cells = [picture, *(overlay(picture, one, session.palette, 0.65) for one in labels)]
         framed = [np.pad(cell, ((2, 2), (2, 2), (0, 0)), constant_values=255) for cell in cells]
         rows.append(np.concatenate(framed, axis=1))

@@ -457,7 +457,8 @@ def average_precision(
     # As `summarize` orders them; -1 is not defined.
     stats = [math.nan if value == -1 else float(value) for value in evaluator.stats]
     by_class = tuple(_mean(precision[:, :, place]) for place in order)
-    return AveragePrecision(*stats[:6], recall=stats[8], classes=by_class)
+    ap, ap50, ap75, small, medium, large = stats[:6]
+    return AveragePrecision(ap, ap50, ap75, small, medium, large, stats[8], by_class)
 
 
 def _nothing(coco: Any, data: CocoSet) -> Any:

@@ -21,7 +21,7 @@ from fdconv_deploy.config import DetectorConfig, SegmentorConfig
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.compare import Found, Target
 from fdconv_deploy.runtime import Detection, Session, open_session
-from fdconv_deploy.runtime.bundle_checks import bundles_and_checkpoints
+from fdconv_deploy.runtime.bundle import bundles_and_checkpoints
 from fdconv_deploy.runtime.detection import DetectionPipeline
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.panoptic import PanopticPipeline, PanopticSegmentation
@@ -235,7 +235,8 @@ def torch_target(
             does it, and ``slide`` uses the crop that the network was tested with.
         mode: of a segmentor, "whole" or "slide"; what it was tested in when not given.
         fit: how images of another aspect ratio are brought to a size.
-        scales: of a segmentor, at which sizes each image is looked at, if at several.
+        scales: of a segmentor of classes alone, at which sizes each image is looked at, if at
+            several.
 
     Raises:
         FDConvError: ``slide`` is asked for, and neither a size nor a crop is known.
@@ -248,21 +249,20 @@ def torch_target(
     }  # fmt: skip
     size = sizes[0] if sizes else None
     answer = _in_one_run(network, sizes, fit)
-    if isinstance(config, SegmentorConfig):
-        details["mode"] = "whole"
-    if isinstance(network, Segmentor) and network.architecture.panoptic is None:
-        details["mode"] = mode or network.architecture.test.mode
-        details |= scales.as_dict() if scales else {}
-        sliding = details["mode"] == "slide"
-        if sliding:
-            size = size or network.architecture.test.crop_size
-        if sliding and size is None:
-            raise FDConvError(
-                "The network records no crop to slide. Give the config it was tested with: "
-                "--config."
-            )
-        if sliding or scales:
-            answer = _in_several_runs(network, sizes, fit, size if sliding else None, scales)
+    if isinstance(network, Segmentor):
+        segmentor = network.architecture
+        mode = "whole" if segmentor.panoptic else mode or segmentor.test.mode
+        details |= {"mode": mode, **(scales.as_dict() if scales else {})}
+        if mode == "slide":
+            size = size or segmentor.test.crop_size
+            if size is None:
+                raise FDConvError(
+                    "The network records no crop to slide. Give the config it was tested with: "
+                    "--config."
+                )
+            answer = _in_several_runs(network, sizes, fit, size, scales)
+        elif scales:
+            answer = _in_several_runs(network, sizes, fit, None, scales)
     details["size"] = None if size is None else list(size)
     return Target(str(path), answer, class_names(config), details, config.preprocessing)
 
