@@ -9,7 +9,7 @@ Shared2FCBBoxHead, FCNMaskHead and their published configs.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -562,14 +562,7 @@ _AnyHead = (
 )
 HeadConfig = Annotated[_AnyHead, Field(discriminator="type")]
 HEAD_CONFIGS: dict[HeadType, type[_AnyHead]] = {
-    "UPerHead": UPerHeadConfig,
-    "SegformerHead": SegformerHeadConfig,
-    "FCNHead": FCNHeadConfig,
-    "PSPHead": PSPHeadConfig,
-    "ASPPHead": ASPPHeadConfig,
-    "DepthwiseSeparableASPPHead": DepthwiseSeparableASPPHeadConfig,
-    "Mask2FormerHead": Mask2FormerHeadConfig,
-    "MaskDINOHead": MaskDINOHeadConfig,
+    config.model_fields["type"].default: config for config in get_args(_AnyHead)
 }
 _HEAD_FIELDS = {name for config in HEAD_CONFIGS.values() for name in config.model_fields}
 

@@ -22,10 +22,8 @@ from fdconv_deploy.cli.options import (
     Quiet,
     Settings,
     Weights,
-    column_names,
     parse_scales,
     parse_settings,
-    print_operators,
     say,
 )
 
@@ -175,7 +173,9 @@ def evaluate(
     show(result, Console(), quiet)
     if found.closing:
         say(found.closing)
-    print_operators(targets)
+    for target in targets:
+        if operators := target.details.get("operators"):
+            say(f"{target.name}: {operators}.")
     if not quiet:
         _verify(paths, found.first, config, settings, weights)
 
@@ -337,10 +337,12 @@ def show(result: Evaluation, console: Console, quiet: bool) -> None:
     """Print scores by class, and means, of all targets side by side."""
     report, score = result.as_dict(), result.results[0].score
     sides: list[dict[str, Any]] = report["sides"]
-    names = column_names(
-        [side["name"] for side in sides],
-        [", ".join(s[key] for key in ("backend", "precision", "mode") if key in s) for s in sides],
-    )
+    names = [Path(side["name"]).name for side in sides]
+    if len(set(names)) < len(names):
+        names = [side["name"] for side in sides]
+    for index, side in enumerate(sides):
+        shown = (side[key] for key in ("backend", "precision", "mode") if key in side)
+        names[index] += f"\n{', '.join(shown)}"
     if not quiet:
         table = Table(f"{score.measure} by class", *names)
         for index, one in enumerate(sides[0]["classes"]):

@@ -12,9 +12,8 @@ from rich.console import Console
 from fdconv_deploy.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-    from fdconv_deploy.evaluation.compare import Target
     from fdconv_deploy.runtime import MultiScale, Session
     from fdconv_deploy.runtime.result_files import Result
 
@@ -148,20 +147,6 @@ def ran_by(session: Session | Result) -> str:
 def say(text: str, console: Console | None = None) -> None:
     """Print text as it is, on one line however long: a path may look like markup."""
     (console or Console()).print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-def print_operators(targets: Iterable[Target]) -> None:
-    """What ran the ``fdconv`` operators of each target, where that is a question."""
-    for target in targets:
-        if operators := target.details.get("operators"):
-            say(f"{target.name}: {operators}.")
-
-
-def column_names(paths: list[str], details: list[str]) -> list[str]:
-    """Headings for what is compared: short names where they differ, details below."""
-    short = [Path(path).name for path in paths]
-    names = short if len(set(short)) == len(short) else paths
-    return [f"{name}\n{detail}" for name, detail in zip(names, details, strict=True)]
 
 
 def typed(context: typer.Context) -> dict[str, Any]:

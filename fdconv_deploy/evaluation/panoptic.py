@@ -88,6 +88,7 @@ class PanopticSet:
 
     Attributes:
         things: of each class, whether its segments are objects.
+        first: the first image's file.
 
     Raises:
         DatasetError: the file is no such JSON, or lacks a class.
@@ -121,31 +122,37 @@ class PanopticSet:
                 f"{', '.join(list(known)[:5])}, …"
             )
         self.things = tuple(bool(known[name].isthing) for name in classes)
-        self._labels = {known[name].id: label for label, name in enumerate(classes)}
-        self._names = {image.id: image.file_name for image in found.images}
-        self._annotations = found.annotations[:limit]
-        self._segments, self._images = segments, images
+        labels = {known[name].id: label for label, name in enumerate(classes)}
         categories = {category.id for category in found.categories}
-        for annotation in self._annotations:
-            for info in annotation.segments_info:
-                if info.category_id not in categories:
-                    raise DatasetError(
-                        f"{annotations} has no category {info.category_id}, of which "
-                        f"{annotation.file_name} has a segment. Expected an entry in its "
-                        "categories for each."
-                    )
-        if not self._annotations:
+        names = {image.id: image.file_name for image in found.images}
+        self._files: list[tuple[Path, Path, set[int], tuple[TrueSegment, ...]]] = []
+        for annotation in found.annotations[:limit]:
+            if annotation.image_id not in names:
+                raise DatasetError(f"image {annotation.image_id!r} is annotated, and not listed.")
+            infos = annotation.segments_info
+            unknown = [info.category_id for info in infos if info.category_id not in categories]
+            if unknown:
+                raise DatasetError(
+                    f"{annotations} has no category {unknown[0]}, of which {annotation.file_name} "
+                    "has a segment. Expected an entry in its categories for each."
+                )
+            truth = tuple(
+                TrueSegment(info.id, labels[info.category_id], bool(info.iscrowd))
+                for info in infos
+                if info.category_id in labels
+            )
+            image, png = images / names[annotation.image_id], segments / annotation.file_name
+            self._files.append((image, png, {info.id for info in infos}, truth))
+        if not self._files:
             raise DatasetError(f"{annotations} holds no annotation.")
+        self.first = self._files[0][0]
 
     def __len__(self) -> int:
-        return len(self._annotations)
+        return len(self._files)
 
     def __iter__(self) -> Iterator[PanopticSample]:
-        for annotation in self._annotations:
-            if annotation.image_id not in self._names:
-                raise DatasetError(f"image {annotation.image_id!r} is annotated, and not listed.")
-            image = read_image(self.file_of(annotation.image_id))
-            path = self._segments / annotation.file_name
+        for file, path, expected, segments in self._files:
+            image = read_image(file)
             try:
                 with Image.open(path) as png:
                     colours = np.asarray(png.convert("RGB")).astype(np.int64)
@@ -157,28 +164,13 @@ class PanopticSet:
                     f"{image.shape[:2]}."
                 )
             ids = colours @ np.array([1, 256, 65536])
-            absent = {info.id for info in annotation.segments_info} - set(np.unique(ids).tolist())
-            if absent:
+            if absent := expected - set(np.unique(ids).tolist()):
                 raise DatasetError(
                     f"{path} has no pixel of segment {min(absent)}, which its segments_info names "
                     f"({len(absent)} such). Expected red + 256 green + 65536 blue to be the ids "
                     "of its segments: are the JSON and the PNGs of one set?"
                 )
-            segments = tuple(
-                TrueSegment(info.id, self._labels[info.category_id], bool(info.iscrowd))
-                for info in annotation.segments_info
-                if info.category_id in self._labels
-            )
             yield PanopticSample(image, ids, segments)
-
-    def file_of(self, image: int | str) -> Path:
-        """The file of an image."""
-        return self._images / self._names[image]
-
-    @property
-    def first(self) -> Path:
-        """The first image's file."""
-        return self.file_of(self._annotations[0].image_id)
 
 
 class PanopticScore(Score[PanopticSample, PanopticSegmentation]):
