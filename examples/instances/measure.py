@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from fdconv_deploy.demo import (
     held_out_instances,
     packaged_detector,
 )
-from fdconv_deploy.evaluation.coco import CocoSet, DetectionScore, read_coco
+from fdconv_deploy.evaluation.coco import CocoSet, read_coco
 from fdconv_deploy.evaluation.compare import Evaluation, evaluate
 from fdconv_deploy.evaluation.targets import bundle_target, torch_target
 from fdconv_deploy.export import export_checkpoint
@@ -66,7 +65,7 @@ def measure(session: Session, data: CocoSet) -> Evaluation:
     """Both sides on the same images, at the bundle's size."""
     network = load_checkpoint(packaged_detector())
     eager = torch_target(network, packaged_detector(), sizes=session.sizes)
-    return evaluate([eager, bundle_target(session)], data, partial(DetectionScore, data))
+    return evaluate([eager, bundle_target(session)], data)
 
 
 def summary(result: Evaluation) -> dict[str, Any]:

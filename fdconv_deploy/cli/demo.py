@@ -37,7 +37,6 @@ def demo(
     from fdconv_deploy.evaluation.class_mapping import LabelRule
     from fdconv_deploy.evaluation.compare import evaluate
     from fdconv_deploy.evaluation.datasets import Pair, Samples
-    from fdconv_deploy.evaluation.metrics import SemanticScore
     from fdconv_deploy.evaluation.targets import bundle_target, torch_target
     from fdconv_deploy.export.api import export_checkpoint
     from fdconv_deploy.export.validation.verdict import refusal
@@ -82,7 +81,7 @@ def demo(
             ]
             samples = Samples(pairs, LabelRule(len(session.classes)))
             with Bystanders() as others:
-                eager, plain, exported = evaluate(targets, samples, SemanticScore).results
+                eager, plain, exported = evaluate(targets, samples).results
         write_atomically(output / "picture.png", _sheet(session, pairs[:SHOWN]))
     with step("serve the bundle, POST an image to it, stop it"):
         content = pairs[0].image.read_bytes()

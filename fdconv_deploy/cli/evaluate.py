@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial, reduce
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,16 +27,7 @@ from fdconv_deploy.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from fdconv_deploy.evaluation.coco import CocoSet
-    from fdconv_deploy.evaluation.coco_annotations import Annotations
-    from fdconv_deploy.evaluation.compare import Evaluation, Target
-    from fdconv_deploy.evaluation.datasets import Pair, Samples
-    from fdconv_deploy.evaluation.metrics import Score
-    from fdconv_deploy.evaluation.panoptic import PanopticSet
-    from fdconv_deploy.evaluation.targets import Task
-
-# How many findings are named in the terminal.
-_NAMED, _ODD = 20, 5
+    from fdconv_deploy.evaluation.compare import Evaluation
 
 
 def evaluate(
@@ -110,9 +100,10 @@ def evaluate(
     A detector: box and mask AP, by COCO's own code, on objects annotated as COCO's are. A
     panoptic network: PQ, by COCO's rule, or box and mask AP of its objects.
     """
-    from fdconv_deploy.evaluation.coco import find_coco
+    from fdconv_deploy.evaluation.coco import CocoSet, find_coco, read_coco
     from fdconv_deploy.evaluation.compare import evaluate as score
-    from fdconv_deploy.evaluation.datasets import find_pairs, layout_of
+    from fdconv_deploy.evaluation.datasets import Samples, find_pairs, labelled_samples, layout_of
+    from fdconv_deploy.evaluation.panoptic import PanopticSet
     from fdconv_deploy.evaluation.targets import open_targets
 
     labels = masks or annotations
@@ -121,38 +112,30 @@ def evaluate(
             "give --images with --masks (or with --annotations, of a detector, or with both, of a "
             "panoptic network), or --data alone."
         )
-    coco = find_coco(data) if data else None
-    if annotations and images and not masks:
-        coco = annotations, images
-    if coco or annotations:
+    found = find_coco(data) if data else None
+    annotations, images = found or (annotations, images)
+    if annotations:
         given = {"mode": mode, "fit": fit, "label-map": label_map, "multi-scale": multi_scale,
                  "reduce-zero-label": reduce_zero_label, "flip": flip}  # fmt: skip
         for name, value in given.items():
             if value:
                 raise typer.BadParameter(f"--{name} is of segmentors, which are scored on masks.")
+    elif data:
+        images, masks = layout_of(data)
+    assert images
     paths = [network, *(against or [])]
-    task: Task
+    samples: CocoSet | PanopticSet | Samples
     with _progress(hidden=quiet or as_json) as bar:
         # What needs no network is read before any is loaded.
-        if coco:
-            objects = _objects(*coco, limit)
-            task, read = "objects", lambda first: objects
-        elif annotations and masks and images:
-            task, read = "segments", partial(_segments, annotations, masks, images, limit)
-        else:
-            if data:
-                images, masks = layout_of(data)
-            assert images
-            assert masks
+        if annotations and not masks:
+            import pycocotools.mask  # noqa: F401 - reported as missing before images are run
+
+            samples = read_coco(annotations, images, limit)
+        elif masks and not annotations:
             pairs = find_pairs(images, masks)[:limit]
-            task, read = "labels", partial(
-                _labels, images, masks, pairs, _counting(bar, "masks", len(pairs)),
-                data=data, label_map=label_map, reduce_zero_label=reduce_zero_label,
-                ignore_index=ignore_index,
-            )  # fmt: skip
         with open_targets(
             paths,
-            task,
+            "labels" if not annotations else "segments" if masks else "objects",
             mode=mode,
             fit=fit,
             backend=backend,
@@ -162,93 +145,36 @@ def evaluate(
             weights=weights,
             scales=parse_scales(multi_scale, flip),
         ) as targets:
-            found = read(targets[0])
-            for line in () if quiet else found.remarks:
-                say(line, bar.console)
-            counting = _counting(bar, "images", len(found.samples))
-            result = score(targets, found.samples, found.score, progress=counting)
+            first = targets[0]
+            if annotations and masks:
+                samples = PanopticSet(annotations, masks, images, first.classes, limit)
+            elif masks:
+                samples = labelled_samples(
+                    pairs,
+                    first.classes,
+                    first.preprocessing,
+                    data=data,
+                    label_map=label_map,
+                    reduce_zero_label=reduce_zero_label,
+                    ignore_index=ignore_index,
+                    progress=_counting(bar, "masks", len(pairs)),
+                )
+            for note in () if quiet else samples.notes:
+                say(note, bar.console)
+            result = score(targets, samples, progress=_counting(bar, "images", len(samples)))
     if as_json:
-        print(json.dumps({**found.source, **result.as_dict()}, indent=2))
+        folders = {"annotations": annotations, "images": images, "masks": masks}
+        report = {f"{name}_from": str(path) for name, path in folders.items() if path}
+        print(json.dumps({**report, **result.as_dict()}, indent=2))
         return
     show(result, Console(), quiet)
-    if found.closing:
-        say(found.closing)
+    if isinstance(samples, CocoSet) and (closing := samples.checked.closing()):
+        say(closing)
     for target in targets:
         if operators := target.details.get("operators"):
             say(f"{target.name}: {operators}.")
     if not quiet:
-        _verify(paths, found.first, config, settings, weights)
-
-
-@dataclass
-class _Data:
-    """What networks are scored on, and how.
-
-    Attributes:
-        score: see `compare.evaluate`.
-        first: the first image's file.
-        source: for JSON: where it comes from.
-        remarks: printed before anything is run.
-        closing: printed last.
-    """
-
-    samples: Samples | CocoSet | PanopticSet
-    score: Callable[[tuple[str, ...]], Score]
-    first: Path
-    source: dict[str, Any]
-    remarks: Sequence[str] = ()
-    closing: str = ""
-
-
-def _labels(
-    images: Path,
-    masks: Path,
-    pairs: Sequence[Pair],
-    progress: Callable[[int], None],
-    target: Target,
-    **options: Any,
-) -> _Data:
-    from fdconv_deploy.evaluation.datasets import labelled_samples
-    from fdconv_deploy.evaluation.metrics import SemanticScore
-
-    samples, notes = labelled_samples(
-        pairs, target.classes, target.preprocessing, progress=progress, **options
-    )
-    source = {"images_from": str(images), "masks_from": str(masks), "notes": notes}
-    return _Data(samples, SemanticScore, pairs[0].image, source, notes)
-
-
-def _objects(annotations: Path, images: Path, limit: int | None) -> _Data:
-    import pycocotools.mask  # noqa: F401 - reported as missing now, not after the last image
-
-    from fdconv_deploy.evaluation.coco import DetectionScore, read_coco
-
-    data = read_coco(annotations, images, limit)
-    return _Data(
-        data,
-        partial(DetectionScore, data),
-        images / data.truth["images"][0]["file_name"],
-        {"annotations_from": str(annotations), "images_from": str(images)},
-        _remarks(data.checked),
-        _closing(data.checked),
-    )
-
-
-def _segments(
-    annotations: Path, masks: Path, images: Path, limit: int | None, target: Target
-) -> _Data:
-    from fdconv_deploy.evaluation.panoptic import PanopticScore, PanopticSet
-    from fdconv_deploy.runtime.segmentation import VOID
-
-    classes = [name for name in target.classes if name != VOID]
-    data = PanopticSet(annotations, masks, images, classes, limit)
-    source = {"annotations_from": annotations, "masks_from": masks, "images_from": images}
-    return _Data(
-        data,
-        lambda _: PanopticScore(data.things),
-        data.first,
-        {name: str(path) for name, path in source.items()},
-    )
+        _verify(paths, samples.first, config, settings, weights)
 
 
 def _verify(
@@ -370,26 +296,3 @@ def _add_row(table: Table, name: str, sides: list[Any], path: tuple[Any, ...]) -
     if any(part and key in part for part in found):
         values = (part and part.get(key) for part in found)
         table.add_row(name, *("–" if value is None else f"{value:.4f}" for value in values))
-
-
-def _remarks(checked: Annotations) -> list[str]:
-    """What is left out of the scores, and what is odd, for the terminal."""
-    lines = []
-    for title, findings, most in (
-        ("left out", checked.left_out, _NAMED),
-        ("counted, but odd", checked.noted, _ODD),
-    ):
-        lines += [f"{title}: {finding}" for finding in findings[:most]]
-        if len(findings) > most:
-            lines.append(f"{title}: {len(findings) - most} more, which --json lists.")
-    return lines
-
-
-def _closing(checked: Annotations) -> str:
-    from fdconv_deploy.evaluation.coco_annotations import counted
-
-    kinds = {"Left out": checked.left_out, "Counted as COCO's code does it": checked.noted}
-    parts = [
-        f"{title}: {', '.join(counted(findings))}" for title, findings in kinds.items() if findings
-    ]
-    return "; ".join(parts) + "." if parts else ""

@@ -68,6 +68,20 @@ class CocoSet:
         """Whether there are masks to be scored."""
         return self.checked.has_masks
 
+    @property
+    def first(self) -> Path:
+        """The first image's file."""
+        return self.images / self.truth["images"][0]["file_name"]
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the annotations is left out, and what is odd."""
+        return self.checked.notes()
+
+    def score(self, classes: Sequence[str]) -> DetectionScore:
+        """What counts the answers of a detector of these classes."""
+        return DetectionScore(self, classes)
+
     def __len__(self) -> int:
         return len(self.truth["images"])
 

@@ -33,6 +33,8 @@ _MOST_STEPS = 1 << 24
 POLYGONS = "[[x1, y1, x2, y2, x3, y3, …], …], polygons of three points or more"
 RUN_LENGTHS = "run lengths that add up to their size, {'size': [height, width], 'counts': …}"
 _BOX = "[x, y, width, height], four finite numbers"
+# How many findings are named in the terminal.
+_NAMED, _ODD = 20, 5
 _NEVER_FOUND = "COCO's code counts it as an object that nothing finds"
 
 
@@ -104,6 +106,24 @@ class Annotations:
             "segmentation" in entry and entry["id"] not in self.ignored["segmentation"]
             for entry in self.objects
         )
+
+    def notes(self) -> list[str]:
+        """The first of what is left out, and of what is odd, a line each."""
+        lines = []
+        for title, findings, most in (
+            ("left out", self.left_out, _NAMED),
+            ("counted, but odd", self.noted, _ODD),
+        ):
+            lines += [f"{title}: {finding}" for finding in findings[:most]]
+            if len(findings) > most:
+                lines.append(f"{title}: {len(findings) - most} more, which --json lists.")
+        return lines
+
+    def closing(self) -> str:
+        """How much is left out, and how much is odd; empty where nothing is."""
+        kinds = {"Left out": self.left_out, "Counted as COCO's code does it": self.noted}
+        parts = [f"{kind}: {', '.join(counted(found))}" for kind, found in kinds.items() if found]
+        return "; ".join(parts) + "." if parts else ""
 
 
 def read_annotations(

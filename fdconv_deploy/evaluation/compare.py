@@ -7,7 +7,7 @@ bundles and checkpoints.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -22,12 +22,14 @@ from fdconv_deploy.latency import Clock, Interleaver
 from fdconv_deploy.runtime import Detection, Segmentation
 
 
-class Pictured(Protocol):
-    """A sample of a data set: an image, and whatever is known of it."""
+class DataSet(Protocol):
+    """Images with what is known of them."""
 
-    @property
-    def image(self) -> NDArray[Any]:
-        """(H, W, C), as the targets take it."""
+    def __iter__(self) -> Iterator[Any]:
+        """Samples, each with its ``image`` (H, W, C) as the targets take it."""
+
+    def score(self, classes: tuple[str, ...]) -> Score[Any, Any]:
+        """What counts the answers of one target of these classes."""
 
 
 Found = Segmentation | Detection
@@ -104,8 +106,7 @@ class Evaluation:
 
 def evaluate(
     targets: Sequence[Target],
-    samples: Iterable[Pictured],
-    score: Callable[[tuple[str, ...]], Score[Any, Any]],
+    samples: DataSet,
     *,
     progress: Callable[[int], None] = lambda _: None,
     clock: Clock = time.perf_counter,
@@ -114,8 +115,7 @@ def evaluate(
 
     Args:
         targets: one or more, all of the same classes.
-        samples: of a data set. Decoding them is not timed.
-        score: makes what counts a target's answers, of the classes' names.
+        samples: decoding them is not timed.
         progress: called with the number of images done after each.
         clock: seconds, as `time.perf_counter` gives them.
 
@@ -124,7 +124,7 @@ def evaluate(
     """
     for target in targets[1:]:
         _check_classes(targets[0], target)
-    scores = [score(target.classes) for target in targets]
+    scores = [samples.score(target.classes) for target in targets]
     timer = Interleaver([target.answer for target in targets], clock)
     inference: list[list[float]] = [[] for _ in targets]
     agreed = np.zeros((len(targets), 2), np.int64)

@@ -30,6 +30,8 @@ from fdconv_deploy.evaluation.class_mapping import (
     class_order,
     read_label_map,
 )
+from fdconv_deploy.evaluation.metrics import Score, Scores, confusion_matrix, defined, scores
+from fdconv_deploy.runtime import Segmentation
 from fdconv_deploy.runtime.images import PICTURE_FORMATS, SUFFIXES, image_size, load_image
 from fdconv_deploy.runtime.input_files import image_files
 
@@ -83,6 +85,52 @@ class Numbers:
     masks: int = 0
 
 
+class SemanticScore(Score[Sample, Segmentation]):
+    """A segmentor's IoU and accuracies.
+
+    Attributes:
+        confusion: pixels by (true class, predicted class), int64.
+    """
+
+    measure = "IoU"
+
+    def __init__(self, classes: Sequence[str], notes: Sequence[str] = ()) -> None:
+        self.confusion = np.zeros((len(classes), len(classes)), np.int64)
+        self._notes = list(notes)
+
+    def add(self, sample: Sample, found: Segmentation) -> None:
+        """Count one image."""
+        self.confusion += confusion_matrix(sample.truth, found.labels, len(self.confusion))
+
+    @property
+    def scores(self) -> Scores:
+        """Of all images so far."""
+        return scores(self.confusion)
+
+    def truth(self) -> dict[str, Any]:
+        """How labels are read, and the number of pixels that count.
+
+        Raises:
+            DatasetError: there are none.
+        """
+        if not (pixels := int(self.confusion.sum())):
+            raise DatasetError("No pixel counts: the masks hold nothing but labels to ignore.")
+        return {"notes": self._notes, "pixels": pixels}
+
+    def summary(self) -> dict[str, Any]:
+        """Means over classes and pixels."""
+        found = vars(self.scores)
+        return {name: found[name] for name in ("mean_iou", "pixel_accuracy", "mean_accuracy")}
+
+    def by_class(self) -> list[dict[str, Any]]:
+        """IoU, accuracy, and true pixels."""
+        rows = zip(self.scores.iou, self.scores.accuracy, self.confusion.sum(1), strict=True)
+        return [
+            {"iou": defined(iou), "accuracy": defined(accuracy), "pixels": int(pixels)}
+            for iou, accuracy, pixels in rows
+        ]
+
+
 class Samples:
     """Labelled images, decoded and checked one after the other.
 
@@ -90,13 +138,27 @@ class Samples:
         pairs: images and masks.
         rule: what the masks' numbers stand for.
         preprocessing: of the network that the images are decoded for.
+        notes: sentences on how the labels are read.
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], rule: LabelRule, preprocessing: Preprocessing | None = None
+        self,
+        pairs: Sequence[Pair],
+        rule: LabelRule,
+        preprocessing: Preprocessing | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.pairs, self.rule = tuple(pairs), rule
-        self.preprocessing = preprocessing or Preprocessing()
+        self.preprocessing, self.notes = preprocessing or Preprocessing(), notes
+
+    @property
+    def first(self) -> Path:
+        """The first image's file."""
+        return self.pairs[0].image
+
+    def score(self, classes: Sequence[str]) -> SemanticScore:
+        """What counts the answers of a segmentor of these classes."""
+        return SemanticScore(classes, self.notes)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -192,7 +254,7 @@ def labelled_samples(
     reduce_zero_label: bool = False,
     ignore_index: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
-) -> tuple[Samples, list[str]]:
+) -> Samples:
     """Samples for a network, once every mask has been read.
 
     Args:
@@ -204,9 +266,6 @@ def labelled_samples(
         reduce_zero_label: see `LabelRule`.
         ignore_index: see `LabelRule.ignore`; 255 when not given.
         progress: called with the number of masks done after each.
-
-    Returns:
-        The samples, and sentences on how their labels are read.
 
     Raises:
         DatasetError: masks cannot be read or scored.
@@ -232,7 +291,7 @@ def labelled_samples(
             )
     ignore = IGNORE_INDEX if ignore_index is None else ignore_index
     rule = LabelRule(len(classes), mapping, reduce_zero_label, ignore, order)
-    samples = Samples(pairs, rule, preprocessing)
+    samples = Samples(pairs, rule, preprocessing, notes)
     numbers = samples.numbers(progress)
     as_they_are = mapping is None and ignore_index is None and not reduce_zero_label
     held = {one.number for one in numbers}
@@ -242,9 +301,9 @@ def labelled_samples(
             f"{classes[0]!r} and {classes[1]!r}. Say --ignore-index 255 if 255 is to be ignored."
         )
         rule = replace(rule, label_map={0: 0, 255: 1})
-        return Samples(pairs, rule, preprocessing), notes
+        return Samples(pairs, rule, preprocessing, notes)
     samples.check(numbers)
-    return samples, notes
+    return samples
 
 
 def layout_of(root: Path) -> tuple[Path, Path]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fdconv_deploy.evaluation.datasets import DatasetError, Sample
 from fdconv_deploy.runtime import Detection, Segmentation
 
 S = TypeVar("S")
@@ -53,51 +51,6 @@ class Score(ABC, Generic[S, F]):
 def defined(value: float) -> float | None:
     """For JSON: None in place of NaN."""
     return None if np.isnan(value) else value
-
-
-class SemanticScore(Score[Sample, Segmentation]):
-    """A segmentor's IoU and accuracies.
-
-    Attributes:
-        confusion: pixels by (true class, predicted class), int64.
-    """
-
-    measure = "IoU"
-
-    def __init__(self, classes: Sequence[str]) -> None:
-        self.confusion = np.zeros((len(classes), len(classes)), np.int64)
-
-    def add(self, sample: Sample, found: Segmentation) -> None:
-        """Count one image."""
-        self.confusion += confusion_matrix(sample.truth, found.labels, len(self.confusion))
-
-    @property
-    def scores(self) -> Scores:
-        """Of all images so far."""
-        return scores(self.confusion)
-
-    def truth(self) -> dict[str, Any]:
-        """The number of pixels that count.
-
-        Raises:
-            DatasetError: there are none.
-        """
-        if not (pixels := int(self.confusion.sum())):
-            raise DatasetError("No pixel counts: the masks hold nothing but labels to ignore.")
-        return {"pixels": pixels}
-
-    def summary(self) -> dict[str, Any]:
-        """Means over classes and pixels."""
-        found = vars(self.scores)
-        return {name: found[name] for name in ("mean_iou", "pixel_accuracy", "mean_accuracy")}
-
-    def by_class(self) -> list[dict[str, Any]]:
-        """IoU, accuracy, and true pixels."""
-        rows = zip(self.scores.iou, self.scores.accuracy, self.confusion.sum(1), strict=True)
-        return [
-            {"iou": defined(iou), "accuracy": defined(accuracy), "pixels": int(pixels)}
-            for iou, accuracy, pixels in rows
-        ]
 
 
 def confusion_matrix(

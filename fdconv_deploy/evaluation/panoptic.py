@@ -23,6 +23,7 @@ from fdconv_deploy.evaluation.datasets import DatasetError
 from fdconv_deploy.evaluation.metrics import Score, defined
 from fdconv_deploy.runtime.images import read_image
 from fdconv_deploy.runtime.panoptic import PanopticSegmentation
+from fdconv_deploy.runtime.segmentation import VOID
 
 _OFFSET = 1 << 24  # beyond every segment of a PNG
 _NAMES = ("pq", "sq", "rq")
@@ -83,16 +84,18 @@ class PanopticSet:
         annotations: COCO's panoptic JSON.
         segments: the folder of its PNGs.
         images: the folder of its images.
-        classes: names of the network's classes, all among the file's categories.
+        classes: names of the network's classes, all but "void" among the file's categories.
         limit: take the first annotations alone.
 
     Attributes:
-        things: of each class, whether its segments are objects.
         first: the first image's file.
+        notes: none.
 
     Raises:
         DatasetError: the file is no such JSON, or lacks a class.
     """
+
+    notes: Sequence[str] = ()
 
     def __init__(
         self,
@@ -113,6 +116,7 @@ class PanopticSet:
                 f"{annotations} is no panoptic file of COCO's form: {where}: {first['msg']}. "
                 "Expected images, annotations with segments_info, and categories with isthing."
             ) from None
+        classes = [name for name in classes if name != VOID]
         known = {category.name: category for category in found.categories}
         missing = [name for name in classes if name not in known]
         if missing:
@@ -121,7 +125,7 @@ class PanopticSet:
                 f"({len(missing)} of its {len(classes)} classes are missing). Its categories are "
                 f"{', '.join(list(known)[:5])}, …"
             )
-        self.things = tuple(bool(known[name].isthing) for name in classes)
+        self._things = tuple(bool(known[name].isthing) for name in classes)
         labels = {known[name].id: label for label, name in enumerate(classes)}
         categories = {category.id for category in found.categories}
         names = {image.id: image.file_name for image in found.images}
@@ -146,6 +150,10 @@ class PanopticSet:
         if not self._files:
             raise DatasetError(f"{annotations} holds no annotation.")
         self.first = self._files[0][0]
+
+    def score(self, _: Sequence[str]) -> PanopticScore:
+        """What counts a network's answers."""
+        return PanopticScore(self._things)
 
     def __len__(self) -> int:
         return len(self._files)

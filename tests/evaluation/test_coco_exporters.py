@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from fdconv_deploy.coco_rle import decode
-from fdconv_deploy.evaluation.coco import DetectionScore, read_coco
+from fdconv_deploy.evaluation.coco import read_coco
 from fdconv_deploy.evaluation.coco_annotations import counted
 from fdconv_deploy.evaluation.compare import Target, evaluate
 from tests.evaluation.drawn_streets import as_found, drawn
@@ -73,5 +72,5 @@ def test_supervisions_crowds_are_told() -> None:
     _, things = drawn()[0]
     nothing = as_found(things, (64, 96)).kept(2.0)
     target = Target("none", lambda image: nothing, ("person", "car", "sign"), {"backend": "none"})
-    told = evaluate([target], data, partial(DetectionScore, data)).as_dict()
+    told = evaluate([target], data).as_dict()
     assert (told["objects"], told["crowds"]) == (10, 4)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,11 @@ import pytest
 from examples.streets.instances import CLASSES
 from fdconv_deploy.evaluation.coco import (
     CocoSet,
-    DetectionScore,
     coco_results,
     find_coco,
     read_coco,
 )
-from fdconv_deploy.evaluation.compare import Evaluation, Target, evaluate
+from fdconv_deploy.evaluation.compare import Target, evaluate
 from fdconv_deploy.evaluation.datasets import DatasetError
 from fdconv_deploy.evaluation.targets import bundle_target
 from fdconv_deploy.runtime import Detection, open_session
@@ -43,12 +41,8 @@ def target(change: Callable[[Detection], Detection] = lambda d: d, name: str = "
     return Target(name, answer, CLASSES, {"backend": "none", "precision": "fp32"})
 
 
-def evaluate_detectors(targets: list[Target], data: CocoSet) -> Evaluation:
-    return evaluate(targets, data, partial(DetectionScore, data))
-
-
 def scored(data: CocoSet, *changes: Callable[[Detection], Detection]):
-    return evaluate_detectors([target(change) for change in changes], data)
+    return evaluate([target(change) for change in changes], data)
 
 
 def test_what_was_drawn_scores_one(data: CocoSet) -> None:
@@ -87,7 +81,7 @@ def test_one_object_of_two_scores_as_counted_by_hand(street_set: Path, data: Coc
     def both(found: Detection) -> Detection:
         return replace(found, labels=np.ones_like(found.labels)).kept(most=2)
 
-    first, second = evaluate_detectors([target(one), target(both)], two).results
+    first, second = evaluate([target(one), target(both)], two).results
     assert first.score.boxes.ap == pytest.approx(51 / 101)
     assert first.score.boxes.recall == pytest.approx(0.5)
     assert second.score.boxes.ap == pytest.approx(1)
@@ -138,7 +132,7 @@ def test_targets_take_turns(data: CocoSet) -> None:
 
         return replace(made, answer=answer)
 
-    evaluate_detectors([logged("a"), logged("b")], data)
+    evaluate([logged("a"), logged("b")], data)
     assert log == list("ab" + "ab" + "ba" + "ab")
 
 
@@ -155,7 +149,7 @@ def test_results_are_cocos(data: CocoSet) -> None:
 
 def test_a_bundle(data: CocoSet, detector: Path) -> None:
     with open_session(detector, threads=1) as session:
-        evaluation = evaluate_detectors([bundle_target(session)], data)
+        evaluation = evaluate([bundle_target(session)], data)
     (result,) = evaluation.results
     told = evaluation.as_dict()
     assert told["sides"][0]["size"] == [64, 96]
@@ -167,6 +161,6 @@ def test_a_bundle(data: CocoSet, detector: Path) -> None:
 def test_other_classes(data: CocoSet) -> None:
     other = replace(target(), classes=("person", "car", "lamp"))
     with pytest.raises(DatasetError, match=r"3 \(person, car, lamp\): they cannot be compared"):
-        evaluate_detectors([target(), other], data)
+        evaluate([target(), other], data)
     with pytest.raises(DatasetError, match=r"class 'lamp' is none of the categories"):
-        evaluate_detectors([other], data)
+        evaluate([other], data)

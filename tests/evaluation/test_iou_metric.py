@@ -18,7 +18,6 @@ from PIL import Image
 from fdconv_deploy.evaluation.class_mapping import LabelRule
 from fdconv_deploy.evaluation.compare import Evaluation, Target, evaluate
 from fdconv_deploy.evaluation.datasets import Pair, Samples
-from fdconv_deploy.evaluation.metrics import SemanticScore
 from tests.evaluation.answers import labelled
 
 CASES = Path(__file__).parents[1] / "real_packages" / "mmsegmentation" / "iou_metric"
@@ -46,7 +45,7 @@ def scored(folder: Path, tmp_path: Path, told: dict[str, Any]) -> Evaluation:
     turn: Iterator[np.ndarray] = iter([answers[0], *answers])
     names = tuple(f"class {number}" for number in range(told["classes"]))
     target = Target("answers", lambda image: labelled(next(turn)), names, {"backend": "none"})
-    return evaluate([target], samples, SemanticScore)
+    return evaluate([target], samples)
 
 
 def test_there_is_a_case_of_each_setting() -> None:
@@ -99,5 +98,5 @@ def test_an_order_of_classes_changes_no_score(tmp_path: Path) -> None:
     rule = replace(LabelRule(5), order=turned)
     turn = iter([answers[0], *answers])
     target = Target("turned", lambda image: labelled(next(turn)), ("e", "d", "c", "b", "a"), {})
-    (result,) = evaluate([target], Samples(pairs, rule), SemanticScore).results
+    (result,) = evaluate([target], Samples(pairs, rule)).results
     assert result.score.scores.iou[::-1] == pytest.approx(told["IoU"])

@@ -15,7 +15,7 @@ from fdconv_deploy.cli.app import app
 from fdconv_deploy.config import ResNetConfig
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.datasets import DatasetError
-from fdconv_deploy.evaluation.panoptic import PanopticScore, PanopticSet
+from fdconv_deploy.evaluation.panoptic import PanopticSet
 from fdconv_deploy.evaluation.targets import open_targets
 from fdconv_deploy.runtime import open_session
 from tests.checkpoints.small import weights_of
@@ -32,7 +32,7 @@ def ids_of(path: Path) -> np.ndarray:
 def test_quality_equals_cocos_own_code():
     data = PanopticSet(FILES / "truth.json", FILES / "truth", FILES / "images", CLASSES)
     found = json.loads((FILES / "found.json").read_text())["annotations"]
-    score = PanopticScore(data.things)
+    score = data.score(CLASSES)
     labels = {number * 7 + 1: number for number in range(len(CLASSES))}
     assert len(data) == len(found) == 12
     for sample, answer in zip(data, found, strict=True):
