@@ -17,20 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.config import DetectorConfig, SegmentorConfig
+from fdconv_deploy.config import SIZE_DIVISOR, DetectorConfig, SegmentorConfig
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.compare import Found, Target
 from fdconv_deploy.runtime import Detection, Session, open_session
 from fdconv_deploy.runtime.bundle import bundles_and_checkpoints
-from fdconv_deploy.runtime.detection import DetectionPipeline
 from fdconv_deploy.runtime.manifest import Fit
-from fdconv_deploy.runtime.panoptic import PanopticPipeline, PanopticSegmentation
-from fdconv_deploy.runtime.preprocessing import (
-    best_size,
-    check_image,
-    published_detector_input,
-    published_segmentor_input,
-)
+from fdconv_deploy.runtime.panoptic import PanopticSegmentation
+from fdconv_deploy.runtime.preprocessing import best_size, check_image, published_input
 from fdconv_deploy.runtime.segmentation import (
     Mode,
     MultiScale,
@@ -275,22 +269,12 @@ def _in_one_run(
 
     config = network.architecture
     how = config.preprocessing
-
-    def pipeline(sizes: Sequence[Size]) -> SegmentationPipeline | DetectionPipeline:
-        if isinstance(config, DetectorConfig):
-            return DetectionPipeline(config, sizes)
-        kind = SegmentationPipeline if config.panoptic is None else PanopticPipeline
-        return kind(config, sizes, fit)
-
-    published = (
-        published_detector_input
-        if isinstance(config, DetectorConfig)
-        else published_segmentor_input
-    )
+    divisor = SIZE_DIVISOR if isinstance(config, DetectorConfig) else None
 
     def answer(image: NDArray[Any]) -> Found:
         height, width = check_image(image, how).shape[:2]
-        steps = pipeline(sizes or [published((height, width), how)])
+        published = published_input((height, width), how, divisor)
+        steps = make_pipeline(config, sizes or [published], fit)
         prepared = steps.prepare(image)
         inputs = [torch.from_numpy(array[None]) for array in prepared.inputs.values()]
         start = time.perf_counter()
