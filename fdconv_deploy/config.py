@@ -201,13 +201,12 @@ class ResNetConfig(BackboneConfig):
 
 
 class _StagesConfig(BackboneConfig):
-    """A backbone whose stages are given by one number each, in tuples of one length."""
-
-    PER_STAGE: ClassVar[tuple[str, ...]]
+    """A backbone whose tuples, but for ``out_indices``, have one entry for each stage."""
 
     @model_validator(mode="after")
     def _one_entry_per_stage(self) -> _StagesConfig:
-        lengths = {name: len(getattr(self, name)) for name in self.PER_STAGE}
+        given = {name: value for name, value in self if name != "out_indices"}
+        lengths = {name: len(value) for name, value in given.items() if isinstance(value, tuple)}
         if len(set(lengths.values())) > 1:
             found = ", ".join(f"{name} {count}" for name, count in lengths.items())
             raise ValueError(f"there must be one entry for each stage, got {found}")
@@ -225,14 +224,6 @@ class MixVisionTransformerConfig(_StagesConfig):
     A stage has ``embed_dims * num_heads`` channels, so every head has ``embed_dims``; keys and
     values are of a map shrunk by its ``sr_ratios``. Defaults are MiT-B0's.
     """
-
-    PER_STAGE: ClassVar[tuple[str, ...]] = (
-        "num_layers",
-        "num_heads",
-        "patch_sizes",
-        "strides",
-        "sr_ratios",
-    )
 
     type: Literal["MixVisionTransformer"] = "MixVisionTransformer"
     embed_dims: Positive = 32
@@ -263,8 +254,6 @@ class SwinTransformerConfig(_StagesConfig):
     column by column (Microsoft's code, so detectron2's projects).
     """
 
-    PER_STAGE: ClassVar[tuple[str, ...]] = ("depths", "num_heads")
-
     type: Literal["SwinTransformer"] = "SwinTransformer"
     embed_dims: Positive = 96
     patch_size: Positive = 4
@@ -291,8 +280,6 @@ class ConvNeXtConfig(_StagesConfig):
     ``linear_pw_conv``: a block's two pointwise layers are linear, with weights of rank 2;
     otherwise convolutions, of rank 4. They compute the same.
     """
-
-    PER_STAGE: ClassVar[tuple[str, ...]] = ("channels", "depths")
 
     type: Literal["ConvNeXt"] = "ConvNeXt"
     channels: tuple[Positive, ...] = (96, 192, 384, 768)

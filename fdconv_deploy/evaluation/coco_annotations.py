@@ -396,10 +396,9 @@ def _size(given: dict[str, Any]) -> tuple[int, int]:
 
 
 def _counts(given: Any) -> NDArray[np.int64]:
-    if given is None:
-        raise UnfitError("run lengths without counts", RUN_LENGTHS)
     if not isinstance(given, list):
-        raise UnfitError("run lengths whose counts are neither text nor a list", RUN_LENGTHS)
+        lack = "without counts" if given is None else "whose counts are neither text nor a list"
+        raise UnfitError(f"run lengths {lack}", RUN_LENGTHS)
     try:
         with np.errstate(invalid="raise"):
             lengths = np.array(given, np.uint32)  # fractions are cut off, as pycocotools does it

@@ -148,18 +148,10 @@ def evaluate(
 
 
 def _check_classes(first: Target, other: Target) -> None:
-    pairs = zip_longest(first.classes, other.classes)
-    differ = next((index for index, (a, b) in enumerate(pairs) if a != b), None)
-    if differ is not None:
-        raise DatasetError(
-            f"The {first.name} has {len(first.classes)} classes ({_some(first.classes, differ)}), "
-            f"the {other.name} {len(other.classes)} ({_some(other.classes, differ)}): they cannot "
-            "be compared on the same data."
-        )
-
-
-def _some(names: Sequence[str], last: int) -> str:
-    """Three of the names, up to the ``last`` one if it is not among the first three."""
-    start = max(0, last - 2)
-    shown = ["…"] * (start > 0) + list(names[start : start + 3]) + ["…"] * (len(names) > start + 3)
-    return ", ".join(shown)
+    for number, (one, another) in enumerate(zip_longest(first.classes, other.classes)):
+        if one != another:
+            raise DatasetError(
+                f"The {first.name} has {len(first.classes)} classes, the {other.name} "
+                f"{len(other.classes)}, and number {number} is {one!r} in one and {another!r} in "
+                "the other: they cannot be compared on the same data."
+            )

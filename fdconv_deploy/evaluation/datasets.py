@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,25 +131,21 @@ class SemanticScore(Score[Sample, Segmentation]):
         ]
 
 
+@dataclass(frozen=True)
 class Samples:
     """Labelled images, decoded and checked one after the other.
 
-    Args:
+    Attributes:
         pairs: images and masks.
         rule: what the masks' numbers stand for.
         preprocessing: of the network that the images are decoded for.
         notes: sentences on how the labels are read.
     """
 
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        rule: LabelRule,
-        preprocessing: Preprocessing | None = None,
-        notes: Sequence[str] = (),
-    ) -> None:
-        self.pairs, self.rule = tuple(pairs), rule
-        self.preprocessing, self.notes = preprocessing or Preprocessing(), notes
+    pairs: Sequence[Pair]
+    rule: LabelRule
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    notes: Sequence[str] = ()
 
     @property
     def first(self) -> Path:
@@ -162,13 +158,6 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.pairs)
-
-    def _size(self, image: Path) -> tuple[int, int]:
-        """An image's height and width in pixels."""
-        if self.preprocessing.loading == "color":
-            return image_size(image)
-        height, width = load_image(image, self.preprocessing).shape[:2]
-        return height, width
 
     def __iter__(self) -> Iterator[Sample]:
         """Each sample, decoded when its turn comes.
@@ -196,17 +185,16 @@ class Samples:
     def numbers(self, progress: Callable[[int], None] = lambda _: None) -> list[Numbers]:
         """What the masks hold, all of them read; of images, the size alone.
 
-        Args:
-            progress: called with the number of masks done after each.
-
         Raises:
             DatasetError: a mask cannot be read, or is not of its image's size.
             ImageError: an image is missing, or none.
         """
         found: dict[tuple[bool, int], Numbers] = {}
         for done, pair in enumerate(self.pairs, 1):
-            raw = read_mask(pair.mask)
-            _check_sizes(pair, raw.shape, self._size(pair.image))
+            raw, how = read_mask(pair.mask), self.preprocessing
+            in_colour = how.loading == "color"
+            size = image_size(pair.image) if in_colour else load_image(pair.image, how).shape[:2]
+            _check_sizes(pair, raw.shape, size)
             counts = np.bincount(raw.ravel())
             for number in np.flatnonzero(counts).tolist():
                 known = found.setdefault(
@@ -262,7 +250,7 @@ def labelled_samples(
         classes: the network's class names, which are compared with the data set's.
         preprocessing: of the network.
         data: the data set's folder, where the names of its classes may be.
-        label_map: see `read_label_map`.
+        label_map: a file as `read_label_map` takes it.
         reduce_zero_label: see `LabelRule`.
         ignore_index: see `LabelRule.ignore`; 255 when not given.
         progress: called with the number of masks done after each.
@@ -300,8 +288,7 @@ def labelled_samples(
             "The masks hold 0 and 255 alone, black and white: they are taken for the classes "
             f"{classes[0]!r} and {classes[1]!r}. Say --ignore-index 255 if 255 is to be ignored."
         )
-        rule = replace(rule, label_map={0: 0, 255: 1})
-        return Samples(pairs, rule, preprocessing, notes)
+        return replace(samples, rule=replace(rule, label_map={0: 0, 255: 1}))
     samples.check(numbers)
     return samples
 

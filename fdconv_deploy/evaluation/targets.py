@@ -74,23 +74,11 @@ def open_targets(
 ) -> Iterator[list[Target]]:
     """The targets, in order, while the context lasts.
 
-    Beside a bundle, checkpoints see images at the first bundle's size, fitted as it fits them, so
-    that only the way of computing differs; alone, they see them as the published pipeline
-    resizes (and pads) them.
-
-    Args:
-        paths: bundles' folders and checkpoint files.
-        task: what all are asked for.
-        mode: of segmentors, "whole" or "slide"; what each was tested in when not given.
-        fit: of segmentors' bundles, and of checkpoints beside them; the first bundle's own when
-            not given.
-        backend: of bundles; "auto" when not given.
-        threads: CPU threads of every target.
-        config: the checkpoints' config.
-        overrides: settings that the checkpoints do not contain.
-        weights: which weights of each checkpoint, see `read_checkpoint`; those that the bundle
-            beside it was exported from when not given.
-        scales: of segmentors, at which sizes each image is looked at, if at several.
+    Beside a bundle, checkpoints see images at the first bundle's size, fitted as it fits them
+    unless a ``fit`` is given, and with the weights that it was exported from unless others are
+    named, so that only the way of computing differs; alone, they see them as the published
+    pipeline resizes (and pads) them. For ``mode``, ``fit`` and ``scales`` see `Session.segment`,
+    for ``config``, ``overrides`` and ``weights`` `load_checkpoint`.
 
     Raises:
         FDConvError: a path is missing or cannot be opened, a network does not do the task, or an
@@ -182,14 +170,7 @@ def bundle_target(
     fit: Fit | None = None,
     scales: MultiScale | None = None,
 ) -> Target:
-    """A bundle's target.
-
-    Args:
-        session: on the bundle; the caller closes it.
-        mode: of a segmentor, "whole" or "slide"; what it was tested in when not given.
-        fit: see `Session.segment`.
-        scales: see `Session.segment`.
-    """
+    """A bundle's target. The caller closes the session; for the rest see `Session.segment`."""
     details: dict[str, Any] = {
         "kind": "bundle",
         "backend": session.backend,

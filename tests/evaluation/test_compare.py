@@ -106,7 +106,9 @@ def test_what_cannot_be_scored_is_refused():
     with pytest.raises(DatasetError, match="No pixel counts"):
         evaluate([reading(0)], Drawn(blank))
     other = Target("other", reading(0).answer, NAMES[:2], {})
-    with pytest.raises(DatasetError, match=r"target has 4 classes .* other 2 \(road, sky\)"):
+    with pytest.raises(
+        DatasetError, match="target has 4 classes, the other 2, and number 2 is 'car'"
+    ):
         evaluate([reading(0), other], made_up())
 
 
@@ -181,5 +183,5 @@ def test_classes_in_another_order_are_shown_where_they_differ():
         Target("one", answer, tuple("abcdef"), {}),
         Target("two", answer, tuple("abcedf"), {}),
     ]
-    with pytest.raises(DatasetError, match=r"one has 6 .* \(…, b, c, d, …\).* 6 \(…, b, c, e, …\)"):
+    with pytest.raises(DatasetError, match="number 3 is 'd' in one and 'e' in the other"):
         evaluate(targets, made_up())
