@@ -9,6 +9,7 @@ subfolder of the masks' folder as the image of the images' folder.
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -69,20 +70,6 @@ class Sample:
     name: str
     image: NDArray[Any]
     truth: NDArray[np.int64]
-
-
-@dataclass
-class Numbers:
-    """A number that masks hold: in how many pixels and masks, and one of the latter.
-
-    ``rule``: what makes a class of it.
-    """
-
-    number: int
-    rule: LabelRule
-    first: Path
-    pixels: int = 0
-    masks: int = 0
 
 
 class SemanticScore(Score[Sample, Segmentation]):
@@ -182,14 +169,22 @@ class Samples:
             return replace(self.rule, label_map=CITYSCAPES_LABEL_IDS)
         return self.rule
 
-    def numbers(self, progress: Callable[[int], None] = lambda _: None) -> list[Numbers]:
-        """What the masks hold, all of them read; of images, the size alone.
+    def check(self, progress: Callable[[int], None] = lambda _: None) -> set[int]:
+        """Read every mask, and of images the size, before anything is run.
+
+        Args:
+            progress: called with the number of masks done after each.
+
+        Returns:
+            The numbers that masks hold.
 
         Raises:
-            DatasetError: a mask cannot be read, or is not of its image's size.
+            DatasetError: a mask cannot be read, or is not of its image's size; they hold numbers
+                that are no class, which are named, or nothing that counts.
             ImageError: an image is missing, or none.
         """
-        found: dict[tuple[bool, int], Numbers] = {}
+        pixels, masks = Counter[tuple[int, bool]](), Counter[tuple[int, bool]]()
+        first: dict[tuple[int, bool], Pair] = {}
         for done, pair in enumerate(self.pairs, 1):
             raw, how = read_mask(pair.mask), self.preprocessing
             in_colour = how.loading == "color"
@@ -197,39 +192,28 @@ class Samples:
             _check_sizes(pair, raw.shape, size)
             counts = np.bincount(raw.ravel())
             for number in np.flatnonzero(counts).tolist():
-                known = found.setdefault(
-                    (pair.city_ids, number), Numbers(number, self.rule_of(pair), pair.mask)
-                )
-                known.pixels += int(counts[number])
-                known.masks += 1
+                key = number, pair.city_ids
+                first.setdefault(key, pair)
+                pixels[key] += int(counts[number])
+                masks[key] += 1
             progress(done)
-        return sorted(found.values(), key=lambda known: known.number)
-
-    def check(self, numbers: Sequence[Numbers]) -> None:
-        """Refuse masks that cannot be scored, before anything is run.
-
-        Raises:
-            DatasetError: they hold numbers that are no class, which are named, or nothing that
-                counts.
-        """
-        found = [one.rule.class_of(one.number) for one in numbers]
-        if all(label == UNCOUNTED for label in found):
+        found = {key: self.rule_of(pair).class_of(key[0]) for key, pair in first.items()}
+        if all(label == UNCOUNTED for label in found.values()):
             raise DatasetError(
                 f"Of {len(self)} masks no pixel counts: they hold nothing but labels to ignore."
             )
-        wrong = [one for one, label in zip(numbers, found, strict=True) if label is None]
-        if not wrong:
-            return
-        named = [
-            f"{one.number} ({one.pixels:,} pixels in {one.masks} of {len(self)} masks, such as "
-            f"{one.first})"
-            for one in wrong[:_NAMED]
-        ]
-        more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
-        expected = wrong[0].rule.expected({one.number for one in wrong})
-        raise DatasetError(
-            f"The masks hold numbers that are no classes: {', '.join(named)}{more}; {expected}"
-        )
+        if wrong := sorted(key for key, label in found.items() if label is None):
+            named = [
+                f"{key[0]} ({pixels[key]:,} pixels in {masks[key]} of {len(self)} masks, such as "
+                f"{first[key].mask})"
+                for key in wrong[:_NAMED]
+            ]
+            more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+            expected = self.rule_of(first[wrong[0]]).expected({number for number, _ in wrong})
+            raise DatasetError(
+                f"The masks hold numbers that are no classes: {', '.join(named)}{more}; {expected}"
+            )
+        return {number for number, _ in first}
 
 
 def labelled_samples(
@@ -280,16 +264,14 @@ def labelled_samples(
     ignore = IGNORE_INDEX if ignore_index is None else ignore_index
     rule = LabelRule(len(classes), mapping, reduce_zero_label, ignore, order)
     samples = Samples(pairs, rule, preprocessing, notes)
-    numbers = samples.numbers(progress)
     as_they_are = mapping is None and ignore_index is None and not reduce_zero_label
-    held = {one.number for one in numbers}
+    held = samples.check(progress)
     if as_they_are and len(classes) == 2 and 255 in held and held <= {0, 255}:
         notes.append(
             "The masks hold 0 and 255 alone, black and white: they are taken for the classes "
             f"{classes[0]!r} and {classes[1]!r}. Say --ignore-index 255 if 255 is to be ignored."
         )
         return replace(samples, rule=replace(rule, label_map={0: 0, 255: 1}))
-    samples.check(numbers)
     return samples
 
 
