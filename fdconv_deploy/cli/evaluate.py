@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import reduce
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -124,6 +125,8 @@ def evaluate(
         images, masks = layout_of(data)
     assert images
     paths = [network, *(against or [])]
+    how: dict[str, Any] = {"config": config, "overrides": parse_settings(settings)}
+    how["weights"] = weights
     samples: CocoSet | PanopticSet | Samples
     with _progress(hidden=quiet or as_json) as bar:
         # What needs no network is read before any is loaded.
@@ -140,9 +143,7 @@ def evaluate(
             fit=fit,
             backend=backend,
             threads=threads,
-            config=config,
-            overrides=parse_settings(settings),
-            weights=weights,
+            **how,
             scales=parse_scales(multi_scale, flip),
         ) as targets:
             first = targets[0]
@@ -174,37 +175,24 @@ def evaluate(
         if operators := target.details.get("operators"):
             say(f"{target.name}: {operators}.")
     if not quiet:
-        _verify(paths, samples.first, config, settings, weights)
+        _verify(paths, samples.first, **how)
 
 
-def _verify(
-    paths: list[Path],
-    image: Path,
-    config: Path | None,
-    settings: list[str] | None,
-    weights: str | None,
-) -> None:
+def _verify(paths: list[Path], image: Path, **how: Any) -> None:
     """Verify each bundle beside its own checkpoint, as `fdconv verify` does, on an image."""
-    from fdconv_deploy.checkpoints.reading import digest_of
-    from fdconv_deploy.runtime.bundle import Bundle
+    for bundle, checkpoint in product(filter(Path.is_dir, paths), filter(Path.is_file, paths)):
+        from fdconv_deploy.checkpoints.reading import digest_of
+        from fdconv_deploy.export.validation.verify import load_exported, verify_bundle
+        from fdconv_deploy.runtime import open_session
 
-    for bundle in (path for path in paths if path.is_dir()):
-        source = Bundle.open(bundle).manifest.checkpoint
-        for checkpoint in (path for path in paths if path.is_file()):
+        with open_session(bundle) as session:
+            source = session.bundle.manifest.checkpoint
             if source is None or source.sha256 != digest_of(checkpoint):
                 continue
-            from fdconv_deploy.export.validation.verify import load_exported, verify_bundle
-            from fdconv_deploy.runtime import open_session
-
-            overrides = parse_settings(settings)
-            with open_session(bundle) as session:
-                network = load_exported(
-                    session, checkpoint, config=config, overrides=overrides, weights=weights
-                )
-                picture = session.read_image(image)
-                verdicts = verify_bundle(session, network, [(image.name, picture)])
+            network = load_exported(session, checkpoint, **how)
+            picture = session.read_image(image)
             print(f"{bundle} beside {checkpoint}:")
-            for verdict in verdicts:
+            for verdict in verify_bundle(session, network, [(image.name, picture)]):
                 print(*verdict.sentences(), sep="\n")
 
 

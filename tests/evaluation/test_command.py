@@ -192,14 +192,25 @@ def test_a_fit_without_a_bundle_is_of_no_use(scenes, monkeypatch, capfd):
     assert "a backend are a bundle's, and there is none here" in err
 
 
-def test_a_bundle_is_scored_without_torch(streets, scenes):
+@pytest.mark.parametrize("options", [["--json"], []], ids=["json", "table"])
+def test_a_bundle_is_scored_without_torch(streets, scenes, options):
+    command = ["evaluate", streets, "--images", scenes, "--masks", scenes, "--limit", 1, *options]
     code = (
         "import sys; from fdconv_deploy.cli.app import main\n"
-        f"sys.argv = ['fdconv', 'evaluate', {str(streets)!r}, '--images', {str(scenes)!r}, "
-        f"'--masks', {str(scenes)!r}, '--limit', '1', '--json']\n"
+        f"sys.argv = ['fdconv', *{list(map(str, command))!r}]\n"
         "main()\n"
         "assert not {'torch', 'onnx'} & set(sys.modules), 'loaded'"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    assert json.loads(finished.stdout)["images"] == 1
+    assert not options or json.loads(finished.stdout)["images"] == 1
+
+
+def test_a_bundle_is_verified_beside_its_own_checkpoint(streets, scenes, monkeypatch, capfd):
+    code, out, err = fdconv(
+        monkeypatch, capfd, "evaluate", streets, "--against", packaged_checkpoint(),
+        "--images", scenes, "--masks", scenes, "--limit", 1,
+    )  # fmt: skip
+    assert code == 0, err
+    said = out.partition(f"{streets} beside {packaged_checkpoint()}:")[2]
+    assert "The graph is the network." in said
