@@ -5,7 +5,7 @@ of the exported graph cannot avoid moving (every operator reads its inputs and w
 output once, float32), and divides them by this machine's own rates, measured in the same run: a
 large matrix product's, a product's with a matrix as small as the transform's stages, and an
 addition's that neither operand nor result of fits a core's cache. The sum is a floor for a graph
-of such operators; the profile (`benchmarks.profile_operators`) says what is really taken.
+of such operators; `benchmarks.layers` says what is really taken.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from benchmarks.speed import OPENVINO
 from benchmarks.speed import SIDES as EVERY
 from fdconv_deploy.atomic_write import write_atomically
 from fdconv_deploy.latency import machine
-from fdconv_deploy.profiling import PARTS
 
 DOCS = machine.ROOT / "docs"
 SIDES = {s: name for s, name in EVERY.items() if s not in (*OPENVINO, "native_nchw")}
@@ -34,8 +33,6 @@ Cases = dict[str, dict[str, Any]]
 
 def markdown(
     matrix: dict[str, Any],
-    profile: dict[str, Any] | None = None,
-    session: dict[str, Any] | None = None,
     batches: Sequence[dict[str, Any]] = (),
     costs: dict[str, Any] | None = None,
     families: Sequence[dict[str, Any]] = (),
@@ -71,12 +68,8 @@ def markdown(
     parts += _section("Exports", _exports(cases))
     parts += _section("Every family at full size", _families(families))
     parts += _section("Not measured", _missing(cases))
-    if profile is not None:
-        parts += _section(f"Where the time goes ({profile['title']})", _parts(profile))
     if costs is not None:
         parts += _section(f"What is left, native operators ({costs['title']})", _left(costs))
-    if session is not None:
-        parts += _section(f"A session's life ({session['title']})", _session(session))
     return "\n".join(parts)
 
 
@@ -317,18 +310,6 @@ def _missing(cases: Cases) -> Iterator[str]:
                 yield f"- {case.title}, kernel_num {case.kernel_num}: {what}, {result[what]}"
 
 
-def _parts(profile: dict[str, Any]) -> Iterator[str]:
-    fdconv, plain = profile["fdconv"], profile["plain"]
-    commit = profile["machine"]["commit"]
-    yield f"By ONNX Runtime's own profile, milliseconds per run; commit {commit}.\n"
-    yield from _head("part", "FDConv", "baseline", "of FDConv's, the largest operators")
-    for part in PARTS:
-        largest = list(fdconv["operators_by_part"][part].items())[:4]
-        said = ", ".join(f"{operator} {spent:.1f}" for operator, spent in largest if spent >= 0.1)
-        yield _row(part, f"{fdconv['parts'][part]:.1f}", f"{plain['parts'][part]:.1f}", said)
-    yield _row("sum", f"{fdconv['total']:.1f}", f"{plain['total']:.1f}", "")
-
-
 def _left(costs: dict[str, Any]) -> Iterator[str]:
     rate = costs["rates"]
     baseline = sum(row["ms"] for row in costs["plain"].values())
@@ -352,31 +333,6 @@ def _left(costs: dict[str, Any]) -> Iterator[str]:
         yield _row(f"**{what}all**", "", f"{total:.1f}", "", f"{total / baseline:.3f}", "", "", "")
 
 
-def _session(session: dict[str, Any]) -> Iterator[str]:
-    def seconds(found: dict[str, Any]) -> str:
-        return f"{found['median']:.2f} s"
-
-    batches = session["batches"]
-    yield f"Importing the runtime: {seconds(session['import_seconds'])}.\n"
-    yield from _head("", *(f"batch {batch}" for batch in batches))
-    for name, key in (
-        ("opening, files hashed", "open_seconds"),
-        ("opening, not hashed", "open_unhashed_seconds"),
-        ("loading the graph", "load_seconds"),
-        ("warm-up after that", "warm_up_seconds"),
-        ("CPU time burnt after a run", "cpu_after_run_seconds"),
-    ):
-        yield _row(name, *(seconds(life[key]) for life in batches.values()))
-    for name, key in (("first request", "first_request_ms"), ("tenth", "tenth_request_ms")):
-        yield _row(name, *(f"{life[key]['median']:.0f} ms" for life in batches.values()))
-    weights = session["weights_mb"]
-    for name, key in (("memory, loaded", "load_mb"), ("memory, after ten runs", "settled_mb")):
-        cells = (
-            f"{life[key]} MB ({life[key] / weights:.1f}× weights)" for life in batches.values()
-        )
-        yield _row(name, *cells)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of records")
@@ -385,11 +341,9 @@ def main() -> None:
     matrix = newest("matrix", options.results)
     if matrix is None:
         parser.error(f"{options.results} has no matrix; run python -m benchmarks.matrix first.")
-    others = [newest(kind, options.results) for kind in ("profile", "session")]
     costs = newest("native costs", options.results)
     text = markdown(
         matrix,
-        *others,
         every("batches", options.results),
         costs,
         every("families", options.results),

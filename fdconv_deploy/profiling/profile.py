@@ -20,7 +20,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,17 +52,6 @@ _CARRIERS = {"ReorderInput", "ReorderOutput", "Transpose"}
 Place = tuple[str, str]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one node takes: its operator, part and layer, and the median of its runs."""
-
-    name: str
-    operator: str
-    part: str
-    layer: str
-    milliseconds: float
-
-
 class ProfiledGraph:
     """A graph that notes what each of its nodes takes. Profiling itself adds a few percent.
 
@@ -78,12 +66,11 @@ class ProfiledGraph:
         self, model: Path, folder: Path, *, threads: int, library: Path | None = None
     ) -> None:
         optimised = optimise(model, folder, library)
-        places = attribute(onnx.load(str(model), load_external_data=False), optimised)
+        self._places = attribute(onnx.load(str(model), load_external_data=False), optimised)
         for number, node in enumerate(optimised.graph.node):
             node.name = f"n{number}"
         named = folder / "named.onnx"
         onnx.save(optimised, str(named))
-        self._nodes = list(zip(optimised.graph.node, places, strict=True))
         options = _options(library)
         options.intra_op_num_threads = threads
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -99,24 +86,17 @@ class ProfiledGraph:
         """Run once."""
         self._session.run(None, dict(feeds))
 
-    def costs(self) -> list[Cost]:
-        """Every node's median over the runs after the first two; none can follow."""
+    def layers(self) -> list[LayerTime]:
+        """Layers in the order they run: medians over the runs after the first two; none follow."""
         events = json.loads(Path(self._session.end_profiling()).read_text())
         durations: defaultdict[str, list[float]] = defaultdict(list)
         for event in events:
             if event["name"].endswith("_kernel_time"):
                 durations[event["name"].removesuffix("_kernel_time")].append(event["dur"] / 1e3)
-        return [
-            Cost(node.name, node.op_type, part, layer, statistics.median(spent[WARM_UP:]))
-            for node, (layer, part) in self._nodes
-            if (spent := durations.get(node.name))
-        ]
-
-    def layers(self) -> list[LayerTime]:
-        """The `costs` by layer, in the order in which layers first run."""
         spent: defaultdict[Place, float] = defaultdict(float)
-        for cost in self.costs():
-            spent[cost.layer, cost.part] += cost.milliseconds
+        for number, place in enumerate(self._places):
+            if taken := durations.get(f"n{number}"):
+                spent[place] += statistics.median(taken[WARM_UP:])
         return _by_layer(spent)
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.profile_operators import by_part
 from fdconv_deploy.export import export_module
 from fdconv_deploy.nn import FDConv2d, FDTokenConv
 from fdconv_deploy.profiling import PARTS, WARM_UP
@@ -97,17 +96,6 @@ def test_products_over_tokens_are_convolutions(tmp_path: Path) -> None:
     assert products == ["convolutions"]
 
 
-def test_profile(model: Path, images, tmp_path: Path) -> None:
-    costs = profiled_graph(model, images, tmp_path, runs=3).costs()
-    found = by_part(costs)
-    assert found["nodes"] == len(costs) > 100
-    assert all(spent > 0 for spent in found["parts"].values())
-    for sums in (found["parts"], found["operators"]):
-        assert sum(sums.values()) == pytest.approx(found["total"], abs=0.2)
-    within = found["operators_by_part"]
-    assert sum(within["attention"].values()) == pytest.approx(found["parts"]["attention"], abs=0.2)
-
-
 def test_plain_networks_have_no_fdconv_parts(images, tmp_path: Path) -> None:
     plain = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2)).eval()
     model = export_module(plain, images, tmp_path / "b").model_path(1)
@@ -123,6 +111,7 @@ def test_every_layer_of_the_network_is_found(model: Path, images, tmp_path: Path
         assert parts[name] >= {"convolutions", "attention", "kernel assembly"}
     assert "band modulation" in parts["wide"]
     assert "band modulation" not in parts["pointwise"]
+    assert sum(sum(layer.ms.values()) for layer in layers) > 0
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
