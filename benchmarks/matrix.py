@@ -39,6 +39,8 @@ from benchmarks.speed import add_arguments
 from fdconv_deploy.latency import machine
 from fdconv_deploy.runtime.backends.threads import available_cores
 
+# What decides speed: measurements of different ones of these do not belong in one table.
+DECISIVE = ("cpu", "cores", "threads", "versions")
 Measure = Callable[[Case], dict[str, Any]]
 
 
@@ -94,7 +96,7 @@ def _start(output: Path, where: dict[str, Any], resume: bool) -> dict[str, Any]:
             f"{output} exists. Say --resume to go on with it, or --output for another file."
         )
     record = json.loads(output.read_text(encoding="utf-8"))
-    for key in machine.DECISIVE:
+    for key in DECISIVE:
         if record["machine"][key] != where[key]:
             raise MatrixError(
                 f"{output} was measured with {key} {record['machine'][key]}, here it is "

@@ -30,6 +30,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+# An image in, its mask out.
+HEADERS = {"Content-Type": "image/jpeg", "Accept": "image/png"}
 
 
 class Connection:
@@ -323,8 +325,7 @@ def scene(quality: int = 90) -> bytes:
 def image_request() -> Callable[[Connection], int]:
     """Asks for the mask of a scene."""
     body = scene()
-    headers = {"Content-Type": "image/jpeg", "Accept": "image/png"}
-    return lambda plug: plug.post("/v1/segment", body, headers)[0]
+    return lambda plug: plug.post("/v1/segment", body, HEADERS)[0]
 
 
 def tensor_request(bundle: Path) -> Callable[[Connection], int]:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks.serving.harness import (
+    HEADERS,
     Connection,
     Load,
     Memory,
@@ -30,7 +31,6 @@ from benchmarks.serving.harness import (
     server,
 )
 
-HEADERS = {"Content-Type": "image/jpeg", "Accept": "image/png"}
 QUEUE = 16
 # Of the bound that the queue sets on what is accepted: batches and the machine are not even.
 SLACK = 2.0

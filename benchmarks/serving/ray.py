@@ -54,14 +54,14 @@ EVERY = 100  # requests, then a replica is killed
 
 
 @contextmanager
-def cluster() -> Iterator[int]:
-    """Ray on this machine; the port that its proxy listens on."""
+def cluster(object_store_mb: int = 256) -> Iterator[int]:
+    """Ray on this machine; a port that its proxy may listen on."""
     # Not ignored: what stays alive in it would be left behind. Short, for it holds Unix sockets.
     with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder:
         ray.init(
             address="local",
             num_cpus=8,
-            object_store_memory=256 << 20,
+            object_store_memory=object_store_mb << 20,
             include_dashboard=False,
             log_to_driver=False,
             logging_level="warning",

@@ -24,6 +24,7 @@ import onnx
 from PIL import Image
 
 from benchmarks.serving.harness import (
+    HEADERS,
     Connection,
     Load,
     Memory,
@@ -39,7 +40,6 @@ from benchmarks.serving.harness import (
 from fdconv_deploy.runtime import open_session, read_image
 from fdconv_deploy.runtime.bundle import sha256_of
 
-HEADERS = {"Content-Type": "image/jpeg", "Accept": "image/png"}
 HEALTH_MS, RESIDENT_MB = 250.0, 1500.0
 # Batches of several sizes round differently, which may turn a pixel of two near classes.
 SAME = 0.999

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from benchmarks.serving.harness import (
+    HEADERS,
     Connection,
     Load,
     closed_loop,
@@ -26,7 +27,6 @@ from benchmarks.serving.harness import (
 )
 from fdconv_deploy.runtime import Bundle
 
-HEADERS = {"Content-Type": "image/jpeg", "Accept": "image/png"}
 WORKERS = 2
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+from typer.models import OptionInfo
 
 from fdconv_deploy.cli.options import (
     Config,
@@ -45,6 +45,11 @@ NATIVE: dict[str | None, list[Native]] = {
 }  # fmt: skip
 
 
+def _file(text: str) -> OptionInfo:
+    option: OptionInfo = typer.Option(metavar="FILE", help=f"{text}; - prints it.")
+    return option
+
+
 def bench(
     paths: Annotated[
         list[Path] | None,
@@ -67,9 +72,7 @@ def bench(
     ] = None,
     batch: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="N", help="Batch size, or several as 1,4; those of the bundles if none."
-        ),
+        typer.Option(metavar="N,N,…", help="Batch sizes; those of the bundles if none."),
     ] = None,
     concurrency: Annotated[
         str, typer.Option(metavar="N,N,…", help="Requests at a time; 1,2,4 is a sweep.")
@@ -78,23 +81,15 @@ def bench(
         list[str] | None,
         typer.Option(metavar="http://…", help="A running service to time as well. Repeatable."),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The service's model, if not its first.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="The service's, if not its first.")] = None,
     tf32: Annotated[
-        bool,
-        typer.Option(
-            "--tf32",
-            help="Let float32 products round to ten bits on a GPU.",
-        ),
+        bool, typer.Option("--tf32", help="Let float32 products round to ten bits on a GPU.")
     ] = False,
     end_to_end: Annotated[
         bool,
         typer.Option("--end-to-end", help="Time from decoded pixels to labels, image by image."),
     ] = False,
-    image: Annotated[
-        Path | None, typer.Option(help="Run this image instead of packaged ones.")
-    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Run this, not packaged images.")] = None,
     size: Annotated[
         str | None,
         typer.Option(
@@ -106,48 +101,29 @@ def bench(
     seconds: Annotated[
         float, typer.Option(min=0, help="Longest time for one batch size, after warming up.")
     ] = 60.0,
-    warm_up: Annotated[
-        float, typer.Option(min=0, help="Seconds that each target is warmed up for.")
-    ] = 0.5,
+    warm_up: Annotated[float, typer.Option(min=0, help="Seconds to warm each target up.")] = 0.5,
     agree: Annotated[
         float, typer.Option(min=0, help="A target is steady when three windows agree this closely.")
     ] = 0.03,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Add time by layer, on a CPU.")
-    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Add time by layer (CPU).")] = False,
     divergence: Annotated[
         bool,
         typer.Option("--divergence", help="Add how far each bundle is from the first, by layer."),
     ] = False,
     fail_under: Annotated[
-        float | None,
-        typer.Option(metavar="IMAGES/S", help="Exit with 1 if a target is slower than this."),
+        float | None, typer.Option(metavar="IMAGES/S", help="Exit with 1 if a target is slower.")
     ] = None,
     fail_over: Annotated[
-        float | None,
-        typer.Option(metavar="MS", help="Exit with 1 if a target's median is longer than this."),
+        float | None, typer.Option(metavar="MS", help="Exit with 1 if a target's median is longer.")
     ] = None,
     fail_ratio: Annotated[
         float | None,
-        typer.Option(
-            metavar="TIMES", help="Exit with 1 if a target takes longer than TIMES the first's."
-        ),
+        typer.Option(metavar="TIMES", help="Exit with 1 if a target takes TIMES the first's."),
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the report as JSON; - prints it."),
-    ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a Markdown table; - prints it.")
-    ] = None,
-    csv: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write comma-separated values; - prints them."),
-    ] = None,
-    html: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write one page with plots (needs matplotlib)."),
-    ] = None,
+    json: Annotated[Path | None, _file("Write the report as JSON")] = None,
+    markdown: Annotated[Path | None, _file("Write a Markdown table")] = None,
+    csv: Annotated[Path | None, _file("Write comma-separated values")] = None,
+    html: Annotated[Path | None, _file("Write one page with plots (needs matplotlib)")] = None,
     config: Config = None,
     settings: Settings = None,
     weights: Weights = None,
@@ -158,7 +134,7 @@ def bench(
     from fdconv_deploy.latency.targets import RunOptions, expand_targets
     from fdconv_deploy.runtime.backends.threads import available_cores
 
-    outputs = [(json_file, report.as_json), (markdown, report.markdown), (csv, report.csv)]
+    outputs = [(json, report.as_json), (markdown, report.markdown), (csv, report.csv)]
     # A missing package is reported now, not after minutes of measuring.
     if html is not None:
         with needed_by("The report's page (--html)", "bench"):
@@ -185,8 +161,7 @@ def bench(
         native=NATIVE[native],
     )
     levels = parse_counts([concurrency], "--concurrency")
-    if divergence:
-        measure.check_divergences(targets)
+    compared = measure.compared_bundles(targets) if divergence else []
     if divergence or (profile and any(target.kind == "bundle" for target in targets)):
         with needed_by("Time and divergence by layer"):
             import onnx  # noqa: F401
@@ -206,8 +181,7 @@ def bench(
         )
         if profile:
             measure.add_profiles(found, targets, on_progress)
-        if divergence:
-            measure.add_divergences(found, targets, on_progress)
+        measure.add_divergences(found, compared, on_progress)
     for file, render in wanted:
         write(file, render(found))
     if not quiet and STDOUT not in [file for file, _ in wanted]:
@@ -253,13 +227,19 @@ def show(report: Report, console: Console) -> None:
     if not console.is_terminal:
         console.width = max(console.width, WIDEST)
     missing: list[str] = []
-    if _width(_table(titles, rows)) > console.width:
+    unbounded = console.options.update(width=10_000)
+
+    def too_wide() -> bool:
+        table = _table(titles, rows)
+        return console.measure(table, options=unbounded).maximum > console.width
+
+    if too_wide():
         names = list(dict.fromkeys(row[0] for row in rows))
         for number, name in enumerate(names, 1):
             console.print(Text(f"{number}  {name}"))
         rows = [[str(names.index(row[0]) + 1), *row[1:]] for row in rows]
         for title in (title for title in LEFT_OUT if title in titles):
-            if _width(_table(titles, rows)) > console.width:
+            if too_wide():
                 missing.append(title)
                 place = titles.index(title)
                 titles, *rows = ([*line[:place], *line[place + 1 :]] for line in (titles, *rows))
@@ -284,9 +264,3 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     for row in rows:
         table.add_row(*map(Text, row))
     return table
-
-
-def _width(table: Table) -> int:
-    """How wide a table wants to be."""
-    console = Console(file=StringIO(), width=10_000)
-    return console.measure(table).maximum

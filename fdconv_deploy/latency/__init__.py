@@ -18,16 +18,9 @@ Clock = Callable[[], float]
 
 
 class Interleaver(Generic[R]):
-    """Calls every target once a round, and keeps the seconds of each call.
+    """Calls every target once a round, and keeps each one's ``seconds``, round by round.
 
     Each round begins with another target, so that none always follows the same one.
-
-    Args:
-        targets: what is called.
-        clock: seconds, as `time.perf_counter` gives them.
-
-    Attributes:
-        seconds: for each target, the seconds of each round.
     """
 
     def __init__(

@@ -39,7 +39,6 @@ _SVG: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "fdconv", "font.
 _LONGEST = 0.74
 # Where bars of divergence start, at what float32 rounds away anyhow, and end: no sense is left.
 LEAST, MOST = 1e-8, 1e3
-_START = ("starting and importing libraries", "loading", "first request")
 
 
 def page(report: Report) -> str:
@@ -72,32 +71,23 @@ def _sections(report: Report) -> Iterator[str]:
     )
     plot = _throughput(report, colours)
     yield _section("Latency and throughput", plot, _legend(list(colours)), text=text)
+    memory, start = [], []
     # One row for each process, whatever its concurrencies; a service's is only its client.
     once = {row.name: row for row in reversed(rows) if row.kind != "service"}
-    local = list(once.values())[::-1]
-    drawn = [
-        Bar(
-            f"{row.label}, b{row.batch}",
-            [(0, loaded), (1, max(peak - loaded, 0))],
-            f"{peak:,} MB" + ("" if row.device_mb is None else f", GPU {row.device_mb:,} MB"),
-        )
-        for row in local
-        if (loaded := row.loaded_mb) is not None and (peak := row.peak_mb) is not None
-    ]
-    if drawn:
-        text = (
-            "Of a process that holds nothing but this target, interpreter and libraries included."
-        )
-        legend = _legend(["loaded", "more while running"])
-        yield _section("Memory", bars("Memory of each target", drawn), legend, text=text)
-    drawn = []
-    for row in local:
+    for row in reversed(once.values()):
+        name, loaded, peak = f"{row.label}, b{row.batch}", row.loaded_mb or 0, row.peak_mb or 0
+        said = f"{peak:,} MB" + ("" if row.device_mb is None else f", GPU {row.device_mb:,} MB")
+        memory.append(Bar(name, [(0, loaded), (1, max(peak - loaded, 0))], said))
         steps = row.import_seconds, row.load_seconds, row.first_ms / 1e3
-        name = f"{row.label}, b{row.batch}"
-        drawn.append(Bar(name, list(enumerate(steps)), f"{sum(steps):.2f} s"))
-    if drawn:
-        plot = bars("Start of each target", drawn)
-        yield _section("From nothing to the first answer", plot, _legend(_START))
+        start.append(Bar(name, list(enumerate(steps)), f"{sum(steps):.2f} s"))
+    if once:
+        text = "Of a process with nothing but this target, its interpreter and libraries."
+        legend = _legend(["loaded", "more while running"])
+        yield _section("Memory", bars("Memory of each target", memory), legend, text=text)
+        legend = _legend(["starting and importing libraries", "loading", "first request"])
+        yield _section(
+            "From nothing to the first answer", bars("Start of each target", start), legend
+        )
     yield _section("All figures", _grid(*tables.cells(report)), text=tables.head(report))
     for profile in report.profiles:
         drawn = [
@@ -109,9 +99,9 @@ def _sections(report: Report) -> Iterator[str]:
             for layer in profile.layers
         ]
         spent = ", ".join(f"{part} {ms:.1f}" for part, ms in profile.sums.items())
-        text = f"{profile.how} Milliseconds in all: {spent}."
+        text = f"{profile.how} In all: {spent}."
         plot = bars("Time by layer", drawn, tight=True)
-        yield _section(f"Time by layer: {profile.title}", _legend(PARTS), plot, text=text)
+        yield _section(profile.heading, _legend(PARTS), plot, text=text)
     for found in report.divergences:
         drawn = [
             Bar(
@@ -124,10 +114,12 @@ def _sections(report: Report) -> Iterator[str]:
         text = f"{found.how} Bars are logarithmic and start at {LEAST:.0e}."
         plot = bars("Divergence by layer", drawn, tight=True)
         yield _section(found.heading, plot, text=text)
-    facts = (
-        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in _facts(report.machine)
+    facts = "".join(
+        f"<dt>{escape(name.replace('_', ' ').replace('.', ': '))}</dt><dd>{escape(str(value))}</dd>"
+        for name, value in tables.flat(report.machine)
+        if value not in (None, "")
     )
-    yield _section("Environment", f"<dl>{''.join(facts)}</dl>")
+    yield _section("Environment", f"<dl>{facts}</dl>")
 
 
 def _section(title: str, *parts: str, text: str = "") -> str:
@@ -169,15 +161,12 @@ def _throughput(report: Report, colours: dict[str, int]) -> str:
 
 
 class Bar(NamedTuple):
-    """A horizontal bar of one or several parts, with a name above it and a label behind.
+    """A horizontal bar of one or several parts."""
 
-    parts: (colour, value) of each. marks: values that a thin line is drawn at.
-    """
-
-    name: str
-    parts: Sequence[tuple[int, float]]
-    label: str
-    marks: Sequence[float] = ()
+    name: str  # above it
+    parts: Sequence[tuple[int, float]]  # (colour, value) of each
+    label: str  # behind it
+    marks: Sequence[float] = ()  # values that a thin line is drawn at
 
     @property
     def end(self) -> float:
@@ -186,13 +175,7 @@ class Bar(NamedTuple):
 
 
 def bars(title: str, rows: Sequence[Bar], *, tight: bool = False) -> str:
-    """Bars below each other on one scale from 0, as SVG.
-
-    Args:
-        title: read aloud to who cannot see it.
-        rows: from top to bottom.
-        tight: for many.
-    """
+    """Bars below each other on one scale from 0, as SVG; the title is for screen readers."""
     step, thick = (0.34, 0.3) if tight else (0.45, 0.35)
     figure, axes = _figure(step * len(rows))
     most = max((row.end for row in rows), default=0.0) or 1.0
@@ -265,15 +248,3 @@ def _grid(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="wide">{table}</div>'
-
-
-def _facts(found: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in found.items():
-        name = f"{before}{key}".replace("_", " ")
-        if isinstance(value, dict):
-            yield from _facts(value, f"{name}: ")
-        elif isinstance(value, list):
-            for number, one in enumerate(value, 1):
-                yield from _facts(one, f"{name} {number}: ")
-        elif value is not None:
-            yield name, str(value)

@@ -25,8 +25,6 @@ from fdconv_deploy.runtime.backends.threads import available_cores, cpu_quota
 ROOT = Path(__file__).resolve().parents[2]
 # Other processes may take this share of the machine before a measurement is called noisy.
 QUIET = 0.05
-# What decides speed: measurements of different ones of these do not belong in one table.
-DECISIVE = ("cpu", "cores", "threads", "versions")
 _PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "triton", "numpy")
 # Packages that `say` names, by their names for people.
 _NAMED = {"torch": "torch", "onnxruntime": "ONNX Runtime", "onnxruntime-gpu": "ONNX Runtime GPU"}
@@ -34,11 +32,7 @@ _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 def describe(threads: int) -> dict[str, Any]:
-    """The machine, as JSON: CPU, clock, cores, memory, load, GPUs, versions, commit and date.
-
-    Args:
-        threads: CPU threads that measurements use.
-    """
+    """The machine, as JSON, and how many of its CPU threads measurements use."""
     clock = _proc("/proc/cpuinfo", "cpu MHz")
     versions = {"python": platform.python_version()}
     versions |= {name: found for name in _PACKAGES if (found := installed_version(name))}
@@ -85,11 +79,7 @@ def busy() -> str | None:
 
 
 def shared_machine(share: float | None) -> str | None:
-    """A sentence to put below figures; None when the machine was quiet.
-
-    Args:
-        share: of the machine's CPU time that went to others, as `Bystanders` measures it.
-    """
+    """A sentence to put below figures, by `Bystanders.share`; None when the machine was quiet."""
     if share is None or share <= QUIET:
         return None
     return (
@@ -109,12 +99,7 @@ def cpu_model() -> str:
     return _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
 
 
-def memory(key: str = "MemAvailable") -> int:
-    """A line of ``/proc/meminfo`` in bytes; 0 where the system has none."""
-    return proc_bytes("/proc/meminfo", key)
-
-
-def proc_bytes(path: str, key: str) -> int:
+def memory(key: str = "MemAvailable", path: str = "/proc/meminfo") -> int:
     """A line such as ``MemTotal: 12 kB`` of a file, in bytes; 0 where the system has none."""
     value = _proc(path, key)
     return int(value.split()[0]) * 1024 if value else 0
@@ -133,27 +118,24 @@ def commit() -> str:
     """The checkout's commit, with a + when the measured code has been changed since."""
     if not (ROOT / ".git").exists():  # installed, or inside somebody else's repository
         return "unknown"
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.check_output(command, text=True).strip()  # noqa: S603 - not a user's
+
     try:
-        head = _git("rev-parse", "--short", "HEAD")
-        changed = _git("status", "--porcelain", "--", "fdconv_deploy", "export")
+        changed = git("status", "--porcelain", "--", "fdconv_deploy", "export")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + ("+" if changed else "")
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.check_output(command, text=True).strip()  # noqa: S603 - nothing of a user's
 
 
 class Bystanders:
     """A context manager: the share of the machine's CPU time that went to others meanwhile.
 
     ``share`` is 0 when only this process worked, 1 when it got nothing; other processes and
-    time the hypervisor took both count. None where the system has no such figure.
-
-    Args:
-        own: seconds of CPU time that are not others'; this process's when not given.
+    time the hypervisor took both count. None where the system has no such figure. ``own`` are
+    seconds of CPU time that are not others'.
     """
 
     def __init__(self, own: Callable[[], float] = time.process_time) -> None:
@@ -204,12 +186,7 @@ THROTTLES = {
 
 
 class Gpu:
-    """One GPU; a figure that the driver does not give is None.
-
-    Args:
-        nvml: the module ``pynvml``, started.
-        handle: the library's, of the GPU.
-    """
+    """One GPU, by ``nvml``, the module ``pynvml``; what the driver does not give is None."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml, self._handle = nvml, handle
@@ -217,36 +194,38 @@ class Gpu:
     def _ask(self, name: str, *arguments: Any) -> Any:
         """What a function of the library says of this GPU."""
         with contextlib.suppress(self._nvml.NVMLError, AttributeError):
-            return getattr(self._nvml, f"nvmlDeviceGet{name}")(self._handle, *arguments)
+            found = getattr(self._nvml, name)(self._handle, *arguments)
+            return found.decode() if isinstance(found, bytes) else found
         return None
 
     @property
     def uuid(self) -> str | None:
         """Such as ``GPU-0a1b…``."""
-        return _text(self._ask("UUID"))
+        found: str | None = self._ask("nvmlDeviceGetUUID")
+        return found
 
     def reading(self) -> Reading:
         """What it says of itself now."""
-        nvml, watts = self._nvml, self._ask("PowerUsage")
-        reasons = self._ask("CurrentClocksEventReasons")
+        nvml, watts = self._nvml, self._ask("nvmlDeviceGetPowerUsage")
+        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
         if reasons is None:  # older libraries and drivers know the older name
-            reasons = self._ask("CurrentClocksThrottleReasons") or 0
+            reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons") or 0
         return Reading(
-            self._ask("ClockInfo", nvml.NVML_CLOCK_SM),
-            self._ask("ClockInfo", nvml.NVML_CLOCK_MEM),
+            self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
+            self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
             None if watts is None else watts / 1e3,
-            self._ask("Temperature", nvml.NVML_TEMPERATURE_GPU),
+            self._ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
             tuple(why for bit, why in THROTTLES.items() if reasons & bit),
         )
 
     def memory_mb(self) -> float | None:
         """Memory in use, by whomever, in MB."""
-        found = self._ask("MemoryInfo")
+        found = self._ask("nvmlDeviceGetMemoryInfo")
         return None if found is None else found.used / 1e6
 
     def joules(self) -> float | None:
         """Energy since the driver was loaded."""
-        found = self._ask("TotalEnergyConsumption")
+        found = self._ask("nvmlDeviceGetTotalEnergyConsumption")
         return None if found is None else found / 1e3
 
     def describe(self) -> dict[str, Any]:
@@ -254,10 +233,13 @@ class Gpu:
         nvml, driver, now = self._nvml, None, self.reading()
         with contextlib.suppress(nvml.NVMLError):
             driver = nvml.nvmlSystemGetDriverVersion()
-        memory, limit = self._ask("MemoryInfo"), self._ask("EnforcedPowerLimit")
+        memory, limit = (
+            self._ask("nvmlDeviceGetMemoryInfo"),
+            self._ask("nvmlDeviceGetEnforcedPowerLimit"),
+        )
         return {
-            "name": _text(self._ask("Name")),
-            "driver": _text(driver),
+            "name": self._ask("nvmlDeviceGetName"),
+            "driver": driver.decode() if isinstance(driver, bytes) else driver,
             "memory_gb": None if memory is None else round(memory.total / 1e9, 1),
             "clocks_mhz": {"sm": now.sm_mhz, "memory": now.memory_mhz},
             "power_limit_w": None if limit is None else limit / 1e3,
@@ -279,11 +261,8 @@ def gpus(nvml: Any = None) -> list[Gpu]:
 def visible_gpu(uuid: str | None = None, nvml: Any = None) -> Gpu | None:
     """The GPU that CUDA's first device is; None where there is none, or it is not known.
 
-    The management library numbers all GPUs of the machine, whatever ``CUDA_VISIBLE_DEVICES`` says.
-
-    Args:
-        uuid: of the device, where CUDA has told it; else ``CUDA_VISIBLE_DEVICES`` decides.
-        nvml: the module ``pynvml``.
+    By its UUID, where CUDA has told it, else by ``CUDA_VISIBLE_DEVICES``, whatever which the
+    management library numbers all GPUs of the machine.
     """
     found = gpus(nvml)
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
@@ -316,7 +295,3 @@ def watched(gpu: Gpu | None, interval: float = 0.02) -> Iterator[list[Reading]]:
 def describe_gpus() -> list[dict[str, Any]]:
     """Every GPU, as JSON."""
     return [gpu.describe() for gpu in gpus()]
-
-
-def _text(value: Any) -> str | None:
-    return value.decode() if isinstance(value, bytes) else value

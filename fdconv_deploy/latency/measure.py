@@ -108,12 +108,8 @@ def sample_until_steady(
 ) -> None:
     """Warm series up, and sample them in turn until each is steady, or time is up.
 
-    Series that are steady go on while others are not: all have the same rounds.
-
-    Args:
-        progress: called after every round with the number of rounds, the number of steady
-            series and the seconds so far.
-        clock: seconds, as `time.perf_counter` gives them.
+    Series that are steady go on while others are not: all have the same rounds. ``progress`` is
+    told after each how many there were, how many series are steady, and the seconds so far.
     """
     for one in series:
         one.warm_up(schedule, clock)
@@ -139,14 +135,9 @@ def measure(
     skipped: Sequence[Skipped] = (),
     progress: Progress = lambda _: None,
 ) -> Report:
-    """Time every target.
+    """Time every target at each concurrency (requests at a time).
 
-    Args:
-        targets: what is timed.
-        schedule: for how long.
-        concurrency: requests at a time, each timed by itself.
-        skipped: what the report says beside what cannot be opened.
-        progress: see `Progress`.
+    What cannot be opened joins those ``skipped`` in the report.
 
     Raises:
         FDConvError: a target that was asked for by name cannot be had, or none can.
@@ -264,21 +255,51 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def add_profiles(report: Report, targets: Sequence[Target], progress: Progress) -> None:
-    """Add ``profiles`` to a report: each source's time by layer, at its first batch size.
+    """Add each source's time by layer, at its first batch size, to a report.
 
-    On the CPU, by ONNX Runtime's own profile or a clock around PyTorch's layers; what has not
-    run there is skipped, and the report says so.
+    What has not run on the CPU in ONNX Runtime or eager PyTorch is skipped, and the report says so.
     """
     ran = {(row.source, row.backend) for row in report.rows if row.device == "cpu"}
+    profiled = {"bundle": "onnxruntime-cpu", "checkpoint": "eager"}
     for target in _first_of_each(targets):
         progress(f"profiling {target.name}")
-        if target.kind == "bundle" and (target.source, "onnxruntime-cpu") in ran:
-            report.profiles.append(_profile_bundle(target))
-        elif target.kind == "checkpoint" and (target.source, "eager") in ran:
-            report.profiles.append(_profile_checkpoint(target))
+        if (target.source, profiled.get(target.kind)) in ran:
+            report.profiles.append(_profile(target))
         else:
             why = "Only ONNX Runtime's CPU provider and eager PyTorch on a CPU are profiled."
             report.skipped.append(Skipped(f"layers of {target.source}", why))
+
+
+def _profile(target: Target) -> Profile:
+    from fdconv_deploy.profiling.profile import ProfiledGraph, ProfiledNetwork
+
+    threads = target.options.threads
+    profiled: Any
+    inputs: Any
+    with tempfile.TemporaryDirectory(prefix="fdconv-profile-") as name:
+        if target.kind == "bundle":
+            bundle, folder = opened_bundle(target), Path(name)
+            library, _ = native_library(target.native)
+            model = bundle.copy_to(folder).model_path(target.batch)
+            profiled = ProfiledGraph(model, folder, threads=threads, library=library)
+            inputs = bundle_inputs(bundle, target)
+            backend = "onnxruntime-cpu, native" if library else "onnxruntime-cpu"
+            how = "ONNX Runtime's own profile, CPU provider; profiling adds a few percent."
+        else:
+            network, inputs = load_network(target)
+            profiled, backend = ProfiledNetwork(network), "eager"
+            how = (
+                "a clock around each layer in eager PyTorch. What runs between two convolutions "
+                "is the rest of the first."
+            )
+        for _ in range(WARM_UP + PROFILED_RUNS):
+            profiled.run(inputs)
+        return Profile(
+            title=f"{Path(target.source).name}, {backend}, batch {target.batch}",
+            source=target.source,
+            how=f"Medians of {PROFILED_RUNS} runs on {threads} threads by {how}",
+            layers=profiled.layers(),
+        )
 
 
 def _first_of_each(targets: Sequence[Target]) -> Iterator[Target]:
@@ -288,61 +309,8 @@ def _first_of_each(targets: Sequence[Target]) -> Iterator[Target]:
     yield from reversed(found.values())
 
 
-def _profile_bundle(target: Target) -> Profile:
-    from fdconv_deploy.profiling.profile import ProfiledGraph
-
-    bundle = opened_bundle(target)
-    library, _ = native_library(target.native)
-    threads = target.options.threads
-    how = (
-        f"Medians of {PROFILED_RUNS} runs by ONNX Runtime's own profile, CPU provider, {threads} "
-        "threads; profiling adds a few percent."
-    )
-    backend = "onnxruntime-cpu, native" if library else "onnxruntime-cpu"
-    with tempfile.TemporaryDirectory(prefix="fdconv-profile-") as name:
-        folder = Path(name)
-        model = bundle.copy_to(folder).model_path(target.batch)
-        graph = ProfiledGraph(model, folder, threads=threads, library=library)
-        return _profile(target, backend, how, graph, bundle_inputs(bundle, target))
-
-
-def _profile_checkpoint(target: Target) -> Profile:
-    from fdconv_deploy.profiling.profile import ProfiledNetwork
-
-    network, inputs = load_network(target)
-    how = (
-        f"Medians of {PROFILED_RUNS} runs by a clock around each layer in eager PyTorch, "
-        f"{target.options.threads} threads. What runs between two convolutions is the rest of "
-        "the first."
-    )
-    return _profile(target, "eager", how, ProfiledNetwork(network), inputs)
-
-
-def _profile(target: Target, backend: str, how: str, profiled: Any, inputs: Any) -> Profile:
-    for _ in range(WARM_UP + PROFILED_RUNS):
-        profiled.run(inputs)
-    title = f"{Path(target.source).name}, {backend}, batch {target.batch}"
-    return Profile(title=title, source=target.source, how=how, layers=profiled.layers())
-
-
-def add_divergences(report: Report, targets: Sequence[Target], progress: Progress) -> None:
-    """Add ``divergences``: how far each bundle is from the first one, layer by layer.
-
-    Raises:
-        FDConvError: there are no two bundles.
-    """
-    bundles = check_divergences(targets)
-    first = opened_bundle(bundles[0])
-    for target in bundles[1:]:
-        progress(f"comparing {target.name} with the first, layer by layer")
-        try:
-            report.divergences.append(_between(first, target))
-        except FDConvError as error:
-            report.skipped.append(Skipped(f"divergence of {target.source}", str(error)))
-
-
-def check_divergences(targets: Sequence[Target]) -> list[Target]:
-    """One target of each bundle.
+def compared_bundles(targets: Sequence[Target]) -> list[Target]:
+    """One target of each bundle, whose divergence from the first is told.
 
     Raises:
         FDConvError: there are no two.
@@ -351,6 +319,16 @@ def check_divergences(targets: Sequence[Target]) -> list[Target]:
     if len(found) < 2:
         raise FDConvError("Divergence is that of a second bundle from the first: give two bundles.")
     return list(found.values())
+
+
+def add_divergences(report: Report, bundles: Sequence[Target], progress: Progress) -> None:
+    """Add how far each of some bundles is from the first one, layer by layer."""
+    for target in bundles[1:]:
+        progress(f"comparing {target.name} with the first, layer by layer")
+        try:
+            report.divergences.append(_between(opened_bundle(bundles[0]), target))
+        except FDConvError as error:
+            report.skipped.append(Skipped(f"divergence of {target.source}", str(error)))
 
 
 def _between(first: Bundle, target: Target) -> Divergences:

@@ -32,17 +32,14 @@ class Span(BaseModel):
 
 
 class GpuState(BaseModel):
-    """A GPU while one target was timed; what it does not tell is None.
-
-    ``throttled``: why its clock was held down, and the share of readings that said so.
-    """
+    """A GPU while one target was timed; what it does not tell is None."""
 
     readings: int
     sm_mhz: Span | None = None
     memory_mhz: Span | None = None
     watts: Span | None = None
     celsius: Span | None = None
-    throttled: dict[str, float]
+    throttled: dict[str, float]  # why its clock was held down: the share of readings that said so
 
     @property
     def moved(self) -> float:
@@ -53,29 +50,21 @@ class GpuState(BaseModel):
 
 
 class Row(Opened):
-    """One target at one concurrency.
-
-    Attributes:
-        runs: in all.
-        ms: quantiles of a request's milliseconds: "p50", "p90", "p99", "q1", "q3", "min", "mean".
-        steady: whether the last three windows agree.
-        windows_ms: each window's median.
-        over_first: how many times the first target's time it took ("value", "q1", "q3"); None for
-            the first, and where the input has another size than the first's.
-        phases_ms: medians of `Phases`.
-        gpu: what the GPU was like meanwhile.
-    """
+    """One target at one concurrency."""
 
     concurrency: int
     runs: int
+    # Quantiles of a request: "p50", "p90", "p99", "q1", "q3", "min", and "mean".
     ms: dict[str, float]
     images_per_second: float
-    steady: bool
-    windows_ms: list[float]
+    steady: bool  # whether the last three windows agree
+    windows_ms: list[float]  # each window's median
+    # How many times the first target's time it took: "value", "q1", "q3". None for the first, and
+    # where the input has another size than the first's.
     over_first: dict[str, float] | None = None
     joules_per_image: float | None = None
-    phases_ms: dict[str, float] | None = None
-    gpu: GpuState | None = None
+    phases_ms: dict[str, float] | None = None  # medians of `Phases`
+    gpu: GpuState | None = None  # what the GPU was like meanwhile
 
     @property
     def trtexec(self) -> str | None:
@@ -290,10 +279,8 @@ def broken_limits(
 ) -> Iterator[str]:
     """A sentence for every limit that a row does not keep, for continuous integration.
 
-    Args:
-        images_per_second: the least throughput; None for any.
-        milliseconds: the longest median.
-        ratio: how many times the first target's median another may take.
+    Limits, None for any, are the least throughput, the longest median, and how many times the
+    first target's median another may take.
     """
     for row in report.rows:
         name = row.name + (f", concurrency {row.concurrency}" if row.concurrency > 1 else "")
@@ -333,7 +320,7 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
 
 def csv(report: Report) -> str:
     """One line per row, nested values under dotted names."""
-    flat = [dict(_flat(row.model_dump())) for row in report.rows]
+    flat = [dict(flat(row.model_dump())) for row in report.rows]
     titles = list(dict.fromkeys(title for row in flat for title in row))
     file = io.StringIO()
     writer = comma_separated.DictWriter(file, titles, lineterminator="\n")
@@ -342,10 +329,14 @@ def csv(report: Report) -> str:
     return file.getvalue()
 
 
-def _flat(row: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in row.items():
+def flat(found: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values under dotted names."""
+    for key, value in found.items():
+        name, several = f"{before}{key}", isinstance(value, list | tuple)
         if isinstance(value, dict):
-            yield from _flat(value, f"{before}{key}.")
+            yield from flat(value, f"{name}.")
+        elif several and value and isinstance(value[0], dict):
+            for number, one in enumerate(value, 1):
+                yield from flat(one, f"{name} {number}.")
         else:
-            text = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            yield f"{before}{key}", text
+            yield name, " ".join(map(str, value)) if several else value

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -133,17 +133,12 @@ class Opened(Named):
 
 @dataclass(frozen=True)
 class OpenTarget:
-    """A target that answers one request after another.
+    """A target that answers one request after another."""
 
-    Attributes:
-        run: one request; may be called from several threads at once.
-        phases: one more run, told apart by phase; None where that cannot be had.
-    """
-
-    run: Callable[[], Any]
+    run: Callable[[], Any]  # one request; may be called from several threads at once
     opened: Opened
     close: Callable[[], None] = lambda: None
-    phases: Callable[[], Phases] | None = None
+    phases: Callable[[], Phases] | None = None  # one more run, where its phases can be told apart
 
 
 @dataclass(frozen=True)
@@ -167,11 +162,9 @@ def expand_targets(
 
     Args:
         paths: bundles' folders and checkpoint files.
-        options: of every target. Checkpoints take the first bundle's input size when none is
-            given; ``whole`` goes with batches of one image only.
+        options: of every target; checkpoints take the first bundle's input size when none is given.
         urls: of running services.
-        backends: names, or "all"; the best one for bundles and the published network for
-            checkpoints when not given.
+        backends: names, or "all"; else the best for bundles, eager for checkpoints.
         batches: batch sizes; those of the bundles when not given.
         native: run bundles with operators in C, without, or both, on a CPU.
 
@@ -194,7 +187,7 @@ def expand_targets(
     sizes = [size for bundle in bundles.values() for size in bundle.manifest.sizes]
     if options.size is None:
         options = options.model_copy(update={"size": sizes[0] if sizes else None})
-    elif len(bundles) == len(paths) and not urls and options.size not in sizes:
+    elif paths and len(bundles) == len(paths) and not urls and options.size not in sizes:
         has = ", ".join(f"{height}x{width}" for height, width in sorted(set(sizes)))
         raise FDConvError(
             f"There is no graph of {options.size[0]}x{options.size[1]}: a bundle's graphs have the "
@@ -202,20 +195,29 @@ def expand_targets(
         )
     targets: list[Target] = []
     skipped: list[Skipped] = []
-    for path in paths:
-        bundle = bundles.get(path)
-        for batch in wanted:
-            target = Target(kind="checkpoint", source=str(path), options=options, batch=batch)
-            if bundle is not None:
-                if batch not in bundle.batch_sizes:
-                    why = f"It has graphs of {', '.join(map(str, bundle.batch_sizes))}."
-                    skipped.append(Skipped(f"{path.name}, batch {batch}", why))
-                    continue
-                precision = bundle.manifest.precision
-                target = target.model_copy(update={"kind": "bundle", "precision": precision})
-            targets += _in_backends(target, backends, native)
+    for path, batch in product(paths, wanted):
+        target = Target(kind="checkpoint", source=str(path), options=options, batch=batch)
+        if (bundle := bundles.get(path)) is not None:
+            if batch not in bundle.batch_sizes:
+                why = f"It has graphs of {', '.join(map(str, bundle.batch_sizes))}."
+                skipped.append(Skipped(f"{path.name}, batch {batch}", why))
+                continue
+            precision = bundle.manifest.precision
+            target = target.model_copy(update={"kind": "bundle", "precision": precision})
+        targets += _in_backends(target, backends, native)
     targets += [Target(kind="service", source=url, options=options, backend="http") for url in urls]
-    _check_used(targets, skipped, backends, wanted)
+    for batch in wanted:
+        if all(one.batch != batch for one in targets if one.kind != "service") and skipped:
+            raise FDConvError(
+                f"No bundle has a graph of batch {batch}. {skipped[0].why} Export again with "
+                f"--batch {batch}, or ask for another."
+            )
+    for name in backends:
+        if name != ALL and all(target.backend != name for target in targets):
+            kind = "checkpoints" if name in TORCH_BACKENDS else "bundles (fdconv export)"
+            raise FDConvError(f"Backend {name!r} runs {kind}, and none was given.")
+    if not targets:
+        raise FDConvError("Give a bundle's folder, a checkpoint, or --url of a running service.")
     if native and all(target.native is None for target in targets):
         raise FDConvError(
             f"Native operators run bundles in {', '.join(NATIVE_BACKENDS)}: there is none here."
@@ -242,34 +244,8 @@ def _in_backends(
                 yield made
 
 
-def _check_used(
-    targets: Sequence[Target],
-    skipped: Sequence[Skipped],
-    backends: Sequence[str],
-    batches: Sequence[int],
-) -> None:
-    if not targets and skipped:
-        raise FDConvError(f"Nothing can be timed. {skipped[0].what}: {skipped[0].why}")
-    for batch in batches:
-        if all(one.batch != batch for one in targets if one.kind != "service") and skipped:
-            raise FDConvError(
-                f"No bundle has a graph of batch {batch}. {skipped[0].why} Export again with "
-                f"--batch {batch}, or ask for another."
-            )
-    for name in backends:
-        if name != ALL and all(target.backend != name for target in targets):
-            kind = "checkpoints" if name in TORCH_BACKENDS else "bundles (fdconv export)"
-            raise FDConvError(f"Backend {name!r} runs {kind}, and none was given.")
-    if not targets:
-        raise FDConvError("Give a bundle's folder, a checkpoint, or --url of a running service.")
-
-
 def open_target(target: Target) -> OpenTarget:
-    """Load everything a target needs; nothing has been run then.
-
-    Raises:
-        FDConvError: it cannot be had.
-    """
+    """Load everything a target needs, without running it; ``FDConvError`` if it cannot be had."""
     if target.kind == "call":
         module, _, function = target.source.partition(":")
         made: OpenTarget = getattr(import_module(module), function)(target)
@@ -395,11 +371,7 @@ def _open_service(target: Target) -> OpenTarget:
 
 
 def load_network(target: Target) -> tuple[Segmentor | Detector, tuple[Tensor, ...]]:
-    """A checkpoint's network, in eval mode on the CPU, and the inputs that it is run on.
-
-    Raises:
-        FDConvError: the checkpoint cannot be read, or its input's size is not known.
-    """
+    """A checkpoint's network, in eval mode on the CPU, and the inputs that it is run on."""
     import torch
 
     from fdconv_deploy.checkpoints import load_checkpoint

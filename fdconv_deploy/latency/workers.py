@@ -60,8 +60,7 @@ _Answer = TypeVar("_Answer", Opened, Sample)
 class Worker(contextlib.AbstractContextManager["Worker"]):
     """A target in a process of its own, opened and run once. A context manager.
 
-    Attributes:
-        opened: what opening took, and what the process took so far.
+    ``opened`` is what that took, and what the process took so far.
 
     Raises:
         UnavailableError: the target's backend cannot be had on this machine.
@@ -92,11 +91,7 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
             raise
 
     def sample(self, runs: int, concurrency: int) -> Sample:
-        """Run ``runs`` times in each of ``concurrency`` threads.
-
-        Raises:
-            FDConvError: a run failed.
-        """
+        """Run ``runs`` times in each of ``concurrency`` threads; ``FDConvError`` if one failed."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # what it died of is read below
             self._process.stdin.write(f"{runs} {concurrency}\n")
@@ -111,17 +106,14 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
 
     def close(self) -> None:
         """End the process; one that runs is not waited for."""
-        if self._process.stdin is not None:
+        with self._log, self._process as process:
+            assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-        self._log.close()
+                process.stdin.close()
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -175,12 +167,22 @@ def _answers(target: Target, started: float) -> Iterator[BaseModel]:
         with contextlib.suppress(ImportError):
             import_module(name)
     imported = time.time() - started
+
+    def held_mb(key: str) -> int | None:
+        """Memory held now (VmRSS) or at the most (VmHWM).
+
+        Not by ``getrusage``, whose maximum a process inherits from the one that started it.
+        """
+        if target.kind == "service":
+            return None
+        return round(machine.memory(key, "/proc/self/status") / 1e6)
+
     gpu = machine.visible_gpu()
     before = gpu.memory_mb() if gpu else None
     start = time.perf_counter()
     work = open_target(target)
     loaded = time.perf_counter() - start
-    loaded_mb = memory_mb("VmRSS")
+    loaded_mb = held_mb("VmRSS")
     start = time.perf_counter()
     work.run()
     first = time.perf_counter() - start
@@ -192,14 +194,14 @@ def _answers(target: Target, started: float) -> Iterator[BaseModel]:
     def usage() -> dict[str, Any]:
         used = gpu.memory_mb() if gpu else None
         taken = None if used is None or before is None else round(used - before)
-        peak = None if target.kind == "service" else memory_mb("VmHWM")
-        return {"cpu_seconds": time.process_time(), "peak_mb": peak, "device_mb": taken}
+        spent = time.process_time()
+        return {"cpu_seconds": spent, "peak_mb": held_mb("VmHWM"), "device_mb": taken}
 
     took = dict(
         import_seconds=round(imported, 3),
         load_seconds=round(loaded, 3),
         first_ms=round(first * 1e3, 2),
-        loaded_mb=None if target.kind == "service" else loaded_mb,
+        loaded_mb=loaded_mb,
         gpu_uuid=uuid,
     )
     yield work.opened.model_copy(update={**took, **usage()})
@@ -240,10 +242,8 @@ def timed_runs(
 ) -> tuple[list[float], float]:
     """Seconds of each of ``runs`` runs in each of ``concurrency`` threads, and of all together.
 
-    This thread is one of them, and the garbage collector is off meanwhile.
-
-    Raises:
-        BaseException: what a run raised, in whichever thread.
+    This thread is one of them, and the garbage collector is off meanwhile. What a run raises, in
+    whichever thread, is raised.
     """
     ready = threading.Barrier(concurrency)
 
@@ -266,15 +266,6 @@ def timed_runs(
     finally:
         gc.enable()
     return [second for one in found for second in one], wall
-
-
-def memory_mb(key: str) -> int:
-    """A line of ``/proc/self/status`` in MB: VmRSS is held now, VmHWM the most there was.
-
-    Not ``getrusage``, whose maximum a process inherits from the one that started it. 0 where
-    the system has no such file.
-    """
-    return round(machine.proc_bytes("/proc/self/status", key) / 1e6)
 
 
 if __name__ == "__main__":

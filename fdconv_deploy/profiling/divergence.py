@@ -73,12 +73,9 @@ def compare_graphs(
     """``second`` beside ``first``, the exact one, at every point, on the same inputs.
 
     In ONNX Runtime's CPU provider. What the first gives is kept on the disk meanwhile, beside its
-    file: together it may be gigabytes.
+    file: together it may be gigabytes. Both files are as `save_exposed` writes them.
 
     Args:
-        first: with every point among its outputs, as `save_exposed` writes it.
-        second: another, likewise.
-        feeds: inputs by name.
         points: tensors of the first, each with its name; see `points_of`.
         tensors: of the second, in the same order; the same if not given.
     """
@@ -114,12 +111,6 @@ def compare_bundles(
     first: Bundle, second: Bundle, batch: int, feeds: Mapping[str, NDArray[Any]]
 ) -> list[Divergence]:
     """``second`` beside ``first`` at every layer that both have; see `compare_graphs`.
-
-    Args:
-        first: the exact one.
-        second: of the same network.
-        batch: a batch size of both.
-        feeds: inputs of that batch size, by name.
 
     Raises:
         BundleError: they take other inputs, or have no layer in common.

@@ -53,13 +53,10 @@ Place = tuple[str, str]
 
 
 class ProfiledGraph:
-    """A graph that notes what each of its nodes takes. Profiling itself adds a few percent.
+    """An exported graph that notes what its nodes take; profiling itself adds a few percent.
 
-    Args:
-        model: an exported graph.
-        folder: for files that are left there.
-        threads: CPU threads.
-        library: of native operators, to run in place of the graph's own functions.
+    Files are left in ``folder``. ``library`` has native operators, to run in place of the graph's
+    own functions.
     """
 
     def __init__(
@@ -189,11 +186,9 @@ def _part(
 
 
 class ProfiledNetwork:
-    """A PyTorch network that notes what each of its layers takes.
+    """A PyTorch network, on the CPU in eval mode, that notes what its layers take.
 
-    Args:
-        network: on the CPU, in eval mode. It is as it was after each run.
-        clock: seconds, as `time.perf_counter` gives them.
+    After each run it is as it was.
     """
 
     def __init__(self, network: nn.Module, clock: Callable[[], float] = time.perf_counter) -> None:

@@ -67,7 +67,7 @@ def test_everything_is_on_the_page(report):
     text = page(report)
     for said in (
         "&lt;script&gt;alert(1)", "850", "20 ms ~", "Not &amp; here.", "1.0e-03",
-        "layer1.0.conv2", "By a stopwatch. Milliseconds in all: convolutions 3.0, kernel",
+        "layer1.0.conv2", "By a stopwatch. In all: convolutions 3.0, kernel",
         report.machine["cpu"].replace("&", "&amp;"),
         "Measured on a shared machine (20 % of CPU used by other processes)", "b1×2", "150 MB",
     ):  # fmt: skip

@@ -60,7 +60,7 @@ def test_both_are_in_every_form(report):
     text, html = markdown(found), page(found)
     for said in ("Milliseconds by layer: streets, onnxruntime-cpu", "Divergence by layer: copy"):
         assert said in text
-    for said in ("Time by layer: streets, onnxruntime-cpu", "Divergence by layer: copy"):
+    for said in ("Milliseconds by layer: streets, onnxruntime-cpu", "Divergence by layer: copy"):
         assert said in html
     assert text.count("backbone.layer2.0.conv2") == 4
     assert html.count("backbone.layer2.0.conv2<") == 4

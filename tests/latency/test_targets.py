@@ -82,7 +82,7 @@ def test_a_target_survives_its_journey_to_a_worker(toy_bundle):
     [
         ({"backends": ["torch"]}, "There is no backend 'torch'; there are all, auto, tensorrt"),
         ({"backends": ["eager"]}, "Backend 'eager' runs checkpoints, and none was given"),
-        ({"batches": [3]}, "Nothing can be timed. toy, batch 3: It has graphs of 1, 4."),
+        ({"batches": [3]}, "No bundle has a graph of batch 3. It has graphs of 1, 4. Export"),
         ({"batches": [1, 3]}, "No bundle has a graph of batch 3. It has graphs of 1, 4. Export"),
         ({"batches": [4], "whole": True}, "A whole request is one image's"),
     ],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from fdconv_deploy.config import (
     FCNHeadConfig,
@@ -173,17 +174,32 @@ def make_bundle(
         return writer.commit(first.model_copy(update={"other_sizes": tuple(sized)}))
 
 
+Shapes = dict[str, tuple[int, ...]]
+
+
 def make_module_bundle(path: Path) -> Bundle:
     """A bundle of kind "module": total, product = a + b, a · b over (2, 3) float32."""
     nodes = [
         helper.make_node("Add", ["a", "b"], ["total"]),
         helper.make_node("Mul", ["a", "b"], ["product"]),
     ]
-    values = {n: helper.make_tensor_value_info(n, TensorProto.FLOAT, (2, 3)) for n in "ab"}
-    results = [
-        helper.make_tensor_value_info(n, TensorProto.FLOAT, (2, 3)) for n in ("total", "product")
+    inputs, outputs = (dict.fromkeys(names, (2, 3)) for names in ("ab", ("total", "product")))
+    return write_module(path, nodes, inputs, outputs)
+
+
+def write_module(
+    path: Path,
+    nodes: Sequence[NodeProto],
+    inputs: Shapes,
+    outputs: Shapes,
+    constants: Sequence[TensorProto] = (),
+) -> Bundle:
+    """A bundle of kind "module" of these nodes; everything in and out is float32."""
+    values = [
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in side.items()]
+        for side in (inputs, outputs)
     ]
-    graph = helper.make_graph(nodes, "module", list(values.values()), results)
+    graph = helper.make_graph(nodes, "module", *values, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     with BundleWriter(path) as writer:
         onnx.save(model, str(writer.path / "model.b1.onnx"))
@@ -193,8 +209,8 @@ def make_module_bundle(path: Path) -> Bundle:
                 created_at=datetime(2026, 1, 1, tzinfo=timezone.utc),
                 kind="module",
                 models={1: "model.b1.onnx"},
-                inputs={1: tuple(TensorSpec(name=n, shape=(2, 3)) for n in "ab")},
-                outputs={1: tuple(TensorSpec(name=n, shape=(2, 3)) for n in ("total", "product"))},
+                inputs={1: tuple(TensorSpec(name=n, shape=at) for n, at in inputs.items())},
+                outputs={1: tuple(TensorSpec(name=n, shape=at) for n, at in outputs.items())},
             )
         )
 

@@ -31,9 +31,9 @@ from mmengine.model import revert_sync_batchnorm  # noqa: E402
 from mmengine.runner.checkpoint import get_state_dict, weights_to_cpu  # noqa: E402
 from mmengine.runner.checkpoint import save_checkpoint as save  # noqa: E402
 from mmseg.datasets.transforms import PackSegInputs  # noqa: E402
-from mmseg.models.backbones import ResNet  # noqa: E402
 from mmseg.registry import MODELS, TRANSFORMS  # noqa: E402
 from mmseg.utils import register_all_modules  # noqa: E402
+from published_backbone import ResNet_FDConv  # noqa: E402, F401 - registers itself
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -46,27 +46,6 @@ PALETTE = [[70, 130, 180], [128, 64, 128], [107, 142, 35], [0, 0, 142], [102, 10
 NORM = {"type": "SyncBN", "requires_grad": True}
 # (height, width) of the image and of what the network sees: nothing divides anything.
 IMAGE, NETWORK = (41, 53), (33, 43)
-
-
-@MODELS.register_module(name="FDConv")
-class FDConv(FDConv2d):
-    """The published layer, by the name that configs give it."""
-
-
-@MODELS.register_module()
-class ResNet_FDConv(ResNet):
-    """mmsegmentation's ResNet with plain shortcuts, as the published one has them."""
-
-    def make_res_layer(self, **options: Any) -> nn.Module:
-        """A stage, its convolutions those of ``conv_cfg`` and its shortcut's plain."""
-        stage = super().make_res_layer(**options)
-        shortcut = stage[0].downsample
-        for index, module in enumerate(shortcut or ()):
-            if isinstance(module, FDConv2d):
-                shortcut[index] = nn.Conv2d(
-                    module.in_channels, module.out_channels, 1, module.stride, bias=False
-                )
-        return stage
 
 
 D8 = {"strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4), "contract_dilation": True}

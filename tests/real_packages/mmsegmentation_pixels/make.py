@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
-import types
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2]))
+sys.path[:0] = [str(HERE.parents[2]), str(HERE.parent / "mmsegmentation")]
 
-# mmcv-lite has no compiled operators, and mmseg imports modules that name some; none is called.
-_operators: Any = types.ModuleType("mmcv._ext")
-_operators.__spec__ = ModuleSpec("mmcv._ext", None)
+from compiled_operators import declare  # noqa: E402
 
-
-def _missing(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return lambda *_, **__: (_ for _ in ()).throw(NotImplementedError(name))
-
-
-_operators.__getattr__ = _missing
-sys.modules["mmcv._ext"] = _operators
+declare()
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
@@ -32,12 +20,10 @@ import torch  # noqa: E402
 from mmcv.transforms import Compose  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.runner.checkpoint import save_checkpoint  # noqa: E402
-from mmseg.models.backbones import ResNet  # noqa: E402
 from mmseg.registry import MODELS  # noqa: E402
 from mmseg.utils import register_all_modules  # noqa: E402
+from published_backbone import ResNet_FDConv  # noqa: E402, F401 - registers itself
 from torch import nn  # noqa: E402
-
-from fdconv_deploy.nn import FDConv2d  # noqa: E402
 
 SIZE = (41, 57)
 CONV = {
@@ -46,27 +32,6 @@ CONV = {
     "use_fdconv_if_c_gt": 7,
     "fbm_cfg": {"max_size": (32, 32)},
 }
-
-
-@MODELS.register_module(name="FDConv")
-class FDConv(FDConv2d):
-    """The published layer, by the name that configs give it."""
-
-
-@MODELS.register_module()
-class ResNet_FDConv(ResNet):
-    """mmsegmentation's ResNet with plain shortcuts, as the published one has them."""
-
-    def make_res_layer(self, **options: Any) -> nn.Module:
-        """A stage with FDConv layers off the shortcut."""
-        stage = super().make_res_layer(**options)
-        shortcut = stage[0].downsample
-        for index, module in enumerate(shortcut or ()):
-            if isinstance(module, FDConv2d):
-                shortcut[index] = nn.Conv2d(
-                    module.in_channels, module.out_channels, 1, module.stride, bias=False
-                )
-        return stage
 
 
 def head(**fields: Any) -> dict[str, Any]:

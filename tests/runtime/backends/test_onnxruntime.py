@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.runtime import Bundle, BundleWriter, Manifest, open_session
+from fdconv_deploy.runtime import Bundle, open_session
 from fdconv_deploy.runtime.backends import onnxruntime as backend_module
 from fdconv_deploy.runtime.backends.threads import available_cores
-from fdconv_deploy.runtime.manifest import TensorSpec
+from tests.runtime import toy
 
 
 def settings(bundle: Path, **options):
@@ -39,21 +37,7 @@ def needing(path: Path, rows: int, columns: int) -> Bundle:
         helper.make_node("Expand", ["x", "shape"], ["large"]),
         helper.make_node("ReduceMax", ["large"], ["y"], keepdims=1),
     ]
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 1)) for name in "xy"]
-    graph = helper.make_graph(nodes, "needing", ends[:1], ends[1:], [shape])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    with BundleWriter(path) as writer:
-        onnx.save(model, str(writer.path / "model.b1.onnx"))
-        return writer.commit(
-            Manifest(
-                created_by="tests",
-                created_at=datetime(2026, 1, 1, tzinfo=timezone.utc),
-                kind="module",
-                models={1: "model.b1.onnx"},
-                inputs={1: (TensorSpec(name="x", shape=(1, 1)),)},
-                outputs={1: (TensorSpec(name="y", shape=(1, 1)),)},
-            )
-        )
+    return toy.write_module(path, nodes, {"x": (1, 1)}, {"y": (1, 1)}, [shape])
 
 
 class TestErrors:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import logging
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +33,7 @@ from ray.exceptions import ActorDiedError, RayTaskError  # noqa: E402
 from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
 from benchmarks.serving.harness import kserve_request  # noqa: E402
+from benchmarks.serving.ray import cluster as ray_cluster  # noqa: E402
 from fdconv_deploy.errors import BackendError, FDConvError  # noqa: E402
 from fdconv_deploy.runtime import Bundle, open_session  # noqa: E402
 from fdconv_deploy.serve import Settings, create_app  # noqa: E402
@@ -52,22 +51,8 @@ LIMITS = {"max_body_bytes": 400_000, "max_pixels": 40_000}
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    folder = Path(tempfile.mkdtemp(prefix="r"))  # short: Ray's sockets lie there
-    ray.init(
-        address="local",
-        num_cpus=8,
-        object_store_memory=80 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _temp_dir=str(folder),
-    )
-    try:
+    with ray_cluster(object_store_mb=80):
         yield
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
