@@ -7,7 +7,6 @@ import pytest
 
 from benchmarks import matrix
 from benchmarks.cases import Case, grid, parse_size, sweep
-from fdconv_deploy.latency import machine
 
 WHERE = {"cpu": "a CPU", "cores": 2, "threads": 2, "versions": {"torch": "1"}, "date": "2026"}
 CASES = grid(["backbone"], [18, 50], [(64, 64)], [1])
@@ -63,7 +62,7 @@ class TestRun:
         with pytest.raises(matrix.MatrixError, match="--resume"):
             run(tmp_path / "m.json")
 
-    @pytest.mark.parametrize("key", machine.DECISIVE)
+    @pytest.mark.parametrize("key", matrix.DECISIVE)
     def test_other_machines_are_not_mixed(self, tmp_path: Path, key: str) -> None:
         run(tmp_path / "m.json")
         other = {**WHERE, key: "another"}

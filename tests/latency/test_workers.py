@@ -123,7 +123,7 @@ class TestCheckpoint:
 
     def test_a_detector_from_pixels_to_objects(self):
         work = open_target(first([packaged_detector()], size=(64, 96), whole=True))
-        assert work.run().found.image_size == (64, 96)
+        assert work.run().image_size == (64, 96)
 
     def test_needs_a_size(self):
         with pytest.raises(FDConvError, match=r"records no size\. Say which: --size"):
