@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from fdconv_deploy.checkpoints.detectron2_config import in_openmmlab_sections, resizes_first
+from fdconv_deploy.checkpoints.detectron2_config import in_openmmlab_sections
 from fdconv_deploy.errors import CheckpointError
 
 MAX_BYTES = 4 << 20
@@ -218,13 +218,14 @@ def _yaml(text: str, name: str) -> Config:
             f"{name} builds on {str(values['_BASE_'])[:80]}, which is not read; what that sets is "
             "unknown here. Give the full config.yaml that training wrote into OUTPUT_DIR."
         )
-    if resizes_first(config.values):
+    sections, resizes_first = in_openmmlab_sections(config.values)
+    if resizes_first:
         notes.append(
             f"{name} has SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE: masks are resized to the image "
             "before they become scores. Scores are made at the input's size here and then resized; "
             "where the two sizes differ, labels at borders do."
         )
-    return Config(in_openmmlab_sections(config.values), tuple(notes))
+    return Config(sections, tuple(notes))
 
 
 def _given(values: dict[str, Any], name: str) -> Config:

@@ -12,17 +12,23 @@ from typing import Any
 _BATCH_NORMS = ("BN", "SyncBN", "FrozenBN", "naiveSyncBN")
 
 
-def in_openmmlab_sections(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a ``config.yaml``, of which any may be missing, where OpenMMLab has them."""
-    model = _Section(values.get("MODEL"))
-    query = _query(model)
-    inputs = _Section(values.get("INPUT"))
+def in_openmmlab_sections(values: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The values of a ``config.yaml``, of which any may be missing, where OpenMMLab has them.
+
+    And whether semantic scores are made at the image's own size. With ``PANOPTIC_ON`` or
+    ``INSTANCE_ON`` detectron2's projects always resize mask logits first, as segments and objects
+    are made of them here, too.
+    """
+    model, inputs = _Section(values.get("MODEL")), _Section(values.get("INPUT"))
+    query = model.section("MaskDINO" if _is_maskdino(model) else "MASK_FORMER")
+    panoptic = _panoptic(query.section("TEST"), _Section(values.get("TEST")))
+    asked = query.section("TEST").get("SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE") is True
     short, long = inputs.get("MIN_SIZE_TEST"), inputs.get("MAX_SIZE_TEST")
     resize = _known(type="Resize", keep_ratio=True, backend="pillow")
     if isinstance(short, int) and isinstance(long, int):
         resize["scale"] = (long, short)
     layout, crop = inputs.get("FORMAT"), inputs.section("CROP")
-    return _known(crop_size=crop.get("SIZE") if crop.get("ENABLED") else None) | {
+    sections = _known(crop_size=crop.get("SIZE") if crop.get("ENABLED") else None) | {
         "model": _known(
             type="EncoderDecoder",
             backbone=_backbone(model),
@@ -33,24 +39,12 @@ def in_openmmlab_sections(values: Mapping[str, Any]) -> dict[str, Any]:
                 bgr_to_rgb=None if layout is None else layout == "RGB",
                 test_cfg=_known(size_divisor=query.get("SIZE_DIVISIBILITY")),
             ),
-            panoptic=_panoptic(model, query, _Section(values.get("TEST"))),
+            panoptic=panoptic,
             test_cfg={"mode": "whole"},
         ),
         "test_pipeline": [{"type": "LoadImageFromFile"}, resize],
     }
-
-
-def resizes_first(values: Mapping[str, Any]) -> bool:
-    """Whether semantic scores are made at the image's own size.
-
-    With ``PANOPTIC_ON`` or ``INSTANCE_ON`` detectron2's projects always resize mask logits first,
-    as segments and objects are made of them here, too.
-    """
-    model = _Section(values.get("MODEL"))
-    query = _query(model)
-    test = query.section("TEST")
-    asked = test.get("SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE") is True
-    return asked and _panoptic(model, query, _Section(values.get("TEST"))) is None
+    return sections, asked and panoptic is None
 
 
 class _Section(dict[str, Any]):
@@ -61,11 +55,6 @@ class _Section(dict[str, Any]):
 
     def section(self, name: str) -> _Section:
         return _Section(self.get(name))
-
-
-def _query(model: _Section) -> _Section:
-    """The section of the network's queries."""
-    return model.section("MaskDINO" if _is_maskdino(model) else "MASK_FORMER")
 
 
 def _is_maskdino(model: _Section) -> bool:
@@ -162,9 +151,8 @@ def _head(model: _Section, query: _Section) -> dict[str, Any]:
     return fields
 
 
-def _panoptic(model: _Section, query: _Section, tests: _Section) -> dict[str, Any] | None:
+def _panoptic(test: _Section, tests: _Section) -> dict[str, Any] | None:
     """`PanopticConfig`'s fields where segments or instances are asked for."""
-    test = query.section("TEST")
     if not (test.get("PANOPTIC_ON") or test.get("INSTANCE_ON")):
         return None
     return _known(
