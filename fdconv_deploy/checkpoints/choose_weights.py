@@ -55,6 +55,8 @@ _WRAPPERS = {
 }  # fmt: skip
 # Attributes that hold a network of parts not known here.
 _HOLDERS = {"model", "ema_model", "net", "network"}
+# Attributes above a network's parts: a file's names may have any number.
+MAX_DEPTH = 20
 # Names in a state dict that are no weights: (pattern, how they are listed).
 _NOT_WEIGHTS = (
     (re.compile(r"^(steps|n_averaged)$"), "{first} (a counter)"),
@@ -141,11 +143,12 @@ def choose_weights(path: Path, content: Mapping[Any, Any], wanted: str | None = 
     networks.sort(key=lambda network: network.rank)
     # The shortest name that chooses a network and no earlier one.
     names: list[str] = []
-    for index, network in enumerate(networks):
-        before = networks[:index]
-        taken = {"", *(n.entry for n in before)}, {"", *(n.root for n in before)}
-        options = zip((network.entry, network.root), taken, strict=True)
+    before: tuple[set[str], set[str]] = {""}, {""}
+    for network in networks:
+        options = list(zip((network.entry, network.root), before, strict=True))
         names.append(next((name for name, used in options if name not in used), network.name))
+        for name, used in options:
+            used.add(name)
     chosen = 0
     if wanted is not None:
         known = [{name, n.entry, n.root, n.name} for name, n in zip(names, networks, strict=True)]
@@ -162,7 +165,8 @@ def choose_weights(path: Path, content: Mapping[Any, Any], wanted: str | None = 
     beside = [str(key) for key in content if network.entry and str(key) not in used]
     tensors, left = _tensors(path, network)
     others = (*names[:chosen], *names[chosen + 1 :])
-    return Chosen(tensors, others, (*beside, *left, *network.dropped))
+    prefix = [f"the prefix {network.root + '.'!r} of its names"] if network.root else []
+    return Chosen(tensors, others, (*beside, *left, *network.dropped, *prefix))
 
 
 # State dicts in a file
@@ -222,15 +226,16 @@ def _networks(entry: str, state: Mapping[Any, Any]) -> list[_Network]:
         found = [name for name in names if pattern.search(name)]
         if found:
             dropped.append(phrase.format(count=len(found), first=found[0]))
-            names = {name: value for name, value in names.items() if name not in set(found)}
+            names = {name: value for name, value in names.items() if not pattern.search(name)}
     names = _without_wrappers(names, dropped)
     known = _roots(names)
     roots = known or [_holder(names)]
     groups: dict[str, dict[str, Any]] = {root: {} for root in roots}
     others: dict[str, list[str]] = {}
-    deepest = sorted(roots, key=len, reverse=True)
     for name, value in names.items():
-        root = next((r for r in deepest if not r or name.startswith(f"{r}.")), None)
+        first = name.split(".", MAX_DEPTH)[:-1]
+        prefixes = (".".join(first[:count]) for count in range(len(first), -1, -1))
+        root = next((prefix for prefix in prefixes if prefix in groups), None)
         inside = name[len(root) + 1 :] if root else name
         if root is None or _is_of_training(inside if known else name):
             others.setdefault(name.split(".")[0], []).append(name)
@@ -242,11 +247,8 @@ def _networks(entry: str, state: Mapping[Any, Any]) -> list[_Network]:
         found[0] if len(found) == 1 else f"{first}.… ({len(found)} entries)"
         for first, found in others.items()
     )
-    prefix = "the prefix {!r} of its names"
-    return [
-        _Network(entry, root, values, (*dropped, *([prefix.format(f"{root}.")] if root else ())))
-        for root, values in groups.items()
-    ]
+    phrases = tuple(dropped)  # one for all: there may be as many networks as phrases
+    return [_Network(entry, root, values, phrases) for root, values in groups.items()]
 
 
 def _without_wrappers(names: dict[str, Any], dropped: list[str]) -> dict[str, Any]:
@@ -271,14 +273,14 @@ def _roots(state: Mapping[Any, Any]) -> list[str]:
     for name, value in state.items():
         if not isinstance(name, str) or not (is_tensor(value) or isinstance(value, Made)):
             continue
-        parts = name.split(".")
+        parts = name.split(".", MAX_DEPTH)
         for index, part in enumerate(parts[:-1]):
-            root = ".".join(parts[:index])
             if part in _PARTS:
+                root = ".".join(parts[:index])
                 whole[root] = whole.get(root, False) or part == "backbone"
                 break
             if part == "layer1" and parts[index + 1].isdigit():
-                bare[root] = None
+                bare[".".join(parts[:index])] = None
                 break
     return [root for root, backbone in whole.items() if backbone] or list(whole) or list(bare)
 

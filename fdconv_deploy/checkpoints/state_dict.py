@@ -152,12 +152,13 @@ def conv_layers(state: Shapes, names: re.Pattern[str] | None = None) -> list[Lay
     for key, value in state.items():
         module, _, kind = key.rpartition(".")
         owner = module
-        while owner and owner not in dynamic:
-            owner = owner.rpartition(".")[0]
-        name = owner or module
+        for _ in range(4):  # as deep as an FDConv layer's tensors lie
+            if owner not in dynamic:
+                owner = owner.rpartition(".")[0]
+        name = owner if owner in dynamic else module
         if name in found or (names is not None and not names.fullmatch(name)):
             continue
-        if owner:
+        if owner in dynamic:
             found[name] = _dynamic_layer(state, name)
         elif kind == "weight" and value.ndim in ranks:
             out, into, *kernel = value.shape

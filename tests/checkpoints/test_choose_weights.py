@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdconv_deploy.checkpoints import read_checkpoint
 from fdconv_deploy.errors import CheckpointError
-from tests.checkpoints.small import WEIGHTS, saved
+from tests.checkpoints.small import WEIGHTS, bounded_work, saved
 
 
 def under(prefix: str, offset: float = 0) -> dict[str, Tensor]:
@@ -142,6 +142,16 @@ def test_a_network_with_parts_of_its_own_keeps_them(tmp_path: Path) -> None:
     own = {"model.fusion.weight": ONE, "model.iou_head.weight": ONE}
     found = read_checkpoint(saved(tmp_path / "a.pth", under("model.") | own)).state_dict
     assert {"fusion.weight", "iou_head.weight"} <= set(found)
+
+
+def test_many_networks_and_deep_names_in_a_small_file_are_little_work(tmp_path: Path) -> None:
+    many = {f"a{i}.backbone.x": ONE for i in range(3000)} | {f"b{i}.x": ONE for i in range(3000)}
+    for state in (many, {"a." * 400_000 + "x": ONE} | under("")):
+        path = saved(tmp_path / "a.pth", state)
+        with bounded_work(2_000_000):
+            found = read_checkpoint(path)
+        assert len(found.state_dict) in (1, len(WEIGHTS) + 1)
+    assert len(read_checkpoint(saved(tmp_path / "a.pth", many)).other_weights) == 2999
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
