@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import logging
 import os
+import resource
 import socket
 import ssl
 import sys
@@ -279,10 +280,6 @@ def allow_files(connections: int) -> None:
 
     Many systems give a process 1024 unless it asks.
     """
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
     wanted = 2 * connections + 1024  # with gRPC's
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:

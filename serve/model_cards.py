@@ -191,7 +191,9 @@ def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
             f"The bundle {bundle.path} is of a {manifest.kind}, which does not segment images, "
             "so it cannot be served. Name a segmentor's or a detector's bundle."
         )
-    own = _segmentor(bundle) if manifest.kind == "segmentor" else _detector(bundle)
+    own: dict[str, Any] = {"mode": "whole", "modes": ["whole"], "fit": manifest.fit}
+    own |= dict.fromkeys(("output", "queries", "threshold", "instances"))
+    own |= _segmentor(bundle) if manifest.kind == "segmentor" else _detector(bundle)
     config = manifest.architecture or manifest.detector
     assert config is not None
     weights = manifest.files[manifest.weights].bytes if manifest.weights else 0
@@ -227,7 +229,7 @@ def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
 
 
 def _segmentor(bundle: Bundle) -> dict[str, Any]:
-    """The fields that differ between segmentors and detectors, for a segmentor."""
+    """The fields of a segmentor."""
     manifest = bundle.manifest
     config, size = manifest.architecture, manifest.input
     assert config is not None
@@ -243,34 +245,24 @@ def _segmentor(bundle: Bundle) -> dict[str, Any]:
     outputs = manifest.outputs[bundle.batch_sizes[0]]
     # Logits, or queries' masks, behind which MaskDINO's boxes may come.
     _, channels, height, width = outputs[0 if config.panoptic is None else 1].shape
-    output = queries = None
-    if config.panoptic is None:
-        output = TensorSize(channels=channels, height=height, width=width)
-    else:
-        own = outputs[0].shape[-1]
-        queries = QueryOutputs(number=channels, classes=own, height=height, width=width)
-        modes = ["whole"]
-    return {
+    own: dict[str, Any] = {
         "classes": _classes(class_names(config), class_palette(config)),
-        "output": output,
-        "queries": queries,
         "threshold": config.decode_head.label_threshold,
-        "instances": None,
-        "mode": config.test.mode if queries is None else "whole",
-        "modes": modes,
-        "fit": manifest.fit,
     }
+    if config.panoptic is not None:
+        classes = outputs[0].shape[-1]
+        queries = QueryOutputs(number=channels, classes=classes, height=height, width=width)
+        return {**own, "queries": queries}
+    output = TensorSize(channels=channels, height=height, width=width)
+    return {**own, "output": output, "mode": config.test.mode, "modes": modes}
 
 
 def _detector(bundle: Bundle) -> dict[str, Any]:
-    """The fields that differ between segmentors and detectors, for a detector."""
+    """The fields of a detector."""
     config = bundle.manifest.detector
     assert config is not None
     return {
         "classes": _classes(class_names(config), class_palette(config)),
-        "output": None,
-        "queries": None,
-        "threshold": None,
         "instances": InstanceLimits(
             masks=config.mask_head is not None,
             mask_size=config.mask_size,
@@ -278,8 +270,6 @@ def _detector(bundle: Bundle) -> dict[str, Any]:
             lowest_score=config.test.rcnn.score_thr,
             min_score=SHOWN_SCORE,
         ),
-        "mode": "whole",
-        "modes": ["whole"],
         "fit": "pad",
     }
 

@@ -116,25 +116,16 @@ def best_type(accept: str, offers: Sequence[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """One image's result, to be written to the response.
-
-    Attributes:
-        found: The result; a segmentor's labels are at the size asked for.
-        image: The image at that size, (H, W, C); None unless an overlay was asked for.
-        name: The image file's name in the form, if it came with one.
-        kept: Ids of the classes asked for; None for all.
-        logits: (classes, h, w) float32; None unless they were asked for.
-        image_size: Height and width of the image as sent.
-    """
+    """One image's result, to be written to the response."""
 
     model: str
-    found: Segmentation | Detection
-    image: npt.NDArray[Any] | None
-    name: str | None
+    found: Segmentation | Detection  # a segmentor's labels are at the size asked for
+    image: npt.NDArray[Any] | None  # (H, W, C) at that size, if an overlay was asked for
+    name: str | None  # of the image file in the form, if it came with one
     timings_ms: dict[str, float]
-    kept: tuple[int, ...] | None
-    logits: npt.NDArray[np.float32] | None
-    image_size: tuple[int, int]
+    kept: tuple[int, ...] | None  # ids of the classes asked for; None for all
+    logits: npt.NDArray[np.float32] | None  # (classes, h, w), if they were asked for
+    image_size: tuple[int, int]  # height and width of the image as sent
 
     @property
     def class_ids(self) -> tuple[int, ...]:
@@ -174,9 +165,10 @@ class Room:
     def __init__(self, left: int | None = None) -> None:
         self.left = MAX_JSON if left is None else left
 
-    def check(self, size: int, what: str) -> None:
-        """Refuse what takes ``size`` bytes or more, if there are not so many."""
-        if size > self.left:
+    def take(self, size: int, what: str) -> None:
+        """Count bytes in; refused, by a 413, if there are not so many."""
+        self.left -= size
+        if self.left < 0:
             raise RefusedError(
                 413,
                 f"The answer has {what}, more than fit into {MAX_JSON:,} bytes of JSON. Ask for "
@@ -266,65 +258,53 @@ def _kept_pixels(answer: Answer) -> npt.NDArray[np.bool_]:
 
 def _document(answer: Answer, form: MaskForm, room: Room) -> dict[str, Any]:
     """One image's JSON, as `routes.segment` describes it."""
-    found = answer.found
+    found, names, palette = answer.found, answer.found.classes, answer.found.palette
+    ids = answer.class_ids
+    classes: list[dict[str, Any]] = [{"id": n, "name": names[n], "color": palette[n]} for n in ids]
     if isinstance(found, Detection):
-        own = _detection(answer, found, form, room)
+        (height, width), counts = found.image_size, np.bincount(found.labels, minlength=len(names))
+        own = {
+            "resized_to": list(found.resized_to),
+            "classes": [{**one, "count": int(counts[one["id"]])} for one in classes],
+            "instances": _instances(found, form, room),
+        }
     else:
-        own = _segmentation(answer, found, form, room)
+        (height, width), areas = found.labels.shape, found.areas().tolist()
+        for one in classes:
+            one |= {"area": areas[one["id"]], "share": areas[one["id"]] / found.labels.size}
+        own = {"mode": found.mode, "classes": classes, **_masks(answer, found, form, room)}
     return {
         "model": answer.model,
         "file": answer.name,
         "fit": found.fit,
+        "height": height,
+        "width": width,
         **own,
         "timings_ms": answer.timings_ms,
     }
 
 
-def _segmentation(
-    answer: Answer, found: Segmentation, form: MaskForm, room: Room
-) -> dict[str, Any]:
-    labels, areas = found.labels, found.areas().tolist()
-    height, width = labels.shape
+def _masks(answer: Answer, found: Segmentation, form: MaskForm, room: Room) -> dict[str, Any]:
+    """Where a segmentor's classes are, and the segments and objects of a panoptic one."""
+    labels = found.labels
     mask: dict[str, Any] | None = None
     if form == "polygons":
+        areas = found.areas()
         present = [number for number in answer.class_ids if areas[number]]
         outlines = [{"id": n, "rings": class_rings(labels, n, room=room)} for n in present]
-        mask = {"size": [height, width], "polygons": outlines}
+        mask = {"size": list(labels.shape), "polygons": outlines}
     elif form == "rle":
         if answer.kept is not None:
             labels = np.where(_kept_pixels(answer), labels.astype(np.int32), -1)
         mask = run_lengths(labels, room)
-    own: dict[str, Any] = {}
-    if isinstance(found, PanopticSegmentation):
-        own = {
-            "segments": found.segments_info(),
-            "segments_mask": None if form == "none" else run_lengths(found.ids, room),
-            "instances": None
-            if found.instances is None
-            else _instances(found.instances, form, room),
-        }
+    if not isinstance(found, PanopticSegmentation):
+        return {"mask": mask}
+    objects = found.instances
     return {
-        "height": height,
-        "width": width,
-        "mode": found.mode,
-        "classes": [
-            {**entry, "area": areas[entry["id"]], "share": areas[entry["id"]] / labels.size}
-            for entry in _classes(answer)
-        ],
         "mask": mask,
-        **own,
-    }
-
-
-def _detection(answer: Answer, found: Detection, form: MaskForm, room: Room) -> dict[str, Any]:
-    height, width = found.image_size
-    counts = np.bincount(found.labels, minlength=len(found.classes)).tolist()
-    return {
-        "height": height,
-        "width": width,
-        "resized_to": list(found.resized_to),
-        "classes": [{**entry, "count": counts[entry["id"]]} for entry in _classes(answer)],
-        "instances": _instances(found, form, room),
+        "segments": found.segments_info(),
+        "segments_mask": None if form == "none" else run_lengths(found.ids, room),
+        "instances": None if objects is None else _instances(objects, form, room),
     }
 
 
@@ -341,11 +321,6 @@ def _instances(found: Detection, form: MaskForm, room: Room) -> list[dict[str, A
     ]
 
 
-def _classes(answer: Answer) -> list[dict[str, Any]]:
-    names, palette = answer.found.classes, answer.found.palette
-    return [{"id": n, "name": names[n], "color": palette[n]} for n in answer.class_ids]
-
-
 def run_lengths(labels: npt.NDArray[Any], room: Room | None = None) -> dict[str, list[int]]:
     """Encode labels (H, W) as runs in row-major order, a `RunLengthMask`."""
     room, flat = room or Room(), labels.reshape(-1)
@@ -355,15 +330,10 @@ def run_lengths(labels: npt.NDArray[Any], room: Room | None = None) -> dict[str,
         part = flat[at - 1 : at + _PART]
         starts.append(np.flatnonzero(part[1:] != part[:-1]) + at)
         count += len(starts[-1])
-        room.check(count * _RUN_TEXT, f"{count:,} runs or more")
-    room.left -= count * _RUN_TEXT
+        room.take(len(starts[-1]) * _RUN_TEXT, f"{count:,} runs or more")
     begin = np.concatenate(starts)
-    counts = np.diff(begin, append=flat.size)
-    return {
-        "size": list(labels.shape),
-        "counts": counts.tolist(),
-        "values": flat[begin].tolist(),
-    }
+    counts = np.diff(begin, append=flat.size).tolist()
+    return {"size": list(labels.shape), "counts": counts, "values": flat[begin].tolist()}
 
 
 def class_rings(
@@ -386,8 +356,7 @@ def class_rings(
     saddle = (count == 2) & (nw == se)
     corner = (count == 1) | (count == 3)
     corners = int(np.count_nonzero(corner) + 2 * np.count_nonzero(saddle))
-    room.check(corners * _CORNER_TEXT, f"outlines of {corners:,} corners or more")
-    room.left -= corners * _CORNER_TEXT
+    room.take(corners * _CORNER_TEXT, f"outlines of {corners:,} corners or more")
     y, x = np.nonzero(corner)
     sy, sx = np.nonzero(saddle)
     # At a saddle two rings touch: it is two vertices. Where the north-western pixel is of

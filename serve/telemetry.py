@@ -9,7 +9,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
 from functools import cache, partial
 from typing import Any, Literal, TypeVar
 
@@ -45,25 +44,22 @@ def log_access(*, probe: bool = False, **fields: Any) -> None:
         access.log(level, "%s", text, extra={"fields": fields})
 
 
-def _time(record: logging.LogRecord) -> str:
-    return datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+class _InUtc(logging.Formatter):
+    converter = time.gmtime  # type: ignore[assignment]
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03d+00:00"
 
 
-class TextFormatter(DefaultFormatter):
+class TextFormatter(_InUtc, DefaultFormatter):
     """A record as uvicorn writes it, with the time in UTC."""
 
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
-        """See ``logging.Formatter``."""
-        return _time(record)
 
-
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(_InUtc):
     """A record as one line of JSON; what was passed as ``extra={"fields": {...}}`` beside it."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See ``logging.Formatter``."""
         found: dict[str, Any] = {
-            "time": _time(record),
+            "time": self.formatTime(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),

@@ -92,7 +92,8 @@ class Body:
 
     async def read(self) -> bytes:
         """The whole body, decompressed."""
-        chunks = await self._all_chunks()
+        with self._in_time():
+            chunks = [chunk async for chunk in self._chunks()]
         if self._taken > _LARGE_BODY:
             return await asyncio.to_thread(b"".join, chunks)
         return b"".join(chunks)
@@ -100,13 +101,7 @@ class Body:
     async def read_aligned(self, start: int) -> memoryview:
         """As :meth:`read`, laid out so that tensors from byte ``start`` can be used in place."""
         if self._window is not None or self._length is None:
-            chunks = await self._all_chunks()
-            room, at = _aligned_room(sum(map(len, chunks)), start), 0
-            for chunk in chunks:
-                room[at : at + len(chunk)] = chunk
-                at += len(chunk)
-                await asyncio.sleep(0)  # of tens of megabytes, others would wait
-            return room
+            return await asyncio.to_thread(_aligned, await self.read(), start)
         room, at = _aligned_room(self._length, start), 0
         with self._in_time():
             async for chunk in self._request.stream():  # HTTP sees to it that they are no more
@@ -128,15 +123,9 @@ class Body:
 
     async def _form(self) -> list[Upload]:
         most = self._settings.max_images
-        parser = _Parser(
-            self._request.headers,
-            self._chunks(),
-            max_files=most,
-            max_fields=8,
-            max_part_size=1 << 16,
-        )
+        limits = {"max_files": most, "max_fields": 8, "max_part_size": 1 << 16}
         try:
-            form = await parser.parse()
+            form = await _Parser(self._request.headers, self._chunks(), **limits).parse()
         except MultiPartException as error:
             raise RefusedError(
                 422,
@@ -179,10 +168,6 @@ class Body:
                 "of it.",
                 {"Connection": "close"},
             ) from None
-
-    async def _all_chunks(self) -> list[bytes]:
-        with self._in_time():
-            return [chunk async for chunk in self._chunks()]
 
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
         stream = self._request.stream()
@@ -237,6 +222,12 @@ async def _unpacked(stream: AsyncIterator[bytes], window: int) -> AsyncGenerator
 def _aligned_room(size: int, start: int) -> memoryview:
     """Memory for a body of ``size`` bytes, in which what follows byte ``start`` is aligned."""
     return np.empty(size + -start % _ALIGNMENT, np.uint8)[-start % _ALIGNMENT :].data
+
+
+def _aligned(data: bytes, start: int) -> memoryview:
+    room = _aligned_room(len(data), start)
+    room[:] = data
+    return room
 
 
 def _base_name(name: str | None) -> str | None:

@@ -115,7 +115,7 @@ class TestLogs:
         made = logging.config.DictConfigurator(config)
         formatter = made.configure_formatter(config["formatters"]["default"])
         record = logging.Logger("x").makeRecord("x", 20, "f", 1, "hello %s", ("you",), None)
-        record.created = 1795921200.25
+        record.created, record.msecs = 1795921200.25, 250.0
         found = formatter.format(record)
         assert found.startswith("2026-11-29T03:00:00.250+00:00 INFO")
         assert found.endswith("hello you")
