@@ -29,8 +29,7 @@ from fdconv_deploy.runtime import Session
 from fdconv_deploy.serve import errors as problems
 from fdconv_deploy.serve import openapi
 from fdconv_deploy.serve.http_limits import MAX_HEAD_BYTES, Held, LimitedProtocol
-from fdconv_deploy.serve.identity import Clients
-from fdconv_deploy.serve.middleware import EXPOSED, Edge, refuse
+from fdconv_deploy.serve.middleware import EXPOSED, Clients, Edge, refuse
 from fdconv_deploy.serve.routes import kserve, segment, status
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.settings import Settings
@@ -215,7 +214,7 @@ class _Server(uvicorn.Server):
                 log_level=log_level,
                 log_config=log_config(log_level, settings.log_format),
                 access_log=False,
-                proxy_headers=False,  # identity.py heeds them, and only from whom it is told to
+                proxy_headers=False,  # the middleware heeds them, and only from whom it is told to
                 server_header=False,
                 timeout_graceful_shutdown=settings.drain_seconds,
                 ssl_certfile=settings.tls_certificate,

@@ -21,7 +21,6 @@ from google.protobuf.message import DecodeError
 from fdconv_deploy.serve.batching import After
 from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, answer_to
 from fdconv_deploy.serve.http_limits import LAST_REQUEST_SECONDS
-from fdconv_deploy.serve.identity import Client, Clients
 from fdconv_deploy.serve.kserve import metadata as documents
 from fdconv_deploy.serve.kserve.inference import (
     PIECE,
@@ -32,7 +31,7 @@ from fdconv_deploy.serve.kserve.inference import (
     infer,
     infer_request,
 )
-from fdconv_deploy.serve.middleware import accepted_id
+from fdconv_deploy.serve.middleware import Client, Clients, accepted_id
 from fdconv_deploy.serve.model_cards import ModelCard
 from fdconv_deploy.serve.model_repository import Version
 from fdconv_deploy.serve.service import Service, timeout_of

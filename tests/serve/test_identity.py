@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.serve import Settings, create_app, running
 from fdconv_deploy.serve.errors import RefusedError
-from fdconv_deploy.serve.identity import Clients
+from fdconv_deploy.serve.middleware import Clients
 from tests.serve.conftest import wait_until_ready
 from tests.serve.kserve.conftest import free_port
 
