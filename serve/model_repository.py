@@ -32,8 +32,8 @@ from fdconv_deploy.serve.model_cards import Benchmark, ModelCard, model_card, mo
 from fdconv_deploy.serve.settings import Settings
 
 log = logging.getLogger("fdconv.serve")
-# What timing may add to a model's loading, beyond one run of each batch size.
-MOST_SECONDS = 1.0
+# What timing may add to a model's loading, in seconds, beyond one run of each batch size.
+_TIMING = 1.0
 
 
 @dataclass(eq=False)
@@ -44,8 +44,7 @@ class Version:
     session: Session
     card: ModelCard
     owned: bool
-    leases: int = 0
-    retired: bool = False
+    leases: int = 1  # its model's own while it is loaded, and one for each request
 
     @cached_property
     def tensor_bytes(self) -> int:
@@ -216,8 +215,19 @@ class Repository:
         try:
             yield version
         finally:
-            version.leases -= 1
-            self._close_if_done(version)
+            self._release(version)
+
+    def _release(self, version: Version) -> None:
+        version.leases -= 1
+        if not version.leases:
+            self._on_close(version)
+            if version.owned:
+                version.session.close()
+
+    def _retire(self, model: Model) -> None:
+        version, model.version = model.version, None
+        if version is not None:
+            self._release(version)
 
     async def load(self, model: Model) -> None:
         """Load a model, or again if its bundle has changed; if it fails, what there was stays."""
@@ -257,7 +267,7 @@ class Repository:
             if model.loading is not None:
                 await asyncio.wait([model.loading])
             if model.version is not None:
-                model.version.leases = 0
+                model.version.leases = 1
                 self._retire(model)
         self._loader.shutdown(wait=True)
         self._close_opened()
@@ -331,7 +341,8 @@ class Repository:
             model.loading = None
         self._on_load(version)
         before, model.version, model.error = model.version, version, None
-        self._end(before)
+        if before is not None:
+            self._release(before)
         if not model.wanted:  # unloaded in the meantime, or gone
             self._retire(model)
         model.last_used = time.monotonic()
@@ -381,21 +392,6 @@ class Repository:
             self._retire(model)
         if not coming and self.loaded_bytes() > budget:
             log.warning("%s alone is larger than the memory budget", keep.name)
-
-    def _retire(self, model: Model) -> None:
-        version, model.version = model.version, None
-        self._end(version)
-
-    def _end(self, version: Version | None) -> None:
-        if version is not None:
-            version.retired = True
-            self._close_if_done(version)
-
-    def _close_if_done(self, version: Version) -> None:
-        if version.retired and not version.leases:
-            self._on_close(version)
-            if version.owned:
-                version.session.close()
 
     def _add_source(self, source: Path | str | Session) -> None:
         if isinstance(source, Session):
@@ -469,5 +465,5 @@ def timed_runs(session: Session) -> list[Benchmark]:
         runs[batch] = partial(session.run_batches, feeds)
     return [
         Benchmark(batch=batch, milliseconds=round(seconds * 1e3, 3))
-        for batch, seconds in sorted(least_seconds(runs, seconds=MOST_SECONDS).items())
+        for batch, seconds in sorted(least_seconds(runs, seconds=_TIMING).items())
     ]
