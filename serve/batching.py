@@ -256,19 +256,11 @@ class Scheduler:
         for number in range(self._workers):
             self._start_thread(number)
 
-    def add_lane(
-        self,
-        key: Hashable,
-        run: Run,
-        sizes: Sequence[int],
-        *,
-        cost: Callable[[int], float] = linear_cost,
-        weight: float = 1.0,
-    ) -> None:
-        """Open a lane, whose batches ``run`` answers."""
+    def add_lane(self, key: Hashable, run: Run, sizes: Sequence[int], **share: Any) -> None:
+        """Open a lane, whose batches ``run`` answers; see :meth:`BatchQueue.add_lane`."""
         with self._lock:
             self._runs[key] = run
-            self._queue.add_lane(key, sizes, cost=cost, weight=weight)
+            self._queue.add_lane(key, sizes, **share)
 
     def remove_lane(self, key: Hashable) -> None:
         """Close a lane in which nothing waits any more."""

@@ -186,40 +186,43 @@ async def segment(
     deadline: float,
 ) -> SegmentAnswer:
     """Answer a client for one image or several by ``deadline``, on the scheduler's clock."""
-    several = len(uploads) > 1
-    async with service.work(model, client, len(uploads), deadline) as work:
-        card = work.version.card
-        if card is not request.card:  # loaded, or replaced, since it was checked
-            request = check_options(card, request.options, request.form)
-        images = [
-            _Image(work, request, upload, number if several else None)
-            for number, upload in enumerate(uploads, 1)
-        ]
+    answer = partial(_segment, uploads=uploads, request=request)
+    return await service.answer(model, client, len(uploads), deadline, answer)
 
-        def begin() -> int:
-            size = _memory([image.cost() for image in images], request, service.settings)
-            if work.memory.take_now(size) and not several:
-                images[0]._open()  # at once, without another way to this thread and back
-            return size
 
-        await work.memory.take(await work.code(begin), deadline)
-        if several:
-            await _all([image.run() for image in images])
-        else:
-            await images[0].run()
-        start, fits = time.perf_counter(), list[str]()
+async def _segment(work: Work, uploads: list[Upload], request: SegmentRequest) -> SegmentAnswer:
+    several, settings, card = len(uploads) > 1, work.service.settings, work.version.card
+    if card is not request.card:  # loaded, or replaced, since it was checked
+        request = check_options(card, request.options, request.form)
+    images = [
+        _Image(work, request, upload, number if several else None)
+        for number, upload in enumerate(uploads, 1)
+    ]
 
-        def answers() -> Iterator[Answer]:
-            for image in images:
-                answer = image.answer()
-                fits.append(answer.found.fit)
-                yield answer
+    def begin() -> int:
+        size = _memory([image.cost() for image in images], request, settings)
+        if work.memory.take_now(size) and not several:
+            images[0]._open()  # at once, without another way to this thread and back
+        return size
 
-        options = request.options
-        body, media_type = await work.code(
-            lambda: render(request.form, answers(), options.opacity, options.mask)
-        )
-        seconds = time.perf_counter() - start
+    await work.memory.take(await work.code(begin), work.deadline)
+    if several:
+        await _all([image.run() for image in images])
+    else:
+        await images[0].run()
+    start, fits = time.perf_counter(), list[str]()
+
+    def answers() -> Iterator[Answer]:
+        for image in images:
+            answer = image.answer()
+            fits.append(answer.found.fit)
+            yield answer
+
+    options = request.options
+    body, media_type = await work.code(
+        lambda: render(request.form, answers(), options.opacity, options.mask)
+    )
+    seconds = time.perf_counter() - start
     postprocess = sum(image.times["postprocess"] for image in images)
     longest = max((image.times for image in images), key=lambda times: sum(times.values()))
     stages = {**longest, "postprocess": postprocess, "encode": max(seconds - postprocess, 0.0)}
@@ -316,11 +319,10 @@ class _Image:
             waited = time.perf_counter() - self._start - sum(self.times.values())
             if self._prepared is None:
                 image, self._image = self._image, self._image if self._draws else None
-                slide = partial(self._slide, image)
-                outcome = await self._work.call(self._session.input_size, slide)
+                outcome = await self._work.call(partial(self._slide, image))
             else:
                 inputs = {name: value[None] for name, value in self._prepared.inputs.items()}
-                outcome = await self._work.run(self._prepared.network, inputs)
+                outcome = await self._work.run(inputs)
                 self._prepared = replace(self._prepared, inputs={})
         self._outcome = outcome
         self.times["queue"] = outcome.queue_seconds + max(waited, 0.0)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,14 +41,15 @@ class Work:
         scheduler = self.service.scheduler
         return await scheduler.code(call, deadline=self.deadline, on_leave=self.memory.hold)
 
-    async def run(self, size: tuple[int, int], inputs: Tensors) -> Outcome:
-        """Run the network on images of an input size (height, width)."""
-        lane = Lane(self.version, size)
+    async def run(self, inputs: Tensors) -> Outcome:
+        """Run the network on images, (N, C, H, W) of one of its sizes, and what else it takes."""
+        _, _, height, width = inputs["images"].shape
+        lane = Lane(self.version, (height, width))
         return await self.service.scheduler.run(lane, inputs, self.deadline)
 
-    async def call(self, size: tuple[int, int], call: Callable[[], Any]) -> Outcome:
-        """Run ``call`` by itself, in the same turns."""
-        lane = Lane(self.version, size)
+    async def call(self, call: Callable[[], Any]) -> Outcome:
+        """Run ``call`` by itself, in turn with runs of the network's first size."""
+        lane = Lane(self.version, self.version.session.input_size)
         return await self.service.scheduler.call(lane, call, self.deadline)
 
 
@@ -122,11 +122,15 @@ class Service:
         if self.settings.reload_seconds:
             self._tasks.append(asyncio.create_task(self._watch_bundles()))
 
-    @asynccontextmanager
-    async def work(
-        self, model: Model, client: str, images: int, deadline: float
-    ) -> AsyncIterator[Work]:
-        """Admit a client's request, for the length of a ``with`` block, or refuse it.
+    async def answer(
+        self,
+        model: Model,
+        client: str,
+        images: int,
+        deadline: float,
+        work: Callable[[Work], Awaitable[T]],
+    ) -> T:
+        """Admit a client's request, and do its ``work``, or refuse it.
 
         Its model is loaded first where it is not; the deadline is on the scheduler's clock.
         """
@@ -137,7 +141,7 @@ class Service:
         ):
             start = time.perf_counter()
             try:
-                yield Work(self, version, memory, deadline)
+                return await work(Work(self, version, memory, deadline))
             except (RefusedError, ImageError):  # by its client's fault
                 raise
             except Exception:

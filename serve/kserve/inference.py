@@ -35,12 +35,17 @@ _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 # Parameters of Triton's extensions that would change the answer and are not done here. A client
 # that got an answer would take it for the one it asked for.
 _NOT_DONE = {
-    ("classification", "class_count"): "classify outputs (class_count). Ask for the output itself",
-    ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"): (
-        "use shared memory. Send and ask for tensors in the request"
+    **dict.fromkeys(
+        ("classification", "class_count"),
+        "classify outputs (class_count). Ask for the output itself",
     ),
-    ("sequence_id", "sequence_start", "sequence_end"): (
-        "keep sequences: each request stands for itself. Leave the sequence out"
+    **dict.fromkeys(
+        ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"),
+        "use shared memory. Send and ask for tensors in the request",
+    ),
+    **dict.fromkeys(
+        ("sequence_id", "sequence_start", "sequence_end"),
+        "keep sequences: each request stands for itself. Leave the sequence out",
     ),
 }
 
@@ -78,12 +83,12 @@ def datatype_of(array: Array) -> str:
 
 def check_parameters(parameters: Mapping[str, Any]) -> None:
     """Refuse, by a 400, parameters that ask for what is not done here; empty ones do not."""
-    for names, what in _NOT_DONE.items():
-        for name in names:
-            if parameters.get(name):
-                raise RefusedError(
-                    400, f"The parameter {name!r} is not supported: this service does not {what}."
-                )
+    for name, value in parameters.items():
+        if name in _NOT_DONE and value:
+            does = _NOT_DONE[name]
+            raise RefusedError(
+                400, f"The parameter {name!r} is not supported: this service does not {does}."
+            )
 
 
 def infer_request(
@@ -238,13 +243,16 @@ async def infer(
             uint8 or, above 256 classes, uint16; a detector's are its graph's outputs.
         in_json: Names of those that are written as JSON, which is done on another thread.
     """
-    async with service.work(model, client, len(request.images), deadline) as work:
+
+    async def answer(work: Work) -> tuple[T, Version, Stages]:
         version = work.version
         await work.memory.take(_memory(version, request, in_json), deadline)
         outputs, stages = await _infer(work, request)
         if in_json:
             return await work.code(lambda: write(version, outputs)), version, stages
         return write(version, outputs), version, stages
+
+    return await service.answer(model, client, len(request.images), deadline, answer)
 
 
 def _memory(version: Version, request: InferRequest, in_json: Collection[str]) -> int:
@@ -263,7 +271,7 @@ async def _infer(work: Work, request: InferRequest) -> tuple[dict[str, Array], S
         inputs = await work.code(lambda: _inputs(session, request))
     else:
         inputs = _inputs(session, request)
-    outcome = await work.run(session.input_size, inputs)
+    outcome = await work.run(inputs)
     found: dict[str, Array] = {}
     for name in request.outputs:
         if name == "labels" and not session.detects:
