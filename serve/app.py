@@ -122,7 +122,7 @@ def create_app(
     for group in (segment, kserve, status):  # in the order in which they are tried
         # Not include_router, whose routers would match every request twice.
         app.router.routes += group.router.routes
-    openapi.install(app, service, keys_needed=clients.keys_needed)
+    openapi.install(app, service)
     return app
 
 

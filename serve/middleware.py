@@ -71,11 +71,6 @@ class Clients:
         self._digests = [_digest(key.get_secret_value()) for key in settings.api_keys]
         self._proxies = settings.trusted_proxies
 
-    @property
-    def keys_needed(self) -> bool:
-        """Whether there are any API keys."""
-        return bool(self._digests)
-
     def identify(self, peer: str, headers: Sequence[tuple[str, str]]) -> Client:
         """Identify the sender of a request by its peer's address and its headers, or metadata.
 

@@ -31,7 +31,7 @@ back; nothing was done, so the same request may be sent again.
 _TEXT = {"type": "string"}
 
 
-def install(app: FastAPI, service: Service, *, keys_needed: bool) -> None:
+def install(app: FastAPI, service: Service) -> None:
     """Give the application its OpenAPI document, and the address where it is kept."""
     kept: dict[str, bytes] = {}  # by path prefix
 
@@ -46,15 +46,15 @@ def install(app: FastAPI, service: Service, *, keys_needed: bool) -> None:
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            _describe(FastAPI.openapi(app), service, keys_needed=keys_needed)
+            _describe(FastAPI.openapi(app), service)
         return app.openapi_schema or {}
 
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _describe(document: dict[str, Any], service: Service, *, keys_needed: bool) -> None:
+def _describe(document: dict[str, Any], service: Service) -> None:
     """Put in what FastAPI does not know: problems, keys, parameters read by hand, examples."""
-    schemas = document["components"]["schemas"]
+    schemas, keys_needed = document["components"]["schemas"], bool(service.settings.api_keys)
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     # The body of an inference request is read by hand.

@@ -156,12 +156,9 @@ class InferBatchStatistics:
 
 # Which of Triton's durations each stage of this service counts as.
 _DURATION_OF = {
-    "queue": "queue",
-    "decode": "compute_input",
-    "preprocess": "compute_input",
-    "inference": "compute_infer",
-    "postprocess": "compute_output",
-    "encode": "compute_output",
+    **{"queue": "queue", "inference": "compute_infer"},
+    **dict.fromkeys(("decode", "preprocess"), "compute_input"),
+    **dict.fromkeys(("postprocess", "encode"), "compute_output"),
 }
 
 
@@ -204,12 +201,10 @@ class ModelStatistics:
     def ran(self, images: int, seconds: float) -> None:
         """Count a run of the network with that many images."""
         self.execution_count += 1
-        batch = next((b for b in self.batch_stats if b.batch_size == images), None)
-        if batch is None:
-            batch = InferBatchStatistics(batch_size=images)
-            self.batch_stats.append(batch)
-            self.batch_stats.sort(key=lambda entry: entry.batch_size)
-        batch.compute_infer.add(seconds)
+        by_size = {entry.batch_size: entry for entry in self.batch_stats}
+        by_size.setdefault(images, InferBatchStatistics(batch_size=images))
+        by_size[images].compute_infer.add(seconds)
+        self.batch_stats = [by_size[size] for size in sorted(by_size)]
 
 
 class ModelStatisticsList(BaseModel):

@@ -51,7 +51,11 @@ class ClassCount(ModelClass):
     count: int
 
 
-class RunLengthMask(BaseModel):
+class _Sized(BaseModel):
+    size: tuple[int, int] = Field(description="Height and width in pixels.")
+
+
+class RunLengthMask(_Sized):
     """A label map as runs of equal pixels, read row by row from the top left.
 
     COCO's uncompressed RLE for many classes at once: run i is `counts[i]` pixels long and
@@ -63,7 +67,6 @@ class RunLengthMask(BaseModel):
         json_schema_extra={"examples": [{"size": [2, 4], "counts": [5, 3], "values": [0, 2]}]}
     )
 
-    size: tuple[int, int] = Field(description="Height and width in pixels.")
     counts: list[int] = Field(description="Lengths of the runs; they sum to height × width.")
     values: list[int] = Field(description="The class id of each run.")
 
@@ -79,7 +82,7 @@ class ClassPolygons(BaseModel):
     )
 
 
-class PolygonMask(BaseModel):
+class PolygonMask(_Sized):
     """A label map as polygons along the pixels' edges, of the classes that occur."""
 
     model_config = ConfigDict(
@@ -90,23 +93,20 @@ class PolygonMask(BaseModel):
         }
     )
 
-    size: tuple[int, int] = Field(description="Height and width in pixels.")
     polygons: list[ClassPolygons]
 
 
-class CocoMask(BaseModel):
+class CocoMask(_Sized):
     """An object's pixels as COCO's compressed run lengths, which pycocotools decodes."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"size": [2, 4], "counts": "042"}]})
 
-    size: tuple[int, int] = Field(description="Height and width in pixels.")
     counts: str
 
 
-class InstancePolygons(BaseModel):
+class InstancePolygons(_Sized):
     """An object's outlines along the pixels' edges; see `ClassPolygons`."""
 
-    size: tuple[int, int] = Field(description="Height and width in pixels.")
     rings: list[list[int]]
 
 
