@@ -62,8 +62,9 @@ class InputTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A checked inference request."""
+    """An inference request, checked against the card of the model it is for."""
 
+    card: ModelCard
     id: str  # the client's, empty without one
     images: Array  # (N, C, H, W) float32 normalised, or (N, H, W, C) uint8, RGB where C is 3
     sizes: Array | None  # of a detector, (N, 2) float32 within the input; the whole input if None
@@ -131,6 +132,7 @@ def infer_request(
                 400, f"There is no output {name[:60]!r}; there are {', '.join(known)}."
             )
     return InferRequest(
+        card=card,
         id=request_id or "",
         images=arrays["images"],
         sizes=arrays.get("sizes"),
@@ -246,6 +248,13 @@ async def infer(
 
     async def answer(work: Work) -> tuple[T, Version, Stages]:
         version = work.version
+        if version.card is not request.card and version.card.tensors != request.card.tensors:
+            raise RefusedError(
+                503,
+                f"The model {version.name!r} was just replaced by one of other tensors. Read its "
+                "metadata, and send the request again.",
+                service.admission.retry_after(),
+            )
         await work.memory.take(_memory(version, request, in_json), deadline)
         outputs, stages = await _infer(work, request)
         if in_json:

@@ -11,6 +11,8 @@ from fastapi.testclient import TestClient
 
 from fdconv_deploy.serve import Settings, create_app
 from fdconv_deploy.serve.kserve import tensors
+from fdconv_deploy.serve.model_cards import ModelCard
+from fdconv_deploy.serve.routes import kserve
 from tests.serve.conftest import wait_until_ready
 from tests.serve.test_refusals import refused
 
@@ -288,6 +290,25 @@ def test_infer_answers_values_that_are_not_finite_in_binary_only(client: TestCli
         headers = {"Inference-Header-Content-Length": str(len(head))}
         answer = client.post(URL, content=head + tensor.tobytes(), headers=headers)
         assert answer.status_code == status, answer.text
+
+
+def test_infer_of_a_model_that_was_replaced_by_another(bundles, call, monkeypatch) -> None:
+    """Between reading the request and running it: it is of no use to the new one."""
+    real = kserve.read_request
+    with TestClient(create_app(bundles[:1], Settings(threads=1))) as client:
+        wait_until_ready(client)
+        version = client.app.state.service.repository.get("street").version
+
+        def replaced(*given):
+            found = real(*given)
+            size = {"channels": 3, "height": 64, "width": 96}
+            version.card = ModelCard.model_validate({**version.card.model_dump(), "input": size})
+            return found
+
+        monkeypatch.setattr(kserve, "read_request", replaced)
+        answer = client.post(URL, json=call)
+        assert "send the request again" in refused(answer, 503)
+        assert answer.headers["retry-after"]
 
 
 def test_repository_control_is_off_by_default(client: TestClient) -> None:
