@@ -27,14 +27,7 @@ class Admission:
     answered while there is work. Memory is not refused but waited for, in turn: meanwhile a
     request holds nothing but its body.
 
-    Attributes:
-        in_hand: Images admitted.
-        memory_used: Bytes of memory given out.
-        body_bytes: Bytes of request bodies held.
-
-    Args:
-        settings: The limits.
-        on_reject: Called with the reason of each refusal.
+    ``on_reject`` is called with the reason of each refusal.
     """
 
     def __init__(
@@ -50,7 +43,8 @@ class Admission:
         self._lock = threading.Lock()  # of memory_used
         self._since: float | None = None
         self._seconds = self._images = 0.0
-        self.in_hand = self.memory_used = self.body_bytes = 0
+        self.in_hand = 0  # images
+        self.memory_used = self.body_bytes = 0
 
     def check_room(self, client: str, images: int = 1, deadline: float = math.inf) -> None:
         """Refuse early, before a body is read, what :meth:`admit` would refuse."""

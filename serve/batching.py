@@ -274,12 +274,7 @@ class Scheduler:
         return self._queue.waiting
 
     async def run(self, key: Hashable, inputs: Tensors, deadline: float = math.inf) -> Outcome:
-        """Run each image of ``inputs`` in the lane ``key``, batched with whatever else waits.
-
-        Raises:
-            DeadlineError: The deadline, in seconds of the scheduler's clock, passed first.
-            WorkerDiedError: The worker ended; the request may be sent again.
-        """
+        """Run each image of ``inputs`` in the lane ``key``, batched with whatever else waits."""
         count = len(next(iter(inputs.values())))
         request, now = _Request(self._loop.create_future(), count), self._clock()
         items = [Item(now, deadline, request, index, inputs) for index in range(count)]
@@ -299,16 +294,10 @@ class Scheduler:
         deadline: float = math.inf,
         on_leave: Callable[[Future[T]], None] = lambda _: None,
     ) -> T:
-        """Run ``call`` on a codec thread.
+        """Run ``call`` on a codec thread, to a deadline in seconds of the scheduler's clock.
 
-        Args:
-            call: What is to be done.
-            deadline: In seconds of the scheduler's clock.
-            on_leave: Called with a call that is not waited for any more, after the deadline or a
-                cancellation. One that has begun goes on, and what it uses is in use until it ends.
-
-        Raises:
-            DeadlineError: It passed first.
+        ``on_leave`` is called with one that is not waited for any more, after the deadline or a
+        cancellation: if it has begun it goes on, and what it uses is in use until it ends.
         """
         running, late = self._codecs.submit(call), False
         answer = asyncio.wrap_future(running, loop=self._loop)

@@ -111,12 +111,8 @@ class Model:
 class Repository:
     """Every served model, the first being the default. Used from one event loop.
 
-    Args:
-        sources: As for ``create_app``.
-        settings: What is loaded when, and how much of it.
-        open_version: Opens a bundle's session, on a loader thread.
-        on_load: Called with each new version before it takes requests.
-        on_close: Called with each version that has ended, before its session is closed.
+    ``open_version`` opens a bundle's session, on a loader thread; ``on_load`` is called with each
+    new version before it takes requests, ``on_close`` before the session of one is closed.
     """
 
     def __init__(

@@ -54,20 +54,12 @@ class Work:
 
 
 class Service:
-    """The models, the threads, the counters, and whether they are ready.
+    """The models, the threads, the counters, and whether they are ready; see ``create_app``.
 
     Attributes:
         ready: Every model that is to be is loaded, and the service is not stopping.
         draining: It is about to stop: it still answers, and closes connections after answers.
         loaded: What kept a model from being loaded at the start, or None.
-
-    Args:
-        sources: As for ``create_app``.
-        settings: As for ``create_app``.
-        scheduler: What runs images.
-
-    Raises:
-        BundleError, BackendError: A bundle cannot be served.
     """
 
     def __init__(

@@ -172,9 +172,6 @@ class Tracing:
     OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER and the like are read
     by its SDK; OTEL_TRACES_EXPORTER is "otlp" (over HTTP), "console" or "none". A program that
     embeds the service and has set a tracer provider of its own gets the spans there.
-
-    Raises:
-        FDConvError: It is wanted, and opentelemetry is not installed or exports to something else.
     """
 
     def __init__(self, wanted: bool) -> None:
