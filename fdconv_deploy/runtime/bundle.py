@@ -319,27 +319,24 @@ def bundles_and_checkpoints(paths: Iterable[Path]) -> list[Path]:
 
 def _no_folder(path: Path) -> str:
     """What is wrong with a path given in a bundle's place that is no folder, and what to do."""
-    expected = "A bundle is a folder made by `fdconv export`"
+    expected = f"A bundle is a folder made by `fdconv export`, but {path}"
     ending = path.suffix.lower()
     if not path.exists():
-        return f"{expected}, but {path} does not exist. Check the path."
+        return f"{expected} does not exist. Check the path."
+    advice = f". Give the folder that holds {MANIFEST_NAME}."
     if ending in _CHECKPOINTS:
-        output = f"{path.stem}_bundle"
-        return (
-            f"{expected}, but {path} is a file, a checkpoint by its ending. Export it first "
-            f"(`fdconv inspect {path}` prints the command), then give the folder, e.g. {output}."
+        advice = (
+            f", a checkpoint by its ending. Export it first (`fdconv inspect {path}` prints the "
+            f"command), then give the folder, e.g. {path.stem}_bundle."
         )
-    if ending in SUFFIXES:
-        return (
-            f"{expected}, but {path} is a file, an image by its ending. The bundle comes first, "
-            "then the images."
+    elif ending in SUFFIXES:
+        advice = ", an image by its ending. The bundle comes first, then the images."
+    elif ending == ".onnx":
+        advice = (
+            f", and no {MANIFEST_NAME} lies beside it. Give the folder that export wrote: its "
+            "manifest tells classes and preprocessing."
         )
-    if ending == ".onnx":
-        return (
-            f"{expected}, but {path} is a file, and no {MANIFEST_NAME} lies beside it. Give the "
-            "folder that export wrote: its manifest tells classes and preprocessing."
-        )
-    return f"{expected}, but {path} is a file. Give the folder that holds {MANIFEST_NAME}."
+    return f"{expected} is a file{advice}"
 
 
 def read_manifest(root: Path) -> Manifest:

@@ -10,7 +10,6 @@ layers average over the padding too, so both change the answer somewhat, and it 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -189,11 +188,6 @@ class Detection:
         height, width = self.image_size
         own = {"height": height, "width": width, "resized_to": list(self.resized_to)}
         return {**own, "instances": self.as_dicts()}
-
-    def summary(self) -> str:
-        """For a person: the most frequent classes."""
-        counts = Counter(self.classes[label] for label in self.labels.tolist())
-        return ", ".join(f"{number} {name}" for name, number in counts.most_common(6)) or "nothing"
 
 
 class DetectionPipeline:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -74,16 +75,36 @@ class Result:
             frame).
         record: for JSON: paths, size, how the image was fitted, seconds, and what was found; of a
             video its frames.
-        line: for a person.
         backend: of the session.
         operators: of the session.
     """
 
     places: Mapping[str, PurePath]
     record: dict[str, Any]
-    line: str
     backend: str
     operators: str
+
+    @property
+    def line(self) -> str:
+        """For a person: a video's frames, or what is most frequent in an image, and how fast."""
+        told, written = self.record, [*map(str, self.places.values())]
+        if "frames" in told:
+            frames, expected, seconds = (
+                told[key] for key in ("frames", "expected_frames", "seconds")
+            )
+            cut = ""
+            if expected is not None and frames < expected:
+                cut = f" of {expected} announced: the file is cut off"
+            rate = frames / seconds if seconds else 0.0
+            return f"{', '.join(written)}: {frames} frames{cut} ({rate:.1f} frames/s)"
+        if "classes" in told:
+            shares = sorted(told["classes"].items(), key=lambda item: -item[1])
+            found = [f"{name} {share:.0%}" for name, share in shares[:4]]
+        else:
+            counts = Counter(one["class"] for one in told["instances"])
+            found = [f"{number} {name}" for name, number in counts.most_common(6)]
+        spent = f"{sum(told['seconds'].values()) * 1e3:.0f} ms"
+        return f"{written[-1]}: {', '.join(found) or 'nothing'} ({told['fit']}, {spent})"
 
 
 # A result, and its files' paths and contents.
@@ -216,9 +237,7 @@ def image_results(
         }
         if "panoptic" in places:  # an entry of the annotations of a COCO panoptic file
             record |= {"image_id": source.path.stem, "file_name": places["panoptic"].name}
-        spent = f"{sum(answer.timings.values()) * 1e3:.0f} ms"
-        line = f"{[*places.values()][-1]}: {answer.summary()} ({answer.fit}, {spent})"
-        result = Result(places, record, line, session.backend, session.operators)
+        result = Result(places, record, session.backend, session.operators)
         return result, _contents(result, picture, answer, options)
 
     def flush() -> Iterator[Written]:
@@ -291,20 +310,15 @@ def _segment_video(
             if progress is not None:
                 progress(path, count, video.expected)
         last()
-    seconds, cut = round(time.perf_counter() - start, 3), ""
-    if video.expected is not None and count < video.expected:
-        cut = f" of {video.expected} announced: the file is cut off"
     record = {
         "video": str(path),
         "frames": count,
         "expected_frames": video.expected,
         **dict.fromkeys(("masks", "overlay", "objects")),
         **{kind: str(place) for kind, place in places.items()},
-        "seconds": seconds,
+        "seconds": round(time.perf_counter() - start, 3),
     }
-    written, rate = ", ".join(map(str, places.values())), count / seconds if seconds else 0.0
-    line = f"{written}: {count} frames{cut} ({rate:.1f} frames/s)"
-    return Result(places, record, line, session.backend, session.operators)
+    return Result(places, record, session.backend, session.operators)
 
 
 @contextmanager

@@ -130,11 +130,6 @@ class Segmentation:
         shares = {name: round(share, 4) for name, share in self.shares().items()}
         return {"height": height, "width": width, "mode": self.mode, "classes": shares}
 
-    def summary(self) -> str:
-        """For a person: the most frequent classes."""
-        shares = sorted(self.shares().items(), key=lambda item: -item[1])
-        return ", ".join(f"{name} {share:.0%}" for name, share in shares[:4])
-
     def mask_png(self) -> bytes:
         """An indexed PNG whose pixel values are the labels."""
         return mask_png(self.labels, self.palette)
