@@ -200,7 +200,7 @@ class Client:
 
         Args:
             image: a file's path or its bytes, or (H, W, 3) uint8 RGB.
-            model: the model's name; the service's default when not given.
+            model: as :meth:`segment`'s.
             min_score: leave out objects that score less; 0.3 when not given.
             classes: keep only these, by name or id.
             masks: False leaves the masks out.

@@ -77,9 +77,7 @@ class ImageTooLargeError(ImageError):
 def read_image(
     source: bytes | str | os.PathLike[str] | ImageFile, *, max_pixels: int = MAX_PIXELS
 ) -> npt.NDArray[np.uint8]:
-    """Decode an image file to colours.
-
-    A session's own ``read_image`` does it as :func:`load_image`, of any number of bands.
+    """Decode an image file to colours; a session's ``read_image`` does it as :func:`load_image`.
 
     Args:
         source: the file's bytes or its path.

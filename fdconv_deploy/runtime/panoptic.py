@@ -181,8 +181,7 @@ class PanopticPipeline(SegmentationPipeline):
         strong = np.empty(ids.shape, np.bool_)
         original = np.zeros(len(queries), np.int64)
         weights = scores[queries]
-        for top, left, logits in resized_tiles(ArrayRows(masks[queries]), rows, columns):
-            place = slice(top, top + logits.shape[0]), slice(left, left + logits.shape[1])
+        for place, logits in resized_tiles(ArrayRows(masks[queries]), rows, columns):
             found = sigmoid(logits)
             best = (found * weights).argmax(-1)
             owner[place] = best
@@ -234,11 +233,11 @@ class PanopticPipeline(SegmentationPipeline):
         used, place = np.unique(queries, return_inverse=True)
         inside = np.zeros((len(used), rows.size, columns.size), np.bool_)
         total = np.zeros(len(used))
-        for top, left, logits in resized_tiles(ArrayRows(outputs["masks"][used]), rows, columns):
+        masks = ArrayRows(outputs["masks"][used])
+        for (down, across), logits in resized_tiles(masks, rows, columns):
             there = logits > 0
             total += (sigmoid(logits) * there).sum((0, 1), dtype=np.float64)
-            height, width = logits.shape[:2]
-            inside[:, top : top + height, left : left + width] = there.transpose(2, 0, 1)
+            inside[:, down, across] = there.transpose(2, 0, 1)
         counts = inside.sum((1, 2))
         scores = (scores * (total / (counts + 1e-6))[place]).astype(np.float32)
         order = np.argsort(-scores, kind="stable")

@@ -26,7 +26,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from operator import itemgetter
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -156,10 +155,8 @@ def labels_of(
     # A sigmoid is above the threshold where its logit is above the threshold's.
     cut = None if threshold is None else np.float32(logit_of(threshold))
     labels = empty_labels(rows.size, columns.size, source.classes)
-    for top, left, logits in resized_tiles(source, rows, columns):
-        height, width = logits.shape[:2]
-        found = logits.argmax(axis=2) if cut is None else logits[:, :, 0] > cut
-        labels[top : top + height, left : left + width] = found
+    for place, logits in resized_tiles(source, rows, columns):
+        labels[place] = logits.argmax(axis=2) if cut is None else logits[:, :, 0] > cut
     return labels
 
 
@@ -180,16 +177,15 @@ def logit_of(probability: float) -> float:
 def resize_logits(source: LogitRows, rows: Taps, columns: Taps) -> Logits:
     """Resize by ``rows`` and ``columns`` to (classes, rows.size, columns.size) float32."""
     out = np.empty((source.classes, rows.size, columns.size), dtype=np.float32)
-    for top, left, logits in resized_tiles(source, rows, columns):
-        height, width = logits.shape[:2]
-        out[:, top : top + height, left : left + width] = logits.transpose(2, 0, 1)
+    for (down, across), logits in resized_tiles(source, rows, columns):
+        out[:, down, across] = logits.transpose(2, 0, 1)
     return out
 
 
 def resized_tiles(
     source: LogitRows, rows: Taps, columns: Taps, *, step: int | None = None
-) -> Iterator[tuple[int, int, Logits]]:
-    """The resized logits piece by piece, ``step`` rows high: top, left, (h, w, classes) float32."""
+) -> Iterator[tuple[tuple[slice, slice], Logits]]:
+    """The resized logits piece by piece, ``step`` rows high: place, (h, w, classes) float32."""
     # Column tiles are the same in every block of rows, so their matrices are made once.
     shrinks = max(source.width / max(columns.size, 1), 1 / 8)
     tile = int(np.clip(math.sqrt(_ALONE / (source.classes * shrinks)) - 4, 4, _TILE))
@@ -213,11 +209,11 @@ def resized_tiles(
                 )
             block = resized.reshape(bottom - top, *block.shape[1:])
         if columns.identity:
-            yield top, 0, block[:, : columns.size]
+            yield (slice(top, bottom), slice(0, columns.size)), block[:, : columns.size]
             continue
         for (left, right), matrix in zip(tiles, matrices, strict=True):
             low, high = columns.span(left, right)
-            yield top, left, np.matmul(matrix, block[:, low:high])
+            yield (slice(top, bottom), slice(left, right)), np.matmul(matrix, block[:, low:high])
 
 
 def _multiply(left: Logits, right: Logits, out: Logits) -> None:
@@ -256,16 +252,19 @@ def merged_labels(
     labels = empty_labels(height, width, classes)
     step = rows_at_a_time(width, classes)
     # Every view's pieces of the same rows, one after another.
-    streams = [groupby(resized_tiles(*view[:3], step=step), key=itemgetter(0)) for view in views]
+    streams = [
+        groupby(resized_tiles(*view[:3], step=step), key=lambda piece: piece[0][0].start)
+        for view in views
+    ]
     for pieces in zip(*streams, strict=True):
         top = pieces[0][0]
         total = np.zeros((min(step, height - top), width, classes), dtype=np.float32)
         for view, (_, tiles) in zip(views, pieces, strict=True):
             # Columns of a mirrored view come from the right.
             part = total[:, ::-1] if view.mirrored else total
-            for _, left, logits in tiles:
+            for (_, across), logits in tiles:
                 found = logits if scores else (sigmoid if classes == 1 else softmax)(logits)
-                part[:, left : left + logits.shape[1]] += found
+                part[:, across] += found
         if threshold is None:
             labels[top : top + len(total)] = total.argmax(axis=2)
         else:

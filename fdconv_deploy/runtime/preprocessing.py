@@ -217,19 +217,15 @@ def prepare_image(
     *,
     mirrored: bool = False,
 ) -> Prepared:
-    """Resize and normalise an image for a run.
+    """Resize and normalise an image for a run, whose input is ``images`` (C, H, W) float32.
 
     Args:
         image: as `check_image` takes it.
         preprocessing: the network's.
-        sizes: (H, W) of its inputs; the image takes that nearest to its proportions, see
-            `best_size`.
+        sizes: (H, W) of its inputs; the image takes that nearest to its proportions.
         fit: how a segmentor's image of another aspect ratio is brought to the input's size; None
             for a detector's, which is padded.
         mirrored: left for right, once it is resized.
-
-    Returns:
-        The input ``images`` (C, H, W) float32.
 
     Raises:
         ImageError: ``image`` is not such an array, or ``fit`` is none.
@@ -256,9 +252,8 @@ def padded(size: Size, divisor: int) -> Size:
 def resize(image: Pixels, height: int, width: int, resample: str = "opencv") -> Pixels:
     """(h, w, C) to (height, width, C) of the same type, bilinear as published.
 
-    Args:
-        resample: `Preprocessing.resample`. Pillow resizes RGB of 8 bits alone; of other images
-            OpenCV computes what detectron2 does then, which is torch's bilinear interpolation.
+    Pillow (see `Preprocessing.resample`) resizes RGB of 8 bits alone; of other images OpenCV
+    computes what detectron2 does then, which is torch's bilinear interpolation.
     """
     if image.shape[:2] == (height, width):
         return image
@@ -284,8 +279,7 @@ def normalise(
 
     Args:
         image: RGB where ``loading`` is "color", uint8 or any real type.
-        size: the (H, W) of the result, at least the image's (its own, when not given); the image
-            lies at the top left.
+        size: (H, W) of the result, its own if not given; the image lies at the top left.
         out: a (C, H, W) float32 array to write into.
     """
     height, width, channels = image.shape

@@ -16,6 +16,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, cast
@@ -215,7 +216,7 @@ class RaySegmentation:
             address: as `join_ray`'s.
             backend: as `open_session`; workers of a cluster with GPUs have one each, unless it is
                 a CPU's.
-            options: which results, and how.
+            options: as `segment_files`.
             cpus: of each worker, and threads of its session; by default 4, or what the largest
                 machine has.
             skipped: as `segment_files`.
@@ -283,30 +284,25 @@ class RaySegmentation:
                 raise answer
 
 
+@dataclass(eq=False)
 class _Worker:
     """A Ray actor: a session, opened once, and the results of the images it is given.
 
     Errors are answers, so that they arrive as they were raised.
     """
 
-    def __init__(
-        self,
-        bundle: str,
-        backend: str,
-        options: ResultOptions,
-        threads: int,
-        stores: Sequence[str],
-        output: str,
-    ) -> None:
-        self._options = options
-        self._bundle, self._backend, self._threads = bundle, backend, threads
-        self._urls, self._output = stores, output
+    bundle: str
+    backend: str
+    options: ResultOptions
+    threads: int
+    stores: Sequence[str]
+    output: str
 
     @cached_property
     def _opened(self) -> tuple[Session, list[Store], ResultFolder, ThreadPoolExecutor]:
-        session = open_session(self._bundle, self._backend, threads=self._threads)
-        stores = [Store(url) for url in self._urls]
-        return session, stores, _folder_at(self._output), ThreadPoolExecutor(_READERS)
+        session = open_session(self.bundle, self.backend, threads=self.threads)
+        stores = [Store(url) for url in self.stores]
+        return session, stores, _folder_at(self.output), ThreadPoolExecutor(_READERS)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """``work``, (N,) of sources and places; gives ``answer``, as many results or errors."""
@@ -339,11 +335,11 @@ class _Worker:
 
         failed: list[tuple[PurePath, ImageError]] = []
         results = image_results(
-            session, images, self._options, lambda *pair: failed.append(pair), read
+            session, images, self.options, lambda *pair: failed.append(pair), read
         )
         for result, contents in results:
             # A task is done again when its worker dies: what it has written stays.
-            if self._options.overwrite or not all(map(folder.size_of, result.places.values())):
+            if self.options.overwrite or not all(map(folder.size_of, result.places.values())):
                 for path, data in contents:
                     folder.write(path, data)
             yield result

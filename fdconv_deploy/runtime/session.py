@@ -302,7 +302,7 @@ class Session:
                 own aspect ratio as published, or smaller where it would not fit the bundle's size.
 
         Raises:
-            ImageError: ``image`` is not such an array, or its file cannot be decoded.
+            ImageError: as :meth:`segment`.
             BundleError: the bundle is not a detector's.
         """
         answer: Detection

@@ -81,8 +81,8 @@ class SlidingRows:
     Args:
         image: (H, W, C), already resized as published.
         preprocessing: how its pixels become an input.
-        crop: (H, W) of the network's input. A smaller image is padded to it with the mean colour,
-            at the bottom and right.
+        crop: (H, W) of the input. A smaller image is padded to it with the mean colour, at the
+            bottom and right.
         stride: (vertical, horizontal) pixels from one window to the next.
         run: the network, called with at most ``batch`` crops.
         head: the network's.
@@ -108,10 +108,8 @@ class SlidingRows:
         self._next = 0  # the first window not yet run
         self._answers: dict[int, Logits] = {}
         # How many windows cover a pixel: windows form a grid, so it is a product.
-        self._cover = [
-            _cover(size, crop[axis], stride[axis])
-            for axis, size in enumerate((self.height, self.width))
-        ]
+        self._down = _cover(self.height, crop[0], stride[0])
+        self._across = _cover(self.width, crop[1], stride[1])
 
     @property
     def padded(self) -> bool:
@@ -130,7 +128,7 @@ class SlidingRows:
             low, high = max(start, window.top), min(stop, window.bottom)
             part = total[low - start : high - start, window.left : window.right]
             self._add(part, self._answer(number), low - window.top, high - window.top)
-        count = self._cover[0][start:stop, None] * self._cover[1][None, :]
+        count = self._down[start:stop, None] * self._across
         if count.max() > 1:
             total /= count[:, :, None].astype(np.float32)
         return total
@@ -153,9 +151,8 @@ class SlidingRows:
         columns = bilinear(logits.shape[2], self._crop[1], align_corners=self._align)
         wanted = Taps(rows.index[start:stop], rows.weight[start:stop])
         kept = Taps(columns.index[: part.shape[1]], columns.weight[: part.shape[1]])
-        for top, left, piece in resized_tiles(ArrayRows(logits), wanted, kept):
-            height, width = piece.shape[:2]
-            part[top : top + height, left : left + width] += piece
+        for place, piece in resized_tiles(ArrayRows(logits), wanted, kept):
+            part[place] += piece
 
     def view(self, height: int, width: int, *, mirrored: bool = False) -> View:
         """The averaged logits, resized to an image's size; ``mirrored`` as `resize_maps` has it."""

@@ -67,7 +67,7 @@ def as_rgb(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 def check_drawing(image: npt.NDArray[Any], size: tuple[int, ...], opacity: float) -> None:
-    """Refuse to draw what was found in an image of ``size`` (H, W) over another one."""
+    """Refuse (``ImageError``) to draw what was found in an image of ``size`` over another."""
     if not 0 <= opacity <= 1:
         raise ImageError(f"The opacity of an overlay is a number from 0 to 1, not {opacity}.")
     if image.shape[:2] != size:
@@ -84,14 +84,8 @@ def overlay(
 ) -> npt.NDArray[np.uint8]:
     """The image with every pixel's class colour laid over it: (H, W, 3) uint8 RGB.
 
-    Args:
-        image: (H, W, 3) uint8 RGB, or another that :func:`as_rgb` shows.
-        labels: (H, W), each below ``len(palette)``.
-        palette: an RGB colour for each class.
-        opacity: 0 gives the image, 1 the colours alone.
-
-    Raises:
-        ImageError: the sizes differ, or ``opacity`` is not within 0 to 1.
+    ``image`` is what `as_rgb` shows; ``opacity`` 0 gives it, 1 the colours alone. ``labels`` are
+    (H, W), each below ``len(palette)``. Raises as `check_drawing`.
     """
     check_drawing(image, labels.shape, opacity)
     image = as_rgb(image)
@@ -142,13 +136,8 @@ def draw_instances(
 ) -> npt.NDArray[np.uint8]:
     """The image (H, W, 3) uint8 RGB with its objects drawn, the first on top.
 
-    Args:
-        image: see `as_rgb`.
-        boxes: (N, 4) x1, y1, x2, y2 in pixels of the image.
-        captions: one for each box.
-        colours: one for each box.
-        masks: one for each box, or none at all.
-        opacity: of the masks' colours, 0 to 1; outlines, boxes and captions are opaque.
+    ``boxes`` are (N, 4) x1, y1, x2, y2 in pixels of the image, with a caption and a colour each,
+    and a mask each or none at all. ``opacity`` is of the masks' colours; all else is opaque.
     """
     out = as_rgb(image).copy()
     thickness = max(1, round(min(image.shape[:2]) / 400))
