@@ -9,16 +9,14 @@ Shared2FCBBoxHead, FCNMaskHead and their published configs.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
-    SerializerFunctionWrapHandler,
     Tag,
-    model_serializer,
     model_validator,
 )
 
@@ -65,21 +63,9 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
 class Frozen(BaseModel):
-    """Plain data that cannot be changed and takes no field it does not know.
-
-    ``LATER`` names fields that bundles did not have at first. They are written where they are
-    not at their defaults, so that a bundle that needs none of them opens in earlier versions of
-    this package.
-    """
+    """Plain data that cannot be changed and takes no field it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    LATER: ClassVar[frozenset[str]] = frozenset()
-
-    @model_serializer(mode="wrap")
-    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = type(self).model_fields
-        unused = {n for n in self.LATER if getattr(self, n) == fields[n].default}
-        return {name: value for name, value in handler(self).items() if name not in unused}
 
 
 class BandModulationConfig(Frozen):
@@ -165,8 +151,6 @@ class ResNetConfig(BackboneConfig):
     stage's first block, as in mmsegmentation; ``multi_grid`` gives the dilation of each block of
     the last stage instead.
     """
-
-    LATER: ClassVar[frozenset[str]] = frozenset({"type", "expansion"})
 
     type: Literal["ResNet"] = "ResNet"
     depth: int = 50
@@ -324,8 +308,6 @@ class DecodeHeadConfig(Frozen):
     mmsegmentation 1.2.2's ``BaseDecodeHead.__init__`` (None means 0.3) and
     ``BaseSegmentor.postprocess_result``.
     """
-
-    LATER: ClassVar[frozenset[str]] = frozenset({"out_channels", "threshold"})
 
     type: HeadType
     in_channels: tuple[int, ...]
@@ -590,10 +572,6 @@ class Preprocessing(Frozen):
     an image shrinks, OpenCV's (mmcv) does not.
     """
 
-    LATER: ClassVar[frozenset[str]] = frozenset(
-        {"loading", "to_float32", "size_divisor", "resample"}
-    )
-
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[Annotated[float, Field(gt=0)], ...] = IMAGENET_STD
     # Where False, a network that loads by OpenCV was trained on BGR. Of three bands only, as
@@ -652,8 +630,6 @@ class SegmentorConfig(Frozen):
 
     ``panoptic`` is for query heads whose answer is segments and instances; None: classes alone.
     """
-
-    LATER: ClassVar[frozenset[str]] = frozenset({"panoptic"})
 
     backbone: AnyBackboneConfig
     decode_head: HeadConfig

@@ -66,7 +66,7 @@ def test_backbone_of_an_earlier_bundle_is_a_resnet() -> None:
         backbone=ResNetConfig(depth=18, base_channels=8), decode_head=FCNHeadConfig(**COMMON)
     )
     recorded = config.model_dump(mode="json")
-    assert "type" not in recorded["backbone"]  # so that earlier versions open it
+    del recorded["backbone"]["type"]
     assert SegmentorConfig.model_validate(recorded) == config
 
 
