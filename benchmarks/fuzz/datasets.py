@@ -195,7 +195,7 @@ def read_label_image(path: Path) -> None:
     if not image.is_file():
         _picture().save(image)
     samples = Samples([Pair(image, path)], LabelRule(3))
-    samples.check(samples.numbers())
+    samples.check()
     (sample,) = samples
     assert sample.truth.shape == (HEIGHT, WIDTH)
 
