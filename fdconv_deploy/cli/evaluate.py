@@ -17,6 +17,7 @@ from rich.table import Table
 from fdconv_deploy.cli.options import (
     Config,
     Factors,
+    Fit,
     Flip,
     Json,
     Quiet,
@@ -76,12 +77,7 @@ def evaluate(
         Literal["whole", "slide"] | None,
         typer.Option(help="Inference mode, if other than the network's."),
     ] = None,
-    fit: Annotated[
-        Literal["stretch", "pad"] | None,
-        typer.Option(
-            help="How images of another aspect ratio are fitted, if other than the bundle's."
-        ),
-    ] = None,
+    fit: Fit = None,
     multi_scale: Factors = None,
     flip: Flip = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N images.")] = None,

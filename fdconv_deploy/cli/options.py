@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -72,6 +72,13 @@ Factors = Annotated[
         metavar="F,F,…",
         help="Scales to run each image at, e.g. 0.5,0.75,1,1.25,1.5,1.75; answers are merged as "
         "mmsegmentation's test-time augmentation merges them.",
+    ),
+]
+Fit = Annotated[
+    Literal["stretch", "pad"] | None,
+    typer.Option(
+        help="How images of another aspect ratio are fitted, if not as the bundle says: "
+        "stretched, or letterboxed."
     ),
 ]
 Flip = Annotated[bool, typer.Option("--flip", help="Run each image mirrored as well.")]

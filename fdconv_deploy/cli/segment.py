@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import ExitStack, redirect_stdout
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from fdconv_deploy.cli.options import (
     Backend,
     BundlePath,
     Factors,
+    Fit,
     Flip,
     Quiet,
     how_it_ran,
@@ -48,13 +49,7 @@ def segment(
             "--output", "-o", help="Folder for the results; mirrors the folders of the inputs."
         ),
     ],
-    fit: Annotated[
-        Literal["stretch", "pad"] | None,
-        typer.Option(
-            help="How images of another aspect ratio are fitted, if not as the bundle says: "
-            "stretched, or letterboxed."
-        ),
-    ] = None,
+    fit: Fit = None,
     multi_scale: Factors = None,
     flip: Flip = False,
     min_score: Annotated[
