@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -28,7 +27,7 @@ from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.ops.native import NCHW, Native
 
 if TYPE_CHECKING:
-    from fdconv_deploy.latency.report import Report
+    from fdconv_deploy.latency.report import Columns, Report
 
 # In a file, where eighty columns are nobody's.
 WIDEST = 140
@@ -222,45 +221,41 @@ def show(report: Report, console: Console) -> None:
     """
     from fdconv_deploy.latency.report import cells, head, notes
 
-    titles, rows = cells(report)
+    columns, missing = cells(report), []
     console.print(head(report), markup=False, highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, WIDEST)
-    missing: list[str] = []
     unbounded = console.options.update(width=10_000)
 
     def too_wide() -> bool:
-        table = _table(titles, rows)
-        return console.measure(table, options=unbounded).maximum > console.width
+        return console.measure(_table(columns), options=unbounded).maximum > console.width
 
     if too_wide():
-        names = list(dict.fromkeys(row[0] for row in rows))
+        names = list(dict.fromkeys(columns[""]))
         for number, name in enumerate(names, 1):
             console.print(Text(f"{number}  {name}"))
-        rows = [[str(names.index(row[0]) + 1), *row[1:]] for row in rows]
-        for title in (title for title in LEFT_OUT if title in titles):
-            if too_wide():
-                missing.append(title)
-                place = titles.index(title)
-                titles, *rows = ([*line[:place], *line[place + 1 :]] for line in (titles, *rows))
-    table = _table(titles, rows)
+        columns[""] = [str(names.index(name) + 1) for name in columns[""]]
+    for title in LEFT_OUT:
+        if title in columns and too_wide():
+            missing.append(title)
+            del columns[title]
+    table = _table(columns)
     if missing:
         table.caption = f"No room for {', '.join(missing)}: --markdown - prints all."
         table.caption_justify = "left"
     console.print(table)
     for section in report.sections:
         console.print(Text(section.heading))
-        console.print(_table(*section.table(most=SHOWN)))
+        console.print(_table(section.table(most=SHOWN)))
     for note in notes(report):
         console.print(note, markup=False, highlight=False)
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _table(columns: Columns) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in titles:
-        table.add_column(
-            name, justify="right" if name else "left", no_wrap=bool(name) and " " not in name
-        )
-    for row in rows:
+    for title in columns:
+        aligned: Literal["right", "left"] = "right" if title else "left"
+        table.add_column(title, justify=aligned, no_wrap=bool(title) and " " not in title)
+    for row in zip(*columns.values(), strict=True):
         table.add_row(*map(Text, row))
     return table

@@ -88,7 +88,7 @@ def _sections(report: Report) -> Iterator[str]:
         yield _section(
             "From nothing to the first answer", bars("Start of each target", start), legend
         )
-    yield _section("All figures", _grid(*tables.cells(report)), text=tables.head(report))
+    yield _section("All figures", _grid(tables.cells(report)), text=tables.head(report))
     for profile in report.profiles:
         drawn = [
             Bar(
@@ -241,10 +241,11 @@ def _legend(names: Sequence[str]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _grid(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+def _grid(columns: tables.Columns) -> str:
+    head = "".join(f"<th>{escape(title)}</th>" for title in columns)
     body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        for row in zip(*columns.values(), strict=True)
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="wide">{table}</div>'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv as comma_separated
 import io
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, computed_field
@@ -16,7 +16,7 @@ from fdconv_deploy.profiling import PARTS, Divergence, LayerTime
 
 # A GPU's clock that moves by more than this share of itself makes times of one row differ.
 MOVED = 0.03
-Table = tuple[list[str], list[list[str]]]  # titles, and rows of text
+Columns = dict[str, list[str]]  # a table of text: cells by title
 
 
 class Span(BaseModel):
@@ -93,16 +93,16 @@ class Profile(BaseModel):
         """For people."""
         return f"Milliseconds by layer: {self.title}"
 
-    def table(self, most: int | None = None) -> Table:
+    def table(self, most: int | None = None) -> Columns:
         """The sums, and every layer, or those that take most."""
         layers = self.layers
         if most is not None:
             layers = sorted(layers, key=lambda one: -sum(one.ms.values()))[:most]
-        rows = []
-        for one in (LayerTime(name="all layers", ms=self.sums), *layers):
-            spent = [f"{one.ms[part]:.2f}" if part in one.ms else "" for part in PARTS]
-            rows.append([one.name, *spent, f"{sum(one.ms.values()):.2f}"])
-        return ["", *PARTS, "sum"], rows
+        layers = [LayerTime(name="all layers", ms=self.sums), *layers]
+        columns = {"": [one.name for one in layers]}
+        for part in PARTS:
+            columns[part] = [f"{one.ms[part]:.2f}" if part in one.ms else "" for one in layers]
+        return {**columns, "sum": [f"{sum(one.ms.values()):.2f}" for one in layers]}
 
 
 class Divergences(BaseModel):
@@ -117,13 +117,16 @@ class Divergences(BaseModel):
         """For people."""
         return f"Divergence by layer: {self.title}"
 
-    def table(self, most: int | None = None) -> Table:
+    def table(self, most: int | None = None) -> Columns:
         """Every layer, or those that differ most."""
         layers = self.layers
         if most is not None:
             layers = sorted(layers, key=lambda one: -one.max_rel)[:most]
-        rows = [[one.name, f"{one.max_rel:.1e}", f"{one.angle:.1e}"] for one in layers]
-        return ["", "largest error / largest value", "1 − cosine"], rows
+        return {
+            "": [one.name for one in layers],
+            "largest error / largest value": [f"{one.max_rel:.1e}" for one in layers],
+            "1 − cosine": [f"{one.angle:.1e}" for one in layers],
+        }
 
 
 class Report(BaseModel):
@@ -200,20 +203,20 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def cells(report: Report) -> Table:
+def cells(report: Report) -> Columns:
     """Every row's figures, for people."""
     rows = report.rows
     columns = {title: list(map(cell, rows)) for title, cell in _COLUMNS.items()}
-    columns["vs. first"] = [
-        "1" if report.first(row) is row else cell
-        for row, cell in zip(rows, columns["vs. first"], strict=True)
-    ]
+    for place, row in enumerate(rows):
+        if report.first(row) is row:
+            columns["vs. first"][place] = "1"
     if all(row.concurrency == 1 for row in rows):
         del columns["concurrency"]
     shown = {title: column for title, column in columns.items() if any(column)}
-    figures = zip(*shown.values(), strict=True)
-    lines = zip(rows, figures, strict=True)
-    return ["", *shown], [[row.label, *(cell or "–" for cell in line)] for row, line in lines]
+    return {
+        "": [row.label for row in rows],
+        **{title: [cell or "–" for cell in column] for title, column in shown.items()},
+    }
 
 
 def head(report: Report) -> str:
@@ -305,27 +308,28 @@ def as_json(report: Report) -> str:
 
 def markdown(report: Report) -> str:
     """Tables and notes, to be pasted."""
-    lines = [head(report), "", *_table(*cells(report)), ""]
+    lines = [head(report), "", *_table(cells(report)), ""]
     lines += [f"- {note}" for note in notes(report)]
     for section in report.sections:
-        lines += ["", section.heading, "", *_table(*section.table())]
+        lines += ["", section.heading, "", *_table(section.table())]
     return "\n".join(lines) + "\n"
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    for row in (titles, ["---", *["---:"] * (len(titles) - 1)], *rows):
+def _table(columns: Columns) -> Iterator[str]:
+    rules = ["---", *["---:"] * (len(columns) - 1)]
+    for row in (columns, rules, *zip(*columns.values(), strict=True)):
         escaped = (cell.replace("|", "\\|") for cell in row)
         yield f"| {' | '.join(escaped)} |"
 
 
 def csv(report: Report) -> str:
     """One line per row, nested values under dotted names."""
-    flat = [dict(flat(row.model_dump())) for row in report.rows]
-    titles = list(dict.fromkeys(title for row in flat for title in row))
+    found = [dict(flat(row.model_dump())) for row in report.rows]
+    titles = list(dict.fromkeys(title for row in found for title in row))
     file = io.StringIO()
     writer = comma_separated.DictWriter(file, titles, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows(found)
     return file.getvalue()
 
 
