@@ -95,8 +95,14 @@ def infer_config(
 def _segmentor(state: Shapes, evidence: Evidence) -> SegmentorConfig:
     _check_model(state, evidence.config)
     backbone = infer_backbone(part(state, "backbone."), evidence, stock_backbone(state))
-    head = _head(state, backbone.output_widths, evidence)
-    auxiliary = _auxiliary(state, backbone.output_widths, evidence)
+    widths, tensors = backbone.output_widths, part(state, "decode_head.")
+    kind = query_head_type(tensors)
+    head: HeadConfig = (
+        infer_head(state, "decode_head", widths, evidence)
+        if kind is None
+        else infer_query_head(tensors, kind, widths, evidence)
+    )
+    auxiliary = _auxiliary(state, widths, evidence)
     settings = SettingResolver(evidence, SegmentorConfig, "", {})
     # The labels 0 and 1 of one output: a dataset names both, or 1 alone.
     infer_classes(settings, {head.num_classes} if head.label_threshold is None else {1, 2})
@@ -115,14 +121,6 @@ def _segmentor(state: Shapes, evidence: Evidence) -> SegmentorConfig:
         ),
         panoptic=infer_panoptic(evidence, head.num_classes) if queries else None,
     )
-
-
-def _head(state: Shapes, widths: tuple[int, ...], evidence: Evidence) -> HeadConfig:
-    tensors = part(state, "decode_head.")
-    kind = query_head_type(tensors)
-    if kind is None:
-        return infer_head(state, "decode_head", widths, evidence)
-    return infer_query_head(tensors, kind, widths, evidence)
 
 
 def _auxiliary(state: Shapes, widths: tuple[int, ...], evidence: Evidence) -> HeadConfig | None:

@@ -89,9 +89,16 @@ def load_checkpoint(
         inference = infer_config(
             source.state_dict, config=settings, meta=source.meta, overrides=overrides, whole=True
         )
-        if isinstance(inference.architecture, SegmentorConfig):
-            inference, state = _auxiliary(inference, state, auxiliary)
         architecture = inference.architecture
+        if isinstance(architecture, SegmentorConfig):
+            if not auxiliary:
+                architecture = architecture.model_copy(update={"auxiliary_head": None})
+                inference = inference.model_copy(update={"architecture": architecture})
+                state = {k: v for k, v in state.items() if not k.startswith("auxiliary_head.")}
+            elif architecture.auxiliary_head is None:
+                raise CheckpointError(
+                    "it has no auxiliary head that can be used. Load it with auxiliary=False."
+                )
         # On the meta device nothing is initialised: all that has data comes from the file.
         with torch.device("meta"):
             network = (
@@ -133,22 +140,6 @@ def load_segmentor(path: str | Path, **options: Any) -> LoadedSegmentor:
     if not isinstance(network, LoadedSegmentor):
         raise CheckpointError(f"{path} is of a detector. Expected a segmentation network here.")
     return network
-
-
-def _auxiliary(
-    inference: Inference[SegmentorConfig], state: dict[str, Tensor], keep: bool
-) -> tuple[Inference[SegmentorConfig], dict[str, Tensor]]:
-    """With the auxiliary head, or without."""
-    architecture = inference.architecture
-    if keep and architecture.auxiliary_head is None:
-        raise CheckpointError(
-            "it has no auxiliary head that can be used. Load it with auxiliary=False."
-        )
-    if not keep:
-        architecture = architecture.model_copy(update={"auxiliary_head": None})
-        state = {k: v for k, v in state.items() if not k.startswith("auxiliary_head.")}
-        inference = inference.model_copy(update={"architecture": architecture})
-    return inference, state
 
 
 def config_for(checkpoint: Checkpoint, config: str | Path | Config | None) -> Config | None:
