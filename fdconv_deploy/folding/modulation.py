@@ -17,6 +17,7 @@ from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.modulation import GlobalModulation, LinearModulation, LocalModulation
 
 Float64 = NDArray[np.float64]
+Float32 = NDArray[np.float32]
 
 
 def array(tensor: Tensor) -> Float64:
@@ -26,15 +27,13 @@ def array(tensor: Tensor) -> Float64:
 
 @dataclass(frozen=True)
 class HiddenNorm:
-    """A norm of the hidden layer by each image's own values.
+    """A norm of the hidden layer by each image's own values; ``weight``, ``bias``: ``(A,)``.
 
     ``GroupNorm(1, A)``: by mean and variance; or, without a ``bias``, RMSNorm: by the mean square.
-
-    weight, bias: ``(A,)`` float32.
     """
 
-    weight: NDArray[np.float32]
-    bias: NDArray[np.float32] | None
+    weight: Float32
+    bias: Float32 | None
     epsilon: float
 
 
@@ -53,10 +52,10 @@ class FoldedModulation:
     gain: the product of the attentions' constant factors, to be folded into the spectrum.
     """
 
-    hidden: NDArray[np.float32]
-    hidden_bias: NDArray[np.float32]
-    heads: NDArray[np.float32]
-    head_bias: NDArray[np.float32]
+    hidden: Float32
+    hidden_bias: Float32
+    heads: Float32
+    head_bias: Float32
     kernel: int
     filter: int
     spatial: int
@@ -163,10 +162,10 @@ class FoldedLocal:
     norm_weight, norm_bias: ``(I,)``; weight: ``(O·kh, kw·taps)``; float32.
     """
 
-    norm_weight: NDArray[np.float32]
-    norm_bias: NDArray[np.float32]
+    norm_weight: Float32
+    norm_bias: Float32
     epsilon: float
-    weight: NDArray[np.float32]
+    weight: Float32
     taps: int
     gain: float
 

@@ -76,12 +76,11 @@ def replace_layers(network: nn.Module, make: Callable[[str, FDConv2d], nn.Module
 def fold_network(network: nn.Module, example: Example) -> nn.Module:
     """A copy of ``network`` whose FDConv layers are folded for ``example``'s shape.
 
+    Its folded layers take inputs of these sizes only; the batch size is free.
+
     Args:
         network: in eval mode; not changed.
-        example: one input, e.g. ``(1, 3, H, W)`` float32. The batch size is free afterwards.
-
-    Returns:
-        The copy. Its folded layers take inputs of the recorded sizes only.
+        example: one input, e.g. ``(1, 3, H, W)`` float32.
     """
     if network.training:
         raise ExportError("the network is in training mode; call .eval() before folding.")
@@ -90,11 +89,7 @@ def fold_network(network: nn.Module, example: Example) -> nn.Module:
 
 
 def fold_layers(network: nn.Module, example: Example) -> dict[str, FoldedConv]:
-    """A network's dynamic layers by name, each folded at the size it has in ``example``.
-
-    Raises:
-        ExportError: as `input_sizes`.
-    """
+    """A network's dynamic layers by name, each folded at the size it has in ``example``."""
     sizes = input_sizes(network, example)
     return {
         name: fold_layer(layer, sizes[name], name=name)

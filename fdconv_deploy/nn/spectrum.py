@@ -52,11 +52,7 @@ def bin_order(rows: int, columns: int, method: str = "torch") -> Tensor:
         )
     if method == "torch":
         _check_sort()
-    return _sorted(rows, columns, stable=method == "stable")
-
-
-def _sorted(rows: int, columns: int, *, stable: bool) -> Tensor:
-    return torch.sort(bin_radii(rows, columns).reshape(-1), stable=stable).indices
+    return torch.sort(bin_radii(rows, columns).reshape(-1), stable=method == "stable").indices
 
 
 # The published code's order of the bins of a 64→64 1×1 layer, where three quarters of all bins
@@ -71,7 +67,7 @@ def _check_sort() -> None:
 
     No release promises it; a silent change would give wrong kernels without an error.
     """
-    order = _sorted(*PROBE, stable=False)
+    order = torch.sort(bin_radii(*PROBE).reshape(-1), stable=False).indices
     if hashlib.sha256(order.numpy().tobytes()).hexdigest() != PROBE_SHA256:
         raise UnsupportedLayerError(
             f"torch {torch.__version__} on this machine sorts equal radii in another order than "

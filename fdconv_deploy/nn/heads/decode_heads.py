@@ -42,6 +42,11 @@ class DecodeHead(nn.Module):
         """Channels of what `select` gives."""
         return sum(self.config.in_channels)
 
+    def conv(self, in_channels: int, kernel_size: int, dilation: int = 1) -> ConvModule:
+        """A convolution onto the head's own channels."""
+        channels, norm = self.config.channels, self.config.norm
+        return ConvModule(in_channels, channels, kernel_size, dilation=dilation, norm=norm)
+
     def resize(self, x: Tensor, like: Tensor) -> Tensor:
         """``x`` at the height and width of ``like``."""
         return resize(x, like.shape[-2:], self.config.align_corners)
@@ -139,17 +144,14 @@ class FCNHead(DecodeHead):
 
     def __init__(self, config: FCNHeadConfig) -> None:
         super().__init__(config)
-        kernel, norm = config.kernel_size, config.norm
-        width = self.in_channels
+        kernel, width = config.kernel_size, self.in_channels
         self.convs = nn.Sequential()
         for _ in range(config.num_convs):
-            self.convs.append(
-                ConvModule(width, config.channels, kernel, dilation=config.dilation, norm=norm)
-            )
+            self.convs.append(self.conv(width, kernel, config.dilation))
             width = config.channels
         self.conv_cat = None
         if config.concat_input:
-            self.conv_cat = ConvModule(self.in_channels + width, config.channels, kernel, norm=norm)
+            self.conv_cat = self.conv(self.in_channels + width, kernel)
 
     def _features(self, outputs: Sequence[Tensor]) -> Tensor:
         x = self.select(outputs)
@@ -164,7 +166,7 @@ class PSPHead(DecodeHead):
         super().__init__(config)
         self.psp_modules = PyramidPooling(self.in_channels, config)
         pooled = self.in_channels + len(config.pool_scales) * config.channels
-        self.bottleneck = ConvModule(pooled, config.channels, 3, norm=config.norm)
+        self.bottleneck = self.conv(pooled, 3)
 
     def _features(self, outputs: Sequence[Tensor]) -> Tensor:
         return self.bottleneck(self.psp_modules(self.select(outputs)))
@@ -178,18 +180,13 @@ class UPerHead(DecodeHead):
 
     def __init__(self, config: UPerHeadConfig) -> None:
         super().__init__(config)
-        channels, norm = config.channels, config.norm
-        last = config.in_channels[-1]
+        channels = config.channels
+        *finer, last = config.in_channels
         self.psp_modules = PyramidPooling(last, config)
-        pooled = last + len(config.pool_scales) * channels
-        self.bottleneck = ConvModule(pooled, channels, 3, norm=norm)
-        self.lateral_convs = nn.ModuleList(
-            ConvModule(width, channels, 1, norm=norm) for width in config.in_channels[:-1]
-        )
-        self.fpn_convs = nn.ModuleList(
-            ConvModule(channels, channels, 3, norm=norm) for _ in config.in_channels[:-1]
-        )
-        self.fpn_bottleneck = ConvModule(len(config.in_channels) * channels, channels, 3, norm=norm)
+        self.bottleneck = self.conv(last + len(config.pool_scales) * channels, 3)
+        self.lateral_convs = nn.ModuleList(self.conv(width, 1) for width in finer)
+        self.fpn_convs = nn.ModuleList(self.conv(channels, 3) for _ in finer)
+        self.fpn_bottleneck = self.conv(len(config.in_channels) * channels, 3)
 
     def _features(self, outputs: Sequence[Tensor]) -> Tensor:
         inputs = [outputs[i] for i in self.config.in_index]
@@ -211,18 +208,13 @@ class SegformerHead(DecodeHead):
 
     def __init__(self, config: SegformerHeadConfig) -> None:
         super().__init__(config)
-        channels, norm = config.channels, config.norm
-        self.convs = nn.ModuleList(
-            ConvModule(width, channels, 1, norm=norm) for width in config.in_channels
-        )
-        joined = channels * len(config.in_channels)
-        self.fusion_conv = ConvModule(joined, channels, 1, norm=norm)
+        self.convs = nn.ModuleList(self.conv(width, 1) for width in config.in_channels)
+        self.fusion_conv = self.conv(config.channels * len(config.in_channels), 1)
 
     def _features(self, outputs: Sequence[Tensor]) -> Tensor:
         inputs = [outputs[i] for i in self.config.in_index]
-        return self.fusion_conv(
-            self.join([conv(x) for conv, x in zip(self.convs, inputs, strict=True)])
-        )
+        maps = [conv(x) for conv, x in zip(self.convs, inputs, strict=True)]
+        return self.fusion_conv(self.join(maps))
 
 
 class ASPPHead(DecodeHead):
@@ -235,23 +227,12 @@ class ASPPHead(DecodeHead):
 
     def __init__(self, config: ASPPHeadConfig | DepthwiseSeparableASPPHeadConfig) -> None:
         super().__init__(config)
-        channels, norm = config.channels, config.norm
-        self.image_pool = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), ConvModule(self.in_channels, channels, 1, norm=norm)
-        )
+        self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), self.conv(self.in_channels, 1))
         self.aspp_modules = nn.ModuleList(self._branch(d) for d in config.dilations)
-        branches = 1 + len(config.dilations)
-        self.bottleneck = ConvModule(branches * channels, channels, 3, norm=norm)
+        self.bottleneck = self.conv((1 + len(config.dilations)) * config.channels, 3)
 
     def _branch(self, dilation: int) -> nn.Module:
-        kernel = 1 if dilation == 1 else 3
-        return ConvModule(
-            self.in_channels,
-            self.config.channels,
-            kernel,
-            dilation=dilation,
-            norm=self.config.norm,
-        )
+        return self.conv(self.in_channels, 1 if dilation == 1 else 3, dilation)
 
     def _features(self, outputs: Sequence[Tensor]) -> Tensor:
         x = self.select(outputs)
