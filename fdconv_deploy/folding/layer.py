@@ -63,26 +63,24 @@ class FoldedConv:
     @property
     def output_size(self) -> tuple[int, int]:
         """Height and width of the convolution's output."""
-        return convolved_size(
-            self.input_size, self.kernel_size, self.stride, self.padding, self.dilation
-        )
+        geometry = self.kernel_size, self.stride, self.padding, self.dilation
+        return convolved_size(self.input_size, *geometry)
 
 
 def convolved_size(
     size: Sequence[int],
     kernel: Sequence[int],
     stride: Sequence[int],
-    padding: tuple[int, int, int, int],
+    padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[int, int]:
     """Height and width of a convolution's output; ``padding`` is top, left, bottom, right."""
-    height, width = (
-        (size[axis] + padding[axis] + padding[axis + 2] - dilation[axis] * (kernel[axis] - 1) - 1)
-        // stride[axis]
-        + 1
-        for axis in (0, 1)
-    )
-    return height, width
+
+    def length(axis: int) -> int:
+        padded = size[axis] + padding[axis] + padding[axis + 2]
+        return (padded - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
+
+    return length(0), length(1)
 
 
 def padding_of(layer: FDConv2d) -> tuple[int, int, int, int]:

@@ -22,7 +22,6 @@ from fdconv_deploy.nn.modulation import (
 )
 from fdconv_deploy.nn.spectrum import (
     FrequencyOrder,
-    assemble_spectrum,
     frequency_indices,
     kernel_spectrum,
 )
@@ -224,15 +223,21 @@ class FDConv2d(nn.Conv2d):
         self.register_parameter("weight", None)
 
     def modulated_spectrum(self, kernel_attention: Tensor) -> Tensor:
-        """``(B, P·G)`` attention -> half spectra ``(B, R, C/2 + 1, 2)`` float32, of real pairs."""
-        return assemble_spectrum(
-            self.dft_weight if self.convert_param else self._spectrum_of_weight(),
-            kernel_attention,
-            self.indices,
-            (self.rows, self.columns // 2 + 1),
-            alpha=self.alpha,
-            sorted_bins=self.param_reduction < 1,
-        )
+        """The stored spectra, weighed by group and added: ``(B, P·G)`` -> ``(B, R, C/2 + 1, 2)``.
+
+        float32, real beside imaginary.
+        """
+        stored = self.dft_weight if self.convert_param else self._spectrum_of_weight()
+        weights = kernel_attention.reshape(-1, self.param_ratio, self.kernel_num, 1, 1)
+        size = len(kernel_attention), self.rows, self.columns // 2 + 1, 2
+        result = torch.zeros(size, dtype=stored.dtype, device=stored.device)
+        for plane, (rows, columns) in enumerate(self.indices):
+            if self.param_reduction < 1:  # stored in the order of the indices, without alpha
+                grouped = stored[plane].unflatten(0, (self.kernel_num, -1))
+            else:
+                grouped = stored[plane][rows, columns] * self.alpha
+            result[:, rows, columns] += grouped * weights[:, plane]
+        return result
 
     def kernel_matrix(self, kernel_attention: Tensor) -> Tensor:
         """The inverse transform of `modulated_spectrum`: ``(B, R, C)`` float32.

@@ -76,9 +76,7 @@ def from_published(module: nn.Module, name: str = "the layer") -> FDConv2d:
 
 
 def convert_published(
-    network: nn.Module,
-    example: Tensor,
-    progress: Callable[[str], None] | None = None,
+    network: nn.Module, example: Tensor, progress: Callable[[str], None] | None = None
 ) -> tuple[nn.Module, dict[str, tuple[str, ...]]]:
     """A network whose published layers are `FDConv2d` layers; the network itself if it has none.
 

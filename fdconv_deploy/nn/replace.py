@@ -68,11 +68,7 @@ def replace_convolutions(
 
 
 def replace_linears(
-    model: nn.Module,
-    *,
-    where: Chosen[nn.Linear],
-    weights: Weights = "equivalent",
-    **arguments: Any,
+    model: nn.Module, *, where: Chosen[nn.Linear], weights: Weights = "equivalent", **arguments: Any
 ) -> list[str]:
     """Put `FDTokenConv` layers in the place of a network's linear layers, in the network itself.
 
@@ -158,10 +154,7 @@ def _wanted(where: Chosen[PlainLayer] | None, name: str, layer: PlainLayer) -> b
 
 
 def _replacement(
-    name: str,
-    plain: PlainLayer,
-    make: Callable[[PlainLayer], FDConv2d | None],
-    weights: Weights,
+    name: str, plain: PlainLayer, make: Callable[[PlainLayer], FDConv2d | None], weights: Weights
 ) -> FDConv2d | None:
     """The layer for a plain one, or None where FDConv has no place."""
     try:

@@ -153,41 +153,6 @@ def kernel_spectrum(weight: Tensor) -> Tensor:
     return torch.view_as_real(torch.fft.rfft2(matrix.float())) / (min(out, into) // 2)
 
 
-def assemble_spectrum(
-    stored: Tensor,
-    attention: Tensor,
-    indices: Tensor,
-    size: tuple[int, int],
-    *,
-    alpha: float,
-    sorted_bins: bool,
-) -> Tensor:
-    """Weigh stored spectra by group: ``sum over p of alpha · stored[p] · attention[p, group]``.
-
-    Args:
-        stored: ``(P, R, C/2+1, 2)``, or with ``sorted_bins`` ``(P, kept, 2)`` in the order of
-            ``indices``, without alpha (the published layer's ``param_reduction < 1``).
-        attention: ``(B, P·G)``.
-        indices: ``(P, 2, G, M)``, see `frequency_indices`.
-        size: rows and half-spectrum columns.
-
-    Returns:
-        ``(B, R, C/2+1, 2)``, of ``stored``'s dtype, contiguous.
-    """
-    ratio, _, groups, _ = indices.shape
-    batch = attention.shape[0]
-    weights = attention.reshape(batch, ratio, groups, 1, 1)
-    result = torch.zeros((batch, *size, 2), dtype=stored.dtype, device=stored.device)
-    for p in range(ratio):
-        rows, columns = indices[p]
-        if sorted_bins:
-            grouped = stored[p].unflatten(0, (groups, -1))
-        else:
-            grouped = stored[p][rows, columns] * alpha
-        result[:, rows, columns] += grouped * weights[:, p]
-    return result
-
-
 def group_map(indices: Tensor, rows: int, columns: int) -> Tensor:
     """Which group each bin is in: ``(ratio, rows, columns//2+1)`` int64, -1 where dropped."""
     ratio, _, groups, per_group = indices.shape

@@ -81,10 +81,8 @@ class Windows:
             self.kinds = torch.from_numpy(kinds.reshape(-1))
 
 
-@lru_cache(maxsize=64)
-def windows_of(height: int, width: int, window: int, shifted: bool) -> Windows:
-    """The tables for one size of map, shared by all blocks."""
-    return Windows(height, width, window, shifted)
+# The tables for one size of map are shared by all blocks.
+windows_of = lru_cache(maxsize=64)(Windows)
 
 
 class WindowAttention(nn.Module):

@@ -104,24 +104,10 @@ def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
-def base_anchors(stride: int, scales: Sequence[float], ratios: Sequence[float]) -> NDArray:
-    """The anchors at the origin of a level, ``(len(ratios)·len(scales), 4)`` float32.
-
-    Ratios outermost, scales within; centred on 0, not rounded.
-    """
-    roots = np.sqrt(np.asarray(ratios, np.float32))
-    sizes = np.asarray(scales, np.float32)
-    # One float32 product after the other, in the published order.
-    widths = (np.float32(stride) * (1 / roots)[:, None] * sizes).reshape(-1)
-    heights = (np.float32(stride) * roots[:, None] * sizes).reshape(-1)
-    half = np.float32(0.5)
-    return np.stack([-half * widths, -half * heights, half * widths, half * heights], axis=1)
-
-
 def anchors_at(places: Tensor, config: RPNHeadConfig, level: int, width: int) -> Tensor:
     """Some anchors of a pyramid level, ``(..., 4)`` float32, in pixels of the network's input.
 
-    Computed from their places: a graph with all anchors of 800×1344 would keep 4 MB of them.
+    Not rounded. Computed from their places: a graph with all anchors of 800×1344 would keep 4 MB.
 
     Args:
         places: int64, of any shape; row by row, at each position all its anchors.
@@ -130,7 +116,13 @@ def anchors_at(places: Tensor, config: RPNHeadConfig, level: int, width: int) ->
         width: of the level's feature map.
     """
     stride = config.strides[level]
-    base = torch.from_numpy(base_anchors(stride, config.scales, config.ratios)).to(places.device)
+    roots, sizes = (np.asarray(part, np.float32) for part in (config.ratios, config.scales))
+    roots = np.sqrt(roots)
+    # One float32 product after the other, in the published order; ratios outermost.
+    widths = (np.float32(stride) * (1 / roots)[:, None] * sizes).reshape(-1)
+    heights = (np.float32(stride) * roots[:, None] * sizes).reshape(-1)
+    corners = np.stack([-widths, -heights, widths, heights], axis=1) * np.float32(0.5)
+    base = torch.from_numpy(corners).to(places.device)
     position = torch.div(places, len(base), rounding_mode="trunc")
     row = torch.div(position, width, rounding_mode="trunc")
     corner = torch.stack([position - row * width, row], dim=-1).to(base.dtype) * stride
@@ -182,14 +174,10 @@ class RoIAlign(nn.Module):
         self.sampling_ratio = sampling_ratio
 
     def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
-        """Differentiable in ``features``.
+        """``(B, C, H, W)`` -> ``(B·P, C, output_size, output_size)`` float32, image by image.
 
-        Args:
-            features: ``(B, C, H, W)`` float32.
-            boxes: ``(B, P, 4)`` float32, x1 y1 x2 y2 in pixels of the input, x1 ≤ x2, y1 ≤ y2.
-
-        Returns:
-            ``(B·P, C, output_size, output_size)`` float32, image by image.
+        ``boxes``: ``(B, P, 4)`` in pixels of the input, x1 ≤ x2, y1 ≤ y2. Differentiable in
+        ``features``.
         """
         height, width = features.shape[-2:]
         count = boxes.shape[1]
@@ -206,9 +194,7 @@ class RoIAlign(nn.Module):
             pixels = features[index // count, :, top:bottom, left:right]
             sums = pixels @ horizontal[index, :, left:right].T
             regions.append(vertical[index, :, top:bottom] @ sums)
-        if not regions:
-            return empty.new_zeros(0, *empty.shape)
-        return torch.stack(regions)
+        return torch.stack(regions) if regions else empty.new_zeros(0, *empty.shape)
 
     def _weights(self, start: Tensor, end: Tensor, length: int) -> Tensor:
         """How much each position of an axis counts in each bin: ``(R, output_size, length)``."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from examples.instances.targets import encode
 from fdconv_deploy.config import BoxCoderConfig, RPNHeadConfig
-from fdconv_deploy.nn.detection.box_ops import anchors_at, base_anchors, clip, decode
+from fdconv_deploy.nn.detection.box_ops import anchors_at, clip, decode
 from tests.reference import detection as reference
 
 RCNN = BoxCoderConfig(stds=(0.1, 0.1, 0.2, 0.2))
@@ -90,7 +90,8 @@ def test_anchors_of_mmdetections_example():
 
 
 def test_published_anchors():
-    anchors = base_anchors(4, (8.0,), (0.5, 1.0, 2.0))
+    config = RPNHeadConfig(scales=(8.0,), ratios=(0.5, 1.0, 2.0), strides=(4,))
+    anchors = anchors_at(torch.arange(3), config, 0, 1).numpy()
     assert anchors.dtype == np.float32
     sizes = anchors[:, 2:] - anchors[:, :2]
     np.testing.assert_allclose(sizes.prod(1), 32 * 32, rtol=1e-6)
