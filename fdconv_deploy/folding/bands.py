@@ -112,17 +112,12 @@ def _column_basis(width: int, frequencies: list[int]) -> tuple[Float64, Float64]
 
 def _real_row_basis(height: int, order: list[int]) -> Float64:
     """Orthonormal real Fourier basis ``(H, len(order))`` of a symmetric set of frequencies."""
-    position = np.arange(height)
-    basis = np.empty((height, len(order)))
-    for column, frequency in enumerate(order):
-        mirrored = (height - frequency) % height
-        angle = 2 * np.pi * (position * min(frequency, mirrored) % height) / height
-        if frequency == mirrored:
-            basis[:, column] = np.cos(angle) / np.sqrt(height)
-        else:
-            wave = np.cos(angle) if frequency < mirrored else np.sin(angle)
-            basis[:, column] = wave * np.sqrt(2 / height)
-    return basis
+    chosen = np.array(order)
+    mirrored = (height - chosen) % height
+    turns = np.arange(height)[:, None] * np.minimum(chosen, mirrored) % height
+    angle = 2 * np.pi * turns / height
+    wave = np.where(chosen <= mirrored, np.cos(angle), np.sin(angle))
+    return np.where(chosen == mirrored, wave / np.sqrt(height), wave * np.sqrt(2 / height))
 
 
 def _complex_row_basis(height: int, order: list[int]) -> tuple[Float64, Float64]:

@@ -130,9 +130,8 @@ def _spectra(layer: FDConv2d) -> tuple[NDArray[np.complex128], NDArray[np.int64]
         stored = np.repeat(stored, layer.param_ratio, 0)
     if layer.param_reduction < 1:
         full = np.zeros((*groups.shape, 2))
-        indices = layer.indices.cpu().numpy().reshape(layer.param_ratio, 2, -1)
-        for p in range(layer.param_ratio):
-            full[p, indices[p, 0], indices[p, 1]] = stored[p]
+        rows, columns = layer.indices.flatten(2).cpu().numpy().transpose(1, 0, 2)
+        full[np.arange(layer.param_ratio)[:, None], rows, columns] = stored
         stored = full
     spectra = np.ascontiguousarray(stored).view(np.complex128)[..., 0] * layer.alpha
     return spectra, groups

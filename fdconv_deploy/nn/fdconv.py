@@ -153,7 +153,13 @@ class FDConv2d(nn.Conv2d):
         )
         self.register_buffer("indices", indices, persistent=False)
         if self.convert_param:
-            self._convert_weight()
+            spectrum = self._spectrum_of_weight().detach()
+            if self.param_reduction < 1:
+                rows, columns = indices[0].flatten(1).to(spectrum.device)
+                spectrum = spectrum[:, rows, columns]
+            self.dft_weight = nn.Parameter(spectrum.contiguous())
+            del self.weight
+            self.register_parameter("weight", None)
         elif config.linear_mode:
             self.weight = nn.Parameter(self.weight.detach()[:, :, 0, 0].contiguous())
 
@@ -212,15 +218,6 @@ class FDConv2d(nn.Conv2d):
         weight = self.weight.reshape(self.out_channels, self.in_channels, *self.kernel_size)
         spectrum = kernel_spectrum(weight)
         return spectrum.expand(self.param_ratio, *spectrum.shape)
-
-    def _convert_weight(self) -> None:
-        spectrum = self._spectrum_of_weight().detach()
-        if self.param_reduction < 1:
-            rows, columns = self.indices[0].flatten(1).to(spectrum.device)
-            spectrum = spectrum[:, rows, columns]
-        self.dft_weight = nn.Parameter(spectrum.contiguous())
-        del self.weight
-        self.register_parameter("weight", None)
 
     def modulated_spectrum(self, kernel_attention: Tensor) -> Tensor:
         """The stored spectra, weighed by group and added: ``(B, P·G)`` -> ``(B, R, C/2 + 1, 2)``.

@@ -158,6 +158,6 @@ def group_map(indices: Tensor, rows: int, columns: int) -> Tensor:
     ratio, _, groups, per_group = indices.shape
     result = torch.full((ratio, rows, columns // 2 + 1), -1, dtype=torch.int64)
     labels = torch.arange(groups)[:, None].expand(groups, per_group)
-    for p in range(ratio):
-        result[p, indices[p, 0], indices[p, 1]] = labels
+    for plane, (at_row, at_column) in zip(result, indices, strict=True):
+        plane[at_row, at_column] = labels
     return result
