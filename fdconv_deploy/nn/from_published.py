@@ -140,7 +140,8 @@ def _conversion(told: _Told, arguments: Mapping[str, Any], phrases: tuple[str, .
     try:
         layer.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise _variant(name, " ".join(str(error).split())) from None
+        problems = (line.strip(". ") for line in str(error).split("\n\t")[1:])
+        raise _variant(name, "; ".join(problems)) from None
     own_norm: Any = layer.KSM_Global.bn
     if hasattr(own_norm, "eps"):
         own_norm.eps = told.norm.eps

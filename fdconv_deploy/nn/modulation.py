@@ -61,11 +61,9 @@ class GlobalModulation(nn.Module):
     """``KSM_Global``: channel, filter, spatial and kernel attention.
 
     Args:
-        in_channels, out_channels: of the convolution.
         kernel_size: (height, width); a height of 1 has no spatial attention.
         groups: number of kernel attentions, ``kernel_num · param_ratio``.
         kernel_temp: of the kernel attention, and of the others where ``config.temp`` is None.
-        config: the layer's. ``bn`` is as its ``ksm_global_norm`` says.
     """
 
     def __init__(

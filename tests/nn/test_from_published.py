@@ -173,7 +173,10 @@ def _failing(layer: Any) -> None:
 
 
 VARIANTS: list[tuple[Callable[[Any], None], str]] = [
-    (_use_global, r"Unexpected key\(s\) in state_dict: .KSM_Local\.complex_weight"),
+    (
+        _use_global,
+        r"""converted: Unexpected key\(s\) in state_dict: "KSM_Local\.complex_weight"\. Exp""",
+    ),
     (_no_norm, r"has no KSM_Global\.bn"),
     (_several_groups, r"KSM_Global\.bn is a GroupNorm of 4 groups, not a BatchNorm2d"),
     (_instance_norm, r"KSM_Global\.norm is a InstanceNorm2d, not a BatchNorm2d"),

@@ -81,12 +81,10 @@ class DecoderLayer(nn.Module):
 class Mask2FormerHead(QueryHead):
     """A pixel decoder, and queries that attend to it where their last masks were."""
 
-    def __init__(
-        self, config: Mask2FormerHeadConfig, frequency_order: FrequencyOrder = "torch"
-    ) -> None:
-        super().__init__(config, frequency_order)
+    def __init__(self, config: Mask2FormerHeadConfig, order: FrequencyOrder) -> None:
+        super().__init__(config, order)
         width, queries, levels = config.hidden_channels, config.num_queries, len(config.levels)
-        layers = [DecoderLayer(config, frequency_order) for _ in range(config.decoder_layers)]
+        layers = [DecoderLayer(config, order) for _ in range(config.decoder_layers)]
         self.transformer_decoder = nn.ModuleDict(
             {"layers": nn.ModuleList(layers), "post_norm": nn.LayerNorm(width)}
         )

@@ -130,10 +130,8 @@ class DecoderLayer(nn.Module):
 class MaskDINOHead(QueryHead):
     """A pixel decoder, and queries that move their boxes over it."""
 
-    def __init__(
-        self, config: MaskDINOHeadConfig, frequency_order: FrequencyOrder = "torch"
-    ) -> None:
-        super().__init__(config, frequency_order)
+    def __init__(self, config: MaskDINOHeadConfig, order: FrequencyOrder) -> None:
+        super().__init__(config, order)
         self.maskdino = config
         width = config.hidden_channels
         levels = len(config.levels) + config.extra_levels
@@ -153,9 +151,7 @@ class MaskDINOHead(QueryHead):
         # One MLP under many names, as in checkpoints.
         self._bbox_embed = MLP(width, width, width, 4)
         self.bbox_embed = nn.ModuleList([self._bbox_embed] * config.decoder_layers)
-        layers = [
-            DecoderLayer(config, levels, frequency_order) for _ in range(config.decoder_layers)
-        ]
+        layers = [DecoderLayer(config, levels, order) for _ in range(config.decoder_layers)]
         self.decoder = nn.ModuleDict(
             {
                 "layers": nn.ModuleList(layers),

@@ -106,7 +106,7 @@ class PixelDecoder(nn.Module):
     Levels go from low resolution to high, but in MaskDINO's order ``"low2high"``.
     """
 
-    def __init__(self, config: QueryHeadConfig, frequency_order: FrequencyOrder) -> None:
+    def __init__(self, config: QueryHeadConfig, order: FrequencyOrder) -> None:
         super().__init__()
         self.config = config
         channels, groups = config.channels, config.norm_groups
@@ -122,9 +122,7 @@ class PixelDecoder(nn.Module):
             convs.append(nn.Conv2d(width, channels, 3, 2, 1))
             width = channels
         self.input_convs = nn.ModuleList(_normed(conv, groups) for conv in convs)
-        encoder = [
-            EncoderLayer(config, len(convs), frequency_order) for _ in range(config.encoder_layers)
-        ]
+        encoder = [EncoderLayer(config, len(convs), order) for _ in range(config.encoder_layers)]
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(encoder)})
         self.level_encoding = nn.Embedding(len(convs), channels)
         lateral = nn.Conv2d(config.in_channels[0], channels, 1, bias=False)
@@ -169,10 +167,10 @@ class QueryHead(nn.Module):
     MaskDINO's gives boxes as well.
     """
 
-    def __init__(self, config: QueryHeadConfig, frequency_order: FrequencyOrder) -> None:
+    def __init__(self, config: QueryHeadConfig, order: FrequencyOrder) -> None:
         super().__init__()
         self.config = config
-        self.pixel_decoder = PixelDecoder(config, frequency_order)
+        self.pixel_decoder = PixelDecoder(config, order)
 
     def _input_projections(self, levels: int) -> nn.ModuleList:
         """What brings the pixel decoder's maps to the decoder's width."""
