@@ -90,42 +90,16 @@ class WindowAttention(nn.Module):
 
     relative_position_index: Tensor
 
-    def __init__(self, channels: int, heads: int, window: int, bias: bool) -> None:
-        super().__init__()
-        self.heads, self.window = heads, window
-        table = torch.zeros((2 * window - 1) ** 2, heads)
-        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
-        # Checkpoints hold one for each block.
-        self.register_buffer("relative_position_index", relative_positions(window).clone())
-        self.qkv = nn.Linear(channels, 3 * channels, bias=bias)
-        self.proj = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Tokens of a map's windows, ``(B, windows, window², C)`` -> the same shape.
-
-        ``mask``: ``(windows, 1, window², window²)``, added to the logits.
-        """
-        query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(2, 3)
-            for part in self.qkv(x).chunk(3, -1)
-        )
-        places = relative_positions(self.window).to(x.device)
-        bias = self.relative_position_bias_table.index_select(0, places.flatten())
-        bias = bias.transpose(0, 1).unflatten(1, places.shape)
-        # One after the other: their sum would be as large as the logits, a constant per block.
-        biases = (bias,) if mask is None else (bias, mask)
-        return self.proj(weigh(query, key, value, *biases).transpose(2, 3).flatten(3))
-
-
-class ShiftedWindowAttention(nn.Module):
-    """Cuts a map's tokens into windows, and puts what attention makes of them back."""
-
     def __init__(self, config: SwinTransformerConfig, stage: int, shifted: bool) -> None:
         super().__init__()
+        channels, self.heads = config.widths[stage], config.num_heads[stage]
         self.window, self.shifted = config.window_size, shifted
-        self.w_msa = WindowAttention(
-            config.widths[stage], config.num_heads[stage], config.window_size, config.qkv_bias
-        )
+        table = torch.zeros((2 * self.window - 1) ** 2, self.heads)
+        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+        # Checkpoints hold one for each block.
+        self.register_buffer("relative_position_index", relative_positions(self.window).clone())
+        self.qkv = nn.Linear(channels, 3 * channels, bias=config.qkv_bias)
+        self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """``x``: ``(B, H·W, C)``, normalised; places without a token are zeros, as keys too."""
@@ -133,10 +107,18 @@ class ShiftedWindowAttention(nn.Module):
         if windows.padded:
             x = F.pad(x, (0, 0, 0, 1))
         x = x.index_select(1, windows.places.to(x.device)).unflatten(1, (-1, self.window**2))
-        mask = None
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(2, 3)
+            for part in self.qkv(x).chunk(3, -1)
+        )
+        places = relative_positions(self.window).to(x.device)
+        bias = self.relative_position_bias_table.index_select(0, places.flatten())
+        biases = [bias.transpose(0, 1).unflatten(1, places.shape)]
         if windows.masks is not None and windows.kinds is not None:
-            mask = windows.masks.to(x).index_select(0, windows.kinds.to(x.device))
-        return self.w_msa(x, mask).flatten(1, 2).index_select(1, windows.back.to(x.device))
+            # One after the other: their sum would be as large as the logits, a constant per block.
+            biases.append(windows.masks.to(x).index_select(0, windows.kinds.to(x.device)))
+        x = self.proj(weigh(query, key, value, *biases).transpose(2, 3).flatten(3))
+        return x.flatten(1, 2).index_select(1, windows.back.to(x.device))
 
 
 class Block(nn.Module):
@@ -148,14 +130,14 @@ class Block(nn.Module):
         super().__init__()
         channels = config.widths[stage]
         self.norm1 = nn.LayerNorm(channels)
-        self.attn = ShiftedWindowAttention(config, stage, shifted)
+        self.attn = nn.ModuleDict({"w_msa": WindowAttention(config, stage, shifted)})
         self.norm2 = nn.LayerNorm(channels)
         hidden = channels * config.mlp_ratio
         self.ffn = feed_forward(channels, hidden, nn.GELU(), config.conv, order)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """``x``: ``(B, H·W, C)``."""
-        x = x + self.attn(self.norm1(x), size)
+        x = x + self.attn["w_msa"](self.norm1(x), size)
         return x + self.ffn(self.norm2(x))
 
 
@@ -179,19 +161,6 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x)), ((height + 1) // 2, (width + 1) // 2)
 
 
-class Stage(nn.Module):
-    """Blocks, every other one with shifted windows, and the merging to the next stage."""
-
-    def __init__(self, config: SwinTransformerConfig, index: int, order: FrequencyOrder) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            Block(config, index, block % 2 == 1, order) for block in range(config.depths[index])
-        )
-        self.downsample: PatchMerging | None = None
-        if index + 1 < len(config.depths):
-            self.downsample = PatchMerging(config.widths[index], config.merging == "position")
-
-
 class SwinTransformer(nn.Module):
     """``(B, in_channels, H, W)`` -> one feature map per entry of ``config.out_indices``."""
 
@@ -200,9 +169,16 @@ class SwinTransformer(nn.Module):
         self.config = config
         size = config.patch_size
         self.patch_embed = PatchEmbedding(config.in_channels, config.embed_dims, size, size)
-        self.stages = nn.ModuleList(
-            Stage(config, index, order) for index in range(len(config.depths))
-        )
+        self.stages = nn.ModuleList()
+        for index, depth in enumerate(config.depths):
+            # Windows of every other block are shifted.
+            blocks = [Block(config, index, block % 2 == 1, order) for block in range(depth)]
+            stage = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+            if index + 1 < len(config.depths):
+                stage["downsample"] = PatchMerging(
+                    config.widths[index], config.merging == "position"
+                )
+            self.stages.append(stage)
         for index in sorted(config.out_indices):
             self.add_module(f"norm{index}", nn.LayerNorm(config.widths[index]))
 
@@ -212,11 +188,11 @@ class SwinTransformer(nn.Module):
         below, right = (-side % self.config.patch_size for side in x.shape[-2:])
         tokens, size = self.patch_embed(F.pad(x, (0, right, 0, below)))
         features = []
-        for index, stage in enumerate(cast(Iterable[Stage], self.stages)):
-            for block in stage.blocks:
+        for index, stage in enumerate(cast(Iterable[nn.ModuleDict], self.stages)):
+            for block in cast(nn.ModuleList, stage["blocks"]):
                 tokens = block(tokens, size)
             if index in self.config.out_indices:
                 features.append(to_map(self.get_submodule(f"norm{index}")(tokens), size))
-            if stage.downsample is not None:
-                tokens, size = stage.downsample(tokens, size)
+            if "downsample" in stage:
+                tokens, size = stage["downsample"](tokens, size)
         return tuple(features)
