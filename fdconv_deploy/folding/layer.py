@@ -63,22 +63,18 @@ class FoldedConv:
     @property
     def output_size(self) -> tuple[int, int]:
         """Height and width of the convolution's output."""
-        geometry = self.kernel_size, self.stride, self.padding, self.dilation
-        return convolved_size(self.input_size, *geometry)
+        return convolved_size(self, self.input_size, self.padding)
 
 
 def convolved_size(
-    size: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    conv: FDConv2d | FoldedConv, size: Sequence[int], padding: Sequence[int]
 ) -> tuple[int, int]:
     """Height and width of a convolution's output; ``padding`` is top, left, bottom, right."""
 
     def length(axis: int) -> int:
         padded = size[axis] + padding[axis] + padding[axis + 2]
-        return (padded - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
+        reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+        return (padded - reach - 1) // conv.stride[axis] + 1
 
     return length(0), length(1)
 

@@ -91,17 +91,16 @@ def _hidden_norm(
     norm: nn.Module, channels: int
 ) -> tuple[Float64 | float, Float64, HiddenNorm | None]:
     """What a norm of the hidden layer multiplies and adds, and what it leaves to each image."""
-    nothing = np.zeros(channels)
     if isinstance(norm, nn.BatchNorm2d):
         return *fold_batch_norm(norm), None
-    if isinstance(norm, nn.Identity):
-        return 1.0, nothing, None
+    left = None
     if isinstance(norm, nn.RMSNorm):
-        weight = array(norm.weight).astype(np.float32)
-        return 1.0, nothing, HiddenNorm(weight, None, float(norm.eps or 0))
-    if isinstance(norm, nn.GroupNorm) and norm.num_groups == 1 and norm.affine:
+        left = HiddenNorm(array(norm.weight).astype(np.float32), None, float(norm.eps or 0))
+    elif isinstance(norm, nn.GroupNorm) and norm.num_groups == 1 and norm.affine:
         weight, bias = (array(part).astype(np.float32) for part in (norm.weight, norm.bias))
-        return 1.0, nothing, HiddenNorm(weight, bias, norm.eps)
+        left = HiddenNorm(weight, bias, norm.eps)
+    if left is not None or isinstance(norm, nn.Identity):
+        return 1.0, np.zeros(channels), left
     raise UnsupportedLayerError(
         f"KSM_Global.bn is {norm}, which cannot be folded. Expected BatchNorm2d, "
         "GroupNorm(1, C) or Identity."

@@ -126,10 +126,8 @@ def layer_stand_in(name: str, layer: FDConv2d) -> nn.Module:
     """For a dynamic layer: the operator ``fdconv_deploy::folded_layer`` of its name."""
 
     def over_map(x: Tensor) -> Tensor:
-        geometry = layer.kernel_size, layer.stride, padding_of(layer), layer.dilation
-        return _folded_layer(
-            x, name, (layer.out_channels, *convolved_size(x.shape[-2:], *geometry))
-        )
+        size = convolved_size(layer, x.shape[-2:], padding_of(layer))
+        return _folded_layer(x, name, (layer.out_channels, *size))
 
     def over_tokens(x: Tensor) -> Tensor:
         # However many axes an image's tokens are in, a folded layer sees one.

@@ -113,41 +113,12 @@ def _summary(found: Mapping[str, nn.Module], conversions: Mapping[str, Conversio
 def _candidates(module: nn.Module, name: str) -> tuple[Conversion, ...]:
     """What the layer may be, the likeliest first."""
     _check_family(module, name)
-    told = _Told(module, name)
-    arguments = told.arguments()
+    copied = _Copy(module, name)
+    arguments = copied.arguments()
     return tuple(
-        _conversion(told, arguments | {"fbm_cfg": bands}, phrases)
-        for bands, phrases in told.band_candidates()
+        copied.conversion(arguments | {"fbm_cfg": bands}, phrases)
+        for bands, phrases in copied.band_candidates()
     )
-
-
-def _conversion(told: _Told, arguments: Mapping[str, Any], phrases: tuple[str, ...]) -> Conversion:
-    module, name = told.module, told.name
-    with torch.device("meta"):
-        try:
-            layer = FDConv2d(**arguments)
-        except UnsupportedLayerError as error:
-            raise UnsupportedLayerError(f"{name}: {error}") from None
-    if layer.param_reduction >= 1:
-        layer.alpha = float(told.get("alpha", layer.alpha))
-    norm = f"KSM_Global.{told.norm_name}."
-    state = {
-        f"KSM_Global.bn.{key.removeprefix(norm)}" if key.startswith(norm) else key: value
-        for key, value in module.state_dict().items()
-    }
-    # Buffers some copies save and others do not.
-    state = {k: v for k, v in state.items() if k not in ("indices", "FBM.cached_masks")}
-    try:
-        layer.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        problems = (line.strip(". ") for line in str(error).split("\n\t")[1:])
-        raise _variant(name, "; ".join(problems)) from None
-    own_norm: Any = layer.KSM_Global.bn
-    if hasattr(own_norm, "eps"):
-        own_norm.eps = told.norm.eps
-    if layer.KSM_Local is not None:
-        layer.KSM_Local.norm.eps = told.local.norm.eps
-    return Conversion(layer.train(module.training), (*told.assumed, *phrases))
 
 
 def _check_family(module: nn.Module, name: str) -> None:
@@ -181,7 +152,7 @@ def _kind_of_norm(norm: Any, name: str, layer: str) -> AttentionNorm:
     )
 
 
-class _Told:
+class _Copy:
     """Constructor arguments, from a copy's attributes."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -270,6 +241,34 @@ class _Told:
             (bands.model_copy(update={"masks": kind}), (f"no FBM.cached_masks, so {phrase}",))
             for kind, phrase in kinds.items()
         ]
+
+    def conversion(self, arguments: Mapping[str, Any], phrases: tuple[str, ...]) -> Conversion:
+        """The layer of these arguments with the copy's tensors."""
+        with torch.device("meta"):
+            try:
+                layer = FDConv2d(**arguments)
+            except UnsupportedLayerError as error:
+                raise UnsupportedLayerError(f"{self.name}: {error}") from None
+        if layer.param_reduction >= 1:
+            layer.alpha = float(self.get("alpha", layer.alpha))
+        norm = f"KSM_Global.{self.norm_name}."
+        state = {
+            f"KSM_Global.bn.{key.removeprefix(norm)}" if key.startswith(norm) else key: value
+            for key, value in self.module.state_dict().items()
+        }
+        # Buffers some copies save and others do not.
+        state = {k: v for k, v in state.items() if k not in ("indices", "FBM.cached_masks")}
+        try:
+            layer.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            problems = (line.strip(". ") for line in str(error).split("\n\t")[1:])
+            raise _variant(self.name, "; ".join(problems)) from None
+        own_norm: Any = layer.KSM_Global.bn
+        if hasattr(own_norm, "eps"):
+            own_norm.eps = self.norm.eps
+        if layer.KSM_Local is not None:
+            layer.KSM_Local.norm.eps = self.local.norm.eps
+        return Conversion(layer.train(self.module.training), (*self.assumed, *phrases))
 
     def _k_list(self, saved: SavedMasks | None) -> tuple[float, ...]:
         if saved is None:

@@ -45,11 +45,6 @@ class GlobalAttention(NamedTuple):
     kernel: Tensor
 
 
-def hidden_channels(channels: int, config: FDConvConfig) -> int:
-    """Width of the attention's hidden layer."""
-    return max(int(channels * config.reduction), 16)
-
-
 def gate(logits: Tensor, act: str, multiple: float) -> Tensor:
     """Softmax over axis 1, 1 + tanh, or ``multiple`` times the sigmoid."""
     if act == "softmax":
@@ -82,7 +77,7 @@ class GlobalModulation(nn.Module):
                 "ksm_global_act='softmax' is defined for the kernel attention alone: "
                 "set ksm_only_kernel_att=True, or use 'sigmoid' or 'tanh'."
             )
-        hidden = hidden_channels(in_channels, config)
+        hidden = max(int(in_channels * config.reduction), 16)
         self.kernel_size, self.groups, self.kernel_temp = kernel_size, groups, kernel_temp
         self.temp = kernel_temp if config.temp is None else config.temp
         self.fc = nn.Conv2d(in_channels, hidden, 1, bias=False)
@@ -139,7 +134,7 @@ class LinearModulation(nn.Module):
         config: FDConvConfig,
     ) -> None:
         super().__init__()
-        hidden = hidden_channels(in_features, config)
+        hidden = max(int(in_features * config.reduction), 16)
         self.groups, self.kernel_temp = groups, kernel_temp
         self.temp = kernel_temp if config.temp is None else config.temp
         self.act, self.att_multi = config.ksm_global_act, config.att_multi
