@@ -146,7 +146,6 @@ def fold_layer(
     Args:
         layer: in eval mode.
         input_size: height and width of the layer's input; of tokens their number, and 1.
-        name: for the graph's names.
         scale, shift: ``(O,)``, a BatchNorm after the layer, see `fold_batch_norm`.
 
     Raises:

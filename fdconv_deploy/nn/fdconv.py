@@ -20,11 +20,7 @@ from fdconv_deploy.nn.modulation import (
     LinearModulation,
     LocalModulation,
 )
-from fdconv_deploy.nn.spectrum import (
-    FrequencyOrder,
-    frequency_indices,
-    kernel_spectrum,
-)
+from fdconv_deploy.nn.spectrum import FrequencyOrder, frequency_indices, kernel_spectrum
 
 Size = int | tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -126,9 +122,7 @@ class FDConv2d(nn.Conv2d):
             kernel_temp = math.sqrt(kernel_num * self.param_ratio)
         self.kernel_num = kernel_num
         self.rows, self.columns = out_channels * height, in_channels * width
-        self._refuse_what_cannot_work(
-            config, kernel_temp is None, arguments.get("spatial_freq_decompose", False)
-        )
+        self._refuse_what_cannot_work(config, arguments.get("spatial_freq_decompose", False))
         assert kernel_temp is not None
         # Spectra are stored divided by this, so that their entries are of order one.
         self.spectrum_scale = channels // 2
@@ -163,9 +157,7 @@ class FDConv2d(nn.Conv2d):
         elif config.linear_mode:
             self.weight = nn.Parameter(self.weight.detach()[:, :, 0, 0].contiguous())
 
-    def _refuse_what_cannot_work(
-        self, config: FDConvConfig, without_temp: bool, decompose: bool
-    ) -> None:
+    def _refuse_what_cannot_work(self, config: FDConvConfig, decompose: bool) -> None:
         """Turn what the published code breaks on, often much later, into sentences."""
         height, width = self.kernel_size
         only_kernel = config.ksm_only_kernel_att
@@ -175,7 +167,7 @@ class FDConv2d(nn.Conv2d):
             f"kernel_num and param_ratio must be 1 or more, got {self.kernel_num} and "
             f"{self.param_ratio}.": self.kernel_num < 1 or self.param_ratio < 1,
             "kernel_temp=None is only defined with kernel_num=None. Give a number, as 1.0.": (
-                without_temp
+                config.kernel_temp is None and config.kernel_num is not None
             ),
             "spatial_freq_decompose=True gives channel and filter attentions twice the channels, "
             "which the published layer cannot apply. Set it to False.": (
@@ -336,10 +328,7 @@ class FDTokenConv(FDConv2d):
 
     Args:
         in_features, out_features, bias: as ``nn.Linear``.
-        arguments: of `FDConv2d`, as ``kernel_num=16``.
-
-    Raises:
-        UnsupportedLayerError: as `FDConv2d`.
+        arguments: of `FDConv2d`, as ``kernel_num=16``; so are the errors.
     """
 
     def __init__(

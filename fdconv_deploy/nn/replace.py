@@ -194,15 +194,11 @@ def _set_spectrum(layer: FDConv2d, weight: Tensor, bias: Tensor | None) -> None:
 
 @torch.no_grad()
 def set_equivalent(layer: FDConv2d, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Make a layer compute what the plain convolution of ``weight`` does; it can still learn.
+    """Make a dynamic layer compute what the convolution of ``weight`` does; it can still learn.
 
-    The attentions' heads are set to zero (their hidden layer is left as it is, so that
-    gradients reach them), and with ``param_ratio`` P each spectrum holds a P-th.
-
-    Args:
-        layer: dynamic.
-        weight: ``(O, I, kh, kw)``.
-        bias: ``(O,)`` if the layer has one.
+    The attentions' heads are set to zero (their hidden layer is left as it is, so that gradients
+    reach them), and with ``param_ratio`` P each spectrum holds a P-th. ``weight``: ``(O, I, kh,
+    kw)``; ``bias``: ``(O,)`` if the layer has one.
 
     Raises:
         UnsupportedLayerError: ``param_reduction`` below 1 keeps part of the spectrum only.

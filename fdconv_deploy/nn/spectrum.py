@@ -23,11 +23,11 @@ FrequencyOrder = Literal["torch", "stable"] | Tensor
 
 
 def bin_radii(rows: int, columns: int) -> Tensor:
-    """Distance of every half-spectrum bin from the zero frequency.
+    """Distance of every half-spectrum bin from the zero frequency, in cycles per sample.
 
-    Returns ``(rows, columns // 2 + 1)`` float32 on the CPU, in cycles per sample. The
-    norm fuses multiply and add, as the published code's does on every CPU torch has
-    vector kernels for: without the fusion, bins of 3×3 layers change groups.
+    ``(rows, columns // 2 + 1)`` float32 on the CPU. The norm fuses multiply and add, as the
+    published code's does on every CPU torch has vector kernels for: without the fusion, bins of
+    3×3 layers change groups.
     """
     vertical = torch.fft.fftfreq(rows, dtype=torch.float32, device="cpu")
     horizontal = torch.fft.rfftfreq(columns, dtype=torch.float32, device="cpu")

@@ -111,7 +111,6 @@ def anchors_at(places: Tensor, config: RPNHeadConfig, level: int, width: int) ->
 
     Args:
         places: int64, of any shape; row by row, at each position all its anchors.
-        config: has the strides, scales and ratios.
         level: index into ``config.strides``.
         width: of the level's feature map.
     """
