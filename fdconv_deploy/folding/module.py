@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fdconv_deploy.folding.bands import FoldedBands
@@ -16,9 +14,11 @@ from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.folding.modulation import FoldedModulation
 
 
-def _register(module: nn.Module, constants: Mapping[str, NDArray[Any] | None]) -> None:
-    for name, value in constants.items():
-        module.register_buffer(name, None if value is None else torch.from_numpy(value))
+def _hold(module: nn.Module, source: Any, *names: str, prefix: str = "") -> None:
+    """Make buffers of some of an object's arrays."""
+    for name in names:
+        value = getattr(source, name)
+        module.register_buffer(prefix + name, None if value is None else torch.from_numpy(value))
 
 
 class FoldedBandModulation(nn.Module):
@@ -27,13 +27,9 @@ class FoldedBandModulation(nn.Module):
     def __init__(self, bands: FoldedBands) -> None:
         super().__init__()
         self.bands = bands
-        names = "to_columns", "to_rows", "conv_weight", "conv_bias", "mix", "mix_bias"
-        _register(self, {name: getattr(bands, name) for name in names})
+        _hold(self, bands, "to_columns", "to_rows", "conv_weight", "conv_bias", "mix", "mix_bias")
         for index, band in enumerate(bands.bands):
-            _register(
-                self,
-                {f"from_rows{index}": band.from_rows, f"from_columns{index}": band.from_columns},
-            )
+            _hold(self, band, "from_rows", "from_columns", prefix=f"band{index}_")
 
     def low_passes(self, x: Tensor) -> list[Tensor]:
         """The input seen through each mask, ``(B, I, H, W)`` each."""
@@ -44,9 +40,9 @@ class FoldedBandModulation(nn.Module):
         result = []
         for index, band in enumerate(self.bands.bands):
             kept = coefficients[..., : band.rows, : band.columns]
-            back = self.get_buffer(f"from_rows{index}") @ kept
+            back = self.get_buffer(f"band{index}_from_rows") @ kept
             back = back.reshape(batch, channels, height, -1)
-            result.append(back @ self.get_buffer(f"from_columns{index}"))
+            result.append(back @ self.get_buffer(f"band{index}_from_columns"))
         return result
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,10 +80,9 @@ class FoldedAttention(nn.Module):
     def __init__(self, modulation: FoldedModulation) -> None:
         super().__init__()
         self.modulation = modulation
-        names = "hidden", "hidden_bias", "heads", "head_bias"
-        _register(self, {name: getattr(modulation, name) for name in names})
-        if (norm := modulation.norm) is not None:
-            _register(self, {"norm_weight": norm.weight, "norm_bias": norm.bias})
+        _hold(self, modulation, "hidden", "hidden_bias", "heads", "head_bias")
+        if modulation.norm is not None:
+            _hold(self, modulation.norm, "weight", "bias", prefix="norm_")
 
     def forward(self, average: Tensor) -> Tensor:
         """``average``: ``(B, I)``."""
@@ -119,29 +114,20 @@ class FoldedConv2d(nn.Module):
         super().__init__()
         self.folded = folded
         self.bands = FoldedBandModulation(folded.bands) if folded.bands is not None else None
-        names = "bias", "output_scale", "constant_weight"
-        _register(self, {name: getattr(folded, name) for name in names})
+        _hold(self, folded, "bias", "output_scale", "constant_weight")
         if folded.constant_weight is not None or folded.spectrum is None:
             return
         self.gates = FoldedAttention(folded.modulation)
-        spectrum, local = folded.spectrum, folded.local
-        for axis, transform in (
-            ("column", spectrum.column_transform),
-            ("row", spectrum.row_transform),
-        ):
-            for number, stage in enumerate(transform.stages):
-                _register(self, {f"{axis}_stage{number}": stage.astype(np.float32)})
-        _register(
-            self,
-            {
-                "spectrum": spectrum.values,
-                "groups": spectrum.groups.astype(np.int32),
-                "row_outer": spectrum.row_transform.outer.astype(np.float32),
-            },
-        )
-        if local is not None:
-            names = "norm_weight", "norm_bias", "weight"
-            _register(self, {f"local_{name}": getattr(local, name) for name in names})
+        if folded.local is not None:
+            _hold(self, folded.local, "norm_weight", "norm_bias", "weight", prefix="local_")
+        columns, rows = folded.spectrum.column_transform, folded.spectrum.row_transform
+        constants = {f"column_stage{i}": stage for i, stage in enumerate(columns.stages)}
+        constants |= {f"row_stage{i}": stage for i, stage in enumerate(rows.stages)}
+        constants |= {"row_outer": rows.outer}
+        for name, value in constants.items():
+            self.register_buffer(name, torch.from_numpy(value.astype(np.float32)))
+        self.register_buffer("spectrum", torch.from_numpy(folded.spectrum.values))
+        self.register_buffer("groups", torch.from_numpy(folded.spectrum.groups.astype(np.int32)))
 
     def attention(self, average: Tensor) -> dict[str, Tensor]:
         """``(B, I)`` averages -> kernel, filter, spatial and channel attention, ``(B, n)`` each.
