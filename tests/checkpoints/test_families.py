@@ -65,8 +65,10 @@ def run(network: torch.nn.Module, names: set[str], image: Tensor) -> dict[str, T
     """Outputs of the modules of these names, the first tensor of each."""
     found: dict[str, Tensor] = {}
     hooks = []
-    for name, module in network.named_modules():
-        if name in names:
+    for place, module in network.named_modules():
+        # A Swin's attention cuts the windows itself, which the module above does in mmsegmentation.
+        name = place.removesuffix(".w_msa")
+        if name in names and not isinstance(module, torch.nn.ModuleDict):
 
             def keep(_module: Any, _inputs: Any, output: Any, name: str = name) -> None:
                 found[name] = output[0] if isinstance(output, tuple) else output
