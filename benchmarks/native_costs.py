@@ -29,7 +29,7 @@ from fdconv_deploy.export import export_module
 from fdconv_deploy.latency import machine
 from fdconv_deploy.ops import OPSET
 from fdconv_deploy.ops.native import native_library
-from fdconv_deploy.runtime.backends.blocked_layout import blocked_layout
+from fdconv_deploy.runtime.backends.onnxruntime import blocked_layout
 from fdconv_deploy.runtime.blocked_graph import block_graph
 
 KINDS = {

@@ -14,20 +14,13 @@ A blocked tensor has the shape (N, C, H, W), C filled up with zeros to whole blo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fdconv_deploy.runtime.bundle import Bytes
-from fdconv_deploy.runtime.graph_editing import (
-    GraphIndex,
-    captured,
-    copied,
-    import_domain,
-    set_nodes,
-)
 from fdconv_deploy.runtime.native_layers import (
     ASSEMBLY,
     BAND_ATTRIBUTES,
@@ -39,11 +32,18 @@ from fdconv_deploy.runtime.native_layers import (
     is_assembly,
 )
 from fdconv_deploy.runtime.native_layers import DOMAIN as OURS
-from fdconv_deploy.runtime.onnx_messages import (
+from fdconv_deploy.runtime.onnx_graph import (
+    FLOAT,
     ExternalTensors,
+    GraphIndex,
+    Shape,
     add_value,
     attributes,
+    captured,
+    copied,
+    import_domain,
     make_node,
+    set_nodes,
     shape_of,
 )
 
@@ -53,10 +53,8 @@ RUNTIMES = "com.microsoft.nchwc"
 _UNARY = {"Relu", "LeakyRelu", "Sigmoid", "Tanh", "Clip", "HardSwish", "HardSigmoid", "Elu", "Erf"}
 _BINARY = {"Add", "Mul", "Sub"}
 _UPSAMPLED = {b"half_pixel", b"align_corners", b"asymmetric"}
-_FLOAT = 1
 # Channels of whole blocks for each channel: with more, plain convolutions are faster.
 MOST_FILLED = 1.5
-Shape = tuple[int, ...]
 
 
 @dataclass
@@ -67,7 +65,6 @@ class _Layer:
     x, y: what the layer convolves, and its answer. bias: of a single image.
     """
 
-    assembly: Any
     named: dict[str, str]
     given: dict[str, Any]
     gates: str
@@ -78,7 +75,7 @@ class _Layer:
     batch: int
     scale: str | None
     bias: NDArray[Any] | None
-    geometry: dict[str, Any] = field(default_factory=dict)
+    geometry: dict[str, Any]
 
 
 def block_graph(model: bytes, external: Mapping[str, Bytes], block: int) -> NativeGraph | None:
@@ -103,7 +100,7 @@ class _Rewriting:
         self.shapes: dict[str, Shape] = {}
         for value in (*graph.input, *graph.value_info, *graph.output):
             shape = shape_of(value)
-            if shape is not None and value.type.tensor_type.elem_type == _FLOAT:
+            if shape is not None and value.type.tensor_type.elem_type == FLOAT:
                 self.shapes[value.name] = shape
         self.plain = {value.name for value in graph.input} | set(self.constants)
         self.blocked: dict[str, tuple[str, Shape]] = {}
@@ -132,7 +129,7 @@ class _Rewriting:
             handler = _HANDLERS.get(node.op_type.partition("_")[0])
             if node.domain not in ("", OURS, FUNCTIONS):
                 handler = None
-            if handler is None or not handler(self, number, node):
+            if handler is None or not handler(self, node):
                 self._write_plain(node)
         for value in self.graph.output:
             self._as_plain(value.name)
@@ -180,6 +177,14 @@ class _Rewriting:
         node.name = f"{output}/{op}"  # an exported node may be called by its output
         self.out.append(node)
 
+    def _write_blocked(
+        self, op: str, inputs: list[str], output: str, shape: Shape, domain: str, **given: Any
+    ) -> bool:
+        """Write a node that gives in blocks what ``output`` was; True."""
+        self.blocked[output] = f"{output}/blocked", shape
+        self._write(op, inputs, f"{output}/blocked", domain, **given)
+        return True
+
     def _write_plain(self, node: Any) -> None:
         for name in (*node.input, *captured(node)):
             self._as_plain(name)
@@ -188,10 +193,10 @@ class _Rewriting:
 
     # Convolutions
 
-    def _convolution(self, number: int, node: Any) -> bool:
+    def _convolution(self, node: Any) -> bool:
         weight = self.constants.get(node.input[1])
         given = attributes(node)
-        if weight is None or weight.data_type != _FLOAT or len(weight.dims) != 4:
+        if weight is None or weight.data_type != FLOAT or len(weight.dims) != 4:
             return False
         x, (filters, channels, *kernel) = node.input[0], weight.dims
         shape, group, b = self._shape(x), given.get("group", 1), self.block
@@ -209,18 +214,24 @@ class _Rewriting:
         if source is None:
             return False
         kernels = self._blocked_weight(node.input[1], whole=not direct and not depthwise)
-        bias = self.index.values(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-        if len(node.input) > 2 and node.input[2] and bias is None:
+        known, bias = self._bias(node)
+        if not known:
             return False
         self._convolve(
             source, kernels, bias, node.output[0], (shape[0], filters), shape[2:], kernel, given
         )
         return True
 
+    def _bias(self, node: Any) -> tuple[bool, NDArray[Any] | None]:
+        """Whether a convolution's bias is a constant, or there is none, and its values."""
+        name = node.input[2] if len(node.input) > 2 else ""
+        values = self.index.values(name)
+        return not name or values is not None, values
+
     def _blocked_weight(self, name: str, *, whole: bool) -> str:
         """A constant kernel in blocks of output channels and, if ``whole``, of input channels."""
-        blocked = f"{name}/{'blocked' if whole else 'outputs'}"
-        if blocked not in self.weights:
+        key = f"{name}/{'blocked' if whole else 'outputs'}"
+        if key not in self.weights:
             values, b = self.index.values(name), self.block
             assert values is not None
             filters, channels, *kernel = values.shape
@@ -228,15 +239,12 @@ class _Rewriting:
             if whole:
                 pads[1] = (0, self._filled(channels) - channels)
             values = np.pad(values, pads) if any(p[1] for p in pads) else values
-            shape = values.shape
             if whole:
-                split = values.reshape(shape[0] // b, b, shape[1] // b, b, *kernel)
-                ordered = split.transpose(0, 2, 4, 5, 3, 1)
+                ordered = blocked_kernel(values, b)
             else:
-                ordered = values.reshape(shape[0] // b, b, *shape[1:]).transpose(0, 2, 3, 4, 1)
-            ordered = np.ascontiguousarray(ordered).reshape(shape)
-            self.weights[blocked] = self.added.add(blocked, ordered)
-        return self.weights[blocked]
+                ordered = blocked(values.reshape(1, len(values), -1, kernel[1]), b)
+            self.weights[key] = self.added.add(key, ordered.reshape(values.shape))
+        return self.weights[key]
 
     def _convolve(
         self,
@@ -270,9 +278,8 @@ class _Rewriting:
                 break
             self.done.add(reader)
             name = node.output[0]
-        self.blocked[name] = f"{name}/blocked", shape
-        self._write(
-            "Conv", inputs, f"{name}/blocked", RUNTIMES, kernel_shape=kernel, strides=strides,
+        self._write_blocked(
+            "Conv", inputs, name, shape, RUNTIMES, kernel_shape=kernel, strides=strides,
             pads=pads, dilations=dilations, group=given.get("group", 1), **more,
         )  # fmt: skip
 
@@ -289,14 +296,20 @@ class _Rewriting:
         }
         if gates == named["attention"] and offsets:
             return None
-        found = self._convolved_with(node)
-        if found is None:
+        kernels = node.output[0]
+        reader = self.index.only_reader(kernels, "Conv")
+        if reader is None or self.nodes[reader].input[1] != kernels:
             return None
-        x, y, bias, geometry = found
+        conv = self.nodes[reader]
+        known, bias = self._bias(conv)
+        if not known:
+            return None
+        geometry: dict[str, Any] = {"strides": [1, 1], "pads": [0] * 4, "dilations": [1, 1]}
+        geometry |= {"group": 1} | attributes(conv)
         batch = geometry["group"]
         layer = _Layer(
-            node, named, given, gates, offsets, x, y, self.index.producers[y],
-            batch, None, bias, geometry,
+            named, given, gates, offsets, conv.input[0], conv.output[0], reader, batch, None, bias,
+            geometry,
         )  # fmt: skip
         if "row_scale" in named:
             gate, layer.scale = self._traced(named["row_scale"], layer.gates)
@@ -308,28 +321,6 @@ class _Rewriting:
         if batch > 1 and (given["in_channels"] % self.block or given["out_channels"] % self.block):
             return None
         return layer
-
-    def _convolved_with(
-        self, node: Any
-    ) -> tuple[str, str, NDArray[Any] | None, dict[str, Any]] | None:
-        """Input and answer of the convolution with an assembly's kernels, bias and geometry."""
-        kernels = node.output[0]
-        reader = self.index.only_reader(kernels, "Conv")
-        conv = None if reader is None else self.nodes[reader]
-        if conv is None or conv.input[1] != kernels:
-            return None
-        geometry: dict[str, Any] = {
-            "strides": [1, 1],
-            "pads": [0, 0, 0, 0],
-            "dilations": [1, 1],
-            "group": 1,
-        }
-        geometry |= attributes(conv)
-        biased = len(conv.input) > 2 and conv.input[2] != ""
-        bias = self.index.values(conv.input[2]) if biased else None
-        if biased and bias is None:
-            return None
-        return conv.input[0], conv.output[0], bias, geometry
 
     def _traced(self, name: str, gates: str) -> tuple[int | None, str | None]:
         """Where in the attentions a gate begins, and the constant that it is multiplied by."""
@@ -442,7 +433,7 @@ class _Rewriting:
 
     # Others
 
-    def _attention(self, number: int, node: Any) -> bool:
+    def _attention(self, node: Any) -> bool:
         source = self.blocked.get(node.input[0])
         if source is None:
             return False
@@ -453,7 +444,7 @@ class _Rewriting:
         self.plain.update(node.output)
         return True
 
-    def _bands(self, number: int, node: Any) -> bool:
+    def _bands(self, node: Any) -> bool:
         given, y = attributes(node), node.output[0]
         shape = self._shape(node.input[0])
         if shape is not None:
@@ -461,14 +452,11 @@ class _Rewriting:
         x = self._as_blocked(node.input[0])
         if x is None or shape is None:
             return False
-        self._write(
-            BANDS, [x, *node.input[1:]], f"{y}/blocked", OURS,
-            block=self.block, **{name: given[name] for name in BAND_ATTRIBUTES},
-        )  # fmt: skip
-        self.blocked[y] = f"{y}/blocked", shape
-        return True
+        kept = {name: given[name] for name in BAND_ATTRIBUTES}
+        inputs = [x, *node.input[1:]]
+        return self._write_blocked(BANDS, inputs, y, shape, OURS, block=self.block, **kept)
 
-    def _pool(self, number: int, node: Any) -> bool:
+    def _pool(self, node: Any) -> bool:
         given = attributes(node)
         x, shape = node.input[0], self.shapes.get(node.output[0])
         known = given.get("auto_pad", b"NOTSET") == b"NOTSET" and not given.get("storage_order", 0)
@@ -477,13 +465,11 @@ class _Rewriting:
         if given.get("ceil_mode", 0):
             return False
         kept = "kernel_shape strides pads dilations count_include_pad".split()
-        name = f"{node.output[0]}/blocked"
         given = {key: value for key, value in given.items() if key in kept}
-        self._write(node.op_type, [self.blocked[x][0]], name, RUNTIMES, **given)
-        self.blocked[node.output[0]] = name, shape
-        return True
+        source = [self.blocked[x][0]]
+        return self._write_blocked(node.op_type, source, node.output[0], shape, RUNTIMES, **given)
 
-    def _concatenation(self, number: int, node: Any) -> bool:
+    def _concatenation(self, node: Any) -> bool:
         shapes = [shape for name in node.input if (shape := self._shape(name)) is not None]
         if attributes(node).get("axis") != 1 or len(shapes) < len(node.input):
             return False
@@ -498,7 +484,7 @@ class _Rewriting:
         shape = shapes[0][0], sum(s[1] for s in shapes), *shapes[0][2:]
         return self._same_operator(node, [name for name in found if name], shape)
 
-    def _resize(self, number: int, node: Any) -> bool:
+    def _resize(self, node: Any) -> bool:
         """To a multiple of the size, by linear interpolation."""
         given, y = attributes(node), node.output[0]
         source, to = self.blocked.get(node.input[0]), self.shapes.get(y)
@@ -516,14 +502,12 @@ class _Rewriting:
             wanted = scales if "axes" not in given else [scales[a] for a in given["axes"]]
             if factors is None or factors.tolist() != wanted:
                 return False
-        self._write(
-            "Upsample", [name], f"{y}/blocked", RUNTIMES, scales=scales, mode="linear",
+        return self._write_blocked(
+            "Upsample", [name], y, to, RUNTIMES, scales=scales, mode="linear",
             coordinate_transformation_mode=mode,
         )  # fmt: skip
-        self.blocked[y] = f"{y}/blocked", to
-        return True
 
-    def _reshape(self, number: int, node: Any) -> bool:
+    def _reshape(self, node: Any) -> bool:
         """Images joined into one of as many channels, or taken apart."""
         source, sizes = self.blocked.get(node.input[0]), self.index.values(node.input[1])
         if source is None or sizes is None:
@@ -535,13 +519,13 @@ class _Rewriting:
             return False
         return self._same_operator(node, [source[0], node.input[1]], to)
 
-    def _unary(self, number: int, node: Any) -> bool:
+    def _unary(self, node: Any) -> bool:
         source = self.blocked.get(node.input[0])
         if source is None or any(name in self.blocked for name in node.input[1:]):
             return False
         return self._same_operator(node, [source[0], *node.input[1:]], source[1])
 
-    def _binary(self, number: int, node: Any) -> bool:
+    def _binary(self, node: Any) -> bool:
         blocked = [name for name in node.input if name in self.blocked]
         if not blocked:
             return False
@@ -579,7 +563,7 @@ class _Rewriting:
 
 
 # Not of an instance: each would be a cycle, and hold the files' bytes until one is looked for.
-_HANDLERS: dict[str, Callable[[_Rewriting, int, Any], bool]] = {
+_HANDLERS: dict[str, Callable[[_Rewriting, Any], bool]] = {
     "Conv": _Rewriting._convolution,
     "MaxPool": _Rewriting._pool,
     "AveragePool": _Rewriting._pool,
@@ -609,3 +593,17 @@ def _convolved(
         (size[i] + pads[i] + pads[i + 2] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1
         for i in range(2)
     )
+
+
+def blocked(x: NDArray[Any], block: int) -> NDArray[Any]:
+    """(N, C, H, W) in blocks, C a multiple of their length; the shape is kept."""
+    images, channels, *size = x.shape
+    split = x.reshape(images, channels // block, block, *size)
+    return np.ascontiguousarray(split.transpose(0, 1, 3, 4, 2)).reshape(x.shape)
+
+
+def blocked_kernel(x: NDArray[Any], block: int) -> NDArray[Any]:
+    """A kernel (O, I, kh, kw) in blocks of output and of input channels; the shape is kept."""
+    filters, channels, *kernel = x.shape
+    split = x.reshape(filters // block, block, channels // block, block, *kernel)
+    return np.ascontiguousarray(split.transpose(0, 2, 4, 5, 3, 1)).reshape(x.shape)

@@ -33,7 +33,7 @@ from fdconv_deploy.atomic_write import replace_folder, temporary_folder
 from fdconv_deploy.errors import BundleError, FDConvError, in_the_way
 from fdconv_deploy.runtime.images import SUFFIXES
 from fdconv_deploy.runtime.manifest import FORMAT_VERSION, MANIFEST_NAME, FileInfo, Manifest
-from fdconv_deploy.runtime.onnx_messages import external_locations
+from fdconv_deploy.runtime.onnx_graph import external_locations
 
 M = TypeVar("M", bound=BaseModel)
 # What holds a file's bytes: of a read file, or of memory that processes share.

@@ -9,19 +9,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
 
-from fdconv_deploy.ops.native.loans import loan_number
+from fdconv_deploy.ops.native import loan_number
 from fdconv_deploy.runtime.bundle import Bytes
-from fdconv_deploy.runtime.graph_editing import GraphIndex, import_domain, set_nodes
-from fdconv_deploy.runtime.onnx_messages import (
+from fdconv_deploy.runtime.onnx_graph import (
+    GraphIndex,
+    Shape,
     attributes,
+    import_domain,
     make_node,
     read_model,
     set_attribute,
+    set_nodes,
     shape_of,
 )
 
@@ -29,6 +32,7 @@ from fdconv_deploy.runtime.onnx_messages import (
 DOMAIN, FUNCTIONS = "fdconv.nchwc", "fdconv"
 ASSEMBLY, BANDS = "FrequencyAssembly", "FrequencyBandModulation"
 BAND_ATTRIBUTES = ("layer", "groups", "feature_size", "complex_rows", "softmax")
+Shapes = Mapping[str, Shape | None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class NativeGraph:
     """A graph that only the native operators run.
 
     Attributes:
-        model: a ``ModelProto`` of `onnx_messages`.
+        model: a ``ModelProto`` of `onnx_graph`.
         files: what it keeps constants in, by how it calls it.
     """
 
@@ -52,7 +56,7 @@ class NativeGraph:
         """Take the spectra and their groups out of the graph, to be lent while it is loaded.
 
         Returns:
-            Each assembly's by the number that its node has then; for `ops.native.loans.lent`.
+            Each assembly's by the number that its node has then; for `ops.native.lent`.
         """
         graph, loans = self.model.graph, dict[int, list[NDArray[Any]]]()
         index = GraphIndex(graph, self.files)
@@ -69,12 +73,7 @@ class NativeGraph:
 
 
 def native_graph(model: bytes, external: Mapping[str, Bytes]) -> NativeGraph:
-    """A graph in the layout of its export, as `fuse_layers` has it, bands modulated channels last.
-
-    Args:
-        model: an exported graph, with its functions.
-        external: the files that it keeps constants in.
-    """
+    """A graph in its export's layout, as `fuse_layers` has it, bands modulated channels last."""
     fused = fuse_layers(model, external)
     index = GraphIndex(fused.model.graph, external)
     nodes: list[Any] = []
@@ -200,154 +199,134 @@ def _added(index: GraphIndex, total: str) -> set[str]:
 def _fused_attentions(graph: Any, index: GraphIndex, layers: list[Any]) -> dict[int, Any]:
     """By the number of the first node whose answer it gives, a layer's attentions; None: others."""
     shapes = {v.name: shape_of(v) for v in (*graph.input, *graph.value_info, *graph.output)}
-    search = _Search(index, shapes)
     fused: dict[int, Any] = {}
     for node in layers:
         gates = gates_of(index, node.input[0])
-        if (
-            index.producers.get(gates) in (None, *fused)
-            or (found := search.attention(gates)) is None
-        ):
+        if index.producers.get(gates) in (None, *fused):
             continue
+        found = _attention(index, shapes, gates)
+        if found is None:
+            continue
+        average, inputs, given = found
         outputs = [gates]
         for name in node.input:
-            number = index.producers.get(name)
-            if number not in (None, *fused) and search.normalised(name, found):
+            norm = index.producer(name, "LayerNormalization")
+            # Of the average, as the local attention takes it.
+            if norm is None or norm.input[0] != average or len(norm.input) != 3:
+                continue
+            if index.producers[name] not in fused:
                 outputs.append(name)
+                inputs += norm.input[1:]
+                given["local_epsilon"] = attributes(norm).get("epsilon", 1e-5)
                 break
         first, *others = sorted(index.producers[name] for name in outputs)
-        fused[first] = found.node(outputs, attributes(node)["layer"])
+        fused[first] = make_node(
+            "KernelAttention", inputs, outputs, DOMAIN, block=0, layer=attributes(node)["layer"],
+            local=len(outputs) - 1, **given,
+        )  # fmt: skip
         fused.update(dict.fromkeys(others))
     return fused
 
 
-@dataclass
-class _Attention:
-    """What one node is made of; ``average`` is the tensor that it starts from."""
-
-    x: str
-    average: str
-    weights: list[str]
-    attributes: dict[str, Any] = field(default_factory=dict)
-    local: list[str] = field(default_factory=list)
-
-    def node(self, outputs: list[str], layer: bytes) -> Any:
-        inputs = [self.x, *self.weights, *self.local]
-        return make_node(
-            "KernelAttention", inputs, outputs, DOMAIN, block=0, layer=layer,
-            local=int(bool(self.local)), **self.attributes,
-        )  # fmt: skip
-
-
-@dataclass
-class _Search:
-    index: GraphIndex
-    shapes: dict[str, tuple[int, ...] | None]
-
-    def attention(self, gates: str) -> _Attention | None:
-        """All that leads from a layer's input to its gates."""
-        logits, softmax, sizes = self._activations(gates)
-        heads = self._affine(logits)
-        if heads is None or not sizes:
-            return None
-        hidden = self.index.producer(heads[0], "Mul")
-        squared = hidden is not None and hidden.input[0] == hidden.input[1]
-        relu = self.index.producer(hidden.input[0] if squared else heads[0], "Relu")
-        if relu is None:
-            return None
-        name, norm, given = self._norm(relu.input[0])
-        first = self._affine(name)
-        x = None if first is None else self._averaged(first[0])
-        if first is None or x is None:
-            return None
-        given |= {"softmax": int(softmax), "squared": int(squared), "head_sizes": sizes}
-        return _Attention(x, first[0], [*first[1:], *norm, *heads[1:]], given)
-
-    def _activations(self, gates: str) -> tuple[str, bool, list[int]]:
-        """Logits, whether each head is a softmax, and the heads' lengths."""
-        node = self.index.producer(gates, "Sigmoid", "Softmax", "Concat")
-        if node is None:
-            return "", False, []
-        if node.op_type != "Concat":
-            gemm = self.index.producer(node.input[0], "Gemm")
-            weight = None if gemm is None else self.index.constants.get(gemm.input[1])
-            length = [] if weight is None else [int(weight.dims[0])]
-            return node.input[0], node.op_type == "Softmax", length
-        parts = [self.index.producer(name, "Softmax") for name in node.input]
-        split = None if None in parts else self.index.producer(parts[0].input[0], "Split")
-        if split is None or [part.input[0] for part in parts] != list(split.output):
-            return "", False, []
-        lengths = self.index.values(split.input[1])
-        return split.input[0], True, [] if lengths is None else lengths.tolist()
-
-    def _affine(self, name: str) -> tuple[str, str, str] | None:
-        """Input, weight and bias of a linear layer."""
-        node = self.index.producer(name, "Gemm")
-        if node is None or len(node.input) != 3 or attributes(node) != {"transB": 1}:
-            return None
-        x, weight, bias = node.input
-        return (x, weight, bias) if {weight, bias} <= set(self.index.constants) else None
-
-    def _norm(self, name: str) -> tuple[str, list[str], dict[str, Any]]:
-        """What is normalised, the norm's constants and attributes."""
-        node = self.index.producer(name, "LayerNormalization", "Mul")
-        if node is None:
-            return name, [], {"norm": 0}
-        if node.op_type == "LayerNormalization":
-            epsilon = attributes(node).get("epsilon", 1e-5)
-            return node.input[0], list(node.input[1:]), {"norm": 1, "norm_epsilon": epsilon}
-        scaled = self.index.producer(node.input[0], "Div")
-        root = None if scaled is None else self.index.producer(scaled.input[1], "Sqrt")
-        mean = None if root is None else self.index.producer(root.input[0], "Add")
-        epsilon = None if mean is None else self.index.values(mean.input[1])
-        if epsilon is None:
-            return "", [], {}
-        given = {"norm": 2, "norm_epsilon": float(epsilon[0])}
-        return scaled.input[0], [node.input[1]], given
-
-    def _averaged(self, average: str) -> str | None:
-        """What a (images, channels) mean is the mean of: features or tokens."""
-        chain = []
-        name = average
-        while (node := self.index.producer(name, "ReduceMean", "Reshape")) is not None:
-            values = self.index.values(node.input[1]) if len(node.input) == 2 else None
-            if values is None:
-                return None
-            chain.append((node, values.tolist()))
-            name = node.input[0]
-            shape = self.shapes.get(name)
-            if shape is not None and self._means(list(shape), chain[::-1]):
-                return name
+def _attention(
+    index: GraphIndex, shapes: Shapes, gates: str
+) -> tuple[str, list[str], dict[str, Any]] | None:
+    """All that leads from a layer's input to its gates: average, a node's inputs, attributes."""
+    logits, softmax, sizes = _activations(index, gates)
+    heads = _affine(index, logits)
+    if heads is None or not sizes:
         return None
+    product = index.producer(heads[0], "Mul")
+    squared = product is not None and product.input[0] == product.input[1]
+    relu = index.producer(product.input[0] if squared else heads[0], "Relu")
+    if relu is None:
+        return None
+    name, norm, given = _norm(index, relu.input[0])
+    first = _affine(index, name)
+    x = None if first is None else _averaged(index, shapes, first[0])
+    if first is None or x is None:
+        return None
+    given |= {"softmax": int(softmax), "squared": int(squared), "head_sizes": sizes}
+    return first[0], [x, *first[1:], *norm, *heads[1:]], given
 
-    def _means(self, sizes: list[int], chain: list[tuple[Any, list[int]]]) -> bool:
-        """Whether nodes, each with its constant, take the mean over all positions of a shape."""
-        # Each place's axis: images, channels or positions.
-        kinds = {4: ["n", "c", "p", "p"], 3: ["n", "p", "c"]}.get(len(sizes), [])
-        if not kinds:
-            return False
-        for node, values in chain:
-            if node.op_type == "Reshape":  # of a long axis into two
-                at = next((i for i, n in enumerate(sizes) if n != values[i]), len(sizes) - 1)
-                if sizes[:at] + values[at : at + 2] + sizes[at + 1 :] != values:
-                    return False
-                if kinds[at] != "p" or values[at] * values[at + 1] != sizes[at]:
-                    return False
-                sizes, kinds = values, [*kinds[:at], "p", *kinds[at:]]
-            elif attributes(node).get("keepdims", 1):
+
+def _activations(index: GraphIndex, gates: str) -> tuple[str, bool, list[int]]:
+    """Logits, whether each head is a softmax, and the heads' lengths."""
+    node = index.producer(gates, "Sigmoid", "Softmax", "Concat")
+    if node is None:
+        return "", False, []
+    if node.op_type != "Concat":
+        gemm = index.producer(node.input[0], "Gemm")
+        weight = None if gemm is None else index.constants.get(gemm.input[1])
+        length = [] if weight is None else [int(weight.dims[0])]
+        return node.input[0], node.op_type == "Softmax", length
+    parts: list[Any] = [index.path(name, "Softmax", "Split") for name in node.input]
+    split = None if None in parts else parts[0][1]
+    if split is None or [part[0].input[0] for part in parts] != list(split.output):
+        return "", False, []
+    lengths = index.values(split.input[1])
+    return split.input[0], True, [] if lengths is None else lengths.tolist()
+
+
+def _affine(index: GraphIndex, name: str) -> tuple[str, str, str] | None:
+    """Input, weight and bias of a linear layer."""
+    node = index.producer(name, "Gemm")
+    if node is None or len(node.input) != 3 or attributes(node) != {"transB": 1}:
+        return None
+    x, weight, bias = node.input
+    return (x, weight, bias) if {weight, bias} <= set(index.constants) else None
+
+
+def _norm(index: GraphIndex, name: str) -> tuple[str, list[str], dict[str, Any]]:
+    """What is normalised, the norm's constants and attributes."""
+    if (node := index.producer(name, "LayerNormalization")) is not None:
+        given = {"norm": 1, "norm_epsilon": attributes(node).get("epsilon", 1e-5)}
+        return node.input[0], list(node.input[1:]), given
+    if index.producer(name, "Mul") is None:
+        return name, [], {"norm": 0}
+    found = index.path(name, "Mul", "Div 1", "Sqrt", "Add 1")
+    epsilon = None if found is None else index.values(found[-1].input[1])
+    if found is None or epsilon is None:
+        return "", [], {}
+    weighted, scaled, *_ = found
+    given = {"norm": 2, "norm_epsilon": float(epsilon[0])}
+    return scaled.input[0], [weighted.input[1]], given
+
+
+def _averaged(index: GraphIndex, shapes: Shapes, average: str) -> str | None:
+    """What a (images, channels) mean is the mean of: features or tokens."""
+    chain: list[tuple[Any, list[int]]] = []
+    name = average
+    while (node := index.producer(name, "ReduceMean", "Reshape")) is not None:
+        values = index.values(node.input[1]) if len(node.input) == 2 else None
+        if values is None:
+            return None
+        chain.insert(0, (node, values.tolist()))
+        name = node.input[0]
+        if (shape := shapes.get(name)) is not None and _means(list(shape), chain):
+            return name
+    return None
+
+
+def _means(sizes: list[int], chain: list[tuple[Any, list[int]]]) -> bool:
+    """Whether nodes, each with its constant, take the mean over all positions of a shape."""
+    # Each place's axis: images, channels or positions.
+    kinds = {4: ["n", "c", "p", "p"], 3: ["n", "p", "c"]}.get(len(sizes), [])
+    if not kinds:
+        return False
+    for node, values in chain:
+        if node.op_type == "Reshape":  # of a long axis into two
+            at = next((i for i, n in enumerate(sizes) if n != values[i]), len(sizes) - 1)
+            if sizes[:at] + values[at : at + 2] + sizes[at + 1 :] != values:
                 return False
-            else:
-                for axis in sorted((axis % len(kinds) for axis in values), reverse=True):
-                    sizes = sizes[:axis] + sizes[axis + 1 :]
-                    if kinds.pop(axis) != "p":
-                        return False
-        return kinds == ["n", "c"]
-
-    def normalised(self, name: str, found: _Attention) -> bool:
-        """Whether a tensor is the average as the local attention takes it; then it is noted."""
-        node = self.index.producer(name, "LayerNormalization")
-        if node is None or node.input[0] != found.average or len(node.input) != 3:
+            if kinds[at] != "p" or values[at] * values[at + 1] != sizes[at]:
+                return False
+            sizes, kinds = values, [*kinds[:at], "p", *kinds[at:]]
+        elif attributes(node).get("keepdims", 1):
             return False
-        found.local = list(node.input[1:])
-        found.attributes["local_epsilon"] = attributes(node).get("epsilon", 1e-5)
-        return True
+        else:
+            for axis in sorted((axis % len(kinds) for axis in values), reverse=True):
+                sizes = sizes[:axis] + sizes[axis + 1 :]
+                if kinds.pop(axis) != "p":
+                    return False
+    return kinds == ["n", "c"]

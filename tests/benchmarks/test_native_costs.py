@@ -8,7 +8,7 @@ from benchmarks import native_costs, report
 from benchmarks.cases import Case
 from fdconv_deploy.latency import machine
 from fdconv_deploy.ops.native import native_library
-from fdconv_deploy.runtime.backends.blocked_layout import blocked_layout
+from fdconv_deploy.runtime.backends.onnxruntime import blocked_layout
 from tests.benchmarks.test_report import record
 
 

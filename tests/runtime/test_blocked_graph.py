@@ -20,11 +20,11 @@ from fdconv_deploy.ops import native
 from fdconv_deploy.ops.native import build, compiler
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.runtime.backends import onnxruntime as backend
-from fdconv_deploy.runtime.backends.blocked_layout import blocked_layout
+from fdconv_deploy.runtime.backends.onnxruntime import blocked_layout
 from fdconv_deploy.runtime.blocked_graph import block_graph
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.native_layers import NativeGraph, fuse_layers
-from fdconv_deploy.runtime.onnx_messages import read_model, set_attribute
+from fdconv_deploy.runtime.onnx_graph import read_model, set_attribute
 from tests.reference.lively import enliven, lively_input
 
 SIZE = 24, 28

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from fdconv_deploy.runtime.onnx_messages import external_locations, read_model
+from fdconv_deploy.runtime.onnx_graph import external_locations, read_model
 from tests.runtime import toy
 
 

@@ -8,7 +8,7 @@ import torch
 from fdconv_deploy.export import export_module
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.runtime.native_layers import fuse_layers
-from fdconv_deploy.runtime.onnx_messages import attributes, read_model
+from fdconv_deploy.runtime.onnx_graph import attributes, read_model
 from tests.reference.lively import enliven, lively_input
 
 

@@ -7,10 +7,14 @@ run faster. ``source/`` holds the C, `build` compiles it; see docs/native.md.
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import logging
 import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.ops.native.build import (
@@ -21,6 +25,9 @@ from fdconv_deploy.ops.native.build import (
     library_name,
 )
 
+if TYPE_CHECKING:  # it takes a tenth of a second, which the command line does without
+    from numpy.typing import NDArray
+
 __all__ = [
     "FOLDER",
     "NCHW",
@@ -29,9 +36,12 @@ __all__ = [
     "Native",
     "build",
     "build_openvino",
+    "cannot_load",
     "compiler",
     "kept_layout",
+    "lent",
     "library_name",
+    "loan_number",
     "native_library",
 ]
 
@@ -43,6 +53,9 @@ Native = bool | Literal["nchw"] | None
 # Where installing builds them.
 FOLDER = Path(__file__).parent
 log = logging.getLogger("fdconv.native")
+_MOST_RANK, _MOST = 8, 1 << 24
+_TYPES = {"float32": 1, "uint8": 2, "int32": 6}  # ONNXTensorElementDataType
+_counted = itertools.count()
 HOW = "python -m fdconv_deploy.ops.native builds them"
 
 
@@ -97,3 +110,72 @@ def kept_layout(wanted: Native = None) -> str | None:
     if wanted is None and os.environ.get(SWITCH) == NCHW:
         return f"{SWITCH}={NCHW} keeps NCHW"
     return f"open_session(native={NCHW!r}) keeps NCHW" if wanted == NCHW else None
+
+
+class _Tensor(ctypes.Structure):
+    """``Tensor`` of source/node.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int),
+        ("rank", ctypes.c_int),
+        ("shape", ctypes.c_int64 * _MOST_RANK),
+    )
+
+
+def loan_number() -> int:
+    """A number that no other loan of this process has."""
+    return next(_counted) % _MOST
+
+
+@contextmanager
+def lent(
+    library: Path, loans: Mapping[int, Sequence[NDArray[Any]]], *, blocked_only: bool = False
+) -> Iterator[None]:
+    """Lend constants to the operators whose attribute ``lent`` is their number, for a session.
+
+    An assembly lays its spectrum out anew and keeps that. If the graph held the spectrum, too, so
+    would ONNX Runtime, as long as the session.
+
+    Args:
+        library: the operators'.
+        loans: by number, a layer's spectrum, patterns and blocks.
+        blocked_only: sessions opened in this thread meanwhile have no nodes of functions.
+    """
+    import numpy as np
+
+    try:
+        code = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise cannot_load(library, str(error)) from error
+    code.fdconv_lend.argtypes = ctypes.c_int64, ctypes.POINTER(_Tensor)
+    code.fdconv_take_back.argtypes = (ctypes.c_int64,)
+    given: list[int] = []
+    held = []  # as long as they are lent
+    code.fdconv_blocked_only(int(blocked_only))
+    try:
+        for number, arrays in loans.items():
+            whole = [np.require(array, requirements=["C", "A"]) for array in arrays]
+            held.append(whole)
+            tensors = (_Tensor * len(whole))(*map(_described, whole))
+            if code.fdconv_lend(number, tensors):
+                raise BackendError("There is not enough memory to open a session.")
+            given.append(number)
+        yield
+    finally:
+        code.fdconv_blocked_only(0)
+        for number in given:
+            code.fdconv_take_back(number)
+
+
+def cannot_load(library: Path, why: str) -> BackendError:
+    """What to say of a library that is there and does not load."""
+    return BackendError(
+        f"ONNX Runtime cannot load the native operators {library}: {why}. Build them again with "
+        f"python -m fdconv_deploy.ops.native, or do without: {SWITCH}=0."
+    )
+
+
+def _described(array: NDArray[Any]) -> _Tensor:
+    shape = (ctypes.c_int64 * _MOST_RANK)(*array.shape)
+    return _Tensor(array.ctypes.data, _TYPES[array.dtype.name], array.ndim, shape)

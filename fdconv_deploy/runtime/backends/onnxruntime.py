@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ import numpy.typing as npt
 
 from fdconv_deploy.environment import clashing_runtimes, install
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.ops.native import kept_layout, native_library
-from fdconv_deploy.ops.native.loans import cannot_load, lent
+from fdconv_deploy.ops.native import cannot_load, kept_layout, lent, native_library
 from fdconv_deploy.runtime.backends.base import (
     BackendOptions,
     Graph,
@@ -28,13 +28,13 @@ from fdconv_deploy.runtime.backends.base import (
     check_signature,
     feeds_problem,
 )
-from fdconv_deploy.runtime.backends.blocked_layout import blocked_layout
 from fdconv_deploy.runtime.backends.threads import available_cores
 from fdconv_deploy.runtime.batching import linear_cost
-from fdconv_deploy.runtime.blocked_graph import block_graph
+from fdconv_deploy.runtime.blocked_graph import RUNTIMES, block_graph, blocked, blocked_kernel
 from fdconv_deploy.runtime.bundle import Bundle, Bytes
 from fdconv_deploy.runtime.manifest import TensorSpec
 from fdconv_deploy.runtime.native_layers import NativeGraph, native_graph
+from fdconv_deploy.runtime.onnx_graph import make_model, make_node
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -47,6 +47,10 @@ log = logging.getLogger("fdconv.onnxruntime")
 _C: Any = ctypes.CDLL(None) if os.name == "posix" else None
 _MARK = re.compile(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
 _NO_MEMORY = re.compile(r"bad_?alloc|bad allocation|[Ff]ailed to allocate memory|out of memory")
+# Of the runtime's builds for AVX-512, and for AVX2, SSE and some for AArch64.
+LENGTHS = (16, 8)
+_SIZE, _KERNEL = 5, 3
+Float32 = npt.NDArray[np.float32]
 _NUMPY_TYPES = {"float": "float32", "double": "float64"}  # other types have numpy's names
 
 
@@ -462,3 +466,72 @@ def _numpy_type(kind: str) -> str:
     """ONNX Runtime's ``tensor(float)`` as numpy's ``float32``."""
     name = kind.removeprefix("tensor(").removesuffix(")")
     return _NUMPY_TYPES.get(name, name)
+
+
+@lru_cache(maxsize=1)
+def blocked_layout() -> tuple[int, str]:
+    """The length of ONNX Runtime's blocks of channels on this machine; 0 and why, as a clause.
+
+    The runtime does not tell, and a kernel in blocks of another length would be taken all the
+    same: so features are reordered and looked at, and a convolution with a kernel that is no
+    constant is compared with its definition.
+    """
+    x = np.random.default_rng(0).standard_normal((1, 32, _SIZE, _SIZE), np.float32)
+    try:
+        reordered = _run([_reorder("x", "y")], {"x": x})
+        block = next((b for b in LENGTHS if np.array_equal(reordered, blocked(x, b))), 0)
+        if not block:
+            return 0, "its blocks are not of 8 or 16 channels here"
+        known = _convolves(x, block)
+    except Exception as error:  # other versions' operators may differ in any way
+        lines = str(error).splitlines() or [type(error).__name__]
+        return 0, f"this ONNX Runtime has no such operators ({lines[0][:120]})"
+    return (block, "") if known else (0, "this ONNX Runtime's operators answer otherwise")
+
+
+def _reorder(x: str, y: str) -> Any:
+    return make_node("ReorderInput", [x], [y], RUNTIMES, channels_last=0)
+
+
+def _convolves(x: Float32, block: int) -> bool:
+    """Convolution, sum, activation, pooling and interpolation as the blocked graph has them."""
+    random = np.random.default_rng(1)
+    channels = x.shape[1]
+    kernel = random.standard_normal((channels, channels, _KERNEL, _KERNEL), np.float32)
+    bias = random.standard_normal((channels,), np.float32)
+    square: dict[str, Any] = {"kernel_shape": [3, 3], "strides": [1, 1], "pads": [1, 1, 1, 1]}
+    nodes = [
+        _reorder("x", "in"),
+        make_node("Conv", ["in", "kernel", "bias", "in"], ["sum"], RUNTIMES, activation="Relu",
+                  dilations=[1, 1], group=1, **square),
+        make_node("MaxPool", ["sum"], ["most"], RUNTIMES, **square),
+        make_node("Upsample", ["most"], ["large"], RUNTIMES, scales=[1, 1, 2, 2], mode="linear",
+                  coordinate_transformation_mode="half_pixel"),
+        make_node("ReorderOutput", ["large"], ["y"], RUNTIMES, channels=channels, channels_last=0),
+    ]  # fmt: skip
+    found = _run(nodes, {"x": x, "kernel": blocked_kernel(kernel, block), "bias": bias})
+
+    def windows(values: npt.NDArray[Any], fill: float) -> npt.NDArray[Any]:
+        padded = np.pad(values, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=fill)
+        return np.lib.stride_tricks.sliding_window_view(padded, (_KERNEL, _KERNEL), axis=(2, 3))
+
+    answer: npt.NDArray[Any] = np.einsum("nihwuv,oiuv->nohw", windows(x, 0), kernel)
+    answer = np.maximum(answer + bias[None, :, None, None] + x, 0)
+    most = windows(answer, -np.inf).max((4, 5))
+    places = np.maximum((np.arange(2 * _SIZE) + 0.5) / 2 - 0.5, 0)
+    distance = np.abs(np.minimum(places, _SIZE - 1)[:, None] - np.arange(_SIZE))
+    weights = np.maximum(1 - distance, 0)
+    expected = np.einsum("nchw,yh,xw->ncyx", most, weights, weights)
+    return bool(np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max())
+
+
+def _run(nodes: list[Any], feeds: dict[str, Float32]) -> Float32:
+    """The output "y" of a graph of these nodes."""
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # a refusal is an answer
+    options.intra_op_num_threads = 1
+    model = make_model(nodes, {name: value.shape for name, value in feeds.items()}, ["y"])
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    found: Float32 = session.run(["y"], feeds)[0]
+    return found

@@ -20,7 +20,7 @@ from onnx import ModelProto
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.ops.frequency_assembly.function import AssemblyForm
-from fdconv_deploy.ops.native.loans import lent
+from fdconv_deploy.ops.native import lent
 from fdconv_deploy.runtime.blocked_graph import block_graph
 from fdconv_deploy.runtime.native_layers import NativeGraph, fuse_layers
 from tests.ops.native.test_frequency_assembly import ROOT, layer_of

@@ -1,11 +1,12 @@
-"""The parts of an ONNX file that graphs are rewritten in, without the onnx package.
+"""ONNX graphs read, searched and rewritten without the onnx package.
 
-Messages of protobuf, which ONNX Runtime itself depends on. Fields that are not listed here are
+By messages of protobuf, which ONNX Runtime itself depends on. Fields that are not listed here are
 kept as they are when a message is written again.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 from numpy.typing import NDArray
 
+Shape = tuple[int, ...]
 # onnx.proto: message -> fields, with number and type, * where there are several.
 _SCHEMA = {
     "Model": "ir_version=1:int64 graph=7:Graph opset_import=8:OperatorSet* "
@@ -39,6 +41,7 @@ _SCHEMA = {
     "Shape": "dim=1:Dimension*",
     "Dimension": "dim_value=1:int64 dim_param=2:string",
 }
+FLOAT = 1  # TensorProto.DataType
 _FLOAT, _INT, _STRING, _FLOATS, _INTS = 1, 2, 3, 6, 7  # AttributeProto.AttributeType
 _EXTERNAL = 1  # TensorProto.DataLocation
 _TYPES = {1: "<f4", 2: "<u1", 6: "<i4", 7: "<i8"}  # TensorProto.DataType
@@ -111,7 +114,7 @@ def make_model(
     for name, shape in inputs.items():
         add_value(model.graph.input, name, shape)
     for name in outputs:
-        model.graph.output.add(name=name).type.tensor_type.elem_type = 1
+        model.graph.output.add(name=name).type.tensor_type.elem_type = FLOAT
     for domain in {node.domain for node in model.graph.node}:
         model.opset_import.add(domain=domain, version=1 if domain else 18)
     data: bytes = model.SerializeToString()
@@ -121,7 +124,7 @@ def make_model(
 def add_value(values: Any, name: str, shape: Iterable[int]) -> None:
     """Declare a float32 tensor's shape among a graph's inputs or the values inside it."""
     kind = values.add(name=name).type.tensor_type
-    kind.elem_type = 1
+    kind.elem_type = FLOAT
     for length in shape:
         kind.shape.dim.add(dim_value=length)
 
@@ -168,7 +171,7 @@ def attributes(node: Any) -> dict[str, Any]:
     return found
 
 
-def shape_of(value: Any) -> tuple[int, ...] | None:
+def shape_of(value: Any) -> Shape | None:
     """A value's static shape; None where a length is unknown."""
     if not value.type.tensor_type.HasField("shape"):
         return None
@@ -197,11 +200,7 @@ def tensor_values(tensor: Any, external: Mapping[str, bytes | memoryview]) -> ND
 
 
 class ExternalTensors:
-    """Constants to add to a graph, their values in one file.
-
-    Args:
-        location: what the graph calls the file.
-    """
+    """Constants to add to a graph, their values in one file, which it calls ``location``."""
 
     def __init__(self, location: str) -> None:
         self.location = location
@@ -232,3 +231,106 @@ class ExternalTensors:
         data = b"".join(self._parts)
         self._parts.clear()
         return data
+
+
+class GraphIndex:
+    """A graph's nodes, tensors' producers and readers; as it was when this was made.
+
+    Attributes:
+        nodes: the graph's. Others speak of them by their numbers in this list.
+        producers, readers: nodes by the name of what they give and read.
+        kept: names read from outside of the list: nothing may be fused past them.
+        constants: the graph's, by name.
+
+    Args:
+        graph: the graph.
+        external: the files that it keeps constants in.
+    """
+
+    def __init__(self, graph: Any, external: Mapping[str, bytes | memoryview]) -> None:
+        self.nodes = list(graph.node)
+        self.producers: dict[str, int] = {}
+        self.readers: dict[str, list[int]] = defaultdict(list)
+        self.kept = {value.name for value in graph.output}
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        self._external = external
+        for number, node in enumerate(self.nodes):
+            self.producers.update(dict.fromkeys(node.output, number))
+            for name in node.input:
+                self.readers[name].append(number)
+            self.kept.update(captured(node))
+
+    def producer(self, name: str, *operators: str) -> Any:
+        """The node that gives a tensor; None where there is none, or none of those operators'."""
+        number = self.producers.get(name)
+        node = None if number is None else self.nodes[number]
+        return node if node is None or not operators or node.op_type in operators else None
+
+    def path(self, name: str, *steps: str) -> list[Any] | None:
+        """Nodes from a tensor backwards, "Mul 1": a Mul, which the next one gives its input 1.
+
+        None where a node is of another operator.
+        """
+        found: list[Any] = []
+        for step in steps:
+            operator, _, place = step.partition(" ")
+            node = self.producer(name, operator)
+            if node is None:
+                return None
+            found.append(node)
+            name = node.input[int(place or 0)]
+        return found
+
+    def only_reader(self, name: str, *operators: str) -> int | None:
+        """The node that alone reads a tensor; None where none does, or none of those operators'."""
+        readers = self.readers[name]
+        if len(readers) != 1 or name in self.kept:
+            return None
+        return readers[0] if not operators or self.nodes[readers[0]].op_type in operators else None
+
+    def values(self, name: str) -> NDArray[Any] | None:
+        """A constant's values; None where it is none."""
+        tensor = self.constants.get(name)
+        return None if tensor is None else tensor_values(tensor, self._external)
+
+
+def set_nodes(graph: Any, nodes: Iterable[Any]) -> None:
+    """Give a graph other nodes, but those, constants and shapes of which no output comes."""
+    needed, kept = {value.name for value in graph.output}, []
+    for node in reversed(list(nodes)):
+        if needed.intersection(node.output):
+            needed.update(node.input, captured(node))
+            kept.append(node)
+    constants = [tensor for tensor in graph.initializer if tensor.name in needed]
+    shapes = [value for value in graph.value_info if value.name in needed]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(reversed(kept))
+    graph.initializer.extend(constants)
+    graph.value_info.extend(shapes)
+
+
+def import_domain(model: Any, domain: str) -> None:
+    """Let a model have operators of a domain's first version."""
+    if all(known.domain != domain for known in model.opset_import):
+        model.opset_import.add(domain=domain, version=1)
+
+
+def captured(node: Any) -> set[str]:
+    """Names that the graphs inside a node read."""
+    names: set[str] = set()
+    for attribute in node.attribute:
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            names.update(value.name for value in graph.output)
+            for inner in graph.node:
+                names.update(inner.input, captured(inner))
+    return names
+
+
+def copied(node: Any, inputs: Iterable[str], outputs: Iterable[str]) -> Any:
+    """A node like another, between other tensors."""
+    copy = type(node)()
+    copy.CopyFrom(node)
+    del copy.input[:], copy.output[:]
+    copy.input.extend(inputs)
+    copy.output.extend(outputs)
+    return copy
