@@ -17,7 +17,6 @@ from benchmarks.gpu.timing import rotating_seconds
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.folding.module import FoldedAttention
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.ops.frequency_assembly import kernels
 from fdconv_deploy.ops.frequency_assembly.launch import (
     assembly_sizes,
     column_launch,
@@ -115,8 +114,8 @@ def measure_layer(
     first, second = assembly.rows(), assembly.columns(dtype, channels_last)
     batch, half = assembly.batch, assembly.half
     weight = assembly.weight(dtype, channels_last)
-    run_kernel(kernels, first, batch, *assembly.rows_in, half)
-    run_kernel(kernels, second, batch, half, *assembly.columns_in, weight)
+    run_kernel(first, *assembly.rows_in, half)
+    run_kernel(second, half, *assembly.columns_in, weight)
     error = assembly.error(weight)
 
     # Sets of buffers, so many that they do not stay in the cache together.
@@ -129,10 +128,10 @@ def measure_layer(
     sets = [[t.clone() for t in own] for _ in range(count)]
 
     def rows(buffers: list[Tensor]) -> None:
-        run_kernel(kernels, first, batch, *buffers[:-1])
+        run_kernel(first, *buffers[:-1])
 
     def columns(buffers: list[Tensor]) -> None:
-        run_kernel(kernels, second, batch, buffers[-2], *assembly.columns_in, buffers[-1])
+        run_kernel(second, buffers[-2], *assembly.columns_in, buffers[-1])
 
     def pair(buffers: list[Tensor]) -> None:
         rows(buffers)

@@ -27,7 +27,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fdconv_deploy.folding.cuda.fork import Fork
+from fdconv_deploy.folding.cuda.layer import Fork
 from fdconv_deploy.ops import launch as kernel_launch
 from fdconv_deploy.ops.launch import KernelLaunch
 
@@ -93,9 +93,10 @@ def _bytes(values: Any) -> int:
 def _noting(noted: list[Launched]) -> Iterator[None]:
     """Let `run_kernel` note what it is asked for and run nothing."""
 
-    def note(_module: Any, launch: KernelLaunch, batch: int, *tensors: Tensor) -> None:
+    def note(launch: KernelLaunch, *tensors: Tensor | None) -> None:
         *inputs, output = tensors
-        # A pointer that is not followed points at another argument.
+        assert inputs[0] is not None
+        batch = len(inputs[0])
         read = _bytes(list({id(tensor): tensor for tensor in inputs}.values()))
         read += _read_again(launch, batch)
         one = Launched(launch.kernel, read, _bytes(output), launch=launch, batch=batch)

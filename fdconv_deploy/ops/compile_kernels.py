@@ -6,7 +6,6 @@ Triton, and the ptxas in its wheel, are all this takes; no torch. It must not be
 
 from __future__ import annotations
 
-import importlib
 import os
 import pickle
 import re
@@ -19,16 +18,11 @@ from typing import Any
 
 from fdconv_deploy.environment import install
 from fdconv_deploy.errors import BackendError
-from fdconv_deploy.ops.launch import THREADS_PER_WARP, KernelLaunch, interpreting
+from fdconv_deploy.ops.launch import THREADS_PER_WARP, KernelLaunch, interpreting, kernel_function
 
 # Turing, Ampere (data centre and consumer), Ada, Hopper, Blackwell (both).
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 _KNOWN = {*CAPABILITIES, 87, 103, 121}
-MODULES = (
-    "fdconv_deploy.ops.attention.kernels",
-    "fdconv_deploy.ops.frequency_assembly.kernels",
-    "fdconv_deploy.ops.frequency_band_modulation.kernel",
-)
 # The least instruction set that knows an architecture: any driver that runs the GPU reads it.
 _PTX_VERSIONS = {100: 86, 103: 88, 120: 87, 121: 88}
 # Else PTX names the files it comes from, on the machine that it was made on.
@@ -75,15 +69,6 @@ def _triton() -> Any:
     return triton
 
 
-def kernel_function(name: str) -> Any:
-    """The Triton function of a `KernelLaunch`."""
-    for module in MODULES:
-        function = getattr(importlib.import_module(module), name, None)
-        if function is not None:
-            return function
-    raise KeyError(name)
-
-
 def compile_kernel(
     launch: KernelLaunch, capability: int, ptx_version: int | None = None
 ) -> CompiledKernel:
@@ -104,13 +89,14 @@ def compile_kernel(
     )
     from triton.compiler import ASTSource  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
-    function, types = kernel_function(launch.kernel), dict(launch.arguments)
-    places = {name: (i,) for i, name in enumerate(function.arg_names)}
+    function, pointers = kernel_function(launch.kernel), launch.arguments
+    *names, constants = function.arg_names
+    assert names == [name for name, _ in pointers], launch.kernel
     source = ASTSource(
         function,
-        signature={n: types.get(n, "constexpr") for n in function.arg_names},
-        constexprs={places[name]: value for name, value in launch.constants.items()},
-        attrs={places[name]: [["tt.divisibility", 16]] for name, _ in launch.arguments},
+        signature={**dict(pointers), constants: "constexpr"},
+        constexprs={(len(pointers),): launch.specialised()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
     )
     options: dict[str, Any] = launch.options()
     if ptx_version is not None:

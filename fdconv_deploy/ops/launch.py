@@ -6,12 +6,12 @@ Kernels take pointers only; everything else is a constant of the specialisation.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,10 +22,33 @@ from fdconv_deploy.errors import BackendError
 if TYPE_CHECKING:
     from torch import Tensor
 
-FLOAT_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+# Triton's names of types by numpy's.
+TYPES = {
+    "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8", "int32": "i32",
+}  # fmt: skip
 THREADS_PER_WARP = 32
-# Of the compiler: products and sums may be fused.
-OPTIONS = {"enable_fp_fusion": True}
+MODULES = tuple(
+    f"fdconv_deploy.ops.{operator}.kernels"
+    for operator in ("attention", "frequency_assembly", "frequency_band_modulation")
+)
+
+
+class Constants(dict[str, Any]):
+    """What a kernel is specialised to: its last argument, whose entries are its attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+def constants_of(source: object, names: str) -> dict[str, Any]:
+    """Attributes of ``source`` by name."""
+    return {name: getattr(source, name) for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -33,20 +56,16 @@ class KernelLaunch:
     """A kernel, specialised: its arguments, constants and grid.
 
     kernel: name of the Triton function. arguments: name and Triton type of each pointer, in order;
-    the last is the output. constants: by name. blocks:
-    the grid's second and third axes (its first is the batch). warps: per program. stages: of loads
-    that a loop issues ahead.
+    the last is the output. blocks: the grid's second and third axes (its first is the batch).
+    warps: per program. stages: of loads that a loop issues ahead.
     """
 
     kernel: str
     arguments: tuple[tuple[str, str], ...]
-    constants: Mapping[str, int | bool | float | tuple[int, ...]]
+    constants: Constants
     blocks: tuple[int, int]
     warps: int
     stages: int = 1
-
-    def __hash__(self) -> int:
-        return hash((self.kernel, self.arguments, self.blocks, self.warps, self.stages))
 
     def grid(self, batch: int) -> tuple[int, int, int]:
         """Programs along each axis."""
@@ -59,22 +78,36 @@ class KernelLaunch:
 
     def early(self) -> KernelLaunch:
         """The same, started while the kernel before it in the stream ends: sm_90 and newer."""
-        return replace(self, constants={**self.constants, "dependent": True})
+        return replace(self, constants=Constants(self.constants, dependent=True))
+
+    def specialised(self) -> Constants:
+        """The kernel's last argument: plain where Triton interprets, else constants of its own."""
+        if interpreting():
+            return self.constants
+        from triton.language import constexpr  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+        return Constants({name: constexpr(value) for name, value in self.constants.items()})
 
     def options(self) -> dict[str, Any]:
-        """Of the compiler."""
-        early = {"launch_pdl": True} if self.constants["dependent"] else {}
-        return OPTIONS | {"num_warps": self.warps, "num_stages": self.stages} | early
+        """Of the compiler, which may fuse products and sums."""
+        early = {"launch_pdl": True} if self.constants.dependent else {}
+        of = {"enable_fp_fusion": True, "num_warps": self.warps, "num_stages": self.stages}
+        return of | early
 
-    def typed(self, **types: str) -> KernelLaunch:
-        """The same with other argument types, e.g. ``weight="float16"``."""
-        unknown = types.keys() - dict(self.arguments).keys()
-        assert not unknown, f"{self.kernel} has no arguments {unknown}"
-        arguments = tuple(
-            (name, "*" + FLOAT_TYPES[types[name]] if name in types else kind)
-            for name, kind in self.arguments
-        )
-        return replace(self, arguments=arguments)
+
+def launch_of(
+    kernel: str,
+    pointers: str,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    blocks: tuple[int, int],
+    warps: int,
+    stages: int = 1,
+) -> KernelLaunch:
+    """A launch whose ``pointers`` are to float32 but for ``types``, by numpy's names."""
+    arguments = tuple((n, "*" + TYPES[types.get(n, "float32")]) for n in pointers.split())
+    known = Constants(constants, dependent=False)
+    return KernelLaunch(kernel, arguments, known, blocks, warps, stages)
 
 
 def power_of_two(number: int) -> int:
@@ -92,19 +125,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def require_device(tensor: Tensor, what: str) -> None:
-    """Raise unless kernels can run where ``tensor`` is.
-
-    Raises:
-        BackendError: it is not on a CUDA device, and Triton does not interpret.
-    """
-    if not tensor.is_cuda and not interpreting():
-        raise BackendError(
-            f"{what} runs on an NVIDIA GPU, and its input is on {tensor.device}. Move the network "
-            "and its inputs to 'cuda', or use the folded network or ONNX Runtime on the CPU."
-        )
-
-
 _collected: list[KernelLaunch] | None = None
 
 
@@ -120,19 +140,42 @@ def collected_launches() -> Iterator[list[KernelLaunch]]:
         _collected = None
 
 
-def run_kernel(module: ModuleType, launch: KernelLaunch, batch: int, *tensors: Any) -> None:
-    """Run a Triton kernel of ``module`` for ``batch`` images on the current CUDA stream.
+def run_kernel(launch: KernelLaunch, *tensors: Tensor | None) -> None:
+    """Run a Triton kernel for the images of its first tensor, on the current CUDA stream.
 
-    From sm_90 on it starts while the kernel before it ends.
+    None is a pointer that the kernel never follows, and may point anywhere. From sm_90 on it starts
+    while the kernel before it ends.
+
+    Raises:
+        BackendError: the tensors are not on a CUDA device, and Triton does not interpret.
     """
-    assert len(tensors) == len(launch.arguments)
     if _collected is not None:
         _collected.append(launch)
         return
-    if not interpreting() and starts_early(*_capability(tensors[0].device.index)):
-        launch = launch.early()
-    function = getattr(module, launch.kernel)
-    function[launch.grid(batch)](*tensors, **launch.constants, **launch.options())
+    kinds = [kind for _, kind in launch.arguments]
+    known = {k: t for k, t in zip(kinds[::-1], tensors[::-1], strict=True) if t is not None}
+    given = [known[k] if t is None else t for k, t in zip(kinds, tensors, strict=True)]
+    if not interpreting():
+        if not given[0].is_cuda:
+            raise BackendError(
+                f"{launch.kernel} runs on an NVIDIA GPU, and its input is on {given[0].device}. "
+                "Move the network and its inputs to 'cuda', or use the folded network or ONNX "
+                "Runtime on the CPU."
+            )
+        if starts_early(*_capability(given[0].device.index)):
+            launch = launch.early()
+    function = kernel_function(launch.kernel)
+    function[launch.grid(len(given[0]))](*given, launch.specialised(), **launch.options())
+
+
+@lru_cache
+def kernel_function(name: str) -> Any:
+    """The Triton function of a `KernelLaunch`."""
+    for module in MODULES:
+        function = getattr(importlib.import_module(module), name, None)
+        if function is not None:
+            return function
+    raise KeyError(name)
 
 
 @lru_cache

@@ -21,17 +21,14 @@ from onnx import ModelProto, NodeProto
 from fdconv_deploy.export.quantization.fp16 import to_half_precision
 from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
 from fdconv_deploy.ops import DOMAIN
-from fdconv_deploy.ops.compile_kernels import kernel_function
+from fdconv_deploy.ops import launch as kernel_launch
 from fdconv_deploy.ops.frequency_assembly.launch import AssemblySizes
-from fdconv_deploy.ops.launch import FLOAT_TYPES, KernelLaunch
+from fdconv_deploy.ops.launch import KernelLaunch, kernel_function
 from fdconv_deploy.ops.tensorrt_plugins import launch_of
 from tests.ops.gpu.cases import BANDS, LAYERS
 from tests.ops.single import layer_model
 
-TYPES = {"*" + short: getattr(torch, name) for name, short in FLOAT_TYPES.items()} | {
-    "*u8": torch.uint8,
-    "*i32": torch.int32,
-}
+TYPES = {"*" + short: getattr(torch, name) for name, short in kernel_launch.TYPES.items()}
 
 
 def values_of(model: ModelProto, x: np.ndarray) -> dict[str, np.ndarray]:
@@ -61,7 +58,7 @@ def by_kernel(launch: KernelLaunch, batch: int, inputs: list[np.ndarray], like: 
         for t, (_, kind) in zip(tensors, launch.arguments, strict=True)
     ]
     kernel_function(launch.kernel)[launch.grid(batch)](
-        *given, **launch.constants, num_warps=launch.warps, num_stages=1
+        *given, launch.specialised(), num_warps=launch.warps, num_stages=1
     )
     return tensors[-1].numpy()
 

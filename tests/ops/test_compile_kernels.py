@@ -58,8 +58,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 from benchmarks.gpu.shapes import layer_sizes
-from fdconv_deploy.ops.compile_kernels import kernel_function, precompile
+from fdconv_deploy.ops.compile_kernels import precompile
 from fdconv_deploy.ops.frequency_assembly.launch import column_launch, row_launch
+from fdconv_deploy.ops.launch import kernel_function
 
 class Driver:
     def get_current_target(self):
@@ -79,7 +80,7 @@ types = dict(fp32=torch.float32, fp16=torch.float16, u8=torch.uint8, i32=torch.i
 for launch in launches:
     given = [MockTensor.wrap_dtype(types[kind[1:]]) for _, kind in launch.arguments]
     kernel_function(launch.kernel).warmup(
-        *given, grid=launch.grid(1), **launch.constants, **launch.options()
+        *given, launch.specialised(), grid=launch.grid(1), **launch.options()
     )
 print(len(cached) > 0, set(Path({cache!r}).rglob("*")) - cached)
 """

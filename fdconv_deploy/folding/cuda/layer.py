@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import astuple, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,8 @@ from torch import Tensor, nn
 
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.bands import FoldedBands
-from fdconv_deploy.folding.cuda.fork import Fork
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.ops.attention.launch import GateSizes, Pooling
-from fdconv_deploy.ops.attention.torch_op import attend, finish_convolution, pool
 from fdconv_deploy.ops.frequency_assembly.launch import (
     assembly_sizes,
     attend_rows_launch,
@@ -25,11 +25,57 @@ from fdconv_deploy.ops.frequency_assembly.launch import (
     root_table,
     transform_of,
 )
-from fdconv_deploy.ops.frequency_assembly.torch_op import assemble_kernels, attend_and_assemble
 from fdconv_deploy.ops.frequency_band_modulation.launch import takes_convolution
-from fdconv_deploy.ops.frequency_band_modulation.torch_op import modulate_bands
+from fdconv_deploy.ops.torch_ops import (
+    assemble_kernels,
+    attend,
+    attend_and_assemble,
+    finish_convolution,
+    modulate_bands,
+    pool,
+)
 
 Sides = tuple[int, int, int, int]
+
+
+class Fork:
+    """The context of work that runs beside what comes after it, until `join`.
+
+    Captured, it is a branch of the CUDA graph. Tensors made inside may be read only after `join`,
+    and be given up only then; so no memory is taken while the other stream still reads it. Without
+    a GPU nothing runs beside anything.
+
+    active: whether such work is being called at the moment.
+    """
+
+    active = False
+
+    def __init__(self, device: torch.device) -> None:
+        self._main = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Fork:
+        Fork.active = True
+        if self._main is not None:
+            beside = _stream_beside(self._main)
+            beside.wait_stream(self._main)
+            self._stack.enter_context(torch.cuda.stream(beside))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        Fork.active = False
+        self._stack.close()
+
+    def join(self) -> None:
+        """Let what comes next wait for the work inside."""
+        if self._main is not None:
+            self._main.wait_stream(_stream_beside(self._main))
+
+
+@lru_cache
+def _stream_beside(main: torch.cuda.Stream) -> torch.cuda.Stream:
+    """One for each stream, so that threads that use streams of their own do not meet."""
+    return torch.cuda.Stream(main.device)
 
 
 class FinishedConv2d(nn.Module):
@@ -168,36 +214,36 @@ class FusedConv2d(nn.Module):
             bias=folded.bias, weight=constant, dtype=dtype, channels_last=self.channels_last,
         )  # fmt: skip
         self.sizes: list[int] = []
+        self.pooling: list[int] = []
         self.attends = False  # in the first kernel of the assembly
         constants: dict[str, np.ndarray | None] = {}
         if self.dynamic:
             assert folded.spectrum is not None
             spectrum = kernel_spectrum(folded.spectrum.by_frequency())
             sizes = assembly_sizes(folded, spectrum)
-            self.sizes = sizes.numbers()
             modulation, norm, local = folded.modulation, folded.modulation.norm, folded.local
             pooling = Pooling(
                 folded.in_channels, math.prod(folded.input_size), len(modulation.hidden)
             )
             gates = GateSizes.of(modulation, local)
             launch = attend_rows_launch(pooling, gates, modulation.kernel, sizes)
-            self.attends = launch is not None
+            self.attends, self.sizes = launch is not None, sizes.numbers()
+            self.pooling = list(astuple(pooling))
+            column = column_transform(sizes.columns, folded.kernel_size[1])
             constants = {
                 "values": spectrum.values,
                 "groups": spectrum.groups,
                 "row_table": root_table(sizes.rows, transform_of(sizes.rows)),
-                "column_table": root_table(
-                    sizes.columns, column_transform(sizes.columns, folded.kernel_size[1])
-                ),
+                "column_table": root_table(sizes.columns, column),
                 "output_scale": folded.output_scale,
                 "hidden": modulation.hidden,
                 "hidden_bias": modulation.hidden_bias,
                 "heads": modulation.heads,
                 "head_bias": modulation.head_bias,
-                "hidden_norm_weight": None if norm is None else norm.weight,
-                "hidden_norm_bias": None if norm is None else norm.bias,
-                "norm_weight": None if local is None else local.norm_weight,
-                "norm_bias": None if local is None else local.norm_bias,
+                "norm_weight": None if norm is None else norm.weight,
+                "norm_bias": None if norm is None else norm.bias,
+                "average_weight": None if local is None else local.norm_weight,
+                "average_bias": None if local is None else local.norm_bias,
                 "local_weight": None if local is None else local.weight,
             }
         for name, value in constants.items():
@@ -208,22 +254,15 @@ class FusedConv2d(nn.Module):
         """Whether its kernels depend on the image."""
         return self.folded.constant_weight is None
 
-    def _attentions(self) -> list[Any]:
+    def _constants(self, names: str) -> list[Tensor | None]:
+        return [getattr(self, name) for name in names.split()]
+
+    def _attentions(self) -> tuple[Any, ...]:
         """What makes attentions of a pooled input, as `attend` takes it."""
-        folded, modulation = self.folded, self.folded.modulation
-        sizes = GateSizes.of(modulation, folded.local)
-        return [
-            self.get_buffer("hidden_bias"),
-            self.hidden_norm_weight,
-            self.hidden_norm_bias,
-            self.get_buffer("heads"),
-            self.get_buffer("head_bias"),
-            self.norm_weight,
-            self.norm_bias,
-            [folded.in_channels, math.prod(folded.input_size), len(modulation.hidden)],
-            [sizes.epsilon, sizes.average_epsilon],
-            modulation.squared,
-        ]
+        names = "hidden_bias norm_weight norm_bias heads head_bias average_weight average_bias"
+        sizes = GateSizes.of(self.folded.modulation, self.folded.local)
+        epsilons = [sizes.epsilon, sizes.average_epsilon]
+        return self._constants(names), self.pooling, epsilons, sizes.squared
 
     def attention(self, partial: Tensor) -> tuple[Tensor, Tensor]:
         """Gates ``(B, heads)`` and the normalised average ``(B, I)`` from the pooled input."""
@@ -236,21 +275,12 @@ class FusedConv2d(nn.Module):
 
     def kernels(self, partial: Tensor) -> Tensor:
         """One kernel per image, ``(B·O, I, kh, kw)`` of ``dtype``, from the pooled input."""
-        spectrum = [
-            self.get_buffer("values"),
-            self.get_buffer("groups"),
-            self.get_buffer("row_table"),
-            self.get_buffer("column_table"),
-            self.local_weight,
-            self.output_scale,
-            self.sizes,
-            self.dtype,
-            self.channels_last,
-        ]
+        names = "values groups row_table column_table local_weight output_scale"
+        made = self._constants(names), self.sizes, self.dtype, self.channels_last
         if self.attends:
-            given = *self._attentions(), self.folded.modulation.kernel
-            return attend_and_assemble(partial, *given, *spectrum)
-        return assemble_kernels(*self.attention(partial), *spectrum)
+            kernel = self.folded.modulation.kernel
+            return attend_and_assemble(partial, *self._attentions(), kernel, *made)
+        return assemble_kernels(*self.attention(partial), *made)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(B, I, H, W)`` of ``dtype`` at the folded size.

@@ -1,39 +1,52 @@
-"""The kernels of the attentions: pooling (with a convolution's end, or alone) and gates."""
+"""The kernels of the attentions: pooling (with a convolution's end, or alone) and gates.
+
+Every kernel's last argument is the constants of its `KernelLaunch`, which it reads as attributes.
+"""
 
 # mypy: ignore-errors
 import triton
 import triton.language as tl
-
-from fdconv_deploy.ops.dependent_launch import begin
+from triton.language.extra import cuda
 
 
 @triton.jit
-def _places(pixel, channel, channels: tl.constexpr, pixels: tl.constexpr, last: tl.constexpr):
-    if last:
+def begin(c: tl.constexpr):
+    """Wait for what earlier kernels wrote, and let the next kernel start (sm_90 and newer).
+
+    Constants may be read before. The next kernel waits here in its turn, so it may start at once.
+    """
+    if c.dependent:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def feature_place(pixel, channel, channels: tl.constexpr, pixels: tl.constexpr, c: tl.constexpr):
+    """Where in a map a channel's pixel lies."""
+    if c.channels_last:
         return pixel * channels + channel
     return channel * pixels + pixel
 
 
 @triton.jit
-def store_partial(
-    total, channel, block, blocks: tl.constexpr, split, hidden_weight, partial,
-    channels: tl.constexpr, units: tl.constexpr, unit_block: tl.constexpr,
-):  # fmt: skip
+def _store_partial(total, channel, hidden_weight, partial, image, block, split, c: tl.constexpr):
     """One program's part of the average and of the hidden layer.
 
-    total: ``(channel_block,)``, its share of the average of ``channel``, the block-th of
-    ``blocks``. partial: the image's, of ``(splits, blocks · units + channels)``.
+    total: ``(pixel_block, channel_block)``, what it added up of ``channel``, the block-th of
+    ``blocks``. partial: ``(B, splits, blocks · units + channels)``.
     """
-    inside = channel < channels
-    row = partial + split * (blocks * units + channels)
-    tl.store(row + blocks * units + channel, total, mask=inside)
-    for first in range(0, units, unit_block):
-        unit = first + tl.arange(0, unit_block)
-        mask = (unit < units)[:, None] & inside[None, :]
-        at = hidden_weight + unit[:, None] * channels + channel[None, :]
+    total = tl.sum(total, 0) * (1.0 / c.pixels)
+    inside = channel < c.channels
+    partial += image * tl.num_programs(2) * c.stride
+    row = partial + split * c.stride
+    tl.store(row + c.blocks * c.units + channel, total, mask=inside)
+    for first in range(0, c.units, c.unit_block):
+        unit = first + tl.arange(0, c.unit_block)
+        mask = (unit < c.units)[:, None] & inside[None, :]
+        at = hidden_weight + unit[:, None] * c.channels + channel[None, :]
         weight = tl.load(at, mask=mask, other=0.0)
         share = tl.sum(weight * total[None, :], 1)
-        tl.store(row + block * units + unit, share, mask=unit < units)
+        tl.store(row + block * c.units + unit, share, mask=unit < c.units)
 
 
 @triton.jit
@@ -41,35 +54,22 @@ def pool_kernel(
     x,  # (B, channels, pixels), or (B, pixels, channels) channels last
     hidden_weight,  # (units, channels) float32
     partial,  # out: (B, splits, blocks · units + channels) float32
-    channels: tl.constexpr,
-    pixels: tl.constexpr,
-    units: tl.constexpr,
-    unit_block: tl.constexpr,
-    pixel_block: tl.constexpr,
-    channel_block: tl.constexpr,
-    steps: tl.constexpr,  # tiles of pixels per program
-    channels_last: tl.constexpr,
-    dependent: tl.constexpr,
+    c: tl.constexpr,  # steps: tiles of pixels per program
 ):
     """Grid: (B, blocks of channels, splits of pixels)."""
     image = tl.program_id(0).to(tl.int64)
-    blocks: tl.constexpr = (channels + channel_block - 1) // channel_block
     block = tl.program_id(1)
     split = tl.program_id(2)
-    begin(dependent)
-    channel = block * channel_block + tl.arange(0, channel_block)
-    x += image * (channels * pixels)
-    total = tl.zeros([pixel_block, channel_block], tl.float32)
-    for step in range(steps):
-        pixel = (split * steps + step) * pixel_block + tl.arange(0, pixel_block)
-        mask = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-        at = _places(pixel[:, None], channel[None, :], channels, pixels, channels_last)
+    begin(c)
+    channel = block * c.channel_block + tl.arange(0, c.channel_block)
+    x += image * (c.channels * c.pixels)
+    total = tl.zeros([c.pixel_block, c.channel_block], tl.float32)
+    for step in range(c.steps):
+        pixel = (split * c.steps + step) * c.pixel_block + tl.arange(0, c.pixel_block)
+        mask = (pixel < c.pixels)[:, None] & (channel < c.channels)[None, :]
+        at = feature_place(pixel[:, None], channel[None, :], c.channels, c.pixels, c)
         total += tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    partial += image * tl.num_programs(2) * (blocks * units + channels)
-    store_partial(
-        tl.sum(total, 0) * (1.0 / pixels), channel, block, blocks, split,
-        hidden_weight, partial, channels, units, unit_block,
-    )  # fmt: skip
+    _store_partial(total, channel, hidden_weight, partial, image, block, split, c)
 
 
 @triton.jit
@@ -80,105 +80,89 @@ def finish_kernel(
     hidden_weight,  # (units, channels) float32 (pooled only)
     partial,  # out, pooled only: as of pool_kernel
     y,  # out: as x, and may be x
-    channels: tl.constexpr,
-    pixels: tl.constexpr,
-    units: tl.constexpr,
-    unit_block: tl.constexpr,
-    pixel_block: tl.constexpr,
-    channel_block: tl.constexpr,
-    steps: tl.constexpr,
-    biased: tl.constexpr,
-    added: tl.constexpr,
-    relu: tl.constexpr,
-    pooled: tl.constexpr,
-    channels_last: tl.constexpr,
-    dependent: tl.constexpr,
+    c: tl.constexpr,
 ):
     """Y = relu(x + bias + shortcut), and the average of y. Grid: as of pool_kernel."""
     image = tl.program_id(0).to(tl.int64)
-    blocks: tl.constexpr = (channels + channel_block - 1) // channel_block
     block = tl.program_id(1)
     split = tl.program_id(2)
-    channel = block * channel_block + tl.arange(0, channel_block)
-    moved = tl.zeros([channel_block], tl.float32)
-    if biased:
-        moved = tl.load(bias + channel, mask=channel < channels, other=0.0)
-    begin(dependent)
-    x += image * (channels * pixels)
-    shortcut += image * (channels * pixels)
-    y += image * (channels * pixels)
-    total = tl.zeros([pixel_block, channel_block], tl.float32)
-    for step in range(steps):
-        pixel = (split * steps + step) * pixel_block + tl.arange(0, pixel_block)
-        mask = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-        at = _places(pixel[:, None], channel[None, :], channels, pixels, channels_last)
+    channel = block * c.channel_block + tl.arange(0, c.channel_block)
+    moved = tl.zeros([c.channel_block], tl.float32)
+    if c.biased:
+        moved = tl.load(bias + channel, mask=channel < c.channels, other=0.0)
+    begin(c)
+    x += image * (c.channels * c.pixels)
+    shortcut += image * (c.channels * c.pixels)
+    y += image * (c.channels * c.pixels)
+    total = tl.zeros([c.pixel_block, c.channel_block], tl.float32)
+    for step in range(c.steps):
+        pixel = (split * c.steps + step) * c.pixel_block + tl.arange(0, c.pixel_block)
+        mask = (pixel < c.pixels)[:, None] & (channel < c.channels)[None, :]
+        at = feature_place(pixel[:, None], channel[None, :], c.channels, c.pixels, c)
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + moved[None, :]
-        if added:
+        if c.added:
             value += tl.load(shortcut + at, mask=mask, other=0.0).to(tl.float32)
-        if relu:
+        if c.relu:
             value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
         rounded = value.to(y.dtype.element_ty)
         tl.store(y + at, rounded, mask=mask)
-        if pooled:
+        if c.pooled:
             # What the next layer reads is what it would pool.
             total += tl.where(mask, rounded.to(tl.float32), 0.0)
-    if pooled:
-        partial += image * tl.num_programs(2) * (blocks * units + channels)
-        store_partial(
-            tl.sum(total, 0) * (1.0 / pixels), channel, block, blocks, split,
-            hidden_weight, partial, channels, units, unit_block,
-        )  # fmt: skip
+    if c.pooled:
+        _store_partial(total, channel, hidden_weight, partial, image, block, split, c)
 
 
 @triton.jit
-def hidden_layer(
-    partial, bias, norm_weight, norm_bias,
-    splits: tl.constexpr, blocks: tl.constexpr, channels: tl.constexpr, units: tl.constexpr,
-    unit_pad: tl.constexpr, part_block: tl.constexpr,
-    normed: tl.constexpr, centred: tl.constexpr, epsilon: tl.constexpr, squared: tl.constexpr,
-):  # fmt: skip
-    """The hidden layer after its activation, ``(unit_pad,)``, zeros past the last unit."""
-    unit = tl.arange(0, unit_pad)
-    inside = unit < units
-    total = tl.zeros([part_block, unit_pad], tl.float32)
-    for first in range(0, splits * blocks, part_block):
-        part = first + tl.arange(0, part_block)
-        row = part // blocks * (blocks * units + channels) + part % blocks * units
-        mask = (part < splits * blocks)[:, None] & inside[None, :]
+def hidden_layer(partial, bias, norm_weight, norm_bias, c: tl.constexpr):
+    """The hidden layer after its activation, ``(unit_pad,)``, zeros past the last unit.
+
+    partial: the image's. normed, centred: the norm, if any, takes the mean off first.
+    """
+    unit = tl.arange(0, c.unit_pad)
+    inside = unit < c.units
+    total = tl.zeros([c.part_block, c.unit_pad], tl.float32)
+    for first in range(0, c.splits * c.blocks, c.part_block):
+        part = first + tl.arange(0, c.part_block)
+        row = part // c.blocks * c.stride + part % c.blocks * c.units
+        mask = (part < c.splits * c.blocks)[:, None] & inside[None, :]
         total += tl.load(partial + row[:, None] + unit[None, :], mask=mask, other=0.0)
     z = tl.sum(total, 0) + tl.load(bias + unit, mask=inside, other=0.0)
-    if normed:
-        if centred:
-            z = tl.where(inside, z - tl.sum(z, 0) / units, 0.0)
-        z *= tl.rsqrt(tl.sum(z * z, 0) / units + epsilon)
+    if c.normed:
+        if c.centred:
+            z = tl.where(inside, z - tl.sum(z, 0) / c.units, 0.0)
+        z *= tl.rsqrt(tl.sum(z * z, 0) / c.units + c.epsilon)
         z *= tl.load(norm_weight + unit, mask=inside, other=0.0)
-        if centred:
+        if c.centred:
             z += tl.load(norm_bias + unit, mask=inside, other=0.0)
     z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if squared:
+    if c.squared:
         z *= z
     return z
 
 
 @triton.jit
-def normalise_average(
-    partial, weight, bias, average,
-    splits: tl.constexpr, blocks: tl.constexpr, channels: tl.constexpr,
-    channel_pad: tl.constexpr, split_block: tl.constexpr, units: tl.constexpr,
-    epsilon: tl.constexpr,
-):  # fmt: skip
-    """LayerNorm of the average into ``average``."""
-    channel = tl.arange(0, channel_pad)
-    inside = channel < channels
-    total = tl.zeros([split_block, channel_pad], tl.float32)
-    for first in range(0, splits, split_block):
-        split = first + tl.arange(0, split_block)
-        row = partial + split[:, None] * (blocks * units + channels)
-        at = row + blocks * units + channel[None, :]
-        total += tl.load(at, mask=(split < splits)[:, None] & inside[None, :], other=0.0)
+def load_heads(heads, head_bias, head, unit, stop, c: tl.constexpr):
+    """Weights and biases of the heads before ``stop``."""
+    mask = (head < stop)[:, None] & (unit < c.units)[None, :]
+    weight = tl.load(heads + head[:, None] * c.units + unit[None, :], mask=mask, other=0.0)
+    return weight, tl.load(head_bias + head, mask=head < stop, other=0.0)
+
+
+@triton.jit
+def normalise_average(partial, weight, bias, average, c: tl.constexpr):
+    """LayerNorm of the average into ``average``, both the image's."""
+    channel = tl.arange(0, c.channel_pad)
+    inside = channel < c.channels
+    total = tl.zeros([c.split_block, c.channel_pad], tl.float32)
+    for first in range(0, c.splits, c.split_block):
+        split = first + tl.arange(0, c.split_block)
+        row = partial + split[:, None] * c.stride
+        at = row + c.blocks * c.units + channel[None, :]
+        total += tl.load(at, mask=(split < c.splits)[:, None] & inside[None, :], other=0.0)
     mean = tl.sum(total, 0)
-    mean = tl.where(inside, mean - tl.sum(mean, 0) / channels, 0.0)
-    mean *= tl.rsqrt(tl.sum(mean * mean, 0) / channels + epsilon)
+    mean = tl.where(inside, mean - tl.sum(mean, 0) / c.channels, 0.0)
+    mean *= tl.rsqrt(tl.sum(mean * mean, 0) / c.channels + c.average_epsilon)
     mean *= tl.load(weight + channel, mask=inside, other=0.0)
     mean += tl.load(bias + channel, mask=inside, other=0.0)
     tl.store(average + channel, mean, mask=inside)
@@ -196,48 +180,23 @@ def gates_kernel(
     average_bias,  # (channels,) float32 (averaged only)
     average,  # out: (B, channels) float32 (averaged only)
     gates,  # out: (B, count) float32
-    splits: tl.constexpr,
-    blocks: tl.constexpr,
-    channels: tl.constexpr,
-    channel_pad: tl.constexpr,
-    split_block: tl.constexpr,
-    units: tl.constexpr,
-    unit_pad: tl.constexpr,
-    part_block: tl.constexpr,
-    count: tl.constexpr,
-    head_block: tl.constexpr,
-    normed: tl.constexpr,
-    centred: tl.constexpr,  # the norm takes the mean off first
-    epsilon: tl.constexpr,
-    squared: tl.constexpr,
-    sigmoid: tl.constexpr,
-    averaged: tl.constexpr,
-    average_epsilon: tl.constexpr,
-    dependent: tl.constexpr,
+    c: tl.constexpr,
 ):
     """Grid: (B, blocks of heads, and one more program where ``averaged``: it normalises)."""
     image = tl.program_id(0)
     block = tl.program_id(1)
-    stride: tl.constexpr = blocks * units + channels
-    partial += image.to(tl.int64) * (splits * stride)
-    unit = tl.arange(0, unit_pad)
-    if block * head_block < count:
-        head = block * head_block + tl.arange(0, head_block)
-        mask = (head < count)[:, None] & (unit < units)[None, :]
-        weight = tl.load(heads + head[:, None] * units + unit[None, :], mask=mask, other=0.0)
-        moved = tl.load(head_bias + head, mask=head < count, other=0.0)
-        begin(dependent)
-        z = hidden_layer(
-            partial, hidden_bias, norm_weight, norm_bias, splits, blocks, channels, units,
-            unit_pad, part_block, normed, centred, epsilon, squared,
-        )  # fmt: skip
+    partial += image.to(tl.int64) * (c.splits * c.stride)
+    unit = tl.arange(0, c.unit_pad)
+    if block * c.head_block < c.count:
+        head = block * c.head_block + tl.arange(0, c.head_block)
+        weight, moved = load_heads(heads, head_bias, head, unit, c.count, c)
+        begin(c)
+        z = hidden_layer(partial, hidden_bias, norm_weight, norm_bias, c)
         logit = tl.sum(weight * z[None, :], 1) + moved
-        if sigmoid:
+        if c.sigmoid:
             logit = tl.sigmoid(logit)
-        tl.store(gates + image * count + head, logit, mask=head < count)
+        tl.store(gates + image * c.count + head, logit, mask=head < c.count)
     else:
-        begin(dependent)
-        normalise_average(
-            partial, average_weight, average_bias, average + image * channels,
-            splits, blocks, channels, channel_pad, split_block, units, average_epsilon,
-        )  # fmt: skip
+        begin(c)
+        average += image * c.channels
+        normalise_average(partial, average_weight, average_bias, average, c)

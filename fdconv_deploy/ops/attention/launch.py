@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fdconv_deploy.ops.launch import FLOAT_TYPES, KernelLaunch, power_of_two
+from fdconv_deploy.ops.launch import KernelLaunch, constants_of, launch_of, power_of_two
 
 if TYPE_CHECKING:  # it imports torch, which compiling kernels does without
     from fdconv_deploy.folding.modulation import FoldedLocal, FoldedModulation
 
-F32 = "*fp32"
 TILE_PIXELS, TILE_CHANNELS = 32, 64
 # Some four programs to each multiprocessor of a large GPU: a pass over a feature map.
 PROGRAMS = 512
@@ -74,32 +73,29 @@ class Pooling:
         return max(4, self.pixel_block * self.channel_block // 512)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Of an image's parts: hidden layer by blocks, then averages, for each split."""
-        return self.splits, self.blocks * self.units + self.channels
+    def stride(self) -> int:
+        """Of a split's parts: the hidden layer by blocks, then the average."""
+        return self.blocks * self.units + self.channels
 
-    def constants(self, channels_last: bool) -> dict[str, int | bool | float]:
-        """Of both kernels that pool."""
-        block = power_of_two(max(1, min(self.units, 1024 // self.channel_block)))
-        return {
-            "channels": self.channels,
-            "pixels": self.pixels,
-            "units": self.units,
-            "unit_block": block,
-            "pixel_block": self.pixel_block,
-            "channel_block": self.channel_block,
-            "steps": self.steps,
-            "channels_last": channels_last,
-            "dependent": False,
-        }
+    @property
+    def unit_block(self) -> int:
+        """Units of the hidden layer that a program's part is multiplied for at a time."""
+        return power_of_two(max(1, min(self.units, 1024 // self.channel_block)))
+
+    def launch(
+        self, kernel: str, pointers: str, channels_last: bool, dtype: str, **more: bool
+    ) -> KernelLaunch:
+        """Of either kernel that pools, for features of a type."""
+        names = "channels pixels units unit_block pixel_block channel_block blocks stride steps"
+        constants = constants_of(self, names) | {"channels_last": channels_last} | more
+        blocks = self.blocks, self.splits
+        types = dict.fromkeys(("x", "shortcut", "y"), dtype)
+        return launch_of(kernel, pointers, types, constants, blocks, self.warps)
 
 
 def pool_launch(pooling: Pooling, channels_last: bool, dtype: str = "float32") -> KernelLaunch:
     """Of pooling alone, for inputs of a type."""
-    arguments = ("x", "*" + FLOAT_TYPES[dtype]), ("hidden_weight", F32), ("partial", F32)
-    blocks = pooling.blocks, pooling.splits
-    return KernelLaunch("pool_kernel", arguments, pooling.constants(channels_last), blocks,
-                        pooling.warps)  # fmt: skip
+    return pooling.launch("pool_kernel", "x hidden_weight partial", channels_last, dtype)
 
 
 def finish_launch(
@@ -113,20 +109,10 @@ def finish_launch(
     pooled: bool,
 ) -> KernelLaunch:
     """Of a convolution's end; ``pooling`` has no units where it is not pooled."""
-    feature = "*" + FLOAT_TYPES[dtype]
-    arguments = (
-        ("x", feature),
-        ("bias", F32),
-        ("shortcut", feature),
-        ("hidden_weight", F32),
-        ("partial", F32),
-        ("y", feature),
-    )
-    constants = pooling.constants(channels_last) | {
-        "biased": biased, "added": added, "relu": relu, "pooled": pooled,
-    }  # fmt: skip
-    blocks = pooling.blocks, pooling.splits
-    return KernelLaunch("finish_kernel", arguments, constants, blocks, pooling.warps)
+    return pooling.launch(
+        "finish_kernel", "x bias shortcut hidden_weight partial y", channels_last, dtype,
+        biased=biased, added=added, relu=relu, pooled=pooled,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,34 +144,27 @@ class GateSizes:
         )
 
 
+# What kernels make attentions of.
+ATTENTION = "partial hidden_bias norm_weight norm_bias heads head_bias average_weight average_bias"
+
+
+def gate_constants(pooling: Pooling, sizes: GateSizes, averages: int, parts: int) -> dict[str, Any]:
+    """Of a kernel that makes attentions, and adds up so many numbers of the pooled at a time."""
+    unit_pad, channel_pad = power_of_two(pooling.units), power_of_two(pooling.channels)
+    return {
+        **constants_of(pooling, "splits blocks channels units stride"),
+        **constants_of(sizes, "count normed centred epsilon squared averaged average_epsilon"),
+        "channel_pad": channel_pad,
+        "split_block": max(1, min(power_of_two(pooling.splits), averages // channel_pad)),
+        "unit_pad": unit_pad,
+        "part_block": max(1, min(power_of_two(pooling.parts), parts // unit_pad)),
+    }
+
+
 def gates_launch(pooling: Pooling, sizes: GateSizes) -> KernelLaunch:
     """The launch of the gates kernel, on what `pool_launch` or `finish_launch` pooled."""
-    names = (
-        "partial hidden_bias norm_weight norm_bias heads head_bias average_weight average_bias "
-        "average gates"
-    )
-    arguments = tuple((name, F32) for name in names.split())
-    unit_pad, channel_pad = power_of_two(pooling.units), power_of_two(pooling.channels)
-    head_block = max(1, min(64, 8192 // unit_pad, power_of_two(sizes.count)))
-    constants: dict[str, int | bool | float] = {
-        "splits": pooling.splits,
-        "blocks": pooling.blocks,
-        "channels": pooling.channels,
-        "channel_pad": channel_pad,
-        "split_block": max(1, min(power_of_two(pooling.splits), 4096 // channel_pad)),
-        "units": pooling.units,
-        "unit_pad": unit_pad,
-        "part_block": max(1, min(power_of_two(pooling.parts), 2048 // unit_pad)),
-        "count": sizes.count,
-        "head_block": head_block,
-        "normed": sizes.normed,
-        "centred": sizes.centred,
-        "epsilon": sizes.epsilon,
-        "squared": sizes.squared,
-        "sigmoid": sizes.sigmoid,
-        "averaged": sizes.averaged,
-        "average_epsilon": sizes.average_epsilon,
-        "dependent": False,
-    }
+    constants = gate_constants(pooling, sizes, averages=4096, parts=2048)
+    head_block = max(1, min(64, 8192 // constants["unit_pad"], power_of_two(sizes.count)))
+    constants |= {"head_block": head_block, "sigmoid": sizes.sigmoid}
     blocks = -(-sizes.count // head_block) + sizes.averaged, 1
-    return KernelLaunch("gates_kernel", arguments, constants, blocks, 4)
+    return launch_of("gates_kernel", f"{ATTENTION} average gates", {}, constants, blocks, 4)

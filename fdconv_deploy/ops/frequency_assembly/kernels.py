@@ -38,8 +38,8 @@ import math
 import triton
 import triton.language as tl
 
-from fdconv_deploy.ops.attention.kernels import hidden_layer, normalise_average
-from fdconv_deploy.ops.dependent_launch import begin
+from fdconv_deploy.ops.attention.kernels import begin, hidden_layer, load_heads, normalise_average
+from fdconv_deploy.ops.frequency_assembly import launch
 
 
 @triton.constexpr_function
@@ -52,11 +52,7 @@ def _sine(turns, length):
     return math.sin(2 * math.pi * turns / length)
 
 
-@triton.constexpr_function
-def pass_radix(length, limit):
-    """Of the first pass over ``length``: passes as few as can be, then as even as can be."""
-    bits, most = length.bit_length() - 1, limit.bit_length() - 1
-    return 2 ** -(-bits // max(1, -(-bits // most)))
+pass_radix = triton.constexpr_function(launch.pass_radix)
 
 
 @triton.jit
@@ -181,17 +177,16 @@ def power_of_two_inverse(
 
 
 @triton.jit
-def odd_output(
-    xr, xi, k, table, size, power: tl.constexpr, inner: tl.constexpr, limit: tl.constexpr
-):
-    """Points k, T + k, 2T + k, … of the inverse transform of a length T·M.
+def odd_output(xr, xi, k, table, inner: tl.constexpr, c: tl.constexpr):
+    """Points k, T + k, 2T + k, … of the inverse transform of a length T·M = odd · power.
 
     xr, xi: T tensors ``(M · inner,)``, point t·M + p of transform q at [p·inner + q] of the
     t-th. The result is one such tensor: point T·c + k at [c·inner + q].
     """
     odd: tl.constexpr = len(xr)
+    size: tl.constexpr = c.table_size
     if odd == 1:
-        return power_of_two_inverse(xr[0], xi[0], table, size, power, inner, limit)
+        return power_of_two_inverse(xr[0], xi[0], table, size, c.power, inner, c.limit)
     else:
         yr = xr[0]
         yi = xi[0]
@@ -200,27 +195,25 @@ def odd_output(
             sine = tl.load(table + size + t * k % odd)
             yr += xr[t] * cosine - xi[t] * sine
             yi += xr[t] * sine + xi[t] * cosine
-        place = table + odd + k * power + tl.arange(0, power * inner) // inner
+        place = table + odd + k * c.power + tl.arange(0, c.power * inner) // inner
         cosine = tl.load(place)
         sine = tl.load(place + size)
         zr = yr * cosine - yi * sine
         zi = yr * sine + yi * cosine
-        passes = table + odd + odd * power
-        return power_of_two_inverse(zr, zi, passes, size, power, inner, limit)
+        passes = table + odd + odd * c.power
+        return power_of_two_inverse(zr, zi, passes, size, c.power, inner, c.limit)
 
 
 @triton.jit
-def _weighted(
-    gates, values, groups, at,
-    tile_size: tl.constexpr, planes: tl.constexpr, held: tl.constexpr = False,
-):  # fmt: skip
+def _weighted(gates, values, groups, at, c: tl.constexpr, held: tl.constexpr = False):
     """Entries ``at`` of one tile's spectrum, weighed and summed over the planes.
 
     gates: a pointer; where ``held``, the attentions themselves.
     """
+    tile_size: tl.constexpr = c.rows * c.width
     real = tl.zeros(at.shape, tl.float32)
     imaginary = tl.zeros(at.shape, tl.float32)
-    for plane in tl.static_range(planes):
+    for plane in tl.static_range(c.planes):
         group = tl.load(groups + plane * tile_size + at).to(tl.int32)
         gate = tl.gather(gates, group, 0) if held else tl.load(gates + group)
         real += gate * tl.load(values + 2 * plane * tile_size + at)
@@ -236,42 +229,36 @@ def _place(position, column, stored_columns, row_block: tl.constexpr):
 
 
 @triton.jit
+def _tile_of(values, groups, half, image, tile, stored_columns, c: tl.constexpr):
+    """Where a tile's constants begin, and what is made of an image."""
+    size: tl.constexpr = c.planes * c.rows * c.width
+    values += tile.to(tl.int64) * (2 * size)
+    groups += tile.to(tl.int64) * size
+    half += image.to(tl.int64) * (c.row_blocks * c.row_block * 2) * stored_columns
+    return values, groups, half
+
+
+@triton.jit
 def row_kernel(
     gates,  # (B, heads) float32: the kernel attentions first
     values,  # (tiles, planes, 2, R, width) float32
     groups,  # (tiles, planes, R, width) uint8 or int32
     table,  # (2, table_size) float32
     half,  # out: (B, row blocks, 2, tiles · width, row_block) float32
-    heads: tl.constexpr,
-    planes: tl.constexpr,
-    odd: tl.constexpr,
-    power: tl.constexpr,
-    limit: tl.constexpr,
-    outputs: tl.constexpr,  # of the odd part, per program
-    width: tl.constexpr,
-    row_block: tl.constexpr,
-    row_blocks: tl.constexpr,
-    table_size: tl.constexpr,
-    dependent: tl.constexpr,
+    c: tl.constexpr,
 ):
     """Lengths R = odd · power. Row odd·c + k is stored at position k·power + c.
 
     Grid: (B, tiles, parts of the odd outputs).
     """
-    part: tl.constexpr = power * width
     image = tl.program_id(0)
     tile = tl.program_id(1)
-    begin(dependent)
-    stored_columns = tl.num_programs(1) * width
-    gates += image * heads
-    values += tile.to(tl.int64) * (2 * planes * odd * part)
-    groups += tile.to(tl.int64) * (planes * odd * part)
-    half += image.to(tl.int64) * (row_blocks * row_block * 2) * stored_columns
-
-    _invert_rows(
-        gates, values, groups, table, half, tile, tl.program_id(2) * outputs, stored_columns,
-        planes, odd, power, limit, outputs, width, row_block, table_size, False,
-    )  # fmt: skip
+    begin(c)
+    stored_columns = tl.num_programs(1) * c.width
+    gates += image * c.heads
+    values, groups, half = _tile_of(values, groups, half, image, tile, stored_columns, c)
+    first = tl.program_id(2) * c.outputs
+    _invert_rows(gates, values, groups, table, half, tile, first, stored_columns, c, False)
 
 
 @triton.jit
@@ -290,36 +277,7 @@ def attend_rows_kernel(
     average,  # out: (B, channels) float32 (averaged only)
     gates,  # out: (B, count) float32, all but the kernel attentions, which nothing else reads
     half,  # out: as of row_kernel
-    splits: tl.constexpr,
-    blocks: tl.constexpr,
-    channels: tl.constexpr,
-    channel_pad: tl.constexpr,
-    split_block: tl.constexpr,
-    units: tl.constexpr,
-    unit_pad: tl.constexpr,
-    part_block: tl.constexpr,
-    count: tl.constexpr,
-    kernel: tl.constexpr,  # attentions that weigh the spectrum
-    kernel_pad: tl.constexpr,
-    each: tl.constexpr,  # of the others, per program
-    each_pad: tl.constexpr,
-    normed: tl.constexpr,
-    centred: tl.constexpr,
-    epsilon: tl.constexpr,
-    squared: tl.constexpr,
-    averaged: tl.constexpr,
-    average_epsilon: tl.constexpr,
-    planes: tl.constexpr,
-    tiles: tl.constexpr,
-    odd: tl.constexpr,
-    power: tl.constexpr,
-    limit: tl.constexpr,
-    outputs: tl.constexpr,
-    width: tl.constexpr,
-    row_block: tl.constexpr,
-    row_blocks: tl.constexpr,
-    table_size: tl.constexpr,
-    dependent: tl.constexpr,
+    c: tl.constexpr,
 ):
     """As row_kernel, which needs no gates: every program makes the kernel attentions for itself.
 
@@ -328,72 +286,53 @@ def attend_rows_kernel(
     """
     image = tl.program_id(0)
     tile = tl.program_id(1)
-    unit = tl.arange(0, unit_pad)
-    first = tl.arange(0, kernel_pad)
+    unit = tl.arange(0, c.unit_pad)
+    first = tl.arange(0, c.kernel_pad)
     program = tile * tl.num_programs(2) + tl.program_id(2)
-    weight, moved = _head(heads, head_bias, first, unit, kernel, units)
-    begin(dependent)
-    partial += image.to(tl.int64) * (splits * (blocks * units + channels))
-    if tile < tiles:
-        z = hidden_layer(
-            partial, hidden_bias, norm_weight, norm_bias, splits, blocks, channels, units,
-            unit_pad, part_block, normed, centred, epsilon, squared,
-        )  # fmt: skip
-        if each > 0:
-            other = kernel + program * each + tl.arange(0, each_pad)
-            stop = tl.minimum(kernel + (program + 1) * each, count)
-            lines, offset = _head(heads, head_bias, other, unit, stop, units)
+    weight, moved = load_heads(heads, head_bias, first, unit, c.kernel, c)
+    begin(c)
+    partial += image.to(tl.int64) * (c.splits * c.stride)
+    if tile < c.tiles:
+        z = hidden_layer(partial, hidden_bias, norm_weight, norm_bias, c)
+        if c.each > 0:
+            other = c.kernel + program * c.each + tl.arange(0, c.each_pad)
+            stop = tl.minimum(c.kernel + (program + 1) * c.each, c.count)
+            lines, offset = load_heads(heads, head_bias, other, unit, stop, c)
             gate = tl.sigmoid(tl.sum(lines * z[None, :], 1) + offset)
-            tl.store(gates + image * count + other, gate, mask=other < stop)
-        values += tile.to(tl.int64) * (2 * planes * odd * power * width)
-        groups += tile.to(tl.int64) * (planes * odd * power * width)
-        half += image.to(tl.int64) * (row_blocks * row_block * 2) * (tiles * width)
-        _invert_rows(
-            tl.sigmoid(tl.sum(weight * z[None, :], 1) + moved),
-            values, groups, table, half, tile, tl.program_id(2) * outputs, tiles * width,
-            planes, odd, power, limit, outputs, width, row_block, table_size, True,
-        )  # fmt: skip
+            tl.store(gates + image * c.count + other, gate, mask=other < stop)
+        columns: tl.constexpr = c.tiles * c.width
+        values, groups, half = _tile_of(values, groups, half, image, tile, columns, c)
+        held = tl.sigmoid(tl.sum(weight * z[None, :], 1) + moved)
+        output = tl.program_id(2) * c.outputs
+        _invert_rows(held, values, groups, table, half, tile, output, columns, c, True)
     else:
-        if averaged and tl.program_id(2) == 0:
-            normalise_average(
-                partial, average_weight, average_bias, average + image * channels,
-                splits, blocks, channels, channel_pad, split_block, units, average_epsilon,
-            )  # fmt: skip
-
-
-@triton.jit
-def _head(heads, head_bias, head, unit, stop, units: tl.constexpr):
-    """Weights and biases of the heads before ``stop``."""
-    mask = (head < stop)[:, None] & (unit < units)[None, :]
-    weight = tl.load(heads + head[:, None] * units + unit[None, :], mask=mask, other=0.0)
-    return weight, tl.load(head_bias + head, mask=head < stop, other=0.0)
+        if c.averaged and tl.program_id(2) == 0:
+            average += image * c.channels
+            normalise_average(partial, average_weight, average_bias, average, c)
 
 
 @triton.jit
 def _invert_rows(
     gates, values, groups, table, half, tile, first, stored_columns,
-    planes: tl.constexpr, odd: tl.constexpr, power: tl.constexpr, limit: tl.constexpr,
-    outputs: tl.constexpr, width: tl.constexpr, row_block: tl.constexpr,
-    table_size: tl.constexpr, held: tl.constexpr,
+    c: tl.constexpr, held: tl.constexpr,
 ):  # fmt: skip
     """Weigh a tile and write ``outputs`` of the odd part's from the ``first`` on."""
-    part: tl.constexpr = power * width
+    part: tl.constexpr = c.power * c.width
     lane = tl.arange(0, part)
     xr = ()
     xi = ()
-    for t in tl.static_range(odd):
-        entry = t * part + lane
-        real, imaginary = _weighted(gates, values, groups, entry, odd * part, planes, held)
+    for t in tl.static_range(c.odd):
+        real, imaginary = _weighted(gates, values, groups, t * part + lane, c, held)
         xr = xr + (real,)
         xi = xi + (imaginary,)
-    for n in range(outputs):
+    column = tile * c.width + lane % c.width
+    for n in range(c.outputs):
         k = first + n
-        yr, yi = odd_output(xr, xi, k, table, table_size, power, width, limit)
-        at = half + _place(
-            k * power + lane // width, tile * width + lane % width, stored_columns, row_block
-        )
+        yr, yi = odd_output(xr, xi, k, table, c.width, c)
+        row = k * c.power + lane // c.width
+        at = half + _place(row, column, stored_columns, c.row_block)
         tl.store(at, yr)
-        tl.store(at + stored_columns * row_block, yi)
+        tl.store(at + stored_columns * c.row_block, yi)
 
 
 @triton.jit
@@ -403,68 +342,57 @@ def dense_row_kernel(
     groups,
     table,  # (2, table_size): all R roots of unity
     half,
-    heads: tl.constexpr,
-    planes: tl.constexpr,
-    rows: tl.constexpr,
-    block: tl.constexpr,
-    width: tl.constexpr,
-    row_block: tl.constexpr,
-    row_blocks: tl.constexpr,
-    table_size: tl.constexpr,
-    dependent: tl.constexpr,
+    c: tl.constexpr,
 ):
     """Any R, as a dense product; row r at position r. Grid: (B, tiles, blocks of rows)."""
-    tile_size: tl.constexpr = rows * width
     image = tl.program_id(0)
     tile = tl.program_id(1)
-    begin(dependent)
-    stored_columns = tl.num_programs(1) * width
-    gates += image * heads
-    values += tile.to(tl.int64) * (2 * planes * tile_size)
-    groups += tile.to(tl.int64) * (planes * tile_size)
-    half += image.to(tl.int64) * (row_blocks * row_block * 2) * stored_columns
-    row = tl.program_id(2) * block + tl.arange(0, block)
-    column = tl.arange(0, width)
-    real = tl.zeros([block, width], tl.float32)
-    imaginary = tl.zeros([block, width], tl.float32)
-    for q in range(rows):
-        xr, xi = _weighted(gates, values, groups, q * width + column, tile_size, planes)
-        turn = q * row % rows
+    begin(c)
+    stored_columns = tl.num_programs(1) * c.width
+    gates += image * c.heads
+    values, groups, half = _tile_of(values, groups, half, image, tile, stored_columns, c)
+    row = tl.program_id(2) * c.block + tl.arange(0, c.block)
+    column = tl.arange(0, c.width)
+    real = tl.zeros([c.block, c.width], tl.float32)
+    imaginary = tl.zeros([c.block, c.width], tl.float32)
+    for q in range(c.rows):
+        xr, xi = _weighted(gates, values, groups, q * c.width + column, c)
+        turn = q * row % c.rows
         cosine = tl.load(table + turn)[:, None]
-        sine = tl.load(table + table_size + turn)[:, None]
+        sine = tl.load(table + c.table_size + turn)[:, None]
         real += cosine * xr[None, :] - sine * xi[None, :]
         imaginary += sine * xr[None, :] + cosine * xi[None, :]
-    at = half + _place(row[:, None], tile * width + column[None, :], stored_columns, row_block)
-    inside = row[:, None] < rows
+    column = (tile * c.width + column)[None, :]
+    at = half + _place(row[:, None], column, stored_columns, c.row_block)
+    inside = row[:, None] < c.rows
     tl.store(at, real, mask=inside)
-    tl.store(at + stored_columns * row_block, imaginary, mask=inside)
+    tl.store(at + stored_columns * c.row_block, imaginary, mask=inside)
 
 
 @triton.jit
-def _row_pairs(
-    half, first, frequency,
-    rows: tl.constexpr, columns: tl.constexpr, stored_columns: tl.constexpr, pairs: tl.constexpr,
-):  # fmt: skip
+def _row_pairs(half, first, frequency, c: tl.constexpr):
     """Spectrum of rows 2q + i·(rows 2q + 1), ``frequency`` and q flat.
 
     half: the row block's entries; first: its first row. Rows past the last are zero: nothing
     was stored for them, and they would share a transform with one that counts.
     """
+    columns: tl.constexpr = c.odd * c.power
+    row_block: tl.constexpr = 2 * c.pairs
     mirrored = frequency > columns // 2
     column = tl.where(mirrored, columns - frequency, frequency)
-    slot = tl.arange(0, frequency.shape[0]) % pairs * 2
+    slot = tl.arange(0, frequency.shape[0]) % c.pairs * 2
     slots = slot[:, None] + tl.arange(0, 2)[None, :]
-    at = half + (column * (2 * pairs))[:, None] + slots
+    at = half + (column * row_block)[:, None] + slots
     # Imaginary parts of columns 0 and C/2 are dropped.
     complex_ = tl.broadcast_to(((frequency > 0) & (2 * frequency != columns))[:, None], at.shape)
-    if rows % (2 * pairs) == 0:
+    if c.rows % row_block == 0:
         real = tl.load(at)
     else:
-        inside = first + slots < rows
+        inside = first + slots < c.rows
         complex_ = complex_ & inside
         real = tl.load(at, mask=inside, other=0.0)
     ar, br = tl.split(real)
-    ai, bi = tl.split(tl.load(at + stored_columns * 2 * pairs, mask=complex_, other=0.0))
+    ai, bi = tl.split(tl.load(at + c.stored_columns * row_block, mask=complex_, other=0.0))
     ai = tl.where(mirrored, -ai, ai)
     bi = tl.where(mirrored, -bi, bi)
     return ar - bi, ai + br
@@ -472,46 +400,42 @@ def _row_pairs(
 
 @triton.jit
 def _modulate_and_store(
-    value, position, v, ins, gates, average, local_weight, output_scale, weight,
-    rows: tl.constexpr, row_odd: tl.constexpr, row_power: tl.constexpr,
-    in_channels: tl.constexpr, kernel_height: tl.constexpr, kernel_width: tl.constexpr,
-    taps: tl.constexpr, filter_at: tl.constexpr, spatial_at: tl.constexpr,
-    channel_at: tl.constexpr, scaled: tl.constexpr, channels_last: tl.constexpr,
-):  # fmt: skip
+    value, position, v, ins, gates, average, local_weight, output_scale, weight, c: tl.constexpr
+):
     """``value`` (input channels, rows), all of kernel column v; ``position`` is the rows'."""
-    valid = position < rows
+    valid = position < c.rows
     # What lies outside computes on the first row, and is not stored.
     position = tl.where(valid, position, 0)
-    row = position % row_power * row_odd + position // row_power
-    channel = row // kernel_height
-    u = row % kernel_height
-    place = u * kernel_width + v
+    row = position % c.row_power * c.row_odd + position // c.row_power
+    channel = row // c.kernel_height
+    u = row % c.kernel_height
+    place = u * c.kernel_width + v
     factor = tl.full(channel.shape, 1.0, tl.float32)
-    if filter_at >= 0:
-        factor *= tl.load(gates + filter_at + channel)
-    if spatial_at >= 0:
-        factor *= tl.load(gates + spatial_at + place)
-    if scaled:
+    if c.filter_at >= 0:
+        factor *= tl.load(gates + c.filter_at + channel)
+    if c.spatial_at >= 0:
+        factor *= tl.load(gates + c.spatial_at + place)
+    if c.scaled:
         factor *= tl.load(output_scale + channel)
     value *= factor[None, :]
-    if taps > 0:
-        taps_of_row = local_weight + row * (kernel_width * taps) + v * taps
+    if c.taps > 0:
+        taps_of_row = local_weight + row * (c.kernel_width * c.taps) + v * c.taps
         logit = tl.zeros(value.shape, tl.float32)
-        for t in tl.static_range(taps):
-            seen = ins + (t - taps // 2)
-            inside = (seen >= 0) & (seen < in_channels)
+        for t in tl.static_range(c.taps):
+            seen = ins + (t - c.taps // 2)
+            inside = (seen >= 0) & (seen < c.in_channels)
             window = tl.load(average + seen, mask=inside, other=0.0)
             logit += window[:, None] * tl.load(taps_of_row + t)[None, :]
         value *= tl.sigmoid(logit)
-    if channel_at >= 0:
-        value *= tl.load(gates + channel_at + ins)[:, None]
+    if c.channel_at >= 0:
+        value *= tl.load(gates + c.channel_at + ins)[:, None]
     # Of weight (o, i, u, v) within one image's kernels.
-    if channels_last:
-        pixel = (channel * kernel_height + u) * kernel_width + v
-        offset = pixel[None, :] * in_channels + ins[:, None]
+    if c.channels_last:
+        pixel = (channel * c.kernel_height + u) * c.kernel_width + v
+        offset = pixel[None, :] * c.in_channels + ins[:, None]
     else:
-        kernel = channel[None, :] * in_channels + ins[:, None]
-        offset = (kernel * kernel_height + u[None, :]) * kernel_width + v
+        kernel = channel[None, :] * c.in_channels + ins[:, None]
+        offset = (kernel * c.kernel_height + u[None, :]) * c.kernel_width + v
     tl.store(weight + offset, value.to(weight.dtype.element_ty), mask=valid[None, :])
 
 
@@ -524,66 +448,40 @@ def column_kernel(
     local_weight,  # (R, kernel_width · taps) float32 (local only)
     output_scale,  # (O,) float32 (scaled only)
     weight,  # out: (B·O, I, kernel_height, kernel_width), or channels last
-    heads: tl.constexpr,
-    odd: tl.constexpr,
-    power: tl.constexpr,
-    limit: tl.constexpr,
-    outputs: tl.constexpr,  # of the odd part, per program
-    table_size: tl.constexpr,
-    stored_columns: tl.constexpr,
-    pairs: tl.constexpr,  # of rows per program
-    row_odd: tl.constexpr,  # how the first kernel ordered the rows
-    row_power: tl.constexpr,
-    out_channels: tl.constexpr,
-    in_channels: tl.constexpr,
-    kernel_height: tl.constexpr,
-    kernel_width: tl.constexpr,
-    taps: tl.constexpr,  # 0: no local attention
-    filter_at: tl.constexpr,  # where in a row of gates; -1: there is none
-    spatial_at: tl.constexpr,
-    channel_at: tl.constexpr,
-    scaled: tl.constexpr,
-    channels_last: tl.constexpr,
-    dependent: tl.constexpr,
+    c: tl.constexpr,
 ):
     """Lengths C = odd · power with kernel_width dividing odd.
 
     Grid: (B, row blocks, parts of the odd outputs).
     """
-    rows: tl.constexpr = out_channels * kernel_height
-    part: tl.constexpr = power * pairs
+    row_block: tl.constexpr = 2 * c.pairs
     image = tl.program_id(0)
     block = tl.program_id(1)
-    begin(dependent)
-    gates += image * heads
-    average += image * in_channels
-    half += (image * tl.num_programs(1) + block).to(tl.int64) * (4 * pairs * stored_columns)
-    weight += image.to(tl.int64) * (rows * in_channels * kernel_width)
+    begin(c)
+    gates += image * c.heads
+    average += image * c.in_channels
+    half += (image * tl.num_programs(1) + block).to(tl.int64) * (2 * row_block * c.stored_columns)
+    weight += image.to(tl.int64) * (c.rows * c.in_channels * c.kernel_width)
 
-    point = tl.arange(0, part) // pairs
+    point = tl.arange(0, c.power * c.pairs) // c.pairs
     xr = ()
     xi = ()
-    for t in tl.static_range(odd):
-        real, imaginary = _row_pairs(
-            half, block * (2 * pairs), t * power + point,
-            rows, odd * power, stored_columns, pairs,
-        )  # fmt: skip
+    for t in tl.static_range(c.odd):
+        real, imaginary = _row_pairs(half, block * row_block, t * c.power + point, c)
         xr = xr + (real,)
         xi = xi + (imaginary,)
     # Column odd·c + k = kernel_width · i + v: each k is of one v, and of every `near`-th i.
-    near: tl.constexpr = odd // kernel_width
-    position = block * (2 * pairs) + tl.arange(0, 2 * pairs)
-    first = tl.program_id(2) * outputs
-    for n in range(outputs):
+    near: tl.constexpr = c.odd // c.kernel_width
+    position = block * row_block + tl.arange(0, row_block)
+    first = tl.program_id(2) * c.outputs
+    for n in range(c.outputs):
         k = first + n
-        yr, yi = odd_output(xr, xi, k, table, table_size, power, pairs, limit)
-        value = tl.reshape(tl.join(yr, yi), [power, 2 * pairs])
-        ins = near * tl.arange(0, power) + k // kernel_width
+        yr, yi = odd_output(xr, xi, k, table, c.pairs, c)
+        value = tl.reshape(tl.join(yr, yi), [c.power, row_block])
+        ins = near * tl.arange(0, c.power) + k // c.kernel_width
         _modulate_and_store(
-            value, position, k % kernel_width, ins,
-            gates, average, local_weight, output_scale, weight,
-            rows, row_odd, row_power, in_channels, kernel_height, kernel_width,
-            taps, filter_at, spatial_at, channel_at, scaled, channels_last,
+            value, position, k % c.kernel_width, ins,
+            gates, average, local_weight, output_scale, weight, c,
         )  # fmt: skip
 
 
@@ -596,54 +494,34 @@ def dense_column_kernel(
     local_weight,
     output_scale,
     weight,
-    heads: tl.constexpr,
-    table_size: tl.constexpr,
-    stored_columns: tl.constexpr,
-    row_block: tl.constexpr,
-    row_odd: tl.constexpr,
-    row_power: tl.constexpr,
-    channel_block: tl.constexpr,
-    out_channels: tl.constexpr,
-    in_channels: tl.constexpr,
-    kernel_height: tl.constexpr,
-    kernel_width: tl.constexpr,
-    taps: tl.constexpr,
-    filter_at: tl.constexpr,
-    spatial_at: tl.constexpr,
-    channel_at: tl.constexpr,
-    scaled: tl.constexpr,
-    channels_last: tl.constexpr,
-    dependent: tl.constexpr,
+    c: tl.constexpr,
 ):
     """Any C, as a dense product. Grid: (B, row blocks, blocks of input channels · columns)."""
-    rows: tl.constexpr = out_channels * kernel_height
-    columns: tl.constexpr = in_channels * kernel_width
+    columns: tl.constexpr = c.in_channels * c.kernel_width
     image = tl.program_id(0)
     block = tl.program_id(1)
-    begin(dependent)
-    gates += image * heads
-    average += image * in_channels
-    half += (image * tl.num_programs(1) + block).to(tl.int64) * (2 * row_block * stored_columns)
-    weight += image.to(tl.int64) * (rows * columns)
-    v = tl.program_id(2) % kernel_width
-    ins = tl.program_id(2) // kernel_width * channel_block + tl.arange(0, channel_block)
+    begin(c)
+    gates += image * c.heads
+    average += image * c.in_channels
+    half += (image * tl.num_programs(1) + block).to(tl.int64) * (2 * c.row_block * c.stored_columns)
+    weight += image.to(tl.int64) * (c.rows * columns)
+    v = tl.program_id(2) % c.kernel_width
+    ins = tl.program_id(2) // c.kernel_width * c.channel_block + tl.arange(0, c.channel_block)
     # Lanes past the last channel compute it again and store the same number.
-    ins = tl.minimum(ins, in_channels - 1)
-    column = ins * kernel_width + v
-    slot = tl.arange(0, row_block)
-    value = tl.zeros([channel_block, row_block], tl.float32)
+    ins = tl.minimum(ins, c.in_channels - 1)
+    column = ins * c.kernel_width + v
+    slot = tl.arange(0, c.row_block)
+    value = tl.zeros([c.channel_block, c.row_block], tl.float32)
     for frequency in range(0, columns // 2 + 1):
-        at = half + frequency * row_block + slot
+        at = half + frequency * c.row_block + slot
         turn = frequency * column % columns
         single = (frequency == 0) | (2 * frequency == columns)
         twice = tl.where(single, 1.0, 2.0)
         real = twice * tl.load(at)
-        imaginary = tl.where(single, 0.0, 2.0) * tl.load(at + stored_columns * row_block)
+        imaginary = tl.where(single, 0.0, 2.0) * tl.load(at + c.stored_columns * c.row_block)
         value += tl.load(table + turn)[:, None] * real[None, :]
-        value -= tl.load(table + table_size + turn)[:, None] * imaginary[None, :]
+        value -= tl.load(table + c.table_size + turn)[:, None] * imaginary[None, :]
     _modulate_and_store(
-        value, block * row_block + slot, v, ins,
-        gates, average, local_weight, output_scale, weight,
-        rows, row_odd, row_power, in_channels, kernel_height, kernel_width,
-        taps, filter_at, spatial_at, channel_at, scaled, channels_last,
+        value, block * c.row_block + slot, v, ins,
+        gates, average, local_weight, output_scale, weight, c,
     )  # fmt: skip

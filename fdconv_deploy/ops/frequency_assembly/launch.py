@@ -16,16 +16,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fdconv_deploy.folding.spectrum import HalfSpectrum
-from fdconv_deploy.ops.attention.launch import PARTS, GateSizes, Pooling
+from fdconv_deploy.ops.attention.launch import (
+    ATTENTION,
+    PARTS,
+    GateSizes,
+    Pooling,
+    gate_constants,
+)
 from fdconv_deploy.ops.launch import (
     THREADS_PER_WARP,
     KernelLaunch,
+    constants_of,
+    launch_of,
     power_of_two,
     warps_for,
 )
@@ -33,7 +41,6 @@ from fdconv_deploy.ops.launch import (
 if TYPE_CHECKING:  # it imports torch, which compiling kernels does without
     from fdconv_deploy.folding.layer import FoldedConv
 
-F32 = "*fp32"
 DENSE_BLOCK = 32
 # Two for each of the 132 multiprocessors of an H200, roughly.
 PROGRAMS = 256
@@ -267,6 +274,11 @@ class AssemblySizes:
         """Columns of the kernel matrix, C = in_channels * kernel_width."""
         return self.in_channels * self.kernel_width
 
+    @property
+    def group_type(self) -> str:
+        """Type of the spectrum's groups."""
+        return "int32" if self.wide_groups else "uint8"
+
 
 def gate_offsets(folded: FoldedConv) -> dict[str, int]:
     """``heads`` and the gates' offsets of a dynamic layer, as `AssemblySizes` names them."""
@@ -299,13 +311,8 @@ def assembly_sizes(folded: FoldedConv, spectrum: KernelSpectrum) -> AssemblySize
     )
 
 
-def _of_transform(transform: Transform, warps: int) -> dict[str, int]:
-    return {
-        "odd": transform.odd,
-        "power": transform.power,
-        "limit": transform.limit,
-        "outputs": transform.outputs(warps),
-    }
+def _of_transform(transform: Transform, warps: int) -> dict[str, Any]:
+    return constants_of(transform, "odd power limit") | {"outputs": transform.outputs(warps)}
 
 
 def row_pairs(sizes: AssemblySizes) -> int:
@@ -334,27 +341,23 @@ def half_shape(sizes: AssemblySizes) -> tuple[int, int, int, int]:
 
 def row_launch(sizes: AssemblySizes) -> KernelLaunch:
     """The launch of the row kernel, which runs first."""
-    groups = "*i32" if sizes.wide_groups else "*u8"
-    arguments = ("gates", F32), ("values", F32), ("groups", groups), ("table", F32), ("half", F32)
+    pointers, types = "gates values groups table half", {"groups": sizes.group_type}
     transform = transform_of(sizes.rows)
     row_blocks, _, _, row_block = half_shape(sizes)
-    common = {
-        "heads": sizes.heads,
-        "planes": sizes.planes,
-        "width": sizes.width,
+    constants = {
+        **constants_of(sizes, "heads planes rows width"),
         "row_block": row_block,
         "row_blocks": row_blocks,
         "table_size": root_table(sizes.rows, transform).shape[1],
-        "dependent": False,
     }
     if transform is None:
-        constants = common | {"rows": sizes.rows, "block": DENSE_BLOCK}
+        constants["block"] = DENSE_BLOCK
         blocks = sizes.tiles, -(-sizes.rows // DENSE_BLOCK)
-        return KernelLaunch("dense_row_kernel", arguments, constants, blocks, 4)
+        return launch_of("dense_row_kernel", pointers, types, constants, blocks, 4)
     warps = warps_for(transform.block * sizes.width, most=16)
-    constants = common | _of_transform(transform, sizes.tiles * warps)
-    blocks = sizes.tiles, transform.odd // int(constants["outputs"])
-    return KernelLaunch("row_kernel", arguments, constants, blocks, warps)
+    constants |= _of_transform(transform, sizes.tiles * warps)
+    blocks = sizes.tiles, transform.odd // constants["outputs"]
+    return launch_of("row_kernel", pointers, types, constants, blocks, warps)
 
 
 # Of a tile, numbers to a thread: of heads, and of the pooled parts that are added up.
@@ -371,91 +374,55 @@ def attend_rows_launch(
     layer, than every program should go through.
     """
     rows = row_launch(sizes)
-    unit_pad, kernel_pad = power_of_two(pooling.units), power_of_two(kernel)
     # The hidden layer takes a warp longer than its part of a short transform: where there are
     # schedulers without any, a program has more.
     tiles, programs = rows.blocks
     warps = max(4 if tiles * programs * rows.warps < SCHEDULERS else 1, rows.warps)
-    threads = warps * THREADS_PER_WARP
-    fits = kernel_pad * unit_pad <= HEADS_A_THREAD * threads
+    threads, kernel_pad = warps * THREADS_PER_WARP, power_of_two(kernel)
+    most = PARTS_A_THREAD * threads
+    constants = rows.constants | gate_constants(pooling, gates, averages=most, parts=most)
+    fits = kernel_pad * constants["unit_pad"] <= HEADS_A_THREAD * threads
     if not (fits and gates.sigmoid and rows.kernel == "row_kernel"):
         return None
     if pooling.parts * pooling.units > PARTS:
         return None
-    names = (
-        "partial hidden_bias norm_weight norm_bias heads head_bias average_weight average_bias "
-        "values groups table average gates half"
-    )
-    types = dict(rows.arguments)
-    arguments = tuple((name, types.get(name, F32)) for name in names.split())
+    del constants["heads"]
     each = -(-(gates.count - kernel) // (tiles * programs))
-    channel_pad = power_of_two(pooling.channels)
-    of_rows = {name: value for name, value in rows.constants.items() if name != "heads"}
-    constants = of_rows | {
-        "splits": pooling.splits,
-        "blocks": pooling.blocks,
-        "channels": pooling.channels,
-        "channel_pad": channel_pad,
-        "split_block": max(
-            1, min(power_of_two(pooling.splits), PARTS_A_THREAD * threads // channel_pad)
-        ),
-        "units": pooling.units,
-        "unit_pad": unit_pad,
-        "part_block": max(
-            1, min(power_of_two(pooling.parts), PARTS_A_THREAD * threads // unit_pad)
-        ),
-        "count": gates.count,
-        "kernel": kernel,
-        "kernel_pad": kernel_pad,
-        "each": each,
-        "each_pad": power_of_two(each),
-        "normed": gates.normed,
-        "centred": gates.centred,
-        "epsilon": gates.epsilon,
-        "squared": gates.squared,
-        "averaged": gates.averaged,
-        "average_epsilon": gates.average_epsilon,
+    constants |= {
+        "kernel": kernel, "kernel_pad": kernel_pad, "each": each, "each_pad": power_of_two(each),
         "tiles": tiles,
-    }
+    }  # fmt: skip
+    pointers = f"{ATTENTION} values groups table average gates half"
+    types = {"groups": sizes.group_type}
     blocks = tiles + gates.averaged, programs
-    return KernelLaunch("attend_rows_kernel", arguments, constants, blocks, warps)
+    return launch_of("attend_rows_kernel", pointers, types, constants, blocks, warps)
 
 
 def column_launch(
     sizes: AssemblySizes, *, channels_last: bool = False, dtype: str = "float32"
 ) -> KernelLaunch:
-    """The launch of the column kernel, for weights of a layout and a type of `FLOAT_TYPES`."""
-    names = "half", "gates", "table", "average", "local_weight", "output_scale", "weight"
-    arguments = tuple((name, F32) for name in names)
-    height, width = sizes.kernel_size
+    """The launch of the column kernel, for weights of a layout and a type of `TYPES`."""
+    pointers, types = "half gates table average local_weight output_scale weight", {"weight": dtype}
+    width = sizes.kernel_width
     transform = column_transform(sizes.columns, width)
     rows = transform_of(sizes.rows)
     row_blocks, _, stored_columns, row_block = half_shape(sizes)
-    constants: dict[str, int | bool | float] = {
-        "heads": sizes.heads,
+    names = (
+        "heads rows in_channels kernel_height kernel_width taps scaled "
+        "filter_at spatial_at channel_at"
+    )
+    constants = constants_of(sizes, names) | {
         "table_size": root_table(sizes.columns, transform).shape[1],
         "stored_columns": stored_columns,
         "row_odd": 1 if rows is None else rows.odd,
         "row_power": sizes.rows if rows is None else rows.power,
-        "out_channels": sizes.out_channels,
-        "in_channels": sizes.in_channels,
-        "kernel_height": height,
-        "kernel_width": width,
-        "taps": sizes.taps,
-        "filter_at": sizes.filter_at,
-        "spatial_at": sizes.spatial_at,
-        "channel_at": sizes.channel_at,
-        "scaled": sizes.scaled,
         "channels_last": channels_last,
-        "dependent": False,
     }
     if transform is None:
         constants |= {"row_block": row_block, "channel_block": DENSE_BLOCK}
         blocks = row_blocks, -(-sizes.in_channels // DENSE_BLOCK) * width
-        launch = KernelLaunch("dense_column_kernel", arguments, constants, blocks, 4)
-        return launch.typed(weight=dtype)
+        return launch_of("dense_column_kernel", pointers, types, constants, blocks, 4)
     warps = warps_for(transform.block * row_block // 2, most=16)
     constants |= _of_transform(transform, row_blocks * warps) | {"pairs": row_block // 2}
-    blocks = row_blocks, transform.odd // int(constants["outputs"])
-    launch = KernelLaunch("column_kernel", arguments, constants, blocks, warps)
-    return launch.typed(weight=dtype)
+    blocks = row_blocks, transform.odd // constants["outputs"]
+    return launch_of("column_kernel", pointers, types, constants, blocks, warps)

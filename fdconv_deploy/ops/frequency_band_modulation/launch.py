@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from fdconv_deploy.ops.launch import FLOAT_TYPES, KernelLaunch, power_of_two, warps_for
+from fdconv_deploy.ops.launch import (
+    KernelLaunch,
+    constants_of,
+    launch_of,
+    power_of_two,
+    warps_for,
+)
 
-F32 = "*fp32"
 TILE = 1024
 TALLEST = 128
 
@@ -28,34 +34,19 @@ def combination_launch(
     softmax has been applied already.
     """
     # The axis that is contiguous gets the longer side of the tile.
-    limit = power_of_two(channels if channels_last else pixels)
-    longer = min(TALLEST, limit)
-    limit = power_of_two(pixels if channels_last else channels)
-    shorter = min(TILE // longer, limit)
+    lengths = (channels, pixels) if channels_last else (pixels, channels)
+    longer = min(TALLEST, power_of_two(lengths[0]))
+    shorter = min(TILE // longer, power_of_two(lengths[1]))
     pixel_block, channel_block = (shorter, longer) if channels_last else (longer, shorter)
-    feature = "*" + FLOAT_TYPES[dtype]
-    arguments = (
-        ("x", feature),
-        ("logits", feature),
-        ("mix", F32),
-        ("mix_bias", F32),
-        ("lows", feature),
-        ("y", feature),
-    )
-    constants: dict[str, int | bool | float] = {
-        "channels": channels,
-        "pixels": pixels,
-        "groups": groups,
-        "weighted": weighted,
-        "terms": terms,
-        "pixel_block": pixel_block,
-        "channel_block": channel_block,
-        "sigmoid": sigmoid,
-        "channels_last": channels_last,
-        "dependent": False,
-    }
+    constants = {
+        "channels": channels, "pixels": pixels, "groups": groups, "weighted": weighted,
+        "terms": terms, "pixel_block": pixel_block, "channel_block": channel_block,
+        "biased": False, "sigmoid": sigmoid, "channels_last": channels_last,
+    }  # fmt: skip
     blocks = -(-pixels // pixel_block), -(-channels // channel_block)
-    return KernelLaunch("combination_kernel", arguments, constants, blocks, 4)
+    pointers = "x logits mix mix_bias lows y"
+    types = dict.fromkeys(("x", "logits", "lows", "y"), dtype)
+    return launch_of("combination_kernel", pointers, types, constants, blocks, 4)
 
 
 @dataclass(frozen=True)
@@ -119,107 +110,61 @@ def _block(size: int, most: int = MOST) -> int:
     return max(LEAST, min(most, power_of_two(size)))
 
 
+def _launch(
+    kernel: str, pointers: str, constants: dict[str, Any], blocks: tuple[int, int], dtype: str,
+    warps: int = 4,
+) -> KernelLaunch:  # fmt: skip
+    """What has no type of its own is of the features'."""
+    features = set(pointers.split()) - {"given", "shift", "mix", "mix_bias"}
+    types = dict.fromkeys(features, dtype)
+    return launch_of(kernel, pointers, types, constants, blocks, warps, STAGES)
+
+
 def project_launch(sizes: BandSizes, channels_last: bool, dtype: str) -> KernelLaunch:
     """Image rows onto the widest band's frequencies."""
-    feature = "*" + FLOAT_TYPES[dtype]
     count_block, channel_block = _block(sizes.count, 32), _block(sizes.channels)
-    constants: dict[str, int | bool | float | tuple[int, ...]] = {
-        "channels": sizes.channels,
-        "height": sizes.height,
-        "width": sizes.width,
-        "count": sizes.count,
-        "shares": sizes.shares,
-        "channel_block": channel_block,
-        "count_block": count_block,
-        "pixel_block": _block(sizes.width, 32),
-        "share_pad": _block(sizes.shares),
+    constants = constants_of(sizes, "channels height width count shares") | {
+        "channel_block": channel_block, "count_block": count_block,
+        "pixel_block": _block(sizes.width, 32), "share_pad": _block(sizes.shares),
         "channels_last": channels_last,
-        "dependent": False,
-    }
+    }  # fmt: skip
     blocks = sizes.height * -(-sizes.count // count_block), sizes.channel_blocks
-    arguments = (
-        ("x", feature),
-        ("to_columns", feature),
-        ("windows", feature),
-        ("given", F32),
-        ("projected", feature),
-    )
     # Without tensor cores for float16 (7.5), two products in four warps take too many registers.
     warps = 8 if sizes.shares else 4
-    return KernelLaunch("project_rows_kernel", arguments, constants, blocks, warps, STAGES)
+    pointers = "x to_columns windows given projected"
+    return _launch("project_rows_kernel", pointers, constants, blocks, dtype, warps)
 
 
 def filter_launch(sizes: BandSizes, channels_last: bool, dtype: str) -> KernelLaunch:
     """Each band's low-pass along the columns of pixels, and the logits where they are made here."""
-    feature = "*" + FLOAT_TYPES[dtype]
     row_block = _block(sizes.rows, 32)
     row_blocks = -(-sizes.rows // row_block)
     column_blocks = sum(-(-kept * sizes.channels // MOST) for kept in sizes.columns)
     parts = sizes.window**2 * sizes.channel_blocks
     pixel_block = max(1, ADDED // power_of_two(parts))
     pixel_blocks = -(-sizes.height * sizes.width // pixel_block) if sizes.maps else 0
-    constants: dict[str, int | bool | float | tuple[int, ...]] = {
-        "channels": sizes.channels,
-        "rows": sizes.rows,
-        "count": sizes.count // sizes.parts,
-        "columns": sizes.columns,
-        "row_block": row_block,
-        "column_block": MOST,
-        "column_blocks": column_blocks,
-        "inner_block": _block(sizes.rows, 32),
-        "maps": sizes.maps,
-        "parts": parts,
-        "height": sizes.height,
-        "width": sizes.width,
-        "window": sizes.window,
-        "part_pad": power_of_two(parts),
-        "pixel_block": pixel_block,
+    constants = constants_of(sizes, "channels rows columns maps height width window") | {
+        "count": sizes.count // sizes.parts, "parts": parts, "part_pad": power_of_two(parts),
+        "row_block": row_block, "column_block": MOST, "column_blocks": column_blocks,
+        "inner_block": _block(sizes.rows, 32), "pixel_block": pixel_block,
         "channels_last": channels_last,
-        "dependent": False,
-    }
-    arguments = (
-        ("projected", feature),
-        ("through", feature),
-        ("given", F32),
-        ("logits", feature),
-        ("filtered", feature),
-    )
+    }  # fmt: skip
     blocks = row_blocks, column_blocks + -(-pixel_blocks // row_blocks)
-    return KernelLaunch("filter_columns_kernel", arguments, constants, blocks, 4, STAGES)
+    pointers = "projected through given logits filtered"
+    return _launch("filter_columns_kernel", pointers, constants, blocks, dtype)
 
 
 def modulate_launch(
     sizes: BandSizes, channels_last: bool, dtype: str, *, biased: bool, sigmoid: bool
 ) -> KernelLaunch:
     """Back to pixels, weighed and added."""
-    feature = "*" + FLOAT_TYPES[dtype]
     pixel_block, channel_block = _block(sizes.width, 32), _block(sizes.channels, 32)
-    constants: dict[str, int | bool | float | tuple[int, ...]] = {
-        "channels": sizes.channels,
-        "height": sizes.height,
-        "width": sizes.width,
-        "parts": sizes.parts,
-        "columns": sizes.columns,
-        "groups": sizes.groups,
-        "weighted": sizes.weighted,
-        "pixel_block": pixel_block,
-        "channel_block": channel_block,
-        "inner_block": 16,
-        "biased": biased,
-        "sigmoid": sigmoid,
+    constants = constants_of(sizes, "channels height width parts columns groups weighted") | {
+        "terms": len(sizes.columns) + 1, "pixel_block": pixel_block,
+        "channel_block": channel_block, "inner_block": 16, "biased": biased, "sigmoid": sigmoid,
         "channels_last": channels_last,
-        "dependent": False,
-    }
-    arguments = (
-        ("x", feature),
-        ("logits", feature),
-        ("shift", F32),
-        ("mix", F32),
-        ("mix_bias", F32),
-        ("filtered", feature),
-        ("from_columns", feature),
-        ("y", feature),
-    )
+    }  # fmt: skip
     blocks = sizes.height * -(-sizes.width // pixel_block), -(-sizes.channels // channel_block)
     warps = warps_for(pixel_block * channel_block // 8, most=4)
-    return KernelLaunch("modulate_rows_kernel", arguments, constants, blocks, warps, STAGES)
+    pointers = "x logits shift mix mix_bias filtered from_columns y"
+    return _launch("modulate_rows_kernel", pointers, constants, blocks, dtype, warps)

@@ -27,10 +27,8 @@ from benchmarks.gpu.launches import launches
 from fdconv_deploy.folding.cuda import FusedConv2d, fuse_network
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.nn import FDConv2d, FDLinear, FDTokenConv
-from fdconv_deploy.ops.attention import torch_op as attention
-from fdconv_deploy.ops.frequency_assembly import torch_op as assembly
+from fdconv_deploy.ops import torch_ops
 from fdconv_deploy.ops.frequency_assembly.launch import column_transform, transform_of
-from fdconv_deploy.ops.frequency_band_modulation import torch_op as bands_op
 from fdconv_deploy.ops.launch import run_kernel
 from tests.reference.lively import enliven, error, lively_input
 
@@ -303,13 +301,11 @@ def network_errors(dtype: torch.dtype, channels_last: bool) -> dict[str, Any]:
     fused = fuse_network(network, x, dtype=dtype, channels_last=channels_last)
     launched: list[str] = []
 
-    def recorded(module: Any, launch: Any, *given: Any) -> None:
+    def recorded(launch: Any, *given: Any) -> None:
         launched.append(launch.kernel)
-        run_kernel(module, launch, *given)
+        run_kernel(launch, *given)
 
-    with ExitStack() as stack:
-        for operators in (assembly, attention, bands_op):
-            stack.enter_context(patch.object(operators, "run_kernel", recorded))
+    with patch.object(torch_ops, "run_kernel", recorded):
         actual = fused(x)
     counted = [one for one in launches(fused, x) if one.launch is not None]
     uses = [m for m in fused.network.modules() if type(m).__name__ == "_Use"]
@@ -335,14 +331,13 @@ def operator_checks() -> dict[str, Any]:
     softmax = FDConv2d(18, 18, 1, kernel_num=3, **alone)
     layers = case.layer(), torch.nn.ReLU(), FDConv2d(20, 18, 1, kernel_num=3), softmax
     network = torch.nn.Sequential(*layers)
-    operators = [
-        (assembly, "assemble_kernels"), (assembly, "attend_and_assemble"), (attention, "pool"),
-        (attention, "finish_convolution"), (attention, "attend"), (bands_op, "modulate_bands"),
-    ]  # fmt: skip
+    operators = (
+        "assemble_kernels attend_and_assemble pool finish_convolution attend modulate_bands".split()
+    )
     for last in (False, True):
         with ExitStack() as stack:
-            for holder, name in operators:
-                function = getattr(holder, name)
+            for name in operators:
+                function = getattr(torch_ops, name)
 
                 def record(*a: Any, function: Any = function) -> Any:
                     given.append((function, tuple(copy.deepcopy(a))))

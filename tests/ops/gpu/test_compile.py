@@ -254,7 +254,7 @@ def fused_layer() -> FusedConv2d:
 
 
 def test_a_layer_on_the_cpu_is_refused_in_a_sentence():
-    with pytest.raises(BackendError, match=r"fdconv::pool runs on an NVIDIA GPU.*on cpu"):
+    with pytest.raises(BackendError, match=r"pool_kernel runs on an NVIDIA GPU.*on cpu"):
         fused_layer()(lively_input((1, 18, 5, 5)))
 
 
