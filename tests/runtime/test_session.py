@@ -485,7 +485,7 @@ class TestBackends:
         edit(bundle_copy, lambda m: m["outputs"]["1"][0].update(shape=[1, 5, 9, 12]))
         with (
             open_session(bundle_copy) as session,
-            pytest.raises(BackendError, match="its manifest says"),
+            pytest.raises(BackendError, match="the bundle's manifest says"),
         ):
             session.segment(image)
 

@@ -133,7 +133,7 @@ class TestDirectly:
         (path / "weights.bin").write_bytes(toy.weight(7).tobytes())
         relist(path, "weights.bin")
         session = isolated_session(Bundle.open(path), Settings(backend="onnxruntime-cpu"), started)
-        with pytest.raises(BackendError, match="but its manifest says"):
+        with pytest.raises(BackendError, match="but the bundle's manifest says"):
             session.warm_up()
 
     def test_a_new_worker_needs_no_folder(self, started: Children, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -125,30 +125,24 @@ def feeds_problem(specs: tuple[TensorSpec, ...], feeds: Tensors) -> str | None:
 
 
 def check_signature(
-    bundle: Bundle, batch: int, inputs: set[Signature], outputs: set[Signature]
+    what: str, specs: Sequence[tuple[TensorSpec, ...]], found: Sequence[set[Signature]], advice: str
 ) -> None:
-    """Compare what a backend found a graph to take and to give with the manifest.
+    """Compare what the manifest says that a graph takes and gives with what it does.
 
     Args:
-        bundle: the bundle.
-        batch: the graph's batch size.
-        inputs: what the graph takes: names, shapes and numpy's names of types.
-        outputs: what it gives.
+        what: the graph, as a sentence's beginning.
+        specs, found: the manifest's inputs and outputs, and the graph's.
+        advice: what to do, a sentence.
 
     Raises:
         BackendError: they differ.
     """
-    manifest = bundle.manifest
-    for what, specs, found in (
-        ("inputs", manifest.inputs[batch], inputs),
-        ("outputs", manifest.outputs[batch], outputs),
-    ):
-        said = {(s.name, tuple(s.shape), np.dtype(s.dtype).name) for s in specs}
-        if said != found:
+    for kind, expected, tensors in zip(("inputs", "outputs"), specs, found, strict=True):
+        said = {(s.name, tuple(s.shape), np.dtype(s.dtype).name) for s in expected}
+        if said != tensors:
             raise BackendError(
-                f"The graph of batch {batch} in the bundle {bundle.path} has the {what} "
-                f"{sorted(found, key=str)}, but its manifest says {sorted(said, key=str)}. "
-                "Export the bundle again."
+                f"{what} has the {kind} {sorted(tensors, key=str)}, but the bundle's manifest "
+                f"says {sorted(said, key=str)}. {advice}"
             )
 
 

@@ -174,14 +174,13 @@ class OnnxRuntimeBackend:
                 "its driver (`nvidia-smi`) and libraries are installed (its own message is above; "
                 f"{install('onnxruntime-gpu')}), or choose backend 'onnxruntime-cpu'."
             )
-        check_signature(
-            bundle,
-            batch,
-            *(
-                {(v.name, tuple(v.shape), _numpy_type(v.type)) for v in values}
-                for values in (session.get_inputs(), session.get_outputs())
-            ),
-        )
+        found = [
+            {(v.name, tuple(v.shape), _numpy_type(v.type)) for v in values}
+            for values in (session.get_inputs(), session.get_outputs())
+        ]
+        specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
+        what = f"The graph of batch {batch} in the bundle {bundle.path}"
+        check_signature(what, specs, found, "Export the bundle again.")
         return session, blocked
 
     def _native_session(

@@ -136,13 +136,11 @@ class OpenVINOBackend:
                     f"OpenVINO cannot load {name!r} of the bundle {bundle.path}: "
                     f"{last_line(error)}. Choose backend 'onnxruntime-cpu'."
                 ) from error
-        check_signature(
-            bundle,
-            batch,
-            _signature(compiled.inputs, manifest.inputs[batch]),
-            _signature(compiled.outputs, manifest.outputs[batch]),
-        )
-        outputs = [_name(port, manifest.outputs[batch]) for port in compiled.outputs]
+        specs = manifest.inputs[batch], manifest.outputs[batch]
+        found = _signature(compiled.inputs, specs[0]), _signature(compiled.outputs, specs[1])
+        what = f"The graph of batch {batch} in the bundle {bundle.path}"
+        check_signature(what, specs, found, "Export the bundle again.")
+        outputs = [_name(port, specs[1]) for port in compiled.outputs]
         loaded = OpenVINOGraph(compiled, name, outputs)
         if exact is not None:
             self._error = _difference(bundle, batch, loaded, OpenVINOGraph(exact, name, outputs))

@@ -22,7 +22,9 @@ from fdconv_deploy.errors import BackendError, FDConvError
 from fdconv_deploy.runtime.backends.base import (
     BackendOptions,
     Phases,
+    Signature,
     Tensors,
+    check_signature,
     feeds_problem,
 )
 from fdconv_deploy.runtime.backends.tensorrt_engines import (
@@ -349,26 +351,15 @@ class TensorRTGraph:
 
     def _check_signature(self) -> None:
         engine, mode = self._engine, self._trt.TensorIOMode
-        found = {
-            (
-                engine.get_tensor_mode(name) == mode.INPUT,
-                name,
-                tuple(engine.get_tensor_shape(name)),
-                np.dtype(self._trt.nptype(engine.get_tensor_dtype(name))).name,
-            )
-            for name in map(engine.get_tensor_name, range(engine.num_io_tensors))
-        }
-        expected = {
-            (given, spec.name, tuple(spec.shape), np.dtype(spec.dtype).name)
-            for given, specs in ((True, self._inputs), (False, self._outputs))
-            for spec in specs
-        }
-        if found != expected:
-            raise BackendError(
-                f"The engine {self.name} has the tensors {sorted(found, key=str)}, but the "
-                f"bundle's manifest says {sorted(expected, key=str)}. Build it again: `fdconv "
-                "build --force`."
-            )
+        found: dict[bool, set[Signature]] = {True: set(), False: set()}
+        for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+            dtype = np.dtype(self._trt.nptype(engine.get_tensor_dtype(name))).name
+            signature = name, tuple(engine.get_tensor_shape(name)), dtype
+            found[engine.get_tensor_mode(name) == mode.INPUT].add(signature)
+        check_signature(
+            f"The engine {self.name}", (self._inputs, self._outputs),
+            (found[True], found[False]), "Build it again: `fdconv build --force`.",
+        )  # fmt: skip
 
 
 class _Run:
@@ -390,7 +381,6 @@ class _Run:
         self._inputs = [spec.name for spec in inputs]
         self._outputs = [spec.name for spec in outputs]
         self._host: dict[str, npt.NDArray[Any]] = {}
-        self._pinned: dict[str, int] = {}
         self._device: dict[str, int] = {}
         self._graph: Any = None
         self._engine_graph: Any = None  # without copies, for `phases`
@@ -412,12 +402,15 @@ class _Run:
         size = max(1, count * dtype.itemsize)
         pinned = int(self._cuda.call("cudaHostAlloc", size, self._cuda.rt.cudaHostAllocDefault))
         self._cleanup.callback(self._cuda.rt.cudaFreeHost, pinned)
-        self._pinned[spec.name] = pinned
         memory: Any = (ctypes.c_byte * size).from_address(pinned)
         self._host[spec.name] = np.frombuffer(memory, dtype, count).reshape(spec.shape)
         self._device[spec.name] = int(self._cuda.call("cudaMalloc", size))
         self._cleanup.callback(self._cuda.rt.cudaFree, self._device[spec.name])
         self._context.set_tensor_address(spec.name, self._device[spec.name])
+
+    def _fill(self, feeds: Tensors) -> None:
+        for name in self._inputs:
+            np.copyto(self._host[name], feeds[name])
 
     def _work(self) -> None:
         """Copy inputs, run, copy outputs: put on the stream."""
@@ -426,9 +419,8 @@ class _Run:
         self._copy_outputs()
 
     def _copy_inputs(self) -> None:
-        kind = self._cuda.rt.cudaMemcpyKind.cudaMemcpyHostToDevice
         for name in self._inputs:
-            self._copy(self._device[name], self._pinned[name], self._host[name].nbytes, kind)
+            self._copy(self._device[name], self._host[name].ctypes.data, name, "HostToDevice")
 
     def _execute(self) -> None:
         if not self._context.execute_async_v3(int(self._stream)):
@@ -438,19 +430,30 @@ class _Run:
             )
 
     def _copy_outputs(self) -> None:
-        kind = self._cuda.rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
         for name in self._outputs:
-            self._copy(self._pinned[name], self._device[name], self._host[name].nbytes, kind)
+            self._copy(self._host[name].ctypes.data, self._device[name], name, "DeviceToHost")
 
-    def _copy(self, to: int, source: int, size: int, kind: Any) -> None:
+    def _copy(self, to: int, source: int, name: str, way: str) -> None:
+        kind = getattr(self._cuda.rt.cudaMemcpyKind, f"cudaMemcpy{way}")
+        size = self._host[name].nbytes
         self._cuda.call("cudaMemcpyAsync", to, source, size, kind, self._stream)
+
+    def _launch(self, graph: Any, work: Callable[[], None]) -> None:
+        """Put a CUDA graph on the stream, or what it would hold where there is none."""
+        if graph is None:
+            work()
+        else:
+            self._cuda.call("cudaGraphLaunch", graph, self._stream)
+
+    def _wait(self) -> None:
+        self._cuda.call("cudaStreamSynchronize", self._stream)
 
     def _warm_up(self) -> None:
         """Run once, as TensorRT asks for before a capture, then record a CUDA graph."""
         for name in self._inputs:
             self._host[name].fill(0)
         self._work()
-        self._cuda.call("cudaStreamSynchronize", self._stream)
+        self._wait()
         self._graph = self._captured(self._work)
 
     def _captured(self, work: Callable[[], None]) -> Any:
@@ -480,28 +483,22 @@ class _Run:
             for _ in range(4):
                 self._events.append(call("cudaEventCreate"))
                 self._cleanup.callback(self._cuda.rt.cudaEventDestroy, self._events[-1])
-        for name in self._inputs:
-            np.copyto(self._host[name], feeds[name])
-        steps = (self._copy_inputs, self._run_engine, self._copy_outputs)
+        self._fill(feeds)
+
+        def run_engine() -> None:
+            self._launch(self._engine_graph, self._execute)
+
         call("cudaEventRecord", self._events[0], self._stream)
+        steps = (self._copy_inputs, run_engine, self._copy_outputs)
         for step, event in zip(steps, self._events[1:], strict=True):
             step()
             call("cudaEventRecord", event, self._stream)
-        call("cudaStreamSynchronize", self._stream)
-        h2d, compute, d2h = (
-            call("cudaEventElapsedTime", first, second) / 1e3
-            for first, second in pairwise(self._events)
-        )
+        self._wait()
+        spans = [call("cudaEventElapsedTime", *pair) / 1e3 for pair in pairwise(self._events)]
         start = time.perf_counter()
-        self._run_engine()
-        call("cudaStreamSynchronize", self._stream)
-        return Phases(h2d, compute, d2h, time.perf_counter() - start)
-
-    def _run_engine(self) -> None:
-        if self._engine_graph is None:
-            self._execute()
-        else:
-            self._cuda.call("cudaGraphLaunch", self._engine_graph, self._stream)
+        run_engine()
+        self._wait()
+        return Phases(*spans, no_copies=time.perf_counter() - start)
 
     @property
     def captured(self) -> bool:
@@ -509,13 +506,9 @@ class _Run:
         return self._graph is not None
 
     def __call__(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
-        for name in self._inputs:
-            np.copyto(self._host[name], feeds[name])
-        if self._graph is not None:
-            self._cuda.call("cudaGraphLaunch", self._graph, self._stream)
-        else:
-            self._work()
-        self._cuda.call("cudaStreamSynchronize", self._stream)
+        self._fill(feeds)
+        self._launch(self._graph, self._work)
+        self._wait()
         return {name: self._host[name].copy() for name in self._outputs}
 
     def close(self) -> None:
