@@ -72,10 +72,10 @@ def _triton() -> Any:
 def compile_kernel(
     launch: KernelLaunch, capability: int, ptx_version: int | None = None
 ) -> CompiledKernel:
-    """Compile one specialisation.
+    """Compile one specialisation, for pointers aligned to 16 bytes, as every allocation is.
 
     Args:
-        launch: its pointers are taken to be aligned to 16 bytes, as every allocation is.
+        launch: the kernel.
         capability: compute capability, e.g. 90 for sm_90.
         ptx_version: of the instruction set, e.g. 80 for 8.0, so that older drivers can read
             it; by default the newest that Triton's ptxas knows.
@@ -146,11 +146,7 @@ def _found(pattern: str, text: str) -> str:
 
 
 def without_hidden_parameters(ptx: str, name: str) -> tuple[str, tuple[str, ...]]:
-    """Strip the scratch pointers that only Triton's launcher passes.
-
-    Returns:
-        The PTX, and the types of the parameters that are left.
-    """
+    """PTX without the scratch pointers that only Triton's launcher passes, and its parameters."""
     head = re.search(rf"\.entry {re.escape(name)}\((.*?)\)", ptx, re.DOTALL)
     assert head is not None
     parameters = [p.strip() for p in head.group(1).split(",")]

@@ -14,10 +14,7 @@ from fdconv_deploy.ops import DOMAIN, OPSET
 class FunctionBody:
     """Collects nodes; every operator added returns the name of its one output.
 
-    Args:
-        name: of the function, in the ``fdconv`` domain.
-        inputs: names of its inputs, in order.
-        attributes: names of attributes that calling nodes give for other readers than the body.
+    attributes: names of those that calling nodes give for other readers than the body.
     """
 
     def __init__(self, name: str, inputs: Sequence[str], attributes: Sequence[str] = ()) -> None:

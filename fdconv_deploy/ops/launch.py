@@ -95,7 +95,7 @@ class KernelLaunch:
         return of | early
 
 
-def launch_of(
+def make_launch(
     kernel: str,
     pointers: str,
     types: Mapping[str, str],

@@ -39,11 +39,7 @@ def set_target(capability: int) -> None:
 
 
 def kernel_ptx(launch: KernelLaunch) -> CompiledKernel:
-    """The kernel for the chosen target; each specialisation is compiled once.
-
-    Raises:
-        BackendError: no target was chosen, no Triton, or the kernel does not compile.
-    """
+    """The kernel for the chosen target; each specialisation is compiled once."""
     if _capability is None:
         raise BackendError("no compute capability was chosen for the plugins; call set_target.")
     return _compiled(launch, _capability)
@@ -55,17 +51,14 @@ def _compiled(launch: KernelLaunch, capability: int) -> CompiledKernel:
 
 
 def _define(trt: Any, trtp: Any, name: str, plugin: Plugin) -> None:
-    """Register a plugin under its operator's name.
-
-    TensorRT reads parameters and types from the functions' signatures, which are therefore made
-    here from the plugin's inputs.
-    """
+    """Register a plugin under its operator's name."""
     identity = f"{NAMESPACE}::{name}"
     desc: Any = trtp.TensorDesc
     outputs: Any = tuple[trtp.TensorDesc]
     given = dict.fromkeys(plugin.inputs, desc) | {"sizes": Sizes}
     place = len(plugin.inputs)
 
+    # TensorRT reads parameters and types from the functions' signatures.
     def signed(returned: Any, **more: Any) -> Callable[[Any], Any]:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter(n, kind, annotation=a) for n, a in (given | more).items()]
@@ -117,11 +110,7 @@ def _implementation(trtp: Any, launch: KernelLaunch, batch: int) -> tuple[str, s
 
 
 def plugin_module(trt: Any) -> tuple[Any, str | None]:
-    """TensorRT's module of ahead-of-time plugins, or None and why they cannot be built here.
-
-    Args:
-        trt: the module ``tensorrt``.
-    """
+    """TensorRT's module of ahead-of-time plugins, or None and why they cannot be built here."""
     if importlib.util.find_spec("triton") is None:
         return None, f"Triton is not installed ({install('triton')})"
     try:
@@ -157,14 +146,11 @@ _registered: set[str] = set()
 
 
 def register_plugins(trt: Any, trtp: Any, names: Iterable[str]) -> list[str]:
-    """Register a plugin for each operator ``names`` that is one of ours.
+    """Register a plugin for each operator ``names`` that is one of ours, and list those.
 
     Args:
         trt, trtp: the modules ``tensorrt`` and ``tensorrt.plugin``.
         names: operators of the ``fdconv`` domain in a graph.
-
-    Returns:
-        The names that have a plugin now.
     """
     done = []
     for name in sorted(set(names)):

@@ -79,13 +79,7 @@ class _Layer:
 
 
 def block_graph(model: bytes, external: Mapping[str, Bytes], block: int) -> NativeGraph | None:
-    """Rewrite a graph for blocks of a length; None where no FDConv layer of it can be.
-
-    Args:
-        model: an exported graph, with its functions.
-        external: the files that it keeps constants in, by how it calls them.
-        block: of channels: 8 or 16.
-    """
+    """Rewrite a graph for blocks of 8 or 16 channels; None where no FDConv layer of it can be."""
     return _Rewriting(fuse_layers(model, external), block).run()
 
 

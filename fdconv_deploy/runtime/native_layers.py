@@ -37,12 +37,7 @@ Shapes = Mapping[str, Shape | None]
 
 @dataclass(frozen=True)
 class NativeGraph:
-    """A graph that only the native operators run.
-
-    Attributes:
-        model: a ``ModelProto`` of `onnx_graph`.
-        files: what it keeps constants in, by how it calls it.
-    """
+    """A ``ModelProto`` that only the native operators run, and the files of its constants."""
 
     model: Any
     files: dict[str, Bytes]
@@ -53,11 +48,7 @@ class NativeGraph:
         return any(node.domain == FUNCTIONS for node in self.model.graph.node)
 
     def lend_constants(self) -> dict[int, list[NDArray[Any]]]:
-        """Take the spectra and their groups out of the graph, to be lent while it is loaded.
-
-        Returns:
-            Each assembly's by the number that its node has then; for `ops.native.lent`.
-        """
+        """Take the spectra and their groups out of the graph; by node's number, for `lent`."""
         graph, loans = self.model.graph, dict[int, list[NDArray[Any]]]()
         index = GraphIndex(graph, self.files)
         for node in index.nodes:
@@ -110,11 +101,8 @@ def _channels_last(index: GraphIndex, node: Any) -> list[Any]:
 def fuse_layers(model: bytes, external: Mapping[str, Bytes]) -> NativeGraph:
     """One node in the place of each layer's attentions, and one in that of its convolutions.
 
-    What is not as an export writes it stays.
-
-    Args:
-        model: an exported graph, with its functions.
-        external: the files that it keeps constants in.
+    What is not as an export writes it stays. model, external: a graph, with its functions, and the
+    files that it keeps constants in.
     """
     fused = NativeGraph(read_model(model), dict(external))
     graph = fused.model.graph

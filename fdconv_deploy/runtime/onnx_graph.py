@@ -72,11 +72,7 @@ def _classes() -> dict[str, Any]:
 
 
 def read_model(data: bytes) -> Any:
-    """A ``ModelProto``'s parts.
-
-    Raises:
-        ValueError: the bytes are not an ONNX file's, or are cut off.
-    """
+    """A ``ModelProto``'s parts; ValueError where the bytes are no ONNX file's, or cut off."""
     try:
         return _classes()["Model"].FromString(data)
     except message.DecodeError as error:
@@ -180,11 +176,7 @@ def shape_of(value: Any) -> Shape | None:
 
 
 def tensor_values(tensor: Any, external: Mapping[str, bytes | memoryview]) -> NDArray[Any]:
-    """A constant's values, which may lie in the files that the graph keeps data in.
-
-    Raises:
-        KeyError: they are of a type that is not read here.
-    """
+    """A constant's values, which may lie in the files that the graph keeps data in."""
     dtype = _TYPES[tensor.data_type]
     shape = tuple(tensor.dims)
     if tensor.data_location == _EXTERNAL:
@@ -236,15 +228,9 @@ class ExternalTensors:
 class GraphIndex:
     """A graph's nodes, tensors' producers and readers; as it was when this was made.
 
-    Attributes:
-        nodes: the graph's. Others speak of them by their numbers in this list.
-        producers, readers: nodes by the name of what they give and read.
-        kept: names read from outside of the list: nothing may be fused past them.
-        constants: the graph's, by name.
-
-    Args:
-        graph: the graph.
-        external: the files that it keeps constants in.
+    Others speak of ``nodes`` by their numbers in this list. producers, readers: by the name of what
+    they give and read. kept: names read from outside of the list, past which nothing may be fused.
+    external: the files that the graph keeps ``constants`` in.
     """
 
     def __init__(self, graph: Any, external: Mapping[str, bytes | memoryview]) -> None:

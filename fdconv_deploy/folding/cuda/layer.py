@@ -283,11 +283,7 @@ class FusedConv2d(nn.Module):
         return assemble_kernels(*self.attention(partial), *made)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x``: ``(B, I, H, W)`` of ``dtype`` at the folded size.
-
-        Raises:
-            BackendError: x is of another shape or type, or not on a GPU.
-        """
+        """``x``: ``(B, I, H, W)`` of ``dtype`` at the folded size, on a GPU."""
         folded = self.folded
         if folded.tokens:
             # As a map, which in memory they are one of with its channels last.

@@ -18,11 +18,7 @@ from fdconv_deploy.ops.launch import interpreting
 
 
 def require_cuda() -> None:
-    """Raise where the fused network cannot run.
-
-    Raises:
-        BackendError: PyTorch sees no CUDA device.
-    """
+    """Raise BackendError where PyTorch sees no CUDA device."""
     if torch.cuda.is_available():
         return
     build = torch.version.cuda
@@ -45,11 +41,7 @@ class FusedNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
-        """``x``: as the example the network was fused for, float32 or ``dtype``.
-
-        Raises:
-            BackendError: x is of another shape.
-        """
+        """``x``: of the example's shape, which the network was fused for, float32 or ``dtype``."""
         if tuple(x.shape) != self.shape:
             raise BackendError(
                 f"the network was fused for inputs {self.shape}, got {tuple(x.shape)}. Fuse it "

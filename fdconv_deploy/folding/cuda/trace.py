@@ -73,18 +73,7 @@ def trace_fused(
     channels_last: bool,
     device: torch.device,
 ) -> nn.Module:
-    """The traced network on a device.
-
-    Args:
-        network: in eval mode; not changed.
-        example: its shape is the traced network's.
-        folded: `fold_layers` of both.
-        dtype, channels_last: as of `fuse_network`.
-        device: where it runs.
-
-    Raises:
-        ExportError: torch cannot trace the network.
-    """
+    """The traced network on a device; arguments as of `fuse_network`."""
     stripped = replace_layers(network, layer_stand_in).to(dtype)
     try:
         program = torch.export.export(stripped, (example.to(dtype),), strict=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fdconv_deploy.ops.launch import KernelLaunch, constants_of, launch_of, power_of_two
+from fdconv_deploy.ops.launch import KernelLaunch, constants_of, make_launch, power_of_two
 
 if TYPE_CHECKING:  # it imports torch, which compiling kernels does without
     from fdconv_deploy.folding.modulation import FoldedLocal, FoldedModulation
@@ -90,7 +90,7 @@ class Pooling:
         constants = constants_of(self, names) | {"channels_last": channels_last} | more
         blocks = self.blocks, self.splits
         types = dict.fromkeys(("x", "shortcut", "y"), dtype)
-        return launch_of(kernel, pointers, types, constants, blocks, self.warps)
+        return make_launch(kernel, pointers, types, constants, blocks, self.warps)
 
 
 def pool_launch(pooling: Pooling, channels_last: bool, dtype: str = "float32") -> KernelLaunch:
@@ -167,4 +167,4 @@ def gates_launch(pooling: Pooling, sizes: GateSizes) -> KernelLaunch:
     head_block = max(1, min(64, 8192 // constants["unit_pad"], power_of_two(sizes.count)))
     constants |= {"head_block": head_block, "sigmoid": sizes.sigmoid}
     blocks = -(-sizes.count // head_block) + sizes.averaged, 1
-    return launch_of("gates_kernel", f"{ATTENTION} average gates", {}, constants, blocks, 4)
+    return make_launch("gates_kernel", f"{ATTENTION} average gates", {}, constants, blocks, 4)

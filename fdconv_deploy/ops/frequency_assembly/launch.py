@@ -2,11 +2,10 @@
 
 The kernels invert the spectrum as the published code does, rows of the kernel matrix first,
 then its columns onto real numbers; a folded spectrum is stored the other way round (half of
-the rows). Both say the same thing, and this way round a kernel's rows come out whole, so the
-modulation finds all of an output channel's weights in one program. It also makes the last
-length even, always (C must be), and needs no second slot for a row whose two mirror images
-are weighed by different attentions: columns 0 and C/2 store all rows, and only the real part
-of their transform counts, so each image goes to its own row.
+the rows). This way round a kernel's rows come out whole, so the modulation finds all of an
+output channel's weights in one program; and no row whose two mirror images are weighed by
+different attentions needs a second slot: columns 0 and C/2 store all rows, and only the real part
+of their transform counts.
 
 Sizes: R rows, C columns, P planes, h = C/2. A tile is ``tile_columns`` columns of the h + 1.
 """
@@ -33,7 +32,7 @@ from fdconv_deploy.ops.launch import (
     THREADS_PER_WARP,
     KernelLaunch,
     constants_of,
-    launch_of,
+    make_launch,
     power_of_two,
     warps_for,
 )
@@ -87,7 +86,7 @@ class Transform:
 
 
 def transform_of(length: int) -> Transform | None:
-    """None where the odd part is too large: then a dense product inverts it."""
+    """How a length is inverted; None for a dense product, where its odd part is too large."""
     power = length & -length
     odd = length // power
     if odd > LARGEST_ODD:
@@ -102,12 +101,9 @@ def transform_of(length: int) -> Transform | None:
 
 
 def column_transform(columns: int, kernel_width: int) -> Transform | None:
-    """Of C points; None for a dense product.
-
-    The kernel's width must divide the odd part, so that each output of it is of one kernel
-    column.
-    """
+    """Of C points; None for a dense product."""
     transform = transform_of(columns)
+    # So that each output of the odd part is of one kernel column.
     return None if transform is None or transform.odd % kernel_width else transform
 
 
@@ -120,9 +116,8 @@ def _roots(turns: NDArray[np.int64], length: int) -> NDArray[np.complex128]:
 def root_table(length: int, transform: Transform | None) -> NDArray[np.float32]:
     """Roots of unity that a transform reads: ``(2, n)`` float32, real and imaginary parts.
 
-    Of the odd part, if above 1: its ``odd`` roots, then ``(odd, power)`` twiddles. Then of
-    each pass but the last the first power, ``(points left,)``. For a dense product: all roots
-    of the length. Never empty, and a multiple of four long.
+    Of the odd part, if above 1: its ``odd`` roots, then ``(odd, power)`` twiddles. Then of each
+    pass but the last the first power, ``(points left,)``. At least four, in fours.
     """
     parts = []
     if transform is None:
@@ -141,15 +136,12 @@ def root_table(length: int, transform: Transform | None) -> NDArray[np.float32]:
 
 
 def tile_columns(rows: int, columns: int) -> int:
-    """Columns per program of the row kernel.
-
-    Four, or two where that leaves multiprocessors of a large GPU idle: with the rows that the
-    second kernel takes together they still make full 32-byte sectors. Short columns need more
-    to fill a warp.
-    """
+    """Columns per program of the row kernel."""
     transform = transform_of(rows)
     if transform is None:
         return 4
+    # Two where four leave multiprocessors of a large GPU idle: with the rows that the second kernel
+    # takes together they still make full 32-byte sectors. Short columns need more to fill a warp.
     width = 4 if columns // 2 + 1 > 4 * 128 else 2
     return max(width, 32 // transform.block)
 
@@ -163,15 +155,11 @@ class KernelSpectrum:
     Columns past C/2 hold zeros.
     """
 
-    rows: int
-    columns: int
     values: NDArray[np.float32]
     groups: NDArray[np.uint8] | NDArray[np.int32]
 
 
-def _half_columns(
-    spectrum: HalfSpectrum,
-) -> tuple[NDArray[np.complex64], NDArray[np.int64]]:
+def _half_columns(spectrum: HalfSpectrum) -> tuple[NDArray[np.complex64], NDArray[np.int64]]:
     """Values and groups ``(P, R, C/2 + 1)`` whose transform's real part is the kernel matrix."""
     rows, columns = spectrum.rows, spectrum.columns
     half = columns // 2
@@ -214,12 +202,8 @@ def kernel_spectrum(spectrum: HalfSpectrum) -> KernelSpectrum:
 
     values, groups = tiled(values), tiled(groups)
     compact = groups.astype(np.uint8 if groups.max(initial=0) <= 255 else np.int32)
-    return KernelSpectrum(
-        rows,
-        spectrum.columns,
-        np.ascontiguousarray(np.stack([values.real, values.imag], axis=2)),
-        np.ascontiguousarray(compact),
-    )
+    parts = np.stack([values.real, values.imag], axis=2)
+    return KernelSpectrum(np.ascontiguousarray(parts), np.ascontiguousarray(compact))
 
 
 @dataclass(frozen=True)
@@ -316,15 +300,12 @@ def _of_transform(transform: Transform, warps: int) -> dict[str, Any]:
 
 
 def row_pairs(sizes: AssemblySizes) -> int:
-    """Pairs of rows per program of the second kernel.
-
-    One pair already makes full 32-byte sectors of what the first kernel writes, more make
-    longer stretches. So: as many as leave two programs to each multiprocessor of a large GPU,
-    and no fewer than give a warp work.
-    """
+    """Pairs of rows per program of the second kernel."""
     transform = column_transform(sizes.columns, sizes.kernel_width)
     if transform is None:
         return 4
+    # One makes full 32-byte sectors of what the first kernel writes, more make longer stretches: as
+    # many as leave each multiprocessor of a large GPU two programs, no fewer than give a warp work.
     pairs = 1
     while pairs < 4 and -(-sizes.rows // (4 * pairs)) >= PROGRAMS:
         pairs *= 2
@@ -353,11 +334,11 @@ def row_launch(sizes: AssemblySizes) -> KernelLaunch:
     if transform is None:
         constants["block"] = DENSE_BLOCK
         blocks = sizes.tiles, -(-sizes.rows // DENSE_BLOCK)
-        return launch_of("dense_row_kernel", pointers, types, constants, blocks, 4)
+        return make_launch("dense_row_kernel", pointers, types, constants, blocks, 4)
     warps = warps_for(transform.block * sizes.width, most=16)
     constants |= _of_transform(transform, sizes.tiles * warps)
     blocks = sizes.tiles, transform.odd // constants["outputs"]
-    return launch_of("row_kernel", pointers, types, constants, blocks, warps)
+    return make_launch("row_kernel", pointers, types, constants, blocks, warps)
 
 
 # Of a tile, numbers to a thread: of heads, and of the pooled parts that are added up.
@@ -369,9 +350,9 @@ def attend_rows_launch(
 ) -> KernelLaunch | None:
     """The launch of the row kernel that takes the pooled input and makes the gates.
 
-    kernel: attentions that weigh the spectrum. None where a kernel of its own has to make the
-    gates: softmax needs all at once, and very wide layers have more heads, or parts of the hidden
-    layer, than every program should go through.
+    None where a kernel of its own has to make them: softmax needs all at once, and very wide layers
+    have more heads, or parts of the hidden layer, than every program should go through. kernel:
+    attentions that weigh the spectrum.
     """
     rows = row_launch(sizes)
     # The hidden layer takes a warp longer than its part of a short transform: where there are
@@ -395,7 +376,7 @@ def attend_rows_launch(
     pointers = f"{ATTENTION} values groups table average gates half"
     types = {"groups": sizes.group_type}
     blocks = tiles + gates.averaged, programs
-    return launch_of("attend_rows_kernel", pointers, types, constants, blocks, warps)
+    return make_launch("attend_rows_kernel", pointers, types, constants, blocks, warps)
 
 
 def column_launch(
@@ -421,8 +402,8 @@ def column_launch(
     if transform is None:
         constants |= {"row_block": row_block, "channel_block": DENSE_BLOCK}
         blocks = row_blocks, -(-sizes.in_channels // DENSE_BLOCK) * width
-        return launch_of("dense_column_kernel", pointers, types, constants, blocks, 4)
+        return make_launch("dense_column_kernel", pointers, types, constants, blocks, 4)
     warps = warps_for(transform.block * row_block // 2, most=16)
     constants |= _of_transform(transform, row_blocks * warps) | {"pairs": row_block // 2}
     blocks = row_blocks, transform.odd // constants["outputs"]
-    return launch_of("column_kernel", pointers, types, constants, blocks, warps)
+    return make_launch("column_kernel", pointers, types, constants, blocks, warps)

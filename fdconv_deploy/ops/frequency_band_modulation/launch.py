@@ -8,7 +8,7 @@ from typing import Any
 from fdconv_deploy.ops.launch import (
     KernelLaunch,
     constants_of,
-    launch_of,
+    make_launch,
     power_of_two,
     warps_for,
 )
@@ -46,7 +46,7 @@ def combination_launch(
     blocks = -(-pixels // pixel_block), -(-channels // channel_block)
     pointers = "x logits mix mix_bias lows y"
     types = dict.fromkeys(("x", "logits", "lows", "y"), dtype)
-    return launch_of("combination_kernel", pointers, types, constants, blocks, 4)
+    return make_launch("combination_kernel", pointers, types, constants, blocks, 4)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _launch(
     """What has no type of its own is of the features'."""
     features = set(pointers.split()) - {"given", "shift", "mix", "mix_bias"}
     types = dict.fromkeys(features, dtype)
-    return launch_of(kernel, pointers, types, constants, blocks, warps, STAGES)
+    return make_launch(kernel, pointers, types, constants, blocks, warps, STAGES)
 
 
 def project_launch(sizes: BandSizes, channels_last: bool, dtype: str) -> KernelLaunch:

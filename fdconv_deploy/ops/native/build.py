@@ -33,12 +33,9 @@ class BuildError(Exception):
 
 
 def library_name(openvino: str | None = None) -> str:
-    """Of the library that this source makes on this platform.
+    """Of the library, or the extension of a version of OpenVINO, that this source makes here.
 
     It changes with the source, so that a library of another version is never taken for it.
-
-    Args:
-        openvino: the version of OpenVINO that the library is an extension of.
     """
     digest = hashlib.sha256()
     for path in sorted(SOURCE.iterdir()):
@@ -85,8 +82,7 @@ def build_openvino(folder: Path, package: Path, version: str) -> Path:
 
     Args:
         folder: where to.
-        package: OpenVINO's, which holds its headers and libraries.
-        version: of OpenVINO.
+        package, version: OpenVINO's folder, which holds its headers and libraries, and version.
 
     Raises:
         BuildError: no compiler, an unknown system, or the compiler failed.

@@ -55,15 +55,7 @@ _NUMPY_TYPES = {"float": "float32", "double": "float64"}  # other types have num
 
 
 class OnnxRuntimeBackend:
-    """Runs graphs in ONNX Runtime with one execution provider first.
-
-    Args:
-        name: of the backend, a key of ``PROVIDERS``.
-        options: what the caller set.
-
-    Raises:
-        BackendError: onnxruntime is not installed, or lacks the provider.
-    """
+    """Runs graphs in ONNX Runtime with one execution provider first, `name`'s of ``PROVIDERS``."""
 
     def __init__(self, name: str, options: BackendOptions) -> None:
         self.name = name
@@ -259,13 +251,8 @@ class OnnxRuntimeGraph:
 
     No IO binding: ONNX Runtime reads contiguous numpy inputs where they lie, and binding an
     output to a caller's fresh array instead of copying it there saves less than a millisecond
-    of a run (benchmarks.session --binding). Outputs kept for reuse would have to be copied
-    anyway, since answers belong to their callers.
-
-    Args:
-        session: of the graph.
-        name: of the graph's file.
-        instead: makes the session that runs go on in once one has failed, other than for memory.
+    of a run (benchmarks.session --binding). ``instead`` makes the session that runs go on in once
+    one has failed, other than for memory.
     """
 
     def __init__(
@@ -296,15 +283,6 @@ class CudaGraph:
     Where the session captures, its first run records a CUDA graph, which every other run replays:
     of thousands of kernels that start one by one, none waits for the CPU. All runs are of one
     thread, since the provider records one graph for each that runs it.
-
-    Args:
-        ort: the module ``onnxruntime``.
-        session: of the CUDA provider.
-        name: of the graph's file.
-        inputs, outputs: of the graph.
-
-    Raises:
-        BackendError: it cannot be run.
     """
 
     def __init__(
@@ -383,11 +361,7 @@ class _NotStartedError(BackendError):
 
 
 def import_onnxruntime(package: str = "onnxruntime") -> Any:
-    """The onnxruntime module.
-
-    Raises:
-        BackendError: it is not installed, or does not load.
-    """
+    """The onnxruntime module; BackendError where it is not installed, or does not load."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -420,11 +394,7 @@ def cuda_problem() -> str | None:
 
 
 def first_name(providers: list[Any]) -> str:
-    """The name of the first execution provider in ONNX Runtime's notation.
-
-    Raises:
-        BackendError: there is none.
-    """
+    """The name of the first execution provider in ONNX Runtime's notation."""
     if not providers:
         raise BackendError("An empty list of ONNX Runtime providers was given; name one or more.")
     first = providers[0]

@@ -41,15 +41,7 @@ log = logging.getLogger("fdconv.openvino")
 
 
 class OpenVINOBackend:
-    """Runs graphs in OpenVINO's CPU plugin.
-
-    Args:
-        name: of the backend, a key of ``PRECISIONS``.
-        options: what the caller set.
-
-    Raises:
-        BackendError: openvino or onnx is not installed, or something was set that is not its own.
-    """
+    """Runs graphs in OpenVINO's CPU plugin; ``name`` is a key of ``PRECISIONS``."""
 
     device = "cpu"
 

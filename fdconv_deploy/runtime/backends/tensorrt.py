@@ -44,11 +44,7 @@ _OTHERS = "Backend 'onnxruntime-cpu' runs this bundle now, 'onnxruntime-cuda' wh
 
 
 class Cuda:
-    """The little of the CUDA runtime that TensorRT's buffers need, on the first visible GPU.
-
-    Raises:
-        BackendError: no GPU, no driver, or no cuda-bindings.
-    """
+    """The little of the CUDA runtime that TensorRT's buffers need, on the first visible GPU."""
 
     def __init__(self, runtime: Any = None) -> None:
         if runtime is None:
@@ -68,11 +64,7 @@ class Cuda:
             )
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call a function of the runtime; what it returns beside its status.
-
-        Raises:
-            BackendError: it failed.
-        """
+        """Call a function of the runtime; what it returns beside its status."""
         status, *rest = getattr(self.rt, name)(*arguments)
         if int(status):
             if status.name == "cudaErrorMemoryAllocation":
@@ -104,11 +96,7 @@ class Cuda:
 
 
 def import_tensorrt() -> Any:
-    """The module ``tensorrt``, of a version that is known here.
-
-    Raises:
-        BackendError: it is not installed, does not load, or is too old.
-    """
+    """The module ``tensorrt``; BackendError where it is not installed, too old or does not load."""
     try:
         import tensorrt  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
@@ -132,9 +120,6 @@ def import_runtime() -> Any:
     """The module ``tensorrt``, else ``tensorrt_lean``.
 
     That is a hundredth in size, builds nothing, and runs engines built version-compatible.
-
-    Raises:
-        BackendError: as `import_tensorrt`, where there is no ``tensorrt_lean`` either.
     """
     try:
         return import_tensorrt()
@@ -186,11 +171,7 @@ class Messages:
 
 
 class TensorRTBackend:
-    """Runs engines. See :class:`Backend`.
-
-    Raises:
-        BackendError: no GPU, no driver, no TensorRT, or one that is too old.
-    """
+    """Runs engines. See :class:`Backend`; needs a GPU, its driver and TensorRT."""
 
     name = "tensorrt"
     device = "cuda"
@@ -242,11 +223,7 @@ class TensorRTBackend:
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
     ) -> TensorRTGraph:
-        """An engine from its bytes, which the caller has checked.
-
-        Raises:
-            BackendError: TensorRT does not take it, or memory runs out.
-        """
+        """An engine from its bytes, which the caller has checked."""
         self.messages.errors.clear()
         runtime = self.trt.Runtime(self._logger)
         if record.fingerprint.version_compatible:
@@ -270,11 +247,7 @@ class TensorRTBackend:
 
 
 class TensorRTGraph:
-    """One engine and a pool of contexts to run it in. See :class:`Graph`.
-
-    Attributes:
-        name: of the engine.
-    """
+    """One engine and a pool of contexts to run it in. See :class:`Graph`."""
 
     def __init__(
         self,
@@ -494,11 +467,12 @@ class _Run:
             step()
             call("cudaEventRecord", event, self._stream)
         self._wait()
-        spans = [call("cudaEventElapsedTime", *pair) / 1e3 for pair in pairwise(self._events)]
+        spans = (call("cudaEventElapsedTime", *pair) / 1e3 for pair in pairwise(self._events))
+        h2d, compute, d2h = spans
         start = time.perf_counter()
         run_engine()
         self._wait()
-        return Phases(*spans, no_copies=time.perf_counter() - start)
+        return Phases(h2d, compute, d2h, time.perf_counter() - start)
 
     @property
     def captured(self) -> bool:

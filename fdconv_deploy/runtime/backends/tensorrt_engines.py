@@ -161,11 +161,7 @@ def has_engines(bundle: Bundle) -> bool:
 
 
 def read_index(bundle: Bundle) -> EngineIndex:
-    """The engines there are; an empty index if none was ever built.
-
-    Raises:
-        BundleError: the index is damaged, leads outside the bundle, or is of a newer format.
-    """
+    """The engines there are; BundleError where the index is damaged or of a newer format."""
     if not (bundle.path / INDEX).exists():
         return EngineIndex()
     advice = f"Remove the folder {bundle.path / FOLDER} and run `fdconv build` again."
@@ -200,11 +196,7 @@ def find_engine(
 
 
 def read_engine(bundle: Bundle, record: EngineRecord) -> bytes:
-    """An engine's bytes, of the length and hash its record gives.
-
-    Raises:
-        BundleError: they are not, or the file is missing or outside the bundle.
-    """
+    """An engine's bytes; BundleError where they are not of its record's length and hash."""
     name = f"{FOLDER}/{record.name}.plan"
     advice = f"Build it again: `fdconv build {bundle.path} --force`."
     try:
@@ -223,9 +215,7 @@ def read_engine(bundle: Bundle, record: EngineRecord) -> bytes:
 def keep_engine(bundle: Bundle, record: EngineRecord, plan: bytes, layers: str | None) -> None:
     """Write a built engine into the bundle and list it, in place of one of its name.
 
-    Args:
-        plan: the engine, with the hash its record gives.
-        layers: what TensorRT says of its layers, JSON.
+    layers: what TensorRT says of its layers, JSON.
     """
     folder = engines_folder(bundle)
     assert hashlib.sha256(plan).hexdigest() == record.file.sha256
@@ -241,11 +231,7 @@ def keep_engine(bundle: Bundle, record: EngineRecord, plan: bytes, layers: str |
 
 
 def engines_folder(bundle: Bundle) -> Path:
-    """The folder of engines, made if need be.
-
-    Raises:
-        BundleError: it leads outside the bundle, or cannot be made.
-    """
+    """The folder of engines, made if need be; BundleError where it leads outside the bundle."""
     folder = bundle.path / FOLDER
     try:
         folder.mkdir(exist_ok=True)

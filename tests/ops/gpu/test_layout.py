@@ -46,7 +46,7 @@ def test_the_layout_holds_the_same_spectrum(case):
     spectrum = kernel_spectrum(folded.spectrum.by_frequency())
     values = spectrum.values[:, :, 0] + 1j * spectrum.values[:, :, 1].astype(np.float64)
     total = (values * gates[:, spectrum.groups]).sum(2)  # (B, tiles, R, width)
-    rows, columns = spectrum.rows, spectrum.columns
+    rows, columns = folded.spectrum.rows, folded.spectrum.columns
     half = total.transpose(0, 2, 1, 3).reshape(2, rows, -1)
     assert not half[:, :, columns // 2 + 1 :].any()
     half = np.fft.ifft(half[:, :, : columns // 2 + 1], axis=1) * rows
