@@ -11,8 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +24,6 @@ CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 _KNOWN = {*CAPABILITIES, 87, 103, 121}
 # The least instruction set that knows an architecture: any driver that runs the GPU reads it.
 _PTX_VERSIONS = {100: 86, 103: 88, 120: 87, 121: 88}
-# Else PTX names the files it comes from, on the machine that it was made on.
-NO_SOURCE_PATHS = "TRITON_DISABLE_LINE_INFO"
 INTERPRET = "TRITON_INTERPRET"
 # Scratch pointers that Triton's own launcher passes after a kernel's arguments.
 HIDDEN_PARAMETERS = 2
@@ -102,7 +99,9 @@ def compile_kernel(
     if ptx_version is not None:
         options["ptx_version"] = ptx_version
     target = GPUTarget("cuda", capability, THREADS_PER_WARP)
-    with _variable(NO_SOURCE_PATHS, "1"):
+    with triton.knobs.compilation.scope():
+        # Else PTX names the files it comes from, on the machine that it was made on.
+        triton.knobs.compilation.disable_line_info = True
         compiled = triton.compile(source, target=target, options=options)
     metadata = compiled.metadata
     if metadata.global_scratch_size or getattr(metadata, "profile_scratch_size", 0):
@@ -162,19 +161,6 @@ def without_hidden_parameters(ptx: str, name: str) -> tuple[str, tuple[str, ...]
     start, stop = head.span(1)
     types = tuple(_found(r"^\.param\s+\.(\w+)", parameter) for parameter in kept)
     return ptx[:start] + "\n\t" + ",\n\t".join(kept) + "\n" + ptx[stop:], types
-
-
-@contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def precompile(

@@ -71,7 +71,6 @@ class _Layer:
     offsets: dict[str, int]
     x: str
     y: str
-    last: int
     batch: int
     scale: str | None
     bias: NDArray[Any] | None
@@ -112,7 +111,7 @@ class _Rewriting:
                 named = dict(zip(functions.get(node.op_type, ()), node.input, strict=False))
                 layer = self._layer(node, named) if len(named) == len(node.input) else None
                 if layer is not None:
-                    layers[layer.last] = layer
+                    layers[self.index.producers[layer.y]] = layer
         if not layers:
             return None
         for number, node in enumerate(self.nodes):
@@ -259,8 +258,7 @@ class _Rewriting:
         if bias is not None:
             filled = np.pad(bias, (0, self._filled(channels[1]) - channels[1]))
             inputs.append(self.added.add(f"{output}/bias", filled.astype(np.float32)))
-        while (reader := self.index.only_reader(name)) is not None and "activation" not in more:
-            node = self.nodes[reader]
+        while (node := self.index.only_reader(name)) is not None and "activation" not in more:
             if node.op_type == "Add" and len(inputs) < 4:
                 (other,) = [i for i in node.input if i != name] or [name]
                 if other == name or self.blocked.get(other, ("", ()))[1] != shape:
@@ -270,8 +268,8 @@ class _Rewriting:
                 more["activation"] = "Relu"
             else:
                 break
-            self.done.add(reader)
             name = node.output[0]
+            self.done.add(self.index.producers[name])
         self._write_blocked(
             "Conv", inputs, name, shape, RUNTIMES, kernel_shape=kernel, strides=strides,
             pads=pads, dilations=dilations, group=given.get("group", 1), **more,
@@ -291,10 +289,9 @@ class _Rewriting:
         if gates == named["attention"] and offsets:
             return None
         kernels = node.output[0]
-        reader = self.index.only_reader(kernels, "Conv")
-        if reader is None or self.nodes[reader].input[1] != kernels:
+        conv = self.index.only_reader(kernels, "Conv")
+        if conv is None or conv.input[1] != kernels:
             return None
-        conv = self.nodes[reader]
         known, bias = self._bias(conv)
         if not known:
             return None
@@ -302,8 +299,7 @@ class _Rewriting:
         geometry |= {"group": 1} | attributes(conv)
         batch = geometry["group"]
         layer = _Layer(
-            named, given, gates, offsets, conv.input[0], conv.output[0], reader, batch, None, bias,
-            geometry,
+            named, given, gates, offsets, conv.input[0], conv.output[0], batch, None, bias, geometry
         )  # fmt: skip
         if "row_scale" in named:
             gate, layer.scale = self._traced(named["row_scale"], layer.gates)
@@ -320,47 +316,42 @@ class _Rewriting:
         """Where in the attentions a gate begins, and the constant that it is multiplied by."""
         constant = None
         while name not in self.constants:
-            node = self.index.producer(name)
-            if node is not None and node.op_type == "Mul" and node.input[1] in self.constants:
-                if constant is not None:
+            node = self.index.producer(name, "Mul", "Split", "Reshape")
+            if node is None:
+                return -1, None  # no gate
+            if node.op_type == "Split":
+                sizes = self.index.values(node.input[1])
+                if node.input[0] != gates or sizes is None:
+                    return -1, None
+                return int(sizes[: list(node.output).index(name)].sum()), constant
+            if node.op_type == "Mul":
+                if constant is not None or node.input[1] not in self.constants:
                     return -1, None
                 constant = node.input[1]
-            elif node is not None and node.op_type == "Split" and node.input[0] == gates:
-                sizes = self.index.values(node.input[1])
-                assert sizes is not None
-                return int(sizes[: list(node.output).index(name)].sum()), constant
-            elif node is None or node.op_type != "Reshape":
-                return -1, None  # no gate
             name = node.input[0]
         return None, name
 
     def _scaled_after(self, layer: _Layer) -> None:
         """Gates and constants that scale the answer scale kernels instead; a shift is the bias."""
-        y, number = layer.y, self.index.only_reader(layer.y)
-        if number is not None and self.nodes[number].op_type == "Reshape" and layer.batch > 1:
-            y = self.nodes[number].output[0]
-            number = self.index.only_reader(y)
-        node = None if number is None else self.nodes[number]
-        if number is None or node is None or node.op_type != "Mul" or node.input[0] != y:
+        y, node = layer.y, self.index.only_reader(layer.y)
+        if node is not None and node.op_type == "Reshape" and layer.batch > 1:
+            y = node.output[0]
+            node = self.index.only_reader(y)
+        if node is None or node.op_type != "Mul" or node.input[0] != y:
             return
         if "filter" in layer.offsets or layer.scale is not None:
             return
-        gate, constant = self._traced(node.input[1], layer.gates)
+        gate, layer.scale = self._traced(node.input[1], layer.gates)
         if gate == -1:
             return
-        y, last, bias = node.output[0], number, None
-        number = self.index.only_reader(y)
-        if number is not None and self.nodes[number].op_type == "Add":
-            shift = self.nodes[number].input[1]
-            if self.nodes[number].input[0] == y and shift in self.constants:
-                values = self.index.values(shift)
-                if values is not None and values.shape == (1, layer.given["out_channels"], 1, 1):
-                    y, last, bias = self.nodes[number].output[0], number, values.reshape(-1)
+        layer.y = node.output[0]
         if gate is not None:
             layer.offsets["filter"] = gate
-        layer.scale, layer.y, layer.last, layer.bias = constant, y, last, bias
-        if bias is not None:
-            layer.bias = np.tile(bias, layer.batch)
+        shift = self.index.only_reader(layer.y, "Add")
+        if shift is not None and shift.input[0] == layer.y:
+            values = self.index.values(shift.input[1])
+            if values is not None and values.shape == (1, layer.given["out_channels"], 1, 1):
+                layer.y, layer.bias = shift.output[0], np.tile(values.reshape(-1), layer.batch)
 
     def _scaled_before(self, layer: _Layer) -> None:
         """Kernels see what comes before a batch is joined, and a gate of its channels."""

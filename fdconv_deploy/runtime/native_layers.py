@@ -169,10 +169,10 @@ def _convolution_by_rows(index: GraphIndex, kernels: str) -> tuple[list[str], st
     # From the sum of the last two rows backwards, all that is added are rows.
     total = rows[0].output[0] if rows else ""
     for _ in rows[1:]:
-        number = index.only_reader(total, "Add")
-        if number is None:
+        node = index.only_reader(total, "Add")
+        if node is None:
             return None
-        total = index.nodes[number].output[0]
+        total = node.output[0]
     added = _added(index, total)
     if len(sources) != 1 or len(biases) > 1 or added != {row.output[0] for row in rows}:
         return None

@@ -267,12 +267,12 @@ class GraphIndex:
             name = node.input[int(place or 0)]
         return found
 
-    def only_reader(self, name: str, *operators: str) -> int | None:
+    def only_reader(self, name: str, *operators: str) -> Any:
         """The node that alone reads a tensor; None where none does, or none of those operators'."""
-        readers = self.readers[name]
-        if len(readers) != 1 or name in self.kept:
+        if len(self.readers[name]) != 1 or name in self.kept:
             return None
-        return readers[0] if not operators or self.nodes[readers[0]].op_type in operators else None
+        node = self.nodes[self.readers[name][0]]
+        return node if not operators or node.op_type in operators else None
 
     def values(self, name: str) -> NDArray[Any] | None:
         """A constant's values; None where it is none."""
