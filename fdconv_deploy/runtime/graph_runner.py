@@ -60,14 +60,8 @@ class GraphRunner:
     """Runs a bundle's graphs in this process. See :class:`Runner`.
 
     Any method may be called from several threads at once. ``batch_cost`` is in seconds, once
-    :meth:`warm_up` has measured them, and what the backend supposes before.
-
-    Args:
-        bundle: the bundle.
-        backend: what loads its graphs.
-        choice: why that backend was chosen, as a sentence.
-        graphs: graphs that are loaded already, by batch size.
-        clock: seconds, by which :meth:`warm_up` chooses.
+    :meth:`warm_up` has measured them, and what the backend supposes before. choice: why the backend
+    was chosen, as a sentence. graphs: those that are loaded already, by batch size. clock: seconds.
     """
 
     def __init__(
@@ -229,8 +223,7 @@ class GraphRunner:
 class SizedRunner:
     """Runs a bundle of several input sizes, each by a runner of its own. See :class:`Runner`.
 
-    Args:
-        runners: by (height, width), the bundle's first size first. All inputs' images have it.
+    runners: by (height, width), the bundle's first size first.
     """
 
     def __init__(self, runners: Mapping[tuple[int, int], Runner]) -> None:
@@ -278,11 +271,7 @@ class SideBySide:
     On a CPU this may cost less than a graph of the batch: FDConv makes kernels per image, so a
     batch shares next to no work; threads that each have an image of their own do not wait for
     each other after every operator; and a layer's answer is read again while it is still in a
-    cache, where that of four images is not.
-
-    Args:
-        graph: takes one image, on its share of the threads.
-        streams: images at a time, over all callers.
+    cache, where that of four images is not. streams: images at a time, over all callers.
     """
 
     def __init__(self, graph: Graph, streams: int) -> None:
@@ -311,11 +300,7 @@ class LazyGraphs:
         return tuple(sorted(self._graphs.copy()))  # a copy: others may be loading
 
     def get(self, number: int) -> Graph:
-        """The graph of a number.
-
-        Raises:
-            BackendError: it cannot be loaded, or ``close`` was called.
-        """
+        """The graph of a number; BackendError where it cannot be loaded or ``close`` was called."""
         graph = self._graphs.get(number)
         if graph is None and not self.closed:
             # Only what is not loaded yet waits for the lock, so that one batch size can

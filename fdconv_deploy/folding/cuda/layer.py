@@ -81,12 +81,8 @@ def _stream_beside(main: torch.cuda.Stream) -> torch.cuda.Stream:
 class FinishedConv2d(nn.Module):
     """A convolution with what comes after it: bias, shortcut, ReLU and the next layer's pooling.
 
-    Args:
-        stride, dilation: vertical, horizontal.
-        padding: top, left, bottom, right.
-        groups: of the convolution of one image.
-        bias: ``(O,)``, a following BatchNorm's shift in it.
-        weight: ``(O, I/groups, kh, kw)``, its scale in it; without one `run` is given one an image.
+    padding: top, left, bottom, right. bias, weight: ``(O,)`` and ``(O, I/groups, kh, kw)``, a
+    following BatchNorm in them; without a weight `run` is given one for each image.
     """
 
     def __init__(

@@ -95,12 +95,7 @@ WARM_UP = 3
 class CapturedNetwork:
     """`FusedNetwork` at one batch size as a CUDA graph. Thread-safe: callers take turns.
 
-    Args:
-        network: on the GPU.
-        example: one input, of the shape and batch size every call will have.
-
-    Raises:
-        BackendError: PyTorch sees no CUDA device.
+    example: one input, of the shape and batch size every call will have.
     """
 
     def __init__(self, network: FusedNetwork, example: Tensor) -> None:
@@ -127,8 +122,7 @@ class CapturedNetwork:
     def __call__(self, x: Tensor) -> Any:
         """``x``: of the example's shape, on any device, float32 or the network's type.
 
-        Returns:
-            What the network returns, in tensors of the caller's own.
+        What the network returns is in tensors of the caller's own.
         """
         if x.shape != self._input.shape:
             raise BackendError(

@@ -135,11 +135,7 @@ def _cost(patterns: int, length: int, bins: int) -> float:
 
 
 def group_blocks(groups: NDArray[Any]) -> GroupBlocks:
-    """Blocks of the length that is fastest to gather.
-
-    Args:
-        groups: a group map of any shape, integer.
-    """
+    """Blocks of the length that is fastest to gather, of an integer group map of any shape."""
     return _group_blocks(groups.tobytes(), groups.dtype.str)
 
 

@@ -386,7 +386,7 @@ def _cuda(*, tf32: bool, captured: bool) -> tuple[str, dict[str, str]]:
 def cuda_problem() -> str | None:
     """Why the CUDA provider is not even listed, as a clause; None when it is.
 
-    A listed provider may still fail to start, or to run: the GPU wheel lists it on any machine.
+    It may still fail to start, or to run: the GPU wheel lists it on any machine.
     """
     if CUDA not in import_onnxruntime().get_available_providers():
         return clashing_runtimes() or "the installed onnxruntime has no CUDA provider"
