@@ -8,7 +8,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Of Linux: paths are relative to the current folder; swap two names.
@@ -17,17 +17,32 @@ _RENAME_EXCHANGE = 2
 
 
 @contextmanager
+def _folders_of(path: Path) -> Iterator[None]:
+    """Make the folders that ``path`` lies in; those made go again if nothing is in them."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # what was written lies there
+                folder.rmdir()
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path``, renamed to it when the block ends without an error.
 
-    It is hidden, with the same suffix, where nothing is yet; removed if the block raises.
+    It is hidden, with the same suffix, where nothing is yet; removed if the block raises, as are
+    folders that ``path`` lies in and that were made for it.
     """
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _folders_of(path):
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -40,13 +55,17 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """An empty hidden folder beside ``path``, removed when the block ends, however it ends."""
+    """An empty hidden folder beside ``path``, removed when the block ends, however it ends.
+
+    Folders that ``path`` lies in are made, and removed again if nothing is in them then.
+    """
     temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir()
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _folders_of(path):
+        try:
+            temporary.mkdir()
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -241,7 +241,6 @@ class BundleWriter:
 
     def __enter__(self) -> BundleWriter:
         self._check_destination()
-        self.destination.parent.mkdir(parents=True, exist_ok=True)
         self.path = self._folder.enter_context(temporary_folder(self.destination))
         return self
 
