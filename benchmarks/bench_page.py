@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fdconv_deploy.demo import held_out, packaged_checkpoint
 from fdconv_deploy.export import export_checkpoint
-from fdconv_deploy.export.image_folders import Pictures
+from fdconv_deploy.export.options import Pictures
 
 SIZE = (384, 512)
 WINDOW = "1000,2130"  # pixels: width, height

@@ -1,4 +1,4 @@
-"""The options of an export, and which of them are refused before anything is loaded.
+"""The options of an export, pictures among them, and what is refused before anything is loaded.
 
 Imports neither torch nor onnx, so that the command line finds mistakes at once.
 """
@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fdconv_deploy.errors import ExportError
+from numpy.typing import NDArray
+
+from fdconv_deploy.config import Preprocessing
+from fdconv_deploy.errors import ExportError, ImageError
 from fdconv_deploy.export.validation.tolerance import TOLERANCES, Precision
+from fdconv_deploy.runtime.images import ImageFile, ImageTooLargeError, image_size, load_image
+from fdconv_deploy.runtime.input_files import images_of
 from fdconv_deploy.runtime.manifest import Fit
 
+Picture = NDArray[Any]
 Activations = Literal["unsigned", "signed"]
 Progress = Callable[[str], None]
 
@@ -140,3 +148,52 @@ def check_size(size: tuple[int, int]) -> None:
         raise ExportError(
             f"height and width must be 1 to {LARGEST_SIDE} pixels, got {size[0]}x{size[1]}."
         )
+
+
+class Pictures(Sequence[Picture]):
+    """Image files, or those of a folder, decoded when they are asked for.
+
+    Files of a folder that are named like another with ``_labels.png`` at the end are masks, and
+    left out.
+
+    Args:
+        source: a folder, or files.
+
+    Raises:
+        ImageError: on making it: no such folder, no images in it, or one whose header cannot
+            be read. On reading: one that is cut off, or not of the network's bands.
+    """
+
+    def __init__(self, source: Path | Sequence[Path]) -> None:
+        self.paths = images_of(source) if isinstance(source, Path) else list(source)
+        self.preprocessing = Preprocessing()
+        for path in self.paths:
+            _check_header(path)
+
+    def for_network(self, preprocessing: Preprocessing) -> Pictures:
+        """The same, decoded as a network's images are."""
+        found = copy(self)
+        found.preprocessing = preprocessing
+        return found
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        return load_image(self.paths[index], self.preprocessing)
+
+
+def _check_header(image: Path) -> None:
+    """Refuse a file that is no picture, or too large, as far as its header can tell."""
+    if ImageFile.of(image).is_array:
+        return
+    try:
+        image_size(image)
+    except ImageTooLargeError:
+        raise
+    except ImageError:
+        # Pillow does not know TIFF files of any number of bands; the network's reader does.
+        if image.suffix.lower() not in (".tif", ".tiff"):
+            raise

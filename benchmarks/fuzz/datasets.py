@@ -256,7 +256,7 @@ def _images() -> dict[str, bytes]:
 
 def read_picture(path: Path) -> None:
     """By its path and as its bytes, which must be read alike, in a folder, and its size alone."""
-    from fdconv_deploy.export.image_folders import Pictures
+    from fdconv_deploy.export.options import Pictures
     from fdconv_deploy.runtime.images import image_size, read_image
 
     whole = path.read_bytes()

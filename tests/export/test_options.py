@@ -56,7 +56,7 @@ def test_an_unknown_field_is_refused_by_name(tmp_path):
 
 def test_options_import_neither_torch_nor_onnx():
     script = (
-        "import fdconv_deploy.export.options, fdconv_deploy.export.image_folders, sys;"
+        "import fdconv_deploy.export.options, sys;"
         "print([name for name in ('torch', 'onnx', 'onnxruntime') if name in sys.modules])"
     )
     found = subprocess.run(

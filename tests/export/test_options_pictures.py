@@ -10,7 +10,7 @@ from PIL import Image
 
 from fdconv_deploy.demo import held_out
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.export.image_folders import Pictures
+from fdconv_deploy.export.options import Pictures
 
 
 def write(path, size=(6, 4), mode="RGB"):
