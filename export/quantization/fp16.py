@@ -20,16 +20,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.export.quantization.element_types import (
-    Parameter,
-    signature,
-    standard_opset,
-    tensor_types,
-)
 from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.profiling import Label, label_nodes, matches, unknown_pattern
 
@@ -45,6 +40,8 @@ SINGLE_OPERATORS = frozenset(
     MeanVarianceNormalization Exp Log Pow Reciprocal DFT""".split()
 )
 ASSEMBLY = "FrequencyAssembly"
+# Shapes and axes are what inference must read; tensors above this are weights.
+SMALL_BYTES = 1024
 POOLING = frozenset(["GlobalAveragePool", "ReduceMean", "ReduceSum"])
 # They change no value: cheaper in the type that is there.
 MOVERS = frozenset(
@@ -67,6 +64,87 @@ class HalfReport:
     flushed: int = 0
     subnormal: int = 0
     kept: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """``element``: a TensorProto type. ``shape``: None where inference did not find it."""
+
+    element: int
+    shape: tuple[int, ...] | None
+
+
+def tensor_types(model: ModelProto) -> dict[str, TensorType]:
+    """Types by tensor name, from ONNX's inference through the model's functions.
+
+    Raises:
+        ExportError: a tensor's element type cannot be inferred.
+    """
+    light = ModelProto(ir_version=model.ir_version)
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    light.graph.name = model.graph.name
+    light.graph.node.extend(model.graph.node)
+    light.graph.input.extend(model.graph.input)
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) <= SMALL_BYTES and tensor.data_type == TensorProto.INT64:
+            light.graph.initializer.append(tensor)
+        else:
+            value = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            light.graph.input.append(value)
+    # The outputs' types are to be found, not to be believed: a pass may have changed them.
+    light.graph.output.extend(onnx.ValueInfoProto(name=o.name) for o in model.graph.output)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(light, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise ExportError(f"the graph's types cannot be inferred: {error}") from error
+    found = {t.name: TensorType(t.data_type, tuple(t.dims)) for t in model.graph.initializer}
+    graph = inferred.graph
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        kind = value.type.tensor_type
+        shape = None
+        if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
+            shape = tuple(d.dim_value for d in kind.shape.dim)
+        found[value.name] = TensorType(kind.elem_type, shape)
+    for node in model.graph.node:
+        for name in filter(None, node.output):
+            if name not in found or found[name].element == TensorProto.UNDEFINED:
+                raise ExportError(
+                    f"the type of {name!r}, which {node.op_type} {node.name!r} gives, cannot be "
+                    "inferred, so the graph's precision cannot be changed. Export it in fp32."
+                )
+    return found
+
+
+def kept_nodes(labels: Sequence[Label], keep: Iterable[str]) -> set[int]:
+    """Indices of the nodes of modules that stay float32, given by paths or shell patterns.
+
+    Raises:
+        ExportError: a pattern matches no module.
+    """
+    kept: set[int] = set()
+    for pattern in keep:
+        found = {i for i, label in enumerate(labels) if matches(pattern, label)}
+        if not found:
+            raise unknown_pattern(pattern, labels)
+        kept |= found
+    return kept
+
+
+def _halves(node: NodeProto, opset: int) -> tuple[list[bool], list[bool]]:
+    """Which inputs and outputs of a standard node are float16 where it computes in that."""
+    schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+    both = {"tensor(float16)", "tensor(float)"}
+    kinds = {c.type_param_str for c in schema.type_constraints if both <= set(c.allowed_type_strs)}
+    taken, given = (  # the last may stand for many
+        [formal[min(place, len(formal) - 1)].type_str for place in range(count)]
+        for formal, count in (
+            (list(schema.inputs), len(node.input)),
+            (list(schema.outputs), len(node.output)),
+        )
+    )
+    kinds.intersection_update(taken)
+    return [kind in kinds for kind in taken], [kind in kinds for kind in given]
 
 
 def kernel_makers(nodes: Sequence[NodeProto], labels: Sequence[Label]) -> set[int]:
@@ -111,7 +189,8 @@ def to_half_precision(
         ExportError: a pattern matches no module, a weight is too large for float16, or the
             graph branches.
     """
-    graph, opset = model.graph, standard_opset(model)
+    graph = model.graph
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     nodes, labels = list(graph.node), label_nodes(model, layers)
     types = {name: t.element for name, t in tensor_types(model).items()}
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -127,12 +206,11 @@ def to_half_precision(
         report.casts += 1
 
     for index, (node, label) in enumerate(zip(nodes, labels, strict=True)):
-        taken, given = ([], []) if index in single else signature(node, opset)
-        halves = {p.variable for p in taken if _may_be_half(p)}
+        taken, given = ([], []) if index in single else _halves(node, opset)
         for place, name in enumerate(node.input):
             if types.get(name) not in (HALF, SINGLE):
                 continue
-            want = HALF if taken and taken[place].variable in halves else SINGLE
+            want = HALF if taken and taken[place] else SINGLE
             if types[name] == want:
                 continue
             node.input[place] = f"{name}.fp{16 if want == HALF else 32}"
@@ -145,9 +223,9 @@ def to_half_precision(
             else:
                 cast(name, node.input[place], want)
         written.append(node)
-        for place, parameter in enumerate(given):
+        for place, half in enumerate(given):
             name = node.output[place]
-            if types.get(name) != SINGLE or parameter.variable not in halves:
+            if types.get(name) != SINGLE or not half:
                 continue
             if name in outputs:
                 node.output[place] = f"{name}.fp16"
@@ -171,12 +249,7 @@ def _single(
     keep: Sequence[str],
 ) -> set[int]:
     """Indices of the nodes that stay float32."""
-    single = kernel_makers(nodes, labels)
-    for pattern in keep:
-        found = {i for i, label in enumerate(labels) if matches(pattern, label)}
-        if not found:
-            raise unknown_pattern(pattern, labels)
-        single |= found
+    single = kernel_makers(nodes, labels) | kept_nodes(labels, keep)
     for index, node in enumerate(nodes):
         if any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute):
             raise ExportError(
@@ -185,7 +258,7 @@ def _single(
             )
         # An operator of another domain has no schema to ask.
         standard = node.domain in ("", "ai.onnx") and node.op_type not in SINGLE_OPERATORS
-        if not standard or not any(map(_may_be_half, signature(node, opset)[0])):
+        if not standard or not any(_halves(node, opset)[0]):
             single.add(index)
     # What only moves float32 values from one float32 node to another stays float32.
     producers = {name: i for i, node in enumerate(nodes) for name in node.output if name}
@@ -224,10 +297,6 @@ def _rounded(tensor: TensorProto, label: Label, report: HalfReport) -> NDArray[n
     report.flushed += int(((magnitude == 0) & (values != 0)).sum())
     report.subnormal += int(((magnitude > 0) & (magnitude < SMALLEST_NORMAL)).sum())
     return half
-
-
-def _may_be_half(parameter: Parameter) -> bool:
-    return {"tensor(float16)", "tensor(float)"} <= parameter.allowed
 
 
 def rounding_model(model: ModelProto) -> ModelProto:

@@ -19,6 +19,7 @@ import contextlib
 import io
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,9 +38,9 @@ from onnxruntime.quantization import (
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.options import Activations
-from fdconv_deploy.export.quantization.element_types import tensor_types
+from fdconv_deploy.export.quantization.fp16 import kept_nodes, tensor_types
 from fdconv_deploy.export.validation.sample_inputs import CalibrationImages
-from fdconv_deploy.profiling import label_nodes, matches, unknown_pattern
+from fdconv_deploy.profiling import label_nodes
 
 # The few values beyond are cut off, so that all others are stored more finely.
 PERCENTILE = 99.99
@@ -53,30 +54,32 @@ def quantizable(
 ) -> dict[str, str]:
     """The convolutions to quantise: each node's name and the path of its module.
 
-    Args:
-        model: a float32 graph.
-        layers: names of the network's FDConv layers.
-        keep: paths of modules, or shell patterns of them, that stay float32.
+    Arguments are those of `to_half_precision`.
 
     Raises:
         ExportError: a pattern matches no module, or no convolution is left.
     """
-    nodes, patterns = list(model.graph.node), list(keep)
+    nodes = list(model.graph.node)
     labels = label_nodes(model, layers)
-    for pattern in patterns:
-        if not any(matches(pattern, label) for label in labels):
-            raise unknown_pattern(pattern, labels)
+    kept = kept_nodes(labels, keep)
     ends = _nearest(nodes, model.graph.input, lambda n: (n.input, n.output))
     ends |= _nearest(nodes[::-1], model.graph.output, lambda n: (n.output, n.input))
-    work = _multiplications(model)
+    types = tensor_types(model)
+    weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    work = {  # multiplications of each convolution with a constant kernel
+        node.name: math.prod(types[node.output[0]].shape or ())
+        * math.prod(weights[node.input[1]][1:])
+        for node in nodes
+        if node.op_type == "Conv" and node.input[1] in weights
+    }
     least = SMALLEST_SHARE * sum(work.values())
     found = {
         node.name: label.module
-        for node, label in zip(nodes, labels, strict=True)
+        for index, (node, label) in enumerate(zip(nodes, labels, strict=True))
         if work.get(node.name, -1) >= least
         and node.name not in ends
         and label.layer is None
-        and not any(matches(pattern, label) for pattern in patterns)
+        and index not in kept
     }
     if not found:
         raise ExportError(
@@ -84,18 +87,6 @@ def quantizable(
             "first and last. Export it in fp16, or keep fewer modules in float32."
         )
     return found
-
-
-def _multiplications(model: ModelProto) -> dict[str, int]:
-    """Of each convolution with a constant kernel, by its node's name."""
-    types = tensor_types(model)
-    weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    return {
-        node.name: math.prod(types[node.output[0]].shape or ())
-        * math.prod(weights[node.input[1]][1:])
-        for node in model.graph.node
-        if node.op_type == "Conv" and node.input[1] in weights
-    }
 
 
 def _nearest(
@@ -168,7 +159,15 @@ def quantize(
         ExportError: a calibration image gives activations without a finite range.
     """
     signed = activations == "signed"
-    names = [*convolutions, *([] if signed else _relus(model, convolutions))]
+    names = list(convolutions)
+    if not signed:  # Relus that alone read a quantised convolution
+        outputs = {node.output[0] for node in model.graph.node if node.name in convolutions}
+        reads = Counter(name for node in model.graph.node for name in node.input)
+        names += [
+            node.name
+            for node in model.graph.node
+            if node.op_type == "Relu" and node.input[0] in outputs and reads[node.input[0]] == 1
+        ]
     chosen = [node for node in model.graph.node if node.name in names]
     tensors = tuple(name for node in chosen for name in (node.input[0], node.output[0]))
     options = {
@@ -204,15 +203,3 @@ def quantize(
     model.graph.CopyFrom(onnx.load(path).graph)
     del model.metadata_props[:]
     path.unlink()
-
-
-def _relus(model: ModelProto, convolutions: Collection[str]) -> list[str]:
-    """Names of the Relus that alone read a quantised convolution."""
-    nodes = model.graph.node
-    outputs = {node.output[0] for node in nodes if node.name in convolutions}
-    reads = [name for node in nodes for name in node.input]
-    return [
-        node.name
-        for node in nodes
-        if node.op_type == "Relu" and node.input[0] in outputs and reads.count(node.input[0]) == 1
-    ]

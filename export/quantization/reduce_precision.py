@@ -13,9 +13,8 @@ from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.options import ExportOptions
 from fdconv_deploy.export.quantization.fp16 import rounding_model, to_half_precision
 from fdconv_deploy.export.quantization.int8 import CalibrationInputs, quantizable, quantize
-from fdconv_deploy.export.source_network import SourceNetwork
+from fdconv_deploy.export.validation.sample_inputs import SourceNetwork
 from fdconv_deploy.nn.fdconv import dynamic_layers
-from fdconv_deploy.profiling import Divergence
 from fdconv_deploy.profiling.divergence import compare_graphs, points_of, save_exposed
 
 NAMED = 3
@@ -34,16 +33,12 @@ class Reduction:
         self.report: dict[str, Any] = {}
 
     def apply(self, model: ModelProto, batch: int) -> None:
-        """Convert a float32 graph in place.
-
-        Raises:
-            ExportError: the conversion is not possible, or float16 goes too far astray.
-        """
+        """Convert a float32 graph in place, or refuse it where float16 goes too far astray."""
         if self.report:
             self._convert(model, batch)
-        else:
-            with tempfile.TemporaryDirectory(dir=self.folder) as name:
-                self._first(model, batch, Path(name))
+            return
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            self._first(model, batch, Path(name))
 
     def _first(self, model: ModelProto, batch: int, folder: Path) -> None:
         """Convert and compare. One copy of the weights at a time is kept in memory."""
@@ -61,8 +56,17 @@ class Reduction:
         }
         worst = sorted(found, key=lambda d: -d.max_rel)
         self.report["worst"] = [d.name for d in worst[:NAMED]]
-        if self.options.precision == "fp16":
-            self._refuse_if_far(found)
+        far = [d for d in found if d.max_rel > self.options.allowed]
+        if self.options.precision == "fp16" and far:
+            worst = sorted(far, key=lambda d: -d.max_rel)[:NAMED]
+            named = ", ".join(f"{d.name} ({d.max_rel:.1e})" for d in worst)
+            start = far[0].name.removesuffix(" (sum)")
+            raise ExportError(
+                f"in fp16, {len(far)} of {len(found)} layers' outputs are further from float32's "
+                f"than {self.options.allowed:.0e} of their largest value. Worst: {named}. The "
+                f"first is {start}: keep it in float32 (--keep-fp32 {start!r}; may be repeated), "
+                "or raise the tolerance. Nothing was kept."
+            )
 
     def _convert(self, model: ModelProto, batch: int) -> None:
         if self.options.precision == "fp16":
@@ -81,17 +85,3 @@ class Reduction:
             "calibration_images": len(images),
             "kept": list(self.options.keep_fp32),
         }
-
-    def _refuse_if_far(self, found: list[Divergence]) -> None:
-        far = [d for d in found if d.max_rel > self.options.allowed]
-        if not far:
-            return
-        worst = sorted(far, key=lambda d: -d.max_rel)[:NAMED]
-        named = ", ".join(f"{d.name} ({d.max_rel:.1e})" for d in worst)
-        start = far[0].name.removesuffix(" (sum)")
-        raise ExportError(
-            f"in fp16, {len(far)} of {len(found)} layers' outputs are further from float32's than "
-            f"{self.options.allowed:.0e} of their largest value. Worst: {named}. The first is "
-            f"{start}: keep it in float32 (--keep-fp32 {start!r}; may be repeated), or raise the "
-            "tolerance. Nothing was kept."
-        )

@@ -9,8 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.api import export_module, export_network
-from fdconv_deploy.export.quantization.element_types import tensor_types
-from fdconv_deploy.export.quantization.fp16 import rounding_model, to_half_precision
+from fdconv_deploy.export.quantization.fp16 import rounding_model, tensor_types, to_half_precision
 from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.runtime.bundle import Bundle
 from tests.export.graphs import relative, run_file
