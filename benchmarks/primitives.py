@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.primitives``. The export chooses between equal graphs by a few numbers
 (`fdconv_deploy.folding.spectrum`, `fdconv_deploy.ops.frequency_assembly.function`,
-``export/layers``); this prints the times those numbers stand for. Each family is interleaved,
+``export/layers.py``); this prints the times those numbers stand for. Each family is interleaved,
 medians of rounds; quote ratios within a family.
 """
 

@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import ModelProto, helper
+from onnx import ModelProto
 from torch import nn
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.export.layers import Nodes, write_layer
-from fdconv_deploy.export.passes.batch_norm import fold_batch_norms
-from fdconv_deploy.export.passes.late_reshapes import move_reshapes
-from fdconv_deploy.export.passes.means import split_means
+from fdconv_deploy.export.layers import Nodes, take_over, write_layer
+from fdconv_deploy.export.passes import fold_batch_norms, move_reshapes, split_means
 from fdconv_deploy.export.torch_export import PLACEHOLDER
 from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.nn.fdconv import dynamic_layers
-from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET
-from fdconv_deploy.ops.function_body import functions_checked
+from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.profiling import label_nodes
-from fdconv_deploy.version import __version__
-
-# Of the ONNX file format: 8 brought functions, 10 is what torch's exporter writes.
-IR_VERSION = 10
-
-
-@dataclass(frozen=True)
-class StaticGraph:
-    """A model for one batch size, and what its layers' group maps hash to."""
-
-    model: ModelProto
-    group_maps: dict[str, str]
 
 
 def build_graph(
@@ -40,7 +24,7 @@ def build_graph(
     network: nn.Module,
     sizes: Mapping[str, tuple[int, int]],
     batch: int,
-) -> StaticGraph:
+) -> tuple[ModelProto, dict[str, str]]:
     """Write the folded layers in place of a captured graph's placeholders.
 
     Args:
@@ -48,62 +32,36 @@ def build_graph(
         network: the network it was captured from.
         sizes: height and width of each FDConv layer's input, see `input_sizes`.
         batch: the graph's batch size.
+
+    Returns:
+        The model, and what its layers' group maps hash to.
     """
     layers = dynamic_layers(network)
     graph = gs.import_onnx(captured)
     affines = fold_batch_norms(graph)
     nodes = Nodes(graph, batch)
     group_maps: dict[str, str] = {}
-    placeholders = [node for node in graph.nodes if node.op == PLACEHOLDER]
-    for node in placeholders:
-        name, output = node.attrs["layer"], node.outputs[0]
-        affine = affines.get(output.name)
+    for node in [node for node in graph.nodes if node.op == PLACEHOLDER]:
+        name, (output,) = node.attrs["layer"], node.outputs
+        scale, shift = affines.get(output.name, (None, None))
         # Anew for each use: what follows may differ. Equal constants are stored once.
-        folded = fold_layer(
-            layers[name],
-            sizes[name],
-            name=name,
-            scale=None if affine is None else affine.scale,
-            shift=None if affine is None else affine.shift,
-        )
+        folded = fold_layer(layers[name], sizes[name], name=name, scale=scale, shift=shift)
         if folded.spectrum is not None:
             group_maps[name] = folded.spectrum.group_map_sha256
-        result = write_layer(nodes, folded, node.inputs[0])
-        node.outputs.clear()
-        node.inputs.clear()
-        _take_over(output, result)
+        take_over(output, write_layer(nodes, folded, node.inputs[0]))
     split_means(graph)
     if batch > 1:
         move_reshapes(graph, nodes)
-    graph.cleanup().toposort()
-    model = gs.export_onnx(graph)
-    _finish(model, nodes)
-    return StaticGraph(model, group_maps)
-
-
-def _take_over(old: gs.Variable, new: gs.Variable) -> None:
-    """Let ``new``'s producer produce ``old``, with its name, shape and readers."""
-    producer = new.inputs[0]
-    producer.outputs[producer.outputs.index(new)] = old
-
-
-def _finish(model: ModelProto, nodes: Nodes) -> None:
-    model.functions.extend(functions_checked(list(nodes.functions.values())))
-    del model.opset_import[:]
-    model.opset_import.append(helper.make_opsetid("", OPSET))
-    model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
-    model.ir_version = IR_VERSION
-    model.producer_name = "fdconv-deploy"
-    model.producer_version = __version__
+    model = nodes.model()
+    del model.metadata_props[:], model.graph.metadata_props[:]
     model.doc_string = ""
-    del model.metadata_props[:]
-    del model.graph.metadata_props[:]
-    domains = {node.domain for node in model.graph.node}
-    if not domains <= {"", DOMAIN}:
+    others = {node.domain for node in model.graph.node} - {"", DOMAIN}
+    if others:
         raise ExportError(
-            f"the exported graph uses operators outside ONNX and {DOMAIN!r}: "
-            f"{sorted(domains - {'', DOMAIN})}. Replace the module they come from."
+            f"the exported graph uses operators outside ONNX and {DOMAIN!r}: {sorted(others)}. "
+            "Replace the module they come from."
         )
+    return model, group_maps
 
 
 def number_values(model: ModelProto, network: nn.Module) -> None:

@@ -142,9 +142,9 @@ def _stand_in(module: nn.Module) -> nn.Module | None:
 
 
 def _register_schema() -> None:
-    schema = onnx.defs.OpSchema
     if onnx.defs.has(PLACEHOLDER, PLACEHOLDER_DOMAIN):
         return
+    schema = onnx.defs.OpSchema
     onnx.defs.register_schema(
         schema(
             PLACEHOLDER,
@@ -164,16 +164,15 @@ def _register_schema() -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back the exporter's chatter; its errors still reach the caller."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    levels = {log: log.level for log in map(logging.getLogger, ("torch.onnx", "onnxscript"))}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            for logger in levels:
+                logger.setLevel(logging.ERROR)
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
 
 

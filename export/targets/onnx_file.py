@@ -10,27 +10,34 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
+import onnx.version_converter
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from fdconv_deploy.atomic_write import atomic_path
+from fdconv_deploy.atomic_write import atomic_path, temporary_folder
 from fdconv_deploy.errors import ExportError, in_the_way
 from fdconv_deploy.export.options import Progress
-from fdconv_deploy.export.passes.inlining import inline_functions
-from fdconv_deploy.export.passes.opset import set_opset
 from fdconv_deploy.export.validation.subprocess_run import fresh
-from fdconv_deploy.ops import OPSET
+from fdconv_deploy.ops import DOMAIN, OPSET
 from fdconv_deploy.runtime.bundle import Bundle
-from fdconv_deploy.runtime.manifest import Manifest
 from fdconv_deploy.sample_images import sample_feeds
 
+# Below it, ``Softmax``, ``Squeeze`` and others mean or take something else.
+OLDEST = 13
+# Operators that not every version can hold: the versions from the one since which the defaults mean
+# what they mean now, to the last that ONNX Runtime has a kernel of.
+_RANGES = {"RoiAlign": (16, 21)}
 # Of the largest value. In the bundle's own opset, ONNX Runtime computes the same bits. In another,
 # it fuses and rounds other operators: by float16's unit, or to another of eight bits' steps.
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-3, "int8": 1e-2}
@@ -92,7 +99,6 @@ def export_onnx(
         files = found.copy_to(Path(name, "bundle"))
         progress("writing the operators out")
         model = standard_model(files, batch, opset)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             onnx.save(model, str(temporary))
             check_model(str(temporary))
@@ -102,10 +108,11 @@ def export_onnx(
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """Refuse a name that is no .onnx file's, or taken.
+    """Refuse a name that is no .onnx file's, or taken, and a place that cannot be written to.
 
     Raises:
         ExportError: with what to do.
+        OSError: the system refused.
     """
     if path.suffix != ".onnx":
         raise ExportError(f"The output is a file called *.onnx, not {path.name!r}.")
@@ -113,6 +120,8 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise ExportError(f"{path} is a folder. Give the name of a file in it.")
     if path.exists() and not overwrite:
         raise in_the_way(ExportError, f"The file {path} exists already.")
+    with temporary_folder(path):
+        pass
 
 
 def chosen_graph(
@@ -137,9 +146,6 @@ def chosen_graph(
 def standard_model(bundle: Bundle, batch: int, opset: int) -> ModelProto:
     """A graph of a bundle with nothing but standard operators and tensors, weights included.
 
-    Args:
-        bundle: at one input size, its files in its folder.
-
     Raises:
         ExportError: see `set_opset`, and `check_one_file`.
     """
@@ -152,45 +158,183 @@ def standard_model(bundle: Bundle, batch: int, opset: int) -> ModelProto:
     check_one_file(model, "Keep the bundle, whose weights lie in a file of their own.")
     load_external_data_for_model(model, str(graph.parent))
     del model.metadata_props[:]
-    for key, value in _metadata(bundle.manifest).items():
-        model.metadata_props.add(key=key, value=value)
+    # What a reader of the file needs to feed it and to name its answers, as JSON.
+    manifest = bundle.manifest
+    found: dict[str, Any] = {"kind": manifest.kind, "precision": manifest.precision}
+    if network := manifest.architecture or manifest.detector:
+        how = network.preprocessing
+        found |= {"classes": network.classes, "palette": network.palette}
+        found |= {"mean": how.mean, "std": how.std, "fit": manifest.fit}
+    for key, value in found.items():
+        model.metadata_props.add(key=f"fdconv.{key}", value=json.dumps(value))
     return model
 
 
-def _metadata(manifest: Manifest) -> dict[str, str]:
-    """What a reader of the file needs to feed it and to name its answers, as JSON."""
-    network = manifest.architecture or manifest.detector
-    found: dict[str, Any] = {"kind": manifest.kind, "precision": manifest.precision}
-    if network is not None:
-        how = network.preprocessing
-        found |= {
-            "classes": network.classes,
-            "palette": network.palette,
-            "mean": how.mean,
-            "std": how.std,
-            "fit": manifest.fit,
-        }
-    return {f"fdconv.{key}": json.dumps(value) for key, value in found.items()}
+def inline_functions(model: ModelProto) -> ModelProto:
+    """Write every ``fdconv`` node out as its function's body, in nodes named after it.
+
+    Constants of bodies become initializers: TVM and MNN read no ``Constant`` whose value is a list
+    of integers. ``model`` is left as it is; its external data need not be loaded.
+    """
+    inlined = onnx.inliner.inline_local_functions(model)
+    for domain in [found for found in inlined.opset_import if found.domain == DOMAIN]:
+        inlined.opset_import.remove(domain)
+    nodes = iter(inlined.graph.node)
+    for original in model.graph.node:
+        node = next(nodes)
+        if original.domain == DOMAIN:  # its body lies where it was, and ends in its output
+            node.name = f"{original.name}.{node.output[0]}"
+            while original.output[0] not in node.output:
+                node = next(nodes)
+                node.name = f"{original.name}.{node.output[0]}"
+    lift = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+    return ir.to_proto(lift(ir.from_proto(inlined)).model)
+
+
+def set_opset(model: ModelProto, opset: int) -> ModelProto:
+    """The model in version ``opset`` of the standard operators.
+
+    Args:
+        model: without functions, its shapes inferred; may be changed.
+        opset: from `OLDEST` to the newest that the installed ``onnx`` knows.
+
+    Raises:
+        ExportError: there is no such version, or an operator of the graph is not in it.
+    """
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST <= opset <= newest:
+        raise ExportError(
+            f"the opset is {OLDEST} to {newest} (the newest that onnx {onnx.__version__} knows), "
+            f"not {opset}."
+        )
+    for node in model.graph.node:
+        first, last = _RANGES.get(node.op_type, (opset, opset))
+        if not first <= opset <= last:
+            raise ExportError(
+                f"the graph's {node.op_type} {node.name!r} cannot be written in opset {opset}: it "
+                f"meant something else before {first}, and ONNX Runtime runs none newer than "
+                f"{last}. Choose an opset from {first} to {last}."
+            )
+    standard = next(entry for entry in model.opset_import if not entry.domain)
+    if opset > standard.version:
+        try:
+            model = onnx.version_converter.convert_version(model, opset)
+        except RuntimeError as error:
+            raise ExportError(
+                f"onnx cannot convert this graph to opset {opset}: {error}. Choose an opset nearer "
+                f"to {standard.version}."
+            ) from error
+    elif opset < standard.version:
+        _lower(model, standard.version, opset)
+        standard.version = opset
+    model.ir_version = helper.find_min_ir_version_for(model.opset_import)
+    return model
+
+
+def _lower(model: ModelProto, current: int, opset: int) -> None:
+    graph = model.graph
+    values = [*graph.value_info, *graph.input, *graph.output]
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        _refuse(node, current, opset)
+        if node.op_type == "Split" and "num_outputs" in attributes and opset < 18:
+            axis = helper.get_node_attr_value(node, "axis") if "axis" in attributes else 0
+            sizes = np.array([shapes[output][axis] for output in node.output], np.int64)
+            graph.initializer.append(numpy_helper.from_array(sizes, f"{node.output[0]}.split"))
+            node.input.append(f"{node.output[0]}.split")
+            node.attribute.remove(attributes["num_outputs"])
+        elif node.op_type == "LayerNormalization" and opset < 17:
+            nodes += _layer_normalization(node, graph.initializer, opset)
+            continue
+        _reduced_axes(node, constants, opset)
+        known = onnx.defs.get_schema(node.op_type, opset).attributes
+        defaults = onnx.defs.get_schema(node.op_type, current).attributes
+        for name, attribute in attributes.items():
+            if name in known or attribute not in node.attribute:
+                continue
+            # What a zero in a Reshape's shape means is no matter where there is none.
+            shape = constants.get(node.input[1]) if name == "allowzero" else None
+            harmless = shape is not None and bool(numpy_helper.to_array(shape).all())
+            if attribute != defaults[name].default_value and not harmless:
+                raise _not_in(node, opset, f"its {name} is {helper.get_attribute_value(attribute)}")
+            node.attribute.remove(attribute)
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    read = {output.name for output in graph.output}.union(*(node.input for node in nodes))
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+        graph.initializer.remove(tensor)  # axes that became attributes
+
+
+def _refuse(node: NodeProto, current: int, opset: int) -> None:
+    """Refuse an operator that has no form in an older version."""
+    if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+        raise _not_in(node, opset, "it holds a graph of its own")
+    if onnx.defs.has(node.op_type, opset) or node.op_type == "LayerNormalization":
+        return
+    since = onnx.defs.get_schema(node.op_type, current).since_version
+    raise _not_in(node, opset, f"it came with opset {since}")
+
+
+def _not_in(node: NodeProto, opset: int, why: str) -> ExportError:
+    return ExportError(
+        f"the graph's {node.op_type} {node.name!r} cannot be written in opset {opset}: {why}. "
+        "Choose a newer one."
+    )
+
+
+def _reduced_axes(node: NodeProto, constants: dict[str, TensorProto], opset: int) -> None:
+    """Axes of a reduction as an attribute, where the version has them so."""
+    schema = onnx.defs.get_schema(node.op_type, opset)
+    if len(node.input) != 2 or len(schema.inputs) != 1 or "axes" not in schema.attributes:
+        return
+    axes = numpy_helper.to_array(constants[node.input.pop()])
+    node.attribute.append(helper.make_attribute("axes", axes.tolist()))
+
+
+def _layer_normalization(
+    node: NodeProto, initializers: list[TensorProto], opset: int
+) -> Iterator[NodeProto]:
+    """The operator by those it is defined by."""
+    x, scale, *bias = node.input
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    stem = node.output[0]
+    if given.get("axis", -1) != -1 or len(node.output) > 1:
+        raise _not_in(node, opset, "it normalises over several axes, or gives its mean")
+    epsilon = numpy_helper.from_array(
+        np.array(given.get("epsilon", 1e-5), np.float32), f"{stem}.epsilon"
+    )
+    initializers.append(epsilon)
+    last = stem if not bias else f"{stem}.scaled"
+    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
+        ("ReduceMean", [x], f"{stem}.mean", {"axes": [-1]}),
+        ("Sub", [x, f"{stem}.mean"], f"{stem}.centred", {}),
+        ("Mul", [f"{stem}.centred"] * 2, f"{stem}.squared", {}),
+        ("ReduceMean", [f"{stem}.squared"], f"{stem}.variance", {"axes": [-1]}),
+        ("Add", [f"{stem}.variance", epsilon.name], f"{stem}.above_zero", {}),
+        ("Sqrt", [f"{stem}.above_zero"], f"{stem}.deviation", {}),
+        ("Div", [f"{stem}.centred", f"{stem}.deviation"], f"{stem}.normalised", {}),
+        ("Mul", [f"{stem}.normalised", scale], last, {}),
+        *([("Add", [last, *bias], stem, {})] if bias else []),
+    ]
+    for operator, inputs, output, attributes in steps:
+        yield helper.make_node(operator, inputs, [output], name=output, **attributes)
 
 
 def prove(bundle: Bundle, batch: int, path: Path, folder: Path, opset: int = OPSET) -> float:
-    """Run a file and the bundle's graph; the largest difference, of the largest value.
-
-    Args:
-        bundle: its files in its folder.
-        folder: for files of the comparison.
-        opset: of the file.
+    """Run a file and the bundle's graph, using a folder; their difference, of the largest value.
 
     Raises:
         ExportError: the file does not load or run, or answers otherwise.
     """
     manifest = bundle.manifest
     network = manifest.architecture or manifest.detector
-    feeds = sample_feeds(
-        manifest.inputs[batch],
-        None if network is None else network.preprocessing,
-        vary_sizes=manifest.kind == "detector",
-    )
+    how = network.preprocessing if network else None
+    detects = manifest.kind == "detector"
+    feeds = sample_feeds(manifest.inputs[batch], how, vary_sizes=detects)
     names = [spec.name for spec in manifest.outputs[batch]]
     expected = fresh(bundle.model_path(batch), names, folder)(feeds)
     advice = ""

@@ -18,11 +18,6 @@ from fdconv_deploy.runtime.backends.tensorrt import Messages, standard_plugins
 from fdconv_deploy.runtime.backends.tensorrt_engines import Hardware
 
 ROI_ALIGN = "ROIAlign_TRT"  # the plugin that TensorRT's parser imports ONNX's operator as
-LEVELS: dict[Hardware, str] = {
-    "none": "NONE",
-    "same_compute_capability": "SAME_COMPUTE_CAPABILITY",
-    "ampere_plus": "AMPERE_PLUS",
-}
 
 
 @dataclass(frozen=True)
@@ -41,6 +36,12 @@ class BuildOptions:
     workspace_mb: int | None = None
     effort: int | None = None
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Those by which an engine fits or not, as fields of a `Fingerprint`."""
+        names = "hardware", "version_compatible", "tf32"
+        return {name: getattr(self, name) for name in names}
+
 
 def build_plan(
     trt: Any,
@@ -54,6 +55,7 @@ def build_plan(
     Args:
         trt: the module ``tensorrt``, or ``tensorrt_rtx``.
         graph: the ONNX file; its external data lies beside it.
+        options: TensorRT's.
         timing_cache: what earlier builds on this machine measured; read, and written again.
         progress: called with a line for each phase of the build.
 
@@ -64,7 +66,10 @@ def build_plan(
     logger = messages.logger(trt)
     standard_plugins(trt, logger)
     builder = trt.Builder(logger)
-    network = builder.create_network(_network_flags(trt))
+    # Strongly typed: the types are the graph's. TensorRT 11 has no other networks, and no flag.
+    names = "STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS"
+    kinds = [getattr(trt.NetworkDefinitionCreationFlag, name, None) for name in names]
+    network = builder.create_network(sum(1 << int(kind) for kind in kinds if kind is not None))
     parser = trt.OnnxParser(network, logger)
     folder = tempfile.TemporaryDirectory(prefix="fdconv-build-")  # as long as the network is read
     graph = _with_known_operators(trt, graph, Path(folder.name))
@@ -123,23 +128,13 @@ def _not_built(trt: Any, messages: Messages, options: BuildOptions) -> BackendEr
     )
 
 
-def _network_flags(trt: Any) -> int:
-    """Flags of a strongly typed network, whose types are the graph's; TensorRT 11 has no other."""
-    flags = 0
-    for name in ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS"):
-        flag = getattr(trt.NetworkDefinitionCreationFlag, name, None)
-        if flag is not None:
-            flags |= 1 << int(flag)
-    return flags
-
-
 def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     (config.set_flag if options.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware != "none":
-        level = getattr(trt.HardwareCompatibilityLevel, LEVELS[options.hardware], None)
+        level = getattr(trt.HardwareCompatibilityLevel, options.hardware.upper(), None)
         if level is None:
             raise BackendError(
                 f"TensorRT {trt.__version__} knows no compatibility level "

@@ -116,7 +116,8 @@ def build_engines(
             except BackendError as error:
                 reason = str(error)
             else:
-                if record.fingerprint.plugins == (trtp is not None) and _same(record, options):
+                mark = {"plugins": trtp is not None, **options.fingerprint}
+                if all(getattr(record.fingerprint, name) == mark[name] for name in mark):
                     results.append(BuiltEngine(record, False, "it fits this machine"))
                     say(f"batch {batch}: {record.name} fits this machine")
                     continue
@@ -138,13 +139,6 @@ def _refuse_unsigned(bundle: Bundle) -> None:
             f"{checkpoint} -o BUNDLE --precision int8 --activations signed --calibrate PICTURES. "
             "Backend 'onnxruntime-cuda' runs this bundle as it is."
         )
-
-
-def _same(record: EngineRecord, options: BuildOptions) -> bool:
-    mark = record.fingerprint
-    return (mark.hardware, mark.version_compatible, mark.tf32) == (
-        options.hardware, options.version_compatible, options.tf32,
-    )  # fmt: skip
 
 
 def _plugin_layer(trt: Any, choice: PluginChoice, bundle: Bundle) -> tuple[Any, str | None]:
@@ -171,19 +165,16 @@ def _build_one(
 ) -> EngineRecord:
     started = time.perf_counter()
     trt, machine = backend.trt, backend.machine
-    folder = engines_folder(bundle)
-    name = engine_name(bundle, batch, machine)
+    folder, name = engines_folder(bundle), engine_name(bundle, batch, machine)
     fingerprint = Fingerprint(
         machine=machine, graph=graph_hash(bundle, batch), plugins=trtp is not None,
-        hardware=options.hardware, version_compatible=options.version_compatible,
-        tf32=options.tf32,
+        **options.fingerprint,
     )  # fmt: skip
     kernels: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="fdconv-build-") as scratch:
-        graph = source = bundle.copy_to(Path(scratch) / "bundle").model_path(batch)
+        graph = bundle.copy_to(Path(scratch) / "bundle").model_path(batch)
         if trtp is not None:
             say(f"batch {batch}: asking for plugins")
-            graph = Path(scratch) / "plugins.onnx"
             # Code for the oldest GPU the engine shall run on is translated for any later one.
             aimed = 80 if options.hardware == "ampere_plus" else target_for(machine.capability)
             if options.hardware != "ampere_plus" and aimed != machine.capability:
@@ -191,7 +182,20 @@ def _build_one(
                     f"note: Triton's compiler does not know sm_{machine.capability} "
                     f"({machine.gpu}); kernels are compiled for sm_{aimed}, which it runs, too"
                 )
-            kernels = _plugin_graph(source, graph, trt, trtp, aimed, say)
+            asking = ask_for_plugins(onnx.load(str(graph)))
+            kernels = asking.plugins
+            graph = Path(scratch) / "plugins.onnx"
+            onnx.save(
+                asking.model, str(graph), save_as_external_data=True, location="plugins.bin",
+                size_threshold=1024,
+            )  # fmt: skip
+            set_target(aimed)
+            register_plugins(trt, trtp, kernels)
+            precompile(
+                asking.launches, aimed, lambda n, of: say(f"compiling kernels: {n} of {of}"),
+                ptx_version=oldest_ptx(aimed),
+            )  # fmt: skip
+            del asking  # as large as the weights
         cache = folder / f"{name.rpartition('-b')[0]}.timing"
         say(f"batch {batch}: TensorRT {machine.tensorrt} builds for {machine.gpu}")
         plan = build_plan(trt, graph, options, cache, lambda step: say(f"batch {batch}: {step}"))
@@ -204,7 +208,7 @@ def _build_one(
     say(f"batch {batch}: comparing it with ONNX Runtime")
     specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
     engine = backend.load_plan(plan, record, *specs)
-    parity = validate_engine(bundle, batch, engine, options, tolerance)
+    parity = _validate(bundle, batch, engine, options, tolerance)
     seconds = round(time.perf_counter() - started, 1)
     record = record.model_copy(update={"parity": parity, "build_seconds": seconds})
     keep_engine(bundle, record, plan, engine.inspect())
@@ -212,44 +216,10 @@ def _build_one(
     return record
 
 
-def _plugin_graph(
-    source: Path,
-    target: Path,
-    trt: Any,
-    trtp: Any,
-    capability: int,
-    say: Progress,
-) -> dict[str, int]:
-    """Write the plugin variant, register its plugins and compile their kernels."""
-    graph = ask_for_plugins(onnx.load(str(source)))
-    onnx.save(
-        graph.model, str(target), save_as_external_data=True, location="plugins.bin",
-        size_threshold=1024,
-    )  # fmt: skip
-    set_target(capability)
-    register_plugins(trt, trtp, graph.plugins)
-    precompile(
-        graph.launches, capability, lambda n, of: say(f"compiling kernels: {n} of {of}"),
-        ptx_version=oldest_ptx(capability),
-    )  # fmt: skip
-    return graph.plugins
-
-
-def validate_engine(
+def _validate(
     bundle: Bundle, batch: int, engine: Any, options: BuildOptions, tolerance: float | None
 ) -> tuple[OutputParity, ...]:
-    """Compare an engine's answers with ONNX Runtime's on the CPU.
-
-    Args:
-        bundle: the engine was built from.
-        batch: its batch size.
-        engine: runs it.
-        options: it was built with.
-        tolerance: what `engine_tolerance` allows if not given.
-
-    Raises:
-        ExportError: they are further apart than the tolerance.
-    """
+    """Compare an engine's answers with ONNX Runtime's; an ExportError where they are too far."""
     manifest = bundle.manifest
     network = manifest.architecture or manifest.detector
     comparison = Comparison.of(network)
@@ -263,9 +233,8 @@ def validate_engine(
         found = comparison.compare(actual, expected, perturbed(reference.run, feeds))
     except ExportError as error:
         raise ExportError(f"the engine of batch {batch} was not kept: {error}") from error
-    allowed = tolerance
-    if allowed is None:
-        allowed = engine_tolerance(manifest.precision, tf32=options.tf32)
+    own = engine_tolerance(manifest.precision, tf32=options.tf32)
+    allowed = own if tolerance is None else tolerance
     errors = {output.name: comparison.error(output, manifest.precision) for output in found}
     worst = max(errors, key=errors.__getitem__)
     if errors[worst] > allowed:

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import ModelProto, helper
+from onnx import ModelProto
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.export.layers import Nodes
-from fdconv_deploy.export.layers.convolution import rows_met
+from fdconv_deploy.export.layers import Nodes, producer_of, rows_met, take_over
 from fdconv_deploy.folding.spectrum import half_spectrum
-from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION
+from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.ops.frequency_assembly.launch import (
     AssemblySizes,
     KernelSpectrum,
@@ -43,7 +42,6 @@ from fdconv_deploy.ops.frequency_band_modulation.plugin import (
     combination_function,
     combination_name,
 )
-from fdconv_deploy.ops.function_body import functions_checked
 from fdconv_deploy.ops.launch import KernelLaunch
 from fdconv_deploy.ops.tensorrt_plugins import NAMESPACE, launch_of
 
@@ -69,10 +67,7 @@ def ask_for_plugins(model: ModelProto) -> PluginGraph:
     graph = gs.import_onnx(model)
     inputs = {function.name: function.input for function in model.functions}
     nodes = Nodes(graph, graph.inputs[0].shape[0])
-    replace = {
-        "FrequencyAssembly": _replace_assembly,
-        "FrequencyBandModulation": _replace_bands,
-    }
+    replace = {"FrequencyAssembly": _replace_assembly, "FrequencyBandModulation": _replace_bands}
     for node in [n for n in graph.nodes if n.domain == DOMAIN]:
         replacement = replace.get(node.op.partition("_")[0])
         if replacement is None or node.op not in inputs or "layer" not in node.attrs:
@@ -82,17 +77,8 @@ def ask_for_plugins(model: ModelProto) -> PluginGraph:
             )
         nodes.begin(f"{node.attrs['layer']}.plugin")  # not to meet the names of what stays
         replacement(nodes, node, dict(zip(inputs[node.op], node.inputs, strict=True)))
-    graph.functions.clear()
-    graph.cleanup().toposort()
-    result = gs.export_onnx(graph)
+    result = nodes.model()
     del result.graph.value_info[:]  # some are float16 now; whoever reads the graph infers them
-    del result.functions[:]
-    result.functions.extend(functions_checked(list(nodes.functions.values())))
-    del result.opset_import[:]
-    result.opset_import.extend(o for o in model.opset_import if o.domain != DOMAIN)
-    result.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
-    result.ir_version = model.ir_version
-    result.producer_name, result.producer_version = model.producer_name, model.producer_version
     asking = [node for node in graph.nodes if node.domain == DOMAIN]
     counts = Counter(node.op for node in asking)
     launches = [launch_of(node.op, node.attrs["sizes"]) for node in asking]
@@ -111,14 +97,7 @@ def _values(tensor: gs.Tensor) -> NDArray[Any]:
     """A constant's values; ExportError where it is none."""
     if isinstance(tensor, gs.Constant):
         return np.asarray(tensor.values)
-    producer = _producer(tensor)
-    if producer is not None and producer.op == "Constant" and "value" in producer.attrs:
-        return np.asarray(producer.attrs["value"].values)
     raise _unknown(tensor.name)
-
-
-def _producer(tensor: gs.Tensor) -> gs.Node | None:
-    return tensor.inputs[0] if tensor.inputs else None
 
 
 def _plugin_node(
@@ -128,27 +107,25 @@ def _plugin_node(
     return nodes(op, name, *inputs, domain=DOMAIN, plugin_namespace=NAMESPACE, aot=1, **attributes)
 
 
-def _take_over(nodes: Nodes, old: gs.Node, new: gs.Variable, half: bool) -> None:
+def _stand_for(nodes: Nodes, old: gs.Node, new: gs.Variable, half: bool) -> None:
     """Let ``new``, float16 where ``half``, stand for what ``old`` gives, a float32 tensor."""
     (output,) = old.outputs
-    old.outputs.clear()
-    old.inputs.clear()
     if half:
         for reader in [n for n in output.outputs if n.op == "Cast" and n.attrs["to"] == FLOAT16]:
             (cast,) = reader.outputs
             for other in list(cast.outputs):
                 other.inputs = [new if t is cast else t for t in other.inputs]
             reader.inputs.clear()
-        if not output.outputs:
-            return
-        new = nodes("Cast", "single", new, to=FLOAT32)
-    producer = new.inputs[0]
-    producer.outputs[producer.outputs.index(new)] = output
+        if output.outputs:
+            new = nodes("Cast", "single", new, to=FLOAT32)
+    if output.outputs or not half:
+        take_over(output, new)
+    else:
+        old.outputs.clear()
 
 
 def _replace_assembly(nodes: Nodes, node: gs.Node, named: Named) -> None:
     """Write a layer's kernel assembly anew, and its convolution as one if it was by rows."""
-    given = node.attrs
     spectrum = _spectrum(node, named)
     gates = _gate_matrix(node, named["attention"])
     if gates.shape:
@@ -156,19 +133,19 @@ def _replace_assembly(nodes: Nodes, node: gs.Node, named: Named) -> None:
     scale = _output_scale(nodes, named.get("row_scale"))
     tiles, planes, _, _, tile = spectrum.values.shape
     names = "out_channels in_channels heads filter_at spatial_at channel_at taps".split()
-    height, width = given["kernel_size"]
+    height, width = node.attrs["kernel_size"]
     sizes = AssemblySizes(
-        **{name: int(given[name]) for name in names}, kernel_height=height, kernel_width=width,
+        **{name: int(node.attrs[name]) for name in names}, kernel_height=height, kernel_width=width,
         scaled=scale is not None, planes=planes, tiles=tiles, width=tile,
         wide_groups=spectrum.groups.itemsize > 1,
     )  # fmt: skip
     half = _wants_half(node)
     rows = _rows(nodes, sizes, spectrum, gates)
     weight = _columns(nodes, sizes, rows, gates, named, scale, half)
-    if given["by_rows"]:
+    if node.attrs["by_rows"]:
         _convolve_once(nodes, node, weight)
     else:
-        _take_over(nodes, node, weight, half)
+        _stand_for(nodes, node, weight, half)
 
 
 def _spectrum(node: gs.Node, named: Named) -> KernelSpectrum:
@@ -186,7 +163,7 @@ def _spectrum(node: gs.Node, named: Named) -> KernelSpectrum:
 
 def _gate_matrix(node: gs.Node, attention: gs.Tensor) -> gs.Tensor:
     """All attentions ``(B, heads)``, of which the kernel attentions are the first columns."""
-    producer = _producer(attention)
+    producer = producer_of(attention)
     if producer is not None and producer.op == "Split":
         return producer.inputs[0]
     if max(node.attrs[f"{gate}_at"] for gate in ("filter", "spatial", "channel")) >= 0:
@@ -196,7 +173,7 @@ def _gate_matrix(node: gs.Node, attention: gs.Tensor) -> gs.Tensor:
 
 def _output_scale(nodes: Nodes, row_scale: gs.Tensor | None) -> gs.Constant | None:
     """A following BatchNorm's scale ``(O,)``, alone or multiplied with the filter attention."""
-    producer = None if row_scale is None else _producer(row_scale)
+    producer = None if row_scale is None else producer_of(row_scale)
     scale = producer.inputs[1] if producer is not None and producer.op == "Mul" else row_scale
     if not isinstance(scale, gs.Constant):
         return None
@@ -205,10 +182,8 @@ def _output_scale(nodes: Nodes, row_scale: gs.Tensor | None) -> gs.Constant | No
 
 def _wants_half(node: gs.Node) -> bool:
     """Whether everything that reads the kernels casts them to float16 first."""
-    readers = node.outputs[0].outputs
-    waiting, half = list(readers), []
-    while waiting:
-        reader = waiting.pop()
+    waiting, half = list(node.outputs[0].outputs), []
+    for reader in waiting:
         if reader.op in ("Split", "Reshape", "Transpose"):
             waiting += [n for t in reader.outputs for n in t.outputs]
         else:
@@ -315,8 +290,7 @@ def _convolve_once(nodes: Nodes, node: gs.Node, weight: gs.Variable) -> None:
     given = node.attrs
     found: dict[int, gs.Node] = {}
     waiting = [(0, reader) for reader in node.outputs[0].outputs]
-    while waiting:
-        row, reader = waiting.pop()
+    for row, reader in waiting:
         if reader.op == "Conv":
             found[row] = reader
         elif reader.op in ("Split", "Reshape", "Cast"):
@@ -336,8 +310,7 @@ def _convolve_once(nodes: Nodes, node: gs.Node, weight: gs.Variable) -> None:
         kernel_shape=given["kernel_size"], group=convolutions[0].attrs["group"],
         **{name: given[name] for name in ("strides", "pads", "dilations")},
     )  # fmt: skip
-    output.inputs[0].outputs.clear()
-    result.inputs[0].outputs[0] = output
+    take_over(output, result)
     node.outputs.clear()
     node.inputs.clear()
 
@@ -352,7 +325,7 @@ def _whole_input(given: dict[str, Any], row: int, conv: gs.Node) -> gs.Tensor:
     )
     if first <= 0 and last >= height - 1:
         return conv.inputs[0]
-    producer = _producer(conv.inputs[0])
+    producer = producer_of(conv.inputs[0])
     if producer is None or producer.op != "Slice":
         raise _unknown(conv.name)
     return producer.inputs[0]
@@ -431,7 +404,7 @@ def _replace_bands(nodes: Nodes, node: gs.Node, named: Named) -> None:
         terms_shape=[terms, nodes.batch, groups, channels // groups, pixels],
         feature_shape=[nodes.batch, channels, height, width],
     )  # fmt: skip
-    _take_over(nodes, node, total, half)
+    _stand_for(nodes, node, total, half)
 
 
 def _plain_weight(transposed: NDArray[Any], groups: int) -> NDArray[Any]:
@@ -443,7 +416,7 @@ def _plain_weight(transposed: NDArray[Any], groups: int) -> NDArray[Any]:
 
 def _input(x: gs.Tensor) -> tuple[gs.Tensor, bool]:
     """The input, and whether it is float16 (then before its cast to float32)."""
-    producer = _producer(x)
+    producer = producer_of(x)
     if producer is not None and producer.op == "Cast" and producer.attrs["to"] == FLOAT32:
         return producer.inputs[0], True
     return x, False

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import FunctionProto, ModelProto, helper, shape_inference
+from onnx import FunctionProto, ModelProto, shape_inference
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.export.layers import Nodes
-from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION
+from fdconv_deploy.export.layers import Nodes, take_over
+from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.ops.function_body import FunctionBody
 
 # NVIDIA's parser looks operators up by name alone, its own before a model's functions.
@@ -88,16 +88,7 @@ def without_roi_align(model: ModelProto) -> ModelProto:
     for node in [n for n in graph.nodes if n.op == "RoiAlign" and not n.domain]:
         nodes.begin(node.name)
         _replace(nodes, node)
-    graph.cleanup().toposort()
-    result = gs.export_onnx(graph)
-    del result.functions[:]
-    result.functions.extend([*model.functions, *nodes.functions.values()])
-    del result.opset_import[:]
-    result.opset_import.extend(o for o in model.opset_import if o.domain != DOMAIN)
-    result.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
-    result.ir_version = model.ir_version
-    result.producer_name, result.producer_version = model.producer_name, model.producer_version
-    return result
+    return nodes.model(model.functions)
 
 
 def _replace(nodes: Nodes, node: gs.Node) -> None:
@@ -144,5 +135,4 @@ def _replace(nodes: Nodes, node: gs.Node) -> None:
         sums_shape=[regions, bins * channels, width],
         regions_shape=[regions, bins, channels, bins],
     )  # fmt: skip
-    node.outputs.clear()
-    result.inputs[0].outputs[0] = output
+    take_over(output, result)

@@ -15,7 +15,6 @@ from onnx.reference import ReferenceEvaluator
 from fdconv_deploy.demo import packaged_checkpoint, packaged_detector
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export import export_checkpoint, export_onnx
-from fdconv_deploy.export.passes import opset as opset_pass
 from fdconv_deploy.export.targets import onnx_file
 from fdconv_deploy.ops import DOMAIN, OPSET
 from fdconv_deploy.runtime import open_session
@@ -128,7 +127,7 @@ def test_half_precision_becomes_a_file_of_a_newer_opset(tmp_path):
 
 
 def test_what_onnxruntime_does_not_run_is_a_sentence(detector, tmp_path, monkeypatch):
-    monkeypatch.setattr(opset_pass, "_RANGES", {})
+    monkeypatch.setattr(onnx_file, "_RANGES", {})
     with pytest.raises(ExportError, match=r"(?s)RoiAlign.*Choose the bundle's own opset, 18"):
         export_onnx(detector, tmp_path / "model.onnx", opset=22)
 
@@ -153,7 +152,7 @@ def test_operator_that_came_later_is_refused_with_its_opset():
     graph = helper.make_graph([node], "graph", [], [])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
     with pytest.raises(ExportError, match=r"GridSample 'sampled' .* it came with opset 16\."):
-        opset_pass.set_opset(model, 13)
+        onnx_file.set_opset(model, 13)
 
 
 @pytest.mark.parametrize("opset", [12, 99])

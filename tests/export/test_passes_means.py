@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from fdconv_deploy.export.api import export_module
-from fdconv_deploy.export.passes.means import split_means
+from fdconv_deploy.export.passes import split_means
 from tests.export.graphs import run_file
 from tests.reference.networks import Wired
 

@@ -1,1 +1,0 @@
-"""Graph passes, each one idea. They take and change an onnx-graphsurgeon graph."""
