@@ -178,8 +178,8 @@ def _export(name: str, dynamic: bool, file: Path, bundle: Path) -> dict[str, Any
 def _float32(name: str, file: Path) -> dict[str, Any]:
     """How far the network in float32 is from itself in float64, on the image compared on."""
     from fdconv_deploy.checkpoints import load_checkpoint
-    from fdconv_deploy.export.source_network import network_of
     from fdconv_deploy.export.validation.reference import Observer
+    from fdconv_deploy.export.validation.sample_inputs import network_of
 
     source = network_of(load_checkpoint(file), NETWORKS[name][2])
     observer = Observer(source.module, source.output_names, file.parent)

@@ -7,9 +7,7 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +22,10 @@ from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.graph import build_graph, check_model, number_values
 from fdconv_deploy.export.options import ExportOptions
 from fdconv_deploy.export.quantization.reduce_precision import Reduction
-from fdconv_deploy.export.source_network import SourceNetwork
 from fdconv_deploy.export.torch_export import capture
+from fdconv_deploy.export.validation.sample_inputs import SourceNetwork
 from fdconv_deploy.export.validation.subprocess_run import fresh
-from fdconv_deploy.export.validation.tolerance import TOLERANCES, Precision, counts_classes
+from fdconv_deploy.export.validation.tolerance import TOLERANCES, Precision
 from fdconv_deploy.export.validation.verdict import Judge, Subject, Verdict, refusal
 from fdconv_deploy.folding.network import input_sizes
 from fdconv_deploy.nn.fdconv import dynamic_layers
@@ -40,41 +38,6 @@ INLINE_BYTES = 128
 # ONNX Runtime maps aligned tensors from the file; 64 is a cache line.
 ALIGNMENT = 64
 WEIGHTS = "weights.bin"
-
-
-@dataclass
-class SizedExport:
-    """The graphs of one input size as they are made, and what judges them.
-
-    name: ends what is said of it, and begins its graphs' names, where there are several sizes.
-    """
-
-    source: SourceNetwork
-    name: str
-    judge: Judge
-    reduction: Reduction
-    models: dict[int, str] = field(default_factory=dict)
-    inputs: dict[int, tuple[TensorSpec, ...]] = field(default_factory=dict)
-    outputs: dict[int, tuple[TensorSpec, ...]] = field(default_factory=dict)
-    group_maps: dict[str, str] = field(default_factory=dict)
-    nodes: dict[str, int] = field(default_factory=dict)
-    verdicts: dict[int, Verdict] = field(default_factory=dict)
-
-    @property
-    def graphs(self) -> dict[str, Any]:
-        """Entries of the manifest that belong to one input size."""
-        return {
-            "models": self.models,
-            "inputs": self.inputs,
-            "outputs": self.outputs,
-            "parity": _parity(self.verdicts),
-        }
-
-    @property
-    def found(self) -> dict[str, Any]:
-        """What is written down about these graphs."""
-        exactness = {str(batch): verdict.as_dict() for batch, verdict in self.verdicts.items()}
-        return {**self.nodes, "exactness": exactness}
 
 
 def write_bundle(
@@ -92,29 +55,21 @@ def write_bundle(
         BundleError: ``output`` is in the way.
     """
     started = time.perf_counter()
-    # A `with` of its own: entered through the stack, a signal could come before it is left by it.
-    with BundleWriter(output, overwrite=options.overwrite) as writer, ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fdconv-export-")))
-        sized = []
-        for number, source in enumerate(sources):
-            folder = scratch / str(number)
-            folder.mkdir()
-            judge = Judge(source, folder, progress=options.say)
-            reduction = Reduction(source, options, folder)
-            name = str(source.manifest["input"]) if len(sources) > 1 else ""
-            sized.append(SizedExport(source, name, judge, reduction))
+    with (
+        BundleWriter(output, overwrite=options.overwrite) as writer,
+        tempfile.TemporaryDirectory(prefix="fdconv-export-") as scratch,
+    ):
+        folders = [Path(tempfile.mkdtemp(dir=scratch)) for _ in sources]
+        first, *others = sized = [
+            _SizedExport(source, options, folder, several=len(sources) > 1)
+            for source, folder in zip(sources, folders, strict=True)
+        ]
         with (writer.path / WEIGHTS).open("wb") as file:
             weights = SharedWeights(file)
-            for number, one in enumerate(sized):
-                _write_graphs(one, writer.path, f"{one.name}." * (number > 0), weights, options)
+            for one in sized:
+                one.write(writer.path, weights, prefix="" if one is first else f"{one.name}.")
         for one in sized:
-            for batch, name in one.models.items():
-                path = writer.path / name
-                check_model(str(path))
-                one.verdicts[batch] = _validate(
-                    one, batch, path, options.precision, options.allowed
-                )
-        first, *others = sized
+            one.validate(writer.path)
         entries: dict[str, Any] = {
             **first.source.manifest.get("graph", {}),
             **first.found,
@@ -141,42 +96,117 @@ def write_bundle(
         )
 
 
-def _write_graphs(
-    one: SizedExport, folder: Path, prefix: str, weights: SharedWeights, options: ExportOptions
-) -> None:
-    """Write the graph of every batch size to a folder; large constants go to the weights."""
-    source, sizes = one.source, None
-    for batch in source.batches:
-        at = ", ".join(filter(None, [one.name, f"batch {batch}"]))
-        example = source.inputs[0].rows(batch)
-        options.say(f"{at}: running the network")
-        answers = one.judge.answers(source.inputs[0], batch)
-        options.say(f"{at}: writing the graph")
-        captured = capture(
-            source.module,
-            example,
-            input_names=source.input_names,
-            output_names=source.output_names,
+class _SizedExport:
+    """The graphs of one input size, by batch size, and what judges them.
+
+    name: the input size, where there are ``several``.
+    """
+
+    def __init__(
+        self, source: SourceNetwork, options: ExportOptions, folder: Path, *, several: bool
+    ) -> None:
+        self.source, self.options, self.folder = source, options, folder
+        self.name = str(source.manifest["input"]) if several else ""
+        self.judge = Judge(source, folder, progress=options.say)
+        self.reduction = Reduction(source, options, folder)
+        self.models: dict[int, str] = {}
+        self.inputs: dict[int, tuple[TensorSpec, ...]] = {}
+        self.outputs: dict[int, tuple[TensorSpec, ...]] = {}
+        self.group_maps: dict[str, str] = {}
+        self.nodes: dict[str, int] = {}
+        self.verdicts: dict[int, Verdict] = {}
+
+    @property
+    def graphs(self) -> dict[str, Any]:
+        """Entries of the manifest that belong to one input size."""
+        shown = [finding.source for verdict in self.verdicts.values() for finding in verdict.shown]
+        parity = ParityReport(
+            batches={batch: verdict.parity for batch, verdict in self.verdicts.items()},
+            reference=f"PyTorch {torch.__version__}, float32, CPU",
+            backend=f"ONNX Runtime {version('onnxruntime')}, CPU",
+            inputs=", ".join(dict.fromkeys(shown)),
         )
-        if sizes is None:  # the same for every batch size
-            sizes = input_sizes(source.module, tuple(tensor[:1] for tensor in example))
-        graph = build_graph(captured, source.module, sizes, batch)
-        del captured
-        if options.precision != "fp32":
-            exact = one.judge.folder / "fp32.onnx"
-            onnx.save(graph.model, str(exact))
-            _validate(one, batch, exact, "fp32", TOLERANCES["fp32"])
-            exact.unlink()
-            one.reduction.apply(graph.model, batch)
-        if prefix:
-            number_values(graph.model, source.module)
-        weights.take(graph.model)
-        one.models[batch] = f"model.{prefix}b{batch}.onnx"
-        onnx.save(graph.model, str(folder / one.models[batch]))
-        one.group_maps |= graph.group_maps
-        one.nodes[f"nodes.b{batch}"] = len(graph.model.graph.node)
-        one.inputs[batch] = _specs(source.feed(batch))
-        one.outputs[batch] = _specs(answers)
+        specs = {"inputs": self.inputs, "outputs": self.outputs}
+        return {"models": self.models, **specs, "parity": parity}
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """What is written down about these graphs."""
+        exactness = {str(batch): verdict.as_dict() for batch, verdict in self.verdicts.items()}
+        return {**self.nodes, "exactness": exactness}
+
+    def write(self, folder: Path, weights: SharedWeights, *, prefix: str) -> None:
+        """Write the graph of every batch size to a folder; large constants go to the weights."""
+        source, say = self.source, self.options.say
+        sizes: dict[str, tuple[int, int]] = {}
+        for batch in source.batches:
+            at = ", ".join(filter(None, [self.name, f"batch {batch}"]))
+            say(f"{at}: running the network")
+            answers = self.judge.answers(source.inputs[0], batch)
+            say(f"{at}: writing the graph")
+            captured = capture(
+                source.module,
+                source.inputs[0].rows(batch),
+                input_names=source.input_names,
+                output_names=source.output_names,
+            )
+            sizes = sizes or input_sizes(source.module, source.inputs[0].rows(1))
+            model, group_maps = build_graph(captured, source.module, sizes, batch)
+            del captured
+            if self.options.precision != "fp32":
+                exact = self.folder / "fp32.onnx"
+                onnx.save(model, str(exact))
+                self._judged(batch, exact, "fp32", TOLERANCES["fp32"])
+                exact.unlink()
+                self.reduction.apply(model, batch)
+            if prefix:
+                number_values(model, source.module)
+            weights.take(model)
+            self.models[batch] = f"model.{prefix}b{batch}.onnx"
+            onnx.save(model, str(folder / self.models[batch]))
+            self.group_maps |= group_maps
+            self.nodes[f"nodes.b{batch}"] = len(model.graph.node)
+            self.inputs[batch] = _specs(source.feed(batch))
+            self.outputs[batch] = _specs(answers)
+
+    def validate(self, folder: Path) -> None:
+        """Check and judge the graphs that were written to a folder."""
+        for batch, name in self.models.items():
+            check_model(str(folder / name))
+            options = self.options
+            verdict = self._judged(batch, folder / name, options.precision, options.allowed)
+            self.verdicts[batch] = verdict
+
+    def _judged(self, batch: int, model: Path, precision: Precision, limit: float) -> Verdict:
+        """The verdict on a graph; an ExportError where it is not the network.
+
+        In float32 every layer is judged; what lower precision costs, `Reduction` measures
+        layer by layer, and here the answer alone is compared with the tolerance.
+        """
+        exact, source = precision == "fp32", self.source
+        run = fresh(model, source.output_names, self.folder)
+        subject = Subject(batch, run, precision, limit, model if exact else None)
+        verdict = self.judge.judge(subject, source.inputs[:1], source.inputs[1:])
+        if verdict.equal:
+            return verdict
+        of = f"batch {batch}" + (f" at {self.name}" if self.name else "")
+        message = refusal(verdict, f"the exported {precision} graph of {of}")
+        wrong = verdict.wrong
+        if wrong is not None and wrong.counts_classes:
+            message = (
+                f"the int8 graph of {of} gives {wrong.error:.1%} of the positions another "
+                f"class than the network, {limit:.1%} is allowed. Calibrate on pictures "
+                "of the kind the network will see (--calibrate), compare on such (--image), keep "
+                "modules in float32 (--keep-fp32), or raise --tolerance."
+            )
+        elif wrong is not None and not exact:
+            message += " Keep modules in float32 (--keep-fp32), or raise --tolerance."
+        elif wrong is not None:
+            message += (
+                " That is a fault of the export, not of the checkpoint or the pictures: please "
+                "report it with this message."
+            )
+        raise ExportError(f"{message} Nothing was kept.")
 
 
 class SharedWeights:
@@ -208,51 +238,7 @@ class SharedWeights:
         return self._offsets[key]
 
 
-def _validate(
-    one: SizedExport, batch: int, model: Path, precision: Precision, limit: float
-) -> Verdict:
-    """Judge a graph, and refuse it where it is not the network.
-
-    In float32 every layer is judged; what lower precision costs, `Reduction` measures
-    layer by layer, and here the answer alone is compared with the tolerance.
-    """
-    exact, source, judge = precision == "fp32", one.source, one.judge
-    run = fresh(model, source.output_names, judge.folder)
-    subject = Subject(batch, run, precision, limit, model if exact else None)
-    verdict = judge.judge(subject, source.inputs[:1], source.inputs[1:])
-    if verdict.equal:
-        return verdict
-    of = f"batch {batch}" + (f" at {one.name}" if one.name else "")
-    message = refusal(verdict, f"the exported {precision} graph of {of}")
-    wrong = verdict.wrong
-    if wrong is not None and wrong.parity is not None and counts_classes(wrong.parity, precision):
-        message = (
-            f"the int8 graph of {of} gives {wrong.error:.1%} of the positions another "
-            f"class than the network, {limit:.1%} is allowed. Calibrate on pictures "
-            "of the kind the network will see (--calibrate), compare on such (--image), keep "
-            "modules in float32 (--keep-fp32), or raise --tolerance."
-        )
-    elif wrong is not None and not exact:
-        message += " Keep modules in float32 (--keep-fp32), or raise --tolerance."
-    elif wrong is not None:
-        message += (
-            " That is a fault of the export, not of the checkpoint or the pictures: please report "
-            "it with this message."
-        )
-    raise ExportError(f"{message} Nothing was kept.")
-
-
-def _parity(verdicts: dict[int, Verdict]) -> ParityReport:
-    shown = [finding.source for verdict in verdicts.values() for finding in verdict.shown]
-    return ParityReport(
-        batches={batch: verdict.parity for batch, verdict in verdicts.items()},
-        reference=f"PyTorch {torch.__version__}, float32, CPU",
-        backend=f"ONNX Runtime {version('onnxruntime')}, CPU",
-        inputs=", ".join(dict.fromkeys(shown)),
-    )
-
-
-def _specs(arrays: dict[str, NDArray]) -> tuple[TensorSpec, ...]:
+def _specs(arrays: Mapping[str, NDArray]) -> tuple[TensorSpec, ...]:
     return tuple(
         TensorSpec(name=name, shape=array.shape, dtype=str(array.dtype))
         for name, array in arrays.items()

@@ -12,7 +12,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Literal
@@ -80,7 +79,7 @@ def export_triton(
                 "the Python backend's model holds the whole bundle and takes images of any size: "
                 "leave sizes and batches out."
             )
-        config = python_config(name, found.manifest)
+        config = _python_config(name, found.manifest)
         target = _target(repository, name, overwrite)
         progress("copying the bundle")
         with temporary_folder(target) as folder:
@@ -113,16 +112,17 @@ def export_triton(
                     file.chmod((version / "model.onnx").stat().st_mode)
                 progress(f"comparing {one} with the bundle's graph")
                 prove(here, number, version / "model.onnx", Path(scratch))
-                (folder / CONFIG).write_text(onnxruntime_config(one, here.manifest, number))
+                (folder / CONFIG).write_text(_onnxruntime_config(one, here.manifest, number))
                 replace_folder(folder, target)
     return targets
 
 
 def check_repository(repository: Path, name: str | None) -> None:
-    """Refuse a name that no model can have, and a place that is no repository.
+    """Refuse a name that no model can have, and a place that is no repository or takes no model.
 
     Raises:
         ExportError: with what to do.
+        OSError: the system refused.
     """
     if name is not None and not _NAME.fullmatch(name):
         raise ExportError(
@@ -137,39 +137,41 @@ def check_repository(repository: Path, name: str | None) -> None:
             f"{repository} is a bundle or one model; a model repository is a folder of models. "
             "Name the folder above, or another."
         )
+    with temporary_folder(repository / "model"):
+        pass
 
 
-@dataclass(frozen=True)
-class _Tensor:
+def _tensor(name: str, kind: str, dims: Sequence[int], options: str = "") -> str:
     """A tensor in config.pbtxt, without the batch where the model has one."""
-
-    name: str
-    kind: str
-    dims: Sequence[int]
-    options: str = ""
-
-    def __str__(self) -> str:
-        dims = ", ".join(map(str, self.dims or [1]))  # never empty: one number is a row of one
-        return f'  {{ name: "{self.name}" data_type: {self.kind} dims: [{dims}]{self.options} }}'
+    listed = ", ".join(map(str, dims or [1]))  # never empty: one number is a row of one
+    return f'  {{ name: "{name}" data_type: {kind} dims: [{listed}]{options} }}'
 
 
-def python_config(name: str, manifest: Manifest) -> str:
+def _config(
+    name: str, backend: str, batch: int, inputs: list[str], outputs: list[str], *more: str
+) -> str:
+    lines = [f'name: "{name}"', f'backend: "{backend}"', f"max_batch_size: {batch}"]
+    for title, tensors in (("input", inputs), ("output", outputs)):
+        lines += [f"{title} [", ",\n".join(tensors), "]"]
+    return "\n".join([*lines, *more, ""])
+
+
+def _python_config(name: str, manifest: Manifest) -> str:
     """The config.pbtxt of the Python backend's model.
 
     Raises:
         ExportError: the bundle is of a module, which takes no images.
     """
-    outputs = []
     if manifest.kind == "segmentor" and manifest.architecture is not None:
         how = manifest.architecture.preprocessing
         wide = len(class_names(manifest.architecture)) > 256
-        outputs = [_Tensor("labels", "TYPE_UINT16" if wide else "TYPE_UINT8", [-1, -1])]
+        outputs = [_tensor("labels", "TYPE_UINT16" if wide else "TYPE_UINT8", [-1, -1])]
         if manifest.architecture.panoptic is not None:
-            outputs.append(_Tensor("ids", "TYPE_INT32", [-1, -1]))
+            outputs.append(_tensor("ids", "TYPE_INT32", [-1, -1]))
     elif manifest.kind == "detector" and manifest.detector is not None:
         how = manifest.detector.preprocessing
         specs = manifest.outputs[min(manifest.outputs)]
-        outputs = [_Tensor(spec.name, _TYPES[spec.dtype], spec.shape[1:]) for spec in specs]
+        outputs = [_tensor(spec.name, _TYPES[spec.dtype], spec.shape[1:]) for spec in specs]
     else:
         raise ExportError(
             f"the Python backend's model takes images, and the bundle is of a {manifest.kind}. "
@@ -177,47 +179,26 @@ def python_config(name: str, manifest: Manifest) -> str:
         )
     # Files of colours are decoded to bytes; bands are numbers of any type.
     kind = "TYPE_UINT8" if how.loading == "color" else "TYPE_FP32"
-    image = _Tensor("images", kind, [-1, -1, how.channels], " allow_ragged_batch: true")
+    image = _tensor("images", kind, [-1, -1, how.channels], " allow_ragged_batch: true")
     preferred = ", ".join(str(n) for n in sorted(manifest.models) if n <= MAX_BATCH)
-    return "\n".join(
-        [
-            f'name: "{name}"',
-            'backend: "python"',
-            f"max_batch_size: {MAX_BATCH}",
-            *_tensors([image], outputs),
-            f"dynamic_batching {{ preferred_batch_size: [{preferred}] }}",
-            "# The session chooses its device itself; what Triton hands over lies in main memory.",
-            "instance_group [{ count: 1 kind: KIND_CPU }]",
-            "# As open_session takes it; so is a parameter 'threads', CPU threads of a run.",
-            'parameters { key: "backend" value { string_value: "auto" } }',
-            "",
-        ]
-    )
+    return _config(
+        name, "python", MAX_BATCH, [image], outputs,
+        f"dynamic_batching {{ preferred_batch_size: [{preferred}] }}",
+        "# The session chooses its device itself; what Triton hands over lies in main memory.",
+        "instance_group [{ count: 1 kind: KIND_CPU }]",
+        "# As open_session takes it; so is a parameter 'threads', CPU threads of a run.",
+        'parameters { key: "backend" value { string_value: "auto" } }',
+    )  # fmt: skip
 
 
-def onnxruntime_config(name: str, manifest: Manifest, batch: int) -> str:
+def _onnxruntime_config(name: str, manifest: Manifest, batch: int) -> str:
     """The config.pbtxt of one graph, whose batch size is fixed: Triton's "no batching", 0."""
     inputs, outputs = (
-        [_Tensor(spec.name, _TYPES[spec.dtype], spec.shape) for spec in specs]
+        [_tensor(spec.name, _TYPES[spec.dtype], spec.shape) for spec in specs]
         for specs in (manifest.inputs[batch], manifest.outputs[batch])
     )
-    return "\n".join(
-        [
-            f'name: "{name}"',
-            'backend: "onnxruntime"',
-            'default_model_filename: "model.onnx"',
-            "max_batch_size: 0",
-            *_tensors(inputs, outputs),
-            "",
-        ]
-    )
-
-
-def _tensors(inputs: list[_Tensor], outputs: list[_Tensor]) -> list[str]:
-    found = []
-    for title, tensors in (("input", inputs), ("output", outputs)):
-        found += [f"{title} [", ",\n".join(map(str, tensors)), "]"]
-    return found
+    file = 'default_model_filename: "model.onnx"'
+    return _config(name, "onnxruntime", 0, inputs, outputs, file)
 
 
 def _write_python(bundle: Bundle, folder: Path, config: str) -> None:
@@ -248,5 +229,4 @@ def _target(repository: Path, name: str, overwrite: bool) -> Path:
             )
         if not overwrite:
             raise in_the_way(ExportError, f"The model {target} exists already.")
-    target.parent.mkdir(parents=True, exist_ok=True)
     return target

@@ -31,6 +31,7 @@ from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.api import export_module
 from fdconv_deploy.export.graph import check_one_file
 from fdconv_deploy.export.options import ExportOptions, check_size
+from fdconv_deploy.export.targets.onnx_file import check_output
 from fdconv_deploy.export.validation.reference import answer_of
 from fdconv_deploy.export.validation.sample_inputs import Picture
 from fdconv_deploy.sample_images import prepared_batch, sample_batch
@@ -82,7 +83,8 @@ def export_ultralytics(
         UnsupportedLayerError: an FDConv layer is a variant of the published one.
     """
     options = ExportOptions(batches=[batch], tolerance=tolerance, progress=progress)
-    path = _free(Path(output), overwrite)
+    path = Path(output)
+    check_output(path, overwrite=overwrite)
     source = _network(model)
     network = _in_export_mode(source)
     size = _size(network, imgsz)
@@ -98,13 +100,9 @@ def export_ultralytics(
     expected = [leaf.numpy() for leaf in pytree.tree_leaves(answer_of(network, example))]
     names = [f"output{place}" for place in range(len(expected))]
     with tempfile.TemporaryDirectory(prefix="fdconv-export-") as scratch:
+        folder = Path(scratch) / "bundle"
         bundle = export_module(
-            network,
-            example,
-            Path(scratch) / "bundle",
-            options,
-            input_name=INPUT,
-            output_names=names,
+            network, example, folder, options, input_name=INPUT, output_names=names
         )
         graph = onnx.load(str(bundle.model_path(batch)))
     for key, value in _metadata(network, size, batch).items():
@@ -115,16 +113,7 @@ def export_ultralytics(
     end2end = bool(getattr(network, "end2end", False))
     answers = dict(zip(names, expected, strict=True))
     _prove(data, example, answers, options.allowed, 2 if end2end else 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data)
-    return path
-
-
-def _free(path: Path, overwrite: bool) -> Path:
-    if path.suffix != ".onnx":
-        raise ExportError(f"Ultralytics opens files called *.onnx; the output is {path.name!r}.")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise ExportError(f"{path} exists already. Give another output, or overwrite=True.")
     return path
 
 
@@ -169,10 +158,15 @@ def _in_export_mode(source: nn.Module) -> nn.Module:
     return network
 
 
+def _described(network: Any, kind: str, key: str, default: Any) -> Any:
+    """An entry of a network's ``args`` or ``yaml``, if it has such."""
+    entries = getattr(network, kind, None)
+    return entries.get(key, default) if isinstance(entries, Mapping) else default
+
+
 def _size(network: Any, imgsz: int | tuple[int, int] | None) -> tuple[int, int]:
     if imgsz is None:
-        arguments = getattr(network, "args", None)
-        imgsz = arguments.get("imgsz", _IMGSZ) if isinstance(arguments, Mapping) else _IMGSZ
+        imgsz = _described(network, "args", "imgsz", _IMGSZ)
     size = (imgsz, imgsz) if isinstance(imgsz, int) else (int(imgsz[0]), int(imgsz[1]))
     check_size(size)
     stride = _stride(network)
@@ -190,18 +184,16 @@ def _stride(network: Any) -> int:
 
 
 def _channels(network: Any) -> int:
-    described = getattr(network, "yaml", None)
-    return int(described.get("channels", 3)) if isinstance(described, Mapping) else 3
+    return int(_described(network, "yaml", "channels", 3))
 
 
 def _metadata(network: Any, size: tuple[int, int], batch: int) -> dict[str, Any]:
     """What `AutoBackend` reads, and where the file comes from."""
     head: Any = network.model[-1] if isinstance(network.model, nn.Sequential) else network.model
     names = network.names
-    described = getattr(network, "yaml", None)
-    kind = described.get("yaml_file", "YOLO") if isinstance(described, Mapping) else "YOLO"
+    kind = str(_described(network, "yaml", "yaml_file", "YOLO"))
     found = {
-        "description": f"{Path(str(kind)).stem} model with FDConv layers",
+        "description": f"{Path(kind).stem} model with FDConv layers",
         "author": f"FDConv Deploy {__version__}",
         "date": datetime.now(timezone.utc).isoformat(),
         "stride": _stride(network),

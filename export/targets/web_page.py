@@ -75,7 +75,6 @@ def export_web(
     found = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, hold=True)
     found, batch = chosen_graph(found, size, 1)
     described = _description(found.manifest)
-    target.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(target) as folder:
         model = export_onnx(found, folder / _MODEL, batch=batch, progress=progress).path
         progress("writing the page")
@@ -95,11 +94,14 @@ def _page() -> Traversable:
 
 
 def check_web_output(target: Path, *, overwrite: bool) -> None:
-    """Refuse a place where something else than a page's folder is, or a page is not to be replaced.
+    """Refuse a place of anything but a page to be replaced, and one that cannot be written to.
 
     Raises:
         ExportError: with what to do.
+        OSError: the system refused.
     """
+    with temporary_folder(target):
+        pass
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     found = {path.name for path in target.iterdir()} if target.is_dir() else set()
@@ -168,7 +170,9 @@ def _description(manifest: Manifest) -> dict[str, Any]:
                 f"the network needs {step}, which the page does not have. Serve the bundle with "
                 "fdconv serve instead."
             )
-    threshold = head.label_threshold
+    logit = None if head.label_threshold is None else logit_of(head.label_threshold)
+    if logit is not None:  # JSON has no infinity; no logit is beyond float32
+        logit = max(-1e39, min(logit, 1e39))
     return {
         "name": manifest.checkpoint.name if manifest.checkpoint else manifest.created_by,
         "height": size.height,
@@ -181,10 +185,7 @@ def _description(manifest: Manifest) -> dict[str, Any]:
         "keep_ratio": how.keep_ratio,
         "size_divisor": how.size_divisor,
         "align_corners": head.align_corners,
-        # JSON has no infinity; no logit is beyond float32.
-        "threshold_logit": None
-        if threshold is None
-        else max(-1e39, min(logit_of(threshold), 1e39)),
+        "threshold_logit": logit,
         "classes": class_names(network),
         "palette": class_palette(network),
     }

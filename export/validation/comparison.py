@@ -62,16 +62,7 @@ class Comparison:
     def compare(
         self, actual: Arrays, expected: Arrays, others: Iterable[Arrays] = ()
     ) -> tuple[OutputParity, ...]:
-        """Errors of all outputs.
-
-        Args:
-            actual: the graph's answers, by output name.
-            expected: the network's.
-            others: for detections, see `compare_detections`.
-
-        Raises:
-            ExportError: as `compare_output` and `compare_detections`.
-        """
+        """Errors of all outputs, by `compare_output`, of objects by `compare_detections`."""
         classes, threshold = self.kind == "classes", self.threshold
         found = tuple(
             compare_output(name, actual[name], values, classes=classes, threshold=threshold)
@@ -129,12 +120,12 @@ def compare_output(
     elif classes and threshold is not None:
         cut = np.float32(logit_of(threshold))
         agreement = float(((actual > cut) == (expected > cut)).mean())
-    return OutputParity(
-        name=name,
-        max_abs=difference,
-        max_rel=difference / largest if largest else difference,
-        argmax_agreement=agreement,
-    )
+    return _parity(name, difference, largest, agreement)
+
+
+def _parity(name: str, difference: float, largest: float, agreement: float | None) -> OutputParity:
+    relative = difference / largest if largest else difference
+    return OutputParity(name=name, max_abs=difference, max_rel=relative, argmax_agreement=agreement)
 
 
 def compare_detections(
@@ -154,8 +145,8 @@ def compare_detections(
             taken while there are objects on one side that rounding may explain.
 
     Returns:
-        One entry per output. ``argmax_agreement`` of ``labels`` is the share of objects that
-        have their like on the other side: 1, but for those that rounding decides.
+        One entry per output; ``argmax_agreement`` of ``labels`` is the share of objects that have
+        their like on the other side: 1, but for those that rounding decides.
 
     Raises:
         ExportError: an object is on one side only and rounding does not explain it, or the
@@ -169,16 +160,14 @@ def compare_detections(
         ours, theirs = _Objects.of(actual, image), _Objects.of(expected, image)
         same = _matched(ours, theirs)
         pairs += [(image, a, e) for a, e in same]
-        for objects, other, matched, in_graph in (
-            (ours, theirs, {a for a, _ in same}, True),
-            (theirs, ours, {e for _, e in same}, False),
-        ):
+        for side, (objects, other) in enumerate(((ours, theirs), (theirs, ours))):
             # A score near the edge itself explains that the other side lacks the object.
             least = other.edge(score_thr) + EDGE
-            rows = set(np.flatnonzero(objects.scores > least).tolist()) - matched
-            singles += [_Single(image, objects.row(n), in_graph) for n in sorted(rows)]
+            rows = set(np.flatnonzero(objects.scores > least).tolist()) - {p[side] for p in same}
+            singles += [_Single(image, objects.row(n), side == 0) for n in sorted(rows)]
         total += max(len(ours.scores), len(theirs.scores))
     _refuse_unexplained(singles, others)
+    agreement = len(pairs) / total if total else 1.0
     report = []
     for name, values in expected.items():
         difference = largest = 0.0
@@ -187,15 +176,7 @@ def compare_detections(
                 own = actual[name][image, a].astype(np.float64)
                 difference = max(difference, float(np.abs(own - values[image, e]).max()))
                 largest = max(largest, float(np.abs(values[image, e]).max()))
-        agreement = len(pairs) / total if total else 1.0
-        report.append(
-            OutputParity(
-                name=name,
-                max_abs=difference,
-                max_rel=difference / largest if largest else difference,
-                argmax_agreement=agreement if name == "labels" else None,
-            )
-        )
+        report.append(_parity(name, difference, largest, agreement if name == "labels" else None))
     return tuple(report)
 
 
@@ -289,16 +270,14 @@ def _overlaps(a: NDArray, b: NDArray) -> NDArray:
 
 def _refuse_unexplained(singles: list[_Single], others: Iterable[Arrays]) -> None:
     """Refuse an object that the network, but for rounding, always finds, or never."""
-    tries = 0
-    for answer in others if singles else ():
+    tries, answers = 0, iter(others)
+    while singles and (answer := next(answers, None)) is not None:
         tries += 1
         singles = [
-            single
-            for single in singles
-            if bool(_matched(single.object, _Objects.of(answer, single.image))) != single.in_graph
+            one
+            for one in singles
+            if bool(_matched(one.object, _Objects.of(answer, one.image))) != one.in_graph
         ]
-        if not singles:
-            break
     if not singles:
         return
     single = singles[0]

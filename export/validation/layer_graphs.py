@@ -8,6 +8,7 @@ graph's own.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -39,12 +40,17 @@ class Piece:
 
 
 class CutGraph:
-    """The pieces of a written model, and models of some of them.
+    """The pieces of a written model, and models of them.
 
     Args:
         path: of the model; its external data lies beside it.
         layers: names of the network's FDConv layers.
         decisions: of the network, by name; no two of one operator.
+
+    Attributes:
+        cuts: the tensors that pieces end in; of each, the first use of a layer that reads it.
+        decided: uses of decisions; of each, the tensor that it decides on.
+        pieces: those that end in a cut, and that of the outputs.
     """
 
     def __init__(
@@ -58,7 +64,7 @@ class CutGraph:
         self._shapes = {v.name: s for v in graph.value_info if (s := _shape(v)) is not None}
         self._inputs = {value.name: value for value in graph.input}
         self._uses = _uses(self._model, layers)
-        self._find(decisions or {})
+        self.decided = dict(self._find(decisions or {}))
         self.cuts: dict[str, str] = {}  # tensor -> the first use that reads it
         for index, use in enumerate(self._uses):
             if use and use not in self._uses[:index]:
@@ -69,9 +75,8 @@ class CutGraph:
         if self.cuts:
             self.pieces.append(self._piece(tuple(output.name for output in graph.output), ""))
 
-    def _find(self, decisions: Mapping[str, Decision]) -> None:
-        """Name the nodes that decide. They run in the order of the network's uses."""
-        self._decided: dict[int, str] = {}
+    def _find(self, decisions: Mapping[str, Decision]) -> Iterator[tuple[str, str]]:
+        """Name the nodes that decide, which run in the order of the network's uses."""
         for name, decision in decisions.items():
             wanted, count = decision.constant, 0
             for index, node in enumerate(self._model.graph.node):
@@ -81,7 +86,8 @@ class CutGraph:
                     continue
                 count += 1
                 self._uses[index] = name if count == 1 else f"{name}.use{count}"
-                self._decided[index] = self._uses[index]
+                if (tensor := self._entry(node)) in self._producers:
+                    yield self._uses[index], tensor
 
     def _value(self, name: str) -> np.float32 | None:
         """The number that a constant holds, if it is one."""
@@ -89,27 +95,6 @@ class CutGraph:
         if tensor is None or math.prod(tensor.dims) != 1:
             return None
         return np.float32(onnx.numpy_helper.to_array(tensor).reshape(-1)[0])
-
-    @property
-    def decides(self) -> bool:
-        """Whether a node of it is a decision."""
-        return bool(self._decided)
-
-    def watch(self, path: Path) -> dict[str, str]:
-        """Write the whole model, with its data, to give what its decisions see.
-
-        Returns:
-            The outputs by use of a decision.
-        """
-        nodes = self._model.graph.node
-        seen = {use: self._entry(nodes[index]) for index, use in self._decided.items()}
-        model = ModelProto()
-        model.CopyFrom(self._model)
-        del model.graph.initializer[:], model.graph.output[:]
-        model.graph.initializer.extend(self._data(set(self._constants)))
-        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in seen.values())
-        onnx.save(model, str(path))
-        return seen
 
     def _entry(self, node: NodeProto) -> str:
         """What a layer's first node reads: the layer's input."""
@@ -124,7 +109,7 @@ class CutGraph:
             tensor = node.input[0]
         return tensor
 
-    def _reach(self, tensors: Iterable[str]) -> tuple[set[int], set[str]]:
+    def _reach(self, tensors: Iterable[str], cuts: Collection[str]) -> tuple[set[int], set[str]]:
         """Nodes that compute tensors from cuts and inputs, and which of these they read."""
         nodes: set[int] = set()
         read: set[str] = set()
@@ -135,67 +120,59 @@ class CutGraph:
                 continue
             nodes.add(index)
             for name in _reads(self._model.graph.node[index]):
-                if name in self.cuts or name in self._inputs:
+                if name in cuts or name in self._inputs:
                     read.add(name)
                 elif name in self._producers:
                     waiting.append(self._producers[name])
         return nodes, read
 
     def _piece(self, tensors: tuple[str, ...], use: str) -> Piece:
-        nodes, _ = self._reach(tensors)
+        nodes, _ = self._reach(tensors, self.cuts)
         # What is behind a layer may be reshaped in the layer's name.
         works = (i for i in sorted(nodes) if self._model.graph.node[i].op_type != "Reshape")
         within = dict.fromkeys(self._uses[i] for i in works if self._uses[i])
         return Piece(tensors, use, tuple(within))
 
     def write(
-        self, piece: Piece, path: Path, shapes: Mapping[str, Sequence[int]]
+        self, tensors: Iterable[str], path: Path, shapes: Mapping[str, Sequence[int]]
     ) -> tuple[dict[str, str], dict[str, str]]:
-        """Write a model of a piece, with its data.
+        """Write a model of what computes tensors from layers' inputs, with its data.
 
         Args:
-            piece: one of `pieces`.
+            tensors: a piece's, or any.
             path: the file to write.
-            shapes: of each use's input, batch included.
+            shapes: of each use's input, batch included. If there are none, nothing is cut.
 
         Returns:
             What it takes, by tensor the use whose input it is ("" for an input of the graph's
             own); and what it gives, by tensor its name among the model's outputs.
         """
-        chosen, read = self._reach(piece.tensors)
-        graph = self._model.graph
+        cuts, graph = self.cuts if shapes else {}, self._model.graph
+        chosen, read = self._reach(tensors, cuts)
         # One output may be computed from another, which is given then.
-        given = {t: f"{t}.computed" if t in self.cuts else t for t in piece.tensors}
-        nodes = []
-        for index in sorted(chosen):
-            node = NodeProto()
-            node.CopyFrom(graph.node[index])
-            for place, name in enumerate(node.output):
-                node.output[place] = given.get(name, name)
-            nodes.append(node)
+        given = {t: f"{t}.computed" if t in cuts else t for t in tensors}
+        nodes = [copy.deepcopy(graph.node[index]) for index in sorted(chosen)]
+        for node in nodes:
+            node.output[:] = [given.get(name, name) for name in node.output]
         inputs = []
         for name in sorted(read):
-            if name in self._inputs:
-                inputs.append(self._inputs[name])
-            else:
-                shape = self._shapes.get(name) or list(shapes[self.cuts[name]])
-                inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+            value = self._inputs.get(name)
+            if value is None:
+                shape = self._shapes.get(name) or shapes[cuts[name]]
+                value = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            inputs.append(value)
         made = {name for node in nodes for name in node.output} - set(given.values())
+        outputs = [onnx.ValueInfoProto(name=name) for name in given.values()]
+        data = list(self._data({name for node in nodes for name in _reads(node)}))
+        known = [value for value in graph.value_info if value.name in made]
         model = helper.make_model(
-            helper.make_graph(
-                nodes,
-                "piece",
-                inputs,
-                [onnx.ValueInfoProto(name=name) for name in given.values()],
-                list(self._data({name for node in nodes for name in _reads(node)})),
-                value_info=[v for v in graph.value_info if v.name in made],
-            ),
+            helper.make_graph(nodes, "piece", inputs, outputs, data, value_info=known),
             opset_imports=self._model.opset_import,
             functions=self._model.functions,
             ir_version=self._model.ir_version,
         )
         onnx.save(model, str(path))
-        return {name: self.cuts.get(name, "") for name in read}, given
+        return {name: cuts.get(name, "") for name in read}, given
 
     def _data(self, names: set[str]) -> Iterator[TensorProto]:
         """Constants with their values."""

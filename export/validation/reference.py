@@ -48,16 +48,16 @@ class Seen:
 
 @dataclass
 class Observation:
-    """A network on one input.
+    """A network on one input: its answers, and what each use of a layer sees.
 
     Attributes:
         feed: the input.
         answers: in float32.
         expected: where each layer is in float64 and sees what it does in the float32 network.
-        layers: what each use of a layer sees.
-        changed: in float32, each layer's input changed by `UNIT`, `DRAWS` times, see `change`.
-        exact: all in float64, see `in_double`.
-        shifted: as ``expected``, but each layer in float32 on a changed input, see `shift`.
+        layers: by use.
+        changed: see `Observer.change`.
+        exact: see `Observer.in_double`.
+        shifted: see `Observer.shift`.
     """
 
     feed: tuple[Tensor, ...]
@@ -81,7 +81,6 @@ class Observer:
         self.network, self.output_names, self.folder = network, output_names, folder
         self.decisions = decisions(network)
         self.names = [*dynamic_layers(network), *self.decisions]
-        self.refusal = ""  # why there is no answer in float64
         self._act: Act = lambda _name, layer, x: layer(x)
         self._uses: Counter[str] = Counter()
         self._count = 0
@@ -89,10 +88,10 @@ class Observer:
         for name, decision in self.decisions.items():
             self._watched.set_submodule(name, _Watched(name, decision, self))
         self._double: nn.Module | None = None
+        self._runs_in_double = True
 
-    def layer(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
+    def run(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
         """Called in a layer's place."""
-        name = name or "layer"
         self._uses[name] += 1
         use = name if self._uses[name] == 1 else f"{name}.use{self._uses[name]}"
         return self._act(use, layer, x)
@@ -169,15 +168,14 @@ class Observer:
         return observed.changed
 
     def in_double(self, observed: Observation) -> Arrays | None:
-        """The answers in float64, or None and `refusal`: the network does not run in float64."""
-        if observed.exact is None and not self.refusal:
+        """The answers in float64, or None: the network does not run in float64."""
+        if observed.exact is None and self._runs_in_double:
             try:
-                if self._double is None:
-                    self._double = copy.deepcopy(self.network).double()
+                self._double = self._double or copy.deepcopy(self.network).double()
                 feed = tuple(tensor.double() for tensor in observed.feed)
                 observed.exact = self._named(self._double, feed)
-            except (ExportError, RuntimeError) as error:
-                self._double, self.refusal = None, str(error)
+            except (ExportError, RuntimeError):
+                self._double, self._runs_in_double = None, False
         return observed.exact
 
 
@@ -186,10 +184,10 @@ class _Watched(nn.Module):
 
     def __init__(self, name: str, layer: nn.Module, observer: Observer) -> None:
         super().__init__()
-        self.name, self.layer, self.observe = name, layer, observer.layer
+        self.name, self.layer, self.run = name or "layer", layer, observer.run
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.observe(self.name, self.layer, x)
+        return self.run(self.name, self.layer, x)
 
 
 def _overwrite(x: Tensor, own: Tensor) -> None:

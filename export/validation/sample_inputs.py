@@ -1,18 +1,20 @@
-"""Inputs that graphs are compared with their networks on: pictures given, or packaged ones."""
+"""A network to be exported or verified, and the inputs that graphs are compared with it on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fdconv_deploy.config import Preprocessing
-from fdconv_deploy.export.image_folders import Pictures
+from fdconv_deploy.export.options import Picture, Pictures
+from fdconv_deploy.export.validation.comparison import Comparison
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime.preprocessing import prepare_image
@@ -22,7 +24,6 @@ from fdconv_deploy.sample_images import (
     sample_detector_batch,
 )
 
-Picture = NDArray[Any]
 # How many sets of packaged pictures are tried until one can tell a graph from its network.
 SETS = 4
 
@@ -50,18 +51,14 @@ def sample_sources(network: Segmentor | Detector, size: tuple[int, int]) -> list
     """Sets of packaged pictures as a segmentor's or detector's inputs of ``(height, width)``."""
     how = network.architecture.preprocessing
 
-    def rows(seed: int) -> Callable[[int], tuple[Tensor, ...]]:
-        def make(batch: int) -> tuple[Tensor, ...]:
-            if isinstance(network, Detector):
-                return tuple(
-                    map(torch.from_numpy, sample_detector_batch(batch, size, how, seed=seed))
-                )
-            return (sample_tensor(batch, size, how, seed=seed),)
-
-        return make
+    def rows(seed: int, batch: int) -> tuple[Tensor, ...]:
+        if isinstance(network, Detector):
+            return tuple(map(torch.from_numpy, sample_detector_batch(batch, size, how, seed=seed)))
+        return (sample_tensor(batch, size, how, seed=seed),)
 
     name = "packaged pictures"
-    return [InputSource(f"{name}, set {n + 1}" if n else name, rows(n)) for n in range(SETS)]
+    names = [f"{name}, set {n + 1}" if n else name for n in range(SETS)]
+    return [InputSource(name, partial(rows, seed)) for seed, name in enumerate(names)]
 
 
 def picture_source(
@@ -116,14 +113,50 @@ def decoded_for(pictures: Sequence[Picture], preprocessing: Preprocessing) -> Se
 def example_sources(example: Tensor) -> list[InputSource]:
     """A module's example, and images also from right to left and upside down."""
 
-    def rows(*flipped: int) -> Callable[[int], tuple[Tensor, ...]]:
-        def make(batch: int) -> tuple[Tensor, ...]:
-            return (example[torch.arange(batch) % len(example)].flip(flipped).contiguous(),)
+    def rows(flipped: tuple[int, ...], batch: int) -> tuple[Tensor, ...]:
+        return (example[torch.arange(batch) % len(example)].flip(flipped).contiguous(),)
 
-        return make
-
-    found = [InputSource("the example given", rows())]
+    kinds: dict[str, tuple[int, ...]] = {"the example given": ()}
     if example.ndim == 4:
-        found.append(InputSource("the example, mirrored", rows(-1)))
-        found.append(InputSource("the example, upside down", rows(-2)))
-    return found
+        kinds |= {"the example, mirrored": (-1,), "the example, upside down": (-2,)}
+    return [InputSource(name, partial(rows, flipped)) for name, flipped in kinds.items()]
+
+
+@dataclass(frozen=True, eq=False)
+class SourceNetwork:
+    """A network, with all that an export or a comparison needs to know about it.
+
+    Attributes:
+        module: in eval mode.
+        inputs: to compare on. Graphs are traced on the first; the others are tried where those
+            before cannot tell whether a graph is the network.
+        batches: batch sizes to export.
+        calibration: inputs ``(1, …)`` float32 for int8.
+        manifest: entries of the bundle's manifest that say what the network is.
+    """
+
+    module: nn.Module
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    comparison: Comparison
+    inputs: Sequence[InputSource]
+    batches: tuple[int, ...] = (1,)
+    calibration: CalibrationImages = ()
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    def feed(self, batch: int) -> dict[str, NDArray]:
+        """The inputs that graphs of a batch size are traced on, by name."""
+        tensors = zip(self.input_names, self.inputs[0].rows(batch), strict=True)
+        return {name: tensor.numpy() for name, tensor in tensors}
+
+
+def network_of(network: Segmentor | Detector, size: tuple[int, int]) -> SourceNetwork:
+    """A segmentor or detector at a height and width, to be compared on packaged pictures."""
+    detects = isinstance(network, Detector)
+    return SourceNetwork(
+        network,
+        ("images", "sizes") if detects else ("images",),
+        tuple(network.output_names),
+        Comparison.of(network.architecture),
+        sample_sources(network, size),
+    )

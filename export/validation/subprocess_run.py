@@ -36,11 +36,9 @@ class Run:
 
 
 def run_fresh(runs: Sequence[Run], folder: Path, library: Path | None = None) -> None:
-    """Run graphs one after the other in a process of their own.
+    """Run graphs one after the other in a process of their own, described in a file in ``folder``.
 
-    Args:
-        folder: for the description of the job.
-        library: of native operators to register; none is stock ONNX Runtime.
+    ``library``: of native operators to register; none is stock ONNX Runtime.
 
     Raises:
         ExportError: a graph does not load or run, or its outputs have other names.
@@ -73,13 +71,12 @@ def fresh(path: Path, names: Collection[str], folder: Path) -> Callable[[Arrays]
 
 def saved(feed: Arrays, folder: Path) -> dict[str, list[str]]:
     """The files of a feed's tensors, as `Run` takes them."""
-    files = {name: folder / f"feed{i}.npy" for i, name in enumerate(feed)}
-    for name, file in files.items():
-        np.save(file, feed[name])
-    return {name: [str(file)] for name, file in files.items()}
+    for i, values in enumerate(feed.values()):
+        np.save(folder / f"feed{i}.npy", values)
+    return {name: [str(folder / f"feed{i}.npy")] for i, name in enumerate(feed)}
 
 
-def _main(job: Path) -> int:
+def _main(job: Path) -> None:
     import onnxruntime
 
     described = json.loads(job.read_text())
@@ -92,11 +89,7 @@ def _main(job: Path) -> int:
         )
         names = [output.name for output in session.get_outputs()]
         if sorted(names) != sorted(run["answers"]):
-            print(
-                f"its outputs are {sorted(names)}, expected {sorted(run['answers'])}",
-                file=sys.stderr,
-            )
-            return 1
+            sys.exit(f"its outputs are {sorted(names)}, expected {sorted(run['answers'])}")
         shapes = {entry.name: entry.shape for entry in session.get_inputs()}
         feeds = {}
         for name, files in run["feeds"].items():
@@ -109,8 +102,7 @@ def _main(job: Path) -> int:
             feeds[name] = joined.reshape(shapes[name]) if same else joined
         for name, values in zip(names, session.run(names, feeds), strict=True):
             np.save(run["answers"][name], values)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(_main(Path(sys.argv[1])))
+    _main(Path(sys.argv[1]))

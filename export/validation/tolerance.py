@@ -33,9 +33,8 @@ def counts_classes(parity: OutputParity, precision: Precision) -> bool:
 
 def measured(parity: OutputParity, precision: Precision) -> float:
     """The figure of an output that its tolerance is about."""
-    if precision == "int8" and parity.argmax_agreement is not None:
-        return 1 - parity.argmax_agreement
-    return parity.max_rel
+    agreement = parity.argmax_agreement
+    return parity.max_rel if precision != "int8" or agreement is None else 1 - agreement
 
 
 def engine_tolerance(precision: Precision, *, tf32: bool) -> float:

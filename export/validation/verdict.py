@@ -13,18 +13,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.export.source_network import SourceNetwork
 from fdconv_deploy.export.validation.comparison import Arrays, perturbed
 from fdconv_deploy.export.validation.layer_graphs import CutGraph, Piece
 from fdconv_deploy.export.validation.reference import Observation, Observer
-from fdconv_deploy.export.validation.sample_inputs import InputSource
+from fdconv_deploy.export.validation.sample_inputs import InputSource, SourceNetwork
 from fdconv_deploy.export.validation.subprocess_run import Run, run_fresh, saved
 from fdconv_deploy.export.validation.tolerance import (
     LAYER_TOLERANCE,
@@ -86,12 +85,14 @@ class Finding:
     def as_dict(self) -> dict[str, Any]:
         """For JSON; figures that are not finite are null."""
         figures = {"error": self.error, "rounding": self.rounding, "allowed": self.allowed}
+        agreement = self.parity and self.parity.argmax_agreement
         return {
             "part": self.part,
             "source": self.source,
             "batch": self.batch,
-            **{n: v if v is not None and v < float("inf") else None for n, v in figures.items()},
+            **{n: v if v is not None and v < math.inf else None for n, v in figures.items()},
             "outcome": self.outcome,
+            **({"argmax_agreement": agreement} if agreement is not None else {}),
             **({"decided_otherwise": self.otherwise} if self.otherwise else {}),
         }
 
@@ -101,7 +102,8 @@ class Finding:
         off = self.problem or f"{self.error:.1e} {unit} (tolerance {self.allowed:.0e})"
         if self.rounding is None:
             return off
-        return f"{off}, where float32 rounding alone makes {_amount(self.rounding)}"
+        alone = f"{self.rounding:.1e}" if self.rounding < math.inf else "other objects"
+        return f"{off}, where float32 rounding alone makes {alone}"
 
 
 @dataclass(frozen=True)
@@ -191,26 +193,21 @@ class Verdict:
                 f"Layer by layer, on the network's own inputs to each ({sources}): {count} parts, "
                 f"nearest to its limit {worst.part}, {worst.figures()}."
             )
-        lines.append(self._conclusion())
-        return lines
-
-    def _conclusion(self) -> str:
+        conclusion = "The graph is the network."
         if self.wrong is not None:
-            return f"The graph differs from the network in {self.wrong.part}."
-        if self.undecided:
+            conclusion = f"The graph differs from the network in {self.wrong.part}."
+        elif self.undecided:
             names = "; ".join(dict.fromkeys(f.part for f in self.undecided[:3]))
-            return f"No input could tell whether the graph is the network in {names}."
-        if self.conclusive:
-            return "The graph is the network."
-        return "The graph is the network, layer by layer; none of these inputs can tell the whole."
+            conclusion = f"No input could tell whether the graph is the network in {names}."
+        elif not self.conclusive:
+            conclusion = (
+                "The graph is the network, layer by layer; none of these inputs can tell the whole."
+            )
+        return [*lines, conclusion]
 
 
 def refusal(verdict: Verdict, what: str) -> str:
-    """Why a graph is not taken for its network, and what to do.
-
-    Args:
-        what: the graph, as the subject of a sentence.
-    """
+    """Why a graph is not taken for its network, and what to do; ``what`` names it."""
     wrong = verdict.wrong
     if wrong is not None:
         return (
@@ -223,10 +220,6 @@ def refusal(verdict: Verdict, what: str) -> str:
         f"no input tried ({tried}) can tell whether {what} is the network: {first.part} errs by "
         f"{first.figures()}. Give pictures of the kind the network was trained on."
     )
-
-
-def _amount(value: float) -> str:
-    return f"{value:.1e}" if value < float("inf") else "other objects"
 
 
 @dataclass(frozen=True)
@@ -250,71 +243,36 @@ class Subject:
     library: Path | None = None
 
 
-@dataclass(frozen=True)
-class _Compared:
-    """Two answers compared: by output the error in units of the tolerance, and the figures.
-
-    ``problem``: that other objects were found, in place of figures.
-    """
-
-    errors: dict[str, float]
-    parities: dict[str, OutputParity]
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A graph, an input, and the network on that input, image by image or all at once."""
-
-    subject: Subject
-    source: InputSource
-    observed: Sequence[Observation]
-
-    def finding(
-        self, part: str, error: float, allowed: float, decided: tuple[Outcome, float | None],
-        parity: OutputParity | None = None, problem: str = "",
-    ) -> Finding:  # fmt: skip
-        outcome, rounding = decided
-        return Finding(part, self.source.name, self.subject.batch, error, allowed, outcome,
-                       rounding, parity, problem,
-                       parity is not None and counts_classes(parity, self.subject.precision),
-                       )  # fmt: skip
-
-
 class Judge:
     """Judges graphs of one network; what the network computes is kept for the next graph.
 
     Args:
-        source: the network, and how its answers are compared.
+        network: with how its answers are compared.
         folder: for files, together as large as the layers' inputs; the caller removes it.
         progress: called with a sentence as each step begins.
     """
 
     def __init__(
         self,
-        source: SourceNetwork,
+        network: SourceNetwork,
         folder: Path,
         *,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.comparison, self.input_names = source.comparison, source.input_names
+        self.network, self.folder, self.progress = network, folder, progress
         # A segmentor's or detector's answer to an image is the same in any batch, so that batches
         # are computed image by image.
-        self.independent = source.comparison.kind != "values"
-        self.folder, self.progress = folder, progress
-        self._observer = Observer(source.module, source.output_names, folder)
-        self._observed: dict[tuple[int, int], Observation] = {}
-        self._sources: list[InputSource] = []
+        self.independent = network.comparison.kind != "values"
+        self.observer = Observer(network.module, network.output_names, folder)
+        self._observed: dict[tuple[InputSource, int], Observation] = {}
 
-    def answers(self, source: InputSource, batch: int) -> dict[str, NDArray]:
+    def answers(self, source: InputSource, batch: int) -> Arrays:
         """What the network answers, by output name.
 
         Raises:
             ExportError: some of it is not finite.
         """
-        answers = _joined([o.answers for o in self._observe(source, batch, layers=True)])
-        _check_finite(answers, source)
-        return answers
+        return _finite(self.observe(source, batch, layers=True), source)
 
     def judge(
         self, subject: Subject, sources: Sequence[InputSource], spares: Sequence[InputSource] = ()
@@ -332,165 +290,191 @@ class Judge:
         whole: list[Finding] = []
         layers: dict[tuple[str, ...], Finding] = {}
         cut = None
-        if subject.path is not None and self._observer.names:
-            cut = CutGraph(subject.path, self._observer.names, self._observer.decisions)
+        if subject.path is not None and self.observer.names:
+            cut = CutGraph(subject.path, self.observer.names, self.observer.decisions)
         for number, source in enumerate([*sources, *spares]):
             done = number >= len(sources) and any(f.outcome == "equal" for f in whole)
             undecided = not layers or any(f.outcome == "cannot tell" for f in layers.values())
-            cuts = cut is not None and bool(cut.pieces) and undecided
-            if done and not cuts:
+            cuts = cut if cut is not None and cut.pieces and undecided else None
+            if done and cuts is None:
                 break
-            case = _Case(subject, source, self._observe(source, subject.batch, layers=cuts))
+            trial = _Trial(self, subject, source, cuts)
             if not done:
                 self.progress(f"batch {subject.batch}: comparing the graph on {source.name}")
-                whole += self._whole(case, cut if cuts else None)
-            if cut is not None and cuts:
+                whole += trial.whole()
+            if cuts is not None:
                 self.progress(f"batch {subject.batch}: comparing layer by layer on {source.name}")
-                self._layers(case, cut, layers)
+                trial.layers(cuts, layers)
             if any(f.outcome == "differs" for f in (*whole, *layers.values())):
                 break
         return Verdict(tuple(whole), tuple(layers.values()))
 
-    def _observe(self, source: InputSource, batch: int, *, layers: bool) -> list[Observation]:
+    def observe(self, source: InputSource, batch: int, *, layers: bool) -> list[Observation]:
         """The network on each image, or on the whole batch where images are not independent."""
-        if source not in self._sources:
-            self._sources.append(source)
-        place = self._sources.index(source)
         feed = source.rows(batch)
-        keys = [(place, row) for row in range(batch)] if self.independent else [(place, -batch)]
+        keys = [(source, row) for row in range(batch)] if self.independent else [(source, -batch)]
         for row, key in enumerate(keys):
             found = self._observed.get(key)
-            if found is None or (layers and self._observer.names and not found.layers):
+            if found is None or (layers and self.observer.names and not found.layers):
                 part = tuple(t[row : row + 1] for t in feed) if self.independent else feed
-                act = self._observer.observe if layers else self._observer.answer
+                act = self.observer.observe if layers else self.observer.answer
                 self._observed[key] = act(part)
         return [self._observed[key] for key in keys]
 
-    def _feed(self, observed: Sequence[Observation]) -> dict[str, NDArray]:
-        tensors = [torch.cat(row).numpy() for row in zip(*(o.feed for o in observed), strict=True)]
-        return dict(zip(self.input_names, tensors, strict=True))
 
-    def _compare(
-        self,
-        subject: Subject,
-        actual: Arrays,
-        expected: Arrays,
-        feed: dict[str, NDArray] | None = None,
-    ) -> _Compared:
-        """Compare two answers; a detector's to ``feed``, where rounding may explain an object."""
-        others = perturbed(self._ask, feed) if feed is not None else ()
-        try:
-            found = self.comparison.compare(actual, expected, others)
-        except ExportError as problem:
-            if self.comparison.kind != "detections":
-                raise
-            # Other objects: which, and where.
-            return _Compared(dict.fromkeys(expected, math.inf), {}, str(problem).rstrip("."))
-        errors = {p.name: self.comparison.error(p, subject.precision) for p in found}
-        return _Compared(errors, {p.name: p for p in found})
+@dataclass(frozen=True)
+class _Compared:
+    """Two answers compared: by output the error in units of the tolerance, and the figures.
 
-    def _ask(self, feed: Arrays) -> Arrays:
-        return self._observer.answer(tuple(map(torch.from_numpy, feed.values()))).answers
+    ``problem``: that other objects were found, in place of figures.
+    """
 
-    def _whole(self, case: _Case, cut: CutGraph | None) -> list[Finding]:
-        feed, tolerance = self._feed(case.observed), case.subject.tolerance
-        expected = _joined([o.answers for o in case.observed])
-        _check_finite(expected, case.source)
-        actual = case.subject.run(feed)
-        found = self._compare(case.subject, actual, expected, feed)
+    errors: dict[str, float]
+    parities: dict[str, OutputParity]
+    problem: str = ""
+
+    @property
+    def worst(self) -> float:
+        return max(self.errors.values())
+
+
+class _Trial:
+    """A graph and its network on one input; ``cut``: the graph, if its layers are looked at."""
+
+    def __init__(
+        self, judge: Judge, subject: Subject, source: InputSource, cut: CutGraph | None
+    ) -> None:
+        self.subject, self.source, self.cut = subject, source, cut
+        self.folder, self.observer = judge.folder, judge.observer
+        self.comparison = judge.network.comparison
+        self.observed = judge.observe(source, subject.batch, layers=cut is not None)
+        feeds = zip(*(one.feed for one in self.observed), strict=True)
+        tensors = [torch.cat(row).numpy() for row in feeds]
+        self.feed = dict(zip(judge.network.input_names, tensors, strict=True))
+
+    def whole(self) -> list[Finding]:
+        """One finding for each of the outputs, beside the network's."""
+        tolerance = self.subject.tolerance
+        expected = _finite(self.observed, self.source)
+        actual = self.subject.run(self.feed)
+        found = self._compare(actual, expected, explain=True)
         rounding: dict[str, float] = {}
         otherwise = 0
-        if max(found.errors.values()) > min(tolerance, LAYER_TOLERANCE):
-            otherwise = self._decided_otherwise(case, cut)
-        if max(found.errors.values()) > tolerance:
-            rounding, exact = self._rounding(case, expected)
+        if found.worst > min(tolerance, LAYER_TOLERANCE):
+            otherwise = self._decided_otherwise()
+        if found.worst > tolerance:
+            rounding, exact = self._rounding(expected)
             if exact is not None and self.comparison.kind != "detections":
                 # What is true is not PyTorch in float32.
-                found = self._compare(case.subject, actual, exact)
+                found = self._compare(actual, exact)
         findings = []
         for name, error in found.errors.items():
             decided = decide(error, partial(rounding.__getitem__, name), tolerance, tolerance)
             if otherwise and decided[0] == "differs":
                 # One step is enough; whether rounding made it is told by the parts between steps.
                 decided = "cannot tell", decided[1]
-            multiple, parity = self.comparison.multiple(name), found.parities.get(name)
+            times, parity = self.comparison.multiple(name), found.parities.get(name)
+            shares = parity is not None and counts_classes(parity, self.subject.precision)
+            finding = self._finding(name, error * times, tolerance * times, decided, found.problem)
             findings.append(
-                replace(
-                    case.finding(
-                        name, error * multiple, tolerance * multiple, decided, parity, found.problem
-                    ),
-                    otherwise=otherwise,
-                )
+                replace(finding, parity=parity, counts_classes=shares, otherwise=otherwise)
             )
         return findings
 
-    def _decided_otherwise(self, case: _Case, cut: CutGraph | None) -> int:
-        """How many decisions of the graph are not the network's."""
-        decisions, layers = self._observer.decisions, [o.layers for o in case.observed]
-        if cut is None or not cut.decides:
-            return 0
-        with TemporaryDirectory(dir=self.folder) as name:
-            folder = Path(name)
-            seen = cut.watch(folder / "watched.onnx")
-            feeds = saved(self._feed(case.observed), folder)
-            files = {tensor: str(folder / f"{i}.npy") for i, tensor in enumerate(seen.values())}
-            run = Run(str(folder / "watched.onnx"), feeds, files)
-            run_fresh([run], folder, case.subject.library)
-            count = 0
-            for use, tensor in seen.items():
-                decision = decisions[use.partition(".use")[0]]
-                own = torch.from_numpy(np.concatenate([np.load(s[use].inputs) for s in layers]))
-                graphs = torch.from_numpy(np.load(files[tensor])).reshape(own.shape)
-                count += int((decision(graphs) != decision(own)).sum())
-        return count
-
-    def _rounding(self, case: _Case, expected: Arrays) -> tuple[dict[str, float], Arrays | None]:
-        """What float32 costs the network's outputs, and those in float64."""
-        subject, observed = case.subject, case.observed
-        exact = [self._observer.in_double(o) for o in observed]
-        changed = zip(*(self._observer.change(o) for o in observed), strict=True)
-        double = _joined([e for e in exact if e is not None]) if None not in exact else None
-        costs = [self._distances(subject, _joined(draw), expected) for draw in changed]
-        if double is not None:
-            costs.append(self._distances(subject, expected, double))
-        return {name: max(cost[name] for cost in costs) for name in expected}, double
-
-    def _distances(self, subject: Subject, actual: Arrays, expected: Arrays) -> dict[str, float]:
-        """Of the network's own answers from others of its own, by output."""
-        try:
-            return self._compare(subject, actual, expected).errors
-        except ExportError:  # values that are not finite
-            return dict.fromkeys(expected, math.inf)
-
-    def _layers(self, case: _Case, cut: CutGraph, layers: dict[tuple[str, ...], Finding]) -> None:
+    def layers(self, cut: CutGraph, layers: dict[tuple[str, ...], Finding]) -> None:
         """Judge the pieces that are still undecided, in place."""
         pieces = [
             p for p in cut.pieces
             if p.tensors not in layers or layers[p.tensors].outcome == "cannot tell"
         ]  # fmt: skip
         with TemporaryDirectory(dir=self.folder) as name:
-            answers = self._run_pieces(case, cut, pieces, Path(name))
+            answers = self._run_pieces(cut, pieces, Path(name))
             for piece, files in zip(pieces, answers, strict=True):
-                if piece.use:
-                    finding = self._piece(case, piece, *files.values())
-                else:
-                    finding = self._outputs(case, piece, files)
+                finding = self._piece(piece, files) if piece.use else self._outputs(piece, files)
                 if piece.tensors not in layers or finding.outcome != "cannot tell":
                     layers[piece.tensors] = finding
 
+    def _finding(
+        self,
+        part: str,
+        error: float,
+        allowed: float,
+        decided: tuple[Outcome, float | None],
+        problem: str = "",
+    ) -> Finding:
+        batch = self.subject.batch
+        return Finding(part, self.source.name, batch, error, allowed, *decided, problem=problem)
+
+    def _compare(self, actual: Arrays, expected: Arrays, *, explain: bool = False) -> _Compared:
+        """Compare two answers; ``explain``: to this input, where rounding may explain an object."""
+
+        def ask(feed: Arrays) -> Arrays:
+            return self.observer.answer(tuple(map(torch.from_numpy, feed.values()))).answers
+
+        try:
+            others = perturbed(ask, self.feed) if explain else ()
+            found = self.comparison.compare(actual, expected, others)
+        except ExportError as problem:
+            if self.comparison.kind != "detections":
+                raise
+            # Other objects: which, and where.
+            return _Compared(dict.fromkeys(expected, math.inf), {}, str(problem).rstrip("."))
+        errors = {p.name: self.comparison.error(p, self.subject.precision) for p in found}
+        return _Compared(errors, {p.name: p for p in found})
+
+    def _distances(self, actual: Arrays, expected: Arrays) -> dict[str, float]:
+        """Of the network's own answers from others of its own, by output."""
+        try:
+            return self._compare(actual, expected).errors
+        except ExportError:  # values that are not finite
+            return dict.fromkeys(expected, math.inf)
+
+    def _decided_otherwise(self) -> int:
+        """How many decisions of the graph are not the network's."""
+        if self.cut is None or not self.cut.decided:
+            return 0
+        with TemporaryDirectory(dir=self.folder) as name:
+            folder = Path(name)
+            path, decided = folder / "watched.onnx", self.cut.decided
+            taken, _ = self.cut.write(decided.values(), path, {})
+            feeds = saved({name: self.feed[name] for name in taken}, folder)
+            files = {t: str(folder / f"{i}.npy") for i, t in enumerate(decided.values())}
+            run_fresh([Run(str(path), feeds, files)], folder, self.subject.library)
+            count = 0
+            for use, tensor in decided.items():
+                decision = self.observer.decisions[use.partition(".use")[0]]
+                own = torch.from_numpy(self._seen(use, "inputs"))
+                graphs = torch.from_numpy(np.load(files[tensor])).reshape(own.shape)
+                count += int((decision(graphs) != decision(own)).sum())
+        return count
+
+    def _seen(self, use: str, what: Literal["inputs", "expected"]) -> NDArray[np.float32]:
+        """What a use of a layer sees in the network, all images joined."""
+        return np.concatenate([np.load(getattr(one.layers[use], what)) for one in self.observed])
+
+    def _rounding(self, expected: Arrays) -> tuple[dict[str, float], Arrays | None]:
+        """What float32 costs the network's outputs, and those in float64."""
+        exact = [self.observer.in_double(one) for one in self.observed]
+        changed = zip(*(self.observer.change(one) for one in self.observed), strict=True)
+        double = _joined([e for e in exact if e is not None]) if None not in exact else None
+        costs = [self._distances(_joined(draw), expected) for draw in changed]
+        if double is not None:
+            costs.append(self._distances(expected, double))
+        return {name: max(cost[name] for cost in costs) for name in expected}, double
+
     def _run_pieces(
-        self, case: _Case, cut: CutGraph, pieces: Sequence[Piece], folder: Path
+        self, cut: CutGraph, pieces: Sequence[Piece], folder: Path
     ) -> list[dict[str, Path]]:
         """Files of each piece's tensors; the pieces run on what the network's layers see."""
-        seen = [o.layers for o in case.observed]
+        seen = [one.layers for one in self.observed]
         # A layer may see more images than the network does, as windows of them.
         images = {use: sum(layers[use].shape[0] for layers in seen) for use in seen[0]}
         shapes = {use: (images[use], *one.shape[1:]) for use, one in seen[0].items()}
-        own = saved(self._feed(case.observed), folder)
+        own = saved(self.feed, folder)
         runs, found = [], []
         for number, piece in enumerate(pieces):
             model = folder / f"piece{number}.onnx"
-            taken, given = cut.write(piece, model, shapes)
+            taken, given = cut.write(piece.tensors, model, shapes)
             files = {t: folder / f"piece{number}.{i}.npy" for i, t in enumerate(piece.tensors)}
             feeds = {
                 t: [str(layers[use].inputs) for layers in seen] if use else own[t]
@@ -498,57 +482,58 @@ class Judge:
             }
             runs.append(Run(str(model), feeds, {n: str(files[t]) for t, n in given.items()}))
             found.append(files)
-        run_fresh(runs, folder, case.subject.library)
+        run_fresh(runs, folder, self.subject.library)
         return found
 
-    def _piece(self, case: _Case, piece: Piece, file: Path) -> Finding:
-        seen = [o.layers[piece.use] for o in case.observed]
-        expected = np.concatenate([np.load(one.expected) for one in seen])
+    def _shift(self) -> None:
+        for one in self.observed:
+            self.observer.shift(one)
+
+    def _piece(self, piece: Piece, files: Mapping[str, Path]) -> Finding:
+        """What the next layer sees in the graph, beside what it sees in the network."""
+        expected, (file,) = self._seen(piece.use, "expected"), files.values()
         found = np.load(file)
         off = float(np.abs(found.reshape(expected.shape) - expected).max(initial=0))
         largest = float(np.abs(expected).max(initial=0)) or 1.0
 
         def rounding() -> float:
-            for one in case.observed:
-                self._observer.shift(one)
-            return max(one.off for one in seen) / largest
+            self._shift()
+            return max(one.layers[piece.use].off for one in self.observed) / largest
 
         error = off / largest if np.isfinite(found).all() else math.inf
-        tolerance = max(case.subject.tolerance, LAYER_TOLERANCE)
+        tolerance = max(self.subject.tolerance, LAYER_TOLERANCE)
         part = ", ".join(piece.layers) or f"what is before {piece.use}"
         decided = decide(error, rounding, LAYER_TOLERANCE, tolerance)
-        return case.finding(part, error, LAYER_TOLERANCE, decided)
+        return self._finding(part, error, LAYER_TOLERANCE, decided)
 
-    def _outputs(self, case: _Case, piece: Piece, files: Mapping[str, Path]) -> Finding:
+    def _outputs(self, piece: Piece, files: Mapping[str, Path]) -> Finding:
         """The graph's outputs, where its layers see what the network's own do."""
-        subject, observed = case.subject, case.observed
-        expected = _joined([o.expected for o in observed])
+        expected = _joined([one.expected for one in self.observed])
         actual = {name: np.load(files[name]) for name in expected}
         detects = self.comparison.kind == "detections"
-        limit = subject.tolerance if detects else LAYER_TOLERANCE
-        found = self._compare(subject, actual, expected, self._feed(observed) if detects else None)
-        error = max(found.errors.values())
+        limit = self.subject.tolerance if detects else LAYER_TOLERANCE
+        found = self._compare(actual, expected, explain=True)
 
         def rounding() -> float:
-            for one in observed:
-                self._observer.shift(one)
-            others = [[o.answers for o in observed], [o.shifted or {} for o in observed]]
-            return max(
-                max(self._distances(subject, _joined(other), expected).values()) for other in others
-            )
+            self._shift()
+            own = _joined([one.answers for one in self.observed])
+            shifted = _joined([one.shifted or {} for one in self.observed])
+            return max(max(self._distances(x, expected).values()) for x in (own, shifted))
 
         part = ", ".join(piece.layers) or f"what makes {', '.join(expected)}"
-        decided = decide(error, rounding, limit, max(subject.tolerance, limit))
-        return case.finding(part, error, limit, decided, problem=found.problem)
+        decided = decide(found.worst, rounding, limit, max(self.subject.tolerance, limit))
+        return self._finding(part, found.worst, limit, decided, found.problem)
 
 
-def _joined(parts: Sequence[Arrays]) -> dict[str, NDArray]:
+def _joined(parts: Sequence[Arrays]) -> Arrays:
     if len(parts) == 1:
-        return dict(parts[0])
+        return parts[0]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _check_finite(answers: Arrays, source: InputSource) -> None:
+def _finite(observed: Sequence[Observation], source: InputSource) -> Arrays:
+    """The network's answers, all images joined."""
+    answers = _joined([one.answers for one in observed])
     for name, values in answers.items():
         if not np.isfinite(values).all():
             raise ExportError(
@@ -556,3 +541,4 @@ def _check_finite(answers: Arrays, source: InputSource) -> None:
                 "not finite, so there is nothing to compare a graph with. Check the checkpoint, "
                 "or give pictures of the kind it was trained on (--image)."
             )
+    return answers

@@ -17,8 +17,7 @@ from fdconv_deploy.checkpoints import LoadedDetector, LoadedSegmentor, load_chec
 from fdconv_deploy.checkpoints.loading import recorded_weights
 from fdconv_deploy.config import Frozen
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.export.source_network import network_of
-from fdconv_deploy.export.validation.sample_inputs import InputSource
+from fdconv_deploy.export.validation.sample_inputs import InputSource, network_of
 from fdconv_deploy.export.validation.tolerance import TOLERANCES
 from fdconv_deploy.export.validation.verdict import Judge, Subject, Verdict
 from fdconv_deploy.nn.detection import Detector
@@ -56,48 +55,32 @@ def verify_bundle(
     """
     manifest = session.bundle.manifest
     _check_same(manifest.architecture or manifest.detector, network.architecture)
-    if len(session.sizes) < 2:
-        return _verify(session, network, images, tolerance)
-    taken = [(session.images.prepare(image).network, (name, image)) for name, image in images]
-    verdicts = []
-    for size in session.sizes:
-        given = [image for at, image in taken if at == size]
-        if given or not images:
-            verdicts += _verify(session.at(size), network, given, tolerance, named=True)
-    return verdicts
-
-
-def _verify(
-    session: Session,
-    network: Segmentor | Detector,
-    images: Sequence[tuple[str, NDArray[np.uint8]]],
-    tolerance: float | None,
-    *,
-    named: bool = False,
-) -> list[Verdict]:
-    """Judge the graphs of one input size, which is ``named`` beside what they are judged on."""
-    manifest = session.bundle.manifest
-    source = network_of(network, session.input_size)
-    at = f" at {manifest.input}" * named
-    packaged = [replace(one, name=one.name + at) for one in source.inputs]
+    several = len(session.sizes) > 1
     allowed = TOLERANCES[manifest.precision] if tolerance is None else tolerance
     native = native_library(True)[0] if session.operators.startswith("native") else None
-
-    with tempfile.TemporaryDirectory(prefix="fdconv-verify-") as folder:
-        judge = Judge(source, Path(folder))
-        files = session.bundle.copy_to(Path(folder, "bundle"))
-
-        def judged(
-            batch: int, first: Sequence[InputSource], more: Sequence[InputSource]
-        ) -> Verdict:
-            path = files.model_path(batch) if manifest.precision == "fp32" else None
-            subject = Subject(batch, session.run_batches, manifest.precision, allowed, path, native)
-            return judge.judge(subject, first, more)
-
-        if images:
-            given = [_image_source(session, name + at, image) for name, image in images]
-            return [judged(session.batch_sizes[0], given, packaged)]
-        return [judged(b, packaged[:1], packaged[1:]) for b in session.batch_sizes]
+    verdicts = []
+    for size in session.sizes:
+        view = session.at(size) if several else session
+        at = f" at {view.bundle.manifest.input}" * several
+        given = [
+            _image_source(view, name + at, image)
+            for name, image in images
+            if not several or session.images.prepare(image).network == size
+        ]
+        if images and not given:
+            continue
+        source = network_of(network, view.input_size)
+        packaged = [replace(one, name=one.name + at) for one in source.inputs]
+        inputs = (given, packaged) if given else (packaged[:1], packaged[1:])
+        with tempfile.TemporaryDirectory(prefix="fdconv-verify-") as folder:
+            judge = Judge(source, Path(folder))
+            files = view.bundle.copy_to(Path(folder, "bundle"))
+            for batch in view.batch_sizes[:1] if given else view.batch_sizes:
+                path = files.model_path(batch) if manifest.precision == "fp32" else None
+                run, precision = view.run_batches, manifest.precision
+                subject = Subject(batch, run, precision, allowed, path, native)
+                verdicts.append(judge.judge(subject, *inputs))
+    return verdicts
 
 
 def load_exported(
@@ -129,8 +112,7 @@ def _image_source(session: Session, name: str, image: NDArray[np.uint8]) -> Inpu
 
     def rows(batch: int) -> tuple[Tensor, ...]:
         inputs = session.images.prepare(image).inputs
-        one = [torch.from_numpy(value[None]) for value in inputs.values()]
-        return tuple(tensor.repeat(batch, *[1] * (tensor.ndim - 1)) for tensor in one)
+        return tuple(torch.from_numpy(np.stack([one] * batch)) for one in inputs.values())
 
     return InputSource(name, rows)
 

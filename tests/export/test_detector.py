@@ -13,8 +13,7 @@ from fdconv_deploy.checkpoints import save_checkpoint
 from fdconv_deploy.config import PUBLISHED_SCALE, FDConvConfig, Preprocessing
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export import ExportOptions, torch_export
-from fdconv_deploy.export.api import export_checkpoint, export_network
-from fdconv_deploy.export.source_network import network_to_export
+from fdconv_deploy.export.api import export_checkpoint, export_network, network_to_export
 from fdconv_deploy.export.validation.comparison import Comparison, compare_detections
 from fdconv_deploy.export.validation.verify import verify_bundle
 from fdconv_deploy.nn.detection import Detector

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export import export_module
-from fdconv_deploy.export.source_network import flatten_outputs
+from fdconv_deploy.export.api import flatten_outputs
 from tests.export.graphs import relative, run_file
 from tests.reference.lively import lively_input
 from tests.reference.networks import Wired, dynamic

@@ -12,9 +12,9 @@ from PIL import Image
 
 from fdconv_deploy.config import PanopticConfig
 from fdconv_deploy.errors import BundleError
+from fdconv_deploy.export.api import network_to_export
 from fdconv_deploy.export.exporter import write_bundle
 from fdconv_deploy.export.options import ExportOptions
-from fdconv_deploy.export.source_network import network_to_export
 from fdconv_deploy.runtime import open_session
 from fdconv_deploy.runtime.input_files import Source
 from fdconv_deploy.runtime.panoptic import PanopticSegmentation

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fdconv_deploy.errors import ExportError
+from fdconv_deploy.export.api import network_to_export
 from fdconv_deploy.export.exporter import write_bundle
 from fdconv_deploy.export.options import ExportOptions
-from fdconv_deploy.export.source_network import network_to_export
 from fdconv_deploy.nn.heads import resize
 from fdconv_deploy.nn.segmentor import Segmentor
 from fdconv_deploy.runtime import open_session

@@ -285,7 +285,7 @@ def test_outputs_that_are_in_the_way_are_kept(tmp_path):
     path.write_text("mine")
     with pytest.raises(ExportError, match=r"exists already.*overwrite=True"):
         export_ultralytics(Network(), path, imgsz=24)
-    with pytest.raises(ExportError, match=r"called \*\.onnx; the output is 'model'"):
+    with pytest.raises(ExportError, match=r"called \*\.onnx, not 'model'"):
         export_ultralytics(Network(), tmp_path / "model", imgsz=24)
     assert path.read_text() == "mine"
     export_ultralytics(Network(), path, imgsz=24, overwrite=True)

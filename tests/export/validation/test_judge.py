@@ -15,9 +15,8 @@ import torch
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.api import export_module
-from fdconv_deploy.export.source_network import SourceNetwork
 from fdconv_deploy.export.validation.comparison import Comparison
-from fdconv_deploy.export.validation.sample_inputs import InputSource
+from fdconv_deploy.export.validation.sample_inputs import InputSource, SourceNetwork
 from fdconv_deploy.export.validation.subprocess_run import fresh
 from fdconv_deploy.export.validation.verdict import Judge, Subject, Verdict
 from tests.export.validation.conftest import Exported, chain
