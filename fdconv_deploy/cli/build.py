@@ -80,27 +80,16 @@ def build(
         opened,
         batches=parse_counts(batch, "--batch") or None,
         plugins=plugins,
-        options=BuildOptions(
-            HARDWARE[hardware],
-            version_compatible,
-            tf32,
-            workspace,
-            effort,
-        ),
+        options=BuildOptions(HARDWARE[hardware], version_compatible, tf32, workspace, effort),
         tolerance=tolerance,
         force=force,
         progress=(lambda step: err.print(step, markup=False, highlight=False)) if loud else None,
     )
     if as_json:
-        print(
-            json.dumps(
-                [
-                    {"new": b.new, "reason": b.reason, **b.record.model_dump(mode="json")}
-                    for b in built
-                ],
-                indent=2,
-            )
-        )
+        rows = [
+            {"new": b.new, "reason": b.reason, **b.record.model_dump(mode="json")} for b in built
+        ]
+        print(json.dumps(rows, indent=2))
     elif not quiet:
         table = Table("engine", "batch", "MB", "seconds", "error", "")
         for b in built:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fdconv_deploy.cli.options import (
     Checkpoint,
@@ -28,6 +29,7 @@ from fdconv_deploy.cli.options import (
     require_files,
     typed,
 )
+from fdconv_deploy.cli.verify import findings_table
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.ops import OPSET
 
@@ -157,9 +159,8 @@ def export(
 ) -> None:
     """Export a checkpoint to a bundle and prove the bundle equal to the network."""
     # All that can be refused without the network is refused before torch is imported.
-    from fdconv_deploy.export.image_folders import Pictures
-    from fdconv_deploy.export.options import ExportOptions
-    from fdconv_deploy.runtime.bundle import Bundle, BundleWriter
+    from fdconv_deploy.export.options import ExportOptions, Pictures
+    from fdconv_deploy.runtime.bundle import Bundle
 
     overrides = parse_settings(settings)
     if mode is not None:
@@ -183,17 +184,15 @@ def export(
         )
         exported = format_ != "bundle" and (checkpoint / "manifest.json").is_file()
         own = _own_options(context, format_, checkpoint if exported else None)
-        folder = output
-        if format_ != "bundle":
-            steps = _FORMATS[format_](output, options, checkpoint, exported, **own)
-            next(steps)
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fdconv-")), "it")
+        steps = _FORMATS[format_](output, options, checkpoint, exported, **own)
+        next(steps)
         if exported:
             bundle = Bundle.open(checkpoint, hold=True)
         else:
-            with BundleWriter(folder, overwrite=overwrite):
-                pass  # nothing is in the way, and the place can be written to
-
+            folder = output
+            if format_ != "bundle":
+                scratch = tempfile.TemporaryDirectory(prefix="fdconv-")
+                folder = Path(stack.enter_context(scratch), "it")
             from fdconv_deploy.export.api import export_checkpoint
 
             bundle = export_checkpoint(
@@ -206,21 +205,29 @@ def export(
                 frequency_order=frequency_order,
                 require_fdconv=not baseline,
             )
-        if format_ != "bundle":
-            facts, said = steps.send(bundle)
+        facts, *said = steps.send(bundle)
     if as_json:
-        facts = bundle.manifest.model_dump(mode="json") if format_ == "bundle" else facts
         print(json.dumps(facts, indent=2))
-    elif not quiet and format_ == "bundle":
-        _print_export(bundle)
     elif not quiet:
-        Console().print(said, markup=False, highlight=False, soft_wrap=True)
-        _print_assumed(Console(), bundle.manifest)
+        console = Console()
+        for line in (*said[:-1], *_assumed(bundle.manifest), said[-1]):
+            # What may be long or copied is not broken into lines.
+            whole = not isinstance(line, Table)
+            console.print(line, markup=False, highlight=False, soft_wrap=whole)
 
 
 # Each format in two steps: it refuses what cannot be written, before anything is loaded; and it
 # takes the bundle, writes it, and gives what --json prints and what is said otherwise. Its keywords
 # are the options of the command that are its alone.
+def _bundle(output: Path, options: ExportOptions, *_: Any) -> Steps:
+    from fdconv_deploy.runtime.bundle import BundleWriter
+
+    with BundleWriter(output, overwrite=options.overwrite):
+        pass  # nothing is in the way, and the place can be written to
+    bundle = yield
+    yield bundle.manifest.model_dump(mode="json"), *_described(bundle)
+
+
 def _onnx(output: Path, options: ExportOptions, *_: Any, opset: int = OPSET) -> Steps:
     from fdconv_deploy.export.targets.onnx_file import check_output, export_onnx
 
@@ -229,11 +236,9 @@ def _onnx(output: Path, options: ExportOptions, *_: Any, opset: int = OPSET) -> 
     file = export_onnx((yield), output, opset=opset, **graph)
     yield (
         {**asdict(file), "path": str(file.path)},
-        (
-            f"{file.path}: {file.path.stat().st_size / 1e6:.1f} MB, {file.nodes} nodes of standard "
-            f"operators, opset {file.opset}. Largest difference from the bundle's graph in ONNX "
-            f"Runtime: {file.max_rel:.1e} of the largest value."
-        ),
+        f"{file.path}: {file.path.stat().st_size / 1e6:.1f} MB, {file.nodes} nodes of standard "
+        f"operators, opset {file.opset}. Largest difference from the bundle's graph in ONNX "
+        f"Runtime: {file.max_rel:.1e} of the largest value.",
     )
 
 
@@ -251,10 +256,9 @@ def _web(
     total = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     yield (
         {"path": str(output), "bytes": total},
-        (
-            f"{output}: a page of {total / 1e6:.1f} MB that fetches nothing from elsewhere.\nNext: "
-            f"python -m http.server -d {shlex.quote(str(output.resolve()))}, then open http://localhost:8000"
-        ),
+        f"{output}: a page of {total / 1e6:.1f} MB that fetches nothing from elsewhere.",
+        f"Next: python -m http.server -d {shlex.quote(str(output.resolve()))}, then open "
+        "http://localhost:8000",
     )
 
 
@@ -271,24 +275,20 @@ def _triton(
 
     name = name or (checkpoint.resolve().name if exported else checkpoint.stem)
     check_repository(output, name)
-    how: dict[str, Any] = {
-        "overwrite": options.overwrite,
-        "progress": options.say,
-        "backend": triton_backend,
-    }
-    if exported:  # else the bundle has no other graphs
-        how |= {"sizes": options.sizes, "batches": options.batches or ()}
-    models = export_triton((yield), output, name=name, **how)
+    # A bundle that is made here has no other graphs than those that were asked for.
+    models = export_triton(
+        (yield), output, name=name, backend=triton_backend, overwrite=options.overwrite,
+        progress=options.say, sizes=options.sizes if exported else (),
+        batches=(options.batches or ()) if exported else (),
+    )  # fmt: skip
     yield (
         {"models": [str(model) for model in models]},
-        (
-            f"{output}: {', '.join(model.name for model in models)}.\nNext: tritonserver "
-            f"--model-repository={shlex.quote(str(output.resolve()))}"
-        ),
+        f"{output}: {', '.join(model.name for model in models)}.",
+        f"Next: tritonserver --model-repository={shlex.quote(str(output.resolve()))}",
     )
 
 
-_FORMATS: dict[str, Any] = {"onnx": _onnx, "web": _web, "triton": _triton}
+_FORMATS: dict[str, Any] = {"bundle": _bundle, "onnx": _onnx, "web": _web, "triton": _triton}
 # What a bundle does not settle.
 _ANY_TIME = {"checkpoint", "output", "format_", "size", "batch", "overwrite", "quiet", "as_json"}
 
@@ -313,7 +313,7 @@ def _own_options(context: typer.Context, format_: str, bundle: Path | None) -> d
         bundle: that is given in a checkpoint's place.
     """
     names = {str(option.name): max(option.opts, key=len) for option in context.command.params}
-    homes = {option: home for home, form in _FORMATS.items() for option in form.__kwdefaults__}
+    homes = {name: home for home, form in _FORMATS.items() for name in form.__kwdefaults__ or ()}
     given = typed(context)
     for option in given:
         if (home := homes.get(option, format_)) != format_:
@@ -331,86 +331,66 @@ def _own_options(context: typer.Context, format_: str, bundle: Path | None) -> d
     return {option: value for option, value in given.items() if option in homes}
 
 
-def _print_export(bundle: Bundle) -> None:
+def _described(bundle: Bundle) -> Iterator[Table | str]:
+    """What is said of a bundle."""
     manifest = bundle.manifest
-    same = "same objects" if manifest.kind == "detector" else "same class"
-    columns = "size", "batch", "output", "error", "relative", same
     several = len(manifest.sizes) > 1
-    table = Table(*columns[not several :], title=Path(bundle.path).name)
-    for size in manifest.sizes:
-        view = manifest.at(size)
-        assert view.parity is not None
-        for batch, outputs in view.parity.batches.items():
-            for output in outputs:
-                agreement = output.argmax_agreement
-                table.add_row(
-                    *[str(view.input)] * several,
-                    str(batch),
-                    output.name,
-                    f"{output.max_abs:.1e}",
-                    f"{output.max_rel:.1e}",
-                    "" if agreement is None else f"{agreement:.4%}",
-                )
-    console = Console()
-    console.print(table)
-    exactness = {str(manifest.input): manifest.graph["exactness"]}
-    exactness |= {at: found["exactness"] for at, found in manifest.graph.get("sizes", {}).items()}
-    for at, batches in exactness.items():
-        for batch, found in batches.items():
-            for line in found["verdict"]:
-                text = f"{at}, batch {batch}: {line}" if several else f"Batch {batch}: {line}"
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
+    judged = {str(manifest.input): manifest.graph, **manifest.graph.get("sizes", {})}
+    whole, verdicts = [], []
+    for size, one in judged.items():
+        at = f" at {size}" * several
+        for batch, found in one["exactness"].items():
+            whole += [{**row, "source": row["source"] + at} for row in found["whole"]]
+            of = f"{size}, batch {batch}" if several else f"Batch {batch}"
+            verdicts += [f"{of}: {sentence}" for sentence in found["verdict"]]
+    yield findings_table(whole, detects=manifest.kind == "detector")
+    yield from verdicts
     megabytes = sum(f.bytes for f in manifest.files.values()) / 1e6
     assert manifest.parity is not None
-    console.print(
+    yield (
         f"{manifest.graph['fdconv_layers']} FDConv layers, {megabytes:.1f} MB, exported in "
         f"{manifest.graph['export_seconds']} s. Compared with {manifest.parity.reference}."
     )
     if manifest.precision != "fp32":
-        _print_precision(console, manifest.precision, manifest.graph["precision"])
+        yield from _reduced(manifest.precision, manifest.graph["precision"])
     sizes = " or ".join(f"{height}x{width}" for height, width in manifest.sizes)
     nearest = ", whichever is nearest to their proportions" * several
     if manifest.kind == "detector":
-        console.print(f"Images keep their aspect ratio and are padded to {sizes}{nearest}.")
+        yield f"Images keep their aspect ratio and are padded to {sizes}{nearest}."
     else:
         how = "stretched" if manifest.fit == "stretch" else "padded"
-        console.print(
-            f"Images of another aspect ratio than {sizes} are {how} (see --fit){nearest}."
-        )
-    _print_assumed(console, manifest)
-    # What may be long or copied is not broken into lines.
-    for line in (
-        f"Bundle {bundle.digest} (sha256 of its manifest).",
-        f"Next: fdconv segment {shlex.quote(str(bundle.path))} IMAGE -o results",
-    ):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        yield f"Images of another aspect ratio than {sizes} are {how} (see --fit){nearest}."
+    yield f"Bundle {bundle.digest} (sha256 of its manifest)."
+    yield f"Next: fdconv segment {shlex.quote(str(bundle.path))} IMAGE -o results"
 
 
-def _print_assumed(console: Console, manifest: Manifest) -> None:
+def _assumed(manifest: Manifest) -> Iterator[str | Text]:
+    """What was not in the checkpoint."""
     if manifest.graph.get("frequency_order") == "stable":
-        console.print("Frequency order: stable, not the published one (see fdconv inspect).")
+        yield "Frequency order: stable, not the published one (see fdconv inspect)."
     assumed = manifest.graph.get("assumed", {})
     if assumed:
-        console.print(
-            f"[yellow]Assumed[/], because the checkpoint does not contain it ({len(assumed)} in "
-            "all; check them, and give --config or --set where they are wrong):"
+        yield Text.assemble(
+            ("Assumed", "yellow"),
+            f", because the checkpoint does not contain it ({len(assumed)} in all; check them, and "
+            "give --config or --set where they are wrong):",
         )
-        console.print(", ".join(f"{name}={value}" for name, value in assumed.items()), markup=False)
+        yield ", ".join(f"{name}={value}" for name, value in assumed.items())
 
 
-def _print_precision(console: Console, name: str, report: dict[str, Any]) -> None:
+def _reduced(name: str, report: dict[str, Any]) -> Iterator[str]:
     """What lower precision changed, and where most."""
     if name == "fp16":
         lost = report["flushed"] + report["subnormal"]
-        console.print(
+        yield (
             f"fp16: {report['half_nodes']} nodes in float16, {report['single_nodes']} in float32; "
             f"{lost} of {report['values']} float16 weights too small for full precision, "
             f"{report['flushed']} of them now 0."
         )
     else:
-        console.print(
+        yield (
             f"int8: {len(report['quantized'])} plain convolutions in eight bits, ranges from "
             f"{report['calibration_images']} images."
         )
     worst = ", ".join(f"{name} {report['layers'][name][0]:.1e}" for name in report["worst"])
-    console.print(f"Furthest from float32: {worst} (of the layer's largest value).")
+    yield f"Furthest from float32: {worst} (of the layer's largest value)."

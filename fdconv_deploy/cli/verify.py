@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,7 +77,8 @@ def verify(
             how = {**how_it_ran(session), "bundle": session.bundle.digest}
             print(json.dumps([{**_as_dict(finding), **how} for finding in findings], indent=2))
         else:
-            print_findings(Console(), findings)
+            rows = (finding.as_dict() for finding in findings)
+            Console().print(findings_table(rows, detects=session.detects))
             print(ran_by(session))
             print(f"Bundle {session.bundle.digest} (sha256 of its manifest).")
             if network.weights:
@@ -116,7 +116,7 @@ def _advice(bundle: Bundle, checkpoint: Path) -> str:
 
 def _as_dict(finding: Finding) -> dict[str, Any]:
     parity = finding.parity
-    errors = {"max_abs": None, "max_rel": None, "argmax_agreement": None}
+    errors = dict.fromkeys(("max_abs", "max_rel", "argmax_agreement"))
     return {
         "output": finding.part,
         **(errors if parity is None else parity.model_dump(exclude={"name"})),
@@ -125,20 +125,20 @@ def _as_dict(finding: Finding) -> dict[str, Any]:
     }
 
 
-def print_findings(console: Console, findings: Sequence[Finding]) -> None:
-    """A table of what was found on the whole; "float32" is what rounding alone costs there."""
-    table = Table(
-        Column("input", overflow="fold"), "output", "error", "allowed", "float32", "same class", ""
-    )
-    for finding in findings:
-        agreement = finding.parity and finding.parity.argmax_agreement
+def findings_table(found: Iterable[dict[str, Any]], *, detects: bool) -> Table:
+    """What was `found` on the whole; "float32" is what rounding alone costs there."""
+    same = "same objects" if detects else "same class"
+    columns = "output", "error", "allowed", "float32", same, ""
+    table = Table(Column("input", overflow="fold"), *columns)
+    for one in found:
+        agreement = one.get("argmax_agreement")
         table.add_row(
-            finding.source + (f", batch {finding.batch}" if finding.batch > 1 else ""),
-            finding.part,
-            "other objects" if finding.error == math.inf else f"{finding.error:.1e}",
-            f"{finding.allowed:.0e}",
-            "" if finding.rounding is None else f"{finding.rounding:.1e}",
+            one["source"] + (f", batch {one['batch']}" if one["batch"] > 1 else ""),
+            one["part"],
+            "other objects" if one["error"] is None else f"{one['error']:.1e}",
+            f"{one['allowed']:.0e}",
+            "" if one["rounding"] is None else f"{one['rounding']:.1e}",
             "" if agreement is None else f"{agreement:.4%}",
-            finding.outcome,
+            one["outcome"],
         )
-    console.print(table)
+    return table

@@ -138,3 +138,27 @@ def test_triton_name_is_checked_before_the_export(monkeypatch, capfd, tmp_path):
     assert code == 1
     assert "found 'streets/night'. Give another" in err
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("format_", ["bundle", "onnx", "web", "triton"])
+def test_place_is_tried_before_the_checkpoint_is_read(format_, monkeypatch, capfd, tmp_path):
+    checkpoint, taken = tmp_path / "broken.pth", tmp_path / "file"
+    checkpoint.write_bytes(b"no checkpoint")
+    taken.touch()
+    arguments = ["export", checkpoint, "-o", taken / "it.onnx", "--format", format_]
+    code, _, err = fdconv(monkeypatch, capfd, *arguments)
+    assert code == 1
+    assert f"error: {taken}" in err
+    assert "Give another path, or free that one." in err
+
+
+@pytest.mark.parametrize("format_", ["bundle", "onnx", "triton"])
+def test_failed_export_leaves_no_folder(format_, monkeypatch, capfd, tmp_path):
+    checkpoint = tmp_path / "broken.pth"
+    checkpoint.write_bytes(b"no checkpoint")
+    output = tmp_path / "new" / "deep" / "it.onnx"
+    code, _, err = fdconv(
+        monkeypatch, capfd, "export", checkpoint, "-o", output, "--format", format_
+    )
+    assert (code, "broken.pth" in err) == (1, True)
+    assert list(tmp_path.iterdir()) == [checkpoint]
