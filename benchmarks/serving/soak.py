@@ -35,7 +35,7 @@ def leaking(*arguments):
     return render(*arguments)
 segmenting.render = leaking
 sys.argv = ["fdconv", *sys.argv[1:]]
-from fdconv_deploy.cli import main
+from fdconv_deploy.cli.app import main
 main()
 """
 JPEG = {"Content-Type": "image/jpeg"}
