@@ -55,7 +55,7 @@ class After:
         self._timer: asyncio.TimerHandle | None = None
         if seconds < math.inf:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(max(seconds, 0.0), call, *given)
+            self._timer = loop.call_later(seconds, call, *given)
 
     def __enter__(self) -> None:
         pass

@@ -36,21 +36,21 @@ class Work:
     memory: Memory
     deadline: float
 
-    async def code(self, call: Callable[[], T]) -> T:
+    def code(self, call: Callable[[], T]) -> Awaitable[T]:
         """Run ``call`` on a codec thread; the memory is held until it has ended."""
         scheduler = self.service.scheduler
-        return await scheduler.code(call, deadline=self.deadline, on_leave=self.memory.hold)
+        return scheduler.code(call, deadline=self.deadline, on_leave=self.memory.hold)
 
-    async def run(self, inputs: Tensors) -> Outcome:
+    def run(self, inputs: Tensors) -> Awaitable[Outcome]:
         """Run the network on images, (N, C, H, W) of one of its sizes, and what else it takes."""
         _, _, height, width = inputs["images"].shape
         lane = Lane(self.version, (height, width))
-        return await self.service.scheduler.run(lane, inputs, self.deadline)
+        return self.service.scheduler.run(lane, inputs, self.deadline)
 
-    async def call(self, call: Callable[[], Any]) -> Outcome:
+    def call(self, call: Callable[[], Any]) -> Awaitable[Outcome]:
         """Run ``call`` by itself, in turn with runs of the network's first size."""
         lane = Lane(self.version, self.version.session.input_size)
-        return await self.service.scheduler.call(lane, call, self.deadline)
+        return self.service.scheduler.call(lane, call, self.deadline)
 
 
 class Service:

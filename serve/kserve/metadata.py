@@ -201,10 +201,11 @@ class ModelStatistics:
     def ran(self, images: int, seconds: float) -> None:
         """Count a run of the network with that many images."""
         self.execution_count += 1
-        by_size = {entry.batch_size: entry for entry in self.batch_stats}
-        by_size.setdefault(images, InferBatchStatistics(batch_size=images))
-        by_size[images].compute_infer.add(seconds)
-        self.batch_stats = [by_size[size] for size in sorted(by_size)]
+        batch = next((b for b in self.batch_stats if b.batch_size == images), None)
+        if batch is None:
+            batch = InferBatchStatistics(batch_size=images)
+            self.batch_stats = sorted([*self.batch_stats, batch], key=lambda b: b.batch_size)
+        batch.compute_infer.add(seconds)
 
 
 class ModelStatisticsList(BaseModel):

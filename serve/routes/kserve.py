@@ -145,7 +145,8 @@ async def run(request: Request) -> Response:
     The parameter `timeout` is a time limit in microseconds.
     """
     service, arrived = service_of(request), time.perf_counter()
-    client, model, code = request.state.client, _model(request), service.scheduler.code
+    client, code = request.state.client, service.scheduler.code
+    model = service.repository.get(**request.path_params)
     timeout_ms = timeout_of(request.headers.get("x-timeout-ms"))
     service.check_loaded()
     deadline = service.deadline(timeout_ms, arrived=arrived)
