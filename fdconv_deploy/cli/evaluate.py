@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from fdconv_deploy.cli.options import (
@@ -193,15 +193,8 @@ def _verify(paths: list[Path], image: Path, **how: Any) -> None:
 
 
 def _progress(*, hidden: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=hidden,
-        transient=True,
-    )
+    columns = *Progress.get_default_columns(), MofNCompleteColumn()
+    return Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True)
 
 
 def _counting(bar: Progress, what: str, total: int) -> Callable[[int], None]:
