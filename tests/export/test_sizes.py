@@ -105,7 +105,7 @@ def test_the_commands(tmp_path, monkeypatch, capfd):
     assert code == 0, err
     assert [row["size"] for row in json.loads(out)["rows"]] == [[96, 64]]
     code, out, err = fdconv(monkeypatch, capfd, *bench, "64x64")
-    assert code == 2
+    assert code == 1
     assert "64x96, 96x64" in err
 
 
