@@ -13,8 +13,8 @@ from benchmarks.structure import ROOT, circles, import_graph, modules
 # No more than there are: lower the figures with each cut, raise them with a new kind of network
 # or runtime only. There were 220 files and 40,000 lines before the paper's other networks, panoptic
 # answers and the service's bounds; 240 and 48,000 before the blocked layout, OpenVINO, Triton, the
-# browser and the GPU's fused path; 262 and 54,000 before Ray.
-PACKAGE_FILES, PACKAGE_LINES = 256, 55_300
+# browser and the GPU's fused path; 262 and 54,000 before Ray, 255 and 55,014 with it.
+PACKAGE_FILES, PACKAGE_LINES = 210, 49_500
 # Folder → what nothing in it may import, neither at once nor when it runs.
 FORBIDDEN = {
     "fdconv_deploy.export": ["demo", "evaluation", "latency", "serve", "cli"],
