@@ -29,6 +29,7 @@ from fdconv_deploy.atomic_write import atomic_path, temporary_folder
 from fdconv_deploy.errors import ExportError, in_the_way
 from fdconv_deploy.export.options import Progress
 from fdconv_deploy.export.validation.subprocess_run import fresh
+from fdconv_deploy.export.validation.tolerance import ONNX_FILE_TOLERANCES
 from fdconv_deploy.ops import DOMAIN, OPSET
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.sample_images import sample_feeds
@@ -38,9 +39,6 @@ OLDEST = 13
 # Operators that not every version can hold: the versions from the one since which the defaults mean
 # what they mean now, to the last that ONNX Runtime has a kernel of.
 _RANGES = {"RoiAlign": (16, 21)}
-# Of the largest value. In the bundle's own opset, ONNX Runtime computes the same bits. In another,
-# it fuses and rounds other operators: by float16's unit, or to another of eight bits' steps.
-TOLERANCES = {"fp32": 1e-5, "fp16": 1e-3, "int8": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -346,7 +344,7 @@ def prove(bundle: Bundle, batch: int, path: Path, folder: Path, opset: int = OPS
         raise ExportError(f"{error}.{advice}") from error
     errors = {name: _error(found[name], expected[name]) for name in names}
     worst = max(errors, key=errors.__getitem__)
-    if not errors[worst] <= (allowed := TOLERANCES[manifest.precision]):
+    if not errors[worst] <= (allowed := ONNX_FILE_TOLERANCES[manifest.precision]):
         raise ExportError(
             f"the file's {worst} differs from the bundle's by {errors[worst]:.1e} of its largest "
             f"value, {allowed:.0e} is allowed. Nothing was kept.{advice}"

@@ -24,6 +24,10 @@ MASK_MULTIPLE = 10.0
 # TensorRT's kernels round otherwise than ONNX Runtime's; TF32 keeps ten bits of a product.
 ENGINE_MULTIPLE = 2.0
 TF32_TOLERANCE = 2e-2
+# An .onnx file beside the graph of the bundle it was written from, as a share of the largest value.
+# In the bundle's own opset, ONNX Runtime computes the same bits. In another, it fuses and rounds
+# other operators: by float16's unit, or to another of eight bits' steps.
+ONNX_FILE_TOLERANCES: dict[Precision, float] = {"fp32": 1e-5, "fp16": 1e-3, "int8": 1e-2}
 
 
 def counts_classes(parity: OutputParity, precision: Precision) -> bool:
