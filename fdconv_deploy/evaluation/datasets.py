@@ -169,14 +169,17 @@ class Samples:
             return replace(self.rule, label_map=CITYSCAPES_LABEL_IDS)
         return self.rule
 
-    def check(self, progress: Callable[[int], None] = lambda _: None) -> set[int]:
+    def check(
+        self, progress: Callable[[int], None] = lambda _: None, *, of_two: bool = False
+    ) -> bool:
         """Read every mask, and of images the size, before anything is run.
 
         Args:
             progress: called with the number of masks done after each.
+            of_two: whether black and white masks are of the network's two classes.
 
         Returns:
-            The numbers that masks hold.
+            Whether they are so: all hold 0 and 255 alone, not 0 alone.
 
         Raises:
             DatasetError: a mask cannot be read, or is not of its image's size; they hold numbers
@@ -197,6 +200,9 @@ class Samples:
                 pixels[key] += int(counts[number])
                 masks[key] += 1
             progress(done)
+        held = {number for number, _ in first}
+        if of_two and 255 in held and held <= {0, 255}:
+            return True
         found = {key: self.rule_of(pair).class_of(key[0]) for key, pair in first.items()}
         if all(label == UNCOUNTED for label in found.values()):
             raise DatasetError(
@@ -213,7 +219,7 @@ class Samples:
             raise DatasetError(
                 f"The masks hold numbers that are no classes: {', '.join(named)}{more}; {expected}"
             )
-        return {number for number, _ in first}
+        return False
 
 
 def labelled_samples(
@@ -265,8 +271,7 @@ def labelled_samples(
     rule = LabelRule(len(classes), mapping, reduce_zero_label, ignore, order)
     samples = Samples(pairs, rule, preprocessing, notes)
     as_they_are = mapping is None and ignore_index is None and not reduce_zero_label
-    held = samples.check(progress)
-    if as_they_are and len(classes) == 2 and 255 in held and held <= {0, 255}:
+    if samples.check(progress, of_two=as_they_are and len(classes) == 2):
         notes.append(
             "The masks hold 0 and 255 alone, black and white: they are taken for the classes "
             f"{classes[0]!r} and {classes[1]!r}. Say --ignore-index 255 if 255 is to be ignored."

@@ -40,6 +40,7 @@ M = TypeVar("M", bound=BaseModel)
 Bytes = bytes | memoryview
 _CHECKPOINTS = (".pth", ".pt", ".ckpt", ".safetensors", ".pkl")
 _JSON_LIMIT = 64 << 20  # bytes; a real manifest has some tens of kilobytes
+# What else may be the matter with a file that is not the listed one, and what to do.
 _NOT_LISTED = (
     "It is damaged, or another bundle is being copied over this one: let the copy finish, copy the "
     "folder again, or export it again."
@@ -417,6 +418,3 @@ def inside(root: Path, name: str) -> Path:
     if not real.is_file():
         raise BundleError(f"{name!r} in the bundle {root} is not a file.")
     return real
-
-
-# What else may be the matter with a file that is not the listed one, and what to do.

@@ -72,6 +72,13 @@ def test_black_and_white_masks_are_two_classes(tmp_path, monkeypatch, capfd) -> 
     assert "The masks hold 0 and 255 alone, black and white" in err
 
 
+def test_white_masks_are_of_the_second_class(tmp_path, monkeypatch, capfd) -> None:
+    masks = folders(tmp_path, np.full((9, 9), 255))
+    report = scored(monkeypatch, capfd, bundle(tmp_path, "ground", "crack"), *masks)
+    assert "taken for the classes 'ground' and 'crack'" in report["notes"][0]
+    assert [one["pixels"] for one in report["sides"][0]["classes"]] == [0, 81]
+
+
 @pytest.mark.parametrize("option", [["--ignore-index", 255], ["--label-map", "map"]])
 def test_255_is_what_it_is_said_to_be(tmp_path, monkeypatch, capfd, option) -> None:
     (tmp_path / "map").write_text('{"0": 0}')
