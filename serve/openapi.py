@@ -79,8 +79,12 @@ def _describe(document: dict[str, Any], service: Service) -> None:
                 operation["security"] = [{"bearer": []}, {"key": []}]
             described = operation.setdefault("parameters", [])
             # Routes of models read their addresses by hand.
-            for name in set(re.findall(r"{(\w+)}", path)) - {p["name"] for p in described}:
-                described.append({"name": name, "in": "path", "required": True, "schema": _TEXT})
+            known = {p["name"] for p in described}
+            for name in re.findall(r"{(\w+)}", path):
+                if name not in known:
+                    described.append(
+                        {"name": name, "in": "path", "required": True, "schema": _TEXT}
+                    )
             for parameter in described:
                 if parameter["name"] in parameters:
                     parameter.setdefault("example", parameters[parameter["name"]])
@@ -111,14 +115,14 @@ def _answers(service: Service) -> dict[str, Any]:
         "/v1/models/{name}": card,
         "/v2": documents.ServerMetadata(),
         "/v2/health/live": documents.ServerLive(),
-        "/v2/health/ready": documents.ServerReady(),
+        "/v2/health/ready": documents.ServerReady(ready=True),
         "/v2/models/{name}": documents.model_metadata(card),
         "/v2/models/stats": listed,
         "/v2/models/{name}/stats": listed,
         "/v2/models/{name}/config": documents.model_config(card, service.settings).model_dump(
             exclude_none=True
         ),
-        "/v2/models/{name}/ready": documents.ServerReady(),
+        "/v2/models/{name}/ready": documents.ServerReady(ready=True),
         "/v2/models/{name}/infer": {
             "model_name": card.name,
             "model_version": "1",

@@ -28,7 +28,7 @@ class ServerLive(BaseModel):
 class ServerReady(BaseModel):
     """KServe v2: whether the server, or a model, is ready."""
 
-    ready: bool = True
+    ready: bool
 
 
 class ServerMetadata(BaseModel):

@@ -194,7 +194,7 @@ async def live() -> documents.ServerLive:
 async def ready(request: Request) -> documents.ServerReady:
     """As `/readyz`."""
     service_of(request).check_ready()
-    return documents.ServerReady()
+    return documents.ServerReady(ready=True)
 
 
 @router.get(
@@ -230,7 +230,7 @@ async def statistics(request: Request) -> documents.ModelStatisticsList:
     responses=_NOT_FOUND,
 )
 async def config(request: Request) -> documents.ModelConfig:
-    """Inputs, outputs and batching, as Triton's documents.ModelConfig has them."""
+    """Inputs, outputs and batching, as Triton's ModelConfig has them."""
     return documents.model_config(_model(request).current_card, service_of(request).settings)
 
 
@@ -246,7 +246,7 @@ async def model_ready(request: Request) -> documents.ServerReady:
     if (model := _model(request)).version is None:
         later = service_of(request).admission.retry_after()
         raise RefusedError(503, f"The model {model.name!r} is not loaded.", later)
-    return documents.ServerReady()
+    return documents.ServerReady(ready=True)
 
 
 @router.post(

@@ -74,6 +74,23 @@ def test_examples_name_the_model_that_is_served(document: dict[str, Any]) -> Non
     assert answers["200"]["content"]["application/json"]["example"]["name"] == "street"
 
 
+def test_parameters_of_an_address_are_in_its_order(document: dict[str, Any]) -> None:
+    """Generators make arguments of them: by position, in each start of the service the same."""
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            named = [p["name"] for p in operation["parameters"] if p["in"] == "path"]
+            assert named == re.findall(r"{(\w+)}", path)
+
+
+def test_descriptions_name_no_modules(document: dict[str, Any]) -> None:
+    """They are read by those who have no source at hand."""
+    assert re.findall(r"\b[a-z_]+\.[A-Z]\w+", json.dumps(document)) == []
+
+
+def test_what_is_always_there_is_required(document: dict[str, Any]) -> None:
+    assert document["components"]["schemas"]["ServerReady"]["required"] == ["ready"]
+
+
 def test_errors_are_one_model(document: dict[str, Any]) -> None:
     """Generators name a model after every schema that stands where it is used, and drop doubles."""
     for where, kind, content in contents(document):
