@@ -186,7 +186,13 @@ def inline_functions(model: ModelProto) -> ModelProto:
                 node = next(nodes)
                 node.name = f"{original.name}.{node.output[0]}"
     lift = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
-    return ir.to_proto(lift(ir.from_proto(inlined)).model)
+    lifted = ir.to_proto(lift(ir.from_proto(inlined)).model)
+    # Initializers say themselves what they are, and `set_opset` may take some away.
+    made = {output for node in lifted.graph.node for output in node.output}
+    known = [value for value in lifted.graph.value_info if value.name in made]
+    del lifted.graph.value_info[:]
+    lifted.graph.value_info.extend(known)
+    return lifted
 
 
 def set_opset(model: ModelProto, opset: int) -> ModelProto:

@@ -85,6 +85,8 @@ def test_file_is_of_the_opset_asked_for(bundle, tmp_path, opset):
     # ONNX Runtime prints a warning for each tensor that nothing reads.
     graph = onnx.load(written.path).graph
     assert {t.name for t in graph.initializer} <= {n for node in graph.node for n in node.input}
+    made = {name for node in graph.node for name in node.output}
+    assert {value.name for value in graph.value_info} <= made
 
 
 def test_path_may_be_relative(bundle, tmp_path, monkeypatch):
