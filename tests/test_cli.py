@@ -585,6 +585,24 @@ def test_segmenting_loads_no_torch(bundle, tmp_path):
     assert finished.returncode == 0, finished.stderr
 
 
+def test_a_stop_that_an_import_hides_is_a_stop():
+    # NumPy's C code, stopped while it is imported, raises an ImportError of its own.
+    program = (
+        "import os, signal, time\n"
+        "from fdconv_deploy.cli import app\n"
+        "def stopped():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "    except SystemExit:\n"
+        "        raise ImportError('numpy._core.multiarray failed to import') from None\n"
+        "app.app = stopped\n"
+        "app.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "")
+
+
 def test_a_stopped_export_leaves_nothing(tmp_path):
     command = [sys.executable, "-m", "fdconv_deploy", "export", packaged_checkpoint()]
     command += ["-o", tmp_path / "bundle", "--size", "64x96"]

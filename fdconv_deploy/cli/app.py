@@ -105,19 +105,34 @@ def _needed(error: ImportError) -> str:
     return f"this command needs {what}"
 
 
+def _message(error: Exception) -> str:
+    """The sentence that explains a user's mistake; other errors are raised again."""
+    if isinstance(error, FDConvError):
+        return error.command_line or str(error)
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or error}. Give another path, or free that one."
+    if isinstance(error, ImportError):
+        return _needed(error)
+    raise error
+
+
 def main() -> None:
     """Run the command line; a user's mistake ends in one sentence, not in a traceback."""
     # Being stopped unwinds like an error does, so that nothing half-written stays behind.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    stopped: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        stopped.append(128 + number)
+        sys.exit(stopped[0])
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         app()
-    except FDConvError as error:
-        message = error.command_line or str(error)
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        message = f"{place}{error.strerror or error}. Give another path, or free that one."
-    except ImportError as error:
-        message = _needed(error)
+    except Exception as error:
+        if stopped:  # in the middle of an import, where NumPy makes an ImportError of an exit
+            sys.exit(stopped[0])
+        message = _message(error)
     except KeyboardInterrupt:
         sys.exit(130)
     else:
