@@ -33,7 +33,7 @@ def save_checkpoint(
     reading the file back infers an equal one. The file appears whole or not at all.
 
     Args:
-        path: where to write. An existing file is replaced; its folder must exist.
+        path: where to write. An existing file is replaced; folders that are missing are made.
         state_dict: names → tensors as in mmsegmentation (``backbone.…``, ``decode_head.…``) or
             mmdetection (``roi_head.…``), or the network itself.
         architecture: what the weights belong to.
@@ -114,6 +114,6 @@ def write_checkpoint(path: Path, state: Mapping[str, Tensor], meta: Mapping[str,
             os.fsync(file.fileno())
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be written: {error.strerror}. Give a file name in a folder that exists "
-            "and that you may write to."
+            f"{path} cannot be written: {error.strerror}. Give a file name in a folder that you "
+            "may write to."
         ) from None

@@ -420,10 +420,10 @@ def test_groups_that_do_not_divide_name_the_layer(tmp_path: Path, equivalent: bo
     )
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
     torch.save(plain_resnet(18, num_stages=2, out_indices=(0, 1)).state_dict(), tmp_path / "in.pth")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        convert_checkpoint(tmp_path / "in.pth", tmp_path / "no" / "out.pth")
+        convert_checkpoint(tmp_path / "in.pth", tmp_path / "in.pth" / "out.pth")
 
 
 FAMILIES = ("segformer_mit", "upernet_swin", "upernet_convnext", "mask_rcnn_convnext")

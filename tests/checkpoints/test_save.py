@@ -79,10 +79,18 @@ def test_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
 
 
-def test_no_such_folder(tmp_path: Path) -> None:
+def test_missing_folders_are_made(tmp_path: Path) -> None:
     architecture = small_architecture()
-    with pytest.raises(CheckpointError, match="folder that exists"):
-        save_checkpoint(tmp_path / "none" / "a.pth", weights_of(architecture), architecture)
+    save_checkpoint(tmp_path / "new" / "one" / "a.pth", weights_of(architecture), architecture)
+    assert load_checkpoint(tmp_path / "new" / "one" / "a.pth").architecture == architecture
+
+
+def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
+    architecture = small_architecture()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="folder that you may write to"):
+        save_checkpoint(tmp_path / "file" / "a.pth", weights_of(architecture), architecture)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
