@@ -127,8 +127,15 @@ def _fields(config: Frozen, *names: str) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def _backbone(config: BackboneConfig, norm: str) -> dict[str, Any]:
+def _given(config: Frozen) -> dict[str, Any]:
+    """All fields, without those that OpenMMLab's classes do not all take, where they are None."""
     values = config.model_dump()
+    optional = ("expansion", "out_channels", "threshold")
+    return {k: v for k, v in values.items() if v is not None or k not in optional}
+
+
+def _backbone(config: BackboneConfig, norm: str) -> dict[str, Any]:
+    values = _given(config)
     values.pop("type", None)
     kind, conv = config.type, values.pop("conv")
     if conv is not None:
@@ -170,7 +177,7 @@ def _segmentor(config: SegmentorConfig) -> dict[str, Any]:
 
 
 def _head(config: HeadConfig) -> dict[str, Any]:
-    values = config.model_dump()
+    values = _given(config)
     if isinstance(config, QueryHeadConfig):
         # By the names of its fields: mmdetection's sections have no place for all of MaskDINO's.
         conv = values.pop("conv")

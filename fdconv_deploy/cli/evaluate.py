@@ -248,7 +248,9 @@ def show(result: Evaluation, console: Console, quiet: bool) -> None:
         names[index] += f"\n{', '.join(shown)}"
     if not quiet:
         table = Table(f"{score.measure} by class", *names)
-        for index, one in enumerate(sides[0]["classes"]):
+        # A panoptic network's last class is that of what is in no segment.
+        scored = sides[0]["classes"][: -1 if score.measure == "PQ" else None]
+        for index, one in enumerate(scored):
             for kind, key in _CLASSES[score.measure].items():
                 _add_row(table, one["name"] + kind, sides, ("classes", index, key))
         console.print(table)

@@ -245,6 +245,21 @@ def test_config_inferred_from_shapes_alone_has_the_same_shapes(
     assert sorted(found.decode_head.in_channels) == sorted(architecture.decode_head.in_channels)
 
 
+@quick
+@given(architectures())
+def test_config_written_has_no_argument_that_openmmlab_does_not_take(
+    architecture: SegmentorConfig,
+) -> None:
+    config = parse_config(format_config(architecture))
+    # ResNet has none of that name, and heads of mmsegmentation 0.x neither of these.
+    assert ("expansion" in config.section("model", "backbone")) == (
+        getattr(architecture.backbone, "expansion", None) is not None
+    )
+    head = config.section("model", "decode_head")
+    for name in ("out_channels", "threshold"):
+        assert (name in head) == (getattr(architecture.decode_head, name) is not None)
+
+
 @settings(quick, max_examples=15)
 @given(architecture=architectures())
 def test_config_in_a_file_is_read_back(

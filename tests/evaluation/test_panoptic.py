@@ -102,6 +102,7 @@ def test_evaluate_scores_segments(bundle, data):
     table = evaluate(bundle, data, *options)
     assert table.exit_code == 0
     assert "PQ, things" in table.stdout
+    assert "void" not in table.stdout
 
 
 def test_evaluate_says_what_a_panoptic_network_needs(bundle, data):
