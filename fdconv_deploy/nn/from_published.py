@@ -122,10 +122,12 @@ def _candidates(module: nn.Module, name: str) -> tuple[Conversion, ...]:
 
 
 def _check_family(module: nn.Module, name: str) -> None:
-    attention: Any = module.KSM_Global
+    attention = getattr(module, "KSM_Global", None)
     missing = [what for what in _GEOMETRY if not hasattr(module, what)]
-    missing += [f"KSM_Global.{what}" for what in _ATTENTION if not hasattr(attention, what)]
-    if not any(hasattr(attention, norm) for norm in _NORMS):
+    missing += [
+        f"KSM_Global.{what}" for what in _ATTENTION if getattr(attention, what, None) is None
+    ]
+    if all(getattr(attention, norm, None) is None for norm in _NORMS):
         missing.append("KSM_Global.bn")
     bands = getattr(module, "FBM", None)
     if bands is not None and not len(getattr(bands, "freq_weight_conv_list", ())):
@@ -160,8 +162,9 @@ class _Copy:
         self.attention: Any = module.KSM_Global
         self.local: Any = getattr(module, "KSM_Local", None)
         self.bands: Any = getattr(module, "FBM", None)
-        self.norm_name = next(name for name in _NORMS if hasattr(self.attention, name))
-        self.norm: Any = getattr(self.attention, self.norm_name)
+        norms = {norm: getattr(self.attention, norm, None) for norm in _NORMS}
+        self.norm_name = next(norm for norm, module in norms.items() if module is not None)
+        self.norm: Any = norms[self.norm_name]
         self.assumed: list[str] = []
 
     def get(self, path: str, default: Any) -> Any:

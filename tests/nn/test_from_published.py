@@ -203,6 +203,14 @@ def test_variants_are_named(change: Callable[[Any], None], hint: str) -> None:
         from_published(layer, "stem.conv")
 
 
+@pytest.mark.parametrize("module", [nn.Conv2d(18, 18, 3), nn.Linear(18, 18)])
+def test_a_layer_without_attentions_is_refused(module: nn.Module) -> None:
+    with pytest.raises(
+        UnsupportedLayerError, match=r"it has no .*KSM_Global\.fc, .*KSM_Global\.bn"
+    ):
+        from_published(module)
+
+
 def test_a_volume_is_no_image() -> None:
     layer: Any = nn.Conv3d(18, 18, 3)
     layer.KSM_Global = copy_of().KSM_Global
