@@ -186,6 +186,8 @@ def resized_tiles(
     source: LogitRows, rows: Taps, columns: Taps, *, step: int | None = None
 ) -> Iterator[tuple[tuple[slice, slice], Logits]]:
     """The resized logits piece by piece, ``step`` rows high: place, (h, w, classes) float32."""
+    if not source.classes:  # as of an answer without objects
+        return
     # Column tiles are the same in every block of rows, so their matrices are made once.
     shrinks = max(source.width / max(columns.size, 1), 1 / 8)
     tile = int(np.clip(math.sqrt(_ALONE / (source.classes * shrinks)) - 4, 4, _TILE))

@@ -13,6 +13,7 @@ from fdconv_deploy.config import PanopticConfig, SegmentorConfig
 from fdconv_deploy.runtime.panoptic import PanopticPipeline, PanopticSegmentation
 from fdconv_deploy.runtime.preprocessing import Prepared
 from tests.nn.query_heads import case_tensors, detectron2, load_openmmlab, openmmlab
+from tests.runtime import toy_panoptic
 
 D2 = ["mask2former_r50", "mask2former_swin", "maskdino_swin"]
 
@@ -103,3 +104,16 @@ def test_answers_are_detectron2s(oracle: Path, project, case, proved):
     if parts[0] is not None:
         assert_same_instances(found.instances, *(p if p is None else p.numpy() for p in parts))
     proved("panoptic and instance answers equal to the frameworks", 2)
+
+
+@pytest.mark.parametrize("boxes", [{}, {"boxes": np.ones((6, 4), np.float32)}])
+def test_there_may_be_no_thing_among_the_best(boxes):
+    classes = np.zeros((6, 5), np.float32)
+    classes[:, 2:4] = 9  # stuff
+    masks = np.ones((6, 8, 12), np.float32)
+    sizes = (32, 48), (32, 48), (40, 60)
+    found = answer_of(toy_panoptic.architecture(), classes, masks, *sizes, **boxes)
+    assert found.instances is not None
+    assert len(found.instances) == 0
+    assert found.instances.as_dicts() == []
+    assert {segment.label for segment in found.segments} <= {2, 3}
