@@ -200,7 +200,7 @@ class ProfiledNetwork:
         import torch
 
         spent: defaultdict[Place, float] = defaultdict(float)
-        at, last = (BEFORE, "rest"), self._clock()
+        at, last = (BEFORE, "rest"), 0.0
 
         def switch(place: Place) -> None:
             nonlocal at, last
@@ -209,6 +209,7 @@ class ProfiledNetwork:
             at, last = place, now
 
         with torch.inference_mode(), _switching(self._network, switch):
+            last = self._clock()  # setting the layers' clocks up takes its time, too
             self._network(*inputs)
             switch(at)
         self._runs.append(spent)

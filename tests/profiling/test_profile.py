@@ -185,6 +185,16 @@ def test_the_parts_are_the_whole() -> None:
     assert sum(sum(parts.values()) for parts in layers.values()) == 57e3
 
 
+def test_setting_the_clocks_up_is_no_layers_time() -> None:
+    class Searched(nn.Sequential):
+        def named_modules(self, *arguments, **named):
+            Slow.now += 100
+            return super().named_modules(*arguments, **named)
+
+    layers = profiled_network(Searched(Slow(7), nn.Conv2d(3, 8, 3)), torch.randn(1, 3, 16, 16))
+    assert layers[BEFORE] == {"rest": 7e3}
+
+
 def test_profiling_leaves_the_network_as_it_was() -> None:
     network = nn.Sequential(FDConv2d(32, 32, 3, padding=1, kernel_num=16)).eval()
     x = torch.randn(1, 32, 8, 8)
