@@ -77,8 +77,16 @@ def replace_linears(
     tokens between the first axis and the last, so its input must be ``(B, …, C)``: not windows
     or vectors. Layers of ``nn.MultiheadAttention``, which never calls them, stay as they are.
 
-    Arguments, answer and errors are `replace_convolutions`', as ``where="*.mlp.fc?"``. Features and
-    bias are the layer's.
+    Args:
+        model, weights: as `replace_convolutions` has them.
+        where: which of them, as there, e.g. ``"*.mlp.fc?"``.
+        arguments: of `FDConv2d`, as ``kernel_num=16``. Features and bias are the layer's.
+
+    Returns:
+        The names of the layers replaced, in the network's order.
+
+    Raises:
+        UnsupportedLayerError: nothing would be replaced, or an argument does not suit a layer.
     """
 
     def make(linear: nn.Linear) -> FDConv2d | None:

@@ -101,7 +101,11 @@ class Bundle:
         return bundle
 
     def content(self, name: str) -> Bytes:
-        """A listed file's bytes, read at the first call, and kept; ``BundleError`` if others."""
+        """A listed file's bytes, read and hashed at the first call, and kept.
+
+        Raises:
+            BundleError: they are not those that the manifest lists.
+        """
         with self._lock:
             if name not in self.contents:
                 self.contents[name] = self._read(name)
@@ -116,6 +120,9 @@ class Bundle:
 
         Returns:
             Their bytes by name.
+
+        Raises:
+            BundleError: as :meth:`content`.
         """
         with self._lock:
             for model in self.manifest.graphs:
@@ -133,6 +140,9 @@ class Bundle:
 
         Returns:
             The bundle there.
+
+        Raises:
+            BundleError: as :meth:`content`.
         """
         for name, data in self.hold().items():
             target = folder / name

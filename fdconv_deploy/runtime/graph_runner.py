@@ -60,8 +60,14 @@ class GraphRunner:
     """Runs a bundle's graphs in this process. See :class:`Runner`.
 
     Any method may be called from several threads at once. ``batch_cost`` is in seconds, once
-    :meth:`warm_up` has measured them, and what the backend supposes before. choice: why the backend
-    was chosen, as a sentence. graphs: those that are loaded already, by batch size. clock: seconds.
+    :meth:`warm_up` has measured them, and what the backend supposes before.
+
+    Args:
+        bundle: the bundle.
+        backend: what loads its graphs.
+        choice: why that backend was chosen, as a sentence.
+        graphs: those that are loaded already, by batch size.
+        clock: seconds, by which :meth:`warm_up` chooses.
     """
 
     def __init__(

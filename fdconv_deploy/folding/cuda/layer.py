@@ -279,7 +279,7 @@ class FusedConv2d(nn.Module):
         return assemble_kernels(*self.attention(partial), *made)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x``: ``(B, I, H, W)`` of ``dtype`` at the folded size, on a GPU."""
+        """``x``: ``(B, I, H, W)`` of ``dtype`` at the folded size, on a GPU, or `BackendError`."""
         folded = self.folded
         if folded.tokens:
             # As a map, which in memory they are one of with its channels last.

@@ -41,7 +41,11 @@ class FusedNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
-        """``x``: of the example's shape, which the network was fused for, float32 or ``dtype``."""
+        """``x``: as the example the network was fused for, float32 or ``dtype``.
+
+        Raises:
+            BackendError: x is of another shape.
+        """
         if tuple(x.shape) != self.shape:
             raise BackendError(
                 f"the network was fused for inputs {self.shape}, got {tuple(x.shape)}. Fuse it "
@@ -95,7 +99,8 @@ WARM_UP = 3
 class CapturedNetwork:
     """`FusedNetwork` at one batch size as a CUDA graph. Thread-safe: callers take turns.
 
-    example: one input, of the shape and batch size every call will have.
+    example: one input, of the shape and batch size every call will have. ``BackendError`` where
+    PyTorch sees no CUDA device.
     """
 
     def __init__(self, network: FusedNetwork, example: Tensor) -> None:
