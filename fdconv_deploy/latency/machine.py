@@ -233,10 +233,8 @@ class Gpu:
         nvml, driver, now = self._nvml, None, self.reading()
         with contextlib.suppress(nvml.NVMLError):
             driver = nvml.nvmlSystemGetDriverVersion()
-        memory, limit = (
-            self._ask("nvmlDeviceGetMemoryInfo"),
-            self._ask("nvmlDeviceGetEnforcedPowerLimit"),
-        )
+        memory = self._ask("nvmlDeviceGetMemoryInfo")
+        limit = self._ask("nvmlDeviceGetEnforcedPowerLimit")
         return {
             "name": self._ask("nvmlDeviceGetName"),
             "driver": driver.decode() if isinstance(driver, bytes) else driver,
@@ -261,8 +259,8 @@ def gpus(nvml: Any = None) -> list[Gpu]:
 def visible_gpu(uuid: str | None = None, nvml: Any = None) -> Gpu | None:
     """The GPU that CUDA's first device is; None where there is none, or it is not known.
 
-    By its UUID, where CUDA has told it, else by ``CUDA_VISIBLE_DEVICES``, whatever which the
-    management library numbers all GPUs of the machine.
+    By its UUID, where CUDA has told it, else by ``CUDA_VISIBLE_DEVICES``. The management library
+    numbers all GPUs of the machine, whatever that says.
     """
     found = gpus(nvml)
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()

@@ -225,13 +225,14 @@ def _row(opened: Opened, series: Series, first: Series | None) -> Row:
         windows_ms=[round(median * 1e3, 4) for median in series.windows],
         over_first=ratio(series.medians, first.medians) if first else None,
         joules_per_image=round(sum(joules) / images, 4) if joules else None,
-        phases_ms={
-            name: round(float(np.median([run[name] for run in phases])) * 1e3, 4)
-            for name in (phases[0] if phases else ())
-        }
-        or None,
+        phases_ms=_medians_ms(phases) if phases else None,
         gpu=_gpu_state([reading for sample in samples for reading in sample.readings]),
     )
+
+
+def _medians_ms(phases: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = phases[0]
+    return {n: round(float(np.median([run[n] for run in phases])) * 1e3, 4) for n in names}
 
 
 def _gpu_state(readings: Sequence[machine.Reading]) -> GpuState | None:

@@ -152,9 +152,9 @@ def run_kernel(launch: KernelLaunch, *tensors: Tensor | None) -> None:
     if _collected is not None:
         _collected.append(launch)
         return
-    kinds = [kind for _, kind in launch.arguments]
-    known = {k: t for k, t in zip(kinds[::-1], tensors[::-1], strict=True) if t is not None}
-    given = [known[k] if t is None else t for k, t in zip(kinds, tensors, strict=True)]
+    pairs = [(kind, one) for (_, kind), one in zip(launch.arguments, tensors, strict=True)]
+    of_kind = {kind: tensor for kind, tensor in pairs if tensor is not None}
+    given = [of_kind[kind] if tensor is None else tensor for kind, tensor in pairs]
     if not interpreting():
         if not given[0].is_cuda:
             raise BackendError(

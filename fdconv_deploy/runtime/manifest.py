@@ -208,8 +208,10 @@ class Manifest(_Model):
             raise ValueError("a module's graphs have one input size, so no 'other_sizes'")
         if len(set(self.sizes)) < len(self.sizes):
             raise ValueError("each input size must be given once")
-        for view in (self, *map(self.at, self.sizes[1:])) if self.kind != "module" else ():
-            _check_ports(view, (_segmentor if self.kind == "segmentor" else _detector)(view))
+        if self.kind != "module":
+            ports_of = _segmentor if self.kind == "segmentor" else _detector
+            for view in (self, *map(self.at, self.sizes[1:])):
+                _check_ports(view, ports_of(view))
         return self
 
 

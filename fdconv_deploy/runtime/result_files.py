@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -449,19 +449,20 @@ def _endings(session: Session, source: Source, options: ResultOptions) -> dict[s
     """
     gives_masks = not session.detects or session.detection.finds_masks
     tells_objects = session.detects or session.panoptic
-    endings: dict[str, str | Literal[False]] = {
-        "overlay": options.overlays and "_overlay.png",
-        "mask": gives_masks and ".png",
-        "panoptic": session.panoptic and "_panoptic.png",
-        "objects": tells_objects and ".json",
-    }
+    # Kind, whether it is written, and the ending.
+    results = [
+        ("overlay", options.overlays, "_overlay.png"),
+        ("mask", gives_masks, ".png"),
+        ("panoptic", session.panoptic, "_panoptic.png"),
+        ("objects", tells_objects, ".json"),
+    ]
     if source.is_video:
-        endings = {
-            "masks": gives_masks and ("_masks.mp4" if options.mask_video else "_masks"),
-            "overlay": options.overlays and "_overlay.mp4",
-            "objects": tells_objects and ".jsonl",
-        }
-    return {kind: ending for kind, ending in endings.items() if ending}
+        results = [
+            ("masks", gives_masks, "_masks.mp4" if options.mask_video else "_masks"),
+            ("overlay", options.overlays, "_overlay.mp4"),
+            ("objects", tells_objects, ".jsonl"),
+        ]
+    return {kind: ending for kind, written, ending in results if written}
 
 
 def places_of(

@@ -53,6 +53,7 @@ from fdconv_deploy.runtime.visualization import RGB, default_palette, mask_png, 
 Mode = Literal["whole", "slide"]
 # The class of pixels that are in no segment of a panoptic answer.
 VOID = "void"
+_BLACK: RGB = (0, 0, 0)
 _LARGEST_FACTOR = 16.0
 
 
@@ -360,7 +361,8 @@ def class_names(config: SegmentorConfig | DetectorConfig) -> tuple[str, ...]:
     """
     labels, void = _labels(config)
     names = config.classes or tuple(f"class {number}" for number in range(labels))
-    return ("background",) * (labels - len(names)) + names + (VOID,) * void
+    names = ("background",) * (labels - len(names)) + names
+    return (*names, VOID) if void else names
 
 
 def class_palette(config: SegmentorConfig | DetectorConfig) -> tuple[RGB, ...]:
@@ -370,10 +372,12 @@ def class_palette(config: SegmentorConfig | DetectorConfig) -> tuple[RGB, ...]:
     generated ones are never black.
     """
     labels, void = _labels(config)
-    first = int(isinstance(config, DetectorConfig))
-    colours = config.palette or default_palette(labels + first)[first:]
-    black: tuple[RGB, ...] = ((0, 0, 0),)
-    return black * (labels - len(colours)) + colours + black * void
+    generated = default_palette(labels)
+    if isinstance(config, DetectorConfig):
+        generated = default_palette(labels + 1)[1:]
+    colours = config.palette or generated
+    colours = (_BLACK,) * (labels - len(colours)) + colours
+    return (*colours, _BLACK) if void else colours
 
 
 def _labels(config: SegmentorConfig | DetectorConfig) -> tuple[int, bool]:

@@ -139,10 +139,10 @@ class PixelDecoder(nn.Module):
         maps = [outputs[self.config.in_index[place]] for place in range(4)]
         convs = list(self.input_convs)
         levels = [conv(maps[place]) for conv, place in zip(convs, self.inputs, strict=False)]
-        further = [maps[-1]]
+        coarsest = maps[-1]
         for conv in convs[len(levels) :]:
-            further.append(conv(further[-1]))
-        levels = levels + further[1:] if self.ascending else further[:0:-1] + levels
+            coarsest = conv(coarsest)
+            levels.insert(len(levels) if self.ascending else 0, coarsest)
         sizes = tuple((level.shape[2], level.shape[3]) for level in levels)
         tokens = torch.cat([to_tokens(level) for level in levels], dim=1)
         places = torch.cat(
