@@ -101,7 +101,14 @@ class Body:
     async def read_aligned(self, start: int) -> memoryview:
         """As :meth:`read`, laid out so that tensors from byte ``start`` can be used in place."""
         if self._window is not None or self._length is None:
-            return await asyncio.to_thread(_aligned, await self.read(), start)
+            with self._in_time():
+                chunks = [chunk async for chunk in self._chunks()]
+            room, at = _aligned_room(sum(map(len, chunks)), start), 0
+            for chunk in chunks:
+                room[at : at + len(chunk)] = chunk
+                at += len(chunk)
+                await asyncio.sleep(0)  # of tens of megabytes, others would wait
+            return room
         room, at = _aligned_room(self._length, start), 0
         with self._in_time():
             async for chunk in self._request.stream():  # HTTP sees to it that they are no more
@@ -222,12 +229,6 @@ async def _unpacked(stream: AsyncIterator[bytes], window: int) -> AsyncGenerator
 def _aligned_room(size: int, start: int) -> memoryview:
     """Memory for a body of ``size`` bytes, in which what follows byte ``start`` is aligned."""
     return np.empty(size + -start % _ALIGNMENT, np.uint8)[-start % _ALIGNMENT :].data
-
-
-def _aligned(data: bytes, start: int) -> memoryview:
-    room = _aligned_room(len(data), start)
-    room[:] = data
-    return room
 
 
 def _base_name(name: str | None) -> str | None:
