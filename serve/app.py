@@ -91,15 +91,18 @@ def create_app(
                 await grpc.stop(settings.drain_seconds)
             await service.close()
 
-    # Outermost, for refusals are read by pages of other origins, too.
-    cors = Middleware(
-        CORSMiddleware,
-        allow_origins=settings.cors_origins,
-        allow_methods=("GET", "HEAD", "POST"),
-        allow_headers=("*",),
-        expose_headers=EXPOSED,
-        max_age=3600,
-    )
+    middleware = [Middleware(Edge, service=service, clients=clients)]
+    if settings.cors_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=EXPOSED,
+            max_age=3600,
+        )
+        # Outermost, for refusals are read by pages of other origins, too.
+        middleware.insert(0, cors)
     app = FastAPI(
         title="FDConv Deploy",
         version=__version__,
@@ -112,10 +115,7 @@ def create_app(
         separate_input_output_schemas=False,
         # Edge does that, with the stages; versions without it take any name.
         telemetry={"tracing": False, "metrics": False, "logs": False},
-        middleware=[
-            *[cors] * bool(settings.cors_origins),
-            Middleware(Edge, service=service, clients=clients),
-        ],
+        middleware=middleware,
     )
     app.state.service, app.state.clients = service, clients
     problems.install(app)

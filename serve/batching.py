@@ -121,7 +121,8 @@ class BatchQueue:
         weight: float = 1.0,
     ) -> None:
         """Open the lane ``key`` for batches of these sizes."""
-        allowed = tuple(size for size in sizes if size <= (self._max_batch or size))
+        most = max(sizes) if self._max_batch is None else self._max_batch
+        allowed = tuple(size for size in sizes if size <= most)
         self._lanes[key] = _Lane(allowed or (min(sizes),), cost, weight)
 
     def remove_lane(self, key: Hashable) -> None:

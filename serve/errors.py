@@ -126,15 +126,13 @@ def where_invalid(error: ValidationError) -> str:
     """Where something is not as a model describes it, and why, to end a sentence."""
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(map(str, first["loc"]))
-    return f"{' at ' * bool(where)}{where}: {first['msg']}"
+    return f" at {where}: {first['msg']}" if where else f": {first['msg']}"
 
 
 def install(app: FastAPI) -> None:
     """Make every error of the application a problem document."""
-    for kind in (
-        *(RefusedError, ImageError, DeadlineError, WorkerDiedError),
-        *(HTTPException, RequestValidationError, Exception),
-    ):
+    foreseen = RefusedError, ImageError, DeadlineError, WorkerDiedError, HTTPException
+    for kind in (*foreseen, RequestValidationError, Exception):
         app.add_exception_handler(kind, _answer)
     app.add_exception_handler(ClientDisconnect, _left)
 

@@ -207,7 +207,8 @@ class Children:
     def run(self, key: str, feeds: Tensors) -> dict[str, Array]:
         """Run on the calling thread's child, which is replaced if it dies (WorkerDiedError)."""
         child: Child | None = getattr(self._mine, "child", None)
-        if child is None:  # an inference thread that died has left its child
+        if child is None:
+            # None is free where an inference thread died: it has left its child.
             child = self._mine.child = self._free.pop() if self._free else self.all[0]
         with child.lock:
             try:

@@ -156,9 +156,12 @@ class InferBatchStatistics:
 
 # Which of Triton's durations each stage of this service counts as.
 _DURATION_OF = {
-    **{"queue": "queue", "inference": "compute_infer"},
-    **dict.fromkeys(("decode", "preprocess"), "compute_input"),
-    **dict.fromkeys(("postprocess", "encode"), "compute_output"),
+    "queue": "queue",
+    "decode": "compute_input",
+    "preprocess": "compute_input",
+    "inference": "compute_infer",
+    "postprocess": "compute_output",
+    "encode": "compute_output",
 }
 
 
