@@ -218,12 +218,13 @@ class _Bounded:
         return self._file.read(count)
 
 
-# Those that push what stands behind them in the file: numbers, texts and bytes.
+# Those that push what stands behind them in the file: numbers, texts and bytes. By name, so that
+# no later Python adds to them.
 _CONSTANTS = {
-    code.name
-    for code in pickletools.opcodes
-    if code.arg and not code.stack_before and code.stack_after not in ([], [pickletools.anyobject])
-}
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
+    "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
+}  # fmt: skip
 _EMPTY: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
     "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set,
