@@ -150,8 +150,7 @@ def conv_layers(state: Shapes, names: re.Pattern[str] | None = None) -> list[Lay
     ranks = (4,) if names is None else (2, 4)
     found: dict[str, Layer] = {}
     for key, value in state.items():
-        module, _, kind = key.rpartition(".")
-        owner = module
+        owner = module = key.rpartition(".")[0]
         for _ in range(4):  # as deep as an FDConv layer's tensors lie
             if owner not in dynamic:
                 owner = owner.rpartition(".")[0]
@@ -160,7 +159,7 @@ def conv_layers(state: Shapes, names: re.Pattern[str] | None = None) -> list[Lay
             continue
         if owner in dynamic:
             found[name] = _dynamic_layer(state, name)
-        elif kind == "weight" and value.ndim in ranks:
+        elif key.endswith(".weight") and value.ndim in ranks:
             out, into, *kernel = value.shape
             height, width = kernel or (1, 1)
             found[name] = Layer(name, into, out, (height, width), dynamic=False)

@@ -85,3 +85,7 @@ def test_layer_kernel_size_that_only_the_place_tells(bottleneck: bool) -> None:
     layer = conv_layers(state)[0]
     assert (layer.out_channels, layer.kernel, layer.bins) == (24, (side, side), bins)
     assert layer.kept_bins == bins // 2
+
+
+def test_a_weight_without_a_name_is_no_layer() -> None:
+    assert conv_layers({"weight": torch.empty(4, 4, 3, 3)}) == []
