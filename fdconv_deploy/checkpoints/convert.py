@@ -300,11 +300,12 @@ def describe_conversion(
         elif key in known:
             lists["left_random"].append(name)
         elif families:  # a whole MiT, Swin or ConvNeXt has no further ones
-            lists["left_in_heads"] += [name] if published else []
+            if published:
+                lists["left_in_heads"].append(name)
         elif key.endswith(".weight") and not _PLAIN.search(key):
             lists["unrecognised"].append(name)
-    found = {kind: tuple(names) for kind, names in lists.items()}
-    return Conversion(method=method, conv=conv, **({"converted": ()} | found))
+    found = {"converted": (), **{kind: tuple(names) for kind, names in lists.items()}}
+    return Conversion(method=method, conv=conv, **found)
 
 
 def equivalent_state_dict(

@@ -418,8 +418,11 @@ def render(report: Report, console: Console, *, layers: bool = False) -> None:
         console.print(f"[yellow]Unstable:[/yellow] {escape(report.attention_stability.advice)}")
     if report.frequency_order is not None:
         order = report.frequency_order
-        known = f"[bold]{order.order}[/bold]" if order.order else "as saved in the file"
-        if not order.order and not order.saved:
+        if order.order:
+            known = f"[bold]{order.order}[/bold]"
+        elif order.saved:
+            known = "as saved in the file"
+        else:
             known = (
                 "[yellow]unknown[/yellow], so that torch, the published one, will be assumed "
                 "(--frequency-order of export gives another)"

@@ -105,15 +105,13 @@ def read_checkpoint(path: str | Path, *, weights: str | None = None) -> Checkpoi
             layout = _format(content, meta)
     chosen = choose_weights(path, content, weights)
     records = {k: v for k, v in chosen.tensors.items() if isinstance(v, TensorRecord)}
-    tensors = file.read(records) if file is not None else {}
-    state = {
-        name: tensors[name]
-        if name in tensors
-        else value.detach()
-        if isinstance(value, Tensor)
-        else _from_array(path, name, value)
-        for name, value in chosen.tensors.items()
-    }
+    state = dict(file.read(records)) if file is not None else {}
+    for name, value in chosen.tensors.items():
+        if isinstance(value, Tensor):
+            state[name] = value.detach()
+        elif name not in state:
+            state[name] = _from_array(path, name, value)
+    state = {name: state[name] for name in chosen.tensors}  # in the file's order
     if layout == "DeepSpeed" and not any(tensor.numel() for tensor in state.values()):
         raise CheckpointError(
             f"{path} holds names without weights: DeepSpeed's stage 3 keeps them in the other "
