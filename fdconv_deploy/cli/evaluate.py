@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import reduce
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -271,7 +270,11 @@ def show(result: Evaluation, console: Console, quiet: bool) -> None:
 def _add_row(table: Table, name: str, sides: list[Any], path: tuple[Any, ...]) -> None:
     """A row of what is at a place of each side's report, if it is in one."""
     *parts, key = path
-    found = [reduce(lambda at, part: at and at[part], parts, side) for side in sides]
-    if any(part and key in part for part in found):
-        values = (part and part.get(key) for part in found)
+    found = []
+    for side in sides:
+        for part in parts:
+            side = side[part] if side else None  # null: scores that the network does not have
+        found.append(side or {})
+    if any(key in scores for scores in found):
+        values = [scores.get(key) for scores in found]
         table.add_row(name, *("–" if value is None else f"{value:.4f}" for value in values))

@@ -338,7 +338,7 @@ def _described(bundle: Bundle) -> Iterator[Table | str]:
     judged = {str(manifest.input): manifest.graph, **manifest.graph.get("sizes", {})}
     whole, verdicts = [], []
     for size, one in judged.items():
-        at = f" at {size}" * several
+        at = f" at {size}" if several else ""
         for batch, found in one["exactness"].items():
             whole += [{**row, "source": row["source"] + at} for row in found["whole"]]
             of = f"{size}, batch {batch}" if several else f"Batch {batch}"
@@ -354,7 +354,7 @@ def _described(bundle: Bundle) -> Iterator[Table | str]:
     if manifest.precision != "fp32":
         yield from _reduced(manifest.precision, manifest.graph["precision"])
     sizes = " or ".join(f"{height}x{width}" for height, width in manifest.sizes)
-    nearest = ", whichever is nearest to their proportions" * several
+    nearest = ", whichever is nearest to their proportions" if several else ""
     if manifest.kind == "detector":
         yield f"Images keep their aspect ratio and are padded to {sizes}{nearest}."
     else:
