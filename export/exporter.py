@@ -60,10 +60,11 @@ def write_bundle(
         tempfile.TemporaryDirectory(prefix="fdconv-export-") as scratch,
     ):
         folders = [Path(tempfile.mkdtemp(dir=scratch)) for _ in sources]
-        first, *others = sized = [
+        sized = [
             _SizedExport(source, options, folder, several=len(sources) > 1)
             for source, folder in zip(sources, folders, strict=True)
         ]
+        first, *others = sized
         with (writer.path / WEIGHTS).open("wb") as file:
             weights = SharedWeights(file)
             for one in sized:
@@ -138,7 +139,7 @@ class _SizedExport:
     def write(self, folder: Path, weights: SharedWeights, *, prefix: str) -> None:
         """Write the graph of every batch size to a folder; large constants go to the weights."""
         source, say = self.source, self.options.say
-        sizes: dict[str, tuple[int, int]] = {}
+        sizes: dict[str, tuple[int, int]] | None = None
         for batch in source.batches:
             at = ", ".join(filter(None, [self.name, f"batch {batch}"]))
             say(f"{at}: running the network")
@@ -150,7 +151,8 @@ class _SizedExport:
                 input_names=source.input_names,
                 output_names=source.output_names,
             )
-            sizes = sizes or input_sizes(source.module, source.inputs[0].rows(1))
+            if sizes is None:  # the same for every batch size
+                sizes = input_sizes(source.module, source.inputs[0].rows(1))
             model, group_maps = build_graph(captured, source.module, sizes, batch)
             del captured
             if self.options.precision != "fp32":

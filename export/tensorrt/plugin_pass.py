@@ -183,7 +183,8 @@ def _output_scale(nodes: Nodes, row_scale: gs.Tensor | None) -> gs.Constant | No
 def _wants_half(node: gs.Node) -> bool:
     """Whether everything that reads the kernels casts them to float16 first."""
     waiting, half = list(node.outputs[0].outputs), []
-    for reader in waiting:
+    while waiting:
+        reader = waiting.pop()
         if reader.op in ("Split", "Reshape", "Transpose"):
             waiting += [n for t in reader.outputs for n in t.outputs]
         else:
@@ -290,7 +291,8 @@ def _convolve_once(nodes: Nodes, node: gs.Node, weight: gs.Variable) -> None:
     given = node.attrs
     found: dict[int, gs.Node] = {}
     waiting = [(0, reader) for reader in node.outputs[0].outputs]
-    for row, reader in waiting:
+    while waiting:
+        row, reader = waiting.pop()
         if reader.op == "Conv":
             found[row] = reader
         elif reader.op in ("Split", "Reshape", "Cast"):

@@ -491,7 +491,8 @@ class _Trial:
 
     def _piece(self, piece: Piece, files: Mapping[str, Path]) -> Finding:
         """What the next layer sees in the graph, beside what it sees in the network."""
-        expected, (file,) = self._seen(piece.use, "expected"), files.values()
+        expected = self._seen(piece.use, "expected")
+        (file,) = files.values()
         found = np.load(file)
         off = float(np.abs(found.reshape(expected.shape) - expected).max(initial=0))
         largest = float(np.abs(expected).max(initial=0)) or 1.0

@@ -61,7 +61,7 @@ def verify_bundle(
     verdicts = []
     for size in session.sizes:
         view = session.at(size) if several else session
-        at = f" at {view.bundle.manifest.input}" * several
+        at = f" at {view.bundle.manifest.input}" if several else ""
         given = [
             _image_source(view, name + at, image)
             for name, image in images
