@@ -65,6 +65,8 @@ class Answer(_Answer):
     Attributes:
         labels: (H, W) int32 class ids; −1 where the class was not asked for.
         classes: each class's ``id``, ``name``, ``color``, ``area`` (pixels) and ``share`` (0–1).
+        mode: whether the network saw the whole image at once ("whole") or crops ("slide").
+        fit: how the image was brought to the network's size; see the service's API.
         timings_ms: milliseconds by stage.
     """
 
@@ -88,6 +90,7 @@ class Objects(_Answer):
         labels: (N,) int64 class ids.
         names: the objects' class names.
         masks: (N, H, W) bool; None when the model gives none or they were not asked for.
+        fit: how the image was brought to the network's size; see the service's API.
         timings_ms: milliseconds by stage.
     """
 
