@@ -87,9 +87,9 @@ class Bundle:
         for name in manifest.files:
             bundle._check_file(name, hashed=False)
         for name in manifest.graphs:
-            bundle._check_listed(name, "The manifest names as a graph")
+            bundle._check_listed(name, "a graph of the bundle")
         if manifest.weights is not None:
-            bundle._check_listed(manifest.weights, "The manifest names as the weights")
+            bundle._check_listed(manifest.weights, "the weights of the bundle")
         for model in manifest.graphs:
             bundle._external(model)
         if hold:
@@ -188,12 +188,12 @@ class Bundle:
             found = "is not the one that was exported: its sha256 differs from the manifest's."
             raise self._refused(name, f"{found} {_NOT_LISTED}")
 
-    def _check_listed(self, name: str, found: str) -> None:
+    def _check_listed(self, name: str, role: str) -> None:
         if name not in self.manifest.files:
             inside(self.path, name)  # a path outside, or a missing file, is the better sentence
             raise BundleError(
-                f"{found} {name!r}, whose sha256 the manifest of the bundle {self.path} does not "
-                "list. Export the bundle again."
+                f"The manifest does not list the file {name!r}, {role} {self.path}. Export the "
+                "bundle again."
             )
 
     def _external(self, model: str) -> dict[str, str]:
@@ -208,7 +208,7 @@ class Bundle:
                 names = {}
                 for location in sorted(locations):
                     name = location and (PurePosixPath(model).parent / location).as_posix()
-                    self._check_listed(name, f"The graph {model!r} keeps data in")
+                    self._check_listed(name, f"data of the graph {model!r} of the bundle")
                     names[location] = name
                 self._locations[model] = names
             return self._locations[model]
