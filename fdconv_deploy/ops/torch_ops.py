@@ -171,9 +171,8 @@ def _(partial: Tensor, attention: Constants, pooling: Any, *_: Any) -> tuple[Ten
     return _attentions(partial, attention, pooling[0])
 
 
-def _weight(given: Tensor, sizes: list[int], dtype: torch.dtype, last: bool) -> Tensor:
+def _weight(given: Tensor, layer: AssemblySizes, dtype: torch.dtype, last: bool) -> Tensor:
     """An empty result of either assembly."""
-    layer = AssemblySizes.of(sizes)
     return torch.empty(
         (len(given) * layer.out_channels, layer.in_channels, *layer.kernel_size),
         dtype=dtype,
@@ -212,7 +211,7 @@ def assemble_kernels(
     half = _half(gates, layer)
     run_kernel(row_launch(layer), gates, *spectrum[:3], half)
     average = None if average is None else average.contiguous()
-    return _columns(half, gates, average, spectrum, sizes, dtype, channels_last)
+    return _columns(half, gates, average, spectrum, layer, dtype, channels_last)
 
 
 def _columns(
@@ -220,12 +219,12 @@ def _columns(
     gates: Tensor,
     average: Tensor | None,
     spectrum: Constants,
-    sizes: list[int],
+    layer: AssemblySizes,
     dtype: torch.dtype,
     last: bool,
 ) -> Tensor:
-    weight = _weight(gates, sizes, dtype, last)
-    launch = column_launch(AssemblySizes.of(sizes), channels_last=last, dtype=_type(dtype))
+    weight = _weight(gates, layer, dtype, last)
+    launch = column_launch(layer, channels_last=last, dtype=_type(dtype))
     table, local_weight, output_scale = spectrum[3:]
     run_kernel(launch, half, gates, table, average, local_weight, output_scale, weight)
     return weight
@@ -268,13 +267,14 @@ def attend_and_assemble(
     gates, average = _attentions(partial, attention, pooling[0])
     half = _half(partial, layer)
     run_kernel(launch, partial, *attention, *spectrum[:3], average, gates, half)
-    return _columns(half, gates, average, spectrum, sizes, dtype, channels_last)
+    return _columns(half, gates, average, spectrum, layer, dtype, channels_last)
 
 
 @assemble_kernels.register_fake
 @attend_and_assemble.register_fake
 def _(given: Tensor, *rest: Any) -> Tensor:
-    return _weight(given, *rest[-3:])
+    *_, sizes, dtype, last = rest
+    return _weight(given, AssemblySizes.of(sizes), dtype, last)
 
 
 @torch.library.custom_op("fdconv::modulate_bands", mutates_args=())
