@@ -2,9 +2,8 @@
 
 Tensors cross in memory that both processes map; a pipe carries only what is to be done. A bundle's
 files cross so, too: the service reads and hashes them once, and a child that starts anew gets the
-same bytes, whatever became of the folder. Each inference thread of the service drives one child. A
-child that ends, or exceeds the time for a run, is replaced at once, and its request is answered
-with a 503 that may be retried.
+same bytes, whatever became of the folder. A child that ends, or exceeds the time for a run, is
+replaced at once, and its request is answered with a 503 that may be retried.
 
 A child is this module, run as ``python -m fdconv_deploy.serve.workers PIPE MEMORY BACKEND
 THREADS``. It ends when the service's end of the pipe is closed.
@@ -17,6 +16,7 @@ import fcntl
 import logging
 import mmap
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,7 @@ from fdconv_deploy.serve.settings import Settings
 
 log = logging.getLogger("fdconv.serve")
 _START_SECONDS = 120.0
+T = TypeVar("T")
 Array = npt.NDArray[Any]
 # Each tensor's name, shape, dtype, and its place in the memory in bytes.
 _Layout = list[tuple[str, tuple[int, ...], str, int]]
@@ -108,10 +109,10 @@ class BundleMemory:
 
 
 class Child:
-    """One worker process. Not for use from several threads at once; hold ``lock``."""
+    """One worker process, for one thread at a time; see :meth:`use`."""
 
     def __init__(self, settings: Settings) -> None:
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
         self._settings = settings
         self._models: dict[str, BundleMemory] = {}
         self._start()
@@ -135,14 +136,19 @@ class Child:
         answer = self._memory.read(*self._ask("run", key, *self._memory.write(feeds)))
         return {name: value.copy() for name, value in answer.items()}
 
-    def restart(self) -> None:
-        """End the process, start another, and load what it had."""
-        self.close()
-        self._start()
-        models, self._models = self._models, {}
-        for key, model in models.items():
-            with contextlib.suppress(BackendError):  # which its requests are told
-                self.load(key, model)
+    def use(self, call: Callable[[Child], T]) -> T:
+        """Do something with it while nobody else does; it is replaced if it dies meanwhile."""
+        with self._lock:
+            try:
+                return call(self)
+            except WorkerDiedError:
+                self.close()
+                self._start()
+                models, self._models = self._models, {}
+                for key, model in models.items():
+                    with contextlib.suppress(BackendError):  # which its requests are told
+                        self.load(key, model)
+                raise
 
     def close(self) -> None:
         """End the process."""
@@ -191,41 +197,34 @@ class Child:
 
 
 class Children:
-    """The worker processes, one for each inference thread."""
+    """The worker processes, as many as there are inference threads."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.all: list[Child] = []
-        self._free: list[Child] = []
-        self._mine = threading.local()
+        self._free: queue.SimpleQueue[Child] = queue.SimpleQueue()
 
     def start(self) -> None:
         """Start the processes."""
-        self.all = [Child(self._settings) for _ in range(self._settings.workers)]
-        self._free = list(self.all)
+        for _ in range(self._settings.workers):
+            self.all.append(Child(self._settings))
+            self._free.put(self.all[-1])
 
     def run(self, key: str, feeds: Tensors) -> dict[str, Array]:
-        """Run on the calling thread's child, which is replaced if it dies (WorkerDiedError)."""
-        child: Child | None = getattr(self._mine, "child", None)
-        if child is None:
-            # None is free where an inference thread died: it has left its child.
-            child = self._mine.child = self._free.pop() if self._free else self.all[0]
-        with child.lock:
-            try:
-                return child.run(key, feeds)
-            except WorkerDiedError:
-                child.restart()
-                raise
+        """Run on a child that is free, which is replaced if it dies (WorkerDiedError)."""
+        child = self._free.get()
+        try:
+            return child.use(lambda child: child.run(key, feeds))
+        finally:
+            self._free.put(child)
 
     def each(self, call: Callable[[Child], None]) -> None:
         """Do something with every child in turn, between their runs."""
-        for child in self.all:
-            with child.lock:
-                try:
-                    call(child)
-                except WorkerDiedError as error:
-                    child.restart()
-                    raise BackendError(f"A worker could not be prepared: {error}.") from error
+        try:
+            for child in self.all:
+                child.use(call)
+        except WorkerDiedError as error:
+            raise BackendError(f"A worker could not be prepared: {error}.") from error
 
     def close(self) -> None:
         """End them all."""

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -21,7 +23,7 @@ from fdconv_deploy.errors import BackendError
 from fdconv_deploy.runtime import Bundle, Session, open_session
 from fdconv_deploy.serve import Settings, create_app
 from fdconv_deploy.serve.batching import WorkerDiedError
-from fdconv_deploy.serve.workers import BundleMemory, Children, WorkerRunner
+from fdconv_deploy.serve.workers import BundleMemory, Child, Children, WorkerRunner
 from tests.runtime import toy
 from tests.runtime.test_bundle import relist
 from tests.serve.conftest import wait_until_ready
@@ -125,6 +127,26 @@ class TestDirectly:
             session.run(zeros)
         child._settings = patient
         assert session.run(zeros).shape == (1, 5, 8, 12)
+
+    def test_each_is_used(self, bundles: list[Path], monkeypatch) -> None:
+        """Also once a thread that runs no requests has run something: what times a model."""
+        made = Children(Settings(threads=1, workers=2, backend="onnxruntime-cpu"))
+        made.start()
+        session = isolated_session(Bundle.open(bundles[0]), Settings(), made)
+        session.warm_up()
+        zeros, run = np.zeros((1, 3, 32, 48), np.float32), Child.run
+        with ThreadPoolExecutor(1) as loader:
+            loader.submit(session.run, zeros).result()
+        both = threading.Barrier(2, timeout=60)
+
+        def together(*given):
+            both.wait()
+            return run(*given)
+
+        monkeypatch.setattr(Child, "run", together)
+        with ThreadPoolExecutor(2) as threads:
+            assert len(list(threads.map(session.run, [zeros, zeros]))) == 2
+        made.close()
 
     def test_errors_come_through(self, started: Children, tmp_path: Path) -> None:
         path = toy.make_bundle(tmp_path / "b").path
